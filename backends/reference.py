@@ -1,0 +1,95 @@
+"""The naive per-expert loop: any device, any dtype, autograd; the baseline of every comparison and the last fallback."""
+
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from moe_dispatch.backend import Backend, BackendConfig, Requirements
+from moe_dispatch.experts import ExpertWeights, dequantize_blocks
+
+from .stages.activate import activate_torch
+from .stages.quantize import quantize_rows_torch
+
+
+class ReferenceConfig(BackendConfig):
+    """Options of the reference.
+
+    Attributes:
+        compute_fp32: Multiply in fp32 whatever the dtype of the weights: the truth that others are compared with.
+        quantize_activations: With block FP8 weights, quantise activations per token and 128 columns as the fast
+            backends do; False keeps them and shows what that quantisation costs.
+    """
+
+    compute_fp32: bool = False
+    quantize_activations: bool = True
+
+
+class ReferenceBackend(Backend):
+    """Each expert's tokens gathered, two matrix products, scattered back with their weights; sums in fp32."""
+
+    name = "reference"
+    requirements = Requirements(
+        dtypes={"bf16": (0, 0), "fp16": (0, 0), "fp32": (0, 0), "fp8": (0, 0)},
+        act_dtypes=frozenset({"bf16", "fp16", "fp32"}),
+        cpu=True,
+        bias=True,
+        interleaved=True,
+        grad=True,
+        capturable=False,  # which experts were hit decides what is launched
+    )
+    config_type = ReferenceConfig
+    tolerance: ClassVar = {"bf16": 1e-2, "fp16": 2e-3, "fp32": 1e-5, "fp8": 1e-2}
+    needs_probe = False
+
+    def run(
+        self,
+        hidden_states: Tensor,
+        experts: ExpertWeights,
+        topk_weights: Tensor,
+        topk_ids: Tensor,
+        config: BackendConfig,
+    ) -> Tensor:
+        """See `Backend.run`."""
+        assert isinstance(config, ReferenceConfig)  # noqa: S101 - the dispatcher made it from config_type
+        out = torch.zeros(hidden_states.shape, dtype=torch.float32, device=hidden_states.device)
+        for e in _hit_experts(topk_ids, experts.E):
+            token, choice = torch.where(topk_ids == e)
+            result = _expert(hidden_states[token], experts, e, config)
+            out = out.index_add(0, token, result.float() * topk_weights[token, choice, None])
+        return out.to(hidden_states.dtype)
+
+
+def _hit_experts(topk_ids: Tensor, E: int) -> list[int]:
+    hit: list[int] = topk_ids.unique().tolist()
+    return [e for e in hit if 0 <= e < E]
+
+
+def _expert(tokens: Tensor, experts: ExpertWeights, e: int, config: ReferenceConfig) -> Tensor:
+    gate_up, down = _weights(experts, e)
+    if config.compute_fp32 or experts.dtype == "fp8":
+        tokens, gate_up, down = tokens.float(), gate_up.float(), down.float()
+    quantize = experts.dtype == "fp8" and config.quantize_activations
+    if quantize:
+        tokens = _through_fp8(tokens)
+    up_bias = None if experts.gate_up_bias is None else experts.gate_up_bias[e].to(tokens.dtype)
+    down_bias = None if experts.down_bias is None else experts.down_bias[e].to(tokens.dtype)
+    inner = activate_torch(F.linear(tokens, gate_up, up_bias), experts.activation, interleaved=experts.interleaved)
+    if quantize:
+        inner = _through_fp8(inner)
+    return F.linear(inner, down, down_bias)
+
+
+def _weights(experts: ExpertWeights, e: int) -> tuple[Tensor, Tensor]:
+    if experts.gate_up_scale is None or experts.down_scale is None:
+        return experts.gate_up[e], experts.down[e]
+    return (
+        dequantize_blocks(experts.gate_up[e], experts.gate_up_scale[e]),
+        dequantize_blocks(experts.down[e], experts.down_scale[e]),
+    )
+
+
+def _through_fp8(rows: Tensor) -> Tensor:
+    quantized, scale = quantize_rows_torch(rows)
+    return quantized.float() * scale.repeat_interleave(128, dim=1)[:, : rows.shape[1]]

@@ -1,0 +1,1 @@
+"""Grouped GEMM over one wave of CTAs: large and middle M."""

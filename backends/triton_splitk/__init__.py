@@ -1,0 +1,1 @@
+"""GEMM split along K: decode, where few tokens meet many weights."""

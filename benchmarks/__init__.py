@@ -1,0 +1,1 @@
+"""Whole-layer benchmarks, correctness first; `moe-dispatch bench` runs them."""

@@ -1,0 +1,196 @@
+"""What a backend is. To add one, subclass `Backend`, declare what it takes, write `run`, and register it.
+
+A backend of your own, in your own package, needs no change here:
+
+    [project.entry-points."moe_dispatch.backends"]
+    my_backend = "my_package.moe:MyBackend"
+
+It is loaded on first use, appears in `moe-dispatch doctor`, and takes part in calibration. The conformance suite
+(tests/conformance.py) runs over whatever is registered.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import pydantic
+from torch import Tensor
+
+from moe_dispatch.experts import ExpertWeights
+from moe_dispatch.machine import Machine
+from moe_dispatch.problem import ACTIVATIONS, Activation, DType, MoEProblem
+
+Capability = tuple[int, int]
+
+
+class BackendConfig(pydantic.BaseModel):
+    """Tile sizes and the like: hashable, checked, JSON. A backend without any uses this class as it is."""
+
+    model_config = pydantic.ConfigDict(frozen=True, extra="forbid")
+
+    @property
+    def label(self) -> str:
+        """Short and unique within the backend: ``block_m=64,block_n=128``; ``default`` without fields."""
+        return ",".join(f"{name}={value}" for name, value in self.model_dump().items()) or "default"
+
+
+@dataclass(frozen=True)
+class Requirements:
+    """What a backend takes, as data: tests derive their shapes and skips from it, the README its support matrix.
+
+    Attributes:
+        dtypes: Weight dtypes, each with the least CUDA compute capability that it needs.
+        act_dtypes: Dtypes of hidden_states.
+        activations: See `MoEProblem`.
+        cpu: Whether CPU tensors will do.
+        bias: Whether the projections may add one.
+        interleaved: Whether gate and up rows may alternate.
+        grad: Whether autograd can differentiate it.
+        capturable: Whether it may run while a CUDA graph is captured.
+        libraries: Keys of `Machine.libraries` that must be there.
+        multiples: Shape letters and the number that each must be a multiple of, per dtype.
+        max_capability: The greatest capability per dtype, exclusive; absent where newer devices will do.
+    """
+
+    dtypes: Mapping[DType, Capability]
+    act_dtypes: frozenset[DType] = frozenset({"bf16", "fp16"})
+    activations: frozenset[Activation] = frozenset(ACTIVATIONS)
+    cpu: bool = False
+    bias: bool = False
+    interleaved: bool = False
+    grad: bool = False
+    capturable: bool = True
+    libraries: tuple[str, ...] = ()
+    multiples: Mapping[DType, Mapping[str, int]] | None = None
+    max_capability: Mapping[DType, Capability] | None = None
+
+    def reasons_against(self, problem: MoEProblem) -> list[str]:
+        """Every declared requirement that the problem misses, each with the limit and the value."""
+        checks = (
+            self._device_reason(problem),
+            self._dtype_reason(problem),
+            self._activation_reason(problem),
+            "adds no bias" if problem.bias and not self.bias else "",
+            "needs gate rows first, got interleaved rows" if problem.interleaved and not self.interleaved else "",
+            "has no gradient; only 'reference' is differentiable" if problem.needs_grad and not self.grad else "",
+            "cannot be captured in a CUDA graph" if problem.mode == "graph" and not self.capturable else "",
+        )
+        multiples = (self.multiples or {}).get(problem.dtype, {})
+        misaligned = [
+            f"needs {letter} % {step} == 0 for {problem.dtype}, got {letter}={getattr(problem, letter)}"
+            for letter, step in multiples.items()
+            if getattr(problem, letter) % step
+        ]
+        return [reason for reason in checks if reason] + misaligned
+
+    def _device_reason(self, problem: MoEProblem) -> str:
+        if problem.device == "cpu":
+            return "" if self.cpu else "needs a CUDA device, got cpu"
+        least = self.dtypes.get(problem.dtype)
+        capability = problem.capability or (0, 0)
+        if least and capability < least:
+            return f"needs compute capability {_dotted(least)} or newer for {problem.dtype}, got {_dotted(capability)}"
+        most = (self.max_capability or {}).get(problem.dtype)
+        if most and capability >= most:
+            return f"needs compute capability below {_dotted(most)} for {problem.dtype}, got {_dotted(capability)}"
+        return ""
+
+    def _dtype_reason(self, problem: MoEProblem) -> str:
+        if problem.dtype not in self.dtypes:
+            return f"takes weights in {', '.join(sorted(self.dtypes))}, got {problem.dtype}"
+        if problem.act_dtype not in self.act_dtypes:
+            return f"takes hidden_states in {', '.join(sorted(self.act_dtypes))}, got {problem.act_dtype}"
+        return ""
+
+    def _activation_reason(self, problem: MoEProblem) -> str:
+        if problem.activation in self.activations:
+            return ""
+        return f"computes {', '.join(sorted(self.activations))}, got activation {problem.activation}"
+
+
+class Backend(ABC):
+    """One way to compute an MoE layer. Instances are shared by threads and hold no per-call state.
+
+    Class attributes to declare: `name`, `requirements`, `config_type`, `tolerance`, and for foreign libraries
+    `install_hint`.
+    """
+
+    name: ClassVar[str]
+    requirements: ClassVar[Requirements]
+    config_type: ClassVar[type[BackendConfig]] = BackendConfig
+    # ‖out − ref‖ / ‖ref‖ against the fp32 reference, by weight dtype (by act_dtype where that is coarser).
+    tolerance: ClassVar[Mapping[DType, float]] = {"bf16": 1e-2, "fp16": 2e-3, "fp32": 1e-3, "fp8": 2e-2}
+    install_hint: ClassVar[str] = ""
+    # Foreign code is probed before it is trusted: a tiny layer is run and compared with the reference.
+    needs_probe: ClassVar[bool] = True
+
+    def __init__(self, machine: Machine) -> None:
+        self.machine = machine
+
+    def unavailable_reasons(self) -> tuple[str, ...]:
+        """Why this backend cannot run anything on this machine; empty if its libraries are there. Imports nothing."""
+        return tuple(
+            f"{library} is not installed" + (f": {self.install_hint}" if self.install_hint else "")
+            for library in self.requirements.libraries
+            if not self.machine.libraries.get(library)
+        )
+
+    def unsupported_reasons(self, problem: MoEProblem) -> tuple[str, ...]:
+        """All reasons why this backend cannot run `problem`; empty if it can. Pure: no import, no device access."""
+        return (*self.requirements.reasons_against(problem), *self.further_reasons(problem))
+
+    def further_reasons(self, problem: MoEProblem) -> tuple[str, ...]:  # noqa: ARG002
+        """Reasons beyond the declared requirements; for subclasses."""
+        return ()
+
+    def configs(self, problem: MoEProblem) -> tuple[BackendConfig, ...]:  # noqa: ARG002
+        """The configurations worth measuring for this problem, the default first; never empty."""
+        return (self.config_type(),)
+
+    def default_config(self, problem: MoEProblem) -> BackendConfig:
+        """What runs when no measurement says otherwise."""
+        return self.configs(problem)[0]
+
+    def workspace_bytes(self, problem: MoEProblem, config: BackendConfig) -> int:  # noqa: ARG002
+        """Device memory taken beside inputs and output; orders the fallbacks when memory runs out."""
+        return problem.slots * (problem.gate_up_rows + problem.N + problem.K) * 2
+
+    def deterministic(self, config: BackendConfig) -> bool:  # noqa: ARG002
+        """Whether the same inputs give the same bits every time."""
+        return True
+
+    def measured_versions(self) -> dict[str, str]:
+        """The versions that a measurement of this backend depends on; another value of any retires it."""
+        return {library: self.machine.libraries.get(library, "") for library in self.requirements.libraries}
+
+    @abstractmethod
+    def run(
+        self,
+        hidden_states: Tensor,
+        experts: ExpertWeights,
+        topk_weights: Tensor,
+        topk_ids: Tensor,
+        config: BackendConfig,
+    ) -> Tensor:
+        """Compute the layer.
+
+        What arrives was checked: everything is contiguous and on one device, M ≥ 1, ``topk_weights`` is fp32, and
+        this backend gave no reason against the problem. An id outside 0…E-1 adds nothing, whatever its weight, NaN
+        included. Nothing here may synchronise with the device or depend on routing values on the host, unless the
+        backend is not capturable.
+
+        Args:
+            hidden_states: ``[M, K]``.
+            experts: Checked weights.
+            topk_weights: fp32 ``[M, topk]``.
+            topk_ids: int32 or int64 ``[M, topk]``.
+            config: One of `configs`.
+
+        Returns:
+            ``[M, K]`` in hidden_states' dtype, fresh memory.
+        """
+
+
+def _dotted(capability: Capability) -> str:
+    return f"{capability[0]}.{capability[1]}"

@@ -1,0 +1,1 @@
+"""The commands of `moe-dispatch`, one file each; heavy imports happen inside them."""

@@ -1,0 +1,87 @@
+"""What can go wrong, as types. Every message says what was given, what is allowed and what to do."""
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from moe_dispatch.problem import MoEProblem
+
+
+class MoEDispatchError(Exception):
+    """Base of every error that this package raises on purpose."""
+
+
+class InvalidInputError(MoEDispatchError, ValueError):
+    """A tensor or an argument that no backend could take; raised before anything is launched."""
+
+
+class UnknownNameError(MoEDispatchError, LookupError):
+    """A backend, policy or workload that is not registered under this name."""
+
+    def __init__(self, kind: str, name: str, known: Sequence[str]) -> None:
+        self.kind, self.name, self.known = kind, name, tuple(known)
+        super().__init__(f"no {kind} is called {name!r}; known: {', '.join(sorted(known))}")
+
+
+class BackendUnavailableError(MoEDispatchError):
+    """A backend's library is missing, does not import, or failed its probe."""
+
+    def __init__(self, backend: str, reasons: Sequence[str]) -> None:
+        self.backend, self.reasons = backend, tuple(reasons)
+        super().__init__(f"backend {backend!r} is not available: {'; '.join(reasons)}")
+
+
+class BackendUnsupportedError(MoEDispatchError):
+    """The backend named by the caller cannot run this problem. Nothing else was tried in its place."""
+
+    def __init__(self, backend: str, problem: "MoEProblem", reasons: Sequence[str]) -> None:
+        self.backend, self.problem, self.reasons = backend, problem, tuple(reasons)
+        lines = "\n".join(f"  - {reason}" for reason in reasons)
+        super().__init__(
+            f"backend {backend!r} was asked for and cannot run {problem}:\n{lines}\n"
+            "Leave `backend` out to let the policy choose."
+        )
+
+
+class BackendFailedError(MoEDispatchError):
+    """The backend named by the caller accepted the problem and then raised; the cause is chained."""
+
+    def __init__(self, backend: str, problem: "MoEProblem", cause: BaseException) -> None:
+        self.backend, self.problem = backend, problem
+        super().__init__(
+            f"backend {backend!r} failed on {problem}: {type(cause).__name__}: {cause}. "
+            "Leave `backend` out to fall back automatically."
+        )
+
+
+class NoBackendError(MoEDispatchError):
+    """No backend can run the problem; prints the problem and every backend's reasons."""
+
+    def __init__(self, problem: "MoEProblem", reasons: Mapping[str, Sequence[str]]) -> None:
+        self.problem, self.reasons = problem, {name: tuple(why) for name, why in reasons.items()}
+        lines = [f"no backend can run {problem}:"]
+        for name, why in self.reasons.items():
+            lines.append(f"  {name}:")
+            lines += [f"    - {reason}" for reason in why]
+        super().__init__("\n".join(lines))
+
+
+class DeviceLostError(MoEDispatchError):
+    """The CUDA context is gone (illegal access, device-side assert): only a new process can go on."""
+
+    def __init__(self, suspects: Sequence[str], cause: BaseException) -> None:
+        self.suspects = tuple(suspects)
+        culprit = " or ".join(repr(name) for name in suspects) or "unknown"
+        super().__init__(
+            f"the CUDA context of this process is lost ({type(cause).__name__}: {str(cause).splitlines()[0]}). "
+            f"Culprit: {culprit}; it is quarantined for this problem and will be avoided after a restart. "
+            "Restart the process; `moe-dispatch doctor` lists the quarantine, `moe-dispatch doctor --reset` lifts it."
+        )
+
+
+class PolicyFileError(MoEDispatchError):
+    """A calibration, table or model file that cannot be trusted: damaged, foreign, or of another schema."""
+
+
+class MoEDispatchWarning(UserWarning):
+    """A backend was quarantined or a policy refused; the call still returned the right answer."""

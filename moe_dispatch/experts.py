@@ -1,0 +1,253 @@
+"""The weights of one MoE layer, checked once, so that a call has nothing left to check about them."""
+
+import math
+from typing import Final, Self
+
+import torch
+from torch import Tensor
+
+from moe_dispatch.errors import InvalidInputError
+from moe_dispatch.problem import ACTIVATIONS, QUANT_BLOCK, UNGATED, Activation, DType
+
+FP8: Final = torch.float8_e4m3fn
+FP8_MAX: Final = 448.0
+DTYPE_NAMES: Final[dict[torch.dtype, DType]] = {
+    torch.bfloat16: "bf16",
+    torch.float16: "fp16",
+    torch.float32: "fp32",
+    FP8: "fp8",
+}
+# Keeps the scale of an all-zero block away from zero; the same floor as vLLM's quantisation.
+SMALLEST_AMAX: Final = 1e-10
+
+
+class ExpertWeights:
+    """The expert weights of one MoE layer, in the layout that every backend shares.
+
+    The tensors are referenced, never copied. Each is checked here once: shape, dtype, device, contiguity.
+
+    Args:
+        gate_up: ``[E, 2N, K]``, gate rows first (alternating if ``interleaved``); ``[E, N, K]`` for an ungated
+            activation. BF16, FP16, FP32, or e4m3 with scales.
+        down: ``[E, K, N]``, same dtype.
+        gate_up_scale: fp32 ``[E, ⌈2N/128⌉, ⌈K/128⌉]`` multipliers; with e4m3 weights only.
+        down_scale: fp32 ``[E, ⌈K/128⌉, ⌈N/128⌉]`` multipliers; with e4m3 weights only.
+        gate_up_bias: ``[E, 2N]`` (``[E, N]`` ungated), in the same order as gate_up's rows.
+        down_bias: ``[E, K]``. Both biases or neither.
+        activation: See `MoEProblem`.
+        interleaved: Whether gate and up rows alternate.
+
+    Raises:
+        InvalidInputError: Anything above does not hold; the message names the tensor, what it is and what it must be.
+    """
+
+    __slots__ = (
+        "E", "K", "N", "__weakref__", "activation", "device", "down", "down_bias", "down_scale", "dtype", "gate_up",
+        "gate_up_bias", "gate_up_scale", "interleaved", "requires_grad", "spec",
+    )  # fmt: skip
+
+    def __init__(
+        self,
+        gate_up: Tensor,
+        down: Tensor,
+        *,
+        gate_up_scale: Tensor | None = None,
+        down_scale: Tensor | None = None,
+        gate_up_bias: Tensor | None = None,
+        down_bias: Tensor | None = None,
+        activation: Activation = "silu",
+        interleaved: bool = False,
+    ) -> None:
+        if activation not in ACTIVATIONS:
+            raise InvalidInputError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
+        gated = activation not in UNGATED
+        if interleaved and not gated:
+            raise InvalidInputError(f"interleaved rows need a gate, and activation {activation!r} has none")
+        _check_weight("gate_up", gate_up)
+        _check_weight("down", down)
+        E, rows, K = gate_up.shape
+        N = down.shape[2]
+        if tuple(down.shape) != (E, K, N) or rows != (2 * N if gated else N):
+            raise InvalidInputError(
+                f"gate_up {list(gate_up.shape)} and down {list(down.shape)} do not belong together: activation "
+                f"{activation!r} takes gate_up [E, {'2N' if gated else 'N'}, K] and down [E, K, N]; "
+                "a transposed checkpoint needs .transpose(1, 2).contiguous() once at load"
+            )
+        _check_alike("down", down, gate_up)
+        self.dtype = DTYPE_NAMES[gate_up.dtype]
+        if self.dtype == "fp8":
+            blocks = (
+                ("gate_up_scale", gate_up_scale, (E, math.ceil(rows / QUANT_BLOCK), math.ceil(K / QUANT_BLOCK))),
+                ("down_scale", down_scale, (E, math.ceil(K / QUANT_BLOCK), math.ceil(N / QUANT_BLOCK))),
+            )
+            for name, scale, shape in blocks:
+                _check_scale(name, scale, shape, gate_up.device)
+            if gate_up.requires_grad or down.requires_grad:
+                raise InvalidInputError("block FP8 weights cannot require a gradient; train in BF16 and quantize after")
+        elif gate_up_scale is not None or down_scale is not None:
+            raise InvalidInputError(f"scales belong to float8_e4m3fn weights, and these are {gate_up.dtype}; drop them")
+        if (gate_up_bias is None) != (down_bias is None):
+            given = "gate_up_bias" if down_bias is None else "down_bias"
+            raise InvalidInputError(f"only {given} was given; give both biases (zeros serve) or neither")
+        _check_bias("gate_up_bias", gate_up_bias, (E, rows), gate_up.device)
+        _check_bias("down_bias", down_bias, (E, K), gate_up.device)
+
+        self.gate_up, self.down = gate_up, down
+        self.gate_up_scale, self.down_scale = gate_up_scale, down_scale
+        self.gate_up_bias, self.down_bias = gate_up_bias, down_bias
+        self.activation: Activation = activation
+        self.interleaved = interleaved
+        self.E, self.K, self.N = E, K, N
+        self.device = gate_up.device
+        self.requires_grad = any(
+            tensor is not None and tensor.requires_grad for tensor in (gate_up, down, gate_up_bias, down_bias)
+        )
+        # Everything about the layer that a plan depends on; plans are looked up by it on every call.
+        self.spec = (E, K, N, self.dtype, activation, gate_up_bias is not None, interleaved, str(self.device))
+
+    @classmethod
+    def quantize(
+        cls,
+        gate_up: Tensor,
+        down: Tensor,
+        *,
+        gate_up_bias: Tensor | None = None,
+        down_bias: Tensor | None = None,
+        activation: Activation = "silu",
+        interleaved: bool = False,
+    ) -> Self:
+        """Quantise BF16, FP16 or FP32 weights to DeepSeek's block FP8.
+
+        Each 128×128 block gets the fp32 scale amax/448 (blocks at the edge cover what is left). An all-zero block gets
+        a tiny scale and stays exactly zero; a NaN or infinite element becomes NaN and spoils no other.
+
+        Args:
+            gate_up: ``[E, 2N, K]`` or ungated ``[E, N, K]``.
+            down: ``[E, K, N]``.
+            gate_up_bias: As for `ExpertWeights`.
+            down_bias: As for `ExpertWeights`.
+            activation: As for `ExpertWeights`.
+            interleaved: As for `ExpertWeights`.
+        """
+        for name, tensor in (("gate_up", gate_up), ("down", down)):
+            _check_weight(name, tensor)
+            if tensor.dtype == FP8:
+                raise InvalidInputError(f"{name} is float8_e4m3fn already; give its scales to ExpertWeights instead")
+        gate_up_fp8, gate_up_scale = quantize_blocks(gate_up.detach())
+        down_fp8, down_scale = quantize_blocks(down.detach())
+        return cls(
+            gate_up_fp8,
+            down_fp8,
+            gate_up_scale=gate_up_scale,
+            down_scale=down_scale,
+            gate_up_bias=gate_up_bias,
+            down_bias=down_bias,
+            activation=activation,
+            interleaved=interleaved,
+        )
+
+    @property
+    def gated(self) -> bool:
+        """Whether gate_up holds gate and up rows."""
+        return self.activation not in UNGATED
+
+    def __repr__(self) -> str:
+        extras = [f"activation={self.activation!r}"]
+        if self.gate_up_bias is not None:
+            extras.append("bias=True")
+        if self.interleaved:
+            extras.append("interleaved=True")
+        shape = f"E={self.E}, K={self.K}, N={self.N}, dtype={self.dtype!r}, device='{self.device}'"
+        return f"ExpertWeights({shape}, {', '.join(extras)})"
+
+
+def quantize_blocks(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Quantise ``[E, R, C]`` to e4m3 with one fp32 multiplier per 128×128 block, ``[E, ⌈R/128⌉, ⌈C/128⌉]``."""
+    E, R, C = weight.shape
+    quantized = torch.empty(weight.shape, dtype=FP8, device=weight.device)
+    scale = torch.empty(
+        E, math.ceil(R / QUANT_BLOCK), math.ceil(C / QUANT_BLOCK), dtype=torch.float32, device=weight.device
+    )
+    # One expert at a time: the fp32 copy of a whole DeepSeek-V3 layer would not fit beside it.
+    for e in range(E):
+        values = _pad_to_blocks(weight[e].float())
+        blocks = values.view(values.shape[0] // QUANT_BLOCK, QUANT_BLOCK, -1, QUANT_BLOCK)
+        finite = torch.where(blocks.isfinite(), blocks, 0.0)
+        block_scale = finite.abs().amax(dim=(1, 3)).clamp(min=SMALLEST_AMAX) / FP8_MAX
+        codes = (blocks / block_scale[:, None, :, None]).clamp(-FP8_MAX, FP8_MAX)
+        # e4m3fn has no infinity, so an infinite element becomes NaN instead of a plausible 448.
+        codes = torch.where(blocks.isinf(), torch.nan, codes)
+        quantized[e] = codes.view_as(values)[:R, :C].to(FP8)
+        scale[e] = block_scale
+    return quantized, scale
+
+
+def dequantize_blocks(quantized: Tensor, scale: Tensor) -> Tensor:
+    """Undo `quantize_blocks` in fp32, for one expert or all: ``[…, R, C]`` and ``[…, ⌈R/128⌉, ⌈C/128⌉]``."""
+    R, C = quantized.shape[-2:]
+    full = scale.repeat_interleave(QUANT_BLOCK, dim=-2).repeat_interleave(QUANT_BLOCK, dim=-1)
+    return quantized.float() * full[..., :R, :C]
+
+
+def _pad_to_blocks(matrix: Tensor) -> Tensor:
+    rows, columns = matrix.shape
+    return torch.nn.functional.pad(matrix, (0, -columns % QUANT_BLOCK, 0, -rows % QUANT_BLOCK))
+
+
+def _check_weight(name: str, tensor: Tensor) -> None:
+    if not isinstance(tensor, Tensor):
+        raise InvalidInputError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
+    if tensor.dim() != 3 or 0 in tensor.shape:
+        raise InvalidInputError(
+            f"{name} must be [experts, rows, columns] with none of them 0, got shape {list(tensor.shape)}"
+        )
+    if tensor.dtype not in DTYPE_NAMES:
+        allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPE_NAMES)
+        raise InvalidInputError(f"{name} must be one of {allowed}, got {tensor.dtype}")
+    if tensor.device.type not in ("cpu", "cuda"):
+        raise InvalidInputError(f"{name} must be on cpu or cuda, got {tensor.device}; load the weights before wrapping")
+    if not tensor.is_contiguous():
+        raise InvalidInputError(
+            f"{name} must be contiguous, got strides {list(tensor.stride())} for shape {list(tensor.shape)}; "
+            "call .contiguous() once at load"
+        )
+
+
+def _check_alike(name: str, tensor: Tensor, first: Tensor) -> None:
+    if tensor.dtype != first.dtype:
+        raise InvalidInputError(f"{name} is {tensor.dtype} and gate_up is {first.dtype}; they must share a dtype")
+    if tensor.device != first.device:
+        raise InvalidInputError(f"{name} is on {tensor.device} and gate_up on {first.device}; move them together")
+
+
+def _check_scale(name: str, scale: Tensor | None, shape: tuple[int, ...], device: torch.device) -> None:
+    if scale is None:
+        raise InvalidInputError(
+            f"float8_e4m3fn weights need {name} [{', '.join(map(str, shape))}] in fp32; "
+            "ExpertWeights.quantize makes both from BF16 weights"
+        )
+    if not isinstance(scale, Tensor) or scale.dtype != torch.float32:
+        given = scale.dtype if isinstance(scale, Tensor) else type(scale).__name__
+        raise InvalidInputError(f"{name} must be a float32 tensor of multipliers, got {given}")
+    if tuple(scale.shape) != shape:
+        raise InvalidInputError(
+            f"{name} must be {list(shape)}, one multiplier per {QUANT_BLOCK}×{QUANT_BLOCK} block, got {list(scale.shape)}"
+        )
+    if scale.device != device:
+        raise InvalidInputError(f"{name} is on {scale.device} and gate_up on {device}; move them together")
+    if not scale.is_contiguous():
+        raise InvalidInputError(f"{name} must be contiguous, got strides {list(scale.stride())}; call .contiguous()")
+
+
+def _check_bias(name: str, bias: Tensor | None, shape: tuple[int, int], device: torch.device) -> None:
+    if bias is None:
+        return
+    if not isinstance(bias, Tensor) or bias.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        given = bias.dtype if isinstance(bias, Tensor) else type(bias).__name__
+        raise InvalidInputError(f"{name} must be a bfloat16, float16 or float32 tensor, got {given}")
+    if tuple(bias.shape) != shape:
+        raise InvalidInputError(f"{name} must be {list(shape)}, one value per output row, got {list(bias.shape)}")
+    if bias.device != device:
+        raise InvalidInputError(f"{name} is on {bias.device} and gate_up on {device}; move them together")
+    if not bias.is_contiguous():
+        raise InvalidInputError(f"{name} must be contiguous, got strides {list(bias.stride())}; call .contiguous()")

@@ -1,0 +1,1 @@
+"""Adapters that put `moe_forward` into other people's models."""

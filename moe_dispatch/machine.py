@@ -1,0 +1,194 @@
+"""Where it runs: the device, its limits, and the versions of everything that a choice may depend on."""
+
+import functools
+import hashlib
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import re
+from pathlib import Path
+from typing import Self
+
+import pydantic
+import torch
+
+from moe_dispatch.errors import InvalidInputError
+
+MACHINE_ENV = "MOE_DISPATCH_MACHINE"
+
+
+class Machine(pydantic.BaseModel):
+    """A device and the software around it; JSON both ways, so that a laptop can ask what an H200 would do.
+
+    Attributes:
+        device: ``"cuda"`` or ``"cpu"``.
+        name: The device's name as its vendor spells it.
+        capability: CUDA compute capability, None on a CPU.
+        sms: Streaming multiprocessors; cores on a CPU.
+        memory_bytes: Of the device.
+        l2_bytes: L2 cache; 0 where unknown.
+        shared_memory_per_block: Opt-in limit in bytes; 0 on a CPU.
+        driver: Of the GPU; empty on a CPU.
+        cuda: That torch was built with; empty for a CPU build.
+        torch: Version.
+        triton: Version; empty where it is not installed.
+        libraries: Versions of optional libraries (``vllm``, ``deep_gemm``); a missing key is a missing library.
+    """
+
+    model_config = pydantic.ConfigDict(frozen=True, extra="forbid")
+
+    device: str = pydantic.Field(pattern="^(cuda|cpu)$")
+    name: str
+    capability: tuple[int, int] | None = None
+    sms: int = pydantic.Field(ge=1)
+    memory_bytes: int = pydantic.Field(ge=0)
+    l2_bytes: int = pydantic.Field(default=0, ge=0)
+    shared_memory_per_block: int = pydantic.Field(default=0, ge=0)
+    driver: str = ""
+    cuda: str = ""
+    torch: str
+    triton: str = ""
+    libraries: dict[str, str] = pydantic.Field(default_factory=dict)
+
+    @pydantic.model_validator(mode="after")
+    def _capability_goes_with_cuda(self) -> Self:
+        if (self.capability is None) == (self.device == "cuda"):
+            raise ValueError("a cuda machine has a capability such as [9, 0], and a cpu has null")
+        return self
+
+    @property
+    def fingerprint(self) -> str:
+        """Names the hardware, not the software: measurements carry the versions that they depend on themselves."""
+        hardware = f"{self.name}|{self.capability}|{self.sms}|{self.memory_bytes >> 30}"
+        return f"{self.slug}-{hashlib.sha256(hardware.encode()).hexdigest()[:10]}"
+
+    @property
+    def slug(self) -> str:
+        """The name as a file name: ``nvidia_h200``."""
+        return re.sub(r"[^a-z0-9]+", "_", self.name.lower()).strip("_") or "unknown"
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """Read a machine from JSON, such as ``moe-dispatch doctor --json`` writes under ``"machine"``.
+
+        Raises:
+            InvalidInputError: The file is missing or is not a machine.
+        """
+        try:
+            return cls.model_validate_json(Path(path).read_text(encoding="utf-8"))
+        except (OSError, pydantic.ValidationError) as error:
+            raise InvalidInputError(
+                f"{path} is not a machine description ({error}); `moe-dispatch doctor --json` prints one"
+            ) from error
+
+    @classmethod
+    def inspect(cls, device: torch.device | str | int | None = None) -> Self:
+        """Look at this machine's device; the current CUDA device if None, else the CPU.
+
+        `MOE_DISPATCH_MACHINE` (a JSON file) replaces what is seen: an H200 told that it is an sm_80 device makes
+        every choice that an A100 would.
+        """
+        resolved = torch.device(device if device is not None else "cuda" if torch.cuda.is_available() else "cpu")
+        described = os.environ.get(MACHINE_ENV)
+        if described:
+            machine = cls.load(described)
+            if machine.device != resolved.type and device is not None:
+                raise InvalidInputError(
+                    f"{MACHINE_ENV}={described} describes a {machine.device} machine, and the tensors are on {resolved}"
+                )
+            return machine
+        return cls._inspect_cuda(resolved) if resolved.type == "cuda" else cls._inspect_cpu()
+
+    @classmethod
+    def _inspect_cuda(cls, device: torch.device) -> Self:
+        properties = torch.cuda.get_device_properties(device)
+        return cls(
+            device="cuda",
+            name=properties.name,
+            capability=(properties.major, properties.minor),
+            sms=properties.multi_processor_count,
+            memory_bytes=properties.total_memory,
+            l2_bytes=properties.L2_cache_size,
+            shared_memory_per_block=properties.shared_memory_per_block_optin,
+            driver=_driver_version(),
+            cuda=torch.version.cuda or "",
+            **_software(),
+        )
+
+    @classmethod
+    def _inspect_cpu(cls) -> Self:
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 0
+        return cls(
+            device="cpu",
+            name=_cpu_name(),
+            sms=os.cpu_count() or 1,
+            memory_bytes=memory,
+            cuda=torch.version.cuda or "",
+            **_software(),
+        )
+
+
+@functools.cache
+def current_machine(device_type: str, index: int | None = None) -> Machine:
+    """The machine behind a torch device, inspected once per process."""
+    return Machine.inspect(torch.device(device_type, index) if index is not None else device_type)
+
+
+def _software() -> dict[str, object]:
+    libraries = {name: version for name in ("vllm", "deep_gemm") if (version := library_version(name))}
+    return {"torch": torch.__version__, "triton": library_version("triton"), "libraries": libraries}
+
+
+def library_version(name: str) -> str:
+    """The version of an optional library without importing it; empty where it is absent.
+
+    `deep_gemm` may be a package of its own (from several wheels) or vLLM's copy.
+    """
+    if name == "deep_gemm":
+        for distribution in ("sgl-deep-gemm", "deep-gemm"):
+            if version := _distribution_version(distribution):
+                return f"{version} ({distribution})"
+        package = deep_gemm_package()
+        return _declared_version(package) if package else ""
+    return _distribution_version(name) if importlib.util.find_spec(name) else ""
+
+
+def deep_gemm_package() -> Path | None:
+    """The folder of DeepGEMM: top-level, or vLLM's copy; found without importing either."""
+    for name, inside in (("deep_gemm", "."), ("vllm", "third_party/deep_gemm")):
+        spec = importlib.util.find_spec(name)
+        for location in (spec.submodule_search_locations or ()) if spec else ():
+            if (package := Path(location, inside)).joinpath("__init__.py").is_file():
+                return package
+    return None
+
+
+def _declared_version(package: Path) -> str:
+    found = re.search(r"^__version__ = ['\"]([^'\"]+)", (package / "__init__.py").read_text(encoding="utf-8"), re.M)
+    return found.group(1) if found else "unknown"
+
+
+def _distribution_version(name: str) -> str:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+
+
+def _driver_version() -> str:
+    try:
+        text = Path("/proc/driver/nvidia/version").read_text(encoding="utf-8")
+    except OSError:
+        return "unknown"
+    found = re.search(r"\b(\d{3,}\.\d+(?:\.\d+)?)\b", text)
+    return found.group(1) if found else "unknown"
+
+
+def _cpu_name() -> str:
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        return platform.processor() or platform.machine()
+    found = re.search(r"^model name\s*:\s*(.+)$", text, re.M)
+    return found.group(1).strip() if found else platform.machine()

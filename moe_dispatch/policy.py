@@ -1,0 +1,47 @@
+"""What a policy is: it ranks, and gives its reasons. Whether a backend can is the backend's own to say."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+from moe_dispatch.machine import Machine
+from moe_dispatch.problem import MoEProblem
+
+ConfigData = Mapping[str, int | str | bool]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One ranked candidate.
+
+    Attributes:
+        backend: Its registered name.
+        reason: Why it stands here, for a person: "measured 31.2 µs at M=64, next is deep_gemm at 40.1".
+        config: The backend's configuration as JSON data; None for its default.
+        us: Time that the policy measured or predicts, in µs.
+        policy: Name of the policy that ranked it; filled in by the dispatcher.
+    """
+
+    backend: str
+    reason: str
+    config: ConfigData | None = None
+    us: float | None = None
+    policy: str = ""
+
+
+class Policy(ABC):
+    """Ranks backends for a problem. Pure: the same problem on the same machine gives the same ranking."""
+
+    name: ClassVar[str]
+
+    def __init__(self, machine: Machine) -> None:
+        self.machine = machine
+
+    @abstractmethod
+    def rank(self, problem: MoEProblem) -> tuple[Choice, ...]:
+        """Candidates, best first; empty where this policy knows nothing of the problem and the next one decides."""
+
+    def notes(self) -> tuple[str, ...]:
+        """What a person should know of this policy on this machine: retired measurements, a refused file."""
+        return ()

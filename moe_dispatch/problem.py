@@ -1,0 +1,148 @@
+"""What is asked: one MoE layer call, without its tensors.
+
+The shape letters, used everywhere and defined here:
+
+    M     tokens in the call
+    K     hidden size: columns of ``hidden_states`` and of the output
+    N     intermediate size of one expert
+    E     experts held by this process
+    topk  experts chosen per token
+"""
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Final, Literal, get_args
+
+from moe_dispatch.errors import InvalidInputError
+
+DType = Literal["bf16", "fp16", "fp32", "fp8"]
+Activation = Literal["silu", "gelu", "gelu_tanh", "swiglu_oai", "relu2"]
+Mode = Literal["eager", "graph"]
+
+DTYPES: Final[tuple[DType, ...]] = get_args(DType)
+ACTIVATIONS: Final[tuple[Activation, ...]] = get_args(Activation)
+UNGATED: Final[frozenset[Activation]] = frozenset({"relu2"})
+QUANT_BLOCK: Final = 128  # DeepSeek's block FP8: one scale per 128×128 weights, per 1×128 activations
+ELEMENT_BYTES: Final[dict[DType, int]] = {"bf16": 2, "fp16": 2, "fp32": 4, "fp8": 1}
+
+
+@dataclass(frozen=True)
+class MoEProblem:
+    """One MoE layer call as the policies and backends see it: hashable, tensor-free.
+
+    Attributes:
+        M: Tokens.
+        K: Hidden size.
+        N: Intermediate size per expert.
+        E: Experts.
+        topk: Experts per token.
+        dtype: Of the weights: ``"fp8"`` is DeepSeek's block FP8 (e4m3, 128×128 scales).
+        act_dtype: Of ``hidden_states`` and the output. Equal to ``dtype`` unless that is ``"fp8"``.
+        activation: ``"silu"``, ``"gelu"`` and ``"gelu_tanh"`` gate as act(gate) * up; ``"swiglu_oai"`` is gpt-oss's
+            clamped (up + 1) * gate * sigmoid(1.702 * gate); ``"relu2"`` has no gate (Nemotron).
+        bias: Whether both projections add one.
+        interleaved: Whether gate and up rows alternate (gpt-oss) instead of gate rows first.
+        device: ``"cuda"`` or ``"cpu"``.
+        capability: CUDA compute capability, None on a CPU.
+        mode: ``"graph"`` while a CUDA graph is captured.
+        needs_grad: Whether autograd must be able to differentiate the call.
+    """
+
+    M: int
+    K: int
+    N: int
+    E: int
+    topk: int
+    dtype: DType = "bf16"
+    act_dtype: DType = "bf16"
+    activation: Activation = "silu"
+    bias: bool = False
+    interleaved: bool = False
+    device: str = "cuda"
+    capability: tuple[int, int] | None = (9, 0)
+    mode: Mode = "eager"
+    needs_grad: bool = False
+
+    def __post_init__(self) -> None:
+        for letter in ("K", "N", "E", "topk"):
+            if getattr(self, letter) < 1:
+                raise InvalidInputError(f"{letter} must be at least 1, got {letter}={getattr(self, letter)}")
+        if self.M < 0:
+            raise InvalidInputError(f"M must be at least 0, got M={self.M}")
+        if self.dtype not in DTYPES:
+            raise InvalidInputError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
+        if self.act_dtype not in DTYPES or self.act_dtype == "fp8":
+            raise InvalidInputError(f"act_dtype must be bf16, fp16 or fp32, got {self.act_dtype!r}")
+        if self.dtype not in ("fp8", self.act_dtype):
+            raise InvalidInputError(
+                f"hidden_states ({self.act_dtype}) and weights ({self.dtype}) must share a dtype unless the weights are "
+                "block FP8; convert one of them"
+            )
+        if self.activation not in ACTIVATIONS:
+            raise InvalidInputError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {self.activation!r}")
+        if self.interleaved and not self.gated:
+            raise InvalidInputError(f"interleaved rows need a gate, and {self.activation!r} has none")
+        if self.mode not in get_args(Mode):
+            raise InvalidInputError(f"mode must be eager or graph, got {self.mode!r}")
+
+    @property
+    def gated(self) -> bool:
+        """Whether ``gate_up`` holds gate and up rows (2N) or up rows only (N)."""
+        return self.activation not in UNGATED
+
+    @property
+    def gate_up_rows(self) -> int:
+        """Rows of one expert's first projection: 2N, or N where there is no gate."""
+        return 2 * self.N if self.gated else self.N
+
+    @property
+    def slots(self) -> int:
+        """Token-expert pairs, M·topk."""
+        return self.M * self.topk
+
+    @cached_property
+    def layer(self) -> "MoEProblem":
+        """The same layer with M=1, eager, without gradients: what is fixed while a model serves."""
+        return dataclasses.replace(self, M=1, mode="eager", needs_grad=False)
+
+    @cached_property
+    def bucket(self) -> "MoEProblem":
+        """The same problem with M rounded up to a power of two: the grain of quarantine."""
+        return dataclasses.replace(self, M=1 << max(self.M - 1, 0).bit_length())
+
+    @property
+    def expert_bytes(self) -> int:
+        """Bytes of one expert's weights, scales not counted."""
+        return (self.gate_up_rows + self.N) * self.K * ELEMENT_BYTES[self.dtype]
+
+    @property
+    def flops(self) -> int:
+        """Multiply-adds of the two products, counted as two operations each."""
+        return 2 * self.slots * self.K * (self.gate_up_rows + self.N)
+
+    @property
+    def expected_experts(self) -> float:
+        """Experts that get a token under uniform routing: E·(1 − (1 − topk/E)^M)."""
+        share = min(1.0, self.topk / self.E)
+        return self.E * (1.0 - (1.0 - share) ** self.M)
+
+    def floor_us(self, bandwidth: float, flops: float, experts: float | None = None) -> float:
+        """The least time in µs: weights of the hit experts read once, or the arithmetic, whichever is longer.
+
+        Args:
+            bandwidth: Sustained bytes per second.
+            flops: Sustained operations per second for this dtype.
+            experts: Experts that were hit; the expectation under uniform routing if None.
+        """
+        hit = self.expected_experts if experts is None else experts
+        return 1e6 * max(hit * self.expert_bytes / bandwidth, self.flops / flops)
+
+    @property
+    def quant_blocks(self) -> tuple[tuple[int, int], tuple[int, int]]:
+        """Scale shapes of one expert: (gate_up, down)."""
+        return (
+            (math.ceil(self.gate_up_rows / QUANT_BLOCK), math.ceil(self.K / QUANT_BLOCK)),
+            (math.ceil(self.K / QUANT_BLOCK), math.ceil(self.N / QUANT_BLOCK)),
+        )

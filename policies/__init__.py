@@ -1,0 +1,1 @@
+"""The policies: rules, calibrated, shipped, learned; and the calibration that feeds them."""
