@@ -1,4 +1,4 @@
-"""The naive per-expert loop: any device, any dtype, autograd; the baseline of every comparison and the last fallback."""
+"""The naive per-expert loop: any device and dtype, autograd; every comparison's baseline and the last fallback."""
 
 from typing import ClassVar
 

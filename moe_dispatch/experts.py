@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from moe_dispatch.errors import InvalidInputError
-from moe_dispatch.problem import ACTIVATIONS, QUANT_BLOCK, UNGATED, Activation, DType
+from moe_dispatch.problem import ACTIVATIONS, QUANT_BLOCK, UNGATED, Activation, DType, Mode, MoEProblem
 
 FP8: Final = torch.float8_e4m3fn
 FP8_MAX: Final = 448.0
@@ -43,7 +43,7 @@ class ExpertWeights:
 
     __slots__ = (
         "E", "K", "N", "__weakref__", "activation", "device", "down", "down_bias", "down_scale", "dtype", "gate_up",
-        "gate_up_bias", "gate_up_scale", "interleaved", "requires_grad", "spec",
+        "gate_up_bias", "gate_up_scale", "interleaved", "spec",
     )  # fmt: skip
 
     def __init__(
@@ -99,9 +99,6 @@ class ExpertWeights:
         self.interleaved = interleaved
         self.E, self.K, self.N = E, K, N
         self.device = gate_up.device
-        self.requires_grad = any(
-            tensor is not None and tensor.requires_grad for tensor in (gate_up, down, gate_up_bias, down_bias)
-        )
         # Everything about the layer that a plan depends on; plans are looked up by it on every call.
         self.spec = (E, K, N, self.dtype, activation, gate_up_bias is not None, interleaved, str(self.device))
 
@@ -145,6 +142,46 @@ class ExpertWeights:
             activation=activation,
             interleaved=interleaved,
         )
+
+    def problem(
+        self,
+        M: int,
+        topk: int,
+        act_dtype: torch.dtype,
+        capability: tuple[int, int] | None,
+        mode: Mode = "eager",
+        *,
+        needs_grad: bool = False,
+    ) -> MoEProblem:
+        """The problem that a call with M tokens poses to this layer on a device of this capability."""
+        return MoEProblem(
+            M=M,
+            K=self.K,
+            N=self.N,
+            E=self.E,
+            topk=topk,
+            dtype=self.dtype,
+            act_dtype=DTYPE_NAMES[act_dtype],
+            activation=self.activation,
+            bias=self.gate_up_bias is not None,
+            interleaved=self.interleaved,
+            device=self.device.type,
+            capability=capability,
+            mode=mode,
+            needs_grad=needs_grad,
+        )
+
+    def wants_grad(self, hidden_states: Tensor, topk_weights: Tensor) -> bool:
+        """Whether autograd is recording and anything of this call requires a gradient."""
+        return torch.is_grad_enabled() and (
+            hidden_states.requires_grad or topk_weights.requires_grad or self.requires_grad
+        )
+
+    @property
+    def requires_grad(self) -> bool:
+        """Whether a gradient is wanted for any of the weights, as of now."""
+        tensors = (self.gate_up, self.down, self.gate_up_bias, self.down_bias)
+        return any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
     @property
     def gated(self) -> bool:
@@ -231,7 +268,8 @@ def _check_scale(name: str, scale: Tensor | None, shape: tuple[int, ...], device
         raise InvalidInputError(f"{name} must be a float32 tensor of multipliers, got {given}")
     if tuple(scale.shape) != shape:
         raise InvalidInputError(
-            f"{name} must be {list(shape)}, one multiplier per {QUANT_BLOCK}×{QUANT_BLOCK} block, got {list(scale.shape)}"
+            f"{name} must be {list(shape)}, one multiplier per {QUANT_BLOCK}×{QUANT_BLOCK} block, "
+            f"got {list(scale.shape)}"
         )
     if scale.device != device:
         raise InvalidInputError(f"{name} is on {scale.device} and gate_up on {device}; move them together")

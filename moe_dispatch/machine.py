@@ -12,6 +12,7 @@ from typing import Self
 
 import pydantic
 import torch
+from torch import device as Device
 
 from moe_dispatch.errors import InvalidInputError
 
@@ -83,13 +84,13 @@ class Machine(pydantic.BaseModel):
             ) from error
 
     @classmethod
-    def inspect(cls, device: torch.device | str | int | None = None) -> Self:
+    def inspect(cls, device: Device | str | int | None = None) -> Self:
         """Look at this machine's device; the current CUDA device if None, else the CPU.
 
         `MOE_DISPATCH_MACHINE` (a JSON file) replaces what is seen: an H200 told that it is an sm_80 device makes
         every choice that an A100 would.
         """
-        resolved = torch.device(device if device is not None else "cuda" if torch.cuda.is_available() else "cpu")
+        resolved = Device(device if device is not None else "cuda" if torch.cuda.is_available() else "cpu")
         described = os.environ.get(MACHINE_ENV)
         if described:
             machine = cls.load(described)
@@ -101,7 +102,7 @@ class Machine(pydantic.BaseModel):
         return cls._inspect_cuda(resolved) if resolved.type == "cuda" else cls._inspect_cpu()
 
     @classmethod
-    def _inspect_cuda(cls, device: torch.device) -> Self:
+    def _inspect_cuda(cls, device: Device) -> Self:
         properties = torch.cuda.get_device_properties(device)
         return cls(
             device="cuda",
@@ -110,7 +111,8 @@ class Machine(pydantic.BaseModel):
             sms=properties.multi_processor_count,
             memory_bytes=properties.total_memory,
             l2_bytes=properties.L2_cache_size,
-            shared_memory_per_block=properties.shared_memory_per_block_optin,
+            # torch's stubs do not know the opt-in limit, which is what a kernel may really ask for.
+            shared_memory_per_block=getattr(properties, "shared_memory_per_block_optin", 0),
             driver=_driver_version(),
             cuda=torch.version.cuda or "",
             **_software(),
@@ -132,7 +134,7 @@ class Machine(pydantic.BaseModel):
 @functools.cache
 def current_machine(device_type: str, index: int | None = None) -> Machine:
     """The machine behind a torch device, inspected once per process."""
-    return Machine.inspect(torch.device(device_type, index) if index is not None else device_type)
+    return Machine.inspect(Device(device_type, index) if index is not None else device_type)
 
 
 def _software() -> dict[str, object]:
@@ -165,7 +167,9 @@ def deep_gemm_package() -> Path | None:
 
 
 def _declared_version(package: Path) -> str:
-    found = re.search(r"^__version__ = ['\"]([^'\"]+)", (package / "__init__.py").read_text(encoding="utf-8"), re.M)
+    found = re.search(
+        r"^__version__ = ['\"]([^'\"]+)", (package / "__init__.py").read_text(encoding="utf-8"), re.MULTILINE
+    )
     return found.group(1) if found else "unknown"
 
 
@@ -190,5 +194,5 @@ def _cpu_name() -> str:
         text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
     except OSError:
         return platform.processor() or platform.machine()
-    found = re.search(r"^model name\s*:\s*(.+)$", text, re.M)
+    found = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
     return found.group(1).strip() if found else platform.machine()

@@ -77,8 +77,8 @@ class MoEProblem:
             raise InvalidInputError(f"act_dtype must be bf16, fp16 or fp32, got {self.act_dtype!r}")
         if self.dtype not in ("fp8", self.act_dtype):
             raise InvalidInputError(
-                f"hidden_states ({self.act_dtype}) and weights ({self.dtype}) must share a dtype unless the weights are "
-                "block FP8; convert one of them"
+                f"hidden_states ({self.act_dtype}) and weights ({self.dtype}) must share a dtype unless the weights "
+                "are block FP8; convert one of them"
             )
         if self.activation not in ACTIVATIONS:
             raise InvalidInputError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {self.activation!r}")

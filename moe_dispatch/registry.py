@@ -61,7 +61,7 @@ class Registry(Generic[T]):
             return target
         try:
             loaded = self._import(target)
-        except Exception as error:  # noqa: BLE001 - whatever a foreign module raises at import is its own failure
+        except Exception as error:
             reason = f"{target} does not import: {type(error).__name__}: {error}"
             raise BackendUnavailableError(name, [reason]) from error
         with self._lock:

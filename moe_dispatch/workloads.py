@@ -102,9 +102,10 @@ def _from_config(path: Path) -> Workload:
             raise InvalidInputError(f"{path} names none of {', '.join(keys)}: it is not the config of an MoE model")
         found[letter] = value
     name = str(config.get("_name_or_path") or config.get("model_type") or path.parent.name or path.stem)
+    plain = Workload(name, E=found["E"], topk=found["topk"], K=found["K"], N=found["N"])
     if config.get("model_type") == "gpt_oss":
-        return Workload(name, **found, activation="swiglu_oai", bias=True, interleaved=True)
-    return Workload(name, **found, activation=_config_activation(path, config))
+        return dataclasses.replace(plain, activation="swiglu_oai", bias=True, interleaved=True)
+    return dataclasses.replace(plain, activation=_config_activation(path, config))
 
 
 def _config_activation(path: Path, config: Mapping[str, Any]) -> Activation:
@@ -206,7 +207,7 @@ class RoutingDistribution:
             return torch.zeros(E)
         # E[Σp²] of a symmetric Dirichlet is (α + 1)/(E·α + 1), and its inverse is to be E/f.
         alpha = max((E / self.skew - 1) / (E * (1 - 1 / self.skew)), 1e-3)
-        gamma = torch._standard_gamma(torch.full((E,), alpha), generator=generator)  # noqa: SLF001
+        gamma = torch._standard_gamma(torch.full((E,), alpha), generator=generator)
         return (gamma / gamma.sum()).clamp_(min=1e-30).log_()
 
 

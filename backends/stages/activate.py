@@ -1,10 +1,17 @@
 """The activation between the two products: gate and up rows in, the intermediate out."""
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moe_dispatch.problem import UNGATED, Activation
+from moe_dispatch.experts import FP8
+from moe_dispatch.problem import QUANT_BLOCK, UNGATED, Activation
+
+from ..triton_support import on_triton
+from .quantize import empty_scales, quantize_rows_torch
+from .route import Routing
 
 # gpt-oss's clamped SwiGLU (openai/gpt-oss, `swiglu`): (clamp(up) + 1) · gate · sigmoid(alpha · gate).
 SWIGLU_OAI_ALPHA = 1.702
@@ -35,3 +42,115 @@ def activate_torch(gate_up: Tensor, activation: Activation, *, interleaved: bool
     if activation == "silu":
         return F.silu(gate) * up
     return F.gelu(gate, approximate="tanh" if activation == "gelu_tanh" else "none") * up
+
+
+def activate(
+    gate_up: Tensor,
+    routing: Routing,
+    activation: Activation,
+    *,
+    interleaved: bool = False,
+    bias: Tensor | None = None,
+    topk_ids: Tensor | None = None,
+    pdl: bool = False,
+) -> Tensor:
+    """Apply bias and activation to the rows that hold a slot.
+
+    Args:
+        gate_up: ``[rows, 2N]``, or ``[rows, N]`` for an ungated activation; contiguous.
+        routing: From `route`; rows without a slot are neither read nor written.
+        activation: See `MoEProblem`.
+        interleaved: Whether gate and up columns alternate.
+        bias: ``[E, 2N]`` (``[E, N]`` ungated), added first; needs `topk_ids`.
+        topk_ids: ``[M, topk]``, where a bias is given.
+        pdl: Launch as a programmatic dependent of the kernel before (sm_90).
+
+    Returns:
+        ``[rows, N]`` in gate_up's dtype.
+    """
+    if not on_triton(gate_up):
+        return activate_torch(_biased(gate_up, routing, bias, topk_ids), activation, interleaved=interleaved)
+    out = gate_up.new_empty(gate_up.shape[0], _columns(gate_up, activation))
+    _launch(gate_up, routing, activation, interleaved, bias, topk_ids, out, None, pdl)
+    return out
+
+
+def activate_quantize(
+    gate_up: Tensor,
+    routing: Routing,
+    activation: Activation,
+    *,
+    interleaved: bool = False,
+    bias: Tensor | None = None,
+    topk_ids: Tensor | None = None,
+    column_major_scales: bool = False,
+    pdl: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """`activate`, and the result quantised per row and 128 columns in the same pass.
+
+    Args:
+        gate_up: As for `activate`.
+        routing: As for `activate`.
+        activation: As for `activate`.
+        interleaved: As for `activate`.
+        bias: As for `activate`.
+        topk_ids: As for `activate`.
+        column_major_scales: As for `gather_quantize`.
+        pdl: As for `activate`.
+
+    Returns:
+        e4m3 ``[rows, N]`` and fp32 multipliers ``[rows, ⌈N/128⌉]``.
+    """
+    rows, N = gate_up.shape[0], _columns(gate_up, activation)
+    scale = empty_scales(rows, N, gate_up.device, column_major=column_major_scales)
+    if not on_triton(gate_up):
+        wide = _biased(gate_up, routing, bias, topk_ids).float()
+        codes, plain = quantize_rows_torch(activate_torch(wide, activation, interleaved=interleaved))
+        return codes, scale.copy_(plain)
+    out = torch.empty(rows, N, dtype=FP8, device=gate_up.device)
+    _launch(gate_up, routing, activation, interleaved, bias, topk_ids, out, scale, pdl)
+    return out, scale
+
+
+def _columns(gate_up: Tensor, activation: Activation) -> int:
+    return gate_up.shape[1] if activation in UNGATED else gate_up.shape[1] // 2
+
+
+def _biased(gate_up: Tensor, routing: Routing, bias: Tensor | None, topk_ids: Tensor | None) -> Tensor:
+    if bias is None or topk_ids is None:
+        return gate_up
+    ids = topk_ids.flatten()[routing.slot_of_row.clamp(min=0).long()].long()
+    # A row without a slot may borrow an id that is no expert's.
+    return gate_up + bias[ids.clamp(0, bias.shape[0] - 1)].to(gate_up.dtype)
+
+
+def _launch(
+    gate_up: Tensor,
+    routing: Routing,
+    activation: Activation,
+    interleaved: bool,
+    bias: Tensor | None,
+    topk_ids: Tensor | None,
+    out: Tensor,
+    scale: Tensor | None,
+    pdl: bool,
+) -> None:
+    from .activate_kernel import _moe_activate_kernel
+
+    rows, N = out.shape
+    block_r = 8 if scale is not None and scale.stride(0) == 1 else 4
+    groups = min(4 if block_r == 4 else 2, 1 << (math.ceil(N / QUANT_BLOCK) - 1).bit_length())
+    if rows == 0:
+        return
+    _moe_activate_kernel[(math.ceil(rows / block_r), math.ceil(N / (groups * QUANT_BLOCK)))](
+        # inputs
+        gate_up, routing.slot_of_row, bias, None if bias is None else topk_ids,
+        # outputs
+        out, scale,
+        # shapes
+        rows, N, gate_up.shape[1], scale.stride(0) if scale is not None else 0,
+        scale.stride(1) if scale is not None else 0,
+        # constants
+        ACTIVATION=activation, INTERLEAVED=interleaved, QUANTIZE=scale is not None, BLOCK_R=block_r, GROUPS=groups,
+        PDL=pdl, num_warps=4, **({"launch_pdl": True} if pdl else {}),
+    )  # fmt: skip

@@ -1,0 +1,125 @@
+"""The DeepGEMM backend."""
+
+from typing import ClassVar, Final, Literal
+
+from torch import Tensor
+
+from moe_dispatch.backend import Backend, BackendConfig, Requirements
+from moe_dispatch.experts import ExpertWeights
+from moe_dispatch.problem import QUANT_BLOCK, MoEProblem
+
+from ..stages.combine import combine
+from .layouts import ContiguousRows, MaskedRows, PsumRows, Rows, expected_rows, layout_rows
+from .library import INSTALL_HINT, load, wheel_reasons
+
+Layout = Literal["masked", "psum", "contiguous"]
+
+_ROWS: Final[dict[Layout, type[Rows]]] = {"masked": MaskedRows, "psum": PsumRows, "contiguous": ContiguousRows}
+# Up to here DeepGEMM's masked FP8 GEMM on an H200 comes closer to the floor than the contiguous one.
+_FEW_ROWS: Final = 64
+# The masked layout must hold every slot of the call for every expert; beyond this share of the device's memory that
+# is not a workspace any more.
+_MASKED_MEMORY_SHARE: Final = 1 / 64
+_UE8M0: Final = (10, 0)
+
+
+class DeepGemmConfig(BackendConfig):
+    """How the rows of the experts lie in memory.
+
+    Attributes:
+        layout: ``"masked"``: a fixed number per expert, for few tokens. ``"psum"``: one expert after another, each on a
+            tile. ``"contiguous"``: the same with an expert for each row, which makes DeepGEMM run over the unused tail.
+    """
+
+    layout: Layout = "psum"
+
+
+class DeepGemmBackend(Backend):
+    """DeepGEMM's grouped GEMMs on Hopper, BF16 and block FP8.
+
+    Tokens are gathered (and quantised) straight into its layout with the multipliers as its TMA loads want them, the
+    activation and the second quantisation are one pass, and so is the weighted sum. None of them touches padding.
+
+    DeepGEMM compiles its kernels with nvcc on first use (seconds for each of a few variants per layer) and then takes
+    32 MiB of workspace, so a layer must have run once for a token count before it is captured.
+    """
+
+    name = "deep_gemm"
+    requirements = Requirements(
+        dtypes={"bf16": (9, 0), "fp8": (9, 0)},
+        bias=True,
+        interleaved=True,
+        libraries=("deep_gemm",),
+        # BF16: it asserts whole 64s along what it sums over, K and then N. FP8: whole groups of multipliers there; it
+        # would take a part of one, and neither its tests nor vLLM ever ask for that.
+        multiples={"bf16": {"K": 64, "N": 64}, "fp8": {"K": QUANT_BLOCK, "N": QUANT_BLOCK}},
+        max_capability={"bf16": _UE8M0, "fp8": _UE8M0},
+    )
+    config_type = DeepGemmConfig
+    # FP8: the first product is rounded to BF16 before it is quantised again, so some codes fall on the other side.
+    tolerance: ClassVar = {"bf16": 1e-2, "fp8": 3e-2}
+    install_hint = INSTALL_HINT
+
+    def unavailable_reasons(self) -> tuple[str, ...]:
+        """See `Backend.unavailable_reasons`."""
+        version = self.machine.libraries.get("deep_gemm", "")
+        return (*super().unavailable_reasons(), *wheel_reasons(version, self.machine.torch))
+
+    def further_reasons(self, problem: MoEProblem) -> tuple[str, ...]:
+        """See `Backend.further_reasons`."""
+        if problem.dtype == "fp8" and problem.capability is not None and problem.capability >= _UE8M0:
+            return ("takes packed power-of-two multipliers on sm_100, and the stages write fp32 ones",)
+        return ()
+
+    def configs(self, problem: MoEProblem) -> tuple[DeepGemmConfig, ...]:
+        """See `Backend.configs`."""
+        masked, psum = DeepGemmConfig(layout="masked"), DeepGemmConfig(layout="psum")
+        contiguous = DeepGemmConfig(layout="contiguous")
+        if self.workspace_bytes(problem, masked) > self.machine.memory_bytes * _MASKED_MEMORY_SHARE:
+            return psum, contiguous
+        if problem.dtype == "fp8" and expected_rows(problem.slots, problem.E) <= _FEW_ROWS:
+            return masked, psum, contiguous
+        return psum, masked, contiguous
+
+    def workspace_bytes(self, problem: MoEProblem, config: BackendConfig) -> int:
+        """See `Backend.workspace_bytes`."""
+        rows = layout_rows(_layout(config), problem.slots, problem.E)
+        # Values and multipliers of one input column, in bytes; outputs are BF16.
+        column = 1 + 4 / QUANT_BLOCK if problem.dtype == "fp8" else 2
+        first = problem.K * column + problem.gate_up_rows * 2
+        middle = problem.gate_up_rows * 2 + problem.N * column
+        second = problem.N * column + problem.K * 2
+        return int(rows * max(first, middle, second))
+
+    def run(
+        self,
+        hidden_states: Tensor,
+        experts: ExpertWeights,
+        topk_weights: Tensor,
+        topk_ids: Tensor,
+        config: BackendConfig,
+    ) -> Tensor:
+        """See `Backend.run`.
+
+        Raises:
+            BackendUnavailableError: DeepGEMM does not load.
+        """
+        rows = _ROWS[_layout(config)](load(), experts, topk_ids)
+        # Each buffer is handed on and not named, so that its memory serves the next product.
+        gate_up = rows.multiply(rows.fill(hidden_states), experts.gate_up, experts.gate_up_scale)
+        inner = rows.activate(gate_up)
+        del gate_up
+        y = rows.multiply(inner, experts.down, experts.down_scale)
+        return combine(
+            y,
+            rows.routing.row_of_slot,
+            topk_weights,
+            hidden_states.dtype,
+            down_bias=experts.down_bias,
+            topk_ids=topk_ids,
+        )
+
+
+def _layout(config: BackendConfig) -> Layout:
+    assert isinstance(config, DeepGemmConfig)  # noqa: S101 - the dispatcher made it from config_type
+    return config.layout

@@ -1,0 +1,75 @@
+"""The weighted sum of a token's experts."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from ..triton_support import on_triton
+
+
+def combine(
+    y: Tensor,
+    row_of_slot: Tensor,
+    topk_weights: Tensor,
+    out_dtype: torch.dtype,
+    *,
+    down_bias: Tensor | None = None,
+    topk_ids: Tensor | None = None,
+    pdl: bool = False,
+) -> Tensor:
+    """Sum each token's rows with their weights, in fp32 and in the order of its slots.
+
+    Args:
+        y: ``[rows, K]``, contiguous.
+        row_of_slot: int32 ``[M·topk]``; a slot whose row is -1 adds nothing, whatever its weight, NaN included.
+        topk_weights: fp32 ``[M, topk]``.
+        out_dtype: Of the result.
+        down_bias: ``[E, K]``, added to each row before it is weighed; needs `topk_ids`.
+        topk_ids: ``[M, topk]``, where a bias is given.
+        pdl: Launch as a programmatic dependent of the kernel before (sm_90).
+
+    Returns:
+        ``[M, K]``, fresh memory.
+    """
+    if not on_triton(y):
+        return combine_torch(y, row_of_slot, topk_weights, out_dtype, down_bias=down_bias, topk_ids=topk_ids)
+    from .combine_kernel import _moe_combine_kernel
+
+    M, topk = topk_weights.shape
+    K = y.shape[1]
+    out = torch.empty(M, K, dtype=out_dtype, device=y.device)
+    # Few tokens leave most of the device idle unless each is spread over several programs.
+    block_k = min(1024 if M > 256 else 256, 1 << (K - 1).bit_length())
+    if M:
+        _moe_combine_kernel[(M, math.ceil(K / block_k))](
+            # inputs
+            y, row_of_slot, topk_weights, down_bias, None if down_bias is None else topk_ids,
+            # outputs
+            out,
+            # shapes
+            K,
+            # constants
+            TOPK=topk, BLOCK_K=block_k, PDL=pdl, num_warps=4 if block_k > 256 else 1,
+            **({"launch_pdl": True} if pdl else {}),
+        )  # fmt: skip
+    return out
+
+
+def combine_torch(
+    y: Tensor,
+    row_of_slot: Tensor,
+    topk_weights: Tensor,
+    out_dtype: torch.dtype,
+    *,
+    down_bias: Tensor | None = None,
+    topk_ids: Tensor | None = None,
+) -> Tensor:
+    """The same in torch; the reference of `combine`."""
+    M, topk = topk_weights.shape
+    present = (row_of_slot >= 0).view(M, topk, 1)
+    rows = y.float()[row_of_slot.clamp(min=0).long()].view(M, topk, -1)
+    if down_bias is not None and topk_ids is not None:
+        rows = rows + down_bias.float()[topk_ids.long().clamp(0, down_bias.shape[0] - 1)]
+    weighted = torch.where(present, rows * topk_weights[:, :, None], 0.0)
+    return weighted.sum(dim=1).to(out_dtype)

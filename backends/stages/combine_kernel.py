@@ -1,0 +1,42 @@
+# mypy: disable-error-code="no-untyped-def, no-untyped-call"
+"""Device code of `combine`."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _moe_combine_kernel(
+    # inputs
+    y_ptr,
+    row_of_slot_ptr,
+    weights_ptr,
+    bias_ptr,
+    ids_ptr,
+    # outputs
+    out_ptr,
+    # shapes
+    K,
+    # constants
+    TOPK: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    token = tl.program_id(0).to(tl.int64)
+    offs_k = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
+    mask_k = offs_k < K
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    acc = tl.zeros([BLOCK_K], tl.float32)
+    for j in tl.static_range(TOPK):
+        slot = token * TOPK + j
+        row = tl.load(row_of_slot_ptr + slot).to(tl.int64)
+        # Not read at all without a row: whatever the weight and the memory hold, NaN included, adds nothing.
+        weight = tl.load(weights_ptr + slot, mask=row >= 0, other=0.0)
+        y = tl.load(y_ptr + row * K + offs_k, mask=mask_k & (row >= 0), other=0.0).to(tl.float32)
+        if bias_ptr is not None:
+            expert = tl.load(ids_ptr + slot, mask=row >= 0, other=0).to(tl.int64)
+            y += tl.load(bias_ptr + expert * K + offs_k, mask=mask_k & (row >= 0), other=0.0).to(tl.float32)
+        acc += weight * y
+    tl.store(out_ptr + token * K + offs_k, acc.to(out_ptr.dtype.element_ty), mask=mask_k)

@@ -1,0 +1,47 @@
+"""One id for every slot that is not ours, where a library knows one such id or none."""
+
+import math
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from ..triton_support import on_triton
+
+_BLOCK: Final = 512
+
+
+def mask_slots(topk_ids: Tensor, E: int, masked: int) -> Tensor:
+    """Replace every id outside 0…E-1 by one value, and narrow to int32.
+
+    Args:
+        topk_ids: int32 or int64 ``[M, topk]``.
+        E: Experts.
+        masked: What takes their place.
+
+    Returns:
+        int32 ``[M, topk]``, fresh memory.
+    """
+    if not on_triton(topk_ids):
+        return mask_slots_torch(topk_ids, E, masked)
+    from .mask_slots_kernel import _moe_mask_slots_kernel
+
+    out = torch.empty(topk_ids.shape, dtype=torch.int32, device=topk_ids.device)
+    slots = topk_ids.numel()
+    block = min(_BLOCK, max(32, 1 << (slots - 1).bit_length()))
+    _moe_mask_slots_kernel[(math.ceil(slots / block),)](
+        # inputs
+        topk_ids,
+        # outputs
+        out,
+        # shapes
+        slots, E, masked,
+        # constants
+        BLOCK=block, num_warps=1,
+    )  # fmt: skip
+    return out
+
+
+def mask_slots_torch(topk_ids: Tensor, E: int, masked: int) -> Tensor:
+    """The same in torch; the reference of `mask_slots`."""
+    return torch.where((topk_ids >= 0) & (topk_ids < E), topk_ids, masked).int()

@@ -1,0 +1,26 @@
+# mypy: disable-error-code="no-untyped-def, no-untyped-call"
+"""Device code of `mask_slots`."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _moe_mask_slots_kernel(
+    # inputs
+    ids_ptr,
+    # outputs
+    out_ptr,
+    # shapes
+    slots,
+    E,
+    masked,
+    # constants
+    BLOCK: tl.constexpr,
+):
+    offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    mask = offs < slots
+    # Compared before it is narrowed: an int64 id may be a valid one modulo 2^32.
+    ids = tl.load(ids_ptr + offs, mask=mask, other=0)
+    ours = (ids >= 0) & (ids < E)
+    tl.store(out_ptr + offs, tl.where(ours, ids, masked).to(tl.int32), mask=mask)

@@ -1,0 +1,100 @@
+"""PyTorch's own grouped GEMM over tokens sorted by expert."""
+
+import itertools
+from typing import ClassVar, Final
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from moe_dispatch.backend import Backend, BackendConfig, Requirements
+from moe_dispatch.experts import ExpertWeights
+from moe_dispatch.problem import ELEMENT_BYTES, MoEProblem
+
+from .stages.activate import activate
+from .stages.combine import combine
+from .stages.quantize import gather
+from .stages.route import route
+
+# Where torch has a grouped kernel, and for BF16 only; elsewhere it copies the offsets to the host and loops.
+_FUSED_MAJORS: Final = (9, 10)
+
+
+class TorchGroupedBackend(Backend):
+    """Two `torch.nn.functional.grouped_mm` over the rows of the experts, side by side without padding.
+
+    BF16 on compute capability 9.x and 10.x runs one kernel per product, without a host synchronisation. Anything else
+    torch computes expert by expert, after it has waited for the offsets: correct, but not to be captured. The CPU is
+    such a case, and there this is still the fastest that torch offers.
+
+    Rows past the last expert's end, where slots with an id outside 0…E-1 leave some, are neither computed nor
+    initialised by torch, and no stage reads them.
+    """
+
+    name = "torch_grouped"
+    requirements = Requirements(
+        dtypes={"bf16": (8, 0), "fp16": (8, 0), "fp32": (8, 0)},
+        act_dtypes=frozenset({"bf16", "fp16", "fp32"}),
+        cpu=True,
+        bias=True,
+        interleaved=True,
+        # torch refuses operands whose rows do not start on 16 bytes.
+        multiples={"bf16": {"K": 8, "N": 8}, "fp16": {"K": 8, "N": 8}, "fp32": {"K": 4, "N": 4}},
+    )
+    tolerance: ClassVar = {"bf16": 1e-2, "fp16": 2e-3, "fp32": 1e-3}
+
+    def further_reasons(self, problem: MoEProblem) -> tuple[str, ...]:
+        """See `Backend.further_reasons`."""
+        if problem.mode == "graph" and not _fused(problem):
+            where = "on a CPU" if problem.capability is None else "on sm_{}{}".format(*problem.capability)
+            return (
+                "can be captured in a CUDA graph for bf16 on compute capability 9.x and 10.x only, got "
+                f"{problem.dtype} {where}, where torch copies the offsets to the host",
+            )
+        return ()
+
+    def workspace_bytes(self, problem: MoEProblem, config: BackendConfig) -> int:  # noqa: ARG002
+        """See `Backend.workspace_bytes`."""
+        # No more than two of the four buffers are alive at a time.
+        widths = (problem.K, problem.gate_up_rows, problem.N, problem.K)
+        widest = max(a + b for a, b in itertools.pairwise(widths))
+        return problem.slots * widest * ELEMENT_BYTES[problem.act_dtype]
+
+    def measured_versions(self) -> dict[str, str]:
+        """See `Backend.measured_versions`."""
+        return {"torch": self.machine.torch}
+
+    def run(
+        self,
+        hidden_states: Tensor,
+        experts: ExpertWeights,
+        topk_weights: Tensor,
+        topk_ids: Tensor,
+        config: BackendConfig,  # noqa: ARG002 - torch chooses its tiles itself
+    ) -> Tensor:
+        """See `Backend.run`."""
+        routing = route(topk_ids, experts.E)
+        gate_up = F.grouped_mm(
+            gather(hidden_states, routing, topk_ids.shape[1]), experts.gate_up.transpose(1, 2), offs=routing.ends
+        )
+        inner = activate(
+            gate_up,
+            routing,
+            experts.activation,
+            interleaved=experts.interleaved,
+            bias=experts.gate_up_bias,
+            topk_ids=topk_ids,
+        )
+        del gate_up  # so that the allocator can hand its memory to the product that follows
+        y = F.grouped_mm(inner, experts.down.transpose(1, 2), offs=routing.ends)
+        return combine(
+            y,
+            routing.row_of_slot,
+            topk_weights,
+            hidden_states.dtype,
+            down_bias=experts.down_bias,
+            topk_ids=topk_ids,
+        )
+
+
+def _fused(problem: MoEProblem) -> bool:
+    return problem.dtype == "bf16" and problem.capability is not None and problem.capability[0] in _FUSED_MAJORS

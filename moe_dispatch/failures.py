@@ -1,0 +1,38 @@
+"""What an exception from a backend means: lack of memory, a lost device, or its own failure."""
+
+from typing import Final
+
+import torch
+
+# CUDA errors after which every later call in the process fails too.
+_LOST_DEVICE: Final = (
+    "illegal memory access",
+    "device-side assert",
+    "unspecified launch failure",
+    "misaligned address",
+    "illegal instruction",
+    "invalid program counter",
+    "hardware stack error",
+    "uncorrectable ecc error",
+)
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether memory, of the device or the host, was what lacked."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    text = str(error).lower()
+    return isinstance(error, RuntimeError) and ("out of memory" in text or "can't allocate memory" in text)
+
+
+def lost_device(error: BaseException) -> bool:
+    """Whether the CUDA context is gone."""
+    text = str(error).lower()
+    return isinstance(error, RuntimeError) and any(sign in text for sign in _LOST_DEVICE)
+
+
+def summary(error: BaseException) -> str:
+    """Type and first line, short enough for a warning."""
+    lines = str(error).strip().splitlines()
+    first = lines[0] if lines else "no message"
+    return f"{type(error).__name__}: {first[:300]}"

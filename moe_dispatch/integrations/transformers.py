@@ -1,0 +1,248 @@
+"""`moe_forward` inside Hugging Face transformers (5.17 and newer): one registration, then a name to ask for.
+
+    from moe_dispatch.integrations.transformers import register
+
+    register()
+    model = AutoModelForCausalLM.from_pretrained(name, experts_implementation="moe_dispatch")
+
+A loaded model takes ``model.set_experts_implementation("moe_dispatch")``. Layers whose gate or storage no backend
+computes keep the model's own implementation, with one warning that says why.
+"""
+
+import inspect
+import warnings
+import weakref
+from dataclasses import dataclass
+from typing import Any, Final
+
+import torch
+from torch import Tensor, nn
+
+from moe_dispatch.api import moe_forward
+from moe_dispatch.backends.stages.activate import activate_torch
+from moe_dispatch.errors import MoEDispatchWarning
+from moe_dispatch.experts import DTYPE_NAMES, FP8, ExpertWeights
+from moe_dispatch.problem import ACTIVATIONS, QUANT_BLOCK, UNGATED, Activation
+
+NAME: Final = "moe_dispatch"
+# fp32 rounding apart, a known activation agrees exactly; GELU and its tanh form already differ by 5e-4.
+_GATE_TOLERANCE: Final = 1e-5
+
+
+def register() -> None:
+    """Make ``experts_implementation="moe_dispatch"`` known to transformers, for plain and for block-FP8 models.
+
+    Memory: the layer's tensors are used as they are, except where a model stores them transposed (gpt-oss): such a
+    layer gets one contiguous copy of its weights at its first call, kept as long as the weights do not change.
+
+    Raises:
+        ImportError: transformers is missing or older than 5.17.
+    """
+    try:
+        from transformers.integrations.finegrained_fp8 import FP8ExpertsInterface
+        from transformers.integrations.moe import ExpertsInterface
+    except ImportError as error:
+        raise ImportError(
+            "the transformers integration needs transformers 5.17 or newer: pip install 'moe-dispatch[transformers]'"
+        ) from error
+    ExpertsInterface.register(NAME, experts_forward)
+    FP8ExpertsInterface.register(NAME, experts_forward)
+
+
+def experts_forward(module: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    """An experts module's forward: what transformers calls once registered.
+
+    Args:
+        module: One that transformers decorated with ``use_experts_implementation``.
+        hidden_states: ``[M, K]``.
+        top_k_index: ``[M, topk]``; an id equal to the number of experts is expert parallelism's "not mine".
+        top_k_weights: ``[M, topk]``.
+
+    Returns:
+        ``[M, K]``.
+    """
+    layout = _layouts.get(module)
+    if layout is None:
+        layout = _layouts[module] = _inspect(module)
+    reason = layout.unfit or _unfit_call(module, layout, hidden_states)
+    if reason:
+        _warn_once(module, reason)
+        return _own_forward(module, hidden_states, top_k_index, top_k_weights)
+    return moe_forward(hidden_states, _experts(module, layout), top_k_weights, top_k_index)
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """How a module stores its experts, or why it cannot be taken over.
+
+    Attributes:
+        tensors: Attribute names in the order gate_up, down, then scales (FP8) or biases.
+        activation: What its gate computes.
+        interleaved: Whether gate and up rows alternate.
+        transposed: Whether the weights are ``[E, in, out]``.
+        unfit: Why the module keeps its own implementation; empty if it is taken over.
+    """
+
+    tensors: tuple[str, ...] = ()
+    activation: Activation = "silu"
+    interleaved: bool = False
+    transposed: bool = False
+    unfit: str = ""
+
+    @property
+    def up(self) -> str:
+        return self.tensors[0]
+
+
+@dataclass(frozen=True)
+class _Held:
+    """Weights built for one state of a module's tensors.
+
+    Attributes:
+        state: Of each tensor: address, version, dtype. In-place updates, adapters and moves change it.
+        sources: The tensors themselves, weakly: an address may be reused by another tensor.
+        experts: What was built.
+    """
+
+    state: tuple[tuple[int, int, torch.dtype], ...]
+    sources: tuple["weakref.ref[Tensor]", ...]
+    experts: ExpertWeights
+
+
+# Weak in the module, so that a deleted model takes its entries with it.
+_layouts: "weakref.WeakKeyDictionary[nn.Module, _Layout]" = weakref.WeakKeyDictionary()
+_held: "weakref.WeakKeyDictionary[nn.Module, _Held]" = weakref.WeakKeyDictionary()
+_warned: set[tuple[type, str]] = set()
+
+
+def _inspect(module: nn.Module) -> _Layout:
+    gated = bool(getattr(module, "has_gate", True))
+    up = "gate_up_proj" if gated else "up_proj"
+    weight = getattr(module, up, None)
+    if not isinstance(weight, Tensor) or not isinstance(getattr(module, "down_proj", None), Tensor):
+        return _Layout(unfit=f"it has no tensors {up} and down_proj")
+    interleaved = gated and not getattr(module, "is_concatenated", True)
+    activation = _recognised_gate(module, gated, interleaved)
+    if activation is None:
+        gate = type(module)._apply_gate.__qualname__ if gated else "act_fn"  # type: ignore[attr-defined]
+        return _Layout(unfit=f"its gate ({gate}) is none of {', '.join(ACTIVATIONS)}")
+    names: tuple[str, ...] = (up, "down_proj")
+    if weight.dtype == FP8:
+        if unfit := _unfit_fp8(module):
+            return _Layout(unfit=unfit)
+        names += (f"{up}_scale_inv", "down_proj_scale_inv")
+    elif getattr(module, "has_bias", False):
+        names += (f"{up}_bias", "down_proj_bias")
+    return _Layout(names, activation, interleaved, bool(getattr(module, "is_transposed", False)))
+
+
+def _unfit_fp8(module: nn.Module) -> str:
+    block = getattr(module, "block_size", None)
+    if block is None or tuple(block) != (QUANT_BLOCK, QUANT_BLOCK):
+        return f"its FP8 blocks are {block}, and {QUANT_BLOCK}×{QUANT_BLOCK} is what the backends take"
+    scheme = getattr(module, "activation_scheme", "dynamic")
+    if scheme != "dynamic":
+        return f"its FP8 activation scheme is {scheme!r}, and the backends quantise dynamically"
+    scale = module.down_proj_scale_inv
+    if scale.dtype != torch.float32:
+        return f"its FP8 scales are {scale.dtype}, and the backends take float32"
+    return ""
+
+
+def _recognised_gate(module: Any, gated: bool, interleaved: bool) -> Activation | None:
+    """Which activation the module's gate computes, found by running it on numbers that tell all of ours apart.
+
+    Names would not do: a gate may clamp at a limit of its own, and hub kernels replace activations under one name.
+    """
+    function = getattr(module, "act_fn", None)
+    if isinstance(function, nn.Module) and any(True for _ in function.parameters()):
+        return None  # it learns: what it computes today is not what it computes tomorrow
+    # Values beyond every clamp limit in use, and dense ones where GELU and its tanh form differ.
+    gate = torch.cat([torch.linspace(-14.0, 14.0, 113), torch.tensor([-1e3, -40.0, 40.0, 1e3])])
+    up = gate.roll(37)
+    columns = torch.stack([gate, up], dim=1).flatten() if interleaved else torch.cat([gate, up])
+    columns = (columns if gated else gate)[None]
+    try:
+        with torch.no_grad():
+            computed = module._apply_gate(columns) if gated else module.act_fn(columns)
+    except Exception:  # noqa: BLE001 - a gate that needs other inputs is simply not one of ours
+        return None
+    for activation in ACTIVATIONS:
+        if (activation not in UNGATED) != gated:
+            continue
+        expected = activate_torch(columns, activation, interleaved=interleaved)
+        if computed.shape == expected.shape and torch.allclose(
+            computed.float(), expected, rtol=_GATE_TOLERANCE, atol=_GATE_TOLERANCE
+        ):
+            return activation
+    return None
+
+
+def _unfit_call(module: nn.Module, layout: _Layout, hidden_states: Tensor) -> str:
+    weight = getattr(module, layout.up)
+    if type(weight) not in (Tensor, nn.Parameter):
+        return f"its weights are {type(weight).__name__}, and the backends take plain tensors"
+    if weight.dtype not in DTYPE_NAMES or weight.device.type not in ("cpu", "cuda"):
+        return f"its weights are {weight.dtype} on {weight.device}"
+    if weight.dtype not in (FP8, hidden_states.dtype):
+        return f"hidden_states are {hidden_states.dtype} and its weights {weight.dtype} (autocast?)"
+    if layout.transposed and _offloaded(module):
+        return "its weights are offloaded and stored transposed: every call would copy them"
+    return ""
+
+
+def _experts(module: nn.Module, layout: _Layout) -> ExpertWeights:
+    sources = tuple(getattr(module, name) for name in layout.tensors)
+    differentiable = sources[0].dtype != FP8 and torch.is_grad_enabled() and any(one.requires_grad for one in sources)
+    # Kept weights would hold what an offloading hook means to free, and the graph of a step that is over; inference
+    # tensors do not count their changes.
+    if differentiable or _offloaded(module) or any(one.is_inference() for one in sources):
+        return _build(layout, sources if differentiable else tuple(one.detach() for one in sources))
+    state = tuple((one.data_ptr(), one._version, one.dtype) for one in sources)
+    held = _held.get(module)
+    if held and held.state == state and all(ref() is one for ref, one in zip(held.sources, sources, strict=True)):
+        return held.experts
+    experts = _build(layout, tuple(one.detach() for one in sources))
+    _held[module] = _Held(state, tuple(weakref.ref(one) for one in sources), experts)
+    return experts
+
+
+def _build(layout: _Layout, sources: tuple[Tensor, ...]) -> ExpertWeights:
+    gate_up, down, *others = sources
+    if layout.transposed:
+        gate_up, down = gate_up.transpose(1, 2), down.transpose(1, 2)
+    named: dict[str, Tensor] = {}
+    if others:
+        kinds = ("gate_up_scale", "down_scale") if gate_up.dtype == FP8 else ("gate_up_bias", "down_bias")
+        named = {kind: one.contiguous() for kind, one in zip(kinds, others, strict=True)}
+    return ExpertWeights(
+        gate_up.contiguous(),
+        down.contiguous(),
+        **named,
+        activation=layout.activation,
+        interleaved=layout.interleaved,
+    )
+
+
+def _offloaded(module: nn.Module) -> bool:
+    """Whether an accelerate hook brings the weights before each call and frees them after it."""
+    hook = getattr(module, "_hf_hook", None)
+    return any(getattr(one, "offload", False) for one in (hook, *getattr(hook, "hooks", ())))
+
+
+def _own_forward(module: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    """The forward beneath every wrapper: transformers wraps an FP8 class once for each of a model's layers."""
+    own = inspect.unwrap(type(module).forward)
+    out: Tensor = own(module, hidden_states, top_k_index, top_k_weights)
+    return out
+
+
+def _warn_once(module: nn.Module, reason: str) -> None:
+    kind = (type(module), reason)
+    if kind not in _warned:
+        _warned.add(kind)
+        warnings.warn(
+            f"{type(module).__name__} keeps its own implementation, undispatched but right: {reason}",
+            MoEDispatchWarning,
+            stacklevel=2,
+        )

@@ -1,0 +1,49 @@
+"""Where measurements and quarantine live on disk, and how they are written: whole or not at all."""
+
+import contextlib
+import fcntl
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+
+def cache_dir() -> Path:
+    """``MOE_DISPATCH_CACHE_DIR``, else ``$XDG_CACHE_HOME/moe_dispatch``, else ``~/.cache/moe_dispatch``."""
+    if named := os.environ.get("MOE_DISPATCH_CACHE_DIR"):
+        return Path(named).expanduser()
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "moe_dispatch"
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replace a file's content in one step: a reader sees the old text or the new, a full disk leaves the old.
+
+    Raises:
+        OSError: The directory cannot be made or written; nothing was changed.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+        raise
+
+
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Hold an exclusive lock beside `path` while reading, merging and replacing it; other processes wait.
+
+    Raises:
+        OSError: The lock file cannot be made.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.with_name(f".{path.name}.lock").open("a", encoding="utf-8") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)  # released when the file is closed, also by a process that dies
+        yield
