@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -57,7 +56,9 @@ def moe_forward(
     _check(hidden_states, experts, topk_weights, topk_ids)
     if torch.compiler.is_compiling():
         if experts.wants_grad(hidden_states, topk_weights):
-            return _outside_the_graph(hidden_states, experts, topk_weights, topk_ids, backend)
+            from moe_dispatch.uncompiled import dispatch_uncompiled
+
+            return dispatch_uncompiled(hidden_states, experts, topk_weights, topk_ids, backend)
         return ops.call(hidden_states, experts, topk_weights, topk_ids, backend)
     return dispatch(hidden_states, experts, topk_weights, topk_ids, backend)
 
@@ -82,10 +83,6 @@ def dispatch(
 @functools.cache
 def _several_gpus() -> bool:
     return torch.cuda.device_count() > 1
-
-
-# The reference's loop launches what the routing asks for, which no graph can hold.
-_outside_the_graph: Callable[..., Tensor] = torch.compiler.disable(dispatch)  # type: ignore[no-untyped-call]
 
 
 def warm_up(experts: ExpertWeights, topk: int, tokens: list[int], act_dtype: torch.dtype | None = None) -> None:

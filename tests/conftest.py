@@ -1,0 +1,57 @@
+"""Every test starts with a fresh dispatcher, its own cache directory, and memory that is poisoned, not zero."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    # Before anything imports Triton: without a GPU kernels run in its interpreter.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+from moe_dispatch.dispatcher import reset_dispatchers
+from moe_dispatch.settings import settings
+
+GARBAGE = 0x3F3F3F3F  # what fresh integer memory holds here: far outside every index range
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    skip = pytest.mark.skip(reason="needs a CUDA device")
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(skip)
+
+
+@pytest.fixture(autouse=True)
+def fresh_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    for variable in ("BACKEND", "POLICY", "DISABLE", "LOG_LEVEL"):
+        monkeypatch.delenv(f"MOE_DISPATCH_{variable}", raising=False)
+    monkeypatch.setenv("MOE_DISPATCH_CACHE_DIR", str(tmp_path / "cache"))
+    settings.cache_clear()
+    reset_dispatchers()
+    yield
+    settings.cache_clear()
+    reset_dispatchers()
+
+
+def poison(tensor: torch.Tensor) -> torch.Tensor:
+    """Fill with what nobody may read: NaN, or integers far out of range."""
+    if tensor.is_floating_point():
+        # fill_ does not take every 8-bit type: e4m3's NaN is all ones.
+        return (
+            tensor.view(torch.uint8).fill_(0x7F).view(tensor.dtype) if tensor.itemsize == 1 else tensor.fill_(torch.nan)
+        )
+    return tensor.fill_(GARBAGE) if tensor.dtype in (torch.int32, torch.int64) else tensor
+
+
+@pytest.fixture
+def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make torch.empty and its kin hand out poison, so that an unwritten element cannot pass for a zero."""
+    empty, empty_like, new_empty = torch.empty, torch.empty_like, torch.Tensor.new_empty
+    monkeypatch.setattr(torch, "empty", lambda *a, **k: poison(empty(*a, **k)))
+    monkeypatch.setattr(torch, "empty_like", lambda *a, **k: poison(empty_like(*a, **k)))
+    monkeypatch.setattr(torch.Tensor, "new_empty", lambda *a, **k: poison(new_empty(*a, **k)))
