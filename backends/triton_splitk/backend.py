@@ -37,7 +37,9 @@ class TritonSplitKBackend(Backend):
     def __init__(self, machine: Machine) -> None:
         super().__init__(machine)
         self._features = features(machine)
-        self._descriptors: WeakKeyDictionary[ExpertWeights, dict[int | tuple[int, int], Any]] = WeakKeyDictionary()
+        self._descriptors: WeakKeyDictionary[ExpertWeights, dict[tuple[int, int], tuple[Any, Any]]] = (
+            WeakKeyDictionary()
+        )
 
     def further_reasons(self, problem: MoEProblem) -> tuple[str, ...]:
         """See `Backend.further_reasons`."""
@@ -88,10 +90,12 @@ class TritonSplitKBackend(Backend):
 
         if config.splits_gate_up > 1:
             parts = 2 if experts.gated else 1
-            shape, dtype = (config.splits_gate_up, parts, S, experts.N), torch.float32
+            shape: tuple[int, ...] = (config.splits_gate_up, parts, S, experts.N)
+            dtype = torch.float32
         else:
             # In fp32 for block FP8, so that it is quantised from what the reference quantises.
-            shape, dtype = (S, experts.N), torch.float32 if experts.dtype == "fp8" else hidden_states.dtype
+            shape = (S, experts.N)
+            dtype = torch.float32 if experts.dtype == "fp8" else hidden_states.dtype
         inner = torch.empty(shape, dtype=dtype, device=device)
 
         if config.mode == "atomic":

@@ -55,6 +55,8 @@ class SplitKConfig(BackendConfig):
 # CTAs per multiprocessor that keep its share of the memory system busy: one's weights travel while the other computes.
 _CTAS_PER_SM: Final = 2
 _MOST_STAGES: Final = 6
+# A wider tile must not make the pipeline shallower than this.
+_DEEP_STAGES: Final = 3
 # A split shorter than this spends its time filling the pipeline.
 _LEAST_BLOCKS_PER_SPLIT: Final = 4
 
@@ -62,7 +64,6 @@ _LEAST_BLOCKS_PER_SPLIT: Final = 4
 def default_config(problem: MoEProblem, device: Features) -> SplitKConfig:
     """The configuration that fills the device with the expected number of hit experts; nothing in it was measured."""
     block_k = _block_k(problem)
-    parts = 2 if problem.gated else 1
     hit = max(problem.expected_experts, 1.0)
     wanted = _CTAS_PER_SM * device.sms
 
@@ -70,13 +71,16 @@ def default_config(problem: MoEProblem, device: Features) -> SplitKConfig:
         return hit * math.ceil(rows / block_n)
 
     fewest_rows = min(problem.gate_up_rows, problem.K)
+    budget = device.shared_memory // _CTAS_PER_SM
     block_n: Literal[32, 64, 128] = 32
     for wider in (64, 128):
-        if ctas(fewest_rows, wider) >= wanted and wider <= fewest_rows:
+        tile = SplitKConfig(block_m=_block_m(problem), block_n=wider, block_k=block_k)
+        deep = with_stages(problem, tile, budget).num_stages >= _DEEP_STAGES
+        if deep and wider <= fewest_rows and ctas(fewest_rows, wider) >= wanted:
             block_n = wider
-    # Partial sums of gate_up cost the second product more than a few idle multiprocessors do: only for less than one
-    # CTA each. Those of down cost the reduction a little.
-    splits_gate_up = _splits(device.sms / ctas(problem.N * parts, block_n), math.ceil(problem.K / block_k))
+    # Partial sums of gate_up cost the second product registers and stages, so only where half of the device would be
+    # idle. Those of down cost the reduction a little.
+    splits_gate_up = _splits(device.sms / 2 / ctas(problem.gate_up_rows, block_n), math.ceil(problem.K / block_k))
     splits_down = _splits(wanted / ctas(problem.K, block_n), math.ceil(problem.N / block_k))
     config = SplitKConfig(
         block_m=_block_m(problem),
@@ -88,7 +92,7 @@ def default_config(problem: MoEProblem, device: Features) -> SplitKConfig:
         grid="slots" if problem.slots <= problem.E else "experts",
         pdl=device.pdl,
     )
-    return with_stages(problem, config, device.shared_memory // _CTAS_PER_SM)
+    return with_stages(problem, config, budget)
 
 
 def candidate_configs(problem: MoEProblem, device: Features) -> tuple[SplitKConfig, ...]:

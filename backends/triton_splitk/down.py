@@ -1,4 +1,4 @@
-# mypy: disable-error-code="no-untyped-def, no-untyped-call"
+# mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"
 """The second product of a decode layer: down's rows times the intermediate of each hit expert's tokens."""
 
 from typing import TYPE_CHECKING, Any
@@ -49,7 +49,7 @@ def _moe_splitk_down_kernel(
     last_block = tl.minimum(first_block + share, blocks)
     if PDL:
         # Ids and weights were there before gate_up began: its last wave leaves time to fetch the first of ours.
-        if count > 0:
+        if count > 0:  # noqa: SIM102 - `and` evaluates both on the device
             if first_block < blocks:
                 moe_prefetch(w_rows, first_block * BLOCK_K, N, 2 * BLOCK_K)
         # Idle CTAs wait too: a kernel that ends before its predecessor would release its successor too early.
@@ -71,14 +71,34 @@ def _moe_splitk_down_kernel(
     for skip in range(0, count, BLOCK_M):
         slots, mask_m = moe_take_slots(ids_ptr, start, S, e, skip, BLOCK_M)
         acc = moe_stream(
-            w_rows, weight_descriptor, e.to(tl.int32), tile * ROWS, w_scales,
-            inner_ptr + slots.to(tl.int64) * N, gate_bias, up_bias, plane, mask_m,
-            first_block, last_block, N,
-            ROWS, BLOCK_M, BLOCK_K, EVEN_N, TMA, FP8, SPLITS_GATE_UP, GATED, INTERLEAVED, HAS_BIAS, ACTIVATION,
+            w_rows,
+            weight_descriptor,
+            e.to(tl.int32),
+            tile * ROWS,
+            w_scales,
+            inner_ptr + slots.to(tl.int64) * N,
+            gate_bias,
+            up_bias,
+            plane,
+            mask_m,
+            first_block,
+            last_block,
+            N,
+            ROWS,
+            BLOCK_M,
+            BLOCK_K,
+            EVEN_N,
+            TMA,
+            FP8,
+            SPLITS_GATE_UP,
+            GATED,
+            INTERLEAVED,
+            HAS_BIAS,
+            ACTIVATION,
         )  # [ROWS, BLOCK_M]
         mask = mask_r[:, None] & mask_m[None, :]
         if ATOMIC:
-            if HAS_BIAS:
+            if HAS_BIAS:  # noqa: SIM102 - the nested form compiles away without a bias
                 if split == 0:
                     acc += tl.load(bias_ptr + expert * K + offs_r, mask=mask_r, other=0.0).to(tl.float32)[:, None]
             acc *= tl.load(topk_weights_ptr + slots, mask=mask_m, other=0.0)[None, :]

@@ -1,8 +1,9 @@
-# mypy: disable-error-code="no-untyped-def, no-untyped-call"
+# mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"
 """What both products share on the device: how a CTA finds its tokens, and the loop that streams weights past them.
 
 The product is transposed. A decode expert has a handful of tokens and thousands of weight rows, so the rows take the
-wide side of the tensor core and the tokens its narrow one: acc[ROWS, BLOCK_M] = W[ROWS, BLOCK_K] @ xᵀ[BLOCK_K, BLOCK_M].
+wide side of the tensor core and the tokens its narrow one:
+acc[ROWS, BLOCK_M] = W[ROWS, BLOCK_K] @ xᵀ[BLOCK_K, BLOCK_M].
 """
 
 import triton
@@ -48,7 +49,7 @@ def moe_take_slots(ids_ptr, start, S, e, skip, BLOCK_M: tl.constexpr):
 
 @triton.jit
 def moe_slots_to_serve(ids_ptr, owner, S, e, E, BLOCK_M: tl.constexpr, BY_SLOT: tl.constexpr):
-    """How many slots this CTA serves: 0 if none; by slot, 1 for the slot that leads a group of BLOCK_M of one expert."""
+    """Slots that this CTA serves, 0 if none; by slot: 1 if its slot leads a group of BLOCK_M of one expert."""
     count = ((e >= 0) & (e < E)).to(tl.int32)
     if BY_SLOT:
         if count > 0:
@@ -64,7 +65,7 @@ def moe_prefetch(rows, first, K, BLOCK_K: tl.constexpr):
     """Bring the first BLOCK_K columns of each weight row to the L2 without waiting for them."""
     bits: tl.constexpr = rows.dtype.element_ty.primitive_bitwidth
     step: tl.constexpr = _LINE_BYTES * 8 // bits
-    lines: tl.constexpr = BLOCK_K // step if BLOCK_K > step else 1
+    lines: tl.constexpr = BLOCK_K // step if step < BLOCK_K else 1
     columns = tl.minimum(first + tl.arange(0, lines) * step, K - 1)
     addresses = (rows[:, None] + columns[None, :]).to(tl.int64, bitcast=True)  # [ROWS, lines]
     tl.inline_asm_elementwise(
@@ -117,12 +118,23 @@ def moe_stream(
     FP8: tl.constexpr, SPLITS: tl.constexpr, GATED: tl.constexpr, INTERLEAVED: tl.constexpr,
     HAS_BIAS: tl.constexpr, ACTIVATION: tl.constexpr,
 ):  # fmt: skip
-    """acc ``[ROWS, BLOCK_M]`` in fp32 of a tile's weights and the token operand over blocks of K."""
+    """The fp32 product ``[ROWS, BLOCK_M]`` of a tile's weights and the token operand over blocks of K."""
     acc = tl.zeros([ROWS, BLOCK_M], dtype=tl.float32)
     for block in range(first_block, last_block):
         offs_k = block * BLOCK_K + tl.arange(0, BLOCK_K)
         x = _moe_load_operand(
-            x_rows, gate_bias, up_bias, plane, offs_k, K, mask_m, SPLITS, GATED, INTERLEAVED, HAS_BIAS, ACTIVATION,
+            x_rows,
+            gate_bias,
+            up_bias,
+            plane,
+            offs_k,
+            K,
+            mask_m,
+            SPLITS,
+            GATED,
+            INTERLEAVED,
+            HAS_BIAS,
+            ACTIVATION,
             EVEN_K,
         )
         if TMA:
