@@ -58,7 +58,8 @@ def moe_forward(
         if experts.wants_grad(hidden_states, topk_weights):
             from moe_dispatch.uncompiled import dispatch_uncompiled
 
-            return dispatch_uncompiled(hidden_states, experts, topk_weights, topk_ids, backend)
+            out: Tensor = dispatch_uncompiled(hidden_states, experts, topk_weights, topk_ids, backend)
+            return out
         return ops.call(hidden_states, experts, topk_weights, topk_ids, backend)
     return dispatch(hidden_states, experts, topk_weights, topk_ids, backend)
 

@@ -104,6 +104,7 @@ class Dispatcher:
         self._plans: dict[PlanKey, Plan] = {}
         self._proven: set[tuple[str, BackendConfig, MoEProblem]] = set()
         self._stats: dict[str, BackendStats] = {}
+        self._warned_of_memory: set[str] = set()
         self._last: Plan | None = None
         self._lock = threading.RLock()
 
@@ -395,6 +396,9 @@ class Dispatcher:
         return DeviceLostError([name], error)
 
     def _warn_of_memory(self, plan: Plan, error: Exception, instead: str) -> None:
+        if plan.choice.backend in self._warned_of_memory:
+            return  # the halves of a call run out in turn, and the next call again
+        self._warned_of_memory.add(plan.choice.backend)
         warnings.warn(
             f"backend {plan.choice.backend!r} ran out of memory on {plan.problem} ({failures.summary(error)}); "
             f"{instead}. Leave more memory free (a smaller KV cache, say) to avoid this.",

@@ -1,0 +1,151 @@
+"""Backends and policies that misbehave for real: they raise, lie, hang and die as foreign code does."""
+
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from moe_dispatch import Backend, BackendConfig, Choice, ExpertWeights, Machine, MoEProblem, Policy, Requirements
+from moe_dispatch.backends.reference import ReferenceBackend, ReferenceConfig
+from moe_dispatch.registry import BACKENDS, POLICIES
+
+ANYTHING = Requirements(
+    dtypes={"bf16": (0, 0), "fp16": (0, 0), "fp32": (0, 0), "fp8": (0, 0)},
+    act_dtypes=frozenset({"bf16", "fp16", "fp32"}),
+    cpu=True,
+    bias=True,
+    interleaved=True,
+)
+
+
+class Honest(Backend):
+    """Right, by way of the reference."""
+
+    name = "honest"
+    requirements = ANYTHING
+    needs_probe = False
+
+    def run(
+        self,
+        hidden_states: Tensor,
+        experts: ExpertWeights,
+        topk_weights: Tensor,
+        topk_ids: Tensor,
+        config: BackendConfig,
+    ) -> Tensor:
+        reference = ReferenceBackend(self.machine)
+        out: Tensor = reference.run(hidden_states, experts, topk_weights, topk_ids, ReferenceConfig())
+        return out
+
+
+class Raising(Honest):
+    """Accepts and then raises."""
+
+    name = "raising"
+
+    def run(self, *_: object, **__: object) -> Tensor:
+        raise RuntimeError("the launch failed\nwith a second line")
+
+
+class Lying(Honest):
+    """Returns wrong numbers; foreign, so its probe should find out."""
+
+    name = "lying"
+    needs_probe = True
+
+    def run(
+        self,
+        hidden_states: Tensor,
+        experts: ExpertWeights,
+        topk_weights: Tensor,
+        topk_ids: Tensor,
+        config: BackendConfig,
+    ) -> Tensor:
+        return super().run(hidden_states, experts, topk_weights, topk_ids, config) * 1.5
+
+
+class NaN(Honest):
+    """Returns NaN; foreign."""
+
+    name = "nan"
+    needs_probe = True
+
+    def run(self, hidden_states: Tensor, *_: object, **__: object) -> Tensor:
+        return torch.full_like(hidden_states, torch.nan)
+
+
+class Greedy(Honest):
+    """Runs out of memory above a number of tokens."""
+
+    name = "greedy"
+    most_tokens = 0
+
+    def workspace_bytes(self, problem: MoEProblem, config: BackendConfig) -> int:
+        return 1 << 40
+
+    def run(
+        self,
+        hidden_states: Tensor,
+        experts: ExpertWeights,
+        topk_weights: Tensor,
+        topk_ids: Tensor,
+        config: BackendConfig,
+    ) -> Tensor:
+        if hidden_states.shape[0] > self.most_tokens:
+            raise torch.OutOfMemoryError(f"tried to allocate for {hidden_states.shape[0]} tokens")
+        return super().run(hidden_states, experts, topk_weights, topk_ids, config)
+
+
+class Losing(Honest):
+    """Loses the CUDA context."""
+
+    name = "losing"
+
+    def run(self, *_: object, **__: object) -> Tensor:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+
+class Killing(Honest):
+    """Kills the process, as a segmentation fault does."""
+
+    name = "killing"
+
+    def run(self, *_: object, **__: object) -> Tensor:
+        os.kill(os.getpid(), signal.SIGKILL)
+        raise AssertionError
+
+
+FAKES: tuple[type[Backend], ...] = (Honest, Raising, Lying, NaN, Greedy, Losing, Killing)
+
+
+@contextmanager
+def ranked(*backends: type[Backend] | str) -> Iterator[None]:
+    """Register fake backends and a policy ``fixed`` that ranks just these, in this order."""
+    names = []
+    for one in backends:
+        if isinstance(one, str):
+            names.append(one)
+            continue
+        BACKENDS.register(one.name, one)
+        names.append(one.name)
+
+    class Fixed(Policy):
+        name = "fixed"
+
+        def __init__(self, machine: Machine) -> None:
+            super().__init__(machine)
+
+        def rank(self, problem: MoEProblem) -> tuple[Choice, ...]:
+            return tuple(Choice(name, f"number {place} of this test") for place, name in enumerate(names, 1))
+
+    POLICIES.register("fixed", Fixed)
+    try:
+        yield
+    finally:
+        POLICIES.unregister("fixed")
+        for one in backends:
+            if not isinstance(one, str):
+                BACKENDS.unregister(one.name)

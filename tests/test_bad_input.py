@@ -1,0 +1,154 @@
+"""Bad input is refused before anything is launched, with a message that says what was given and what is allowed."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+
+from moe_dispatch import ExpertWeights, InvalidInputError, MoEProblem, UnknownNameError, explain, moe_forward, stats
+from moe_dispatch.experts import FP8
+from moe_dispatch.workloads import ROUTINGS, workload
+
+M, K, N, E, TOPK = 5, 64, 48, 4, 2
+
+
+def weights(dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.randn(E, 2 * N, K).to(dtype), torch.randn(E, K, N).to(dtype)
+
+
+def fp8_weights() -> dict[str, Any]:
+    gate_up, down = weights(FP8)
+    return {"gate_up": gate_up, "down": down, "gate_up_scale": torch.ones(E, 1, 1), "down_scale": torch.ones(E, 1, 1)}
+
+
+def experts(**changes: Any) -> ExpertWeights:
+    gate_up, down = weights()
+    arguments = {"gate_up": gate_up, "down": down} | changes
+    return ExpertWeights(**arguments)
+
+
+def quantized(**changes: Any) -> ExpertWeights:
+    return ExpertWeights(**(fp8_weights() | changes))
+
+
+def call(**changes: Any) -> torch.Tensor:
+    arguments: dict[str, Any] = {
+        "hidden_states": torch.randn(M, K),
+        "experts": experts(),
+        "topk_weights": torch.rand(M, TOPK),
+        "topk_ids": torch.randint(0, E, (M, TOPK), dtype=torch.int32),
+    } | changes
+    return moe_forward(**arguments)
+
+
+@dataclass(frozen=True)
+class Bad:
+    """Something wrong, and the words that the message must have: what was given, what is allowed or to be done."""
+
+    make: Callable[[], object]
+    words: tuple[str, ...]
+
+
+WEIGHTS = {
+    "no tensor": Bad(lambda: experts(gate_up=[1, 2]), ("gate_up", "torch.Tensor", "list")),
+    "two dimensions": Bad(lambda: experts(gate_up=torch.randn(2 * N, K)), ("gate_up", "[96, 64]")),
+    "no experts": Bad(lambda: experts(gate_up=torch.randn(0, 2 * N, K)), ("gate_up", "none of them 0")),
+    "integer weights": Bad(lambda: experts(gate_up=torch.ones(E, 2 * N, K, dtype=torch.int8)), ("int8", "bfloat16")),
+    "double weights": Bad(lambda: experts(gate_up=torch.randn(E, 2 * N, K).double()), ("float64", "float32")),
+    "meta device": Bad(lambda: experts(gate_up=torch.empty(E, 2 * N, K, device="meta")), ("meta", "load the weights")),
+    "transposed checkpoint": Bad(lambda: experts(gate_up=torch.randn(E, K, 2 * N)), ("belong together", "transpose")),
+    "transposed view": Bad(
+        lambda: experts(gate_up=torch.randn(E, K, 2 * N).transpose(1, 2)), ("contiguous", "strides", ".contiguous()")
+    ),
+    "sliced view": Bad(lambda: experts(down=torch.randn(E, K, 2 * N)[..., :N]), ("down", "contiguous")),
+    "other number of experts": Bad(lambda: experts(down=torch.randn(E + 1, K, N)), ("[5, 64, 48]", "belong together")),
+    "other hidden size": Bad(lambda: experts(down=torch.randn(E, K + 1, N)), ("[4, 65, 48]",)),
+    "other intermediate size": Bad(lambda: experts(down=torch.randn(E, K, N + 1)), ("[4, 64, 49]", "2N")),
+    "gated rows for an ungated activation": Bad(lambda: experts(activation="relu2"), ("relu2", "[E, N, K]")),
+    "mixed dtypes": Bad(lambda: experts(down=torch.randn(E, K, N).bfloat16()), ("down", "bfloat16", "share a dtype")),
+    "unknown activation": Bad(lambda: experts(activation="tanh"), ("tanh", "silu", "relu2")),
+    "interleaved without a gate": Bad(
+        lambda: experts(gate_up=torch.randn(E, N, K), activation="relu2", interleaved=True), ("interleaved", "gate")
+    ),
+    "one bias": Bad(lambda: experts(down_bias=torch.zeros(E, K)), ("only down_bias", "both")),
+    "bias of another shape": Bad(
+        lambda: experts(gate_up_bias=torch.zeros(E, N), down_bias=torch.zeros(E, K)), ("gate_up_bias", "[4, 96]")
+    ),
+    "integer bias": Bad(
+        lambda: experts(gate_up_bias=torch.zeros(E, 2 * N).int(), down_bias=torch.zeros(E, K)), ("int32", "float32")
+    ),
+    "strided bias": Bad(
+        lambda: experts(gate_up_bias=torch.zeros(2 * N, E).T, down_bias=torch.zeros(E, K)),
+        ("gate_up_bias", "contiguous"),
+    ),
+}
+SCALES = {
+    "fp8 without scales": Bad(lambda: quantized(gate_up_scale=None), ("gate_up_scale", "[4, 1, 1]", "quantize")),
+    "fp8 with one scale": Bad(lambda: quantized(down_scale=None), ("down_scale",)),
+    "scales without fp8": Bad(lambda: experts(gate_up_scale=torch.ones(E, 1, 1)), ("float8_e4m3fn", "drop them")),
+    "scale of another shape": Bad(lambda: quantized(gate_up_scale=torch.ones(E, 2, 1)), ("[4, 1, 1]", "[4, 2, 1]")),
+    "half scale": Bad(lambda: quantized(down_scale=torch.ones(E, 1, 1).half()), ("down_scale", "float16", "float32")),
+    "scale that is a number": Bad(lambda: quantized(down_scale=1.0), ("down_scale", "float")),
+    "scale elsewhere": Bad(lambda: quantized(down_scale=torch.ones(E, 1, 1, device="meta")), ("meta", "move")),
+    "fp8 with a gradient": Bad(
+        lambda: quantized(gate_up=torch.randn(E, 2 * N, K).to(FP8).requires_grad_()), ("gradient", "BF16")
+    ),
+    "quantising twice": Bad(
+        lambda: ExpertWeights.quantize(fp8_weights()["gate_up"], fp8_weights()["down"]), ("already", "scales")
+    ),
+}
+CALLS = {
+    "hidden_states is no tensor": Bad(lambda: call(hidden_states=[1.0]), ("hidden_states", "list")),
+    "experts is a tensor": Bad(lambda: call(experts=weights()[0]), ("ExpertWeights", "Tensor")),
+    "batch and sequence": Bad(lambda: call(hidden_states=torch.randn(1, M, K)), ("two-dimensional", "flatten")),
+    "flat ids": Bad(lambda: call(topk_ids=torch.zeros(M * TOPK, dtype=torch.int32)), ("topk_ids", "two-dimensional")),
+    "other hidden size": Bad(lambda: call(hidden_states=torch.randn(M, K + 1)), ("K=64", "[5, 65]")),
+    "more tokens than routed": Bad(lambda: call(hidden_states=torch.randn(M + 1, K)), ("M=6", "5")),
+    "weights and ids disagree": Bad(lambda: call(topk_weights=torch.rand(M, TOPK + 1)), ("[5, 3]", "[5, 2]")),
+    "no experts per token": Bad(
+        lambda: call(topk_weights=torch.rand(M, 0), topk_ids=torch.zeros(M, 0, dtype=torch.int32)), ("topk=0",)
+    ),
+    "swapped weights and ids": Bad(
+        lambda: call(topk_weights=torch.zeros(M, TOPK, dtype=torch.int32), topk_ids=torch.rand(M, TOPK)), ("swapped",)
+    ),
+    "float ids": Bad(lambda: call(topk_ids=torch.rand(M, TOPK)), ("topk_ids", "int32", "float32")),
+    "short ids": Bad(lambda: call(topk_ids=torch.zeros(M, TOPK, dtype=torch.int16)), ("int16", "int64")),
+    "integer weights": Bad(lambda: call(topk_weights=torch.ones(M, TOPK, dtype=torch.int64)), ("int64", "float32")),
+    "double weights": Bad(lambda: call(topk_weights=torch.rand(M, TOPK).double()), ("float64", "float32")),
+    "half tokens, single weights": Bad(lambda: call(hidden_states=torch.randn(M, K).half()), ("float16", "fp32")),
+    "double tokens": Bad(lambda: call(hidden_states=torch.randn(M, K).double()), ("float64",)),
+    "ids elsewhere": Bad(
+        lambda: call(topk_ids=torch.zeros(M, TOPK, dtype=torch.int32, device="meta")), ("topk_ids", "meta", "move")
+    ),
+    "integer tokens for fp8": Bad(
+        lambda: call(experts=quantized(), hidden_states=torch.ones(M, K, dtype=torch.int32)), ("int32", "bfloat16")
+    ),
+}
+DESCRIPTIONS = {
+    "negative M": Bad(lambda: MoEProblem(M=-1, K=1, N=1, E=1, topk=1), ("M=-1",)),
+    "no topk": Bad(lambda: MoEProblem(M=1, K=1, N=1, E=1, topk=0), ("topk=0",)),
+    "unknown dtype": Bad(lambda: MoEProblem(M=1, K=1, N=1, E=1, topk=1, dtype="int4"), ("int4", "fp8")),  # type: ignore[arg-type]
+    "fp8 tokens": Bad(lambda: MoEProblem(M=1, K=1, N=1, E=1, topk=1, act_dtype="fp8"), ("act_dtype",)),
+    "mixed problem": Bad(lambda: MoEProblem(M=1, K=1, N=1, E=1, topk=1, dtype="fp16"), ("share a dtype",)),
+    "unknown mode": Bad(lambda: MoEProblem(M=1, K=1, N=1, E=1, topk=1, mode="lazy"), ("lazy", "graph")),  # type: ignore[arg-type]
+    "more experts per token than there are": Bad(lambda: workload("4,8,64,64"), ("topk ≤ E", "4,8,64,64")),
+    "routing beyond E": Bad(lambda: ROUTINGS["uniform"].sample(2, 2, 3, "cpu"), ("topk=3", "E=2")),
+    "explain of three tensors": Bad(lambda: explain(1, 2, 3), ("MoEProblem", "3 arguments")),
+}
+CASES = WEIGHTS | SCALES | CALLS | DESCRIPTIONS
+
+
+@pytest.mark.parametrize("bad", CASES.values(), ids=CASES.keys())
+def test_it_is_refused_before_anything_runs(bad: Bad) -> None:
+    with pytest.raises(InvalidInputError) as refusal:
+        bad.make()
+    for word in bad.words:
+        assert word in str(refusal.value)
+    assert not stats()
+
+
+def test_an_unknown_backend_is_refused_with_the_known_ones() -> None:
+    with pytest.raises(UnknownNameError, match=r"no backend is called 'cutlass'; known: .*reference"):
+        call(backend="cutlass")

@@ -1,0 +1,355 @@
+"""Choosing, falling back, and remembering: each fault is injected for real."""
+
+import dataclasses
+import json
+import multiprocessing
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from moe_dispatch import (
+    Backend,
+    BackendFailedError,
+    BackendUnavailableError,
+    BackendUnsupportedError,
+    DeviceLostError,
+    ExpertWeights,
+    Machine,
+    MoEDispatchWarning,
+    MoEProblem,
+    explain,
+    moe_forward,
+    stats,
+    warm_up,
+)
+from moe_dispatch.dispatcher import Dispatcher, get_dispatcher
+from moe_dispatch.quarantine import Quarantine
+from moe_dispatch.registry import BACKENDS
+from moe_dispatch.settings import Settings, settings
+from moe_dispatch.workloads import ROUTINGS, WORKLOADS, Workload, make_experts
+from tests.fakes import Greedy, Honest, Killing, Losing, Lying, NaN, Raising, ranked
+
+LAYER = Workload("tiny", E=4, topk=2, K=64, N=32)
+MACHINES = Path(__file__).parent / "machines"
+ROOT = Path(__file__).parents[1]
+Call = tuple[Tensor, ExpertWeights, Tensor, Tensor]
+
+
+@pytest.fixture(autouse=True)
+def fixed_policy(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setenv("MOE_DISPATCH_POLICY", "fixed")
+    settings.cache_clear()
+    with torch.no_grad():
+        yield
+
+
+@pytest.fixture
+def call() -> Call:
+    return make_call(6)
+
+
+def make_call(M: int) -> Call:
+    generator = torch.Generator().manual_seed(M)
+    weights, ids = ROUTINGS["uniform"].sample(M, LAYER.E, LAYER.topk, "cpu", generator)
+    return torch.randn(M, LAYER.K, generator=generator), make_experts(LAYER, "fp32", "cpu", generator), weights, ids
+
+
+def expected(call: Call) -> Tensor:
+    return moe_forward(*call, backend="reference")
+
+
+def ran() -> dict[str, int]:
+    return {name: counts["ran"] for name, counts in stats().items() if counts["ran"]}
+
+
+class TestChoosing:
+    def test_the_first_that_can_runs(self, call: Call) -> None:
+        with ranked("deep_gemm", Honest):
+            assert torch.equal(moe_forward(*call), expected(call))
+            assert ran() == {"honest": 1, "reference": 1}
+
+    def test_a_named_backend_never_falls_back(self, call: Call) -> None:
+        with ranked(Raising, Honest):
+            with pytest.raises(BackendFailedError, match=r"'raising' failed.*the launch failed"):
+                moe_forward(*call, backend="raising")
+            with pytest.raises(BackendUnavailableError, match="deep_gemm is not installed"):
+                moe_forward(*call, backend="deep_gemm")
+            double = (call[0], call[1], *ROUTINGS["uniform"].sample(6, 4, 2, "cpu"))
+            BACKENDS.register("picky", type("Picky", (Honest,), {"requirements": dataclasses.replace(
+                Honest.requirements, dtypes={"fp8": (0, 0)}, activations=frozenset({"gelu"}))}))  # fmt: skip
+            with pytest.raises(BackendUnsupportedError) as refusal:
+                moe_forward(*double, backend="picky")
+            BACKENDS.unregister("picky")
+            assert "takes weights in fp8, got fp32" in str(refusal.value)
+            assert "computes gelu, got activation silu" in str(refusal.value)
+
+    def test_the_environment_names_disables_and_orders(self, call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+        with ranked(Honest):
+            dispatcher = Dispatcher(Machine.inspect(), Settings(policies=("fixed",), disabled=frozenset({"honest"})))
+            problem = LAYER.problem(1, "fp32", dispatcher.machine)
+            explanation = dispatcher.explain(problem)
+            assert explanation.candidates[0].against == ("disabled by MOE_DISPATCH_DISABLE",)
+            assert explanation.chosen is not None
+            assert explanation.chosen.choice.backend == "reference"
+            monkeypatch.setenv("MOE_DISPATCH_BACKEND", "reference")
+            settings.cache_clear()
+            moe_forward(*call)
+            assert ran() == {"reference": 1}
+
+    def test_a_gradient_takes_the_reference(self, call: Call) -> None:
+        hidden, experts, weights, ids = call
+        with ranked(Honest), torch.enable_grad():
+            leaf = hidden.clone().requires_grad_()
+            moe_forward(leaf, experts, weights, ids).sum().backward()  # type: ignore[no-untyped-call]
+            assert leaf.grad is not None
+            assert ran() == {"reference": 1}
+
+    def test_explain_says_what_a_call_would_do(self, call: Call) -> None:
+        with ranked("deep_gemm", Honest):
+            explanation = explain(*call)
+            assert explanation.chosen is not None
+            assert explanation.chosen.choice == dataclasses.replace(
+                explanation.chosen.choice, backend="honest", reason="number 2 of this test", policy="fixed"
+            )
+            assert any("not installed" in reason for reason in explanation.candidates[0].against)
+            assert "triton_splitk" in explanation.unranked
+            assert json.loads(json.dumps(explanation.to_dict()))["chosen"]["choice"]["backend"] == "honest"
+            assert "-> honest: number 2 of this test [fixed]" in str(explanation)
+            assert not stats(), "explaining runs nothing"
+
+    def test_a_described_machine_is_asked_on_this_one(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("MOE_DISPATCH_POLICY", "rules")
+        settings.cache_clear()
+        h200 = Machine.load(MACHINES / "h200.json")
+        problem = WORKLOADS["deepseek-v3"].problem(4096, "fp8", h200)
+        explanation = explain(problem, machine=h200)
+        assert explanation.chosen is not None
+        assert not explanation.chosen.against
+        assert "vllm" not in sys.modules
+
+
+class TestFaults:
+    def test_a_launch_that_raises(self, call: Call) -> None:
+        with ranked(Raising, Honest):
+            with pytest.warns(MoEDispatchWarning, match="'raising' failed.*'honest' runs instead") as warned:
+                assert torch.equal(moe_forward(*call), expected(call))
+            moe_forward(*call)
+            assert len(warned) == 1
+            assert stats()["raising"] == {"ran": 0, "fell_back": 1, "quarantined": 1}
+            assert stats()["honest"]["ran"] == 2
+            (entry,) = get_dispatcher("cpu").quarantine.entries()
+            assert (entry.backend, entry.lethal) == ("raising", False)
+            assert entry.cause == "RuntimeError: the launch failed"
+
+    def test_quarantine_is_for_such_problems_only(self) -> None:
+        class Small(Honest):
+            name = "small"
+
+            def run(self, hidden_states: Tensor, *rest: Any, **named: Any) -> Tensor:
+                if hidden_states.shape[0] > 8:
+                    raise RuntimeError("too many")
+                return super().run(hidden_states, *rest, **named)
+
+        with ranked(Small, Honest):
+            with pytest.warns(MoEDispatchWarning):
+                moe_forward(*make_call(12))
+            moe_forward(*make_call(16))  # the same power of two: not tried again
+            moe_forward(*make_call(8))
+            assert ran() == {"honest": 2, "small": 1}
+
+    @pytest.mark.parametrize("liar", [Lying, NaN])
+    def test_a_probe_that_is_wrong(self, liar: type[Backend], call: Call) -> None:
+        with ranked(liar, Honest):
+            assert torch.equal(moe_forward(*call), expected(call))
+            explanation = explain(*call)
+            assert "its probe was wrong: relative error" in explanation.candidates[0].against[0]
+            with pytest.raises(BackendUnsupportedError, match="probe was wrong"):
+                moe_forward(*call, backend=liar.name)
+
+    def test_an_import_that_raises(self, call: Call) -> None:
+        BACKENDS.register("broken", "tests.broken_module:Anything")
+        try:
+            with ranked("broken", Honest):
+                assert torch.equal(moe_forward(*call), expected(call))
+                status = next(one for one in get_dispatcher("cpu").statuses() if one.name == "broken")
+                assert not status.available
+                assert "no CUDA toolkit here" in status.reasons[0]
+                with pytest.raises(BackendUnavailableError, match="does not import: AssertionError"):
+                    moe_forward(*call, backend="broken")
+        finally:
+            BACKENDS.unregister("broken")
+
+    def test_out_of_memory_goes_to_whoever_needs_less(self, call: Call) -> None:
+        with ranked(Greedy, Honest):
+            with pytest.warns(MoEDispatchWarning, match="'greedy' ran out of memory.*'honest', which needs less"):
+                assert torch.equal(moe_forward(*call), expected(call))
+            assert moe_forward(*call).isfinite().all()
+            assert ran()["honest"] == 2
+
+    def test_out_of_memory_splits_along_m(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(Greedy, "most_tokens", 3)
+        monkeypatch.setattr(Greedy, "workspace_bytes", lambda *_: 0)  # nobody needs less
+        call = make_call(11)
+        with ranked(Greedy), pytest.warns(MoEDispatchWarning, match="split along M into 5 and 6"):
+            assert torch.allclose(moe_forward(*call), expected(call), atol=1e-6)
+
+    def test_a_lost_context_is_said_and_remembered(self, call: Call) -> None:
+        with ranked(Losing, Honest):
+            with pytest.raises(DeviceLostError, match="Restart the process") as lost:
+                moe_forward(*call)
+            assert lost.value.suspects == ("losing",)
+            afresh = Dispatcher(Machine.inspect())  # the next start
+            explanation = afresh.explain(explain(*call).problem)
+            assert "quarantined for such problems" in explanation.candidates[0].against[0]
+            assert afresh.quarantine.reset() == 1
+            assert not Dispatcher(Machine.inspect()).explain(explanation.problem).candidates[0].against
+
+    def test_a_killed_process_is_remembered(self, call: Call) -> None:
+        code = (
+            "from tests.test_dispatcher import *\n"
+            "with ranked(Killing, Honest), torch.no_grad():\n"
+            "    moe_forward(*make_call(6))\n"
+        )
+        killed = subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False, capture_output=True)
+        assert killed.returncode == -9
+        with ranked(Killing, Honest):
+            assert torch.equal(moe_forward(*call), expected(call))
+            (entry,) = get_dispatcher("cpu").quarantine.entries()
+            assert (entry.backend, entry.lethal) == ("killing", True)
+            assert "died" in entry.cause
+
+    def test_another_version_ends_a_quarantine(self, tmp_path: Path) -> None:
+        machine = Machine.load(MACHINES / "h200.json")
+        problem = LAYER.problem(4, "bf16", machine)
+        Quarantine(machine, tmp_path).bar("deep_gemm", problem, "crashed", lethal=True)
+        assert Quarantine(machine, tmp_path).cause("deep_gemm", problem) == "crashed"
+        upgraded = machine.model_copy(update={"triton": "99"})
+        assert not Quarantine(upgraded, tmp_path).cause("deep_gemm", problem)
+
+    def test_a_damaged_quarantine_stops_nothing(self, tmp_path: Path) -> None:
+        machine = Machine.load(MACHINES / "h200.json")
+        problem = LAYER.problem(4, "bf16", machine)
+        Quarantine(machine, tmp_path).bar("deep_gemm", problem, "crashed", lethal=True)
+        next(tmp_path.rglob("*.json")).write_text('{"schema_version": 1, "entr')
+        assert not Quarantine(machine, tmp_path).cause("deep_gemm", problem)
+        blocked = Quarantine(machine, Path("/proc/nowhere"))
+        blocked.bar("deep_gemm", problem, "crashed", lethal=True)
+        assert blocked.cause("deep_gemm", problem) == "crashed", "this process remembers without a disk"
+        with blocked.first_run("deep_gemm", problem):
+            pass
+
+
+class TestConcurrency:
+    def test_ten_threads_at_once(self) -> None:
+        calls = [make_call(M) for M in range(1, 11)]
+        with ranked(Honest):
+            truths = [expected(call) for call in calls]
+        wrong: list[int] = []
+        start = threading.Barrier(10)
+
+        def work(mine: int) -> None:
+            with torch.no_grad():
+                start.wait()
+                for turn in range(30):
+                    which = (mine + turn) % 10
+                    if not torch.equal(moe_forward(*calls[which]), truths[which]):
+                        wrong.append(which)
+
+        with ranked(Honest):
+            threads = [threading.Thread(target=work, args=(mine,)) for mine in range(10)]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+            assert not wrong
+            assert ran()["honest"] == 300
+
+    @pytest.mark.parametrize("method", ["fork", "spawn"])
+    @pytest.mark.filterwarnings("ignore:This process.*multi-threaded:DeprecationWarning")
+    def test_workers(self, method: str, call: Call) -> None:
+        context: Any = multiprocessing.get_context(method)
+        queue = context.SimpleQueue()
+        with ranked(Honest):
+            expected(call)
+            with get_dispatcher("cpu")._lock:  # as if another thread held it at the fork
+                worker = context.Process(target=_work, args=(queue,))
+                worker.start()
+        worker.join(60)
+        assert worker.exitcode == 0
+        assert queue.get() == {"honest": 1}
+
+
+def _work(queue: "multiprocessing.SimpleQueue[dict[str, int]]") -> None:
+    torch.set_num_threads(1)  # OpenMP's threads do not survive a fork
+    with ranked(Honest), torch.no_grad():
+        moe_forward(*make_call(2))
+    queue.put(ran())
+
+
+class TestCost:
+    def test_the_steady_state_is_one_look_up(self, call: Call) -> None:
+        """Choosing, without the backend and the checks of moe_forward, costs microseconds at most."""
+
+        class Instant(Honest):
+            name = "instant"
+
+            def run(self, hidden_states: Tensor, *_: object, **__: object) -> Tensor:
+                return hidden_states
+
+        with ranked(Instant):
+            dispatcher = get_dispatcher("cpu")
+            hidden, experts, weights, ids = call
+            dispatcher.forward(hidden, experts, weights, ids)
+            best = min(_seconds(lambda: dispatcher.forward(hidden, experts, weights, ids)) for _ in range(7))
+            key = next(iter(dispatcher._plans))
+            look_up = min(_seconds(lambda: dispatcher._plans.get(key)) for _ in range(7))
+        assert look_up < 2e-6, f"{look_up * 1e6:.2f} µs"
+        assert best < 20e-6, f"{best * 1e6:.2f} µs: the whole of it, on a busy machine"
+
+    def test_warm_up_runs_each_token_count(self) -> None:
+        with ranked(Honest):
+            warm_up(make_call(1)[1], topk=2, tokens=[1, 4])
+            assert ran() == {"honest": 2}
+
+
+def _seconds(call: object, times: int = 2000) -> float:
+    assert callable(call)
+    begun = time.perf_counter()
+    for _ in range(times):
+        call()
+    return (time.perf_counter() - begun) / times
+
+
+class TestCompile:
+    def test_fullgraph(self, call: Call) -> None:
+        hidden, experts, weights, ids = call
+        compiled = torch.compile(lambda h, w, i: moe_forward(h, experts, w, i), fullgraph=True, backend="aot_eager")
+        with ranked(Honest):
+            assert torch.equal(compiled(hidden, weights, ids), expected(call))
+            assert ran()["honest"] == 1
+
+    def test_gradients_leave_the_graph(self, call: Call) -> None:
+        hidden, experts, weights, ids = call
+        compiled = torch.compile(lambda h, w, i: moe_forward(h, experts, w, i), backend="aot_eager")
+        grads = []
+        with torch.enable_grad():
+            for run in (compiled, lambda h, w, i: moe_forward(h, experts, w, i)):
+                leaf = hidden.clone().requires_grad_()
+                run(leaf, weights, ids).square().sum().backward()  # type: ignore[no-untyped-call]
+                assert leaf.grad is not None
+                grads.append(leaf.grad)
+        assert torch.equal(grads[0], grads[1])
+
+
+def test_the_problem_prints_itself_back() -> None:
+    problem = MoEProblem(M=3, K=64, N=32, E=4, topk=2, dtype="fp8", capability=None, device="cpu")
+    assert eval(repr(problem)) == problem  # noqa: S307 - that it can be is the claim
+    assert hash(eval(repr(problem))) == hash(problem)  # noqa: S307
