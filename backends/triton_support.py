@@ -12,7 +12,7 @@ import torch
 
 from moe_dispatch.backend import Requirements
 from moe_dispatch.machine import Machine
-from moe_dispatch.problem import MoEProblem
+from moe_dispatch.problem import DType, MoEProblem
 
 # Least shared memory that a block may have by compute capability (CUDA programming guide, table of technical
 # specifications); the answer for a machine that does not say.
@@ -76,14 +76,13 @@ def triton_requirements() -> Requirements:
 
     In the interpreter they take CPU tensors and fp32 weights too.
     """
+    dtypes: dict[DType, tuple[int, int]] = {"bf16": (8, 0), "fp16": (8, 0), "fp8": (8, 9)}
+    act_dtypes: set[DType] = {"bf16", "fp16"}
+    if interpreting():
+        dtypes["fp32"] = (8, 0)
+        act_dtypes.add("fp32")
     return Requirements(
-        dtypes={"bf16": (8, 0), "fp16": (8, 0), "fp8": (8, 9)} | ({"fp32": (8, 0)} if interpreting() else {}),
-        act_dtypes=frozenset({"bf16", "fp16"} | ({"fp32"} if interpreting() else set())),
-        cpu=interpreting(),
-        bias=True,
-        interleaved=True,
-        capturable=True,
-        libraries=(),
+        dtypes=dtypes, act_dtypes=frozenset(act_dtypes), cpu=interpreting(), bias=True, interleaved=True
     )
 
 

@@ -4,7 +4,7 @@
 import triton
 import triton.language as tl
 
-from .device import moe_activate, moe_fp8_codes, moe_fp8_scale
+from .device import moe_activate, moe_fp8_amax, moe_fp8_codes, moe_fp8_scale
 
 
 @triton.jit
@@ -56,7 +56,7 @@ def _moe_activate_kernel(
     out_ptrs = out_ptr + offs_r.to(tl.int64)[:, None] * N + offs_n[None, :]
     if QUANTIZE:
         grouped = tl.reshape(out, [BLOCK_R, GROUPS, 128])
-        scale = moe_fp8_scale(tl.max(tl.abs(grouped), 2))  # [BLOCK_R, GROUPS]
+        scale = moe_fp8_scale(moe_fp8_amax(grouped, 2))  # [BLOCK_R, GROUPS]
         codes = moe_fp8_codes(grouped, tl.broadcast_to(scale[:, :, None], [BLOCK_R, GROUPS, 128]))
         tl.store(out_ptrs, tl.reshape(codes, [BLOCK_R, GROUPS * 128]), mask=mask)
         offs_g = tl.program_id(1) * GROUPS + tl.arange(0, GROUPS)

@@ -41,9 +41,14 @@ def moe_activate(gate, up, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
+def moe_fp8_amax(values, AXIS: tl.constexpr):
+    """The greatest magnitude along an axis; a NaN counts as infinity, so that its group is spoilt and not hidden."""
+    return tl.max(tl.where(values != values, float("inf"), tl.abs(values)), AXIS)  # noqa: PLR0124
+
+
+@triton.jit
 def moe_fp8_scale(amax):
     """The multiplier of a group whose greatest magnitude is `amax`; the numerics of `quantize_rows_torch`."""
-    # A NaN is dropped by maximum and kept by torch's clamp.
     clamped = tl.where(amax < _SMALLEST_AMAX, _SMALLEST_AMAX, amax)
     return tl.div_rn(clamped, tl.full(clamped.shape, _FP8_MAX, tl.float32))
 

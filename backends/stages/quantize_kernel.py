@@ -4,7 +4,7 @@
 import triton
 import triton.language as tl
 
-from .device import moe_fp8_codes, moe_fp8_scale
+from .device import moe_fp8_amax, moe_fp8_codes, moe_fp8_scale
 
 
 @triton.jit
@@ -42,7 +42,7 @@ def _moe_quantize_rows_kernel(
     mask = mask_r[:, None] & (offs_c < columns)[None, :]
     x = tl.load(x_ptr + source.to(tl.int64)[:, None] * columns + offs_c[None, :], mask=mask, other=0.0)
     x = tl.reshape(x.to(tl.float32), [BLOCK_R, GROUPS, 128])
-    scale = moe_fp8_scale(tl.max(tl.abs(x), 2))  # [BLOCK_R, GROUPS]
+    scale = moe_fp8_scale(moe_fp8_amax(x, 2))  # [BLOCK_R, GROUPS]
     codes = moe_fp8_codes(x, tl.broadcast_to(scale[:, :, None], [BLOCK_R, GROUPS, 128]))
     codes = tl.reshape(codes, [BLOCK_R, GROUPS * 128])
     tl.store(codes_ptr + offs_r.to(tl.int64)[:, None] * columns + offs_c[None, :], codes, mask=mask)

@@ -1,0 +1,159 @@
+"""The shared stages: each kernel against its torch reference, on poisoned memory."""
+
+from dataclasses import dataclass, fields
+
+import pytest
+import torch
+from torch import Tensor
+
+from moe_dispatch.backends.stages import route as route_module
+from moe_dispatch.backends.stages.activate import activate, activate_quantize, activate_torch
+from moe_dispatch.backends.stages.combine import combine, combine_torch
+from moe_dispatch.backends.stages.quantize import gather, gather_quantize, quantize_rows, quantize_rows_torch
+from moe_dispatch.backends.stages.route import Routing, buffer_rows, route, route_torch
+from moe_dispatch.errors import InvalidInputError
+from moe_dispatch.problem import ACTIVATIONS, UNGATED, Activation
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
+
+
+@dataclass(frozen=True)
+class Ids:
+    why: str
+    M: int
+    topk: int
+    E: int
+    dtype: torch.dtype = torch.int32
+    low: int = -1
+    high: int = 1  # ids go up to E - 1 + high
+
+    def __str__(self) -> str:
+        return self.why
+
+    def make(self) -> Tensor:
+        generator = torch.Generator().manual_seed(self.M)
+        ids = torch.randint(self.low, self.E + self.high, (self.M, self.topk), generator=generator)
+        return ids.to(device=DEVICE, dtype=self.dtype)
+
+
+IDS = (
+    Ids("one token, one expert", 1, 1, 1, low=0, high=0),
+    Ids("fewer slots than experts", 2, 3, 40),
+    Ids("sentinels and duplicates", 37, 4, 6),
+    Ids("int64", 30, 2, 5, dtype=torch.int64),
+    Ids("nobody is ours", 9, 2, 3, low=-5, high=-2 - 3 + 1),
+    Ids("several blocks of slots", 700, 2, 9),
+)
+
+
+@pytest.mark.parametrize("few_slots", [4096, 0], ids=["one launch", "two launches"])
+@pytest.mark.parametrize(("alignment", "capacity"), [(1, None), (8, None), (1, 1400), (1, 3)])
+@pytest.mark.parametrize("case", IDS, ids=str)
+def test_route(
+    case: Ids, alignment: int, capacity: int | None, few_slots: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(route_module, "FEW_SLOTS", few_slots)
+    ids = case.make()
+    got = route(ids, case.E, alignment=alignment, capacity=capacity)
+    expected = route_torch(ids, case.E, alignment=alignment, capacity=capacity)
+    for field in fields(Routing):
+        assert torch.equal(getattr(got, field.name), getattr(expected, field.name)), field.name
+
+
+def test_route_compares_wide_ids_before_it_narrows_them() -> None:
+    ids = torch.tensor([[2**32 + 1, 0]], dtype=torch.int64, device=DEVICE)
+    assert route(ids, 4).row_of_slot.tolist() == [-1, 0]
+
+
+def test_route_refuses_an_alignment_beside_a_capacity() -> None:
+    with pytest.raises(InvalidInputError, match="not both"):
+        buffer_rows(8, 4, alignment=8, capacity=8)
+
+
+@pytest.mark.parametrize("column_major", [False, True])
+@pytest.mark.parametrize("columns", [1, 128, 300, 1200])
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_quantize_rows(dtype: torch.dtype, columns: int, column_major: bool) -> None:
+    x = torch.randn(5, columns, generator=torch.Generator().manual_seed(0)).to(DEVICE, dtype)
+    x[2] = 0.0
+    codes, scale = quantize_rows(x, column_major_scales=column_major)
+    expected_codes, expected_scale = quantize_rows_torch(x)
+    assert torch.equal(codes.float(), expected_codes.float())
+    assert torch.equal(scale, expected_scale)
+    assert scale.stride() == ((1, 8) if column_major else (scale.shape[1], 1))
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_what_is_not_finite_spoils_its_group_and_no_other(value: float) -> None:
+    x = torch.randn(2, 256, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    x[0, 3] = value
+    codes, scale = quantize_rows(x)
+    back = codes.float() * scale.repeat_interleave(128, 1)
+    assert back[0, :128].isnan().any()
+    assert back[0, 128:].isfinite().all()
+    assert back[1].isfinite().all()
+
+
+@pytest.mark.parametrize("alignment", [1, 4])
+def test_gather_and_gather_quantize_skip_rows_without_a_slot(alignment: int) -> None:
+    ids = Ids("", 6, 2, 4).make()
+    routing = route(ids, 4, alignment=alignment)
+    x = torch.randn(6, 200, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    used = routing.slot_of_row >= 0
+    expected = x[routing.slot_of_row[used].long() // 2]
+    copied = gather(x, routing, 2)
+    assert torch.equal(copied[used], expected)
+    assert copied[~used].isnan().all(), "padding was written"
+    codes, scale = gather_quantize(x, routing, 2, column_major_scales=True)
+    expected_codes, expected_scale = quantize_rows_torch(expected)
+    assert torch.equal(codes[used].float(), expected_codes.float())
+    assert torch.equal(scale[used], expected_scale)
+    assert scale[~used].isnan().all(), "padding's multipliers were written"
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_activate(activation: Activation, interleaved: bool) -> None:
+    if interleaved and activation in UNGATED:
+        interleaved = False
+    N, width = 150, 150 if activation in UNGATED else 300
+    ids = Ids("", 5, 2, 3).make()
+    routing = route(ids, 3, alignment=4)
+    used = routing.slot_of_row >= 0
+    generator = torch.Generator().manual_seed(2)
+    gate_up = (5 * torch.randn(used.shape[0], width, generator=generator)).to(DEVICE)
+    gate_up[~used] = torch.nan
+    bias = torch.randn(3, width, generator=generator).to(DEVICE)
+    expert = ids.flatten()[routing.slot_of_row[used].long()].long()
+    expected = activate_torch(gate_up[used] + bias[expert], activation, interleaved=interleaved)
+    out = activate(gate_up, routing, activation, interleaved=interleaved, bias=bias, topk_ids=ids)
+    assert out.shape == (used.shape[0], N)
+    torch.testing.assert_close(out[used], expected, rtol=1e-5, atol=1e-5)
+    assert out[~used].isnan().all()
+    codes, scale = activate_quantize(
+        gate_up, routing, activation, interleaved=interleaved, bias=bias, topk_ids=ids, column_major_scales=True
+    )
+    expected_codes, expected_scale = quantize_rows_torch(expected)
+    torch.testing.assert_close(scale[used], expected_scale, rtol=1e-5, atol=0)
+    # Codes on a tie may differ by one step where exp does by one bit.
+    torch.testing.assert_close(codes[used].float(), expected_codes.float(), rtol=0.13, atol=0.01)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize(("M", "topk", "K"), [(1, 1, 7), (5, 3, 300), (2, 8, 1100)])
+def test_combine(M: int, topk: int, K: int, bias: bool) -> None:
+    ids = Ids("", M, topk, 4).make()
+    routing = route(ids, 4)
+    generator = torch.Generator().manual_seed(3)
+    y = torch.randn(M * topk, K, generator=generator).to(DEVICE)
+    y[routing.slot_of_row < 0] = torch.nan
+    weights = torch.rand(M, topk, generator=generator).to(DEVICE)
+    weights[routing.row_of_slot.view(M, topk) < 0] = torch.nan
+    extra = {"down_bias": torch.randn(4, K, generator=generator).to(DEVICE), "topk_ids": ids} if bias else {}
+    out = combine(y, routing.row_of_slot, weights, torch.float32, **extra)
+    expected = combine_torch(y, routing.row_of_slot, weights, torch.float32, **extra)
+    assert out.isfinite().all()
+    torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
