@@ -4,6 +4,7 @@ import functools
 import hashlib
 import importlib.metadata
 import importlib.util
+import json
 import os
 import platform
 import re
@@ -71,16 +72,20 @@ class Machine(pydantic.BaseModel):
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
-        """Read a machine from JSON, such as ``moe-dispatch doctor --json`` writes under ``"machine"``.
+        """Read a machine from JSON: the description alone, or a whole report of ``moe-dispatch doctor --json``.
 
         Raises:
             InvalidInputError: The file is missing or is not a machine.
         """
         try:
-            return cls.model_validate_json(Path(path).read_text(encoding="utf-8"))
-        except (OSError, pydantic.ValidationError) as error:
+            described = json.loads(Path(path).read_text(encoding="utf-8"))
+            if isinstance(described, dict):
+                described = described.get("machine", described)
+            return cls.model_validate(described)
+        except (OSError, ValueError) as error:  # pydantic's and json's errors are ValueErrors
+            why = _first_fault(error) if isinstance(error, pydantic.ValidationError) else error
             raise InvalidInputError(
-                f"{path} is not a machine description ({error}); `moe-dispatch doctor --json` prints one"
+                f"{path} is not a machine description ({why}); `moe-dispatch doctor --json` prints one"
             ) from error
 
     @classmethod
@@ -164,6 +169,11 @@ def deep_gemm_package() -> Path | None:
             if (package := Path(location, inside)).joinpath("__init__.py").is_file():
                 return package
     return None
+
+
+def _first_fault(error: pydantic.ValidationError) -> str:
+    first = error.errors(include_url=False)[0]
+    return ": ".join(filter(None, [".".join(map(str, first["loc"])), first["msg"]]))
 
 
 def _declared_version(package: Path) -> str:

@@ -1,0 +1,61 @@
+"""What only a GPU can show of the dispatcher: its cost on the host, and captures through `moe_forward`."""
+
+import statistics
+import time
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from moe_dispatch import moe_forward, warm_up
+from moe_dispatch.dispatcher import get_dispatcher
+from moe_dispatch.workloads import ROUTINGS, WORKLOADS, make_experts
+from tests.conformance import Case, Precision, make_inputs, relative_error
+
+pytestmark = pytest.mark.gpu
+MOST_OVERHEAD_US = 10.0
+
+
+def host_us(call: Callable[[], object], times: int = 300) -> float:
+    """Median host time of a call in µs, the device kept from falling behind."""
+    samples = []
+    for _ in range(times):
+        torch.cuda.synchronize()
+        begun = time.perf_counter_ns()
+        call()
+        samples.append((time.perf_counter_ns() - begun) / 1e3)
+    return statistics.median(samples)
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp8"])
+def test_automatic_choice_costs_the_host_little(dtype: str) -> None:
+    layer = WORKLOADS["qwen3-30b-a3b"]
+    experts = make_experts(layer, dtype, "cuda")  # type: ignore[arg-type]
+    weights, ids = ROUTINGS["uniform"].sample(1, layer.E, layer.topk, "cuda")
+    hidden = torch.randn(1, layer.K, device="cuda").bfloat16()
+    with torch.no_grad():
+        for _ in range(20):
+            moe_forward(hidden, experts, weights, ids)
+        (plan,) = get_dispatcher(hidden.device)._plans.values()
+        direct = host_us(lambda: plan.run(hidden, experts, weights, ids, plan.config))
+        dispatched = host_us(lambda: moe_forward(hidden, experts, weights, ids))
+    print(f"{plan.choice.backend} {dtype}: direct {direct:.1f} µs, dispatched {dispatched:.1f} µs")  # noqa: T201
+    assert dispatched - direct <= MOST_OVERHEAD_US
+
+
+@pytest.mark.parametrize("M", [1, 32, 512])
+def test_moe_forward_is_captured_after_a_warm_up(M: int) -> None:
+    precision = Precision("bf16", "bf16")
+    case = Case(M=M, E=32, topk=4, K=512, N=256)
+    old, new = make_inputs(case, precision, "cuda", seed=1), make_inputs(case, precision, "cuda", seed=2)
+    with torch.no_grad():
+        warm_up(old.experts, case.topk, [M])
+        hidden, weights, ids = old.hidden_states.clone(), old.topk_weights.clone(), old.topk_ids.clone()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = moe_forward(hidden, old.experts, weights, ids)
+        for source, static in ((new.hidden_states, hidden), (new.topk_weights, weights), (new.topk_ids, ids)):
+            static.copy_(source)
+        graph.replay()
+        eager = moe_forward(new.hidden_states, old.experts, new.topk_weights, new.topk_ids)
+    assert relative_error(out, eager.float()) <= 1e-2
