@@ -62,7 +62,7 @@ class ReferenceBackend(Backend):
 
 
 def _hit_experts(topk_ids: Tensor, E: int) -> list[int]:
-    hit: list[int] = topk_ids.unique().tolist()
+    hit: list[int] = torch.unique(topk_ids).tolist()
     return [e for e in hit if 0 <= e < E]
 
 

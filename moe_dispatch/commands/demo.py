@@ -1,10 +1,12 @@
 """`moe-dispatch demo`: a real MoE model generates tokens through `moe_forward`, on whatever is here."""
 
+import os
 import statistics
+import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Annotated, Any, Final
 
@@ -16,7 +18,7 @@ from torch import Tensor
 
 from moe_dispatch.api import moe_forward
 from moe_dispatch.commands.console import OUT, heading, machine_line, microseconds, table
-from moe_dispatch.dispatcher import Dispatcher, get_dispatcher, stats
+from moe_dispatch.dispatcher import Dispatcher, get_dispatcher, reset_dispatchers, stats
 from moe_dispatch.errors import InvalidInputError, MoEDispatchError
 from moe_dispatch.experts import ExpertWeights
 from moe_dispatch.problem import DType
@@ -25,6 +27,7 @@ from moe_dispatch.workloads import ROUTINGS, Workload, torch_dtype, workload
 NAIVE: Final = "reference"
 PROMPT_TOKENS: Final = 64
 _TIMED_S: Final = 0.4  # of measuring per figure
+_CALIBRATION_S: Final = {"cpu": 20.0, "cuda": 60.0}
 _SEED: Final = 0
 # Logits of two right implementations differ by rounding alone.
 _LOGITS_TOLERANCE: Final = {"fp32": 1e-4, "bf16": 3e-2}
@@ -72,10 +75,42 @@ def demo(
     model: Annotated[
         str, typer.Option(help="Shape of the MoE layer: a named model, or E,topk,K,N. Weights are random.")
     ] = "",
+    keep: Annotated[
+        bool, typer.Option("--keep", help="Keep the demo's calibration in the cache directory instead of dropping it.")
+    ] = False,
 ) -> None:
-    """Generate tokens with a Qwen3-MoE model whose every MoE layer is dispatched, and check them."""
+    """Calibrate a layer, generate tokens with a Qwen3-MoE model whose every MoE layer is dispatched, and check them."""
     where = _device(device)
     size = _size(where, model)
+    with nullcontext() if keep else _passing_cache():
+        _run(where, size, tokens)
+
+
+@contextmanager
+def _passing_cache() -> Iterator[None]:
+    """A cache directory of the demo's own: its few measurements of a toy layer are no calibration of the machine."""
+    before = os.environ.get("MOE_DISPATCH_CACHE_DIR")
+    with tempfile.TemporaryDirectory(prefix="moe_dispatch-demo-") as directory:
+        os.environ["MOE_DISPATCH_CACHE_DIR"] = directory
+        reset_dispatchers()
+        try:
+            yield
+        finally:
+            reset_dispatchers()
+            if before is None:
+                del os.environ["MOE_DISPATCH_CACHE_DIR"]
+            else:
+                os.environ["MOE_DISPATCH_CACHE_DIR"] = before
+
+
+def _calibrate(size: DemoSize, where: torch.device) -> None:
+    from moe_dispatch.policies.calibrate import calibrate
+
+    calibrate([size.layer], [size.dtype], tokens=[1, PROMPT_TOKENS], budget_s=_CALIBRATION_S[where.type], device=where)
+    reset_dispatchers()
+
+
+def _run(where: torch.device, size: DemoSize, tokens: int) -> None:
     dispatcher = get_dispatcher(where)
     layer = size.layer
     OUT.print("[bold]moe_dispatch[/bold]  one call, the fastest backend that this machine allows")
@@ -86,6 +121,8 @@ def demo(
         style="dim",
     )
     with _steps(tokens) as step:
+        step("calibrate", lambda _: _calibrate(size, where))
+        dispatcher = get_dispatcher(where)
         built = step("build the model", lambda _: _build(size, where))
         prompt = torch.randint(1, built.config.vocab_size, (1, PROMPT_TOKENS), device=where)
         ours = step("generate, dispatched", lambda tick: _generate(built, prompt, tokens, "moe_dispatch", tick))
