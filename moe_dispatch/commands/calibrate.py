@@ -1,0 +1,89 @@
+"""`moe-dispatch calibrate`: measure this machine once."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.markup import escape
+
+from moe_dispatch.commands.console import ERR, OUT, heading, microseconds, table
+from moe_dispatch.errors import InvalidInputError
+
+if TYPE_CHECKING:
+    from moe_dispatch.policies.calibrate import CalibrationReport
+
+
+def calibrate(
+    model: Annotated[list[str] | None, typer.Option(help="Name or E,topk,K,N; several times for several.")] = None,
+    config: Annotated[list[Path] | None, typer.Option(help="config.json of a Hugging Face model.")] = None,
+    dtype: Annotated[list[str] | None, typer.Option(help="bf16, fp16, fp32 or fp8; several times for several.")] = None,
+    tokens: Annotated[str, typer.Option(help="Token counts, comma-separated.")] = "",
+    budget: Annotated[float | None, typer.Option(help="Stop after this many seconds.")] = None,
+    backend: Annotated[list[str] | None, typer.Option(help="Only these backends.")] = None,
+    device: Annotated[str | None, typer.Option(help="cuda, cuda:1, cpu.")] = None,
+    timeout: Annotated[float, typer.Option(help="Seconds after which a candidate counts as hung.")] = 60.0,
+    quick: Annotated[bool, typer.Option("--quick", help="Few token counts and configurations.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Leave out what was measured with today's versions.")
+    ] = False,
+) -> None:
+    """Measure every backend and configuration on this machine, and remember which is fastest for what."""
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
+    from rich.progress import Progress as Bar
+
+    from moe_dispatch.policies.calibrate import Progress
+    from moe_dispatch.policies.calibrate import calibrate as measure
+    from moe_dispatch.problem import DTYPES
+
+    models = [*(model or []), *map(str, config or [])]
+    if not models:
+        raise InvalidInputError("calibrate needs --model NAME or --config FILE; both may be given several times")
+    chosen: list[Any] = dtype or ["bf16"]
+    if unknown := [name for name in chosen if name not in DTYPES]:
+        raise InvalidInputError(f"--dtype must be among {', '.join(DTYPES)}, got {', '.join(unknown)}")
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[left]}"))
+    with Bar(*columns, console=ERR) as bar:
+        task = bar.add_task("starting", total=None, left="")
+
+        def show(progress: Progress) -> None:
+            left = "" if progress.left_s is None else f"{progress.left_s:.0f} s left"
+            bar.update(
+                task, completed=progress.done, total=progress.total, description=escape(progress.what), left=left
+            )
+
+        report = measure(
+            models, chosen, tokens=_numbers(tokens), budget_s=budget, quick=quick, resume=resume, device=device,
+            backends=backend, timeout_s=timeout, on_progress=show,
+        )  # fmt: skip
+    _print(report)
+
+
+def _numbers(text: str) -> list[int] | None:
+    if not text:
+        return None
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() for part in parts):
+        raise InvalidInputError(f"--tokens takes numbers such as 1,64,4096, got {text!r}")
+    return [int(part) for part in parts]
+
+
+def _print(report: "CalibrationReport") -> None:
+    for (layer, mode), winners in report.winners().items():
+        heading(f"{layer} ({mode})")
+        rows = table("M", "fastest", "time", numbers=("M", "time"))
+        for M, ((backend, config), us) in winners.items():
+            options = ", ".join(f"{name}={value}" for name, value in config)
+            rows.add_row(str(M), escape(backend + (f"  {options}" if options else "")), microseconds(us))
+        OUT.print(rows)
+    disqualified = report.disqualified()
+    if disqualified:
+        heading("disqualified")
+        reasons = {
+            (one.candidate.backend, one.measurement.disqualified): (str(one.layer), one.M) for one in disqualified
+        }
+        for (backend, why), (layer, M) in reasons.items():
+            OUT.print(f"{escape(backend)} at M={M} of {layer}: {escape(why or '')}")
+    for note in report.skipped:
+        OUT.print(f"[yellow]skipped[/yellow] {escape(note)}")
+    state = "stopped; what was measured is kept" if report.interrupted else "calibrated"
+    OUT.print(f"\n{state}: {len(report.measured)} measurements in {report.seconds:.0f} s, {escape(str(report.path))}")

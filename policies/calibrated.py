@@ -1,0 +1,137 @@
+"""The machine's own measurements."""
+
+import logging
+import warnings
+from collections.abc import Iterable
+from pathlib import Path
+
+import pydantic
+
+from moe_dispatch.backend import Backend
+from moe_dispatch.errors import BackendUnavailableError, MoEDispatchWarning, PolicyFileError, UnknownNameError
+from moe_dispatch.machine import Machine
+from moe_dispatch.policy import Choice, Policy
+from moe_dispatch.problem import Mode, MoEProblem
+from moe_dispatch.registry import BACKENDS
+from moe_dispatch.storage import cache_dir
+
+from .schema import CalibrationFile, Candidate, LayerKey, layer_key, read_calibration
+from .table import Identity, LayerTable
+from .versions import changes, relevant_versions
+
+logger = logging.getLogger(__name__)
+
+
+def calibration_path(machine: Machine, directory: Path | None = None) -> Path:
+    """Where a machine's calibration lies."""
+    return (directory or cache_dir()) / "calibration" / f"{machine.fingerprint}.json"
+
+
+class MeasuredPolicy(Policy):
+    """Ranks by the measurements of a calibration file; knows nothing where there is none.
+
+    Attributes:
+        retires: Whether another version of what was measured retires the measurement.
+    """
+
+    retires = True
+
+    def __init__(self, machine: Machine) -> None:
+        super().__init__(machine)
+        self._notes: list[str] = []
+        self._tables: dict[tuple[LayerKey, Mode], LayerTable | None] = {}
+        self._points: dict[tuple[LayerKey, Mode], list[int]] = {}
+        self._usable: list[Identity | None] = []
+        self._file: CalibrationFile | None = None
+        try:
+            self._file = self._read()
+        except PolicyFileError as error:
+            self._notes.append(f"refused, so the next policy decides: {error}")
+            warnings.warn(f"policy {self.name!r}: {error}", MoEDispatchWarning, stacklevel=2)
+        if self._file is not None:
+            self._index(self._file)
+
+    def _read(self) -> CalibrationFile | None:
+        raise NotImplementedError
+
+    def rank(self, problem: MoEProblem) -> tuple[Choice, ...]:
+        """See `Policy.rank`."""
+        if self._file is None or problem.needs_grad or problem.M < 1:
+            return ()
+        key = layer_key(problem)
+        if table := self._table(key, problem.mode):
+            return table.choices(problem.M, problem.mode)
+        other: Mode = "eager" if problem.mode == "graph" else "graph"
+        if table := self._table(key, other):
+            return table.choices(problem.M, f"{other}; {problem.mode} was not measured")
+        return ()
+
+    def notes(self) -> tuple[str, ...]:
+        """Refused file, retired and ignored measurements."""
+        return tuple(self._notes)
+
+    def _table(self, key: LayerKey, mode: Mode) -> LayerTable | None:
+        # Built on the first question about a layer, so that loading does not grow with what is never asked.
+        if (key, mode) not in self._tables:
+            self._tables[key, mode] = self._build(self._points.get((key, mode), ()))
+        return self._tables[key, mode]
+
+    def _build(self, points: Iterable[int]) -> LayerTable | None:
+        assert self._file is not None  # noqa: S101 - points come from the file
+        scores: dict[int, dict[Identity, float | None]] = {}
+        for i in points:
+            point = self._file.points[i]
+            at = scores.setdefault(point.M, {})
+            for measurement in point.measurements:
+                if (identity := self._usable[measurement.candidate]) is not None:
+                    at[identity] = measurement.score
+        table = LayerTable(scores)
+        return table if table.tokens else None
+
+    def _index(self, file: CalibrationFile) -> None:
+        keys = [layer.key for layer in file.layers]
+        for i, point in enumerate(file.points):
+            self._points.setdefault((keys[point.layer], point.mode), []).append(i)
+        backends: dict[str, Backend | str] = {}
+        retired: dict[str, int] = {}
+        for candidate in file.candidates:
+            found = backends.setdefault(candidate.backend, "") or _backend(candidate.backend, self.machine)
+            backends[candidate.backend] = found
+            why = found if isinstance(found, str) else self._reason_against(candidate, found)
+            self._usable.append(None if why else candidate.identity)
+            if why:
+                retired[f"{candidate.backend}: {why}"] = retired.get(f"{candidate.backend}: {why}", 0) + 1
+        for why, count in retired.items():
+            self._notes.append(f"{count} measured configuration{'s' if count > 1 else ''} not used: {why}")
+
+    def _reason_against(self, candidate: Candidate, backend: Backend) -> str:
+        try:
+            backend.config_type.model_validate(candidate.config)
+        except pydantic.ValidationError as error:
+            first = error.errors()[0]
+            return f"its configuration is unknown here ({'.'.join(map(str, first['loc']))}: {first['msg']})"
+        if self.retires and (changed := changes(candidate.versions, relevant_versions(backend))):
+            return f"retired by {', '.join(changed)}; calibrate again"
+        return ""
+
+
+class CalibratedPolicy(MeasuredPolicy):
+    """Ranks by what `moe-dispatch calibrate` measured on this machine."""
+
+    name = "calibrated"
+
+    def _read(self) -> CalibrationFile | None:
+        try:
+            return read_calibration(calibration_path(self.machine), self.machine)
+        except FileNotFoundError:
+            return None
+
+
+def _backend(name: str, machine: Machine) -> Backend | str:
+    """The backend, or why there is none."""
+    try:
+        return BACKENDS.load(name)(machine)
+    except UnknownNameError:
+        return "no such backend is registered here"
+    except BackendUnavailableError as error:
+        return "; ".join(error.reasons)

@@ -1,0 +1,234 @@
+"""What a calibration looks like on disk, and how one that cannot be trusted is refused.
+
+One file per machine fingerprint, and the same format for the tables that are shipped. Numbers only, names only: nothing
+in it is ever imported or executed, backends are looked up among the registered ones.
+"""
+
+import os
+import stat
+from pathlib import Path
+from typing import Annotated, Final, Literal, Self
+
+import pydantic
+
+from moe_dispatch.errors import InvalidInputError, PolicyFileError
+from moe_dispatch.machine import Machine
+from moe_dispatch.problem import Activation, DType, Mode, MoEProblem
+
+SCHEMA: Final = 1
+MAX_FILE_BYTES: Final = 32 << 20  # a full calibration of every named workload takes about one
+MAX_TEXT: Final = 1000
+
+Name = Annotated[str, pydantic.Field(min_length=1, max_length=80, pattern=r"^[A-Za-z0-9_.\-]+$")]
+Text = Annotated[str, pydantic.Field(max_length=MAX_TEXT)]
+Positive = Annotated[float, pydantic.Field(gt=0, allow_inf_nan=False)]
+Count = Annotated[int, pydantic.Field(ge=1, lt=1 << 40)]
+Index = Annotated[int, pydantic.Field(ge=0)]
+Config = dict[Name, int | bool | Annotated[str, pydantic.Field(max_length=80)]]
+Quartiles = tuple[Positive, Positive, Positive]
+LayerKey = tuple[int, int, int, int, str, str, str, bool, bool]
+
+
+class Strict(pydantic.BaseModel):
+    """Base of everything on disk: immutable, no unknown fields, no coercion of one type into another."""
+
+    model_config = pydantic.ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class Layer(Strict):
+    """An MoE layer as `MoEProblem.layer` names it; the device belongs to the file."""
+
+    K: Count
+    N: Count
+    E: Count
+    topk: Count
+    dtype: DType
+    act_dtype: DType
+    activation: Activation = "silu"
+    bias: bool = False
+    interleaved: bool = False
+
+    @classmethod
+    def of(cls, problem: MoEProblem) -> Self:
+        """The layer of a problem."""
+        return cls(**{name: getattr(problem, name) for name in cls.model_fields})
+
+    @property
+    def key(self) -> LayerKey:
+        """Hashable; equal to `layer_key` of every problem of this layer."""
+        return (
+            self.K, self.N, self.E, self.topk, self.dtype, self.act_dtype, self.activation, self.bias, self.interleaved,
+        )  # fmt: skip
+
+    def problem(self, M: int, machine: Machine, mode: Mode = "eager") -> MoEProblem:
+        """The problem of M tokens through this layer on a machine."""
+        return MoEProblem(M=M, **self.model_dump(), device=machine.device, capability=machine.capability, mode=mode)
+
+    def __str__(self) -> str:
+        text = f"E={self.E} topk={self.topk} K={self.K} N={self.N} {self.dtype}"
+        text += f"/{self.act_dtype}" if self.dtype == "fp8" else ""
+        text += f" {self.activation}" if self.activation != "silu" else ""
+        return text + " bias" * self.bias + " interleaved" * self.interleaved
+
+
+def layer_key(problem: MoEProblem) -> LayerKey:
+    """What a calibration is looked up by."""
+    return (
+        problem.K, problem.N, problem.E, problem.topk, problem.dtype, problem.act_dtype, problem.activation,
+        problem.bias, problem.interleaved,
+    )  # fmt: skip
+
+
+class Candidate(Strict):
+    """A backend and configuration, under the versions that it was measured with.
+
+    Attributes:
+        backend: Registered name.
+        config: Its configuration; empty for the default of a backend without any.
+        versions: What the measurement depends on; another value of any retires it.
+        measured: UTC, ISO 8601.
+        package: Version of moe_dispatch.
+        commit: Of the checkout that measured; empty for an installed package.
+    """
+
+    backend: Name
+    config: Config = pydantic.Field(default_factory=dict, max_length=64)
+    versions: dict[Name, Text] = pydantic.Field(default_factory=dict, max_length=32)
+    measured: Text = ""
+    package: Text = ""
+    commit: Text = ""
+
+    @property
+    def identity(self) -> tuple[str, tuple[tuple[str, int | str | bool], ...]]:
+        """Backend and configuration, hashable."""
+        return self.backend, tuple(sorted(self.config.items()))
+
+
+class Measurement(Strict):
+    """One candidate at one point.
+
+    Attributes:
+        candidate: Index into `CalibrationFile.candidates`.
+        us: Per routing distribution: lower quartile, median and upper quartile in µs.
+        score: Geometric mean of the medians over the distributions, in µs; of a candidate that left the race early,
+            its ratio to the leader of that round, times the leader's score.
+        error: ‖out − ref‖ / ‖ref‖ against the fp32 reference, the worst over the distributions.
+        disqualified: Why it may not win: wrong, unstable, crashed, hung, out of memory. Then there is no score.
+    """
+
+    candidate: Index
+    us: dict[Name, Quartiles] = pydantic.Field(default_factory=dict, max_length=16)
+    score: Positive | None = None
+    error: Annotated[float, pydantic.Field(ge=0, allow_inf_nan=False)] | None = None
+    disqualified: Text | None = None
+
+    @pydantic.model_validator(mode="after")
+    def _scored_or_disqualified(self) -> Self:
+        if (self.score is None) == (self.disqualified is None):
+            raise ValueError("a measurement has either a score or the reason of its disqualification")
+        return self
+
+
+class Point(Strict):
+    """Everything measured for one layer, token count and mode."""
+
+    layer: Index
+    M: Count
+    mode: Mode
+    measurements: list[Measurement] = pydantic.Field(max_length=10_000)
+
+
+class CalibrationFile(Strict):
+    """A machine's measurements.
+
+    Attributes:
+        schema_version: Of this format.
+        machine: That was measured.
+        layers: Layers, referred to by index.
+        candidates: Backends and configurations, referred to by index.
+        points: The measurements.
+    """
+
+    schema_version: Literal[1] = SCHEMA
+    machine: Annotated[Machine, pydantic.Strict(strict=False)]
+    layers: list[Layer] = pydantic.Field(default_factory=list, max_length=10_000)
+    candidates: list[Candidate] = pydantic.Field(default_factory=list, max_length=100_000)
+    points: list[Point] = pydantic.Field(default_factory=list, max_length=100_000)
+
+    @pydantic.model_validator(mode="after")
+    def _indices_refer_to_something(self) -> Self:
+        layers, candidates = len(self.layers), len(self.candidates)
+        for point in self.points:
+            if point.layer >= layers:
+                raise ValueError(f"a point refers to layer {point.layer}, and there are {layers}")
+            for measurement in point.measurements:
+                if measurement.candidate >= candidates:
+                    raise ValueError(
+                        f"a measurement refers to candidate {measurement.candidate}, and there are {candidates}"
+                    )
+        return self
+
+
+def read_bytes(path: Path) -> bytes:
+    """The content of a policy file.
+
+    Raises:
+        FileNotFoundError: There is none.
+        PolicyFileError: It is not a regular file, too large, or not readable.
+    """
+    try:
+        # Without blocking: a FIFO in the place of the file must not hang the first call of a server.
+        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise PolicyFileError(f"{path} cannot be read: {error.strerror}; make it readable or delete it") from error
+    with os.fdopen(handle, "rb") as file:
+        status = os.fstat(file.fileno())
+        if not stat.S_ISREG(status.st_mode):
+            raise PolicyFileError(f"{path} is not a regular file; delete it")
+        if status.st_size > MAX_FILE_BYTES:
+            raise PolicyFileError(
+                f"{path} has {status.st_size:,} bytes and at most {MAX_FILE_BYTES:,} are read; delete it and calibrate"
+            )
+        return file.read(MAX_FILE_BYTES + 1)
+
+
+def parse_calibration(content: bytes, origin: str) -> CalibrationFile:
+    """Check a calibration's content.
+
+    Raises:
+        PolicyFileError: It is damaged or of another schema; the message says what is wrong where.
+    """
+    try:
+        return CalibrationFile.model_validate_json(content)
+    except pydantic.ValidationError as error:
+        raise PolicyFileError(f"{origin} {damage(error, SCHEMA)}; delete it, or calibrate again") from error
+    except InvalidInputError as error:
+        raise PolicyFileError(f"{origin} describes no machine: {error}") from error
+
+
+def read_calibration(path: Path, machine: Machine) -> CalibrationFile:
+    """Read a machine's calibration.
+
+    Raises:
+        FileNotFoundError: There is none.
+        PolicyFileError: It is damaged, of another schema, or of another machine.
+    """
+    file = parse_calibration(read_bytes(path), str(path))
+    if file.machine.fingerprint != machine.fingerprint:
+        raise PolicyFileError(
+            f"{path} was measured on {file.machine.name!r} ({file.machine.fingerprint}) and this is {machine.name!r} "
+            f"({machine.fingerprint}); calibrate here"
+        )
+    return file
+
+
+def damage(error: pydantic.ValidationError, schema: int) -> str:
+    """The first thing wrong with a file, for a person."""
+    first = error.errors(include_url=False, include_input=True)[0]
+    where = ".".join(map(str, first["loc"]))
+    if where == "schema_version":
+        given = str(first["input"])[:40]
+        return f"has schema version {given} and this version of moe_dispatch reads {schema}"
+    return f"is damaged: {where + ': ' if where else ''}{first['msg'][:300]}"

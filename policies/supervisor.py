@@ -1,0 +1,171 @@
+"""Runs the worker and outlives it: whatever happens to it becomes a reason."""
+
+import contextlib
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from typing import IO, Any, Final
+
+from moe_dispatch.errors import MoEDispatchError
+
+from .schema import Layer
+
+START_TIMEOUT_S: Final = 180.0
+LAYER_TIMEOUT_S: Final = 300.0
+_TAIL_BYTES: Final = 2000
+
+
+class WorkerDiedError(MoEDispatchError):
+    """The worker is gone, and with it what it was running.
+
+    Attributes:
+        cause: What happened, for a person.
+    """
+
+    def __init__(self, cause: str) -> None:
+        self.cause = cause
+        super().__init__(cause)
+
+
+class OutOfMemoryError(MoEDispatchError):
+    """The layer or its inputs do not fit, whoever runs them."""
+
+
+class CandidateFailedError(MoEDispatchError):
+    """The candidate raised, and the worker lives."""
+
+    def __init__(self, cause: str, *, memory: bool) -> None:
+        self.cause, self.memory = cause, memory
+        super().__init__(cause)
+
+
+class Supervisor:
+    """A worker process that is started again after it died.
+
+    Args:
+        device: ``"cuda:0"`` or ``"cpu"``.
+        backends: Name -> "module:Class" of what this process has registered.
+        timeout_s: Most seconds that one candidate may take for one request.
+    """
+
+    def __init__(self, device: str, backends: dict[str, str], timeout_s: float) -> None:
+        self._device, self._backends, self._timeout_s = device, backends, timeout_s
+        self._process: subprocess.Popen[bytes] | None = None
+        self._requests: IO[str] | None = None
+        self._answers = -1
+        self._buffer = b""
+        self._stderr: IO[bytes] | None = None
+        self._layer: Layer | None = None
+        self.restarts = 0
+
+    def layer(self, layer: Layer) -> None:
+        """Allocate a layer's weights.
+
+        Raises:
+            OutOfMemoryError: They do not fit.
+            WorkerDiedError: The worker died of it.
+        """
+        self._layer = None
+        self._ask("layer", LAYER_TIMEOUT_S, layer=layer.model_dump())
+        self._layer = layer
+
+    def ask(self, op: str, work: float = 1.0, **request: Any) -> dict[str, Any]:
+        """Ask about the layer; after a death the worker is started and the weights are allocated again first.
+
+        Args:
+            op: ``"check"`` or ``"time"``.
+            work: Candidates in the request: each has the timeout to itself.
+            **request: Its arguments.
+
+        Raises:
+            WorkerDiedError: It crashed, hung or lost the device while it answered.
+            CandidateFailedError: The candidate raised.
+        """
+        if self._process is None and self._layer is not None:
+            self.layer(self._layer)
+        return self._ask(op, self._timeout_s * work, **request)
+
+    def close(self) -> None:
+        """End the worker, whatever it does."""
+        if self._process is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait()
+            self._process = None
+            if self._requests is not None:
+                with contextlib.suppress(OSError):
+                    self._requests.close()
+            os.close(self._answers)
+        if self._stderr is not None:
+            self._stderr.close()
+            self._stderr = None
+
+    def _ask(self, op: str, timeout_s: float, **request: Any) -> dict[str, Any]:
+        if self._process is None:
+            self._start()
+        answer = self._exchange(op, timeout_s, **request)
+        if answer.get("lost"):
+            self.close()
+            raise WorkerDiedError(f"lost the CUDA context: {answer['raised']}")
+        if "raised" in answer:
+            if op == "layer" and answer["memory"]:
+                raise OutOfMemoryError(answer["raised"])
+            raise CandidateFailedError(answer["raised"], memory=answer["memory"])
+        return answer
+
+    def _start(self) -> None:
+        to_read, requests = os.pipe()
+        answers, to_write = os.pipe()
+        self._stderr = tempfile.TemporaryFile()  # noqa: SIM115 - closed with the worker
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+        self._process = subprocess.Popen(  # noqa: S603 - our own module under our own interpreter
+            [sys.executable, "-m", "moe_dispatch.policies.worker", str(to_read), str(to_write)],
+            stdin=subprocess.DEVNULL,
+            stdout=self._stderr,  # libraries print; the protocol has pipes of its own
+            stderr=self._stderr,
+            pass_fds=(to_read, to_write),
+            env=environment,
+            start_new_session=True,  # Ctrl-C is for this process to handle
+        )
+        os.close(to_read)
+        os.close(to_write)
+        self._requests = os.fdopen(requests, "w", encoding="utf-8")
+        self._answers, self._buffer = answers, b""
+        self.restarts += 1
+        self._exchange("start", START_TIMEOUT_S, device=self._device, backends=self._backends)
+
+    def _exchange(self, op: str, timeout_s: float, **request: Any) -> dict[str, Any]:
+        assert self._requests is not None  # noqa: S101 - started
+        try:
+            print(json.dumps({"op": op, **request}), file=self._requests, flush=True)
+        except BrokenPipeError:
+            raise WorkerDiedError(self._obituary()) from None
+        deadline = time.monotonic() + timeout_s
+        while b"\n" not in self._buffer:
+            left = deadline - time.monotonic()
+            ready = select.select([self._answers], [], [], max(left, 0))[0]
+            if not ready:
+                self.close()
+                raise WorkerDiedError(f"hung: no answer within {timeout_s:.0f} s")
+            chunk = os.read(self._answers, 1 << 16)
+            if not chunk:
+                raise WorkerDiedError(self._obituary())
+            self._buffer += chunk
+        line, _, self._buffer = self._buffer.partition(b"\n")
+        answer: dict[str, Any] = json.loads(line)
+        return answer
+
+    def _obituary(self) -> str:
+        assert self._process is not None and self._stderr is not None  # noqa: S101, PT018 - it lived
+        code = self._process.wait()
+        self._stderr.seek(0, os.SEEK_END)
+        self._stderr.seek(max(0, self._stderr.tell() - _TAIL_BYTES))
+        lines = self._stderr.read().decode(errors="replace").strip().splitlines()
+        self.close()
+        how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exited with status {code}"
+        return f"its worker was {how}" + (f": {lines[-1][:300]}" if lines else "")

@@ -1,0 +1,160 @@
+"""Measured candidates as curves over M: looked up where M was measured, interpolated between.
+
+Time is taken as a power of M between two measured token counts (linear in log M and log time), which a layer bound by
+bandwidth and one bound by arithmetic both are.
+"""
+
+import bisect
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from moe_dispatch.policy import Choice
+
+# Times closer than this are one time: quartiles of repeated runs differ by as much.
+NOISE: Final = 0.015
+# How far a measured token count speaks for others: as it is, and in proportion to the tokens.
+NEAR: Final = 4
+FAR: Final = 64
+
+Identity = tuple[str, tuple[tuple[str, int | str | bool], ...]]
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One candidate's times over M.
+
+    Attributes:
+        identity: Backend and configuration.
+        tokens: Measured token counts, ascending.
+        us: The score at each, in µs.
+    """
+
+    identity: Identity
+    tokens: tuple[int, ...]
+    us: tuple[float, ...]
+
+    def at(self, M: int) -> float:
+        """Time in µs, interpolated; beyond the ends see `LayerTable.rank`."""
+        i = bisect.bisect_left(self.tokens, M)
+        if i == len(self.tokens):
+            # Above the measured, time grows with the tokens at most; near the end less is known than that.
+            return self.us[-1] * M / self.tokens[-1]
+        if self.tokens[i] == M or i == 0:
+            return self.us[i]
+        lower, upper = self.tokens[i - 1], self.tokens[i]
+        share = math.log(M / lower) / math.log(upper / lower)
+        return math.exp((1 - share) * math.log(self.us[i - 1]) + share * math.log(self.us[i]))
+
+
+class LayerTable:
+    """The measurements of one layer in one mode.
+
+    Args:
+        scores: Token count -> candidate -> time in µs; None for a candidate that was disqualified there.
+    """
+
+    def __init__(self, scores: Mapping[int, Mapping[Identity, float | None]]) -> None:
+        self._scores = {M: dict(at) for M, at in sorted(scores.items()) if any(us for us in at.values())}
+        self.tokens = tuple(self._scores)
+        self._curves = tuple(_curves(self._scores))
+        self.winners = calm_winners(self._scores)
+
+    def rank(self, M: int) -> tuple[tuple[Identity, float], ...]:
+        """Each backend's best configuration with its time, the fastest first; empty where nothing speaks for M."""
+        if not self.tokens or not self.tokens[0] / NEAR <= M <= self.tokens[-1] * FAR:
+            return ()
+        i = bisect.bisect_left(self.tokens, M)
+        around = self.tokens[max(i - 1, 0) : i + 1] if i == len(self.tokens) or self.tokens[i] != M else (M,)
+        barred = {identity for near in around for identity, us in self._scores[near].items() if us is None}
+        measured = around == (M,)
+        timed = [
+            (curve.identity, curve.at(M))
+            for curve in self._curves
+            if curve.identity not in barred
+            and (M in curve.tokens if measured else curve.tokens[0] <= around[-1] and curve.tokens[-1] >= around[0])
+        ]
+        if not timed:
+            return ()
+        calm = {self.winners[near] for near in around}
+        fastest = min(us for _, us in timed)
+        # Within noise of the fastest, what won at the measured neighbours stays.
+        timed.sort(key=lambda pair: (not (pair[0] in calm and pair[1] <= fastest * (1 + NOISE)), pair[1]))
+        best: dict[str, tuple[Identity, float]] = {}
+        for identity, us in timed:
+            best.setdefault(identity[0], (identity, us))
+        return tuple(best.values())
+
+    def choices(self, M: int, mode: str) -> tuple[Choice, ...]:
+        """The ranking with its reasons."""
+        ranked = self.rank(M)
+        where = self._where(M, mode)
+        return tuple(
+            Choice(backend, f"{us:.1f} µs {where}{_lead(ranked, place)}", dict(config), us)
+            for place, ((backend, config), us) in enumerate(ranked)
+        )
+
+    def _where(self, M: int, mode: str) -> str:
+        if M in self._scores:
+            return f"at M={M} ({mode})"
+        i = bisect.bisect_left(self.tokens, M)
+        if i == 0:
+            return f"as at M={self.tokens[0]}, the least measured ({mode})"
+        if i == len(self.tokens):
+            how = "nearest measured" if self.tokens[-1] * NEAR >= M else "largest measured, in proportion to the tokens"
+            return f"from M={self.tokens[-1]}, the {how} ({mode})"
+        return f"between M={self.tokens[i - 1]} and M={self.tokens[i]} ({mode})"
+
+
+def calm_winners(scores: Mapping[int, Mapping[Identity, float | None]]) -> dict[int, Identity]:
+    """The winner at each token count: within noise the one that changes least often.
+
+    A path through the candidates over M, each allowed only within `NOISE` of the fastest, with the fewest changes and
+    among those the least time; found by dynamic programming, so that two runs that differ by noise agree.
+    """
+    paths: dict[Identity, tuple[int, float, tuple[Identity, ...]]] = {}
+    for at in scores.values():
+        timed = {identity: us for identity, us in at.items() if us is not None}
+        fastest = min(timed.values())
+        steps: dict[Identity, tuple[int, float, tuple[Identity, ...]]] = {}
+        for identity in sorted(timed, key=repr):
+            loss = math.log(timed[identity] / fastest)
+            if timed[identity] > fastest * (1 + NOISE):
+                continue
+            before = [
+                (changes + (last != identity), total, path) for last, (changes, total, path) in paths.items()
+            ] or [(0, 0.0, ())]
+            changes, total, path = min(before, key=lambda step: step[:2])
+            steps[identity] = (changes, total + loss, (*path, identity))
+        paths = steps
+    if not paths:
+        return {}
+    best = min(paths.values(), key=lambda step: step[:2])
+    return dict(zip(scores, best[2], strict=True))
+
+
+def geometric_mean(values: Sequence[float]) -> float:
+    """Of positive values."""
+    return math.exp(math.fsum(map(math.log, values)) / len(values))
+
+
+def _curves(scores: Mapping[int, Mapping[Identity, float | None]]) -> Iterable[Curve]:
+    times: dict[Identity, list[tuple[int, float]]] = {}
+    for M, at in scores.items():
+        for identity, us in at.items():
+            if us is not None:
+                times.setdefault(identity, []).append((M, us))
+    for identity, measured in times.items():
+        yield Curve(identity, tuple(M for M, _ in measured), tuple(us for _, us in measured))
+
+
+def _lead(ranked: Sequence[tuple[Identity, float]], place: int) -> str:
+    if len(ranked) == 1:
+        return ""
+    (_, us), (winner, winner_us), (second, second_us) = ranked[place], ranked[0], ranked[1]
+    if place:
+        return f", {us / winner_us - 1:.0%} behind {winner[0]}".replace("%", " %")
+    if second_us <= us * (1 + NOISE):
+        return f", within noise of {second[0]} and steadier over M"
+    return f", {second_us / us - 1:.0%} ahead of {second[0]}".replace("%", " %")

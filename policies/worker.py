@@ -1,0 +1,168 @@
+"""The process in which candidates run, so that one that crashes, hangs or loses the device costs itself only.
+
+Spoken to over two pipes in lines of JSON. Run as ``python -m moe_dispatch.policies.worker READ_FD WRITE_FD``.
+"""
+
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Final
+
+import torch
+
+from moe_dispatch import failures
+from moe_dispatch.backend import Backend
+from moe_dispatch.machine import Machine
+from moe_dispatch.measure import (
+    LayerInputs,
+    backend_call,
+    make_inputs,
+    reference_outputs,
+    time_interleaved,
+    verify,
+)
+from moe_dispatch.registry import BACKENDS
+from moe_dispatch.workloads import ROUTINGS, make_experts
+
+from .schema import Layer
+
+if TYPE_CHECKING:
+    from moe_dispatch.experts import ExpertWeights
+
+SEED: Final = 4
+VERIFIED_INPUTS: Final = 1
+DISTINCT_INPUTS: Final = 8
+FEW_TOKENS: Final = 256
+_DIE_WITH_PARENT: Final = 1  # PR_SET_PDEATHSIG
+
+
+class Worker:
+    """Answers requests about one layer at a time; weights are allocated once per layer."""
+
+    def __init__(self) -> None:
+        self._machine: Machine | None = None
+        self._device = torch.device("cpu")
+        self._layer: Layer | None = None
+        self._experts: ExpertWeights | None = None
+        self._inputs: dict[tuple[int, str], tuple[LayerInputs, ...]] = {}
+        self._truths: dict[tuple[int, str], tuple[torch.Tensor, ...]] = {}
+
+    def start(self, device: str, backends: dict[str, str]) -> dict[str, Any]:
+        """Look at the device; learn of backends that the parent process registered."""
+        for name, target in backends.items():
+            BACKENDS.register(name, target)
+        self._device = torch.device(device)
+        self._machine = Machine.inspect(self._device)
+        return {}
+
+    def layer(self, layer: dict[str, Any]) -> dict[str, Any]:
+        """Allocate a layer's weights in place of the last one's."""
+        assert self._machine is not None  # noqa: S101 - `start` comes first
+        self._layer, self._experts = Layer.model_validate(layer), None
+        self._inputs, self._truths = {}, {}
+        generator = torch.Generator(self._device).manual_seed(SEED)
+        problem = self._layer.problem(1, self._machine)
+        with torch.no_grad():
+            self._experts = make_experts(
+                problem, self._layer.dtype, self._device, generator, act_dtype=self._layer.act_dtype
+            )
+        return {}
+
+    def check(
+        self, M: int, mode: str, routings: list[str], backend: str, config: dict[str, Any], tolerance: float
+    ) -> dict[str, Any]:
+        """Hold one candidate against fp32, and its runs against each other."""
+        made, call = self._call(backend, config)
+        deterministic = made.deterministic(made.config_type.model_validate(config))
+        worst = 0.0
+        for routing in routings:
+            inputs, truths = self._prepared(M, routing)
+            verdict = verify(
+                call, inputs, truths, tolerance=tolerance, mode="graph" if mode == "graph" else "eager",
+                deterministic=deterministic,
+            )  # fmt: skip
+            worst = max(worst, verdict.error)
+            if not verdict.ok:
+                return {"wrong": f"wrong on {routing} routing: {verdict.reason}"}
+        return {"error": worst}
+
+    def time(
+        self,
+        M: int,
+        mode: str,
+        routing: str,
+        candidates: list[tuple[str, dict[str, Any]]],
+        budget_s: float,
+        rounds: int,
+    ) -> dict[str, Any]:
+        """Time candidates that take turns."""
+        inputs, _ = self._prepared(M, routing)
+        failed: dict[int, str] = {}
+
+        def on_failure(index: int, error: Exception) -> None:
+            if failures.lost_device(error):
+                raise error
+            failed[index] = failures.summary(error)
+
+        timings = time_interleaved(
+            {i: self._call(*candidate)[1] for i, candidate in enumerate(candidates)},
+            inputs,
+            mode="graph" if mode == "graph" else "eager",
+            budget_s=budget_s,
+            min_rounds=rounds,
+            on_failure=on_failure,
+        )
+        return {"us": {str(i): [t.us_q1, t.us, t.us_q3] for i, t in timings.items()}, "failed": failed}
+
+    def _call(self, backend: str, config: dict[str, Any]) -> tuple[Backend, Callable[[LayerInputs], torch.Tensor]]:
+        assert self._machine is not None and self._experts is not None  # noqa: S101, PT018 - the parent keeps the order
+        made = BACKENDS.load(backend)(self._machine)
+        return made, backend_call(made, self._experts, made.config_type.model_validate(config))
+
+    def _prepared(self, M: int, routing: str) -> tuple[tuple[LayerInputs, ...], tuple[torch.Tensor, ...]]:
+        if (M, routing) not in self._inputs:
+            assert self._machine is not None and self._layer is not None and self._experts is not None  # noqa: S101, PT018
+            if any(tokens != M for tokens, _ in self._inputs):
+                self._inputs, self._truths = {}, {}
+            problem = self._layer.problem(M, self._machine)
+            # Many tokens hit every expert, whose weights no cache holds: two inputs tell as much as eight.
+            count = DISTINCT_INPUTS if M <= FEW_TOKENS else 2
+            inputs = make_inputs(problem, ROUTINGS[routing], self._device, count, seed=SEED + M)
+            self._truths[M, routing] = reference_outputs(self._experts, inputs[:VERIFIED_INPUTS])
+            self._inputs[M, routing] = inputs
+        return self._inputs[M, routing], self._truths[M, routing]
+
+
+def serve(read: int, write: int) -> None:
+    """Answer until the parent closes its end."""
+    worker = Worker()
+    operations: dict[str, Callable[..., dict[str, Any]]] = {
+        "start": worker.start, "layer": worker.layer, "check": worker.check, "time": worker.time,
+    }  # fmt: skip
+    with os.fdopen(read, encoding="utf-8") as requests, os.fdopen(write, "w", encoding="utf-8") as answers:
+        for line in requests:
+            request = json.loads(line)
+            try:
+                answer = operations[request.pop("op")](**request)
+            except Exception as error:  # noqa: BLE001 - whatever a candidate raises is its own failure, told to the parent
+                answer = {
+                    "raised": failures.summary(error),
+                    "memory": failures.out_of_memory(error),
+                    "lost": failures.lost_device(error),
+                }
+            print(json.dumps(answer), file=answers, flush=True)
+
+
+def _die_with_parent() -> None:
+    """A candidate that hangs must not outlive a parent that was killed."""
+    if sys.platform == "linux":
+        import ctypes
+
+        ctypes.CDLL(None).prctl(_DIE_WITH_PARENT, signal.SIGKILL)
+
+
+if __name__ == "__main__":
+    _die_with_parent()
+    serve(int(sys.argv[1]), int(sys.argv[2]))

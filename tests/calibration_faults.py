@@ -1,0 +1,85 @@
+"""Backends that fail, each in its own way and for real; the calibration's worker imports them from here."""
+
+import os
+import signal
+import time
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moe_dispatch.backend import Backend, BackendConfig, Requirements
+from moe_dispatch.experts import ExpertWeights
+from moe_dispatch.registry import BACKENDS
+
+
+class RightBackend(Backend):
+    """The reference under another name."""
+
+    name = "right"
+    requirements = Requirements(dtypes={"fp32": (0, 0)}, act_dtypes=frozenset({"fp32"}), cpu=True)
+
+    def run(
+        self,
+        hidden_states: Tensor,
+        experts: ExpertWeights,
+        topk_weights: Tensor,
+        topk_ids: Tensor,
+        config: BackendConfig,
+    ) -> Tensor:
+        """See `Backend.run`."""
+        reference: Any = BACKENDS.load("reference")(self.machine)
+        out: Tensor = reference.run(hidden_states, experts, topk_weights, topk_ids, reference.config_type())
+        return self.spoil(out)
+
+    def spoil(self, out: Tensor) -> Tensor:
+        """What this backend does to the right answer."""
+        return out
+
+
+class WrongBackend(RightBackend):
+    def spoil(self, out: Tensor) -> Tensor:
+        return out * 1.5
+
+
+class NanBackend(RightBackend):
+    def spoil(self, out: Tensor) -> Tensor:
+        out[0, 0] = torch.nan
+        return out
+
+
+class UnstableBackend(RightBackend):
+    def spoil(self, out: Tensor) -> Tensor:
+        return out * (1 + 1e-5 * torch.rand(()))
+
+
+class RaisingBackend(RightBackend):
+    def spoil(self, out: Tensor) -> Tensor:
+        raise RuntimeError("no kernel image is available")
+
+
+class HangingBackend(RightBackend):
+    def spoil(self, out: Tensor) -> Tensor:
+        time.sleep(3600)
+        return out
+
+
+class ExitingBackend(RightBackend):
+    def spoil(self, out: Tensor) -> Tensor:
+        os._exit(7)
+
+
+class KilledBackend(RightBackend):
+    def spoil(self, out: Tensor) -> Tensor:
+        os.kill(os.getpid(), signal.SIGKILL)
+        return out
+
+
+class HungryBackend(RightBackend):
+    def spoil(self, out: Tensor) -> Tensor:
+        raise torch.OutOfMemoryError("tried to allocate 80 GiB")
+
+
+class LostContextBackend(RightBackend):
+    def spoil(self, out: Tensor) -> Tensor:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")

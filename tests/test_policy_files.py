@@ -1,0 +1,242 @@
+"""Calibration files as they are found in the wild, and what the policy makes of them."""
+
+import json
+import multiprocessing
+import os
+import resource
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from moe_dispatch.errors import MoEDispatchWarning, PolicyFileError
+from moe_dispatch.machine import Machine
+from moe_dispatch.policies.calibrated import CalibratedPolicy, calibration_path
+from moe_dispatch.policies.merge import Measured, save
+from moe_dispatch.policies.schema import Candidate, Layer, Measurement, read_calibration
+from moe_dispatch.policies.table import LayerTable, calm_winners
+from moe_dispatch.policies.versions import relevant_versions
+from moe_dispatch.problem import Mode
+from moe_dispatch.registry import BACKENDS
+from moe_dispatch.workloads import WORKLOADS, Workload
+
+MACHINE = Machine.inspect("cpu")
+LAYER = Workload("tiny", E=8, topk=2, K=64, N=32)
+
+
+def measured(
+    M: int,
+    us: float | None,
+    backend: str = "reference",
+    *,
+    mode: Mode = "eager",
+    layer: Workload = LAYER,
+    config: dict[str, Any] | None = None,
+    versions: dict[str, str] | None = None,
+) -> Measured:
+    """A measurement of a backend under today's versions, unless others are given."""
+    if versions is None:
+        versions = relevant_versions(BACKENDS.load(backend)(MACHINE)) if backend in BACKENDS.names() else {}
+    return Measured(
+        Layer.of(layer.problem(1, "fp32", MACHINE)),
+        M,
+        mode,
+        Candidate(backend=backend, config=config or {}, versions=versions),
+        Measurement(
+            candidate=0, us={"uniform": (us, us, us)} if us else {}, score=us, disqualified=None if us else "x"
+        ),
+    )
+
+
+@pytest.fixture
+def path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("MOE_DISPATCH_CACHE_DIR", str(tmp_path))
+    return Path(calibration_path(MACHINE))
+
+
+def ranked(M: int, mode: Mode = "eager") -> list[str]:
+    return [choice.backend for choice in CalibratedPolicy(MACHINE).rank(LAYER.problem(M, "fp32", MACHINE, mode))]
+
+
+@dataclass(frozen=True)
+class Damage:
+    """A way to spoil a good file, and what the refusal must say."""
+
+    name: str
+    spoil: Callable[[dict[str, Any]], object]
+    says: str
+
+
+def _edit(*keys: Any, value: Any) -> Callable[[dict[str, Any]], object]:
+    def edit(data: dict[str, Any]) -> object:
+        inner: Any = data
+        for key in keys[:-1]:
+            inner = inner[key]
+        inner[keys[-1]] = value
+        return data
+
+    return edit
+
+
+MEASUREMENT = ("points", 0, "measurements", 0)
+DAMAGES = (
+    Damage("truncated", lambda data: json.dumps(data)[:-40], "is damaged"),
+    Damage("empty", lambda _: "", "is damaged"),
+    Damage("not-utf8", lambda _: b"\xff\xfe\x00", "is damaged"),
+    Damage("other-schema", _edit("schema_version", value=2), "has schema version 2"),
+    Damage("other-machine", _edit("machine", "name", value="NVIDIA H200"), "was measured on 'NVIDIA H200'"),
+    Damage("no-machine", _edit("machine", "device", value="tpu"), "is damaged: machine.device"),
+    Damage("unknown-field", _edit("run_me", value="rm -rf"), "is damaged: run_me"),
+    Damage("nan", lambda data: json.dumps(_edit(*MEASUREMENT, "score", value=float("nan"))(data)), "is damaged"),
+    Damage("negative", _edit(*MEASUREMENT, "score", value=-1.0), "is damaged"),
+    Damage("score-as-text", _edit(*MEASUREMENT, "score", value="1.0"), "is damaged"),
+    Damage("index-out-of-range", _edit(*MEASUREMENT, "candidate", value=9), "refers to candidate 9"),
+    Damage("path-as-backend", _edit("candidates", 0, "backend", value="../../x:Y"), "candidates.0.backend"),
+    Damage("deep", lambda _: "[" * 100_000, "is damaged"),
+    Damage("huge", lambda _: " " * ((32 << 20) + 1), "at most"),
+)
+
+
+@pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: damage.name)
+def test_a_file_that_cannot_be_trusted_is_refused_with_the_reason(path: Path, damage: Damage) -> None:
+    save(path, [measured(1, 5.0)], MACHINE)
+    spoilt = damage.spoil(json.loads(path.read_text(encoding="utf-8")))
+    content = spoilt if isinstance(spoilt, (str, bytes)) else json.dumps(spoilt)
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
+    with pytest.warns(MoEDispatchWarning, match="calibrated"):
+        policy = CalibratedPolicy(MACHINE)
+    assert policy.rank(LAYER.problem(1, "fp32", MACHINE)) == ()
+    assert damage.says in policy.notes()[0]
+
+
+def test_a_fifo_in_its_place_does_not_hang(path: Path) -> None:
+    path.parent.mkdir(parents=True)
+    os.mkfifo(path)
+    with pytest.raises(PolicyFileError, match="not a regular file"):
+        read_calibration(path, MACHINE)
+
+
+def test_a_damaged_file_is_set_aside_and_not_overwritten(path: Path) -> None:
+    path.parent.mkdir(parents=True)
+    path.write_text("{", encoding="utf-8")
+    save(path, [measured(1, 5.0)], MACHINE)
+    assert path.with_name(f"{path.name}.damaged").read_text(encoding="utf-8") == "{"
+    assert ranked(1) == ["reference"]
+
+
+def test_an_unknown_backend_and_an_unknown_configuration_are_ignored_with_a_note(path: Path) -> None:
+    rows = [
+        measured(1, 5.0),
+        measured(1, 1.0, "from_the_future"),
+        measured(1, 2.0, "torch_grouped", config={"warp_drive": True}),
+    ]
+    save(path, rows, MACHINE)
+    policy = CalibratedPolicy(MACHINE)
+    assert [choice.backend for choice in policy.rank(LAYER.problem(1, "fp32", MACHINE))] == ["reference"]
+    assert any("from_the_future: no such backend" in note for note in policy.notes())
+    assert any("torch_grouped: its configuration is unknown here (warp_drive" in note for note in policy.notes())
+
+
+def test_another_version_retires_what_depends_on_it_and_nothing_else(path: Path) -> None:
+    old = {**relevant_versions(BACKENDS.load("torch_grouped")(MACHINE)), "torch": "1.0"}
+    save(path, [measured(1, 5.0), measured(1, 1.0, "torch_grouped", versions=old)], MACHINE)
+    policy = CalibratedPolicy(MACHINE)
+    assert [choice.backend for choice in policy.rank(LAYER.problem(1, "fp32", MACHINE))] == ["reference"]
+    assert f"torch_grouped: retired by torch 1.0 -> {MACHINE.torch}" in policy.notes()[0]
+
+
+def test_a_full_disk_leaves_the_old_file(path: Path) -> None:
+    save(path, [measured(1, 5.0)], MACHINE)
+    before = path.read_bytes()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + 100, hard))
+    try:
+        with pytest.raises(PolicyFileError, match="what was there is untouched"):
+            save(path, [measured(M, 5.0) for M in range(2, 2000)], MACHINE)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert path.read_bytes() == before
+    assert not list(path.parent.glob("*.tmp"))
+
+
+def test_a_directory_that_cannot_be_written_is_named() -> None:
+    # /proc refuses even root, whom permission bits do not stop.
+    with pytest.raises(PolicyFileError, match=r"cannot be written to /proc/.*MOE_DISPATCH_CACHE_DIR"):
+        save(Path("/proc/moe_dispatch/calibration.json"), [measured(1, 5.0)], MACHINE)
+
+
+def _write(path: Path, first: int) -> None:
+    for M in range(first, first + 20, 2):
+        save(path, [measured(M, float(M))], MACHINE)
+
+
+def test_two_writers_lose_nothing(path: Path) -> None:
+    context = multiprocessing.get_context("fork")
+    writers = [context.Process(target=_write, args=(path, first)) for first in (1, 2)]
+    for writer in writers:
+        writer.start()
+    for writer in writers:
+        writer.join(60)
+    assert [writer.exitcode for writer in writers] == [0, 0]
+    assert [point.M for point in read_calibration(path, MACHINE).points] == list(range(1, 21))
+
+
+def test_neighbours_decide_between_them(path: Path) -> None:
+    rows = [measured(4, 10.0), measured(4, 20.0, "torch_grouped")]
+    rows += [measured(64, 90.0), measured(64, 20.0, "torch_grouped")]
+    save(path, rows, MACHINE)
+    assert ranked(4) == ranked(5) == ["reference", "torch_grouped"]
+    assert ranked(64) == ranked(60) == ["torch_grouped", "reference"]
+    assert ranked(200) == ranked(2000) == ["torch_grouped", "reference"]
+    assert ranked(1) == ["reference", "torch_grouped"]
+    assert ranked(64 * 65) == []
+
+
+def test_a_mode_that_was_not_measured_borrows_and_says_so(path: Path) -> None:
+    save(path, [measured(4, 10.0)], MACHINE)
+    choice = CalibratedPolicy(MACHINE).rank(LAYER.problem(4, "fp32", MACHINE, "graph"))[0]
+    assert choice.reason == "10.0 µs at M=4 (eager; graph was not measured)"
+
+
+def test_disqualified_at_a_neighbour_is_not_trusted_between(path: Path) -> None:
+    rows = [measured(4, 10.0), measured(64, 50.0), measured(4, 5.0, "torch_grouped")]
+    save(path, [*rows, measured(64, None, "torch_grouped")], MACHINE)
+    assert ranked(4)[0] == "torch_grouped"
+    assert ranked(16) == ranked(64) == ["reference"]
+
+
+def test_within_noise_the_calmer_choice_wins() -> None:
+    one, other = ("a", ()), ("b", ())
+    scores = {1: {one: 10.0, other: 20.0}, 2: {one: 10.1, other: 10.0}, 4: {one: 10.0, other: 20.0}}
+    assert set(calm_winners(scores).values()) == {one}
+    scores[2][one] = 11.0
+    assert calm_winners(scores) == {1: one, 2: other, 4: one}
+    assert LayerTable(scores).rank(2)[0] == (other, 10.0)
+
+
+def test_a_full_calibration_loads_within_50_ms(path: Path) -> None:
+    configs = [{"compute_fp32": a, "quantize_activations": b} for a in (False, True) for b in (False, True)]
+    names = [name for name in BACKENDS.names() if name != "reference"]
+    rows = []
+    modes: tuple[Mode, Mode] = ("graph", "eager")
+    for layer in WORKLOADS.values():
+        for M in (2**i for i in range(15)):
+            for mode in modes:
+                rows += [measured(M, 5.0 + i, mode=mode, layer=layer, config=c) for i, c in enumerate(configs)]
+                # Unknown here on purpose: loading must not pay for what it cannot use either.
+                rows += [
+                    measured(M, 9.0, name, mode=mode, layer=layer, config={"block_m": 16 << i}, versions={})
+                    for name in names
+                    for i in range(4)
+                ]
+    save(path, rows, MACHINE)
+    problem = WORKLOADS["qwen3-235b"].problem(64, "fp32", MACHINE)
+    seconds = []
+    for _ in range(5):
+        begin = time.perf_counter()
+        assert CalibratedPolicy(MACHINE).rank(problem)
+        seconds.append(time.perf_counter() - begin)
+    assert min(seconds) <= 0.050
