@@ -1,0 +1,269 @@
+"""The peers, each run as its own users would run it, under a name of its own.
+
+A peer is an adapter of a few lines: what it takes, and how its library is called on our weights, which all of them can
+use as they are. Nothing of ours runs inside its time: no id is masked, nothing is copied.
+"""
+
+import importlib
+import os
+import types
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any, ClassVar, Final
+
+import torch
+from torch import Tensor
+
+from moe_dispatch.backend import Requirements
+from moe_dispatch.experts import ExpertWeights
+from moe_dispatch.machine import Machine, library_version
+from moe_dispatch.measure import Call, LayerInputs, backend_call
+from moe_dispatch.problem import DType, MoEProblem
+from moe_dispatch.registry import BACKENDS
+
+_VLLM: Final = "vllm.model_executor.layers.fused_moe"
+
+
+class Peer(ABC):
+    """Somebody else's layer, timed beside ours.
+
+    Class attributes to declare: `name`, `requirements`, `tolerance`, and `libraries` outside `Machine.libraries`.
+    """
+
+    name: ClassVar[str]
+    requirements: ClassVar[Requirements]
+    libraries: ClassVar[tuple[str, ...]] = ()
+    # Wider than ours: most round the first product, and some the sum, to BF16.
+    tolerance: ClassVar[Mapping[DType, float]] = {"bf16": 2e-2, "fp16": 4e-3, "fp32": 1e-3, "fp8": 4e-2}
+
+    def __init__(self, machine: Machine) -> None:
+        self.machine = machine
+
+    def unsupported_reasons(self, problem: MoEProblem) -> tuple[str, ...]:
+        """All reasons why it cannot run this; empty if it can."""
+        missing = [
+            f"{library} is not installed"
+            for library in (*self.libraries, *self.requirements.libraries)
+            if not (self.machine.libraries.get(library) or library_version(library))
+        ]
+        return (*missing, *self.requirements.reasons_against(problem))
+
+    @abstractmethod
+    def prepare(self, experts: ExpertWeights, problem: MoEProblem) -> Call:
+        """What its user does once at load; returns what is called per token batch."""
+
+
+class NaiveLoop(Peer):
+    """The loop that everybody writes first: per expert that was hit, gather, two products, scatter, in torch."""
+
+    name = "naive_loop"
+    requirements = Requirements(
+        dtypes={"bf16": (0, 0), "fp16": (0, 0), "fp32": (0, 0), "fp8": (0, 0)},
+        act_dtypes=frozenset({"bf16", "fp16", "fp32"}),
+        cpu=True,
+        bias=True,
+        interleaved=True,
+        capturable=False,
+    )
+
+    def prepare(self, experts: ExpertWeights, problem: MoEProblem) -> Call:  # noqa: ARG002
+        """See `Peer.prepare`."""
+        loop = BACKENDS.load("reference")(self.machine)
+        return backend_call(loop, experts, loop.config_type())
+
+
+class _Transformers(Peer):
+    """One of the functions that Hugging Face transformers puts in place of an experts module's forward.
+
+    Called with a bare object that carries the weights, as `ExpertsInterface` calls it with the module. Its FP8 twins
+    download their kernels from the Hub at first use, and so have no row.
+    """
+
+    requirements = Requirements(
+        dtypes={"bf16": (8, 0), "fp16": (8, 0), "fp32": (8, 0)},
+        act_dtypes=frozenset({"bf16", "fp16", "fp32"}),
+        activations=frozenset({"silu"}),
+        cpu=True,
+    )
+    libraries = ("transformers",)
+    function: ClassVar[str]
+
+    def prepare(self, experts: ExpertWeights, problem: MoEProblem) -> Call:  # noqa: ARG002
+        """See `Peer.prepare`."""
+        moe = importlib.import_module("transformers.integrations.moe")
+        forward = getattr(moe, self.function)
+        module: Any = types.SimpleNamespace(
+            num_experts=experts.E,
+            gate_up_proj=experts.gate_up,
+            down_proj=experts.down,
+            act_fn=torch.nn.functional.silu,
+            has_gate=True,
+            has_bias=False,
+            is_transposed=False,
+            is_concatenated=True,
+        )
+        module._apply_gate = types.MethodType(moe._default_apply_gate, module)
+
+        def call(given: LayerInputs) -> Tensor:
+            out: Tensor = forward(module, given.hidden_states, given.topk_ids, given.topk_weights)
+            return out
+
+        return call
+
+
+class TransformersGroupedMm(_Transformers):
+    """transformers' ``experts_implementation="grouped_mm"``: sorted slots through torch's grouped product."""
+
+    name = "transformers_grouped_mm"
+    function = "grouped_mm_experts_forward"
+
+
+class TransformersBatchedMm(_Transformers):
+    """transformers' ``"batched_mm"``: every slot gets its own copy of its expert's weights. Meant for decode."""
+
+    name = "transformers_batched_mm"
+    function = "batched_mm_experts_forward"
+
+
+class Vllm(Peer):
+    """vLLM's `fused_experts` with its own defaults: the tuned configuration it ships, or its heuristic.
+
+    Activation scales are kept in fp32, as everybody else's here (``VLLM_USE_DEEP_GEMM_E8M0=0``).
+    """
+
+    name = "vllm"
+    requirements = Requirements(
+        dtypes={"bf16": (8, 0), "fp16": (8, 0), "fp8": (8, 9)},
+        activations=frozenset({"silu"}),
+        libraries=("vllm",),
+        multiples={"fp8": {"K": 128, "N": 128}},
+    )
+
+    def prepare(self, experts: ExpertWeights, problem: MoEProblem) -> Call:  # noqa: ARG002
+        """See `Peer.prepare`."""
+        _keep_fp32_scales()
+        fused_experts = importlib.import_module(_VLLM).fused_experts
+        quant_config = _block_fp8(experts) if experts.dtype == "fp8" else None
+
+        def call(given: LayerInputs) -> Tensor:
+            out: Tensor = fused_experts(
+                given.hidden_states,
+                experts.gate_up,
+                experts.down,
+                given.topk_weights,
+                given.topk_ids,
+                quant_config=quant_config,
+            )
+            return out
+
+        return call
+
+
+class VllmDeepGemm(Peer):
+    """vLLM's own DeepGEMM layer: `DeepGemmExperts` inside its modular kernel, without parallelism.
+
+    The modular kernel takes its buffers from vLLM's workspace manager, which an engine would have initialised.
+    """
+
+    name = "vllm_deep_gemm"
+    requirements = Requirements(
+        dtypes={"fp8": (9, 0)},
+        act_dtypes=frozenset({"bf16"}),
+        activations=frozenset({"silu"}),
+        libraries=("vllm", "deep_gemm"),
+        multiples={"fp8": {"K": 128, "N": 128}},
+    )
+
+    def prepare(self, experts: ExpertWeights, problem: MoEProblem) -> Call:
+        """See `Peer.prepare`."""
+        _keep_fp32_scales()
+        deep_gemm_moe = importlib.import_module(f"{_VLLM}.experts.deep_gemm_moe")
+        layer = deep_gemm_moe.DeepGemmExperts(_moe_config(experts, problem), _block_fp8(experts))
+        return _modular_call(layer, experts.gate_up, experts.down, experts.E, experts.device)
+
+
+class VllmTritonKernels(Peer):
+    """The `triton_kernels` that vLLM bundles, through its `UnfusedOAITritonExperts`, on BF16 weights.
+
+    vLLM itself gives these kernels MXFP4 weights only (gpt-oss); the same code takes BF16, which makes it comparable.
+    They want the weights as ``[E, K, 2N]``: a transposed view serves.
+    """
+
+    name = "vllm_triton_kernels"
+    requirements = Requirements(
+        dtypes={"bf16": (9, 0)},
+        act_dtypes=frozenset({"bf16"}),
+        activations=frozenset({"silu"}),
+        libraries=("vllm",),
+        max_capability={"bf16": (11, 0)},
+    )
+
+    def prepare(self, experts: ExpertWeights, problem: MoEProblem) -> Call:
+        """See `Peer.prepare`."""
+        config = importlib.import_module(f"{_VLLM}.config")
+        kernels = importlib.import_module(f"{_VLLM}.experts.gpt_oss_triton_kernels_moe")
+        layer = kernels.UnfusedOAITritonExperts(_moe_config(experts, problem), config.FUSED_MOE_UNQUANTIZED_CONFIG)
+        gate_up, down = experts.gate_up.transpose(1, 2), experts.down.transpose(1, 2)
+        return _modular_call(layer, gate_up, down, experts.E, experts.device)
+
+
+PEERS: Final[dict[str, type[Peer]]] = {
+    peer.name: peer
+    for peer in (Vllm, VllmDeepGemm, VllmTritonKernels, TransformersGroupedMm, TransformersBatchedMm, NaiveLoop)
+}
+
+
+def _keep_fp32_scales() -> None:
+    # Read once by vLLM, and 1 by default even on Hopper, where it rounds activation scales to powers of two.
+    os.environ.setdefault("VLLM_USE_DEEP_GEMM_E8M0", "0")
+
+
+def _block_fp8(experts: ExpertWeights) -> Any:
+    config = importlib.import_module(f"{_VLLM}.config")
+    return config.fp8_w8a8_moe_quant_config(
+        w1_scale=experts.gate_up_scale, w2_scale=experts.down_scale, block_shape=[128, 128]
+    )
+
+
+def _moe_config(experts: ExpertWeights, problem: MoEProblem) -> Any:
+    config = importlib.import_module(f"{_VLLM}.config")
+    activation = importlib.import_module(f"{_VLLM}.activation").MoEActivation
+    return config.FusedMoEConfig(
+        num_experts=experts.E,
+        experts_per_token=problem.topk,
+        hidden_dim=experts.K,
+        intermediate_size_per_partition=experts.N,
+        num_local_experts=experts.E,
+        num_logical_experts=experts.E,
+        activation=activation.SILU,
+        device=experts.device,
+        routing_method=config.RoutingMethodType.TopK,
+        moe_parallel_config=config.FusedMoEParallelConfig.make_no_parallel(),
+        in_dtype=torch.bfloat16,
+    )
+
+
+def _modular_call(layer: Any, gate_up: Tensor, down: Tensor, E: int, device: torch.device) -> Call:
+    workspace = importlib.import_module("vllm.v1.worker.workspace")
+    if not workspace.is_workspace_manager_initialized():
+        workspace.init_workspace_manager(device)
+    local = importlib.import_module(f"{_VLLM}.prepare_finalize.no_dp_ep")
+    modular = importlib.import_module(f"{_VLLM}.modular_kernel")
+    silu = importlib.import_module(f"{_VLLM}.activation").MoEActivation.SILU
+    kernel = modular.FusedMoEKernel(local.MoEPrepareAndFinalizeNoDPEPModular(), layer)
+
+    def call(given: LayerInputs) -> Tensor:
+        out: Tensor = kernel.apply(
+            hidden_states=given.hidden_states,
+            w1=gate_up,
+            w2=down,
+            topk_weights=given.topk_weights,
+            topk_ids=given.topk_ids,
+            activation=silu,
+            global_num_experts=E,
+            expert_map=None,
+            apply_router_weight_on_input=False,
+        )
+        return out
+
+    return call

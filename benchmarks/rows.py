@@ -1,0 +1,177 @@
+"""A measured row, and the JSON Lines files that rows are kept in."""
+
+import json
+import subprocess
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import pydantic
+
+from moe_dispatch.errors import InvalidInputError
+from moe_dispatch.machine import Machine, library_version
+from moe_dispatch.measure import Ceilings
+from moe_dispatch.problem import DType, Mode
+
+RowKey = tuple[str, str, int, str, str, str, str]
+
+
+class BenchRow(pydantic.BaseModel):
+    """One backend in one configuration at one point; without a time where it was not right.
+
+    Attributes:
+        workload: Name of the model, or ``E,topk,K,N``.
+        E: Experts.
+        topk: Experts per token.
+        K: Hidden size.
+        N: Intermediate size.
+        dtype: Of the weights.
+        M: Tokens.
+        backend: A backend's or a peer's name.
+        config: The backend's configuration as JSON data.
+        mode: ``"graph"`` or ``"eager"``.
+        routing: Name of the routing distribution.
+        us: Median time of the layer in µs; None where it was not timed.
+        us_q1: Lower quartile.
+        us_q3: Upper quartile.
+        samples: Samples behind the three.
+        inputs: Distinct inputs and routings that each sample ran over.
+        hit_experts: Experts that got a token, mean over the inputs.
+        floor_us: Least possible time for these hits.
+        floor_from: Whose ceilings the floor uses: ``"peers"`` (shared/PEERS.md's H200) or ``"measured"`` (a CPU's own).
+        fraction: floor_us / us.
+        error: Greatest relative error against fp32; None where it raised, or was not finite.
+        deterministic: Whether repeated runs gave the same bits; None where it was not timed.
+        reason: Why there is no time; empty where there is one.
+        machine: The device's name.
+        fingerprint: The machine's.
+        versions: Of everything that the time depends on.
+        commit: Of the checkout, with ``-dirty`` where it had changes; empty outside one.
+        ceilings: Measured in the same run.
+    """
+
+    model_config = pydantic.ConfigDict(frozen=True, extra="forbid")
+
+    workload: str
+    E: int
+    topk: int
+    K: int
+    N: int
+    dtype: DType
+    M: int = pydantic.Field(ge=1)
+    backend: str
+    config: dict[str, int | str | bool]
+    mode: Mode
+    routing: str
+    us: float | None = pydantic.Field(default=None, gt=0)
+    us_q1: float | None = None
+    us_q3: float | None = None
+    samples: int = 0
+    inputs: int = 0
+    hit_experts: float
+    floor_us: float
+    floor_from: Literal["peers", "measured"]
+    fraction: float | None = None
+    error: float | None = None
+    deterministic: bool | None = None
+    reason: str = ""
+    machine: str
+    fingerprint: str
+    versions: dict[str, str]
+    commit: str
+    ceilings: Ceilings
+
+    @pydantic.model_validator(mode="after")
+    def _time_or_reason(self) -> Self:
+        if (self.us is None) != bool(self.reason):
+            raise ValueError("a row has a time or a reason why not, never both or neither")
+        return self
+
+    @property
+    def key(self) -> RowKey:
+        """What was measured; a resumed run skips what it finds."""
+        return row_key(self.workload, self.dtype, self.M, self.backend, self.config, self.mode, self.routing)
+
+
+def row_key(workload: str, dtype: str, M: int, backend: str, config: dict[str, Any], mode: str, routing: str) -> RowKey:
+    """The identity of a row."""
+    return workload, dtype, M, backend, json.dumps(config, sort_keys=True), mode, routing
+
+
+def append(path: Path, row: pydantic.BaseModel) -> None:
+    """Add a row in one write, so that an interrupted run leaves whole lines."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a+b") as file:
+        file.seek(0, 2)
+        if file.tell():
+            file.seek(-1, 2)
+            # A run killed inside a write left half a line: end it, so that it spoils no row but its own.
+            if file.read(1) != b"\n":
+                file.write(b"\n")
+        file.write(row.model_dump_json().encode() + b"\n")
+        file.flush()
+
+
+def load(paths: Iterable[Path]) -> list[BenchRow]:
+    """Read rows from files and folders; a later row replaces an earlier one of the same key on the same machine.
+
+    Raises:
+        InvalidInputError: A line is not a row, other than a file's half-written last one.
+    """
+    rows: dict[tuple[str, RowKey], BenchRow] = {}
+    for path in paths:
+        for row in _read(path):
+            rows[row.fingerprint, row.key] = row
+    return list(rows.values())
+
+
+def _read(path: Path) -> Iterator[BenchRow]:
+    if path.is_dir():
+        for inside in sorted(path.rglob("*.jsonl")):
+            yield from _read(inside)
+        return
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise InvalidInputError(
+            f"{path} cannot be read ({error}); give .jsonl files of `moe-dispatch bench`"
+        ) from error
+    for number, line in enumerate(lines, start=1):
+        try:
+            yield BenchRow.model_validate_json(line)
+        except pydantic.ValidationError as error:
+            if not line.rstrip().endswith("}"):  # cut off inside a write
+                continue
+            first = error.errors()[0]
+            raise InvalidInputError(
+                f"{path}:{number} is not a benchmark row: {'.'.join(map(str, first['loc']))} {first['msg']}"
+            ) from error
+
+
+def versions(machine: Machine) -> dict[str, str]:
+    """Of everything that a time on this machine depends on."""
+    return {
+        "moe_dispatch": library_version("moe_dispatch") or "unknown",
+        "torch": machine.torch,
+        "triton": machine.triton,
+        "cuda": machine.cuda,
+        "driver": machine.driver,
+        "transformers": library_version("transformers"),
+        **machine.libraries,
+    }
+
+
+def commit(folder: Path) -> str:
+    """The checked-out commit, with ``-dirty`` where files differ from it; empty outside a checkout."""
+
+    def git(*arguments: str) -> str:
+        try:
+            done = subprocess.run(
+                ["git", *arguments], cwd=folder, capture_output=True, text=True, timeout=10, check=False
+            )
+        except (OSError, subprocess.TimeoutExpired):
+            return ""
+        return done.stdout.strip() if done.returncode == 0 else ""
+
+    head = git("rev-parse", "--short=12", "HEAD")
+    return f"{head}-dirty" if head and git("status", "--porcelain", "--untracked-files=no") else head

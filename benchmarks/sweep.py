@@ -1,0 +1,339 @@
+"""Run points one after another: draw, check against fp32, time what is right, write the rows.
+
+One allocation of expert weights serves a (workload, dtype). Whatever runs out of memory, raises or is wrong costs
+itself a row with the reason, and the rest goes on.
+"""
+
+import gc
+import itertools
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from moe_dispatch.backend import Backend, BackendConfig
+from moe_dispatch.errors import BackendUnavailableError
+from moe_dispatch.experts import ExpertWeights
+from moe_dispatch.failures import lost_device, out_of_memory, summary
+from moe_dispatch.machine import Machine
+from moe_dispatch.measure import (
+    PEERS_CEILINGS,
+    Call,
+    Ceilings,
+    LayerInputs,
+    Timing,
+    Verdict,
+    backend_call,
+    make_inputs,
+    reference_outputs,
+    time_interleaved,
+    verify,
+)
+from moe_dispatch.problem import DType, Mode, MoEProblem
+from moe_dispatch.workloads import RoutingDistribution, Workload, make_experts
+
+from .peers import Peer
+from .rows import BenchRow, RowKey, append, row_key
+
+SEED: Final = 0
+# fp32 truths are the slow part at large M, and one of 16384 tokens checks as many rows as a thousand of 16.
+CHECKED_TOKENS: Final = 8192
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a sweep runs: every combination, in this order of nesting.
+
+    Attributes:
+        workloads: Layers.
+        dtypes: Of their weights.
+        tokens: M.
+        routings: Distributions.
+        modes: ``"graph"`` and ``"eager"``.
+        backends: Ours, by the instances that run.
+        peers: Theirs.
+        all_configs: Whether every configuration of ours is run, or its default alone.
+        inputs: Distinct inputs and routings per point.
+        point_s: Seconds of timing per candidate.
+        budget_s: Seconds after which no further point is started; None for no limit.
+    """
+
+    workloads: tuple[Workload, ...]
+    dtypes: tuple[DType, ...]
+    tokens: tuple[int, ...]
+    routings: tuple[RoutingDistribution, ...]
+    modes: tuple[Mode, ...]
+    backends: tuple[Backend, ...]
+    peers: tuple[Peer, ...] = ()
+    all_configs: bool = False
+    inputs: int = 8
+    point_s: float = 0.3
+    budget_s: float | None = None
+
+    @property
+    def points(self) -> int:
+        """Steps of progress: one per workload, dtype, M, routing and mode."""
+        return len(self.workloads) * len(self.dtypes) * len(self.tokens) * len(self.routings) * len(self.modes)
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One thing to time at a point."""
+
+    backend: str
+    config: dict[str, int | str | bool]
+    call: Call = field(compare=False)
+    tolerance: float
+    deterministic: bool
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """What every row says of the run that made it."""
+
+    machine: Machine
+    versions: dict[str, str]
+    commit: str
+    ceilings: Ceilings
+
+
+@dataclass
+class Sweep:
+    """A run of a plan into a file.
+
+    Attributes:
+        plan: What to run.
+        path: Where rows go.
+        device: Where it runs.
+        provenance: What the rows say of the run.
+        done: Keys of rows that are there already.
+        advance: Called with a description before each point, and with None after it.
+        notes: Why something has no row, each once.
+        written: Rows of this run.
+    """
+
+    plan: Plan
+    path: Path
+    device: torch.device
+    provenance: Provenance
+    done: set[RowKey] = field(default_factory=set)
+    advance: Callable[[str | None], None] = lambda _: None
+    notes: list[str] = field(default_factory=list)
+    written: list[BenchRow] = field(default_factory=list)
+
+    def run(self) -> list[BenchRow]:
+        """Run the plan and return this run's rows.
+
+        Raises:
+            RuntimeError: The CUDA context is lost; nothing further can run in this process.
+        """
+        deadline = None if self.plan.budget_s is None else time.perf_counter() + self.plan.budget_s
+        for workload, dtype in itertools.product(self.plan.workloads, self.plan.dtypes):
+            if not self._layer(workload, dtype, deadline):
+                self._note(f"stopped: the budget of {self.plan.budget_s:g} s is spent; --resume goes on")
+                break
+        return self.written
+
+    def _layer(self, workload: Workload, dtype: DType, deadline: float | None) -> bool:
+        """All points of one layer; False once the budget is spent."""
+        generator = torch.Generator(self.device).manual_seed(SEED)
+        steps = len(self.plan.tokens) * len(self.plan.routings) * len(self.plan.modes)
+        self.advance(f"{workload.name} {dtype}: weights")
+        try:
+            experts = make_experts(workload, dtype, self.device, generator)
+        except Exception as error:
+            if not out_of_memory(error):
+                raise
+            self._note(f"{workload.name} {dtype}: the weights do not fit in memory ({summary(error)})")
+            for _ in range(steps):
+                self.advance(None)
+            return True
+        peer_calls: dict[str, Call] = {}
+        try:
+            for M, routing in itertools.product(self.plan.tokens, self.plan.routings):
+                if deadline is not None and time.perf_counter() >= deadline:
+                    return False
+                self._point(workload, dtype, M, routing, experts, peer_calls)
+        finally:
+            del experts
+            peer_calls.clear()
+            _release(self.device)
+        return True
+
+    def _point(
+        self,
+        workload: Workload,
+        dtype: DType,
+        M: int,
+        routing: RoutingDistribution,
+        experts: ExpertWeights,
+        peer_calls: dict[str, Call],
+    ) -> None:
+        drawn: tuple[tuple[LayerInputs, ...], tuple[Tensor, ...]] | None = None
+        for mode in self.plan.modes:
+            problem = workload.problem(M, dtype, self.provenance.machine, mode)
+            what = f"{workload.name} {dtype} M={M} {routing.name} {mode}"
+            self.advance(what)
+            candidates = [
+                candidate
+                for candidate in self._candidates(problem, experts, peer_calls)
+                if self._key(workload, problem, routing, candidate) not in self.done
+            ]
+            try:
+                if candidates and drawn is None:
+                    drawn = self._draw(problem, routing, experts)
+                if candidates and drawn:
+                    self._measure(workload, problem, routing, candidates, *drawn)
+            except Exception as error:
+                if not out_of_memory(error):
+                    raise
+                self._note(f"{what}: inputs and references do not fit in memory ({summary(error)})")
+                _release(self.device)
+            self.advance(None)
+
+    def _draw(
+        self, problem: MoEProblem, routing: RoutingDistribution, experts: ExpertWeights
+    ) -> tuple[tuple[LayerInputs, ...], tuple[Tensor, ...]]:
+        inputs = make_inputs(problem, routing, self.device, self.plan.inputs, SEED)
+        checked = max(1, min(len(inputs), CHECKED_TOKENS // problem.M))
+        return inputs, reference_outputs(experts, inputs[:checked])
+
+    def _candidates(
+        self, problem: MoEProblem, experts: ExpertWeights, peer_calls: dict[str, Call]
+    ) -> Iterator[Candidate]:
+        for backend in self.plan.backends:
+            if reasons := backend.unsupported_reasons(problem):
+                self._note(f"{backend.name}: {'; '.join(reasons)}")
+                continue
+            for config in self._configs(backend, problem):
+                yield Candidate(
+                    backend.name, config.model_dump(mode="json"), backend_call(backend, experts, config),
+                    backend.tolerance[problem.dtype], backend.deterministic(config),
+                )  # fmt: skip
+        for peer in self.plan.peers:
+            if reasons := peer.unsupported_reasons(problem):
+                self._note(f"{peer.name}: {'; '.join(reasons)}")
+                continue
+            if peer.name not in peer_calls:
+                try:
+                    peer_calls[peer.name] = peer.prepare(experts, problem)
+                except Exception as error:  # noqa: BLE001 - foreign code may raise anything, and is then left out
+                    self._note(f"{peer.name}: {summary(error)}")
+                    continue
+            yield Candidate(peer.name, {}, peer_calls[peer.name], peer.tolerance[problem.dtype], deterministic=False)
+
+    def _configs(self, backend: Backend, problem: MoEProblem) -> Sequence[BackendConfig]:
+        return backend.configs(problem) if self.plan.all_configs else (backend.default_config(problem),)
+
+    def _measure(
+        self,
+        workload: Workload,
+        problem: MoEProblem,
+        routing: RoutingDistribution,
+        candidates: Sequence[Candidate],
+        inputs: tuple[LayerInputs, ...],
+        references: tuple[Tensor, ...],
+    ) -> None:
+        hits = sum(given.hit_experts for given in inputs) / len(inputs)
+        failures: dict[int, str] = {}
+        verdicts: dict[int, Verdict] = {}
+        for index, candidate in enumerate(candidates):
+            try:
+                verdicts[index] = verify(
+                    candidate.call, inputs, references, tolerance=candidate.tolerance, mode=problem.mode,
+                    deterministic=candidate.deterministic,
+                )  # fmt: skip
+            except Exception as error:  # noqa: BLE001 - a candidate may raise anything, and costs only itself
+                self._fail(failures, index, error)
+            else:
+                if not verdicts[index].ok:
+                    failures[index] = f"wrong result: {verdicts[index].reason}"
+        timings: dict[int, Timing] = time_interleaved(
+            {index: candidate.call for index, candidate in enumerate(candidates) if index not in failures},
+            inputs,
+            mode=problem.mode,
+            budget_s=self.plan.point_s,
+            on_failure=lambda index, error: self._fail(failures, index, error),
+        )
+        for index, candidate in enumerate(candidates):
+            row = self._row(
+                workload, problem, routing, candidate, hits, len(inputs), verdicts.get(index), timings.get(index),
+                failures.get(index, ""),
+            )  # fmt: skip
+            append(self.path, row)
+            self.written.append(row)
+            self.done.add(row.key)
+
+    def _fail(self, failures: dict[int, str], index: int, error: Exception) -> None:
+        if lost_device(error):
+            raise error
+        failures[index] = f"out of memory: {summary(error)}" if out_of_memory(error) else summary(error)
+        _release(self.device)
+
+    def _row(
+        self,
+        workload: Workload,
+        problem: MoEProblem,
+        routing: RoutingDistribution,
+        candidate: Candidate,
+        hits: float,
+        count: int,
+        verdict: Verdict | None,
+        timing: Timing | None,
+        reason: str,
+    ) -> BenchRow:
+        on_gpu = self.device.type == "cuda"
+        ceilings = PEERS_CEILINGS if on_gpu else self.provenance.ceilings
+        floor = ceilings.floor_us(problem, hits)
+        error = None if verdict is None or verdict.error == float("inf") else verdict.error
+        return BenchRow(
+            workload=workload.name, E=workload.E, topk=workload.topk, K=workload.K, N=workload.N,
+            dtype=problem.dtype, M=problem.M, backend=candidate.backend, config=candidate.config, mode=problem.mode,
+            routing=routing.name,
+            us=timing and timing.us, us_q1=timing and timing.us_q1, us_q3=timing and timing.us_q3,
+            samples=timing.samples if timing else 0, inputs=count, hit_experts=hits, floor_us=floor,
+            floor_from="peers" if on_gpu else "measured", fraction=floor / timing.us if timing else None,
+            error=error, deterministic=verdict.repeatable if verdict and timing else None, reason=reason,
+            machine=self.provenance.machine.name, fingerprint=self.provenance.machine.fingerprint,
+            versions=self.provenance.versions, commit=self.provenance.commit, ceilings=self.provenance.ceilings,
+        )  # fmt: skip
+
+    def _key(
+        self, workload: Workload, problem: MoEProblem, routing: RoutingDistribution, candidate: Candidate
+    ) -> RowKey:
+        return row_key(
+            workload.name, problem.dtype, problem.M, candidate.backend, candidate.config, problem.mode, routing.name
+        )
+
+    def _note(self, text: str) -> None:
+        if text not in self.notes:
+            self.notes.append(text)
+
+
+def available_backends(
+    names: Sequence[str], find: Callable[[str], Backend], note: Callable[[str], None]
+) -> tuple[Backend, ...]:
+    """The backends that are there; of the others, why not.
+
+    Args:
+        names: Registered names.
+        find: The dispatcher's `backend`.
+        note: Takes each reason.
+    """
+    found = []
+    for name in names:
+        try:
+            found.append(find(name))
+        except BackendUnavailableError as error:
+            note(str(error))
+    return tuple(found)
+
+
+def _release(device: torch.device) -> None:
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()

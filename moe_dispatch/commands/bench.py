@@ -1,0 +1,258 @@
+"""`moe-dispatch bench`: whole-layer times, each behind a check against fp32, kept as JSON Lines."""
+
+import datetime
+import itertools
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Final, get_args
+
+import typer
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from moe_dispatch.commands.console import ERR, OUT, heading, machine_line, microseconds, table
+from moe_dispatch.errors import InvalidInputError, UnknownNameError
+from moe_dispatch.problem import DTYPES, DType, Mode
+
+if TYPE_CHECKING:
+    from moe_dispatch.benchmarks.rows import BenchRow
+    from moe_dispatch.benchmarks.sweep import Plan, Sweep
+    from moe_dispatch.dispatcher import Dispatcher
+    from moe_dispatch.machine import Machine
+
+TOKENS: Final = tuple(1 << power for power in range(15))  # 1 to 16384
+ACCEPTANCE_MODELS: Final = ("deepseek-v3", "qwen3-30b-a3b", "mixtral-8x7b")
+INTERRUPTED: Final = 130  # what a shell expects of a program that Ctrl-C ended
+
+
+def bench(
+    model: Annotated[
+        list[str] | None,
+        typer.Option(help="A named model, E,topk,K,N or the path of a config.json; repeatable."),
+    ] = None,
+    tokens: Annotated[str, typer.Option(help="Token counts M, separated by commas.")] = ",".join(map(str, TOKENS)),
+    dtype: Annotated[list[str] | None, typer.Option(help="bf16, fp8, fp16 or fp32; repeatable.")] = None,
+    backend: Annotated[
+        list[str] | None, typer.Option(help="A backend or a peer; repeatable. All of both if left out; 'all': ours.")
+    ] = None,
+    config: Annotated[str, typer.Option(help="'default', or 'all' configurations of each backend.")] = "default",
+    mode: Annotated[str | None, typer.Option(help="graph, eager or both. On a CPU eager.")] = None,
+    routing: Annotated[list[str] | None, typer.Option(help="A routing distribution; repeatable.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Where rows go; a dated file for this machine if left out.")] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Skip the rows that --out (else the newest file) has.")
+    ] = False,
+    budget: Annotated[float | None, typer.Option(help="Start no further point after so many seconds.")] = None,
+    peers: Annotated[bool, typer.Option(help="Run the peers as their own users would.")] = True,
+    plot: Annotated[bool, typer.Option("--plot", help="Draw the rows next to their file.")] = False,
+    json_: Annotated[bool, typer.Option("--json", help="Print the rows as JSON Lines instead of a table.")] = False,
+) -> None:
+    """Time whole MoE layers, right results only, beside the peers; the rows can be resumed and plotted."""
+    from moe_dispatch.dispatcher import get_dispatcher
+
+    dispatcher = get_dispatcher()
+    machine = dispatcher.machine
+    path = out or _default_path(machine, resume=resume)
+    notes: list[str] = []
+    plan = _plan(
+        dispatcher,
+        notes,
+        model or ACCEPTANCE_MODELS,
+        tokens,
+        dtype,
+        backend,
+        config,
+        mode,
+        routing,
+        budget,
+        peers=peers,
+    )
+    if path.exists() and not resume:
+        raise InvalidInputError(f"{path} exists already; --resume goes on with it, --out names another")
+    sweep = _sweep(plan, path, machine, notes, resume=resume)
+    ERR.print(f"[bold]{escape(machine_line(machine))}[/bold]\n{escape(str(path))}")
+    interrupted = False
+    with _progress(sweep):
+        try:
+            sweep.run()
+        except KeyboardInterrupt:
+            interrupted = True
+    _report(sweep, json_=json_)
+    if plot and (rows := _rows(path)):
+        from moe_dispatch.benchmarks.plots import draw
+
+        for drawn in draw(rows, path.parent):
+            ERR.print(f"drew {escape(str(drawn))}")
+    if interrupted:
+        ERR.print(f"interrupted; {len(sweep.written)} rows are kept, --resume --out {escape(str(path))} goes on")
+        raise typer.Exit(INTERRUPTED)
+
+
+def _plan(
+    dispatcher: "Dispatcher",
+    notes: list[str],
+    models: Sequence[str],
+    tokens: str,
+    dtypes: Sequence[str] | None,
+    names: Sequence[str] | None,
+    config: str,
+    mode: str | None,
+    routings: Sequence[str] | None,
+    budget: float | None,
+    *,
+    peers: bool,
+) -> "Plan":
+    from moe_dispatch.benchmarks.peers import PEERS
+    from moe_dispatch.benchmarks.sweep import Plan, available_backends
+    from moe_dispatch.registry import BACKENDS
+    from moe_dispatch.workloads import ROUTINGS, workload
+
+    ours, theirs = _chosen(names, BACKENDS.names(), tuple(PEERS), peers=peers)
+    if config not in ("default", "all"):
+        raise InvalidInputError(f"--config must be 'default' or 'all', got {config!r}")
+    for name in routings or ():
+        if name not in ROUTINGS:
+            raise UnknownNameError("routing distribution", name, tuple(ROUTINGS))
+    return Plan(
+        workloads=tuple(workload(text) for text in models),
+        dtypes=_dtypes(dtypes or ("bf16", "fp8")),
+        tokens=_tokens(tokens),
+        routings=tuple(ROUTINGS[name] for name in routings or ("uniform",)),
+        modes=_modes(mode, dispatcher.machine),
+        backends=available_backends(ours, dispatcher.backend, notes.append),
+        peers=tuple(PEERS[name](dispatcher.machine) for name in theirs),
+        all_configs=config == "all",
+        budget_s=budget,
+    )
+
+
+def _chosen(
+    names: Sequence[str] | None, ours: tuple[str, ...], theirs: tuple[str, ...], *, peers: bool
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Names of backends and of peers to run."""
+    if not names:
+        return ours, theirs if peers else ()
+    for name in names:
+        if name not in ("all", *ours, *theirs):
+            raise UnknownNameError("backend or peer", name, ("all", *ours, *theirs))
+    wanted = {*names, *(ours if "all" in names else ()), *(theirs if "all" in names and peers else ())}
+    return tuple(n for n in ours if n in wanted), tuple(n for n in theirs if n in wanted)
+
+
+def _dtypes(given: Sequence[str]) -> tuple[DType, ...]:
+    for name in given:
+        if name not in DTYPES:
+            raise InvalidInputError(f"--dtype must be one of {', '.join(DTYPES)}, got {name!r}")
+    return tuple(name for name in DTYPES if name in given)
+
+
+def _tokens(text: str) -> tuple[int, ...]:
+    counts = [part.strip() for part in text.split(",") if part.strip()]
+    if not counts or not all(part.isdecimal() and int(part) >= 1 for part in counts):
+        raise InvalidInputError(f"--tokens must be positive numbers separated by commas such as 1,16,256, got {text!r}")
+    return tuple(sorted({int(part) for part in counts}))
+
+
+def _modes(given: str | None, machine: "Machine") -> tuple[Mode, ...]:
+    modes = get_args(Mode)
+    if given is None:
+        return ("graph", "eager") if machine.device == "cuda" else ("eager",)
+    if given not in (*modes, "both"):
+        raise InvalidInputError(f"--mode must be graph, eager or both, got {given!r}")
+    if given != "eager" and machine.device != "cuda":
+        raise InvalidInputError(f"--mode {given} needs a CUDA device, and this is {machine.name}; use --mode eager")
+    return ("graph", "eager") if given == "both" else tuple(mode for mode in modes if mode == given)
+
+
+def _default_path(machine: "Machine", *, resume: bool) -> Path:
+    """In a checkout benchmarks/results/<machine>/, else here."""
+    kept = Path("benchmarks", "results")
+    folder = kept / machine.slug if kept.is_dir() else Path()
+    if resume and (earlier := sorted(folder.glob("20*.jsonl"))):
+        return earlier[-1]
+    now = datetime.datetime.now(datetime.UTC)
+    return folder / f"{now:%Y-%m-%d-%H%M%S}.jsonl"
+
+
+def _sweep(plan: "Plan", path: Path, machine: "Machine", notes: list[str], *, resume: bool) -> "Sweep":
+    import torch
+
+    from moe_dispatch.benchmarks import rows
+    from moe_dispatch.benchmarks.sweep import Provenance, Sweep
+    from moe_dispatch.measure import measure_ceilings
+
+    device = torch.device(machine.device)
+    with ERR.status("measuring the ceilings"):
+        ceilings = measure_ceilings(device)
+    provenance = Provenance(machine, rows.versions(machine), rows.commit(Path.cwd()), ceilings)
+    # A row without a time is tried again: what lacked memory or was wrong may have been mended.
+    done = {row.key for row in _rows(path) if row.us is not None} if resume else set()
+    return Sweep(plan, path, device, provenance, done, notes=notes)
+
+
+def _rows(path: Path) -> "list[BenchRow]":
+    from moe_dispatch.benchmarks import rows
+
+    return rows.load([path]) if path.exists() else []
+
+
+@contextmanager
+def _progress(sweep: "Sweep") -> Iterator[None]:
+    columns = (
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+        TextColumn("left"), TimeRemainingColumn(),
+    )  # fmt: skip
+    with Progress(*columns, console=ERR, transient=True) as progress:
+        task = progress.add_task("", total=sweep.plan.points)
+
+        def advance(description: str | None) -> None:
+            if description is None:
+                progress.advance(task)
+            else:
+                progress.update(task, description=escape(description))
+
+        sweep.advance = advance
+        yield
+
+
+def _report(sweep: "Sweep", *, json_: bool) -> None:
+    """The rows as tables, fastest first within a point, and why others are missing."""
+    if json_:
+        for row in sweep.written:
+            OUT.print(row.model_dump_json(), soft_wrap=True, markup=False)
+    else:
+        ordered = sorted(sweep.written, key=_order)
+        for (layer, dtype), rows in itertools.groupby(ordered, key=lambda row: (row.workload, row.dtype)):
+            heading(f"{layer} {dtype}")
+            OUT.print(_table(list(rows)))
+    for note in sweep.notes:
+        ERR.print(f"[dim]no row: {escape(note)}[/dim]")
+
+
+def _table(rows: "Sequence[BenchRow]") -> Table:
+    shown = table("M", "routing", "mode", "backend", "time", "of floor", "error", numbers=("M", "of floor", "error"))
+    configs = {(row.backend, *row.config.items()) for row in rows}
+    names = Counter(name for name, *_ in configs)
+    for row in rows:
+        shown.add_row(
+            str(row.M),
+            row.routing,
+            row.mode,
+            escape(_label(row) if names[row.backend] > 1 else row.backend),
+            microseconds(row.us) if row.us is not None else f"[red]{escape(row.reason)}[/red]",
+            f"{row.fraction:.2f}" if row.fraction is not None else "–",
+            f"{row.error:.1e}" if row.error is not None else "–",
+        )
+    return shown
+
+
+def _order(row: "BenchRow") -> tuple[str, str, int, str, str, float]:
+    return row.workload, row.dtype, row.M, row.routing, row.mode, row.us if row.us is not None else float("inf")
+
+
+def _label(row: "BenchRow") -> str:
+    settings = ",".join(f"{name}={value}" for name, value in row.config.items())
+    return f"{row.backend}({settings})" if settings else row.backend

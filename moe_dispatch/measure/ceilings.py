@@ -1,0 +1,109 @@
+"""What the machine can do at best: memory bandwidth and matrix rates, from which a layer's floor follows."""
+
+import functools
+import statistics
+import time
+from collections.abc import Callable
+from typing import Final
+
+import pydantic
+import torch
+from torch import Tensor
+
+from moe_dispatch.experts import FP8
+from moe_dispatch.measure.inputs import timing_events
+from moe_dispatch.problem import DType, MoEProblem
+
+COPY_BYTES: Final = {"cuda": 4 << 30, "cpu": 64 << 20}
+PRODUCT_SIZE: Final = {"cuda": 8192, "cpu": 512}
+MEASURE_SECONDS: Final = {"cuda": 0.3, "cpu": 0.1}
+
+
+class Ceilings(pydantic.BaseModel):
+    """Sustained rates of a device; None where it has no such unit.
+
+    Attributes:
+        bandwidth: Bytes per second of a large copy, read and written bytes both counted.
+        bf16_flops: Operations per second of a large BF16 product; FP16 is taken as equal.
+        fp8_flops: The same for e4m3 with one scale per tensor.
+        fp32_flops: The same for FP32 without TF32.
+    """
+
+    model_config = pydantic.ConfigDict(frozen=True, extra="forbid")
+
+    bandwidth: float = pydantic.Field(gt=0)
+    bf16_flops: float | None = None
+    fp8_flops: float | None = None
+    fp32_flops: float | None = None
+
+    def flops(self, dtype: DType) -> float | None:
+        """The rate for weights of this dtype."""
+        return {"bf16": self.bf16_flops, "fp16": self.bf16_flops, "fp8": self.fp8_flops, "fp32": self.fp32_flops}[dtype]
+
+    def floor_us(self, problem: MoEProblem, experts: float | None = None) -> float:
+        """The least time of a problem in µs; the memory's part alone where the matrix rate is unknown.
+
+        Args:
+            problem: What is asked.
+            experts: Experts that were hit; the expectation under uniform routing if None.
+        """
+        return problem.floor_us(self.bandwidth, self.flops(problem.dtype) or float("inf"), experts)
+
+
+# One H200, measured on 2026-11-23 with 8192³ products and a large copy: the floor that every published fraction uses.
+PEERS_CEILINGS: Final = Ceilings(bandwidth=4.3e12, bf16_flops=700e12, fp8_flops=1300e12)
+
+
+def measure_ceilings(device: torch.device | str) -> Ceilings:
+    """Measure a device's ceilings on random data: medians over about 0.3 s each, after warm-up.
+
+    On a CPU smaller operands are used, and FP8 is None.
+    """
+    place = torch.device(device)
+    size = PRODUCT_SIZE[place.type]
+    source = torch.empty(COPY_BYTES[place.type] // 4, dtype=torch.int32, device=place).random_()
+    target = torch.empty_like(source)
+    bandwidth = 2 * source.nbytes / _median_seconds(functools.partial(target.copy_, source), place)
+    del source, target
+
+    left, right = (torch.randn(size, size, device=place) for _ in range(2))
+    rates: dict[str, float | None] = {}
+    for name, product in (
+        ("bf16_flops", _plain_product(left.bfloat16(), right.bfloat16())),
+        ("fp32_flops", _plain_product(left, right)),
+        ("fp8_flops", _fp8_product(left, right)),
+    ):
+        rates[name] = None if product is None else 2 * size**3 / _median_seconds(product, place)
+    return Ceilings(bandwidth=bandwidth, **rates)
+
+
+def _plain_product(left: Tensor, right: Tensor) -> Callable[[], Tensor]:
+    return lambda: left @ right
+
+
+def _fp8_product(left: Tensor, right: Tensor) -> Callable[[], Tensor] | None:
+    if left.device.type != "cuda" or torch.cuda.get_device_capability(left.device) < (8, 9):
+        return None
+    one = torch.ones((), device=left.device)
+    a, b = left.to(FP8), right.to(FP8)
+    return lambda: torch._scaled_mm(a, b.t(), scale_a=one, scale_b=one, out_dtype=torch.bfloat16, use_fast_accum=True)
+
+
+def _median_seconds(operation: Callable[[], object], device: torch.device) -> float:
+    for _ in range(3):
+        operation()
+    samples: list[float] = []
+    deadline = time.perf_counter() + MEASURE_SECONDS[device.type]
+    while len(samples) < 5 or time.perf_counter() < deadline:
+        if device.type == "cuda":
+            start, end = timing_events()
+            start.record()
+            operation()
+            end.record()
+            end.synchronize()
+            samples.append(start.elapsed_time(end) / 1e3)
+        else:
+            begin = time.perf_counter()
+            operation()
+            samples.append(time.perf_counter() - begin)
+    return statistics.median(samples)

@@ -1,0 +1,87 @@
+"""What a layer is measured on: random inputs, each with a routing of its own."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from moe_dispatch.backend import Backend, BackendConfig
+from moe_dispatch.errors import InvalidInputError
+from moe_dispatch.experts import ExpertWeights
+from moe_dispatch.problem import MoEProblem
+from moe_dispatch.workloads import RoutingDistribution, torch_dtype
+
+DISTINCT_INPUTS: Final = 8
+
+
+@dataclass(frozen=True, eq=False)
+class LayerInputs:
+    """What one call of a layer is given beside its weights.
+
+    Attributes:
+        hidden_states: ``[M, K]``.
+        topk_weights: fp32 ``[M, topk]``.
+        topk_ids: int32 ``[M, topk]``.
+    """
+
+    hidden_states: Tensor
+    topk_weights: Tensor
+    topk_ids: Tensor
+
+    def clone(self) -> "LayerInputs":
+        """The same values in memory of their own."""
+        return LayerInputs(self.hidden_states.clone(), self.topk_weights.clone(), self.topk_ids.clone())
+
+    def copy_(self, other: "LayerInputs") -> None:
+        """Take over another's values, in place, as a CUDA graph's static inputs do."""
+        self.hidden_states.copy_(other.hidden_states)
+        self.topk_weights.copy_(other.topk_weights)
+        self.topk_ids.copy_(other.topk_ids)
+
+    @property
+    def hit_experts(self) -> int:
+        """Distinct experts with at least one token."""
+        return len(set(self.topk_ids.flatten().tolist()))
+
+
+Call = Callable[[LayerInputs], Tensor]
+
+
+def make_inputs(
+    problem: MoEProblem,
+    routing: RoutingDistribution,
+    device: torch.device | str,
+    count: int = DISTINCT_INPUTS,
+    seed: int = 0,
+) -> tuple[LayerInputs, ...]:
+    """Draw random inputs, each with a routing of its own; the same seed gives the same routings on every device."""
+    if count < 1:
+        raise InvalidInputError(f"count must be at least 1, got {count}")
+    place = torch.device(device)
+    on_device = torch.Generator(place).manual_seed(seed)
+    on_host = torch.Generator().manual_seed(seed)
+    dtype = torch_dtype(problem.act_dtype)
+    drawn = []
+    for _ in range(count):
+        hidden = torch.randn(problem.M, problem.K, generator=on_device, device=place).to(dtype)
+        drawn.append(LayerInputs(hidden, *routing.sample(problem.M, problem.E, problem.topk, place, on_host)))
+    return tuple(drawn)
+
+
+def backend_call(backend: Backend, experts: ExpertWeights, config: BackendConfig) -> Call:
+    """A backend with weights and configuration bound, as everything here takes it."""
+    run = backend.run
+    return lambda given: run(given.hidden_states, experts, given.topk_weights, given.topk_ids, config)
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for the device's work; nothing to wait for on a CPU."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def timing_events() -> tuple[torch.cuda.Event, torch.cuda.Event]:
+    """A start and an end for `torch.cuda.Event.elapsed_time`."""
+    return torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]

@@ -1,0 +1,183 @@
+"""Time candidates that take turns.
+
+One *pass* runs the layer once on each of several distinct inputs and routings, so that no expert's weights stay in the
+cache because the same token asked for them a moment ago. A *sample* is as many passes as make it long enough for the
+clock. Each round starts with another candidate, so that a clock that drifts, or a neighbour's heat, favours none.
+"""
+
+import statistics
+import time
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final, TypeVar
+
+import torch
+
+from moe_dispatch.errors import InvalidInputError
+from moe_dispatch.measure.inputs import Call, LayerInputs, synchronize, timing_events
+from moe_dispatch.problem import Mode
+
+SAMPLE_SECONDS: Final = 2e-3  # of one sample at least: three orders above the clock's and the events' resolution
+MAX_REPEATS: Final = 1000
+MAX_ROUNDS: Final = 100
+
+Key = TypeVar("Key", bound=Hashable)
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Time of one layer call.
+
+    Attributes:
+        us: Median over the samples, in µs.
+        us_q1: Lower quartile.
+        us_q3: Upper quartile.
+        samples: How many there were.
+    """
+
+    us: float
+    us_q1: float
+    us_q3: float
+    samples: int
+
+    @classmethod
+    def of(cls, seconds: Sequence[float]) -> "Timing":
+        """Sum up samples, each the seconds of one layer call."""
+        values = [1e6 * value for value in seconds]
+        if len(values) == 1:
+            return cls(values[0], values[0], values[0], 1)
+        q1, median, q3 = statistics.quantiles(values, n=4, method="inclusive")
+        return cls(median, q1, q3, len(values))
+
+
+class _EagerPass:
+    """Calls one after another, the host's launch cost included: wall clock, the device idle before and after."""
+
+    def __init__(self, call: Call, inputs: Sequence[LayerInputs]) -> None:
+        self._call, self._inputs = call, inputs
+        self._device = inputs[0].hidden_states.device
+
+    def seconds(self, repeats: int) -> float:
+        synchronize(self._device)
+        begin = time.perf_counter()
+        for _ in range(repeats):
+            for given in self._inputs:
+                self._call(given)
+        synchronize(self._device)
+        return (time.perf_counter() - begin) / (repeats * len(self._inputs))
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+
+class _GraphPass:
+    """One CUDA graph that runs the layer on every input in turn, timed with device events."""
+
+    def __init__(self, call: Call, inputs: Sequence[LayerInputs], pool: Any) -> None:
+        self._count = len(inputs)
+        self._graph = torch.cuda.CUDAGraph()
+        self._device = inputs[0].hidden_states.device
+        with torch.cuda.device(self._device), torch.cuda.graph(self._graph, pool=pool):
+            for given in inputs:
+                call(given)
+
+    def seconds(self, repeats: int) -> float:
+        start, end = timing_events()
+        with torch.cuda.device(self._device):
+            self._graph.replay()  # untimed: while it runs, the host enqueues what follows, so no launch gap is timed
+            start.record()
+            for _ in range(repeats):
+                self._graph.replay()
+            end.record()
+            end.synchronize()
+        return float(start.elapsed_time(end)) / 1e3 / (repeats * self._count)
+
+    def close(self) -> None:
+        self._graph.reset()
+
+
+def time_eager(call: Call, inputs: Sequence[LayerInputs], budget_s: float = 0.3, min_rounds: int = 5) -> Timing:
+    """Time one candidate eagerly; see `time_interleaved`."""
+    return time_interleaved({"": call}, inputs, mode="eager", budget_s=budget_s, min_rounds=min_rounds)[""]
+
+
+def time_graph(call: Call, inputs: Sequence[LayerInputs], budget_s: float = 0.3, min_rounds: int = 5) -> Timing:
+    """Time one candidate as replays of a CUDA graph; see `time_interleaved`."""
+    return time_interleaved({"": call}, inputs, mode="graph", budget_s=budget_s, min_rounds=min_rounds)[""]
+
+
+def time_interleaved(
+    candidates: Mapping[Key, Call],
+    inputs: Sequence[LayerInputs],
+    *,
+    mode: Mode = "graph",
+    budget_s: float = 0.3,
+    min_rounds: int = 5,
+    on_failure: Callable[[Key, Exception], None] | None = None,
+) -> dict[Key, Timing]:
+    """Time several candidates on the same inputs, taking turns.
+
+    Args:
+        candidates: What to time, by any key.
+        inputs: Distinct inputs and routings, at least 8 where the figure is to be published. Time is per input.
+        mode: ``"graph"`` times replays with device events; ``"eager"`` the wall clock, launch cost included.
+        budget_s: Seconds to spend on each candidate, compilation, warm-up and capture aside.
+        min_rounds: Samples of each candidate at least, whatever they cost.
+        on_failure: Takes a candidate that raises, which is then left out; without it the exception propagates.
+
+    Returns:
+        The timings by key, in the candidates' order.
+
+    Raises:
+        InvalidInputError: ``"graph"`` was asked for on a CPU, or there are no inputs.
+    """
+    if not inputs:
+        raise InvalidInputError("timing needs at least one LayerInputs, got none; make_inputs draws them")
+    device = inputs[0].hidden_states.device
+    if mode == "graph" and device.type != "cuda":
+        raise InvalidInputError(f"CUDA graphs need a CUDA device, and the inputs are on {device}; use mode='eager'")
+    # Only one graph replays at a time and none of their results is kept, so they may share their memory.
+    pool = torch.cuda.graph_pool_handle() if mode == "graph" else None
+    passes: dict[Key, _EagerPass | _GraphPass] = {}
+    repeats: dict[Key, int] = {}
+    samples: dict[Key, list[float]] = {}
+
+    def attempt(key: Key, action: Callable[[], None]) -> None:
+        try:
+            action()
+        except Exception as error:
+            if key in passes:
+                passes.pop(key).close()
+            if on_failure is None:
+                raise
+            on_failure(key, error)
+
+    def prepare(key: Key) -> None:
+        call = candidates[key]
+        for given in inputs:  # compiles what is not compiled yet; no capture survives a compilation
+            call(given)
+        synchronize(device)
+        passes[key] = _GraphPass(call, inputs, pool) if mode == "graph" else _EagerPass(call, inputs)
+        once = passes[key].seconds(1) * len(inputs)
+        repeats[key] = max(1, min(MAX_REPEATS, round(SAMPLE_SECONDS / max(once, 1e-9))))
+        samples[key] = []
+
+    def sample(key: Key) -> None:
+        samples[key].append(passes[key].seconds(repeats[key]))
+
+    try:
+        with torch.no_grad():
+            for key in candidates:
+                attempt(key, lambda key=key: prepare(key))  # type: ignore[misc]
+            deadline = time.perf_counter() + budget_s * len(passes)
+            for turn in range(MAX_ROUNDS):
+                order = list(passes)
+                if not order or (turn >= min_rounds and time.perf_counter() >= deadline):
+                    break
+                start = turn % len(order)
+                for key in order[start:] + order[:start]:
+                    attempt(key, lambda key=key: sample(key))  # type: ignore[misc]
+        return {key: Timing.of(samples[key]) for key in passes}
+    finally:
+        for made in passes.values():
+            made.close()

@@ -1,0 +1,362 @@
+"""The measuring itself: what it accepts, what it refuses, and who is timed when."""
+
+import math
+import re
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor
+
+from moe_dispatch.errors import InvalidInputError
+from moe_dispatch.experts import ExpertWeights
+from moe_dispatch.machine import current_machine
+from moe_dispatch.measure import (
+    PEERS_CEILINGS,
+    Call,
+    LayerInputs,
+    Timing,
+    backend_call,
+    make_inputs,
+    measure_ceilings,
+    reference_outputs,
+    relative_error,
+    time_eager,
+    time_interleaved,
+    verify,
+    worst_row_error,
+)
+from moe_dispatch.problem import DType, MoEProblem
+from moe_dispatch.registry import BACKENDS
+from moe_dispatch.workloads import ROUTINGS, Workload, make_experts
+
+LAYER = Workload("tiny", E=4, topk=2, K=64, N=32)
+TOKENS = 6
+
+
+@dataclass
+class Layer:
+    experts: ExpertWeights
+    inputs: tuple[LayerInputs, ...]
+    truths: tuple[Tensor, ...]
+    right: Call
+
+
+def layer(dtype: DType = "fp32", device: str = "cpu") -> Layer:
+    machine = current_machine(device)
+    problem = LAYER.problem(TOKENS, dtype, machine)
+    experts = make_experts(LAYER, dtype, device, torch.Generator(device).manual_seed(0))
+    inputs = make_inputs(problem, ROUTINGS["uniform"], device, count=3)
+    backend = BACKENDS.load("reference")(machine)
+    call = backend_call(backend, experts, backend.default_config(problem))
+    return Layer(experts, inputs, reference_outputs(experts, inputs), call)
+
+
+@pytest.fixture(scope="module")
+def tiny() -> Layer:
+    return layer()
+
+
+def test_inputs_are_distinct_and_reproducible() -> None:
+    problem = LAYER.problem(16, "bf16", current_machine("cpu"))
+    first, second = (make_inputs(problem, ROUTINGS["uniform"], "cpu", count=8, seed=3) for _ in range(2))
+    assert len(first) == 8
+    for a, b in zip(first, second, strict=True):
+        assert torch.equal(a.topk_ids, b.topk_ids)
+        assert torch.equal(a.hidden_states, b.hidden_states)
+    assert len({tuple(given.topk_ids.flatten().tolist()) for given in first}) == 8
+    assert first[0].hidden_states.dtype == torch.bfloat16
+    assert first[0].hit_experts == len(set(first[0].topk_ids.flatten().tolist()))
+
+
+def test_at_least_one_input_is_drawn() -> None:
+    with pytest.raises(InvalidInputError, match="count must be at least 1"):
+        make_inputs(LAYER.problem(1, "fp32", current_machine("cpu")), ROUTINGS["uniform"], "cpu", count=0)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp8"])
+def test_the_reference_is_right(dtype: DType) -> None:
+    made = layer(dtype)
+    verdict = verify(made.right, made.inputs, made.truths, tolerance=1e-2, deterministic=True)
+    assert verdict.ok, verdict.reason
+    assert verdict.repeatable
+    assert made.truths[0].dtype == torch.float32
+
+
+# What a candidate can do wrong, and what is said of it.
+def _off_by_a_fifth(right: Call) -> Call:
+    return lambda given: right(given) * 1.2
+
+
+def _one_row_missing(right: Call) -> Call:
+    def call(given: LayerInputs) -> Tensor:
+        out = right(given)
+        out[-1] = 0
+        return out
+
+    return call
+
+
+def _unwritten(right: Call) -> Call:
+    def call(given: LayerInputs) -> Tensor:
+        out = torch.empty_like(given.hidden_states)
+        out[:-1] = right(given)[:-1]
+        return out
+
+    return call
+
+
+def _adds_to_unset_memory(right: Call) -> Call:
+    return lambda given: torch.empty_like(given.hidden_states).add_(right(given))
+
+
+def _changes_its_input(right: Call) -> Call:
+    def call(given: LayerInputs) -> Tensor:
+        out = right(given)
+        given.hidden_states.mul_(1.0001)
+        return out
+
+    return call
+
+
+def _wrong_shape(right: Call) -> Call:
+    return lambda given: right(given)[:-1]
+
+
+def _wrong_dtype(right: Call) -> Call:
+    return lambda given: right(given).double()
+
+
+def _drifts(right: Call) -> Call:
+    factors = iter([1.0, 1.0, 1.0, 1.009])
+    return lambda given: right(given) * next(factors)
+
+
+@dataclass(frozen=True)
+class Wrong:
+    spoil: Callable[[Call], Call]
+    reason: str
+    tolerance: float = 1e-2
+
+    def __str__(self) -> str:
+        return self.spoil.__name__.strip("_")
+
+
+WRONG = (
+    Wrong(_off_by_a_fifth, "input 0 has relative error 0.2 against fp32, at most 0.01 allowed"),
+    Wrong(_one_row_missing, "a row with relative error", tolerance=0.1),
+    Wrong(_unwritten, "relative error inf"),
+    Wrong(_adds_to_unset_memory, "relative error inf"),
+    Wrong(_changes_its_input, "it changes its inputs"),
+    Wrong(_wrong_shape, r"has shape \[5, 64\], not \[6, 64\]"),
+    Wrong(_wrong_dtype, "the output is torch.float64"),
+    Wrong(_drifts, "more than rounding, so probably a race"),
+)
+
+
+@pytest.mark.parametrize("case", WRONG, ids=str)
+def test_a_wrong_candidate_is_refused(case: Wrong) -> None:
+    made = layer()
+    if case.spoil is _one_row_missing:  # the whole output's error passes, the row's does not
+        made = _many_rows()
+    verdict = verify(case.spoil(made.right), made.inputs, made.truths, tolerance=case.tolerance)
+    assert not verdict.ok
+    assert re.search(case.reason, verdict.reason), verdict.reason
+
+
+def _many_rows() -> Layer:
+    made = layer()
+    machine = current_machine("cpu")
+    inputs = make_inputs(LAYER.problem(400, "fp32", machine), ROUTINGS["uniform"], "cpu", count=1)
+    return Layer(made.experts, inputs, reference_outputs(made.experts, inputs), made.right)
+
+
+def test_a_promise_of_the_same_bits_is_kept(tiny: Layer) -> None:
+    def noisy() -> Call:
+        bits = iter([1.0, 1.0, 1.0, 1.0 + 1e-6])
+        return lambda given: tiny.right(given) * next(bits)
+
+    loose = verify(noisy(), tiny.inputs, tiny.truths, tolerance=1e-3)
+    assert loose.ok
+    assert not loose.repeatable
+    strict = verify(noisy(), tiny.inputs, tiny.truths, tolerance=1e-3, deterministic=True)
+    assert not strict.ok
+    assert "promised the same bits" in strict.reason
+
+
+def test_what_a_candidate_raises_surfaces_and_leaves_torch_as_it_was(tiny: Layer) -> None:
+    def call(given: LayerInputs) -> Tensor:
+        raise RuntimeError("launch failed")
+
+    with pytest.raises(RuntimeError, match="launch failed"):
+        verify(call, tiny.inputs, tiny.truths, tolerance=1)
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_references_must_match_the_inputs(tiny: Layer) -> None:
+    for truths in ((), (*tiny.truths, tiny.truths[0])):
+        with pytest.raises(InvalidInputError, match="1 to 3 references"):
+            verify(tiny.right, tiny.inputs, truths, tolerance=1)
+
+
+@dataclass(frozen=True)
+class Error:
+    name: str
+    out: list[list[float]]
+    reference: list[list[float]]
+    error: float
+    row: float
+
+
+ERRORS = (
+    Error("equal", [[3.0, 4.0]], [[3.0, 4.0]], 0.0, 0.0),
+    Error("a tenth", [[3.3, 4.4]], [[3.0, 4.0]], 0.1, 0.1),
+    Error("one row of two", [[3.0, 4.0], [0.0, 0.0]], [[3.0, 4.0], [3.0, 4.0]], math.sqrt(0.5), 1.0),
+    Error("NaN in the output", [[math.nan, 4.0]], [[3.0, 4.0]], math.inf, math.inf),
+    Error("infinity in the output", [[math.inf, 4.0]], [[3.0, 4.0]], math.inf, math.inf),
+    Error("NaN in both", [[math.nan, 4.0]], [[math.nan, 4.0]], math.inf, math.inf),
+    Error("zeros as they should be", [[0.0, 0.0]], [[0.0, 0.0]], 0.0, 0.0),
+    Error("not zeros", [[0.0, 1.0]], [[0.0, 0.0]], math.inf, math.inf),
+    Error("another shape", [[1.0]], [[1.0, 1.0]], math.inf, math.inf),
+)
+
+
+@pytest.mark.parametrize("case", ERRORS, ids=lambda case: case.name)
+def test_errors(case: Error) -> None:
+    out, reference = torch.tensor(case.out), torch.tensor(case.reference)
+    assert relative_error(out, reference) == pytest.approx(case.error, rel=1e-5)
+    assert worst_row_error(out, reference) == pytest.approx(case.row, rel=1e-5)
+
+
+def test_candidates_take_turns_and_each_round_starts_with_another(tiny: Layer) -> None:
+    order: list[str] = []
+
+    def candidate(name: str) -> Call:
+        def call(given: LayerInputs) -> Tensor:
+            if given is tiny.inputs[0]:
+                order.append(name)
+            return given.hidden_states
+
+        return call
+
+    # One repeat per sample: each candidate sleeps longer than a sample has to last.
+    slow = {name: _sleeping(candidate(name), 0.001) for name in "abc"}
+    timings = time_interleaved(slow, tiny.inputs, mode="eager", budget_s=0.0, min_rounds=4)
+    assert list(timings) == ["a", "b", "c"]
+    warm_up = 2 * 3  # to compile, and to see how long one pass takes
+    assert "".join(order[:warm_up]) == "aabbcc"
+    assert "".join(order[warm_up:]) == "abc" + "bca" + "cab" + "abc"
+    assert all(timing.samples == 4 for timing in timings.values())
+
+
+def _sleeping(call: Call, seconds: float) -> Call:
+    def slept(given: LayerInputs) -> Tensor:
+        time.sleep(seconds)
+        return call(given)
+
+    return slept
+
+
+def test_times_are_those_of_one_call(tiny: Layer) -> None:
+    begin = time.perf_counter()
+    timing = time_eager(_sleeping(tiny.right, 0.05), tiny.inputs, budget_s=0.0, min_rounds=2)
+    elapsed_us = 1e6 * (time.perf_counter() - begin)
+    assert 50_000 <= timing.us_q1 <= timing.us <= timing.us_q3
+    # Two samples of one pass each: their mean is their median, and together they fit into the time that went by.
+    assert timing.samples * timing.us * len(tiny.inputs) < elapsed_us
+
+
+def test_a_failing_candidate_costs_only_itself(tiny: Layer) -> None:
+    calls = 0
+
+    def fails_later(given: LayerInputs) -> Tensor:
+        nonlocal calls
+        calls += 1
+        if calls > 2 * len(tiny.inputs):
+            raise RuntimeError("broke while it was timed")
+        return tiny.right(given)
+
+    def fails_at_once(given: LayerInputs) -> Tensor:
+        raise MemoryError
+
+    failed: dict[str, str] = {}
+    timings = time_interleaved(
+        {"later": fails_later, "good": tiny.right, "at once": fails_at_once},
+        tiny.inputs,
+        mode="eager",
+        budget_s=0.0,
+        on_failure=lambda key, error: failed.update({key: type(error).__name__}),
+    )
+    assert list(timings) == ["good"]
+    assert failed == {"at once": "MemoryError", "later": "RuntimeError"}
+    with pytest.raises(MemoryError):
+        time_eager(fails_at_once, tiny.inputs)
+
+
+def test_timing_refuses_what_it_cannot_do(tiny: Layer) -> None:
+    with pytest.raises(InvalidInputError, match="CUDA graphs need a CUDA device"):
+        time_interleaved({"": tiny.right}, tiny.inputs, mode="graph")
+    with pytest.raises(InvalidInputError, match="at least one LayerInputs"):
+        time_interleaved({"": tiny.right}, (), mode="eager")
+
+
+def test_quartiles() -> None:
+    timing = Timing.of([1e-6, 2e-6, 3e-6, 4e-6, 5e-6])
+    assert (timing.us_q1, timing.us, timing.us_q3) == pytest.approx((2.0, 3.0, 4.0))
+    alone = Timing.of([7e-6])
+    assert (alone.us_q1, alone.us, alone.us_q3, alone.samples) == pytest.approx((7.0, 7.0, 7.0, 1))
+
+
+def test_ceilings_of_a_cpu() -> None:
+    ceilings = measure_ceilings("cpu")
+    assert ceilings.bandwidth > 1e8
+    assert ceilings.fp32_flops
+    assert ceilings.fp32_flops > 1e8
+    assert ceilings.fp8_flops is None
+    problem = LAYER.problem(1, "fp8", current_machine("cpu"))
+    assert ceilings.floor_us(problem) == pytest.approx(problem.floor_us(ceilings.bandwidth, math.inf))
+
+
+def test_the_floor_is_that_of_the_peers() -> None:
+    # PEERS.md: DeepSeek-V3 at M=1 takes vLLM 185 µs in BF16, .88 of the floor.
+    problem = MoEProblem(M=1, K=7168, N=2048, E=256, topk=8)
+    assert PEERS_CEILINGS.floor_us(problem, experts=8) / 185 == pytest.approx(0.88, abs=0.01)
+    large = MoEProblem(M=16384, K=7168, N=2048, E=256, topk=8, dtype="fp8")
+    assert PEERS_CEILINGS.floor_us(large) / 13882 == pytest.approx(0.64, abs=0.01)
+
+
+@pytest.mark.gpu
+def test_graph_replays_are_checked_and_timed() -> None:
+    device = "cuda"
+    problem = LAYER.problem(TOKENS, "bf16", current_machine(device))
+    inputs = make_inputs(problem, ROUTINGS["uniform"], device)
+
+    def copy(given: LayerInputs) -> Tensor:
+        return given.hidden_states * given.topk_weights.sum(1, keepdim=True).to(given.hidden_states.dtype)
+
+    truths = tuple(given.hidden_states.float() for given in inputs)
+    assert verify(copy, inputs, truths, tolerance=1e-2, mode="graph", deterministic=True).ok
+    timings = time_interleaved({"a": copy, "b": copy}, inputs, mode="graph", budget_s=0.05)
+    assert timings["a"].us == pytest.approx(timings["b"].us, rel=0.5)
+
+    # Right eagerly, wrong in a replay: it reads what was true at capture.
+    frozen = inputs[0].hidden_states
+
+    def remembers(given: LayerInputs) -> Tensor:
+        if torch.cuda.is_current_stream_capturing():
+            return frozen.clone()
+        return given.hidden_states.clone()
+
+    verdict = verify(remembers, inputs, truths, tolerance=1e-2, mode="graph")
+    assert not verdict.ok
+    assert "replay on input 1" in verdict.reason
+
+
+@pytest.mark.gpu
+def test_ceilings_of_a_gpu() -> None:
+    ceilings = measure_ceilings("cuda")
+    assert ceilings.bandwidth > 1e11
+    assert ceilings.bf16_flops
+    assert ceilings.bf16_flops > 1e13
