@@ -8,6 +8,7 @@ from torch import Tensor
 
 from moe_dispatch.backend import Backend, BackendConfig, Requirements
 from moe_dispatch.experts import ExpertWeights, dequantize_blocks
+from moe_dispatch.problem import QUANT_BLOCK
 
 from .stages.activate import activate_torch
 from .stages.quantize import quantize_rows_torch
@@ -54,6 +55,9 @@ class ReferenceBackend(Backend):
         """See `Backend.run`."""
         assert isinstance(config, ReferenceConfig)  # noqa: S101 - the dispatcher made it from config_type
         out = torch.zeros(hidden_states.shape, dtype=torch.float32, device=hidden_states.device)
+        if torch.is_grad_enabled() and hidden_states.requires_grad:
+            # A rank whose experts nobody chose still stands in the graph, with a gradient of zero.
+            out = out + 0.0 * hidden_states.float().nan_to_num(0.0, 0.0, 0.0)
         for e in _hit_experts(topk_ids, experts.E):
             token, choice = torch.where(topk_ids == e)
             result = _expert(hidden_states[token], experts, e, config)
@@ -91,5 +95,7 @@ def _weights(experts: ExpertWeights, e: int) -> tuple[Tensor, Tensor]:
 
 
 def _through_fp8(rows: Tensor) -> Tensor:
-    quantized, scale = quantize_rows_torch(rows)
-    return quantized.float() * scale.repeat_interleave(128, dim=1)[:, : rows.shape[1]]
+    quantized, scale = quantize_rows_torch(rows.detach())
+    rounded = quantized.float() * scale.repeat_interleave(QUANT_BLOCK, dim=1)[:, : rows.shape[1]]
+    # Straight through: rounding has no useful derivative, and autograd would round the gradient to e4m3 instead.
+    return rows + (rounded - rows).detach() if rows.requires_grad else rounded

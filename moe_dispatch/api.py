@@ -1,7 +1,9 @@
 """The one call, and the question why."""
 
+import contextlib
 import dataclasses
 import functools
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -69,16 +71,20 @@ def dispatch(
 ) -> Tensor:
     """`moe_forward` behind its checks: settle what a backend may rely on, and hand over."""
     if hidden_states.shape[0] == 0:
-        return torch.empty_like(hidden_states)
+        return hidden_states.clone()  # not empty_like: a gradient may pass through it
     if topk_weights.dtype is not torch.float32:
         topk_weights = topk_weights.float()
-    device = experts.device
-    dispatcher = get_dispatcher(device)
+    dispatcher = get_dispatcher(experts.device)
     inputs = (hidden_states.contiguous(), experts, topk_weights.contiguous(), topk_ids.contiguous(), backend)
-    if device.type == "cuda" and _several_gpus() and torch.cuda.current_device() != device.index:
-        with torch.cuda.device(device):  # Triton and DeepGEMM launch on the current device, whatever the tensors say
+    if _elsewhere(experts.device):
+        with torch.cuda.device(experts.device):
             return dispatcher.forward(*inputs)
     return dispatcher.forward(*inputs)
+
+
+def _elsewhere(device: torch.device) -> bool:
+    """Whether another GPU is current: Triton and DeepGEMM launch there, whatever the tensors say."""
+    return device.type == "cuda" and _several_gpus() and torch.cuda.current_device() != device.index
 
 
 @functools.cache
@@ -86,7 +92,14 @@ def _several_gpus() -> bool:
     return torch.cuda.device_count() > 1
 
 
-def warm_up(experts: ExpertWeights, topk: int, tokens: list[int], act_dtype: torch.dtype | None = None) -> None:
+def warm_up(
+    experts: ExpertWeights,
+    topk: int,
+    tokens: Sequence[int],
+    act_dtype: torch.dtype | None = None,
+    *,
+    backend: str | None = None,
+) -> None:
     """Compile and prove what calls of these token counts will run, eagerly and in a CUDA graph.
 
     Call it before capturing a graph or serving the first request: kernels compile, foreign backends are probed, and a
@@ -97,14 +110,15 @@ def warm_up(experts: ExpertWeights, topk: int, tokens: list[int], act_dtype: tor
         topk: Experts per token.
         tokens: Token counts.
         act_dtype: Of hidden_states; the weights' own, or BF16 with block FP8 weights, if None.
+        backend: The one that the calls will name; None where the policy chooses.
     """
     dtype = act_dtype or (torch.bfloat16 if experts.dtype == "fp8" else experts.gate_up.dtype)
     device = experts.device
-    for M in tokens:
+    for M in filter(None, tokens):
         hidden_states = torch.randn(M, experts.K, device=device).to(dtype)
         weights, ids = ROUTINGS["uniform"].sample(M, experts.E, topk, device)
-        with torch.no_grad():
-            get_dispatcher(device).warm_up((hidden_states, experts, weights, ids))
+        with torch.no_grad(), torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+            get_dispatcher(device).warm_up((hidden_states, experts, weights, ids), backend)
 
 
 def explain(*asked: object, machine: Machine | None = None) -> Explanation:
@@ -138,11 +152,14 @@ def explain(*asked: object, machine: Machine | None = None) -> Explanation:
     problem = dataclasses.replace(
         problem, device=there.device, needs_grad=experts.wants_grad(hidden_states, topk_weights)
     )
-    return explain(problem, machine=machine)
+    if machine:
+        return Dispatcher(machine, live=False).explain(problem)
+    with torch.cuda.device(experts.device) if experts.device.type == "cuda" else contextlib.nullcontext():
+        return get_dispatcher(experts.device).explain(problem)
 
 
 def _dispatcher_for(problem: MoEProblem) -> Dispatcher:
-    here = get_dispatcher()
+    here = get_dispatcher("cpu" if problem.device == "cpu" else None)
     if (problem.device, problem.capability) == (here.machine.device, here.machine.capability):
         return here
     raise InvalidInputError(

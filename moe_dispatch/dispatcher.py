@@ -4,6 +4,7 @@ import dataclasses
 import logging
 import os
 import threading
+import traceback
 import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ from moe_dispatch import failures
 from moe_dispatch.backend import Backend, BackendConfig
 from moe_dispatch.errors import (
     BackendFailedError,
+    BackendUnavailableError,
     BackendUnsupportedError,
     DeviceLostError,
     MoEDispatchWarning,
@@ -54,6 +56,7 @@ class Plan:
         explicit: Whether the caller named the backend; then nothing else runs in its place.
         run: The backend's bound method.
         proven: Whether it has run such a problem to its end in this process.
+        kept: Whether later calls of the kind find it; a capture's makeshift is planned anew.
         calls: How often it ran.
     """
 
@@ -64,6 +67,7 @@ class Plan:
     explicit: bool
     run: Run = field(init=False)
     proven: bool = False
+    kept: bool = False
     calls: int = 0
     lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -105,6 +109,7 @@ class Dispatcher:
         self._proven: set[tuple[str, BackendConfig, MoEProblem]] = set()
         self._stats: dict[str, BackendStats] = {}
         self._warned_of_memory: set[str] = set()
+        self._distrusted: set[str] = set()
         self._last: Plan | None = None
         self._lock = threading.RLock()
 
@@ -130,34 +135,45 @@ class Dispatcher:
         except Exception as error:  # noqa: BLE001 - whatever a backend raises, the layer is still to be computed
             return self._recover(key, plan, error, (hidden_states, experts, topk_weights, topk_ids))
         self._last = plan
-        with plan.lock:
-            plan.calls += 1
+        if plan.kept:
+            with plan.lock:
+                plan.calls += 1
+        else:
+            self._count(plan.choice.backend, ran=1)
         return out
 
-    def warm_up(self, inputs: Inputs) -> None:
+    def warm_up(self, inputs: Inputs, backend: str | None = None) -> None:
         """Run what an eager call and a captured one would run, so that a capture of this M compiles nothing.
 
         Args:
             inputs: hidden_states, experts, topk_weights, topk_ids, as for `forward`.
+            backend: As for `forward`.
         """
-        self.forward(*inputs)
+        self.forward(*inputs, backend)
         hidden_states, experts, _, topk_ids = inputs
         if experts.device.type != "cuda":
             return
-        M, topk = topk_ids.shape
-        key = (experts.spec, M, topk, hidden_states.dtype, False, True, None)
-        with torch.no_grad():
-            problem = self._problem(key, experts)
-            for choice in self._rank(problem):
-                eager = dataclasses.replace(problem, mode="eager")
-                if self._roster.reasons_against(choice.backend, problem) or self._probe(choice, eager, experts):
-                    continue
-                plan = self._made_plan(problem, choice, explicit=False)
-                try:
-                    self._first_run(plan, inputs)
-                except Exception as error:  # noqa: BLE001 - as in forward
-                    self._recover(key, plan, error, inputs)
-                return
+        named = backend or self._settings.backend
+        key = (experts.spec, *topk_ids.shape, hidden_states.dtype, False, True, named)
+        problem = self._problem(key, experts)
+        choices = self._rank(problem)
+        if named:
+            choices = (self._named_plan(named, dataclasses.replace(problem, mode="eager"), experts).choice,)
+        for choice in choices:
+            if self._reasons_against(choice, problem) or self._probe(choice, problem, experts):
+                continue
+            plan = self._made_plan(problem, choice, explicit=bool(named))
+            try:
+                self._first_run(plan, inputs)
+            except Exception as error:
+                if failures.lost_device(error):
+                    raise self._device_lost(plan, error) from error
+                if plan.explicit:
+                    raise BackendFailedError(choice.backend, problem, error) from error
+                if not failures.out_of_memory(error):
+                    self._bar(plan, failures.summary(error))
+                continue
+            return
 
     def backend(self, name: str) -> Backend:
         """The backend behind a name.
@@ -179,7 +195,10 @@ class Dispatcher:
     def explain(self, problem: MoEProblem) -> Explanation:
         """The ranking for a problem, each choice's reason, and every backend's reasons against."""
         candidates: list[Candidate] = []
-        for choice in self._rank(problem):
+        choices = self._rank(problem)
+        if name := self._settings.backend:
+            choices = (Choice(name, "named by MOE_DISPATCH_BACKEND", policy="environment"), *choices)
+        for choice in choices:
             against = list(self._reasons_against(choice, problem))
             if self._live and not against and not any(not earlier.against for earlier in candidates):
                 against += filter(None, [self._probe(choice, problem, None)])
@@ -193,7 +212,7 @@ class Dispatcher:
     def stats(self) -> dict[str, BackendStats]:
         """How often each backend ran, was replaced after a failure, and was quarantined, in this process."""
         with self._lock:
-            total = {name: dataclasses.replace(stats) for name, stats in self._stats.items()}
+            total = {name: dataclasses.replace(counted) for name, counted in self._stats.items()}
             for plan in self._plans.values():
                 total.setdefault(plan.choice.backend, BackendStats()).ran += plan.calls
         return total
@@ -208,23 +227,21 @@ class Dispatcher:
             problem = self._problem(key, experts)
             plan = self._named_plan(named, problem, experts) if named else self._best_plan(problem, experts)
             plan.proven = plan.kind in self._proven
-            # A capture that had to take what was compiled already may do better once more is.
-            if plan.problem.mode == "eager" or plan.proven or plan.explicit:
-                self._keep(key, plan)
+            if plan.kept:
+                if len(self._plans) >= MAX_PLANS:
+                    for old in list(self._plans):
+                        self._forget(old)
+                self._plans[key] = plan
             logger.info("%s runs %s: %s", plan.choice.backend, problem, plan.choice.reason)
-            return plan
-
-    def _keep(self, key: PlanKey, plan: Plan) -> None:
-        with self._lock:
-            if len(self._plans) >= MAX_PLANS:
-                for old in list(self._plans):
-                    self._forget(old)
-            self._plans[key] = plan
+        if not plan.proven and problem.device == "cuda" and problem.mode == "eager":
+            # What failed before this first run is not this backend's doing, and shows here.
+            torch.cuda.synchronize(experts.device)
+        return plan
 
     def _forget(self, key: PlanKey) -> None:
         with self._lock:
             if plan := self._plans.pop(key, None):
-                self._of(plan.choice.backend).ran += plan.calls
+                self._count(plan.choice.backend, ran=plan.calls)
 
     def _problem(self, key: PlanKey, experts: ExpertWeights) -> MoEProblem:
         _, M, topk, act_dtype, needs_grad, capturing, _ = key
@@ -239,31 +256,55 @@ class Dispatcher:
         )
         reasons = self._roster.reasons_against(name, problem, chosen_by_name=True)
         distrust = "" if reasons else self._probe(choice, problem, experts)
-        if reasons or distrust:
-            raise BackendUnsupportedError(name, problem, reasons or (distrust,))
+        if reasons:
+            raise BackendUnsupportedError(name, problem, reasons)
+        if distrust:
+            raise BackendUnavailableError(name, (distrust,))
         named = dataclasses.replace(choice, reason="named by the caller", policy="caller")
         return self._made_plan(problem, named, explicit=True)
 
     def _best_plan(self, problem: MoEProblem, experts: ExpertWeights) -> Plan:
         against: dict[str, tuple[str, ...]] = {}
-        unproven: Plan | None = None
+        faults: dict[str, str] = {}
+        makeshift: Plan | None = None
+        found: Plan | None = None
         for choice in self._rank(problem):
             reasons = self._reasons_against(choice, problem)
+            if fault := self._roster.broken(choice.backend):
+                faults[choice.backend] = fault
             if not reasons and (distrust := self._probe(choice, problem, experts)):
                 reasons = (distrust,)
+                if problem.mode == "eager":
+                    faults[choice.backend] = distrust
             if reasons:
                 against.setdefault(choice.backend, reasons)
                 continue
             plan = self._made_plan(problem, choice, explicit=False)
             if problem.mode == "eager" or plan.kind in self._proven:
-                return plan
-            # What never ran may have to compile, which can break a capture: something that ran before is safer.
-            unproven = unproven or plan
-        if unproven:
-            return unproven
-        for name in BACKENDS.names():
-            against.setdefault(name, self._roster.reasons_against(name, problem))
-        raise NoBackendError(problem, against)
+                found = plan
+                break
+            # What never ran may have to compile, which can break a capture: something that ran before is safer, though
+            # only until this one has run.
+            makeshift = makeshift or plan
+        if found is not None:
+            found.kept = makeshift is None
+        found = found or makeshift
+        if found is None:
+            for name in BACKENDS.names():
+                against.setdefault(name, self._roster.reasons_against(name, problem))
+            raise NoBackendError(problem, against)
+        for name, fault in faults.items():
+            self._distrust(name, problem, fault, found)
+        return found
+
+    def _distrust(self, name: str, problem: MoEProblem, fault: str, successor: Plan) -> None:
+        """Say once that a ranked backend does not import or is wrong, and what runs in its place."""
+        if name in self._distrusted:
+            return
+        self._distrusted.add(name)
+        self._count(name, fell_back=1, quarantined=1)
+        self.quarantine.bar(name, problem, fault, lethal=False)
+        self._warn_of_successor(name, problem, fault, successor)
 
     def _made_plan(self, problem: MoEProblem, choice: Choice, *, explicit: bool) -> Plan:
         made = self._roster.backend(choice.backend)
@@ -272,7 +313,7 @@ class Dispatcher:
             if choice.config is None
             else made.config_type.model_validate(dict(choice.config))
         )
-        return Plan(problem, made, config, choice, explicit)
+        return Plan(problem, made, config, choice, explicit, kept=explicit)
 
     def _rank(self, problem: MoEProblem) -> tuple[Choice, ...]:
         if problem.needs_grad:
@@ -309,64 +350,75 @@ class Dispatcher:
 
     def _first_run(self, plan: Plan, inputs: Inputs) -> Tensor:
         """Run under a marker and wait for the end, so that whatever goes wrong has a name."""
-        if plan.problem.mode == "graph" or plan.choice.backend == LAST_RESORT:
+        device = inputs[0].device
+        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            return plan.run(*inputs, plan.config)  # nothing can be awaited, so nothing is proven
+        if plan.choice.backend == LAST_RESORT:
             out = plan.run(*inputs, plan.config)
         else:
             with self.quarantine.first_run(plan.choice.backend, plan.problem):
                 out = plan.run(*inputs, plan.config)
-                if plan.problem.device == "cuda":
-                    torch.cuda.synchronize(inputs[0].device)
-        if plan.problem.mode == "eager":
-            self._proven.add(plan.kind)
-            plan.proven = True
+                if device.type == "cuda":
+                    torch.cuda.synchronize(device)
+        self._proven.add(plan.kind)
+        plan.proven = True
         return out
 
     def _recover(self, key: PlanKey, plan: Plan, error: Exception, inputs: Inputs) -> Tensor:
+        name = plan.choice.backend
         if failures.lost_device(error):
             raise self._device_lost(plan, error) from error
+        if plan.problem.mode == "graph":
+            # The capture is void whatever runs now; the next one finds the culprit barred.
+            if not plan.explicit and not failures.broken_capture(error):
+                self._bar(plan, failures.summary(error))
+            raise BackendFailedError(name, plan.problem, error) from error
         if plan.explicit:
-            raise BackendFailedError(plan.choice.backend, plan.problem, error) from error
+            raise BackendFailedError(name, plan.problem, error) from error
         if failures.out_of_memory(error):
-            return self._with_less_memory(key, plan, error, inputs)
-        name = plan.choice.backend
+            return self._with_less_memory(plan, error, inputs)
         if name == LAST_RESORT:
             raise error
-        cause = failures.summary(error)
+        self._bar(plan, failures.summary(error))
+        self._warn_of_successor(name, plan.problem, failures.summary(error), self._plan(key, inputs[1]))
+        return self.forward(*inputs)
+
+    def _bar(self, plan: Plan, cause: str) -> None:
+        """Quarantine a plan's backend for such problems, in this process, and drop the plans that use it there."""
+        name, bucket = plan.choice.backend, plan.problem.bucket
         self.quarantine.bar(name, plan.problem, cause, lethal=False)
         with self._lock:
-            stats = self._of(name)
-            stats.quarantined += 1
-            stats.fell_back += 1
+            self._count(name, fell_back=1, quarantined=1)
             for other, held in list(self._plans.items()):
-                if held.choice.backend == name and not held.explicit and held.problem.bucket == plan.problem.bucket:
+                if held.choice.backend == name and not held.explicit and held.problem.bucket == bucket:
                     self._forget(other)
-        successor = self._plan(key, inputs[1])
+
+    def _warn_of_successor(self, name: str, problem: MoEProblem, cause: str, successor: Plan) -> None:
         warnings.warn(
-            f"backend {name!r} failed on {plan.problem} and is avoided for such problems in this process: {cause}. "
+            f"backend {name!r} failed on {problem} and is avoided for such problems in this process: {cause}. "
             f"{successor.choice.backend!r} runs instead ({successor.choice.reason}). To mend it, see "
             f"`moe-dispatch doctor`; to leave it out, set MOE_DISPATCH_DISABLE={name}.",
             MoEDispatchWarning,
-            stacklevel=4,
+            stacklevel=5,
         )
-        return self.forward(*inputs)
 
-    def _with_less_memory(self, key: PlanKey, plan: Plan, error: Exception, inputs: Inputs) -> Tensor:
-        """Out of memory: whoever needs less workspace, then the call in halves along M."""
+    def _with_less_memory(self, plan: Plan, error: Exception, inputs: Inputs) -> Tensor:
+        """Out of memory: whoever needs less workspace, then the call in halves along M, for this call only."""
         hidden_states, experts, topk_weights, topk_ids = inputs
-        self._of(plan.choice.backend).fell_back += 1
-        if plan.problem.device == "cuda" and plan.problem.mode == "eager":
-            torch.cuda.empty_cache()
+        self._count(plan.choice.backend, fell_back=1)
+        _release(error)
         for leaner in self._leaner_plans(plan, experts):
             try:
                 out = self._first_run(leaner, inputs)
             except Exception as again:
                 if failures.lost_device(again):
                     raise self._device_lost(leaner, again) from again
+                if not failures.out_of_memory(again):
+                    self._bar(leaner, failures.summary(again))
+                _release(again)
                 continue
-            self._forget(key)
-            self._keep(key, leaner)
             self._warn_of_memory(plan, error, f"{leaner.choice.backend!r}, which needs less workspace, runs instead")
-            leaner.calls += 1
+            self._count(leaner.choice.backend, ran=1)
             return out
         if plan.problem.M < 2:
             raise error
@@ -384,16 +436,19 @@ class Dispatcher:
             for choice in self._rank(plan.problem)
             if not self._reasons_against(choice, plan.problem) and not self._probe(choice, plan.problem, experts)
         ]
+        # The naive loop needs little and takes long: halves of the call come first.
+        eligible = [other for other in eligible if other.choice.backend != LAST_RESORT or plan.problem.M < 2]
         leaner = [(other.backend.workspace_bytes(other.problem, other.config), other) for other in eligible]
         return [other for size, other in sorted(leaner, key=lambda pair: pair[0]) if size < needed]
 
     def _device_lost(self, plan: Plan, error: Exception) -> DeviceLostError:
-        """A lost context shows at the launch after the culprit's, unless that was a first run, which was awaited."""
+        """A first run was awaited and is the culprit; of later ones the error only says that it was earlier."""
         suspect = plan if not plan.proven else self._last or plan
         name = suspect.choice.backend
-        if name != LAST_RESORT:
+        certain = not suspect.proven and name != LAST_RESORT
+        if certain:
             self.quarantine.bar(name, suspect.problem, failures.summary(error), lethal=True)
-        return DeviceLostError([name], error)
+        return DeviceLostError([name], error, certain=certain)
 
     def _warn_of_memory(self, plan: Plan, error: Exception, instead: str) -> None:
         if plan.choice.backend in self._warned_of_memory:
@@ -406,8 +461,19 @@ class Dispatcher:
             stacklevel=5,
         )
 
-    def _of(self, name: str) -> BackendStats:
-        return self._stats.setdefault(name, BackendStats())
+    def _count(self, name: str, *, ran: int = 0, fell_back: int = 0, quarantined: int = 0) -> None:
+        with self._lock:
+            counted = self._stats.setdefault(name, BackendStats())
+            counted.ran += ran
+            counted.fell_back += fell_back
+            counted.quarantined += quarantined
+
+
+def _release(error: BaseException) -> None:
+    """Let go of what a failed run had allocated: its frames hold it as long as the traceback lives."""
+    traceback.clear_frames(error.__traceback__)
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 _dispatchers: dict[torch.device, Dispatcher] = {}

@@ -69,13 +69,19 @@ class NoBackendError(MoEDispatchError):
 class DeviceLostError(MoEDispatchError):
     """The CUDA context is gone (illegal access, device-side assert): only a new process can go on."""
 
-    def __init__(self, suspects: Sequence[str], cause: BaseException) -> None:
+    def __init__(self, suspects: Sequence[str], cause: BaseException, *, certain: bool = True) -> None:
         self.suspects = tuple(suspects)
-        culprit = " or ".join(repr(name) for name in suspects) or "unknown"
+        names = " or ".join(repr(name) for name in suspects) or "unknown"
+        blame = (
+            f"Culprit: {names}; it is quarantined for this problem and will be avoided after a restart. "
+            "`moe-dispatch doctor` lists the quarantine, `moe-dispatch doctor --reset` lifts it."
+            if certain
+            else f"CUDA reports such errors late: the last MoE backend to run was {names}, which had run well before, "
+            "so it is not quarantined; CUDA_LAUNCH_BLOCKING=1 finds the culprit."
+        )
+        first = (str(cause).splitlines() or ["no message"])[0]
         super().__init__(
-            f"the CUDA context of this process is lost ({type(cause).__name__}: {str(cause).splitlines()[0]}). "
-            f"Culprit: {culprit}; it is quarantined for this problem and will be avoided after a restart. "
-            "Restart the process; `moe-dispatch doctor` lists the quarantine, `moe-dispatch doctor --reset` lifts it."
+            f"the CUDA context of this process is lost ({type(cause).__name__}: {first}). {blame} Restart the process."
         )
 
 

@@ -243,6 +243,11 @@ def _check_weight(name: str, tensor: Tensor) -> None:
         raise InvalidInputError(f"{name} must be one of {allowed}, got {tensor.dtype}")
     if tensor.device.type not in ("cpu", "cuda"):
         raise InvalidInputError(f"{name} must be on cpu or cuda, got {tensor.device}; load the weights before wrapping")
+    if tensor.is_cuda and tensor.data_ptr() % 16:
+        raise InvalidInputError(
+            f"{name} must start on a 16-byte boundary, got an address that ends in {tensor.data_ptr() % 16:x}; a view "
+            "into a flat buffer needs an aligned offset, or .clone() once at load"
+        )
     if not tensor.is_contiguous():
         raise InvalidInputError(
             f"{name} must be contiguous, got strides {list(tensor.stride())} for shape {list(tensor.shape)}; "

@@ -14,6 +14,7 @@ _LOST_DEVICE: Final = (
     "invalid program counter",
     "hardware stack error",
     "uncorrectable ecc error",
+    "launch timed out and was terminated",
 )
 
 
@@ -23,6 +24,11 @@ def out_of_memory(error: BaseException) -> bool:
         return True
     text = str(error).lower()
     return isinstance(error, RuntimeError) and ("out of memory" in text or "can't allocate memory" in text)
+
+
+def broken_capture(error: BaseException) -> bool:
+    """Whether something before this backend had already spoilt the capture of a CUDA graph."""
+    return "previous error during capture" in str(error).lower()
 
 
 def lost_device(error: BaseException) -> bool:

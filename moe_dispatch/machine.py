@@ -158,7 +158,7 @@ def library_version(name: str) -> str:
                 return f"{version} ({distribution})"
         package = deep_gemm_package()
         return _declared_version(package) if package else ""
-    return _distribution_version(name) if importlib.util.find_spec(name) else ""
+    return _distribution_version(name.replace("_", "-")) if importlib.util.find_spec(name) else ""
 
 
 def deep_gemm_package() -> Path | None:

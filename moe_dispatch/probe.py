@@ -5,6 +5,7 @@ from typing import Final
 
 import torch
 
+from moe_dispatch import failures
 from moe_dispatch.backend import Backend
 from moe_dispatch.problem import MoEProblem
 from moe_dispatch.registry import BACKENDS
@@ -22,7 +23,8 @@ def probe(backend: Backend, problem: MoEProblem, device: torch.device) -> str:
         device: Where to run.
 
     Returns:
-        Why the backend cannot be trusted; empty if its result is right. What it raises becomes the reason.
+        Why the backend cannot be trusted; empty if its result is right. What it raises becomes the reason, unless it
+        is a lost device or a lack of memory, which is raised on.
     """
     tiny = dataclasses.replace(problem, M=5, K=256, N=256, E=4, topk=2, mode="eager", needs_grad=False)
     if backend.unsupported_reasons(tiny):
@@ -40,10 +42,10 @@ def probe(backend: Backend, problem: MoEProblem, device: torch.device) -> str:
             out = backend.run(hidden, experts, weights, ids, backend.default_config(tiny)).float()
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
-        except Exception as error:  # noqa: BLE001 - the probe exists to catch whatever foreign code raises
-            return (
-                f"its probe raised {type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
-            )
+        except Exception as error:
+            if failures.lost_device(error) or failures.out_of_memory(error):
+                raise  # no verdict on the backend's arithmetic
+            return f"its probe raised {failures.summary(error)}"
     error_size = ((out - truth).norm() / truth.norm()).item()
     limit = backend.tolerance[tiny.dtype]
     if not error_size <= limit:  # NaN included

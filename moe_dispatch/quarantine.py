@@ -18,7 +18,7 @@ from typing import Final, Literal
 
 import pydantic
 
-from moe_dispatch.machine import Machine
+from moe_dispatch.machine import Machine, library_version
 from moe_dispatch.problem import MoEProblem
 from moe_dispatch.storage import cache_dir, locked, write_atomically
 
@@ -75,7 +75,6 @@ class Quarantine:
         if self._barred is None:
             with self._lock:
                 if self._barred is None:
-                    self._bury_the_dead()
                     self._barred = {
                         (entry.backend, entry.problem): entry.cause for entry in self.entries() if entry.lethal
                     }
@@ -90,6 +89,7 @@ class Quarantine:
 
     def entries(self) -> tuple[QuarantineEntry, ...]:
         """What is on disk and still holds under the versions of today."""
+        self._bury_the_dead()
         versions = self._versions()
         return tuple(entry for entry in self._read().entries if entry.versions == versions)
 
@@ -99,12 +99,11 @@ class Quarantine:
         Raises:
             OSError: The file cannot be replaced.
         """
+        self._bury_the_dead()
         count = len(self._read().entries)
         if self._path.exists():
             with locked(self._path):
                 write_atomically(self._path, _File().model_dump_json(indent=1))
-        for marker in self._markers():
-            marker.unlink(missing_ok=True)
         self._barred = {}
         return count
 
@@ -114,25 +113,34 @@ class Quarantine:
 
         The marker is held under a file lock, which the system releases with the process, however that ends.
         """
-        entry = self._entry(
-            backend, problem, "the process died or was killed while it ran (crash or hang)", lethal=True
-        )
+        cause = "the process died or was killed during its first run here (a crash, a hang, or someone's SIGKILL)"
+        entry = self._entry(backend, problem, cause, lethal=True)
         marker = self._path.with_name(f"{self._path.stem}.{os.getpid()}-{threading.get_ident()}.running")
+        handle = self._mark(marker, entry)
+        try:
+            yield
+        finally:
+            if handle is not None:
+                with contextlib.suppress(OSError):
+                    marker.unlink(missing_ok=True)
+                os.close(handle)
+
+    def _mark(self, marker: Path, entry: QuarantineEntry) -> int | None:
+        """Write a marker and lock it; None where the disk will not have it, which must not stop the run."""
+        handle = None
         try:
             marker.parent.mkdir(parents=True, exist_ok=True)
-            file = marker.open("w", encoding="utf-8")
+            handle = os.open(marker, os.O_CREAT | os.O_TRUNC | os.O_WRONLY | os.O_CLOEXEC, 0o644)
+            fcntl.flock(handle, fcntl.LOCK_EX)
+            os.write(handle, entry.model_dump_json().encode())
         except OSError as error:
-            logger.info("no crash marker for %s: %s", backend, error)
-            yield
-            return
-        with file:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            try:
-                file.write(entry.model_dump_json())
-                file.flush()
-                yield
-            finally:
-                marker.unlink(missing_ok=True)
+            logger.info("no crash marker for %s: %s", entry.backend, error)
+            if handle is not None:
+                with contextlib.suppress(OSError):
+                    marker.unlink(missing_ok=True)
+                os.close(handle)
+            return None
+        return handle
 
     def _markers(self) -> list[Path]:
         return sorted(self._path.parent.glob(f"{self._path.stem}.*.running"))
@@ -161,7 +169,7 @@ class Quarantine:
     def _versions(self) -> dict[str, str]:
         machine = self._machine
         software = {"driver": machine.driver, "cuda": machine.cuda, "torch": machine.torch, "triton": machine.triton}
-        return {**software, **machine.libraries}
+        return {"moe_dispatch": library_version("moe_dispatch"), **software, **machine.libraries}
 
     def _read(self) -> _File:
         try:
@@ -176,9 +184,9 @@ class Quarantine:
         try:
             with locked(self._path):
                 held = self._read().entries
-                others = [old for old in held if (old.backend, old.problem) != (entry.backend, entry.problem)]
-                # Entries of other versions have ended; writing is the moment to drop them.
-                kept = [old for old in others if old.versions == entry.versions]
+                # Entries of other versions stay: another environment may share this cache.
+                same = (entry.backend, entry.problem, entry.versions)
+                kept = [old for old in held if (old.backend, old.problem, old.versions) != same]
                 write_atomically(self._path, _File(entries=[*kept, entry]).model_dump_json(indent=1))
         except OSError as error:
             logger.warning("the quarantine of %s could not be written to %s: %s", entry.backend, self._path, error)

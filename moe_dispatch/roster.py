@@ -6,8 +6,9 @@ from dataclasses import dataclass
 
 import torch
 
+from moe_dispatch import failures
 from moe_dispatch.backend import Backend
-from moe_dispatch.errors import BackendUnavailableError
+from moe_dispatch.errors import BackendUnavailableError, DeviceLostError
 from moe_dispatch.machine import Machine
 from moe_dispatch.probe import probe
 from moe_dispatch.problem import MoEProblem
@@ -40,7 +41,7 @@ class Roster:
     Args:
         machine: Theirs.
         disabled: Names that must not be chosen.
-        quarantine: Consulted, and told of failed probes.
+        quarantine: Consulted, and told of what a probe kills.
     """
 
     def __init__(self, machine: Machine, disabled: frozenset[str], quarantine: Quarantine) -> None:
@@ -95,13 +96,33 @@ class Roster:
                 return "not probed yet, which a graph capture does not allow; call it once before capturing"
             with self._lock:
                 if (name, kind) not in self._probed:
-                    with self._quarantine.first_run(name, kind):
-                        self._probed[name, kind] = probe(made, problem, device)
+                    try:
+                        self._probed[name, kind] = self._probe(made, problem, kind, device)
+                    except Exception as error:
+                        if failures.lost_device(error):
+                            self._quarantine.bar(name, kind, failures.summary(error), lethal=True)
+                            raise DeviceLostError([name], error) from error
+                        if failures.out_of_memory(error):  # of the moment: the next kind of call tries again
+                            return f"its probe ran out of memory: {failures.summary(error)}"
+                        raise
         return self._probed[name, kind]
+
+    def broken(self, name: str) -> str:
+        """Why a registered backend could not even be imported or made; empty if it could."""
+        made = self._made.get(name)
+        return "; ".join(made.reasons) if isinstance(made, BackendUnavailableError) else ""
 
     def statuses(self) -> tuple[BackendStatus, ...]:
         """Every registered backend."""
         return tuple(self._status(name) for name in BACKENDS.names())
+
+    def _probe(self, backend: Backend, problem: MoEProblem, kind: MoEProblem, device: torch.device) -> str:
+        if cause := self._quarantine.cause(backend.name, kind):
+            return f"its probe is quarantined: {cause}"
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)  # an older error is nobody's here
+        with self._quarantine.first_run(backend.name, kind):
+            return probe(backend, problem, device)
 
     def _status(self, name: str) -> BackendStatus:
         try:
@@ -119,14 +140,18 @@ class Roster:
                 if made is None:
                     made = self._made[name] = self._try_to_make(name)
         if isinstance(made, BackendUnavailableError):
-            raise made
+            raise BackendUnavailableError(name, made.reasons) from made.__cause__
         return made
 
     def _try_to_make(self, name: str) -> Backend | BackendUnavailableError:
         try:
-            return BACKENDS.load(name)(self._machine)
+            backend_class = BACKENDS.load(name)
         except BackendUnavailableError as error:
             return error
+        try:
+            return backend_class(self._machine)
+        except Exception as error:  # noqa: BLE001 - a foreign constructor's failure is its own
+            return BackendUnavailableError(name, [f"cannot be made: {failures.summary(error)}"])
 
 
 def _kind(problem: MoEProblem) -> MoEProblem:

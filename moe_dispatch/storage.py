@@ -9,11 +9,18 @@ from pathlib import Path
 
 
 def cache_dir() -> Path:
-    """``MOE_DISPATCH_CACHE_DIR``, else ``$XDG_CACHE_HOME/moe_dispatch``, else ``~/.cache/moe_dispatch``."""
+    """``MOE_DISPATCH_CACHE_DIR``, else ``$XDG_CACHE_HOME/moe_dispatch``, else ``~/.cache/moe_dispatch``.
+
+    A user without a home directory gets a folder in the system's temporary directory.
+    """
     if named := os.environ.get("MOE_DISPATCH_CACHE_DIR"):
         return Path(named).expanduser()
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "moe_dispatch"
+    if base := os.environ.get("XDG_CACHE_HOME"):
+        return Path(base) / "moe_dispatch"
+    try:
+        return Path.home() / ".cache" / "moe_dispatch"
+    except RuntimeError:  # a container's user may have no home
+        return Path(tempfile.gettempdir()) / f"moe_dispatch-{os.getuid()}"
 
 
 def write_atomically(path: Path, text: str) -> None:

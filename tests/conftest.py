@@ -11,6 +11,9 @@ if not torch.cuda.is_available():
     # Before anything imports Triton: without a GPU kernels run in its interpreter.
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)  # the workers share the cores already
+
 from moe_dispatch.dispatcher import reset_dispatchers
 from moe_dispatch.settings import settings
 

@@ -118,7 +118,10 @@ class Killing(Honest):
         raise AssertionError
 
 
-FAKES: tuple[type[Backend], ...] = (Honest, Raising, Lying, NaN, Greedy, Losing, Killing)
+class KillingInItsProbe(Killing):
+    """Kills the process as soon as it is tried, which for foreign code is its probe."""
+
+    needs_probe = True
 
 
 @contextmanager

@@ -151,6 +151,17 @@ def test_nothing_synchronises_with_the_host(name: str, precision: Precision) -> 
         torch.cuda.set_sync_debug_mode("default")
 
 
+@ON_GPU
+def test_strided_tensors_of_any_kind_are_taken() -> None:
+    """Through moe_forward, which makes them contiguous: a backend may rely on it."""
+    inputs = make_inputs(Case(M=7, strided=True), Precision("fp32", "fp32"), DEVICE)
+    weights = torch.stack([inputs.topk_weights, torch.full_like(inputs.topk_weights, torch.nan)], dim=2)[..., 0]
+    ids = torch.stack([inputs.topk_ids, torch.full_like(inputs.topk_ids, -7)], dim=2)[..., 0]
+    assert not any(tensor.is_contiguous() for tensor in (inputs.hidden_states, weights, ids))
+    out = moe_forward(inputs.hidden_states, inputs.experts, weights, ids)
+    assert relative_error(out, inputs.truth) <= 1e-4
+
+
 def test_no_tokens_give_no_rows() -> None:
     inputs: Inputs = make_inputs(Case(M=1), Precision("fp32", "fp32"), DEVICE)
     hidden, experts, weights, ids = inputs.arguments

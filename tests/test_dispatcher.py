@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,7 @@ from moe_dispatch.quarantine import Quarantine
 from moe_dispatch.registry import BACKENDS
 from moe_dispatch.settings import Settings, settings
 from moe_dispatch.workloads import ROUTINGS, WORKLOADS, Workload, make_experts
-from tests.fakes import Greedy, Honest, Killing, Losing, Lying, NaN, Raising, ranked
+from tests.fakes import Greedy, Honest, Killing, KillingInItsProbe, Losing, Lying, NaN, Raising, ranked
 
 LAYER = Workload("tiny", E=4, topk=2, K=64, N=32)
 MACHINES = Path(__file__).parent / "machines"
@@ -93,7 +94,9 @@ class TestChoosing:
 
     def test_the_environment_names_disables_and_orders(self, call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
         with ranked(Honest):
-            dispatcher = Dispatcher(Machine.inspect(), Settings(policies=("fixed",), disabled=frozenset({"honest"})))
+            dispatcher = Dispatcher(
+                Machine.inspect("cpu"), Settings(policies=("fixed",), disabled=frozenset({"honest"}))
+            )
             problem = LAYER.problem(1, "fp32", dispatcher.machine)
             explanation = dispatcher.explain(problem)
             assert explanation.candidates[0].against == ("disabled by MOE_DISPATCH_DISABLE",)
@@ -168,17 +171,22 @@ class TestFaults:
     @pytest.mark.parametrize("liar", [Lying, NaN])
     def test_a_probe_that_is_wrong(self, liar: type[Backend], call: Call) -> None:
         with ranked(liar, Honest):
-            assert torch.equal(moe_forward(*call), expected(call))
+            with pytest.warns(MoEDispatchWarning, match=r"probe was wrong.*'honest' runs instead") as warned:
+                assert torch.equal(moe_forward(*call), expected(call))
+            moe_forward(*make_call(40))
+            assert len(warned) == 1
             explanation = explain(*call)
             assert "its probe was wrong: relative error" in explanation.candidates[0].against[0]
-            with pytest.raises(BackendUnsupportedError, match="probe was wrong"):
+            assert stats()[liar.name] == {"ran": 0, "fell_back": 1, "quarantined": 1}
+            with pytest.raises(BackendUnavailableError, match="probe was wrong"):
                 moe_forward(*call, backend=liar.name)
 
     def test_an_import_that_raises(self, call: Call) -> None:
         BACKENDS.register("broken", "tests.broken_module:Anything")
         try:
             with ranked("broken", Honest):
-                assert torch.equal(moe_forward(*call), expected(call))
+                with pytest.warns(MoEDispatchWarning, match=r"'broken'.*no CUDA toolkit here.*'honest' runs instead"):
+                    assert torch.equal(moe_forward(*call), expected(call))
                 status = next(one for one in get_dispatcher("cpu").statuses() if one.name == "broken")
                 assert not status.available
                 assert "no CUDA toolkit here" in status.reasons[0]
@@ -193,6 +201,7 @@ class TestFaults:
                 assert torch.equal(moe_forward(*call), expected(call))
             assert moe_forward(*call).isfinite().all()
             assert ran()["honest"] == 2
+            assert stats()["greedy"]["fell_back"] == 2, "memory may be there the next time"
 
     def test_out_of_memory_splits_along_m(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(Greedy, "most_tokens", 3)
@@ -206,25 +215,45 @@ class TestFaults:
             with pytest.raises(DeviceLostError, match="Restart the process") as lost:
                 moe_forward(*call)
             assert lost.value.suspects == ("losing",)
-            afresh = Dispatcher(Machine.inspect())  # the next start
+            afresh = Dispatcher(Machine.inspect("cpu"))  # the next start
             explanation = afresh.explain(explain(*call).problem)
             assert "quarantined for such problems" in explanation.candidates[0].against[0]
             assert afresh.quarantine.reset() == 1
-            assert not Dispatcher(Machine.inspect()).explain(explanation.problem).candidates[0].against
+            assert not Dispatcher(Machine.inspect("cpu")).explain(explanation.problem).candidates[0].against
 
-    def test_a_killed_process_is_remembered(self, call: Call) -> None:
+    def test_a_healthy_backend_is_not_blamed_for_an_older_error(self, call: Call) -> None:
+        class Late(Honest):
+            name = "late"
+            failing = False
+
+            def run(self, *arguments: Any, **named: Any) -> Tensor:
+                if self.failing:
+                    raise RuntimeError("CUDA error: an illegal memory access was encountered")
+                return super().run(*arguments, **named)
+
+        with ranked(Late):
+            moe_forward(*call)
+            Late.failing = True
+            with pytest.raises(DeviceLostError, match="CUDA_LAUNCH_BLOCKING=1"):
+                moe_forward(*call)
+            assert not get_dispatcher("cpu").quarantine.entries()
+
+    @pytest.mark.parametrize("killer", ["Killing", "KillingInItsProbe"])
+    def test_a_killed_process_is_remembered(self, killer: str, call: Call) -> None:
         code = (
             "from tests.test_dispatcher import *\n"
-            "with ranked(Killing, Honest), torch.no_grad():\n"
+            f"with ranked({killer}, Honest), torch.no_grad():\n"
             "    moe_forward(*make_call(6))\n"
         )
         killed = subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False, capture_output=True)
         assert killed.returncode == -9
-        with ranked(Killing, Honest):
+        (entry,) = get_dispatcher("cpu").quarantine.entries()
+        assert (entry.backend, entry.lethal) == ("killing", True)
+        assert "died" in entry.cause
+        with ranked(KillingInItsProbe if "Probe" in killer else Killing, Honest), warnings.catch_warnings():
+            warnings.simplefilter("ignore", MoEDispatchWarning)
             assert torch.equal(moe_forward(*call), expected(call))
-            (entry,) = get_dispatcher("cpu").quarantine.entries()
-            assert (entry.backend, entry.lethal) == ("killing", True)
-            assert "died" in entry.cause
+            assert ran()["honest"] == 1
 
     def test_another_version_ends_a_quarantine(self, tmp_path: Path) -> None:
         machine = Machine.load(MACHINES / "h200.json")
@@ -279,12 +308,23 @@ class TestConcurrency:
         queue = context.SimpleQueue()
         with ranked(Honest):
             expected(call)
-            with get_dispatcher("cpu")._lock:  # as if another thread held it at the fork
-                worker = context.Process(target=_work, args=(queue,))
-                worker.start()
+            held, free = threading.Event(), threading.Event()
+            holder = threading.Thread(target=_hold, args=(held, free))  # while the fork happens
+            holder.start()
+            held.wait()
+            worker = context.Process(target=_work, args=(queue,))
+            worker.start()
+            free.set()
+            holder.join()
         worker.join(60)
         assert worker.exitcode == 0
         assert queue.get() == {"honest": 1}
+
+
+def _hold(held: threading.Event, free: threading.Event) -> None:
+    with get_dispatcher("cpu")._lock:
+        held.set()
+        free.wait(60)
 
 
 def _work(queue: "multiprocessing.SimpleQueue[dict[str, int]]") -> None:
@@ -308,11 +348,11 @@ class TestCost:
             dispatcher = get_dispatcher("cpu")
             hidden, experts, weights, ids = call
             dispatcher.forward(hidden, experts, weights, ids)
-            best = min(_seconds(lambda: dispatcher.forward(hidden, experts, weights, ids)) for _ in range(7))
-            key = next(iter(dispatcher._plans))
-            look_up = min(_seconds(lambda: dispatcher._plans.get(key)) for _ in range(7))
-        assert look_up < 2e-6, f"{look_up * 1e6:.2f} µs"
-        assert best < 20e-6, f"{best * 1e6:.2f} µs: the whole of it, on a busy machine"
+            (plan,) = dispatcher._plans.values()
+            dispatched = min(_seconds(lambda: dispatcher.forward(hidden, experts, weights, ids)) for _ in range(15))
+            direct = min(_seconds(lambda: plan.run(hidden, experts, weights, ids, plan.config)) for _ in range(15))
+        # 1.2 µs on a quiet core; CI's is shared.
+        assert dispatched - direct < 4e-6, f"choosing took {(dispatched - direct) * 1e6:.2f} µs"
 
     def test_warm_up_runs_each_token_count(self) -> None:
         with ranked(Honest):
