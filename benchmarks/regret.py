@@ -26,9 +26,10 @@ from moe_dispatch.problem import MoEProblem
 from moe_dispatch.registry import BACKENDS
 from moe_dispatch.workloads import WORKLOADS, Workload
 
-# vLLM 0.20.2 takes DeepGEMM's experts for block FP8 from this many tokens and columns on, and Triton's below.
-VLLM_DEEP_GEMM_TOKENS: Final = 128
-VLLM_DEEP_GEMM_COLUMNS: Final = 512
+# vLLM 0.20.2 with DeepGEMM for block FP8: `_valid_deep_gemm` in fused_moe/experts/deep_gemm_moe.py, which
+# fused_moe/triton_deep_gemm_moe.py asks. Tokens at least, and K and N multiples of, DeepGEMM's alignment; N above 512.
+VLLM_DEEP_GEMM_ALIGNMENT: Final = 128
+VLLM_DEEP_GEMM_NARROW: Final = 512
 
 Rank = Callable[[MoEProblem], Sequence[Choice]]
 
@@ -77,6 +78,7 @@ def regrets(seen: Sequence[Observation], machine: Machine) -> dict[str, dict[str
         "always_vllm": lambda _: (Choice("vllm_fused_moe", ""),),
         "always_deep_gemm": lambda _: (Choice("deep_gemm", ""),),
         "vllm_rule": _vllm_rule,
+        "vllm_deep_gemm_rule": _vllm_deep_gemm_rule,
         "oracle": lambda problem: _fastest(points[problem]),
     }
 
@@ -105,7 +107,20 @@ def _time(choice: Choice, problem: MoEProblem, times: Mapping[Identity, float], 
 
 
 def _vllm_rule(problem: MoEProblem) -> tuple[Choice, ...]:
-    wide = problem.N > VLLM_DEEP_GEMM_COLUMNS and problem.M >= VLLM_DEEP_GEMM_TOKENS
+    """What vLLM 0.20.2 runs by itself on one GPU, where FlashInfer is not installed.
+
+    `_get_priority_backends` in fused_moe/oracle/fp8.py puts Triton first for block FP8 on capability 9.0 without expert
+    parallelism, at every token count. Elsewhere DeepGEMM comes before Triton, and with its E8M0 scales, which are the
+    default, its shape is not asked about.
+    """
+    deep_gemm = problem.dtype == "fp8" and problem.capability != (9, 0)
+    return (Choice("deep_gemm" if deep_gemm else "vllm_fused_moe", ""), Choice("vllm_fused_moe", ""))
+
+
+def _vllm_deep_gemm_rule(problem: MoEProblem) -> tuple[Choice, ...]:
+    """What it runs with ``VLLM_USE_DEEP_GEMM=1 VLLM_USE_DEEP_GEMM_E8M0=0``: DeepGEMM where it takes the shape."""
+    aligned = problem.K % VLLM_DEEP_GEMM_ALIGNMENT == 0 and problem.N % VLLM_DEEP_GEMM_ALIGNMENT == 0
+    wide = aligned and problem.N > VLLM_DEEP_GEMM_NARROW and problem.M >= VLLM_DEEP_GEMM_ALIGNMENT
     first = "deep_gemm" if problem.dtype == "fp8" and wide else "vllm_fused_moe"
     return (Choice(first, ""), Choice("vllm_fused_moe", ""))
 

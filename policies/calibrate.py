@@ -1,9 +1,7 @@
 """Measures every eligible backend and configuration on this machine and keeps the result.
 
-Candidates are narrowed by successive halving (Jamieson and Talwalkar, "Non-stochastic best arm identification and
-hyperparameter optimization", AISTATS 2016): all get a short race, the faster third a longer one. They run in a worker
-process and take turns. The score is the geometric mean of the medians over the routing distributions: it does not
-change when one distribution is given in another unit or is slower as a whole, and no distribution outvotes another.
+Each token count is a race (see `race`), run in a worker process. The token counts come coarse to fine, so that most
+of them lie between two measured ones; who was far behind at both does not start again.
 """
 
 import datetime
@@ -29,19 +27,19 @@ from moe_dispatch.workloads import ROUTINGS, Workload, workload
 
 from .calibrated import calibration_path
 from .merge import Measured, save
-from .schema import Candidate, Layer, Measurement, Quartiles, read_calibration
-from .supervisor import CandidateFailedError, OutOfMemoryError, Supervisor, WorkerDiedError
-from .table import Identity, calm_winners, geometric_mean
+from .race import Arena, Race
+from .schema import Candidate, Layer, LayerKey, read_calibration
+from .supervisor import NotPreparedError, Supervisor
+from .table import Identity, calm_winners
 from .versions import changes, relevant_versions
 
 DEFAULT_TOKENS: Final = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
 QUICK_TOKENS: Final = (1, 16, 256, 4096)
 DEFAULT_ROUTINGS: Final = ("uniform", "dirichlet-4")
-# Seconds of sampling per candidate in the screening and in the final race, and samples at least.
-SCREEN: Final = (0.004, 3)
-FINAL: Final = (0.04, 7)
-KEEP: Final = 3  # one candidate of this many stays after the screening
-CLOSE: Final = 1.10  # and whoever is this close to the leader
+# Two measured neighbours decide who starts between them if both are within this factor of tokens,
+NEIGHBOURS: Final = 8
+# and then whoever was within this factor of the leader's time at either does.
+CLOSE: Final = 1.5
 REFINE: Final = 1.5  # boundaries are refined until the neighbours are this close
 
 
@@ -163,12 +161,15 @@ class _Calibration:
         *,
         quick: bool,
     ) -> None:
-        self._machine, self._routings, self._quick = machine, routings, quick
+        self._machine, self._quick = machine, quick
         self.report = CalibrationReport(calibration_path(machine, directory))
         self._quarantine = Quarantine(machine, directory)
         self._backends = self._eligible(backends)
         named = {name: f"{type(made).__module__}:{type(made).__qualname__}" for name, made in self._backends.items()}
         self._worker = Supervisor(str(device or machine.device), named, timeout_s)
+        self._arena = Arena(self._worker, routings, self._tolerance, self._bar)
+        # Layer and mode -> M -> candidate -> its time over the leader's; infinite for who did not start.
+        self._behind: dict[tuple[LayerKey, Mode], dict[int, dict[Identity, float]]] = {}
         self._now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         self._package = importlib.metadata.version("moe-dispatch")
         self._commit = commit(Path(__file__).parent)
@@ -199,7 +200,7 @@ class _Calibration:
                 share = time.monotonic() + (deadline - time.monotonic()) / (len(layers) - place)
                 try:
                     self._worker.layer(layer)
-                except (OutOfMemoryError, WorkerDiedError, CandidateFailedError) as error:
+                except NotPreparedError as error:
                     self.report.skipped.append(f"{layer}: its weights could not be made: {error}")
                     total -= len(tokens)
                     continue
@@ -286,16 +287,48 @@ class _Calibration:
         finalists: set[Identity] | None = None
         for mode in modes:
             candidates = self._candidates(layer, M, mode)
-            if finalists is not None:
+            if finalists is None:
+                starting = self._starting(layer, M, mode, candidates)
+            else:
                 ran = {one.candidate.backend for one in news}
-                candidates = [one for one in candidates if one.identity in finalists or one.backend not in ran]
-            race = _Race(self, layer, M, mode, candidates)
-            news += race.run()
+                starting = [one for one in candidates if one.identity in finalists or one.backend not in ran]
+            race = Race(self._arena, layer, M, mode, starting)
+            try:
+                results = race.run()
+            except NotPreparedError as error:
+                self.report.skipped.append(f"{layer} M={M} ({mode}): its inputs could not be made: {error}")
+                break
+            self._remember(layer, M, mode, candidates, results)
+            news += results
             if finalists is None and race.finalists:
                 finalists = race.finalists
         self.report.measured += news
         if news:
             save(self.report.path, news, self._machine)
+
+    def _starting(self, layer: Layer, M: int, mode: Mode, candidates: list[Candidate]) -> list[Candidate]:
+        """Everyone, or between two near measured token counts whoever was close, or unknown, at either."""
+        at = self._behind.get((layer.key, mode), {})
+        below, above = max((m for m in at if m < M), default=0), min((m for m in at if m > M), default=0)
+        if not below or not above or NEIGHBOURS * below < M or above > NEIGHBOURS * M:
+            return candidates
+        return [one for one in candidates if min(at[near].get(one.identity, 1.0) for near in (below, above)) <= CLOSE]
+
+    def _remember(
+        self, layer: Layer, M: int, mode: Mode, candidates: Iterable[Candidate], results: Iterable[Measured]
+    ) -> None:
+        scores = {one.candidate.identity: one.measurement.score for one in results}
+        fastest = min((score for score in scores.values() if score is not None), default=None)
+        if fastest is None:
+            return
+        behind = {one.identity: math.inf for one in candidates if one.identity not in scores}
+        behind |= {identity: score / fastest for identity, score in scores.items() if score is not None}
+        # Each backend's best stays close: its fallback is wanted everywhere.
+        best: dict[str, Identity] = {}
+        for identity in sorted(behind, key=lambda one: behind[one]):
+            best.setdefault(identity[0], identity)
+        behind |= dict.fromkeys(best.values(), 1.0)
+        self._behind.setdefault((layer.key, mode), {})[M] = behind
 
     def _boundaries(self, layer: Layer, tokens: Sequence[int]) -> list[int]:
         """Token counts between measured neighbours whose winners differ, half way on the logarithmic scale."""
@@ -313,151 +346,14 @@ class _Calibration:
                     found.add(middle)
         return sorted(middle for middle in found if tokens[0] < middle < tokens[-1])
 
-    def bar(self, backend: str, layer: Layer, M: int, mode: Mode, cause: str) -> None:
+    def _bar(self, backend: str, layer: Layer, M: int, mode: Mode, cause: str) -> None:
         """Remember what kills a process."""
         self._quarantine.bar(backend, layer.problem(M, self._machine, mode), cause, lethal=True)
 
-    def tolerance(self, backend: str, layer: Layer) -> float:
+    def _tolerance(self, backend: str, layer: Layer) -> float:
         """What the backend promises for this layer."""
         limits = self._backends[backend].tolerance
         return max(limits.get(layer.dtype, 0.0), limits.get(layer.act_dtype, 0.0))
-
-    @property
-    def worker(self) -> Supervisor:
-        """Where candidates run."""
-        return self._worker
-
-    @property
-    def routings(self) -> tuple[str, ...]:
-        """Distributions that count."""
-        return self._routings
-
-
-class _Race:
-    """All candidates at one point in one mode."""
-
-    def __init__(self, owner: _Calibration, layer: Layer, M: int, mode: Mode, candidates: Sequence[Candidate]) -> None:
-        self._owner, self._layer, self._M, self._mode = owner, layer, M, mode
-        self._candidates = {candidate.identity: candidate for candidate in candidates}
-        self._us: dict[Identity, dict[str, Quartiles]] = {identity: {} for identity in self._candidates}
-        self._errors: dict[Identity, float] = {}
-        self._barred: dict[Identity, str] = {}
-        self.finalists: set[Identity] = set()
-
-    def run(self) -> list[Measured]:
-        for identity in self._candidates:
-            self._check(identity)
-        alive = [identity for identity in self._candidates if identity not in self._barred]
-        first, *others = self._owner.routings
-        # Two rounds of screening would cost more than they save: a screening is three samples.
-        screening = len(alive) > KEEP
-        if screening:
-            self._time(alive, first, *SCREEN)
-            alive = self._fastest(alive, first)
-        screened = {identity: self._us[identity][first][1] for identity in self._us if first in self._us[identity]}
-        for routing in (first, *others):
-            self._time([identity for identity in alive if identity not in self._barred], routing, *FINAL)
-        self.finalists = {identity for identity in alive if identity not in self._barred}
-        return self._measured(screened)
-
-    def _check(self, identity: Identity) -> None:
-        candidate = self._candidates[identity]
-        try:
-            answer = self._owner.worker.ask(
-                "check",
-                M=self._M,
-                mode=self._mode,
-                routings=list(self._owner.routings),
-                backend=candidate.backend,
-                config=candidate.config,
-                tolerance=self._owner.tolerance(candidate.backend, self._layer),
-            )
-        except CandidateFailedError as error:
-            self._barred[identity] = f"out of memory: {error.cause}" if error.memory else f"raised {error.cause}"
-        except WorkerDiedError as error:
-            self._kill(identity, error.cause)
-        else:
-            if "wrong" in answer:
-                self._barred[identity] = answer["wrong"]
-            else:
-                self._errors[identity] = answer["error"]
-
-    def _time(self, identities: Sequence[Identity], routing: str, budget_s: float, rounds: int) -> None:
-        """Time candidates together; if that kills the worker, each alone, which names the culprit."""
-        if not identities:
-            return
-        requested = [(self._candidates[one].backend, self._candidates[one].config) for one in identities]
-        try:
-            answer = self._owner.worker.ask(
-                "time", work=len(identities), M=self._M, mode=self._mode, routing=routing, candidates=requested,
-                budget_s=budget_s, rounds=rounds,
-            )  # fmt: skip
-        except (WorkerDiedError, CandidateFailedError) as error:
-            if len(identities) > 1:
-                for identity in identities:
-                    self._time([identity], routing, budget_s, rounds)
-            elif isinstance(error, WorkerDiedError):
-                self._kill(identities[0], error.cause)
-            else:
-                self._barred[identities[0]] = f"raised {error.cause}"
-            return
-        for index, identity in enumerate(identities):
-            if times := answer["us"].get(str(index)):
-                self._us[identity][routing] = (times[0], times[1], times[2])
-            else:
-                self._barred[identity] = f"raised {answer['failed'].get(str(index), 'nothing, and was not timed')}"
-
-    def _kill(self, identity: Identity, cause: str) -> None:
-        self._barred[identity] = cause
-        self._owner.bar(identity[0], self._layer, self._M, self._mode, cause)
-        # The backend is barred from such problems now; its other configurations would only die again.
-        for other in self._candidates:
-            if other[0] == identity[0] and other not in self._barred and other not in self._errors:
-                self._barred[other] = f"not tried after {cause}"
-
-    def _fastest(self, identities: Sequence[Identity], routing: str) -> list[Identity]:
-        ordered = sorted(
-            (one for one in identities if routing in self._us[one]), key=lambda one: self._us[one][routing][1]
-        )
-        if not ordered:
-            return []
-        leader = self._us[ordered[0]][routing][1]
-        kept = [
-            one
-            for place, one in enumerate(ordered)
-            if place < max(2, math.ceil(len(ordered) / KEEP / 2)) or self._us[one][routing][1] <= leader * CLOSE
-        ][: max(2, math.ceil(len(ordered) / KEEP))]
-        # Every backend keeps its best: a fallback is chosen among them.
-        backends = {one[0] for one in kept}
-        for one in ordered:
-            if one[0] not in backends:
-                backends.add(one[0])
-                kept.append(one)
-        return kept
-
-    def _measured(self, screened: dict[Identity, float]) -> list[Measured]:
-        scores = {
-            identity: geometric_mean([self._us[identity][routing][1] for routing in self._owner.routings])
-            for identity in self.finalists
-        }
-        leader = min(scores, key=lambda one: scores[one]) if scores else None
-        found = []
-        for identity, candidate in self._candidates.items():
-            score = scores.get(identity)
-            why = self._barred.get(identity)
-            if score is None and why is None:
-                if leader is None or identity not in screened:
-                    continue
-                score = screened[identity] / screened[leader] * scores[leader]
-            measurement = Measurement(
-                candidate=0,
-                us=self._us[identity],
-                score=None if why else score,
-                error=self._errors.get(identity),
-                disqualified=why[:1000] if why else None,
-            )
-            found.append(Measured(self._layer, self._M, self._mode, candidate, measurement))
-        return found
 
 
 def coarse_to_fine(tokens: Sequence[int]) -> list[int]:

@@ -13,7 +13,8 @@ from moe_dispatch.problem import MoEProblem
 # From about this many rows per expert DeepGEMM's FP8 layer overtakes vLLM's: Mixtral (E=8) at 64 rows, Qwen3 (E=128)
 # and DeepSeek-V3 (E=256) between 32 and 128.
 FP8_PREFILL_ROWS: Final = 64
-# In BF16 DeepGEMM's products reach .84–.91 of the floor from here on, and vLLM's layer falls to .5–.76.
+# In BF16 DeepGEMM's products reach .84–.91 of the floor from here on, and vLLM's layer falls to .5–.76. Those are
+# DeepGEMM's two products alone: that its layer wins, with the stages around them, is inferred and was not measured.
 BF16_PREFILL_ROWS: Final = 256
 # Up to here a layer reads weights and hardly computes: what split-K was made for.
 DECODE_TOKENS: Final = 64

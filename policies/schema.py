@@ -111,8 +111,9 @@ class Measurement(Strict):
         candidate: Index into `CalibrationFile.candidates`.
         us: Per routing distribution: lower quartile, median and upper quartile in µs.
         score: Geometric mean of the medians over the distributions, in µs; of a candidate that left the race early,
-            its ratio to the leader of that round, times the leader's score.
-        error: ‖out − ref‖ / ‖ref‖ against the fp32 reference, the worst over the distributions.
+            its ratio to the later winner in its last round times the winner's score, and beyond noise of that.
+        error: ‖out − ref‖ / ‖ref‖ against the fp32 reference, the worst over the distributions; None for one that left
+            before it was checked.
         disqualified: Why it may not win: wrong, unstable, crashed, hung, out of memory. Then there is no score.
     """
 

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from typing import IO, Any, Final
 
 from moe_dispatch.errors import MoEDispatchError
@@ -16,7 +17,7 @@ from moe_dispatch.errors import MoEDispatchError
 from .schema import Layer
 
 START_TIMEOUT_S: Final = 180.0
-LAYER_TIMEOUT_S: Final = 300.0
+PREPARE_TIMEOUT_S: Final = 300.0
 _TAIL_BYTES: Final = 2000
 
 
@@ -32,8 +33,8 @@ class WorkerDiedError(MoEDispatchError):
         super().__init__(cause)
 
 
-class OutOfMemoryError(MoEDispatchError):
-    """The layer or its inputs do not fit, whoever runs them."""
+class NotPreparedError(MoEDispatchError):
+    """The layer, its inputs or their fp32 reference could not be made; no candidate had a part in it."""
 
 
 class CandidateFailedError(MoEDispatchError):
@@ -61,33 +62,45 @@ class Supervisor:
         self._buffer = b""
         self._stderr: IO[bytes] | None = None
         self._layer: Layer | None = None
+        self._point: tuple[int, tuple[str, ...]] | None = None
         self.restarts = 0
 
     def layer(self, layer: Layer) -> None:
         """Allocate a layer's weights.
 
         Raises:
-            OutOfMemoryError: They do not fit.
-            WorkerDiedError: The worker died of it.
+            NotPreparedError: They do not fit, or the worker died of it.
         """
-        self._layer = None
-        self._ask("layer", LAYER_TIMEOUT_S, layer=layer.model_dump())
-        self._layer = layer
+        self._layer, self._point = layer, None
+        self._prepare("layer", layer=layer.model_dump())
+
+    def point(self, M: int, routings: Sequence[str]) -> None:
+        """Make the inputs of M tokens and what fp32 makes of them, for each routing distribution.
+
+        Raises:
+            NotPreparedError: They do not fit, or the worker died of it.
+        """
+        self._point = None
+        if self._process is None and self._layer is not None:
+            self.layer(self._layer)
+        self._prepare("point", M=M, routings=list(routings))
+        self._point = M, tuple(routings)
 
     def ask(self, op: str, work: float = 1.0, **request: Any) -> dict[str, Any]:
-        """Ask about the layer; after a death the worker is started and the weights are allocated again first.
+        """Ask about candidates; after a death the worker is started, and layer and point are made again first.
 
         Args:
-            op: ``"check"`` or ``"time"``.
+            op: ``"launch"``, ``"check"`` or ``"time"``.
             work: Candidates in the request: each has the timeout to itself.
             **request: Its arguments.
 
         Raises:
             WorkerDiedError: It crashed, hung or lost the device while it answered.
             CandidateFailedError: The candidate raised.
+            NotPreparedError: Layer and point could not be made again.
         """
-        if self._process is None and self._layer is not None:
-            self.layer(self._layer)
+        if self._process is None and self._point is not None:
+            self.point(*self._point)
         return self._ask(op, self._timeout_s * work, **request)
 
     def close(self) -> None:
@@ -105,6 +118,15 @@ class Supervisor:
             self._stderr.close()
             self._stderr = None
 
+    def _prepare(self, op: str, **request: Any) -> None:
+        try:
+            self._ask(op, PREPARE_TIMEOUT_S, **request)
+        except CandidateFailedError as error:
+            self.close()  # with whatever memory it holds; the next point starts from an empty device
+            raise NotPreparedError(f"out of memory: {error.cause}" if error.memory else error.cause) from error
+        except WorkerDiedError as error:
+            raise NotPreparedError(error.cause) from error
+
     def _ask(self, op: str, timeout_s: float, **request: Any) -> dict[str, Any]:
         if self._process is None:
             self._start()
@@ -113,8 +135,6 @@ class Supervisor:
             self.close()
             raise WorkerDiedError(f"lost the CUDA context: {answer['raised']}")
         if "raised" in answer:
-            if op == "layer" and answer["memory"]:
-                raise OutOfMemoryError(answer["raised"])
             raise CandidateFailedError(answer["raised"], memory=answer["memory"])
         return answer
 
@@ -122,7 +142,9 @@ class Supervisor:
         to_read, requests = os.pipe()
         answers, to_write = os.pipe()
         self._stderr = tempfile.TemporaryFile()  # noqa: SIM115 - closed with the worker
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+        # A time in Triton's interpreter is no measurement of anything.
+        inherited = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+        environment = {**inherited, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
         self._process = subprocess.Popen(  # noqa: S603 - our own module under our own interpreter
             [sys.executable, "-m", "moe_dispatch.policies.worker", str(to_read), str(to_write)],
             stdin=subprocess.DEVNULL,

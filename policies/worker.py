@@ -23,6 +23,7 @@ from moe_dispatch.measure import (
     time_interleaved,
     verify,
 )
+from moe_dispatch.measure.inputs import synchronize
 from moe_dispatch.registry import BACKENDS
 from moe_dispatch.workloads import ROUTINGS, make_experts
 
@@ -46,8 +47,9 @@ class Worker:
         self._device = torch.device("cpu")
         self._layer: Layer | None = None
         self._experts: ExpertWeights | None = None
-        self._inputs: dict[tuple[int, str], tuple[LayerInputs, ...]] = {}
-        self._truths: dict[tuple[int, str], tuple[torch.Tensor, ...]] = {}
+        self._M = 0
+        self._inputs: dict[str, tuple[LayerInputs, ...]] = {}
+        self._truths: dict[str, tuple[torch.Tensor, ...]] = {}
 
     def start(self, device: str, backends: dict[str, str]) -> dict[str, Any]:
         """Look at the device; learn of backends that the parent process registered."""
@@ -61,13 +63,36 @@ class Worker:
         """Allocate a layer's weights in place of the last one's."""
         assert self._machine is not None  # noqa: S101 - `start` comes first
         self._layer, self._experts = Layer.model_validate(layer), None
-        self._inputs, self._truths = {}, {}
+        self._M, self._inputs, self._truths = 0, {}, {}
         generator = torch.Generator(self._device).manual_seed(SEED)
         problem = self._layer.problem(1, self._machine)
         with torch.no_grad():
             self._experts = make_experts(
                 problem, self._layer.dtype, self._device, generator, act_dtype=self._layer.act_dtype
             )
+        return {}
+
+    def point(self, M: int, routings: list[str]) -> dict[str, Any]:
+        """Make inputs and what fp32 makes of them, in place of the last token count's."""
+        assert self._machine is not None and self._layer is not None and self._experts is not None  # noqa: S101, PT018
+        if M != self._M:
+            self._M, self._inputs, self._truths = M, {}, {}
+        problem = self._layer.problem(M, self._machine)
+        # Many tokens hit every expert, whose weights no cache holds: two inputs tell as much as eight.
+        count = DISTINCT_INPUTS if M <= FEW_TOKENS else 2
+        for routing in routings:
+            if routing not in self._truths:
+                inputs = make_inputs(problem, ROUTINGS[routing], self._device, count, seed=SEED + M)
+                self._truths[routing] = reference_outputs(self._experts, inputs[:VERIFIED_INPUTS])
+                self._inputs[routing] = inputs
+        return {}
+
+    def launch(self, M: int, routing: str, backend: str, config: dict[str, Any]) -> dict[str, Any]:
+        """Run one candidate once, which compiles it, and wait for it."""
+        _, call = self._call(backend, config)
+        with torch.no_grad():
+            call(self._inputs_of(M, routing)[0])
+        synchronize(self._device)
         return {}
 
     def check(
@@ -78,11 +103,14 @@ class Worker:
         deterministic = made.deterministic(made.config_type.model_validate(config))
         worst = 0.0
         for routing in routings:
-            inputs, truths = self._prepared(M, routing)
             verdict = verify(
-                call, inputs, truths, tolerance=tolerance, mode="graph" if mode == "graph" else "eager",
+                call,
+                self._inputs_of(M, routing),
+                self._truths[routing],
+                tolerance=tolerance,
+                mode="graph" if mode == "graph" else "eager",
                 deterministic=deterministic,
-            )  # fmt: skip
+            )
             worst = max(worst, verdict.error)
             if not verdict.ok:
                 return {"wrong": f"wrong on {routing} routing: {verdict.reason}"}
@@ -98,7 +126,7 @@ class Worker:
         rounds: int,
     ) -> dict[str, Any]:
         """Time candidates that take turns."""
-        inputs, _ = self._prepared(M, routing)
+        inputs = self._inputs_of(M, routing)
         failed: dict[int, str] = {}
 
         def on_failure(index: int, error: Exception) -> None:
@@ -121,25 +149,17 @@ class Worker:
         made = BACKENDS.load(backend)(self._machine)
         return made, backend_call(made, self._experts, made.config_type.model_validate(config))
 
-    def _prepared(self, M: int, routing: str) -> tuple[tuple[LayerInputs, ...], tuple[torch.Tensor, ...]]:
-        if (M, routing) not in self._inputs:
-            assert self._machine is not None and self._layer is not None and self._experts is not None  # noqa: S101, PT018
-            if any(tokens != M for tokens, _ in self._inputs):
-                self._inputs, self._truths = {}, {}
-            problem = self._layer.problem(M, self._machine)
-            # Many tokens hit every expert, whose weights no cache holds: two inputs tell as much as eight.
-            count = DISTINCT_INPUTS if M <= FEW_TOKENS else 2
-            inputs = make_inputs(problem, ROUTINGS[routing], self._device, count, seed=SEED + M)
-            self._truths[M, routing] = reference_outputs(self._experts, inputs[:VERIFIED_INPUTS])
-            self._inputs[M, routing] = inputs
-        return self._inputs[M, routing], self._truths[M, routing]
+    def _inputs_of(self, M: int, routing: str) -> tuple[LayerInputs, ...]:
+        assert self._M == M, f"point M={self._M} is prepared, not M={M}"  # noqa: S101 - the parent keeps the order
+        return self._inputs[routing]
 
 
 def serve(read: int, write: int) -> None:
     """Answer until the parent closes its end."""
     worker = Worker()
     operations: dict[str, Callable[..., dict[str, Any]]] = {
-        "start": worker.start, "layer": worker.layer, "check": worker.check, "time": worker.time,
+        "start": worker.start, "layer": worker.layer, "point": worker.point,
+        "launch": worker.launch, "check": worker.check, "time": worker.time,
     }  # fmt: skip
     with os.fdopen(read, encoding="utf-8") as requests, os.fdopen(write, "w", encoding="utf-8") as answers:
         for line in requests:

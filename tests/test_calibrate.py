@@ -1,12 +1,16 @@
 """A real calibration on the CPU, among backends of which most fail."""
 
 import os
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from torch import Tensor
 
+from moe_dispatch.backend import BackendConfig
+from moe_dispatch.experts import ExpertWeights
 from moe_dispatch.machine import Machine
 from moe_dispatch.policies.calibrate import CalibrationReport, calibrate, coarse_to_fine
 from moe_dispatch.policies.calibrated import CalibratedPolicy
@@ -15,9 +19,10 @@ from moe_dispatch.problem import MoEProblem
 from moe_dispatch.quarantine import Quarantine
 from moe_dispatch.registry import BACKENDS
 from moe_dispatch.workloads import workload
+from tests.calibration_faults import RightBackend
 
 TINY = "4,2,32,16"
-TIMEOUT_S = 8.0
+TIMEOUT_S = 20.0  # a healthy first launch takes seconds where other tests share the cores
 
 
 @dataclass(frozen=True)
@@ -36,11 +41,107 @@ FAULTS = (
     Fault("unstable", "UnstableBackend", "promised the same bits"),
     Fault("raising", "RaisingBackend", "no kernel image is available"),
     Fault("hungry", "HungryBackend", "out of memory"),
-    Fault("hanging", "HangingBackend", "hung: no answer within 8 s", lethal=True),
+    Fault("hanging", "HangingBackend", "hung: no answer within 20 s", lethal=True),
     Fault("exiting", "ExitingBackend", "exited with status 7", lethal=True),
     Fault("killed", "KilledBackend", "killed by SIGKILL", lethal=True),
     Fault("lost", "LostContextBackend", "lost the CUDA context", lethal=True),
 )
+
+
+class Timed(RightBackend):
+    """Right, and takes the time that it is told to."""
+
+    name = "timed"
+
+    def seconds(self, M: int, config: BackendConfig) -> float:
+        """Of one call."""
+        raise NotImplementedError
+
+    def run(
+        self,
+        hidden_states: Tensor,
+        experts: ExpertWeights,
+        topk_weights: Tensor,
+        topk_ids: Tensor,
+        config: BackendConfig,
+    ) -> Tensor:
+        """See `Backend.run`."""
+        end = time.perf_counter() + self.seconds(len(hidden_states), config)
+        out = super().run(hidden_states, experts, topk_weights, topk_ids, config)
+        time.sleep(max(0.0, end - time.perf_counter()))
+        return out
+
+
+class Steady(Timed):
+    """One time for any number of tokens."""
+
+    name = "steady"
+
+    def seconds(self, M: int, config: BackendConfig) -> float:
+        """See `Timed.seconds`."""
+        return 0.006
+
+
+class Growing(Timed):
+    """Ahead of `Steady` below 8 tokens, behind it from there on."""
+
+    name = "growing"
+
+    def seconds(self, M: int, config: BackendConfig) -> float:
+        """See `Timed.seconds`."""
+        return 0.001 * M
+
+
+class Pace(BackendConfig):
+    """How slow, in units of time; 0 is faster than any, and wrong."""
+
+    pace: int = 1
+
+
+class Tuned(Timed):
+    """Twelve configurations, each slower than the one before, of which the fastest is wrong."""
+
+    name = "tuned"
+    config_type = Pace
+
+    def configs(self, problem: MoEProblem) -> tuple[Pace, ...]:
+        """See `Backend.configs`."""
+        return tuple(Pace(pace=pace) for pace in range(12))
+
+    def seconds(self, M: int, config: BackendConfig) -> float:
+        """See `Timed.seconds`."""
+        return 0.001 + 0.001 * int(config.model_dump()["pace"])
+
+    def run(
+        self,
+        hidden_states: Tensor,
+        experts: ExpertWeights,
+        topk_weights: Tensor,
+        topk_ids: Tensor,
+        config: BackendConfig,
+    ) -> Tensor:
+        """See `Backend.run`."""
+        out = super().run(hidden_states, experts, topk_weights, topk_ids, config)
+        return out if config.model_dump()["pace"] else out * 1.5
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Workers inherit it: threads that wait for each other take seconds where other processes hold the cores."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")
+        yield
+
+
+@pytest.fixture
+def timed() -> Iterator[None]:
+    """Backends whose times are known."""
+    made = (RightBackend, Steady, Growing, Tuned)
+    for one in made:
+        BACKENDS.register(one.name, one)
+    yield
+    for one in made:
+        BACKENDS.unregister(one.name)
 
 
 @dataclass(frozen=True)
@@ -52,7 +153,7 @@ class Ran:
 
 
 @pytest.fixture(scope="module")
-def ran(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ran]:
+def ran(one_thread: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ran]:
     directory = tmp_path_factory.mktemp("cache")
     for fault in FAULTS:
         BACKENDS.register(fault.name, f"tests.calibration_faults:{fault.target}")
@@ -89,7 +190,9 @@ def test_a_fault_costs_its_candidate_only(ran: Ran, fault: Fault) -> None:
 @pytest.mark.slow
 def test_the_healthy_are_measured_and_right(ran: Ran) -> None:
     healthy = {one.candidate.backend: one.measurement for one in ran.report.measured if one.measurement.score}
-    assert set(healthy) == {"reference", "torch_grouped"}
+    assert set(healthy) == {"reference", "torch_grouped"}, [
+        (one.candidate.backend, one.measurement.disqualified) for one in ran.report.disqualified()
+    ]
     assert all(set(one.us) == {"uniform", "dirichlet-4"} and (one.error or 0) < 1e-3 for one in healthy.values())
 
 
@@ -135,6 +238,74 @@ def test_interruption_keeps_what_is_measured(tmp_path: Path) -> None:
     )  # fmt: skip
     assert report.interrupted
     assert [point.M for point in read_calibration(report.path, machine).points] == [1]
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("timed")
+def test_where_the_winner_changes_the_tokens_between_are_measured(tmp_path: Path) -> None:
+    report = calibrate(
+        [TINY], ["fp32"], tokens=[1, 16], device="cpu", backends=["steady", "growing"], directory=tmp_path
+    )
+    (winners,) = report.winners().values()
+    assert winners[1][0][0] == winners[4][0][0] == "growing"
+    assert winners[16][0][0] == "steady"
+    # 4 is the middle of 1 and 16; then the middle of 4 and 16 is asked, and what still differs is near.
+    assert 8 in winners
+    last = max(M for M, (winner, _) in winners.items() if winner[0] == "growing")
+    first = min(M for M, (winner, _) in winners.items() if winner[0] == "steady")
+    assert last < first <= 1.5 * last
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("timed")
+def test_halving_times_the_best_for_long_and_lets_nobody_win_unchecked(tmp_path: Path) -> None:
+    report = calibrate([TINY], ["fp32"], tokens=[1], device="cpu", backends=["tuned", "reference"], directory=tmp_path)
+    tuned = {
+        one.candidate.config["pace"]: one.measurement for one in report.measured if one.candidate.backend == "tuned"
+    }
+    assert set(tuned) == set(range(12))
+    assert "relative error 0.5" in (tuned[0].disqualified or "")
+    finalists = {pace for pace, one in tuned.items() if len(one.us) == 2}
+    assert {1, 2} <= finalists <= set(range(1, 9))
+    # The last were dropped after the first round: timed for a moment on one distribution, scored by it, not checked.
+    for pace in (10, 11):
+        assert set(tuned[pace].us) == {"uniform"}
+        assert tuned[pace].error is None
+        assert (tuned[pace].score or 0) > (tuned[1].score or 0)
+    (winners,) = report.winners().values()
+    checked = {one.candidate.identity: one.measurement.error for one in report.measured}
+    assert checked[winners[1][0]] is not None
+    # Every backend has a finalist, for the fallback.
+    reference = next(one.measurement for one in report.measured if one.candidate.backend == "reference")
+    assert len(reference.us) == 2
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("timed")
+def test_between_near_neighbours_only_the_close_start_again(tmp_path: Path) -> None:
+    report = calibrate(
+        [TINY], ["fp32"], tokens=[1, 2, 4], device="cpu", backends=["tuned"], routings=["uniform"], directory=tmp_path
+    )
+    raced = {M: {one.candidate.config["pace"] for one in report.measured if one.M == M} for M in (1, 2, 4)}
+    assert raced[1] == raced[4] == set(range(12))
+    assert {1, 2} <= raced[2] < raced[1]
+    assert 11 not in raced[2]
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("timed")
+def test_inputs_that_do_not_fit_skip_the_point_and_blame_nobody(tmp_path: Path) -> None:
+    too_many = 1 << 38  # of 4096 columns in fp32: more bytes than an address space has
+    report = calibrate(
+        ["4,2,4096,16", "4,2,4096,32"], ["fp32"], tokens=[1, too_many], device="cpu", backends=["right"],
+        directory=tmp_path,
+    )  # fmt: skip
+    assert [(one.layer.N, one.M, one.measurement.disqualified) for one in report.measured] == [
+        (16, 1, None),
+        (32, 1, None),
+    ]
+    assert len(report.skipped) == 2
+    assert all(f"M={too_many} (eager): its inputs could not be made: out of memory" in one for one in report.skipped)
 
 
 def test_no_budget_measures_nothing_and_says_so(tmp_path: Path) -> None:

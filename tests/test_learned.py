@@ -47,12 +47,26 @@ def test_the_fit_finds_a_law_of_its_own_terms() -> None:
 
 def test_leaving_one_model_out_it_beats_every_fixed_choice() -> None:
     summary = regrets(synthetic(), H200)
-    assert set(summary) == {"learned", "rules", "always_vllm", "always_deep_gemm", "vllm_rule", "oracle"}
+    fixed = ("always_vllm", "always_deep_gemm", "vllm_rule", "vllm_deep_gemm_rule")
+    assert set(summary) == {"learned", "rules", "oracle", *fixed}
     assert summary["oracle"] == {"mean": 0.0, "p95": 0.0, "worst": 0.0}
     learned = summary.pop("learned")
     assert learned["mean"] < 0.02
-    assert learned["mean"] < min(summary[name]["mean"] for name in ("always_vllm", "always_deep_gemm", "vllm_rule"))
+    assert learned["mean"] < min(summary[name]["mean"] for name in fixed)
     assert max(learned["mean"], learned["p95"]) <= learned["worst"]
+
+
+def test_vllm_by_itself_takes_triton_on_hopper_and_its_deep_gemm_asks_for_the_shape() -> None:
+    # One narrow model, N ≤ 512, and one wide one; Triton costs 1 µs and DeepGEMM 2, so that regret 1 is DeepGEMM.
+    seen = [
+        Observation(WORKLOADS[name].problem(M, "fp8", H200, "graph"), (backend, ()), us)
+        for name in ("kimi-k2-tp8", "deepseek-v3")
+        for M in (16, 32, 64, 128)
+        for backend, us in (("vllm_fused_moe", 1.0), ("deep_gemm", 2.0))
+    ]
+    summary = regrets(seen, H200)
+    assert summary["vllm_rule"]["worst"] == 0.0
+    assert summary["vllm_deep_gemm_rule"] == {"mean": 0.125, "p95": 1.0, "worst": 1.0}
 
 
 def test_one_model_cannot_be_left_out_of_one() -> None:
