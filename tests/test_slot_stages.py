@@ -1,69 +1,56 @@
-"""The kernels of spread.py and mask_slots.py compile without a GPU, for every device that runs them.
+"""The kernels of spread.py and mask_slots.py compile, without a GPU, for every device that runs them."""
 
-Compiled in a process of its own: in Triton's interpreter, where the rest of the suite may run, there is no compiler.
-"""
-
-import json
-import os
-import subprocess
-import sys
-from typing import Any
+from collections.abc import Iterator
+from functools import partial
 
 import pytest
+import torch
 
-from moe_dispatch.problem import ACTIVATIONS
+from moe_dispatch.problem import ACTIVATIONS, UNGATED
 
-pytest.importorskip("triton")
+from .triton_compile import Launch, compile_launches
 
-_POINTERS = {
-    "x_ptr": "*bf16",
-    "gate_up_ptr": "*bf16",
-    "bias_ptr": "*bf16",
-    "row_of_slot_ptr": "*i32",
-    "ids_ptr": "*i64",
-}
+SMALL_MEMORY = 48 << 10  # what a block gets without asking
 
 
-def _compile_all() -> dict[str, int]:
-    """Compile each variant; its shared memory in bytes by its name."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
+def launch_mask_slots(_capability: int) -> Iterator[Launch]:
+    from moe_dispatch.backends.stages.mask_slots import mask_slots
 
-    from moe_dispatch.backends.stages.mask_slots_kernel import _moe_mask_slots_kernel
-    from moe_dispatch.backends.stages.spread_kernel import _moe_activate_spread_kernel, _moe_spread_kernel
+    for M in (1, 64):
+        yield Launch(partial(mask_slots, torch.empty(M, 8, dtype=torch.int64), 256, 256))
 
-    shared = {}
 
-    def compile_one(kernel: Any, arch: int, out: str, constants: dict[str, Any]) -> None:
-        types = {"out_ptr": out, "scale_ptr": "*fp32", **_POINTERS}
-        signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in kernel.arg_names}
-        source = ASTSource(kernel, signature, constexprs=constants)
-        compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32))
-        assert compiled.asm["cubin"]
-        shared[f"{kernel.__name__} sm_{arch} {out} {constants}"] = compiled.metadata.shared
+def launch_spread(_capability: int) -> Iterator[Launch]:
+    from moe_dispatch.backends.stages.route import route
+    from moe_dispatch.backends.stages.spread import activate_spread, activate_spread_quantize, spread, spread_quantize
 
-    for arch in (80, 90, 100):
-        compile_one(_moe_mask_slots_kernel, arch, "*i32", {"BLOCK": 512})
-    # Only DeepGEMM's masked layout uses the others, and that is for Hopper.
-    for groups in (1, 8):
-        compile_one(_moe_spread_kernel, 90, "*bf16", {"scale_ptr": None, "GROUPS": groups})
-        compile_one(_moe_spread_kernel, 90, "*fp8e4nv", {"GROUPS": groups})
+    E, topk, capacity = 16, 8, 64
+    empty = partial(torch.empty, dtype=torch.bfloat16)
+    routing = route(torch.empty(capacity, topk, dtype=torch.int64), E, capacity=capacity)
+    for K in (128, 2048):
+        yield Launch(partial(spread, empty(capacity, K), routing, topk))
+        yield Launch(partial(spread_quantize, empty(capacity, K), routing, topk, capacity))
     for activation in ACTIVATIONS:
-        how = {"ACTIVATION": activation, "INTERLEAVED": activation == "swiglu_oai", "GROUPS": 8}
-        compile_one(_moe_activate_spread_kernel, 90, "*bf16", {"scale_ptr": None, "bias_ptr": None, **how})
-        compile_one(_moe_activate_spread_kernel, 90, "*fp8e4nv", how)
-    return shared
+        columns = 1024 if activation in UNGATED else 2048
+        rows, bias = empty(E * capacity, columns), empty(E, columns)
+        interleaved = activation == "swiglu_oai"
+        yield Launch(partial(activate_spread, rows, routing, activation, capacity, interleaved=interleaved))
+        yield Launch(
+            partial(activate_spread_quantize, rows, routing, activation, capacity, interleaved=interleaved, bias=bias)
+        )
 
 
-def test_kernels_compile_without_a_gpu() -> None:
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    shared = json.loads(done.stdout)
-    assert len(shared) == 3 + 4 + 2 * len(ACTIVATIONS)
-    assert max(shared.values()) <= 48 << 10  # what a block gets without asking
+def test_mask_slots_compiles() -> None:
+    kernels = compile_launches(launch_mask_slots, 80, 90, 100)
+    assert len({(built.capability, built.constants["BLOCK"]) for built in kernels}) == 6
+    assert max(built.shared for built in kernels) <= SMALL_MEMORY
 
 
-if __name__ == "__main__":
-    json.dump(_compile_all(), sys.stdout)
+@pytest.mark.slow
+def test_spreading_compiles_for_deep_gemm() -> None:
+    """Only DeepGEMM's masked layout uses these, and that is for Hopper."""
+    kernels = [built for built in compile_launches(launch_spread, 90) if "spread" in built.name]
+    assert len(kernels) == 4 + 2 * len(ACTIVATIONS)
+    for built in kernels:
+        assert built.shared <= SMALL_MEMORY, built
+        assert built.stack == 0, built

@@ -10,6 +10,7 @@ from moe_dispatch.backends.reference import ReferenceBackend, ReferenceConfig
 from moe_dispatch.backends.triton_persistent.backend import TritonPersistentBackend
 from moe_dispatch.backends.triton_persistent.config import TritonPersistentConfig, persistent_configs, tma_fits
 from moe_dispatch.backends.triton_support import features, interpreting
+from moe_dispatch.experts import ExpertWeights
 from moe_dispatch.machine import Machine
 from moe_dispatch.problem import Activation, DType
 from moe_dispatch.workloads import ROUTINGS, WORKLOADS, Workload, make_experts, torch_dtype
@@ -55,12 +56,50 @@ CASES = (
     Case("no gate", activation="relu2", bias=True, N=130, dtypes=BOTH),
 )
 
+# Rows that are whole multiples of 16 bytes, and of no tile: boxes reach into the next expert and past the last.
+TMA_CASES = (
+    Case("tma", M=20, K=144, N=80, dtypes=BOTH, config=SMALL | {"tma": True}),
+    Case(
+        "tma, swapped operands", M=20, K=144, N=80, dtypes=BOTH, config={"block_m": 32, "tma": True, "swap": True}
+    ),
+    Case(
+        "tma, gpt-oss", M=20, K=144, N=80, activation="swiglu_oai", bias=True, interleaved=True, dtypes=BOTH,
+        config=SMALL | {"tma": True},
+    ),
+    Case("tma, no gate", M=20, K=144, N=80, activation="relu2", bias=True, config=SMALL | {"tma": True}),
+)  # fmt: skip
+
+
+def _with_dtypes(cases: tuple[Case, ...]) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize(
+        ("case", "dtype"), [pytest.param(c, d, id=f"{c}-{d}") for c in cases for d in c.dtypes]
+    )
+
 
 @pytest.mark.usefixtures("poisoned_memory")
-@pytest.mark.parametrize(
-    ("case", "dtype"), [pytest.param(c, d, id=f"{c}-{d}") for c in CASES for d in c.dtypes]
-)  # fmt: skip
+@_with_dtypes(CASES)
 def test_against_the_reference(case: Case, dtype: DType) -> None:
+    _equals_the_reference(TritonPersistentBackend(Machine.inspect(DEVICE)), case, dtype)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("poisoned_memory")
+@_with_dtypes(TMA_CASES)
+def test_weights_through_descriptors(case: Case, dtype: DType) -> None:
+    machine = Machine.inspect(DEVICE)
+    if interpreting():
+        pytest.importorskip("triton", "3.7", reason="Triton interprets tensor descriptors from version 3.7 on")
+        machine = _machine((9, 0), 232448, sms=3)
+    elif machine.capability is None or machine.capability < (9, 0):
+        pytest.skip("needs sm_90 or newer")
+    backend = TritonPersistentBackend(machine)
+    experts = _equals_the_reference(backend, case, dtype)
+    # Rows that alternate have no descriptor.
+    made = {name for name, *_ in backend._descriptors[experts]}
+    assert made == ({"down"} if case.interleaved else {"gate_up", "down"})
+
+
+def _equals_the_reference(backend: TritonPersistentBackend, case: Case, dtype: DType) -> ExpertWeights:
     machine = Machine.inspect(DEVICE)
     generator = torch.Generator(DEVICE).manual_seed(0)
     layer = Workload(
@@ -72,13 +111,13 @@ def test_against_the_reference(case: Case, dtype: DType) -> None:
     ids[0, 0], ids[1, 0] = -1, case.E
     weights[:2, 0] = torch.nan
     truth = ReferenceBackend(machine).run(x.float(), experts, weights, ids, ReferenceConfig(compute_fp32=True))
-    backend = TritonPersistentBackend(machine)
     config = TritonPersistentConfig.model_validate(case.config)
     out = backend.run(x, experts, weights, ids, config)
     assert out.dtype == x.dtype
     error = (out.float() - truth).norm() / truth.norm()
     assert error <= backend.tolerance[dtype], float(error)
     assert torch.equal(out, backend.run(x, experts, weights, ids, config)), "does not repeat bit for bit"
+    return experts
 
 
 @pytest.mark.skipif(not interpreting(), reason="about the interpreter")
@@ -88,9 +127,9 @@ def test_the_interpreter_refuses_bf16_with_its_reason() -> None:
     assert any("bf16" in reason for reason in TritonPersistentBackend(machine).unsupported_reasons(problem))
 
 
-def _machine(capability: tuple[int, int], shared_memory: int) -> Machine:
+def _machine(capability: tuple[int, int], shared_memory: int, sms: int = 108) -> Machine:
     return Machine(
-        device="cuda", name="described", capability=capability, sms=108, memory_bytes=40 << 30,
+        device="cuda", name="described", capability=capability, sms=sms, memory_bytes=40 << 30,
         shared_memory_per_block=shared_memory, torch="2.11", triton="3.6",
     )  # fmt: skip
 

@@ -1,11 +1,8 @@
 """The decode kernels: interpreted against the fp32 reference, and compiled for devices that are not here."""
 
-import json
-import os
-import subprocess
-import sys
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, cast
 
 import pytest
@@ -20,7 +17,10 @@ from moe_dispatch.machine import Machine
 from moe_dispatch.problem import Activation, DType, MoEProblem
 from moe_dispatch.workloads import WORKLOADS, Workload, make_experts, torch_dtype
 
+from .triton_compile import SHARED_MEMORY, Launch, compile_launches, described, unwritten_layer
+
 SMALL = {"block_n": 32, "block_k": 32, "num_stages": 2}
+FEW_SPILLS = 64  # bytes of a thread
 SPREAD = "spread"  # ids from -1 to E: sentinels of both kinds, duplicates within a row
 
 
@@ -158,26 +158,12 @@ def _problem(machine: Machine, M: int, dtype: DType = "fp16", name: str = "qwen3
     return WORKLOADS[name].problem(M, dtype, machine)
 
 
-def device(capability: tuple[int, int]) -> Machine:
-    """A device that is not here, by its capability: A100, L40S, H200 and B200."""
-    name, sms, shared = {
-        (8, 0): ("NVIDIA A100", 108, 166912),
-        (8, 9): ("NVIDIA L40S", 142, 101376),
-        (9, 0): ("NVIDIA H200", 132, 232448),
-        (10, 0): ("NVIDIA B200", 148, 232448),
-    }[capability]
-    return Machine(
-        device="cuda", name=name, capability=capability, sms=sms, memory_bytes=80 << 30,
-        shared_memory_per_block=shared, torch=torch.__version__, triton="3.6.0",
-    )  # fmt: skip
-
-
 @pytest.mark.parametrize("name", WORKLOADS)
-@pytest.mark.parametrize("capability", [(8, 0), (8, 9), (9, 0), (10, 0)], ids=str)
-def test_configs_fit_the_device(name: str, capability: tuple[int, int]) -> None:
-    backend = TritonSplitKBackend(device(capability))
+@pytest.mark.parametrize("capability", SHARED_MEMORY)
+def test_configs_fit_the_device(name: str, capability: int) -> None:
+    backend = TritonSplitKBackend(described(capability))
     for M in (1, 4, 16, 64):
-        for dtype in cast("tuple[DType, ...]", ("bf16", "fp8") if capability >= (8, 9) else ("bf16",)):
+        for dtype in cast("tuple[DType, ...]", ("bf16", "fp8") if capability >= 89 else ("bf16",)):
             problem = _problem(backend.machine, M, dtype, name)
             configs = backend.configs(problem)
             assert configs[0] == backend.default_config(problem)
@@ -185,7 +171,7 @@ def test_configs_fit_the_device(name: str, capability: tuple[int, int]) -> None:
             for config in configs:
                 assert shared_memory_bytes(problem, config) <= backend.machine.shared_memory_per_block
                 assert backend.workspace_bytes(problem, config) > 0
-                assert capability >= (9, 0) or not (config.tma or config.pdl)
+                assert capability >= 90 or not (config.tma or config.pdl)
                 assert dtype != "fp8" or config.block_k == 128
 
 
@@ -196,7 +182,7 @@ def test_atomic_mode_says_that_it_is_not_deterministic(machine: Machine) -> None
 
 
 def test_many_slots_are_declined_with_the_limit() -> None:
-    backend = TritonSplitKBackend(device((9, 0)))
+    backend = TritonSplitKBackend(described(90))
     fits, exceeds = MOST_SLOTS // 8, MOST_SLOTS // 8 + 1
     assert not [why for why in backend.unsupported_reasons(_problem(backend.machine, fits)) if "M·topk" in why]
     assert f"M·topk ≤ {MOST_SLOTS}, got {exceeds * 8}" in str(
@@ -212,118 +198,47 @@ def test_fp8_refuses_blocks_that_straddle_scales(machine: Machine) -> None:
 
 
 COMPILED = [
-    ((8, 0), "bf16", False),
-    ((8, 9), "fp8", False),
-    ((9, 0), "bf16", False),
-    ((9, 0), "fp8", False),
-    ((10, 0), "bf16", False),
-    ((10, 0), "fp8", False),
-    ((9, 0), "bf16", True),
-    ((9, 0), "fp8", True),
+    (80, "bf16", False),
+    (89, "fp8", False),
+    (90, "bf16", False),
+    (90, "fp8", False),
+    (100, "bf16", False),
+    (100, "fp8", False),
+    (90, "bf16", True),
+    (90, "fp8", True),
 ]
+
+
+def launch_defaults(capability: int, dtype: DType, *, tma: bool) -> Iterator[Launch]:
+    """Every default of the named workloads at M of 1 to 64, with one problem for each."""
+    backend = TritonSplitKBackend(described(capability))
+    seen = set()
+    for workload in WORKLOADS.values():
+        for M in (1, 2, 4, 8, 16, 32, 64):
+            problem = workload.problem(M, dtype, backend.machine)
+            config = backend.default_config(problem).model_copy(update={"tma": tma})
+            uneven = bool(problem.K % config.block_k or problem.N % config.block_k)
+            if (key := (config, problem.activation, uneven)) not in seen:
+                seen.add(key)
+                # Neither is a matter of the products, and the sum would be compiled for each.
+                problem = replace(problem, topk=8, M=1)
+                note = {"bound": shared_memory_bytes(problem, config), "config": config.label}
+                yield Launch(partial(backend.run, *unwritten_layer(problem), config), note)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize(("capability", "dtype", "tma"), COMPILED, ids=str)
-def test_defaults_compile(capability: tuple[int, int], dtype: str, tma: bool) -> None:
-    """Every default of the named workloads at M of 1 to 64, through the real launchers, for a device not here."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, __file__, str(capability[0]), str(capability[1]), dtype, str(int(tma))]
-    done = subprocess.run(
-        command, env=environment, cwd=Path(__file__).parents[1], capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    kernels = json.loads(done.stdout)
-    assert {kernel["name"] for kernel in kernels} >= {
-        "_moe_splitk_gate_up_kernel", "_moe_splitk_down_kernel", "_moe_splitk_reduce_kernel"
-    }  # fmt: skip
-    for kernel in kernels:
-        assert kernel["shared"] <= kernel["shared_bound"], kernel
-        assert kernel["pdl"] == (capability >= (9, 0)), kernel
-        if "reduce" in kernel["name"]:
-            continue
-        assert kernel["wgmma"] == (capability == (9, 0) and kernel["block_n"] >= 64), kernel
+def test_defaults_compile(capability: int, dtype: DType, tma: bool) -> None:
+    kernels = compile_launches(launch_defaults, capability, dtype=dtype, tma=tma)
+    products = [built for built in kernels if built.name != "_moe_splitk_reduce_kernel"]
+    assert {built.name for built in products} == {"_moe_splitk_gate_up_kernel", "_moe_splitk_down_kernel"}
+    assert len(products) < len(kernels)
+    for built in kernels:
+        assert built.pdl == (capability >= 90), built
+        assert built.stack <= FEW_SPILLS, built
+    for built in products:
+        assert built.shared <= built.note["bound"], built
+        assert built.wgmma == (capability == 90 and built.constants["ROWS"] >= 64), built
         # Weights arrive 16 bytes at a time, by asynchronous copy or by TMA.
-        assert kernel["tma_loads"] if tma else kernel["wide_copies"], kernel
-
-
-def _compile_defaults(major: int, minor: int, dtype: DType, *, tma: bool) -> list[dict[str, Any]]:
-    """Run the launchers with Triton told that the device is there, and its launch left out."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.runtime.jit import JITFunction
-
-    class Absent:
-        """What Triton asks of a driver before it compiles."""
-
-        get_current_target = staticmethod(lambda: GPUTarget("cuda", 10 * major + minor, 32))
-        get_current_device = staticmethod(lambda: 0)
-        get_current_stream = staticmethod(lambda _device=None: 0)
-
-    triton.runtime.driver.set_active(Absent())
-    found: dict[str, dict[str, Any]] = {}
-    run = JITFunction.run
-    current: dict[str, Any] = {}
-
-    def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
-        kernel = run(self, *args, grid=grid, warmup=True, **options)
-        ptx = kernel.asm["ptx"]
-        bound = current["bound"]
-        entry = found.setdefault(
-            kernel.hash,
-            {
-                "name": kernel.metadata.name, "hash": kernel.hash, "shared": kernel.metadata.shared,
-                "shared_bound": bound, "block_n": current["block_n"], "config": current["config"],
-                "wgmma": "wgmma.mma_async" in ptx, "pdl": "griddepcontrol.wait" in ptx,
-                "tma_loads": "cp.async.bulk.tensor" in ptx, "wide_copies": "cp.async.cg.shared.global" in ptx,
-            },
-        )  # fmt: skip
-        entry["shared_bound"] = min(entry["shared_bound"], bound)
-        return kernel
-
-    JITFunction.run = compile_only
-    backend = TritonSplitKBackend(device((major, minor)))
-    seen = set()
-    for workload in WORKLOADS.values():
-        for M in (1, 2, 4, 8, 16, 32, 64):
-            problem = workload.problem(M, dtype, backend.machine)
-            config = backend.default_config(problem)
-            if tma:
-                config = config.model_copy(update={"tma": True})
-            if (key := (workload.name, config)) in seen:
-                continue
-            seen.add(key)
-            # What E changes is the grid: the weights themselves need not fit here.
-            experts = _unwritten_experts(problem, E=16 if workload.E % 16 == 0 else workload.E)
-            current.update(
-                bound=shared_memory_bytes(problem, config), block_n=config.block_n, config=config.label
-            )  # fmt: skip
-            x = torch.empty(M, problem.K, dtype=torch.bfloat16)
-            weights, ids = torch.empty(M, problem.topk), torch.empty(M, problem.topk, dtype=torch.int32)
-            backend.run(x, experts, weights, ids, config)
-    return list(found.values())
-
-
-def _unwritten_experts(problem: MoEProblem, E: int) -> ExpertWeights:
-    dtype = torch_dtype(problem.dtype)
-    rows, K, N = problem.gate_up_rows, problem.K, problem.N
-    scales = {}
-    if problem.dtype == "fp8":
-        gate_up, down = problem.quant_blocks
-        scales = {"gate_up_scale": torch.empty(E, *gate_up), "down_scale": torch.empty(E, *down)}
-    biases = {}
-    if problem.bias:
-        biases = {
-            "gate_up_bias": torch.empty(E, rows, dtype=torch.bfloat16),
-            "down_bias": torch.empty(E, K, dtype=torch.bfloat16),
-        }
-    return ExpertWeights(
-        torch.empty(E, rows, K, dtype=dtype), torch.empty(E, K, N, dtype=dtype), **scales, **biases,
-        activation=problem.activation, interleaved=problem.interleaved,
-    )  # fmt: skip
-
-
-if __name__ == "__main__":
-    kernels = _compile_defaults(int(sys.argv[1]), int(sys.argv[2]), cast("DType", sys.argv[3]), tma=sys.argv[4] == "1")
-    sys.stdout.write(json.dumps(kernels))
+        assert built.tma if tma else built.wide_copies, built

@@ -1,9 +1,11 @@
-"""Compiles kernels for devices that are not here: shared memory, registers and instructions of any configuration.
+"""Compiles what a launcher launches for a device that is not here: memory, registers and instructions of each kernel.
 
-The compiling is done in a process of its own, this file run as a script: in Triton's interpreter, where the suite runs
-without a GPU, there is no compiler.
+The launchers are the real ones. They are given tensors without memory, and Triton a driver that answers for the device,
+in a process of its own: in Triton's interpreter, where the suite runs without a GPU, there is no compiler.
 """
 
+import contextlib
+import dataclasses
 import importlib
 import json
 import os
@@ -11,103 +13,185 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
+from unittest import mock
+
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+
+from moe_dispatch.experts import ExpertWeights
+from moe_dispatch.machine import Machine
+from moe_dispatch.problem import MoEProblem
+from moe_dispatch.workloads import torch_dtype
 
 # Opt-in bytes of shared memory per block.
 SHARED_MEMORY: Final = {80: 166912, 89: 101376, 90: 232448, 100: 232448}
+_SMS: Final = {80: 108, 89: 142, 90: 132, 100: 148}
 
 
 @dataclass(frozen=True)
-class Build:
-    """A kernel and how to compile it.
+class Launch:
+    """What launches kernels when it is called, and what a test wants to be told again with each of them."""
 
-    Attributes:
-        kernel: ``"module:function"`` of a ``@triton.jit`` function.
-        capability: 80, 89, 90 or 100.
-        arguments: Types of what is no constant: ``"*bf16"``, ``"i32"``, ``"tensordesc<bf16[128,64]>"``.
-        constants: Values of the constants, None for an absent pointer.
-        num_warps: Launch option.
-        num_stages: Launch option.
-        aligned: Whether pointers and integers are multiples of 16.
-    """
-
-    kernel: str
-    capability: int
-    arguments: dict[str, str]
-    constants: dict[str, Any]
-    num_warps: int = 4
-    num_stages: int = 3
-    aligned: bool = True
+    run: Callable[[], object]
+    note: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Built:
-    """What the compiler made of it: bytes, registers, and the names of PTX instructions that occur."""
+    """A kernel of a launch: its constants, what it takes of a device, and which PTX instructions occur in it.
 
+    Attributes:
+        name: Of the kernel.
+        capability: Of the device.
+        note: The launch's.
+        constants: By name, the number of warps included.
+        shared: Bytes.
+        registers: Of a thread.
+        stack: Bytes of a thread: spilled registers.
+        wgmma: Asynchronous products of a warp group.
+        tma: Loads or stores through a tensor descriptor.
+        fp8: e4m3, in a product or a conversion.
+        pdl: Waits for the kernel before it.
+        wide_copies: Asynchronous copies of 16 bytes.
+    """
+
+    name: str
+    capability: int
+    note: dict[str, Any]
+    constants: dict[str, Any]
     shared: int
     registers: int
     stack: int
     wgmma: bool
     tma: bool
     fp8: bool
+    pdl: bool
+    wide_copies: bool
 
 
-def compile_kernels(builds: Sequence[Build]) -> list[Built]:
-    """Compile all, in one process. What does not compile fails with the compiler's own words."""
+def described(capability: int) -> Machine:
+    """A machine of this compute capability (80, 89, 90 or 100)."""
+    return Machine(
+        device="cuda", name="compiled for", capability=divmod(capability, 10), sms=_SMS[capability],
+        memory_bytes=80 << 30, shared_memory_per_block=SHARED_MEMORY[capability], torch="2.11", triton="3.6",
+    )  # fmt: skip
+
+
+def unwritten_layer(problem: MoEProblem) -> tuple[Tensor, ExpertWeights, Tensor, Tensor]:
+    """Hidden states, weights, topk_weights and topk_ids of a problem, for a launch."""
+    empty = torch.empty
+    dtype, plain = torch_dtype(problem.dtype), torch_dtype(problem.act_dtype)
+    M, E, rows, K, N = problem.M, problem.E, problem.gate_up_rows, problem.K, problem.N
+    optional: dict[str, Tensor] = {}
+    if problem.dtype == "fp8":
+        gate_up, down = problem.quant_blocks
+        optional |= {"gate_up_scale": empty(E, *gate_up), "down_scale": empty(E, *down)}
+    if problem.bias:
+        optional |= {"gate_up_bias": empty(E, rows, dtype=plain), "down_bias": empty(E, K, dtype=plain)}
+    experts = ExpertWeights(
+        empty(E, rows, K, dtype=dtype), empty(E, K, N, dtype=dtype), **optional, activation=problem.activation,
+        interleaved=problem.interleaved,
+    )  # fmt: skip
+    ids = empty(M, problem.topk, dtype=torch.int32)
+    return empty(M, K, dtype=plain), experts, empty(M, problem.topk), ids
+
+
+def compile_launches(launches: Callable[..., Iterable[Launch]], *capabilities: int, **arguments: Any) -> list[Built]:
+    """Compile all that `launches(capability, **arguments)` launches, for each capability.
+
+    It is a function of a module, and called in the other process. What does not compile fails with the compiler's own
+    words.
+    """
+    pytest.importorskip("triton")
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    work = {"module": launches.__module__, "name": launches.__qualname__, "capabilities": capabilities}
+    command = [sys.executable, "-c", f"from {__name__} import work; work()"]
     done = subprocess.run(
-        [sys.executable, __file__], input=json.dumps([asdict(build) for build in builds]), env=environment, check=False,
-        capture_output=True, text=True,
+        command, input=json.dumps(work | {"arguments": arguments}), env=environment, cwd=Path(__file__).parents[1],
+        check=False, capture_output=True, text=True,
     )  # fmt: skip
     if done.returncode:
         raise AssertionError(f"a kernel does not compile:\n{done.stderr[-4000:]}")
     return [Built(**built) for built in json.loads(done.stdout.splitlines()[-1])]
 
 
-def _compile(build: Build) -> Built:
+def work() -> None:
+    """The other process: what to launch comes in as JSON, what was built goes out."""
+    asked = json.load(sys.stdin)
+    built: list[Built] = []
+    launches = getattr(importlib.import_module(asked["module"]), asked["name"])
+    for capability in asked["capabilities"]:
+        with compiling(capability, built):
+            for launch in launches(capability, **asked["arguments"]):
+                before = len(built)
+                launch.run()
+                built[before:] = [dataclasses.replace(each, note=launch.note) for each in built[before:]]
+    sys.stdout.write(json.dumps([dataclasses.asdict(each) for each in built]))
+
+
+@contextlib.contextmanager
+def compiling(capability: int, built: list[Built]) -> Iterator[None]:
+    """Append to `built` what would be launched, compiled for a device, instead of launching it.
+
+    Tensors made here have no memory and say that they are on a GPU.
+    """
     import triton
     from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
+    from triton.runtime.jit import JITFunction
 
-    module, _, name = build.kernel.partition(":")
-    kernel = getattr(importlib.import_module(module), name)
-    names = kernel.arg_names
-    missing = set(names) - set(build.arguments) - set(build.constants)
-    if missing:
-        raise TypeError(f"{name} also needs {', '.join(sorted(missing))}")
-    signature = {parameter: build.arguments.get(parameter, "constexpr") for parameter in names}
-    attributes = {
-        (position,): [["tt.divisibility", 16]]
-        for position, parameter in enumerate(names)
-        if build.aligned and (signature[parameter].startswith("*") or signature[parameter] == "i32")
-    }
-    source = ASTSource(
-        fn=kernel,
-        signature=signature,
-        constexprs={(names.index(parameter),): value for parameter, value in build.constants.items()},
-        attrs=attributes,
-    )
-    options = {"num_warps": build.num_warps, "num_stages": build.num_stages}
-    made = triton.compile(source, target=GPUTarget("cuda", build.capability, 32), options=options)
-    ptx, usage = made.asm["ptx"], _resources(triton.__file__, made.asm["cubin"])
+    class Absent:
+        """What Triton asks of a driver before it compiles."""
+
+        get_current_target = staticmethod(lambda: GPUTarget("cuda", capability, 32))
+        # Any number that no other target has: it names the cache of what was compiled.
+        get_current_device = staticmethod(lambda: capability)
+        get_current_stream = staticmethod(lambda _device=None: 0)
+
+    run = JITFunction.run
+    seen: dict[str, Built] = {}
+
+    def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
+        kernel = run(self, *args, grid=grid, warmup=True, **options)
+        if kernel.hash not in seen:
+            constants = {name: value for name, value in options.items() if name.isupper() or name == "num_warps"}
+            seen[kernel.hash] = _describe(kernel, capability, constants)
+        built.append(seen[kernel.hash])
+        return kernel
+
+    triton.runtime.driver.set_active(Absent())
+    with (
+        mock.patch.object(JITFunction, "run", compile_only),
+        mock.patch.object(FakeTensor, "is_cuda", new=True),
+        # Triton looks whether the address is aligned.
+        mock.patch.object(FakeTensor, "data_ptr", return_value=0),
+        FakeTensorMode(),
+    ):
+        yield
+
+
+def _describe(kernel: Any, capability: int, constants: dict[str, Any]) -> Built:
+    ptx, usage = kernel.asm["ptx"], _resources(kernel.asm["cubin"])
     return Built(
-        shared=made.metadata.shared, registers=usage["REG"], stack=usage["STACK"], wgmma="wgmma.mma_async" in ptx,
-        tma="cp.async.bulk.tensor" in ptx, fp8="e4m3" in ptx,
+        name=kernel.metadata.name, capability=capability, note={}, constants=constants,
+        shared=kernel.metadata.shared, registers=usage["REG"], stack=usage["STACK"], wgmma="wgmma.mma_async" in ptx,
+        tma="cp.async.bulk.tensor" in ptx, fp8="e4m3" in ptx, pdl="griddepcontrol.wait" in ptx,
+        wide_copies="cp.async.cg.shared.global" in ptx,
     )  # fmt: skip
 
 
-def _resources(triton_file: str, cubin: bytes) -> dict[str, int]:
-    tool = Path(triton_file).parent / "backends/nvidia/bin/cuobjdump"
+def _resources(cubin: bytes) -> dict[str, int]:
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
         command = [str(tool), "--dump-resource-usage", file.name]
         text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     return {key: int(value) for key, value in re.findall(r"\b(REG|STACK):(\d+)", text)}
-
-
-if __name__ == "__main__":
-    print(json.dumps([asdict(_compile(Build(**build))) for build in json.load(sys.stdin)]))  # noqa: T201

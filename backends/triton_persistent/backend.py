@@ -1,26 +1,20 @@
 """Our Triton backend for middle and large token counts."""
 
-import math
-import threading
-import weakref
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from moe_dispatch.backend import Backend, BackendConfig
+from moe_dispatch.backend import BackendConfig
 from moe_dispatch.experts import FP8, ExpertWeights
-from moe_dispatch.machine import Machine
 from moe_dispatch.problem import QUANT_BLOCK, MoEProblem
 
 from ..stages.combine import combine
 from ..stages.quantize import empty_scales, quantize_rows
 from ..stages.route import Routing, route
-from ..triton_support import features, triton_reasons, triton_requirements
+from ..triton_backend import TritonBackend
 from .config import TritonPersistentConfig, persistent_configs, tma_fits
 
 
-class TritonPersistentBackend(Backend):
+class TritonPersistentBackend(TritonBackend):
     """Padding-free grouped products: route, [quantise], gate-up with the activation inside, down, combine.
 
     Every launch of a product is one wave of programs; which tiles there are is found on the device. Deterministic:
@@ -28,21 +22,7 @@ class TritonPersistentBackend(Backend):
     """
 
     name = "triton_persistent"
-    requirements = triton_requirements()
     config_type = TritonPersistentConfig
-    needs_probe = False
-
-    def __init__(self, machine: Machine) -> None:
-        super().__init__(machine)
-        self._features = features(machine)
-        self._descriptors: weakref.WeakKeyDictionary[ExpertWeights, dict[tuple[str, int, int], Any]] = (
-            weakref.WeakKeyDictionary()
-        )
-        self._lock = threading.Lock()
-
-    def further_reasons(self, problem: MoEProblem) -> tuple[str, ...]:
-        """See `Backend.further_reasons`."""
-        return triton_reasons(self.machine, problem)
 
     def configs(self, problem: MoEProblem) -> tuple[BackendConfig, ...]:
         """See `Backend.configs`."""
@@ -53,10 +33,6 @@ class TritonPersistentBackend(Backend):
         each = 1 if problem.dtype == "fp8" else 2
         quantised = problem.M * problem.K if problem.dtype == "fp8" else 0
         return problem.slots * (problem.N * each + problem.K * 2 + 8) + quantised
-
-    def measured_versions(self) -> dict[str, str]:
-        """See `Backend.measured_versions`."""
-        return {"triton": self.machine.triton}
 
     def run(
         self,
@@ -97,9 +73,12 @@ class TritonPersistentBackend(Backend):
         block_n = QUANT_BLOCK if fp8 else config.block_n
         # Alternating rows are read with a stride, which a two-dimensional descriptor does not have.
         tma = self._tma(config, K, x.element_size()) and not experts.interleaved
+        weight = experts.gate_up
         _moe_gate_up_kernel[(self._programs(config),)](
             # inputs
-            x, x_scale, self._weights("gate_up", experts, block_n, block_k) if tma else experts.gate_up,
+            x, x_scale,
+            self._descriptor(experts, "gate_up", (weight.shape[0] * weight.shape[1], K), (block_n, block_k))
+            if tma else weight,
             experts.gate_up_scale, experts.gate_up_bias, routing.slot_of_row, routing.starts, routing.ends,
             # outputs
             h, h_scale,
@@ -133,7 +112,9 @@ class TritonPersistentBackend(Backend):
         tma = self._tma(config, N, h.element_size())
         _moe_down_kernel[(self._programs(config),)](
             # inputs
-            h, h_scale, self._weights("down", experts, config.down_block_n, block_k) if tma else experts.down,
+            h, h_scale,
+            self._descriptor(experts, "down", (experts.E * K, N), (config.down_block_n, block_k))
+            if tma else experts.down,
             experts.down_scale, experts.down_bias, routing.starts, routing.ends,
             # outputs
             y,
@@ -157,20 +138,6 @@ class TritonPersistentBackend(Backend):
         pdl = config.pdl and self._features.pdl
         launch: dict[str, object] = {"PDL": pdl, "num_warps": config.num_warps, "num_stages": config.num_stages}
         return launch | {"launch_pdl": True} if pdl else launch
-
-    def _weights(self, name: str, experts: ExpertWeights, block_rows: int, block_k: int) -> Any:
-        """The tensor descriptor of a weight seen as ``[E · rows, columns]``, made once per layer and tile."""
-        from triton.tools.tensor_descriptor import TensorDescriptor
-
-        key = (name, block_rows, block_k)
-        known = self._descriptors.get(experts)
-        if known is not None and key in known:
-            return known[key]
-        weight: Tensor = getattr(experts, name)
-        flat = weight.view(math.prod(weight.shape[:2]), weight.shape[2])
-        with self._lock:
-            made = self._descriptors.setdefault(experts, {})
-            return made.setdefault(key, TensorDescriptor.from_tensor(flat, [block_rows, block_k]))
 
 
 def _pow2(value: int) -> int:

@@ -88,9 +88,7 @@ def persistent_configs(problem: MoEProblem, features: Features) -> tuple[TritonP
     fp8 = problem.dtype == "fp8"
     bytes_each = ELEMENT_BYTES[problem.dtype]
     load = problem.slots / max(min(problem.E, problem.expected_experts), 1.0)
-    # 128 rows by 128 columns of gate and of up take all registers, and more than all where mma.sync holds operands in
-    # them or block scales are multiplied in.
-    heights = _heights(load, tall=features.wgmma and not fp8)
+    heights = _heights(load, fp8=fp8, features=features)
     found: list[TritonPersistentConfig] = []
     for height in heights:
         for shape in _shapes(height, fp8=fp8, features=features):
@@ -110,13 +108,15 @@ def persistent_configs(problem: MoEProblem, features: Features) -> tuple[TritonP
     return tuple(dict.fromkeys((*found, *orders, *tails)))
 
 
-def _heights(load: float, *, tall: bool) -> tuple[int, ...]:
+def _heights(load: float, *, fp8: bool, features: Features) -> tuple[int, ...]:
     """Tile heights for a load of rows per expert, the likeliest first."""
     if load <= 12:
         return (16, 32)
     if load <= 24:
         return (32, 16, 64)
-    if load <= 96 or not tall:
+    if fp8:
+        return (64, 32)  # gate and up are 128 columns each, and with scales 128 rows of them spill registers
+    if load <= 96 or not features.wgmma:
         return (64, 32, 128)
     return (128, 64)
 
@@ -127,19 +127,27 @@ def _shapes(height: int, *, fp8: bool, features: Features) -> list[TritonPersist
     common = {
         "block_m": height, "block_k": depth, "down_block_k": depth, "tma": features.tma, "pdl": features.pdl,
     }  # fmt: skip
-    if height >= 64:
+    if height == 128 and not features.wgmma:
+        # mma.sync holds operands in registers too, which leaves room for half the columns.
+        shapes = [{"block_n": 64, "down_block_n": 128, "num_warps": 8}]
+    elif height >= 64:
         wide = {"block_n": 128, "down_block_n": 128, "num_warps": 8}
         shapes = [wide]
         if not fp8:
             # Four warps of half the width leave registers for two programs on one multiprocessor.
             shapes += [wide | {"block_n": 64, "num_warps": 4}, wide | {"block_n": 64, "num_warps": 4, "ctas_per_sm": 2}]
-        if not fp8 and height == 128 and features.wgmma:
+        if height == 128:
             shapes.append(wide | {"down_block_n": 256})
     else:
         narrow = {"block_n": 128 if fp8 else 64, "down_block_n": 128, "num_warps": 4}
+        if fp8 and height == 32 and features.wgmma:
+            # Where every column has a scale, four warps spill 192 bytes a thread on sm_90 and next to none on sm_89.
+            narrow["num_warps"] = 8
         # wgmma needs 64 on its wide side, which few rows do not fill and weights do.
         swapped = [narrow | {"block_n": 128, "swap": True, "num_warps": 8 if fp8 else 4}] if features.wgmma else []
-        shapes = [*swapped, narrow, narrow | {"ctas_per_sm": 2}]
+        shapes = [*swapped, narrow]
+        if narrow["num_warps"] == 4:
+            shapes.append(narrow | {"ctas_per_sm": 2})
     return [TritonPersistentConfig.model_validate(common | shape) for shape in shapes]
 
 

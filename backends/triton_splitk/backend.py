@@ -3,25 +3,23 @@
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
-from moe_dispatch.backend import Backend, BackendConfig
+from moe_dispatch.backend import BackendConfig
 from moe_dispatch.errors import InvalidInputError
 from moe_dispatch.experts import ExpertWeights
-from moe_dispatch.machine import Machine
 from moe_dispatch.problem import ELEMENT_BYTES, QUANT_BLOCK, MoEProblem
 
-from ..triton_support import features, triton_reasons, triton_requirements
+from ..triton_backend import TritonBackend
 from .config import SplitKConfig, candidate_configs, default_config
 
 # Every CTA reads all ids to find its own.
 MOST_SLOTS = 4096
 
 
-class TritonSplitKBackend(Backend):
+class TritonSplitKBackend(TritonBackend):
     """Two products split along K and a weighted sum: three launches, without sorting or a routing pass.
 
     The first product finds the tokens of each hit expert by itself, quantises them where the weights are block FP8,
@@ -30,20 +28,11 @@ class TritonSplitKBackend(Backend):
     """
 
     name = "triton_splitk"
-    requirements = triton_requirements()
     config_type = SplitKConfig
-    needs_probe = False
-
-    def __init__(self, machine: Machine) -> None:
-        super().__init__(machine)
-        self._features = features(machine)
-        self._descriptors: WeakKeyDictionary[ExpertWeights, dict[tuple[int, int], tuple[Any, Any]]] = (
-            WeakKeyDictionary()
-        )
 
     def further_reasons(self, problem: MoEProblem) -> tuple[str, ...]:
         """See `Backend.further_reasons`."""
-        reasons = triton_reasons(self.machine, problem)
+        reasons = super().further_reasons(problem)
         if problem.slots > MOST_SLOTS:
             reasons += (f"made for decode: needs M·topk ≤ {MOST_SLOTS}, got {problem.slots}",)
         return reasons
@@ -69,10 +58,6 @@ class TritonSplitKBackend(Backend):
     def deterministic(self, config: BackendConfig) -> bool:
         """True in deterministic mode; atomic additions arrive in any order."""
         return isinstance(config, SplitKConfig) and config.mode == "deterministic"
-
-    def measured_versions(self) -> dict[str, str]:
-        """See `Backend.measured_versions`: Triton writes the code that was timed."""
-        return {"triton": self.machine.triton}
 
     def run(
         self,
@@ -111,33 +96,22 @@ class TritonSplitKBackend(Backend):
         return out
 
     def _weight_descriptors(self, experts: ExpertWeights, config: SplitKConfig) -> tuple[Any, Any]:
-        """Tensor descriptors of both weights, made once per layer and tile."""
-        made = self._descriptors.setdefault(experts, {})
-        tile = (config.block_n, config.block_k)
-        if tile not in made:
-            made[tile] = weight_descriptors(experts, config)
-        return made[tile]
+        """Tensor descriptors of gate_up and down, in the tiles of `config`.
 
-
-def weight_descriptors(experts: ExpertWeights, config: SplitKConfig) -> tuple[Any, Any]:
-    """Tensor descriptors of gate_up and down, in the tiles of `config`.
-
-    A tile of gate_up holds as many gate rows as up rows, in the order of memory: ``[E·2, N, K]`` in boxes of two
-    blocks of rows, or ``[E·N, 2, K]`` in boxes of alternating rows.
-    """
-    from triton.tools.tensor_descriptor import TensorDescriptor
-
-    E, N, K = experts.E, experts.N, experts.K
-    parts = 2 if experts.gated else 1
-    columns = config.block_n // parts
-    if experts.interleaved:
-        gate_up, block = experts.gate_up.view(E * N, parts, K), [columns, parts, config.block_k]
-    else:
-        gate_up, block = experts.gate_up.view(E * parts, N, K), [parts, columns, config.block_k]
-    return (
-        TensorDescriptor.from_tensor(gate_up, block),
-        TensorDescriptor.from_tensor(experts.down, [1, config.block_n, config.block_k]),
-    )
+        A tile of gate_up holds as many gate rows as up rows, in the order of memory: ``[E·2, N, K]`` in boxes of two
+        blocks of rows, or ``[E·N, 2, K]`` in boxes of alternating rows.
+        """
+        E, N, K = experts.E, experts.N, experts.K
+        parts = 2 if experts.gated else 1
+        columns = config.block_n // parts
+        if experts.interleaved:
+            shape, block = (E * N, parts, K), (columns, parts, config.block_k)
+        else:
+            shape, block = (E * parts, N, K), (parts, columns, config.block_k)
+        return (
+            self._descriptor(experts, "gate_up", shape, block),
+            self._descriptor(experts, "down", (E, K, N), (1, config.block_n, config.block_k)),
+        )
 
 
 class _Kernels(NamedTuple):

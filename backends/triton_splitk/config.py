@@ -59,6 +59,8 @@ _MOST_STAGES: Final = 6
 _DEEP_STAGES: Final = 3
 # A split shorter than this spends its time filling the pipeline.
 _LEAST_BLOCKS_PER_SPLIT: Final = 4
+# Of block_m·block_n.
+_FP8_TILE_PER_WARP: Final = 1024
 
 
 def default_config(problem: MoEProblem, device: Features) -> SplitKConfig:
@@ -115,7 +117,8 @@ def shared_memory_bytes(problem: MoEProblem, config: SplitKConfig) -> int:
         parts = 2 if problem.gated else 1
         stage = max(stage, weights + tokens * 4 * parts * config.splits_gate_up)
     epilogue = config.block_n * config.block_m * 4 + tokens * 4
-    return config.num_stages * stage + epilogue + 1024
+    # The epilogue takes the pipeline's memory over.
+    return max(config.num_stages * stage, epilogue) + 1024
 
 
 def with_stages(problem: MoEProblem, config: SplitKConfig, budget: int) -> SplitKConfig:
@@ -185,8 +188,11 @@ def rows_allow_tma(problem: MoEProblem) -> bool:
 
 def _fits(problem: MoEProblem, config: SplitKConfig, device: Features) -> bool:
     blocks = (math.ceil(problem.K / config.block_k), math.ceil(problem.N / config.block_k))
+    # Two accumulators and the operand that is being quantised: beyond this the compiler spills registers.
+    fits_registers = problem.dtype != "fp8" or config.block_m * config.block_n <= _FP8_TILE_PER_WARP * config.num_warps
     return (
-        shared_memory_bytes(problem, config) <= device.shared_memory
+        fits_registers
+        and shared_memory_bytes(problem, config) <= device.shared_memory
         and config.splits_gate_up <= blocks[0]
         and config.splits_down <= blocks[1]
     )
