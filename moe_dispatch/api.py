@@ -1,9 +1,9 @@
 """The one call, and the question why."""
 
-import contextlib
 import dataclasses
 import functools
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -87,6 +87,11 @@ def _elsewhere(device: torch.device) -> bool:
     return device.type == "cuda" and _several_gpus() and torch.cuda.current_device() != device.index
 
 
+def _current(device: torch.device) -> AbstractContextManager[object]:
+    """Make a GPU the current one, off the hot path; nothing for a CPU."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
 @functools.cache
 def _several_gpus() -> bool:
     return torch.cuda.device_count() > 1
@@ -117,7 +122,7 @@ def warm_up(
     for M in filter(None, tokens):
         hidden_states = torch.randn(M, experts.K, device=device).to(dtype)
         weights, ids = ROUTINGS["uniform"].sample(M, experts.E, topk, device)
-        with torch.no_grad(), torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+        with torch.no_grad(), _current(device):
             get_dispatcher(device).warm_up((hidden_states, experts, weights, ids), backend)
 
 
@@ -154,7 +159,7 @@ def explain(*asked: object, machine: Machine | None = None) -> Explanation:
     )
     if machine:
         return Dispatcher(machine, live=False).explain(problem)
-    with torch.cuda.device(experts.device) if experts.device.type == "cuda" else contextlib.nullcontext():
+    with _current(experts.device):
         return get_dispatcher(experts.device).explain(problem)
 
 

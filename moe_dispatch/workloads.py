@@ -220,8 +220,3 @@ ROUTINGS: Final[dict[str, RoutingDistribution]] = {
         RoutingDistribution("one-hot", hot=True),
     )
 }
-
-
-def with_tokens(problem: MoEProblem, M: int) -> MoEProblem:
-    """The same layer with another token count."""
-    return dataclasses.replace(problem, M=M)
