@@ -210,13 +210,22 @@ def quantize_blocks(weight: Tensor) -> tuple[Tensor, Tensor]:
         values = _pad_to_blocks(weight[e].float())
         blocks = values.view(values.shape[0] // QUANT_BLOCK, QUANT_BLOCK, -1, QUANT_BLOCK)
         finite = torch.where(blocks.isfinite(), blocks, 0.0)
-        block_scale = finite.abs().amax(dim=(1, 3)).clamp(min=SMALLEST_AMAX) / FP8_MAX
+        block_scale = fp8_multiplier(finite.abs().amax(dim=(1, 3)))
         codes = (blocks / block_scale[:, None, :, None]).clamp(-FP8_MAX, FP8_MAX)
         # e4m3fn has no infinity, so an infinite element becomes NaN instead of a plausible 448.
         codes = torch.where(blocks.isinf(), torch.nan, codes)
         quantized[e] = codes.view_as(values)[:R, :C].to(FP8)
         scale[e] = block_scale
     return quantized, scale
+
+
+def fp8_multiplier(amax: Tensor) -> Tensor:
+    """amax/448 in fp32, correctly rounded: the multiplier of a group whose greatest magnitude is `amax`.
+
+    Divided by a tensor: a CUDA tensor over a Python number is a product with the number's rounded reciprocal. One unit
+    in the last place of the multiplier moves every code of a group whose values lie on ties, as BF16 values often do.
+    """
+    return amax.clamp(min=SMALLEST_AMAX) / torch.full_like(amax, FP8_MAX)
 
 
 def dequantize_blocks(quantized: Tensor, scale: Tensor) -> Tensor:

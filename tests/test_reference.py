@@ -5,7 +5,8 @@ import torch
 from torch import Tensor
 
 from moe_dispatch import ExpertWeights, moe_forward
-from moe_dispatch.experts import dequantize_blocks
+from moe_dispatch.backends.stages.quantize import quantize_rows_torch
+from moe_dispatch.experts import dequantize_blocks, fp8_multiplier
 from moe_dispatch.problem import Activation
 from moe_dispatch.workloads import ROUTINGS, Workload, make_experts
 
@@ -99,3 +100,21 @@ def test_a_rank_without_tokens_stands_in_the_graph(tokens: int) -> None:
     out.sum().backward()  # type: ignore[no-untyped-call]
     assert hidden.grad is not None
     assert not hidden.grad.any() or tokens == 0
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_multipliers_are_correctly_rounded_on_every_device(device: str) -> None:
+    """Every mantissa that a BF16 magnitude can have; the product with 1/448 is off for a third of them."""
+    amax = (1 + torch.arange(128) / 128).to(device)
+    exact = (amax.double() / 448).float()  # a quotient rounded to 53 bits rounds to 24 as the exact one does
+    assert torch.equal(fp8_multiplier(amax), exact)
+    reciprocal = torch.tensor(1 / 448, device=device)
+    assert not torch.equal(amax * reciprocal, exact)
+
+
+@pytest.mark.gpu
+def test_a_gpu_quantises_ties_as_a_cpu_does() -> None:
+    x = torch.randn(2048, 256, generator=torch.Generator().manual_seed(0)).bfloat16()
+    (codes, scale), (other_codes, other_scale) = quantize_rows_torch(x), quantize_rows_torch(x.cuda())
+    assert torch.equal(scale, other_scale.cpu())
+    assert torch.equal(codes.view(torch.uint8), other_codes.cpu().view(torch.uint8))

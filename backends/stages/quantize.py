@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moe_dispatch.experts import FP8, FP8_MAX, SMALLEST_AMAX
+from moe_dispatch.experts import FP8, FP8_MAX, fp8_multiplier
 from moe_dispatch.problem import QUANT_BLOCK
 
 from ..triton_support import on_triton
@@ -88,7 +88,7 @@ def quantize_rows_torch(rows: Tensor) -> tuple[Tensor, Tensor]:
     R, C = rows.shape
     groups = math.ceil(C / QUANT_BLOCK)
     padded = F.pad(rows.float(), (0, groups * QUANT_BLOCK - C)).view(R, groups, QUANT_BLOCK)
-    scale = padded.abs().amax(dim=2).clamp(min=SMALLEST_AMAX) / FP8_MAX
+    scale = fp8_multiplier(padded.abs().amax(dim=2))
     codes = (padded / scale[:, :, None]).clamp(-FP8_MAX, FP8_MAX)
     return codes.view(R, -1)[:, :C].to(FP8).contiguous(), scale
 
