@@ -1,7 +1,6 @@
 """The one call, and the question why."""
 
 import dataclasses
-import functools
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 
@@ -9,6 +8,7 @@ import torch
 from torch import Tensor
 
 from moe_dispatch import ops
+from moe_dispatch.checks import check
 from moe_dispatch.dispatcher import Dispatcher, get_dispatcher
 from moe_dispatch.errors import InvalidInputError
 from moe_dispatch.experts import ExpertWeights
@@ -16,9 +16,6 @@ from moe_dispatch.explain import Explanation
 from moe_dispatch.machine import Machine
 from moe_dispatch.problem import MoEProblem
 from moe_dispatch.workloads import ROUTINGS
-
-_ACTIVATIONS = (torch.bfloat16, torch.float16, torch.float32)
-_IDS = (torch.int32, torch.int64)
 
 
 def moe_forward(
@@ -55,46 +52,41 @@ def moe_forward(
         NoBackendError: Nothing can run this; every backend's reasons are listed.
         DeviceLostError: The CUDA context is gone; only a new process can go on.
     """
-    _check(hidden_states, experts, topk_weights, topk_ids)
     if torch.compiler.is_compiling():
-        if experts.wants_grad(hidden_states, topk_weights):
-            from moe_dispatch.uncompiled import dispatch_uncompiled
-
-            out: Tensor = dispatch_uncompiled(hidden_states, experts, topk_weights, topk_ids, backend)
-            return out
-        return ops.call(hidden_states, experts, topk_weights, topk_ids, backend)
+        return _compiled(hidden_states, experts, topk_weights, topk_ids, backend)
     return dispatch(hidden_states, experts, topk_weights, topk_ids, backend)
 
 
 def dispatch(
     hidden_states: Tensor, experts: ExpertWeights, topk_weights: Tensor, topk_ids: Tensor, backend: str | None
 ) -> Tensor:
-    """`moe_forward` behind its checks: settle what a backend may rely on, and hand over."""
-    if hidden_states.shape[0] == 0:
-        return hidden_states.clone()  # not empty_like: a gradient may pass through it
-    if topk_weights.dtype is not torch.float32:
-        topk_weights = topk_weights.float()
+    """`moe_forward` outside a compiled graph: make the layer's GPU the current one, and hand over."""
+    if not isinstance(experts, ExpertWeights):
+        check(hidden_states, experts, topk_weights, topk_ids)  # raises
     dispatcher = get_dispatcher(experts.device)
-    inputs = (hidden_states.contiguous(), experts, topk_weights.contiguous(), topk_ids.contiguous(), backend)
-    if _elsewhere(experts.device):
+    # Triton and DeepGEMM launch on the current GPU, whatever the tensors say.
+    if dispatcher.one_of_several_gpus and torch.cuda.current_device() != experts.device.index:
         with torch.cuda.device(experts.device):
-            return dispatcher.forward(*inputs)
-    return dispatcher.forward(*inputs)
+            return dispatcher.forward(hidden_states, experts, topk_weights, topk_ids, backend)
+    return dispatcher.forward(hidden_states, experts, topk_weights, topk_ids, backend)
 
 
-def _elsewhere(device: torch.device) -> bool:
-    """Whether another GPU is current: Triton and DeepGEMM launch there, whatever the tensors say."""
-    return device.type == "cuda" and _several_gpus() and torch.cuda.current_device() != device.index
+def _compiled(
+    hidden_states: Tensor, experts: ExpertWeights, topk_weights: Tensor, topk_ids: Tensor, backend: str | None
+) -> Tensor:
+    """`moe_forward` while torch.compile traces it."""
+    check(hidden_states, experts, topk_weights, topk_ids)
+    if experts.wants_grad(hidden_states, topk_weights):
+        from moe_dispatch.uncompiled import dispatch_uncompiled
+
+        out: Tensor = dispatch_uncompiled(hidden_states, experts, topk_weights, topk_ids, backend)
+        return out
+    return ops.call(hidden_states, experts, topk_weights, topk_ids, backend)
 
 
 def _current(device: torch.device) -> AbstractContextManager[object]:
     """Make a GPU the current one, off the hot path; nothing for a CPU."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
-
-
-@functools.cache
-def _several_gpus() -> bool:
-    return torch.cuda.device_count() > 1
 
 
 def warm_up(
@@ -146,7 +138,7 @@ def explain(*asked: object, machine: Machine | None = None) -> Explanation:
             f"got {len(asked)} arguments: {', '.join(type(one).__name__ for one in asked)}"
         )
     hidden_states, experts, topk_weights, topk_ids = asked
-    _check(hidden_states, experts, topk_weights, topk_ids)  # type: ignore[arg-type]  # this is what it checks
+    check(hidden_states, experts, topk_weights, topk_ids)  # type: ignore[arg-type]  # this is what it checks
     assert isinstance(hidden_states, Tensor)  # noqa: S101 - checked above, repeated for the type checker
     assert isinstance(experts, ExpertWeights)  # noqa: S101
     assert isinstance(topk_weights, Tensor)  # noqa: S101
@@ -170,63 +162,4 @@ def _dispatcher_for(problem: MoEProblem) -> Dispatcher:
     raise InvalidInputError(
         f"the problem is for {problem.device} {problem.capability}, and this machine is {here.machine.name} "
         f"({here.machine.device} {here.machine.capability}); give `machine=Machine.load(FILE)` to ask for another one"
-    )
-
-
-def _check(hidden_states: Tensor, experts: ExpertWeights, topk_weights: Tensor, topk_ids: Tensor) -> None:
-    """Refuse what no backend could take. The happy path is one expression: it runs on every call."""
-    if (
-        isinstance(experts, ExpertWeights)
-        and isinstance(hidden_states, Tensor)
-        and isinstance(topk_weights, Tensor)
-        and isinstance(topk_ids, Tensor)
-        and hidden_states.dim() == topk_ids.dim() == 2
-        and hidden_states.shape[1] == experts.K
-        and topk_weights.shape == topk_ids.shape
-        and topk_ids.shape[0] == hidden_states.shape[0]
-        and topk_ids.shape[1] > 0
-        and hidden_states.dtype in (_ACTIVATIONS if experts.dtype == "fp8" else (experts.gate_up.dtype,))
-        and topk_weights.dtype in _ACTIVATIONS
-        and topk_ids.dtype in _IDS
-        and hidden_states.device == topk_weights.device == topk_ids.device == experts.device
-    ):
-        return
-    raise InvalidInputError(_complaint(hidden_states, experts, topk_weights, topk_ids))
-
-
-def _complaint(hidden_states: object, experts: object, topk_weights: object, topk_ids: object) -> str:
-    """What is wrong with the arguments of a call, in their order; the first fault found."""
-    if not isinstance(experts, ExpertWeights):
-        return f"experts must be ExpertWeights(gate_up, down), got {type(experts).__name__}"
-    tensors = {"hidden_states": hidden_states, "topk_weights": topk_weights, "topk_ids": topk_ids}
-    for name, tensor in tensors.items():
-        if not isinstance(tensor, Tensor):
-            return f"{name} must be a torch.Tensor, got {type(tensor).__name__}"
-        if tensor.dim() != 2:
-            return f"{name} must be two-dimensional, got shape {list(tensor.shape)}; flatten batch and sequence first"
-        if tensor.device != experts.device:
-            return f"{name} is on {tensor.device} and the experts are on {experts.device}; move one of them"
-    assert isinstance(hidden_states, Tensor)  # noqa: S101 - checked above, repeated for the type checker
-    assert isinstance(topk_weights, Tensor)  # noqa: S101
-    assert isinstance(topk_ids, Tensor)  # noqa: S101
-    if topk_ids.dtype in _ACTIVATIONS and topk_weights.dtype in _IDS:
-        return "topk_weights and topk_ids are swapped: the order is hidden_states, experts, topk_weights, topk_ids"
-    if topk_ids.dtype not in _IDS:
-        return f"topk_ids must be int32 or int64, got {topk_ids.dtype}"
-    if topk_weights.dtype not in _ACTIVATIONS:
-        return f"topk_weights must be float32 (bfloat16 and float16 are converted), got {topk_weights.dtype}"
-    if hidden_states.shape[1] != experts.K:
-        return f"hidden_states must be [M, K={experts.K}] for {experts}, got {list(hidden_states.shape)}"
-    if topk_weights.shape != topk_ids.shape:
-        return f"topk_weights {list(topk_weights.shape)} and topk_ids {list(topk_ids.shape)} must both be [M, topk]"
-    if topk_ids.shape[0] != hidden_states.shape[0]:
-        return (
-            f"hidden_states has M={hidden_states.shape[0]} tokens and topk_ids routes {topk_ids.shape[0]}; "
-            "both must be [M, …]"
-        )
-    if topk_ids.shape[1] == 0:
-        return "topk_ids must be [M, topk] with topk at least 1, got topk=0"
-    return (
-        f"hidden_states is {hidden_states.dtype} and the experts are {experts.dtype}; they must share a dtype, "
-        "except that block FP8 experts take bfloat16, float16 or float32 activations"
     )

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from moe_dispatch import failures
 from moe_dispatch.backend import Backend, BackendConfig
+from moe_dispatch.checks import check
 from moe_dispatch.errors import (
     BackendFailedError,
     BackendUnavailableError,
@@ -55,6 +56,7 @@ class Plan:
         choice: Why.
         explicit: Whether the caller named the backend; then nothing else runs in its place.
         run: The backend's bound method.
+        widens: Whether topk_weights come in half precision, which backends do not take.
         proven: Whether it has run such a problem to its end in this process.
         kept: Whether later calls of the kind find it; a capture's makeshift is planned anew.
         calls: How often it ran.
@@ -66,6 +68,7 @@ class Plan:
     choice: Choice
     explicit: bool
     run: Run = field(init=False)
+    widens: bool = False
     proven: bool = False
     kept: bool = False
     calls: int = 0
@@ -101,6 +104,9 @@ class Dispatcher:
     def __init__(self, machine: Machine, configured: Settings | None = None, *, live: bool = True) -> None:
         self.machine = machine
         self.quarantine = Quarantine(machine)
+        # Whether another GPU than this one may be current when a call arrives.
+        self.one_of_several_gpus = live and machine.device == "cuda" and torch.cuda.device_count() > 1
+        self._on_cuda = machine.device == "cuda"
         self._live = live
         self._settings = configured or settings()
         self._roster = Roster(machine, self._settings.disabled, self.quarantine)
@@ -121,19 +127,41 @@ class Dispatcher:
         topk_ids: Tensor,
         backend: str | None = None,
     ) -> Tensor:
-        """Run inputs that were checked; see `moe_dispatch.moe_forward`."""
-        M, topk = topk_ids.shape
-        needs_grad = experts.wants_grad(hidden_states, topk_weights)
-        capturing = experts.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-        key = (experts.spec, M, topk, hidden_states.dtype, needs_grad, capturing, backend)
-        plan = self._plans.get(key) or self._plan(key, experts)
+        """See `moe_dispatch.moe_forward`; the layer's GPU is the current one.
+
+        The key holds all that a check, a policy or a backend may ask of a call, so a kind of call that is known needs
+        none of them.
+        """
         try:
-            if plan.proven:
-                out = plan.run(hidden_states, experts, topk_weights, topk_ids, plan.config)
-            else:
-                out = self._first_run(plan, (hidden_states, experts, topk_weights, topk_ids))
+            key = (
+                experts.spec,
+                hidden_states.shape,
+                topk_weights.shape,
+                topk_ids.shape,
+                hidden_states.dtype,
+                topk_weights.dtype,
+                topk_ids.dtype,
+                hidden_states.device == topk_weights.device == topk_ids.device == experts.device,
+                torch.is_grad_enabled() and experts.wants_grad(hidden_states, topk_weights),
+                self._on_cuda and torch.cuda.is_current_stream_capturing(),
+                backend,
+            )
+        except AttributeError:
+            check(hidden_states, experts, topk_weights, topk_ids)
+            raise
+        plan = self._plans.get(key)
+        if plan is None:
+            check(hidden_states, experts, topk_weights, topk_ids)
+            if not hidden_states.shape[0]:
+                return hidden_states.clone()  # not empty_like: a gradient may pass through it
+            plan = self._plan(key, experts)
+        if plan.widens:
+            topk_weights = topk_weights.float()
+        inputs = (hidden_states.contiguous(), experts, topk_weights.contiguous(), topk_ids.contiguous())
+        try:
+            out = plan.run(*inputs, plan.config) if plan.proven else self._first_run(plan, inputs)
         except Exception as error:  # noqa: BLE001 - whatever a backend raises, the layer is still to be computed
-            return self._recover(key, plan, error, (hidden_states, experts, topk_weights, topk_ids))
+            return self._recover(key, plan, error, inputs)
         self._last = plan
         if plan.kept:
             with plan.lock:
@@ -154,8 +182,8 @@ class Dispatcher:
         if experts.device.type != "cuda":
             return
         named = backend or self._settings.backend
-        key = (experts.spec, *topk_ids.shape, hidden_states.dtype, False, True, named)
-        problem = self._problem(key, experts)
+        M, topk = topk_ids.shape
+        problem = experts.problem(M, topk, hidden_states.dtype, self.machine.capability, "graph")
         choices = self._rank(problem)
         if named:
             choices = (self._named_plan(named, dataclasses.replace(problem, mode="eager"), experts).choice,)
@@ -227,6 +255,7 @@ class Dispatcher:
             problem = self._problem(key, experts)
             plan = self._named_plan(named, problem, experts) if named else self._best_plan(problem, experts)
             plan.proven = plan.kind in self._proven
+            plan.widens = key[5] is not torch.float32
             if plan.kept:
                 if len(self._plans) >= MAX_PLANS:
                     for old in list(self._plans):
@@ -244,7 +273,7 @@ class Dispatcher:
                 self._count(plan.choice.backend, ran=plan.calls)
 
     def _problem(self, key: PlanKey, experts: ExpertWeights) -> MoEProblem:
-        _, M, topk, act_dtype, needs_grad, capturing, _ = key
+        _, _, _, (M, topk), act_dtype, _, _, _, needs_grad, capturing, _ = key
         mode: Mode = "graph" if capturing else "eager"
         return experts.problem(M, topk, act_dtype, self.machine.capability, mode, needs_grad=needs_grad)
 

@@ -19,6 +19,7 @@ DTYPE_NAMES: Final[dict[torch.dtype, DType]] = {
 }
 # Keeps the scale of an all-zero block away from zero; the same floor as vLLM's quantisation.
 SMALLEST_AMAX: Final = 1e-10
+_SPECS: Final[dict[tuple[object, ...], tuple[object, ...]]] = {}
 
 
 class ExpertWeights:
@@ -99,8 +100,10 @@ class ExpertWeights:
         self.interleaved = interleaved
         self.E, self.K, self.N = E, K, N
         self.device = gate_up.device
-        # Everything about the layer that a plan depends on; plans are looked up by it on every call.
-        self.spec = (E, K, N, self.dtype, activation, gate_up_bias is not None, interleaved, str(self.device))
+        # Everything about the layer that a plan depends on; plans are looked up by it on every call. Layers alike share
+        # one object, which compares faster.
+        spec = (E, K, N, gate_up.dtype, activation, gate_up_bias is not None, interleaved, str(self.device))
+        self.spec: Final = _SPECS.setdefault(spec, spec)
 
     @classmethod
     def quantize(
@@ -180,8 +183,10 @@ class ExpertWeights:
     @property
     def requires_grad(self) -> bool:
         """Whether a gradient is wanted for any of the weights, as of now."""
-        tensors = (self.gate_up, self.down, self.gate_up_bias, self.down_bias)
-        return any(tensor is not None and tensor.requires_grad for tensor in tensors)
+        if self.gate_up.requires_grad or self.down.requires_grad:
+            return True
+        biases = (self.gate_up_bias, self.down_bias)
+        return any(bias is not None and bias.requires_grad for bias in biases)
 
     @property
     def gated(self) -> bool:

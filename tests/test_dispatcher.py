@@ -336,7 +336,7 @@ def _work(queue: "multiprocessing.SimpleQueue[dict[str, int]]") -> None:
 
 class TestCost:
     def test_the_steady_state_is_one_look_up(self, call: Call) -> None:
-        """Choosing, without the backend and the checks of moe_forward, costs microseconds at most."""
+        """Checking and choosing, without the backend, cost microseconds at most."""
 
         class Instant(Honest):
             name = "instant"
@@ -351,8 +351,8 @@ class TestCost:
             (plan,) = dispatcher._plans.values()
             dispatched = min(_seconds(lambda: dispatcher.forward(hidden, experts, weights, ids)) for _ in range(15))
             direct = min(_seconds(lambda: plan.run(hidden, experts, weights, ids, plan.config)) for _ in range(15))
-        # 1.2 µs on a quiet core; CI's is shared.
-        assert dispatched - direct < 4e-6, f"choosing took {(dispatched - direct) * 1e6:.2f} µs"
+        # 2 µs on a quiet core; CI's is shared.
+        assert dispatched - direct < 6e-6, f"choosing took {(dispatched - direct) * 1e6:.2f} µs"
 
     def test_warm_up_runs_each_token_count(self) -> None:
         with ranked(Honest):
