@@ -20,6 +20,22 @@ from moe_dispatch.settings import settings
 GARBAGE = 0x3F3F3F3F  # what fresh integer memory holds here: far outside every index range
 
 
+def _survives_bf16_products() -> bool:
+    """Whether a BF16 product on this CPU can be computed at all, tried in a child."""
+    child = os.fork()
+    if child == 0:
+        a = torch.ones(64, 64, dtype=torch.bfloat16)
+        _ = a @ a
+        os._exit(0)
+    return os.waitpid(child, 0)[1] == 0
+
+
+# Some virtual machines announce AMX and do not let it run: oneDNN's BF16 products end in SIGILL there. It reads this
+# variable at its first product; workers inherit it.
+if "ONEDNN_MAX_CPU_ISA" not in os.environ and not _survives_bf16_products():
+    os.environ["ONEDNN_MAX_CPU_ISA"] = "AVX512_CORE_BF16"
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if torch.cuda.is_available():
         return
