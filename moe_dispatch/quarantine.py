@@ -21,6 +21,7 @@ import pydantic
 from moe_dispatch.machine import Machine, library_version
 from moe_dispatch.problem import MoEProblem
 from moe_dispatch.storage import cache_dir, locked, write_atomically
+from moe_dispatch.termination import cleaned_up_on_sigterm
 
 logger = logging.getLogger(__name__)
 
@@ -111,19 +112,26 @@ class Quarantine:
     def first_run(self, backend: str, problem: MoEProblem) -> Iterator[None]:
         """Leave a marker while a backend first runs a kind of problem: if the process dies inside, it is remembered.
 
-        The marker is held under a file lock, which the system releases with the process, however that ends.
+        The marker is held under a file lock, which the system releases with the process, however that ends. Ctrl-C and
+        SIGTERM take the marker along: they are nobody's failure.
         """
         cause = "the process died or was killed during its first run here (a crash, a hang, or someone's SIGKILL)"
         entry = self._entry(backend, problem, cause, lethal=True)
         marker = self._path.with_name(f"{self._path.stem}.{os.getpid()}-{threading.get_ident()}.running")
         handle = self._mark(marker, entry)
-        try:
-            yield
-        finally:
+
+        def forget() -> None:
             if handle is not None:
                 with contextlib.suppress(OSError):
                     marker.unlink(missing_ok=True)
-                os.close(handle)
+
+        with cleaned_up_on_sigterm(forget):
+            try:
+                yield
+            finally:
+                forget()
+                if handle is not None:
+                    os.close(handle)
 
     def _mark(self, marker: Path, entry: QuarantineEntry) -> int | None:
         """Write a marker and lock it; None where the disk will not have it, which must not stop the run."""
