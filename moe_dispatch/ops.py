@@ -4,7 +4,8 @@ The operator receives the layer's tensors one by one: what a compiled graph cach
 of the process that compiled it. It has no gradient: where one is needed, `moe_forward` leaves the compiled graph.
 """
 
-from typing import cast, get_args
+import weakref
+from typing import Final, NamedTuple, cast, get_args
 
 import torch
 from torch import Tensor
@@ -53,22 +54,58 @@ def _forward(
 ) -> Tensor:
     from moe_dispatch.api import dispatch  # api imports this module
 
-    experts = ExpertWeights(
-        gate_up.detach(),
-        down.detach(),
-        gate_up_scale=gate_up_scale,
-        down_scale=down_scale,
-        gate_up_bias=gate_up_bias,
-        down_bias=down_bias,
-        activation=_activation(activation),
-        interleaved=interleaved,
-    )
+    optional = {
+        "gate_up_scale": gate_up_scale,
+        "down_scale": down_scale,
+        "gate_up_bias": gate_up_bias,
+        "down_bias": down_bias,
+    }
+    experts = _layer(gate_up, down, optional, activation, interleaved=interleaved)
     return dispatch(hidden_states, experts, topk_weights, topk_ids, backend or None)
 
 
 @_forward.register_fake
 def _(hidden_states: Tensor, *_args: object) -> Tensor:
     return torch.empty_like(hidden_states, memory_format=torch.contiguous_format)
+
+
+class _Layer(NamedTuple):
+    gate_up: "weakref.ref[Tensor]"
+    signature: tuple[object, ...]
+    experts: ExpertWeights
+
+
+# By the id of gate_up, for as long as that lives: backends keep what they made of a layer by its ExpertWeights.
+_layers: Final[dict[int, _Layer]] = {}
+
+
+def _layer(
+    gate_up: Tensor, down: Tensor, optional: dict[str, Tensor | None], activation: str, *, interleaved: bool
+) -> ExpertWeights:
+    """The layer of these tensors; made anew where any of them is another or has moved."""
+    signature = (*map(_identity, (gate_up, down, *optional.values())), activation, interleaved)
+    number = id(gate_up)
+    held = _layers.get(number)
+    if held is not None and held.gate_up() is gate_up and held.signature == signature:
+        return held.experts
+    experts = ExpertWeights(
+        gate_up.detach(), down.detach(), **optional, activation=_activation(activation), interleaved=interleaved
+    )
+
+    def forget(dead: "weakref.ref[Tensor]") -> None:
+        held = _layers.get(number)
+        if held is not None and held.gate_up is dead:
+            del _layers[number]
+
+    _layers[number] = _Layer(weakref.ref(gate_up, forget), signature, experts)
+    return experts
+
+
+def _identity(tensor: Tensor | None) -> tuple[object, ...] | None:
+    """What another tensor, or this one over other memory (``.data = …``), differs in."""
+    if tensor is None:
+        return None
+    return tensor.data_ptr(), tensor.shape, tensor.dtype, tensor.is_contiguous()
 
 
 def _activation(name: str) -> Activation:

@@ -1,6 +1,7 @@
 """Choosing, falling back, and remembering: each fault is injected for real."""
 
 import dataclasses
+import gc
 import json
 import multiprocessing
 import subprocess
@@ -8,6 +9,7 @@ import sys
 import threading
 import time
 import warnings
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -255,6 +257,18 @@ class TestFaults:
             assert torch.equal(moe_forward(*call), expected(call))
             assert ran()["honest"] == 1
 
+    @pytest.mark.parametrize(("victim", "status"), [("Interrupted", -15), ("InterruptedByCtrlC", -2)])
+    def test_ending_a_process_on_purpose_blames_nobody(self, victim: str, status: int) -> None:
+        code = (
+            "from tests.test_dispatcher import *\n"
+            "from tests.fakes import *\n"
+            f"with ranked({victim}), torch.no_grad():\n"
+            "    moe_forward(*make_call(6))\n"
+        )
+        ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False, capture_output=True, timeout=25)
+        assert ended.returncode == status
+        assert not get_dispatcher("cpu").quarantine.entries()
+
     def test_another_version_ends_a_quarantine(self, tmp_path: Path) -> None:
         machine = Machine.load(MACHINES / "h200.json")
         problem = LAYER.problem(4, "bf16", machine)
@@ -375,6 +389,42 @@ class TestCompile:
         with ranked(Honest):
             assert torch.equal(compiled(hidden, weights, ids), expected(call))
             assert ran()["honest"] == 1
+
+    def test_a_layer_stays_the_same_object_while_its_tensors_do(self) -> None:
+        """Backends keep what they made of a layer by its ExpertWeights."""
+        seen: list[ExpertWeights] = []
+
+        class Looking(Honest):
+            name = "looking"
+
+            def run(self, hidden_states: Tensor, experts: ExpertWeights, *rest: Any) -> Tensor:
+                seen.append(experts)
+                return super().run(hidden_states, experts, *rest)
+
+        def run(experts: ExpertWeights) -> Tensor:
+            out: Tensor = compiled(hidden, experts.gate_up, experts.down, weights, ids)
+            assert torch.equal(out, moe_forward(hidden, experts, weights, ids, backend="reference"))
+            return out
+
+        hidden, experts, weights, ids = make_call(6)
+        compiled = torch.compile(
+            lambda h, g, d, w, i: moe_forward(h, ExpertWeights(g, d), w, i), fullgraph=True, backend="aot_eager"
+        )
+        other = make_call(7)[1]
+        with ranked(Looking):
+            for layer in (experts, other, experts, other):
+                run(layer)
+            assert seen[0] is seen[2]
+            assert seen[1] is seen[3]
+            assert seen[0] is not seen[1]
+            experts.down.data = other.down.clone()
+            run(experts)
+            assert seen[4] is not seen[0]
+        gone = weakref.ref(seen[3])
+        seen.clear()
+        del other, layer
+        gc.collect()
+        assert gone() is None
 
     def test_gradients_leave_the_graph(self, call: Call) -> None:
         hidden, experts, weights, ids = call
