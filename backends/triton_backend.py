@@ -3,16 +3,19 @@
 Imports no Triton, so that a machine without it can still ask.
 """
 
+import logging
 import threading
 import weakref
 from typing import Any
 
-from moe_dispatch.backend import Backend
+from moe_dispatch.backend import Backend, BackendConfig, Inputs, Run
 from moe_dispatch.experts import ExpertWeights
 from moe_dispatch.machine import Machine, library_version
 from moe_dispatch.problem import MoEProblem
 
 from .triton_support import features, triton_reasons, triton_requirements
+
+logger = logging.getLogger(__name__)
 
 
 class TritonBackend(Backend):
@@ -37,14 +40,30 @@ class TritonBackend(Backend):
         """See `Backend.measured_versions`: our source and Triton's compiler make the code that was timed."""
         return {"triton": self.machine.triton, "moe_dispatch": library_version("moe_dispatch")}
 
+    def steady(self, inputs: Inputs, config: BackendConfig) -> Run | None:
+        """See `Backend.steady`: the launches of `run`, without looking again for what they are."""
+        hidden_states, experts, _, _ = inputs
+        if not hidden_states.is_cuda:
+            return None
+        from .tape import NotPlayable, record
+
+        kept = self._descriptors.get(experts, {})
+        try:
+            return record(self, inputs, config, kept, lambda layer, key: self._descriptor(layer, *key))
+        except NotPlayable as reason:
+            logger.info("%s with %s stays without a tape: %s", self.name, config.label, reason)
+            return None
+
     def _descriptor(self, experts: ExpertWeights, name: str, shape: tuple[int, ...], block: tuple[int, ...]) -> Any:
         """The tensor descriptor of a weight seen in another shape, made once per layer and tile."""
         from triton.tools.tensor_descriptor import TensorDescriptor
 
+        from .launch import hold
+
         key = (name, shape, block)
         made = self._descriptors.get(experts)
         if made is None or key not in made:
-            descriptor = TensorDescriptor.from_tensor(getattr(experts, name).view(shape), list(block))
+            descriptor = hold(TensorDescriptor.from_tensor(getattr(experts, name).view(shape), list(block)))
             with self._lock:
                 made = self._descriptors.setdefault(experts, {})
                 made.setdefault(key, descriptor)

@@ -10,7 +10,7 @@ It is loaded on first use, appears in `moe-dispatch doctor`, and takes part in c
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -22,6 +22,7 @@ from moe_dispatch.machine import Machine
 from moe_dispatch.problem import ACTIVATIONS, Activation, DType, MoEProblem
 
 Capability = tuple[int, int]
+Inputs = tuple[Tensor, ExpertWeights, Tensor, Tensor]  # hidden_states, experts, topk_weights, topk_ids
 
 
 class BackendConfig(pydantic.BaseModel):
@@ -190,6 +191,17 @@ class Backend(ABC):
         Returns:
             ``[M, K]`` in hidden_states' dtype, fresh memory.
         """
+
+    def steady(self, inputs: Inputs, config: BackendConfig) -> "Run | None":  # noqa: ARG002
+        """What to call from now on in place of `run`, for calls of this very kind; None if there is nothing better.
+
+        Asked once a kind of call (kind of layer, token count, dtypes, configuration) has come back a few times, with
+        the inputs of the latest. It may run them again and wait for the device.
+        """
+        return None
+
+
+Run = Callable[[Tensor, ExpertWeights, Tensor, Tensor, BackendConfig], Tensor]
 
 
 def _dotted(capability: Capability) -> str:

@@ -6,7 +6,7 @@ import os
 import threading
 import traceback
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from moe_dispatch import failures
-from moe_dispatch.backend import Backend, BackendConfig
+from moe_dispatch.backend import Backend, BackendConfig, Inputs, Run
 from moe_dispatch.checks import check
 from moe_dispatch.errors import (
     BackendFailedError,
@@ -40,9 +40,10 @@ from moe_dispatch.settings import Settings, settings
 logger = logging.getLogger("moe_dispatch")
 
 MAX_PLANS: Final = 65536  # a server that saw this many kinds of call forgets them all and starts over
-Run = Callable[[Tensor, ExpertWeights, Tensor, Tensor, BackendConfig], Tensor]
+# A kind of call that came back this often may be prepared for, where the host's time counts: at few tokens.
+SETTLED_CALLS: Final = 3
+SETTLED_TOKENS: Final = 256
 PlanKey = tuple[Any, ...]
-Inputs = tuple[Tensor, ExpertWeights, Tensor, Tensor]
 
 
 @dataclass(slots=True, eq=False)
@@ -55,7 +56,7 @@ class Plan:
         config: How.
         choice: Why.
         explicit: Whether the caller named the backend; then nothing else runs in its place.
-        run: The backend's bound method.
+        run: The backend's bound method, or what it has in its place for this kind of call (`Backend.steady`).
         widens: Whether topk_weights come in half precision, which backends do not take.
         proven: Whether it has run such a problem to its end in this process.
         kept: Whether later calls of the kind find it; a capture's makeshift is planned anew.
@@ -165,7 +166,9 @@ class Dispatcher:
         self._last = plan
         if plan.kept:
             with plan.lock:
-                plan.calls += 1
+                plan.calls = calls = plan.calls + 1
+            if calls == SETTLED_CALLS:
+                self._settle(plan, inputs)
         else:
             self._count(plan.choice.backend, ran=1)
         return out
@@ -181,6 +184,8 @@ class Dispatcher:
         hidden_states, experts, _, topk_ids = inputs
         if experts.device.type != "cuda":
             return
+        for _ in range(1, SETTLED_CALLS):
+            self.forward(*inputs, backend)
         named = backend or self._settings.backend
         M, topk = topk_ids.shape
         problem = experts.problem(M, topk, hidden_states.dtype, self.machine.capability, "graph")
@@ -392,6 +397,18 @@ class Dispatcher:
         self._proven.add(plan.kind)
         plan.proven = True
         return out
+
+    def _settle(self, plan: Plan, inputs: Inputs) -> None:
+        """Let the backend prepare for more calls of a kind; it may decline, and its trouble stays its own."""
+        problem = plan.problem
+        if problem.mode == "graph" or problem.M > SETTLED_TOKENS:
+            return
+        try:
+            plan.run = plan.backend.steady(inputs, plan.config) or plan.run
+        except Exception as error:
+            if failures.lost_device(error):
+                raise self._device_lost(plan, error) from error
+            logger.info("%s did not prepare for %s: %s", plan.choice.backend, problem, failures.summary(error))
 
     def _recover(self, key: PlanKey, plan: Plan, error: Exception, inputs: Inputs) -> Tensor:
         name = plan.choice.backend

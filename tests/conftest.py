@@ -1,6 +1,8 @@
 """Every test starts with a fresh dispatcher, its own cache directory, and memory that is poisoned, not zero."""
 
 import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,19 +22,17 @@ from moe_dispatch.settings import settings
 GARBAGE = 0x3F3F3F3F  # what fresh integer memory holds here: far outside every index range
 
 
-def _survives_bf16_products() -> bool:
-    """Whether a BF16 product on this CPU can be computed at all, tried in a child."""
-    child = os.fork()
-    if child == 0:
-        a = torch.ones(64, 64, dtype=torch.bfloat16)
-        _ = a @ a
-        os._exit(0)
-    return os.waitpid(child, 0)[1] == 0
+def _bf16_products_kill() -> bool:
+    """Whether a BF16 product ends a process on this CPU, as it does where a virtual machine only announces AMX."""
+    flags = Path("/proc/cpuinfo")
+    if not flags.exists() or "amx_tile" not in flags.read_text():
+        return False
+    code = "import torch; a = torch.ones(64, 64, dtype=torch.bfloat16); a @ a"
+    return subprocess.run([sys.executable, "-c", code], check=False, capture_output=True).returncode < 0
 
 
-# Some virtual machines announce AMX and do not let it run: oneDNN's BF16 products end in SIGILL there. It reads this
-# variable at its first product; workers inherit it.
-if "ONEDNN_MAX_CPU_ISA" not in os.environ and not _survives_bf16_products():
+# oneDNN reads this variable at its first product, and workers inherit it.
+if "ONEDNN_MAX_CPU_ISA" not in os.environ and _bf16_products_kill():
     os.environ["ONEDNN_MAX_CPU_ISA"] = "AVX512_CORE_BF16"
 
 

@@ -33,7 +33,8 @@ from moe_dispatch import (
     stats,
     warm_up,
 )
-from moe_dispatch.dispatcher import Dispatcher, get_dispatcher
+from moe_dispatch.backend import BackendConfig, Inputs, Run
+from moe_dispatch.dispatcher import SETTLED_CALLS, SETTLED_TOKENS, Dispatcher, get_dispatcher
 from moe_dispatch.quarantine import Quarantine
 from moe_dispatch.registry import BACKENDS
 from moe_dispatch.settings import Settings, settings
@@ -139,6 +140,41 @@ class TestChoosing:
         assert explanation.chosen is not None
         assert not explanation.chosen.against
         assert "vllm" not in sys.modules
+
+
+class TestSettling:
+    def test_a_kind_of_call_that_comes_back_is_prepared_for(self) -> None:
+        prepared: list[int] = []
+
+        class Preparing(Honest):
+            name = "preparing"
+
+            def steady(self, inputs: Inputs, config: BackendConfig) -> Run:
+                prepared.append(inputs[0].shape[0])
+                return lambda hidden_states, *_: torch.full_like(hidden_states, 7.0)
+
+        few, many = make_call(6), make_call(SETTLED_TOKENS + 1)
+        with ranked(Preparing):
+            for _ in range(SETTLED_CALLS):
+                assert torch.equal(moe_forward(*few), expected(few))
+                moe_forward(*many)
+            assert (moe_forward(*few) == 7.0).all()
+            assert (moe_forward(*few) == 7.0).all()
+            moe_forward(*many)
+        assert prepared == [6]
+
+    def test_trouble_with_it_costs_nothing(self, call: Call) -> None:
+        class Stumbling(Honest):
+            name = "stumbling"
+
+            def steady(self, inputs: Inputs, config: BackendConfig) -> Run:
+                raise RuntimeError("cannot")
+
+        with ranked(Stumbling):
+            for _ in range(SETTLED_CALLS + 1):
+                assert torch.equal(moe_forward(*call), expected(call))
+            assert ran()["stumbling"] == SETTLED_CALLS + 1
+            assert not get_dispatcher("cpu").quarantine.entries()
 
 
 class TestFaults:

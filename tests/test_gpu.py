@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from moe_dispatch import moe_forward, warm_up
-from moe_dispatch.dispatcher import get_dispatcher
+from moe_dispatch.dispatcher import SETTLED_CALLS, get_dispatcher
 from moe_dispatch.workloads import ROUTINGS, WORKLOADS, make_experts
 from tests.conformance import Case, Precision, make_inputs, relative_error
 
@@ -44,6 +44,31 @@ def test_automatic_choice_costs_the_host_little(dtype: str) -> None:
         )
     print(f"{plan.choice.backend} {dtype}: direct {direct:.1f} µs, dispatched {dispatched:.1f} µs")  # noqa: T201
     assert dispatched - direct <= MOST_OVERHEAD_US
+
+
+@pytest.mark.parametrize("precision", [Precision("bf16", "bf16"), Precision("fp8", "bf16")], ids=str)
+@pytest.mark.parametrize("name", ["triton_splitk", "triton_persistent"])
+@pytest.mark.parametrize("M", [1, 5, 64])
+def test_a_settled_call_is_a_tape_and_right_on_other_inputs_and_layers(M: int, name: str, precision: Precision) -> None:
+    from moe_dispatch.backends.tape import Tape
+
+    case = Case(M=M, E=32, topk=4, K=512, N=256)
+    calls = [make_inputs(case, precision, "cuda", seed) for seed in range(4)]
+    with torch.no_grad():
+        for _ in range(SETTLED_CALLS):
+            moe_forward(*calls[0].arguments, backend=name)
+        (plan,) = get_dispatcher(calls[0].hidden_states.device)._plans.values()
+        assert isinstance(plan.run, Tape)
+        for call in calls:
+            out = moe_forward(*call.arguments, backend=name)
+            assert torch.equal(out, plan.backend.run(*call.arguments, plan.config))
+            assert relative_error(out, call.truth) <= plan.backend.tolerance[precision.dtype]
+        direct, taped = host_us(
+            lambda: plan.backend.run(*calls[0].arguments, plan.config),
+            lambda: plan.run(*calls[0].arguments, plan.config),
+        )
+    print(f"{name} {precision} M={M}: {direct:.1f} µs, as a tape {taped:.1f} µs")  # noqa: T201
+    assert taped < 0.6 * direct
 
 
 @pytest.mark.parametrize("M", [1, 32, 512])
