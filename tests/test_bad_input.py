@@ -149,6 +149,20 @@ def test_it_is_refused_before_anything_runs(bad: Bad) -> None:
     assert not stats()
 
 
+@pytest.mark.parametrize("bad", CALLS.values(), ids=CALLS.keys())
+def test_it_is_refused_after_good_calls_too(bad: Bad) -> None:
+    """A kind of call that is known is not checked again, so it must not be taken for one."""
+    for _ in range(2):
+        call()
+        call(experts=quantized())
+    before = stats()
+    with pytest.raises(InvalidInputError) as refusal:
+        bad.make()
+    for word in bad.words:
+        assert word in str(refusal.value)
+    assert stats() == before
+
+
 def test_an_unknown_backend_is_refused_with_the_known_ones() -> None:
     with pytest.raises(UnknownNameError, match=r"no backend is called 'cutlass'; known: .*reference"):
         call(backend="cutlass")
