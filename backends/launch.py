@@ -152,7 +152,13 @@ class FastKernel:
     def _remember(self, key: tuple[Any, ...], compiled: Any, given: int) -> None:
         """Keep what Triton launched, if it is what this module knows how to launch."""
         rest = self.kernel.params[given:]
-        if all(param.is_constexpr for param in rest) and (launch := Launch.of(compiled, len(rest))):
+        if not all(param.is_constexpr for param in rest):
+            return
+        try:
+            launch = Launch.of(compiled, len(rest))
+        except (AttributeError, KeyError, TypeError, ValueError):  # a Triton that is built in another way
+            return
+        if launch:
             if len(self._launches) >= MAX_REMEMBERED:
                 self._launches.clear()
             self._launches[key] = launch

@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -10,9 +11,11 @@ import torch
 from .stub_kernels import StubKernel, cpu_is_the_device
 
 pytest.importorskip("triton")
+import triton
 import triton.language as tl
 
 from moe_dispatch.backends.launch import MAX_REMEMBERED, FastKernel, fast_launch, observed
+from moe_dispatch.backends.triton_support import interpreting
 
 
 def signature(x_ptr, out_ptr, n, m, BLOCK: tl.constexpr, EVEN: tl.constexpr):  # type: ignore[no-untyped-def]
@@ -20,8 +23,8 @@ def signature(x_ptr, out_ptr, n, m, BLOCK: tl.constexpr, EVEN: tl.constexpr):  #
 
 
 @pytest.fixture(autouse=True)
-def on_cpu() -> Iterator[None]:
-    with cpu_is_the_device():
+def on_cpu(request: pytest.FixtureRequest) -> Iterator[None]:
+    with nullcontext() if "gpu" in request.keywords else cpu_is_the_device():
         yield
 
 
@@ -164,3 +167,26 @@ def test_an_observer_is_told_of_its_own_thread_s_launches() -> None:
 
 def test_what_triton_interprets_stays_as_it_is() -> None:
     assert fast_launch(print) is print
+
+
+@fast_launch  # type: ignore[untyped-decorator]
+@triton.jit  # type: ignore[untyped-decorator]
+def _moe_scaled_copy_kernel(x_ptr, out_ptr, n, scale, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(out_ptr + offs, tl.load(x_ptr + offs, mask=offs < n) * scale, mask=offs < n)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_a_real_kernel_on_whatever_comes_next(device: str) -> None:
+    """Aligned and not, sizes of 1 and multiples of 16 and neither, dtypes: in an order that invites confusion."""
+    if device == "cpu" and not interpreting():
+        pytest.skip("kernels are compiled here")
+    values = torch.arange(4096, device=device)
+    for dtype, skipped, n, scale in itertools.product(
+        (torch.float32, torch.float16, torch.float32), (0, 1, 8, 0), (1, 16, 17, 1000, 16), (1, 2, 16)
+    ):
+        x = values.to(dtype)[skipped:]
+        out = torch.zeros(2048, dtype=dtype, device=device)[skipped:]
+        _moe_scaled_copy_kernel[triton.cdiv(n, 64),](x, out, n, scale, BLOCK=64)
+        assert torch.equal(out[:n], x[:n] * scale)
+        assert not out[n:].any()
