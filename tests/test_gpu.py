@@ -16,16 +16,24 @@ pytestmark = pytest.mark.gpu
 MOST_OVERHEAD_US = 10.0
 
 
-def host_us(*calls: Callable[[], object], times: int = 300) -> list[float]:
-    """Median host time of each call in µs; they take turns, and the device never falls behind."""
-    samples: list[list[float]] = [[] for _ in calls]
-    for _ in range(times):
-        for call, taken in zip(calls, samples, strict=True):
+def host_us(first: Callable[[], object], second: Callable[[], object], pairs: int = 500) -> tuple[float, float]:
+    """Host time of two calls in µs: the median of the first, and the median of what the second takes beyond it.
+
+    Each pair is run one right after the other, in turning order and with the device idle: what else the host does
+    comes and goes over both.
+    """
+    base: list[float] = []
+    beyond: list[float] = []
+    for pair in range(pairs):
+        taken: dict[Callable[[], object], float] = {}
+        for call in (first, second) if pair % 2 else (second, first):
             torch.cuda.synchronize()
             begun = time.perf_counter_ns()
             call()
-            taken.append((time.perf_counter_ns() - begun) / 1e3)
-    return [statistics.median(taken) for taken in samples]
+            taken[call] = (time.perf_counter_ns() - begun) / 1e3
+        base.append(taken[first])
+        beyond.append(taken[second] - taken[first])
+    return statistics.median(base), statistics.median(beyond)
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp8"])
@@ -38,12 +46,20 @@ def test_automatic_choice_costs_the_host_little(dtype: str) -> None:
         for _ in range(20):
             moe_forward(hidden, experts, weights, ids)
         (plan,) = get_dispatcher(hidden.device)._plans.values()
-        direct, dispatched = host_us(
+        played, overhead = host_us(
             lambda: plan.run(hidden, experts, weights, ids, plan.config),
             lambda: moe_forward(hidden, experts, weights, ids),
         )
-    print(f"{plan.choice.backend} {dtype}: direct {direct:.1f} µs, dispatched {dispatched:.1f} µs")  # noqa: T201
-    assert dispatched - direct <= MOST_OVERHEAD_US
+        direct, difference = host_us(
+            lambda: plan.backend.run(hidden, experts, weights, ids, plan.config),
+            lambda: moe_forward(hidden, experts, weights, ids),
+        )
+    print(  # noqa: T201
+        f"{plan.choice.backend} {dtype}: {direct:.1f} µs called directly, {difference:+.1f} µs through moe_forward, "
+        f"which takes {overhead:.1f} µs beyond the {played:.1f} µs of what it calls"
+    )
+    assert difference <= MOST_OVERHEAD_US
+    assert overhead <= MOST_OVERHEAD_US
 
 
 @pytest.mark.parametrize("precision", [Precision("bf16", "bf16"), Precision("fp8", "bf16")], ids=str)
@@ -63,12 +79,10 @@ def test_a_settled_call_is_a_tape_and_right_on_other_inputs_and_layers(M: int, n
             out = moe_forward(*call.arguments, backend=name)
             assert torch.equal(out, plan.backend.run(*call.arguments, plan.config))
             assert relative_error(out, call.truth) <= plan.backend.tolerance[precision.dtype]
-        direct, taped = host_us(
-            lambda: plan.backend.run(*calls[0].arguments, plan.config),
-            lambda: plan.run(*calls[0].arguments, plan.config),
-        )
-    print(f"{name} {precision} M={M}: {direct:.1f} µs, as a tape {taped:.1f} µs")  # noqa: T201
-    assert taped < 0.6 * direct
+        arguments = (*calls[0].arguments, plan.config)
+        direct, difference = host_us(lambda: plan.backend.run(*arguments), lambda: plan.run(*arguments))
+    print(f"{name} {precision} M={M}: {direct:.1f} µs, as a tape {direct + difference:.1f} µs")  # noqa: T201
+    assert difference < -0.4 * direct
 
 
 @pytest.mark.parametrize("M", [1, 32, 512])
