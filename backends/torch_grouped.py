@@ -72,7 +72,7 @@ class TorchGroupedBackend(Backend):
         config: BackendConfig,  # noqa: ARG002 - torch chooses its tiles itself
     ) -> Tensor:
         """See `Backend.run`."""
-        routing = route(topk_ids, experts.E)
+        routing = route(topk_ids, experts.E, by_row=False)
         gate_up = F.grouped_mm(
             gather(hidden_states, routing, topk_ids.shape[1]), experts.gate_up.transpose(1, 2), offs=routing.ends
         )

@@ -20,10 +20,7 @@ from torch import Tensor
 from moe_dispatch.backends.deep_gemm import DeepGemmBackend, DeepGemmConfig, library
 from moe_dispatch.backends.deep_gemm.layouts import expected_rows, layout_rows, masked_capacity
 from moe_dispatch.backends.reference import ReferenceBackend, ReferenceConfig
-from moe_dispatch.backends.stages.activate import activate, activate_quantize
-from moe_dispatch.backends.stages.quantize import gather, gather_quantize
 from moe_dispatch.backends.stages.route import route
-from moe_dispatch.backends.stages.spread import activate_spread, activate_spread_quantize, spread, spread_quantize
 from moe_dispatch.errors import BackendUnavailableError
 from moe_dispatch.experts import ExpertWeights, dequantize_blocks
 from moe_dispatch.machine import Machine
@@ -140,7 +137,8 @@ def layouts_for(workload: str, M: int, dtype: DType) -> list[str]:
     [
         ("deepseek-v3", 1, "fp8", "masked"),
         ("deepseek-v3", 16, "fp8", "masked"),
-        ("deepseek-v3", 1, "bf16", "psum"),
+        ("deepseek-v3", 1, "bf16", "masked"),
+        ("deepseek-v3", 1024, "fp8", "masked"),
         ("deepseek-v3", 4096, "fp8", "psum"),
         ("mixtral-8x7b", 128, "fp8", "masked"),
         ("mixtral-8x7b", 1024, "fp8", "psum"),
@@ -151,20 +149,20 @@ def test_default_layout(workload: str, M: int, dtype: DType, default: str) -> No
     layouts = layouts_for(workload, M, dtype)
     assert layouts[0] == default
     assert len(set(layouts)) == len(layouts)
-    assert "contiguous" in layouts
+    assert "psum" in layouts
 
 
 def test_masked_layout_is_left_out_where_it_would_fill_the_device() -> None:
-    assert layouts_for("deepseek-v3", 16384, "fp8") == ["psum", "contiguous"]
-    assert set(layouts_for("deepseek-v3", 4, "bf16")) == {"masked", "psum", "contiguous"}
+    assert layouts_for("deepseek-v3", 16384, "fp8") == ["psum"]
+    assert set(layouts_for("deepseek-v3", 4, "bf16")) == {"masked", "psum"}
 
 
-@pytest.mark.parametrize("slots", [1, 127, 128, 129, 1000])
-def test_masked_capacity_is_whole_tiles_for_every_slot(slots: int) -> None:
-    capacity = masked_capacity(slots)
+@pytest.mark.parametrize("M", [1, 127, 128, 129, 1000])
+def test_masked_capacity_is_whole_tiles_for_every_token(M: int) -> None:
+    capacity = masked_capacity(M)
     assert capacity % TILE == 0
-    assert 0 <= capacity - slots < TILE
-    assert layout_rows("masked", slots, 7) == 7 * capacity
+    assert 0 <= capacity - M < TILE
+    assert layout_rows("masked", M, 8, 7) == 7 * capacity
 
 
 @pytest.mark.parametrize(("slots", "E", "rows"), [(1, 256, 1), (256, 256, 1), (257, 256, 2), (4096, 8, 512)])
@@ -181,61 +179,16 @@ def test_psum_rows_hold_the_worst_routing(seed: int) -> None:
     for e, end in enumerate(ends):
         assert end - start == int((ids == e).sum())  # an empty expert ends where it starts
         start = math.ceil(end / TILE) * TILE
-    assert start <= layout_rows("psum", ids.numel(), 9)
+    assert start <= layout_rows("psum", *ids.shape, 9)
 
 
-@pytest.mark.parametrize("layout", ["masked", "psum", "contiguous"])
+@pytest.mark.parametrize("layout", ["masked", "psum"])
 @pytest.mark.parametrize("dtype", ["bf16", "fp8"])
 def test_workspace_covers_the_widest_pair_of_buffers(layout: Any, dtype: DType) -> None:
     asked = problem(dtype, M=64, K=256, N=512)
-    rows = layout_rows(layout, asked.slots, asked.E)
+    rows = layout_rows(layout, asked.M, asked.topk, asked.E)
     second = rows * (512 * (1 if dtype == "fp8" else 2))
     assert DeepGemmBackend(hopper()).workspace_bytes(asked, DeepGemmConfig(layout=layout)) >= rows * 1024 * 2 + second
-
-
-# The stages of the masked layout, against those that go row by row.
-
-CAPACITY = 8
-SPREAD_IDS = [[0, 3, -1], [4, 4, 1], [5, 0, 0], [-1, 5, 99]]
-
-
-@pytest.mark.parametrize("columns", [128, 200, 1100])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=["bf16", "fp16", "fp32"])
-def test_spread_is_gather(dtype: torch.dtype, columns: int) -> None:
-    routing = route(torch.tensor(SPREAD_IDS, device=DEVICE), 5, capacity=CAPACITY)
-    real = routing.slot_of_row >= 0
-    hidden = torch.randn(4, columns, generator=torch.Generator().manual_seed(1)).to(DEVICE, dtype)
-    assert torch.equal(spread(hidden, routing, 3)[real], gather(hidden, routing, 3)[real])
-    codes, scale = spread_quantize(hidden, routing, 3, CAPACITY)
-    groups = math.ceil(columns / 128)
-    assert scale.shape == (5, CAPACITY, groups)
-    assert scale.stride() == (groups * CAPACITY, 1, CAPACITY)
-    plain_codes, plain_scale = gather_quantize(hidden, routing, 3)
-    assert torch.equal(codes[real].float(), plain_codes[real].float())
-    assert torch.equal(scale[real.view(5, CAPACITY)], plain_scale[real])
-
-
-@pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_activate_spread_is_activate(activation: Activation, bias: bool) -> None:
-    generator = torch.Generator().manual_seed(2)
-    ids = torch.tensor(SPREAD_IDS, device=DEVICE)
-    routing = route(ids, 5, capacity=CAPACITY)
-    real = routing.slot_of_row >= 0
-    N, interleaved = 200, activation == "swiglu_oai"
-    columns = N if activation == "relu2" else 2 * N
-    gate_up = torch.randn(5 * CAPACITY, columns, generator=generator).to(DEVICE)
-    gate_up[~real] = torch.nan
-    added = torch.randn(5, columns, generator=generator).to(DEVICE) if bias else None
-    inner = activate_spread(gate_up, routing, activation, CAPACITY, interleaved=interleaved, bias=added)
-    by_row = activate(gate_up, routing, activation, interleaved=interleaved, bias=added, topk_ids=ids)
-    torch.testing.assert_close(inner[real], by_row[real], rtol=0, atol=0)
-    codes, scale = activate_spread_quantize(gate_up, routing, activation, CAPACITY, interleaved=interleaved, bias=added)
-    row_codes, row_scale = activate_quantize(
-        gate_up, routing, activation, interleaved=interleaved, bias=added, topk_ids=ids
-    )
-    assert torch.equal(codes[real].float(), row_codes[real].float())
-    assert torch.equal(scale[real.view(5, CAPACITY)], row_scale[real])
 
 
 # The calls, against a stand-in.
@@ -260,7 +213,7 @@ class StandIn:
     ) -> None:
         assert a.shape[1] % 64 == 0
         assert a.dtype == b.dtype == torch.bfloat16
-        self.contiguous(a.float(), b.float(), d, grouped_layout, use_psum_layout, expected_m_for_psum_layout, fp8=False)
+        self.contiguous(a.float(), b.float(), d, grouped_layout, use_psum_layout, expected_m_for_psum_layout)
 
     def fp8_contiguous(
         self,
@@ -280,7 +233,7 @@ class StandIn:
         assert a[1].stride() == (1, math.ceil(rows / 4) * 4)
         assert (rows, groups) == (a[0].shape[0], math.ceil(a[0].shape[1] / 128))
         wide_a, wide_b = self.widen(*a), self.widen_weight(*b)
-        self.contiguous(wide_a, wide_b, d, grouped_layout, use_psum_layout, expected_m_for_psum_layout, fp8=True)
+        self.contiguous(wide_a, wide_b, d, grouped_layout, use_psum_layout, expected_m_for_psum_layout)
 
     def bf16_masked(
         self, a: Tensor, b: Tensor, d: Tensor, masked_m: Tensor, expected_m: int, compiled_dims: str = "nk"
@@ -316,33 +269,22 @@ class StandIn:
         assert scale.is_contiguous()
         return dequantize_blocks(codes, scale)
 
-    def contiguous(
-        self, a: Tensor, b: Tensor, d: Tensor, layout: Tensor, psum: bool, expected_m: int | None, *, fp8: bool
-    ) -> None:
+    def contiguous(self, a: Tensor, b: Tensor, d: Tensor, layout: Tensor, psum: bool, expected_m: int | None) -> None:
         self.calls.append({"psum": psum, "expected_m": expected_m, "rows": a.shape[0]})
         assert d.dtype == torch.bfloat16
         assert d.shape == (a.shape[0], b.shape[1])
         assert layout.dtype == torch.int32
         assert layout.is_contiguous()
-        if psum:
-            assert layout.shape == (b.shape[0],)
-            start = 0
-            for e, end in enumerate(layout.tolist()):
-                assert end >= start, "the number of tiles wraps around"
-                stop = math.ceil(end / self.alignment) * self.alignment
-                d[start:end] = (a[start:end] @ b[e].T).bfloat16()
-                d[end:stop] = torch.nan
-                start = stop
-            assert start <= a.shape[0]
-            return
-        assert expected_m is None
-        assert layout.shape == (a.shape[0],)
-        for first in range(0, a.shape[0], self.alignment):
-            tile = slice(first, first + self.alignment)
-            e = int(layout[first])
-            # One expert per tile: the first row's. FP8 leaves zeros where there is none.
-            d[tile] = 0 if fp8 and e < 0 else (a[tile] @ b[max(e, 0)].T).bfloat16()
-            d[tile][layout[tile] < 0] = torch.nan
+        assert psum
+        assert layout.shape == (b.shape[0],)
+        start = 0
+        for e, end in enumerate(layout.tolist()):
+            assert end >= start, "the number of tiles wraps around"
+            stop = math.ceil(end / self.alignment) * self.alignment
+            d[start:end] = (a[start:end] @ b[e].T).bfloat16()
+            d[end:stop] = torch.nan
+            start = stop
+        assert start <= a.shape[0]
 
     def masked(self, a: Tensor, b: Tensor, d: Tensor, masked_m: Tensor, expected_m: int) -> None:
         self.calls.append({"expected_m": expected_m, "rows": a.shape[0] * a.shape[1]})
@@ -423,7 +365,7 @@ def relative_error(
     return float((out.float() - truth).norm() / truth.norm().clamp(min=1e-20))
 
 
-LAYOUTS = pytest.mark.parametrize("layout", ["masked", "psum", "contiguous"])
+LAYOUTS = pytest.mark.parametrize("layout", ["masked", "psum"])
 
 
 @LAYOUTS
@@ -450,8 +392,9 @@ ROUTED = {
     "first and last experts are empty": Routed(torch.tensor([[1, 2], [2, 1]])),
     "only the last expert": Routed(torch.tensor([[3, -1]])),
     "the same expert twice": Routed(torch.tensor([[2, 2], [0, 2]])),
-    # More than a tile for one expert, and duplicates beyond the number of tokens.
+    # More slots of one expert than the masked layout has rows for it.
     "every slot to one expert": Routed(torch.full((70, 2), 1)),
+    "more than a tile for one expert": Routed(torch.tensor([[1, 3]]).repeat(150, 1)),
     "int32": Routed(torch.tensor([[0, 3], [1, -1]], dtype=torch.int32)),
 }
 
@@ -486,8 +429,6 @@ def test_expected_rows_reach_the_library(deep_gemm: StandIn) -> None:
     for layout in ("psum", "masked"):
         relative_error(layer("bf16"), weights, ids, layout)
         assert deep_gemm.calls[-1]["expected_m"] == 3  # ⌈5·2 / 4⌉, whatever the routing
-    relative_error(layer("bf16"), weights, ids, "contiguous")
-    assert deep_gemm.calls[-1]["expected_m"] is None
 
 
 # Loading.

@@ -1,5 +1,6 @@
 """The shared stages: each kernel against its torch reference, on poisoned memory."""
 
+import math
 from dataclasses import dataclass, fields
 
 import pytest
@@ -49,7 +50,7 @@ IDS = (
 )
 
 
-@pytest.mark.parametrize("few_slots", [4096, 0], ids=["one launch", "two launches"])
+@pytest.mark.parametrize("few_slots", [4096, 0], ids=["one launch", "three launches"])
 @pytest.mark.parametrize(("alignment", "capacity"), [(1, None), (8, None), (1, 1400), (1, 3)])
 @pytest.mark.parametrize("case", IDS, ids=str)
 def test_route(
@@ -61,6 +62,22 @@ def test_route(
     expected = route_torch(ids, case.E, alignment=alignment, capacity=capacity)
     for field in fields(Routing):
         assert torch.equal(getattr(got, field.name), getattr(expected, field.name)), field.name
+    unread = route(ids, case.E, alignment=alignment, capacity=capacity, by_row=False)
+    assert unread.slot_of_row.shape == expected.slot_of_row.shape
+    for name in ("row_of_slot", "starts", "ends"):
+        assert torch.equal(getattr(unread, name), getattr(expected, name)), name
+
+
+@pytest.mark.parametrize("few_slots", [4096, 0], ids=["one launch", "three launches"])
+def test_with_a_capacity_slots_of_a_token_share_their_experts_row(
+    few_slots: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(route_module, "FEW_SLOTS", few_slots)
+    ids = torch.tensor([[1, 0, 1, 1], [1, -1, -1, 0], [2, 2, 0, 7]], device=DEVICE)
+    routing = route(ids, 3, capacity=4)
+    assert routing.row_of_slot.tolist() == [4, 0, 4, 4, 5, -1, -1, 1, 8, 8, 2, -1]
+    assert routing.slot_of_row.tolist() == [1, 7, 10, -1, 0, 4, -1, -1, 8, -1, -1, -1]
+    assert (routing.ends - routing.starts).tolist() == [3, 2, 1]
 
 
 def test_route_compares_wide_ids_before_it_narrows_them() -> None:
@@ -112,6 +129,32 @@ def test_gather_and_gather_quantize_skip_rows_without_a_slot(alignment: int) -> 
     assert torch.equal(codes[used].float(), expected_codes.float())
     assert torch.equal(scale[used], expected_scale)
     assert scale[~used].isnan().all(), "padding's multipliers were written"
+
+
+@pytest.mark.parametrize("columns", [128, 200, 1100])
+def test_with_a_capacity_multipliers_lie_expert_by_expert(columns: int) -> None:
+    E, capacity, topk = 5, 8, 3
+    ids = torch.tensor([[0, 3, -1], [4, 4, 1], [3, 0, 0], [-1, 3, 99]], device=DEVICE)
+    routing = route(ids, E, capacity=capacity)
+    used = routing.slot_of_row >= 0
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(4, columns, generator=generator).to(DEVICE)
+    expected_codes, expected_scale = quantize_rows_torch(x[routing.slot_of_row[used].long() // topk])
+    gate_up = torch.randn(E * capacity, columns, generator=generator).to(DEVICE)
+    gate_up[~used] = torch.nan
+    for codes, scale, expected in (
+        (*gather_quantize(x, routing, topk, capacity=capacity), (expected_codes, expected_scale)),
+        (
+            *activate_quantize(gate_up, routing, "relu2", capacity=capacity),
+            quantize_rows_torch(activate_torch(gate_up[used], "relu2")),
+        ),
+    ):
+        groups = math.ceil(columns / 128)
+        assert scale.shape == (E, capacity, groups)
+        assert scale.stride() == (groups * capacity, 1, capacity)
+        assert torch.equal(codes[used].float(), expected[0].float())
+        assert torch.equal(scale[used.view(E, capacity)], expected[1])
+        assert scale[~used.view(E, capacity)].isnan().all(), "padding's multipliers were written"
 
 
 @pytest.mark.parametrize("interleaved", [False, True])

@@ -1,4 +1,4 @@
-"""The three ways in which DeepGEMM takes the rows of the experts.
+"""The two ways in which DeepGEMM takes the rows of the experts.
 
 Sizes are functions of shapes alone, contents are decided on the device. DeepGEMM stores whole tiles, so each expert's
 rows start on a tile; what lies between an expert's last row and its next tile is never read by anything of ours.
@@ -7,6 +7,7 @@ rows start on a tile; what lies between an expert's last row and its next tile i
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from functools import cached_property
 from typing import Any, Final
 
 import torch
@@ -16,8 +17,7 @@ from moe_dispatch.experts import ExpertWeights
 
 from ..stages.activate import activate, activate_quantize
 from ..stages.quantize import gather, gather_quantize
-from ..stages.route import Routing, buffer_rows, route
-from ..stages.spread import activate_spread, activate_spread_quantize, spread, spread_quantize
+from ..stages.route import buffer_rows, route
 from .library import Library
 
 # The tallest tile that DeepGEMM picks for the masked layout on sm_90.
@@ -27,9 +27,9 @@ MASKED_TILE: Final = 128
 Operand = Tensor | tuple[Tensor, Tensor]
 
 
-def masked_capacity(slots: int) -> int:
-    """Rows per expert in the masked layout: whole tiles for the worst case, every slot naming one expert."""
-    return math.ceil(slots / MASKED_TILE) * MASKED_TILE
+def masked_capacity(M: int) -> int:
+    """Rows per expert in the masked layout: whole tiles for the worst case, every token naming one expert."""
+    return math.ceil(M / MASKED_TILE) * MASKED_TILE
 
 
 def expected_rows(slots: int, E: int) -> int:
@@ -37,11 +37,11 @@ def expected_rows(slots: int, E: int) -> int:
     return max(1, math.ceil(slots / E))
 
 
-def layout_rows(layout: str, slots: int, E: int, alignment: int = MASKED_TILE) -> int:
+def layout_rows(layout: str, M: int, topk: int, E: int, alignment: int = MASKED_TILE) -> int:
     """Rows of the token buffer in a layout."""
     if layout == "masked":
-        return buffer_rows(slots, E, capacity=masked_capacity(slots))
-    return buffer_rows(slots, E, alignment=alignment)
+        return buffer_rows(M * topk, E, capacity=masked_capacity(M))
+    return buffer_rows(M * topk, E, alignment=alignment)
 
 
 class Rows(ABC):
@@ -57,23 +57,43 @@ class Rows(ABC):
         self._library, self._experts, self._topk_ids = library, experts, topk_ids
         self._fp8 = experts.dtype == "fp8"
         self._expected = expected_rows(topk_ids.numel(), experts.E)
-        self.routing = self._route()
+        # DeepGEMM wants Hopper, and there each stage starts while the kernel before it ends.
+        self.pdl = topk_ids.is_cuda
+        self._capacity = self._rows_per_expert()
+        alignment = 1 if self._capacity else library.alignment()
+        # An expert without rows must end where it starts, on a tile, or the difference wraps around; `route` does so.
+        self.routing = route(
+            topk_ids, experts.E, alignment=alignment, capacity=self._capacity, by_row=False, pdl=self.pdl
+        )
 
     @abstractmethod
-    def _route(self) -> Routing:
-        """Lay the rows out."""
-
-    @abstractmethod
-    def fill(self, hidden_states: Tensor) -> Operand:
-        """Bring ``[M, K]`` to its rows, quantised if the weights are FP8."""
-
-    @abstractmethod
-    def activate(self, gate_up: Tensor) -> Operand:
-        """Bias and activation of ``[rows, 2N]``, quantised if the weights are FP8."""
+    def _rows_per_expert(self) -> int | None:
+        """How many, where it is a fixed number."""
 
     @abstractmethod
     def multiply(self, operand: Operand, weight: Tensor, weight_scale: Tensor | None) -> Tensor:
         """``[rows, C]`` times each expert's ``[E, R, C]`` transposed: BF16 ``[rows, R]``."""
+
+    def fill(self, hidden_states: Tensor) -> Operand:
+        """Bring ``[M, K]`` to its rows, quantised if the weights are FP8."""
+        topk = self._topk_ids.shape[1]
+        if self._fp8:
+            return gather_quantize(hidden_states, self.routing, topk, **self._scales(), pdl=self.pdl)
+        return gather(hidden_states, self.routing, topk, pdl=self.pdl)
+
+    def activate(self, gate_up: Tensor) -> Operand:
+        """Bias and activation of ``[rows, 2N]``, quantised if the weights are FP8."""
+        experts = self._experts
+        options: dict[str, Any] = {
+            "interleaved": experts.interleaved, "bias": experts.gate_up_bias, "topk_ids": self._topk_ids,
+            "pdl": self.pdl,
+        }  # fmt: skip
+        if self._fp8:
+            return activate_quantize(gate_up, self.routing, experts.activation, **self._scales(), **options)
+        return activate(gate_up, self.routing, experts.activation, **options)
+
+    def _scales(self) -> dict[str, Any]:
+        return {"column_major_scales": True, "capacity": self._capacity}
 
     def _call(
         self,
@@ -95,97 +115,41 @@ class Rows(ABC):
 class PsumRows(Rows):
     """Experts one after another; DeepGEMM gets where each one ends and never looks at the tail."""
 
-    def _route(self) -> Routing:
-        # An expert without rows must end where it starts, on a tile, or the difference wraps around; `route` does so.
-        return route(self._topk_ids, self._experts.E, alignment=self._library.alignment())
-
-    def fill(self, hidden_states: Tensor) -> Operand:
-        """See `Rows.fill`."""
-        topk = self._topk_ids.shape[1]
-        if self._fp8:
-            return gather_quantize(hidden_states, self.routing, topk, column_major_scales=True)
-        return gather(hidden_states, self.routing, topk)
-
-    def activate(self, gate_up: Tensor) -> Operand:
-        """See `Rows.activate`."""
-        experts = self._experts
-        options: dict[str, Any] = {
-            "interleaved": experts.interleaved, "bias": experts.gate_up_bias, "topk_ids": self._topk_ids,
-        }  # fmt: skip
-        if self._fp8:
-            return activate_quantize(gate_up, self.routing, experts.activation, column_major_scales=True, **options)
-        return activate(gate_up, self.routing, experts.activation, **options)
+    def _rows_per_expert(self) -> None:
+        return None
 
     def multiply(self, operand: Operand, weight: Tensor, weight_scale: Tensor | None) -> Tensor:
         """See `Rows.multiply`."""
         d = weight.new_empty(self.routing.slot_of_row.shape[0], weight.shape[1], dtype=torch.bfloat16)
         functions = self._library.bf16_contiguous, self._library.fp8_contiguous
-        self._call(functions, operand, weight, weight_scale, d, **self._grouped_layout())
+        layout = {"use_psum_layout": True, "expected_m_for_psum_layout": self._expected}
+        self._call(functions, operand, weight, weight_scale, d, grouped_layout=self.routing.ends, **layout)
         return d
-
-    def _grouped_layout(self) -> dict[str, Any]:
-        return {
-            "grouped_layout": self.routing.ends,
-            "use_psum_layout": True,
-            "expected_m_for_psum_layout": self._expected,
-        }
-
-
-class ContiguousRows(PsumRows):
-    """The same rows; DeepGEMM gets each one's expert and runs over the tail as well, to no effect."""
-
-    def _route(self) -> Routing:
-        routing = super()._route()
-        # The tail is -1: FP8 skips such tiles, BF16 computes them for expert 0; neither result is ever combined.
-        ids = self._topk_ids.flatten()[routing.slot_of_row.clamp(min=0).long()]
-        self._expert_of_row = torch.where(routing.slot_of_row >= 0, ids, -1).int()
-        return routing
-
-    def _grouped_layout(self) -> dict[str, Any]:
-        return {"grouped_layout": self._expert_of_row}
 
 
 class MaskedRows(Rows):
     """As many rows for each expert as it could ever get; DeepGEMM gets how many are real.
 
-    Nearly all of the buffer is padding, so the stages go by slots and never look at a row without one.
+    Nearly all of the buffer is padding: the stages go by slots and never look at a row without one.
     """
 
-    def _route(self) -> Routing:
-        self._capacity = masked_capacity(self._topk_ids.numel())
-        routing = route(self._topk_ids, self._experts.E, capacity=self._capacity)
-        self._counts = routing.ends - routing.starts
-        return routing
+    def _rows_per_expert(self) -> int:
+        return masked_capacity(self._topk_ids.shape[0])
 
-    def fill(self, hidden_states: Tensor) -> Operand:
-        """See `Rows.fill`."""
-        topk = self._topk_ids.shape[1]
-        if self._fp8:
-            return spread_quantize(hidden_states, self.routing, topk, self._capacity)
-        return spread(hidden_states, self.routing, topk)
-
-    def activate(self, gate_up: Tensor) -> Operand:
-        """See `Rows.activate`."""
-        experts = self._experts
-        stage = activate_spread_quantize if self._fp8 else activate_spread
-        return stage(
-            gate_up,
-            self.routing,
-            experts.activation,
-            self._capacity,
-            interleaved=experts.interleaved,
-            bias=experts.gate_up_bias,
-        )
+    @cached_property
+    def _counts(self) -> Tensor:
+        return self.routing.ends - self.routing.starts
 
     def multiply(self, operand: Operand, weight: Tensor, weight_scale: Tensor | None) -> Tensor:
         """See `Rows.multiply`."""
         E, rows, columns = weight.shape
-        d = weight.new_empty(E, self._capacity, rows, dtype=torch.bfloat16)
+        capacity = self._rows_per_expert()
+        d = weight.new_empty(E, capacity, rows, dtype=torch.bfloat16)
         a: Operand
         if isinstance(operand, tuple):
-            a = operand[0].view(E, self._capacity, columns), operand[1]
+            a = operand[0].view(E, capacity, columns), operand[1]
         else:
-            a = operand.view(E, self._capacity, columns)
+            a = operand.view(E, capacity, columns)
         functions = self._library.bf16_masked, self._library.fp8_masked
         self._call(functions, a, weight, weight_scale, d, masked_m=self._counts, expected_m=self._expected)
-        return d.view(E * self._capacity, rows)
+        return d.view(E * capacity, rows)

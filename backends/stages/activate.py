@@ -10,7 +10,7 @@ from moe_dispatch.experts import FP8
 from moe_dispatch.problem import QUANT_BLOCK, UNGATED, Activation
 
 from ..triton_support import on_triton
-from .quantize import empty_scales, quantize_rows_torch
+from .quantize import column_groups, empty_scales, quantize_rows_torch, scale_strides
 from .route import Routing
 
 # gpt-oss's clamped SwiGLU (openai/gpt-oss, `swiglu`): (clamp(up) + 1) · gate · sigmoid(alpha · gate).
@@ -84,6 +84,7 @@ def activate_quantize(
     bias: Tensor | None = None,
     topk_ids: Tensor | None = None,
     column_major_scales: bool = False,
+    capacity: int | None = None,
     pdl: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """`activate`, and the result quantised per row and 128 columns in the same pass.
@@ -96,17 +97,18 @@ def activate_quantize(
         bias: As for `activate`.
         topk_ids: As for `activate`.
         column_major_scales: As for `gather_quantize`.
+        capacity: As for `gather_quantize`.
         pdl: As for `activate`.
 
     Returns:
-        e4m3 ``[rows, N]`` and fp32 multipliers ``[rows, ⌈N/128⌉]``.
+        e4m3 ``[rows, N]`` and fp32 multipliers, as of `gather_quantize`.
     """
     rows, N = gate_up.shape[0], _columns(gate_up, activation)
-    scale = empty_scales(rows, N, gate_up.device, column_major=column_major_scales)
+    scale = empty_scales(rows, N, gate_up.device, column_major=column_major_scales, capacity=capacity)
     if not on_triton(gate_up):
         wide = _biased(gate_up, routing, bias, topk_ids).float()
         codes, plain = quantize_rows_torch(activate_torch(wide, activation, interleaved=interleaved))
-        return codes, scale.copy_(plain)
+        return codes, scale.copy_(plain.view(scale.shape))
     out = torch.empty(rows, N, dtype=FP8, device=gate_up.device)
     _launch(gate_up, routing, activation, interleaved, bias, topk_ids, out, scale, pdl)
     return out, scale
@@ -138,19 +140,17 @@ def _launch(
     from .activate_kernel import _moe_activate_kernel
 
     rows, N = out.shape
-    block_r = 8 if scale is not None and scale.stride(0) == 1 else 4
-    groups = min(4 if block_r == 4 else 2, 1 << (math.ceil(N / QUANT_BLOCK) - 1).bit_length())
-    if rows == 0:
+    slots, groups = routing.row_of_slot.shape[0], column_groups(N)
+    if slots == 0:
         return
-    _moe_activate_kernel[(math.ceil(rows / block_r), math.ceil(N / (groups * QUANT_BLOCK)))](
+    _moe_activate_kernel[(slots * math.ceil(N / (groups * QUANT_BLOCK)),)](
         # inputs
-        gate_up, routing.slot_of_row, bias, None if bias is None else topk_ids,
+        gate_up, routing.row_of_slot, bias, None if bias is None else topk_ids,
         # outputs
         out, scale,
         # shapes
-        rows, N, gate_up.shape[1], scale.stride(0) if scale is not None else 0,
-        scale.stride(1) if scale is not None else 0,
+        N, gate_up.shape[1], *scale_strides(scale, rows),
         # constants
-        ACTIVATION=activation, INTERLEAVED=interleaved, QUANTIZE=scale is not None, BLOCK_R=block_r, GROUPS=groups,
-        PDL=pdl, num_warps=4, **({"launch_pdl": True} if pdl else {}),
+        ACTIVATION=activation, INTERLEAVED=interleaved, QUANTIZE=scale is not None, GROUPS=groups, PDL=pdl,
+        num_warps=4, **({"launch_pdl": True} if pdl else {}),
     )  # fmt: skip

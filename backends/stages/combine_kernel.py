@@ -4,7 +4,10 @@
 import triton
 import triton.language as tl
 
+from ..launch import fast_launch
 
+
+@fast_launch
 @triton.jit
 def _moe_combine_kernel(
     # inputs

@@ -27,16 +27,42 @@ def quantize_rows(rows: Tensor, *, column_major_scales: bool = False, pdl: bool 
     Returns:
         e4m3 ``[R, C]`` and fp32 multipliers ``[R, ⌈C/128⌉]``.
     """
+    R, C = rows.shape
+    scale = empty_scales(R, C, rows.device, column_major=column_major_scales)
     if not on_triton(rows):
-        codes, scale = quantize_rows_torch(rows)
-        return codes, _column_major(scale) if column_major_scales else scale
-    return _launch(rows, rows.shape[0], None, 1, column_major_scales, pdl)
+        codes, plain = quantize_rows_torch(rows)
+        return codes, scale.copy_(plain)
+    from .quantize_kernel import _moe_quantize_rows_kernel
+
+    codes = torch.empty(R, C, dtype=FP8, device=rows.device)
+    groups = column_groups(C)
+    # Column-major multipliers are written a few rows at a time, so that a warp's stores share a sector.
+    block_r = 8 if column_major_scales else max(1, 16 // groups)
+    groups = min(groups, 32 // block_r)
+    if R:
+        _moe_quantize_rows_kernel[(math.ceil(R / block_r), math.ceil(C / (groups * QUANT_BLOCK)))](
+            # inputs
+            rows,
+            # outputs
+            codes, scale,
+            # shapes
+            R, C, scale.stride(0), scale.stride(1),
+            # constants
+            BLOCK_R=block_r, GROUPS=groups, PDL=pdl, num_warps=4, **({"launch_pdl": True} if pdl else {}),
+        )  # fmt: skip
+    return codes, scale
 
 
 def gather_quantize(
-    hidden_states: Tensor, routing: Routing, topk: int, *, column_major_scales: bool = False, pdl: bool = False
+    hidden_states: Tensor,
+    routing: Routing,
+    topk: int,
+    *,
+    column_major_scales: bool = False,
+    capacity: int | None = None,
+    pdl: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Copy each row's token to its row and quantise it on the way.
+    """Quantise each token once and write it to all its rows.
 
     Args:
         hidden_states: ``[M, K]``.
@@ -44,38 +70,31 @@ def gather_quantize(
         topk: Experts per token.
         column_major_scales: Lay the multipliers out with strides (1, rows rounded up to 4), as DeepGEMM's TMA reads
             them; row-major otherwise.
+        capacity: Instead, expert by expert, as DeepGEMM's masked layout has them; the routing's own capacity, a
+            multiple of 4.
         pdl: Launch as a programmatic dependent of the kernel before (sm_90).
 
     Returns:
-        e4m3 ``[rows, K]`` and fp32 multipliers ``[rows, ⌈K/128⌉]``.
+        e4m3 ``[rows, K]`` and fp32 multipliers ``[rows, ⌈K/128⌉]``; with a capacity
+        ``[E, capacity, ⌈K/128⌉]`` with strides (⌈K/128⌉·capacity, 1, capacity).
     """
+    rows, K = routing.slot_of_row.shape[0], hidden_states.shape[1]
+    scale = empty_scales(rows, K, hidden_states.device, column_major=column_major_scales, capacity=capacity)
     if not on_triton(hidden_states):
-        codes, scale = quantize_rows_torch(gather(hidden_states, routing, topk))
-        return codes, _column_major(scale) if column_major_scales else scale
-    return _launch(hidden_states, routing.slot_of_row.shape[0], routing, topk, column_major_scales, pdl)
+        codes, plain = quantize_rows_torch(gather(hidden_states, routing, topk))
+        return codes, scale.copy_(plain.view(scale.shape))
+    codes = torch.empty(rows, K, dtype=FP8, device=hidden_states.device)
+    _launch_gather(hidden_states, routing, topk, codes, scale, pdl)
+    return codes, scale
 
 
 def gather(hidden_states: Tensor, routing: Routing, topk: int, *, pdl: bool = False) -> Tensor:
-    """Copy each row's token to its row: ``[M, K]`` to ``[rows, K]``; rows without a slot are left unwritten."""
+    """Copy each token to all its rows: ``[M, K]`` to ``[rows, K]``; rows without a slot are left unwritten."""
     slot_of_row = routing.slot_of_row
     if not on_triton(hidden_states):
         return hidden_states[slot_of_row.clamp(min=0).long() // topk]
-    from .quantize_kernel import _moe_gather_kernel
-
-    rows, K = slot_of_row.shape[0], hidden_states.shape[1]
-    out = hidden_states.new_empty(rows, K)
-    block_c = min(1024, 1 << (K - 1).bit_length())
-    block_r = max(1, 4096 // block_c)
-    _moe_gather_kernel[(math.ceil(rows / block_r), math.ceil(K / block_c))](
-        # inputs
-        hidden_states, slot_of_row,
-        # outputs
-        out,
-        # shapes
-        rows, K, topk,
-        # constants
-        BLOCK_R=block_r, BLOCK_C=block_c, PDL=pdl, num_warps=4, **({"launch_pdl": True} if pdl else {}),
-    )  # fmt: skip
+    out = hidden_states.new_empty(slot_of_row.shape[0], hidden_states.shape[1])
+    _launch_gather(hidden_states, routing, topk, out, None, pdl)
     return out
 
 
@@ -93,41 +112,47 @@ def quantize_rows_torch(rows: Tensor) -> tuple[Tensor, Tensor]:
     return codes.view(R, -1)[:, :C].to(FP8).contiguous(), scale
 
 
-def empty_scales(rows: int, columns: int, device: torch.device, *, column_major: bool) -> Tensor:
+def empty_scales(
+    rows: int, columns: int, device: torch.device, *, column_major: bool, capacity: int | None = None
+) -> Tensor:
     """Fresh memory for the multipliers of ``[rows, columns]``, see `gather_quantize`."""
     groups = math.ceil(columns / QUANT_BLOCK)
+    if capacity is not None:
+        return torch.empty(rows // capacity, groups, capacity, dtype=torch.float32, device=device).transpose(1, 2)
     if not column_major:
         return torch.empty(rows, groups, dtype=torch.float32, device=device)
     aligned = math.ceil(rows / _SCALE_ROWS) * _SCALE_ROWS
     return torch.empty(groups, aligned, dtype=torch.float32, device=device).t()[:rows]
 
 
-def _column_major(scale: Tensor) -> Tensor:
-    return empty_scales(scale.shape[0], scale.shape[1] * QUANT_BLOCK, scale.device, column_major=True).copy_(scale)
+def scale_strides(scale: Tensor | None, rows: int) -> tuple[int, int, int, int]:
+    """How a kernel finds a multiplier: rows that lie together, then the strides between those, of a row, of a group."""
+    if scale is None:
+        return rows, 0, 0, 0
+    if scale.dim() == 2:
+        return rows, 0, scale.stride(0), scale.stride(1)
+    return scale.shape[1], scale.stride(0), scale.stride(1), scale.stride(2)
 
 
-def _launch(
-    x: Tensor, rows: int, routing: Routing | None, topk: int, column_major_scales: bool, pdl: bool
-) -> tuple[Tensor, Tensor]:
-    from .quantize_kernel import _moe_quantize_rows_kernel
+def column_groups(columns: int) -> int:
+    """Groups of 128 columns per program: eight keep a warp's loads wide and leave enough programs at few rows."""
+    return min(8, 1 << (math.ceil(columns / QUANT_BLOCK) - 1).bit_length())
 
-    columns = x.shape[1]
-    codes = torch.empty(rows, columns, dtype=FP8, device=x.device)
-    scale = empty_scales(rows, columns, x.device, column_major=column_major_scales)
-    groups = min(8, 1 << (math.ceil(columns / QUANT_BLOCK) - 1).bit_length())
-    # Column-major multipliers are written a few rows at a time, so that a warp's stores share a sector.
-    block_r = 8 if column_major_scales else max(1, 16 // groups)
-    groups = min(groups, 32 // block_r)
-    if rows:
-        _moe_quantize_rows_kernel[(math.ceil(rows / block_r), math.ceil(columns / (groups * QUANT_BLOCK)))](
+
+def _launch_gather(x: Tensor, routing: Routing, topk: int, out: Tensor, scale: Tensor | None, pdl: bool) -> None:
+    from .quantize_kernel import _moe_gather_kernel
+
+    M, K = x.shape
+    groups = column_groups(K)
+    if M:
+        _moe_gather_kernel[(M * math.ceil(K / (groups * QUANT_BLOCK)),)](
             # inputs
-            x, routing.slot_of_row if routing else None,
+            x, routing.row_of_slot,
             # outputs
-            codes, scale,
+            out, scale,
             # shapes
-            rows, columns, topk, scale.stride(0), scale.stride(1),
+            K, *scale_strides(scale, out.shape[0]),
             # constants
-            GATHER=routing is not None, BLOCK_R=block_r, GROUPS=groups, PDL=pdl, num_warps=4,
-            **({"launch_pdl": True} if pdl else {}),
+            QUANTIZE=scale is not None, TOPK=topk, TOPK_POW2=1 << (topk - 1).bit_length(), GROUPS=groups, PDL=pdl,
+            num_warps=4, **({"launch_pdl": True} if pdl else {}),
         )  # fmt: skip
-    return codes, scale

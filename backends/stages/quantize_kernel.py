@@ -4,25 +4,24 @@
 import triton
 import triton.language as tl
 
+from ..launch import fast_launch
 from .device import moe_fp8_amax, moe_fp8_codes, moe_fp8_scale
 
 
+@fast_launch
 @triton.jit
 def _moe_quantize_rows_kernel(
     # inputs
     x_ptr,
-    slot_of_row_ptr,
     # outputs
     codes_ptr,
     scale_ptr,
     # shapes
     rows,
     columns,
-    topk,
     stride_scale_row,
     stride_scale_group,
     # constants
-    GATHER: tl.constexpr,
     BLOCK_R: tl.constexpr,
     GROUPS: tl.constexpr,
     PDL: tl.constexpr,
@@ -34,45 +33,64 @@ def _moe_quantize_rows_kernel(
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
     mask_r = offs_r < rows
-    source = offs_r
-    if GATHER:
-        slot = tl.load(slot_of_row_ptr + offs_r, mask=mask_r, other=-1)
-        mask_r = slot >= 0
-        source = tl.maximum(slot, 0) // topk
     mask = mask_r[:, None] & (offs_c < columns)[None, :]
-    x = tl.load(x_ptr + source.to(tl.int64)[:, None] * columns + offs_c[None, :], mask=mask, other=0.0)
+    offs = offs_r.to(tl.int64)[:, None] * columns + offs_c[None, :]
+    x = tl.load(x_ptr + offs, mask=mask, other=0.0)
     x = tl.reshape(x.to(tl.float32), [BLOCK_R, GROUPS, 128])
     scale = moe_fp8_scale(moe_fp8_amax(x, 2))  # [BLOCK_R, GROUPS]
     codes = moe_fp8_codes(x, tl.broadcast_to(scale[:, :, None], [BLOCK_R, GROUPS, 128]))
-    codes = tl.reshape(codes, [BLOCK_R, GROUPS * 128])
-    tl.store(codes_ptr + offs_r.to(tl.int64)[:, None] * columns + offs_c[None, :], codes, mask=mask)
+    tl.store(codes_ptr + offs, tl.reshape(codes, [BLOCK_R, GROUPS * 128]), mask=mask)
     scale_ptrs = scale_ptr + offs_r.to(tl.int64)[:, None] * stride_scale_row + offs_g[None, :] * stride_scale_group
     tl.store(scale_ptrs, scale, mask=mask_r[:, None] & (offs_g * 128 < columns)[None, :])
 
 
+@fast_launch
 @triton.jit
 def _moe_gather_kernel(
     # inputs
     x_ptr,
-    slot_of_row_ptr,
+    row_of_slot_ptr,
     # outputs
     out_ptr,
+    scale_ptr,
     # shapes
-    rows,
     columns,
-    topk,
+    span,
+    stride_scale_span,
+    stride_scale_row,
+    stride_scale_group,
     # constants
-    BLOCK_R: tl.constexpr,
-    BLOCK_C: tl.constexpr,
+    QUANTIZE: tl.constexpr,
+    TOPK: tl.constexpr,
+    TOPK_POW2: tl.constexpr,
+    GROUPS: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    offs_r = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
-    offs_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    """One program per token and GROUPS * 128 columns: read once, quantised once, written to each of its rows."""
+    blocks = tl.cdiv(columns, GROUPS * 128)
+    token = tl.program_id(0) // blocks
+    block = tl.program_id(0) % blocks
+    offs_c = block * GROUPS * 128 + tl.arange(0, GROUPS * 128)
+    mask_c = offs_c < columns
     if PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
-    slot = tl.load(slot_of_row_ptr + offs_r, mask=offs_r < rows, other=-1)
-    mask = (slot >= 0)[:, None] & (offs_c < columns)[None, :]
-    source = (tl.maximum(slot, 0) // topk).to(tl.int64)
-    x = tl.load(x_ptr + source[:, None] * columns + offs_c[None, :], mask=mask)
-    tl.store(out_ptr + offs_r.to(tl.int64)[:, None] * columns + offs_c[None, :], x, mask=mask)
+    out = tl.load(x_ptr + token.to(tl.int64) * columns + offs_c, mask=mask_c, other=0.0)
+    if QUANTIZE:
+        x = tl.reshape(out.to(tl.float32), [GROUPS, 128])
+        scale = moe_fp8_scale(moe_fp8_amax(x, 1))  # [GROUPS]
+        codes = moe_fp8_codes(x, tl.broadcast_to(scale[:, None], [GROUPS, 128]))
+        out = tl.reshape(codes, [GROUPS * 128])
+        offs_j = tl.arange(0, TOPK_POW2)
+        rows = tl.load(row_of_slot_ptr + token * TOPK + offs_j, mask=offs_j < TOPK, other=-1)
+        # Rows of one expert lie side by side; with a capacity each expert has multipliers of its own.
+        row_offs = (rows // span).to(tl.int64) * stride_scale_span + (rows % span).to(tl.int64) * stride_scale_row
+        offs_g = block * GROUPS + tl.arange(0, GROUPS)
+        tl.store(
+            scale_ptr + row_offs[:, None] + offs_g[None, :] * stride_scale_group,
+            tl.broadcast_to(scale[None, :], [TOPK_POW2, GROUPS]),
+            mask=(rows >= 0)[:, None] & (offs_g * 128 < columns)[None, :],
+        )
+    for j in tl.static_range(TOPK):
+        row = tl.load(row_of_slot_ptr + token * TOPK + j).to(tl.int64)
+        tl.store(out_ptr + row * columns + offs_c, out, mask=mask_c & (row >= 0))

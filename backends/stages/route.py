@@ -11,9 +11,11 @@ from moe_dispatch.errors import InvalidInputError
 
 from ..triton_support import on_triton
 
-# Up to here one program per expert reads every id; beyond, that reading costs more than a second launch.
-FEW_SLOTS: Final = 4096
-_BLOCK: Final = 512
+# Up to here one program per expert reads every id; beyond, that reading costs more than two launches more (H200, 128
+# experts: 4.5 and 5.5 µs at 2048 slots, 7.9 and 5.6 at 4096). With a capacity it costs twice as much.
+FEW_SLOTS: Final = 2048
+_BLOCK: Final = 128
+_SCAN_EXPERTS: Final = 8  # int32: a sector of memory
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,7 +23,8 @@ class Routing:
     """Where each slot's row is, and each row's slot. Slots are numbered m·topk + j.
 
     Attributes:
-        slot_of_row: int32 ``[rows]``: the slot in each row; -1 in padding and in the unused tail.
+        slot_of_row: int32 ``[rows]``: the slot in each row, the first one of several; -1 in padding and in the unused
+            tail.
         row_of_slot: int32 ``[M·topk]``: the row of each slot; -1 where the id is outside 0…E-1.
         starts: int32 ``[E]``: first row of each expert.
         ends: int32 ``[E]``: one past the last real row of each expert.
@@ -33,7 +36,15 @@ class Routing:
     ends: Tensor
 
 
-def route(topk_ids: Tensor, E: int, *, alignment: int = 1, capacity: int | None = None, pdl: bool = False) -> Routing:
+def route(
+    topk_ids: Tensor,
+    E: int,
+    *,
+    alignment: int = 1,
+    capacity: int | None = None,
+    by_row: bool = True,
+    pdl: bool = False,
+) -> Routing:
     """Give every slot a row, rows of one expert side by side and in the order of their slots.
 
     Nothing depends on routing values on the host, so it can be captured in a CUDA graph. The order of rows is a
@@ -44,8 +55,9 @@ def route(topk_ids: Tensor, E: int, *, alignment: int = 1, capacity: int | None 
         E: Experts.
         alignment: Each expert starts at the end of the previous one rounded up to this (DeepGEMM's psum layout). The
             buffer has rows for the worst case, M·topk + min(M·topk, E)·(alignment - 1), rounded up.
-        capacity: Instead, expert e owns rows e·capacity … (e + 1)·capacity (DeepGEMM's masked layout). A slot that
-            does not fit gets no row and is lost: M is enough where no token names an expert twice, M·topk always.
+        capacity: Instead, expert e owns rows e·capacity … (e + 1)·capacity (DeepGEMM's masked layout). Slots of a token
+            that name one expert share a row, so that M rows are always enough; a slot that does not fit gets none.
+        by_row: Whether anybody reads `slot_of_row`: on a GPU it is left unwritten otherwise.
         pdl: Launch as a programmatic dependent of the kernel before (sm_90).
 
     Raises:
@@ -53,48 +65,60 @@ def route(topk_ids: Tensor, E: int, *, alignment: int = 1, capacity: int | None 
     """
     if not on_triton(topk_ids):
         return route_torch(topk_ids, E, alignment=alignment, capacity=capacity)
-    from .route_kernel import _moe_route_count_kernel, _moe_route_kernel, _moe_route_place_kernel
+    from .route_kernel import (
+        _moe_route_count_kernel,
+        _moe_route_kernel,
+        _moe_route_place_kernel,
+        _moe_route_scan_kernel,
+    )
 
     slots = topk_ids.numel()
     rows = buffer_rows(slots, E, alignment=alignment, capacity=capacity)
     routing = Routing(*(topk_ids.new_empty(length, dtype=torch.int32) for length in (rows, slots, E, E)))
-    e_pow2 = 1 << (E - 1).bit_length()
-    launch = {"launch_pdl": True} if pdl else {}
-    if slots <= FEW_SLOTS:
+    slot_of_row = routing.slot_of_row if by_row else None
+    layout = {"TOPK": topk_ids.shape[1], "CAPACITY": capacity or 0, "E_POW2": 1 << (E - 1).bit_length()}
+    launch = {"PDL": pdl, "launch_pdl": True} if pdl else {"PDL": False}
+    if slots <= (FEW_SLOTS if capacity is None else FEW_SLOTS // 2):
         _moe_route_kernel[(E,)](
             # inputs
             topk_ids,
             # outputs
-            routing.slot_of_row, routing.row_of_slot, routing.starts, routing.ends,
+            slot_of_row, routing.row_of_slot, routing.starts, routing.ends,
             # shapes
             slots, rows, E,
             # constants
-            ALIGNMENT=alignment, CAPACITY=capacity or 0, E_POW2=e_pow2, BLOCK=_block(slots), PDL=pdl,
-            num_warps=4, **launch,
+            ALIGNMENT=alignment, BLOCK=_block(slots), num_warps=4, **layout, **launch,
         )  # fmt: skip
         return routing
     blocks = math.ceil(slots / _BLOCK)
-    counts = topk_ids.new_empty(blocks, E, dtype=torch.int32)
+    counts = topk_ids.new_empty(blocks + 1, E, dtype=torch.int32)
     _moe_route_count_kernel[(blocks,)](
         # inputs
         topk_ids,
         # outputs
-        counts, routing.slot_of_row,
+        counts, slot_of_row,
         # shapes
         slots, rows, E,
         # constants
-        E_POW2=e_pow2, BLOCK=_BLOCK, PDL=pdl, num_warps=4, **launch,
+        BLOCK=_BLOCK, num_warps=4, **layout, **launch,
+    )  # fmt: skip
+    _moe_route_scan_kernel[(math.ceil(E / _SCAN_EXPERTS),)](
+        # inputs and outputs
+        counts,
+        # shapes
+        blocks, E,
+        # constants
+        BLOCK_E=_SCAN_EXPERTS, CHUNK=min(1024, 1 << (blocks - 1).bit_length()), num_warps=8, **launch,
     )  # fmt: skip
     _moe_route_place_kernel[(blocks,)](
         # inputs
         topk_ids, counts,
         # outputs
-        routing.slot_of_row, routing.row_of_slot, routing.starts, routing.ends,
+        slot_of_row, routing.row_of_slot, routing.starts, routing.ends,
         # shapes
         slots, E,
         # constants
-        ALIGNMENT=alignment, CAPACITY=capacity or 0, E_POW2=e_pow2, BLOCK=_BLOCK, CHUNK=16, PDL=pdl,
-        num_warps=8, **launch,
+        ALIGNMENT=alignment, BLOCK=_BLOCK, CHUNK=32, num_warps=4, **layout, **launch,
     )  # fmt: skip
     return routing
 
@@ -117,24 +141,31 @@ def buffer_rows(slots: int, E: int, *, alignment: int = 1, capacity: int | None 
 def route_torch(topk_ids: Tensor, E: int, *, alignment: int = 1, capacity: int | None = None) -> Routing:
     """The same in torch; the reference of `route`."""
     rows = buffer_rows(topk_ids.numel(), E, alignment=alignment, capacity=capacity)
-    ids = topk_ids.reshape(-1).long()
+    ids = topk_ids.long()
     ids = torch.where((ids >= 0) & (ids < E), ids, E)
-    counts = torch.bincount(ids, minlength=E + 1)[:E]
+    shares = torch.zeros_like(ids, dtype=torch.bool)
+    if capacity is not None:
+        earlier = torch.ones(ids.shape[1], ids.shape[1], dtype=torch.bool, device=ids.device).tril(-1)
+        shares = ((ids[:, :, None] == ids[:, None, :]) & earlier).any(2)
+    ids, shares = ids.flatten(), shares.flatten()
+    counts = torch.bincount(ids[~shares], minlength=E + 1)[:E]
     if capacity is None:
         spans = (counts + alignment - 1) // alignment * alignment
         starts = spans.cumsum(0) - spans
     else:
         starts = torch.arange(E, device=ids.device) * capacity
-    order = ids.argsort(stable=True)[: int(counts.sum())]
-    expert = ids[order]
+    order = ids.argsort(stable=True)
+    order = order[ids[order] < E]
+    expert, new = ids[order], ~shares[order]
     first = counts.cumsum(0) - counts
-    rank = torch.arange(order.numel(), device=ids.device) - first[expert]
+    # A slot that shares a row comes right after the one it shares it with.
+    rank = new.cumsum(0) - 1 - first[expert]
     if capacity is not None:
         counts = counts.clamp(max=capacity)
-        order, expert, rank = (values[rank < capacity] for values in (order, expert, rank))
+        order, expert, new, rank = (values[rank < capacity] for values in (order, expert, new, rank))
     row = starts[expert] + rank
     slot_of_row = torch.full((rows,), -1, dtype=torch.int32, device=ids.device)
     row_of_slot = torch.full((ids.numel(),), -1, dtype=torch.int32, device=ids.device)
-    slot_of_row[row] = order.int()
+    slot_of_row[row[new]] = order[new].int()
     row_of_slot[order] = row.int()
     return Routing(slot_of_row, row_of_slot, starts.int(), (starts + counts).int())

@@ -1,10 +1,13 @@
 # mypy: disable-error-code="no-untyped-def, no-untyped-call"
-"""Device code of `route`: one launch for few slots, two for many."""
+"""Device code of `route`: one launch for few slots, a counting sort in three for many."""
 
 import triton
 import triton.language as tl
 
+from ..launch import fast_launch
 
+
+@fast_launch
 @triton.jit
 def _moe_route_kernel(
     # inputs
@@ -19,6 +22,7 @@ def _moe_route_kernel(
     rows,
     E,
     # constants
+    TOPK: tl.constexpr,
     ALIGNMENT: tl.constexpr,
     CAPACITY: tl.constexpr,
     E_POW2: tl.constexpr,
@@ -38,12 +42,14 @@ def _moe_route_kernel(
     counts = tl.zeros([E_POW2], tl.int32)
     for first in range(0, slots, BLOCK):
         ids = _load_ids(ids_ptr, first + offs, slots, E)
-        count += tl.sum((ids == e).to(tl.int32))
-        if CAPACITY == 0:
-            if ALIGNMENT == 1:
-                start += tl.sum(((ids >= 0) & (ids < e)).to(tl.int32))
-            else:
-                counts += tl.histogram(tl.maximum(ids, 0), E_POW2, mask=ids >= 0)
+        hit = ids == e
+        if CAPACITY > 0:
+            hit = hit & ~_repeats(ids_ptr, first + offs, ids, hit, TOPK)
+        elif ALIGNMENT == 1:
+            start += tl.sum(((ids >= 0) & (ids < e)).to(tl.int32))
+        else:
+            counts += tl.histogram(tl.maximum(ids, 0), E_POW2, mask=ids >= 0)
+        count += tl.sum(hit.to(tl.int32))
         if e == 0:
             tl.store(row_of_slot_ptr + first + offs, -1, mask=(ids < 0) & (first + offs < slots))
     if CAPACITY > 0:
@@ -59,21 +65,28 @@ def _moe_route_kernel(
             end = rows
     tl.store(starts_ptr + e, start)
     tl.store(ends_ptr + e, start + count)
-    for first in range(start + count, end, BLOCK):
-        tl.store(slot_of_row_ptr + first + offs, -1, mask=first + offs < end)
+    if slot_of_row_ptr is not None:
+        for first in range(start + count, end, BLOCK):
+            tl.store(slot_of_row_ptr + first + offs, -1, mask=first + offs < end)
 
     seen = 0
     for first in range(0, slots, BLOCK):
         ids = _load_ids(ids_ptr, first + offs, slots, E)
-        hit = (ids == e).to(tl.int32)
-        rank = seen + tl.cumsum(hit, 0) - hit
-        seen += tl.sum(hit)
+        hit = ids == e
+        new = hit
+        if CAPACITY > 0:
+            new = hit & ~_repeats(ids_ptr, first + offs, ids, hit, TOPK)
+        # One less than the rows up to and including this slot: a repeated slot gets the row of the one before it.
+        rank = seen + tl.cumsum(new.to(tl.int32), 0) - 1
+        seen += tl.sum(new.to(tl.int32))
         # A row past the capacity would be the next expert's.
         fits = rank < count
-        tl.store(slot_of_row_ptr + start + rank, first + offs, mask=(hit > 0) & fits)
-        tl.store(row_of_slot_ptr + first + offs, tl.where(fits, start + rank, -1), mask=hit > 0)
+        if slot_of_row_ptr is not None:
+            tl.store(slot_of_row_ptr + start + rank, first + offs, mask=new & fits)
+        tl.store(row_of_slot_ptr + first + offs, tl.where(fits, start + rank, -1), mask=hit)
 
 
+@fast_launch
 @triton.jit
 def _moe_route_count_kernel(
     # inputs
@@ -86,29 +99,64 @@ def _moe_route_count_kernel(
     rows,
     E,
     # constants
+    TOPK: tl.constexpr,
+    CAPACITY: tl.constexpr,
     E_POW2: tl.constexpr,
     BLOCK: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """Counts each expert's slots in one block of slots, and blanks this program's share of the rows."""
     block = tl.program_id(0)
-    offs = tl.arange(0, BLOCK)
+    offs = block * BLOCK + tl.arange(0, BLOCK)
     offs_e = tl.arange(0, E_POW2)
     if PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
-    ids = _load_ids(ids_ptr, block * BLOCK + offs, slots, E)
-    counts = tl.histogram(tl.maximum(ids, 0), E_POW2, mask=ids >= 0)
+    ids = _load_ids(ids_ptr, offs, slots, E)
+    new = _holds_row(ids_ptr, offs, ids, TOPK, CAPACITY)
+    counts = tl.histogram(tl.maximum(ids, 0), E_POW2, mask=new)
     tl.store(counts_ptr + block * E + offs_e, counts, mask=offs_e < E)
-    for first in range(block * BLOCK, rows, tl.num_programs(0) * BLOCK):
-        tl.store(slot_of_row_ptr + first + offs, -1, mask=first + offs < rows)
+    if slot_of_row_ptr is not None:
+        for first in range(block * BLOCK, rows, tl.num_programs(0) * BLOCK):
+            blank = first + tl.arange(0, BLOCK)
+            tl.store(slot_of_row_ptr + blank, -1, mask=blank < rows)
 
 
+@fast_launch
+@triton.jit
+def _moe_route_scan_kernel(
+    # inputs and outputs
+    counts_ptr,
+    # shapes
+    blocks,
+    E,
+    # constants
+    BLOCK_E: tl.constexpr,
+    CHUNK: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """Turns counts ``[blocks, E]`` of a few experts into counts of earlier blocks; the last row gets the totals."""
+    offs_e = tl.program_id(0) * BLOCK_E + tl.arange(0, BLOCK_E)
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    total = tl.zeros([BLOCK_E], tl.int32)
+    for first in range(0, blocks, CHUNK):
+        offs_b = first + tl.arange(0, CHUNK)
+        mask = (offs_b < blocks)[:, None] & (offs_e < E)[None, :]
+        ptrs = counts_ptr + offs_b[:, None] * E + offs_e[None, :]
+        counts = tl.load(ptrs, mask=mask, other=0)  # [CHUNK, BLOCK_E]
+        tl.store(ptrs, total[None, :] + tl.cumsum(counts, 0) - counts, mask=mask)
+        total += tl.sum(counts, 0)
+    tl.store(counts_ptr + blocks * E + offs_e, total, mask=offs_e < E)
+
+
+@fast_launch
 @triton.jit
 def _moe_route_place_kernel(
     # inputs
     ids_ptr,
-    counts_ptr,
+    before_ptr,
     # outputs
     slot_of_row_ptr,
     row_of_slot_ptr,
@@ -118,6 +166,7 @@ def _moe_route_place_kernel(
     slots,
     E,
     # constants
+    TOPK: tl.constexpr,
     ALIGNMENT: tl.constexpr,
     CAPACITY: tl.constexpr,
     E_POW2: tl.constexpr,
@@ -125,23 +174,17 @@ def _moe_route_place_kernel(
     CHUNK: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Places one block of slots; every program adds up the counts of all blocks for itself."""
+    """Places one block of slots after those of its experts in earlier blocks."""
     block = tl.program_id(0)
-    blocks = tl.num_programs(0)
     offs = block * BLOCK + tl.arange(0, BLOCK)
     offs_e = tl.arange(0, E_POW2)
+    mask_e = offs_e < E
     if PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
-
-    total = tl.zeros([E_POW2], tl.int32)
-    before = tl.zeros([E_POW2], tl.int32)  # slots of each expert in earlier blocks
-    for first in range(0, blocks, CHUNK):
-        offs_b = first + tl.arange(0, CHUNK)
-        mask = (offs_b < blocks)[:, None] & (offs_e < E)[None, :]
-        counts = tl.load(counts_ptr + offs_b[:, None] * E + offs_e[None, :], mask=mask, other=0)  # [CHUNK, E_POW2]
-        total += tl.sum(counts, 0)
-        before += tl.sum(tl.where((offs_b < block)[:, None], counts, 0), 0)
+    total = tl.load(before_ptr + tl.num_programs(0) * E + offs_e, mask=mask_e, other=0)
+    before = tl.load(before_ptr + block * E + offs_e, mask=mask_e, other=0)
+    ids = _load_ids(ids_ptr, offs, slots, E)
     if CAPACITY > 0:
         starts = offs_e * CAPACITY
         ends = starts + tl.minimum(total, CAPACITY)
@@ -150,20 +193,23 @@ def _moe_route_place_kernel(
         starts = tl.cumsum(spans, 0) - spans
         ends = starts + total
     if block == 0:
-        tl.store(starts_ptr + offs_e, starts, mask=offs_e < E)
-        tl.store(ends_ptr + offs_e, ends, mask=offs_e < E)
+        tl.store(starts_ptr + offs_e, starts, mask=mask_e)
+        tl.store(ends_ptr + offs_e, ends, mask=mask_e)
 
-    ids = _load_ids(ids_ptr, offs, slots, E)
-    rank = tl.zeros([BLOCK], tl.int32)  # equal ids before it in this block: keeps slots in order
+    new = _holds_row(ids_ptr, offs, ids, TOPK, CAPACITY)
+    # Rows of its expert up to and including each slot's: in the order of slots, and for a repeated one the row before.
+    upto = tl.zeros([BLOCK], tl.int32)
     for first in range(0, BLOCK, CHUNK):
         offs_o = block * BLOCK + first + tl.arange(0, CHUNK)
         others = _load_ids(ids_ptr, offs_o, slots, E)
-        earlier = (ids[:, None] == others[None, :]) & (offs_o[None, :] < offs[:, None])  # [BLOCK, CHUNK]
-        rank += tl.sum(earlier.to(tl.int32), 1)
+        others = tl.where(_holds_row(ids_ptr, offs_o, others, TOPK, CAPACITY), others, E)
+        counted = (ids[:, None] == others[None, :]) & (offs_o[None, :] <= offs[:, None])  # [BLOCK, CHUNK]
+        upto += tl.sum(counted.to(tl.int32), 1)
     expert = tl.maximum(ids, 0)
-    row = tl.gather(starts + before, expert, 0) + rank
+    row = tl.gather(starts + before, expert, 0) + upto - 1
     fits = (ids >= 0) & (row < tl.gather(ends, expert, 0))
-    tl.store(slot_of_row_ptr + row, offs, mask=fits)
+    if slot_of_row_ptr is not None:
+        tl.store(slot_of_row_ptr + row, offs, mask=fits & new)
     tl.store(row_of_slot_ptr + offs, tl.where(fits, row, -1), mask=offs < slots)
 
 
@@ -172,3 +218,23 @@ def _load_ids(ids_ptr, offs, slots, E):
     ids = tl.load(ids_ptr + offs, mask=offs < slots, other=-1)
     # Compared before it is narrowed: an int64 id may be any number.
     return tl.where((ids >= 0) & (ids < E), ids, -1).to(tl.int32)
+
+
+@triton.jit
+def _holds_row(ids_ptr, offs, ids, TOPK: tl.constexpr, CAPACITY: tl.constexpr):
+    """Where a slot has a row that no earlier slot has."""
+    holds = ids >= 0
+    if CAPACITY > 0:
+        holds = holds & ~_repeats(ids_ptr, offs, ids, holds, TOPK)
+    return holds
+
+
+@triton.jit
+def _repeats(ids_ptr, offs, ids, mask, TOPK: tl.constexpr):
+    """Where, under the mask, an earlier slot of the same token has the same id."""
+    first = offs // TOPK * TOPK
+    repeated = mask & (ids < 0)
+    for j in tl.static_range(TOPK - 1):
+        earlier = mask & (first + j < offs)
+        repeated = repeated | (earlier & (tl.load(ids_ptr + first + j, mask=earlier, other=-1) == ids))
+    return repeated
