@@ -54,16 +54,33 @@ class TritonBackend(Backend):
             logger.info("%s with %s stays without a tape: %s", self.name, config.label, reason)
             return None
 
-    def _descriptor(self, experts: ExpertWeights, name: str, shape: tuple[int, ...], block: tuple[int, ...]) -> Any:
-        """The tensor descriptor of a weight seen in another shape, made once per layer and tile."""
+    def _descriptor(
+        self,
+        experts: ExpertWeights,
+        name: str,
+        shape: tuple[int, ...],
+        block: tuple[int, ...],
+        swapped: tuple[int, int] | None = None,
+    ) -> Any:
+        """The tensor descriptor of a weight seen in another shape, made once per layer and tile.
+
+        Args:
+            experts: The layer.
+            name: Of its weight.
+            shape: What the weight is viewed as.
+            block: The boxes that are loaded, in the view's dimensions, after they are swapped.
+            swapped: Two dimensions of the view that change places.
+        """
         from triton.tools.tensor_descriptor import TensorDescriptor
 
         from .launch import hold
 
-        key = (name, shape, block)
+        key = (name, shape, block, swapped)
         made = self._descriptors.get(experts)
         if made is None or key not in made:
-            descriptor = hold(TensorDescriptor.from_tensor(getattr(experts, name).view(shape), list(block)))
+            view = getattr(experts, name).view(shape)
+            view = view.transpose(*swapped) if swapped else view
+            descriptor = hold(TensorDescriptor.from_tensor(view, list(block)))
             with self._lock:
                 made = self._descriptors.setdefault(experts, {})
                 made.setdefault(key, descriptor)

@@ -54,7 +54,11 @@ def _defaults(device: Device) -> list[tuple[MoEProblem, TritonPersistentConfig]]
             problem = workload.problem(M, device.dtype, device.machine)
             config = persistent_configs(problem, features(device.machine))[0]
             uneven = bool(problem.K % config.block_k or problem.N % 128)
-            found.setdefault((config, problem.activation, uneven), (problem, config))
+            flat = (
+                problem.K // config.block_k <= config.flatten_steps,
+                problem.N // config.block_k <= config.flatten_steps,
+            )
+            found.setdefault((config, problem.activation, uneven, flat), (problem, config))
     return list(found.values())
 
 
@@ -63,7 +67,7 @@ def launch_defaults(capability: int, dtype: DType) -> Iterator[Launch]:
     able = features(backend.machine)
     for problem, config in _defaults(Device(capability, dtype)):
         bound = config.shared_memory(ELEMENT_BYTES[dtype], gated=problem.gated, wgmma=able.wgmma)
-        note = {"bound": bound, "tma": config.tma, "interleaved": problem.interleaved, "pdl": config.pdl}
+        note = {"bound": bound, "tma": config.tma, "pdl": config.pdl}
         yield Launch(partial(backend.run, *unwritten_layer(problem), config), note)
 
 
@@ -75,16 +79,15 @@ def test_every_default_compiles_and_fits(device: Device) -> None:
         assert built.shared <= SHARED_MEMORY[device.capability], built
         assert built.pdl == built.note["pdl"], built
         assert device.capability > 80 or not built.fp8, built
-    products = [built for built in kernels if built.name in {"_moe_gate_up_kernel", "_moe_down_kernel"}]
-    assert len({built.name for built in products}) == 2
+    products = [built for built in kernels if built.name == "_moe_product_kernel"]
+    assert products
     for built in products:
         assert built.shared <= built.note["bound"], built
-        # Alternating rows spill on sm_100, for which no tile was chosen by measuring.
-        assert built.stack <= (4 * FEW_SPILLS if device.capability == 100 else FEW_SPILLS), built
-        # Alternating rows cannot be read through a descriptor, and only gate and up rows alternate.
-        alternating = built.name == "_moe_gate_up_kernel" and built.note["interleaved"]
-        assert built.tma == (built.note["tma"] and not alternating), built
+        # gpt-oss in FP8 spills on sm_100, for which no tile was chosen by measuring.
+        assert built.stack <= (3 * FEW_SPILLS if device.capability == 100 else FEW_SPILLS), built
+        assert built.tma == built.note["tma"], built
         assert built.wgmma == (device.capability == 90), built
+        assert not built.serialised, built
 
 
 @pytest.mark.parametrize("device", DEVICES, ids=str)

@@ -55,6 +55,7 @@ class Built:
         registers: Of a thread.
         stack: Bytes of a thread: spilled registers.
         wgmma: Asynchronous products of a warp group.
+        serialised: Each of them is waited for, because ptxas did not see that its registers are left alone.
         tma: Loads or stores through a tensor descriptor.
         fp8: e4m3, in a product or a conversion.
         pdl: Waits for the kernel before it.
@@ -69,6 +70,7 @@ class Built:
     registers: int
     stack: int
     wgmma: bool
+    serialised: bool
     tma: bool
     fp8: bool
     pdl: bool
@@ -176,22 +178,32 @@ def compiling(capability: int, built: list[Built]) -> Iterator[None]:
 
 
 def _describe(kernel: Any, capability: int, constants: dict[str, Any]) -> Built:
-    ptx, usage = kernel.asm["ptx"], _resources(kernel.asm["cubin"])
+    ptx, cubin = kernel.asm["ptx"], kernel.asm["cubin"]
+    usage, wgmma = _resources(cubin), "wgmma.mma_async" in ptx
     return Built(
         name=kernel.metadata.name, capability=capability, note={}, constants=constants,
-        shared=kernel.metadata.shared, registers=usage["REG"], stack=usage["STACK"], wgmma="wgmma.mma_async" in ptx,
+        shared=kernel.metadata.shared, registers=usage["REG"], stack=usage["STACK"], wgmma=wgmma,
+        serialised=wgmma and _serialised(cubin),
         tma="cp.async.bulk.tensor" in ptx, fp8="e4m3" in ptx, pdl="griddepcontrol.wait" in ptx,
         wide_copies="cp.async.cg.shared.global" in ptx,
     )  # fmt: skip
 
 
 def _resources(cubin: bytes) -> dict[str, int]:
+    text = _tool("cuobjdump", cubin, "--dump-resource-usage")
+    return {key: int(value) for key, value in re.findall(r"\b(REG|STACK):(\d+)", text)}
+
+
+def _serialised(cubin: bytes) -> bool:
+    text = _tool("nvdisasm", cubin, "--print-code")
+    return text.count("WARPGROUP.DEPBAR") >= len(re.findall(r"\b[HIQ]GMMA\b", text))
+
+
+def _tool(name: str, cubin: bytes, *options: str) -> str:
     import triton
 
-    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin" / name
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        command = [str(tool), "--dump-resource-usage", file.name]
-        text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    return {key: int(value) for key, value in re.findall(r"\b(REG|STACK):(\d+)", text)}
+        return subprocess.run([str(tool), *options, file.name], check=True, capture_output=True, text=True).stdout

@@ -1,6 +1,8 @@
 """Our Triton backend for middle and large token counts."""
 
-import torch
+import math
+from typing import Literal
+
 from torch import Tensor
 
 from moe_dispatch.backend import BackendConfig
@@ -44,101 +46,67 @@ class TritonPersistentBackend(TritonBackend):
     ) -> Tensor:
         """See `Backend.run`."""
         assert isinstance(config, TritonPersistentConfig)  # noqa: S101 - the dispatcher made it from config_type
-        pdl = config.pdl and self._features.pdl
+        fp8, pdl = experts.dtype == "fp8", config.pdl and self._features.pdl
+        N, K = experts.N, experts.K
         routing = route(topk_ids, experts.E, pdl=pdl)
-        x, x_scale = (
-            quantize_rows(hidden_states, pdl=pdl) if experts.dtype == "fp8" else (hidden_states, None)
-        )  # fmt: skip
-        h, h_scale = self._gate_up(x, x_scale, experts, routing, topk_ids.shape[1], config)
-        y = self._down(h, h_scale, experts, routing, hidden_states.dtype, config)
+        rows = routing.slot_of_row.shape[0]
+        x, x_scale = quantize_rows(hidden_states, pdl=pdl) if fp8 else (hidden_states, None)
+        h = hidden_states.new_empty(rows, N, dtype=FP8 if fp8 else None)
+        h_scale = empty_scales(rows, N, h.device, column_major=False) if fp8 else None
+        self._product(experts, "gate_up", x, x_scale, routing, topk_ids.shape[1], h, h_scale, config)
+        y = hidden_states.new_empty(rows, K)
+        self._product(experts, "down", h, h_scale, routing, 0, y, None, config)
         return combine(y, routing.row_of_slot, topk_weights, hidden_states.dtype, pdl=pdl)
 
-    def _gate_up(
+    def _product(
         self,
+        experts: ExpertWeights,
+        name: Literal["gate_up", "down"],
         x: Tensor,
         x_scale: Tensor | None,
-        experts: ExpertWeights,
         routing: Routing,
         topk: int,
+        y: Tensor,
+        y_scale: Tensor | None,
         config: TritonPersistentConfig,
-    ) -> tuple[Tensor, Tensor | None]:
-        """The first product and the activation: ``[rows, N]``, e4m3 with its multipliers if `x` is."""
-        from .kernel import _moe_gate_up_kernel
+    ) -> None:
+        """Launch one product: `y` ``[rows, N]`` from `x` ``[rows, K]``, or ``[M, K]`` with `topk` slots a row."""
+        from .kernel import _moe_product_kernel
 
-        fp8 = x_scale is not None
-        rows, N, K = routing.slot_of_row.shape[0], experts.N, experts.K
-        h = torch.empty(rows, N, dtype=FP8 if fp8 else x.dtype, device=x.device)
-        h_scale = empty_scales(rows, N, x.device, column_major=False) if fp8 else None
-        block_k = QUANT_BLOCK if fp8 else config.block_k
-        block_n = QUANT_BLOCK if fp8 else config.block_n
-        # Alternating rows are read with a stride, which a two-dimensional descriptor does not have.
-        tma = self._tma(config, K, x.element_size()) and not experts.interleaved
-        weight = experts.gate_up
-        _moe_gate_up_kernel[(self._programs(config),)](
+        first = name == "gate_up"
+        N, K = y.shape[1], x.shape[1]
+        block_n = config.block_n if first else config.down_block_n
+        block_k = QUANT_BLOCK if x_scale is not None else config.block_k
+        halves = 2 if first and experts.gated else 1
+        interleaved = first and experts.interleaved
+        # Runs of half a tile: two warp groups side by side have gate and up of the same columns each.
+        run = block_n // 2 if halves == 2 and not interleaved else 1
+        tma = config.tma and self._features.tma and tma_fits(K, x.element_size()) and N % run == 0
+        pdl = config.pdl and self._features.pdl
+        # Triton does not flatten a loop that carries what it holds of one tile to the next.
+        held = y_scale is not None and block_n < QUANT_BLOCK
+        # A half of the operand lies in one block of weights.
+        scalar = block_n <= QUANT_BLOCK and not interleaved and (halves == 1 or N % QUANT_BLOCK == 0)
+        weight: Tensor = getattr(experts, name)
+        # Seen as [E, N / run, halves, run, K], whose boxes are tiles' operands.
+        shape = (experts.E, halves, N // run, run, K) if run > 1 else (experts.E, N, halves, 1, K)
+        swapped = (1, 2) if run > 1 else None
+        box = (1, block_n // run, halves, run, block_k)
+        _moe_product_kernel[(self._features.sms * config.ctas_per_sm,)](
             # inputs
             x, x_scale,
-            self._descriptor(experts, "gate_up", (weight.shape[0] * weight.shape[1], K), (block_n, block_k))
-            if tma else weight,
-            experts.gate_up_scale, experts.gate_up_bias, routing.slot_of_row, routing.starts, routing.ends,
+            self._descriptor(experts, name, shape, box, swapped) if tma else weight,
+            getattr(experts, f"{name}_scale"), getattr(experts, f"{name}_bias"),
+            routing.slot_of_row if topk else None, routing.starts, routing.ends,
             # outputs
-            h, h_scale,
+            y, y_scale,
             # shapes
             N, K, experts.E,
             # constants
-            TOPK=topk, ACTIVATION=experts.activation, GATED=experts.gated, INTERLEAVED=experts.interleaved, FP8=fp8,
-            SCALAR_SCALE=not experts.gated or (N % QUANT_BLOCK == 0 and not experts.interleaved),
-            EVEN_K=K % block_k == 0, TMA=tma, SWAP=config.swap, BLOCK_M=config.block_m, TAIL_M=config.tail_m,
-            BLOCK_N=block_n, BLOCK_K=block_k, ORDER=config.order, GROUP_M=config.group_m,
-            E_POW2=_pow2(experts.E), **self._launch(config),
+            TOPK=topk, ACTIVATION=experts.activation if first else None, HALVES=halves, RUN=run,
+            INTERLEAVED=interleaved, SCALAR_SCALE=scalar, EVEN_K=K % block_k == 0, TMA=tma,
+            BLOCK_M=config.block_m, BLOCK_N=block_n, BLOCK_K=block_k,
+            ORDER=config.order, GROUP_M=config.group_m, E_POW2=1 << (experts.E - 1).bit_length(),
+            FLATTEN=not held and math.ceil(K / block_k) <= config.flatten_steps, PDL=pdl,
+            num_warps=config.num_warps, num_stages=config.num_stages, **({"launch_pdl": True} if pdl else {}),
         )  # fmt: skip
-        return h, h_scale
-
-    def _down(
-        self,
-        h: Tensor,
-        h_scale: Tensor | None,
-        experts: ExpertWeights,
-        routing: Routing,
-        out_dtype: torch.dtype,
-        config: TritonPersistentConfig,
-    ) -> Tensor:
-        """The second product: ``[rows, K]``."""
-        from .kernel import _moe_down_kernel
-
-        fp8 = h_scale is not None
-        rows, N, K = h.shape[0], experts.N, experts.K
-        y = torch.empty(rows, K, dtype=out_dtype, device=h.device)
-        block_k = QUANT_BLOCK if fp8 else config.down_block_k
-        tma = self._tma(config, N, h.element_size())
-        _moe_down_kernel[(self._programs(config),)](
-            # inputs
-            h, h_scale,
-            self._descriptor(experts, "down", (experts.E * K, N), (config.down_block_n, block_k))
-            if tma else experts.down,
-            experts.down_scale, experts.down_bias, routing.starts, routing.ends,
-            # outputs
-            y,
-            # shapes
-            N, K, experts.E,
-            # constants
-            FP8=fp8, SCALAR_SCALE=config.down_block_n <= QUANT_BLOCK, EVEN_N=N % block_k == 0, TMA=tma,
-            SWAP=config.swap, BLOCK_M=config.block_m, TAIL_M=config.tail_m, BLOCK_N=config.down_block_n,
-            BLOCK_K=block_k, ORDER=config.order, GROUP_M=config.group_m, E_POW2=_pow2(experts.E),
-            **self._launch(config),
-        )  # fmt: skip
-        return y
-
-    def _programs(self, config: TritonPersistentConfig) -> int:
-        return self._features.sms * config.ctas_per_sm
-
-    def _tma(self, config: TritonPersistentConfig, columns: int, element_bytes: int) -> bool:
-        return config.tma and self._features.tma and tma_fits(columns, element_bytes)
-
-    def _launch(self, config: TritonPersistentConfig) -> dict[str, object]:
-        pdl = config.pdl and self._features.pdl
-        launch: dict[str, object] = {"PDL": pdl, "num_warps": config.num_warps, "num_stages": config.num_stages}
-        return launch | {"launch_pdl": True} if pdl else launch
-
-
-def _pow2(value: int) -> int:
-    return 1 << (value - 1).bit_length()

@@ -1,5 +1,5 @@
 # mypy: disable-error-code="no-untyped-def, no-untyped-call"
-"""The two grouped products. Each launch is one wave of programs that walk over the tiles of all experts.
+"""The grouped product. A launch is one wave of programs that walk over the tiles of all experts.
 
 Rows lie in expert order without padding (see `stages.route`). Which tiles there are depends on the routing, so every
 program finds its own on the device: it keeps the running count of row blocks of all experts in registers.
@@ -8,11 +8,13 @@ program finds its own on the device: it keeps the running count of row blocks of
 import triton
 import triton.language as tl
 
+from ..launch import fast_launch
 from ..stages.device import moe_activate, moe_fp8_amax, moe_fp8_codes, moe_fp8_scale
 
 
+@fast_launch
 @triton.jit
-def _moe_gate_up_kernel(
+def _moe_product_kernel(
     # inputs
     x_ptr,
     x_scale_ptr,
@@ -23,8 +25,8 @@ def _moe_gate_up_kernel(
     starts_ptr,
     ends_ptr,
     # outputs
-    h_ptr,
-    h_scale_ptr,
+    y_ptr,
+    y_scale_ptr,
     # shapes
     N,
     K,
@@ -32,215 +34,93 @@ def _moe_gate_up_kernel(
     # constants
     TOPK: tl.constexpr,
     ACTIVATION: tl.constexpr,
-    GATED: tl.constexpr,
+    HALVES: tl.constexpr,
+    RUN: tl.constexpr,
     INTERLEAVED: tl.constexpr,
-    FP8: tl.constexpr,
     SCALAR_SCALE: tl.constexpr,
     EVEN_K: tl.constexpr,
     TMA: tl.constexpr,
-    SWAP: tl.constexpr,
     BLOCK_M: tl.constexpr,
-    TAIL_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     ORDER: tl.constexpr,
     GROUP_M: tl.constexpr,
     E_POW2: tl.constexpr,
+    FLATTEN: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """For every row h = activation(x @ gateᵀ, x @ upᵀ); with FP8 requantised per row and 128 columns."""
+    """For every row y = activation(x @ wᵀ); with a gate activation(x @ gateᵀ, x @ upᵀ), two HALVES of w's rows.
+
+    A tile's operand is ``HALVES · BLOCK_N`` rows of w, RUN of gate and RUN of up by turns: one product gives both, and
+    what an element of the result needs of them is in one thread's registers. Where a group of 128 quantised columns is
+    two tiles, a program computes one after the other and holds the first one's result.
+
+    Flattened, the loops over tiles and over K are one, whose software pipeline fetches the next tile's operands while
+    this tile's result is stored.
+    """
     if PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
+    FP8: tl.constexpr = x_scale_ptr is not None
+    WIDE: tl.constexpr = HALVES * BLOCK_N
+    GROUP_TILES: tl.constexpr = 128 // BLOCK_N if y_scale_ptr is not None else 1
+    tl.static_assert(GROUP_TILES <= 2, "a group of 128 columns is one tile or two")
     blocks, ends_b = _count_blocks(starts_ptr, ends_ptr, E, E_POW2, BLOCK_M)
     m_blocks = tl.sum(blocks, 0)
-    n_blocks = tl.cdiv(N, BLOCK_N)
-    for tile in range(tl.program_id(0), m_blocks * n_blocks, tl.num_programs(0)):
-        block_m, block_n = _order(tile, m_blocks, n_blocks, ORDER, GROUP_M)
+    n_blocks = tl.cdiv(N, BLOCK_N * GROUP_TILES)
+    # Of at least one group, whatever the number of tiles: no program starts at a group that is not there.
+    mine = tl.cdiv(tl.maximum(m_blocks * n_blocks - tl.program_id(0), 0), tl.num_programs(0)) * GROUP_TILES
+    held = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for i in tl.range(0, mine, flatten=FLATTEN):
+        group = tl.program_id(0) + i // GROUP_TILES * tl.num_programs(0)
+        block_m, block_n = _order(group, m_blocks, n_blocks, ORDER, GROUP_M)
         e, row = _locate(block_m, blocks, ends_b, starts_ptr, BLOCK_M)
-        end = tl.load(ends_ptr + e)
-        if TAIL_M > 0:
-            if end - row <= TAIL_M:
-                _gate_up_tile(
-                    x_ptr, x_scale_ptr, w, w_scale_ptr, bias_ptr, slot_of_row_ptr, h_ptr, h_scale_ptr,
-                    e, row, end, block_n, N, K, TOPK, ACTIVATION, GATED, INTERLEAVED, FP8, SCALAR_SCALE, EVEN_K, TMA,
-                    SWAP, TAIL_M, BLOCK_N, BLOCK_K,
-                )  # fmt: skip
-            else:
-                _gate_up_tile(
-                    x_ptr, x_scale_ptr, w, w_scale_ptr, bias_ptr, slot_of_row_ptr, h_ptr, h_scale_ptr,
-                    e, row, end, block_n, N, K, TOPK, ACTIVATION, GATED, INTERLEAVED, FP8, SCALAR_SCALE, EVEN_K, TMA,
-                    SWAP, BLOCK_M, BLOCK_N, BLOCK_K,
-                )  # fmt: skip
-        else:
-            _gate_up_tile(
-                x_ptr, x_scale_ptr, w, w_scale_ptr, bias_ptr, slot_of_row_ptr, h_ptr, h_scale_ptr,
-                e, row, end, block_n, N, K, TOPK, ACTIVATION, GATED, INTERLEAVED, FP8, SCALAR_SCALE, EVEN_K, TMA,
-                SWAP, BLOCK_M, BLOCK_N, BLOCK_K,
-            )  # fmt: skip
-
-
-@triton.jit
-def _gate_up_tile(
-    x_ptr, x_scale_ptr, w, w_scale_ptr, bias_ptr, slot_of_row_ptr, h_ptr, h_scale_ptr,
-    e, row, end, block_n, N, K,
-    TOPK: tl.constexpr, ACTIVATION: tl.constexpr, GATED: tl.constexpr, INTERLEAVED: tl.constexpr, FP8: tl.constexpr,
-    SCALAR_SCALE: tl.constexpr, EVEN_K: tl.constexpr, TMA: tl.constexpr, SWAP: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    offs_m = row + tl.arange(0, BLOCK_M)
-    mask_m = offs_m < end
-    # Rows past the expert's end read token 0, which is there, and are never stored.
-    token = tl.load(slot_of_row_ptr + offs_m, mask=mask_m, other=0) // TOPK
-    x_ptrs = x_ptr + token.to(tl.int64)[:, None] * K
-    offs_n = block_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    rows_per_expert = 2 * N if GATED else N
-    gate_row = offs_n * 2 if INTERLEAVED else offs_n
-    up_row = offs_n * 2 + 1 if INTERLEAVED else N + offs_n
-    first = e * rows_per_expert + block_n * BLOCK_N  # TMA coordinate, E·2N < 2³¹
-    base = e.to(tl.int64) * rows_per_expert
-    k_groups = tl.cdiv(K, 128)
-    if FP8:
-        x_scale_ptrs = x_scale_ptr + token * k_groups
-        scale_base = w_scale_ptr + e * tl.cdiv(rows_per_expert, 128) * k_groups
-        # Rows past N are another matrix's, and past the last expert nothing.
-        gate_scale_row = _scale_row(tl.where(offs_n < N, gate_row, 0), block_n * BLOCK_N, SCALAR_SCALE)
-        up_scale_row = _scale_row(tl.where(offs_n < N, up_row, 0), N + block_n * BLOCK_N, SCALAR_SCALE)
-        gate_scale_ptrs = scale_base + gate_scale_row * k_groups
-        up_scale_ptrs = scale_base + up_scale_row * k_groups
-    gate = tl.zeros([BLOCK_N, BLOCK_M] if SWAP else [BLOCK_M, BLOCK_N], tl.float32)
-    up = tl.zeros([BLOCK_N, BLOCK_M] if SWAP else [BLOCK_M, BLOCK_N], tl.float32)
-    for k in range(0, K, BLOCK_K):
-        x = _load_x(x_ptrs, k, K, EVEN_K, BLOCK_K)
-        w_gate = _load_w(w, first, base + gate_row, offs_n < N, k, K, TMA, EVEN_K, BLOCK_K)
+        first_n = (block_n * GROUP_TILES + i % GROUP_TILES) * BLOCK_N
+        offs_m = row + tl.arange(0, BLOCK_M)
+        mask_m = offs_m < tl.load(ends_ptr + e)
+        source = offs_m
+        if slot_of_row_ptr is not None:
+            source = tl.load(slot_of_row_ptr + offs_m, mask=mask_m, other=0) // TOPK
+        x_ptrs = x_ptr + source.to(tl.int64)[:, None] * K
+        w_row, column = _weight_rows(first_n, N, HALVES, RUN, INTERLEAVED, WIDE)
+        w_rows = e.to(tl.int64) * (HALVES * N) + w_row
         if FP8:
-            x_scale = tl.load(x_scale_ptrs + k // 128)
-            gate = _scaled_product(x, w_gate, gate, x_scale, tl.load(gate_scale_ptrs + k // 128), SCALAR_SCALE, SWAP)
-        else:
-            gate = _product(x, w_gate, gate, SWAP)
-        if GATED:
-            w_up = _load_w(w, first + N, base + up_row, offs_n < N, k, K, TMA, EVEN_K, BLOCK_K)
+            k_groups = tl.cdiv(K, 128)
+            x_scale_ptrs = x_scale_ptr + source * k_groups
+            w_scale_ptrs = w_scale_ptr + e * tl.cdiv(HALVES * N, 128) * k_groups
+            x_scale = tl.load(x_scale_ptrs, mask=mask_m, other=0.0)
+            w_scale = _load_w_scale(w_scale_ptrs, w_row, column, first_n, N, k_groups, HALVES, RUN, SCALAR_SCALE)
+        acc = tl.zeros([BLOCK_M, WIDE], tl.float32)
+        for k in range(0, K, BLOCK_K):
+            x_tile = _load_x(x_ptrs, mask_m, k, K, EVEN_K, BLOCK_K)
+            if TMA:
+                w_tile = tl.reshape(w.load([e, first_n // RUN, 0, 0, k]), [WIDE, BLOCK_K])
+            else:
+                w_tile = _load_x(w + w_rows[:, None] * K, column < N, k, K, EVEN_K, BLOCK_K)
             if FP8:
-                up = _scaled_product(x, w_up, up, x_scale, tl.load(up_scale_ptrs + k // 128), SCALAR_SCALE, SWAP)
+                # Loaded one step ahead: nothing between the product and its promotion waits for memory.
+                k_group = tl.minimum(k // 128 + 1, k_groups - 1)
+                next_x_scale = tl.load(x_scale_ptrs + k_group, mask=mask_m, other=0.0)
+                next_w_scale = _load_w_scale(
+                    w_scale_ptrs + k_group, w_row, column, first_n, N, k_groups, HALVES, RUN, SCALAR_SCALE
+                )
+                acc += tl.dot(x_tile, tl.trans(w_tile)) * (x_scale[:, None] * w_scale[None, :])
+                x_scale, w_scale = next_x_scale, next_w_scale
             else:
-                up = _product(x, w_up, up, SWAP)
-    if SWAP:
-        gate, up = tl.trans(gate), tl.trans(up)
+                acc = tl.dot(x_tile, tl.trans(w_tile), acc, input_precision="ieee")
 
-    mask_n = offs_n < N
-    if bias_ptr is not None:
-        gate += tl.load(bias_ptr + base + gate_row, mask=mask_n, other=0.0).to(tl.float32)[None, :]
-        if GATED:
-            up += tl.load(bias_ptr + base + up_row, mask=mask_n, other=0.0).to(tl.float32)[None, :]
-    h = moe_activate(gate, up, ACTIVATION)  # [BLOCK_M, BLOCK_N]
-    row64 = offs_m.to(tl.int64)
-    mask = mask_m[:, None] & mask_n[None, :]
-    h_ptrs = h_ptr + row64[:, None] * N + offs_n[None, :]
-    if FP8:
-        tl.static_assert(BLOCK_N == 128, "a group of 128 columns must be whole in a tile")
-        # Columns past N hold another matrix's rows, and must not raise the group's scale.
-        h = tl.where(mask_n[None, :], h, 0.0)
-        scale = moe_fp8_scale(moe_fp8_amax(h, 1))
-        tl.store(h_ptrs, moe_fp8_codes(h, tl.broadcast_to(scale[:, None], [BLOCK_M, BLOCK_N])), mask=mask)
-        tl.store(h_scale_ptr + row64 * tl.cdiv(N, 128) + block_n, scale, mask=mask_m)
-    else:
-        tl.store(h_ptrs, h.to(h_ptr.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def _moe_down_kernel(
-    # inputs
-    h_ptr,
-    h_scale_ptr,
-    w,
-    w_scale_ptr,
-    bias_ptr,
-    starts_ptr,
-    ends_ptr,
-    # outputs
-    y_ptr,
-    # shapes
-    N,
-    K,
-    E,
-    # constants
-    FP8: tl.constexpr,
-    SCALAR_SCALE: tl.constexpr,
-    EVEN_N: tl.constexpr,
-    TMA: tl.constexpr,
-    SWAP: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    TAIL_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    ORDER: tl.constexpr,
-    GROUP_M: tl.constexpr,
-    E_POW2: tl.constexpr,
-    PDL: tl.constexpr,
-):
-    """For every row y = h @ downᵀ. BLOCK_N tiles the product's columns, K of them; BLOCK_K what is summed over, N."""
-    if PDL:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
-    blocks, ends_b = _count_blocks(starts_ptr, ends_ptr, E, E_POW2, BLOCK_M)
-    m_blocks = tl.sum(blocks, 0)
-    n_blocks = tl.cdiv(K, BLOCK_N)
-    for tile in range(tl.program_id(0), m_blocks * n_blocks, tl.num_programs(0)):
-        block_m, block_n = _order(tile, m_blocks, n_blocks, ORDER, GROUP_M)
-        e, row = _locate(block_m, blocks, ends_b, starts_ptr, BLOCK_M)
-        end = tl.load(ends_ptr + e)
-        if TAIL_M > 0:
-            if end - row <= TAIL_M:
-                _down_tile(
-                    h_ptr, h_scale_ptr, w, w_scale_ptr, bias_ptr, y_ptr, e, row, end, block_n, N, K,
-                    FP8, SCALAR_SCALE, EVEN_N, TMA, SWAP, TAIL_M, BLOCK_N, BLOCK_K,
-                )  # fmt: skip
-            else:
-                _down_tile(
-                    h_ptr, h_scale_ptr, w, w_scale_ptr, bias_ptr, y_ptr, e, row, end, block_n, N, K,
-                    FP8, SCALAR_SCALE, EVEN_N, TMA, SWAP, BLOCK_M, BLOCK_N, BLOCK_K,
-                )  # fmt: skip
+        if bias_ptr is not None:
+            acc += tl.load(bias_ptr + w_rows, mask=column < N, other=0.0).to(tl.float32)[None, :]
+        # Columns past N come from weights and biases of zero, and every activation maps zeros to zero.
+        y = _activate(acc, ACTIVATION, HALVES, RUN, BLOCK_M, BLOCK_N)
+        if y_scale_ptr is None:
+            _store(y, y_ptr, offs_m, mask_m, first_n, N, BLOCK_N)
+        elif GROUP_TILES == 1:
+            _store_group(y, y, y_ptr, y_scale_ptr, offs_m, mask_m, first_n, N, 1, BLOCK_M, BLOCK_N)
         else:
-            _down_tile(
-                h_ptr, h_scale_ptr, w, w_scale_ptr, bias_ptr, y_ptr, e, row, end, block_n, N, K,
-                FP8, SCALAR_SCALE, EVEN_N, TMA, SWAP, BLOCK_M, BLOCK_N, BLOCK_K,
-            )  # fmt: skip
-
-
-@triton.jit
-def _down_tile(
-    h_ptr, h_scale_ptr, w, w_scale_ptr, bias_ptr, y_ptr, e, row, end, block_n, N, K,
-    FP8: tl.constexpr, SCALAR_SCALE: tl.constexpr, EVEN_N: tl.constexpr, TMA: tl.constexpr, SWAP: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    offs_m = row + tl.arange(0, BLOCK_M)
-    mask_m = offs_m < end
-    source = tl.where(mask_m, offs_m, row).to(tl.int64)  # the buffer may end before the tile does
-    h_ptrs = h_ptr + source[:, None] * N
-    offs_k = block_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    mask_k = offs_k < K
-    base = e.to(tl.int64) * K
-    n_groups = tl.cdiv(N, 128)
-    if FP8:
-        h_scale_ptrs = h_scale_ptr + source * n_groups
-        w_scale_ptrs = w_scale_ptr + e * tl.cdiv(K, 128) * n_groups
-        # Rows past K are other experts', and past the last expert nothing.
-        w_scale_ptrs += _scale_row(tl.where(mask_k, offs_k, 0), block_n * BLOCK_N, SCALAR_SCALE) * n_groups
-    acc = tl.zeros([BLOCK_N, BLOCK_M] if SWAP else [BLOCK_M, BLOCK_N], tl.float32)
-    for n in range(0, N, BLOCK_K):
-        h = _load_x(h_ptrs, n, N, EVEN_N, BLOCK_K)
-        w_down = _load_w(w, e * K + block_n * BLOCK_N, base + offs_k, mask_k, n, N, TMA, EVEN_N, BLOCK_K)
-        if FP8:
-            h_scale = tl.load(h_scale_ptrs + n // 128)
-            acc = _scaled_product(h, w_down, acc, h_scale, tl.load(w_scale_ptrs + n // 128), SCALAR_SCALE, SWAP)
-        else:
-            acc = _product(h, w_down, acc, SWAP)
-    if SWAP:
-        acc = tl.trans(acc)
-    if bias_ptr is not None:
-        acc += tl.load(bias_ptr + base + offs_k, mask=mask_k, other=0.0).to(tl.float32)[None, :]
-    y_ptrs = y_ptr + offs_m.to(tl.int64)[:, None] * K + offs_k[None, :]
-    tl.store(y_ptrs, acc.to(y_ptr.dtype.element_ty), mask=mask_m[:, None] & mask_k[None, :])
+            if i % 2 == 1:
+                _store_group(held, y, y_ptr, y_scale_ptr, offs_m, mask_m, first_n - BLOCK_N, N, 2, BLOCK_M, BLOCK_N)
+            held = y
 
 
 @triton.jit
@@ -282,58 +162,78 @@ def _order(tile, m_blocks, n_blocks, ORDER: tl.constexpr, GROUP_M: tl.constexpr)
 
 
 @triton.jit
-def _scale_row(rows, first, SCALAR_SCALE: tl.constexpr):
-    """Row of the scale matrix: one for the whole tile where it lies in one block of 128, else one for each row."""
-    return first // 128 if SCALAR_SCALE else rows // 128
+def _weight_rows(
+    first_n, N, HALVES: tl.constexpr, RUN: tl.constexpr, INTERLEAVED: tl.constexpr, WIDE: tl.constexpr
+):  # fmt: skip
+    """The rows of an expert's weights that make a tile's operand, and the column of the result that each adds to."""
+    offs = tl.arange(0, WIDE)
+    half = offs // RUN % HALVES
+    column = first_n + offs // (HALVES * RUN) * RUN + offs % RUN
+    w_row = column * HALVES + half if INTERLEAVED else column + half * N
+    return w_row, column
 
 
 @triton.jit
-def _load_x(row_ptrs, k, K, EVEN_K: tl.constexpr, BLOCK_K: tl.constexpr):
+def _load_x(row_ptrs, mask, k, K, EVEN_K: tl.constexpr, BLOCK_K: tl.constexpr):
+    """A step's columns of some rows; zeros, for which nothing is read, where a row is masked: ``[…, BLOCK_K]``."""
     offs_k = k + tl.arange(0, BLOCK_K)
     if EVEN_K:
-        x = tl.load(row_ptrs + offs_k[None, :])
+        tile = tl.load(row_ptrs + offs_k[None, :], mask=mask[:, None], other=0.0)
     else:
-        x = tl.load(row_ptrs + offs_k[None, :], mask=(offs_k < K)[None, :], other=0.0)
-    return x  # [BLOCK_M, BLOCK_K]
+        tile = tl.load(row_ptrs + offs_k[None, :], mask=mask[:, None] & (offs_k < K)[None, :], other=0.0)
+    return tile
 
 
 @triton.jit
-def _load_w(w, first, rows, mask, k, K, TMA: tl.constexpr, EVEN_K: tl.constexpr, BLOCK_K: tl.constexpr):
-    if TMA:
-        tile = w.load([first, k])
+def _load_w_scale(
+    ptrs, w_row, column, first_n, N, k_groups, HALVES: tl.constexpr, RUN: tl.constexpr, SCALAR_SCALE: tl.constexpr
+):  # fmt: skip
+    """Multipliers of a tile's weights ``[WIDE]``; as a scalar for each half where a tile lies in one block of 128."""
+    if SCALAR_SCALE:
+        scale = tl.load(ptrs + first_n // 128 * k_groups) + tl.zeros(w_row.shape, tl.float32)
+        if HALVES == 2:
+            up_scale = tl.load(ptrs + (N + first_n) // 128 * k_groups)
+            scale = tl.where(tl.arange(0, w_row.shape[0]) // RUN % 2 == 0, scale, up_scale)
     else:
-        offs_k = k + tl.arange(0, BLOCK_K)
-        w_ptrs = w + rows[:, None] * K + offs_k[None, :]
-        if EVEN_K:
-            tile = tl.load(w_ptrs, mask=mask[:, None], other=0.0)
-        else:
-            tile = tl.load(w_ptrs, mask=mask[:, None] & (offs_k < K)[None, :], other=0.0)
-    return tile  # [BLOCK_N, BLOCK_K]
+        scale = tl.load(ptrs + w_row // 128 * k_groups, mask=column < N, other=0.0)
+    return scale
 
 
 @triton.jit
-def _product(x, w, acc, SWAP: tl.constexpr):
-    """Add x @ wᵀ, or its transpose: weights then take the wide side of the tensor core and few rows the narrow."""
-    if SWAP:
-        out = tl.dot(w, tl.trans(x), acc, input_precision="ieee")
+def _activate(
+    acc, ACTIVATION: tl.constexpr, HALVES: tl.constexpr, RUN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
+):  # fmt: skip
+    """The result's columns from the operand's: ``[BLOCK_M, WIDE]`` to ``[BLOCK_M, BLOCK_N]``."""
+    if HALVES == 2:
+        halves = tl.permute(tl.reshape(acc, [BLOCK_M, BLOCK_N // RUN, 2, RUN]), [0, 1, 3, 2])
+        gate, up = tl.split(halves)
+        y = moe_activate(tl.reshape(gate, [BLOCK_M, BLOCK_N]), tl.reshape(up, [BLOCK_M, BLOCK_N]), ACTIVATION)
+    elif ACTIVATION is not None:
+        y = moe_activate(acc, None, ACTIVATION)
     else:
-        out = tl.dot(x, tl.trans(w), acc, input_precision="ieee")
-    return out
+        y = acc
+    return y
 
 
 @triton.jit
-def _scaled_product(x, w, acc, x_scale, w_scale, SCALAR_SCALE: tl.constexpr, SWAP: tl.constexpr):
-    """The same with block scales; each 128 products are added up by the tensor core and then in fp32."""
-    if SWAP:
-        product = tl.dot(w, tl.trans(x))
-        if SCALAR_SCALE:
-            out = acc + product * (x_scale * w_scale)[None, :]
-        else:
-            out = acc + product * x_scale[None, :] * w_scale[:, None]
-    else:
-        product = tl.dot(x, tl.trans(w))
-        if SCALAR_SCALE:
-            out = acc + product * (x_scale * w_scale)[:, None]
-        else:
-            out = acc + product * x_scale[:, None] * w_scale[None, :]
-    return out
+def _store(y, y_ptr, offs_m, mask_m, first_n, N, BLOCK_N: tl.constexpr):
+    offs_n = first_n + tl.arange(0, BLOCK_N)
+    y_ptrs = y_ptr + offs_m.to(tl.int64)[:, None] * N + offs_n[None, :]
+    tl.store(y_ptrs, y.to(y_ptr.dtype.element_ty), mask=mask_m[:, None] & (offs_n < N)[None, :])
+
+
+@triton.jit
+def _store_group(
+    first, second, y_ptr, y_scale_ptr, offs_m, mask_m, first_n, N,
+    TILES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Quantise and store a group of 128 columns: one tile, or two side by side."""
+    amax = moe_fp8_amax(first, 1)
+    if TILES == 2:
+        amax = tl.maximum(amax, moe_fp8_amax(second, 1))
+    scale = moe_fp8_scale(amax)
+    wide_scale = tl.broadcast_to(scale[:, None], [BLOCK_M, BLOCK_N])
+    _store(moe_fp8_codes(first, wide_scale), y_ptr, offs_m, mask_m, first_n, N, BLOCK_N)
+    if TILES == 2:
+        _store(moe_fp8_codes(second, wide_scale), y_ptr, offs_m, mask_m, first_n + BLOCK_N, N, BLOCK_N)
+    tl.store(y_scale_ptr + offs_m.to(tl.int64) * tl.cdiv(N, 128) + first_n // 128, scale, mask=mask_m)
