@@ -108,9 +108,12 @@ def _shapes(load: float, *, fp8: bool, features: Features) -> list[TritonPersist
         # 64 cost no time: weights arrive slower than they are multiplied.
         low = {"block_m": 64, "num_warps": 4, "ctas_per_sm": 2, "flatten_steps": 16}
         high = low | {"block_m": 128}
-        wide = {"block_m": 128, "block_n": 128, "num_warps": 8, "flatten_steps": 16}
-        # With scales, accumulators of 128 rows leave registers for one program only.
-        shapes = [low] if fp8 else [low, high] if load <= 40 else [high, wide, low]
+        # One program of twice the width or, where multipliers take its registers, of twice the height.
+        alone = {"num_warps": 8, "ctas_per_sm": 1}
+        if fp8:
+            shapes = [low, low | alone | {"block_n": 128}, high | alone]
+        else:
+            shapes = [low, high] if load <= 40 else [high, high | alone | {"block_n": 128}, low]
     else:
         heights = (16, 32) if load <= 12 else (32, 16, 64) if load <= 24 else (64, 32, 128)
         # mma.sync holds operands in registers too.
