@@ -141,6 +141,8 @@ def layouts_for(workload: str, M: int, dtype: DType) -> list[str]:
         ("deepseek-v3", 1024, "fp8", "masked"),
         ("deepseek-v3", 4096, "fp8", "psum"),
         ("mixtral-8x7b", 128, "fp8", "masked"),
+        ("mixtral-8x7b", 256, "fp8", "psum"),
+        ("qwen3-30b-a3b", 1024, "bf16", "masked"),
         ("mixtral-8x7b", 1024, "fp8", "psum"),
         ("qwen3-30b-a3b", 16384, "bf16", "psum"),
     ],

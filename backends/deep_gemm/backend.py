@@ -6,7 +6,7 @@ from torch import Tensor
 
 from moe_dispatch.backend import Backend, BackendConfig, Requirements
 from moe_dispatch.experts import ExpertWeights
-from moe_dispatch.problem import QUANT_BLOCK, MoEProblem
+from moe_dispatch.problem import QUANT_BLOCK, DType, MoEProblem
 
 from ..stages.combine import combine
 from .layouts import MaskedRows, PsumRows, Rows, expected_rows, layout_rows
@@ -15,7 +15,7 @@ from .library import INSTALL_HINT, load, wheel_reasons
 Layout = Literal["masked", "psum"]
 
 # Up to here per expert, the masked layout is the faster one on an H200: its tiles may be lower.
-_FEW_ROWS: Final = 64
+_FEW_ROWS: Final[dict[DType, int]] = {"bf16": 64, "fp8": 32}
 _ROWS: Final[dict[Layout, type[Rows]]] = {"masked": MaskedRows, "psum": PsumRows}
 # The masked layout must hold every token of the call for every expert; beyond this share of the device's memory that
 # is not a workspace any more.
@@ -76,7 +76,8 @@ class DeepGemmBackend(Backend):
         masked, psum = DeepGemmConfig(layout="masked"), DeepGemmConfig(layout="psum")
         if self.workspace_bytes(problem, masked) > self.machine.memory_bytes * _MASKED_MEMORY_SHARE:
             return (psum,)
-        return (masked, psum) if expected_rows(problem.slots, problem.E) <= _FEW_ROWS else (psum, masked)
+        few = expected_rows(problem.slots, problem.E) <= _FEW_ROWS[problem.dtype]
+        return (masked, psum) if few else (psum, masked)
 
     def workspace_bytes(self, problem: MoEProblem, config: BackendConfig) -> int:
         """See `Backend.workspace_bytes`."""

@@ -20,6 +20,7 @@ def _moe_activate_kernel(
     out_ptr,
     scale_ptr,
     # shapes
+    slots,
     N,
     gate_up_rows,
     span,
@@ -30,42 +31,44 @@ def _moe_activate_kernel(
     ACTIVATION: tl.constexpr,
     INTERLEAVED: tl.constexpr,
     QUANTIZE: tl.constexpr,
+    SLOTS: tl.constexpr,
     GROUPS: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """One program per slot and GROUPS * 128 columns, so that padding costs nothing."""
+    """A program takes a few slots and GROUPS * 128 columns; padding is nobody's slot and costs nothing."""
     blocks = tl.cdiv(N, GROUPS * 128)
-    slot = tl.program_id(0) // blocks
+    offs_s = tl.program_id(0) // blocks * SLOTS + tl.arange(0, SLOTS)
     block = tl.program_id(0) % blocks
     offs_n = block * GROUPS * 128 + tl.arange(0, GROUPS * 128)
     if PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
-    row = tl.load(row_of_slot_ptr + slot)
-    if row < 0:
-        return
-    mask = offs_n < N
+    row = tl.load(row_of_slot_ptr + offs_s, mask=offs_s < slots, other=-1)
+    mask_s = row >= 0
+    mask = mask_s[:, None] & (offs_n < N)[None, :]
     offs_gate = offs_n * 2 if INTERLEAVED else offs_n
     offs_up = offs_n * 2 + 1 if INTERLEAVED else N + offs_n
-    row_ptr = gate_up_ptr + row.to(tl.int64) * gate_up_rows
-    gate = tl.load(row_ptr + offs_gate, mask=mask, other=0.0).to(tl.float32)
+    row_ptrs = gate_up_ptr + row.to(tl.int64)[:, None] * gate_up_rows
+    gate = tl.load(row_ptrs + offs_gate[None, :], mask=mask, other=0.0).to(tl.float32)
     up = None
     if ACTIVATION != "relu2":
-        up = tl.load(row_ptr + offs_up, mask=mask, other=0.0).to(tl.float32)
+        up = tl.load(row_ptrs + offs_up[None, :], mask=mask, other=0.0).to(tl.float32)
     if bias_ptr is not None:
-        expert_ptr = bias_ptr + tl.load(ids_ptr + slot).to(tl.int64) * gate_up_rows
-        gate += tl.load(expert_ptr + offs_gate, mask=mask, other=0.0).to(tl.float32)
+        expert = tl.load(ids_ptr + offs_s, mask=mask_s, other=0).to(tl.int64)
+        bias_ptrs = bias_ptr + expert[:, None] * gate_up_rows
+        gate += tl.load(bias_ptrs + offs_gate[None, :], mask=mask, other=0.0).to(tl.float32)
         if ACTIVATION != "relu2":
-            up += tl.load(expert_ptr + offs_up, mask=mask, other=0.0).to(tl.float32)
-    out = moe_activate(gate, up, ACTIVATION)  # [GROUPS * 128]
-    out_ptrs = out_ptr + row.to(tl.int64) * N + offs_n
+            up += tl.load(bias_ptrs + offs_up[None, :], mask=mask, other=0.0).to(tl.float32)
+    out = moe_activate(gate, up, ACTIVATION)  # [SLOTS, GROUPS * 128]
+    out_ptrs = out_ptr + row.to(tl.int64)[:, None] * N + offs_n[None, :]
     if QUANTIZE:
-        grouped = tl.reshape(out, [GROUPS, 128])
-        scale = moe_fp8_scale(moe_fp8_amax(grouped, 1))  # [GROUPS]
-        codes = moe_fp8_codes(grouped, tl.broadcast_to(scale[:, None], [GROUPS, 128]))
-        tl.store(out_ptrs, tl.reshape(codes, [GROUPS * 128]), mask=mask)
+        grouped = tl.reshape(out, [SLOTS, GROUPS, 128])
+        scale = moe_fp8_scale(moe_fp8_amax(grouped, 2))  # [SLOTS, GROUPS]
+        codes = moe_fp8_codes(grouped, tl.broadcast_to(scale[:, :, None], [SLOTS, GROUPS, 128]))
+        tl.store(out_ptrs, tl.reshape(codes, [SLOTS, GROUPS * 128]), mask=mask)
         offs_g = block * GROUPS + tl.arange(0, GROUPS)
         first = (row // span).to(tl.int64) * stride_scale_span + (row % span).to(tl.int64) * stride_scale_row
-        tl.store(scale_ptr + first + offs_g * stride_scale_group, scale, mask=offs_g * 128 < N)
+        scale_ptrs = scale_ptr + first[:, None] + offs_g[None, :] * stride_scale_group
+        tl.store(scale_ptrs, scale, mask=mask_s[:, None] & (offs_g * 128 < N)[None, :])
     else:
         tl.store(out_ptrs, out.to(out_ptr.dtype.element_ty), mask=mask)
