@@ -14,6 +14,7 @@ from ..stages.quantize import empty_scales, quantize_rows
 from ..stages.route import Routing, route
 from ..triton_backend import TritonBackend
 from .config import TritonPersistentConfig, persistent_configs, tma_fits
+from .hopper import hopper_configs, hopper_kernels_load, hopper_permutes, hopper_products, hopper_suits
 
 
 class TritonPersistentBackend(TritonBackend):
@@ -28,13 +29,19 @@ class TritonPersistentBackend(TritonBackend):
 
     def configs(self, problem: MoEProblem) -> tuple[BackendConfig, ...]:
         """See `Backend.configs`."""
-        return persistent_configs(problem, self._features)
+        hopper = hopper_configs(problem, self.machine)
+        plain = persistent_configs(problem, self._features)
+        return (*hopper, *plain) if hopper_suits(problem) else (*plain, *hopper)
 
-    def workspace_bytes(self, problem: MoEProblem, config: BackendConfig) -> int:  # noqa: ARG002
+    def workspace_bytes(self, problem: MoEProblem, config: BackendConfig) -> int:
         """See `Backend.workspace_bytes`."""
+        assert isinstance(config, TritonPersistentConfig)  # noqa: S101 - as in `run`
         each = 1 if problem.dtype == "fp8" else 2
-        quantised = problem.M * problem.K if problem.dtype == "fp8" else 0
-        return problem.slots * (problem.N * each + problem.K * 2 + 8) + quantised
+        if config.engine == "gluon" and hopper_permutes(problem.N):
+            inputs = problem.slots * problem.K * each
+        else:
+            inputs = problem.M * problem.K if problem.dtype == "fp8" else 0
+        return problem.slots * (problem.N * each + problem.K * 2 + 8) + inputs
 
     def run(
         self,
@@ -49,6 +56,10 @@ class TritonPersistentBackend(TritonBackend):
         fp8, pdl = experts.dtype == "fp8", config.pdl and self._features.pdl
         N, K = experts.N, experts.K
         routing = route(topk_ids, experts.E, pdl=pdl)
+        # The loader's copies are of 16 bytes.
+        if config.engine == "gluon" and hopper_kernels_load() and hidden_states.data_ptr() % 16 == 0:
+            y = hopper_products(hidden_states, experts, routing, topk_ids.shape[1], config, self._features.sms)
+            return combine(y, routing.row_of_slot, topk_weights, hidden_states.dtype, pdl=pdl)
         rows = routing.slot_of_row.shape[0]
         x, x_scale = quantize_rows(hidden_states, pdl=pdl) if fp8 else (hidden_states, None)
         h = hidden_states.new_empty(rows, N, dtype=FP8 if fp8 else None)

@@ -9,6 +9,7 @@ from moe_dispatch.problem import ELEMENT_BYTES, QUANT_BLOCK, MoEProblem
 
 from ..triton_support import Features
 
+Engine = Literal["triton", "gluon"]
 Order = Literal["grouped", "column_major", "row_major"]
 
 
@@ -16,6 +17,8 @@ class TritonPersistentConfig(BackendConfig):
     """One choice for both products.
 
     Attributes:
+        engine: ``"gluon"``: the warp-specialised kernels for Hopper, see `hopper`. Their tiles are fixed; what is said
+            of tiles here is for tensors that they do not take.
         block_m: Rows of a tile.
         block_n: Columns of a tile of gate and of up, each; 64 or 128 for FP8.
         down_block_n: Columns of a tile of the second product.
@@ -31,6 +34,7 @@ class TritonPersistentConfig(BackendConfig):
         pdl: Programmatic dependent launch: each kernel is launched while the one before it drains.
     """
 
+    engine: Engine = "triton"
     block_m: int = pydantic.Field(default=64, ge=16, le=256)
     block_n: int = pydantic.Field(default=64, ge=16, le=128)
     down_block_n: int = pydantic.Field(default=128, ge=16, le=256)
@@ -54,6 +58,8 @@ class TritonPersistentConfig(BackendConfig):
     @property
     def label(self) -> str:
         """``64x64-128x64,w4,s3,c1,grouped8``: rows × gate columns - down columns × depth."""
+        if self.engine == "gluon":
+            return f"gluon,{self.order}{self.group_m}"
         parts = [
             f"{self.block_m}x{self.block_n}-{self.down_block_n}x{self.block_k}",
             f"w{self.num_warps}",

@@ -1,0 +1,190 @@
+"""The two grouped products on Hopper, by the warp-specialised kernels of `hopper_kernel`.
+
+Imports no Triton until it launches, so that a machine without it can still ask.
+"""
+
+import functools
+import math
+import re
+from collections.abc import Callable
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+from moe_dispatch.experts import FP8, ExpertWeights
+from moe_dispatch.machine import Machine
+from moe_dispatch.problem import ELEMENT_BYTES, MoEProblem
+
+from ..stages.quantize import empty_scales, gather, gather_quantize, quantize_rows
+from ..stages.route import Routing
+from .config import TritonPersistentConfig
+
+_LEAST_TRITON: Final = (3, 6)  # of the Gluon that the kernels are written in
+_BLOCK_M: Final = 128
+_TAIL_M: Final = 32  # left-over rows that join the block before them; for FP8 none
+_STAGE_BYTES: Final = 128  # of a row
+_STAGES: Final = 4
+# Gathering in the loader costs the first product a twelfth of its time; a pass that permutes the rows before it costs
+# a share that falls with N.
+_PERMUTED_FROM_N: Final = 4096
+# Rows per expert from which these kernels are the default: below, tiles of 64 rows on two programs are ahead.
+_FEW_ROWS: Final = 32
+
+
+def hopper_configs(problem: MoEProblem, machine: Machine) -> tuple[TritonPersistentConfig, ...]:
+    """The configurations of these kernels that are worth measuring; none where they cannot run."""
+    takes = (
+        machine.capability == (9, 0)
+        and _version(machine.triton) >= _LEAST_TRITON
+        and problem.dtype in _FITS
+        and _FITS[problem.dtype](problem)
+        and problem.gated
+        and not problem.interleaved
+        and not problem.bias
+    )
+    if not takes:
+        return ()
+    depth = _STAGE_BYTES // ELEMENT_BYTES[problem.dtype]
+    return (TritonPersistentConfig(engine="gluon", block_k=depth, tma=True, pdl=True),)
+
+
+# The loader gathers whole blocks of hidden_states' columns, and TMA needs rows that start on 16 bytes. Tiles of FP8
+# are whole blocks of scales.
+_FITS: Final[dict[str, Callable[[MoEProblem], bool]]] = {
+    "bf16": lambda problem: problem.K % 64 == 0 and problem.N % 8 == 0,
+    "fp16": lambda problem: problem.K % 64 == 0 and problem.N % 8 == 0,
+    "fp8": lambda problem: problem.K % 256 == 0 and problem.N % 128 == 0,
+}
+
+
+def hopper_suits(problem: MoEProblem) -> bool:
+    """Whether these kernels are the likeliest to be fastest, where they can run."""
+    return problem.slots >= _FEW_ROWS * problem.expected_experts
+
+
+def hopper_permutes(N: int) -> bool:
+    """Whether rows are brought into the order of experts before the first product, instead of by its loader."""
+    return N >= _PERMUTED_FROM_N
+
+
+def _version(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in re.findall(r"\d+", text)[:2])
+
+
+@functools.cache
+def hopper_kernels_load() -> bool:
+    """Whether this Triton's Gluon has what the kernels import: it is experimental, and changes."""
+    try:
+        from . import hopper_fp8_kernel, hopper_kernel  # noqa: F401
+    except (ImportError, AttributeError):
+        return False
+    return True
+
+
+def hopper_products(
+    hidden_states: Tensor,
+    experts: ExpertWeights,
+    routing: Routing,
+    topk: int,
+    config: TritonPersistentConfig,
+    sms: int,
+) -> Tensor:
+    """Compute activation(x @ gate_upᵀ) @ downᵀ for every row that holds a slot.
+
+    Args:
+        hidden_states: ``[M, K]``, BF16 or FP16.
+        experts: Weights in the same dtype or block FP8, gate rows first, without biases.
+        routing: From `route`, without padding between experts.
+        topk: Experts per token.
+        config: One of `hopper_configs`.
+        sms: Streaming multiprocessors: one program runs on each.
+
+    Returns:
+        ``[rows, K]`` in hidden_states' dtype.
+    """
+    N, K, rows = experts.N, experts.K, routing.slot_of_row.shape[0]
+    fp8, permuted = experts.dtype == "fp8", hopper_permutes(experts.N)
+    depth = _STAGE_BYTES // experts.gate_up.element_size()
+    blocks, counts = _row_blocks(routing, 0 if fp8 else _TAIL_M)
+    y = hidden_states.new_empty(rows, K)
+    gate_up = _descriptor(experts.gate_up.view(-1, K), 128)
+    down = _descriptor(experts.down.view(-1, N), 128)
+    # Column blocks; rows of an expert's weights, from the first half of a tile to the second, from a tile to the next;
+    # blocks summed over; columns in and out.
+    up_shapes = math.ceil(N / 128), 2 * N, N, 128, K // depth, K, N
+    down_shapes = math.ceil(K / 256), K, 128, 256, math.ceil(N / depth), N, K
+    launch = {"STAGES": _STAGES, "GROUP_M": config.group_m, "num_warps": 4, "maxnreg": 168, "launch_pdl": True}
+    slots = None if permuted else routing.slot_of_row
+    up_constants = {"COUNTER": 1, "TOPK": 0 if permuted else topk, "ACTIVATION": experts.activation} | launch
+    down_constants = {"COUNTER": 2, "TOPK": 0, "ACTIVATION": None} | launch
+    if fp8:
+        from .hopper_fp8_kernel import _moe_hopper_fp8_kernel
+
+        x, x_scale = (
+            gather_quantize(hidden_states, routing, topk, pdl=True)
+            if permuted
+            else quantize_rows(hidden_states, pdl=True)
+        )
+        h = torch.empty(rows, N, dtype=FP8, device=x.device)
+        h_scale = empty_scales(rows, N, x.device, column_major=False)
+        _moe_hopper_fp8_kernel[(sms,)](
+            _descriptor(x, 64) if permuted else x, x_scale, gate_up, experts.gate_up_scale, slots, blocks, counts,
+            h, h_scale, *up_shapes, **up_constants,
+        )  # fmt: skip
+        _moe_hopper_fp8_kernel[(sms,)](
+            _descriptor(h, 64), h_scale, down, experts.down_scale, None, blocks, counts, y, None, *down_shapes,
+            **down_constants,
+        )  # fmt: skip
+        return y
+    from .hopper_kernel import _moe_hopper_kernel
+
+    x = gather(hidden_states, routing, topk, pdl=True) if permuted else hidden_states
+    upper, tail = (_descriptor(x, 64), _descriptor(x, 32)) if permuted else (x, None)
+    h = hidden_states.new_empty(rows, N)
+    _moe_hopper_kernel[(sms,)](upper, tail, gate_up, slots, blocks, counts, h, *up_shapes, **up_constants)
+    _moe_hopper_kernel[(sms,)](
+        _descriptor(h, 64), _descriptor(h, 32), down, None, blocks, counts, y, *down_shapes, **down_constants
+    )
+    return y
+
+
+def _row_blocks(routing: Routing, tail_m: int) -> tuple[Tensor, Tensor]:
+    """Cut every expert's rows into blocks of 128; up to `tail_m` left-over rows join the block before them.
+
+    Returns:
+        int32 ``[blocks, 3]``: expert, first row and end of each block; and int32 ``[3]``: how many there are, and two
+        zeros from which the schedulers of the two products count.
+    """
+    from .hopper_common import _moe_row_blocks_kernel
+
+    E, slots = routing.starts.shape[0], routing.slot_of_row.shape[0]
+    blocks = routing.starts.new_empty(math.ceil(slots / _BLOCK_M) + min(E, slots), 3)
+    counts = routing.starts.new_empty(3)
+    _moe_row_blocks_kernel[(E,)](
+        # inputs
+        routing.starts, routing.ends,
+        # outputs
+        blocks, counts,
+        # shapes
+        E,
+        # constants
+        BLOCK_M=_BLOCK_M, TAIL_M=tail_m, E_POW2=1 << (E - 1).bit_length(), num_warps=1, launch_pdl=True,
+    )  # fmt: skip
+    return blocks, counts
+
+
+def _descriptor(matrix: Tensor, rows: int) -> Any:
+    """The tensor descriptor of a row-major matrix, read in blocks of `rows` rows and 128 bytes of columns."""
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+    columns = _STAGE_BYTES // matrix.element_size()
+    return TensorDescriptor.from_tensor(matrix, [rows, columns], _layout(matrix.dtype, columns))
+
+
+@functools.cache
+def _layout(dtype: torch.dtype, columns: int) -> Any:
+    from triton.experimental.gluon import language as gl
+
+    element = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16, FP8: gl.float8e4nv}[dtype]
+    return gl.NVMMASharedLayout.get_default_for([64, columns], element)
