@@ -1,7 +1,7 @@
 """Measure a layer so that a sceptic would accept it: right first, then timed, candidates taking turns."""
 
 from moe_dispatch.measure.ceilings import PEERS_CEILINGS, Ceilings, measure_ceilings
-from moe_dispatch.measure.inputs import Call, LayerInputs, backend_call, make_inputs
+from moe_dispatch.measure.inputs import Call, LayerInputs, backend_call, make_inputs, settled_call
 from moe_dispatch.measure.timing import Timing, time_eager, time_graph, time_interleaved
 from moe_dispatch.measure.verify import Verdict, reference_outputs, relative_error, verify, worst_row_error
 
@@ -17,6 +17,7 @@ __all__ = [
     "measure_ceilings",
     "reference_outputs",
     "relative_error",
+    "settled_call",
     "time_eager",
     "time_graph",
     "time_interleaved",

@@ -7,9 +7,11 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from moe_dispatch.backend import Backend, BackendConfig
+from moe_dispatch.backend import Backend, BackendConfig, Run
+from moe_dispatch.dispatcher import SETTLED_TOKENS
 from moe_dispatch.errors import InvalidInputError
 from moe_dispatch.experts import ExpertWeights
+from moe_dispatch.failures import lost_device
 from moe_dispatch.problem import MoEProblem
 from moe_dispatch.workloads import RoutingDistribution, torch_dtype
 
@@ -73,6 +75,26 @@ def make_inputs(
 def backend_call(backend: Backend, experts: ExpertWeights, config: BackendConfig) -> Call:
     """A backend with weights and configuration bound, as everything here takes it."""
     run = backend.run
+    return lambda given: run(given.hidden_states, experts, given.topk_weights, given.topk_ids, config)
+
+
+def settled_call(backend: Backend, experts: ExpertWeights, config: BackendConfig, given: LayerInputs) -> Call:
+    """The same as `moe_forward` calls it eagerly once this kind of call has come back a few times.
+
+    Args:
+        backend: Has run on these inputs before.
+        experts: Weights.
+        config: Of the backend.
+        given: Inputs of the kind that is going to be called.
+    """
+    run: Run = backend.run
+    if given.hidden_states.shape[0] <= SETTLED_TOKENS:
+        try:
+            inputs = given.hidden_states, experts, given.topk_weights, given.topk_ids
+            run = backend.steady(inputs, config) or run
+        except Exception as error:
+            if lost_device(error):
+                raise
     return lambda given: run(given.hidden_states, experts, given.topk_weights, given.topk_ids, config)
 
 
