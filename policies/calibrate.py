@@ -1,15 +1,18 @@
 """Measures every eligible backend and configuration on this machine and keeps the result.
 
-Each token count is a race (see `race`), run in a worker process. The token counts come coarse to fine, so that most
-of them lie between two measured ones; who was far behind at both does not start again.
+Whatever has to be compiled is compiled first, on all cores (see `compile_ahead`). Then each token count is a race (see
+`race`), run in a worker process. The token counts come coarse to fine, so that most of them lie between two measured
+ones; who was far behind at both does not start again.
 """
 
+import dataclasses
 import datetime
+import functools
 import importlib.metadata
 import itertools
 import math
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
@@ -26,21 +29,29 @@ from moe_dispatch.registry import BACKENDS
 from moe_dispatch.workloads import ROUTINGS, Workload, workload
 
 from .calibrated import calibration_path
+from .compile_ahead import Job, compile_ahead, compiled_path
 from .merge import Measured, save
 from .race import Arena, Race
 from .schema import Candidate, Layer, LayerKey, read_calibration
 from .supervisor import NotPreparedError, Supervisor
-from .table import Identity, calm_winners
+from .table import Identity, calm_winners, tables
 from .versions import changes, relevant_versions
 
 DEFAULT_TOKENS: Final = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
 QUICK_TOKENS: Final = (1, 16, 256, 4096)
+QUICK_CONFIGS: Final = 3
+# Of a budget; what is not compiled by then is compiled in the race, one after another.
+COMPILE_SHARE: Final = 0.5
 DEFAULT_ROUTINGS: Final = ("uniform", "dirichlet-4")
 # Two measured neighbours decide who starts between them if both are within this factor of tokens,
 NEIGHBOURS: Final = 8
 # and then whoever was within this factor of the leader's time at either does.
-CLOSE: Final = 1.5
+CLOSE: Final = 1.2
+# Each backend's best does too, for the fallback, unless it is this far behind: "reference" runs anyway when all fail.
+FALLBACK: Final = 4.0
 REFINE: Final = 1.5  # boundaries are refined until the neighbours are this close
+# and only where each neighbour's winner loses this much at the other, so that much can be lost between them.
+DISAGREE: Final = 0.04
 
 
 @dataclass(frozen=True)
@@ -86,10 +97,17 @@ class CalibrationReport:
         for one in self.measured:
             at = scores.setdefault((str(one.layer), one.mode), {}).setdefault(one.M, {})
             at[one.candidate.identity] = one.measurement.score
+        before = {
+            (str(one.layer), one.mode, one.M): one.candidate.identity
+            for one in self.measured
+            if one.measurement.incumbent
+        }
         found: dict[tuple[str, Mode], dict[int, tuple[Identity, float]]] = {}
         for key, by_tokens in scores.items():
             timed = {M: by_tokens[M] for M in sorted(by_tokens) if any(by_tokens[M].values())}
-            found[key] = {M: (winner, timed[M][winner] or math.nan) for M, winner in calm_winners(timed).items()}
+            incumbents = {M: before[*key, M] for M in timed if (*key, M) in before}
+            winners = calm_winners(timed, incumbents)
+            found[key] = {M: (winner, timed[M][winner] or math.nan) for M, winner in winners.items()}
         return found
 
     def disqualified(self) -> list[Measured]:
@@ -104,10 +122,13 @@ def calibrate(
     tokens: Sequence[int] | None = None,
     budget_s: float | None = None,
     quick: bool = False,
+    most_configs: int | None = None,
     resume: bool = False,
     device: torch.device | str | None = None,
     backends: Sequence[str] | None = None,
     routings: Sequence[str] = DEFAULT_ROUTINGS,
+    modes: Sequence[Mode] | None = None,
+    compile_only: bool = False,
     timeout_s: float = 60.0,
     directory: Path | None = None,
     on_progress: Callable[[Progress], None] | None = None,
@@ -120,10 +141,13 @@ def calibrate(
         tokens: Token counts; 1 to 16384 in powers of two if None.
         budget_s: Stop after this many seconds; what was measured is kept. None for no limit.
         quick: Few token counts and few configurations.
+        most_configs: Of each backend, the likeliest first; all that it offers if None.
         resume: Leave out the points that were measured with today's versions.
         device: The current CUDA device if None, else the CPU.
         backends: Only these.
         routings: Names of routing distributions; the winner is the best over all of them.
+        modes: Graph, eager, or both, which is what None means where there are graphs.
+        compile_only: Only compile what would be measured, so that a later calibration need not.
         timeout_s: After which one candidate counts as hung.
         directory: In place of the cache directory.
         on_progress: Told before each point.
@@ -140,13 +164,19 @@ def calibrate(
     if unknown := [name for name in routings if name not in ROUTINGS]:
         raise InvalidInputError(f"routings must be among {', '.join(ROUTINGS)}, got {', '.join(unknown)}")
     machine = Machine.inspect(device)
-    run = _Calibration(machine, device, backends, tuple(routings), timeout_s, directory, quick=quick)
+    if quick:
+        most_configs = min(most_configs or QUICK_CONFIGS, QUICK_CONFIGS)
+    run = _Calibration(machine, device, backends, tuple(routings), timeout_s, directory, most_configs, refine=not quick)
     layers = [
         Layer.of(found.problem(1, dtype, machine))
         for found in (workload(model) if isinstance(model, str) else model for model in models)
         for dtype in dtypes
     ]
-    return run.measure(layers, counts, budget_s, on_progress, resume=resume)
+    possible: tuple[Mode, ...] = ("graph", "eager") if machine.device == "cuda" else ("eager",)
+    chosen = tuple(mode for mode in possible if modes is None or mode in modes)
+    if not chosen:
+        raise InvalidInputError(f"modes must be among {', '.join(possible)} on this machine, got {modes}")
+    return run.measure(layers, counts, chosen, budget_s, on_progress, resume=resume, compile_only=compile_only)
 
 
 class _Calibration:
@@ -158,18 +188,22 @@ class _Calibration:
         routings: tuple[str, ...],
         timeout_s: float,
         directory: Path | None,
+        most_configs: int | None,
         *,
-        quick: bool,
+        refine: bool,
     ) -> None:
-        self._machine, self._quick = machine, quick
+        self._machine, self._directory = machine, directory
+        self._most_configs, self._refine = most_configs, refine
         self.report = CalibrationReport(calibration_path(machine, directory))
         self._quarantine = Quarantine(machine, directory)
         self._backends = self._eligible(backends)
         named = {name: f"{type(made).__module__}:{type(made).__qualname__}" for name, made in self._backends.items()}
-        self._worker = Supervisor(str(device or machine.device), named, timeout_s)
+        self._new_worker = functools.partial(Supervisor, str(device or machine.device), named, timeout_s)
+        self._worker = self._new_worker()
         self._arena = Arena(self._worker, routings, self._tolerance, self._bar)
         # Layer and mode -> M -> candidate -> its time over the leader's; infinite for who did not start.
         self._behind: dict[tuple[LayerKey, Mode], dict[int, dict[Identity, float]]] = {}
+        self._before = self._winners_before()
         self._now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         self._package = importlib.metadata.version("moe-dispatch")
         self._commit = commit(Path(__file__).parent)
@@ -178,24 +212,29 @@ class _Calibration:
         self,
         layers: Sequence[Layer],
         tokens: Sequence[int],
+        modes: Sequence[Mode],
         budget_s: float | None,
         on_progress: Callable[[Progress], None] | None,
         *,
         resume: bool,
+        compile_only: bool,
     ) -> CalibrationReport:
         begin = time.monotonic()
         deadline = begin + budget_s if budget_s is not None else math.inf
-        modes: tuple[Mode, ...] = ("graph", "eager") if self._machine.device == "cuda" else ("eager",)
-        known = self._known() if resume else set()
+        known = self._known(tokens) if resume else set()
         done, total = 0, len(layers) * len(tokens)
+        racing = begin
 
         def tell(what: str) -> None:
             if on_progress is not None:
-                left = (time.monotonic() - begin) / done * (total - done) if done else None
+                left = (time.monotonic() - racing) / done * (total - done) if done else None
                 on_progress(Progress(done, total, what, left))
 
         try:
-            for place, layer in enumerate(layers):
+            compiling = begin + COMPILE_SHARE * (deadline - begin)
+            self._compile(layers, tokens, modes[0], known, compiling, on_progress)
+            racing = time.monotonic()
+            for place, layer in enumerate(() if compile_only else layers):
                 # What is left of the time is shared by the layers that are left.
                 share = time.monotonic() + (deadline - time.monotonic()) / (len(layers) - place)
                 try:
@@ -241,7 +280,41 @@ class _Calibration:
                 found[name] = made
         return found
 
-    def _known(self) -> set[tuple[object, int, Mode]]:
+    def _compile(
+        self,
+        layers: Sequence[Layer],
+        tokens: Sequence[int],
+        mode: Mode,
+        known: Container[tuple[LayerKey, int, Mode]],
+        deadline: float,
+        on_progress: Callable[[Progress], None] | None,
+    ) -> None:
+        """Have everything compiled that will start; nothing is where nothing compiles."""
+        if self._machine.device != "cuda":
+            return
+        jobs = [
+            Job(layer, M, candidate)
+            for layer in layers
+            for M in tokens
+            if (layer.key, M, mode) not in known
+            for candidate in self._candidates(layer, M, mode)
+        ]
+
+        def tell(done: int, total: int) -> None:
+            if on_progress is not None:
+                on_progress(Progress(done, total, "compiling", None))
+
+        compile_ahead(jobs, self._new_worker, compiled_path(self._machine, self._directory), deadline, tell)
+
+    def _winners_before(self) -> dict[tuple[LayerKey, Mode], dict[int, Identity]]:
+        try:
+            file = read_calibration(self.report.path, self._machine)
+        except (FileNotFoundError, PolicyFileError):
+            return {}
+        return {key: table.winners for key, table in tables(file).items()}
+
+    def _known(self, tokens: Sequence[int]) -> set[tuple[LayerKey, int, Mode]]:
+        """Points measured with today's versions; what they say of who is far behind counts as if measured now."""
         try:
             file = read_calibration(self.report.path, self._machine)
         except (FileNotFoundError, PolicyFileError):
@@ -251,11 +324,16 @@ class _Calibration:
             and not changes(candidate.versions, relevant_versions(made))
             for candidate in file.candidates
         ]
-        return {
-            (file.layers[point.layer].key, point.M, point.mode)
-            for point in file.points
-            if point.measurements and all(current[one.candidate] for one in point.measurements)
-        }
+        found = set()
+        for point in file.points:
+            layer = file.layers[point.layer]
+            if point.measurements and all(current[one.candidate] for one in point.measurements):
+                found.add((layer.key, point.M, point.mode))
+                scores = {file.candidates[one.candidate].identity: one.score for one in point.measurements}
+                if point.M in tokens:
+                    candidates = self._candidates(layer, point.M, point.mode)
+                    self._remember(layer, point.M, point.mode, candidates, scores)
+        return found
 
     def _candidates(self, layer: Layer, M: int, mode: Mode) -> list[Candidate]:
         problem = layer.problem(M, self._machine, mode)
@@ -277,34 +355,44 @@ class _Calibration:
                     package=self._package,
                     commit=self._commit,
                 )
-                for config in (configs[:3] if self._quick else configs)
+                for config in configs[: self._most_configs]
             ]
         return found
 
     def _point(self, layer: Layer, M: int, modes: Iterable[Mode]) -> None:
         """Measure one token count in each mode; the later modes start from the first one's finalists."""
         news: list[Measured] = []
-        finalists: set[Identity] | None = None
+        finalists: dict[Identity, float] = {}
         for mode in modes:
             candidates = self._candidates(layer, M, mode)
-            if finalists is None:
-                starting = self._starting(layer, M, mode, candidates)
-            else:
+            if finalists:
                 ran = {one.candidate.backend for one in news}
                 starting = [one for one in candidates if one.identity in finalists or one.backend not in ran]
-            race = Race(self._arena, layer, M, mode, starting)
+            else:
+                starting = self._starting(layer, M, mode, candidates)
+            race = Race(self._arena, layer, M, mode, starting, finalists)
             try:
                 results = race.run()
             except NotPreparedError as error:
                 self.report.skipped.append(f"{layer} M={M} ({mode}): its inputs could not be made: {error}")
                 break
-            self._remember(layer, M, mode, candidates, results)
-            news += results
-            if finalists is None and race.finalists:
-                finalists = race.finalists
+            scores = {one.candidate.identity: one.measurement.score for one in results}
+            self._remember(layer, M, mode, candidates, scores)
+            news += [self._marked(one) for one in results]
+            finalists = finalists or race.finalists
         self.report.measured += news
         if news:
             save(self.report.path, news, self._machine)
+
+    def _marked(self, one: Measured) -> Measured:
+        """With the incumbent marked as such."""
+        if self._winner_before(one.layer, one.M, one.mode) != one.candidate.identity:
+            return one
+        return dataclasses.replace(one, measurement=one.measurement.model_copy(update={"incumbent": True}))
+
+    def _winner_before(self, layer: Layer, M: int, mode: Mode) -> Identity | None:
+        """What this machine's calibration chose before this run, with today's versions or others."""
+        return self._before.get((layer.key, mode), {}).get(M)
 
     def _starting(self, layer: Layer, M: int, mode: Mode, candidates: list[Candidate]) -> list[Candidate]:
         """Everyone, or between two near measured token counts whoever was close, or unknown, at either."""
@@ -312,37 +400,46 @@ class _Calibration:
         below, above = max((m for m in at if m < M), default=0), min((m for m in at if m > M), default=0)
         if not below or not above or NEIGHBOURS * below < M or above > NEIGHBOURS * M:
             return candidates
-        return [one for one in candidates if min(at[near].get(one.identity, 1.0) for near in (below, above)) <= CLOSE]
+        best = {_best_of(backend, at[near]) for near in (below, above) for backend in self._backends}
+        best.add(self._winner_before(layer, M, mode))
+        return [
+            one
+            for one in candidates
+            if one.identity in best or min(at[near].get(one.identity, 1.0) for near in (below, above)) <= CLOSE
+        ]
 
     def _remember(
-        self, layer: Layer, M: int, mode: Mode, candidates: Iterable[Candidate], results: Iterable[Measured]
+        self,
+        layer: Layer,
+        M: int,
+        mode: Mode,
+        candidates: Iterable[Candidate],
+        scores: Mapping[Identity, float | None],
     ) -> None:
-        scores = {one.candidate.identity: one.measurement.score for one in results}
         fastest = min((score for score in scores.values() if score is not None), default=None)
         if fastest is None:
             return
         behind = {one.identity: math.inf for one in candidates if one.identity not in scores}
-        behind |= {identity: score / fastest for identity, score in scores.items() if score is not None}
-        # Each backend's best stays close: its fallback is wanted everywhere.
-        best: dict[str, Identity] = {}
-        for identity in sorted(behind, key=lambda one: behind[one]):
-            best.setdefault(identity[0], identity)
-        behind |= dict.fromkeys(best.values(), 1.0)
+        behind |= {one: score / fastest if score is not None else math.inf for one, score in scores.items()}
         self._behind.setdefault((layer.key, mode), {})[M] = behind
 
     def _boundaries(self, layer: Layer, tokens: Sequence[int]) -> list[int]:
-        """Token counts between measured neighbours whose winners differ, half way on the logarithmic scale."""
-        if self._quick:
+        """Token counts half way, logarithmically, between neighbours of which each one's winner loses at the other."""
+        if not self._refine:
             return []
         found = set()
         measured = {one.M for one in self.report.measured if one.layer == layer}
-        for (name, _), winners in self.report.winners().items():
+        for (name, mode), winners in self.report.winners().items():
             if name != str(layer):
                 continue
-            ordered = sorted(winners)
-            for lower, upper in itertools.pairwise(ordered):
+            behind = self._behind.get((layer.key, mode), {})
+            for lower, upper in itertools.pairwise(sorted(winners)):
                 middle = round(math.sqrt(lower * upper))
-                if winners[lower][0] != winners[upper][0] and upper / lower > REFINE and middle not in measured:
+                lost = min(
+                    behind.get(lower, {}).get(winners[upper][0], math.inf),
+                    behind.get(upper, {}).get(winners[lower][0], math.inf),
+                )
+                if lost > 1 + DISAGREE and upper / lower > REFINE and middle not in measured:
                     found.add(middle)
         return sorted(middle for middle in found if tokens[0] < middle < tokens[-1])
 
@@ -354,6 +451,12 @@ class _Calibration:
         """What the backend promises for this layer."""
         limits = self._backends[backend].tolerance
         return max(limits.get(layer.dtype, 0.0), limits.get(layer.act_dtype, 0.0))
+
+
+def _best_of(backend: str, behind: Mapping[Identity, float]) -> Identity | None:
+    """The backend's fastest candidate, if any had a time that is worth a fallback."""
+    timed = {one: ratio for one, ratio in behind.items() if one[0] == backend and ratio <= FALLBACK}
+    return min(timed, key=lambda one: timed[one], default=None)
 
 
 def coarse_to_fine(tokens: Sequence[int]) -> list[int]:

@@ -79,13 +79,16 @@ class MeasuredPolicy(Policy):
     def _build(self, points: Iterable[int]) -> LayerTable | None:
         assert self._file is not None  # noqa: S101 - points come from the file
         scores: dict[int, dict[Identity, float | None]] = {}
+        incumbents: dict[int, Identity] = {}
         for i in points:
             point = self._file.points[i]
             at = scores.setdefault(point.M, {})
             for measurement in point.measurements:
                 if (identity := self._usable[measurement.candidate]) is not None:
                     at[identity] = measurement.score
-        table = LayerTable(scores)
+                    if measurement.incumbent:
+                        incumbents[point.M] = identity
+        table = LayerTable(scores, incumbents)
         return table if table.tokens else None
 
     def _index(self, file: CalibrationFile) -> None:

@@ -29,10 +29,17 @@ class Measured:
 
 
 def merge(held: CalibrationFile, news: Iterable[Measured], machine: Machine) -> CalibrationFile:
-    """The held measurements with the new ones in place of those of the same layer, M, mode, backend and config."""
+    """The held measurements with the new ones in place of all that their backends had at the same layer, M and mode.
+
+    A configuration that did not start this time was far behind, or is not offered any more: its old time was taken
+    under other circumstances and must not win against new ones. A backend that took no part keeps what it has.
+    """
+    news = list(news)
+    replaced = {(new.layer.key, new.M, new.mode, new.candidate.backend) for new in news}
     kept: dict[tuple[LayerKey, int, Mode], dict[object, Measured]] = {}
-    for old in _flat(held):
-        kept.setdefault((old.layer.key, old.M, old.mode), {})[old.candidate.identity] = old
+    for old in flat(held):
+        if (old.layer.key, old.M, old.mode, old.candidate.backend) not in replaced:
+            kept.setdefault((old.layer.key, old.M, old.mode), {})[old.candidate.identity] = old
     for new in news:
         kept.setdefault((new.layer.key, new.M, new.mode), {})[new.candidate.identity] = new
     layers: dict[LayerKey, tuple[int, Layer]] = {}
@@ -81,7 +88,8 @@ def save(path: Path, news: Iterable[Measured], machine: Machine) -> None:
         ) from error
 
 
-def _flat(file: CalibrationFile) -> Iterable[Measured]:
+def flat(file: CalibrationFile) -> Iterable[Measured]:
+    """A file's measurements, each with what the file keeps in lists of their own."""
     for point in file.points:
         for measurement in point.measurements:
             yield Measured(

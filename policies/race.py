@@ -5,10 +5,13 @@ AISTATS 2016): all are timed for a little, taking turns; the faster half stays a
 until a few are left, which are timed for long on every routing distribution. The score is the geometric mean of the
 medians over the distributions: it does not change when one distribution is slower as a whole, and none outvotes the
 others.
+
+Before the first round every candidate runs twice, alone. Who takes so long that its launches do not count, and twice
+the leader's time, is out already: every further run of such a loser would cost what the winner's whole timing does.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -19,10 +22,18 @@ from .schema import Candidate, Layer, Measurement, Quartiles
 from .supervisor import CandidateFailedError, Supervisor, WorkerDiedError
 from .table import NOISE, Identity, geometric_mean
 
-# Seconds of sampling per candidate in the first round and in the final, and samples at least.
+# Seconds of sampling per candidate in the first round and in the final, and samples at least; fewer of them where a
+# run is long and so differs less from the next.
 SCREEN: Final = (0.004, 3)
+SCREEN_LONG: Final = (0.004, 2)
 FINAL: Final = (0.04, 7)
+FINAL_LONG: Final = (0.04, 4)
 FINALISTS: Final = 4
+# A single run of so many µs is timed rightly by the wall clock, and so late is nobody within noise of the leader.
+LONG_US: Final = 1500.0
+HOPELESS: Final = 2.0
+# A backend whose best is farther behind the leader than this is a fallback: checked, and not timed any further.
+CLOSE: Final = 1.5
 
 
 @dataclass(frozen=True)
@@ -45,19 +56,35 @@ class Arena:
 class Race:
     """Candidates at one layer, token count and mode.
 
+    Args:
+        arena: Where.
+        layer: Of what.
+        M: Tokens.
+        mode: How.
+        candidates: Who starts.
+        checked: Errors of those that were found right already, in a mode whose check says more.
+
     Attributes:
-        finalists: Who was timed on every distribution; empty before `run`.
+        finalists: Who was timed on every distribution, with its error; empty before `run`.
     """
 
-    def __init__(self, arena: Arena, layer: Layer, M: int, mode: Mode, candidates: Sequence[Candidate]) -> None:
+    def __init__(
+        self,
+        arena: Arena,
+        layer: Layer,
+        M: int,
+        mode: Mode,
+        candidates: Sequence[Candidate],
+        checked: Mapping[Identity, float] | None = None,
+    ) -> None:
         self._arena, self._layer, self._M, self._mode = arena, layer, M, mode
         self._candidates = {candidate.identity: candidate for candidate in candidates}
         self._us: dict[Identity, dict[str, Quartiles]] = {identity: {} for identity in self._candidates}
         self._rounds: list[dict[Identity, float]] = []
-        self._launched: set[Identity] = set()
-        self._errors: dict[Identity, float] = {}
+        self._alone: dict[Identity, float] = {}
+        self._errors: dict[Identity, float] = dict(checked or {})
         self._barred: dict[Identity, str] = {}
-        self.finalists: set[Identity] = set()
+        self.finalists: dict[Identity, float] = {}
 
     def run(self) -> list[Measured]:
         """Race, and return what is known of every candidate that ran.
@@ -69,8 +96,11 @@ class Race:
             return []
         first, *_ = self._arena.routings
         self._arena.worker.point(self._M, self._arena.routings)
-        alive = [identity for identity in self._candidates if self._launches(identity)]
-        (budget_s, samples), keep = SCREEN, len(alive)
+        for identity in self._candidates:
+            self._launch(identity)
+        alive = self._hopeful()
+        long = min(self._alone.values(), default=0.0) >= LONG_US
+        (budget_s, samples), keep = SCREEN_LONG if long else SCREEN, len(alive)
         while keep > FINALISTS and len(alive) > FINALISTS:
             self._time(alive, first, budget_s, samples)
             self._rounds.append({one: self._us[one][first][1] for one in alive if one not in self._barred})
@@ -78,12 +108,38 @@ class Race:
             alive = self._kept(keep)
         alive = [identity for identity in alive if self._right(identity)]
         for routing in self._arena.routings:
-            self._time([one for one in alive if one not in self._barred], routing, *FINAL)
-        self.finalists = {one for one in alive if one not in self._barred}
+            timed = [one for one in alive if one not in self._barred]
+            self._time(timed, routing, *(FINAL_LONG if long else FINAL))
+        self.finalists = {one: self._errors[one] for one in alive if one not in self._barred}
+        self._check_fallbacks()
         return self._measured()
 
+    def _launch(self, identity: Identity) -> None:
+        """Run a candidate alone: one that hangs or kills is known before the others wait for it."""
+        if identity in self._barred:
+            return
+        answer = self._ask_about(identity, "launch", routing=self._arena.routings[0])
+        if answer is not None:
+            self._alone[identity] = answer["us"]
+
+    def _hopeful(self) -> list[Identity]:
+        """Who may start the first round: all but those whose run is long, and far behind the fastest that is right."""
+        alone = {one: us for one, us in self._alone.items() if one not in self._barred}
+        ordered = sorted(alone, key=lambda one: alone[one])
+        if not ordered or alone[ordered[-1]] < max(LONG_US, HOPELESS * alone[ordered[0]]):
+            return [one for one in self._candidates if one in alone]
+        leader = next((one for one in ordered if self._right(one)), None)
+        alone = {one: us for one, us in alone.items() if one not in self._barred}
+        if leader is None:
+            return []
+        self._rounds.append(alone)
+        hopeless = {one for one, us in alone.items() if us > max(LONG_US, HOPELESS * alone[leader])}
+        for one in hopeless:
+            self._us[one][self._arena.routings[0]] = (alone[one], alone[one], alone[one])
+        return [one for one in self._candidates if one in alone and one not in hopeless]
+
     def _kept(self, count: int) -> list[Identity]:
-        """The fastest of the last round that are right: `count`, the best of each backend, and who is within noise.
+        """The fastest of the last round that are right: `count`, who is within noise, and near bests of backends.
 
         Only who would be kept is checked; where one is wrong, the next takes its place.
         """
@@ -95,27 +151,31 @@ class Race:
             low, median, high = self._us[one][first]
             # Noise may keep as many again, no more: else equals would never be parted.
             close = len(kept) < 2 * count and min(low, median / (1 + NOISE)) <= cut
-            # A fallback is chosen among the backends' best.
-            if (close or all(one[0] != other[0] for other in kept)) and self._right(one):
+            best = all(one[0] != other[0] for other in kept) and (not kept or median <= CLOSE * last[kept[0]])
+            if (close or best) and self._right(one):
                 kept.append(one)
                 if len(kept) == count:
                     cut = high
         return kept
 
-    def _launches(self, identity: Identity) -> bool:
-        """Run a candidate once, alone: one that hangs or kills is known before the others wait for it."""
-        if identity in self._barred:
-            return False
-        if self._ask_about(identity, "launch", routing=self._arena.routings[0]) is not None:
-            self._launched.add(identity)
-        return identity in self._launched
+    def _check_fallbacks(self) -> None:
+        """Each backend that left the race has a right candidate to fall back on, or none."""
+        if not self.finalists:
+            return
+        raced: dict[Identity, float] = {}
+        for timed in reversed(self._rounds):
+            raced = timed | raced
+        for backend in {one[0] for one in raced} - {one[0] for one in self.finalists}:
+            mine = sorted((one for one in raced if one[0] == backend), key=lambda one: raced[one])
+            next((one for one in mine if self._right(one, briefly=True)), None)
 
-    def _right(self, identity: Identity) -> bool:
-        """Hold a candidate against fp32, once."""
+    def _right(self, identity: Identity, *, briefly: bool = False) -> bool:
+        """Hold a candidate against fp32, once; briefly: eagerly and on one distribution."""
         if identity in self._errors or identity in self._barred:
             return identity not in self._barred
+        routings = self._arena.routings[: 1 if briefly else None]
         answer = self._ask_about(
-            identity, "check", mode=self._mode, routings=list(self._arena.routings),
+            identity, "check", mode="eager" if briefly else self._mode, routings=list(routings),
             tolerance=self._arena.tolerance(identity[0], self._layer),
         )  # fmt: skip
         if answer is None:
@@ -167,7 +227,7 @@ class Race:
         self._arena.bar(identity[0], self._layer, self._M, self._mode, cause)
         # The backend is barred from such problems now; its other configurations would only die again.
         for other in self._candidates:
-            if other[0] == identity[0] and other not in self._barred and other not in self._launched:
+            if other[0] == identity[0] and other not in self._barred and other not in self._alone:
                 self._barred[other] = f"not tried after {cause}"
 
     def _measured(self) -> list[Measured]:

@@ -115,6 +115,7 @@ class Measurement(Strict):
         error: ‖out − ref‖ / ‖ref‖ against the fp32 reference, the worst over the distributions; None for one that left
             before it was checked.
         disqualified: Why it may not win: wrong, unstable, crashed, hung, out of memory. Then there is no score.
+        incumbent: Whether it won here in the calibration before, and so wins again within noise.
     """
 
     candidate: Index
@@ -122,6 +123,7 @@ class Measurement(Strict):
     score: Positive | None = None
     error: Annotated[float, pydantic.Field(ge=0, allow_inf_nan=False)] | None = None
     disqualified: Text | None = None
+    incumbent: bool = False
 
     @pydantic.model_validator(mode="after")
     def _scored_or_disqualified(self) -> Self:

@@ -14,7 +14,7 @@ from typing import IO, Any, Final
 
 from moe_dispatch.errors import MoEDispatchError
 
-from .schema import Layer
+from .schema import Candidate, Layer
 
 START_TIMEOUT_S: Final = 180.0
 PREPARE_TIMEOUT_S: Final = 300.0
@@ -85,6 +85,16 @@ class Supervisor:
             self.layer(self._layer)
         self._prepare("point", M=M, routings=list(routings))
         self._point = M, tuple(routings)
+
+    def compile(self, layer: Layer, M: int, candidate: Candidate) -> None:
+        """Have one candidate compiled, without the layer's weights.
+
+        Raises:
+            WorkerDiedError: It crashed, hung or lost the device meanwhile; the next request starts it again.
+            CandidateFailedError: The candidate raised.
+        """
+        request = {"M": M, "backend": candidate.backend, "config": candidate.config}
+        self._ask("compile", self._timeout_s, layer=layer.model_dump(), **request)
 
     def ask(self, op: str, work: float = 1.0, **request: Any) -> dict[str, Any]:
         """Ask about candidates; after a death the worker is started, and layer and point are made again first.

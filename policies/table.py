@@ -11,6 +11,9 @@ from dataclasses import dataclass
 from typing import Final
 
 from moe_dispatch.policy import Choice
+from moe_dispatch.problem import Mode
+
+from .schema import CalibrationFile, LayerKey
 
 # Times closer than this are one time: quartiles of repeated runs differ by as much.
 NOISE: Final = 0.015
@@ -53,13 +56,16 @@ class LayerTable:
 
     Args:
         scores: Token count -> candidate -> time in µs; None for a candidate that was disqualified there.
+        incumbents: Token count -> winner of the calibration before.
     """
 
-    def __init__(self, scores: Mapping[int, Mapping[Identity, float | None]]) -> None:
-        self._scores = {M: dict(at) for M, at in sorted(scores.items()) if any(us for us in at.values())}
-        self.tokens = tuple(self._scores)
-        self._curves = tuple(_curves(self._scores))
-        self.winners = calm_winners(self._scores)
+    def __init__(
+        self, scores: Mapping[int, Mapping[Identity, float | None]], incumbents: Mapping[int, Identity] | None = None
+    ) -> None:
+        self.scores = {M: dict(at) for M, at in sorted(scores.items()) if any(us for us in at.values())}
+        self.tokens = tuple(self.scores)
+        self._curves = tuple(curves(self.scores))
+        self.winners = calm_winners(self.scores, incumbents)
 
     def rank(self, M: int) -> tuple[tuple[Identity, float], ...]:
         """Each backend's best configuration with its time, the fastest first; empty where nothing speaks for M."""
@@ -67,7 +73,7 @@ class LayerTable:
             return ()
         i = bisect.bisect_left(self.tokens, M)
         around = self.tokens[max(i - 1, 0) : i + 1] if i == len(self.tokens) or self.tokens[i] != M else (M,)
-        barred = {identity for near in around for identity, us in self._scores[near].items() if us is None}
+        barred = {identity for near in around for identity, us in self.scores[near].items() if us is None}
         measured = around == (M,)
         timed = [
             (curve.identity, curve.at(M))
@@ -96,7 +102,7 @@ class LayerTable:
         )
 
     def _where(self, M: int, mode: str) -> str:
-        if M in self._scores:
+        if M in self.scores:
             return f"at M={M} ({mode})"
         i = bisect.bisect_left(self.tokens, M)
         if i == 0:
@@ -107,21 +113,24 @@ class LayerTable:
         return f"between M={self.tokens[i - 1]} and M={self.tokens[i]} ({mode})"
 
 
-def calm_winners(scores: Mapping[int, Mapping[Identity, float | None]]) -> dict[int, Identity]:
-    """The winner at each token count: within noise the one that changes least often.
+def calm_winners(
+    scores: Mapping[int, Mapping[Identity, float | None]], incumbents: Mapping[int, Identity] | None = None
+) -> dict[int, Identity]:
+    """The winner at each token count: within noise the incumbent, else the one that changes least often.
 
     A path through the candidates over M, each allowed only within `NOISE` of the fastest, with the fewest changes and
     among those the least time; found by dynamic programming, so that two runs that differ by noise agree.
     """
+    incumbents = incumbents or {}
     paths: dict[Identity, tuple[int, float, tuple[Identity, ...]]] = {}
-    for at in scores.values():
-        timed = {identity: us for identity, us in at.items() if us is not None}
-        fastest = min(timed.values())
+    for M, at in scores.items():
+        fastest = min(us for us in at.values() if us is not None)
+        near = {identity: us for identity, us in at.items() if us is not None and us <= fastest * (1 + NOISE)}
+        if incumbents.get(M) in near:
+            near = {incumbents[M]: near[incumbents[M]]}
         steps: dict[Identity, tuple[int, float, tuple[Identity, ...]]] = {}
-        for identity in sorted(timed, key=repr):
-            loss = math.log(timed[identity] / fastest)
-            if timed[identity] > fastest * (1 + NOISE):
-                continue
+        for identity in sorted(near, key=repr):
+            loss = math.log(near[identity] / fastest)
             before = [
                 (changes + (last != identity), total, path) for last, (changes, total, path) in paths.items()
             ] or [(0, 0.0, ())]
@@ -134,14 +143,30 @@ def calm_winners(scores: Mapping[int, Mapping[Identity, float | None]]) -> dict[
     return dict(zip(scores, best[2], strict=True))
 
 
+def tables(file: CalibrationFile) -> dict[tuple[LayerKey, Mode], LayerTable]:
+    """Every layer and mode of a file, whether its candidates can still run or not."""
+    scores: dict[tuple[LayerKey, Mode], dict[int, dict[Identity, float | None]]] = {}
+    incumbents: dict[tuple[LayerKey, Mode], dict[int, Identity]] = {}
+    for point in file.points:
+        key = file.layers[point.layer].key, point.mode
+        at = scores.setdefault(key, {}).setdefault(point.M, {})
+        for one in point.measurements:
+            identity = file.candidates[one.candidate].identity
+            at[identity] = one.score
+            if one.incumbent:
+                incumbents.setdefault(key, {})[point.M] = identity
+    return {key: LayerTable(by_tokens, incumbents.get(key)) for key, by_tokens in scores.items()}
+
+
 def geometric_mean(values: Sequence[float]) -> float:
     """Of positive values."""
     return math.exp(math.fsum(map(math.log, values)) / len(values))
 
 
-def _curves(scores: Mapping[int, Mapping[Identity, float | None]]) -> Iterable[Curve]:
+def curves(scores: Mapping[int, Mapping[Identity, float | None]]) -> Iterable[Curve]:
+    """Each candidate's times over the token counts, in ascending order of them."""
     times: dict[Identity, list[tuple[int, float]]] = {}
-    for M, at in scores.items():
+    for M, at in sorted(scores.items()):
         for identity, us in at.items():
             if us is not None:
                 times.setdefault(identity, []).append((M, us))

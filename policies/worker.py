@@ -4,10 +4,11 @@ Spoken to over two pipes in lines of JSON. Run as ``python -m moe_dispatch.polic
 """
 
 import json
+import math
 import os
 import signal
 import sys
-from collections.abc import Callable
+import time
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
@@ -16,26 +17,36 @@ from moe_dispatch import failures
 from moe_dispatch.backend import Backend
 from moe_dispatch.machine import Machine
 from moe_dispatch.measure import (
+    Call,
     LayerInputs,
     backend_call,
     make_inputs,
     reference_outputs,
+    settled_call,
     time_interleaved,
     verify,
 )
 from moe_dispatch.measure.inputs import synchronize
+from moe_dispatch.problem import MoEProblem
 from moe_dispatch.registry import BACKENDS
-from moe_dispatch.workloads import ROUTINGS, make_experts
+from moe_dispatch.workloads import ROUTINGS, make_experts, torch_dtype
 
+from .phantom import phantom_experts
 from .schema import Layer
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from moe_dispatch.experts import ExpertWeights
 
 SEED: Final = 4
-VERIFIED_INPUTS: Final = 1
-DISTINCT_INPUTS: Final = 8
-FEW_TOKENS: Final = 256
+# Distinct inputs and routings that a timing runs over: enough that the weights of their experts together are many
+# times what the cache holds, and not fewer than tell one routing's luck from another's.
+MOST_INPUTS: Final = 8
+CACHES: Final = 6
+MANY_TOKENS: Final = 2048
+# Tokens of a distribution whose fp32 truth is computed; the others must be finite.
+CHECKED_TOKENS: Final = 1024
 _DIE_WITH_PARENT: Final = 1  # PR_SET_PDEATHSIG
 
 
@@ -50,6 +61,8 @@ class Worker:
         self._M = 0
         self._inputs: dict[str, tuple[LayerInputs, ...]] = {}
         self._truths: dict[str, tuple[torch.Tensor, ...]] = {}
+        self._backends: dict[str, Backend] = {}
+        self._phantom: tuple[Layer, ExpertWeights] | None = None
 
     def start(self, device: str, backends: dict[str, str]) -> dict[str, Any]:
         """Look at the device; learn of backends that the parent process registered."""
@@ -64,6 +77,8 @@ class Worker:
         assert self._machine is not None  # noqa: S101 - `start` comes first
         self._layer, self._experts = Layer.model_validate(layer), None
         self._M, self._inputs, self._truths = 0, {}, {}
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
         generator = torch.Generator(self._device).manual_seed(SEED)
         problem = self._layer.problem(1, self._machine)
         with torch.no_grad():
@@ -78,22 +93,44 @@ class Worker:
         if M != self._M:
             self._M, self._inputs, self._truths = M, {}, {}
         problem = self._layer.problem(M, self._machine)
-        # Many tokens hit every expert, whose weights no cache holds: two inputs tell as much as eight.
-        count = DISTINCT_INPUTS if M <= FEW_TOKENS else 2
-        for routing in routings:
-            if routing not in self._truths:
-                inputs = make_inputs(problem, ROUTINGS[routing], self._device, count, seed=SEED + M)
-                self._truths[routing] = reference_outputs(self._experts, inputs[:VERIFIED_INPUTS])
-                self._inputs[routing] = inputs
+        missing = [routing for routing in routings if routing not in self._truths]
+        for routing in missing:
+            count = distinct_inputs(problem, self._machine)
+            self._inputs[routing] = make_inputs(problem, ROUTINGS[routing], self._device, count, seed=SEED + M)
+        if missing:
+            checked = [self._inputs[routing][0] for routing in missing]
+            truths = reference_outputs(self._experts, checked, tokens=CHECKED_TOKENS)
+            self._truths |= {routing: (truth,) for routing, truth in zip(missing, truths, strict=True)}
+        return {}
+
+    def compile(self, layer: dict[str, Any], M: int, backend: str, config: dict[str, Any]) -> dict[str, Any]:
+        """Run one candidate on M tokens that nobody serves, which compiles it; see `compile_ahead`."""
+        assert self._machine is not None  # noqa: S101 - `start` comes first
+        asked = Layer.model_validate(layer)
+        problem = asked.problem(M, self._machine)
+        if self._phantom is None or self._phantom[0] != asked:
+            self._phantom = None
+            self._phantom = asked, phantom_experts(problem, self._device)
+        hidden = torch.zeros(M, asked.K, dtype=torch_dtype(asked.act_dtype), device=self._device)
+        weights = torch.zeros(M, asked.topk, device=self._device)
+        ids = torch.full((M, asked.topk), -1, dtype=torch.int32, device=self._device)
+        made = self._backend(backend)
+        with torch.no_grad():
+            made.run(hidden, self._phantom[1], weights, ids, made.config_type.model_validate(config))
+        synchronize(self._device)
         return {}
 
     def launch(self, M: int, routing: str, backend: str, config: dict[str, Any]) -> dict[str, Any]:
-        """Run one candidate once, which compiles it, and wait for it."""
+        """Run one candidate once, which compiles it, and again by the clock."""
         _, call = self._call(backend, config)
+        given = self._inputs_of(M, routing)[0]
         with torch.no_grad():
-            call(self._inputs_of(M, routing)[0])
-        synchronize(self._device)
-        return {}
+            call(given)
+            synchronize(self._device)
+            begin = time.perf_counter()
+            call(given)
+            synchronize(self._device)
+        return {"us": 1e6 * (time.perf_counter() - begin)}
 
     def check(
         self, M: int, mode: str, routings: list[str], backend: str, config: dict[str, Any], tolerance: float
@@ -135,7 +172,7 @@ class Worker:
             failed[index] = failures.summary(error)
 
         timings = time_interleaved(
-            {i: self._call(*candidate)[1] for i, candidate in enumerate(candidates)},
+            {i: self._timed_call(*candidate, mode, inputs[0]) for i, candidate in enumerate(candidates)},
             inputs,
             mode="graph" if mode == "graph" else "eager",
             budget_s=budget_s,
@@ -144,14 +181,35 @@ class Worker:
         )
         return {"us": {str(i): [t.us_q1, t.us, t.us_q3] for i, t in timings.items()}, "failed": failed}
 
-    def _call(self, backend: str, config: dict[str, Any]) -> tuple[Backend, Callable[[LayerInputs], torch.Tensor]]:
-        assert self._machine is not None and self._experts is not None  # noqa: S101, PT018 - the parent keeps the order
-        made = BACKENDS.load(backend)(self._machine)
+    def _call(self, backend: str, config: dict[str, Any]) -> tuple[Backend, Call]:
+        assert self._experts is not None  # noqa: S101 - the parent keeps the order
+        made = self._backend(backend)
         return made, backend_call(made, self._experts, made.config_type.model_validate(config))
+
+    def _timed_call(self, backend: str, config: dict[str, Any], mode: str, given: LayerInputs) -> Call:
+        """As `moe_forward` makes it: in its steady state, and the backend's own run while a graph is captured."""
+        made, call = self._call(backend, config)
+        if mode == "graph":
+            return call
+        assert self._experts is not None  # noqa: S101 - `_call` saw to it
+        return settled_call(made, self._experts, made.config_type.model_validate(config), given)
+
+    def _backend(self, name: str) -> Backend:
+        assert self._machine is not None  # noqa: S101 - `start` comes first
+        if name not in self._backends:
+            self._backends[name] = BACKENDS.load(name)(self._machine)
+        return self._backends[name]
 
     def _inputs_of(self, M: int, routing: str) -> tuple[LayerInputs, ...]:
         assert self._M == M, f"point M={self._M} is prepared, not M={M}"  # noqa: S101 - the parent keeps the order
         return self._inputs[routing]
+
+
+def distinct_inputs(problem: MoEProblem, machine: Machine) -> int:
+    """How many inputs a timing runs over."""
+    least = 1 if problem.M >= MANY_TOKENS else 2
+    read = problem.expected_experts * problem.expert_bytes
+    return max(least, min(MOST_INPUTS, math.ceil(CACHES * machine.l2_bytes / read)))
 
 
 def serve(read: int, write: int) -> None:
@@ -159,7 +217,7 @@ def serve(read: int, write: int) -> None:
     worker = Worker()
     operations: dict[str, Callable[..., dict[str, Any]]] = {
         "start": worker.start, "layer": worker.layer, "point": worker.point,
-        "launch": worker.launch, "check": worker.check, "time": worker.time,
+        "compile": worker.compile, "launch": worker.launch, "check": worker.check, "time": worker.time,
     }  # fmt: skip
     with os.fdopen(read, encoding="utf-8") as requests, os.fdopen(write, "w", encoding="utf-8") as answers:
         for line in requests:

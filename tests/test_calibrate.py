@@ -12,6 +12,7 @@ from torch import Tensor
 from moe_dispatch.backend import BackendConfig
 from moe_dispatch.experts import ExpertWeights
 from moe_dispatch.machine import Machine
+from moe_dispatch.policies import race
 from moe_dispatch.policies.calibrate import CalibrationReport, calibrate, coarse_to_fine
 from moe_dispatch.policies.calibrated import CalibratedPolicy
 from moe_dispatch.policies.schema import read_calibration
@@ -226,6 +227,40 @@ def test_resume_measures_nothing_again(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("timed")
+def test_a_resumed_calibration_knows_who_was_far_behind(tmp_path: Path) -> None:
+    arguments = {"device": "cpu", "backends": ["tuned"], "routings": ["uniform"], "directory": tmp_path}
+    calibrate([TINY], ["fp32"], tokens=[1, 4], **arguments)
+    resumed = calibrate([TINY], ["fp32"], tokens=[1, 2, 4], resume=True, **arguments)
+    assert {one.M for one in resumed.measured} == {2}
+    assert {one.candidate.config["pace"] for one in resumed.measured} <= {1, 2}
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("timed")
+def test_the_winner_of_the_calibration_before_is_remembered(tmp_path: Path) -> None:
+    arguments = {"tokens": [2], "device": "cpu", "backends": ["tuned"], "routings": ["uniform"], "directory": tmp_path}
+    first = calibrate([TINY], ["fp32"], **arguments)
+    again = calibrate([TINY], ["fp32"], **arguments)
+    assert not [one for one in first.measured if one.measurement.incumbent]
+    (incumbent,) = [one for one in again.measured if one.measurement.incumbent]
+    assert incumbent.candidate.config == {"pace": 1}
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("timed")
+def test_where_a_run_is_long_the_hopeless_run_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(race, "LONG_US", 100.0)
+    report = calibrate([TINY], ["fp32"], tokens=[1], device="cpu", backends=["tuned"], directory=tmp_path)
+    tuned = {one.candidate.config["pace"]: one.measurement for one in report.measured}
+    for pace in range(5, 12):  # 1 takes 2 ms and 5 takes 6
+        (q1, us, q3) = tuned[pace].us["uniform"]
+        assert q1 == us == q3
+        assert (tuned[pace].score or 0.0) > 2 * (tuned[1].score or 0.0)
+    assert "relative error 0.5" in (tuned[0].disqualified or "")
+
+
+@pytest.mark.slow
 def test_interruption_keeps_what_is_measured(tmp_path: Path) -> None:
     def stop_at_the_second(progress: object) -> None:
         if getattr(progress, "done", 0) == 1 and getattr(progress, "what", "") != "done":
@@ -258,7 +293,10 @@ def test_where_the_winner_changes_the_tokens_between_are_measured(tmp_path: Path
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("timed")
-def test_halving_times_the_best_for_long_and_lets_nobody_win_unchecked(tmp_path: Path) -> None:
+def test_halving_times_the_best_for_long_and_lets_nobody_win_unchecked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(race, "LONG_US", 1e6)
     report = calibrate([TINY], ["fp32"], tokens=[1], device="cpu", backends=["tuned", "reference"], directory=tmp_path)
     tuned = {
         one.candidate.config["pace"]: one.measurement for one in report.measured if one.candidate.backend == "tuned"
@@ -275,9 +313,8 @@ def test_halving_times_the_best_for_long_and_lets_nobody_win_unchecked(tmp_path:
     (winners,) = report.winners().values()
     checked = {one.candidate.identity: one.measurement.error for one in report.measured}
     assert checked[winners[1][0]] is not None
-    # Every backend has a finalist, for the fallback.
-    reference = next(one.measurement for one in report.measured if one.candidate.backend == "reference")
-    assert len(reference.us) == 2
+    # Every backend has a candidate that was found right, for the fallback.
+    assert any(one.candidate.backend == "reference" and one.measurement.error is not None for one in report.measured)
 
 
 @pytest.mark.slow
@@ -288,8 +325,7 @@ def test_between_near_neighbours_only_the_close_start_again(tmp_path: Path) -> N
     )
     raced = {M: {one.candidate.config["pace"] for one in report.measured if one.M == M} for M in (1, 2, 4)}
     assert raced[1] == raced[4] == set(range(12))
-    assert {1, 2} <= raced[2] < raced[1]
-    assert 11 not in raced[2]
+    assert {1} <= raced[2] <= {1, 2}  # 2 takes one and a half times as long, and 0 is wrong
 
 
 @pytest.mark.slow

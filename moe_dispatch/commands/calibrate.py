@@ -1,7 +1,7 @@
 """`moe-dispatch calibrate`: measure this machine once."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import typer
 from rich.markup import escape
@@ -11,6 +11,7 @@ from moe_dispatch.errors import InvalidInputError
 
 if TYPE_CHECKING:
     from moe_dispatch.policies.calibrate import CalibrationReport
+    from moe_dispatch.problem import Mode
 
 
 def calibrate(
@@ -22,6 +23,14 @@ def calibrate(
     backend: Annotated[list[str] | None, typer.Option(help="Only these backends.")] = None,
     device: Annotated[str | None, typer.Option(help="cuda, cuda:1, cpu.")] = None,
     timeout: Annotated[float, typer.Option(help="Seconds after which a candidate counts as hung.")] = 60.0,
+    mode: Annotated[str, typer.Option(help="graph, eager or both.")] = "both",
+    routing: Annotated[
+        list[str] | None, typer.Option(help="A routing distribution; uniform and dirichlet-4 if none is named.")
+    ] = None,
+    compile_only: Annotated[
+        bool, typer.Option("--compile-only", help="Only compile what would be measured, for a later run.")
+    ] = False,
+    configs: Annotated[int | None, typer.Option(min=1, help="Of each backend at most, the likeliest first.")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Few token counts and configurations.")] = False,
     resume: Annotated[
         bool, typer.Option("--resume", help="Leave out what was measured with today's versions.")
@@ -31,7 +40,7 @@ def calibrate(
     from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
     from rich.progress import Progress as Bar
 
-    from moe_dispatch.policies.calibrate import Progress
+    from moe_dispatch.policies.calibrate import DEFAULT_ROUTINGS, Progress
     from moe_dispatch.policies.calibrate import calibrate as measure
     from moe_dispatch.problem import DTYPES
 
@@ -53,9 +62,19 @@ def calibrate(
 
         report = measure(
             models, chosen, tokens=_numbers(tokens), budget_s=budget, quick=quick, resume=resume, device=device,
-            backends=backend, timeout_s=timeout, on_progress=show,
+            backends=backend, timeout_s=timeout, most_configs=configs, on_progress=show,
+            modes=_modes(mode), routings=routing or DEFAULT_ROUTINGS, compile_only=compile_only,
         )  # fmt: skip
     _print(report)
+
+
+def _modes(text: str) -> "list[Mode] | None":
+    from moe_dispatch.problem import Mode
+
+    modes = [mode for mode in get_args(Mode) if text in (mode, "both")]
+    if not modes:
+        raise InvalidInputError(f"--mode must be graph, eager or both, got {text!r}")
+    return None if text == "both" else modes
 
 
 def _numbers(text: str) -> list[int] | None:

@@ -1,0 +1,87 @@
+"""Compiling ahead, on a CPU, where there is nothing to compile but the processes are the same."""
+
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from moe_dispatch.machine import Machine
+from moe_dispatch.policies.compile_ahead import Job, compile_ahead, in_order
+from moe_dispatch.policies.phantom import phantom_experts
+from moe_dispatch.policies.schema import Candidate, Layer
+from moe_dispatch.policies.supervisor import Supervisor
+from moe_dispatch.problem import DType
+from moe_dispatch.registry import BACKENDS as REGISTERED
+from moe_dispatch.workloads import make_experts, workload
+
+CPU = Machine.inspect("cpu")
+LAYER = Layer.of(workload("4,2,32,16").problem(1, "fp32", CPU))
+BACKENDS = {
+    "reference": "moe_dispatch.backends.reference:ReferenceBackend",
+    "killed": "tests.calibration_faults:KilledBackend",
+    "raising": "tests.calibration_faults:RaisingBackend",
+}
+
+
+def jobs(*names: str, tokens: tuple[int, ...] = (1, 4)) -> list[Job]:
+    return [Job(LAYER, M, Candidate(backend=name, versions={"torch": "1"})) for name in names for M in tokens]
+
+
+def start() -> Supervisor:
+    return Supervisor("cpu", BACKENDS, 20.0)
+
+
+def test_one_token_count_of_each_candidate_comes_first() -> None:
+    order = [(job.candidate.backend, job.M) for job in in_order(jobs("a", "b", tokens=(1, 2, 4)))]
+    assert order == [("a", 1), ("b", 1), ("a", 2), ("b", 2), ("a", 4), ("b", 4)]
+
+
+@pytest.mark.slow
+def test_what_was_compiled_is_remembered_and_failures_cost_themselves(tmp_path: Path) -> None:
+    remembered = tmp_path / "compiled" / "machine.txt"
+    told: list[tuple[int, int]] = []
+    wanted = jobs("killed", "reference", "raising")
+    compile_ahead(wanted, start, remembered, on_progress=lambda done, total: told.append((done, total)))
+    assert max(told) == (6, 6)
+    assert set(remembered.read_text().split()) == {job.digest for job in wanted}
+    told.clear()
+    compile_ahead(wanted, start, remembered, on_progress=lambda done, total: told.append((done, total)))
+    assert not told
+
+
+def test_another_version_is_another_job() -> None:
+    (one,) = jobs("reference", tokens=(1,))
+    assert Job(LAYER, 1, Candidate(backend="reference", versions={"torch": "2"})).digest != one.digest
+
+
+def test_past_the_deadline_nothing_starts(tmp_path: Path) -> None:
+    compile_ahead(jobs("reference"), start, tmp_path / "machine.txt", deadline=time.monotonic() - 1)
+    assert not (tmp_path / "machine.txt").read_text()
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp8"])
+@pytest.mark.parametrize("layer", ["4,2,192,160", "4,2,256,128"])
+def test_phantoms_are_weights_of_the_layer(layer: str, dtype: DType) -> None:
+    problem = workload(layer).problem(1, dtype, CPU)
+    made = phantom_experts(problem, torch.device("cpu"))
+    real = make_experts(problem, dtype, "cpu")
+    assert made.spec == real.spec
+    for name in ("gate_up", "down", "gate_up_scale", "down_scale"):
+        mine, other = getattr(made, name), getattr(real, name)
+        assert (mine is None) == (other is None)
+        assert mine is None or (mine.shape, mine.dtype) == (other.shape, other.dtype)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["bf16", "fp8"])
+def test_phantoms_of_a_layer_beyond_the_memory_run_where_nobody_is_served(dtype: DType) -> None:
+    machine = Machine.inspect("cuda")
+    experts = phantom_experts(workload("4096,8,7168,2048").problem(1, dtype, machine), torch.device("cuda"))
+    assert experts.gate_up.nbytes > machine.memory_bytes / 2
+    backend = REGISTERED.load("triton_persistent")(machine)
+    problem = experts.problem(3, 8, torch.bfloat16, machine.capability)
+    hidden = torch.ones(3, 7168, dtype=torch.bfloat16, device="cuda")
+    nobody = torch.full((3, 8), -1, dtype=torch.int32, device="cuda")
+    out = backend.run(hidden, experts, torch.ones(3, 8, device="cuda"), nobody, backend.default_config(problem))
+    assert not out.any()
