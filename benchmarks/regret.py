@@ -3,11 +3,13 @@
     python -m moe_dispatch.benchmarks.regret benchmarks/results/nvidia_h200 --machine h200.json [--json]
 
 Regret at a point is time of the choice / time of the fastest candidate − 1, times being geometric means over the
-routing distributions. A rule that names a backend without a configuration gets the backend's default one where it was
-measured, else the backend's fastest. Where a choice was not measured the next one in its ranking counts.
+routing distributions. A rule that names a backend without a configuration gets the backend's default one, or where
+that was never measured the backend's fastest. A choice that did not start at a token count, because it was far behind
+on either side, has the time that lies between those two. Where it has none, the next one in the ranking counts.
 """
 
 import argparse
+import dataclasses
 import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -20,7 +22,7 @@ from moe_dispatch.machine import Machine
 from moe_dispatch.policies.fit import Observation, fit_model
 from moe_dispatch.policies.learned import LearnedPolicy
 from moe_dispatch.policies.rules import RulesPolicy
-from moe_dispatch.policies.table import Identity, geometric_mean
+from moe_dispatch.policies.table import Identity, curves, geometric_mean
 from moe_dispatch.policy import Choice
 from moe_dispatch.problem import MoEProblem
 from moe_dispatch.registry import BACKENDS
@@ -37,7 +39,8 @@ Rank = Callable[[MoEProblem], Sequence[Choice]]
 def bench_observations(rows: Iterable[BenchRow], machine: Machine) -> list[Observation]:
     """Times of dispatchable backends, one per problem and candidate.
 
-    Candidates that were not timed on every routing of a point would be compared on another footing; they are left out.
+    Who left a race early was timed on some of the routings: there it is compared with the fastest of those that were
+    timed on all.
     """
     times: dict[MoEProblem, dict[Identity, dict[str, float]]] = {}
     for row in rows:
@@ -47,11 +50,15 @@ def bench_observations(rows: Iterable[BenchRow], machine: Machine) -> list[Obser
     found = []
     for problem, by_candidate in times.items():
         routings = set().union(*by_candidate.values())
-        found += [
-            Observation(problem, identity, geometric_mean(list(us.values())))
-            for identity, us in by_candidate.items()
-            if set(us) == routings
-        ]
+        whole = {
+            identity: geometric_mean(list(us.values())) for identity, us in by_candidate.items() if set(us) == routings
+        }
+        if not whole:
+            continue
+        leader = min(whole, key=lambda one: whole[one])
+        for identity, us in by_candidate.items():
+            behind = geometric_mean([time / by_candidate[leader][routing] for routing, time in us.items()])
+            found.append(Observation(problem, identity, whole.get(identity, behind * whole[leader])))
     return found
 
 
@@ -82,18 +89,37 @@ def regrets(seen: Sequence[Observation], machine: Machine) -> dict[str, dict[str
         "oracle": lambda problem: _fastest(points[problem]),
     }
 
+    known = _between(points)
+
     def regret(rank: Rank) -> list[float]:
-        return [_regret(rank, problem, times, machine) for problem, times in points.items()]
+        return [
+            _regret(rank, problem, times | known.get(problem, {}), min(times.values()), machine)
+            for problem, times in points.items()
+        ]
 
     return {name: _summary(regret(rank)) for name, rank in policies.items()}
 
 
-def _regret(rank: Rank, problem: MoEProblem, times: Mapping[Identity, float], machine: Machine) -> float:
+def _between(points: Mapping[MoEProblem, Mapping[Identity, float]]) -> dict[MoEProblem, dict[Identity, float]]:
+    """Times of candidates that were measured below and above a token count and not there."""
+    by_layer: dict[MoEProblem, dict[int, Mapping[Identity, float]]] = {}
+    for problem, times in points.items():
+        by_layer.setdefault(dataclasses.replace(problem, M=1), {})[problem.M] = times
+    found: dict[MoEProblem, dict[Identity, float]] = {}
+    for layer, by_tokens in by_layer.items():
+        for curve in curves(by_tokens):
+            for M in by_tokens:
+                if curve.tokens[0] < M < curve.tokens[-1] and M not in curve.tokens:
+                    found.setdefault(dataclasses.replace(layer, M=M), {})[curve.identity] = curve.at(M)
+    return found
+
+
+def _regret(rank: Rank, problem: MoEProblem, times: Mapping[Identity, float], least: float, machine: Machine) -> float:
     for choice in rank(problem):
         if (us := _time(choice, problem, times, machine)) is not None:
-            return us / min(times.values()) - 1
+            return max(0.0, us / least - 1)
     # Nothing that it names was measured here: it would fall back to the slowest that was.
-    return max(times.values()) / min(times.values()) - 1
+    return max(times.values()) / least - 1
 
 
 def _time(choice: Choice, problem: MoEProblem, times: Mapping[Identity, float], machine: Machine) -> float | None:

@@ -1,5 +1,6 @@
 """The learned policy, held against a cost law that is known because this file states it."""
 
+import math
 import random
 from pathlib import Path
 
@@ -8,9 +9,10 @@ import pytest
 from moe_dispatch.benchmarks.regret import regrets
 from moe_dispatch.errors import InvalidInputError, MoEDispatchWarning
 from moe_dispatch.machine import Machine
-from moe_dispatch.policies.cost_model import TERMS, features, fit, predict
 from moe_dispatch.policies.fit import Observation, fit_model, save_model
 from moe_dispatch.policies.learned import LearnedPolicy, model_path
+from moe_dispatch.policies.neighbours import SCALES, Point, expected_lags
+from moe_dispatch.policies.scales import LeaveOneOut, fit_scales
 from moe_dispatch.problem import DType
 from moe_dispatch.workloads import WORKLOADS
 
@@ -31,18 +33,64 @@ def synthetic(models: tuple[str, ...] = tuple(WORKLOADS), dtype: DType = "fp8") 
             for backend, (launch, bandwidth, rate) in LAW.items():
                 us = launch + problem.expected_experts * problem.expert_bytes / bandwidth / 1e6
                 us += problem.flops / rate / 1e6
-                found.append(Observation(problem, (backend, ()), us * noise.gauss(1, NOISE)))
+                config = (("layout", "psum"),) if backend == "deep_gemm" else ()
+                found.append(Observation(problem, (backend, config), us * noise.gauss(1, NOISE)))
     return found
 
 
-def test_the_fit_finds_a_law_of_its_own_terms() -> None:
-    truth = (30.0, 250.0, 0.0, 1500.0, 0.0, 0.5)
-    values = [features(row.problem, {}, H200.sms) for row in synthetic()]
-    found = fit([(one, predict(truth, one)) for one in values])
-    assert len(found) == len(TERMS)
-    assert min(found) >= 0.0
-    for one in values:
-        assert predict(found, one) == pytest.approx(predict(truth, one), rel=1e-2)
+def test_alike_is_what_has_the_rows_and_the_size() -> None:
+    near = Point((3.0, 8.0, 11.0, 12.0), 0.1, {"a": 0.0, "b": 0.5})
+    far = Point((9.0, 13.0, 11.0, 12.0), 0.3, {"a": 0.4, "b": 0.0})
+    best, lags = expected_lags([near, far], near.x, SCALES)
+    assert best == pytest.approx(0.1, abs=1e-3)
+    assert lags["a"] < lags["b"]
+    _, lags = expected_lags([near, far], far.x, SCALES)
+    assert lags["b"] < lags["a"]
+    # Where no feature counts, both points count alike.
+    best, lags = expected_lags([near, far], (6.0, 10.5, 11.0, 12.0), (math.inf,) * 4)
+    assert best == pytest.approx(0.2)
+    assert lags["a"] == pytest.approx(lags["b"], abs=0.1)
+
+
+def test_who_was_hardly_measured_is_not_trusted() -> None:
+    points = [Point((float(i), 8.0, 11.0, 12.0), 0.0, {"a": 0.02}) for i in range(10)]
+    points.append(Point((90.0, 8.0, 11.0, 12.0), 0.0, {"a": 0.1, "lucky": 0.0}))
+    _, lags = expected_lags(points, points[0].x, SCALES)
+    assert lags["a"] < lags["lucky"]
+
+
+def test_the_fit_finds_the_feature_that_matters() -> None:
+    # Who wins depends on the third feature alone; layers are alike in all others.
+    ahead, behind = {0: 0.0, 1: 0.3}, {0: 0.3, 1: 0.0}
+    groups = {
+        name: [Point((float(i), 5.0, N, 7.0), 0.0, ahead if N < 10 else behind) for i in range(5)]
+        for name, N in (("p", 8.0), ("q", 8.5), ("r", 12.0), ("s", 12.5))
+    }
+    scales = fit_scales(groups, start=(0.35, math.inf, math.inf, math.inf))
+    assert scales[2] < math.inf
+    assert LeaveOneOut(groups).regrets(scales).max() == 0.0
+
+
+def test_what_is_fitted_is_what_is_chosen() -> None:
+    noise = random.Random(1)  # noqa: S311 - not cryptography
+    groups = {
+        layer: [
+            Point(
+                tuple(noise.uniform(0, 8) for _ in range(4)),
+                0.0,
+                {c: lag for c in range(5) if (lag := noise.uniform(-0.2, 1.5)) >= 0.0},
+            )
+            for _ in range(6)
+        ]
+        for layer in range(3)
+    }
+    lost = LeaveOneOut(groups).regrets(SCALES).tolist()
+    for layer, asked in groups.items():
+        known = [point for other, points in groups.items() if other != layer for point in points]
+        for point in asked:
+            _, lags = expected_lags(known, point.x, SCALES)
+            chosen = min((one for one in lags if one in point.lags), key=lambda one: lags[one])
+            assert lost.pop(0) == pytest.approx(math.expm1(point.lags[chosen]))
 
 
 def test_leaving_one_model_out_it_beats_every_fixed_choice() -> None:
@@ -75,25 +123,25 @@ def test_one_model_cannot_be_left_out_of_one() -> None:
 
 
 def test_too_few_measurements_are_refused() -> None:
-    with pytest.raises(InvalidInputError, match="needs 4 measurements"):
-        fit_model(synthetic()[:3], H200)
+    with pytest.raises(InvalidInputError, match="needs 4 points"):
+        fit_model(synthetic()[:6], H200)
 
 
 def test_a_saved_model_ranks_shapes_that_nobody_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MOE_DISPATCH_CACHE_DIR", str(tmp_path))
-    save_model(fit_model(synthetic(("deepseek-v3", "mixtral-8x7b")), H200), H200)
+    save_model(fit_model(synthetic(("deepseek-v3", "mixtral-8x7b")), H200), model_path(H200))
     policy = LearnedPolicy(H200)
     layer = WORKLOADS["qwen3-30b-a3b"]
     assert policy.rank(layer.problem(1, "fp8", H200, "graph"))[0].backend == "vllm_fused_moe"
     last = policy.rank(layer.problem(16384, "fp8", H200, "eager"))[0]
     assert last.backend == "deep_gemm"
-    assert "from 30 measurements (graph" in last.reason
+    assert "on like ones of 2 layers (graph" in last.reason
     assert policy.rank(layer.problem(1, "bf16", H200)) == ()
 
 
 @pytest.mark.parametrize(
     ("content", "says"),
-    [("{", "is damaged"), ('{"schema_version": 9, "fingerprint": "x", "sms": 1, "models": []}', "schema version 9")],
+    [("{", "is damaged"), ('{"schema_version": 9, "fingerprint": "x", "sms": 1, "groups": []}', "schema version 9")],
 )
 def test_a_model_that_cannot_be_trusted_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: str, says: str

@@ -18,11 +18,13 @@ def fit(
     machine: Annotated[
         Path | None, typer.Option(help="Machine that the rows come from, as JSON; this one if none.")
     ] = None,
+    out: Annotated[Path | None, typer.Option(help="Where it is written; this machine's own model if none.")] = None,
 ) -> None:
     """Fit the learned policy, and print what it learned and how well."""
     from moe_dispatch.policies.calibrated import calibration_path
-    from moe_dispatch.policies.cost_model import TERMS
     from moe_dispatch.policies.fit import fit_model, observations, save_model
+    from moe_dispatch.policies.learned import model_path
+    from moe_dispatch.policies.neighbours import FEATURES
     from moe_dispatch.policies.schema import read_calibration
 
     where = Machine.load(machine) if machine else Machine.inspect()
@@ -39,13 +41,15 @@ def fit(
                 "this machine has no calibration to learn from; run `moe-dispatch calibrate`, or give rows of `bench`"
             ) from error
     model = fit_model(seen, where)
-    path = save_model(model, where)
+    path = out or model_path(where)
+    save_model(model, path)
     heading(f"learned from {len(seen)} measurements")
-    shown = table("candidate", "dtype", "mode", "rows", "error", *TERMS, numbers=("rows", "error", *TERMS))
-    for one in sorted(model.models, key=lambda one: (one.dtype, one.mode, one.backend)):
-        options = ", ".join(f"{name}={value}" for name, value in one.config.items())
-        name = one.backend + (f" ({options})" if options else "")
-        coefficients = [f"{value:.3g}" for value in one.coefficients]
-        shown.add_row(escape(name), one.dtype, one.mode, str(one.rows), f"{one.error:.1%}", *coefficients)
+    shown = table("dtype", "mode", "layers", "points", "mean loss", "worst", *FEATURES, numbers=("points", *FEATURES))
+    for group in model.groups:
+        lost = [f"{value:.1%}" for value in group.regret] if group.regret else ["–", "–"]
+        scales = ["–" if scale is None else f"{scale:g}" for scale in group.scales]
+        shown.add_row(group.dtype, group.mode, str(group.layers), str(len(group.points)), *lost, *scales)
     OUT.print(shown)
+    OUT.print("Losses are those of each layer's choices when they are made from the other layers alone. The last four")
+    OUT.print("columns say how many octaves apart in each a measured layer still counts; a dash: it does not matter.")
     OUT.print(f"written to {escape(str(path))}")
