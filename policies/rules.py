@@ -1,8 +1,8 @@
-"""What is known before anything is measured here: the published and measured habits of each backend.
+"""What is known before anything is measured here: the measured habits of each backend.
 
-The figures come from one H200 on 2026-11-23: whole layers under CUDA graphs, vLLM 0.20.2, DeepGEMM 2.5.0, torch 2.11
-(docs/performance.md has the table). Our own Triton kernels have no figures in it, so they stand behind a peer that was
-measured well, and first where no peer was measured at all. `moe-dispatch calibrate` replaces all of this.
+The figures come from one H200, 2026-11-23 and 24: whole layers of deepseek-v3, qwen3-30b-a3b and mixtral-8x7b under
+CUDA graphs, vLLM 0.20.2, DeepGEMM 2.5.0, torch 2.11. Where no layer was measured, on other devices, our own kernels
+come first and the libraries after them. `moe-dispatch calibrate` replaces all of this.
 """
 
 from typing import Final
@@ -10,14 +10,13 @@ from typing import Final
 from moe_dispatch.policy import Choice, Policy
 from moe_dispatch.problem import MoEProblem
 
-# From about this many rows per expert DeepGEMM's FP8 layer overtakes vLLM's: Mixtral (E=8) at 64 rows, Qwen3 (E=128)
-# and DeepSeek-V3 (E=256) between 32 and 128.
-FP8_PREFILL_ROWS: Final = 64
-# In BF16 DeepGEMM's products reach .84–.91 of the floor from here on, and vLLM's layer falls to .5–.76. Those are
-# DeepGEMM's two products alone: that its layer wins, with the stages around them, is inferred and was not measured.
-BF16_PREFILL_ROWS: Final = 256
-# Up to here a layer reads weights and hardly computes: what split-K was made for.
+# Up to here a layer reads weights and hardly computes. At 1, 4, 16 and 64 tokens split-K came to 1.01 of the floor in
+# BF16 and .88 in FP8 (geometric means), the best peer of each point to .90 and .71.
 DECODE_TOKENS: Final = 64
+# From so many rows per expert DeepGEMM's products win: FP8 mixtral-8x7b at 64 (402 µs, and ours 405), deepseek-v3 from
+# 64 on (3983, vLLM 4114); BF16 qwen3-30b-a3b at 256 (779, vLLM 856). Below, our persistent kernels led vLLM by 4–16 %.
+FP8_PREFILL_ROWS: Final = 64
+BF16_PREFILL_ROWS: Final = 256
 
 Ranked = tuple[tuple[str, str], ...]
 
@@ -45,22 +44,20 @@ def _ranked(problem: MoEProblem) -> Ranked:
 
 def _hopper(problem: MoEProblem) -> Ranked:
     rows = problem.slots / problem.E
+    if problem.M <= DECODE_TOKENS:
+        return (*_ours(problem), _vllm("next at decode"), *_torch(problem), ("deep_gemm", "pads every expert"))
     if rows >= (FP8_PREFILL_ROWS if problem.dtype == "fp8" else BF16_PREFILL_ROWS):
         why = f"fastest grouped products measured on an H200 at prefill, and this is {rows:.0f} rows per expert"
-        return (("deep_gemm", why), _vllm("next at prefill"), *_ours(problem), *_torch(problem))
-    if problem.M <= DECODE_TOKENS:
-        best = _vllm("fastest layer measured on an H200 at decode (M ≤ 64)")
-    else:
-        best = _vllm(f"fastest layer measured on an H200 at {rows:.3g} rows per expert")
-    return (best, *_ours(problem), *_torch(problem), ("deep_gemm", "pads every expert, which few rows do not repay"))
+        return (("deep_gemm", why), *_ours(problem), *_torch(problem), _vllm("behind all of them at prefill"))
+    few = ("deep_gemm", "pads every expert, which few rows do not repay")
+    persistent, splitk = _ours(problem)
+    return (persistent, _vllm(f"next on an H200 at {rows:.3g} rows per expert"), few, *_torch(problem), splitk)
 
 
 def _ours(problem: MoEProblem) -> Ranked:
-    splitk = ("triton_splitk", "ours for decode: splits K until the memory system is full")
-    persistent = ("triton_persistent", "ours for many rows, and FP8: one wave of programs and no padding")
-    # In FP8 split-K quantises activations in every program's loop: 4 times persistent's time at M=1 on an H200.
-    decode = problem.M <= DECODE_TOKENS and problem.dtype != "fp8"
-    return (splitk, persistent) if decode else (persistent, splitk)
+    splitk = ("triton_splitk", "ours for decode: splits the weights until the memory system is full")
+    persistent = ("triton_persistent", "ours for more rows: one wave of programs and no padding")
+    return (splitk, persistent) if problem.M <= DECODE_TOKENS else (persistent, splitk)
 
 
 def _libraries(problem: MoEProblem) -> Ranked:
