@@ -1,4 +1,4 @@
-"""A measured row, and the JSON Lines files that rows are kept in."""
+"""A measured row, and the JSON Lines files that rows are kept in, one a line or packed (see `packed`)."""
 
 import json
 import subprocess
@@ -136,6 +136,14 @@ def _read(path: Path) -> Iterator[BenchRow]:
         raise InvalidInputError(
             f"{path} cannot be read ({error}); give .jsonl files of `moe-dispatch bench`"
         ) from error
+    if lines and lines[0].startswith('{"packed"'):
+        from moe_dispatch.benchmarks.packed import unpack  # which imports this module
+
+        try:
+            yield from unpack(lines)
+        except (ValueError, KeyError, IndexError) as error:
+            raise InvalidInputError(f"{path} is damaged: {error}") from error
+        return
     for number, line in enumerate(lines, start=1):
         try:
             yield BenchRow.model_validate_json(line)

@@ -4,13 +4,14 @@ One allocation of expert weights serves a (workload, dtype). Whatever runs out o
 itself a row with the reason, and the rest goes on.
 """
 
+import functools
 import gc
 import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Final
+from typing import Final, Literal
 
 import torch
 from torch import Tensor
@@ -30,18 +31,22 @@ from moe_dispatch.measure import (
     backend_call,
     make_inputs,
     reference_outputs,
+    settled_call,
     time_interleaved,
     verify,
 )
 from moe_dispatch.problem import DType, Mode, MoEProblem
+from moe_dispatch.ranking import Ranking
 from moe_dispatch.workloads import RoutingDistribution, Workload, make_experts
 
 from .peers import Peer
 from .rows import BenchRow, RowKey, append, row_key
 
+Configs = Literal["default", "all", "chosen"]
+
 SEED: Final = 0
-# fp32 truths are the slow part at large M, and one of 16384 tokens checks as many rows as a thousand of 16.
-CHECKED_TOKENS: Final = 8192
+# fp32 truths are the slow part at large M, and one of 2048 tokens checks as many rows as a hundred of 16.
+CHECKED_TOKENS: Final = 2048
 
 
 @dataclass(frozen=True)
@@ -56,7 +61,8 @@ class Plan:
         modes: ``"graph"`` and ``"eager"``.
         backends: Ours, by the instances that run.
         peers: Theirs.
-        all_configs: Whether every configuration of ours is run, or its default alone.
+        configs: Which configurations of ours: each one's default, all, or the one that this machine's calibration (else
+            the shipped table) chooses, which is what `moe_forward` runs.
         inputs: Distinct inputs and routings per point.
         point_s: Seconds of timing per candidate.
         budget_s: Seconds after which no further point is started; None for no limit.
@@ -69,7 +75,7 @@ class Plan:
     modes: tuple[Mode, ...]
     backends: tuple[Backend, ...]
     peers: tuple[Peer, ...] = ()
-    all_configs: bool = False
+    configs: Configs = "default"
     inputs: int = 8
     point_s: float = 0.3
     budget_s: float | None = None
@@ -82,11 +88,12 @@ class Plan:
 
 @dataclass(frozen=True)
 class Candidate:
-    """One thing to time at a point."""
+    """One thing to time at a point; `settle` gives the call that is timed eagerly, as its user makes it in the end."""
 
     backend: str
     config: dict[str, int | str | bool]
     call: Call = field(compare=False)
+    settle: Callable[[LayerInputs], Call] = field(compare=False)
     tolerance: float
     deterministic: bool
 
@@ -124,6 +131,10 @@ class Sweep:
     advance: Callable[[str | None], None] = lambda _: None
     notes: list[str] = field(default_factory=list)
     written: list[BenchRow] = field(default_factory=list)
+
+    @functools.cached_property
+    def _measured(self) -> Ranking:
+        return Ranking(self.provenance.machine, ("calibrated", "shipped"))
 
     def run(self) -> list[BenchRow]:
         """Run the plan and return this run's rows.
@@ -212,6 +223,7 @@ class Sweep:
             for config in self._configs(backend, problem):
                 yield Candidate(
                     backend.name, config.model_dump(mode="json"), backend_call(backend, experts, config),
+                    functools.partial(settled_call, backend, experts, config),
                     backend.tolerance[problem.dtype], backend.deterministic(config),
                 )  # fmt: skip
         for peer in self.plan.peers:
@@ -224,10 +236,18 @@ class Sweep:
                 except Exception as error:  # noqa: BLE001 - foreign code may raise anything, and is then left out
                     self._note(f"{peer.name}: {summary(error)}")
                     continue
-            yield Candidate(peer.name, {}, peer_calls[peer.name], peer.tolerance[problem.dtype], deterministic=False)
+            call = peer_calls[peer.name]
+            tolerance = peer.tolerance[problem.dtype]
+            yield Candidate(peer.name, {}, call, _as_it_is(call), tolerance, deterministic=False)
 
     def _configs(self, backend: Backend, problem: MoEProblem) -> Sequence[BackendConfig]:
-        return backend.configs(problem) if self.plan.all_configs else (backend.default_config(problem),)
+        if self.plan.configs == "all":
+            return backend.configs(problem)
+        if self.plan.configs == "chosen":
+            for choice in self._measured.rank(problem):
+                if choice.backend == backend.name and choice.config is not None:
+                    return (backend.config_type.model_validate(dict(choice.config)),)
+        return (backend.default_config(problem),)
 
     def _measure(
         self,
@@ -253,7 +273,11 @@ class Sweep:
                 if not verdicts[index].ok:
                     failures[index] = f"wrong result: {verdicts[index].reason}"
         timings: dict[int, Timing] = time_interleaved(
-            {index: candidate.call for index, candidate in enumerate(candidates) if index not in failures},
+            {
+                index: candidate.call if problem.mode == "graph" else candidate.settle(inputs[0])
+                for index, candidate in enumerate(candidates)
+                if index not in failures
+            },
             inputs,
             mode=problem.mode,
             budget_s=self.plan.point_s,
@@ -331,6 +355,10 @@ def available_backends(
         except BackendUnavailableError as error:
             note(str(error))
     return tuple(found)
+
+
+def _as_it_is(call: Call) -> Callable[[LayerInputs], Call]:
+    return lambda _: call
 
 
 def _release(device: torch.device) -> None:

@@ -19,7 +19,7 @@ from moe_dispatch.problem import DTYPES, DType, Mode
 
 if TYPE_CHECKING:
     from moe_dispatch.benchmarks.rows import BenchRow
-    from moe_dispatch.benchmarks.sweep import Plan, Sweep
+    from moe_dispatch.benchmarks.sweep import Configs, Plan, Sweep
     from moe_dispatch.dispatcher import Dispatcher
     from moe_dispatch.machine import Machine
 
@@ -38,7 +38,9 @@ def bench(
     backend: Annotated[
         list[str] | None, typer.Option(help="A backend or a peer; repeatable. All of both if left out; 'all': ours.")
     ] = None,
-    config: Annotated[str, typer.Option(help="'default', or 'all' configurations of each backend.")] = "default",
+    config: Annotated[
+        str, typer.Option(help="Of each backend: 'default', 'all', or 'chosen', which calibration found fastest.")
+    ] = "default",
     mode: Annotated[str | None, typer.Option(help="graph, eager or both. On a CPU eager.")] = None,
     routing: Annotated[list[str] | None, typer.Option(help="A routing distribution; repeatable.")] = None,
     out: Annotated[Path | None, typer.Option(help="Where rows go; a dated file for this machine if left out.")] = None,
@@ -46,6 +48,7 @@ def bench(
         bool, typer.Option("--resume", help="Skip the rows that --out (else the newest file) has.")
     ] = False,
     budget: Annotated[float | None, typer.Option(help="Start no further point after so many seconds.")] = None,
+    seconds: Annotated[float, typer.Option(help="Of timing for each row.")] = 0.3,
     peers: Annotated[bool, typer.Option(help="Run the peers as their own users would.")] = True,
     plot: Annotated[bool, typer.Option("--plot", help="Draw the rows next to their file.")] = False,
     json_: Annotated[bool, typer.Option("--json", help="Print the rows as JSON Lines instead of a table.")] = False,
@@ -68,6 +71,7 @@ def bench(
         mode,
         routing,
         budget,
+        seconds,
         peers=peers,
     )
     if path.exists() and not resume:
@@ -102,6 +106,7 @@ def _plan(
     mode: str | None,
     routings: Sequence[str] | None,
     budget: float | None,
+    seconds: float,
     *,
     peers: bool,
 ) -> "Plan":
@@ -111,8 +116,6 @@ def _plan(
     from moe_dispatch.workloads import ROUTINGS, workload
 
     ours, theirs = _chosen(names, BACKENDS.names(), tuple(PEERS), peers=peers)
-    if config not in ("default", "all"):
-        raise InvalidInputError(f"--config must be 'default' or 'all', got {config!r}")
     for name in routings or ():
         if name not in ROUTINGS:
             raise UnknownNameError("routing distribution", name, tuple(ROUTINGS))
@@ -124,7 +127,8 @@ def _plan(
         modes=_modes(mode, dispatcher.machine),
         backends=available_backends(ours, dispatcher.backend, notes.append),
         peers=tuple(PEERS[name](dispatcher.machine) for name in theirs),
-        all_configs=config == "all",
+        configs=_configs(config),
+        point_s=seconds,
         budget_s=budget,
     )
 
@@ -140,6 +144,12 @@ def _chosen(
             raise UnknownNameError("backend or peer", name, ("all", *ours, *theirs))
     wanted = {*names, *(ours if "all" in names else ()), *(theirs if "all" in names and peers else ())}
     return tuple(n for n in ours if n in wanted), tuple(n for n in theirs if n in wanted)
+
+
+def _configs(given: str) -> "Configs":
+    if given not in ("default", "all", "chosen"):
+        raise InvalidInputError(f"--config must be default, all or chosen, got {given!r}")
+    return given
 
 
 def _dtypes(given: Sequence[str]) -> tuple[DType, ...]:

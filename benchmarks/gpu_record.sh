@@ -1,0 +1,109 @@
+#!/usr/bin/env bash
+# What is recorded on an H200 for the policies, one step a call; the package, vLLM and DeepGEMM must be importable:
+#
+#     benchmarks/gpu_record.sh sweep [MODEL...]   every backend over the models, all named ones if none is given: the
+#                                                 shipped table, the rows in the repository, what is learned from.
+#                                                 deepseek-v3 in every mode and on both routings, the others in graphs
+#                                                 on uniform routing
+#     benchmarks/gpu_record.sh repeat             deepseek-v3 again on a warm compile cache, then between its token
+#                                                 counts, each held against the sweep's
+#     benchmarks/gpu_record.sh bench              the rows of the scoreboard: what calibration chose, beside the peers
+#     benchmarks/gpu_record.sh claims             what has been published, reproduced or refuted
+#
+# Results go to $OUT, what is gone on with to $WORK. SECONDS_EACH bounds a call; called again, sweep and bench go on
+# where they stopped. CONFIGS bounds the configurations of each backend, the likeliest first. Two GPUs share a sweep:
+# call it with other models and another CUDA_VISIBLE_DEVICES; with the same WORK both write one calibration.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+step="${1:?usage: gpu_record.sh sweep|repeat|bench|claims [MODEL...]}"
+shift
+: "${OUT:=$PWD/out}" "${WORK:=$HOME/.moe_dispatch_record}" "${SECONDS_EACH:=400}" "${CONFIGS:=12}"
+: "${FIRST:=deepseek-v3}" "${BENCH:=deepseek-v3 qwen3-30b-a3b mixtral-8x7b}"
+: "${TOKENS:=1,2,4,8,16,32,64,128,256,512,1024,2048,4096,8192,16384}" "${BETWEEN:=3,12,48,192,768,3072,12288}"
+: "${BENCH_TOKENS:=1,4,16,64,256,1024,4096,16384}" "${GRAPHS:=graph}"
+mkdir -p "$OUT" "$WORK"
+export PYTHONUNBUFFERED=1 VLLM_LOGGING_LEVEL=ERROR VLLM_USE_DEEP_GEMM_E8M0=0
+export MOE_DISPATCH_CACHE_DIR="$WORK/sweep"
+dtypes=(--dtype fp8 --dtype bf16)
+moe_dispatch=(python3 -c 'from moe_dispatch.cli import app; app()') # the script of that name need not be on the PATH
+
+left() { echo $((SECONDS_EACH > SECONDS ? SECONDS_EACH - SECONDS : 0)); }
+# A library that loads while another call keeps the cores busy has not hung.
+calibrate() { "${moe_dispatch[@]}" calibrate "${dtypes[@]}" --configs "$CONFIGS" --timeout 180 "$@"; }
+keep() { cp "$1"/calibration/*.json "$OUT/$2"; }
+
+sweep() {
+  local models=("$@") others=() model first_s=0
+  ((${#models[@]})) || models=(deepseek-v3 qwen3-30b-a3b mixtral-8x7b qwen3-235b kimi-k2-tp8 deepseek-v2-lite gpt-oss-120b)
+  for model in "${models[@]}"; do
+    if [[ "$model" == "$FIRST" ]]; then
+      # Half of the time, where others come after it.
+      first_s=$((${#models[@]} > 1 ? SECONDS_EACH / 2 : SECONDS_EACH))
+    else
+      others+=(--model "$model")
+    fi
+  done
+  if ((first_s)); then
+    time calibrate --model "$FIRST" --tokens "$TOKENS" --budget "$first_s" --resume > "$OUT/sweep-$FIRST.txt"
+    tail -n 3 "$OUT/sweep-$FIRST.txt"
+  fi
+  if ((${#others[@]})); then
+    time calibrate "${others[@]}" --tokens "$TOKENS" --mode "$GRAPHS" --routing uniform --budget "$(left)" --resume \
+      > "$OUT/sweep-${models[-1]}.txt"
+    tail -n 3 "$OUT/sweep-${models[-1]}.txt"
+  fi
+  keep "$WORK/sweep" calibration.json
+  # Under a name of its own too, should two calls have had a WORK each.
+  keep "$WORK/sweep" "calibration-${models[-1]}.json"
+}
+
+repeat() {
+  local name
+  for name in again between; do
+    rm -rf "${WORK:?}/$name"
+    mkdir -p "$WORK/$name"
+    # What was compiled, and nothing of what was measured.
+    [[ ! -e "$WORK/sweep/compiled" ]] || cp -r "$WORK/sweep/compiled" "$WORK/$name/"
+  done
+  time MOE_DISPATCH_CACHE_DIR="$WORK/again" calibrate --model "$FIRST" --tokens "$TOKENS" --budget "$(left)" \
+    > "$OUT/again.txt"
+  tail -n 3 "$OUT/again.txt"
+  keep "$WORK/again" again.json
+  keep "$WORK/sweep" before.json
+  python3 -m moe_dispatch.benchmarks.agreement "$OUT/before.json" "$OUT/again.json" | tee "$OUT/agreement.txt"
+  (($(left) > 20)) || return 0
+  MOE_DISPATCH_CACHE_DIR="$WORK/between" calibrate --model "$FIRST" --tokens "$BETWEEN" --budget "$(left)" \
+    --mode "$GRAPHS" > "$OUT/between.txt"
+  keep "$WORK/between" between.json
+  python3 -m moe_dispatch.benchmarks.agreement "$OUT/before.json" "$OUT/again.json" "$OUT/between.json" \
+    | tee "$OUT/agreement.txt"
+}
+
+bench() {
+  local rows="$OUT/bench.jsonl" models=() model
+  for model in $BENCH; do models+=(--model "$model"); done
+  run() {
+    local seconds
+    seconds="$(left)"
+    ((seconds > 5)) || return 0
+    # --budget stops between points; a single point that outlasts it is interrupted, and its finished rows are kept.
+    timeout --signal=INT --kill-after=20 "$((seconds + 5))" "${moe_dispatch[@]}" bench "${models[@]}" "${dtypes[@]}" \
+      --config chosen --seconds 0.1 --resume --out "$rows" --budget "$seconds" "$@" > /dev/null \
+      || [[ $? =~ ^(124|130)$ ]]
+  }
+  run --backend all --no-peers --backend vllm --backend vllm_deep_gemm --tokens "$BENCH_TOKENS" --mode "$GRAPHS"
+  run --backend all --no-peers --backend vllm --tokens 1 --mode eager
+  run --backend triton_persistent --backend deep_gemm --tokens 1024,4096,16384 --mode "$GRAPHS" --routing dirichlet-4
+  python3 -m moe_dispatch.benchmarks.scoreboard "$rows" | tee "$OUT/scoreboard.md" || true
+}
+
+claims() {
+  python3 -m moe_dispatch.benchmarks.claims --out "$OUT/claims.jsonl" --budget "$SECONDS_EACH" | tee "$OUT/claims.md"
+}
+
+case "$step" in
+  sweep) sweep "$@" ;;
+  repeat | bench | claims) "$step" ;;
+  *) echo "gpu_record.sh: no step is called $step" >&2; exit 2 ;;
+esac

@@ -1,0 +1,69 @@
+"""Makes a table to ship out of a machine's calibration: scores of those that may be chosen, and nothing else.
+
+python -m moe_dispatch.benchmarks.ship CALIBRATION.json... --out policies/tables/nvidia_h200.json
+"""
+
+import argparse
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Final
+
+from moe_dispatch.policies.merge import Measured, flat, merge
+from moe_dispatch.policies.schema import CalibrationFile, Measurement, parse_calibration, read_bytes
+
+# Who was farther behind at a token count is not chosen between it and the next either, unless it is its backend's best.
+NEAR: Final = 1.25
+DIGITS: Final = 4
+
+
+def table(files: Iterable[CalibrationFile]) -> CalibrationFile:
+    """One file of one machine's calibrations, later ones first, reduced to what a choice needs."""
+    whole: CalibrationFile | None = None
+    for file in files:
+        whole = file if whole is None else merge(whole, flat(file), file.machine)
+    if whole is None:
+        raise ValueError("a table needs a calibration")
+    points: dict[tuple[object, int, str], list[Measured]] = {}
+    for one in flat(whole):
+        if one.measurement.score is not None:
+            points.setdefault((one.layer.key, one.M, one.mode), []).append(one)
+    kept = [_reduced(one) for at in points.values() for one in _worth(at)]
+    return merge(CalibrationFile(machine=whole.machine), kept, whole.machine)
+
+
+def _worth(at: Sequence[Measured]) -> list[Measured]:
+    ordered = sorted(at, key=_score)
+    backends: set[str] = set()
+    kept = []
+    for one in ordered:
+        if _score(one) <= NEAR * _score(ordered[0]) or one.candidate.backend not in backends:
+            kept.append(one)
+        backends.add(one.candidate.backend)
+    return kept
+
+
+def _score(one: Measured) -> float:
+    return float(one.measurement.score or "nan")  # only scored ones come here
+
+
+def _reduced(one: Measured) -> Measured:
+    score = float(f"{_score(one):.{DIGITS}g}")
+    candidate = one.candidate.model_copy(update={"measured": one.candidate.measured[:10]})
+    return Measured(one.layer, one.M, one.mode, candidate, Measurement(candidate=0, score=score))
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Write the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("calibrations", type=Path, nargs="+", help="of one machine, the newest last")
+    parser.add_argument("--out", type=Path, required=True)
+    given = parser.parse_args(arguments)
+    made = table(parse_calibration(read_bytes(path), str(path)) for path in given.calibrations)
+    given.out.parent.mkdir(parents=True, exist_ok=True)
+    given.out.write_text(made.model_dump_json(exclude_defaults=True), encoding="utf-8")
+    count = sum(len(point.measurements) for point in made.points)
+    print(f"{len(made.points)} points, {count} measurements, {given.out.stat().st_size:,} bytes: {given.out}")
+
+
+if __name__ == "__main__":
+    main()
