@@ -74,13 +74,15 @@ class Case:
 
 EXPERTS = {"grid": "experts"}
 ATOMIC = {"mode": "atomic"}
+CHUNKS = {"vector_columns": 128, "vector_down_columns": 128, "vector_down_experts": 2}
+VECTOR = {"gate_up": "vector", "down": "vector", "vector_rows": 32, "vector_down_rows": 32}
 CASES = [
     # token counts: one, odd, and more than BLOCK_M of one expert, in either grid
     Case("one token", M=1),
     Case("one token, grid of experts", M=1, config=EXPERTS),
     Case("odd count", M=17),
-    Case("slots span two scans", M=70, N=16, K=32),
-    Case("slots span two scans, grid of experts", M=70, N=16, K=32, config=EXPERTS),
+    Case("many slots", M=70, N=16, K=32),
+    Case("slots span two scans", M=257, E=2, N=16, K=32, config=EXPERTS | {"block_m": 64}),
     Case("all slots to one expert", M=17, routing="2"),
     Case("all slots to one expert, grid of experts", M=17, routing="2", config=EXPERTS),
     Case("nobody is ours", M=2, routing="-1"),
@@ -118,12 +120,28 @@ CASES = [
     Case("fp8", dtype="fp8", K=256, N=128),
     Case("fp8, cut blocks", dtype="fp8", K=200, N=72, bias=True, activation="swiglu_oai", interleaved=True),
     Case("fp8, partial sums", dtype="fp8", K=256, N=136, config={"splits_gate_up": 2, "splits_down": 2}),
+    Case("fp8, quantised by gate_up", dtype="fp8", K=128, N=136, bias=True, config={"block_n": 256}),
+    Case("fp8, ungated, quantised by gate_up", dtype="fp8", N=136, activation="relu2", config={"block_n": 128}),
     Case("fp8, ungated, atomic", dtype="fp8", K=128, N=136, activation="relu2", config=ATOMIC),
     # tensor descriptors in each row order
     Case("tma", dtype="fp16", config={"tma": True}),
     Case("tma, cut tiles", dtype="fp16", K=80, N=40, bias=True, config={"tma": True}),
     Case("tma, interleaved, cut tiles", dtype="fp16", K=80, N=40, interleaved=True, config={"tma": True}),
     Case("tma, ungated", dtype="fp16", activation="relu2", config={"tma": True}),
+    # the vector method
+    *[replace(case, why=f"vector, {case.why}", config=case.config | VECTOR | tile) for case in (
+        Case("one token", M=1),
+        Case("odd count", M=5),
+        Case("nobody is ours", M=2, routing="-1"),
+        Case("int64", ids=torch.int64, K=300, N=200),
+        Case("odd K and N", K=70, N=45, bias=True),
+        *[Case(f"{name}", activation=name, bias=True) for name in ("gelu", "gelu_tanh", "swiglu_oai", "relu2")],
+        Case("gpt-oss", K=400, N=240, activation="swiglu_oai", bias=True, interleaved=True),
+        Case("fp16", dtype="fp16", bias=True, K=256, N=256, topk=3),
+        Case("fp8", dtype="fp8", K=512, N=256),
+        Case("fp8, cut blocks", dtype="fp8", K=200, N=72, bias=True, activation="swiglu_oai", interleaved=True),
+        Case("fp8, shifted blocks", dtype="fp8", K=200, N=77, topk=3),
+    ) for tile in ({}, CHUNKS)],
     # narrow and wide token tiles
     Case("block_m 8", M=17, config={"block_m": 8}),
     Case("block_m 32", M=17, routing="1", config={"block_m": 32}),
@@ -167,7 +185,7 @@ def test_configs_fit_the_device(name: str, capability: int) -> None:
             problem = _problem(backend.machine, M, dtype, name)
             configs = backend.configs(problem)
             assert configs[0] == backend.default_config(problem)
-            assert len(set(configs)) == len(configs) <= 24
+            assert len(set(configs)) == len(configs) <= 16
             for config in configs:
                 assert shared_memory_bytes(problem, config) <= backend.machine.shared_memory_per_block
                 assert backend.workspace_bytes(problem, config) > 0
@@ -179,6 +197,42 @@ def test_atomic_mode_says_that_it_is_not_deterministic(machine: Machine) -> None
     backend = TritonSplitKBackend(machine)
     assert not backend.deterministic(SplitKConfig(mode="atomic"))
     assert backend.deterministic(SplitKConfig())
+    assert backend.deterministic(SplitKConfig(mode="atomic", down="vector"))
+
+
+def test_workspace_is_what_the_launches_leave_behind(machine: Machine) -> None:
+    backend = TritonSplitKBackend(machine)
+    bf16, fp8 = _problem(machine, 2, "bf16"), _problem(machine, 2, "fp8")
+    S, N, K = 16, bf16.N, bf16.K
+    vector = SplitKConfig(gate_up="vector", down="vector")
+    assert backend.workspace_bytes(bf16, vector) == S * N * 2
+    assert backend.workspace_bytes(bf16, SplitKConfig()) == S * N * 2 + S * K * 4
+    assert backend.workspace_bytes(bf16, SplitKConfig(splits_down=2)) == S * N * 2 + 2 * S * K * 4
+    assert backend.workspace_bytes(bf16, SplitKConfig(mode="atomic")) == S * N * 2 + 2 * K * 4
+    assert backend.workspace_bytes(bf16, SplitKConfig(splits_gate_up=2)) == S * N * 2 + S * K * 4 + 2 * S * 2 * N * 4
+    assert backend.workspace_bytes(fp8, vector) == S * N + 2 * K + S * 2 * N * 4
+    assert backend.workspace_bytes(fp8, SplitKConfig(block_n=256)) == S * N + 2 * K + S * K * 4
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "M", "gate_up", "down", "grid"),
+    [
+        ("qwen3-30b-a3b", "bf16", 1, "vector", "vector", "slots"),
+        ("qwen3-30b-a3b", "bf16", 4, "vector", "vector", "experts"),
+        ("qwen3-30b-a3b", "bf16", 16, "tensor", "tensor", "experts"),
+        ("deepseek-v3", "bf16", 1, "vector", "vector", "slots"),
+        ("deepseek-v3", "bf16", 4, "tensor", "tensor", "experts"),
+        ("mixtral-8x7b", "bf16", 1, "vector", "vector", "slots"),
+        ("mixtral-8x7b", "bf16", 4, "tensor", "tensor", "experts"),
+        ("qwen3-30b-a3b", "fp8", 1, "tensor", "vector", "slots"),
+        ("qwen3-30b-a3b", "fp8", 4, "tensor", "tensor", "experts"),
+        ("deepseek-v3", "fp8", 1, "tensor", "tensor", "slots"),
+    ],
+)
+def test_method_follows_sharing_and_size(name: str, dtype: DType, M: int, gate_up: str, down: str, grid: str) -> None:
+    backend = TritonSplitKBackend(described(90))
+    config = backend.default_config(_problem(backend.machine, M, dtype, name))
+    assert (config.gate_up, config.down, config.grid) == (gate_up, down, grid)
 
 
 def test_many_slots_are_declined_with_the_limit() -> None:
@@ -197,48 +251,45 @@ def test_fp8_refuses_blocks_that_straddle_scales(machine: Machine) -> None:
         TritonSplitKBackend(machine).run(x, case.experts(), weights, ids, SplitKConfig(block_k=64))
 
 
-COMPILED = [
-    (80, "bf16", False),
-    (89, "fp8", False),
-    (90, "bf16", False),
-    (90, "fp8", False),
-    (100, "bf16", False),
-    (100, "fp8", False),
-    (90, "bf16", True),
-    (90, "fp8", True),
-]
+COMPILED = [(80, "bf16"), (89, "fp8"), (90, "bf16"), (90, "fp8"), (100, "bf16"), (100, "fp8")]
 
 
-def launch_defaults(capability: int, dtype: DType, *, tma: bool) -> Iterator[Launch]:
+def launch_defaults(capability: int, dtype: DType) -> Iterator[Launch]:
     """Every default of the named workloads at M of 1 to 64, with one problem for each."""
     backend = TritonSplitKBackend(described(capability))
     seen = set()
     for workload in WORKLOADS.values():
         for M in (1, 2, 4, 8, 16, 32, 64):
             problem = workload.problem(M, dtype, backend.machine)
-            config = backend.default_config(problem).model_copy(update={"tma": tma})
+            config = backend.default_config(problem)
             uneven = bool(problem.K % config.block_k or problem.N % config.block_k)
             if (key := (config, problem.activation, uneven)) not in seen:
                 seen.add(key)
                 # Neither is a matter of the products, and the sum would be compiled for each.
                 problem = replace(problem, topk=8, M=1)
-                note = {"bound": shared_memory_bytes(problem, config), "config": config.label}
+                bound = shared_memory_bytes(problem, config)
+                note = {"bound": bound, "tma": config.tma, "config": config.label}
                 yield Launch(partial(backend.run, *unwritten_layer(problem), config), note)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-@pytest.mark.parametrize(("capability", "dtype", "tma"), COMPILED, ids=str)
-def test_defaults_compile(capability: int, dtype: DType, tma: bool) -> None:
-    kernels = compile_launches(launch_defaults, capability, dtype=dtype, tma=tma)
-    products = [built for built in kernels if built.name != "_moe_splitk_reduce_kernel"]
-    assert {built.name for built in products} == {"_moe_splitk_gate_up_kernel", "_moe_splitk_down_kernel"}
-    assert len(products) < len(kernels)
+@pytest.mark.parametrize(("capability", "dtype"), COMPILED, ids=str)
+def test_defaults_compile(capability: int, dtype: DType) -> None:
+    kernels = compile_launches(launch_defaults, capability, dtype=dtype)
+    tensor = [built for built in kernels if built.name in {"_moe_splitk_gate_up_kernel", "_moe_splitk_down_kernel"}]
+    vector = [built for built in kernels if built.name.startswith("_moe_vector")]
+    assert len({built.name for built in tensor}) == 2
+    assert {built.name for built in vector} >= {"_moe_vector_down_kernel"}
     for built in kernels:
         assert built.pdl == (capability >= 90), built
         assert built.stack <= FEW_SPILLS, built
-    for built in products:
+    for built in tensor:
         assert built.shared <= built.note["bound"], built
         assert built.wgmma == (capability == 90 and built.constants["ROWS"] >= 64), built
         # Weights arrive 16 bytes at a time, by asynchronous copy or by TMA.
-        assert built.tma if tma else built.wide_copies, built
+        assert built.tma if built.note["tma"] else built.wide_copies, built
+    for built in vector:
+        assert built.shared <= built.note["bound"], built
+        assert not built.wide_copies, built
+        assert built.wide_loads, built

@@ -60,6 +60,7 @@ class Built:
         fp8: e4m3, in a product or a conversion.
         pdl: Waits for the kernel before it.
         wide_copies: Asynchronous copies of 16 bytes.
+        wide_loads: Loads of 16 bytes into registers.
     """
 
     name: str
@@ -75,6 +76,7 @@ class Built:
     fp8: bool
     pdl: bool
     wide_copies: bool
+    wide_loads: bool
 
 
 def described(capability: int) -> Machine:
@@ -186,6 +188,7 @@ def _describe(kernel: Any, capability: int, constants: dict[str, Any]) -> Built:
         serialised=wgmma and _serialised(cubin),
         tma="cp.async.bulk.tensor" in ptx, fp8="e4m3" in ptx, pdl="griddepcontrol.wait" in ptx,
         wide_copies="cp.async.cg.shared.global" in ptx,
+        wide_loads=re.search(r"ld\.global\S*\.v(4\.b32|2\.b64)", ptx) is not None,
     )  # fmt: skip
 
 

@@ -1,6 +1,7 @@
 """Decode: few tokens, so that what counts is to read the weights of the hit experts once and at full bandwidth."""
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -12,6 +13,7 @@ from moe_dispatch.errors import InvalidInputError
 from moe_dispatch.experts import ExpertWeights
 from moe_dispatch.problem import ELEMENT_BYTES, QUANT_BLOCK, MoEProblem
 
+from ..stages.quantize import quantize_rows
 from ..triton_backend import TritonBackend
 from .config import SplitKConfig, candidate_configs, default_config
 
@@ -20,11 +22,14 @@ MOST_SLOTS = 4096
 
 
 class TritonSplitKBackend(TritonBackend):
-    """Two products split along K and a weighted sum: three launches, without sorting or a routing pass.
+    """Two products and a weighted sum in as few launches as there can be, without sorting or a routing pass.
 
-    The first product finds the tokens of each hit expert by itself, quantises them where the weights are block FP8,
-    and activates; the second reads its result; the third sums over experts and splits, in fixed order unless the
-    configuration says ``mode="atomic"``.
+    The first product finds the tokens of each hit expert by itself and activates; the second reads its result. Tensor
+    cores serve all tokens of an expert at once, several CTAs sharing a tile along K where few experts are hit; a last
+    launch sums over experts and splits, in fixed order unless the configuration says ``mode="atomic"``. Where nearly
+    every slot has an expert to itself, the vector kernels serve each slot alone, and the second one sums.
+
+    Block FP8 quantises hidden_states before and the intermediate between the products, each once.
     """
 
     name = "triton_splitk"
@@ -48,16 +53,19 @@ class TritonSplitKBackend(TritonBackend):
     def workspace_bytes(self, problem: MoEProblem, config: BackendConfig) -> int:
         """See `Backend.workspace_bytes`."""
         config = _checked(config, problem.dtype)
-        if config.splits_gate_up > 1:
-            inner = 4 * config.splits_gate_up * problem.slots * problem.gate_up_rows
-        else:
-            inner = problem.slots * problem.N * (4 if problem.dtype == "fp8" else ELEMENT_BYTES[problem.act_dtype])
-        summed = problem.M if config.mode == "atomic" else config.splits_down * problem.slots
-        return inner + 4 * summed * problem.K
+        needed = problem.slots * problem.N * ELEMENT_BYTES[problem.dtype]
+        if problem.dtype == "fp8":
+            needed += problem.M * problem.K
+        if config.partial_sums(problem.dtype, gated=problem.gated):
+            needed += 4 * config.splits_gate_up * problem.slots * problem.gate_up_rows
+        if config.down == "tensor":
+            summed = problem.M if config.atomic else config.splits_down * problem.slots
+            needed += 4 * summed * problem.K
+        return needed
 
     def deterministic(self, config: BackendConfig) -> bool:
-        """True in deterministic mode; atomic additions arrive in any order."""
-        return isinstance(config, SplitKConfig) and config.mode == "deterministic"
+        """False where atomic additions arrive in any order."""
+        return isinstance(config, SplitKConfig) and not config.atomic
 
     def run(
         self,
@@ -70,63 +78,89 @@ class TritonSplitKBackend(TritonBackend):
         """See `Backend.run`."""
         config = _checked(config, experts.dtype)
         kernels = _kernels()
-        S, device = topk_ids.numel(), hidden_states.device
-        descriptors = self._weight_descriptors(experts, config) if config.tma else (None, None)
-
-        if config.splits_gate_up > 1:
-            parts = 2 if experts.gated else 1
-            shape: tuple[int, ...] = (config.splits_gate_up, parts, S, experts.N)
-            dtype = torch.float32
-        else:
-            # In fp32 for block FP8, so that it is quantised from what the reference quantises.
-            shape = (S, experts.N)
-            dtype = torch.float32 if experts.dtype == "fp8" else hidden_states.dtype
-        inner = torch.empty(shape, dtype=dtype, device=device)
-
-        if config.mode == "atomic":
-            total = torch.empty(hidden_states.shape, dtype=torch.float32, device=device)
-            kernels.gate_up(hidden_states, experts, topk_ids, inner, total, config, descriptors[0])
-            kernels.down(inner, experts, topk_weights, topk_ids, total, config, descriptors[1])
+        if config.down == "vector":
+            inner, inner_scale = self._intermediate(hidden_states, experts, topk_ids, None, config)
+            out = torch.empty_like(hidden_states)
+            kernels.vector_down(inner, inner_scale, experts, topk_weights, topk_ids, out, config)
+            return out
+        shape = hidden_states.shape if config.atomic else (config.splits_down, topk_ids.numel(), experts.K)
+        total = torch.empty(shape, dtype=torch.float32, device=hidden_states.device)
+        zero = total if config.atomic else None
+        inner, inner_scale = self._intermediate(hidden_states, experts, topk_ids, zero, config)
+        descriptor = self._down_descriptor(experts, config) if config.tma else None
+        kernels.down(inner, inner_scale, experts, topk_weights, topk_ids, total, config, descriptor)
+        if config.atomic:
             return total.to(hidden_states.dtype)
-        partial = torch.empty((config.splits_down, S, experts.K), dtype=torch.float32, device=device)
         out = torch.empty_like(hidden_states)
-        kernels.gate_up(hidden_states, experts, topk_ids, inner, None, config, descriptors[0])
-        kernels.down(inner, experts, topk_weights, topk_ids, partial, config, descriptors[1])
-        kernels.reduce(partial, experts, topk_weights, topk_ids, out, config)
+        kernels.reduce(total, experts, topk_weights, topk_ids, out, config)
         return out
 
-    def _weight_descriptors(self, experts: ExpertWeights, config: SplitKConfig) -> tuple[Any, Any]:
-        """Tensor descriptors of gate_up and down, in the tiles of `config`.
+    def _intermediate(
+        self, hidden_states: Tensor, experts: ExpertWeights, topk_ids: Tensor, zero: Tensor | None, config: SplitKConfig
+    ) -> tuple[Tensor, Tensor | None]:
+        """What down reads: ``[M·topk, N]`` activated, in block FP8 its codes and their multipliers.
 
-        A tile of gate_up holds as many gate rows as up rows, in the order of memory: ``[E·2, N, K]`` in boxes of two
-        blocks of rows, or ``[E·N, 2, K]`` in boxes of alternating rows.
+        On the way, `zero` is cleared if there is one.
+        """
+        kernels = _kernels()
+        S, N, device = topk_ids.numel(), experts.N, hidden_states.device
+        inner = torch.empty(S, N, dtype=experts.down.dtype, device=device)
+        x, x_scale, inner_scale = hidden_states, None, None
+        if experts.dtype == "fp8":
+            x, x_scale = quantize_rows(hidden_states, pdl=config.pdl)
+            inner_scale = torch.empty(S, math.ceil(N / QUANT_BLOCK), dtype=torch.float32, device=device)
+        partial_sums = config.partial_sums(experts.dtype, gated=experts.gated)
+        written = inner
+        if partial_sums:
+            parts = 2 if experts.gated else 1
+            splits = 1 if config.gate_up == "vector" else config.splits_gate_up
+            written = torch.empty(splits, parts, S, N, dtype=torch.float32, device=device)
+        if config.gate_up == "vector":
+            kernels.vector_gate_up(x, x_scale, experts, topk_ids, written, config)
+        else:
+            descriptor = self._gate_up_descriptor(experts, config) if config.tma else None
+            kernels.gate_up(x, x_scale, experts, topk_ids, written, inner_scale, zero, config, descriptor)
+        if partial_sums:
+            kernels.activate(written, experts, topk_ids, inner, inner_scale, config)
+        return inner, inner_scale
+
+    def _gate_up_descriptor(self, experts: ExpertWeights, config: SplitKConfig) -> Any:
+        """A tile of gate_up holds as many gate rows as up rows, in the order of memory.
+
+        ``[E·2, N, K]`` in boxes of two blocks of rows, or ``[E·N, 2, K]`` in boxes of alternating rows.
         """
         E, N, K = experts.E, experts.N, experts.K
         parts = 2 if experts.gated else 1
         columns = config.block_n // parts
         if experts.interleaved:
-            shape, block = (E * N, parts, K), (columns, parts, config.block_k)
-        else:
-            shape, block = (E * parts, N, K), (parts, columns, config.block_k)
-        return (
-            self._descriptor(experts, "gate_up", shape, block),
-            self._descriptor(experts, "down", (E, K, N), (1, config.block_n, config.block_k)),
-        )
+            return self._descriptor(experts, "gate_up", (E * N, parts, K), (columns, parts, config.block_k))
+        return self._descriptor(experts, "gate_up", (E * parts, N, K), (parts, columns, config.block_k))
+
+    def _down_descriptor(self, experts: ExpertWeights, config: SplitKConfig) -> Any:
+        """Rows of down, one expert's at a time."""
+        shape, block = (experts.E, experts.K, experts.N), (1, config.block_n, config.block_k)
+        return self._descriptor(experts, "down", shape, block)
 
 
 class _Kernels(NamedTuple):
     gate_up: Callable[..., None]
+    activate: Callable[..., None]
     down: Callable[..., None]
     reduce: Callable[..., None]
+    vector_gate_up: Callable[..., None]
+    vector_down: Callable[..., None]
 
 
 @functools.cache
 def _kernels() -> _Kernels:
+    from .activate import splitk_activate
     from .down import splitk_down
     from .gate_up import splitk_gate_up
     from .reduce import splitk_reduce
+    from .vector_down import vector_down
+    from .vector_gate_up import vector_gate_up
 
-    return _Kernels(splitk_gate_up, splitk_down, splitk_reduce)
+    return _Kernels(splitk_gate_up, splitk_activate, splitk_down, splitk_reduce, vector_gate_up, vector_down)
 
 
 def _checked(config: BackendConfig, dtype: str) -> SplitKConfig:

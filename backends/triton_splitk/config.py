@@ -20,16 +20,27 @@ class SplitKConfig(BackendConfig):
         block_n: Weight rows of a CTA, gate and up rows together.
         block_k: Columns of a pipeline stage; 128 for block FP8, whose scales change there.
         splits_gate_up: CTAs that share one tile of gate_up along K. 1 activates at once; more leave partial sums, which
-            the second product adds in fixed order and activates.
+            a launch of its own adds in fixed order and activates.
         splits_down: CTAs that share one tile of down along N.
         num_warps: Of a CTA.
         num_stages: Of the weights' pipeline.
         mode: How experts and splits of down are summed: ``"deterministic"`` writes partial sums and adds them in
-            fixed order; ``"atomic"`` adds to an fp32 output in the order of arrival and needs less memory.
+            fixed order; ``"atomic"`` adds to an fp32 output in the order of arrival and needs less memory. The vector
+            kernels know no other than fixed order.
         grid: ``"slots"`` has CTAs per (token, k) pair, idle unless the pair leads its expert's group of block_m;
             ``"experts"`` has CTAs per expert, idle if nobody chose it, which serve all of its groups in turn.
         tma: Weights through tensor descriptors (sm_90 and newer; rows of a multiple of 16 bytes).
         pdl: Programmatic dependent launch (sm_90 and newer).
+        gate_up: ``"tensor"`` cores serve all tokens of an expert at once; ``"vector"`` reads weights straight into
+            registers, for each slot by itself, which starts faster. The fields above describe the tensor kernels.
+        down: The same for the second product; ``"vector"`` also sums over experts, in fixed order.
+        vector_rows: Weight rows of a CTA of the vector gate_up, gate and up rows together.
+        vector_columns: Columns of K that it has in flight.
+        vector_warps: Of such a CTA.
+        vector_down_rows: Output columns of a CTA of the vector down.
+        vector_down_columns: Columns of N that it has in flight.
+        vector_down_experts: Experts whose rows it has in flight together.
+        vector_down_warps: Of such a CTA.
     """
 
     block_m: Literal[8, 16, 32, 64] = 16
@@ -43,6 +54,26 @@ class SplitKConfig(BackendConfig):
     grid: Literal["slots", "experts"] = "slots"
     tma: bool = False
     pdl: bool = False
+    gate_up: Literal["tensor", "vector"] = "tensor"
+    down: Literal["tensor", "vector"] = "tensor"
+    vector_rows: Literal[2, 4, 8, 16, 32] = 8
+    vector_columns: Literal[128, 256, 512, 1024, 2048] = 1024
+    vector_warps: Literal[1, 2, 4, 8] = 4
+    vector_down_rows: Literal[1, 2, 4, 8, 16, 32] = 8
+    vector_down_columns: Literal[128, 256, 512, 1024, 2048] = 1024
+    vector_down_experts: Literal[1, 2, 4, 8] = 1
+    vector_down_warps: Literal[1, 2, 4, 8] = 4
+
+    @property
+    def atomic(self) -> bool:
+        """Whether sums depend on the order of arrival. The vector kernels add in fixed order, and clear nothing."""
+        return self.mode == "atomic" and self.gate_up == "tensor" and self.down == "tensor"
+
+    def partial_sums(self, dtype: str, *, gated: bool) -> bool:
+        """Whether the first product leaves partial sums: K is split, or a CTA does not own whole groups to quantise."""
+        if self.gate_up == "vector":
+            return dtype == "fp8"
+        return self.splits_gate_up > 1 or (dtype == "fp8" and self.block_n != QUANT_BLOCK * (2 if gated else 1))
 
     @property
     def launch(self) -> dict[str, Any]:
@@ -52,53 +83,57 @@ class SplitKConfig(BackendConfig):
         return options | {"launch_pdl": True} if self.pdl else options
 
 
-# CTAs per multiprocessor that keep its share of the memory system busy: one's weights travel while the other computes.
-_CTAS_PER_SM: Final = 2
+def slots_per_scan(slots: int) -> int:
+    """Ids that a CTA looks at together while it searches for its slots."""
+    return min(512, max(32, 1 << (slots - 1).bit_length()))
+
+
 _MOST_STAGES: Final = 6
-# A wider tile must not make the pipeline shallower than this.
-_DEEP_STAGES: Final = 3
+# Over so few blocks of K a pipeline hardly gets going, and several CTAs take turns instead.
+_SHORT_LOOP: Final = 16
+_SHORT_LOOP_STAGES: Final = 3
+# One CTA of a multiprocessor cannot hide its waits.
+_LEAST_CTAS_PER_SM: Final = 1.25
 # A split shorter than this spends its time filling the pipeline.
 _LEAST_BLOCKS_PER_SPLIT: Final = 4
-# Of block_m·block_n.
-_FP8_TILE_PER_WARP: Final = 1024
+# Without tensor cores a slot reads its expert by itself, so that nearly each must have one to itself; and their faster
+# start is only felt where reading takes little longer. Converting e4m3 without them takes longer than reading it.
+_VECTOR_SHARING: Final = 1.15
+_VECTOR_BYTES: Final = 1 << 30
+_VECTOR_FP8_BYTES: Final = 64 << 20
+# Weights that a CTA of the vector method has in flight.
+_VECTOR_CHUNK: Final = 16 << 10
+_VECTOR_COLUMNS: Final = 2048
 
 
 def default_config(problem: MoEProblem, device: Features) -> SplitKConfig:
-    """The configuration that fills the device with the expected number of hit experts; nothing in it was measured."""
-    block_k = _block_k(problem)
+    """What measured best, or within 2 % of it, on an H200 (docs/performance.md)."""
     hit = max(problem.expected_experts, 1.0)
-    wanted = _CTAS_PER_SM * device.sms
-
-    def ctas(rows: int, block_n: int) -> float:
-        return hit * math.ceil(rows / block_n)
-
-    fewest_rows = min(problem.gate_up_rows, problem.K)
-    budget = device.shared_memory // _CTAS_PER_SM
-    block_n: Literal[32, 64, 128] = 32
-    for wider in (64, 128):
-        tile = SplitKConfig(block_m=_block_m(problem), block_n=wider, block_k=block_k)
-        deep = with_stages(problem, tile, budget).num_stages >= _DEEP_STAGES
-        if deep and wider <= fewest_rows and ctas(fewest_rows, wider) >= wanted:
-            block_n = wider
-    # Partial sums of gate_up cost the second product registers and stages, so only where half of the device would be
-    # idle. Those of down cost the reduction a little.
-    splits_gate_up = _splits(device.sms / 2 / ctas(problem.gate_up_rows, block_n), math.ceil(problem.K / block_k))
-    splits_down = _splits(wanted / ctas(problem.K, block_n), math.ceil(problem.N / block_k))
+    fp8 = problem.dtype == "fp8"
+    # Most CTAs of a grid of experts would find nothing to do.
+    by_slot = problem.M == 1 or 8 * problem.slots < problem.E
+    wide = not by_slot if fp8 else problem.slots >= 2 * hit
     config = SplitKConfig(
         block_m=_block_m(problem),
-        block_n=block_n,
-        block_k=block_k,
-        splits_gate_up=splits_gate_up,
-        splits_down=splits_down,
-        num_stages=2,
-        grid="slots" if problem.slots <= problem.E else "experts",
+        block_n=128 if wide else 64,
+        block_k=_block_k(problem),
+        grid="slots" if by_slot else "experts",
+        tma=device.tma and rows_allow_tma(problem) and (fp8 or not by_slot),
         pdl=device.pdl,
+        **_vector_tiles(problem),
+        **_methods(problem),
     )
-    return with_stages(problem, config, budget)
+    lacking = _LEAST_CTAS_PER_SM * device.sms * config.block_n / (hit * problem.K)
+    config = config.model_copy(update={"splits_down": _splits(lacking, math.ceil(problem.N / config.block_k))})
+    if fp8 and wide and math.ceil(problem.K / config.block_k) <= _SHORT_LOOP:
+        return config.model_copy(update={"num_stages": _SHORT_LOOP_STAGES})
+    # Two CTAs of a multiprocessor take turns at waiting; one with a deep pipeline is better than two shallow ones.
+    shared = with_stages(problem, config, device.shared_memory // 2)
+    return shared if shared.num_stages > 2 else with_stages(problem, config, device.shared_memory)
 
 
 def candidate_configs(problem: MoEProblem, device: Features) -> tuple[SplitKConfig, ...]:
-    """The default, then one change of it at a time, then the pairs that are likely to matter together."""
+    """The default, then what may beat it on another device or routing."""
     default = default_config(problem, device)
     fitting = dict.fromkeys(
         config for config in (default, *_variants(problem, default, device)) if _fits(problem, config, device)
@@ -107,18 +142,17 @@ def candidate_configs(problem: MoEProblem, device: Features) -> tuple[SplitKConf
 
 
 def shared_memory_bytes(problem: MoEProblem, config: SplitKConfig) -> int:
-    """An upper bound of what one CTA of either product takes; a compile test holds it to that."""
-    weights = config.block_n * config.block_k * ELEMENT_BYTES[problem.dtype]
-    tokens = config.block_m * config.block_k
-    stage = weights + tokens * ELEMENT_BYTES[problem.act_dtype]
-    if problem.dtype == "fp8":
-        stage = weights + tokens * 4
-    if config.splits_gate_up > 1:
-        parts = 2 if problem.gated else 1
-        stage = max(stage, weights + tokens * 4 * parts * config.splits_gate_up)
-    epilogue = config.block_n * config.block_m * 4 + tokens * 4
-    # The epilogue takes the pipeline's memory over.
-    return max(config.num_stages * stage, epilogue) + 1024
+    """An upper bound of what one CTA of any of the products takes; a compile test holds it to that."""
+    needed = 0
+    if "tensor" in (config.gate_up, config.down):
+        tokens = config.block_m * config.block_k
+        stage = (config.block_n * config.block_k + tokens) * ELEMENT_BYTES[problem.dtype]
+        epilogue = config.block_n * config.block_m * 4 + tokens * 4
+        # The epilogue takes the pipeline's memory over.
+        needed = max(config.num_stages * stage, epilogue) + 1024
+    # The vector kernels exchange an operand between threads.
+    operand = max(config.vector_columns * 2, config.vector_down_columns * config.vector_down_experts)
+    return max(needed, operand * 4)
 
 
 def with_stages(problem: MoEProblem, config: SplitKConfig, budget: int) -> SplitKConfig:
@@ -128,6 +162,12 @@ def with_stages(problem: MoEProblem, config: SplitKConfig, budget: int) -> Split
         if shared_memory_bytes(problem, config.model_copy(update={"num_stages": stages})) <= budget:
             deepest = stages
     return config.model_copy(update={"num_stages": deepest})
+
+
+def rows_allow_tma(problem: MoEProblem) -> bool:
+    """Whether the rows of both weights start at multiples of 16 bytes, as tensor descriptors ask."""
+    size = ELEMENT_BYTES[problem.dtype]
+    return problem.K * size % 16 == 0 and problem.N * size % 16 == 0
 
 
 def _block_k(problem: MoEProblem) -> Literal[64, 128]:
@@ -151,48 +191,66 @@ def _splits(lacking: float, blocks: int) -> int:
     return splits
 
 
+def _methods(problem: MoEProblem) -> dict[str, Any]:
+    """Which products go without tensor cores."""
+    alone = problem.slots <= _VECTOR_SHARING * problem.expected_experts
+    read = problem.expected_experts * problem.expert_bytes
+    if problem.dtype == "fp8":
+        # Only for the launch that it saves, and only if all experts of a token are read at once.
+        together = _vector_tiles(problem)["vector_down_experts"] >= problem.topk
+        return {"down": "vector"} if alone and together and read <= _VECTOR_FP8_BYTES else {}
+    return {"gate_up": "vector", "down": "vector"} if alone and read <= _VECTOR_BYTES else {}
+
+
+def _vector_tiles(problem: MoEProblem) -> dict[str, Any]:
+    """Tiles of the vector kernels: whole rows where they are short enough to be in flight at once."""
+    columns, down_columns = (max(128, 1 << (length - 1).bit_length()) for length in (problem.K, problem.N))
+    experts = min(8, 1 << (problem.topk - 1).bit_length())
+    rows = _VECTOR_CHUNK // (experts * down_columns)
+    whole = columns <= _VECTOR_COLUMNS
+    together = rows >= 2 and down_columns <= _VECTOR_COLUMNS
+    warps = 2 * ELEMENT_BYTES[problem.dtype]  # 256 bytes in flight for each thread
+    return {
+        "vector_rows": 8,
+        "vector_columns": columns if whole else 512,
+        "vector_warps": min(8, warps) if whole else 2,
+        "vector_down_rows": min(8, rows) if together else 8,
+        "vector_down_columns": down_columns if together else 1024,
+        "vector_down_experts": experts if together else 1,
+        "vector_down_warps": min(8, warps) if together else 2,
+    }
+
+
 def _variants(problem: MoEProblem, default: SplitKConfig, device: Features) -> Iterator[SplitKConfig]:
-    whole, half, third = (device.shared_memory // share for share in (1, 2, 3))
+    half, third = (device.shared_memory // share for share in (2, 3))
 
     def changed(budget: int = half, **fields: Any) -> SplitKConfig:
         return with_stages(problem, default.model_copy(update=fields), budget)
 
-    for block_n in (32, 64, 128):
-        for budget in (half, third):
-            yield changed(budget, block_n=block_n)
-    yield changed(whole, block_n=128)
-    yield changed(block_n=128, num_warps=8)
-    if problem.dtype != "fp8":
-        for block_k in (64, 256):
-            yield changed(block_k=block_k)
-            yield changed(block_k=block_k, block_n=32)
-    for splits in (1, 2, 4):
-        yield changed(splits_down=splits)
-        yield changed(splits_down=splits, mode="atomic")
-        yield changed(splits_gate_up=splits)
+    tensor: dict[str, Any] = {"gate_up": "tensor", "down": "tensor"}
+    maps = (True, False) if device.tma and rows_allow_tma(problem) else (False,)
+    for tma in maps:
+        yield changed(**tensor, block_n=64, tma=tma)
+        yield changed(**tensor, block_n=128, tma=tma)
+        yield changed(third, **tensor, block_n=128, tma=tma)
+    yield changed(**tensor, grid="experts" if default.grid == "slots" else "slots", block_n=64)
+    if problem.slots <= 2 * problem.expected_experts:
+        yield changed(gate_up="vector", down="vector")
+        yield changed(gate_up="tensor", down="vector")
+        yield changed(gate_up="vector", down="tensor")
+        yield changed(gate_up="vector", down="vector", vector_rows=4, vector_warps=2)
     if problem.slots <= problem.E:
-        yield changed(block_m=8)
-    yield changed(grid="experts" if default.grid == "slots" else "slots")
-    if device.tma and rows_allow_tma(problem):
-        for block_n in (64, 128):
-            yield changed(tma=True, block_n=block_n)
-    if device.pdl:
-        yield changed(pdl=False)
-
-
-def rows_allow_tma(problem: MoEProblem) -> bool:
-    """Whether the rows of both weights start at multiples of 16 bytes, as tensor descriptors ask."""
-    size = ELEMENT_BYTES[problem.dtype]
-    return problem.K * size % 16 == 0 and problem.N * size % 16 == 0
+        yield changed(**tensor, block_m=8)
+    for splits in (1, 2):
+        yield changed(**tensor, splits_down=splits)
+    yield changed(**tensor, splits_gate_up=2)
+    yield changed(**tensor, mode="atomic")
 
 
 def _fits(problem: MoEProblem, config: SplitKConfig, device: Features) -> bool:
     blocks = (math.ceil(problem.K / config.block_k), math.ceil(problem.N / config.block_k))
-    # Two accumulators and the operand that is being quantised: beyond this the compiler spills registers.
-    fits_registers = problem.dtype != "fp8" or config.block_m * config.block_n <= _FP8_TILE_PER_WARP * config.num_warps
     return (
-        fits_registers
-        and shared_memory_bytes(problem, config) <= device.shared_memory
+        shared_memory_bytes(problem, config) <= device.shared_memory
         and config.splits_gate_up <= blocks[0]
         and config.splits_down <= blocks[1]
     )

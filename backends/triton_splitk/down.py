@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Any
 import triton
 import triton.language as tl
 
+from ..launch import fast_launch
+from .config import slots_per_scan
 from .stream import moe_prefetch, moe_slots_to_serve, moe_stream, moe_take_slots
 
 if TYPE_CHECKING:
@@ -16,28 +18,22 @@ if TYPE_CHECKING:
     from .config import SplitKConfig
 
 
+@fast_launch
 @triton.jit(do_not_specialize=["S"])
 def _moe_splitk_down_kernel(
     # inputs
-    inner_ptr, weight_ptr, weight_descriptor, scale_ptr, gate_up_bias_ptr, bias_ptr, topk_weights_ptr, ids_ptr,
+    inner_ptr, inner_scale_ptr, weight_ptr, weight_descriptor, scale_ptr, bias_ptr, topk_weights_ptr, ids_ptr,
     # outputs
     out_ptr,
     # shapes
     S, K, N, E, TOPK,
     # constants
-    ROWS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_N: tl.constexpr,
-    SPLITS_GATE_UP: tl.constexpr, SPLITS: tl.constexpr, BY_SLOT: tl.constexpr, ATOMIC: tl.constexpr,
-    TMA: tl.constexpr, PDL: tl.constexpr, FP8: tl.constexpr, GATED: tl.constexpr, INTERLEAVED: tl.constexpr,
-    HAS_BIAS: tl.constexpr, ACTIVATION: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, SCAN: tl.constexpr, EVEN_N: tl.constexpr,
+    SPLITS: tl.constexpr, BY_SLOT: tl.constexpr, ATOMIC: tl.constexpr, TMA: tl.constexpr, PDL: tl.constexpr,
+    FP8: tl.constexpr, HAS_BIAS: tl.constexpr,
 ):  # fmt: skip
-    parts: tl.constexpr = 2 if GATED else 1
     owner, tile, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    start = 0
-    e = owner
-    if BY_SLOT:
-        start = owner
-        e = tl.load(ids_ptr + owner)
-    count = moe_slots_to_serve(ids_ptr, owner, S, e, E, BLOCK_M, BY_SLOT)
+    e, count = moe_slots_to_serve(ids_ptr, owner, S, E, BLOCK_M, SCAN, BY_SLOT)
     expert = e.to(tl.int64)
     offs_r = tile * ROWS + tl.arange(0, ROWS)
     mask_r = offs_r < K
@@ -48,54 +44,29 @@ def _moe_splitk_down_kernel(
     first_block = split * share
     last_block = tl.minimum(first_block + share, blocks)
     if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
         # Ids and weights were there before gate_up began: its last wave leaves time to fetch the first of ours.
-        if count > 0:  # noqa: SIM102 - `and` evaluates both on the device
-            if first_block < blocks:
-                moe_prefetch(w_rows, first_block * BLOCK_K, N, 2 * BLOCK_K)
+        moe_prefetch(w_rows, first_block, tl.where(count > 0, blocks, 0), N, BLOCK_K)
         # Idle CTAs wait too: a kernel that ends before its predecessor would release its successor too early.
         tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
     if count == 0:
         return
 
     w_scales = scale_ptr
     if FP8:
-        w_scales = scale_ptr + (expert * tl.cdiv(K, BLOCK_K) + row // BLOCK_K) * tl.cdiv(N, BLOCK_K)
-    gate_bias = gate_up_bias_ptr
-    up_bias = gate_up_bias_ptr
-    if HAS_BIAS:
-        gate_bias = gate_up_bias_ptr + expert * parts * N
-        up_bias = gate_bias + (1 if INTERLEAVED else N)
-    plane = S.to(tl.int64) * N
-
+        expert_scales = scale_ptr + expert * tl.cdiv(K, BLOCK_K) * tl.cdiv(N, BLOCK_K)
+        first_row = tile * ROWS if ROWS <= BLOCK_K else row
+        w_scales = expert_scales + first_row // BLOCK_K * tl.cdiv(N, BLOCK_K)
     for skip in range(0, count, BLOCK_M):
-        slots, mask_m = moe_take_slots(ids_ptr, start, S, e, skip, BLOCK_M)
+        slots, mask_m = moe_take_slots(ids_ptr, owner if BY_SLOT else 0, S, e, skip, BLOCK_M, SCAN)
+        x_scales = inner_scale_ptr
+        if FP8:
+            x_scales = inner_scale_ptr + slots.to(tl.int64) * blocks
         acc = moe_stream(
-            w_rows,
-            weight_descriptor,
-            e.to(tl.int32),
-            tile * ROWS,
-            w_scales,
-            inner_ptr + slots.to(tl.int64) * N,
-            gate_bias,
-            up_bias,
-            plane,
-            mask_m,
-            first_block,
-            last_block,
-            N,
-            ROWS,
-            BLOCK_M,
-            BLOCK_K,
-            EVEN_N,
-            TMA,
-            FP8,
-            SPLITS_GATE_UP,
-            GATED,
-            INTERLEAVED,
-            HAS_BIAS,
-            ACTIVATION,
-        )  # [ROWS, BLOCK_M]
+            w_rows, weight_descriptor, e.to(tl.int32), tile * ROWS, w_scales, w_scales, offs_r < 0,
+            inner_ptr + slots.to(tl.int64) * N, x_scales, mask_m, first_block, last_block, N,
+            ROWS, BLOCK_M, BLOCK_K, EVEN_N, TMA, FP8, ROWS <= BLOCK_K,
+        )  # fmt: skip
         mask = mask_r[:, None] & mask_m[None, :]
         if ATOMIC:
             if HAS_BIAS:  # noqa: SIM102 - the nested form compiles away without a bias
@@ -111,6 +82,7 @@ def _moe_splitk_down_kernel(
 
 def splitk_down(
     inner: "Tensor",
+    inner_scale: "Tensor | None",
     experts: "ExpertWeights",
     topk_weights: "Tensor",
     topk_ids: "Tensor",
@@ -121,7 +93,8 @@ def splitk_down(
     """Launch the second product.
 
     Args:
-        inner: What `splitk_gate_up` wrote under the same `config`.
+        inner: Activated, ``[M·topk, N]``, e4m3 in block FP8.
+        inner_scale: fp32 multipliers of inner's codes ``[M·topk, ⌈N/128⌉]``.
         experts: Checked weights.
         topk_weights: fp32 ``[M, topk]``.
         topk_ids: int32 or int64 ``[M, topk]``.
@@ -137,13 +110,11 @@ def splitk_down(
         config.splits_down,
     )
     _moe_splitk_down_kernel[grid](
-        inner, experts.down, descriptor, experts.down_scale, experts.gate_up_bias, experts.down_bias, topk_weights,
-        topk_ids,
+        inner, inner_scale, experts.down, descriptor, experts.down_scale, experts.down_bias, topk_weights, topk_ids,
         out,
         S, experts.K, experts.N, experts.E, topk,
-        ROWS=config.block_n, BLOCK_M=config.block_m, BLOCK_K=config.block_k, EVEN_N=experts.N % config.block_k == 0,
-        SPLITS_GATE_UP=config.splits_gate_up, SPLITS=config.splits_down, BY_SLOT=config.grid == "slots",
-        ATOMIC=config.mode == "atomic", TMA=config.tma, PDL=config.pdl, FP8=experts.dtype == "fp8",
-        GATED=experts.gated, INTERLEAVED=experts.interleaved, HAS_BIAS=experts.down_bias is not None,
-        ACTIVATION=experts.activation, **config.launch,
+        ROWS=config.block_n, BLOCK_M=config.block_m, BLOCK_K=config.block_k, SCAN=slots_per_scan(S),
+        EVEN_N=experts.N % config.block_k == 0, SPLITS=config.splits_down, BY_SLOT=config.grid == "slots",
+        ATOMIC=config.atomic, TMA=config.tma, PDL=config.pdl, FP8=experts.dtype == "fp8",
+        HAS_BIAS=experts.down_bias is not None, **config.launch,
     )  # fmt: skip

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING
 import triton
 import triton.language as tl
 
+from ..launch import fast_launch
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -16,6 +18,7 @@ if TYPE_CHECKING:
 _BLOCK = 256
 
 
+@fast_launch
 @triton.jit(do_not_specialize=["S"])
 def _moe_splitk_reduce_kernel(
     # inputs
