@@ -1,6 +1,7 @@
 """A measured row, and the JSON Lines files that rows are kept in, one a line or packed (see `packed`)."""
 
 import json
+import os
 import subprocess
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -170,7 +171,10 @@ def versions(machine: Machine) -> dict[str, str]:
 
 
 def commit(folder: Path) -> str:
-    """The checked-out commit, with ``-dirty`` where files differ from it; empty outside a checkout."""
+    """The checked-out commit, with ``-dirty`` where files differ from it.
+
+    Files that travelled without their history are told theirs by ``MOE_DISPATCH_COMMIT``; else it is empty.
+    """
 
     def git(*arguments: str) -> str:
         try:
@@ -182,4 +186,6 @@ def commit(folder: Path) -> str:
         return done.stdout.strip() if done.returncode == 0 else ""
 
     head = git("rev-parse", "--short=12", "HEAD")
-    return f"{head}-dirty" if head and git("status", "--porcelain", "--untracked-files=no") else head
+    if not head:
+        return os.environ.get("MOE_DISPATCH_COMMIT", "")
+    return f"{head}-dirty" if git("status", "--porcelain", "--untracked-files=no") else head
