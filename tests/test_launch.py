@@ -1,8 +1,10 @@
 """`fast_launch` never starts a kernel on arguments that Triton would have compiled another one for."""
 
 import itertools
+import re
 from collections.abc import Iterator
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -163,6 +165,18 @@ def test_an_observer_is_told_of_its_own_thread_s_launches() -> None:
             kernel[1,](x, x, 24, 7, BLOCK=16, EVEN=True)
     kernel[1,](x, x, 24, 7, BLOCK=16, EVEN=True)
     assert seen == [False, True]
+
+
+def test_every_triton_kernel_of_ours_is_launched_fast() -> None:
+    """Those in Gluon are for many tokens, and get descriptors of fresh memory on every call."""
+    kernel = re.compile(r"^((?:@.*\n)*@triton\.jit.*\n)def (_moe_\w*_kernel)\(", re.MULTILINE)
+    found = {
+        name: decorators
+        for path in (Path(__file__).parents[1] / "backends").rglob("*.py")
+        for decorators, name in kernel.findall(path.read_text(encoding="utf-8"))
+    }
+    assert len(found) > 10
+    assert not [name for name, decorators in found.items() if not decorators.startswith("@fast_launch\n")]
 
 
 def test_what_triton_interprets_stays_as_it_is() -> None:
