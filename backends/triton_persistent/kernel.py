@@ -68,7 +68,6 @@ def _moe_product_kernel(
     blocks, ends_b = _count_blocks(starts_ptr, ends_ptr, E, E_POW2, BLOCK_M)
     m_blocks = tl.sum(blocks, 0)
     n_blocks = tl.cdiv(N, BLOCK_N * GROUP_TILES)
-    # Of at least one group, whatever the number of tiles: no program starts at a group that is not there.
     mine = tl.cdiv(tl.maximum(m_blocks * n_blocks - tl.program_id(0), 0), tl.num_programs(0)) * GROUP_TILES
     held = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for i in tl.range(0, mine, flatten=FLATTEN):
@@ -92,11 +91,11 @@ def _moe_product_kernel(
             w_scale = _load_w_scale(w_scale_ptrs, w_row, column, first_n, N, k_groups, HALVES, RUN, SCALAR_SCALE)
         acc = tl.zeros([BLOCK_M, WIDE], tl.float32)
         for k in range(0, K, BLOCK_K):
-            x_tile = _load_x(x_ptrs, mask_m, k, K, EVEN_K, BLOCK_K)
+            x_tile = _load_rows(x_ptrs, mask_m, k, K, EVEN_K, BLOCK_K)
             if TMA:
                 w_tile = tl.reshape(w.load([e, first_n // RUN, 0, 0, k]), [WIDE, BLOCK_K])
             else:
-                w_tile = _load_x(w + w_rows[:, None] * K, column < N, k, K, EVEN_K, BLOCK_K)
+                w_tile = _load_rows(w + w_rows[:, None] * K, column < N, k, K, EVEN_K, BLOCK_K)
             if FP8:
                 # Loaded one step ahead: nothing between the product and its promotion waits for memory.
                 k_group = tl.minimum(k // 128 + 1, k_groups - 1)
@@ -111,7 +110,7 @@ def _moe_product_kernel(
 
         if bias_ptr is not None:
             acc += tl.load(bias_ptr + w_rows, mask=column < N, other=0.0).to(tl.float32)[None, :]
-        # Columns past N come from weights and biases of zero, and every activation maps zeros to zero.
+        # Columns past N are zeros, as their weights and biases were read: no group's multiplier is raised by them.
         y = _activate(acc, ACTIVATION, HALVES, RUN, BLOCK_M, BLOCK_N)
         if y_scale_ptr is None:
             _store(y, y_ptr, offs_m, mask_m, first_n, N, BLOCK_N)
@@ -174,7 +173,7 @@ def _weight_rows(
 
 
 @triton.jit
-def _load_x(row_ptrs, mask, k, K, EVEN_K: tl.constexpr, BLOCK_K: tl.constexpr):
+def _load_rows(row_ptrs, mask, k, K, EVEN_K: tl.constexpr, BLOCK_K: tl.constexpr):
     """A step's columns of some rows; zeros, for which nothing is read, where a row is masked: ``[…, BLOCK_K]``."""
     offs_k = k + tl.arange(0, BLOCK_K)
     if EVEN_K:
