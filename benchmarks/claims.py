@@ -302,12 +302,13 @@ def column_major_order(bench: Bench, claim: "Claim") -> Iterator[ClaimRow]:
 
 def split_k(bench: Bench, claim: "Claim") -> Iterator[ClaimRow]:
     """The decode kernels with their default splits, and with 4, against no split at all."""
-    whole = Side("no split", "triton_splitk", (("splits_gate_up", 1), ("splits_down", 1)))
+    tensor = (("gate_up", "tensor"), ("down", "tensor"))  # the other method does not split
+    whole = Side("no split", "triton_splitk", (*tensor, ("splits_gate_up", 1), ("splits_down", 1)))
     for layer in bench.layers(*MODELS):
         for dtype in bench.dtypes("bf16", "fp8"):
             for M in bench.tokens(1, 4, 16):
-                yield bench.compare(claim, layer, dtype, M, whole, Side("default splits", "triton_splitk"))
-                four = Side("4 splits", "triton_splitk", (("splits_gate_up", 4), ("splits_down", 4)))
+                yield bench.compare(claim, layer, dtype, M, whole, Side("default splits", "triton_splitk", tensor))
+                four = Side("4 splits", "triton_splitk", (*tensor, ("splits_gate_up", 4), ("splits_down", 4)))
                 yield bench.compare(claim, layer, dtype, M, whole, four)
 
 

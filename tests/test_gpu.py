@@ -1,5 +1,6 @@
 """What only a GPU can show of the dispatcher: its cost on the host, and captures through `moe_forward`."""
 
+import os
 import statistics
 import time
 from collections.abc import Callable
@@ -13,6 +14,7 @@ from moe_dispatch.workloads import ROUTINGS, WORKLOADS, make_experts
 from tests.conformance import Case, Precision, make_inputs, relative_error
 
 pytestmark = pytest.mark.gpu
+ALONE = "PYTEST_XDIST_WORKER" not in os.environ  # a host's time means nothing while other workers have its cores
 MOST_OVERHEAD_US = 10.0
 
 
@@ -36,6 +38,7 @@ def host_us(first: Callable[[], object], second: Callable[[], object], pairs: in
     return statistics.median(base), statistics.median(beyond)
 
 
+@pytest.mark.skipif(not ALONE, reason="other workers share the host: run it without -n")
 @pytest.mark.parametrize("dtype", ["bf16", "fp8"])
 def test_automatic_choice_costs_the_host_little(dtype: str) -> None:
     layer = WORKLOADS["qwen3-30b-a3b"]
@@ -70,10 +73,14 @@ def test_a_settled_call_is_a_tape_and_right_on_other_inputs_and_layers(M: int, n
 
     case = Case(M=M, E=32, topk=4, K=512, N=256)
     calls = [make_inputs(case, precision, "cuda", seed) for seed in range(4)]
+    dispatcher = get_dispatcher(calls[0].hidden_states.device)
+    problem = case.layer.problem(M, precision.dtype, dispatcher.machine)
+    if reasons := dispatcher.backend(name).unsupported_reasons(problem):
+        pytest.skip("; ".join(reasons))
     with torch.no_grad():
         for _ in range(SETTLED_CALLS):
             moe_forward(*calls[0].arguments, backend=name)
-        (plan,) = get_dispatcher(calls[0].hidden_states.device)._plans.values()
+        (plan,) = dispatcher._plans.values()
         assert isinstance(plan.run, Tape)
         for call in calls:
             out = moe_forward(*call.arguments, backend=name)
@@ -82,7 +89,8 @@ def test_a_settled_call_is_a_tape_and_right_on_other_inputs_and_layers(M: int, n
         arguments = (*calls[0].arguments, plan.config)
         direct, difference = host_us(lambda: plan.backend.run(*arguments), lambda: plan.run(*arguments))
     print(f"{name} {precision} M={M}: {direct:.1f} µs, as a tape {direct + difference:.1f} µs")  # noqa: T201
-    assert difference < -0.4 * direct
+    if ALONE:
+        assert difference < -0.4 * direct
 
 
 @pytest.mark.parametrize("M", [1, 32, 512])

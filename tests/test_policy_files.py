@@ -217,6 +217,12 @@ def test_within_noise_the_calmer_choice_wins() -> None:
     assert LayerTable(scores).rank(2)[0] == (other, 10.0)
 
 
+def test_neighbours_far_apart_decide_nothing_between_them() -> None:
+    one = ("one", ())
+    table = LayerTable({1: {one: 10.0}, 16: {one: 40.0}, 512: {one: 90.0}})
+    assert [M for M in (1, 4, 16, 17, 511, 512) if table.rank(M)] == [1, 4, 16, 512]
+
+
 def test_the_incumbent_wins_within_noise_and_no_further() -> None:
     one, other = ("a", ()), ("b", ())
     scores = {1: {one: 10.0, other: 10.1}, 2: {one: 10.0, other: 10.1}, 4: {one: 10.0, other: 10.2}}
