@@ -4,6 +4,7 @@ python -m moe_dispatch.benchmarks.ship CALIBRATION.json... --out policies/tables
 """
 
 import argparse
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Final
@@ -14,6 +15,8 @@ from moe_dispatch.policies.schema import CalibrationFile, Measurement, parse_cal
 # Who was farther behind at a token count is not chosen between it and the next either, unless it is its backend's best.
 NEAR: Final = 1.25
 DIGITS: Final = 4
+# A layer and mode measured at fewer token counts is left to the other policies: its times would speak for far too much.
+LEAST_TOKENS: Final = 4
 
 
 def table(files: Iterable[CalibrationFile]) -> CalibrationFile:
@@ -27,7 +30,13 @@ def table(files: Iterable[CalibrationFile]) -> CalibrationFile:
     for one in flat(whole):
         if one.measurement.score is not None:
             points.setdefault((one.layer.key, one.M, one.mode), []).append(one)
-    kept = [_reduced(one) for at in points.values() for one in _worth(at)]
+    tokens = Counter((layer, mode) for layer, _, mode in points)
+    kept = [
+        _reduced(one)
+        for (layer, _, mode), at in points.items()
+        if tokens[layer, mode] >= LEAST_TOKENS
+        for one in _worth(at)
+    ]
     return merge(CalibrationFile(machine=whole.machine), kept, whole.machine)
 
 

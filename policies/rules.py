@@ -14,9 +14,13 @@ from moe_dispatch.problem import MoEProblem
 # BF16 and .88 in FP8 (geometric means), the best peer of each point to .90 and .71.
 DECODE_TOKENS: Final = 64
 # From so many rows per expert DeepGEMM's products win: FP8 mixtral-8x7b at 64 (402 µs, and ours 405), deepseek-v3 from
-# 64 on (3983, vLLM 4114); BF16 qwen3-30b-a3b at 256 (779, vLLM 856). Below, our persistent kernels led vLLM by 4–16 %.
+# 64 on (3983, vLLM 4114); BF16 deepseek-v3 at 256 (12017, ours 12626). Below, our persistent kernels led vLLM by 4 to
+# 16 %.
 FP8_PREFILL_ROWS: Final = 64
 BF16_PREFILL_ROWS: Final = 256
+# In BF16 only for wide experts: what the layer around its products moves falls with N, and ours fuse it. At N=768 and
+# 1536 ours took 2235 and 8604 µs for 16384 tokens of qwen3-30b-a3b and qwen3-235b, DeepGEMM's layer 2408 and 8936.
+BF16_WIDE: Final = 2048
 
 Ranked = tuple[tuple[str, str], ...]
 
@@ -46,7 +50,8 @@ def _hopper(problem: MoEProblem) -> Ranked:
     rows = problem.slots / problem.E
     if problem.M <= DECODE_TOKENS:
         return (*_ours(problem), _vllm("next at decode"), *_torch(problem), ("deep_gemm", "pads every expert"))
-    if rows >= (FP8_PREFILL_ROWS if problem.dtype == "fp8" else BF16_PREFILL_ROWS):
+    fp8 = problem.dtype == "fp8"
+    if rows >= (FP8_PREFILL_ROWS if fp8 else BF16_PREFILL_ROWS) and (fp8 or problem.N >= BF16_WIDE):
         why = f"fastest grouped products measured on an H200 at prefill, and this is {rows:.0f} rows per expert"
         return (("deep_gemm", why), *_ours(problem), *_torch(problem), _vllm("behind all of them at prefill"))
     few = ("deep_gemm", "pads every expert, which few rows do not repay")

@@ -31,11 +31,11 @@ def bench_row(backend: str, dtype: DType, M: int, us: float | None, **config: in
     )  # fmt: skip
 
 
-def calibration() -> CalibrationFile:
-    """Three candidates at two token counts: the winner, one far behind, and one that is wrong."""
+def calibration(tokens: tuple[int, ...] = (1, 64)) -> CalibrationFile:
+    """Three candidates at each token count: the winner, one far behind, and one that is wrong."""
     layer = Layer.of(WORKLOADS["deepseek-v3"].problem(1, "fp8", H200))
     found = []
-    for M in (1, 64):
+    for M in tokens:
         for block, us in ((64, 100.0 * M), (128, 300.0 * M)):
             times = {"uniform": (us - 1, us, us + 1)} | ({"dirichlet-4": (us, us, us)} if block == 64 else {})
             candidate = Candidate(backend="triton_persistent", config={"block_m": block}, commit="c0ffee")
@@ -92,13 +92,17 @@ def test_a_calibration_becomes_rows(tmp_path: Path) -> None:
 
 
 def test_a_shipped_table_keeps_what_may_be_chosen(tmp_path: Path) -> None:
-    made = ship.table([calibration()])
+    made = ship.table([calibration((1, 4, 16, 64))])
     assert [(c.backend, c.config) for c in made.candidates] == [("triton_persistent", {"block_m": 64})]
-    assert [point.measurements[0].score for point in made.points] == [100.0, 6400.0]
+    assert [point.measurements[0].score for point in made.points] == [100.0, 400.0, 1600.0, 6400.0]
     source, out = tmp_path / "calibration.json", tmp_path / "table.json"
-    source.write_text(calibration().model_dump_json(), encoding="utf-8")
+    source.write_text(calibration((1, 4, 16, 64)).model_dump_json(), encoding="utf-8")
     ship.main([str(source), "--out", str(out)])
     assert CalibrationFile.model_validate_json(out.read_text()) == made
+
+
+def test_a_layer_measured_at_few_token_counts_is_not_shipped() -> None:
+    assert ship.table([calibration((1, 4, 16))]).points == []
 
 
 def with_scores(scores: dict[int, dict[str, float]]) -> CalibrationFile:
@@ -112,13 +116,13 @@ def with_scores(scores: dict[int, dict[str, float]]) -> CalibrationFile:
 
 
 def test_agreement_is_judged_by_the_later_measurements() -> None:
-    first = with_scores({1: {"a": 10.0, "b": 12.0}, 64: {"a": 100.0, "b": 90.0}})
-    again = with_scores({1: {"a": 10.0, "b": 12.0}, 64: {"a": 98.0, "b": 100.0}})
-    between = with_scores({8: {"a": 33.0, "b": 30.0}})
+    first = with_scores({4: {"a": 10.0, "b": 12.0}, 64: {"a": 100.0, "b": 90.0}})
+    again = with_scores({4: {"a": 10.0, "b": 12.0}, 64: {"a": 98.0, "b": 100.0}})
+    between = with_scores({16: {"a": 33.0, "b": 30.0}})
     points = [point for later in (again, between) for point in agreement.compare(first, later)]
     found = agreement.summary(points)
     assert found["calibrated"]["points"] == 2
     assert found["calibrated"]["agree"] == 0.5
     assert found["calibrated"]["worst"] == found["calibrated"]["apart"] == pytest.approx(100 / 98 - 1)
-    # At 8, half way, a is expected at 31.6 and b at 32.9: a is chosen, and was 10 % slower.
+    # At 16, half way, a is expected at 31.6 and b at 32.9: a is chosen, and was 10 % slower.
     assert found["between"]["mean"] == pytest.approx(0.1)

@@ -35,7 +35,11 @@ MEASURED = (
     Case("mixtral-8x7b", "fp8", 16384, "deep_gemm"),
     Case("deepseek-v3", "bf16", 1, "triton_splitk"),
     Case("deepseek-v3", "bf16", 1024, "triton_persistent"),
+    Case("deepseek-v3", "bf16", 4096, "triton_persistent"),
+    Case("deepseek-v3", "bf16", 16384, "deep_gemm"),
     Case("qwen3-30b-a3b", "bf16", 256, "triton_persistent"),
+    Case("qwen3-30b-a3b", "bf16", 16384, "triton_persistent"),
+    Case("qwen3-235b", "bf16", 16384, "triton_persistent"),
     Case("mixtral-8x7b", "bf16", 16384, "deep_gemm"),
 )
 
