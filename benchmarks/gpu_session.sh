@@ -1,16 +1,18 @@
 #!/usr/bin/env bash
-# What is run on a lent H200, one step a call, each within 9 minutes:
+# What is shown of correctness on a lent H200, one step a call; `gpu_record.sh` has the steps that measure:
 #
-#     benchmarks/gpu_session.sh suite|bench|claims|calibrate|sanitize [arguments of the step's command]
+#     benchmarks/gpu_session.sh suite      the gpu suite as it is, then as an A100 and as an L40S, JUnit XML each; then what
+#                                          times the host, alone. About 7 minutes on 16 cores: LIMIT bounds each run
+#     benchmarks/gpu_session.sh sanitize   compute-sanitizer over a small case of every backend, about 2 minutes
 #
 # The machine is bare and reaches nothing: .gpu/site.tar.xz (the real vLLM and DeepGEMM) travels with the checkout, and
-# results go to $OUT, which brings back at most 8 files.
+# results go to $OUT. WORKERS run the suite side by side: it compiles for most of its time.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-step="${1:?usage: gpu_session.sh suite|bench|claims|calibrate|sanitize [arguments]}"
+step="${1:?usage: gpu_session.sh suite|sanitize [arguments]}"
 shift
-: "${OUT:=$PWD/out}"
+: "${OUT:=$PWD/out}" "${LIMIT:=300}" "${WORKERS:=14}"
 mkdir -p "$OUT" "$HOME/site"
 export PYTHONUNBUFFERED=1 VLLM_LOGGING_LEVEL=ERROR VLLM_USE_DEEP_GEMM_E8M0=0
 
@@ -24,32 +26,15 @@ export PYTHONPATH="$HOME/site"
 
 suite() {
   local failed=0
+  # pytest writes its record when it ends, so it is interrupted first and killed only if it does not listen.
+  local run=(timeout --signal=INT --kill-after=30 "$LIMIT" python3 -m pytest -m gpu -q -n "$WORKERS")
   moe-dispatch doctor --json > "$OUT/machine.json"
-  python3 -m pytest -m gpu -q --junitxml "$OUT/suite-h200.xml" "$@" || failed=1
+  "${run[@]}" --junitxml "$OUT/suite-h200.xml" "$@" || failed=1
   for device in a100 l40s; do
-    benchmarks/as_device.sh "$device" python3 -m pytest -m gpu -q --junitxml "$OUT/suite-as-$device.xml" "$@" || failed=1
+    benchmarks/as_device.sh "$device" "${run[@]}" --junitxml "$OUT/suite-as-$device.xml" "$@" || failed=1
   done
+  python3 -m pytest -m gpu -q -s tests/test_gpu.py --junitxml "$OUT/host-overhead.xml" || failed=1
   return "$failed"
-}
-
-bench() {
-  local rows="$OUT/bench.jsonl"
-  # Rows of an earlier call, brought along in .gpu/, are gone on with.
-  [[ -e "$rows" || ! -e .gpu/bench.jsonl ]] || cp .gpu/bench.jsonl "$rows"
-  local status=0
-  # --budget stops between points; a single point that outlasts it is interrupted, and its finished rows are kept.
-  timeout --signal=INT --kill-after=20 520 moe-dispatch bench --tokens 1,4,16,64,256,1024,4096,16384 --mode graph \
-    --config all --budget 480 --resume --out "$rows" "$@" || status=$?
-  [[ "$status" =~ ^(0|124|130)$ ]] || return "$status"
-  python3 benchmarks/scoreboard.py "$rows" | tee "$OUT/scoreboard.md" || true
-}
-
-claims() {
-  timeout 520 python3 benchmarks/claims.py --out "$OUT/claims.jsonl" "$@" | tee "$OUT/claims.md"
-}
-
-calibrate() {
-  MOE_DISPATCH_CACHE_DIR="$OUT/calibration" moe-dispatch calibrate --model deepseek-v3 --dtype fp8 --dtype bf16 "$@"
 }
 
 sanitize() {
@@ -63,6 +48,6 @@ sanitize() {
 }
 
 case "$step" in
-  suite | bench | claims | calibrate | sanitize) "$step" "$@" ;;
+  suite | sanitize) "$step" "$@" ;;
   *) echo "gpu_session.sh: no step is called $step" >&2; exit 2 ;;
 esac
