@@ -21,7 +21,7 @@ import pydantic
 import torch
 
 from moe_dispatch.benchmarks import rows as records
-from moe_dispatch.dispatcher import get_dispatcher
+from moe_dispatch.dispatchers import get_dispatcher
 from moe_dispatch.errors import BackendUnavailableError
 from moe_dispatch.experts import ExpertWeights, quantize_blocks
 from moe_dispatch.failures import lost_device, summary
@@ -230,7 +230,7 @@ class Bench:
         inputs: Sequence[LayerInputs],
         truths: Sequence[torch.Tensor],
     ) -> Call:
-        backend: Backend = self.dispatcher.backend(side.backend)
+        backend: Backend = self.dispatcher.planner.backend(side.backend)
         if reasons := backend.unsupported_reasons(problem):
             raise _NotComparableError(f"{side.backend}: {'; '.join(reasons)}")
         data = backend.default_config(problem).model_dump()
@@ -360,7 +360,7 @@ def fp8_rate(bench: Bench, claim: "Claim") -> Iterator[ClaimRow]:
 def _grouped_product_us(bench: Bench, groups: int, rows: int, out_columns: int, depth: int) -> float:
     if bench.device.type != "cuda" or bench.smoke:
         raise _NotComparableError("needs a Hopper GPU and no --smoke")
-    bench.dispatcher.backend("deep_gemm")  # raises with its reasons where it is absent
+    bench.dispatcher.planner.backend("deep_gemm")  # raises with its reasons where it is absent
     try:
         library = importlib.import_module("deep_gemm")
     except ImportError:

@@ -15,7 +15,7 @@ os.environ.setdefault("PYTORCH_NO_CUDA_MEMORY_CACHING", "1")
 import torch
 
 from moe_dispatch.benchmarks.sweep import available_backends
-from moe_dispatch.dispatcher import get_dispatcher
+from moe_dispatch.dispatchers import get_dispatcher
 from moe_dispatch.measure import backend_call, make_inputs, reference_outputs, relative_error
 from moe_dispatch.problem import DType
 from moe_dispatch.registry import BACKENDS
@@ -35,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     dispatcher = get_dispatcher()
     device = torch.device(dispatcher.machine.device)
-    backends = available_backends(given.backend or BACKENDS.names(), dispatcher.backend, print)
+    backends = available_backends(given.backend or BACKENDS.names(), dispatcher.planner.backend, print)
     wrong = 0
     layer = workload(LAYER)
     for dtype in DTYPES:

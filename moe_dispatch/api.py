@@ -9,7 +9,8 @@ from torch import Tensor
 
 from moe_dispatch import ops
 from moe_dispatch.checks import check
-from moe_dispatch.dispatcher import Dispatcher, get_dispatcher
+from moe_dispatch.dispatcher import Dispatcher
+from moe_dispatch.dispatchers import get_dispatcher
 from moe_dispatch.errors import InvalidInputError
 from moe_dispatch.experts import ExpertWeights
 from moe_dispatch.explain import Explanation
@@ -131,7 +132,7 @@ def explain(*asked: object, machine: Machine | None = None) -> Explanation:
     if len(asked) == 1 and isinstance(asked[0], MoEProblem):
         problem = asked[0]
         dispatcher = Dispatcher(machine, live=False) if machine else _dispatcher_for(problem)
-        return dispatcher.explain(problem)
+        return dispatcher.planner.explain(problem)
     if len(asked) != 4:
         raise InvalidInputError(
             "explain takes a MoEProblem, or hidden_states, experts, topk_weights and topk_ids as moe_forward does; "
@@ -150,9 +151,9 @@ def explain(*asked: object, machine: Machine | None = None) -> Explanation:
         problem, device=there.device, needs_grad=experts.wants_grad(hidden_states, topk_weights)
     )
     if machine:
-        return Dispatcher(machine, live=False).explain(problem)
+        return Dispatcher(machine, live=False).planner.explain(problem)
     with _current(experts.device):
-        return get_dispatcher(experts.device).explain(problem)
+        return get_dispatcher(experts.device).planner.explain(problem)
 
 
 def _dispatcher_for(problem: MoEProblem) -> Dispatcher:

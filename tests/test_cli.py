@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from moe_dispatch.cli import app
 from moe_dispatch.commands.doctor import VARIABLES
-from moe_dispatch.dispatcher import reset_dispatchers
+from moe_dispatch.dispatchers import reset_dispatchers
 from moe_dispatch.machine import Machine
 from moe_dispatch.problem import MoEProblem
 from moe_dispatch.quarantine import Quarantine

@@ -7,7 +7,7 @@ import torch
 
 from moe_dispatch import moe_forward, stats
 from moe_dispatch.backend import Backend
-from moe_dispatch.dispatcher import get_dispatcher
+from moe_dispatch.dispatchers import get_dispatcher
 from moe_dispatch.errors import BackendUnavailableError
 from moe_dispatch.problem import MoEProblem
 from moe_dispatch.registry import BACKENDS
@@ -36,7 +36,7 @@ def eligible(name: str, case: Case, precision: Precision, **changes: object) -> 
     problem = case.layer.problem(case.M, "bf16", dispatcher.machine)
     problem = dataclasses.replace(problem, dtype=precision.dtype, act_dtype=precision.act_dtype, **changes)  # type: ignore[arg-type]
     try:
-        backend = dispatcher.backend(name)
+        backend = dispatcher.planner.backend(name)
     except BackendUnavailableError as error:
         pytest.skip(str(error))
     if reasons := backend.unsupported_reasons(problem):

@@ -34,7 +34,8 @@ from moe_dispatch import (
     warm_up,
 )
 from moe_dispatch.backend import BackendConfig, Inputs, Run
-from moe_dispatch.dispatcher import SETTLED_CALLS, SETTLED_TOKENS, Dispatcher, get_dispatcher
+from moe_dispatch.dispatcher import SETTLED_CALLS, SETTLED_TOKENS, Dispatcher
+from moe_dispatch.dispatchers import get_dispatcher
 from moe_dispatch.quarantine import Quarantine
 from moe_dispatch.registry import BACKENDS
 from moe_dispatch.settings import Settings, settings
@@ -101,7 +102,7 @@ class TestChoosing:
                 Machine.inspect("cpu"), Settings(policies=("fixed",), disabled=frozenset({"honest"}))
             )
             problem = LAYER.problem(1, "fp32", dispatcher.machine)
-            explanation = dispatcher.explain(problem)
+            explanation = dispatcher.planner.explain(problem)
             assert explanation.candidates[0].against == ("disabled by MOE_DISPATCH_DISABLE",)
             assert explanation.chosen is not None
             assert explanation.chosen.choice.backend == "reference"
@@ -225,7 +226,7 @@ class TestFaults:
             with ranked("broken", Honest):
                 with pytest.warns(MoEDispatchWarning, match=r"'broken'.*no CUDA toolkit here.*'honest' runs instead"):
                     assert torch.equal(moe_forward(*call), expected(call))
-                status = next(one for one in get_dispatcher("cpu").statuses() if one.name == "broken")
+                status = next(one for one in get_dispatcher("cpu").planner.statuses() if one.name == "broken")
                 assert not status.available
                 assert "no CUDA toolkit here" in status.reasons[0]
                 with pytest.raises(BackendUnavailableError, match="does not import: AssertionError"):
@@ -254,10 +255,10 @@ class TestFaults:
                 moe_forward(*call)
             assert lost.value.suspects == ("losing",)
             afresh = Dispatcher(Machine.inspect("cpu"))  # the next start
-            explanation = afresh.explain(explain(*call).problem)
+            explanation = afresh.planner.explain(explain(*call).problem)
             assert "quarantined for such problems" in explanation.candidates[0].against[0]
             assert afresh.quarantine.reset() == 1
-            assert not Dispatcher(Machine.inspect("cpu")).explain(explanation.problem).candidates[0].against
+            assert not Dispatcher(Machine.inspect("cpu")).planner.explain(explanation.problem).candidates[0].against
 
     def test_a_healthy_backend_is_not_blamed_for_an_older_error(self, call: Call) -> None:
         class Late(Honest):

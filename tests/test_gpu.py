@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from moe_dispatch import moe_forward, warm_up
-from moe_dispatch.dispatcher import SETTLED_CALLS, get_dispatcher
+from moe_dispatch.dispatcher import SETTLED_CALLS
+from moe_dispatch.dispatchers import get_dispatcher
 from moe_dispatch.workloads import ROUTINGS, WORKLOADS, make_experts
 from tests.conformance import Case, Precision, make_inputs, relative_error
 
@@ -75,7 +76,7 @@ def test_a_settled_call_is_a_tape_and_right_on_other_inputs_and_layers(M: int, n
     calls = [make_inputs(case, precision, "cuda", seed) for seed in range(4)]
     dispatcher = get_dispatcher(calls[0].hidden_states.device)
     problem = case.layer.problem(M, precision.dtype, dispatcher.machine)
-    if reasons := dispatcher.backend(name).unsupported_reasons(problem):
+    if reasons := dispatcher.planner.backend(name).unsupported_reasons(problem):
         pytest.skip("; ".join(reasons))
     with torch.no_grad():
         for _ in range(SETTLED_CALLS):

@@ -12,7 +12,7 @@ import torch
 
 transformers = pytest.importorskip("transformers", minversion="5.17")
 
-from moe_dispatch.dispatcher import stats  # noqa: E402
+from moe_dispatch.dispatchers import stats  # noqa: E402
 from moe_dispatch.errors import MoEDispatchWarning  # noqa: E402
 from moe_dispatch.experts import ExpertWeights  # noqa: E402
 from moe_dispatch.integrations import transformers as integration  # noqa: E402

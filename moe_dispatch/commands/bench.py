@@ -54,7 +54,7 @@ def bench(
     json_: Annotated[bool, typer.Option("--json", help="Print the rows as JSON Lines instead of a table.")] = False,
 ) -> None:
     """Time whole MoE layers, right results only, beside the peers; the rows can be resumed and plotted."""
-    from moe_dispatch.dispatcher import get_dispatcher
+    from moe_dispatch.dispatchers import get_dispatcher
 
     dispatcher = get_dispatcher()
     machine = dispatcher.machine
@@ -125,7 +125,7 @@ def _plan(
         tokens=_tokens(tokens),
         routings=tuple(ROUTINGS[name] for name in routings or ("uniform",)),
         modes=_modes(mode, dispatcher.machine),
-        backends=available_backends(ours, dispatcher.backend, notes.append),
+        backends=available_backends(ours, dispatcher.planner.backend, notes.append),
         peers=tuple(PEERS[name](dispatcher.machine) for name in theirs),
         configs=_configs(config),
         point_s=seconds,

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from moe_dispatch.api import moe_forward
 from moe_dispatch.commands.console import OUT, heading, machine_line, microseconds, table
-from moe_dispatch.dispatcher import Dispatcher, get_dispatcher, reset_dispatchers, stats
+from moe_dispatch.dispatcher import Dispatcher
+from moe_dispatch.dispatchers import get_dispatcher, reset_dispatchers, stats
 from moe_dispatch.errors import InvalidInputError, MoEDispatchError
 from moe_dispatch.experts import ExpertWeights
 from moe_dispatch.problem import DType
@@ -263,7 +264,7 @@ def _measure(experts: ExpertWeights, layer: Workload, M: int, dispatcher: Dispat
     generator = torch.Generator(device).manual_seed(_SEED)
     hidden_states = torch.randn(M, layer.K, generator=generator, device=device).to(experts.gate_up.dtype)
     weights, ids = ROUTINGS["uniform"].sample(M, layer.E, layer.topk, device, torch.Generator().manual_seed(_SEED))
-    reference = dispatcher.backend(NAIVE)
+    reference = dispatcher.planner.backend(NAIVE)
     with torch.no_grad():
         truth = reference.run(
             hidden_states.float(), experts, weights, ids, reference.config_type.model_validate({"compute_fp32": True})
@@ -274,7 +275,7 @@ def _measure(experts: ExpertWeights, layer: Workload, M: int, dispatcher: Dispat
             lambda: moe_forward(hidden_states, experts, weights, ids, backend=NAIVE),
             device=device,
         )
-    chosen = dispatcher.explain(layer.problem(M, experts.dtype, dispatcher.machine)).chosen
+    chosen = dispatcher.planner.explain(layer.problem(M, experts.dtype, dispatcher.machine)).chosen
     assert chosen is not None  # noqa: S101 - it has just run
     error = float((out.float() - truth).norm() / truth.norm())
     return LayerRow(M, chosen.choice.backend, chosen.choice.reason, error, us, naive_us)
@@ -340,7 +341,7 @@ def _print_rows(rows: list[LayerRow]) -> None:
 
 
 def _print_missing(dispatcher: Dispatcher, rows: list[LayerRow], layer: Workload, dtype: DType) -> None:
-    explanation = dispatcher.explain(layer.problem(rows[-1].M, dtype, dispatcher.machine))
+    explanation = dispatcher.planner.explain(layer.problem(rows[-1].M, dtype, dispatcher.machine))
     against = {candidate.choice.backend: candidate.against for candidate in explanation.candidates}
     against |= explanation.unranked
     missing = {name: reasons for name, reasons in against.items() if reasons}

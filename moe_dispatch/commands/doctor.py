@@ -10,7 +10,8 @@ import typer
 from rich.markup import escape
 
 from moe_dispatch.commands.console import OUT, heading, machine_line, table
-from moe_dispatch.dispatcher import Dispatcher, get_dispatcher
+from moe_dispatch.dispatcher import Dispatcher
+from moe_dispatch.dispatchers import get_dispatcher
 from moe_dispatch.errors import MoEDispatchError
 from moe_dispatch.problem import ELEMENT_BYTES, DType
 from moe_dispatch.quarantine import QuarantineEntry
@@ -61,7 +62,7 @@ def doctor(
     dispatcher = get_dispatcher()
     lifted = dispatcher.quarantine.reset() if reset else None
     reports = [_report(dispatcher, name, probe=probe) for name in BACKENDS.names()]
-    entries, notes = dispatcher.quarantine.entries(), dispatcher.policy_notes()
+    entries, notes = dispatcher.quarantine.entries(), dispatcher.planner.policy_notes()
     environment = {name: os.environ[name] for name in VARIABLES if os.environ.get(name)}
     if as_json:
         found = {
@@ -84,14 +85,14 @@ def doctor(
 
 
 def _report(dispatcher: Dispatcher, name: str, *, probe: bool) -> BackendReport:
-    status = next(status for status in dispatcher.statuses() if status.name == name)
+    status = next(status for status in dispatcher.planner.statuses() if status.name == name)
     reasons = list(status.reasons)
     dtypes: list[DType] = []
     if status.available:
         refusals: dict[str, None] = {}
         for dtype in ELEMENT_BYTES:
             problem = _PROBE.problem(_PROBE_TOKENS, dtype, dispatcher.machine)
-            against = dispatcher.backend(name).unsupported_reasons(problem)
+            against = dispatcher.planner.backend(name).unsupported_reasons(problem)
             if against:
                 refusals.update(dict.fromkeys(against))
             else:
@@ -108,7 +109,7 @@ def _probe(name: str, dtype: DType, dispatcher: Dispatcher) -> str:
 
     from moe_dispatch.api import moe_forward
 
-    reference, made = dispatcher.backend("reference"), dispatcher.backend(name)
+    reference, made = dispatcher.planner.backend("reference"), dispatcher.planner.backend(name)
     device = dispatcher.machine.device
     generator = torch.Generator(device).manual_seed(0)
     with torch.no_grad():

@@ -10,7 +10,7 @@ from rich.markup import escape
 
 from moe_dispatch.api import explain as explain_problem
 from moe_dispatch.commands.console import OUT, heading, machine_line, microseconds, table
-from moe_dispatch.dispatcher import get_dispatcher
+from moe_dispatch.dispatchers import get_dispatcher
 from moe_dispatch.errors import InvalidInputError
 from moe_dispatch.explain import Explanation
 from moe_dispatch.machine import Machine

@@ -1,0 +1,57 @@
+"""The process's dispatchers, one for each device, and what they counted."""
+
+import dataclasses
+import os
+import threading
+
+import torch
+
+from moe_dispatch.dispatcher import Dispatcher
+from moe_dispatch.machine import current_machine
+from moe_dispatch.tally import BackendStats
+
+_dispatchers: dict[torch.device, Dispatcher] = {}
+_dispatchers_lock = threading.Lock()
+
+
+def get_dispatcher(device: torch.device | str | None = None) -> Dispatcher:
+    """The process's dispatcher for a device: the current CUDA device if None, else the CPU."""
+    found = _dispatchers.get(device) if isinstance(device, torch.device) else None
+    return found or _make_dispatcher(device)
+
+
+def _make_dispatcher(device: torch.device | str | None) -> Dispatcher:
+    wanted = torch.device(device if device is not None else "cuda" if torch.cuda.is_available() else "cpu")
+    if wanted.type == "cuda" and wanted.index is None:
+        wanted = torch.device("cuda", torch.cuda.current_device())
+    with _dispatchers_lock:
+        if wanted not in _dispatchers:
+            _dispatchers[wanted] = Dispatcher(current_machine(wanted.type, wanted.index))
+        return _dispatchers[wanted]
+
+
+def reset_dispatchers() -> None:
+    """Forget every plan, policy and in-process quarantine: after a calibration, or in a forked child."""
+    _dispatchers.clear()
+
+
+def stats() -> dict[str, dict[str, int]]:
+    """How often each backend ran, fell back and was quarantined in this process, over all devices."""
+    total: dict[str, BackendStats] = {}
+    for dispatcher in list(_dispatchers.values()):
+        for name, found in dispatcher.stats().items():
+            held = total.setdefault(name, BackendStats())
+            held.ran += found.ran
+            held.fell_back += found.fell_back
+            held.quarantined += found.quarantined
+    return {name: dataclasses.asdict(held) for name, held in total.items()}
+
+
+def _after_fork_in_child() -> None:
+    global _dispatchers_lock
+    # Another thread may have held these locks at the fork; nobody in the child would release them.
+    _dispatchers_lock = threading.Lock()
+    reset_dispatchers()
+
+
+os.register_at_fork(after_in_child=_after_fork_in_child)

@@ -1,0 +1,47 @@
+"""What runs for one kind of call."""
+
+import dataclasses
+import threading
+from dataclasses import dataclass, field
+
+from moe_dispatch.backend import Backend, BackendConfig, Run
+from moe_dispatch.policy import Choice
+from moe_dispatch.problem import MoEProblem
+
+
+@dataclass(slots=True, eq=False)
+class Plan:
+    """What runs for one kind of call.
+
+    Attributes:
+        problem: The kind of call.
+        backend: What runs it.
+        config: How.
+        choice: Why.
+        explicit: Whether the caller named the backend; then nothing else runs in its place.
+        run: The backend's bound method, or what it has in its place for this kind of call (`Backend.steady`).
+        widens: Whether topk_weights come in half precision, which backends do not take.
+        proven: Whether it has run such a problem to its end in this process.
+        kept: Whether later calls of the kind find it; a capture's makeshift is planned anew.
+        calls: How often it ran.
+    """
+
+    problem: MoEProblem
+    backend: Backend
+    config: BackendConfig
+    choice: Choice
+    explicit: bool
+    run: Run = field(init=False)
+    widens: bool = False
+    proven: bool = False
+    kept: bool = False
+    calls: int = 0
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def __post_init__(self) -> None:
+        self.run = self.backend.run
+
+    @property
+    def kind(self) -> tuple[str, BackendConfig, MoEProblem]:
+        """What a first run proves: this backend, so configured, at about this many tokens."""
+        return self.choice.backend, self.config, dataclasses.replace(self.problem.bucket, mode="eager")
