@@ -92,8 +92,9 @@ bench() {
       --config chosen --seconds 0.1 --resume --out "$rows" --budget "$seconds" "$@" > /dev/null \
       || [[ $? =~ ^(124|130)$ ]]
   }
-  run --backend all --no-peers --backend vllm --backend vllm_deep_gemm --tokens "$BENCH_TOKENS" --mode "$GRAPHS"
-  run --backend all --no-peers --backend vllm --tokens 1 --mode eager
+  run --backend all --no-peers --backend vllm --backend vllm_deep_gemm --backend vllm_triton_kernels \
+    --tokens "$BENCH_TOKENS" --mode "$GRAPHS"
+  run --backend triton_persistent --backend triton_splitk --backend vllm --tokens 1 --mode eager
   run --backend triton_persistent --backend deep_gemm --tokens 1024,4096,16384 --mode "$GRAPHS" --routing dirichlet-4
   python3 -m moe_dispatch.benchmarks.scoreboard "$rows" | tee "$OUT/scoreboard.md" || true
 }
