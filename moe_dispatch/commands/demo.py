@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Annotated, Any, Final
 
 import torch
@@ -81,6 +82,8 @@ def demo(
     ] = False,
 ) -> None:
     """Calibrate a layer, generate tokens with a Qwen3-MoE model whose every MoE layer is dispatched, and check them."""
+    if find_spec("transformers") is None:
+        raise MoEDispatchError("the demo needs transformers: pip install 'moe-dispatch[transformers]'")
     where = _device(device)
     size = _size(where, model)
     with nullcontext() if keep else _passing_cache():
@@ -150,23 +153,21 @@ def _device(text: str) -> torch.device:
 
 
 def _size(where: torch.device, model: str) -> DemoSize:
-    if where.type == "cuda":
-        return DemoSize(workload(model or "qwen3-30b-a3b"), layers=4, dtype="bf16")
     small = Workload("qwen3-moe, small", E=32, topk=4, K=256, N=128)
-    return DemoSize(workload(model) if model else small, layers=4, dtype="fp32")
+    on_gpu = where.type == "cuda"
+    layer = workload(model or "qwen3-30b-a3b") if model or on_gpu else small
+    if layer.activation != "silu" or layer.bias:
+        raise InvalidInputError(f"the demo's model is a Qwen3-MoE, whose gate is silu without biases; got {layer}")
+    return DemoSize(layer, layers=4, dtype="bf16" if on_gpu else "fp32")
 
 
 def _build(size: DemoSize, where: torch.device) -> Any:
-    try:
-        from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
-    except ImportError as error:
-        raise MoEDispatchError("the demo needs transformers: pip install 'moe-dispatch[transformers]'") from error
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
     from moe_dispatch.integrations.transformers import register
 
     register()
     layer = size.layer
-    if layer.activation != "silu" or layer.bias:
-        raise InvalidInputError(f"the demo's model is a Qwen3-MoE, whose gate is silu without biases; got {layer}")
     config = Qwen3MoeConfig(
         vocab_size=4096,
         hidden_size=layer.K,
