@@ -3,7 +3,7 @@
 #
 #     benchmarks/gpu_session.sh suite      the gpu suite as it is, then as an A100 and as an L40S, JUnit XML each; then what
 #                                          times the host, alone. About 7 minutes on 16 cores: LIMIT bounds each run
-#     benchmarks/gpu_session.sh sanitize   compute-sanitizer over a small case of every backend, about 2 minutes
+#     benchmarks/gpu_session.sh sanitize   compute-sanitizer over a small case of every backend, about 4 minutes
 #
 # The machine is bare and reaches nothing: .gpu/site.tar.xz (the real vLLM and DeepGEMM) travels with the checkout, and
 # results go to $OUT. WORKERS run the suite side by side: it compiles for most of its time.
@@ -27,7 +27,7 @@ export PYTHONPATH="$HOME/site"
 suite() {
   local failed=0
   # pytest writes its record when it ends, so it is interrupted first and killed only if it does not listen.
-  local run=(timeout --signal=INT --kill-after=30 "$LIMIT" python3 -m pytest -m gpu -q -n "$WORKERS")
+  local run=(timeout --signal=INT --kill-after=30 "$LIMIT" python3 -m pytest -m gpu -q -n "$WORKERS" --dist worksteal)
   moe-dispatch doctor --json > "$OUT/machine.json"
   "${run[@]}" --junitxml "$OUT/suite-h200.xml" "$@" || failed=1
   for device in a100 l40s; do
@@ -39,11 +39,14 @@ suite() {
 
 sanitize() {
   local failed=0
-  for tool in memcheck racecheck; do
-    timeout 260 compute-sanitizer --tool "$tool" --error-exitcode 9 --log-file "$OUT/$tool.log" \
-      python3 benchmarks/one_of_each.py "$@" || failed=1
-    tail -n 3 "$OUT/$tool.log"
-  done
+  timeout 260 compute-sanitizer --tool memcheck --error-exitcode 9 --log-file "$OUT/memcheck.log" \
+    python3 benchmarks/one_of_each.py "$@" || failed=1
+  tail -n 1 "$OUT/memcheck.log"
+  # Racecheck reports hand-overs by mbarrier, right ones too: ours may show only what the control shows.
+  local race=(timeout 260 compute-sanitizer --tool racecheck --log-file)
+  "${race[@]}" "$OUT/racecheck.log" python3 benchmarks/one_of_each.py "$@" || failed=1
+  "${race[@]}" "$OUT/racecheck-control.log" python3 benchmarks/racecheck_control.py || failed=1
+  python3 benchmarks/racecheck_kinds.py "$OUT/racecheck.log" "$OUT/racecheck-control.log" | tee "$OUT/racecheck.txt" || failed=1
   return "$failed"
 }
 
