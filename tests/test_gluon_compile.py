@@ -22,7 +22,9 @@ QWEN = WORKLOADS["qwen3-30b-a3b"]
 def launch_products(capability: int, dtype: DType, activation: Activation) -> Iterator[Launch]:
     machine = described(capability)
     backend = TritonPersistentBackend(machine)
-    for layer in (Workload("even", 8, 2, 512, 256, activation), Workload("uneven", 8, 2, 576, 200, activation)):
+    uneven = Workload("uneven", 8, 2, 576, 200, activation)
+    # FP16 differs from BF16 in one type.
+    for layer in (uneven,) if dtype == "fp16" else (Workload("even", 8, 2, 512, 256, activation), uneven):
         problem = layer.problem(4096, dtype, machine)
         for config in hopper_configs(problem, machine):  # none for the uneven layer in FP8
             yield Launch(partial(backend.run, *unwritten_layer(problem), config))

@@ -4,8 +4,10 @@ The launchers are the real ones. They are given tensors without memory, and Trit
 in a process of its own: in Triton's interpreter, where the suite runs without a GPU, there is no compiler.
 """
 
+import atexit
 import contextlib
 import dataclasses
+import functools
 import importlib
 import json
 import os
@@ -13,10 +15,11 @@ import re
 import subprocess
 import sys
 import tempfile
+import traceback
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, cast
 from unittest import mock
 
 import pytest
@@ -113,21 +116,58 @@ def compile_launches(launches: Callable[..., Iterable[Launch]], *capabilities: i
     words.
     """
     pytest.importorskip("triton")
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     work = {"module": launches.__module__, "name": launches.__qualname__, "capabilities": capabilities}
-    command = [sys.executable, "-c", f"from {__name__} import work; work()"]
-    done = subprocess.run(
-        command, input=json.dumps(work | {"arguments": arguments}), env=environment, cwd=Path(__file__).parents[1],
-        check=False, capture_output=True, text=True,
-    )  # fmt: skip
-    if done.returncode:
-        raise AssertionError(f"a kernel does not compile:\n{done.stderr[-4000:]}")
-    return [Built(**built) for built in json.loads(done.stdout.splitlines()[-1])]
+    answer = _compiler().ask(json.dumps(work | {"arguments": arguments}))
+    if "failed" in answer:
+        raise AssertionError(f"a kernel does not compile:\n{answer['failed'][-4000:]}")
+    return [Built(**built) for built in answer["built"]]
 
 
-def work() -> None:
-    """The other process: what to launch comes in as JSON, what was built goes out."""
-    asked = json.load(sys.stdin)
+class _Compiler:
+    """The other process. It stays for all that this one asks: importing PyTorch and Triton takes seconds."""
+
+    def __init__(self) -> None:
+        environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+        self._said = tempfile.TemporaryFile()  # noqa: SIM115 - for as long as the process
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", f"from {__name__} import serve; serve()"], env=environment, stderr=self._said,
+            cwd=Path(__file__).parents[1], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        atexit.register(self._process.communicate)  # nobody asks any more: it ends
+
+    def ask(self, work: str) -> dict[str, Any]:
+        """Its answer to a line of JSON; if it dies of it, what it said last."""
+        assert self._process.stdin
+        assert self._process.stdout
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.write(work + "\n")
+            self._process.stdin.flush()
+        if line := self._process.stdout.readline():
+            return cast("dict[str, Any]", json.loads(line))
+        _compiler.cache_clear()  # the next test gets another
+        self._said.seek(0)
+        return {"failed": f"{self._said.read().decode(errors='replace')}\nexit status {self._process.wait()}"}
+
+
+@functools.cache
+def _compiler() -> _Compiler:
+    return _Compiler()
+
+
+def serve() -> None:
+    """The other process: what to launch comes in as lines of JSON, what was built goes out, until nobody asks."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # whatever else is printed is no answer
+    for line in sys.stdin:
+        try:
+            answer: dict[str, Any] = {"built": [dataclasses.asdict(each) for each in _build(json.loads(line))]}
+        except Exception:  # noqa: BLE001 - the other side raises it
+            answer = {"failed": traceback.format_exc()}
+        answers.write(json.dumps(answer) + "\n")
+        answers.flush()
+
+
+def _build(asked: dict[str, Any]) -> list[Built]:
     built: list[Built] = []
     launches = getattr(importlib.import_module(asked["module"]), asked["name"])
     for capability in asked["capabilities"]:
@@ -136,7 +176,7 @@ def work() -> None:
                 before = len(built)
                 launch.run()
                 built[before:] = [dataclasses.replace(each, note=launch.note) for each in built[before:]]
-    sys.stdout.write(json.dumps([dataclasses.asdict(each) for each in built]))
+    return built
 
 
 @contextlib.contextmanager
@@ -198,7 +238,7 @@ def _resources(cubin: bytes) -> dict[str, int]:
 
 
 def _serialised(cubin: bytes) -> bool:
-    text = _tool("nvdisasm", cubin, "--print-code")
+    text = _tool("nvdisasm", cubin, "--print-code", "--no-dataflow")
     return text.count("WARPGROUP.DEPBAR") >= len(re.findall(r"\b[HIQ]GMMA\b", text))
 
 
