@@ -22,6 +22,7 @@ from moe_dispatch.settings import settings
 if os.environ.get("MOE_DISPATCH_MACHINE"):
     collect_ignore = ["test_compile_ahead.py", "test_policy_files.py"]  # of this CPU, which is not described then
 
+KEPT_BYTES = 1 << 30  # of device memory that a worker keeps after a test: the others need the rest
 GARBAGE = 0x3F3F3F3F  # what fresh integer memory holds here: far outside every index range
 
 
@@ -40,6 +41,8 @@ if "ONEDNN_MAX_CPU_ISA" not in os.environ and _bf16_products_kill():
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    # Importing vLLM takes 20 s. `--dist worksteal` deals out runs of tests: in one run it is few workers who import it.
+    items.sort(key=lambda item: "vllm" in item.nodeid)
     if torch.cuda.is_available():
         return
     skip = pytest.mark.skip(reason="needs a CUDA device")
@@ -58,6 +61,8 @@ def fresh_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[N
     yield
     settings.cache_clear()
     reset_dispatchers()
+    if torch.cuda.is_available() and torch.cuda.memory_reserved() > KEPT_BYTES:
+        torch.cuda.empty_cache()
 
 
 def poison(tensor: torch.Tensor) -> torch.Tensor:

@@ -14,6 +14,7 @@ from moe_dispatch.registry import BACKENDS
 from tests.conformance import (
     CASES,
     MODEL_CASES,
+    MODEL_PRECISIONS,
     PRECISIONS,
     Case,
     Inputs,
@@ -23,6 +24,7 @@ from tests.conformance import (
     make_inputs,
     on_gpu,
     relative_error,
+    worth_interpreting,
 )
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -54,6 +56,8 @@ def test_the_built_in_backends_are_registered() -> None:
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 @pytest.mark.parametrize("name", BUILT_IN)
 def test_default_configuration(name: str, case: Case, precision: Precision) -> None:
+    if DEVICE == "cpu" and not worth_interpreting(case, name, precision):
+        pytest.skip("on a GPU only")
     case = on_gpu(case) if DEVICE == "cuda" else in_interpreter(case, name)
     backend, problem = eligible(name, case, precision)
     inputs = make_inputs(case, precision, DEVICE)
@@ -88,7 +92,7 @@ def test_deterministic_configurations_repeat_bit_for_bit(name: str, precision: P
 
 @pytest.mark.gpu
 @pytest.mark.usefixtures("poisoned_memory")
-@pytest.mark.parametrize("precision", PRECISIONS, ids=str)
+@pytest.mark.parametrize("precision", MODEL_PRECISIONS, ids=str)
 @pytest.mark.parametrize("case", MODEL_CASES.values(), ids=MODEL_CASES.keys())
 @pytest.mark.parametrize("name", BUILT_IN[1:])
 def test_every_configuration_on_model_shapes(name: str, case: Case, precision: Precision) -> None:
