@@ -5,6 +5,9 @@ BIN := $(VENV)/bin
 # Touched when the environment is whole, so that an interrupted install starts over.
 STAMP := $(VENV)/.installed
 
+# What is installed is compiled when it is first imported, which is a small part of it.
+unexport PYTHONDONTWRITEBYTECODE
+
 .DEFAULT_GOAL := help
 .PHONY: help demo test lint format clean
 
@@ -15,7 +18,7 @@ demo: $(STAMP)  ## Generate tokens with an MoE model through moe_forward, on wha
 	@$(BIN)/moe-dispatch demo
 
 test: lint  ## Lint, type-check and run every test; those that need a GPU skip themselves without one.
-	$(BIN)/python -m pytest -n auto
+	$(BIN)/python -m pytest -n auto --dist worksteal
 
 lint: $(STAMP)  ## ruff and mypy --strict.
 	$(BIN)/ruff check .
@@ -32,5 +35,5 @@ clean:  ## Remove the environment and caches.
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("moe_dispatch needs Python 3.11 or newer, and $(PYTHON) is %d.%d: make PYTHON=python3.12 …" % sys.version_info[:2])'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt -e '.[dev]'
 	@touch $@

@@ -23,7 +23,7 @@ from moe_dispatch.workloads import workload
 from tests.calibration_faults import RightBackend
 
 TINY = "4,2,32,16"
-TIMEOUT_S = 20.0  # a healthy first launch takes seconds where other tests share the cores
+TIMEOUT_S = 12.0  # a healthy first launch takes seconds where other tests share the cores
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ FAULTS = (
     Fault("unstable", "UnstableBackend", "promised the same bits"),
     Fault("raising", "RaisingBackend", "no kernel image is available"),
     Fault("hungry", "HungryBackend", "out of memory"),
-    Fault("hanging", "HangingBackend", "hung: no answer within 20 s", lethal=True),
+    Fault("hanging", "HangingBackend", f"hung: no answer within {TIMEOUT_S:.0f} s", lethal=True),
     Fault("exiting", "ExitingBackend", "exited with status 7", lethal=True),
     Fault("killed", "KilledBackend", "killed by SIGKILL", lethal=True),
     Fault("lost", "LostContextBackend", "lost the CUDA context", lethal=True),
