@@ -1,9 +1,10 @@
 """Whether calibrations of one machine agree, and what the choices of the first lose by the measurements of the others.
 
-    python -m moe_dispatch.benchmarks.agreement FIRST.json SECOND.json [BETWEEN.json...] [--json]
+    python -m moe_dispatch.benchmarks.agreement FIRST.json SECOND.json [--between BETWEEN.json] [--seconds S] [--json]
 
-SECOND repeats FIRST; token counts that only a later file has lie between the calibrated ones. A choice loses its time
-over that of the fastest candidate, both as the later file has them, less 1; the rules' choice is held against it there.
+SECOND repeats FIRST. BETWEEN was measured after FIRST at token counts between its own; what FIRST would choose there
+took part. A choice loses its time over that of the fastest candidate, both as the later file has them, less 1; the
+rules' choice is held against it there. A bar passes only on complete evidence.
 """
 
 import argparse
@@ -12,7 +13,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from moe_dispatch.machine import Machine
 from moe_dispatch.policies.rules import RulesPolicy
@@ -20,6 +21,16 @@ from moe_dispatch.policies.schema import CalibrationFile, Layer, parse_calibrati
 from moe_dispatch.policies.table import Identity, tables
 from moe_dispatch.problem import Mode
 from moe_dispatch.registry import BACKENDS
+
+from .scoreboard import Bar, markdown
+
+# Issue 4: what a calibration must show.
+MOST_SECONDS: Final = 150.0
+LEAST_AGREEMENT: Final = 0.95
+MOST_APART: Final = 0.03
+MOST_LOSS: Final = 0.02
+MOST_LOSS_BETWEEN: Final = {"mean": 0.03, "worst": 0.10}
+MOST_OVER_RULES: Final = 0.02
 
 
 @dataclass(frozen=True)
@@ -30,6 +41,7 @@ class Point:
         where: For a person.
         calibrated: Whether the first file measured this token count.
         same: Whether both chose the same; None where only one could.
+        apart: By how much the times of the two choices differ; 0 for the same.
         loss: Of the choice; None where the later file did not time it.
         over_rules: Time of the choice over that of the rules' choice, less 1; None where one was not timed.
     """
@@ -37,28 +49,33 @@ class Point:
     where: str
     calibrated: bool
     same: bool | None
+    apart: float | None
     loss: float | None
     over_rules: float | None
 
 
-def compare(first: CalibrationFile, later: CalibrationFile) -> Iterator[Point]:
-    """Each point of the later file that the first one has an opinion of."""
+def compare(first: CalibrationFile, later: CalibrationFile, *, between: bool = False) -> Iterator[Point]:
+    """Each point of the later file that the first one has an opinion of; between: that it has not measured."""
     before = tables(first)
     layers = {layer.key: layer for layer in later.layers}
     for (key, mode), repeated in tables(later).items():
         if (table := before.get((key, mode))) is None:
             continue
         for M, at in repeated.scores.items():
+            if between and M in table.tokens:
+                continue
             timed = {identity: us for identity, us in at.items() if us is not None}
             if not timed or not (ranked := table.rank(M)):
                 continue
             chosen = ranked[0][0]
             rules = _rules_time(layers[key], M, mode, later.machine, timed)
-            us = timed.get(chosen)
+            us, other = timed.get(chosen), timed[repeated.winners[M]]
+            calibrated = M in table.tokens
             yield Point(
                 where=f"{layers[key]} M={M} ({mode})",
-                calibrated=M in table.tokens,
-                same=chosen == repeated.winners[M] if M in table.tokens else None,
+                calibrated=calibrated,
+                same=chosen == repeated.winners[M] if calibrated else None,
+                apart=abs(us / other - 1) if us and calibrated else None,
                 loss=us / min(timed.values()) - 1 if us else None,
                 over_rules=us / rules - 1 if us and rules else None,
             )
@@ -73,7 +90,7 @@ def summary(points: Iterable[Point]) -> dict[str, dict[str, float]]:
         if not losses:
             continue
         over = [point.over_rules for point in here if point.over_rules is not None]
-        apart = [point.loss for point in here if point.same is False and point.loss is not None]
+        apart = [point.apart for point in here if point.apart is not None]
         found[name] = {
             "points": len(here),
             "not_timed": len(here) - len(losses),
@@ -87,6 +104,44 @@ def summary(points: Iterable[Point]) -> dict[str, dict[str, float]]:
                 "apart": max(apart, default=0.0),
             }
     return found
+
+
+def bars(points: Sequence[Point], seconds: float | None = None) -> list[Bar]:
+    """The bars of issue 4 that calibrations can show."""
+    found = [Bar("seconds of the calibration", seconds, MOST_SECONDS, at_least=False)] if seconds is not None else []
+    here = [point for point in points if point.calibrated]
+    between = [point for point in points if not point.calibrated]
+    same = [point.same for point in here if point.same is not None]
+    differ = [point for point in here if point.same is False]
+    found.append(
+        Bar(
+            "share of points with the same winner", sum(same) / len(same) if same else None, LEAST_AGREEMENT,
+            where=f"{len(same)} points, {len(differ)} differ",
+        )
+    )  # fmt: skip
+    if differ:
+        found.append(_worst("how far apart the winners are where they differ", differ, "apart", MOST_APART))
+    found.append(_worst("loss at calibrated token counts, worst point", here, "loss", MOST_LOSS))
+    if between:
+        losses = [point.loss for point in between if point.loss is not None]
+        mean = math.fsum(losses) / len(losses) if losses else None
+        found.append(
+            Bar(
+                "loss between them, mean", mean, MOST_LOSS_BETWEEN["mean"], at_least=False,
+                where=f"{len(between)} points", missing=len(between) - len(losses),
+            )
+        )  # fmt: skip
+        found.append(_worst("loss between them, worst point", between, "loss", MOST_LOSS_BETWEEN["worst"]))
+    found.append(_worst("time over the rules' choice less 1, worst point", points, "over_rules", MOST_OVER_RULES))
+    return found
+
+
+def _worst(what: str, points: Sequence[Point], field: str, limit: float) -> Bar:
+    timed = [(getattr(point, field), point.where) for point in points if getattr(point, field) is not None]
+    worst, where = max(timed, default=(None, "none"))
+    # Where the rules' choice was not timed it is far behind, and no calibration is slower than it.
+    missing = 0 if field == "over_rules" else len(points) - len(timed)
+    return Bar(what, worst, limit, at_least=False, where=f"{len(timed)} points, {where}", missing=missing)
 
 
 def _rules_time(layer: Layer, M: int, mode: Mode, machine: Machine, timed: Mapping[Identity, float]) -> float | None:
@@ -104,19 +159,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Print how the files agree."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("first", type=Path)
-    parser.add_argument("later", type=Path, nargs="+")
+    parser.add_argument("second", type=Path)
+    parser.add_argument("--between", type=Path, action="append", default=[], help="measured between the first's")
+    parser.add_argument("--seconds", type=float, help="that the first took")
     parser.add_argument("--json", action="store_true", help="machine-readable")
     given: Any = parser.parse_args(arguments)
-    first, *later = (parse_calibration(read_bytes(path), str(path)) for path in (given.first, *given.later))
-    points = [point for file in later for point in compare(first, file)]
-    found = summary(points)
+    first, second, *between = (
+        parse_calibration(read_bytes(path), str(path)) for path in (given.first, given.second, *given.between)
+    )
+    points = [*compare(first, second), *(point for file in between for point in compare(first, file, between=True))]
     if given.json:
-        print(json.dumps(found, indent=1))
+        print(json.dumps(summary(points), indent=1))
         return
-    for name, values in found.items():
-        print(name, " ".join(f"{key}={value:.4g}" for key, value in values.items()))
-    for point in sorted(points, key=lambda point: -(point.loss or 0.0))[:12]:
-        print(f"  {point.where}: loss {point.loss}, over the rules {point.over_rules}, same {point.same}")
+    print(markdown(bars(points, given.seconds)))
+    notable = [point for point in points if point.same is False or (point.loss or 0.0) > MOST_LOSS]
+    for point in sorted(notable, key=lambda point: -(point.loss or 0.0)):
+        loss = "not timed" if point.loss is None else f"loses {point.loss:.2%}"
+        print(f"- {point.where}: {loss}{', and the winner differs' if point.same is False else ''}")
 
 
 if __name__ == "__main__":

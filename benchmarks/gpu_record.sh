@@ -5,23 +5,24 @@
 #                                                 shipped table, the rows in the repository, what is learned from.
 #                                                 deepseek-v3 in every mode and on both routings, the others in graphs
 #                                                 on uniform routing
-#     benchmarks/gpu_record.sh repeat             deepseek-v3 again on a warm compile cache, then between its token
-#                                                 counts, each held against the sweep's
+#     benchmarks/gpu_record.sh repeat             deepseek-v3 on a warm compile cache from nothing, again in a row, at
+#                                                 token counts between, and from nothing: held against the first
 #     benchmarks/gpu_record.sh bench              the rows of the scoreboard: what calibration chose, beside the peers
 #     benchmarks/gpu_record.sh claims             what has been published, reproduced or refuted
 #
 # Results go to $OUT, what is gone on with to $WORK. SECONDS_EACH bounds a call; called again, sweep and bench go on
-# where they stopped. CONFIGS bounds the configurations of each backend, the likeliest first. Two GPUs share a sweep:
-# call it with other models and another CUDA_VISIBLE_DEVICES; with the same WORK both write one calibration.
+# where they stopped (with an empty RESUME a sweep measures again what it has). CONFIGS bounds the configurations of each
+# backend, the likeliest first. Two GPUs share a sweep: call it with other models and another CUDA_VISIBLE_DEVICES; with
+# the same WORK both write one calibration.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
 step="${1:?usage: gpu_record.sh sweep|repeat|bench|claims [MODEL...]}"
 shift
-: "${OUT:=$PWD/out}" "${WORK:=$HOME/.moe_dispatch_record}" "${SECONDS_EACH:=400}" "${CONFIGS:=12}"
+: "${OUT:=$PWD/out}" "${WORK:=$HOME/.moe_dispatch_record}" "${SECONDS_EACH:=400}" "${CONFIGS:=8}"
 : "${FIRST:=deepseek-v3}" "${BENCH:=deepseek-v3 qwen3-30b-a3b mixtral-8x7b}"
 : "${TOKENS:=1,2,4,8,16,32,64,128,256,512,1024,2048,4096,8192,16384}" "${BETWEEN:=3,12,48,192,768,3072,12288}"
-: "${BENCH_TOKENS:=1,4,16,64,256,1024,4096,16384}" "${GRAPHS:=graph}"
+: "${GRAPHS:=graph}" "${RESUME=--resume}"
 mkdir -p "$OUT" "$WORK"
 export PYTHONUNBUFFERED=1 VLLM_LOGGING_LEVEL=ERROR VLLM_USE_DEEP_GEMM_E8M0=0
 export MOE_DISPATCH_CACHE_DIR="$WORK/sweep"
@@ -45,11 +46,11 @@ sweep() {
     fi
   done
   if ((first_s)); then
-    time calibrate --model "$FIRST" --tokens "$TOKENS" --budget "$first_s" --resume > "$OUT/sweep-$FIRST.txt"
+    time calibrate --model "$FIRST" --tokens "$TOKENS" --budget "$first_s" $RESUME > "$OUT/sweep-$FIRST.txt"
     tail -n 3 "$OUT/sweep-$FIRST.txt"
   fi
   if ((${#others[@]})); then
-    time calibrate "${others[@]}" --tokens "$TOKENS" --mode "$GRAPHS" --routing uniform --budget "$(left)" --resume \
+    time calibrate "${others[@]}" --tokens "$TOKENS" --mode "$GRAPHS" --routing uniform --budget "$(left)" $RESUME \
       > "$OUT/sweep-${models[-1]}.txt"
     tail -n 3 "$OUT/sweep-${models[-1]}.txt"
   fi
@@ -59,43 +60,53 @@ sweep() {
 }
 
 repeat() {
-  local name
-  for name in again between; do
-    rm -rf "${WORK:?}/$name"
-    mkdir -p "$WORK/$name"
-    # What was compiled, and nothing of what was measured.
-    [[ ! -e "$WORK/sweep/compiled" ]] || cp -r "$WORK/sweep/compiled" "$WORK/$name/"
-  done
-  time MOE_DISPATCH_CACHE_DIR="$WORK/again" calibrate --model "$FIRST" --tokens "$TOKENS" --budget "$(left)" \
-    > "$OUT/again.txt"
-  tail -n 3 "$OUT/again.txt"
+  local seconds begin=$SECONDS
+  rm -rf "${WORK:?}/again" "${WORK:?}/alone"
+  from_nothing again
+  MOE_DISPATCH_CACHE_DIR="$WORK/again" calibrate --model "$FIRST" --tokens "$TOKENS" --budget "$(left)" > "$OUT/again.txt"
+  seconds=$((SECONDS - begin))
+  tail -n 4 "$OUT/again.txt"
   keep "$WORK/again" again.json
-  keep "$WORK/sweep" before.json
-  python3 -m moe_dispatch.benchmarks.agreement "$OUT/before.json" "$OUT/again.json" | tee "$OUT/agreement.txt"
-  (($(left) > 20)) || return 0
-  MOE_DISPATCH_CACHE_DIR="$WORK/between" calibrate --model "$FIRST" --tokens "$BETWEEN" --budget "$(left)" \
+  (($(left) > 30)) || return 0
+  # Not all that is left: the token counts between come after it.
+  MOE_DISPATCH_CACHE_DIR="$WORK/again" calibrate --model "$FIRST" --tokens "$TOKENS" --budget "$(($(left) * 3 / 5))" \
+    > "$OUT/row.txt"
+  keep "$WORK/again" row.json
+  agree "two in a row" again.json row.json --seconds "$seconds"
+  (($(left) > 30)) || return 0
+  # What the first would choose takes part only where its file is; the second's measurements are not to be in it.
+  cp "$OUT/again.json" "$WORK"/again/calibration/*.json
+  MOE_DISPATCH_CACHE_DIR="$WORK/again" calibrate --model "$FIRST" --tokens "$BETWEEN" --budget "$(left)" \
     --mode "$GRAPHS" > "$OUT/between.txt"
-  keep "$WORK/between" between.json
-  python3 -m moe_dispatch.benchmarks.agreement "$OUT/before.json" "$OUT/again.json" "$OUT/between.json" \
-    | tee "$OUT/agreement.txt"
+  keep "$WORK/again" between.json
+  agree "two in a row, and between" again.json row.json --seconds "$seconds" --between "$OUT/between.json"
+  (($(left) > 30)) || return 0
+  from_nothing alone
+  MOE_DISPATCH_CACHE_DIR="$WORK/alone" calibrate --model "$FIRST" --tokens "$TOKENS" --budget "$(left)" \
+    > "$OUT/alone.txt"
+  keep "$WORK/alone" alone.json
+  agree "independent" again.json alone.json
+}
+
+# A cache directory that knows what was compiled, and nothing of what was measured.
+from_nothing() {
+  mkdir -p "$WORK/$1"
+  [[ ! -e "$WORK/sweep/compiled" ]] || cp -r "$WORK/sweep/compiled" "$WORK/$1/"
+}
+
+agree() {
+  local what="$1" first="$2" second="$3"
+  shift 3
+  { printf '\n%s\n\n' "$what"; python3 -m moe_dispatch.benchmarks.agreement "$OUT/$first" "$OUT/$second" "$@"; } \
+    | tee -a "$OUT/agreement.txt"
 }
 
 bench() {
   local rows="$OUT/bench.jsonl" models=() model
   for model in $BENCH; do models+=(--model "$model"); done
-  run() {
-    local seconds
-    seconds="$(left)"
-    ((seconds > 5)) || return 0
-    # --budget stops between points; a single point that outlasts it is interrupted, and its finished rows are kept.
-    timeout --signal=INT --kill-after=20 "$((seconds + 5))" "${moe_dispatch[@]}" bench "${models[@]}" "${dtypes[@]}" \
-      --config chosen --seconds 0.1 --resume --out "$rows" --budget "$seconds" "$@" > /dev/null \
-      || [[ $? =~ ^(124|130)$ ]]
-  }
-  run --backend all --no-peers --backend vllm --backend vllm_deep_gemm --backend vllm_triton_kernels \
-    --tokens "$BENCH_TOKENS" --mode "$GRAPHS"
-  run --backend triton_persistent --backend triton_splitk --backend vllm --tokens 1 --mode eager
-  run --backend triton_persistent --backend deep_gemm --tokens 1024,4096,16384 --mode "$GRAPHS" --routing dirichlet-4
+  # --budget stops between points; a single point that outlasts it is interrupted, and its finished rows are kept.
+  timeout --signal=INT --kill-after=20 "$((SECONDS_EACH + 5))" python3 -m moe_dispatch.benchmarks.acceptance \
+    "${models[@]}" --out "$rows" --budget "$SECONDS_EACH" || [[ $? =~ ^(124|130)$ ]]
   python3 -m moe_dispatch.benchmarks.scoreboard "$rows" | tee "$OUT/scoreboard.md" || true
 }
 

@@ -1,12 +1,15 @@
 """Run points one after another: draw, check against fp32, time what is right, write the rows.
 
-One allocation of expert weights serves a (workload, dtype). Whatever runs out of memory, raises or is wrong costs
-itself a row with the reason, and the rest goes on.
+Layers whose weights fit in memory together are visited in turn, few and many tokens first: a run that is cut short has
+rows of all of them, over the whole range. Whatever runs out of memory, raises or is wrong costs itself a row with the
+reason, and the rest goes on.
 """
 
+import contextlib
 import functools
 import gc
 import itertools
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -35,6 +38,7 @@ from moe_dispatch.measure import (
     time_interleaved,
     verify,
 )
+from moe_dispatch.policies.calibrate import coarse_to_fine
 from moe_dispatch.problem import DType, Mode, MoEProblem
 from moe_dispatch.ranking import Ranking
 from moe_dispatch.workloads import RoutingDistribution, Workload, make_experts
@@ -45,13 +49,18 @@ from .rows import BenchRow, RowKey, append, row_key
 Configs = Literal["default", "all", "chosen"]
 
 SEED: Final = 0
-# fp32 truths are the slow part at large M, and one of 2048 tokens checks as many rows as a hundred of 16.
+# fp32 truths are the slow part at large M, and one of 2048 tokens checks as many rows as a hundred of 16. Where there
+# are more, so many of them spread evenly are held against the truth, and the others must be finite.
 CHECKED_TOKENS: Final = 2048
+# Samples of each candidate at least; where one takes long, it hardly differs from the next.
+LEAST_ROUNDS: Final = 3
+# Of the device's memory, for the weights of layers that are visited in turn; a peer may copy them, and all need room.
+WEIGHTS_SHARE: Final = 0.4
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a sweep runs: every combination, in this order of nesting.
+    """What a sweep runs: every combination.
 
     Attributes:
         workloads: Layers.
@@ -109,8 +118,16 @@ class Provenance:
 
 
 @dataclass
+class _Loaded:
+    """A layer in memory, with what peers made of its weights."""
+
+    experts: ExpertWeights
+    peer_calls: dict[str, Call] = field(default_factory=dict)
+
+
+@dataclass
 class Sweep:
-    """A run of a plan into a file.
+    """A run of plans into a file.
 
     Attributes:
         plan: What to run.
@@ -121,6 +138,7 @@ class Sweep:
         advance: Called with a description before each point, and with None after it.
         notes: Why something has no row, each once.
         written: Rows of this run.
+        spent: Seconds, by kind of work.
     """
 
     plan: Plan
@@ -131,49 +149,91 @@ class Sweep:
     advance: Callable[[str | None], None] = lambda _: None
     notes: list[str] = field(default_factory=list)
     written: list[BenchRow] = field(default_factory=list)
+    spent: dict[str, float] = field(default_factory=dict)
+    _loaded: dict[tuple[Workload, DType], _Loaded] = field(default_factory=dict)
 
     @functools.cached_property
     def _measured(self) -> Ranking:
         return Ranking(self.provenance.machine, ("calibrated", "shipped"))
 
-    def run(self) -> list[BenchRow]:
-        """Run the plan and return this run's rows.
+    def run(self, *further: Plan) -> list[BenchRow]:
+        """Run the plan, then further ones on the same layers within its budget, and return this run's rows.
 
         Raises:
             RuntimeError: The CUDA context is lost; nothing further can run in this process.
         """
-        deadline = None if self.plan.budget_s is None else time.perf_counter() + self.plan.budget_s
-        for workload, dtype in itertools.product(self.plan.workloads, self.plan.dtypes):
-            if not self._layer(workload, dtype, deadline):
-                self._note(f"stopped: the budget of {self.plan.budget_s:g} s is spent; --resume goes on")
-                break
+        budget_s = self.plan.budget_s
+        deadline = math.inf if budget_s is None else time.perf_counter() + budget_s
+        try:
+            for plan in (self.plan, *further):
+                self.plan = plan
+                if not self._run(deadline):
+                    self._note(f"stopped: the budget of {budget_s:g} s is spent; --resume goes on")
+                    break
+        finally:
+            self._unload()
         return self.written
 
-    def _layer(self, workload: Workload, dtype: DType, deadline: float | None) -> bool:
-        """All points of one layer; False once the budget is spent."""
-        generator = torch.Generator(self.device).manual_seed(SEED)
-        steps = len(self.plan.tokens) * len(self.plan.routings) * len(self.plan.modes)
+    def _run(self, deadline: float) -> bool:
+        """The plan at work; False once the deadline has passed."""
+        for layers in self._together():
+            for M, layer, routing in itertools.product(coarse_to_fine(self.plan.tokens), layers, self.plan.routings):
+                if time.perf_counter() >= deadline:
+                    return False
+                if loaded := self._load(*layer):
+                    self._point(*layer, M, routing, loaded)
+                else:
+                    for _ in self.plan.modes:
+                        self.advance(None)
+        return True
+
+    def _together(self) -> list[list[tuple[Workload, DType]]]:
+        """The plan's layers in groups that fit in memory."""
+        machine = self.provenance.machine
+        groups: list[list[tuple[Workload, DType]]] = [[]]
+        held = 0.0
+        for workload, dtype in itertools.product(self.plan.workloads, self.plan.dtypes):
+            problem = workload.problem(1, dtype, machine)
+            needed = problem.E * problem.expert_bytes
+            if groups[-1] and held + needed > WEIGHTS_SHARE * machine.memory_bytes:
+                groups.append([])
+                held = 0.0
+            groups[-1].append((workload, dtype))
+            held += needed
+        return groups
+
+    def _load(self, workload: Workload, dtype: DType) -> _Loaded | None:
+        """A layer's weights; None where they do not fit."""
+        layer = workload, dtype
+        if layer in self._loaded:
+            return self._loaded[layer]
+        group = next(group for group in self._together() if layer in group)
+        if any(other not in group for other in self._loaded):
+            self._unload()
         self.advance(f"{workload.name} {dtype}: weights")
+        generator = torch.Generator(self.device).manual_seed(SEED)
         try:
-            experts = make_experts(workload, dtype, self.device, generator)
+            with self._spending("weights"):
+                self._loaded[layer] = _Loaded(make_experts(workload, dtype, self.device, generator))
         except Exception as error:
             if not out_of_memory(error):
                 raise
-            self._note(f"{workload.name} {dtype}: the weights do not fit in memory ({summary(error)})")
-            for _ in range(steps):
-                self.advance(None)
-            return True
-        peer_calls: dict[str, Call] = {}
-        try:
-            for M, routing in itertools.product(self.plan.tokens, self.plan.routings):
-                if deadline is not None and time.perf_counter() >= deadline:
-                    return False
-                self._point(workload, dtype, M, routing, experts, peer_calls)
-        finally:
-            del experts
-            peer_calls.clear()
             _release(self.device)
-        return True
+            self._note(f"{workload.name} {dtype}: the weights do not fit in memory ({summary(error)})")
+            return None
+        return self._loaded[layer]
+
+    def _unload(self) -> None:
+        self._loaded.clear()
+        _release(self.device)
+
+    @contextlib.contextmanager
+    def _spending(self, what: str) -> Iterator[None]:
+        begin = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.spent[what] = self.spent.get(what, 0.0) + time.perf_counter() - begin
 
     def _point(
         self,
@@ -181,8 +241,7 @@ class Sweep:
         dtype: DType,
         M: int,
         routing: RoutingDistribution,
-        experts: ExpertWeights,
-        peer_calls: dict[str, Call],
+        loaded: _Loaded,
     ) -> None:
         drawn: tuple[tuple[LayerInputs, ...], tuple[Tensor, ...]] | None = None
         for mode in self.plan.modes:
@@ -191,12 +250,13 @@ class Sweep:
             self.advance(what)
             candidates = [
                 candidate
-                for candidate in self._candidates(problem, experts, peer_calls)
+                for candidate in self._candidates(problem, loaded)
                 if self._key(workload, problem, routing, candidate) not in self.done
             ]
             try:
                 if candidates and drawn is None:
-                    drawn = self._draw(problem, routing, experts)
+                    with self._spending("inputs and fp32 truths"):
+                        drawn = self._draw(problem, routing, loaded.experts)
                 if candidates and drawn:
                     self._measure(workload, problem, routing, candidates, *drawn)
             except Exception as error:
@@ -211,11 +271,10 @@ class Sweep:
     ) -> tuple[tuple[LayerInputs, ...], tuple[Tensor, ...]]:
         inputs = make_inputs(problem, routing, self.device, self.plan.inputs, SEED)
         checked = max(1, min(len(inputs), CHECKED_TOKENS // problem.M))
-        return inputs, reference_outputs(experts, inputs[:checked])
+        return inputs, reference_outputs(experts, inputs[:checked], tokens=CHECKED_TOKENS)
 
-    def _candidates(
-        self, problem: MoEProblem, experts: ExpertWeights, peer_calls: dict[str, Call]
-    ) -> Iterator[Candidate]:
+    def _candidates(self, problem: MoEProblem, loaded: _Loaded) -> Iterator[Candidate]:
+        experts, peer_calls = loaded.experts, loaded.peer_calls
         for backend in self.plan.backends:
             if reasons := backend.unsupported_reasons(problem):
                 self._note(f"{backend.name}: {'; '.join(reasons)}")
@@ -232,7 +291,8 @@ class Sweep:
                 continue
             if peer.name not in peer_calls:
                 try:
-                    peer_calls[peer.name] = peer.prepare(experts, problem)
+                    with self._spending("peers' preparation"):
+                        peer_calls[peer.name] = peer.prepare(experts, problem)
                 except Exception as error:  # noqa: BLE001 - foreign code may raise anything, and is then left out
                     self._note(f"{peer.name}: {summary(error)}")
                     continue
@@ -263,26 +323,29 @@ class Sweep:
         verdicts: dict[int, Verdict] = {}
         for index, candidate in enumerate(candidates):
             try:
-                verdicts[index] = verify(
-                    candidate.call, inputs, references, tolerance=candidate.tolerance, mode=problem.mode,
-                    deterministic=candidate.deterministic,
-                )  # fmt: skip
+                with self._spending("checks"):
+                    verdicts[index] = verify(
+                        candidate.call, inputs, references, tolerance=candidate.tolerance, mode=problem.mode,
+                        deterministic=candidate.deterministic,
+                    )  # fmt: skip
             except Exception as error:  # noqa: BLE001 - a candidate may raise anything, and costs only itself
                 self._fail(failures, index, error)
             else:
                 if not verdicts[index].ok:
                     failures[index] = f"wrong result: {verdicts[index].reason}"
-        timings: dict[int, Timing] = time_interleaved(
-            {
-                index: candidate.call if problem.mode == "graph" else candidate.settle(inputs[0])
-                for index, candidate in enumerate(candidates)
-                if index not in failures
-            },
-            inputs,
-            mode=problem.mode,
-            budget_s=self.plan.point_s,
-            on_failure=lambda index, error: self._fail(failures, index, error),
-        )
+        with self._spending("timing"):
+            timings: dict[int, Timing] = time_interleaved(
+                {
+                    index: candidate.call if problem.mode == "graph" else candidate.settle(inputs[0])
+                    for index, candidate in enumerate(candidates)
+                    if index not in failures
+                },
+                inputs,
+                mode=problem.mode,
+                budget_s=self.plan.point_s,
+                min_rounds=LEAST_ROUNDS,
+                on_failure=lambda index, error: self._fail(failures, index, error),
+            )
         for index, candidate in enumerate(candidates):
             row = self._row(
                 workload, problem, routing, candidate, hits, len(inputs), verdicts.get(index), timings.get(index),

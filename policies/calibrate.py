@@ -5,6 +5,7 @@ Whatever has to be compiled is compiled first, on all cores (see `compile_ahead`
 ones; who was far behind at both does not start again.
 """
 
+import contextlib
 import dataclasses
 import datetime
 import functools
@@ -17,6 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
+import pydantic
 import torch
 
 from moe_dispatch.backend import Backend
@@ -31,10 +33,10 @@ from moe_dispatch.workloads import ROUTINGS, Workload, workload
 from .calibrated import calibration_path
 from .compile_ahead import Job, compile_ahead, compiled_path
 from .merge import Measured, save
-from .race import Arena, Race
+from .race import FALLBACK, Arena, Race
 from .schema import Candidate, Layer, LayerKey, read_calibration
 from .supervisor import NotPreparedError, Supervisor
-from .table import Identity, calm_winners, tables
+from .table import Identity, LayerTable, calm_winners, tables
 from .versions import changes, relevant_versions
 
 DEFAULT_TOKENS: Final = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
@@ -43,12 +45,12 @@ QUICK_CONFIGS: Final = 3
 # Of a budget; what is not compiled by then is compiled in the race, one after another.
 COMPILE_SHARE: Final = 0.5
 DEFAULT_ROUTINGS: Final = ("uniform", "dirichlet-4")
+# Token counts that every layer gets before any gets the others: enough to tell who may win between them.
+COARSE: Final = 5
 # Two measured neighbours decide who starts between them if both are within this factor of tokens,
 NEIGHBOURS: Final = 8
-# and then whoever was within this factor of the leader's time at either does.
+# and then whoever was within this factor of the leader's time at either does, and each backend's best, to fall back on.
 CLOSE: Final = 1.2
-# Each backend's best does too, for the fallback, unless it is this far behind: "reference" runs anyway when all fail.
-FALLBACK: Final = 4.0
 REFINE: Final = 1.5  # boundaries are refined until the neighbours are this close
 # and only where each neighbour's winner loses this much at the other, so that much can be lost between them.
 DISAGREE: Final = 0.04
@@ -82,6 +84,7 @@ class CalibrationReport:
         unavailable: Backends that could not take part, each with its reasons.
         interrupted: Whether it was stopped before its end; what was measured is kept.
         seconds: It took.
+        spent: Of them, on each kind of work.
     """
 
     path: Path
@@ -90,6 +93,7 @@ class CalibrationReport:
     unavailable: dict[str, str] = field(default_factory=dict)
     interrupted: bool = False
     seconds: float = 0.0
+    spent: dict[str, float] = field(default_factory=dict)
 
     def winners(self) -> dict[tuple[str, Mode], dict[int, tuple[Identity, float]]]:
         """Per layer and mode the calm winner at each token count, with its time in µs."""
@@ -203,7 +207,7 @@ class _Calibration:
         self._arena = Arena(self._worker, routings, self._tolerance, self._bar)
         # Layer and mode -> M -> candidate -> its time over the leader's; infinite for who did not start.
         self._behind: dict[tuple[LayerKey, Mode], dict[int, dict[Identity, float]]] = {}
-        self._before = self._winners_before()
+        self._before = self._tables_before()
         self._now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         self._package = importlib.metadata.version("moe-dispatch")
         self._commit = commit(Path(__file__).parent)
@@ -222,6 +226,9 @@ class _Calibration:
         begin = time.monotonic()
         deadline = begin + budget_s if budget_s is not None else math.inf
         known = self._known(tokens) if resume else set()
+        order = coarse_to_fine(tokens)
+        # Coarse for all layers, then fine for all: whatever the time is enough for, it was spent on every layer.
+        legs = [(layer, part) for part in (order[:COARSE], order[COARSE:]) for layer in layers if part]
         done, total = 0, len(layers) * len(tokens)
         racing = begin
 
@@ -234,37 +241,46 @@ class _Calibration:
             compiling = begin + COMPILE_SHARE * (deadline - begin)
             self._compile(layers, tokens, modes[0], known, compiling, on_progress)
             racing = time.monotonic()
-            for place, layer in enumerate(() if compile_only else layers):
-                # What is left of the time is shared by the layers that are left.
-                share = time.monotonic() + (deadline - time.monotonic()) / (len(layers) - place)
-                try:
-                    self._worker.layer(layer)
-                except NotPreparedError as error:
-                    self.report.skipped.append(f"{layer}: its weights could not be made: {error}")
-                    total -= len(tokens)
+            self.report.spent["compiling ahead"] = racing - begin
+            while legs and not compile_only:
+                layer, counts = legs.pop(0)
+                missing = [M for M in counts if not all((layer.key, M, mode) in known for mode in modes)]
+                done += len(counts) - len(missing)
+                if missing and time.monotonic() <= deadline and not self._prepared(layer):
+                    total -= len(missing) + sum(len(others) for other, others in legs if other == layer)
+                    legs = [leg for leg in legs if leg[0] != layer]
                     continue
-                queue = coarse_to_fine(tokens)
-                while queue:
-                    M = queue.pop(0)
-                    if time.monotonic() > share:
-                        late = ", ".join(map(str, sorted([M, *queue])))
-                        self.report.skipped.append(f"{layer}: no time left for M of {late}; --resume measures them")
-                        total -= 1 + len(queue)
+                for place, M in enumerate(missing):
+                    if time.monotonic() > deadline:
+                        self._late(layer, missing[place:])
+                        total -= len(missing) - place
                         break
                     tell(f"{layer} M={M}")
-                    if not all((layer.key, M, mode) in known for mode in modes):
-                        self._point(layer, M, modes)
+                    self._point(layer, M, modes)
                     done += 1
-                    if not queue:
-                        queue = self._boundaries(layer, tokens)
-                        total += len(queue)
+                if not legs and time.monotonic() <= deadline:
+                    legs = [(one, found) for one in layers if (found := self._boundaries(one, tokens, known))]
+                    total += sum(len(found) for _, found in legs)
         except KeyboardInterrupt:
             self.report.interrupted = True
         finally:
             self._worker.close()
         tell("done")
         self.report.seconds = time.monotonic() - begin
+        self.report.spent |= {what: seconds for what, seconds in self._worker.spent.items() if what != "compile"}
         return self.report
+
+    def _prepared(self, layer: Layer) -> bool:
+        try:
+            self._worker.layer(layer)
+        except NotPreparedError as error:
+            self.report.skipped.append(f"{layer}: its weights could not be made: {error}")
+            return False
+        return True
+
+    def _late(self, layer: Layer, tokens: Sequence[int]) -> None:
+        late = ", ".join(map(str, sorted(tokens)))
+        self.report.skipped.append(f"{layer}: no time left for M of {late}; --resume measures them")
 
     def _eligible(self, wanted: Sequence[str] | None) -> dict[str, Backend]:
         found: dict[str, Backend] = {}
@@ -304,14 +320,18 @@ class _Calibration:
             if on_progress is not None:
                 on_progress(Progress(done, total, "compiling", None))
 
-        compile_ahead(jobs, self._new_worker, compiled_path(self._machine, self._directory), deadline, tell)
+        compile_ahead(
+            jobs, self._new_worker, compiled_path(self._machine, self._directory), deadline, tell,
+            libraries=[name for name, made in self._backends.items() if made.requirements.libraries],
+            racer=self._worker,
+        )  # fmt: skip
 
-    def _winners_before(self) -> dict[tuple[LayerKey, Mode], dict[int, Identity]]:
+    def _tables_before(self) -> dict[tuple[LayerKey, Mode], LayerTable]:
+        """What this machine's calibration said before this run, with today's versions or others."""
         try:
-            file = read_calibration(self.report.path, self._machine)
+            return tables(read_calibration(self.report.path, self._machine))
         except (FileNotFoundError, PolicyFileError):
             return {}
-        return {key: table.winners for key, table in tables(file).items()}
 
     def _known(self, tokens: Sequence[int]) -> set[tuple[LayerKey, int, Mode]]:
         """Points measured with today's versions; what they say of who is far behind counts as if measured now."""
@@ -337,7 +357,8 @@ class _Calibration:
 
     def _candidates(self, layer: Layer, M: int, mode: Mode) -> list[Candidate]:
         problem = layer.problem(M, self._machine, mode)
-        found = []
+        chosen = self._choice_before(layer, M, mode)
+        found: list[Candidate] = []
         for name, made in self._backends.items():
             if made.unsupported_reasons(problem):
                 continue
@@ -345,7 +366,11 @@ class _Calibration:
                 note = f"{layer} M={M}: {name} is quarantined: {cause}"
                 self.report.skipped.extend([note] if note not in self.report.skipped else [])
                 continue
-            configs = made.configs(problem)
+            configs = list(made.configs(problem)[: self._most_configs])
+            # What would run now takes part, though it may be offered at other token counts only.
+            if chosen and chosen[0] == name:
+                with contextlib.suppress(pydantic.ValidationError):
+                    configs.append(made.config_type.model_validate(dict(chosen[1])))
             found += [
                 Candidate(
                     backend=name,
@@ -355,7 +380,7 @@ class _Calibration:
                     package=self._package,
                     commit=self._commit,
                 )
-                for config in configs[: self._most_configs]
+                for config in dict.fromkeys(configs)
             ]
         return found
 
@@ -365,11 +390,12 @@ class _Calibration:
         finalists: dict[Identity, float] = {}
         for mode in modes:
             candidates = self._candidates(layer, M, mode)
+            starting = self._starting(layer, M, mode, candidates)
             if finalists:
+                # Who could not run in the first mode knows no better than this one's neighbours.
                 ran = {one.candidate.backend for one in news}
-                starting = [one for one in candidates if one.identity in finalists or one.backend not in ran]
-            else:
-                starting = self._starting(layer, M, mode, candidates)
+                others = {one.identity for one in starting if one.backend not in ran}
+                starting = [one for one in candidates if one.identity in finalists or one.identity in others]
             race = Race(self._arena, layer, M, mode, starting, finalists)
             try:
                 results = race.run()
@@ -391,17 +417,23 @@ class _Calibration:
         return dataclasses.replace(one, measurement=one.measurement.model_copy(update={"incumbent": True}))
 
     def _winner_before(self, layer: Layer, M: int, mode: Mode) -> Identity | None:
-        """What this machine's calibration chose before this run, with today's versions or others."""
-        return self._before.get((layer.key, mode), {}).get(M)
+        table = self._before.get((layer.key, mode))
+        return table.winners.get(M) if table else None
+
+    def _choice_before(self, layer: Layer, M: int, mode: Mode) -> Identity | None:
+        """The winner where M was measured, between that what was made of the neighbours."""
+        table = self._before.get((layer.key, mode))
+        ranked = table.rank(M) if table else ()
+        return ranked[0][0] if ranked else None
 
     def _starting(self, layer: Layer, M: int, mode: Mode, candidates: list[Candidate]) -> list[Candidate]:
-        """Everyone, or between two near measured token counts whoever was close, or unknown, at either."""
+        """Everyone, or between two measured token counts that are near whoever was close, or unknown, at either."""
         at = self._behind.get((layer.key, mode), {})
         below, above = max((m for m in at if m < M), default=0), min((m for m in at if m > M), default=0)
         if not below or not above or NEIGHBOURS * below < M or above > NEIGHBOURS * M:
             return candidates
         best = {_best_of(backend, at[near]) for near in (below, above) for backend in self._backends}
-        best.add(self._winner_before(layer, M, mode))
+        best.add(self._choice_before(layer, M, mode))
         return [
             one
             for one in candidates
@@ -423,7 +455,9 @@ class _Calibration:
         behind |= {one: score / fastest if score is not None else math.inf for one, score in scores.items()}
         self._behind.setdefault((layer.key, mode), {})[M] = behind
 
-    def _boundaries(self, layer: Layer, tokens: Sequence[int]) -> list[int]:
+    def _boundaries(
+        self, layer: Layer, tokens: Sequence[int], known: Container[tuple[LayerKey, int, Mode]]
+    ) -> list[int]:
         """Token counts half way, logarithmically, between neighbours of which each one's winner loses at the other."""
         if not self._refine:
             return []
@@ -439,7 +473,8 @@ class _Calibration:
                     behind.get(lower, {}).get(winners[upper][0], math.inf),
                     behind.get(upper, {}).get(winners[lower][0], math.inf),
                 )
-                if lost > 1 + DISAGREE and upper / lower > REFINE and middle not in measured:
+                new = middle not in measured and (layer.key, middle, mode) not in known
+                if new and lost > 1 + DISAGREE and upper / lower > REFINE:
                     found.add(middle)
         return sorted(middle for middle in found if tokens[0] < middle < tokens[-1])
 

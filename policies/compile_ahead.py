@@ -7,11 +7,13 @@ compiled and launched, and no weight is read, which is why the weights can be sh
 
 import contextlib
 import hashlib
+import logging
 import math
 import os
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections import deque
+from collections.abc import Callable, Collection, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,9 +25,13 @@ from moe_dispatch.storage import cache_dir, locked, write_atomically
 from .schema import Candidate, Layer
 from .supervisor import CandidateFailedError, Supervisor, WorkerDiedError
 
+logger = logging.getLogger(__name__)
+
 MOST_PROCESSES: Final = 32
 # A process takes seconds to start: one for every so many jobs pays.
-LEAST_JOBS: Final = 4
+LEAST_JOBS: Final = 8
+# Loading a library takes tens of seconds of a core, so few processes do, beside the one that has to in any case.
+LIBRARY_PROCESSES: Final = 3
 # Written down every so many jobs, for a calibration that runs meanwhile.
 KEPT_EVERY: Final = 32
 
@@ -67,10 +73,14 @@ def compile_ahead(
     remembered: Path,
     deadline: float = math.inf,
     on_progress: Callable[[int, int], None] | None = None,
+    *,
+    libraries: Collection[str] = (),
+    racer: Supervisor | None = None,
 ) -> None:
     """Compile the jobs that were not compiled before, each process taking the next one.
 
-    What fails here fails again in the race, which names it. An interruption or the deadline leaves the rest to it.
+    What fails here is tried again in the race, which has the memory to itself, and names what fails there too. An
+    interruption or the deadline leaves the rest to it.
 
     Args:
         jobs: What to compile.
@@ -78,47 +88,94 @@ def compile_ahead(
         remembered: File of what was compiled before; see `compiled_path`. Without it, or with the compilers' own
             caches gone, all this costs is time.
         deadline: Of `time.monotonic`.
-        on_progress: Told of the jobs done and of all of them, from any thread.
+        on_progress: Told of the jobs taken and of all of them, from any thread.
+        libraries: Backends that load a library.
+        racer: The worker of the race, which loads these libraries meanwhile; it is not closed.
     """
     before = _read(remembered)
-    queue = [job for job in in_order(jobs) if job.digest not in before]
+    queue = Jobs((job for job in in_order(jobs) if job.digest not in before), libraries)
     total = len(queue)
     done: list[str] = []
     lock, stop = threading.Lock(), threading.Event()
 
-    def work() -> None:
-        worker = start()
+    def work(worker: Supervisor, *, to_keep: bool) -> None:
         loaded: set[str] = set()
         try:
-            while queue and not stop.is_set() and time.monotonic() < deadline:
+            while not stop.is_set() and time.monotonic() < deadline:
                 with lock:
-                    if not queue:
-                        return
-                    # Loading a library takes a process seconds, so it stays with what it has loaded.
-                    job = queue.pop(next((i for i, one in enumerate(queue) if one.candidate.backend in loaded), 0))
-                loaded.add(job.candidate.backend)
-                with contextlib.suppress(WorkerDiedError, CandidateFailedError):
+                    job = queue.take(loaded, every_library=to_keep)
+                if job is None:
+                    return
+                compiled = []
+                try:
                     worker.compile(job.layer, job.M, job.candidate)
+                    compiled.append(job.digest)
+                except (WorkerDiedError, CandidateFailedError) as error:
+                    logger.info("%s at M=%d of %s was not compiled: %s", job.candidate.backend, job.M, job.layer, error)
                 with lock:
-                    done.append(job.digest)
+                    done.extend(compiled)
                     if len(done) % KEPT_EVERY == 0:
                         _remember(remembered, done)
                     if on_progress is not None:
-                        on_progress(len(done), total)
+                        on_progress(total - len(queue), total)
         finally:
-            worker.close()
+            if not to_keep:
+                worker.close()
 
     processes = min(MOST_PROCESSES, os.cpu_count() or 1, math.ceil(total / LEAST_JOBS))
     if not processes:
         return
-    with ThreadPoolExecutor(processes) as pool:
+    with ThreadPoolExecutor(processes + 1) as pool:
         try:
-            for running in [pool.submit(work) for _ in range(processes)]:
-                running.result()
+            running = [pool.submit(work, racer, to_keep=True)] if racer is not None else []
+            running += [pool.submit(work, start(), to_keep=False) for _ in range(processes)]
+            for one in running:
+                one.result()
         finally:
             stop.set()
             with lock:
                 _remember(remembered, done)
+
+
+class Jobs:
+    """Jobs by backend: a process stays with what it has loaded, since loading a library takes it tens of seconds.
+
+    Args:
+        jobs: In the order in which they are done.
+        libraries: Backends that load one.
+    """
+
+    def __init__(self, jobs: Iterable[Job], libraries: Collection[str]) -> None:
+        self._jobs: dict[str, deque[Job]] = {}
+        for job in jobs:
+            self._jobs.setdefault(job.candidate.backend, deque()).append(job)
+        self._seats = dict.fromkeys(libraries, LIBRARY_PROCESSES)
+
+    def __len__(self) -> int:
+        return sum(map(len, self._jobs.values()))
+
+    def take(self, loaded: set[str], *, every_library: bool) -> Job | None:
+        """The next job for a process that has loaded these backends, which is noted; None if there is none for it.
+
+        Args:
+            loaded: Its backends.
+            every_library: Whether it has to load them all in any case, and so begins with a job of each.
+        """
+        waiting = {name: len(jobs) for name, jobs in self._jobs.items() if jobs}
+        loading = {name for name in waiting if name in self._seats and name not in loaded}
+        open_ = loading if every_library else {name for name in loading if self._seats[name]}
+        if open_ and (every_library or not loaded):
+            name = min(open_)  # loading takes longest, so it comes first
+        else:
+            mine = [name for name in waiting if name in loaded]
+            choice = mine or [name for name in waiting if name not in loading] or sorted(open_)
+            if not choice:
+                return None
+            name = max(choice, key=lambda name: waiting[name])
+        if name in loading and not every_library:
+            self._seats[name] -= 1
+        loaded.add(name)
+        return self._jobs[name].popleft()
 
 
 def _remember(path: Path, done: Iterable[str]) -> None:

@@ -2,15 +2,17 @@
 
 Successive halving (Jamieson and Talwalkar, "Non-stochastic best arm identification and hyperparameter optimization",
 AISTATS 2016): all are timed for a little, taking turns; the faster half stays and is timed for twice as long; and so on
-until a few are left, which are timed for long on every routing distribution. The score is the geometric mean of the
-medians over the distributions: it does not change when one distribution is slower as a whole, and none outvotes the
-others.
+until a few are left, which are timed for long on every routing distribution, and longer while it is in doubt who wins.
+Candidates that take turns are compared pair by pair: a clock that drifts slows both of a pair. The score is the
+leader's time, times the median pair of a candidate and the leader, both as geometric means over the distributions: they
+do not change when one distribution is slower as a whole, and none outvotes the others.
 
 Before the first round every candidate runs twice, alone. Who takes so long that its launches do not count, and twice
 the leader's time, is out already: every further run of such a loser would cost what the winner's whole timing does.
 """
 
 import math
+import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
@@ -26,14 +28,21 @@ from .table import NOISE, Identity, geometric_mean
 # run is long and so differs less from the next.
 SCREEN: Final = (0.004, 3)
 SCREEN_LONG: Final = (0.004, 2)
-FINAL: Final = (0.04, 7)
-FINAL_LONG: Final = (0.04, 4)
+FINAL: Final = (0.016, 7)
+FINAL_LONG: Final = (0.03, 4)
 FINALISTS: Final = 4
+# Whoever may turn out level with the leader goes on too, up to as many again: nobody of them is lost to noise.
+CONTENDER: Final = 0.03
+# A final goes on, so many times at most, while somebody is within so many standard errors of being within noise or not.
+DOUBT: Final = 2.0
+EXTRA: Final = 2
 # A single run of so many µs is timed rightly by the wall clock, and so late is nobody within noise of the leader.
 LONG_US: Final = 1500.0
 HOPELESS: Final = 2.0
 # A backend whose best is farther behind the leader than this is a fallback: checked, and not timed any further.
 CLOSE: Final = 1.5
+# So far behind it is none: the rules know of it, and checking it may take longer than all the others.
+FALLBACK: Final = 4.0
 
 
 @dataclass(frozen=True)
@@ -79,11 +88,14 @@ class Race:
     ) -> None:
         self._arena, self._layer, self._M, self._mode = arena, layer, M, mode
         self._candidates = {candidate.identity: candidate for candidate in candidates}
-        self._us: dict[Identity, dict[str, Quartiles]] = {identity: {} for identity in self._candidates}
+        # In µs, by distribution: of the last round that a candidate was in, or of all finals. Of candidates that were
+        # timed together, those at the same place lie side by side in time.
+        self._samples: dict[Identity, dict[str, list[float]]] = {identity: {} for identity in self._candidates}
         self._rounds: list[dict[Identity, float]] = []
         self._alone: dict[Identity, float] = {}
         self._errors: dict[Identity, float] = dict(checked or {})
         self._barred: dict[Identity, str] = {}
+        self._far: set[str] = set()
         self.finalists: dict[Identity, float] = {}
 
     def run(self) -> list[Measured]:
@@ -103,14 +115,10 @@ class Race:
         (budget_s, samples), keep = SCREEN_LONG if long else SCREEN, len(alive)
         while keep > FINALISTS and len(alive) > FINALISTS:
             self._time(alive, first, budget_s, samples)
-            self._rounds.append({one: self._us[one][first][1] for one in alive if one not in self._barred})
+            self._rounds.append({one: self._quartiles(one)[1] for one in alive if one not in self._barred})
             keep, budget_s = max(FINALISTS, math.ceil(keep / 2)), 2 * budget_s
             alive = self._kept(keep)
-        alive = [identity for identity in alive if self._right(identity)]
-        for routing in self._arena.routings:
-            timed = [one for one in alive if one not in self._barred]
-            self._time(timed, routing, *(FINAL_LONG if long else FINAL))
-        self.finalists = {one: self._errors[one] for one in alive if one not in self._barred}
+        self._final([identity for identity in alive if self._right(identity)], *(FINAL_LONG if long else FINAL))
         self._check_fallbacks()
         return self._measured()
 
@@ -135,22 +143,22 @@ class Race:
         self._rounds.append(alone)
         hopeless = {one for one, us in alone.items() if us > max(LONG_US, HOPELESS * alone[leader])}
         for one in hopeless:
-            self._us[one][self._arena.routings[0]] = (alone[one], alone[one], alone[one])
+            self._samples[one] = {self._arena.routings[0]: [alone[one]]}
         return [one for one in self._candidates if one in alone and one not in hopeless]
 
     def _kept(self, count: int) -> list[Identity]:
-        """The fastest of the last round that are right: `count`, who is within noise, and near bests of backends.
+        """The fastest of the last round that are right: `count`, contenders, who is within noise, and near bests.
 
         Only who would be kept is checked; where one is wrong, the next takes its place.
         """
-        first = self._arena.routings[0]
         last = self._rounds[-1]
         kept: list[Identity] = []
         cut = math.inf
         for one in sorted(last, key=lambda one: last[one]):
-            low, median, high = self._us[one][first]
+            low, median, high = self._quartiles(one)
+            contends = not kept or median <= last[kept[0]] * (1 + CONTENDER)
             # Noise may keep as many again, no more: else equals would never be parted.
-            close = len(kept) < 2 * count and min(low, median / (1 + NOISE)) <= cut
+            close = len(kept) < 2 * count and (contends or min(low, median / (1 + NOISE)) <= cut)
             best = all(one[0] != other[0] for other in kept) and (not kept or median <= CLOSE * last[kept[0]])
             if (close or best) and self._right(one):
                 kept.append(one)
@@ -158,16 +166,64 @@ class Race:
                     cut = high
         return kept
 
+    def _final(self, alive: Sequence[Identity], budget_s: float, samples: int) -> None:
+        """Time who is left on every distribution, and contenders again while it is in doubt who is level."""
+        for one in alive:
+            self._samples[one] = {}
+        timed = list(alive)
+        for _ in range(1 + EXTRA):
+            for routing in self._arena.routings:
+                self._time([one for one in timed if one not in self._barred], routing, budget_s, samples)
+            self.finalists = {one: self._errors[one] for one in alive if one not in self._barred}
+            lags = self._lags()
+            if all(abs(lag - NOISE) > DOUBT * error for lag, error in lags.values()):
+                break
+            # Who drops out stays out: everybody's samples begin beside the leader's, whoever that becomes.
+            timed = [one for one in timed if lags.get(one, (math.inf,))[0] <= CONTENDER]
+
+    def _lags(self) -> dict[Identity, tuple[float, float]]:
+        """How far behind the leader each finalist is, and the standard error of that."""
+        if not self.finalists:
+            return {}
+        leader = min(self.finalists, key=self._median)
+        found = {}
+        for one in self.finalists:
+            logs = [
+                [math.log(mine / best) for mine, best in zip(samples, self._samples[leader][routing], strict=False)]
+                for routing, samples in self._samples[one].items()
+            ]
+            # A median's standard error is 1.25 times a mean's.
+            errors = [1.25 * statistics.pstdev(pairs) / math.sqrt(len(pairs)) for pairs in logs]
+            found[one] = statistics.fmean(map(statistics.median, logs)), math.hypot(*errors) / len(errors)
+        least = min(lag for lag, _ in found.values())
+        return {one: (math.expm1(lag - least), error) for one, (lag, error) in found.items()}
+
+    def _median(self, identity: Identity) -> float:
+        """Geometric mean of a candidate's medians over the distributions, in µs."""
+        return geometric_mean([statistics.median(samples) for samples in self._samples[identity].values()])
+
+    def _quartiles(self, identity: Identity, routing: str | None = None) -> Quartiles:
+        """Of a candidate's samples; on the first distribution if none is named."""
+        samples = self._samples[identity][routing or self._arena.routings[0]]
+        if len(samples) == 1:
+            return (samples[0], samples[0], samples[0])
+        low, median, high = statistics.quantiles(samples, n=4, method="inclusive")
+        return (low, median, high)
+
     def _check_fallbacks(self) -> None:
-        """Each backend that left the race has a right candidate to fall back on, or none."""
+        """Each backend that left the race has a right candidate to fall back on, or is not heard of again."""
         if not self.finalists:
             return
+        leader = min(self.finalists, key=self._median)
         raced: dict[Identity, float] = {}
         for timed in reversed(self._rounds):
             raced = timed | raced
         for backend in {one[0] for one in raced} - {one[0] for one in self.finalists}:
             mine = sorted((one for one in raced if one[0] == backend), key=lambda one: raced[one])
-            next((one for one in mine if self._right(one, briefly=True)), None)
+            if raced[mine[0]] <= FALLBACK * raced[leader]:
+                next((one for one in mine if self._right(one, briefly=True)), None)
+            else:
+                self._far.add(backend)
 
     def _right(self, identity: Identity, *, briefly: bool = False) -> bool:
         """Hold a candidate against fp32, once; briefly: eagerly and on one distribution."""
@@ -218,7 +274,7 @@ class Race:
             return
         for index, identity in enumerate(identities):
             if times := answer["us"].get(str(index)):
-                self._us[identity][routing] = (times[0], times[1], times[2])
+                self._samples[identity].setdefault(routing, []).extend(times)
             else:
                 self._barred[identity] = f"raised {answer['failed'].get(str(index), 'nothing, and was not timed')}"
 
@@ -236,11 +292,11 @@ class Race:
         for identity, candidate in self._candidates.items():
             why = self._barred.get(identity)
             score = None if why else scores.get(identity)
-            if score is None and why is None:
-                continue  # it left the race, and nobody finished it to compare with
+            if why is None and (score is None or identity[0] in self._far):
+                continue  # it left the race, and nobody finished it to compare with, or that was long before
             measurement = Measurement(
                 candidate=0,
-                us=self._us[identity],
+                us={routing: self._quartiles(identity, routing) for routing in self._samples[identity]},
                 score=score,
                 error=self._errors.get(identity),
                 disqualified=why[:1000] if why else None,
@@ -249,17 +305,16 @@ class Race:
         return found
 
     def _scores(self) -> dict[Identity, float]:
-        scores = {
-            one: geometric_mean([self._us[one][routing][1] for routing in self._arena.routings])
-            for one in self.finalists
-        }
-        if not scores:
+        lags = self._lags()
+        if not lags:
             return {}
-        leader = min(scores, key=lambda one: scores[one])
+        leader = min(lags, key=lambda one: lags[one][0])
+        us = self._median(leader)
+        scores = {one: us * (1 + lag) for one, (lag, _) in lags.items()}
         # Who left early was timed for a moment and maybe never checked: it may not win, not even within noise.
-        least = scores[leader] * (1 + 2 * NOISE)
+        least = us * (1 + 2 * NOISE)
         for timed in reversed(self._rounds):
-            for one, us in timed.items():
+            for one, raced in timed.items():
                 if one not in scores:
-                    scores[one] = max(least, us / timed[leader] * scores[leader])
+                    scores[one] = max(least, raced / timed[leader] * us)
         return scores

@@ -52,6 +52,10 @@ class Supervisor:
         device: ``"cuda:0"`` or ``"cpu"``.
         backends: Name -> "module:Class" of what this process has registered.
         timeout_s: Most seconds that one candidate may take for one request.
+
+    Attributes:
+        restarts: How often a process was started.
+        spent: Seconds that answers took, by operation.
     """
 
     def __init__(self, device: str, backends: dict[str, str], timeout_s: float) -> None:
@@ -64,6 +68,7 @@ class Supervisor:
         self._layer: Layer | None = None
         self._point: tuple[int, tuple[str, ...]] | None = None
         self.restarts = 0
+        self.spent: dict[str, float] = {}
 
     def layer(self, layer: Layer) -> None:
         """Allocate a layer's weights.
@@ -177,7 +182,8 @@ class Supervisor:
             print(json.dumps({"op": op, **request}), file=self._requests, flush=True)
         except BrokenPipeError:
             raise WorkerDiedError(self._obituary()) from None
-        deadline = time.monotonic() + timeout_s
+        begin = time.monotonic()
+        deadline = begin + timeout_s
         while b"\n" not in self._buffer:
             left = deadline - time.monotonic()
             ready = select.select([self._answers], [], [], max(left, 0))[0]
@@ -188,6 +194,7 @@ class Supervisor:
             if not chunk:
                 raise WorkerDiedError(self._obituary())
             self._buffer += chunk
+        self.spent[op] = self.spent.get(op, 0.0) + time.monotonic() - begin
         line, _, self._buffer = self._buffer.partition(b"\n")
         answer: dict[str, Any] = json.loads(line)
         return answer

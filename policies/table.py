@@ -16,7 +16,9 @@ from moe_dispatch.problem import Mode
 from .schema import CalibrationFile, LayerKey
 
 # Times closer than this are one time: quartiles of repeated runs differ by as much.
-NOISE: Final = 0.015
+NOISE: Final = 0.0125
+# So far behind the fastest, the winner of the calibration before stays: it may have won at NOISE, and noise adds to it.
+STAYS: Final = 0.018
 # How far a measured token count speaks for others: as it is, and in proportion to the tokens.
 NEAR: Final = 4
 FAR: Final = 64
@@ -88,10 +90,10 @@ class LayerTable:
         ]
         if not timed:
             return ()
-        calm = {self.winners[near] for near in around}
-        fastest = min(us for _, us in timed)
-        # Within noise of the fastest, what won at the measured neighbours stays.
-        timed.sort(key=lambda pair: (not (pair[0] in calm and pair[1] <= fastest * (1 + NOISE)), pair[1]))
+        won = {self.winners[near] for near in around}
+        # Where M was measured that is decided; between, what won at a neighbour stays within noise of the fastest.
+        limit = math.inf if measured else min(us for _, us in timed) * (1 + NOISE)
+        timed.sort(key=lambda pair: (not (pair[0] in won and pair[1] <= limit), pair[1]))
         best: dict[str, tuple[Identity, float]] = {}
         for identity, us in timed:
             best.setdefault(identity[0], (identity, us))
@@ -121,31 +123,31 @@ class LayerTable:
 def calm_winners(
     scores: Mapping[int, Mapping[Identity, float | None]], incumbents: Mapping[int, Identity] | None = None
 ) -> dict[int, Identity]:
-    """The winner at each token count: within noise the incumbent, else the one that changes least often.
+    """The winner at each token count: of those within noise of the fastest, whoever is at most other token counts too.
 
-    A path through the candidates over M, each allowed only within `NOISE` of the fastest, with the fewest changes and
-    among those the least time; found by dynamic programming, so that two runs that differ by noise agree.
+    Where the incumbent is still near, it stays. Of the others, the candidate that is within noise at most token counts
+    wins them all, then the one at most of what is left, and so on: few different ones, and what noise does at one token
+    count is outvoted by the others, so that two calibrations agree.
     """
-    incumbents = incumbents or {}
-    paths: dict[Identity, tuple[int, float, tuple[Identity, ...]]] = {}
+    found: dict[int, Identity] = {}
+    near: dict[int, dict[Identity, float]] = {}
     for M, at in scores.items():
-        fastest = min(us for us in at.values() if us is not None)
-        near = {identity: us for identity, us in at.items() if us is not None and us <= fastest * (1 + NOISE)}
-        if incumbents.get(M) in near:
-            near = {incumbents[M]: near[incumbents[M]]}
-        steps: dict[Identity, tuple[int, float, tuple[Identity, ...]]] = {}
-        for identity in sorted(near, key=repr):
-            loss = math.log(near[identity] / fastest)
-            before = [
-                (changes + (last != identity), total, path) for last, (changes, total, path) in paths.items()
-            ] or [(0, 0.0, ())]
-            changes, total, path = min(before, key=lambda step: step[:2])
-            steps[identity] = (changes, total + loss, (*path, identity))
-        paths = steps
-    if not paths:
-        return {}
-    best = min(paths.values(), key=lambda step: step[:2])
-    return dict(zip(scores, best[2], strict=True))
+        timed = {identity: us for identity, us in at.items() if us is not None}
+        fastest = min(timed.values())
+        incumbent = (incumbents or {}).get(M)
+        if incumbent in timed and timed[incumbent] <= fastest * (1 + STAYS):
+            found[M] = incumbent
+        else:
+            near[M] = {one: us / fastest - 1 for one, us in timed.items() if us <= fastest * (1 + NOISE)}
+    while near:
+        lags: dict[Identity, list[float]] = {}
+        for at in near.values():
+            for identity, lag in at.items():
+                lags.setdefault(identity, []).append(lag)
+        most = max(lags, key=lambda one: (len(lags[one]), -math.fsum(lags[one])))
+        found |= {M: most for M, at in near.items() if most in at}
+        near = {M: at for M, at in near.items() if most not in at}
+    return {M: found[M] for M in scores}
 
 
 def tables(file: CalibrationFile) -> dict[tuple[LayerKey, Mode], LayerTable]:
@@ -186,5 +188,5 @@ def _lead(ranked: Sequence[tuple[Identity, float]], place: int) -> str:
     if place:
         return f", {us / winner_us - 1:.0%} behind {winner[0]}".replace("%", " %")
     if second_us <= us * (1 + NOISE):
-        return f", within noise of {second[0]} and steadier over M"
+        return f", within noise of {second[0]} and fastest at more token counts"
     return f", {second_us / us - 1:.0%} ahead of {second[0]}".replace("%", " %")

@@ -19,11 +19,11 @@ from moe_dispatch.machine import Machine
 from moe_dispatch.measure import (
     Call,
     LayerInputs,
+    Turns,
     backend_call,
     make_inputs,
     reference_outputs,
     settled_call,
-    time_interleaved,
     verify,
 )
 from moe_dispatch.measure.inputs import synchronize
@@ -47,6 +47,8 @@ CACHES: Final = 6
 MANY_TOKENS: Final = 2048
 # Tokens of a distribution whose fp32 truth is computed; the others must be finite.
 CHECKED_TOKENS: Final = 1024
+# Of memory, that a process which only compiles holds on to.
+KEPT_BYTES: Final = 1 << 29
 _DIE_WITH_PARENT: Final = 1  # PR_SET_PDEATHSIG
 
 
@@ -60,7 +62,10 @@ class Worker:
         self._experts: ExpertWeights | None = None
         self._M = 0
         self._inputs: dict[str, tuple[LayerInputs, ...]] = {}
-        self._truths: dict[str, tuple[torch.Tensor, ...]] = {}
+        self._truths: dict[str, torch.Tensor] = {}
+        # What was made ready for timing at this point; of one mode at a time, since graphs hold memory.
+        self._turns: dict[tuple[str, str], Turns[str]] = {}
+        self._calls: dict[tuple[str, str], Call] = {}
         self._backends: dict[str, Backend] = {}
         self._phantom: tuple[Layer, ExpertWeights] | None = None
 
@@ -76,7 +81,8 @@ class Worker:
         """Allocate a layer's weights in place of the last one's."""
         assert self._machine is not None  # noqa: S101 - `start` comes first
         self._layer, self._experts = Layer.model_validate(layer), None
-        self._M, self._inputs, self._truths = 0, {}, {}
+        self._forget()
+        self._phantom = None
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
         generator = torch.Generator(self._device).manual_seed(SEED)
@@ -91,7 +97,7 @@ class Worker:
         """Make inputs and what fp32 makes of them, in place of the last token count's."""
         assert self._machine is not None and self._layer is not None and self._experts is not None  # noqa: S101, PT018
         if M != self._M:
-            self._M, self._inputs, self._truths = M, {}, {}
+            self._forget(M)
         problem = self._layer.problem(M, self._machine)
         missing = [routing for routing in routings if routing not in self._truths]
         for routing in missing:
@@ -100,7 +106,7 @@ class Worker:
         if missing:
             checked = [self._inputs[routing][0] for routing in missing]
             truths = reference_outputs(self._experts, checked, tokens=CHECKED_TOKENS)
-            self._truths |= {routing: (truth,) for routing, truth in zip(missing, truths, strict=True)}
+            self._truths |= dict(zip(missing, truths, strict=True))
         return {}
 
     def compile(self, layer: dict[str, Any], M: int, backend: str, config: dict[str, Any]) -> dict[str, Any]:
@@ -118,6 +124,10 @@ class Worker:
         with torch.no_grad():
             made.run(hidden, self._phantom[1], weights, ids, made.config_type.model_validate(config))
         synchronize(self._device)
+        # What torch keeps for the next call would be wanting to the processes that compile beside this one.
+        if self._device.type == "cuda" and torch.cuda.memory_reserved(self._device) > KEPT_BYTES:
+            del hidden, weights, ids
+            torch.cuda.empty_cache()
         return {}
 
     def launch(self, M: int, routing: str, backend: str, config: dict[str, Any]) -> dict[str, Any]:
@@ -137,21 +147,17 @@ class Worker:
     ) -> dict[str, Any]:
         """Hold one candidate against fp32, and its runs against each other."""
         made, call = self._call(backend, config)
-        deterministic = made.deterministic(made.config_type.model_validate(config))
-        worst = 0.0
-        for routing in routings:
-            verdict = verify(
-                call,
-                self._inputs_of(M, routing),
-                self._truths[routing],
-                tolerance=tolerance,
-                mode="graph" if mode == "graph" else "eager",
-                deterministic=deterministic,
-            )
-            worst = max(worst, verdict.error)
-            if not verdict.ok:
-                return {"wrong": f"wrong on {routing} routing: {verdict.reason}"}
-        return {"error": worst}
+        verdict = verify(
+            call,
+            [self._inputs_of(M, routing)[0] for routing in routings],
+            [self._truths[routing] for routing in routings],
+            tolerance=tolerance,
+            mode="graph" if mode == "graph" else "eager",
+            deterministic=made.deterministic(made.config_type.model_validate(config)),
+        )
+        if not verdict.ok:
+            return {"wrong": f"wrong (inputs: {', '.join(routings)}): {verdict.reason}"}
+        return {"error": verdict.error}
 
     def time(
         self,
@@ -162,37 +168,60 @@ class Worker:
         budget_s: float,
         rounds: int,
     ) -> dict[str, Any]:
-        """Time candidates that take turns."""
+        """Time candidates that take turns: the µs of each in every round."""
         inputs = self._inputs_of(M, routing)
-        failed: dict[int, str] = {}
+        failed: dict[str, str] = {}
 
-        def on_failure(index: int, error: Exception) -> None:
+        def on_failure(name: str, error: Exception) -> None:
             if failures.lost_device(error):
                 raise error
-            failed[index] = failures.summary(error)
+            failed[str(names.index(name))] = failures.summary(error)
 
-        timings = time_interleaved(
-            {i: self._timed_call(*candidate, mode, inputs[0]) for i, candidate in enumerate(candidates)},
-            inputs,
-            mode="graph" if mode == "graph" else "eager",
+        names = [json.dumps(candidate) for candidate in candidates]
+        timings = self._turns_of(mode, routing).time(
+            {
+                name: self._timed_call(name, *candidate, mode, inputs[0])
+                for name, candidate in zip(names, candidates, strict=True)
+            },
             budget_s=budget_s,
             min_rounds=rounds,
             on_failure=on_failure,
         )
-        return {"us": {str(i): [t.us_q1, t.us, t.us_q3] for i, t in timings.items()}, "failed": failed}
+        return {"us": {str(names.index(name)): timing.rounds for name, timing in timings.items()}, "failed": failed}
 
     def _call(self, backend: str, config: dict[str, Any]) -> tuple[Backend, Call]:
         assert self._experts is not None  # noqa: S101 - the parent keeps the order
         made = self._backend(backend)
         return made, backend_call(made, self._experts, made.config_type.model_validate(config))
 
-    def _timed_call(self, backend: str, config: dict[str, Any], mode: str, given: LayerInputs) -> Call:
+    def _timed_call(self, name: str, backend: str, config: dict[str, Any], mode: str, given: LayerInputs) -> Call:
         """As `moe_forward` makes it: in its steady state, and the backend's own run while a graph is captured."""
-        made, call = self._call(backend, config)
-        if mode == "graph":
-            return call
-        assert self._experts is not None  # noqa: S101 - `_call` saw to it
-        return settled_call(made, self._experts, made.config_type.model_validate(config), given)
+        if (found := self._calls.get((mode, name))) is None:
+            made, found = self._call(backend, config)
+            if mode == "eager":
+                assert self._experts is not None  # noqa: S101 - `_call` saw to it
+                found = settled_call(made, self._experts, made.config_type.model_validate(config), given)
+            self._calls[mode, name] = found
+        return found
+
+    def _turns_of(self, mode: str, routing: str) -> Turns[str]:
+        if any(other != mode for other, _ in self._turns):
+            self._forget_turns()
+        if (mode, routing) not in self._turns:
+            pool = next((turns.pool for turns in self._turns.values()), None)
+            inputs = self._inputs_of(self._M, routing)
+            self._turns[mode, routing] = Turns(inputs, mode="graph" if mode == "graph" else "eager", pool=pool)
+        return self._turns[mode, routing]
+
+    def _forget_turns(self) -> None:
+        while self._turns:
+            self._turns.popitem()[1].close()
+        self._calls = {}
+
+    def _forget(self, M: int = 0) -> None:
+        """Let go of a point."""
+        self._forget_turns()
+        self._M, self._inputs, self._truths = M, {}, {}
 
     def _backend(self, name: str) -> Backend:
         assert self._machine is not None  # noqa: S101 - `start` comes first

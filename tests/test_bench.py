@@ -1,5 +1,6 @@
 """`moe-dispatch bench` and what stands behind it, on a CPU, with the real backends wherever nothing has to fail."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -17,7 +18,7 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 from moe_dispatch.backend import Backend, BackendConfig, Requirements
-from moe_dispatch.benchmarks import claims, plots, rows, scoreboard
+from moe_dispatch.benchmarks import acceptance, claims, plots, rows, scoreboard
 from moe_dispatch.benchmarks.peers import PEERS
 from moe_dispatch.benchmarks.rows import BenchRow
 from moe_dispatch.benchmarks.sweep import Plan, Provenance, Sweep
@@ -130,6 +131,43 @@ def test_nan_is_wrong_and_still_json(tmp_path: Path) -> None:
     assert row.us is None
     assert row.error is None
     assert "relative error inf" in row.reason
+
+
+def in_turn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, share: float) -> list[str]:
+    """What a sweep over two dtypes at three token counts visits, in order, weights included."""
+    monkeypatch.setattr("moe_dispatch.benchmarks.sweep.WEIGHTS_SHARE", share)
+    made = sweep(tmp_path / "rows.jsonl", reference(), tokens=(1, 2, 3))
+    made.plan = dataclasses.replace(made.plan, dtypes=("fp32", "bf16"))
+    visited: list[str] = []
+    made.advance = lambda what: visited.append(what.removeprefix("4,2,64,32 ")) if what else None
+    made.run(dataclasses.replace(made.plan, tokens=(5,)))
+    return [what.removesuffix(" uniform eager") for what in visited]
+
+
+def test_layers_that_fit_in_memory_are_visited_in_turn_and_made_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert in_turn(tmp_path, monkeypatch, 0.4) == [
+        "fp32: weights", "fp32 M=1", "bf16: weights", "bf16 M=1", "fp32 M=3", "bf16 M=3", "fp32 M=2", "bf16 M=2",
+        "fp32 M=5", "bf16 M=5",
+    ]  # fmt: skip
+
+
+def test_layers_that_do_not_fit_together_are_visited_one_after_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert in_turn(tmp_path, monkeypatch, 0.0)[:8] == [
+        "fp32: weights", "fp32 M=1", "fp32 M=3", "fp32 M=2", "bf16: weights", "bf16 M=1", "bf16 M=3", "bf16 M=2",
+    ]  # fmt: skip
+
+
+def test_the_acceptance_run_has_evidence_for_every_bar_early() -> None:
+    planned = list(acceptance.plans([], [], scoreboard.MODELS, None))
+    assert [plan.tokens for plan in planned[:4]] == [(1,), (16384,), (16384,), (64,)]
+    points = {(M, r.name, mode) for plan in planned for M in plan.tokens for r in plan.routings for mode in plan.modes}
+    graphs = {(M, "uniform", "graph") for M in scoreboard.TOKENS}
+    skewed = {(M, scoreboard.SKEWED, "graph") for M in scoreboard.TOKENS if M >= 1024}
+    assert points == graphs | skewed | {(1, "uniform", "eager")}
 
 
 def test_lack_of_memory_costs_its_own_row(tmp_path: Path) -> None:

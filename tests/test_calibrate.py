@@ -12,6 +12,7 @@ from torch import Tensor
 from moe_dispatch.backend import BackendConfig
 from moe_dispatch.experts import ExpertWeights
 from moe_dispatch.machine import Machine
+from moe_dispatch.policies import calibrate as module
 from moe_dispatch.policies import race
 from moe_dispatch.policies.calibrate import CalibrationReport, calibrate, coarse_to_fine
 from moe_dispatch.policies.calibrated import CalibratedPolicy
@@ -350,6 +351,47 @@ def test_no_budget_measures_nothing_and_says_so(tmp_path: Path) -> None:
     )
     assert not report.measured
     assert "no time left for M of 1, 8" in report.skipped[0]
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("timed")
+def test_every_layer_is_measured_coarsely_before_any_is_finely(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "COARSE", 2)
+    visited: list[str] = []
+    calibrate(
+        [TINY, "4,2,32,32"], ["fp32"], tokens=[1, 2, 4], device="cpu", backends=["right"], directory=tmp_path,
+        on_progress=lambda progress: visited.append(progress.what),
+    )  # fmt: skip
+    order = [(what.split()[3], what.split()[-1]) for what in visited if "M=" in what]
+    assert order == [(f"N={N}", f"M={M}") for counts in ((1, 4), (2,)) for N in (16, 32) for M in counts]
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("timed")
+def test_what_is_chosen_between_takes_part_where_it_is_not_offered(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = {"device": "cpu", "backends": ["tuned"], "routings": ["uniform"], "directory": tmp_path}
+    calibrate([TINY], ["fp32"], tokens=[1, 4], **arguments)
+    monkeypatch.setattr(Tuned, "configs", lambda *_: (Pace(pace=3), Pace(pace=4)))
+    between = calibrate([TINY], ["fp32"], tokens=[2], **arguments)
+    assert {one.candidate.config["pace"] for one in between.measured} == {1, 3, 4}
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("timed")
+def test_a_backend_that_is_no_fallback_is_neither_checked_nor_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(race, "FALLBACK", 1.5)
+    report = calibrate([TINY], ["fp32"], tokens=[1], device="cpu", backends=["steady", "growing"], directory=tmp_path)
+    assert {one.candidate.backend for one in report.measured} == {"growing"}  # 1 ms, and steady takes 6
+
+
+@pytest.mark.slow
+def test_the_report_says_where_the_time_went(ran: Ran) -> None:
+    assert {"start", "layer", "point", "launch", "check", "time"} <= set(ran.report.spent)
+    assert sum(ran.report.spent.values()) <= ran.report.seconds
 
 
 def test_coarse_to_fine_spans_the_range_first() -> None:

@@ -18,6 +18,7 @@ from moe_dispatch.measure import (
     Call,
     LayerInputs,
     Timing,
+    Turns,
     backend_call,
     make_inputs,
     measure_ceilings,
@@ -251,6 +252,26 @@ def test_candidates_take_turns_and_each_round_starts_with_another(tiny: Layer) -
     assert all(timing.samples == 4 for timing in timings.values())
 
 
+def test_who_was_timed_before_is_ready_and_rounds_lie_side_by_side(tiny: Layer) -> None:
+    order: list[str] = []
+
+    def candidate(name: str) -> Call:
+        def call(given: LayerInputs) -> Tensor:
+            if given is tiny.inputs[0]:
+                order.append(name)
+            return given.hidden_states
+
+        return _sleeping(call, 0.001)
+
+    turns = Turns[str](tiny.inputs, mode="eager")
+    turns.time({"a": candidate("a")}, budget_s=0.0, min_rounds=1)
+    order.clear()
+    timings = turns.time({"a": candidate("a"), "b": candidate("b")}, budget_s=0.0, min_rounds=2)
+    assert "".join(order) == "bb" + "ab" + "ba"  # only b is made ready
+    assert [len(timing.rounds) for timing in timings.values()] == [2, 2]
+    turns.close()
+
+
 def _sleeping(call: Call, seconds: float) -> Call:
     def slept(given: LayerInputs) -> Tensor:
         time.sleep(seconds)
@@ -340,6 +361,10 @@ def test_graph_replays_are_checked_and_timed() -> None:
     assert verify(copy, inputs, truths, tolerance=1e-2, mode="graph", deterministic=True).ok
     timings = time_interleaved({"a": copy, "b": copy}, inputs, mode="graph", budget_s=0.05)
     assert timings["a"].us == pytest.approx(timings["b"].us, rel=0.5)
+    turns = Turns[str](inputs, mode="graph")
+    first, again = (turns.time({"a": copy}, budget_s=0.01, min_rounds=3)["a"] for _ in range(2))
+    turns.close()
+    assert first.us == pytest.approx(again.us, rel=0.5)
 
     # Right eagerly, wrong in a replay: it reads what was true at capture.
     frozen = inputs[0].hidden_states

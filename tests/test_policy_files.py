@@ -217,6 +217,19 @@ def test_within_noise_the_calmer_choice_wins() -> None:
     assert LayerTable(scores).rank(2)[0] == (other, 10.0)
 
 
+def test_what_noise_does_at_one_token_count_is_outvoted() -> None:
+    one, two, three = ("a", ()), ("b", ()), ("c", ())
+    # `one` is within noise at most of them, though it is nowhere the fastest.
+    scores = {
+        1: {one: 10.1, two: 10.0, three: 10.3},
+        2: {one: 20.2, three: 20.0, two: 30.0},
+        4: {two: 40.0, one: 40.4, three: 50.0},
+        8: {three: 80.0, one: 90.0, two: 88.0},
+    }
+    assert calm_winners(scores) == {1: one, 2: one, 4: one, 8: three}
+    assert list(calm_winners(scores)) == list(scores)
+
+
 def test_neighbours_far_apart_decide_nothing_between_them() -> None:
     one = ("one", ())
     table = LayerTable({1: {one: 10.0}, 16: {one: 40.0}, 512: {one: 90.0}})

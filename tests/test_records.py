@@ -124,5 +124,31 @@ def test_agreement_is_judged_by_the_later_measurements() -> None:
     assert found["calibrated"]["points"] == 2
     assert found["calibrated"]["agree"] == 0.5
     assert found["calibrated"]["worst"] == found["calibrated"]["apart"] == pytest.approx(100 / 98 - 1)
+    verdicts = {bar.what: (bar.verdict, bar.missing) for bar in agreement.bars(points, seconds=151.0)}
+    assert verdicts == {
+        "seconds of the calibration": ("FAIL", 0),
+        "share of points with the same winner": ("FAIL", 0),
+        "how far apart the winners are where they differ": ("pass", 0),
+        "loss at calibrated token counts, worst point": ("FAIL", 0),
+        "loss between them, mean": ("FAIL", 0),
+        "loss between them, worst point": ("FAIL", 0),
+        "time over the rules' choice less 1, worst point": ("open", 0),
+    }
     # At 16, half way, a is expected at 31.6 and b at 32.9: a is chosen, and was 10 % slower.
     assert found["between"]["mean"] == pytest.approx(0.1)
+
+
+def test_a_choice_that_was_not_timed_leaves_its_bars_open() -> None:
+    first = with_scores({4: {"a": 10.0}, 64: {"a": 90.0}})
+    points = list(agreement.compare(first, with_scores({4: {"a": 10.0}, 16: {"b": 30.0}})))
+    found = {bar.what: bar for bar in agreement.bars(points)}
+    assert found["share of points with the same winner"].verdict == "pass"
+    assert found["loss between them, mean"].missing == 1
+    assert found["loss between them, worst point"].verdict == "open"
+
+
+def test_between_leaves_out_what_the_first_measured() -> None:
+    first = with_scores({4: {"a": 10.0}, 64: {"a": 90.0}})
+    later = with_scores({4: {"a": 10.0}, 16: {"a": 30.0}})
+    assert [point.calibrated for point in agreement.compare(first, later)] == [True, False]
+    assert [point.calibrated for point in agreement.compare(first, later, between=True)] == [False]

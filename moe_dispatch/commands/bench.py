@@ -238,6 +238,8 @@ def _report(sweep: "Sweep", *, json_: bool) -> None:
         for (layer, dtype), rows in itertools.groupby(ordered, key=lambda row: (row.workload, row.dtype)):
             heading(f"{layer} {dtype}")
             OUT.print(_table(list(rows)))
+    spent = ", ".join(f"{what} {seconds:.0f} s" for what, seconds in sweep.spent.items())
+    ERR.print(f"[dim]{escape(spent)}[/dim]" if spent else "")
     for note in sweep.notes:
         ERR.print(f"[dim]no row: {escape(note)}[/dim]")
 

@@ -1,7 +1,7 @@
 """`moe-dispatch calibrate`: measure this machine once."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Final, get_args
 
 import typer
 from rich.markup import escape
@@ -12,6 +12,13 @@ from moe_dispatch.errors import InvalidInputError
 if TYPE_CHECKING:
     from moe_dispatch.policies.calibrate import CalibrationReport
     from moe_dispatch.problem import Mode
+
+
+# What the worker is asked for, as a person would say it.
+_WORK: Final = {
+    "start": "start", "layer": "weights", "point": "inputs and fp32 truths", "launch": "first runs", "check": "checks",
+    "time": "timing",
+}  # fmt: skip
 
 
 def calibrate(
@@ -105,4 +112,11 @@ def _print(report: "CalibrationReport") -> None:
     for note in report.skipped:
         OUT.print(f"[yellow]skipped[/yellow] {escape(note)}")
     state = "stopped; what was measured is kept" if report.interrupted else "calibrated"
-    OUT.print(f"\n{state}: {len(report.measured)} measurements in {report.seconds:.0f} s, {escape(str(report.path))}")
+    points = len({(one.layer.key, one.M, one.mode) for one in report.measured})
+    spent = ", ".join(
+        f"{_WORK.get(what, what)} {seconds:.0f}" for what, seconds in report.spent.items() if seconds > 0.5
+    )
+    OUT.print(
+        f"\n{state}: {len(report.measured)} measurements at {points} points in {report.seconds:.0f} s"
+        f"{f' ({spent})' if spent else ''}, {escape(str(report.path))}"
+    )

@@ -2,7 +2,7 @@
 
 from moe_dispatch.measure.ceilings import PEERS_CEILINGS, Ceilings, measure_ceilings
 from moe_dispatch.measure.inputs import Call, LayerInputs, backend_call, make_inputs, settled_call
-from moe_dispatch.measure.timing import Timing, time_eager, time_graph, time_interleaved
+from moe_dispatch.measure.timing import Timing, Turns, time_eager, time_graph, time_interleaved
 from moe_dispatch.measure.verify import Verdict, reference_outputs, relative_error, verify, worst_row_error
 
 __all__ = [
@@ -11,6 +11,7 @@ __all__ = [
     "Ceilings",
     "LayerInputs",
     "Timing",
+    "Turns",
     "Verdict",
     "backend_call",
     "make_inputs",

@@ -45,7 +45,8 @@ class LayerInputs:
     @property
     def hit_experts(self) -> int:
         """Distinct experts with at least one token."""
-        return len(set(self.topk_ids.flatten().tolist()))
+        distinct: Tensor = torch.unique(self.topk_ids)
+        return distinct.numel()
 
 
 Call = Callable[[LayerInputs], Tensor]

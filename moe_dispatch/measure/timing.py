@@ -5,11 +5,12 @@ cache because the same token asked for them a moment ago. A *sample* is as many 
 clock. Each round starts with another candidate, so that a clock that drifts, or a neighbour's heat, favours none.
 """
 
+import contextlib
 import statistics
 import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final, TypeVar
+from typing import Any, Final, Generic, TypeVar
 
 import torch
 
@@ -34,21 +35,23 @@ class Timing:
         us_q1: Lower quartile.
         us_q3: Upper quartile.
         samples: How many there were.
+        rounds: They themselves, in µs; those of candidates that took turns lie side by side in time.
     """
 
     us: float
     us_q1: float
     us_q3: float
     samples: int
+    rounds: tuple[float, ...] = ()
 
     @classmethod
     def of(cls, seconds: Sequence[float]) -> "Timing":
         """Sum up samples, each the seconds of one layer call."""
-        values = [1e6 * value for value in seconds]
+        values = tuple(1e6 * value for value in seconds)
         if len(values) == 1:
-            return cls(values[0], values[0], values[0], 1)
+            return cls(values[0], values[0], values[0], 1, values)
         q1, median, q3 = statistics.quantiles(values, n=4, method="inclusive")
-        return cls(median, q1, q3, len(values))
+        return cls(median, q1, q3, len(values), values)
 
 
 class _EagerPass:
@@ -135,52 +138,91 @@ def time_interleaved(
     Raises:
         InvalidInputError: ``"graph"`` was asked for on a CPU, or there are no inputs.
     """
-    if not inputs:
-        raise InvalidInputError("timing needs at least one LayerInputs, got none; make_inputs draws them")
-    device = inputs[0].hidden_states.device
-    if mode == "graph" and device.type != "cuda":
-        raise InvalidInputError(f"CUDA graphs need a CUDA device, and the inputs are on {device}; use mode='eager'")
-    # Only one graph replays at a time and none of their results is kept, so they may share their memory.
-    pool = torch.cuda.graph_pool_handle() if mode == "graph" else None
-    passes: dict[Key, _EagerPass | _GraphPass] = {}
-    repeats: dict[Key, int] = {}
-    samples: dict[Key, list[float]] = {}
+    with contextlib.closing(Turns[Key](inputs, mode=mode)) as turns:
+        return turns.time(candidates, budget_s=budget_s, min_rounds=min_rounds, on_failure=on_failure)
 
-    def attempt(key: Key, action: Callable[[], None]) -> None:
-        try:
-            action()
-        except Exception as error:
-            if key in passes:
-                passes.pop(key).close()
-            if on_failure is None:
-                raise
-            on_failure(key, error)
 
-    def prepare(key: Key) -> None:
-        call = candidates[key]
-        call(inputs[0])  # compiles what is not compiled yet; no capture survives a compilation
-        synchronize(device)
-        passes[key] = _GraphPass(call, inputs, pool) if mode == "graph" else _EagerPass(call, inputs)
-        once = passes[key].seconds(1) * len(inputs)
-        repeats[key] = max(1, min(MAX_REPEATS, round(SAMPLE_SECONDS / max(once, 1e-9))))
-        samples[key] = []
+class Turns(Generic[Key]):
+    """Candidates that take turns on the same inputs; who was timed before is ready, and its graph captured.
 
-    def sample(key: Key) -> None:
-        samples[key].append(passes[key].seconds(repeats[key]))
+    Args:
+        inputs: See `time_interleaved`.
+        mode: See there.
+        pool: Memory of graphs that are not replayed at the same time as these; their own if None.
 
-    try:
+    Attributes:
+        pool: Theirs; None on a CPU.
+
+    Raises:
+        InvalidInputError: ``"graph"`` was asked for on a CPU, or there are no inputs.
+    """
+
+    def __init__(self, inputs: Sequence[LayerInputs], *, mode: Mode, pool: Any = None) -> None:
+        if not inputs:
+            raise InvalidInputError("timing needs at least one LayerInputs, got none; make_inputs draws them")
+        self._inputs, self._mode = inputs, mode
+        self._device = inputs[0].hidden_states.device
+        if mode == "graph" and self._device.type != "cuda":
+            raise InvalidInputError(
+                f"CUDA graphs need a CUDA device, and the inputs are on {self._device}; use mode='eager'"
+            )
+        # Only one graph replays at a time and none of their results is kept, so they may share their memory.
+        self.pool = pool or (torch.cuda.graph_pool_handle() if mode == "graph" else None)
+        self._passes: dict[Key, _EagerPass | _GraphPass] = {}
+        self._repeats: dict[Key, int] = {}
+
+    def time(
+        self,
+        candidates: Mapping[Key, Call],
+        *,
+        budget_s: float,
+        min_rounds: int,
+        on_failure: Callable[[Key, Exception], None] | None = None,
+    ) -> dict[Key, Timing]:
+        """Time candidates together; see `time_interleaved`."""
+        samples: dict[Key, list[float]] = {}
+
+        def attempt(key: Key, action: Callable[[Key], None]) -> None:
+            try:
+                action(key)
+            except Exception as error:
+                samples.pop(key, None)
+                if key in self._passes:
+                    self._passes.pop(key).close()
+                if on_failure is None:
+                    raise
+                on_failure(key, error)
+
+        def start(key: Key) -> None:
+            if key not in self._passes:
+                self._prepare(key, candidates[key])
+            samples[key] = []
+
+        def sample(key: Key) -> None:
+            samples[key].append(self._passes[key].seconds(self._repeats[key]))
+
         with torch.no_grad():
             for key in candidates:
-                attempt(key, lambda key=key: prepare(key))  # type: ignore[misc]
-            deadline = time.perf_counter() + budget_s * len(passes)
+                attempt(key, start)
+            deadline = time.perf_counter() + budget_s * len(samples)
             for turn in range(MAX_ROUNDS):
-                order = list(passes)
+                order = list(samples)
                 if not order or (turn >= min_rounds and time.perf_counter() >= deadline):
                     break
-                start = turn % len(order)
-                for key in order[start:] + order[:start]:
-                    attempt(key, lambda key=key: sample(key))  # type: ignore[misc]
-        return {key: Timing.of(samples[key]) for key in passes}
-    finally:
-        for made in passes.values():
-            made.close()
+                first = turn % len(order)
+                for key in order[first:] + order[:first]:
+                    attempt(key, sample)
+        return {key: Timing.of(taken) for key, taken in samples.items()}
+
+    def close(self) -> None:
+        """Let go of the graphs."""
+        while self._passes:
+            self._passes.popitem()[1].close()
+
+    def _prepare(self, key: Key, call: Call) -> None:
+        call(self._inputs[0])  # compiles what is not compiled yet; no capture survives a compilation
+        synchronize(self._device)
+        graph = self._mode == "graph"
+        self._passes[key] = _GraphPass(call, self._inputs, self.pool) if graph else _EagerPass(call, self._inputs)
+        once = self._passes[key].seconds(1) * len(self._inputs)
+        self._repeats[key] = max(1, min(MAX_REPEATS, round(SAMPLE_SECONDS / max(once, 1e-9))))
