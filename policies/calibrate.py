@@ -320,11 +320,13 @@ class _Calibration:
             if on_progress is not None:
                 on_progress(Progress(done, total, "compiling", None))
 
-        compile_ahead(
+        failed = compile_ahead(
             jobs, self._new_worker, compiled_path(self._machine, self._directory), deadline, tell,
             libraries=[name for name, made in self._backends.items() if made.requirements.libraries],
             racer=self._worker,
         )  # fmt: skip
+        if failed:
+            self.report.skipped.append(f"{len(failed)} of {len(jobs)} were not compiled ahead; the first: {failed[0]}")
 
     def _tables_before(self) -> dict[tuple[LayerKey, Mode], LayerTable]:
         """What this machine's calibration said before this run, with today's versions or others."""

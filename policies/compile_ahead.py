@@ -7,7 +7,6 @@ compiled and launched, and no weight is read, which is why the weights can be sh
 
 import contextlib
 import hashlib
-import logging
 import math
 import os
 import threading
@@ -24,8 +23,6 @@ from moe_dispatch.storage import cache_dir, locked, write_atomically
 
 from .schema import Candidate, Layer
 from .supervisor import CandidateFailedError, Supervisor, WorkerDiedError
-
-logger = logging.getLogger(__name__)
 
 MOST_PROCESSES: Final = 32
 # A process takes seconds to start: one for every so many jobs pays.
@@ -76,7 +73,7 @@ def compile_ahead(
     *,
     libraries: Collection[str] = (),
     racer: Supervisor | None = None,
-) -> None:
+) -> list[str]:
     """Compile the jobs that were not compiled before, each process taking the next one.
 
     What fails here is tried again in the race, which has the memory to itself, and names what fails there too. An
@@ -91,11 +88,15 @@ def compile_ahead(
         on_progress: Told of the jobs taken and of all of them, from any thread.
         libraries: Backends that load a library.
         racer: The worker of the race, which loads these libraries meanwhile; it is not closed.
+
+    Returns:
+        What failed, each with the reason.
     """
     before = _read(remembered)
     queue = Jobs((job for job in in_order(jobs) if job.digest not in before), libraries)
     total = len(queue)
     done: list[str] = []
+    failed: list[str] = []
     lock, stop = threading.Lock(), threading.Event()
 
     def work(worker: Supervisor, *, to_keep: bool) -> None:
@@ -106,14 +107,16 @@ def compile_ahead(
                     job = queue.take(loaded, every_library=to_keep)
                 if job is None:
                     return
-                compiled = []
+                reason = ""
                 try:
                     worker.compile(job.layer, job.M, job.candidate)
-                    compiled.append(job.digest)
                 except (WorkerDiedError, CandidateFailedError) as error:
-                    logger.info("%s at M=%d of %s was not compiled: %s", job.candidate.backend, job.M, job.layer, error)
+                    reason = f"{job.candidate.backend} at M={job.M} of {job.layer}: {error}"
                 with lock:
-                    done.extend(compiled)
+                    if reason:
+                        failed.append(reason)
+                    else:
+                        done.append(job.digest)
                     if len(done) % KEPT_EVERY == 0:
                         _remember(remembered, done)
                     if on_progress is not None:
@@ -124,7 +127,7 @@ def compile_ahead(
 
     processes = min(MOST_PROCESSES, os.cpu_count() or 1, math.ceil(total / LEAST_JOBS))
     if not processes:
-        return
+        return failed
     with ThreadPoolExecutor(processes + 1) as pool:
         try:
             running = [pool.submit(work, racer, to_keep=True)] if racer is not None else []
@@ -135,6 +138,7 @@ def compile_ahead(
             stop.set()
             with lock:
                 _remember(remembered, done)
+    return failed
 
 
 class Jobs:

@@ -21,7 +21,7 @@ def calibrate(monkeypatch: pytest.MonkeyPatch) -> Calibrate:
 
     def run(directory: Path, session: int, noise: Noise) -> CalibrationFile:
         monkeypatch.setattr(Machine, "inspect", lambda _device=None: H200)
-        monkeypatch.setattr(module, "compile_ahead", lambda *_, **__: None)
+        monkeypatch.setattr(module, "compile_ahead", lambda *_, **__: [])
         monkeypatch.setattr(module, "Supervisor", lambda *_: Device(noise, session))
         report = module.calibrate(["deepseek-v3"], ["fp8", "bf16"], directory=directory, most_configs=12)
         return read_calibration(report.path, H200)

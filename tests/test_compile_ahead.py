@@ -69,7 +69,9 @@ def test_what_was_compiled_is_remembered_and_failures_cost_themselves(tmp_path: 
     remembered = tmp_path / "compiled" / "machine.txt"
     told: list[tuple[int, int]] = []
     wanted = jobs("killed", "reference", "raising")
-    compile_ahead(wanted, start, remembered, on_progress=lambda done, total: told.append((done, total)))
+    failed = compile_ahead(wanted, start, remembered, on_progress=lambda done, total: told.append((done, total)))
+    assert len(failed) == 4
+    assert any("raising at M=1" in one and "no kernel image" in one for one in failed)
     assert max(told) == (6, 6)
     assert set(remembered.read_text().split()) == {job.digest for job in jobs("reference")}
     told.clear()
