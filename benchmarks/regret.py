@@ -3,9 +3,11 @@
     python -m moe_dispatch.benchmarks.regret benchmarks/results/nvidia_h200 --machine h200.json [--json]
 
 Regret at a point is time of the choice / time of the fastest candidate − 1, times being geometric means over the
-routing distributions. A rule that names a backend without a configuration gets the backend's default one, or where
-that was never measured the backend's fastest. A choice that did not start at a token count, because it was far behind
-on either side, has the time that lies between those two. Where it has none, the next one in the ranking counts.
+routing distributions. A choice without a configuration is its backend's default. A choice that did not start at a
+token count, because it was far behind on either side, has the time that lies between those two; so has one that a
+single run found far behind, if that is less: runs that are alone are at times ten times too long. One that has no time
+at all is counted as unmeasured. In its place stands its backend's fastest if it is a default, which the sweep may be
+older than, and else the next in the ranking. Where there is none, the policy is not judged at the point.
 """
 
 import argparse
@@ -13,12 +15,14 @@ import dataclasses
 import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
 from moe_dispatch.benchmarks.rows import BenchRow, load
 from moe_dispatch.errors import InvalidInputError, MoEDispatchError
 from moe_dispatch.machine import Machine
+from moe_dispatch.policies.defaults import default_identity, find_backend
 from moe_dispatch.policies.fit import Observation, fit_model
 from moe_dispatch.policies.learned import LearnedPolicy
 from moe_dispatch.policies.rules import RulesPolicy
@@ -34,19 +38,36 @@ VLLM_DEEP_GEMM_ALIGNMENT: Final = 128
 VLLM_DEEP_GEMM_NARROW: Final = 512
 
 Rank = Callable[[MoEProblem], Sequence[Choice]]
+Times = Mapping[Identity, float]
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A policy at a point.
+
+    Attributes:
+        regret: Time of the choice / least time − 1; None where nothing that it ranks was measured.
+        unmeasured: Whether it stands in for a choice that has no time.
+    """
+
+    regret: float | None
+    unmeasured: bool
 
 
 def bench_observations(rows: Iterable[BenchRow], machine: Machine) -> list[Observation]:
     """Times of dispatchable backends, one per problem and candidate.
 
     Who left a race early was timed on some of the routings: there it is compared with the fastest of those that were
-    timed on all.
+    timed on all, and does not pass it.
     """
     times: dict[MoEProblem, dict[Identity, dict[str, float]]] = {}
+    spread: set[tuple[MoEProblem, Identity]] = set()
     for row in rows:
         if row.us is not None and row.backend in BACKENDS.names():
             identity: Identity = (row.backend, tuple(sorted(row.config.items())))
             times.setdefault(_problem(row, machine), {}).setdefault(identity, {})[row.routing] = row.us
+            if row.us_q1 is None or row.us_q1 != row.us_q3:
+                spread.add((_problem(row, machine), identity))
     found = []
     for problem, by_candidate in times.items():
         routings = set().union(*by_candidate.values())
@@ -58,51 +79,78 @@ def bench_observations(rows: Iterable[BenchRow], machine: Machine) -> list[Obser
         leader = min(whole, key=lambda one: whole[one])
         for identity, us in by_candidate.items():
             behind = geometric_mean([time / by_candidate[leader][routing] for routing, time in us.items()])
-            found.append(Observation(problem, identity, whole.get(identity, behind * whole[leader])))
+            score = whole.get(identity, max(1.0, behind) * whole[leader])
+            once = identity != leader and (problem, identity) not in spread
+            found.append(Observation(problem, identity, score, once))
     return found
 
 
-def regrets(seen: Sequence[Observation], machine: Machine) -> dict[str, dict[str, float]]:
-    """Mean, 95th percentile and worst regret of each policy, as fractions.
+def judge(seen: Sequence[Observation], machine: Machine) -> dict[str, dict[MoEProblem, Judged]]:
+    """Every policy at every point.
 
     Raises:
         InvalidInputError: Fewer than two models were measured.
     """
-    layers = {row.problem.layer for row in seen}
-    shapes = {_shape(layer) for layer in layers}
+    shapes = {_shape(row.problem) for row in seen}
     if len(shapes) < 2:
         raise InvalidInputError(f"leaving one model out needs rows of two models at least, got {len(shapes)}")
     points: dict[MoEProblem, dict[Identity, float]] = {}
+    once: dict[MoEProblem, dict[Identity, float]] = {}
     for row in seen:
-        points.setdefault(row.problem, {})[row.candidate] = row.us
-    learned = {
-        shape: LearnedPolicy(machine, fit_model([row for row in seen if _shape(row.problem) != shape], machine))
-        for shape in shapes
-    }
+        (once if row.once else points).setdefault(row.problem, {})[row.candidate] = row.us
+    learned = {shape: _learned([row for row in seen if _shape(row.problem) != shape], machine) for shape in shapes}
+    rules = RulesPolicy(machine).rank
     policies: dict[str, Rank] = {
-        "learned": lambda problem: learned[_shape(problem)].rank(problem),
-        "rules": RulesPolicy(machine).rank,
+        # What it does not know is left to the rules, as the dispatcher does.
+        "learned": lambda problem: (*learned[_shape(problem)](problem), *rules(problem)),
+        "rules": rules,
         "always_vllm": lambda _: (Choice("vllm_fused_moe", ""),),
         "always_deep_gemm": lambda _: (Choice("deep_gemm", ""),),
         "vllm_rule": _vllm_rule,
         "vllm_deep_gemm_rule": _vllm_deep_gemm_rule,
         "oracle": lambda problem: _fastest(points[problem]),
     }
-
-    known = _between(points)
-
-    def regret(rank: Rank) -> list[float]:
-        return [
-            _regret(rank, problem, times | known.get(problem, {}), min(times.values()), machine)
+    known = {problem: dict(times) for problem, times in points.items()}
+    for more in (_between(points), once):
+        for problem, times in more.items():
+            for candidate, us in times.items():
+                known[problem][candidate] = min(us, known[problem].get(candidate, us))
+    return {
+        name: {
+            problem: _judged(rank(problem), problem, known[problem], min(times.values()), machine)
             for problem, times in points.items()
-        ]
+        }
+        for name, rank in policies.items()
+    }
 
-    return {name: _summary(regret(rank)) for name, rank in policies.items()}
+
+def summary(judged: Iterable[Judged]) -> dict[str, float]:
+    """Mean, 95th percentile and worst regret as fractions, over how many points, and how many choices had no time."""
+    everything = list(judged)
+    ordered = sorted(one.regret for one in everything if one.regret is not None)
+    counts = {"points": len(ordered), "unmeasured": sum(one.unmeasured for one in everything)}
+    if not ordered:
+        return {"mean": math.nan, "p95": math.nan, "worst": math.nan, **counts}
+    return {
+        "mean": math.fsum(ordered) / len(ordered),
+        "p95": ordered[math.ceil(0.95 * len(ordered)) - 1],
+        "worst": ordered[-1],
+        **counts,
+    }
 
 
-def _between(points: Mapping[MoEProblem, Mapping[Identity, float]]) -> dict[MoEProblem, dict[Identity, float]]:
+def _learned(seen: Sequence[Observation], machine: Machine) -> Rank:
+    try:
+        learned = LearnedPolicy(machine, fit_model(seen, machine))
+    except InvalidInputError:  # too few layers are left
+        return lambda _: ()
+    rank: Rank = learned.rank
+    return rank
+
+
+def _between(points: Mapping[MoEProblem, Times]) -> dict[MoEProblem, dict[Identity, float]]:
     """Times of candidates that were measured below and above a token count and not there."""
-    by_layer: dict[MoEProblem, dict[int, Mapping[Identity, float]]] = {}
+    by_layer: dict[MoEProblem, dict[int, Times]] = {}
     for problem, times in points.items():
         by_layer.setdefault(dataclasses.replace(problem, M=1), {})[problem.M] = times
     found: dict[MoEProblem, dict[Identity, float]] = {}
@@ -114,22 +162,21 @@ def _between(points: Mapping[MoEProblem, Mapping[Identity, float]]) -> dict[MoEP
     return found
 
 
-def _regret(rank: Rank, problem: MoEProblem, times: Mapping[Identity, float], least: float, machine: Machine) -> float:
-    for choice in rank(problem):
-        if (us := _time(choice, problem, times, machine)) is not None:
-            return max(0.0, us / least - 1)
-    # Nothing that it names was measured here: it would fall back to the slowest that was.
-    return max(times.values()) / least - 1
-
-
-def _time(choice: Choice, problem: MoEProblem, times: Mapping[Identity, float], machine: Machine) -> float | None:
-    mine = {config: us for (backend, config), us in times.items() if backend == choice.backend}
-    if not mine:
-        return None
-    if choice.config is not None:
-        return mine.get(tuple(sorted(choice.config.items())))
-    default = BACKENDS.load(choice.backend)(machine).default_config(problem).model_dump(mode="json")
-    return mine.get(tuple(sorted(default.items())), min(mine.values()))
+def _judged(ranking: Sequence[Choice], problem: MoEProblem, times: Times, least: float, machine: Machine) -> Judged:
+    unmeasured = False
+    for choice in ranking:
+        backend = find_backend(choice.backend, machine)
+        if backend is None or backend.unsupported_reasons(problem):
+            continue
+        default = default_identity(backend, problem)
+        us = times.get(default if choice.config is None else (choice.backend, tuple(sorted(choice.config.items()))))
+        if us is None:
+            unmeasured = True
+            if choice.config is None:
+                us = min((us for (name, _), us in times.items() if name == choice.backend), default=None)
+        if us is not None:
+            return Judged(max(0.0, us / least - 1), unmeasured)
+    return Judged(None, unmeasured)
 
 
 def _vllm_rule(problem: MoEProblem) -> tuple[Choice, ...]:
@@ -156,15 +203,6 @@ def _fastest(times: Mapping[Identity, float]) -> tuple[Choice, ...]:
     return (Choice(backend, "", dict(config)),)
 
 
-def _summary(values: Sequence[float]) -> dict[str, float]:
-    ordered = sorted(values)
-    return {
-        "mean": math.fsum(ordered) / len(ordered),
-        "p95": ordered[math.ceil(0.95 * len(ordered)) - 1],
-        "worst": ordered[-1],
-    }
-
-
 def _shape(problem: MoEProblem) -> tuple[int, int, int, int]:
     return problem.E, problem.topk, problem.K, problem.N
 
@@ -183,15 +221,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given: Any = parser.parse_args(arguments)
     try:
         machine = Machine.load(given.machine) if given.machine else Machine.inspect()
-        summary = regrets(bench_observations(load(given.rows), machine), machine)
+        judged = judge(bench_observations(load(given.rows), machine), machine)
     except MoEDispatchError as error:
         parser.exit(2, f"error: {error}\n")
+    found = {name: summary(at.values()) for name, at in judged.items()}
     if given.json:
-        print(json.dumps(summary, indent=1))
+        print(json.dumps(found, indent=1))
         return
-    print(f"{'policy':18}{'mean':>9}{'p95':>9}{'worst':>9}")
-    for name, row in summary.items():
-        print(f"{name:18}" + "".join(f"{row[key]:>9.2%}" for key in ("mean", "p95", "worst")))
+    print(f"{'policy':20}{'mean':>9}{'p95':>9}{'worst':>9}{'points':>8}{'unmeasured':>12}")
+    for name, row in found.items():
+        regrets = "".join(f"{row[key]:>9.2%}" for key in ("mean", "p95", "worst"))
+        print(f"{name:20}{regrets}{row['points']:>8}{row['unmeasured']:>12}")
 
 
 if __name__ == "__main__":

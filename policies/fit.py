@@ -1,28 +1,35 @@
 """Fits the learned model to measurements: those of a sweep or of a calibration."""
 
-import math
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from moe_dispatch.errors import BackendUnavailableError, InvalidInputError, PolicyFileError, UnknownNameError
+import torch
+from torch import Tensor
+
+from moe_dispatch.errors import InvalidInputError, PolicyFileError
 from moe_dispatch.machine import Machine
-from moe_dispatch.problem import Mode, MoEProblem
-from moe_dispatch.registry import BACKENDS
+from moe_dispatch.problem import DType, Mode, MoEProblem
 from moe_dispatch.storage import locked, write_atomically
 
-from .learned import LearnedCandidate, LearnedGroup, LearnedPoint, ModelFile
-from .neighbours import Point, features, floor_us
-from .scales import LeaveOneOut, fit_scales
+from .cost import TERMS, rows_per_expert, terms
+from .defaults import default_identity, find_backend
+from .learned import Law, ModelFile
 from .schema import CalibrationFile
 from .table import Identity
 
-LEAST_POINTS: Final = 4
+# Laws of five of the seven named layers chose for the other two at least as well as the rules do; laws of four worse.
+LEAST_LAYERS: Final = 5
+# A layer measured at fewer token counts does not say how its parts grow.
+LEAST_TOKENS: Final = 4
+# A relative error of so much counts half: what a default does badly on one shape must not bend the law for all others.
+_ROBUST: Final = 0.05
+_ROUNDS: Final = 4
+# Of squared coefficients, in units of each term's greatest share: decides only between terms that no point tells apart.
+_RIDGE: Final = 1e-6
 _DIGITS: Final = 4
-
-# A backend and configuration, or with None a backend's default.
-Role = tuple[str, tuple[tuple[str, int | str | bool], ...] | None]
 
 
 @dataclass(frozen=True)
@@ -33,11 +40,13 @@ class Observation:
         problem: What ran.
         candidate: Backend and configuration.
         us: Geometric mean over the routing distributions, in µs.
+        once: Whether it rests on a single run, by which it was found to be far behind.
     """
 
     problem: MoEProblem
     candidate: Identity
     us: float
+    once: bool = False
 
 
 def observations(file: CalibrationFile) -> list[Observation]:
@@ -55,27 +64,77 @@ def observations(file: CalibrationFile) -> list[Observation]:
 
 
 def fit_model(rows: Iterable[Observation], machine: Machine) -> ModelFile:
-    """Choose the kernel for each dtype and mode, and keep the points.
+    """Fit a law to the default configuration of each backend.
 
     Raises:
-        InvalidInputError: No dtype and mode has `LEAST_POINTS` points of measurements.
+        InvalidInputError: Of no dtype and mode enough layers were measured.
     """
-    times: dict[tuple[str, Mode], dict[MoEProblem, dict[Identity, float]]] = {}
+    kinds: dict[tuple[DType, Mode], dict[MoEProblem, dict[Identity, float]]] = {}
     for row in rows:
-        times.setdefault((row.problem.dtype, row.problem.mode), {}).setdefault(row.problem, {})[row.candidate] = row.us
-    enough = {key: at for key, at in times.items() if len(at) >= LEAST_POINTS}
-    if not enough:
-        most = max(map(len, times.values()), default=0)
+        kinds.setdefault((row.problem.dtype, row.problem.mode), {}).setdefault(row.problem, {})[row.candidate] = row.us
+    laws = []
+    for (dtype, mode), points in kinds.items():
+        for name, times in sorted(_defaults(points, machine).items()):
+            layers = _layers(times)
+            if layers >= LEAST_LAYERS:
+                coefficients, error = fit_law(times)
+                laws.append(
+                    Law(
+                        dtype=dtype,
+                        mode=mode,
+                        backend=name,
+                        layers=layers,
+                        points=len(times),
+                        most_rows=_rounded(max(map(rows_per_expert, times))),
+                        error=_rounded(error),
+                        coefficients=dict(zip(TERMS, map(_rounded, coefficients), strict=True)),
+                    )
+                )
+    if not laws:
+        most = max(map(_layers, kinds.values()), default=0)
         raise InvalidInputError(
-            f"a fit needs {LEAST_POINTS} points (layer and token count) of one dtype and mode, and the most is {most}; "
-            "measure with `moe-dispatch calibrate` or `moe-dispatch bench` first"
+            f"a fit needs {LEAST_LAYERS} layers, each at {LEAST_TOKENS} token counts, in one dtype and mode, and the "
+            f"most are {most}; measure more models with `moe-dispatch calibrate` first"
         )
-    roles: dict[Role, int] = {}
-    groups = [_group(at, roles, machine) for at in enough.values()]
-    candidates = [
-        LearnedCandidate(backend=backend, config=None if config is None else dict(config)) for backend, config in roles
-    ]
-    return ModelFile(fingerprint=machine.fingerprint, sms=machine.sms, candidates=candidates, groups=groups)
+    return ModelFile(fingerprint=machine.fingerprint, sms=machine.sms, laws=laws)
+
+
+def fit_law(times: Mapping[MoEProblem, float]) -> tuple[list[float], float]:
+    """Coefficients of `cost.TERMS`, and the median relative error.
+
+    Relative errors are what counts, weighed down where they are large (Cauchy's weights).
+
+    Args:
+        times: µs of one backend.
+    """
+    parts = torch.tensor([[terms(problem)[term] for term in TERMS] for problem in times], dtype=torch.float64)
+    shares = parts / torch.tensor(list(times.values()), dtype=torch.float64)[:, None]  # [P, T], of the time
+    units = shares.amax(0)
+    shares = shares / units
+    weights = shares.new_ones(len(times))
+    for _ in range(_ROUNDS):
+        coefficients = nonnegative_least_squares(shares * weights[:, None], weights)
+        errors = (1 - shares @ coefficients).abs()
+        weights = (1 + (errors / _ROBUST).square()).rsqrt()
+    return (coefficients / units).tolist(), float(errors.median())
+
+
+def nonnegative_least_squares(a: Tensor, b: Tensor) -> Tensor:
+    """The x ≥ 0 with the least ‖a x − b‖, ``[T]``: of all sets of columns whose own solution is ≥ 0, the best.
+
+    Args:
+        a: ``[P, T]``, of few columns: there are 2^T sets.
+        b: ``[P]``.
+    """
+    columns = torch.arange(a.shape[1])
+    sets = (torch.arange(1 << len(columns))[:, None] >> columns & 1).to(a.dtype)  # [2^T, T]
+    gram, moments = a.T @ a + _RIDGE * torch.eye(len(columns), dtype=a.dtype), a.T @ b
+    # A column outside a set becomes one of the identity, and its coefficient 0.
+    within = gram * sets[:, :, None] * sets[:, None, :] + torch.diag_embed(1 - sets)
+    solutions = torch.linalg.solve(within, moments * sets)
+    losses = torch.einsum("si,ij,sj->s", solutions, gram, solutions) - 2 * solutions @ moments
+    best: Tensor = solutions[losses.masked_fill((solutions < 0).any(1), torch.inf).argmin()]
+    return best
 
 
 def save_model(model: ModelFile, path: Path) -> None:
@@ -86,7 +145,7 @@ def save_model(model: ModelFile, path: Path) -> None:
     """
     try:
         with locked(path):
-            write_atomically(path, model.model_dump_json(exclude_none=False))
+            write_atomically(path, model.model_dump_json(indent=1) + "\n")
     except OSError as error:
         raise PolicyFileError(
             f"the model cannot be written to {path} ({error.strerror or error}); make room or make it writable, or set "
@@ -94,45 +153,23 @@ def save_model(model: ModelFile, path: Path) -> None:
         ) from error
 
 
-def _group(at: Mapping[MoEProblem, Mapping[Identity, float]], roles: dict[Role, int], machine: Machine) -> LearnedGroup:
-    by_layer: dict[Hashable, list[Point[int]]] = {}
-    for problem, times in at.items():
-        by_layer.setdefault(problem.layer, []).append(_point(problem, times, roles, machine))
-    scales = fit_scales(by_layer)
-    lost: list[float] = LeaveOneOut(by_layer).regrets(scales).tolist() if len(by_layer) > 1 else []
-    points = [point for held in by_layer.values() for point in held]
-    some = next(iter(at))
-    return LearnedGroup(
-        dtype=some.dtype,
-        mode=some.mode,
-        layers=len(by_layer),
-        scales=[None if math.isinf(scale) else scale for scale in scales],
-        regret=(math.fsum(lost) / len(lost), max(lost)) if lost else None,
-        points=[LearnedPoint(x=list(point.x), best=point.best, lags=list(point.lags.items())) for point in points],
-    )
-
-
-def _point(
-    problem: MoEProblem, times: Mapping[Identity, float], roles: dict[Role, int], machine: Machine
-) -> Point[int]:
-    least = min(times.values())
-    lags: dict[int, float] = {}
-    known: list[tuple[Role, float]] = [*times.items(), *_defaults(problem, times, machine)]
-    for role, us in known:
-        lags[roles.setdefault(role, len(roles))] = round(math.log(us / least), _DIGITS)
-    x = tuple(round(value, _DIGITS) for value in features(problem))
-    return Point(x, round(math.log(least / floor_us(problem)), _DIGITS), lags)
-
-
-def _defaults(problem: MoEProblem, times: Mapping[Identity, float], machine: Machine) -> Sequence[tuple[Role, float]]:
-    """Each backend's default where it was measured, under the name of being that."""
-    found: list[tuple[Role, float]] = []
-    for name in dict.fromkeys(backend for backend, _ in times):
-        try:
-            backend = BACKENDS.load(name)(machine)
-        except (UnknownNameError, BackendUnavailableError):
-            continue
-        default = backend.default_config(problem).model_dump(mode="json")
-        if (us := times.get((name, tuple(sorted(default.items()))))) is not None:
-            found.append(((name, None), us))
+def _defaults(
+    points: Mapping[MoEProblem, Mapping[Identity, float]], machine: Machine
+) -> dict[str, dict[MoEProblem, float]]:
+    """Times of each backend's default."""
+    found: dict[str, dict[MoEProblem, float]] = {}
+    for problem, times in points.items():
+        for name in {backend for backend, _ in times}:
+            backend = find_backend(name, machine)
+            if backend is not None and (us := times.get(default_identity(backend, problem))) is not None:
+                found.setdefault(name, {})[problem] = us
     return found
+
+
+def _layers(problems: Iterable[MoEProblem]) -> int:
+    """How many were measured at enough token counts."""
+    return sum(count >= LEAST_TOKENS for count in Counter(problem.layer for problem in problems).values())
+
+
+def _rounded(value: float) -> float:
+    return float(f"{value:.{_DIGITS}g}")

@@ -1,94 +1,77 @@
-"""Chooses for shapes that nobody measured, by what did well on those that are like them (see `neighbours`)."""
+"""Chooses for shapes that nobody measured, by what each backend's time is made of (see `cost`)."""
 
-import math
 import warnings
+from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Final, Literal, Self
+from typing import Annotated, Final, Literal
 
 import pydantic
 
-from moe_dispatch.errors import BackendUnavailableError, MoEDispatchWarning, PolicyFileError, UnknownNameError
+from moe_dispatch.backend import Backend
+from moe_dispatch.errors import MoEDispatchWarning, PolicyFileError
 from moe_dispatch.machine import Machine
 from moe_dispatch.policy import Choice, Policy
 from moe_dispatch.problem import DType, Mode, MoEProblem
-from moe_dispatch.registry import BACKENDS
 from moe_dispatch.storage import cache_dir
 
-from .neighbours import FEATURES, Point, expected_lags, features, floor_us
-from .schema import MAX_FILE_BYTES, Config, Index, Name, Strict, damage, read_bytes
+from .cost import TERMS, Term, rows_per_expert, terms
+from .defaults import find_backend
+from .rules import RulesPolicy
+from .schema import MAX_FILE_BYTES, Count, Name, Positive, Strict, damage, read_bytes
 
-SCHEMA: Final = 2
-# Of each backend so many of its best are ranked: the first may not be offered for this shape.
-EACH: Final = 3
-Finite = Annotated[float, pydantic.Field(allow_inf_nan=False)]
-Lag = Annotated[float, pydantic.Field(ge=0, allow_inf_nan=False)]
-# Infinite where a feature does not count, which JSON has no number for.
-Scale = Annotated[float, pydantic.Field(gt=0, allow_inf_nan=False)] | None
-
-
-class LearnedCandidate(Strict):
-    """A backend with a configuration, or with whatever is its default for the shape that is asked about.
-
-    Attributes:
-        backend: Registered name.
-        config: Its configuration; None for the default.
-    """
-
-    backend: Name
-    config: Config | None = None
+SCHEMA: Final = 3
+# A lead of less than the laws' own errors, 2 to 4 %, is none: then the rules' choice stands. So it does where it has no
+# law to compare with.
+CLOSE: Final = 0.03
+# A calibration does not start what is far behind, so that it has no times. With so many times more rows per expert than
+# a backend was measured with, its law is not believed.
+BEYOND: Final = 2.0
+NotNegative = Annotated[float, pydantic.Field(ge=0, allow_inf_nan=False)]
 
 
-class LearnedPoint(Strict):
-    """A measured layer at a token count; see `neighbours.Point`.
-
-    Attributes:
-        x: Features.
-        best: log(least time / floor).
-        lags: Pairs of a candidate's index and log(its time / least time).
-    """
-
-    x: Annotated[list[Finite], pydantic.Field(min_length=len(FEATURES), max_length=len(FEATURES))]
-    best: Finite
-    lags: list[tuple[Index, Lag]] = pydantic.Field(max_length=10_000)
-
-
-class LearnedGroup(Strict):
-    """What is known for one dtype and mode.
+class Law(Strict):
+    """What a backend's time is made of, in its default configuration, for one dtype and mode.
 
     Attributes:
         dtype: Of the weights.
         mode: Eager, or in a CUDA graph.
+        backend: Registered name.
         layers: How many were measured.
-        scales: Of the kernel, one for each of `neighbours.FEATURES`.
-        regret: Mean and worst of the choices that each layer got from the others; None with fewer than two.
-        points: The measurements.
+        points: Measurements, each of a layer at a token count.
+        most_rows: Rows per expert at most, of those.
+        error: Median relative error at those.
+        coefficients: How often it does each part of the work that `cost.terms` describes.
     """
 
     dtype: DType
     mode: Mode
-    layers: Annotated[int, pydantic.Field(ge=1)]
-    scales: Annotated[list[Scale], pydantic.Field(min_length=len(FEATURES), max_length=len(FEATURES))]
-    regret: tuple[Lag, Lag] | None = None
-    points: list[LearnedPoint] = pydantic.Field(min_length=1, max_length=100_000)
+    backend: Name
+    layers: Count
+    points: Count
+    most_rows: Positive
+    error: NotNegative
+    coefficients: dict[Term, NotNegative]
+
+    @pydantic.field_validator("coefficients")
+    @classmethod
+    def _complete(cls, given: dict[Term, float]) -> dict[Term, float]:
+        if missing := [term for term in TERMS if term not in given]:
+            raise ValueError(f"no coefficient for {', '.join(missing)}")
+        return given
+
+    def us(self, parts: Mapping[Term, float]) -> float:
+        """Time of what has these terms."""
+        return sum(self.coefficients[term] * part for term, part in parts.items())
 
 
 class ModelFile(Strict):
     """A machine's learned model."""
 
-    schema_version: Literal[2] = SCHEMA
+    schema_version: Literal[3] = SCHEMA
     fingerprint: Annotated[str, pydantic.Field(max_length=200)]
     sms: Annotated[int, pydantic.Field(ge=1)]
-    candidates: list[LearnedCandidate] = pydantic.Field(max_length=100_000)
-    groups: list[LearnedGroup] = pydantic.Field(max_length=100)
-
-    @pydantic.model_validator(mode="after")
-    def _indices_refer_to_something(self) -> Self:
-        for group in self.groups:
-            for point in group.points:
-                if any(index >= len(self.candidates) for index, _ in point.lags):
-                    raise ValueError(f"a point refers to a candidate beyond the {len(self.candidates)} there are")
-        return self
+    laws: list[Law] = pydantic.Field(min_length=1, max_length=1000)
 
 
 def model_path(machine: Machine, directory: Path | None = None) -> Path:
@@ -136,7 +119,7 @@ def read_model(machine: Machine) -> ModelFile | None:
 
 
 class LearnedPolicy(Policy):
-    """Ranks by expected lag.
+    """Ranks by predicted time.
 
     Args:
         machine: Where.
@@ -154,62 +137,46 @@ class LearnedPolicy(Policy):
             except PolicyFileError as error:
                 self._notes.append(f"refused, so the next policy decides: {error}")
                 warnings.warn(f"policy {self.name!r}: {error}", MoEDispatchWarning, stacklevel=2)
-        self._candidates = model.candidates if model else []
-        self._groups: dict[tuple[str, str], LearnedGroup] = {}
-        self._points: dict[tuple[str, str], list[Point[int]]] = {}
-        for group in model.groups if model else ():
-            self._groups[group.dtype, group.mode] = group
+        self._rules = RulesPolicy(machine)
+        self._laws: dict[tuple[DType, Mode], list[tuple[Law, Backend]]] = {}
+        for law in model.laws if model else ():
+            if (backend := find_backend(law.backend, machine)) is not None:
+                self._laws.setdefault((law.dtype, law.mode), []).append((law, backend))
 
     def rank(self, problem: MoEProblem) -> tuple[Choice, ...]:
         """See `Policy.rank`."""
-        if problem.needs_grad or problem.M < 1:
+        laws = self._laws.get((problem.dtype, problem.mode))
+        if laws is None or problem.needs_grad or problem.M < 1:
             return ()
-        other = "eager" if problem.mode == "graph" else "graph"
-        found = self._groups.get((problem.dtype, problem.mode)) or self._groups.get((problem.dtype, other))
-        if found is None:
+        parts = terms(problem)
+        choices = {law.backend: _choice(law, parts) for law, backend in laws if _speaks(law, backend, problem)}
+        ranked = sorted(choices.values(), key=lambda choice: choice.us or 0.0)
+        stands = choices.get(self._favourite(problem))
+        if stands is None:
             return ()
-        scales = [float("inf") if scale is None else scale for scale in found.scales]
-        best, lags = expected_lags(self._points_of(found), features(problem), scales)
-        unit = floor_us(problem)
-        choices: dict[str, list[Choice]] = {}
-        offered: dict[str, frozenset[object] | None] = {}
-        for index in sorted(lags, key=lambda one: lags[one]):
-            candidate = self._candidates[index]
-            name = candidate.backend
-            if len(choices.setdefault(name, [])) == EACH:
-                continue
-            if name not in offered:
-                offered[name] = _offered(name, problem, self.machine)
-            if candidate.config is not None and (here := offered[name]) is not None and _frozen(candidate) not in here:
-                continue
-            us = unit * math.exp(best + lags[index])
-            behind = f"{math.expm1(lags[index]):.0%}".replace("%", " %")
-            reason = f"about {us:.3g} µs, {behind} behind the best on like ones of {found.layers} layers ({found.mode})"
-            config = None if candidate.config is None else dict(candidate.config)
-            choices[name].append(Choice(name, reason, config, us))
-        return tuple(sorted((one for mine in choices.values() for one in mine), key=lambda one: one.us or 0.0))
+        if (stands.us or 0.0) <= (ranked[0].us or 0.0) * (1 + CLOSE):
+            ranked.remove(stands)
+            ranked.insert(0, stands)
+        return tuple(ranked)
 
     def notes(self) -> tuple[str, ...]:
         """A refused file."""
         return tuple(self._notes)
 
-    def _points_of(self, group: LearnedGroup) -> list[Point[int]]:
-        key = group.dtype, group.mode
-        if key not in self._points:
-            self._points[key] = [Point(tuple(point.x), point.best, dict(point.lags)) for point in group.points]
-        return self._points[key]
+    def _favourite(self, problem: MoEProblem) -> str:
+        """The first of the rules that is there and can."""
+        for choice in self._rules.rank(problem):
+            backend = find_backend(choice.backend, self.machine)
+            if backend and not backend.unavailable_reasons() and not backend.unsupported_reasons(problem):
+                return choice.backend
+        return ""
 
 
-def _frozen(candidate: LearnedCandidate) -> tuple[tuple[str, int | str | bool], ...]:
-    return tuple(sorted((candidate.config or {}).items()))
+def _speaks(law: Law, backend: Backend, problem: MoEProblem) -> bool:
+    """Whether a backend's law says anything of a problem."""
+    return rows_per_expert(problem) <= BEYOND * law.most_rows and not backend.unsupported_reasons(problem)
 
 
-def _offered(name: str, problem: MoEProblem, machine: Machine) -> frozenset[object] | None:
-    """The configurations that a backend offers for a problem; None if it cannot be asked."""
-    try:
-        backend = BACKENDS.load(name)(machine)
-    except (UnknownNameError, BackendUnavailableError):
-        return None
-    if backend.unsupported_reasons(problem):
-        return None
-    return frozenset(tuple(sorted(config.model_dump(mode="json").items())) for config in backend.configs(problem))
+def _choice(law: Law, parts: Mapping[Term, float]) -> Choice:
+    us = law.us(parts)
+    return Choice(law.backend, f"about {us:.3g} µs by its law, from {law.layers} layers ({law.mode})", None, us)

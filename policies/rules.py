@@ -1,8 +1,8 @@
 """What is known before anything is measured here: the measured habits of each backend.
 
-The figures come from one H200, 2026-11-23 and 24: whole layers of deepseek-v3, qwen3-30b-a3b and mixtral-8x7b under
-CUDA graphs, vLLM 0.20.2, DeepGEMM 2.5.0, torch 2.11. Where no layer was measured, on other devices, our own kernels
-come first and the libraries after them. `moe-dispatch calibrate` replaces all of this.
+The figures come from one H200, 2026-11-23 and 24: whole layers of the seven named models under CUDA graphs, vLLM
+0.20.2, DeepGEMM 2.5.0, torch 2.11. Where no layer was measured, on other devices, our own kernels come first and the
+libraries after them. `moe-dispatch calibrate` replaces all of this.
 """
 
 from typing import Final
@@ -13,14 +13,14 @@ from moe_dispatch.problem import MoEProblem
 # Up to here a layer reads weights and hardly computes. At 1, 4, 16 and 64 tokens split-K came to 1.01 of the floor in
 # BF16 and .88 in FP8 (geometric means), the best peer of each point to .90 and .71.
 DECODE_TOKENS: Final = 64
-# From so many rows per expert DeepGEMM's products win: FP8 mixtral-8x7b at 64 (402 µs, and ours 405), deepseek-v3 from
-# 64 on (3983, vLLM 4114); BF16 deepseek-v3 at 256 (12017, ours 12626). Below, our persistent kernels led vLLM by 4 to
-# 16 %.
-FP8_PREFILL_ROWS: Final = 64
-BF16_PREFILL_ROWS: Final = 256
-# In BF16 only for wide experts: what the layer around its products moves falls with N, and ours fuse it. At N=768 and
-# 1536 ours took 2235 and 8604 µs for 16384 tokens of qwen3-30b-a3b and qwen3-235b, DeepGEMM's layer 2408 and 8936.
-BF16_WIDE: Final = 2048
+# In FP8 DeepGEMM's products win from so many rows per expert, two tiles of ours: deepseek-v3 at 128 (4229 µs, ours
+# 4375), mixtral-8x7b at 128 (551 and 635). At 64 they lead by .7 % there, and are 9 % behind at qwen3-235b. In BF16
+# ours led at every prefill but deepseek-v3's from 256 rows on, where they are 2 to 9 % behind.
+FP8_PREFILL_ROWS: Final = 128
+# But DeepGEMM's layer gathers and quantises K values a row before its products, and N between them, in passes of their
+# own: it needs enough to multiply for each of those. Ahead at qwen3-235b (K·N/(K+N) = 1117), behind by 1 to 8 % at
+# deepseek-v2-lite (834), and by 17 to 25 % at kimi-k2-tp8 (247).
+FP8_WORK_PER_VALUE: Final = 1000
 
 Ranked = tuple[tuple[str, str], ...]
 
@@ -47,15 +47,19 @@ def _ranked(problem: MoEProblem) -> Ranked:
 
 
 def _hopper(problem: MoEProblem) -> Ranked:
-    rows = problem.slots / problem.E
     if problem.M <= DECODE_TOKENS:
         return (*_ours(problem), _vllm("next at decode"), *_torch(problem), ("deep_gemm", "pads every expert"))
-    fp8 = problem.dtype == "fp8"
-    if rows >= (FP8_PREFILL_ROWS if fp8 else BF16_PREFILL_ROWS) and (fp8 or problem.N >= BF16_WIDE):
+    rows = problem.slots / problem.E
+    work = problem.K * problem.N / (problem.K + problem.N)
+    prefill = rows >= FP8_PREFILL_ROWS
+    if problem.dtype == "fp8" and prefill and work >= FP8_WORK_PER_VALUE:
         why = f"fastest grouped products measured on an H200 at prefill, and this is {rows:.0f} rows per expert"
         return (("deep_gemm", why), *_ours(problem), *_torch(problem), _vllm("behind all of them at prefill"))
-    few = ("deep_gemm", "pads every expert, which few rows do not repay")
     persistent, splitk = _ours(problem)
+    if prefill:
+        next_to_it = ("deep_gemm", "next at prefill on an H200: what surrounds its products is not fused")
+        return (persistent, next_to_it, *_torch(problem), _vllm("behind all of them at prefill"), splitk)
+    few = ("deep_gemm", "pads every expert, which few rows do not repay")
     return (persistent, _vllm(f"next on an H200 at {rows:.3g} rows per expert"), few, *_torch(problem), splitk)
 
 

@@ -193,6 +193,16 @@ def test_configs_fit_the_device(name: str, capability: int) -> None:
                 assert dtype != "fp8" or config.block_k == 128
 
 
+@pytest.mark.parametrize(("name", "ctas"), [("kimi-k2-tp8", 3), ("qwen3-235b", 2)])
+def test_very_short_second_loops_share_a_multiprocessor_by_three(name: str, ctas: int) -> None:
+    backend = TritonSplitKBackend(described(90))
+    problem = _problem(backend.machine, 32, "fp8", name)
+    config = backend.default_config(problem)
+    assert isinstance(config, SplitKConfig)
+    available = backend.machine.shared_memory_per_block
+    assert available // shared_memory_bytes(problem, config) == ctas
+
+
 def test_atomic_mode_says_that_it_is_not_deterministic(machine: Machine) -> None:
     backend = TritonSplitKBackend(machine)
     assert not backend.deterministic(SplitKConfig(mode="atomic"))

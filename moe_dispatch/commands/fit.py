@@ -1,7 +1,7 @@
 """`moe-dispatch fit`: learn from what was measured."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.markup import escape
@@ -9,6 +9,12 @@ from rich.markup import escape
 from moe_dispatch.commands.console import OUT, heading, table
 from moe_dispatch.errors import InvalidInputError
 from moe_dispatch.machine import Machine
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from moe_dispatch.policies.fit import Observation
+    from moe_dispatch.policies.learned import ModelFile
 
 
 def fit(
@@ -21,17 +27,15 @@ def fit(
     out: Annotated[Path | None, typer.Option(help="Where it is written; this machine's own model if none.")] = None,
 ) -> None:
     """Fit the learned policy, and print what it learned and how well."""
+    from moe_dispatch.benchmarks.regret import bench_observations
+    from moe_dispatch.benchmarks.rows import load
     from moe_dispatch.policies.calibrated import calibration_path
     from moe_dispatch.policies.fit import fit_model, observations, save_model
     from moe_dispatch.policies.learned import model_path
-    from moe_dispatch.policies.neighbours import FEATURES
     from moe_dispatch.policies.schema import read_calibration
 
     where = Machine.load(machine) if machine else Machine.inspect()
     if rows:
-        from moe_dispatch.benchmarks.regret import bench_observations
-        from moe_dispatch.benchmarks.rows import load
-
         seen = bench_observations(load(rows), where)
     else:
         try:
@@ -43,13 +47,47 @@ def fit(
     model = fit_model(seen, where)
     path = out or model_path(where)
     save_model(model, path)
-    heading(f"learned from {len(seen)} measurements")
-    shown = table("dtype", "mode", "layers", "points", "mean loss", "worst", *FEATURES, numbers=("points", *FEATURES))
-    for group in model.groups:
-        lost = [f"{value:.1%}" for value in group.regret] if group.regret else ["–", "–"]
-        scales = ["–" if scale is None else f"{scale:g}" for scale in group.scales]
-        shown.add_row(group.dtype, group.mode, str(group.layers), str(len(group.points)), *lost, *scales)
-    OUT.print(shown)
-    OUT.print("Losses are those of each layer's choices when they are made from the other layers alone. The last four")
-    OUT.print("columns say how many octaves apart in each a measured layer still counts; a dash: it does not matter.")
+    _show_laws(model)
+    _show_regrets(seen, where)
     OUT.print(f"written to {escape(str(path))}")
+
+
+def _show_laws(model: "ModelFile") -> None:
+    from moe_dispatch.policies.cost import TERMS
+
+    for dtype, mode in sorted({(law.dtype, law.mode) for law in model.laws}):
+        laws = [law for law in model.laws if (law.dtype, law.mode) == (dtype, mode)]
+        heading(f"{dtype}, {mode}: how often each backend does each part of the work")
+        shown = table("backend", *TERMS, numbers=TERMS)
+        for law in laws:
+            shown.add_row(
+                law.backend, *(f"{value:.3g}" if (value := law.coefficients[term]) else "–" for term in TERMS)
+            )
+        OUT.print(shown)
+        fitted = (f"{law.backend} {law.error:.1%} at {law.points} points" for law in laws)
+        OUT.print(f"median errors: {', '.join(fitted)}")
+    OUT.print()
+    OUT.print("launch: µs. search: 10 ns an expert. weights: read at 4.3 TB/s. tiles: of 64")
+    OUT.print("rows, multiplied at 700 TFLOP/s, FP8 at 1300. overlap: the longer of weights and")
+    OUT.print("tiles of 128 rows. slots, tokens: M·topk and M rows moved at 4.3 TB/s.")
+
+
+def _show_regrets(seen: "Sequence[Observation]", machine: Machine) -> None:
+    from moe_dispatch.benchmarks.regret import judge, summary
+
+    heading("what is lost against the best of everything measured")
+    try:
+        judged = judge(seen, machine)
+    except InvalidInputError as error:
+        OUT.print(f"not known: {escape(str(error))}")
+        return
+    numbers = ("mean", "p95", "worst", "points")
+    shown = table("dtype", "mode", "policy", *numbers, numbers=numbers)
+    for dtype, mode in sorted({(row.problem.dtype, row.problem.mode) for row in seen}):
+        for name in ("learned", "rules"):
+            mine = (one for problem, one in judged[name].items() if (problem.dtype, problem.mode) == (dtype, mode))
+            found = summary(mine)
+            losses = (f"{found[key]:.1%}" for key in ("mean", "p95", "worst"))
+            shown.add_row(dtype, mode, name, *losses, str(found["points"]))
+    OUT.print(shown)
+    OUT.print("Each layer's choices are made from the other models' layers alone.")
