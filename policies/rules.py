@@ -13,10 +13,10 @@ from moe_dispatch.problem import MoEProblem
 # Up to here a layer reads weights and hardly computes. At 1, 4, 16 and 64 tokens split-K came to 1.01 of the floor in
 # BF16 and .88 in FP8 (geometric means), the best peer of each point to .90 and .71.
 DECODE_TOKENS: Final = 64
-# In FP8 DeepGEMM's products win from so many rows per expert, two tiles of ours: deepseek-v3 at 128 (4229 µs, ours
-# 4375), mixtral-8x7b at 128 (551 and 635). At 64 they lead by .7 % there, and are 9 % behind at qwen3-235b. In BF16
-# ours led at every prefill but deepseek-v3's from 256 rows on, where they are 2 to 9 % behind.
-FP8_PREFILL_ROWS: Final = 128
+# In FP8 DeepGEMM's products win from so many rows per expert: deepseek-v3 at 512 (12422 µs, ours 13033), mixtral-8x7b
+# at 1024 (2779 and 2956); at 128 ours win at deepseek-v3 (3914 and 4322), and at 64 by 9 % at qwen3-235b. In BF16 ours
+# led at every prefill but deepseek-v3's from 256 rows on, where they are 2 to 9 % behind.
+FP8_PREFILL_ROWS: Final = 256
 # But DeepGEMM's layer gathers and quantises K values a row before its products, and N between them, in passes of their
 # own: it needs enough to multiply for each of those. Ahead at qwen3-235b (K·N/(K+N) = 1117), behind by 1 to 8 % at
 # deepseek-v2-lite (834), and by 17 to 25 % at kimi-k2-tp8 (247).
