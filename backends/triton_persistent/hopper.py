@@ -29,7 +29,7 @@ _STAGES: Final = 4
 # a share that falls with N.
 _PERMUTED_FROM_N: Final = 4096
 # Rows per expert from which these kernels are the default: below, tiles of 64 rows on two programs are ahead.
-_FEW_ROWS: Final = 32
+_FEW_ROWS: Final = 16
 
 
 def hopper_configs(problem: MoEProblem, machine: Machine) -> tuple[TritonPersistentConfig, ...]:

@@ -77,7 +77,7 @@ def _moe_hopper_fp8_kernel(
             (schedule_tiles, (queue, blocks_ptr, counts_ptr, n_blocks, COUNTER, GROUP_M)),
         ],
         [4, 2 if GATHER else 1, 1],
-        [216, 72, 72] if GATHER else [232, 40, 40],
+        [224, 64, 64] if GATHER else [232, 40, 40],
     )  # fmt: skip
 
 
