@@ -22,7 +22,7 @@ from ..launch import fast_launch
 _SLOTS = gl.constexpr(2)
 # So many steps before the end of a tile's loads the next tile is looked for. Had it been taken earlier, a program that
 # falls behind would keep what others could do.
-_LEAD = gl.constexpr(4)
+LEAD = gl.constexpr(4)
 _STAGE_BYTES = gl.constexpr(64 * 128)
 
 
@@ -40,37 +40,47 @@ def _moe_row_blocks_kernel(
     # constants
     BLOCK_M: tl.constexpr,
     TAIL_M: tl.constexpr,
+    TALLER: tl.constexpr,
     E_POW2: tl.constexpr,
 ):
-    """One program per expert lists its row blocks; the first also counts all of them and resets the schedulers."""
+    """One program per expert lists its row blocks; the first also counts all of them and resets the schedulers.
+
+    Blocks have BLOCK_M rows. What is left over of an expert's is spread over up to TALLER of them, its last ones,
+    TAIL_M more rows for each; if it is more, it is a block of its own.
+    """
     e = tl.program_id(0)
     tl.extra.cuda.gdc_wait()
     tl.extra.cuda.gdc_launch_dependents()
     offs_e = tl.arange(0, E_POW2)
     starts = tl.load(starts_ptr + offs_e, mask=offs_e < E, other=0)
     ends = tl.load(ends_ptr + offs_e, mask=offs_e < E, other=0)
-    blocks = tl.where(ends > starts, tl.maximum((ends - starts + BLOCK_M - TAIL_M - 1) // BLOCK_M, 1), 0)
+    rows = ends - starts
+    taller = tl.cdiv(rows % BLOCK_M, TAIL_M)
+    taller = tl.where((taller <= TALLER) & (taller <= rows // BLOCK_M), taller, 0)
+    blocks = tl.where(taller > 0, rows // BLOCK_M, tl.cdiv(rows, BLOCK_M))
     if e == 0:
         tl.store(counts_ptr, tl.sum(blocks, 0))
         tl.store(counts_ptr + 1 + tl.arange(0, 2), tl.zeros([2], tl.int32))
     # Experts with a tall block come first: started last, it would be waited for.
-    tall = (ends - starts > blocks * BLOCK_M) & (blocks > 0)
+    tall = taller > 0
     am_tall = tl.sum((tall & (offs_e == e)).to(tl.int32), 0) > 0
     before = (tall & (not am_tall)) | ((tall == am_tall) & (offs_e < e))
     first = tl.sum(tl.where(before, blocks, 0), 0)
     start = tl.load(starts_ptr + e)
     end = tl.load(ends_ptr + e)
     count = tl.sum(tl.where(offs_e == e, blocks, 0), 0)
+    plain = count - tl.sum(tl.where(offs_e == e, taller, 0), 0)
     for i in range(count):
-        row = start + i * BLOCK_M
+        row = start + i * BLOCK_M + tl.maximum(i - plain, 0) * TAIL_M
+        height = BLOCK_M + tl.where(i >= plain, TAIL_M, 0)
         block = blocks_ptr + (first + i) * 3
         tl.store(block, e)
         tl.store(block + 1, row)
-        tl.store(block + 2, tl.where(i + 1 < count, row + BLOCK_M, end))
+        tl.store(block + 2, tl.minimum(row + height, end))
 
 
 @gluon.jit
-def make_barriers(STAGES: gl.constexpr, GATHER: gl.constexpr):
+def make_barriers(STAGES: gl.constexpr, COPIES: gl.constexpr):
     """What is known of the next tiles, and the barriers: (tiles, known, taken, wanted), (full, empty)."""
     tiles = gl.allocate_shared_memory(gl.int32, [4 * _SLOTS, 1], mbarrier.MBarrierLayout())
     known = gl.allocate_shared_memory(gl.int64, [_SLOTS, 1], mbarrier.MBarrierLayout())
@@ -83,8 +93,8 @@ def make_barriers(STAGES: gl.constexpr, GATHER: gl.constexpr):
         mbarrier.init(taken.index(i), count=3)
     mbarrier.init(wanted.index(0), count=1)
     for i in gl.static_range(STAGES):
-        # With gathered rows each of the loader's 64 threads arrives when its copies have.
-        mbarrier.init(full.index(i), count=65 if GATHER else 1)
+        # Where the loader copies by itself, each of its 64 threads arrives when its copies have.
+        mbarrier.init(full.index(i), count=65 if COPIES else 1)
         mbarrier.init(empty.index(i), count=2)
     return (tiles, known, taken, wanted), (full, empty)
 
@@ -165,7 +175,7 @@ def load_tiles(
             lower_rows = _token_vectors(a, slot_of_row_ptr, row + 64, end, a_columns, TOPK, 64)
             if TAIL:
                 tail_rows = _token_vectors(a, slot_of_row_ptr, row + 128, end, a_columns, TOPK, 32)
-        ask = gl.maximum(depth - _LEAD, 0)
+        ask = gl.maximum(depth - LEAD, 0)
         for k in range(depth):
             if k == ask:
                 mbarrier.arrive(wanted.index(0))
