@@ -119,7 +119,7 @@ def launch_stages(capability: int) -> Iterator[Launch]:
     E, topk, K, N = 256, 8, 7168, 2048
     pdl = capability >= 90
     layouts: list[dict[str, Any]] = [{"alignment": 1}, {"alignment": 128}, {"capacity": 256}]
-    for M in (64, FEW_SLOTS):
+    for M in (64, FEW_SLOTS // topk, FEW_SLOTS):
         for layout in layouts:
             yield Launch(partial(route, empty(M, topk, dtype=torch.int64), E, **layout, pdl=pdl))
     x, weights, ids = empty(64, K), empty(64, topk, dtype=torch.float32), empty(64, topk, dtype=torch.int64)

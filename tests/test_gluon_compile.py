@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from moe_dispatch.backends.reference import ReferenceBackend, ReferenceConfig
+from moe_dispatch.backends.stages.route import Routing
 from moe_dispatch.backends.triton_persistent.backend import TritonPersistentBackend
-from moe_dispatch.backends.triton_persistent.hopper import hopper_configs, hopper_suits
+from moe_dispatch.backends.triton_persistent.hopper import _row_blocks, hopper_configs, hopper_suits
 from moe_dispatch.machine import Machine
 from moe_dispatch.problem import Activation, DType, MoEProblem
 from moe_dispatch.workloads import WORKLOADS, Workload, make_experts, torch_dtype
@@ -32,18 +33,19 @@ def launch_products(capability: int, dtype: DType, activation: Activation) -> It
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("dtype", "activation"), [("bf16", "silu"), ("fp16", "swiglu_oai"), ("fp8", "silu")])
-def test_both_products_compile_without_spills(dtype: DType, activation: Activation) -> None:
+def test_both_products_compile_and_fit(dtype: DType, activation: Activation) -> None:
     kernels = compile_launches(launch_products, 90, dtype=dtype, activation=activation)
     products = [built for built in kernels if built.name in {"_moe_hopper_kernel", "_moe_hopper_fp8_kernel"}]
     assert {built.constants["ACTIVATION"] for built in products} == {activation, None}
     for built in products:
-        assert built.stack == 0, built
+        # In FP8 what is needed once a tile gives way to sums, outside the loops that multiply.
+        assert built.stack <= (128 if dtype == "fp8" else 0), built
         assert built.shared <= SHARED_MEMORY[90], built
         assert built.wgmma, built
         assert built.tma, built
         assert built.pdl, built
-        # Rows of hidden_states are gathered, those of the second product are in order.
-        assert built.wide_copies == (built.constants["ACTIVATION"] is not None), built
+        # Rows of hidden_states are gathered, unless they have been when they were quantised; h is in order.
+        assert built.wide_copies == (dtype != "fp8" and built.constants["ACTIVATION"] is not None), built
 
 
 @pytest.mark.parametrize(
@@ -77,12 +79,27 @@ def test_they_are_the_default_for_many_rows_per_expert_and_a_candidate_below() -
 
 
 @pytest.mark.gpu
+def test_blocks_hold_every_row_once_and_experts_with_a_tall_one_come_first() -> None:
+    if Machine.inspect("cuda").capability != (9, 0):
+        pytest.skip("needs sm_90")
+    counts = torch.tensor([5, 0, 143, 128, 271, 300], device="cuda", dtype=torch.int32)
+    ends = counts.cumsum(0).int()
+    slots = torch.arange(int(ends[-1]), device="cuda", dtype=torch.int32)
+    blocks, totals = _row_blocks(Routing(slots, slots, ends - counts, ends), fp8=False)
+    listed = blocks[: int(totals[0])].tolist()
+    assert totals[1:].tolist() == [0, 0]
+    assert [e for e, *_ in listed] == [2, 4, 4, 0, 3, 5, 5, 5]
+    assert [end - row for _, row, end in listed] == [143, 128, 143, 5, 128, 128, 128, 44]
+    assert sorted(row for _, first, end in listed for row in range(first, end)) == slots.tolist()
+
+
+@pytest.mark.gpu
 @pytest.mark.usefixtures("poisoned_memory")
 @pytest.mark.parametrize(("dtype", "K", "N"), [("bf16", 192, 256), ("fp16", 192, 200), ("fp8", 256, 384)])
 def test_blocks_of_every_height(dtype: DType, K: int, N: int) -> None:
     """One expert for each count of rows around the heights of tiles, one without rows, and slots that nobody takes."""
     machine = Machine.inspect("cuda")
-    counts = [1, 31, 32, 33, 63, 64, 65, 127, 128, 129, 159, 160, 161, 192, 193, 288, 289, 0, 700]
+    counts = [1, 31, 33, 64, 65, 95, 96, 97, 127, 128, 129, 144, 145, 160, 161, 192, 257, 272, 288, 289, 0, 700]
     layer = Workload("heights", len(counts), 1, K, N)
     if not (configs := hopper_configs(layer.problem(sum(counts), dtype, machine), machine)):
         pytest.skip("needs sm_90")

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from moe_dispatch.backends.stages import quantize as quantize_module
 from moe_dispatch.backends.stages import route as route_module
 from moe_dispatch.backends.stages.activate import activate, activate_quantize, activate_torch
 from moe_dispatch.backends.stages.combine import combine, combine_torch
@@ -114,8 +115,12 @@ def test_what_is_not_finite_spoils_its_group_and_no_other(value: float) -> None:
     assert back[1].isfinite().all()
 
 
+@pytest.mark.parametrize("spread_from", [1 << 30, 0], ids=["one pass", "multipliers in a second pass"])
 @pytest.mark.parametrize("alignment", [1, 4])
-def test_gather_and_gather_quantize_skip_rows_without_a_slot(alignment: int) -> None:
+def test_gather_and_gather_quantize_skip_rows_without_a_slot(
+    alignment: int, spread_from: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(quantize_module, "_SPREAD_FROM", spread_from)
     ids = Ids("", 6, 2, 4).make()
     routing = route(ids, 4, alignment=alignment)
     x = torch.randn(6, 200, generator=torch.Generator().manual_seed(1)).to(DEVICE)

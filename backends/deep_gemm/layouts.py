@@ -16,7 +16,7 @@ from torch import Tensor
 from moe_dispatch.experts import ExpertWeights
 
 from ..stages.activate import activate, activate_quantize
-from ..stages.quantize import gather, gather_quantize
+from ..stages.quantize import gather, gather_quantize, spreads_scales
 from ..stages.route import buffer_rows, route
 from .library import Library
 
@@ -62,8 +62,9 @@ class Rows(ABC):
         self._capacity = self._rows_per_expert()
         alignment = 1 if self._capacity else library.alignment()
         # An expert without rows must end where it starts, on a tile, or the difference wraps around; `route` does so.
+        by_row = self._fp8 and not self._capacity and spreads_scales(topk_ids.numel(), experts.K)
         self.routing = route(
-            topk_ids, experts.E, alignment=alignment, capacity=self._capacity, by_row=False, pdl=self.pdl
+            topk_ids, experts.E, alignment=alignment, capacity=self._capacity, by_row=by_row, pdl=self.pdl
         )
 
     @abstractmethod

@@ -61,12 +61,16 @@ def _moe_gather_kernel(
     stride_scale_group,
     # constants
     QUANTIZE: tl.constexpr,
+    SPREAD: tl.constexpr,
     TOPK: tl.constexpr,
     TOPK_POW2: tl.constexpr,
     GROUPS: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """One program per token and GROUPS * 128 columns: read once, quantised once, written to each of its rows."""
+    """One program per token and GROUPS * 128 columns: read once, quantised once, written to each of its rows.
+
+    With SPREAD multipliers are written once, to the token's row.
+    """
     blocks = tl.cdiv(columns, GROUPS * 128)
     token = tl.program_id(0) // blocks
     block = tl.program_id(0) % blocks
@@ -81,16 +85,53 @@ def _moe_gather_kernel(
         scale = moe_fp8_scale(moe_fp8_amax(x, 1))  # [GROUPS]
         codes = moe_fp8_codes(x, tl.broadcast_to(scale[:, None], [GROUPS, 128]))
         out = tl.reshape(codes, [GROUPS * 128])
-        offs_j = tl.arange(0, TOPK_POW2)
-        rows = tl.load(row_of_slot_ptr + token * TOPK + offs_j, mask=offs_j < TOPK, other=-1)
-        # Rows of one expert lie side by side; with a capacity each expert has multipliers of its own.
-        row_offs = (rows // span).to(tl.int64) * stride_scale_span + (rows % span).to(tl.int64) * stride_scale_row
         offs_g = block * GROUPS + tl.arange(0, GROUPS)
-        tl.store(
-            scale_ptr + row_offs[:, None] + offs_g[None, :] * stride_scale_group,
-            tl.broadcast_to(scale[None, :], [TOPK_POW2, GROUPS]),
-            mask=(rows >= 0)[:, None] & (offs_g * 128 < columns)[None, :],
-        )
+        mask_g = offs_g * 128 < columns
+        if SPREAD:
+            ptrs = scale_ptr + token.to(tl.int64) * stride_scale_row + offs_g * stride_scale_group
+            tl.store(ptrs, scale, mask=mask_g)
+        else:
+            offs_j = tl.arange(0, TOPK_POW2)
+            rows = tl.load(row_of_slot_ptr + token * TOPK + offs_j, mask=offs_j < TOPK, other=-1)
+            # Rows of one expert lie side by side; with a capacity each expert has multipliers of its own.
+            row_offs = (rows // span).to(tl.int64) * stride_scale_span + (rows % span).to(tl.int64) * stride_scale_row
+            tl.store(
+                scale_ptr + row_offs[:, None] + offs_g[None, :] * stride_scale_group,
+                tl.broadcast_to(scale[None, :], [TOPK_POW2, GROUPS]),
+                mask=(rows >= 0)[:, None] & mask_g[None, :],
+            )
     for j in tl.static_range(TOPK):
         row = tl.load(row_of_slot_ptr + token * TOPK + j).to(tl.int64)
         tl.store(out_ptr + row * columns + offs_c, out, mask=mask_c & (row >= 0))
+
+
+@fast_launch
+@triton.jit
+def _moe_spread_scales_kernel(
+    # inputs
+    token_scale_ptr,
+    slot_of_row_ptr,
+    # outputs
+    scale_ptr,
+    # shapes
+    rows,
+    groups,
+    stride_group,
+    # constants
+    TOPK: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_G: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """Multipliers of tokens ``[M, groups]`` to those of their rows, groups `stride_group` apart."""
+    offs_r = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    slot = tl.load(slot_of_row_ptr + offs_r, mask=offs_r < rows, other=-1)
+    token = (slot // TOPK).to(tl.int64)
+    for first in range(0, groups, BLOCK_G):
+        offs_g = first + tl.arange(0, BLOCK_G)
+        mask = (slot >= 0)[:, None] & (offs_g < groups)[None, :]
+        scale = tl.load(token_scale_ptr + token[:, None] * groups + offs_g[None, :], mask=mask)
+        tl.store(scale_ptr + offs_r[:, None] + offs_g[None, :].to(tl.int64) * stride_group, scale, mask=mask)

@@ -29,7 +29,10 @@ def _moe_route_kernel(
     BLOCK: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """One program per expert. Each reads all ids, so none waits for another: no scan across programs, no atomics."""
+    """One program per expert. Each reads all ids, so none waits for another: no scan across programs, no atomics.
+
+    BLOCK is at least the number of slots: ids are read once.
+    """
     e = tl.program_id(0)
     offs = tl.arange(0, BLOCK)
     offs_e = tl.arange(0, E_POW2)
@@ -37,27 +40,22 @@ def _moe_route_kernel(
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
 
-    count = 0
-    start = 0
-    counts = tl.zeros([E_POW2], tl.int32)
-    for first in range(0, slots, BLOCK):
-        ids = _load_ids(ids_ptr, first + offs, slots, E)
-        hit = ids == e
-        if CAPACITY > 0:
-            hit = hit & ~_repeats(ids_ptr, first + offs, ids, hit, TOPK)
-        elif ALIGNMENT == 1:
-            start += tl.sum(((ids >= 0) & (ids < e)).to(tl.int32))
-        else:
-            counts += tl.histogram(tl.maximum(ids, 0), E_POW2, mask=ids >= 0)
-        count += tl.sum(hit.to(tl.int32))
-        if e == 0:
-            tl.store(row_of_slot_ptr + first + offs, -1, mask=(ids < 0) & (first + offs < slots))
+    ids = _load_ids(ids_ptr, offs, slots, E)
+    hit = ids == e
+    # A repeated slot gets the row of the one before it.
+    new = hit & ~_repeats(ids_ptr, offs, ids, hit, TOPK) if CAPACITY > 0 else hit
+    count = tl.sum(new.to(tl.int32))
+    if e == 0:
+        tl.store(row_of_slot_ptr + offs, -1, mask=(ids < 0) & (offs < slots))
     if CAPACITY > 0:
         start = e * CAPACITY
         end = start + CAPACITY
         count = tl.minimum(count, CAPACITY)
     else:
-        if ALIGNMENT > 1:
+        if ALIGNMENT == 1:
+            start = tl.sum(((ids >= 0) & (ids < e)).to(tl.int32))
+        else:
+            counts = tl.histogram(tl.maximum(ids, 0), E_POW2, mask=ids >= 0)
             spans = (counts + ALIGNMENT - 1) // ALIGNMENT * ALIGNMENT
             start = tl.sum(tl.where(offs_e < e, spans, 0))
         end = start + (count + ALIGNMENT - 1) // ALIGNMENT * ALIGNMENT
@@ -69,21 +67,13 @@ def _moe_route_kernel(
         for first in range(start + count, end, BLOCK):
             tl.store(slot_of_row_ptr + first + offs, -1, mask=first + offs < end)
 
-    seen = 0
-    for first in range(0, slots, BLOCK):
-        ids = _load_ids(ids_ptr, first + offs, slots, E)
-        hit = ids == e
-        new = hit
-        if CAPACITY > 0:
-            new = hit & ~_repeats(ids_ptr, first + offs, ids, hit, TOPK)
-        # One less than the rows up to and including this slot: a repeated slot gets the row of the one before it.
-        rank = seen + tl.cumsum(new.to(tl.int32), 0) - 1
-        seen += tl.sum(new.to(tl.int32))
-        # A row past the capacity would be the next expert's.
-        fits = rank < count
-        if slot_of_row_ptr is not None:
-            tl.store(slot_of_row_ptr + start + rank, first + offs, mask=new & fits)
-        tl.store(row_of_slot_ptr + first + offs, tl.where(fits, start + rank, -1), mask=hit)
+    # One less than the rows up to and including this slot.
+    rank = tl.cumsum(new.to(tl.int32), 0) - 1
+    # A row past the capacity would be the next expert's.
+    fits = rank < count
+    if slot_of_row_ptr is not None:
+        tl.store(slot_of_row_ptr + start + rank, offs, mask=new & fits)
+    tl.store(row_of_slot_ptr + offs, tl.where(fits, start + rank, -1), mask=hit)
 
 
 @fast_launch

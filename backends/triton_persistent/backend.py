@@ -37,7 +37,7 @@ class TritonPersistentBackend(TritonBackend):
         """See `Backend.workspace_bytes`."""
         assert isinstance(config, TritonPersistentConfig)  # noqa: S101 - as in `run`
         each = 1 if problem.dtype == "fp8" else 2
-        if config.engine == "gluon" and hopper_permutes(problem.N):
+        if config.engine == "gluon" and hopper_permutes(problem.N, fp8=each == 1):
             inputs = problem.slots * problem.K * each
         else:
             inputs = problem.M * problem.K if problem.dtype == "fp8" else 0

@@ -88,7 +88,11 @@ _RESERVE = 2048
 
 
 def persistent_configs(problem: MoEProblem, features: Features) -> tuple[TritonPersistentConfig, ...]:
-    """The configurations worth measuring, the default first: all fit in the device's shared memory."""
+    """The configurations worth measuring, the default first: all fit in the device's shared memory.
+
+    Others were dropped because none of 3400 measurements on an H200 had them first: wider tiles and columns first lose
+    up to a quarter, larger groups and unflattened loops are within 1 % of the default.
+    """
     load = problem.slots / max(min(problem.E, problem.expected_experts), 1.0)
     found: list[TritonPersistentConfig] = []
     for shape in _shapes(load, fp8=problem.dtype == "fp8", features=features):
@@ -99,8 +103,7 @@ def persistent_configs(problem: MoEProblem, features: Features) -> tuple[TritonP
                 found.append(config)
                 break
     default = found[0]
-    variants = ({"order": "column_major"}, {"order": "row_major"}, {"group_m": 32}, {"flatten_steps": 0})
-    return tuple(dict.fromkeys((*found, *(default.model_copy(update=update) for update in variants))))
+    return tuple(dict.fromkeys((*found, default.model_copy(update={"order": "row_major"}))))
 
 
 def _shapes(load: float, *, fp8: bool, features: Features) -> list[TritonPersistentConfig]:
@@ -114,12 +117,8 @@ def _shapes(load: float, *, fp8: bool, features: Features) -> list[TritonPersist
         # 64 cost no time: weights arrive slower than they are multiplied.
         low = {"block_m": 64, "num_warps": 4, "ctas_per_sm": 2, "flatten_steps": 16}
         high = low | {"block_m": 128}
-        # One program of twice the width or, where multipliers take its registers, of twice the height.
-        alone = {"num_warps": 8, "ctas_per_sm": 1}
-        if fp8:
-            shapes = [low, low | alone | {"block_n": 128}, high | alone]
-        else:
-            shapes = [low, high] if load <= 40 else [high, high | alone | {"block_n": 128}, low]
+        # In FP8 promotion takes the registers that a higher tile would need.
+        shapes = [low] if fp8 else [low, high] if load <= 40 else [high, low]
     else:
         heights = (16, 32) if load <= 12 else (32, 16, 64) if load <= 24 else (64, 32, 128)
         # mma.sync holds operands in registers too.

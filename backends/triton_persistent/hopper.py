@@ -16,20 +16,25 @@ from moe_dispatch.experts import FP8, ExpertWeights
 from moe_dispatch.machine import Machine
 from moe_dispatch.problem import ELEMENT_BYTES, MoEProblem
 
-from ..stages.quantize import empty_scales, gather, gather_quantize, quantize_rows
+from ..stages.quantize import empty_scales, gather, gather_quantize
 from ..stages.route import Routing
 from .config import TritonPersistentConfig
 
 _LEAST_TRITON: Final = (3, 6)  # of the Gluon that the kernels are written in
 _BLOCK_M: Final = 128
-_TAIL_M: Final = 32  # left-over rows that join the block before them; for FP8 none
+# Left-over rows that join a block, and how many blocks of an expert may be so much taller.
+_TAIL_M: Final = 32
+_TALLER: Final = 1
+_FP8_TAIL_M: Final = 16
+_FP8_TALLER: Final = 2
 _STAGE_BYTES: Final = 128  # of a row
-_STAGES: Final = 4
+_LAUNCH: Final = {"STAGES": 4, "num_warps": 4, "maxnreg": 168, "launch_pdl": True}
 # Gathering in the loader costs the first product a twelfth of its time; a pass that permutes the rows before it costs
-# a share that falls with N.
+# a share that falls with N. In FP8 it costs half as much, and always pays: rows are quantised on the way.
 _PERMUTED_FROM_N: Final = 4096
 # Rows per expert from which these kernels are the default: below, tiles of 64 rows on two programs are ahead.
-_FEW_ROWS: Final = 32
+_FEW_ROWS: Final = 16
+_FEW_FP8_ROWS: Final = 32
 
 
 def hopper_configs(problem: MoEProblem, machine: Machine) -> tuple[TritonPersistentConfig, ...]:
@@ -60,12 +65,13 @@ _FITS: Final[dict[str, Callable[[MoEProblem], bool]]] = {
 
 def hopper_suits(problem: MoEProblem) -> bool:
     """Whether these kernels are the likeliest to be fastest, where they can run."""
-    return problem.slots >= _FEW_ROWS * problem.expected_experts
+    few = _FEW_FP8_ROWS if problem.dtype == "fp8" else _FEW_ROWS
+    return problem.slots >= few * problem.expected_experts
 
 
-def hopper_permutes(N: int) -> bool:
+def hopper_permutes(N: int, *, fp8: bool) -> bool:
     """Whether rows are brought into the order of experts before the first product, instead of by its loader."""
-    return N >= _PERMUTED_FROM_N
+    return fp8 or N >= _PERMUTED_FROM_N
 
 
 def _version(text: str) -> tuple[int, ...]:
@@ -103,10 +109,17 @@ def hopper_products(
     Returns:
         ``[rows, K]`` in hidden_states' dtype.
     """
+    if experts.dtype == "fp8":
+        return _fp8_products(hidden_states, experts, routing, topk, config, sms)
+    from .hopper_kernel import _moe_hopper_kernel
+
     N, K, rows = experts.N, experts.K, routing.slot_of_row.shape[0]
-    fp8, permuted = experts.dtype == "fp8", hopper_permutes(experts.N)
+    permuted = hopper_permutes(N, fp8=False)
     depth = _STAGE_BYTES // experts.gate_up.element_size()
-    blocks, counts = _row_blocks(routing, 0 if fp8 else _TAIL_M)
+    blocks, counts = _row_blocks(routing, fp8=False)
+    x = gather(hidden_states, routing, topk, pdl=True) if permuted else hidden_states
+    upper, tail = (_descriptor(x, 64), _descriptor(x, _TAIL_M)) if permuted else (x, None)
+    h = hidden_states.new_empty(rows, N)
     y = hidden_states.new_empty(rows, K)
     gate_up = _descriptor(experts.gate_up.view(-1, K), 128)
     down = _descriptor(experts.down.view(-1, N), 128)
@@ -114,43 +127,66 @@ def hopper_products(
     # blocks summed over; columns in and out.
     up_shapes = math.ceil(N / 128), 2 * N, N, 128, K // depth, K, N
     down_shapes = math.ceil(K / 256), K, 128, 256, math.ceil(N / depth), N, K
-    launch = {"STAGES": _STAGES, "GROUP_M": config.group_m, "num_warps": 4, "maxnreg": 168, "launch_pdl": True}
-    slots = None if permuted else routing.slot_of_row
-    up_constants = {"COUNTER": 1, "TOPK": 0 if permuted else topk, "ACTIVATION": experts.activation} | launch
-    down_constants = {"COUNTER": 2, "TOPK": 0, "ACTIVATION": None} | launch
-    if fp8:
-        from .hopper_fp8_kernel import _moe_hopper_fp8_kernel
-
-        x, x_scale = (
-            gather_quantize(hidden_states, routing, topk, pdl=True)
-            if permuted
-            else quantize_rows(hidden_states, pdl=True)
-        )
-        h = torch.empty(rows, N, dtype=FP8, device=x.device)
-        h_scale = empty_scales(rows, N, x.device, column_major=False)
-        _moe_hopper_fp8_kernel[(sms,)](
-            _descriptor(x, 64) if permuted else x, x_scale, gate_up, experts.gate_up_scale, slots, blocks, counts,
-            h, h_scale, *up_shapes, **up_constants,
-        )  # fmt: skip
-        _moe_hopper_fp8_kernel[(sms,)](
-            _descriptor(h, 64), h_scale, down, experts.down_scale, None, blocks, counts, y, None, *down_shapes,
-            **down_constants,
-        )  # fmt: skip
-        return y
-    from .hopper_kernel import _moe_hopper_kernel
-
-    x = gather(hidden_states, routing, topk, pdl=True) if permuted else hidden_states
-    upper, tail = (_descriptor(x, 64), _descriptor(x, 32)) if permuted else (x, None)
-    h = hidden_states.new_empty(rows, N)
-    _moe_hopper_kernel[(sms,)](upper, tail, gate_up, slots, blocks, counts, h, *up_shapes, **up_constants)
+    launch = {"GROUP_M": config.group_m} | _LAUNCH
+    slots, up_topk = (None, 0) if permuted else (routing.slot_of_row, topk)
     _moe_hopper_kernel[(sms,)](
-        _descriptor(h, 64), _descriptor(h, 32), down, None, blocks, counts, y, *down_shapes, **down_constants
-    )
+        upper, tail, gate_up, slots, blocks, counts, h, *up_shapes,
+        COUNTER=1, TOPK=up_topk, ACTIVATION=experts.activation, **launch,
+    )  # fmt: skip
+    _moe_hopper_kernel[(sms,)](
+        _descriptor(h, 64), _descriptor(h, _TAIL_M), down, None, blocks, counts, y, *down_shapes,
+        COUNTER=2, TOPK=0, ACTIVATION=None, **launch,
+    )  # fmt: skip
     return y
 
 
-def _row_blocks(routing: Routing, tail_m: int) -> tuple[Tensor, Tensor]:
-    """Cut every expert's rows into blocks of 128; up to `tail_m` left-over rows join the block before them.
+def _fp8_products(
+    hidden_states: Tensor,
+    experts: ExpertWeights,
+    routing: Routing,
+    topk: int,
+    config: TritonPersistentConfig,
+    sms: int,
+) -> Tensor:
+    """`hopper_products` in block FP8."""
+    from .hopper_fp8_kernel import _moe_hopper_fp8_kernel
+
+    N, K, rows = experts.N, experts.K, routing.slot_of_row.shape[0]
+    blocks, counts = _row_blocks(routing, fp8=True)
+    x, x_scale = gather_quantize(hidden_states, routing, topk, pdl=True)
+    h = torch.empty(rows, N, dtype=FP8, device=x.device)
+    # A tile's rows write and read the multipliers of one block of columns.
+    h_scale = empty_scales(rows, N, x.device, column_major=True)
+    y = hidden_states.new_empty(rows, K)
+    launch = {"GROUP_M": config.group_m} | _LAUNCH
+    # Shapes as above, without columns in.
+    _moe_hopper_fp8_kernel[(sms,)](
+        # inputs
+        _descriptor(x, 64), _descriptor(x, _FP8_TAIL_M), x_scale, *x_scale.stride(),
+        _descriptor(experts.gate_up.view(-1, K), 128), experts.gate_up_scale, blocks, counts,
+        # outputs
+        h, h_scale, *h_scale.stride(),
+        # shapes
+        N // 128, 2 * N, N, 128, K // 128, N,
+        # constants
+        COUNTER=1, ACTIVATION=experts.activation, **launch,
+    )  # fmt: skip
+    _moe_hopper_fp8_kernel[(sms,)](
+        # inputs
+        _descriptor(h, 64), _descriptor(h, _FP8_TAIL_M), h_scale, *h_scale.stride(),
+        _descriptor(experts.down.view(-1, N), 128), experts.down_scale, blocks, counts,
+        # outputs
+        y, None, 0, 0,
+        # shapes
+        K // 256, K, 128, 256, N // 128, K,
+        # constants
+        COUNTER=2, ACTIVATION=None, **launch,
+    )  # fmt: skip
+    return y
+
+
+def _row_blocks(routing: Routing, *, fp8: bool) -> tuple[Tensor, Tensor]:
+    """Cut every expert's rows into blocks of 128, or some more where that spares a block.
 
     Returns:
         int32 ``[blocks, 3]``: expert, first row and end of each block; and int32 ``[3]``: how many there are, and two
@@ -169,7 +205,8 @@ def _row_blocks(routing: Routing, tail_m: int) -> tuple[Tensor, Tensor]:
         # shapes
         E,
         # constants
-        BLOCK_M=_BLOCK_M, TAIL_M=tail_m, E_POW2=1 << (E - 1).bit_length(), num_warps=1, launch_pdl=True,
+        BLOCK_M=_BLOCK_M, TAIL_M=_FP8_TAIL_M if fp8 else _TAIL_M, TALLER=_FP8_TALLER if fp8 else _TALLER,
+        E_POW2=1 << (E - 1).bit_length(), num_warps=1, launch_pdl=True,
     )  # fmt: skip
     return blocks, counts
 

@@ -1,190 +1,213 @@
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"
-"""The two grouped products in block FP8 for Hopper, in Gluon; see `hopper_common`.
+"""The two grouped products in block FP8 for Hopper, in Gluon; see `hopper_common` and `hopper_fp8_loader`.
 
-A tile is 128 rows of one expert, 64 for each consumer, and twice 128 rows of its weights: gate and up, or two of down.
-The tensor core adds up 128 products; what it found is scaled and added in fp32, a quarter of the weights at a time:
-registers hold all sums and two such partial results, one being multiplied while the other is added.
-A consumer has whole groups of 128 columns of its rows, so that it can requantise what the activation gives.
+A tile is up to 144 rows of one expert and twice 128 rows of its weights: gate and up, or two of down. So an expert that
+has a few rows more than 128 does not need its weights twice. The tensor core adds up 128 products; what it found is
+scaled and added in fp32. While one consumer does that, the other one multiplies.
 """
 
 import triton.language as tl
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import (
-    fence_async_shared,
-    mbarrier,
-    warpgroup_mma,
-    warpgroup_mma_wait,
-)
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma, warpgroup_mma_wait
 
 from moe_dispatch.experts import FP8_MAX, SMALLEST_AMAX
 
 from ..stages.device import moe_activate, moe_fp8_amax
-from .hopper_common import load_tiles, make_barriers, receive_tile, schedule_tiles
+from .hopper_common import make_barriers, receive_tile, schedule_tiles
+from .hopper_fp8_loader import load_fp8_tiles
 
 _FP8_MAX = gl.constexpr(FP8_MAX)
 _SMALLEST_AMAX = gl.constexpr(SMALLEST_AMAX)
 _BLOCK_K = gl.constexpr(128)
+# Left-over rows that a tile of 128 rows takes too.
+_TAIL_M = gl.constexpr(16)
+# Stages that the second consumer starts after the first.
+_STAGGER = gl.constexpr(2)
+_PLAIN = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [0]))
+# One binary for all layers: none of these is worth a specialisation.
+_SHAPES = (
+    "a_scale_row", "a_scale_column", "out_scale_row", "out_scale_column", "n_blocks", "w_rows", "w_second", "w_step",
+    "depth",
+)  # fmt: skip
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=_SHAPES)
 def _moe_hopper_fp8_kernel(
     # inputs
-    a,
+    a_desc,
+    tail_desc,
     a_scale_ptr,
+    a_scale_row,
+    a_scale_column,
     w_desc,
     w_scale_ptr,
-    slot_of_row_ptr,
     blocks_ptr,
     counts_ptr,
     # outputs
     out_ptr,
     out_scale_ptr,
+    out_scale_row,
+    out_scale_column,
     # shapes
     n_blocks,
     w_rows,
     w_second,
     w_step,
     depth,
-    a_columns,
     columns,
     # constants
     COUNTER: gl.constexpr,
-    TOPK: gl.constexpr,
     ACTIVATION: gl.constexpr,
     STAGES: gl.constexpr,
     GROUP_M: gl.constexpr,
 ):
-    """`a` is a descriptor of rows in expert order, or with TOPK > 0 rows of tokens, which the loader gathers."""
-    GATHER: gl.constexpr = TOPK > 0
-    A_LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, _BLOCK_K], w_desc.dtype)
+    """Rows are in the order of experts; their descriptors take 64 of them and what a tail has."""
+    FP8: gl.constexpr = w_desc.dtype
     OUT: gl.constexpr = out_ptr.dtype.element_ty
-    OUT_LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, 128], OUT)
-    a_bufs = gl.allocate_shared_memory(w_desc.dtype, [2 * STAGES, 64, _BLOCK_K], A_LAYOUT)
-    w_bufs = gl.allocate_shared_memory(w_desc.dtype, [2 * STAGES, 128, _BLOCK_K], w_desc.layout)
-    out_bufs = gl.allocate_shared_memory(OUT, [2, 64, 128], OUT_LAYOUT)
-    queue, ring = make_barriers(STAGES, GATHER)
+    OUT_COLUMNS: gl.constexpr = 1024 // OUT.primitive_bitwidth
+    A_LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, _BLOCK_K], FP8)
+    OUT_LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, OUT_COLUMNS], OUT)
+    bufs = (
+        gl.allocate_shared_memory(FP8, [2 * STAGES, 64, _BLOCK_K], A_LAYOUT),
+        gl.allocate_shared_memory(FP8, [STAGES, _TAIL_M, _BLOCK_K], A_LAYOUT),
+        gl.allocate_shared_memory(FP8, [2 * STAGES, 128, _BLOCK_K], w_desc.layout),
+        gl.allocate_shared_memory(gl.float32, [2 * STAGES, 64], _PLAIN),
+        gl.allocate_shared_memory(gl.float32, [STAGES, _TAIL_M], _PLAIN),
+        gl.allocate_shared_memory(gl.float32, [2 * STAGES, 1], _PLAIN),
+    )
+    out_bufs = gl.allocate_shared_memory(OUT, [2, 64, OUT_COLUMNS], OUT_LAYOUT)
+    amax_bufs = gl.allocate_shared_memory(gl.float32, [4, 64], _PLAIN)
+    amax_known = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    mbarrier.init(amax_known, count=2)
+    queue, ring = make_barriers(STAGES, True)
     tl.extra.cuda.gdc_wait()
     tl.extra.cuda.gdc_launch_dependents()
+    inputs = a_desc, tail_desc, a_scale_ptr, a_scale_row, a_scale_column, w_desc, w_scale_ptr
+    exchange = amax_bufs, amax_known
+    outputs = out_ptr, out_scale_ptr, out_scale_row, out_scale_column, columns
+    shapes = w_rows, w_second, w_step, depth
     gl.warp_specialize(
         [
-            (_consume, (queue, ring, a_bufs, w_bufs, out_bufs, a_scale_ptr, w_scale_ptr, slot_of_row_ptr, out_ptr,
-                        out_scale_ptr, w_rows, w_second, w_step, columns, depth, 0, TOPK, ACTIVATION, STAGES)),
-            (_consume, (queue, ring, a_bufs, w_bufs, out_bufs, a_scale_ptr, w_scale_ptr, slot_of_row_ptr, out_ptr,
-                        out_scale_ptr, w_rows, w_second, w_step, columns, depth, 1, TOPK, ACTIVATION, STAGES)),
-            (load_tiles, (queue, ring, a, None, w_desc, slot_of_row_ptr, a_bufs, None, w_bufs, w_rows,
-                          w_second, w_step, depth, a_columns, TOPK, False, STAGES)),
+            (_consume, (queue, ring, bufs, out_bufs, exchange, outputs, depth, 0, ACTIVATION, STAGES)),
+            (_consume, (queue, ring, bufs, out_bufs, exchange, outputs, depth, 1, ACTIVATION, STAGES)),
+            (load_fp8_tiles, (queue, ring, inputs, bufs, shapes, STAGES)),
             (schedule_tiles, (queue, blocks_ptr, counts_ptr, n_blocks, COUNTER, GROUP_M)),
         ],
-        [4, 2 if GATHER else 1, 1],
-        [216, 72, 72] if GATHER else [232, 40, 40],
+        [4, 2, 1],
+        [240, 24, 24],
     )  # fmt: skip
 
 
 @gluon.jit
 def _consume(
-    queue, ring, a_bufs, w_bufs, out_bufs, a_scale_ptr, w_scale_ptr, slot_of_row_ptr, out_ptr,
-    out_scale_ptr, w_rows, w_second, w_step, columns, depth,
-    HALF: gl.constexpr, TOPK: gl.constexpr, ACTIVATION: gl.constexpr, STAGES: gl.constexpr,
+    queue, ring, bufs, out_bufs, exchange, outputs, depth,
+    HALF: gl.constexpr, ACTIVATION: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """Consumer HALF takes the upper (0) or the lower (1) 64 rows of every tile."""
-    full, empty = ring
+    """One of the two consumers, HALF 0 or 1."""
+    full, _empty = ring
     i = 0
     step = 0
-    e, row, end, block_n = receive_tile(queue, i)
+    exchanges = 0
+    _e, row, end, block_n = receive_tile(queue, i)
+    if HALF == 1:
+        # One consumer starts later than the other, so that their epilogues do not leave the tensor core idle together.
+        mbarrier.wait(full.index(_STAGGER), 0, pred=(end > 0) & (depth > _STAGGER))
     while end > 0:
-        row += 64 * HALF
-        if row < end:
-            scale_row = (e * w_rows + block_n * w_step) // 128
-            first_scale_ptr = w_scale_ptr + scale_row.to(gl.int64) * depth
-            first, second = _multiply(
-                ring, a_bufs, w_bufs, a_scale_ptr, first_scale_ptr, first_scale_ptr + w_second // 128 * depth,
-                slot_of_row_ptr, row, end, depth, step, HALF, TOPK, STAGES,
+        if end - row > 128:
+            _run_tile(
+                ring, bufs, out_bufs, exchange, outputs, row, end, block_n, step, depth, exchanges,
+                128 + _TAIL_M, HALF, ACTIVATION, STAGES,
             )  # fmt: skip
-            buf = out_bufs.index(HALF)
-            if ACTIVATION is not None:
-                out = moe_activate(first, second, ACTIVATION)
-                amax = moe_fp8_amax(out, 1)
-                amax = gl.where(amax < _SMALLEST_AMAX, _SMALLEST_AMAX, amax)
-                scale = tl.div_rn(amax, gl.full_like(amax, _FP8_MAX))
-                offs_m = row + gl.arange(0, 64, gl.SliceLayout(1, out.type.layout))
-                scale_ptrs = out_scale_ptr + offs_m.to(gl.int64) * (columns // 128) + block_n
-                gl.store(scale_ptrs, scale, mask=offs_m < end)
-                # The conversion saturates, so that what a division rounds up past the greatest code stays that code.
-                _store(out / scale[:, None], buf, out_ptr, row, end, block_n * 128, columns)
-            else:
-                _store(first, buf, out_ptr, row, end, block_n * 256, columns)
-                _store(second, buf, out_ptr, row, end, block_n * 256 + 128, columns)
-            step += depth
+            exchanges += 1
+        elif end - row > 64:
+            _run_tile(
+                ring, bufs, out_bufs, exchange, outputs, row, end, block_n, step, depth, exchanges,
+                128, HALF, ACTIVATION, STAGES,
+            )  # fmt: skip
         else:
-            for _k in range(depth):
-                stage = step % STAGES
-                mbarrier.wait(full.index(stage), step // STAGES & 1)
-                mbarrier.arrive(empty.index(stage))
-                step += 1
+            _run_tile(
+                ring, bufs, out_bufs, exchange, outputs, row, end, block_n, step, depth, exchanges,
+                64, HALF, ACTIVATION, STAGES,
+            )  # fmt: skip
+            exchanges += 1
+        step += depth
         i += 1
-        e, row, end, block_n = receive_tile(queue, i)
+        _e, row, end, block_n = receive_tile(queue, i)
 
 
 @gluon.jit
-def _multiply(
-    ring, a_bufs, w_bufs, a_scale_ptr, first_scale_ptr, second_scale_ptr, slot_of_row_ptr, row, end, depth, step,
-    HALF: gl.constexpr, TOPK: gl.constexpr, STAGES: gl.constexpr,
+def _run_tile(
+    ring, bufs, out_bufs, exchange, outputs, row, end, block_n, step, depth, exchanges,
+    HEIGHT: gl.constexpr, HALF: gl.constexpr, ACTIVATION: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """64 rows by both halves of the weights, scaled: two of ``[64, 128]``."""
+    """A tile of up to HEIGHT rows.
+
+    Of 128 rows each consumer multiplies 64 by all weights. Up to 64 rows both multiply by half of the weights, 64 of
+    each 128. What is left over beyond 128 rows is multiplied likewise, but transposed: weights fill the tensor core's
+    side of 64, few rows its other side. `exchanges` counts the tiles before this one of which no consumer had whole
+    rows.
+    """
     full, empty = ring
-    MMA: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 32])
-    w_quarters = w_bufs._reinterpret(w_bufs.dtype, [4 * STAGES, 64, _BLOCK_K], w_bufs.type.layout)
-    offs_m = row + gl.arange(0, 64, gl.SliceLayout(1, MMA))
-    if TOPK > 0:
-        source = gl.load(slot_of_row_ptr + offs_m, mask=offs_m < end, other=0) // TOPK
-    else:
-        source = gl.where(offs_m < end, offs_m, row)
-    a_scale_ptrs = a_scale_ptr + source.to(gl.int64) * depth
-    a_scale = gl.load(a_scale_ptrs)
-    first_scale = gl.load(first_scale_ptr)
-    second_scale = gl.load(second_scale_ptr)
-    first_left = gl.zeros([64, 64], gl.float32, MMA)
-    first_right = gl.zeros([64, 64], gl.float32, MMA)
-    second_left = gl.zeros([64, 64], gl.float32, MMA)
-    second_right = gl.zeros([64, 64], gl.float32, MMA)
-    even = gl.zeros([64, 64], gl.float32, MMA)
-    odd = gl.zeros([64, 64], gl.float32, MMA)
-    for k in range(depth):
+    a_bufs, tail_bufs, w_bufs, a_scale_bufs, tail_scale_bufs, w_scale_bufs = bufs
+    TAIL: gl.constexpr = HEIGHT > 128
+    WIDTH: gl.constexpr = 128 if HEIGHT >= 128 else 64
+    MMA: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDTH, 32])
+    ONE: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
+    w_parts = w_bufs._reinterpret(w_bufs.dtype, [256 // WIDTH * STAGES, WIDTH, _BLOCK_K], w_bufs.type.layout)
+    w_halves = w_bufs._reinterpret(w_bufs.dtype, [4 * STAGES, 64, _BLOCK_K], w_bufs.type.layout)
+    # Of a stage: which 64 rows, and which parts of the weights.
+    ROWS: gl.constexpr = HALF if WIDTH == 128 else 0
+    FIRST: gl.constexpr = 0 if WIDTH == 128 else HALF
+    SECOND: gl.constexpr = FIRST + 128 // WIDTH
+    first = gl.zeros([64, WIDTH], gl.float32, MMA)
+    second = gl.zeros([64, WIDTH], gl.float32, MMA)
+    found = gl.zeros([64, WIDTH], gl.float32, MMA)
+    if TAIL:
+        TAIL_MMA: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, _TAIL_M, 32])
+        tail_first = gl.zeros([64, _TAIL_M], gl.float32, TAIL_MMA)
+        tail_second = gl.zeros([64, _TAIL_M], gl.float32, TAIL_MMA)
+        found_first = gl.zeros([64, _TAIL_M], gl.float32, TAIL_MMA)
+        found_second = gl.zeros([64, _TAIL_M], gl.float32, TAIL_MMA)
+    for _k in range(depth):
         stage = step % STAGES
-        # Scales come one step ahead; the last step reads the first's again.
-        following = gl.where(k + 1 < depth, k + 1, 0)
-        next_a_scale = gl.load(a_scale_ptrs + following)
-        next_first_scale = gl.load(first_scale_ptr + following)
-        next_second_scale = gl.load(second_scale_ptr + following)
         mbarrier.wait(full.index(stage), step // STAGES & 1)
-        if TOPK > 0:
-            fence_async_shared()
-        # One quarter is multiplied while the one before it is added. A sum passes through a wait so that it is
-        # finished before its registers' next product starts: the compiler would take others, and has none.
-        x = a_bufs.index(2 * stage + HALF)
-        scale = (a_scale * first_scale)[:, None]
-        even = _start(x, w_quarters.index(4 * stage), even)
-        odd = _start(x, w_quarters.index(4 * stage + 1), odd)
-        even, odd = warpgroup_mma_wait(1, deps=(even, odd))
-        first_left += even * scale
-        first_left, odd = warpgroup_mma_wait(1, deps=(first_left, odd))
-        even = _start(x, w_quarters.index(4 * stage + 2), even)
-        even, odd = warpgroup_mma_wait(1, deps=(even, odd))
-        first_right += odd * scale
-        first_right, even = warpgroup_mma_wait(1, deps=(first_right, even))
-        scale = (a_scale * second_scale)[:, None]
-        odd = _start(x, w_quarters.index(4 * stage + 3), odd)
-        even, odd = warpgroup_mma_wait(1, deps=(even, odd))
-        second_left += even * scale
-        second_left, odd = warpgroup_mma_wait(0, deps=(second_left, odd))
-        mbarrier.arrive(empty.index(stage))
-        second_right += odd * scale
-        a_scale = next_a_scale
-        first_scale = next_first_scale
-        second_scale = next_second_scale
+        # A sum passes through a wait so that it is finished before its registers' next product starts: the compiler
+        # would take others, and has none.
+        x = a_bufs.index(2 * stage + ROWS)
+        found = _start(x, w_parts.index(256 // WIDTH * stage + FIRST), found)
+        a_scale = a_scale_bufs.index(2 * stage + ROWS).load(gl.SliceLayout(1, MMA))
+        first_scale = gl.max(w_scale_bufs.index(2 * stage).load(ONE), 0)
+        second_scale = gl.max(w_scale_bufs.index(2 * stage + 1).load(ONE), 0)
+        found = warpgroup_mma_wait(0, deps=(found,))
+        first += found * (a_scale * first_scale)[:, None]
+        first, found = warpgroup_mma_wait(0, deps=(first, found))
+        found = _start(x, w_parts.index(256 // WIDTH * stage + SECOND), found)
+        found = warpgroup_mma_wait(0, deps=(found,))
+        if TAIL:
+            second += found * (a_scale * second_scale)[:, None]
+            second, found_first, found_second = warpgroup_mma_wait(0, deps=(second, found_first, found_second))
+            found_first = _start(w_halves.index(4 * stage + HALF), tail_bufs.index(stage), found_first)
+            found_second = _start(w_halves.index(4 * stage + 2 + HALF), tail_bufs.index(stage), found_second)
+            tail_scale = tail_scale_bufs.index(stage).load(gl.SliceLayout(0, TAIL_MMA))
+            found_first, found_second = warpgroup_mma_wait(0, deps=(found_first, found_second))
+            mbarrier.arrive(empty.index(stage))
+            tail_first += found_first * (tail_scale * first_scale)[None, :]
+            tail_second += found_second * (tail_scale * second_scale)[None, :]
+        else:
+            mbarrier.arrive(empty.index(stage))
+            second += found * (a_scale * second_scale)[:, None]
         step += 1
-    return _side_by_side(first_left, first_right), _side_by_side(second_left, second_right)
+    buf = out_bufs.index(HALF)
+    if WIDTH == 128:
+        _finish(first, second, row + 64 * HALF, end, block_n, 0, buf, exchange, exchanges, outputs, HALF, ACTIVATION)
+    else:
+        _finish(first, second, row, end, block_n, 64 * HALF, buf, exchange, exchanges, outputs, HALF, ACTIVATION)
+    if TAIL:
+        _finish_transposed(
+            tail_first, tail_second, row + 128, end, block_n, 64 * HALF, buf, exchange, exchanges, outputs, HALF,
+            ACTIVATION,
+        )  # fmt: skip
 
 
 @gluon.jit
@@ -194,18 +217,115 @@ def _start(x, w, registers):
 
 
 @gluon.jit
-def _side_by_side(left, right):
-    """``[64, 128]`` of two ``[64, 64]``."""
-    return gl.reshape(gl.permute(gl.join(left, right), [0, 2, 1]), [64, 128])
+def _finish(
+    first, second, row, end, block_n, column, buf, exchange, exchanges, outputs,
+    HALF: gl.constexpr, ACTIVATION: gl.constexpr,
+):  # fmt: skip
+    """Store two of ``[64 rows, 128 or 64 columns]``, or their activation requantised; `column` is the first of 128."""
+    out_ptr, out_scale_ptr, out_scale_row, out_scale_column, columns = outputs
+    if ACTIVATION is None:
+        _store(first, buf, out_ptr, row, end, block_n * 256 + column, columns)
+        _store(second, buf, out_ptr, row, end, block_n * 256 + 128 + column, columns)
+    else:
+        out = _activate(first, second, ACTIVATION)
+        amax = moe_fp8_amax(out, 1)
+        if out.shape[1] == 64:
+            amax = _greater(amax, exchange, exchanges, HALF)
+        offs_m = row + gl.arange(0, 64, gl.SliceLayout(1, out.type.layout))
+        scale_ptrs = out_scale_ptr + offs_m.to(gl.int64) * out_scale_row + block_n.to(gl.int64) * out_scale_column
+        scale = _scale(amax)
+        gl.store(scale_ptrs, scale, mask=offs_m < end)
+        _store(out * (1.0 / scale)[:, None], buf, out_ptr, row, end, block_n * 128 + column, columns)
+
+
+@gluon.jit
+def _finish_transposed(
+    first, second, row, end, block_n, column, buf, exchange, exchanges, outputs,
+    HALF: gl.constexpr, ACTIVATION: gl.constexpr,
+):  # fmt: skip
+    """The same of two of ``[64 columns, 16 rows]``."""
+    out_ptr, out_scale_ptr, out_scale_row, out_scale_column, columns = outputs
+    if ACTIVATION is None:
+        _store_transposed(first, buf, out_ptr, row, end, block_n * 256 + column, columns)
+        _store_transposed(second, buf, out_ptr, row, end, block_n * 256 + 128 + column, columns)
+    else:
+        out = _activate(first, second, ACTIVATION)
+        amax = _greater(moe_fp8_amax(out, 0), exchange, exchanges, HALF)
+        offs_m = row + gl.arange(0, out.shape[1], gl.SliceLayout(0, out.type.layout))
+        scale_ptrs = out_scale_ptr + offs_m.to(gl.int64) * out_scale_row + block_n.to(gl.int64) * out_scale_column
+        scale = _scale(amax)
+        gl.store(scale_ptrs, scale, mask=offs_m < end)
+        _store_transposed(out * (1.0 / scale)[None, :], buf, out_ptr, row, end, block_n * 128 + column, columns)
+
+
+@gluon.jit
+def _activate(gate, up, ACTIVATION: gl.constexpr):
+    """`moe_activate`; SiLU by the bare instructions, whose ranges suffice: their checks were half of the epilogue."""
+    if ACTIVATION == "silu":
+        power = gl.inline_asm_elementwise(
+            "ex2.approx.ftz.f32 $0, $1;", "=f,f", [gate * -1.4426950408889634], gl.float32, True, 1
+        )
+        sigmoid = gl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [power + 1.0], gl.float32, True, 1)
+        out = gate * sigmoid * up
+    else:
+        out = moe_activate(gate, up, ACTIVATION)
+    return out
+
+
+@gluon.jit
+def _scale(amax):
+    """Multipliers. Conversions saturate, so that what is rounded up past the greatest code stays that code."""
+    amax = gl.where(amax < _SMALLEST_AMAX, _SMALLEST_AMAX, amax)
+    return tl.div_rn(amax, gl.full_like(amax, _FP8_MAX))
+
+
+@gluon.jit
+def _greater(amax, exchange, exchanges, HALF: gl.constexpr):
+    """The greater of both consumers' `amax`.
+
+    Two pairs of buffers take turns: who comes to the next exchange has read what the last one left.
+    """
+    bufs, known = exchange
+    pair = exchanges % 2 * 2
+    bufs.index(pair + HALF).slice(0, amax.shape[0]).store(amax)
+    mbarrier.arrive(known)
+    mbarrier.wait(known, exchanges & 1)
+    other = bufs.index(pair + 1 - HALF).slice(0, amax.shape[0]).load(amax.type.layout)
+    # As integers, magnitudes keep their order, and NaN is the greatest.
+    greater = gl.maximum(other.to(gl.int32, bitcast=True), amax.to(gl.int32, bitcast=True))
+    return greater.to(gl.float32, bitcast=True)
 
 
 @gluon.jit
 def _store(values, buf, out_ptr, row, end, column, columns):
-    """`values` ``[64, 128]`` to their rows, through shared memory."""
+    """`values` ``[64 rows, 128 or 64 columns]`` through shared memory, as many columns at a time as `buf` has."""
+    WIDTH: gl.constexpr = values.shape[1]
+    if buf.shape[1] < WIDTH:
+        left, right = gl.split(gl.permute(gl.reshape(values, [64, 2, WIDTH // 2]), [0, 2, 1]))
+        _store(left, buf, out_ptr, row, end, column, columns)
+        _store(right, buf, out_ptr, row, end, column + WIDTH // 2, columns)
+    else:
+        LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, WIDTH], buf.dtype)
+        view = buf._reinterpret(buf.dtype, [64, WIDTH], LAYOUT)
+        view.store(values.to(buf.dtype))
+        _store_lines(view, out_ptr, row, end, column, columns)
+
+
+@gluon.jit
+def _store_transposed(values, buf, out_ptr, row, end, column, columns):
+    """`values` ``[64 columns, 16 rows]``."""
+    LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for([values.shape[1], 64], buf.dtype)
+    view = buf._reinterpret(buf.dtype, [values.shape[1], 64], LAYOUT)
+    view.permute((1, 0)).store(values.to(buf.dtype))
+    _store_lines(view, out_ptr, row, end, column, columns)
+
+
+@gluon.jit
+def _store_lines(buf, out_ptr, row, end, column, columns):
+    WIDTH: gl.constexpr = buf.shape[1]
     VECTOR: gl.constexpr = 128 // buf.dtype.primitive_bitwidth
-    LINES: gl.constexpr = gl.BlockedLayout([1, VECTOR], [VECTOR // 4, 128 // VECTOR], [4, 1], [1, 0])
-    buf.store(values.to(buf.dtype))
-    offs_m = row + gl.arange(0, 64, gl.SliceLayout(1, LINES))
-    offs_n = column + gl.arange(0, 128, gl.SliceLayout(0, LINES))
+    LINES: gl.constexpr = gl.BlockedLayout([1, VECTOR], [32 * VECTOR // WIDTH, WIDTH // VECTOR], [4, 1], [1, 0])
+    offs_m = row + gl.arange(0, buf.shape[0], gl.SliceLayout(1, LINES))
+    offs_n = column + gl.arange(0, WIDTH, gl.SliceLayout(0, LINES))
     ptrs = out_ptr + offs_m.to(gl.int64)[:, None] * columns + offs_n[None, :]
     gl.store(ptrs, buf.load(LINES), mask=(offs_m < end)[:, None] & (offs_n < columns)[None, :])

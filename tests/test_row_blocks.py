@@ -1,0 +1,47 @@
+"""How the kernels for Hopper cut experts' rows into blocks."""
+
+import pytest
+import torch
+
+from moe_dispatch.backends.stages.route import route_torch
+from moe_dispatch.backends.triton_persistent import hopper
+
+pytest.importorskip("triton")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+COUNTS = [1, 0, 64, 127, 128, 129, 144, 145, 160, 161, 256, 257, 272, 288, 289, 384, 385, 433, 0, 700]
+
+
+@pytest.fixture(autouse=True)
+def _any_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Waiting for the kernel before needs sm_90, and the interpreter does not know it."""
+    if DEVICE == "cuda":
+        if torch.cuda.get_device_capability() < (9, 0):
+            pytest.skip("needs sm_90")
+    else:
+        from triton.language.extra import cuda
+
+        for name in ("gdc_wait", "gdc_launch_dependents"):
+            monkeypatch.setattr(cuda, name, lambda **_: None)
+
+
+@pytest.mark.parametrize(
+    ("fp8", "heights"),
+    [
+        (False, {129: [129], 160: [160], 161: [128, 33], 289: [128, 128, 33], 288: [128, 160], 433: [128] * 3 + [49]}),
+        (True, {144: [144], 145: [128, 17], 257: [128, 129], 272: [128, 144], 288: [144, 144], 385: [128, 128, 129]}),
+    ],
+    ids=["bf16", "fp8"],
+)  # fmt: skip
+def test_every_row_is_in_one_block_and_few_left_over_rows_join_others(fp8: bool, heights: dict[int, list[int]]) -> None:
+    ids = torch.repeat_interleave(torch.arange(len(COUNTS)), torch.tensor(COUNTS))[:, None].to(DEVICE)
+    routing = route_torch(ids, len(COUNTS))
+    blocks, counts = hopper._row_blocks(routing, fp8=fp8)
+    listed = blocks[: counts[0]].tolist()
+    assert counts[1:].tolist() == [0, 0]
+    for e, count in enumerate(COUNTS):
+        mine = [(row, end) for expert, row, end in listed if expert == e]
+        rows = [row for start, end in mine for row in range(start, end)]
+        assert rows == list(range(int(routing.starts[e]), int(routing.ends[e]))), count
+        found = [end - row for row, end in mine]
+        assert found == heights.get(count, found)
+        assert all(0 < height <= (144 if fp8 else 160) for height in found)
