@@ -54,7 +54,7 @@ class Case:
         )  # fmt: skip
 
 
-TOKENS = {f"M={M}": Case(M=M) for M in (1, 3, 17, 64, 150)}
+TOKENS = {f"M={M}": Case(M=M) for M in (1, 3, 17, 150)}
 TOPK = {f"topk={topk}": Case(topk=topk, E=max(8, topk + 2)) for topk in (1, 5, 10)}
 EXPERTS = {
     "one expert": Case(E=1, topk=1),

@@ -138,9 +138,9 @@ CASES = [
         *[Case(f"{name}", activation=name, bias=True) for name in ("gelu", "gelu_tanh", "swiglu_oai", "relu2")],
         Case("gpt-oss", K=400, N=240, activation="swiglu_oai", bias=True, interleaved=True),
         Case("fp16", dtype="fp16", bias=True, K=256, N=256, topk=3),
-        Case("fp8", dtype="fp8", K=256, N=256),
+        Case("fp8", M=2, dtype="fp8", K=256, N=256),
         Case("fp8, cut blocks", dtype="fp8", K=200, N=72, bias=True, activation="swiglu_oai", interleaved=True),
-        Case("fp8, shifted blocks", dtype="fp8", K=200, N=77, topk=3),
+        Case("fp8, shifted blocks", M=2, dtype="fp8", K=200, N=77, topk=3),
     ) for tile in ({}, CHUNKS)],
     # narrow and wide token tiles
     Case("block_m 8", M=17, config={"block_m": 8}),
