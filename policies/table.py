@@ -82,11 +82,11 @@ class LayerTable:
             return ()
         barred = {identity for near in around for identity, us in self.scores[near].items() if us is None}
         measured = around == (M,)
+        # Who left the race at a neighbour was behind there; what it took further away says nothing of here.
         timed = [
             (curve.identity, curve.at(M))
             for curve in self._curves
-            if curve.identity not in barred
-            and (M in curve.tokens if measured else curve.tokens[0] <= around[-1] and curve.tokens[-1] >= around[0])
+            if curve.identity not in barred and all(near in curve.tokens for near in around)
         ]
         if not timed:
             return ()

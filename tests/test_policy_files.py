@@ -236,6 +236,14 @@ def test_neighbours_far_apart_decide_nothing_between_them() -> None:
     assert [M for M in (1, 4, 16, 17, 511, 512) if table.rank(M)] == [1, 4, 16, 512]
 
 
+def test_who_left_the_race_at_a_neighbour_is_not_chosen_beside_it() -> None:
+    steady, decoder = ("steady", ()), ("decoder", ())
+    # Measured at the ends, and far behind, so not raced, between them: its curve from 1 to 64 says nothing of 8.
+    table = LayerTable({1: {steady: 20.0, decoder: 10.0}, 4: {steady: 40.0}, 16: {steady: 80.0}, 64: {decoder: 90.0}})
+    assert [identity for identity, _ in table.rank(8)] == [steady]
+    assert not table.rank(32)
+
+
 def test_the_incumbent_wins_within_noise_and_no_further() -> None:
     one, other = ("a", ()), ("b", ())
     scores = {1: {one: 10.0, other: 10.1}, 2: {one: 10.0, other: 10.1}, 4: {one: 10.0, other: 10.2}}
