@@ -1,9 +1,9 @@
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"
-"""What the kernels for Hopper share: their lists of tiles, their barriers, and all warps but those that multiply.
+"""What the kernels for Hopper share: their lists of tiles, their barriers, and how tiles are handed out.
 
     scheduler   one warp: takes the next tile from a counter in global memory, when the loader is almost done with the
                 last one, so that cheap tiles leave no gaps
-    loader      fills a ring of stages, and runs ahead into the next tile: weights by TMA, rows by TMA or gathered
+    loader      fills a ring of stages, and runs ahead into the next tile: see `hopper_loader` and `hopper_fp8_loader`
     consumers   two warp groups: multiply and store, see `hopper_kernel` and `hopper_fp8_kernel`
 
 They meet at barriers in shared memory, each with a phase that flips when all its expected arrivals are in. A stage is
@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import async_copy, mbarrier, tma
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 from ..launch import fast_launch
 
@@ -23,7 +23,6 @@ _SLOTS = gl.constexpr(2)
 # So many steps before the end of a tile's loads the next tile is looked for. Had it been taken earlier, a program that
 # falls behind would keep what others could do.
 LEAD = gl.constexpr(4)
-_STAGE_BYTES = gl.constexpr(64 * 128)
 
 
 @fast_launch
@@ -145,91 +144,3 @@ def receive_tile(queue, i):
     block_n = gl.max(tiles.index(slot * 4 + 3).load(ONE), 0)
     mbarrier.arrive(taken.index(slot))
     return e, row, end, block_n
-
-
-@gluon.jit
-def load_tiles(
-    queue, ring, a, tail_desc, w_desc, slot_of_row_ptr, a_bufs, tail_bufs, w_bufs, w_rows, w_second, w_step, depth,
-    a_columns, TOPK: gl.constexpr, TAIL: gl.constexpr, STAGES: gl.constexpr,
-):  # fmt: skip
-    """The loader.
-
-    `w_second` is how far the second 128 rows of weights are from the first, `w_step` one tile from the next. `a` is a
-    descriptor of rows in expert order, or with TOPK > 0 a pointer to tokens. With TAIL tiles have up to 160 rows, else
-    128; what a tile does not need of its last rows is not loaded.
-    """
-    full, empty = ring
-    _tiles, _known, _taken, wanted = queue
-    GATHER: gl.constexpr = TOPK > 0
-    BLOCK_K: gl.constexpr = a_bufs.type.shape[2]
-    W_BYTES: gl.constexpr = 4 * _STAGE_BYTES
-    i = 0
-    step = 0
-    e, row, end, block_n = receive_tile(queue, i)
-    while end > 0:
-        lower = end - row > 64
-        tail = end - row > 128
-        w_row = e * w_rows + block_n * w_step
-        if GATHER:
-            upper_rows = _token_vectors(a, slot_of_row_ptr, row, end, a_columns, TOPK, 64)
-            lower_rows = _token_vectors(a, slot_of_row_ptr, row + 64, end, a_columns, TOPK, 64)
-            if TAIL:
-                tail_rows = _token_vectors(a, slot_of_row_ptr, row + 128, end, a_columns, TOPK, 32)
-        ask = gl.maximum(depth - LEAD, 0)
-        for k in range(depth):
-            if k == ask:
-                mbarrier.arrive(wanted.index(0))
-            stage = step % STAGES
-            mbarrier.wait(empty.index(stage), (step // STAGES & 1) ^ 1)
-            bar = full.index(stage)
-            if GATHER:
-                mbarrier.expect(bar, W_BYTES)
-            else:
-                mbarrier.expect(bar, W_BYTES + _STAGE_BYTES, pred=not lower)
-                mbarrier.expect(bar, W_BYTES + 2 * _STAGE_BYTES, pred=lower & (not tail))
-                mbarrier.expect(bar, W_BYTES + 2 * _STAGE_BYTES + _STAGE_BYTES // 2, pred=tail)
-            tma.async_copy_global_to_shared(w_desc, [w_row, k * BLOCK_K], bar, w_bufs.index(2 * stage))
-            tma.async_copy_global_to_shared(w_desc, [w_row + w_second, k * BLOCK_K], bar, w_bufs.index(2 * stage + 1))
-            upper_buf = a_bufs.index(2 * stage)
-            lower_buf = a_bufs.index(2 * stage + 1)
-            if GATHER:
-                _copy_tokens(a, upper_rows, k, upper_buf)
-                if lower:
-                    _copy_tokens(a, lower_rows, k, lower_buf)
-                if TAIL:  # noqa: SIM102 - one is known when compiling, the other when running
-                    if tail:
-                        _copy_tokens(a, tail_rows, k, tail_bufs.index(stage))
-                async_copy.mbarrier_arrive(bar, increment_count=False)
-            else:
-                tma.async_copy_global_to_shared(a, [row, k * BLOCK_K], bar, upper_buf)
-                tma.async_copy_global_to_shared(a, [row + 64, k * BLOCK_K], bar, lower_buf, pred=lower)
-                if TAIL:
-                    tma.async_copy_global_to_shared(
-                        tail_desc, [row + 128, k * BLOCK_K], bar, tail_bufs.index(stage), pred=tail
-                    )
-            step += 1
-        i += 1
-        e, row, end, block_n = receive_tile(queue, i)
-
-
-@gluon.jit
-def _token_vectors(x_ptr, slot_of_row_ptr, row, end, columns, TOPK: gl.constexpr, ROWS: gl.constexpr):
-    """Where some rows' tokens start, counted in vectors of 16 bytes; -1 for rows past the end."""
-    VECTOR: gl.constexpr = 128 // x_ptr.dtype.element_ty.primitive_bitwidth
-    COPY: gl.constexpr = gl.BlockedLayout([1, VECTOR], [4, 8], [2, 1], [1, 0])
-    offs_m = row + gl.arange(0, ROWS, gl.SliceLayout(1, COPY))
-    slot = gl.load(slot_of_row_ptr + offs_m, mask=offs_m < end, other=-1)
-    return gl.where(slot >= 0, slot // TOPK * (columns // VECTOR), -1)
-
-
-@gluon.jit
-def _copy_tokens(x_ptr, vectors, k, buf):
-    """Block `k` of columns of the rows that are there.
-
-    The others become zeros, for which nothing is read: any one row in their place would be asked for by all programs.
-    """
-    VECTOR: gl.constexpr = 128 // x_ptr.dtype.element_ty.primitive_bitwidth
-    COPY: gl.constexpr = gl.BlockedLayout([1, VECTOR], [4, 8], [2, 1], [1, 0])
-    offs_k = gl.arange(0, 8 * VECTOR, gl.SliceLayout(0, COPY))
-    ptrs = x_ptr + (vectors + k * 8).to(gl.int64)[:, None] * VECTOR + offs_k[None, :]
-    async_copy.async_copy_global_to_shared(buf, ptrs, mask=(vectors >= 0)[:, None])

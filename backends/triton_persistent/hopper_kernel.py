@@ -16,7 +16,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from ..stages.device import moe_activate
-from .hopper_common import load_tiles, make_barriers, receive_tile, schedule_tiles
+from .hopper_common import make_barriers, receive_tile, schedule_tiles
+from .hopper_loader import load_tiles
 
 # Stages that the second consumer starts after the first.
 _STAGGER = gl.constexpr(2)
@@ -66,7 +67,7 @@ def _moe_hopper_kernel(
             (_consume, (queue, ring, a_bufs, tail_bufs, w_bufs, out_bufs, out_ptr, columns, depth,
                         1, ACTIVATION, GATHER, STAGES)),
             (load_tiles, (queue, ring, a, tail_desc, w_desc, slot_of_row_ptr, a_bufs, tail_bufs, w_bufs, w_rows,
-                          w_second, w_step, depth, a_columns, TOPK, True, STAGES)),
+                          w_second, w_step, depth, a_columns, TOPK, STAGES)),
             (schedule_tiles, (queue, blocks_ptr, counts_ptr, n_blocks, COUNTER, GROUP_M)),
         ],
         [4, 2 if GATHER else 1, 1],
