@@ -171,10 +171,12 @@ def versions(machine: Machine) -> dict[str, str]:
 
 
 def commit(folder: Path) -> str:
-    """The checked-out commit, with ``-dirty`` where files differ from it.
+    """What ``MOE_DISPATCH_COMMIT`` says, else the checked-out commit, with ``-dirty`` where files differ from it.
 
-    Files that travelled without their history are told theirs by ``MOE_DISPATCH_COMMIT``; else it is empty.
+    Files that travelled may have no history with them, or an older one. Empty where nothing tells.
     """
+    if told := os.environ.get("MOE_DISPATCH_COMMIT"):
+        return told
 
     def git(*arguments: str) -> str:
         try:
@@ -187,5 +189,5 @@ def commit(folder: Path) -> str:
 
     head = git("rev-parse", "--short=12", "HEAD")
     if not head:
-        return os.environ.get("MOE_DISPATCH_COMMIT", "")
+        return ""
     return f"{head}-dirty" if git("status", "--porcelain", "--untracked-files=no") else head

@@ -521,3 +521,11 @@ def test_the_chosen_configuration_is_what_the_calibration_found(
     run(*SMALL, "--tokens", "1", "--backend", "reference", "--config", "chosen", "--seconds", "0", "--out", path)
     (found,) = rows.load([path])
     assert found.config == config
+
+
+def test_files_that_travelled_are_told_their_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MOE_DISPATCH_COMMIT", raising=False)
+    assert rows.commit(tmp_path) == ""
+    monkeypatch.setenv("MOE_DISPATCH_COMMIT", "f99620b")
+    # Even where there is a history: it may be an older one.
+    assert rows.commit(tmp_path) == rows.commit(Path(__file__).parent) == "f99620b"
