@@ -17,12 +17,11 @@ import torch
 
 from moe_dispatch.backend import Backend
 from moe_dispatch.dispatchers import get_dispatcher
-from moe_dispatch.measure import measure_ceilings
 from moe_dispatch.policies.calibrate import coarse_to_fine
 from moe_dispatch.workloads import ROUTINGS, WORKLOADS
 
-from . import rows
 from .peers import PEERS, Peer
+from .rows import timed_keys
 from .scoreboard import MODELS, SKEWED, TOKENS
 from .sweep import Plan, Provenance, Sweep, available_backends
 
@@ -73,12 +72,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     notes: list[str] = []
     backends = available_backends(BACKENDS, dispatcher.planner.backend, notes.append)
     peers = [PEERS[name](machine) for name in (*FIRST_PEERS, *LAST_PEERS)]
-    device = torch.device(machine.device)
-    provenance = Provenance(machine, rows.versions(machine), rows.commit(Path.cwd()), measure_ceilings(device))
-    done = {row.key for row in rows.load([given.out]) if row.us is not None} if given.out.exists() else set()
+    provenance, done = Provenance.here(machine), timed_keys(given.out)
     # Start-up is part of the budget.
     left_s = None if given.budget is None else given.budget - (time.monotonic() - _BEGIN)
     first, *further = plans(backends, peers, given.model or MODELS, left_s)
+    device = torch.device(machine.device)
     sweep = Sweep(first, given.out, device, provenance, done, advance=_say, notes=notes)
     try:
         sweep.run(*further)

@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import Any, Final
 
 from moe_dispatch.machine import Machine
+from moe_dispatch.policies.defaults import default_identity, find_backend
 from moe_dispatch.policies.rules import RulesPolicy
 from moe_dispatch.policies.schema import CalibrationFile, Layer, parse_calibration, read_bytes
 from moe_dispatch.policies.table import Identity, tables
 from moe_dispatch.problem import Mode
-from moe_dispatch.registry import BACKENDS
 
 from .scoreboard import Bar, markdown
 
@@ -148,10 +148,10 @@ def _rules_time(layer: Layer, M: int, mode: Mode, machine: Machine, timed: Mappi
     """Time of the default configuration of the backend that the rules would have run."""
     problem = layer.problem(M, machine, mode)
     for choice in RulesPolicy(machine).rank(problem):
-        backend = BACKENDS.load(choice.backend)(machine)
-        if any(identity[0] == choice.backend for identity in timed) and not backend.unsupported_reasons(problem):
-            default = backend.default_config(problem).model_dump(mode="json")
-            return timed.get((choice.backend, tuple(sorted(default.items()))))
+        backend = find_backend(choice.backend, machine)
+        took_part = any(name == choice.backend for name, _ in timed)
+        if backend is not None and took_part and not backend.unsupported_reasons(problem):
+            return timed.get(default_identity(backend, problem))
     return None
 
 

@@ -126,6 +126,14 @@ def load(paths: Iterable[Path]) -> list[BenchRow]:
     return list(rows.values())
 
 
+def timed_keys(path: Path) -> set[RowKey]:
+    """Keys of the rows that have a time, in a file that need not be there.
+
+    A row without one is tried again: what lacked memory or was wrong may have been mended.
+    """
+    return {row.key for row in load([path]) if row.us is not None} if path.exists() else set()
+
+
 def _read(path: Path) -> Iterator[BenchRow]:
     if path.is_dir():
         for inside in sorted(path.rglob("*.jsonl")):

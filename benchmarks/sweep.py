@@ -33,6 +33,7 @@ from moe_dispatch.measure import (
     Verdict,
     backend_call,
     make_inputs,
+    measure_ceilings,
     reference_outputs,
     settled_call,
     time_interleaved,
@@ -44,7 +45,7 @@ from moe_dispatch.ranking import Ranking
 from moe_dispatch.workloads import RoutingDistribution, Workload, make_experts
 
 from .peers import Peer
-from .rows import BenchRow, RowKey, append, row_key
+from .rows import BenchRow, RowKey, append, commit, row_key, versions
 
 Configs = Literal["default", "all", "chosen"]
 
@@ -115,6 +116,12 @@ class Provenance:
     versions: dict[str, str]
     commit: str
     ceilings: Ceilings
+
+    @classmethod
+    def here(cls, machine: Machine) -> "Provenance":
+        """Of a run that begins on this machine, from the working directory; measures the ceilings."""
+        ceilings = measure_ceilings(torch.device(machine.device))
+        return cls(machine, versions(machine), commit(Path.cwd()), ceilings)
 
 
 @dataclass

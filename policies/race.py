@@ -17,6 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
+from moe_dispatch.measure import quartiles
 from moe_dispatch.problem import Mode
 
 from .merge import Measured
@@ -204,11 +205,7 @@ class Race:
 
     def _quartiles(self, identity: Identity, routing: str | None = None) -> Quartiles:
         """Of a candidate's samples; on the first distribution if none is named."""
-        samples = self._samples[identity][routing or self._arena.routings[0]]
-        if len(samples) == 1:
-            return (samples[0], samples[0], samples[0])
-        low, median, high = statistics.quantiles(samples, n=4, method="inclusive")
-        return (low, median, high)
+        return quartiles(self._samples[identity][routing or self._arena.routings[0]])
 
     def _check_fallbacks(self) -> None:
         """Each backend that left the race has a right candidate to fall back on, or is not heard of again."""

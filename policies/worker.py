@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 
 from moe_dispatch import failures
-from moe_dispatch.backend import Backend
+from moe_dispatch.backend import Backend, BackendConfig
 from moe_dispatch.machine import Machine
 from moe_dispatch.measure import (
     Call,
@@ -132,7 +132,7 @@ class Worker:
 
     def launch(self, M: int, routing: str, backend: str, config: dict[str, Any]) -> dict[str, Any]:
         """Run one candidate once, which compiles it, and again by the clock."""
-        _, call = self._call(backend, config)
+        _, _, call = self._call(backend, config)
         given = self._inputs_of(M, routing)[0]
         with torch.no_grad():
             call(given)
@@ -146,14 +146,14 @@ class Worker:
         self, M: int, mode: str, routings: list[str], backend: str, config: dict[str, Any], tolerance: float
     ) -> dict[str, Any]:
         """Hold one candidate against fp32, and its runs against each other."""
-        made, call = self._call(backend, config)
+        made, chosen, call = self._call(backend, config)
         verdict = verify(
             call,
             [self._inputs_of(M, routing)[0] for routing in routings],
             [self._truths[routing] for routing in routings],
             tolerance=tolerance,
             mode="graph" if mode == "graph" else "eager",
-            deterministic=made.deterministic(made.config_type.model_validate(config)),
+            deterministic=made.deterministic(chosen),
         )
         if not verdict.ok:
             return {"wrong": f"wrong (inputs: {', '.join(routings)}): {verdict.reason}"}
@@ -189,18 +189,19 @@ class Worker:
         )
         return {"us": {str(names.index(name)): timing.rounds for name, timing in timings.items()}, "failed": failed}
 
-    def _call(self, backend: str, config: dict[str, Any]) -> tuple[Backend, Call]:
+    def _call(self, backend: str, config: dict[str, Any]) -> tuple[Backend, BackendConfig, Call]:
         assert self._experts is not None  # noqa: S101 - the parent keeps the order
         made = self._backend(backend)
-        return made, backend_call(made, self._experts, made.config_type.model_validate(config))
+        chosen = made.config_type.model_validate(config)
+        return made, chosen, backend_call(made, self._experts, chosen)
 
     def _timed_call(self, name: str, backend: str, config: dict[str, Any], mode: str, given: LayerInputs) -> Call:
         """As `moe_forward` makes it: in its steady state, and the backend's own run while a graph is captured."""
         if (found := self._calls.get((mode, name))) is None:
-            made, found = self._call(backend, config)
+            made, chosen, found = self._call(backend, config)
             if mode == "eager":
                 assert self._experts is not None  # noqa: S101 - `_call` saw to it
-                found = settled_call(made, self._experts, made.config_type.model_validate(config), given)
+                found = settled_call(made, self._experts, chosen, given)
             self._calls[mode, name] = found
         return found
 

@@ -190,17 +190,13 @@ def _default_path(machine: "Machine", *, resume: bool) -> Path:
 def _sweep(plan: "Plan", path: Path, machine: "Machine", notes: list[str], *, resume: bool) -> "Sweep":
     import torch
 
-    from moe_dispatch.benchmarks import rows
+    from moe_dispatch.benchmarks.rows import timed_keys
     from moe_dispatch.benchmarks.sweep import Provenance, Sweep
-    from moe_dispatch.measure import measure_ceilings
 
-    device = torch.device(machine.device)
     with ERR.status("measuring the ceilings"):
-        ceilings = measure_ceilings(device)
-    provenance = Provenance(machine, rows.versions(machine), rows.commit(Path.cwd()), ceilings)
-    # A row without a time is tried again: what lacked memory or was wrong may have been mended.
-    done = {row.key for row in _rows(path) if row.us is not None} if resume else set()
-    return Sweep(plan, path, device, provenance, done, notes=notes)
+        provenance = Provenance.here(machine)
+    done = timed_keys(path) if resume else set()
+    return Sweep(plan, path, torch.device(machine.device), provenance, done, notes=notes)
 
 
 def _rows(path: Path) -> "list[BenchRow]":

@@ -2,7 +2,7 @@
 
 from moe_dispatch.measure.ceilings import PEERS_CEILINGS, Ceilings, measure_ceilings
 from moe_dispatch.measure.inputs import Call, LayerInputs, backend_call, make_inputs, settled_call
-from moe_dispatch.measure.timing import Timing, Turns, time_eager, time_graph, time_interleaved
+from moe_dispatch.measure.timing import Timing, Turns, quartiles, time_eager, time_graph, time_interleaved
 from moe_dispatch.measure.verify import Verdict, reference_outputs, relative_error, verify, worst_row_error
 
 __all__ = [
@@ -16,6 +16,7 @@ __all__ = [
     "backend_call",
     "make_inputs",
     "measure_ceilings",
+    "quartiles",
     "reference_outputs",
     "relative_error",
     "settled_call",

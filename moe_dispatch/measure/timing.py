@@ -26,6 +26,14 @@ MAX_ROUNDS: Final = 100
 Key = TypeVar("Key", bound=Hashable)
 
 
+def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
+    """Lower quartile, median and upper quartile of samples; a single one is all three."""
+    if len(values) == 1:
+        return values[0], values[0], values[0]
+    q1, median, q3 = statistics.quantiles(values, n=4, method="inclusive")
+    return q1, median, q3
+
+
 @dataclass(frozen=True)
 class Timing:
     """Time of one layer call.
@@ -48,9 +56,7 @@ class Timing:
     def of(cls, seconds: Sequence[float]) -> "Timing":
         """Sum up samples, each the seconds of one layer call."""
         values = tuple(1e6 * value for value in seconds)
-        if len(values) == 1:
-            return cls(values[0], values[0], values[0], 1, values)
-        q1, median, q3 = statistics.quantiles(values, n=4, method="inclusive")
+        q1, median, q3 = quartiles(values)
         return cls(median, q1, q3, len(values), values)
 
 
