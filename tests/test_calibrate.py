@@ -1,5 +1,6 @@
 """A real calibration on the CPU, among backends of which most fail."""
 
+import math
 import os
 import time
 from collections.abc import Iterator
@@ -229,7 +230,9 @@ def test_resume_measures_nothing_again(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("timed")
-def test_a_resumed_calibration_knows_who_was_far_behind(tmp_path: Path) -> None:
+def test_a_resumed_calibration_knows_who_was_far_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # A busy host may make the winners at 1 and 4 differ, and the boundary between them is 2.
+    monkeypatch.setattr(module, "DISAGREE", math.inf)
     arguments = {"device": "cpu", "backends": ["tuned"], "routings": ["uniform"], "directory": tmp_path}
     calibrate([TINY], ["fp32"], tokens=[1, 4], **arguments)
     resumed = calibrate([TINY], ["fp32"], tokens=[1, 2, 4], resume=True, **arguments)
