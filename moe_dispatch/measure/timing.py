@@ -21,8 +21,7 @@ from moe_dispatch.problem import Mode
 
 SAMPLE_SECONDS: Final = 2e-3  # of one sample at least: three orders above the clock's and the events' resolution
 LONG_SECONDS: Final = 2e-3  # a replay this long hides the launch of the next, which takes some µs
-AHEAD: Final = 0.5  # of the time of calls in a row, what the host may need and be ahead of the device for sure
-SLEEP: Final = 1.5  # times what the host needs: how long the device sleeps for it to be ahead
+SLEEP: Final = 1.5  # times what the host needs: how long the device sleeps while it launches
 SLEEP_HZ: Final = 2e9  # of the device's clock, at most
 MAX_REPEATS: Final = 1000
 MAX_ROUNDS: Final = 100
@@ -65,46 +64,46 @@ class Timing:
 
 
 class _EagerPass:
-    """Calls in a row, as a model makes them; what the host needs is part of the time where the device waits for it.
+    """Calls in a row, as a model makes them: what the host or what the device needs, whichever is more.
 
-    A host that needs less than half of the time is ahead in a row of calls, but not at the first one after the device
-    was idle. So the device sleeps until that one's launches are there, and its own clock is taken. The wall clock is
-    taken where the host is what is waited for.
+    The first call after an idle time is waited for, which in a row it is not. So the device sleeps while the host
+    launches, and its own clock says what it needs. A call that waits for the device makes the host outlast the sleep;
+    then the device's clock has seen all of it.
     """
 
     def __init__(self, call: Call, inputs: Sequence[LayerInputs]) -> None:
         self._call, self._inputs = call, inputs
         self._device = inputs[0].hidden_states.device
-        self._host = 0.0  # seconds that the host needs for a pass, where it is ahead
+        self._host: float | None = None  # seconds that the host needs for a pass, once known
 
     def seconds(self, repeats: int) -> float:
-        synchronize(self._device)
-        passes, host = (self._behind_a_sleep if self._host else self._by_the_wall)(repeats)
-        # Who is ahead stays so while the host can keep up: samples by two clocks would lie apart.
-        ahead = host < (1.0 if self._host else AHEAD) * passes
-        self._host = host / repeats if ahead and self._device.type == "cuda" else 0.0
+        if self._device.type != "cuda" or self._host is None:
+            passes = self._by_the_wall(repeats)
+        else:
+            passes = self._behind_a_sleep(repeats, SLEEP * self._host * repeats)
         return passes / (repeats * len(self._inputs))
 
-    def _by_the_wall(self, repeats: int) -> tuple[float, float]:
-        """Seconds of so many passes, and of those until the host had launched them."""
+    def _by_the_wall(self, repeats: int) -> float:
+        synchronize(self._device)
         begin = time.perf_counter()
         self._launch(repeats)
-        launched = time.perf_counter()
+        self._host = (time.perf_counter() - begin) / repeats
         synchronize(self._device)
-        return time.perf_counter() - begin, launched - begin
+        return time.perf_counter() - begin
 
-    def _behind_a_sleep(self, repeats: int) -> tuple[float, float]:
-        """The same by the device's clock, while the host is ahead."""
+    def _behind_a_sleep(self, repeats: int, asleep: float) -> float:
         start, end = timing_events()
         with torch.cuda.device(self._device):
-            torch.cuda._sleep(math.ceil(SLEEP_HZ * SLEEP * self._host * repeats))  # type: ignore[no-untyped-call]
+            torch.cuda.synchronize()
+            torch.cuda._sleep(math.ceil(SLEEP_HZ * asleep))  # type: ignore[no-untyped-call]
             start.record()
             begin = time.perf_counter()
             self._launch(repeats)
-            launched = time.perf_counter()
+            host = time.perf_counter() - begin
             end.record()
             end.synchronize()
-        return float(start.elapsed_time(end)) / 1e3, launched - begin
+        device = float(start.elapsed_time(end)) / 1e3
+        return max(host, device) if host < asleep else device
 
     def _launch(self, repeats: int) -> None:
         for _ in range(repeats):
