@@ -128,10 +128,12 @@ def compile_ahead(
     processes = min(MOST_PROCESSES, os.cpu_count() or 1, math.ceil(total / LEAST_JOBS))
     if not processes:
         return failed
-    with ThreadPoolExecutor(processes + 1) as pool:
+    with ThreadPoolExecutor(processes) as pool:
         try:
-            running = [pool.submit(work, racer, to_keep=True)] if racer is not None else []
-            running += [pool.submit(work, start(), to_keep=False) for _ in range(processes)]
+            running = [pool.submit(work, start(), to_keep=False) for _ in range(processes)]
+            # Not in a thread of the pool: a worker dies with the thread that started it.
+            if racer is not None:
+                work(racer, to_keep=True)
             for one in running:
                 one.result()
         finally:

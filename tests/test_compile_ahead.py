@@ -79,6 +79,18 @@ def test_what_was_compiled_is_remembered_and_failures_cost_themselves(tmp_path: 
     assert max(told) == (4, 4)  # who failed for want of memory, say, is tried again
 
 
+@pytest.mark.slow
+def test_the_racer_lives_on(tmp_path: Path) -> None:
+    # Linux kills a worker when the thread that started it ends, not only when the process does.
+    racer = start()
+    try:
+        assert not compile_ahead(jobs("reference"), start, tmp_path / "machine.txt", racer=racer)
+        racer.layer(LAYER)
+        assert racer.restarts == 1
+    finally:
+        racer.close()
+
+
 def test_another_version_is_another_job() -> None:
     (one,) = jobs("reference", tokens=(1,))
     assert Job(LAYER, 1, Candidate(backend="reference", versions={"torch": "2"})).digest != one.digest
