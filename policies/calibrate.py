@@ -32,7 +32,7 @@ from moe_dispatch.workloads import ROUTINGS, Workload, workload
 
 from .calibrated import calibration_path
 from .compile_ahead import Job, compile_ahead, compiled_path
-from .merge import Measured, save
+from .merge import Measured, save, settle
 from .race import FALLBACK, Arena, Race
 from .schema import Candidate, Layer, LayerKey, read_calibration
 from .supervisor import NotPreparedError, Supervisor
@@ -226,6 +226,9 @@ class _Calibration:
         begin = time.monotonic()
         deadline = begin + budget_s if budget_s is not None else math.inf
         known = self._known(tokens) if resume else set()
+        # One that goes on is still deciding what it has.
+        if self._before and not resume and not compile_only:
+            settle(self.report.path, self._machine)
         order = coarse_to_fine(tokens)
         # Coarse for all layers, then fine for all: whatever the time is enough for, it was spent on every layer.
         legs = [(layer, part) for part in (order[:COARSE], order[COARSE:]) for layer in layers if part]

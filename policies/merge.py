@@ -3,7 +3,7 @@
 import contextlib
 import logging
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +13,7 @@ from moe_dispatch.problem import Mode
 from moe_dispatch.storage import locked, write_atomically
 
 from .schema import CalibrationFile, Candidate, Layer, LayerKey, Measurement, Point, read_calibration
+from .table import tables
 
 logger = logging.getLogger(__name__)
 
@@ -69,6 +70,38 @@ def save(path: Path, news: Iterable[Measured], machine: Machine) -> None:
     Raises:
         PolicyFileError: The directory is read-only, the disk full; what was on disk is untouched.
     """
+    _rewrite(path, machine, lambda held: merge(held, news, machine))
+
+
+def settle(path: Path, machine: Machine) -> None:
+    """Make every winner of the file its point's incumbent.
+
+    What wins at one token count is decided together with the others; what a calibration measures next must not change
+    that where it does not measure.
+
+    Raises:
+        PolicyFileError: As of `save`.
+    """
+    _rewrite(path, machine, settled)
+
+
+def settled(file: CalibrationFile) -> CalibrationFile:
+    """The file with its winners as incumbents, and nobody else."""
+    decided = tables(file)
+
+    def marked(point: Point) -> Point:
+        table = decided.get((file.layers[point.layer].key, point.mode))
+        winner = table.winners.get(point.M) if table else None
+        measurements = [
+            one.model_copy(update={"incumbent": file.candidates[one.candidate].identity == winner})
+            for one in point.measurements
+        ]
+        return point.model_copy(update={"measurements": measurements})
+
+    return file.model_copy(update={"points": [marked(point) for point in file.points]})
+
+
+def _rewrite(path: Path, machine: Machine, change: Callable[[CalibrationFile], CalibrationFile]) -> None:
     try:
         with locked(path):
             try:
@@ -80,7 +113,7 @@ def save(path: Path, news: Iterable[Measured], machine: Machine) -> None:
                 with contextlib.suppress(FileNotFoundError):
                     os.replace(path, path.with_name(f"{path.name}.damaged"))
                 held = CalibrationFile(machine=machine)
-            write_atomically(path, merge(held, news, machine).model_dump_json(exclude_defaults=False))
+            write_atomically(path, change(held).model_dump_json(exclude_defaults=False))
     except OSError as error:
         raise PolicyFileError(
             f"the calibration cannot be written to {path} ({error.strerror or error}); what was there is untouched. "

@@ -15,9 +15,9 @@ import pytest
 from moe_dispatch.errors import MoEDispatchWarning, PolicyFileError
 from moe_dispatch.machine import Machine
 from moe_dispatch.policies.calibrated import CalibratedPolicy, calibration_path
-from moe_dispatch.policies.merge import Measured, save
+from moe_dispatch.policies.merge import Measured, save, settle
 from moe_dispatch.policies.schema import Candidate, Layer, Measurement, read_calibration
-from moe_dispatch.policies.table import LayerTable, calm_winners
+from moe_dispatch.policies.table import LayerTable, calm_winners, tables
 from moe_dispatch.policies.versions import relevant_versions
 from moe_dispatch.problem import Mode
 from moe_dispatch.registry import BACKENDS
@@ -249,6 +249,28 @@ def test_the_incumbent_wins_within_noise_and_no_further() -> None:
     scores = {1: {one: 10.0, other: 10.1}, 2: {one: 10.0, other: 10.1}, 4: {one: 10.0, other: 10.2}}
     assert set(calm_winners(scores).values()) == {one}
     assert calm_winners(scores, {1: other, 4: other}) == {1: other, 2: one, 4: one}
+
+
+def test_what_is_measured_later_outvotes_no_winner_that_was_settled(path: Path) -> None:
+    one, other = {"compute_fp32": True}, {"compute_fp32": False}
+
+    def at(M: int, us: float, other_us: float) -> list[Measured]:
+        return [measured(M, us, config=one), measured(M, other_us, config=other)]
+
+    def winners() -> dict[int, object]:
+        (table,) = tables(read_calibration(path, MACHINE)).values()
+        return {M: dict(config)["compute_fp32"] for M, (_, config) in table.winners.items()}
+
+    later = at(4, 10.1, 10.0) + at(8, 10.2, 10.0)
+    save(path, at(1, 10.0, 10.1), MACHINE)
+    assert winners() == {1: True}
+    before = path.read_bytes()
+    save(path, later, MACHINE)
+    assert winners() == {1: False, 4: False, 8: False}
+    path.write_bytes(before)
+    settle(path, MACHINE)
+    save(path, later, MACHINE)
+    assert winners() == {1: True, 4: False, 8: False}
 
 
 def test_what_a_backend_had_is_replaced_as_a_whole(path: Path) -> None:
