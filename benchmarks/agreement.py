@@ -55,14 +55,17 @@ class Point:
 
 
 def compare(first: CalibrationFile, later: CalibrationFile, *, between: bool = False) -> Iterator[Point]:
-    """Each point of the later file that the first one has an opinion of; between: that it has not measured."""
+    """Each point of the later file that the first one has an opinion of; between: that it has not measured.
+
+    A point that the later file only holds on to says nothing.
+    """
     before = tables(first)
     layers = {layer.key: layer for layer in later.layers}
     for (key, mode), repeated in tables(later).items():
         if (table := before.get((key, mode))) is None:
             continue
         for M, at in repeated.scores.items():
-            if between and M in table.tokens:
+            if (between and M in table.tokens) or at == table.scores.get(M):
                 continue
             timed = {identity: us for identity, us in at.items() if us is not None}
             if not timed or not (ranked := table.rank(M)):
@@ -106,8 +109,8 @@ def summary(points: Iterable[Point]) -> dict[str, dict[str, float]]:
     return found
 
 
-def bars(points: Sequence[Point], seconds: float | None = None) -> list[Bar]:
-    """The bars of issue 4 that calibrations can show."""
+def bars(points: Sequence[Point], seconds: float | None = None, *, expected: int = 0) -> list[Bar]:
+    """The bars of issue 4 that calibrations can show; `expected` points were calibrated first."""
     found = [Bar("seconds of the calibration", seconds, MOST_SECONDS, at_least=False)] if seconds is not None else []
     here = [point for point in points if point.calibrated]
     between = [point for point in points if not point.calibrated]
@@ -116,7 +119,7 @@ def bars(points: Sequence[Point], seconds: float | None = None) -> list[Bar]:
     found.append(
         Bar(
             "share of points with the same winner", sum(same) / len(same) if same else None, LEAST_AGREEMENT,
-            where=f"{len(same)} points, {len(differ)} differ",
+            where=f"{len(same)} points, {len(differ)} differ", missing=max(expected - len(same), 0),
         )
     )  # fmt: skip
     if differ:
@@ -171,7 +174,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if given.json:
         print(json.dumps(summary(points), indent=1))
         return
-    print(markdown(bars(points, given.seconds)))
+    expected = sum(len(table.tokens) for table in tables(first).values())
+    print(markdown(bars(points, given.seconds, expected=expected)))
     notable = [point for point in points if point.same is False or (point.loss or 0.0) > MOST_LOSS]
     for point in sorted(notable, key=lambda point: -(point.loss or 0.0)):
         loss = "not timed" if point.loss is None else f"loses {point.loss:.2%}"

@@ -117,7 +117,7 @@ def with_scores(scores: dict[int, dict[str, float]]) -> CalibrationFile:
 
 def test_agreement_is_judged_by_the_later_measurements() -> None:
     first = with_scores({4: {"a": 10.0, "b": 12.0}, 64: {"a": 100.0, "b": 90.0}})
-    again = with_scores({4: {"a": 10.0, "b": 12.0}, 64: {"a": 98.0, "b": 100.0}})
+    again = with_scores({4: {"a": 10.1, "b": 12.0}, 64: {"a": 98.0, "b": 100.0}})
     between = with_scores({16: {"a": 33.0, "b": 30.0}})
     points = [point for later in (again, between) for point in agreement.compare(first, later)]
     found = agreement.summary(points)
@@ -140,7 +140,7 @@ def test_agreement_is_judged_by_the_later_measurements() -> None:
 
 def test_a_choice_that_was_not_timed_leaves_its_bars_open() -> None:
     first = with_scores({4: {"a": 10.0}, 64: {"a": 90.0}})
-    points = list(agreement.compare(first, with_scores({4: {"a": 10.0}, 16: {"b": 30.0}})))
+    points = list(agreement.compare(first, with_scores({4: {"a": 10.1}, 16: {"b": 30.0}})))
     found = {bar.what: bar for bar in agreement.bars(points)}
     assert found["share of points with the same winner"].verdict == "pass"
     assert found["loss between them, mean"].missing == 1
@@ -149,6 +149,14 @@ def test_a_choice_that_was_not_timed_leaves_its_bars_open() -> None:
 
 def test_between_leaves_out_what_the_first_measured() -> None:
     first = with_scores({4: {"a": 10.0}, 64: {"a": 90.0}})
-    later = with_scores({4: {"a": 10.0}, 16: {"a": 30.0}})
+    later = with_scores({4: {"a": 10.1}, 16: {"a": 30.0}})
     assert [point.calibrated for point in agreement.compare(first, later)] == [True, False]
     assert [point.calibrated for point in agreement.compare(first, later, between=True)] == [False]
+
+
+def test_a_point_that_was_not_measured_again_is_no_evidence() -> None:
+    first = with_scores({4: {"a": 10.0}, 64: {"a": 90.0}})
+    points = list(agreement.compare(first, with_scores({4: {"a": 10.0}, 64: {"a": 91.0}})))
+    assert [point.where.split()[-2] for point in points] == ["M=64"]
+    share = next(bar for bar in agreement.bars(points, expected=2) if bar.what.startswith("share"))
+    assert (share.value, share.missing, share.verdict) == (1.0, 1, "open")
