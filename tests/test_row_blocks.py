@@ -35,8 +35,8 @@ def _any_device(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_every_row_is_in_one_block_and_few_left_over_rows_join_others(fp8: bool, heights: dict[int, list[int]]) -> None:
     ids = torch.repeat_interleave(torch.arange(len(COUNTS)), torch.tensor(COUNTS))[:, None].to(DEVICE)
     routing = route_torch(ids, len(COUNTS))
-    blocks, counts = hopper._row_blocks(routing, fp8=fp8)
-    listed = blocks[: counts[0]].tolist()
+    blocks, counts = hopper._row_blocks(routing, 3, fp8=fp8)
+    listed = blocks[: counts[0], :3].tolist()
     assert counts[1:].tolist() == [0, 0]
     for e, count in enumerate(COUNTS):
         mine = [(row, end) for expert, row, end in listed if expert == e]
@@ -45,3 +45,16 @@ def test_every_row_is_in_one_block_and_few_left_over_rows_join_others(fp8: bool,
         found = [end - row for row, end in mine]
         assert found == heights.get(count, found)
         assert all(0 < height <= (144 if fp8 else 160) for height in found)
+
+
+def test_a_group_is_of_one_expert_and_no_group_is_larger_than_asked() -> None:
+    loads = [128 * 7, 0, 128, 128 * 4 + 16, 128 * 3]
+    ids = torch.repeat_interleave(torch.arange(len(loads)), torch.tensor(loads))[:, None].to(DEVICE)
+    blocks, counts = hopper._row_blocks(route_torch(ids, len(loads)), 3, fp8=False)
+    groups: dict[int, list[int]] = {}
+    for place, (expert, _, _, first, size) in enumerate(blocks[: counts[0]].tolist()):
+        assert first <= place < first + size
+        assert {int(blocks[member, 0]) for member in range(first, first + size)} == {expert}
+        if place == first:
+            groups.setdefault(expert, []).append(size)
+    assert groups == {0: [3, 3, 1], 2: [1], 3: [2, 2], 4: [3]}

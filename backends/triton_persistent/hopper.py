@@ -116,7 +116,7 @@ def hopper_products(
     N, K, rows = experts.N, experts.K, routing.slot_of_row.shape[0]
     permuted = hopper_permutes(N, fp8=False)
     depth = _STAGE_BYTES // experts.gate_up.element_size()
-    blocks, counts = _row_blocks(routing, fp8=False)
+    blocks, counts = _row_blocks(routing, config.group_m, fp8=False)
     x = gather(hidden_states, routing, topk, pdl=True) if permuted else hidden_states
     upper, tail = (_descriptor(x, 64), _descriptor(x, _TAIL_M)) if permuted else (x, None)
     h = hidden_states.new_empty(rows, N)
@@ -127,15 +127,14 @@ def hopper_products(
     # blocks summed over; columns in and out.
     up_shapes = math.ceil(N / 128), 2 * N, N, 128, K // depth, K, N
     down_shapes = math.ceil(K / 256), K, 128, 256, math.ceil(N / depth), N, K
-    launch = {"GROUP_M": config.group_m} | _LAUNCH
     slots, up_topk = (None, 0) if permuted else (routing.slot_of_row, topk)
     _moe_hopper_kernel[(sms,)](
         upper, tail, gate_up, slots, blocks, counts, h, *up_shapes,
-        COUNTER=1, TOPK=up_topk, ACTIVATION=experts.activation, **launch,
+        COUNTER=1, TOPK=up_topk, ACTIVATION=experts.activation, **_LAUNCH,
     )  # fmt: skip
     _moe_hopper_kernel[(sms,)](
         _descriptor(h, 64), _descriptor(h, _TAIL_M), down, None, blocks, counts, y, *down_shapes,
-        COUNTER=2, TOPK=0, ACTIVATION=None, **launch,
+        COUNTER=2, TOPK=0, ACTIVATION=None, **_LAUNCH,
     )  # fmt: skip
     return y
 
@@ -152,13 +151,12 @@ def _fp8_products(
     from .hopper_fp8_kernel import _moe_hopper_fp8_kernel
 
     N, K, rows = experts.N, experts.K, routing.slot_of_row.shape[0]
-    blocks, counts = _row_blocks(routing, fp8=True)
+    blocks, counts = _row_blocks(routing, config.group_m, fp8=True)
     x, x_scale = gather_quantize(hidden_states, routing, topk, pdl=True)
     h = torch.empty(rows, N, dtype=FP8, device=x.device)
     # A tile's rows write and read the multipliers of one block of columns.
     h_scale = empty_scales(rows, N, x.device, column_major=True)
     y = hidden_states.new_empty(rows, K)
-    launch = {"GROUP_M": config.group_m} | _LAUNCH
     # Shapes as above, without columns in.
     _moe_hopper_fp8_kernel[(sms,)](
         # inputs
@@ -169,7 +167,7 @@ def _fp8_products(
         # shapes
         N // 128, 2 * N, N, 128, K // 128, N,
         # constants
-        COUNTER=1, ACTIVATION=experts.activation, **launch,
+        COUNTER=1, ACTIVATION=experts.activation, **_LAUNCH,
     )  # fmt: skip
     _moe_hopper_fp8_kernel[(sms,)](
         # inputs
@@ -180,22 +178,24 @@ def _fp8_products(
         # shapes
         K // 256, K, 128, 256, N // 128, K,
         # constants
-        COUNTER=2, ACTIVATION=None, **launch,
+        COUNTER=2, ACTIVATION=None, **_LAUNCH,
     )  # fmt: skip
     return y
 
 
-def _row_blocks(routing: Routing, *, fp8: bool) -> tuple[Tensor, Tensor]:
+def _row_blocks(routing: Routing, group_m: int, *, fp8: bool) -> tuple[Tensor, Tensor]:
     """Cut every expert's rows into blocks of 128, or some more where that spares a block.
 
+    Up to `group_m` blocks are a group, all of one expert, whose tiles are multiplied at about the same time.
+
     Returns:
-        int32 ``[blocks, 3]``: expert, first row and end of each block; and int32 ``[3]``: how many there are, and two
-        zeros from which the schedulers of the two products count.
+        int32 ``[blocks, 5]``: expert, first row and end of each block, first block of its group and how many that has;
+        and int32 ``[3]``: how many there are, and two zeros from which the schedulers of the two products count.
     """
     from .hopper_common import _moe_row_blocks_kernel
 
     E, slots = routing.starts.shape[0], routing.slot_of_row.shape[0]
-    blocks = routing.starts.new_empty(math.ceil(slots / _BLOCK_M) + min(E, slots), 3)
+    blocks = routing.starts.new_empty(math.ceil(slots / _BLOCK_M) + min(E, slots), 5)
     counts = routing.starts.new_empty(3)
     _moe_row_blocks_kernel[(E,)](
         # inputs
@@ -206,7 +206,7 @@ def _row_blocks(routing: Routing, *, fp8: bool) -> tuple[Tensor, Tensor]:
         E,
         # constants
         BLOCK_M=_BLOCK_M, TAIL_M=_FP8_TAIL_M if fp8 else _TAIL_M, TALLER=_FP8_TALLER if fp8 else _TALLER,
-        E_POW2=1 << (E - 1).bit_length(), num_warps=1, launch_pdl=True,
+        GROUP_M=group_m, E_POW2=1 << (E - 1).bit_length(), num_warps=1, launch_pdl=True,
     )  # fmt: skip
     return blocks, counts
 

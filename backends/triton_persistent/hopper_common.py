@@ -40,12 +40,14 @@ def _moe_row_blocks_kernel(
     BLOCK_M: tl.constexpr,
     TAIL_M: tl.constexpr,
     TALLER: tl.constexpr,
+    GROUP_M: tl.constexpr,
     E_POW2: tl.constexpr,
 ):
     """One program per expert lists its row blocks; the first also counts all of them and resets the schedulers.
 
     Blocks have BLOCK_M rows. What is left over of an expert's is spread over up to TALLER of them, its last ones,
-    TAIL_M more rows for each; if it is more, it is a block of its own.
+    TAIL_M more rows for each; if it is more, it is a block of its own. An expert's blocks are a group, or several about
+    as large where they are more than GROUP_M.
     """
     e = tl.program_id(0)
     tl.extra.cuda.gdc_wait()
@@ -69,13 +71,17 @@ def _moe_row_blocks_kernel(
     end = tl.load(ends_ptr + e)
     count = tl.sum(tl.where(offs_e == e, blocks, 0), 0)
     plain = count - tl.sum(tl.where(offs_e == e, taller, 0), 0)
+    group_m = tl.cdiv(count, tl.maximum(tl.cdiv(count, GROUP_M), 1))
     for i in range(count):
         row = start + i * BLOCK_M + tl.maximum(i - plain, 0) * TAIL_M
         height = BLOCK_M + tl.where(i >= plain, TAIL_M, 0)
-        block = blocks_ptr + (first + i) * 3
+        group = i // group_m * group_m
+        block = blocks_ptr + (first + i) * 5
         tl.store(block, e)
         tl.store(block + 1, row)
         tl.store(block + 2, tl.minimum(row + height, end))
+        tl.store(block + 3, first + group)
+        tl.store(block + 4, tl.minimum(count - group, group_m))
 
 
 @gluon.jit
@@ -99,18 +105,23 @@ def make_barriers(STAGES: gl.constexpr, COPIES: gl.constexpr):
 
 
 @gluon.jit
-def schedule_tiles(queue, blocks_ptr, counts_ptr, n_blocks, COUNTER: gl.constexpr, GROUP_M: gl.constexpr):
-    """The scheduler: publishes this program's tiles when they are wanted, and then one that ends at row 0."""
+def schedule_tiles(queue, blocks_ptr, counts_ptr, n_blocks, COUNTER: gl.constexpr):
+    """The scheduler: publishes this program's tiles when they are wanted, and then one that ends at row 0.
+
+    Tiles of a group take turns over its row blocks: those that run at the same time share an expert's weights in the L2
+    cache, and few rows.
+    """
     _tiles, _known, _taken, wanted = queue
     m_blocks = gl.load(counts_ptr)
     tile = gl.program_id(0)
     i = 0
     while tile < m_blocks * n_blocks:
-        # Tiles that run at the same time share rows and weights in the L2 cache.
-        first = tile // (GROUP_M * n_blocks) * GROUP_M
-        height = gl.minimum(m_blocks - first, GROUP_M)
-        inside = tile % (GROUP_M * n_blocks)
-        block = blocks_ptr + (first + inside % height) * 3
+        # A group's tiles begin where its first block's would, so that this is some block of the tile's group.
+        member = blocks_ptr + tile // n_blocks * 5
+        first = gl.load(member + 3)
+        height = gl.load(member + 4)
+        inside = tile - first * n_blocks
+        block = blocks_ptr + (first + inside % height) * 5
         _publish_tile(queue, i, gl.load(block), gl.load(block + 1), gl.load(block + 2), inside // height)
         mbarrier.wait(wanted.index(0), i & 1)
         i += 1

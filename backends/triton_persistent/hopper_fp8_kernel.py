@@ -60,7 +60,6 @@ def _moe_hopper_fp8_kernel(
     COUNTER: gl.constexpr,
     ACTIVATION: gl.constexpr,
     STAGES: gl.constexpr,
-    GROUP_M: gl.constexpr,
 ):
     """Rows are in the order of experts; their descriptors take 64 of them and what a tail has."""
     FP8: gl.constexpr = w_desc.dtype
@@ -92,7 +91,7 @@ def _moe_hopper_fp8_kernel(
             (_consume, (queue, ring, bufs, out_bufs, exchange, outputs, depth, 0, ACTIVATION, STAGES)),
             (_consume, (queue, ring, bufs, out_bufs, exchange, outputs, depth, 1, ACTIVATION, STAGES)),
             (load_fp8_tiles, (queue, ring, inputs, bufs, shapes, STAGES)),
-            (schedule_tiles, (queue, blocks_ptr, counts_ptr, n_blocks, COUNTER, GROUP_M)),
+            (schedule_tiles, (queue, blocks_ptr, counts_ptr, n_blocks, COUNTER)),
         ],
         [4, 2, 1],
         [240, 24, 24],

@@ -47,7 +47,6 @@ def _moe_hopper_kernel(
     TOPK: gl.constexpr,
     ACTIVATION: gl.constexpr,
     STAGES: gl.constexpr,
-    GROUP_M: gl.constexpr,
 ):
     """`a` is a descriptor of rows in expert order, or with TOPK > 0 hidden_states, whose rows the loader gathers."""
     GATHER: gl.constexpr = TOPK > 0
@@ -68,7 +67,7 @@ def _moe_hopper_kernel(
                         1, ACTIVATION, GATHER, STAGES)),
             (load_tiles, (queue, ring, a, tail_desc, w_desc, slot_of_row_ptr, a_bufs, tail_bufs, w_bufs, w_rows,
                           w_second, w_step, depth, a_columns, TOPK, STAGES)),
-            (schedule_tiles, (queue, blocks_ptr, counts_ptr, n_blocks, COUNTER, GROUP_M)),
+            (schedule_tiles, (queue, blocks_ptr, counts_ptr, n_blocks, COUNTER)),
         ],
         [4, 2 if GATHER else 1, 1],
         [208, 88, 88] if GATHER else [232, 40, 40],
