@@ -32,8 +32,6 @@ if TYPE_CHECKING:
 BACKENDS: Final = ("triton_splitk", "triton_persistent", "deep_gemm", "torch_grouped")
 FIRST_PEERS: Final = ("vllm",)
 LAST_PEERS: Final = ("vllm_deep_gemm", "vllm_triton_kernels")
-# torch's product is behind both of the others there.
-SKEWED_BACKENDS: Final = ("triton_persistent", "deep_gemm")
 SKEWED_FROM: Final = 1024
 POINT_S: Final = 0.1
 _BEGIN: Final = time.monotonic()
@@ -47,15 +45,12 @@ def plans(
         "workloads": tuple(WORKLOADS[name] for name in models), "dtypes": ("fp8", "bf16"), "configs": "chosen",
         "point_s": POINT_S, "budget_s": budget_s,
     }  # fmt: skip
-    uniform, skewed = (ROUTINGS["uniform"],), (ROUTINGS[SKEWED],)
+    uniform, both = (ROUTINGS["uniform"],), (ROUTINGS["uniform"], ROUTINGS[SKEWED])
     first, last = (tuple(peer for peer in peers if peer.name in names) for names in (FIRST_PEERS, LAST_PEERS))
-    fit = tuple(backend for backend in backends if backend.name in SKEWED_BACKENDS)
-    order = coarse_to_fine(TOKENS)
-    for M in order:
+    for M in coarse_to_fine(TOKENS):
         modes: tuple[Mode, ...] = ("graph", "eager") if M == 1 else ("graph",)
-        yield Plan(**named, tokens=(M,), routings=uniform, modes=modes, backends=tuple(backends), peers=first)
-        if M >= SKEWED_FROM:
-            yield Plan(**named, tokens=(M,), routings=skewed, modes=("graph",), backends=fit)
+        routings = both if M >= SKEWED_FROM else uniform
+        yield Plan(**named, tokens=(M,), routings=routings, modes=modes, backends=tuple(backends), peers=first)
     for peer in last:
         yield Plan(**named, tokens=TOKENS, routings=uniform, modes=("graph",), backends=(), peers=(peer,))
 

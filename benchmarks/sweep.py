@@ -1,4 +1,4 @@
-"""Run points one after another: draw, check against fp32, time what is right, write the rows.
+"""Run points one after another: draw, check against fp32, time what is right in turns, write the rows.
 
 Layers whose weights fit in memory together are visited in turn, few and many tokens first: a run that is cut short has
 rows of all of them, over the whole range. Whatever runs out of memory, raises or is wrong costs itself a row with the
@@ -11,7 +11,7 @@ import gc
 import itertools
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final, Literal
@@ -92,14 +92,15 @@ class Plan:
 
     @property
     def points(self) -> int:
-        """Steps of progress: one per workload, dtype, M, routing and mode."""
-        return len(self.workloads) * len(self.dtypes) * len(self.tokens) * len(self.routings) * len(self.modes)
+        """Steps of progress: one per workload, dtype, M and mode."""
+        return len(self.workloads) * len(self.dtypes) * len(self.tokens) * len(self.modes)
 
 
 @dataclass(frozen=True)
 class Candidate:
     """One thing to time at a point; `settle` gives the call that is timed eagerly, as its user makes it in the end."""
 
+    routing: RoutingDistribution
     backend: str
     config: dict[str, int | str | bool]
     call: Call = field(compare=False)
@@ -122,6 +123,14 @@ class Provenance:
         """Of a run that begins on this machine, from the working directory; measures the ceilings."""
         ceilings = measure_ceilings(torch.device(machine.device))
         return cls(machine, versions(machine), commit(Path.cwd()), ceilings)
+
+
+@dataclass(frozen=True)
+class _Drawn:
+    """What a point's candidates run on under one distribution."""
+
+    inputs: tuple[LayerInputs, ...]
+    references: tuple[Tensor, ...]
 
 
 @dataclass
@@ -184,11 +193,11 @@ class Sweep:
     def _run(self, deadline: float) -> bool:
         """The plan at work; False once the deadline has passed."""
         for layers in self._together():
-            for M, layer, routing in itertools.product(coarse_to_fine(self.plan.tokens), layers, self.plan.routings):
+            for M, layer in itertools.product(coarse_to_fine(self.plan.tokens), layers):
                 if time.perf_counter() >= deadline:
                     return False
                 if loaded := self._load(*layer):
-                    self._point(*layer, M, routing, loaded)
+                    self._point(*layer, M, loaded)
                 else:
                     for _ in self.plan.modes:
                         self.advance(None)
@@ -242,30 +251,25 @@ class Sweep:
         finally:
             self.spent[what] = self.spent.get(what, 0.0) + time.perf_counter() - begin
 
-    def _point(
-        self,
-        workload: Workload,
-        dtype: DType,
-        M: int,
-        routing: RoutingDistribution,
-        loaded: _Loaded,
-    ) -> None:
-        drawn: tuple[tuple[LayerInputs, ...], tuple[Tensor, ...]] | None = None
+    def _point(self, workload: Workload, dtype: DType, M: int, loaded: _Loaded) -> None:
+        """All distributions together: two that are to be compared must not meet the device in another state."""
+        drawn: dict[RoutingDistribution, _Drawn] = {}
         for mode in self.plan.modes:
             problem = workload.problem(M, dtype, self.provenance.machine, mode)
-            what = f"{workload.name} {dtype} M={M} {routing.name} {mode}"
+            what = f"{workload.name} {dtype} M={M} {mode}"
             self.advance(what)
             candidates = [
                 candidate
                 for candidate in self._candidates(problem, loaded)
-                if self._key(workload, problem, routing, candidate) not in self.done
+                if self._key(workload, problem, candidate) not in self.done
             ]
             try:
-                if candidates and drawn is None:
-                    with self._spending("inputs and fp32 truths"):
-                        drawn = self._draw(problem, routing, loaded.experts)
-                if candidates and drawn:
-                    self._measure(workload, problem, routing, candidates, *drawn)
+                for routing in dict.fromkeys(candidate.routing for candidate in candidates):
+                    if routing not in drawn:
+                        with self._spending("inputs and fp32 truths"):
+                            drawn[routing] = self._draw(problem, routing, loaded.experts)
+                if candidates:
+                    self._measure(workload, problem, candidates, drawn)
             except Exception as error:
                 if not out_of_memory(error):
                     raise
@@ -273,12 +277,10 @@ class Sweep:
                 _release(self.device)
             self.advance(None)
 
-    def _draw(
-        self, problem: MoEProblem, routing: RoutingDistribution, experts: ExpertWeights
-    ) -> tuple[tuple[LayerInputs, ...], tuple[Tensor, ...]]:
+    def _draw(self, problem: MoEProblem, routing: RoutingDistribution, experts: ExpertWeights) -> _Drawn:
         inputs = make_inputs(problem, routing, self.device, self.plan.inputs, SEED)
         checked = max(1, min(len(inputs), CHECKED_TOKENS // problem.M))
-        return inputs, reference_outputs(experts, inputs[:checked], tokens=CHECKED_TOKENS)
+        return _Drawn(inputs, reference_outputs(experts, inputs[:checked], tokens=CHECKED_TOKENS))
 
     def _candidates(self, problem: MoEProblem, loaded: _Loaded) -> Iterator[Candidate]:
         experts, peer_calls = loaded.experts, loaded.peer_calls
@@ -286,9 +288,9 @@ class Sweep:
             if reasons := backend.unsupported_reasons(problem):
                 self._note(f"{backend.name}: {'; '.join(reasons)}")
                 continue
-            for config in self._configs(backend, problem):
+            for config, routing in itertools.product(self._configs(backend, problem), self.plan.routings):
                 yield Candidate(
-                    backend.name, config.model_dump(mode="json"), backend_call(backend, experts, config),
+                    routing, backend.name, config.model_dump(mode="json"), backend_call(backend, experts, config),
                     functools.partial(settled_call, backend, experts, config),
                     backend.tolerance[problem.dtype], backend.deterministic(config),
                 )  # fmt: skip
@@ -305,7 +307,8 @@ class Sweep:
                     continue
             call = peer_calls[peer.name]
             tolerance = peer.tolerance[problem.dtype]
-            yield Candidate(peer.name, {}, call, _as_it_is(call), tolerance, deterministic=False)
+            for routing in self.plan.routings:
+                yield Candidate(routing, peer.name, {}, call, _as_it_is(call), tolerance, deterministic=False)
 
     def _configs(self, backend: Backend, problem: MoEProblem) -> Sequence[BackendConfig]:
         if self.plan.configs == "all":
@@ -320,19 +323,17 @@ class Sweep:
         self,
         workload: Workload,
         problem: MoEProblem,
-        routing: RoutingDistribution,
         candidates: Sequence[Candidate],
-        inputs: tuple[LayerInputs, ...],
-        references: tuple[Tensor, ...],
+        drawn: Mapping[RoutingDistribution, _Drawn],
     ) -> None:
-        hits = sum(given.hit_experts for given in inputs) / len(inputs)
         failures: dict[int, str] = {}
         verdicts: dict[int, Verdict] = {}
         for index, candidate in enumerate(candidates):
             try:
                 with self._spending("checks"):
+                    on = drawn[candidate.routing]
                     verdicts[index] = verify(
-                        candidate.call, inputs, references, tolerance=candidate.tolerance, mode=problem.mode,
+                        candidate.call, on.inputs, on.references, tolerance=candidate.tolerance, mode=problem.mode,
                         deterministic=candidate.deterministic,
                     )  # fmt: skip
             except Exception as error:  # noqa: BLE001 - a candidate may raise anything, and costs only itself
@@ -343,11 +344,13 @@ class Sweep:
         with self._spending("timing"):
             timings: dict[int, Timing] = time_interleaved(
                 {
-                    index: candidate.call if problem.mode == "graph" else candidate.settle(inputs[0])
+                    index: candidate.call
+                    if problem.mode == "graph"
+                    else candidate.settle(drawn[candidate.routing].inputs[0])
                     for index, candidate in enumerate(candidates)
                     if index not in failures
                 },
-                inputs,
+                {index: drawn[candidate.routing].inputs for index, candidate in enumerate(candidates)},
                 mode=problem.mode,
                 budget_s=self.plan.point_s,
                 min_rounds=LEAST_ROUNDS,
@@ -355,7 +358,7 @@ class Sweep:
             )
         for index, candidate in enumerate(candidates):
             row = self._row(
-                workload, problem, routing, candidate, hits, len(inputs), verdicts.get(index), timings.get(index),
+                workload, problem, candidate, drawn[candidate.routing].inputs, verdicts.get(index), timings.get(index),
                 failures.get(index, ""),
             )  # fmt: skip
             append(self.path, row)
@@ -372,36 +375,34 @@ class Sweep:
         self,
         workload: Workload,
         problem: MoEProblem,
-        routing: RoutingDistribution,
         candidate: Candidate,
-        hits: float,
-        count: int,
+        inputs: tuple[LayerInputs, ...],
         verdict: Verdict | None,
         timing: Timing | None,
         reason: str,
     ) -> BenchRow:
         on_gpu = self.device.type == "cuda"
+        hits = sum(given.hit_experts for given in inputs) / len(inputs)
         ceilings = PEERS_CEILINGS if on_gpu else self.provenance.ceilings
         floor = ceilings.floor_us(problem, hits)
         error = None if verdict is None or verdict.error == float("inf") else verdict.error
         return BenchRow(
             workload=workload.name, E=workload.E, topk=workload.topk, K=workload.K, N=workload.N,
             dtype=problem.dtype, M=problem.M, backend=candidate.backend, config=candidate.config, mode=problem.mode,
-            routing=routing.name,
+            routing=candidate.routing.name,
             us=timing and timing.us, us_q1=timing and timing.us_q1, us_q3=timing and timing.us_q3,
-            samples=timing.samples if timing else 0, inputs=count, hit_experts=hits, floor_us=floor,
+            samples=timing.samples if timing else 0, inputs=len(inputs), hit_experts=hits, floor_us=floor,
             floor_from="peers" if on_gpu else "measured", fraction=floor / timing.us if timing else None,
             error=error, deterministic=verdict.repeatable if verdict and timing else None, reason=reason,
             machine=self.provenance.machine.name, fingerprint=self.provenance.machine.fingerprint,
             versions=self.provenance.versions, commit=self.provenance.commit, ceilings=self.provenance.ceilings,
         )  # fmt: skip
 
-    def _key(
-        self, workload: Workload, problem: MoEProblem, routing: RoutingDistribution, candidate: Candidate
-    ) -> RowKey:
+    def _key(self, workload: Workload, problem: MoEProblem, candidate: Candidate) -> RowKey:
         return row_key(
-            workload.name, problem.dtype, problem.M, candidate.backend, candidate.config, problem.mode, routing.name
-        )
+            workload.name, problem.dtype, problem.M, candidate.backend, candidate.config, problem.mode,
+            candidate.routing.name,
+        )  # fmt: skip
 
     def _note(self, text: str) -> None:
         if text not in self.notes:

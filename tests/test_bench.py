@@ -9,6 +9,7 @@ import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import ClassVar
+from unittest import mock
 
 import pydantic
 import pytest
@@ -26,7 +27,7 @@ from moe_dispatch.commands.bench import bench
 from moe_dispatch.errors import InvalidInputError, MoEDispatchError
 from moe_dispatch.experts import ExpertWeights
 from moe_dispatch.machine import Machine, current_machine
-from moe_dispatch.measure import PEERS_CEILINGS, Ceilings, LayerInputs, make_inputs, reference_outputs
+from moe_dispatch.measure import PEERS_CEILINGS, Ceilings, LayerInputs, make_inputs, reference_outputs, time_interleaved
 from moe_dispatch.problem import DType, Mode
 from moe_dispatch.registry import BACKENDS
 from moe_dispatch.workloads import ROUTINGS, WORKLOADS, Workload, make_experts
@@ -141,7 +142,19 @@ def in_turn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, share: float) -> li
     visited: list[str] = []
     made.advance = lambda what: visited.append(what.removeprefix("4,2,64,32 ")) if what else None
     made.run(dataclasses.replace(made.plan, tokens=(5,)))
-    return [what.removesuffix(" uniform eager") for what in visited]
+    return [what.removesuffix(" eager") for what in visited]
+
+
+def test_distributions_that_are_to_be_compared_are_timed_in_turns(tmp_path: Path) -> None:
+    made = sweep(tmp_path / "rows.jsonl", reference(), tokens=(2,))
+    made.plan = dataclasses.replace(made.plan, routings=(ROUTINGS["uniform"], ROUTINGS["dirichlet-4"]))
+    with mock.patch("moe_dispatch.benchmarks.sweep.time_interleaved", wraps=time_interleaved) as timed:
+        made.run()
+    (call,) = timed.call_args_list
+    candidates, inputs = call.args
+    assert len(candidates) == 2
+    assert not {id(given) for given in inputs[0]} & {id(given) for given in inputs[1]}
+    assert sorted(row.routing for row in made.written if row.us) == ["dirichlet-4", "uniform"]
 
 
 def test_layers_that_fit_in_memory_are_visited_in_turn_and_made_once(
@@ -163,7 +176,7 @@ def test_layers_that_do_not_fit_together_are_visited_one_after_another(
 
 def test_the_acceptance_run_has_evidence_for_every_bar_early() -> None:
     planned = list(acceptance.plans([], [], scoreboard.MODELS, None))
-    assert [plan.tokens for plan in planned[:4]] == [(1,), (16384,), (16384,), (64,)]
+    assert [plan.tokens for plan in planned[:3]] == [(1,), (16384,), (64,)]
     points = {(M, r.name, mode) for plan in planned for M in plan.tokens for r in plan.routings for mode in plan.modes}
     graphs = {(M, "uniform", "graph") for M in scoreboard.TOKENS}
     skewed = {(M, scoreboard.SKEWED, "graph") for M in scoreboard.TOKENS if M >= 1024}

@@ -2,7 +2,8 @@
 
 One *pass* runs the layer once on each of several distinct inputs and routings, so that no expert's weights stay in the
 cache because the same token asked for them a moment ago. A *sample* is as many passes as make it long enough for the
-clock. Each round starts with another candidate, so that a clock that drifts, or a neighbour's heat, favours none.
+clock. Rounds start with another candidate, and every other one runs backwards, so that neither a clock that drifts nor
+the heat of whoever came before favours anybody.
 """
 
 import contextlib
@@ -11,7 +12,7 @@ import statistics
 import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final, Generic, TypeVar
+from typing import Any, Final, Generic, TypeAlias, TypeVar
 
 import torch
 
@@ -27,6 +28,8 @@ MAX_REPEATS: Final = 1000
 MAX_ROUNDS: Final = 100
 
 Key = TypeVar("Key", bound=Hashable)
+# The same of all candidates, or each one's own.
+Inputs: TypeAlias = Sequence[LayerInputs] | Mapping[Key, Sequence[LayerInputs]]
 
 
 def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
@@ -155,18 +158,19 @@ def time_graph(call: Call, inputs: Sequence[LayerInputs], budget_s: float = 0.3,
 
 def time_interleaved(
     candidates: Mapping[Key, Call],
-    inputs: Sequence[LayerInputs],
+    inputs: Inputs[Key],
     *,
     mode: Mode = "graph",
     budget_s: float = 0.3,
     min_rounds: int = 5,
     on_failure: Callable[[Key, Exception], None] | None = None,
 ) -> dict[Key, Timing]:
-    """Time several candidates on the same inputs, taking turns.
+    """Time several candidates, taking turns.
 
     Args:
         candidates: What to time, by any key.
-        inputs: Distinct inputs and routings, at least 8 where the figure is to be published. Time is per input.
+        inputs: Distinct inputs and routings, at least 8 where the figure is to be published; the same for all
+            candidates, or by their keys. Time is per input.
         mode: ``"graph"`` times replays with device events; ``"eager"`` calls in a row, launch cost included where the
             device waits for it.
         budget_s: Seconds to spend on each candidate, compilation, warm-up and capture aside.
@@ -184,7 +188,7 @@ def time_interleaved(
 
 
 class Turns(Generic[Key]):
-    """Candidates that take turns on the same inputs; who was timed before is ready, and its graph captured.
+    """Candidates that take turns; who was timed before is ready, and its graph captured.
 
     Args:
         inputs: See `time_interleaved`.
@@ -198,11 +202,12 @@ class Turns(Generic[Key]):
         InvalidInputError: ``"graph"`` was asked for on a CPU, or there are no inputs.
     """
 
-    def __init__(self, inputs: Sequence[LayerInputs], *, mode: Mode, pool: Any = None) -> None:
-        if not inputs:
+    def __init__(self, inputs: Inputs[Key], *, mode: Mode, pool: Any = None) -> None:
+        some = next(iter(inputs.values()), ()) if isinstance(inputs, Mapping) else inputs
+        if not some:
             raise InvalidInputError("timing needs at least one LayerInputs, got none; make_inputs draws them")
         self._inputs, self._mode = inputs, mode
-        self._device = inputs[0].hidden_states.device
+        self._device = some[0].hidden_states.device
         if mode == "graph" and self._device.type != "cuda":
             raise InvalidInputError(
                 f"CUDA graphs need a CUDA device, and the inputs are on {self._device}; use mode='eager'"
@@ -251,7 +256,8 @@ class Turns(Generic[Key]):
                 if not order or (turn >= min_rounds and time.perf_counter() >= deadline):
                     break
                 first = turn % len(order)
-                for key in order[first:] + order[:first]:
+                order = order[first:] + order[:first]
+                for key in order[::-1] if turn % 2 else order:
                     attempt(key, sample)
         return {key: Timing.of(taken) for key, taken in samples.items()}
 
@@ -261,9 +267,10 @@ class Turns(Generic[Key]):
             self._passes.popitem()[1].close()
 
     def _prepare(self, key: Key, call: Call) -> None:
-        call(self._inputs[0])  # compiles what is not compiled yet; no capture survives a compilation
+        inputs = self._inputs[key] if isinstance(self._inputs, Mapping) else self._inputs
+        call(inputs[0])  # compiles what is not compiled yet; no capture survives a compilation
         synchronize(self._device)
         graph = self._mode == "graph"
-        self._passes[key] = _GraphPass(call, self._inputs, self.pool) if graph else _EagerPass(call, self._inputs)
-        once = self._passes[key].seconds(1) * len(self._inputs)
+        self._passes[key] = _GraphPass(call, inputs, self.pool) if graph else _EagerPass(call, inputs)
+        once = self._passes[key].seconds(1) * len(inputs)
         self._repeats[key] = max(1, min(MAX_REPEATS, round(SAMPLE_SECONDS / max(once, 1e-9))))
