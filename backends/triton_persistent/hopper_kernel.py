@@ -97,10 +97,15 @@ def _consume(
                 ring, a_bufs, tail_bufs, w_bufs, out_bufs, out_ptr, row, end, block_n, columns, depth, step,
                 128, HALF, ACTIVATION, GATHER, STAGES,
             )  # fmt: skip
-        else:
+        elif end - row > 32:
             step = _multiply(
                 ring, a_bufs, tail_bufs, w_bufs, out_bufs, out_ptr, row, end, block_n, columns, depth, step,
                 64, HALF, ACTIVATION, GATHER, STAGES,
+            )  # fmt: skip
+        else:
+            step = _multiply(
+                ring, a_bufs, tail_bufs, w_bufs, out_bufs, out_ptr, row, end, block_n, columns, depth, step,
+                32, HALF, ACTIVATION, GATHER, STAGES,
             )  # fmt: skip
         i += 1
         _e, row, end, block_n = receive_tile(queue, i)
@@ -139,8 +144,7 @@ def _multiply(
                 a_bufs.index(2 * stage + HALF), w_pairs.index(stage).permute((1, 0)), acc, is_async=True
             )
         if FEW:
-            few_buf = tail_bufs.index(stage) if WIDE else a_bufs.index(2 * stage)
-            few = few_buf.permute((1, 0))
+            few = _few_rows(a_bufs, tail_bufs, stage, HEIGHT, STAGES).permute((1, 0))
             first = warpgroup_mma(w_halves.index(4 * stage + HALF), few, first, is_async=True)
             second = warpgroup_mma(w_halves.index(4 * stage + 2 + HALF), few, second, is_async=True)
         # The products before these have read their stage.
@@ -177,6 +181,18 @@ def _multiply(
             _store_transposed(first, buf, out_ptr, few_row, end, column, columns)
             _store_transposed(second, buf, out_ptr, few_row, end, column + 128, columns)
     return step
+
+
+@gluon.jit
+def _few_rows(a_bufs, tail_bufs, stage, HEIGHT: gl.constexpr, STAGES: gl.constexpr):
+    """A tile's rows that are multiplied transposed: what is beyond 128 of them, or the first HEIGHT."""
+    if HEIGHT > 128:
+        rows = tail_bufs.index(stage)
+    else:
+        BLOCK_K: gl.constexpr = a_bufs.type.shape[2]
+        views = a_bufs._reinterpret(a_bufs.dtype, [128 // HEIGHT * STAGES, HEIGHT, BLOCK_K], a_bufs.type.layout)
+        rows = views.index(128 // HEIGHT * stage)
+    return rows
 
 
 @gluon.jit
