@@ -68,9 +68,9 @@ repeat() {
   tail -n 4 "$OUT/again.txt"
   keep "$WORK/again" again.json
   (($(left) > 30)) || return 0
-  # Not all that is left: the token counts between come after it.
-  MOE_DISPATCH_CACHE_DIR="$WORK/again" calibrate --model "$FIRST" --tokens "$TOKENS" --budget "$(($(left) * 3 / 5))" \
-    > "$OUT/row.txt"
+  # Where the first refined a boundary too. Not all that is left: the token counts between come after it.
+  MOE_DISPATCH_CACHE_DIR="$WORK/again" calibrate --model "$FIRST" --tokens "$(tokens_of "$OUT/again.json")" \
+    --budget "$(($(left) * 3 / 5))" > "$OUT/row.txt"
   keep "$WORK/again" row.json
   agree "two in a row" again.json row.json --seconds "$seconds"
   (($(left) > 30)) || return 0
@@ -92,6 +92,11 @@ repeat() {
 from_nothing() {
   mkdir -p "$WORK/$1"
   [[ ! -e "$WORK/sweep/compiled" ]] || cp -r "$WORK/sweep/compiled" "$WORK/$1/"
+}
+
+# The token counts that a calibration has.
+tokens_of() {
+  python3 -c 'import json, sys; print(*sorted({point["M"] for point in json.load(open(sys.argv[1]))["points"]}), sep=",")' "$1"
 }
 
 agree() {
