@@ -21,9 +21,12 @@ from moe_dispatch.measure.inputs import Call, LayerInputs, synchronize, timing_e
 from moe_dispatch.problem import Mode
 
 SAMPLE_SECONDS: Final = 2e-3  # of one sample at least: three orders above the clock's and the events' resolution
-LONG_SECONDS: Final = 2e-3  # a replay this long hides the launch of the next, which takes some µs
-SLEEP: Final = 1.5  # times what the host needs: how long the device sleeps while it launches
-SLEEP_HZ: Final = 2e9  # of the device's clock, at most
+# Of a sample's duration, before it. A product at full rate draws more power than the device can sustain: without a rest
+# its time depends on what ran before it.
+REST: Final = 0.5
+HIDES: Final = 1.5  # times what the host needs for its launches: the least rest that hides them
+LAUNCH_SECONDS: Final = 1e-4  # hides those of a few graphs
+CLOCK_HZ: Final = 2e9  # of the device, at most
 MAX_REPEATS: Final = 1000
 MAX_ROUNDS: Final = 100
 
@@ -69,22 +72,24 @@ class Timing:
 class _EagerPass:
     """Calls in a row, as a model makes them: what the host or what the device needs, whichever is more.
 
-    The first call after an idle time is waited for, which in a row it is not. So the device sleeps while the host
-    launches, and its own clock says what it needs. A call that waits for the device makes the host outlast the sleep;
+    The first call after an idle time is waited for, which in a row it is not. So the device rests while the host
+    launches, and its own clock says what it needs. A call that waits for the device makes the host outlast the rest;
     then the device's clock has seen all of it.
     """
 
     def __init__(self, call: Call, inputs: Sequence[LayerInputs]) -> None:
         self._call, self._inputs = call, inputs
         self._device = inputs[0].hidden_states.device
-        self._host: float | None = None  # seconds that the host needs for a pass, once known
+        # Seconds of a pass, all of it and the host's part, once known.
+        self._last = self._host = 0.0
 
     def seconds(self, repeats: int) -> float:
-        if self._device.type != "cuda" or self._host is None:
+        if self._device.type != "cuda" or not self._last:
             passes = self._by_the_wall(repeats)
         else:
-            passes = self._behind_a_sleep(repeats, SLEEP * self._host * repeats)
-        return passes / (repeats * len(self._inputs))
+            passes = self._after_a_rest(repeats)
+        self._last = passes / repeats
+        return self._last / len(self._inputs)
 
     def _by_the_wall(self, repeats: int) -> float:
         synchronize(self._device)
@@ -94,11 +99,12 @@ class _EagerPass:
         synchronize(self._device)
         return time.perf_counter() - begin
 
-    def _behind_a_sleep(self, repeats: int, asleep: float) -> float:
+    def _after_a_rest(self, repeats: int) -> float:
+        resting = max(HIDES * self._host * repeats, REST * self._last * repeats)
         start, end = timing_events()
         with torch.cuda.device(self._device):
             torch.cuda.synchronize()
-            torch.cuda._sleep(math.ceil(SLEEP_HZ * asleep))  # type: ignore[no-untyped-call]
+            _rest(resting)
             start.record()
             begin = time.perf_counter()
             self._launch(repeats)
@@ -106,7 +112,7 @@ class _EagerPass:
             end.record()
             end.synchronize()
         device = float(start.elapsed_time(end)) / 1e3
-        return max(host, device) if host < asleep else device
+        return max(host, device) if host < resting else device
 
     def _launch(self, repeats: int) -> None:
         for _ in range(repeats):
@@ -132,8 +138,8 @@ class _GraphPass:
     def seconds(self, repeats: int) -> float:
         start, end = timing_events()
         with torch.cuda.device(self._device):
-            if self._last < LONG_SECONDS:
-                self._graph.replay()  # while it runs, the host enqueues what follows, so no launch gap is timed
+            # Meanwhile the host enqueues what follows, so no launch gap is timed.
+            _rest(max(LAUNCH_SECONDS, REST * self._last * repeats))
             start.record()
             for _ in range(repeats):
                 self._graph.replay()
@@ -144,6 +150,11 @@ class _GraphPass:
 
     def close(self) -> None:
         self._graph.reset()
+
+
+def _rest(seconds: float) -> None:
+    """Let the current device wait, with what is launched next in its queue."""
+    torch.cuda._sleep(math.ceil(CLOCK_HZ * seconds))  # type: ignore[no-untyped-call]
 
 
 def time_eager(call: Call, inputs: Sequence[LayerInputs], budget_s: float = 0.3, min_rounds: int = 5) -> Timing:
