@@ -53,7 +53,7 @@ NEIGHBOURS: Final = 8
 CLOSE: Final = 1.2
 REFINE: Final = 1.5  # boundaries are refined until the neighbours are this close
 # and only where each neighbour's winner loses this much at the other, so that much can be lost between them.
-DISAGREE: Final = 0.04
+DISAGREE: Final = 0.025
 
 
 @dataclass(frozen=True)

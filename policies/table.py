@@ -123,11 +123,12 @@ class LayerTable:
 def calm_winners(
     scores: Mapping[int, Mapping[Identity, float | None]], incumbents: Mapping[int, Identity] | None = None
 ) -> dict[int, Identity]:
-    """The winner at each token count: of those within noise of the fastest, whoever is at most other token counts too.
+    """The winner at each token count: of those within noise of the fastest, whoever is at many other token counts too.
 
-    Where the incumbent is still near, it stays. Of the others, the candidate that is within noise at most token counts
-    wins them all, then the one at most of what is left, and so on: few different ones, and what noise does at one token
-    count is outvoted by the others, so that two calibrations agree.
+    Where the incumbent is still near, it stays. Of the others, the candidate that is within noise at most token counts,
+    and by most, wins them all, then the one of most in what is left, and so on: few different ones, and what noise does
+    at one token count is outvoted by the others, so that two calibrations agree. Each vote is worth what it lacks to
+    noise: were all equal, one at the border of noise would decide for all of them.
     """
     found: dict[int, Identity] = {}
     near: dict[int, dict[Identity, float]] = {}
@@ -140,11 +141,11 @@ def calm_winners(
         else:
             near[M] = {one: us / fastest - 1 for one, us in timed.items() if us <= fastest * (1 + NOISE)}
     while near:
-        lags: dict[Identity, list[float]] = {}
+        votes: dict[Identity, list[float]] = {}
         for at in near.values():
             for identity, lag in at.items():
-                lags.setdefault(identity, []).append(lag)
-        most = max(lags, key=lambda one: (len(lags[one]), -math.fsum(lags[one])))
+                votes.setdefault(identity, []).append(NOISE - lag)
+        most = max(votes, key=lambda one: math.fsum(votes[one]))
         found |= {M: most for M, at in near.items() if most in at}
         near = {M: at for M, at in near.items() if most not in at}
     return {M: found[M] for M in scores}

@@ -221,13 +221,28 @@ def test_what_noise_does_at_one_token_count_is_outvoted() -> None:
     one, two, three = ("a", ()), ("b", ()), ("c", ())
     # `one` is within noise at most of them, though it is nowhere the fastest.
     scores = {
-        1: {one: 10.1, two: 10.0, three: 10.3},
-        2: {one: 20.2, three: 20.0, two: 30.0},
-        4: {two: 40.0, one: 40.4, three: 50.0},
+        1: {one: 10.03, two: 10.0, three: 10.3},
+        2: {one: 20.06, three: 20.0, two: 30.0},
+        4: {two: 40.0, one: 40.12, three: 50.0},
         8: {three: 80.0, one: 90.0, two: 88.0},
     }
     assert calm_winners(scores) == {1: one, 2: one, 4: one, 8: three}
     assert list(calm_winners(scores)) == list(scores)
+
+
+def test_a_candidate_at_the_border_of_noise_decides_for_no_other_token_count() -> None:
+    one, other, third = ("a", ()), ("b", ()), ("c", ())
+
+    def winners(lag: float) -> list[object]:
+        scores = {
+            1: {one: 10.0, other: 10.0 * (1 + lag)},
+            2: {one: 20.0, other: 20.0},
+            4: {one: 40.0, other: 40.0},
+            8: {one: 100.0, other: 80.7, third: 80.0},
+        }
+        return list(calm_winners(scores).values())
+
+    assert winners(0.0124) == winners(0.0126) == [one, one, one, third]
 
 
 def test_neighbours_far_apart_decide_nothing_between_them() -> None:
