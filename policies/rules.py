@@ -13,13 +13,14 @@ from moe_dispatch.problem import MoEProblem
 # Up to here a layer reads weights and hardly computes. At 1, 4, 16 and 64 tokens split-K came to 1.01 of the floor in
 # BF16 and .88 in FP8 (geometric means), the best peer of each point to .90 and .71.
 DECODE_TOKENS: Final = 64
-# In FP8 DeepGEMM's products win from so many rows per expert: deepseek-v3 at 512 (12422 µs, ours 13033), mixtral-8x7b
-# at 1024 (2779 and 2956); at 128 ours win at deepseek-v3 (3914 and 4322), and at 64 by 9 % at qwen3-235b. In BF16 ours
-# led at every prefill but deepseek-v3's from 256 rows on, where they are 2 to 9 % behind.
-FP8_PREFILL_ROWS: Final = 256
+# From so many rows per expert DeepGEMM's products are next to ours, or ahead.
+PREFILL_ROWS: Final = 256
+# In FP8 they are ahead from here on: mixtral-8x7b at 4096 tokens (2414 µs, ours 2453) and at 16384 (9067, 9538),
+# qwen3-235b at 16384 (4612, 4720). At 512 rows ours are ahead by 1 to 6 %, at 256 by 6 to 16 %, and in BF16 always.
+FP8_PREFILL_ROWS: Final = 1024
 # But DeepGEMM's layer gathers and quantises K values a row before its products, and N between them, in passes of their
-# own: it needs enough to multiply for each of those. Ahead at qwen3-235b (K·N/(K+N) = 1117), behind by 1 to 8 % at
-# deepseek-v2-lite (834), and by 17 to 25 % at kimi-k2-tp8 (247).
+# own: it needs enough to multiply for each of those. Ahead at qwen3-235b (K·N/(K+N) = 1117), behind by 7 % at
+# deepseek-v2-lite (834) and by 4 % at qwen3-30b-a3b (559).
 FP8_WORK_PER_VALUE: Final = 1000
 
 Ranked = tuple[tuple[str, str], ...]
@@ -51,12 +52,11 @@ def _hopper(problem: MoEProblem) -> Ranked:
         return (*_ours(problem), _vllm("next at decode"), *_torch(problem), ("deep_gemm", "pads every expert"))
     rows = problem.slots / problem.E
     work = problem.K * problem.N / (problem.K + problem.N)
-    prefill = rows >= FP8_PREFILL_ROWS
-    if problem.dtype == "fp8" and prefill and work >= FP8_WORK_PER_VALUE:
+    if problem.dtype == "fp8" and rows >= FP8_PREFILL_ROWS and work >= FP8_WORK_PER_VALUE:
         why = f"fastest grouped products measured on an H200 at prefill, and this is {rows:.0f} rows per expert"
         return (("deep_gemm", why), *_ours(problem), *_torch(problem), _vllm("behind all of them at prefill"))
     persistent, splitk = _ours(problem)
-    if prefill:
+    if rows >= PREFILL_ROWS:
         next_to_it = ("deep_gemm", "next at prefill on an H200: what surrounds its products is not fused")
         return (persistent, next_to_it, *_torch(problem), _vllm("behind all of them at prefill"), splitk)
     few = ("deep_gemm", "pads every expert, which few rows do not repay")

@@ -286,7 +286,7 @@ def test_the_rules_choice_is_one_that_is_there() -> None:
     # Without DeepGEMM, whom they name here, theirs is our kernel.
     bare = H200.model_copy(update={"libraries": {}})
     laws = [law("triton_persistent", 100.0), law("triton_splitk", 99.0)]
-    problem = WORKLOADS["mixtral-8x7b"].problem(1024, "fp8", H200, "graph")
+    problem = WORKLOADS["mixtral-8x7b"].problem(4096, "fp8", H200, "graph")
     model = ModelFile(fingerprint="", sms=132, laws=[one.model_copy(update={"dtype": "fp8"}) for one in laws])
     assert LearnedPolicy(H200, model).rank(problem) == ()
     assert LearnedPolicy(bare, model).rank(problem)[0].backend == "triton_persistent"

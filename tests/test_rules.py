@@ -28,7 +28,7 @@ MEASURED = (
     Case("deepseek-v3", "fp8", 1, "triton_splitk"),
     Case("deepseek-v3", "fp8", 256, "triton_persistent"),
     Case("deepseek-v3", "fp8", 4096, "triton_persistent"),
-    Case("deepseek-v3", "fp8", 16384, "deep_gemm"),
+    Case("deepseek-v3", "fp8", 16384, "triton_persistent"),
     Case("qwen3-30b-a3b", "fp8", 64, "triton_splitk"),
     Case("qwen3-30b-a3b", "fp8", 16384, "triton_persistent"),
     Case("qwen3-235b", "fp8", 1024, "triton_persistent"),

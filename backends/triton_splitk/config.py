@@ -93,7 +93,8 @@ _MOST_STAGES: Final = 6
 _SHORT_LOOP: Final = 16
 _SHORT_LOOP_STAGES: Final = 3
 # Where the second product's loop is very short three CTAs of a multiprocessor take turns: at kimi-k2-tp8 in FP8 (2
-# blocks) and M=8 to 64 that is 7 to 15 % less time than two take. At 11 blocks and more three lose up to 3 %.
+# blocks) and M=8 to 64 that is 7 to 15 % less time than two take. At 11 blocks and more three lose up to 3 %. In BF16
+# narrow tiles have too little to do there: at M=16 to 64 they take 10 to 20 % longer.
 _SHORT_DOWN_LOOP: Final = 4
 # One CTA of a multiprocessor cannot hide its waits.
 _LEAST_CTAS_PER_SM: Final = 1.25
@@ -115,7 +116,8 @@ def default_config(problem: MoEProblem, device: Features) -> SplitKConfig:
     fp8 = problem.dtype == "fp8"
     # Most CTAs of a grid of experts would find nothing to do.
     by_slot = problem.M == 1 or 8 * problem.slots < problem.E
-    wide = not by_slot if fp8 else problem.slots >= 2 * hit
+    short_down = math.ceil(problem.N / _block_k(problem)) <= _SHORT_DOWN_LOOP
+    wide = not by_slot if fp8 else problem.slots >= 2 * hit or (short_down and not by_slot)
     config = SplitKConfig(
         block_m=_block_m(problem),
         block_n=128 if wide else 64,
@@ -130,7 +132,7 @@ def default_config(problem: MoEProblem, device: Features) -> SplitKConfig:
     config = config.model_copy(update={"splits_down": _splits(lacking, math.ceil(problem.N / config.block_k))})
     if fp8 and wide and math.ceil(problem.K / config.block_k) <= _SHORT_LOOP:
         return config.model_copy(update={"num_stages": _SHORT_LOOP_STAGES})
-    if fp8 and wide and math.ceil(problem.N / config.block_k) <= _SHORT_DOWN_LOOP:
+    if fp8 and wide and short_down:
         return with_stages(problem, config, device.shared_memory // 3)
     # Two CTAs of a multiprocessor take turns at waiting; one with a deep pipeline is better than two shallow ones.
     shared = with_stages(problem, config, device.shared_memory // 2)
