@@ -33,6 +33,7 @@ def moe_forward(
 
     Capturable in a CUDA graph once the same token count has run before (`warm_up`), and compiled by torch.compile
     with ``fullgraph=True``. Differentiable through the reference backend, for which a compiled graph breaks.
+    Autocast does not reach inside: the layer is computed in the dtype of its tensors.
 
     Args:
         hidden_states: ``[M, K]``; the weights' dtype, or BF16, FP16 or FP32 with block FP8 weights.
@@ -61,13 +62,19 @@ def moe_forward(
 def dispatch(
     hidden_states: Tensor, experts: ExpertWeights, topk_weights: Tensor, topk_ids: Tensor, backend: str | None
 ) -> Tensor:
-    """`moe_forward` outside a compiled graph: make the layer's GPU the current one, and hand over."""
+    """`moe_forward` outside a compiled graph: in the layer's own dtype, on its GPU, hand over."""
     if not isinstance(experts, ExpertWeights):
         check(hidden_states, experts, topk_weights, topk_ids)  # raises
-    dispatcher = get_dispatcher(experts.device)
+    device = experts.device
+    # The private question costs a sixth of the public one.
+    if torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(device.type):
+        # What torch computes would be rounded, what kernels compute would not: the result would hang on the backend.
+        with torch.autocast(device.type, enabled=False):
+            return dispatch(hidden_states, experts, topk_weights, topk_ids, backend)
+    dispatcher = get_dispatcher(device)
     # Triton and DeepGEMM launch on the current GPU, whatever the tensors say.
-    if dispatcher.one_of_several_gpus and torch.cuda.current_device() != experts.device.index:
-        with torch.cuda.device(experts.device):
+    if dispatcher.one_of_several_gpus and torch.cuda.current_device() != device.index:
+        with torch.cuda.device(device):
             return dispatcher.forward(hidden_states, experts, topk_weights, topk_ids, backend)
     return dispatcher.forward(hidden_states, experts, topk_weights, topk_ids, backend)
 

@@ -29,7 +29,7 @@ def probe(backend: Backend, problem: MoEProblem, device: torch.device) -> str:
     tiny = dataclasses.replace(problem, M=5, K=256, N=256, E=4, topk=2, mode="eager", needs_grad=False)
     if backend.unsupported_reasons(tiny):
         tiny = dataclasses.replace(tiny, K=1024, N=1024)
-    with torch.no_grad():
+    with torch.no_grad(), torch.autocast(device.type, enabled=False):
         generator = torch.Generator(device).manual_seed(SEED)
         experts = make_experts(tiny, tiny.dtype, device, generator, act_dtype=tiny.act_dtype)
         hidden = torch.randn(tiny.M, tiny.K, generator=generator, device=device).to(torch_dtype(tiny.act_dtype))

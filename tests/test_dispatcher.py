@@ -10,7 +10,7 @@ import threading
 import time
 import warnings
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -118,6 +118,21 @@ class TestChoosing:
             moe_forward(leaf, experts, weights, ids).sum().backward()  # type: ignore[no-untyped-call]
             assert leaf.grad is not None
             assert ran() == {"reference": 1}
+
+    @pytest.mark.parametrize("backend", ["reference", "torch_grouped"])
+    @pytest.mark.parametrize("compiling", [False, True])
+    def test_autocast_changes_nothing(self, backend: str, compiling: bool, call: Call) -> None:
+        """Not even the verdict of a probe, which holds for as long as the process lives."""
+
+        def layer(*given: Any) -> Tensor:
+            return moe_forward(*given, backend=backend)
+
+        run: Callable[..., Tensor] = torch.compile(layer, fullgraph=True, backend="aot_eager") if compiling else layer
+        with ranked("torch_grouped"):
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                assert not explain(*call).candidates[0].against
+                out = run(*call)
+            assert torch.equal(out, layer(*call))
 
     def test_explain_says_what_a_call_would_do(self, call: Call) -> None:
         with ranked("deep_gemm", Honest):
