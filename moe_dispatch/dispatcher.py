@@ -136,7 +136,7 @@ class Dispatcher:
                 if failures.lost_device(error):
                     raise self._device_lost(plan, error) from error
                 if plan.explicit:
-                    raise BackendFailedError(plan.choice.backend, problem, error) from error
+                    raise BackendFailedError(plan.choice.backend, problem, error, plan.remedy) from error
                 if not failures.out_of_memory(error):
                     self._bar(plan, failures.summary(error))
                 continue
@@ -212,13 +212,16 @@ class Dispatcher:
         name = plan.choice.backend
         if failures.lost_device(error):
             raise self._device_lost(plan, error) from error
+        if plan.explicit:
+            raise BackendFailedError(name, plan.problem, error, plan.remedy) from error
         if plan.problem.mode == "graph":
             # The capture is void whatever runs now; the next one finds the culprit barred.
-            if not plan.explicit and not failures.broken_capture(error):
+            if failures.broken_capture(error):
+                remedy = "The capture had failed before; what failed first is its cause."
+            else:
                 self._bar(plan, failures.summary(error))
-            raise BackendFailedError(name, plan.problem, error) from error
-        if plan.explicit:
-            raise BackendFailedError(name, plan.problem, error) from error
+                remedy = "It is avoided for such problems from now on: `warm_up`, then capture again."
+            raise BackendFailedError(name, plan.problem, error, remedy) from error
         if failures.out_of_memory(error):
             return self._with_less_memory(plan, error, inputs)
         if name == LAST_RESORT:

@@ -16,42 +16,71 @@ class InvalidInputError(MoEDispatchError, ValueError):
 
 
 class UnknownNameError(MoEDispatchError, LookupError):
-    """A backend, policy or workload that is not registered under this name."""
+    """A backend, policy or workload that is not registered under this name.
 
-    def __init__(self, kind: str, name: str, known: Sequence[str]) -> None:
+    Args:
+        kind: What was looked for.
+        name: As given.
+        known: Names that would do.
+        variable: The environment variable that gave it, if one did.
+    """
+
+    def __init__(self, kind: str, name: str, known: Sequence[str], variable: str = "") -> None:
         self.kind, self.name, self.known = kind, name, tuple(known)
-        super().__init__(f"no {kind} is called {name!r}; known: {', '.join(sorted(known))}")
+        origin = f"{variable} names {name!r}, and " if variable else ""
+        super().__init__(f"{origin}no {kind} is called {name!r}; known: {', '.join(sorted(known))}")
 
 
 class BackendUnavailableError(MoEDispatchError):
-    """A backend's library is missing, does not import, or failed its probe."""
+    """A backend's library is missing, does not import, or failed its probe.
 
-    def __init__(self, backend: str, reasons: Sequence[str]) -> None:
+    Args:
+        backend: Its name.
+        reasons: Each with its remedy.
+        variable: The environment variable that asked for it, if one did.
+    """
+
+    def __init__(self, backend: str, reasons: Sequence[str], variable: str = "") -> None:
         self.backend, self.reasons = backend, tuple(reasons)
-        super().__init__(f"backend {backend!r} is not available: {'; '.join(reasons)}")
+        text = f"backend {backend!r} is not available: {'; '.join(reasons)}"
+        super().__init__(f"{text}. {way_out(variable)}" if variable else text)
 
 
 class BackendUnsupportedError(MoEDispatchError):
-    """The backend named by the caller cannot run this problem. Nothing else was tried in its place."""
+    """The backend named by the caller cannot run this problem. Nothing else was tried in its place.
 
-    def __init__(self, backend: str, problem: "MoEProblem", reasons: Sequence[str]) -> None:
+    Args:
+        backend: Its name.
+        problem: What it was asked for.
+        reasons: All of them.
+        variable: The environment variable that asked for it, if one did.
+    """
+
+    def __init__(self, backend: str, problem: "MoEProblem", reasons: Sequence[str], variable: str = "") -> None:
         self.backend, self.problem, self.reasons = backend, problem, tuple(reasons)
         lines = "\n".join(f"  - {reason}" for reason in reasons)
-        super().__init__(
-            f"backend {backend!r} was asked for and cannot run {problem}:\n{lines}\n"
-            "Leave `backend` out to let the policy choose."
-        )
+        super().__init__(f"backend {backend!r} was asked for and cannot run {problem}:\n{lines}\n{way_out(variable)}")
 
 
 class BackendFailedError(MoEDispatchError):
-    """The backend named by the caller accepted the problem and then raised; the cause is chained."""
+    """A backend accepted the problem and then raised, where nothing may run in its place; the cause is chained.
 
-    def __init__(self, backend: str, problem: "MoEProblem", cause: BaseException) -> None:
+    Args:
+        backend: Its name.
+        problem: What it was asked for.
+        cause: What it raised.
+        remedy: What to do, a sentence.
+    """
+
+    def __init__(self, backend: str, problem: "MoEProblem", cause: BaseException, remedy: str) -> None:
         self.backend, self.problem = backend, problem
-        super().__init__(
-            f"backend {backend!r} failed on {problem}: {type(cause).__name__}: {cause}. "
-            "Leave `backend` out to fall back automatically."
-        )
+        super().__init__(f"backend {backend!r} failed on {problem}: {type(cause).__name__}: {cause}. {remedy}")
+
+
+def way_out(variable: str) -> str:
+    """How to have a named backend replaced where it cannot; `variable` named it, or the caller if that is empty."""
+    how = f"Unset {variable}, which names it," if variable else "Leave `backend` out"
+    return f"{how} to let the policy choose."
 
 
 class NoBackendError(MoEDispatchError):

@@ -31,7 +31,7 @@ class Explanation:
         machine: Where.
         candidates: In rank order, the last resort last.
         unranked: Registered backends that no policy ranked, each with its reasons against (empty if it could run).
-        notes: What the policies have to say: retired measurements, refused files.
+        notes: Names in the environment that nobody has, retired measurements, refused files.
     """
 
     problem: MoEProblem

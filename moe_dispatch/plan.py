@@ -18,7 +18,8 @@ class Plan:
         backend: What runs it.
         config: How.
         choice: Why.
-        explicit: Whether the caller named the backend; then nothing else runs in its place.
+        remedy: How to have another backend in its place, where the caller or the environment named this one; nothing
+            else runs then. Empty where a policy chose.
         run: The backend's bound method, or what it has in its place for this kind of call (`Backend.steady`).
         widens: Whether topk_weights come in half precision, which backends do not take.
         proven: Whether it has run such a problem to its end in this process.
@@ -30,7 +31,7 @@ class Plan:
     backend: Backend
     config: BackendConfig
     choice: Choice
-    explicit: bool
+    remedy: str
     run: Run = field(init=False)
     widens: bool = False
     proven: bool = False
@@ -40,6 +41,11 @@ class Plan:
 
     def __post_init__(self) -> None:
         self.run = self.backend.run
+
+    @property
+    def explicit(self) -> bool:
+        """Whether the backend was named, so that nothing else runs in its place."""
+        return bool(self.remedy)
 
     @property
     def kind(self) -> tuple[str, BackendConfig, MoEProblem]:

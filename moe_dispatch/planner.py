@@ -5,6 +5,7 @@ import logging
 import threading
 import warnings
 from collections.abc import Iterator
+from typing import Final
 
 import pydantic
 import torch
@@ -16,6 +17,7 @@ from moe_dispatch.errors import (
     MoEDispatchWarning,
     NoBackendError,
     UnknownNameError,
+    way_out,
 )
 from moe_dispatch.experts import ExpertWeights
 from moe_dispatch.explain import Candidate, Explanation
@@ -31,6 +33,10 @@ from moe_dispatch.settings import Settings
 from moe_dispatch.tally import Tally
 
 logger = logging.getLogger("moe_dispatch")
+
+BACKEND_VARIABLE: Final = "MOE_DISPATCH_BACKEND"
+DISABLE_VARIABLE: Final = "MOE_DISPATCH_DISABLE"
+POLICY_VARIABLE: Final = "MOE_DISPATCH_POLICY"
 
 
 class Planner:
@@ -63,21 +69,22 @@ class Planner:
             BackendUnavailableError: The named backend is missing or broken.
             NoBackendError: Nothing can run this.
         """
-        named = backend or self._settings.backend
-        plan = self._named_plan(named, problem, experts) if named else self._best_plan(problem, experts)
+        if backend or self._settings.backend:
+            plan = self._named_plan(backend, problem, experts)
+        else:
+            plan = self._best_plan(problem, experts)
         plan.proven = plan.kind in self._proven
         logger.info("%s runs %s: %s", plan.choice.backend, problem, plan.choice.reason)
         return plan
 
     def eligible(self, problem: MoEProblem, experts: ExpertWeights, backend: str | None = None) -> Iterator[Plan]:
         """Every plan that could run a problem, best first; at most the named backend's, where one is named."""
-        named = backend or self._settings.backend
-        choices = self._rank(problem)
-        if named:
-            choices = (self._named_plan(named, dataclasses.replace(problem, mode="eager"), experts).choice,)
-        for choice in choices:
-            if not self._reasons_against(choice, problem) and not self._distrust(choice, problem, experts):
-                yield self._made_plan(problem, choice, explicit=bool(named))
+        named = bool(backend or self._settings.backend)
+        remedy = way_out("" if backend else BACKEND_VARIABLE) if named else ""
+        for choice in (self._named_choice(backend, problem),) if named else self._rank(problem):
+            against = self._reasons_against(choice, problem, chosen_by_name=named)
+            if not against and not self._distrust(choice, problem, experts):
+                yield self._made_plan(problem, choice, remedy)
 
     def prove(self, plan: Plan) -> None:
         """Remember that a plan has run to its end."""
@@ -87,19 +94,21 @@ class Planner:
     def explain(self, problem: MoEProblem) -> Explanation:
         """The ranking for a problem, each choice's reason, and every backend's reasons against."""
         candidates: list[Candidate] = []
-        choices = self._rank(problem)
-        if name := self._settings.backend:
-            choices = (Choice(name, "named by MOE_DISPATCH_BACKEND", policy="environment"), *choices)
-        for choice in choices:
-            against = list(self._reasons_against(choice, problem))
+        name = self._settings.backend
+        for choice in (self._named_choice(None, problem),) if name else self._rank(problem):
+            against = list(self._reasons_against(choice, problem, chosen_by_name=bool(name)))
             if self._live and not against and not any(not earlier.against for earlier in candidates):
                 against += filter(None, [self._distrust(choice, problem, None)])
             candidates.append(Candidate(choice, tuple(against)))
+        if name:
+            passed_over = (f"{BACKEND_VARIABLE} names {name!r}, which nothing replaces",)
+            others = (choice for choice in self._rank(problem) if choice.backend != name)
+            candidates += [Candidate(choice, passed_over) for choice in others]
         ranked = {candidate.choice.backend for candidate in candidates}
         unranked = {
             name: self._roster.reasons_against(name, problem) for name in BACKENDS.names() if name not in ranked
         }
-        return Explanation(problem, self._machine, tuple(candidates), unranked, self.policy_notes())
+        return Explanation(problem, self._machine, tuple(candidates), unranked, self.notes())
 
     def backend(self, name: str) -> Backend:
         """The backend behind a name.
@@ -114,24 +123,44 @@ class Planner:
         """Every registered backend on this machine."""
         return self._roster.statuses()
 
-    def policy_notes(self) -> tuple[str, ...]:
-        """Retired measurements, refused files."""
-        return self._policies().notes()
+    def notes(self) -> tuple[str, ...]:
+        """Names in the environment that nobody has, retired measurements, refused files."""
+        return (*self._unknown_names(), *self._policies().notes())
 
-    def _named_plan(self, name: str, problem: MoEProblem, experts: ExpertWeights) -> Plan:
-        self._roster.backend(name)  # raises where it is unknown or missing
-        choice = next(
-            (choice for choice in self._rank(problem) if choice.backend == name and not self._misconfigured(choice)),
-            Choice(name, "named by the caller"),
+    def _unknown_names(self) -> tuple[str, ...]:
+        """Backends that the environment names and that are not registered."""
+        wanted = [(DISABLE_VARIABLE, name) for name in sorted(self._settings.disabled)]
+        if self._settings.backend:
+            wanted.insert(0, (BACKEND_VARIABLE, self._settings.backend))
+        known = BACKENDS.names() if wanted else ()
+        return tuple(
+            str(UnknownNameError("backend", name, known, variable)) for variable, name in wanted if name not in known
         )
-        reasons = self._roster.reasons_against(name, problem, chosen_by_name=True)
-        distrust = "" if reasons else self._distrust(choice, problem, experts)
-        if reasons:
-            raise BackendUnsupportedError(name, problem, reasons)
-        if distrust:
-            raise BackendUnavailableError(name, (distrust,))
-        named = dataclasses.replace(choice, reason="named by the caller", policy="caller")
-        return self._made_plan(problem, named, explicit=True)
+
+    def _named_plan(self, backend: str | None, problem: MoEProblem, experts: ExpertWeights) -> Plan:
+        """Of the backend that the caller names, else the environment."""
+        name, variable = (backend, "") if backend else (self._settings.backend, BACKEND_VARIABLE)
+        try:
+            self._roster.backend(name)
+        except UnknownNameError as error:
+            raise UnknownNameError(error.kind, name, error.known, variable) from None
+        except BackendUnavailableError as error:
+            raise BackendUnavailableError(name, error.reasons, variable) from error.__cause__
+        if reasons := self._roster.reasons_against(name, problem, chosen_by_name=True):
+            raise BackendUnsupportedError(name, problem, reasons, variable)
+        choice = self._named_choice(backend, problem)
+        if distrust := self._distrust(choice, problem, experts):
+            raise BackendUnavailableError(name, (distrust,), variable)
+        return self._made_plan(problem, choice, way_out(variable))
+
+    def _named_choice(self, backend: str | None, problem: MoEProblem) -> Choice:
+        """The same, in the configuration that the policies rank first for it."""
+        name = backend or self._settings.backend
+        ranked = (choice for choice in self._rank(problem) if choice.backend == name)
+        choice = next((choice for choice in ranked if not self._misconfigured(choice)), Choice(name, ""))
+        if backend:
+            return dataclasses.replace(choice, reason="named by the caller", policy="caller")
+        return dataclasses.replace(choice, reason=f"named by {BACKEND_VARIABLE}", policy="environment")
 
     def _best_plan(self, problem: MoEProblem, experts: ExpertWeights) -> Plan:
         against: dict[str, tuple[str, ...]] = {}
@@ -149,7 +178,7 @@ class Planner:
             if reasons:
                 against.setdefault(choice.backend, reasons)
                 continue
-            plan = self._made_plan(problem, choice, explicit=False)
+            plan = self._made_plan(problem, choice)
             if problem.mode == "eager" or plan.kind in self._proven:
                 found = plan
                 break
@@ -176,14 +205,14 @@ class Planner:
         self._quarantine.bar(name, problem, fault, lethal=False)
         warn_of_successor(name, problem, fault, successor)
 
-    def _made_plan(self, problem: MoEProblem, choice: Choice, *, explicit: bool) -> Plan:
+    def _made_plan(self, problem: MoEProblem, choice: Choice, remedy: str = "") -> Plan:
         made = self._roster.backend(choice.backend)
         config = (
             made.default_config(problem)
             if choice.config is None
             else made.config_type.model_validate(dict(choice.config))
         )
-        return Plan(problem, made, config, choice, explicit, kept=explicit)
+        return Plan(problem, made, config, choice, remedy, kept=bool(remedy))
 
     def _rank(self, problem: MoEProblem) -> tuple[Choice, ...]:
         if problem.needs_grad:
@@ -193,12 +222,20 @@ class Planner:
     def _policies(self) -> Ranking:
         if self._ranking is None:
             with self._lock:
-                self._ranking = self._ranking or Ranking(self._machine, self._settings.policies)
+                self._ranking = self._ranking or self._load_policies()
         return self._ranking
 
-    def _reasons_against(self, choice: Choice, problem: MoEProblem) -> tuple[str, ...]:
+    def _load_policies(self) -> Ranking:
+        for text in self._unknown_names():
+            warnings.warn(text, MoEDispatchWarning, stacklevel=2)
         try:
-            reasons = self._roster.reasons_against(choice.backend, problem)
+            return Ranking(self._machine, self._settings.policies)
+        except UnknownNameError as error:
+            raise UnknownNameError(error.kind, error.name, error.known, POLICY_VARIABLE) from None
+
+    def _reasons_against(self, choice: Choice, problem: MoEProblem, *, chosen_by_name: bool = False) -> tuple[str, ...]:
+        try:
+            reasons = self._roster.reasons_against(choice.backend, problem, chosen_by_name=chosen_by_name)
         except UnknownNameError as error:  # a file may name what this installation lacks
             return (str(error),)
         return reasons or tuple(filter(None, [self._misconfigured(choice)]))
@@ -210,6 +247,8 @@ class Planner:
             self._roster.backend(choice.backend).config_type.model_validate(dict(choice.config))
         except pydantic.ValidationError as error:
             return f"does not know the configuration {dict(choice.config)}: {error.errors()[0]['msg']}"
+        except (BackendUnavailableError, UnknownNameError) as error:
+            return str(error)
         return ""
 
     def _distrust(self, choice: Choice, problem: MoEProblem, experts: ExpertWeights | None) -> str:

@@ -28,6 +28,7 @@ from moe_dispatch import (
     Machine,
     MoEDispatchWarning,
     MoEProblem,
+    UnknownNameError,
     explain,
     moe_forward,
     stats,
@@ -35,7 +36,7 @@ from moe_dispatch import (
 )
 from moe_dispatch.backend import BackendConfig, Inputs, Run
 from moe_dispatch.dispatcher import SETTLED_CALLS, SETTLED_TOKENS, Dispatcher
-from moe_dispatch.dispatchers import get_dispatcher
+from moe_dispatch.dispatchers import get_dispatcher, reset_dispatchers
 from moe_dispatch.quarantine import Quarantine
 from moe_dispatch.registry import BACKENDS
 from moe_dispatch.settings import Settings, settings
@@ -110,6 +111,59 @@ class TestChoosing:
             settings.cache_clear()
             moe_forward(*call)
             assert ran() == {"reference": 1}
+
+    def test_a_backend_that_the_environment_names_is_replaced_by_none(
+        self, call: Call, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """And `explain` says what the call does, the error which variable asked for it."""
+        for name, refusal in (
+            ("raising", BackendFailedError),
+            ("deep_gemm", BackendUnavailableError),
+            ("cutlass", UnknownNameError),
+        ):
+            monkeypatch.setenv("MOE_DISPATCH_BACKEND", name)
+            settings.cache_clear()
+            reset_dispatchers()
+            with ranked(Raising, Honest):
+                with pytest.raises(refusal, match="MOE_DISPATCH_BACKEND") as raised:
+                    moe_forward(*call)
+                assert "Leave `backend` out" not in str(raised.value)
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore", MoEDispatchWarning)
+                    explanation = explain(*call)
+            first, *others = explanation.candidates
+            assert first.choice.backend == name
+            assert explanation.chosen == (first if name == "raising" else None)
+            assert all("MOE_DISPATCH_BACKEND names" in other.against[0] for other in others)
+            assert others
+
+    def test_a_named_backend_is_explained_as_it_runs(self, call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Named, it runs though it is disabled, in the configuration that is ranked for it."""
+        monkeypatch.setenv("MOE_DISPATCH_BACKEND", "honest")
+        monkeypatch.setenv("MOE_DISPATCH_DISABLE", "honest")
+        settings.cache_clear()
+        with ranked(Honest):
+            moe_forward(*call)
+            chosen = explain(*call).chosen
+            assert chosen is not None
+            (plan,) = get_dispatcher("cpu")._plans.values()
+            assert chosen.choice == plan.choice
+
+    def test_a_name_in_the_environment_that_nobody_has_is_said(
+        self, call: Call, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("MOE_DISPATCH_DISABLE", "vllm,honest")
+        settings.cache_clear()
+        with ranked(Honest):
+            with pytest.warns(MoEDispatchWarning, match=r"MOE_DISPATCH_DISABLE names 'vllm'.*known: .*vllm_fused_moe"):
+                moe_forward(*call)
+            assert any("names 'vllm'" in note for note in explain(*call).notes)
+        monkeypatch.delenv("MOE_DISPATCH_DISABLE")
+        monkeypatch.setenv("MOE_DISPATCH_POLICY", "best")
+        settings.cache_clear()
+        reset_dispatchers()
+        with pytest.raises(UnknownNameError, match="MOE_DISPATCH_POLICY names 'best'"):
+            moe_forward(*call)
 
     def test_a_gradient_takes_the_reference(self, call: Call) -> None:
         hidden, experts, weights, ids = call
@@ -205,6 +259,19 @@ class TestFaults:
             (entry,) = get_dispatcher("cpu").quarantine.entries()
             assert (entry.backend, entry.lethal) == ("raising", False)
             assert entry.cause == "RuntimeError: the launch failed"
+
+    def test_a_failure_in_a_capture_says_how_to_capture_again(
+        self, call: Call, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        dispatcher = get_dispatcher("cpu")
+        monkeypatch.setattr(dispatcher, "_on_cuda", True)
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+        with ranked(Raising, Honest):
+            with pytest.raises(BackendFailedError, match=r"warm_up.*then capture again") as refusal:
+                moe_forward(*call)
+            assert "Leave `backend` out" not in str(refusal.value)
+            moe_forward(*call)
+            assert ran() == {"honest": 1}, "the culprit is barred, and the next one is captured"
 
     def test_quarantine_is_for_such_problems_only(self) -> None:
         class Small(Honest):

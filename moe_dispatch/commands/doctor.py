@@ -58,11 +58,11 @@ def doctor(
     reset: Annotated[bool, typer.Option("--reset", help="Lift the quarantine.")] = False,
     probe: Annotated[bool, typer.Option("--probe", help="Run a tiny layer on every backend, against fp32.")] = False,
 ) -> None:
-    """Show the machine, every backend (or why not, and how to get it), the quarantine and the policies."""
+    """Show the machine, every backend (or why not, and how to get it), the quarantine and the notes of the policies."""
     dispatcher = get_dispatcher()
     lifted = dispatcher.quarantine.reset() if reset else None
     reports = [_report(dispatcher, name, probe=probe) for name in BACKENDS.names()]
-    entries, notes = dispatcher.quarantine.entries(), dispatcher.planner.policy_notes()
+    entries, notes = dispatcher.quarantine.entries(), dispatcher.planner.notes()
     environment = {name: os.environ[name] for name in VARIABLES if os.environ.get(name)}
     if as_json:
         found = {
@@ -160,7 +160,7 @@ def _print_quarantine(entries: tuple[QuarantineEntry, ...], lifted: int | None) 
 
 
 def _print_rest(notes: tuple[str, ...], environment: dict[str, str]) -> None:
-    heading("policies")
+    heading("notes")
     for note in notes or ("nothing to report",):
         OUT.print(f"{escape(note)}")
     heading("environment")
