@@ -5,8 +5,10 @@ import importlib.metadata
 import threading
 from typing import Final, Generic, TypeVar
 
+from moe_dispatch import failures
 from moe_dispatch.backend import Backend
 from moe_dispatch.errors import BackendUnavailableError, UnknownNameError
+from moe_dispatch.machine import Machine
 from moe_dispatch.policy import Policy
 
 ENTRY_POINT_GROUP: Final = "moe_dispatch.backends"
@@ -111,6 +113,20 @@ POLICIES: Final = Registry(
         "rules": "moe_dispatch.policies.rules:RulesPolicy",
     },
 )
+
+
+def make_backend(name: str, machine: Machine) -> Backend:
+    """The backend behind a name, for a machine.
+
+    Raises:
+        UnknownNameError: Nothing is registered under it.
+        BackendUnavailableError: It does not import, or its constructor raises; the cause is chained.
+    """
+    found = BACKENDS.load(name)
+    try:
+        return found(machine)
+    except Exception as error:
+        raise BackendUnavailableError(name, [f"cannot be made: {failures.summary(error)}"]) from error
 
 
 def register_backend(name: str, target: str | type[Backend]) -> None:

@@ -13,7 +13,7 @@ from moe_dispatch.machine import Machine
 from moe_dispatch.probe import probe
 from moe_dispatch.problem import MoEProblem
 from moe_dispatch.quarantine import Quarantine
-from moe_dispatch.registry import BACKENDS
+from moe_dispatch.registry import BACKENDS, make_backend
 
 
 @dataclass(frozen=True)
@@ -145,13 +145,9 @@ class Roster:
 
     def _try_to_make(self, name: str) -> Backend | BackendUnavailableError:
         try:
-            backend_class = BACKENDS.load(name)
+            return make_backend(name, self._machine)
         except BackendUnavailableError as error:
             return error
-        try:
-            return backend_class(self._machine)
-        except Exception as error:  # noqa: BLE001 - a foreign constructor's failure is its own
-            return BackendUnavailableError(name, [f"cannot be made: {failures.summary(error)}"])
 
 
 def _kind(problem: MoEProblem) -> MoEProblem:

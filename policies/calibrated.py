@@ -12,7 +12,7 @@ from moe_dispatch.errors import BackendUnavailableError, MoEDispatchWarning, Pol
 from moe_dispatch.machine import Machine
 from moe_dispatch.policy import Choice, Policy
 from moe_dispatch.problem import Mode, MoEProblem
-from moe_dispatch.registry import BACKENDS
+from moe_dispatch.registry import make_backend
 from moe_dispatch.storage import cache_dir
 
 from .schema import CalibrationFile, Candidate, LayerKey, layer_key, read_calibration
@@ -133,7 +133,7 @@ class CalibratedPolicy(MeasuredPolicy):
 def _backend(name: str, machine: Machine) -> Backend | str:
     """The backend, or why there is none."""
     try:
-        return BACKENDS.load(name)(machine)
+        return make_backend(name, machine)
     except UnknownNameError:
         return "no such backend is registered here"
     except BackendUnavailableError as error:

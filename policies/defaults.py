@@ -4,7 +4,7 @@ from moe_dispatch.backend import Backend
 from moe_dispatch.errors import BackendUnavailableError, UnknownNameError
 from moe_dispatch.machine import Machine
 from moe_dispatch.problem import MoEProblem
-from moe_dispatch.registry import BACKENDS
+from moe_dispatch.registry import make_backend
 
 from .table import Identity
 
@@ -12,7 +12,7 @@ from .table import Identity
 def find_backend(name: str, machine: Machine) -> Backend | None:
     """The backend of this name; None if it cannot be had here."""
     try:
-        return BACKENDS.load(name)(machine)
+        return make_backend(name, machine)
     except (UnknownNameError, BackendUnavailableError):
         return None
 

@@ -28,7 +28,7 @@ from moe_dispatch.measure import (
 )
 from moe_dispatch.measure.inputs import synchronize
 from moe_dispatch.problem import MoEProblem
-from moe_dispatch.registry import BACKENDS
+from moe_dispatch.registry import BACKENDS, make_backend
 from moe_dispatch.workloads import ROUTINGS, make_experts, torch_dtype
 
 from .phantom import phantom_experts
@@ -227,7 +227,7 @@ class Worker:
     def _backend(self, name: str) -> Backend:
         assert self._machine is not None  # noqa: S101 - `start` comes first
         if name not in self._backends:
-            self._backends[name] = BACKENDS.load(name)(self._machine)
+            self._backends[name] = make_backend(name, self._machine)
         return self._backends[name]
 
     def _inputs_of(self, M: int, routing: str) -> tuple[LayerInputs, ...]:

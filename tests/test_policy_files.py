@@ -22,6 +22,7 @@ from moe_dispatch.policies.versions import relevant_versions
 from moe_dispatch.problem import Mode
 from moe_dispatch.registry import BACKENDS
 from moe_dispatch.workloads import WORKLOADS, Workload
+from tests.fakes import Honest
 
 MACHINE = Machine.inspect("cpu")
 LAYER = Workload("tiny", E=8, topk=2, K=64, N=32)
@@ -138,6 +139,22 @@ def test_an_unknown_backend_and_an_unknown_configuration_are_ignored_with_a_note
     assert [choice.backend for choice in policy.rank(LAYER.problem(1, "fp32", MACHINE))] == ["reference"]
     assert any("from_the_future: no such backend" in note for note in policy.notes())
     assert any("torch_grouped: its configuration is unknown here (warp_drive" in note for note in policy.notes())
+
+
+def test_a_backend_whose_constructor_raises_is_ignored_with_a_note(path: Path) -> None:
+    class Unlicensed(Honest):
+        name = "unlicensed"
+
+        def __init__(self, machine: Machine) -> None:
+            raise OSError(f"the licence server of {machine.name} is down")
+
+    BACKENDS.register("unlicensed", Unlicensed)
+    try:
+        save(path, [measured(4, 5.0), measured(4, 1.0, "unlicensed", versions={})], MACHINE)
+        assert ranked(4) == ["reference"]
+        assert "unlicensed: cannot be made: OSError: the licence server" in CalibratedPolicy(MACHINE).notes()[0]
+    finally:
+        BACKENDS.unregister("unlicensed")
 
 
 def test_another_version_retires_what_depends_on_it_and_nothing_else(path: Path) -> None:
