@@ -179,6 +179,16 @@ def test_a_full_disk_leaves_the_old_file(path: Path) -> None:
     assert not list(path.parent.glob("*.tmp"))
 
 
+def test_another_user_may_read_what_was_measured(path: Path) -> None:
+    """As the user of a container reads what root measured when the image was built."""
+    before = os.umask(0o022)
+    try:
+        save(path, [measured(1, 5.0)], MACHINE)
+    finally:
+        os.umask(before)
+    assert path.stat().st_mode & 0o777 == 0o644
+
+
 def test_a_directory_that_cannot_be_written_is_named() -> None:
     # /proc refuses even root, whom permission bits do not stop.
     with pytest.raises(PolicyFileError, match=r"cannot be written to /proc/.*MOE_DISPATCH_CACHE_DIR"):
