@@ -107,6 +107,19 @@ def test_doctor_shows_and_lifts_the_quarantine(cache: Path) -> None:
     assert Quarantine(machine, cache).entries() == ()
 
 
+def test_a_quarantine_that_cannot_be_lifted_is_one_message(cache: Path) -> None:
+    machine = Machine.inspect("cpu")
+    problem = MoEProblem(M=4, K=64, N=64, E=4, topk=2, device="cpu", capability=None)
+    Quarantine(machine, cache).bar("torch_grouped", problem, "it fell over", lethal=True)
+    lock = next(cache.rglob("*.lock"))
+    lock.unlink()
+    lock.mkdir()  # root, who may write anywhere, cannot open it either
+    result = RUNNER.invoke(app, ["doctor", "--reset"])
+    assert result.exit_code == 2
+    assert result.stderr.startswith("error: the quarantine cannot be lifted")
+    assert str(cache) in result.stderr
+
+
 @pytest.mark.usefixtures("cache")
 @pytest.mark.parametrize("dtype", ["bf16", "fp8"])
 def test_explain_answers_for_a_described_machine(h200: Path, dtype: str) -> None:

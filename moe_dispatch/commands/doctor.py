@@ -14,7 +14,7 @@ from moe_dispatch.dispatcher import Dispatcher
 from moe_dispatch.dispatchers import get_dispatcher
 from moe_dispatch.errors import MoEDispatchError
 from moe_dispatch.problem import ELEMENT_BYTES, DType
-from moe_dispatch.quarantine import QuarantineEntry
+from moe_dispatch.quarantine import Quarantine, QuarantineEntry
 from moe_dispatch.registry import BACKENDS
 from moe_dispatch.storage import cache_dir
 from moe_dispatch.workloads import ROUTINGS, Workload, make_experts, torch_dtype
@@ -60,7 +60,7 @@ def doctor(
 ) -> None:
     """Show the machine, every backend (or why not, and how to get it), the quarantine and the notes of the policies."""
     dispatcher = get_dispatcher()
-    lifted = dispatcher.quarantine.reset() if reset else None
+    lifted = _lift(dispatcher.quarantine) if reset else None
     reports = [_report(dispatcher, name, probe=probe) for name in BACKENDS.names()]
     entries, notes = dispatcher.quarantine.entries(), dispatcher.planner.notes()
     environment = {name: os.environ[name] for name in VARIABLES if os.environ.get(name)}
@@ -82,6 +82,16 @@ def doctor(
     _print_backends(reports)
     _print_quarantine(entries, lifted)
     _print_rest(notes, environment)
+
+
+def _lift(quarantine: Quarantine) -> int:
+    try:
+        return quarantine.reset()
+    except OSError as error:
+        raise MoEDispatchError(
+            f"the quarantine cannot be lifted: {error}; make {cache_dir()} writable, or set MOE_DISPATCH_CACHE_DIR to "
+            "another folder"
+        ) from error
 
 
 def _report(dispatcher: Dispatcher, name: str, *, probe: bool) -> BackendReport:
