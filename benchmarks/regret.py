@@ -59,10 +59,18 @@ def bench_observations(rows: Iterable[BenchRow], machine: Machine) -> list[Obser
 
     Who left a race early was timed on some of the routings: there it is compared with the fastest of those that were
     timed on all, and does not pass it.
+
+    Raises:
+        InvalidInputError: A row is of another machine.
     """
     times: dict[MoEProblem, dict[Identity, dict[str, float]]] = {}
     spread: set[tuple[MoEProblem, Identity]] = set()
     for row in rows:
+        if row.machine != machine.name:
+            raise InvalidInputError(
+                f"a row was measured on {row.machine!r}, and this is {machine.name!r}; give rows of one machine, and "
+                "--machine FILE with its description (`moe-dispatch doctor --json` there) if it is another than this"
+            )
         if row.us is not None and row.backend in BACKENDS.names():
             identity: Identity = (row.backend, tuple(sorted(row.config.items())))
             times.setdefault(_problem(row, machine), {}).setdefault(identity, {})[row.routing] = row.us

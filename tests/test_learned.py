@@ -391,6 +391,22 @@ def test_fit_prints_what_it_learned_and_what_that_loses(tmp_path: Path) -> None:
         assert row.split()[3] == f"{summary(judged[name].values())['mean']:.1%}"
 
 
+def test_rows_of_another_machine_are_not_taken_for_this_ones(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MOE_DISPATCH_CACHE_DIR", str(tmp_path / "cache"))
+    rows = tmp_path / "rows.jsonl"
+    append(rows, as_row(synthetic()[0]))
+    result = CliRunner().invoke(app, ["fit", str(rows)])
+    assert result.exit_code == 2
+    with pytest.raises(SystemExit):
+        main([str(rows)])
+    for message in (result.stderr, capsys.readouterr().err):
+        assert "a row was measured on 'NVIDIA H200'" in message
+        assert "--machine FILE" in message
+    assert not (tmp_path / "cache").exists()
+
+
 def test_the_recorded_sweep_is_judged_within_a_minute_and_meets_the_bars(capsys: pytest.CaptureFixture[str]) -> None:
     begin = time.perf_counter()
     main([str(RESULTS / "sweep.jsonl"), "--machine", str(MACHINE), "--json"])
