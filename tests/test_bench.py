@@ -271,9 +271,10 @@ def test_a_half_written_line_spoils_no_other(tmp_path: Path) -> None:
 
 def test_a_foreign_line_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
-    path.write_text('{"workload": "x"}\n')
-    with pytest.raises(InvalidInputError, match=r"rows.jsonl:1 is not a benchmark row"):
-        rows.load([path])
+    for line in ('{"workload": "x"}', "workload,M,us", '{"workload": "x",,'):
+        path.write_text(f"{line}\n")
+        with pytest.raises(InvalidInputError, match=r"rows.jsonl:1 is not a benchmark row"):
+            rows.load([path])
 
 
 def test_the_budget_stops_before_the_next_point(tmp_path: Path) -> None:
@@ -301,6 +302,7 @@ def test_json_prints_the_rows(tmp_path: Path) -> None:
         (("--config", "some"), "--config must be"),
         (("--mode", "warp"), "--mode must be"),
         (("--routing", "skewed"), "no routing distribution is called"),
+        (("--out", "/proc/nowhere/rows.jsonl"), "rows cannot be written to /proc/nowhere/rows.jsonl"),
     ],
 )
 def test_bad_options_say_what_is_allowed(arguments: tuple[str, str], message: str, tmp_path: Path) -> None:

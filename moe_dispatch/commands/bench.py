@@ -1,7 +1,9 @@
 """`moe-dispatch bench`: whole-layer times, each behind a check against fp32, kept as JSON Lines."""
 
 import datetime
+import errno
 import itertools
+import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -76,6 +78,7 @@ def bench(
     )
     if path.exists() and not resume:
         raise InvalidInputError(f"{path} exists already; --resume goes on with it, --out names another")
+    _make_room(path)
     sweep = _sweep(plan, path, machine, notes, resume=resume)
     ERR.print(f"[bold]{escape(machine_line(machine))}[/bold]\n{escape(str(path))}")
     interrupted = False
@@ -185,6 +188,16 @@ def _default_path(machine: "Machine", *, resume: bool) -> Path:
         return earlier[-1]
     now = datetime.datetime.now(datetime.UTC)
     return folder / f"{now:%Y-%m-%d-%H%M%S}.jsonl"
+
+
+def _make_room(path: Path) -> None:
+    """Find out that rows cannot be written before any was measured."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if not os.access(path if path.exists() else path.parent, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+    except OSError as error:
+        raise InvalidInputError(f"rows cannot be written to {path} ({error}); --out names another file") from error
 
 
 def _sweep(plan: "Plan", path: Path, machine: "Machine", notes: list[str], *, resume: bool) -> "Sweep":
