@@ -55,14 +55,23 @@ class ReferenceBackend(Backend):
         """See `Backend.run`."""
         assert isinstance(config, ReferenceConfig)  # noqa: S101 - the dispatcher made it from config_type
         out = torch.zeros(hidden_states.shape, dtype=torch.float32, device=hidden_states.device)
-        if torch.is_grad_enabled() and hidden_states.requires_grad:
-            # A rank whose experts nobody chose still stands in the graph, with a gradient of zero.
-            out = out + 0.0 * hidden_states.float().nan_to_num(0.0, 0.0, 0.0)
         for e in _hit_experts(topk_ids, experts.E):
             token, choice = torch.where(topk_ids == e)
             result = _expert(hidden_states[token], experts, e, config)
             out = out.index_add(0, token, result.float() * topk_weights[token, choice, None])
+        if torch.is_grad_enabled() and not out.requires_grad:
+            out = out + _nothing(hidden_states, topk_weights, experts)
         return out.to(hidden_states.dtype)
+
+
+def _nothing(hidden_states: Tensor, topk_weights: Tensor, experts: ExpertWeights) -> Tensor | float:
+    """Zero, with a gradient of zeros for whoever wants one: a rank whose experts nobody chose stands in the graph."""
+    zero: Tensor | float = 0.0
+    biases = (experts.gate_up_bias, experts.down_bias)
+    for tensor in (hidden_states, topk_weights, experts.gate_up, experts.down, *biases):
+        if tensor is not None and tensor.requires_grad:
+            zero = zero + 0.0 * tensor.flatten()[:1].float().nan_to_num(0.0, 0.0, 0.0).sum()
+    return zero
 
 
 def _hit_experts(topk_ids: Tensor, E: int) -> list[int]:

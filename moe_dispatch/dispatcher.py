@@ -93,8 +93,9 @@ class Dispatcher:
         plan = self._plans.get(key)
         if plan is None:
             check(hidden_states, experts, topk_weights, topk_ids)
-            if not hidden_states.shape[0]:
-                return hidden_states.clone()  # not empty_like: a gradient may pass through it
+            # Where a gradient is wanted, the reference sees to it that whoever wants one stands in the graph.
+            if not hidden_states.shape[0] and not experts.wants_grad(hidden_states, topk_weights):
+                return hidden_states.clone()
             plan = self._plan(key, experts)
         if plan.widens:
             topk_weights = topk_weights.float()

@@ -1,5 +1,7 @@
 """The reference, against formulas written another way, and its gradients."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -92,14 +94,22 @@ def test_gradients(dtype: str) -> None:
 
 
 @pytest.mark.parametrize("tokens", [0, M])
-def test_a_rank_without_tokens_stands_in_the_graph(tokens: int) -> None:
-    experts = make_experts(Workload("layer", E, TOPK, K, N), "fp32", "cpu")
-    hidden = torch.randn(tokens, K, requires_grad=True)
-    ids = torch.full((tokens, TOPK), E)
-    out = moe_forward(hidden, experts, torch.ones(tokens, TOPK), ids)
+@pytest.mark.parametrize("wants", ["hidden_states", "topk_weights", "gate_up", "down", "gate_up_bias", "down_bias"])
+def test_a_rank_without_tokens_stands_in_the_graph(tokens: int, wants: str) -> None:
+    """As data parallelism waits for: every parameter gets a gradient, if only of zeros."""
+    layer = make_experts(Workload("layer", E, TOPK, K, N, bias=True), "fp32", "cpu")
+    leaf: dict[str, Any] = {
+        "hidden_states": torch.randn(tokens, K), "topk_weights": torch.ones(tokens, TOPK), "gate_up": layer.gate_up,
+        "down": layer.down, "gate_up_bias": layer.gate_up_bias, "down_bias": layer.down_bias,
+    }  # fmt: skip
+    leaf[wants].requires_grad_()
+    hidden, weights, ids = leaf.pop("hidden_states"), leaf.pop("topk_weights"), torch.full((tokens, TOPK), E)
+    out = moe_forward(hidden, ExpertWeights(**leaf), weights, ids)
+    assert out.shape == (tokens, K)
     out.sum().backward()  # type: ignore[no-untyped-call]
-    assert hidden.grad is not None
-    assert not hidden.grad.any() or tokens == 0
+    grad = {"hidden_states": hidden, "topk_weights": weights, **leaf}[wants].grad
+    assert grad is not None
+    assert not grad.any()
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
