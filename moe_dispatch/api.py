@@ -82,9 +82,15 @@ def dispatch(
 def _compiled(
     hidden_states: Tensor, experts: ExpertWeights, topk_weights: Tensor, topk_ids: Tensor, backend: str | None
 ) -> Tensor:
-    """`moe_forward` while torch.compile traces it."""
-    check(hidden_states, experts, topk_weights, topk_ids)
-    if experts.wants_grad(hidden_states, topk_weights):
+    """`moe_forward` while torch.compile traces it.
+
+    What does not fit is found when the operator runs. An exception in a trace would be the last that torch.compile sees
+    of this function: it would trace what that calls from then on, down to a backend, which fails of that.
+    """
+    tensors = isinstance(hidden_states, Tensor) and isinstance(topk_weights, Tensor) and isinstance(topk_ids, Tensor)
+    if torch.compiler.is_exporting():
+        check(hidden_states, experts, topk_weights, topk_ids)
+    if not (tensors and isinstance(experts, ExpertWeights)) or experts.wants_grad(hidden_states, topk_weights):
         from moe_dispatch.uncompiled import dispatch_uncompiled
 
         out: Tensor = dispatch_uncompiled(hidden_states, experts, topk_weights, topk_ids, backend)

@@ -25,6 +25,7 @@ from moe_dispatch import (
     BackendUnsupportedError,
     DeviceLostError,
     ExpertWeights,
+    InvalidInputError,
     Machine,
     MoEDispatchWarning,
     MoEProblem,
@@ -508,6 +509,23 @@ class TestCompile:
         with ranked(Honest):
             assert torch.equal(compiled(hidden, weights, ids), expected(call))
             assert ran()["honest"] == 1
+
+    @pytest.mark.parametrize("fullgraph", [False, True])
+    def test_a_bad_call_is_refused_and_spoils_no_later_one(self, fullgraph: bool, call: Call) -> None:
+        """An exception in a trace had torch.compile trace into the backends from then on."""
+        hidden, experts, weights, ids = call
+        torch.compiler.reset()
+        compiled = torch.compile(
+            lambda h, w, i: moe_forward(h, experts, w, i), fullgraph=fullgraph, backend="aot_eager"
+        )
+        bad = [(hidden.double(), weights, ids), (hidden, ids, weights), (hidden[:3], weights, ids)]
+        with ranked("torch_grouped"):
+            for arguments in [*bad, *([] if fullgraph else [(hidden, None, ids)])]:
+                with pytest.raises(InvalidInputError):
+                    compiled(*arguments)
+            assert torch.allclose(compiled(hidden, weights, ids), expected(call), atol=1e-5)
+            assert ran()["torch_grouped"] == 1
+            assert not get_dispatcher("cpu").quarantine.entries()
 
     @pytest.mark.parametrize("test", ["test_schema", "test_faketensor"])
     def test_the_operator_keeps_what_its_schema_says(self, test: str, call: Call) -> None:
