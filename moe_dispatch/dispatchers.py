@@ -7,7 +7,7 @@ import threading
 import torch
 
 from moe_dispatch.dispatcher import Dispatcher
-from moe_dispatch.machine import current_machine
+from moe_dispatch.machine import current_machine, default_device
 from moe_dispatch.tally import BackendStats
 
 _dispatchers: dict[torch.device, Dispatcher] = {}
@@ -21,7 +21,7 @@ def get_dispatcher(device: torch.device | str | None = None) -> Dispatcher:
 
 
 def _make_dispatcher(device: torch.device | str | None) -> Dispatcher:
-    wanted = torch.device(device if device is not None else "cuda" if torch.cuda.is_available() else "cpu")
+    wanted = torch.device(device if device is not None else default_device())
     if wanted.type == "cuda" and wanted.index is None:
         wanted = torch.device("cuda", torch.cuda.current_device())
     with _dispatchers_lock:

@@ -94,14 +94,18 @@ class Machine(pydantic.BaseModel):
 
         `MOE_DISPATCH_MACHINE` (a JSON file) replaces what is seen: an H200 told that it is an sm_80 device makes
         every choice that an A100 would.
+
+        Raises:
+            InvalidInputError: There is no such device, or `MOE_DISPATCH_MACHINE` describes another kind.
         """
-        resolved = Device(device if device is not None else "cuda" if torch.cuda.is_available() else "cpu")
+        resolved = _present(device if device is not None else default_device())
         described = os.environ.get(MACHINE_ENV)
         if described:
             machine = cls.load(described)
             if machine.device != resolved.type and device is not None:
                 raise InvalidInputError(
-                    f"{MACHINE_ENV}={described} describes a {machine.device} machine, and the tensors are on {resolved}"
+                    f"{MACHINE_ENV}={described} describes a {machine.device} machine, and what runs here is on "
+                    f"{resolved}; unset it, or ask without running anything: `moe-dispatch explain --machine FILE`"
                 )
             return machine
         return cls._inspect_cuda(resolved) if resolved.type == "cuda" else cls._inspect_cpu()
@@ -134,6 +138,11 @@ class Machine(pydantic.BaseModel):
             cuda=torch.version.cuda or "",
             **_software(),
         )
+
+
+def default_device() -> str:
+    """``"cuda"`` where torch sees one, else ``"cpu"``."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 @functools.cache
@@ -169,6 +178,20 @@ def deep_gemm_package() -> Path | None:
             if (package := Path(location, inside)).joinpath("__init__.py").is_file():
                 return package
     return None
+
+
+def _present(asked: Device | str | int) -> Device:
+    """A device that is here."""
+    try:
+        device = Device(asked)
+    except RuntimeError as error:
+        raise InvalidInputError(f"device must be cpu, cuda or cuda:N, got {asked!r}") from error
+    if device.type not in ("cpu", "cuda"):
+        raise InvalidInputError(f"device must be cpu, cuda or cuda:N, got {asked!r}")
+    count = torch.cuda.device_count() if device.type == "cuda" else 0
+    if device.type == "cuda" and (device.index or 0) >= count:
+        raise InvalidInputError(f"device {str(device)!r} was asked for, and torch sees {count} CUDA devices here")
+    return device
 
 
 def _first_fault(error: pydantic.ValidationError) -> str:

@@ -174,7 +174,10 @@ class Supervisor:
         self._requests = os.fdopen(requests, "w", encoding="utf-8")
         self._answers, self._buffer = answers, b""
         self.restarts += 1
-        self._exchange("start", START_TIMEOUT_S, device=self._device, backends=self._backends)
+        answer = self._exchange("start", START_TIMEOUT_S, device=self._device, backends=self._backends)
+        if "raised" in answer:
+            self.close()
+            raise WorkerDiedError(f"its worker could not start on {self._device}: {answer['raised']}")
 
     def _exchange(self, op: str, timeout_s: float, **request: Any) -> dict[str, Any]:
         assert self._requests is not None  # noqa: S101 - started

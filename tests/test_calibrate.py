@@ -17,7 +17,8 @@ from moe_dispatch.policies import calibrate as module
 from moe_dispatch.policies import race
 from moe_dispatch.policies.calibrate import CalibrationReport, calibrate, coarse_to_fine
 from moe_dispatch.policies.calibrated import CalibratedPolicy
-from moe_dispatch.policies.schema import read_calibration
+from moe_dispatch.policies.schema import Layer, read_calibration
+from moe_dispatch.policies.supervisor import NotPreparedError, Supervisor
 from moe_dispatch.problem import MoEProblem
 from moe_dispatch.quarantine import Quarantine
 from moe_dispatch.registry import BACKENDS
@@ -262,6 +263,13 @@ def test_where_a_run_is_long_the_hopeless_run_twice(tmp_path: Path, monkeypatch:
         assert q1 == us == q3
         assert (tuned[pace].score or 0.0) > 2 * (tuned[1].score or 0.0)
     assert "relative error 0.5" in (tuned[0].disqualified or "")
+
+
+def test_a_worker_that_cannot_start_says_so() -> None:
+    """It was the layer's weights that 'could not be made', for want of an assertion's words."""
+    layer = Layer.of(workload(TINY).problem(1, "fp32", Machine.inspect("cpu")))
+    with pytest.raises(NotPreparedError, match=r"could not start on cuda:99: InvalidInputError: device 'cuda:99'"):
+        Supervisor("cuda:99", {}, TIMEOUT_S).layer(layer)
 
 
 @pytest.mark.slow

@@ -169,15 +169,37 @@ class Mistake:
         Mistake(("explain", "--dtype", "int4"), "int4"),
         Mistake(("explain", "--mode", "lazy"), "lazy"),
         Mistake(("explain", "--machine", "/no/such/file.json"), "/no/such/file.json"),
+        Mistake(("calibrate", "--model", "8,2,64,32", "--device", "gpu"), "cpu, cuda or cuda:N, got 'gpu'"),
+        Mistake(("calibrate", "--model", "8,2,64,32", "--device", "cuda:99"), "'cuda:99' was asked for"),
+        Mistake(("calibrate", "--model", "8,2,64,32", "--backend", "cutlass"), "no backend is called 'cutlass'"),
     ],
     ids=str,
 )
 def test_mistakes_are_one_message_and_exit_2(mistake: Mistake) -> None:
     result = RUNNER.invoke(app, mistake.arguments)
     assert result.exit_code == 2
-    assert result.stderr.startswith("error:")
+    assert "error:" in result.stderr
     assert mistake.named in result.stderr
     assert "Traceback" not in result.stderr
+
+
+def test_a_calibration_without_candidates_fails_and_says_so(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("moe_dispatch.machine.library_version", lambda _: "")  # nothing is installed
+    asked = ["calibrate", "--model", "4,2,64,32", "--device", "cpu", "--tokens", "1", "--backend", "vllm_fused_moe"]
+    result = RUNNER.invoke(app, asked, env={"COLUMNS": "200"})
+    assert result.exit_code == 1, result.output
+    assert "not here: vllm_fused_moe: vllm is not installed" in result.output
+    assert "no backend here takes it" in result.stderr
+    assert not (cache / "calibration").exists()
+
+
+def test_a_described_machine_is_not_calibrated(h200: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MOE_DISPATCH_MACHINE", str(h200))
+    asked = ["calibrate", "--model", "4,2,64,32", "--device", "cpu", "--tokens", "1"]
+    result = RUNNER.invoke(app, asked)
+    assert result.exit_code == 2
+    assert "describes a cuda machine" in result.stderr
+    assert "--machine" in result.stderr
 
 
 def test_doctor_knows_every_variable_the_sources_read() -> None:

@@ -15,7 +15,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from moe_dispatch.commands.console import ERR, OUT, heading, machine_line, microseconds, table
+from moe_dispatch.commands.console import ERR, INTERRUPTED, OUT, heading, machine_line, microseconds, table
 from moe_dispatch.errors import InvalidInputError, UnknownNameError
 from moe_dispatch.problem import DTYPES, DType, Mode
 
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 
 TOKENS: Final = tuple(1 << power for power in range(15))  # 1 to 16384
 ACCEPTANCE_MODELS: Final = ("deepseek-v3", "qwen3-30b-a3b", "mixtral-8x7b")
-INTERRUPTED: Final = 130  # what a shell expects of a program that Ctrl-C ended
 
 
 def bench(

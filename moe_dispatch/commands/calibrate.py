@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Final, get_args
 import typer
 from rich.markup import escape
 
-from moe_dispatch.commands.console import ERR, OUT, heading, microseconds, table
+from moe_dispatch.commands.console import ERR, INTERRUPTED, OUT, heading, microseconds, table
 from moe_dispatch.errors import InvalidInputError
+from moe_dispatch.machine import default_device
 
 if TYPE_CHECKING:
     from moe_dispatch.policies.calibrate import CalibrationReport
@@ -68,11 +69,16 @@ def calibrate(
             )
 
         report = measure(
-            models, chosen, tokens=_numbers(tokens), budget_s=budget, quick=quick, resume=resume, device=device,
-            backends=backend, timeout_s=timeout, most_configs=configs, on_progress=show,
-            modes=_modes(mode), routings=routing or DEFAULT_ROUTINGS, compile_only=compile_only,
+            models, chosen, tokens=_numbers(tokens), budget_s=budget, quick=quick, resume=resume,
+            device=device or default_device(), backends=backend, timeout_s=timeout, most_configs=configs,
+            on_progress=show, modes=_modes(mode), routings=routing or DEFAULT_ROUTINGS, compile_only=compile_only,
         )  # fmt: skip
     _print(report)
+    if report.interrupted:
+        raise typer.Exit(INTERRUPTED)
+    if not (report.measured or report.skipped or compile_only or resume):
+        ERR.print("[red]no backend here takes it[/red]; `moe-dispatch explain` says what speaks against each")
+        raise typer.Exit(1)
 
 
 def _modes(text: str) -> "list[Mode] | None":
@@ -109,6 +115,8 @@ def _print(report: "CalibrationReport") -> None:
         }
         for (backend, why), (layer, M) in reasons.items():
             OUT.print(f"{escape(backend)} at M={M} of {layer}: {escape(why or '')}")
+    for name, why in report.unavailable.items():
+        OUT.print(f"[dim]not here: {escape(name)}: {escape(why)}[/dim]")
     for note in report.skipped:
         OUT.print(f"[yellow]skipped[/yellow] {escape(note)}")
     state = "stopped; what was measured is kept" if report.interrupted else "calibrated"

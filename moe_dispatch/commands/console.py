@@ -12,6 +12,7 @@ from moe_dispatch.machine import Machine
 
 OUT: Final = Console(highlight=False, soft_wrap=False)
 ERR: Final = Console(highlight=False, stderr=True)
+INTERRUPTED: Final = 130  # what a shell expects of a program that Ctrl-C ended
 
 
 def table(*columns: str, numbers: Sequence[str] = ()) -> Table:

@@ -23,6 +23,7 @@ from moe_dispatch.dispatcher import Dispatcher
 from moe_dispatch.dispatchers import get_dispatcher, reset_dispatchers, stats
 from moe_dispatch.errors import InvalidInputError, MoEDispatchError
 from moe_dispatch.experts import ExpertWeights
+from moe_dispatch.machine import default_device
 from moe_dispatch.problem import DType
 from moe_dispatch.workloads import ROUTINGS, Workload, torch_dtype, workload
 
@@ -144,7 +145,7 @@ def _run(where: torch.device, size: DemoSize, tokens: int) -> None:
 
 
 def _device(text: str) -> torch.device:
-    chosen = text or ("cuda" if torch.cuda.is_available() else "cpu")
+    chosen = text or default_device()
     if chosen not in ("cpu", "cuda"):
         raise InvalidInputError(f"--device must be cpu or cuda, got {text!r}")
     if chosen == "cuda" and not torch.cuda.is_available():
