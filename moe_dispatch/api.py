@@ -91,9 +91,10 @@ def _compiled(
     if torch.compiler.is_exporting():
         check(hidden_states, experts, topk_weights, topk_ids)
     if not (tensors and isinstance(experts, ExpertWeights)) or experts.wants_grad(hidden_states, topk_weights):
-        from moe_dispatch.uncompiled import dispatch_uncompiled
+        from moe_dispatch.uncompiled import call_uncompiled
 
-        out: Tensor = dispatch_uncompiled(hidden_states, experts, topk_weights, topk_ids, backend)
+        # The reference's loop launches what the routing asks for.
+        out: Tensor = call_uncompiled(dispatch, hidden_states, experts, topk_weights, topk_ids, backend)
         return out
     return ops.call(hidden_states, experts, topk_weights, topk_ids, backend)
 

@@ -109,6 +109,28 @@ def calls() -> int:
     return sum(counts["ran"] for counts in stats().values())
 
 
+@pytest.mark.parametrize("case", [FUSED[0], FUSED[-1]], ids=str)
+@pytest.mark.filterwarnings("ignore:.*:UserWarning:torch")
+def test_compiled_each_layer_has_its_own_weights(case: ModelCase) -> None:
+    """What is kept of one layer would be a constant to a trace, which serves all layers."""
+    model = build(case.config())
+    ids = torch.arange(1, 12)[None]
+    expected = logits(model, "eager")
+    model.set_experts_implementation("moe_dispatch")
+    torch.compiler.reset()
+    compiled: Any = torch.compile(model, backend="aot_eager")
+    with torch.no_grad():
+        out = compiled(ids).logits
+    assert (out - expected).norm() / expected.norm() < TOLERANCE[torch.float32]
+    assert calls() == SMALL["num_hidden_layers"]
+    gradients = []
+    for run in (compiled, model):
+        model.zero_grad()
+        run(ids, labels=ids).loss.backward()
+        gradients.append(experts_of(model).down_proj.grad.clone())
+    assert torch.allclose(gradients[0], gradients[1], rtol=1e-4, atol=1e-7)
+
+
 @pytest.mark.parametrize("case", FUSED, ids=str)
 def test_dispatched_models_agree_with_their_own_forward(case: ModelCase) -> None:
     model = build(case.config())

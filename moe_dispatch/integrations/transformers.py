@@ -6,7 +6,8 @@
     model = AutoModelForCausalLM.from_pretrained(name, experts_implementation="moe_dispatch")
 
 A loaded model takes ``model.set_experts_implementation("moe_dispatch")``. Layers whose gate or storage no backend
-computes keep the model's own implementation, with one warning that says why.
+computes keep the model's own implementation, with one warning that says why. torch.compile breaks its graph at each
+layer, and so refuses ``fullgraph=True``.
 """
 
 import inspect
@@ -61,6 +62,12 @@ def experts_forward(module: nn.Module, hidden_states: Tensor, top_k_index: Tenso
     Returns:
         ``[M, K]``.
     """
+    if torch.compiler.is_compiling():
+        from moe_dispatch.uncompiled import call_uncompiled
+
+        # A trace would take what is kept of one layer for a constant, and use it for all of them.
+        out: Tensor = call_uncompiled(experts_forward, module, hidden_states, top_k_index, top_k_weights)
+        return out
     layout = _layouts.get(module)
     if layout is None:
         layout = _layouts[module] = _inspect(module)
