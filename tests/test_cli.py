@@ -166,6 +166,7 @@ class Mistake:
     [
         Mistake(("explain", "--model", "no-such-model"), "no-such-model"),
         Mistake(("explain", "--tokens", "1,many"), "1,many"),
+        Mistake(("explain", "--tokens", "0"), "positive numbers"),
         Mistake(("explain", "--dtype", "int4"), "int4"),
         Mistake(("explain", "--mode", "lazy"), "lazy"),
         Mistake(("explain", "--machine", "/no/such/file.json"), "/no/such/file.json"),

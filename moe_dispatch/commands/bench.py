@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Final, get_args
+from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
 from rich.markup import escape
@@ -16,8 +16,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from moe_dispatch.commands.console import ERR, INTERRUPTED, OUT, heading, machine_line, microseconds, table
+from moe_dispatch.commands.options import dtype_of, modes_of, tokens_of
 from moe_dispatch.errors import InvalidInputError, UnknownNameError
-from moe_dispatch.problem import DTYPES, DType, Mode
+from moe_dispatch.problem import Mode
 
 if TYPE_CHECKING:
     from moe_dispatch.benchmarks.rows import BenchRow
@@ -123,8 +124,8 @@ def _plan(
             raise UnknownNameError("routing distribution", name, tuple(ROUTINGS))
     return Plan(
         workloads=tuple(workload(text) for text in models),
-        dtypes=_dtypes(dtypes or ("bf16", "fp8")),
-        tokens=_tokens(tokens),
+        dtypes=tuple(dict.fromkeys(map(dtype_of, dtypes or ("bf16", "fp8")))),
+        tokens=tuple(sorted(set(tokens_of(tokens)))),
         routings=tuple(ROUTINGS[name] for name in routings or ("uniform",)),
         modes=_modes(mode, dispatcher.machine),
         backends=available_backends(ours, dispatcher.planner.backend, notes.append),
@@ -154,29 +155,12 @@ def _configs(given: str) -> "Configs":
     return given
 
 
-def _dtypes(given: Sequence[str]) -> tuple[DType, ...]:
-    for name in given:
-        if name not in DTYPES:
-            raise InvalidInputError(f"--dtype must be one of {', '.join(DTYPES)}, got {name!r}")
-    return tuple(name for name in DTYPES if name in given)
-
-
-def _tokens(text: str) -> tuple[int, ...]:
-    counts = [part.strip() for part in text.split(",") if part.strip()]
-    if not counts or not all(part.isdecimal() and int(part) >= 1 for part in counts):
-        raise InvalidInputError(f"--tokens must be positive numbers separated by commas such as 1,16,256, got {text!r}")
-    return tuple(sorted({int(part) for part in counts}))
-
-
 def _modes(given: str | None, machine: "Machine") -> tuple[Mode, ...]:
-    modes = get_args(Mode)
-    if given is None:
-        return ("graph", "eager") if machine.device == "cuda" else ("eager",)
-    if given not in (*modes, "both"):
-        raise InvalidInputError(f"--mode must be graph, eager or both, got {given!r}")
-    if given != "eager" and machine.device != "cuda":
+    on_gpu = machine.device == "cuda"
+    modes = modes_of(given or ("both" if on_gpu else "eager"))
+    if "graph" in modes and not on_gpu:
         raise InvalidInputError(f"--mode {given} needs a CUDA device, and this is {machine.name}; use --mode eager")
-    return ("graph", "eager") if given == "both" else tuple(mode for mode in modes if mode == given)
+    return modes
 
 
 def _default_path(machine: "Machine", *, resume: bool) -> Path:

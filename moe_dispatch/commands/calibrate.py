@@ -1,18 +1,18 @@
 """`moe-dispatch calibrate`: measure this machine once."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Final, get_args
+from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
 from rich.markup import escape
 
 from moe_dispatch.commands.console import ERR, INTERRUPTED, OUT, heading, microseconds, table
+from moe_dispatch.commands.options import dtype_of, modes_of, tokens_of
 from moe_dispatch.errors import InvalidInputError
 from moe_dispatch.machine import default_device
 
 if TYPE_CHECKING:
     from moe_dispatch.policies.calibrate import CalibrationReport
-    from moe_dispatch.problem import Mode
 
 
 # What the worker is asked for, as a person would say it.
@@ -50,14 +50,13 @@ def calibrate(
 
     from moe_dispatch.policies.calibrate import DEFAULT_ROUTINGS, Progress
     from moe_dispatch.policies.calibrate import calibrate as measure
-    from moe_dispatch.problem import DTYPES
 
     models = [*(model or []), *map(str, config or [])]
     if not models:
         raise InvalidInputError("calibrate needs --model NAME or --config FILE; both may be given several times")
-    chosen: list[Any] = dtype or ["bf16"]
-    if unknown := [name for name in chosen if name not in DTYPES]:
-        raise InvalidInputError(f"--dtype must be among {', '.join(DTYPES)}, got {', '.join(unknown)}")
+    dtypes = [dtype_of(name) for name in dtype or ["bf16"]]
+    counts = tokens_of(tokens) if tokens else None
+    modes = modes_of(mode) if mode != "both" else None  # whatever there is here
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[left]}"))
     with Bar(*columns, console=ERR) as bar:
         task = bar.add_task("starting", total=None, left="")
@@ -69,9 +68,9 @@ def calibrate(
             )
 
         report = measure(
-            models, chosen, tokens=_numbers(tokens), budget_s=budget, quick=quick, resume=resume,
+            models, dtypes, tokens=counts, budget_s=budget, quick=quick, resume=resume,
             device=device or default_device(), backends=backend, timeout_s=timeout, most_configs=configs,
-            on_progress=show, modes=_modes(mode), routings=routing or DEFAULT_ROUTINGS, compile_only=compile_only,
+            on_progress=show, modes=modes, routings=routing or DEFAULT_ROUTINGS, compile_only=compile_only,
         )  # fmt: skip
     _print(report)
     if report.interrupted:
@@ -79,24 +78,6 @@ def calibrate(
     if not (report.measured or report.skipped or compile_only or resume):
         ERR.print("[red]no backend here takes it[/red]; `moe-dispatch explain` says what speaks against each")
         raise typer.Exit(1)
-
-
-def _modes(text: str) -> "list[Mode] | None":
-    from moe_dispatch.problem import Mode
-
-    modes = [mode for mode in get_args(Mode) if text in (mode, "both")]
-    if not modes:
-        raise InvalidInputError(f"--mode must be graph, eager or both, got {text!r}")
-    return None if text == "both" else modes
-
-
-def _numbers(text: str) -> list[int] | None:
-    if not text:
-        return None
-    parts = [part.strip() for part in text.split(",")]
-    if not all(part.isdecimal() for part in parts):
-        raise InvalidInputError(f"--tokens takes numbers such as 1,64,4096, got {text!r}")
-    return [int(part) for part in parts]
 
 
 def _print(report: "CalibrationReport") -> None:

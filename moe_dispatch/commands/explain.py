@@ -10,11 +10,12 @@ from rich.markup import escape
 
 from moe_dispatch.api import explain as explain_problem
 from moe_dispatch.commands.console import OUT, heading, machine_line, microseconds, table
+from moe_dispatch.commands.options import dtype_of, tokens_of
 from moe_dispatch.dispatchers import get_dispatcher
 from moe_dispatch.errors import InvalidInputError
 from moe_dispatch.explain import Explanation
 from moe_dispatch.machine import Machine
-from moe_dispatch.problem import DTYPES, DType, Mode
+from moe_dispatch.problem import DTYPES, Mode
 from moe_dispatch.workloads import Workload, workload
 
 
@@ -36,9 +37,9 @@ def explain(
     there = Machine.load(machine) if machine else get_dispatcher().machine
     explanations = [
         explain_problem(
-            layer.problem(M, _dtype(dtype), there, _mode(mode)), machine=there if machine is not None else None
+            layer.problem(M, dtype_of(dtype), there, _mode(mode)), machine=there if machine is not None else None
         )
-        for M in _tokens(tokens)
+        for M in tokens_of(tokens)
     ]
     if as_json:
         typer.echo(json.dumps([explanation.to_dict() for explanation in explanations], indent=1))
@@ -46,19 +47,6 @@ def explain(
         OUT.print("\n\n".join(map(str, explanations)), markup=False, soft_wrap=True)
     else:
         _print(layer, dtype, mode, explanations)
-
-
-def _tokens(text: str) -> list[int]:
-    parts = [part.strip() for part in text.split(",")]
-    if not all(part.isdecimal() for part in parts):
-        raise InvalidInputError(f"--tokens must be whole numbers separated by commas, such as 1,64,4096; got {text!r}")
-    return [int(part) for part in parts]
-
-
-def _dtype(text: str) -> DType:
-    if text not in DTYPES:
-        raise InvalidInputError(f"--dtype must be one of {', '.join(DTYPES)}, got {text!r}")
-    return text
 
 
 def _mode(text: str) -> Mode:
