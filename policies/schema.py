@@ -56,9 +56,7 @@ class Layer(Strict):
     @property
     def key(self) -> LayerKey:
         """Hashable; equal to `layer_key` of every problem of this layer."""
-        return (
-            self.K, self.N, self.E, self.topk, self.dtype, self.act_dtype, self.activation, self.bias, self.interleaved,
-        )  # fmt: skip
+        return layer_key(self)
 
     def problem(self, M: int, machine: Machine, mode: Mode = "eager") -> MoEProblem:
         """The problem of M tokens through this layer on a machine."""
@@ -71,12 +69,9 @@ class Layer(Strict):
         return text + " bias" * self.bias + " interleaved" * self.interleaved
 
 
-def layer_key(problem: MoEProblem) -> LayerKey:
+def layer_key(of: Layer | MoEProblem) -> LayerKey:
     """What a calibration is looked up by."""
-    return (
-        problem.K, problem.N, problem.E, problem.topk, problem.dtype, problem.act_dtype, problem.activation,
-        problem.bias, problem.interleaved,
-    )  # fmt: skip
+    return of.K, of.N, of.E, of.topk, of.dtype, of.act_dtype, of.activation, of.bias, of.interleaved
 
 
 class Candidate(Strict):

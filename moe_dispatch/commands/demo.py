@@ -24,6 +24,7 @@ from moe_dispatch.dispatchers import get_dispatcher, reset_dispatchers, stats
 from moe_dispatch.errors import InvalidInputError, MoEDispatchError
 from moe_dispatch.experts import ExpertWeights
 from moe_dispatch.machine import default_device
+from moe_dispatch.measure import make_inputs, reference_outputs, relative_error
 from moe_dispatch.problem import DType
 from moe_dispatch.workloads import ROUTINGS, Workload, torch_dtype, workload
 
@@ -263,23 +264,15 @@ def _experts(built: Any) -> ExpertWeights:
 
 def _measure(experts: ExpertWeights, layer: Workload, M: int, dispatcher: Dispatcher) -> LayerRow:
     device = experts.device
-    generator = torch.Generator(device).manual_seed(_SEED)
-    hidden_states = torch.randn(M, layer.K, generator=generator, device=device).to(experts.gate_up.dtype)
-    weights, ids = ROUTINGS["uniform"].sample(M, layer.E, layer.topk, device, torch.Generator().manual_seed(_SEED))
-    reference = dispatcher.planner.backend(NAIVE)
+    problem = layer.problem(M, experts.dtype, dispatcher.machine)
+    (given,) = make_inputs(problem, ROUTINGS["uniform"], device, count=1, seed=_SEED)
+    (truth,) = reference_outputs(experts, (given,))
+    call = given.hidden_states, experts, given.topk_weights, given.topk_ids
     with torch.no_grad():
-        truth = reference.run(
-            hidden_states.float(), experts, weights, ids, reference.config_type.model_validate({"compute_fp32": True})
-        )
-        out = moe_forward(hidden_states, experts, weights, ids)
-        us, naive_us = _medians(
-            lambda: moe_forward(hidden_states, experts, weights, ids),
-            lambda: moe_forward(hidden_states, experts, weights, ids, backend=NAIVE),
-            device=device,
-        )
-    chosen = dispatcher.planner.explain(layer.problem(M, experts.dtype, dispatcher.machine)).chosen
+        error = relative_error(moe_forward(*call), truth)
+        us, naive_us = _medians(lambda: moe_forward(*call), lambda: moe_forward(*call, backend=NAIVE), device=device)
+    chosen = dispatcher.planner.explain(problem).chosen
     assert chosen is not None  # noqa: S101 - it has just run
-    error = float((out.float() - truth).norm() / truth.norm())
     return LayerRow(M, chosen.choice.backend, chosen.choice.reason, error, us, naive_us)
 
 

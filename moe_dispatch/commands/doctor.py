@@ -17,7 +17,7 @@ from moe_dispatch.problem import ELEMENT_BYTES, DType
 from moe_dispatch.quarantine import Quarantine, QuarantineEntry
 from moe_dispatch.registry import BACKENDS
 from moe_dispatch.storage import cache_dir
-from moe_dispatch.workloads import ROUTINGS, Workload, make_experts, torch_dtype
+from moe_dispatch.workloads import ROUTINGS, Workload, make_experts
 
 VARIABLES: Final = {
     "MOE_DISPATCH_BACKEND": "the backend of every call that names none",
@@ -118,23 +118,21 @@ def _probe(name: str, dtype: DType, dispatcher: Dispatcher) -> str:
     import torch
 
     from moe_dispatch.api import moe_forward
+    from moe_dispatch.measure import make_inputs, reference_outputs, relative_error
 
-    reference, made = dispatcher.planner.backend("reference"), dispatcher.planner.backend(name)
     device = dispatcher.machine.device
-    generator = torch.Generator(device).manual_seed(0)
-    with torch.no_grad():
-        experts = make_experts(_PROBE, dtype, device, generator)
-        act = torch_dtype("bf16" if dtype == "fp8" else dtype)
-        hidden_states = torch.randn(_PROBE_TOKENS, _PROBE.K, generator=generator, device=device).to(act)
-        routing = ROUTINGS["uniform"].sample(_PROBE_TOKENS, _PROBE.E, _PROBE.topk, device)
-        truth_config = reference.config_type.model_validate({"compute_fp32": True})
-        truth = reference.run(hidden_states.float(), experts, *routing, truth_config)
-        try:
-            out = moe_forward(hidden_states, experts, *routing, backend=name)
-        except MoEDispatchError as failure:
-            return f"failed: {failure}"
-    error = float((out.float() - truth).norm() / truth.norm())
-    tolerance = made.tolerance.get(dtype, 0.0)
+    experts = make_experts(_PROBE, dtype, device, torch.Generator(device).manual_seed(0))
+    (given,) = make_inputs(
+        _PROBE.problem(_PROBE_TOKENS, dtype, dispatcher.machine), ROUTINGS["uniform"], device, count=1
+    )
+    (truth,) = reference_outputs(experts, (given,))
+    try:
+        with torch.no_grad():
+            out = moe_forward(given.hidden_states, experts, given.topk_weights, given.topk_ids, backend=name)
+    except MoEDispatchError as failure:
+        return f"failed: {failure}"
+    error = relative_error(out, truth)
+    tolerance = dispatcher.planner.backend(name).tolerance.get(dtype, 0.0)
     return f"{'ok' if error <= tolerance else 'WRONG'}, error {error:.1e} (tolerance {tolerance:.0e})"
 
 
