@@ -51,7 +51,13 @@ def settings() -> Settings:
     """The process's settings; the first call reads the environment and sets the log level."""
     found = Settings.from_environment()
     if found.log_level:
-        logging.getLogger("moe_dispatch").setLevel(found.log_level)
+        logger = logging.getLogger("moe_dispatch")
+        logger.setLevel(found.log_level)
+        # Without any handler Python prints warnings at most, and the level would show nothing.
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("%(name)s %(levelname)s: %(message)s"))
+        handler.addFilter(lambda _: not logging.getLogger().handlers)  # a program that prints its log prints ours
+        logger.addHandler(handler)
     return found
 
 

@@ -4,6 +4,7 @@ import dataclasses
 import gc
 import json
 import multiprocessing
+import os
 import subprocess
 import sys
 import threading
@@ -165,6 +166,20 @@ class TestChoosing:
         reset_dispatchers()
         with pytest.raises(UnknownNameError, match="MOE_DISPATCH_POLICY names 'best'"):
             moe_forward(*call)
+
+    @pytest.mark.parametrize("configured", ["", "logging.basicConfig(format='mine %(message)s'); "])
+    def test_a_log_level_shows_the_choice_once(self, configured: str) -> None:
+        code = (
+            f"import logging; {configured}from tests.test_dispatcher import *\n"
+            "with ranked(Honest), torch.no_grad():\n"
+            "    moe_forward(*make_call(6))\n"
+        )
+        environment = os.environ | {"MOE_DISPATCH_LOG_LEVEL": "info"}
+        done = subprocess.run(
+            [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, check=True
+        )
+        (line,) = (line for line in done.stderr.splitlines() if "honest runs MoEProblem(M=6" in line)
+        assert line.startswith("mine" if configured else "moe_dispatch INFO: ")
 
     def test_a_gradient_takes_the_reference(self, call: Call) -> None:
         hidden, experts, weights, ids = call
