@@ -15,7 +15,7 @@ from moe_dispatch.dispatchers import get_dispatcher
 from moe_dispatch.errors import MoEDispatchError
 from moe_dispatch.problem import ELEMENT_BYTES, DType
 from moe_dispatch.quarantine import Quarantine, QuarantineEntry
-from moe_dispatch.registry import BACKENDS
+from moe_dispatch.roster import BackendStatus
 from moe_dispatch.storage import cache_dir
 from moe_dispatch.workloads import ROUTINGS, Workload, make_experts
 
@@ -61,7 +61,7 @@ def doctor(
     """Show the machine, every backend (or why not, and how to get it), the quarantine and the notes of the policies."""
     dispatcher = get_dispatcher()
     lifted = _lift(dispatcher.quarantine) if reset else None
-    reports = [_report(dispatcher, name, probe=probe) for name in BACKENDS.names()]
+    reports = [_report(dispatcher, status, probe=probe) for status in dispatcher.planner.statuses()]
     entries, notes = dispatcher.quarantine.entries(), dispatcher.planner.notes()
     environment = {name: os.environ[name] for name in VARIABLES if os.environ.get(name)}
     if as_json:
@@ -94,8 +94,8 @@ def _lift(quarantine: Quarantine) -> int:
         ) from error
 
 
-def _report(dispatcher: Dispatcher, name: str, *, probe: bool) -> BackendReport:
-    status = next(status for status in dispatcher.planner.statuses() if status.name == name)
+def _report(dispatcher: Dispatcher, status: BackendStatus, *, probe: bool) -> BackendReport:
+    name = status.name
     reasons = list(status.reasons)
     dtypes: list[DType] = []
     if status.available:
