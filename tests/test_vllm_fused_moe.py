@@ -6,7 +6,6 @@ sends to -1.
 The real one runs in the conformance suite, on a GPU.
 """
 
-import dataclasses
 import enum
 import gc
 import os
@@ -33,6 +32,7 @@ from moe_dispatch.experts import ExpertWeights, dequantize_blocks
 from moe_dispatch.machine import Machine
 from moe_dispatch.problem import Activation, DType, MoEProblem
 from moe_dispatch.workloads import Workload, make_experts
+from tests.refusals import Refusal, on_hopper
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 PACKAGE = "vllm.model_executor.layers.fused_moe"
@@ -47,48 +47,34 @@ CPU = Machine(device="cpu", name="a cpu", sms=4, memory_bytes=1 << 34, torch="2.
 # Reasons.
 
 
-def problem(dtype: DType = "bf16", **changes: object) -> MoEProblem:
-    plain = MoEProblem(M=4, K=256, N=128, E=8, topk=2, dtype=dtype, act_dtype="fp16" if dtype == "fp16" else "bf16")
-    return dataclasses.replace(plain, **changes)  # type: ignore[arg-type]
-
-
-@dataclass(frozen=True)
-class Refusal:
-    """A problem that it must not take, and what its reasons must name."""
-
-    problem: MoEProblem
-    words: tuple[str, ...]
-
-
 REFUSALS = {
-    "cpu": Refusal(problem(device="cpu", capability=None), ("CUDA device",)),
-    "fp8 on sm_80": Refusal(problem("fp8", capability=(8, 0)), ("8.9 or newer", "got 8.0")),
-    "parts of a group": Refusal(problem("fp8", K=192, N=96), ("K % 128 == 0", "K=192", "N % 128 == 0", "N=96")),
-    "gelu_tanh": Refusal(problem(activation="gelu_tanh"), ("got activation gelu_tanh",)),
-    "alternating silu": Refusal(problem(interleaved=True), ("silu with rows alternating",)),
-    "gate-first swiglu_oai": Refusal(problem(activation="swiglu_oai"), ("swiglu_oai with rows gate first",)),
-    "too many experts to sort": Refusal(problem(E=992), ("at most 991", "E=992")),
-    "gradient": Refusal(problem(needs_grad=True), ("no gradient",)),
+    "cpu": Refusal(on_hopper(device="cpu", capability=None), ("CUDA device",)),
+    "fp8 on sm_80": Refusal(on_hopper("fp8", capability=(8, 0)), ("8.9 or newer", "got 8.0")),
+    "parts of a group": Refusal(on_hopper("fp8", K=192, N=96), ("K % 128 == 0", "K=192", "N % 128 == 0", "N=96")),
+    "gelu_tanh": Refusal(on_hopper(activation="gelu_tanh"), ("got activation gelu_tanh",)),
+    "alternating silu": Refusal(on_hopper(interleaved=True), ("silu with rows alternating",)),
+    "gate-first swiglu_oai": Refusal(on_hopper(activation="swiglu_oai"), ("swiglu_oai with rows gate first",)),
+    "too many experts to sort": Refusal(on_hopper(E=992), ("at most 991", "E=992")),
+    "gradient": Refusal(on_hopper(needs_grad=True), ("no gradient",)),
 }
 
 
 @pytest.mark.parametrize("refusal", REFUSALS.values(), ids=REFUSALS)
 def test_refuses_with_limit_and_value(refusal: Refusal) -> None:
-    reasons = " | ".join(VllmFusedMoEBackend(H200).unsupported_reasons(refusal.problem))
-    assert all(word in reasons for word in refusal.words), reasons
+    refusal.check(VllmFusedMoEBackend(H200))
 
 
 @pytest.mark.parametrize(
     "taken",
     [
-        problem(mode="graph"),
-        problem("fp16"),
-        problem("fp8", mode="graph"),
-        problem("fp8", act_dtype="fp16", capability=(8, 9)),
-        problem(capability=(8, 0), K=250, N=90),
-        problem(activation="relu2"),
-        problem(activation="swiglu_oai", interleaved=True, bias=True),
-        problem(capability=(10, 0)),
+        on_hopper(mode="graph"),
+        on_hopper("fp16"),
+        on_hopper("fp8", mode="graph"),
+        on_hopper("fp8", act_dtype="fp16", capability=(8, 9)),
+        on_hopper(capability=(8, 0), K=250, N=90),
+        on_hopper(activation="relu2"),
+        on_hopper(activation="swiglu_oai", interleaved=True, bias=True),
+        on_hopper(capability=(10, 0)),
     ],
     ids=str,
 )
@@ -109,7 +95,7 @@ def test_measurements_depend_on_vllm_and_triton() -> None:
 
 def test_takes_more_workspace_for_more_tokens() -> None:
     backend = VllmFusedMoEBackend(H200)
-    small, large = (backend.workspace_bytes(problem(M=M), backend.config_type()) for M in (4, 64))
+    small, large = (backend.workspace_bytes(on_hopper(M=M), backend.config_type()) for M in (4, 64))
     assert large == 16 * small > 0
 
 

@@ -1,0 +1,25 @@
+"""What a backend must not take, with what its reasons must say."""
+
+import dataclasses
+from dataclasses import dataclass
+
+from moe_dispatch.backend import Backend
+from moe_dispatch.problem import DType, MoEProblem
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """A problem that a backend must not take, and what its reasons must name."""
+
+    problem: MoEProblem
+    words: tuple[str, ...]
+
+    def check(self, backend: Backend) -> None:
+        reasons = " | ".join(backend.unsupported_reasons(self.problem))
+        assert all(word in reasons for word in self.words), reasons
+
+
+def on_hopper(dtype: DType = "bf16", **changes: object) -> MoEProblem:
+    """A small problem that the libraries take on an H200, changed."""
+    plain = MoEProblem(M=4, K=256, N=128, E=8, topk=2, dtype=dtype, act_dtype="fp16" if dtype == "fp16" else "bf16")
+    return dataclasses.replace(plain, **changes)  # type: ignore[arg-type]
