@@ -4,6 +4,7 @@ import dataclasses
 from typing import Final
 
 import torch
+from torch import Tensor
 
 from moe_dispatch import failures
 from moe_dispatch.backend import Backend
@@ -39,15 +40,26 @@ def probe(backend: Backend, problem: MoEProblem, device: torch.device) -> str:
         truth_config = reference.config_type.model_validate({"compute_fp32": True})
         truth = reference.run(hidden, experts, weights, ids, truth_config).float()
         try:
-            out = backend.run(hidden, experts, weights, ids, backend.default_config(tiny)).float()
+            out = backend.run(hidden, experts, weights, ids, backend.default_config(tiny))
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
         except Exception as error:
             if failures.lost_device(error) or failures.out_of_memory(error):
                 raise  # no verdict on the backend's arithmetic
             return f"its probe raised {failures.summary(error)}"
-    error_size = ((out - truth).norm() / truth.norm()).item()
-    limit = backend.tolerance[tiny.dtype]
-    if not error_size <= limit:  # NaN included
-        return f"its probe was wrong: relative error {error_size:.3g} against fp32, at most {limit:g} is allowed"
+    return _fault(out, hidden, truth, backend.tolerance.get(tiny.dtype))
+
+
+def _fault(out: object, hidden: Tensor, truth: Tensor, tolerance: float | None) -> str:
+    """What is wrong with a result; empty if nothing is."""
+    if not isinstance(out, Tensor):
+        return f"its probe returned {type(out).__name__} in place of a tensor"
+    if (out.dtype, out.shape) != (hidden.dtype, hidden.shape):
+        given, wanted = f"{out.dtype} {list(out.shape)}", f"{hidden.dtype} {list(hidden.shape)}"
+        return f"its probe was wrong: it returned {given} for hidden_states of {wanted}, which the output must be alike"
+    if tolerance is None:
+        return "it declares no tolerance for weights of this dtype, by which its probe could be judged"
+    error_size = ((out.float() - truth).norm() / truth.norm()).item()
+    if not error_size <= tolerance:  # NaN included
+        return f"its probe was wrong: relative error {error_size:.3g} against fp32, at most {tolerance:g} is allowed"
     return ""

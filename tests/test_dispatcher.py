@@ -13,7 +13,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -317,6 +317,31 @@ class TestFaults:
             assert stats()[liar.name] == {"ran": 0, "fell_back": 1, "quarantined": 1}
             with pytest.raises(BackendUnavailableError, match="probe was wrong"):
                 moe_forward(*call, backend=liar.name)
+
+    @pytest.mark.parametrize(
+        ("spoil", "says"),
+        [
+            (lambda out: None, "returned NoneType"),
+            (
+                lambda out: out[:, :10],
+                r"returned torch.float32 \[5, 10\] for hidden_states of torch.float32 \[5, 256\]",
+            ),
+            (lambda out: out.double(), "returned torch.float64"),
+            (None, "declares no tolerance"),
+        ],
+    )
+    def test_a_probe_that_breaks_the_contract(self, spoil: Any, says: str, call: Call) -> None:
+        class Strange(Honest):
+            name = "strange"
+            needs_probe = True
+            tolerance = Honest.tolerance if spoil else {"bf16": 1e-2}
+
+            def run(self, *arguments: Any, **named: Any) -> Tensor:
+                out = super().run(*arguments, **named)
+                return cast("Tensor", spoil(out)) if spoil else out
+
+        with ranked(Strange, Honest), pytest.warns(MoEDispatchWarning, match=f"{says}.*'honest' runs instead"):
+            assert torch.equal(moe_forward(*call), expected(call))
 
     def test_an_import_that_raises(self, call: Call) -> None:
         BACKENDS.register("broken", "tests.broken_module:Anything")
