@@ -92,17 +92,21 @@ def _from_config(path: Path) -> Workload:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise InvalidInputError(f"{path} is not a readable config.json: {error}") from error
+    if isinstance(config, dict):
+        config = config.get("text_config") or config
     if not isinstance(config, dict):
         raise InvalidInputError(f"{path} must hold a JSON object, got {type(config).__name__}")
-    config = config.get("text_config", config)
     found: dict[str, int] = {}
     for letter, keys in _CONFIG_KEYS.items():
-        value = next((config[key] for key in keys if isinstance(config.get(key), int)), None)
+        value = next((config[key] for key in keys if isinstance(config.get(key), int) and config[key] > 0), None)
         if value is None:
-            raise InvalidInputError(f"{path} names none of {', '.join(keys)}: it is not the config of an MoE model")
+            raise InvalidInputError(f"{path} has no {' or '.join(keys)} above 0: it is not the config of an MoE model")
         found[letter] = value
     name = str(config.get("_name_or_path") or config.get("model_type") or path.parent.name or path.stem)
-    plain = Workload(name, E=found["E"], topk=found["topk"], K=found["K"], N=found["N"])
+    E, topk = found["E"], found["topk"]
+    if topk > E:
+        raise InvalidInputError(f"{path} chooses {topk} experts per token of {E}, and must choose distinct ones")
+    plain = Workload(name, E=E, topk=topk, K=found["K"], N=found["N"])
     if config.get("model_type") == "gpt_oss":
         return dataclasses.replace(plain, activation="swiglu_oai", bias=True, interleaved=True)
     return dataclasses.replace(plain, activation=_config_activation(path, config))

@@ -1,5 +1,6 @@
 """Quantised weights, described machines, workloads, and the registry."""
 
+import dataclasses
 import json
 import math
 import sys
@@ -109,11 +110,32 @@ class TestWorkloads:
         path.write_text(json.dumps(config))
         qwen = workload(str(path))
         assert (qwen.E, qwen.topk, qwen.K, qwen.N) == (128, 8, 2048, 768)
-        path.write_text(json.dumps({"hidden_size": 4096}))
-        with pytest.raises(InvalidInputError, match="num_experts"):
-            workload(str(path))
+        path.write_text(json.dumps({"text_config": config}))
+        assert workload(str(path)) == dataclasses.replace(qwen, name="qwen3_moe")
+        path.write_text(json.dumps(config | {"text_config": None}))
+        assert workload(str(path)) == qwen
         with pytest.raises(UnknownNameError, match="deepseek-v3"):
             workload("deepseek-v9")
+
+    @pytest.mark.parametrize(
+        ("content", "says"),
+        [
+            ({"hidden_size": 4096}, "has no num_experts or n_routed_experts"),
+            ({"num_experts": 0, "hidden_size": 4096}, "has no num_experts.*above 0"),  # a dense Qwen
+            ({"text_config": [1]}, "must hold a JSON object, got list"),
+            ([1], "must hold a JSON object, got list"),
+            (
+                {"num_experts": 4, "num_experts_per_tok": 8, "hidden_size": 64, "intermediate_size": 64},
+                "8 experts per token of 4",
+            ),
+        ],
+        ids=str,
+    )
+    def test_what_is_no_moe_config_is_refused(self, content: object, says: str, tmp_path: Path) -> None:
+        path = tmp_path / "config.json"
+        path.write_text(json.dumps(content))
+        with pytest.raises(InvalidInputError, match=says):
+            workload(str(path))
 
     def test_skew_is_what_it_says(self) -> None:
         """The effective number of experts, 1/Σp², is E/f over many draws."""
