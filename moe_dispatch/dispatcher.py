@@ -3,7 +3,6 @@
 import logging
 import threading
 import traceback
-import warnings
 from collections.abc import Iterable
 from typing import Any, Final
 
@@ -13,7 +12,7 @@ from torch import Tensor
 from moe_dispatch import failures
 from moe_dispatch.backend import Inputs
 from moe_dispatch.checks import check
-from moe_dispatch.errors import BackendFailedError, DeviceLostError, MoEDispatchWarning
+from moe_dispatch.errors import BackendFailedError, DeviceLostError, warn
 from moe_dispatch.experts import ExpertWeights
 from moe_dispatch.machine import Machine
 from moe_dispatch.plan import Plan
@@ -289,11 +288,9 @@ class Dispatcher:
         if plan.choice.backend in self._warned_of_memory:
             return  # the halves of a call run out in turn, and the next call again
         self._warned_of_memory.add(plan.choice.backend)
-        warnings.warn(
+        warn(
             f"backend {plan.choice.backend!r} ran out of memory on {plan.problem} ({failures.summary(error)}); "
-            f"{instead}. Leave more memory free (a smaller KV cache, say) to avoid this.",
-            MoEDispatchWarning,
-            stacklevel=5,
+            f"{instead}. Leave more memory free (a smaller KV cache, say) to avoid this."
         )
 
 

@@ -1,5 +1,7 @@
 """What can go wrong, as types. Every message says what was given, what is allowed and what to do."""
 
+import sys
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -120,3 +122,11 @@ class PolicyFileError(MoEDispatchError):
 
 class MoEDispatchWarning(UserWarning):
     """A backend was quarantined or a policy refused; the call still returned the right answer."""
+
+
+def warn(text: str) -> None:
+    """Warn at the line that led here from outside this package: that one is the reader's."""
+    level, frame = 2, sys._getframe(1)
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] == "moe_dispatch":
+        level, frame = level + 1, frame.f_back
+    warnings.warn(text, MoEDispatchWarning, stacklevel=level)

@@ -3,7 +3,6 @@
 import dataclasses
 import logging
 import threading
-import warnings
 from collections.abc import Iterator
 from typing import Final
 
@@ -14,9 +13,9 @@ from moe_dispatch.backend import Backend, BackendConfig
 from moe_dispatch.errors import (
     BackendUnavailableError,
     BackendUnsupportedError,
-    MoEDispatchWarning,
     NoBackendError,
     UnknownNameError,
+    warn,
     way_out,
 )
 from moe_dispatch.experts import ExpertWeights
@@ -227,7 +226,7 @@ class Planner:
 
     def _load_policies(self) -> Ranking:
         for text in self._unknown_names():
-            warnings.warn(text, MoEDispatchWarning, stacklevel=2)
+            warn(text)
         try:
             return Ranking(self._machine, self._settings.policies)
         except UnknownNameError as error:
@@ -258,10 +257,8 @@ class Planner:
 
 def warn_of_successor(name: str, problem: MoEProblem, cause: str, successor: Plan) -> None:
     """Say that a backend failed, what runs in its place, and how to mend it."""
-    warnings.warn(
+    warn(
         f"backend {name!r} failed on {problem} and is avoided for such problems in this process: {cause}. "
         f"{successor.choice.backend!r} runs instead ({successor.choice.reason}). To mend it, see "
-        f"`moe-dispatch doctor`; to leave it out, set MOE_DISPATCH_DISABLE={name}.",
-        MoEDispatchWarning,
-        stacklevel=5,
+        f"`moe-dispatch doctor`; to leave it out, set MOE_DISPATCH_DISABLE={name}."
     )

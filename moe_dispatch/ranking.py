@@ -1,10 +1,9 @@
 """The policies in their order, asked as one."""
 
-import warnings
 from collections.abc import Sequence
 from typing import Final
 
-from moe_dispatch.errors import MoEDispatchError, MoEDispatchWarning, UnknownNameError
+from moe_dispatch.errors import MoEDispatchError, UnknownNameError, warn
 from moe_dispatch.machine import Machine
 from moe_dispatch.policy import Choice, Policy
 from moe_dispatch.problem import MoEProblem
@@ -60,7 +59,7 @@ class Ranking:
         text = f"policy {name!r} is passed over: {error}"
         if text not in self._refusals:
             self._refusals.append(text)
-            warnings.warn(text, MoEDispatchWarning, stacklevel=2)
+            warn(text)
 
 
 def _named(choice: Choice, policy: str) -> Choice:

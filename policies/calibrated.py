@@ -1,14 +1,13 @@
 """The machine's own measurements."""
 
 import logging
-import warnings
 from collections.abc import Iterable
 from pathlib import Path
 
 import pydantic
 
 from moe_dispatch.backend import Backend
-from moe_dispatch.errors import BackendUnavailableError, MoEDispatchWarning, PolicyFileError, UnknownNameError
+from moe_dispatch.errors import BackendUnavailableError, PolicyFileError, UnknownNameError, warn
 from moe_dispatch.machine import Machine
 from moe_dispatch.policy import Choice, Policy
 from moe_dispatch.problem import Mode, MoEProblem
@@ -47,7 +46,7 @@ class MeasuredPolicy(Policy):
             self._file = self._read()
         except PolicyFileError as error:
             self._notes.append(f"refused, so the next policy decides: {error}")
-            warnings.warn(f"policy {self.name!r}: {error}", MoEDispatchWarning, stacklevel=2)
+            warn(f"policy {self.name!r}: {error}")
         if self._file is not None:
             self._index(self._file)
 

@@ -1,6 +1,5 @@
 """Chooses for shapes that nobody measured, by what each backend's time is made of (see `cost`)."""
 
-import warnings
 from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
@@ -9,7 +8,7 @@ from typing import Annotated, Final, Literal
 import pydantic
 
 from moe_dispatch.backend import Backend
-from moe_dispatch.errors import MoEDispatchWarning, PolicyFileError
+from moe_dispatch.errors import PolicyFileError, warn
 from moe_dispatch.machine import Machine
 from moe_dispatch.policy import Choice, Policy
 from moe_dispatch.problem import DType, Mode, MoEProblem
@@ -136,7 +135,7 @@ class LearnedPolicy(Policy):
                 model = read_model(machine)
             except PolicyFileError as error:
                 self._notes.append(f"refused, so the next policy decides: {error}")
-                warnings.warn(f"policy {self.name!r}: {error}", MoEDispatchWarning, stacklevel=2)
+                warn(f"policy {self.name!r}: {error}")
         self._rules = RulesPolicy(machine)
         self._laws: dict[tuple[DType, Mode], list[tuple[Law, Backend]]] = {}
         for law in model.laws if model else ():

@@ -270,6 +270,7 @@ class TestFaults:
                 assert torch.equal(moe_forward(*call), expected(call))
             moe_forward(*call)
             assert len(warned) == 1
+            assert warned[0].filename == __file__, "the line that called, not one of ours"
             assert stats()["raising"] == {"ran": 0, "fell_back": 1, "quarantined": 1}
             assert stats()["honest"]["ran"] == 2
             (entry,) = get_dispatcher("cpu").quarantine.entries()
@@ -312,6 +313,7 @@ class TestFaults:
                 assert torch.equal(moe_forward(*call), expected(call))
             moe_forward(*make_call(40))
             assert len(warned) == 1
+            assert warned[0].filename == __file__
             explanation = explain(*call)
             assert "its probe was wrong: relative error" in explanation.candidates[0].against[0]
             assert stats()[liar.name] == {"ran": 0, "fell_back": 1, "quarantined": 1}

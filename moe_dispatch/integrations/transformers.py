@@ -11,7 +11,6 @@ layer, and so refuses ``fullgraph=True``.
 """
 
 import inspect
-import warnings
 import weakref
 from dataclasses import dataclass
 from typing import Any, Final
@@ -21,7 +20,7 @@ from torch import Tensor, nn
 
 from moe_dispatch.api import moe_forward
 from moe_dispatch.backends.stages.activate import activate_torch
-from moe_dispatch.errors import MoEDispatchWarning
+from moe_dispatch.errors import warn
 from moe_dispatch.experts import DTYPE_NAMES, FP8, ExpertWeights
 from moe_dispatch.problem import ACTIVATIONS, QUANT_BLOCK, UNGATED, Activation
 
@@ -248,8 +247,4 @@ def _warn_once(module: nn.Module, reason: str) -> None:
     kind = (type(module), reason)
     if kind not in _warned:
         _warned.add(kind)
-        warnings.warn(
-            f"{type(module).__name__} keeps its own implementation, undispatched but right: {reason}",
-            MoEDispatchWarning,
-            stacklevel=2,
-        )
+        warn(f"{type(module).__name__} keeps its own implementation, undispatched but right: {reason}")
