@@ -33,7 +33,8 @@ def register() -> None:
     """Make ``experts_implementation="moe_dispatch"`` known to transformers, for plain and for block-FP8 models.
 
     Memory: the layer's tensors are used as they are, except where a model stores them transposed (gpt-oss): such a
-    layer gets one contiguous copy of its weights at its first call, kept as long as the weights do not change.
+    layer gets one contiguous copy of its weights at its first call, kept as long as the weights do not change. A
+    change in place through ``.data`` cannot be seen by the copy: write ``weight.copy_(…)`` under ``torch.no_grad()``.
 
     Raises:
         ImportError: transformers is missing or older than 5.17.
