@@ -5,6 +5,7 @@ from typing import Final, Self
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from moe_dispatch.errors import InvalidInputError
 from moe_dispatch.problem import ACTIVATIONS, QUANT_BLOCK, UNGATED, Activation, DType, Mode, MoEProblem
@@ -175,7 +176,9 @@ class ExpertWeights:
         )
 
     def wants_grad(self, hidden_states: Tensor, topk_weights: Tensor) -> bool:
-        """Whether autograd is recording and anything of this call requires a gradient."""
+        """Whether autograd is recording and anything of this call requires a gradient, or forward mode is at work."""
+        if forward_ad._current_level >= 0:  # which no_grad does not end, and which a kernel would silently drop
+            return True
         return torch.is_grad_enabled() and (
             hidden_states.requires_grad or topk_weights.requires_grad or self.requires_grad
         )

@@ -1,13 +1,15 @@
 """The reference, against formulas written another way, and its gradients."""
 
+import functools
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from moe_dispatch import ExpertWeights, moe_forward
+from moe_dispatch import ExpertWeights, moe_forward, stats
 from moe_dispatch.backends.stages.quantize import quantize_rows_torch
+from moe_dispatch.dispatchers import get_dispatcher
 from moe_dispatch.experts import dequantize_blocks, fp8_multiplier
 from moe_dispatch.problem import Activation
 from moe_dispatch.workloads import ROUTINGS, Workload, make_experts
@@ -110,6 +112,22 @@ def test_a_rank_without_tokens_stands_in_the_graph(tokens: int, wants: str) -> N
     grad = {"hidden_states": hidden, "topk_weights": weights, **leaf}[wants].grad
     assert grad is not None
     assert not grad.any()
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")
+def test_forward_mode_takes_the_reference() -> None:
+    """It goes on under no_grad, and a kernel would drop the tangent without a word."""
+    experts = make_experts(Workload("layer", E, TOPK, K, N), "fp32", "cpu")
+    weights, ids = ROUTINGS["uniform"].sample(M, E, TOPK, "cpu")
+    hidden, tangent = torch.randn(M, K, requires_grad=True), torch.randn(M, K)
+    (gradient,) = torch.autograd.grad(moe_forward(hidden, experts, weights, ids).sum(), hidden)
+    with torch.no_grad():
+        moe_forward(hidden, experts, weights, ids)
+        run = functools.partial(moe_forward, experts=experts, topk_weights=weights, topk_ids=ids)
+        along = torch.func.jvp(run, (hidden.detach(),), (tangent,))[1].sum()
+    assert along.item() == pytest.approx((gradient * tangent).sum().item(), rel=1e-4)
+    assert stats()["reference"]["ran"] == 2
+    assert not get_dispatcher("cpu").quarantine.entries()
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
