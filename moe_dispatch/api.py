@@ -6,6 +6,7 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from moe_dispatch import ops
 from moe_dispatch.checks import check
@@ -65,6 +66,8 @@ def dispatch(
     """`moe_forward` outside a compiled graph: in the layer's own dtype, on its GPU, hand over."""
     if not isinstance(experts, ExpertWeights):
         check(hidden_states, experts, topk_weights, topk_ids)  # raises
+    if type(hidden_states) is not Tensor and isinstance(hidden_states, FakeTensor):
+        return ops.call(hidden_states, experts, topk_weights, topk_ids, backend)  # which knows the shape of its result
     device = experts.device
     # The private question costs a sixth of the public one.
     if torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(device.type):

@@ -18,6 +18,7 @@ from typing import Any, cast
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from moe_dispatch import (
     Backend,
@@ -567,6 +568,19 @@ class TestCompile:
                     compiled(*arguments)
             assert torch.allclose(compiled(hidden, weights, ids), expected(call), atol=1e-5)
             assert ran()["torch_grouped"] == 1
+            assert not get_dispatcher("cpu").quarantine.entries()
+
+    def test_fake_tensors_run_nothing_and_blame_nobody(self, call: Call) -> None:
+        """As those run a model who want to know its memory; a real call of the same kind may have been made."""
+        with ranked("torch_grouped"):
+            moe_forward(*call)
+            with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+                hidden, experts, weights, ids = call
+                out = moe_forward(mode.from_tensor(hidden), experts, mode.from_tensor(weights), mode.from_tensor(ids))
+            assert isinstance(out, FakeTensor)
+            assert (out.shape, out.dtype) == (hidden.shape, hidden.dtype)
+            moe_forward(*call)
+            assert ran() == {"torch_grouped": 2}
             assert not get_dispatcher("cpu").quarantine.entries()
 
     @pytest.mark.parametrize("test", ["test_schema", "test_faketensor"])
