@@ -116,6 +116,8 @@ def append(path: Path, row: pydantic.BaseModel) -> None:
 def load(paths: Iterable[Path]) -> list[BenchRow]:
     """Read rows from files and folders; a later row replaces an earlier one of the same key on the same machine.
 
+    In a folder, claims (`claims`) lie beside rows and are passed over.
+
     Raises:
         InvalidInputError: A line is not a row, nor one that is cut off.
     """
@@ -137,14 +139,23 @@ def timed_keys(path: Path) -> set[RowKey]:
 def _read(path: Path) -> Iterator[BenchRow]:
     if path.is_dir():
         for inside in sorted(path.rglob("*.jsonl")):
-            yield from _read(inside)
+            lines = _lines(inside)
+            if not lines or not lines[0].startswith('{"claim"'):
+                yield from _parsed(inside, lines)
         return
+    yield from _parsed(path, _lines(path))
+
+
+def _lines(path: Path) -> list[str]:
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except OSError as error:
+        return path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
         raise InvalidInputError(
             f"{path} cannot be read ({error}); give .jsonl files of `moe-dispatch bench`"
         ) from error
+
+
+def _parsed(path: Path, lines: list[str]) -> Iterator[BenchRow]:
     if lines and lines[0].startswith('{"packed"'):
         from moe_dispatch.benchmarks.packed import unpack  # which imports this module
 

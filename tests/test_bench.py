@@ -277,6 +277,14 @@ def test_a_foreign_line_is_refused(tmp_path: Path) -> None:
             rows.load([path])
 
 
+def test_a_folder_of_records_is_read_whole() -> None:
+    """As docs/calibration.md has it drawn: claims are kept beside the rows."""
+    folder = ROOT / "benchmarks/results/nvidia_h200"
+    assert list(folder.glob("claims*.jsonl"))
+    single = [row for name in ("bench.jsonl", "sweep.jsonl") for row in rows.load([folder / name])]
+    assert {row.key for row in rows.load([folder])} == {row.key for row in single}
+
+
 def test_the_budget_stops_before_the_next_point(tmp_path: Path) -> None:
     output = run(
         *SMALL, "--tokens", "1,2,3", "--backend", "reference", "--budget", "0", "--out", tmp_path / "rows.jsonl"
