@@ -23,8 +23,8 @@ from moe_dispatch.problem import Mode
 if TYPE_CHECKING:
     from moe_dispatch.benchmarks.rows import BenchRow
     from moe_dispatch.benchmarks.sweep import Configs, Plan, Sweep
-    from moe_dispatch.dispatcher import Dispatcher
     from moe_dispatch.machine import Machine
+    from moe_dispatch.workloads import RoutingDistribution
 
 TOKENS: Final = tuple(1 << power for power in range(15))  # 1 to 16384
 ACCEPTANCE_MODELS: Final = ("deepseek-v3", "qwen3-30b-a3b", "mixtral-8x7b")
@@ -56,26 +56,29 @@ def bench(
     json_: Annotated[bool, typer.Option("--json", help="Print the rows as JSON Lines instead of a table.")] = False,
 ) -> None:
     """Time whole MoE layers, right results only, beside the peers; the rows can be resumed and plotted."""
+    from moe_dispatch.benchmarks.peers import PEERS
+    from moe_dispatch.benchmarks.sweep import Plan, available_backends
     from moe_dispatch.dispatchers import get_dispatcher
+    from moe_dispatch.registry import BACKENDS
+    from moe_dispatch.workloads import workload
 
     dispatcher = get_dispatcher()
     machine = dispatcher.machine
-    path = out or _default_path(machine, resume=resume)
     notes: list[str] = []
-    plan = _plan(
-        dispatcher,
-        notes,
-        model or ACCEPTANCE_MODELS,
-        tokens,
-        dtype,
-        backend,
-        config,
-        mode,
-        routing,
-        budget,
-        seconds,
-        peers=peers,
+    ours, theirs = _chosen(backend, BACKENDS.names(), tuple(PEERS), peers=peers)
+    plan = Plan(
+        workloads=tuple(map(workload, model or ACCEPTANCE_MODELS)),
+        dtypes=tuple(dict.fromkeys(map(dtype_of, dtype or ("bf16", "fp8")))),
+        tokens=tuple(sorted(set(tokens_of(tokens)))),
+        routings=tuple(map(_routing, routing or ("uniform",))),
+        modes=_modes(mode, machine),
+        backends=available_backends(ours, dispatcher.planner.backend, notes.append),
+        peers=tuple(PEERS[name](machine) for name in theirs),
+        configs=_configs(config),
+        point_s=seconds,
+        budget_s=budget,
     )
+    path = out or _default_path(machine, resume=resume)
     if path.exists() and not resume:
         raise InvalidInputError(f"{path} exists already; --resume goes on with it, --out names another")
     _make_room(path)
@@ -98,44 +101,6 @@ def bench(
         raise typer.Exit(INTERRUPTED)
 
 
-def _plan(
-    dispatcher: "Dispatcher",
-    notes: list[str],
-    models: Sequence[str],
-    tokens: str,
-    dtypes: Sequence[str] | None,
-    names: Sequence[str] | None,
-    config: str,
-    mode: str | None,
-    routings: Sequence[str] | None,
-    budget: float | None,
-    seconds: float,
-    *,
-    peers: bool,
-) -> "Plan":
-    from moe_dispatch.benchmarks.peers import PEERS
-    from moe_dispatch.benchmarks.sweep import Plan, available_backends
-    from moe_dispatch.registry import BACKENDS
-    from moe_dispatch.workloads import ROUTINGS, workload
-
-    ours, theirs = _chosen(names, BACKENDS.names(), tuple(PEERS), peers=peers)
-    for name in routings or ():
-        if name not in ROUTINGS:
-            raise UnknownNameError("routing distribution", name, tuple(ROUTINGS))
-    return Plan(
-        workloads=tuple(workload(text) for text in models),
-        dtypes=tuple(dict.fromkeys(map(dtype_of, dtypes or ("bf16", "fp8")))),
-        tokens=tuple(sorted(set(tokens_of(tokens)))),
-        routings=tuple(ROUTINGS[name] for name in routings or ("uniform",)),
-        modes=_modes(mode, dispatcher.machine),
-        backends=available_backends(ours, dispatcher.planner.backend, notes.append),
-        peers=tuple(PEERS[name](dispatcher.machine) for name in theirs),
-        configs=_configs(config),
-        point_s=seconds,
-        budget_s=budget,
-    )
-
-
 def _chosen(
     names: Sequence[str] | None, ours: tuple[str, ...], theirs: tuple[str, ...], *, peers: bool
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -147,6 +112,14 @@ def _chosen(
             raise UnknownNameError("backend or peer", name, ("all", *ours, *theirs))
     wanted = {*names, *(ours if "all" in names else ()), *(theirs if "all" in names and peers else ())}
     return tuple(n for n in ours if n in wanted), tuple(n for n in theirs if n in wanted)
+
+
+def _routing(name: str) -> "RoutingDistribution":
+    from moe_dispatch.workloads import ROUTINGS
+
+    if name not in ROUTINGS:
+        raise UnknownNameError("routing distribution", name, tuple(ROUTINGS))
+    return ROUTINGS[name]
 
 
 def _configs(given: str) -> "Configs":
