@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final
 
+from moe_dispatch.benchmarks.command import mistakes_exit
 from moe_dispatch.benchmarks.rows import BenchRow, load, versions
 from moe_dispatch.machine import Machine
 from moe_dispatch.measure import PEERS_CEILINGS
@@ -139,11 +140,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, required=True, help="packed file to write")
     given = parser.parse_args(arguments)
     rows: list[BenchRow] = []
-    for path in given.inputs:
-        if path.suffix == ".json":
-            rows += calibration_rows(parse_calibration(read_bytes(path), str(path)))
-        else:
-            rows += load([path])
+    with mistakes_exit(parser):
+        for path in given.inputs:
+            if path.suffix == ".json":
+                rows += calibration_rows(parse_calibration(read_bytes(path), str(path)))
+            else:
+                rows += load([path])
     text = "".join(f"{line}\n" for line in pack(rows))
     given.out.parent.mkdir(parents=True, exist_ok=True)
     given.out.write_text(text, encoding="utf-8")

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Final
 
+from moe_dispatch.benchmarks.command import mistakes_exit
 from moe_dispatch.benchmarks.rows import BenchRow, load
 from moe_dispatch.errors import MoEDispatchError
 
@@ -169,8 +170,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("rows", type=Path, nargs="+", help="files or folders of rows")
     parser.add_argument("--out", type=Path, default=Path(), help="where the pictures go")
     given = parser.parse_args(arguments)
-    for path in draw(load(given.rows), given.out):
-        print(path)
+    with mistakes_exit(parser):
+        for path in draw(load(given.rows), given.out):
+            print(path)
 
 
 if __name__ == "__main__":

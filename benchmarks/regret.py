@@ -19,8 +19,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from moe_dispatch.benchmarks.command import mistakes_exit
 from moe_dispatch.benchmarks.rows import BenchRow, load
-from moe_dispatch.errors import InvalidInputError, MoEDispatchError
+from moe_dispatch.errors import InvalidInputError
 from moe_dispatch.machine import Machine
 from moe_dispatch.policies.defaults import default_identity, find_backend
 from moe_dispatch.policies.fit import Observation, fit_model
@@ -227,11 +228,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--machine", type=Path, help="machine that was measured, as JSON; this one if left out")
     parser.add_argument("--json", action="store_true", help="machine-readable")
     given: Any = parser.parse_args(arguments)
-    try:
+    with mistakes_exit(parser):
         machine = Machine.load(given.machine) if given.machine else Machine.inspect()
         judged = judge(bench_observations(load(given.rows), machine), machine)
-    except MoEDispatchError as error:
-        parser.exit(2, f"error: {error}\n")
     found = {name: summary(at.values()) for name, at in judged.items()}
     if given.json:
         print(json.dumps(found, indent=1))

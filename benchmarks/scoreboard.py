@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from moe_dispatch.benchmarks.command import mistakes_exit
 from moe_dispatch.benchmarks.peers import PEERS
 from moe_dispatch.benchmarks.rows import BenchRow, load
 
@@ -241,7 +242,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Print the scoreboard; 1 if a bar fails or is open."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("rows", type=Path, nargs="+", help="files or folders of rows, of one machine")
-    rows = load(parser.parse_args(arguments).rows)
+    with mistakes_exit(parser):
+        rows = load(parser.parse_args(arguments).rows)
     machines = sorted({row.machine for row in rows})
     if len(machines) != 1:
         print(f"the rows must be of one machine, got {', '.join(machines) or 'none'}", file=sys.stderr)

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Final
 
+from moe_dispatch.benchmarks.command import mistakes_exit
 from moe_dispatch.policies.merge import Measured, flat, merge
 from moe_dispatch.policies.schema import CalibrationFile, Measurement, parse_calibration, read_bytes
 
@@ -67,7 +68,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("calibrations", type=Path, nargs="+", help="of one machine, the newest last")
     parser.add_argument("--out", type=Path, required=True)
     given = parser.parse_args(arguments)
-    made = table(parse_calibration(read_bytes(path), str(path)) for path in given.calibrations)
+    with mistakes_exit(parser):
+        made = table(parse_calibration(read_bytes(path), str(path)) for path in given.calibrations)
     given.out.parent.mkdir(parents=True, exist_ok=True)
     given.out.write_text(made.model_dump_json(exclude_defaults=True), encoding="utf-8")
     count = sum(len(point.measurements) for point in made.points)

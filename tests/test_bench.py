@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import textwrap
+import types
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import ClassVar
@@ -19,7 +20,7 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 from moe_dispatch.backend import Backend, BackendConfig, Requirements
-from moe_dispatch.benchmarks import acceptance, claims, plots, rows, scoreboard
+from moe_dispatch.benchmarks import acceptance, claims, packed, plots, regret, rows, scoreboard, ship
 from moe_dispatch.benchmarks.peers import PEERS
 from moe_dispatch.benchmarks.rows import BenchRow
 from moe_dispatch.benchmarks.sweep import Plan, Provenance, Sweep
@@ -275,6 +276,18 @@ def test_a_foreign_line_is_refused(tmp_path: Path) -> None:
         path.write_text(f"{line}\n")
         with pytest.raises(InvalidInputError, match=r"rows.jsonl:1 is not a benchmark row"):
             rows.load([path])
+
+
+@pytest.mark.parametrize("module", [plots, scoreboard, packed, ship, regret], ids=lambda module: module.__name__)
+def test_a_file_that_is_not_there_is_one_message(
+    module: types.ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    missing = str(tmp_path / "missing.json")
+    options = ["--out", str(tmp_path / "out")] if module in {plots, packed, ship} else []
+    with pytest.raises(SystemExit, match="2"):
+        module.main([missing, *options])
+    assert capsys.readouterr().err.startswith("error: ")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_folder_of_records_is_read_whole() -> None:
