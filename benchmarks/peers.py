@@ -19,7 +19,7 @@ from moe_dispatch.experts import ExpertWeights
 from moe_dispatch.machine import Machine, library_version
 from moe_dispatch.measure import Call, LayerInputs, backend_call
 from moe_dispatch.problem import DType, MoEProblem
-from moe_dispatch.registry import BACKENDS
+from moe_dispatch.registry import BACKENDS, make_backend
 
 _VLLM: Final = "vllm.model_executor.layers.fused_moe"
 
@@ -57,18 +57,11 @@ class NaiveLoop(Peer):
     """The loop that everybody writes first: per expert that was hit, gather, two products, scatter, in torch."""
 
     name = "naive_loop"
-    requirements = Requirements(
-        dtypes={"bf16": (0, 0), "fp16": (0, 0), "fp32": (0, 0), "fp8": (0, 0)},
-        act_dtypes=frozenset({"bf16", "fp16", "fp32"}),
-        cpu=True,
-        bias=True,
-        interleaved=True,
-        capturable=False,
-    )
+    requirements = BACKENDS.load("reference").requirements
 
     def prepare(self, experts: ExpertWeights, problem: MoEProblem) -> Call:  # noqa: ARG002
         """See `Peer.prepare`."""
-        loop = BACKENDS.load("reference")(self.machine)
+        loop = make_backend("reference", self.machine)
         return backend_call(loop, experts, loop.config_type())
 
 
