@@ -4,7 +4,7 @@ python -m moe_dispatch.benchmarks.plots benchmarks/results/nvidia_h200 --out doc
 """
 
 import argparse
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -121,7 +121,10 @@ def _draw_winners(pyplot: Any, best: _Best, dtype: str, style: dict[str, dict[st
         if kind == dtype and ((workload, M) not in winners or (row.us or 0.0) < (winners[workload, M].us or 0.0)):
             winners[workload, M] = row
     workloads = sorted({workload for workload, _ in winners}, reverse=True)
-    tokens = sorted({M for _, M in winners})
+    # A calibration refines a layer's boundaries at token counts that the others lack: mostly empty columns.
+    measured = Counter(M for _, M in winners)
+    tokens = sorted(M for M in measured if 2 * measured[M] > len(workloads))
+    winners = {(workload, M): row for (workload, M), row in winners.items() if M in tokens}
     figure, axes = pyplot.subplots(
         figsize=(2.6 + 0.62 * len(tokens), 1.9 + 0.46 * len(workloads)), layout="constrained"
     )
