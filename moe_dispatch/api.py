@@ -91,8 +91,6 @@ def _compiled(
     of this function: it would trace what that calls from then on, down to a backend, which fails of that.
     """
     tensors = isinstance(hidden_states, Tensor) and isinstance(topk_weights, Tensor) and isinstance(topk_ids, Tensor)
-    if torch.compiler.is_exporting():
-        check(hidden_states, experts, topk_weights, topk_ids)
     if not (tensors and isinstance(experts, ExpertWeights)) or experts.wants_grad(hidden_states, topk_weights):
         from moe_dispatch.uncompiled import call_uncompiled
 
