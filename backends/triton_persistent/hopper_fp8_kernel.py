@@ -199,12 +199,12 @@ def _run_tile(
         step += 1
     buf = out_bufs.index(HALF)
     if WIDTH == 128:
-        _finish(first, second, row + 64 * HALF, end, block_n, 0, buf, exchange, exchanges, outputs, HALF, ACTIVATION)
+        _finish(first, second, 0, row + 64 * HALF, end, block_n, 0, buf, exchange, exchanges, outputs, HALF, ACTIVATION)
     else:
-        _finish(first, second, row, end, block_n, 64 * HALF, buf, exchange, exchanges, outputs, HALF, ACTIVATION)
+        _finish(first, second, 0, row, end, block_n, 64 * HALF, buf, exchange, exchanges, outputs, HALF, ACTIVATION)
     if TAIL:
-        _finish_transposed(
-            tail_first, tail_second, row + 128, end, block_n, 64 * HALF, buf, exchange, exchanges, outputs, HALF,
+        _finish(
+            tail_first, tail_second, 1, row + 128, end, block_n, 64 * HALF, buf, exchange, exchanges, outputs, HALF,
             ACTIVATION,
         )  # fmt: skip
 
@@ -217,44 +217,29 @@ def _start(x, w, registers):
 
 @gluon.jit
 def _finish(
-    first, second, row, end, block_n, column, buf, exchange, exchanges, outputs,
+    first, second, ROWS: gl.constexpr, row, end, block_n, column, buf, exchange, exchanges, outputs,
     HALF: gl.constexpr, ACTIVATION: gl.constexpr,
 ):  # fmt: skip
-    """Store two of ``[64 rows, 128 or 64 columns]``, or their activation requantised; `column` is the first of 128."""
+    """Store two of ``[64 rows, 128 or 64 columns]``, or their activation requantised; `column` is the first of 128.
+
+    ROWS is the axis of rows: 1 where they are transposed, ``[64 columns, 16 rows]``.
+    """
+    COLUMNS: gl.constexpr = 1 - ROWS
     out_ptr, out_scale_ptr, out_scale_row, out_scale_column, columns = outputs
     if ACTIVATION is None:
-        _store(first, buf, out_ptr, row, end, block_n * 256 + column, columns)
-        _store(second, buf, out_ptr, row, end, block_n * 256 + 128 + column, columns)
+        _store(first, ROWS, buf, out_ptr, row, end, block_n * 256 + column, columns)
+        _store(second, ROWS, buf, out_ptr, row, end, block_n * 256 + 128 + column, columns)
     else:
         out = _activate(first, second, ACTIVATION)
-        amax = moe_fp8_amax(out, 1)
-        if out.shape[1] == 64:
+        amax = moe_fp8_amax(out, COLUMNS)
+        if out.shape[COLUMNS] == 64:
             amax = _greater(amax, exchange, exchanges, HALF)
-        offs_m = row + gl.arange(0, 64, gl.SliceLayout(1, out.type.layout))
+        offs_m = row + gl.arange(0, out.shape[ROWS], gl.SliceLayout(COLUMNS, out.type.layout))
         scale_ptrs = out_scale_ptr + offs_m.to(gl.int64) * out_scale_row + block_n.to(gl.int64) * out_scale_column
         scale = _scale(amax)
         gl.store(scale_ptrs, scale, mask=offs_m < end)
-        _store(out * (1.0 / scale)[:, None], buf, out_ptr, row, end, block_n * 128 + column, columns)
-
-
-@gluon.jit
-def _finish_transposed(
-    first, second, row, end, block_n, column, buf, exchange, exchanges, outputs,
-    HALF: gl.constexpr, ACTIVATION: gl.constexpr,
-):  # fmt: skip
-    """The same of two of ``[64 columns, 16 rows]``."""
-    out_ptr, out_scale_ptr, out_scale_row, out_scale_column, columns = outputs
-    if ACTIVATION is None:
-        _store_transposed(first, buf, out_ptr, row, end, block_n * 256 + column, columns)
-        _store_transposed(second, buf, out_ptr, row, end, block_n * 256 + 128 + column, columns)
-    else:
-        out = _activate(first, second, ACTIVATION)
-        amax = _greater(moe_fp8_amax(out, 0), exchange, exchanges, HALF)
-        offs_m = row + gl.arange(0, out.shape[1], gl.SliceLayout(0, out.type.layout))
-        scale_ptrs = out_scale_ptr + offs_m.to(gl.int64) * out_scale_row + block_n.to(gl.int64) * out_scale_column
-        scale = _scale(amax)
-        gl.store(scale_ptrs, scale, mask=offs_m < end)
-        _store_transposed(out * (1.0 / scale)[None, :], buf, out_ptr, row, end, block_n * 128 + column, columns)
+        out *= gl.expand_dims(1.0 / scale, COLUMNS)
+        _store(out, ROWS, buf, out_ptr, row, end, block_n * 128 + column, columns)
 
 
 @gluon.jit
@@ -296,27 +281,22 @@ def _greater(amax, exchange, exchanges, HALF: gl.constexpr):
 
 
 @gluon.jit
-def _store(values, buf, out_ptr, row, end, column, columns):
-    """`values` ``[64 rows, 128 or 64 columns]`` through shared memory, as many columns at a time as `buf` has."""
-    WIDTH: gl.constexpr = values.shape[1]
+def _store(values, ROWS: gl.constexpr, buf, out_ptr, row, end, column, columns):
+    """`values` as of `_finish`, through shared memory; of whole rows as many columns at a time as `buf` has."""
+    WIDTH: gl.constexpr = values.shape[1 - ROWS]
     if buf.shape[1] < WIDTH:
         left, right = gl.split(gl.permute(gl.reshape(values, [64, 2, WIDTH // 2]), [0, 2, 1]))
-        _store(left, buf, out_ptr, row, end, column, columns)
-        _store(right, buf, out_ptr, row, end, column + WIDTH // 2, columns)
+        _store(left, ROWS, buf, out_ptr, row, end, column, columns)
+        _store(right, ROWS, buf, out_ptr, row, end, column + WIDTH // 2, columns)
     else:
-        LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, WIDTH], buf.dtype)
-        view = buf._reinterpret(buf.dtype, [64, WIDTH], LAYOUT)
-        view.store(values.to(buf.dtype))
+        HEIGHT: gl.constexpr = values.shape[ROWS]
+        LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for([HEIGHT, WIDTH], buf.dtype)
+        view = buf._reinterpret(buf.dtype, [HEIGHT, WIDTH], LAYOUT)
+        if ROWS == 1:
+            view.permute((1, 0)).store(values.to(buf.dtype))
+        else:
+            view.store(values.to(buf.dtype))
         _store_lines(view, out_ptr, row, end, column, columns)
-
-
-@gluon.jit
-def _store_transposed(values, buf, out_ptr, row, end, column, columns):
-    """`values` ``[64 columns, 16 rows]``."""
-    LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for([values.shape[1], 64], buf.dtype)
-    view = buf._reinterpret(buf.dtype, [values.shape[1], 64], LAYOUT)
-    view.permute((1, 0)).store(values.to(buf.dtype))
-    _store_lines(view, out_ptr, row, end, column, columns)
 
 
 @gluon.jit
