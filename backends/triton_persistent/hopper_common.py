@@ -1,5 +1,5 @@
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"
-"""What the kernels for Hopper share: their lists of tiles, their barriers, and how tiles are handed out.
+"""What the kernels for Hopper share: lists of tiles, barriers, how tiles are handed out and how results are stored.
 
     scheduler   one warp: takes the next tile from a counter in global memory, when the loader is almost done with the
                 last one, so that cheap tiles leave no gaps
@@ -155,3 +155,36 @@ def receive_tile(queue, i):
     block_n = gl.max(tiles.index(slot * 4 + 3).load(ONE), 0)
     mbarrier.arrive(taken.index(slot))
     return e, row, end, block_n
+
+
+@gluon.jit
+def store_tile(values, ROWS: gl.constexpr, buf, out_ptr, row, end, column, columns):
+    """Store ``[rows, columns]``, or with ROWS, the axis of rows, at 1 ``[columns, rows]``, through shared memory.
+
+    Of whole rows, as many columns at a time as `buf` has. Rows from `end` on are not there.
+    """
+    WIDTH: gl.constexpr = values.shape[1 - ROWS]
+    if buf.shape[1] < WIDTH:
+        left, right = gl.split(gl.permute(gl.reshape(values, [64, 2, WIDTH // 2]), [0, 2, 1]))
+        store_tile(left, ROWS, buf, out_ptr, row, end, column, columns)
+        store_tile(right, ROWS, buf, out_ptr, row, end, column + WIDTH // 2, columns)
+    else:
+        HEIGHT: gl.constexpr = values.shape[ROWS]
+        LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for([HEIGHT, WIDTH], buf.dtype)
+        view = buf._reinterpret(buf.dtype, [HEIGHT, WIDTH], LAYOUT)
+        if ROWS == 1:
+            view.permute((1, 0)).store(values.to(buf.dtype))
+        else:
+            view.store(values.to(buf.dtype))
+        _store_lines(view, out_ptr, row, end, column, columns)
+
+
+@gluon.jit
+def _store_lines(buf, out_ptr, row, end, column, columns):
+    WIDTH: gl.constexpr = buf.shape[1]
+    VECTOR: gl.constexpr = 128 // buf.dtype.primitive_bitwidth
+    LINES: gl.constexpr = gl.BlockedLayout([1, VECTOR], [32 * VECTOR // WIDTH, WIDTH // VECTOR], [4, 1], [1, 0])
+    offs_m = row + gl.arange(0, buf.shape[0], gl.SliceLayout(1, LINES))
+    offs_n = column + gl.arange(0, WIDTH, gl.SliceLayout(0, LINES))
+    ptrs = out_ptr + offs_m.to(gl.int64)[:, None] * columns + offs_n[None, :]
+    gl.store(ptrs, buf.load(LINES), mask=(offs_m < end)[:, None] & (offs_n < columns)[None, :])

@@ -14,7 +14,7 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup
 from moe_dispatch.experts import FP8_MAX, SMALLEST_AMAX
 
 from ..stages.device import moe_activate, moe_fp8_amax
-from .hopper_common import make_barriers, receive_tile, schedule_tiles
+from .hopper_common import make_barriers, receive_tile, schedule_tiles, store_tile
 from .hopper_fp8_loader import load_fp8_tiles
 
 _FP8_MAX = gl.constexpr(FP8_MAX)
@@ -227,8 +227,8 @@ def _finish(
     COLUMNS: gl.constexpr = 1 - ROWS
     out_ptr, out_scale_ptr, out_scale_row, out_scale_column, columns = outputs
     if ACTIVATION is None:
-        _store(first, ROWS, buf, out_ptr, row, end, block_n * 256 + column, columns)
-        _store(second, ROWS, buf, out_ptr, row, end, block_n * 256 + 128 + column, columns)
+        store_tile(first, ROWS, buf, out_ptr, row, end, block_n * 256 + column, columns)
+        store_tile(second, ROWS, buf, out_ptr, row, end, block_n * 256 + 128 + column, columns)
     else:
         out = _activate(first, second, ACTIVATION)
         amax = moe_fp8_amax(out, COLUMNS)
@@ -239,7 +239,7 @@ def _finish(
         scale = _scale(amax)
         gl.store(scale_ptrs, scale, mask=offs_m < end)
         out *= gl.expand_dims(1.0 / scale, COLUMNS)
-        _store(out, ROWS, buf, out_ptr, row, end, block_n * 128 + column, columns)
+        store_tile(out, ROWS, buf, out_ptr, row, end, block_n * 128 + column, columns)
 
 
 @gluon.jit
@@ -278,33 +278,3 @@ def _greater(amax, exchange, exchanges, HALF: gl.constexpr):
     # As integers, magnitudes keep their order, and NaN is the greatest.
     greater = gl.maximum(other.to(gl.int32, bitcast=True), amax.to(gl.int32, bitcast=True))
     return greater.to(gl.float32, bitcast=True)
-
-
-@gluon.jit
-def _store(values, ROWS: gl.constexpr, buf, out_ptr, row, end, column, columns):
-    """`values` as of `_finish`, through shared memory; of whole rows as many columns at a time as `buf` has."""
-    WIDTH: gl.constexpr = values.shape[1 - ROWS]
-    if buf.shape[1] < WIDTH:
-        left, right = gl.split(gl.permute(gl.reshape(values, [64, 2, WIDTH // 2]), [0, 2, 1]))
-        _store(left, ROWS, buf, out_ptr, row, end, column, columns)
-        _store(right, ROWS, buf, out_ptr, row, end, column + WIDTH // 2, columns)
-    else:
-        HEIGHT: gl.constexpr = values.shape[ROWS]
-        LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for([HEIGHT, WIDTH], buf.dtype)
-        view = buf._reinterpret(buf.dtype, [HEIGHT, WIDTH], LAYOUT)
-        if ROWS == 1:
-            view.permute((1, 0)).store(values.to(buf.dtype))
-        else:
-            view.store(values.to(buf.dtype))
-        _store_lines(view, out_ptr, row, end, column, columns)
-
-
-@gluon.jit
-def _store_lines(buf, out_ptr, row, end, column, columns):
-    WIDTH: gl.constexpr = buf.shape[1]
-    VECTOR: gl.constexpr = 128 // buf.dtype.primitive_bitwidth
-    LINES: gl.constexpr = gl.BlockedLayout([1, VECTOR], [32 * VECTOR // WIDTH, WIDTH // VECTOR], [4, 1], [1, 0])
-    offs_m = row + gl.arange(0, buf.shape[0], gl.SliceLayout(1, LINES))
-    offs_n = column + gl.arange(0, WIDTH, gl.SliceLayout(0, LINES))
-    ptrs = out_ptr + offs_m.to(gl.int64)[:, None] * columns + offs_n[None, :]
-    gl.store(ptrs, buf.load(LINES), mask=(offs_m < end)[:, None] & (offs_n < columns)[None, :])

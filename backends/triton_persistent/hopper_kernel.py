@@ -16,7 +16,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from ..stages.device import moe_activate
-from .hopper_common import make_barriers, receive_tile, schedule_tiles
+from .hopper_common import make_barriers, receive_tile, schedule_tiles, store_tile
 from .hopper_loader import load_tiles
 
 # Stages that the second consumer starts after the first.
@@ -167,19 +167,21 @@ def _multiply(
     if WIDE:
         left, right = gl.split(gl.permute(gl.reshape(acc, [64, 2, 128]), [0, 2, 1]))
         if ACTIVATION is not None:
-            _store(moe_activate(left, right, ACTIVATION), buf, out_ptr, row + 64 * HALF, end, block_n * 128, columns)
+            store_tile(
+                moe_activate(left, right, ACTIVATION), 0, buf, out_ptr, row + 64 * HALF, end, block_n * 128, columns
+            )
         else:
-            _store(left, buf, out_ptr, row + 64 * HALF, end, block_n * 256, columns)
-            _store(right, buf, out_ptr, row + 64 * HALF, end, block_n * 256 + 128, columns)
+            store_tile(left, 0, buf, out_ptr, row + 64 * HALF, end, block_n * 256, columns)
+            store_tile(right, 0, buf, out_ptr, row + 64 * HALF, end, block_n * 256 + 128, columns)
     if FEW:
         few_row = row + 128 if WIDE else row
         if ACTIVATION is not None:
             column = block_n * 128 + 64 * HALF
-            _store_transposed(moe_activate(first, second, ACTIVATION), buf, out_ptr, few_row, end, column, columns)
+            store_tile(moe_activate(first, second, ACTIVATION), 1, buf, out_ptr, few_row, end, column, columns)
         else:
             column = block_n * 256 + 64 * HALF
-            _store_transposed(first, buf, out_ptr, few_row, end, column, columns)
-            _store_transposed(second, buf, out_ptr, few_row, end, column + 128, columns)
+            store_tile(first, 1, buf, out_ptr, few_row, end, column, columns)
+            store_tile(second, 1, buf, out_ptr, few_row, end, column + 128, columns)
     return step
 
 
@@ -193,31 +195,3 @@ def _few_rows(a_bufs, tail_bufs, stage, HEIGHT: gl.constexpr, STAGES: gl.constex
         views = a_bufs._reinterpret(a_bufs.dtype, [128 // HEIGHT * STAGES, HEIGHT, BLOCK_K], a_bufs.type.layout)
         rows = views.index(128 // HEIGHT * stage)
     return rows
-
-
-@gluon.jit
-def _store(values, buf, out_ptr, row, end, column, columns):
-    """`values` ``[64 rows, 128 columns]``, 64 columns at a time through shared memory."""
-    left, right = gl.split(gl.permute(gl.reshape(values, [64, 2, 64]), [0, 2, 1]))
-    buf.store(left.to(buf.dtype))
-    _store_lines(buf, out_ptr, row, end, column, columns)
-    buf.store(right.to(buf.dtype))
-    _store_lines(buf, out_ptr, row, end, column + 64, columns)
-
-
-@gluon.jit
-def _store_transposed(values, buf, out_ptr, row, end, column, columns):
-    """`values` ``[64 columns, up to 64 rows]``."""
-    ROWS: gl.constexpr = values.shape[1]
-    view = buf if ROWS == 64 else buf.slice(0, ROWS)
-    view.permute((1, 0)).store(values.to(buf.dtype))
-    _store_lines(view, out_ptr, row, end, column, columns)
-
-
-@gluon.jit
-def _store_lines(buf, out_ptr, row, end, column, columns):
-    LINES: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
-    offs_m = row + gl.arange(0, buf.type.shape[0], gl.SliceLayout(1, LINES))
-    offs_n = column + gl.arange(0, 64, gl.SliceLayout(0, LINES))
-    ptrs = out_ptr + offs_m.to(gl.int64)[:, None] * columns + offs_n[None, :]
-    gl.store(ptrs, buf.load(LINES), mask=(offs_m < end)[:, None] & (offs_n < columns)[None, :])
