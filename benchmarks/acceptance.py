@@ -17,7 +17,7 @@ import torch
 
 from moe_dispatch.backend import Backend
 from moe_dispatch.dispatchers import get_dispatcher
-from moe_dispatch.policies.calibrate import coarse_to_fine
+from moe_dispatch.policies.points import coarse_to_fine
 from moe_dispatch.workloads import ROUTINGS, WORKLOADS
 
 from .peers import PEERS, Peer

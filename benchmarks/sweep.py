@@ -39,7 +39,7 @@ from moe_dispatch.measure import (
     time_interleaved,
     verify,
 )
-from moe_dispatch.policies.calibrate import coarse_to_fine
+from moe_dispatch.policies.points import coarse_to_fine
 from moe_dispatch.problem import DType, Mode, MoEProblem
 from moe_dispatch.ranking import Ranking
 from moe_dispatch.workloads import RoutingDistribution, Workload, make_experts

@@ -9,6 +9,7 @@ import pytest
 from moe_dispatch.benchmarks import agreement
 from moe_dispatch.machine import Machine
 from moe_dispatch.policies import calibrate as module
+from moe_dispatch.policies import campaign
 from moe_dispatch.policies.schema import CalibrationFile, read_calibration
 from tests.simulated import H200, Device, Noise
 
@@ -21,8 +22,8 @@ def calibrate(monkeypatch: pytest.MonkeyPatch) -> Calibrate:
 
     def run(directory: Path, session: int, noise: Noise) -> CalibrationFile:
         monkeypatch.setattr(Machine, "inspect", lambda _device=None: H200)
-        monkeypatch.setattr(module, "compile_ahead", lambda *_, **__: [])
-        monkeypatch.setattr(module, "Supervisor", lambda *_: Device(noise, session))
+        monkeypatch.setattr(campaign, "compile_ahead", lambda *_, **__: [])
+        monkeypatch.setattr(campaign, "Supervisor", lambda *_: Device(noise, session))
         report = module.calibrate(["deepseek-v3"], ["fp8", "bf16"], directory=directory, most_configs=12)
         return read_calibration(report.path, H200)
 

@@ -13,10 +13,10 @@ from torch import Tensor
 from moe_dispatch.backend import BackendConfig
 from moe_dispatch.experts import ExpertWeights
 from moe_dispatch.machine import Machine
-from moe_dispatch.policies import calibrate as module
-from moe_dispatch.policies import race
-from moe_dispatch.policies.calibrate import CalibrationReport, calibrate, coarse_to_fine
+from moe_dispatch.policies import points, race
+from moe_dispatch.policies.calibrate import CalibrationReport, calibrate
 from moe_dispatch.policies.calibrated import CalibratedPolicy
+from moe_dispatch.policies.points import coarse_to_fine
 from moe_dispatch.policies.schema import Layer, read_calibration
 from moe_dispatch.policies.supervisor import NotPreparedError, Supervisor
 from moe_dispatch.problem import MoEProblem
@@ -233,7 +233,7 @@ def test_resume_measures_nothing_again(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("timed")
 def test_a_resumed_calibration_knows_who_was_far_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # A busy host may make the winners at 1 and 4 differ, and the boundary between them is 2.
-    monkeypatch.setattr(module, "DISAGREE", math.inf)
+    monkeypatch.setattr(points, "DISAGREE", math.inf)
     arguments = {"device": "cpu", "backends": ["tuned"], "routings": ["uniform"], "directory": tmp_path}
     calibrate([TINY], ["fp32"], tokens=[1, 4], **arguments)
     resumed = calibrate([TINY], ["fp32"], tokens=[1, 2, 4], resume=True, **arguments)
@@ -367,7 +367,7 @@ def test_no_budget_measures_nothing_and_says_so(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.usefixtures("timed")
 def test_every_layer_is_measured_coarsely_before_any_is_finely(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "COARSE", 2)
+    monkeypatch.setattr(points, "COARSE", 2)
     visited: list[str] = []
     calibrate(
         [TINY, "4,2,32,32"], ["fp32"], tokens=[1, 2, 4], device="cpu", backends=["right"], directory=tmp_path,
