@@ -16,7 +16,7 @@ from moe_dispatch.errors import BackendUnavailableError, PolicyFileError
 from moe_dispatch.machine import Machine
 from moe_dispatch.problem import Mode
 from moe_dispatch.quarantine import Quarantine
-from moe_dispatch.registry import BACKENDS
+from moe_dispatch.registry import make_backend
 
 from .race import FALLBACK
 from .schema import Candidate, Layer, LayerKey, read_calibration
@@ -41,7 +41,7 @@ def eligible(names: Sequence[str], machine: Machine) -> tuple[dict[str, Backend]
     unavailable: dict[str, str] = {}
     for name in names:
         try:
-            made = BACKENDS.load(name)(machine)
+            made = make_backend(name, machine)
         except BackendUnavailableError as error:
             unavailable[name] = "; ".join(error.reasons)
             continue

@@ -356,6 +356,25 @@ def test_inputs_that_do_not_fit_skip_the_point_and_blame_nobody(tmp_path: Path) 
     assert all(f"M={too_many} (eager): its inputs could not be made: out of memory" in one for one in report.skipped)
 
 
+@pytest.mark.usefixtures("timed")
+def test_a_backend_that_cannot_be_made_does_not_end_the_calibration(tmp_path: Path) -> None:
+    class Unmakeable(RightBackend):
+        name = "unmakeable"
+
+        def __init__(self, machine: Machine) -> None:
+            raise RuntimeError(f"its licence does not cover a {machine.device}")
+
+    BACKENDS.register("unmakeable", Unmakeable)
+    try:
+        report = calibrate(
+            [TINY], ["fp32"], tokens=[1], device="cpu", backends=["unmakeable", "right"], directory=tmp_path, budget_s=0
+        )
+    finally:
+        BACKENDS.unregister("unmakeable")
+    assert list(report.unavailable) == ["unmakeable"]
+    assert "its licence does not cover a cpu" in report.unavailable["unmakeable"]
+
+
 def test_no_budget_measures_nothing_and_says_so(tmp_path: Path) -> None:
     report = calibrate(
         [TINY], ["fp32"], tokens=[1, 8], device="cpu", backends=["reference"], directory=tmp_path, budget_s=0.0
