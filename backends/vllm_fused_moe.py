@@ -14,7 +14,6 @@ from torch import Tensor
 from moe_dispatch.backend import Backend, BackendConfig, Requirements
 from moe_dispatch.errors import BackendUnavailableError
 from moe_dispatch.experts import ExpertWeights
-from moe_dispatch.machine import Machine
 from moe_dispatch.problem import QUANT_BLOCK, Activation, MoEProblem
 
 from .stages.mask_slots import mask_slots
@@ -69,6 +68,11 @@ class _Layer:
     expert_map: Tensor
 
 
+# For as long as the weights live and not as long as a backend: a captured graph goes on reading a layer's expert_map
+# when the dispatchers, and the backends with them, have been made anew.
+_layers: Final[weakref.WeakKeyDictionary[ExpertWeights, _Layer]] = weakref.WeakKeyDictionary()
+
+
 class VllmFusedMoEBackend(Backend):
     """The Triton kernels of vLLM with vLLM's own tuned configurations.
 
@@ -94,10 +98,6 @@ class VllmFusedMoEBackend(Backend):
     # FP8: the first product is rounded to BF16 before it is quantised again, so some codes fall on the other side.
     tolerance: ClassVar = {"bf16": 1e-2, "fp16": 2e-3, "fp8": 3e-2}
     install_hint = "pip install 'moe-dispatch[vllm]' (vLLM 0.20.2 needs torch 2.11)"
-
-    def __init__(self, machine: Machine) -> None:
-        super().__init__(machine)
-        self._layers: weakref.WeakKeyDictionary[ExpertWeights, _Layer] = weakref.WeakKeyDictionary()
 
     def further_reasons(self, problem: MoEProblem) -> tuple[str, ...]:
         """See `Backend.further_reasons`."""
@@ -135,7 +135,7 @@ class VllmFusedMoEBackend(Backend):
             BackendUnavailableError: vLLM does not load, or would round FP8 multipliers.
         """
         library = _load()
-        layer = self._layers.get(experts) or self._describe(library, experts)
+        layer = _layers.get(experts) or self._describe(library, experts)
         M, topk = topk_ids.shape
         by_slot = _assigns_by_slot(library, M, topk, experts.E)
         return library.fused_experts(
@@ -169,7 +169,7 @@ class VllmFusedMoEBackend(Backend):
         layer = _Layer(library.activation(_ACTIVATIONS[experts.activation]), quant_config, expert_map)
         # Memory taken during a capture belongs to its graph and holds nothing before the replay.
         if not (experts.device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
-            self._layers[experts] = layer
+            _layers[experts] = layer
         return layer
 
 

@@ -178,7 +178,9 @@ class StandIn:
         expert_map: Tensor | None = None,
         quant_config: Any = None,
     ) -> Tensor:
-        self.calls.append({"by_slot": expert_map is None, "ids": topk_ids, "quant_config": quant_config})
+        self.calls.append(
+            {"by_slot": expert_map is None, "ids": topk_ids, "quant_config": quant_config, "expert_map": expert_map}
+        )
         assert not inplace
         assert topk_weights.dtype == torch.float32
         E, topk = w1.shape[0], topk_ids.shape[1]
@@ -320,6 +322,17 @@ def test_description_is_made_once_and_dies_with_the_weights(vllm: StandIn) -> No
     del experts, description
     gc.collect()
     assert gone() is None
+
+
+def test_what_a_captured_graph_reads_outlives_the_backend(vllm: StandIn) -> None:
+    """`reset_dispatchers` drops the backends; a graph that was captured before is replayed all the same."""
+    experts, ids = layer("bf16", E=4), torch.zeros(8, 2, dtype=torch.int64)
+    for _ in range(2):
+        backend = VllmFusedMoEBackend(H200)
+        backend.run(hidden_for(ids, experts), experts, torch.ones(8, 2), ids, backend.config_type())
+    first, second = (call["expert_map"] for call in vllm.calls)
+    assert first is not None
+    assert second is first
 
 
 def test_plain_scales_are_asked_for_by_fp8_only(vllm: StandIn) -> None:
