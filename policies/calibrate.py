@@ -6,11 +6,13 @@ from typing import Final
 
 import torch
 
+from moe_dispatch.dispatchers import reset_dispatchers
 from moe_dispatch.errors import InvalidInputError
-from moe_dispatch.machine import Machine
+from moe_dispatch.machine import Machine, default_device
 from moe_dispatch.problem import DType, Mode
 from moe_dispatch.workloads import ROUTINGS, Workload, workload
 
+from .calibrated import calibration_path
 from .campaign import Campaign
 from .report import CalibrationReport, Progress
 from .schema import Layer
@@ -43,6 +45,9 @@ def calibrate(
 ) -> CalibrationReport:
     """Measure layers on this machine and merge the result into its calibration file.
 
+    What this process runs from then on is chosen by it: with what the machine's own file holds now, the dispatchers
+    are reset, and their plans, counts and quarantine of this process begin anew.
+
     Args:
         models: Workloads by name, ``E,topk,K,N``, path of a config.json, or as they are.
         dtypes: Of the weights.
@@ -61,7 +66,9 @@ def calibrate(
         on_progress: Told before each point.
 
     Raises:
-        InvalidInputError: No models, token counts below 1, an unknown routing.
+        InvalidInputError: No models, token counts below 1, an unknown routing, or no such device here, be it that
+            `MOE_DISPATCH_MACHINE` describes a machine of another kind.
+        UnknownNameError: A backend or a model of this name is not known.
         PolicyFileError: The result cannot be written.
     """
     if not models or not dtypes:
@@ -71,6 +78,8 @@ def calibrate(
         raise InvalidInputError(f"tokens must be at least 1, got {counts[0]}")
     if unknown := [name for name in routings if name not in ROUTINGS]:
         raise InvalidInputError(f"routings must be among {', '.join(ROUTINGS)}, got {', '.join(unknown)}")
+    # Named, it is what the machine must be: a description of another one is refused here, and not by every worker.
+    device = device if device is not None else default_device()
     machine = Machine.inspect(device)
     if quick:
         most_configs = min(most_configs or QUICK_CONFIGS, QUICK_CONFIGS)
@@ -84,7 +93,11 @@ def calibrate(
     if not chosen:
         raise InvalidInputError(f"modes must be among {', '.join(possible)} on this machine, got {modes}")
     campaign = Campaign(
-        machine, device or machine.device, backends, tuple(routings), timeout_s, directory, most_configs,
-        refine=not quick,
-    )  # fmt: skip
-    return campaign.measure(layers, counts, chosen, budget_s, on_progress, resume=resume, compile_only=compile_only)
+        machine, device, backends, tuple(routings), timeout_s, directory, most_configs, refine=not quick
+    )
+    try:
+        return campaign.measure(layers, counts, chosen, budget_s, on_progress, resume=resume, compile_only=compile_only)
+    finally:
+        # Points are saved one by one: an error at a later one leaves them, too, to be read.
+        if campaign.report.measured and campaign.report.path == calibration_path(machine):
+            reset_dispatchers()

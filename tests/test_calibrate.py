@@ -8,9 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
 from torch import Tensor
 
 from moe_dispatch.backend import BackendConfig
+from moe_dispatch.dispatchers import get_dispatcher, reset_dispatchers
+from moe_dispatch.errors import InvalidInputError
 from moe_dispatch.experts import ExpertWeights
 from moe_dispatch.machine import Machine
 from moe_dispatch.policies import points, race
@@ -373,6 +376,37 @@ def test_a_backend_that_cannot_be_made_does_not_end_the_calibration(tmp_path: Pa
         BACKENDS.unregister("unmakeable")
     assert list(report.unavailable) == ["unmakeable"]
     assert "its licence does not cover a cpu" in report.unavailable["unmakeable"]
+
+
+@pytest.mark.slow
+def test_a_process_goes_on_by_its_own_calibration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MOE_DISPATCH_CACHE_DIR", str(tmp_path))
+    reset_dispatchers()
+
+    def policy() -> str:
+        choice = get_dispatcher("cpu").planner.explain(problem()).chosen
+        assert choice is not None
+        return choice.choice.policy
+
+    arguments = {"tokens": [5], "device": "cpu", "backends": ["reference"], "routings": ["uniform"]}
+    assert policy() == "rules"
+    calibrate([TINY], ["fp32"], directory=tmp_path / "elsewhere", **arguments)
+    assert policy() == "rules"
+    calibrate([TINY], ["fp32"], budget_s=0.0, **arguments)
+    assert policy() == "rules"
+    calibrate([TINY], ["fp32"], **arguments)
+    assert policy() == "calibrated"
+    reset_dispatchers()
+
+
+def test_a_described_machine_of_another_kind_is_refused_before_anything_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("the described machine is of the kind that is here")
+    monkeypatch.setenv("MOE_DISPATCH_MACHINE", str(Path(__file__).parent / "machines" / "h200.json"))
+    with pytest.raises(InvalidInputError, match=r"describes a cuda machine, and what runs here is on cpu"):
+        calibrate([TINY], ["bf16"], tokens=[1], directory=tmp_path)
 
 
 def test_no_budget_measures_nothing_and_says_so(tmp_path: Path) -> None:

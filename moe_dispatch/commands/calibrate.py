@@ -9,7 +9,6 @@ from rich.markup import escape
 from moe_dispatch.commands.console import ERR, INTERRUPTED, OUT, heading, microseconds, table
 from moe_dispatch.commands.options import dtype_of, modes_of, tokens_of
 from moe_dispatch.errors import InvalidInputError
-from moe_dispatch.machine import default_device
 
 if TYPE_CHECKING:
     from moe_dispatch.policies.calibrate import CalibrationReport
@@ -69,7 +68,7 @@ def calibrate(
 
         report = measure(
             models, dtypes, tokens=counts, budget_s=budget, quick=quick, resume=resume,
-            device=device or default_device(), backends=backend, timeout_s=timeout, most_configs=configs,
+            device=device, backends=backend, timeout_s=timeout, most_configs=configs,
             on_progress=show, modes=modes, routings=routing or DEFAULT_ROUTINGS, compile_only=compile_only,
         )  # fmt: skip
     _print(report)

@@ -113,7 +113,6 @@ def _calibrate(size: DemoSize, where: torch.device) -> None:
     from moe_dispatch.policies.calibrate import calibrate
 
     calibrate([size.layer], [size.dtype], tokens=[1, PROMPT_TOKENS], budget_s=_CALIBRATION_S[where.type], device=where)
-    reset_dispatchers()
 
 
 def _run(where: torch.device, size: DemoSize, tokens: int) -> None:
