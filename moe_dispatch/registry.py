@@ -6,8 +6,8 @@ import threading
 from typing import Final, Generic, TypeVar
 
 from moe_dispatch import failures
-from moe_dispatch.backend import Backend
-from moe_dispatch.errors import BackendUnavailableError, UnknownNameError
+from moe_dispatch.backend import Backend, Requirements
+from moe_dispatch.errors import BackendUnavailableError, InvalidInputError, UnknownNameError
 from moe_dispatch.machine import Machine
 from moe_dispatch.policy import Policy
 
@@ -38,7 +38,13 @@ class Registry(Generic[T]):
         return tuple(self._specs)
 
     def register(self, name: str, target: str | type[T]) -> None:
-        """Add or replace an entry: a class, or "module:Class" to be imported on first use."""
+        """Add or replace an entry: a class, or "module:Class" to be imported on first use.
+
+        Raises:
+            InvalidInputError: The class cannot be what the name promises; of a "module:Class", `load` says so.
+        """
+        if not isinstance(target, str) and (fault := self._fault(name, target)):
+            raise InvalidInputError(fault)
         with self._lock:
             self._scan()
             self._specs[name] = target
@@ -53,7 +59,8 @@ class Registry(Generic[T]):
 
         Raises:
             UnknownNameError: Nothing is registered under it.
-            BackendUnavailableError: Its module does not import or holds no such class; the cause is chained.
+            BackendUnavailableError: Its module does not import, the cause being chained, or holds no class that could
+                be what the name promises.
         """
         self._scan()
         target = self._specs.get(name)
@@ -62,20 +69,33 @@ class Registry(Generic[T]):
         if isinstance(target, type):
             return target
         try:
-            loaded = self._import(target)
+            module, _, attribute = target.partition(":")
+            loaded = getattr(importlib.import_module(module), attribute)
         except Exception as error:
             reason = f"{target} does not import: {type(error).__name__}: {error}"
             raise BackendUnavailableError(name, [reason]) from error
+        if fault := self._fault(name, loaded):
+            raise BackendUnavailableError(name, [fault])
+        found: type[T] = loaded
         with self._lock:
-            self._specs[name] = loaded
-        return loaded
+            self._specs[name] = found
+        return found
 
-    def _import(self, target: str) -> type[T]:
-        module, _, attribute = target.partition(":")
-        loaded = getattr(importlib.import_module(module), attribute)
-        if not (isinstance(loaded, type) and issubclass(loaded, self._base)):
-            raise TypeError(f"{target} is not a subclass of {self._base.__name__}")
-        return loaded
+    def _fault(self, name: str, target: object) -> str:
+        """What is wrong with giving a class this name; empty if nothing is."""
+        if not (isinstance(target, type) and issubclass(target, self._base)):
+            return f"{_spelt(target)} is registered as {name!r} and is not a subclass of {self._base.__name__}"
+        own = getattr(target, "name", None)
+        if own != name:
+            # Choices go by the one, probes and learned models by the other.
+            calls = f"calls itself {own!r}; register it under that name, or" if own else "has no name;"
+            return f"{_spelt(target)} is registered as {name!r} and {calls} declare name = {name!r} in the class"
+        if issubclass(target, Backend) and not isinstance(getattr(target, "requirements", None), Requirements):
+            return (
+                f"{_spelt(target)} does not say what it takes; declare requirements = Requirements(dtypes=…, …) in "
+                "the class"
+            )
+        return ""
 
     def _scan(self) -> None:
         if self._scanned:
@@ -130,5 +150,14 @@ def make_backend(name: str, machine: Machine) -> Backend:
 
 
 def register_backend(name: str, target: str | type[Backend]) -> None:
-    """Make a backend known under a name: a class, or "module:Class" to be imported on first use."""
+    """Make a backend known under its name: a class, or "module:Class" to be imported on first use.
+
+    Raises:
+        InvalidInputError: It is no subclass of `Backend`, calls itself by another name, or declares no requirements.
+            A "module:Class" is looked at on first use, and then not available for that reason.
+    """
     BACKENDS.register(name, target)
+
+
+def _spelt(target: object) -> str:
+    return f"{target.__module__}.{target.__qualname__}" if isinstance(target, type) else repr(target)

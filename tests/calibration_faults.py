@@ -38,48 +38,66 @@ class RightBackend(Backend):
 
 
 class WrongBackend(RightBackend):
+    name = "wrong"
+
     def spoil(self, out: Tensor) -> Tensor:
         return out * 1.5
 
 
 class NanBackend(RightBackend):
+    name = "nan"
+
     def spoil(self, out: Tensor) -> Tensor:
         out[0, 0] = torch.nan
         return out
 
 
 class UnstableBackend(RightBackend):
+    name = "unstable"
+
     def spoil(self, out: Tensor) -> Tensor:
         return out * (1 + 1e-5 * torch.rand(()))
 
 
 class RaisingBackend(RightBackend):
+    name = "raising"
+
     def spoil(self, out: Tensor) -> Tensor:
         raise RuntimeError("no kernel image is available")
 
 
 class HangingBackend(RightBackend):
+    name = "hanging"
+
     def spoil(self, out: Tensor) -> Tensor:
         time.sleep(3600)
         return out
 
 
 class ExitingBackend(RightBackend):
+    name = "exiting"
+
     def spoil(self, out: Tensor) -> Tensor:
         os._exit(7)
 
 
 class KilledBackend(RightBackend):
+    name = "killed"
+
     def spoil(self, out: Tensor) -> Tensor:
         os.kill(os.getpid(), signal.SIGKILL)
         return out
 
 
 class HungryBackend(RightBackend):
+    name = "hungry"
+
     def spoil(self, out: Tensor) -> Tensor:
         raise torch.OutOfMemoryError("tried to allocate 80 GiB")
 
 
 class LostContextBackend(RightBackend):
+    name = "lost"
+
     def spoil(self, out: Tensor) -> Tensor:
         raise RuntimeError("CUDA error: an illegal memory access was encountered")

@@ -9,16 +9,24 @@ from pathlib import Path
 import pytest
 import torch
 
-from moe_dispatch import ExpertWeights, InvalidInputError, Machine, MoEDispatchWarning, UnknownNameError
+from moe_dispatch import (
+    BackendUnavailableError,
+    ExpertWeights,
+    InvalidInputError,
+    Machine,
+    MoEDispatchWarning,
+    UnknownNameError,
+    register_backend,
+)
 from moe_dispatch.backend import Backend
 from moe_dispatch.experts import dequantize_blocks, quantize_blocks
 from moe_dispatch.machine import deep_gemm_package, library_version
 from moe_dispatch.policy import Choice, Policy
 from moe_dispatch.problem import MoEProblem
 from moe_dispatch.ranking import Ranking
-from moe_dispatch.registry import BACKENDS, POLICIES, Registry
+from moe_dispatch.registry import BACKENDS, POLICIES, Registry, make_backend
 from moe_dispatch.workloads import ROUTINGS, WORKLOADS, workload
-from tests.fakes import Honest
+from tests.fakes import ANYTHING, Honest
 
 H200 = Path(__file__).parent / "machines" / "h200.json"
 
@@ -187,6 +195,35 @@ class TestRegistry:
             assert BACKENDS.load(name).name == name
         for name in POLICIES.names():
             assert POLICIES.load(name).name == name
+
+    @pytest.mark.parametrize(
+        ("declared", "says"),
+        [
+            (
+                {"name": "theirs", "requirements": ANYTHING},
+                r"as 'mine' and calls itself 'theirs'; register it under that name, or declare name = 'mine'",
+            ),
+            ({"requirements": ANYTHING}, r"registered as 'mine' and has no name; declare name = 'mine'"),
+            ({"name": "mine"}, r"does not say what it takes; declare requirements = Requirements\("),
+            ({"name": "mine", "requirements": {"dtypes": "all"}}, r"declare requirements = Requirements\("),
+        ],
+        ids=["another name", "no name", "no requirements", "requirements of another kind"],
+    )
+    def test_a_class_that_does_not_declare_itself_is_refused(
+        self, declared: dict[str, object], says: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        mine = type("Mine", (Backend,), {"run": Honest.run, **declared})
+        with pytest.raises(InvalidInputError, match=says):
+            register_backend("mine", mine)
+        assert "mine" not in BACKENDS.names()
+        # Of a class that is imported on first use it can be said no earlier.
+        monkeypatch.setattr("tests.fakes.Mine", mine, raising=False)
+        register_backend("mine", "tests.fakes:Mine")
+        try:
+            with pytest.raises(BackendUnavailableError, match=says):
+                make_backend("mine", Machine.inspect("cpu"))
+        finally:
+            BACKENDS.unregister("mine")
 
     def test_what_is_no_backend_is_not_loaded(self) -> None:
         registry = Registry("backend", Backend, {"wrong": "json:JSONDecoder"})  # type: ignore[type-abstract]

@@ -92,7 +92,7 @@ class TestChoosing:
             with pytest.raises(BackendUnavailableError, match="deep_gemm is not installed"):
                 moe_forward(*call, backend="deep_gemm")
             double = (call[0], call[1], *ROUTINGS["uniform"].sample(6, 4, 2, "cpu"))
-            BACKENDS.register("picky", type("Picky", (Honest,), {"requirements": dataclasses.replace(
+            BACKENDS.register("picky", type("Picky", (Honest,), {"name": "picky", "requirements": dataclasses.replace(
                 Honest.requirements, dtypes={"fp8": (0, 0)}, activations=frozenset({"gelu"}))}))  # fmt: skip
             with pytest.raises(BackendUnsupportedError) as refusal:
                 moe_forward(*double, backend="picky")
