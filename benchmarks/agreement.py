@@ -22,6 +22,7 @@ from moe_dispatch.policies.schema import CalibrationFile, Layer, parse_calibrati
 from moe_dispatch.policies.table import Identity, tables
 from moe_dispatch.problem import Mode
 
+from .command import mistakes_exit
 from .scoreboard import Bar, markdown
 
 # Issue 4: what a calibration must show.
@@ -167,9 +168,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--seconds", type=float, help="that the first took")
     parser.add_argument("--json", action="store_true", help="machine-readable")
     given: Any = parser.parse_args(arguments)
-    first, second, *between = (
-        parse_calibration(read_bytes(path), str(path)) for path in (given.first, given.second, *given.between)
-    )
+    with mistakes_exit(parser):
+        first, second, *between = (
+            parse_calibration(read_bytes(path), str(path)) for path in (given.first, given.second, *given.between)
+        )
     points = [*compare(first, second), *(point for file in between for point in compare(first, file, between=True))]
     if given.json:
         print(json.dumps(summary(points), indent=1))

@@ -20,7 +20,7 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 from moe_dispatch.backend import Backend, BackendConfig, Requirements
-from moe_dispatch.benchmarks import acceptance, claims, packed, plots, regret, rows, scoreboard, ship
+from moe_dispatch.benchmarks import acceptance, agreement, claims, packed, plots, regret, rows, scoreboard, ship
 from moe_dispatch.benchmarks.peers import PEERS
 from moe_dispatch.benchmarks.rows import BenchRow
 from moe_dispatch.benchmarks.sweep import Plan, Provenance, Sweep
@@ -278,15 +278,23 @@ def test_a_foreign_line_is_refused(tmp_path: Path) -> None:
             rows.load([path])
 
 
-@pytest.mark.parametrize("module", [plots, scoreboard, packed, ship, regret], ids=lambda module: module.__name__)
-def test_a_file_that_is_not_there_is_one_message(
-    module: types.ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    "module", [plots, scoreboard, packed, ship, regret, agreement], ids=lambda module: module.__name__
+)
+@pytest.mark.parametrize("content", [None, '{"rows": 3}\n', "<html>\n"], ids=["missing", "other JSON", "no JSON"])
+def test_a_file_that_cannot_be_read_is_one_message(
+    module: types.ModuleType, content: str | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    missing = str(tmp_path / "missing.json")
+    given = tmp_path / "given.json"
+    if content is not None:
+        given.write_text(content)
     options = ["--out", str(tmp_path / "out")] if module in {plots, packed, ship} else []
+    options = [str(given)] if module is agreement else options
     with pytest.raises(SystemExit, match="2"):
-        module.main([missing, *options])
-    assert capsys.readouterr().err.startswith("error: ")
+        module.main([str(given), *options])
+    said = capsys.readouterr().err
+    assert said.startswith("error: ")
+    assert "given.json" in said
     assert not (tmp_path / "out").exists()
 
 
