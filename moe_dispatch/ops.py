@@ -18,20 +18,52 @@ def call(
     hidden_states: Tensor, experts: ExpertWeights, topk_weights: Tensor, topk_ids: Tensor, backend: str | None
 ) -> Tensor:
     """Run a checked call through the operator."""
+    return call_tensors(
+        hidden_states,
+        topk_weights,
+        topk_ids,
+        experts.gate_up,
+        experts.down,
+        gate_up_scale=experts.gate_up_scale,
+        down_scale=experts.down_scale,
+        gate_up_bias=experts.gate_up_bias,
+        down_bias=experts.down_bias,
+        activation=experts.activation,
+        interleaved=experts.interleaved,
+        backend=backend,
+    )
+
+
+def call_tensors(
+    hidden_states: Tensor,
+    topk_weights: Tensor,
+    topk_ids: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    *,
+    gate_up_scale: Tensor | None = None,
+    down_scale: Tensor | None = None,
+    gate_up_bias: Tensor | None = None,
+    down_bias: Tensor | None = None,
+    activation: Activation,
+    interleaved: bool,
+    backend: str | None,
+) -> Tensor:
+    """The same of a layer's tensors as they are, which are checked when the operator runs; see `ExpertWeights`."""
     return cast(
         "Tensor",
         torch.ops.moe_dispatch.forward(
             hidden_states,
             topk_weights,
             topk_ids,
-            experts.gate_up,
-            experts.down,
-            experts.gate_up_scale,
-            experts.down_scale,
-            experts.gate_up_bias,
-            experts.down_bias,
-            experts.activation,
-            experts.interleaved,
+            gate_up,
+            down,
+            gate_up_scale,
+            down_scale,
+            gate_up_bias,
+            down_bias,
+            activation,
+            interleaved,
             backend or "",
         ),
     )

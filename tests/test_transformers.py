@@ -1,5 +1,6 @@
 """The transformers integration: real models with random weights, against their own implementation."""
 
+import copy
 import gc
 import warnings
 import weakref
@@ -131,6 +132,64 @@ def test_compiled_each_layer_has_its_own_weights(case: ModelCase) -> None:
     assert torch.allclose(gradients[0], gradients[1], rtol=1e-4, atol=1e-7)
 
 
+def compiled_whole(model: Any) -> tuple[Any, list[int]]:
+    """The model in one graph, and how often each graph that was compiled of it calls the operator."""
+    found: list[int] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Any:
+        found.append(sum("moe_dispatch.forward" in str(node.target) for node in graph.graph.nodes))
+        return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
+
+    return torch.compile(model, backend=backend, fullgraph=True), found
+
+
+@pytest.mark.parametrize(
+    ("config", "layers"),
+    [(lambda: qwen3(num_hidden_layers=3), 3), (mixtral, 2), (deepseek_v3, 1)],
+    ids=["qwen3-moe", "mixtral", "deepseek-v3"],
+)
+def test_a_model_that_has_run_is_compiled_whole(config: Callable[[], Any], layers: int) -> None:
+    model, ids = build(config()), torch.arange(1, 12)[None]
+    torch.compiler.reset()
+    with torch.no_grad():
+        logits(model, "moe_dispatch")
+        expected = logits(model, "eager")
+        model.set_experts_implementation("moe_dispatch")
+        compiled, found = compiled_whole(model)
+        before = calls()
+        assert (compiled(ids).logits - expected).norm() / expected.norm() < TOLERANCE[torch.float32]
+        assert found == [layers]
+        assert calls() == before + layers
+        # The graph has the layers' tensors as they are when it runs, and one each.
+        experts_of(model).down_proj.mul_(3.0)
+        experts_of(model).gate_up_proj = torch.nn.Parameter(torch.randn_like(experts_of(model).gate_up_proj))
+        changed = compiled(ids).logits
+        assert not torch.allclose(changed, expected)
+        model.set_experts_implementation("eager")
+        torch.testing.assert_close(changed, model(ids).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_models_of_one_class_are_not_compiled_for_each_others_gate() -> None:
+    """They share the code that is traced; what it read of the one is guarded."""
+    ids = torch.arange(1, 12)[None]
+    torch.compiler.reset()
+    with torch.no_grad():
+        for activation in ("silu", "gelu", "silu"):
+            model = build(qwen3(hidden_act=activation))
+            expected = logits(model, "eager")
+            logits(model, "moe_dispatch")
+            compiled, _ = compiled_whole(model)
+            assert (compiled(ids).logits - expected).norm() / expected.norm() < TOLERANCE[torch.float32]
+
+
+def test_a_copy_of_a_layer_is_looked_at_anew() -> None:
+    module = experts_of(build(qwen3()))
+    assert integration._layout(module).activation == "silu"
+    copied = copy.deepcopy(module)
+    copied.act_fn = torch.nn.GELU()
+    assert integration._layout(copied).activation == "gelu"
+
+
 @pytest.mark.parametrize("case", FUSED, ids=str)
 def test_dispatched_models_agree_with_their_own_forward(case: ModelCase) -> None:
     model = build(case.config())
@@ -156,7 +215,7 @@ def test_dispatched_layers_agree_with_their_own_forward(case: ModelCase, dtype: 
         own = integration._own_forward(module, rows, ids, weights).float()
         dispatched = integration.experts_forward(module, rows, ids, weights).float()
     assert calls() == before + 1
-    layout = integration._layouts[module]
+    layout = integration._layout(module)
     assert (layout.activation, layout.interleaved, layout.transposed) == (
         case.activation,
         case.interleaved,
@@ -324,7 +383,7 @@ def test_block_fp8_layers_are_dispatched() -> None:
     ids, weights = torch.tensor([[0, 1], [1, 2], [3, 0], [2, 2], [4, 1]]), torch.full((5, 2), 0.5)
     out = module(rows, ids, weights)
     expected = torch.zeros(5, 256)
-    gate_up = integration._experts(module, integration._layouts[module])
+    gate_up = integration._experts(module, integration._layout(module))
     from moe_dispatch.experts import dequantize_blocks
 
     assert gate_up.gate_up_scale is not None
@@ -339,6 +398,17 @@ def test_block_fp8_layers_are_dispatched() -> None:
                 gate, value = (up[e] @ rows[m].float()).chunk(2)
                 expected[m] += 0.5 * (down[e] @ (torch.nn.functional.silu(gate) * value))
     assert (out.float() - expected).norm() / expected.norm() < 5e-2  # two roundings to e4m3 lie between
+
+
+def test_block_fp8_layers_are_compiled_whole() -> None:
+    module = fp8_module()
+    rows, ids = torch.randn(5, 256, dtype=torch.bfloat16), torch.rand(5, 4).topk(2, dim=1).indices
+    torch.compiler.reset()
+    with torch.no_grad():
+        expected = module(rows, ids, torch.full((5, 2), 0.5))
+        compiled, found = compiled_whole(module)
+        assert torch.equal(compiled(rows, ids, torch.full((5, 2), 0.5)), expected)
+    assert found == [1]
 
 
 @pytest.mark.parametrize(

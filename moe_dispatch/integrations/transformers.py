@@ -6,18 +6,24 @@
     model = AutoModelForCausalLM.from_pretrained(name, experts_implementation="moe_dispatch")
 
 A loaded model takes ``model.set_experts_implementation("moe_dispatch")``. Layers whose gate or storage no backend
-computes keep the model's own implementation, with one warning that says why. torch.compile breaks its graph at each
-layer, and so refuses ``fullgraph=True``.
+computes keep the model's own implementation, with one warning that says why.
+
+Under torch.compile a layer stays in the graph, ``fullgraph=True`` included, once it has been called outside of one: a
+layer's first call looks at the module, which a trace cannot. The graph breaks where gradients are recorded, and at
+layers that store their experts transposed (gpt-oss), are offloaded, or keep their own implementation.
 """
 
 import inspect
 import weakref
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
+from moe_dispatch import ops
 from moe_dispatch.api import moe_forward
 from moe_dispatch.backends.stages.activate import activate_torch
 from moe_dispatch.errors import warn
@@ -25,6 +31,7 @@ from moe_dispatch.experts import DTYPE_NAMES, FP8, ExpertWeights
 from moe_dispatch.problem import ACTIVATIONS, QUANT_BLOCK, UNGATED, Activation
 
 NAME: Final = "moe_dispatch"
+_LAYOUT: Final = "_moe_dispatch_layout"  # of a module
 # fp32 rounding apart, a known activation agrees exactly; GELU and its tanh form already differ by 5e-4.
 _GATE_TOLERANCE: Final = 1e-5
 
@@ -63,14 +70,8 @@ def experts_forward(module: nn.Module, hidden_states: Tensor, top_k_index: Tenso
         ``[M, K]``.
     """
     if torch.compiler.is_compiling():
-        from moe_dispatch.uncompiled import call_uncompiled
-
-        # A trace would take what is kept of one layer for a constant, and use it for all of them.
-        out: Tensor = call_uncompiled(experts_forward, module, hidden_states, top_k_index, top_k_weights)
-        return out
-    layout = _layouts.get(module)
-    if layout is None:
-        layout = _layouts[module] = _inspect(module)
+        return _compiled(module, hidden_states, top_k_index, top_k_weights)
+    layout = _layout(module)
     reason = layout.unfit or _unfit_call(module, layout, hidden_states)
     if reason:
         _warn_once(module, reason)
@@ -100,6 +101,10 @@ class _Layout:
     def up(self) -> str:
         return self.tensors[0]
 
+    def __reduce__(self) -> tuple[type[None], tuple[()]]:
+        """Nothing: a copy of the module, which may be changed, and a file of it, read elsewhere, are looked at anew."""
+        return type(None), ()
+
 
 @dataclass(frozen=True)
 class _Held:
@@ -117,9 +122,46 @@ class _Held:
 
 
 # Weak in the module, so that a deleted model takes its entries with it.
-_layouts: "weakref.WeakKeyDictionary[nn.Module, _Layout]" = weakref.WeakKeyDictionary()
 _held: "weakref.WeakKeyDictionary[nn.Module, _Held]" = weakref.WeakKeyDictionary()
 _warned: set[tuple[type, str]] = set()
+
+
+def _layout(module: nn.Module) -> _Layout:
+    """How the module stores its experts, looked at once. Kept on the module, where a trace can see and guard it."""
+    kept: _Layout | None = getattr(module, _LAYOUT, None)
+    if kept is None:
+        kept = _inspect(module)
+        setattr(module, _LAYOUT, kept)
+    return kept
+
+
+def _compiled(module: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    """The forward while torch.compile traces it: in the graph where nothing has to be run, kept or copied for it.
+
+    A trace takes for a constant what is kept of one layer, and uses it for all of them; a module's tensors it takes for
+    inputs, and its layout it guards.
+    """
+    layout: _Layout | None = getattr(module, _LAYOUT, None)
+    if layout is not None and _stays_in_graph(module, layout, hidden_states, top_k_weights):
+        gate_up, down, *others = (getattr(module, name) for name in layout.tensors)
+        return ops.call_tensors(
+            hidden_states, top_k_weights, top_k_index, gate_up, down, **_by_kind(gate_up, others),
+            activation=layout.activation, interleaved=layout.interleaved, backend=None,
+        )  # fmt: skip
+    from moe_dispatch.uncompiled import call_uncompiled
+
+    out: Tensor = call_uncompiled(experts_forward, module, hidden_states, top_k_index, top_k_weights)
+    return out
+
+
+def _stays_in_graph(module: nn.Module, layout: _Layout, hidden_states: Tensor, top_k_weights: Tensor) -> bool:
+    if layout.unfit or layout.transposed or _offloaded(module) or _unfit_call(module, layout, hidden_states):
+        return False
+    tensors = [getattr(module, name) for name in layout.tensors]
+    if not all(one.is_contiguous() for one in tensors):
+        return False
+    recording = torch.is_grad_enabled() and any(one.requires_grad for one in (hidden_states, top_k_weights, *tensors))
+    return not recording and forward_ad._current_level < 0
 
 
 def _inspect(module: nn.Module) -> _Layout:
@@ -218,17 +260,19 @@ def _build(layout: _Layout, sources: tuple[Tensor, ...]) -> ExpertWeights:
     gate_up, down, *others = sources
     if layout.transposed:
         gate_up, down = gate_up.transpose(1, 2), down.transpose(1, 2)
-    named: dict[str, Tensor] = {}
-    if others:
-        kinds = ("gate_up_scale", "down_scale") if gate_up.dtype == FP8 else ("gate_up_bias", "down_bias")
-        named = {kind: one.contiguous() for kind, one in zip(kinds, others, strict=True)}
     return ExpertWeights(
         gate_up.contiguous(),
         down.contiguous(),
-        **named,
+        **_by_kind(gate_up, [one.contiguous() for one in others]),
         activation=layout.activation,
         interleaved=layout.interleaved,
     )
+
+
+def _by_kind(gate_up: Tensor, others: Sequence[Tensor]) -> dict[str, Tensor]:
+    """The tensors beside the weights, as `ExpertWeights` names them."""
+    kinds = ("gate_up_scale", "down_scale") if gate_up.dtype == FP8 else ("gate_up_bias", "down_bias")
+    return dict(zip(kinds, others, strict=True)) if others else {}
 
 
 def _offloaded(module: nn.Module) -> bool:
