@@ -15,9 +15,9 @@ from moe_dispatch.problem import Activation, DType
 from moe_dispatch.workloads import ROUTINGS, Workload, make_experts, torch_dtype
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Case:
-    """A layer, a token count and a routing.
+    """A layer, a token count and a routing; a backend's own tests add the configuration.
 
     Attributes:
         M: Tokens.

@@ -12,26 +12,23 @@ from moe_dispatch.backends.triton_persistent.config import TritonPersistentConfi
 from moe_dispatch.backends.triton_support import features, interpreting
 from moe_dispatch.experts import ExpertWeights
 from moe_dispatch.machine import Machine
-from moe_dispatch.problem import Activation, DType
-from moe_dispatch.workloads import ROUTINGS, WORKLOADS, Workload, make_experts, torch_dtype
+from moe_dispatch.problem import DType
+from moe_dispatch.workloads import ROUTINGS, WORKLOADS, make_experts, torch_dtype
+from tests import conformance
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SMALL = {"block_m": 16, "block_n": 32, "block_k": 32, "down_block_n": 32}
 
 
-@dataclass(frozen=True)
-class Case:
+@dataclass(frozen=True, kw_only=True)
+class Case(conformance.Case):
     """A layer and a configuration; `why` names the test."""
 
-    why: str
+    why: str = field(kw_only=False)
     M: int = 7
     E: int = 3
-    topk: int = 2
     K: int = 72
     N: int = 40
-    activation: Activation = "silu"
-    bias: bool = False
-    interleaved: bool = False
     dtypes: tuple[DType, ...] = ("fp16",)
     config: dict[str, Any] = field(default_factory=dict)
 
@@ -100,10 +97,7 @@ def test_weights_through_descriptors(case: Case, dtype: DType) -> None:
 def _equals_the_reference(backend: TritonPersistentBackend, case: Case, dtype: DType) -> ExpertWeights:
     machine = Machine.inspect(DEVICE)
     generator = torch.Generator(DEVICE).manual_seed(0)
-    layer = Workload(
-        "case", case.E, case.topk, case.K, case.N, case.activation, bias=case.bias, interleaved=case.interleaved
-    )
-    experts = make_experts(layer, dtype, DEVICE, generator, act_dtype="fp16")
+    experts = make_experts(case.layer, dtype, DEVICE, generator, act_dtype="fp16")
     x = torch.randn(case.M, case.K, generator=generator, device=DEVICE).to(torch_dtype("fp16"))
     weights, ids = ROUTINGS["uniform"].sample(case.M, case.E, case.topk, DEVICE, torch.Generator().manual_seed(0))
     ids[0, 0], ids[1, 0] = -1, case.E

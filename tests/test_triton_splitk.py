@@ -15,7 +15,8 @@ from moe_dispatch.errors import InvalidInputError
 from moe_dispatch.experts import ExpertWeights
 from moe_dispatch.machine import Machine
 from moe_dispatch.problem import Activation, DType, MoEProblem
-from moe_dispatch.workloads import WORKLOADS, Workload, make_experts, torch_dtype
+from moe_dispatch.workloads import WORKLOADS, make_experts, torch_dtype
+from tests import conformance
 
 from .triton_compile import SHARED_MEMORY, Launch, compile_launches, described, unwritten_layer
 
@@ -24,21 +25,16 @@ FEW_SPILLS = 64  # bytes of a thread
 SPREAD = "spread"  # ids from -1 to E: sentinels of both kinds, duplicates within a row
 
 
-@dataclass(frozen=True)
-class Case:
-    """A layer, a routing and a configuration; `why` names the group and the test."""
+@dataclass(frozen=True, kw_only=True)
+class Case(conformance.Case):
+    """A layer, a routing (`SPREAD`, or the expert of every slot) and a configuration; `why` names group and test."""
 
-    why: str
+    why: str = field(kw_only=False)
     M: int = 3
     E: int = 4
-    topk: int = 2
     K: int = 64
     N: int = 32
     dtype: DType = "fp32"
-    activation: Activation = "silu"
-    bias: bool = False
-    interleaved: bool = False
-    ids: torch.dtype = torch.int32
     routing: str = SPREAD
     config: dict[str, Any] = field(default_factory=dict)
 
@@ -50,10 +46,8 @@ class Case:
         return self.why
 
     def experts(self) -> ExpertWeights:
-        layer = Workload(
-            "case", self.E, self.topk, self.K, self.N, self.activation, bias=self.bias, interleaved=self.interleaved
-        )
-        return make_experts(layer, self.dtype, "cpu", torch.Generator().manual_seed(1), act_dtype=self.act_dtype)
+        generator = torch.Generator().manual_seed(1)
+        return make_experts(self.layer, self.dtype, "cpu", generator, act_dtype=self.act_dtype)
 
     def tokens(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         generator = torch.Generator().manual_seed(2)
