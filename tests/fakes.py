@@ -145,15 +145,22 @@ class KillingInItsProbe(Killing):
 
 
 @contextmanager
+def registered(*backends: type[Backend], **targets: str) -> Iterator[None]:
+    """Backends known for a while: classes under their own names, and names that are imported on first use."""
+    named: dict[str, type[Backend] | str] = {**{one.name: one for one in backends}, **targets}
+    try:
+        for name, target in named.items():
+            BACKENDS.register(name, target)
+        yield
+    finally:
+        for name in named:
+            BACKENDS.unregister(name)
+
+
+@contextmanager
 def ranked(*backends: type[Backend] | str) -> Iterator[None]:
     """Register fake backends and a policy ``fixed`` that ranks just these, in this order."""
-    names = []
-    for one in backends:
-        if isinstance(one, str):
-            names.append(one)
-            continue
-        BACKENDS.register(one.name, one)
-        names.append(one.name)
+    names = [one if isinstance(one, str) else one.name for one in backends]
 
     class Fixed(Policy):
         name = "fixed"
@@ -164,11 +171,9 @@ def ranked(*backends: type[Backend] | str) -> Iterator[None]:
         def rank(self, problem: MoEProblem) -> tuple[Choice, ...]:
             return tuple(Choice(name, f"number {place} of this test") for place, name in enumerate(names, 1))
 
-    POLICIES.register("fixed", Fixed)
-    try:
-        yield
-    finally:
-        POLICIES.unregister("fixed")
-        for one in backends:
-            if not isinstance(one, str):
-                BACKENDS.unregister(one.name)
+    with registered(*(one for one in backends if not isinstance(one, str))):
+        POLICIES.register("fixed", Fixed)
+        try:
+            yield
+        finally:
+            POLICIES.unregister("fixed")

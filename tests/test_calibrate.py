@@ -24,9 +24,9 @@ from moe_dispatch.policies.schema import Layer, read_calibration
 from moe_dispatch.policies.supervisor import NotPreparedError, Supervisor
 from moe_dispatch.problem import MoEProblem
 from moe_dispatch.quarantine import Quarantine
-from moe_dispatch.registry import BACKENDS
 from moe_dispatch.workloads import workload
 from tests.calibration_faults import RightBackend
+from tests.fakes import registered
 
 TINY = "4,2,32,16"
 TIMEOUT_S = 12.0  # a healthy first launch takes seconds where other tests share the cores
@@ -143,12 +143,8 @@ def one_thread() -> Iterator[None]:
 @pytest.fixture
 def timed() -> Iterator[None]:
     """Backends whose times are known."""
-    made = (RightBackend, Steady, Growing, Tuned)
-    for one in made:
-        BACKENDS.register(one.name, one)
-    yield
-    for one in made:
-        BACKENDS.unregister(one.name)
+    with registered(RightBackend, Steady, Growing, Tuned):
+        yield
 
 
 @dataclass(frozen=True)
@@ -162,18 +158,14 @@ class Ran:
 @pytest.fixture(scope="module")
 def ran(one_thread: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ran]:
     directory = tmp_path_factory.mktemp("cache")
-    for fault in FAULTS:
-        BACKENDS.register(fault.name, f"tests.calibration_faults:{fault.target}")
-    BACKENDS.register("unimportable", "tests.no_such_module:Nothing")
-    names = ["reference", "torch_grouped", "unimportable", *(fault.name for fault in FAULTS)]
-    try:
+    targets = {fault.name: f"tests.calibration_faults:{fault.target}" for fault in FAULTS}
+    targets["unimportable"] = "tests.no_such_module:Nothing"
+    with registered(**targets):
         report = calibrate(
-            [TINY], ["fp32"], tokens=[5], device="cpu", backends=names, timeout_s=TIMEOUT_S, directory=directory
-        )
+            [TINY], ["fp32"], tokens=[5], device="cpu", backends=["reference", "torch_grouped", *targets],
+            timeout_s=TIMEOUT_S, directory=directory,
+        )  # fmt: skip
         yield Ran(report, directory)
-    finally:
-        for name in names[2:]:
-            BACKENDS.unregister(name)
 
 
 @pytest.fixture
@@ -367,13 +359,10 @@ def test_a_backend_that_cannot_be_made_does_not_end_the_calibration(tmp_path: Pa
         def __init__(self, machine: Machine) -> None:
             raise RuntimeError(f"its licence does not cover a {machine.device}")
 
-    BACKENDS.register("unmakeable", Unmakeable)
-    try:
+    with registered(Unmakeable):
         report = calibrate(
             [TINY], ["fp32"], tokens=[1], device="cpu", backends=["unmakeable", "right"], directory=tmp_path, budget_s=0
         )
-    finally:
-        BACKENDS.unregister("unmakeable")
     assert list(report.unavailable) == ["unmakeable"]
     assert "its licence does not cover a cpu" in report.unavailable["unmakeable"]
 

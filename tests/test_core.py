@@ -26,7 +26,7 @@ from moe_dispatch.problem import MoEProblem
 from moe_dispatch.ranking import Ranking
 from moe_dispatch.registry import BACKENDS, POLICIES, Registry, make_backend
 from moe_dispatch.workloads import ROUTINGS, WORKLOADS, workload
-from tests.fakes import ANYTHING, Honest
+from tests.fakes import ANYTHING, Honest, registered
 
 H200 = Path(__file__).parent / "machines" / "h200.json"
 
@@ -218,12 +218,8 @@ class TestRegistry:
         assert "mine" not in BACKENDS.names()
         # Of a class that is imported on first use it can be said no earlier.
         monkeypatch.setattr("tests.fakes.Mine", mine, raising=False)
-        register_backend("mine", "tests.fakes:Mine")
-        try:
-            with pytest.raises(BackendUnavailableError, match=says):
-                make_backend("mine", Machine.inspect("cpu"))
-        finally:
-            BACKENDS.unregister("mine")
+        with registered(mine="tests.fakes:Mine"), pytest.raises(BackendUnavailableError, match=says):
+            make_backend("mine", Machine.inspect("cpu"))
 
     def test_what_is_no_backend_is_not_loaded(self) -> None:
         registry = Registry("backend", Backend, {"wrong": "json:JSONDecoder"})  # type: ignore[type-abstract]

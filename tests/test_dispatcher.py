@@ -41,10 +41,9 @@ from moe_dispatch.backend import BackendConfig, Inputs, Run
 from moe_dispatch.dispatcher import SETTLED_CALLS, SETTLED_TOKENS, Dispatcher
 from moe_dispatch.dispatchers import get_dispatcher, reset_dispatchers
 from moe_dispatch.quarantine import Quarantine
-from moe_dispatch.registry import BACKENDS
 from moe_dispatch.settings import Settings, settings
 from moe_dispatch.workloads import ROUTINGS, WORKLOADS, Workload, make_experts
-from tests.fakes import Greedy, Honest, Killing, KillingInItsProbe, Losing, Lying, NaN, Raising, ranked
+from tests.fakes import Greedy, Honest, Killing, KillingInItsProbe, Losing, Lying, NaN, Raising, ranked, registered
 
 LAYER = Workload("tiny", E=4, topk=2, K=64, N=32)
 MACHINES = Path(__file__).parent / "machines"
@@ -92,11 +91,15 @@ class TestChoosing:
             with pytest.raises(BackendUnavailableError, match="deep_gemm is not installed"):
                 moe_forward(*call, backend="deep_gemm")
             double = (call[0], call[1], *ROUTINGS["uniform"].sample(6, 4, 2, "cpu"))
-            BACKENDS.register("picky", type("Picky", (Honest,), {"name": "picky", "requirements": dataclasses.replace(
-                Honest.requirements, dtypes={"fp8": (0, 0)}, activations=frozenset({"gelu"}))}))  # fmt: skip
-            with pytest.raises(BackendUnsupportedError) as refusal:
+
+            class Picky(Honest):
+                name = "picky"
+                requirements = dataclasses.replace(
+                    Honest.requirements, dtypes={"fp8": (0, 0)}, activations=frozenset({"gelu"})
+                )
+
+            with registered(Picky), pytest.raises(BackendUnsupportedError) as refusal:
                 moe_forward(*double, backend="picky")
-            BACKENDS.unregister("picky")
             assert "takes weights in fp8, got fp32" in str(refusal.value)
             assert "computes gelu, got activation silu" in str(refusal.value)
 
@@ -347,18 +350,14 @@ class TestFaults:
             assert torch.equal(moe_forward(*call), expected(call))
 
     def test_an_import_that_raises(self, call: Call) -> None:
-        BACKENDS.register("broken", "tests.broken_module:Anything")
-        try:
-            with ranked("broken", Honest):
-                with pytest.warns(MoEDispatchWarning, match=r"'broken'.*no CUDA toolkit here.*'honest' runs instead"):
-                    assert torch.equal(moe_forward(*call), expected(call))
-                status = next(one for one in get_dispatcher("cpu").planner.statuses() if one.name == "broken")
-                assert not status.available
-                assert "no CUDA toolkit here" in status.reasons[0]
-                with pytest.raises(BackendUnavailableError, match="does not import: AssertionError"):
-                    moe_forward(*call, backend="broken")
-        finally:
-            BACKENDS.unregister("broken")
+        with registered(broken="tests.broken_module:Anything"), ranked("broken", Honest):
+            with pytest.warns(MoEDispatchWarning, match=r"'broken'.*no CUDA toolkit here.*'honest' runs instead"):
+                assert torch.equal(moe_forward(*call), expected(call))
+            status = next(one for one in get_dispatcher("cpu").planner.statuses() if one.name == "broken")
+            assert not status.available
+            assert "no CUDA toolkit here" in status.reasons[0]
+            with pytest.raises(BackendUnavailableError, match="does not import: AssertionError"):
+                moe_forward(*call, backend="broken")
 
     def test_out_of_memory_goes_to_whoever_needs_less(self, call: Call) -> None:
         with ranked(Greedy, Honest):

@@ -22,7 +22,7 @@ from moe_dispatch.policies.versions import relevant_versions
 from moe_dispatch.problem import Mode
 from moe_dispatch.registry import BACKENDS
 from moe_dispatch.workloads import WORKLOADS, Workload
-from tests.fakes import Honest
+from tests.fakes import Honest, registered
 
 MACHINE = Machine.inspect("cpu")
 LAYER = Workload("tiny", E=8, topk=2, K=64, N=32)
@@ -148,13 +148,10 @@ def test_a_backend_whose_constructor_raises_is_ignored_with_a_note(path: Path) -
         def __init__(self, machine: Machine) -> None:
             raise OSError(f"the licence server of {machine.name} is down")
 
-    BACKENDS.register("unlicensed", Unlicensed)
-    try:
+    with registered(Unlicensed):
         save(path, [measured(4, 5.0), measured(4, 1.0, "unlicensed", versions={})], MACHINE)
         assert ranked(4) == ["reference"]
         assert "unlicensed: cannot be made: OSError: the licence server" in CalibratedPolicy(MACHINE).notes()[0]
-    finally:
-        BACKENDS.unregister("unlicensed")
 
 
 def test_another_version_retires_what_depends_on_it_and_nothing_else(path: Path) -> None:
