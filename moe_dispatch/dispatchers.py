@@ -7,7 +7,7 @@ import threading
 import torch
 
 from moe_dispatch.dispatcher import Dispatcher
-from moe_dispatch.machine import current_machine, default_device
+from moe_dispatch.machine import current_machine, present_device
 from moe_dispatch.tally import BackendStats
 
 _dispatchers: dict[torch.device, Dispatcher] = {}
@@ -21,9 +21,7 @@ def get_dispatcher(device: torch.device | str | None = None) -> Dispatcher:
 
 
 def _make_dispatcher(device: torch.device | str | None) -> Dispatcher:
-    wanted = torch.device(device if device is not None else default_device())
-    if wanted.type == "cuda" and wanted.index is None:
-        wanted = torch.device("cuda", torch.cuda.current_device())
+    wanted = present_device(device)
     with _dispatchers_lock:
         if wanted not in _dispatchers:
             _dispatchers[wanted] = Dispatcher(current_machine(wanted.type, wanted.index))

@@ -98,7 +98,7 @@ class Machine(pydantic.BaseModel):
         Raises:
             InvalidInputError: There is no such device, or `MOE_DISPATCH_MACHINE` describes another kind.
         """
-        resolved = _present(device if device is not None else default_device())
+        resolved = present_device(device)
         described = os.environ.get(MACHINE_ENV)
         if described:
             machine = cls.load(described)
@@ -145,6 +145,25 @@ def default_device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
+def present_device(asked: Device | str | int | None = None) -> Device:
+    """A device that is here, a GPU with its number; the current CUDA device if None or unnumbered, else the CPU.
+
+    Raises:
+        InvalidInputError: There is none such.
+    """
+    asked = asked if asked is not None else default_device()
+    try:
+        device = Device(asked)
+    except RuntimeError as error:
+        raise InvalidInputError(f"device must be cpu, cuda or cuda:N, got {asked!r}") from error
+    if device.type not in ("cpu", "cuda"):
+        raise InvalidInputError(f"device must be cpu, cuda or cuda:N, got {asked!r}")
+    count = torch.cuda.device_count() if device.type == "cuda" else 0
+    if device.type == "cuda" and (device.index or 0) >= count:
+        raise InvalidInputError(f"device {str(device)!r} was asked for, and torch sees {count} CUDA devices here")
+    return Device("cuda", torch.cuda.current_device()) if device.type == "cuda" and device.index is None else device
+
+
 @functools.cache
 def current_machine(device_type: str, index: int | None = None) -> Machine:
     """The machine behind a torch device, inspected once per process."""
@@ -178,20 +197,6 @@ def deep_gemm_package() -> Path | None:
             if (package := Path(location, inside)).joinpath("__init__.py").is_file():
                 return package
     return None
-
-
-def _present(asked: Device | str | int) -> Device:
-    """A device that is here."""
-    try:
-        device = Device(asked)
-    except RuntimeError as error:
-        raise InvalidInputError(f"device must be cpu, cuda or cuda:N, got {asked!r}") from error
-    if device.type not in ("cpu", "cuda"):
-        raise InvalidInputError(f"device must be cpu, cuda or cuda:N, got {asked!r}")
-    count = torch.cuda.device_count() if device.type == "cuda" else 0
-    if device.type == "cuda" and (device.index or 0) >= count:
-        raise InvalidInputError(f"device {str(device)!r} was asked for, and torch sees {count} CUDA devices here")
-    return device
 
 
 def _first_fault(error: pydantic.ValidationError) -> str:

@@ -8,7 +8,7 @@ import torch
 
 from moe_dispatch.dispatchers import reset_dispatchers
 from moe_dispatch.errors import InvalidInputError
-from moe_dispatch.machine import Machine, default_device
+from moe_dispatch.machine import Machine, present_device
 from moe_dispatch.problem import DType, Mode
 from moe_dispatch.workloads import ROUTINGS, Workload, workload
 
@@ -79,8 +79,8 @@ def calibrate(
     if unknown := [name for name in routings if name not in ROUTINGS]:
         raise InvalidInputError(f"routings must be among {', '.join(ROUTINGS)}, got {', '.join(unknown)}")
     # Named, it is what the machine must be: a description of another one is refused here, and not by every worker.
-    device = device if device is not None else default_device()
-    machine = Machine.inspect(device)
+    where = present_device(device)
+    machine = Machine.inspect(where)
     if quick:
         most_configs = min(most_configs or QUICK_CONFIGS, QUICK_CONFIGS)
     layers = [
@@ -92,9 +92,7 @@ def calibrate(
     chosen = tuple(mode for mode in possible if modes is None or mode in modes)
     if not chosen:
         raise InvalidInputError(f"modes must be among {', '.join(possible)} on this machine, got {modes}")
-    campaign = Campaign(
-        machine, device, backends, tuple(routings), timeout_s, directory, most_configs, refine=not quick
-    )
+    campaign = Campaign(machine, where, backends, tuple(routings), timeout_s, directory, most_configs, refine=not quick)
     try:
         return campaign.measure(layers, counts, chosen, budget_s, on_progress, resume=resume, compile_only=compile_only)
     finally:

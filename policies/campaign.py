@@ -60,7 +60,7 @@ class Campaign:
     def __init__(
         self,
         machine: Machine,
-        device: torch.device | str,
+        device: torch.device,
         backends: Sequence[str] | None,
         routings: tuple[str, ...],
         timeout_s: float,

@@ -16,7 +16,7 @@ from moe_dispatch.dispatchers import get_dispatcher, reset_dispatchers
 from moe_dispatch.errors import InvalidInputError
 from moe_dispatch.experts import ExpertWeights
 from moe_dispatch.machine import Machine
-from moe_dispatch.policies import points, race
+from moe_dispatch.policies import campaign, points, race
 from moe_dispatch.policies.calibrate import CalibrationReport, calibrate
 from moe_dispatch.policies.calibrated import CalibratedPolicy
 from moe_dispatch.policies.points import coarse_to_fine
@@ -27,6 +27,7 @@ from moe_dispatch.quarantine import Quarantine
 from moe_dispatch.workloads import workload
 from tests.calibration_faults import RightBackend
 from tests.fakes import registered
+from tests.simulated import H200, Device, Noise
 
 TINY = "4,2,32,16"
 TIMEOUT_S = 12.0  # a healthy first launch takes seconds where other tests share the cores
@@ -396,6 +397,25 @@ def test_a_described_machine_of_another_kind_is_refused_before_anything_starts(
     monkeypatch.setenv("MOE_DISPATCH_MACHINE", str(Path(__file__).parent / "machines" / "h200.json"))
     with pytest.raises(InvalidInputError, match=r"describes a cuda machine, and what runs here is on cpu"):
         calibrate([TINY], ["bf16"], tokens=[1], directory=tmp_path)
+
+
+def test_the_current_gpu_is_the_one_that_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The worker is another process, whose current GPU is the first."""
+    asked: list[str] = []
+
+    def worker(device: str, *_: object) -> Device:
+        asked.append(device)
+        return Device(Noise(), 1)
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    monkeypatch.setattr(Machine, "inspect", lambda _device=None: H200)
+    monkeypatch.setattr(campaign, "compile_ahead", lambda *_, **__: [])
+    monkeypatch.setattr(campaign, "Supervisor", worker)
+    for device in (None, "cuda", "cuda:0"):
+        calibrate(["mixtral-8x7b"], tokens=[1], directory=tmp_path, device=device, budget_s=0.0)
+    assert asked == ["cuda:1", "cuda:1", "cuda:0"]
 
 
 def test_no_budget_measures_nothing_and_says_so(tmp_path: Path) -> None:
