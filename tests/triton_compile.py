@@ -212,7 +212,7 @@ def compiling(capability: int, built: list[Built]) -> Iterator[None]:
     with (
         mock.patch.object(JITFunction, "run", compile_only),
         # Which a torch with CUDA and without a GPU would have to ask a driver that is not there.
-        mock.patch("moe_dispatch.backends.launch.current_device", lambda: 0),
+        mock.patch("moe_dispatch.backends.launch.current_device", return_value=0),
         mock.patch.object(FakeTensor, "is_cuda", new=True),
         # Triton looks whether the address is aligned.
         mock.patch.object(FakeTensor, "data_ptr", return_value=0),
