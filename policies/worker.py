@@ -74,6 +74,9 @@ class Worker:
         for name, target in backends.items():
             BACKENDS.register(name, target)
         self._device = torch.device(device)
+        if self._device.type == "cuda":
+            # Triton and DeepGEMM launch on the current GPU, whatever the tensors say.
+            torch.cuda.set_device(self._device)
         self._machine = Machine.inspect(self._device)
         return {}
 

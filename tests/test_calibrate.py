@@ -22,6 +22,7 @@ from moe_dispatch.policies.calibrated import CalibratedPolicy
 from moe_dispatch.policies.points import coarse_to_fine
 from moe_dispatch.policies.schema import Layer, read_calibration
 from moe_dispatch.policies.supervisor import NotPreparedError, Supervisor
+from moe_dispatch.policies.worker import Worker
 from moe_dispatch.problem import MoEProblem
 from moe_dispatch.quarantine import Quarantine
 from moe_dispatch.workloads import workload
@@ -418,6 +419,14 @@ def test_the_current_gpu_is_the_one_that_is_measured(tmp_path: Path, monkeypatch
     for device in (None, "cuda", "cuda:0"):
         calibrate(["mixtral-8x7b"], tokens=[1], directory=tmp_path, device=device, budget_s=0.0)
     assert asked == ["cuda:1", "cuda:1", "cuda:0"]
+
+
+def test_the_workers_gpu_is_its_current_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    current: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    monkeypatch.setattr(Machine, "inspect", lambda _device=None: H200)
+    assert Worker().start("cuda:1", {}) == {}
+    assert current == [torch.device("cuda:1")]
 
 
 def test_no_budget_measures_nothing_and_says_so(tmp_path: Path) -> None:
