@@ -74,10 +74,10 @@ class Worker:
         for name, target in backends.items():
             BACKENDS.register(name, target)
         self._device = torch.device(device)
+        self._machine = Machine.inspect(self._device)
         if self._device.type == "cuda":
             # Triton and DeepGEMM launch on the current GPU, whatever the tensors say.
             torch.cuda.set_device(self._device)
-        self._machine = Machine.inspect(self._device)
         return {}
 
     def layer(self, layer: dict[str, Any]) -> dict[str, Any]:
