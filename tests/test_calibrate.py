@@ -57,6 +57,10 @@ FAULTS = (
 )
 
 
+# Long enough that what the call itself takes, on a host whose cores others hold, hardly counts.
+UNIT_S = 0.002
+
+
 class Timed(RightBackend):
     """Right, and takes the time that it is told to."""
 
@@ -88,7 +92,7 @@ class Steady(Timed):
 
     def seconds(self, M: int, config: BackendConfig) -> float:
         """See `Timed.seconds`."""
-        return 0.006
+        return 6 * UNIT_S
 
 
 class Growing(Timed):
@@ -98,7 +102,7 @@ class Growing(Timed):
 
     def seconds(self, M: int, config: BackendConfig) -> float:
         """See `Timed.seconds`."""
-        return 0.001 * M
+        return UNIT_S * M
 
 
 class Pace(BackendConfig):
@@ -119,7 +123,7 @@ class Tuned(Timed):
 
     def seconds(self, M: int, config: BackendConfig) -> float:
         """See `Timed.seconds`."""
-        return 0.001 + 0.001 * int(config.model_dump()["pace"])
+        return UNIT_S * (1 + int(config.model_dump()["pace"]))
 
     def run(
         self,
@@ -162,13 +166,14 @@ def ran(one_thread: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
     directory = tmp_path_factory.mktemp("cache")
     targets = {fault.name: f"tests.calibration_faults:{fault.target}" for fault in FAULTS}
     targets["unimportable"] = "tests.no_such_module:Nothing"
-    with registered(**targets), pytest.MonkeyPatch.context() as patch:
-        # On a busy host one first run may take so long that its candidate is out before it is looked at.
-        patch.setattr(race, "LONG_US", math.inf)
-        report = calibrate(
-            [TINY], ["fp32"], tokens=[5], device="cpu", backends=["reference", "torch_grouped", *targets],
-            timeout_s=TIMEOUT_S, directory=directory,
-        )  # fmt: skip
+    with registered(**targets):
+        with pytest.MonkeyPatch.context() as patch:
+            # On a busy host one first run may take so long that its candidate is out before it is looked at.
+            patch.setattr(race, "LONG_US", math.inf)
+            report = calibrate(
+                [TINY], ["fp32"], tokens=[5], device="cpu", backends=["reference", "torch_grouped", *targets],
+                timeout_s=TIMEOUT_S, directory=directory,
+            )  # fmt: skip
         yield Ran(report, directory)
 
 
@@ -257,7 +262,7 @@ def test_where_a_run_is_long_the_hopeless_run_twice(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(race, "LONG_US", 100.0)
     report = calibrate([TINY], ["fp32"], tokens=[1], device="cpu", backends=["tuned"], directory=tmp_path)
     tuned = {one.candidate.config["pace"]: one.measurement for one in report.measured}
-    for pace in range(5, 12):  # 1 takes 2 ms and 5 takes 6
+    for pace in range(5, 12):  # 1 takes two units and 5 takes 6
         (q1, us, q3) = tuned[pace].us["uniform"]
         assert q1 == us == q3
         assert (tuned[pace].score or 0.0) > 2 * (tuned[1].score or 0.0)
@@ -469,7 +474,7 @@ def test_a_backend_that_is_no_fallback_is_neither_checked_nor_kept(
 ) -> None:
     monkeypatch.setattr(race, "FALLBACK", 1.5)
     report = calibrate([TINY], ["fp32"], tokens=[1], device="cpu", backends=["steady", "growing"], directory=tmp_path)
-    assert {one.candidate.backend for one in report.measured} == {"growing"}  # 1 ms, and steady takes 6
+    assert {one.candidate.backend for one in report.measured} == {"growing"}  # one unit, and steady takes 6
 
 
 @pytest.mark.slow
