@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
 from ..launch import fast_launch
 
@@ -22,7 +22,7 @@ from ..launch import fast_launch
 _SLOTS = gl.constexpr(2)
 # So many steps before the end of a tile's loads the next tile is looked for. Had it been taken earlier, a program that
 # falls behind would keep what others could do.
-LEAD = gl.constexpr(4)
+_LEAD = gl.constexpr(4)
 
 
 @fast_launch
@@ -155,6 +155,43 @@ def receive_tile(queue, i):
     block_n = gl.max(tiles.index(slot * 4 + 3).load(ONE), 0)
     mbarrier.arrive(taken.index(slot))
     return e, row, end, block_n
+
+
+@gluon.jit
+def free_stage(queue, ring, k, depth, step, STAGES: gl.constexpr):
+    """The stage for block `k` of a tile's columns, once its consumers have left it, and its barrier.
+
+    Near the tile's end the next one is asked for.
+    """
+    _tiles, _known, _taken, wanted = queue
+    full, empty = ring
+    if k == gl.maximum(depth - _LEAD, 0):
+        mbarrier.arrive(wanted.index(0))
+    stage = step % STAGES
+    mbarrier.wait(empty.index(stage), (step // STAGES & 1) ^ 1)
+    return stage, full.index(stage)
+
+
+@gluon.jit
+def load_stage(a_desc, tail_desc, w_desc, a_bufs, tail_bufs, w_bufs, stage, bar, row, end, w_row, w_second, column):
+    """Have TMA copy a stage: a tile's rows, as far as it has more than 64 and 128, and twice 128 rows of weights."""
+    ROW_BYTES: gl.constexpr = 128
+    lower = end - row > 64
+    tail = end - row > 128
+    mbarrier.expect(bar, (256 + 64) * ROW_BYTES, pred=not lower)
+    mbarrier.expect(bar, (256 + 128) * ROW_BYTES, pred=lower & (not tail))
+    mbarrier.expect(bar, (256 + 128 + tail_bufs.shape[1]) * ROW_BYTES, pred=tail)
+    load_weights(w_desc, w_bufs, stage, bar, w_row, w_second, column)
+    tma.async_copy_global_to_shared(a_desc, [row, column], bar, a_bufs.index(2 * stage))
+    tma.async_copy_global_to_shared(a_desc, [row + 64, column], bar, a_bufs.index(2 * stage + 1), pred=lower)
+    tma.async_copy_global_to_shared(tail_desc, [row + 128, column], bar, tail_bufs.index(stage), pred=tail)
+
+
+@gluon.jit
+def load_weights(w_desc, w_bufs, stage, bar, w_row, w_second, column):
+    """Its weights alone; the second 128 rows are `w_second` rows after the first."""
+    tma.async_copy_global_to_shared(w_desc, [w_row, column], bar, w_bufs.index(2 * stage))
+    tma.async_copy_global_to_shared(w_desc, [w_row + w_second, column], bar, w_bufs.index(2 * stage + 1))
 
 
 @gluon.jit

@@ -6,12 +6,11 @@ Consumers that fetched multipliers themselves would wait for global memory in ev
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import async_copy, mbarrier, tma
+from triton.experimental.gluon.language.nvidia.hopper import async_copy
 
-from .hopper_common import LEAD, receive_tile
+from .hopper_common import free_stage, load_stage, receive_tile
 
 _BLOCK_K = gl.constexpr(128)
-_STAGE_BYTES = gl.constexpr(64 * 128)
 
 
 @gluon.jit
@@ -22,8 +21,6 @@ def load_fp8_tiles(queue, ring, inputs, bufs, shapes, STAGES: gl.constexpr):
     of rows and of columns; a descriptor of weights and a pointer to theirs. `shapes` are the rows of an expert's
     weights, from the first half of a tile to the second, from a tile to the next; and blocks summed over.
     """
-    _tiles, _known, _taken, wanted = queue
-    full, empty = ring
     a_desc, tail_desc, a_scale_ptr, a_scale_row, a_scale_column, w_desc, w_scale_ptr = inputs
     a_bufs, tail_bufs, w_bufs, a_scale_bufs, tail_scale_bufs, w_scale_bufs = bufs
     w_rows, w_second, w_step, depth = shapes
@@ -34,8 +31,6 @@ def load_fp8_tiles(queue, ring, inputs, bufs, shapes, STAGES: gl.constexpr):
     step = 0
     e, row, end, block_n = receive_tile(queue, i)
     while end > 0:
-        lower = end - row > 64
-        tail = end - row > 128
         w_row = e * w_rows + block_n * w_step
         first_scale_ptrs = w_scale_ptr + w_row // 128 * depth + gl.arange(0, 1, ROWS)
         second_scale_ptrs = first_scale_ptrs + w_second // 128 * depth
@@ -44,22 +39,12 @@ def load_fp8_tiles(queue, ring, inputs, bufs, shapes, STAGES: gl.constexpr):
         offs_t = row + 128 + gl.arange(0, TAIL_M, ROWS)
         a_scale_offs = gl.where(offs_m < end, offs_m, row) * a_scale_row
         tail_scale_offs = gl.where(offs_t < end, offs_t, row) * a_scale_row
-        ask = gl.maximum(depth - LEAD, 0)
         for k in range(depth):
-            if k == ask:
-                mbarrier.arrive(wanted.index(0))
-            stage = step % STAGES
-            mbarrier.wait(empty.index(stage), (step // STAGES & 1) ^ 1)
-            bar = full.index(stage)
-            mbarrier.expect(bar, 5 * _STAGE_BYTES, pred=not lower)
-            mbarrier.expect(bar, 6 * _STAGE_BYTES, pred=lower & (not tail))
-            mbarrier.expect(bar, 6 * _STAGE_BYTES + TAIL_M * _BLOCK_K, pred=tail)
-            column = k * _BLOCK_K
-            tma.async_copy_global_to_shared(w_desc, [w_row, column], bar, w_bufs.index(2 * stage))
-            tma.async_copy_global_to_shared(w_desc, [w_row + w_second, column], bar, w_bufs.index(2 * stage + 1))
-            tma.async_copy_global_to_shared(a_desc, [row, column], bar, a_bufs.index(2 * stage))
-            tma.async_copy_global_to_shared(a_desc, [row + 64, column], bar, a_bufs.index(2 * stage + 1), pred=lower)
-            tma.async_copy_global_to_shared(tail_desc, [row + 128, column], bar, tail_bufs.index(stage), pred=tail)
+            stage, bar = free_stage(queue, ring, k, depth, step, STAGES)
+            load_stage(
+                a_desc, tail_desc, w_desc, a_bufs, tail_bufs, w_bufs, stage, bar, row, end, w_row, w_second,
+                k * _BLOCK_K,
+            )  # fmt: skip
             a_scale_ptrs = a_scale_ptr + gl.to_tensor(k).to(gl.int64) * a_scale_column
             async_copy.async_copy_global_to_shared(a_scale_pairs.index(stage), a_scale_ptrs + a_scale_offs)
             async_copy.async_copy_global_to_shared(tail_scale_bufs.index(stage), a_scale_ptrs + tail_scale_offs)

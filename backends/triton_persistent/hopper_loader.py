@@ -3,11 +3,11 @@
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import async_copy, mbarrier, tma
+from triton.experimental.gluon.language.nvidia.hopper import async_copy, mbarrier
 
-from .hopper_common import LEAD, receive_tile
+from .hopper_common import free_stage, load_stage, load_weights, receive_tile
 
-_STAGE_BYTES = gl.constexpr(64 * 128)
+_W_BYTES = gl.constexpr(256 * 128)
 
 
 @gluon.jit
@@ -21,51 +21,34 @@ def load_tiles(
     descriptor of rows in expert order, or with TOPK > 0 a pointer to tokens. Tiles have up to 160 rows; what one does
     not need of its last rows is not loaded.
     """
-    full, empty = ring
-    _tiles, _known, _taken, wanted = queue
     GATHER: gl.constexpr = TOPK > 0
     BLOCK_K: gl.constexpr = a_bufs.type.shape[2]
-    W_BYTES: gl.constexpr = 4 * _STAGE_BYTES
     i = 0
     step = 0
     e, row, end, block_n = receive_tile(queue, i)
     while end > 0:
-        lower = end - row > 64
-        tail = end - row > 128
         w_row = e * w_rows + block_n * w_step
         if GATHER:
+            lower = end - row > 64
+            tail = end - row > 128
             upper_rows = _token_vectors(a, slot_of_row_ptr, row, end, a_columns, TOPK, 64)
             lower_rows = _token_vectors(a, slot_of_row_ptr, row + 64, end, a_columns, TOPK, 64)
             tail_rows = _token_vectors(a, slot_of_row_ptr, row + 128, end, a_columns, TOPK, 32)
-        ask = gl.maximum(depth - LEAD, 0)
         for k in range(depth):
-            if k == ask:
-                mbarrier.arrive(wanted.index(0))
-            stage = step % STAGES
-            mbarrier.wait(empty.index(stage), (step // STAGES & 1) ^ 1)
-            bar = full.index(stage)
+            stage, bar = free_stage(queue, ring, k, depth, step, STAGES)
+            column = k * BLOCK_K
             if GATHER:
-                mbarrier.expect(bar, W_BYTES)
-            else:
-                mbarrier.expect(bar, W_BYTES + _STAGE_BYTES, pred=not lower)
-                mbarrier.expect(bar, W_BYTES + 2 * _STAGE_BYTES, pred=lower & (not tail))
-                mbarrier.expect(bar, W_BYTES + 2 * _STAGE_BYTES + _STAGE_BYTES // 2, pred=tail)
-            tma.async_copy_global_to_shared(w_desc, [w_row, k * BLOCK_K], bar, w_bufs.index(2 * stage))
-            tma.async_copy_global_to_shared(w_desc, [w_row + w_second, k * BLOCK_K], bar, w_bufs.index(2 * stage + 1))
-            upper_buf = a_bufs.index(2 * stage)
-            lower_buf = a_bufs.index(2 * stage + 1)
-            if GATHER:
-                _copy_tokens(a, upper_rows, k, upper_buf)
+                mbarrier.expect(bar, _W_BYTES)
+                load_weights(w_desc, w_bufs, stage, bar, w_row, w_second, column)
+                _copy_tokens(a, upper_rows, k, a_bufs.index(2 * stage))
                 if lower:
-                    _copy_tokens(a, lower_rows, k, lower_buf)
+                    _copy_tokens(a, lower_rows, k, a_bufs.index(2 * stage + 1))
                 if tail:
                     _copy_tokens(a, tail_rows, k, tail_bufs.index(stage))
                 async_copy.mbarrier_arrive(bar, increment_count=False)
             else:
-                tma.async_copy_global_to_shared(a, [row, k * BLOCK_K], bar, upper_buf)
-                tma.async_copy_global_to_shared(a, [row + 64, k * BLOCK_K], bar, lower_buf, pred=lower)
-                tma.async_copy_global_to_shared(
-                    tail_desc, [row + 128, k * BLOCK_K], bar, tail_bufs.index(stage), pred=tail
+                load_stage(
+                    a, tail_desc, w_desc, a_bufs, tail_bufs, w_bufs, stage, bar, row, end, w_row, w_second, column
                 )
             step += 1
         i += 1
