@@ -19,8 +19,8 @@ from moe_dispatch.quarantine import Quarantine
 from moe_dispatch.registry import make_backend
 
 from .race import FALLBACK
-from .schema import Candidate, Layer, LayerKey, read_calibration
-from .table import Identity, LayerTable, tables
+from .schema import CalibrationFile, Candidate, Layer, LayerKey, read_calibration
+from .table import Identity, tables
 from .versions import changes, relevant_versions
 
 # Two measured neighbours decide who starts between them if both are within this factor of tokens,
@@ -73,10 +73,14 @@ class Entrants:
         most_configs: int | None,
         skipped: list[str],
     ) -> None:
-        self._machine, self._backends, self._path, self._quarantine = machine, backends, path, quarantine
+        self._machine, self._backends, self._quarantine = machine, backends, quarantine
         self._most_configs, self._skipped = most_configs, skipped
         self._behind: dict[tuple[LayerKey, Mode], dict[int, dict[Identity, float]]] = {}
-        self._before = self._tables_before()
+        try:
+            self._file = read_calibration(path, machine)
+        except (FileNotFoundError, PolicyFileError):
+            self._file = CalibrationFile(machine=machine)
+        self._before = tables(self._file)
         self._now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         self._package = importlib.metadata.version("moe-dispatch")
         self._commit = commit(Path(__file__).parent)
@@ -92,21 +96,18 @@ class Entrants:
 
     def known(self, tokens: Sequence[int]) -> set[Place]:
         """Points measured with today's versions; what they say of who is far behind counts as if measured now."""
-        try:
-            file = read_calibration(self._path, self._machine)
-        except (FileNotFoundError, PolicyFileError):
-            return set()
+        held = self._file.candidates
         current = [
             (made := self._backends.get(candidate.backend)) is not None
             and not changes(candidate.versions, relevant_versions(made))
-            for candidate in file.candidates
+            for candidate in held
         ]
         found = set()
-        for point in file.points:
-            layer = file.layers[point.layer]
+        for point in self._file.points:
+            layer = self._file.layers[point.layer]
             if point.measurements and all(current[one.candidate] for one in point.measurements):
                 found.add((layer.key, point.M, point.mode))
-                scores = {file.candidates[one.candidate].identity: one.score for one in point.measurements}
+                scores = {held[one.candidate].identity: one.score for one in point.measurements}
                 if point.M in tokens:
                     candidates = self.candidates(layer, point.M, point.mode)
                     self.remember(layer, point.M, point.mode, candidates, scores)
@@ -184,13 +185,6 @@ class Entrants:
         """Who won the point in the calibration before, if it was measured."""
         table = self._before.get((layer.key, mode))
         return table.winners.get(M) if table else None
-
-    def _tables_before(self) -> dict[tuple[LayerKey, Mode], LayerTable]:
-        """What this machine's calibration said before this run, with today's versions or others."""
-        try:
-            return tables(read_calibration(self._path, self._machine))
-        except (FileNotFoundError, PolicyFileError):
-            return {}
 
     def _choice_before(self, layer: Layer, M: int, mode: Mode) -> Identity | None:
         """The winner where M was measured, between that what was made of the neighbours."""
