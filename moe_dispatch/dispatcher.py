@@ -8,7 +8,6 @@ from typing import Any, Final
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from moe_dispatch import failures
 from moe_dispatch.backend import Inputs
@@ -83,8 +82,7 @@ class Dispatcher:
                 topk_weights.dtype,
                 topk_ids.dtype,
                 hidden_states.device == topk_weights.device == topk_ids.device == experts.device,
-                (torch.is_grad_enabled() or forward_ad._current_level >= 0)
-                and experts.wants_grad(hidden_states, topk_weights),
+                experts.wants_grad(hidden_states, topk_weights),
                 self._on_cuda and torch.cuda.is_current_stream_capturing(),
                 backend,
             )
