@@ -231,60 +231,49 @@ def test_errors(case: Error) -> None:
     assert worst_row_error(out, reference) == pytest.approx(case.row, rel=1e-5)
 
 
+def _watched(name: str, seen: list[tuple[str, LayerInputs]]) -> Call:
+    """Notes what it is called with; one repeat per sample, since it sleeps longer than a sample has to last."""
+
+    def call(given: LayerInputs) -> Tensor:
+        seen.append((name, given))
+        return given.hidden_states
+
+    return _sleeping(call, 0.001)
+
+
+def _passes(seen: list[tuple[str, LayerInputs]], first: LayerInputs) -> str:
+    """Whose passes there were, in order: each begins with the first inputs."""
+    return "".join(name for name, given in seen if given is first)
+
+
 def test_candidates_take_turns_and_nobody_always_comes_after_the_same_one(tiny: Layer) -> None:
-    order: list[str] = []
-
-    def candidate(name: str) -> Call:
-        def call(given: LayerInputs) -> Tensor:
-            if given is tiny.inputs[0]:
-                order.append(name)
-            return given.hidden_states
-
-        return call
-
-    # One repeat per sample: each candidate sleeps longer than a sample has to last.
-    slow = {name: _sleeping(candidate(name), 0.001) for name in "abc"}
+    seen: list[tuple[str, LayerInputs]] = []
+    slow = {name: _watched(name, seen) for name in "abc"}
     timings = time_interleaved(slow, tiny.inputs, mode="eager", budget_s=0.0, min_rounds=6)
+    order = _passes(seen, tiny.inputs[0])
     assert list(timings) == ["a", "b", "c"]
     warm_up = 2 * 3  # to compile, and to see how long one pass takes
-    assert "".join(order[:warm_up]) == "aabbcc"
-    assert "".join(order[warm_up:]) == "abc" + "acb" + "cab" + "cba" + "bca" + "bac"
+    assert order[:warm_up] == "aabbcc"
+    assert order[warm_up:] == "abc" + "acb" + "cab" + "cba" + "bca" + "bac"
     assert all(timing.samples == 6 for timing in timings.values())
 
 
 def test_candidates_may_have_inputs_of_their_own(tiny: Layer) -> None:
-    seen: dict[str, list[LayerInputs]] = {"a": [], "b": []}
-
-    def candidate(name: str) -> Call:
-        def call(given: LayerInputs) -> Tensor:
-            seen[name].append(given)
-            return given.hidden_states
-
-        return _sleeping(call, 0.001)
-
+    seen: list[tuple[str, LayerInputs]] = []
     inputs = {"a": tiny.inputs[:1], "b": tiny.inputs[1:]}
-    timings = time_interleaved({name: candidate(name) for name in "ab"}, inputs, mode="eager", budget_s=0.0)
+    timings = time_interleaved({name: _watched(name, seen) for name in "ab"}, inputs, mode="eager", budget_s=0.0)
     assert list(timings) == ["a", "b"]
     for name, mine in inputs.items():
-        assert {id(given) for given in seen[name]} == {id(given) for given in mine}
+        assert {id(given) for by, given in seen if by == name} == {id(given) for given in mine}
 
 
 def test_who_was_timed_before_is_ready_and_rounds_lie_side_by_side(tiny: Layer) -> None:
-    order: list[str] = []
-
-    def candidate(name: str) -> Call:
-        def call(given: LayerInputs) -> Tensor:
-            if given is tiny.inputs[0]:
-                order.append(name)
-            return given.hidden_states
-
-        return _sleeping(call, 0.001)
-
+    seen: list[tuple[str, LayerInputs]] = []
     turns = Turns[str](tiny.inputs, mode="eager")
-    turns.time({"a": candidate("a")}, budget_s=0.0, min_rounds=1)
-    order.clear()
-    timings = turns.time({"a": candidate("a"), "b": candidate("b")}, budget_s=0.0, min_rounds=2)
-    assert "".join(order) == "bb" + "ab" + "ab"  # only b is made ready
+    turns.time({"a": _watched("a", seen)}, budget_s=0.0, min_rounds=1)
+    seen.clear()
+    timings = turns.time({"a": _watched("a", seen), "b": _watched("b", seen)}, budget_s=0.0, min_rounds=2)
+    assert _passes(seen, tiny.inputs[0]) == "bb" + "ab" + "ab"  # only b is made ready
     assert [len(timing.rounds) for timing in timings.values()] == [2, 2]
     turns.close()
 
