@@ -1,4 +1,4 @@
-"""How the kernels for Hopper cut experts' rows into blocks."""
+"""How the kernels for Hopper cut experts' rows into blocks, and where those end."""
 
 import pytest
 import torch
@@ -58,3 +58,16 @@ def test_a_group_is_of_one_expert_and_no_group_is_larger_than_asked() -> None:
         if place == first:
             groups.setdefault(expert, []).append(size)
     assert groups == {0: [3, 3, 1], 2: [1], 3: [2, 2], 4: [3]}
+
+
+@pytest.mark.parametrize(("row", "end"), [(0, 1), (0, 40), (0, 64), (30, 39), (36, 100), (84, 100), (99, 100)])
+@pytest.mark.parametrize("height", [16, 32, 64])
+def test_a_window_of_rows_ends_where_an_expert_does(height: int, row: int, end: int) -> None:
+    rows = hopper._rows_after_window(torch.empty(0).bfloat16(), 100, 128)
+    rows[:] = torch.arange(100)[:, None]
+    descriptor = hopper._windows(rows, height)
+    assert list(descriptor.block_shape) == [1, height, 64]
+    # What `_load_rows` has TMA read: what is out of bounds is zero.
+    window = min(row + 64, end)
+    seen = descriptor.base[window, row + 64 - window :][:height]
+    assert torch.equal(seen, rows[row : min(row + height, end)])

@@ -65,6 +65,7 @@ def gather_quantize(
     *,
     column_major_scales: bool = False,
     capacity: int | None = None,
+    out: Tensor | None = None,
     pdl: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Quantise each token once and write it to all its rows.
@@ -77,6 +78,7 @@ def gather_quantize(
             them; row-major otherwise.
         capacity: Instead, expert by expert, as DeepGEMM's masked layout has them; the routing's own capacity, a
             multiple of 4.
+        out: Where to put the codes, contiguous; fresh memory otherwise.
         pdl: Launch as a programmatic dependent of the kernel before (sm_90).
 
     Returns:
@@ -87,8 +89,8 @@ def gather_quantize(
     scale = empty_scales(rows, K, hidden_states.device, column_major=column_major_scales, capacity=capacity)
     if not on_triton(hidden_states):
         codes, plain = quantize_rows_torch(gather(hidden_states, routing, topk))
-        return codes, scale.copy_(plain.view(scale.shape))
-    codes = torch.empty(rows, K, dtype=FP8, device=hidden_states.device)
+        return codes if out is None else out.copy_(codes), scale.copy_(plain.view(scale.shape))
+    codes = torch.empty(rows, K, dtype=FP8, device=hidden_states.device) if out is None else out
     if column_major_scales and capacity is None and spreads_scales(routing.row_of_slot.shape[0], K):
         by_token = empty_scales(hidden_states.shape[0], K, codes.device, column_major=False)
         _launch_gather(hidden_states, routing, topk, codes, by_token, pdl, spread=True)
@@ -98,12 +100,27 @@ def gather_quantize(
     return codes, scale
 
 
-def gather(hidden_states: Tensor, routing: Routing, topk: int, *, pdl: bool = False) -> Tensor:
-    """Copy each token to all its rows: ``[M, K]`` to ``[rows, K]``; rows without a slot are left unwritten."""
+def gather(
+    hidden_states: Tensor, routing: Routing, topk: int, *, out: Tensor | None = None, pdl: bool = False
+) -> Tensor:
+    """Copy each token to all its rows; rows without a slot are left unwritten.
+
+    Args:
+        hidden_states: ``[M, K]``.
+        routing: From `route`.
+        topk: Experts per token.
+        out: Where to put them, contiguous; fresh memory otherwise.
+        pdl: Launch as a programmatic dependent of the kernel before (sm_90).
+
+    Returns:
+        ``[rows, K]``.
+    """
     slot_of_row = routing.slot_of_row
     if not on_triton(hidden_states):
-        return hidden_states[slot_of_row.clamp(min=0).long() // topk]
-    out = hidden_states.new_empty(slot_of_row.shape[0], hidden_states.shape[1])
+        rows = hidden_states[slot_of_row.clamp(min=0).long() // topk]
+        return rows if out is None else out.copy_(rows)
+    if out is None:
+        out = hidden_states.new_empty(slot_of_row.shape[0], hidden_states.shape[1])
     _launch_gather(hidden_states, routing, topk, out, None, pdl)
     return out
 

@@ -14,7 +14,7 @@ from ..stages.quantize import empty_scales, quantize_rows
 from ..stages.route import Routing, route
 from ..triton_backend import TritonBackend
 from .config import TritonPersistentConfig, persistent_configs, tma_fits
-from .hopper import hopper_configs, hopper_kernels_load, hopper_permutes, hopper_products, hopper_suits
+from .hopper import WINDOW, hopper_configs, hopper_kernels_load, hopper_permutes, hopper_products, hopper_suits
 
 
 class TritonPersistentBackend(TritonBackend):
@@ -37,11 +37,13 @@ class TritonPersistentBackend(TritonBackend):
         """See `Backend.workspace_bytes`."""
         assert isinstance(config, TritonPersistentConfig)  # noqa: S101 - as in `run`
         each = 1 if problem.dtype == "fp8" else 2
-        if config.engine == "gluon" and hopper_permutes(problem.N, fp8=each == 1):
-            inputs = problem.slots * problem.K * each
+        gluon = config.engine == "gluon"
+        before = WINDOW if gluon else 0
+        if gluon and hopper_permutes(problem.N, fp8=each == 1):
+            inputs = (problem.slots + before) * problem.K * each
         else:
             inputs = problem.M * problem.K if problem.dtype == "fp8" else 0
-        return problem.slots * (problem.N * each + problem.K * 2 + 8) + inputs
+        return inputs + (problem.slots + before) * problem.N * each + problem.slots * (problem.K * 2 + 8)
 
     def run(
         self,

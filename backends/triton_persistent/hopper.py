@@ -28,6 +28,7 @@ _TALLER: Final = 1
 _FP8_TAIL_M: Final = 16
 _FP8_TALLER: Final = 2
 _STAGE_BYTES: Final = 128  # of a row
+WINDOW: Final = 64  # rows that TMA reads at once, and memory before the first row, see `_windows`
 _LAUNCH: Final = {"STAGES": 4, "num_warps": 4, "maxnreg": 168, "launch_pdl": True}
 # Gathering in the loader costs the first product a twelfth of its time; a pass that permutes the rows before it costs
 # a share that falls with N. In FP8 it costs half as much, and always pays: rows are quantised on the way.
@@ -122,12 +123,14 @@ def hopper_products(
     permuted = hopper_permutes(N, fp8=False)
     depth = _STAGE_BYTES // experts.gate_up.element_size()
     blocks, counts = _row_blocks(routing, config.group_m, fp8=False)
-    x = gather(hidden_states, routing, topk, pdl=True) if permuted else hidden_states
-    upper, tail = (_descriptor(x, 64), _descriptor(x, _TAIL_M)) if permuted else (x, None)
-    h = hidden_states.new_empty(rows, N)
+    upper, tail = hidden_states, None
+    if permuted:
+        x = gather(hidden_states, routing, topk, out=_rows_after_window(hidden_states, rows, K), pdl=True)
+        upper, tail = _windows(x, 64), _windows(x, _TAIL_M)
+    h = _rows_after_window(hidden_states, rows, N)
     y = hidden_states.new_empty(rows, K)
-    gate_up = _descriptor(experts.gate_up.view(-1, K), 128)
-    down = _descriptor(experts.down.view(-1, N), 128)
+    gate_up = _weight_rows(experts.gate_up.view(-1, K))
+    down = _weight_rows(experts.down.view(-1, N))
     # Column blocks; rows of an expert's weights, from the first half of a tile to the second, from a tile to the next;
     # blocks summed over; columns in and out.
     up_shapes = math.ceil(N / 128), 2 * N, N, 128, K // depth, K, N
@@ -138,7 +141,7 @@ def hopper_products(
         COUNTER=1, TOPK=up_topk, ACTIVATION=experts.activation, **_LAUNCH,
     )  # fmt: skip
     _moe_hopper_kernel[(sms,)](
-        _descriptor(h, 64), _descriptor(h, _TAIL_M), down, None, blocks, counts, y, *down_shapes,
+        _windows(h, 64), _windows(h, _TAIL_M), down, None, blocks, counts, y, *down_shapes,
         COUNTER=2, TOPK=0, ACTIVATION=None, **_LAUNCH,
     )  # fmt: skip
     return y
@@ -157,16 +160,17 @@ def _fp8_products(
 
     N, K, rows = experts.N, experts.K, routing.slot_of_row.shape[0]
     blocks, counts = _row_blocks(routing, config.group_m, fp8=True)
-    x, x_scale = gather_quantize(hidden_states, routing, topk, pdl=True)
-    h = torch.empty(rows, N, dtype=FP8, device=x.device)
+    codes = _rows_after_window(hidden_states, rows, K, FP8)
+    x, x_scale = gather_quantize(hidden_states, routing, topk, out=codes, pdl=True)
+    h = _rows_after_window(hidden_states, rows, N, FP8)
     # A tile's rows write and read the multipliers of one block of columns.
     h_scale = empty_scales(rows, N, x.device, column_major=True)
     y = hidden_states.new_empty(rows, K)
     # Shapes as above, without columns in.
     _moe_hopper_fp8_kernel[(sms,)](
         # inputs
-        _descriptor(x, 64), _descriptor(x, _FP8_TAIL_M), x_scale, *x_scale.stride(),
-        _descriptor(experts.gate_up.view(-1, K), 128), experts.gate_up_scale, blocks, counts,
+        _windows(x, 64), _windows(x, _FP8_TAIL_M), x_scale, *x_scale.stride(),
+        _weight_rows(experts.gate_up.view(-1, K)), experts.gate_up_scale, blocks, counts,
         # outputs
         h, h_scale, *h_scale.stride(),
         # shapes
@@ -176,8 +180,8 @@ def _fp8_products(
     )  # fmt: skip
     _moe_hopper_fp8_kernel[(sms,)](
         # inputs
-        _descriptor(h, 64), _descriptor(h, _FP8_TAIL_M), h_scale, *h_scale.stride(),
-        _descriptor(experts.down.view(-1, N), 128), experts.down_scale, blocks, counts,
+        _windows(h, 64), _windows(h, _FP8_TAIL_M), h_scale, *h_scale.stride(),
+        _weight_rows(experts.down.view(-1, N)), experts.down_scale, blocks, counts,
         # outputs
         y, None, 0, 0,
         # shapes
@@ -216,17 +220,43 @@ def _row_blocks(routing: Routing, group_m: int, *, fp8: bool) -> tuple[Tensor, T
     return blocks, counts
 
 
-def _descriptor(matrix: Tensor, rows: int) -> Any:
-    """The tensor descriptor of a row-major matrix, read in blocks of `rows` rows and 128 bytes of columns."""
+def _rows_after_window(like: Tensor, rows: int, columns: int, dtype: torch.dtype | None = None) -> Tensor:
+    """Fresh memory ``[rows, columns]`` for `_windows`, which begin one window before it."""
+    return like.new_empty(WINDOW + rows, columns, dtype=dtype)[WINDOW:]
+
+
+def _windows(matrix: Tensor, rows: int) -> Any:
+    """The tensor descriptor of all 64 successive rows of a matrix, read in blocks of `rows` rows.
+
+    Element ``[b, r, c]`` of the tensor that it describes is column c of row ``b - 64 + r``, where r is less than 64. So
+    the tensor can be made to end at any row, b, and TMA itself fills in zeros for what lies beyond.
+
+    Args:
+        matrix: From `_rows_after_window`.
+        rows: At most 64.
+    """
+    count, columns = matrix.shape
+    start = matrix.storage_offset() - WINDOW * columns
+    windows = matrix.as_strided((count + 1, WINDOW, columns), (columns, columns, 1), start)
+    return _tma_descriptor(windows, [1, rows])
+
+
+def _weight_rows(matrix: Tensor) -> Any:
+    """The tensor descriptor of a row-major matrix of weights, read in blocks of 128 rows."""
+    return _tma_descriptor(matrix, [128])
+
+
+def _tma_descriptor(tensor: Tensor, rows: list[int]) -> Any:
+    """Blocks of `rows` and 128 bytes of columns."""
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-    columns = _STAGE_BYTES // matrix.element_size()
-    return TensorDescriptor.from_tensor(matrix, [rows, columns], _layout(matrix.dtype, columns))
+    block = [*rows, _STAGE_BYTES // tensor.element_size()]
+    return TensorDescriptor.from_tensor(tensor, block, _layout(tensor.dtype, tuple(block)))
 
 
 @functools.cache
-def _layout(dtype: torch.dtype, columns: int) -> Any:
+def _layout(dtype: torch.dtype, block: tuple[int, ...]) -> Any:
     from triton.experimental.gluon import language as gl
 
     element = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16, FP8: gl.float8e4nv}[dtype]
-    return gl.NVMMASharedLayout.get_default_for([64, columns], element)
+    return gl.NVMMASharedLayout.get_default_for(list(block), element)

@@ -182,9 +182,21 @@ def load_stage(a_desc, tail_desc, w_desc, a_bufs, tail_bufs, w_bufs, stage, bar,
     mbarrier.expect(bar, (256 + 128) * ROW_BYTES, pred=lower & (not tail))
     mbarrier.expect(bar, (256 + 128 + tail_bufs.shape[1]) * ROW_BYTES, pred=tail)
     load_weights(w_desc, w_bufs, stage, bar, w_row, w_second, column)
-    tma.async_copy_global_to_shared(a_desc, [row, column], bar, a_bufs.index(2 * stage))
-    tma.async_copy_global_to_shared(a_desc, [row + 64, column], bar, a_bufs.index(2 * stage + 1), pred=lower)
-    tma.async_copy_global_to_shared(tail_desc, [row + 128, column], bar, tail_bufs.index(stage), pred=tail)
+    _load_rows(a_desc, a_bufs.index(2 * stage), bar, row, end, column, True)
+    _load_rows(a_desc, a_bufs.index(2 * stage + 1), bar, row + 64, end, column, lower)
+    _load_rows(tail_desc, tail_bufs.index(stage), bar, row + 128, end, column, tail)
+
+
+@gluon.jit
+def _load_rows(desc, buf, bar, row, end, column, pred):
+    """As many rows as `buf` has; zeros from `end` on, for which nothing is read, and which take less power to multiply.
+
+    `desc` sees memory as overlapping windows of 64 rows, see `hopper._windows`. Rows come from the window that ends at
+    `end`, or 64 rows on.
+    """
+    window = gl.minimum(row + 64, end)
+    view = buf._reinterpret(buf.dtype, desc.block_type.shape, desc.layout)
+    tma.async_copy_global_to_shared(desc, [window, row + 64 - window, column], bar, view, pred=pred)
 
 
 @gluon.jit
