@@ -2,7 +2,8 @@
 
     compute-sanitizer --tool memcheck python benchmarks/one_of_each.py --backend triton_splitk
 
-PyTorch's caching allocator hides overruns inside its blocks, so it is switched off.
+PyTorch's caching allocator hides overruns inside its blocks, so it is switched off. What runs a program on every
+multiprocessor runs few of them, so that each takes several tiles and comes back to what it used before.
 """
 
 import argparse
@@ -15,7 +16,8 @@ os.environ.setdefault("PYTORCH_NO_CUDA_MEMORY_CACHING", "1")
 import torch
 
 from moe_dispatch.benchmarks.sweep import available_backends
-from moe_dispatch.dispatchers import get_dispatcher
+from moe_dispatch.dispatcher import Dispatcher
+from moe_dispatch.machine import current_machine
 from moe_dispatch.measure import backend_call, make_inputs, reference_outputs, relative_error
 from moe_dispatch.problem import DType
 from moe_dispatch.registry import BACKENDS
@@ -24,6 +26,7 @@ from moe_dispatch.workloads import ROUTINGS, make_experts, workload
 # Odd on purpose: no tile is full.
 LAYER = "8,2,512,384"
 TOKENS = (1, 5, 130)
+PROGRAMS = 4
 DTYPES: tuple[DType, ...] = ("bf16", "fp8")
 
 
@@ -33,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--backend", action="append", help="only these; all registered ones if left out")
     parser.add_argument("--configs", type=int, default=3, help="configurations of each backend at each point")
     given = parser.parse_args(arguments)
-    dispatcher = get_dispatcher()
+    dispatcher = Dispatcher(current_machine("cuda").model_copy(update={"sms": PROGRAMS}))
     device = torch.device(dispatcher.machine.device)
     backends = available_backends(given.backend or BACKENDS.names(), dispatcher.planner.backend, print)
     wrong = 0

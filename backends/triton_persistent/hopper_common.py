@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
+from triton.experimental.gluon.language.nvidia.hopper import async_copy, mbarrier, tma
 
 from ..launch import fast_launch
 
@@ -94,8 +94,9 @@ def make_barriers(STAGES: gl.constexpr, COPIES: gl.constexpr):
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(_SLOTS):
-        mbarrier.init(known.index(i), count=1)
-        mbarrier.init(taken.index(i), count=3)
+        # From the scheduler; from two consumers of 128 threads and the loader: see `_arrive`.
+        mbarrier.init(known.index(i), count=1 + 32)
+        mbarrier.init(taken.index(i), count=3 + 2 * 128 + (64 if COPIES else 32))
     mbarrier.init(wanted.index(0), count=1)
     for i in gl.static_range(STAGES):
         # Where the loader copies by itself, each of its 64 threads arrives when its copies have.
@@ -139,7 +140,7 @@ def _publish_tile(queue, i, e, row, end, block_n):
     tiles.index(slot * 4 + 1).store(gl.full([1], row, gl.int32, ONE))
     tiles.index(slot * 4 + 2).store(gl.full([1], end, gl.int32, ONE))
     tiles.index(slot * 4 + 3).store(gl.full([1], block_n, gl.int32, ONE))
-    mbarrier.arrive(known.index(slot))
+    _arrive(known.index(slot))
 
 
 @gluon.jit
@@ -153,8 +154,18 @@ def receive_tile(queue, i):
     row = gl.max(tiles.index(slot * 4 + 1).load(ONE), 0)
     end = gl.max(tiles.index(slot * 4 + 2).load(ONE), 0)
     block_n = gl.max(tiles.index(slot * 4 + 3).load(ONE), 0)
-    mbarrier.arrive(taken.index(slot))
+    _arrive(taken.index(slot))
     return e, row, end, block_n
+
+
+@gluon.jit
+def _arrive(bar):
+    """Arrive once for all threads, when they are here, and with each of them.
+
+    The first suffices. But racecheck takes what a thread did for unordered where only another one arrives.
+    """
+    mbarrier.arrive(bar)
+    async_copy.mbarrier_arrive(bar, increment_count=False)
 
 
 @gluon.jit
