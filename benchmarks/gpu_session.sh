@@ -3,7 +3,10 @@
 #
 #     benchmarks/gpu_session.sh suite      the gpu suite as it is, then as an A100 and as an L40S, JUnit XML each; then what
 #                                          times the host, alone. About 7 minutes on 16 cores: LIMIT bounds each run
-#     benchmarks/gpu_session.sh sanitize   compute-sanitizer over a small case of every backend, about 4 minutes
+#     benchmarks/gpu_session.sh sanitize   compute-sanitizer over a small case of every backend, about 4 minutes. Racecheck
+#                                          needs 2026.4 or newer (pip: nvidia-cuda-sanitizer-api 13.5.25, which has it as
+#                                          nvidia/cu13/compute-sanitizer/compute-sanitizer: SANITIZER names it); 2025.3
+#                                          takes Triton's own hand-over to its partitions for races
 #
 # The machine is bare and reaches nothing: .gpu/site.tar.xz (the real vLLM and DeepGEMM) travels with the checkout, and
 # results go to $OUT. WORKERS run the suite side by side: it compiles for most of its time.
@@ -38,16 +41,30 @@ suite() {
 }
 
 sanitize() {
-  local failed=0
-  timeout 260 compute-sanitizer --tool memcheck --error-exitcode 9 --log-file "$OUT/memcheck.log" \
-    python3 benchmarks/one_of_each.py "$@" || failed=1
-  tail -n 1 "$OUT/memcheck.log"
-  # Racecheck reports hand-overs by mbarrier, right ones too: ours may show only what the control shows.
-  local race=(timeout 260 compute-sanitizer --tool racecheck --log-file)
-  "${race[@]}" "$OUT/racecheck.log" python3 benchmarks/one_of_each.py "$@" || failed=1
-  "${race[@]}" "$OUT/racecheck-control.log" python3 benchmarks/racecheck_control.py || failed=1
-  python3 benchmarks/racecheck_kinds.py "$OUT/racecheck.log" "$OUT/racecheck-control.log" | tee "$OUT/racecheck.txt" || failed=1
+  local failed=0 code
+  checked memcheck memcheck one_of_each.py "$@" || failed=1
+  checked racecheck racecheck one_of_each.py "$@" || failed=1
+  # What racecheck is worth: it has nothing to say of a hand-over that is right, and finds one that is wrong.
+  checked racecheck-control racecheck racecheck_control.py || failed=1
+  for early in written read; do
+    code=0
+    checked "racecheck-control-early-$early" racecheck racecheck_control.py --early "$early" || code=$?
+    ((code == FOUND)) || failed=1
+  done
   return "$failed"
+}
+
+FOUND=9
+
+# `checked LOG TOOL SCRIPT [arguments]` fails with $FOUND if the tool finds something.
+checked() {
+  local log="$OUT/$1.log"
+  timeout 260 "${SANITIZER:-compute-sanitizer}" --tool "$2" --error-exitcode "$FOUND" --log-file "$log" \
+    python3 "benchmarks/$3" "${@:4}"
+  local code=$?
+  printf '%s: ' "$1"
+  tail -n 1 "$log"
+  return "$code"
 }
 
 case "$step" in
