@@ -39,7 +39,8 @@ def test_both_products_compile_and_fit(dtype: DType, activation: Activation) -> 
     assert {built.constants["ACTIVATION"] for built in products} == {activation, None}
     for built in products:
         # In FP8 what is needed once a tile gives way to sums, outside the loops that multiply.
-        assert built.stack <= (128 if dtype == "fp8" else 0), built
+        assert not built.spilling, built
+        assert dtype == "fp8" or not built.stack, built
         assert built.shared <= SHARED_MEMORY[90], built
         assert built.wgmma, built
         assert built.tma, built

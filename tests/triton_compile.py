@@ -57,6 +57,7 @@ class Built:
         shared: Bytes.
         registers: Of a thread.
         stack: Bytes of a thread: spilled registers.
+        spilling: Some of them within a loop of asynchronous products.
         wgmma: Asynchronous products of a warp group.
         serialised: Each of them is waited for, because ptxas did not see that its registers are left alone.
         tma: Loads or stores through a tensor descriptor.
@@ -73,6 +74,7 @@ class Built:
     shared: int
     registers: int
     stack: int
+    spilling: bool
     wgmma: bool
     serialised: bool
     tma: bool
@@ -227,7 +229,7 @@ def _describe(kernel: Any, capability: int, constants: dict[str, Any]) -> Built:
     return Built(
         name=kernel.metadata.name, capability=capability, note={}, constants=constants,
         shared=kernel.metadata.shared, registers=usage["REG"], stack=usage["STACK"], wgmma=wgmma,
-        serialised=wgmma and _serialised(cubin),
+        spilling=wgmma and _spilling(cubin), serialised=wgmma and _serialised(cubin),
         tma="cp.async.bulk.tensor" in ptx, fp8="e4m3" in ptx, pdl="griddepcontrol.wait" in ptx,
         wide_copies="cp.async.cg.shared.global" in ptx,
         wide_loads=re.search(r"ld\.global\S*\.v(4\.b32|2\.b64)", ptx) is not None,
@@ -242,6 +244,21 @@ def _resources(cubin: bytes) -> dict[str, int]:
 def _serialised(cubin: bytes) -> bool:
     text = _tool("nvdisasm", cubin, "--print-code", "--no-dataflow")
     return text.count("WARPGROUP.DEPBAR") >= len(re.findall(r"\b[HIQ]GMMA\b", text))
+
+
+def _spilling(cubin: bytes) -> bool:
+    lines = _tool("nvdisasm", cubin, "--print-code").splitlines()
+    labels = {line.rstrip(":"): place for place, line in enumerate(lines) if re.fullmatch(r"\.L_\w+:", line)}
+    targets = ((place, re.search(r"\bBRA\b.*`\((\.L_\w+)\)", line)) for place, line in enumerate(lines))
+    loops = [(labels[found[1]], place) for place, found in targets if found and labels[found[1]] < place]
+    for place, line in enumerate(lines):
+        if re.search(r"\b[HIQ]GMMA\b", line):
+            around = [(last - first, first, last) for first, last in loops if first < place < last]
+            # What follows a wait that failed lies at the kernel's end and comes back: the shortest is the real loop.
+            _, first, last = min(around, default=(0, place, place))
+            if re.search(r"\b(STL|LDL)\b", "".join(lines[first:last])):
+                return True
+    return False
 
 
 def _tool(name: str, cubin: bytes, *options: str) -> str:
