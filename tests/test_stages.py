@@ -134,6 +134,11 @@ def test_gather_and_gather_quantize_skip_rows_without_a_slot(
     assert torch.equal(codes[used].float(), expected_codes.float())
     assert torch.equal(scale[used], expected_scale)
     assert scale[~used].isnan().all(), "padding's multipliers were written"
+    rows, row_codes = torch.zeros_like(copied), torch.zeros_like(codes)
+    assert gather(x, routing, 2, out=rows) is rows
+    assert gather_quantize(x, routing, 2, column_major_scales=True, out=row_codes)[0] is row_codes
+    assert torch.equal(rows[used], expected)
+    assert torch.equal(row_codes[used].float(), expected_codes.float())
 
 
 @pytest.mark.parametrize("columns", [128, 200, 1100])
