@@ -35,10 +35,10 @@ _LAUNCH: Final = {"STAGES": 4, "num_warps": 4, "maxnreg": 168, "launch_pdl": Tru
 _PERMUTED_FROM_N: Final = 4096
 # Rows per expert from which these kernels are the default: below, tiles of 64 rows on two programs are ahead. In FP8
 # those hide epilogues better, which counts where loops are short: with N of 768 to 1536 they are ahead by 1 to 3 %
-# at 32 to 48 rows. At deepseek-v3 (2048) these kernels are, by 3 % at 8 rows and 12 % at 32.
+# at 32 to 48 rows. At deepseek-v3 (2048) these kernels are, by 3 % at 4 rows and 12 % at 32.
 _FEW_ROWS: Final = 16
 _FEW_FP8_ROWS: Final = 56
-_FEW_FP8_ROWS_LONG: Final = 8
+_FEW_FP8_ROWS_LONG: Final = 2
 _LONG_N: Final = 2048
 
 
