@@ -226,7 +226,7 @@ def _rows_after_window(like: Tensor, rows: int, columns: int, dtype: torch.dtype
 
 
 def _windows(matrix: Tensor, rows: int) -> Any:
-    """The tensor descriptor of all 64 successive rows of a matrix, read in blocks of `rows` rows.
+    """The tensor descriptor of a matrix, seen as all its runs of 64 successive rows, read in blocks of `rows` rows.
 
     Element ``[b, r, c]`` of the tensor that it describes is column c of row ``b - 64 + r``, where r is less than 64. So
     the tensor can be made to end at any row, b, and TMA itself fills in zeros for what lies beyond.
