@@ -18,7 +18,8 @@ class ReferenceConfig(BackendConfig):
     """Options of the reference.
 
     Attributes:
-        compute_fp32: Multiply in fp32 whatever the dtype of the weights: the truth that others are compared with.
+        compute_fp32: Multiply in fp32 whatever the dtype of the weights, as on a CPU always: the truth that others are
+            compared with.
         quantize_activations: With block FP8 weights, quantise activations per token and 128 columns as the fast
             backends do; False keeps them and shows what that quantisation costs.
     """
@@ -81,7 +82,9 @@ def _hit_experts(topk_ids: Tensor, E: int) -> list[int]:
 
 def _expert(tokens: Tensor, experts: ExpertWeights, e: int, config: ReferenceConfig) -> Tensor:
     gate_up, down = _weights(experts, e)
-    if config.compute_fp32 or experts.dtype == "fp8":
+    # On a CPU always: the last fallback may not end the process, as products in BF16 do on a virtual machine that only
+    # announces AMX.
+    if config.compute_fp32 or experts.dtype == "fp8" or tokens.device.type == "cpu":
         tokens, gate_up, down = tokens.float(), gate_up.float(), down.float()
     quantize = experts.dtype == "fp8" and config.quantize_activations
     if quantize:

@@ -8,11 +8,13 @@ import torch
 from torch import Tensor
 
 from moe_dispatch import ExpertWeights, moe_forward, stats
+from moe_dispatch.backends.reference import ReferenceBackend, ReferenceConfig
 from moe_dispatch.backends.stages.quantize import quantize_rows_torch
 from moe_dispatch.dispatchers import get_dispatcher
 from moe_dispatch.experts import dequantize_blocks, fp8_multiplier
-from moe_dispatch.problem import Activation
-from moe_dispatch.workloads import ROUTINGS, Workload, make_experts
+from moe_dispatch.machine import Machine
+from moe_dispatch.problem import Activation, DType
+from moe_dispatch.workloads import ROUTINGS, Workload, make_experts, torch_dtype
 
 M, K, N, E, TOPK = 6, 64, 48, 5, 3
 
@@ -56,6 +58,16 @@ def test_it_is_the_formula(activation: Activation, bias: bool) -> None:
     out = moe_forward(hidden, experts, weights, ids, backend="reference")
     torch.testing.assert_close(out.double(), dense(hidden, experts.gate_up, experts.down, experts, weights, ids),
                                rtol=1e-4, atol=1e-4)  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_on_a_cpu_it_multiplies_in_fp32(dtype: DType) -> None:
+    """Products in BF16 end the process where a virtual machine only announces AMX, and this is the last fallback."""
+    backend = ReferenceBackend(Machine.inspect("cpu"))
+    experts = make_experts(Workload("layer", E, TOPK, K, N), dtype, "cpu")
+    given = torch.randn(M, K).to(torch_dtype(dtype)), experts, *routing()
+    out = backend.run(*given, ReferenceConfig())
+    assert torch.equal(out, backend.run(*given, ReferenceConfig(compute_fp32=True)))
 
 
 def test_block_fp8_is_the_formula_up_to_its_rounding() -> None:
