@@ -40,7 +40,7 @@ def test_both_products_compile_and_fit(dtype: DType, activation: Activation) -> 
     for built in products:
         # In FP8 what is needed once a tile gives way to sums, outside the loops that multiply.
         assert not built.spilling, built
-        assert dtype == "fp8" or not built.stack, built
+        assert built.stack <= (136 if dtype == "fp8" else 0), built
         assert built.shared <= SHARED_MEMORY[90], built
         assert built.wgmma, built
         assert built.tma, built

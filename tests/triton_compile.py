@@ -226,10 +226,11 @@ def compiling(capability: int, built: list[Built]) -> Iterator[None]:
 def _describe(kernel: Any, capability: int, constants: dict[str, Any]) -> Built:
     ptx, cubin = kernel.asm["ptx"], kernel.asm["cubin"]
     usage, wgmma = _resources(cubin), "wgmma.mma_async" in ptx
+    code = _tool("nvdisasm", cubin, "--print-code") if wgmma else ""
     return Built(
         name=kernel.metadata.name, capability=capability, note={}, constants=constants,
         shared=kernel.metadata.shared, registers=usage["REG"], stack=usage["STACK"], wgmma=wgmma,
-        spilling=wgmma and _spilling(cubin), serialised=wgmma and _serialised(cubin),
+        spilling=_spilling(code), serialised=wgmma and _serialised(code),
         tma="cp.async.bulk.tensor" in ptx, fp8="e4m3" in ptx, pdl="griddepcontrol.wait" in ptx,
         wide_copies="cp.async.cg.shared.global" in ptx,
         wide_loads=re.search(r"ld\.global\S*\.v(4\.b32|2\.b64)", ptx) is not None,
@@ -241,13 +242,12 @@ def _resources(cubin: bytes) -> dict[str, int]:
     return {key: int(value) for key, value in re.findall(r"\b(REG|STACK):(\d+)", text)}
 
 
-def _serialised(cubin: bytes) -> bool:
-    text = _tool("nvdisasm", cubin, "--print-code", "--no-dataflow")
-    return text.count("WARPGROUP.DEPBAR") >= len(re.findall(r"\b[HIQ]GMMA\b", text))
+def _serialised(code: str) -> bool:
+    return code.count("WARPGROUP.DEPBAR") >= len(re.findall(r"\b[HIQ]GMMA\b", code))
 
 
-def _spilling(cubin: bytes) -> bool:
-    lines = _tool("nvdisasm", cubin, "--print-code").splitlines()
+def _spilling(code: str) -> bool:
+    lines = code.splitlines()
     labels = {line.rstrip(":"): place for place, line in enumerate(lines) if re.fullmatch(r"\.L_\w+:", line)}
     targets = ((place, re.search(r"\bBRA\b.*`\((\.L_\w+)\)", line)) for place, line in enumerate(lines))
     loops = [(labels[found[1]], place) for place, found in targets if found and labels[found[1]] < place]
