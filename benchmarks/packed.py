@@ -19,6 +19,7 @@ from moe_dispatch.machine import Machine
 from moe_dispatch.measure import PEERS_CEILINGS
 from moe_dispatch.policies.schema import CalibrationFile, Layer, parse_calibration, read_bytes
 from moe_dispatch.policies.worker import distinct_inputs
+from moe_dispatch.storage import write_atomically
 from moe_dispatch.workloads import WORKLOADS, Workload
 
 FORMAT: Final = 1
@@ -147,8 +148,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             else:
                 rows += load([path])
     text = "".join(f"{line}\n" for line in pack(rows))
-    given.out.parent.mkdir(parents=True, exist_ok=True)
-    given.out.write_text(text, encoding="utf-8")
+    write_atomically(given.out, text)
     print(f"{len(rows)} rows, {len(text.encode()):,} bytes: {given.out}")
 
 

@@ -12,6 +12,7 @@ from typing import Final
 from moe_dispatch.benchmarks.command import mistakes_exit
 from moe_dispatch.policies.merge import Measured, flat, merge
 from moe_dispatch.policies.schema import CalibrationFile, Measurement, parse_calibration, read_bytes
+from moe_dispatch.storage import write_atomically
 
 # Who was farther behind at a token count is not chosen between it and the next either, unless it is its backend's best.
 NEAR: Final = 1.25
@@ -70,8 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = parser.parse_args(arguments)
     with mistakes_exit(parser):
         made = table(parse_calibration(read_bytes(path), str(path)) for path in given.calibrations)
-    given.out.parent.mkdir(parents=True, exist_ok=True)
-    given.out.write_text(made.model_dump_json(exclude_defaults=True), encoding="utf-8")
+    write_atomically(given.out, made.model_dump_json(exclude_defaults=True))
     count = sum(len(point.measurements) for point in made.points)
     print(f"{len(made.points)} points, {count} measurements, {given.out.stat().st_size:,} bytes: {given.out}")
 
