@@ -16,6 +16,7 @@ cd "$(dirname "$0")/.."
 step="${1:?usage: gpu_session.sh suite|sanitize [arguments]}"
 shift
 : "${OUT:=$PWD/out}" "${LIMIT:=300}" "${WORKERS:=14}"
+FOUND=9 # what compute-sanitizer is to exit with if it finds something
 mkdir -p "$OUT" "$HOME/site"
 export PYTHONUNBUFFERED=1 VLLM_LOGGING_LEVEL=ERROR VLLM_USE_DEEP_GEMM_E8M0=0
 
@@ -53,8 +54,6 @@ sanitize() {
   done
   return "$failed"
 }
-
-FOUND=9
 
 # `checked LOG TOOL SCRIPT [arguments]` fails with $FOUND if the tool finds something.
 checked() {

@@ -17,7 +17,7 @@ import torch
 
 from moe_dispatch.benchmarks.sweep import available_backends
 from moe_dispatch.dispatcher import Dispatcher
-from moe_dispatch.machine import current_machine
+from moe_dispatch.machine import current_machine, default_device
 from moe_dispatch.measure import backend_call, make_inputs, reference_outputs, relative_error
 from moe_dispatch.problem import DType
 from moe_dispatch.registry import BACKENDS
@@ -36,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--backend", action="append", help="only these; all registered ones if left out")
     parser.add_argument("--configs", type=int, default=3, help="configurations of each backend at each point")
     given = parser.parse_args(arguments)
-    dispatcher = Dispatcher(current_machine("cuda").model_copy(update={"sms": PROGRAMS}))
+    dispatcher = Dispatcher(current_machine(default_device()).model_copy(update={"sms": PROGRAMS}))
     device = torch.device(dispatcher.machine.device)
     backends = available_backends(given.backend or BACKENDS.names(), dispatcher.planner.backend, print)
     wrong = 0

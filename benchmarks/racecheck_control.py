@@ -3,8 +3,8 @@
 
     compute-sanitizer --tool racecheck python benchmarks/racecheck_control.py [--early written|read]
 
-One warp hands numbers to four through a slot in shared memory, in the way of the kernels for Hopper: two mbarriers, one
-for "written" and one for "read". With `--early` one of them is arrived at before it is true.
+One warp hands numbers to four through a slot in shared memory, by two mbarriers, one for "written" and one for "read",
+at which all arrive as in the kernels for Hopper. With `--early` one of them is arrived at before it is true.
 """
 
 import argparse
@@ -14,7 +14,9 @@ from collections.abc import Sequence
 import torch
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import async_copy, mbarrier
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier
+
+from moe_dispatch.backends.triton_persistent.hopper_common import arrive
 
 NUMBERS = 64  # handed over by each program
 PROGRAMS = 128
@@ -46,10 +48,10 @@ def _give(slot, written, read, numbers, EARLY: gl.constexpr):
     for i in range(numbers):
         mbarrier.wait(read.index(0), i & 1 ^ 1)
         if EARLY == "written":
-            _arrive(written.index(0))
+            arrive(written.index(0))
         slot.index(0).store(gl.full([1], i + 1, gl.int32, ONE))
         if EARLY != "written":
-            _arrive(written.index(0))
+            arrive(written.index(0))
 
 
 @gluon.jit
@@ -58,18 +60,11 @@ def _take(slot, written, read, out_ptr, numbers, EARLY: gl.constexpr):
     for i in range(numbers):
         mbarrier.wait(written.index(0), i & 1)
         if EARLY == "read":
-            _arrive(read.index(0))
+            arrive(read.index(0))
         number = gl.max(slot.index(0).load(ONE), 0)
         if EARLY != "read":
-            _arrive(read.index(0))
+            arrive(read.index(0))
         gl.store(out_ptr + i, number)
-
-
-@gluon.jit
-def _arrive(bar):
-    """For all threads, and with each of them, as the kernels do: racecheck follows their own arrivals alone."""
-    mbarrier.arrive(bar)
-    async_copy.mbarrier_arrive(bar, increment_count=False)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -17,7 +17,7 @@ from moe_dispatch.problem import Activation
 def call(
     hidden_states: Tensor, experts: ExpertWeights, topk_weights: Tensor, topk_ids: Tensor, backend: str | None
 ) -> Tensor:
-    """Run a checked call through the operator."""
+    """Run a call through the operator; see `call_tensors`."""
     return call_tensors(
         hidden_states,
         topk_weights,

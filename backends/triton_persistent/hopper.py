@@ -129,8 +129,8 @@ def hopper_products(
         upper, tail = _windows(x, 64), _windows(x, _TAIL_M)
     h = _rows_after_window(hidden_states, rows, N)
     y = hidden_states.new_empty(rows, K)
-    gate_up = _weight_rows(experts.gate_up.view(-1, K))
-    down = _weight_rows(experts.down.view(-1, N))
+    gate_up = _weight_rows(experts.gate_up)
+    down = _weight_rows(experts.down)
     # Column blocks; rows of an expert's weights, from the first half of a tile to the second, from a tile to the next;
     # blocks summed over; columns in and out.
     up_shapes = math.ceil(N / 128), 2 * N, N, 128, K // depth, K, N
@@ -170,7 +170,7 @@ def _fp8_products(
     _moe_hopper_fp8_kernel[(sms,)](
         # inputs
         _windows(x, 64), _windows(x, _FP8_TAIL_M), x_scale, *x_scale.stride(),
-        _weight_rows(experts.gate_up.view(-1, K)), experts.gate_up_scale, blocks, counts,
+        _weight_rows(experts.gate_up), experts.gate_up_scale, blocks, counts,
         # outputs
         h, h_scale, *h_scale.stride(),
         # shapes
@@ -181,7 +181,7 @@ def _fp8_products(
     _moe_hopper_fp8_kernel[(sms,)](
         # inputs
         _windows(h, 64), _windows(h, _FP8_TAIL_M), h_scale, *h_scale.stride(),
-        _weight_rows(experts.down.view(-1, N)), experts.down_scale, blocks, counts,
+        _weight_rows(experts.down), experts.down_scale, blocks, counts,
         # outputs
         y, None, 0, 0,
         # shapes
@@ -241,9 +241,9 @@ def _windows(matrix: Tensor, rows: int) -> Any:
     return _tma_descriptor(windows, [1, rows])
 
 
-def _weight_rows(matrix: Tensor) -> Any:
-    """The tensor descriptor of a row-major matrix of weights, read in blocks of 128 rows."""
-    return _tma_descriptor(matrix, [128])
+def _weight_rows(weights: Tensor) -> Any:
+    """The tensor descriptor of ``[E, rows, columns]``, the experts' rows one after the other, in blocks of 128."""
+    return _tma_descriptor(weights.view(-1, weights.shape[2]), [128])
 
 
 def _tma_descriptor(tensor: Tensor, rows: list[int]) -> Any:

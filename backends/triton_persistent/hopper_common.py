@@ -94,7 +94,7 @@ def make_barriers(STAGES: gl.constexpr, COPIES: gl.constexpr):
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(_SLOTS):
-        # From the scheduler; from two consumers of 128 threads and the loader: see `_arrive`.
+        # From the scheduler; from two consumers of 128 threads and the loader: see `arrive`.
         mbarrier.init(known.index(i), count=1 + 32)
         mbarrier.init(taken.index(i), count=3 + 2 * 128 + (64 if COPIES else 32))
     mbarrier.init(wanted.index(0), count=1)
@@ -140,7 +140,7 @@ def _publish_tile(queue, i, e, row, end, block_n):
     tiles.index(slot * 4 + 1).store(gl.full([1], row, gl.int32, ONE))
     tiles.index(slot * 4 + 2).store(gl.full([1], end, gl.int32, ONE))
     tiles.index(slot * 4 + 3).store(gl.full([1], block_n, gl.int32, ONE))
-    _arrive(known.index(slot))
+    arrive(known.index(slot))
 
 
 @gluon.jit
@@ -154,12 +154,12 @@ def receive_tile(queue, i):
     row = gl.max(tiles.index(slot * 4 + 1).load(ONE), 0)
     end = gl.max(tiles.index(slot * 4 + 2).load(ONE), 0)
     block_n = gl.max(tiles.index(slot * 4 + 3).load(ONE), 0)
-    _arrive(taken.index(slot))
+    arrive(taken.index(slot))
     return e, row, end, block_n
 
 
 @gluon.jit
-def _arrive(bar):
+def arrive(bar):
     """Arrive once for all threads, when they are here, and with each of them.
 
     The first suffices. But racecheck takes what a thread did for unordered where only another one arrives.
