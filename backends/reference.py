@@ -7,11 +7,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moe_dispatch.backend import Backend, BackendConfig, Requirements
+from moe_dispatch.backends.stages.activate import activate_torch
+from moe_dispatch.backends.stages.quantize import quantize_rows_torch
 from moe_dispatch.experts import ExpertWeights, dequantize_blocks
 from moe_dispatch.problem import QUANT_BLOCK
-
-from .stages.activate import activate_torch
-from .stages.quantize import quantize_rows_torch
 
 
 class ReferenceConfig(BackendConfig):

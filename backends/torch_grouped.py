@@ -7,13 +7,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moe_dispatch.backend import Backend, BackendConfig, Requirements
+from moe_dispatch.backends.stages.activate import activate
+from moe_dispatch.backends.stages.combine import combine
+from moe_dispatch.backends.stages.quantize import gather
+from moe_dispatch.backends.stages.route import route
 from moe_dispatch.experts import ExpertWeights
 from moe_dispatch.problem import ELEMENT_BYTES, MoEProblem
-
-from .stages.activate import activate
-from .stages.combine import combine
-from .stages.quantize import gather
-from .stages.route import route
 
 # Where torch has a grouped kernel, and for BF16 only; elsewhere it copies the offsets to the host and loops.
 _FUSED_MAJORS: Final = (9, 10)

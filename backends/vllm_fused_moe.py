@@ -12,11 +12,10 @@ import torch
 from torch import Tensor
 
 from moe_dispatch.backend import Backend, BackendConfig, Requirements
+from moe_dispatch.backends.stages.mask_slots import mask_slots
 from moe_dispatch.errors import BackendUnavailableError
 from moe_dispatch.experts import ExpertWeights
 from moe_dispatch.problem import QUANT_BLOCK, Activation, MoEProblem
-
-from .stages.mask_slots import mask_slots
 
 _PACKAGE: Final = "vllm.model_executor.layers.fused_moe"
 _E8M0_ENV: Final = "VLLM_USE_DEEP_GEMM_E8M0"

@@ -16,14 +16,13 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 
 from moe_dispatch.backend import Backend
-from moe_dispatch.dispatchers import get_dispatcher
-from moe_dispatch.policies.points import coarse_to_fine
+from moe_dispatch.benchmarks.baselines import PEERS, Peer
+from moe_dispatch.benchmarks.reports.scoreboard import MODELS, SKEWED, TOKENS
+from moe_dispatch.benchmarks.rows import timed_keys
+from moe_dispatch.benchmarks.sweep import Plan, Provenance, Sweep, available_backends
+from moe_dispatch.dispatch.process import get_dispatcher
+from moe_dispatch.policies.calibration.schedule import coarse_to_fine
 from moe_dispatch.workloads import ROUTINGS, WORKLOADS
-
-from .peers import PEERS, Peer
-from .rows import timed_keys
-from .scoreboard import MODELS, SKEWED, TOKENS
-from .sweep import Plan, Provenance, Sweep, available_backends
 
 if TYPE_CHECKING:
     from moe_dispatch.problem import Mode

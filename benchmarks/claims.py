@@ -21,10 +21,9 @@ import pydantic
 import torch
 
 from moe_dispatch.benchmarks import rows as records
-from moe_dispatch.dispatchers import get_dispatcher
+from moe_dispatch.dispatch.process import get_dispatcher
 from moe_dispatch.errors import BackendUnavailableError
 from moe_dispatch.experts import ExpertWeights, quantize_blocks
-from moe_dispatch.failures import lost_device, summary
 from moe_dispatch.measure import (
     Call,
     LayerInputs,
@@ -35,6 +34,7 @@ from moe_dispatch.measure import (
     verify,
 )
 from moe_dispatch.problem import DType, Mode, MoEProblem
+from moe_dispatch.system.failures import lost_device, summary
 from moe_dispatch.workloads import ROUTINGS, RoutingDistribution, Workload, make_experts, workload
 
 if TYPE_CHECKING:

@@ -102,7 +102,7 @@ tokens_of() {
 agree() {
   local what="$1" first="$2" second="$3"
   shift 3
-  { printf '\n%s\n\n' "$what"; python3 -m moe_dispatch.benchmarks.agreement "$OUT/$first" "$OUT/$second" "$@"; } \
+  { printf '\n%s\n\n' "$what"; python3 -m moe_dispatch.benchmarks.reports.agreement "$OUT/$first" "$OUT/$second" "$@"; } \
     | tee -a "$OUT/agreement.txt"
 }
 
@@ -112,7 +112,7 @@ bench() {
   # --budget stops between points; a single point that outlasts it is interrupted, and its finished rows are kept.
   timeout --signal=INT --kill-after=20 "$((SECONDS_EACH + 5))" python3 -m moe_dispatch.benchmarks.acceptance \
     "${models[@]}" --out "$rows" --budget "$SECONDS_EACH" || [[ $? =~ ^(124|130)$ ]]
-  python3 -m moe_dispatch.benchmarks.scoreboard "$rows" | tee "$OUT/scoreboard.md" || true
+  python3 -m moe_dispatch.benchmarks.reports.scoreboard "$rows" | tee "$OUT/scoreboard.md" || true
 }
 
 claims() {

@@ -17,9 +17,9 @@ from moe_dispatch.benchmarks.command import mistakes_exit
 from moe_dispatch.benchmarks.rows import BenchRow, load, versions
 from moe_dispatch.machine import Machine
 from moe_dispatch.measure import PEERS_CEILINGS
-from moe_dispatch.policies.schema import CalibrationFile, Layer, parse_calibration, read_bytes
-from moe_dispatch.policies.worker import distinct_inputs
-from moe_dispatch.storage import write_atomically
+from moe_dispatch.policies.calibration.worker import distinct_inputs
+from moe_dispatch.policies.measurements.schema import CalibrationFile, Layer, parse_calibration, read_bytes
+from moe_dispatch.system.files import write_atomically
 from moe_dispatch.workloads import WORKLOADS, Workload
 
 FORMAT: Final = 1

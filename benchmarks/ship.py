@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Final
 
 from moe_dispatch.benchmarks.command import mistakes_exit
-from moe_dispatch.policies.merge import Measured, flat, merge
-from moe_dispatch.policies.schema import CalibrationFile, Measurement, parse_calibration, read_bytes
-from moe_dispatch.storage import write_atomically
+from moe_dispatch.policies.measurements.merge import Measured, flat, merge
+from moe_dispatch.policies.measurements.schema import CalibrationFile, Measurement, parse_calibration, read_bytes
+from moe_dispatch.system.files import write_atomically
 
 # Who was farther behind at a token count is not chosen between it and the next either, unless it is its backend's best.
 NEAR: Final = 1.25

@@ -20,9 +20,11 @@ import torch
 from torch import Tensor
 
 from moe_dispatch.backend import Backend, BackendConfig
+from moe_dispatch.benchmarks.baselines import Peer
+from moe_dispatch.benchmarks.rows import BenchRow, RowKey, append, commit, row_key, versions
+from moe_dispatch.dispatch.policy_chain import Ranking
 from moe_dispatch.errors import BackendUnavailableError
 from moe_dispatch.experts import ExpertWeights
-from moe_dispatch.failures import lost_device, out_of_memory, summary
 from moe_dispatch.machine import Machine
 from moe_dispatch.measure import (
     PEERS_CEILINGS,
@@ -39,13 +41,10 @@ from moe_dispatch.measure import (
     time_interleaved,
     verify,
 )
-from moe_dispatch.policies.points import coarse_to_fine
+from moe_dispatch.policies.calibration.schedule import coarse_to_fine
 from moe_dispatch.problem import DType, Mode, MoEProblem
-from moe_dispatch.ranking import Ranking
+from moe_dispatch.system.failures import lost_device, out_of_memory, summary
 from moe_dispatch.workloads import RoutingDistribution, Workload, make_experts
-
-from .peers import Peer
-from .rows import BenchRow, RowKey, append, commit, row_key, versions
 
 Configs = Literal["default", "all", "chosen"]
 

@@ -8,7 +8,7 @@ out = moe_forward(hidden_states, experts, topk_weights, topk_ids)
 
 from moe_dispatch.api import explain, moe_forward, warm_up
 from moe_dispatch.backend import Backend, BackendConfig, Requirements
-from moe_dispatch.dispatchers import stats
+from moe_dispatch.dispatch.process import stats
 from moe_dispatch.errors import (
     BackendFailedError,
     BackendUnavailableError,

@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from moe_dispatch import ops
-from moe_dispatch.checks import check
-from moe_dispatch.dispatcher import Dispatcher
-from moe_dispatch.dispatchers import get_dispatcher
+from moe_dispatch.dispatch import torch_operator
+from moe_dispatch.dispatch.checks import check
+from moe_dispatch.dispatch.dispatcher import Dispatcher
+from moe_dispatch.dispatch.explanation import Explanation
+from moe_dispatch.dispatch.process import get_dispatcher
 from moe_dispatch.errors import InvalidInputError
 from moe_dispatch.experts import ExpertWeights
-from moe_dispatch.explain import Explanation
 from moe_dispatch.machine import Machine
 from moe_dispatch.problem import MoEProblem
 from moe_dispatch.workloads import ROUTINGS
@@ -67,7 +67,9 @@ def dispatch(
     if not isinstance(experts, ExpertWeights):
         check(hidden_states, experts, topk_weights, topk_ids)  # raises
     if type(hidden_states) is not Tensor and isinstance(hidden_states, FakeTensor):
-        return ops.call(hidden_states, experts, topk_weights, topk_ids, backend)  # which knows the shape of its result
+        return torch_operator.call(
+            hidden_states, experts, topk_weights, topk_ids, backend
+        )  # which knows the shape of its result
     device = experts.device
     # The private question costs a sixth of the public one.
     if torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(device.type):
@@ -92,12 +94,12 @@ def _compiled(
     """
     tensors = isinstance(hidden_states, Tensor) and isinstance(topk_weights, Tensor) and isinstance(topk_ids, Tensor)
     if not (tensors and isinstance(experts, ExpertWeights)) or experts.wants_grad(hidden_states, topk_weights):
-        from moe_dispatch.uncompiled import call_uncompiled
+        from moe_dispatch.dispatch.uncompiled import call_uncompiled
 
         # The reference's loop launches what the routing asks for.
         out: Tensor = call_uncompiled(dispatch, hidden_states, experts, topk_weights, topk_ids, backend)
         return out
-    return ops.call(hidden_states, experts, topk_weights, topk_ids, backend)
+    return torch_operator.call(hidden_states, experts, topk_weights, topk_ids, backend)
 
 
 def _current(device: torch.device) -> AbstractContextManager[object]:

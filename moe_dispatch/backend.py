@@ -6,7 +6,7 @@ A backend of your own, in your own package, needs no change here:
     my_backend = "my_package.moe:MyBackend"
 
 It is loaded on first use, appears in `moe-dispatch doctor`, and takes part in calibration. The conformance suite
-(tests/conformance.py) runs over whatever is registered.
+(moe_dispatch/testing.py) runs over whatever is registered.
 """
 
 from abc import ABC, abstractmethod

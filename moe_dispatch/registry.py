@@ -5,11 +5,11 @@ import importlib.metadata
 import threading
 from typing import Final, Generic, TypeVar
 
-from moe_dispatch import failures
 from moe_dispatch.backend import Backend, Requirements
 from moe_dispatch.errors import BackendUnavailableError, InvalidInputError, UnknownNameError
 from moe_dispatch.machine import Machine
 from moe_dispatch.policy import Policy
+from moe_dispatch.system import failures
 
 ENTRY_POINT_GROUP: Final = "moe_dispatch.backends"
 
@@ -128,7 +128,7 @@ POLICIES: Final = Registry(
     Policy,  # type: ignore[type-abstract]
     {
         "calibrated": "moe_dispatch.policies.calibrated:CalibratedPolicy",
-        "learned": "moe_dispatch.policies.learned:LearnedPolicy",
+        "learned": "moe_dispatch.policies.learned.policy:LearnedPolicy",
         "shipped": "moe_dispatch.policies.shipped:ShippedPolicy",
         "rules": "moe_dispatch.policies.rules:RulesPolicy",
     },

@@ -9,14 +9,13 @@ import pydantic
 from moe_dispatch.backend import Backend
 from moe_dispatch.errors import BackendUnavailableError, PolicyFileError, UnknownNameError, warn
 from moe_dispatch.machine import Machine
+from moe_dispatch.policies.measurements.schema import CalibrationFile, Candidate, LayerKey, layer_key, read_calibration
+from moe_dispatch.policies.measurements.table import Identity, LayerTable
+from moe_dispatch.policies.measurements.versions import changes, relevant_versions
 from moe_dispatch.policy import Choice, Policy
 from moe_dispatch.problem import Mode, MoEProblem
 from moe_dispatch.registry import make_backend
-from moe_dispatch.storage import cache_dir
-
-from .schema import CalibrationFile, Candidate, LayerKey, layer_key, read_calibration
-from .table import Identity, LayerTable
-from .versions import changes, relevant_versions
+from moe_dispatch.system.files import cache_dir
 
 logger = logging.getLogger(__name__)
 

@@ -3,9 +3,8 @@
 from importlib import resources
 
 from moe_dispatch.errors import PolicyFileError
-
-from .calibrated import MeasuredPolicy
-from .schema import MAX_FILE_BYTES, CalibrationFile, parse_calibration
+from moe_dispatch.policies.calibrated import MeasuredPolicy
+from moe_dispatch.policies.measurements.schema import MAX_FILE_BYTES, CalibrationFile, parse_calibration
 
 
 class ShippedPolicy(MeasuredPolicy):
@@ -19,7 +18,7 @@ class ShippedPolicy(MeasuredPolicy):
     retires = False
 
     def _read(self) -> CalibrationFile | None:
-        table = resources.files(__package__) / "tables" / f"{self.machine.slug}.json"
+        table = resources.files("moe_dispatch.policies") / "tables" / f"{self.machine.slug}.json"
         try:
             content = table.read_bytes()
         except (FileNotFoundError, NotADirectoryError):

@@ -16,7 +16,7 @@ if not torch.cuda.is_available():
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # the workers share the cores already
 
-from moe_dispatch.dispatchers import reset_dispatchers
+from moe_dispatch.dispatch.process import reset_dispatchers
 from moe_dispatch.settings import settings
 
 if os.environ.get("MOE_DISPATCH_MACHINE"):

@@ -1,5 +1,5 @@
 """DeepSeek's DeepGEMM, with the layer around its grouped GEMMs written straight into its layouts."""
 
-from .backend import DeepGemmBackend, DeepGemmConfig
+from moe_dispatch.backends.deep_gemm.backend import DeepGemmBackend, DeepGemmConfig
 
 __all__ = ["DeepGemmBackend", "DeepGemmConfig"]

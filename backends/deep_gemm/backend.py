@@ -5,12 +5,11 @@ from typing import ClassVar, Final, Literal
 from torch import Tensor
 
 from moe_dispatch.backend import Backend, BackendConfig, Requirements
+from moe_dispatch.backends.deep_gemm.layouts import MaskedRows, PsumRows, Rows, expected_rows, layout_rows
+from moe_dispatch.backends.deep_gemm.library import INSTALL_HINT, load, wheel_reasons
+from moe_dispatch.backends.stages.combine import combine
 from moe_dispatch.experts import ExpertWeights
 from moe_dispatch.problem import QUANT_BLOCK, DType, MoEProblem
-
-from ..stages.combine import combine
-from .layouts import MaskedRows, PsumRows, Rows, expected_rows, layout_rows
-from .library import INSTALL_HINT, load, wheel_reasons
 
 Layout = Literal["masked", "psum"]
 

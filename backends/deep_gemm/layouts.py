@@ -13,12 +13,11 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
+from moe_dispatch.backends.deep_gemm.library import Library
+from moe_dispatch.backends.stages.activate import activate, activate_quantize
+from moe_dispatch.backends.stages.quantize import gather, gather_quantize, spreads_scales
+from moe_dispatch.backends.stages.route import buffer_rows, route
 from moe_dispatch.experts import ExpertWeights
-
-from ..stages.activate import activate, activate_quantize
-from ..stages.quantize import gather, gather_quantize, spreads_scales
-from ..stages.route import buffer_rows, route
-from .library import Library
 
 # The tallest tile that DeepGEMM picks for the masked layout on sm_90.
 MASKED_TILE: Final = 128

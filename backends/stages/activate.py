@@ -7,12 +7,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from moe_dispatch.backends.stages.quantize import empty_scales, quantize_rows_torch, scale_strides
+from moe_dispatch.backends.stages.route import Routing
+from moe_dispatch.backends.triton_common.features import on_triton
 from moe_dispatch.experts import FP8
 from moe_dispatch.problem import QUANT_BLOCK, UNGATED, Activation
-
-from ..triton_support import on_triton
-from .quantize import empty_scales, quantize_rows_torch, scale_strides
-from .route import Routing
 
 # gpt-oss's clamped SwiGLU (openai/gpt-oss, `swiglu`): (clamp(up) + 1) · gate · sigmoid(alpha · gate).
 SWIGLU_OAI_ALPHA = 1.702
@@ -140,7 +139,7 @@ def _launch(
     scale: Tensor | None,
     pdl: bool,
 ) -> None:
-    from .activate_kernel import _moe_activate_kernel
+    from moe_dispatch.backends.stages.activate_kernel import _moe_activate_kernel
 
     rows, N = out.shape
     slots = routing.row_of_slot.shape[0]

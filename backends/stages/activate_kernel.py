@@ -1,11 +1,11 @@
-# mypy: disable-error-code="no-untyped-def, no-untyped-call"
+# mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"
 """Device code of `activate` and `activate_quantize`."""
 
 import triton
 import triton.language as tl
 
-from ..launch import fast_launch
-from .device import moe_activate, moe_fp8_amax, moe_fp8_codes, moe_fp8_scale
+from moe_dispatch.backends.triton_common.device import moe_activate, moe_fp8_amax, moe_fp8_codes, moe_fp8_scale
+from moe_dispatch.backends.triton_common.fast_launch import fast_launch
 
 
 @fast_launch

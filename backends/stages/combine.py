@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from ..triton_support import on_triton
+from moe_dispatch.backends.triton_common.features import on_triton
 
 
 def combine(
@@ -34,7 +34,7 @@ def combine(
     """
     if not on_triton(y):
         return combine_torch(y, row_of_slot, topk_weights, out_dtype, down_bias=down_bias, topk_ids=topk_ids)
-    from .combine_kernel import _moe_combine_kernel
+    from moe_dispatch.backends.stages.combine_kernel import _moe_combine_kernel
 
     M, topk = topk_weights.shape
     K = y.shape[1]

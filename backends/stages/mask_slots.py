@@ -6,7 +6,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from ..triton_support import on_triton
+from moe_dispatch.backends.triton_common.features import on_triton
 
 _BLOCK: Final = 512
 
@@ -24,7 +24,7 @@ def mask_slots(topk_ids: Tensor, E: int, masked: int) -> Tensor:
     """
     if not on_triton(topk_ids):
         return mask_slots_torch(topk_ids, E, masked)
-    from .mask_slots_kernel import _moe_mask_slots_kernel
+    from moe_dispatch.backends.stages.mask_slots_kernel import _moe_mask_slots_kernel
 
     out = torch.empty(topk_ids.shape, dtype=torch.int32, device=topk_ids.device)
     slots = topk_ids.numel()

@@ -7,11 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from moe_dispatch.backends.stages.route import Routing
+from moe_dispatch.backends.triton_common.features import on_triton
 from moe_dispatch.experts import FP8, FP8_MAX, fp8_multiplier
 from moe_dispatch.problem import QUANT_BLOCK
-
-from ..triton_support import on_triton
-from .route import Routing
 
 # From so many column-major multipliers on, tokens' are written first and spread over their rows in a pass of its own,
 # which writes whole sectors (H200, DeepSeek-V3, 16384 tokens: 446 µs in one pass, 324 if they are row-major).
@@ -37,7 +36,7 @@ def quantize_rows(rows: Tensor, *, column_major_scales: bool = False, pdl: bool 
     if not on_triton(rows):
         codes, plain = quantize_rows_torch(rows)
         return codes, scale.copy_(plain)
-    from .quantize_kernel import _moe_quantize_rows_kernel
+    from moe_dispatch.backends.stages.quantize_kernel import _moe_quantize_rows_kernel
 
     codes = torch.empty(R, C, dtype=FP8, device=rows.device)
     groups = column_groups(C)
@@ -174,7 +173,7 @@ def column_groups(columns: int) -> int:
 def _launch_gather(
     x: Tensor, routing: Routing, topk: int, out: Tensor, scale: Tensor | None, pdl: bool, *, spread: bool = False
 ) -> None:
-    from .quantize_kernel import _moe_gather_kernel
+    from moe_dispatch.backends.stages.quantize_kernel import _moe_gather_kernel
 
     M, K = x.shape
     groups = column_groups(K)
@@ -194,7 +193,7 @@ def _launch_gather(
 
 def _spread(by_token: Tensor, routing: Routing, topk: int, scale: Tensor, pdl: bool) -> None:
     """Give every row its token's multipliers: row-major ``[M, groups]`` to column-major ``[rows, groups]``."""
-    from .quantize_kernel import _moe_spread_scales_kernel
+    from moe_dispatch.backends.stages.quantize_kernel import _moe_spread_scales_kernel
 
     rows, groups = scale.shape
     block_g = min(64, 1 << (groups - 1).bit_length())

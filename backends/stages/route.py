@@ -7,9 +7,8 @@ from typing import Final
 import torch
 from torch import Tensor
 
+from moe_dispatch.backends.triton_common.features import on_triton
 from moe_dispatch.errors import InvalidInputError
-
-from ..triton_support import on_triton
 
 # Up to here one program per expert reads every id; beyond, that reading costs more than two launches more (H200, 128
 # experts, in a layer: 5.5 and 10.7 µs at 2048 slots, 13.8 and 10.1 at 8192). With a capacity it costs twice as much.
@@ -65,7 +64,7 @@ def route(
     """
     if not on_triton(topk_ids):
         return route_torch(topk_ids, E, alignment=alignment, capacity=capacity)
-    from .route_kernel import (
+    from moe_dispatch.backends.stages.route_kernel import (
         _moe_route_count_kernel,
         _moe_route_kernel,
         _moe_route_place_kernel,

@@ -1,10 +1,10 @@
-# mypy: disable-error-code="no-untyped-def, no-untyped-call"
+# mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"
 """Device code of `route`: one launch for few slots, a counting sort in three for many."""
 
 import triton
 import triton.language as tl
 
-from ..launch import fast_launch
+from moe_dispatch.backends.triton_common.fast_launch import fast_launch
 
 
 @fast_launch

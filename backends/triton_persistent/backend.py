@@ -6,15 +6,21 @@ from typing import Literal
 from torch import Tensor
 
 from moe_dispatch.backend import BackendConfig
+from moe_dispatch.backends.gluon_hopper.products import (
+    WINDOW,
+    hopper_configs,
+    hopper_kernels_load,
+    hopper_permutes,
+    hopper_products,
+    hopper_suits,
+)
+from moe_dispatch.backends.stages.combine import combine
+from moe_dispatch.backends.stages.quantize import empty_scales, quantize_rows
+from moe_dispatch.backends.stages.route import Routing, route
+from moe_dispatch.backends.triton_common.backend import TritonBackend
+from moe_dispatch.backends.triton_persistent.config import TritonPersistentConfig, persistent_configs, tma_fits
 from moe_dispatch.experts import FP8, ExpertWeights
 from moe_dispatch.problem import QUANT_BLOCK, MoEProblem
-
-from ..stages.combine import combine
-from ..stages.quantize import empty_scales, quantize_rows
-from ..stages.route import Routing, route
-from ..triton_backend import TritonBackend
-from .config import TritonPersistentConfig, persistent_configs, tma_fits
-from .hopper import WINDOW, hopper_configs, hopper_kernels_load, hopper_permutes, hopper_products, hopper_suits
 
 
 class TritonPersistentBackend(TritonBackend):
@@ -84,7 +90,7 @@ class TritonPersistentBackend(TritonBackend):
         config: TritonPersistentConfig,
     ) -> None:
         """Launch one product: `y` ``[rows, N]`` from `x` ``[rows, K]``, or ``[M, K]`` with `topk` slots a row."""
-        from .kernel import _moe_product_kernel
+        from moe_dispatch.backends.triton_persistent.kernel import _moe_product_kernel
 
         first = name == "gate_up"
         N, K = y.shape[1], x.shape[1]

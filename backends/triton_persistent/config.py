@@ -6,9 +6,8 @@ from typing import Literal
 import pydantic
 
 from moe_dispatch.backend import BackendConfig
+from moe_dispatch.backends.triton_common.features import Features
 from moe_dispatch.problem import ELEMENT_BYTES, QUANT_BLOCK, MoEProblem
-
-from ..triton_support import Features
 
 Engine = Literal["triton", "gluon"]
 Order = Literal["grouped", "column_major", "row_major"]

@@ -1,4 +1,4 @@
-# mypy: disable-error-code="no-untyped-def, no-untyped-call"
+# mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"
 """The grouped product. A launch is one wave of programs that walk over the tiles of all experts.
 
 Rows lie in expert order without padding (see `stages.route`). Which tiles there are depends on the routing, so every
@@ -8,8 +8,8 @@ program finds its own on the device: it keeps the running count of row blocks of
 import triton
 import triton.language as tl
 
-from ..launch import fast_launch
-from ..stages.device import moe_activate, moe_fp8_amax, moe_fp8_codes, moe_fp8_scale
+from moe_dispatch.backends.triton_common.device import moe_activate, moe_fp8_amax, moe_fp8_codes, moe_fp8_scale
+from moe_dispatch.backends.triton_common.fast_launch import fast_launch
 
 
 @fast_launch

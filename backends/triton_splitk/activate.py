@@ -6,15 +6,14 @@ from typing import TYPE_CHECKING
 import triton
 import triton.language as tl
 
-from ..launch import fast_launch
-from ..stages.device import moe_activate, moe_fp8_amax, moe_fp8_codes, moe_fp8_scale
+from moe_dispatch.backends.triton_common.device import moe_activate, moe_fp8_amax, moe_fp8_codes, moe_fp8_scale
+from moe_dispatch.backends.triton_common.fast_launch import fast_launch
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from moe_dispatch.backends.triton_splitk.config import SplitKConfig
     from moe_dispatch.experts import ExpertWeights
-
-    from .config import SplitKConfig
 
 _BLOCK = 512
 

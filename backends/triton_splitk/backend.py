@@ -9,13 +9,12 @@ import torch
 from torch import Tensor
 
 from moe_dispatch.backend import BackendConfig
+from moe_dispatch.backends.stages.quantize import quantize_rows
+from moe_dispatch.backends.triton_common.backend import TritonBackend
+from moe_dispatch.backends.triton_splitk.config import SplitKConfig, candidate_configs, default_config
 from moe_dispatch.errors import InvalidInputError
 from moe_dispatch.experts import ExpertWeights
 from moe_dispatch.problem import ELEMENT_BYTES, QUANT_BLOCK, MoEProblem
-
-from ..stages.quantize import quantize_rows
-from ..triton_backend import TritonBackend
-from .config import SplitKConfig, candidate_configs, default_config
 
 # Every CTA reads all ids to find its own.
 MOST_SLOTS = 4096
@@ -153,12 +152,12 @@ class _Kernels(NamedTuple):
 
 @functools.cache
 def _kernels() -> _Kernels:
-    from .activate import splitk_activate
-    from .down import splitk_down
-    from .gate_up import splitk_gate_up
-    from .reduce import splitk_reduce
-    from .vector_down import vector_down
-    from .vector_gate_up import vector_gate_up
+    from moe_dispatch.backends.triton_splitk.activate import splitk_activate
+    from moe_dispatch.backends.triton_splitk.down import splitk_down
+    from moe_dispatch.backends.triton_splitk.gate_up import splitk_gate_up
+    from moe_dispatch.backends.triton_splitk.reduce import splitk_reduce
+    from moe_dispatch.backends.triton_vector.down import vector_down
+    from moe_dispatch.backends.triton_vector.gate_up import vector_gate_up
 
     return _Kernels(splitk_gate_up, splitk_activate, splitk_down, splitk_reduce, vector_gate_up, vector_down)
 

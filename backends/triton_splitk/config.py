@@ -7,9 +7,8 @@ from typing import Any, Final, Literal
 from pydantic import Field
 
 from moe_dispatch.backend import BackendConfig
+from moe_dispatch.backends.triton_common.features import Features
 from moe_dispatch.problem import ELEMENT_BYTES, QUANT_BLOCK, MoEProblem
-
-from ..triton_support import Features
 
 
 class SplitKConfig(BackendConfig):

@@ -6,16 +6,15 @@ from typing import TYPE_CHECKING, Any
 import triton
 import triton.language as tl
 
-from ..launch import fast_launch
-from .config import slots_per_scan
-from .stream import moe_prefetch, moe_slots_to_serve, moe_stream, moe_take_slots
+from moe_dispatch.backends.triton_common.fast_launch import fast_launch
+from moe_dispatch.backends.triton_splitk.config import slots_per_scan
+from moe_dispatch.backends.triton_splitk.stream import moe_prefetch, moe_slots_to_serve, moe_stream, moe_take_slots
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from moe_dispatch.backends.triton_splitk.config import SplitKConfig
     from moe_dispatch.experts import ExpertWeights
-
-    from .config import SplitKConfig
 
 
 @fast_launch

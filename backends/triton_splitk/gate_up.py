@@ -6,19 +6,17 @@ from typing import TYPE_CHECKING, Any
 import triton
 import triton.language as tl
 
+from moe_dispatch.backends.triton_common.device import moe_activate, moe_fp8_amax, moe_fp8_codes, moe_fp8_scale
+from moe_dispatch.backends.triton_common.fast_launch import fast_launch
+from moe_dispatch.backends.triton_splitk.config import slots_per_scan
+from moe_dispatch.backends.triton_splitk.stream import moe_prefetch, moe_slots_to_serve, moe_stream, moe_take_slots
 from moe_dispatch.problem import QUANT_BLOCK
-
-from ..launch import fast_launch
-from ..stages.device import moe_activate, moe_fp8_amax, moe_fp8_codes, moe_fp8_scale
-from .config import slots_per_scan
-from .stream import moe_prefetch, moe_slots_to_serve, moe_stream, moe_take_slots
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from moe_dispatch.backends.triton_splitk.config import SplitKConfig
     from moe_dispatch.experts import ExpertWeights
-
-    from .config import SplitKConfig
 
 _ZEROS = tl.constexpr(1024)
 

@@ -6,14 +6,13 @@ from typing import TYPE_CHECKING
 import triton
 import triton.language as tl
 
-from ..launch import fast_launch
+from moe_dispatch.backends.triton_common.fast_launch import fast_launch
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from moe_dispatch.backends.triton_splitk.config import SplitKConfig
     from moe_dispatch.experts import ExpertWeights
-
-    from .config import SplitKConfig
 
 _BLOCK = 256
 

@@ -56,9 +56,9 @@ def bench(
     json_: Annotated[bool, typer.Option("--json", help="Print the rows as JSON Lines instead of a table.")] = False,
 ) -> None:
     """Time whole MoE layers, right results only, beside the peers; the rows can be resumed and plotted."""
-    from moe_dispatch.benchmarks.peers import PEERS
+    from moe_dispatch.benchmarks.baselines import PEERS
     from moe_dispatch.benchmarks.sweep import Plan, available_backends
-    from moe_dispatch.dispatchers import get_dispatcher
+    from moe_dispatch.dispatch.process import get_dispatcher
     from moe_dispatch.registry import BACKENDS
     from moe_dispatch.workloads import workload
 
@@ -92,7 +92,7 @@ def bench(
             interrupted = True
     _report(sweep, json_=json_)
     if plot and (rows := _rows(path)):
-        from moe_dispatch.benchmarks.plots import draw
+        from moe_dispatch.benchmarks.reports.plots import draw
 
         for drawn in draw(rows, path.parent):
             ERR.print(f"drew {escape(str(drawn))}")

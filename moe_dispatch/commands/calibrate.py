@@ -11,7 +11,7 @@ from moe_dispatch.commands.options import dtype_of, modes_of, tokens_of
 from moe_dispatch.errors import InvalidInputError
 
 if TYPE_CHECKING:
-    from moe_dispatch.policies.calibrate import CalibrationReport
+    from moe_dispatch.policies.calibration.calibrate import CalibrationReport
 
 
 # What the worker is asked for, as a person would say it.
@@ -47,8 +47,8 @@ def calibrate(
     from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
     from rich.progress import Progress as Bar
 
-    from moe_dispatch.policies.calibrate import DEFAULT_ROUTINGS, Progress
-    from moe_dispatch.policies.calibrate import calibrate as measure
+    from moe_dispatch.policies.calibration.calibrate import DEFAULT_ROUTINGS, Progress
+    from moe_dispatch.policies.calibration.calibrate import calibrate as measure
 
     models = [*(model or []), *map(str, config or [])]
     if not models:

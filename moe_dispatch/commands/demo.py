@@ -19,8 +19,8 @@ from torch import Tensor
 
 from moe_dispatch.api import moe_forward
 from moe_dispatch.commands.console import OUT, heading, machine_line, microseconds, table
-from moe_dispatch.dispatcher import Dispatcher
-from moe_dispatch.dispatchers import get_dispatcher, reset_dispatchers, stats
+from moe_dispatch.dispatch.dispatcher import Dispatcher
+from moe_dispatch.dispatch.process import get_dispatcher, reset_dispatchers, stats
 from moe_dispatch.errors import InvalidInputError, MoEDispatchError
 from moe_dispatch.experts import ExpertWeights
 from moe_dispatch.machine import default_device
@@ -110,7 +110,7 @@ def _passing_cache() -> Iterator[None]:
 
 
 def _calibrate(size: DemoSize, where: torch.device) -> None:
-    from moe_dispatch.policies.calibrate import calibrate
+    from moe_dispatch.policies.calibration.calibrate import calibrate
 
     calibrate([size.layer], [size.dtype], tokens=[1, PROMPT_TOKENS], budget_s=_CALIBRATION_S[where.type], device=where)
 

@@ -10,13 +10,13 @@ import typer
 from rich.markup import escape
 
 from moe_dispatch.commands.console import OUT, heading, machine_line, table
-from moe_dispatch.dispatcher import Dispatcher
-from moe_dispatch.dispatchers import get_dispatcher
+from moe_dispatch.dispatch.backend_pool import BackendStatus
+from moe_dispatch.dispatch.dispatcher import Dispatcher
+from moe_dispatch.dispatch.process import get_dispatcher
+from moe_dispatch.dispatch.quarantine import Quarantine, QuarantineEntry
 from moe_dispatch.errors import MoEDispatchError
 from moe_dispatch.problem import ELEMENT_BYTES, DType
-from moe_dispatch.quarantine import Quarantine, QuarantineEntry
-from moe_dispatch.roster import BackendStatus
-from moe_dispatch.storage import cache_dir
+from moe_dispatch.system.files import cache_dir
 from moe_dispatch.workloads import ROUTINGS, Workload, make_experts
 
 VARIABLES: Final = {

@@ -11,9 +11,9 @@ from rich.markup import escape
 from moe_dispatch.api import explain as explain_problem
 from moe_dispatch.commands.console import OUT, heading, machine_line, microseconds, table
 from moe_dispatch.commands.options import dtype_of, tokens_of
-from moe_dispatch.dispatchers import get_dispatcher
+from moe_dispatch.dispatch.explanation import Explanation
+from moe_dispatch.dispatch.process import get_dispatcher
 from moe_dispatch.errors import InvalidInputError
-from moe_dispatch.explain import Explanation
 from moe_dispatch.machine import Machine
 from moe_dispatch.problem import DTYPES, Mode
 from moe_dispatch.workloads import Workload, workload

@@ -13,8 +13,8 @@ from moe_dispatch.machine import Machine
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from moe_dispatch.policies.fit import Observation
-    from moe_dispatch.policies.learned import ModelFile
+    from moe_dispatch.policies.learned.fit import Observation
+    from moe_dispatch.policies.learned.policy import ModelFile
 
 
 def fit(
@@ -27,12 +27,12 @@ def fit(
     out: Annotated[Path | None, typer.Option(help="Where it is written; this machine's own model if none.")] = None,
 ) -> None:
     """Fit the learned policy, and print what it learned and how well."""
-    from moe_dispatch.benchmarks.regret import bench_observations
+    from moe_dispatch.benchmarks.reports.regret import bench_observations
     from moe_dispatch.benchmarks.rows import load
     from moe_dispatch.policies.calibrated import calibration_path
-    from moe_dispatch.policies.fit import fit_model, observations, save_model
-    from moe_dispatch.policies.learned import model_path
-    from moe_dispatch.policies.schema import read_calibration
+    from moe_dispatch.policies.learned.fit import fit_model, observations, save_model
+    from moe_dispatch.policies.learned.policy import model_path
+    from moe_dispatch.policies.measurements.schema import read_calibration
 
     where = Machine.load(machine) if machine else Machine.inspect()
     if rows:
@@ -53,7 +53,7 @@ def fit(
 
 
 def _show_laws(model: "ModelFile") -> None:
-    from moe_dispatch.policies.cost import TERMS
+    from moe_dispatch.policies.learned.cost_model import TERMS
 
     for dtype, mode in sorted({(law.dtype, law.mode) for law in model.laws}):
         laws = [law for law in model.laws if (law.dtype, law.mode) == (dtype, mode)]
@@ -73,7 +73,7 @@ def _show_laws(model: "ModelFile") -> None:
 
 
 def _show_regrets(seen: "Sequence[Observation]", machine: Machine) -> None:
-    from moe_dispatch.benchmarks.regret import judge, summary
+    from moe_dispatch.benchmarks.reports.regret import judge, summary
 
     heading("what is lost against the best of everything measured")
     try:

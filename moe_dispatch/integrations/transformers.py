@@ -23,9 +23,9 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from moe_dispatch import ops
 from moe_dispatch.api import moe_forward
 from moe_dispatch.backends.stages.activate import activate_torch
+from moe_dispatch.dispatch import torch_operator
 from moe_dispatch.errors import warn
 from moe_dispatch.experts import DTYPE_NAMES, FP8, ExpertWeights
 from moe_dispatch.problem import ACTIVATIONS, QUANT_BLOCK, UNGATED, Activation
@@ -144,11 +144,11 @@ def _compiled(module: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top
     layout: _Layout | None = getattr(module, _LAYOUT, None)
     if layout is not None and _stays_in_graph(module, layout, hidden_states, top_k_weights):
         gate_up, down, *others = (getattr(module, name) for name in layout.tensors)
-        return ops.call_tensors(
+        return torch_operator.call_tensors(
             hidden_states, top_k_weights, top_k_index, gate_up, down, **_by_kind(gate_up, others),
             activation=layout.activation, interleaved=layout.interleaved, backend=None,
         )  # fmt: skip
-    from moe_dispatch.uncompiled import call_uncompiled
+    from moe_dispatch.dispatch.uncompiled import call_uncompiled
 
     out: Tensor = call_uncompiled(experts_forward, module, hidden_states, top_k_index, top_k_weights)
     return out

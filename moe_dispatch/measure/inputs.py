@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from moe_dispatch.backend import Backend, BackendConfig, Run
-from moe_dispatch.dispatcher import SETTLED_TOKENS
+from moe_dispatch.dispatch.dispatcher import SETTLED_TOKENS
 from moe_dispatch.errors import InvalidInputError
 from moe_dispatch.experts import ExpertWeights
-from moe_dispatch.failures import lost_device
 from moe_dispatch.problem import MoEProblem
+from moe_dispatch.system.failures import lost_device
 from moe_dispatch.workloads import RoutingDistribution, torch_dtype
 
 DISTINCT_INPUTS: Final = 8

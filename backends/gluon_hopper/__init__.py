@@ -1,0 +1,1 @@
+"""Warp-specialised grouped products for Hopper, written in Gluon."""

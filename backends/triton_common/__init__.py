@@ -1,0 +1,1 @@
+"""What our Triton backends share: device features, compiler internals, fast launches, replay."""

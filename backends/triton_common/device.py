@@ -1,0 +1,83 @@
+# mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"
+"""Device functions that several kernels share. Imported by kernel modules only: it needs Triton."""
+
+import triton
+import triton.language as tl
+from triton import knobs
+
+from moe_dispatch.backends.stages.activate import SWIGLU_OAI_ALPHA, SWIGLU_OAI_LIMIT
+from moe_dispatch.backends.triton_common.features import interpreting
+from moe_dispatch.experts import FP8_MAX, SMALLEST_AMAX
+
+# Triton's interpreter rounds up and loses the carry. Lowering for an older device is what tests/gpu/as_device.sh asks.
+_ROUNDS_BADLY = tl.constexpr(interpreting() or knobs.runtime.override_arch in ("sm80", "sm86", "sm89"))
+_ALPHA = tl.constexpr(SWIGLU_OAI_ALPHA)
+_LIMIT = tl.constexpr(SWIGLU_OAI_LIMIT)
+_FP8_MAX = tl.constexpr(FP8_MAX)
+_SMALLEST_AMAX = tl.constexpr(SMALLEST_AMAX)
+_SQRT_HALF = tl.constexpr(0.7071067811865476)
+_SQRT_2_OVER_PI = tl.constexpr(0.7978845608028654)
+
+
+@triton.jit
+def moe_activate(gate, up, ACTIVATION: tl.constexpr):
+    """The activation on fp32 tiles of one shape; `up` is not looked at (None will do) where there is no gate."""
+    if ACTIVATION == "relu2":
+        rectified = tl.where(gate > 0, gate, gate * 0.0)  # keeps NaN, which maximum would drop
+        out = rectified * rectified
+    elif ACTIVATION == "swiglu_oai":
+        gate = tl.where(gate > _LIMIT, _LIMIT, gate)
+        up = tl.where(up > _LIMIT, _LIMIT, tl.where(up < -_LIMIT, -_LIMIT, up))
+        out = (up + 1.0) * gate / (1.0 + tl.exp(gate * -_ALPHA))
+    elif ACTIVATION == "silu":
+        out = gate / (1.0 + tl.exp(-gate)) * up
+    elif ACTIVATION == "gelu":
+        out = 0.5 * gate * (1.0 + tl.erf(gate * _SQRT_HALF)) * up
+    else:
+        tl.static_assert(ACTIVATION == "gelu_tanh", "unknown activation")
+        # 0.5 · (1 + tanh z) is sigmoid(2z).
+        z = _SQRT_2_OVER_PI * (gate + 0.044715 * gate * gate * gate)
+        out = gate / (1.0 + tl.exp(-2.0 * z)) * up
+    return out
+
+
+@triton.jit
+def moe_fp8_amax(values, AXIS: tl.constexpr):
+    """The greatest magnitude of fp32 values along an axis; a NaN beats infinity, so that its group is spoilt."""
+    # As integers, magnitudes keep their order, NaN stands above infinity, and nothing has to be asked of each element.
+    magnitudes = values.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+    return tl.max(magnitudes, AXIS).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def moe_fp8_scale(amax):
+    """The multiplier of a group whose greatest magnitude is `amax`; the numerics of `quantize_rows_torch`."""
+    clamped = tl.where(amax < _SMALLEST_AMAX, _SMALLEST_AMAX, amax)
+    return tl.div_rn(clamped, tl.full(clamped.shape, _FP8_MAX, tl.float32))
+
+
+@triton.jit
+def moe_fp8_codes(values, scale):
+    """e4m3 codes of fp32 values; `scale` has their shape."""
+    # Before sm_90 Triton converts by way of fp16, truncated, which makes ties of values just above one.
+    if _ROUNDS_BADLY or not tl.target_info.cuda_capability_geq(9, 0):
+        codes = tl.div_rn(values, scale)
+        codes = tl.where(codes > _FP8_MAX, _FP8_MAX, tl.where(codes < -_FP8_MAX, -_FP8_MAX, codes))
+        codes = _moe_round_to_e4m3(codes)
+    else:
+        # The correctly rounded quotient from one reciprocal per group and three operations per element (Markstein):
+        # the plain product changes codes that lie on a tie. The conversion saturates.
+        inverse = tl.div_rn(tl.full(scale.shape, 1.0, tl.float32), scale)
+        quotient = values * inverse
+        codes = tl.fma(tl.fma(-quotient, scale, values), inverse, quotient)
+    return codes.to(tl.float8e4nv)
+
+
+@triton.jit
+def _moe_round_to_e4m3(values):
+    """The nearest e4m3 value of each, ties to even."""
+    bits = values.to(tl.int32, bitcast=True)
+    normal = ((bits + 0x7FFFF + ((bits >> 20) & 1)) & ~0xFFFFF).to(tl.float32, bitcast=True)
+    subnormal = (values + 24576.0) - 24576.0  # 1.5 · 2^14: its last bit is 2^-9
+    rounded = tl.where(tl.abs(values) < 0.015625, subnormal, normal)
+    return tl.where(values == values, rounded, values)  # noqa: PLR0124 - a NaN is not itself

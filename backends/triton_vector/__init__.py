@@ -1,0 +1,1 @@
+"""Decode without tensor cores: each slot reads its expert's weights straight into registers."""

@@ -1,0 +1,1 @@
+"""What is made of benchmark rows: scoreboard, regret, agreement, plots."""

@@ -1,0 +1,182 @@
+"""Draw recorded rows: time and fraction of the floor against M, and who wins where.
+
+python -m moe_dispatch.benchmarks.reports.plots benchmarks/results/nvidia_h200 --out docs/images
+"""
+
+import argparse
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+from moe_dispatch.benchmarks.command import mistakes_exit
+from moe_dispatch.benchmarks.rows import BenchRow, load
+from moe_dispatch.errors import MoEDispatchError
+
+# Okabe and Ito's colours, told apart with every kind of colour vision; markers tell them apart in grey too.
+COLOURS: Final = (
+    "#0072B2",
+    "#D55E00",
+    "#009E73",
+    "#CC79A7",
+    "#E69F00",
+    "#56B4E9",
+    "#000000",
+    "#999999",
+    "#8C510A",
+    "#5E3C99",
+)
+MARKERS: Final = "osD^vP*XhP"
+INK: Final = "#333333"
+
+
+class PlotsUnavailableError(MoEDispatchError):
+    """matplotlib is not installed."""
+
+
+def draw(rows: Iterable[BenchRow], folder: Path) -> list[Path]:
+    """Draw one picture per (workload, dtype) and one map of winners per dtype; uniform routing, graphs where there are.
+
+    Args:
+        rows: Of one machine.
+        folder: Where the PNG files go.
+
+    Returns:
+        The files.
+
+    Raises:
+        PlotsUnavailableError: matplotlib is missing.
+    """
+    pyplot = _pyplot()
+    best = _best(rows)
+    if not best:
+        return []
+    folder.mkdir(parents=True, exist_ok=True)
+    names = sorted({backend for *_, backend in best})
+    style = {
+        name: {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)]} for i, name in enumerate(names)
+    }
+    layers = sorted({(workload, dtype) for workload, dtype, *_ in best})
+    files = [_draw_layer(pyplot, best, layer, style, folder) for layer in layers]
+    return files + [_draw_winners(pyplot, best, dtype, style, folder) for dtype in sorted({d for _, d in layers})]
+
+
+_Best = dict[tuple[str, str, int, str], BenchRow]
+
+
+def _best(rows: Iterable[BenchRow]) -> _Best:
+    """The fastest configuration of each backend at each (workload, dtype, M), eager only where no graph was timed."""
+    timed = [row for row in rows if row.us is not None and row.routing == "uniform"]
+    in_graphs = {(row.workload, row.dtype) for row in timed if row.mode == "graph"}
+    best: _Best = {}
+    for row in timed:
+        if row.mode == "eager" and (row.workload, row.dtype) in in_graphs:
+            continue
+        key = row.workload, row.dtype, row.M, row.backend
+        if key not in best or (row.us or 0.0) < (best[key].us or 0.0):
+            best[key] = row
+    return best
+
+
+def _draw_layer(
+    pyplot: Any, best: _Best, layer: tuple[str, str], style: dict[str, dict[str, str]], folder: Path
+) -> Path:
+    chosen = {key: row for key, row in best.items() if key[:2] == layer}
+    lines: dict[str, list[BenchRow]] = defaultdict(list)
+    for key in sorted(chosen):
+        lines[key[3]].append(chosen[key])
+    figure, (above, below) = pyplot.subplots(2, 1, figsize=(8, 8), sharex=True, layout="constrained")
+    for name, points in lines.items():
+        tokens = [row.M for row in points]
+        look = {**style[name], "markersize": 5, "linewidth": 1.6}
+        above.plot(tokens, [row.us for row in points], label=name, **look)
+        below.plot(tokens, [row.fraction for row in points], **look)
+    floors = {row.M: row.floor_us for row in chosen.values()}
+    above.plot(
+        sorted(floors), [floors[M] for M in sorted(floors)], color=INK, linestyle="--", linewidth=1, label="floor"
+    )
+    first = next(iter(chosen.values()))
+    above.set(xscale="log", yscale="log", ylabel="time of the layer, µs")
+    above.set_title(
+        f"{first.workload} {first.dtype}: {first.machine}, {first.mode}, {first.routing} routing", loc="left", color=INK
+    )
+    above.legend(frameon=False, fontsize=8, ncols=2)
+    below.axhline(1.0, color=INK, linestyle="--", linewidth=1)
+    below.set(ylabel="fraction of the floor", xlabel="tokens M", ylim=(0, None))
+    tokens = sorted({row.M for row in chosen.values()})
+    below.set_xticks(tokens, [str(M) for M in tokens], rotation=45 if len(tokens) > 10 else 0)
+    below.minorticks_off()
+    for axes in (above, below):
+        axes.grid(visible=True, which="major", color="#dddddd", linewidth=0.6)
+        axes.spines[["top", "right"]].set_visible(False)
+    path = folder / f"{_file_name(layer[0])}-{layer[1]}.png"
+    figure.savefig(path, dpi=130)
+    pyplot.close(figure)
+    return path
+
+
+def _draw_winners(pyplot: Any, best: _Best, dtype: str, style: dict[str, dict[str, str]], folder: Path) -> Path:
+    winners: dict[tuple[str, int], BenchRow] = {}
+    for (workload, kind, M, _), row in best.items():
+        if kind == dtype and ((workload, M) not in winners or (row.us or 0.0) < (winners[workload, M].us or 0.0)):
+            winners[workload, M] = row
+    workloads = sorted({workload for workload, _ in winners}, reverse=True)
+    # A calibration refines a layer's boundaries at token counts that the others lack: mostly empty columns.
+    measured = Counter(M for _, M in winners)
+    tokens = sorted(M for M in measured if 2 * measured[M] > len(workloads))
+    winners = {(workload, M): row for (workload, M), row in winners.items() if M in tokens}
+    figure, axes = pyplot.subplots(
+        figsize=(2.6 + 0.62 * len(tokens), 1.9 + 0.46 * len(workloads)), layout="constrained"
+    )
+    for (workload, M), row in winners.items():
+        x, y = tokens.index(M), workloads.index(workload)
+        axes.add_patch(pyplot.Rectangle((x, y), 0.96, 0.94, color=style[row.backend]["color"]))
+        axes.text(x + 0.48, y + 0.47, f"{row.fraction:.2f}", ha="center", va="center", color="white", fontsize=8)
+    axes.set(xlim=(0, len(tokens)), ylim=(0, len(workloads)), xlabel="tokens M")
+    axes.set_xticks([x + 0.48 for x in range(len(tokens))], [str(M) for M in tokens])
+    axes.set_yticks([y + 0.47 for y in range(len(workloads))], workloads)
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
+    any_row = next(iter(winners.values()))
+    axes.set_title(
+        f"Fastest in {dtype}, with its fraction of the floor: {any_row.machine}", loc="left", color=INK, fontsize=10
+    )
+    names = sorted({row.backend for row in winners.values()})
+    handles = [pyplot.Rectangle((0, 0), 1, 1, color=style[name]["color"]) for name in names]
+    figure.legend(handles, names, loc="outside lower left", frameon=False, fontsize=8, ncols=4)
+    path = folder / f"winners-{dtype}.png"
+    figure.savefig(path, dpi=130)
+    pyplot.close(figure)
+    return path
+
+
+def _file_name(text: str) -> str:
+    return "".join(letter if letter.isalnum() or letter in "-." else "_" for letter in text)
+
+
+def _pyplot() -> Any:
+    try:
+        import matplotlib as mpl
+    except ImportError as error:
+        raise PlotsUnavailableError(
+            "drawing needs matplotlib, which is not installed: pip install 'moe-dispatch[plots]'"
+        ) from error
+    mpl.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Draw what the command line names."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("rows", type=Path, nargs="+", help="files or folders of rows")
+    parser.add_argument("--out", type=Path, default=Path(), help="where the pictures go")
+    given = parser.parse_args(arguments)
+    with mistakes_exit(parser):
+        for path in draw(load(given.rows), given.out):
+            print(path)
+
+
+if __name__ == "__main__":
+    main()

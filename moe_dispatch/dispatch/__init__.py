@@ -1,0 +1,1 @@
+"""From one call to a running backend: checks, planning, first runs, and recovery."""

@@ -1,0 +1,264 @@
+"""From a kind of call to the plan that runs it: the policies' order, each backend's reasons, and its probe."""
+
+import dataclasses
+import logging
+import threading
+from collections.abc import Iterator
+from typing import Final
+
+import pydantic
+import torch
+
+from moe_dispatch.backend import Backend, BackendConfig
+from moe_dispatch.dispatch.backend_pool import BackendStatus, Roster
+from moe_dispatch.dispatch.counters import Tally
+from moe_dispatch.dispatch.explanation import Candidate, Explanation
+from moe_dispatch.dispatch.plan import Plan
+from moe_dispatch.dispatch.policy_chain import LAST_RESORT, Ranking
+from moe_dispatch.dispatch.quarantine import Quarantine
+from moe_dispatch.errors import (
+    BackendUnavailableError,
+    BackendUnsupportedError,
+    NoBackendError,
+    UnknownNameError,
+    warn,
+    way_out,
+)
+from moe_dispatch.experts import ExpertWeights
+from moe_dispatch.machine import Machine
+from moe_dispatch.policy import Choice
+from moe_dispatch.problem import MoEProblem
+from moe_dispatch.registry import BACKENDS
+from moe_dispatch.settings import Settings
+
+logger = logging.getLogger("moe_dispatch")
+
+BACKEND_VARIABLE: Final = "MOE_DISPATCH_BACKEND"
+DISABLE_VARIABLE: Final = "MOE_DISPATCH_DISABLE"
+POLICY_VARIABLE: Final = "MOE_DISPATCH_POLICY"
+
+
+class Planner:
+    """Chooses backends on one machine.
+
+    Args:
+        machine: Whose capability and versions decide.
+        configured: The environment's wishes.
+        quarantine: Consulted, and told of what a probe or an import fails.
+        tally: Told of the same.
+        live: Whether `machine` is this one. A described machine is only explained: nothing is imported or probed.
+    """
+
+    def __init__(
+        self, machine: Machine, configured: Settings, quarantine: Quarantine, tally: Tally, *, live: bool
+    ) -> None:
+        self._machine, self._settings, self._live = machine, configured, live
+        self._quarantine, self._tally = quarantine, tally
+        self._roster = Roster(machine, configured.disabled, quarantine)
+        self._ranking: Ranking | None = None
+        self._proven: set[tuple[str, BackendConfig, MoEProblem]] = set()
+        self._distrusted: set[str] = set()
+        self._lock = threading.Lock()
+
+    def plan(self, problem: MoEProblem, experts: ExpertWeights, backend: str | None = None) -> Plan:
+        """The best plan for a problem, or the one of the backend that the caller or the environment names.
+
+        Raises:
+            BackendUnsupportedError: The named backend cannot run this.
+            BackendUnavailableError: The named backend is missing or broken.
+            NoBackendError: Nothing can run this.
+        """
+        if backend or self._settings.backend:
+            plan = self._named_plan(backend, problem, experts)
+        else:
+            plan = self._best_plan(problem, experts)
+        plan.proven = plan.kind in self._proven
+        logger.info("%s runs %s: %s", plan.choice.backend, problem, plan.choice.reason)
+        return plan
+
+    def eligible(self, problem: MoEProblem, experts: ExpertWeights, backend: str | None = None) -> Iterator[Plan]:
+        """Every plan that could run a problem, best first; at most the named backend's, where one is named."""
+        named = bool(backend or self._settings.backend)
+        remedy = way_out("" if backend else BACKEND_VARIABLE) if named else ""
+        for choice in (self._named_choice(backend, problem),) if named else self._rank(problem):
+            against = self._reasons_against(choice, problem, chosen_by_name=named)
+            if not against and not self._distrust(choice, problem, experts):
+                yield self._made_plan(problem, choice, remedy)
+
+    def prove(self, plan: Plan) -> None:
+        """Remember that a plan has run to its end."""
+        self._proven.add(plan.kind)
+        plan.proven = True
+
+    def explain(self, problem: MoEProblem) -> Explanation:
+        """The ranking for a problem, each choice's reason, and every backend's reasons against."""
+        candidates: list[Candidate] = []
+        name = self._settings.backend
+        for choice in (self._named_choice(None, problem),) if name else self._rank(problem):
+            against = list(self._reasons_against(choice, problem, chosen_by_name=bool(name)))
+            if self._live and not against and not any(not earlier.against for earlier in candidates):
+                against += filter(None, [self._distrust(choice, problem, None)])
+            candidates.append(Candidate(choice, tuple(against)))
+        if name:
+            passed_over = (f"{BACKEND_VARIABLE} names {name!r}, which nothing replaces",)
+            others = (choice for choice in self._rank(problem) if choice.backend != name)
+            candidates += [Candidate(choice, passed_over) for choice in others]
+        ranked = {candidate.choice.backend for candidate in candidates}
+        unranked = {
+            name: self._roster.reasons_against(name, problem) for name in BACKENDS.names() if name not in ranked
+        }
+        return Explanation(problem, self._machine, tuple(candidates), unranked, self.notes())
+
+    def backend(self, name: str) -> Backend:
+        """The backend behind a name.
+
+        Raises:
+            UnknownNameError: Nothing is registered under it.
+            BackendUnavailableError: It does not import, or its libraries are missing.
+        """
+        return self._roster.backend(name)
+
+    def statuses(self) -> tuple[BackendStatus, ...]:
+        """Every registered backend on this machine."""
+        return self._roster.statuses()
+
+    def notes(self) -> tuple[str, ...]:
+        """Names in the environment that nobody has, retired measurements, refused files."""
+        return (*self._unknown_names(), *self._policies().notes())
+
+    def _unknown_names(self) -> tuple[str, ...]:
+        """Backends that the environment names and that are not registered."""
+        wanted = [(DISABLE_VARIABLE, name) for name in sorted(self._settings.disabled)]
+        if self._settings.backend:
+            wanted.insert(0, (BACKEND_VARIABLE, self._settings.backend))
+        known = BACKENDS.names() if wanted else ()
+        return tuple(
+            str(UnknownNameError("backend", name, known, variable)) for variable, name in wanted if name not in known
+        )
+
+    def _named_plan(self, backend: str | None, problem: MoEProblem, experts: ExpertWeights) -> Plan:
+        """Of the backend that the caller names, else the environment."""
+        name, variable = (backend, "") if backend else (self._settings.backend, BACKEND_VARIABLE)
+        try:
+            self._roster.backend(name)
+        except UnknownNameError as error:
+            raise UnknownNameError(error.kind, name, error.known, variable) from None
+        except BackendUnavailableError as error:
+            raise BackendUnavailableError(name, error.reasons, variable) from error.__cause__
+        if reasons := self._roster.reasons_against(name, problem, chosen_by_name=True):
+            raise BackendUnsupportedError(name, problem, reasons, variable)
+        choice = self._named_choice(backend, problem)
+        if distrust := self._distrust(choice, problem, experts):
+            raise BackendUnavailableError(name, (distrust,), variable)
+        return self._made_plan(problem, choice, way_out(variable))
+
+    def _named_choice(self, backend: str | None, problem: MoEProblem) -> Choice:
+        """The same, in the configuration that the policies rank first for it."""
+        name = backend or self._settings.backend
+        ranked = (choice for choice in self._rank(problem) if choice.backend == name)
+        choice = next((choice for choice in ranked if not self._misconfigured(choice)), Choice(name, ""))
+        if backend:
+            return dataclasses.replace(choice, reason="named by the caller", policy="caller")
+        return dataclasses.replace(choice, reason=f"named by {BACKEND_VARIABLE}", policy="environment")
+
+    def _best_plan(self, problem: MoEProblem, experts: ExpertWeights) -> Plan:
+        against: dict[str, tuple[str, ...]] = {}
+        faults: dict[str, str] = {}
+        makeshift: Plan | None = None
+        found: Plan | None = None
+        for choice in self._rank(problem):
+            reasons = self._reasons_against(choice, problem)
+            if fault := self._roster.broken(choice.backend):
+                faults[choice.backend] = fault
+            if not reasons and (distrust := self._distrust(choice, problem, experts)):
+                reasons = (distrust,)
+                if problem.mode == "eager":
+                    faults[choice.backend] = distrust
+            if reasons:
+                against.setdefault(choice.backend, reasons)
+                continue
+            plan = self._made_plan(problem, choice)
+            if problem.mode == "eager" or plan.kind in self._proven:
+                found = plan
+                break
+            # What never ran may have to compile, which can break a capture: something that ran before is safer, though
+            # only until this one has run.
+            makeshift = makeshift or plan
+        if found is not None:
+            found.kept = makeshift is None
+        found = found or makeshift
+        if found is None:
+            for name in BACKENDS.names():
+                against.setdefault(name, self._roster.reasons_against(name, problem))
+            raise NoBackendError(problem, against)
+        for name, fault in faults.items():
+            self._pass_over(name, problem, fault, found)
+        return found
+
+    def _pass_over(self, name: str, problem: MoEProblem, fault: str, successor: Plan) -> None:
+        """Say once that a ranked backend does not import or is wrong, and what runs in its place."""
+        if name in self._distrusted:
+            return
+        self._distrusted.add(name)
+        self._tally.count(name, fell_back=1, quarantined=1)
+        self._quarantine.bar(name, problem, fault, lethal=False)
+        warn_of_successor(name, problem, fault, successor)
+
+    def _made_plan(self, problem: MoEProblem, choice: Choice, remedy: str = "") -> Plan:
+        made = self._roster.backend(choice.backend)
+        config = (
+            made.default_config(problem)
+            if choice.config is None
+            else made.config_type.model_validate(dict(choice.config))
+        )
+        return Plan(problem, made, config, choice, remedy, kept=bool(remedy))
+
+    def _rank(self, problem: MoEProblem) -> tuple[Choice, ...]:
+        if problem.needs_grad:
+            return (Choice(LAST_RESORT, "a gradient is needed, and only the reference has one", policy="autograd"),)
+        return self._policies().rank(problem)
+
+    def _policies(self) -> Ranking:
+        if self._ranking is None:
+            with self._lock:
+                self._ranking = self._ranking or self._load_policies()
+        return self._ranking
+
+    def _load_policies(self) -> Ranking:
+        for text in self._unknown_names():
+            warn(text)
+        try:
+            return Ranking(self._machine, self._settings.policies)
+        except UnknownNameError as error:
+            raise UnknownNameError(error.kind, error.name, error.known, POLICY_VARIABLE) from None
+
+    def _reasons_against(self, choice: Choice, problem: MoEProblem, *, chosen_by_name: bool = False) -> tuple[str, ...]:
+        try:
+            reasons = self._roster.reasons_against(choice.backend, problem, chosen_by_name=chosen_by_name)
+        except UnknownNameError as error:  # a file may name what this installation lacks
+            return (str(error),)
+        return reasons or tuple(filter(None, [self._misconfigured(choice)]))
+
+    def _misconfigured(self, choice: Choice) -> str:
+        if choice.config is None:
+            return ""
+        try:
+            self._roster.backend(choice.backend).config_type.model_validate(dict(choice.config))
+        except pydantic.ValidationError as error:
+            return f"does not know the configuration {dict(choice.config)}: {error.errors()[0]['msg']}"
+        except (BackendUnavailableError, UnknownNameError) as error:
+            return str(error)
+        return ""
+
+    def _distrust(self, choice: Choice, problem: MoEProblem, experts: ExpertWeights | None) -> str:
+        device = experts.device if experts is not None else torch.device(self._machine.device)
+        return self._roster.distrust(choice.backend, problem, device)
+
+
+def warn_of_successor(name: str, problem: MoEProblem, cause: str, successor: Plan) -> None:
+    """Say that a backend failed, what runs in its place, and how to mend it."""
+    warn(
+        f"backend {name!r} failed on {problem} and is avoided for such problems in this process: {cause}. "
+        f"{successor.choice.backend!r} runs instead ({successor.choice.reason}). To mend it, see "
+        f"`moe-dispatch doctor`; to leave it out, set MOE_DISPATCH_DISABLE={name}."
+    )

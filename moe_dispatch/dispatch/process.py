@@ -1,0 +1,55 @@
+"""The process's dispatchers, one for each device, and what they counted."""
+
+import dataclasses
+import os
+import threading
+
+import torch
+
+from moe_dispatch.dispatch.counters import BackendStats
+from moe_dispatch.dispatch.dispatcher import Dispatcher
+from moe_dispatch.machine import current_machine, present_device
+
+_dispatchers: dict[torch.device, Dispatcher] = {}
+_dispatchers_lock = threading.Lock()
+
+
+def get_dispatcher(device: torch.device | str | None = None) -> Dispatcher:
+    """The process's dispatcher for a device: the current CUDA device if None, else the CPU."""
+    found = _dispatchers.get(device) if isinstance(device, torch.device) else None
+    return found or _make_dispatcher(device)
+
+
+def _make_dispatcher(device: torch.device | str | None) -> Dispatcher:
+    wanted = present_device(device)
+    with _dispatchers_lock:
+        if wanted not in _dispatchers:
+            _dispatchers[wanted] = Dispatcher(current_machine(wanted.type, wanted.index))
+        return _dispatchers[wanted]
+
+
+def reset_dispatchers() -> None:
+    """Forget every plan, policy and in-process quarantine: after a calibration, or in a forked child."""
+    _dispatchers.clear()
+
+
+def stats() -> dict[str, dict[str, int]]:
+    """How often each backend ran, fell back and was quarantined in this process, over all devices."""
+    total: dict[str, BackendStats] = {}
+    for dispatcher in list(_dispatchers.values()):
+        for name, found in dispatcher.stats().items():
+            held = total.setdefault(name, BackendStats())
+            held.ran += found.ran
+            held.fell_back += found.fell_back
+            held.quarantined += found.quarantined
+    return {name: dataclasses.asdict(held) for name, held in total.items()}
+
+
+def _after_fork_in_child() -> None:
+    global _dispatchers_lock
+    # Another thread may have held these locks at the fork; nobody in the child would release them.
+    _dispatchers_lock = threading.Lock()
+    reset_dispatchers()
+
+
+os.register_at_fork(after_in_child=_after_fork_in_child)

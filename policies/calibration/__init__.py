@@ -1,0 +1,1 @@
+"""A calibration run: which candidates are timed, on which schedule, in which process."""

@@ -1,0 +1,1 @@
+"""A cost model fitted to measurements, and the policy that ranks backends by it."""

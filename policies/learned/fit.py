@@ -1,0 +1,174 @@
+"""Fits the learned model to measurements: those of a sweep or of a calibration."""
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from moe_dispatch.errors import InvalidInputError, PolicyFileError
+from moe_dispatch.machine import Machine
+from moe_dispatch.policies.learned.cost_model import TERMS, rows_per_expert, terms
+from moe_dispatch.policies.learned.defaults import default_identity, find_backend
+from moe_dispatch.policies.learned.policy import Law, ModelFile
+from moe_dispatch.policies.measurements.schema import CalibrationFile
+from moe_dispatch.policies.measurements.table import Identity
+from moe_dispatch.problem import DType, Mode, MoEProblem
+from moe_dispatch.system.files import locked, write_atomically
+
+# Laws of five of the seven named layers chose for the other two at least as well as the rules do; laws of four worse.
+LEAST_LAYERS: Final = 5
+# A layer measured at fewer token counts does not say how its parts grow.
+LEAST_TOKENS: Final = 4
+# A relative error of so much counts half: what a default does badly on one shape must not bend the law for all others.
+_ROBUST: Final = 0.05
+_ROUNDS: Final = 4
+# Of squared coefficients, in units of each term's greatest share: decides only between terms that no point tells apart.
+_RIDGE: Final = 1e-6
+_DIGITS: Final = 4
+
+
+@dataclass(frozen=True)
+class Observation:
+    """A measured time.
+
+    Attributes:
+        problem: What ran.
+        candidate: Backend and configuration.
+        us: Geometric mean over the routing distributions, in µs.
+        once: Whether it rests on a single run, by which it was found to be far behind.
+    """
+
+    problem: MoEProblem
+    candidate: Identity
+    us: float
+    once: bool = False
+
+
+def observations(file: CalibrationFile) -> list[Observation]:
+    """Every scored measurement of a calibration."""
+    return [
+        Observation(
+            file.layers[point.layer].problem(point.M, file.machine, point.mode),
+            file.candidates[one.candidate].identity,
+            one.score,
+        )
+        for point in file.points
+        for one in point.measurements
+        if one.score is not None
+    ]
+
+
+def fit_model(rows: Iterable[Observation], machine: Machine) -> ModelFile:
+    """Fit a law to the default configuration of each backend.
+
+    Raises:
+        InvalidInputError: Of no dtype and mode enough layers were measured.
+    """
+    kinds: dict[tuple[DType, Mode], dict[MoEProblem, dict[Identity, float]]] = {}
+    for row in rows:
+        kinds.setdefault((row.problem.dtype, row.problem.mode), {}).setdefault(row.problem, {})[row.candidate] = row.us
+    laws = []
+    for (dtype, mode), points in kinds.items():
+        for name, times in sorted(_defaults(points, machine).items()):
+            layers = _layers(times)
+            if layers >= LEAST_LAYERS:
+                coefficients, error = fit_law(times)
+                laws.append(
+                    Law(
+                        dtype=dtype,
+                        mode=mode,
+                        backend=name,
+                        layers=layers,
+                        points=len(times),
+                        most_rows=_rounded(max(map(rows_per_expert, times))),
+                        error=_rounded(error),
+                        coefficients=dict(zip(TERMS, map(_rounded, coefficients), strict=True)),
+                    )
+                )
+    if not laws:
+        most = max(map(_layers, kinds.values()), default=0)
+        raise InvalidInputError(
+            f"a fit needs {LEAST_LAYERS} layers, each at {LEAST_TOKENS} token counts, in one dtype and mode, and the "
+            f"most are {most}; measure more models with `moe-dispatch calibrate` first"
+        )
+    return ModelFile(fingerprint=machine.fingerprint, sms=machine.sms, laws=laws)
+
+
+def fit_law(times: Mapping[MoEProblem, float]) -> tuple[list[float], float]:
+    """Coefficients of `cost.TERMS`, and the median relative error.
+
+    Relative errors are what counts, weighed down where they are large (Cauchy's weights).
+
+    Args:
+        times: µs of one backend.
+    """
+    parts = torch.tensor([[terms(problem)[term] for term in TERMS] for problem in times], dtype=torch.float64)
+    shares = parts / torch.tensor(list(times.values()), dtype=torch.float64)[:, None]  # [P, T], of the time
+    units = shares.amax(0)
+    shares = shares / units
+    weights = shares.new_ones(len(times))
+    for _ in range(_ROUNDS):
+        coefficients = nonnegative_least_squares(shares * weights[:, None], weights)
+        errors = (1 - shares @ coefficients).abs()
+        weights = (1 + (errors / _ROBUST).square()).rsqrt()
+    return (coefficients / units).tolist(), float(errors.median())
+
+
+def nonnegative_least_squares(a: Tensor, b: Tensor) -> Tensor:
+    """The x ≥ 0 with the least ‖a x − b‖, ``[T]``: of all sets of columns whose own solution is ≥ 0, the best.
+
+    Args:
+        a: ``[P, T]``, of few columns: there are 2^T sets.
+        b: ``[P]``.
+    """
+    columns = torch.arange(a.shape[1])
+    sets = (torch.arange(1 << len(columns))[:, None] >> columns & 1).to(a.dtype)  # [2^T, T]
+    gram, moments = a.T @ a + _RIDGE * torch.eye(len(columns), dtype=a.dtype), a.T @ b
+    # A column outside a set becomes one of the identity, and its coefficient 0.
+    within = gram * sets[:, :, None] * sets[:, None, :] + torch.diag_embed(1 - sets)
+    solutions = torch.linalg.solve(within, moments * sets)
+    losses = torch.einsum("si,ij,sj->s", solutions, gram, solutions) - 2 * solutions @ moments
+    best: Tensor = solutions[losses.masked_fill((solutions < 0).any(1), torch.inf).argmin()]
+    return best
+
+
+def save_model(model: ModelFile, path: Path) -> None:
+    """Write a model, whole or not at all.
+
+    Raises:
+        PolicyFileError: It cannot be written.
+    """
+    try:
+        with locked(path):
+            write_atomically(path, model.model_dump_json(indent=1) + "\n")
+    except OSError as error:
+        raise PolicyFileError(
+            f"the model cannot be written to {path} ({error.strerror or error}); make room or make it writable, or set "
+            "MOE_DISPATCH_CACHE_DIR to another folder"
+        ) from error
+
+
+def _defaults(
+    points: Mapping[MoEProblem, Mapping[Identity, float]], machine: Machine
+) -> dict[str, dict[MoEProblem, float]]:
+    """Times of each backend's default."""
+    found: dict[str, dict[MoEProblem, float]] = {}
+    for problem, times in points.items():
+        for name in {backend for backend, _ in times}:
+            backend = find_backend(name, machine)
+            if backend is not None and (us := times.get(default_identity(backend, problem))) is not None:
+                found.setdefault(name, {})[problem] = us
+    return found
+
+
+def _layers(problems: Iterable[MoEProblem]) -> int:
+    """How many were measured at enough token counts."""
+    return sum(count >= LEAST_TOKENS for count in Counter(problem.layer for problem in problems).values())
+
+
+def _rounded(value: float) -> float:
+    return float(f"{value:.{_DIGITS}g}")

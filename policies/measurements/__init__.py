@@ -1,0 +1,1 @@
+"""The calibration file: its schema, how it is merged, and what is read from it."""

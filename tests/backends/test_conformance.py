@@ -1,0 +1,174 @@
+"""The conformance suite over every registered backend: on the CPU and in Triton's interpreter here, on a GPU there."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from moe_dispatch import moe_forward, stats
+from moe_dispatch.backend import Backend
+from moe_dispatch.dispatch.process import get_dispatcher
+from moe_dispatch.errors import BackendUnavailableError
+from moe_dispatch.problem import MoEProblem
+from moe_dispatch.registry import BACKENDS
+from moe_dispatch.testing import (
+    CASES,
+    MODEL_CASES,
+    MODEL_PRECISIONS,
+    PRECISIONS,
+    Case,
+    Inputs,
+    Precision,
+    conform,
+    in_interpreter,
+    make_inputs,
+    on_gpu,
+    relative_error,
+    worth_interpreting,
+)
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+ON_GPU = pytest.mark.gpu if DEVICE == "cuda" else pytest.mark.filterwarnings("default")
+BUILT_IN = ("reference", "torch_grouped", "triton_persistent", "triton_splitk", "vllm_fused_moe", "deep_gemm")
+
+
+def eligible(name: str, case: Case, precision: Precision, **changes: object) -> tuple[Backend, MoEProblem]:
+    """The backend and the problem, or a skip with the backend's own reasons."""
+    dispatcher = get_dispatcher()
+    problem = case.layer.problem(case.M, "bf16", dispatcher.machine)
+    problem = dataclasses.replace(problem, dtype=precision.dtype, act_dtype=precision.act_dtype, **changes)  # type: ignore[arg-type]
+    try:
+        backend = dispatcher.planner.backend(name)
+    except BackendUnavailableError as error:
+        pytest.skip(str(error))
+    if reasons := backend.unsupported_reasons(problem):
+        pytest.skip("; ".join(reasons))
+    return backend, problem
+
+
+def test_the_built_in_backends_are_registered() -> None:
+    assert set(BUILT_IN) <= set(BACKENDS.names())
+
+
+@ON_GPU
+@pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.parametrize("precision", PRECISIONS, ids=str)
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+@pytest.mark.parametrize("name", BUILT_IN)
+def test_default_configuration(name: str, case: Case, precision: Precision) -> None:
+    if DEVICE == "cpu" and not worth_interpreting(case, name, precision):
+        pytest.skip("on a GPU only")
+    case = on_gpu(case) if DEVICE == "cuda" else in_interpreter(case, name)
+    backend, problem = eligible(name, case, precision)
+    inputs = make_inputs(case, precision, DEVICE)
+    conform(backend, backend.default_config(problem), inputs)
+
+
+@ON_GPU
+@pytest.mark.parametrize("precision", PRECISIONS, ids=str)
+@pytest.mark.parametrize("name", BUILT_IN)
+def test_by_name_it_is_that_backend_that_runs(name: str, precision: Precision) -> None:
+    case = Case(M=7)
+    backend, _ = eligible(name, case, precision)
+    inputs = make_inputs(case, precision, DEVICE)
+    with torch.no_grad():
+        out = moe_forward(*inputs.arguments, backend=name)
+    assert {ran: counts["ran"] for ran, counts in stats().items()} == {name: 1}
+    assert relative_error(out, inputs.truth) <= backend.tolerance[precision.dtype]
+
+
+@ON_GPU
+@pytest.mark.parametrize("precision", PRECISIONS, ids=str)
+@pytest.mark.parametrize("name", BUILT_IN)
+def test_deterministic_configurations_repeat_bit_for_bit(name: str, precision: Precision) -> None:
+    case = Case(M=17, E=8, topk=4) if DEVICE == "cuda" else Case(M=5, E=4)
+    backend, problem = eligible(name, case, precision)
+    inputs = make_inputs(case, precision, DEVICE)
+    configs = [config for config in backend.configs(problem) if backend.deterministic(config)]
+    for config in configs if DEVICE == "cuda" else configs[:2]:
+        first, again = (backend.run(*inputs.arguments, config) for _ in range(2))
+        assert torch.equal(first, again), config.label
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.parametrize("precision", MODEL_PRECISIONS, ids=str)
+@pytest.mark.parametrize("case", MODEL_CASES.values(), ids=MODEL_CASES.keys())
+@pytest.mark.parametrize("name", BUILT_IN[1:])
+def test_every_configuration_on_model_shapes(name: str, case: Case, precision: Precision) -> None:
+    backend, problem = eligible(name, case, precision)
+    inputs = make_inputs(case, precision, DEVICE)
+    for config in backend.configs(problem):
+        conform(backend, config, inputs)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", PRECISIONS, ids=str)
+@pytest.mark.parametrize("M", [1, 48, 512])
+@pytest.mark.parametrize("name", BUILT_IN)
+def test_captured_replay_equals_eager_on_new_inputs(name: str, M: int, precision: Precision) -> None:
+    case = Case(M=M, E=32, topk=4, K=512, N=256)
+    backend, problem = eligible(name, case, precision, mode="graph")
+    old, new = make_inputs(case, precision, DEVICE, seed=1), make_inputs(case, precision, DEVICE, seed=2)
+    for config in backend.configs(problem):
+        hidden, weights, ids = old.hidden_states.clone(), old.topk_weights.clone(), old.topk_ids.clone()
+        eager = backend.run(new.hidden_states, old.experts, new.topk_weights, new.topk_ids, config)
+        backend.run(hidden, old.experts, weights, ids, config)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = backend.run(hidden, old.experts, weights, ids, config)
+        hidden.copy_(new.hidden_states)
+        weights.copy_(new.topk_weights)
+        ids.copy_(new.topk_ids)
+        for _ in range(2):  # the second replay finds what the first left behind
+            graph.replay()
+            torch.cuda.synchronize()
+            if backend.deterministic(config):
+                assert torch.equal(out, eager), config.label
+            else:
+                assert ((out - eager).float().norm() / eager.float().norm()).item() <= backend.tolerance[
+                    precision.dtype
+                ]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", PRECISIONS, ids=str)
+@pytest.mark.parametrize("name", BUILT_IN[1:])
+def test_nothing_synchronises_with_the_host(name: str, precision: Precision) -> None:
+    case = Case(M=8, E=32, topk=4, K=512, N=256)
+    backend, problem = eligible(name, case, precision, mode="graph")
+    inputs = make_inputs(case, precision, DEVICE)
+    for config in backend.configs(problem):
+        backend.run(*inputs.arguments, config)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for config in backend.configs(problem):
+            backend.run(*inputs.arguments, config)
+        with torch.no_grad():
+            torch.cuda.set_sync_debug_mode("default")
+            moe_forward(*inputs.arguments, backend=name)
+            torch.cuda.set_sync_debug_mode("error")
+            moe_forward(*inputs.arguments, backend=name)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@ON_GPU
+def test_strided_tensors_of_any_kind_are_taken() -> None:
+    """Through moe_forward, which makes them contiguous: a backend may rely on it."""
+    inputs = make_inputs(Case(M=7, strided=True), Precision("fp32", "fp32"), DEVICE)
+    weights = torch.stack([inputs.topk_weights, torch.full_like(inputs.topk_weights, torch.nan)], dim=2)[..., 0]
+    ids = torch.stack([inputs.topk_ids, torch.full_like(inputs.topk_ids, -7)], dim=2)[..., 0]
+    assert not any(tensor.is_contiguous() for tensor in (inputs.hidden_states, weights, ids))
+    out = moe_forward(inputs.hidden_states, inputs.experts, weights, ids)
+    assert relative_error(out, inputs.truth) <= 1e-4
+
+
+def test_no_tokens_give_no_rows() -> None:
+    inputs: Inputs = make_inputs(Case(M=1), Precision("fp32", "fp32"), DEVICE)
+    hidden, experts, weights, ids = inputs.arguments
+    out = moe_forward(hidden[:0], experts, weights[:0], ids[:0])
+    assert out.shape == (0, 128)
+    assert out.dtype == torch.float32

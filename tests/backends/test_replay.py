@@ -1,0 +1,187 @@
+"""A tape does what the run did that it was made of, on other tensors too; what it could not do, it is not made of."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from moe_dispatch import BackendConfig, ExpertWeights, Machine
+from moe_dispatch.backend import Inputs
+from moe_dispatch.workloads import ROUTINGS, Workload, make_experts
+from tests.support.fakes import Honest
+from tests.support.stub_kernels import StubKernel, cpu_is_the_device, floats
+
+pytest.importorskip("triton")
+import triton.language as tl
+
+from moe_dispatch.backends.triton_common.fast_launch import FastKernel
+from moe_dispatch.backends.triton_common.replay import NotPlayable, Tape, record
+
+LAYER = Workload("tiny", E=4, topk=2, K=64, N=32)
+SIZE = 3 * LAYER.K
+
+
+def double_signature(x_ptr, inner_ptr, n, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    """inner = 2x, everywhere."""
+
+
+def add_signature(inner_ptr, down_ptr, weights_ptr, out_ptr, n):  # type: ignore[no-untyped-def]
+    """out = inner + down's first element + the first weight, everywhere."""
+
+
+def double(x: int, inner: int, n: int, *_: object) -> None:
+    floats(inner, n)[:] = 2 * floats(x, n)
+
+
+def add(inner: int, down: int, weights: int, out: int, n: int, *_: object) -> None:
+    floats(out, n)[:] = floats(inner, n) + floats(down, 1) + floats(weights, 1)
+
+
+class Adding(Honest):
+    """Two launches with an intermediate between them, and what a case adds to that."""
+
+    name = "adding"
+
+    def __init__(self, between: "Callable[[Adding, Tensor, Tensor], object] | None" = None) -> None:
+        super().__init__(Machine.inspect("cpu"))
+        self.double = FastKernel(StubKernel(double_signature, double))
+        self.add = FastKernel(StubKernel(add_signature, add))
+        self.between = between or (lambda *_: None)
+        self.kept = torch.zeros(SIZE)
+        self.runs = 0
+
+    def run(
+        self,
+        hidden_states: Tensor,
+        experts: ExpertWeights,
+        topk_weights: Tensor,
+        topk_ids: Tensor,
+        config: BackendConfig,
+    ) -> Tensor:
+        self.runs += 1
+        inner, out = torch.empty(2, SIZE)[0], torch.empty_like(hidden_states)
+        self.double[1,](hidden_states, inner, SIZE, BLOCK=16)
+        found = self.between(self, inner, out)
+        self.add[1,](inner, experts.down, topk_weights, out, SIZE)
+        return found if isinstance(found, Tensor) else out
+
+
+CONFIG = BackendConfig()
+
+
+@pytest.fixture(autouse=True)
+def on_cpu() -> Iterator[None]:
+    with cpu_is_the_device(), torch.no_grad():
+        yield
+
+
+def inputs(seed: int) -> Inputs:
+    generator = torch.Generator().manual_seed(seed)
+    weights, ids = ROUTINGS["uniform"].sample(3, LAYER.E, LAYER.topk, "cpu", generator)
+    return torch.randn(3, LAYER.K, generator=generator), make_experts(LAYER, "fp32", "cpu", generator), weights, ids
+
+
+def recorded(backend: Adding, *, before: int = 2) -> Tape:
+    for _ in range(before):
+        backend.run(*inputs(0), CONFIG)
+    return record(backend, inputs(0), CONFIG, {}, lambda *_: None)
+
+
+def test_it_does_what_the_run_does_on_other_tensors_and_another_layer() -> None:
+    backend = Adding()
+    tape = recorded(backend)
+    runs = backend.runs
+    outs = [tape(*inputs(seed), CONFIG) for seed in (1, 2, 1)]
+    assert backend.runs == runs, "only the tape ran"
+    for seed, out in zip((1, 2, 1), outs, strict=True):
+        assert torch.equal(out, backend.run(*inputs(seed), CONFIG))
+    assert len({out.data_ptr() for out in outs}) == 3, "the output is fresh memory"
+
+
+def test_weights_that_move_are_found_where_they_are() -> None:
+    backend = Adding()
+    tape = recorded(backend)
+    hidden, experts, weights, ids = inputs(1)
+    experts.down.data = torch.full_like(experts.down, 5.0)
+    assert torch.equal(tape(hidden, experts, weights, ids, CONFIG), 2 * hidden + 5 + weights[0, 0])
+
+
+def shifted(tensor: Tensor) -> Tensor:
+    """The same values, one element off the boundary."""
+    return torch.cat([tensor.new_zeros(1), tensor.flatten()])[1:].view(tensor.shape)
+
+
+def test_a_misaligned_tensor_goes_the_long_way() -> None:
+    backend = Adding()
+    tape = recorded(backend)
+    hidden, experts, weights, ids = inputs(1)
+    runs = backend.runs
+    for arguments in ((shifted(hidden), experts, weights, ids), (hidden, experts, shifted(weights), ids)):
+        assert torch.equal(tape(*arguments, CONFIG), 2 * hidden + experts.down[0, 0, 0] + weights[0, 0])
+    assert backend.runs == runs + 2
+
+
+def test_a_profiler_sees_the_launches() -> None:
+    from triton import knobs
+
+    backend = Adding()
+    tape = recorded(backend)
+    runs = backend.runs
+    knobs.runtime.launch_exit_hook.add(print)
+    try:
+        tape(*inputs(1), CONFIG)
+    finally:
+        knobs.runtime.launch_exit_hook.remove(print)
+    assert backend.runs == runs + 1
+
+
+def computing(_backend: Adding, inner: Tensor, _out: Tensor) -> None:
+    inner.mul_(3.0)
+
+
+def keeping(backend: Adding, inner: Tensor, _out: Tensor) -> None:
+    backend.double[1,](inner, backend.kept, SIZE, BLOCK=16)
+
+
+def launching_by_triton(backend: Adding, inner: Tensor, _out: Tensor) -> None:
+    backend.double[1,](inner, inner, SIZE, BLOCK=16, num_warps=backend.runs)
+
+
+def returning_a_part(_backend: Adding, _inner: Tensor, _out: Tensor) -> Tensor:
+    return torch.empty(4, LAYER.K)[1:]
+
+
+def hiding_work(_backend: Adding, inner: Tensor, _out: Tensor) -> None:
+    floats(inner.data_ptr(), SIZE)[:] += np.float32(1)
+
+
+@pytest.mark.parametrize(
+    ("between", "reason"),
+    [
+        (computing, "torch runs aten.mul_"),
+        (keeping, "memory of unknown origin"),
+        (launching_by_triton, "launched by Triton itself"),
+        (returning_a_part, "output is not fresh memory of its own"),
+        (hiding_work, "the tape's result is not the run's"),
+    ],
+)
+def test_what_cannot_be_played_back_is_not_recorded(between: Callable[..., Any], reason: str) -> None:
+    with pytest.raises(NotPlayable, match=reason):
+        recorded(Adding(between))
+
+
+def test_a_first_run_is_too_early() -> None:
+    with pytest.raises(NotPlayable, match="launched by Triton itself"):
+        recorded(Adding(), before=0)
+
+
+def test_inputs_that_share_memory_leave_an_address_in_doubt() -> None:
+    backend = Adding()
+    hidden, experts, _, ids = inputs(0)
+    shared = (hidden, experts, hidden.flatten()[:6].view(3, 2), ids)
+    backend.run(*shared, CONFIG)
+    with pytest.raises(NotPlayable, match="two inputs share memory"):
+        record(backend, shared, CONFIG, {}, lambda *_: None)

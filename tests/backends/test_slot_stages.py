@@ -1,0 +1,54 @@
+"""The kernels of mask_slots.py and of every activation compile, without a GPU, for devices that run them."""
+
+from collections.abc import Iterator
+from functools import partial
+
+import pytest
+import torch
+
+from moe_dispatch.problem import ACTIVATIONS, UNGATED
+from tests.support.triton_compile import Launch, compile_launches
+
+SMALL_MEMORY = 48 << 10  # what a block gets without asking
+
+
+def launch_mask_slots(_capability: int) -> Iterator[Launch]:
+    from moe_dispatch.backends.stages.mask_slots import mask_slots
+
+    for M in (1, 64):
+        yield Launch(partial(mask_slots, torch.empty(M, 8, dtype=torch.int64), 256, 256))
+
+
+def launch_activate(_capability: int) -> Iterator[Launch]:
+    from moe_dispatch.backends.stages.activate import activate, activate_quantize
+    from moe_dispatch.backends.stages.route import route
+
+    E, topk, capacity = 16, 8, 128
+    ids = torch.empty(64, topk, dtype=torch.int64)
+    routing = route(ids, E, capacity=capacity)
+    for activation in ACTIVATIONS:
+        for N in (768, 2048):
+            columns = N if activation in UNGATED else 2 * N
+            rows = torch.empty(E * capacity, columns, dtype=torch.bfloat16)
+            options = {"interleaved": activation == "swiglu_oai", "topk_ids": ids, "pdl": True}
+            bias = torch.empty(E, columns, dtype=torch.bfloat16)
+            yield Launch(partial(activate, rows, routing, activation, **options, bias=bias))
+            yield Launch(partial(activate_quantize, rows, routing, activation, **options, capacity=capacity))
+            yield Launch(
+                partial(activate_quantize, rows, routing, activation, **options, bias=bias, column_major_scales=True)
+            )
+
+
+def test_mask_slots_compiles() -> None:
+    kernels = compile_launches(launch_mask_slots, 80, 90, 100)
+    assert len({(built.capability, built.constants["BLOCK"]) for built in kernels}) == 6
+    assert max(built.shared for built in kernels) <= SMALL_MEMORY
+
+
+@pytest.mark.slow
+def test_activations_compile_without_spills() -> None:
+    kernels = [built for built in compile_launches(launch_activate, 90) if built.name == "_moe_activate_kernel"]
+    assert {built.constants["ACTIVATION"] for built in kernels} == set(ACTIVATIONS)
+    for built in kernels:
+        assert built.shared <= SMALL_MEMORY, built
+        assert built.stack == 0, built

@@ -1,0 +1,153 @@
+"""The persistent backend beyond the conformance suite: its configurations, shapes that straddle, and its plans."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+
+from moe_dispatch import testing as conformance
+from moe_dispatch.backends.reference import ReferenceBackend, ReferenceConfig
+from moe_dispatch.backends.triton_common.features import features, interpreting
+from moe_dispatch.backends.triton_persistent.backend import TritonPersistentBackend
+from moe_dispatch.backends.triton_persistent.config import TritonPersistentConfig, persistent_configs, tma_fits
+from moe_dispatch.experts import ExpertWeights
+from moe_dispatch.machine import Machine
+from moe_dispatch.problem import DType
+from moe_dispatch.workloads import ROUTINGS, WORKLOADS, make_experts, torch_dtype
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+SMALL = {"block_m": 16, "block_n": 32, "block_k": 32, "down_block_n": 32}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case(conformance.Case):
+    """A layer and a configuration; `why` names the test."""
+
+    why: str = field(kw_only=False)
+    M: int = 7
+    E: int = 3
+    K: int = 72
+    N: int = 40
+    dtypes: tuple[DType, ...] = ("fp16",)
+    config: dict[str, Any] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        return self.why
+
+
+BOTH: tuple[DType, ...] = ("fp16", "fp8")
+CASES = (
+    # How tiles are walked and shaped.
+    Case("row major", M=40, config=SMALL | {"order": "row_major"}),
+    Case("column major", M=40, config=SMALL | {"order": "column_major"}),
+    Case("groups shorter than an expert", M=90, E=2, config=SMALL | {"group_m": 2}),
+    Case("one loop over tiles and depth", M=45, config=SMALL | {"flatten_steps": 8}),
+    Case("more than one program a multiprocessor", M=20, config=SMALL | {"ctas_per_sm": 2}),
+    # Where blocks of 128 and tiles do not meet.
+    Case("up rows straddle blocks of scales", K=130, N=200, dtypes=("fp8",)),
+    Case("alternating rows and scales", K=136, N=136, interleaved=True, dtypes=("fp8",)),
+    Case("a group of columns in two tiles", M=45, K=136, N=320, dtypes=("fp8",), config={"block_n": 64, "block_m": 32}),
+    Case("a group of columns in one tile", M=45, K=136, N=320, dtypes=("fp8",), config={"block_n": 128, "block_m": 32}),
+    Case("a wide second tile", K=300, N=136, dtypes=BOTH, config={"down_block_n": 256}),
+    Case("gpt-oss", topk=3, activation="swiglu_oai", bias=True, interleaved=True, dtypes=BOTH),
+    Case("no gate", activation="relu2", bias=True, N=130, dtypes=BOTH),
+)
+
+TMA = {"block_m": 16, "block_n": 64, "tma": True}
+
+# Rows that are whole multiples of 16 bytes, and of no tile: boxes reach into the next expert and past the last.
+TMA_CASES = (
+    Case("tma", M=20, K=144, N=96, dtypes=BOTH, config=TMA),
+    Case(
+        "tma, gpt-oss", M=20, K=144, N=96, activation="swiglu_oai", bias=True, interleaved=True, dtypes=BOTH,
+        config=TMA,
+    ),
+    Case("tma, no gate", M=20, K=144, N=96, activation="relu2", bias=True, dtypes=BOTH, config=TMA),
+)  # fmt: skip
+
+
+def _with_dtypes(cases: tuple[Case, ...]) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize(
+        ("case", "dtype"), [pytest.param(c, d, id=f"{c}-{d}") for c in cases for d in c.dtypes]
+    )
+
+
+@pytest.mark.usefixtures("poisoned_memory")
+@_with_dtypes(CASES)
+def test_against_the_reference(case: Case, dtype: DType) -> None:
+    _equals_the_reference(TritonPersistentBackend(Machine.inspect(DEVICE)), case, dtype)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("poisoned_memory")
+@_with_dtypes(TMA_CASES)
+def test_weights_through_descriptors(case: Case, dtype: DType) -> None:
+    machine = Machine.inspect(DEVICE)
+    if interpreting():
+        pytest.importorskip("triton", "3.7", reason="Triton interprets tensor descriptors from version 3.7 on")
+        machine = _machine((9, 0), 232448, sms=3)
+    elif machine.capability is None or machine.capability < (9, 0):
+        pytest.skip("needs sm_90 or newer")
+    backend = TritonPersistentBackend(machine)
+    experts = _equals_the_reference(backend, case, dtype)
+    assert {name for name, *_ in backend._descriptors[experts]} == {"gate_up", "down"}
+
+
+def _equals_the_reference(backend: TritonPersistentBackend, case: Case, dtype: DType) -> ExpertWeights:
+    machine = Machine.inspect(DEVICE)
+    generator = torch.Generator(DEVICE).manual_seed(0)
+    experts = make_experts(case.layer, dtype, DEVICE, generator, act_dtype="fp16")
+    x = torch.randn(case.M, case.K, generator=generator, device=DEVICE).to(torch_dtype("fp16"))
+    weights, ids = ROUTINGS["uniform"].sample(case.M, case.E, case.topk, DEVICE, torch.Generator().manual_seed(0))
+    ids[0, 0], ids[1, 0] = -1, case.E
+    weights[:2, 0] = torch.nan
+    truth = ReferenceBackend(machine).run(x.float(), experts, weights, ids, ReferenceConfig(compute_fp32=True))
+    config = TritonPersistentConfig.model_validate(case.config)
+    out = backend.run(x, experts, weights, ids, config)
+    assert out.dtype == x.dtype
+    error = (out.float() - truth).norm() / truth.norm()
+    assert error <= backend.tolerance[dtype], float(error)
+    assert torch.equal(out, backend.run(x, experts, weights, ids, config)), "does not repeat bit for bit"
+    return experts
+
+
+@pytest.mark.skipif(not interpreting(), reason="about the interpreter")
+def test_the_interpreter_refuses_bf16_with_its_reason() -> None:
+    machine = Machine.inspect("cpu")
+    problem = WORKLOADS["qwen3-30b-a3b"].problem(64, "bf16", machine)
+    assert any("bf16" in reason for reason in TritonPersistentBackend(machine).unsupported_reasons(problem))
+
+
+def _machine(capability: tuple[int, int], shared_memory: int, sms: int = 108) -> Machine:
+    return Machine(
+        device="cuda", name="described", capability=capability, sms=sms, memory_bytes=40 << 30,
+        shared_memory_per_block=shared_memory, torch="2.11", triton="3.6",
+    )  # fmt: skip
+
+
+def test_devices_without_tma_get_none() -> None:
+    machine = _machine((8, 0), 166912)
+    problem = WORKLOADS["mixtral-8x7b"].problem(4096, "bf16", machine)
+    assert not any(c.tma or c.pdl for c in persistent_configs(problem, features(machine)))
+
+
+def test_tiles_grow_with_the_load() -> None:
+    machine = _machine((9, 0), 232448)
+    workload = WORKLOADS["deepseek-v3"]
+    heights = [
+        persistent_configs(workload.problem(M, "bf16", machine), features(machine))[0].block_m for M in (1, 512, 16384)
+    ]
+    assert heights == sorted(heights)
+    assert heights[0] < heights[-1]
+
+
+def test_descriptors_need_rows_of_16_bytes() -> None:
+    assert tma_fits(72, 2)
+    assert not tma_fits(39, 2)
+    assert not tma_fits(72, 1)
+
+
+def test_a_tile_side_that_is_no_power_of_two_is_refused() -> None:
+    with pytest.raises(ValueError, match="power of two"):
+        TritonPersistentConfig(block_m=48)

@@ -1,0 +1,416 @@
+"""The vllm_fused_moe backend: its reasons, and the contract with vLLM held against a stand-in that really computes.
+
+The stand-in follows vLLM 0.20.2 in what it does with ids: it skips its sorting where M·topk·4 ≤ E, and there writes
+zeros for -1 and reads the weights of any other id; where it sorts, it indexes with the id and drops what expert_map
+sends to -1.
+The real one runs in the conformance suite, on a GPU.
+"""
+
+import enum
+import gc
+import os
+import sys
+import types
+import weakref
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from moe_dispatch.backends import vllm_fused_moe
+from moe_dispatch.backends.reference import ReferenceBackend, ReferenceConfig
+from moe_dispatch.backends.stages.activate import activate_torch
+from moe_dispatch.backends.stages.mask_slots import mask_slots
+from moe_dispatch.backends.stages.quantize import quantize_rows_torch
+from moe_dispatch.backends.vllm_fused_moe import VllmFusedMoEBackend
+from moe_dispatch.errors import BackendUnavailableError
+from moe_dispatch.experts import ExpertWeights, dequantize_blocks
+from moe_dispatch.machine import Machine
+from moe_dispatch.problem import Activation, DType, MoEProblem
+from moe_dispatch.workloads import Workload, make_experts
+from tests.support.refusals import Refusal, on_hopper
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+PACKAGE = "vllm.model_executor.layers.fused_moe"
+E8M0 = "VLLM_USE_DEEP_GEMM_E8M0"
+H200 = Machine(
+    device="cuda", name="NVIDIA H200", capability=(9, 0), sms=132, memory_bytes=141 << 30, torch="2.11.0+cu130",
+    triton="3.6.0", libraries={"vllm": "0.20.2"},
+)  # fmt: skip
+CPU = Machine(device="cpu", name="a cpu", sms=4, memory_bytes=1 << 34, torch="2.13.0+cpu")
+
+
+# Reasons.
+
+
+REFUSALS = {
+    "cpu": Refusal(on_hopper(device="cpu", capability=None), ("CUDA device",)),
+    "fp8 on sm_80": Refusal(on_hopper("fp8", capability=(8, 0)), ("8.9 or newer", "got 8.0")),
+    "parts of a group": Refusal(on_hopper("fp8", K=192, N=96), ("K % 128 == 0", "K=192", "N % 128 == 0", "N=96")),
+    "gelu_tanh": Refusal(on_hopper(activation="gelu_tanh"), ("got activation gelu_tanh",)),
+    "alternating silu": Refusal(on_hopper(interleaved=True), ("silu with rows alternating",)),
+    "gate-first swiglu_oai": Refusal(on_hopper(activation="swiglu_oai"), ("swiglu_oai with rows gate first",)),
+    "too many experts to sort": Refusal(on_hopper(E=992), ("at most 991", "E=992")),
+    "gradient": Refusal(on_hopper(needs_grad=True), ("no gradient",)),
+}
+
+
+@pytest.mark.parametrize("refusal", REFUSALS.values(), ids=REFUSALS)
+def test_refuses_with_limit_and_value(refusal: Refusal) -> None:
+    refusal.check(VllmFusedMoEBackend(H200))
+
+
+@pytest.mark.parametrize(
+    "taken",
+    [
+        on_hopper(mode="graph"),
+        on_hopper("fp16"),
+        on_hopper("fp8", mode="graph"),
+        on_hopper("fp8", act_dtype="fp16", capability=(8, 9)),
+        on_hopper(capability=(8, 0), K=250, N=90),
+        on_hopper(activation="relu2"),
+        on_hopper(activation="swiglu_oai", interleaved=True, bias=True),
+        on_hopper(capability=(10, 0)),
+    ],
+    ids=str,
+)
+def test_takes(taken: MoEProblem) -> None:
+    assert VllmFusedMoEBackend(H200).unsupported_reasons(taken) == ()
+
+
+def test_absent_library_says_how_to_get_it() -> None:
+    (reason,) = VllmFusedMoEBackend(CPU).unavailable_reasons()
+    assert "vllm is not installed" in reason
+    assert "0.20.2" in reason
+    assert VllmFusedMoEBackend(H200).unavailable_reasons() == ()
+
+
+def test_measurements_depend_on_vllm_and_triton() -> None:
+    assert VllmFusedMoEBackend(H200).measured_versions() == {"vllm": "0.20.2", "triton": "3.6.0"}
+
+
+def test_takes_more_workspace_for_more_tokens() -> None:
+    backend = VllmFusedMoEBackend(H200)
+    small, large = (backend.workspace_bytes(on_hopper(M=M), backend.config_type()) for M in (4, 64))
+    assert large == 16 * small > 0
+
+
+# The contract, against a stand-in.
+
+
+class MoEActivation(enum.Enum):
+    """vLLM's enumeration, the part of it that is used."""
+
+    SILU = "silu"
+    GELU = "gelu"
+    SWIGLUOAI = "swigluoai"
+    RELU2_NO_MUL = "relu2_no_mul"
+
+
+OURS: dict[MoEActivation, tuple[Activation, bool]] = {
+    MoEActivation.SILU: ("silu", False),
+    MoEActivation.GELU: ("gelu", False),
+    MoEActivation.SWIGLUOAI: ("swiglu_oai", True),
+    MoEActivation.RELU2_NO_MUL: ("relu2", False),
+}
+
+
+class Description(types.SimpleNamespace):
+    """Of the weights; unlike its base it can be referred to weakly."""
+
+
+@dataclass
+class StandIn:
+    """Computes what vLLM computes, and remembers how it was asked."""
+
+    calls: list[dict[str, Any]] = field(default_factory=list)
+    configs: int = 0
+    rounds: bool = False
+    platform_is_cuda: bool = True
+
+    def fp8_w8a8_moe_quant_config(self, **given: Any) -> Description:
+        assert given["block_shape"] == [128, 128]
+        self.configs += 1
+        return Description(**given)
+
+    def biased_moe_quant_config(self, w1_bias: Tensor, w2_bias: Tensor) -> Description:
+        self.configs += 1
+        return Description(w1_bias=w1_bias, w2_bias=w2_bias)
+
+    def assign(
+        self,
+        topk_ids: Tensor,
+        config: dict[str, Any],
+        num_tokens: int,
+        top_k_num: int,
+        global_num_experts: int,
+        expert_map: Tensor | None,
+    ) -> tuple[Any, ...]:
+        if expert_map is None and num_tokens * top_k_num * 4 <= global_num_experts:
+            return None, topk_ids.view(-1), torch.full((1,), topk_ids.numel() * config["BLOCK_SIZE_M"])
+        raise NotImplementedError("Could not run '_moe_C::moe_align_block_size' with arguments from the 'CPU' backend")
+
+    def expert_of_slot(self, ids: Tensor, E: int, global_num_experts: int, expert_map: Tensor | None) -> list[int]:
+        if expert_map is None and ids.numel() * 4 <= global_num_experts:
+            read = [int(e) for e in ids.flatten()]
+            assert all(-1 <= e < E for e in read), "the weights of an expert that is not there were read"
+            return read
+        assert expert_map is not None, "a slot that is sorted out leaves its part of the buffer uninitialised"
+        assert expert_map.numel() == global_num_experts
+        assert all(0 <= e < global_num_experts for e in ids.flatten()), "an id was used as an index"
+        return [int(expert_map[e]) for e in ids.flatten()]
+
+    def fused_experts(
+        self,
+        hidden_states: Tensor,
+        w1: Tensor,
+        w2: Tensor,
+        topk_weights: Tensor,
+        topk_ids: Tensor,
+        inplace: bool = False,
+        activation: MoEActivation = MoEActivation.SILU,
+        apply_router_weight_on_input: bool = False,
+        global_num_experts: int = -1,
+        expert_map: Tensor | None = None,
+        quant_config: Any = None,
+    ) -> Tensor:
+        self.calls.append(
+            {"by_slot": expert_map is None, "ids": topk_ids, "quant_config": quant_config, "expert_map": expert_map}
+        )
+        assert not inplace
+        assert topk_weights.dtype == torch.float32
+        E, topk = w1.shape[0], topk_ids.shape[1]
+        experts = self.expert_of_slot(topk_ids, E, E if global_num_experts == -1 else global_num_experts, expert_map)
+        ours, interleaved = OURS[activation]
+        out = torch.zeros(hidden_states.shape, dtype=torch.float32)
+        for slot, e in enumerate(experts):
+            if e < 0:
+                continue
+            x = hidden_states[slot // topk]
+            gate_up = self.product(x, w1[e], quant_config, "w1", e)
+            inner = activate_torch(gate_up, ours, interleaved=interleaved).to(hidden_states.dtype)
+            y = self.product(inner, w2[e], quant_config, "w2", e)
+            out[slot // topk] += y * topk_weights.flatten()[slot]
+        return out.to(hidden_states.dtype)
+
+    def product(self, x: Tensor, weight: Tensor, quant_config: Any, name: str, e: int) -> Tensor:
+        wide, x = weight.float(), x.float()
+        scale = getattr(quant_config, f"{name}_scale", None)
+        if scale is not None:
+            wide = dequantize_blocks(weight, scale[e])
+            codes, multiplier = quantize_rows_torch(x[None])
+            if self.rounds:
+                multiplier = torch.exp2(multiplier.log2().ceil())
+                codes = (x.view(1, -1, 128) / multiplier[:, :, None]).view(1, -1).to(torch.float8_e4m3fn)
+            x = (codes.float() * multiplier.repeat_interleave(128, dim=1))[0]
+        bias = getattr(quant_config, f"{name}_bias", None)
+        return torch.nn.functional.linear(x, wide, None if bias is None else bias[e].float())
+
+    def modules(self) -> dict[str, types.ModuleType]:
+        contents: dict[str, dict[str, Any]] = {
+            "vllm.platforms": {
+                "current_platform": types.SimpleNamespace(is_cuda=lambda: self.platform_is_cuda),
+            },
+            "vllm.utils.deep_gemm": {"is_deep_gemm_e8m0_used": lambda: self.rounds},
+            f"{PACKAGE}.activation": {"MoEActivation": MoEActivation},
+            f"{PACKAGE}.config": {
+                "fp8_w8a8_moe_quant_config": self.fp8_w8a8_moe_quant_config,
+                "biased_moe_quant_config": self.biased_moe_quant_config,
+            },
+            f"{PACKAGE}.fused_moe": {
+                "fused_experts": self.fused_experts,
+                "_prepare_expert_assignment": self.assign,
+            },
+        }
+        made = {}
+        for name, attributes in contents.items():
+            made[name] = types.ModuleType(name)
+            vars(made[name]).update(attributes)
+        return made
+
+
+@pytest.fixture
+def no_vllm(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Whatever vLLM this process has is out of sight, and so is what the backend remembers of it."""
+    hidden = {name: module for name, module in sys.modules.items() if name.split(".")[0] == "vllm"}
+    for name in hidden:
+        del sys.modules[name]
+    monkeypatch.setattr(vllm_fused_moe, "_library", None)
+    monkeypatch.setattr(vllm_fused_moe, "_plain_scales", False)
+    monkeypatch.setenv(E8M0, "")  # so that it is taken back whatever the backend leaves there
+    monkeypatch.delenv(E8M0)
+    yield
+    for name in [name for name in sys.modules if name.split(".")[0] == "vllm"]:
+        del sys.modules[name]
+    sys.modules.update(hidden)
+
+
+@pytest.fixture
+def vllm(no_vllm: None, monkeypatch: pytest.MonkeyPatch) -> StandIn:
+    stand_in = StandIn()
+    for name, module in stand_in.modules().items():
+        monkeypatch.setitem(sys.modules, name, module)
+    return stand_in
+
+
+def layer(dtype: DType, activation: Activation = "silu", *, bias: bool = False, E: int = 8) -> ExpertWeights:
+    interleaved = activation == "swiglu_oai"
+    shape = Workload("tiny", E=E, topk=2, K=128, N=128, activation=activation, bias=bias, interleaved=interleaved)
+    return make_experts(shape, dtype, "cpu", torch.Generator().manual_seed(1))
+
+
+def hidden_for(ids: Tensor, experts: ExpertWeights) -> Tensor:
+    hidden = torch.randn(ids.shape[0], experts.K, generator=torch.Generator().manual_seed(2))
+    return hidden.to(torch.float16 if experts.dtype == "fp16" else torch.bfloat16)
+
+
+def relative_error(experts: ExpertWeights, weights: Tensor, ids: Tensor) -> float:
+    hidden = hidden_for(ids, experts)
+    backend = VllmFusedMoEBackend(H200)
+    out = backend.run(hidden, experts, weights, ids, backend.config_type()).float()
+    truth = ReferenceBackend(CPU).run(hidden, experts, weights, ids, ReferenceConfig(compute_fp32=True)).float()
+    return float((out - truth).norm() / truth.norm().clamp(min=1e-20))
+
+
+@pytest.mark.parametrize("activation", ["silu", "gelu", "swiglu_oai", "relu2"])
+@pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp8"])
+def test_hands_the_layer_over_whole(vllm: StandIn, dtype: DType, activation: Activation) -> None:
+    ids = torch.tensor([[0, 3], [7, 7], [5, 1]], dtype=torch.int32)
+    weights = torch.rand(3, 2, generator=torch.Generator().manual_seed(3))
+    error = relative_error(layer(dtype, activation, bias=True), weights, ids)
+    assert error <= VllmFusedMoEBackend.tolerance[dtype]
+
+
+NOT_OURS = [[-1, 3], [8, 7], [0, 99], [-1, 8], [-5, 2**31 - 1]]
+
+
+@pytest.mark.parametrize("E", [8, 256], ids=["sorted", "by slot"])
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64], ids=["int32", "int64"])
+def test_ids_that_are_not_ours_add_nothing(vllm: StandIn, dtype: torch.dtype, E: int) -> None:
+    ids = torch.tensor(NOT_OURS, dtype=dtype)
+    ids[ids == 8] = E
+    if dtype == torch.int64:
+        ids[0, 0] = 2**32 + 1  # an expert of ours, once its upper half is lost
+    weights = torch.ones(ids.shape)
+    weights[(ids < 0) | (ids >= E)] = torch.nan
+    assert relative_error(layer("bf16", E=E), weights, ids) <= 1e-2
+    assert [call["by_slot"] for call in vllm.calls] == [E == 256]
+    assert vllm.calls[0]["ids"].dtype == torch.int32
+
+
+def test_a_vllm_that_cannot_be_asked_always_sorts(vllm: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(sys.modules[f"{PACKAGE}.fused_moe"], "_prepare_expert_assignment")
+    assert relative_error(layer("bf16", E=256), torch.ones(1, 2), torch.tensor([[3, -1]])) <= 1e-2
+    assert not vllm.calls[0]["by_slot"]
+
+
+def test_description_is_made_once_and_dies_with_the_weights(vllm: StandIn) -> None:
+    backend, experts = VllmFusedMoEBackend(H200), layer("fp8")
+    ids, weights = torch.tensor([[0, 1]]), torch.ones(1, 2)
+    hidden = hidden_for(ids, experts)
+    for _ in range(3):
+        backend.run(hidden, experts, weights, ids, backend.config_type())
+    assert vllm.configs == 1
+    description = vllm.calls[-1]["quant_config"]
+    assert all(call["quant_config"] is description for call in vllm.calls)
+    gone = weakref.ref(description)
+    vllm.calls.clear()
+    del experts, description
+    gc.collect()
+    assert gone() is None
+
+
+def test_what_a_captured_graph_reads_outlives_the_backend(vllm: StandIn) -> None:
+    """`reset_dispatchers` drops the backends; a graph that was captured before is replayed all the same."""
+    experts, ids = layer("bf16", E=4), torch.zeros(8, 2, dtype=torch.int64)
+    for _ in range(2):
+        backend = VllmFusedMoEBackend(H200)
+        backend.run(hidden_for(ids, experts), experts, torch.ones(8, 2), ids, backend.config_type())
+    first, second = (call["expert_map"] for call in vllm.calls)
+    assert first is not None
+    assert second is first
+
+
+def test_plain_scales_are_asked_for_by_fp8_only(vllm: StandIn) -> None:
+    ids, weights = torch.tensor([[0, 1]]), torch.ones(1, 2)
+    relative_error(layer("bf16"), weights, ids)
+    assert E8M0 not in os.environ
+    relative_error(layer("fp8"), weights, ids)
+    assert os.environ[E8M0] == "0"
+
+
+@pytest.mark.parametrize(("given", "word"), [(None, "asked before us"), ("1", f"{E8M0}=1")])
+def test_refuses_rounded_scales(vllm: StandIn, monkeypatch: pytest.MonkeyPatch, given: str | None, word: str) -> None:
+    vllm.rounds = True
+    if given is not None:
+        monkeypatch.setenv(E8M0, given)
+    ids, weights = torch.tensor([[0, 1]]), torch.ones(1, 2)
+    with pytest.raises(BackendUnavailableError, match=word):
+        relative_error(layer("fp8"), weights, ids)
+    assert os.environ.get(E8M0) == given  # what did not help is taken back
+    assert vllm.calls == []
+    assert relative_error(layer("bf16"), weights, ids) <= 1e-2  # which has no multipliers to round
+
+
+def test_a_failing_question_about_scales_is_a_reason(vllm: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
+    def ask() -> bool:
+        raise AssertionError
+
+    monkeypatch.setattr(sys.modules["vllm.utils.deep_gemm"], "is_deep_gemm_e8m0_used", ask)
+    with pytest.raises(BackendUnavailableError, match="CUDA_HOME"):
+        relative_error(layer("fp8"), torch.ones(1, 2), torch.tensor([[0, 1]]))
+
+
+# Loading.
+
+
+def write_package(root: Path, init: str) -> None:
+    package = root.joinpath(*PACKAGE.split("."))
+    package.mkdir(parents=True)
+    for folder in (package, *package.relative_to(root).parents):
+        root.joinpath(folder, "__init__.py").write_text("")
+    package.joinpath("config.py").write_text(init)
+
+
+@pytest.mark.parametrize(
+    ("init", "word"),
+    [
+        ("raise AssertionError('half installed')", "AssertionError: half installed"),
+        ("import a_library_that_is_not_there", "ModuleNotFoundError"),
+        ("", "fused_moe"),
+    ],
+)
+def test_a_vllm_that_does_not_load(
+    no_vllm: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, init: str, word: str
+) -> None:
+    write_package(tmp_path, init)
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(BackendUnavailableError, match="does not load") as caught:
+        relative_error(layer("bf16"), torch.ones(1, 2), torch.tensor([[0, 1]]))
+    assert word in str(caught.value)
+    assert "pip install" in str(caught.value)
+    assert caught.value.__cause__ is not None
+
+
+def test_a_vllm_without_its_metadata_sees_no_cuda(vllm: StandIn) -> None:
+    vllm.platform_is_cuda = False
+    with pytest.raises(BackendUnavailableError, match="not for CUDA"):
+        relative_error(layer("bf16"), torch.ones(1, 2), torch.tensor([[0, 1]]))
+
+
+# The stage.
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64], ids=["int32", "int64"])
+@pytest.mark.parametrize("slots", [1, 7, 700])
+def test_mask_slots(dtype: torch.dtype, slots: int) -> None:
+    ids = torch.arange(slots, dtype=dtype).view(slots, 1) - 2
+    if dtype == torch.int64:
+        ids[-1] += 2**32
+    masked = mask_slots(ids.to(DEVICE), 5, -1).cpu()
+    assert masked.dtype == torch.int32
+    assert masked.flatten().tolist() == [e if 0 <= e < 5 else -1 for e in ids.flatten().tolist()]

@@ -1,0 +1,62 @@
+"""Run a small case of each backend and kind of configuration once, for compute-sanitizer.
+
+    compute-sanitizer --tool memcheck python tests/gpu/one_of_each.py --backend triton_splitk
+
+PyTorch's caching allocator hides overruns inside its blocks, so it is switched off. What runs a program on every
+multiprocessor runs few of them, so that each takes several tiles and comes back to what it used before.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+
+os.environ.setdefault("PYTORCH_NO_CUDA_MEMORY_CACHING", "1")
+
+import torch
+
+from moe_dispatch.benchmarks.sweep import available_backends
+from moe_dispatch.dispatch.dispatcher import Dispatcher
+from moe_dispatch.machine import current_machine, default_device
+from moe_dispatch.measure import backend_call, make_inputs, reference_outputs, relative_error
+from moe_dispatch.problem import DType
+from moe_dispatch.registry import BACKENDS
+from moe_dispatch.workloads import ROUTINGS, make_experts, workload
+
+# Odd on purpose: no tile is full.
+LAYER = "8,2,512,384"
+TOKENS = (1, 5, 130)
+PROGRAMS = 4
+DTYPES: tuple[DType, ...] = ("bf16", "fp8")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run everything that is supported here; 1 if a result is wrong."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--backend", action="append", help="only these; all registered ones if left out")
+    parser.add_argument("--configs", type=int, default=3, help="configurations of each backend at each point")
+    given = parser.parse_args(arguments)
+    dispatcher = Dispatcher(current_machine(default_device()).model_copy(update={"sms": PROGRAMS}))
+    device = torch.device(dispatcher.machine.device)
+    backends = available_backends(given.backend or BACKENDS.names(), dispatcher.planner.backend, print)
+    wrong = 0
+    layer = workload(LAYER)
+    for dtype in DTYPES:
+        experts = make_experts(layer, dtype, device, torch.Generator(device).manual_seed(0))
+        for M in TOKENS:
+            problem = layer.problem(M, dtype, dispatcher.machine)
+            inputs = make_inputs(problem, ROUTINGS["uniform"], device, count=1)
+            (truth,) = reference_outputs(experts, inputs)
+            for backend in backends:
+                if backend.unsupported_reasons(problem):
+                    continue
+                for config in backend.configs(problem)[: given.configs]:
+                    error = relative_error(backend_call(backend, experts, config)(inputs[0]), truth)
+                    right = error <= backend.tolerance[dtype]
+                    wrong += not right
+                    print(f"{'ok' if right else 'WRONG'} {backend.name} {dtype} M={M} {config.label}: {error:.2g}")
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

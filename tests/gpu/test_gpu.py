@@ -1,0 +1,112 @@
+"""What only a GPU can show of the dispatcher: its cost on the host, and captures through `moe_forward`."""
+
+import os
+import statistics
+import time
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from moe_dispatch import moe_forward, warm_up
+from moe_dispatch.dispatch.dispatcher import SETTLED_CALLS
+from moe_dispatch.dispatch.process import get_dispatcher
+from moe_dispatch.testing import Case, Precision, make_inputs, relative_error
+from moe_dispatch.workloads import ROUTINGS, WORKLOADS, make_experts
+
+pytestmark = pytest.mark.gpu
+ALONE = "PYTEST_XDIST_WORKER" not in os.environ  # a host's time means nothing while other workers have its cores
+MOST_OVERHEAD_US = 10.0
+
+
+def host_us(first: Callable[[], object], second: Callable[[], object], pairs: int = 500) -> tuple[float, float]:
+    """Host time of two calls in µs: the median of the first, and the median of what the second takes beyond it.
+
+    Each pair is run one right after the other, in turning order and with the device idle: what else the host does
+    comes and goes over both.
+    """
+    base: list[float] = []
+    beyond: list[float] = []
+    for pair in range(pairs):
+        taken: dict[Callable[[], object], float] = {}
+        for call in (first, second) if pair % 2 else (second, first):
+            torch.cuda.synchronize()
+            begun = time.perf_counter_ns()
+            call()
+            taken[call] = (time.perf_counter_ns() - begun) / 1e3
+        base.append(taken[first])
+        beyond.append(taken[second] - taken[first])
+    return statistics.median(base), statistics.median(beyond)
+
+
+@pytest.mark.skipif(not ALONE, reason="other workers share the host: run it without -n")
+@pytest.mark.parametrize("dtype", ["bf16", "fp8"])
+def test_automatic_choice_costs_the_host_little(dtype: str) -> None:
+    layer = WORKLOADS["qwen3-30b-a3b"]
+    experts = make_experts(layer, dtype, "cuda")  # type: ignore[arg-type]
+    weights, ids = ROUTINGS["uniform"].sample(1, layer.E, layer.topk, "cuda")
+    hidden = torch.randn(1, layer.K, device="cuda").bfloat16()
+    with torch.no_grad():
+        for _ in range(20):
+            moe_forward(hidden, experts, weights, ids)
+        (plan,) = get_dispatcher(hidden.device)._plans.values()
+        played, overhead = host_us(
+            lambda: plan.run(hidden, experts, weights, ids, plan.config),
+            lambda: moe_forward(hidden, experts, weights, ids),
+        )
+        direct, difference = host_us(
+            lambda: plan.backend.run(hidden, experts, weights, ids, plan.config),
+            lambda: moe_forward(hidden, experts, weights, ids),
+        )
+    print(
+        f"{plan.choice.backend} {dtype}: {direct:.1f} µs called directly, {difference:+.1f} µs through moe_forward, "
+        f"which takes {overhead:.1f} µs beyond the {played:.1f} µs of what it calls"
+    )
+    assert difference <= MOST_OVERHEAD_US
+    assert overhead <= MOST_OVERHEAD_US
+
+
+@pytest.mark.parametrize("precision", [Precision("bf16", "bf16"), Precision("fp8", "bf16")], ids=str)
+@pytest.mark.parametrize("name", ["triton_splitk", "triton_persistent"])
+@pytest.mark.parametrize("M", [1, 5, 64])
+def test_a_settled_call_is_a_tape_and_right_on_other_inputs_and_layers(M: int, name: str, precision: Precision) -> None:
+    from moe_dispatch.backends.triton_common.replay import Tape
+
+    case = Case(M=M, E=32, topk=4, K=512, N=256)
+    calls = [make_inputs(case, precision, "cuda", seed) for seed in range(4)]
+    dispatcher = get_dispatcher(calls[0].hidden_states.device)
+    problem = case.layer.problem(M, precision.dtype, dispatcher.machine)
+    if reasons := dispatcher.planner.backend(name).unsupported_reasons(problem):
+        pytest.skip("; ".join(reasons))
+    with torch.no_grad():
+        for _ in range(SETTLED_CALLS):
+            moe_forward(*calls[0].arguments, backend=name)
+        (plan,) = dispatcher._plans.values()
+        assert isinstance(plan.run, Tape)
+        for call in calls:
+            out = moe_forward(*call.arguments, backend=name)
+            assert torch.equal(out, plan.backend.run(*call.arguments, plan.config))
+            assert relative_error(out, call.truth) <= plan.backend.tolerance[precision.dtype]
+        arguments = (*calls[0].arguments, plan.config)
+        direct, difference = host_us(lambda: plan.backend.run(*arguments), lambda: plan.run(*arguments))
+    print(f"{name} {precision} M={M}: {direct:.1f} µs, as a tape {direct + difference:.1f} µs")
+    if ALONE:
+        assert difference < -0.4 * direct
+
+
+@pytest.mark.parametrize("M", [1, 32, 512])
+def test_moe_forward_is_captured_after_a_warm_up(M: int) -> None:
+    precision = Precision("bf16", "bf16")
+    case = Case(M=M, E=32, topk=4, K=512, N=256)
+    old, new = make_inputs(case, precision, "cuda", seed=1), make_inputs(case, precision, "cuda", seed=2)
+    with torch.no_grad():
+        warm_up(old.experts, case.topk, [M])
+        hidden, weights, ids = old.hidden_states.clone(), old.topk_weights.clone(), old.topk_ids.clone()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = moe_forward(hidden, old.experts, weights, ids)
+        for source, static in ((new.hidden_states, hidden), (new.topk_weights, weights), (new.topk_ids, ids)):
+            static.copy_(source)
+        graph.replay()
+        eager = moe_forward(new.hidden_states, old.experts, new.topk_weights, new.topk_ids)
+    assert relative_error(out, eager.float()) <= 1e-2

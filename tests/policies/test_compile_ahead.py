@@ -1,0 +1,128 @@
+"""Compiling ahead, on a CPU, where there is nothing to compile but the processes are the same."""
+
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from moe_dispatch.machine import Machine
+from moe_dispatch.policies.calibration import compile_ahead as module
+from moe_dispatch.policies.calibration.compile_ahead import Job, Jobs, compile_ahead, in_order
+from moe_dispatch.policies.calibration.placeholder_weights import phantom_experts
+from moe_dispatch.policies.calibration.worker_process import Supervisor
+from moe_dispatch.policies.measurements.schema import Candidate, Layer
+from moe_dispatch.problem import DType
+from moe_dispatch.registry import BACKENDS as REGISTERED
+from moe_dispatch.workloads import make_experts, workload
+
+CPU = Machine.inspect("cpu")
+LAYER = Layer.of(workload("4,2,32,16").problem(1, "fp32", CPU))
+BACKENDS = {
+    "reference": "moe_dispatch.backends.reference:ReferenceBackend",
+    "killed": "tests.support.calibration_faults:KilledBackend",
+    "raising": "tests.support.calibration_faults:RaisingBackend",
+}
+
+
+def jobs(*names: str, tokens: tuple[int, ...] = (1, 4)) -> list[Job]:
+    return [Job(LAYER, M, Candidate(backend=name, versions={"torch": "1"})) for name in names for M in tokens]
+
+
+def start() -> Supervisor:
+    return Supervisor("cpu", BACKENDS, 20.0)
+
+
+def test_one_token_count_of_each_candidate_comes_first() -> None:
+    order = [(job.candidate.backend, job.M) for job in in_order(jobs("a", "b", tokens=(1, 2, 4)))]
+    assert order == [("a", 1), ("b", 1), ("a", 2), ("b", 2), ("a", 4), ("b", 4)]
+
+
+def taken(queue: Jobs, loaded: set[str], *, every_library: bool = False) -> list[str]:
+    """The backends of the jobs that one process gets, alone."""
+    names = []
+    while (job := queue.take(loaded, every_library=every_library)) is not None:
+        names.append(job.candidate.backend)
+    return names
+
+
+def test_the_racer_begins_with_a_job_of_every_library() -> None:
+    queue = Jobs(jobs("ours", "lib", "other_lib"), libraries=["lib", "other_lib"])
+    order = taken(queue, set(), every_library=True)
+    assert set(order[:2]) == {"lib", "other_lib"}
+    assert sorted(order) == sorted(["ours", "lib", "other_lib"] * 2)
+
+
+def test_few_processes_load_a_library_and_the_others_leave_its_jobs_to_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "LIBRARY_PROCESSES", 1)
+    queue = Jobs(jobs("ours", "lib", tokens=(1, 2, 4)), libraries=["lib"])
+    one, other = set[str](), set[str]()
+    first = queue.take(one, every_library=False)
+    assert first is not None and first.candidate.backend == "lib"  # noqa: PT018
+    assert taken(queue, other) == ["ours"] * 3
+    assert taken(queue, one) == ["lib"] * 2
+    assert not len(queue)
+
+
+@pytest.mark.slow
+def test_what_was_compiled_is_remembered_and_failures_cost_themselves(tmp_path: Path) -> None:
+    remembered = tmp_path / "compiled" / "machine.txt"
+    told: list[tuple[int, int]] = []
+    wanted = jobs("killed", "reference", "raising")
+    failed = compile_ahead(wanted, start, remembered, on_progress=lambda done, total: told.append((done, total)))
+    assert len(failed) == 4
+    assert any("raising at M=1" in one and "no kernel image" in one for one in failed)
+    assert max(told) == (6, 6)
+    assert set(remembered.read_text().split()) == {job.digest for job in jobs("reference")}
+    told.clear()
+    compile_ahead(wanted, start, remembered, on_progress=lambda done, total: told.append((done, total)))
+    assert max(told) == (4, 4)  # who failed for want of memory, say, is tried again
+
+
+@pytest.mark.slow
+def test_the_racer_lives_on(tmp_path: Path) -> None:
+    # Linux kills a worker when the thread that started it ends, not only when the process does.
+    racer = start()
+    try:
+        assert not compile_ahead(jobs("reference"), start, tmp_path / "machine.txt", racer=racer)
+        racer.layer(LAYER)
+        assert racer.restarts == 1
+    finally:
+        racer.close()
+
+
+def test_another_version_is_another_job() -> None:
+    (one,) = jobs("reference", tokens=(1,))
+    assert Job(LAYER, 1, Candidate(backend="reference", versions={"torch": "2"})).digest != one.digest
+
+
+def test_past_the_deadline_nothing_starts(tmp_path: Path) -> None:
+    compile_ahead(jobs("reference"), start, tmp_path / "machine.txt", deadline=time.monotonic() - 1)
+    assert not (tmp_path / "machine.txt").read_text()
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp8"])
+@pytest.mark.parametrize("layer", ["4,2,192,160", "4,2,256,128"])
+def test_phantoms_are_weights_of_the_layer(layer: str, dtype: DType) -> None:
+    problem = workload(layer).problem(1, dtype, CPU)
+    made = phantom_experts(problem, torch.device("cpu"))
+    real = make_experts(problem, dtype, "cpu")
+    assert made.spec == real.spec
+    for name in ("gate_up", "down", "gate_up_scale", "down_scale"):
+        mine, other = getattr(made, name), getattr(real, name)
+        assert (mine is None) == (other is None)
+        assert mine is None or (mine.shape, mine.dtype) == (other.shape, other.dtype)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["bf16", "fp8"])
+def test_phantoms_of_a_layer_beyond_the_memory_run_where_nobody_is_served(dtype: DType) -> None:
+    machine = Machine.inspect("cuda")
+    experts = phantom_experts(workload("4096,8,7168,2048").problem(1, dtype, machine), torch.device("cuda"))
+    assert experts.gate_up.nbytes > machine.memory_bytes / 2
+    backend = REGISTERED.load("triton_persistent")(machine)
+    problem = experts.problem(3, 8, torch.bfloat16, machine.capability)
+    hidden = torch.ones(3, 7168, dtype=torch.bfloat16, device="cuda")
+    nobody = torch.full((3, 8), -1, dtype=torch.int32, device="cuda")
+    out = backend.run(hidden, experts, torch.ones(3, 8, device="cuda"), nobody, backend.default_config(problem))
+    assert not out.any()

@@ -1,0 +1,348 @@
+"""Calibration files as they are found in the wild, and what the policy makes of them."""
+
+import json
+import multiprocessing
+import os
+import resource
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from moe_dispatch.errors import MoEDispatchWarning, PolicyFileError
+from moe_dispatch.machine import Machine
+from moe_dispatch.policies.calibrated import CalibratedPolicy, calibration_path
+from moe_dispatch.policies.measurements.merge import Measured, save, settle
+from moe_dispatch.policies.measurements.schema import Candidate, Layer, Measurement, read_calibration
+from moe_dispatch.policies.measurements.table import LayerTable, calm_winners, tables
+from moe_dispatch.policies.measurements.versions import relevant_versions
+from moe_dispatch.problem import Mode
+from moe_dispatch.registry import BACKENDS
+from moe_dispatch.workloads import WORKLOADS, Workload
+from tests.support.fakes import Honest, registered
+
+MACHINE = Machine.inspect("cpu")
+LAYER = Workload("tiny", E=8, topk=2, K=64, N=32)
+
+
+def measured(
+    M: int,
+    us: float | None,
+    backend: str = "reference",
+    *,
+    mode: Mode = "eager",
+    layer: Workload = LAYER,
+    config: dict[str, Any] | None = None,
+    versions: dict[str, str] | None = None,
+) -> Measured:
+    """A measurement of a backend under today's versions, unless others are given."""
+    if versions is None:
+        versions = relevant_versions(BACKENDS.load(backend)(MACHINE)) if backend in BACKENDS.names() else {}
+    return Measured(
+        Layer.of(layer.problem(1, "fp32", MACHINE)),
+        M,
+        mode,
+        Candidate(backend=backend, config=config or {}, versions=versions),
+        Measurement(
+            candidate=0, us={"uniform": (us, us, us)} if us else {}, score=us, disqualified=None if us else "x"
+        ),
+    )
+
+
+@pytest.fixture
+def path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("MOE_DISPATCH_CACHE_DIR", str(tmp_path))
+    return Path(calibration_path(MACHINE))
+
+
+def ranked(M: int, mode: Mode = "eager") -> list[str]:
+    return [choice.backend for choice in CalibratedPolicy(MACHINE).rank(LAYER.problem(M, "fp32", MACHINE, mode))]
+
+
+@dataclass(frozen=True)
+class Damage:
+    """A way to spoil a good file, and what the refusal must say."""
+
+    name: str
+    spoil: Callable[[dict[str, Any]], object]
+    says: str
+
+
+def _edit(*keys: Any, value: Any) -> Callable[[dict[str, Any]], object]:
+    def edit(data: dict[str, Any]) -> object:
+        inner: Any = data
+        for key in keys[:-1]:
+            inner = inner[key]
+        inner[keys[-1]] = value
+        return data
+
+    return edit
+
+
+MEASUREMENT = ("points", 0, "measurements", 0)
+DAMAGES = (
+    Damage("truncated", lambda data: json.dumps(data)[:-40], "is damaged"),
+    Damage("empty", lambda _: "", "is damaged"),
+    Damage("not-utf8", lambda _: b"\xff\xfe\x00", "is damaged"),
+    Damage("other-schema", _edit("schema_version", value=2), "has schema version 2"),
+    Damage("other-machine", _edit("machine", "name", value="NVIDIA H200"), "was measured on 'NVIDIA H200'"),
+    Damage("no-machine", _edit("machine", "device", value="tpu"), "is damaged: machine.device"),
+    Damage("unknown-field", _edit("run_me", value="rm -rf"), "is damaged: run_me"),
+    Damage("nan", lambda data: json.dumps(_edit(*MEASUREMENT, "score", value=float("nan"))(data)), "is damaged"),
+    Damage("negative", _edit(*MEASUREMENT, "score", value=-1.0), "is damaged"),
+    Damage("score-as-text", _edit(*MEASUREMENT, "score", value="1.0"), "is damaged"),
+    Damage("index-out-of-range", _edit(*MEASUREMENT, "candidate", value=9), "refers to candidate 9"),
+    Damage("path-as-backend", _edit("candidates", 0, "backend", value="../../x:Y"), "candidates.0.backend"),
+    Damage("deep", lambda _: "[" * 100_000, "is damaged"),
+    Damage("huge", lambda _: " " * ((32 << 20) + 1), "at most"),
+)
+
+
+@pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: damage.name)
+def test_a_file_that_cannot_be_trusted_is_refused_with_the_reason(path: Path, damage: Damage) -> None:
+    save(path, [measured(1, 5.0)], MACHINE)
+    spoilt = damage.spoil(json.loads(path.read_text(encoding="utf-8")))
+    content = spoilt if isinstance(spoilt, (str, bytes)) else json.dumps(spoilt)
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
+    with pytest.warns(MoEDispatchWarning, match="calibrated"):
+        policy = CalibratedPolicy(MACHINE)
+    assert policy.rank(LAYER.problem(1, "fp32", MACHINE)) == ()
+    assert damage.says in policy.notes()[0]
+
+
+def test_a_fifo_in_its_place_does_not_hang(path: Path) -> None:
+    path.parent.mkdir(parents=True)
+    os.mkfifo(path)
+    with pytest.raises(PolicyFileError, match="not a regular file"):
+        read_calibration(path, MACHINE)
+
+
+def test_a_damaged_file_is_set_aside_and_not_overwritten(path: Path) -> None:
+    path.parent.mkdir(parents=True)
+    path.write_text("{", encoding="utf-8")
+    save(path, [measured(1, 5.0)], MACHINE)
+    assert path.with_name(f"{path.name}.damaged").read_text(encoding="utf-8") == "{"
+    assert ranked(1) == ["reference"]
+
+
+def test_an_unknown_backend_and_an_unknown_configuration_are_ignored_with_a_note(path: Path) -> None:
+    rows = [
+        measured(1, 5.0),
+        measured(1, 1.0, "from_the_future"),
+        measured(1, 2.0, "torch_grouped", config={"warp_drive": True}),
+    ]
+    save(path, rows, MACHINE)
+    policy = CalibratedPolicy(MACHINE)
+    assert [choice.backend for choice in policy.rank(LAYER.problem(1, "fp32", MACHINE))] == ["reference"]
+    assert any("from_the_future: no such backend" in note for note in policy.notes())
+    assert any("torch_grouped: its configuration is unknown here (warp_drive" in note for note in policy.notes())
+
+
+def test_a_backend_whose_constructor_raises_is_ignored_with_a_note(path: Path) -> None:
+    class Unlicensed(Honest):
+        name = "unlicensed"
+
+        def __init__(self, machine: Machine) -> None:
+            raise OSError(f"the licence server of {machine.name} is down")
+
+    with registered(Unlicensed):
+        save(path, [measured(4, 5.0), measured(4, 1.0, "unlicensed", versions={})], MACHINE)
+        assert ranked(4) == ["reference"]
+        assert "unlicensed: cannot be made: OSError: the licence server" in CalibratedPolicy(MACHINE).notes()[0]
+
+
+def test_another_version_retires_what_depends_on_it_and_nothing_else(path: Path) -> None:
+    old = {**relevant_versions(BACKENDS.load("torch_grouped")(MACHINE)), "torch": "1.0"}
+    save(path, [measured(1, 5.0), measured(1, 1.0, "torch_grouped", versions=old)], MACHINE)
+    policy = CalibratedPolicy(MACHINE)
+    assert [choice.backend for choice in policy.rank(LAYER.problem(1, "fp32", MACHINE))] == ["reference"]
+    assert f"torch_grouped: retired by torch 1.0 -> {MACHINE.torch}" in policy.notes()[0]
+
+
+def test_a_full_disk_leaves_the_old_file(path: Path) -> None:
+    save(path, [measured(1, 5.0)], MACHINE)
+    before = path.read_bytes()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + 100, hard))
+    try:
+        with pytest.raises(PolicyFileError, match="what was there is untouched"):
+            save(path, [measured(M, 5.0) for M in range(2, 2000)], MACHINE)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert path.read_bytes() == before
+    assert not list(path.parent.glob("*.tmp"))
+
+
+def test_another_user_may_read_what_was_measured(path: Path) -> None:
+    """As the user of a container reads what root measured when the image was built."""
+    before = os.umask(0o022)
+    try:
+        save(path, [measured(1, 5.0)], MACHINE)
+    finally:
+        os.umask(before)
+    assert path.stat().st_mode & 0o777 == 0o644
+
+
+def test_a_directory_that_cannot_be_written_is_named() -> None:
+    # /proc refuses even root, whom permission bits do not stop.
+    with pytest.raises(PolicyFileError, match=r"cannot be written to /proc/.*MOE_DISPATCH_CACHE_DIR"):
+        save(Path("/proc/moe_dispatch/calibration.json"), [measured(1, 5.0)], MACHINE)
+
+
+def _write(path: Path, first: int) -> None:
+    for M in range(first, first + 20, 2):
+        save(path, [measured(M, float(M))], MACHINE)
+
+
+def test_two_writers_lose_nothing(path: Path) -> None:
+    context = multiprocessing.get_context("fork")
+    writers = [context.Process(target=_write, args=(path, first)) for first in (1, 2)]
+    for writer in writers:
+        writer.start()
+    for writer in writers:
+        writer.join(60)
+    assert [writer.exitcode for writer in writers] == [0, 0]
+    assert [point.M for point in read_calibration(path, MACHINE).points] == list(range(1, 21))
+
+
+def test_neighbours_decide_between_them(path: Path) -> None:
+    rows = [measured(4, 10.0), measured(4, 20.0, "torch_grouped")]
+    rows += [measured(64, 90.0), measured(64, 20.0, "torch_grouped")]
+    save(path, rows, MACHINE)
+    assert ranked(4) == ranked(5) == ["reference", "torch_grouped"]
+    assert ranked(64) == ranked(60) == ["torch_grouped", "reference"]
+    assert ranked(200) == ranked(2000) == ["torch_grouped", "reference"]
+    assert ranked(1) == ["reference", "torch_grouped"]
+    assert ranked(64 * 65) == []
+
+
+def test_a_mode_that_was_not_measured_borrows_and_says_so(path: Path) -> None:
+    save(path, [measured(4, 10.0)], MACHINE)
+    choice = CalibratedPolicy(MACHINE).rank(LAYER.problem(4, "fp32", MACHINE, "graph"))[0]
+    assert choice.reason == "10.0 µs at M=4 (eager; graph was not measured)"
+
+
+def test_disqualified_at_a_neighbour_is_not_trusted_between(path: Path) -> None:
+    rows = [measured(4, 10.0), measured(64, 50.0), measured(4, 5.0, "torch_grouped")]
+    save(path, [*rows, measured(64, None, "torch_grouped")], MACHINE)
+    assert ranked(4)[0] == "torch_grouped"
+    assert ranked(16) == ranked(64) == ["reference"]
+
+
+def test_within_noise_the_calmer_choice_wins() -> None:
+    one, other = ("a", ()), ("b", ())
+    scores = {1: {one: 10.0, other: 20.0}, 2: {one: 10.1, other: 10.0}, 4: {one: 10.0, other: 20.0}}
+    assert set(calm_winners(scores).values()) == {one}
+    scores[2][one] = 11.0
+    assert calm_winners(scores) == {1: one, 2: other, 4: one}
+    assert LayerTable(scores).rank(2)[0] == (other, 10.0)
+
+
+def test_what_noise_does_at_one_token_count_is_outvoted() -> None:
+    one, two, three = ("a", ()), ("b", ()), ("c", ())
+    # `one` is within noise at most of them, though it is nowhere the fastest.
+    scores = {
+        1: {one: 10.03, two: 10.0, three: 10.3},
+        2: {one: 20.06, three: 20.0, two: 30.0},
+        4: {two: 40.0, one: 40.12, three: 50.0},
+        8: {three: 80.0, one: 90.0, two: 88.0},
+    }
+    assert calm_winners(scores) == {1: one, 2: one, 4: one, 8: three}
+    assert list(calm_winners(scores)) == list(scores)
+
+
+def test_a_candidate_at_the_border_of_noise_decides_for_no_other_token_count() -> None:
+    one, other, third = ("a", ()), ("b", ()), ("c", ())
+
+    def winners(lag: float) -> list[object]:
+        scores = {
+            1: {one: 10.0, other: 10.0 * (1 + lag)},
+            2: {one: 20.0, other: 20.0},
+            4: {one: 40.0, other: 40.0},
+            8: {one: 100.0, other: 80.7, third: 80.0},
+        }
+        return list(calm_winners(scores).values())
+
+    assert winners(0.0124) == winners(0.0126) == [one, one, one, third]
+
+
+def test_neighbours_far_apart_decide_nothing_between_them() -> None:
+    one = ("one", ())
+    table = LayerTable({1: {one: 10.0}, 16: {one: 40.0}, 512: {one: 90.0}})
+    assert [M for M in (1, 4, 16, 17, 511, 512) if table.rank(M)] == [1, 4, 16, 512]
+
+
+def test_who_left_the_race_at_a_neighbour_is_not_chosen_beside_it() -> None:
+    steady, decoder = ("steady", ()), ("decoder", ())
+    # Measured at the ends, and far behind, so not raced, between them: its curve from 1 to 64 says nothing of 8.
+    table = LayerTable({1: {steady: 20.0, decoder: 10.0}, 4: {steady: 40.0}, 16: {steady: 80.0}, 64: {decoder: 90.0}})
+    assert [identity for identity, _ in table.rank(8)] == [steady]
+    assert not table.rank(32)
+
+
+def test_the_incumbent_wins_within_noise_and_no_further() -> None:
+    one, other = ("a", ()), ("b", ())
+    scores = {1: {one: 10.0, other: 10.1}, 2: {one: 10.0, other: 10.1}, 4: {one: 10.0, other: 10.2}}
+    assert set(calm_winners(scores).values()) == {one}
+    assert calm_winners(scores, {1: other, 4: other}) == {1: other, 2: one, 4: one}
+
+
+def test_what_is_measured_later_outvotes_no_winner_that_was_settled(path: Path) -> None:
+    one, other = {"compute_fp32": True}, {"compute_fp32": False}
+
+    def at(M: int, us: float, other_us: float) -> list[Measured]:
+        return [measured(M, us, config=one), measured(M, other_us, config=other)]
+
+    def winners() -> dict[int, object]:
+        (table,) = tables(read_calibration(path, MACHINE)).values()
+        return {M: dict(config)["compute_fp32"] for M, (_, config) in table.winners.items()}
+
+    later = at(4, 10.1, 10.0) + at(8, 10.2, 10.0)
+    save(path, at(1, 10.0, 10.1), MACHINE)
+    assert winners() == {1: True}
+    before = path.read_bytes()
+    save(path, later, MACHINE)
+    assert winners() == {1: False, 4: False, 8: False}
+    path.write_bytes(before)
+    settle(path, MACHINE)
+    save(path, later, MACHINE)
+    assert winners() == {1: True, 4: False, 8: False}
+
+
+def test_what_a_backend_had_is_replaced_as_a_whole(path: Path) -> None:
+    options = [{"compute_fp32": True}, {"compute_fp32": False}]
+    save(path, [measured(1, us, config=c) for us, c in zip((5.0, 7.0), options, strict=True)], MACHINE)
+    save(path, [measured(1, 6.0, "torch_grouped"), measured(2, 8.0)], MACHINE)
+    save(path, [measured(1, 9.0, config=options[1])], MACHINE)
+    kept = read_calibration(path, MACHINE)
+    times = {M: sorted(one.score or 0.0 for one in at) for M, at in ((p.M, p.measurements) for p in kept.points)}
+    # The reference's 5.0 is gone with its 7.0: it did not start again. torch_grouped took no part, nor did M=2.
+    assert times == {1: [6.0, 9.0], 2: [8.0]}
+
+
+def test_a_full_calibration_loads_within_50_ms(path: Path) -> None:
+    configs = [{"compute_fp32": a, "quantize_activations": b} for a in (False, True) for b in (False, True)]
+    names = [name for name in BACKENDS.names() if name != "reference"]
+    rows = []
+    modes: tuple[Mode, Mode] = ("graph", "eager")
+    for layer in WORKLOADS.values():
+        for M in (2**i for i in range(15)):
+            for mode in modes:
+                rows += [measured(M, 5.0 + i, mode=mode, layer=layer, config=c) for i, c in enumerate(configs)]
+                # Unknown here on purpose: loading must not pay for what it cannot use either.
+                rows += [
+                    measured(M, 9.0, name, mode=mode, layer=layer, config={"block_m": 16 << i}, versions={})
+                    for name in names
+                    for i in range(4)
+                ]
+    save(path, rows, MACHINE)
+    problem = WORKLOADS["qwen3-235b"].problem(64, "fp32", MACHINE)
+    seconds = []
+    for _ in range(5):
+        begin = time.process_time()
+        assert CalibratedPolicy(MACHINE).rank(problem)
+        seconds.append(time.process_time() - begin)
+    assert min(seconds) <= 0.050

@@ -1,0 +1,271 @@
+"""Compiles what a launcher launches for a device that is not here: memory, registers and instructions of each kernel.
+
+The launchers are the real ones. They are given tensors without memory, and Triton a driver that answers for the device,
+in a process of its own: in Triton's interpreter, where the suite runs without a GPU, there is no compiler.
+"""
+
+import atexit
+import contextlib
+import dataclasses
+import functools
+import importlib
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import traceback
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final, cast
+from unittest import mock
+
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+
+from moe_dispatch.experts import ExpertWeights
+from moe_dispatch.machine import Machine
+from moe_dispatch.problem import MoEProblem
+from moe_dispatch.workloads import torch_dtype
+
+# Opt-in bytes of shared memory per block.
+SHARED_MEMORY: Final = {80: 166912, 89: 101376, 90: 232448, 100: 232448}
+_SMS: Final = {80: 108, 89: 142, 90: 132, 100: 148}
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What launches kernels when it is called, and what a test wants to be told again with each of them."""
+
+    run: Callable[[], object]
+    note: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Built:
+    """A kernel of a launch: its constants, what it takes of a device, and which PTX instructions occur in it.
+
+    Attributes:
+        name: Of the kernel.
+        capability: Of the device.
+        note: The launch's.
+        constants: By name, the number of warps included.
+        shared: Bytes.
+        registers: Of a thread.
+        stack: Bytes of a thread: spilled registers.
+        spilling: Some of them within a loop of asynchronous products.
+        wgmma: Asynchronous products of a warp group.
+        serialised: Each of them is waited for, because ptxas did not see that its registers are left alone.
+        tma: Loads or stores through a tensor descriptor.
+        fp8: e4m3, in a product or a conversion.
+        pdl: Waits for the kernel before it.
+        wide_copies: Asynchronous copies of 16 bytes.
+        wide_loads: Loads of 16 bytes into registers.
+    """
+
+    name: str
+    capability: int
+    note: dict[str, Any]
+    constants: dict[str, Any]
+    shared: int
+    registers: int
+    stack: int
+    spilling: bool
+    wgmma: bool
+    serialised: bool
+    tma: bool
+    fp8: bool
+    pdl: bool
+    wide_copies: bool
+    wide_loads: bool
+
+
+def described(capability: int) -> Machine:
+    """A machine of this compute capability (80, 89, 90 or 100)."""
+    return Machine(
+        device="cuda", name="compiled for", capability=divmod(capability, 10), sms=_SMS[capability],
+        memory_bytes=80 << 30, shared_memory_per_block=SHARED_MEMORY[capability], torch="2.11", triton="3.6",
+    )  # fmt: skip
+
+
+def unwritten_layer(problem: MoEProblem) -> tuple[Tensor, ExpertWeights, Tensor, Tensor]:
+    """Hidden states, weights, topk_weights and topk_ids of a problem, for a launch."""
+    empty = torch.empty
+    dtype, plain = torch_dtype(problem.dtype), torch_dtype(problem.act_dtype)
+    M, E, rows, K, N = problem.M, problem.E, problem.gate_up_rows, problem.K, problem.N
+    optional: dict[str, Tensor] = {}
+    if problem.dtype == "fp8":
+        gate_up, down = problem.quant_blocks
+        optional |= {"gate_up_scale": empty(E, *gate_up), "down_scale": empty(E, *down)}
+    if problem.bias:
+        optional |= {"gate_up_bias": empty(E, rows, dtype=plain), "down_bias": empty(E, K, dtype=plain)}
+    experts = ExpertWeights(
+        empty(E, rows, K, dtype=dtype), empty(E, K, N, dtype=dtype), **optional, activation=problem.activation,
+        interleaved=problem.interleaved,
+    )  # fmt: skip
+    ids = empty(M, problem.topk, dtype=torch.int32)
+    return empty(M, K, dtype=plain), experts, empty(M, problem.topk), ids
+
+
+def compile_launches(launches: Callable[..., Iterable[Launch]], *capabilities: int, **arguments: Any) -> list[Built]:
+    """Compile all that `launches(capability, **arguments)` launches, for each capability.
+
+    It is a function of a module, and called in the other process. What does not compile fails with the compiler's own
+    words.
+    """
+    pytest.importorskip("triton")
+    work = {"module": launches.__module__, "name": launches.__qualname__, "capabilities": capabilities}
+    answer = _compiler().ask(json.dumps(work | {"arguments": arguments}))
+    if "failed" in answer:
+        raise AssertionError(f"a kernel does not compile:\n{answer['failed'][-4000:]}")
+    return [Built(**built) for built in answer["built"]]
+
+
+class _Compiler:
+    """The other process. It stays for all that this one asks: importing PyTorch and Triton takes seconds."""
+
+    def __init__(self) -> None:
+        environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+        self._said = tempfile.TemporaryFile()  # noqa: SIM115 - for as long as the process
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", f"from {__name__} import serve; serve()"], env=environment, stderr=self._said,
+            cwd=Path(__file__).parents[2], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        atexit.register(self._process.communicate)  # nobody asks any more: it ends
+
+    def ask(self, work: str) -> dict[str, Any]:
+        """Its answer to a line of JSON; if it dies of it, what it said last."""
+        assert self._process.stdin
+        assert self._process.stdout
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.write(work + "\n")
+            self._process.stdin.flush()
+        if line := self._process.stdout.readline():
+            return cast("dict[str, Any]", json.loads(line))
+        _compiler.cache_clear()  # the next test gets another
+        self._said.seek(0)
+        return {"failed": f"{self._said.read().decode(errors='replace')}\nexit status {self._process.wait()}"}
+
+
+@functools.cache
+def _compiler() -> _Compiler:
+    return _Compiler()
+
+
+def serve() -> None:
+    """The other process: what to launch comes in as lines of JSON, what was built goes out, until nobody asks."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # whatever else is printed is no answer
+    for line in sys.stdin:
+        try:
+            answer: dict[str, Any] = {"built": [dataclasses.asdict(each) for each in _build(json.loads(line))]}
+        except Exception:  # noqa: BLE001 - the other side raises it
+            answer = {"failed": traceback.format_exc()}
+        answers.write(json.dumps(answer) + "\n")
+        answers.flush()
+
+
+def _build(asked: dict[str, Any]) -> list[Built]:
+    built: list[Built] = []
+    launches = getattr(importlib.import_module(asked["module"]), asked["name"])
+    for capability in asked["capabilities"]:
+        with compiling(capability, built):
+            for launch in launches(capability, **asked["arguments"]):
+                before = len(built)
+                launch.run()
+                built[before:] = [dataclasses.replace(each, note=launch.note) for each in built[before:]]
+    return built
+
+
+@contextlib.contextmanager
+def compiling(capability: int, built: list[Built]) -> Iterator[None]:
+    """Append to `built` what would be launched, compiled for a device, instead of launching it.
+
+    Tensors made here have no memory and say that they are on a GPU.
+    """
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime.jit import JITFunction
+
+    class Absent:
+        """What Triton asks of a driver before it compiles."""
+
+        get_current_target = staticmethod(lambda: GPUTarget("cuda", capability, 32))
+        # Any number that no other target has: it names the cache of what was compiled.
+        get_current_device = staticmethod(lambda: capability)
+        get_current_stream = staticmethod(lambda _device=None: 0)
+
+    run = JITFunction.run
+    seen: dict[str, Built] = {}
+
+    def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
+        kernel = run(self, *args, grid=grid, warmup=True, **options)
+        if kernel.hash not in seen:
+            constants = {name: value for name, value in options.items() if name.isupper() or name == "num_warps"}
+            seen[kernel.hash] = _describe(kernel, capability, constants)
+        built.append(seen[kernel.hash])
+        return kernel
+
+    triton.runtime.driver.set_active(Absent())
+    with (
+        mock.patch.object(JITFunction, "run", compile_only),
+        # Which a torch with CUDA and without a GPU would have to ask a driver that is not there.
+        mock.patch("moe_dispatch.backends.triton_common.fast_launch.current_device", return_value=0),
+        mock.patch.object(FakeTensor, "is_cuda", new=True),
+        # Triton looks whether the address is aligned.
+        mock.patch.object(FakeTensor, "data_ptr", return_value=0),
+        FakeTensorMode(),
+    ):
+        yield
+
+
+def _describe(kernel: Any, capability: int, constants: dict[str, Any]) -> Built:
+    ptx, cubin = kernel.asm["ptx"], kernel.asm["cubin"]
+    usage, wgmma = _resources(cubin), "wgmma.mma_async" in ptx
+    code = _tool("nvdisasm", cubin, "--print-code") if wgmma else ""
+    return Built(
+        name=kernel.metadata.name, capability=capability, note={}, constants=constants,
+        shared=kernel.metadata.shared, registers=usage["REG"], stack=usage["STACK"], wgmma=wgmma,
+        spilling=_spilling(code), serialised=wgmma and _serialised(code),
+        tma="cp.async.bulk.tensor" in ptx, fp8="e4m3" in ptx, pdl="griddepcontrol.wait" in ptx,
+        wide_copies="cp.async.cg.shared.global" in ptx,
+        wide_loads=re.search(r"ld\.global\S*\.v(4\.b32|2\.b64)", ptx) is not None,
+    )  # fmt: skip
+
+
+def _resources(cubin: bytes) -> dict[str, int]:
+    text = _tool("cuobjdump", cubin, "--dump-resource-usage")
+    return {key: int(value) for key, value in re.findall(r"\b(REG|STACK):(\d+)", text)}
+
+
+def _serialised(code: str) -> bool:
+    return code.count("WARPGROUP.DEPBAR") >= len(re.findall(r"\b[HIQ]GMMA\b", code))
+
+
+def _spilling(code: str) -> bool:
+    lines = code.splitlines()
+    labels = {line.rstrip(":"): place for place, line in enumerate(lines) if re.fullmatch(r"\.L_\w+:", line)}
+    targets = ((place, re.search(r"\bBRA\b.*`\((\.L_\w+)\)", line)) for place, line in enumerate(lines))
+    loops = [(labels[found[1]], place) for place, found in targets if found and labels[found[1]] < place]
+    for place, line in enumerate(lines):
+        if re.search(r"\b[HIQ]GMMA\b", line):
+            around = [(last - first, first, last) for first, last in loops if first < place < last]
+            # What follows a wait that failed lies at the kernel's end and comes back: the shortest is the real loop.
+            _, first, last = min(around, default=(0, place, place))
+            if re.search(r"\b(STL|LDL)\b", "".join(lines[first:last])):
+                return True
+    return False
+
+
+def _tool(name: str, cubin: bytes, *options: str) -> str:
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin" / name
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        return subprocess.run([str(tool), *options, file.name], check=True, capture_output=True, text=True).stdout
