@@ -7,9 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moe_dispatch.backend import Backend, BackendConfig, Requirements
-from moe_dispatch.backends.stages.activate import activate_torch
-from moe_dispatch.backends.stages.quantize import quantize_rows_torch
-from moe_dispatch.experts import ExpertWeights, dequantize_blocks
+from moe_dispatch.experts import ExpertWeights
+from moe_dispatch.numerics import activate_torch, dequantize_blocks, quantize_rows_torch
 from moe_dispatch.problem import QUANT_BLOCK
 
 

@@ -1,10 +1,10 @@
-"""The rows that the scoreboard asks for, in one process: what calibration chose of ours, beside the peers.
+"""The rows that the scoreboard asks for, in one process: what calibration chose of ours, beside the baselines.
 
     python -m moe_dispatch.benchmarks.acceptance --out bench.jsonl [--budget SECONDS]
 
 Few tokens and many first, every model and dtype at each token count, and with it what else the scoreboard wants to know
 there: eager calls at M=1, skewed routing from 1024 tokens on. A run that is cut short has evidence for every region.
-Peers that compile for long come last, on the same weights. Called again, it goes on.
+Baselines that compile for long come last, on the same weights. Called again, it goes on.
 """
 
 import argparse
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 
 from moe_dispatch.backend import Backend
-from moe_dispatch.benchmarks.baselines import PEERS, Peer
+from moe_dispatch.benchmarks.baselines import BASELINES, Baseline
 from moe_dispatch.benchmarks.reports.scoreboard import MODELS, SKEWED, TOKENS
 from moe_dispatch.benchmarks.rows import timed_keys
 from moe_dispatch.benchmarks.sweep import Plan, Provenance, Sweep, available_backends
@@ -27,7 +27,7 @@ from moe_dispatch.workloads import ROUTINGS, WORKLOADS
 if TYPE_CHECKING:
     from moe_dispatch.problem import Mode
 
-# The reference is the naive loop, and vLLM runs as a peer.
+# The reference is the naive loop, and vLLM runs as a baseline.
 BACKENDS: Final = ("triton_splitk", "triton_persistent", "deep_gemm", "torch_grouped")
 FIRST_PEERS: Final = ("vllm",)
 LAST_PEERS: Final = ("vllm_deep_gemm", "vllm_triton_kernels")
@@ -37,7 +37,7 @@ _BEGIN: Final = time.monotonic()
 
 
 def plans(
-    backends: Sequence[Backend], peers: Sequence[Peer], models: Sequence[str], budget_s: float | None
+    backends: Sequence[Backend], baselines: Sequence[Baseline], models: Sequence[str], budget_s: float | None
 ) -> Iterator[Plan]:
     """What is run, in order."""
     named: dict[str, Any] = {
@@ -45,13 +45,15 @@ def plans(
         "point_s": POINT_S, "budget_s": budget_s,
     }  # fmt: skip
     uniform, both = (ROUTINGS["uniform"],), (ROUTINGS["uniform"], ROUTINGS[SKEWED])
-    first, last = (tuple(peer for peer in peers if peer.name in names) for names in (FIRST_PEERS, LAST_PEERS))
+    first, last = (
+        tuple(baseline for baseline in baselines if baseline.name in names) for names in (FIRST_PEERS, LAST_PEERS)
+    )
     for M in coarse_to_fine(TOKENS):
         modes: tuple[Mode, ...] = ("graph", "eager") if M == 1 else ("graph",)
         routings = both if M >= SKEWED_FROM else uniform
-        yield Plan(**named, tokens=(M,), routings=routings, modes=modes, backends=tuple(backends), peers=first)
-    for peer in last:
-        yield Plan(**named, tokens=TOKENS, routings=uniform, modes=("graph",), backends=(), peers=(peer,))
+        yield Plan(**named, tokens=(M,), routings=routings, modes=modes, backends=tuple(backends), baselines=first)
+    for baseline in last:
+        yield Plan(**named, tokens=TOKENS, routings=uniform, modes=("graph",), backends=(), baselines=(baseline,))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -65,11 +67,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     machine = dispatcher.machine
     notes: list[str] = []
     backends = available_backends(BACKENDS, dispatcher.planner.backend, notes.append)
-    peers = [PEERS[name](machine) for name in (*FIRST_PEERS, *LAST_PEERS)]
+    baselines = [BASELINES[name](machine) for name in (*FIRST_PEERS, *LAST_PEERS)]
     provenance, done = Provenance.here(machine), timed_keys(given.out)
     # Start-up is part of the budget.
     left_s = None if given.budget is None else given.budget - (time.monotonic() - _BEGIN)
-    first, *further = plans(backends, peers, given.model or MODELS, left_s)
+    first, *further = plans(backends, baselines, given.model or MODELS, left_s)
     device = torch.device(machine.device)
     sweep = Sweep(first, given.out, device, provenance, done, advance=_say, notes=notes)
     try:

@@ -1,7 +1,7 @@
-"""The peers, each run as its own users would run it, under a name of its own.
+"""The baselines, each run as its own users would run it, under a name of its own.
 
-A peer is an adapter of a few lines: what it takes, and how its library is called on our weights, which all of them can
-use as they are. Nothing of ours runs inside its time: no id is masked, nothing is copied.
+A baseline is an adapter of a few lines: what it takes, and how its library is called on our weights, which all of them
+can use as they are. Nothing of ours runs inside its time: no id is masked, nothing is copied.
 """
 
 import importlib
@@ -16,15 +16,16 @@ from torch import Tensor
 
 from moe_dispatch.backend import Requirements
 from moe_dispatch.experts import ExpertWeights
-from moe_dispatch.machine import Machine, library_version
+from moe_dispatch.machine import Machine
 from moe_dispatch.measure import Call, LayerInputs, backend_call
 from moe_dispatch.problem import DType, MoEProblem
 from moe_dispatch.registry import BACKENDS, make_backend
+from moe_dispatch.system.libraries import library_version
 
 _VLLM: Final = "vllm.model_executor.layers.fused_moe"
 
 
-class Peer(ABC):
+class Baseline(ABC):
     """Somebody else's layer, timed beside ours.
 
     Class attributes to declare: `name`, `requirements`, `tolerance`, and `libraries` outside `Machine.libraries`.
@@ -53,19 +54,19 @@ class Peer(ABC):
         """What its user does once at load; returns what is called per token batch."""
 
 
-class NaiveLoop(Peer):
+class NaiveLoop(Baseline):
     """The loop that everybody writes first: per expert that was hit, gather, two products, scatter, in torch."""
 
     name = "naive_loop"
     requirements = BACKENDS.load("reference").requirements
 
     def prepare(self, experts: ExpertWeights, problem: MoEProblem) -> Call:  # noqa: ARG002
-        """See `Peer.prepare`."""
+        """See `Baseline.prepare`."""
         loop = make_backend("reference", self.machine)
         return backend_call(loop, experts, loop.config_type())
 
 
-class _Transformers(Peer):
+class _Transformers(Baseline):
     """One of the functions that Hugging Face transformers puts in place of an experts module's forward.
 
     Called with a bare object that carries the weights, as `ExpertsInterface` calls it with the module. Its FP8 twins
@@ -82,7 +83,7 @@ class _Transformers(Peer):
     function: ClassVar[str]
 
     def prepare(self, experts: ExpertWeights, problem: MoEProblem) -> Call:  # noqa: ARG002
-        """See `Peer.prepare`."""
+        """See `Baseline.prepare`."""
         moe = importlib.import_module("transformers.integrations.moe")
         forward = getattr(moe, self.function)
         module: Any = types.SimpleNamespace(
@@ -118,7 +119,7 @@ class TransformersBatchedMm(_Transformers):
     function = "batched_mm_experts_forward"
 
 
-class Vllm(Peer):
+class Vllm(Baseline):
     """vLLM's `fused_experts` with its own defaults: the tuned configuration it ships, or its heuristic.
 
     Activation scales are kept in fp32, as everybody else's here (``VLLM_USE_DEEP_GEMM_E8M0=0``).
@@ -133,7 +134,7 @@ class Vllm(Peer):
     )
 
     def prepare(self, experts: ExpertWeights, problem: MoEProblem) -> Call:  # noqa: ARG002
-        """See `Peer.prepare`."""
+        """See `Baseline.prepare`."""
         _keep_fp32_scales()
         fused_experts = importlib.import_module(_VLLM).fused_experts
         quant_config = _block_fp8(experts) if experts.dtype == "fp8" else None
@@ -152,7 +153,7 @@ class Vllm(Peer):
         return call
 
 
-class VllmDeepGemm(Peer):
+class VllmDeepGemm(Baseline):
     """vLLM's own DeepGEMM layer: `DeepGemmExperts` inside its modular kernel, without parallelism.
 
     The modular kernel takes its buffers from vLLM's workspace manager, which an engine would have initialised.
@@ -168,14 +169,14 @@ class VllmDeepGemm(Peer):
     )
 
     def prepare(self, experts: ExpertWeights, problem: MoEProblem) -> Call:
-        """See `Peer.prepare`."""
+        """See `Baseline.prepare`."""
         _keep_fp32_scales()
         deep_gemm_moe = importlib.import_module(f"{_VLLM}.experts.deep_gemm_moe")
         layer = deep_gemm_moe.DeepGemmExperts(_moe_config(experts, problem), _block_fp8(experts))
         return _modular_call(layer, experts.gate_up, experts.down, experts.E, experts.device)
 
 
-class VllmTritonKernels(Peer):
+class VllmTritonKernels(Baseline):
     """The `triton_kernels` that vLLM bundles, through its `UnfusedOAITritonExperts`, on BF16 weights.
 
     vLLM itself gives these kernels MXFP4 weights only (gpt-oss); the same code takes BF16, which makes it comparable.
@@ -192,7 +193,7 @@ class VllmTritonKernels(Peer):
     )
 
     def prepare(self, experts: ExpertWeights, problem: MoEProblem) -> Call:
-        """See `Peer.prepare`."""
+        """See `Baseline.prepare`."""
         config = importlib.import_module(f"{_VLLM}.config")
         kernels = importlib.import_module(f"{_VLLM}.experts.gpt_oss_triton_kernels_moe")
         layer = kernels.UnfusedOAITritonExperts(_moe_config(experts, problem), config.FUSED_MOE_UNQUANTIZED_CONFIG)
@@ -200,9 +201,9 @@ class VllmTritonKernels(Peer):
         return _modular_call(layer, gate_up, down, experts.E, experts.device)
 
 
-PEERS: Final[dict[str, type[Peer]]] = {
-    peer.name: peer
-    for peer in (Vllm, VllmDeepGemm, VllmTritonKernels, TransformersGroupedMm, TransformersBatchedMm, NaiveLoop)
+BASELINES: Final[dict[str, type[Baseline]]] = {
+    baseline.name: baseline
+    for baseline in (Vllm, VllmDeepGemm, VllmTritonKernels, TransformersGroupedMm, TransformersBatchedMm, NaiveLoop)
 }
 
 

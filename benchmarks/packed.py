@@ -14,12 +14,13 @@ from pathlib import Path
 from typing import Any, Final
 
 from moe_dispatch.benchmarks.command import mistakes_exit
-from moe_dispatch.benchmarks.rows import BenchRow, load, versions
+from moe_dispatch.benchmarks.rows import BenchRow, load
 from moe_dispatch.machine import Machine
-from moe_dispatch.measure import PEERS_CEILINGS
+from moe_dispatch.measure import H200_CEILINGS
 from moe_dispatch.policies.calibration.worker import distinct_inputs
 from moe_dispatch.policies.measurements.schema import CalibrationFile, Layer, parse_calibration, read_bytes
 from moe_dispatch.system.files import write_atomically
+from moe_dispatch.system.provenance import versions
 from moe_dispatch.workloads import WORKLOADS, Workload
 
 FORMAT: Final = 1
@@ -88,7 +89,7 @@ def calibration_rows(file: CalibrationFile) -> Iterator[BenchRow]:
         layer = file.layers[point.layer]
         problem = layer.problem(point.M, machine, point.mode)
         named = _named(layer, machine)
-        floor = PEERS_CEILINGS.floor_us(problem)
+        floor = H200_CEILINGS.floor_us(problem)
         for one in point.measurements:
             candidate = file.candidates[one.candidate]
             measured: dict[str, tuple[float, float, float] | None] = dict(one.us) or {"uniform": None}
@@ -98,11 +99,11 @@ def calibration_rows(file: CalibrationFile) -> Iterator[BenchRow]:
                     workload=named.name, E=layer.E, topk=layer.topk, K=layer.K, N=layer.N, dtype=layer.dtype,
                     M=point.M, backend=candidate.backend, config=dict(candidate.config), mode=point.mode,
                     routing=routing, us=us, us_q1=q1, us_q3=q3, inputs=distinct_inputs(problem, machine),
-                    hit_experts=problem.expected_experts, floor_us=floor, floor_from="peers",
+                    hit_experts=problem.expected_experts, floor_us=floor, floor_from="baselines",
                     fraction=floor / us if us else None, error=one.error,
                     reason=(one.disqualified or "not timed") if us is None else "",
                     machine=machine.name, fingerprint=machine.fingerprint, versions=versions(machine),
-                    commit=candidate.commit, ceilings=PEERS_CEILINGS,
+                    commit=candidate.commit, ceilings=H200_CEILINGS,
                 )  # fmt: skip
 
 

@@ -1,8 +1,6 @@
 """A measured row, and the JSON Lines files that rows are kept in, one a line or packed (see `packed`)."""
 
 import json
-import os
-import subprocess
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -10,7 +8,6 @@ from typing import Any, Literal, Self
 import pydantic
 
 from moe_dispatch.errors import InvalidInputError
-from moe_dispatch.machine import Machine, library_version
 from moe_dispatch.measure import Ceilings
 from moe_dispatch.problem import DType, Mode
 
@@ -28,7 +25,7 @@ class BenchRow(pydantic.BaseModel):
         N: Intermediate size.
         dtype: Of the weights.
         M: Tokens.
-        backend: A backend's or a peer's name.
+        backend: A backend's or a baseline's name.
         config: The backend's configuration as JSON data.
         mode: ``"graph"`` or ``"eager"``.
         routing: Name of the routing distribution.
@@ -39,7 +36,7 @@ class BenchRow(pydantic.BaseModel):
         inputs: Distinct inputs and routings that each sample ran over.
         hit_experts: Experts that got a token, mean over the inputs.
         floor_us: Least possible time for these hits.
-        floor_from: Whose ceilings the floor uses: ``"peers"`` (shared/PEERS.md's H200) or ``"measured"`` (a CPU's own).
+        floor_from: Whose ceilings the floor uses: ``"baselines"`` (`H200_CEILINGS`) or ``"measured"`` (a CPU's own).
         fraction: floor_us / us.
         error: Greatest relative error against fp32; None where it raised, or was not finite.
         deterministic: Whether repeated runs gave the same bits; None where it was not timed.
@@ -71,7 +68,7 @@ class BenchRow(pydantic.BaseModel):
     inputs: int = 0
     hit_experts: float
     floor_us: float
-    floor_from: Literal["peers", "measured"]
+    floor_from: Literal["baselines", "measured"]
     fraction: float | None = None
     error: float | None = None
     deterministic: bool | None = None
@@ -174,39 +171,3 @@ def _parsed(path: Path, lines: list[str]) -> Iterator[BenchRow]:
             raise InvalidInputError(
                 f"{path}:{number} is not a benchmark row: {'.'.join(map(str, first['loc']))} {first['msg']}"
             ) from error
-
-
-def versions(machine: Machine) -> dict[str, str]:
-    """Of everything that a time on this machine depends on."""
-    return {
-        "moe_dispatch": library_version("moe_dispatch") or "unknown",
-        "torch": machine.torch,
-        "triton": machine.triton,
-        "cuda": machine.cuda,
-        "driver": machine.driver,
-        "transformers": library_version("transformers"),
-        **machine.libraries,
-    }
-
-
-def commit(folder: Path) -> str:
-    """What ``MOE_DISPATCH_COMMIT`` says, else the checked-out commit, with ``-dirty`` where files differ from it.
-
-    Files that travelled may have no history with them, or an older one. Empty where nothing tells.
-    """
-    if told := os.environ.get("MOE_DISPATCH_COMMIT"):
-        return told
-
-    def git(*arguments: str) -> str:
-        try:
-            done = subprocess.run(
-                ["git", *arguments], cwd=folder, capture_output=True, text=True, timeout=10, check=False
-            )
-        except (OSError, subprocess.TimeoutExpired):
-            return ""
-        return done.stdout.strip() if done.returncode == 0 else ""
-
-    head = git("rev-parse", "--short=12", "HEAD")
-    if not head:
-        return ""
-    return f"{head}-dirty" if git("status", "--porcelain", "--untracked-files=no") else head

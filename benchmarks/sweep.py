@@ -20,30 +20,31 @@ import torch
 from torch import Tensor
 
 from moe_dispatch.backend import Backend, BackendConfig
-from moe_dispatch.benchmarks.baselines import Peer
-from moe_dispatch.benchmarks.rows import BenchRow, RowKey, append, commit, row_key, versions
-from moe_dispatch.dispatch.policy_chain import Ranking
+from moe_dispatch.benchmarks.baselines import Baseline
+from moe_dispatch.benchmarks.rows import BenchRow, RowKey, append, row_key
+from moe_dispatch.dispatch.policy_chain import PolicyChain
 from moe_dispatch.errors import BackendUnavailableError
 from moe_dispatch.experts import ExpertWeights
 from moe_dispatch.machine import Machine
 from moe_dispatch.measure import (
-    PEERS_CEILINGS,
+    H200_CEILINGS,
     Call,
     Ceilings,
     LayerInputs,
     Timing,
     Verdict,
     backend_call,
+    fast_path_call,
     make_inputs,
     measure_ceilings,
     reference_outputs,
-    settled_call,
     time_interleaved,
     verify,
 )
 from moe_dispatch.policies.calibration.schedule import coarse_to_fine
 from moe_dispatch.problem import DType, Mode, MoEProblem
 from moe_dispatch.system.failures import lost_device, out_of_memory, summary
+from moe_dispatch.system.provenance import commit, versions
 from moe_dispatch.workloads import RoutingDistribution, Workload, make_experts
 
 Configs = Literal["default", "all", "chosen"]
@@ -54,7 +55,7 @@ SEED: Final = 0
 CHECKED_TOKENS: Final = 2048
 # Samples of each candidate at least; where one takes long, it hardly differs from the next.
 LEAST_ROUNDS: Final = 3
-# Of the device's memory, for the weights of layers that are visited in turn; a peer may copy them, and all need room.
+# Of the device's memory, for the weights of layers that are visited in turn; a baseline may copy them.
 WEIGHTS_SHARE: Final = 0.4
 
 
@@ -69,7 +70,7 @@ class Plan:
         routings: Distributions.
         modes: ``"graph"`` and ``"eager"``.
         backends: Ours, by the instances that run.
-        peers: Theirs.
+        baselines: Theirs.
         configs: Which configurations of ours: each one's default, all, or the one that this machine's calibration (else
             the shipped table) chooses, which is what `moe_forward` runs.
         inputs: Distinct inputs and routings per point.
@@ -83,7 +84,7 @@ class Plan:
     routings: tuple[RoutingDistribution, ...]
     modes: tuple[Mode, ...]
     backends: tuple[Backend, ...]
-    peers: tuple[Peer, ...] = ()
+    baselines: tuple[Baseline, ...] = ()
     configs: Configs = "default"
     inputs: int = 8
     point_s: float = 0.3
@@ -134,7 +135,7 @@ class _Drawn:
 
 @dataclass
 class _Loaded:
-    """A layer in memory, with what peers made of its weights."""
+    """A layer in memory, with what baselines made of its weights."""
 
     experts: ExpertWeights
     peer_calls: dict[str, Call] = field(default_factory=dict)
@@ -168,8 +169,8 @@ class Sweep:
     _loaded: dict[tuple[Workload, DType], _Loaded] = field(default_factory=dict)
 
     @functools.cached_property
-    def _measured(self) -> Ranking:
-        return Ranking(self.provenance.machine, ("calibrated", "shipped"))
+    def _measured(self) -> PolicyChain:
+        return PolicyChain(self.provenance.machine, ("calibrated", "shipped"))
 
     def run(self, *further: Plan) -> list[BenchRow]:
         """Run the plan, then further ones on the same layers within its budget, and return this run's rows.
@@ -290,24 +291,24 @@ class Sweep:
             for config, routing in itertools.product(self._configs(backend, problem), self.plan.routings):
                 yield Candidate(
                     routing, backend.name, config.model_dump(mode="json"), backend_call(backend, experts, config),
-                    functools.partial(settled_call, backend, experts, config),
+                    functools.partial(fast_path_call, backend, experts, config),
                     backend.tolerance[problem.dtype], backend.deterministic(config),
                 )  # fmt: skip
-        for peer in self.plan.peers:
-            if reasons := peer.unsupported_reasons(problem):
-                self._note(f"{peer.name}: {'; '.join(reasons)}")
+        for baseline in self.plan.baselines:
+            if reasons := baseline.unsupported_reasons(problem):
+                self._note(f"{baseline.name}: {'; '.join(reasons)}")
                 continue
-            if peer.name not in peer_calls:
+            if baseline.name not in peer_calls:
                 try:
-                    with self._spending("peers' preparation"):
-                        peer_calls[peer.name] = peer.prepare(experts, problem)
+                    with self._spending("baselines' preparation"):
+                        peer_calls[baseline.name] = baseline.prepare(experts, problem)
                 except Exception as error:  # noqa: BLE001 - foreign code may raise anything, and is then left out
-                    self._note(f"{peer.name}: {summary(error)}")
+                    self._note(f"{baseline.name}: {summary(error)}")
                     continue
-            call = peer_calls[peer.name]
-            tolerance = peer.tolerance[problem.dtype]
+            call = peer_calls[baseline.name]
+            tolerance = baseline.tolerance[problem.dtype]
             for routing in self.plan.routings:
-                yield Candidate(routing, peer.name, {}, call, _as_it_is(call), tolerance, deterministic=False)
+                yield Candidate(routing, baseline.name, {}, call, _as_it_is(call), tolerance, deterministic=False)
 
     def _configs(self, backend: Backend, problem: MoEProblem) -> Sequence[BackendConfig]:
         if self.plan.configs == "all":
@@ -382,7 +383,7 @@ class Sweep:
     ) -> BenchRow:
         on_gpu = self.device.type == "cuda"
         hits = sum(given.hit_experts for given in inputs) / len(inputs)
-        ceilings = PEERS_CEILINGS if on_gpu else self.provenance.ceilings
+        ceilings = H200_CEILINGS if on_gpu else self.provenance.ceilings
         floor = ceilings.floor_us(problem, hits)
         error = None if verdict is None or verdict.error == float("inf") else verdict.error
         return BenchRow(
@@ -391,7 +392,7 @@ class Sweep:
             routing=candidate.routing.name,
             us=timing and timing.us, us_q1=timing and timing.us_q1, us_q3=timing and timing.us_q3,
             samples=timing.samples if timing else 0, inputs=len(inputs), hit_experts=hits, floor_us=floor,
-            floor_from="peers" if on_gpu else "measured", fraction=floor / timing.us if timing else None,
+            floor_from="baselines" if on_gpu else "measured", fraction=floor / timing.us if timing else None,
             error=error, deterministic=verdict.repeatable if verdict and timing else None, reason=reason,
             machine=self.provenance.machine.name, fingerprint=self.provenance.machine.fingerprint,
             versions=self.provenance.versions, commit=self.provenance.commit, ceilings=self.provenance.ceilings,

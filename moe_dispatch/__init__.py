@@ -8,16 +8,13 @@ out = moe_forward(hidden_states, experts, topk_weights, topk_ids)
 
 from moe_dispatch.api import explain, moe_forward, warm_up
 from moe_dispatch.backend import Backend, BackendConfig, Requirements
+from moe_dispatch.dispatch.errors import BackendFailedError, BackendUnsupportedError, DeviceLostError, NoBackendError
 from moe_dispatch.dispatch.process import stats
 from moe_dispatch.errors import (
-    BackendFailedError,
     BackendUnavailableError,
-    BackendUnsupportedError,
-    DeviceLostError,
     InvalidInputError,
     MoEDispatchError,
     MoEDispatchWarning,
-    NoBackendError,
     PolicyFileError,
     UnknownNameError,
 )

@@ -192,7 +192,7 @@ class Backend(ABC):
             ``[M, K]`` in hidden_states' dtype, fresh memory.
         """
 
-    def steady(self, inputs: Inputs, config: BackendConfig) -> "Run | None":  # noqa: ARG002
+    def fast_path(self, inputs: Inputs, config: BackendConfig) -> "Run | None":  # noqa: ARG002
         """What to call from now on in place of `run`, for calls of this very kind; None if there is nothing better.
 
         Asked once a kind of call (kind of layer, token count, dtypes, configuration) has come back a few times, with

@@ -8,18 +8,15 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from moe_dispatch.errors import InvalidInputError
+from moe_dispatch.numerics import FP8, quantize_blocks
 from moe_dispatch.problem import ACTIVATIONS, QUANT_BLOCK, UNGATED, Activation, DType, Mode, MoEProblem
 
-FP8: Final = torch.float8_e4m3fn
-FP8_MAX: Final = 448.0
 DTYPE_NAMES: Final[dict[torch.dtype, DType]] = {
     torch.bfloat16: "bf16",
     torch.float16: "fp16",
     torch.float32: "fp32",
     FP8: "fp8",
 }
-# Keeps the scale of an all-zero block away from zero; the same floor as vLLM's quantisation.
-SMALLEST_AMAX: Final = 1e-10
 _SPECS: Final[dict[tuple[object, ...], tuple[object, ...]]] = {}
 
 
@@ -204,48 +201,6 @@ class ExpertWeights:
             extras.append("interleaved=True")
         shape = f"E={self.E}, K={self.K}, N={self.N}, dtype={self.dtype!r}, device='{self.device}'"
         return f"ExpertWeights({shape}, {', '.join(extras)})"
-
-
-def quantize_blocks(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Quantise ``[E, R, C]`` to e4m3 with one fp32 multiplier per 128×128 block, ``[E, ⌈R/128⌉, ⌈C/128⌉]``."""
-    E, R, C = weight.shape
-    quantized = torch.empty(weight.shape, dtype=FP8, device=weight.device)
-    scale = torch.empty(
-        E, math.ceil(R / QUANT_BLOCK), math.ceil(C / QUANT_BLOCK), dtype=torch.float32, device=weight.device
-    )
-    # One expert at a time: the fp32 copy of a whole DeepSeek-V3 layer would not fit beside it.
-    for e in range(E):
-        values = _pad_to_blocks(weight[e].float())
-        blocks = values.view(values.shape[0] // QUANT_BLOCK, QUANT_BLOCK, -1, QUANT_BLOCK)
-        finite = torch.where(blocks.isfinite(), blocks, 0.0)
-        block_scale = fp8_multiplier(finite.abs().amax(dim=(1, 3)))
-        codes = (blocks / block_scale[:, None, :, None]).clamp(-FP8_MAX, FP8_MAX)
-        # e4m3fn has no infinity, so an infinite element becomes NaN instead of a plausible 448.
-        codes = torch.where(blocks.isinf(), torch.nan, codes)
-        quantized[e] = codes.view_as(values)[:R, :C].to(FP8)
-        scale[e] = block_scale
-    return quantized, scale
-
-
-def fp8_multiplier(amax: Tensor) -> Tensor:
-    """amax/448 in fp32, correctly rounded: the multiplier of a group whose greatest magnitude is `amax`.
-
-    Divided by a tensor: a CUDA tensor over a Python number is a product with the number's rounded reciprocal. One unit
-    in the last place of the multiplier moves every code of a group whose values lie on ties, as BF16 values often do.
-    """
-    return amax.clamp(min=SMALLEST_AMAX) / torch.full_like(amax, FP8_MAX)
-
-
-def dequantize_blocks(quantized: Tensor, scale: Tensor) -> Tensor:
-    """Undo `quantize_blocks` in fp32, for one expert or all: ``[…, R, C]`` and ``[…, ⌈R/128⌉, ⌈C/128⌉]``."""
-    R, C = quantized.shape[-2:]
-    full = scale.repeat_interleave(QUANT_BLOCK, dim=-2).repeat_interleave(QUANT_BLOCK, dim=-1)
-    return quantized.float() * full[..., :R, :C]
-
-
-def _pad_to_blocks(matrix: Tensor) -> Tensor:
-    rows, columns = matrix.shape
-    return torch.nn.functional.pad(matrix, (0, -columns % QUANT_BLOCK, 0, -rows % QUANT_BLOCK))
 
 
 def _check_weight(name: str, tensor: Tensor) -> None:

@@ -11,7 +11,7 @@ from moe_dispatch.policy import Choice, Policy
 from moe_dispatch.problem import MoEProblem
 
 # Up to here a layer reads weights and hardly computes. At 1, 4, 16 and 64 tokens split-K came to 1.01 of the floor in
-# BF16 and .88 in FP8 (geometric means), the best peer of each point to .90 and .71.
+# BF16 and .88 in FP8 (geometric means), the best baseline of each point to .90 and .71.
 DECODE_TOKENS: Final = 64
 # From so many rows per expert DeepGEMM's products are next to ours, or ahead.
 PREFILL_ROWS: Final = 256

@@ -14,7 +14,7 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup
 from moe_dispatch.backends.gluon_hopper.common import make_barriers, receive_tile, schedule_tiles, store_tile
 from moe_dispatch.backends.gluon_hopper.fp8_loader import load_fp8_tiles
 from moe_dispatch.backends.triton_common.device import moe_activate, moe_fp8_amax
-from moe_dispatch.experts import FP8_MAX, SMALLEST_AMAX
+from moe_dispatch.numerics import FP8_MAX, SMALLEST_AMAX
 
 _FP8_MAX = gl.constexpr(FP8_MAX)
 _SMALLEST_AMAX = gl.constexpr(SMALLEST_AMAX)
@@ -100,33 +100,33 @@ def _moe_hopper_fp8_kernel(
 @gluon.jit
 def _consume(
     queue, ring, bufs, out_bufs, exchange, outputs, depth,
-    HALF: gl.constexpr, ACTIVATION: gl.constexpr, STAGES: gl.constexpr,
+    CONSUMER: gl.constexpr, ACTIVATION: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """One of the two consumers, HALF 0 or 1."""
+    """One of the two consumers, CONSUMER 0 or 1."""
     full, _empty = ring
     i = 0
     step = 0
     exchanges = 0
     _e, row, end, block_n = receive_tile(queue, i)
-    if HALF == 1:
+    if CONSUMER == 1:
         # One consumer starts later than the other, so that their epilogues do not leave the tensor core idle together.
         mbarrier.wait(full.index(_STAGGER), 0, pred=(end > 0) & (depth > _STAGGER))
     while end > 0:
         if end - row > 128:
             _run_tile(
                 ring, bufs, out_bufs, exchange, outputs, row, end, block_n, step, depth, exchanges,
-                128 + _TAIL_M, HALF, ACTIVATION, STAGES,
+                128 + _TAIL_M, CONSUMER, ACTIVATION, STAGES,
             )  # fmt: skip
             exchanges += 1
         elif end - row > 64:
             _run_tile(
                 ring, bufs, out_bufs, exchange, outputs, row, end, block_n, step, depth, exchanges,
-                128, HALF, ACTIVATION, STAGES,
+                128, CONSUMER, ACTIVATION, STAGES,
             )  # fmt: skip
         else:
             _run_tile(
                 ring, bufs, out_bufs, exchange, outputs, row, end, block_n, step, depth, exchanges,
-                64, HALF, ACTIVATION, STAGES,
+                64, CONSUMER, ACTIVATION, STAGES,
             )  # fmt: skip
             exchanges += 1
         step += depth
@@ -137,7 +137,7 @@ def _consume(
 @gluon.jit
 def _run_tile(
     ring, bufs, out_bufs, exchange, outputs, row, end, block_n, step, depth, exchanges,
-    HEIGHT: gl.constexpr, HALF: gl.constexpr, ACTIVATION: gl.constexpr, STAGES: gl.constexpr,
+    HEIGHT: gl.constexpr, CONSUMER: gl.constexpr, ACTIVATION: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """A tile of up to HEIGHT rows.
 
@@ -155,8 +155,8 @@ def _run_tile(
     w_parts = w_bufs._reinterpret(w_bufs.dtype, [256 // WIDTH * STAGES, WIDTH, _BLOCK_K], w_bufs.type.layout)
     w_halves = w_bufs._reinterpret(w_bufs.dtype, [4 * STAGES, 64, _BLOCK_K], w_bufs.type.layout)
     # Of a stage: which 64 rows, and which parts of the weights.
-    ROWS: gl.constexpr = HALF if WIDTH == 128 else 0
-    FIRST: gl.constexpr = 0 if WIDTH == 128 else HALF
+    ROWS: gl.constexpr = CONSUMER if WIDTH == 128 else 0
+    FIRST: gl.constexpr = 0 if WIDTH == 128 else CONSUMER
     SECOND: gl.constexpr = FIRST + 128 // WIDTH
     first = gl.zeros([64, WIDTH], gl.float32, MMA)
     second = gl.zeros([64, WIDTH], gl.float32, MMA)
@@ -185,8 +185,8 @@ def _run_tile(
         if TAIL:
             second += found * (a_scale * second_scale)[:, None]
             second, found_first, found_second = warpgroup_mma_wait(0, deps=(second, found_first, found_second))
-            found_first = _start(w_halves.index(4 * stage + HALF), tail_bufs.index(stage), found_first)
-            found_second = _start(w_halves.index(4 * stage + 2 + HALF), tail_bufs.index(stage), found_second)
+            found_first = _start(w_halves.index(4 * stage + CONSUMER), tail_bufs.index(stage), found_first)
+            found_second = _start(w_halves.index(4 * stage + 2 + CONSUMER), tail_bufs.index(stage), found_second)
             tail_scale = tail_scale_bufs.index(stage).load(gl.SliceLayout(0, TAIL_MMA))
             found_first, found_second = warpgroup_mma_wait(0, deps=(found_first, found_second))
             mbarrier.arrive(empty.index(stage))
@@ -196,15 +196,31 @@ def _run_tile(
             mbarrier.arrive(empty.index(stage))
             second += found * (a_scale * second_scale)[:, None]
         step += 1
-    buf = out_bufs.index(HALF)
+    buf = out_bufs.index(CONSUMER)
     if WIDTH == 128:
-        _finish(first, second, 0, row + 64 * HALF, end, block_n, 0, buf, exchange, exchanges, outputs, HALF, ACTIVATION)
+        _finish(
+            first,
+            second,
+            0,
+            row + 64 * CONSUMER,
+            end,
+            block_n,
+            0,
+            buf,
+            exchange,
+            exchanges,
+            outputs,
+            CONSUMER,
+            ACTIVATION,
+        )
     else:
-        _finish(first, second, 0, row, end, block_n, 64 * HALF, buf, exchange, exchanges, outputs, HALF, ACTIVATION)
+        _finish(
+            first, second, 0, row, end, block_n, 64 * CONSUMER, buf, exchange, exchanges, outputs, CONSUMER, ACTIVATION
+        )
     if TAIL:
         _finish(
-            tail_first, tail_second, 1, row + 128, end, block_n, 64 * HALF, buf, exchange, exchanges, outputs, HALF,
-            ACTIVATION,
+            tail_first, tail_second, 1, row + 128, end, block_n, 64 * CONSUMER, buf, exchange, exchanges, outputs,
+            CONSUMER, ACTIVATION,
         )  # fmt: skip
 
 
@@ -217,7 +233,7 @@ def _start(x, w, registers):
 @gluon.jit
 def _finish(
     first, second, ROWS: gl.constexpr, row, end, block_n, column, buf, exchange, exchanges, outputs,
-    HALF: gl.constexpr, ACTIVATION: gl.constexpr,
+    CONSUMER: gl.constexpr, ACTIVATION: gl.constexpr,
 ):  # fmt: skip
     """Store two of ``[64 rows, 128 or 64 columns]``, or their activation requantised; `column` is the first of 128.
 
@@ -232,7 +248,7 @@ def _finish(
         out = _activate(first, second, ACTIVATION)
         amax = moe_fp8_amax(out, COLUMNS)
         if out.shape[COLUMNS] == 64:
-            amax = _greater(amax, exchange, exchanges, HALF)
+            amax = _greater(amax, exchange, exchanges, CONSUMER)
         offs_m = row + gl.arange(0, out.shape[ROWS], gl.SliceLayout(COLUMNS, out.type.layout))
         scale_ptrs = out_scale_ptr + offs_m.to(gl.int64) * out_scale_row + block_n.to(gl.int64) * out_scale_column
         scale = _scale(amax)
@@ -263,17 +279,17 @@ def _scale(amax):
 
 
 @gluon.jit
-def _greater(amax, exchange, exchanges, HALF: gl.constexpr):
+def _greater(amax, exchange, exchanges, CONSUMER: gl.constexpr):
     """The greater of both consumers' `amax`.
 
     Two pairs of buffers take turns: who comes to the next exchange has read what the last one left.
     """
     bufs, known = exchange
     pair = exchanges % 2 * 2
-    bufs.index(pair + HALF).slice(0, amax.shape[0]).store(amax)
+    bufs.index(pair + CONSUMER).slice(0, amax.shape[0]).store(amax)
     mbarrier.arrive(known)
     mbarrier.wait(known, exchanges & 1)
-    other = bufs.index(pair + 1 - HALF).slice(0, amax.shape[0]).load(amax.type.layout)
+    other = bufs.index(pair + 1 - CONSUMER).slice(0, amax.shape[0]).load(amax.type.layout)
     # As integers, magnitudes keep their order, and NaN is the greatest.
     greater = gl.maximum(other.to(gl.int32, bitcast=True), amax.to(gl.int32, bitcast=True))
     return greater.to(gl.float32, bitcast=True)

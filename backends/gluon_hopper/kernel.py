@@ -77,35 +77,35 @@ def _moe_hopper_kernel(
 @gluon.jit
 def _consume(
     queue, ring, a_bufs, tail_bufs, w_bufs, out_bufs, out_ptr, columns, depth,
-    HALF: gl.constexpr, ACTIVATION: gl.constexpr, GATHER: gl.constexpr, STAGES: gl.constexpr,
+    CONSUMER: gl.constexpr, ACTIVATION: gl.constexpr, GATHER: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """One of the two consumers, HALF 0 or 1."""
+    """One of the two consumers, CONSUMER 0 or 1."""
     i = 0
     step = 0
     _e, row, end, block_n = receive_tile(queue, i)
-    if HALF == 1:
+    if CONSUMER == 1:
         # One consumer starts later than the other, so that their epilogues do not leave the tensor core idle together.
         mbarrier.wait(ring[0].index(_STAGGER), 0, pred=(end > 0) & (depth > _STAGGER))
     while end > 0:
         if end - row > 128:
             step = _multiply(
                 ring, a_bufs, tail_bufs, w_bufs, out_bufs, out_ptr, row, end, block_n, columns, depth, step,
-                160, HALF, ACTIVATION, GATHER, STAGES,
+                160, CONSUMER, ACTIVATION, GATHER, STAGES,
             )  # fmt: skip
         elif end - row > 64:
             step = _multiply(
                 ring, a_bufs, tail_bufs, w_bufs, out_bufs, out_ptr, row, end, block_n, columns, depth, step,
-                128, HALF, ACTIVATION, GATHER, STAGES,
+                128, CONSUMER, ACTIVATION, GATHER, STAGES,
             )  # fmt: skip
         elif end - row > 32:
             step = _multiply(
                 ring, a_bufs, tail_bufs, w_bufs, out_bufs, out_ptr, row, end, block_n, columns, depth, step,
-                64, HALF, ACTIVATION, GATHER, STAGES,
+                64, CONSUMER, ACTIVATION, GATHER, STAGES,
             )  # fmt: skip
         else:
             step = _multiply(
                 ring, a_bufs, tail_bufs, w_bufs, out_bufs, out_ptr, row, end, block_n, columns, depth, step,
-                32, HALF, ACTIVATION, GATHER, STAGES,
+                32, CONSUMER, ACTIVATION, GATHER, STAGES,
             )  # fmt: skip
         i += 1
         _e, row, end, block_n = receive_tile(queue, i)
@@ -114,7 +114,7 @@ def _consume(
 @gluon.jit
 def _multiply(
     ring, a_bufs, tail_bufs, w_bufs, out_bufs, out_ptr, row, end, block_n, columns, depth, step,
-    HEIGHT: gl.constexpr, HALF: gl.constexpr, ACTIVATION: gl.constexpr, GATHER: gl.constexpr, STAGES: gl.constexpr,
+    HEIGHT: gl.constexpr, CONSUMER: gl.constexpr, ACTIVATION: gl.constexpr, GATHER: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """A tile of up to HEIGHT rows.
 
@@ -141,12 +141,12 @@ def _multiply(
             fence_async_shared()
         if WIDE:
             acc = warpgroup_mma(
-                a_bufs.index(2 * stage + HALF), w_pairs.index(stage).permute((1, 0)), acc, is_async=True
+                a_bufs.index(2 * stage + CONSUMER), w_pairs.index(stage).permute((1, 0)), acc, is_async=True
             )
         if FEW:
             few = _few_rows(a_bufs, tail_bufs, stage, HEIGHT, STAGES).permute((1, 0))
-            first = warpgroup_mma(w_halves.index(4 * stage + HALF), few, first, is_async=True)
-            second = warpgroup_mma(w_halves.index(4 * stage + 2 + HALF), few, second, is_async=True)
+            first = warpgroup_mma(w_halves.index(4 * stage + CONSUMER), few, first, is_async=True)
+            second = warpgroup_mma(w_halves.index(4 * stage + 2 + CONSUMER), few, second, is_async=True)
         # The products before these have read their stage.
         if WIDE and FEW:
             acc, first, second = warpgroup_mma_wait(3, deps=(acc, first, second))
@@ -163,23 +163,23 @@ def _multiply(
     else:
         first, second = warpgroup_mma_wait(0, deps=(first, second))
     mbarrier.arrive(empty.index((step + STAGES - 1) % STAGES))
-    buf = out_bufs.index(HALF)
+    buf = out_bufs.index(CONSUMER)
     if WIDE:
         left, right = gl.split(gl.permute(gl.reshape(acc, [64, 2, 128]), [0, 2, 1]))
         if ACTIVATION is not None:
             store_tile(
-                moe_activate(left, right, ACTIVATION), 0, buf, out_ptr, row + 64 * HALF, end, block_n * 128, columns
+                moe_activate(left, right, ACTIVATION), 0, buf, out_ptr, row + 64 * CONSUMER, end, block_n * 128, columns
             )
         else:
-            store_tile(left, 0, buf, out_ptr, row + 64 * HALF, end, block_n * 256, columns)
-            store_tile(right, 0, buf, out_ptr, row + 64 * HALF, end, block_n * 256 + 128, columns)
+            store_tile(left, 0, buf, out_ptr, row + 64 * CONSUMER, end, block_n * 256, columns)
+            store_tile(right, 0, buf, out_ptr, row + 64 * CONSUMER, end, block_n * 256 + 128, columns)
     if FEW:
         few_row = row + 128 if WIDE else row
         if ACTIVATION is not None:
-            column = block_n * 128 + 64 * HALF
+            column = block_n * 128 + 64 * CONSUMER
             store_tile(moe_activate(first, second, ACTIVATION), 1, buf, out_ptr, few_row, end, column, columns)
         else:
-            column = block_n * 256 + 64 * HALF
+            column = block_n * 256 + 64 * CONSUMER
             store_tile(first, 1, buf, out_ptr, few_row, end, column, columns)
             store_tile(second, 1, buf, out_ptr, few_row, end, column + 128, columns)
     return step

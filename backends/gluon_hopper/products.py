@@ -15,8 +15,9 @@ from torch import Tensor
 from moe_dispatch.backends.stages.quantize import empty_scales, gather, gather_quantize
 from moe_dispatch.backends.stages.route import Routing
 from moe_dispatch.backends.triton_persistent.config import TritonPersistentConfig
-from moe_dispatch.experts import FP8, ExpertWeights
+from moe_dispatch.experts import ExpertWeights
 from moe_dispatch.machine import Machine
+from moe_dispatch.numerics import FP8
 from moe_dispatch.problem import ELEMENT_BYTES, MoEProblem
 
 _LEAST_TRITON: Final = (3, 6)  # of the Gluon that the kernels are written in

@@ -4,12 +4,11 @@ import math
 from typing import Final
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from moe_dispatch.backends.stages.route import Routing
 from moe_dispatch.backends.triton_common.features import on_triton
-from moe_dispatch.experts import FP8, FP8_MAX, fp8_multiplier
+from moe_dispatch.numerics import FP8, quantize_rows_torch
 from moe_dispatch.problem import QUANT_BLOCK
 
 # From so many column-major multipliers on, tokens' are written first and spread over their rows in a pass of its own,
@@ -122,20 +121,6 @@ def gather(
         out = hidden_states.new_empty(slot_of_row.shape[0], hidden_states.shape[1])
     _launch_gather(hidden_states, routing, topk, out, None, pdl)
     return out
-
-
-def quantize_rows_torch(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Quantise ``[R, C]`` per row and 128 columns; the reference of `quantize_rows`.
-
-    Returns:
-        e4m3 ``[R, C]`` and fp32 multipliers ``[R, ⌈C/128⌉]``.
-    """
-    R, C = rows.shape
-    groups = math.ceil(C / QUANT_BLOCK)
-    padded = F.pad(rows.float(), (0, groups * QUANT_BLOCK - C)).view(R, groups, QUANT_BLOCK)
-    scale = fp8_multiplier(padded.abs().amax(dim=2))
-    codes = (padded / scale[:, :, None]).clamp(-FP8_MAX, FP8_MAX)
-    return codes.view(R, -1)[:, :C].to(FP8).contiguous(), scale
 
 
 def empty_scales(

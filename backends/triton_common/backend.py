@@ -11,8 +11,9 @@ from typing import Any
 from moe_dispatch.backend import Backend, BackendConfig, Inputs, Run
 from moe_dispatch.backends.triton_common.features import features, triton_reasons, triton_requirements
 from moe_dispatch.experts import ExpertWeights
-from moe_dispatch.machine import Machine, library_version
+from moe_dispatch.machine import Machine
 from moe_dispatch.problem import MoEProblem
+from moe_dispatch.system.libraries import library_version
 
 logger = logging.getLogger(__name__)
 
@@ -39,18 +40,18 @@ class TritonBackend(Backend):
         """See `Backend.measured_versions`: our source and Triton's compiler make the code that was timed."""
         return {"triton": self.machine.triton, "moe_dispatch": library_version("moe_dispatch")}
 
-    def steady(self, inputs: Inputs, config: BackendConfig) -> Run | None:
-        """See `Backend.steady`: the launches of `run`, without looking again for what they are."""
+    def fast_path(self, inputs: Inputs, config: BackendConfig) -> Run | None:
+        """See `Backend.fast_path`: the launches of `run`, without looking again for what they are."""
         hidden_states, experts, _, _ = inputs
         if not hidden_states.is_cuda:
             return None
-        from moe_dispatch.backends.triton_common.replay import NotPlayable, record
+        from moe_dispatch.backends.triton_common.replay import NotReplayableError, record
 
         kept = self._descriptors.get(experts, {})
         try:
             return record(self, inputs, config, kept, lambda layer, key: self._descriptor(layer, *key))
-        except NotPlayable as reason:
-            logger.info("%s with %s stays without a tape: %s", self.name, config.label, reason)
+        except NotReplayableError as reason:
+            logger.info("%s with %s stays without a replay: %s", self.name, config.label, reason)
             return None
 
     def _descriptor(

@@ -5,9 +5,8 @@ import triton
 import triton.language as tl
 from triton import knobs
 
-from moe_dispatch.backends.stages.activate import SWIGLU_OAI_ALPHA, SWIGLU_OAI_LIMIT
 from moe_dispatch.backends.triton_common.features import interpreting
-from moe_dispatch.experts import FP8_MAX, SMALLEST_AMAX
+from moe_dispatch.numerics import FP8_MAX, SMALLEST_AMAX, SWIGLU_OAI_ALPHA, SWIGLU_OAI_LIMIT
 
 # Triton's interpreter rounds up and loses the carry. Lowering for an older device is what tests/gpu/as_device.sh asks.
 _ROUNDS_BADLY = tl.constexpr(interpreting() or knobs.runtime.override_arch in ("sm80", "sm86", "sm89"))

@@ -1,7 +1,7 @@
 """The launches of a layer, written down once and played back: what a CUDA graph is to the device, for the host.
 
 Between two calls of one kind (kind of layer, token count, dtypes, configuration) nothing of the host's work differs but
-addresses. A `Tape` holds the launches with everything else filled in, so that a call costs the host two allocations
+addresses. A `Replay` holds the launches with everything else filled in, so that a call costs the host two allocations
 and the launches themselves. It is made from one recorded run, and proven by playing it over poisoned memory.
 """
 
@@ -41,7 +41,7 @@ DescriptorKey = tuple[Any, ...]
 Describe = Callable[[ExpertWeights, DescriptorKey], Any]
 
 
-class NotPlayable(Exception):  # noqa: N818 - a finding, not a failure
+class NotReplayableError(Exception):
     """Why a run cannot be played back."""
 
 
@@ -51,8 +51,8 @@ def record(
     config: BackendConfig,
     descriptors: Mapping[DescriptorKey, Any],
     describe: Describe,
-) -> "Tape":
-    """Run a backend once more on inputs that it has run on before, and make a tape of it.
+) -> "Replay":
+    """Run a backend once more on inputs that it has run on before, and make a replay of it.
 
     Args:
         backend: Does nothing on the device but launch `fast_launch` kernels; else the recording finds out.
@@ -62,23 +62,23 @@ def record(
         describe: Gives those of another layer.
 
     Raises:
-        NotPlayable: A launch took Triton's own path, torch computed something, memory of unknown origin is involved,
-            or the tape's result is another.
+        NotReplayableError: A launch took Triton's own path, torch computed something, memory of unknown origin is
+            involved, or the replay's result is another.
     """
     recording = _Recording()
     with observed(recording.launched), recording:
         expected = backend.run(*inputs, config)
-    tape = _Writer(recording, inputs, expected, descriptors).tape(backend, describe)
-    played = tape.play(*inputs, poison=True)
-    if played is None or not _agree(played, expected, backend, config, inputs[1]):
-        raise NotPlayable("the tape's result is not the run's")
-    return tape
+    replay = _Writer(recording, inputs, expected, descriptors).build(backend, describe)
+    replayed = replay.replay(*inputs, poison=True)
+    if replayed is None or not _agree(replayed, expected, backend, config, inputs[1]):
+        raise NotReplayableError("the replay's result is not the run's")
+    return replay
 
 
-def _agree(played: Tensor, expected: Tensor, backend: Backend, config: BackendConfig, experts: ExpertWeights) -> bool:
+def _agree(replayed: Tensor, expected: Tensor, backend: Backend, config: BackendConfig, experts: ExpertWeights) -> bool:
     if backend.deterministic(config):
-        return torch.equal(played.view(torch.uint8), expected.view(torch.uint8))  # NaN for NaN, too
-    difference = (played.float() - expected.float()).norm()
+        return torch.equal(replayed.view(torch.uint8), expected.view(torch.uint8))  # NaN for NaN, too
+    difference = (replayed.float() - expected.float()).norm()
     return bool(difference <= backend.tolerance[experts.dtype] * expected.float().norm())
 
 
@@ -92,7 +92,7 @@ class _Recording(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def launched(self, launch: Launch | None, grid: tuple[int, ...], args: tuple[Any, ...]) -> None:
         if launch is None:
-            raise NotPlayable("a kernel was launched by Triton itself")
+            raise NotReplayableError("a kernel was launched by Triton itself")
         self.launches.append((launch, grid, args))
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -100,7 +100,7 @@ class _Recording(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if func in _ALLOCATIONS:
             self.allocations.append(result)
         elif not func.is_view:
-            raise NotPlayable(f"torch runs {func}")
+            raise NotReplayableError(f"torch runs {func}")
         return result
 
 
@@ -124,14 +124,14 @@ class _Step:
 
 
 @dataclass(frozen=True, eq=False)
-class Tape:
+class Replay:
     """A layer's launches, for calls of one kind.
 
     Addresses count from bases, in this order: hidden_states, topk_weights, topk_ids, the weights that are used, scratch
     memory, the output.
 
     Attributes:
-        run: The backend's, where the tape does not fit: a misaligned tensor, biases of another dtype, another GPU, a
+        run: The backend's, where the replay does not fit: a misaligned tensor, biases of another dtype, another GPU, a
             profiler.
         describe: See `record`.
         device: The GPU's number.
@@ -156,10 +156,10 @@ class Tape:
         config: BackendConfig,
     ) -> Tensor:
         """As `Backend.run`."""
-        out = self.play(hidden_states, experts, topk_weights, topk_ids)
+        out = self.replay(hidden_states, experts, topk_weights, topk_ids)
         return self.run(hidden_states, experts, topk_weights, topk_ids, config) if out is None else out
 
-    def play(
+    def replay(
         self,
         hidden_states: Tensor,
         experts: ExpertWeights,
@@ -167,7 +167,7 @@ class Tape:
         topk_ids: Tensor,
         poison: bool = False,
     ) -> Tensor | None:
-        """Launch everything; None, with nothing launched, where the tape does not fit."""
+        """Launch everything; None, with nothing launched, where the replay does not fit."""
         bases = [hidden_states.data_ptr(), topk_weights.data_ptr(), topk_ids.data_ptr()]
         for name, dtype in self.weights:
             tensor = getattr(experts, name)
@@ -198,7 +198,7 @@ class Tape:
 
 
 class _Writer:
-    """Makes a tape of a recording: finds out where each address comes from."""
+    """Makes a replay of a recording: finds out where each address comes from."""
 
     def __init__(
         self, recording: _Recording, inputs: Inputs, out: Tensor, descriptors: Mapping[DescriptorKey, Any]
@@ -212,15 +212,15 @@ class _Writer:
         self._bases = [_Span(tensor.data_ptr(), tensor.nbytes, base, 0) for base, tensor in enumerate(given)]
         self._place_allocations()
 
-    def tape(self, backend: Backend, describe: Describe) -> Tape:
+    def build(self, backend: Backend, describe: Describe) -> Replay:
         device = self._hidden_states.get_device()
         dtypes = [getattr(self._experts, name).dtype for name in self._names]
         weights = tuple(zip(self._names, dtypes, strict=True))
         steps = tuple(self._step(*launched) for launched in self._recording.launches)
         if not steps:
-            raise NotPlayable("no `fast_launch` kernel was launched")
+            raise NotReplayableError("no `fast_launch` kernel was launched")
         scratch = math.ceil(self._scratch / self._hidden_states.element_size())
-        return Tape(backend.run, describe, device, weights, scratch, steps)
+        return Replay(backend.run, describe, device, weights, scratch, steps)
 
     def _place_allocations(self) -> None:
         """One block of scratch memory for all of them but the output, which stays for itself."""
@@ -237,7 +237,7 @@ class _Writer:
                 self._bases.append(_Span(address, size, scratch, self._scratch))
                 self._scratch += math.ceil(size / _ALIGNMENT) * _ALIGNMENT
         if not found:
-            raise NotPlayable("the output is not fresh memory of its own")
+            raise NotReplayableError("the output is not fresh memory of its own")
 
     def _step(self, launch: Launch, grid: tuple[int, ...], args: tuple[Any, ...]) -> _Step:
         encodings = dict(launch.descriptors)
@@ -251,7 +251,7 @@ class _Writer:
             elif place in encodings:
                 key = self._keys.get(id(arg))
                 if key is None:
-                    raise NotPlayable("a tensor descriptor is not one that the backend keeps")
+                    raise NotReplayableError("a tensor descriptor is not one that the backend keeps")
                 maps.append((len(values), key, encodings[place]))
                 values += encoded(arg, encodings[place])
             else:
@@ -264,7 +264,7 @@ class _Writer:
         address = tensor.data_ptr()
         origins = {(span.base, span.start + address - span.address) for span in self._bases if address in span}
         if len(origins) != 1:
-            raise NotPlayable("memory of unknown origin" if not origins else "two inputs share memory")
+            raise NotReplayableError("memory of unknown origin" if not origins else "two inputs share memory")
         return origins.pop()
 
 

@@ -19,7 +19,8 @@ from moe_dispatch.backends.stages.quantize import empty_scales, quantize_rows
 from moe_dispatch.backends.stages.route import Routing, route
 from moe_dispatch.backends.triton_common.backend import TritonBackend
 from moe_dispatch.backends.triton_persistent.config import TritonPersistentConfig, persistent_configs, tma_fits
-from moe_dispatch.experts import FP8, ExpertWeights
+from moe_dispatch.experts import ExpertWeights
+from moe_dispatch.numerics import FP8
 from moe_dispatch.problem import QUANT_BLOCK, MoEProblem
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from moe_dispatch.benchmarks.baselines import PEERS
+from moe_dispatch.benchmarks.baselines import BASELINES
 from moe_dispatch.benchmarks.command import mistakes_exit
 from moe_dispatch.benchmarks.rows import BenchRow, load
 
@@ -103,12 +103,12 @@ class Scores:
 
 def ours(backend: str) -> bool:
     """Whether it is one of this package's backends."""
-    return backend not in PEERS
+    return backend not in BASELINES
 
 
 def theirs(backend: str) -> bool:
-    """Whether it is a peer."""
-    return backend in PEERS
+    """Whether it is a baseline."""
+    return backend in BASELINES
 
 
 def in_house(backend: str) -> bool:
@@ -122,7 +122,7 @@ def scoreboard(rows: Iterable[BenchRow]) -> list[Bar]:
     bars = []
     for dtype in FLOOR_BARS:
         bars += [_floor_bar(scores, dtype, region) for region in REGIONS]
-        bars.append(_worst_ratio(scores, dtype, "best of ours against the best peer", PEER_RATIO, ours, theirs))
+        bars.append(_worst_ratio(scores, dtype, "best of ours against the best baseline", PEER_RATIO, ours, theirs))
         bars.append(
             _worst_ratio(
                 scores, dtype, "in-house Triton against vLLM", TRITON_WORST, in_house, lambda name: name == VLLM
@@ -157,9 +157,9 @@ def _ratios(
     """How many times faster `one` is than `other`, at the points where both have a time."""
     found = {}
     for model, M in _points():
-        mine, peer = scores.fastest(model, dtype, M, one), scores.fastest(model, dtype, M, other)
-        if mine and peer and mine.us and peer.us:
-            found[model, M] = peer.us / mine.us
+        mine, baseline = scores.fastest(model, dtype, M, one), scores.fastest(model, dtype, M, other)
+        if mine and baseline and mine.us and baseline.us:
+            found[model, M] = baseline.us / mine.us
     return found
 
 
@@ -194,9 +194,9 @@ def _eager(scores: Scores, dtype: str) -> Bar:
     ratios = {}
     for model in MODELS:
         mine = scores.fastest(model, dtype, 1, ours, "eager")
-        peer = scores.fastest(model, dtype, 1, lambda name: name == VLLM, "eager")
-        if mine and peer and mine.us and peer.us:
-            ratios[model] = peer.us / mine.us
+        baseline = scores.fastest(model, dtype, 1, lambda name: name == VLLM, "eager")
+        if mine and baseline and mine.us and baseline.us:
+            ratios[model] = baseline.us / mine.us
     others = ", ".join(f"{model} {ratio:.3g}" for model, ratio in ratios.items() if model != SMALL)
     return Bar(
         f"{dtype}: {SMALL} eager at M=1 against vLLM's eager call", ratios.get(SMALL), EAGER_RATIO, where=others,

@@ -38,7 +38,8 @@ def bench(
     tokens: Annotated[str, typer.Option(help="Token counts M, separated by commas.")] = ",".join(map(str, TOKENS)),
     dtype: Annotated[list[str] | None, typer.Option(help="bf16, fp8, fp16 or fp32; repeatable.")] = None,
     backend: Annotated[
-        list[str] | None, typer.Option(help="A backend or a peer; repeatable. All of both if left out; 'all': ours.")
+        list[str] | None,
+        typer.Option(help="A backend or a baseline; repeatable. All of both if left out; 'all': ours."),
     ] = None,
     config: Annotated[
         str, typer.Option(help="Of each backend: 'default', 'all', or 'chosen', which calibration found fastest.")
@@ -51,12 +52,12 @@ def bench(
     ] = False,
     budget: Annotated[float | None, typer.Option(help="Start no further point after so many seconds.")] = None,
     seconds: Annotated[float, typer.Option(help="Of timing for each row.")] = 0.3,
-    peers: Annotated[bool, typer.Option(help="Run the peers as their own users would.")] = True,
+    baselines: Annotated[bool, typer.Option(help="Run the baselines as their own users would.")] = True,
     plot: Annotated[bool, typer.Option("--plot", help="Draw the rows next to their file.")] = False,
     json_: Annotated[bool, typer.Option("--json", help="Print the rows as JSON Lines instead of a table.")] = False,
 ) -> None:
-    """Time whole MoE layers, right results only, beside the peers; the rows can be resumed and plotted."""
-    from moe_dispatch.benchmarks.baselines import PEERS
+    """Time whole MoE layers, right results only, beside the baselines; the rows can be resumed and plotted."""
+    from moe_dispatch.benchmarks.baselines import BASELINES
     from moe_dispatch.benchmarks.sweep import Plan, available_backends
     from moe_dispatch.dispatch.process import get_dispatcher
     from moe_dispatch.registry import BACKENDS
@@ -65,7 +66,7 @@ def bench(
     dispatcher = get_dispatcher()
     machine = dispatcher.machine
     notes: list[str] = []
-    ours, theirs = _chosen(backend, BACKENDS.names(), tuple(PEERS), peers=peers)
+    ours, theirs = _chosen(backend, BACKENDS.names(), tuple(BASELINES), baselines=baselines)
     plan = Plan(
         workloads=tuple(map(workload, model or ACCEPTANCE_MODELS)),
         dtypes=tuple(dict.fromkeys(map(dtype_of, dtype or ("bf16", "fp8")))),
@@ -73,7 +74,7 @@ def bench(
         routings=tuple(map(_routing, routing or ("uniform",))),
         modes=_modes(mode, machine),
         backends=available_backends(ours, dispatcher.planner.backend, notes.append),
-        peers=tuple(PEERS[name](machine) for name in theirs),
+        baselines=tuple(BASELINES[name](machine) for name in theirs),
         configs=_configs(config),
         point_s=seconds,
         budget_s=budget,
@@ -102,15 +103,15 @@ def bench(
 
 
 def _chosen(
-    names: Sequence[str] | None, ours: tuple[str, ...], theirs: tuple[str, ...], *, peers: bool
+    names: Sequence[str] | None, ours: tuple[str, ...], theirs: tuple[str, ...], *, baselines: bool
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Names of backends and of peers to run."""
+    """Names of backends and of baselines to run."""
     if not names:
-        return ours, theirs if peers else ()
+        return ours, theirs if baselines else ()
     for name in names:
         if name not in ("all", *ours, *theirs):
-            raise UnknownNameError("backend or peer", name, ("all", *ours, *theirs))
-    wanted = {*names, *(ours if "all" in names else ()), *(theirs if "all" in names and peers else ())}
+            raise UnknownNameError("backend or baseline", name, ("all", *ours, *theirs))
+    wanted = {*names, *(ours if "all" in names else ()), *(theirs if "all" in names and baselines else ())}
     return tuple(n for n in ours if n in wanted), tuple(n for n in theirs if n in wanted)
 
 

@@ -161,8 +161,8 @@ def _print_quarantine(entries: tuple[QuarantineEntry, ...], lifted: int | None) 
         return
     rows = table("backend", "when", "cause", "problem")
     for entry in entries:
-        lethal = " [red](killed a process)[/red]" if entry.lethal else ""
-        rows.add_row(entry.backend, entry.when, escape(entry.cause) + lethal, escape(entry.problem))
+        fatal = " [red](killed a process)[/red]" if entry.fatal else ""
+        rows.add_row(entry.backend, entry.when, escape(entry.cause) + fatal, escape(entry.problem))
     OUT.print(rows)
     OUT.print("Lift it with `moe-dispatch doctor --reset`.", style="dim")
 

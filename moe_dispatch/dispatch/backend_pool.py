@@ -7,9 +7,10 @@ from dataclasses import dataclass
 import torch
 
 from moe_dispatch.backend import Backend
+from moe_dispatch.dispatch.errors import DeviceLostError
 from moe_dispatch.dispatch.probe import probe
 from moe_dispatch.dispatch.quarantine import Quarantine
-from moe_dispatch.errors import BackendUnavailableError, DeviceLostError
+from moe_dispatch.errors import BackendUnavailableError
 from moe_dispatch.machine import Machine
 from moe_dispatch.problem import MoEProblem
 from moe_dispatch.registry import BACKENDS, make_backend
@@ -35,7 +36,7 @@ class BackendStatus:
     install_hint: str
 
 
-class Roster:
+class BackendPool:
     """Backends by name.
 
     Args:
@@ -82,7 +83,7 @@ class Roster:
                 reasons.append(f"quarantined for such problems: {cause}")
         return tuple(reasons)
 
-    def distrust(self, name: str, problem: MoEProblem, device: torch.device) -> str:
+    def probe_failure(self, name: str, problem: MoEProblem, device: torch.device) -> str:
         """Why a backend's results cannot be trusted, found by its probe; empty if they can. Runs once per dtype.
 
         While a CUDA graph is captured nothing can be probed, and a backend not probed before is not trusted.
@@ -100,7 +101,7 @@ class Roster:
                         self._probed[name, kind] = self._probe(made, problem, kind, device)
                     except Exception as error:
                         if failures.lost_device(error):
-                            self._quarantine.bar(name, kind, failures.summary(error), lethal=True)
+                            self._quarantine.bar(name, kind, failures.summary(error), fatal=True)
                             raise DeviceLostError([name], error) from error
                         if failures.out_of_memory(error):  # of the moment: the next kind of call tries again
                             return f"its probe ran out of memory: {failures.summary(error)}"

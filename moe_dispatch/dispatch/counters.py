@@ -14,7 +14,7 @@ class BackendStats:
     quarantined: int = 0
 
 
-class Tally:
+class Counters:
     """Counts by backend, from any thread."""
 
     def __init__(self) -> None:

@@ -11,12 +11,13 @@ from torch import Tensor
 
 from moe_dispatch.backend import Inputs
 from moe_dispatch.dispatch.checks import check
-from moe_dispatch.dispatch.counters import BackendStats, Tally
+from moe_dispatch.dispatch.counters import BackendStats, Counters
+from moe_dispatch.dispatch.errors import BackendFailedError, DeviceLostError
 from moe_dispatch.dispatch.plan import Plan
 from moe_dispatch.dispatch.planner import Planner, warn_of_successor
 from moe_dispatch.dispatch.policy_chain import LAST_RESORT
 from moe_dispatch.dispatch.quarantine import Quarantine
-from moe_dispatch.errors import BackendFailedError, DeviceLostError, warn
+from moe_dispatch.errors import warn
 from moe_dispatch.experts import ExpertWeights
 from moe_dispatch.machine import Machine
 from moe_dispatch.problem import Mode, MoEProblem
@@ -27,8 +28,8 @@ logger = logging.getLogger("moe_dispatch")
 
 MAX_PLANS: Final = 65536  # a server that saw this many kinds of call forgets them all and starts over
 # A kind of call that came back this often may be prepared for, where the host's time counts: at few tokens.
-SETTLED_CALLS: Final = 3
-SETTLED_TOKENS: Final = 256
+FAST_PATH_CALLS: Final = 3
+FAST_PATH_TOKENS: Final = 256
 PlanKey = tuple[Any, ...]
 
 
@@ -52,8 +53,8 @@ class Dispatcher:
         self.quarantine = Quarantine(machine)
         self.one_of_several_gpus = live and machine.device == "cuda" and torch.cuda.device_count() > 1
         self._on_cuda = machine.device == "cuda"
-        self._tally = Tally()
-        self.planner = Planner(machine, configured or settings(), self.quarantine, self._tally, live=live)
+        self._counters = Counters()
+        self.planner = Planner(machine, configured or settings(), self.quarantine, self._counters, live=live)
         self._plans: dict[PlanKey, Plan] = {}
         self._warned_of_memory: set[str] = set()
         self._last: Plan | None = None
@@ -107,10 +108,10 @@ class Dispatcher:
         if plan.kept:
             with plan.lock:
                 plan.calls = calls = plan.calls + 1
-            if calls == SETTLED_CALLS:
-                self._settle(plan, inputs)
+            if calls == FAST_PATH_CALLS:
+                self._prepare_fast_path(plan, inputs)
         else:
-            self._tally.count(plan.choice.backend, ran=1)
+            self._counters.count(plan.choice.backend, ran=1)
         return out
 
     def warm_up(self, inputs: Inputs, backend: str | None = None) -> None:
@@ -124,8 +125,8 @@ class Dispatcher:
         hidden_states, experts, _, topk_ids = inputs
         if experts.device.type != "cuda":
             return
-        if hidden_states.shape[0] <= SETTLED_TOKENS:
-            for _ in range(1, SETTLED_CALLS):
+        if hidden_states.shape[0] <= FAST_PATH_TOKENS:
+            for _ in range(1, FAST_PATH_CALLS):
                 self.forward(*inputs, backend)
         M, topk = topk_ids.shape
         problem = experts.problem(M, topk, hidden_states.dtype, self.machine.capability, "graph")
@@ -144,7 +145,7 @@ class Dispatcher:
 
     def stats(self) -> dict[str, BackendStats]:
         """How often each backend ran, was replaced after a failure, and was quarantined, in this process."""
-        total = self._tally.counts()
+        total = self._counters.counts()
         with self._lock:
             for plan in self._plans.values():
                 total.setdefault(plan.choice.backend, BackendStats()).ran += plan.calls
@@ -172,7 +173,7 @@ class Dispatcher:
     def _forget(self, key: PlanKey) -> None:
         with self._lock:
             if plan := self._plans.pop(key, None):
-                self._tally.count(plan.choice.backend, ran=plan.calls)
+                self._counters.count(plan.choice.backend, ran=plan.calls)
 
     def _problem(self, key: PlanKey, experts: ExpertWeights) -> MoEProblem:
         _, _, _, (M, topk), act_dtype, _, _, _, needs_grad, capturing, _ = key
@@ -196,13 +197,13 @@ class Dispatcher:
         self.planner.prove(plan)
         return out
 
-    def _settle(self, plan: Plan, inputs: Inputs) -> None:
+    def _prepare_fast_path(self, plan: Plan, inputs: Inputs) -> None:
         """Let the backend prepare for more calls of a kind; it may decline, and its trouble stays its own."""
         problem = plan.problem
-        if problem.mode == "graph" or problem.M > SETTLED_TOKENS:
+        if problem.mode == "graph" or problem.M > FAST_PATH_TOKENS:
             return
         try:
-            plan.run = plan.backend.steady(inputs, plan.config) or plan.run
+            plan.run = plan.backend.fast_path(inputs, plan.config) or plan.run
         except Exception as error:
             if failures.lost_device(error):
                 raise self._device_lost(plan, error) from error
@@ -233,9 +234,9 @@ class Dispatcher:
     def _bar(self, plan: Plan, cause: str) -> None:
         """Quarantine a plan's backend for such problems, in this process, and drop the plans that use it there."""
         name, bucket = plan.choice.backend, plan.problem.bucket
-        self.quarantine.bar(name, plan.problem, cause, lethal=False)
+        self.quarantine.bar(name, plan.problem, cause, fatal=False)
         with self._lock:
-            self._tally.count(name, fell_back=1, quarantined=1)
+            self._counters.count(name, fell_back=1, quarantined=1)
             for other, held in list(self._plans.items()):
                 if held.choice.backend == name and not held.explicit and held.problem.bucket == bucket:
                     self._forget(other)
@@ -243,7 +244,7 @@ class Dispatcher:
     def _with_less_memory(self, plan: Plan, error: Exception, inputs: Inputs) -> Tensor:
         """Out of memory: whoever needs less workspace, then the call in halves along M, for this call only."""
         hidden_states, experts, topk_weights, topk_ids = inputs
-        self._tally.count(plan.choice.backend, fell_back=1)
+        self._counters.count(plan.choice.backend, fell_back=1)
         _release(error)
         for leaner in self._leaner_plans(plan, experts):
             try:
@@ -256,7 +257,7 @@ class Dispatcher:
                 _release(again)
                 continue
             self._warn_of_memory(plan, error, f"{leaner.choice.backend!r}, which needs less workspace, runs instead")
-            self._tally.count(leaner.choice.backend, ran=1)
+            self._counters.count(leaner.choice.backend, ran=1)
             return out
         if plan.problem.M < 2:
             raise error
@@ -281,7 +282,7 @@ class Dispatcher:
         name = suspect.choice.backend
         certain = not suspect.proven and name != LAST_RESORT
         if certain:
-            self.quarantine.bar(name, suspect.problem, failures.summary(error), lethal=True)
+            self.quarantine.bar(name, suspect.problem, failures.summary(error), fatal=True)
         return DeviceLostError([name], error, certain=certain)
 
     def _warn_of_memory(self, plan: Plan, error: Exception, instead: str) -> None:

@@ -20,10 +20,10 @@ class Plan:
         choice: Why.
         remedy: How to have another backend in its place, where the caller or the environment named this one; nothing
             else runs then. Empty where a policy chose.
-        run: The backend's bound method, or what it has in its place for this kind of call (`Backend.steady`).
+        run: The backend's bound method, or what it has in its place for this kind of call (`Backend.fast_path`).
         widens: Whether topk_weights come in half precision, which backends do not take.
         proven: Whether it has run such a problem to its end in this process.
-        kept: Whether later calls of the kind find it; a capture's makeshift is planned anew.
+        kept: Whether later calls of the kind find it; a capture's capture_fallback is planned anew.
         calls: How often it ran.
     """
 

@@ -10,20 +10,14 @@ import pydantic
 import torch
 
 from moe_dispatch.backend import Backend, BackendConfig
-from moe_dispatch.dispatch.backend_pool import BackendStatus, Roster
-from moe_dispatch.dispatch.counters import Tally
+from moe_dispatch.dispatch.backend_pool import BackendPool, BackendStatus
+from moe_dispatch.dispatch.counters import Counters
+from moe_dispatch.dispatch.errors import BackendUnsupportedError, NoBackendError
 from moe_dispatch.dispatch.explanation import Candidate, Explanation
 from moe_dispatch.dispatch.plan import Plan
-from moe_dispatch.dispatch.policy_chain import LAST_RESORT, Ranking
+from moe_dispatch.dispatch.policy_chain import LAST_RESORT, PolicyChain
 from moe_dispatch.dispatch.quarantine import Quarantine
-from moe_dispatch.errors import (
-    BackendUnavailableError,
-    BackendUnsupportedError,
-    NoBackendError,
-    UnknownNameError,
-    warn,
-    way_out,
-)
+from moe_dispatch.errors import BackendUnavailableError, UnknownNameError, warn, way_out
 from moe_dispatch.experts import ExpertWeights
 from moe_dispatch.machine import Machine
 from moe_dispatch.policy import Choice
@@ -45,19 +39,19 @@ class Planner:
         machine: Whose capability and versions decide.
         configured: The environment's wishes.
         quarantine: Consulted, and told of what a probe or an import fails.
-        tally: Told of the same.
+        counters: Told of the same.
         live: Whether `machine` is this one. A described machine is only explained: nothing is imported or probed.
     """
 
     def __init__(
-        self, machine: Machine, configured: Settings, quarantine: Quarantine, tally: Tally, *, live: bool
+        self, machine: Machine, configured: Settings, quarantine: Quarantine, counters: Counters, *, live: bool
     ) -> None:
         self._machine, self._settings, self._live = machine, configured, live
-        self._quarantine, self._tally = quarantine, tally
-        self._roster = Roster(machine, configured.disabled, quarantine)
-        self._ranking: Ranking | None = None
+        self._quarantine, self._counters = quarantine, counters
+        self._pool = BackendPool(machine, configured.disabled, quarantine)
+        self._chain: PolicyChain | None = None
         self._proven: set[tuple[str, BackendConfig, MoEProblem]] = set()
-        self._distrusted: set[str] = set()
+        self._passed_over: set[str] = set()
         self._lock = threading.Lock()
 
     def plan(self, problem: MoEProblem, experts: ExpertWeights, backend: str | None = None) -> Plan:
@@ -82,7 +76,7 @@ class Planner:
         remedy = way_out("" if backend else BACKEND_VARIABLE) if named else ""
         for choice in (self._named_choice(backend, problem),) if named else self._rank(problem):
             against = self._reasons_against(choice, problem, chosen_by_name=named)
-            if not against and not self._distrust(choice, problem, experts):
+            if not against and not self._probe_failure(choice, problem, experts):
                 yield self._made_plan(problem, choice, remedy)
 
     def prove(self, plan: Plan) -> None:
@@ -97,16 +91,14 @@ class Planner:
         for choice in (self._named_choice(None, problem),) if name else self._rank(problem):
             against = list(self._reasons_against(choice, problem, chosen_by_name=bool(name)))
             if self._live and not against and not any(not earlier.against for earlier in candidates):
-                against += filter(None, [self._distrust(choice, problem, None)])
+                against += filter(None, [self._probe_failure(choice, problem, None)])
             candidates.append(Candidate(choice, tuple(against)))
         if name:
             passed_over = (f"{BACKEND_VARIABLE} names {name!r}, which nothing replaces",)
             others = (choice for choice in self._rank(problem) if choice.backend != name)
             candidates += [Candidate(choice, passed_over) for choice in others]
         ranked = {candidate.choice.backend for candidate in candidates}
-        unranked = {
-            name: self._roster.reasons_against(name, problem) for name in BACKENDS.names() if name not in ranked
-        }
+        unranked = {name: self._pool.reasons_against(name, problem) for name in BACKENDS.names() if name not in ranked}
         return Explanation(problem, self._machine, tuple(candidates), unranked, self.notes())
 
     def backend(self, name: str) -> Backend:
@@ -116,11 +108,11 @@ class Planner:
             UnknownNameError: Nothing is registered under it.
             BackendUnavailableError: It does not import, or its libraries are missing.
         """
-        return self._roster.backend(name)
+        return self._pool.backend(name)
 
     def statuses(self) -> tuple[BackendStatus, ...]:
         """Every registered backend on this machine."""
-        return self._roster.statuses()
+        return self._pool.statuses()
 
     def notes(self) -> tuple[str, ...]:
         """Names in the environment that nobody has, retired measurements, refused files."""
@@ -140,16 +132,16 @@ class Planner:
         """Of the backend that the caller names, else the environment."""
         name, variable = (backend, "") if backend else (self._settings.backend, BACKEND_VARIABLE)
         try:
-            self._roster.backend(name)
+            self._pool.backend(name)
         except UnknownNameError as error:
             raise UnknownNameError(error.kind, name, error.known, variable) from None
         except BackendUnavailableError as error:
             raise BackendUnavailableError(name, error.reasons, variable) from error.__cause__
-        if reasons := self._roster.reasons_against(name, problem, chosen_by_name=True):
+        if reasons := self._pool.reasons_against(name, problem, chosen_by_name=True):
             raise BackendUnsupportedError(name, problem, reasons, variable)
         choice = self._named_choice(backend, problem)
-        if distrust := self._distrust(choice, problem, experts):
-            raise BackendUnavailableError(name, (distrust,), variable)
+        if failure := self._probe_failure(choice, problem, experts):
+            raise BackendUnavailableError(name, (failure,), variable)
         return self._made_plan(problem, choice, way_out(variable))
 
     def _named_choice(self, backend: str | None, problem: MoEProblem) -> Choice:
@@ -164,16 +156,16 @@ class Planner:
     def _best_plan(self, problem: MoEProblem, experts: ExpertWeights) -> Plan:
         against: dict[str, tuple[str, ...]] = {}
         faults: dict[str, str] = {}
-        makeshift: Plan | None = None
+        capture_fallback: Plan | None = None
         found: Plan | None = None
         for choice in self._rank(problem):
             reasons = self._reasons_against(choice, problem)
-            if fault := self._roster.broken(choice.backend):
+            if fault := self._pool.broken(choice.backend):
                 faults[choice.backend] = fault
-            if not reasons and (distrust := self._distrust(choice, problem, experts)):
-                reasons = (distrust,)
+            if not reasons and (failure := self._probe_failure(choice, problem, experts)):
+                reasons = (failure,)
                 if problem.mode == "eager":
-                    faults[choice.backend] = distrust
+                    faults[choice.backend] = failure
             if reasons:
                 against.setdefault(choice.backend, reasons)
                 continue
@@ -183,13 +175,13 @@ class Planner:
                 break
             # What never ran may have to compile, which can break a capture: something that ran before is safer, though
             # only until this one has run.
-            makeshift = makeshift or plan
+            capture_fallback = capture_fallback or plan
         if found is not None:
-            found.kept = makeshift is None
-        found = found or makeshift
+            found.kept = capture_fallback is None
+        found = found or capture_fallback
         if found is None:
             for name in BACKENDS.names():
-                against.setdefault(name, self._roster.reasons_against(name, problem))
+                against.setdefault(name, self._pool.reasons_against(name, problem))
             raise NoBackendError(problem, against)
         for name, fault in faults.items():
             self._pass_over(name, problem, fault, found)
@@ -197,15 +189,15 @@ class Planner:
 
     def _pass_over(self, name: str, problem: MoEProblem, fault: str, successor: Plan) -> None:
         """Say once that a ranked backend does not import or is wrong, and what runs in its place."""
-        if name in self._distrusted:
+        if name in self._passed_over:
             return
-        self._distrusted.add(name)
-        self._tally.count(name, fell_back=1, quarantined=1)
-        self._quarantine.bar(name, problem, fault, lethal=False)
+        self._passed_over.add(name)
+        self._counters.count(name, fell_back=1, quarantined=1)
+        self._quarantine.bar(name, problem, fault, fatal=False)
         warn_of_successor(name, problem, fault, successor)
 
     def _made_plan(self, problem: MoEProblem, choice: Choice, remedy: str = "") -> Plan:
-        made = self._roster.backend(choice.backend)
+        made = self._pool.backend(choice.backend)
         config = (
             made.default_config(problem)
             if choice.config is None
@@ -218,23 +210,23 @@ class Planner:
             return (Choice(LAST_RESORT, "a gradient is needed, and only the reference has one", policy="autograd"),)
         return self._policies().rank(problem)
 
-    def _policies(self) -> Ranking:
-        if self._ranking is None:
+    def _policies(self) -> PolicyChain:
+        if self._chain is None:
             with self._lock:
-                self._ranking = self._ranking or self._load_policies()
-        return self._ranking
+                self._chain = self._chain or self._load_policies()
+        return self._chain
 
-    def _load_policies(self) -> Ranking:
+    def _load_policies(self) -> PolicyChain:
         for text in self._unknown_names():
             warn(text)
         try:
-            return Ranking(self._machine, self._settings.policies)
+            return PolicyChain(self._machine, self._settings.policies)
         except UnknownNameError as error:
             raise UnknownNameError(error.kind, error.name, error.known, POLICY_VARIABLE) from None
 
     def _reasons_against(self, choice: Choice, problem: MoEProblem, *, chosen_by_name: bool = False) -> tuple[str, ...]:
         try:
-            reasons = self._roster.reasons_against(choice.backend, problem, chosen_by_name=chosen_by_name)
+            reasons = self._pool.reasons_against(choice.backend, problem, chosen_by_name=chosen_by_name)
         except UnknownNameError as error:  # a file may name what this installation lacks
             return (str(error),)
         return reasons or tuple(filter(None, [self._misconfigured(choice)]))
@@ -243,16 +235,16 @@ class Planner:
         if choice.config is None:
             return ""
         try:
-            self._roster.backend(choice.backend).config_type.model_validate(dict(choice.config))
+            self._pool.backend(choice.backend).config_type.model_validate(dict(choice.config))
         except pydantic.ValidationError as error:
             return f"does not know the configuration {dict(choice.config)}: {error.errors()[0]['msg']}"
         except (BackendUnavailableError, UnknownNameError) as error:
             return str(error)
         return ""
 
-    def _distrust(self, choice: Choice, problem: MoEProblem, experts: ExpertWeights | None) -> str:
+    def _probe_failure(self, choice: Choice, problem: MoEProblem, experts: ExpertWeights | None) -> str:
         device = experts.device if experts is not None else torch.device(self._machine.device)
-        return self._roster.distrust(choice.backend, problem, device)
+        return self._pool.probe_failure(choice.backend, problem, device)
 
 
 def warn_of_successor(name: str, problem: MoEProblem, cause: str, successor: Plan) -> None:

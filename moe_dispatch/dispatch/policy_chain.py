@@ -12,7 +12,7 @@ from moe_dispatch.registry import POLICIES
 LAST_RESORT: Final = "reference"
 
 
-class Ranking:
+class PolicyChain:
     """Asks each policy in turn; what an earlier one ranks stands before what a later one adds.
 
     A policy that cannot load or rank is passed over with a warning: a damaged file must not stop a model.

@@ -18,9 +18,10 @@ from typing import Final, Literal
 
 import pydantic
 
-from moe_dispatch.machine import Machine, library_version
+from moe_dispatch.machine import Machine
 from moe_dispatch.problem import MoEProblem
 from moe_dispatch.system.files import cache_dir, locked, write_atomically
+from moe_dispatch.system.libraries import library_version
 from moe_dispatch.system.signals import cleaned_up_on_sigterm
 
 logger = logging.getLogger(__name__)
@@ -35,7 +36,7 @@ class QuarantineEntry(pydantic.BaseModel):
         backend: Its name.
         problem: repr of the problem with M rounded up to a power of two (`MoEProblem.bucket`).
         cause: What happened, one line.
-        lethal: Whether it killed a process or its CUDA context.
+        fatal: Whether it killed a process or its CUDA context.
         when: UTC, ISO 8601.
         versions: The software it happened under; another value of any ends the entry.
     """
@@ -45,7 +46,7 @@ class QuarantineEntry(pydantic.BaseModel):
     backend: str
     problem: str
     cause: str
-    lethal: bool
+    fatal: bool
     when: str
     versions: dict[str, str]
 
@@ -77,20 +78,20 @@ class Quarantine:
             with self._lock:
                 if self._barred is None:
                     self._barred = {
-                        (entry.backend, entry.problem): entry.cause for entry in self.entries() if entry.lethal
+                        (entry.backend, entry.problem): entry.cause for entry in self.entries() if entry.fatal
                     }
         return self._barred.get((backend, repr(problem.bucket)), "")
 
-    def bar(self, backend: str, problem: MoEProblem, cause: str, *, lethal: bool) -> None:
+    def bar(self, backend: str, problem: MoEProblem, cause: str, *, fatal: bool) -> None:
         """Avoid `backend` for problems like this one, in this process at once and on disk for `doctor`."""
         self.cause(backend, problem)
         assert self._barred is not None  # noqa: S101 - filled by the line above
         self._barred[backend, repr(problem.bucket)] = cause
-        self._add(self._entry(backend, problem, cause, lethal=lethal))
+        self._add(self._entry(backend, problem, cause, fatal=fatal))
 
     def entries(self) -> tuple[QuarantineEntry, ...]:
         """What is on disk and still holds under the versions of today."""
-        self._bury_the_dead()
+        self._collect_stale_markers()
         versions = self._versions()
         return tuple(entry for entry in self._read().entries if entry.versions == versions)
 
@@ -100,7 +101,7 @@ class Quarantine:
         Raises:
             OSError: The file cannot be replaced.
         """
-        self._bury_the_dead()
+        self._collect_stale_markers()
         count = len(self._read().entries)
         if self._path.exists():
             with locked(self._path):
@@ -116,7 +117,7 @@ class Quarantine:
         SIGTERM take the marker along: they are nobody's failure.
         """
         cause = "the process died or was killed during its first run here (a crash, a hang, or someone's SIGKILL)"
-        entry = self._entry(backend, problem, cause, lethal=True)
+        entry = self._entry(backend, problem, cause, fatal=True)
         marker = self._path.with_name(f"{self._path.stem}.{os.getpid()}-{threading.get_ident()}.running")
         handle = self._mark(marker, entry)
 
@@ -153,7 +154,7 @@ class Quarantine:
     def _markers(self) -> list[Path]:
         return sorted(self._path.parent.glob(f"{self._path.stem}.*.running"))
 
-    def _bury_the_dead(self) -> None:
+    def _collect_stale_markers(self) -> None:
         for marker in self._markers():
             with contextlib.suppress(OSError), marker.open("r+", encoding="utf-8") as file:
                 try:
@@ -164,12 +165,12 @@ class Quarantine:
                     self._add(QuarantineEntry.model_validate_json(file.read()))
                 marker.unlink(missing_ok=True)
 
-    def _entry(self, backend: str, problem: MoEProblem, cause: str, *, lethal: bool) -> QuarantineEntry:
+    def _entry(self, backend: str, problem: MoEProblem, cause: str, *, fatal: bool) -> QuarantineEntry:
         return QuarantineEntry(
             backend=backend,
             problem=repr(problem.bucket),
             cause=cause,
-            lethal=lethal,
+            fatal=fatal,
             when=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             versions=self._versions(),
         )

@@ -24,10 +24,10 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from moe_dispatch.api import moe_forward
-from moe_dispatch.backends.stages.activate import activate_torch
 from moe_dispatch.dispatch import torch_operator
 from moe_dispatch.errors import warn
-from moe_dispatch.experts import DTYPE_NAMES, FP8, ExpertWeights
+from moe_dispatch.experts import DTYPE_NAMES, ExpertWeights
+from moe_dispatch.numerics import FP8, activate_torch
 from moe_dispatch.problem import ACTIVATIONS, QUANT_BLOCK, UNGATED, Activation
 
 NAME: Final = "moe_dispatch"

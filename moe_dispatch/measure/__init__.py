@@ -1,12 +1,12 @@
 """Measure a layer so that a sceptic would accept it: right first, then timed, candidates taking turns."""
 
-from moe_dispatch.measure.ceilings import PEERS_CEILINGS, Ceilings, measure_ceilings
-from moe_dispatch.measure.inputs import Call, LayerInputs, backend_call, make_inputs, settled_call
+from moe_dispatch.measure.ceilings import H200_CEILINGS, Ceilings, measure_ceilings
+from moe_dispatch.measure.inputs import Call, LayerInputs, backend_call, fast_path_call, make_inputs
 from moe_dispatch.measure.timing import Timing, Turns, quartiles, time_eager, time_graph, time_interleaved
 from moe_dispatch.measure.verify import Verdict, reference_outputs, relative_error, verify, worst_row_error
 
 __all__ = [
-    "PEERS_CEILINGS",
+    "H200_CEILINGS",
     "Call",
     "Ceilings",
     "LayerInputs",
@@ -14,12 +14,12 @@ __all__ = [
     "Turns",
     "Verdict",
     "backend_call",
+    "fast_path_call",
     "make_inputs",
     "measure_ceilings",
     "quartiles",
     "reference_outputs",
     "relative_error",
-    "settled_call",
     "time_eager",
     "time_graph",
     "time_interleaved",

@@ -10,8 +10,8 @@ import pydantic
 import torch
 from torch import Tensor
 
-from moe_dispatch.experts import FP8
 from moe_dispatch.measure.inputs import timing_events
+from moe_dispatch.numerics import FP8
 from moe_dispatch.problem import DType, MoEProblem
 
 COPY_BYTES: Final = {"cuda": 4 << 30, "cpu": 64 << 20}
@@ -51,7 +51,7 @@ class Ceilings(pydantic.BaseModel):
 
 
 # One H200, measured on 2026-11-23 with 8192³ products and a large copy: the floor that every published fraction uses.
-PEERS_CEILINGS: Final = Ceilings(bandwidth=4.3e12, bf16_flops=700e12, fp8_flops=1300e12)
+H200_CEILINGS: Final = Ceilings(bandwidth=4.3e12, bf16_flops=700e12, fp8_flops=1300e12)
 
 
 def measure_ceilings(device: torch.device | str) -> Ceilings:

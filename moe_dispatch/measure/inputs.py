@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from moe_dispatch.backend import Backend, BackendConfig, Run
-from moe_dispatch.dispatch.dispatcher import SETTLED_TOKENS
+from moe_dispatch.dispatch.dispatcher import FAST_PATH_TOKENS
 from moe_dispatch.errors import InvalidInputError
 from moe_dispatch.experts import ExpertWeights
 from moe_dispatch.problem import MoEProblem
@@ -79,7 +79,7 @@ def backend_call(backend: Backend, experts: ExpertWeights, config: BackendConfig
     return lambda given: run(given.hidden_states, experts, given.topk_weights, given.topk_ids, config)
 
 
-def settled_call(backend: Backend, experts: ExpertWeights, config: BackendConfig, given: LayerInputs) -> Call:
+def fast_path_call(backend: Backend, experts: ExpertWeights, config: BackendConfig, given: LayerInputs) -> Call:
     """The same as `moe_forward` calls it eagerly once this kind of call has come back a few times.
 
     Args:
@@ -89,10 +89,10 @@ def settled_call(backend: Backend, experts: ExpertWeights, config: BackendConfig
         given: Inputs of the kind that is going to be called.
     """
     run: Run = backend.run
-    if given.hidden_states.shape[0] <= SETTLED_TOKENS:
+    if given.hidden_states.shape[0] <= FAST_PATH_TOKENS:
         try:
             inputs = given.hidden_states, experts, given.topk_weights, given.topk_ids
-            run = backend.steady(inputs, config) or run
+            run = backend.fast_path(inputs, config) or run
         except Exception as error:
             if lost_device(error):
                 raise

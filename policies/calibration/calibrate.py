@@ -11,7 +11,7 @@ from moe_dispatch.errors import InvalidInputError
 from moe_dispatch.machine import Machine, present_device
 from moe_dispatch.policies.calibrated import calibration_path
 from moe_dispatch.policies.calibration.report import CalibrationReport, Progress
-from moe_dispatch.policies.calibration.run import Campaign
+from moe_dispatch.policies.calibration.run import CalibrationRun
 from moe_dispatch.policies.measurements.schema import Layer
 from moe_dispatch.problem import DType, Mode
 from moe_dispatch.workloads import ROUTINGS, Workload, workload
@@ -91,7 +91,9 @@ def calibrate(
     chosen = tuple(mode for mode in possible if modes is None or mode in modes)
     if not chosen:
         raise InvalidInputError(f"modes must be among {', '.join(possible)} on this machine, got {modes}")
-    campaign = Campaign(machine, where, backends, tuple(routings), timeout_s, directory, most_configs, refine=not quick)
+    campaign = CalibrationRun(
+        machine, where, backends, tuple(routings), timeout_s, directory, most_configs, refine=not quick
+    )
     try:
         return campaign.measure(layers, counts, chosen, budget_s, on_progress, resume=resume, compile_only=compile_only)
     finally:

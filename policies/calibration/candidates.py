@@ -11,7 +11,6 @@ from typing import Final
 import pydantic
 
 from moe_dispatch.backend import Backend
-from moe_dispatch.benchmarks.rows import commit
 from moe_dispatch.dispatch.quarantine import Quarantine
 from moe_dispatch.errors import BackendUnavailableError, PolicyFileError
 from moe_dispatch.machine import Machine
@@ -21,6 +20,7 @@ from moe_dispatch.policies.measurements.table import Identity, tables
 from moe_dispatch.policies.measurements.versions import changes, relevant_versions
 from moe_dispatch.problem import Mode
 from moe_dispatch.registry import make_backend
+from moe_dispatch.system.provenance import commit
 
 # Two measured neighbours decide who starts between them if both are within this factor of tokens,
 NEIGHBOURS: Final = 8
@@ -51,7 +51,7 @@ def eligible(names: Sequence[str], machine: Machine) -> tuple[dict[str, Backend]
     return found, unavailable
 
 
-class Entrants:
+class CandidateSource:
     """Candidates, what the calibration before said of them, and how far behind they were in the races so far.
 
     Args:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Final
 
 from moe_dispatch.machine import Machine
-from moe_dispatch.policies.calibration.worker_process import CandidateFailedError, Supervisor, WorkerDiedError
+from moe_dispatch.policies.calibration.worker_process import CandidateFailedError, WorkerDiedError, WorkerProcess
 from moe_dispatch.policies.measurements.schema import Candidate, Layer
 from moe_dispatch.system.files import cache_dir, locked, write_atomically
 
@@ -65,13 +65,13 @@ def compiled_path(machine: Machine, directory: Path | None = None) -> Path:
 
 def compile_ahead(
     jobs: Iterable[Job],
-    start: Callable[[], Supervisor],
+    start: Callable[[], WorkerProcess],
     remembered: Path,
     deadline: float = math.inf,
     on_progress: Callable[[int, int], None] | None = None,
     *,
     libraries: Collection[str] = (),
-    racer: Supervisor | None = None,
+    racer: WorkerProcess | None = None,
 ) -> list[str]:
     """Compile the jobs that were not compiled before, each process taking the next one.
 
@@ -98,7 +98,7 @@ def compile_ahead(
     failed: list[str] = []
     lock, stop = threading.Lock(), threading.Event()
 
-    def work(worker: Supervisor, *, to_keep: bool) -> None:
+    def work(worker: WorkerProcess, *, to_keep: bool) -> None:
         loaded: set[str] = set()
         try:
             while not stop.is_set() and time.monotonic() < deadline:

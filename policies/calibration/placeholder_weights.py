@@ -13,7 +13,7 @@ from moe_dispatch.workloads import torch_dtype
 _CARRIERS: Final[dict[int, str]] = {1: "|u1", 2: "<i2", 4: "<i4"}
 
 
-def phantom_experts(problem: MoEProblem, device: torch.device) -> ExpertWeights:
+def placeholder_weights(problem: MoEProblem, device: torch.device) -> ExpertWeights:
     """Weights that have the shapes of a layer's and the memory of one expert; to be passed by, not to be read."""
     rows, K, N, E = problem.gate_up_rows, problem.K, problem.N, problem.E
     (up_rows, up_columns), (down_rows, down_columns) = problem.quant_blocks

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from moe_dispatch.policies.measurements.merge import Measured
-from moe_dispatch.policies.measurements.table import Identity, calm_winners
+from moe_dispatch.policies.measurements.table import Identity, stable_winners
 from moe_dispatch.problem import Mode
 
 
@@ -63,7 +63,7 @@ class CalibrationReport:
         for key, by_tokens in scores.items():
             timed = {M: by_tokens[M] for M in sorted(by_tokens) if any(by_tokens[M].values())}
             incumbents = {M: before[*key, M] for M in timed if (*key, M) in before}
-            winners = calm_winners(timed, incumbents)
+            winners = stable_winners(timed, incumbents)
             found[key] = {M: (winner, timed[M][winner] or math.nan) for M, winner in winners.items()}
         return found
 

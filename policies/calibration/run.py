@@ -18,12 +18,12 @@ import torch
 from moe_dispatch.dispatch.quarantine import Quarantine
 from moe_dispatch.machine import Machine
 from moe_dispatch.policies.calibrated import calibration_path
-from moe_dispatch.policies.calibration.candidates import Entrants, Place, eligible
+from moe_dispatch.policies.calibration.candidates import CandidateSource, Place, eligible
 from moe_dispatch.policies.calibration.compile_ahead import Job, compile_ahead, compiled_path
 from moe_dispatch.policies.calibration.report import CalibrationReport, Progress
-from moe_dispatch.policies.calibration.schedule import boundaries, legs
-from moe_dispatch.policies.calibration.successive_halving import Arena, Race
-from moe_dispatch.policies.calibration.worker_process import NotPreparedError, Supervisor
+from moe_dispatch.policies.calibration.schedule import boundaries, schedule
+from moe_dispatch.policies.calibration.successive_halving import MeasurementContext, SuccessiveHalving
+from moe_dispatch.policies.calibration.worker_process import NotPreparedError, WorkerProcess
 from moe_dispatch.policies.measurements.merge import Measured, save, settle
 from moe_dispatch.policies.measurements.schema import Layer
 from moe_dispatch.problem import Mode
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 COMPILE_SHARE: Final = 0.5
 
 
-class Campaign:
+class CalibrationRun:
     """All that a calibration measures, saved point by point.
 
     Args:
@@ -72,13 +72,13 @@ class Campaign:
         self.report = CalibrationReport(calibration_path(machine, directory))
         self._backends, self.report.unavailable = eligible(backends or BACKENDS.names(), machine)
         self._quarantine = Quarantine(machine, directory)
-        self._entrants = Entrants(
+        self._source = CandidateSource(
             machine, self._backends, self.report.path, self._quarantine, most_configs, self.report.skipped
         )
         named = {name: f"{type(made).__module__}:{type(made).__qualname__}" for name, made in self._backends.items()}
-        self._new_worker = functools.partial(Supervisor, str(device), named, timeout_s)
+        self._new_worker = functools.partial(WorkerProcess, str(device), named, timeout_s)
         self._worker = self._new_worker()
-        self._arena = Arena(self._worker, routings, self._tolerance, self._bar)
+        self._context = MeasurementContext(self._worker, routings, self._tolerance, self._bar)
 
     def measure(
         self,
@@ -98,11 +98,11 @@ class Campaign:
         """
         begin = time.monotonic()
         deadline = begin + budget_s if budget_s is not None else math.inf
-        known = self._entrants.known(tokens) if resume else set()
+        known = self._source.known(tokens) if resume else set()
         # One that goes on is still deciding what it has.
-        if self._entrants.calibrated_before and not resume and not compile_only:
+        if self._source.calibrated_before and not resume and not compile_only:
             settle(self.report.path, self._machine)
-        ahead = legs(layers, tokens)
+        ahead = schedule(layers, tokens)
         done, total = 0, len(layers) * len(tokens)
         racing = begin
 
@@ -173,7 +173,7 @@ class Campaign:
             for layer in layers
             for M in tokens
             if (layer.key, M, mode) not in known
-            for candidate in self._entrants.candidates(layer, M, mode)
+            for candidate in self._source.candidates(layer, M, mode)
         ]
 
         def tell(done: int, total: int) -> None:
@@ -193,21 +193,21 @@ class Campaign:
         news: list[Measured] = []
         finalists: dict[Identity, float] = {}
         for mode in modes:
-            candidates = self._entrants.candidates(layer, M, mode)
-            starting = self._entrants.starting(layer, M, mode, candidates)
+            candidates = self._source.candidates(layer, M, mode)
+            starting = self._source.starting(layer, M, mode, candidates)
             if finalists:
                 # Who could not run in the first mode knows no better than this one's neighbours.
                 ran = {one.candidate.backend for one in news}
                 others = {one.identity for one in starting if one.backend not in ran}
                 starting = [one for one in candidates if one.identity in finalists or one.identity in others]
-            race = Race(self._arena, layer, M, mode, starting, finalists)
+            race = SuccessiveHalving(self._context, layer, M, mode, starting, finalists)
             try:
                 results = race.run()
             except NotPreparedError as error:
                 self.report.skipped.append(f"{layer} M={M} ({mode}): its inputs could not be made: {error}")
                 break
             scores = {one.candidate.identity: one.measurement.score for one in results}
-            self._entrants.remember(layer, M, mode, candidates, scores)
+            self._source.remember(layer, M, mode, candidates, scores)
             news += [self._marked(one) for one in results]
             finalists = finalists or race.finalists
         self.report.measured += news
@@ -216,7 +216,7 @@ class Campaign:
 
     def _marked(self, one: Measured) -> Measured:
         """With the incumbent marked as such."""
-        if self._entrants.winner_before(one.layer, one.M, one.mode) != one.candidate.identity:
+        if self._source.winner_before(one.layer, one.M, one.mode) != one.candidate.identity:
             return one
         return dataclasses.replace(one, measurement=one.measurement.model_copy(update={"incumbent": True}))
 
@@ -230,14 +230,14 @@ class Campaign:
             if name != str(layer):
                 continue
             winners = {M: winner for M, (winner, _) in at.items()}
-            for middle in boundaries(winners, self._entrants.behind(layer, mode)):
+            for middle in boundaries(winners, self._source.behind(layer, mode)):
                 if middle not in measured and (layer.key, middle, mode) not in known:
                     found.add(middle)
         return sorted(middle for middle in found if tokens[0] < middle < tokens[-1])
 
     def _bar(self, backend: str, layer: Layer, M: int, mode: Mode, cause: str) -> None:
         """Remember what kills a process."""
-        self._quarantine.bar(backend, layer.problem(M, self._machine, mode), cause, lethal=True)
+        self._quarantine.bar(backend, layer.problem(M, self._machine, mode), cause, fatal=True)
 
     def _tolerance(self, backend: str, layer: Layer) -> float:
         """What the backend promises for this layer."""

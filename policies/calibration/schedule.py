@@ -31,7 +31,7 @@ def coarse_to_fine(tokens: Sequence[int]) -> list[int]:
     return order
 
 
-def legs(layers: Sequence[Layer], tokens: Sequence[int]) -> list[tuple[Layer, list[int]]]:
+def schedule(layers: Sequence[Layer], tokens: Sequence[int]) -> list[tuple[Layer, list[int]]]:
     """Coarse for all layers, then fine for all: whatever the time is enough for, it was spent on every layer."""
     order = coarse_to_fine(tokens)
     return [(layer, part) for part in (order[:COARSE], order[COARSE:]) for layer in layers if part]

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from moe_dispatch.measure import quartiles
-from moe_dispatch.policies.calibration.worker_process import CandidateFailedError, Supervisor, WorkerDiedError
+from moe_dispatch.policies.calibration.worker_process import CandidateFailedError, WorkerDiedError, WorkerProcess
 from moe_dispatch.policies.measurements.merge import Measured
 from moe_dispatch.policies.measurements.schema import Candidate, Layer, Measurement, Quartiles
 from moe_dispatch.policies.measurements.table import NOISE, Identity, geometric_mean
@@ -46,7 +46,7 @@ FALLBACK: Final = 4.0
 
 
 @dataclass(frozen=True)
-class Arena:
+class MeasurementContext:
     """What all races of a calibration share.
 
     Attributes:
@@ -56,13 +56,13 @@ class Arena:
         bar: Told of a backend that killed its worker, and how.
     """
 
-    worker: Supervisor
+    worker: WorkerProcess
     routings: tuple[str, ...]
     tolerance: Callable[[str, Layer], float]
     bar: Callable[[str, Layer, int, Mode, str], None]
 
 
-class Race:
+class SuccessiveHalving:
     """Candidates at one layer, token count and mode.
 
     Args:
@@ -79,14 +79,14 @@ class Race:
 
     def __init__(
         self,
-        arena: Arena,
+        arena: MeasurementContext,
         layer: Layer,
         M: int,
         mode: Mode,
         candidates: Sequence[Candidate],
         checked: Mapping[Identity, float] | None = None,
     ) -> None:
-        self._arena, self._layer, self._M, self._mode = arena, layer, M, mode
+        self._context, self._layer, self._M, self._mode = arena, layer, M, mode
         self._candidates = {candidate.identity: candidate for candidate in candidates}
         # In µs, by distribution: of the last round that a candidate was in, or of all finals. Of candidates that were
         # timed together, those at the same place lie side by side in time.
@@ -99,15 +99,15 @@ class Race:
         self.finalists: dict[Identity, float] = {}
 
     def run(self) -> list[Measured]:
-        """Race, and return what is known of every candidate that ran.
+        """SuccessiveHalving, and return what is known of every candidate that ran.
 
         Raises:
             NotPreparedError: The inputs or their fp32 reference could not be made, which is nobody's fault.
         """
         if not self._candidates:
             return []
-        first, *_ = self._arena.routings
-        self._arena.worker.point(self._M, self._arena.routings)
+        first, *_ = self._context.routings
+        self._context.worker.point(self._M, self._context.routings)
         for identity in self._candidates:
             self._launch(identity)
         alive = self._hopeful()
@@ -126,7 +126,7 @@ class Race:
         """Run a candidate alone: one that hangs or kills is known before the others wait for it."""
         if identity in self._barred:
             return
-        answer = self._ask_about(identity, "launch", routing=self._arena.routings[0])
+        answer = self._ask_about(identity, "launch", routing=self._context.routings[0])
         if answer is not None:
             self._alone[identity] = answer["us"]
 
@@ -143,7 +143,7 @@ class Race:
         self._rounds.append(alone)
         hopeless = {one for one, us in alone.items() if us > max(LONG_US, HOPELESS * alone[leader])}
         for one in hopeless:
-            self._samples[one] = {self._arena.routings[0]: [alone[one]]}
+            self._samples[one] = {self._context.routings[0]: [alone[one]]}
         return [one for one in self._candidates if one in alone and one not in hopeless]
 
     def _kept(self, count: int) -> list[Identity]:
@@ -172,7 +172,7 @@ class Race:
             self._samples[one] = {}
         timed = list(alive)
         for _ in range(1 + EXTRA):
-            for routing in self._arena.routings:
+            for routing in self._context.routings:
                 self._time([one for one in timed if one not in self._barred], routing, budget_s, samples)
             self.finalists = {one: self._errors[one] for one in alive if one not in self._barred}
             lags = self._lags()
@@ -204,7 +204,7 @@ class Race:
 
     def _quartiles(self, identity: Identity, routing: str | None = None) -> Quartiles:
         """Of a candidate's samples; on the first distribution if none is named."""
-        return quartiles(self._samples[identity][routing or self._arena.routings[0]])
+        return quartiles(self._samples[identity][routing or self._context.routings[0]])
 
     def _check_fallbacks(self) -> None:
         """Each backend that left the race has a right candidate to fall back on, or is not heard of again."""
@@ -225,10 +225,10 @@ class Race:
         """Hold a candidate against fp32, once; briefly: eagerly and on one distribution."""
         if identity in self._errors or identity in self._barred:
             return identity not in self._barred
-        routings = self._arena.routings[: 1 if briefly else None]
+        routings = self._context.routings[: 1 if briefly else None]
         answer = self._ask_about(
             identity, "check", mode="eager" if briefly else self._mode, routings=list(routings),
-            tolerance=self._arena.tolerance(identity[0], self._layer),
+            tolerance=self._context.tolerance(identity[0], self._layer),
         )  # fmt: skip
         if answer is None:
             return False
@@ -242,7 +242,9 @@ class Race:
         """Ask about one candidate; None after it failed, and why is noted."""
         candidate = self._candidates[identity]
         try:
-            return self._arena.worker.ask(op, M=self._M, backend=candidate.backend, config=candidate.config, **request)
+            return self._context.worker.ask(
+                op, M=self._M, backend=candidate.backend, config=candidate.config, **request
+            )
         except CandidateFailedError as error:
             self._barred[identity] = f"out of memory: {error.cause}" if error.memory else f"raised {error.cause}"
         except WorkerDiedError as error:
@@ -255,7 +257,7 @@ class Race:
             return
         requested = [(self._candidates[one].backend, self._candidates[one].config) for one in identities]
         try:
-            answer = self._arena.worker.ask(
+            answer = self._context.worker.ask(
                 "time", work=len(identities), M=self._M, mode=self._mode, routing=routing, candidates=requested,
                 budget_s=budget_s, rounds=samples,
             )  # fmt: skip
@@ -276,7 +278,7 @@ class Race:
 
     def _kill(self, identity: Identity, cause: str) -> None:
         self._barred[identity] = cause
-        self._arena.bar(identity[0], self._layer, self._M, self._mode, cause)
+        self._context.bar(identity[0], self._layer, self._M, self._mode, cause)
         # The backend is barred from such problems now; its other configurations would only die again.
         for other in self._candidates:
             if other[0] == identity[0] and other not in self._barred and other not in self._alone:

@@ -21,13 +21,13 @@ from moe_dispatch.measure import (
     LayerInputs,
     Turns,
     backend_call,
+    fast_path_call,
     make_inputs,
     reference_outputs,
-    settled_call,
     verify,
 )
 from moe_dispatch.measure.inputs import synchronize
-from moe_dispatch.policies.calibration.placeholder_weights import phantom_experts
+from moe_dispatch.policies.calibration.placeholder_weights import placeholder_weights
 from moe_dispatch.policies.measurements.schema import Layer
 from moe_dispatch.problem import MoEProblem
 from moe_dispatch.registry import BACKENDS, make_backend
@@ -119,7 +119,7 @@ class Worker:
         problem = asked.problem(M, self._machine)
         if self._phantom is None or self._phantom[0] != asked:
             self._phantom = None
-            self._phantom = asked, phantom_experts(problem, self._device)
+            self._phantom = asked, placeholder_weights(problem, self._device)
         hidden = torch.zeros(M, asked.K, dtype=torch_dtype(asked.act_dtype), device=self._device)
         weights = torch.zeros(M, asked.topk, device=self._device)
         ids = torch.full((M, asked.topk), -1, dtype=torch.int32, device=self._device)
@@ -204,7 +204,7 @@ class Worker:
             made, chosen, found = self._call(backend, config)
             if mode == "eager":
                 assert self._experts is not None  # noqa: S101 - `_call` saw to it
-                found = settled_call(made, self._experts, chosen, given)
+                found = fast_path_call(made, self._experts, chosen, given)
             self._calls[mode, name] = found
         return found
 

@@ -44,7 +44,7 @@ class CandidateFailedError(MoEDispatchError):
         super().__init__(cause)
 
 
-class Supervisor:
+class WorkerProcess:
     """A worker process that is started again after it died.
 
     Args:
@@ -183,7 +183,7 @@ class Supervisor:
         try:
             print(json.dumps({"op": op, **request}), file=self._requests, flush=True)
         except BrokenPipeError:
-            raise WorkerDiedError(self._obituary()) from None
+            raise WorkerDiedError(self._exit_reason()) from None
         begin = time.monotonic()
         deadline = begin + timeout_s
         while b"\n" not in self._buffer:
@@ -194,14 +194,14 @@ class Supervisor:
                 raise WorkerDiedError(f"hung: no answer within {timeout_s:.0f} s")
             chunk = os.read(self._answers, 1 << 16)
             if not chunk:
-                raise WorkerDiedError(self._obituary())
+                raise WorkerDiedError(self._exit_reason())
             self._buffer += chunk
         self.spent[op] = self.spent.get(op, 0.0) + time.monotonic() - begin
         line, _, self._buffer = self._buffer.partition(b"\n")
         answer: dict[str, Any] = json.loads(line)
         return answer
 
-    def _obituary(self) -> str:
+    def _exit_reason(self) -> str:
         assert self._process is not None and self._stderr is not None  # noqa: S101, PT018 - it lived
         code = self._process.wait()
         self._stderr.seek(0, os.SEEK_END)

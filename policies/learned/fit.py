@@ -13,7 +13,7 @@ from moe_dispatch.errors import InvalidInputError, PolicyFileError
 from moe_dispatch.machine import Machine
 from moe_dispatch.policies.learned.cost_model import TERMS, rows_per_expert, terms
 from moe_dispatch.policies.learned.defaults import default_identity, find_backend
-from moe_dispatch.policies.learned.policy import Law, ModelFile
+from moe_dispatch.policies.learned.policy import CostModel, ModelFile
 from moe_dispatch.policies.measurements.schema import CalibrationFile
 from moe_dispatch.policies.measurements.table import Identity
 from moe_dispatch.problem import DType, Mode, MoEProblem
@@ -78,7 +78,7 @@ def fit_model(rows: Iterable[Observation], machine: Machine) -> ModelFile:
             if layers >= LEAST_LAYERS:
                 coefficients, error = fit_law(times)
                 laws.append(
-                    Law(
+                    CostModel(
                         dtype=dtype,
                         mode=mode,
                         backend=name,

@@ -28,7 +28,7 @@ BEYOND: Final = 2.0
 NotNegative = Annotated[float, pydantic.Field(ge=0, allow_inf_nan=False)]
 
 
-class Law(Strict):
+class CostModel(Strict):
     """What a backend's time is made of, in its default configuration, for one dtype and mode.
 
     Attributes:
@@ -69,7 +69,7 @@ class ModelFile(Strict):
     schema_version: Literal[3] = SCHEMA
     fingerprint: Annotated[str, pydantic.Field(max_length=200)]
     sms: Annotated[int, pydantic.Field(ge=1)]
-    laws: list[Law] = pydantic.Field(min_length=1, max_length=1000)
+    laws: list[CostModel] = pydantic.Field(min_length=1, max_length=1000)
 
 
 def model_path(machine: Machine, directory: Path | None = None) -> Path:
@@ -136,7 +136,7 @@ class LearnedPolicy(Policy):
                 self._notes.append(f"refused, so the next policy decides: {error}")
                 warn(f"policy {self.name!r}: {error}")
         self._rules = RulesPolicy(machine)
-        self._laws: dict[tuple[DType, Mode], list[tuple[Law, Backend]]] = {}
+        self._laws: dict[tuple[DType, Mode], list[tuple[CostModel, Backend]]] = {}
         for law in model.laws if model else ():
             if (backend := find_backend(law.backend, machine)) is not None:
                 self._laws.setdefault((law.dtype, law.mode), []).append((law, backend))
@@ -170,11 +170,11 @@ class LearnedPolicy(Policy):
         return ""
 
 
-def _speaks(law: Law, backend: Backend, problem: MoEProblem) -> bool:
+def _speaks(law: CostModel, backend: Backend, problem: MoEProblem) -> bool:
     """Whether a backend's law says anything of a problem."""
     return rows_per_expert(problem) <= BEYOND * law.most_rows and not backend.unsupported_reasons(problem)
 
 
-def _choice(law: Law, parts: Mapping[Term, float]) -> Choice:
+def _choice(law: CostModel, parts: Mapping[Term, float]) -> Choice:
     us = law.us(parts)
     return Choice(law.backend, f"about {us:.3g} µs by its law, from {law.layers} layers ({law.mode})", None, us)

@@ -69,7 +69,7 @@ class LayerTable:
         self.scores = {M: dict(at) for M, at in sorted(scores.items()) if any(us for us in at.values())}
         self.tokens = tuple(self.scores)
         self._curves = tuple(curves(self.scores))
-        self.winners = calm_winners(self.scores, incumbents)
+        self.winners = stable_winners(self.scores, incumbents)
 
     def rank(self, M: int) -> tuple[tuple[Identity, float], ...]:
         """Each backend's best configuration with its time, the fastest first; empty where nothing speaks for M."""
@@ -119,7 +119,7 @@ class LayerTable:
         return f"between M={self.tokens[i - 1]} and M={self.tokens[i]} ({mode})"
 
 
-def calm_winners(
+def stable_winners(
     scores: Mapping[int, Mapping[Identity, float | None]], incumbents: Mapping[int, Identity] | None = None
 ) -> dict[int, Identity]:
     """The winner at each token count: of those within noise of the fastest, whoever is at many other token counts too.

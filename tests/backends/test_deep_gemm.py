@@ -21,8 +21,9 @@ from moe_dispatch.backends.deep_gemm.layouts import expected_rows, layout_rows, 
 from moe_dispatch.backends.reference import ReferenceBackend, ReferenceConfig
 from moe_dispatch.backends.stages.route import route
 from moe_dispatch.errors import BackendUnavailableError
-from moe_dispatch.experts import ExpertWeights, dequantize_blocks
+from moe_dispatch.experts import ExpertWeights
 from moe_dispatch.machine import Machine
+from moe_dispatch.numerics import dequantize_blocks
 from moe_dispatch.problem import ACTIVATIONS, Activation, DType, MoEProblem
 from moe_dispatch.workloads import WORKLOADS, Workload, make_experts
 from tests.support.refusals import Refusal, on_hopper

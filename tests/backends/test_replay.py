@@ -1,4 +1,4 @@
-"""A tape does what the run did that it was made of, on other tensors too; what it could not do, it is not made of."""
+"""A replay does what the run did that it was made of, on other tensors too; what it could not do, it is not made of."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -18,7 +18,7 @@ pytest.importorskip("triton")
 import triton.language as tl
 
 from moe_dispatch.backends.triton_common.fast_launch import FastKernel
-from moe_dispatch.backends.triton_common.replay import NotPlayable, Tape, record
+from moe_dispatch.backends.triton_common.replay import NotReplayableError, Replay, record
 
 LAYER = Workload("tiny", E=4, topk=2, K=64, N=32)
 SIZE = 3 * LAYER.K
@@ -84,7 +84,7 @@ def inputs(seed: int) -> Inputs:
     return torch.randn(3, LAYER.K, generator=generator), make_experts(LAYER, "fp32", "cpu", generator), weights, ids
 
 
-def recorded(backend: Adding, *, before: int = 2) -> Tape:
+def recorded(backend: Adding, *, before: int = 2) -> Replay:
     for _ in range(before):
         backend.run(*inputs(0), CONFIG)
     return record(backend, inputs(0), CONFIG, {}, lambda *_: None)
@@ -92,10 +92,10 @@ def recorded(backend: Adding, *, before: int = 2) -> Tape:
 
 def test_it_does_what_the_run_does_on_other_tensors_and_another_layer() -> None:
     backend = Adding()
-    tape = recorded(backend)
+    replay = recorded(backend)
     runs = backend.runs
-    outs = [tape(*inputs(seed), CONFIG) for seed in (1, 2, 1)]
-    assert backend.runs == runs, "only the tape ran"
+    outs = [replay(*inputs(seed), CONFIG) for seed in (1, 2, 1)]
+    assert backend.runs == runs, "only the replay ran"
     for seed, out in zip((1, 2, 1), outs, strict=True):
         assert torch.equal(out, backend.run(*inputs(seed), CONFIG))
     assert len({out.data_ptr() for out in outs}) == 3, "the output is fresh memory"
@@ -103,10 +103,10 @@ def test_it_does_what_the_run_does_on_other_tensors_and_another_layer() -> None:
 
 def test_weights_that_move_are_found_where_they_are() -> None:
     backend = Adding()
-    tape = recorded(backend)
+    replay = recorded(backend)
     hidden, experts, weights, ids = inputs(1)
     experts.down.data = torch.full_like(experts.down, 5.0)
-    assert torch.equal(tape(hidden, experts, weights, ids, CONFIG), 2 * hidden + 5 + weights[0, 0])
+    assert torch.equal(replay(hidden, experts, weights, ids, CONFIG), 2 * hidden + 5 + weights[0, 0])
 
 
 def shifted(tensor: Tensor) -> Tensor:
@@ -116,11 +116,11 @@ def shifted(tensor: Tensor) -> Tensor:
 
 def test_a_misaligned_tensor_goes_the_long_way() -> None:
     backend = Adding()
-    tape = recorded(backend)
+    replay = recorded(backend)
     hidden, experts, weights, ids = inputs(1)
     runs = backend.runs
     for arguments in ((shifted(hidden), experts, weights, ids), (hidden, experts, shifted(weights), ids)):
-        assert torch.equal(tape(*arguments, CONFIG), 2 * hidden + experts.down[0, 0, 0] + weights[0, 0])
+        assert torch.equal(replay(*arguments, CONFIG), 2 * hidden + experts.down[0, 0, 0] + weights[0, 0])
     assert backend.runs == runs + 2
 
 
@@ -128,11 +128,11 @@ def test_a_profiler_sees_the_launches() -> None:
     from triton import knobs
 
     backend = Adding()
-    tape = recorded(backend)
+    replay = recorded(backend)
     runs = backend.runs
     knobs.runtime.launch_exit_hook.add(print)
     try:
-        tape(*inputs(1), CONFIG)
+        replay(*inputs(1), CONFIG)
     finally:
         knobs.runtime.launch_exit_hook.remove(print)
     assert backend.runs == runs + 1
@@ -165,16 +165,16 @@ def hiding_work(_backend: Adding, inner: Tensor, _out: Tensor) -> None:
         (keeping, "memory of unknown origin"),
         (launching_by_triton, "launched by Triton itself"),
         (returning_a_part, "output is not fresh memory of its own"),
-        (hiding_work, "the tape's result is not the run's"),
+        (hiding_work, "the replay's result is not the run's"),
     ],
 )
 def test_what_cannot_be_played_back_is_not_recorded(between: Callable[..., Any], reason: str) -> None:
-    with pytest.raises(NotPlayable, match=reason):
+    with pytest.raises(NotReplayableError, match=reason):
         recorded(Adding(between))
 
 
 def test_a_first_run_is_too_early() -> None:
-    with pytest.raises(NotPlayable, match="launched by Triton itself"):
+    with pytest.raises(NotReplayableError, match="launched by Triton itself"):
         recorded(Adding(), before=0)
 
 
@@ -183,5 +183,5 @@ def test_inputs_that_share_memory_leave_an_address_in_doubt() -> None:
     hidden, experts, _, ids = inputs(0)
     shared = (hidden, experts, hidden.flatten()[:6].view(3, 2), ids)
     backend.run(*shared, CONFIG)
-    with pytest.raises(NotPlayable, match="two inputs share memory"):
+    with pytest.raises(NotReplayableError, match="two inputs share memory"):
         record(backend, shared, CONFIG, {}, lambda *_: None)

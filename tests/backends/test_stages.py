@@ -9,11 +9,12 @@ from torch import Tensor
 
 from moe_dispatch.backends.stages import quantize as quantize_module
 from moe_dispatch.backends.stages import route as route_module
-from moe_dispatch.backends.stages.activate import activate, activate_quantize, activate_torch
+from moe_dispatch.backends.stages.activate import activate, activate_quantize
 from moe_dispatch.backends.stages.combine import combine, combine_torch
-from moe_dispatch.backends.stages.quantize import gather, gather_quantize, quantize_rows, quantize_rows_torch
+from moe_dispatch.backends.stages.quantize import gather, gather_quantize, quantize_rows
 from moe_dispatch.backends.stages.route import Routing, buffer_rows, route, route_torch
 from moe_dispatch.errors import InvalidInputError
+from moe_dispatch.numerics import activate_torch, quantize_rows_torch
 from moe_dispatch.problem import ACTIVATIONS, UNGATED, Activation
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

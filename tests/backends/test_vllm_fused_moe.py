@@ -23,13 +23,12 @@ from torch import Tensor
 
 from moe_dispatch.backends import vllm_fused_moe
 from moe_dispatch.backends.reference import ReferenceBackend, ReferenceConfig
-from moe_dispatch.backends.stages.activate import activate_torch
 from moe_dispatch.backends.stages.mask_slots import mask_slots
-from moe_dispatch.backends.stages.quantize import quantize_rows_torch
 from moe_dispatch.backends.vllm_fused_moe import VllmFusedMoEBackend
 from moe_dispatch.errors import BackendUnavailableError
-from moe_dispatch.experts import ExpertWeights, dequantize_blocks
+from moe_dispatch.experts import ExpertWeights
 from moe_dispatch.machine import Machine
+from moe_dispatch.numerics import activate_torch, dequantize_blocks, quantize_rows_torch
 from moe_dispatch.problem import Activation, DType, MoEProblem
 from moe_dispatch.workloads import Workload, make_experts
 from tests.support.refusals import Refusal, on_hopper

@@ -23,7 +23,7 @@ def calibrate(monkeypatch: pytest.MonkeyPatch) -> Calibrate:
     def run(directory: Path, session: int, noise: Noise) -> CalibrationFile:
         monkeypatch.setattr(Machine, "inspect", lambda _device=None: H200)
         monkeypatch.setattr(campaign, "compile_ahead", lambda *_, **__: [])
-        monkeypatch.setattr(campaign, "Supervisor", lambda *_: Device(noise, session))
+        monkeypatch.setattr(campaign, "WorkerProcess", lambda *_: Device(noise, session))
         report = module.calibrate(["deepseek-v3"], ["fp8", "bf16"], directory=directory, most_configs=12)
         return read_calibration(report.path, H200)
 

@@ -21,7 +21,7 @@ from typer.testing import CliRunner
 
 from moe_dispatch.backend import Backend, BackendConfig, Requirements
 from moe_dispatch.benchmarks import acceptance, claims, packed, rows, ship
-from moe_dispatch.benchmarks.baselines import PEERS
+from moe_dispatch.benchmarks.baselines import BASELINES
 from moe_dispatch.benchmarks.reports import agreement, plots, regret, scoreboard
 from moe_dispatch.benchmarks.rows import BenchRow
 from moe_dispatch.benchmarks.sweep import Plan, Provenance, Sweep
@@ -29,7 +29,7 @@ from moe_dispatch.commands.bench import bench
 from moe_dispatch.errors import InvalidInputError, MoEDispatchError
 from moe_dispatch.experts import ExpertWeights
 from moe_dispatch.machine import Machine, current_machine
-from moe_dispatch.measure import PEERS_CEILINGS, Ceilings, LayerInputs, make_inputs, reference_outputs, time_interleaved
+from moe_dispatch.measure import H200_CEILINGS, Ceilings, LayerInputs, make_inputs, reference_outputs, time_interleaved
 from moe_dispatch.problem import DType, Mode
 from moe_dispatch.registry import BACKENDS
 from moe_dispatch.workloads import ROUTINGS, WORKLOADS, Workload, make_experts
@@ -328,7 +328,7 @@ def test_json_prints_the_rows(tmp_path: Path) -> None:
         (("--tokens", "1,x"), "--tokens must be positive numbers"),
         (("--tokens", "0"), "--tokens must be positive numbers"),
         (("--dtype", "int4"), "--dtype must be one of"),
-        (("--backend", "cutlass"), "no backend or peer is called"),
+        (("--backend", "cutlass"), "no backend or baseline is called"),
         (("--config", "some"), "--config must be"),
         (("--mode", "warp"), "--mode must be"),
         (("--routing", "skewed"), "no routing distribution is called"),
@@ -360,39 +360,39 @@ def test_peers_that_run_on_a_cpu_are_right(name: str, dtype: DType) -> None:
         pytest.importorskip("transformers")
     machine = current_machine("cpu")
     problem = LAYER.problem(5, dtype, machine)
-    peer = PEERS[name](machine)
-    assert peer.unsupported_reasons(problem) == ()
+    baseline = BASELINES[name](machine)
+    assert baseline.unsupported_reasons(problem) == ()
     experts = make_experts(LAYER, dtype, "cpu", torch.Generator().manual_seed(1))
     (given,) = make_inputs(problem, ROUTINGS["uniform"], "cpu", count=1)
     (truth,) = reference_outputs(experts, (given,))
-    out = peer.prepare(experts, problem)(given).float()
-    assert (out - truth).norm() / truth.norm() < peer.tolerance[dtype]
+    out = baseline.prepare(experts, problem)(given).float()
+    assert (out - truth).norm() / truth.norm() < baseline.tolerance[dtype]
 
 
-@pytest.mark.parametrize("name", sorted(PEERS))
+@pytest.mark.parametrize("name", sorted(BASELINES))
 def test_every_peer_says_what_it_runs_and_refuses_what_it_cannot(name: str) -> None:
-    peer = PEERS[name]
-    assert peer.__doc__
-    assert peer.name == name
+    baseline = BASELINES[name]
+    assert baseline.__doc__
+    assert baseline.name == name
     gpt_oss = WORKLOADS["gpt-oss-120b"].problem(4, "fp8", Machine.load(ROOT / "tests/machines/h200.json"), "graph")
-    assert peer(current_machine("cpu")).unsupported_reasons(gpt_oss)
+    assert baseline(current_machine("cpu")).unsupported_reasons(gpt_oss)
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", sorted(PEERS))
+@pytest.mark.parametrize("name", sorted(BASELINES))
 @pytest.mark.parametrize("dtype", ["bf16", "fp8"])
 def test_peers_that_are_installed_are_right_on_a_gpu(name: str, dtype: DType) -> None:
     machine = current_machine("cuda")
     layer = Workload("small", E=8, topk=2, K=512, N=256)
     problem = layer.problem(33, dtype, machine)
-    peer = PEERS[name](machine)
-    if reasons := peer.unsupported_reasons(problem):
+    baseline = BASELINES[name](machine)
+    if reasons := baseline.unsupported_reasons(problem):
         pytest.skip("; ".join(reasons))
     experts = make_experts(layer, dtype, "cuda", torch.Generator("cuda").manual_seed(1))
     (given,) = make_inputs(problem, ROUTINGS["uniform"], "cuda", count=1)
     (truth,) = reference_outputs(experts, (given,))
-    out = peer.prepare(experts, problem)(given).float()
-    assert (out - truth).norm() / truth.norm() < peer.tolerance[dtype]
+    out = baseline.prepare(experts, problem)(given).float()
+    assert (out - truth).norm() / truth.norm() < baseline.tolerance[dtype]
 
 
 def row(
@@ -400,12 +400,12 @@ def row(
 ) -> BenchRow:
     machine = Machine.load(ROOT / "tests/machines/h200.json")
     problem = WORKLOADS[model].problem(M, dtype, machine)
-    floor = PEERS_CEILINGS.floor_us(problem)
+    floor = H200_CEILINGS.floor_us(problem)
     return BenchRow(
         workload=model, E=problem.E, topk=problem.topk, K=problem.K, N=problem.N, dtype=dtype, M=M, backend=backend,
         config={}, mode=mode, routing=routing, us=us, us_q1=us, us_q3=us, samples=5, inputs=8,
-        hit_experts=problem.expected_experts, floor_us=floor, floor_from="peers", fraction=floor / us, error=4e-3,
-        deterministic=True, machine="made up", fingerprint="made-up", versions={}, commit="", ceilings=PEERS_CEILINGS,
+        hit_experts=problem.expected_experts, floor_us=floor, floor_from="baselines", fraction=floor / us, error=4e-3,
+        deterministic=True, machine="made up", fingerprint="made-up", versions={}, commit="", ceilings=H200_CEILINGS,
     )  # fmt: skip
 
 
@@ -431,7 +431,7 @@ def test_the_scoreboard_passes_only_on_complete_evidence() -> None:
     verdicts = {bar.what: bar.verdict for bar in scoreboard.scoreboard(without_a_point)}
     assert verdicts["bf16 middle: fraction of the floor, geometric mean"] == "open"
     assert verdicts["bf16 decode: fraction of the floor, geometric mean"] == "pass"
-    assert verdicts["fp8: best of ours against the best peer, worst point"] == "open"
+    assert verdicts["fp8: best of ours against the best baseline, worst point"] == "open"
     assert {bar.verdict for bar in scoreboard.scoreboard([])} == {"open"}
 
 
@@ -440,8 +440,8 @@ def test_the_scoreboard_fails_what_misses_a_bar() -> None:
     assert bars["bf16 decode: fraction of the floor, geometric mean"].verdict == "FAIL"
     assert bars["bf16 decode: fraction of the floor, geometric mean"].value == pytest.approx(0.8)
     assert bars["bf16 prefill: fraction of the floor, geometric mean"].verdict == "pass"
-    assert bars["fp8: best of ours against the best peer, worst point"].value == pytest.approx(0.9)
-    assert bars["fp8: best of ours against the best peer, worst point"].verdict == "FAIL"
+    assert bars["fp8: best of ours against the best baseline, worst point"].value == pytest.approx(0.9)
+    assert bars["fp8: best of ours against the best baseline, worst point"].verdict == "FAIL"
     assert bars["fp8: time at dirichlet-4 over uniform, M ≥ 1024, worst point"].verdict == "FAIL"
 
 

@@ -10,7 +10,7 @@ from moe_dispatch.benchmarks.reports import agreement
 from moe_dispatch.benchmarks.rows import BenchRow
 from moe_dispatch.errors import InvalidInputError
 from moe_dispatch.machine import Machine
-from moe_dispatch.measure import PEERS_CEILINGS
+from moe_dispatch.measure import H200_CEILINGS
 from moe_dispatch.policies.measurements.merge import Measured, merge
 from moe_dispatch.policies.measurements.schema import CalibrationFile, Candidate, Layer, Measurement
 from moe_dispatch.problem import DType
@@ -21,14 +21,14 @@ H200 = Machine.load(Path(__file__).parents[1] / "machines" / "h200.json")
 
 def bench_row(backend: str, dtype: DType, M: int, us: float | None, **config: int) -> BenchRow:
     problem = WORKLOADS["qwen3-30b-a3b"].problem(M, dtype, H200)
-    floor = PEERS_CEILINGS.floor_us(problem)
+    floor = H200_CEILINGS.floor_us(problem)
     return BenchRow(
         workload="qwen3-30b-a3b", E=problem.E, topk=problem.topk, K=problem.K, N=problem.N, dtype=dtype, M=M,
         backend=backend, config=dict(config), mode="graph", routing="uniform", us=us, us_q1=us, us_q3=us,
-        samples=7 if us else 0, inputs=8, hit_experts=problem.expected_experts, floor_us=floor, floor_from="peers",
+        samples=7 if us else 0, inputs=8, hit_experts=problem.expected_experts, floor_us=floor, floor_from="baselines",
         fraction=floor / us if us else None, error=4e-3, reason="" if us else "wrong result: by far",
         machine=H200.name, fingerprint=H200.fingerprint, versions={"torch": "2.11"}, commit="c0ffee",
-        ceilings=PEERS_CEILINGS,
+        ceilings=H200_CEILINGS,
     )  # fmt: skip
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from moe_dispatch import ExpertWeights, InvalidInputError, MoEProblem, UnknownNameError, explain, moe_forward, stats
-from moe_dispatch.experts import FP8
+from moe_dispatch.numerics import FP8
 from moe_dispatch.workloads import ROUTINGS, workload
 
 M, K, N, E, TOPK = 5, 64, 48, 4, 2

@@ -101,7 +101,7 @@ def test_doctor_probes_against_fp32() -> None:
 def test_doctor_shows_and_lifts_the_quarantine(cache: Path) -> None:
     machine = Machine.inspect("cpu")
     problem = MoEProblem(M=4, K=64, N=64, E=4, topk=2, device="cpu", capability=None)
-    Quarantine(machine, cache).bar("torch_grouped", problem, "it fell over", lethal=True)
+    Quarantine(machine, cache).bar("torch_grouped", problem, "it fell over", fatal=True)
     assert "it fell over" in RUNNER.invoke(app, ["doctor"], env={"COLUMNS": "200"}).output
     assert "lifted: 1 entry" in RUNNER.invoke(app, ["doctor", "--reset"]).output
     assert Quarantine(machine, cache).entries() == ()
@@ -110,7 +110,7 @@ def test_doctor_shows_and_lifts_the_quarantine(cache: Path) -> None:
 def test_a_quarantine_that_cannot_be_lifted_is_one_message(cache: Path) -> None:
     machine = Machine.inspect("cpu")
     problem = MoEProblem(M=4, K=64, N=64, E=4, topk=2, device="cpu", capability=None)
-    Quarantine(machine, cache).bar("torch_grouped", problem, "it fell over", lethal=True)
+    Quarantine(machine, cache).bar("torch_grouped", problem, "it fell over", fatal=True)
     lock = next(cache.rglob("*.lock"))
     lock.unlink()
     lock.mkdir()  # root, who may write anywhere, cannot open it either
@@ -185,7 +185,7 @@ def test_mistakes_are_one_message_and_exit_2(mistake: Mistake) -> None:
 
 
 def test_a_calibration_without_candidates_fails_and_says_so(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("moe_dispatch.machine.library_version", lambda _: "")  # nothing is installed
+    monkeypatch.setattr("moe_dispatch.system.libraries.library_version", lambda _: "")  # nothing is installed
     asked = ["calibrate", "--model", "4,2,64,32", "--device", "cpu", "--tokens", "1", "--backend", "vllm_fused_moe"]
     result = RUNNER.invoke(app, asked, env={"COLUMNS": "200"})
     assert result.exit_code == 1, result.output

@@ -19,12 +19,12 @@ from moe_dispatch import (
     register_backend,
 )
 from moe_dispatch.backend import Backend
-from moe_dispatch.dispatch.policy_chain import Ranking
-from moe_dispatch.experts import dequantize_blocks, quantize_blocks
-from moe_dispatch.machine import deep_gemm_package, library_version
+from moe_dispatch.dispatch.policy_chain import PolicyChain
+from moe_dispatch.numerics import dequantize_blocks, quantize_blocks
 from moe_dispatch.policy import Choice, Policy
 from moe_dispatch.problem import MoEProblem
 from moe_dispatch.registry import BACKENDS, POLICIES, Registry, make_backend
+from moe_dispatch.system.libraries import deep_gemm_package, library_version
 from moe_dispatch.workloads import ROUTINGS, WORKLOADS, workload
 from tests.support.fakes import ANYTHING, Honest, registered
 
@@ -163,7 +163,7 @@ class TestWorkloads:
         assert torch.allclose(weights.sum(1), torch.ones(50))
 
     def test_the_floor_is_that_of_peers(self) -> None:
-        """PEERS.md: DeepSeek-V3 in BF16 at M=16 takes vLLM 2054 µs, 1.04 of the floor; at 16384 28526 µs, .58."""
+        """BASELINES.md: DeepSeek-V3 in BF16 at M=16 takes vLLM 2054 µs, 1.04 of the floor; at 16384 28526 µs, .58."""
         machine = Machine.load(H200)
         decode, prefill = (WORKLOADS["deepseek-v3"].problem(M, "bf16", machine) for M in (16, 16384))
         assert decode.floor_us(4.3e12, 700e12) == pytest.approx(2054 * 1.04, rel=0.03)
@@ -237,14 +237,14 @@ def test_a_policy_that_fails_is_passed_over() -> None:
     POLICIES.register("failing", Failing)
     try:
         machine = Machine.inspect("cpu")
-        ranking = Ranking(machine, ["failing", "rules"])
+        ranking = PolicyChain(machine, ["failing", "rules"])
         problem = WORKLOADS["mixtral-8x7b"].problem(1, "fp32", machine)
         with pytest.warns(MoEDispatchWarning, match="'failing' is passed over: the table is gone"):
             ranked = ranking.rank(problem)
         assert ranked[-1].backend == "reference"
         assert any("the table is gone" in note for note in ranking.notes())
         with pytest.raises(UnknownNameError, match="no policy is called 'best'"):
-            Ranking(machine, ["best"])
+            PolicyChain(machine, ["best"])
     finally:
         POLICIES.unregister("failing")
 

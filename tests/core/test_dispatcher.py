@@ -38,7 +38,7 @@ from moe_dispatch import (
     warm_up,
 )
 from moe_dispatch.backend import BackendConfig, Inputs, Run
-from moe_dispatch.dispatch.dispatcher import SETTLED_CALLS, SETTLED_TOKENS, Dispatcher
+from moe_dispatch.dispatch.dispatcher import FAST_PATH_CALLS, FAST_PATH_TOKENS, Dispatcher
 from moe_dispatch.dispatch.process import get_dispatcher, reset_dispatchers
 from moe_dispatch.dispatch.quarantine import Quarantine
 from moe_dispatch.settings import Settings, settings
@@ -250,13 +250,13 @@ class TestSettling:
         class Preparing(Honest):
             name = "preparing"
 
-            def steady(self, inputs: Inputs, config: BackendConfig) -> Run:
+            def fast_path(self, inputs: Inputs, config: BackendConfig) -> Run:
                 prepared.append(inputs[0].shape[0])
                 return lambda hidden_states, *_: torch.full_like(hidden_states, 7.0)
 
-        few, many = make_call(6), make_call(SETTLED_TOKENS + 1)
+        few, many = make_call(6), make_call(FAST_PATH_TOKENS + 1)
         with ranked(Preparing):
-            for _ in range(SETTLED_CALLS):
+            for _ in range(FAST_PATH_CALLS):
                 assert torch.equal(moe_forward(*few), expected(few))
                 moe_forward(*many)
             assert (moe_forward(*few) == 7.0).all()
@@ -268,13 +268,13 @@ class TestSettling:
         class Stumbling(Honest):
             name = "stumbling"
 
-            def steady(self, inputs: Inputs, config: BackendConfig) -> Run:
+            def fast_path(self, inputs: Inputs, config: BackendConfig) -> Run:
                 raise RuntimeError("cannot")
 
         with ranked(Stumbling):
-            for _ in range(SETTLED_CALLS + 1):
+            for _ in range(FAST_PATH_CALLS + 1):
                 assert torch.equal(moe_forward(*call), expected(call))
-            assert ran()["stumbling"] == SETTLED_CALLS + 1
+            assert ran()["stumbling"] == FAST_PATH_CALLS + 1
             assert not get_dispatcher("cpu").quarantine.entries()
 
 
@@ -289,7 +289,7 @@ class TestFaults:
             assert stats()["raising"] == {"ran": 0, "fell_back": 1, "quarantined": 1}
             assert stats()["honest"]["ran"] == 2
             (entry,) = get_dispatcher("cpu").quarantine.entries()
-            assert (entry.backend, entry.lethal) == ("raising", False)
+            assert (entry.backend, entry.fatal) == ("raising", False)
             assert entry.cause == "RuntimeError: the launch failed"
 
     def test_a_failure_in_a_capture_says_how_to_capture_again(
@@ -423,7 +423,7 @@ class TestFaults:
         killed = subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False, capture_output=True)
         assert killed.returncode == -9
         (entry,) = get_dispatcher("cpu").quarantine.entries()
-        assert (entry.backend, entry.lethal) == ("killing", True)
+        assert (entry.backend, entry.fatal) == ("killing", True)
         assert "died" in entry.cause
         with ranked(KillingInItsProbe if "Probe" in killer else Killing, Honest), warnings.catch_warnings():
             warnings.simplefilter("ignore", MoEDispatchWarning)
@@ -445,7 +445,7 @@ class TestFaults:
     def test_another_version_ends_a_quarantine(self, tmp_path: Path) -> None:
         machine = Machine.load(MACHINES / "h200.json")
         problem = LAYER.problem(4, "bf16", machine)
-        Quarantine(machine, tmp_path).bar("deep_gemm", problem, "crashed", lethal=True)
+        Quarantine(machine, tmp_path).bar("deep_gemm", problem, "crashed", fatal=True)
         assert Quarantine(machine, tmp_path).cause("deep_gemm", problem) == "crashed"
         upgraded = machine.model_copy(update={"triton": "99"})
         assert not Quarantine(upgraded, tmp_path).cause("deep_gemm", problem)
@@ -453,11 +453,11 @@ class TestFaults:
     def test_a_damaged_quarantine_stops_nothing(self, tmp_path: Path) -> None:
         machine = Machine.load(MACHINES / "h200.json")
         problem = LAYER.problem(4, "bf16", machine)
-        Quarantine(machine, tmp_path).bar("deep_gemm", problem, "crashed", lethal=True)
+        Quarantine(machine, tmp_path).bar("deep_gemm", problem, "crashed", fatal=True)
         next(tmp_path.rglob("*.json")).write_text('{"schema_version": 1, "entr')
         assert not Quarantine(machine, tmp_path).cause("deep_gemm", problem)
         blocked = Quarantine(machine, Path("/proc/nowhere"))
-        blocked.bar("deep_gemm", problem, "crashed", lethal=True)
+        blocked.bar("deep_gemm", problem, "crashed", fatal=True)
         assert blocked.cause("deep_gemm", problem) == "crashed", "this process remembers without a disk"
         with blocked.first_run("deep_gemm", problem):
             pass

@@ -14,7 +14,7 @@ from moe_dispatch.errors import InvalidInputError
 from moe_dispatch.experts import ExpertWeights
 from moe_dispatch.machine import current_machine
 from moe_dispatch.measure import (
-    PEERS_CEILINGS,
+    H200_CEILINGS,
     Call,
     LayerInputs,
     Timing,
@@ -347,11 +347,11 @@ def test_ceilings_of_a_cpu() -> None:
 
 
 def test_the_floor_is_that_of_the_peers() -> None:
-    # PEERS.md: DeepSeek-V3 at M=1 takes vLLM 185 µs in BF16, .88 of the floor.
+    # BASELINES.md: DeepSeek-V3 at M=1 takes vLLM 185 µs in BF16, .88 of the floor.
     problem = MoEProblem(M=1, K=7168, N=2048, E=256, topk=8)
-    assert PEERS_CEILINGS.floor_us(problem, experts=8) / 185 == pytest.approx(0.88, abs=0.01)
+    assert H200_CEILINGS.floor_us(problem, experts=8) / 185 == pytest.approx(0.88, abs=0.01)
     large = MoEProblem(M=16384, K=7168, N=2048, E=256, topk=8, dtype="fp8")
-    assert PEERS_CEILINGS.floor_us(large) / 13882 == pytest.approx(0.64, abs=0.01)
+    assert H200_CEILINGS.floor_us(large) / 13882 == pytest.approx(0.64, abs=0.01)
 
 
 @pytest.mark.gpu

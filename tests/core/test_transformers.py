@@ -384,7 +384,7 @@ def test_block_fp8_layers_are_dispatched() -> None:
     out = module(rows, ids, weights)
     expected = torch.zeros(5, 256)
     gate_up = integration._experts(module, integration._layout(module))
-    from moe_dispatch.experts import dequantize_blocks
+    from moe_dispatch.numerics import dequantize_blocks
 
     assert gate_up.gate_up_scale is not None
     assert gate_up.down_scale is not None

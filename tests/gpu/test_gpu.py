@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from moe_dispatch import moe_forward, warm_up
-from moe_dispatch.dispatch.dispatcher import SETTLED_CALLS
+from moe_dispatch.dispatch.dispatcher import FAST_PATH_CALLS
 from moe_dispatch.dispatch.process import get_dispatcher
 from moe_dispatch.testing import Case, Precision, make_inputs, relative_error
 from moe_dispatch.workloads import ROUTINGS, WORKLOADS, make_experts
@@ -70,7 +70,7 @@ def test_automatic_choice_costs_the_host_little(dtype: str) -> None:
 @pytest.mark.parametrize("name", ["triton_splitk", "triton_persistent"])
 @pytest.mark.parametrize("M", [1, 5, 64])
 def test_a_settled_call_is_a_tape_and_right_on_other_inputs_and_layers(M: int, name: str, precision: Precision) -> None:
-    from moe_dispatch.backends.triton_common.replay import Tape
+    from moe_dispatch.backends.triton_common.replay import Replay
 
     case = Case(M=M, E=32, topk=4, K=512, N=256)
     calls = [make_inputs(case, precision, "cuda", seed) for seed in range(4)]
@@ -79,17 +79,17 @@ def test_a_settled_call_is_a_tape_and_right_on_other_inputs_and_layers(M: int, n
     if reasons := dispatcher.planner.backend(name).unsupported_reasons(problem):
         pytest.skip("; ".join(reasons))
     with torch.no_grad():
-        for _ in range(SETTLED_CALLS):
+        for _ in range(FAST_PATH_CALLS):
             moe_forward(*calls[0].arguments, backend=name)
         (plan,) = dispatcher._plans.values()
-        assert isinstance(plan.run, Tape)
+        assert isinstance(plan.run, Replay)
         for call in calls:
             out = moe_forward(*call.arguments, backend=name)
             assert torch.equal(out, plan.backend.run(*call.arguments, plan.config))
             assert relative_error(out, call.truth) <= plan.backend.tolerance[precision.dtype]
         arguments = (*calls[0].arguments, plan.config)
         direct, difference = host_us(lambda: plan.backend.run(*arguments), lambda: plan.run(*arguments))
-    print(f"{name} {precision} M={M}: {direct:.1f} µs, as a tape {direct + difference:.1f} µs")
+    print(f"{name} {precision} M={M}: {direct:.1f} µs, as a replay {direct + difference:.1f} µs")
     if ALONE:
         assert difference < -0.4 * direct
 

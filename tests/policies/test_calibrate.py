@@ -24,7 +24,7 @@ from moe_dispatch.policies.calibration import successive_halving as race
 from moe_dispatch.policies.calibration.calibrate import CalibrationReport, calibrate
 from moe_dispatch.policies.calibration.schedule import coarse_to_fine
 from moe_dispatch.policies.calibration.worker import Worker
-from moe_dispatch.policies.calibration.worker_process import NotPreparedError, Supervisor
+from moe_dispatch.policies.calibration.worker_process import NotPreparedError, WorkerProcess
 from moe_dispatch.policies.measurements.schema import Layer, read_calibration
 from moe_dispatch.problem import MoEProblem
 from moe_dispatch.workloads import workload
@@ -43,7 +43,7 @@ class Fault:
     name: str
     target: str
     says: str
-    lethal: bool = False
+    fatal: bool = False
 
 
 FAULTS = (
@@ -52,10 +52,10 @@ FAULTS = (
     Fault("unstable", "UnstableBackend", "promised the same bits"),
     Fault("raising", "RaisingBackend", "no kernel image is available"),
     Fault("hungry", "HungryBackend", "out of memory"),
-    Fault("hanging", "HangingBackend", f"hung: no answer within {TIMEOUT_S:.0f} s", lethal=True),
-    Fault("exiting", "ExitingBackend", "exited with status 7", lethal=True),
-    Fault("killed", "KilledBackend", "killed by SIGKILL", lethal=True),
-    Fault("lost", "LostContextBackend", "lost the CUDA context", lethal=True),
+    Fault("hanging", "HangingBackend", f"hung: no answer within {TIMEOUT_S:.0f} s", fatal=True),
+    Fault("exiting", "ExitingBackend", "exited with status 7", fatal=True),
+    Fault("killed", "KilledBackend", "killed by SIGKILL", fatal=True),
+    Fault("lost", "LostContextBackend", "lost the CUDA context", fatal=True),
 )
 
 
@@ -215,7 +215,7 @@ def test_what_does_not_import_is_reported(ran: Ran) -> None:
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name)
 def test_only_what_kills_is_quarantined(ran: Ran, fault: Fault) -> None:
     cause = Quarantine(Machine.inspect("cpu"), ran.directory).cause(fault.name, problem())
-    assert (fault.says in cause) if fault.lethal else not cause
+    assert (fault.says in cause) if fault.fatal else not cause
 
 
 @pytest.mark.slow
@@ -275,7 +275,7 @@ def test_a_worker_that_cannot_start_says_so() -> None:
     """It was the layer's weights that 'could not be made', for want of an assertion's words."""
     layer = Layer.of(workload(TINY).problem(1, "fp32", Machine.inspect("cpu")))
     with pytest.raises(NotPreparedError, match=r"could not start on cuda:99: InvalidInputError: device 'cuda:99'"):
-        Supervisor("cuda:99", {}, TIMEOUT_S).layer(layer)
+        WorkerProcess("cuda:99", {}, TIMEOUT_S).layer(layer)
 
 
 @pytest.mark.slow
@@ -422,7 +422,7 @@ def test_the_current_gpu_is_the_one_that_is_measured(tmp_path: Path, monkeypatch
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
     monkeypatch.setattr(Machine, "inspect", lambda _device=None: H200)
     monkeypatch.setattr(campaign, "compile_ahead", lambda *_, **__: [])
-    monkeypatch.setattr(campaign, "Supervisor", worker)
+    monkeypatch.setattr(campaign, "WorkerProcess", worker)
     for device in (None, "cuda", "cuda:0"):
         calibrate(["mixtral-8x7b"], tokens=[1], directory=tmp_path, device=device, budget_s=0.0)
     assert asked == ["cuda:1", "cuda:1", "cuda:0"]

@@ -9,8 +9,8 @@ import torch
 from moe_dispatch.machine import Machine
 from moe_dispatch.policies.calibration import compile_ahead as module
 from moe_dispatch.policies.calibration.compile_ahead import Job, Jobs, compile_ahead, in_order
-from moe_dispatch.policies.calibration.placeholder_weights import phantom_experts
-from moe_dispatch.policies.calibration.worker_process import Supervisor
+from moe_dispatch.policies.calibration.placeholder_weights import placeholder_weights
+from moe_dispatch.policies.calibration.worker_process import WorkerProcess
 from moe_dispatch.policies.measurements.schema import Candidate, Layer
 from moe_dispatch.problem import DType
 from moe_dispatch.registry import BACKENDS as REGISTERED
@@ -29,8 +29,8 @@ def jobs(*names: str, tokens: tuple[int, ...] = (1, 4)) -> list[Job]:
     return [Job(LAYER, M, Candidate(backend=name, versions={"torch": "1"})) for name in names for M in tokens]
 
 
-def start() -> Supervisor:
-    return Supervisor("cpu", BACKENDS, 20.0)
+def start() -> WorkerProcess:
+    return WorkerProcess("cpu", BACKENDS, 20.0)
 
 
 def test_one_token_count_of_each_candidate_comes_first() -> None:
@@ -105,7 +105,7 @@ def test_past_the_deadline_nothing_starts(tmp_path: Path) -> None:
 @pytest.mark.parametrize("layer", ["4,2,192,160", "4,2,256,128"])
 def test_phantoms_are_weights_of_the_layer(layer: str, dtype: DType) -> None:
     problem = workload(layer).problem(1, dtype, CPU)
-    made = phantom_experts(problem, torch.device("cpu"))
+    made = placeholder_weights(problem, torch.device("cpu"))
     real = make_experts(problem, dtype, "cpu")
     assert made.spec == real.spec
     for name in ("gate_up", "down", "gate_up_scale", "down_scale"):
@@ -118,7 +118,7 @@ def test_phantoms_are_weights_of_the_layer(layer: str, dtype: DType) -> None:
 @pytest.mark.parametrize("dtype", ["bf16", "fp8"])
 def test_phantoms_of_a_layer_beyond_the_memory_run_where_nobody_is_served(dtype: DType) -> None:
     machine = Machine.inspect("cuda")
-    experts = phantom_experts(workload("4096,8,7168,2048").problem(1, dtype, machine), torch.device("cuda"))
+    experts = placeholder_weights(workload("4096,8,7168,2048").problem(1, dtype, machine), torch.device("cuda"))
     assert experts.gate_up.nbytes > machine.memory_bytes / 2
     backend = REGISTERED.load("triton_persistent")(machine)
     problem = experts.problem(3, 8, torch.bfloat16, machine.capability)

@@ -17,12 +17,12 @@ from moe_dispatch.benchmarks.rows import BenchRow, append
 from moe_dispatch.cli import app
 from moe_dispatch.errors import InvalidInputError, MoEDispatchWarning
 from moe_dispatch.machine import Machine
-from moe_dispatch.measure import PEERS_CEILINGS
+from moe_dispatch.measure import H200_CEILINGS
 from moe_dispatch.policies.learned import policy as learned
 from moe_dispatch.policies.learned.cost_model import TERMS, Term, terms
 from moe_dispatch.policies.learned.defaults import default_identity, find_backend
 from moe_dispatch.policies.learned.fit import Observation, fit_law, fit_model, nonnegative_least_squares, save_model
-from moe_dispatch.policies.learned.policy import Law, LearnedPolicy, ModelFile, model_path, parse_model
+from moe_dispatch.policies.learned.policy import CostModel, LearnedPolicy, ModelFile, model_path, parse_model
 from moe_dispatch.policies.measurements.table import Identity
 from moe_dispatch.problem import DType, MoEProblem
 from moe_dispatch.workloads import WORKLOADS, Workload
@@ -61,8 +61,8 @@ def as_row(one: Observation, routing: str = "uniform") -> BenchRow:
         workload=next(name for name, layer in WORKLOADS.items() if (layer.E, layer.K) == (problem.E, problem.K)),
         E=problem.E, topk=problem.topk, K=problem.K, N=problem.N, dtype=problem.dtype, M=problem.M, backend=backend,
         config=dict(config), mode=problem.mode, routing=routing, us=one.us, hit_experts=problem.expected_experts,
-        floor_us=1.0, floor_from="peers", machine=H200.name, fingerprint=H200.fingerprint, versions={}, commit="",
-        ceilings=PEERS_CEILINGS,
+        floor_us=1.0, floor_from="baselines", machine=H200.name, fingerprint=H200.fingerprint, versions={}, commit="",
+        ceilings=H200_CEILINGS,
     )  # fmt: skip
 
 
@@ -259,8 +259,8 @@ def test_a_saved_model_ranks_shapes_that_nobody_measured(tmp_path: Path, monkeyp
     assert policy.rank(layer.problem(2, "fp8", H200, "eager")) == ()  # where other launches count
 
 
-def law(backend: str, launch: float, most_rows: float = 1000.0) -> Law:
-    return Law(
+def law(backend: str, launch: float, most_rows: float = 1000.0) -> CostModel:
+    return CostModel(
         dtype="bf16", mode="graph", backend=backend, layers=7, points=100, most_rows=most_rows, error=0.02,
         coefficients={term: launch if term == "launch" else 0.0 for term in TERMS},
     )  # fmt: skip

@@ -17,7 +17,7 @@ from moe_dispatch.machine import Machine
 from moe_dispatch.policies.calibrated import CalibratedPolicy, calibration_path
 from moe_dispatch.policies.measurements.merge import Measured, save, settle
 from moe_dispatch.policies.measurements.schema import Candidate, Layer, Measurement, read_calibration
-from moe_dispatch.policies.measurements.table import LayerTable, calm_winners, tables
+from moe_dispatch.policies.measurements.table import LayerTable, stable_winners, tables
 from moe_dispatch.policies.measurements.versions import relevant_versions
 from moe_dispatch.problem import Mode
 from moe_dispatch.registry import BACKENDS
@@ -235,9 +235,9 @@ def test_disqualified_at_a_neighbour_is_not_trusted_between(path: Path) -> None:
 def test_within_noise_the_calmer_choice_wins() -> None:
     one, other = ("a", ()), ("b", ())
     scores = {1: {one: 10.0, other: 20.0}, 2: {one: 10.1, other: 10.0}, 4: {one: 10.0, other: 20.0}}
-    assert set(calm_winners(scores).values()) == {one}
+    assert set(stable_winners(scores).values()) == {one}
     scores[2][one] = 11.0
-    assert calm_winners(scores) == {1: one, 2: other, 4: one}
+    assert stable_winners(scores) == {1: one, 2: other, 4: one}
     assert LayerTable(scores).rank(2)[0] == (other, 10.0)
 
 
@@ -250,8 +250,8 @@ def test_what_noise_does_at_one_token_count_is_outvoted() -> None:
         4: {two: 40.0, one: 40.12, three: 50.0},
         8: {three: 80.0, one: 90.0, two: 88.0},
     }
-    assert calm_winners(scores) == {1: one, 2: one, 4: one, 8: three}
-    assert list(calm_winners(scores)) == list(scores)
+    assert stable_winners(scores) == {1: one, 2: one, 4: one, 8: three}
+    assert list(stable_winners(scores)) == list(scores)
 
 
 def test_a_candidate_at_the_border_of_noise_decides_for_no_other_token_count() -> None:
@@ -264,7 +264,7 @@ def test_a_candidate_at_the_border_of_noise_decides_for_no_other_token_count() -
             4: {one: 40.0, other: 40.0},
             8: {one: 100.0, other: 80.7, third: 80.0},
         }
-        return list(calm_winners(scores).values())
+        return list(stable_winners(scores).values())
 
     assert winners(0.0124) == winners(0.0126) == [one, one, one, third]
 
@@ -286,8 +286,8 @@ def test_who_left_the_race_at_a_neighbour_is_not_chosen_beside_it() -> None:
 def test_the_incumbent_wins_within_noise_and_no_further() -> None:
     one, other = ("a", ()), ("b", ())
     scores = {1: {one: 10.0, other: 10.1}, 2: {one: 10.0, other: 10.1}, 4: {one: 10.0, other: 10.2}}
-    assert set(calm_winners(scores).values()) == {one}
-    assert calm_winners(scores, {1: other, 4: other}) == {1: other, 2: one, 4: one}
+    assert set(stable_winners(scores).values()) == {one}
+    assert stable_winners(scores, {1: other, 4: other}) == {1: other, 2: one, 4: one}
 
 
 def test_what_is_measured_later_outvotes_no_winner_that_was_settled(path: Path) -> None:

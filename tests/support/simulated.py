@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from moe_dispatch.machine import Machine
-from moe_dispatch.measure import PEERS_CEILINGS
+from moe_dispatch.measure import H200_CEILINGS
 from moe_dispatch.policies.measurements.schema import Candidate, Layer
 from moe_dispatch.policies.measurements.table import Identity
 
@@ -50,23 +50,23 @@ class Device:
         self._clock = 0.0
         self.spent: dict[str, float] = {}
 
-    # What `Supervisor` offers.
+    # What `WorkerProcess` offers.
 
     def layer(self, layer: Layer) -> None:
-        """See `Supervisor.layer`."""
+        """See `WorkerProcess.layer`."""
         self._layer = layer
 
     def point(self, M: int, routings: Sequence[str]) -> None:
-        """See `Supervisor.point`."""
+        """See `WorkerProcess.point`."""
 
     def compile(self, layer: Layer, M: int, candidate: Candidate) -> None:
-        """See `Supervisor.compile`."""
+        """See `WorkerProcess.compile`."""
 
     def close(self) -> None:
-        """See `Supervisor.close`."""
+        """See `WorkerProcess.close`."""
 
     def ask(self, op: str, work: float = 1.0, **request: Any) -> dict[str, Any]:
-        """See `Supervisor.ask`."""
+        """See `WorkerProcess.ask`."""
         if op == "check":
             return {"error": 1e-3}
         if op == "launch":
@@ -92,7 +92,7 @@ class Device:
     def true_us(self, identity: Identity, M: int, mode: str, routing: str) -> float:
         """Of a candidate on this machine: the floor, and a lag that changes slowly over M."""
         assert self._layer is not None
-        floor = PEERS_CEILINGS.floor_us(self._layer.problem(M, H200))
+        floor = H200_CEILINGS.floor_us(self._layer.problem(M, H200))
         backend = self._lasting(self._layer.dtype, identity[0])
         config = self._lasting(self._layer.dtype, identity)
         # Lags of backends cross somewhere on the way from few tokens to many; those of configurations are close.

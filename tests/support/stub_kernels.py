@@ -88,12 +88,12 @@ def cpu_is_the_device() -> Iterator[None]:
     """`fast_launch` kernels take CPU tensors for those of the current GPU."""
     pytest.importorskip("triton")
     from moe_dispatch.backends.triton_common import fast_launch as launch
-    from moe_dispatch.backends.triton_common import replay as tape
+    from moe_dispatch.backends.triton_common import replay
 
     with (
         mock.patch.object(launch, "current_device", return_value=ON_CPU),
         mock.patch.object(launch, "current_stream", return_value=7),
-        mock.patch.object(tape, "current_device", return_value=ON_CPU),
-        mock.patch.object(tape, "current_stream", return_value=7),
+        mock.patch.object(replay, "current_device", return_value=ON_CPU),
+        mock.patch.object(replay, "current_stream", return_value=7),
     ):
         yield

@@ -1,0 +1,68 @@
+"""Errors of a call that reached the dispatcher: each carries the problem that was posed, or the backend to blame."""
+
+from collections.abc import Mapping, Sequence
+
+from moe_dispatch.errors import MoEDispatchError, way_out
+from moe_dispatch.problem import MoEProblem
+
+
+class BackendUnsupportedError(MoEDispatchError):
+    """The backend named by the caller cannot run this problem. Nothing else was tried in its place.
+
+    Args:
+        backend: Its name.
+        problem: What it was asked for.
+        reasons: All of them.
+        variable: The environment variable that asked for it, if one did.
+    """
+
+    def __init__(self, backend: str, problem: MoEProblem, reasons: Sequence[str], variable: str = "") -> None:
+        self.backend, self.problem, self.reasons = backend, problem, tuple(reasons)
+        lines = "\n".join(f"  - {reason}" for reason in reasons)
+        super().__init__(f"backend {backend!r} was asked for and cannot run {problem}:\n{lines}\n{way_out(variable)}")
+
+
+class BackendFailedError(MoEDispatchError):
+    """A backend accepted the problem and then raised, where nothing may run in its place; the cause is chained.
+
+    Args:
+        backend: Its name.
+        problem: What it was asked for.
+        cause: What it raised.
+        remedy: What to do, a sentence.
+    """
+
+    def __init__(self, backend: str, problem: MoEProblem, cause: BaseException, remedy: str) -> None:
+        self.backend, self.problem = backend, problem
+        super().__init__(f"backend {backend!r} failed on {problem}: {type(cause).__name__}: {cause}. {remedy}")
+
+
+class NoBackendError(MoEDispatchError):
+    """No backend can run the problem; prints the problem and every backend's reasons."""
+
+    def __init__(self, problem: MoEProblem, reasons: Mapping[str, Sequence[str]]) -> None:
+        self.problem, self.reasons = problem, {name: tuple(why) for name, why in reasons.items()}
+        lines = [f"no backend can run {problem}:"]
+        for name, why in self.reasons.items():
+            lines.append(f"  {name}:")
+            lines += [f"    - {reason}" for reason in why]
+        super().__init__("\n".join(lines))
+
+
+class DeviceLostError(MoEDispatchError):
+    """The CUDA context is gone (illegal access, device-side assert): only a new process can go on."""
+
+    def __init__(self, suspects: Sequence[str], cause: BaseException, *, certain: bool = True) -> None:
+        self.suspects = tuple(suspects)
+        names = " or ".join(repr(name) for name in suspects) or "unknown"
+        blame = (
+            f"Culprit: {names}; it is quarantined for this problem and will be avoided after a restart. "
+            "`moe-dispatch doctor` lists the quarantine, `moe-dispatch doctor --reset` lifts it."
+            if certain
+            else f"CUDA reports such errors late: the last MoE backend to run was {names}, which had run well before, "
+            "so it is not quarantined; CUDA_LAUNCH_BLOCKING=1 finds the culprit."
+        )
+        first = (str(cause).splitlines() or ["no message"])[0]
+        super().__init__(
+            f"the CUDA context of this process is lost ({type(cause).__name__}: {first}). {blame} Restart the process."
+        )

@@ -1,0 +1,104 @@
+"""The arithmetic that every backend must agree on, in torch: the activations, and block FP8.
+
+The kernels' device functions (backends/triton_common/device.py) are the twins of these functions and
+take their constants from here.
+"""
+
+import math
+from typing import Final
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from moe_dispatch.problem import QUANT_BLOCK, UNGATED, Activation
+
+FP8: Final = torch.float8_e4m3fn
+FP8_MAX: Final = 448.0
+# Keeps the scale of an all-zero block away from zero; the same floor as vLLM's quantisation.
+SMALLEST_AMAX: Final = 1e-10
+# gpt-oss's clamped SwiGLU (openai/gpt-oss, `swiglu`): (clamp(up) + 1) · gate · sigmoid(alpha · gate).
+SWIGLU_OAI_ALPHA = 1.702
+SWIGLU_OAI_LIMIT = 7.0
+
+
+def activate_torch(gate_up: Tensor, activation: Activation, *, interleaved: bool = False) -> Tensor:
+    """Apply the activation along the last dimension.
+
+    Args:
+        gate_up: ``[…, 2N]``, gate first or alternating; ``[…, N]`` for an ungated activation.
+        activation: See `MoEProblem`.
+        interleaved: Whether gate and up columns alternate.
+
+    Returns:
+        ``[…, N]`` in the same dtype.
+    """
+    if activation in UNGATED:
+        return F.relu(gate_up).square()
+    if interleaved:
+        gate, up = gate_up[..., ::2], gate_up[..., 1::2]
+    else:
+        gate, up = gate_up.chunk(2, dim=-1)
+    if activation == "swiglu_oai":
+        gate = gate.clamp(max=SWIGLU_OAI_LIMIT)
+        up = up.clamp(-SWIGLU_OAI_LIMIT, SWIGLU_OAI_LIMIT)
+        return (up + 1) * gate * torch.sigmoid(SWIGLU_OAI_ALPHA * gate)
+    if activation == "silu":
+        return F.silu(gate) * up
+    return F.gelu(gate, approximate="tanh" if activation == "gelu_tanh" else "none") * up
+
+
+def fp8_multiplier(amax: Tensor) -> Tensor:
+    """amax/448 in fp32, correctly rounded: the multiplier of a group whose greatest magnitude is `amax`.
+
+    Divided by a tensor: a CUDA tensor over a Python number is a product with the number's rounded reciprocal. One unit
+    in the last place of the multiplier moves every code of a group whose values lie on ties, as BF16 values often do.
+    """
+    return amax.clamp(min=SMALLEST_AMAX) / torch.full_like(amax, FP8_MAX)
+
+
+def quantize_rows_torch(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Quantise ``[R, C]`` per row and 128 columns; the reference of `quantize_rows`.
+
+    Returns:
+        e4m3 ``[R, C]`` and fp32 multipliers ``[R, ⌈C/128⌉]``.
+    """
+    R, C = rows.shape
+    groups = math.ceil(C / QUANT_BLOCK)
+    padded = F.pad(rows.float(), (0, groups * QUANT_BLOCK - C)).view(R, groups, QUANT_BLOCK)
+    scale = fp8_multiplier(padded.abs().amax(dim=2))
+    codes = (padded / scale[:, :, None]).clamp(-FP8_MAX, FP8_MAX)
+    return codes.view(R, -1)[:, :C].to(FP8).contiguous(), scale
+
+
+def quantize_blocks(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Quantise ``[E, R, C]`` to e4m3 with one fp32 multiplier per 128×128 block, ``[E, ⌈R/128⌉, ⌈C/128⌉]``."""
+    E, R, C = weight.shape
+    quantized = torch.empty(weight.shape, dtype=FP8, device=weight.device)
+    scale = torch.empty(
+        E, math.ceil(R / QUANT_BLOCK), math.ceil(C / QUANT_BLOCK), dtype=torch.float32, device=weight.device
+    )
+    # One expert at a time: the fp32 copy of a whole DeepSeek-V3 layer would not fit beside it.
+    for e in range(E):
+        values = _pad_to_blocks(weight[e].float())
+        blocks = values.view(values.shape[0] // QUANT_BLOCK, QUANT_BLOCK, -1, QUANT_BLOCK)
+        finite = torch.where(blocks.isfinite(), blocks, 0.0)
+        block_scale = fp8_multiplier(finite.abs().amax(dim=(1, 3)))
+        codes = (blocks / block_scale[:, None, :, None]).clamp(-FP8_MAX, FP8_MAX)
+        # e4m3fn has no infinity, so an infinite element becomes NaN instead of a plausible 448.
+        codes = torch.where(blocks.isinf(), torch.nan, codes)
+        quantized[e] = codes.view_as(values)[:R, :C].to(FP8)
+        scale[e] = block_scale
+    return quantized, scale
+
+
+def dequantize_blocks(quantized: Tensor, scale: Tensor) -> Tensor:
+    """Undo `quantize_blocks` in fp32, for one expert or all: ``[…, R, C]`` and ``[…, ⌈R/128⌉, ⌈C/128⌉]``."""
+    R, C = quantized.shape[-2:]
+    full = scale.repeat_interleave(QUANT_BLOCK, dim=-2).repeat_interleave(QUANT_BLOCK, dim=-1)
+    return quantized.float() * full[..., :R, :C]
+
+
+def _pad_to_blocks(matrix: Tensor) -> Tensor:
+    rows, columns = matrix.shape
+    return torch.nn.functional.pad(matrix, (0, -columns % QUANT_BLOCK, 0, -rows % QUANT_BLOCK))
