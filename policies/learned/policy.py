@@ -11,9 +11,8 @@ from moe_dispatch.backend import Backend
 from moe_dispatch.errors import PolicyFileError, warn
 from moe_dispatch.machine import Machine
 from moe_dispatch.policies.learned.cost_model import TERMS, Term, rows_per_expert, terms
-from moe_dispatch.policies.learned.defaults import find_backend
+from moe_dispatch.policies.learned.defaults import family_members, find_backend
 from moe_dispatch.policies.measurements.schema import MAX_FILE_BYTES, Count, Name, Positive, Strict, damage, read_bytes
-from moe_dispatch.policies.rules import RulesPolicy
 from moe_dispatch.policy import Choice, Policy
 from moe_dispatch.problem import DType, Mode, MoEProblem
 from moe_dispatch.system.files import cache_dir
@@ -34,7 +33,7 @@ class CostModel(Strict):
     Attributes:
         dtype: Of the weights.
         mode: Eager, or in a CUDA graph.
-        backend: Registered name.
+        backend: Registered name; of a family (`rules.FAMILIES`) the name of the family.
         layers: How many were measured.
         points: Measurements, each of a layer at a token count.
         most_rows: Rows per expert at most, of those.
@@ -135,7 +134,6 @@ class LearnedPolicy(Policy):
             except PolicyFileError as error:
                 self._notes.append(f"refused, so the next policy decides: {error}")
                 warn(f"policy {self.name!r}: {error}")
-        self._rules = RulesPolicy(machine)
         self._laws: dict[tuple[DType, Mode], list[tuple[CostModel, Backend]]] = {}
         for law in model.laws if model else ():
             if (backend := find_backend(law.backend, machine)) is not None:
@@ -147,9 +145,14 @@ class LearnedPolicy(Policy):
         if laws is None or problem.needs_grad or problem.M < 1:
             return ()
         parts = terms(problem)
-        choices = {law.backend: _choice(law, parts) for law, backend in laws if _speaks(law, backend, problem)}
+        members = family_members(problem, self.machine)
+        choices: dict[str, Choice] = {}
+        for law, named in laws:
+            backend = members.get(law.backend, named)
+            if _speaks(law, backend, problem):
+                choices[backend.name] = _choice(law, backend.name, parts)
         ranked = sorted(choices.values(), key=lambda choice: choice.us or 0.0)
-        stands = choices.get(self._favourite(problem))
+        stands = choices.get(next(iter(members.values())).name) if members else None
         if stands is None:
             return ()
         if (stands.us or 0.0) <= (ranked[0].us or 0.0) * (1 + CLOSE):
@@ -161,20 +164,12 @@ class LearnedPolicy(Policy):
         """A refused file."""
         return tuple(self._notes)
 
-    def _favourite(self, problem: MoEProblem) -> str:
-        """The first of the rules that is there and can."""
-        for choice in self._rules.rank(problem):
-            backend = find_backend(choice.backend, self.machine)
-            if backend and not backend.unavailable_reasons() and not backend.unsupported_reasons(problem):
-                return choice.backend
-        return ""
-
 
 def _speaks(law: CostModel, backend: Backend, problem: MoEProblem) -> bool:
     """Whether a backend's law says anything of a problem."""
     return rows_per_expert(problem) <= BEYOND * law.most_rows and not backend.unsupported_reasons(problem)
 
 
-def _choice(law: CostModel, parts: Mapping[Term, float]) -> Choice:
+def _choice(law: CostModel, backend: str, parts: Mapping[Term, float]) -> Choice:
     us = law.us(parts)
-    return Choice(law.backend, f"about {us:.3g} µs by its law, from {law.layers} layers ({law.mode})", None, us)
+    return Choice(backend, f"about {us:.3g} µs by its law, from {law.layers} layers ({law.mode})", None, us)
