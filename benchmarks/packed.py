@@ -17,10 +17,10 @@ from moe_dispatch.benchmarks.command import mistakes_exit
 from moe_dispatch.benchmarks.rows import BenchRow, load
 from moe_dispatch.machine import Machine
 from moe_dispatch.measure import H200_CEILINGS
+from moe_dispatch.measure.provenance import versions
 from moe_dispatch.policies.calibration.worker import distinct_inputs
 from moe_dispatch.policies.measurements.schema import CalibrationFile, Layer, parse_calibration, read_bytes
 from moe_dispatch.system.files import write_atomically
-from moe_dispatch.system.provenance import versions
 from moe_dispatch.workloads import WORKLOADS, Workload
 
 FORMAT: Final = 1

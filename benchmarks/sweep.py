@@ -41,10 +41,10 @@ from moe_dispatch.measure import (
     time_interleaved,
     verify,
 )
+from moe_dispatch.measure.provenance import commit, versions
 from moe_dispatch.policies.calibration.schedule import coarse_to_fine
 from moe_dispatch.problem import DType, Mode, MoEProblem
 from moe_dispatch.system.failures import lost_device, out_of_memory, summary
-from moe_dispatch.system.provenance import commit, versions
 from moe_dispatch.workloads import RoutingDistribution, Workload, make_experts
 
 Configs = Literal["default", "all", "chosen"]
