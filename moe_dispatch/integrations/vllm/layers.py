@@ -38,7 +38,7 @@ def _register(name: str, make: Any) -> None:
 
 
 def _routed_experts(base: Any) -> None:
-    @base.register_oot  # type: ignore[untyped-decorator]
+    @base.register_oot
     class MoeDispatchRoutedExperts(base):  # type: ignore[misc]
         """vLLM's routed experts with our experts class, where the layer fits."""
 
@@ -53,7 +53,7 @@ def _routed_experts(base: Any) -> None:
 def _fused_moe() -> None:
     from vllm.model_executor.layers.fused_moe.layer import FusedMoE
 
-    @FusedMoE.register_oot  # type: ignore[untyped-decorator]
+    @FusedMoE.register_oot
     class MoeDispatchFusedMoE(FusedMoE):  # type: ignore[misc]
         """vLLM's fused MoE layer with our experts class, where it fits."""
 

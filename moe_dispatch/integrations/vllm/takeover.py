@@ -8,8 +8,6 @@ from typing import Any, Final
 
 from moe_dispatch.problem import QUANT_BLOCK, Activation
 
-logger = logging.getLogger("moe_dispatch")
-
 # vLLM's activation -> ours, and whether gate and up rows alternate.
 ACTIVATIONS: Final[dict[str, tuple[Activation, bool]]] = {
     "silu": ("silu", False),
@@ -58,7 +56,12 @@ class Takeover:
             self._told = counts
         ours = ", ".join(f"{count} × {what}" for what, count in self.taken.items()) or "no expert layer"
         theirs = ", ".join(f"{count} ({why})" for why, count in self.left.items()) or "none"
-        logger.info("moe_dispatch runs %s; left to vLLM: %s", ours, theirs)
+        vllm_logger().info("moe_dispatch runs %s; left to vLLM: %s", ours, theirs)
+
+
+def vllm_logger() -> logging.Logger:
+    """A logger below vLLM's, so that its level and format apply: an engine shows nothing of other packages' INFO."""
+    return logging.getLogger("vllm.moe_dispatch")
 
 
 TAKEOVER: Final = Takeover()

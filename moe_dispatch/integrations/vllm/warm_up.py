@@ -5,7 +5,6 @@ captured, so what is allocated here is accounted for, and a capture meets nothin
 plans: the first one warms up for all.
 """
 
-import logging
 import threading
 import time
 from typing import Any, Final
@@ -14,8 +13,7 @@ import torch
 
 from moe_dispatch.api import warm_up
 from moe_dispatch.experts import ExpertWeights
-
-logger = logging.getLogger("moe_dispatch")
+from moe_dispatch.integrations.vllm.takeover import vllm_logger
 
 _done: Final[set[tuple[object, ...]]] = set()
 _lock: Final = threading.Lock()
@@ -55,4 +53,4 @@ def warm_up_once(experts: ExpertWeights, topk: int, act_dtype: torch.dtype) -> N
         begin = time.monotonic()
         warm_up(experts, topk, counts, act_dtype)
         seconds = time.monotonic() - begin
-        logger.info("moe_dispatch warmed up %d token counts of %r in %.1f s", len(counts), experts, seconds)
+        vllm_logger().info("warmed up %d token counts of %r in %.1f s", len(counts), experts, seconds)
