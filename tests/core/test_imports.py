@@ -42,7 +42,6 @@ HIGHEST_FOR_BESIDE: Final = FLOOR["dispatch"]
 KNOWN_VIOLATIONS: Final = frozenset(
     {
         "moe_dispatch.benchmarks.packed -> moe_dispatch.benchmarks.rows",  # a circle
-        "moe_dispatch.system.provenance -> moe_dispatch.machine",
     }
 )
 
