@@ -7,14 +7,14 @@ from pathlib import Path
 import pydantic
 
 from moe_dispatch.backend import Backend
-from moe_dispatch.errors import BackendUnavailableError, PolicyFileError, UnknownNameError, warn
+from moe_dispatch.errors import PolicyFileError, warn
 from moe_dispatch.machine import Machine
 from moe_dispatch.policies.measurements.schema import CalibrationFile, Candidate, LayerKey, layer_key, read_calibration
 from moe_dispatch.policies.measurements.table import Identity, LayerTable
 from moe_dispatch.policies.measurements.versions import changes, relevant_versions
 from moe_dispatch.policy import Choice, Policy
 from moe_dispatch.problem import Mode, MoEProblem
-from moe_dispatch.registry import make_backend
+from moe_dispatch.registry import MadeBackend, make_backend
 from moe_dispatch.settings import cache_dir
 
 logger = logging.getLogger(__name__)
@@ -93,12 +93,13 @@ class MeasuredPolicy(Policy):
         keys = [layer.key for layer in file.layers]
         for i, point in enumerate(file.points):
             self._points.setdefault((keys[point.layer], point.mode), []).append(i)
-        backends: dict[str, Backend | str] = {}
+        backends: dict[str, MadeBackend] = {}
         retired: dict[str, int] = {}
         for candidate in file.candidates:
-            found = backends.setdefault(candidate.backend, "") or _backend(candidate.backend, self.machine)
-            backends[candidate.backend] = found
-            why = found if isinstance(found, str) else self._reason_against(candidate, found)
+            if candidate.backend not in backends:
+                backends[candidate.backend] = make_backend(candidate.backend, self.machine)
+            made = backends[candidate.backend]
+            why = self._reason_against(candidate, made.backend) if made.backend else _reason(made)
             self._usable.append(None if why else candidate.identity)
             if why:
                 retired[f"{candidate.backend}: {why}"] = retired.get(f"{candidate.backend}: {why}", 0) + 1
@@ -128,11 +129,5 @@ class CalibratedPolicy(MeasuredPolicy):
             return None
 
 
-def _backend(name: str, machine: Machine) -> Backend | str:
-    """The backend, or why there is none."""
-    try:
-        return make_backend(name, machine)
-    except UnknownNameError:
-        return "no such backend is registered here"
-    except BackendUnavailableError as error:
-        return "; ".join(error.reasons)
+def _reason(made: MadeBackend) -> str:
+    return "; ".join(made.reasons) if made.registered else "no such backend is registered here"

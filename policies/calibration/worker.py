@@ -230,7 +230,7 @@ class Worker:
     def _backend(self, name: str) -> Backend:
         assert self._machine is not None  # noqa: S101 - `start` comes first
         if name not in self._backends:
-            self._backends[name] = make_backend(name, self._machine)
+            self._backends[name] = make_backend(name, self._machine).require()
         return self._backends[name]
 
     def _inputs_of(self, M: int, routing: str) -> tuple[LayerInputs, ...]:

@@ -1,7 +1,6 @@
 """A backend's default configuration, under the name that measurements have for it."""
 
 from moe_dispatch.backend import Backend
-from moe_dispatch.errors import BackendUnavailableError, UnknownNameError
 from moe_dispatch.machine import Machine
 from moe_dispatch.policies.measurements.table import Identity
 from moe_dispatch.problem import MoEProblem
@@ -10,10 +9,7 @@ from moe_dispatch.registry import make_backend
 
 def find_backend(name: str, machine: Machine) -> Backend | None:
     """The backend of this name; None if it cannot be had here."""
-    try:
-        return make_backend(name, machine)
-    except (UnknownNameError, BackendUnavailableError):
-        return None
+    return make_backend(name, machine).backend
 
 
 def default_identity(backend: Backend, problem: MoEProblem) -> Identity:
