@@ -88,7 +88,7 @@ def _version(text: str) -> tuple[int, ...]:
 def hopper_kernels_load() -> bool:
     """Whether this Triton's Gluon has what the kernels import: it is experimental, and changes."""
     try:
-        from moe_dispatch.backends.gluon_hopper import fp8_kernel, kernel  # noqa: F401
+        from moe_dispatch.backends.gluon_hopper import fp8_product_kernel, product_kernel  # noqa: F401
     except (ImportError, AttributeError):
         return False
     return True
@@ -117,7 +117,7 @@ def hopper_products(
     """
     if experts.dtype == "fp8":
         return _fp8_products(hidden_states, experts, routing, topk, config, sms)
-    from moe_dispatch.backends.gluon_hopper.kernel import _moe_hopper_kernel
+    from moe_dispatch.backends.gluon_hopper.product_kernel import _moe_hopper_kernel
 
     N, K, rows = experts.N, experts.K, routing.slot_of_row.shape[0]
     permuted = hopper_permutes(N, fp8=False)
@@ -156,7 +156,7 @@ def _fp8_products(
     sms: int,
 ) -> Tensor:
     """`hopper_products` in block FP8."""
-    from moe_dispatch.backends.gluon_hopper.fp8_kernel import _moe_hopper_fp8_kernel
+    from moe_dispatch.backends.gluon_hopper.fp8_product_kernel import _moe_hopper_fp8_kernel
 
     N, K, rows = experts.N, experts.K, routing.slot_of_row.shape[0]
     blocks, counts = _row_blocks(routing, config.group_m, fp8=True)

@@ -91,7 +91,7 @@ class TritonPersistentBackend(TritonBackend):
         config: TritonPersistentConfig,
     ) -> None:
         """Launch one product: `y` ``[rows, N]`` from `x` ``[rows, K]``, or ``[M, K]`` with `topk` slots a row."""
-        from moe_dispatch.backends.triton_persistent.kernel import _moe_product_kernel
+        from moe_dispatch.backends.triton_persistent.product_kernel import _moe_product_kernel
 
         first = name == "gate_up"
         N, K = y.shape[1], x.shape[1]

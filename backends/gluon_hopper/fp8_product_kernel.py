@@ -12,7 +12,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma, warpgroup_mma_wait
 
 from moe_dispatch.backends.gluon_hopper.common import make_barriers, receive_tile, schedule_tiles, store_tile
-from moe_dispatch.backends.gluon_hopper.fp8_loader import load_fp8_tiles
+from moe_dispatch.backends.gluon_hopper.fp8_product_loader import load_fp8_tiles
 from moe_dispatch.backends.triton_common.device import moe_activate, moe_fp8_amax
 from moe_dispatch.numerics import FP8_MAX, SMALLEST_AMAX
 

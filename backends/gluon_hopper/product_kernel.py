@@ -16,7 +16,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from moe_dispatch.backends.gluon_hopper.common import make_barriers, receive_tile, schedule_tiles, store_tile
-from moe_dispatch.backends.gluon_hopper.loader import load_tiles
+from moe_dispatch.backends.gluon_hopper.product_loader import load_tiles
 from moe_dispatch.backends.triton_common.device import moe_activate
 
 # Stages that the second consumer starts after the first.
