@@ -1,9 +1,9 @@
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"
-"""The two grouped products in block FP8 for Hopper, in Gluon; see `hopper_common` and `hopper_fp8_loader`.
+"""The two grouped products in block FP8 for Hopper, in Gluon; `common` describes roles, barriers and stages.
 
-A tile is up to 144 rows of one expert and twice 128 rows of its weights: gate and up, or two of down. So an expert that
-has a few rows more than 128 does not need its weights twice. The tensor core adds up 128 products; what it found is
-scaled and added in fp32. While one consumer does that, the other one multiplies.
+A tile takes up to 144 rows: an expert that has a few rows more than 128 does not need its weights twice. The tensor
+core sums 128 products; that partial sum is scaled and added in fp32. While one consumer does that, the other one
+multiplies.
 """
 
 import triton.language as tl
@@ -11,18 +11,27 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma, warpgroup_mma_wait
 
-from moe_dispatch.backends.gluon_hopper.common import make_barriers, receive_tile, schedule_tiles, store_tile
-from moe_dispatch.backends.gluon_hopper.fp8_product_loader import load_fp8_tiles
+from moe_dispatch.backends.gluon_hopper import tiles
+from moe_dispatch.backends.gluon_hopper.common import (
+    Ring,
+    TileStrides,
+    make_barriers,
+    receive_tile,
+    schedule_tiles,
+    store_tile,
+)
+from moe_dispatch.backends.gluon_hopper.fp8_product_loader import Fp8Operands, ScaleRing, load_fp8_tiles
+from moe_dispatch.backends.gluon_hopper.gluon_api import aggregate, field, reinterpret
 from moe_dispatch.backends.triton_common.device import moe_activate, moe_fp8_amax
+from moe_dispatch.backends.triton_common.pdl import moe_pdl_wait_and_release
 from moe_dispatch.numerics import FP8_MAX, SMALLEST_AMAX
 
 _FP8_MAX = gl.constexpr(FP8_MAX)
 _SMALLEST_AMAX = gl.constexpr(SMALLEST_AMAX)
 _BLOCK_K = gl.constexpr(128)
-# Left-over rows that a tile of 128 rows takes too.
-_TAIL_M = gl.constexpr(16)
-# Stages that the second consumer starts after the first.
-_STAGGER = gl.constexpr(2)
+_TAIL_M = gl.constexpr(tiles.FP8_TAIL_M)
+_STAGGER_STAGES = gl.constexpr(tiles.STAGGER_STAGES)
+_LOADER_WARPS = gl.constexpr(2)
 _PLAIN = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [0]))
 # One binary for all layers: none of these is worth a specialisation.
 _SHAPES = (
@@ -31,8 +40,44 @@ _SHAPES = (
 )  # fmt: skip
 
 
+@aggregate
+class Fp8Outputs:
+    """Where results go.
+
+    Attributes:
+        ptr: Pointer to the result, row-major: FP8 codes after an activation, else BF16 or FP16.
+        scales: Pointer to its multipliers; None without an activation.
+        scale_row: Elements from the multiplier of one row to that of the next.
+        scale_column: Elements from the multipliers of one block of columns to those of the next.
+        columns: Columns of the result.
+        bufs: Shared memory ``[2, 64, 128 bytes]`` through which each consumer stores.
+        amax_bufs: Shared memory, fp32 ``[4, 64]``: two pairs of maxima that the consumers exchange.
+        exchange: Barrier of that exchange.
+    """
+
+    ptr: gl.tensor
+    scales: gl.tensor | gl.constexpr
+    scale_row: gl.tensor
+    scale_column: gl.tensor
+    columns: gl.tensor | gl.constexpr
+    bufs: gl.shared_memory_descriptor
+    amax_bufs: gl.shared_memory_descriptor
+    exchange: gl.shared_memory_descriptor
+
+    @gluon.constexpr_function
+    def __init__(self, ptr, scales, scale_row, scale_column, columns, bufs, amax_bufs, exchange):
+        self.ptr = ptr
+        self.scales = field(scales)
+        self.scale_row = scale_row
+        self.scale_column = scale_column
+        self.columns = field(columns)
+        self.bufs = bufs
+        self.amax_bufs = amax_bufs
+        self.exchange = exchange
+
+
 @gluon.jit(do_not_specialize=_SHAPES)
-def _moe_hopper_fp8_kernel(
+def _moe_hopper_fp8_product_kernel(
     # inputs
     a_desc,
     tail_desc,
@@ -66,78 +111,68 @@ def _moe_hopper_fp8_kernel(
     OUT_COLUMNS: gl.constexpr = 1024 // OUT.primitive_bitwidth
     A_LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, _BLOCK_K], FP8)
     OUT_LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, OUT_COLUMNS], OUT)
-    bufs = (
-        gl.allocate_shared_memory(FP8, [2 * STAGES, 64, _BLOCK_K], A_LAYOUT),
-        gl.allocate_shared_memory(FP8, [STAGES, _TAIL_M, _BLOCK_K], A_LAYOUT),
-        gl.allocate_shared_memory(FP8, [2 * STAGES, 128, _BLOCK_K], w_desc.layout),
+    rows = gl.allocate_shared_memory(FP8, [2 * STAGES, 64, _BLOCK_K], A_LAYOUT)
+    tails = gl.allocate_shared_memory(FP8, [STAGES, _TAIL_M, _BLOCK_K], A_LAYOUT)
+    weights = gl.allocate_shared_memory(FP8, [2 * STAGES, 128, _BLOCK_K], w_desc.layout)
+    scales = ScaleRing(
         gl.allocate_shared_memory(gl.float32, [2 * STAGES, 64], _PLAIN),
         gl.allocate_shared_memory(gl.float32, [STAGES, _TAIL_M], _PLAIN),
         gl.allocate_shared_memory(gl.float32, [2 * STAGES, 1], _PLAIN),
     )
     out_bufs = gl.allocate_shared_memory(OUT, [2, 64, OUT_COLUMNS], OUT_LAYOUT)
     amax_bufs = gl.allocate_shared_memory(gl.float32, [4, 64], _PLAIN)
-    amax_known = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
-    mbarrier.init(amax_known, count=2)
-    queue, ring = make_barriers(STAGES, True)
-    tl.extra.cuda.gdc_wait()
-    tl.extra.cuda.gdc_launch_dependents()
-    inputs = a_desc, tail_desc, a_scale_ptr, a_scale_row, a_scale_column, w_desc, w_scale_ptr
-    exchange = amax_bufs, amax_known
-    outputs = out_ptr, out_scale_ptr, out_scale_row, out_scale_column, columns
-    shapes = w_rows, w_second, w_step, depth
+    exchange = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    mbarrier.init(exchange, count=2)
+    queue, full, empty = make_barriers(STAGES, _LOADER_WARPS, True)
+    ring = Ring(rows, tails, weights, full, empty, STAGES)
+    moe_pdl_wait_and_release(True)
+    strides = TileStrides(w_rows, w_second, w_step, depth)
+    operands = Fp8Operands(
+        a_desc, tail_desc, a_scale_ptr, a_scale_row, a_scale_column, w_desc, w_scale_ptr, strides
+    )  # fmt: skip
+    outputs = Fp8Outputs(
+        out_ptr, out_scale_ptr, out_scale_row, out_scale_column, columns, out_bufs, amax_bufs, exchange
+    )  # fmt: skip
     gl.warp_specialize(
         [
-            (_consume, (queue, ring, bufs, out_bufs, exchange, outputs, depth, 0, ACTIVATION, STAGES)),
-            (_consume, (queue, ring, bufs, out_bufs, exchange, outputs, depth, 1, ACTIVATION, STAGES)),
-            (load_fp8_tiles, (queue, ring, inputs, bufs, shapes, STAGES)),
+            (_consume, (queue, ring, scales, outputs, depth, 0, ACTIVATION)),
+            (_consume, (queue, ring, scales, outputs, depth, 1, ACTIVATION)),
+            (load_fp8_tiles, (queue, ring, scales, operands)),
             (schedule_tiles, (queue, blocks_ptr, counts_ptr, n_blocks, COUNTER)),
         ],
-        [4, 2, 1],
+        [4, _LOADER_WARPS, 1],
         [240, 24, 24],
-    )  # fmt: skip
+    )
 
 
 @gluon.jit
-def _consume(
-    queue, ring, bufs, out_bufs, exchange, outputs, depth,
-    CONSUMER: gl.constexpr, ACTIVATION: gl.constexpr, STAGES: gl.constexpr,
-):  # fmt: skip
+def _consume(queue, ring, scales, outputs, depth, CONSUMER: gl.constexpr, ACTIVATION: gl.constexpr):
     """One of the two consumers, CONSUMER 0 or 1."""
-    full, _empty = ring
     i = 0
     step = 0
     exchanges = 0
-    _e, row, end, block_n = receive_tile(queue, i)
+    tile = receive_tile(queue, i)
     if CONSUMER == 1:
         # One consumer starts later than the other, so that their epilogues do not leave the tensor core idle together.
-        mbarrier.wait(full.index(_STAGGER), 0, pred=(end > 0) & (depth > _STAGGER))
-    while end > 0:
-        if end - row > 128:
-            _run_tile(
-                ring, bufs, out_bufs, exchange, outputs, row, end, block_n, step, depth, exchanges,
-                128 + _TAIL_M, CONSUMER, ACTIVATION, STAGES,
-            )  # fmt: skip
+        mbarrier.wait(ring.full.index(_STAGGER_STAGES), 0, pred=(tile.end > 0) & (depth > _STAGGER_STAGES))
+    while tile.end > 0:
+        if tile.end - tile.row > 128:
+            _run_tile(ring, scales, outputs, tile, step, depth, exchanges, 128 + _TAIL_M, CONSUMER, ACTIVATION)
             exchanges += 1
-        elif end - row > 64:
-            _run_tile(
-                ring, bufs, out_bufs, exchange, outputs, row, end, block_n, step, depth, exchanges,
-                128, CONSUMER, ACTIVATION, STAGES,
-            )  # fmt: skip
+        elif tile.end - tile.row > 64:
+            _run_tile(ring, scales, outputs, tile, step, depth, exchanges, 128, CONSUMER, ACTIVATION)
         else:
-            _run_tile(
-                ring, bufs, out_bufs, exchange, outputs, row, end, block_n, step, depth, exchanges,
-                64, CONSUMER, ACTIVATION, STAGES,
-            )  # fmt: skip
+            _run_tile(ring, scales, outputs, tile, step, depth, exchanges, 64, CONSUMER, ACTIVATION)
             exchanges += 1
         step += depth
         i += 1
-        _e, row, end, block_n = receive_tile(queue, i)
+        tile = receive_tile(queue, i)
 
 
 @gluon.jit
 def _run_tile(
-    ring, bufs, out_bufs, exchange, outputs, row, end, block_n, step, depth, exchanges,
-    HEIGHT: gl.constexpr, CONSUMER: gl.constexpr, ACTIVATION: gl.constexpr, STAGES: gl.constexpr,
+    ring, scales, outputs, tile, step, depth, exchanges,
+    HEIGHT: gl.constexpr, CONSUMER: gl.constexpr, ACTIVATION: gl.constexpr,
 ):  # fmt: skip
     """A tile of up to HEIGHT rows.
 
@@ -146,82 +181,66 @@ def _run_tile(
     side of 64, few rows its other side. `exchanges` counts the tiles before this one of which no consumer had whole
     rows.
     """
-    full, empty = ring
-    a_bufs, tail_bufs, w_bufs, a_scale_bufs, tail_scale_bufs, w_scale_bufs = bufs
+    STAGES: gl.constexpr = ring.STAGES
     TAIL: gl.constexpr = HEIGHT > 128
     WIDTH: gl.constexpr = 128 if HEIGHT >= 128 else 64
     MMA: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDTH, 32])
     ONE: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
-    w_parts = w_bufs._reinterpret(w_bufs.dtype, [256 // WIDTH * STAGES, WIDTH, _BLOCK_K], w_bufs.type.layout)
-    w_halves = w_bufs._reinterpret(w_bufs.dtype, [4 * STAGES, 64, _BLOCK_K], w_bufs.type.layout)
+    W_LAYOUT: gl.constexpr = ring.weights.layout
+    w_parts = reinterpret(ring.weights, ring.weights.dtype, [256 // WIDTH * STAGES, WIDTH, _BLOCK_K], W_LAYOUT)
+    w_halves = reinterpret(ring.weights, ring.weights.dtype, [4 * STAGES, 64, _BLOCK_K], W_LAYOUT)
     # Of a stage: which 64 rows, and which parts of the weights.
     ROWS: gl.constexpr = CONSUMER if WIDTH == 128 else 0
     FIRST: gl.constexpr = 0 if WIDTH == 128 else CONSUMER
     SECOND: gl.constexpr = FIRST + 128 // WIDTH
     first = gl.zeros([64, WIDTH], gl.float32, MMA)
     second = gl.zeros([64, WIDTH], gl.float32, MMA)
-    found = gl.zeros([64, WIDTH], gl.float32, MMA)
+    partial = gl.zeros([64, WIDTH], gl.float32, MMA)
     if TAIL:
         TAIL_MMA: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, _TAIL_M, 32])
         tail_first = gl.zeros([64, _TAIL_M], gl.float32, TAIL_MMA)
         tail_second = gl.zeros([64, _TAIL_M], gl.float32, TAIL_MMA)
-        found_first = gl.zeros([64, _TAIL_M], gl.float32, TAIL_MMA)
-        found_second = gl.zeros([64, _TAIL_M], gl.float32, TAIL_MMA)
+        partial_first = gl.zeros([64, _TAIL_M], gl.float32, TAIL_MMA)
+        partial_second = gl.zeros([64, _TAIL_M], gl.float32, TAIL_MMA)
     for _k in range(depth):
         stage = step % STAGES
-        mbarrier.wait(full.index(stage), step // STAGES & 1)
+        mbarrier.wait(ring.full.index(stage), step // STAGES & 1)
         # A sum passes through a wait so that it is finished before its registers' next product starts: the compiler
         # would take others, and has none.
-        x = a_bufs.index(2 * stage + ROWS)
-        found = _start(x, w_parts.index(256 // WIDTH * stage + FIRST), found)
-        a_scale = a_scale_bufs.index(2 * stage + ROWS).load(gl.SliceLayout(1, MMA))
-        first_scale = gl.max(w_scale_bufs.index(2 * stage).load(ONE), 0)
-        second_scale = gl.max(w_scale_bufs.index(2 * stage + 1).load(ONE), 0)
-        found = warpgroup_mma_wait(0, deps=(found,))
-        first += found * (a_scale * first_scale)[:, None]
-        first, found = warpgroup_mma_wait(0, deps=(first, found))
-        found = _start(x, w_parts.index(256 // WIDTH * stage + SECOND), found)
-        found = warpgroup_mma_wait(0, deps=(found,))
+        x = ring.rows.index(2 * stage + ROWS)
+        partial = _start(x, w_parts.index(256 // WIDTH * stage + FIRST), partial)
+        row_scale = scales.rows.index(2 * stage + ROWS).load(gl.SliceLayout(1, MMA))
+        first_scale = gl.max(scales.weights.index(2 * stage).load(ONE), 0)
+        second_scale = gl.max(scales.weights.index(2 * stage + 1).load(ONE), 0)
+        partial = warpgroup_mma_wait(0, deps=(partial,))
+        first += partial * (row_scale * first_scale)[:, None]
+        first, partial = warpgroup_mma_wait(0, deps=(first, partial))
+        partial = _start(x, w_parts.index(256 // WIDTH * stage + SECOND), partial)
+        partial = warpgroup_mma_wait(0, deps=(partial,))
         if TAIL:
-            second += found * (a_scale * second_scale)[:, None]
-            second, found_first, found_second = warpgroup_mma_wait(0, deps=(second, found_first, found_second))
-            found_first = _start(w_halves.index(4 * stage + CONSUMER), tail_bufs.index(stage), found_first)
-            found_second = _start(w_halves.index(4 * stage + 2 + CONSUMER), tail_bufs.index(stage), found_second)
-            tail_scale = tail_scale_bufs.index(stage).load(gl.SliceLayout(0, TAIL_MMA))
-            found_first, found_second = warpgroup_mma_wait(0, deps=(found_first, found_second))
-            mbarrier.arrive(empty.index(stage))
-            tail_first += found_first * (tail_scale * first_scale)[None, :]
-            tail_second += found_second * (tail_scale * second_scale)[None, :]
+            second += partial * (row_scale * second_scale)[:, None]
+            second, partial_first, partial_second = warpgroup_mma_wait(
+                0, deps=(second, partial_first, partial_second)
+            )  # fmt: skip
+            tail = ring.tails.index(stage)
+            partial_first = _start(w_halves.index(4 * stage + CONSUMER), tail, partial_first)
+            partial_second = _start(w_halves.index(4 * stage + 2 + CONSUMER), tail, partial_second)
+            tail_scale = scales.tails.index(stage).load(gl.SliceLayout(0, TAIL_MMA))
+            partial_first, partial_second = warpgroup_mma_wait(0, deps=(partial_first, partial_second))
+            mbarrier.arrive(ring.empty.index(stage))
+            tail_first += partial_first * (tail_scale * first_scale)[None, :]
+            tail_second += partial_second * (tail_scale * second_scale)[None, :]
         else:
-            mbarrier.arrive(empty.index(stage))
-            second += found * (a_scale * second_scale)[:, None]
+            mbarrier.arrive(ring.empty.index(stage))
+            second += partial * (row_scale * second_scale)[:, None]
         step += 1
-    buf = out_bufs.index(CONSUMER)
     if WIDTH == 128:
-        _finish(
-            first,
-            second,
-            0,
-            row + 64 * CONSUMER,
-            end,
-            block_n,
-            0,
-            buf,
-            exchange,
-            exchanges,
-            outputs,
-            CONSUMER,
-            ACTIVATION,
-        )
+        _finish(first, second, 0, outputs, tile, tile.row + 64 * CONSUMER, 0, exchanges, CONSUMER, ACTIVATION)
     else:
-        _finish(
-            first, second, 0, row, end, block_n, 64 * CONSUMER, buf, exchange, exchanges, outputs, CONSUMER, ACTIVATION
-        )
+        _finish(first, second, 0, outputs, tile, tile.row, 64 * CONSUMER, exchanges, CONSUMER, ACTIVATION)
     if TAIL:
-        _finish(
-            tail_first, tail_second, 1, row + 128, end, block_n, 64 * CONSUMER, buf, exchange, exchanges, outputs,
-            CONSUMER, ACTIVATION,
-        )  # fmt: skip
+        column = 64 * CONSUMER
+        _finish(tail_first, tail_second, 1, outputs, tile, tile.row + 128, column, exchanges, CONSUMER, ACTIVATION)
 
 
 @gluon.jit
@@ -232,29 +251,31 @@ def _start(x, w, registers):
 
 @gluon.jit
 def _finish(
-    first, second, ROWS: gl.constexpr, row, end, block_n, column, buf, exchange, exchanges, outputs,
+    first, second, ROWS: gl.constexpr, outputs, tile, row, column, exchanges,
     CONSUMER: gl.constexpr, ACTIVATION: gl.constexpr,
 ):  # fmt: skip
-    """Store two of ``[64 rows, 128 or 64 columns]``, or their activation requantised; `column` is the first of 128.
+    """Store the products with a tile's first and second 128 rows of weights, or their activation in FP8.
 
-    ROWS is the axis of rows: 1 where they are transposed, ``[64 columns, 16 rows]``.
+    They are ``[64 rows, 128 or 64 columns]``, or where ROWS, the axis of rows, is 1 ``[64 columns, 16 rows]``. `row` is
+    the first of them, `column` the first of 128.
     """
     COLUMNS: gl.constexpr = 1 - ROWS
-    out_ptr, out_scale_ptr, out_scale_row, out_scale_column, columns = outputs
+    block_n = tile.block_n
     if ACTIVATION is None:
-        store_tile(first, ROWS, buf, out_ptr, row, end, block_n * 256 + column, columns)
-        store_tile(second, ROWS, buf, out_ptr, row, end, block_n * 256 + 128 + column, columns)
+        store_tile(first, ROWS, outputs, CONSUMER, row, tile.end, block_n * 256 + column)
+        store_tile(second, ROWS, outputs, CONSUMER, row, tile.end, block_n * 256 + 128 + column)
     else:
         out = _activate(first, second, ACTIVATION)
         amax = moe_fp8_amax(out, COLUMNS)
         if out.shape[COLUMNS] == 64:
-            amax = _greater(amax, exchange, exchanges, CONSUMER)
+            amax = _greater(amax, outputs, exchanges, CONSUMER)
         offs_m = row + gl.arange(0, out.shape[ROWS], gl.SliceLayout(COLUMNS, out.type.layout))
-        scale_ptrs = out_scale_ptr + offs_m.to(gl.int64) * out_scale_row + block_n.to(gl.int64) * out_scale_column
+        scale_offs = offs_m.to(gl.int64) * outputs.scale_row
+        scale_ptrs = outputs.scales + scale_offs + block_n.to(gl.int64) * outputs.scale_column
         scale = _scale(amax)
-        gl.store(scale_ptrs, scale, mask=offs_m < end)
+        gl.store(scale_ptrs, scale, mask=offs_m < tile.end)
         out *= gl.expand_dims(1.0 / scale, COLUMNS)
-        store_tile(out, ROWS, buf, out_ptr, row, end, block_n * 128 + column, columns)
+        store_tile(out, ROWS, outputs, CONSUMER, row, tile.end, block_n * 128 + column)
 
 
 @gluon.jit
@@ -279,17 +300,16 @@ def _scale(amax):
 
 
 @gluon.jit
-def _greater(amax, exchange, exchanges, CONSUMER: gl.constexpr):
+def _greater(amax, outputs, exchanges, CONSUMER: gl.constexpr):
     """The greater of both consumers' `amax`.
 
-    Two pairs of buffers take turns: who comes to the next exchange has read what the last one left.
+    Two pairs of buffers take turns: a consumer that comes to the next exchange has read what the last one left.
     """
-    bufs, known = exchange
     pair = exchanges % 2 * 2
-    bufs.index(pair + CONSUMER).slice(0, amax.shape[0]).store(amax)
-    mbarrier.arrive(known)
-    mbarrier.wait(known, exchanges & 1)
-    other = bufs.index(pair + 1 - CONSUMER).slice(0, amax.shape[0]).load(amax.type.layout)
+    outputs.amax_bufs.index(pair + CONSUMER).slice(0, amax.shape[0]).store(amax)
+    mbarrier.arrive(outputs.exchange)
+    mbarrier.wait(outputs.exchange, exchanges & 1)
+    other = outputs.amax_bufs.index(pair + 1 - CONSUMER).slice(0, amax.shape[0]).load(amax.type.layout)
     # As integers, magnitudes keep their order, and NaN is the greatest.
     greater = gl.maximum(other.to(gl.int32, bitcast=True), amax.to(gl.int32, bitcast=True))
     return greater.to(gl.float32, bitcast=True)
