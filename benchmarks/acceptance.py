@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from moe_dispatch.problem import Mode
 
 # The reference is the naive loop, and vLLM runs as a baseline.
-BACKENDS: Final = ("triton_splitk", "triton_persistent", "deep_gemm", "torch_grouped")
+BACKENDS: Final = ("triton_splitk", "triton_persistent", "gluon_hopper", "deep_gemm", "torch_grouped")
 FIRST_PEERS: Final = ("vllm",)
 LAST_PEERS: Final = ("vllm_deep_gemm", "vllm_triton_kernels")
 SKEWED_FROM: Final = 1024

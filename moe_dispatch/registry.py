@@ -120,6 +120,7 @@ BACKENDS: Final = Registry(
         "reference": "moe_dispatch.backends.reference:ReferenceBackend",
         "torch_grouped": "moe_dispatch.backends.torch_grouped:TorchGroupedBackend",
         "triton_persistent": "moe_dispatch.backends.triton_persistent.backend:TritonPersistentBackend",
+        "gluon_hopper": "moe_dispatch.backends.gluon_hopper.backend:GluonHopperBackend",
         "triton_splitk": "moe_dispatch.backends.triton_splitk.backend:TritonSplitKBackend",
         "vllm_fused_moe": "moe_dispatch.backends.vllm_fused_moe:VllmFusedMoEBackend",
         "deep_gemm": "moe_dispatch.backends.deep_gemm:DeepGemmBackend",

@@ -13,6 +13,14 @@ from moe_dispatch.problem import MoEProblem
 # Up to here a layer reads weights and hardly computes. At 1, 4, 16 and 64 tokens split-K came to 1.01 of the floor in
 # BF16 and .88 in FP8 (geometric means), the best baseline of each point to .90 and .71.
 DECODE_TOKENS: Final = 64
+# From so many rows per hit expert on, gluon_hopper's tiles of 128 rows are ahead of triton_persistent's of 64, of which
+# two programs share a multiprocessor. In FP8 two programs hide their epilogues better where loops are short: with N of
+# 768 to 1536 they are ahead by 1 to 3 % at 32 to 48 rows. At deepseek-v3 (N=2048) gluon_hopper is ahead by 3 % at 4
+# rows and by 12 % at 32.
+GLUON_ROWS: Final = 16
+GLUON_FP8_ROWS: Final = 56
+GLUON_FP8_ROWS_FROM_LONG_N: Final = 2
+GLUON_LONG_N: Final = 2048
 # From so many rows per expert DeepGEMM's products are next to ours, or ahead.
 PREFILL_ROWS: Final = 256
 # In FP8 they are ahead from here on: mixtral-8x7b at 4096 tokens (2414 µs, ours 2453) and at 16384 (9067, 9538),
@@ -55,18 +63,30 @@ def _hopper(problem: MoEProblem) -> Ranked:
     if problem.dtype == "fp8" and rows >= FP8_PREFILL_ROWS and work >= FP8_WORK_PER_VALUE:
         why = f"fastest grouped products measured on an H200 at prefill, and this is {rows:.0f} rows per expert"
         return (("deep_gemm", why), *_ours(problem), *_torch(problem), _vllm("behind all of them at prefill"))
-    persistent, splitk = _ours(problem)
+    *first, splitk = _ours(problem)
     if rows >= PREFILL_ROWS:
         next_to_it = ("deep_gemm", "next at prefill on an H200: what surrounds its products is not fused")
-        return (persistent, next_to_it, *_torch(problem), _vllm("behind all of them at prefill"), splitk)
+        return (*first, next_to_it, *_torch(problem), _vllm("behind all of them at prefill"), splitk)
     few = ("deep_gemm", "pads every expert, which few rows do not repay")
-    return (persistent, _vllm(f"next on an H200 at {rows:.3g} rows per expert"), few, *_torch(problem), splitk)
+    return (*first, _vllm(f"next on an H200 at {rows:.3g} rows per expert"), few, *_torch(problem), splitk)
 
 
 def _ours(problem: MoEProblem) -> Ranked:
     splitk = ("triton_splitk", "ours for decode: splits the weights until the memory system is full")
-    persistent = ("triton_persistent", "ours for more rows: one wave of programs and no padding")
-    return (splitk, persistent) if problem.M <= DECODE_TOKENS else (persistent, splitk)
+    persistent = (("triton_persistent", "ours for more rows: one wave of programs and no padding"),)
+    if problem.capability == (9, 0):
+        gluon = ("gluon_hopper", "ours for many rows on Hopper: warp-specialised, with tiles of 128 rows and more")
+        persistent = (gluon, *persistent) if _many_rows(problem) else (*persistent, gluon)
+    return (splitk, *persistent) if problem.M <= DECODE_TOKENS else (*persistent, splitk)
+
+
+def _many_rows(problem: MoEProblem) -> bool:
+    """Whether tiles of 128 rows are likelier to be faster than tiles of 64."""
+    if problem.dtype != "fp8":
+        least = GLUON_ROWS
+    else:
+        least = GLUON_FP8_ROWS_FROM_LONG_N if problem.N >= GLUON_LONG_N else GLUON_FP8_ROWS
+    return problem.slots >= least * problem.expected_experts
 
 
 def _libraries(problem: MoEProblem) -> Ranked:
