@@ -14,6 +14,7 @@ from moe_dispatch.backend import Backend
 from moe_dispatch.dispatch.quarantine import Quarantine
 from moe_dispatch.errors import BackendUnavailableError, PolicyFileError
 from moe_dispatch.machine import Machine
+from moe_dispatch.measure.provenance import commit
 from moe_dispatch.policies.calibration.request import CalibrationRequest
 from moe_dispatch.policies.calibration.successive_halving import FALLBACK
 from moe_dispatch.policies.measurements.schema import (
@@ -29,7 +30,6 @@ from moe_dispatch.policies.measurements.table import tables
 from moe_dispatch.policies.measurements.versions import changes, relevant_versions
 from moe_dispatch.problem import Mode
 from moe_dispatch.registry import make_backend
-from moe_dispatch.system.provenance import commit
 
 # Measured neighbours within this factor of tokens on both sides rule out candidates between them,
 NEIGHBOURS: Final = 8

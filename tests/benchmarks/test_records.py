@@ -21,11 +21,13 @@ H200 = Machine.load(Path(__file__).parents[1] / "machines" / "h200.json")
 
 def bench_row(backend: str, dtype: DType, M: int, us: float | None, **config: int) -> BenchRow:
     problem = WORKLOADS["qwen3-30b-a3b"].problem(M, dtype, H200)
-    floor = H200_CEILINGS.floor_us(problem)
+    floor = H200_CEILINGS.roofline_us(problem)
+    assert floor is not None
     return BenchRow(
         workload="qwen3-30b-a3b", E=problem.E, topk=problem.topk, K=problem.K, N=problem.N, dtype=dtype, M=M,
         backend=backend, config=dict(config), mode="graph", routing="uniform", us=us, us_q1=us, us_q3=us,
-        samples=7 if us else 0, inputs=8, hit_experts=problem.expected_experts, floor_us=floor, floor_from="baselines",
+        samples=7 if us else 0, inputs=8, hit_experts=problem.expected_experts, roofline_us=floor,
+        roofline_from="device",
         fraction=floor / us if us else None, error=4e-3, reason="" if us else "wrong result: by far",
         machine=H200.name, fingerprint=H200.fingerprint, versions={"torch": "2.11"}, commit="c0ffee",
         ceilings=H200_CEILINGS,
@@ -62,9 +64,9 @@ def test_packed_rows_are_the_rows(tmp_path: Path) -> None:
     assert set(by_key) == {row.key for row in written}
     for row in written:
         assert by_key[row.key].us == pytest.approx(row.us, rel=1e-4) if row.us else by_key[row.key].us is None
-        assert by_key[row.key].model_dump(exclude={"us", "us_q1", "us_q3", "fraction", "floor_us"}) == row.model_dump(
-            exclude={"us", "us_q1", "us_q3", "fraction", "floor_us"}
-        )
+        assert by_key[row.key].model_dump(
+            exclude={"us", "us_q1", "us_q3", "fraction", "roofline_us"}
+        ) == row.model_dump(exclude={"us", "us_q1", "us_q3", "fraction", "roofline_us"})
 
 
 def test_a_damaged_packed_file_is_refused(tmp_path: Path) -> None:

@@ -176,7 +176,8 @@ class SimulatedWorker:
 
 def as_on_an_h200(run: Run) -> float:
     """Time in µs on a machine that could be an H200: the roofline, and a lag that changes slowly over M."""
-    roofline = H200_CEILINGS.floor_us(run.layer.problem(run.M, H200))
+    roofline = H200_CEILINGS.roofline_us(run.layer.problem(run.M, H200))
+    assert roofline is not None
     dtype, identity = run.layer.dtype, (run.backend, tuple(sorted(run.config.items())))
     backend, config = lasting(dtype, run.backend), lasting(dtype, identity)
     # Lags of backends cross somewhere on the way from few tokens to many; those of configurations are close.
