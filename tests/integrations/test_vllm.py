@@ -12,7 +12,7 @@ import subprocess
 import sys
 import types
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -50,7 +50,7 @@ def described_platform() -> Iterator[None]:
     attention = AbsentModule("vllm.vllm_flash_attn")
     sys.modules.setdefault("vllm.vllm_flash_attn", attention)
     # vLLM asks these of its extension when modules are imported, and the extension needs a driver.
-    library = torch.library.Library("_C", "FRAGMENT")
+    library = cast("Any", torch.library).Library("_C", "FRAGMENT")
     for question in (
         "cutlass_scaled_mm_supports_fp8",
         "cutlass_scaled_mm_supports_block_fp8",
