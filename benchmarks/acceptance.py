@@ -28,7 +28,9 @@ if TYPE_CHECKING:
     from moe_dispatch.problem import Mode
 
 # The reference is the naive loop, and vLLM runs as a baseline.
-BACKENDS: Final = ("triton_splitk", "triton_vector", "triton_persistent", "deep_gemm", "torch_grouped")
+BACKENDS: Final = (
+    "triton_splitk", "triton_vector", "triton_persistent", "gluon_hopper", "deep_gemm", "torch_grouped",
+)  # fmt: skip
 FIRST_PEERS: Final = ("vllm",)
 LAST_PEERS: Final = ("vllm_deep_gemm", "vllm_triton_kernels")
 SKEWED_FROM: Final = 1024
@@ -66,7 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     dispatcher = get_dispatcher()
     machine = dispatcher.machine
     notes: list[str] = []
-    backends = available_backends(BACKENDS, dispatcher.planner.backend, notes.append)
+    backends = available_backends(BACKENDS, dispatcher.machine, notes.append)
     baselines = [BASELINES[name](machine) for name in (*FIRST_PEERS, *LAST_PEERS)]
     provenance, done = Provenance.here(machine), timed_keys(given.out)
     # Start-up is part of the budget.

@@ -14,19 +14,19 @@ from pathlib import Path
 from typing import Any, Final
 
 from moe_dispatch.benchmarks.command import mistakes_exit
-from moe_dispatch.benchmarks.rows import BenchRow, load
+from moe_dispatch.benchmarks.rows import BenchRow, load, recorded
 from moe_dispatch.machine import Machine
-from moe_dispatch.measure import H200_CEILINGS
+from moe_dispatch.measure import known_ceilings
+from moe_dispatch.measure.provenance import versions
 from moe_dispatch.policies.calibration.worker import distinct_inputs
-from moe_dispatch.policies.measurements.schema import CalibrationFile, Layer, parse_calibration, read_bytes
+from moe_dispatch.policies.measurements.schema import CalibrationFile, LayerShape, parse_calibration, read_bytes
 from moe_dispatch.system.files import write_atomically
-from moe_dispatch.system.provenance import versions
 from moe_dispatch.workloads import WORKLOADS, Workload
 
 FORMAT: Final = 1
-RUN: Final = ("machine", "fingerprint", "versions", "commit", "ceilings", "floor_from")
+RUN: Final = ("machine", "fingerprint", "versions", "commit", "ceilings", "roofline_from")
 POINT: Final = (
-    "workload", "E", "topk", "K", "N", "dtype", "M", "mode", "routing", "inputs", "hit_experts", "floor_us",
+    "workload", "E", "topk", "K", "N", "dtype", "M", "mode", "routing", "inputs", "hit_experts", "roofline_us",
 )  # fmt: skip
 # The columns of a row, after the number of its configuration; trailing ones that say nothing are left out.
 COLUMNS: Final = ("us", "us_q1", "us_q3", "samples", "error", "deterministic", "reason")
@@ -72,14 +72,15 @@ def unpack(lines: Iterable[str]) -> Iterator[BenchRow]:
         if "run" in data:
             if data["packed"] != FORMAT:
                 raise ValueError(f"packed as format {data['packed']}, and this version reads {FORMAT}")
-            run, columns, configs = data["run"], data["columns"], []
+            run, columns, configs = recorded(data["run"]), data["columns"], []
         elif "config" in data:
             configs.append(data["config"])
         else:
+            point = recorded(data["point"])
             for number, *values in data["rows"]:
                 row = dict(zip(columns, values, strict=False))
-                fraction = data["point"]["floor_us"] / row["us"] if row.get("us") else None
-                yield BenchRow.model_validate(run | data["point"] | configs[number] | row | {"fraction": fraction})
+                fraction = point["roofline_us"] / row["us"] if row.get("us") and point["roofline_us"] else None
+                yield BenchRow.model_validate(run | point | configs[number] | row | {"fraction": fraction})
 
 
 def calibration_rows(file: CalibrationFile) -> Iterator[BenchRow]:
@@ -89,7 +90,9 @@ def calibration_rows(file: CalibrationFile) -> Iterator[BenchRow]:
         layer = file.layers[point.layer]
         problem = layer.problem(point.M, machine, point.mode)
         named = _named(layer, machine)
-        floor = H200_CEILINGS.floor_us(problem)
+        # A calibration does not record the ceilings of its machine.
+        ceilings = known_ceilings(machine)
+        roofline = ceilings.roofline_us(problem) if ceilings else None
         for one in point.measurements:
             candidate = file.candidates[one.candidate]
             measured: dict[str, tuple[float, float, float] | None] = dict(one.us) or {"uniform": None}
@@ -99,17 +102,17 @@ def calibration_rows(file: CalibrationFile) -> Iterator[BenchRow]:
                     workload=named.name, E=layer.E, topk=layer.topk, K=layer.K, N=layer.N, dtype=layer.dtype,
                     M=point.M, backend=candidate.backend, config=dict(candidate.config), mode=point.mode,
                     routing=routing, us=us, us_q1=q1, us_q3=q3, inputs=distinct_inputs(problem, machine),
-                    hit_experts=problem.expected_experts, floor_us=floor, floor_from="baselines",
-                    fraction=floor / us if us else None, error=one.error,
+                    hit_experts=problem.expected_experts, roofline_us=roofline, roofline_from="device",
+                    fraction=roofline / us if us and roofline else None, error=one.error,
                     reason=(one.disqualified or "not timed") if us is None else "",
                     machine=machine.name, fingerprint=machine.fingerprint, versions=versions(machine),
-                    commit=candidate.commit, ceilings=H200_CEILINGS,
+                    commit=candidate.commit, ceilings=ceilings,
                 )  # fmt: skip
 
 
-def _named(layer: Layer, machine: Machine) -> Workload:
+def _named(layer: LayerShape, machine: Machine) -> Workload:
     for workload in WORKLOADS.values():
-        if Layer.of(workload.problem(1, layer.dtype, machine)).key == layer.key:
+        if LayerShape.of(workload.problem(1, layer.dtype, machine)).key == layer.key:
             return workload
     letters = f"{layer.E},{layer.topk},{layer.K},{layer.N}"
     return Workload(letters, E=layer.E, topk=layer.topk, K=layer.K, N=layer.N)

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Final, Literal, Self
 
 import pydantic
 
@@ -12,6 +12,7 @@ from moe_dispatch.measure import Ceilings
 from moe_dispatch.problem import DType, Mode
 
 RowKey = tuple[str, str, int, str, str, str, str]
+_RENAMED: Final = {"floor_us": "roofline_us", "floor_from": "roofline_from"}
 
 
 class BenchRow(pydantic.BaseModel):
@@ -35,9 +36,9 @@ class BenchRow(pydantic.BaseModel):
         samples: Samples behind the three.
         inputs: Distinct inputs and routings that each sample ran over.
         hit_experts: Experts that got a token, mean over the inputs.
-        floor_us: Least possible time for these hits.
-        floor_from: Whose ceilings the floor uses: ``"baselines"`` (`H200_CEILINGS`) or ``"measured"`` (a CPU's own).
-        fraction: floor_us / us.
+        roofline_us: Roofline for these hits; None where the matrix rate is unknown.
+        roofline_from: Ceilings that the roofline uses: ``"device"`` (`known_ceilings`) or ``"measured"`` in this run.
+        fraction: roofline_us / us; None where either is.
         error: Greatest relative error against fp32; None where it raised, or was not finite.
         deterministic: Whether repeated runs gave the same bits; None where it was not timed.
         reason: Why there is no time; empty where there is one.
@@ -45,7 +46,7 @@ class BenchRow(pydantic.BaseModel):
         fingerprint: The machine's.
         versions: Of everything that the time depends on.
         commit: Of the checkout, with ``-dirty`` where it had changes; empty outside one.
-        ceilings: Measured in the same run.
+        ceilings: Measured in the same run; the device's recorded ones, or None, where the rows come from a calibration.
     """
 
     model_config = pydantic.ConfigDict(frozen=True, extra="forbid")
@@ -67,8 +68,8 @@ class BenchRow(pydantic.BaseModel):
     samples: int = 0
     inputs: int = 0
     hit_experts: float
-    floor_us: float
-    floor_from: Literal["baselines", "measured"]
+    roofline_us: float | None
+    roofline_from: Literal["device", "measured"]
     fraction: float | None = None
     error: float | None = None
     deterministic: bool | None = None
@@ -77,7 +78,12 @@ class BenchRow(pydantic.BaseModel):
     fingerprint: str
     versions: dict[str, str]
     commit: str
-    ceilings: Ceilings
+    ceilings: Ceilings | None
+
+    @pydantic.model_validator(mode="before")
+    @classmethod
+    def _recorded_names(cls, data: Any) -> Any:
+        return recorded(data) if isinstance(data, dict) else data
 
     @pydantic.model_validator(mode="after")
     def _time_or_reason(self) -> Self:
@@ -89,6 +95,14 @@ class BenchRow(pydantic.BaseModel):
     def key(self) -> RowKey:
         """What was measured; a resumed run skips what it finds."""
         return row_key(self.workload, self.dtype, self.M, self.backend, self.config, self.mode, self.routing)
+
+
+def recorded(data: dict[str, Any]) -> dict[str, Any]:
+    """A recorded row or a part of one, with the keys and values of today."""
+    renamed = {_RENAMED.get(name, name): value for name, value in data.items()}
+    if renamed.get("roofline_from") in ("peers", "baselines"):
+        renamed["roofline_from"] = "device"
+    return renamed
 
 
 def row_key(workload: str, dtype: str, M: int, backend: str, config: dict[str, Any], mode: str, routing: str) -> RowKey:

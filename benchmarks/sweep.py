@@ -23,11 +23,9 @@ from moe_dispatch.backend import Backend, BackendConfig
 from moe_dispatch.benchmarks.baselines import Baseline
 from moe_dispatch.benchmarks.rows import BenchRow, RowKey, append, row_key
 from moe_dispatch.dispatch.policy_chain import PolicyChain
-from moe_dispatch.errors import BackendUnavailableError
 from moe_dispatch.experts import ExpertWeights
 from moe_dispatch.machine import Machine
 from moe_dispatch.measure import (
-    H200_CEILINGS,
     Call,
     Ceilings,
     LayerInputs,
@@ -35,16 +33,18 @@ from moe_dispatch.measure import (
     Verdict,
     backend_call,
     fast_path_call,
+    known_ceilings,
     make_inputs,
     measure_ceilings,
     reference_outputs,
     time_interleaved,
     verify,
 )
+from moe_dispatch.measure.provenance import commit, versions
 from moe_dispatch.policies.calibration.schedule import coarse_to_fine
 from moe_dispatch.problem import DType, Mode, MoEProblem
+from moe_dispatch.registry import make_backend
 from moe_dispatch.system.failures import lost_device, out_of_memory, summary
-from moe_dispatch.system.provenance import commit, versions
 from moe_dispatch.workloads import RoutingDistribution, Workload, make_experts
 
 Configs = Literal["default", "all", "chosen"]
@@ -381,18 +381,18 @@ class Sweep:
         timing: Timing | None,
         reason: str,
     ) -> BenchRow:
-        on_gpu = self.device.type == "cuda"
         hits = sum(given.hit_experts for given in inputs) / len(inputs)
-        ceilings = H200_CEILINGS if on_gpu else self.provenance.ceilings
-        floor = ceilings.floor_us(problem, hits)
+        known = known_ceilings(self.provenance.machine)
+        roofline = (known or self.provenance.ceilings).roofline_us(problem, hits)
         error = None if verdict is None or verdict.error == float("inf") else verdict.error
         return BenchRow(
             workload=workload.name, E=workload.E, topk=workload.topk, K=workload.K, N=workload.N,
             dtype=problem.dtype, M=problem.M, backend=candidate.backend, config=candidate.config, mode=problem.mode,
             routing=candidate.routing.name,
             us=timing and timing.us, us_q1=timing and timing.us_q1, us_q3=timing and timing.us_q3,
-            samples=timing.samples if timing else 0, inputs=len(inputs), hit_experts=hits, floor_us=floor,
-            floor_from="baselines" if on_gpu else "measured", fraction=floor / timing.us if timing else None,
+            samples=timing.samples if timing else 0, inputs=len(inputs), hit_experts=hits, roofline_us=roofline,
+            roofline_from="device" if known else "measured",
+            fraction=roofline / timing.us if timing and roofline else None,
             error=error, deterministic=verdict.repeatable if verdict and timing else None, reason=reason,
             machine=self.provenance.machine.name, fingerprint=self.provenance.machine.fingerprint,
             versions=self.provenance.versions, commit=self.provenance.commit, ceilings=self.provenance.ceilings,
@@ -409,23 +409,19 @@ class Sweep:
             self.notes.append(text)
 
 
-def available_backends(
-    names: Sequence[str], find: Callable[[str], Backend], note: Callable[[str], None]
-) -> tuple[Backend, ...]:
-    """The backends that are there; of the others, why not.
+def available_backends(names: Sequence[str], machine: Machine, note: Callable[[str], None]) -> tuple[Backend, ...]:
+    """The backends that can run on a machine; `note` takes, of each of the others, why it cannot.
 
-    Args:
-        names: Registered names.
-        find: The dispatcher's `backend`.
-        note: Takes each reason.
+    Raises:
+        UnknownNameError: Nothing is registered under a name.
     """
-    found = []
-    for name in names:
-        try:
-            found.append(find(name))
-        except BackendUnavailableError as error:
-            note(str(error))
-    return tuple(found)
+    available = []
+    for made in (make_backend(name, machine) for name in names):
+        if made.registered and made.reasons:
+            note(f"backend {made.name!r} is not available: {'; '.join(made.reasons)}")
+        else:
+            available.append(made.require())
+    return tuple(available)
 
 
 def _as_it_is(call: Call) -> Callable[[LayerInputs], Call]:

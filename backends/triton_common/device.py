@@ -41,6 +41,36 @@ def moe_activate(gate, up, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
+def moe_gate_up_row(column, part, N, PARTS: tl.constexpr, INTERLEAVED: tl.constexpr):
+    """Which of an expert's gate_up rows computes a column of the intermediate.
+
+    Args:
+        column: Columns of the intermediate, 0…N-1.
+        part: 0 for the gate's row and 1 for up's; always 0 where PARTS is 1. May be a constant or a tensor.
+        N: Intermediate size.
+        PARTS: 2, or 1 for an activation without a gate.
+        INTERLEAVED: Whether gate and up rows alternate, instead of all gate rows first.
+    """
+    return column * PARTS + part if INTERLEAVED else part * N + column
+
+
+@triton.jit
+def moe_gate_up_bias(biases, column, part, N, mask, PARTS: tl.constexpr, INTERLEAVED: tl.constexpr):
+    """The biases, in fp32, of the gate_up rows that `moe_gate_up_row` names; 0 where the mask is off.
+
+    Args:
+        biases: Where an expert's biases start: one pointer, or several in a shape that broadcasts with `column`.
+        column: As for `moe_gate_up_row`.
+        part: As for `moe_gate_up_row`.
+        N: As for `moe_gate_up_row`.
+        mask: Which to read.
+        PARTS: As for `moe_gate_up_row`.
+        INTERLEAVED: As for `moe_gate_up_row`.
+    """
+    return tl.load(biases + moe_gate_up_row(column, part, N, PARTS, INTERLEAVED), mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
 def moe_fp8_amax(values, AXIS: tl.constexpr):
     """The greatest magnitude of fp32 values along an axis; a NaN beats infinity, so that its group is spoilt."""
     # As integers, magnitudes keep their order, NaN stands above infinity, and nothing has to be asked of each element.

@@ -91,9 +91,14 @@ def _draw_layer(
         look = {**style[name], "markersize": 5, "linewidth": 1.6}
         above.plot(tokens, [row.us for row in points], label=name, **look)
         below.plot(tokens, [row.fraction for row in points], **look)
-    floors = {row.M: row.floor_us for row in chosen.values()}
+    rooflines = {row.M: row.roofline_us for row in chosen.values() if row.roofline_us}
     above.plot(
-        sorted(floors), [floors[M] for M in sorted(floors)], color=INK, linestyle="--", linewidth=1, label="floor"
+        sorted(rooflines),
+        [rooflines[M] for M in sorted(rooflines)],
+        color=INK,
+        linestyle="--",
+        linewidth=1,
+        label="roofline",
     )
     first = next(iter(chosen.values()))
     above.set(xscale="log", yscale="log", ylabel="time of the layer, µs")
@@ -131,7 +136,8 @@ def _draw_winners(pyplot: Any, best: _Best, dtype: str, style: dict[str, dict[st
     for (workload, M), row in winners.items():
         x, y = tokens.index(M), workloads.index(workload)
         axes.add_patch(pyplot.Rectangle((x, y), 0.96, 0.94, color=style[row.backend]["color"]))
-        axes.text(x + 0.48, y + 0.47, f"{row.fraction:.2f}", ha="center", va="center", color="white", fontsize=8)
+        label = "–" if row.fraction is None else f"{row.fraction:.2f}"
+        axes.text(x + 0.48, y + 0.47, label, ha="center", va="center", color="white", fontsize=8)
     axes.set(xlim=(0, len(tokens)), ylim=(0, len(workloads)), xlabel="tokens M")
     axes.set_xticks([x + 0.48 for x in range(len(tokens))], [str(M) for M in tokens])
     axes.set_yticks([y + 0.47 for y in range(len(workloads))], workloads)

@@ -27,7 +27,7 @@ FLOOR_BARS: Final[dict[str, dict[str, float]]] = {
     "fp8": {"decode": 0.85, "middle": 0.77, "prefill": 0.70},
 }
 PEER_RATIO: Final = 0.97
-TRITON: Final = ("triton_persistent", "triton_splitk", "triton_vector")
+TRITON: Final = ("triton_persistent", "gluon_hopper", "triton_splitk", "triton_vector")
 TRITON_WORST: Final = 0.98
 TRITON_MEAN: Final = {"bf16": 1.10, "fp8": 1.30}
 # The model of the bars at M=1: of a larger layer, reading the weights alone is most of an eager call.

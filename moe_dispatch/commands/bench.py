@@ -73,7 +73,7 @@ def bench(
         tokens=tuple(sorted(set(tokens_of(tokens)))),
         routings=tuple(map(_routing, routing or ("uniform",))),
         modes=_modes(mode, machine),
-        backends=available_backends(ours, dispatcher.planner.backend, notes.append),
+        backends=available_backends(ours, dispatcher.machine, notes.append),
         baselines=tuple(BASELINES[name](machine) for name in theirs),
         configs=_configs(config),
         point_s=seconds,
@@ -124,9 +124,10 @@ def _routing(name: str) -> "RoutingDistribution":
 
 
 def _configs(given: str) -> "Configs":
-    if given not in ("default", "all", "chosen"):
-        raise InvalidInputError(f"--config must be default, all or chosen, got {given!r}")
-    return given
+    choices: dict[str, Configs] = {"default": "default", "all": "all", "chosen": "chosen"}
+    if given not in choices:
+        raise InvalidInputError(f"--config must be {', '.join(choices)}, got {given!r}")
+    return choices[given]
 
 
 def _modes(given: str | None, machine: "Machine") -> tuple[Mode, ...]:
@@ -211,7 +212,9 @@ def _report(sweep: "Sweep", *, json_: bool) -> None:
 
 
 def _table(rows: "Sequence[BenchRow]") -> Table:
-    shown = table("M", "routing", "mode", "backend", "time", "of floor", "error", numbers=("M", "of floor", "error"))
+    shown = table(
+        "M", "routing", "mode", "backend", "time", "of roofline", "error", numbers=("M", "of roofline", "error")
+    )
     configs = {(row.backend, *row.config.items()) for row in rows}
     names = Counter(name for name, *_ in configs)
     for row in rows:

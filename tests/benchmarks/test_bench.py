@@ -106,9 +106,10 @@ def test_rows_are_written_validate_and_are_shown(tmp_path: Path) -> None:
         assert 0 < row.us_q1 <= row.us <= row.us_q3
         assert row.error == pytest.approx(0, abs=1e-5)
         assert row.inputs == 8
-        assert row.fraction == pytest.approx(row.floor_us / row.us)
+        assert row.roofline_us is not None
+        assert row.fraction == pytest.approx(row.roofline_us / row.us)
         assert row.machine == current_machine("cpu").name
-        assert row.floor_from == "measured"
+        assert row.roofline_from == "measured"
         assert {"torch", "triton", "moe_dispatch"} <= set(row.versions)
         assert (row.workload, row.dtype, row.mode, row.routing) == ("4,2,64,32", "fp32", "eager", "uniform")
     assert "naive_loop" in output
@@ -400,11 +401,13 @@ def row(
 ) -> BenchRow:
     machine = Machine.load(ROOT / "tests/machines/h200.json")
     problem = WORKLOADS[model].problem(M, dtype, machine)
-    floor = H200_CEILINGS.floor_us(problem)
+    floor = H200_CEILINGS.roofline_us(problem)
+    assert floor is not None
     return BenchRow(
         workload=model, E=problem.E, topk=problem.topk, K=problem.K, N=problem.N, dtype=dtype, M=M, backend=backend,
         config={}, mode=mode, routing=routing, us=us, us_q1=us, us_q3=us, samples=5, inputs=8,
-        hit_experts=problem.expected_experts, floor_us=floor, floor_from="baselines", fraction=floor / us, error=4e-3,
+        hit_experts=problem.expected_experts, roofline_us=floor, roofline_from="device",
+        fraction=floor / us, error=4e-3,
         deterministic=True, machine="made up", fingerprint="made-up", versions={}, commit="", ceilings=H200_CEILINGS,
     )  # fmt: skip
 
@@ -415,7 +418,9 @@ def full_board(fraction: float, vllm: float, skew: float = 1.1) -> list[BenchRow
     for dtype in ("bf16", "fp8"):
         for model in scoreboard.MODELS:
             for M in scoreboard.TOKENS:
-                us = row("triton_splitk", model, dtype, M, 1.0).floor_us / fraction
+                roofline = row("triton_splitk", model, dtype, M, 1.0).roofline_us
+                assert roofline is not None
+                us = roofline / fraction
                 made.append(row("triton_splitk", model, dtype, M, us))
                 made.append(row("reference", model, dtype, M, 10 * us))
                 made.append(row("vllm", model, dtype, M, us * vllm))
@@ -548,20 +553,16 @@ def test_the_chosen_configuration_is_what_the_calibration_found(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from moe_dispatch.policies.calibrated import calibration_path
-    from moe_dispatch.policies.measurements.merge import Measured, save
-    from moe_dispatch.policies.measurements.schema import Candidate, Layer, Measurement
+    from moe_dispatch.policies.measurements.merge import save
+    from moe_dispatch.policies.measurements.schema import Candidate, LayerShape, Measurement
     from moe_dispatch.policies.measurements.versions import relevant_versions
 
     monkeypatch.setenv("MOE_DISPATCH_CACHE_DIR", str(tmp_path))
     machine = current_machine("cpu")
-    config = {"compute_fp32": True, "quantize_activations": False}  # not the default
+    config: dict[str, int | bool | str] = {"compute_fp32": True, "quantize_activations": False}  # not the default
     candidate = Candidate(backend="reference", config=config, versions=relevant_versions(reference()))
-    layer = Layer.of(LAYER.problem(1, "fp32", machine))
-    save(
-        calibration_path(machine),
-        [Measured(layer, 1, "eager", candidate, Measurement(candidate=0, score=5.0))],
-        machine,
-    )
+    layer = LayerShape.of(LAYER.problem(1, "fp32", machine))
+    save(calibration_path(machine), [Measurement(layer, 1, "eager", candidate, score=5.0)], machine)
     path = tmp_path / "rows.jsonl"
     run(*SMALL, "--tokens", "1", "--backend", "reference", "--config", "chosen", "--seconds", "0", "--out", path)
     (found,) = rows.load([path])

@@ -11,8 +11,8 @@ from moe_dispatch.benchmarks.rows import BenchRow
 from moe_dispatch.errors import InvalidInputError
 from moe_dispatch.machine import Machine
 from moe_dispatch.measure import H200_CEILINGS
-from moe_dispatch.policies.measurements.merge import Measured, merge
-from moe_dispatch.policies.measurements.schema import CalibrationFile, Candidate, Layer, Measurement
+from moe_dispatch.policies.measurements.merge import merge
+from moe_dispatch.policies.measurements.schema import CalibrationFile, Candidate, LayerShape, Measurement
 from moe_dispatch.problem import DType
 from moe_dispatch.workloads import WORKLOADS
 
@@ -21,11 +21,13 @@ H200 = Machine.load(Path(__file__).parents[1] / "machines" / "h200.json")
 
 def bench_row(backend: str, dtype: DType, M: int, us: float | None, **config: int) -> BenchRow:
     problem = WORKLOADS["qwen3-30b-a3b"].problem(M, dtype, H200)
-    floor = H200_CEILINGS.floor_us(problem)
+    floor = H200_CEILINGS.roofline_us(problem)
+    assert floor is not None
     return BenchRow(
         workload="qwen3-30b-a3b", E=problem.E, topk=problem.topk, K=problem.K, N=problem.N, dtype=dtype, M=M,
         backend=backend, config=dict(config), mode="graph", routing="uniform", us=us, us_q1=us, us_q3=us,
-        samples=7 if us else 0, inputs=8, hit_experts=problem.expected_experts, floor_us=floor, floor_from="baselines",
+        samples=7 if us else 0, inputs=8, hit_experts=problem.expected_experts, roofline_us=floor,
+        roofline_from="device",
         fraction=floor / us if us else None, error=4e-3, reason="" if us else "wrong result: by far",
         machine=H200.name, fingerprint=H200.fingerprint, versions={"torch": "2.11"}, commit="c0ffee",
         ceilings=H200_CEILINGS,
@@ -34,17 +36,16 @@ def bench_row(backend: str, dtype: DType, M: int, us: float | None, **config: in
 
 def calibration(tokens: tuple[int, ...] = (1, 64)) -> CalibrationFile:
     """Three candidates at each token count: the winner, one far behind, and one that is wrong."""
-    layer = Layer.of(WORKLOADS["deepseek-v3"].problem(1, "fp8", H200))
+    layer = LayerShape.of(WORKLOADS["deepseek-v3"].problem(1, "fp8", H200))
     found = []
     for M in tokens:
         for block, us in ((64, 100.0 * M), (128, 300.0 * M)):
             times = {"uniform": (us - 1, us, us + 1)} | ({"dirichlet-4": (us, us, us)} if block == 64 else {})
             candidate = Candidate(backend="triton_persistent", config={"block_m": block}, commit="c0ffee")
-            found.append(
-                Measured(layer, M, "graph", candidate, Measurement(candidate=0, us=times, score=us, error=1e-3))
-            )
-        wrong = Measurement(candidate=0, us={"uniform": (1.0, 1.0, 1.0)}, disqualified="wrong on uniform routing")
-        found.append(Measured(layer, M, "graph", Candidate(backend="deep_gemm", config={"layout": "psum"}), wrong))
+            found.append(Measurement(layer, M, "graph", candidate, us=times, score=us, error=1e-3))
+        padded = Candidate(backend="deep_gemm", config={"layout": "psum"})
+        times = {"uniform": (1.0, 1.0, 1.0)}
+        found.append(Measurement(layer, M, "graph", padded, us=times, disqualified="wrong on uniform routing"))
     return merge(CalibrationFile(machine=H200), found, H200)
 
 
@@ -63,9 +64,9 @@ def test_packed_rows_are_the_rows(tmp_path: Path) -> None:
     assert set(by_key) == {row.key for row in written}
     for row in written:
         assert by_key[row.key].us == pytest.approx(row.us, rel=1e-4) if row.us else by_key[row.key].us is None
-        assert by_key[row.key].model_dump(exclude={"us", "us_q1", "us_q3", "fraction", "floor_us"}) == row.model_dump(
-            exclude={"us", "us_q1", "us_q3", "fraction", "floor_us"}
-        )
+        assert by_key[row.key].model_dump(
+            exclude={"us", "us_q1", "us_q3", "fraction", "roofline_us"}
+        ) == row.model_dump(exclude={"us", "us_q1", "us_q3", "fraction", "roofline_us"})
 
 
 def test_a_damaged_packed_file_is_refused(tmp_path: Path) -> None:
@@ -107,9 +108,9 @@ def test_a_layer_measured_at_few_token_counts_is_not_shipped() -> None:
 
 
 def with_scores(scores: dict[int, dict[str, float]]) -> CalibrationFile:
-    layer = Layer.of(WORKLOADS["deepseek-v3"].problem(1, "fp8", H200))
+    layer = LayerShape.of(WORKLOADS["deepseek-v3"].problem(1, "fp8", H200))
     found = [
-        Measured(layer, M, "graph", Candidate(backend=backend), Measurement(candidate=0, score=us))
+        Measurement(layer, M, "graph", Candidate(backend=backend), score=us)
         for M, at in scores.items()
         for backend, us in at.items()
     ]
