@@ -1,9 +1,13 @@
 """A backend's default configuration, in the form in which measurements name candidates."""
 
+import functools
+from collections.abc import Callable, Iterable
+
 from moe_dispatch.backend import Backend
 from moe_dispatch.machine import Machine
 from moe_dispatch.policies.measurements.schema import Identity
-from moe_dispatch.policies.rules import FAMILIES, RulesPolicy
+from moe_dispatch.policies.rules import FAMILIES
+from moe_dispatch.policy import Choice
 from moe_dispatch.problem import MoEProblem
 from moe_dispatch.registry import make_backend
 
@@ -18,16 +22,29 @@ def default_identity(backend: Backend, problem: MoEProblem) -> Identity:
     return backend.name, tuple(sorted(backend.default_config(problem).model_dump(mode="json").items()))
 
 
-def family_members(problem: MoEProblem, machine: Machine) -> dict[str, Backend]:
-    """The backend that the rules choose of each family, among those that are here and can run the problem.
+Find = Callable[[str], Backend | None]
+
+
+def finder(machine: Machine) -> Find:
+    """`find_backend` for a machine, which makes each backend once."""
+    return functools.cache(functools.partial(find_backend, machine=machine))
+
+
+def family_members(problem: MoEProblem, ranked: Iterable[Choice], find: Find) -> dict[str, Backend]:
+    """The backend that the rules choose of each family, among those that can run the problem.
+
+    Args:
+        problem: The problem to run.
+        ranked: The rules' choices for it.
+        find: From `finder`.
 
     Returns:
         Backends by the name of their family (their own, where they have none), in the order of the rules.
     """
     members: dict[str, Backend] = {}
-    for choice in RulesPolicy(machine).rank(problem):
+    for choice in ranked:
         family = FAMILIES.get(choice.backend, choice.backend)
-        backend = None if family in members else find_backend(choice.backend, machine)
-        if backend and not backend.unavailable_reasons() and not backend.unsupported_reasons(problem):
+        backend = None if family in members else find(choice.backend)
+        if backend and not backend.unsupported_reasons(problem):
             members[family] = backend
     return members

@@ -3,19 +3,22 @@
 from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Final, Literal
+from typing import TYPE_CHECKING, Annotated, Final, Literal
 
 import pydantic
 
-from moe_dispatch.backend import Backend
 from moe_dispatch.errors import PolicyFileError, warn
 from moe_dispatch.machine import Machine
 from moe_dispatch.policies.learned.cost_model import TERMS, Term, rows_per_expert, terms
-from moe_dispatch.policies.learned.defaults import family_members, find_backend
+from moe_dispatch.policies.learned.defaults import family_members, finder
 from moe_dispatch.policies.measurements.schema import MAX_FILE_BYTES, Count, Name, Positive, Strict, damage, read_bytes
+from moe_dispatch.policies.rules import RulesPolicy
 from moe_dispatch.policy import Choice, Policy
 from moe_dispatch.problem import DType, Mode, MoEProblem
 from moe_dispatch.settings import cache_dir
+
+if TYPE_CHECKING:
+    from moe_dispatch.backend import Backend
 
 SCHEMA: Final = 3
 # A lead below the cost models' own errors of 2 to 4 % does not count, and the rules' choice stands. So it does where it
@@ -143,9 +146,11 @@ class LearnedPolicy(Policy):
             except PolicyFileError as error:
                 self._notes.append(f"refused, so the next policy decides: {error}")
                 warn(f"policy {self.name!r}: {error}")
+        self._rules = RulesPolicy(machine)
+        self._find = finder(machine)
         self._cost_models: dict[tuple[DType, Mode], list[tuple[CostModel, Backend]]] = {}
         for cost_model in model.cost_models if model else ():
-            if (backend := find_backend(cost_model.backend, machine)) is not None:
+            if (backend := self._find(cost_model.backend)) is not None:
                 self._cost_models.setdefault((cost_model.dtype, cost_model.mode), []).append((cost_model, backend))
 
     def rank(self, problem: MoEProblem) -> tuple[Choice, ...]:
@@ -154,29 +159,27 @@ class LearnedPolicy(Policy):
         if cost_models is None or problem.needs_grad or problem.M < 1:
             return ()
         parts = terms(problem)
-        members = family_members(problem, self.machine)
+        members = family_members(problem, self._rules.rank(problem), self._find)
         choices: dict[str, Choice] = {}
         for cost_model, named in cost_models:
-            backend = members.get(cost_model.backend, named)
-            if _applies(cost_model, backend, problem):
+            backend = members.get(cost_model.backend)
+            if backend is None and not named.unsupported_reasons(problem):  # one that the rules do not rank
+                backend = named
+            if backend is not None and rows_per_expert(problem) <= BEYOND * cost_model.most_rows:
                 choices[backend.name] = _choice(cost_model, backend.name, parts)
         ranked = sorted(choices.values(), key=lambda choice: choice.us or 0.0)
-        by_rules = choices.get(next(iter(members.values())).name) if members else None
-        if by_rules is None:
+        by_rules = next((backend.name for backend in members.values() if not backend.unavailable_reasons()), "")
+        stands = choices.get(by_rules)
+        if stands is None:
             return ()
-        if (by_rules.us or 0.0) <= (ranked[0].us or 0.0) * (1 + CLOSE):
-            ranked.remove(by_rules)
-            ranked.insert(0, by_rules)
+        if (stands.us or 0.0) <= (ranked[0].us or 0.0) * (1 + CLOSE):
+            ranked.remove(stands)
+            ranked.insert(0, stands)
         return tuple(ranked)
 
     def notes(self) -> tuple[str, ...]:
         """The reason for which the file is refused."""
         return tuple(self._notes)
-
-
-def _applies(cost_model: CostModel, backend: Backend, problem: MoEProblem) -> bool:
-    """Whether a backend can run a problem and its cost model may be used for it."""
-    return rows_per_expert(problem) <= BEYOND * cost_model.most_rows and not backend.unsupported_reasons(problem)
 
 
 def _choice(cost_model: CostModel, backend: str, parts: Mapping[Term, float]) -> Choice:

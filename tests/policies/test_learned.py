@@ -31,6 +31,7 @@ from moe_dispatch.policies.learned.fit import (
 )
 from moe_dispatch.policies.learned.policy import CostModel, LearnedPolicy, ModelFile, model_path, parse_model
 from moe_dispatch.policies.measurements.schema import Identity
+from moe_dispatch.policies.rules import vector_suits
 from moe_dispatch.problem import DType, MoEProblem
 from moe_dispatch.workloads import WORKLOADS, Workload
 
@@ -285,7 +286,7 @@ def law(backend: str, launch: float, most_rows: float = 1000.0) -> CostModel:
 
 @pytest.mark.parametrize(("us", "first"), [(98.0, "triton_splitk"), (96.0, "vllm_fused_moe")])
 def test_the_rules_stand_unless_another_is_clearly_faster(us: float, first: str) -> None:
-    problem = WORKLOADS["deepseek-v3"].problem(1, "bf16", H200, "graph")
+    problem = WORKLOADS["deepseek-v3"].problem(4, "bf16", H200, "graph")
     laws = [law("triton_splitk", 100.0), law("vllm_fused_moe", us), law("deep_gemm", 150.0)]
     policy = LearnedPolicy(H200, ModelFile(fingerprint="", sms=132, cost_models=laws))
     ranked = policy.rank(problem)
@@ -296,7 +297,7 @@ def test_the_rules_stand_unless_another_is_clearly_faster(us: float, first: str)
 
 def test_the_rules_decide_where_their_choice_has_no_law() -> None:
     policy = LearnedPolicy(H200, ModelFile(fingerprint="", sms=132, cost_models=[law("vllm_fused_moe", 1.0)]))
-    assert policy.rank(WORKLOADS["deepseek-v3"].problem(1, "bf16", H200, "graph")) == ()
+    assert policy.rank(WORKLOADS["deepseek-v3"].problem(4, "bf16", H200, "graph")) == ()
 
 
 def test_the_rules_choice_is_one_that_is_there() -> None:
@@ -306,7 +307,7 @@ def test_the_rules_choice_is_one_that_is_there() -> None:
     problem = WORKLOADS["mixtral-8x7b"].problem(4096, "fp8", H200, "graph")
     model = ModelFile(fingerprint="", sms=132, cost_models=[one.model_copy(update={"dtype": "fp8"}) for one in laws])
     assert LearnedPolicy(H200, model).rank(problem) == ()
-    assert LearnedPolicy(bare, model).rank(problem)[0].backend == "triton_persistent"
+    assert LearnedPolicy(bare, model).rank(problem)[0].backend == "gluon_hopper"
 
 
 def test_a_law_is_not_believed_far_beyond_what_was_measured() -> None:
@@ -314,7 +315,32 @@ def test_a_law_is_not_believed_far_beyond_what_was_measured() -> None:
     policy = LearnedPolicy(H200, ModelFile(fingerprint="", sms=132, cost_models=laws))
     layer = WORKLOADS["mixtral-8x7b"]  # of 8 experts, of which 2 get each token
     assert policy.rank(layer.problem(128, "bf16", H200, "graph"))[0].backend == "triton_splitk"
-    assert [one.backend for one in policy.rank(layer.problem(129, "bf16", H200, "graph"))] == ["triton_persistent"]
+    assert [one.backend for one in policy.rank(layer.problem(129, "bf16", H200, "graph"))] == ["gluon_hopper"]
+
+
+@pytest.mark.parametrize(("M", "first", "second"), [
+    (1, "triton_vector", "triton_persistent"), (16, "triton_splitk", "triton_persistent"),
+    (64, "triton_splitk", "gluon_hopper"),
+])  # fmt: skip
+def test_one_cost_model_serves_a_family_by_the_member_that_the_rules_choose(M: int, first: str, second: str) -> None:
+    laws = [law("triton_splitk", 90.0), law("triton_persistent", 100.0)]
+    policy = LearnedPolicy(H200, ModelFile(fingerprint="", sms=132, cost_models=laws))
+    ranked = policy.rank(WORKLOADS["mixtral-8x7b"].problem(M, "bf16", H200, "graph"))
+    assert [(choice.backend, choice.us) for choice in ranked] == [(first, 90.0), (second, 100.0)]
+
+
+def test_a_family_is_fitted_to_the_members_that_the_rules_choose() -> None:
+    chosen = [row for row in synthetic(dtype="bf16") if row.candidate[0] == "triton_splitk"]
+    instead = [
+        Observation(row.problem, default("triton_vector", row.problem), row.us) if vector_suits(row.problem) else row
+        for row in chosen
+    ]
+    assert instead != chosen
+    # What the rules do not choose there is no default of the family, and does not bend its model.
+    others = [Observation(row.problem, row.candidate, 9 * row.us) for row in chosen if vector_suits(row.problem)]
+    (model,) = fit_model([*instead, *others], H200).cost_models
+    assert (model.backend, model.points) == ("triton_splitk", len(chosen))
+    assert model.error < 2 * NOISE
 
 
 def test_a_backend_that_cannot_run_the_layer_is_not_ranked() -> None:
@@ -337,7 +363,7 @@ def test_what_ships_serves_devices_of_its_size(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(resources, "files", lambda _: tmp_path)
     model = ModelFile(fingerprint="where it was measured", sms=132, cost_models=[law("triton_splitk", 1.0)])
     save_model(model, tmp_path / "tables" / f"{H200.slug}.model.json")
-    problem = WORKLOADS["deepseek-v3"].problem(1, "bf16", H200, "graph")
+    problem = WORKLOADS["deepseek-v3"].problem(4, "bf16", H200, "graph")
     assert LearnedPolicy(H200).rank(problem)[0].backend == "triton_splitk"
     assert LearnedPolicy(H200.model_copy(update={"sms": 114})).rank(problem) == ()
 
