@@ -1,6 +1,6 @@
 """Measure a layer so that a sceptic would accept it: right first, then timed, candidates taking turns."""
 
-from moe_dispatch.measure.ceilings import H200_CEILINGS, Ceilings, measure_ceilings
+from moe_dispatch.measure.ceilings import H200_CEILINGS, Ceilings, known_ceilings, measure_ceilings
 from moe_dispatch.measure.inputs import Call, LayerInputs, backend_call, fast_path_call, make_inputs
 from moe_dispatch.measure.timing import Timing, Turns, quartiles, time_eager, time_graph, time_interleaved
 from moe_dispatch.measure.verify import Verdict, reference_outputs, relative_error, verify, worst_row_error
@@ -15,6 +15,7 @@ __all__ = [
     "Verdict",
     "backend_call",
     "fast_path_call",
+    "known_ceilings",
     "make_inputs",
     "measure_ceilings",
     "quartiles",

@@ -10,6 +10,7 @@ import pydantic
 import torch
 from torch import Tensor
 
+from moe_dispatch.machine import Machine
 from moe_dispatch.measure.inputs import timing_events
 from moe_dispatch.numerics import FP8
 from moe_dispatch.problem import DType, MoEProblem
@@ -50,8 +51,14 @@ class Ceilings(pydantic.BaseModel):
         return problem.floor_us(self.bandwidth, self.flops(problem.dtype) or float("inf"), experts)
 
 
-# One H200, measured on 2026-11-23 with 8192³ products and a large copy: the floor that every published fraction uses.
+# One H200, measured on 2026-11-23 with 8192³ products and a large copy: every published fraction uses these ceilings.
 H200_CEILINGS: Final = Ceilings(bandwidth=4.3e12, bf16_flops=700e12, fp8_flops=1300e12)
+_KNOWN: Final = {"NVIDIA H200": H200_CEILINGS}
+
+
+def known_ceilings(machine: Machine) -> Ceilings | None:
+    """Published ceilings of a device, by its name; None for a device that nobody has measured."""
+    return _KNOWN.get(machine.name)
 
 
 def measure_ceilings(device: torch.device | str) -> Ceilings:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from moe_dispatch.benchmarks.reports import agreement
+from moe_dispatch.benchmarks.record import agreement
 from moe_dispatch.machine import Machine
 from moe_dispatch.policies.calibration import calibrate as module
 from moe_dispatch.policies.calibration import run as campaign
