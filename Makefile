@@ -9,7 +9,7 @@ STAMP := $(VENV)/.installed
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format clean
+.PHONY: help demo check test timing matrix lint format clean
 
 help:  ## Show this list.
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -17,8 +17,17 @@ help:  ## Show this list.
 demo: $(STAMP)  ## Generate tokens with an MoE model through moe_forward, on whatever is here.
 	@$(BIN)/moe-dispatch demo
 
+check: lint  ## Lint, type-check and the tests that take seconds.
+	$(BIN)/python -m pytest -n auto --dist worksteal -q -m "not slow and not timing" tests/core tests/policies tests/benchmarks
+
 test: lint  ## Lint, type-check and run every test; those that need a GPU skip themselves without one.
-	$(BIN)/python -m pytest -n auto --dist worksteal
+	$(BIN)/python -m pytest -n auto --dist worksteal -m "not timing"
+
+timing: $(STAMP)  ## The tests that hold wall-clock bounds, alone on an idle machine.
+	$(BIN)/python -m pytest -m timing
+
+matrix: $(STAMP)  ## Every supported torch, Triton and transformers, each in its own environment; CELLS='core-torch211 …' for some.
+	$(BIN)/nox $(if $(CELLS),-s $(CELLS))
 
 lint: $(STAMP)  ## ruff and mypy --strict.
 	$(BIN)/ruff check .

@@ -9,6 +9,7 @@ from torch import Tensor
 from moe_dispatch.backends.stages.quantize import empty_scales, scale_strides
 from moe_dispatch.backends.stages.route import Routing
 from moe_dispatch.backends.triton_common.features import on_triton
+from moe_dispatch.backends.triton_common.launch_options import pdl_option
 from moe_dispatch.numerics import FP8, activate_torch, quantize_rows_torch
 from moe_dispatch.problem import QUANT_BLOCK, UNGATED, Activation
 
@@ -127,5 +128,5 @@ def _launch(
         slots, N, gate_up.shape[1], *scale_strides(scale, rows),
         # constants
         ACTIVATION=activation, INTERLEAVED=interleaved, QUANTIZE=scale is not None, SLOTS=block_s, GROUPS=groups,
-        PDL=pdl, num_warps=4, **({"launch_pdl": True} if pdl else {}),
+        PDL=pdl, num_warps=4, **pdl_option(pdl),
     )  # fmt: skip

@@ -4,8 +4,16 @@
 import triton
 import triton.language as tl
 
-from moe_dispatch.backends.triton_common.device import moe_activate, moe_fp8_amax, moe_fp8_codes, moe_fp8_scale
+from moe_dispatch.backends.triton_common.device import (
+    moe_activate,
+    moe_fp8_amax,
+    moe_fp8_codes,
+    moe_fp8_scale,
+    moe_gate_up_bias,
+    moe_gate_up_row,
+)
 from moe_dispatch.backends.triton_common.fast_launch import fast_launch
+from moe_dispatch.backends.triton_common.pdl import moe_pdl_wait_and_release
 
 
 @fast_launch
@@ -40,25 +48,25 @@ def _moe_activate_kernel(
     offs_s = tl.program_id(0) // blocks * SLOTS + tl.arange(0, SLOTS)
     block = tl.program_id(0) % blocks
     offs_n = block * GROUPS * 128 + tl.arange(0, GROUPS * 128)
-    if PDL:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
+    moe_pdl_wait_and_release(PDL)
     row = tl.load(row_of_slot_ptr + offs_s, mask=offs_s < slots, other=-1)
     mask_s = row >= 0
     mask = mask_s[:, None] & (offs_n < N)[None, :]
-    offs_gate = offs_n * 2 if INTERLEAVED else offs_n
-    offs_up = offs_n * 2 + 1 if INTERLEAVED else N + offs_n
+    GATED: tl.constexpr = ACTIVATION != "relu2"
+    PARTS: tl.constexpr = 2 if GATED else 1
+    offs_gate = moe_gate_up_row(offs_n, 0, N, PARTS, INTERLEAVED)
     row_ptrs = gate_up_ptr + row.to(tl.int64)[:, None] * gate_up_rows
     gate = tl.load(row_ptrs + offs_gate[None, :], mask=mask, other=0.0).to(tl.float32)
-    up = None
-    if ACTIVATION != "relu2":
+    up = gate
+    if GATED:
+        offs_up = moe_gate_up_row(offs_n, 1, N, PARTS, INTERLEAVED)
         up = tl.load(row_ptrs + offs_up[None, :], mask=mask, other=0.0).to(tl.float32)
     if bias_ptr is not None:
         expert = tl.load(ids_ptr + offs_s, mask=mask_s, other=0).to(tl.int64)
-        bias_ptrs = bias_ptr + expert[:, None] * gate_up_rows
-        gate += tl.load(bias_ptrs + offs_gate[None, :], mask=mask, other=0.0).to(tl.float32)
-        if ACTIVATION != "relu2":
-            up += tl.load(bias_ptrs + offs_up[None, :], mask=mask, other=0.0).to(tl.float32)
+        biases = bias_ptr + expert[:, None] * gate_up_rows
+        gate_bias, up_bias = moe_gate_up_bias(biases, offs_n[None, :], N, mask, GATED, INTERLEAVED)
+        gate += gate_bias
+        up += up_bias
     out = moe_activate(gate, up, ACTIVATION)  # [SLOTS, GROUPS * 128]
     out_ptrs = out_ptr + row.to(tl.int64)[:, None] * N + offs_n[None, :]
     if QUANTIZE:

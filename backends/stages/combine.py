@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from moe_dispatch.backends.triton_common.features import on_triton
+from moe_dispatch.backends.triton_common.launch_options import next_power_of_2, pdl_option
 
 
 def combine(
@@ -40,7 +41,7 @@ def combine(
     K = y.shape[1]
     out = torch.empty(M, K, dtype=out_dtype, device=y.device)
     # Few tokens leave most of the device idle unless each is spread over several programs.
-    block_k = min(1024 if M > 256 else 256, 1 << (K - 1).bit_length())
+    block_k = min(1024 if M > 256 else 256, next_power_of_2(K))
     if M:
         _moe_combine_kernel[(M, math.ceil(K / block_k))](
             # inputs
@@ -51,7 +52,7 @@ def combine(
             K,
             # constants
             TOPK=topk, BLOCK_K=block_k, PDL=pdl, num_warps=4 if block_k > 256 else 1,
-            **({"launch_pdl": True} if pdl else {}),
+            **pdl_option(pdl),
         )  # fmt: skip
     return out
 

@@ -5,6 +5,7 @@ import triton
 import triton.language as tl
 
 from moe_dispatch.backends.triton_common.fast_launch import fast_launch
+from moe_dispatch.backends.triton_common.pdl import moe_pdl_wait_and_release
 
 
 @fast_launch
@@ -28,9 +29,7 @@ def _moe_combine_kernel(
     token = tl.program_id(0).to(tl.int64)
     offs_k = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
     mask_k = offs_k < K
-    if PDL:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
+    moe_pdl_wait_and_release(PDL)
     acc = tl.zeros([BLOCK_K], tl.float32)
     for j in tl.static_range(TOPK):
         slot = token * TOPK + j

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from moe_dispatch.backends.triton_common.features import on_triton
+from moe_dispatch.backends.triton_common.launch_options import next_power_of_2
 
 _BLOCK: Final = 512
 
@@ -28,7 +29,7 @@ def mask_slots(topk_ids: Tensor, E: int, masked: int) -> Tensor:
 
     out = torch.empty(topk_ids.shape, dtype=torch.int32, device=topk_ids.device)
     slots = topk_ids.numel()
-    block = min(_BLOCK, max(32, 1 << (slots - 1).bit_length()))
+    block = min(_BLOCK, max(32, next_power_of_2(slots)))
     _moe_mask_slots_kernel[(math.ceil(slots / block),)](
         # inputs
         topk_ids,

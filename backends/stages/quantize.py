@@ -8,6 +8,7 @@ from torch import Tensor
 
 from moe_dispatch.backends.stages.route import Routing
 from moe_dispatch.backends.triton_common.features import on_triton
+from moe_dispatch.backends.triton_common.launch_options import next_power_of_2, pdl_option
 from moe_dispatch.numerics import FP8, quantize_rows_torch
 from moe_dispatch.problem import QUANT_BLOCK
 
@@ -51,7 +52,7 @@ def quantize_rows(rows: Tensor, *, column_major_scales: bool = False, pdl: bool 
             # shapes
             R, C, scale.stride(0), scale.stride(1),
             # constants
-            BLOCK_R=block_r, GROUPS=groups, PDL=pdl, num_warps=4, **({"launch_pdl": True} if pdl else {}),
+            BLOCK_R=block_r, GROUPS=groups, PDL=pdl, num_warps=4, **pdl_option(pdl),
         )  # fmt: skip
     return codes, scale
 
@@ -152,7 +153,7 @@ def spreads_scales(slots: int, columns: int) -> bool:
 
 def column_groups(columns: int) -> int:
     """Groups of 128 columns per program: eight keep a warp's loads wide and leave enough programs at few rows."""
-    return min(8, 1 << (math.ceil(columns / QUANT_BLOCK) - 1).bit_length())
+    return min(8, next_power_of_2(math.ceil(columns / QUANT_BLOCK)))
 
 
 def _launch_gather(
@@ -171,8 +172,8 @@ def _launch_gather(
             # shapes
             K, *scale_strides(scale, out.shape[0]),
             # constants
-            QUANTIZE=scale is not None, SPREAD=spread, TOPK=topk, TOPK_POW2=1 << (topk - 1).bit_length(),
-            GROUPS=groups, PDL=pdl, num_warps=4, **({"launch_pdl": True} if pdl else {}),
+            QUANTIZE=scale is not None, SPREAD=spread, TOPK=topk, TOPK_POW2=next_power_of_2(topk),
+            GROUPS=groups, PDL=pdl, num_warps=4, **pdl_option(pdl),
         )  # fmt: skip
 
 
@@ -181,7 +182,7 @@ def _spread(by_token: Tensor, routing: Routing, topk: int, scale: Tensor, pdl: b
     from moe_dispatch.backends.stages.quantize_kernel import _moe_spread_scales_kernel
 
     rows, groups = scale.shape
-    block_g = min(64, 1 << (groups - 1).bit_length())
+    block_g = min(64, next_power_of_2(groups))
     _moe_spread_scales_kernel[(math.ceil(rows / _SPREAD_ROWS),)](
         # inputs
         by_token, routing.slot_of_row,
@@ -190,5 +191,5 @@ def _spread(by_token: Tensor, routing: Routing, topk: int, scale: Tensor, pdl: b
         # shapes
         rows, groups, scale.stride(1),
         # constants
-        TOPK=topk, BLOCK_R=_SPREAD_ROWS, BLOCK_G=block_g, PDL=pdl, num_warps=4, **({"launch_pdl": True} if pdl else {}),
+        TOPK=topk, BLOCK_R=_SPREAD_ROWS, BLOCK_G=block_g, PDL=pdl, num_warps=4, **pdl_option(pdl),
     )  # fmt: skip

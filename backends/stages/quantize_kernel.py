@@ -6,6 +6,7 @@ import triton.language as tl
 
 from moe_dispatch.backends.triton_common.device import moe_fp8_amax, moe_fp8_codes, moe_fp8_scale
 from moe_dispatch.backends.triton_common.fast_launch import fast_launch
+from moe_dispatch.backends.triton_common.pdl import moe_pdl_wait_and_release
 
 
 @fast_launch
@@ -29,9 +30,7 @@ def _moe_quantize_rows_kernel(
     offs_r = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     offs_c = tl.program_id(1) * GROUPS * 128 + tl.arange(0, GROUPS * 128)
     offs_g = tl.program_id(1) * GROUPS + tl.arange(0, GROUPS)
-    if PDL:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
+    moe_pdl_wait_and_release(PDL)
     mask_r = offs_r < rows
     mask = mask_r[:, None] & (offs_c < columns)[None, :]
     offs = offs_r.to(tl.int64)[:, None] * columns + offs_c[None, :]
@@ -76,9 +75,7 @@ def _moe_gather_kernel(
     block = tl.program_id(0) % blocks
     offs_c = block * GROUPS * 128 + tl.arange(0, GROUPS * 128)
     mask_c = offs_c < columns
-    if PDL:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
+    moe_pdl_wait_and_release(PDL)
     out = tl.load(x_ptr + token.to(tl.int64) * columns + offs_c, mask=mask_c, other=0.0)
     if QUANTIZE:
         x = tl.reshape(out.to(tl.float32), [GROUPS, 128])
@@ -125,9 +122,7 @@ def _moe_spread_scales_kernel(
 ):
     """Multipliers of tokens ``[M, groups]`` to those of their rows, groups `stride_group` apart."""
     offs_r = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
-    if PDL:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
+    moe_pdl_wait_and_release(PDL)
     slot = tl.load(slot_of_row_ptr + offs_r, mask=offs_r < rows, other=-1)
     token = (slot // TOPK).to(tl.int64)
     for first in range(0, groups, BLOCK_G):

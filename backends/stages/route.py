@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from moe_dispatch.backends.triton_common.features import on_triton
+from moe_dispatch.backends.triton_common.launch_options import next_power_of_2, pdl_option
 from moe_dispatch.errors import InvalidInputError
 
 # Up to here one program per expert reads every id; beyond, that reading costs more than two launches more (H200, 128
@@ -75,10 +76,10 @@ def route(
     rows = buffer_rows(slots, E, alignment=alignment, capacity=capacity)
     routing = Routing(*(topk_ids.new_empty(length, dtype=torch.int32) for length in (rows, slots, E, E)))
     slot_of_row = routing.slot_of_row if by_row else None
-    layout = {"TOPK": topk_ids.shape[1], "CAPACITY": capacity or 0, "E_POW2": 1 << (E - 1).bit_length()}
-    launch = {"PDL": pdl, "launch_pdl": True} if pdl else {"PDL": False}
+    layout = {"TOPK": topk_ids.shape[1], "CAPACITY": capacity or 0, "E_POW2": next_power_of_2(E)}
+    launch = {"PDL": pdl, **pdl_option(pdl)}
     if slots <= (FEW_SLOTS if capacity is None else FEW_SLOTS // 2):
-        block = max(32, 1 << (slots - 1).bit_length())
+        block = max(32, next_power_of_2(slots))
         _moe_route_kernel[(E,)](
             # inputs
             topk_ids,
@@ -108,7 +109,7 @@ def route(
         # shapes
         blocks, E,
         # constants
-        BLOCK_E=_SCAN_EXPERTS, CHUNK=min(1024, 1 << (blocks - 1).bit_length()), num_warps=8, **launch,
+        BLOCK_E=_SCAN_EXPERTS, CHUNK=min(1024, next_power_of_2(blocks)), num_warps=8, **launch,
     )  # fmt: skip
     _moe_route_place_kernel[(blocks,)](
         # inputs

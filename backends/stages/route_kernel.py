@@ -5,6 +5,7 @@ import triton
 import triton.language as tl
 
 from moe_dispatch.backends.triton_common.fast_launch import fast_launch
+from moe_dispatch.backends.triton_common.pdl import moe_pdl_wait_and_release
 
 
 @fast_launch
@@ -36,9 +37,7 @@ def _moe_route_kernel(
     e = tl.program_id(0)
     offs = tl.arange(0, BLOCK)
     offs_e = tl.arange(0, E_POW2)
-    if PDL:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
+    moe_pdl_wait_and_release(PDL)
 
     ids = _load_ids(ids_ptr, offs, slots, E)
     hit = ids == e
@@ -99,9 +98,7 @@ def _moe_route_count_kernel(
     block = tl.program_id(0)
     offs = block * BLOCK + tl.arange(0, BLOCK)
     offs_e = tl.arange(0, E_POW2)
-    if PDL:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
+    moe_pdl_wait_and_release(PDL)
     ids = _load_ids(ids_ptr, offs, slots, E)
     new = _holds_row(ids_ptr, offs, ids, TOPK, CAPACITY)
     counts = tl.histogram(tl.maximum(ids, 0), E_POW2, mask=new)
@@ -127,9 +124,7 @@ def _moe_route_scan_kernel(
 ):
     """Turns counts ``[blocks, E]`` of a few experts into counts of earlier blocks; the last row gets the totals."""
     offs_e = tl.program_id(0) * BLOCK_E + tl.arange(0, BLOCK_E)
-    if PDL:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
+    moe_pdl_wait_and_release(PDL)
     total = tl.zeros([BLOCK_E], tl.int32)
     for first in range(0, blocks, CHUNK):
         offs_b = first + tl.arange(0, CHUNK)
@@ -169,9 +164,7 @@ def _moe_route_place_kernel(
     offs = block * BLOCK + tl.arange(0, BLOCK)
     offs_e = tl.arange(0, E_POW2)
     mask_e = offs_e < E
-    if PDL:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
+    moe_pdl_wait_and_release(PDL)
     total = tl.load(before_ptr + tl.num_programs(0) * E + offs_e, mask=mask_e, other=0)
     before = tl.load(before_ptr + block * E + offs_e, mask=mask_e, other=0)
     ids = _load_ids(ids_ptr, offs, slots, E)

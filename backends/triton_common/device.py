@@ -41,6 +41,41 @@ def moe_activate(gate, up, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
+def moe_gate_up_row(column, part, N, PARTS: tl.constexpr, INTERLEAVED: tl.constexpr):
+    """Which of an expert's gate_up rows computes a column of the intermediate.
+
+    Args:
+        column: Columns of the intermediate, 0…N-1.
+        part: 0 for the gate's row and 1 for up's; always 0 where PARTS is 1. May be a constant or a tensor.
+        N: Intermediate size.
+        PARTS: 2, or 1 for an activation without a gate.
+        INTERLEAVED: Whether gate and up rows alternate, instead of all gate rows first.
+    """
+    return column * PARTS + part if INTERLEAVED else part * N + column
+
+
+@triton.jit
+def moe_gate_up_bias(biases, column, N, mask, GATED: tl.constexpr, INTERLEAVED: tl.constexpr):
+    """The biases of gate and of up in fp32; those of gate twice where there is no gate.
+
+    Args:
+        biases: Where the expert's biases start, ``[2N]`` (``[N]`` without a gate): one pointer, or one for each slot in
+            a shape that broadcasts with `column`.
+        column: Columns of the intermediate.
+        N: Intermediate size.
+        mask: Which to read; the others are 0.
+        GATED: Whether the activation has a gate.
+        INTERLEAVED: Whether gate and up alternate.
+    """
+    PARTS: tl.constexpr = 2 if GATED else 1
+    gate = tl.load(biases + moe_gate_up_row(column, 0, N, PARTS, INTERLEAVED), mask=mask, other=0.0).to(tl.float32)
+    up = gate
+    if GATED:
+        up = tl.load(biases + moe_gate_up_row(column, 1, N, PARTS, INTERLEAVED), mask=mask, other=0.0).to(tl.float32)
+    return gate, up
+
+
+@triton.jit
 def moe_fp8_amax(values, AXIS: tl.constexpr):
     """The greatest magnitude of fp32 values along an axis; a NaN beats infinity, so that its group is spoilt."""
     # As integers, magnitudes keep their order, NaN stands above infinity, and nothing has to be asked of each element.

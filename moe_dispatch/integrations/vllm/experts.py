@@ -1,0 +1,123 @@
+"""vLLM's experts contract, answered by `moe_forward`. Imports vLLM: loaded by `layers` only.
+
+The contract is `FusedMoEExpertsModular`: abstract methods and the arguments of `apply`, which are the same in vLLM
+0.20.2 to 0.33. The surrounding method and kernel classes changed in every release and are not touched.
+"""
+
+from typing import Any
+
+import torch
+import vllm.model_executor.layers.fused_moe.modular_kernel as mk
+from torch import Tensor
+from vllm.model_executor.layers.fused_moe.topk_weight_and_reduce import TopKWeightAndReduceNoOP
+from vllm.model_executor.layers.quantization.utils.quant_utils import kFp8Dynamic128Sym, kFp8Static128BlockSym
+
+from moe_dispatch.api import moe_forward
+from moe_dispatch.experts import ExpertWeights
+from moe_dispatch.integrations.vllm.takeover import ACTIVATIONS, TAKEOVER
+from moe_dispatch.integrations.vllm.warm_up import warm_up_once
+
+
+class MoeDispatchExperts(mk.FusedMoEExpertsModular):  # type: ignore[misc]  # vLLM is untyped here
+    """The experts of one layer."""
+
+    def __init__(self, moe_config: Any, quant_config: Any) -> None:
+        super().__init__(moe_config, quant_config)
+        self._experts: ExpertWeights | None = None
+        self._addresses: tuple[int, ...] = ()
+
+    @property
+    def expects_unquantized_inputs(self) -> bool:
+        """Backends quantise activations themselves, fused with what comes before."""
+        return True
+
+    @staticmethod
+    def activation_format() -> Any:
+        """Tokens by rows, `[M, K]`."""
+        return mk.FusedMoEActivationFormat.Standard
+
+    @staticmethod
+    def _supports_current_device() -> bool:
+        return True  # on a device without kernels the reference runs
+
+    @staticmethod
+    def _supports_no_act_and_mul() -> bool:
+        return True
+
+    @staticmethod
+    def _supports_activation(activation: Any) -> bool:
+        return activation.value in ACTIVATIONS
+
+    @staticmethod
+    def _supports_quant_scheme(weight_key: Any, activation_key: Any) -> bool:
+        return (weight_key, activation_key) in ((None, None), (kFp8Static128BlockSym, kFp8Dynamic128Sym))
+
+    @staticmethod
+    def _supports_parallel_config(moe_parallel_config: Any) -> bool:
+        return not moe_parallel_config.use_ep and moe_parallel_config.dp_size == 1
+
+    def supports_expert_map(self) -> bool:
+        """Abstract up to vLLM 0.22."""
+        return False
+
+    def finalize_weight_and_reduce_impl(self) -> mk.TopKWeightAndReduce:
+        """`apply` weights and reduces."""
+        return TopKWeightAndReduceNoOP()
+
+    def workspace_shapes(
+        self,
+        M: int,
+        N: int,  # noqa: ARG002
+        K: int,
+        topk: int,  # noqa: ARG002
+        global_num_experts: int,  # noqa: ARG002
+        local_num_experts: int,  # noqa: ARG002
+        expert_tokens_meta: Any,  # noqa: ARG002
+        activation: Any,  # noqa: ARG002
+    ) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+        """No workspaces of vLLM's, and the output `[M, K]`."""
+        return (0,), (0,), (M, K)
+
+    def apply(
+        self,
+        output: Tensor,
+        hidden_states: Tensor,
+        w1: Tensor,
+        w2: Tensor,
+        topk_weights: Tensor,
+        topk_ids: Tensor,
+        activation: Any,
+        global_num_experts: int,  # noqa: ARG002
+        expert_map: Tensor | None,  # noqa: ARG002 - expert parallelism is refused
+        a1q_scale: Tensor | None,  # noqa: ARG002 - inputs arrive unquantised
+        a2_scale: Tensor | None,  # noqa: ARG002
+        workspace13: Tensor,  # noqa: ARG002
+        workspace2: Tensor,  # noqa: ARG002
+        expert_tokens_meta: Any,  # noqa: ARG002
+        apply_router_weight_on_input: bool,
+    ) -> None:
+        """Compute the layer into `output` `[M, K]`."""
+        experts = self._weights(w1, w2, activation)
+        if not torch.cuda.is_available() or not torch.cuda.is_current_stream_capturing():
+            TAKEOVER.tell()
+            warm_up_once(experts, topk_ids.shape[1], hidden_states.dtype)
+        if apply_router_weight_on_input:  # vLLM multiplied hidden_states before it called
+            topk_weights = torch.ones_like(topk_weights)
+        output.copy_(moe_forward(hidden_states, experts, topk_weights, topk_ids))
+
+    def _weights(self, w1: Tensor, w2: Tensor, activation: Any) -> ExpertWeights:
+        """The layer's weights, wrapped anew where a reload has moved any of them."""
+        tensors = (w1, w2, self.w1_scale, self.w2_scale, self.w1_bias, self.w2_bias)
+        addresses = tuple(0 if tensor is None else tensor.data_ptr() for tensor in tensors)
+        if self._experts is None or addresses != self._addresses:
+            gate_up, down, gate_up_scale, down_scale, gate_up_bias, down_bias = (
+                None if tensor is None else tensor.detach() for tensor in tensors
+            )
+            name, interleaved = ACTIVATIONS[activation.value]
+            assert gate_up is not None and down is not None  # noqa: S101, PT018 - w1 and w2
+            self._experts = ExpertWeights(
+                gate_up, down, gate_up_scale=gate_up_scale, down_scale=down_scale, gate_up_bias=gate_up_bias,
+                down_bias=down_bias, activation=name, interleaved=interleaved,
+            )  # fmt: skip
+            self._addresses = addresses
+        return self._experts

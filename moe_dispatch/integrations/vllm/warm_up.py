@@ -1,0 +1,56 @@
+"""Compiles and proves everything that serving may run, while the engine profiles its memory.
+
+The engine's profiling run makes the first call of a layer. It comes before the KV cache is sized and before graphs are
+captured, so what is allocated here is accounted for, and a capture meets nothing new. Layers of one shape share their
+plans: the first one warms up for all.
+"""
+
+import threading
+import time
+from typing import Any, Final
+
+import torch
+
+from moe_dispatch.api import warm_up
+from moe_dispatch.experts import ExpertWeights
+from moe_dispatch.integrations.vllm.takeover import vllm_logger
+
+_done: Final[set[tuple[object, ...]]] = set()
+_lock: Final = threading.Lock()
+_captured: tuple[int, ...] = ()
+_most_tokens = 0
+
+
+def remember_engine(vllm_config: Any) -> None:
+    """Keep the token counts that the engine is going to capture, and the largest batch that it schedules."""
+    global _captured, _most_tokens
+    _captured = tuple(sorted(vllm_config.compilation_config.cudagraph_capture_sizes or ()))
+    _most_tokens = int(vllm_config.scheduler_config.max_num_batched_tokens)
+
+
+def token_counts(captured: tuple[int, ...], most: int) -> tuple[int, ...]:
+    """Which token counts to warm up: what is captured, and eager batches of every size class up to the largest.
+
+    Triton compiles another binary where a size is no multiple of 16, so every power of two has an odd neighbour.
+    """
+    powers = [1 << power for power in range(most.bit_length())]
+    counts = {*captured, most, *powers, *(power - 1 for power in powers if power > 2)}
+    return tuple(sorted(count for count in counts if 0 < count <= max(most, 1)))
+
+
+def warm_up_once(experts: ExpertWeights, topk: int, act_dtype: torch.dtype) -> None:
+    """Warm up for layers of this kind, unless that has been done in this process."""
+    kind = (experts.spec, topk, act_dtype)
+    if kind in _done:
+        return
+    with _lock:
+        if kind in _done:
+            return
+        _done.add(kind)  # a failure below must not come again with every call: its backend is barred by then
+        if experts.device.type != "cuda":
+            return
+        counts = token_counts(_captured, _most_tokens)
+        begin = time.monotonic()
+        warm_up(experts, topk, counts, act_dtype)
+        seconds = time.monotonic() - begin
+        vllm_logger().info("warmed up %d token counts of %r in %.1f s", len(counts), experts, seconds)
