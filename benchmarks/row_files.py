@@ -1,5 +1,6 @@
 """JSON Lines files of benchmark rows: one row a line as `moe-dispatch bench` writes them, or packed (`packed`)."""
 
+import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -25,9 +26,10 @@ def append(path: Path, row: BenchRow) -> None:
 
 
 def load(paths: Iterable[Path]) -> list[BenchRow]:
-    """Read rows from files, and from every ``.jsonl`` file of folders.
+    """Read rows from files, and from every ``.jsonl`` file of rows in folders.
 
-    A later row replaces an earlier one of the same key and machine.
+    A later row replaces an earlier one of the same key and machine. Other records in a folder (JSON Lines that begin
+    with another kind of object) are passed over.
 
     Raises:
         InvalidInputError: A file cannot be read, or a line in it is neither a row nor one that was cut off.
@@ -35,7 +37,10 @@ def load(paths: Iterable[Path]) -> list[BenchRow]:
     rows: dict[tuple[str, RowKey], BenchRow] = {}
     for path in paths:
         for file in sorted(path.rglob("*.jsonl")) if path.is_dir() else [path]:
-            for row in _read(file):
+            lines = _lines(file)
+            if path.is_dir() and _is_other_record(lines):
+                continue
+            for row in _parse(file, lines):
                 rows[row.fingerprint, row.key] = row
     return list(rows.values())
 
@@ -48,13 +53,25 @@ def timed_keys(path: Path) -> set[RowKey]:
     return {row.key for row in load([path]) if row.us is not None} if path.exists() else set()
 
 
-def _read(path: Path) -> Iterator[BenchRow]:
+def _lines(path: Path) -> list[str]:
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        return path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise InvalidInputError(
             f"{path} cannot be read ({error}); give .jsonl files of `moe-dispatch bench`"
         ) from error
+
+
+def _is_other_record(lines: list[str]) -> bool:
+    """Whether lines begin with a JSON object that is neither a row nor the head of a packed file."""
+    try:
+        first = json.loads(lines[0]) if lines else None
+    except ValueError:
+        return False
+    return isinstance(first, dict) and not {"workload", "packed"} & set(first)
+
+
+def _parse(path: Path, lines: list[str]) -> Iterator[BenchRow]:
     if is_packed(lines):
         try:
             yield from unpack(lines)

@@ -103,7 +103,7 @@ def judge(observations: Sequence[Observation], machine: Machine) -> dict[str, di
     """
     shapes = {_shape(observation.problem) for observation in observations}
     if len(shapes) < 2:
-        raise InvalidInputError(f"leaving one model out needs rows of at least two models, got {len(shapes)}")
+        raise InvalidInputError(f"leaving one model out needs rows of two models at least, got {len(shapes)}")
     points: dict[MoEProblem, dict[Identity, float]] = {}
     single_runs: dict[MoEProblem, dict[Identity, float]] = {}
     for observation in observations:

@@ -28,7 +28,8 @@ def test_rows_with_earlier_names_are_read(source: str) -> None:
     assert BenchRow.model_validate_json(json.dumps(earlier)) == row
 
 
-def test_recorded_files_are_read() -> None:
+def test_recorded_files_are_read_and_other_records_beside_them_passed_over() -> None:
+    assert (RESULTS / "options.jsonl").exists()
     rows = row_files.load([RESULTS])
     assert {row.key for row in rows} == {
         row.key for name in ("bench.jsonl", "sweep.jsonl") for row in row_files.load([RESULTS / name])
@@ -36,6 +37,11 @@ def test_recorded_files_are_read() -> None:
     assert {row.ceilings_from for row in rows} == {"known"}
     assert all(row.fraction == pytest.approx(row.roofline_us / row.us) for row in rows if row.roofline_us and row.us)
     assert len({row.workload for row in rows}) == 7
+
+
+def test_another_record_is_refused_where_it_is_named() -> None:
+    with pytest.raises(InvalidInputError, match=r"options.jsonl:1 is not a benchmark row"):
+        row_files.load([RESULTS / "options.jsonl"])
 
 
 def test_a_half_written_line_spoils_no_other(tmp_path: Path) -> None:
