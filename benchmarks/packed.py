@@ -13,7 +13,7 @@ from typing import Any, Final
 from moe_dispatch.benchmarks.rows import BenchRow
 
 FORMAT: Final = 1
-RUN: Final = ("machine", "fingerprint", "versions", "commit", "ceilings", "ceilings_from")
+RUN: Final = ("machine", "fingerprint", "versions", "commit", "ceilings", "roofline_from")
 POINT: Final = (
     "workload", "E", "topk", "K", "N", "dtype", "M", "mode", "routing", "inputs", "hit_experts", "roofline_us",
 )  # fmt: skip

@@ -34,7 +34,7 @@ class Provenance:
         return cls(machine, versions(machine), commit(Path.cwd()), measured)
 
     @property
-    def roofline(self) -> tuple[Ceilings, Literal["known", "measured"]]:
+    def roofline(self) -> tuple[Ceilings, Literal["device", "measured"]]:
         """The ceilings that rooflines are computed from: the published ones of a known device, else the measured."""
         known = known_ceilings(self.machine)
-        return (known, "known") if known else (self.measured, "measured")
+        return (known, "device") if known else (self.measured, "measured")

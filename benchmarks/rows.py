@@ -12,8 +12,8 @@ from moe_dispatch.problem import DType, Mode
 RowKey = tuple[str, str, int, str, str, str, str]
 
 # Keys and values that recorded files may still have under an earlier name.
-_EARLIER_KEYS: Final = {"floor_us": "roofline_us", "floor_from": "ceilings_from"}
-_EARLIER_CEILINGS: Final = {"baselines": "known", "peers": "known"}
+_EARLIER_KEYS: Final = {"floor_us": "roofline_us", "floor_from": "roofline_from"}
+_EARLIER_CEILINGS: Final = {"baselines": "device", "peers": "device"}
 
 
 class BenchRow(pydantic.BaseModel):
@@ -38,7 +38,7 @@ class BenchRow(pydantic.BaseModel):
         inputs: Number of distinct inputs and routings that each sample ran over.
         hit_experts: Experts that got at least one token, mean over the inputs.
         roofline_us: Least possible time for these hits in µs; None if the device's ceilings are not known.
-        ceilings_from: Which ceilings the roofline uses: ``"known"`` are `known_ceilings` of the device, ``"measured"``
+        roofline_from: Which ceilings the roofline uses: ``"device"`` are `known_ceilings` of the device, ``"measured"``
             those that were measured in this run (`ceilings`); None if there is no roofline.
         fraction: ``roofline_us / us``.
         error: Greatest relative error against fp32; None if the call raised or the result was not finite.
@@ -71,7 +71,7 @@ class BenchRow(pydantic.BaseModel):
     inputs: int = 0
     hit_experts: float
     roofline_us: float | None = None
-    ceilings_from: Literal["known", "measured"] | None = None
+    roofline_from: Literal["device", "measured"] | None = None
     fraction: float | None = None
     error: float | None = None
     deterministic: bool | None = None
@@ -88,8 +88,8 @@ class BenchRow(pydantic.BaseModel):
         if not isinstance(data, Mapping):
             return data
         renamed = {_EARLIER_KEYS.get(key, key): value for key, value in data.items()}
-        source = renamed.get("ceilings_from")
-        return renamed | ({"ceilings_from": _EARLIER_CEILINGS[source]} if source in _EARLIER_CEILINGS else {})
+        source = renamed.get("roofline_from")
+        return renamed | ({"roofline_from": _EARLIER_CEILINGS[source]} if source in _EARLIER_CEILINGS else {})
 
     @pydantic.model_validator(mode="after")
     def _time_or_reason(self) -> Self:

@@ -34,7 +34,7 @@ def calibration_rows(file: CalibrationFile) -> Iterator[BenchRow]:
                     M=point.M, backend=candidate.backend, config=dict(candidate.config), mode=point.mode,
                     routing=routing, us=us, us_q1=q1, us_q3=q3, inputs=distinct_inputs(problem, machine),
                     hit_experts=problem.expected_experts, roofline_us=roofline,
-                    ceilings_from="known" if ceilings else None,
+                    roofline_from="device" if ceilings else None,
                     fraction=roofline / us if roofline and us else None, error=measurement.error,
                     reason=(measurement.disqualified or "not timed") if us is None else "",
                     machine=machine.name, fingerprint=machine.fingerprint, versions=versions(machine),

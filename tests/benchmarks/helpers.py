@@ -81,7 +81,7 @@ def bench_row(
     return BenchRow(
         workload=model, E=problem.E, topk=problem.topk, K=problem.K, N=problem.N, dtype=dtype, M=M, backend=backend,
         config=config or {}, mode=mode, routing=routing, us=us, us_q1=us, us_q3=us, samples=5 if us else 0, inputs=8,
-        hit_experts=problem.expected_experts, roofline_us=roofline, ceilings_from="known",
+        hit_experts=problem.expected_experts, roofline_us=roofline, roofline_from="device",
         fraction=roofline / us if us else None, error=4e-3, deterministic=True if us else None,
         reason="" if us else "wrong result: by far", machine=H200.name, fingerprint=H200.fingerprint,
         versions={"torch": "2.11"}, commit="c0ffee", ceilings=H200_CEILINGS,

@@ -59,7 +59,7 @@ def test_rows_are_written_validate_and_are_shown(tmp_path: Path) -> None:
         assert row.roofline_us is not None
         assert row.fraction == pytest.approx(row.roofline_us / row.us)
         assert row.machine == current_machine("cpu").name
-        assert row.ceilings_from == "measured"
+        assert row.roofline_from == "measured"
         assert {"torch", "triton", "moe_dispatch"} <= set(row.versions)
         assert (row.workload, row.dtype, row.mode, row.routing) == ("4,2,64,32", "fp32", "eager", "uniform")
     assert "naive_loop" in output

@@ -34,14 +34,14 @@ def test_a_calibration_becomes_rows(tmp_path: Path) -> None:
     }
     assert {row.workload for row in read} == {"deepseek-v3"}
     assert {row.reason for row in read if not row.us} == {"wrong on uniform routing"}
-    assert {row.ceilings_from for row in read} == {"known"}
+    assert {row.roofline_from for row in read} == {"device"}
 
 
 def test_a_calibration_of_a_device_without_known_ceilings_has_no_fractions() -> None:
     h20 = H200.model_copy(update={"name": "NVIDIA H20"})
     rows = list(calibration_rows(calibration().model_copy(update={"machine": h20})))
     assert rows
-    assert {(row.roofline_us, row.ceilings_from, row.fraction) for row in rows} == {(None, None, None)}
+    assert {(row.roofline_us, row.roofline_from, row.fraction) for row in rows} == {(None, None, None)}
 
 
 def test_a_shipped_table_keeps_what_may_be_chosen(tmp_path: Path) -> None:

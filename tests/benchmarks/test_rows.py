@@ -24,7 +24,7 @@ def test_rows_with_earlier_names_are_read(source: str) -> None:
     row = bench_row("vllm", "deepseek-v3", "bf16", 1, 200.0)
     earlier = json.loads(row.model_dump_json())
     earlier["floor_us"], earlier["floor_from"] = earlier.pop("roofline_us"), source
-    del earlier["ceilings_from"]
+    del earlier["roofline_from"]
     assert BenchRow.model_validate_json(json.dumps(earlier)) == row
 
 
@@ -34,7 +34,7 @@ def test_recorded_files_are_read_and_other_records_beside_them_passed_over() -> 
     assert {row.key for row in rows} == {
         row.key for name in ("bench.jsonl", "sweep.jsonl") for row in row_files.load([RESULTS / name])
     }
-    assert {row.ceilings_from for row in rows} == {"known"}
+    assert {row.roofline_from for row in rows} == {"device"}
     assert all(row.fraction == pytest.approx(row.roofline_us / row.us) for row in rows if row.roofline_us and row.us)
     assert len({row.workload for row in rows}) == 7
 
@@ -82,7 +82,7 @@ def test_packed_rows_are_the_rows(tmp_path: Path) -> None:
 
 def test_a_row_without_a_roofline_has_no_fraction_after_packing(tmp_path: Path) -> None:
     row = bench_row("vllm", "qwen3-30b-a3b", "fp8", 64, 175.0)
-    row = row.model_copy(update={"roofline_us": None, "ceilings_from": None, "ceilings": None, "fraction": None})
+    row = row.model_copy(update={"roofline_us": None, "roofline_from": None, "ceilings": None, "fraction": None})
     path = tmp_path / "packed.jsonl"
     path.write_text("\n".join(packed.pack([row])), encoding="utf-8")
     assert row_files.load([path]) == [row]

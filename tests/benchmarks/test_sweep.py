@@ -66,7 +66,7 @@ def test_nan_is_wrong_and_still_json(tmp_path: Path) -> None:
 
 
 def test_the_roofline_is_by_the_ceilings_of_a_known_device_else_by_measured_ones() -> None:
-    assert provenance(H200).roofline == (H200_CEILINGS, "known")
+    assert provenance(H200).roofline == (H200_CEILINGS, "device")
     other = H200.model_copy(update={"name": "NVIDIA H20"})
     assert provenance(other).roofline == (MEASURED, "measured")
 

@@ -63,8 +63,8 @@ def as_row(one: Observation, routing: str = "uniform") -> BenchRow:
         workload=next(name for name, layer in WORKLOADS.items() if (layer.E, layer.K) == (problem.E, problem.K)),
         E=problem.E, topk=problem.topk, K=problem.K, N=problem.N, dtype=problem.dtype, M=problem.M, backend=backend,
         config=dict(config), mode=problem.mode, routing=routing, us=one.us, hit_experts=problem.expected_experts,
-        roofline_us=1.0, ceilings_from="known", machine=H200.name, fingerprint=H200.fingerprint, versions={}, commit="",
-        ceilings=H200_CEILINGS,
+        roofline_us=1.0, roofline_from="device", machine=H200.name, fingerprint=H200.fingerprint, versions={},
+        commit="", ceilings=H200_CEILINGS,
     )  # fmt: skip
 
 
