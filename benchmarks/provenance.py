@@ -8,7 +8,7 @@ import torch
 
 from moe_dispatch.machine import Machine
 from moe_dispatch.measure import Ceilings, known_ceilings, measure_ceilings
-from moe_dispatch.system.provenance import commit, versions
+from moe_dispatch.measure.provenance import commit, versions
 
 
 @dataclass(frozen=True)

@@ -37,7 +37,7 @@ class BenchRow(pydantic.BaseModel):
         samples: Number of samples behind the median and the quartiles.
         inputs: Number of distinct inputs and routings that each sample ran over.
         hit_experts: Experts that got at least one token, mean over the inputs.
-        roofline_us: Least possible time for these hits in µs; None if the device's ceilings are not known.
+        roofline_us: Least possible time for these hits in µs; None if the device's rates are unknown.
         roofline_from: Which ceilings the roofline uses: ``"device"`` are `known_ceilings` of the device, ``"measured"``
             those that were measured in this run (`ceilings`); None if there is no roofline.
         fraction: ``roofline_us / us``.

@@ -177,7 +177,7 @@ class Sweep:
     ) -> BenchRow:
         ceilings, source = self.provenance.roofline
         hits = inputs.hit_experts
-        roofline = ceilings.floor_us(problem, hits)
+        roofline = ceilings.roofline_us(problem, hits)
         timing, verdict = outcome.timing, outcome.verdict
         error = None if verdict is None or verdict.error == float("inf") else verdict.error
         return BenchRow(
@@ -186,7 +186,8 @@ class Sweep:
             routing=candidate.routing.name,
             us=timing and timing.us, us_q1=timing and timing.us_q1, us_q3=timing and timing.us_q3,
             samples=timing.samples if timing else 0, inputs=len(inputs.inputs), hit_experts=hits,
-            roofline_us=roofline, roofline_from=source, fraction=roofline / timing.us if timing else None,
+            roofline_us=roofline, roofline_from=source if roofline else None,
+            fraction=roofline / timing.us if roofline and timing else None,
             error=error, deterministic=verdict.repeatable if verdict and timing else None, reason=outcome.reason,
             machine=self.provenance.machine.name, fingerprint=self.provenance.machine.fingerprint,
             versions=self.provenance.versions, commit=self.provenance.commit, ceilings=self.provenance.measured,

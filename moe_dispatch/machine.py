@@ -14,9 +14,8 @@ import torch
 from torch import device as Device
 
 from moe_dispatch.errors import InvalidInputError
+from moe_dispatch.settings import Settings
 from moe_dispatch.system.libraries import library_version
-
-MACHINE_ENV = "MOE_DISPATCH_MACHINE"
 
 
 class Machine(pydantic.BaseModel):
@@ -98,12 +97,12 @@ class Machine(pydantic.BaseModel):
             InvalidInputError: There is no such device, or `MOE_DISPATCH_MACHINE` describes another kind.
         """
         resolved = present_device(device)
-        described = os.environ.get(MACHINE_ENV)
+        described = Settings.from_environment().machine
         if described:
             machine = cls.load(described)
             if machine.device != resolved.type and device is not None:
                 raise InvalidInputError(
-                    f"{MACHINE_ENV}={described} describes a {machine.device} machine, and what runs here is on "
+                    f"MOE_DISPATCH_MACHINE={described} describes a {machine.device} machine, and what runs here is on "
                     f"{resolved}; unset it, or ask without running anything: `moe-dispatch explain --machine FILE`"
                 )
             return machine

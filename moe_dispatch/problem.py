@@ -128,8 +128,8 @@ class MoEProblem:
         share = min(1.0, self.topk / self.E)
         return self.E * (1.0 - (1.0 - share) ** self.M)
 
-    def floor_us(self, bandwidth: float, flops: float, experts: float | None = None) -> float:
-        """The least time in µs: weights of the hit experts read once, or the arithmetic, whichever is longer.
+    def roofline_us(self, bandwidth: float, flops: float, experts: float | None = None) -> float:
+        """The roofline in µs: reading the hit experts' weights once, or the arithmetic, whichever takes longer.
 
         Args:
             bandwidth: Sustained bytes per second.

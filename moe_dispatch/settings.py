@@ -1,65 +1,138 @@
-"""The environment, read once per process."""
+"""The environment variables of this package: one table, read in one place."""
 
 import functools
 import logging
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Final
 
 from moe_dispatch.errors import InvalidInputError
+from moe_dispatch.system.files import private_temporary_folder
 
+# Every variable that this package reads, with the text that `moe-dispatch doctor` and the README print.
+VARIABLES: Final[Mapping[str, str]] = {
+    "MOE_DISPATCH_BACKEND": "the backend of every call that names none",
+    "MOE_DISPATCH_POLICY": "the policies to use, comma-separated, in order of precedence",
+    "MOE_DISPATCH_DISABLE": "backends that are never chosen, comma-separated",
+    "MOE_DISPATCH_MACHINE": "a shipped machine (`h200`) or a JSON file that replaces what is seen of this machine",
+    "MOE_DISPATCH_CACHE_DIR": "the absolute path under which calibrations and the quarantine are kept",
+    "MOE_DISPATCH_LOG_LEVEL": "the level of the logger `moe_dispatch`",
+    "MOE_DISPATCH_COMMIT": "the commit that measurements record, where no git checkout tells it",
+}
 DEFAULT_POLICIES: Final = ("calibrated", "shipped", "learned", "rules")
 _LEVELS: Final = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What the environment asks for.
+    """The values of the environment variables in `VARIABLES`.
 
     Attributes:
-        backend: ``MOE_DISPATCH_BACKEND``: the backend of every call that names none; empty to choose.
-        policies: ``MOE_DISPATCH_POLICY``: comma-separated names, asked in this order.
-        disabled: ``MOE_DISPATCH_DISABLE``: comma-separated backends that are never chosen.
-        log_level: ``MOE_DISPATCH_LOG_LEVEL`` of the logger ``moe_dispatch``; empty to leave it alone.
+        backend: Backend of every call that names none; empty to let the policies choose.
+        policies: Policy names in order of precedence.
+        disabled: Backends that are never chosen.
+        machine: Name or file of a machine description; empty to inspect this machine.
+        cache_dir: Folder of calibrations and the quarantine; see `cache_dir` for the default.
+        log_level: Level of the logger ``moe_dispatch``; empty to leave the logger alone.
+        commit: Commit that measurements record; empty to ask git.
     """
 
     backend: str = ""
     policies: tuple[str, ...] = DEFAULT_POLICIES
     disabled: frozenset[str] = frozenset()
+    machine: str = ""
+    cache_dir: Path | None = None
     log_level: str = ""
+    commit: str = ""
 
     @classmethod
     def from_environment(cls) -> "Settings":
-        """Read the four variables.
+        """Read the variables.
 
         Raises:
-            InvalidInputError: The log level is none.
+            InvalidInputError: The log level is unknown, or the cache directory is a relative path.
         """
-        level = os.environ.get("MOE_DISPATCH_LOG_LEVEL", "").upper()
+        level = _text("LOG_LEVEL").upper()
         if level and level not in _LEVELS:
             raise InvalidInputError(f"MOE_DISPATCH_LOG_LEVEL must be one of {', '.join(_LEVELS)}, got {level!r}")
         return cls(
-            backend=os.environ.get("MOE_DISPATCH_BACKEND", "").strip(),
-            policies=_names("MOE_DISPATCH_POLICY") or DEFAULT_POLICIES,
-            disabled=frozenset(_names("MOE_DISPATCH_DISABLE")),
+            backend=_text("BACKEND"),
+            policies=_names("POLICY") or DEFAULT_POLICIES,
+            disabled=frozenset(_names("DISABLE")),
+            machine=_text("MACHINE"),
+            cache_dir=_folder("CACHE_DIR"),
             log_level=level,
+            commit=_text("COMMIT"),
         )
+
+
+def set_variables() -> dict[str, str]:
+    """The variables that are set, with their values."""
+    return {name: value for name in VARIABLES if (value := os.environ.get(name))}
+
+
+def variables_table() -> str:
+    """The variables as the Markdown table of the README."""
+    rows = [f"| `{name}` | {meaning} |" for name, meaning in VARIABLES.items()]
+    return "\n".join(["| Variable | Meaning |", "|---|---|", *rows])
 
 
 @functools.cache
 def settings() -> Settings:
     """The process's settings; the first call reads the environment and sets the log level."""
-    found = Settings.from_environment()
-    if found.log_level:
+    read = Settings.from_environment()
+    if read.log_level:
         logger = logging.getLogger("moe_dispatch")
-        logger.setLevel(found.log_level)
+        logger.setLevel(read.log_level)
         # Without any handler Python prints warnings at most, and the level would show nothing.
         handler = logging.StreamHandler()
         handler.setFormatter(logging.Formatter("%(name)s %(levelname)s: %(message)s"))
-        handler.addFilter(lambda _: not logging.getLogger().handlers)  # a program that prints its log prints ours
+        # A program that has configured the root logger prints our records already.
+        handler.addFilter(lambda _: not logging.getLogger().handlers)
         logger.addHandler(handler)
-    return found
+    return read
+
+
+def cache_dir() -> Path:
+    """``MOE_DISPATCH_CACHE_DIR``, else ``$XDG_CACHE_HOME/moe_dispatch``, else ``~/.cache/moe_dispatch``.
+
+    A user without a home directory gets a private folder in the system's temporary directory. The folder need not
+    exist and may not be usable; reading and writing deal with that.
+
+    Raises:
+        InvalidInputError: ``MOE_DISPATCH_CACHE_DIR`` is a relative path.
+    """
+    if named := Settings.from_environment().cache_dir:
+        return named
+    base = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    if base.is_absolute():  # the XDG specification has relative paths ignored
+        return base / "moe_dispatch"
+    try:
+        return Path.home() / ".cache" / "moe_dispatch"
+    except RuntimeError:  # a container's user may have no home
+        return private_temporary_folder()
+
+
+def _text(variable: str) -> str:
+    return os.environ.get(f"MOE_DISPATCH_{variable}", "").strip()
 
 
 def _names(variable: str) -> tuple[str, ...]:
-    return tuple(name.strip() for name in os.environ.get(variable, "").split(",") if name.strip())
+    return tuple(name.strip() for name in _text(variable).split(",") if name.strip())
+
+
+def _folder(variable: str) -> Path | None:
+    if not (text := _text(variable)):
+        return None
+    try:
+        folder = Path(text).expanduser()
+    except RuntimeError as error:
+        raise InvalidInputError(f"MOE_DISPATCH_{variable}={text} cannot be expanded: {error}") from error
+    if not folder.is_absolute():
+        raise InvalidInputError(
+            f"MOE_DISPATCH_{variable} must be an absolute path, got {text!r}: a relative one would name another folder "
+            "in each working directory"
+        )
+    return folder

@@ -15,7 +15,7 @@ from moe_dispatch.policies.measurements.versions import changes, relevant_versio
 from moe_dispatch.policy import Choice, Policy
 from moe_dispatch.problem import Mode, MoEProblem
 from moe_dispatch.registry import make_backend
-from moe_dispatch.system.files import cache_dir
+from moe_dispatch.settings import cache_dir
 
 logger = logging.getLogger(__name__)
 

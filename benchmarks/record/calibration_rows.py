@@ -5,9 +5,9 @@ from collections.abc import Iterator
 from moe_dispatch.benchmarks.rows import BenchRow
 from moe_dispatch.machine import Machine
 from moe_dispatch.measure import known_ceilings
+from moe_dispatch.measure.provenance import versions
 from moe_dispatch.policies.calibration.worker import distinct_inputs
 from moe_dispatch.policies.measurements.schema import CalibrationFile, Layer
-from moe_dispatch.system.provenance import versions
 from moe_dispatch.workloads import WORKLOADS, Workload
 
 
@@ -23,7 +23,7 @@ def calibration_rows(file: CalibrationFile) -> Iterator[BenchRow]:
         layer = file.layers[point.layer]
         problem = layer.problem(point.M, machine, point.mode)
         workload = _workload(layer, machine)
-        roofline = ceilings and ceilings.floor_us(problem)
+        roofline = ceilings.roofline_us(problem) if ceilings else None
         for measurement in point.measurements:
             candidate = file.candidates[measurement.candidate]
             quartiles: dict[str, tuple[float, float, float] | None] = dict(measurement.us) or {"uniform": None}
@@ -34,7 +34,7 @@ def calibration_rows(file: CalibrationFile) -> Iterator[BenchRow]:
                     M=point.M, backend=candidate.backend, config=dict(candidate.config), mode=point.mode,
                     routing=routing, us=us, us_q1=q1, us_q3=q3, inputs=distinct_inputs(problem, machine),
                     hit_experts=problem.expected_experts, roofline_us=roofline,
-                    roofline_from="device" if ceilings else None,
+                    roofline_from="device" if roofline else None,
                     fraction=roofline / us if roofline and us else None, error=measurement.error,
                     reason=(measurement.disqualified or "not timed") if us is None else "",
                     machine=machine.name, fingerprint=machine.fingerprint, versions=versions(machine),

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 from dataclasses import dataclass
 from typing import Annotated, Final
 
@@ -16,17 +15,9 @@ from moe_dispatch.dispatch.process import get_dispatcher
 from moe_dispatch.dispatch.quarantine import Quarantine, QuarantineEntry
 from moe_dispatch.errors import MoEDispatchError
 from moe_dispatch.problem import ELEMENT_BYTES, DType
-from moe_dispatch.system.files import cache_dir
+from moe_dispatch.settings import VARIABLES, cache_dir, set_variables
 from moe_dispatch.workloads import ROUTINGS, Workload, make_experts
 
-VARIABLES: Final = {
-    "MOE_DISPATCH_BACKEND": "the backend of every call that names none",
-    "MOE_DISPATCH_POLICY": "policies, in the order in which they are asked",
-    "MOE_DISPATCH_DISABLE": "backends that are never chosen",
-    "MOE_DISPATCH_MACHINE": "a JSON file that replaces what is seen of the machine",
-    "MOE_DISPATCH_CACHE_DIR": "where measurements and quarantine are kept",
-    "MOE_DISPATCH_LOG_LEVEL": "of the logger moe_dispatch",
-}
 # Small, and aligned so that no backend refuses it for its shape.
 _PROBE: Final = Workload("probe", E=4, topk=2, K=256, N=128)
 _PROBE_TOKENS: Final = 8
@@ -63,7 +54,7 @@ def doctor(
     lifted = _lift(dispatcher.quarantine) if reset else None
     reports = [_report(dispatcher, status, probe=probe) for status in dispatcher.planner.statuses()]
     entries, notes = dispatcher.quarantine.entries(), dispatcher.planner.notes()
-    environment = {name: os.environ[name] for name in VARIABLES if os.environ.get(name)}
+    environment = set_variables()
     if as_json:
         found = {
             "machine": dispatcher.machine.model_dump(mode="json"),

@@ -20,7 +20,8 @@ import pydantic
 
 from moe_dispatch.machine import Machine
 from moe_dispatch.problem import MoEProblem
-from moe_dispatch.system.files import cache_dir, locked, write_atomically
+from moe_dispatch.settings import cache_dir
+from moe_dispatch.system.files import locked, write_atomically
 from moe_dispatch.system.libraries import library_version
 from moe_dispatch.system.signals import cleaned_up_on_sigterm
 

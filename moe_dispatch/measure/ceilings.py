@@ -1,9 +1,10 @@
-"""What the machine can do at best: memory bandwidth and matrix rates, from which a layer's floor follows."""
+"""Ceilings of a device: the memory bandwidth and matrix rates from which a layer's roofline follows."""
 
 import functools
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Final
 
 import pydantic
@@ -21,10 +22,10 @@ MEASURE_SECONDS: Final = {"cuda": 0.3, "cpu": 0.1}
 
 
 class Ceilings(pydantic.BaseModel):
-    """Sustained rates of a device; None where it has no such unit.
+    """Sustained rates of a device; None where they are unknown or the device has no such unit.
 
     Attributes:
-        bandwidth: Bytes per second of a large copy, read and written bytes both counted.
+        bandwidth: Bytes per second of a large copy, counting bytes read and bytes written.
         bf16_flops: Operations per second of a large BF16 product; FP16 is taken as equal.
         fp8_flops: The same for e4m3 with one scale per tensor.
         fp32_flops: The same for FP32 without TF32.
@@ -38,33 +39,57 @@ class Ceilings(pydantic.BaseModel):
     fp32_flops: float | None = None
 
     def flops(self, dtype: DType) -> float | None:
-        """The rate for weights of this dtype."""
+        """The matrix rate for weights of this dtype."""
         return {"bf16": self.bf16_flops, "fp16": self.bf16_flops, "fp8": self.fp8_flops, "fp32": self.fp32_flops}[dtype]
 
-    def floor_us(self, problem: MoEProblem, experts: float | None = None) -> float:
-        """The least time of a problem in µs; the memory's part alone where the matrix rate is unknown.
+    def roofline_us(self, problem: MoEProblem, experts: float | None = None) -> float | None:
+        """The roofline of a problem in µs; None where the matrix rate of its dtype is unknown.
 
         Args:
-            problem: What is asked.
+            problem: The layer call.
             experts: Experts that were hit; the expectation under uniform routing if None.
         """
-        return problem.floor_us(self.bandwidth, self.flops(problem.dtype) or float("inf"), experts)
+        flops = self.flops(problem.dtype)
+        return None if flops is None else problem.roofline_us(self.bandwidth, flops, experts)
 
 
-# One H200, measured on 2026-11-23 with 8192³ products and a large copy: every published fraction uses these ceilings.
-H200_CEILINGS: Final = Ceilings(bandwidth=4.3e12, bf16_flops=700e12, fp8_flops=1300e12)
-_KNOWN: Final = {"NVIDIA H200": H200_CEILINGS}
+@dataclass(frozen=True)
+class KnownCeilings:
+    """Ceilings of a device that this project measured.
+
+    Attributes:
+        ceilings: The rates, rounded.
+        evidence: How, on what and when they were measured.
+    """
+
+    ceilings: Ceilings
+    evidence: str
+
+
+# By `Machine.slug`. A device is listed only if it was measured; every other one is measured in the run that needs it.
+KNOWN_CEILINGS: Final[Mapping[str, KnownCeilings]] = {
+    "nvidia_h200": KnownCeilings(
+        Ceilings(bandwidth=4.3e12, bf16_flops=700e12, fp8_flops=1300e12),
+        "8192³ products and a copy of 4 GiB on one NVIDIA H200 (132 SMs, driver 580.159.04, torch 2.11.0+cu130), "
+        "2026-11-23. The run in benchmarks/results/nvidia_h200/bench.jsonl measured 4.25e12, 677e12 and 1277e12.",
+    ),
+}
+H200_CEILINGS: Final = KNOWN_CEILINGS["nvidia_h200"].ceilings
 
 
 def known_ceilings(machine: Machine) -> Ceilings | None:
-    """Published ceilings of a device, by its name; None for a device that nobody has measured."""
-    return _KNOWN.get(machine.name)
+    """The recorded ceilings of a machine's device; None where it was never measured."""
+    known = KNOWN_CEILINGS.get(machine.slug)
+    return known.ceilings if known else None
 
 
 def measure_ceilings(device: torch.device | str) -> Ceilings:
     """Measure a device's ceilings on random data: medians over about 0.3 s each, after warm-up.
 
     On a CPU smaller operands are used, and FP8 is None.
+
+    Args:
+        device: ``"cpu"`` or a CUDA device.
     """
     place = torch.device(device)
     size = PRODUCT_SIZE[place.type]

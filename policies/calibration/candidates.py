@@ -14,13 +14,13 @@ from moe_dispatch.backend import Backend
 from moe_dispatch.dispatch.quarantine import Quarantine
 from moe_dispatch.errors import BackendUnavailableError, PolicyFileError
 from moe_dispatch.machine import Machine
+from moe_dispatch.measure.provenance import commit
 from moe_dispatch.policies.calibration.successive_halving import FALLBACK
 from moe_dispatch.policies.measurements.schema import CalibrationFile, Candidate, Layer, LayerKey, read_calibration
 from moe_dispatch.policies.measurements.table import Identity, tables
 from moe_dispatch.policies.measurements.versions import changes, relevant_versions
 from moe_dispatch.problem import Mode
 from moe_dispatch.registry import make_backend
-from moe_dispatch.system.provenance import commit
 
 # Two measured neighbours decide who starts between them if both are within this factor of tokens,
 NEIGHBOURS: Final = 8

@@ -21,7 +21,8 @@ from typing import Final
 from moe_dispatch.machine import Machine
 from moe_dispatch.policies.calibration.worker_process import CandidateFailedError, WorkerDiedError, WorkerProcess
 from moe_dispatch.policies.measurements.schema import Candidate, Layer
-from moe_dispatch.system.files import cache_dir, locked, write_atomically
+from moe_dispatch.settings import cache_dir
+from moe_dispatch.system.files import locked, write_atomically
 
 MOST_PROCESSES: Final = 32
 # A process takes seconds to start: one for every so many jobs pays.

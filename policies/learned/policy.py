@@ -16,7 +16,7 @@ from moe_dispatch.policies.measurements.schema import MAX_FILE_BYTES, Count, Nam
 from moe_dispatch.policies.rules import RulesPolicy
 from moe_dispatch.policy import Choice, Policy
 from moe_dispatch.problem import DType, Mode, MoEProblem
-from moe_dispatch.system.files import cache_dir
+from moe_dispatch.settings import cache_dir
 
 SCHEMA: Final = 3
 # A lead of less than the laws' own errors, 2 to 4 %, is none: then the rules' choice stands. So it does where it has no

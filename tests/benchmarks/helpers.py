@@ -77,7 +77,8 @@ def bench_row(
 ) -> BenchRow:
     """A row of an H200; without a time it was wrong."""
     problem = WORKLOADS[model].problem(M, dtype, H200)
-    roofline = H200_CEILINGS.floor_us(problem)
+    roofline = H200_CEILINGS.roofline_us(problem)
+    assert roofline is not None
     return BenchRow(
         workload=model, E=problem.E, topk=problem.topk, K=problem.K, N=problem.N, dtype=dtype, M=M, backend=backend,
         config=config or {}, mode=mode, routing=routing, us=us, us_q1=us, us_q3=us, samples=5 if us else 0, inputs=8,

@@ -17,8 +17,8 @@ from moe_dispatch.benchmarks.sweep import Sweep
 from moe_dispatch.experts import ExpertWeights
 from moe_dispatch.machine import Machine, current_machine
 from moe_dispatch.measure import H200_CEILINGS, Ceilings, time_interleaved
+from moe_dispatch.measure.provenance import commit
 from moe_dispatch.problem import DType
-from moe_dispatch.system.provenance import commit
 from moe_dispatch.workloads import ROUTINGS
 from tests.benchmarks.helpers import H200, LAYER, Faulty, out_of_memory_at, reference
 

@@ -10,12 +10,12 @@ import pytest
 from typer.testing import CliRunner
 
 from moe_dispatch.cli import app
-from moe_dispatch.commands.doctor import VARIABLES
 from moe_dispatch.dispatch.process import reset_dispatchers
 from moe_dispatch.dispatch.quarantine import Quarantine
 from moe_dispatch.machine import Machine
 from moe_dispatch.problem import MoEProblem
 from moe_dispatch.registry import BACKENDS
+from moe_dispatch.settings import VARIABLES, variables_table
 
 RUNNER = CliRunner()
 H200 = Machine(
@@ -203,16 +203,21 @@ def test_a_described_machine_is_not_calibrated(h200: Path, monkeypatch: pytest.M
     assert "--machine" in result.stderr
 
 
-def test_doctor_knows_every_variable_the_sources_read() -> None:
+def test_the_table_of_variables_holds_every_variable_in_the_sources() -> None:
     import re
 
     import moe_dispatch
 
     package = Path(moe_dispatch.__file__).parent
-    sources = [*package.rglob("*.py"), *(package.parent / "backends").rglob("*.py")]
-    read = {
-        name
-        for source in sources
-        for name in re.findall(r"\"(MOE_DISPATCH_[A-Z_]+)\"", source.read_text(encoding="utf-8"))
-    }
-    assert read == set(VARIABLES)
+    rooms = (package, *(package / name for name in ("backends", "policies", "benchmarks")))  # rglob follows no links
+    sources = [source for room in rooms for source in room.rglob("*.py")]
+    texts = {source.name: source.read_text(encoding="utf-8") for source in sources}
+    named = {name for text in texts.values() for name in re.findall(r"MOE_DISPATCH_[A-Z_]*[A-Z]\b", text)}
+    assert named == set(VARIABLES)
+    readers = {name for name, text in texts.items() if re.search(r"environ.*MOE_DISPATCH_", text)}
+    assert readers == {"settings.py", "demo.py"}  # the demo gives its calibration a folder of its own
+
+
+def test_the_readme_holds_the_table_of_variables() -> None:
+    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    assert variables_table() in readme, f"README.md must hold this table:\n{variables_table()}"

@@ -5,6 +5,7 @@ import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from moe_dispatch.errors import InvalidInputError
 from moe_dispatch.experts import ExpertWeights
-from moe_dispatch.machine import current_machine
+from moe_dispatch.machine import Machine, current_machine
 from moe_dispatch.measure import (
     H200_CEILINGS,
     Call,
@@ -20,6 +21,7 @@ from moe_dispatch.measure import (
     Timing,
     Turns,
     backend_call,
+    known_ceilings,
     make_inputs,
     measure_ceilings,
     reference_outputs,
@@ -35,6 +37,7 @@ from moe_dispatch.workloads import ROUTINGS, Workload, make_experts
 
 LAYER = Workload("tiny", E=4, topk=2, K=64, N=32)
 TOKENS = 6
+MACHINES = Path(__file__).parents[1] / "machines"
 
 
 @dataclass
@@ -343,15 +346,26 @@ def test_ceilings_of_a_cpu() -> None:
     assert ceilings.fp32_flops > 1e8
     assert ceilings.fp8_flops is None
     problem = LAYER.problem(1, "fp8", current_machine("cpu"))
-    assert ceilings.floor_us(problem) == pytest.approx(problem.floor_us(ceilings.bandwidth, math.inf))
+    assert ceilings.roofline_us(problem) is None, "no rate is known for FP8, so no fraction can be printed"
+    problem = LAYER.problem(1, "fp32", current_machine("cpu"))
+    assert ceilings.roofline_us(problem) == problem.roofline_us(ceilings.bandwidth, ceilings.fp32_flops)
 
 
-def test_the_floor_is_that_of_the_peers() -> None:
-    # BASELINES.md: DeepSeek-V3 at M=1 takes vLLM 185 µs in BF16, .88 of the floor.
+def test_ceilings_are_known_of_measured_devices_alone() -> None:
+    machine = Machine.load(MACHINES / "h200.json")
+    assert known_ceilings(machine) == H200_CEILINGS
+    # A device of the same name with other limits is another device: half an H200 has half its ceilings.
+    assert known_ceilings(machine.model_copy(update={"name": "NVIDIA H200 MIG 3g.71gb"})) is None
+    for other in ("a100", "b200", "l40s"):
+        assert known_ceilings(Machine.load(MACHINES / f"{other}.json")) is None
+
+
+def test_the_roofline_explains_recorded_fractions() -> None:
+    # One H200: vLLM takes 185 µs for DeepSeek-V3 in BF16 at M=1, .88 of the roofline; 13882 µs in FP8 at 16384, .64.
     problem = MoEProblem(M=1, K=7168, N=2048, E=256, topk=8)
-    assert H200_CEILINGS.floor_us(problem, experts=8) / 185 == pytest.approx(0.88, abs=0.01)
+    assert H200_CEILINGS.roofline_us(problem, experts=8) == pytest.approx(0.88 * 185, rel=0.01)
     large = MoEProblem(M=16384, K=7168, N=2048, E=256, topk=8, dtype="fp8")
-    assert H200_CEILINGS.floor_us(large) / 13882 == pytest.approx(0.64, abs=0.01)
+    assert H200_CEILINGS.roofline_us(large) == pytest.approx(0.64 * 13882, rel=0.01)
 
 
 @pytest.mark.gpu

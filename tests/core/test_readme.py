@@ -5,10 +5,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-from moe_dispatch.commands.doctor import VARIABLES
 from moe_dispatch.machine import Machine
 from moe_dispatch.problem import DTYPES
 from moe_dispatch.registry import BACKENDS
+from moe_dispatch.settings import VARIABLES
 from moe_dispatch.workloads import Workload
 
 README = Path(__file__).parents[2] / "README.md"

@@ -49,7 +49,7 @@ def summarize(path: Path) -> dict[str, Any]:
 def record(paths: Sequence[Path]) -> dict[str, Any]:
     """The record of several reports, from this machine and checkout."""
     from moe_dispatch.machine import Machine
-    from moe_dispatch.system.provenance import commit, versions
+    from moe_dispatch.measure.provenance import commit, versions
 
     machine = Machine.inspect()
     return {

@@ -92,7 +92,8 @@ class Device:
     def true_us(self, identity: Identity, M: int, mode: str, routing: str) -> float:
         """Of a candidate on this machine: the floor, and a lag that changes slowly over M."""
         assert self._layer is not None
-        floor = H200_CEILINGS.floor_us(self._layer.problem(M, H200))
+        floor = H200_CEILINGS.roofline_us(self._layer.problem(M, H200))
+        assert floor is not None
         backend = self._lasting(self._layer.dtype, identity[0])
         config = self._lasting(self._layer.dtype, identity)
         # Lags of backends cross somewhere on the way from few tokens to many; those of configurations are close.

@@ -1,15 +1,15 @@
-"""Where a measurement comes from: the versions and the commit that it was made with."""
+"""The origin of a measurement: the versions and the commit that it was made with."""
 
-import os
 import subprocess
 from pathlib import Path
 
 from moe_dispatch.machine import Machine
+from moe_dispatch.settings import Settings
 from moe_dispatch.system.libraries import library_version
 
 
 def versions(machine: Machine) -> dict[str, str]:
-    """Of everything that a time on this machine depends on."""
+    """Versions of everything that a time on this machine may depend on."""
     return {
         "moe_dispatch": library_version("moe_dispatch") or "unknown",
         "torch": machine.torch,
@@ -22,18 +22,17 @@ def versions(machine: Machine) -> dict[str, str]:
 
 
 def commit(folder: Path) -> str:
-    """What ``MOE_DISPATCH_COMMIT`` says, else the checked-out commit, with ``-dirty`` where files differ from it.
+    """``MOE_DISPATCH_COMMIT``, else the checked-out commit of a folder, with ``-dirty`` where tracked files differ.
 
-    Files that travelled may have no history with them, or an older one. Empty where nothing tells.
+    The variable is for sources that were copied without their history. Empty where neither tells.
     """
-    if told := os.environ.get("MOE_DISPATCH_COMMIT"):
-        return told
+    if named := Settings.from_environment().commit:
+        return named
 
     def git(*arguments: str) -> str:
+        command = ["git", *arguments]
         try:
-            done = subprocess.run(
-                ["git", *arguments], cwd=folder, capture_output=True, text=True, timeout=10, check=False
-            )
+            done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=10, check=False)  # noqa: S603
         except (OSError, subprocess.TimeoutExpired):
             return ""
         return done.stdout.strip() if done.returncode == 0 else ""
