@@ -11,11 +11,11 @@ from moe_dispatch.benchmarks.plan import BenchPlan
 from moe_dispatch.benchmarks.rows import RowKey, row_key
 from moe_dispatch.benchmarks.stopwatch import Stopwatch
 from moe_dispatch.dispatch.policy_chain import PolicyChain
-from moe_dispatch.errors import BackendUnavailableError
 from moe_dispatch.experts import ExpertWeights
 from moe_dispatch.machine import Machine
 from moe_dispatch.measure import Call, LayerInputs, backend_call, fast_path_call
 from moe_dispatch.problem import MoEProblem
+from moe_dispatch.registry import make_backend
 from moe_dispatch.system.failures import summary
 from moe_dispatch.workloads import RoutingDistribution, Workload
 
@@ -121,20 +121,23 @@ class CandidateFactory:
         return (backend.default_config(problem),)
 
 
-def available_backends(names: Sequence[str], find: Callable[[str], Backend], note: Note) -> tuple[Backend, ...]:
-    """The backends that this machine has.
+def available_backends(names: Sequence[str], machine: Machine, note: Note) -> tuple[Backend, ...]:
+    """The backends that a machine has.
 
     Args:
         names: Registered names.
-        find: Gives the backend of a name, as the dispatcher does.
+        machine: The machine.
         note: Takes the reason of each backend that is not available.
+
+    Raises:
+        UnknownNameError: A name is not registered.
     """
     backends = []
-    for name in names:
-        try:
-            backends.append(find(name))
-        except BackendUnavailableError as error:
-            note(str(error))
+    for made in (make_backend(name, machine) for name in names):
+        if made.registered and made.reasons:
+            note(f"backend {made.name!r} is not available: {'; '.join(made.reasons)}")
+        else:
+            backends.append(made.require())
     return tuple(backends)
 
 

@@ -9,32 +9,29 @@ from moe_dispatch.backend import BackendConfig
 from moe_dispatch.backends.triton_common.features import Features
 from moe_dispatch.problem import ELEMENT_BYTES, QUANT_BLOCK, MoEProblem
 
-Engine = Literal["triton", "gluon"]
-Order = Literal["grouped", "column_major", "row_major"]
+Order = Literal["grouped", "row_major"]
 
 
 class TritonPersistentConfig(BackendConfig):
-    """One choice for both products.
+    """Tiles of both products and the order in which they are computed.
 
     Attributes:
-        engine: ``"gluon"``: the warp-specialised kernels for Hopper, see `hopper`. Their tiles are fixed; what is said
-            of tiles here is for tensors that they do not take.
         block_m: Rows of a tile.
         block_n: Columns of a tile of gate and of up, each; 64 or 128 for FP8.
         down_block_n: Columns of a tile of the second product.
-        block_k: What is summed over at a time; 128 for FP8, whatever it says.
-        num_warps: Of a program.
-        num_stages: Tiles in flight.
-        ctas_per_sm: Programs of the wave per streaming multiprocessor.
+        block_k: Depth of one step of the product's loop. FP8 always takes 128, the width of a block of scales.
+        num_warps: Warps of a program.
+        num_stages: Steps whose operands are in flight.
+        ctas_per_sm: Programs of the wave on each streaming multiprocessor.
         flatten_steps: A product of at most so many steps of block_k fetches the next tile's operands while a tile's
             result is stored: its loops are one. Longer ones have little to gain, and lose a stage's memory.
-        order: How tiles are walked.
-        group_m: Row blocks that a group shares, for the grouped order.
+        order: ``"row_major"`` computes all columns of a row block before the next row block, ``"grouped"`` a column
+            block for `group_m` row blocks before the next column block.
+        group_m: Row blocks of a group.
         tma: Load weights through tensor descriptors where the layout allows.
         pdl: Programmatic dependent launch: each kernel is launched while the one before it drains.
     """
 
-    engine: Engine = "triton"
     block_m: int = pydantic.Field(default=64, ge=16, le=256)
     block_n: int = pydantic.Field(default=64, ge=16, le=128)
     down_block_n: int = pydantic.Field(default=128, ge=16, le=256)
@@ -58,8 +55,6 @@ class TritonPersistentConfig(BackendConfig):
     @property
     def label(self) -> str:
         """``64x64-128x64,w4,s3,c1,grouped8``: rows × gate columns - down columns × depth."""
-        if self.engine == "gluon":
-            return f"gluon,{self.order}{self.group_m}"
         parts = [
             f"{self.block_m}x{self.block_n}-{self.down_block_n}x{self.block_k}",
             f"w{self.num_warps}",

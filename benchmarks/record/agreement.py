@@ -12,8 +12,8 @@ from typing import Final
 from moe_dispatch.benchmarks.targets import Target, TargetResult
 from moe_dispatch.machine import Machine
 from moe_dispatch.policies.learned.defaults import default_identity, find_backend
-from moe_dispatch.policies.measurements.schema import CalibrationFile, Layer
-from moe_dispatch.policies.measurements.table import Identity, tables
+from moe_dispatch.policies.measurements.schema import CalibrationFile, Identity, LayerShape
+from moe_dispatch.policies.measurements.table import tables
 from moe_dispatch.policies.rules import RulesPolicy
 from moe_dispatch.problem import Mode
 
@@ -149,7 +149,9 @@ def _worst(target: Target, values: Sequence[tuple[str, float | None]]) -> Target
     return TargetResult(target, worst, f"{len(timed)} points, {where}", len(values) - len(timed))
 
 
-def _rules_time(layer: Layer, M: int, mode: Mode, machine: Machine, timed: Mapping[Identity, float]) -> float | None:
+def _rules_time(
+    layer: LayerShape, M: int, mode: Mode, machine: Machine, timed: Mapping[Identity, float]
+) -> float | None:
     """Time of the backend that the rules would have run, in its default configuration."""
     problem = layer.problem(M, machine, mode)
     for choice in RulesPolicy(machine).rank(problem):

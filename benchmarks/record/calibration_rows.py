@@ -7,7 +7,7 @@ from moe_dispatch.machine import Machine
 from moe_dispatch.measure import known_ceilings
 from moe_dispatch.measure.provenance import versions
 from moe_dispatch.policies.calibration.worker import distinct_inputs
-from moe_dispatch.policies.measurements.schema import CalibrationFile, Layer
+from moe_dispatch.policies.measurements.schema import CalibrationFile, LayerShape
 from moe_dispatch.workloads import WORKLOADS, Workload
 
 
@@ -42,10 +42,10 @@ def calibration_rows(file: CalibrationFile) -> Iterator[BenchRow]:
                 )  # fmt: skip
 
 
-def _workload(layer: Layer, machine: Machine) -> Workload:
+def _workload(layer: LayerShape, machine: Machine) -> Workload:
     """The named workload of a layer, else one that is named by its letters."""
     for workload in WORKLOADS.values():
-        if Layer.of(workload.problem(1, layer.dtype, machine)).key == layer.key:
+        if LayerShape.of(workload.problem(1, layer.dtype, machine)).key == layer.key:
             return workload
     letters = f"{layer.E},{layer.topk},{layer.K},{layer.N}"
     return Workload(letters, E=layer.E, topk=layer.topk, K=layer.K, N=layer.N)

@@ -4,8 +4,8 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Final
 
-from moe_dispatch.policies.measurements.merge import Measured, flat, merge
-from moe_dispatch.policies.measurements.schema import CalibrationFile, Measurement
+from moe_dispatch.policies.measurements.merge import merge
+from moe_dispatch.policies.measurements.schema import CalibrationFile, Measurement, PointKey
 
 # A candidate farther behind than this factor is not chosen at neighbouring token counts either. It is left out of the
 # table unless it is the fastest of its backend.
@@ -24,40 +24,40 @@ def table(files: Iterable[CalibrationFile]) -> CalibrationFile:
     """
     whole: CalibrationFile | None = None
     for file in files:
-        whole = file if whole is None else merge(whole, flat(file), file.machine)
+        whole = file if whole is None else merge(whole, file.measurements(), file.machine)
     if whole is None:
         raise ValueError("a table needs at least one calibration")
-    points: dict[tuple[object, int, str], list[Measured]] = {}
-    for measured in flat(whole):
-        if measured.measurement.score is not None:
-            points.setdefault((measured.layer.key, measured.M, measured.mode), []).append(measured)
+    points: dict[PointKey, list[Measurement]] = {}
+    for measurement in whole.measurements():
+        if measurement.score is not None:
+            points.setdefault(measurement.point, []).append(measurement)
     tokens = Counter((layer, mode) for layer, _, mode in points)
     kept = [
-        _reduced(measured)
+        _reduced(measurement)
         for (layer, _, mode), candidates in points.items()
         if tokens[layer, mode] >= LEAST_TOKENS
-        for measured in _worth_shipping(candidates)
+        for measurement in _worth_shipping(candidates)
     ]
     return merge(CalibrationFile(machine=whole.machine), kept, whole.machine)
 
 
-def _worth_shipping(candidates: Sequence[Measured]) -> list[Measured]:
+def _worth_shipping(candidates: Sequence[Measurement]) -> list[Measurement]:
     ordered = sorted(candidates, key=_score)
     backends: set[str] = set()
     kept = []
-    for measured in ordered:
-        if _score(measured) <= NEAR * _score(ordered[0]) or measured.candidate.backend not in backends:
-            kept.append(measured)
-        backends.add(measured.candidate.backend)
+    for measurement in ordered:
+        if _score(measurement) <= NEAR * _score(ordered[0]) or measurement.candidate.backend not in backends:
+            kept.append(measurement)
+        backends.add(measurement.candidate.backend)
     return kept
 
 
-def _score(measured: Measured) -> float:
-    return float(measured.measurement.score or "nan")  # only measurements with a score get here
+def _score(measurement: Measurement) -> float:
+    return float(measurement.score or "nan")  # only measurements with a score get here
 
 
-def _reduced(measured: Measured) -> Measured:
-    score = float(f"{_score(measured):.{SIGNIFICANT_DIGITS}g}")
-    date = measured.candidate.measured[: len("2026-11-25")]
-    candidate = measured.candidate.model_copy(update={"measured": date})
-    return Measured(measured.layer, measured.M, measured.mode, candidate, Measurement(candidate=0, score=score))
+def _reduced(measurement: Measurement) -> Measurement:
+    score = float(f"{_score(measurement):.{SIGNIFICANT_DIGITS}g}")
+    date = measurement.candidate.measured[: len("2026-11-25")]
+    candidate = measurement.candidate.model_copy(update={"measured": date})
+    return Measurement(measurement.layer, measurement.M, measurement.mode, candidate, score=score)

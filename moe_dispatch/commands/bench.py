@@ -136,7 +136,7 @@ def _plan(
     backends, baselines = _runners(names, BACKENDS.names(), tuple(BASELINES), with_baselines=with_baselines)
     return BenchPlan(
         workloads=workloads, dtypes=dtypes, tokens=tokens, routings=routings, modes=modes,
-        backends=available_backends(backends, dispatcher.planner.backend, notes.append),
+        backends=available_backends(backends, dispatcher.machine, notes.append),
         baselines=tuple(BASELINES[name](dispatcher.machine) for name in baselines),
         configs=configs, point_s=point_s,
     )  # fmt: skip
@@ -155,7 +155,7 @@ def _suite_plans(
 
     if dispatcher.machine.device != "cuda":
         raise InvalidInputError(f"suites time CUDA graphs, which need a CUDA device; this is {dispatcher.machine.name}")
-    backends = available_backends(suite.backends, dispatcher.planner.backend, notes.append)
+    backends = available_backends(suite.backends, dispatcher.machine, notes.append)
     return list(
         suite.plans(
             _workloads(models or suite.models),

@@ -40,7 +40,6 @@ BOTH: tuple[DType, ...] = ("fp16", "fp8")
 CASES = (
     # How tiles are walked and shaped.
     Case("row major", M=40, config=SMALL | {"order": "row_major"}),
-    Case("column major", M=40, config=SMALL | {"order": "column_major"}),
     Case("groups shorter than an expert", M=90, E=2, config=SMALL | {"group_m": 2}),
     Case("one loop over tiles and depth", M=45, config=SMALL | {"flatten_steps": 8}),
     Case("more than one program a multiprocessor", M=20, config=SMALL | {"ctas_per_sm": 2}),

@@ -13,8 +13,8 @@ from moe_dispatch.benchmarks.suites import MODELS, TOKENS
 from moe_dispatch.experts import ExpertWeights
 from moe_dispatch.machine import Machine, current_machine
 from moe_dispatch.measure import H200_CEILINGS
-from moe_dispatch.policies.measurements.merge import Measured, merge
-from moe_dispatch.policies.measurements.schema import CalibrationFile, Candidate, Layer, Measurement
+from moe_dispatch.policies.measurements.merge import merge
+from moe_dispatch.policies.measurements.schema import CalibrationFile, Candidate, LayerShape, Measurement
 from moe_dispatch.problem import DType, Mode
 from moe_dispatch.registry import BACKENDS
 from moe_dispatch.workloads import WORKLOADS, Workload
@@ -113,14 +113,14 @@ def full_board(fraction: float, vllm: float, skew: float = 1.1) -> list[BenchRow
 
 def calibration(tokens: tuple[int, ...] = (1, 64)) -> CalibrationFile:
     """Three candidates at each token count: the winner, one far behind, and one that is wrong."""
-    layer = Layer.of(WORKLOADS["deepseek-v3"].problem(1, "fp8", H200))
-    measured = []
+    layer = LayerShape.of(WORKLOADS["deepseek-v3"].problem(1, "fp8", H200))
+    measurements = []
     for M in tokens:
         for block, us in ((64, 100.0 * M), (128, 300.0 * M)):
             times = {"uniform": (us - 1, us, us + 1)} | ({"dirichlet-4": (us, us, us)} if block == 64 else {})
             candidate = Candidate(backend="triton_persistent", config={"block_m": block}, commit="c0ffee")
-            measurement = Measurement(candidate=0, us=times, score=us, error=1e-3)
-            measured.append(Measured(layer, M, "graph", candidate, measurement))
-        wrong = Measurement(candidate=0, us={"uniform": (1.0, 1.0, 1.0)}, disqualified="wrong on uniform routing")
-        measured.append(Measured(layer, M, "graph", Candidate(backend="deep_gemm", config={"layout": "psum"}), wrong))
-    return merge(CalibrationFile(machine=H200), measured, H200)
+            measurements.append(Measurement(layer, M, "graph", candidate, us=times, score=us, error=1e-3))
+        wrong = Candidate(backend="deep_gemm", config={"layout": "psum"})
+        times = {"uniform": (1.0, 1.0, 1.0)}
+        measurements.append(Measurement(layer, M, "graph", wrong, us=times, disqualified="wrong on uniform routing"))
+    return merge(CalibrationFile(machine=H200), measurements, H200)

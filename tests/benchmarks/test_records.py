@@ -9,8 +9,8 @@ from moe_dispatch.benchmarks import row_files
 from moe_dispatch.benchmarks.__main__ import app
 from moe_dispatch.benchmarks.record import agreement, ship
 from moe_dispatch.benchmarks.record.calibration_rows import calibration_rows
-from moe_dispatch.policies.measurements.merge import Measured, merge
-from moe_dispatch.policies.measurements.schema import CalibrationFile, Candidate, Layer, Measurement
+from moe_dispatch.policies.measurements.merge import merge
+from moe_dispatch.policies.measurements.schema import CalibrationFile, Candidate, LayerShape, Measurement
 from moe_dispatch.workloads import WORKLOADS
 from tests.benchmarks.helpers import H200, calibration
 
@@ -59,13 +59,13 @@ def test_a_layer_measured_at_few_token_counts_is_not_shipped() -> None:
 
 
 def with_scores(scores: dict[int, dict[str, float]]) -> CalibrationFile:
-    layer = Layer.of(WORKLOADS["deepseek-v3"].problem(1, "fp8", H200))
-    measured = [
-        Measured(layer, M, "graph", Candidate(backend=backend), Measurement(candidate=0, score=us))
+    layer = LayerShape.of(WORKLOADS["deepseek-v3"].problem(1, "fp8", H200))
+    measurements = [
+        Measurement(layer, M, "graph", Candidate(backend=backend), score=us)
         for M, times in scores.items()
         for backend, us in times.items()
     ]
-    return merge(CalibrationFile(machine=H200), measured, H200)
+    return merge(CalibrationFile(machine=H200), measurements, H200)
 
 
 def test_agreement_is_judged_by_the_later_measurements() -> None:

@@ -10,6 +10,7 @@ import triton.language as tl
 
 from moe_dispatch.backends.triton_common.device import moe_activate, moe_fp8_amax, moe_fp8_codes, moe_fp8_scale
 from moe_dispatch.backends.triton_common.fast_launch import fast_launch
+from moe_dispatch.backends.triton_common.pdl import moe_pdl_wait_and_release
 
 
 @fast_launch
@@ -58,9 +59,7 @@ def _moe_product_kernel(
     Flattened, the loops over tiles and over K are one, whose software pipeline fetches the next tile's operands while
     this tile's result is stored.
     """
-    if PDL:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
+    moe_pdl_wait_and_release(PDL)
     FP8: tl.constexpr = x_scale_ptr is not None
     WIDE: tl.constexpr = HALVES * BLOCK_N
     GROUP_TILES: tl.constexpr = 128 // BLOCK_N if y_scale_ptr is not None else 1
@@ -147,9 +146,6 @@ def _order(tile, m_blocks, n_blocks, ORDER: tl.constexpr, GROUP_M: tl.constexpr)
     if ORDER == "row_major":
         block_m = tile // n_blocks
         block_n = tile % n_blocks
-    elif ORDER == "column_major":
-        block_m = tile % m_blocks
-        block_n = tile // m_blocks
     else:
         tl.static_assert(ORDER == "grouped", "unknown order")
         first = tile // (GROUP_M * n_blocks) * GROUP_M
