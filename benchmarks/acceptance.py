@@ -66,7 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     dispatcher = get_dispatcher()
     machine = dispatcher.machine
     notes: list[str] = []
-    backends = available_backends(BACKENDS, dispatcher.planner.backend, notes.append)
+    backends = available_backends(BACKENDS, dispatcher.machine, notes.append)
     baselines = [BASELINES[name](machine) for name in (*FIRST_PEERS, *LAST_PEERS)]
     provenance, done = Provenance.here(machine), timed_keys(given.out)
     # Start-up is part of the budget.

@@ -62,7 +62,7 @@ class NaiveLoop(Baseline):
 
     def prepare(self, experts: ExpertWeights, problem: MoEProblem) -> Call:  # noqa: ARG002
         """See `Baseline.prepare`."""
-        loop = make_backend("reference", self.machine)
+        loop = make_backend("reference", self.machine).require()
         return backend_call(loop, experts, loop.config_type())
 
 

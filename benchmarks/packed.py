@@ -19,7 +19,7 @@ from moe_dispatch.machine import Machine
 from moe_dispatch.measure import known_ceilings
 from moe_dispatch.measure.provenance import versions
 from moe_dispatch.policies.calibration.worker import distinct_inputs
-from moe_dispatch.policies.measurements.schema import CalibrationFile, Layer, parse_calibration, read_bytes
+from moe_dispatch.policies.measurements.schema import CalibrationFile, LayerShape, parse_calibration, read_bytes
 from moe_dispatch.system.files import write_atomically
 from moe_dispatch.workloads import WORKLOADS, Workload
 
@@ -110,9 +110,9 @@ def calibration_rows(file: CalibrationFile) -> Iterator[BenchRow]:
                 )  # fmt: skip
 
 
-def _named(layer: Layer, machine: Machine) -> Workload:
+def _named(layer: LayerShape, machine: Machine) -> Workload:
     for workload in WORKLOADS.values():
-        if Layer.of(workload.problem(1, layer.dtype, machine)).key == layer.key:
+        if LayerShape.of(workload.problem(1, layer.dtype, machine)).key == layer.key:
             return workload
     letters = f"{layer.E},{layer.topk},{layer.K},{layer.N}"
     return Workload(letters, E=layer.E, topk=layer.topk, K=layer.K, N=layer.N)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Final
 
 from moe_dispatch.benchmarks.command import mistakes_exit
-from moe_dispatch.policies.measurements.merge import Measured, flat, merge
+from moe_dispatch.policies.measurements.merge import merge
 from moe_dispatch.policies.measurements.schema import CalibrationFile, Measurement, parse_calibration, read_bytes
 from moe_dispatch.system.files import write_atomically
 
@@ -25,13 +25,13 @@ def table(files: Iterable[CalibrationFile]) -> CalibrationFile:
     """One file of one machine's calibrations, later ones first, reduced to what a choice needs."""
     whole: CalibrationFile | None = None
     for file in files:
-        whole = file if whole is None else merge(whole, flat(file), file.machine)
+        whole = file if whole is None else merge(whole, file.measurements(), file.machine)
     if whole is None:
         raise ValueError("a table needs a calibration")
-    points: dict[tuple[object, int, str], list[Measured]] = {}
-    for one in flat(whole):
-        if one.measurement.score is not None:
-            points.setdefault((one.layer.key, one.M, one.mode), []).append(one)
+    points: dict[tuple[object, int, str], list[Measurement]] = {}
+    for one in whole.measurements():
+        if one.score is not None:
+            points.setdefault(one.point, []).append(one)
     tokens = Counter((layer, mode) for layer, _, mode in points)
     kept = [
         _reduced(one)
@@ -42,7 +42,7 @@ def table(files: Iterable[CalibrationFile]) -> CalibrationFile:
     return merge(CalibrationFile(machine=whole.machine), kept, whole.machine)
 
 
-def _worth(at: Sequence[Measured]) -> list[Measured]:
+def _worth(at: Sequence[Measurement]) -> list[Measurement]:
     ordered = sorted(at, key=_score)
     backends: set[str] = set()
     kept = []
@@ -53,14 +53,14 @@ def _worth(at: Sequence[Measured]) -> list[Measured]:
     return kept
 
 
-def _score(one: Measured) -> float:
-    return float(one.measurement.score or "nan")  # only scored ones come here
+def _score(one: Measurement) -> float:
+    return float(one.score or "nan")  # only scored ones come here
 
 
-def _reduced(one: Measured) -> Measured:
+def _reduced(one: Measurement) -> Measurement:
     score = float(f"{_score(one):.{DIGITS}g}")
     candidate = one.candidate.model_copy(update={"measured": one.candidate.measured[:10]})
-    return Measured(one.layer, one.M, one.mode, candidate, Measurement(candidate=0, score=score))
+    return Measurement(one.layer, one.M, one.mode, candidate, score=score)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -23,7 +23,6 @@ from moe_dispatch.backend import Backend, BackendConfig
 from moe_dispatch.benchmarks.baselines import Baseline
 from moe_dispatch.benchmarks.rows import BenchRow, RowKey, append, row_key
 from moe_dispatch.dispatch.policy_chain import PolicyChain
-from moe_dispatch.errors import BackendUnavailableError
 from moe_dispatch.experts import ExpertWeights
 from moe_dispatch.machine import Machine
 from moe_dispatch.measure import (
@@ -44,6 +43,7 @@ from moe_dispatch.measure import (
 from moe_dispatch.measure.provenance import commit, versions
 from moe_dispatch.policies.calibration.schedule import coarse_to_fine
 from moe_dispatch.problem import DType, Mode, MoEProblem
+from moe_dispatch.registry import make_backend
 from moe_dispatch.system.failures import lost_device, out_of_memory, summary
 from moe_dispatch.workloads import RoutingDistribution, Workload, make_experts
 
@@ -409,23 +409,19 @@ class Sweep:
             self.notes.append(text)
 
 
-def available_backends(
-    names: Sequence[str], find: Callable[[str], Backend], note: Callable[[str], None]
-) -> tuple[Backend, ...]:
-    """The backends that are there; of the others, why not.
+def available_backends(names: Sequence[str], machine: Machine, note: Callable[[str], None]) -> tuple[Backend, ...]:
+    """The backends that can run on a machine; `note` takes, of each of the others, why it cannot.
 
-    Args:
-        names: Registered names.
-        find: The dispatcher's `backend`.
-        note: Takes each reason.
+    Raises:
+        UnknownNameError: Nothing is registered under a name.
     """
-    found = []
-    for name in names:
-        try:
-            found.append(find(name))
-        except BackendUnavailableError as error:
-            note(str(error))
-    return tuple(found)
+    available = []
+    for made in (make_backend(name, machine) for name in names):
+        if made.registered and made.reasons:
+            note(f"backend {made.name!r} is not available: {'; '.join(made.reasons)}")
+        else:
+            available.append(made.require())
+    return tuple(available)
 
 
 def _as_it_is(call: Call) -> Callable[[LayerInputs], Call]:

@@ -1,7 +1,7 @@
-"""What is known before anything is measured here: the measured habits of each backend.
+"""The ranking where nothing was measured on this machine: which backends are fast at which sizes.
 
 The figures come from one H200, 2026-11-23 and 24: whole layers of the seven named models under CUDA graphs, vLLM
-0.20.2, DeepGEMM 2.5.0, torch 2.11. Where no layer was measured, on other devices, our own kernels come first and the
+0.20.2, DeepGEMM 2.5.0, torch 2.11. On other devices, where no layer was measured, our own kernels come first and the
 libraries after them. `moe-dispatch calibrate` replaces all of this.
 """
 
@@ -10,25 +10,26 @@ from typing import Final
 from moe_dispatch.policy import Choice, Policy
 from moe_dispatch.problem import MoEProblem
 
-# Up to here a layer reads weights and hardly computes. At 1, 4, 16 and 64 tokens split-K came to 1.01 of the floor in
-# BF16 and .88 in FP8 (geometric means), the best baseline of each point to .90 and .71.
+# Up to this many tokens a layer is bound by reading weights. At 1, 4, 16 and 64 tokens split-K reached 1.01 of the
+# roofline in BF16 and .88 in FP8 (geometric means), the best baseline of each point .90 and .71.
 DECODE_TOKENS: Final = 64
-# From so many rows per hit expert on, gluon_hopper's tiles of 128 rows are ahead of triton_persistent's of 64, of which
-# two programs share a multiprocessor. In FP8 two programs hide their epilogues better where loops are short: with N of
+# From this many rows per hit expert on, gluon_hopper's tiles of 128 rows are ahead of triton_persistent's of 64, two
+# programs of which share a multiprocessor. In FP8 two programs hide their epilogues better where loops are short: with N of
 # 768 to 1536 they are ahead by 1 to 3 % at 32 to 48 rows. At deepseek-v3 (N=2048) gluon_hopper is ahead by 3 % at 4
 # rows and by 12 % at 32.
 GLUON_ROWS: Final = 16
 GLUON_FP8_ROWS: Final = 56
 GLUON_FP8_ROWS_FROM_LONG_N: Final = 2
 GLUON_LONG_N: Final = 2048
-# From so many rows per expert DeepGEMM's products are next to ours, or ahead.
+# From this many rows per expert on DeepGEMM's products are about as fast as ours, or faster.
 PREFILL_ROWS: Final = 256
-# In FP8 they are ahead from here on: mixtral-8x7b at 4096 tokens (2414 µs, ours 2453) and at 16384 (9067, 9538),
-# qwen3-235b at 16384 (4612, 4720). At 512 rows ours are ahead by 1 to 6 %, at 256 by 6 to 16 %, and in BF16 always.
+# From this many rows per expert on they are faster in FP8: mixtral-8x7b at 4096 tokens (2414 µs, ours 2453) and at
+# 16384 (9067, 9538), qwen3-235b at 16384 (4612, 4720). At 512 rows ours are ahead by 1 to 6 %, at 256 by 6 to 16 %, and
+# in BF16 always.
 FP8_PREFILL_ROWS: Final = 1024
-# But DeepGEMM's layer gathers and quantises K values a row before its products, and N between them, in passes of their
-# own: it needs enough to multiply for each of those. Ahead at qwen3-235b (K·N/(K+N) = 1117), behind by 7 % at
-# deepseek-v2-lite (834) and by 4 % at qwen3-30b-a3b (559).
+# DeepGEMM's layer gathers and quantises K values per row before its products, and N between them, in separate passes,
+# which only pay off with enough multiplications for each of those values. It is ahead at qwen3-235b (K·N/(K+N) = 1117),
+# behind by 7 % at deepseek-v2-lite (834) and by 4 % at qwen3-30b-a3b (559).
 FP8_WORK_PER_VALUE: Final = 1000
 
 Ranked = tuple[tuple[str, str], ...]
@@ -73,7 +74,7 @@ def _hopper(problem: MoEProblem) -> Ranked:
 
 def _ours(problem: MoEProblem) -> Ranked:
     splitk = ("triton_splitk", "ours for decode: splits the weights until the memory system is full")
-    persistent = (("triton_persistent", "ours for more rows: one wave of programs and no padding"),)
+    persistent: Ranked = (("triton_persistent", "ours for more rows: one wave of programs and no padding"),)
     if problem.capability == (9, 0):
         gluon = ("gluon_hopper", "ours for many rows on Hopper: warp-specialised, with tiles of 128 rows and more")
         persistent = (gluon, *persistent) if _many_rows(problem) else (*persistent, gluon)

@@ -1,17 +1,21 @@
 """Decode: few tokens, so that what counts is to read the weights of the hit experts once and at full bandwidth."""
 
-import functools
 import math
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from moe_dispatch.backend import BackendConfig
+from moe_dispatch.backends.stages.activate_partial import activate_partial
 from moe_dispatch.backends.stages.quantize import quantize_rows
 from moe_dispatch.backends.triton_common.backend import TritonBackend
 from moe_dispatch.backends.triton_splitk.config import SplitKConfig, candidate_configs, default_config
+from moe_dispatch.backends.triton_splitk.down import splitk_down
+from moe_dispatch.backends.triton_splitk.gate_up import splitk_gate_up
+from moe_dispatch.backends.triton_splitk.reduce import splitk_reduce
+from moe_dispatch.backends.triton_vector.down import vector_down
+from moe_dispatch.backends.triton_vector.gate_up import vector_gate_up
 from moe_dispatch.errors import InvalidInputError
 from moe_dispatch.experts import ExpertWeights
 from moe_dispatch.problem import ELEMENT_BYTES, QUANT_BLOCK, MoEProblem
@@ -76,22 +80,21 @@ class TritonSplitKBackend(TritonBackend):
     ) -> Tensor:
         """See `Backend.run`."""
         config = _checked(config, experts.dtype)
-        kernels = _kernels()
         if config.down == "vector":
             inner, inner_scale = self._intermediate(hidden_states, experts, topk_ids, None, config)
             out = torch.empty_like(hidden_states)
-            kernels.vector_down(inner, inner_scale, experts, topk_weights, topk_ids, out, config)
+            vector_down(inner, inner_scale, experts, topk_weights, topk_ids, out, config)
             return out
         shape = hidden_states.shape if config.atomic else (config.splits_down, topk_ids.numel(), experts.K)
         total = torch.empty(shape, dtype=torch.float32, device=hidden_states.device)
         zero = total if config.atomic else None
         inner, inner_scale = self._intermediate(hidden_states, experts, topk_ids, zero, config)
         descriptor = self._down_descriptor(experts, config) if config.tma else None
-        kernels.down(inner, inner_scale, experts, topk_weights, topk_ids, total, config, descriptor)
+        splitk_down(inner, inner_scale, experts, topk_weights, topk_ids, total, config, descriptor)
         if config.atomic:
             return total.to(hidden_states.dtype)
         out = torch.empty_like(hidden_states)
-        kernels.reduce(total, experts, topk_weights, topk_ids, out, config)
+        splitk_reduce(total, experts, topk_weights, topk_ids, out, config)
         return out
 
     def _intermediate(
@@ -101,26 +104,26 @@ class TritonSplitKBackend(TritonBackend):
 
         On the way, `zero` is cleared if there is one.
         """
-        kernels = _kernels()
         S, N, device = topk_ids.numel(), experts.N, hidden_states.device
-        inner = torch.empty(S, N, dtype=experts.down.dtype, device=device)
-        x, x_scale, inner_scale = hidden_states, None, None
+        x, x_scale = hidden_states, None
         if experts.dtype == "fp8":
             x, x_scale = quantize_rows(hidden_states, pdl=config.pdl)
-            inner_scale = torch.empty(S, math.ceil(N / QUANT_BLOCK), dtype=torch.float32, device=device)
+        inner_scale = None
         partial_sums = config.partial_sums(experts.dtype, gated=experts.gated)
-        written = inner
         if partial_sums:
-            parts = 2 if experts.gated else 1
             splits = 1 if config.gate_up == "vector" else config.splits_gate_up
-            written = torch.empty(splits, parts, S, N, dtype=torch.float32, device=device)
+            inner = torch.empty(splits, 2 if experts.gated else 1, S, N, dtype=torch.float32, device=device)
+        else:
+            inner = torch.empty(S, N, dtype=experts.down.dtype, device=device)
+            if experts.dtype == "fp8":
+                inner_scale = torch.empty(S, math.ceil(N / QUANT_BLOCK), dtype=torch.float32, device=device)
         if config.gate_up == "vector":
-            kernels.vector_gate_up(x, x_scale, experts, topk_ids, written, config)
+            vector_gate_up(x, x_scale, experts, topk_ids, inner, config)
         else:
             descriptor = self._gate_up_descriptor(experts, config) if config.tma else None
-            kernels.gate_up(x, x_scale, experts, topk_ids, written, inner_scale, zero, config, descriptor)
+            splitk_gate_up(x, x_scale, experts, topk_ids, inner, inner_scale, zero, config, descriptor)
         if partial_sums:
-            kernels.activate(written, experts, topk_ids, inner, inner_scale, config)
+            return activate_partial(inner, experts, topk_ids, pdl=config.pdl)
         return inner, inner_scale
 
     def _gate_up_descriptor(self, experts: ExpertWeights, config: SplitKConfig) -> Any:
@@ -139,27 +142,6 @@ class TritonSplitKBackend(TritonBackend):
         """Rows of down, one expert's at a time."""
         shape, block = (experts.E, experts.K, experts.N), (1, config.block_n, config.block_k)
         return self._descriptor(experts, "down", shape, block)
-
-
-class _Kernels(NamedTuple):
-    gate_up: Callable[..., None]
-    activate: Callable[..., None]
-    down: Callable[..., None]
-    reduce: Callable[..., None]
-    vector_gate_up: Callable[..., None]
-    vector_down: Callable[..., None]
-
-
-@functools.cache
-def _kernels() -> _Kernels:
-    from moe_dispatch.backends.triton_splitk.activate import splitk_activate
-    from moe_dispatch.backends.triton_splitk.down import splitk_down
-    from moe_dispatch.backends.triton_splitk.gate_up import splitk_gate_up
-    from moe_dispatch.backends.triton_splitk.reduce import splitk_reduce
-    from moe_dispatch.backends.triton_vector.down import vector_down
-    from moe_dispatch.backends.triton_vector.gate_up import vector_gate_up
-
-    return _Kernels(splitk_gate_up, splitk_activate, splitk_down, splitk_reduce, vector_gate_up, vector_down)
 
 
 def _checked(config: BackendConfig, dtype: str) -> SplitKConfig:

@@ -20,8 +20,14 @@ from moe_dispatch.benchmarks.command import mistakes_exit
 from moe_dispatch.benchmarks.reports.scoreboard import Bar, markdown
 from moe_dispatch.machine import Machine
 from moe_dispatch.policies.learned.defaults import default_identity, find_backend
-from moe_dispatch.policies.measurements.schema import CalibrationFile, Layer, parse_calibration, read_bytes
-from moe_dispatch.policies.measurements.table import Identity, tables
+from moe_dispatch.policies.measurements.schema import (
+    CalibrationFile,
+    Identity,
+    LayerShape,
+    parse_calibration,
+    read_bytes,
+)
+from moe_dispatch.policies.measurements.table import tables
 from moe_dispatch.policies.rules import RulesPolicy
 from moe_dispatch.problem import Mode
 
@@ -148,7 +154,9 @@ def _worst(what: str, points: Sequence[Point], field: str, limit: float) -> Bar:
     return Bar(what, worst, limit, at_least=False, where=f"{len(timed)} points, {where}", missing=missing)
 
 
-def _rules_time(layer: Layer, M: int, mode: Mode, machine: Machine, timed: Mapping[Identity, float]) -> float | None:
+def _rules_time(
+    layer: LayerShape, M: int, mode: Mode, machine: Machine, timed: Mapping[Identity, float]
+) -> float | None:
     """Time of the default configuration of the backend that the rules would have run."""
     problem = layer.problem(M, machine, mode)
     for choice in RulesPolicy(machine).rank(problem):

@@ -26,7 +26,8 @@ from moe_dispatch.machine import Machine
 from moe_dispatch.policies.learned.defaults import default_identity, find_backend
 from moe_dispatch.policies.learned.fit import Observation, fit_model
 from moe_dispatch.policies.learned.policy import LearnedPolicy
-from moe_dispatch.policies.measurements.table import Identity, curves, geometric_mean
+from moe_dispatch.policies.measurements.schema import Identity
+from moe_dispatch.policies.measurements.table import curves, geometric_mean
 from moe_dispatch.policies.rules import RulesPolicy
 from moe_dispatch.policy import Choice
 from moe_dispatch.problem import MoEProblem

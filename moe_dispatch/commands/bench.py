@@ -73,7 +73,7 @@ def bench(
         tokens=tuple(sorted(set(tokens_of(tokens)))),
         routings=tuple(map(_routing, routing or ("uniform",))),
         modes=_modes(mode, machine),
-        backends=available_backends(ours, dispatcher.planner.backend, notes.append),
+        backends=available_backends(ours, dispatcher.machine, notes.append),
         baselines=tuple(BASELINES[name](machine) for name in theirs),
         configs=_configs(config),
         point_s=seconds,

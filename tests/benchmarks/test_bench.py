@@ -553,20 +553,16 @@ def test_the_chosen_configuration_is_what_the_calibration_found(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from moe_dispatch.policies.calibrated import calibration_path
-    from moe_dispatch.policies.measurements.merge import Measured, save
-    from moe_dispatch.policies.measurements.schema import Candidate, Layer, Measurement
+    from moe_dispatch.policies.measurements.merge import save
+    from moe_dispatch.policies.measurements.schema import Candidate, LayerShape, Measurement
     from moe_dispatch.policies.measurements.versions import relevant_versions
 
     monkeypatch.setenv("MOE_DISPATCH_CACHE_DIR", str(tmp_path))
     machine = current_machine("cpu")
-    config = {"compute_fp32": True, "quantize_activations": False}  # not the default
+    config: dict[str, int | bool | str] = {"compute_fp32": True, "quantize_activations": False}  # not the default
     candidate = Candidate(backend="reference", config=config, versions=relevant_versions(reference()))
-    layer = Layer.of(LAYER.problem(1, "fp32", machine))
-    save(
-        calibration_path(machine),
-        [Measured(layer, 1, "eager", candidate, Measurement(candidate=0, score=5.0))],
-        machine,
-    )
+    layer = LayerShape.of(LAYER.problem(1, "fp32", machine))
+    save(calibration_path(machine), [Measurement(layer, 1, "eager", candidate, score=5.0)], machine)
     path = tmp_path / "rows.jsonl"
     run(*SMALL, "--tokens", "1", "--backend", "reference", "--config", "chosen", "--seconds", "0", "--out", path)
     (found,) = rows.load([path])

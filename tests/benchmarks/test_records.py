@@ -11,8 +11,8 @@ from moe_dispatch.benchmarks.rows import BenchRow
 from moe_dispatch.errors import InvalidInputError
 from moe_dispatch.machine import Machine
 from moe_dispatch.measure import H200_CEILINGS
-from moe_dispatch.policies.measurements.merge import Measured, merge
-from moe_dispatch.policies.measurements.schema import CalibrationFile, Candidate, Layer, Measurement
+from moe_dispatch.policies.measurements.merge import merge
+from moe_dispatch.policies.measurements.schema import CalibrationFile, Candidate, LayerShape, Measurement
 from moe_dispatch.problem import DType
 from moe_dispatch.workloads import WORKLOADS
 
@@ -36,17 +36,16 @@ def bench_row(backend: str, dtype: DType, M: int, us: float | None, **config: in
 
 def calibration(tokens: tuple[int, ...] = (1, 64)) -> CalibrationFile:
     """Three candidates at each token count: the winner, one far behind, and one that is wrong."""
-    layer = Layer.of(WORKLOADS["deepseek-v3"].problem(1, "fp8", H200))
+    layer = LayerShape.of(WORKLOADS["deepseek-v3"].problem(1, "fp8", H200))
     found = []
     for M in tokens:
         for block, us in ((64, 100.0 * M), (128, 300.0 * M)):
             times = {"uniform": (us - 1, us, us + 1)} | ({"dirichlet-4": (us, us, us)} if block == 64 else {})
             candidate = Candidate(backend="triton_persistent", config={"block_m": block}, commit="c0ffee")
-            found.append(
-                Measured(layer, M, "graph", candidate, Measurement(candidate=0, us=times, score=us, error=1e-3))
-            )
-        wrong = Measurement(candidate=0, us={"uniform": (1.0, 1.0, 1.0)}, disqualified="wrong on uniform routing")
-        found.append(Measured(layer, M, "graph", Candidate(backend="deep_gemm", config={"layout": "psum"}), wrong))
+            found.append(Measurement(layer, M, "graph", candidate, us=times, score=us, error=1e-3))
+        padded = Candidate(backend="deep_gemm", config={"layout": "psum"})
+        times = {"uniform": (1.0, 1.0, 1.0)}
+        found.append(Measurement(layer, M, "graph", padded, us=times, disqualified="wrong on uniform routing"))
     return merge(CalibrationFile(machine=H200), found, H200)
 
 
@@ -109,9 +108,9 @@ def test_a_layer_measured_at_few_token_counts_is_not_shipped() -> None:
 
 
 def with_scores(scores: dict[int, dict[str, float]]) -> CalibrationFile:
-    layer = Layer.of(WORKLOADS["deepseek-v3"].problem(1, "fp8", H200))
+    layer = LayerShape.of(WORKLOADS["deepseek-v3"].problem(1, "fp8", H200))
     found = [
-        Measured(layer, M, "graph", Candidate(backend=backend), Measurement(candidate=0, score=us))
+        Measurement(layer, M, "graph", Candidate(backend=backend), score=us)
         for M, at in scores.items()
         for backend, us in at.items()
     ]

@@ -38,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     dispatcher = Dispatcher(current_machine(default_device()).model_copy(update={"sms": PROGRAMS}))
     device = torch.device(dispatcher.machine.device)
-    backends = available_backends(given.backend or BACKENDS.names(), dispatcher.planner.backend, print)
+    backends = available_backends(given.backend or BACKENDS.names(), dispatcher.machine, print)
     wrong = 0
     layer = workload(LAYER)
     for dtype in DTYPES:

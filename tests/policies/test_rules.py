@@ -54,7 +54,7 @@ MEASURED = (
 def test_the_fastest_measured_comes_first_on_an_h200(case: Case) -> None:
     machine = Machine.load(MACHINES / "h200.json")
     problem = WORKLOADS[case.model].problem(case.M, case.dtype, machine)
-    ranked = (make_backend(choice.backend, machine) for choice in RulesPolicy(machine).rank(problem))
+    ranked = (make_backend(choice.backend, machine).require() for choice in RulesPolicy(machine).rank(problem))
     assert next(backend.name for backend in ranked if not backend.requirements.reasons_against(problem)) == case.first
 
 
