@@ -14,9 +14,9 @@ from moe_dispatch.problem import MoEProblem
 # roofline in BF16 and .88 in FP8 (geometric means), the best baseline of each point .90 and .71.
 DECODE_TOKENS: Final = 64
 # From this many rows per hit expert on, gluon_hopper's tiles of 128 rows are ahead of triton_persistent's of 64, two
-# programs of which share a multiprocessor. In FP8 two programs hide their epilogues better where loops are short: with N of
-# 768 to 1536 they are ahead by 1 to 3 % at 32 to 48 rows. At deepseek-v3 (N=2048) gluon_hopper is ahead by 3 % at 4
-# rows and by 12 % at 32.
+# programs of which share a multiprocessor. In FP8 two programs hide their epilogues better where loops are short: with
+# N of 768 to 1536 they are ahead by 1 to 3 % at 32 to 48 rows. At deepseek-v3 (N=2048) gluon_hopper is ahead by 3 % at
+# 4 rows and by 12 % at 32.
 GLUON_ROWS: Final = 16
 GLUON_FP8_ROWS: Final = 56
 GLUON_FP8_ROWS_FROM_LONG_N: Final = 2
