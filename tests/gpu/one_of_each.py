@@ -16,7 +16,7 @@ os.environ.setdefault("PYTORCH_NO_CUDA_MEMORY_CACHING", "1")
 
 import torch
 
-from moe_dispatch.benchmarks.sweep import available_backends
+from moe_dispatch.benchmarks.candidates import available_backends
 from moe_dispatch.dispatch.dispatcher import Dispatcher
 from moe_dispatch.machine import current_machine, default_device
 from moe_dispatch.measure import backend_call, make_inputs, reference_outputs, relative_error
