@@ -122,6 +122,7 @@ BACKENDS: Final = Registry(
         "triton_persistent": "moe_dispatch.backends.triton_persistent.backend:TritonPersistentBackend",
         "gluon_hopper": "moe_dispatch.backends.gluon_hopper.backend:GluonHopperBackend",
         "triton_splitk": "moe_dispatch.backends.triton_splitk.backend:TritonSplitKBackend",
+        "triton_vector": "moe_dispatch.backends.triton_vector.backend:TritonVectorBackend",
         "vllm_fused_moe": "moe_dispatch.backends.vllm_fused_moe:VllmFusedMoEBackend",
         "deep_gemm": "moe_dispatch.backends.deep_gemm:DeepGemmBackend",
     },

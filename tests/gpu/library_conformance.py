@@ -77,7 +77,7 @@ def describe(label: str) -> dict[str, object]:
     """What ran: versions, where DeepGEMM comes from, and the commit."""
     from moe_dispatch.machine import Machine
     from moe_dispatch.system.libraries import deep_gemm_package
-    from moe_dispatch.system.provenance import commit, versions
+    from moe_dispatch.measure.provenance import commit, versions
 
     machine = Machine.inspect()
     vllm = importlib.util.find_spec("vllm")

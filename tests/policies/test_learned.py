@@ -265,7 +265,8 @@ def test_a_saved_model_ranks_shapes_that_nobody_measured(tmp_path: Path, monkeyp
     policy = LearnedPolicy(H200)
     layer = Workload("new", E=96, topk=6, K=3072, N=1024)
     few = policy.rank(layer.problem(1, "fp8", H200, "graph"))
-    assert [choice.backend for choice in few] == ["triton_splitk", "triton_persistent", "deep_gemm", "vllm_fused_moe"]
+    # By the cost model of split-K, whose family's member the rules choose.
+    assert [choice.backend for choice in few] == ["triton_vector", "triton_persistent", "deep_gemm", "vllm_fused_moe"]
     many = layer.problem(16384, "fp8", H200, "graph")
     first = policy.rank(many)[0]
     truth = sum(LAWS["deep_gemm"][term] * part for term, part in terms(many).items())
