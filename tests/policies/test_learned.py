@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from moe_dispatch.backends.triton_common import features as triton_support
 from moe_dispatch.benchmarks.reports.regret import Judged, bench_observations, judge, main, summary
 from moe_dispatch.benchmarks.rows import BenchRow, append
-from moe_dispatch.cli import app
+from moe_dispatch.commands.app import app
 from moe_dispatch.errors import InvalidInputError, MoEDispatchWarning
 from moe_dispatch.machine import Machine
 from moe_dispatch.measure import H200_CEILINGS
