@@ -64,9 +64,9 @@ def _moe_activate_kernel(
     if bias_ptr is not None:
         expert = tl.load(ids_ptr + offs_s, mask=mask_s, other=0).to(tl.int64)
         biases = bias_ptr + expert[:, None] * gate_up_rows
-        gate_bias, up_bias = moe_gate_up_bias(biases, offs_n[None, :], N, mask, GATED, INTERLEAVED)
-        gate += gate_bias
-        up += up_bias
+        gate += moe_gate_up_bias(biases, offs_n[None, :], 0, N, mask, PARTS, INTERLEAVED)
+        if GATED:
+            up += moe_gate_up_bias(biases, offs_n[None, :], 1, N, mask, PARTS, INTERLEAVED)
     out = moe_activate(gate, up, ACTIVATION)  # [SLOTS, GROUPS * 128]
     out_ptrs = out_ptr + row.to(tl.int64)[:, None] * N + offs_n[None, :]
     if QUANTIZE:

@@ -55,24 +55,19 @@ def moe_gate_up_row(column, part, N, PARTS: tl.constexpr, INTERLEAVED: tl.conste
 
 
 @triton.jit
-def moe_gate_up_bias(biases, column, N, mask, GATED: tl.constexpr, INTERLEAVED: tl.constexpr):
-    """The biases of gate and of up in fp32; those of gate twice where there is no gate.
+def moe_gate_up_bias(biases, column, part, N, mask, PARTS: tl.constexpr, INTERLEAVED: tl.constexpr):
+    """The biases, in fp32, of the gate_up rows that `moe_gate_up_row` names; 0 where the mask is off.
 
     Args:
-        biases: Where the expert's biases start, ``[2N]`` (``[N]`` without a gate): one pointer, or one for each slot in
-            a shape that broadcasts with `column`.
-        column: Columns of the intermediate.
-        N: Intermediate size.
-        mask: Which to read; the others are 0.
-        GATED: Whether the activation has a gate.
-        INTERLEAVED: Whether gate and up alternate.
+        biases: Where an expert's biases start: one pointer, or several in a shape that broadcasts with `column`.
+        column: As for `moe_gate_up_row`.
+        part: As for `moe_gate_up_row`.
+        N: As for `moe_gate_up_row`.
+        mask: Which to read.
+        PARTS: As for `moe_gate_up_row`.
+        INTERLEAVED: As for `moe_gate_up_row`.
     """
-    PARTS: tl.constexpr = 2 if GATED else 1
-    gate = tl.load(biases + moe_gate_up_row(column, 0, N, PARTS, INTERLEAVED), mask=mask, other=0.0).to(tl.float32)
-    up = gate
-    if GATED:
-        up = tl.load(biases + moe_gate_up_row(column, 1, N, PARTS, INTERLEAVED), mask=mask, other=0.0).to(tl.float32)
-    return gate, up
+    return tl.load(biases + moe_gate_up_row(column, part, N, PARTS, INTERLEAVED), mask=mask, other=0.0).to(tl.float32)
 
 
 @triton.jit

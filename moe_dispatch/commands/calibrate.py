@@ -14,10 +14,10 @@ if TYPE_CHECKING:
     from moe_dispatch.policies.calibration.calibrate import CalibrationReport
 
 
-# What the worker is asked for, as a person would say it.
+# Kinds of requests to the worker, as the summary names them.
 _WORK: Final = {
-    "start": "start", "layer": "weights", "point": "inputs and fp32 truths", "launch": "first runs", "check": "checks",
-    "time": "timing",
+    "start": "start", "layer": "weights", "point": "inputs and fp32 references", "launch": "first runs",
+    "check": "checks", "time": "timing",
 }  # fmt: skip
 
 
@@ -90,9 +90,7 @@ def _print(report: "CalibrationReport") -> None:
     disqualified = report.disqualified()
     if disqualified:
         heading("disqualified")
-        reasons = {
-            (one.candidate.backend, one.measurement.disqualified): (str(one.layer), one.M) for one in disqualified
-        }
+        reasons = {(one.candidate.backend, one.disqualified): (str(one.layer), one.M) for one in disqualified}
         for (backend, why), (layer, M) in reasons.items():
             OUT.print(f"{escape(backend)} at M={M} of {layer}: {escape(why or '')}")
     for name, why in report.unavailable.items():

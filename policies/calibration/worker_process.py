@@ -1,4 +1,4 @@
-"""Runs the worker and outlives it: whatever happens to it becomes a reason."""
+"""The parent's side of the worker: starts it, asks it, and turns whatever happens to it into a reason."""
 
 import contextlib
 import json
@@ -10,10 +10,12 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from typing import IO, Any, Final
+from dataclasses import dataclass
+from typing import IO, Any, Final, Protocol
 
 from moe_dispatch.errors import MoEDispatchError
-from moe_dispatch.policies.measurements.schema import Candidate, Layer
+from moe_dispatch.policies.measurements.schema import Candidate, LayerShape
+from moe_dispatch.problem import Mode
 
 START_TIMEOUT_S: Final = 180.0
 PREPARE_TIMEOUT_S: Final = 300.0
@@ -21,10 +23,10 @@ _TAIL_BYTES: Final = 2000
 
 
 class WorkerDiedError(MoEDispatchError):
-    """The worker is gone, and with it what it was running.
+    """The worker is gone, and with it the candidate that it was running.
 
     Attributes:
-        cause: What happened, for a person.
+        cause: What happened, as a sentence.
     """
 
     def __init__(self, cause: str) -> None:
@@ -33,27 +35,134 @@ class WorkerDiedError(MoEDispatchError):
 
 
 class NotPreparedError(MoEDispatchError):
-    """The layer, its inputs or their fp32 reference could not be made; no candidate had a part in it."""
+    """A layer, its inputs or their fp32 reference could not be made; no candidate had a part in that."""
 
 
 class CandidateFailedError(MoEDispatchError):
-    """The candidate raised, and the worker lives."""
+    """A candidate raised or was wrong, and the worker lives.
 
-    def __init__(self, cause: str, *, memory: bool) -> None:
-        self.cause, self.memory = cause, memory
+    Attributes:
+        cause: What happened, as a sentence.
+    """
+
+    def __init__(self, cause: str) -> None:
+        self.cause = cause
         super().__init__(cause)
 
 
+@dataclass(frozen=True)
+class PointSetup:
+    """What a worker is told of a point, once; after that it knows the candidates by their index.
+
+    Attributes:
+        M: Tokens.
+        mode: Eager calls, or replays of a CUDA graph.
+        routings: Names of routing distributions.
+        candidates: Backends and configurations.
+    """
+
+    M: int
+    mode: Mode
+    routings: tuple[str, ...]
+    candidates: tuple[Candidate, ...]
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Times of one candidate that took turns with others.
+
+    Attributes:
+        us: Its time in each round, in µs; samples of one round lie side by side in time. Empty if it failed.
+        failed: What it raised; empty if it was timed.
+    """
+
+    us: tuple[float, ...] = ()
+    failed: str = ""
+
+
+class Worker(Protocol):
+    """What a calibration asks of the process in which candidates run.
+
+    Attributes:
+        spent: Seconds that answers took, by operation.
+    """
+
+    spent: dict[str, float]
+
+    def layer(self, layer: LayerShape) -> None:
+        """Allocate the weights of a layer.
+
+        Raises:
+            NotPreparedError: They do not fit, or the worker died while it made them.
+        """
+
+    def point(self, setup: PointSetup) -> None:
+        """Make the inputs of a point and their fp32 references, and take its candidates.
+
+        Raises:
+            NotPreparedError: They do not fit, or the worker died while it made them.
+        """
+
+    def compile(self, layer: LayerShape, M: int, candidate: Candidate) -> None:
+        """Compile one candidate, without the layer's weights.
+
+        Raises:
+            WorkerDiedError: It crashed, hung or lost the device; the next request starts another process.
+            CandidateFailedError: The candidate raised.
+        """
+
+    def launch(self, candidate: int) -> float:
+        """Run a candidate twice, alone: µs of the second run.
+
+        Raises:
+            WorkerDiedError: It crashed, hung or lost the device.
+            CandidateFailedError: The candidate raised.
+            NotPreparedError: After a death, layer and point could not be made again.
+        """
+
+    def check(self, candidate: int, tolerance: float, *, briefly: bool) -> float:
+        """Compare a candidate with the fp32 reference: its relative error.
+
+        Args:
+            candidate: Index in the point's candidates.
+            tolerance: Largest relative error that is allowed.
+            briefly: Eagerly and on the first routing distribution only.
+
+        Raises:
+            WorkerDiedError: It crashed, hung or lost the device.
+            CandidateFailedError: The candidate raised, or is wrong.
+            NotPreparedError: After a death, layer and point could not be made again.
+        """
+
+    def time(self, candidates: Sequence[int], routing: str, budget_s: float, rounds: int) -> list[Samples]:
+        """Time candidates that take turns.
+
+        Args:
+            candidates: Indices in the point's candidates.
+            routing: Name of the routing distribution.
+            budget_s: Seconds for each candidate.
+            rounds: Smallest number of samples.
+
+        Raises:
+            WorkerDiedError: It crashed, hung or lost the device.
+            CandidateFailedError: A candidate raised outside its own run.
+            NotPreparedError: After a death, layer and point could not be made again.
+        """
+
+    def close(self) -> None:
+        """End the worker, whatever it does."""
+
+
 class WorkerProcess:
-    """A worker process that is started again after it died.
+    """A `Worker` in a process of its own, which is started again after it died.
 
     Args:
         device: ``"cuda:0"`` or ``"cpu"``.
-        backends: Name -> "module:Class" of what this process has registered.
-        timeout_s: Most seconds that one candidate may take for one request.
+        backends: Name -> "module:Class" of the backends registered in this process.
+        timeout_s: Seconds that a request may take for each of its candidates.
 
     Attributes:
-        restarts: How often a process was started.
+        restarts: Number of processes started.
         spent: Seconds that answers took, by operation.
     """
 
@@ -64,61 +173,55 @@ class WorkerProcess:
         self._answers = -1
         self._buffer = b""
         self._stderr: IO[bytes] | None = None
-        self._layer: Layer | None = None
-        self._point: tuple[int, tuple[str, ...]] | None = None
+        self._layer: LayerShape | None = None
+        self._setup: PointSetup | None = None
         self.restarts = 0
         self.spent: dict[str, float] = {}
 
-    def layer(self, layer: Layer) -> None:
-        """Allocate a layer's weights.
-
-        Raises:
-            NotPreparedError: They do not fit, or the worker died of it.
-        """
-        self._layer, self._point = layer, None
+    def layer(self, layer: LayerShape) -> None:
+        """See `Worker.layer`."""
+        self._layer, self._setup = layer, None
         self._prepare("layer", layer=layer.model_dump())
 
-    def point(self, M: int, routings: Sequence[str]) -> None:
-        """Make the inputs of M tokens and what fp32 makes of them, for each routing distribution.
-
-        Raises:
-            NotPreparedError: They do not fit, or the worker died of it.
-        """
-        self._point = None
+    def point(self, setup: PointSetup) -> None:
+        """See `Worker.point`."""
+        self._setup = None
         if self._process is None and self._layer is not None:
             self.layer(self._layer)
-        self._prepare("point", M=M, routings=list(routings))
-        self._point = M, tuple(routings)
+        candidates = [(candidate.backend, candidate.config) for candidate in setup.candidates]
+        self._prepare("point", M=setup.M, mode=setup.mode, routings=setup.routings, candidates=candidates)
+        self._setup = setup
 
-    def compile(self, layer: Layer, M: int, candidate: Candidate) -> None:
-        """Have one candidate compiled, without the layer's weights.
+    def compile(self, layer: LayerShape, M: int, candidate: Candidate) -> None:
+        """See `Worker.compile`."""
+        self._ask(
+            "compile", self._timeout_s, layer=layer.model_dump(), M=M, candidate=(candidate.backend, candidate.config)
+        )
 
-        Raises:
-            WorkerDiedError: It crashed, hung or lost the device meanwhile; the next request starts it again.
-            CandidateFailedError: The candidate raised.
-        """
-        request = {"M": M, "backend": candidate.backend, "config": candidate.config}
-        self._ask("compile", self._timeout_s, layer=layer.model_dump(), **request)
+    def launch(self, candidate: int) -> float:
+        """See `Worker.launch`."""
+        answer = self._ask_about_point("launch", 1, candidate=candidate)
+        return float(answer["us"])
 
-    def ask(self, op: str, work: float = 1.0, **request: Any) -> dict[str, Any]:
-        """Ask about candidates; after a death the worker is started, and layer and point are made again first.
+    def check(self, candidate: int, tolerance: float, *, briefly: bool) -> float:
+        """See `Worker.check`."""
+        answer = self._ask_about_point("check", 1, candidate=candidate, tolerance=tolerance, briefly=briefly)
+        if "wrong" in answer:
+            raise CandidateFailedError(answer["wrong"])
+        return float(answer["error"])
 
-        Args:
-            op: ``"launch"``, ``"check"`` or ``"time"``.
-            work: Candidates in the request: each has the timeout to itself.
-            **request: Its arguments.
-
-        Raises:
-            WorkerDiedError: It crashed, hung or lost the device while it answered.
-            CandidateFailedError: The candidate raised.
-            NotPreparedError: Layer and point could not be made again.
-        """
-        if self._process is None and self._point is not None:
-            self.point(*self._point)
-        return self._ask(op, self._timeout_s * work, **request)
+    def time(self, candidates: Sequence[int], routing: str, budget_s: float, rounds: int) -> list[Samples]:
+        """See `Worker.time`."""
+        answer = self._ask_about_point(
+            "time", len(candidates), candidates=list(candidates), routing=routing, budget_s=budget_s, rounds=rounds
+        )
+        return [
+            Samples(us=tuple(us)) if us else Samples(failed=f"raised {failed or 'nothing, and was not timed'}")
+            for us, failed in zip(answer["us"], answer["failed"], strict=True)
+        ]
 
     def close(self) -> None:
-        """End the worker, whatever it does."""
+        """See `Worker.close`."""
         if self._process is not None:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self._process.pid, signal.SIGKILL)
@@ -136,10 +239,16 @@ class WorkerProcess:
         try:
             self._ask(op, PREPARE_TIMEOUT_S, **request)
         except CandidateFailedError as error:
-            self.close()  # with whatever memory it holds; the next point starts from an empty device
-            raise NotPreparedError(f"out of memory: {error.cause}" if error.memory else error.cause) from error
+            self.close()  # releases whatever memory it holds; the next point starts from an empty device
+            raise NotPreparedError(error.cause) from error
         except WorkerDiedError as error:
             raise NotPreparedError(error.cause) from error
+
+    def _ask_about_point(self, op: str, count: int, **request: Any) -> dict[str, Any]:
+        """Ask about `count` candidates; after a death, layer and point are made again first."""
+        if self._process is None and self._setup is not None:
+            self.point(self._setup)
+        return self._ask(op, self._timeout_s * count, **request)
 
     def _ask(self, op: str, timeout_s: float, **request: Any) -> dict[str, Any]:
         if self._process is None:
@@ -149,7 +258,7 @@ class WorkerProcess:
             self.close()
             raise WorkerDiedError(f"lost the CUDA context: {answer['raised']}")
         if "raised" in answer:
-            raise CandidateFailedError(answer["raised"], memory=answer["memory"])
+            raise CandidateFailedError(f"{'out of memory:' if answer['memory'] else 'raised'} {answer['raised']}")
         return answer
 
     def _start(self) -> None:
@@ -202,7 +311,8 @@ class WorkerProcess:
         return answer
 
     def _exit_reason(self) -> str:
-        assert self._process is not None and self._stderr is not None  # noqa: S101, PT018 - it lived
+        """How the process ended, with the last line that it printed."""
+        assert self._process is not None and self._stderr is not None  # noqa: S101, PT018 - it was started
         code = self._process.wait()
         self._stderr.seek(0, os.SEEK_END)
         self._stderr.seek(max(0, self._stderr.tell() - _TAIL_BYTES))

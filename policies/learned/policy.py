@@ -1,4 +1,4 @@
-"""Chooses for shapes that nobody measured, by what each backend's time is made of (see `cost`)."""
+"""Ranks backends for shapes that were not measured, by a cost model of each backend (see `cost_model`)."""
 
 from collections.abc import Mapping
 from importlib import resources
@@ -11,35 +11,34 @@ from moe_dispatch.backend import Backend
 from moe_dispatch.errors import PolicyFileError, warn
 from moe_dispatch.machine import Machine
 from moe_dispatch.policies.learned.cost_model import TERMS, Term, rows_per_expert, terms
-from moe_dispatch.policies.learned.defaults import find_backend
+from moe_dispatch.policies.learned.defaults import family_members, find_backend
 from moe_dispatch.policies.measurements.schema import MAX_FILE_BYTES, Count, Name, Positive, Strict, damage, read_bytes
-from moe_dispatch.policies.rules import RulesPolicy
 from moe_dispatch.policy import Choice, Policy
 from moe_dispatch.problem import DType, Mode, MoEProblem
 from moe_dispatch.settings import cache_dir
 
 SCHEMA: Final = 3
-# A lead of less than the laws' own errors, 2 to 4 %, is none: then the rules' choice stands. So it does where it has no
-# law to compare with.
+# A lead below the cost models' own errors of 2 to 4 % does not count, and the rules' choice stands. So it does where it
+# has no cost model to compare with.
 CLOSE: Final = 0.03
-# A calibration does not start what is far behind, so that it has no times. With so many times more rows per expert than
-# a backend was measured with, its law is not believed.
+# A backend that is far behind is not measured further, so its cost model does not know where it is slow. The model is
+# not used beyond this factor of the rows per expert that it was fitted to.
 BEYOND: Final = 2.0
 NotNegative = Annotated[float, pydantic.Field(ge=0, allow_inf_nan=False)]
 
 
 class CostModel(Strict):
-    """What a backend's time is made of, in its default configuration, for one dtype and mode.
+    """The cost model of a backend in its default configuration, for one dtype and mode.
 
     Attributes:
-        dtype: Of the weights.
-        mode: Eager, or in a CUDA graph.
-        backend: Registered name.
-        layers: How many were measured.
-        points: Measurements, each of a layer at a token count.
-        most_rows: Rows per expert at most, of those.
-        error: Median relative error at those.
-        coefficients: How often it does each part of the work that `cost.terms` describes.
+        dtype: Dtype of the weights.
+        mode: Eager calls, or replays of a CUDA graph.
+        backend: Registered name; of a family (`rules.FAMILIES`) the name of the family.
+        layers: Number of layers that it is fitted to.
+        points: Number of measurements that it is fitted to, each of a layer at a token count.
+        most_rows: Largest number of rows per expert among them.
+        error: Median relative error at them.
+        coefficients: How often the backend does each part of the work that `cost_model.terms` describes.
     """
 
     dtype: DType
@@ -53,27 +52,36 @@ class CostModel(Strict):
 
     @pydantic.field_validator("coefficients")
     @classmethod
-    def _complete(cls, given: dict[Term, float]) -> dict[Term, float]:
-        if missing := [term for term in TERMS if term not in given]:
+    def _complete(cls, coefficients: dict[Term, float]) -> dict[Term, float]:
+        if missing := [term for term in TERMS if term not in coefficients]:
             raise ValueError(f"no coefficient for {', '.join(missing)}")
-        return given
+        return coefficients
 
     def us(self, parts: Mapping[Term, float]) -> float:
-        """Time of what has these terms."""
+        """Predicted time, in µs, of a problem with these terms."""
         return sum(self.coefficients[term] * part for term, part in parts.items())
 
 
 class ModelFile(Strict):
-    """A machine's learned model."""
+    """A machine's learned model.
+
+    Attributes:
+        schema_version: Version of this format.
+        fingerprint: Fingerprint of the machine that it was fitted for.
+        sms: Streaming multiprocessors of that machine.
+        cost_models: One for each backend, dtype and mode; ``laws`` in the file.
+    """
+
+    model_config = pydantic.ConfigDict(populate_by_name=True)
 
     schema_version: Literal[3] = SCHEMA
     fingerprint: Annotated[str, pydantic.Field(max_length=200)]
     sms: Annotated[int, pydantic.Field(ge=1)]
-    laws: list[CostModel] = pydantic.Field(min_length=1, max_length=1000)
+    cost_models: list[CostModel] = pydantic.Field(alias="laws", min_length=1, max_length=1000)
 
 
 def model_path(machine: Machine, directory: Path | None = None) -> Path:
-    """Where a machine's model lies."""
+    """The path of a machine's model file."""
     return (directory or cache_dir()) / "learned" / f"{machine.fingerprint}.json"
 
 
@@ -120,8 +128,8 @@ class LearnedPolicy(Policy):
     """Ranks by predicted time.
 
     Args:
-        machine: Where.
-        model: In place of the file's.
+        machine: The machine to rank for.
+        model: Model to use in place of the machine's file.
     """
 
     name = "learned"
@@ -135,46 +143,43 @@ class LearnedPolicy(Policy):
             except PolicyFileError as error:
                 self._notes.append(f"refused, so the next policy decides: {error}")
                 warn(f"policy {self.name!r}: {error}")
-        self._rules = RulesPolicy(machine)
-        self._laws: dict[tuple[DType, Mode], list[tuple[CostModel, Backend]]] = {}
-        for law in model.laws if model else ():
-            if (backend := find_backend(law.backend, machine)) is not None:
-                self._laws.setdefault((law.dtype, law.mode), []).append((law, backend))
+        self._cost_models: dict[tuple[DType, Mode], list[tuple[CostModel, Backend]]] = {}
+        for cost_model in model.cost_models if model else ():
+            if (backend := find_backend(cost_model.backend, machine)) is not None:
+                self._cost_models.setdefault((cost_model.dtype, cost_model.mode), []).append((cost_model, backend))
 
     def rank(self, problem: MoEProblem) -> tuple[Choice, ...]:
         """See `Policy.rank`."""
-        laws = self._laws.get((problem.dtype, problem.mode))
-        if laws is None or problem.needs_grad or problem.M < 1:
+        cost_models = self._cost_models.get((problem.dtype, problem.mode))
+        if cost_models is None or problem.needs_grad or problem.M < 1:
             return ()
         parts = terms(problem)
-        choices = {law.backend: _choice(law, parts) for law, backend in laws if _speaks(law, backend, problem)}
+        members = family_members(problem, self.machine)
+        choices: dict[str, Choice] = {}
+        for cost_model, named in cost_models:
+            backend = members.get(cost_model.backend, named)
+            if _applies(cost_model, backend, problem):
+                choices[backend.name] = _choice(cost_model, backend.name, parts)
         ranked = sorted(choices.values(), key=lambda choice: choice.us or 0.0)
-        stands = choices.get(self._favourite(problem))
-        if stands is None:
+        by_rules = choices.get(next(iter(members.values())).name) if members else None
+        if by_rules is None:
             return ()
-        if (stands.us or 0.0) <= (ranked[0].us or 0.0) * (1 + CLOSE):
-            ranked.remove(stands)
-            ranked.insert(0, stands)
+        if (by_rules.us or 0.0) <= (ranked[0].us or 0.0) * (1 + CLOSE):
+            ranked.remove(by_rules)
+            ranked.insert(0, by_rules)
         return tuple(ranked)
 
     def notes(self) -> tuple[str, ...]:
-        """A refused file."""
+        """The reason for which the file is refused."""
         return tuple(self._notes)
 
-    def _favourite(self, problem: MoEProblem) -> str:
-        """The first of the rules that is there and can."""
-        for choice in self._rules.rank(problem):
-            backend = find_backend(choice.backend, self.machine)
-            if backend and not backend.unavailable_reasons() and not backend.unsupported_reasons(problem):
-                return choice.backend
-        return ""
+
+def _applies(cost_model: CostModel, backend: Backend, problem: MoEProblem) -> bool:
+    """Whether a backend can run a problem and its cost model may be used for it."""
+    return rows_per_expert(problem) <= BEYOND * cost_model.most_rows and not backend.unsupported_reasons(problem)
 
 
-def _speaks(law: CostModel, backend: Backend, problem: MoEProblem) -> bool:
-    """Whether a backend's law says anything of a problem."""
-    return rows_per_expert(problem) <= BEYOND * law.most_rows and not backend.unsupported_reasons(problem)
-
-
-def _choice(law: CostModel, parts: Mapping[Term, float]) -> Choice:
-    us = law.us(parts)
-    return Choice(law.backend, f"about {us:.3g} µs by its law, from {law.layers} layers ({law.mode})", None, us)
+def _choice(cost_model: CostModel, backend: str, parts: Mapping[Term, float]) -> Choice:
+    us = cost_model.us(parts)
+    reason = f"about {us:.3g} µs by a cost model fitted to {cost_model.layers} layers ({cost_model.mode})"
+    return Choice(backend, reason, None, us)

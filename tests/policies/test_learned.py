@@ -1,29 +1,38 @@
-"""The learned policy, held against a cost law that is known because this file states it."""
+"""The learned policy, compared with a cost model that is known because this file states it."""
 
 import dataclasses
 import json
 import math
 import random
 import time
+from importlib import resources
 from pathlib import Path
 
 import pytest
 import torch
 from typer.testing import CliRunner
 
+from moe_dispatch.backend import Backend
 from moe_dispatch.backends.triton_common import features as triton_support
-from moe_dispatch.benchmarks.reports.regret import Judged, bench_observations, judge, main, summary
-from moe_dispatch.benchmarks.rows import BenchRow, append
+from moe_dispatch.benchmarks.__main__ import app as benchmarks
+from moe_dispatch.benchmarks.reports.regret import Judged, bench_observations, judge, summary
+from moe_dispatch.benchmarks.row_files import append
+from moe_dispatch.benchmarks.rows import BenchRow
 from moe_dispatch.commands.app import app
 from moe_dispatch.errors import InvalidInputError, MoEDispatchWarning
 from moe_dispatch.machine import Machine
 from moe_dispatch.measure import H200_CEILINGS
-from moe_dispatch.policies.learned import policy as learned
 from moe_dispatch.policies.learned.cost_model import TERMS, Term, terms
 from moe_dispatch.policies.learned.defaults import default_identity, find_backend
-from moe_dispatch.policies.learned.fit import Observation, fit_law, fit_model, nonnegative_least_squares, save_model
+from moe_dispatch.policies.learned.fit import (
+    Observation,
+    fit_cost_model,
+    fit_model,
+    nonnegative_least_squares,
+    save_model,
+)
 from moe_dispatch.policies.learned.policy import CostModel, LearnedPolicy, ModelFile, model_path, parse_model
-from moe_dispatch.policies.measurements.table import Identity
+from moe_dispatch.policies.measurements.schema import Identity
 from moe_dispatch.problem import DType, MoEProblem
 from moe_dispatch.workloads import WORKLOADS, Workload
 
@@ -50,8 +59,14 @@ def as_on_the_h200(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def default(backend: str, problem: MoEProblem) -> Identity:
     """A backend in its default configuration."""
-    identity: Identity = default_identity(find_backend(backend, H200), problem)
-    return identity
+    return default_identity(made(backend), problem)
+
+
+def made(backend: str) -> Backend:
+    """A backend of the H200."""
+    found = find_backend(backend, H200)
+    assert found is not None
+    return found
 
 
 def as_row(one: Observation, routing: str = "uniform") -> BenchRow:
@@ -61,9 +76,8 @@ def as_row(one: Observation, routing: str = "uniform") -> BenchRow:
         workload=next(name for name, layer in WORKLOADS.items() if (layer.E, layer.K) == (problem.E, problem.K)),
         E=problem.E, topk=problem.topk, K=problem.K, N=problem.N, dtype=problem.dtype, M=problem.M, backend=backend,
         config=dict(config), mode=problem.mode, routing=routing, us=one.us, hit_experts=problem.expected_experts,
-        roofline_us=1.0, roofline_from="device",
-        machine=H200.name, fingerprint=H200.fingerprint, versions={}, commit="",
-        ceilings=H200_CEILINGS,
+        roofline_us=1.0, roofline_from="device", machine=H200.name, fingerprint=H200.fingerprint, versions={},
+        commit="", ceilings=H200_CEILINGS,
     )  # fmt: skip
 
 
@@ -75,7 +89,7 @@ def synthetic(models: tuple[str, ...] = tuple(WORKLOADS), dtype: DType = "fp8") 
         for M in TOKENS:
             problem = WORKLOADS[name].problem(M, dtype, H200, "graph")
             for backend, law in LAWS.items():
-                if not find_backend(backend, H200).unsupported_reasons(problem):
+                if not made(backend).unsupported_reasons(problem):
                     us = sum(law[term] * part for term, part in terms(problem).items())
                     found.append(Observation(problem, default(backend, problem), us * noise.gauss(1, NOISE)))
     return found
@@ -120,8 +134,8 @@ def test_coefficients_are_the_best_that_are_not_negative() -> None:
 def test_a_law_is_found_again_and_a_bad_default_does_not_bend_it() -> None:
     times = {row.problem: row.us for row in synthetic() if row.candidate[0] == "deep_gemm"}
     spoilt = {problem: us * (1.5 if problem.N == 256 else 1.0) for problem, us in times.items()}
-    for given, most in ((times, 0.01), (spoilt, 0.03)):  # 5 % off with squared errors
-        coefficients, error = fit_law(given)
+    for times_of_one, most in ((times, 0.01), (spoilt, 0.03)):  # 5 % off with squared errors
+        coefficients, error = fit_cost_model(times_of_one)
         assert error < 2 * NOISE
         off = []
         for parts in (terms(problem) for problem in times if problem.N != 256):
@@ -143,14 +157,16 @@ def test_leaving_one_model_out_it_beats_every_fixed_choice_and_rules_that_are_wr
 
 
 def test_a_model_is_judged_without_what_was_measured_on_it() -> None:
-    # On one model the slower backend is ten times faster than its law says, which nobody else can know.
+    # On one model the slower backend is ten times faster than its cost model says, which the other models do not show.
     seen = [
         dataclasses.replace(row, us=row.us / 10) if row.problem.E == 8 and row.candidate[0] == "vllm_fused_moe" else row
         for row in synthetic()
     ]
     judged = judge(seen, H200)["learned"]
     last = WORKLOADS["mixtral-8x7b"].problem(16384, "fp8", H200, "graph")
-    assert judged[last].regret > 1.0
+    regret = judged[last].regret
+    assert regret is not None
+    assert regret > 1.0
 
 
 def test_with_few_layers_left_the_rules_decide() -> None:
@@ -249,13 +265,14 @@ def test_a_saved_model_ranks_shapes_that_nobody_measured(tmp_path: Path, monkeyp
     policy = LearnedPolicy(H200)
     layer = Workload("new", E=96, topk=6, K=3072, N=1024)
     few = policy.rank(layer.problem(1, "fp8", H200, "graph"))
-    assert [choice.backend for choice in few] == ["triton_splitk", "triton_persistent", "deep_gemm", "vllm_fused_moe"]
+    # By the cost model of split-K, whose family's member the rules choose.
+    assert [choice.backend for choice in few] == ["triton_vector", "triton_persistent", "deep_gemm", "vllm_fused_moe"]
     many = layer.problem(16384, "fp8", H200, "graph")
     first = policy.rank(many)[0]
     truth = sum(LAWS["deep_gemm"][term] * part for term, part in terms(many).items())
     assert (first.backend, first.config) == ("deep_gemm", None)
     assert first.us == pytest.approx(truth, rel=0.05)
-    assert "by its law, from 6 layers (graph)" in first.reason
+    assert "by a cost model fitted to 6 layers (graph)" in first.reason
     assert policy.rank(layer.problem(2, "bf16", H200, "graph")) == ()
     assert policy.rank(layer.problem(2, "fp8", H200, "eager")) == ()  # where other launches count
 
@@ -271,7 +288,7 @@ def law(backend: str, launch: float, most_rows: float = 1000.0) -> CostModel:
 def test_the_rules_stand_unless_another_is_clearly_faster(us: float, first: str) -> None:
     problem = WORKLOADS["deepseek-v3"].problem(1, "bf16", H200, "graph")
     laws = [law("triton_splitk", 100.0), law("vllm_fused_moe", us), law("deep_gemm", 150.0)]
-    policy = LearnedPolicy(H200, ModelFile(fingerprint="", sms=132, laws=laws))
+    policy = LearnedPolicy(H200, ModelFile(fingerprint="", sms=132, cost_models=laws))
     ranked = policy.rank(problem)
     assert ranked[0].backend == first
     assert sorted(choice.backend for choice in ranked) == ["deep_gemm", "triton_splitk", "vllm_fused_moe"]
@@ -279,7 +296,7 @@ def test_the_rules_stand_unless_another_is_clearly_faster(us: float, first: str)
 
 
 def test_the_rules_decide_where_their_choice_has_no_law() -> None:
-    policy = LearnedPolicy(H200, ModelFile(fingerprint="", sms=132, laws=[law("vllm_fused_moe", 1.0)]))
+    policy = LearnedPolicy(H200, ModelFile(fingerprint="", sms=132, cost_models=[law("vllm_fused_moe", 1.0)]))
     assert policy.rank(WORKLOADS["deepseek-v3"].problem(1, "bf16", H200, "graph")) == ()
 
 
@@ -288,14 +305,14 @@ def test_the_rules_choice_is_one_that_is_there() -> None:
     bare = H200.model_copy(update={"libraries": {}})
     laws = [law("triton_persistent", 100.0), law("triton_splitk", 99.0)]
     problem = WORKLOADS["mixtral-8x7b"].problem(4096, "fp8", H200, "graph")
-    model = ModelFile(fingerprint="", sms=132, laws=[one.model_copy(update={"dtype": "fp8"}) for one in laws])
+    model = ModelFile(fingerprint="", sms=132, cost_models=[one.model_copy(update={"dtype": "fp8"}) for one in laws])
     assert LearnedPolicy(H200, model).rank(problem) == ()
     assert LearnedPolicy(bare, model).rank(problem)[0].backend == "triton_persistent"
 
 
 def test_a_law_is_not_believed_far_beyond_what_was_measured() -> None:
     laws = [law("triton_splitk", 1.0, most_rows=16.0), law("triton_persistent", 100.0)]
-    policy = LearnedPolicy(H200, ModelFile(fingerprint="", sms=132, laws=laws))
+    policy = LearnedPolicy(H200, ModelFile(fingerprint="", sms=132, cost_models=laws))
     layer = WORKLOADS["mixtral-8x7b"]  # of 8 experts, of which 2 get each token
     assert policy.rank(layer.problem(128, "bf16", H200, "graph"))[0].backend == "triton_splitk"
     assert [one.backend for one in policy.rank(layer.problem(129, "bf16", H200, "graph"))] == ["triton_persistent"]
@@ -305,21 +322,21 @@ def test_a_backend_that_cannot_run_the_layer_is_not_ranked() -> None:
     laws = [law("deep_gemm", 1.0), law("triton_persistent", 100.0)]
     laws = [one.model_copy(update={"dtype": "fp8"}) for one in laws]
     problem = WORKLOADS["gpt-oss-120b"].problem(4096, "fp8", H200, "graph")
-    ranked = LearnedPolicy(H200, ModelFile(fingerprint="", sms=132, laws=laws)).rank(problem)
+    ranked = LearnedPolicy(H200, ModelFile(fingerprint="", sms=132, cost_models=laws)).rank(problem)
     assert [one.backend for one in ranked] == ["triton_persistent"]
 
 
 def test_a_model_is_of_its_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MOE_DISPATCH_CACHE_DIR", str(tmp_path))
-    model = ModelFile(fingerprint="another", sms=132, laws=[law("triton_splitk", 1.0)])
+    model = ModelFile(fingerprint="another", sms=132, cost_models=[law("triton_splitk", 1.0)])
     save_model(model, model_path(H200))
     with pytest.warns(MoEDispatchWarning, match="fitted for another"):
         assert LearnedPolicy(H200).rank(WORKLOADS["deepseek-v3"].problem(1, "bf16", H200, "graph")) == ()
 
 
 def test_what_ships_serves_devices_of_its_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(learned.resources, "files", lambda _: tmp_path)
-    model = ModelFile(fingerprint="where it was measured", sms=132, laws=[law("triton_splitk", 1.0)])
+    monkeypatch.setattr(resources, "files", lambda _: tmp_path)
+    model = ModelFile(fingerprint="where it was measured", sms=132, cost_models=[law("triton_splitk", 1.0)])
     save_model(model, tmp_path / "tables" / f"{H200.slug}.model.json")
     problem = WORKLOADS["deepseek-v3"].problem(1, "bf16", H200, "graph")
     assert LearnedPolicy(H200).rank(problem)[0].backend == "triton_splitk"
@@ -329,7 +346,7 @@ def test_what_ships_serves_devices_of_its_size(tmp_path: Path, monkeypatch: pyte
 def test_a_model_loads_within_50_ms_and_ranks_within_2(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MOE_DISPATCH_CACHE_DIR", str(tmp_path))
     names = ("triton_splitk", "triton_persistent", "deep_gemm", "vllm_fused_moe", "torch_grouped")
-    model = ModelFile(fingerprint=H200.fingerprint, sms=132, laws=[law(name, 100.0) for name in names])
+    model = ModelFile(fingerprint=H200.fingerprint, sms=132, cost_models=[law(name, 100.0) for name in names])
     save_model(model, model_path(H200))
     problem = WORKLOADS["deepseek-v3"].problem(16384, "bf16", H200, "graph")
     loading, ranking = [], []
@@ -381,9 +398,9 @@ def test_fit_prints_what_it_learned_and_what_that_loses(tmp_path: Path) -> None:
         append(rows, as_row(observation))
     result = CliRunner().invoke(app, ["fit", str(rows), "--machine", str(MACHINE), "--out", str(out)])
     assert result.exit_code == 0, result.output
-    learned, _, lost = result.output.partition("what is lost")
+    learned, _, lost = result.output.partition("loss against")
     model = parse_model(out.read_bytes(), str(out))
-    for one in model.laws:
+    for one in model.cost_models:
         line = next(line for line in learned.splitlines() if line.startswith(one.backend))
         assert line.split()[1:] == [f"{value:.3g}" if value else "–" for value in one.coefficients.values()]
     judged = judge(seen, H200)
@@ -392,27 +409,28 @@ def test_fit_prints_what_it_learned_and_what_that_loses(tmp_path: Path) -> None:
         assert row.split()[3] == f"{summary(judged[name].values())['mean']:.1%}"
 
 
-def test_rows_of_another_machine_are_not_taken_for_this_ones(
-    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_rows_of_another_machine_are_not_taken_for_this_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MOE_DISPATCH_CACHE_DIR", str(tmp_path / "cache"))
     rows = tmp_path / "rows.jsonl"
     append(rows, as_row(synthetic()[0]))
-    result = CliRunner().invoke(app, ["fit", str(rows)])
-    assert result.exit_code == 2
-    with pytest.raises(SystemExit):
-        main([str(rows)])
-    for message in (result.stderr, capsys.readouterr().err):
-        assert "a row was measured on 'NVIDIA H200'" in message
-        assert "--machine FILE" in message
+    for result in (
+        CliRunner().invoke(app, ["fit", str(rows)]),
+        CliRunner().invoke(benchmarks, ["regret", str(rows)]),
+    ):
+        assert result.exit_code == 2
+        assert "a row was measured on 'NVIDIA H200'" in result.stderr
+        assert "--machine FILE" in result.stderr
     assert not (tmp_path / "cache").exists()
 
 
-def test_the_recorded_sweep_is_judged_within_a_minute_and_meets_the_bars(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_recorded_sweep_is_judged_within_a_minute_and_meets_the_bars() -> None:
     begin = time.perf_counter()
-    main([str(RESULTS / "sweep.jsonl"), "--machine", str(MACHINE), "--json"])
+    result = CliRunner().invoke(
+        benchmarks, ["regret", str(RESULTS / "sweep.jsonl"), "--machine", str(MACHINE), "--json"]
+    )
+    assert result.exit_code == 0, result.output
     assert time.perf_counter() - begin < 60
-    found = json.loads(capsys.readouterr().out)
+    found = json.loads(result.stdout)
     learned = found["learned"]
     assert learned["mean"] <= 0.02
     assert learned["p95"] <= 0.08

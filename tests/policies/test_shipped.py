@@ -7,8 +7,8 @@ import pytest
 
 from moe_dispatch.errors import MoEDispatchWarning
 from moe_dispatch.machine import Machine
-from moe_dispatch.policies.measurements.merge import Measured, merge
-from moe_dispatch.policies.measurements.schema import CalibrationFile, Candidate, Layer, Measurement
+from moe_dispatch.policies.measurements.merge import merge
+from moe_dispatch.policies.measurements.schema import CalibrationFile, Candidate, LayerShape, Measurement
 from moe_dispatch.policies.shipped import ShippedPolicy
 from moe_dispatch.workloads import WORKLOADS
 
@@ -17,25 +17,27 @@ LAYER = WORKLOADS["deepseek-v3"]
 
 
 def table(machine: Machine) -> CalibrationFile:
-    """torch_grouped ahead of the reference at 64 tokens, measured with a torch that nobody has."""
-    layer = Layer.of(LAYER.problem(1, "bf16", machine))
+    """torch_grouped ahead of the reference at 64 tokens, measured with an old torch."""
+    layer = LayerShape.of(LAYER.problem(1, "bf16", machine))
     times = {"torch_grouped": 100.0, "reference": 900.0}
+    configs: dict[str, dict[str, int | bool | str]] = {"torch_grouped": {}, "reference": {"compute_fp32": False}}
     rows = [
-        Measured(
+        Measurement(
             layer,
             64,
             "graph",
-            Candidate(backend=backend, config=config, versions={"torch": "0.1"}),
-            Measurement(candidate=0, us={"uniform": (us, us, us)}, score=us),
+            Candidate(backend=backend, config=configs[backend], versions={"torch": "0.1"}),
+            us={"uniform": (us, us, us)},
+            score=us,
         )
-        for (backend, us), config in zip(times.items(), ({}, {"compute_fp32": False}), strict=True)
+        for backend, us in times.items()
     ]
     return merge(CalibrationFile(machine=machine), rows, machine)
 
 
 @pytest.fixture
 def tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Where the package's own tables are looked for."""
+    """The folder in which the package's own tables are looked up."""
     monkeypatch.setattr(resources, "files", lambda _: tmp_path)
     (tmp_path / "tables").mkdir()
     return tmp_path / "tables"
