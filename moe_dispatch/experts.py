@@ -5,7 +5,6 @@ from typing import Final, Self
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from moe_dispatch.errors import InvalidInputError
 from moe_dispatch.numerics import FP8, quantize_blocks
@@ -170,14 +169,6 @@ class ExpertWeights:
             capability=capability,
             mode=mode,
             needs_grad=needs_grad,
-        )
-
-    def wants_grad(self, hidden_states: Tensor, topk_weights: Tensor) -> bool:
-        """Whether autograd is recording and anything of this call requires a gradient, or forward mode is at work."""
-        if forward_ad._current_level >= 0:  # which no_grad does not end, and which a kernel would silently drop
-            return True
-        return torch.is_grad_enabled() and (
-            hidden_states.requires_grad or topk_weights.requires_grad or self.requires_grad
         )
 
     @property

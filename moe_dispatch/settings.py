@@ -19,6 +19,7 @@ VARIABLES: Final[Mapping[str, str]] = {
     "MOE_DISPATCH_MACHINE": "a shipped machine (`h200`) or a JSON file that replaces what is seen of this machine",
     "MOE_DISPATCH_CACHE_DIR": "the absolute path under which calibrations and the quarantine are kept",
     "MOE_DISPATCH_LOG_LEVEL": "the level of the logger `moe_dispatch`",
+    "MOE_DISPATCH_VLLM": "`1` gives the expert layers of a vLLM engine to `moe_forward`",
     "MOE_DISPATCH_COMMIT": "the commit that measurements record, where no git checkout tells it",
 }
 DEFAULT_POLICIES: Final = ("calibrated", "shipped", "learned", "rules")
@@ -36,6 +37,7 @@ class Settings:
         machine: Name or file of a machine description; empty to inspect this machine.
         cache_dir: Folder of calibrations and the quarantine; see `cache_dir` for the default.
         log_level: Level of the logger ``moe_dispatch``; empty to leave the logger alone.
+        vllm: Whether the plugin for vLLM replaces expert layers.
         commit: Commit that measurements record; empty to ask git.
     """
 
@@ -45,6 +47,7 @@ class Settings:
     machine: str = ""
     cache_dir: Path | None = None
     log_level: str = ""
+    vllm: bool = False
     commit: str = ""
 
     @classmethod
@@ -64,6 +67,7 @@ class Settings:
             machine=_text("MACHINE"),
             cache_dir=_folder("CACHE_DIR"),
             log_level=level,
+            vllm=_text("VLLM").lower() not in ("", "0", "false", "no", "off"),
             commit=_text("COMMIT"),
         )
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pydantic
 
 from moe_dispatch.backend import Backend
-from moe_dispatch.errors import BackendUnavailableError, PolicyFileError, UnknownNameError, warn
+from moe_dispatch.errors import PolicyFileError, warn
 from moe_dispatch.machine import Machine
 from moe_dispatch.policies.measurements.schema import (
     CalibrationFile,
@@ -22,7 +22,7 @@ from moe_dispatch.policies.measurements.table import LayerTable
 from moe_dispatch.policies.measurements.versions import changes, relevant_versions
 from moe_dispatch.policy import Choice, Policy
 from moe_dispatch.problem import Mode, MoEProblem
-from moe_dispatch.registry import make_backend
+from moe_dispatch.registry import MadeBackend, make_backend
 from moe_dispatch.settings import cache_dir
 
 logger = logging.getLogger(__name__)
@@ -101,13 +101,13 @@ class MeasuredPolicy(Policy):
         keys = [layer.key for layer in file.layers]
         for i, point in enumerate(file.points):
             self._points.setdefault((keys[point.layer], point.mode), []).append(i)
-        backends: dict[str, Backend | str] = {}
+        backends: dict[str, MadeBackend] = {}
         unused: Counter[str] = Counter()
         for candidate in file.candidates:
             if candidate.backend not in backends:
-                backends[candidate.backend] = _backend(candidate.backend, self.machine)
-            backend = backends[candidate.backend]
-            reason = backend if isinstance(backend, str) else self._reason_against(candidate, backend)
+                backends[candidate.backend] = make_backend(candidate.backend, self.machine)
+            made = backends[candidate.backend]
+            reason = self._reason_against(candidate, made.backend) if made.backend else _reason(made)
             self._usable.append(None if reason else candidate.identity)
             if reason:
                 unused[f"{candidate.backend}: {reason}"] += 1
@@ -137,11 +137,6 @@ class CalibratedPolicy(MeasuredPolicy):
             return None
 
 
-def _backend(name: str, machine: Machine) -> Backend | str:
-    """The backend, or the reason why it cannot be made."""
-    try:
-        return make_backend(name, machine)
-    except UnknownNameError:
-        return "no such backend is registered here"
-    except BackendUnavailableError as error:
-        return "; ".join(error.reasons)
+def _reason(made: MadeBackend) -> str:
+    """Why the backend cannot be made."""
+    return "; ".join(made.reasons) if made.registered else "no such backend is registered here"

@@ -9,10 +9,11 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from moe_dispatch.backend import Inputs
+from moe_dispatch.backend import FAST_PATH_TOKENS, Inputs
 from moe_dispatch.dispatch.checks import check
 from moe_dispatch.dispatch.counters import BackendStats, Counters
 from moe_dispatch.dispatch.errors import BackendFailedError, DeviceLostError
+from moe_dispatch.dispatch.gradients import needs_grad
 from moe_dispatch.dispatch.plan import Plan
 from moe_dispatch.dispatch.planner import Planner, warn_of_successor
 from moe_dispatch.dispatch.policy_chain import LAST_RESORT
@@ -27,9 +28,7 @@ from moe_dispatch.system import failures
 logger = logging.getLogger("moe_dispatch")
 
 MAX_PLANS: Final = 65536  # a server that saw this many kinds of call forgets them all and starts over
-# A kind of call that came back this often may be prepared for, where the host's time counts: at few tokens.
-FAST_PATH_CALLS: Final = 3
-FAST_PATH_TOKENS: Final = 256
+FAST_PATH_CALLS: Final = 3  # A backend may prepare for a kind of call (`Backend.fast_path`) at its third run.
 PlanKey = tuple[Any, ...]
 
 
@@ -83,7 +82,7 @@ class Dispatcher:
                 topk_weights.dtype,
                 topk_ids.dtype,
                 hidden_states.device == topk_weights.device == topk_ids.device == experts.device,
-                experts.wants_grad(hidden_states, topk_weights),
+                needs_grad(hidden_states, experts, topk_weights),
                 self._on_cuda and torch.cuda.is_current_stream_capturing(),
                 backend,
             )
@@ -94,7 +93,7 @@ class Dispatcher:
         if plan is None:
             check(hidden_states, experts, topk_weights, topk_ids)
             # Where a gradient is wanted, the reference sees to it that whoever wants one stands in the graph.
-            if not hidden_states.shape[0] and not experts.wants_grad(hidden_states, topk_weights):
+            if not hidden_states.shape[0] and not needs_grad(hidden_states, experts, topk_weights):
                 return hidden_states.clone()
             plan = self._plan(key, experts)
         if plan.widens:

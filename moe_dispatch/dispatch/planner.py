@@ -108,7 +108,7 @@ class Planner:
             UnknownNameError: Nothing is registered under it.
             BackendUnavailableError: It does not import, or its libraries are missing.
         """
-        return self._pool.backend(name)
+        return self._pool.made(name).require()
 
     def statuses(self) -> tuple[BackendStatus, ...]:
         """Every registered backend on this machine."""
@@ -131,12 +131,7 @@ class Planner:
     def _named_plan(self, backend: str | None, problem: MoEProblem, experts: ExpertWeights) -> Plan:
         """Of the backend that the caller names, else the environment."""
         name, variable = (backend, "") if backend else (self._settings.backend, BACKEND_VARIABLE)
-        try:
-            self._pool.backend(name)
-        except UnknownNameError as error:
-            raise UnknownNameError(error.kind, name, error.known, variable) from None
-        except BackendUnavailableError as error:
-            raise BackendUnavailableError(name, error.reasons, variable) from error.__cause__
+        self._pool.made(name).require(variable)
         if reasons := self._pool.reasons_against(name, problem, chosen_by_name=True):
             raise BackendUnsupportedError(name, problem, reasons, variable)
         choice = self._named_choice(backend, problem)
@@ -148,7 +143,7 @@ class Planner:
         """The same, in the configuration that the policies rank first for it."""
         name = backend or self._settings.backend
         ranked = (choice for choice in self._rank(problem) if choice.backend == name)
-        choice = next((choice for choice in ranked if not self._misconfigured(choice)), Choice(name, ""))
+        choice = next((choice for choice in ranked if not self._misconfigured(choice, problem)), Choice(name, ""))
         if backend:
             return dataclasses.replace(choice, reason="named by the caller", policy="caller")
         return dataclasses.replace(choice, reason=f"named by {BACKEND_VARIABLE}", policy="environment")
@@ -197,13 +192,8 @@ class Planner:
         warn_of_successor(name, problem, fault, successor)
 
     def _made_plan(self, problem: MoEProblem, choice: Choice, remedy: str = "") -> Plan:
-        made = self._pool.backend(choice.backend)
-        config = (
-            made.default_config(problem)
-            if choice.config is None
-            else made.config_type.model_validate(dict(choice.config))
-        )
-        return Plan(problem, made, config, choice, remedy, kept=bool(remedy))
+        backend = self._pool.made(choice.backend).require()
+        return Plan(problem, backend, _config(backend, choice, problem), choice, remedy, kept=bool(remedy))
 
     def _rank(self, problem: MoEProblem) -> tuple[Choice, ...]:
         if problem.needs_grad:
@@ -225,26 +215,28 @@ class Planner:
             raise UnknownNameError(error.kind, error.name, error.known, POLICY_VARIABLE) from None
 
     def _reasons_against(self, choice: Choice, problem: MoEProblem, *, chosen_by_name: bool = False) -> tuple[str, ...]:
-        try:
-            reasons = self._pool.reasons_against(choice.backend, problem, chosen_by_name=chosen_by_name)
-        except UnknownNameError as error:  # a file may name what this installation lacks
-            return (str(error),)
-        return reasons or tuple(filter(None, [self._misconfigured(choice)]))
+        reasons = self._pool.reasons_against(choice.backend, problem, chosen_by_name=chosen_by_name)
+        return reasons or tuple(filter(None, [self._misconfigured(choice, problem)]))
 
-    def _misconfigured(self, choice: Choice) -> str:
-        if choice.config is None:
-            return ""
+    def _misconfigured(self, choice: Choice, problem: MoEProblem) -> str:
+        """Why a choice has no configuration to run with; empty if it has one."""
         try:
-            self._pool.backend(choice.backend).config_type.model_validate(dict(choice.config))
+            _config(self._pool.made(choice.backend).require(), choice, problem)
         except pydantic.ValidationError as error:
-            return f"does not know the configuration {dict(choice.config)}: {error.errors()[0]['msg']}"
-        except (BackendUnavailableError, UnknownNameError) as error:
-            return str(error)
+            return f"does not know the configuration {dict(choice.config or {})}: {error.errors()[0]['msg']}"
+        except BackendUnavailableError as error:
+            return "; ".join(error.reasons)
         return ""
 
     def _probe_failure(self, choice: Choice, problem: MoEProblem, experts: ExpertWeights | None) -> str:
         device = experts.device if experts is not None else torch.device(self._machine.device)
         return self._pool.probe_failure(choice.backend, problem, device)
+
+
+def _config(backend: Backend, choice: Choice, problem: MoEProblem) -> BackendConfig:
+    if choice.config is None:
+        return backend.default_config(problem)
+    return backend.config_type.model_validate(dict(choice.config))
 
 
 def warn_of_successor(name: str, problem: MoEProblem, cause: str, successor: Plan) -> None:

@@ -47,7 +47,8 @@ class QuarantineEntry(pydantic.BaseModel):
     backend: str
     problem: str
     cause: str
-    fatal: bool
+    # Entries written before 0.2 say "lethal".
+    fatal: bool = pydantic.Field(validation_alias=pydantic.AliasChoices("fatal", "lethal"))
     when: str
     versions: dict[str, str]
 

@@ -13,7 +13,7 @@ import pydantic
 from moe_dispatch.backend import Backend
 from moe_dispatch.dispatch.policy_chain import LAST_RESORT
 from moe_dispatch.dispatch.quarantine import Quarantine
-from moe_dispatch.errors import BackendUnavailableError, PolicyFileError
+from moe_dispatch.errors import PolicyFileError
 from moe_dispatch.machine import Machine
 from moe_dispatch.measure.provenance import commit
 from moe_dispatch.policies.calibration.request import CalibrationRequest
@@ -47,15 +47,11 @@ def eligible(names: Sequence[str], machine: Machine) -> tuple[dict[str, Backend]
     backends: dict[str, Backend] = {}
     unavailable: dict[str, str] = {}
     for name in names:
-        try:
-            backend = make_backend(name, machine)
-        except BackendUnavailableError as error:
-            unavailable[name] = "; ".join(error.reasons)
-            continue
-        if reasons := backend.unavailable_reasons():
-            unavailable[name] = "; ".join(reasons)
+        made = make_backend(name, machine)
+        if made.registered and made.reasons:
+            unavailable[name] = "; ".join(made.reasons)
         else:
-            backends[name] = backend
+            backends[name] = made.require()
     return backends, unavailable
 
 

@@ -241,7 +241,7 @@ class WorkerServer:
     def _made(self, name: str, config: dict[str, Any]) -> tuple[Backend, BackendConfig]:
         assert self._machine is not None  # noqa: S101 - `start` comes first
         if name not in self._backends:
-            self._backends[name] = make_backend(name, self._machine)
+            self._backends[name] = make_backend(name, self._machine).require()
         backend = self._backends[name]
         return backend, backend.config_type.model_validate(config)
 

@@ -37,8 +37,8 @@ from moe_dispatch import (
     stats,
     warm_up,
 )
-from moe_dispatch.backend import BackendConfig, Inputs, Run
-from moe_dispatch.dispatch.dispatcher import FAST_PATH_CALLS, FAST_PATH_TOKENS, Dispatcher
+from moe_dispatch.backend import FAST_PATH_TOKENS, BackendConfig, Inputs, Run
+from moe_dispatch.dispatch.dispatcher import FAST_PATH_CALLS, Dispatcher
 from moe_dispatch.dispatch.process import get_dispatcher, reset_dispatchers
 from moe_dispatch.dispatch.quarantine import Quarantine
 from moe_dispatch.settings import Settings, settings
