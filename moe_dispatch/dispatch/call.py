@@ -9,6 +9,7 @@ from torch import Tensor
 
 from moe_dispatch.dispatch import torch_operator
 from moe_dispatch.dispatch.checks import check
+from moe_dispatch.dispatch.coverage import representative_token_counts
 from moe_dispatch.dispatch.dispatcher import Dispatcher
 from moe_dispatch.dispatch.explanation import Explanation
 from moe_dispatch.dispatch.gradients import needs_grad
@@ -67,17 +68,28 @@ def call_traced(
 
 
 def warm_up(
-    experts: ExpertWeights, topk: int, tokens: Sequence[int], act_dtype: torch.dtype | None, backend: str | None
+    experts: ExpertWeights,
+    topk: int,
+    tokens: Sequence[int],
+    act_dtype: torch.dtype | None,
+    backend: str | None,
+    up_to: int | None = None,
 ) -> None:
     """See `moe_dispatch.warm_up`."""
     if not isinstance(experts, ExpertWeights):
         raise InvalidInputError(f"experts must be ExpertWeights(gate_up, down), got {type(experts).__name__}")
     counts = tuple(tokens) if isinstance(tokens, Iterable) else (tokens,)
-    for name, count, least in (("topk", topk, 1), *(("tokens", count, 0) for count in counts)):
+    given = ("topk", topk, 1), ("up_to", up_to or 0, 0), *(("tokens", count, 0) for count in counts)
+    for name, count, least in given:
         if type(count) is not int or count < least:
             raise InvalidInputError(f"{name} must be integers of at least {least}, got {count!r}")
     dtype = act_dtype or (torch.bfloat16 if experts.dtype == "fp8" else experts.gate_up.dtype)
     device = experts.device
+    if up_to:
+        dispatcher = get_dispatcher(device)
+        capability = dispatcher.machine.capability
+        others = representative_token_counts(dispatcher.planner, experts, topk, dtype, capability, up_to, backend)
+        counts = (*counts, *(M for M in others if M not in counts))
     # Generators of its own: preparing for calls may not change what a program draws.
     generator, on_cpu = torch.Generator(device).manual_seed(0), torch.Generator().manual_seed(0)
     for M in filter(None, counts):
