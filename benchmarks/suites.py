@@ -27,7 +27,9 @@ UNIFORM: Final = "uniform"
 SKEWED: Final = "dirichlet-4"
 SKEWED_TOKENS: Final = tuple(M for M in TOKENS if M >= 1024)
 # All dispatchable backends except `reference`, a naive loop, and `vllm_fused_moe`, which the baseline `vllm` measures.
-BACKENDS: Final = ("triton_splitk", "triton_persistent", "gluon_hopper", "deep_gemm", "torch_grouped")
+BACKENDS: Final = (
+    "triton_splitk", "triton_vector", "triton_persistent", "gluon_hopper", "deep_gemm", "torch_grouped",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from moe_dispatch.policy import Policy
 from moe_dispatch.system import failures
 
 ENTRY_POINT_GROUP: Final = "moe_dispatch.backends"
+LAST_RESORT: Final = "reference"  # The backend that runs anywhere and every valid call.
 
 logger = logging.getLogger(__name__)
 
@@ -85,6 +86,10 @@ class Registry(Generic[T]):
             self._specs[name] = loaded
         return cast("type[T]", loaded)
 
+    def renew_lock(self) -> None:
+        """Replace the lock in a forked child, where a thread of the parent may have held it."""
+        self._lock = threading.RLock()
+
     def _fault(self, name: str, target: object) -> str:
         """What is wrong with giving a class this name; empty if nothing is."""
         if not (isinstance(target, type) and issubclass(target, self._base)):
@@ -122,6 +127,7 @@ BACKENDS: Final = Registry(
         "triton_persistent": "moe_dispatch.backends.triton_persistent.backend:TritonPersistentBackend",
         "gluon_hopper": "moe_dispatch.backends.gluon_hopper.backend:GluonHopperBackend",
         "triton_splitk": "moe_dispatch.backends.triton_splitk.backend:TritonSplitKBackend",
+        "triton_vector": "moe_dispatch.backends.triton_vector.backend:TritonVectorBackend",
         "vllm_fused_moe": "moe_dispatch.backends.vllm_fused_moe:VllmFusedMoEBackend",
         "deep_gemm": "moe_dispatch.backends.deep_gemm:DeepGemmBackend",
     },

@@ -22,7 +22,7 @@ from moe_dispatch.system.libraries import library_version
 
 # Gluon is experimental and changes with every Triton. The kernels were compiled under each of these releases.
 FIRST_TRITON: Final = (3, 6)
-LAST_TRITON: Final = (3, 7)
+LAST_TRITON: Final = (3, 9)
 
 
 class GluonHopperBackend(TritonBackend):

@@ -20,7 +20,7 @@ Barriers in shared memory, each with a phase that flips when all its expected ar
     barrier        arrivals   from                                     waited for by
     known[slot]    33         scheduler: a tile is in the slot         consumers, loader
     taken[slot]    291, 323   consumers and loader have read it        scheduler, before it writes the slot again
-    wanted         1          loader, LEAD stages before a tile's end  scheduler, before it takes a tile
+    wanted         1          loader, as a tile's loads end            scheduler, before it takes a tile
     full[stage]    1, 65      loader and TMA: the stage is loaded      consumers
     empty[stage]   2          consumers have multiplied the stage      loader, before it fills it again
     exchange       2          FP8: both consumers' maxima are there    both consumers

@@ -7,7 +7,11 @@ from moe_dispatch.backends.stages.combine import combine
 from moe_dispatch.backends.stages.quantize import empty_scales, quantize_rows
 from moe_dispatch.backends.stages.route import route
 from moe_dispatch.backends.triton_common.backend import TritonBackend
-from moe_dispatch.backends.triton_persistent.config import TritonPersistentConfig, persistent_configs
+from moe_dispatch.backends.triton_persistent.config import (
+    TritonPersistentConfig,
+    least_shared_memory,
+    persistent_configs,
+)
 from moe_dispatch.backends.triton_persistent.product import product
 from moe_dispatch.experts import ExpertWeights
 from moe_dispatch.numerics import FP8
@@ -23,6 +27,14 @@ class TritonPersistentBackend(TritonBackend):
 
     name = "triton_persistent"
     config_type = TritonPersistentConfig
+
+    def further_reasons(self, problem: MoEProblem) -> tuple[str, ...]:
+        """See `Backend.further_reasons`."""
+        reasons = super().further_reasons(problem)
+        needed = least_shared_memory(problem, self._features)
+        if needed > self._features.shared_memory:
+            reasons += (f"needs {needed} bytes of shared memory for a block, got {self._features.shared_memory}",)
+        return reasons
 
     def configs(self, problem: MoEProblem) -> tuple[BackendConfig, ...]:
         """See `Backend.configs`."""

@@ -13,15 +13,14 @@ from moe_dispatch.backends.triton_splitk.stream import moe_prefetch, moe_slots_t
 @triton.jit(do_not_specialize=["S"])
 def _moe_splitk_down_kernel(
     # inputs
-    inner_ptr, inner_scale_ptr, weight_ptr, weight_descriptor, scale_ptr, bias_ptr, topk_weights_ptr, ids_ptr,
+    inner_ptr, inner_scale_ptr, weight_ptr, weight_descriptor, scale_ptr, ids_ptr,
     # outputs
-    out_ptr,
+    partial_ptr,
     # shapes
-    S, K, N, E, TOPK,
+    S, K, N, E,
     # constants
     ROWS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, SCAN: tl.constexpr, EVEN_N: tl.constexpr,
-    SPLITS: tl.constexpr, BY_SLOT: tl.constexpr, ATOMIC: tl.constexpr, TMA: tl.constexpr, PDL: tl.constexpr,
-    FP8: tl.constexpr, HAS_BIAS: tl.constexpr,
+    SPLITS: tl.constexpr, BY_SLOT: tl.constexpr, TMA: tl.constexpr, PDL: tl.constexpr, FP8: tl.constexpr,
 ):  # fmt: skip
     owner, tile, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     e, count = moe_slots_to_serve(ids_ptr, owner, S, E, BLOCK_M, SCAN, BY_SLOT)
@@ -58,14 +57,5 @@ def _moe_splitk_down_kernel(
             inner_ptr + slots.to(tl.int64) * N, x_scales, mask_m, first_block, last_block, N,
             ROWS, BLOCK_M, BLOCK_K, EVEN_N, TMA, FP8, ROWS <= BLOCK_K,
         )  # fmt: skip
-        mask = mask_r[:, None] & mask_m[None, :]
-        if ATOMIC:
-            if HAS_BIAS:  # noqa: SIM102 - the nested form compiles away without a bias
-                if split == 0:
-                    acc += tl.load(bias_ptr + expert * K + offs_r, mask=mask_r, other=0.0).to(tl.float32)[:, None]
-            acc *= tl.load(topk_weights_ptr + slots, mask=mask_m, other=0.0)[None, :]
-            out = out_ptr + (slots // TOPK).to(tl.int64)[None, :] * K + offs_r[:, None]
-            tl.atomic_add(out, acc, mask=mask, sem="relaxed")
-        else:
-            out = out_ptr + (split * S + slots).to(tl.int64)[None, :] * K + offs_r[:, None]
-            tl.store(out, acc, mask=mask)
+        partial = partial_ptr + (split * S + slots).to(tl.int64)[None, :] * K + offs_r[:, None]
+        tl.store(partial, acc, mask=mask_r[:, None] & mask_m[None, :])

@@ -20,7 +20,6 @@ def splitk_gate_up(
     topk_ids: "Tensor",
     inner: "Tensor",
     inner_scale: "Tensor | None",
-    zero: "Tensor | None",
     config: "SplitKConfig",
     descriptor: Any,
 ) -> None:
@@ -33,9 +32,8 @@ def splitk_gate_up(
         topk_ids: int32 or int64 ``[M, topk]``.
         inner: Written where a slot's id is valid: activated ``[M·topk, N]``, e4m3 in block FP8; or, where
             `config.partial_sums`, fp32 ``[splits, 2, M·topk, N]`` (``1`` for ``2`` without a gate) before bias and
-            activation.
-        inner_scale: fp32 multipliers of inner's codes ``[M·topk, ⌈N/128⌉]``.
-        zero: fp32 buffer to clear, if any.
+            activation, which `activate_partial` applies.
+        inner_scale: fp32 multipliers of inner's codes ``[M·topk, ⌈N/128⌉]``, written; else None.
         config: Tile sizes.
         descriptor: The weights' tensor descriptor where `config.tma`, else None.
     """
@@ -56,9 +54,9 @@ def splitk_gate_up(
         # inputs
         x, x_scale, experts.gate_up, descriptor, experts.gate_up_scale, experts.gate_up_bias, topk_ids,
         # outputs
-        inner, inner_scale, zero,
+        inner, inner_scale,
         # shapes
-        S, experts.K, experts.N, experts.E, topk, 0 if zero is None else zero.numel(),
+        S, experts.K, experts.N, experts.E, topk,
         # constants
         ROWS=config.block_n, BLOCK_M=config.block_m, BLOCK_K=config.block_k, SCAN=slots_per_scan(S),
         EVEN_K=experts.K % config.block_k == 0, SPLITS=config.splits_gate_up, BY_SLOT=config.grid == "slots",

@@ -9,18 +9,6 @@ from moe_dispatch.backends.triton_common.fast_launch import fast_launch
 from moe_dispatch.backends.triton_common.pdl import moe_pdl_release, moe_pdl_wait
 from moe_dispatch.backends.triton_splitk.stream import moe_prefetch, moe_slots_to_serve, moe_stream, moe_take_slots
 
-_ZEROS = tl.constexpr(1024)
-
-
-@triton.jit
-def _moe_clear(zero_ptr, zeros):
-    """Clear this program's share of `zeros` floats."""
-    program = (tl.program_id(2) * tl.num_programs(1) + tl.program_id(1)) * tl.num_programs(0) + tl.program_id(0)
-    programs = tl.num_programs(0) * tl.num_programs(1) * tl.num_programs(2)
-    for first in range(program * _ZEROS, zeros, programs * _ZEROS):
-        offs_z = first + tl.arange(0, _ZEROS)
-        tl.store(zero_ptr + offs_z, tl.zeros([_ZEROS], dtype=tl.float32), mask=offs_z < zeros)
-
 
 @triton.jit
 def _moe_add_bias_activate(
@@ -40,14 +28,14 @@ def _moe_add_bias_activate(
 
 
 @fast_launch
-@triton.jit(do_not_specialize=["S", "zeros"])
+@triton.jit(do_not_specialize=["S"])
 def _moe_splitk_gate_up_kernel(
     # inputs
     x_ptr, x_scale_ptr, weight_ptr, weight_descriptor, scale_ptr, bias_ptr, ids_ptr,
     # outputs
-    inner_ptr, inner_scale_ptr, zero_ptr,
+    inner_ptr, inner_scale_ptr,
     # shapes
-    S, K, N, E, TOPK, zeros,
+    S, K, N, E, TOPK,
     # constants
     ROWS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, SCAN: tl.constexpr, EVEN_K: tl.constexpr,
     SPLITS: tl.constexpr, BY_SLOT: tl.constexpr, TMA: tl.constexpr, PDL: tl.constexpr, FP8: tl.constexpr,
@@ -92,9 +80,6 @@ def _moe_splitk_gate_up_kernel(
         moe_prefetch(w_rows, first_block, tl.where(count > 0, blocks, 0), K, BLOCK_K)
     if FP8:
         moe_pdl_wait(PDL)
-    if zero_ptr is not None:
-        # The buffer that the down kernel adds to is cleared here, inside any captured graph, instead of by a launch.
-        _moe_clear(zero_ptr, zeros)
     if count == 0:
         return
     offs_n = tile * columns + tl.arange(0, columns)

@@ -25,7 +25,7 @@ def splitk_reduce(
     """Launch the weighted sum.
 
     Args:
-        partial: fp32 ``[splits, M·topk, K]`` from `splitk_down` in deterministic mode.
+        partial: fp32 ``[splits, M·topk, K]`` from `splitk_down`.
         experts: Checked weights; their down_bias is added here.
         topk_weights: fp32 ``[M, topk]``.
         topk_ids: int32 or int64 ``[M, topk]``.

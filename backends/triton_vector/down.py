@@ -13,7 +13,7 @@ from moe_dispatch.backends.triton_common.launch_options import next_power_of_2, 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from moe_dispatch.backends.triton_splitk.config import SplitKConfig
+    from moe_dispatch.backends.triton_vector.config import TritonVectorConfig
     from moe_dispatch.experts import ExpertWeights
 
 
@@ -24,9 +24,9 @@ def vector_down(
     topk_weights: "Tensor",
     topk_ids: "Tensor",
     out: "Tensor",
-    config: "SplitKConfig",
+    config: "TritonVectorConfig",
 ) -> None:
-    """Launch the second product of the vector method.
+    """Launch the second product.
 
     Args:
         inner: Activated, ``[M·topk, N]``, e4m3 in block FP8.
@@ -40,9 +40,9 @@ def vector_down(
     from moe_dispatch.backends.triton_vector.down_kernel import _moe_vector_down_kernel
 
     M, topk = topk_ids.shape
-    block_n = min(config.vector_down_columns, max(128, next_power_of_2(experts.N)))
-    together = min(config.vector_down_experts, next_power_of_2(topk))
-    grid = (M, math.ceil(experts.K / config.vector_down_rows))
+    block_n = min(config.down_columns, max(128, next_power_of_2(experts.N)))
+    together = min(config.down_experts, next_power_of_2(topk))
+    grid = (M, math.ceil(experts.K / config.down_rows))
     _moe_vector_down_kernel[grid](
         # inputs
         inner, inner_scale, experts.down, experts.down_scale, experts.down_bias, topk_weights, topk_ids,
@@ -51,8 +51,8 @@ def vector_down(
         # shapes
         experts.K, experts.N, experts.E,
         # constants
-        TOPK=topk, ROWS=config.vector_down_rows, EXPERTS=together, BLOCK_N=block_n,
+        TOPK=topk, ROWS=config.down_rows, EXPERTS=together, BLOCK_N=block_n,
         BLOCKS_N=math.ceil(experts.N / block_n),
         PDL=config.pdl, FP8=experts.dtype == "fp8", HAS_BIAS=experts.down_bias is not None,
-        num_warps=config.vector_down_warps, **pdl_option(config.pdl),
+        num_warps=config.down_warps, **pdl_option(config.pdl),
     )  # fmt: skip

@@ -13,7 +13,7 @@ from moe_dispatch.backends.triton_common.launch_options import next_power_of_2, 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from moe_dispatch.backends.triton_splitk.config import SplitKConfig
+    from moe_dispatch.backends.triton_vector.config import TritonVectorConfig
     from moe_dispatch.experts import ExpertWeights
 
 
@@ -23,9 +23,9 @@ def vector_gate_up(
     experts: "ExpertWeights",
     topk_ids: "Tensor",
     inner: "Tensor",
-    config: "SplitKConfig",
+    config: "TritonVectorConfig",
 ) -> None:
-    """Launch the first product of the vector method.
+    """Launch the first product.
 
     Args:
         x: ``[M, K]``, or its e4m3 codes.
@@ -33,14 +33,15 @@ def vector_gate_up(
         experts: Checked weights.
         topk_ids: int32 or int64 ``[M, topk]``.
         inner: Written where a slot's id is valid: ``[M·topk, N]`` activated, or in block FP8 fp32
-            ``[1, 2, M·topk, N]`` (``1`` for ``2`` without a gate) before bias and activation.
+            ``[1, 2, M·topk, N]`` (``1`` for ``2`` without a gate) before bias and activation, which `activate_partial`
+            applies.
         config: Tile sizes.
     """
     from moe_dispatch.backends.triton_vector.gate_up_kernel import _moe_vector_gate_up_kernel
 
     parts = 2 if experts.gated else 1
-    columns = config.vector_rows // parts
-    block_k = min(config.vector_columns, max(128, next_power_of_2(experts.K)))
+    columns = config.rows // parts
+    block_k = min(config.columns, max(128, next_power_of_2(experts.K)))
     grid = (topk_ids.numel(), math.ceil(experts.N / columns))
     _moe_vector_gate_up_kernel[grid](
         # inputs
@@ -53,6 +54,6 @@ def vector_gate_up(
         TOPK=topk_ids.shape[1], COLUMNS=columns, BLOCK_K=block_k, BLOCKS=math.ceil(experts.K / block_k),
         EVEN_N=experts.N % columns == 0, PDL=config.pdl, FP8=experts.dtype == "fp8", GATED=experts.gated,
         INTERLEAVED=experts.interleaved, HAS_BIAS=experts.gate_up_bias is not None, ACTIVATION=experts.activation,
-        PARTIAL=config.partial_sums(experts.dtype, gated=experts.gated),
-        num_warps=config.vector_warps, **pdl_option(config.pdl),
+        PARTIAL=experts.dtype == "fp8",
+        num_warps=config.warps, **pdl_option(config.pdl),
     )  # fmt: skip

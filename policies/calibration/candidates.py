@@ -11,6 +11,7 @@ from typing import Final
 import pydantic
 
 from moe_dispatch.backend import Backend
+from moe_dispatch.dispatch.policy_chain import LAST_RESORT
 from moe_dispatch.dispatch.quarantine import Quarantine
 from moe_dispatch.errors import PolicyFileError
 from moe_dispatch.machine import Machine
@@ -113,7 +114,7 @@ class CandidateSource:
         for name, backend in self._backends.items():
             if backend.unsupported_reasons(problem):
                 continue
-            if cause := self._quarantine.cause(name, problem):
+            if name != LAST_RESORT and (cause := self._quarantine.cause(name, problem)):
                 self._skip(f"{layer} M={M}: {name} is quarantined: {cause}")
                 continue
             configs = list(backend.configs(problem)[: self._request.most_configs])

@@ -12,9 +12,10 @@ from torch import Tensor
 from moe_dispatch.errors import InvalidInputError, PolicyFileError
 from moe_dispatch.machine import Machine
 from moe_dispatch.policies.learned.cost_model import TERMS, rows_per_expert, terms
-from moe_dispatch.policies.learned.defaults import default_identity, find_backend
+from moe_dispatch.policies.learned.defaults import default_identity, family_members, find_backend
 from moe_dispatch.policies.learned.policy import CostModel, ModelFile
 from moe_dispatch.policies.measurements.schema import CalibrationFile, Identity
+from moe_dispatch.policies.rules import FAMILIES
 from moe_dispatch.problem import DType, Mode, MoEProblem
 from moe_dispatch.system.files import locked, write_atomically
 
@@ -155,11 +156,12 @@ def save_model(model: ModelFile, path: Path) -> None:
 def _defaults(
     points: Mapping[MoEProblem, Mapping[Identity, float]], machine: Machine
 ) -> dict[str, dict[MoEProblem, float]]:
-    """Times of each backend's default configuration, by backend."""
+    """Times of each backend's default configuration, by backend; of a family, by the member that the rules choose."""
     defaults: dict[str, dict[MoEProblem, float]] = {}
     for problem, times in points.items():
-        for name in {backend for backend, _ in times}:
-            backend = find_backend(name, machine)
+        members = family_members(problem, machine)
+        for name in {FAMILIES.get(backend, backend) for backend, _ in times}:
+            backend = members.get(name) or find_backend(name, machine)
             if backend is not None and (us := times.get(default_identity(backend, problem))) is not None:
                 defaults.setdefault(name, {})[problem] = us
     return defaults

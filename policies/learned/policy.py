@@ -11,9 +11,8 @@ from moe_dispatch.backend import Backend
 from moe_dispatch.errors import PolicyFileError, warn
 from moe_dispatch.machine import Machine
 from moe_dispatch.policies.learned.cost_model import TERMS, Term, rows_per_expert, terms
-from moe_dispatch.policies.learned.defaults import find_backend
+from moe_dispatch.policies.learned.defaults import family_members, find_backend
 from moe_dispatch.policies.measurements.schema import MAX_FILE_BYTES, Count, Name, Positive, Strict, damage, read_bytes
-from moe_dispatch.policies.rules import RulesPolicy
 from moe_dispatch.policy import Choice, Policy
 from moe_dispatch.problem import DType, Mode, MoEProblem
 from moe_dispatch.settings import cache_dir
@@ -34,7 +33,7 @@ class CostModel(Strict):
     Attributes:
         dtype: Dtype of the weights.
         mode: Eager calls, or replays of a CUDA graph.
-        backend: Registered name.
+        backend: Registered name; of a family (`rules.FAMILIES`) the name of the family.
         layers: Number of layers that it is fitted to.
         points: Number of measurements that it is fitted to, each of a layer at a token count.
         most_rows: Largest number of rows per expert among them.
@@ -144,7 +143,6 @@ class LearnedPolicy(Policy):
             except PolicyFileError as error:
                 self._notes.append(f"refused, so the next policy decides: {error}")
                 warn(f"policy {self.name!r}: {error}")
-        self._rules = RulesPolicy(machine)
         self._cost_models: dict[tuple[DType, Mode], list[tuple[CostModel, Backend]]] = {}
         for cost_model in model.cost_models if model else ():
             if (backend := find_backend(cost_model.backend, machine)) is not None:
@@ -156,13 +154,14 @@ class LearnedPolicy(Policy):
         if cost_models is None or problem.needs_grad or problem.M < 1:
             return ()
         parts = terms(problem)
-        choices = {
-            cost_model.backend: _choice(cost_model, parts)
-            for cost_model, backend in cost_models
-            if _applies(cost_model, backend, problem)
-        }
+        members = family_members(problem, self.machine)
+        choices: dict[str, Choice] = {}
+        for cost_model, named in cost_models:
+            backend = members.get(cost_model.backend, named)
+            if _applies(cost_model, backend, problem):
+                choices[backend.name] = _choice(cost_model, backend.name, parts)
         ranked = sorted(choices.values(), key=lambda choice: choice.us or 0.0)
-        by_rules = choices.get(self._choice_of_rules(problem))
+        by_rules = choices.get(next(iter(members.values())).name) if members else None
         if by_rules is None:
             return ()
         if (by_rules.us or 0.0) <= (ranked[0].us or 0.0) * (1 + CLOSE):
@@ -174,21 +173,13 @@ class LearnedPolicy(Policy):
         """The reason for which the file is refused."""
         return tuple(self._notes)
 
-    def _choice_of_rules(self, problem: MoEProblem) -> str:
-        """The first backend of the rules that is available and can run the problem."""
-        for choice in self._rules.rank(problem):
-            backend = find_backend(choice.backend, self.machine)
-            if backend and not backend.unavailable_reasons() and not backend.unsupported_reasons(problem):
-                return choice.backend
-        return ""
-
 
 def _applies(cost_model: CostModel, backend: Backend, problem: MoEProblem) -> bool:
     """Whether a backend can run a problem and its cost model may be used for it."""
     return rows_per_expert(problem) <= BEYOND * cost_model.most_rows and not backend.unsupported_reasons(problem)
 
 
-def _choice(cost_model: CostModel, parts: Mapping[Term, float]) -> Choice:
+def _choice(cost_model: CostModel, backend: str, parts: Mapping[Term, float]) -> Choice:
     us = cost_model.us(parts)
     reason = f"about {us:.3g} µs by a cost model fitted to {cost_model.layers} layers ({cost_model.mode})"
-    return Choice(cost_model.backend, reason, None, us)
+    return Choice(backend, reason, None, us)

@@ -125,6 +125,23 @@ def _machine(capability: tuple[int, int], shared_memory: int, sms: int = 108) ->
     )  # fmt: skip
 
 
+@pytest.mark.parametrize(("capability", "shared_memory"), [((8, 0), 16384), ((9, 0), 49152)], ids=str)
+def test_shared_memory_too_small_for_any_tile_is_a_reason(capability: tuple[int, int], shared_memory: int) -> None:
+    machine = _machine(capability, shared_memory)
+    backend = TritonPersistentBackend(machine)
+    problem = WORKLOADS["mixtral-8x7b"].problem(64, "fp16", machine)
+    (reason,) = backend.unsupported_reasons(problem)
+    assert "bytes of shared memory" in reason
+    assert str(shared_memory) in reason
+    assert backend.configs(problem) == ()
+
+
+def test_where_two_programs_do_not_fit_on_a_multiprocessor_one_does() -> None:
+    machine = _machine((9, 0), 101376)
+    problem = WORKLOADS["mixtral-8x7b"].problem(64, "fp16", machine)
+    assert {config.ctas_per_sm for config in persistent_configs(problem, features(machine))} == {1}
+
+
 def test_devices_without_tma_get_none() -> None:
     machine = _machine((8, 0), 166912)
     problem = WORKLOADS["mixtral-8x7b"].problem(4096, "bf16", machine)
