@@ -1,42 +1,15 @@
-"""The command `moe-dispatch`."""
+"""The entry point of the command `moe-dispatch`."""
 
-from typing import Annotated
-
-import typer
-
-from moe_dispatch.commands.bench import bench
-from moe_dispatch.commands.calibrate import calibrate
-from moe_dispatch.commands.demo import demo
-from moe_dispatch.commands.doctor import doctor
-from moe_dispatch.commands.explain import explain
-from moe_dispatch.commands.fit import fit
-from moe_dispatch.commands.group import CommandGroup
-
-app = typer.Typer(
-    cls=CommandGroup,
-    help="Run Mixture-of-Experts layers on the fastest backend that this machine allows, and see why it was chosen.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-)
+import sys
 
 
-def _version(asked: bool) -> None:
-    if asked:
-        import importlib.metadata
+def app() -> None:
+    """Run `moe-dispatch`. Its version alone is printed without loading what parses the commands."""
+    if sys.argv[1:] in (["--version"], ["-V"]):
+        from moe_dispatch.system.version import installed_version
 
-        typer.echo(f"moe-dispatch {importlib.metadata.version('moe-dispatch')}")
-        raise typer.Exit
+        sys.stdout.write(f"moe-dispatch {installed_version()}\n")
+        return
+    from moe_dispatch.commands.app import app as commands
 
-
-@app.callback()
-def _main(
-    version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and leave.")
-    ] = False,
-) -> None:
-    """Options of the command itself."""
-
-
-for _command in (demo, doctor, explain, calibrate, fit, bench):
-    app.command()(_command)
+    commands()

@@ -19,8 +19,8 @@ VARIABLES: Final[Mapping[str, str]] = {
     "MOE_DISPATCH_MACHINE": "a shipped machine (`h200`) or a JSON file that replaces what is seen of this machine",
     "MOE_DISPATCH_CACHE_DIR": "the absolute path under which calibrations and the quarantine are kept",
     "MOE_DISPATCH_LOG_LEVEL": "the level of the logger `moe_dispatch`",
-    "MOE_DISPATCH_VLLM": "`1` gives the expert layers of a vLLM engine to `moe_forward`",
     "MOE_DISPATCH_COMMIT": "the commit that measurements record, where no git checkout tells it",
+    "MOE_DISPATCH_VLLM": "`1` has the vLLM plugin run vLLM's expert layers through `moe_forward`",
 }
 DEFAULT_POLICIES: Final = ("calibrated", "shipped", "learned", "rules")
 _LEVELS: Final = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
@@ -28,7 +28,7 @@ _LEVELS: Final = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
 
 @dataclass(frozen=True)
 class Settings:
-    """The values of the environment variables in `VARIABLES`.
+    """The values of the environment variables in `VARIABLES`, but for the one that the vLLM plugin reads itself.
 
     Attributes:
         backend: Backend of every call that names none; empty to let the policies choose.

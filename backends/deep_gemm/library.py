@@ -124,7 +124,7 @@ def _load() -> Library:
                 module = importlib.import_module(name)
                 library = _bind(module)
                 _launch_as_dependents(module)
-            except Exception as error:  # noqa: BLE001 - a missing CUDA toolkit is an AssertionError, a bad ABI anything
+            except (Exception, SystemExit) as error:  # noqa: BLE001 - no CUDA toolkit is an AssertionError, a bad ABI anything
                 reasons.append(_import_reason(name, error))
                 continue
             if reason := _compiler_reason():
@@ -177,7 +177,7 @@ def _launch_as_dependents(module: ModuleType) -> None:
         switch(True)
 
 
-def _import_reason(name: str, error: Exception) -> str:
+def _import_reason(name: str, error: BaseException) -> str:
     if isinstance(error, ModuleNotFoundError) and error.name and name.startswith(error.name):
         return f"{name} is not installed: {INSTALL_HINT}"
     if isinstance(error, _OtherInterfaceError):

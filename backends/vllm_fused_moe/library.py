@@ -185,7 +185,7 @@ def _import() -> Library:
         platform = importlib.import_module("vllm.platforms").current_platform
     except BackendUnavailableError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise _unavailable(f"vllm does not load: {type(error).__name__}: {error}; {INSTALL_HINT}") from error
     if not platform.is_cuda():
         raise _unavailable(
@@ -218,7 +218,7 @@ def _options(fused_experts: Callable[..., Any]) -> dict[str, Any]:
 def _check_scales() -> None:
     try:
         rounds = importlib.import_module("vllm.utils.deep_gemm").is_deep_gemm_e8m0_used()
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise _unavailable(
             f"vllm cannot say how it rounds FP8 multipliers: {type(error).__name__}: {error}; it imports DeepGEMM to "
             "find out: set CUDA_HOME to a CUDA toolkit, or VLLM_USE_DEEP_GEMM=0"

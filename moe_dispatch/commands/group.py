@@ -3,10 +3,9 @@
 from typing import Any, Final
 
 import typer
-from rich.markup import escape
 from typer.core import TyperGroup
 
-from moe_dispatch.commands.console import ERR
+from moe_dispatch.commands.console import ERR, accept_any_encoding, plain
 from moe_dispatch.errors import MoEDispatchError
 
 USAGE_ERROR: Final = 2
@@ -17,8 +16,9 @@ class CommandGroup(TyperGroup):
 
     def invoke(self, ctx: Any) -> Any:
         """Run a command; see `click.Group.invoke`."""
+        accept_any_encoding()
         try:
             return super().invoke(ctx)
         except MoEDispatchError as error:
-            ERR.print(f"[bold red]error:[/bold red] [red]{escape(str(error))}[/red]", soft_wrap=True)
+            ERR.print(f"[bold red]error:[/bold red] [red]{plain(error)}[/red]", soft_wrap=True)
             raise typer.Exit(USAGE_ERROR) from error

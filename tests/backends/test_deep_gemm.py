@@ -479,6 +479,7 @@ INSTALLED = {
     ),
     "none": Installed({}, words=("deep_gemm is not installed", "vllm.third_party.deep_gemm is not installed", "nvcc")),
     "no cuda toolkit": Installed({"deep_gemm": NO_TOOLKIT}, words=("AssertionError", "CUDA_HOME")),
+    "it ends the process": Installed({"deep_gemm": "raise SystemExit(3)"}, words=("SystemExit: 3",)),
     "another torch's abi": Installed(
         {"deep_gemm": "raise ImportError('undefined symbol: _ZN3c10')"}, words=("undefined symbol", "another torch")
     ),

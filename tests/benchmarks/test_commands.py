@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 from moe_dispatch.benchmarks import row_files
 from moe_dispatch.benchmarks.__main__ import app
 from moe_dispatch.benchmarks.rows import BenchRow
-from moe_dispatch.cli import app as main_app
+from moe_dispatch.commands.app import app as main_app
 from moe_dispatch.machine import current_machine
 from tests.benchmarks.helpers import LAYER, ROOT, calibration, full_board, reference
 

@@ -76,8 +76,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def describe(label: str) -> dict[str, object]:
     """What ran: versions, where DeepGEMM comes from, and the commit."""
     from moe_dispatch.machine import Machine
-    from moe_dispatch.system.libraries import deep_gemm_package
     from moe_dispatch.measure.provenance import commit, versions
+    from moe_dispatch.system.libraries import deep_gemm_package
 
     machine = Machine.inspect()
     vllm = importlib.util.find_spec("vllm")

@@ -19,7 +19,7 @@ from moe_dispatch.benchmarks.__main__ import app as benchmarks
 from moe_dispatch.benchmarks.reports.regret import Judged, bench_observations, judge, summary
 from moe_dispatch.benchmarks.row_files import append
 from moe_dispatch.benchmarks.rows import BenchRow
-from moe_dispatch.cli import app
+from moe_dispatch.commands.app import app
 from moe_dispatch.errors import InvalidInputError, MoEDispatchWarning
 from moe_dispatch.machine import Machine
 from moe_dispatch.measure import H200_CEILINGS
