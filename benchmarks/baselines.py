@@ -5,7 +5,6 @@ can use as they are. Nothing of ours runs inside its time: no id is masked, noth
 """
 
 import importlib
-import os
 import types
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
@@ -15,14 +14,13 @@ import torch
 from torch import Tensor
 
 from moe_dispatch.backend import Requirements
+from moe_dispatch.backends.vllm_fused_moe import library as vllm
 from moe_dispatch.experts import ExpertWeights
 from moe_dispatch.machine import Machine
 from moe_dispatch.measure import Call, LayerInputs, backend_call
 from moe_dispatch.problem import DType, MoEProblem
 from moe_dispatch.registry import BACKENDS, make_backend
 from moe_dispatch.system.libraries import library_version
-
-_VLLM: Final = "vllm.model_executor.layers.fused_moe"
 
 
 class Baseline(ABC):
@@ -62,7 +60,7 @@ class NaiveLoop(Baseline):
 
     def prepare(self, experts: ExpertWeights, problem: MoEProblem) -> Call:  # noqa: ARG002
         """See `Baseline.prepare`."""
-        loop = make_backend("reference", self.machine)
+        loop = make_backend("reference", self.machine).require()
         return backend_call(loop, experts, loop.config_type())
 
 
@@ -135,12 +133,14 @@ class Vllm(Baseline):
 
     def prepare(self, experts: ExpertWeights, problem: MoEProblem) -> Call:  # noqa: ARG002
         """See `Baseline.prepare`."""
-        _keep_fp32_scales()
-        fused_experts = importlib.import_module(_VLLM).fused_experts
-        quant_config = _block_fp8(experts) if experts.dtype == "fp8" else None
+        library = vllm.load()
+        quant_config = None
+        if experts.dtype == "fp8":
+            vllm.require_fp32_scales()
+            quant_config = vllm.block_fp8_config(library, experts)
 
         def call(given: LayerInputs) -> Tensor:
-            out: Tensor = fused_experts(
+            out: Tensor = library.fused_experts(
                 given.hidden_states,
                 experts.gate_up,
                 experts.down,
@@ -170,9 +170,11 @@ class VllmDeepGemm(Baseline):
 
     def prepare(self, experts: ExpertWeights, problem: MoEProblem) -> Call:
         """See `Baseline.prepare`."""
-        _keep_fp32_scales()
-        deep_gemm_moe = importlib.import_module(f"{_VLLM}.experts.deep_gemm_moe")
-        layer = deep_gemm_moe.DeepGemmExperts(_moe_config(experts, problem), _block_fp8(experts))
+        vllm.require_fp32_scales()
+        deep_gemm_moe = importlib.import_module(f"{vllm.PACKAGE}.experts.deep_gemm_moe")
+        layer = deep_gemm_moe.DeepGemmExperts(
+            _moe_config(experts, problem), vllm.block_fp8_config(vllm.load(), experts)
+        )
         return _modular_call(layer, experts.gate_up, experts.down, experts.E, experts.device)
 
 
@@ -194,8 +196,8 @@ class VllmTritonKernels(Baseline):
 
     def prepare(self, experts: ExpertWeights, problem: MoEProblem) -> Call:
         """See `Baseline.prepare`."""
-        config = importlib.import_module(f"{_VLLM}.config")
-        kernels = importlib.import_module(f"{_VLLM}.experts.gpt_oss_triton_kernels_moe")
+        config = importlib.import_module(f"{vllm.PACKAGE}.config")
+        kernels = importlib.import_module(f"{vllm.PACKAGE}.experts.gpt_oss_triton_kernels_moe")
         layer = kernels.UnfusedOAITritonExperts(_moe_config(experts, problem), config.FUSED_MOE_UNQUANTIZED_CONFIG)
         gate_up, down = experts.gate_up.transpose(1, 2), experts.down.transpose(1, 2)
         return _modular_call(layer, gate_up, down, experts.E, experts.device)
@@ -207,43 +209,17 @@ BASELINES: Final[dict[str, type[Baseline]]] = {
 }
 
 
-def _keep_fp32_scales() -> None:
-    # Read once by vLLM, and 1 by default even on Hopper, where it rounds activation scales to powers of two.
-    os.environ.setdefault("VLLM_USE_DEEP_GEMM_E8M0", "0")
-
-
-def _block_fp8(experts: ExpertWeights) -> Any:
-    config = importlib.import_module(f"{_VLLM}.config")
-    return config.fp8_w8a8_moe_quant_config(
-        w1_scale=experts.gate_up_scale, w2_scale=experts.down_scale, block_shape=[128, 128]
-    )
-
-
 def _moe_config(experts: ExpertWeights, problem: MoEProblem) -> Any:
-    config = importlib.import_module(f"{_VLLM}.config")
-    activation = importlib.import_module(f"{_VLLM}.activation").MoEActivation
-    return config.FusedMoEConfig(
-        num_experts=experts.E,
-        experts_per_token=problem.topk,
-        hidden_dim=experts.K,
-        intermediate_size_per_partition=experts.N,
-        num_local_experts=experts.E,
-        num_logical_experts=experts.E,
-        activation=activation.SILU,
-        device=experts.device,
-        routing_method=config.RoutingMethodType.TopK,
-        moe_parallel_config=config.FusedMoEParallelConfig.make_no_parallel(),
-        in_dtype=torch.bfloat16,
-    )
+    return vllm.moe_config(experts, problem.topk, vllm.load().activation("silu"))
 
 
 def _modular_call(layer: Any, gate_up: Tensor, down: Tensor, E: int, device: torch.device) -> Call:
     workspace = importlib.import_module("vllm.v1.worker.workspace")
     if not workspace.is_workspace_manager_initialized():
         workspace.init_workspace_manager(device)
-    local = importlib.import_module(f"{_VLLM}.prepare_finalize.no_dp_ep")
-    modular = importlib.import_module(f"{_VLLM}.modular_kernel")
-    silu = importlib.import_module(f"{_VLLM}.activation").MoEActivation.SILU
+    local = importlib.import_module(f"{vllm.PACKAGE}.prepare_finalize.no_dp_ep")
+    modular = importlib.import_module(f"{vllm.PACKAGE}.modular_kernel")
+    silu = vllm.load().activation("silu")
     kernel = modular.FusedMoEKernel(local.MoEPrepareAndFinalizeNoDPEPModular(), layer)
 
     def call(given: LayerInputs) -> Tensor:

@@ -12,7 +12,7 @@ It is loaded on first use, appears in `moe-dispatch doctor`, and takes part in c
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Final
 
 import pydantic
 from torch import Tensor
@@ -23,6 +23,8 @@ from moe_dispatch.problem import ACTIVATIONS, Activation, DType, MoEProblem
 
 Capability = tuple[int, int]
 Inputs = tuple[Tensor, ExpertWeights, Tensor, Tensor]  # hidden_states, experts, topk_weights, topk_ids
+# Above this many tokens a call is limited by the device and not by the host, and no backend is asked for a `fast_path`.
+FAST_PATH_TOKENS: Final = 256
 
 
 class BackendConfig(pydantic.BaseModel):

@@ -2,16 +2,22 @@
 
 import importlib
 import importlib.metadata
+import logging
 import threading
-from typing import Final, Generic, TypeVar
+from dataclasses import dataclass
+from typing import Final, Generic, TypeVar, cast
 
 from moe_dispatch.backend import Backend, Requirements
 from moe_dispatch.errors import BackendUnavailableError, InvalidInputError, UnknownNameError
+from moe_dispatch.guard import FOREIGN_ERRORS, GuardedBackend
 from moe_dispatch.machine import Machine
 from moe_dispatch.policy import Policy
 from moe_dispatch.system import failures
 
 ENTRY_POINT_GROUP: Final = "moe_dispatch.backends"
+LAST_RESORT: Final = "reference"  # The backend that runs anywhere and every valid call.
+
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T", bound=Backend | Policy)
 
@@ -71,15 +77,18 @@ class Registry(Generic[T]):
         try:
             module, _, attribute = target.partition(":")
             loaded = getattr(importlib.import_module(module), attribute)
-        except Exception as error:
-            reason = f"{target} does not import: {type(error).__name__}: {error}"
+        except FOREIGN_ERRORS as error:
+            reason = f"{target} does not import: {failures.summary(error)}"
             raise BackendUnavailableError(name, [reason]) from error
         if fault := self._fault(name, loaded):
             raise BackendUnavailableError(name, [fault])
-        found: type[T] = loaded
         with self._lock:
-            self._specs[name] = found
-        return found
+            self._specs[name] = loaded
+        return cast("type[T]", loaded)
+
+    def renew_lock(self) -> None:
+        """Replace the lock in a forked child, where a thread of the parent may have held it."""
+        self._lock = threading.RLock()
 
     def _fault(self, name: str, target: object) -> str:
         """What is wrong with giving a class this name; empty if nothing is."""
@@ -103,9 +112,9 @@ class Registry(Generic[T]):
         with self._lock:
             if self._scanned:
                 return
-            for entry in importlib.metadata.entry_points(group=self._group):
-                # Ours cannot be replaced by installing a package; `register` is the deliberate way.
-                self._specs.setdefault(entry.name, entry.value)
+            # An installed package cannot replace a backend of ours; `register` is the deliberate way.
+            for name, target in _entry_points(self._group):
+                self._specs.setdefault(name, target)
             self._scanned = True
 
 
@@ -116,7 +125,9 @@ BACKENDS: Final = Registry(
         "reference": "moe_dispatch.backends.reference:ReferenceBackend",
         "torch_grouped": "moe_dispatch.backends.torch_grouped:TorchGroupedBackend",
         "triton_persistent": "moe_dispatch.backends.triton_persistent.backend:TritonPersistentBackend",
+        "gluon_hopper": "moe_dispatch.backends.gluon_hopper.backend:GluonHopperBackend",
         "triton_splitk": "moe_dispatch.backends.triton_splitk.backend:TritonSplitKBackend",
+        "triton_vector": "moe_dispatch.backends.triton_vector.backend:TritonVectorBackend",
         "vllm_fused_moe": "moe_dispatch.backends.vllm_fused_moe:VllmFusedMoEBackend",
         "deep_gemm": "moe_dispatch.backends.deep_gemm:DeepGemmBackend",
     },
@@ -135,18 +146,52 @@ POLICIES: Final = Registry(
 )
 
 
-def make_backend(name: str, machine: Machine) -> Backend:
-    """The backend behind a name, for a machine.
+@dataclass(frozen=True)
+class MadeBackend:
+    """What became of making a backend for a machine: the backend, or the reasons why it cannot run anything there.
 
-    Raises:
-        UnknownNameError: Nothing is registered under it.
-        BackendUnavailableError: It does not import, or its constructor raises; the cause is chained.
+    Attributes:
+        name: The name that was asked for.
+        backend: The backend, behind its door; None where the name is unknown, or its module or constructor raised.
+        reasons: Why it runs nothing on this machine, each with its remedy; empty if it can run.
+        registered: Whether a backend is known by this name.
+        cause: What its module or constructor raised.
     """
-    found = BACKENDS.load(name)
+
+    name: str
+    backend: GuardedBackend | None = None
+    reasons: tuple[str, ...] = ()
+    registered: bool = True
+    cause: BaseException | None = None
+
+    def require(self, variable: str = "") -> GuardedBackend:
+        """The backend, if it can run.
+
+        Args:
+            variable: The environment variable that names it, if one does.
+
+        Raises:
+            UnknownNameError: Nothing is registered under the name.
+            BackendUnavailableError: It does not import, its constructor raises, or its libraries are missing.
+        """
+        if not self.registered:
+            raise UnknownNameError("backend", self.name, BACKENDS.names(), variable)
+        if self.backend is None or self.reasons:
+            raise BackendUnavailableError(self.name, self.reasons, variable) from self.cause
+        return self.backend
+
+
+def make_backend(name: str, machine: Machine) -> MadeBackend:
+    """Make the backend behind a name for a machine, or say why not; nothing that its code raises is passed on."""
     try:
-        return found(machine)
-    except Exception as error:
-        raise BackendUnavailableError(name, [f"cannot be made: {failures.summary(error)}"]) from error
+        backend = GuardedBackend(BACKENDS.load(name)(machine), machine)
+    except UnknownNameError as error:
+        return MadeBackend(name, reasons=(str(error),), registered=False)
+    except BackendUnavailableError as error:
+        return MadeBackend(name, reasons=error.reasons, cause=error.__cause__)
+    except FOREIGN_ERRORS as error:
+        return MadeBackend(name, reasons=(f"cannot be made: {failures.summary(error)}",), cause=error)
+    return MadeBackend(name, backend, backend.unavailable_reasons())
 
 
 def register_backend(name: str, target: str | type[Backend]) -> None:
@@ -157,6 +202,14 @@ def register_backend(name: str, target: str | type[Backend]) -> None:
             A "module:Class" is looked at on first use, and then not available for that reason.
     """
     BACKENDS.register(name, target)
+
+
+def _entry_points(group: str) -> list[tuple[str, str]]:
+    try:
+        return [(entry.name, entry.value) for entry in importlib.metadata.entry_points(group=group)]
+    except Exception as error:  # noqa: BLE001 - one installed package with damaged metadata
+        logger.warning("the backends of other packages are not known: %s", failures.summary(error))
+        return []
 
 
 def _spelt(target: object) -> str:

@@ -1,35 +1,43 @@
-"""The machine's own measurements."""
+"""Ranks by measurements: those of this machine, and as a base class those of any calibration file."""
 
 import logging
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
 import pydantic
 
 from moe_dispatch.backend import Backend
-from moe_dispatch.errors import BackendUnavailableError, PolicyFileError, UnknownNameError, warn
+from moe_dispatch.errors import PolicyFileError, warn
 from moe_dispatch.machine import Machine
-from moe_dispatch.policies.measurements.schema import CalibrationFile, Candidate, LayerKey, layer_key, read_calibration
-from moe_dispatch.policies.measurements.table import Identity, LayerTable
+from moe_dispatch.policies.measurements.schema import (
+    CalibrationFile,
+    Candidate,
+    Identity,
+    LayerKey,
+    layer_key,
+    read_calibration,
+)
+from moe_dispatch.policies.measurements.table import LayerTable
 from moe_dispatch.policies.measurements.versions import changes, relevant_versions
 from moe_dispatch.policy import Choice, Policy
 from moe_dispatch.problem import Mode, MoEProblem
-from moe_dispatch.registry import make_backend
+from moe_dispatch.registry import MadeBackend, make_backend
 from moe_dispatch.settings import cache_dir
 
 logger = logging.getLogger(__name__)
 
 
 def calibration_path(machine: Machine, directory: Path | None = None) -> Path:
-    """Where a machine's calibration lies."""
+    """The path of a machine's calibration file."""
     return (directory or cache_dir()) / "calibration" / f"{machine.fingerprint}.json"
 
 
 class MeasuredPolicy(Policy):
-    """Ranks by the measurements of a calibration file; knows nothing where there is none.
+    """Ranks by the measurements of a calibration file; ranks nothing where there is no file.
 
     Attributes:
-        retires: Whether another version of what was measured retires the measurement.
+        retires: Whether a change of a version that a measurement depends on retires it.
     """
 
     retires = True
@@ -39,7 +47,7 @@ class MeasuredPolicy(Policy):
         self._notes: list[str] = []
         self._tables: dict[tuple[LayerKey, Mode], LayerTable | None] = {}
         self._points: dict[tuple[LayerKey, Mode], list[int]] = {}
-        self._usable: list[Identity | None] = []
+        self._usable: list[Identity | None] = []  # by index of the file's candidates; None for one that is not used
         self._file: CalibrationFile | None = None
         try:
             self._file = self._read()
@@ -65,11 +73,11 @@ class MeasuredPolicy(Policy):
         return ()
 
     def notes(self) -> tuple[str, ...]:
-        """Refused file, retired and ignored measurements."""
+        """The reason for which the file is refused, and measurements that are not used."""
         return tuple(self._notes)
 
     def _table(self, key: LayerKey, mode: Mode) -> LayerTable | None:
-        # Built on the first question about a layer, so that loading does not grow with what is never asked.
+        # Built when a layer is first ranked, so that the time to load does not grow with layers that never are.
         if (key, mode) not in self._tables:
             self._tables[key, mode] = self._build(self._points.get((key, mode), ()))
         return self._tables[key, mode]
@@ -81,10 +89,10 @@ class MeasuredPolicy(Policy):
         for i in points:
             point = self._file.points[i]
             at = scores.setdefault(point.M, {})
-            for measurement in point.measurements:
-                if (identity := self._usable[measurement.candidate]) is not None:
-                    at[identity] = measurement.score
-                    if measurement.incumbent:
+            for stored in point.measurements:
+                if (identity := self._usable[stored.candidate]) is not None:
+                    at[identity] = stored.score
+                    if stored.incumbent:
                         incumbents[point.M] = identity
         table = LayerTable(scores, incumbents)
         return table if table.tokens else None
@@ -93,17 +101,18 @@ class MeasuredPolicy(Policy):
         keys = [layer.key for layer in file.layers]
         for i, point in enumerate(file.points):
             self._points.setdefault((keys[point.layer], point.mode), []).append(i)
-        backends: dict[str, Backend | str] = {}
-        retired: dict[str, int] = {}
+        backends: dict[str, MadeBackend] = {}
+        unused: Counter[str] = Counter()
         for candidate in file.candidates:
-            found = backends.setdefault(candidate.backend, "") or _backend(candidate.backend, self.machine)
-            backends[candidate.backend] = found
-            why = found if isinstance(found, str) else self._reason_against(candidate, found)
-            self._usable.append(None if why else candidate.identity)
-            if why:
-                retired[f"{candidate.backend}: {why}"] = retired.get(f"{candidate.backend}: {why}", 0) + 1
-        for why, count in retired.items():
-            self._notes.append(f"{count} measured configuration{'s' if count > 1 else ''} not used: {why}")
+            if candidate.backend not in backends:
+                backends[candidate.backend] = make_backend(candidate.backend, self.machine)
+            made = backends[candidate.backend]
+            reason = self._reason_against(candidate, made.backend) if made.backend else _reason(made)
+            self._usable.append(None if reason else candidate.identity)
+            if reason:
+                unused[f"{candidate.backend}: {reason}"] += 1
+        for reason, count in unused.items():
+            self._notes.append(f"{count} measured configuration{'s' if count > 1 else ''} not used: {reason}")
 
     def _reason_against(self, candidate: Candidate, backend: Backend) -> str:
         try:
@@ -128,11 +137,6 @@ class CalibratedPolicy(MeasuredPolicy):
             return None
 
 
-def _backend(name: str, machine: Machine) -> Backend | str:
-    """The backend, or why there is none."""
-    try:
-        return make_backend(name, machine)
-    except UnknownNameError:
-        return "no such backend is registered here"
-    except BackendUnavailableError as error:
-        return "; ".join(error.reasons)
+def _reason(made: MadeBackend) -> str:
+    """Why the backend cannot be made."""
+    return "; ".join(made.reasons) if made.registered else "no such backend is registered here"

@@ -1,7 +1,7 @@
-"""What is known before anything is measured here: the measured habits of each backend.
+"""The ranking where nothing was measured on this machine: which backends are fast at which sizes.
 
 The figures come from one H200, 2026-11-23 and 24: whole layers of the seven named models under CUDA graphs, vLLM
-0.20.2, DeepGEMM 2.5.0, torch 2.11. Where no layer was measured, on other devices, our own kernels come first and the
+0.20.2, DeepGEMM 2.5.0, torch 2.11. On other devices, where no layer was measured, our own kernels come first and the
 libraries after them. `moe-dispatch calibrate` replaces all of this.
 """
 
@@ -10,18 +10,50 @@ from typing import Final
 from moe_dispatch.policy import Choice, Policy
 from moe_dispatch.problem import MoEProblem
 
-# Up to here a layer reads weights and hardly computes. At 1, 4, 16 and 64 tokens split-K came to 1.01 of the floor in
-# BF16 and .88 in FP8 (geometric means), the best baseline of each point to .90 and .71.
+# Up to this many tokens a layer is bound by reading weights. At 1, 4, 16 and 64 tokens split-K reached 1.01 of the
+# roofline in BF16 and .88 in FP8 (geometric means), the best baseline of each point .90 and .71.
 DECODE_TOKENS: Final = 64
-# From so many rows per expert DeepGEMM's products are next to ours, or ahead.
+# From this many rows per hit expert on, gluon_hopper's tiles of 128 rows are ahead of triton_persistent's of 64, two
+# programs of which share a multiprocessor. In FP8 two programs hide their epilogues better where loops are short: with
+# N of 768 to 1536 they are ahead by 1 to 3 % at 32 to 48 rows. At deepseek-v3 (N=2048) gluon_hopper is ahead by 3 % at
+# 4 rows and by 12 % at 32.
+GLUON_ROWS: Final = 16
+GLUON_FP8_ROWS: Final = 56
+GLUON_FP8_ROWS_FROM_LONG_N: Final = 2
+GLUON_LONG_N: Final = 2048
+# From this many rows per expert on DeepGEMM's products are about as fast as ours, or faster.
 PREFILL_ROWS: Final = 256
-# In FP8 they are ahead from here on: mixtral-8x7b at 4096 tokens (2414 µs, ours 2453) and at 16384 (9067, 9538),
-# qwen3-235b at 16384 (4612, 4720). At 512 rows ours are ahead by 1 to 6 %, at 256 by 6 to 16 %, and in BF16 always.
+# From this many rows per expert on they are faster in FP8: mixtral-8x7b at 4096 tokens (2414 µs, ours 2453) and at
+# 16384 (9067, 9538), qwen3-235b at 16384 (4612, 4720). At 512 rows ours are ahead by 1 to 6 %, at 256 by 6 to 16 %, and
+# in BF16 always.
 FP8_PREFILL_ROWS: Final = 1024
-# But DeepGEMM's layer gathers and quantises K values a row before its products, and N between them, in passes of their
-# own: it needs enough to multiply for each of those. Ahead at qwen3-235b (K·N/(K+N) = 1117), behind by 7 % at
-# deepseek-v2-lite (834) and by 4 % at qwen3-30b-a3b (559).
+# DeepGEMM's layer gathers and quantises K values per row before its products, and N between them, in separate passes,
+# which only pay off with enough multiplications for each of those values. It is ahead at qwen3-235b (K·N/(K+N) = 1117),
+# behind by 7 % at deepseek-v2-lite (834) and by 4 % at qwen3-30b-a3b (559).
 FP8_WORK_PER_VALUE: Final = 1000
+
+# The vector kernels read an expert's weights once for each of its slots, so that nearly every slot must have an expert
+# to itself, and they start sooner than tensor cores, which is felt only where reading takes little longer. In FP8
+# converting the codes without tensor cores takes longer than reading them. Most slots per hit expert; most bytes of the
+# hit experts' weights.
+VECTOR_SHARING: Final = 1.15
+VECTOR_BYTES: Final = 1 << 30
+VECTOR_FP8_BYTES: Final = 64 << 20
+# Where their second product does not read all of a token's experts at once, one token still gains 1 to 2 % in BF16 with
+# so many bytes to read. With fewer it loses (deepseek-v2-lite, M=1: 34.8 µs, 31.1 with tensor cores), and so do more
+# tokens (1 to 8 %).
+VECTOR_APART_BYTES: Final = 256 << 20
+# The second product reads all experts at once where a token has so few, with rows of N (rounded up to a power of two)
+# so short, and both together so few: `TritonVectorConfig.down_experts` of the default configuration.
+VECTOR_EXPERTS: Final = 8
+VECTOR_N: Final = 2048
+VECTOR_COLUMNS: Final = 8192
+
+# Backends that are methods of one family, by the backend that names the family. These rules choose within a family, and
+# the learned policy has one cost model for all of it: apart they would have to resolve less than their own errors.
+# Fitted to the H200's sweep without the judged layer, models of split-K and of the vector kernels lose .9 % in the mean
+# and 47 % at worst, one model for both .5 and 8 %.
+FAMILIES: Final = {"triton_vector": "triton_splitk", "gluon_hopper": "triton_persistent"}
 
 Ranked = tuple[tuple[str, str], ...]
 
@@ -42,31 +74,70 @@ def _ranked(problem: MoEProblem) -> Ranked:
         return ()
     if problem.device == "cpu":
         return (("torch_grouped", "one product per expert over sorted tokens; the reference searches per expert"),)
-    if problem.capability and problem.capability[0] == 9:
-        return _hopper(problem)
-    return (*_ours(problem), *_libraries(problem))
+    hopper = problem.capability is not None and problem.capability[0] == 9
+    ranked = _hopper(problem) if hopper else (*_ours(problem), *_libraries(problem))
+    if vector_suits(problem):
+        return ranked
+    return (*ranked, ("triton_vector", "reads an expert's weights again for each of its slots"))
 
 
 def _hopper(problem: MoEProblem) -> Ranked:
+    decode, grouped = _decode(problem), _grouped(problem)
     if problem.M <= DECODE_TOKENS:
-        return (*_ours(problem), _vllm("next at decode"), *_torch(problem), ("deep_gemm", "pads every expert"))
+        return (*decode, *grouped, _vllm("next at decode"), *_torch(problem), ("deep_gemm", "pads every expert"))
     rows = problem.slots / problem.E
     work = problem.K * problem.N / (problem.K + problem.N)
     if problem.dtype == "fp8" and rows >= FP8_PREFILL_ROWS and work >= FP8_WORK_PER_VALUE:
         why = f"fastest grouped products measured on an H200 at prefill, and this is {rows:.0f} rows per expert"
         return (("deep_gemm", why), *_ours(problem), *_torch(problem), _vllm("behind all of them at prefill"))
-    persistent, splitk = _ours(problem)
     if rows >= PREFILL_ROWS:
         next_to_it = ("deep_gemm", "next at prefill on an H200: what surrounds its products is not fused")
-        return (persistent, next_to_it, *_torch(problem), _vllm("behind all of them at prefill"), splitk)
+        return (*grouped, next_to_it, *_torch(problem), _vllm("behind all of them at prefill"), *decode)
     few = ("deep_gemm", "pads every expert, which few rows do not repay")
-    return (persistent, _vllm(f"next on an H200 at {rows:.3g} rows per expert"), few, *_torch(problem), splitk)
+    return (*grouped, _vllm(f"next on an H200 at {rows:.3g} rows per expert"), few, *_torch(problem), *decode)
 
 
 def _ours(problem: MoEProblem) -> Ranked:
+    decode, grouped = _decode(problem), _grouped(problem)
+    return (*decode, *grouped) if problem.M <= DECODE_TOKENS else (*grouped, *decode)
+
+
+def _decode(problem: MoEProblem) -> Ranked:
     splitk = ("triton_splitk", "ours for decode: splits the weights until the memory system is full")
-    persistent = ("triton_persistent", "ours for more rows: one wave of programs and no padding")
-    return (splitk, persistent) if problem.M <= DECODE_TOKENS else (persistent, splitk)
+    if not vector_suits(problem):
+        return (splitk,)
+    return (("triton_vector", "ours for decode without sharing: weights straight into registers"), splitk)
+
+
+def _grouped(problem: MoEProblem) -> Ranked:
+    persistent: Ranked = (("triton_persistent", "ours for more rows: one wave of programs and no padding"),)
+    if problem.capability == (9, 0):
+        gluon = ("gluon_hopper", "ours for many rows on Hopper: warp-specialised, with tiles of 128 rows and more")
+        persistent = (gluon, *persistent) if _many_rows(problem) else (*persistent, gluon)
+    return persistent
+
+
+def vector_suits(problem: MoEProblem) -> bool:
+    """Whether the vector kernels are likelier to be fastest than split-K on tensor cores."""
+    if problem.slots > VECTOR_SHARING * problem.expected_experts:
+        return False
+    read = problem.expected_experts * problem.expert_bytes
+    topk, columns = (1 << (length - 1).bit_length() for length in (problem.topk, problem.N))
+    fits = topk <= VECTOR_EXPERTS and columns <= VECTOR_N and topk * columns <= VECTOR_COLUMNS
+    at_once = problem.topk == 1 or fits
+    if problem.dtype == "fp8":
+        return at_once and read <= VECTOR_FP8_BYTES
+    apart = problem.M == 1 and read >= VECTOR_APART_BYTES
+    return (at_once or apart) and read <= VECTOR_BYTES
+
+
+def _many_rows(problem: MoEProblem) -> bool:
+    """Whether tiles of 128 rows are likelier to be faster than tiles of 64."""
+    if problem.dtype != "fp8":
+        least = GLUON_ROWS
+    else:
+        least = GLUON_FP8_ROWS_FROM_LONG_N if problem.N >= GLUON_LONG_N else GLUON_FP8_ROWS
+    return problem.slots >= least * problem.expected_experts
 
 
 def _libraries(problem: MoEProblem) -> Ranked:

@@ -10,6 +10,7 @@ from moe_dispatch.backends.deep_gemm.library import INSTALL_HINT, load, wheel_re
 from moe_dispatch.backends.stages.combine import combine
 from moe_dispatch.experts import ExpertWeights
 from moe_dispatch.problem import QUANT_BLOCK, DType, MoEProblem
+from moe_dispatch.system.libraries import library_version
 
 Layout = Literal["masked", "psum"]
 
@@ -63,6 +64,15 @@ class DeepGemmBackend(Backend):
         """See `Backend.unavailable_reasons`."""
         version = self.machine.libraries.get("deep_gemm", "")
         return (*super().unavailable_reasons(), *wheel_reasons(version, self.machine.torch))
+
+    def measured_versions(self) -> dict[str, str]:
+        """See `Backend.measured_versions`: the stages around the products are this package's Triton kernels."""
+        return {
+            **super().measured_versions(),
+            "deep_gemm_pdl": "on",  # see `library.load`
+            "triton": self.machine.triton,
+            "moe_dispatch": library_version("moe_dispatch"),
+        }
 
     def further_reasons(self, problem: MoEProblem) -> tuple[str, ...]:
         """See `Backend.further_reasons`."""

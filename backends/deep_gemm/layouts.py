@@ -105,6 +105,8 @@ class Rows(ABC):
         **layout: Any,
     ) -> None:
         bf16, fp8 = functions
+        if weight.requires_grad:
+            weight = weight.detach()  # sgl-deep-gemm up to 0.2.1 takes tensors by way of DLPack, which refuses these
         if self._fp8:
             # Multipliers stay as they are: rounding them to powers of two is for sm_100.
             fp8(a=a, b=(weight, weight_scale), d=d, disable_ue8m0_cast=True, **layout)

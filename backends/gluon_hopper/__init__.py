@@ -1,1 +1,1 @@
-"""Warp-specialised grouped products for Hopper, written in Gluon."""
+"""Warp-specialised grouped products for Hopper, written in Gluon: middle and large M."""

@@ -1,108 +1,178 @@
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"
-"""What the kernels for Hopper share: lists of tiles, barriers, how tiles are handed out and how results are stored.
+"""What the Hopper kernels share: the queue of tiles, the ring of stages, and how results are stored.
 
-    scheduler   one warp: takes the next tile from a counter in global memory, when the loader is almost done with the
-                last one, so that cheap tiles leave no gaps
-    loader      fills a ring of stages, and runs ahead into the next tile: see `hopper_loader` and `hopper_fp8_loader`
-    consumers   two warp groups: multiply and store, see `hopper_kernel` and `hopper_fp8_kernel`
+One program runs on every multiprocessor until all tiles are done. A tile is up to 160 (BF16, FP16) or 144 (FP8) rows of
+one expert by 256 rows of its weights: 128 of gate and the 128 of up beside them, or 256 of down. Its depth, K in the
+first product and N in the second, arrives in stages of 128 bytes of each row.
 
-They meet at barriers in shared memory, each with a phase that flips when all its expected arrivals are in. A stage is
-128 bytes of columns of a tile's rows and weights.
+Roles:
+
+    role         warps     work
+    consumer 0   4         multiplies rows 0 to 63 of a tile, or all rows of a low one by half of the weights; stores
+    consumer 1   4         the same for rows 64 to 127, or for the other half of the weights
+    loader       1 or 2    fills stages ahead of the consumers, and on into the next tile. Two warps where it copies by
+                           thread too: gathered rows in BF16 and FP16, multipliers in FP8
+    scheduler    1         takes the next tile from a counter in global memory when the loader has almost finished one,
+                           so that cheap tiles leave no gaps
+
+Barriers in shared memory, each with a phase that flips when all its expected arrivals are in:
+
+    barrier        arrivals   from                                     waited for by
+    known[slot]    33         scheduler: a tile is in the slot         consumers, loader
+    taken[slot]    291, 323   consumers and loader have read it        scheduler, before it writes the slot again
+    wanted         1          loader, as a tile's loads end            scheduler, before it takes a tile
+    full[stage]    1, 65      loader and TMA: the stage is loaded      consumers
+    empty[stage]   2          consumers have multiplied the stage      loader, before it fills it again
+    exchange       2          FP8: both consumers' maxima are there    both consumers
+
+Each role arrives at `known` and `taken` once and with each of its threads, see `arrive`: 1 + 32 for the scheduler,
+3 + 2 · 128 + 32 or 64 for the consumers and the loader. A loader that copies with its 64 threads arrives at `full` with
+each of them.
+
+Timeline of two tiles, a and b, from left to right:
+
+    scheduler    take a ............... wanted: take b ...................... wanted: none left, publish the end
+    loader       a: stages 0 1 2 3 .............. last | b: stages, each as soon as it is empty ...... last |
+    consumer 0       a: multiply ..................... | store a | b: multiply .................. | store b |
+    consumer 1         a: multiply ..................... | store a | b: multiply ................. | store b |
 """
 
-import triton
-import triton.language as tl
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import async_copy, mbarrier, tma
+from triton.experimental.gluon.language.nvidia.hopper import async_copy, mbarrier
 
-from moe_dispatch.backends.triton_common.fast_launch import fast_launch
+from moe_dispatch.backends.gluon_hopper import tiles
+from moe_dispatch.backends.gluon_hopper.gluon_api import aggregate, field, reinterpret, tma_load
 
-# Tiles that the scheduler is ahead.
-_SLOTS = gl.constexpr(2)
-# So many steps before the end of a tile's loads the next tile is looked for. Had it been taken earlier, a program that
-# falls behind would keep what others could do.
-_LEAD = gl.constexpr(4)
+_QUEUE_SLOTS = gl.constexpr(tiles.QUEUE_SLOTS)
+_LEAD_STAGES = gl.constexpr(tiles.LEAD_STAGES)
+_STAGE_BYTES = gl.constexpr(tiles.STAGE_BYTES)
 
 
-@fast_launch
-@triton.jit
-def _moe_row_blocks_kernel(
-    # inputs
-    starts_ptr,
-    ends_ptr,
-    # outputs
-    blocks_ptr,
-    counts_ptr,
-    # shapes
-    E,
-    # constants
-    BLOCK_M: tl.constexpr,
-    TAIL_M: tl.constexpr,
-    TALLER: tl.constexpr,
-    GROUP_M: tl.constexpr,
-    E_POW2: tl.constexpr,
-):
-    """One program per expert lists its row blocks; the first also counts all of them and resets the schedulers.
+@aggregate
+class Tile:
+    """A tile of the result.
 
-    Blocks have BLOCK_M rows. What is left over of an expert's is spread over up to TALLER of them, its last ones,
-    TAIL_M more rows for each; if it is more, it is a block of its own. An expert's blocks are a group, or several about
-    as large where they are more than GROUP_M.
+    Attributes:
+        e: Expert.
+        row: First row.
+        end: End of its rows; 0 where no tile is left.
+        block_n: Its columns: which 128 of gate and of up, or which 256 of down.
     """
-    e = tl.program_id(0)
-    tl.extra.cuda.gdc_wait()
-    tl.extra.cuda.gdc_launch_dependents()
-    offs_e = tl.arange(0, E_POW2)
-    starts = tl.load(starts_ptr + offs_e, mask=offs_e < E, other=0)
-    ends = tl.load(ends_ptr + offs_e, mask=offs_e < E, other=0)
-    rows = ends - starts
-    taller = tl.cdiv(rows % BLOCK_M, TAIL_M)
-    taller = tl.where((taller <= TALLER) & (taller <= rows // BLOCK_M), taller, 0)
-    blocks = tl.where(taller > 0, rows // BLOCK_M, tl.cdiv(rows, BLOCK_M))
-    if e == 0:
-        tl.store(counts_ptr, tl.sum(blocks, 0))
-        tl.store(counts_ptr + 1 + tl.arange(0, 2), tl.zeros([2], tl.int32))
-    # Experts with a tall block come first: started last, it would be waited for.
-    tall = taller > 0
-    am_tall = tl.sum((tall & (offs_e == e)).to(tl.int32), 0) > 0
-    before = (tall & (not am_tall)) | ((tall == am_tall) & (offs_e < e))
-    first = tl.sum(tl.where(before, blocks, 0), 0)
-    start = tl.load(starts_ptr + e)
-    end = tl.load(ends_ptr + e)
-    count = tl.sum(tl.where(offs_e == e, blocks, 0), 0)
-    plain = count - tl.sum(tl.where(offs_e == e, taller, 0), 0)
-    group_m = tl.cdiv(count, tl.maximum(tl.cdiv(count, GROUP_M), 1))
-    for i in range(count):
-        row = start + i * BLOCK_M + tl.maximum(i - plain, 0) * TAIL_M
-        height = BLOCK_M + tl.where(i >= plain, TAIL_M, 0)
-        group = i // group_m * group_m
-        block = blocks_ptr + (first + i) * 5
-        tl.store(block, e)
-        tl.store(block + 1, row)
-        tl.store(block + 2, tl.minimum(row + height, end))
-        tl.store(block + 3, first + group)
-        tl.store(block + 4, tl.minimum(count - group, group_m))
+
+    e: gl.tensor
+    row: gl.tensor
+    end: gl.tensor
+    block_n: gl.tensor
+
+    @gluon.constexpr_function
+    def __init__(self, e, row, end, block_n):
+        self.e = e
+        self.row = row
+        self.end = end
+        self.block_n = block_n
+
+
+@aggregate
+class Queue:
+    """Where the scheduler hands tiles over; see the table of barriers above.
+
+    Attributes:
+        numbers: int32 ``[4 · slots, 1]``: the four numbers of the `Tile` in each slot.
+        known: Barriers ``[slots, 1]``.
+        taken: Barriers ``[slots, 1]``.
+        wanted: Barrier ``[1, 1]``.
+    """
+
+    numbers: gl.shared_memory_descriptor
+    known: gl.shared_memory_descriptor
+    taken: gl.shared_memory_descriptor
+    wanted: gl.shared_memory_descriptor
+
+    @gluon.constexpr_function
+    def __init__(self, numbers, known, taken, wanted):
+        self.numbers = numbers
+        self.known = known
+        self.taken = taken
+        self.wanted = wanted
+
+
+@aggregate
+class Ring:
+    """The stages of operands on their way from the loader to the consumers; see the table of barriers above.
+
+    Attributes:
+        rows: ``[2 · STAGES, 64, BLOCK_K]``: rows 0 to 63 and 64 to 127 of a tile.
+        tails: ``[STAGES, TAIL_M, BLOCK_K]``: its rows from 128 on.
+        weights: ``[2 · STAGES, 128, BLOCK_K]``: rows of gate and of up, or the first and the second 128 of down.
+        full: Barriers ``[STAGES, 1]``.
+        empty: Barriers ``[STAGES, 1]``.
+        STAGES: Their number.
+    """
+
+    rows: gl.shared_memory_descriptor
+    tails: gl.shared_memory_descriptor
+    weights: gl.shared_memory_descriptor
+    full: gl.shared_memory_descriptor
+    empty: gl.shared_memory_descriptor
+    STAGES: gl.constexpr
+
+    @gluon.constexpr_function
+    def __init__(self, rows, tails, weights, full, empty, STAGES):
+        self.rows = rows
+        self.tails = tails
+        self.weights = weights
+        self.full = full
+        self.empty = empty
+        self.STAGES = gl.constexpr(STAGES)
+
+
+@aggregate
+class TileStrides:
+    """How the tiles of all experts lie in the rows of their weights.
+
+    Attributes:
+        expert: Rows of an expert's weights.
+        second: Rows from a tile's first 128 to its second 128.
+        tile: Rows from one tile to the next.
+        depth: Blocks of BLOCK_K columns, which are summed over.
+    """
+
+    expert: gl.tensor | gl.constexpr
+    second: gl.tensor | gl.constexpr
+    tile: gl.tensor | gl.constexpr
+    depth: gl.tensor | gl.constexpr
+
+    @gluon.constexpr_function
+    def __init__(self, expert, second, tile, depth):
+        self.expert = field(expert)
+        self.second = field(second)
+        self.tile = field(tile)
+        self.depth = field(depth)
 
 
 @gluon.jit
-def make_barriers(STAGES: gl.constexpr, COPIES: gl.constexpr):
-    """What is known of the next tiles, and the barriers: (tiles, known, taken, wanted), (full, empty)."""
-    tiles = gl.allocate_shared_memory(gl.int32, [4 * _SLOTS, 1], mbarrier.MBarrierLayout())
-    known = gl.allocate_shared_memory(gl.int64, [_SLOTS, 1], mbarrier.MBarrierLayout())
-    taken = gl.allocate_shared_memory(gl.int64, [_SLOTS, 1], mbarrier.MBarrierLayout())
-    wanted = gl.allocate_shared_memory(gl.int64, [1, 1], mbarrier.MBarrierLayout())
-    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(_SLOTS):
-        # From the scheduler; from two consumers of 128 threads and the loader: see `arrive`.
+def make_barriers(STAGES: gl.constexpr, LOADER_WARPS: gl.constexpr, COPIES: gl.constexpr):
+    """Allocate the queue and a ring's barriers, and initialise all barriers: queue, full, empty.
+
+    Where the loader COPIES, each of its threads arrives at a stage when its own copies have.
+    """
+    LOADER: gl.constexpr = LOADER_WARPS * 32  # threads
+    LAYOUT: gl.constexpr = mbarrier.MBarrierLayout()
+    numbers = gl.allocate_shared_memory(gl.int32, [4 * _QUEUE_SLOTS, 1], LAYOUT)
+    known = gl.allocate_shared_memory(gl.int64, [_QUEUE_SLOTS, 1], LAYOUT)
+    taken = gl.allocate_shared_memory(gl.int64, [_QUEUE_SLOTS, 1], LAYOUT)
+    wanted = gl.allocate_shared_memory(gl.int64, [1, 1], LAYOUT)
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], LAYOUT)
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], LAYOUT)
+    for i in gl.static_range(_QUEUE_SLOTS):
         mbarrier.init(known.index(i), count=1 + 32)
-        mbarrier.init(taken.index(i), count=3 + 2 * 128 + (64 if COPIES else 32))
+        mbarrier.init(taken.index(i), count=3 + 2 * 128 + LOADER)
     mbarrier.init(wanted.index(0), count=1)
     for i in gl.static_range(STAGES):
-        # Where the loader copies by itself, each of its 64 threads arrives when its copies have.
-        mbarrier.init(full.index(i), count=65 if COPIES else 1)
+        mbarrier.init(full.index(i), count=1 + (LOADER if COPIES else 0))
         mbarrier.init(empty.index(i), count=2)
-    return (tiles, known, taken, wanted), (full, empty)
+    return Queue(numbers, known, taken, wanted), full, empty
 
 
 @gluon.jit
@@ -112,7 +182,6 @@ def schedule_tiles(queue, blocks_ptr, counts_ptr, n_blocks, COUNTER: gl.constexp
     Tiles of a group take turns over its row blocks: those that run at the same time share an expert's weights in the L2
     cache, and few rows.
     """
-    _tiles, _known, _taken, wanted = queue
     m_blocks = gl.load(counts_ptr)
     tile = gl.program_id(0)
     i = 0
@@ -124,7 +193,7 @@ def schedule_tiles(queue, blocks_ptr, counts_ptr, n_blocks, COUNTER: gl.constexp
         inside = tile - first * n_blocks
         block = blocks_ptr + (first + inside % height) * 5
         _publish_tile(queue, i, gl.load(block), gl.load(block + 1), gl.load(block + 2), inside // height)
-        mbarrier.wait(wanted.index(0), i & 1)
+        mbarrier.wait(queue.wanted.index(0), i & 1)
         i += 1
         tile = gl.num_programs(0) + gl.atomic_add(counts_ptr + COUNTER, 1)
     _publish_tile(queue, i, 0, 0, 0, 0)
@@ -132,30 +201,28 @@ def schedule_tiles(queue, blocks_ptr, counts_ptr, n_blocks, COUNTER: gl.constexp
 
 @gluon.jit
 def _publish_tile(queue, i, e, row, end, block_n):
-    tiles, known, taken, _wanted = queue
     ONE: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
-    slot = i % _SLOTS
-    mbarrier.wait(taken.index(slot), (i // _SLOTS & 1) ^ 1)
-    tiles.index(slot * 4).store(gl.full([1], e, gl.int32, ONE))
-    tiles.index(slot * 4 + 1).store(gl.full([1], row, gl.int32, ONE))
-    tiles.index(slot * 4 + 2).store(gl.full([1], end, gl.int32, ONE))
-    tiles.index(slot * 4 + 3).store(gl.full([1], block_n, gl.int32, ONE))
-    arrive(known.index(slot))
+    slot = i % _QUEUE_SLOTS
+    mbarrier.wait(queue.taken.index(slot), (i // _QUEUE_SLOTS & 1) ^ 1)
+    queue.numbers.index(slot * 4).store(gl.full([1], e, gl.int32, ONE))
+    queue.numbers.index(slot * 4 + 1).store(gl.full([1], row, gl.int32, ONE))
+    queue.numbers.index(slot * 4 + 2).store(gl.full([1], end, gl.int32, ONE))
+    queue.numbers.index(slot * 4 + 3).store(gl.full([1], block_n, gl.int32, ONE))
+    arrive(queue.known.index(slot))
 
 
 @gluon.jit
 def receive_tile(queue, i):
-    """Tile number `i` of this program: expert, first row, end of its rows, and which columns."""
-    tiles, known, taken, _wanted = queue
+    """Tile number `i` of this program."""
     ONE: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
-    slot = i % _SLOTS
-    mbarrier.wait(known.index(slot), i // _SLOTS & 1)
-    e = gl.max(tiles.index(slot * 4).load(ONE), 0)
-    row = gl.max(tiles.index(slot * 4 + 1).load(ONE), 0)
-    end = gl.max(tiles.index(slot * 4 + 2).load(ONE), 0)
-    block_n = gl.max(tiles.index(slot * 4 + 3).load(ONE), 0)
-    arrive(taken.index(slot))
-    return e, row, end, block_n
+    slot = i % _QUEUE_SLOTS
+    mbarrier.wait(queue.known.index(slot), i // _QUEUE_SLOTS & 1)
+    e = gl.max(queue.numbers.index(slot * 4).load(ONE), 0)
+    row = gl.max(queue.numbers.index(slot * 4 + 1).load(ONE), 0)
+    end = gl.max(queue.numbers.index(slot * 4 + 2).load(ONE), 0)
+    block_n = gl.max(queue.numbers.index(slot * 4 + 3).load(ONE), 0)
+    arrive(queue.taken.index(slot))
+    return Tile(e, row, end, block_n)
 
 
 @gluon.jit
@@ -169,82 +236,84 @@ def arrive(bar):
 
 
 @gluon.jit
-def free_stage(queue, ring, k, depth, step, STAGES: gl.constexpr):
-    """The stage for block `k` of a tile's columns, once its consumers have left it, and its barrier.
+def free_stage(queue, ring, k, depth, step):
+    """The stage for block `k` of a tile's depth, once its consumers have left it, and its barrier.
 
-    Near the tile's end the next one is asked for.
+    Near the tile's end the next tile is asked for. Had it been taken earlier, a program that falls behind would keep
+    what others could do.
     """
-    _tiles, _known, _taken, wanted = queue
-    full, empty = ring
-    if k == gl.maximum(depth - _LEAD, 0):
-        mbarrier.arrive(wanted.index(0))
-    stage = step % STAGES
-    mbarrier.wait(empty.index(stage), (step // STAGES & 1) ^ 1)
-    return stage, full.index(stage)
+    if k == gl.maximum(depth - _LEAD_STAGES, 0):
+        mbarrier.arrive(queue.wanted.index(0))
+    stage = step % ring.STAGES
+    mbarrier.wait(ring.empty.index(stage), (step // ring.STAGES & 1) ^ 1)
+    return stage, ring.full.index(stage)
 
 
 @gluon.jit
-def load_stage(a_desc, tail_desc, w_desc, a_bufs, tail_bufs, w_bufs, stage, bar, row, end, w_row, w_second, column):
+def load_stage(operands, ring, stage, bar, tile, w_row, column):
     """Have TMA copy a stage: a tile's rows, as far as it has more than 64 and 128, and twice 128 rows of weights."""
-    ROW_BYTES: gl.constexpr = 128
-    lower = end - row > 64
-    tail = end - row > 128
-    mbarrier.expect(bar, (256 + 64) * ROW_BYTES, pred=not lower)
-    mbarrier.expect(bar, (256 + 128) * ROW_BYTES, pred=lower & (not tail))
-    mbarrier.expect(bar, (256 + 128 + tail_bufs.shape[1]) * ROW_BYTES, pred=tail)
-    load_weights(w_desc, w_bufs, stage, bar, w_row, w_second, column)
-    _load_rows(a_desc, a_bufs.index(2 * stage), bar, row, end, column, True)
-    _load_rows(a_desc, a_bufs.index(2 * stage + 1), bar, row + 64, end, column, lower)
-    _load_rows(tail_desc, tail_bufs.index(stage), bar, row + 128, end, column, tail)
+    lower = tile.end - tile.row > 64
+    tail = tile.end - tile.row > 128
+    mbarrier.expect(bar, (256 + 64) * _STAGE_BYTES, pred=not lower)
+    mbarrier.expect(bar, (256 + 128) * _STAGE_BYTES, pred=lower & (not tail))
+    mbarrier.expect(bar, (256 + 128 + ring.tails.shape[1]) * _STAGE_BYTES, pred=tail)
+    load_weights(operands, ring, stage, bar, w_row, column)
+    _load_rows(operands.rows, ring.rows.index(2 * stage), bar, tile.row, tile.end, column, True)
+    _load_rows(operands.rows, ring.rows.index(2 * stage + 1), bar, tile.row + 64, tile.end, column, lower)
+    _load_rows(operands.tails, ring.tails.index(stage), bar, tile.row + 128, tile.end, column, tail)
 
 
 @gluon.jit
 def _load_rows(desc, buf, bar, row, end, column, pred):
     """As many rows as `buf` has; zeros from `end` on, for which nothing is read, and which take less power to multiply.
 
-    `desc` sees memory as overlapping windows of 64 rows, see `hopper._windows`. Rows come from the window that ends at
-    `end`, or 64 rows on.
+    `desc` sees memory as overlapping windows of 64 rows, see `windows.window_descriptor`. Rows come from the window
+    that ends at `end`, or 64 rows on.
     """
     window = gl.minimum(row + 64, end)
-    view = buf._reinterpret(buf.dtype, desc.block_type.shape, desc.layout)
-    tma.async_copy_global_to_shared(desc, [window, row + 64 - window, column], bar, view, pred=pred)
+    view = reinterpret(buf, buf.dtype, desc.block_type.shape, desc.layout)
+    tma_load(desc, [window, row + 64 - window, column], bar, view, pred=pred)
 
 
 @gluon.jit
-def load_weights(w_desc, w_bufs, stage, bar, w_row, w_second, column):
-    """Its weights alone; the second 128 rows are `w_second` rows after the first."""
-    tma.async_copy_global_to_shared(w_desc, [w_row, column], bar, w_bufs.index(2 * stage))
-    tma.async_copy_global_to_shared(w_desc, [w_row + w_second, column], bar, w_bufs.index(2 * stage + 1))
+def load_weights(operands, ring, stage, bar, w_row, column):
+    """Have TMA copy a stage's weights alone."""
+    second = w_row + operands.strides.second
+    tma_load(operands.weights, [w_row, column], bar, ring.weights.index(2 * stage))
+    tma_load(operands.weights, [second, column], bar, ring.weights.index(2 * stage + 1))
 
 
 @gluon.jit
-def store_tile(values, ROWS: gl.constexpr, buf, out_ptr, row, end, column, columns):
-    """Store ``[rows, columns]``, or with ROWS, the axis of rows, at 1 ``[columns, rows]``, through shared memory.
+def store_tile(values, ROWS: gl.constexpr, outputs, CONSUMER: gl.constexpr, row, end, column):
+    """Store ``[rows, columns]``, or where ROWS, the axis of rows, is 1 ``[columns, rows]``, through shared memory.
 
-    Of whole rows, as many columns at a time as `buf` has. Rows from `end` on are not there.
+    Lines of the result are whole, as many columns at a time as `outputs.bufs` has. Rows from `end` on are not stored.
     """
+    bufs = outputs.bufs
     WIDTH: gl.constexpr = values.shape[1 - ROWS]
-    if buf.shape[1] < WIDTH:
+    if bufs.shape[2] < WIDTH:
         left, right = gl.split(gl.permute(gl.reshape(values, [64, 2, WIDTH // 2]), [0, 2, 1]))
-        store_tile(left, ROWS, buf, out_ptr, row, end, column, columns)
-        store_tile(right, ROWS, buf, out_ptr, row, end, column + WIDTH // 2, columns)
+        store_tile(left, ROWS, outputs, CONSUMER, row, end, column)
+        store_tile(right, ROWS, outputs, CONSUMER, row, end, column + WIDTH // 2)
     else:
         HEIGHT: gl.constexpr = values.shape[ROWS]
-        LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for([HEIGHT, WIDTH], buf.dtype)
-        view = buf._reinterpret(buf.dtype, [HEIGHT, WIDTH], LAYOUT)
+        LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for([HEIGHT, WIDTH], bufs.dtype)
+        # The consumer's buffer is as many views of this shape.
+        VIEWS: gl.constexpr = bufs.shape[1] * bufs.shape[2] // (HEIGHT * WIDTH)
+        view = reinterpret(bufs.index(CONSUMER), bufs.dtype, [VIEWS, HEIGHT, WIDTH], LAYOUT).index(0)
         if ROWS == 1:
-            view.permute((1, 0)).store(values.to(buf.dtype))
+            view.permute((1, 0)).store(values.to(bufs.dtype))
         else:
-            view.store(values.to(buf.dtype))
-        _store_lines(view, out_ptr, row, end, column, columns)
+            view.store(values.to(bufs.dtype))
+        _store_lines(view, outputs, row, end, column)
 
 
 @gluon.jit
-def _store_lines(buf, out_ptr, row, end, column, columns):
+def _store_lines(buf, outputs, row, end, column):
     WIDTH: gl.constexpr = buf.shape[1]
     VECTOR: gl.constexpr = 128 // buf.dtype.primitive_bitwidth
     LINES: gl.constexpr = gl.BlockedLayout([1, VECTOR], [32 * VECTOR // WIDTH, WIDTH // VECTOR], [4, 1], [1, 0])
     offs_m = row + gl.arange(0, buf.shape[0], gl.SliceLayout(1, LINES))
     offs_n = column + gl.arange(0, WIDTH, gl.SliceLayout(0, LINES))
-    ptrs = out_ptr + offs_m.to(gl.int64)[:, None] * columns + offs_n[None, :]
-    gl.store(ptrs, buf.load(LINES), mask=(offs_m < end)[:, None] & (offs_n < columns)[None, :])
+    ptrs = outputs.ptr + offs_m.to(gl.int64)[:, None] * outputs.columns + offs_n[None, :]
+    gl.store(ptrs, buf.load(LINES), mask=(offs_m < end)[:, None] & (offs_n < outputs.columns)[None, :])

@@ -1,7 +1,7 @@
 """Tile sizes of the persistent kernel, and which are worth measuring for a problem."""
 
 import math
-from typing import Literal
+from typing import Final, Literal
 
 import pydantic
 
@@ -9,32 +9,29 @@ from moe_dispatch.backend import BackendConfig
 from moe_dispatch.backends.triton_common.features import Features
 from moe_dispatch.problem import ELEMENT_BYTES, QUANT_BLOCK, MoEProblem
 
-Engine = Literal["triton", "gluon"]
-Order = Literal["grouped", "column_major", "row_major"]
+Order = Literal["grouped", "row_major"]
 
 
 class TritonPersistentConfig(BackendConfig):
-    """One choice for both products.
+    """Tiles of both products and the order in which they are computed.
 
     Attributes:
-        engine: ``"gluon"``: the warp-specialised kernels for Hopper, see `hopper`. Their tiles are fixed; what is said
-            of tiles here is for tensors that they do not take.
         block_m: Rows of a tile.
         block_n: Columns of a tile of gate and of up, each; 64 or 128 for FP8.
         down_block_n: Columns of a tile of the second product.
-        block_k: What is summed over at a time; 128 for FP8, whatever it says.
-        num_warps: Of a program.
-        num_stages: Tiles in flight.
-        ctas_per_sm: Programs of the wave per streaming multiprocessor.
+        block_k: Depth of one step of the product's loop. FP8 always takes 128, the width of a block of scales.
+        num_warps: Warps of a program.
+        num_stages: Steps whose operands are in flight.
+        ctas_per_sm: Programs of the wave on each streaming multiprocessor.
         flatten_steps: A product of at most so many steps of block_k fetches the next tile's operands while a tile's
             result is stored: its loops are one. Longer ones have little to gain, and lose a stage's memory.
-        order: How tiles are walked.
-        group_m: Row blocks that a group shares, for the grouped order.
+        order: ``"row_major"`` computes all columns of a row block before the next row block, ``"grouped"`` a column
+            block for `group_m` row blocks before the next column block.
+        group_m: Row blocks of a group.
         tma: Load weights through tensor descriptors where the layout allows.
         pdl: Programmatic dependent launch: each kernel is launched while the one before it drains.
     """
 
-    engine: Engine = "triton"
     block_m: int = pydantic.Field(default=64, ge=16, le=256)
     block_n: int = pydantic.Field(default=64, ge=16, le=128)
     down_block_n: int = pydantic.Field(default=128, ge=16, le=256)
@@ -58,8 +55,6 @@ class TritonPersistentConfig(BackendConfig):
     @property
     def label(self) -> str:
         """``64x64-128x64,w4,s3,c1,grouped8``: rows × gate columns - down columns × depth."""
-        if self.engine == "gluon":
-            return f"gluon,{self.order}{self.group_m}"
         parts = [
             f"{self.block_m}x{self.block_n}-{self.down_block_n}x{self.block_k}",
             f"w{self.num_warps}",
@@ -83,8 +78,10 @@ class TritonPersistentConfig(BackendConfig):
         return stages + (min(epilogue, 8192) if self.num_warps == 4 else epilogue) + _RESERVE
 
 
-# Barriers, reductions over experts, and per-row vectors that are kept in flight.
-_RESERVE = 2048
+# Bytes for barriers, reductions over experts, and per-row vectors that are kept in flight.
+_RESERVE: Final = 2048
+# Stages to try, the most first.
+_STAGES: Final = (4, 3, 2)
 
 
 def persistent_configs(problem: MoEProblem, features: Features) -> tuple[TritonPersistentConfig, ...]:
@@ -92,22 +89,41 @@ def persistent_configs(problem: MoEProblem, features: Features) -> tuple[TritonP
 
     Others were dropped because none of 3400 measurements on an H200 had them first: wider tiles and columns first lose
     up to a quarter, larger groups and unflattened loops are within 1 % of the default.
+
+    Returns:
+        Nothing where no tile fits, see `least_shared_memory`.
     """
+    fitting = [config for shape in _shapes(problem, features) if (config := _fit(shape, problem, features))]
+    in_rows = [config.model_copy(update={"order": "row_major"}) for config in fitting[:1]]
+    return tuple(dict.fromkeys((*fitting, *in_rows)))
+
+
+def least_shared_memory(problem: MoEProblem, features: Features) -> int:
+    """Bytes that one block needs for the smallest tiles that `persistent_configs` considers."""
+    smallest = (shape.model_copy(update={"num_stages": _STAGES[-1]}) for shape in _shapes(problem, features))
+    return min(_needed(config, problem, features) for config in smallest)
+
+
+def _fit(
+    shape: TritonPersistentConfig, problem: MoEProblem, features: Features
+) -> TritonPersistentConfig | None:  # fmt: skip
+    """The shape with as many programs on a multiprocessor as it asks for, else one, and as many stages as then fit."""
+    for ctas in dict.fromkeys((shape.ctas_per_sm, 1)):
+        for stages in _STAGES:
+            config = shape.model_copy(update={"ctas_per_sm": ctas, "num_stages": stages})
+            if _needed(config, problem, features) * ctas <= features.shared_memory:
+                return config
+    return None
+
+
+def _needed(config: TritonPersistentConfig, problem: MoEProblem, features: Features) -> int:
+    return config.shared_memory(ELEMENT_BYTES[problem.dtype], gated=problem.gated, wgmma=features.wgmma)
+
+
+def _shapes(problem: MoEProblem, features: Features) -> list[TritonPersistentConfig]:
+    """Tiles for a problem's rows per expert, the likeliest to be fast first; `num_stages` is left to what fits."""
+    fp8 = problem.dtype == "fp8"
     load = problem.slots / max(min(problem.E, problem.expected_experts), 1.0)
-    found: list[TritonPersistentConfig] = []
-    for shape in _shapes(load, fp8=problem.dtype == "fp8", features=features):
-        for stages in (4, 3, 2):
-            config = shape.model_copy(update={"num_stages": stages})
-            needed = config.shared_memory(ELEMENT_BYTES[problem.dtype], gated=problem.gated, wgmma=features.wgmma)
-            if needed * config.ctas_per_sm <= features.shared_memory:
-                found.append(config)
-                break
-    default = found[0]
-    return tuple(dict.fromkeys((*found, default.model_copy(update={"order": "row_major"}))))
-
-
-def _shapes(load: float, *, fp8: bool, features: Features) -> list[TritonPersistentConfig]:
-    """Tiles for a load of rows per expert, the likeliest first; `num_stages` is left to what fits."""
     common = {
         "block_n": 64, "down_block_n": 128, "block_k": QUANT_BLOCK if fp8 else 64, "tma": features.tma,
         "pdl": features.pdl,

@@ -1,22 +1,24 @@
 """Decode: few tokens, so that what counts is to read the weights of the hit experts once and at full bandwidth."""
 
-import functools
 import math
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from moe_dispatch.backend import BackendConfig
+from moe_dispatch.backends.stages.activate_partial import activate_partial
 from moe_dispatch.backends.stages.quantize import quantize_rows
 from moe_dispatch.backends.triton_common.backend import TritonBackend
 from moe_dispatch.backends.triton_splitk.config import SplitKConfig, candidate_configs, default_config
+from moe_dispatch.backends.triton_splitk.down import splitk_down
+from moe_dispatch.backends.triton_splitk.gate_up import splitk_gate_up
+from moe_dispatch.backends.triton_splitk.reduce import splitk_reduce
 from moe_dispatch.errors import InvalidInputError
 from moe_dispatch.experts import ExpertWeights
 from moe_dispatch.problem import ELEMENT_BYTES, QUANT_BLOCK, MoEProblem
 
-# Every CTA reads all ids to find its own.
+# Every CTA reads all ids to find those of its expert.
 MOST_SLOTS = 4096
 
 
@@ -25,8 +27,7 @@ class TritonSplitKBackend(TritonBackend):
 
     The first product finds the tokens of each hit expert by itself and activates; the second reads its result. Tensor
     cores serve all tokens of an expert at once, several CTAs sharing a tile along K where few experts are hit; a last
-    launch sums over experts and splits, in fixed order unless the configuration says ``mode="atomic"``. Where nearly
-    every slot has an expert to itself, the vector kernels serve each slot alone, and the second one sums.
+    launch sums over experts and splits. Deterministic: all sums are in fixed order.
 
     Block FP8 quantises hidden_states before and the intermediate between the products, each once.
     """
@@ -57,14 +58,7 @@ class TritonSplitKBackend(TritonBackend):
             needed += problem.M * problem.K
         if config.partial_sums(problem.dtype, gated=problem.gated):
             needed += 4 * config.splits_gate_up * problem.slots * problem.gate_up_rows
-        if config.down == "tensor":
-            summed = problem.M if config.atomic else config.splits_down * problem.slots
-            needed += 4 * summed * problem.K
-        return needed
-
-    def deterministic(self, config: BackendConfig) -> bool:
-        """False where atomic additions arrive in any order."""
-        return isinstance(config, SplitKConfig) and not config.atomic
+        return needed + 4 * config.splits_down * problem.slots * problem.K
 
     def run(
         self,
@@ -76,57 +70,40 @@ class TritonSplitKBackend(TritonBackend):
     ) -> Tensor:
         """See `Backend.run`."""
         config = _checked(config, experts.dtype)
-        kernels = _kernels()
-        if config.down == "vector":
-            inner, inner_scale = self._intermediate(hidden_states, experts, topk_ids, None, config)
-            out = torch.empty_like(hidden_states)
-            kernels.vector_down(inner, inner_scale, experts, topk_weights, topk_ids, out, config)
-            return out
-        shape = hidden_states.shape if config.atomic else (config.splits_down, topk_ids.numel(), experts.K)
-        total = torch.empty(shape, dtype=torch.float32, device=hidden_states.device)
-        zero = total if config.atomic else None
-        inner, inner_scale = self._intermediate(hidden_states, experts, topk_ids, zero, config)
+        inner, inner_scale = self._intermediate(hidden_states, experts, topk_ids, config)
+        shape = (config.splits_down, topk_ids.numel(), experts.K)
+        partial = torch.empty(shape, dtype=torch.float32, device=hidden_states.device)
         descriptor = self._down_descriptor(experts, config) if config.tma else None
-        kernels.down(inner, inner_scale, experts, topk_weights, topk_ids, total, config, descriptor)
-        if config.atomic:
-            return total.to(hidden_states.dtype)
+        splitk_down(inner, inner_scale, experts, topk_ids, partial, config, descriptor)
         out = torch.empty_like(hidden_states)
-        kernels.reduce(total, experts, topk_weights, topk_ids, out, config)
+        splitk_reduce(partial, experts, topk_weights, topk_ids, out, config)
         return out
 
     def _intermediate(
-        self, hidden_states: Tensor, experts: ExpertWeights, topk_ids: Tensor, zero: Tensor | None, config: SplitKConfig
+        self, hidden_states: Tensor, experts: ExpertWeights, topk_ids: Tensor, config: SplitKConfig
     ) -> tuple[Tensor, Tensor | None]:
-        """What down reads: ``[M·topk, N]`` activated, in block FP8 its codes and their multipliers.
-
-        On the way, `zero` is cleared if there is one.
-        """
-        kernels = _kernels()
+        """The input of down: ``[M·topk, N]`` activated; in block FP8 its codes and their multipliers."""
         S, N, device = topk_ids.numel(), experts.N, hidden_states.device
-        inner = torch.empty(S, N, dtype=experts.down.dtype, device=device)
-        x, x_scale, inner_scale = hidden_states, None, None
+        x, x_scale = hidden_states, None
         if experts.dtype == "fp8":
             x, x_scale = quantize_rows(hidden_states, pdl=config.pdl)
-            inner_scale = torch.empty(S, math.ceil(N / QUANT_BLOCK), dtype=torch.float32, device=device)
-        partial_sums = config.partial_sums(experts.dtype, gated=experts.gated)
-        written = inner
-        if partial_sums:
+        descriptor = self._gate_up_descriptor(experts, config) if config.tma else None
+        if config.partial_sums(experts.dtype, gated=experts.gated):
             parts = 2 if experts.gated else 1
-            splits = 1 if config.gate_up == "vector" else config.splits_gate_up
-            written = torch.empty(splits, parts, S, N, dtype=torch.float32, device=device)
-        if config.gate_up == "vector":
-            kernels.vector_gate_up(x, x_scale, experts, topk_ids, written, config)
-        else:
-            descriptor = self._gate_up_descriptor(experts, config) if config.tma else None
-            kernels.gate_up(x, x_scale, experts, topk_ids, written, inner_scale, zero, config, descriptor)
-        if partial_sums:
-            kernels.activate(written, experts, topk_ids, inner, inner_scale, config)
+            partial = torch.empty(config.splits_gate_up, parts, S, N, dtype=torch.float32, device=device)
+            splitk_gate_up(x, x_scale, experts, topk_ids, partial, None, config, descriptor)
+            return activate_partial(partial, experts, topk_ids, pdl=config.pdl)
+        inner = torch.empty(S, N, dtype=experts.down.dtype, device=device)
+        inner_scale = None
+        if experts.dtype == "fp8":
+            inner_scale = torch.empty(S, math.ceil(N / QUANT_BLOCK), dtype=torch.float32, device=device)
+        splitk_gate_up(x, x_scale, experts, topk_ids, inner, inner_scale, config, descriptor)
         return inner, inner_scale
 
     def _gate_up_descriptor(self, experts: ExpertWeights, config: SplitKConfig) -> Any:
-        """A tile of gate_up holds as many gate rows as up rows, in the order of memory.
+        """The tensor descriptor of gate_up, whose boxes hold as many gate rows as up rows, in the order of memory.
 
-        ``[E·2, N, K]`` in boxes of two blocks of rows, or ``[E·N, 2, K]`` in boxes of alternating rows.
+        It is ``[E·2, N, K]`` in boxes of two blocks of rows, or ``[E·N, 2, K]`` in boxes of alternating rows.
         """
         E, N, K = experts.E, experts.N, experts.K
         parts = 2 if experts.gated else 1
@@ -136,30 +113,9 @@ class TritonSplitKBackend(TritonBackend):
         return self._descriptor(experts, "gate_up", (E * parts, N, K), (parts, columns, config.block_k))
 
     def _down_descriptor(self, experts: ExpertWeights, config: SplitKConfig) -> Any:
-        """Rows of down, one expert's at a time."""
+        """The tensor descriptor of down, whose boxes are rows of one expert."""
         shape, block = (experts.E, experts.K, experts.N), (1, config.block_n, config.block_k)
         return self._descriptor(experts, "down", shape, block)
-
-
-class _Kernels(NamedTuple):
-    gate_up: Callable[..., None]
-    activate: Callable[..., None]
-    down: Callable[..., None]
-    reduce: Callable[..., None]
-    vector_gate_up: Callable[..., None]
-    vector_down: Callable[..., None]
-
-
-@functools.cache
-def _kernels() -> _Kernels:
-    from moe_dispatch.backends.triton_splitk.activate import splitk_activate
-    from moe_dispatch.backends.triton_splitk.down import splitk_down
-    from moe_dispatch.backends.triton_splitk.gate_up import splitk_gate_up
-    from moe_dispatch.backends.triton_splitk.reduce import splitk_reduce
-    from moe_dispatch.backends.triton_vector.down import vector_down
-    from moe_dispatch.backends.triton_vector.gate_up import vector_gate_up
-
-    return _Kernels(splitk_gate_up, splitk_activate, splitk_down, splitk_reduce, vector_gate_up, vector_down)
 
 
 def _checked(config: BackendConfig, dtype: str) -> SplitKConfig:

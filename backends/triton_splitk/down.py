@@ -1,14 +1,9 @@
-# mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"
 """The second product of a decode layer: down's rows times the intermediate of each hit expert's tokens."""
 
+import math
 from typing import TYPE_CHECKING, Any
 
-import triton
-import triton.language as tl
-
-from moe_dispatch.backends.triton_common.fast_launch import fast_launch
 from moe_dispatch.backends.triton_splitk.config import slots_per_scan
-from moe_dispatch.backends.triton_splitk.stream import moe_prefetch, moe_slots_to_serve, moe_stream, moe_take_slots
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -17,75 +12,12 @@ if TYPE_CHECKING:
     from moe_dispatch.experts import ExpertWeights
 
 
-@fast_launch
-@triton.jit(do_not_specialize=["S"])
-def _moe_splitk_down_kernel(
-    # inputs
-    inner_ptr, inner_scale_ptr, weight_ptr, weight_descriptor, scale_ptr, bias_ptr, topk_weights_ptr, ids_ptr,
-    # outputs
-    out_ptr,
-    # shapes
-    S, K, N, E, TOPK,
-    # constants
-    ROWS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, SCAN: tl.constexpr, EVEN_N: tl.constexpr,
-    SPLITS: tl.constexpr, BY_SLOT: tl.constexpr, ATOMIC: tl.constexpr, TMA: tl.constexpr, PDL: tl.constexpr,
-    FP8: tl.constexpr, HAS_BIAS: tl.constexpr,
-):  # fmt: skip
-    owner, tile, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    e, count = moe_slots_to_serve(ids_ptr, owner, S, E, BLOCK_M, SCAN, BY_SLOT)
-    expert = e.to(tl.int64)
-    offs_r = tile * ROWS + tl.arange(0, ROWS)
-    mask_r = offs_r < K
-    row = tl.minimum(offs_r, K - 1)
-    w_rows = weight_ptr + (expert * K + row) * N
-    blocks = tl.cdiv(N, BLOCK_K)
-    share = tl.cdiv(blocks, SPLITS)
-    first_block = split * share
-    last_block = tl.minimum(first_block + share, blocks)
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
-        # Ids and weights were there before gate_up began: its last wave leaves time to fetch the first of ours.
-        moe_prefetch(w_rows, first_block, tl.where(count > 0, blocks, 0), N, BLOCK_K)
-        # Idle CTAs wait too: a kernel that ends before its predecessor would release its successor too early.
-        tl.extra.cuda.gdc_wait()
-    if count == 0:
-        return
-
-    w_scales = scale_ptr
-    if FP8:
-        expert_scales = scale_ptr + expert * tl.cdiv(K, BLOCK_K) * tl.cdiv(N, BLOCK_K)
-        first_row = tile * ROWS if ROWS <= BLOCK_K else row
-        w_scales = expert_scales + first_row // BLOCK_K * tl.cdiv(N, BLOCK_K)
-    for skip in range(0, count, BLOCK_M):
-        slots, mask_m = moe_take_slots(ids_ptr, owner if BY_SLOT else 0, S, e, skip, BLOCK_M, SCAN)
-        x_scales = inner_scale_ptr
-        if FP8:
-            x_scales = inner_scale_ptr + slots.to(tl.int64) * blocks
-        acc = moe_stream(
-            w_rows, weight_descriptor, e.to(tl.int32), tile * ROWS, w_scales, w_scales, offs_r < 0,
-            inner_ptr + slots.to(tl.int64) * N, x_scales, mask_m, first_block, last_block, N,
-            ROWS, BLOCK_M, BLOCK_K, EVEN_N, TMA, FP8, ROWS <= BLOCK_K,
-        )  # fmt: skip
-        mask = mask_r[:, None] & mask_m[None, :]
-        if ATOMIC:
-            if HAS_BIAS:  # noqa: SIM102 - the nested form compiles away without a bias
-                if split == 0:
-                    acc += tl.load(bias_ptr + expert * K + offs_r, mask=mask_r, other=0.0).to(tl.float32)[:, None]
-            acc *= tl.load(topk_weights_ptr + slots, mask=mask_m, other=0.0)[None, :]
-            out = out_ptr + (slots // TOPK).to(tl.int64)[None, :] * K + offs_r[:, None]
-            tl.atomic_add(out, acc, mask=mask, sem="relaxed")
-        else:
-            out = out_ptr + (split * S + slots).to(tl.int64)[None, :] * K + offs_r[:, None]
-            tl.store(out, acc, mask=mask)
-
-
 def splitk_down(
     inner: "Tensor",
     inner_scale: "Tensor | None",
     experts: "ExpertWeights",
-    topk_weights: "Tensor",
     topk_ids: "Tensor",
-    out: "Tensor",
+    partial: "Tensor",
     config: "SplitKConfig",
     descriptor: Any,
 ) -> None:
@@ -95,25 +27,28 @@ def splitk_down(
         inner: Activated, ``[M·topk, N]``, e4m3 in block FP8.
         inner_scale: fp32 multipliers of inner's codes ``[M·topk, ⌈N/128⌉]``.
         experts: Checked weights.
-        topk_weights: fp32 ``[M, topk]``.
         topk_ids: int32 or int64 ``[M, topk]``.
-        out: fp32. Deterministic mode: partial sums ``[splits, M·topk, K]`` without bias and weight, written where the
-            slot's id is valid. Atomic mode: ``[M, K]``, cleared before; the weighted sum is added to it.
+        partial: fp32 ``[splits, M·topk, K]`` without bias and weight, written where the slot's id is valid.
         config: Tile sizes.
         descriptor: The weights' tensor descriptor where `config.tma`, else None.
     """
-    S, topk = topk_ids.numel(), topk_ids.shape[1]
+    from moe_dispatch.backends.triton_splitk.down_kernel import _moe_splitk_down_kernel
+
+    S = topk_ids.numel()
     grid = (
         S if config.grid == "slots" else experts.E,
-        triton.cdiv(experts.K, config.block_n),
+        math.ceil(experts.K / config.block_n),
         config.splits_down,
     )
     _moe_splitk_down_kernel[grid](
-        inner, inner_scale, experts.down, descriptor, experts.down_scale, experts.down_bias, topk_weights, topk_ids,
-        out,
-        S, experts.K, experts.N, experts.E, topk,
+        # inputs
+        inner, inner_scale, experts.down, descriptor, experts.down_scale, topk_ids,
+        # outputs
+        partial,
+        # shapes
+        S, experts.K, experts.N, experts.E,
+        # constants
         ROWS=config.block_n, BLOCK_M=config.block_m, BLOCK_K=config.block_k, SCAN=slots_per_scan(S),
         EVEN_N=experts.N % config.block_k == 0, SPLITS=config.splits_down, BY_SLOT=config.grid == "slots",
-        ATOMIC=config.atomic, TMA=config.tma, PDL=config.pdl, FP8=experts.dtype == "fp8",
-        HAS_BIAS=experts.down_bias is not None, **config.launch,
+        TMA=config.tma, PDL=config.pdl, FP8=experts.dtype == "fp8", **config.launch,
     )  # fmt: skip

@@ -1,12 +1,9 @@
-# mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"
-"""The end of a decode layer: each token's experts summed with their weights, in an order that never changes."""
+"""The end of a decode layer: each token's experts summed with their weights, in fixed order."""
 
-from typing import TYPE_CHECKING
+import math
+from typing import TYPE_CHECKING, Final
 
-import triton
-import triton.language as tl
-
-from moe_dispatch.backends.triton_common.fast_launch import fast_launch
+from moe_dispatch.backends.triton_common.launch_options import pdl_option
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -14,41 +11,7 @@ if TYPE_CHECKING:
     from moe_dispatch.backends.triton_splitk.config import SplitKConfig
     from moe_dispatch.experts import ExpertWeights
 
-_BLOCK = 256
-
-
-@fast_launch
-@triton.jit(do_not_specialize=["S"])
-def _moe_splitk_reduce_kernel(
-    # inputs
-    partial_ptr, topk_weights_ptr, ids_ptr, bias_ptr,
-    # outputs
-    out_ptr,
-    # shapes
-    S, K, E,
-    # constants
-    TOPK: tl.constexpr, SPLITS: tl.constexpr, HAS_BIAS: tl.constexpr, PDL: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    token = tl.program_id(0)
-    offs_k = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    mask_k = offs_k < K
-    if PDL:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
-    acc = tl.zeros([BLOCK], dtype=tl.float32)
-    for j in tl.static_range(TOPK):
-        slot = token * TOPK + j
-        e = tl.load(ids_ptr + slot)
-        # What an invalid slot left in the workspace, and its weight, may be NaN: neither is read.
-        mine = (e >= 0) & (e < E)
-        mask = mask_k & mine
-        row = tl.zeros([BLOCK], dtype=tl.float32)
-        for split in tl.static_range(SPLITS):
-            row += tl.load(partial_ptr + (split * S + slot).to(tl.int64) * K + offs_k, mask=mask, other=0.0)
-        if HAS_BIAS:
-            row += tl.load(bias_ptr + e.to(tl.int64) * K + offs_k, mask=mask, other=0.0).to(tl.float32)
-        acc += row * tl.load(topk_weights_ptr + slot, mask=mine, other=0.0)
-    tl.store(out_ptr + token.to(tl.int64) * K + offs_k, acc.to(out_ptr.dtype.element_ty), mask=mask_k)
+_BLOCK: Final = 256
 
 
 def splitk_reduce(
@@ -62,19 +25,24 @@ def splitk_reduce(
     """Launch the weighted sum.
 
     Args:
-        partial: fp32 ``[splits, M·topk, K]`` from `splitk_down` in deterministic mode.
+        partial: fp32 ``[splits, M·topk, K]`` from `splitk_down`.
         experts: Checked weights; their down_bias is added here.
         topk_weights: fp32 ``[M, topk]``.
         topk_ids: int32 or int64 ``[M, topk]``.
         out: ``[M, K]``, written.
-        config: What `splitk_down` ran with.
+        config: The configuration that `splitk_down` ran with.
     """
+    from moe_dispatch.backends.triton_splitk.reduce_kernel import _moe_splitk_reduce_kernel
+
     M, topk = topk_ids.shape
-    launch = {"launch_pdl": True} if config.pdl else {}
-    _moe_splitk_reduce_kernel[(M, triton.cdiv(experts.K, _BLOCK))](
+    _moe_splitk_reduce_kernel[(M, math.ceil(experts.K / _BLOCK))](
+        # inputs
         partial, topk_weights, topk_ids, experts.down_bias,
+        # outputs
         out,
+        # shapes
         M * topk, experts.K, experts.E,
+        # constants
         TOPK=topk, SPLITS=config.splits_down, HAS_BIAS=experts.down_bias is not None, PDL=config.pdl, BLOCK=_BLOCK,
-        num_warps=2, **launch,
+        num_warps=2, **pdl_option(config.pdl),
     )  # fmt: skip

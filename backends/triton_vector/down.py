@@ -1,101 +1,20 @@
-# mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"
-"""The second product for experts with hardly a token each, summed over a token's experts where it is computed.
+"""The second product for experts with hardly a token each, summed over a token's experts in the same launch.
 
 A CTA owns a few columns of one token's output and reads their rows of down in every expert of the token: the weighted
 sum needs neither another launch nor atomics. Its first chunk of weights is on its way to the registers before it waits
 for gate_up.
 """
 
+import math
 from typing import TYPE_CHECKING
 
-import triton
-import triton.language as tl
-
-from moe_dispatch.backends.triton_common.fast_launch import fast_launch
+from moe_dispatch.backends.triton_common.launch_options import next_power_of_2, pdl_option
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from moe_dispatch.backends.triton_splitk.config import SplitKConfig
+    from moe_dispatch.backends.triton_vector.config import TritonVectorConfig
     from moe_dispatch.experts import ExpertWeights
-
-
-@fast_launch
-@triton.jit(do_not_specialize=["E"])
-def _moe_vector_down_kernel(
-    # inputs
-    inner_ptr, inner_scale_ptr, weight_ptr, scale_ptr, bias_ptr, topk_weights_ptr, ids_ptr,
-    # outputs
-    out_ptr,
-    # shapes
-    K, N, E,
-    # constants
-    TOPK: tl.constexpr, ROWS: tl.constexpr, EXPERTS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCKS_N: tl.constexpr,
-    PDL: tl.constexpr, FP8: tl.constexpr, HAS_BIAS: tl.constexpr,
-):  # fmt: skip
-    vector: tl.constexpr = 128 // weight_ptr.dtype.element_ty.primitive_bitwidth
-    blocks: tl.constexpr = BLOCKS_N * ((TOPK + EXPERTS - 1) // EXPERTS)
-    token, tile = tl.program_id(0), tl.program_id(1)
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
-    offs_r = tile * ROWS + tl.arange(0, ROWS)
-    rows = tl.minimum(offs_r, K - 1).to(tl.int64)[:, None, None]
-    offs_j = tl.arange(0, EXPERTS)
-    offs_n = tl.arange(0, BLOCK_N)
-    slots = ids_ptr + token * TOPK  # the kernels before have waited for the router, so ids are there
-    e = tl.load(slots + offs_j, mask=offs_j < TOPK, other=-1)
-    mine = (e >= 0) & (e < E)  # whatever an invalid slot's weight and memory hold, NaN included, is not read
-    mask = mine[:, None] & (offs_n < N)[None, :]  # [EXPERTS, BLOCK_N]
-    w = tl.load(
-        weight_ptr + (e.to(tl.int64)[None, :, None] * K + rows) * N + offs_n[None, None, :], mask=mask[None], other=0.0
-    )
-    if PDL:
-        tl.extra.cuda.gdc_wait()
-
-    acc = tl.zeros([ROWS, EXPERTS, BLOCK_N // vector], dtype=tl.float32)
-    for block in range(blocks):
-        now = w
-        x_j, x_n, x_e, x_mine, x_mask = offs_j, offs_n, e, mine, mask
-        if blocks > 1:
-            following = block + 1
-            offs_n = (following % BLOCKS_N) * BLOCK_N + tl.arange(0, BLOCK_N)
-            if EXPERTS < TOPK:
-                offs_j = (following // BLOCKS_N) * EXPERTS + tl.arange(0, EXPERTS)
-                e = tl.load(slots + offs_j, mask=offs_j < TOPK, other=-1)
-                mine = (e >= 0) & (e < E)
-            mask = mine[:, None] & (offs_n < N)[None, :] & (following < blocks)
-            w = tl.load(
-                weight_ptr + (e.to(tl.int64)[None, :, None] * K + rows) * N + offs_n[None, None, :],
-                mask=mask[None],
-                other=0.0,
-            )
-        # Products wait for x, and x for the barrier: else the compiler delays loads of weights behind products.
-        tl.debug_barrier()
-        x_rows = (token * TOPK + x_j).to(tl.int64)[:, None] * N
-        x = tl.load(inner_ptr + x_rows + x_n[None, :], mask=x_mask, other=0.0).to(tl.float32)
-        share = tl.load(topk_weights_ptr + token * TOPK + x_j, mask=x_mine, other=0.0)[:, None]  # [EXPERTS, 1]
-        if FP8:
-            groups: tl.constexpr = BLOCK_N // 128
-            offs_g = (block % BLOCKS_N) * groups + tl.arange(0, groups)
-            w_scales = scale_ptr + (x_e.to(tl.int64) * tl.cdiv(K, 128) + tile * ROWS // 128)[:, None] * tl.cdiv(N, 128)
-            mask_g = x_mine[:, None] & (offs_g * 128 < N)[None, :]
-            x_scales = inner_scale_ptr + (token * TOPK + x_j)[:, None] * tl.cdiv(N, 128)
-            scale = tl.load(w_scales + offs_g[None, :], mask=mask_g, other=0.0)
-            scale *= tl.load(x_scales + offs_g[None, :], mask=mask_g, other=0.0) * share  # [EXPERTS, groups]
-            x = tl.reshape(tl.reshape(x, [EXPERTS, groups, 128]) * scale[:, :, None], [EXPERTS, BLOCK_N])
-        else:
-            x *= share
-        product = now.to(tl.float32) * x[None]
-        acc += tl.sum(tl.reshape(product, [ROWS, EXPERTS, BLOCK_N // vector, vector]), axis=3)
-    out = tl.sum(tl.reshape(acc, [ROWS, EXPERTS * (BLOCK_N // vector)]), axis=1)  # [ROWS]
-    mask_r = offs_r < K
-    if HAS_BIAS:
-        for j in range(TOPK):
-            e_bias = tl.load(slots + j)
-            known = (e_bias >= 0) & (e_bias < E)
-            bias = tl.load(bias_ptr + e_bias.to(tl.int64) * K + offs_r, mask=mask_r & known, other=0.0).to(tl.float32)
-            out += bias * tl.load(topk_weights_ptr + token * TOPK + j, mask=known, other=0.0)
-    tl.store(out_ptr + token.to(tl.int64) * K + offs_r, out.to(out_ptr.dtype.element_ty), mask=mask_r)
 
 
 def vector_down(
@@ -105,9 +24,9 @@ def vector_down(
     topk_weights: "Tensor",
     topk_ids: "Tensor",
     out: "Tensor",
-    config: "SplitKConfig",
+    config: "TritonVectorConfig",
 ) -> None:
-    """Launch the second product of the vector method.
+    """Launch the second product.
 
     Args:
         inner: Activated, ``[M·topk, N]``, e4m3 in block FP8.
@@ -118,16 +37,22 @@ def vector_down(
         out: ``[M, K]``, written.
         config: Tile sizes.
     """
+    from moe_dispatch.backends.triton_vector.down_kernel import _moe_vector_down_kernel
+
     M, topk = topk_ids.shape
-    block_n = min(config.vector_down_columns, max(128, triton.next_power_of_2(experts.N)))
-    together = min(config.vector_down_experts, triton.next_power_of_2(topk))
-    grid = (M, triton.cdiv(experts.K, config.vector_down_rows))
+    block_n = min(config.down_columns, max(128, next_power_of_2(experts.N)))
+    together = min(config.down_experts, next_power_of_2(topk))
+    grid = (M, math.ceil(experts.K / config.down_rows))
     _moe_vector_down_kernel[grid](
+        # inputs
         inner, inner_scale, experts.down, experts.down_scale, experts.down_bias, topk_weights, topk_ids,
+        # outputs
         out,
+        # shapes
         experts.K, experts.N, experts.E,
-        TOPK=topk, ROWS=config.vector_down_rows, EXPERTS=together, BLOCK_N=block_n,
-        BLOCKS_N=triton.cdiv(experts.N, block_n),
+        # constants
+        TOPK=topk, ROWS=config.down_rows, EXPERTS=together, BLOCK_N=block_n,
+        BLOCKS_N=math.ceil(experts.N / block_n),
         PDL=config.pdl, FP8=experts.dtype == "fp8", HAS_BIAS=experts.down_bias is not None,
-        num_warps=config.vector_down_warps, **({"launch_pdl": True} if config.pdl else {}),
+        num_warps=config.down_warps, **pdl_option(config.pdl),
     )  # fmt: skip

@@ -1,19 +1,19 @@
-"""The backends of one machine: made once, asked why they cannot, probed before they are trusted."""
+"""The backends of one machine: made once, asked why they cannot run, and probed before they are trusted."""
 
 import dataclasses
-import threading
 from dataclasses import dataclass
 
 import torch
 
 from moe_dispatch.backend import Backend
 from moe_dispatch.dispatch.errors import DeviceLostError
+from moe_dispatch.dispatch.first_calls import FIRST_CALLS
 from moe_dispatch.dispatch.probe import probe
 from moe_dispatch.dispatch.quarantine import Quarantine
-from moe_dispatch.errors import BackendUnavailableError
+from moe_dispatch.guard import FOREIGN_ERRORS
 from moe_dispatch.machine import Machine
 from moe_dispatch.problem import MoEProblem
-from moe_dispatch.registry import BACKENDS, make_backend
+from moe_dispatch.registry import BACKENDS, MadeBackend, make_backend
 from moe_dispatch.system import failures
 
 
@@ -23,10 +23,10 @@ class BackendStatus:
 
     Attributes:
         name: Registered name.
-        available: Whether its libraries are there.
-        reasons: Why not, with the remedy.
-        versions: Of what its measurements depend on.
-        install_hint: How to get it.
+        available: Whether it imports and its libraries are installed.
+        reasons: Why it is not available, each with its remedy.
+        versions: Version by library, for the libraries that its measurements depend on.
+        install_hint: How to install its libraries.
     """
 
     name: str
@@ -39,79 +39,79 @@ class BackendStatus:
 class BackendPool:
     """Backends by name.
 
+    No lock is held while a backend's code runs, which may itself call `moe_forward`, here or from a thread of its own.
+    Threads that come first at the same time may make or probe a backend twice; the first result is kept.
+
     Args:
-        machine: Theirs.
-        disabled: Names that must not be chosen.
-        quarantine: Consulted, and told of what a probe kills.
+        machine: The machine that the backends are made for.
+        disabled: Names that a policy's choice may not have.
+        quarantine: Consulted, and told of a probe that loses the CUDA context.
     """
 
     def __init__(self, machine: Machine, disabled: frozenset[str], quarantine: Quarantine) -> None:
         self._machine, self._disabled, self._quarantine = machine, disabled, quarantine
-        self._made: dict[str, Backend | BackendUnavailableError] = {}
-        self._probed: dict[tuple[str, MoEProblem], str] = {}
-        self._lock = threading.RLock()
+        self._made: dict[str, MadeBackend] = {}
+        self._probe_failures: dict[tuple[str, MoEProblem], str] = {}
 
-    def backend(self, name: str) -> Backend:
-        """The backend behind a name.
-
-        Raises:
-            UnknownNameError: Nothing is registered under it.
-            BackendUnavailableError: It does not import, or its libraries are missing.
-        """
-        made = self._make(name)
-        if reasons := made.unavailable_reasons():
-            raise BackendUnavailableError(name, reasons)
+    def made(self, name: str) -> MadeBackend:
+        """The backend behind a name, or why it runs nothing here."""
+        made = self._made.get(name)
+        if made is None:
+            made = make_backend(name, self._machine)
+            if made.registered:  # an unknown name may be registered later
+                made = self._made.setdefault(name, made)
         return made
 
     def reasons_against(self, name: str, problem: MoEProblem, *, chosen_by_name: bool = False) -> tuple[str, ...]:
-        """Everything that is known, without running anything, against giving `problem` to a backend.
+        """Every reason, known without running anything, against giving `problem` to a backend.
 
         Args:
-            name: Registered name.
-            problem: What it would get.
-            chosen_by_name: The caller insists; then only what is impossible counts.
+            name: A backend's name.
+            problem: The problem that it would get.
+            chosen_by_name: Whether the caller names this backend; then only what is impossible counts.
         """
-        try:
-            made = self._make(name)
-        except BackendUnavailableError as error:
-            return error.reasons
-        reasons = [*made.unavailable_reasons(), *made.unsupported_reasons(problem)]
-        if not chosen_by_name:
-            if name in self._disabled:
-                reasons.append("disabled by MOE_DISPATCH_DISABLE")
-            if cause := self._quarantine.cause(name, problem):
-                reasons.append(f"quarantined for such problems: {cause}")
+        made = self.made(name)
+        reasons = list(made.reasons)
+        if made.backend is not None:
+            reasons += made.backend.unsupported_reasons(problem)
+            if not chosen_by_name:
+                if name in self._disabled:
+                    reasons.append("disabled by MOE_DISPATCH_DISABLE")
+                if cause := self._quarantine.cause(name, problem):
+                    reasons.append(f"quarantined for such problems: {cause}")
         return tuple(reasons)
 
     def probe_failure(self, name: str, problem: MoEProblem, device: torch.device) -> str:
-        """Why a backend's results cannot be trusted, found by its probe; empty if they can. Runs once per dtype.
+        """Why a backend's results cannot be trusted, found by its probe; empty if they can. Probes once per dtype.
 
         While a CUDA graph is captured nothing can be probed, and a backend not probed before is not trusted.
         """
-        made = self._make(name)
-        if not made.needs_probe:
+        backend = self.made(name).require()
+        if not backend.needs_probe:
             return ""
         kind = _kind(problem)
-        if (name, kind) not in self._probed:
+        verdict = self._probe_failures.get((name, kind))
+        if verdict is None:
             if problem.mode == "graph":
                 return "not probed yet, which a graph capture does not allow; call it once before capturing"
-            with self._lock:
-                if (name, kind) not in self._probed:
-                    try:
-                        self._probed[name, kind] = self._probe(made, problem, kind, device)
-                    except Exception as error:
-                        if failures.lost_device(error):
-                            self._quarantine.bar(name, kind, failures.summary(error), fatal=True)
-                            raise DeviceLostError([name], error) from error
-                        if failures.out_of_memory(error):  # of the moment: the next kind of call tries again
-                            return f"its probe ran out of memory: {failures.summary(error)}"
-                        raise
-        return self._probed[name, kind]
+            try:
+                verdict = self._probe(backend, problem, kind, device)
+            except FOREIGN_ERRORS as error:
+                if failures.lost_device(error):
+                    self._quarantine.bar(name, kind, failures.summary(error), fatal=True)
+                    raise DeviceLostError([name], error) from error
+                if failures.out_of_memory(error):  # says nothing of the backend: the next kind of call probes again
+                    return f"its probe ran out of memory: {failures.summary(error)}"
+                raise
+            verdict = self._probe_failures.setdefault((name, kind), verdict)
+        return verdict
 
     def broken(self, name: str) -> str:
-        """Why a registered backend could not even be imported or made; empty if it could."""
+        """What is known to be wrong with a backend's code, which cannot be made or failed to answer; else empty."""
         made = self._made.get(name)
-        return "; ".join(made.reasons) if isinstance(made, BackendUnavailableError) else ""
+        if made is None:
+            return ""
+        return "; ".join(made.reasons) if made.backend is None else made.backend.fault
 
     def statuses(self) -> tuple[BackendStatus, ...]:
         """Every registered backend."""
@@ -121,34 +121,16 @@ class BackendPool:
         if cause := self._quarantine.cause(backend.name, kind):
             return f"its probe is quarantined: {cause}"
         if device.type == "cuda":
-            torch.cuda.synchronize(device)  # an older error is nobody's here
-        with self._quarantine.first_run(backend.name, kind):
+            torch.cuda.synchronize(device)  # an error of earlier work surfaces here, and not in the probe
+        with FIRST_CALLS.running(backend.name), self._quarantine.first_run(backend.name, kind):
             return probe(backend, problem, device)
 
     def _status(self, name: str) -> BackendStatus:
-        try:
-            made = self._make(name)
-        except BackendUnavailableError as error:
-            return BackendStatus(name, available=False, reasons=error.reasons, versions={}, install_hint="")
-        reasons = made.unavailable_reasons()
-        return BackendStatus(name, not reasons, reasons, made.measured_versions(), made.install_hint)
-
-    def _make(self, name: str) -> Backend:
-        made = self._made.get(name)
-        if made is None:
-            with self._lock:
-                made = self._made.get(name)
-                if made is None:
-                    made = self._made[name] = self._try_to_make(name)
-        if isinstance(made, BackendUnavailableError):
-            raise BackendUnavailableError(name, made.reasons) from made.__cause__
-        return made
-
-    def _try_to_make(self, name: str) -> Backend | BackendUnavailableError:
-        try:
-            return make_backend(name, self._machine)
-        except BackendUnavailableError as error:
-            return error
+        made = self.made(name)
+        backend = made.backend
+        if backend is None:
+            return BackendStatus(name, available=False, reasons=made.reasons, versions={}, install_hint="")
+        return BackendStatus(name, not made.reasons, made.reasons, backend.measured_versions(), backend.install_hint)
 
 
 def _kind(problem: MoEProblem) -> MoEProblem:

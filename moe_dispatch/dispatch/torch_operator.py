@@ -5,6 +5,7 @@ of the process that compiled it. It has no gradient: where one is needed, `moe_f
 """
 
 import weakref
+from collections.abc import Callable
 from typing import Final, NamedTuple, cast, get_args
 
 import torch
@@ -12,6 +13,8 @@ from torch import Tensor
 
 from moe_dispatch.experts import ExpertWeights
 from moe_dispatch.problem import Activation
+
+Run = Callable[[Tensor, ExpertWeights, Tensor, Tensor, str | None], Tensor]
 
 
 def call(
@@ -83,8 +86,6 @@ def _forward(
     interleaved: bool,
     backend: str,
 ) -> Tensor:
-    from moe_dispatch.api import dispatch  # api imports this module
-
     optional = {
         "gate_up_scale": gate_up_scale,
         "down_scale": down_scale,
@@ -92,11 +93,19 @@ def _forward(
         "down_bias": down_bias,
     }
     experts = _layer(gate_up, down, optional, activation, interleaved=interleaved)
-    return dispatch(hidden_states, experts, topk_weights, topk_ids, backend or None)
+    return _run(hidden_states, experts, topk_weights, topk_ids, backend or None)
 
 
-# Not by `torch.library.custom_op`: what that wraps around each call, for autograd and against aliases that there are
-# not, takes the host four times as long as the call.
+def implement(run: Run) -> None:
+    """Say what the operator runs. `call.py` does so once: this module lies below what the operator runs."""
+    global _run
+    _run = run
+
+
+_run: Run
+
+# Not by `torch.library.custom_op`: its wrapper for autograd and aliasing, neither of which applies here, takes the host
+# four times as long as the call.
 _library: Final = torch.library.Library("moe_dispatch", "DEF")  # type: ignore[no-untyped-call]
 _schema: Final = torch.library.infer_schema(_forward, mutates_args=())
 _library.define(f"forward{_schema}", tags=(torch.Tag.pt2_compliant_tag,))  # type: ignore[no-untyped-call]

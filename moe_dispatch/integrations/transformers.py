@@ -21,10 +21,10 @@ from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 
 from moe_dispatch.api import moe_forward
 from moe_dispatch.dispatch import torch_operator
+from moe_dispatch.dispatch.internals import forward_mode_entered
 from moe_dispatch.errors import warn
 from moe_dispatch.experts import DTYPE_NAMES, ExpertWeights
 from moe_dispatch.numerics import FP8, activate_torch
@@ -161,7 +161,7 @@ def _stays_in_graph(module: nn.Module, layout: _Layout, hidden_states: Tensor, t
     if not all(one.is_contiguous() for one in tensors):
         return False
     recording = torch.is_grad_enabled() and any(one.requires_grad for one in (hidden_states, top_k_weights, *tensors))
-    return not recording and forward_ad._current_level < 0
+    return not recording and not forward_mode_entered(hidden_states, top_k_weights, *tensors)
 
 
 def _inspect(module: nn.Module) -> _Layout:

@@ -7,8 +7,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from moe_dispatch.backend import Backend, BackendConfig, Run
-from moe_dispatch.dispatch.dispatcher import FAST_PATH_TOKENS
+from moe_dispatch.backend import FAST_PATH_TOKENS, Backend, BackendConfig, Run
 from moe_dispatch.errors import InvalidInputError
 from moe_dispatch.experts import ExpertWeights
 from moe_dispatch.problem import MoEProblem

@@ -1,8 +1,8 @@
-"""Compiles what a calibration is about to time, on all cores, before its race.
+"""Compiles the candidates of a calibration on all cores, before they are timed.
 
-Triton, vLLM and DeepGEMM compile on a candidate's first run, one after another in the process that asks, and keep the
-result on disk. So many processes each run candidates once on a call that asks for nothing: every id is -1. Kernels are
-compiled and launched, and no weight is read, which is why the weights can be shapes with next to no memory behind them.
+Triton, vLLM and DeepGEMM compile in the process that first runs a candidate, one kernel after another, and keep the
+result on disk. So several processes each run candidates once on a call whose ids are all -1. Such a call compiles and
+launches the kernels but reads no weights, which is why the weights can be placeholders without memory behind them.
 """
 
 import contextlib
@@ -19,37 +19,42 @@ from pathlib import Path
 from typing import Final
 
 from moe_dispatch.machine import Machine
-from moe_dispatch.policies.calibration.worker_process import CandidateFailedError, WorkerDiedError, WorkerProcess
-from moe_dispatch.policies.measurements.schema import Candidate, Layer
+from moe_dispatch.policies.calibration.worker_process import (
+    BudgetSpentError,
+    CandidateFailedError,
+    Worker,
+    WorkerDiedError,
+)
+from moe_dispatch.policies.measurements.schema import Candidate, LayerShape
 from moe_dispatch.settings import cache_dir
 from moe_dispatch.system.files import locked, write_atomically
 
 MOST_PROCESSES: Final = 32
-# A process takes seconds to start: one for every so many jobs pays.
+# Jobs per process, because starting a process takes seconds.
 LEAST_JOBS: Final = 8
-# Loading a library takes tens of seconds of a core, so few processes do, beside the one that has to in any case.
+# Processes that load the same library, beside the measuring worker, because loading takes tens of seconds of a core.
 LIBRARY_PROCESSES: Final = 3
-# Written down every so many jobs, for a calibration that runs meanwhile.
+# The record of compiled jobs is written after this many of them, for a calibration that runs at the same time.
 KEPT_EVERY: Final = 32
 
 
 @dataclass(frozen=True)
 class Job:
-    """A candidate to be compiled for a token count."""
+    """A candidate to be compiled for a layer and a token count."""
 
-    layer: Layer
+    layer: LayerShape
     M: int
     candidate: Candidate
 
     @property
     def digest(self) -> str:
-        """Names it together with the versions of what compiles it."""
-        named = (self.layer.key, self.M, self.candidate.identity, sorted(self.candidate.versions.items()))
-        return hashlib.sha256(repr((*named, self.candidate.package, self.candidate.commit)).encode()).hexdigest()[:16]
+        """A name of the job that changes with the versions of everything that compiles it."""
+        parts = (self.layer.key, self.M, self.candidate.identity, sorted(self.candidate.versions.items()))
+        return hashlib.sha256(repr((*parts, self.candidate.package, self.candidate.commit)).encode()).hexdigest()[:16]
 
 
 def in_order(jobs: Iterable[Job]) -> list[Job]:
-    """One token count of each candidate first: the others mostly find its kernels compiled."""
+    """The jobs with one token count of each candidate first, since the kernels of the others are mostly the same."""
     place: dict[object, int] = {}
     ordered = []
     for job in jobs:
@@ -60,37 +65,38 @@ def in_order(jobs: Iterable[Job]) -> list[Job]:
 
 
 def compiled_path(machine: Machine, directory: Path | None = None) -> Path:
-    """Where it is remembered what was compiled on a machine."""
+    """The file that records what was compiled on a machine."""
     return (directory or cache_dir()) / "compiled" / f"{machine.fingerprint}.txt"
 
 
 def compile_ahead(
     jobs: Iterable[Job],
-    start: Callable[[], WorkerProcess],
+    start: Callable[[], Worker],
     remembered: Path,
     deadline: float = math.inf,
     on_progress: Callable[[int, int], None] | None = None,
     *,
     libraries: Collection[str] = (),
-    racer: WorkerProcess | None = None,
+    measuring_worker: Worker | None = None,
 ) -> list[str]:
     """Compile the jobs that were not compiled before, each process taking the next one.
 
-    What fails here is tried again in the race, which has the memory to itself, and names what fails there too. An
-    interruption or the deadline leaves the rest to it.
+    A job that fails here is compiled again by the candidate's first run, which has the memory to itself and reports
+    what fails there too. After an interruption or the deadline the remaining jobs are left to the first runs as well.
 
     Args:
         jobs: What to compile.
         start: Makes a worker.
-        remembered: File of what was compiled before; see `compiled_path`. Without it, or with the compilers' own
-            caches gone, all this costs is time.
-        deadline: Of `time.monotonic`.
-        on_progress: Told of the jobs taken and of all of them, from any thread.
-        libraries: Backends that load a library.
-        racer: The worker of the race, which loads these libraries meanwhile; it is not closed.
+        remembered: File that records what was compiled before; see `compiled_path`. If it is lost, or the compilers'
+            own caches are, only time is lost.
+        deadline: Time of `time.monotonic` after which no job starts.
+        on_progress: Called with the number of jobs taken and of all jobs, from any thread.
+        libraries: Names of backends that load a library.
+        measuring_worker: The worker that measures afterwards. It takes jobs too, so that it has loaded the libraries
+            when it starts measuring, and it is not closed.
 
     Returns:
-        What failed, each with the reason.
+        A line for each job that failed, with the reason.
     """
     before = _read(remembered)
     queue = Jobs((job for job in in_order(jobs) if job.digest not in before), libraries)
@@ -99,7 +105,7 @@ def compile_ahead(
     failed: list[str] = []
     lock, stop = threading.Lock(), threading.Event()
 
-    def work(worker: WorkerProcess, *, to_keep: bool) -> None:
+    def work(worker: Worker, *, to_keep: bool) -> None:
         loaded: set[str] = set()
         try:
             while not stop.is_set() and time.monotonic() < deadline:
@@ -110,6 +116,8 @@ def compile_ahead(
                 reason = ""
                 try:
                     worker.compile(job.layer, job.M, job.candidate)
+                except BudgetSpentError:
+                    return
                 except (WorkerDiedError, CandidateFailedError) as error:
                     reason = f"{job.candidate.backend} at M={job.M} of {job.layer}: {error}"
                 with lock:
@@ -131,11 +139,11 @@ def compile_ahead(
     with ThreadPoolExecutor(processes) as pool:
         try:
             running = [pool.submit(work, start(), to_keep=False) for _ in range(processes)]
-            # Not in a thread of the pool: a worker dies with the thread that started it.
-            if racer is not None:
-                work(racer, to_keep=True)
-            for one in running:
-                one.result()
+            # In this thread, not in one of the pool: Linux kills a worker when the thread that started it ends.
+            if measuring_worker is not None:
+                work(measuring_worker, to_keep=True)
+            for future in running:
+                future.result()
         finally:
             stop.set()
             with lock:
@@ -144,48 +152,48 @@ def compile_ahead(
 
 
 class Jobs:
-    """Jobs by backend: a process stays with what it has loaded, since loading a library takes it tens of seconds.
+    """Waiting jobs by backend. A process stays with the libraries it has loaded, because loading takes tens of seconds.
 
     Args:
-        jobs: In the order in which they are done.
-        libraries: Backends that load one.
+        jobs: Jobs in the order in which they are taken.
+        libraries: Names of backends that load a library.
     """
 
     def __init__(self, jobs: Iterable[Job], libraries: Collection[str]) -> None:
         self._jobs: dict[str, deque[Job]] = {}
         for job in jobs:
             self._jobs.setdefault(job.candidate.backend, deque()).append(job)
-        self._seats = dict.fromkeys(libraries, LIBRARY_PROCESSES)
+        self._may_load = dict.fromkeys(libraries, LIBRARY_PROCESSES)  # processes that may still load each library
 
     def __len__(self) -> int:
         return sum(map(len, self._jobs.values()))
 
     def take(self, loaded: set[str], *, every_library: bool) -> Job | None:
-        """The next job for a process that has loaded these backends, which is noted; None if there is none for it.
+        """The next job for a process, whose backend is added to `loaded`; None if there is no job for it.
 
         Args:
-            loaded: Its backends.
-            every_library: Whether it has to load them all in any case, and so begins with a job of each.
+            loaded: Backends that the process has loaded.
+            every_library: Whether the process has to load every library in any case, and so takes a job of each first.
         """
         waiting = {name: len(jobs) for name, jobs in self._jobs.items() if jobs}
-        loading = {name for name in waiting if name in self._seats and name not in loaded}
-        open_ = loading if every_library else {name for name in loading if self._seats[name]}
-        if open_ and (every_library or not loaded):
-            name = min(open_)  # loading takes longest, so it comes first
+        unloaded = {name for name in waiting if name in self._may_load and name not in loaded}
+        loadable = unloaded if every_library else {name for name in unloaded if self._may_load[name]}
+        if loadable and (every_library or not loaded):
+            name = min(loadable)  # loading takes longest, so it comes first
         else:
             mine = [name for name in waiting if name in loaded]
-            choice = mine or [name for name in waiting if name not in loading] or sorted(open_)
+            choice = mine or [name for name in waiting if name not in unloaded] or sorted(loadable)
             if not choice:
                 return None
             name = max(choice, key=lambda name: waiting[name])
-        if name in loading and not every_library:
-            self._seats[name] -= 1
+        if name in unloaded and not every_library:
+            self._may_load[name] -= 1
         loaded.add(name)
         return self._jobs[name].popleft()
 
 
 def _remember(path: Path, done: Iterable[str]) -> None:
-    # Lost for want of room, it is compiled again, which finds the compilers' caches full.
+    # An entry that cannot be written costs a second compilation, which the compilers' own caches make short.
     with contextlib.suppress(OSError), locked(path):
         write_atomically(path, "".join(f"{line}\n" for line in sorted({*_read(path), *done})))
 

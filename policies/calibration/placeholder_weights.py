@@ -1,4 +1,4 @@
-"""Weights that are shapes with next to no memory behind them: enough to compile kernels for, not to be read."""
+"""Weights with a layer's shapes and next to no memory behind them: kernels can be compiled for them, not read them."""
 
 from typing import Any, Final
 
@@ -9,12 +9,17 @@ from moe_dispatch.experts import ExpertWeights
 from moe_dispatch.problem import DType, MoEProblem
 from moe_dispatch.workloads import torch_dtype
 
-# Integers of an element's size, which an array interface knows where it does not know the type.
+# Integer types by element size: the CUDA array interface has no BF16 and no e4m3.
 _CARRIERS: Final[dict[int, str]] = {1: "|u1", 2: "<i2", 4: "<i4"}
 
 
 def placeholder_weights(problem: MoEProblem, device: torch.device) -> ExpertWeights:
-    """Weights that have the shapes of a layer's and the memory of one expert; to be passed by, not to be read."""
+    """Weights that have the shapes of a layer's and the memory of one expert; only the first expert may be read.
+
+    Args:
+        problem: Names the layer; M does not matter.
+        device: Where to allocate. A CPU has no such trick and gets zeros of the full size.
+    """
     rows, K, N, E = problem.gate_up_rows, problem.K, problem.N, problem.E
     (up_rows, up_columns), (down_rows, down_columns) = problem.quant_blocks
     scales = (
@@ -31,8 +36,8 @@ def placeholder_weights(problem: MoEProblem, device: torch.device) -> ExpertWeig
         else {}
     )
     return ExpertWeights(
-        _phantom((E, rows, K), problem.dtype, device),
-        _phantom((E, K, N), problem.dtype, device),
+        _placeholder((E, rows, K), problem.dtype, device),
+        _placeholder((E, K, N), problem.dtype, device),
         activation=problem.activation,
         interleaved=problem.interleaved,
         **scales,
@@ -40,8 +45,8 @@ def placeholder_weights(problem: MoEProblem, device: torch.device) -> ExpertWeig
     )
 
 
-class _Claim:
-    """Memory of the first entry that claims to be all of them."""
+class _OneExpertForAll:
+    """Memory of one expert under an array interface that claims to hold all of them."""
 
     def __init__(self, shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device) -> None:
         self._memory = torch.zeros(shape[1], shape[2], dtype=dtype, device=device)
@@ -53,8 +58,8 @@ class _Claim:
         }
 
 
-def _phantom(shape: tuple[int, int, int], dtype: DType, device: torch.device) -> Tensor:
-    plain = torch_dtype(dtype)
+def _placeholder(shape: tuple[int, int, int], dtype: DType, device: torch.device) -> Tensor:
+    element = torch_dtype(dtype)
     if device.type != "cuda":
-        return torch.zeros(shape, dtype=plain, device=device)
-    return torch.as_tensor(_Claim(shape, plain, device), device=device).view(plain)
+        return torch.zeros(shape, dtype=element, device=device)
+    return torch.as_tensor(_OneExpertForAll(shape, element, device), device=device).view(element)

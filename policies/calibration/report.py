@@ -1,22 +1,22 @@
-"""What a calibration tells: where it stands, and in the end what it did."""
+"""What a calibration tells its caller: progress while it runs, and a report at the end."""
 
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from moe_dispatch.policies.measurements.merge import Measured
-from moe_dispatch.policies.measurements.table import Identity, stable_winners
+from moe_dispatch.policies.measurements.schema import Identity, Measurement
+from moe_dispatch.policies.measurements.table import stable_winners
 from moe_dispatch.problem import Mode
 
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a calibration stands.
+    """How far a calibration is.
 
     Attributes:
-        done: Points finished.
-        total: Points in all, refinements as they are found.
-        what: The point at work, for a person.
+        done: Finished points.
+        total: Points in all; refinements are added as they are found.
+        what: Text that names the point at work.
         left_s: Estimated seconds to the end; None before the first point is done.
     """
 
@@ -33,40 +33,64 @@ class CalibrationReport:
     Attributes:
         path: The file that holds the result.
         measured: Every measurement of this run.
-        skipped: Points that were not measured, each with the reason.
+        skipped: Points and candidates that were left out, each with the reason.
         unavailable: Backends that could not take part, each with its reasons.
+        known: Points that an earlier calibration had measured with today's versions, when resuming.
+        unprepared: Whether the weights or inputs of some point could not be made.
+        late: Whether the budget was not enough for some point.
         interrupted: Whether it was stopped before its end; what was measured is kept.
-        seconds: It took.
-        spent: Of them, on each kind of work.
+        seconds: Duration of the run.
+        spent: Seconds by kind of work.
     """
 
     path: Path
-    measured: list[Measured] = field(default_factory=list)
+    measured: list[Measurement] = field(default_factory=list)
     skipped: list[str] = field(default_factory=list)
     unavailable: dict[str, str] = field(default_factory=dict)
+    known: int = 0
+    unprepared: bool = False
+    late: bool = False
     interrupted: bool = False
     seconds: float = 0.0
     spent: dict[str, float] = field(default_factory=dict)
 
     def winners(self) -> dict[tuple[str, Mode], dict[int, tuple[Identity, float]]]:
-        """Per layer and mode the calm winner at each token count, with its time in µs."""
+        """Per layer (as text) and mode: the stable winner at each token count, with its time in µs."""
         scores: dict[tuple[str, Mode], dict[int, dict[Identity, float | None]]] = {}
-        for one in self.measured:
-            at = scores.setdefault((str(one.layer), one.mode), {}).setdefault(one.M, {})
-            at[one.candidate.identity] = one.measurement.score
-        before = {
-            (str(one.layer), one.mode, one.M): one.candidate.identity
-            for one in self.measured
-            if one.measurement.incumbent
-        }
-        found: dict[tuple[str, Mode], dict[int, tuple[Identity, float]]] = {}
+        incumbents: dict[tuple[str, Mode], dict[int, Identity]] = {}
+        for measurement in self.measured:
+            key, identity = (str(measurement.layer), measurement.mode), measurement.candidate.identity
+            scores.setdefault(key, {}).setdefault(measurement.M, {})[identity] = measurement.score
+            if measurement.incumbent:
+                incumbents.setdefault(key, {})[measurement.M] = identity
+        winners: dict[tuple[str, Mode], dict[int, tuple[Identity, float]]] = {}
         for key, by_tokens in scores.items():
             timed = {M: by_tokens[M] for M in sorted(by_tokens) if any(by_tokens[M].values())}
-            incumbents = {M: before[*key, M] for M in timed if (*key, M) in before}
-            winners = stable_winners(timed, incumbents)
-            found[key] = {M: (winner, timed[M][winner] or math.nan) for M, winner in winners.items()}
-        return found
+            stable = stable_winners(timed, incumbents.get(key))
+            winners[key] = {M: (winner, timed[M][winner] or math.nan) for M, winner in stable.items()}
+        return winners
 
-    def disqualified(self) -> list[Measured]:
-        """Candidates that may not win somewhere."""
-        return [one for one in self.measured if one.measurement.disqualified]
+    def failure(self) -> str:
+        """Why no candidate has a time, and what to do; empty if one has, or if there was nothing left to measure."""
+        if any(measurement.score for measurement in self.measured) or (self.known and not self.skipped):
+            return ""
+        if self.measured:
+            return (
+                "every candidate was disqualified, for the reasons above; `moe-dispatch doctor --probe` runs each "
+                "backend alone"
+            )
+        if self.late:
+            return (
+                "the budget was spent before one point was measured; give a larger --budget, fewer --tokens, or fewer "
+                "candidates by --backend and --configs"
+            )
+        if self.unprepared:
+            return (
+                "the memory is not enough for the layers and token counts that were asked for; free some, or give "
+                "fewer --tokens or a smaller layer by --model E,topk,K,N (such as one GPU's share of the experts)"
+            )
+        return "no backend here can run it; `moe-dispatch explain` prints the reasons against each"
+
+    def disqualified(self) -> list[Measurement]:
+        """Measurements of candidates that may not win."""
+        return [measurement for measurement in self.measured if measurement.disqualified]

@@ -1,56 +1,59 @@
-"""The run of a calibration.
+"""A calibration run: compiles ahead on all cores, then measures one point after another in a worker process.
 
-Whatever has to be compiled is compiled first, on all cores (see `compile_ahead`). Then each token count is a race (see
-`race`), run in a worker process. The token counts come coarse to fine (see `points`), so that most of them lie between
-two measured ones; who was far behind at both does not start again (see `entrants`).
+Token counts come coarse to fine (see `schedule`), so that most of them lie between two measured ones; candidates that
+were far behind at both do not start again (see `candidates`). At each point the fastest candidate is selected by
+successive halving (see `successive_halving`).
 """
 
 import dataclasses
-import functools
 import math
 import time
-from collections.abc import Callable, Container, Iterable, Sequence
-from pathlib import Path
+from collections import deque
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Final
 
-import torch
-
+from moe_dispatch.dispatch.policy_chain import LAST_RESORT
 from moe_dispatch.dispatch.quarantine import Quarantine
-from moe_dispatch.machine import Machine
-from moe_dispatch.policies.calibrated import calibration_path
-from moe_dispatch.policies.calibration.candidates import CandidateSource, Place, eligible
+from moe_dispatch.policies.calibration.candidates import CandidateSource, eligible
 from moe_dispatch.policies.calibration.compile_ahead import Job, compile_ahead, compiled_path
+from moe_dispatch.policies.calibration.memory import gibibytes, weight_bytes
 from moe_dispatch.policies.calibration.report import CalibrationReport, Progress
+from moe_dispatch.policies.calibration.request import CalibrationRequest
 from moe_dispatch.policies.calibration.schedule import boundaries, schedule
 from moe_dispatch.policies.calibration.successive_halving import MeasurementContext, SuccessiveHalving
-from moe_dispatch.policies.calibration.worker_process import NotPreparedError, WorkerProcess
-from moe_dispatch.policies.measurements.merge import Measured, save, settle
-from moe_dispatch.policies.measurements.schema import Layer
+from moe_dispatch.policies.calibration.worker_process import (
+    BudgetSpentError,
+    NotPreparedError,
+    Worker,
+    WorkerDiedError,
+    WorkerProcess,
+)
+from moe_dispatch.policies.measurements.merge import promote_winners, require_writable, save
+from moe_dispatch.policies.measurements.schema import LayerShape, Measurement, PointKey
 from moe_dispatch.problem import Mode
 from moe_dispatch.registry import BACKENDS
 
 if TYPE_CHECKING:
-    from moe_dispatch.policies.measurements.table import Identity
+    from moe_dispatch.policies.measurements.schema import Identity
 
-# Of a budget; what is not compiled by then is compiled in the race, one after another.
+# Share of the budget after which nothing more is compiled ahead; the rest is compiled by each candidate's first run.
 COMPILE_SHARE: Final = 0.5
+
+StartWorker = Callable[[str, dict[str, str], float, float], Worker]
 
 
 class CalibrationRun:
-    """All that a calibration measures, saved point by point.
+    """Measures what a request asks for, and saves it point by point.
 
     Args:
-        machine: Which is measured.
-        device: Of the worker.
-        backends: Only these; all that are registered if None.
-        routings: Names of routing distributions; the first one screens.
-        timeout_s: After which one candidate counts as hung.
-        directory: In place of the cache directory.
-        most_configs: Of each backend, the likeliest first; all that it offers if None.
-        refine: Whether to measure between token counts where the winner changes.
+        request: What to measure.
+        on_progress: Called before each point.
+        start_worker: Makes a worker from a device, the registered backends ("module:Class" by name), the timeout and
+            the deadline.
+        clock: Monotonic clock in seconds, by which the budget is kept.
 
     Attributes:
-        report: What it did so far.
+        report: What the run has done so far.
 
     Raises:
         UnknownNameError: A backend is not registered.
@@ -58,188 +61,217 @@ class CalibrationRun:
 
     def __init__(
         self,
-        machine: Machine,
-        device: torch.device,
-        backends: Sequence[str] | None,
-        routings: tuple[str, ...],
-        timeout_s: float,
-        directory: Path | None,
-        most_configs: int | None,
+        request: CalibrationRequest,
+        on_progress: Callable[[Progress], None] | None = None,
         *,
-        refine: bool,
+        start_worker: StartWorker = WorkerProcess,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._machine, self._directory, self._refine = machine, directory, refine
-        self.report = CalibrationReport(calibration_path(machine, directory))
-        self._backends, self.report.unavailable = eligible(backends or BACKENDS.names(), machine)
-        self._quarantine = Quarantine(machine, directory)
-        self._source = CandidateSource(
-            machine, self._backends, self.report.path, self._quarantine, most_configs, self.report.skipped
-        )
-        named = {name: f"{type(made).__module__}:{type(made).__qualname__}" for name, made in self._backends.items()}
-        self._new_worker = functools.partial(WorkerProcess, str(device), named, timeout_s)
+        self._request, self._on_progress, self._clock = request, on_progress, clock
+        self._begin = clock()
+        self._deadline = self._begin + (math.inf if request.budget_s is None else request.budget_s)
+        self.report = CalibrationReport(request.path)
+        self._backends, self.report.unavailable = eligible(request.backends or BACKENDS.names(), request.machine)
+        self._quarantine = Quarantine(request.machine, request.directory)
+        self._source = CandidateSource(request, self._backends, self._quarantine, self.report.skipped)
+        self._start_worker = start_worker
         self._worker = self._new_worker()
-        self._context = MeasurementContext(self._worker, routings, self._tolerance, self._bar)
+        self._context = MeasurementContext(self._worker, request.routings, self._tolerance, self._on_death)
+        self._known: set[PointKey] = set()
+        # Points to measure, layer by layer; the worker holds the weights of one layer at a time.
+        self._waiting: deque[tuple[LayerShape, int]] = deque()
+        self._visited: set[tuple[LayerShape, int]] = set()
+        self._done = 0
 
-    def measure(
-        self,
-        layers: Sequence[Layer],
-        tokens: Sequence[int],
-        modes: Sequence[Mode],
-        budget_s: float | None,
-        on_progress: Callable[[Progress], None] | None,
-        *,
-        resume: bool,
-        compile_only: bool,
-    ) -> CalibrationReport:
-        """Measure; see `calibrate` for the arguments.
+    def measure(self) -> CalibrationReport:
+        """Measure everything, and return the report.
 
         Raises:
             PolicyFileError: The result cannot be written.
         """
-        begin = time.monotonic()
-        deadline = begin + budget_s if budget_s is not None else math.inf
-        known = self._source.known(tokens) if resume else set()
-        # One that goes on is still deciding what it has.
-        if self._source.calibrated_before and not resume and not compile_only:
-            settle(self.report.path, self._machine)
-        ahead = schedule(layers, tokens)
-        done, total = 0, len(layers) * len(tokens)
-        racing = begin
-
-        def tell(what: str) -> None:
-            if on_progress is not None:
-                left = (time.monotonic() - racing) / done * (total - done) if done else None
-                on_progress(Progress(done, total, what, left))
-
+        request = self._request
+        if not request.compile_only:
+            require_writable(request.path)
+        self._known = self._source.known() if request.resume else set()
+        # A resumed calibration is still deciding about what it has measured.
+        if self._source.calibrated_before and not request.resume and not request.compile_only:
+            promote_winners(request.path, request.machine)
+        layers = [layer for layer in request.layers if self._fits(layer)]
+        points = schedule(layers, request.tokens)
+        self._waiting.extend(point for point in points if not self._is_known(*point))
+        self._done = self.report.known = len(points) - len(self._waiting)
         try:
-            compiling = begin + COMPILE_SHARE * (deadline - begin)
-            self._compile(layers, tokens, modes[0], known, compiling, on_progress)
-            racing = time.monotonic()
-            self.report.spent["compiling ahead"] = racing - begin
-            while ahead and not compile_only:
-                layer, counts = ahead.pop(0)
-                missing = [M for M in counts if not all((layer.key, M, mode) in known for mode in modes)]
-                done += len(counts) - len(missing)
-                if missing and time.monotonic() <= deadline and not self._prepared(layer):
-                    total -= len(missing) + sum(len(others) for other, others in ahead if other == layer)
-                    ahead = [leg for leg in ahead if leg[0] != layer]
-                    continue
-                for place, M in enumerate(missing):
-                    if time.monotonic() > deadline:
-                        self._late(layer, missing[place:])
-                        total -= len(missing) - place
-                        break
-                    tell(f"{layer} M={M}")
-                    self._point(layer, M, modes)
-                    done += 1
-                if not ahead and time.monotonic() <= deadline:
-                    ahead = [(one, found) for one in layers if (found := self._refinements(one, tokens, known))]
-                    total += sum(len(found) for _, found in ahead)
+            self._compile_ahead(layers)
+            self.report.spent["compiling ahead"] = self._clock() - self._begin
+            if not request.compile_only:
+                self._measure_points()
+                self._report_late()
+        except BudgetSpentError:
+            self._report_late()
         except KeyboardInterrupt:
             self.report.interrupted = True
         finally:
             self._worker.close()
-        tell("done")
-        self.report.seconds = time.monotonic() - begin
-        self.report.spent |= {what: seconds for what, seconds in self._worker.spent.items() if what != "compile"}
+        self._tell("done")
+        self.report.seconds = self._clock() - self._begin
+        self.report.spent |= {op: seconds for op, seconds in self._worker.spent.items() if op != "compile"}
         return self.report
 
-    def _prepared(self, layer: Layer) -> bool:
-        try:
-            self._worker.layer(layer)
-        except NotPreparedError as error:
-            self.report.skipped.append(f"{layer}: its weights could not be made: {error}")
+    def _measure_points(self) -> None:
+        begin, known = self._clock(), self._done
+        loaded: LayerShape | None = None
+        while self._waiting and self._clock() <= self._deadline:
+            layer, M = self._waiting[0]
+            if layer != loaded:
+                if not self._prepared(layer):
+                    self._waiting = deque(point for point in self._waiting if point[0] != layer)
+                    continue
+                loaded = layer
+            finished, spent_s = self._done - known, self._clock() - begin
+            self._tell(f"{layer} M={M}", spent_s / finished * len(self._waiting) if finished else None)
+            self._point(layer, M)
+            self._visited.add(self._waiting.popleft())
+            self._done += 1
+            if not self._waiting and self._clock() <= self._deadline:
+                layers = {layer for layer, _ in self._visited}
+                refined = [
+                    (layer, M) for layer in self._request.layers if layer in layers for M in self._refinements(layer)
+                ]
+                self._waiting.extend(refined)
+
+    def _fits(self, layer: LayerShape) -> bool:
+        """Whether the device could hold the layer's weights if it were empty; the worker asks what is free."""
+        machine = self._request.machine
+        needed = weight_bytes(layer.problem(1, machine))
+        if machine.memory_bytes and needed > machine.memory_bytes:
+            self._skip_unprepared(
+                f"{layer}: its weights need {gibibytes(needed)}, and the device has {gibibytes(machine.memory_bytes)}"
+            )
             return False
         return True
 
-    def _late(self, layer: Layer, tokens: Sequence[int]) -> None:
-        late = ", ".join(map(str, sorted(tokens)))
-        self.report.skipped.append(f"{layer}: no time left for M of {late}; --resume measures them")
+    def _skip_unprepared(self, note: str) -> None:
+        self.report.unprepared = True
+        self.report.skipped.append(note)
 
-    def _compile(
-        self,
-        layers: Sequence[Layer],
-        tokens: Sequence[int],
-        mode: Mode,
-        known: Container[Place],
-        deadline: float,
-        on_progress: Callable[[Progress], None] | None,
-    ) -> None:
-        """Have everything compiled that will start; nothing is where nothing compiles."""
-        if self._machine.device != "cuda":
+    def _prepared(self, layer: LayerShape) -> bool:
+        try:
+            self._worker.layer(layer)
+        except NotPreparedError as error:
+            self._skip_unprepared(f"{layer}: its weights could not be made: {error}")
+            return False
+        return True
+
+    def _report_late(self) -> None:
+        """Report the points that the budget was not enough for."""
+        late: dict[str, list[int]] = {}
+        for layer, M in self._waiting:
+            if M in self._request.tokens:  # refinements are a bonus
+                late.setdefault(str(layer), []).append(M)
+        self.report.late = bool(late)
+        for name, tokens in late.items():
+            listed = ", ".join(map(str, sorted(tokens)))
+            self.report.skipped.append(f"{name}: no time left for M of {listed}; --resume measures them")
+
+    def _compile_ahead(self, layers: Sequence[LayerShape]) -> None:
+        """Compile every candidate that will start; no-op on a CPU, where nothing compiles."""
+        request = self._request
+        if request.machine.device != "cuda":
             return
+        mode = request.modes[0]
         jobs = [
             Job(layer, M, candidate)
             for layer in layers
-            for M in tokens
-            if (layer.key, M, mode) not in known
+            for M in request.tokens
+            if (layer.key, M, mode) not in self._known
             for candidate in self._source.candidates(layer, M, mode)
         ]
 
         def tell(done: int, total: int) -> None:
-            if on_progress is not None:
-                on_progress(Progress(done, total, "compiling", None))
+            if self._on_progress is not None:
+                self._on_progress(Progress(done, total, "compiling", None))
 
         failed = compile_ahead(
-            jobs, self._new_worker, compiled_path(self._machine, self._directory), deadline, tell,
-            libraries=[name for name, made in self._backends.items() if made.requirements.libraries],
-            racer=self._worker,
+            jobs, self._new_worker, compiled_path(request.machine, request.directory),
+            self._begin + COMPILE_SHARE * (self._deadline - self._begin), tell,
+            libraries=[name for name, backend in self._backends.items() if backend.requirements.libraries],
+            measuring_worker=self._worker,
         )  # fmt: skip
         if failed:
             self.report.skipped.append(f"{len(failed)} of {len(jobs)} were not compiled ahead; the first: {failed[0]}")
 
-    def _point(self, layer: Layer, M: int, modes: Iterable[Mode]) -> None:
+    def _point(self, layer: LayerShape, M: int) -> None:
         """Measure one token count in each mode; the later modes start from the first one's finalists."""
-        news: list[Measured] = []
+        ran: set[str] = set()
         finalists: dict[Identity, float] = {}
-        for mode in modes:
+        for mode in self._request.modes:
             candidates = self._source.candidates(layer, M, mode)
-            starting = self._source.starting(layer, M, mode, candidates)
+            starters = self._source.starters(layer, M, mode, candidates)
             if finalists:
-                # Who could not run in the first mode knows no better than this one's neighbours.
-                ran = {one.candidate.backend for one in news}
-                others = {one.identity for one in starting if one.backend not in ran}
-                starting = [one for one in candidates if one.identity in finalists or one.identity in others]
-            race = SuccessiveHalving(self._context, layer, M, mode, starting, finalists)
+                # Backends that could not run in the first mode start by what the neighbours say of them.
+                others = {candidate.identity for candidate in starters if candidate.backend not in ran}
+                starters = [one for one in candidates if one.identity in finalists or one.identity in others]
+            halving = SuccessiveHalving(self._context, layer, M, mode, starters, finalists)
             try:
-                results = race.run()
+                measured = halving.run()
             except NotPreparedError as error:
-                self.report.skipped.append(f"{layer} M={M} ({mode}): its inputs could not be made: {error}")
-                break
-            scores = {one.candidate.identity: one.measurement.score for one in results}
+                self._skip_unprepared(f"{layer} M={M} ({mode}): its inputs could not be made: {error}")
+                return
+            scores = {measurement.candidate.identity: measurement.score for measurement in measured}
             self._source.remember(layer, M, mode, candidates, scores)
-            news += [self._marked(one) for one in results]
-            finalists = finalists or race.finalists
-        self.report.measured += news
-        if news:
-            save(self.report.path, news, self._machine)
+            self._keep(measured)
+            ran |= {measurement.candidate.backend for measurement in measured}
+            finalists = finalists or halving.finalists
 
-    def _marked(self, one: Measured) -> Measured:
-        """With the incumbent marked as such."""
-        if self._source.winner_before(one.layer, one.M, one.mode) != one.candidate.identity:
-            return one
-        return dataclasses.replace(one, measurement=one.measurement.model_copy(update={"incumbent": True}))
+    def _keep(self, measured: list[Measurement]) -> None:
+        """Save measurements, with the incumbent marked."""
+        marked = [
+            dataclasses.replace(one, incumbent=True)
+            if self._source.winner_before(one.layer, one.M, one.mode) == one.candidate.identity
+            else one
+            for one in measured
+        ]
+        self.report.measured += marked
+        if marked:
+            save(self._request.path, marked, self._request.machine)
 
-    def _refinements(self, layer: Layer, tokens: Sequence[int], known: Container[Place]) -> list[int]:
-        """Token counts to be measured next, in any mode, since the winner changes about them."""
-        if not self._refine:
+    def _refinements(self, layer: LayerShape) -> list[int]:
+        """Token counts to be measured next, in all modes, because the winner of some mode changes about them."""
+        if not self._request.refine:
             return []
-        found = set()
-        measured = {one.M for one in self.report.measured if one.layer == layer}
-        for (name, mode), at in self.report.winners().items():
-            if name != str(layer):
-                continue
-            winners = {M: winner for M, (winner, _) in at.items()}
-            for middle in boundaries(winners, self._source.behind(layer, mode)):
-                if middle not in measured and (layer.key, middle, mode) not in known:
-                    found.add(middle)
-        return sorted(middle for middle in found if tokens[0] < middle < tokens[-1])
+        tokens = self._request.tokens
+        middles = set()
+        for (name, mode), by_tokens in self.report.winners().items():
+            if name == str(layer):
+                winners = {M: winner for M, (winner, _) in by_tokens.items()}
+                middles |= {
+                    middle
+                    for middle in boundaries(winners, self._source.behind(layer, mode))
+                    if (layer, middle) not in self._visited and (layer.key, middle, mode) not in self._known
+                }
+        return sorted(middle for middle in middles if tokens[0] < middle < tokens[-1])
 
-    def _bar(self, backend: str, layer: Layer, M: int, mode: Mode, cause: str) -> None:
-        """Remember what kills a process."""
-        self._quarantine.bar(backend, layer.problem(M, self._machine, mode), cause, fatal=True)
+    def _is_known(self, layer: LayerShape, M: int) -> bool:
+        return all((layer.key, M, mode) in self._known for mode in self._request.modes)
 
-    def _tolerance(self, backend: str, layer: Layer) -> float:
-        """What the backend promises for this layer."""
+    def _new_worker(self) -> Worker:
+        targets = {name: f"{type(made).__module__}:{type(made).__qualname__}" for name, made in self._backends.items()}
+        return self._start_worker(str(self._request.device), targets, self._request.timeout_s, self._deadline)
+
+    def _on_death(self, backend: str, layer: LayerShape, M: int, mode: Mode, error: WorkerDiedError) -> None:
+        """Quarantine a backend that took its worker process down.
+
+        Not the last resort, without which no call could run, and not a backend that was only slow on a CPU.
+        """
+        if backend == LAST_RESORT or (error.timed_out and self._request.device.type == "cpu"):
+            return
+        self._quarantine.bar(backend, layer.problem(M, self._request.machine, mode), error.cause, fatal=True)
+
+    def _tolerance(self, backend: str, layer: LayerShape) -> float:
+        """The relative error that the backend promises for this layer."""
         limits = self._backends[backend].tolerance
         return max(limits.get(layer.dtype, 0.0), limits.get(layer.act_dtype, 0.0))
+
+    def _tell(self, what: str, left_s: float | None = None) -> None:
+        if self._on_progress is not None:
+            self._on_progress(Progress(self._done, self._done + len(self._waiting), what, left_s))

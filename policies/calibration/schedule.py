@@ -1,22 +1,22 @@
-"""Which token counts a calibration measures when: coarse to fine, then where the winner changes."""
+"""The order in which token counts are measured: coarse to fine, then where the winner changes."""
 
 import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Final
 
-from moe_dispatch.policies.measurements.schema import Layer
-from moe_dispatch.policies.measurements.table import Identity
+from moe_dispatch.policies.measurements.schema import Identity, LayerShape
 
-# Token counts that every layer gets before any gets the others: enough to tell who may win between them.
+# Token counts that every layer gets before any gets the rest: enough to tell which candidates may win between them.
 COARSE: Final = 5
-REFINE: Final = 1.5  # boundaries are refined until the neighbours are this close
-# and only where each neighbour's winner loses this much at the other, so that much can be lost between them.
+# A boundary between two winners is refined until the ratio of its neighbouring token counts is at most this,
+REFINE: Final = 1.5
+# and only while each neighbour's winner is this much slower than the fastest at the other: that much can be lost there.
 DISAGREE: Final = 0.025
 
 
 def coarse_to_fine(tokens: Sequence[int]) -> list[int]:
-    """The ends first, then halves: whatever the budget, what was measured spans the range."""
+    """The two ends first, then repeated halving, so that whatever was measured so far spans the range."""
     order: list[int] = []
     spans = [(0, len(tokens) - 1)]
     for index in (0, len(tokens) - 1):
@@ -31,17 +31,17 @@ def coarse_to_fine(tokens: Sequence[int]) -> list[int]:
     return order
 
 
-def schedule(layers: Sequence[Layer], tokens: Sequence[int]) -> list[tuple[Layer, list[int]]]:
-    """Coarse for all layers, then fine for all: whatever the time is enough for, it was spent on every layer."""
+def schedule(layers: Sequence[LayerShape], tokens: Sequence[int]) -> list[tuple[LayerShape, int]]:
+    """Every layer at every token count: coarse for all layers, then fine, so that a budget is spent on all layers."""
     order = coarse_to_fine(tokens)
-    return [(layer, part) for part in (order[:COARSE], order[COARSE:]) for layer in layers if part]
+    return [(layer, M) for part in (order[:COARSE], order[COARSE:]) for layer in layers for M in part]
 
 
 def boundaries(winners: Mapping[int, Identity], behind: Mapping[int, Mapping[Identity, float]]) -> Iterator[int]:
     """Token counts half way, logarithmically, between neighbours of which each one's winner loses at the other.
 
     Args:
-        winners: Of one layer in one mode, by token count.
+        winners: Token count -> winner, of one layer in one mode.
         behind: Token count -> candidate -> its time over the fastest's there.
     """
     for lower, upper in itertools.pairwise(sorted(winners)):

@@ -1,318 +1,329 @@
-"""The race of all candidates at one point: successive halving, and nobody wins unchecked.
+"""Selects the fastest candidate of a point by successive halving; no candidate wins without a check against fp32.
 
 Successive halving (Jamieson and Talwalkar, "Non-stochastic best arm identification and hyperparameter optimization",
-AISTATS 2016): all are timed for a little, taking turns; the faster half stays and is timed for twice as long; and so on
-until a few are left, which are timed for long on every routing distribution, and longer while it is in doubt who wins.
-Candidates that take turns are compared pair by pair: a clock that drifts slows both of a pair. The score is the
-leader's time, times the median pair of a candidate and the leader, both as geometric means over the distributions: they
-do not change when one distribution is slower as a whole, and none outvotes the others.
+AISTATS 2016): all candidates are timed for a little, taking turns; the faster half stays and is timed for twice as
+long; and so on until a few finalists are left. Those are timed for long on every routing distribution, and longer while
+it is in doubt which of them are level. Candidates that take turns are compared pair by pair: a drifting clock slows
+both of a pair. The score of a candidate is the leader's time times the median ratio of its pairs with the leader. Both
+are geometric means over the distributions, so that no slow distribution outvotes the others.
 
-Before the first round every candidate runs twice, alone. Who takes so long that its launches do not count, and twice
-the leader's time, is out already: every further run of such a loser would cost what the winner's whole timing does.
+Before the first round every candidate runs twice, alone. One that takes so long that its launches do not count, and
+twice the leader's time, is out already: each further run of such a loser costs as much as the winner's whole timing.
 """
 
 import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Final
 
 from moe_dispatch.measure import quartiles
-from moe_dispatch.policies.calibration.worker_process import CandidateFailedError, WorkerDiedError, WorkerProcess
-from moe_dispatch.policies.measurements.merge import Measured
-from moe_dispatch.policies.measurements.schema import Candidate, Layer, Measurement, Quartiles
-from moe_dispatch.policies.measurements.table import NOISE, Identity, geometric_mean
+from moe_dispatch.policies.calibration.worker_process import CandidateFailedError, PointSetup, Worker, WorkerDiedError
+from moe_dispatch.policies.measurements.schema import Candidate, Identity, LayerShape, Measurement, Quartiles
+from moe_dispatch.policies.measurements.table import NOISE, geometric_mean
 from moe_dispatch.problem import Mode
 
-# Seconds of sampling per candidate in the first round and in the final, and samples at least; fewer of them where a
-# run is long and so differs less from the next.
+# Seconds of sampling per candidate, and the smallest number of samples, in the first round and in the final; with fewer
+# samples where a run is long, since long runs differ less from each other.
 SCREEN: Final = (0.004, 3)
 SCREEN_LONG: Final = (0.004, 2)
 FINAL: Final = (0.016, 7)
 FINAL_LONG: Final = (0.03, 4)
 FINALISTS: Final = 4
-# Whoever may turn out level with the leader goes on too, up to as many again: nobody of them is lost to noise.
+# Candidates within this fraction of the leader go on too, up to twice the number: noise must not eliminate an equal.
 CONTENDER: Final = 0.03
-# A final goes on, so many times at most, while somebody is within so many standard errors of being within noise or not.
+# The final is extended, EXTRA times at most, while a candidate is within DOUBT standard errors of the noise limit.
 DOUBT: Final = 2.0
 EXTRA: Final = 2
-# A single run of so many µs is timed rightly by the wall clock, and so late is nobody within noise of the leader.
+# From this many µs on a single run is timed well by the wall clock. A candidate whose run is that long and takes
+# HOPELESS times as long as the leader's cannot be within noise of the leader.
 LONG_US: Final = 1500.0
 HOPELESS: Final = 2.0
-# A backend whose best is farther behind the leader than this is a fallback: checked, and not timed any further.
+# A backend whose best candidate is more than this factor behind the leader is not timed further, only checked.
 CLOSE: Final = 1.5
-# So far behind it is none: the rules know of it, and checking it may take longer than all the others.
+# Beyond this factor a backend is not kept as a fallback: the rules know it, and its check may outlast everything else.
 FALLBACK: Final = 4.0
 
 
 @dataclass(frozen=True)
 class MeasurementContext:
-    """What all races of a calibration share.
+    """What all points of a calibration share.
 
     Attributes:
-        worker: Where candidates run.
+        worker: Runs the candidates.
         routings: Names of the routing distributions; the first one screens.
-        tolerance: Relative error that a backend promises for a layer.
-        bar: Told of a backend that killed its worker, and how.
+        tolerance: Gives the relative error that a backend promises for a layer.
+        on_death: Called with backend, layer, M, mode and error when a candidate took its worker down.
     """
 
-    worker: WorkerProcess
+    worker: Worker
     routings: tuple[str, ...]
-    tolerance: Callable[[str, Layer], float]
-    bar: Callable[[str, Layer, int, Mode, str], None]
+    tolerance: Callable[[str, LayerShape], float]
+    on_death: Callable[[str, LayerShape, int, Mode, WorkerDiedError], None]
 
 
 class SuccessiveHalving:
-    """Candidates at one layer, token count and mode.
+    """Selects among candidates at one layer, token count and mode. Candidates are named by their index.
 
     Args:
-        arena: Where.
-        layer: Of what.
+        context: What all points share.
+        layer: The layer.
         M: Tokens.
-        mode: How.
-        candidates: Who starts.
-        checked: Errors of those that were found right already, in a mode whose check says more.
+        mode: Eager, or replays of a CUDA graph.
+        candidates: Candidates of the first round.
+        checked: Relative errors of candidates that a stricter check, in another mode, has found right.
 
     Attributes:
-        finalists: Who was timed on every distribution, with its error; empty before `run`.
+        finalists: Relative errors of the candidates that were timed on every distribution; empty before `run`.
     """
 
     def __init__(
         self,
-        arena: MeasurementContext,
-        layer: Layer,
+        context: MeasurementContext,
+        layer: LayerShape,
         M: int,
         mode: Mode,
         candidates: Sequence[Candidate],
         checked: Mapping[Identity, float] | None = None,
     ) -> None:
-        self._context, self._layer, self._M, self._mode = arena, layer, M, mode
-        self._candidates = {candidate.identity: candidate for candidate in candidates}
-        # In µs, by distribution: of the last round that a candidate was in, or of all finals. Of candidates that were
-        # timed together, those at the same place lie side by side in time.
-        self._samples: dict[Identity, dict[str, list[float]]] = {identity: {} for identity in self._candidates}
-        self._rounds: list[dict[Identity, float]] = []
-        self._alone: dict[Identity, float] = {}
-        self._errors: dict[Identity, float] = dict(checked or {})
-        self._barred: dict[Identity, str] = {}
-        self._far: set[str] = set()
-        self.finalists: dict[Identity, float] = {}
+        self._context, self._layer, self._M, self._mode = context, layer, M, mode
+        self._candidates = tuple(candidates)
+        # µs by distribution: of a candidate's last round, or of all finals. Of candidates that were timed together,
+        # samples at the same place of the list lie side by side in time.
+        self._samples: list[dict[str, list[float]]] = [{} for _ in candidates]
+        self._rounds: list[dict[int, float]] = []  # medians in µs of each round's candidates
+        self._alone: dict[int, float] = {}  # µs of each candidate's run before the first round
+        self._errors: dict[int, float] = {
+            index: checked[candidate.identity]
+            for index, candidate in enumerate(candidates)
+            if checked and candidate.identity in checked
+        }
+        self._disqualified: dict[int, str] = {}
+        self._dropped: set[str] = set()  # backends that are too far behind to be a fallback
+        self._finalists: list[int] = []
 
-    def run(self) -> list[Measured]:
-        """SuccessiveHalving, and return what is known of every candidate that ran.
+    @property
+    def finalists(self) -> dict[Identity, float]:
+        """See the class."""
+        return {self._candidates[index].identity: self._errors[index] for index in self._finalists}
+
+    def run(self) -> list[Measurement]:
+        """Select, and return what is known of every candidate that ran.
 
         Raises:
-            NotPreparedError: The inputs or their fp32 reference could not be made, which is nobody's fault.
+            NotPreparedError: The inputs or their fp32 reference could not be made.
         """
         if not self._candidates:
             return []
-        first, *_ = self._context.routings
-        self._context.worker.point(self._M, self._context.routings)
-        for identity in self._candidates:
-            self._launch(identity)
-        alive = self._hopeful()
+        self._context.worker.point(PointSetup(self._M, self._mode, self._context.routings, self._candidates))
+        for candidate in range(len(self._candidates)):
+            self._launch(candidate)
+        alive = self._starters()
         long = min(self._alone.values(), default=0.0) >= LONG_US
         (budget_s, samples), keep = SCREEN_LONG if long else SCREEN, len(alive)
         while keep > FINALISTS and len(alive) > FINALISTS:
-            self._time(alive, first, budget_s, samples)
-            self._rounds.append({one: self._quartiles(one)[1] for one in alive if one not in self._barred})
+            self._time(alive, self._context.routings[0], budget_s, samples)
+            self._rounds.append({index: self._quartiles(index)[1] for index in alive if self._may_win(index)})
             keep, budget_s = max(FINALISTS, math.ceil(keep / 2)), 2 * budget_s
             alive = self._kept(keep)
-        self._final([identity for identity in alive if self._right(identity)], *(FINAL_LONG if long else FINAL))
+        self._final([index for index in alive if self._right(index)], *(FINAL_LONG if long else FINAL))
         self._check_fallbacks()
-        return self._measured()
+        return self._measurements()
 
-    def _launch(self, identity: Identity) -> None:
-        """Run a candidate alone: one that hangs or kills is known before the others wait for it."""
-        if identity in self._barred:
-            return
-        answer = self._ask_about(identity, "launch", routing=self._context.routings[0])
-        if answer is not None:
-            self._alone[identity] = answer["us"]
+    def _may_win(self, candidate: int) -> bool:
+        return candidate not in self._disqualified
 
-    def _hopeful(self) -> list[Identity]:
-        """Who may start the first round: all but those whose run is long, and far behind the fastest that is right."""
-        alone = {one: us for one, us in self._alone.items() if one not in self._barred}
-        ordered = sorted(alone, key=lambda one: alone[one])
+    def _launch(self, candidate: int) -> None:
+        """Run a candidate alone, so that a hang or a crash shows before it takes turns with others."""
+        if self._may_win(candidate):
+            us = self._attempt(candidate, lambda: self._context.worker.launch(candidate))
+            if us is not None:
+                self._alone[candidate] = us
+
+    def _starters(self) -> list[int]:
+        """Candidates of the first round: all but those whose run is long and far behind the fastest that is right."""
+        alone = {index: us for index, us in self._alone.items() if self._may_win(index)}
+        ordered = sorted(alone, key=lambda index: alone[index])
         if not ordered or alone[ordered[-1]] < max(LONG_US, HOPELESS * alone[ordered[0]]):
-            return [one for one in self._candidates if one in alone]
-        leader = next((one for one in ordered if self._right(one)), None)
-        alone = {one: us for one, us in alone.items() if one not in self._barred}
+            return list(alone)
+        leader = next((index for index in ordered if self._right(index)), None)
+        alone = {index: us for index, us in alone.items() if self._may_win(index)}
         if leader is None:
             return []
         self._rounds.append(alone)
-        hopeless = {one for one, us in alone.items() if us > max(LONG_US, HOPELESS * alone[leader])}
-        for one in hopeless:
-            self._samples[one] = {self._context.routings[0]: [alone[one]]}
-        return [one for one in self._candidates if one in alone and one not in hopeless]
+        hopeless = {index for index, us in alone.items() if us > max(LONG_US, HOPELESS * alone[leader])}
+        for index in hopeless:
+            self._samples[index] = {self._context.routings[0]: [alone[index]]}
+        return [index for index in alone if index not in hopeless]
 
-    def _kept(self, count: int) -> list[Identity]:
-        """The fastest of the last round that are right: `count`, contenders, who is within noise, and near bests.
+    def _kept(self, count: int) -> list[int]:
+        """Of the last round: the `count` fastest that are right, contenders, and the best of each close backend.
 
-        Only who would be kept is checked; where one is wrong, the next takes its place.
+        Only candidates that would be kept are checked; where one is wrong, the next one takes its place.
         """
         last = self._rounds[-1]
-        kept: list[Identity] = []
+        kept: list[int] = []
+        backends: set[str] = set()
         cut = math.inf
-        for one in sorted(last, key=lambda one: last[one]):
-            low, median, high = self._quartiles(one)
+        for index in sorted(last, key=lambda index: last[index]):
+            low, median, high = self._quartiles(index)
+            backend = self._candidates[index].backend
             contends = not kept or median <= last[kept[0]] * (1 + CONTENDER)
-            # Noise may keep as many again, no more: else equals would never be parted.
+            # At most as many again are kept for noise, or equals would never be parted.
             close = len(kept) < 2 * count and (contends or min(low, median / (1 + NOISE)) <= cut)
-            best = all(one[0] != other[0] for other in kept) and (not kept or median <= CLOSE * last[kept[0]])
-            if (close or best) and self._right(one):
-                kept.append(one)
+            best_of_backend = backend not in backends and (not kept or median <= CLOSE * last[kept[0]])
+            if (close or best_of_backend) and self._right(index):
+                kept.append(index)
+                backends.add(backend)
                 if len(kept) == count:
                     cut = high
         return kept
 
-    def _final(self, alive: Sequence[Identity], budget_s: float, samples: int) -> None:
-        """Time who is left on every distribution, and contenders again while it is in doubt who is level."""
-        for one in alive:
-            self._samples[one] = {}
+    def _final(self, alive: Sequence[int], budget_s: float, samples: int) -> None:
+        """Time finalists on every distribution, and contenders again while it is in doubt which are level."""
+        for index in alive:
+            self._samples[index] = {}
         timed = list(alive)
         for _ in range(1 + EXTRA):
             for routing in self._context.routings:
-                self._time([one for one in timed if one not in self._barred], routing, budget_s, samples)
-            self.finalists = {one: self._errors[one] for one in alive if one not in self._barred}
+                self._time([index for index in timed if self._may_win(index)], routing, budget_s, samples)
+            self._finalists = [index for index in alive if self._may_win(index)]
             lags = self._lags()
             if all(abs(lag - NOISE) > DOUBT * error for lag, error in lags.values()):
                 break
-            # Who drops out stays out: everybody's samples begin beside the leader's, whoever that becomes.
-            timed = [one for one in timed if lags.get(one, (math.inf,))[0] <= CONTENDER]
+            # A candidate that drops out stays out, so that everybody's samples begin beside the leader's.
+            timed = [index for index in timed if lags.get(index, (math.inf,))[0] <= CONTENDER]
 
-    def _lags(self) -> dict[Identity, tuple[float, float]]:
-        """How far behind the leader each finalist is, and the standard error of that."""
-        if not self.finalists:
+    def _lags(self) -> dict[int, tuple[float, float]]:
+        """How far behind the leader each finalist is, as a fraction, and the standard error of that."""
+        if not self._finalists:
             return {}
-        leader = min(self.finalists, key=self._median)
-        found = {}
-        for one in self.finalists:
+        leader = self._leader()
+        lags = {}
+        for index in self._finalists:
             logs = [
                 [math.log(mine / best) for mine, best in zip(samples, self._samples[leader][routing], strict=False)]
-                for routing, samples in self._samples[one].items()
+                for routing, samples in self._samples[index].items()
             ]
             # A median's standard error is 1.25 times a mean's.
             errors = [1.25 * statistics.pstdev(pairs) / math.sqrt(len(pairs)) for pairs in logs]
-            found[one] = statistics.fmean(map(statistics.median, logs)), math.hypot(*errors) / len(errors)
-        least = min(lag for lag, _ in found.values())
-        return {one: (math.expm1(lag - least), error) for one, (lag, error) in found.items()}
+            lags[index] = statistics.fmean(map(statistics.median, logs)), math.hypot(*errors) / len(errors)
+        least = min(lag for lag, _ in lags.values())
+        return {index: (math.expm1(lag - least), error) for index, (lag, error) in lags.items()}
 
-    def _median(self, identity: Identity) -> float:
+    def _leader(self) -> int:
+        return min(self._finalists, key=self._median)
+
+    def _median(self, candidate: int) -> float:
         """Geometric mean of a candidate's medians over the distributions, in µs."""
-        return geometric_mean([statistics.median(samples) for samples in self._samples[identity].values()])
+        return geometric_mean([statistics.median(samples) for samples in self._samples[candidate].values()])
 
-    def _quartiles(self, identity: Identity, routing: str | None = None) -> Quartiles:
-        """Of a candidate's samples; on the first distribution if none is named."""
-        return quartiles(self._samples[identity][routing or self._context.routings[0]])
+    def _quartiles(self, candidate: int, routing: str | None = None) -> Quartiles:
+        """Quartiles of a candidate's samples, on the first distribution if none is named."""
+        return quartiles(self._samples[candidate][routing or self._context.routings[0]])
 
     def _check_fallbacks(self) -> None:
-        """Each backend that left the race has a right candidate to fall back on, or is not heard of again."""
-        if not self.finalists:
+        """Check one candidate of each backend that has no finalist, as a fallback, or drop the backend."""
+        if not self._finalists:
             return
-        leader = min(self.finalists, key=self._median)
-        raced: dict[Identity, float] = {}
-        for timed in reversed(self._rounds):
-            raced = timed | raced
-        for backend in {one[0] for one in raced} - {one[0] for one in self.finalists}:
-            mine = sorted((one for one in raced if one[0] == backend), key=lambda one: raced[one])
-            if raced[mine[0]] <= FALLBACK * raced[leader]:
-                next((one for one in mine if self._right(one, briefly=True)), None)
+        leader = self._leader()
+        last: dict[int, float] = {}
+        for medians in reversed(self._rounds):
+            last = medians | last
+        by_backend: dict[str, list[int]] = {}
+        for index in sorted(last, key=lambda index: last[index]):
+            by_backend.setdefault(self._candidates[index].backend, []).append(index)
+        with_finalist = {self._candidates[index].backend for index in self._finalists}
+        for backend, indices in by_backend.items():
+            if backend in with_finalist:
+                continue
+            if last[indices[0]] <= FALLBACK * last[leader]:
+                next((index for index in indices if self._right(index, briefly=True)), None)
             else:
-                self._far.add(backend)
+                self._dropped.add(backend)
 
-    def _right(self, identity: Identity, *, briefly: bool = False) -> bool:
-        """Hold a candidate against fp32, once; briefly: eagerly and on one distribution."""
-        if identity in self._errors or identity in self._barred:
-            return identity not in self._barred
-        routings = self._context.routings[: 1 if briefly else None]
-        answer = self._ask_about(
-            identity, "check", mode="eager" if briefly else self._mode, routings=list(routings),
-            tolerance=self._context.tolerance(identity[0], self._layer),
-        )  # fmt: skip
-        if answer is None:
-            return False
-        if "wrong" in answer:
-            self._barred[identity] = answer["wrong"]
-            return False
-        self._errors[identity] = answer["error"]
-        return True
+    def _right(self, candidate: int, *, briefly: bool = False) -> bool:
+        """Whether a candidate agrees with fp32, checked once; briefly: eagerly and on one distribution."""
+        if self._may_win(candidate) and candidate not in self._errors:
+            tolerance = self._context.tolerance(self._candidates[candidate].backend, self._layer)
+            error = self._attempt(candidate, lambda: self._context.worker.check(candidate, tolerance, briefly=briefly))
+            if error is not None:
+                self._errors[candidate] = error
+        return self._may_win(candidate)
 
-    def _ask_about(self, identity: Identity, op: str, **request: Any) -> dict[str, Any] | None:
-        """Ask about one candidate; None after it failed, and why is noted."""
-        candidate = self._candidates[identity]
+    def _attempt(self, candidate: int, run: Callable[[], float]) -> float | None:
+        """Ask the worker about one candidate; None after it failed, which disqualifies it."""
         try:
-            return self._context.worker.ask(
-                op, M=self._M, backend=candidate.backend, config=candidate.config, **request
-            )
+            return run()
         except CandidateFailedError as error:
-            self._barred[identity] = f"out of memory: {error.cause}" if error.memory else f"raised {error.cause}"
+            self._disqualified[candidate] = error.cause
         except WorkerDiedError as error:
-            self._kill(identity, error.cause)
+            self._died(candidate, error)
         return None
 
-    def _time(self, identities: Sequence[Identity], routing: str, budget_s: float, samples: int) -> None:
-        """Time candidates together; if that kills the worker, each alone, which names the culprit."""
-        if not identities:
+    def _time(self, candidates: Sequence[int], routing: str, budget_s: float, rounds: int) -> None:
+        """Time candidates together; if the worker fails meanwhile, each alone, which names the culprit."""
+        if not candidates:
             return
-        requested = [(self._candidates[one].backend, self._candidates[one].config) for one in identities]
         try:
-            answer = self._context.worker.ask(
-                "time", work=len(identities), M=self._M, mode=self._mode, routing=routing, candidates=requested,
-                budget_s=budget_s, rounds=samples,
-            )  # fmt: skip
+            timed = self._context.worker.time(candidates, routing, budget_s, rounds)
         except (WorkerDiedError, CandidateFailedError) as error:
-            if len(identities) > 1:
-                for identity in identities:
-                    self._time([identity], routing, budget_s, samples)
+            if len(candidates) > 1:
+                for candidate in candidates:
+                    self._time([candidate], routing, budget_s, rounds)
             elif isinstance(error, WorkerDiedError):
-                self._kill(identities[0], error.cause)
+                self._died(candidates[0], error)
             else:
-                self._barred[identities[0]] = f"raised {error.cause}"
+                self._disqualified[candidates[0]] = error.cause
             return
-        for index, identity in enumerate(identities):
-            if times := answer["us"].get(str(index)):
-                self._samples[identity].setdefault(routing, []).extend(times)
+        for candidate, samples in zip(candidates, timed, strict=True):
+            if samples.failed:
+                self._disqualified[candidate] = samples.failed
             else:
-                self._barred[identity] = f"raised {answer['failed'].get(str(index), 'nothing, and was not timed')}"
+                self._samples[candidate].setdefault(routing, []).extend(samples.us)
 
-    def _kill(self, identity: Identity, cause: str) -> None:
-        self._barred[identity] = cause
-        self._context.bar(identity[0], self._layer, self._M, self._mode, cause)
-        # The backend is barred from such problems now; its other configurations would only die again.
-        for other in self._candidates:
-            if other[0] == identity[0] and other not in self._barred and other not in self._alone:
-                self._barred[other] = f"not tried after {cause}"
+    def _died(self, candidate: int, error: WorkerDiedError) -> None:
+        self._disqualified[candidate] = error.cause
+        backend = self._candidates[candidate].backend
+        self._context.on_death(backend, self._layer, self._M, self._mode, error)
+        # The other configurations of the backend would most likely die the same way.
+        for other, description in enumerate(self._candidates):
+            if description.backend == backend and self._may_win(other) and other not in self._alone:
+                self._disqualified[other] = f"not tried after {error.cause}"
 
-    def _measured(self) -> list[Measured]:
+    def _measurements(self) -> list[Measurement]:
         scores = self._scores()
-        found = []
-        for identity, candidate in self._candidates.items():
-            why = self._barred.get(identity)
-            score = None if why else scores.get(identity)
-            if why is None and (score is None or identity[0] in self._far):
-                continue  # it left the race, and nobody finished it to compare with, or that was long before
-            measurement = Measurement(
-                candidate=0,
-                us={routing: self._quartiles(identity, routing) for routing in self._samples[identity]},
-                score=score,
-                error=self._errors.get(identity),
-                disqualified=why[:1000] if why else None,
+        measurements = []
+        for index, candidate in enumerate(self._candidates):
+            reason = self._disqualified.get(index)
+            score = None if reason else scores.get(index)
+            if reason is None and (score is None or candidate.backend in self._dropped):
+                continue  # eliminated without a finalist to compare it with, or too far behind to be of use
+            measurements.append(
+                Measurement(
+                    self._layer,
+                    self._M,
+                    self._mode,
+                    candidate,
+                    us={routing: self._quartiles(index, routing) for routing in self._samples[index]},
+                    score=score,
+                    error=self._errors.get(index),
+                    disqualified=reason[:1000] if reason else None,
+                )
             )
-            found.append(Measured(self._layer, self._M, self._mode, candidate, measurement))
-        return found
+        return measurements
 
-    def _scores(self) -> dict[Identity, float]:
+    def _scores(self) -> dict[int, float]:
         lags = self._lags()
         if not lags:
             return {}
-        leader = min(lags, key=lambda one: lags[one][0])
+        leader = min(lags, key=lambda index: lags[index][0])
         us = self._median(leader)
-        scores = {one: us * (1 + lag) for one, (lag, _) in lags.items()}
-        # Who left early was timed for a moment and maybe never checked: it may not win, not even within noise.
+        scores = {index: us * (1 + lag) for index, (lag, _) in lags.items()}
+        # Candidates that were eliminated early may be unchecked; they must not win, not even within noise.
         least = us * (1 + 2 * NOISE)
-        for timed in reversed(self._rounds):
-            for one, raced in timed.items():
-                if one not in scores:
-                    scores[one] = max(least, raced / timed[leader] * us)
+        for medians in reversed(self._rounds):
+            for index, median in medians.items():
+                if index not in scores:
+                    scores[index] = max(least, median / medians[leader] * us)
         return scores

@@ -1,6 +1,6 @@
-"""The process in which candidates run, so that one that crashes, hangs or loses the device costs itself only.
+"""The process in which candidates run, so that a crash, a hang or a lost device costs only the candidate at work.
 
-Spoken to over two pipes in lines of JSON. Run as
+The parent talks to it over two pipes, one line of JSON for each request and each answer. It is started as
 ``python -m moe_dispatch.policies.calibration.worker READ_FD WRITE_FD``.
 """
 
@@ -27,50 +27,56 @@ from moe_dispatch.measure import (
     verify,
 )
 from moe_dispatch.measure.inputs import synchronize
+from moe_dispatch.policies.calibration.memory import input_bytes, require, weight_bytes
 from moe_dispatch.policies.calibration.placeholder_weights import placeholder_weights
-from moe_dispatch.policies.measurements.schema import Layer
-from moe_dispatch.problem import MoEProblem
+from moe_dispatch.policies.measurements.schema import LayerShape
+from moe_dispatch.problem import Mode, MoEProblem
 from moe_dispatch.registry import BACKENDS, make_backend
 from moe_dispatch.system import failures
 from moe_dispatch.workloads import ROUTINGS, make_experts, torch_dtype
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from moe_dispatch.experts import ExpertWeights
 
 SEED: Final = 4
-# Distinct inputs and routings that a timing runs over: enough that the weights of their experts together are many
-# times what the cache holds, and not fewer than tell one routing's luck from another's.
+# A timing runs over at most this many distinct inputs and routings: as many as it takes for the weights of their
+# experts together to be CACHES times the L2 cache, and at least two, so that no single routing decides.
 MOST_INPUTS: Final = 8
 CACHES: Final = 6
+# From this many tokens on a single input is enough.
 MANY_TOKENS: Final = 2048
-# Tokens of a distribution whose fp32 truth is computed; the others must be finite.
+# Tokens of each distribution that are compared with the fp32 reference; the others must be finite.
 CHECKED_TOKENS: Final = 1024
-# Of memory, that a process which only compiles holds on to.
+# Device memory that a process which only compiles may keep cached.
 KEPT_BYTES: Final = 1 << 29
 _DIE_WITH_PARENT: Final = 1  # PR_SET_PDEATHSIG
 
 
-class Worker:
-    """Answers requests about one layer at a time; weights are allocated once per layer."""
+class WorkerServer:
+    """Answers requests about one layer, and the candidates of one point of it, at a time."""
 
     def __init__(self) -> None:
         self._machine: Machine | None = None
         self._device = torch.device("cpu")
-        self._layer: Layer | None = None
+        self._backends: dict[str, Backend] = {}
+        self._layer: LayerShape | None = None
         self._experts: ExpertWeights | None = None
+        # Of the current token count, by routing distribution.
         self._M = 0
         self._inputs: dict[str, tuple[LayerInputs, ...]] = {}
-        self._truths: dict[str, torch.Tensor] = {}
-        # What was made ready for timing at this point; of one mode at a time, since graphs hold memory.
-        self._turns: dict[tuple[str, str], Turns[str]] = {}
-        self._calls: dict[tuple[str, str], Call] = {}
-        self._backends: dict[str, Backend] = {}
-        self._phantom: tuple[Layer, ExpertWeights] | None = None
+        self._references: dict[str, torch.Tensor] = {}
+        # Of the current point. Candidates are named by their index; graphs live as long as `_turns`.
+        self._mode: Mode = "eager"
+        self._routings: list[str] = []
+        self._candidates: list[tuple[str, dict[str, Any]]] = []
+        self._turns: dict[str, Turns[int]] = {}
+        self._calls: dict[int, Call] = {}
+        self._placeholder: tuple[LayerShape, ExpertWeights] | None = None
 
     def start(self, device: str, backends: dict[str, str]) -> dict[str, Any]:
-        """Look at the device; learn of backends that the parent process registered."""
+        """Inspect the device, and register the backends of the parent process."""
         for name, target in backends.items():
             BACKENDS.register(name, target)
         self._device = torch.device(device)
@@ -81,173 +87,175 @@ class Worker:
         return {}
 
     def layer(self, layer: dict[str, Any]) -> dict[str, Any]:
-        """Allocate a layer's weights in place of the last one's."""
+        """Allocate the weights of a layer in place of those of the layer before."""
         assert self._machine is not None  # noqa: S101 - `start` comes first
-        self._layer, self._experts = Layer.model_validate(layer), None
-        self._forget()
-        self._phantom = None
+        self._layer, self._experts = LayerShape.model_validate(layer), None
+        self._forget_tokens()
+        self._placeholder = None
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
         generator = torch.Generator(self._device).manual_seed(SEED)
         problem = self._layer.problem(1, self._machine)
+        require(weight_bytes(problem), "the weights", self._device)
         with torch.no_grad():
             self._experts = make_experts(
                 problem, self._layer.dtype, self._device, generator, act_dtype=self._layer.act_dtype
             )
         return {}
 
-    def point(self, M: int, routings: list[str]) -> dict[str, Any]:
-        """Make inputs and what fp32 makes of them, in place of the last token count's."""
+    def point(
+        self, M: int, mode: Mode, routings: list[str], candidates: list[tuple[str, dict[str, Any]]]
+    ) -> dict[str, Any]:
+        """Take a point's candidates, and make inputs of M tokens with their fp32 references unless they are there."""
         assert self._machine is not None and self._layer is not None and self._experts is not None  # noqa: S101, PT018
+        self._close_turns()
         if M != self._M:
-            self._forget(M)
+            self._forget_tokens()
+        self._M, self._mode, self._routings, self._candidates = M, mode, routings, candidates
         problem = self._layer.problem(M, self._machine)
-        missing = [routing for routing in routings if routing not in self._truths]
+        missing = [routing for routing in routings if routing not in self._references]
+        count = distinct_inputs(problem, self._machine)
+        require(input_bytes(problem, count * len(missing)) if missing else 0, "the inputs", self._device)
         for routing in missing:
-            count = distinct_inputs(problem, self._machine)
             self._inputs[routing] = make_inputs(problem, ROUTINGS[routing], self._device, count, seed=SEED + M)
         if missing:
             checked = [self._inputs[routing][0] for routing in missing]
-            truths = reference_outputs(self._experts, checked, tokens=CHECKED_TOKENS)
-            self._truths |= dict(zip(missing, truths, strict=True))
+            references = reference_outputs(self._experts, checked, tokens=CHECKED_TOKENS)
+            self._references |= dict(zip(missing, references, strict=True))
         return {}
 
-    def compile(self, layer: dict[str, Any], M: int, backend: str, config: dict[str, Any]) -> dict[str, Any]:
-        """Run one candidate on M tokens that nobody serves, which compiles it; see `compile_ahead`."""
+    def compile(self, layer: dict[str, Any], M: int, candidate: tuple[str, dict[str, Any]]) -> dict[str, Any]:
+        """Compile one candidate by running it on a call whose ids are all -1; see `compile_ahead`."""
         assert self._machine is not None  # noqa: S101 - `start` comes first
-        asked = Layer.model_validate(layer)
-        problem = asked.problem(M, self._machine)
-        if self._phantom is None or self._phantom[0] != asked:
-            self._phantom = None
-            self._phantom = asked, placeholder_weights(problem, self._device)
-        hidden = torch.zeros(M, asked.K, dtype=torch_dtype(asked.act_dtype), device=self._device)
-        weights = torch.zeros(M, asked.topk, device=self._device)
-        ids = torch.full((M, asked.topk), -1, dtype=torch.int32, device=self._device)
-        made = self._backend(backend)
+        shape = LayerShape.model_validate(layer)
+        if self._placeholder is None or self._placeholder[0] != shape:
+            self._placeholder = None
+            self._placeholder = shape, placeholder_weights(shape.problem(M, self._machine), self._device)
+        hidden = torch.zeros(M, shape.K, dtype=torch_dtype(shape.act_dtype), device=self._device)
+        weights = torch.zeros(M, shape.topk, device=self._device)
+        ids = torch.full((M, shape.topk), -1, dtype=torch.int32, device=self._device)
+        backend, config = self._made(*candidate)
         with torch.no_grad():
-            made.run(hidden, self._phantom[1], weights, ids, made.config_type.model_validate(config))
+            backend.run(hidden, self._placeholder[1], weights, ids, config)
         synchronize(self._device)
-        # What torch keeps for the next call would be wanting to the processes that compile beside this one.
         if self._device.type == "cuda" and torch.cuda.memory_reserved(self._device) > KEPT_BYTES:
+            # Release cached blocks: other compile workers share this GPU.
             del hidden, weights, ids
             torch.cuda.empty_cache()
         return {}
 
-    def launch(self, M: int, routing: str, backend: str, config: dict[str, Any]) -> dict[str, Any]:
-        """Run one candidate once, which compiles it, and again by the clock."""
-        _, _, call = self._call(backend, config)
-        given = self._inputs_of(M, routing)[0]
+    def launch(self, candidate: int) -> dict[str, Any]:
+        """Run a candidate once, which compiles it, and once more under the wall clock."""
+        _, _, call = self._call(candidate)
+        inputs = self._inputs[self._routings[0]][0]
         with torch.no_grad():
-            call(given)
+            call(inputs)
             synchronize(self._device)
             begin = time.perf_counter()
-            call(given)
+            call(inputs)
             synchronize(self._device)
         return {"us": 1e6 * (time.perf_counter() - begin)}
 
-    def check(
-        self, M: int, mode: str, routings: list[str], backend: str, config: dict[str, Any], tolerance: float
-    ) -> dict[str, Any]:
-        """Hold one candidate against fp32, and its runs against each other."""
-        made, chosen, call = self._call(backend, config)
+    def check(self, candidate: int, tolerance: float, *, briefly: bool) -> dict[str, Any]:
+        """Compare a candidate with the fp32 reference, and its runs with each other.
+
+        Args:
+            candidate: Index in the point's list.
+            tolerance: Largest relative error that is allowed.
+            briefly: Eagerly and on the first routing distribution only.
+        """
+        backend, config, call = self._call(candidate)
+        routings = self._routings[:1] if briefly else self._routings
         verdict = verify(
             call,
-            [self._inputs_of(M, routing)[0] for routing in routings],
-            [self._truths[routing] for routing in routings],
+            [self._inputs[routing][0] for routing in routings],
+            [self._references[routing] for routing in routings],
             tolerance=tolerance,
-            mode="graph" if mode == "graph" else "eager",
-            deterministic=made.deterministic(chosen),
+            mode="eager" if briefly else self._mode,
+            deterministic=backend.deterministic(config),
         )
         if not verdict.ok:
             return {"wrong": f"wrong (inputs: {', '.join(routings)}): {verdict.reason}"}
         return {"error": verdict.error}
 
-    def time(
-        self,
-        M: int,
-        mode: str,
-        routing: str,
-        candidates: list[tuple[str, dict[str, Any]]],
-        budget_s: float,
-        rounds: int,
-    ) -> dict[str, Any]:
-        """Time candidates that take turns: the µs of each in every round."""
-        inputs = self._inputs_of(M, routing)
-        failed: dict[str, str] = {}
+    def time(self, candidates: list[int], routing: str, budget_s: float, rounds: int) -> dict[str, Any]:
+        """Time candidates that take turns.
 
-        def on_failure(name: str, error: Exception) -> None:
+        Args:
+            candidates: Indices in the point's list.
+            routing: Name of the routing distribution.
+            budget_s: Seconds for each candidate.
+            rounds: Smallest number of samples.
+
+        Returns:
+            ``us``: for each candidate its time in each round in µs, or None if it failed; ``failed``: the reasons.
+        """
+        failed: dict[int, str] = {}
+
+        def on_failure(candidate: int, error: Exception) -> None:
             if failures.lost_device(error):
                 raise error
-            failed[str(names.index(name))] = failures.summary(error)
+            failed[candidate] = failures.summary(error)
 
-        names = [json.dumps(candidate) for candidate in candidates]
-        timings = self._turns_of(mode, routing).time(
-            {
-                name: self._timed_call(name, *candidate, mode, inputs[0])
-                for name, candidate in zip(names, candidates, strict=True)
-            },
+        timings = self._turns_on(routing).time(
+            {candidate: self._timed_call(candidate, self._inputs[routing][0]) for candidate in candidates},
             budget_s=budget_s,
             min_rounds=rounds,
             on_failure=on_failure,
         )
-        return {"us": {str(names.index(name)): timing.rounds for name, timing in timings.items()}, "failed": failed}
+        return {
+            "us": [timings[candidate].rounds if candidate in timings else None for candidate in candidates],
+            "failed": [failed.get(candidate) for candidate in candidates],
+        }
 
-    def _call(self, backend: str, config: dict[str, Any]) -> tuple[Backend, BackendConfig, Call]:
-        assert self._experts is not None  # noqa: S101 - the parent keeps the order
-        made = self._backend(backend)
-        chosen = made.config_type.model_validate(config)
-        return made, chosen, backend_call(made, self._experts, chosen)
+    def _call(self, candidate: int) -> tuple[Backend, BackendConfig, Call]:
+        assert self._experts is not None  # noqa: S101 - `layer` comes first
+        backend, config = self._made(*self._candidates[candidate])
+        return backend, config, backend_call(backend, self._experts, config)
 
-    def _timed_call(self, name: str, backend: str, config: dict[str, Any], mode: str, given: LayerInputs) -> Call:
-        """As `moe_forward` makes it: in its steady state, and the backend's own run while a graph is captured."""
-        if (found := self._calls.get((mode, name))) is None:
-            made, chosen, found = self._call(backend, config)
-            if mode == "eager":
-                assert self._experts is not None  # noqa: S101 - `_call` saw to it
-                found = fast_path_call(made, self._experts, chosen, given)
-            self._calls[mode, name] = found
-        return found
+    def _timed_call(self, candidate: int, inputs: LayerInputs) -> Call:
+        """What `moe_forward` runs: the backend's fast path in eager mode, its `run` while a graph is captured."""
+        if candidate not in self._calls:
+            assert self._experts is not None  # noqa: S101 - `layer` comes first
+            backend, config, call = self._call(candidate)
+            if self._mode == "eager":
+                call = fast_path_call(backend, self._experts, config, inputs)
+            self._calls[candidate] = call
+        return self._calls[candidate]
 
-    def _turns_of(self, mode: str, routing: str) -> Turns[str]:
-        if any(other != mode for other, _ in self._turns):
-            self._forget_turns()
-        if (mode, routing) not in self._turns:
+    def _turns_on(self, routing: str) -> Turns[int]:
+        if routing not in self._turns:
             pool = next((turns.pool for turns in self._turns.values()), None)
-            inputs = self._inputs_of(self._M, routing)
-            self._turns[mode, routing] = Turns(inputs, mode="graph" if mode == "graph" else "eager", pool=pool)
-        return self._turns[mode, routing]
+            self._turns[routing] = Turns(self._inputs[routing], mode=self._mode, pool=pool)
+        return self._turns[routing]
 
-    def _forget_turns(self) -> None:
+    def _close_turns(self) -> None:
         while self._turns:
             self._turns.popitem()[1].close()
         self._calls = {}
 
-    def _forget(self, M: int = 0) -> None:
-        """Let go of a point."""
-        self._forget_turns()
-        self._M, self._inputs, self._truths = M, {}, {}
+    def _forget_tokens(self) -> None:
+        self._close_turns()
+        self._M, self._inputs, self._references = 0, {}, {}
 
-    def _backend(self, name: str) -> Backend:
+    def _made(self, name: str, config: dict[str, Any]) -> tuple[Backend, BackendConfig]:
         assert self._machine is not None  # noqa: S101 - `start` comes first
         if name not in self._backends:
-            self._backends[name] = make_backend(name, self._machine)
-        return self._backends[name]
-
-    def _inputs_of(self, M: int, routing: str) -> tuple[LayerInputs, ...]:
-        assert self._M == M, f"point M={self._M} is prepared, not M={M}"  # noqa: S101 - the parent keeps the order
-        return self._inputs[routing]
+            self._backends[name] = make_backend(name, self._machine).require()
+        backend = self._backends[name]
+        return backend, backend.config_type.model_validate(config)
 
 
 def distinct_inputs(problem: MoEProblem, machine: Machine) -> int:
-    """How many inputs a timing runs over."""
+    """The number of inputs that a timing runs over."""
     least = 1 if problem.M >= MANY_TOKENS else 2
     read = problem.expected_experts * problem.expert_bytes
     return max(least, min(MOST_INPUTS, math.ceil(CACHES * machine.l2_bytes / read)))
 
 
 def serve(read: int, write: int) -> None:
-    """Answer until the parent closes its end."""
-    worker = Worker()
+    """Answer requests until the parent closes its end of the pipe."""
+    worker = WorkerServer()
     operations: dict[str, Callable[..., dict[str, Any]]] = {
         "start": worker.start, "layer": worker.layer, "point": worker.point,
         "compile": worker.compile, "launch": worker.launch, "check": worker.check, "time": worker.time,
@@ -257,7 +265,7 @@ def serve(read: int, write: int) -> None:
             request = json.loads(line)
             try:
                 answer = operations[request.pop("op")](**request)
-            except Exception as error:  # noqa: BLE001 - whatever a candidate raises is its own failure, told to the parent
+            except Exception as error:  # noqa: BLE001 - whatever a candidate raises is an answer to the parent
                 answer = {
                     "raised": failures.summary(error),
                     "memory": failures.out_of_memory(error),
@@ -267,13 +275,19 @@ def serve(read: int, write: int) -> None:
 
 
 def _die_with_parent() -> None:
-    """A candidate that hangs must not outlive a parent that was killed."""
+    """Have the kernel kill this process with its parent: a candidate that hangs must not outlive a killed parent."""
     if sys.platform == "linux":
         import ctypes
 
         ctypes.CDLL(None).prctl(_DIE_WITH_PARENT, signal.SIGKILL)
 
 
-if __name__ == "__main__":
+def main(arguments: "Sequence[str]") -> None:
+    """Serve the pipe whose file descriptors are given, to read requests from and to write answers to."""
     _die_with_parent()
-    serve(int(sys.argv[1]), int(sys.argv[2]))
+    read, write = map(int, arguments)
+    serve(read, write)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,7 +1,8 @@
-"""Runs the worker and outlives it: whatever happens to it becomes a reason."""
+"""The parent's side of the worker: starts it, asks it, and turns whatever happens to it into a reason."""
 
 import contextlib
 import json
+import math
 import os
 import select
 import signal
@@ -10,21 +11,51 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from typing import IO, Any, Final
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, Final, Protocol
 
+import moe_dispatch
 from moe_dispatch.errors import MoEDispatchError
-from moe_dispatch.policies.measurements.schema import Candidate, Layer
+from moe_dispatch.policies.measurements.schema import Candidate, LayerShape
+from moe_dispatch.problem import Mode
 
+# Variables that hold paths, which are made absolute because the worker's working directory is another one.
+PATH_VARIABLES: Final = (
+    "CUDA_CACHE_PATH", "DG_JIT_CACHE_DIR", "HF_HOME", "TMPDIR", "TORCHINDUCTOR_CACHE_DIR", "TORCH_EXTENSIONS_DIR",
+    "TORCH_HOME", "TRITON_CACHE_DIR", "TRITON_DUMP_DIR", "TRITON_HOME", "VLLM_CACHE_ROOT", "XDG_CACHE_HOME",
+)  # fmt: skip
 START_TIMEOUT_S: Final = 180.0
 PREPARE_TIMEOUT_S: Final = 300.0
 _TAIL_BYTES: Final = 2000
 
 
 class WorkerDiedError(MoEDispatchError):
-    """The worker is gone, and with it what it was running.
+    """The worker is gone, and with it the candidate that it was running.
 
     Attributes:
-        cause: What happened, for a person.
+        cause: What happened, as a sentence.
+        timed_out: Whether it was killed because an answer took too long.
+    """
+
+    def __init__(self, cause: str, *, timed_out: bool = False) -> None:
+        self.cause, self.timed_out = cause, timed_out
+        super().__init__(cause)
+
+
+class BudgetSpentError(MoEDispatchError):
+    """The deadline of the calibration passed while the worker was at work; it was killed."""
+
+
+class NotPreparedError(MoEDispatchError):
+    """A layer, its inputs or their fp32 reference could not be made; no candidate had a part in that."""
+
+
+class CandidateFailedError(MoEDispatchError):
+    """A candidate raised or was wrong, and the worker lives.
+
+    Attributes:
+        cause: What happened, as a sentence.
     """
 
     def __init__(self, cause: str) -> None:
@@ -32,93 +63,181 @@ class WorkerDiedError(MoEDispatchError):
         super().__init__(cause)
 
 
-class NotPreparedError(MoEDispatchError):
-    """The layer, its inputs or their fp32 reference could not be made; no candidate had a part in it."""
-
-
-class CandidateFailedError(MoEDispatchError):
-    """The candidate raised, and the worker lives."""
-
-    def __init__(self, cause: str, *, memory: bool) -> None:
-        self.cause, self.memory = cause, memory
-        super().__init__(cause)
-
-
-class WorkerProcess:
-    """A worker process that is started again after it died.
-
-    Args:
-        device: ``"cuda:0"`` or ``"cpu"``.
-        backends: Name -> "module:Class" of what this process has registered.
-        timeout_s: Most seconds that one candidate may take for one request.
+@dataclass(frozen=True)
+class PointSetup:
+    """What a worker is told of a point, once; after that it knows the candidates by their index.
 
     Attributes:
-        restarts: How often a process was started.
+        M: Tokens.
+        mode: Eager calls, or replays of a CUDA graph.
+        routings: Names of routing distributions.
+        candidates: Backends and configurations.
+    """
+
+    M: int
+    mode: Mode
+    routings: tuple[str, ...]
+    candidates: tuple[Candidate, ...]
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Times of one candidate that took turns with others.
+
+    Attributes:
+        us: Its time in each round, in µs; samples of one round lie side by side in time. Empty if it failed.
+        failed: What it raised; empty if it was timed.
+    """
+
+    us: tuple[float, ...] = ()
+    failed: str = ""
+
+
+class Worker(Protocol):
+    """What a calibration asks of the process in which candidates run.
+
+    Every method may also raise `BudgetSpentError`.
+
+    Attributes:
         spent: Seconds that answers took, by operation.
     """
 
-    def __init__(self, device: str, backends: dict[str, str], timeout_s: float) -> None:
-        self._device, self._backends, self._timeout_s = device, backends, timeout_s
+    spent: dict[str, float]
+
+    def layer(self, layer: LayerShape) -> None:
+        """Allocate the weights of a layer.
+
+        Raises:
+            NotPreparedError: They do not fit, or the worker died while it made them.
+        """
+
+    def point(self, setup: PointSetup) -> None:
+        """Make the inputs of a point and their fp32 references, and take its candidates.
+
+        Raises:
+            NotPreparedError: They do not fit, or the worker died while it made them.
+        """
+
+    def compile(self, layer: LayerShape, M: int, candidate: Candidate) -> None:
+        """Compile one candidate, without the layer's weights.
+
+        Raises:
+            WorkerDiedError: It crashed, hung or lost the device; the next request starts another process.
+            CandidateFailedError: The candidate raised.
+        """
+
+    def launch(self, candidate: int) -> float:
+        """Run a candidate twice, alone: µs of the second run.
+
+        Raises:
+            WorkerDiedError: It crashed, hung or lost the device.
+            CandidateFailedError: The candidate raised.
+            NotPreparedError: After a death, layer and point could not be made again.
+        """
+
+    def check(self, candidate: int, tolerance: float, *, briefly: bool) -> float:
+        """Compare a candidate with the fp32 reference: its relative error.
+
+        Args:
+            candidate: Index in the point's candidates.
+            tolerance: Largest relative error that is allowed.
+            briefly: Eagerly and on the first routing distribution only.
+
+        Raises:
+            WorkerDiedError: It crashed, hung or lost the device.
+            CandidateFailedError: The candidate raised, or is wrong.
+            NotPreparedError: After a death, layer and point could not be made again.
+        """
+
+    def time(self, candidates: Sequence[int], routing: str, budget_s: float, rounds: int) -> list[Samples]:
+        """Time candidates that take turns.
+
+        Args:
+            candidates: Indices in the point's candidates.
+            routing: Name of the routing distribution.
+            budget_s: Seconds for each candidate.
+            rounds: Smallest number of samples.
+
+        Raises:
+            WorkerDiedError: It crashed, hung or lost the device.
+            CandidateFailedError: A candidate raised outside its own run.
+            NotPreparedError: After a death, layer and point could not be made again.
+        """
+
+    def close(self) -> None:
+        """End the worker, whatever it does."""
+
+
+class WorkerProcess:
+    """A `Worker` in a process of its own, which is started again after it died.
+
+    Args:
+        device: ``"cuda:0"`` or ``"cpu"``.
+        backends: Name -> "module:Class" of the backends registered in this process.
+        timeout_s: Seconds that a request may take for each of its candidates.
+        deadline: Time of `time.monotonic` at which the worker is killed, whatever it does.
+
+    Attributes:
+        restarts: Number of processes started.
+        spent: Seconds that answers took, by operation.
+    """
+
+    def __init__(self, device: str, backends: dict[str, str], timeout_s: float, deadline: float = math.inf) -> None:
+        self._device, self._backends, self._timeout_s, self._deadline = device, backends, timeout_s, deadline
         self._process: subprocess.Popen[bytes] | None = None
         self._requests: IO[str] | None = None
         self._answers = -1
         self._buffer = b""
         self._stderr: IO[bytes] | None = None
-        self._layer: Layer | None = None
-        self._point: tuple[int, tuple[str, ...]] | None = None
+        self._layer: LayerShape | None = None
+        self._setup: PointSetup | None = None
         self.restarts = 0
         self.spent: dict[str, float] = {}
 
-    def layer(self, layer: Layer) -> None:
-        """Allocate a layer's weights.
-
-        Raises:
-            NotPreparedError: They do not fit, or the worker died of it.
-        """
-        self._layer, self._point = layer, None
+    def layer(self, layer: LayerShape) -> None:
+        """See `Worker.layer`."""
+        self._layer, self._setup = layer, None
         self._prepare("layer", layer=layer.model_dump())
 
-    def point(self, M: int, routings: Sequence[str]) -> None:
-        """Make the inputs of M tokens and what fp32 makes of them, for each routing distribution.
-
-        Raises:
-            NotPreparedError: They do not fit, or the worker died of it.
-        """
-        self._point = None
+    def point(self, setup: PointSetup) -> None:
+        """See `Worker.point`."""
+        self._setup = None
         if self._process is None and self._layer is not None:
             self.layer(self._layer)
-        self._prepare("point", M=M, routings=list(routings))
-        self._point = M, tuple(routings)
+        candidates = [(candidate.backend, candidate.config) for candidate in setup.candidates]
+        self._prepare("point", M=setup.M, mode=setup.mode, routings=setup.routings, candidates=candidates)
+        self._setup = setup
 
-    def compile(self, layer: Layer, M: int, candidate: Candidate) -> None:
-        """Have one candidate compiled, without the layer's weights.
+    def compile(self, layer: LayerShape, M: int, candidate: Candidate) -> None:
+        """See `Worker.compile`."""
+        self._ask(
+            "compile", self._timeout_s, layer=layer.model_dump(), M=M, candidate=(candidate.backend, candidate.config)
+        )
 
-        Raises:
-            WorkerDiedError: It crashed, hung or lost the device meanwhile; the next request starts it again.
-            CandidateFailedError: The candidate raised.
-        """
-        request = {"M": M, "backend": candidate.backend, "config": candidate.config}
-        self._ask("compile", self._timeout_s, layer=layer.model_dump(), **request)
+    def launch(self, candidate: int) -> float:
+        """See `Worker.launch`."""
+        answer = self._ask_about_point("launch", 1, candidate=candidate)
+        return float(answer["us"])
 
-    def ask(self, op: str, work: float = 1.0, **request: Any) -> dict[str, Any]:
-        """Ask about candidates; after a death the worker is started, and layer and point are made again first.
+    def check(self, candidate: int, tolerance: float, *, briefly: bool) -> float:
+        """See `Worker.check`."""
+        answer = self._ask_about_point("check", 1, candidate=candidate, tolerance=tolerance, briefly=briefly)
+        if "wrong" in answer:
+            raise CandidateFailedError(answer["wrong"])
+        return float(answer["error"])
 
-        Args:
-            op: ``"launch"``, ``"check"`` or ``"time"``.
-            work: Candidates in the request: each has the timeout to itself.
-            **request: Its arguments.
-
-        Raises:
-            WorkerDiedError: It crashed, hung or lost the device while it answered.
-            CandidateFailedError: The candidate raised.
-            NotPreparedError: Layer and point could not be made again.
-        """
-        if self._process is None and self._point is not None:
-            self.point(*self._point)
-        return self._ask(op, self._timeout_s * work, **request)
+    def time(self, candidates: Sequence[int], routing: str, budget_s: float, rounds: int) -> list[Samples]:
+        """See `Worker.time`."""
+        answer = self._ask_about_point(
+            "time", len(candidates), candidates=list(candidates), routing=routing, budget_s=budget_s, rounds=rounds
+        )
+        return [
+            Samples(us=tuple(us)) if us else Samples(failed=f"raised {failed or 'nothing, and was not timed'}")
+            for us, failed in zip(answer["us"], answer["failed"], strict=True)
+        ]
 
     def close(self) -> None:
-        """End the worker, whatever it does."""
+        """See `Worker.close`."""
         if self._process is not None:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self._process.pid, signal.SIGKILL)
@@ -136,10 +255,16 @@ class WorkerProcess:
         try:
             self._ask(op, PREPARE_TIMEOUT_S, **request)
         except CandidateFailedError as error:
-            self.close()  # with whatever memory it holds; the next point starts from an empty device
-            raise NotPreparedError(f"out of memory: {error.cause}" if error.memory else error.cause) from error
+            self.close()  # releases whatever memory it holds; the next point starts from an empty device
+            raise NotPreparedError(error.cause) from error
         except WorkerDiedError as error:
             raise NotPreparedError(error.cause) from error
+
+    def _ask_about_point(self, op: str, count: int, **request: Any) -> dict[str, Any]:
+        """Ask about `count` candidates; after a death, layer and point are made again first."""
+        if self._process is None and self._setup is not None:
+            self.point(self._setup)
+        return self._ask(op, self._timeout_s * count, **request)
 
     def _ask(self, op: str, timeout_s: float, **request: Any) -> dict[str, Any]:
         if self._process is None:
@@ -149,23 +274,22 @@ class WorkerProcess:
             self.close()
             raise WorkerDiedError(f"lost the CUDA context: {answer['raised']}")
         if "raised" in answer:
-            raise CandidateFailedError(answer["raised"], memory=answer["memory"])
+            raise CandidateFailedError(f"{'out of memory:' if answer['memory'] else 'raised'} {answer['raised']}")
         return answer
 
     def _start(self) -> None:
         to_read, requests = os.pipe()
         answers, to_write = os.pipe()
         self._stderr = tempfile.TemporaryFile()  # noqa: SIM115 - closed with the worker
-        # A time in Triton's interpreter is no measurement of anything.
-        inherited = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-        environment = {**inherited, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+        # -P: a file of the working directory must not be imported in place of a module.
         self._process = subprocess.Popen(  # noqa: S603 - our own module under our own interpreter
-            [sys.executable, "-m", "moe_dispatch.policies.calibration.worker", str(to_read), str(to_write)],
+            [sys.executable, "-P", "-m", "moe_dispatch.policies.calibration.worker", str(to_read), str(to_write)],
+            cwd="/",
             stdin=subprocess.DEVNULL,
             stdout=self._stderr,  # libraries print; the protocol has pipes of its own
             stderr=self._stderr,
             pass_fds=(to_read, to_write),
-            env=environment,
+            env=worker_environment(),
             start_new_session=True,  # Ctrl-C is for this process to handle
         )
         os.close(to_read)
@@ -185,13 +309,17 @@ class WorkerProcess:
         except BrokenPipeError:
             raise WorkerDiedError(self._exit_reason()) from None
         begin = time.monotonic()
-        deadline = begin + timeout_s
+        limit = min(begin + timeout_s, self._deadline)
         while b"\n" not in self._buffer:
-            left = deadline - time.monotonic()
+            left = limit - time.monotonic()
             ready = select.select([self._answers], [], [], max(left, 0))[0]
             if not ready:
                 self.close()
-                raise WorkerDiedError(f"hung: no answer within {timeout_s:.0f} s")
+                if limit == self._deadline:
+                    raise BudgetSpentError(f"the budget was spent {time.monotonic() - begin:.0f} s into {op!r}")
+                # Slow and hung look alike, and on a CPU slow is likely.
+                how = "too slow" if self._device == "cpu" else "hung"
+                raise WorkerDiedError(f"{how}: no answer within {timeout_s:g} s", timed_out=True)
             chunk = os.read(self._answers, 1 << 16)
             if not chunk:
                 raise WorkerDiedError(self._exit_reason())
@@ -202,7 +330,8 @@ class WorkerProcess:
         return answer
 
     def _exit_reason(self) -> str:
-        assert self._process is not None and self._stderr is not None  # noqa: S101, PT018 - it lived
+        """How the process ended, with the last line that it printed."""
+        assert self._process is not None and self._stderr is not None  # noqa: S101, PT018 - it was started
         code = self._process.wait()
         self._stderr.seek(0, os.SEEK_END)
         self._stderr.seek(max(0, self._stderr.tell() - _TAIL_BYTES))
@@ -210,3 +339,20 @@ class WorkerProcess:
         self.close()
         how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exited with status {code}"
         return f"its worker was {how}" + (f": {lines[-1][:300]}" if lines else "")
+
+
+def worker_environment() -> dict[str, str]:
+    """The environment of a worker: this process's, with the same modules importable from any working directory."""
+    # A time in Triton's interpreter is no measurement of anything.
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    # Where this process imports from, except for the working directory as such ("", of `python -c`). This very package
+    # is added last, after the standard library, in case it came from there.
+    paths = [os.path.abspath(path) for path in sys.path if path]
+    environment["PYTHONPATH"] = os.pathsep.join(dict.fromkeys([*paths, str(Path(moe_dispatch.__file__).parents[1])]))
+    environment["PYTHONSAFEPATH"] = "1"  # the same as -P, for processes that the worker starts
+    for name in PATH_VARIABLES:
+        if value := environment.get(name):
+            environment[name] = os.path.abspath(value)
+    if (machine := environment.get("MOE_DISPATCH_MACHINE")) and Path(machine).is_file():
+        environment["MOE_DISPATCH_MACHINE"] = os.path.abspath(machine)
+    return environment

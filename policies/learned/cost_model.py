@@ -1,9 +1,10 @@
-"""What the time of a layer is made of: the terms of a cost model for waves of tiles, each for its own part of the work.
+"""The terms of a cost model for waves of tiles: each is the time of one part of a layer's work.
 
-A backend's time is their sum, each times a coefficient that is fitted to its measurements (`fit`) and says how much of
-that part it does. All are in µs at nominal rates, so that a backend at those rates that does each part once would have
-ones. So few terms, with coefficients that cannot be negative, can be carried to shapes that nobody measured: what is
-fitted is how much is read, multiplied and moved, not what happened to win.
+The predicted time of a backend is the sum of the terms, each times a coefficient that is fitted to the backend's
+measurements (see `fit`). Terms are in µs at nominal rates, so a coefficient says how often the backend does that part
+of the work; a backend that did each part once at those rates would have ones. With so few terms, and coefficients that
+cannot be negative, a fit carries over to shapes that were not measured: it learns how much is read, multiplied and
+moved, and not which backend happened to win.
 """
 
 import math
@@ -13,20 +14,21 @@ from moe_dispatch.problem import MoEProblem
 
 Term = Literal["launch", "search", "weights", "tiles", "overlap", "slots", "tokens"]
 TERMS: Final[tuple[Term, ...]] = get_args(Term)
-# Nominal bytes and operations per µs; any of the right order will do.
+# Nominal bytes and operations per µs, those of an H200; coefficients scale them.
 _BANDWIDTH: Final = 4.3e6
 _FP8_RATE: Final = 1.3e9
 _RATE: Final = 7e8
 _SEARCH_US: Final = 0.01
+_TAIL: Final = 6  # standard deviations, beyond which a normal load does not lie
 
 
 def terms(problem: MoEProblem) -> dict[Term, float]:
-    """Each part of the work, in µs.
+    """Each part of the work, in µs at nominal rates.
 
-    ``launch`` is 1; ``search`` grows with E, among which every stage looks for work; ``weights`` reads those of the
-    hit experts; ``tiles`` multiplies tiles of 64 rows, the last of each expert not full; ``overlap`` is the longer one
-    of reading weights and multiplying tiles of 128 rows, which run at once; ``slots`` and ``tokens`` move M·topk and M
-    rows of K columns.
+    ``launch`` is 1. ``search`` grows with E, the number of experts among which every stage looks for work. ``weights``
+    reads the weights of the hit experts. ``tiles`` multiplies tiles of 64 rows, the last one of each expert partly
+    empty. ``overlap`` is the longer of reading weights and multiplying tiles of 128 rows, which run at the same time.
+    ``slots`` and ``tokens`` move M·topk and M rows of K columns.
     """
     weights = problem.expected_experts * problem.expert_bytes / _BANDWIDTH
     row = problem.K * 2 / _BANDWIDTH
@@ -42,23 +44,31 @@ def terms(problem: MoEProblem) -> dict[Term, float]:
 
 
 def rows_per_expert(problem: MoEProblem) -> float:
-    """On average, of all experts."""
+    """Rows per expert, averaged over all experts."""
     return problem.slots / problem.E
 
 
 def _multiplied(problem: MoEProblem, rows: int) -> float:
-    """Time to multiply tiles of so many rows."""
+    """Time to multiply tiles of `rows` rows, in µs."""
     each = 2 * rows * problem.K * (problem.gate_up_rows + problem.N)
     return _tiles(problem, rows) * each / (_FP8_RATE if problem.dtype == "fp8" else _RATE)
 
 
 def _tiles(problem: MoEProblem, rows: int) -> float:
-    """Tiles that hold the rows of all experts under uniform routing.
+    """Expected number of tiles that hold the rows of all experts under uniform routing.
 
     An expert needs its first tile if it is hit, and one more for each multiple of `rows` that its load exceeds. Loads
-    are nearly Poisson, and where there is more than one tile nearly normal.
+    are nearly Poisson, and nearly normal where they exceed one tile.
     """
     load = rows_per_expert(problem)
-    most = math.ceil((load + 6 * math.sqrt(load)) / rows)
-    exceeding = (math.erfc((i * rows + 0.5 - load) / math.sqrt(2 * load)) / 2 for i in range(1, most + 1))
-    return problem.expected_experts + problem.E * math.fsum(exceeding)
+    deviation = math.sqrt(load)
+    if deviation > rows:
+        # The sum below, of a curve that is smooth from one tile to the next: its integral, to nine digits.
+        further = (load - 0.5) / rows - 0.5
+    else:
+        # All loads exceed the multiples up to `full`, and none those beyond `most`.
+        full = max(0, math.floor((load - _TAIL * deviation) / rows))
+        most = math.ceil((load + _TAIL * deviation) / rows)
+        scale = math.sqrt(2) * deviation
+        further = full + sum(math.erfc((i * rows + 0.5 - load) / scale) for i in range(full + 1, most + 1)) / 2
+    return problem.expected_experts + problem.E * further

@@ -1,4 +1,4 @@
-"""Fits the learned model to measurements: those of a sweep or of a calibration."""
+"""Fits the learned model to the measurements of a sweep or of a calibration."""
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -12,34 +12,36 @@ from torch import Tensor
 from moe_dispatch.errors import InvalidInputError, PolicyFileError
 from moe_dispatch.machine import Machine
 from moe_dispatch.policies.learned.cost_model import TERMS, rows_per_expert, terms
-from moe_dispatch.policies.learned.defaults import default_identity, find_backend
+from moe_dispatch.policies.learned.defaults import MachineBackends, default_identity
 from moe_dispatch.policies.learned.policy import CostModel, ModelFile
-from moe_dispatch.policies.measurements.schema import CalibrationFile
-from moe_dispatch.policies.measurements.table import Identity
+from moe_dispatch.policies.measurements.schema import CalibrationFile, Identity
+from moe_dispatch.policies.rules import FAMILIES
 from moe_dispatch.problem import DType, Mode, MoEProblem
 from moe_dispatch.system.files import locked, write_atomically
 
-# Laws of five of the seven named layers chose for the other two at least as well as the rules do; laws of four worse.
+# Cost models fitted to five of the seven named layers chose for the other two at least as well as the rules do; those
+# fitted to four layers chose worse.
 LEAST_LAYERS: Final = 5
-# A layer measured at fewer token counts does not say how its parts grow.
+# A layer measured at fewer token counts does not say how the parts of the work grow.
 LEAST_TOKENS: Final = 4
-# A relative error of so much counts half: what a default does badly on one shape must not bend the law for all others.
+# Relative error whose weight is halved: one shape that a default configuration does badly must not bend the whole fit.
 _ROBUST: Final = 0.05
-_ROUNDS: Final = 4
-# Of squared coefficients, in units of each term's greatest share: decides only between terms that no point tells apart.
+_ROUNDS: Final = 4  # of reweighting
+# Weight of squared coefficients, in units of each term's greatest share: it decides only between terms that no
+# measurement tells apart.
 _RIDGE: Final = 1e-6
-_DIGITS: Final = 4
+_DIGITS: Final = 4  # significant digits in the file
 
 
 @dataclass(frozen=True)
 class Observation:
-    """A measured time.
+    """The time of a candidate on a problem, from a calibration or from benchmark rows.
 
     Attributes:
-        problem: What ran.
+        problem: The problem.
         candidate: Backend and configuration.
         us: Geometric mean over the routing distributions, in µs.
-        once: Whether it rests on a single run, by which it was found to be far behind.
+        once: Whether it was measured by a single run, which showed that it is far behind.
     """
 
     problem: MoEProblem
@@ -49,35 +51,34 @@ class Observation:
 
 
 def observations(file: CalibrationFile) -> list[Observation]:
-    """Every scored measurement of a calibration."""
+    """Every measurement of a calibration that has a score."""
     return [
         Observation(
-            file.layers[point.layer].problem(point.M, file.machine, point.mode),
-            file.candidates[one.candidate].identity,
-            one.score,
+            measurement.layer.problem(measurement.M, file.machine, measurement.mode),
+            measurement.candidate.identity,
+            measurement.score,
         )
-        for point in file.points
-        for one in point.measurements
-        if one.score is not None
+        for measurement in file.measurements()
+        if measurement.score is not None
     ]
 
 
 def fit_model(rows: Iterable[Observation], machine: Machine) -> ModelFile:
-    """Fit a law to the default configuration of each backend.
+    """Fit a cost model to the default configuration of each backend, for each dtype and mode.
 
     Raises:
-        InvalidInputError: Of no dtype and mode enough layers were measured.
+        InvalidInputError: In no dtype and mode enough layers were measured.
     """
     kinds: dict[tuple[DType, Mode], dict[MoEProblem, dict[Identity, float]]] = {}
     for row in rows:
         kinds.setdefault((row.problem.dtype, row.problem.mode), {}).setdefault(row.problem, {})[row.candidate] = row.us
-    laws = []
+    cost_models = []
     for (dtype, mode), points in kinds.items():
         for name, times in sorted(_defaults(points, machine).items()):
             layers = _layers(times)
             if layers >= LEAST_LAYERS:
-                coefficients, error = fit_law(times)
-                laws.append(
+                coefficients, error = fit_cost_model(times)
+                cost_models.append(
                     CostModel(
                         dtype=dtype,
                         mode=mode,
@@ -89,25 +90,25 @@ def fit_model(rows: Iterable[Observation], machine: Machine) -> ModelFile:
                         coefficients=dict(zip(TERMS, map(_rounded, coefficients), strict=True)),
                     )
                 )
-    if not laws:
+    if not cost_models:
         most = max(map(_layers, kinds.values()), default=0)
         raise InvalidInputError(
             f"a fit needs {LEAST_LAYERS} layers, each at {LEAST_TOKENS} token counts, in one dtype and mode, and the "
             f"most are {most}; measure more models with `moe-dispatch calibrate` first"
         )
-    return ModelFile(fingerprint=machine.fingerprint, sms=machine.sms, laws=laws)
+    return ModelFile(fingerprint=machine.fingerprint, sms=machine.sms, cost_models=cost_models)
 
 
-def fit_law(times: Mapping[MoEProblem, float]) -> tuple[list[float], float]:
-    """Coefficients of `cost.TERMS`, and the median relative error.
+def fit_cost_model(times: Mapping[MoEProblem, float]) -> tuple[list[float], float]:
+    """Coefficients of `cost_model.TERMS`, and the median relative error.
 
-    Relative errors are what counts, weighed down where they are large (Cauchy's weights).
+    Minimises relative errors, with Cauchy weights that make large ones count less.
 
     Args:
-        times: µs of one backend.
+        times: Times of one backend in µs.
     """
     parts = torch.tensor([[terms(problem)[term] for term in TERMS] for problem in times], dtype=torch.float64)
-    shares = parts / torch.tensor(list(times.values()), dtype=torch.float64)[:, None]  # [P, T], of the time
+    shares = parts / torch.tensor(list(times.values()), dtype=torch.float64)[:, None]  # [P, T], parts of the time
     units = shares.amax(0)
     shares = shares / units
     weights = shares.new_ones(len(times))
@@ -119,10 +120,10 @@ def fit_law(times: Mapping[MoEProblem, float]) -> tuple[list[float], float]:
 
 
 def nonnegative_least_squares(a: Tensor, b: Tensor) -> Tensor:
-    """The x ≥ 0 with the least ‖a x − b‖, ``[T]``: of all sets of columns whose own solution is ≥ 0, the best.
+    """The x ≥ 0 with the least ‖a x − b‖, ``[T]``: the best solution over all sets of columns whose solution is ≥ 0.
 
     Args:
-        a: ``[P, T]``, of few columns: there are 2^T sets.
+        a: ``[P, T]`` with few columns, since there are 2^T sets.
         b: ``[P]``.
     """
     columns = torch.arange(a.shape[1])
@@ -144,7 +145,7 @@ def save_model(model: ModelFile, path: Path) -> None:
     """
     try:
         with locked(path):
-            write_atomically(path, model.model_dump_json(indent=1) + "\n")
+            write_atomically(path, model.model_dump_json(indent=1, by_alias=True) + "\n")
     except OSError as error:
         raise PolicyFileError(
             f"the model cannot be written to {path} ({error.strerror or error}); make room or make it writable, or set "
@@ -155,18 +156,20 @@ def save_model(model: ModelFile, path: Path) -> None:
 def _defaults(
     points: Mapping[MoEProblem, Mapping[Identity, float]], machine: Machine
 ) -> dict[str, dict[MoEProblem, float]]:
-    """Times of each backend's default."""
-    found: dict[str, dict[MoEProblem, float]] = {}
+    """Times of each backend's default configuration, by backend; of a family, by the member that the rules choose."""
+    defaults: dict[str, dict[MoEProblem, float]] = {}
+    backends = MachineBackends(machine)
     for problem, times in points.items():
-        for name in {backend for backend, _ in times}:
-            backend = find_backend(name, machine)
+        members = backends.family_members(problem)
+        for name in {FAMILIES.get(backend, backend) for backend, _ in times}:
+            backend = members.get(name) or backends.find(name)
             if backend is not None and (us := times.get(default_identity(backend, problem))) is not None:
-                found.setdefault(name, {})[problem] = us
-    return found
+                defaults.setdefault(name, {})[problem] = us
+    return defaults
 
 
 def _layers(problems: Iterable[MoEProblem]) -> int:
-    """How many were measured at enough token counts."""
+    """The number of layers that were measured at enough token counts."""
     return sum(count >= LEAST_TOKENS for count in Counter(problem.layer for problem in problems).values())
 
 

@@ -1,45 +1,44 @@
-"""Chooses for shapes that nobody measured, by what each backend's time is made of (see `cost`)."""
+"""Ranks backends for shapes that were not measured, by a cost model of each backend (see `cost_model`)."""
 
 from collections.abc import Mapping
-from importlib import resources
 from pathlib import Path
 from typing import Annotated, Final, Literal
 
 import pydantic
 
-from moe_dispatch.backend import Backend
 from moe_dispatch.errors import PolicyFileError, warn
 from moe_dispatch.machine import Machine
 from moe_dispatch.policies.learned.cost_model import TERMS, Term, rows_per_expert, terms
-from moe_dispatch.policies.learned.defaults import find_backend
+from moe_dispatch.policies.learned.defaults import MachineBackends
 from moe_dispatch.policies.measurements.schema import MAX_FILE_BYTES, Count, Name, Positive, Strict, damage, read_bytes
-from moe_dispatch.policies.rules import RulesPolicy
+from moe_dispatch.policies.measurements.table import rough_us
+from moe_dispatch.policies.nearest import Nearest, nearest, shipped
 from moe_dispatch.policy import Choice, Policy
 from moe_dispatch.problem import DType, Mode, MoEProblem
 from moe_dispatch.settings import cache_dir
 
 SCHEMA: Final = 3
-# A lead of less than the laws' own errors, 2 to 4 %, is none: then the rules' choice stands. So it does where it has no
-# law to compare with.
+# A lead below the cost models' own errors of 2 to 4 % does not count, and the rules' choice stands. So it does where it
+# has no cost model to compare with.
 CLOSE: Final = 0.03
-# A calibration does not start what is far behind, so that it has no times. With so many times more rows per expert than
-# a backend was measured with, its law is not believed.
+# A backend that is far behind is not measured further, so its cost model does not know where it is slow. The model is
+# not used beyond this factor of the rows per expert that it was fitted to.
 BEYOND: Final = 2.0
 NotNegative = Annotated[float, pydantic.Field(ge=0, allow_inf_nan=False)]
 
 
 class CostModel(Strict):
-    """What a backend's time is made of, in its default configuration, for one dtype and mode.
+    """The cost model of a backend in its default configuration, for one dtype and mode.
 
     Attributes:
-        dtype: Of the weights.
-        mode: Eager, or in a CUDA graph.
-        backend: Registered name.
-        layers: How many were measured.
-        points: Measurements, each of a layer at a token count.
-        most_rows: Rows per expert at most, of those.
-        error: Median relative error at those.
-        coefficients: How often it does each part of the work that `cost.terms` describes.
+        dtype: Dtype of the weights.
+        mode: Eager calls, or replays of a CUDA graph.
+        backend: Registered name; of a family (`rules.FAMILIES`) the name of the family.
+        layers: Number of layers that it is fitted to.
+        points: Number of measurements that it is fitted to, each of a layer at a token count.
+        most_rows: Largest number of rows per expert among them.
+        error: Median relative error at them.
+        coefficients: How often the backend does each part of the work that `cost_model.terms` describes.
     """
 
     dtype: DType
@@ -53,27 +52,36 @@ class CostModel(Strict):
 
     @pydantic.field_validator("coefficients")
     @classmethod
-    def _complete(cls, given: dict[Term, float]) -> dict[Term, float]:
-        if missing := [term for term in TERMS if term not in given]:
+    def _complete(cls, coefficients: dict[Term, float]) -> dict[Term, float]:
+        if missing := [term for term in TERMS if term not in coefficients]:
             raise ValueError(f"no coefficient for {', '.join(missing)}")
-        return given
+        return coefficients
 
     def us(self, parts: Mapping[Term, float]) -> float:
-        """Time of what has these terms."""
+        """Predicted time, in µs, of a problem with these terms."""
         return sum(self.coefficients[term] * part for term, part in parts.items())
 
 
 class ModelFile(Strict):
-    """A machine's learned model."""
+    """A machine's learned model.
+
+    Attributes:
+        schema_version: Version of this format.
+        fingerprint: Fingerprint of the machine that it was fitted for.
+        sms: Streaming multiprocessors of that machine.
+        cost_models: One for each backend, dtype and mode; ``laws`` in the file.
+    """
+
+    model_config = pydantic.ConfigDict(populate_by_name=True)
 
     schema_version: Literal[3] = SCHEMA
     fingerprint: Annotated[str, pydantic.Field(max_length=200)]
     sms: Annotated[int, pydantic.Field(ge=1)]
-    laws: list[CostModel] = pydantic.Field(min_length=1, max_length=1000)
+    cost_models: list[CostModel] = pydantic.Field(alias="laws", min_length=1, max_length=1000)
 
 
 def model_path(machine: Machine, directory: Path | None = None) -> Path:
-    """Where a machine's model lies."""
+    """The path of a machine's model file."""
     return (directory or cache_dir()) / "learned" / f"{machine.fingerprint}.json"
 
 
@@ -89,8 +97,24 @@ def parse_model(content: bytes, origin: str) -> ModelFile:
         raise PolicyFileError(f"{origin} {damage(error, SCHEMA)}; delete it, or `moe-dispatch fit` again") from error
 
 
+def read_shipped_model(source: Nearest) -> ModelFile:
+    """The model that ships for a device.
+
+    Raises:
+        PolicyFileError: It cannot be read, is damaged or of another schema.
+    """
+    path = shipped(source.slug, ".model.json")
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise PolicyFileError(f"{path} cannot be read: {error.strerror}; install the package again") from error
+    if len(content) > MAX_FILE_BYTES:
+        raise PolicyFileError(f"{path} has more than {MAX_FILE_BYTES:,} bytes; install the package again")
+    return parse_model(content, str(path))
+
+
 def read_model(machine: Machine) -> ModelFile | None:
-    """The machine's own model, else the one that ships for its device, else None.
+    """The machine's own model; None if it has none.
 
     Raises:
         PolicyFileError: It is damaged, of another schema, or of another machine.
@@ -99,16 +123,7 @@ def read_model(machine: Machine) -> ModelFile | None:
     try:
         file = parse_model(read_bytes(path), str(path))
     except FileNotFoundError:
-        table = resources.files("moe_dispatch.policies") / "tables" / f"{machine.slug}.model.json"
-        if not table.is_file():
-            return None
-        content = table.read_bytes()
-        if len(content) > MAX_FILE_BYTES:
-            raise PolicyFileError(
-                f"{table} is larger than {MAX_FILE_BYTES:,} bytes; install the package again"
-            ) from None
-        file = parse_model(content, str(table))
-        return file if file.sms == machine.sms else None
+        return None
     if file.fingerprint != machine.fingerprint:
         raise PolicyFileError(
             f"{path} was fitted for {file.fingerprint} and this is {machine.fingerprint}; `moe-dispatch fit` here"
@@ -120,8 +135,8 @@ class LearnedPolicy(Policy):
     """Ranks by predicted time.
 
     Args:
-        machine: Where.
-        model: In place of the file's.
+        machine: The machine to rank for.
+        model: Model to use in place of the machine's file.
     """
 
     name = "learned"
@@ -129,52 +144,61 @@ class LearnedPolicy(Policy):
     def __init__(self, machine: Machine, model: ModelFile | None = None) -> None:
         super().__init__(machine)
         self._notes: list[str] = []
+        self._source: Nearest | None = None
         if model is None:
             try:
-                model = read_model(machine)
+                model = read_model(machine) or self._read_shipped()
             except PolicyFileError as error:
                 self._notes.append(f"refused, so the next policy decides: {error}")
                 warn(f"policy {self.name!r}: {error}")
-        self._rules = RulesPolicy(machine)
-        self._laws: dict[tuple[DType, Mode], list[tuple[CostModel, Backend]]] = {}
-        for law in model.laws if model else ():
-            if (backend := find_backend(law.backend, machine)) is not None:
-                self._laws.setdefault((law.dtype, law.mode), []).append((law, backend))
+        self._backends = MachineBackends(machine)
+        self._cost_models: dict[tuple[DType, Mode], dict[str, CostModel]] = {}
+        for cost_model in model.cost_models if model else ():
+            self._cost_models.setdefault((cost_model.dtype, cost_model.mode), {})[cost_model.backend] = cost_model
 
     def rank(self, problem: MoEProblem) -> tuple[Choice, ...]:
         """See `Policy.rank`."""
-        laws = self._laws.get((problem.dtype, problem.mode))
-        if laws is None or problem.needs_grad or problem.M < 1:
+        cost_models = self._cost_models.get((problem.dtype, problem.mode))
+        if cost_models is None or problem.needs_grad or problem.M < 1:
+            return ()
+        rows = rows_per_expert(problem)
+        applicable = {name: model for name, model in cost_models.items() if rows <= BEYOND * model.most_rows}
+        members = self._backends.family_members(problem, applicable)
+        first = next(iter(members), "")  # family of the rules' choice
+        if first not in applicable:
             return ()
         parts = terms(problem)
-        choices = {law.backend: _choice(law, parts) for law, backend in laws if _speaks(law, backend, problem)}
+        # One factor for all: the fit does not tell reading and multiplying apart well enough to scale each by its rate.
+        slowdown = self._source.slowdown(problem) if self._source else 1.0
+        choices = {
+            name: _choice(cost_model, backend.name, slowdown * cost_model.us(parts))
+            for name, cost_model in applicable.items()
+            if (backend := members.get(name) or self._backends.without_library(name, problem))
+        }
         ranked = sorted(choices.values(), key=lambda choice: choice.us or 0.0)
-        stands = choices.get(self._favourite(problem))
-        if stands is None:
-            return ()
-        if (stands.us or 0.0) <= (ranked[0].us or 0.0) * (1 + CLOSE):
-            ranked.remove(stands)
-            ranked.insert(0, stands)
+        by_rules = choices[first]
+        if (by_rules.us or 0.0) <= (ranked[0].us or 0.0) * (1 + CLOSE):
+            ranked.remove(by_rules)
+            ranked.insert(0, by_rules)
         return tuple(ranked)
 
     def notes(self) -> tuple[str, ...]:
-        """A refused file."""
+        """The reason for which the file is refused, or the device whose model serves this one."""
         return tuple(self._notes)
 
-    def _favourite(self, problem: MoEProblem) -> str:
-        """The first of the rules that is there and can."""
-        for choice in self._rules.rank(problem):
-            backend = find_backend(choice.backend, self.machine)
-            if backend and not backend.unavailable_reasons() and not backend.unsupported_reasons(problem):
-                return choice.backend
-        return ""
+    def _read_shipped(self) -> ModelFile | None:
+        """The model that ships for this device or the nearest one."""
+        self._source = nearest(self.machine, ".model.json")
+        if self._source is None:
+            return None
+        model = read_shipped_model(self._source)
+        if self._source.slug != self.machine.slug:
+            self._notes.append(self._source.note("learned model"))
+        elif model.sms != self.machine.sms:
+            return None  # of another device under the same name
+        return model
 
 
-def _speaks(law: CostModel, backend: Backend, problem: MoEProblem) -> bool:
-    """Whether a backend's law says anything of a problem."""
-    return rows_per_expert(problem) <= BEYOND * law.most_rows and not backend.unsupported_reasons(problem)
-
-
-def _choice(law: CostModel, parts: Mapping[Term, float]) -> Choice:
-    us = law.us(parts)
-    return Choice(law.backend, f"about {us:.3g} µs by its law, from {law.layers} layers ({law.mode})", None, us)
+def _choice(cost_model: CostModel, backend: str, us: float) -> Choice:
+    reason = f"about {rough_us(us)} µs by a cost model fitted to {cost_model.layers} layers ({cost_model.mode})"
+    return Choice(backend, reason, None, us)

@@ -1,11 +1,11 @@
-"""What a calibration looks like on disk, and how one that cannot be trusted is refused.
+"""The file format of a calibration, and the checks by which a damaged file is refused.
 
-One file per machine fingerprint, and the same format for the tables that are shipped. Numbers only, names only: nothing
-in it is ever imported or executed, backends are looked up among the registered ones.
+There is one file per machine fingerprint, and the shipped tables have the same format. A file holds numbers and names
+only: nothing in it is ever imported or executed, and backends are looked up by name among the registered ones.
 """
 
-import os
-import stat
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Final, Literal, Self
 
@@ -14,9 +14,10 @@ import pydantic
 from moe_dispatch.errors import InvalidInputError, PolicyFileError
 from moe_dispatch.machine import Machine
 from moe_dispatch.problem import Activation, DType, Mode, MoEProblem
+from moe_dispatch.system import files
 
 SCHEMA: Final = 1
-MAX_FILE_BYTES: Final = 32 << 20  # a full calibration of every named workload takes about one
+MAX_FILE_BYTES: Final = 32 << 20  # a full calibration of every named workload takes about 1 MiB
 MAX_TEXT: Final = 1000
 
 Name = Annotated[str, pydantic.Field(min_length=1, max_length=80, pattern=r"^[A-Za-z0-9_.\-]+$")]
@@ -27,16 +28,18 @@ Index = Annotated[int, pydantic.Field(ge=0)]
 Config = dict[Name, int | bool | Annotated[str, pydantic.Field(max_length=80)]]
 Quartiles = tuple[Positive, Positive, Positive]
 LayerKey = tuple[int, int, int, int, str, str, str, bool, bool]
+PointKey = tuple[LayerKey, int, Mode]
+Identity = tuple[str, tuple[tuple[str, int | str | bool], ...]]  # of a candidate: backend and sorted configuration
 
 
 class Strict(pydantic.BaseModel):
-    """Base of everything on disk: immutable, no unknown fields, no coercion of one type into another."""
+    """Base class of everything on disk: immutable, without unknown fields, without coercion between types."""
 
     model_config = pydantic.ConfigDict(frozen=True, extra="forbid", strict=True)
 
 
-class Layer(Strict):
-    """An MoE layer as `MoEProblem.layer` names it; the device belongs to the file."""
+class LayerShape(Strict):
+    """The fields of a problem that are fixed per MoE layer (see `MoEProblem.layer`); the file names the device."""
 
     K: Count
     N: Count
@@ -69,21 +72,21 @@ class Layer(Strict):
         return text + " bias" * self.bias + " interleaved" * self.interleaved
 
 
-def layer_key(of: Layer | MoEProblem) -> LayerKey:
-    """What a calibration is looked up by."""
+def layer_key(of: LayerShape | MoEProblem) -> LayerKey:
+    """The key under which measurements of a layer are looked up."""
     return of.K, of.N, of.E, of.topk, of.dtype, of.act_dtype, of.activation, of.bias, of.interleaved
 
 
 class Candidate(Strict):
-    """A backend and configuration, under the versions that it was measured with.
+    """A backend in one configuration, with the versions that it was measured with.
 
     Attributes:
         backend: Registered name.
-        config: Its configuration; empty for the default of a backend without any.
-        versions: What the measurement depends on; another value of any retires it.
-        measured: UTC, ISO 8601.
+        config: The configuration as JSON data; empty for a backend without options.
+        versions: Versions that the measurement depends on; a change of any of them retires it.
+        measured: Time of the measurement, UTC, ISO 8601.
         package: Version of moe_dispatch.
-        commit: Of the checkout that measured; empty for an installed package.
+        commit: Commit of the checkout that measured; empty for an installed package.
     """
 
     backend: Name
@@ -94,23 +97,56 @@ class Candidate(Strict):
     commit: Text = ""
 
     @property
-    def identity(self) -> tuple[str, tuple[tuple[str, int | str | bool], ...]]:
+    def identity(self) -> Identity:
         """Backend and configuration, hashable."""
         return self.backend, tuple(sorted(self.config.items()))
 
 
-class Measurement(Strict):
-    """One candidate at one point.
+@dataclass(frozen=True)
+class Measurement:
+    """One candidate, measured on one layer at one token count in one mode.
+
+    Attributes:
+        layer: The layer.
+        M: Tokens.
+        mode: Eager calls or replays of a CUDA graph.
+        candidate: Backend and configuration.
+        us: Per routing distribution: lower quartile, median and upper quartile, in µs.
+        score: Geometric mean of the medians over the distributions, in µs. A candidate that was eliminated before the
+            final has its ratio to the later winner in its last round times the winner's score, and at least the
+            winner's score plus noise. None if it was disqualified.
+        error: ‖out − ref‖ / ‖ref‖ against the fp32 reference, the worst over the distributions; None for a candidate
+            that was eliminated before its check.
+        disqualified: Why it may not win: wrong, unstable, crashed, hung or out of memory. None if it has a score.
+        incumbent: Whether it won here in the calibration before, and so wins again within noise.
+    """
+
+    layer: LayerShape
+    M: int
+    mode: Mode
+    candidate: Candidate
+    us: Mapping[str, Quartiles] = field(default_factory=dict)
+    score: float | None = None
+    error: float | None = None
+    disqualified: str | None = None
+    incumbent: bool = False
+
+    @property
+    def point(self) -> PointKey:
+        """Layer, token count and mode, hashable."""
+        return self.layer.key, self.M, self.mode
+
+
+class StoredMeasurement(Strict):
+    """A `Measurement` as the file has it: layer, token count, mode and candidate are stored once and referred to.
 
     Attributes:
         candidate: Index into `CalibrationFile.candidates`.
-        us: Per routing distribution: lower quartile, median and upper quartile in µs.
-        score: Geometric mean of the medians over the distributions, in µs; of a candidate that left the race early,
-            its ratio to the later winner in its last round times the winner's score, and beyond noise of that.
-        error: ‖out − ref‖ / ‖ref‖ against the fp32 reference, the worst over the distributions; None for one that left
-            before it was checked.
-        disqualified: Why it may not win: wrong, unstable, crashed, hung, out of memory. Then there is no score.
-        incumbent: Whether it won here in the calibration before, and so wins again within noise.
+        us: See `Measurement`, as for all that follow.
+        score: Microseconds.
+        error: Relative error.
+        disqualified: Reason.
+        incumbent: Whether it won in the calibration before.
     """
 
     candidate: Index
@@ -126,6 +162,18 @@ class Measurement(Strict):
             raise ValueError("a measurement has either a score or the reason of its disqualification")
         return self
 
+    @classmethod
+    def of(cls, measurement: Measurement, candidate: int) -> Self:
+        """The stored form of a measurement, whose candidate has this index."""
+        return cls(
+            candidate=candidate,
+            us=dict(measurement.us),
+            score=measurement.score,
+            error=measurement.error,
+            disqualified=measurement.disqualified,
+            incumbent=measurement.incumbent,
+        )
+
 
 class Point(Strict):
     """Everything measured for one layer, token count and mode."""
@@ -133,15 +181,15 @@ class Point(Strict):
     layer: Index
     M: Count
     mode: Mode
-    measurements: list[Measurement] = pydantic.Field(max_length=10_000)
+    measurements: list[StoredMeasurement] = pydantic.Field(max_length=10_000)
 
 
 class CalibrationFile(Strict):
     """A machine's measurements.
 
     Attributes:
-        schema_version: Of this format.
-        machine: That was measured.
+        schema_version: Version of this format.
+        machine: The machine that was measured.
         layers: Layers, referred to by index.
         candidates: Backends and configurations, referred to by index.
         points: The measurements.
@@ -149,7 +197,7 @@ class CalibrationFile(Strict):
 
     schema_version: Literal[1] = SCHEMA
     machine: Annotated[Machine, pydantic.Strict(strict=False)]
-    layers: list[Layer] = pydantic.Field(default_factory=list, max_length=10_000)
+    layers: list[LayerShape] = pydantic.Field(default_factory=list, max_length=10_000)
     candidates: list[Candidate] = pydantic.Field(default_factory=list, max_length=100_000)
     points: list[Point] = pydantic.Field(default_factory=list, max_length=100_000)
 
@@ -166,30 +214,38 @@ class CalibrationFile(Strict):
                     )
         return self
 
+    def measurements(self) -> Iterator[Measurement]:
+        """Every measurement with its layer and candidate in place of their indices."""
+        for point in self.points:
+            for stored in point.measurements:
+                yield Measurement(
+                    self.layers[point.layer],
+                    point.M,
+                    point.mode,
+                    self.candidates[stored.candidate],
+                    us=stored.us,
+                    score=stored.score,
+                    error=stored.error,
+                    disqualified=stored.disqualified,
+                    incumbent=stored.incumbent,
+                )
+
 
 def read_bytes(path: Path) -> bytes:
     """The content of a policy file.
 
     Raises:
-        FileNotFoundError: There is none.
+        FileNotFoundError: There is no such file.
         PolicyFileError: It is not a regular file, too large, or not readable.
     """
     try:
-        # Without blocking: a FIFO in the place of the file must not hang the first call of a server.
-        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        return files.read_bytes(path, limit=MAX_FILE_BYTES)
     except FileNotFoundError:
         raise
+    except files.UnusableFileError as error:
+        raise PolicyFileError(f"{path} cannot be used: {error.strerror}; delete it") from error
     except OSError as error:
         raise PolicyFileError(f"{path} cannot be read: {error.strerror}; make it readable or delete it") from error
-    with os.fdopen(handle, "rb") as file:
-        status = os.fstat(file.fileno())
-        if not stat.S_ISREG(status.st_mode):
-            raise PolicyFileError(f"{path} is not a regular file; delete it")
-        if status.st_size > MAX_FILE_BYTES:
-            raise PolicyFileError(
-                f"{path} has {status.st_size:,} bytes and at most {MAX_FILE_BYTES:,} are read; delete it and calibrate"
-            )
-        return file.read(MAX_FILE_BYTES + 1)
 
 
 def parse_calibration(content: bytes, origin: str) -> CalibrationFile:
@@ -210,7 +266,7 @@ def read_calibration(path: Path, machine: Machine) -> CalibrationFile:
     """Read a machine's calibration.
 
     Raises:
-        FileNotFoundError: There is none.
+        FileNotFoundError: There is no calibration.
         PolicyFileError: It is damaged, of another schema, or of another machine.
     """
     file = parse_calibration(read_bytes(path), str(path))
@@ -223,10 +279,10 @@ def read_calibration(path: Path, machine: Machine) -> CalibrationFile:
 
 
 def damage(error: pydantic.ValidationError, schema: int) -> str:
-    """The first thing wrong with a file, for a person."""
+    """A sentence about the first thing that is wrong with a file."""
     first = error.errors(include_url=False, include_input=True)[0]
     where = ".".join(map(str, first["loc"]))
     if where == "schema_version":
-        given = str(first["input"])[:40]
-        return f"has schema version {given} and this version of moe_dispatch reads {schema}"
+        version = str(first["input"])[:40]
+        return f"has schema version {version} and this version of moe_dispatch reads {schema}"
     return f"is damaged: {where + ': ' if where else ''}{first['msg'][:300]}"

@@ -1,7 +1,7 @@
-"""Measured candidates as curves over M: looked up where M was measured, interpolated between.
+"""Measured times of candidates as curves over M: looked up where M was measured, interpolated between.
 
-Time is taken as a power of M between two measured token counts (linear in log M and log time), which a layer bound by
-bandwidth and one bound by arithmetic both are.
+Between two measured token counts time is taken as a power of M, that is linear in log M and log time. This holds for
+layers bound by bandwidth and for layers bound by arithmetic.
 """
 
 import bisect
@@ -10,22 +10,21 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from moe_dispatch.policies.measurements.schema import CalibrationFile, LayerKey
+from moe_dispatch.policies.measurements.schema import CalibrationFile, Identity, LayerKey
 from moe_dispatch.policy import Choice
 from moe_dispatch.problem import Mode
 
-# Times closer than this are one time: quartiles of repeated runs differ by as much.
+# Relative difference below which two times count as equal: quartiles of repeated runs differ by as much.
 NOISE: Final = 0.0125
-# So far behind the fastest, the winner of the calibration before stays: it may have won at NOISE, and noise adds to it.
+# The incumbent keeps winning up to this far behind the fastest: it may have won at NOISE, and this run's noise adds.
 STAYS: Final = 0.018
-# How far a measured token count speaks for others: as it is, and in proportion to the tokens.
+# Extrapolation limits, as factors of M: below the smallest measured M down to 1/NEAR of it, with its time unchanged;
+# above the largest up to FAR times it, with time in proportion to the tokens.
 NEAR: Final = 4
 FAR: Final = 64
-# Between two measured token counts further apart than this, times bend too much to be interpolated: on an H200 the
-# choices between M=1 and M=16384 of a layer lost up to 12 % to the rules'.
+# Above this ratio of two neighbouring measured token counts nothing is interpolated, because times bend too much: on an
+# H200 the choices between M=1 and M=16384 of a layer were up to 12 % slower than those of the rules.
 APART: Final = 16
-
-Identity = tuple[str, tuple[tuple[str, int | str | bool], ...]]
 
 
 @dataclass(frozen=True)
@@ -43,10 +42,10 @@ class Curve:
     us: tuple[float, ...]
 
     def at(self, M: int) -> float:
-        """Time in µs, interpolated; beyond the ends see `LayerTable.rank`."""
+        """Time in µs at M tokens, interpolated; `LayerTable.rank` limits how far M may be beyond the ends."""
         i = bisect.bisect_left(self.tokens, M)
         if i == len(self.tokens):
-            # Above the measured, time grows with the tokens at most; near the end less is known than that.
+            # Time grows at most in proportion to the tokens, so this is an upper bound.
             return self.us[-1] * M / self.tokens[-1]
         if self.tokens[i] == M or i == 0:
             return self.us[i]
@@ -61,6 +60,11 @@ class LayerTable:
     Args:
         scores: Token count -> candidate -> time in µs; None for a candidate that was disqualified there.
         incumbents: Token count -> winner of the calibration before.
+
+    Attributes:
+        scores: As given, without token counts at which every candidate was disqualified, in ascending order.
+        tokens: Measured token counts, ascending.
+        winners: Token count -> winner there (see `stable_winners`).
     """
 
     def __init__(
@@ -72,7 +76,7 @@ class LayerTable:
         self.winners = stable_winners(self.scores, incumbents)
 
     def rank(self, M: int) -> tuple[tuple[Identity, float], ...]:
-        """Each backend's best configuration with its time, the fastest first; empty where nothing speaks for M."""
+        """Each backend's best configuration with its time in µs, the fastest first; empty if M is out of range."""
         if not self.tokens or not self.tokens[0] / NEAR <= M <= self.tokens[-1] * FAR:
             return ()
         i = bisect.bisect_left(self.tokens, M)
@@ -81,7 +85,7 @@ class LayerTable:
             return ()
         barred = {identity for near in around for identity, us in self.scores[near].items() if us is None}
         measured = around == (M,)
-        # Who left the race at a neighbour was behind there; what it took further away says nothing of here.
+        # A candidate that was eliminated at a neighbour was behind there; its times further away say nothing about M.
         timed = [
             (curve.identity, curve.at(M))
             for curve in self._curves
@@ -90,7 +94,7 @@ class LayerTable:
         if not timed:
             return ()
         won = {self.winners[near] for near in around}
-        # Where M was measured that is decided; between, what won at a neighbour stays within noise of the fastest.
+        # At a measured M the winner is decided; between two, a neighbour's winner comes first within noise of the best.
         limit = math.inf if measured else min(us for _, us in timed) * (1 + NOISE)
         timed.sort(key=lambda pair: (not (pair[0] in won and pair[1] <= limit), pair[1]))
         best: dict[str, tuple[Identity, float]] = {}
@@ -99,7 +103,7 @@ class LayerTable:
         return tuple(best.values())
 
     def choices(self, M: int, mode: str) -> tuple[Choice, ...]:
-        """The ranking with its reasons."""
+        """The ranking as choices with their reasons; `mode` is the part of the reason that names the mode."""
         ranked = self.rank(M)
         where = self._where(M, mode)
         return tuple(
@@ -122,52 +126,58 @@ class LayerTable:
 def stable_winners(
     scores: Mapping[int, Mapping[Identity, float | None]], incumbents: Mapping[int, Identity] | None = None
 ) -> dict[int, Identity]:
-    """The winner at each token count: of those within noise of the fastest, whoever is at many other token counts too.
+    """The winner at each token count: of the candidates within noise of the fastest, one that is so at many others too.
 
-    Where the incumbent is still near, it stays. Of the others, the candidate that is within noise at most token counts,
-    and by most, wins them all, then the one of most in what is left, and so on: few different ones, and what noise does
-    at one token count is outvoted by the others, so that two calibrations agree. Each vote is worth what it lacks to
-    noise: were all equal, one at the border of noise would decide for all of them.
+    An incumbent that is still near the fastest stays. At the other token counts each candidate within noise of the
+    fastest has a vote, worth its distance to the noise limit (with equal votes, a candidate at the limit could decide).
+    The candidate with the largest sum of votes wins all its token counts, then the one with the largest sum at those
+    that are left, and so on. So few different candidates win, and noise at one token count is outvoted by the others,
+    which makes two calibrations agree.
     """
-    found: dict[int, Identity] = {}
+    winners: dict[int, Identity] = {}
     near: dict[int, dict[Identity, float]] = {}
     for M, at in scores.items():
         timed = {identity: us for identity, us in at.items() if us is not None}
         fastest = min(timed.values())
         incumbent = (incumbents or {}).get(M)
         if incumbent in timed and timed[incumbent] <= fastest * (1 + STAYS):
-            found[M] = incumbent
+            winners[M] = incumbent
         else:
-            near[M] = {one: us / fastest - 1 for one, us in timed.items() if us <= fastest * (1 + NOISE)}
+            near[M] = {identity: us / fastest - 1 for identity, us in timed.items() if us <= fastest * (1 + NOISE)}
     while near:
         votes: dict[Identity, list[float]] = {}
         for at in near.values():
             for identity, lag in at.items():
                 votes.setdefault(identity, []).append(NOISE - lag)
-        most = max(votes, key=lambda one: math.fsum(votes[one]))
-        found |= {M: most for M, at in near.items() if most in at}
+        most = max(votes, key=lambda identity: math.fsum(votes[identity]))
+        winners |= {M: most for M, at in near.items() if most in at}
         near = {M: at for M, at in near.items() if most not in at}
-    return {M: found[M] for M in scores}
+    return {M: winners[M] for M in scores}
 
 
 def tables(file: CalibrationFile) -> dict[tuple[LayerKey, Mode], LayerTable]:
-    """Every layer and mode of a file, whether its candidates can still run or not."""
+    """The tables of a file by layer and mode; its candidates are not asked whether they can still run."""
     scores: dict[tuple[LayerKey, Mode], dict[int, dict[Identity, float | None]]] = {}
     incumbents: dict[tuple[LayerKey, Mode], dict[int, Identity]] = {}
     for point in file.points:
         key = file.layers[point.layer].key, point.mode
         at = scores.setdefault(key, {}).setdefault(point.M, {})
-        for one in point.measurements:
-            identity = file.candidates[one.candidate].identity
-            at[identity] = one.score
-            if one.incumbent:
+        for stored in point.measurements:
+            identity = file.candidates[stored.candidate].identity
+            at[identity] = stored.score
+            if stored.incumbent:
                 incumbents.setdefault(key, {})[point.M] = identity
     return {key: LayerTable(by_tokens, incumbents.get(key)) for key, by_tokens in scores.items()}
 
 
 def geometric_mean(values: Sequence[float]) -> float:
-    """Of positive values."""
+    """The geometric mean of positive values."""
     return math.exp(math.fsum(map(math.log, values)) / len(values))
+
+
+def rough_us(us: float) -> str:
+    """An estimated time in µs: three significant digits, without an exponent."""
+    return f"{us:.3g}" if us < 1000 else f"{us:.0f}"
 
 
 def curves(scores: Mapping[int, Mapping[Identity, float | None]]) -> Iterable[Curve]:

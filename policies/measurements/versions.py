@@ -6,13 +6,13 @@ from moe_dispatch.backend import Backend
 
 
 def relevant_versions(backend: Backend) -> dict[str, str]:
-    """What a measurement of `backend` on its machine depends on: driver, CUDA, torch, and the backend's own."""
+    """Versions that a measurement of `backend` depends on: driver, CUDA and torch of its machine, and its own."""
     machine = backend.machine
     return {"driver": machine.driver, "cuda": machine.cuda, "torch": machine.torch, **backend.measured_versions()}
 
 
 def changes(then: Mapping[str, str], now: Mapping[str, str]) -> tuple[str, ...]:
-    """Each version that differs: ``"torch 2.11.0 -> 2.13.0"``; empty if a measurement still holds."""
+    """Each version that differs, as ``"torch 2.11.0 -> 2.13.0"``; empty if the measurement still holds."""
     names = [*then, *(name for name in now if name not in then)]
     return tuple(
         f"{name} {then.get(name) or 'none'} -> {now.get(name) or 'none'}"

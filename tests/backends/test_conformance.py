@@ -29,7 +29,10 @@ from moe_dispatch.testing import (
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ON_GPU = pytest.mark.gpu if DEVICE == "cuda" else pytest.mark.filterwarnings("default")
-BUILT_IN = ("reference", "torch_grouped", "triton_persistent", "triton_splitk", "vllm_fused_moe", "deep_gemm")
+BUILT_IN = (
+    "reference", "torch_grouped", "triton_persistent", "gluon_hopper", "triton_splitk", "triton_vector",
+    "vllm_fused_moe", "deep_gemm",
+)  # fmt: skip
 
 
 def eligible(name: str, case: Case, precision: Precision, **changes: object) -> tuple[Backend, MoEProblem]:

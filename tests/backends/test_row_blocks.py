@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from moe_dispatch.backends.gluon_hopper import products as hopper
+from moe_dispatch.backends.gluon_hopper.row_blocks import row_blocks
+from moe_dispatch.backends.gluon_hopper.windows import rows_after_window, window_descriptor
 from moe_dispatch.backends.stages.route import route_torch
 
 pytest.importorskip("triton")
@@ -35,22 +36,22 @@ def _any_device(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_every_row_is_in_one_block_and_few_left_over_rows_join_others(fp8: bool, heights: dict[int, list[int]]) -> None:
     ids = torch.repeat_interleave(torch.arange(len(COUNTS)), torch.tensor(COUNTS))[:, None].to(DEVICE)
     routing = route_torch(ids, len(COUNTS))
-    blocks, counts = hopper._row_blocks(routing, 3, fp8=fp8)
+    blocks, counts = row_blocks(routing, 3, fp8=fp8)
     listed = blocks[: counts[0], :3].tolist()
     assert counts[1:].tolist() == [0, 0]
     for e, count in enumerate(COUNTS):
         mine = [(row, end) for expert, row, end in listed if expert == e]
         rows = [row for start, end in mine for row in range(start, end)]
         assert rows == list(range(int(routing.starts[e]), int(routing.ends[e]))), count
-        found = [end - row for row, end in mine]
-        assert found == heights.get(count, found)
-        assert all(0 < height <= (144 if fp8 else 160) for height in found)
+        cut = [end - row for row, end in mine]
+        assert cut == heights.get(count, cut)
+        assert all(0 < height <= (144 if fp8 else 160) for height in cut)
 
 
 def test_a_group_is_of_one_expert_and_no_group_is_larger_than_asked() -> None:
     loads = [128 * 7, 0, 128, 128 * 4 + 16, 128 * 3]
     ids = torch.repeat_interleave(torch.arange(len(loads)), torch.tensor(loads))[:, None].to(DEVICE)
-    blocks, counts = hopper._row_blocks(route_torch(ids, len(loads)), 3, fp8=False)
+    blocks, counts = row_blocks(route_torch(ids, len(loads)), 3, fp8=False)
     groups: dict[int, list[int]] = {}
     for place, (expert, _, _, first, size) in enumerate(blocks[: counts[0]].tolist()):
         assert first <= place < first + size
@@ -63,11 +64,11 @@ def test_a_group_is_of_one_expert_and_no_group_is_larger_than_asked() -> None:
 @pytest.mark.parametrize(("row", "end"), [(0, 1), (0, 40), (0, 64), (30, 39), (36, 100), (84, 100), (99, 100)])
 @pytest.mark.parametrize("height", [16, 32, 64])
 def test_a_window_of_rows_ends_where_an_expert_does(height: int, row: int, end: int) -> None:
-    rows = hopper._rows_after_window(torch.empty(0).bfloat16(), 100, 128)
+    rows = rows_after_window(torch.empty(0).bfloat16(), 100, 128)
     rows[:] = torch.arange(100)[:, None]
-    descriptor = hopper._windows(rows, height)
+    descriptor = window_descriptor(rows, height)
     assert list(descriptor.block_shape) == [1, height, 64]
-    # What `_load_rows` has TMA read: what is out of bounds is zero.
+    # What `_load_rows` has TMA read; out of bounds it fills in zeros.
     window = min(row + 64, end)
     seen = descriptor.base[window, row + 64 - window :][:height]
     assert torch.equal(seen, rows[row : min(row + height, end)])

@@ -12,7 +12,6 @@ from moe_dispatch.backends.reference import ReferenceBackend, ReferenceConfig
 from moe_dispatch.backends.triton_common.features import features, interpreting
 from moe_dispatch.backends.triton_persistent.backend import TritonPersistentBackend
 from moe_dispatch.backends.triton_persistent.config import TritonPersistentConfig, persistent_configs, tma_fits
-from moe_dispatch.experts import ExpertWeights
 from moe_dispatch.machine import Machine
 from moe_dispatch.problem import DType
 from moe_dispatch.workloads import ROUTINGS, WORKLOADS, make_experts, torch_dtype
@@ -41,7 +40,6 @@ BOTH: tuple[DType, ...] = ("fp16", "fp8")
 CASES = (
     # How tiles are walked and shaped.
     Case("row major", M=40, config=SMALL | {"order": "row_major"}),
-    Case("column major", M=40, config=SMALL | {"order": "column_major"}),
     Case("groups shorter than an expert", M=90, E=2, config=SMALL | {"group_m": 2}),
     Case("one loop over tiles and depth", M=45, config=SMALL | {"flatten_steps": 8}),
     Case("more than one program a multiprocessor", M=20, config=SMALL | {"ctas_per_sm": 2}),
@@ -125,6 +123,23 @@ def _machine(capability: tuple[int, int], shared_memory: int, sms: int = 108) ->
         device="cuda", name="described", capability=capability, sms=sms, memory_bytes=40 << 30,
         shared_memory_per_block=shared_memory, torch="2.11", triton="3.6",
     )  # fmt: skip
+
+
+@pytest.mark.parametrize(("capability", "shared_memory"), [((8, 0), 16384), ((9, 0), 49152)], ids=str)
+def test_shared_memory_too_small_for_any_tile_is_a_reason(capability: tuple[int, int], shared_memory: int) -> None:
+    machine = _machine(capability, shared_memory)
+    backend = TritonPersistentBackend(machine)
+    problem = WORKLOADS["mixtral-8x7b"].problem(64, "fp16", machine)
+    (reason,) = backend.unsupported_reasons(problem)
+    assert "bytes of shared memory" in reason
+    assert str(shared_memory) in reason
+    assert backend.configs(problem) == ()
+
+
+def test_where_two_programs_do_not_fit_on_a_multiprocessor_one_does() -> None:
+    machine = _machine((9, 0), 101376)
+    problem = WORKLOADS["mixtral-8x7b"].problem(64, "fp16", machine)
+    assert {config.ctas_per_sm for config in persistent_configs(problem, features(machine))} == {1}
 
 
 def test_devices_without_tma_get_none() -> None:

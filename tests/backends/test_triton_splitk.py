@@ -1,74 +1,25 @@
-"""The decode kernels: interpreted against the fp32 reference, and compiled for devices that are not here."""
+"""The split-K kernels: interpreted against the fp32 reference, and compiled for devices that are not here."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
-from typing import Any, cast
+from typing import cast
 
 import pytest
 import torch
 
-from moe_dispatch import testing as conformance
-from moe_dispatch.backends.reference import ReferenceBackend, ReferenceConfig
 from moe_dispatch.backends.triton_splitk.backend import MOST_SLOTS, TritonSplitKBackend
 from moe_dispatch.backends.triton_splitk.config import SplitKConfig, shared_memory_bytes
 from moe_dispatch.errors import InvalidInputError
-from moe_dispatch.experts import ExpertWeights
 from moe_dispatch.machine import Machine
 from moe_dispatch.problem import Activation, DType, MoEProblem
-from moe_dispatch.workloads import WORKLOADS, make_experts, torch_dtype
+from moe_dispatch.workloads import WORKLOADS
+from tests.support.decode import Case, check_against_the_reference
 from tests.support.triton_compile import SHARED_MEMORY, Launch, compile_launches, described, unwritten_layer
 
 SMALL = {"block_n": 32, "block_k": 32, "num_stages": 2}
 FEW_SPILLS = 64  # bytes of a thread
-SPREAD = "spread"  # ids from -1 to E: sentinels of both kinds, duplicates within a row
-
-
-@dataclass(frozen=True, kw_only=True)
-class Case(conformance.Case):
-    """A layer, a routing (`SPREAD`, or the expert of every slot) and a configuration; `why` names group and test."""
-
-    why: str = field(kw_only=False)
-    M: int = 3
-    E: int = 4
-    K: int = 64
-    N: int = 32
-    dtype: DType = "fp32"
-    routing: str = SPREAD
-    config: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def act_dtype(self) -> DType:
-        return "fp32" if self.dtype == "fp8" else self.dtype
-
-    def __str__(self) -> str:
-        return self.why
-
-    def experts(self) -> ExpertWeights:
-        generator = torch.Generator().manual_seed(1)
-        return make_experts(self.layer, self.dtype, "cpu", generator, act_dtype=self.act_dtype)
-
-    def tokens(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        generator = torch.Generator().manual_seed(2)
-        x = torch.randn(self.M, self.K, generator=generator).to(torch_dtype(self.act_dtype))
-        weights = torch.rand(self.M, self.topk, generator=generator)
-        if self.routing == SPREAD:
-            ids = torch.randint(-1, self.E + 1, (self.M, self.topk), generator=generator)
-            ids[0, 0] = 0
-        else:
-            ids = torch.full((self.M, self.topk), int(self.routing))
-        weights[(ids < 0) | (ids >= self.E)] = torch.nan
-        return x, weights, ids.to(self.ids)
-
-    def splitk(self) -> SplitKConfig:
-        block_k = {"block_k": 128} if self.dtype == "fp8" else {}
-        return SplitKConfig.model_validate(SMALL | block_k | self.config)
-
-
 EXPERTS = {"grid": "experts"}
-ATOMIC = {"mode": "atomic"}
-CHUNKS = {"vector_columns": 128, "vector_down_columns": 128, "vector_down_experts": 2}
-VECTOR = {"gate_up": "vector", "down": "vector", "vector_rows": 32, "vector_down_rows": 32}
 CASES = [
     # token counts: one, odd, and more than BLOCK_M of one expert, in either grid
     Case("one token", M=1),
@@ -79,7 +30,6 @@ CASES = [
     Case("all slots to one expert", M=17, routing="2"),
     Case("all slots to one expert, grid of experts", M=17, routing="2", config=EXPERTS),
     Case("nobody is ours", M=2, routing="-1"),
-    Case("nobody is ours, atomic", M=2, routing="4", config=ATOMIC),
     Case("one expert", E=1, topk=1),
     # id dtypes
     Case("int64 ids", ids=torch.int64),
@@ -92,10 +42,6 @@ CASES = [
     Case("split down", N=96, config={"splits_down": 2}),
     Case("split gate_up", K=96, config={"splits_gate_up": 2}),
     Case("split both, more than blocks", config={"splits_gate_up": 5, "splits_down": 5}),
-    Case("split both, atomic", config=ATOMIC | {"splits_gate_up": 2, "splits_down": 2}),
-    Case("atomic", M=17, bias=True, config=ATOMIC),
-    Case("atomic, grid of experts, int64", M=17, ids=torch.int64, config=ATOMIC | EXPERTS),
-    Case("atomic, more splits than blocks, biased", bias=True, config=ATOMIC | {"splits_down": 5}),
     # activations, fused and after partial sums
     *[Case(f"{name}, fused", activation=name) for name in ("gelu", "gelu_tanh", "swiglu_oai", "relu2")],
     *[
@@ -115,26 +61,11 @@ CASES = [
     Case("fp8, partial sums", dtype="fp8", K=256, N=136, config={"splits_gate_up": 2, "splits_down": 2}),
     Case("fp8, quantised by gate_up", dtype="fp8", K=128, N=136, bias=True, config={"block_n": 256}),
     Case("fp8, ungated, quantised by gate_up", dtype="fp8", N=136, activation="relu2", config={"block_n": 128}),
-    Case("fp8, ungated, atomic", dtype="fp8", K=128, N=136, activation="relu2", config=ATOMIC),
     # tensor descriptors in each row order
     Case("tma", dtype="fp16", config={"tma": True}),
     Case("tma, cut tiles", dtype="fp16", K=80, N=40, bias=True, config={"tma": True}),
     Case("tma, interleaved, cut tiles", dtype="fp16", K=80, N=40, interleaved=True, config={"tma": True}),
     Case("tma, ungated", dtype="fp16", activation="relu2", config={"tma": True}),
-    # the vector method
-    *[replace(case, why=f"vector, {case.why}", config=case.config | VECTOR | tile) for case in (
-        Case("one token", M=1),
-        Case("odd count", M=5),
-        Case("nobody is ours", M=2, routing="-1"),
-        Case("int64", ids=torch.int64, K=300, N=200),
-        Case("odd K and N", K=70, N=45, bias=True),
-        *[Case(f"{name}", activation=name, bias=True) for name in ("gelu", "gelu_tanh", "swiglu_oai", "relu2")],
-        Case("gpt-oss", K=400, N=240, activation="swiglu_oai", bias=True, interleaved=True),
-        Case("fp16", dtype="fp16", bias=True, K=256, N=256, topk=3),
-        Case("fp8", M=2, dtype="fp8", K=256, N=256),
-        Case("fp8, cut blocks", dtype="fp8", K=200, N=72, bias=True, activation="swiglu_oai", interleaved=True),
-        Case("fp8, shifted blocks", M=2, dtype="fp8", K=200, N=77, topk=3),
-    ) for tile in ({}, CHUNKS)],
     # narrow and wide token tiles
     Case("block_m 8", M=17, config={"block_m": 8}),
     Case("block_m 32", M=17, routing="1", config={"block_m": 32}),
@@ -146,23 +77,13 @@ def machine() -> Machine:
     return Machine.inspect("cpu")
 
 
-def relative_error(out: torch.Tensor, truth: torch.Tensor) -> float:
-    return float((out.float() - truth).norm() / truth.norm().clamp(min=1e-30))
-
-
 @pytest.mark.skipif(torch.cuda.is_available(), reason="runs in Triton's interpreter")
 @pytest.mark.usefixtures("poisoned_memory")
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_equals_the_reference(case: Case, machine: Machine) -> None:
-    experts = case.experts()
-    x, weights, ids = case.tokens()
-    backend, config = TritonSplitKBackend(machine), case.splitk()
-    out = backend.run(x, experts, weights, ids, config)
-    truth = ReferenceBackend(machine).run(x.float(), experts, weights, ids, ReferenceConfig(compute_fp32=True))
-    assert out.dtype == x.dtype
-    assert relative_error(out, truth) <= {"fp32": 2e-6, "fp16": 1e-3, "fp8": 2e-3}.get(case.dtype, 0.0)
-    if backend.deterministic(config):
-        assert torch.equal(out, backend.run(x, experts, weights, ids, config))
+    block_k = {"block_k": 128} if case.dtype == "fp8" else {}
+    config = SplitKConfig.model_validate(SMALL | block_k | case.config)
+    check_against_the_reference(case, TritonSplitKBackend(machine), config)
 
 
 def _problem(machine: Machine, M: int, dtype: DType = "fp16", name: str = "qwen3-30b-a3b") -> MoEProblem:
@@ -196,50 +117,25 @@ def test_very_short_second_loops_share_a_multiprocessor_by_three(name: str, ctas
     assert available // shared_memory_bytes(problem, config) == ctas
 
 
-def test_atomic_mode_says_that_it_is_not_deterministic(machine: Machine) -> None:
-    backend = TritonSplitKBackend(machine)
-    assert not backend.deterministic(SplitKConfig(mode="atomic"))
-    assert backend.deterministic(SplitKConfig())
-    assert backend.deterministic(SplitKConfig(mode="atomic", down="vector"))
-
-
 def test_workspace_is_what_the_launches_leave_behind(machine: Machine) -> None:
     backend = TritonSplitKBackend(machine)
     bf16, fp8 = _problem(machine, 2, "bf16"), _problem(machine, 2, "fp8")
     S, N, K = 16, bf16.N, bf16.K
-    vector = SplitKConfig(gate_up="vector", down="vector")
-    assert backend.workspace_bytes(bf16, vector) == S * N * 2
     assert backend.workspace_bytes(bf16, SplitKConfig()) == S * N * 2 + S * K * 4
     assert backend.workspace_bytes(bf16, SplitKConfig(splits_down=2)) == S * N * 2 + 2 * S * K * 4
-    assert backend.workspace_bytes(bf16, SplitKConfig(mode="atomic")) == S * N * 2 + 2 * K * 4
     assert backend.workspace_bytes(bf16, SplitKConfig(splits_gate_up=2)) == S * N * 2 + S * K * 4 + 2 * S * 2 * N * 4
-    assert backend.workspace_bytes(fp8, vector) == S * N + 2 * K + S * 2 * N * 4
     assert backend.workspace_bytes(fp8, SplitKConfig(block_n=256)) == S * N + 2 * K + S * K * 4
 
 
 @pytest.mark.parametrize(
-    ("name", "dtype", "M", "gate_up", "down", "grid"),
-    [
-        ("qwen3-30b-a3b", "bf16", 1, "vector", "vector", "slots"),
-        ("qwen3-30b-a3b", "bf16", 4, "vector", "vector", "experts"),
-        ("qwen3-30b-a3b", "bf16", 16, "tensor", "tensor", "experts"),
-        ("deepseek-v3", "bf16", 1, "vector", "vector", "slots"),
-        ("deepseek-v3", "bf16", 4, "tensor", "tensor", "experts"),
-        ("mixtral-8x7b", "bf16", 1, "vector", "vector", "slots"),
-        ("mixtral-8x7b", "bf16", 4, "tensor", "tensor", "experts"),
-        ("deepseek-v2-lite", "bf16", 1, "tensor", "tensor", "slots"),
-        ("qwen3-235b", "bf16", 1, "vector", "vector", "slots"),
-        ("qwen3-235b", "bf16", 2, "tensor", "tensor", "experts"),
-        ("qwen3-30b-a3b", "fp8", 1, "vector", "vector", "slots"),
-        ("kimi-k2-tp8", "fp8", 1, "vector", "vector", "slots"),
-        ("qwen3-30b-a3b", "fp8", 4, "tensor", "tensor", "experts"),
-        ("deepseek-v3", "fp8", 1, "tensor", "tensor", "slots"),
-    ],
+    ("name", "M", "grid"),
+    [("qwen3-30b-a3b", 1, "slots"), ("qwen3-30b-a3b", 4, "experts"), ("mixtral-8x7b", 4, "experts")],
 )
-def test_method_follows_sharing_and_size(name: str, dtype: DType, M: int, gate_up: str, down: str, grid: str) -> None:
+def test_grid_follows_how_many_experts_are_hit(name: str, M: int, grid: str) -> None:
     backend = TritonSplitKBackend(described(90))
-    config = backend.default_config(_problem(backend.machine, M, dtype, name))
-    assert (config.gate_up, config.down, config.grid) == (gate_up, down, grid)
+    config = backend.default_config(_problem(backend.machine, M, "bf16", name))
+    assert isinstance(config, SplitKConfig)
+    assert config.grid == grid
 
 
 def test_many_slots_are_declined_with_the_limit() -> None:
@@ -284,19 +180,13 @@ def launch_defaults(capability: int, dtype: DType) -> Iterator[Launch]:
 @pytest.mark.parametrize(("capability", "dtype"), COMPILED, ids=str)
 def test_defaults_compile(capability: int, dtype: DType) -> None:
     kernels = compile_launches(launch_defaults, capability, dtype=dtype)
-    tensor = [built for built in kernels if built.name in {"_moe_splitk_gate_up_kernel", "_moe_splitk_down_kernel"}]
-    vector = [built for built in kernels if built.name.startswith("_moe_vector")]
-    assert len({built.name for built in tensor}) == 2
-    assert {built.name for built in vector} >= {"_moe_vector_down_kernel"}
+    products = [built for built in kernels if built.name in {"_moe_splitk_gate_up_kernel", "_moe_splitk_down_kernel"}]
+    assert len({built.name for built in products}) == 2
     for built in kernels:
         assert built.pdl == (capability >= 90), built
         assert built.stack <= FEW_SPILLS, built
-    for built in tensor:
+    for built in products:
         assert built.shared <= built.note["bound"], built
         assert built.wgmma == (capability == 90 and built.constants["ROWS"] >= 64), built
         # Weights arrive 16 bytes at a time, by asynchronous copy or by TMA.
         assert built.tma if built.note["tma"] else built.wide_copies, built
-    for built in vector:
-        assert built.shared <= built.note["bound"], built
-        assert not built.wide_copies, built
-        assert built.wide_loads, built

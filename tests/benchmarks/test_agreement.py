@@ -1,33 +1,34 @@
 """Whether calibrations of one machine agree, on a simulated one: what is decided here is decided by the same code."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
 
-from moe_dispatch.benchmarks.reports import agreement
-from moe_dispatch.machine import Machine
-from moe_dispatch.policies.calibration import calibrate as module
-from moe_dispatch.policies.calibration import run as campaign
-from moe_dispatch.policies.measurements.schema import CalibrationFile, read_calibration
-from tests.support.simulated import H200, Device, Noise
+from moe_dispatch.benchmarks.record import agreement
+from moe_dispatch.policies.calibration.request import CalibrationRequest
+from moe_dispatch.policies.calibration.run import CalibrationRun
+from moe_dispatch.policies.measurements.schema import CalibrationFile, LayerShape, read_calibration
+from moe_dispatch.problem import DType
+from moe_dispatch.workloads import WORKLOADS
+from tests.support.simulated import H200, H200_NOISE, Noise, SimulatedWorker, as_on_an_h200
 
-Calibrate = Callable[[Path, int, Noise], CalibrationFile]
+DTYPES: tuple[DType, ...] = ("fp8", "bf16")
 
 
-@pytest.fixture
-def calibrate(monkeypatch: pytest.MonkeyPatch) -> Calibrate:
-    """Calibrates deepseek-v3 in a directory, as another process on the same machine for each number."""
-
-    def run(directory: Path, session: int, noise: Noise) -> CalibrationFile:
-        monkeypatch.setattr(Machine, "inspect", lambda _device=None: H200)
-        monkeypatch.setattr(campaign, "compile_ahead", lambda *_, **__: [])
-        monkeypatch.setattr(campaign, "WorkerProcess", lambda *_: Device(noise, session))
-        report = module.calibrate(["deepseek-v3"], ["fp8", "bf16"], directory=directory, most_configs=12)
-        return read_calibration(report.path, H200)
-
-    return run
+def calibrate(directory: Path, session: int, noise: Noise) -> CalibrationFile:
+    """Calibrate deepseek-v3 in a directory, as another process on the same machine for each session."""
+    request = CalibrationRequest(
+        machine=H200,
+        device=torch.device("cuda:0"),
+        layers=tuple(LayerShape.of(WORKLOADS["deepseek-v3"].problem(1, dtype, H200)) for dtype in DTYPES),
+        modes=("graph", "eager"),
+        most_configs=12,
+        directory=directory,
+    )
+    CalibrationRun(request, start_worker=lambda *_: SimulatedWorker(as_on_an_h200, noise, session)).measure()
+    return read_calibration(request.path, H200)
 
 
 @dataclass(frozen=True)
@@ -40,14 +41,14 @@ class Case:
 
 
 CASES = (
-    Case(Noise(), 0.97, 1.0),
-    Case(Noise(sample=0.01, session=0.002), 0.9, 0.95),
+    Case(H200_NOISE, 0.97, 1.0),
+    Case(Noise(sample=0.01, drift=0.01, session=0.002), 0.9, 0.95),
 )
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", CASES, ids=("an H200's noise", "much noise"))
-def test_calibrations_agree_on_the_winner(tmp_path: Path, calibrate: Calibrate, case: Case) -> None:
+def test_calibrations_agree_on_the_winner(tmp_path: Path, case: Case) -> None:
     first = calibrate(tmp_path / "a", 1, case.noise)
     independent = agreement.summary(agreement.compare(first, calibrate(tmp_path / "b", 2, case.noise)))["calibrated"]
     in_a_row = agreement.summary(agreement.compare(first, calibrate(tmp_path / "a", 3, case.noise)))["calibrated"]

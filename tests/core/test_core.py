@@ -219,7 +219,7 @@ class TestRegistry:
         # Of a class that is imported on first use it can be said no earlier.
         monkeypatch.setattr("tests.support.fakes.Mine", mine, raising=False)
         with registered(mine="tests.support.fakes:Mine"), pytest.raises(BackendUnavailableError, match=says):
-            make_backend("mine", Machine.inspect("cpu"))
+            make_backend("mine", Machine.inspect("cpu")).require()
 
     def test_what_is_no_backend_is_not_loaded(self) -> None:
         registry = Registry("backend", Backend, {"wrong": "json:JSONDecoder"})  # type: ignore[type-abstract]

@@ -1,119 +1,62 @@
-"""A real calibration on the CPU, among backends of which most fail."""
+"""What a calibration decides, on a simulated clock: which candidates start, which win, and what is kept."""
 
+import functools
 import math
-import os
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from moe_dispatch.backend import BackendConfig
 from moe_dispatch.dispatch.process import get_dispatcher, reset_dispatchers
 from moe_dispatch.dispatch.quarantine import Quarantine
-from moe_dispatch.errors import InvalidInputError
-from moe_dispatch.experts import ExpertWeights
+from moe_dispatch.errors import InvalidInputError, PolicyFileError
 from moe_dispatch.machine import Machine
-from moe_dispatch.policies.calibrated import CalibratedPolicy
-from moe_dispatch.policies.calibration import run as campaign
-from moe_dispatch.policies.calibration import schedule as points
-from moe_dispatch.policies.calibration import successive_halving as race
-from moe_dispatch.policies.calibration.calibrate import CalibrationReport, calibrate
+from moe_dispatch.policies.calibration import calibrate as calibrate_module
+from moe_dispatch.policies.calibration import run as run_module
+from moe_dispatch.policies.calibration import schedule as schedule_module
+from moe_dispatch.policies.calibration import successive_halving
+from moe_dispatch.policies.calibration.calibrate import calibrate
+from moe_dispatch.policies.calibration.report import CalibrationReport, Progress
+from moe_dispatch.policies.calibration.request import CalibrationRequest
+from moe_dispatch.policies.calibration.run import CalibrationRun
 from moe_dispatch.policies.calibration.schedule import coarse_to_fine
-from moe_dispatch.policies.calibration.worker import Worker
-from moe_dispatch.policies.calibration.worker_process import NotPreparedError, WorkerProcess
-from moe_dispatch.policies.measurements.schema import Layer, read_calibration
+from moe_dispatch.policies.calibration.worker import WorkerServer
+from moe_dispatch.policies.calibration.worker_process import Worker, WorkerDiedError
+from moe_dispatch.policies.measurements.schema import LayerShape, read_calibration
 from moe_dispatch.problem import MoEProblem
 from moe_dispatch.workloads import workload
 from tests.support.calibration_faults import RightBackend
-from tests.support.fakes import registered
-from tests.support.simulated import H200, Device, Noise
+from tests.support.fakes import Honest, registered
+from tests.support.simulated import H200, Run, SimulatedWorker
 
 TINY = "4,2,32,16"
-TIMEOUT_S = 12.0  # a healthy first launch takes seconds where other tests share the cores
+CPU = Machine.inspect("cpu")
+UNIT_US = 100.0
 
 
-@dataclass(frozen=True)
-class Fault:
-    """A backend that fails, what the policy must record, and whether it kills."""
-
-    name: str
-    target: str
-    says: str
-    fatal: bool = False
-
-
-FAULTS = (
-    Fault("wrong", "WrongBackend", "relative error 0.5"),
-    Fault("nan", "NanBackend", "relative error inf"),
-    Fault("unstable", "UnstableBackend", "promised the same bits"),
-    Fault("raising", "RaisingBackend", "no kernel image is available"),
-    Fault("hungry", "HungryBackend", "out of memory"),
-    Fault("hanging", "HangingBackend", f"hung: no answer within {TIMEOUT_S:.0f} s", fatal=True),
-    Fault("exiting", "ExitingBackend", "exited with status 7", fatal=True),
-    Fault("killed", "KilledBackend", "killed by SIGKILL", fatal=True),
-    Fault("lost", "LostContextBackend", "lost the CUDA context", fatal=True),
-)
-
-
-# Long enough that what the call itself takes, on a host whose cores others hold, hardly counts.
-UNIT_S = 0.002
-
-
-class Timed(RightBackend):
-    """Right, and takes the time that it is told to."""
-
-    name = "timed"
-
-    def seconds(self, M: int, config: BackendConfig) -> float:
-        """Of one call."""
-        raise NotImplementedError
-
-    def run(
-        self,
-        hidden_states: Tensor,
-        experts: ExpertWeights,
-        topk_weights: Tensor,
-        topk_ids: Tensor,
-        config: BackendConfig,
-    ) -> Tensor:
-        """See `Backend.run`."""
-        end = time.perf_counter() + self.seconds(len(hidden_states), config)
-        out = super().run(hidden_states, experts, topk_weights, topk_ids, config)
-        time.sleep(max(0.0, end - time.perf_counter()))
-        return out
-
-
-class Steady(Timed):
+class Steady(RightBackend):
     """One time for any number of tokens."""
 
     name = "steady"
 
-    def seconds(self, M: int, config: BackendConfig) -> float:
-        """See `Timed.seconds`."""
-        return 6 * UNIT_S
 
-
-class Growing(Timed):
-    """Ahead of `Steady` below 8 tokens, behind it from there on."""
+class Growing(RightBackend):
+    """Ahead of `Steady` below 6 tokens, behind it from there on."""
 
     name = "growing"
 
-    def seconds(self, M: int, config: BackendConfig) -> float:
-        """See `Timed.seconds`."""
-        return UNIT_S * M
-
 
 class Pace(BackendConfig):
-    """How slow, in units of time; 0 is faster than any, and wrong."""
+    """Time in units; the configuration with pace 0 is the fastest, and wrong."""
 
     pace: int = 1
 
 
-class Tuned(Timed):
+class Tuned(RightBackend):
     """Twelve configurations, each slower than the one before, of which the fastest is wrong."""
 
     name = "tuned"
@@ -123,247 +66,173 @@ class Tuned(Timed):
         """See `Backend.configs`."""
         return tuple(Pace(pace=pace) for pace in range(12))
 
-    def seconds(self, M: int, config: BackendConfig) -> float:
-        """See `Timed.seconds`."""
-        return UNIT_S * (1 + int(config.model_dump()["pace"]))
 
-    def run(
-        self,
-        hidden_states: Tensor,
-        experts: ExpertWeights,
-        topk_weights: Tensor,
-        topk_ids: Tensor,
-        config: BackendConfig,
-    ) -> Tensor:
-        """See `Backend.run`."""
-        out = super().run(hidden_states, experts, topk_weights, topk_ids, config)
-        return out if config.model_dump()["pace"] else out * 1.5
+def time_of(run: Run) -> float:
+    """Time of each of these backends, in µs."""
+    units = {"steady": 6.0, "growing": float(run.M), "tuned": 1.0 + pace_of(run.config)}
+    return UNIT_US * units.get(run.backend, 3.0)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Workers inherit it: threads that wait for each other take seconds where other processes hold the cores."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("OMP_NUM_THREADS", "1")
-        yield
+def pace_of(config: Any) -> int:
+    return int(config.get("pace", 0))
 
 
-@pytest.fixture
-def timed() -> Iterator[None]:
+def error_of(run: Run) -> float:
+    return 0.5 if run.backend == "tuned" and not pace_of(run.config) else 1e-6
+
+
+@pytest.fixture(autouse=True)
+def backends() -> Iterator[None]:
     """Backends whose times are known."""
     with registered(RightBackend, Steady, Growing, Tuned):
         yield
 
 
-@dataclass(frozen=True)
-class Ran:
-    """The calibration that every test here looks at."""
+def layer(N: int = 16) -> LayerShape:
+    return LayerShape.of(workload(f"4,2,32,{N}").problem(1, "fp32", CPU))
 
-    report: CalibrationReport
+
+def worker() -> SimulatedWorker:
+    return SimulatedWorker(time_of, error_of=error_of)
+
+
+@dataclass
+class Calibrating:
+    """Runs calibrations of one layer in one directory.
+
+    Attributes:
+        directory: Of the calibration file.
+        worker: Measures in the next run.
+        seen: Progress that was reported.
+    """
+
     directory: Path
+    worker: SimulatedWorker
+    seen: list[Progress]
 
+    def __call__(
+        self,
+        tokens: tuple[int, ...],
+        *backends: str,
+        routings: tuple[str, ...] = ("uniform", "dirichlet-4"),
+        layers: tuple[LayerShape, ...] = (layer(),),
+        resume: bool = False,
+        budget_s: float | None = None,
+    ) -> CalibrationReport:
+        request = CalibrationRequest(
+            machine=CPU, device=torch.device("cpu"), layers=layers, tokens=tokens, routings=routings,
+            backends=backends, directory=self.directory, resume=resume, budget_s=budget_s,
+        )  # fmt: skip
+        simulated = self.worker
 
-@pytest.fixture(scope="module")
-def ran(one_thread: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ran]:
-    directory = tmp_path_factory.mktemp("cache")
-    targets = {fault.name: f"tests.support.calibration_faults:{fault.target}" for fault in FAULTS}
-    targets["unimportable"] = "tests.no_such_module:Nothing"
-    with registered(**targets):
-        with pytest.MonkeyPatch.context() as patch:
-            # On a busy host one first run may take so long that its candidate is out before it is looked at.
-            patch.setattr(race, "LONG_US", math.inf)
-            report = calibrate(
-                [TINY], ["fp32"], tokens=[5], device="cpu", backends=["reference", "torch_grouped", *targets],
-                timeout_s=TIMEOUT_S, directory=directory,
-            )  # fmt: skip
-        yield Ran(report, directory)
+        def start(_device: str, _backends: dict[str, str], timeout_s: float, deadline: float) -> Worker:
+            simulated.timeout_s, simulated.deadline = timeout_s, deadline
+            return simulated
+
+        return CalibrationRun(request, self.seen.append, start_worker=start, clock=simulated.clock).measure()
 
 
 @pytest.fixture
-def cache(ran: Ran, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("MOE_DISPATCH_CACHE_DIR", str(ran.directory))
-    return ran.directory
+def simulate(tmp_path: Path) -> Calibrating:
+    return Calibrating(tmp_path, worker(), [])
 
 
-def problem(M: int = 5) -> MoEProblem:
-    return workload(TINY).problem(M, "fp32", Machine.inspect("cpu"))
+def paces(report: CalibrationReport, M: int | None = None) -> set[int]:
+    """Configurations of `Tuned` that were measured."""
+    return {pace_of(one.candidate.config) for one in report.measured if M in (None, one.M)}
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name)
-def test_a_fault_costs_its_candidate_only(ran: Ran, fault: Fault) -> None:
-    one = next(one for one in ran.report.measured if one.candidate.backend == fault.name)
-    assert one.measurement.score is None
-    assert fault.says in (one.measurement.disqualified or "")
+def test_a_resumed_calibration_measures_nothing_again(simulate: Calibrating) -> None:
+    assert len(simulate((2,), "right").measured) == 1
+    assert not simulate((2,), "right", resume=True).measured
 
 
-@pytest.mark.slow
-def test_the_healthy_are_measured_and_right(ran: Ran) -> None:
-    healthy = {one.candidate.backend: one.measurement for one in ran.report.measured if one.measurement.score}
-    assert set(healthy) == {"reference", "torch_grouped"}, [
-        (one.candidate.backend, one.measurement.disqualified) for one in ran.report.disqualified()
-    ]
-    assert all(set(one.us) == {"uniform", "dirichlet-4"} and (one.error or 0) < 1e-3 for one in healthy.values())
-
-
-@pytest.mark.slow
-def test_what_does_not_import_is_reported(ran: Ran) -> None:
-    assert "No module named 'tests.no_such_module'" in ran.report.unavailable["unimportable"]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name)
-def test_only_what_kills_is_quarantined(ran: Ran, fault: Fault) -> None:
-    cause = Quarantine(Machine.inspect("cpu"), ran.directory).cause(fault.name, problem())
-    assert (fault.says in cause) if fault.fatal else not cause
-
-
-@pytest.mark.slow
-def test_the_policy_ranks_by_what_was_measured(ran: Ran, cache: Path) -> None:
-    choices = CalibratedPolicy(Machine.inspect("cpu")).rank(problem())
-    assert {choice.backend for choice in choices} == {"reference", "torch_grouped"}
-    assert "at M=5 (eager)" in choices[0].reason
-    assert choices[0].us is not None
-
-
-@pytest.mark.slow
-def test_resume_measures_nothing_again(tmp_path: Path) -> None:
-    arguments = {"tokens": [2], "device": "cpu", "backends": ["reference"], "directory": tmp_path}
-    first = calibrate([TINY], ["fp32"], **arguments)
-    again = calibrate([TINY], ["fp32"], resume=True, **arguments)
-    assert len(first.measured) == 1
-    assert not again.measured
-
-
-@pytest.mark.slow
-@pytest.mark.usefixtures("timed")
-def test_a_resumed_calibration_knows_who_was_far_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    # A busy host may make the winners at 1 and 4 differ, and the boundary between them is 2.
-    monkeypatch.setattr(points, "DISAGREE", math.inf)
-    arguments = {"device": "cpu", "backends": ["tuned"], "routings": ["uniform"], "directory": tmp_path}
-    calibrate([TINY], ["fp32"], tokens=[1, 4], **arguments)
-    resumed = calibrate([TINY], ["fp32"], tokens=[1, 2, 4], resume=True, **arguments)
+def test_a_resumed_calibration_knows_which_candidates_were_far_behind(simulate: Calibrating) -> None:
+    simulate((1, 4), "tuned")
+    resumed = simulate((1, 2, 4), "tuned", resume=True)
     assert {one.M for one in resumed.measured} == {2}
-    assert {one.candidate.config["pace"] for one in resumed.measured} <= {1, 2}
+    assert paces(resumed) <= {1, 2}
 
 
-@pytest.mark.slow
-@pytest.mark.usefixtures("timed")
-def test_the_winner_of_the_calibration_before_is_remembered(tmp_path: Path) -> None:
-    arguments = {"tokens": [2], "device": "cpu", "backends": ["tuned"], "routings": ["uniform"], "directory": tmp_path}
-    first = calibrate([TINY], ["fp32"], **arguments)
-    again = calibrate([TINY], ["fp32"], **arguments)
-    assert not [one for one in first.measured if one.measurement.incumbent]
-    (incumbent,) = [one for one in again.measured if one.measurement.incumbent]
+def test_the_winner_of_the_calibration_before_is_the_incumbent(simulate: Calibrating) -> None:
+    assert not [one for one in simulate((2,), "tuned").measured if one.incumbent]
+    (incumbent,) = [one for one in simulate((2,), "tuned").measured if one.incumbent]
     assert incumbent.candidate.config == {"pace": 1}
 
 
-@pytest.mark.slow
-@pytest.mark.usefixtures("timed")
-def test_where_a_run_is_long_the_hopeless_run_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(race, "LONG_US", 100.0)
-    report = calibrate([TINY], ["fp32"], tokens=[1], device="cpu", backends=["tuned"], directory=tmp_path)
-    tuned = {one.candidate.config["pace"]: one.measurement for one in report.measured}
-    for pace in range(5, 12):  # 1 takes two units and 5 takes 6
+def test_where_a_run_is_long_hopeless_candidates_run_twice_only(
+    simulate: Calibrating, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(successive_halving, "LONG_US", UNIT_US)
+    report = simulate((1,), "tuned")
+    tuned = {pace_of(one.candidate.config): one for one in report.measured}
+    for pace in range(5, 12):  # pace 1 takes two units, and pace 5 takes six
         (q1, us, q3) = tuned[pace].us["uniform"]
         assert q1 == us == q3
         assert (tuned[pace].score or 0.0) > 2 * (tuned[1].score or 0.0)
     assert "relative error 0.5" in (tuned[0].disqualified or "")
 
 
-def test_a_worker_that_cannot_start_says_so() -> None:
-    """It was the layer's weights that 'could not be made', for want of an assertion's words."""
-    layer = Layer.of(workload(TINY).problem(1, "fp32", Machine.inspect("cpu")))
-    with pytest.raises(NotPreparedError, match=r"could not start on cuda:99: InvalidInputError: device 'cuda:99'"):
-        WorkerProcess("cuda:99", {}, TIMEOUT_S).layer(layer)
+def test_an_interruption_keeps_what_is_measured(tmp_path: Path) -> None:
+    request = CalibrationRequest(
+        machine=CPU, device=torch.device("cpu"), layers=(layer(),), tokens=(1, 8), backends=("right",),
+        directory=tmp_path,
+    )  # fmt: skip
 
-
-@pytest.mark.slow
-def test_interruption_keeps_what_is_measured(tmp_path: Path) -> None:
-    def stop_at_the_second(progress: object) -> None:
-        if getattr(progress, "done", 0) == 1 and getattr(progress, "what", "") != "done":
+    def stop_at_the_second(progress: Progress) -> None:
+        if progress.done == 1 and progress.what != "done":
             raise KeyboardInterrupt
 
-    machine = Machine.inspect("cpu")
-    report = calibrate(
-        [TINY], ["fp32"], tokens=[1, 8], device="cpu", backends=["reference"], directory=tmp_path,
-        on_progress=stop_at_the_second,
-    )  # fmt: skip
+    report = CalibrationRun(request, stop_at_the_second, start_worker=lambda *_: worker()).measure()
     assert report.interrupted
-    assert [point.M for point in read_calibration(report.path, machine).points] == [1]
+    assert [point.M for point in read_calibration(report.path, CPU).points] == [1]
 
 
-@pytest.mark.slow
-@pytest.mark.usefixtures("timed")
-def test_where_the_winner_changes_the_tokens_between_are_measured(tmp_path: Path) -> None:
-    report = calibrate(
-        [TINY], ["fp32"], tokens=[1, 16], device="cpu", backends=["steady", "growing"], directory=tmp_path
-    )
-    (winners,) = report.winners().values()
-    assert winners[1][0][0] == winners[4][0][0] == "growing"
-    assert winners[16][0][0] == "steady"
-    # 4 is the middle of 1 and 16; then the middle of 4 and 16 is asked, and what still differs is near.
-    assert 8 in winners
-    last = max(M for M, (winner, _) in winners.items() if winner[0] == "growing")
-    first = min(M for M, (winner, _) in winners.items() if winner[0] == "steady")
-    assert last < first <= 1.5 * last
-
-
-@pytest.mark.slow
-@pytest.mark.usefixtures("timed")
-def test_halving_times_the_best_for_long_and_lets_nobody_win_unchecked(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(race, "LONG_US", 1e6)
-    report = calibrate([TINY], ["fp32"], tokens=[1], device="cpu", backends=["tuned", "reference"], directory=tmp_path)
-    tuned = {
-        one.candidate.config["pace"]: one.measurement for one in report.measured if one.candidate.backend == "tuned"
+def test_where_the_winner_changes_the_tokens_between_are_measured(simulate: Calibrating) -> None:
+    (winners,) = simulate((1, 16), "steady", "growing").winners().values()
+    assert {M: winner[0] for M, (winner, _) in winners.items()} == {
+        1: "growing",
+        4: "growing",
+        6: "growing",
+        8: "steady",
+        16: "steady",
     }
+
+
+def test_no_candidate_wins_unchecked_and_the_best_are_timed_for_longest(simulate: Calibrating) -> None:
+    report = simulate((1,), "tuned", "right")
+    tuned = {pace_of(one.candidate.config): one for one in report.measured if one.candidate.backend == "tuned"}
     assert set(tuned) == set(range(12))
     assert "relative error 0.5" in (tuned[0].disqualified or "")
     finalists = {pace for pace, one in tuned.items() if len(one.us) == 2}
     assert {1, 2} <= finalists <= set(range(1, 9))
-    # The last were dropped after the first round: timed for a moment on one distribution, scored by it, not checked.
+    # Eliminated after the first round: timed for a moment on one distribution, scored by it, not checked.
     for pace in (10, 11):
         assert set(tuned[pace].us) == {"uniform"}
         assert tuned[pace].error is None
         assert (tuned[pace].score or 0) > (tuned[1].score or 0)
     (winners,) = report.winners().values()
-    checked = {one.candidate.identity: one.measurement.error for one in report.measured}
+    checked = {one.candidate.identity: one.error for one in report.measured}
     assert checked[winners[1][0]] is not None
-    # Every backend has a candidate that was found right, for the fallback.
-    assert any(one.candidate.backend == "reference" and one.measurement.error is not None for one in report.measured)
+    # Every backend has a candidate that was found right, as a fallback.
+    assert any(one.candidate.backend == "right" and one.error is not None for one in report.measured)
 
 
-@pytest.mark.slow
-@pytest.mark.usefixtures("timed")
-def test_between_near_neighbours_only_the_close_start_again(tmp_path: Path) -> None:
-    report = calibrate(
-        [TINY], ["fp32"], tokens=[1, 2, 4], device="cpu", backends=["tuned"], routings=["uniform"], directory=tmp_path
-    )
-    raced = {M: {one.candidate.config["pace"] for one in report.measured if one.M == M} for M in (1, 2, 4)}
-    assert raced[1] == raced[4] == set(range(12))
-    assert {1} <= raced[2] <= {1, 2}  # 2 takes one and a half times as long, and 0 is wrong
+def test_between_near_neighbours_only_close_candidates_start_again(simulate: Calibrating) -> None:
+    report = simulate((1, 2, 4), "tuned")
+    assert paces(report, 1) == paces(report, 4) == set(range(12))
+    assert {1} <= paces(report, 2) <= {1, 2}  # pace 2 takes one and a half times as long, and pace 0 is wrong
 
 
-@pytest.mark.slow
-@pytest.mark.usefixtures("timed")
-def test_inputs_that_do_not_fit_skip_the_point_and_blame_nobody(tmp_path: Path) -> None:
-    too_many = 1 << 38  # of 4096 columns in fp32: more bytes than an address space has
-    report = calibrate(
-        ["4,2,4096,16", "4,2,4096,32"], ["fp32"], tokens=[1, too_many], device="cpu", backends=["right"],
-        directory=tmp_path,
-    )  # fmt: skip
-    assert [(one.layer.N, one.M, one.measurement.disqualified) for one in report.measured] == [
-        (16, 1, None),
-        (32, 1, None),
-    ]
+def test_inputs_that_do_not_fit_skip_the_point_and_disqualify_no_candidate(simulate: Calibrating) -> None:
+    simulate.worker.memory_tokens = 4
+    report = simulate((1, 8), "right", layers=(layer(16), layer(32)))
+    assert [(one.layer.N, one.M, one.disqualified) for one in report.measured] == [(16, 1, None), (32, 1, None)]
     assert len(report.skipped) == 2
-    assert all(f"M={too_many} (eager): its inputs could not be made: out of memory" in one for one in report.skipped)
+    assert all("M=8 (eager): its inputs could not be made: out of memory" in line for line in report.skipped)
 
 
-@pytest.mark.usefixtures("timed")
-def test_a_backend_that_cannot_be_made_does_not_end_the_calibration(tmp_path: Path) -> None:
+def test_a_backend_that_cannot_be_made_does_not_end_the_calibration(simulate: Calibrating) -> None:
     class Unmakeable(RightBackend):
         name = "unmakeable"
 
@@ -371,30 +240,30 @@ def test_a_backend_that_cannot_be_made_does_not_end_the_calibration(tmp_path: Pa
             raise RuntimeError(f"its licence does not cover a {machine.device}")
 
     with registered(Unmakeable):
-        report = calibrate(
-            [TINY], ["fp32"], tokens=[1], device="cpu", backends=["unmakeable", "right"], directory=tmp_path, budget_s=0
-        )
+        report = simulate((1,), "unmakeable", "right")
     assert list(report.unavailable) == ["unmakeable"]
     assert "its licence does not cover a cpu" in report.unavailable["unmakeable"]
+    assert [one.candidate.backend for one in report.measured] == ["right"]
 
 
-@pytest.mark.slow
-def test_a_process_goes_on_by_its_own_calibration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_process_chooses_by_its_own_calibration_from_then_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MOE_DISPATCH_CACHE_DIR", str(tmp_path))
+    simulated = functools.partial(CalibrationRun, start_worker=lambda *_: worker())
+    monkeypatch.setattr(calibrate_module, "CalibrationRun", simulated)
     reset_dispatchers()
 
     def policy() -> str:
-        choice = get_dispatcher("cpu").planner.explain(problem()).chosen
-        assert choice is not None
-        return choice.choice.policy
+        chosen = get_dispatcher("cpu").planner.explain(workload(TINY).problem(5, "fp32", CPU)).chosen
+        assert chosen is not None
+        return chosen.choice.policy
 
-    arguments = {"tokens": [5], "device": "cpu", "backends": ["reference"], "routings": ["uniform"]}
+    def measure(directory: Path | None = None) -> None:
+        calibrate([TINY], ["fp32"], tokens=[5], device="cpu", backends=["reference"], directory=directory)
+
     assert policy() == "rules"
-    calibrate([TINY], ["fp32"], directory=tmp_path / "elsewhere", **arguments)
+    measure(directory=tmp_path / "elsewhere")
     assert policy() == "rules"
-    calibrate([TINY], ["fp32"], budget_s=0.0, **arguments)
-    assert policy() == "rules"
-    calibrate([TINY], ["fp32"], **arguments)
+    measure()
     assert policy() == "calibrated"
     reset_dispatchers()
 
@@ -410,79 +279,146 @@ def test_a_described_machine_of_another_kind_is_refused_before_anything_starts(
 
 
 def test_the_current_gpu_is_the_one_that_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The worker is another process, whose current GPU is the first."""
-    asked: list[str] = []
+    """A worker is another process, whose current GPU is the first."""
+    devices: list[str] = []
 
-    def worker(device: str, *_: object) -> Device:
-        asked.append(device)
-        return Device(Noise(), 1)
+    def start(device: str, *_: object) -> Worker:
+        devices.append(device)
+        return worker()
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
     monkeypatch.setattr(Machine, "inspect", lambda _device=None: H200)
-    monkeypatch.setattr(campaign, "compile_ahead", lambda *_, **__: [])
-    monkeypatch.setattr(campaign, "WorkerProcess", worker)
+    monkeypatch.setattr(run_module, "compile_ahead", lambda *_, **__: [])
+    monkeypatch.setattr(calibrate_module, "CalibrationRun", functools.partial(CalibrationRun, start_worker=start))
     for device in (None, "cuda", "cuda:0"):
         calibrate(["mixtral-8x7b"], tokens=[1], directory=tmp_path, device=device, budget_s=0.0)
-    assert asked == ["cuda:1", "cuda:1", "cuda:0"]
+    assert devices == ["cuda:1", "cuda:1", "cuda:0"]
 
 
 def test_the_workers_gpu_is_its_current_one(monkeypatch: pytest.MonkeyPatch) -> None:
     current: list[torch.device] = []
     monkeypatch.setattr(torch.cuda, "set_device", current.append)
     monkeypatch.setattr(Machine, "inspect", lambda _device=None: H200)
-    assert Worker().start("cuda:1", {}) == {}
+    assert WorkerServer().start("cuda:1", {}) == {}
     assert current == [torch.device("cuda:1")]
 
 
-def test_no_budget_measures_nothing_and_says_so(tmp_path: Path) -> None:
-    report = calibrate(
-        [TINY], ["fp32"], tokens=[1, 8], device="cpu", backends=["reference"], directory=tmp_path, budget_s=0.0
-    )
-    assert not report.measured
-    assert "no time left for M of 1, 8" in report.skipped[0]
-
-
-@pytest.mark.slow
-@pytest.mark.usefixtures("timed")
-def test_every_layer_is_measured_coarsely_before_any_is_finely(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(points, "COARSE", 2)
-    visited: list[str] = []
-    calibrate(
-        [TINY, "4,2,32,32"], ["fp32"], tokens=[1, 2, 4], device="cpu", backends=["right"], directory=tmp_path,
-        on_progress=lambda progress: visited.append(progress.what),
-    )  # fmt: skip
-    order = [(what.split()[3], what.split()[-1]) for what in visited if "M=" in what]
-    assert order == [(f"N={N}", f"M={M}") for counts in ((1, 4), (2,)) for N in (16, 32) for M in counts]
-
-
-@pytest.mark.slow
-@pytest.mark.usefixtures("timed")
-def test_what_is_chosen_between_takes_part_where_it_is_not_offered(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_every_layer_is_measured_coarsely_before_any_is_finely(
+    simulate: Calibrating, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    arguments = {"device": "cpu", "backends": ["tuned"], "routings": ["uniform"], "directory": tmp_path}
-    calibrate([TINY], ["fp32"], tokens=[1, 4], **arguments)
+    monkeypatch.setattr(schedule_module, "COARSE", 2)
+    simulate((1, 2, 4), "right", layers=(layer(16), layer(32)))
+    order = [(shape.N, setup.M) for shape, setup in simulate.worker.points]
+    assert order == [(N, M) for counts in ((1, 4), (2,)) for N in (16, 32) for M in counts]
+    named = [progress.what for progress in simulate.seen if progress.what != "done"]
+    assert named == [f"E=4 topk=2 K=32 N={N} fp32 M={M}" for N, M in order]
+    assert [progress.done for progress in simulate.seen] == list(range(7))
+    assert {progress.total for progress in simulate.seen} == {6}
+
+
+def test_the_choice_between_measured_token_counts_takes_part_where_it_is_not_offered(
+    simulate: Calibrating, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    simulate((1, 4), "tuned")
     monkeypatch.setattr(Tuned, "configs", lambda *_: (Pace(pace=3), Pace(pace=4)))
-    between = calibrate([TINY], ["fp32"], tokens=[2], **arguments)
-    assert {one.candidate.config["pace"] for one in between.measured} == {1, 3, 4}
+    assert paces(simulate((2,), "tuned")) == {1, 3, 4}
 
 
-@pytest.mark.slow
-@pytest.mark.usefixtures("timed")
 def test_a_backend_that_is_no_fallback_is_neither_checked_nor_kept(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    simulate: Calibrating, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(race, "FALLBACK", 1.5)
-    report = calibrate([TINY], ["fp32"], tokens=[1], device="cpu", backends=["steady", "growing"], directory=tmp_path)
-    assert {one.candidate.backend for one in report.measured} == {"growing"}  # one unit, and steady takes 6
+    checked: list[str] = []
+
+    def record(run: Run) -> float:
+        checked.append(run.backend)
+        return 1e-6
+
+    monkeypatch.setattr(successive_halving, "FALLBACK", 1.5)
+    monkeypatch.setattr(successive_halving, "FINALISTS", 1)
+    simulate.worker.error_of = record
+    report = simulate((1,), "steady", "growing")  # one unit, and steady takes six
+    assert {one.candidate.backend for one in report.measured} == set(checked) == {"growing"}
 
 
-@pytest.mark.slow
-def test_the_report_says_where_the_time_went(ran: Ran) -> None:
-    assert {"start", "layer", "point", "launch", "check", "time"} <= set(ran.report.spent)
-    assert sum(ran.report.spent.values()) <= ran.report.seconds
+def test_candidates_are_sent_once_per_point_and_named_by_their_index(simulate: Calibrating) -> None:
+    simulate((1,), "tuned")
+    ((_, setup),) = simulate.worker.points
+    assert [candidate.config for candidate in setup.candidates] == [{"pace": pace} for pace in range(12)]
+
+
+def test_the_budget_ends_a_point_that_takes_longer(simulate: Calibrating) -> None:
+    simulate.worker.prepare_s = 3.0  # of a layer, and of each point
+    report = simulate((1, 2, 4), "right", budget_s=10.0)
+    assert simulate.worker.clock.now == 10.0
+    assert [one.M for one in report.measured] == [1, 4]
+    assert report.skipped == [f"{layer()}: no time left for M of 2; --resume measures them"]
+    assert not report.failure()
+
+
+def test_a_budget_spent_before_anything_is_measured_is_a_failure(simulate: Calibrating) -> None:
+    simulate.worker.prepare_s = 300.0
+    report = simulate((1, 2), "right", budget_s=40.0)
+    assert not report.measured
+    assert "no time left for M of 1, 2" in report.skipped[0]
+    assert "larger --budget" in report.failure()
+
+
+def test_a_layer_beyond_the_memory_is_skipped_before_a_worker_starts(simulate: Calibrating) -> None:
+    large = LayerShape.of(workload("100000,8,7168,2048").problem(1, "bf16", CPU))
+    report = simulate((1,), "right", layers=(large,))
+    assert not simulate.worker.points
+    assert "its weights need" in report.skipped[0]
+    assert "the memory is not enough" in report.failure()
+
+
+def test_a_calibration_in_which_every_candidate_is_disqualified_is_a_failure(simulate: Calibrating) -> None:
+    simulate.worker.error_of = lambda _: 0.5
+    report = simulate((1,), "right", "steady")
+    assert len(report.disqualified()) == 2
+    assert "every candidate was disqualified" in report.failure()
+
+
+def test_a_resumed_calibration_with_nothing_left_is_no_failure(simulate: Calibrating) -> None:
+    simulate((1,), "right")
+    report = simulate((1,), "right", resume=True)
+    assert (report.known, report.failure()) == (1, "")
+
+
+def test_the_last_resort_is_never_barred_and_a_bar_on_it_is_not_obeyed(simulate: Calibrating) -> None:
+    problem = layer().problem(1, CPU)
+    Quarantine(CPU, simulate.directory).bar("reference", problem, "an older version did this", fatal=True)
+    simulate.worker.dies = lambda run: WorkerDiedError("killed by SIGKILL") if run.M == 2 else None
+    report = simulate((1, 2), "reference", "right")
+    assert {(one.M, one.candidate.backend) for one in report.measured if one.score} == {(1, "reference"), (1, "right")}
+    quarantine = Quarantine(CPU, simulate.directory)
+    assert {entry.backend for entry in quarantine.entries() if "SIGKILL" in entry.cause} == {"right"}
+
+
+@pytest.mark.parametrize(("machine", "barred"), [(CPU, False), (H200, True)], ids=("on a CPU", "on a device"))
+def test_slow_is_not_fatal_on_a_cpu(tmp_path: Path, machine: Machine, *, barred: bool) -> None:
+    device = torch.device("cuda:0" if machine is H200 else "cpu")
+    shape = LayerShape.of(workload(TINY).problem(1, "bf16", machine))
+    request = CalibrationRequest(
+        machine=machine, device=device, layers=(shape,), tokens=(1,), backends=("slow",), directory=tmp_path
+    )
+
+    class Slow(Honest):
+        name = "slow"
+
+    slow = SimulatedWorker(time_of, dies=lambda _: WorkerDiedError("no answer within 60 s", timed_out=True))
+    with registered(Slow):
+        report = CalibrationRun(request, start_worker=lambda *_: slow).measure()
+        assert [one.disqualified for one in report.measured] == ["no answer within 60 s"]
+        assert bool(Quarantine(machine, tmp_path).entries()) == barred
+
+
+def test_a_folder_that_cannot_be_written_is_found_before_anything_is_measured(simulate: Calibrating) -> None:
+    simulate.directory = Path("/proc/moe_dispatch")
+    with pytest.raises(PolicyFileError, match="cannot be written to /proc/"):
+        simulate((1,), "right")
+    assert not simulate.worker.points
 
 
 def test_coarse_to_fine_spans_the_range_first() -> None:
@@ -491,9 +427,29 @@ def test_coarse_to_fine_spans_the_range_first() -> None:
     assert sorted(order) == [1, 2, 4, 8, 16]
 
 
-def test_the_worker_leaves_no_process(ran: Ran) -> None:
-    pids = Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children")
-    if not pids.exists():
-        pytest.skip("this system does not list a process's children")
-    commands = [Path(f"/proc/{pid}/cmdline").read_text(encoding="utf-8") for pid in pids.read_text().split()]
-    assert not [command for command in commands if "policies.worker" in command]
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"tokens": ()}, "at least one of its tokens"),
+        ({"tokens": (0, 1)}, "tokens must be at least 1, got 0"),
+        ({"routings": ("zipf",)}, "routings must be among uniform.*got zipf"),
+        ({"modes": ("graph",)}, "modes must be among eager on this machine"),
+        ({"most_configs": 0}, "most_configs must be at least 1, got 0"),
+    ],
+    ids=str,
+)
+def test_a_request_is_checked_once(change: dict[str, Any], says: str) -> None:
+    with pytest.raises(InvalidInputError, match=says):
+        CalibrationRequest(**{"machine": CPU, "device": torch.device("cpu"), "layers": (layer(),), **change})
+
+
+@pytest.mark.parametrize("seconds", [0.0, -1.0, math.nan, math.inf])
+def test_a_timeout_is_a_positive_number(seconds: float) -> None:
+    with pytest.raises(InvalidInputError, match="timeout_s must be a positive number of seconds"):
+        CalibrationRequest(machine=CPU, device=torch.device("cpu"), layers=(layer(),), timeout_s=seconds)
+
+
+@pytest.mark.parametrize("seconds", [-1.0, math.nan, math.inf])
+def test_a_budget_is_a_number_of_seconds(seconds: float) -> None:
+    with pytest.raises(InvalidInputError, match="budget_s must be a number of seconds, at least 0"):
+        CalibrationRequest(machine=CPU, device=torch.device("cpu"), layers=(layer(),), budget_s=seconds)

@@ -11,13 +11,13 @@ from moe_dispatch.policies.calibration import compile_ahead as module
 from moe_dispatch.policies.calibration.compile_ahead import Job, Jobs, compile_ahead, in_order
 from moe_dispatch.policies.calibration.placeholder_weights import placeholder_weights
 from moe_dispatch.policies.calibration.worker_process import WorkerProcess
-from moe_dispatch.policies.measurements.schema import Candidate, Layer
+from moe_dispatch.policies.measurements.schema import Candidate, LayerShape
 from moe_dispatch.problem import DType
 from moe_dispatch.registry import BACKENDS as REGISTERED
 from moe_dispatch.workloads import make_experts, workload
 
 CPU = Machine.inspect("cpu")
-LAYER = Layer.of(workload("4,2,32,16").problem(1, "fp32", CPU))
+LAYER = LayerShape.of(workload("4,2,32,16").problem(1, "fp32", CPU))
 BACKENDS = {
     "reference": "moe_dispatch.backends.reference:ReferenceBackend",
     "killed": "tests.support.calibration_faults:KilledBackend",
@@ -46,7 +46,7 @@ def taken(queue: Jobs, loaded: set[str], *, every_library: bool = False) -> list
     return names
 
 
-def test_the_racer_begins_with_a_job_of_every_library() -> None:
+def test_the_measuring_worker_begins_with_a_job_of_every_library() -> None:
     queue = Jobs(jobs("ours", "lib", "other_lib"), libraries=["lib", "other_lib"])
     order = taken(queue, set(), every_library=True)
     assert set(order[:2]) == {"lib", "other_lib"}
@@ -76,19 +76,19 @@ def test_what_was_compiled_is_remembered_and_failures_cost_themselves(tmp_path: 
     assert set(remembered.read_text().split()) == {job.digest for job in jobs("reference")}
     told.clear()
     compile_ahead(wanted, start, remembered, on_progress=lambda done, total: told.append((done, total)))
-    assert max(told) == (4, 4)  # who failed for want of memory, say, is tried again
+    assert max(told) == (4, 4)  # a job that failed, perhaps for lack of memory, is tried again
 
 
 @pytest.mark.slow
-def test_the_racer_lives_on(tmp_path: Path) -> None:
+def test_the_measuring_worker_outlives_the_compilation(tmp_path: Path) -> None:
     # Linux kills a worker when the thread that started it ends, not only when the process does.
-    racer = start()
+    measuring = start()
     try:
-        assert not compile_ahead(jobs("reference"), start, tmp_path / "machine.txt", racer=racer)
-        racer.layer(LAYER)
-        assert racer.restarts == 1
+        assert not compile_ahead(jobs("reference"), start, tmp_path / "machine.txt", measuring_worker=measuring)
+        measuring.layer(LAYER)
+        assert measuring.restarts == 1
     finally:
-        racer.close()
+        measuring.close()
 
 
 def test_another_version_is_another_job() -> None:
@@ -103,7 +103,7 @@ def test_past_the_deadline_nothing_starts(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp8"])
 @pytest.mark.parametrize("layer", ["4,2,192,160", "4,2,256,128"])
-def test_phantoms_are_weights_of_the_layer(layer: str, dtype: DType) -> None:
+def test_placeholder_weights_have_the_shapes_of_the_layer(layer: str, dtype: DType) -> None:
     problem = workload(layer).problem(1, dtype, CPU)
     made = placeholder_weights(problem, torch.device("cpu"))
     real = make_experts(problem, dtype, "cpu")
@@ -116,13 +116,13 @@ def test_phantoms_are_weights_of_the_layer(layer: str, dtype: DType) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", ["bf16", "fp8"])
-def test_phantoms_of_a_layer_beyond_the_memory_run_where_nobody_is_served(dtype: DType) -> None:
+def test_placeholder_weights_of_a_layer_beyond_the_memory_run_where_every_id_is_minus_one(dtype: DType) -> None:
     machine = Machine.inspect("cuda")
     experts = placeholder_weights(workload("4096,8,7168,2048").problem(1, dtype, machine), torch.device("cuda"))
     assert experts.gate_up.nbytes > machine.memory_bytes / 2
     backend = REGISTERED.load("triton_persistent")(machine)
     problem = experts.problem(3, 8, torch.bfloat16, machine.capability)
     hidden = torch.ones(3, 7168, dtype=torch.bfloat16, device="cuda")
-    nobody = torch.full((3, 8), -1, dtype=torch.int32, device="cuda")
-    out = backend.run(hidden, experts, torch.ones(3, 8, device="cuda"), nobody, backend.default_config(problem))
+    ids = torch.full((3, 8), -1, dtype=torch.int32, device="cuda")
+    out = backend.run(hidden, experts, torch.ones(3, 8, device="cuda"), ids, backend.default_config(problem))
     assert not out.any()

@@ -15,8 +15,8 @@ import pytest
 from moe_dispatch.errors import MoEDispatchWarning, PolicyFileError
 from moe_dispatch.machine import Machine
 from moe_dispatch.policies.calibrated import CalibratedPolicy, calibration_path
-from moe_dispatch.policies.measurements.merge import Measured, save, settle
-from moe_dispatch.policies.measurements.schema import Candidate, Layer, Measurement, read_calibration
+from moe_dispatch.policies.measurements.merge import promote_winners, save
+from moe_dispatch.policies.measurements.schema import Candidate, Identity, LayerShape, Measurement, read_calibration
 from moe_dispatch.policies.measurements.table import LayerTable, stable_winners, tables
 from moe_dispatch.policies.measurements.versions import relevant_versions
 from moe_dispatch.problem import Mode
@@ -25,6 +25,7 @@ from moe_dispatch.workloads import WORKLOADS, Workload
 from tests.support.fakes import Honest, registered
 
 MACHINE = Machine.inspect("cpu")
+Scores = dict[int, dict[Identity, float | None]]
 LAYER = Workload("tiny", E=8, topk=2, K=64, N=32)
 
 
@@ -37,19 +38,24 @@ def measured(
     layer: Workload = LAYER,
     config: dict[str, Any] | None = None,
     versions: dict[str, str] | None = None,
-) -> Measured:
+) -> Measurement:
     """A measurement of a backend under today's versions, unless others are given."""
     if versions is None:
         versions = relevant_versions(BACKENDS.load(backend)(MACHINE)) if backend in BACKENDS.names() else {}
-    return Measured(
-        Layer.of(layer.problem(1, "fp32", MACHINE)),
+    return Measurement(
+        LayerShape.of(layer.problem(1, "fp32", MACHINE)),
         M,
         mode,
         Candidate(backend=backend, config=config or {}, versions=versions),
-        Measurement(
-            candidate=0, us={"uniform": (us, us, us)} if us else {}, score=us, disqualified=None if us else "x"
-        ),
+        us={"uniform": (us, us, us)} if us else {},
+        score=us,
+        disqualified=None if us else "x",
     )
+
+
+def ids(letters: str) -> list[Identity]:
+    """Candidates without configuration."""
+    return [(letter, ()) for letter in letters]
 
 
 @pytest.fixture
@@ -120,11 +126,13 @@ def test_a_fifo_in_its_place_does_not_hang(path: Path) -> None:
         read_calibration(path, MACHINE)
 
 
-def test_a_damaged_file_is_set_aside_and_not_overwritten(path: Path) -> None:
+def test_every_damaged_file_is_set_aside_and_none_overwritten(path: Path) -> None:
     path.parent.mkdir(parents=True)
-    path.write_text("{", encoding="utf-8")
-    save(path, [measured(1, 5.0)], MACHINE)
-    assert path.with_name(f"{path.name}.damaged").read_text(encoding="utf-8") == "{"
+    for content in ("{", "["):
+        path.write_text(content, encoding="utf-8")
+        save(path, [measured(1, 5.0)], MACHINE)
+    kept = sorted(path.parent.glob(f"{path.name}.damaged*"))
+    assert [file.read_text(encoding="utf-8") for file in kept] == ["{", "["]
     assert ranked(1) == ["reference"]
 
 
@@ -232,9 +240,9 @@ def test_disqualified_at_a_neighbour_is_not_trusted_between(path: Path) -> None:
     assert ranked(16) == ranked(64) == ["reference"]
 
 
-def test_within_noise_the_calmer_choice_wins() -> None:
-    one, other = ("a", ()), ("b", ())
-    scores = {1: {one: 10.0, other: 20.0}, 2: {one: 10.1, other: 10.0}, 4: {one: 10.0, other: 20.0}}
+def test_within_noise_the_choice_of_more_token_counts_wins() -> None:
+    one, other = ids("ab")
+    scores: Scores = {1: {one: 10.0, other: 20.0}, 2: {one: 10.1, other: 10.0}, 4: {one: 10.0, other: 20.0}}
     assert set(stable_winners(scores).values()) == {one}
     scores[2][one] = 11.0
     assert stable_winners(scores) == {1: one, 2: other, 4: one}
@@ -242,9 +250,9 @@ def test_within_noise_the_calmer_choice_wins() -> None:
 
 
 def test_what_noise_does_at_one_token_count_is_outvoted() -> None:
-    one, two, three = ("a", ()), ("b", ()), ("c", ())
+    one, two, three = ids("abc")
     # `one` is within noise at most of them, though it is nowhere the fastest.
-    scores = {
+    scores: Scores = {
         1: {one: 10.03, two: 10.0, three: 10.3},
         2: {one: 20.06, three: 20.0, two: 30.0},
         4: {two: 40.0, one: 40.12, three: 50.0},
@@ -255,10 +263,10 @@ def test_what_noise_does_at_one_token_count_is_outvoted() -> None:
 
 
 def test_a_candidate_at_the_border_of_noise_decides_for_no_other_token_count() -> None:
-    one, other, third = ("a", ()), ("b", ()), ("c", ())
+    one, other, third = ids("abc")
 
-    def winners(lag: float) -> list[object]:
-        scores = {
+    def winners(lag: float) -> list[Identity]:
+        scores: Scores = {
             1: {one: 10.0, other: 10.0 * (1 + lag)},
             2: {one: 20.0, other: 20.0},
             4: {one: 40.0, other: 40.0},
@@ -270,30 +278,30 @@ def test_a_candidate_at_the_border_of_noise_decides_for_no_other_token_count() -
 
 
 def test_neighbours_far_apart_decide_nothing_between_them() -> None:
-    one = ("one", ())
+    (one,) = ids("a")
     table = LayerTable({1: {one: 10.0}, 16: {one: 40.0}, 512: {one: 90.0}})
     assert [M for M in (1, 4, 16, 17, 511, 512) if table.rank(M)] == [1, 4, 16, 512]
 
 
-def test_who_left_the_race_at_a_neighbour_is_not_chosen_beside_it() -> None:
-    steady, decoder = ("steady", ()), ("decoder", ())
-    # Measured at the ends, and far behind, so not raced, between them: its curve from 1 to 64 says nothing of 8.
+def test_a_candidate_that_was_eliminated_at_a_neighbour_is_not_chosen_beside_it() -> None:
+    steady, decoder = ids("ab")
+    # `decoder` was measured at 1 and 64, and eliminated between them: its curve from 1 to 64 does not hold at 8.
     table = LayerTable({1: {steady: 20.0, decoder: 10.0}, 4: {steady: 40.0}, 16: {steady: 80.0}, 64: {decoder: 90.0}})
     assert [identity for identity, _ in table.rank(8)] == [steady]
     assert not table.rank(32)
 
 
 def test_the_incumbent_wins_within_noise_and_no_further() -> None:
-    one, other = ("a", ()), ("b", ())
-    scores = {1: {one: 10.0, other: 10.1}, 2: {one: 10.0, other: 10.1}, 4: {one: 10.0, other: 10.2}}
+    one, other = ids("ab")
+    scores: Scores = {1: {one: 10.0, other: 10.1}, 2: {one: 10.0, other: 10.1}, 4: {one: 10.0, other: 10.2}}
     assert set(stable_winners(scores).values()) == {one}
     assert stable_winners(scores, {1: other, 4: other}) == {1: other, 2: one, 4: one}
 
 
-def test_what_is_measured_later_outvotes_no_winner_that_was_settled(path: Path) -> None:
+def test_later_measurements_outvote_no_winner_that_was_promoted(path: Path) -> None:
     one, other = {"compute_fp32": True}, {"compute_fp32": False}
 
-    def at(M: int, us: float, other_us: float) -> list[Measured]:
+    def at(M: int, us: float, other_us: float) -> list[Measurement]:
         return [measured(M, us, config=one), measured(M, other_us, config=other)]
 
     def winners() -> dict[int, object]:
@@ -307,7 +315,7 @@ def test_what_is_measured_later_outvotes_no_winner_that_was_settled(path: Path) 
     save(path, later, MACHINE)
     assert winners() == {1: False, 4: False, 8: False}
     path.write_bytes(before)
-    settle(path, MACHINE)
+    promote_winners(path, MACHINE)
     save(path, later, MACHINE)
     assert winners() == {1: True, 4: False, 8: False}
 
@@ -323,6 +331,7 @@ def test_what_a_backend_had_is_replaced_as_a_whole(path: Path) -> None:
     assert times == {1: [6.0, 9.0], 2: [8.0]}
 
 
+@pytest.mark.timing
 def test_a_full_calibration_loads_within_50_ms(path: Path) -> None:
     configs = [{"compute_fp32": a, "quantize_activations": b} for a in (False, True) for b in (False, True)]
     names = [name for name in BACKENDS.names() if name != "reference"]

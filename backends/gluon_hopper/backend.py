@@ -1,0 +1,111 @@
+"""Our backend for middle and large token counts on Hopper."""
+
+import functools
+import importlib.util
+import re
+from pathlib import Path
+from typing import Final
+
+from torch import Tensor
+
+from moe_dispatch.backend import BackendConfig, Inputs, Requirements, Run
+from moe_dispatch.backends.gluon_hopper.config import GluonHopperConfig
+from moe_dispatch.backends.gluon_hopper.products import hopper_products
+from moe_dispatch.backends.gluon_hopper.tiles import WINDOW_ROWS, permutes_rows
+from moe_dispatch.backends.stages.combine import combine
+from moe_dispatch.backends.stages.route import route
+from moe_dispatch.backends.triton_common.backend import TritonBackend
+from moe_dispatch.experts import ExpertWeights
+from moe_dispatch.machine import Machine
+from moe_dispatch.problem import ACTIVATIONS, ELEMENT_BYTES, UNGATED, MoEProblem
+from moe_dispatch.system.libraries import library_version
+
+# Gluon is experimental and changes with every Triton. The kernels were compiled under each of these releases.
+FIRST_TRITON: Final = (3, 6)
+LAST_TRITON: Final = (3, 9)
+
+
+class GluonHopperBackend(TritonBackend):
+    """Grouped products by warp-specialised kernels.
+
+    The stages: route, [permute or quantise], gate-up with the activation inside, down, combine. In a product one
+    program runs on every multiprocessor: a scheduler warp takes tiles from a counter, loader warps fill a ring of
+    stages, two warp groups multiply. Deterministic: rows are placed in the order of their slots, and nothing is added
+    atomically.
+    """
+
+    name = "gluon_hopper"
+    config_type = GluonHopperConfig
+    # The loader copies whole stages of 128 bytes of K, TMA needs rows that start on 16 bytes, and an FP8 tile is whole
+    # blocks of scales: 128 columns of h, 256 of the output.
+    requirements = Requirements(
+        dtypes=dict.fromkeys(("bf16", "fp16", "fp8"), (9, 0)),
+        activations=frozenset(ACTIVATIONS) - UNGATED,
+        multiples={"bf16": {"K": 64, "N": 8}, "fp16": {"K": 64, "N": 8}, "fp8": {"K": 256, "N": 128}},
+        max_capability=dict.fromkeys(("bf16", "fp16", "fp8"), (9, 1)),
+    )
+
+    def further_reasons(self, problem: MoEProblem) -> tuple[str, ...]:
+        """See `Backend.further_reasons`."""
+        return (*super().further_reasons(problem), *_gluon_reasons(self.machine))
+
+    def workspace_bytes(self, problem: MoEProblem, config: BackendConfig) -> int:  # noqa: ARG002
+        """See `Backend.workspace_bytes`."""
+        element = ELEMENT_BYTES[problem.dtype]
+        rows = problem.slots + WINDOW_ROWS
+        permuted = rows * problem.K * element if permutes_rows(problem.dtype, problem.N) else 0
+        return permuted + rows * problem.N * element + problem.slots * (problem.K * 2 + 8)
+
+    def run(
+        self,
+        hidden_states: Tensor,
+        experts: ExpertWeights,
+        topk_weights: Tensor,
+        topk_ids: Tensor,
+        config: BackendConfig,
+    ) -> Tensor:
+        """See `Backend.run`.
+
+        Where the first product's loader gathers tokens, it copies vectors of 16 bytes: hidden_states that do not start
+        on 16 bytes (a view into a flat buffer) are copied to fresh memory first.
+        """
+        assert isinstance(config, GluonHopperConfig)  # noqa: S101 - the dispatcher made it from config_type
+        if hidden_states.data_ptr() % 16 and not permutes_rows(experts.dtype, experts.N):
+            hidden_states = hidden_states.clone()
+        routing = route(topk_ids, experts.E, pdl=True)
+        y = hopper_products(hidden_states, experts, routing, topk_ids.shape[1], config.group_m, self._features.sms)
+        return combine(y, routing.row_of_slot, topk_weights, hidden_states.dtype, pdl=True)
+
+    def fast_path(self, inputs: Inputs, config: BackendConfig) -> Run | None:  # noqa: ARG002
+        """None: a replay holds addresses, and these kernels take tensor descriptors of memory fresh in each call."""
+        return None
+
+
+def _gluon_reasons(machine: Machine) -> list[str]:
+    """Why a machine's Triton cannot compile the kernels; found without importing it."""
+    if not machine.triton:
+        return []  # a reason of every Triton backend
+    version = tuple(int(part) for part in re.findall(r"\d+", machine.triton)[:2])
+    if not FIRST_TRITON <= version <= LAST_TRITON:
+        known = f"{_dotted(FIRST_TRITON)} to {_dotted(LAST_TRITON)}"
+        return [f"needs Triton {known}, under whose Gluon its kernels are known to compile, got {machine.triton}"]
+    if machine.triton == _installed_triton() and not _has_gluon():
+        return [f"needs triton.experimental.gluon for Hopper, which the installed Triton {machine.triton} lacks"]
+    return []
+
+
+@functools.cache
+def _installed_triton() -> str:
+    return library_version("triton")
+
+
+@functools.cache
+def _has_gluon() -> bool:
+    """Whether the installed Triton has Gluon's modules for Hopper; some builds of Triton leave them out."""
+    spec = importlib.util.find_spec("triton")
+    folders = (spec.submodule_search_locations or ()) if spec else ()
+    return any(Path(folder, "experimental/gluon/language/nvidia/hopper").is_dir() for folder in folders)
+
+
+def _dotted(version: tuple[int, ...]) -> str:
+    return ".".join(map(str, version))

@@ -1,0 +1,218 @@
+# mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"
+"""The two grouped products in BF16 and FP16 for Hopper, in Gluon; `common` describes roles, barriers and stages.
+
+A tile takes up to 160 rows: an expert that has a few rows more than 128 does not need its weights twice.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from moe_dispatch.backends.gluon_hopper import tiles
+from moe_dispatch.backends.gluon_hopper.common import (
+    Ring,
+    TileStrides,
+    make_barriers,
+    receive_tile,
+    schedule_tiles,
+    store_tile,
+)
+from moe_dispatch.backends.gluon_hopper.gluon_api import aggregate, field, reinterpret
+from moe_dispatch.backends.gluon_hopper.product_loader import Operands, load_tiles
+from moe_dispatch.backends.triton_common.device import moe_activate
+from moe_dispatch.backends.triton_common.pdl import moe_pdl_wait_and_release
+
+_TAIL_M = gl.constexpr(tiles.TAIL_M)
+_STAGGER_STAGES = gl.constexpr(tiles.STAGGER_STAGES)
+
+
+@aggregate
+class Outputs:
+    """Where results go.
+
+    Attributes:
+        ptr: Pointer to the result, row-major.
+        columns: Columns of it.
+        bufs: Shared memory ``[2, 64, 64]`` through which each consumer stores.
+    """
+
+    ptr: gl.tensor
+    columns: gl.tensor | gl.constexpr
+    bufs: gl.shared_memory_descriptor
+
+    @gluon.constexpr_function
+    def __init__(self, ptr, columns, bufs):
+        self.ptr = ptr
+        self.columns = field(columns)
+        self.bufs = bufs
+
+
+@gluon.jit
+def _moe_hopper_product_kernel(
+    # inputs
+    a,
+    tail_desc,
+    w_desc,
+    slot_of_row_ptr,
+    blocks_ptr,
+    counts_ptr,
+    # outputs
+    out_ptr,
+    # shapes
+    n_blocks,
+    w_rows,
+    w_second,
+    w_step,
+    depth,
+    a_columns,
+    columns,
+    # constants
+    COUNTER: gl.constexpr,
+    TOPK: gl.constexpr,
+    ACTIVATION: gl.constexpr,
+    STAGES: gl.constexpr,
+):
+    """`a` is a descriptor of rows in expert order, or with TOPK > 0 hidden_states, whose rows the loader gathers."""
+    GATHER: gl.constexpr = TOPK > 0
+    LOADER_WARPS: gl.constexpr = 2 if GATHER else 1
+    DTYPE: gl.constexpr = w_desc.dtype
+    BLOCK_K: gl.constexpr = w_desc.block_type.shape[1]
+    LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, BLOCK_K], DTYPE)
+    rows = gl.allocate_shared_memory(DTYPE, [2 * STAGES, 64, BLOCK_K], LAYOUT)
+    tails = gl.allocate_shared_memory(DTYPE, [STAGES, _TAIL_M, BLOCK_K], LAYOUT)
+    weights = gl.allocate_shared_memory(DTYPE, [2 * STAGES, 128, BLOCK_K], w_desc.layout)
+    out_bufs = gl.allocate_shared_memory(DTYPE, [2, 64, 64], LAYOUT)
+    queue, full, empty = make_barriers(STAGES, LOADER_WARPS, GATHER)
+    ring = Ring(rows, tails, weights, full, empty, STAGES)
+    moe_pdl_wait_and_release(True)
+    strides = TileStrides(w_rows, w_second, w_step, depth)
+    operands = Operands(a, tail_desc, w_desc, slot_of_row_ptr, strides, a_columns)
+    outputs = Outputs(out_ptr, columns, out_bufs)
+    gl.warp_specialize(
+        [
+            (_consume, (queue, ring, outputs, depth, 0, ACTIVATION, GATHER)),
+            (_consume, (queue, ring, outputs, depth, 1, ACTIVATION, GATHER)),
+            (load_tiles, (queue, ring, operands, TOPK)),
+            (schedule_tiles, (queue, blocks_ptr, counts_ptr, n_blocks, COUNTER)),
+        ],
+        [4, LOADER_WARPS, 1],
+        [208, 88, 88] if GATHER else [232, 40, 40],
+    )
+
+
+@gluon.jit
+def _consume(
+    queue, ring, outputs, depth, CONSUMER: gl.constexpr, ACTIVATION: gl.constexpr, GATHER: gl.constexpr
+):  # fmt: skip
+    """One of the two consumers, CONSUMER 0 or 1."""
+    i = 0
+    step = 0
+    tile = receive_tile(queue, i)
+    if CONSUMER == 1:
+        # One consumer starts later than the other, so that their epilogues do not leave the tensor core idle together.
+        mbarrier.wait(ring.full.index(_STAGGER_STAGES), 0, pred=(tile.end > 0) & (depth > _STAGGER_STAGES))
+    while tile.end > 0:
+        if tile.end - tile.row > 128:
+            step = _multiply(ring, outputs, tile, depth, step, 128 + _TAIL_M, CONSUMER, ACTIVATION, GATHER)
+        elif tile.end - tile.row > 64:
+            step = _multiply(ring, outputs, tile, depth, step, 128, CONSUMER, ACTIVATION, GATHER)
+        elif tile.end - tile.row > 32:
+            step = _multiply(ring, outputs, tile, depth, step, 64, CONSUMER, ACTIVATION, GATHER)
+        else:
+            step = _multiply(ring, outputs, tile, depth, step, 32, CONSUMER, ACTIVATION, GATHER)
+        i += 1
+        tile = receive_tile(queue, i)
+
+
+@gluon.jit
+def _multiply(
+    ring, outputs, tile, depth, step,
+    HEIGHT: gl.constexpr, CONSUMER: gl.constexpr, ACTIVATION: gl.constexpr, GATHER: gl.constexpr,
+):  # fmt: skip
+    """A tile of up to HEIGHT rows.
+
+    From 128 rows on a consumer multiplies 64 of them by all weights. Of what is less or left over both multiply all
+    rows by half of the weights, transposed: weight rows fill the tensor core's side of 64, few rows its other side.
+    """
+    WIDE: gl.constexpr = HEIGHT >= 128
+    FEW: gl.constexpr = HEIGHT % 128  # rows that are multiplied transposed
+    STAGES: gl.constexpr = ring.STAGES
+    BLOCK_K: gl.constexpr = ring.rows.shape[2]
+    LAYOUT: gl.constexpr = ring.rows.layout
+    w_pairs = reinterpret(ring.weights, ring.weights.dtype, [STAGES, 256, BLOCK_K], LAYOUT)
+    w_halves = reinterpret(ring.weights, ring.weights.dtype, [4 * STAGES, 64, BLOCK_K], LAYOUT)
+    if WIDE:
+        acc = gl.zeros([64, 256], gl.float32, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 256, 16]))
+    if FEW:
+        FEW_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, FEW, 16])
+        first = gl.zeros([64, FEW], gl.float32, FEW_LAYOUT)
+        second = gl.zeros([64, FEW], gl.float32, FEW_LAYOUT)
+    for k in range(depth):
+        stage = step % STAGES
+        mbarrier.wait(ring.full.index(stage), step // STAGES & 1)
+        if GATHER:
+            fence_async_shared()
+        if WIDE:
+            wide = ring.rows.index(2 * stage + CONSUMER)
+            acc = warpgroup_mma(wide, w_pairs.index(stage).permute((1, 0)), acc, is_async=True)
+        if FEW:
+            few = _few_rows(ring, stage, HEIGHT).permute((1, 0))
+            first = warpgroup_mma(w_halves.index(4 * stage + CONSUMER), few, first, is_async=True)
+            second = warpgroup_mma(w_halves.index(4 * stage + 2 + CONSUMER), few, second, is_async=True)
+        # The products before these have read their stage.
+        if WIDE and FEW:
+            acc, first, second = warpgroup_mma_wait(3, deps=(acc, first, second))
+        elif WIDE:
+            acc = warpgroup_mma_wait(1, deps=(acc,))
+        else:
+            first, second = warpgroup_mma_wait(2, deps=(first, second))
+        mbarrier.arrive(ring.empty.index((step + STAGES - 1) % STAGES), pred=k > 0)
+        step += 1
+    if WIDE and FEW:
+        acc, first, second = warpgroup_mma_wait(0, deps=(acc, first, second))
+    elif WIDE:
+        acc = warpgroup_mma_wait(0, deps=(acc,))
+    else:
+        first, second = warpgroup_mma_wait(0, deps=(first, second))
+    mbarrier.arrive(ring.empty.index((step + STAGES - 1) % STAGES))
+    if WIDE:
+        left, right = gl.split(gl.permute(gl.reshape(acc, [64, 2, 128]), [0, 2, 1]))
+        _finish(left, right, 0, outputs, tile, tile.row + 64 * CONSUMER, 0, CONSUMER, ACTIVATION)
+    if FEW:
+        few_row = tile.row + 128 if WIDE else tile.row
+        _finish(first, second, 1, outputs, tile, few_row, 64 * CONSUMER, CONSUMER, ACTIVATION)
+    return step
+
+
+@gluon.jit
+def _few_rows(ring, stage, HEIGHT: gl.constexpr):
+    """A tile's rows that are multiplied transposed: what is beyond 128 of them, or the first HEIGHT."""
+    if HEIGHT > 128:
+        rows = ring.tails.index(stage)
+    else:
+        BLOCK_K: gl.constexpr = ring.rows.shape[2]
+        VIEWS: gl.constexpr = 128 // HEIGHT  # of a stage's rows
+        views = reinterpret(ring.rows, ring.rows.dtype, [VIEWS * ring.STAGES, HEIGHT, BLOCK_K], ring.rows.layout)
+        rows = views.index(VIEWS * stage)
+    return rows
+
+
+@gluon.jit
+def _finish(
+    first, second, ROWS: gl.constexpr, outputs, tile, row, column, CONSUMER: gl.constexpr, ACTIVATION: gl.constexpr
+):  # fmt: skip
+    """Store the products with a tile's first and second 128 rows of weights, or their activation.
+
+    ROWS is the axis of rows: 0, or 1 where they are transposed. `row` is the first of them, `column` the first of 128.
+    """
+    if ACTIVATION is not None:
+        out = moe_activate(first, second, ACTIVATION)
+        store_tile(out, ROWS, outputs, CONSUMER, row, tile.end, tile.block_n * 128 + column)
+    else:
+        store_tile(first, ROWS, outputs, CONSUMER, row, tile.end, tile.block_n * 256 + column)
+        store_tile(second, ROWS, outputs, CONSUMER, row, tile.end, tile.block_n * 256 + 128 + column)

@@ -1,0 +1,55 @@
+"""Tensor descriptors for the Hopper kernels: of weights, and of activations whose last row may be any.
+
+Imports no Triton until one is made.
+"""
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moe_dispatch.backends.gluon_hopper.tiles import STAGE_BYTES, WINDOW_ROWS
+from moe_dispatch.numerics import FP8
+
+
+def rows_after_window(like: Tensor, rows: int, columns: int, dtype: torch.dtype | None = None) -> Tensor:
+    """Fresh memory ``[rows, columns]`` for `window_descriptor`, whose windows begin one window before it."""
+    return like.new_empty(WINDOW_ROWS + rows, columns, dtype=dtype)[WINDOW_ROWS:]
+
+
+def window_descriptor(matrix: Tensor, rows: int) -> Any:
+    """The tensor descriptor of a matrix, seen as all its runs of 64 successive rows, read in blocks of `rows` rows.
+
+    Element ``[b, r, c]`` of the tensor that it describes is column c of row ``b - 64 + r``, where r is less than 64. So
+    a load can be made to end at any row, b, and TMA itself fills in zeros for what lies beyond.
+
+    Args:
+        matrix: From `rows_after_window`.
+        rows: At most 64.
+    """
+    count, columns = matrix.shape
+    start = matrix.storage_offset() - WINDOW_ROWS * columns
+    windows = matrix.as_strided((count + 1, WINDOW_ROWS, columns), (columns, columns, 1), start)
+    return _descriptor(windows, [1, rows])
+
+
+def weight_descriptor(weights: Tensor) -> Any:
+    """The tensor descriptor of ``[E, rows, columns]``, the experts' rows one after the other, in blocks of 128."""
+    return _descriptor(weights.view(-1, weights.shape[2]), [128])
+
+
+def _descriptor(tensor: Tensor, rows: list[int]) -> Any:
+    """Blocks of `rows` and 128 bytes of columns."""
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+    block = [*rows, STAGE_BYTES // tensor.element_size()]
+    return TensorDescriptor.from_tensor(tensor, block, _layout(tensor.dtype, tuple(block)))
+
+
+@functools.cache
+def _layout(dtype: torch.dtype, block: tuple[int, ...]) -> Any:
+    from triton.experimental.gluon import language as gl
+
+    element = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16, FP8: gl.float8e4nv}[dtype]
+    return gl.NVMMASharedLayout.get_default_for(list(block), element)

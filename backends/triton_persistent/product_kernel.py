@@ -1,0 +1,234 @@
+# mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"
+"""The grouped product. A launch is one wave of programs that loop over the tiles of all experts.
+
+Rows lie in the order of experts without padding (see `stages.route`). Which tiles there are depends on the routing, so
+every program computes its share on the device, from the running count of all experts' row blocks, kept in registers.
+"""
+
+import triton
+import triton.language as tl
+
+from moe_dispatch.backends.triton_common.device import moe_activate, moe_fp8_amax, moe_fp8_codes, moe_fp8_scale
+from moe_dispatch.backends.triton_common.fast_launch import fast_launch
+from moe_dispatch.backends.triton_common.pdl import moe_pdl_wait_and_release
+
+
+@fast_launch
+@triton.jit
+def _moe_product_kernel(
+    # inputs
+    x_ptr,
+    x_scale_ptr,
+    w,
+    w_scale_ptr,
+    bias_ptr,
+    slot_of_row_ptr,
+    starts_ptr,
+    ends_ptr,
+    # outputs
+    y_ptr,
+    y_scale_ptr,
+    # shapes
+    N,
+    K,
+    E,
+    # constants
+    TOPK: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    HALVES: tl.constexpr,
+    RUN: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    SCALAR_SCALE: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    TMA: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    ORDER: tl.constexpr,
+    GROUP_M: tl.constexpr,
+    E_POW2: tl.constexpr,
+    FLATTEN: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """Compute y = activation(x @ wᵀ) for every row; with a gate, activation(x @ gateᵀ, x @ upᵀ) of the two HALVES of w.
+
+    A tile's operand is ``HALVES · BLOCK_N`` rows of w, RUN of gate and RUN of up in turn: one product gives both, and
+    the gate and the up of each element are in one thread's registers. Where a group of 128 quantised columns is two
+    tiles, a program computes one after the other and keeps the first one's result.
+
+    With FLATTEN the loops over tiles and over K are one loop, whose software pipeline fetches the next tile's operands
+    while this tile's result is stored.
+    """
+    moe_pdl_wait_and_release(PDL)
+    FP8: tl.constexpr = x_scale_ptr is not None
+    WIDE: tl.constexpr = HALVES * BLOCK_N
+    GROUP_TILES: tl.constexpr = 128 // BLOCK_N if y_scale_ptr is not None else 1
+    tl.static_assert(GROUP_TILES <= 2, "a group of 128 columns is one tile or two")
+    blocks, ends_b = _count_blocks(starts_ptr, ends_ptr, E, E_POW2, BLOCK_M)
+    m_blocks = tl.sum(blocks, 0)
+    n_blocks = tl.cdiv(N, BLOCK_N * GROUP_TILES)
+    mine = tl.cdiv(tl.maximum(m_blocks * n_blocks - tl.program_id(0), 0), tl.num_programs(0)) * GROUP_TILES
+    held = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for i in tl.range(0, mine, flatten=FLATTEN):
+        group = tl.program_id(0) + i // GROUP_TILES * tl.num_programs(0)
+        block_m, block_n = _order(group, m_blocks, n_blocks, ORDER, GROUP_M)
+        e, row = _locate(block_m, blocks, ends_b, starts_ptr, BLOCK_M)
+        first_n = (block_n * GROUP_TILES + i % GROUP_TILES) * BLOCK_N
+        offs_m = row + tl.arange(0, BLOCK_M)
+        mask_m = offs_m < tl.load(ends_ptr + e)
+        source = offs_m
+        if slot_of_row_ptr is not None:
+            source = tl.load(slot_of_row_ptr + offs_m, mask=mask_m, other=0) // TOPK
+        x_ptrs = x_ptr + source.to(tl.int64)[:, None] * K
+        w_row, column = _weight_rows(first_n, N, HALVES, RUN, INTERLEAVED, WIDE)
+        w_rows = e.to(tl.int64) * (HALVES * N) + w_row
+        if FP8:
+            k_groups = tl.cdiv(K, 128)
+            x_scale_ptrs = x_scale_ptr + source * k_groups
+            w_scale_ptrs = w_scale_ptr + e * tl.cdiv(HALVES * N, 128) * k_groups
+            x_scale = tl.load(x_scale_ptrs, mask=mask_m, other=0.0)
+            w_scale = _load_w_scale(w_scale_ptrs, w_row, column, first_n, N, k_groups, HALVES, RUN, SCALAR_SCALE)
+        acc = tl.zeros([BLOCK_M, WIDE], tl.float32)
+        for k in range(0, K, BLOCK_K):
+            x_tile = _load_rows(x_ptrs, mask_m, k, K, EVEN_K, BLOCK_K)
+            if TMA:
+                w_tile = tl.reshape(w.load([e, first_n // RUN, 0, 0, k]), [WIDE, BLOCK_K])
+            else:
+                w_tile = _load_rows(w + w_rows[:, None] * K, column < N, k, K, EVEN_K, BLOCK_K)
+            if FP8:
+                # Loaded one step ahead: nothing between the product and its promotion waits for memory.
+                k_group = tl.minimum(k // 128 + 1, k_groups - 1)
+                next_x_scale = tl.load(x_scale_ptrs + k_group, mask=mask_m, other=0.0)
+                next_w_scale = _load_w_scale(
+                    w_scale_ptrs + k_group, w_row, column, first_n, N, k_groups, HALVES, RUN, SCALAR_SCALE
+                )
+                acc += tl.dot(x_tile, tl.trans(w_tile)) * (x_scale[:, None] * w_scale[None, :])
+                x_scale, w_scale = next_x_scale, next_w_scale
+            else:
+                acc = tl.dot(x_tile, tl.trans(w_tile), acc, input_precision="ieee")
+
+        if bias_ptr is not None:
+            acc += tl.load(bias_ptr + w_rows, mask=column < N, other=0.0).to(tl.float32)[None, :]
+        # Columns past N are zeros, as their weights and biases were read: no group's multiplier is raised by them.
+        y = _activate(acc, ACTIVATION, HALVES, RUN, BLOCK_M, BLOCK_N)
+        if y_scale_ptr is None:
+            _store(y, y_ptr, offs_m, mask_m, first_n, N, BLOCK_N)
+        elif GROUP_TILES == 1:
+            _store_group(y, y, y_ptr, y_scale_ptr, offs_m, mask_m, first_n, N, 1, BLOCK_M, BLOCK_N)
+        else:
+            if i % 2 == 1:
+                _store_group(held, y, y_ptr, y_scale_ptr, offs_m, mask_m, first_n - BLOCK_N, N, 2, BLOCK_M, BLOCK_N)
+            held = y
+
+
+@triton.jit
+def _count_blocks(starts_ptr, ends_ptr, E, E_POW2: tl.constexpr, BLOCK_M: tl.constexpr):
+    """Row blocks of each expert, and their running count: ``[E_POW2]`` both."""
+    offs_e = tl.arange(0, E_POW2)
+    start = tl.load(starts_ptr + offs_e, mask=offs_e < E, other=0)
+    end = tl.load(ends_ptr + offs_e, mask=offs_e < E, other=0)
+    blocks = (end - start + BLOCK_M - 1) // BLOCK_M
+    return blocks, tl.cumsum(blocks, 0)
+
+
+@triton.jit
+def _locate(block_m, blocks, ends_b, starts_ptr, BLOCK_M: tl.constexpr):
+    """The expert that a row block belongs to, and the block's first row."""
+    done = ends_b <= block_m
+    e = tl.sum(done.to(tl.int32), 0)
+    row = tl.load(starts_ptr + e) + (block_m - tl.sum(tl.where(done, blocks, 0), 0)) * BLOCK_M
+    return e, row
+
+
+@triton.jit
+def _order(tile, m_blocks, n_blocks, ORDER: tl.constexpr, GROUP_M: tl.constexpr):
+    """The row block and column block of a tile; tiles that run at the same time share inputs in the L2 cache."""
+    if ORDER == "row_major":
+        block_m = tile // n_blocks
+        block_n = tile % n_blocks
+    else:
+        tl.static_assert(ORDER == "grouped", "unknown order")
+        first = tile // (GROUP_M * n_blocks) * GROUP_M
+        height = tl.minimum(m_blocks - first, GROUP_M)
+        inside = tile % (GROUP_M * n_blocks)
+        block_m = first + inside % height
+        block_n = inside // height
+    return block_m, block_n
+
+
+@triton.jit
+def _weight_rows(
+    first_n, N, HALVES: tl.constexpr, RUN: tl.constexpr, INTERLEAVED: tl.constexpr, WIDE: tl.constexpr
+):  # fmt: skip
+    """The rows of an expert's weights in a tile's operand, and the column of the result that each contributes to."""
+    offs = tl.arange(0, WIDE)
+    half = offs // RUN % HALVES
+    column = first_n + offs // (HALVES * RUN) * RUN + offs % RUN
+    w_row = column * HALVES + half if INTERLEAVED else column + half * N
+    return w_row, column
+
+
+@triton.jit
+def _load_rows(row_ptrs, mask, k, K, EVEN_K: tl.constexpr, BLOCK_K: tl.constexpr):
+    """A step's columns of some rows; zeros, for which nothing is read, where a row is masked: ``[…, BLOCK_K]``."""
+    offs_k = k + tl.arange(0, BLOCK_K)
+    if EVEN_K:
+        tile = tl.load(row_ptrs + offs_k[None, :], mask=mask[:, None], other=0.0)
+    else:
+        tile = tl.load(row_ptrs + offs_k[None, :], mask=mask[:, None] & (offs_k < K)[None, :], other=0.0)
+    return tile
+
+
+@triton.jit
+def _load_w_scale(
+    ptrs, w_row, column, first_n, N, k_groups, HALVES: tl.constexpr, RUN: tl.constexpr, SCALAR_SCALE: tl.constexpr
+):  # fmt: skip
+    """Multipliers of a tile's weights ``[WIDE]``; as a scalar for each half where a tile lies in one block of 128."""
+    if SCALAR_SCALE:
+        scale = tl.load(ptrs + first_n // 128 * k_groups) + tl.zeros(w_row.shape, tl.float32)
+        if HALVES == 2:
+            up_scale = tl.load(ptrs + (N + first_n) // 128 * k_groups)
+            scale = tl.where(tl.arange(0, w_row.shape[0]) // RUN % 2 == 0, scale, up_scale)
+    else:
+        scale = tl.load(ptrs + w_row // 128 * k_groups, mask=column < N, other=0.0)
+    return scale
+
+
+@triton.jit
+def _activate(
+    acc, ACTIVATION: tl.constexpr, HALVES: tl.constexpr, RUN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
+):  # fmt: skip
+    """The result's columns from the operand's: ``[BLOCK_M, WIDE]`` to ``[BLOCK_M, BLOCK_N]``."""
+    if HALVES == 2:
+        halves = tl.permute(tl.reshape(acc, [BLOCK_M, BLOCK_N // RUN, 2, RUN]), [0, 1, 3, 2])
+        gate, up = tl.split(halves)
+        y = moe_activate(tl.reshape(gate, [BLOCK_M, BLOCK_N]), tl.reshape(up, [BLOCK_M, BLOCK_N]), ACTIVATION)
+    elif ACTIVATION is not None:
+        y = moe_activate(acc, None, ACTIVATION)
+    else:
+        y = acc
+    return y
+
+
+@triton.jit
+def _store(y, y_ptr, offs_m, mask_m, first_n, N, BLOCK_N: tl.constexpr):
+    offs_n = first_n + tl.arange(0, BLOCK_N)
+    y_ptrs = y_ptr + offs_m.to(tl.int64)[:, None] * N + offs_n[None, :]
+    tl.store(y_ptrs, y.to(y_ptr.dtype.element_ty), mask=mask_m[:, None] & (offs_n < N)[None, :])
+
+
+@triton.jit
+def _store_group(
+    first, second, y_ptr, y_scale_ptr, offs_m, mask_m, first_n, N,
+    TILES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Quantise and store a group of 128 columns: one tile, or two side by side."""
+    amax = moe_fp8_amax(first, 1)
+    if TILES == 2:
+        amax = tl.maximum(amax, moe_fp8_amax(second, 1))
+    scale = moe_fp8_scale(amax)
+    wide_scale = tl.broadcast_to(scale[:, None], [BLOCK_M, BLOCK_N])
+    _store(moe_fp8_codes(first, wide_scale), y_ptr, offs_m, mask_m, first_n, N, BLOCK_N)
+    if TILES == 2:
+        _store(moe_fp8_codes(second, wide_scale), y_ptr, offs_m, mask_m, first_n + BLOCK_N, N, BLOCK_N)
+    tl.store(y_scale_ptr + offs_m.to(tl.int64) * tl.cdiv(N, 128) + first_n // 128, scale, mask=mask_m)

@@ -1,0 +1,61 @@
+# mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"
+"""Device code of `splitk_down`."""
+
+import triton
+import triton.language as tl
+
+from moe_dispatch.backends.triton_common.fast_launch import fast_launch
+from moe_dispatch.backends.triton_common.pdl import moe_pdl_release, moe_pdl_wait
+from moe_dispatch.backends.triton_splitk.stream import moe_prefetch, moe_slots_to_serve, moe_stream, moe_take_slots
+
+
+@fast_launch
+@triton.jit(do_not_specialize=["S"])
+def _moe_splitk_down_kernel(
+    # inputs
+    inner_ptr, inner_scale_ptr, weight_ptr, weight_descriptor, scale_ptr, ids_ptr,
+    # outputs
+    partial_ptr,
+    # shapes
+    S, K, N, E,
+    # constants
+    ROWS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, SCAN: tl.constexpr, EVEN_N: tl.constexpr,
+    SPLITS: tl.constexpr, BY_SLOT: tl.constexpr, TMA: tl.constexpr, PDL: tl.constexpr, FP8: tl.constexpr,
+):  # fmt: skip
+    owner, tile, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    e, count = moe_slots_to_serve(ids_ptr, owner, S, E, BLOCK_M, SCAN, BY_SLOT)
+    expert = e.to(tl.int64)
+    offs_r = tile * ROWS + tl.arange(0, ROWS)
+    mask_r = offs_r < K
+    row = tl.minimum(offs_r, K - 1)
+    w_rows = weight_ptr + (expert * K + row) * N
+    blocks = tl.cdiv(N, BLOCK_K)
+    share = tl.cdiv(blocks, SPLITS)
+    first_block = split * share
+    last_block = tl.minimum(first_block + share, blocks)
+    moe_pdl_release(PDL)
+    if PDL:
+        # Ids and weights were complete before gate_up started: fetch the first blocks while its last wave drains.
+        moe_prefetch(w_rows, first_block, tl.where(count > 0, blocks, 0), N, BLOCK_K)
+    # Idle CTAs wait too: a kernel that ends before its predecessor would release its successor too early.
+    moe_pdl_wait(PDL)
+    if count == 0:
+        return
+
+    w_scales = scale_ptr
+    if FP8:
+        expert_scales = scale_ptr + expert * tl.cdiv(K, BLOCK_K) * tl.cdiv(N, BLOCK_K)
+        first_row = tile * ROWS if ROWS <= BLOCK_K else row
+        w_scales = expert_scales + first_row // BLOCK_K * tl.cdiv(N, BLOCK_K)
+    for skip in range(0, count, BLOCK_M):
+        slots, mask_m = moe_take_slots(ids_ptr, owner if BY_SLOT else 0, S, e, skip, BLOCK_M, SCAN)
+        x_scales = inner_scale_ptr
+        if FP8:
+            x_scales = inner_scale_ptr + slots.to(tl.int64) * blocks
+        acc = moe_stream(
+            w_rows, weight_descriptor, e.to(tl.int32), tile * ROWS, w_scales, w_scales, offs_r < 0,
+            inner_ptr + slots.to(tl.int64) * N, x_scales, mask_m, first_block, last_block, N,
+            ROWS, BLOCK_M, BLOCK_K, EVEN_N, TMA, FP8, ROWS <= BLOCK_K,
+        )  # fmt: skip
+        partial = partial_ptr + (split * S + slots).to(tl.int64)[None, :] * K + offs_r[:, None]
+        tl.store(partial, acc, mask=mask_r[:, None] & mask_m[None, :])

@@ -1,0 +1,124 @@
+# mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"
+"""Device code of `splitk_gate_up`."""
+
+import triton
+import triton.language as tl
+
+from moe_dispatch.backends.triton_common.device import moe_activate, moe_fp8_amax, moe_fp8_codes, moe_fp8_scale
+from moe_dispatch.backends.triton_common.fast_launch import fast_launch
+from moe_dispatch.backends.triton_common.pdl import moe_pdl_release, moe_pdl_wait
+from moe_dispatch.backends.triton_splitk.stream import moe_prefetch, moe_slots_to_serve, moe_stream, moe_take_slots
+
+
+@triton.jit
+def _moe_add_bias_activate(
+    gate, up, bias_ptr, expert, offs_n, N,
+    GATED: tl.constexpr, INTERLEAVED: tl.constexpr, HAS_BIAS: tl.constexpr, ACTIVATION: tl.constexpr,
+):  # fmt: skip
+    """The intermediate ``[columns, BLOCK_M]`` of one expert, in fp32."""
+    if HAS_BIAS:
+        parts: tl.constexpr = 2 if GATED else 1
+        step: tl.constexpr = 2 if INTERLEAVED else 1
+        biases = bias_ptr + expert * parts * N + offs_n * step
+        mask_n = offs_n < N
+        gate += tl.load(biases, mask=mask_n, other=0.0).to(tl.float32)[:, None]
+        if GATED:
+            up += tl.load(biases + (1 if INTERLEAVED else N), mask=mask_n, other=0.0).to(tl.float32)[:, None]
+    return moe_activate(gate, up, ACTIVATION)
+
+
+@fast_launch
+@triton.jit(do_not_specialize=["S"])
+def _moe_splitk_gate_up_kernel(
+    # inputs
+    x_ptr, x_scale_ptr, weight_ptr, weight_descriptor, scale_ptr, bias_ptr, ids_ptr,
+    # outputs
+    inner_ptr, inner_scale_ptr,
+    # shapes
+    S, K, N, E, TOPK,
+    # constants
+    ROWS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, SCAN: tl.constexpr, EVEN_K: tl.constexpr,
+    SPLITS: tl.constexpr, BY_SLOT: tl.constexpr, TMA: tl.constexpr, PDL: tl.constexpr, FP8: tl.constexpr,
+    TWO_SCALES: tl.constexpr, PARTIAL: tl.constexpr, GATED: tl.constexpr, INTERLEAVED: tl.constexpr,
+    HAS_BIAS: tl.constexpr, ACTIVATION: tl.constexpr,
+):  # fmt: skip
+    parts: tl.constexpr = 2 if GATED else 1
+    columns: tl.constexpr = ROWS // parts
+    owner, tile, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    if not FP8:
+        # The kernel that wrote the ids may still run, and the next kernel reads them before it waits: it must not start
+        # earlier. In block FP8 the kernel before this one quantises, and has itself waited for the ids.
+        moe_pdl_wait(PDL)
+    moe_pdl_release(PDL)
+    e, count = moe_slots_to_serve(ids_ptr, owner, S, E, BLOCK_M, SCAN, BY_SLOT)
+    expert = e.to(tl.int64)
+
+    # Rows of the tile: gate's then up's, or alternating, as they lie in memory. Past N they repeat the last row.
+    offs_r = tl.arange(0, ROWS)
+    part = offs_r % parts if INTERLEAVED else offs_r // columns
+    column = tile * columns + (offs_r // parts if INTERLEAVED else offs_r % columns)
+    column = tl.minimum(column, N - 1)
+    row = column * parts + part if INTERLEAVED else part * N + column  # [ROWS]
+    w_rows = weight_ptr + (expert * parts * N + row) * K
+    w_scales = scale_ptr
+    up_scales = scale_ptr
+    if FP8:
+        expert_scales = scale_ptr + expert * tl.cdiv(parts * N, BLOCK_K) * tl.cdiv(K, BLOCK_K)
+        first = tile * ROWS if INTERLEAVED else tile * columns
+        gate_row = first if TWO_SCALES else row
+        w_scales = expert_scales + gate_row // BLOCK_K * tl.cdiv(K, BLOCK_K)
+        up_row = first if INTERLEAVED else (parts - 1) * N + first
+        up_scales = expert_scales + up_row // BLOCK_K * tl.cdiv(K, BLOCK_K)
+    # [E·N, 2, K] where rows alternate, [E·parts, N, K] where they do not.
+    w_first = (expert * N + tile * columns if INTERLEAVED else expert * parts).to(tl.int32)
+    w_second = 0 if INTERLEAVED else tile * columns
+    blocks = tl.cdiv(K, BLOCK_K)
+    share = tl.cdiv(blocks, SPLITS)
+    first_block = split * share
+    last_block = tl.minimum(first_block + share, blocks)
+    if PDL:
+        moe_prefetch(w_rows, first_block, tl.where(count > 0, blocks, 0), K, BLOCK_K)
+    if FP8:
+        moe_pdl_wait(PDL)
+    if count == 0:
+        return
+    offs_n = tile * columns + tl.arange(0, columns)
+    mask_n = offs_n < N
+    plane = S.to(tl.int64) * N
+
+    for skip in range(0, count, BLOCK_M):
+        slots, mask_m = moe_take_slots(ids_ptr, owner if BY_SLOT else 0, S, e, skip, BLOCK_M, SCAN)
+        tokens = (slots // TOPK).to(tl.int64)
+        x_scales = x_scale_ptr
+        if FP8:
+            x_scales = x_scale_ptr + tokens * blocks
+        acc = moe_stream(
+            w_rows, weight_descriptor, w_first, w_second, w_scales, up_scales, part == 1,
+            x_ptr + tokens * K, x_scales, mask_m, first_block, last_block, K,
+            ROWS, BLOCK_M, BLOCK_K, EVEN_K, TMA, FP8, TWO_SCALES,
+        )  # fmt: skip
+        gate = acc  # [columns, BLOCK_M]
+        up = acc
+        if GATED:
+            if INTERLEAVED:
+                gate, up = acc.reshape(columns, 2, BLOCK_M).permute(0, 2, 1).split()
+            else:
+                gate, up = acc.reshape(2, columns, BLOCK_M).permute(1, 2, 0).split()
+        inner = inner_ptr + slots.to(tl.int64)[None, :] * N + offs_n[:, None]
+        mask = mask_n[:, None] & mask_m[None, :]
+        if PARTIAL:
+            # Planes [SPLITS, parts, S, N]: the next kernel adds and activates them.
+            tl.store(inner + split * parts * plane, gate, mask=mask)
+            if GATED:
+                tl.store(inner + (split * parts + 1) * plane, up, mask=mask)
+        else:
+            out = _moe_add_bias_activate(
+                gate, up, bias_ptr, expert, offs_n, N, GATED, INTERLEAVED, HAS_BIAS, ACTIVATION
+            )
+            if FP8:
+                # The tile's columns are one group of the quantisation; those past N must not raise its maximum.
+                out = tl.where(mask_n[:, None], out, 0.0)
+                scale = moe_fp8_scale(moe_fp8_amax(out, 0))  # [BLOCK_M]
+                out = moe_fp8_codes(out, tl.broadcast_to(scale[None, :], [columns, BLOCK_M]))
+                tl.store(inner_scale_ptr + slots * tl.cdiv(N, columns) + tile, scale, mask=mask_m)
+            tl.store(inner, out.to(inner_ptr.dtype.element_ty), mask=mask)

@@ -1,0 +1,74 @@
+"""Decode with hardly a token per expert: what counts is to start soon and to read weights at full bandwidth."""
+
+import torch
+from torch import Tensor
+
+from moe_dispatch.backend import BackendConfig
+from moe_dispatch.backends.stages.activate_partial import activate_partial
+from moe_dispatch.backends.stages.quantize import quantize_rows
+from moe_dispatch.backends.triton_common.backend import TritonBackend
+from moe_dispatch.backends.triton_vector.config import TritonVectorConfig, candidate_configs
+from moe_dispatch.backends.triton_vector.down import vector_down
+from moe_dispatch.backends.triton_vector.gate_up import vector_gate_up
+from moe_dispatch.errors import InvalidInputError
+from moe_dispatch.experts import ExpertWeights
+from moe_dispatch.problem import ELEMENT_BYTES, MoEProblem
+
+# Far beyond the few slots for which it is made: each reads its expert's weights by itself.
+MOST_SLOTS = 4096
+
+
+class TritonVectorBackend(TritonBackend):
+    """Two products without tensor cores, each slot served by itself; the second sums over a token's experts.
+
+    Weights go from memory straight to registers, which starts faster than a pipeline through shared memory. Slots that
+    share an expert read its weights once each. Deterministic: a token's experts are added in the order of its slots.
+
+    Block FP8 quantises hidden_states before and the intermediate between the products, each once.
+    """
+
+    name = "triton_vector"
+    config_type = TritonVectorConfig
+
+    def further_reasons(self, problem: MoEProblem) -> tuple[str, ...]:
+        """See `Backend.further_reasons`."""
+        reasons = super().further_reasons(problem)
+        if problem.slots > MOST_SLOTS:
+            reasons += (f"made for decode: needs M·topk ≤ {MOST_SLOTS}, got {problem.slots}",)
+        return reasons
+
+    def configs(self, problem: MoEProblem) -> tuple[TritonVectorConfig, ...]:
+        """See `Backend.configs`."""
+        return candidate_configs(problem, self._features)
+
+    def workspace_bytes(self, problem: MoEProblem, config: BackendConfig) -> int:  # noqa: ARG002
+        """See `Backend.workspace_bytes`."""
+        needed = problem.slots * problem.N * ELEMENT_BYTES[problem.dtype]
+        if problem.dtype == "fp8":
+            needed += problem.M * problem.K + 4 * problem.slots * problem.gate_up_rows
+        return needed
+
+    def run(
+        self,
+        hidden_states: Tensor,
+        experts: ExpertWeights,
+        topk_weights: Tensor,
+        topk_ids: Tensor,
+        config: BackendConfig,
+    ) -> Tensor:
+        """See `Backend.run`."""
+        if not isinstance(config, TritonVectorConfig):
+            raise InvalidInputError(f"triton_vector takes a TritonVectorConfig, got {type(config).__name__}")
+        S, N = topk_ids.numel(), experts.N
+        if experts.dtype == "fp8":
+            codes, scale = quantize_rows(hidden_states, pdl=config.pdl)
+            parts = 2 if experts.gated else 1
+            partial = torch.empty(1, parts, S, N, dtype=torch.float32, device=hidden_states.device)
+            vector_gate_up(codes, scale, experts, topk_ids, partial, config)
+            inner, inner_scale = activate_partial(partial, experts, topk_ids, pdl=config.pdl)
+        else:
+            inner, inner_scale = hidden_states.new_empty(S, N), None
+            vector_gate_up(hidden_states, None, experts, topk_ids, inner, config)
+        out = torch.empty_like(hidden_states)
+        vector_down(inner, inner_scale, experts, topk_weights, topk_ids, out, config)
+        return out

@@ -1,0 +1,145 @@
+"""From the public functions' arguments to the dispatcher of the layer's device, eagerly and under torch.compile."""
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor
+
+from moe_dispatch.dispatch import torch_operator
+from moe_dispatch.dispatch.checks import check
+from moe_dispatch.dispatch.coverage import representative_token_counts
+from moe_dispatch.dispatch.dispatcher import Dispatcher
+from moe_dispatch.dispatch.explanation import Explanation
+from moe_dispatch.dispatch.gradients import needs_grad
+from moe_dispatch.dispatch.internals import any_autocast_enabled, is_fake
+from moe_dispatch.dispatch.process import get_dispatcher
+from moe_dispatch.errors import InvalidInputError
+from moe_dispatch.experts import ExpertWeights
+from moe_dispatch.machine import Machine
+from moe_dispatch.problem import MoEProblem
+from moe_dispatch.workloads import ROUTINGS
+
+
+def call_eagerly(
+    hidden_states: Tensor, experts: ExpertWeights, topk_weights: Tensor, topk_ids: Tensor, backend: str | None
+) -> Tensor:
+    """`moe_forward` outside of a trace: on the layer's GPU and without autocast, the dispatcher runs the call."""
+    if not isinstance(experts, ExpertWeights):
+        check(hidden_states, experts, topk_weights, topk_ids)  # raises
+    if type(hidden_states) is not Tensor or type(topk_weights) is not Tensor or type(topk_ids) is not Tensor:
+        check(hidden_states, experts, topk_weights, topk_ids, backend)
+        if any(map(is_fake, (hidden_states, topk_weights, topk_ids))):
+            return torch_operator.call(hidden_states, experts, topk_weights, topk_ids, backend)  # infers the shape
+    device = experts.device
+    if any_autocast_enabled() and torch.is_autocast_enabled(device.type):
+        # Autocast rounds torch ops but not kernels, so the result would depend on the backend.
+        with torch.autocast(device.type, enabled=False):
+            return call_eagerly(hidden_states, experts, topk_weights, topk_ids, backend)
+    dispatcher = get_dispatcher(device)
+    # Triton and DeepGEMM launch on the current GPU, wherever the tensors are.
+    if dispatcher.one_of_several_gpus and torch.cuda.current_device() != device.index:
+        with torch.cuda.device(device):
+            return dispatcher.forward(hidden_states, experts, topk_weights, topk_ids, backend)
+    return dispatcher.forward(hidden_states, experts, topk_weights, topk_ids, backend)
+
+
+# The custom operator runs a call eagerly, and an eager call on fake tensors goes through the operator.
+torch_operator.implement(call_eagerly)
+
+
+def call_traced(
+    hidden_states: Tensor, experts: ExpertWeights, topk_weights: Tensor, topk_ids: Tensor, backend: str | None
+) -> Tensor:
+    """`moe_forward` while torch.compile traces it.
+
+    Bad arguments are refused when the operator runs. An exception in a trace would be the last that torch.compile sees
+    of this function: it would trace what that calls from then on, down to a backend, which fails of that.
+    """
+    tensors = isinstance(hidden_states, Tensor) and isinstance(topk_weights, Tensor) and isinstance(topk_ids, Tensor)
+    if not (tensors and isinstance(experts, ExpertWeights)) or needs_grad(hidden_states, experts, topk_weights):
+        from moe_dispatch.dispatch.uncompiled import call_uncompiled
+
+        # The operator has no gradient, and the reference's loop launches what the routing asks for.
+        out: Tensor = call_uncompiled(call_eagerly, hidden_states, experts, topk_weights, topk_ids, backend)
+        return out
+    return torch_operator.call(hidden_states, experts, topk_weights, topk_ids, backend)
+
+
+def warm_up(
+    experts: ExpertWeights,
+    topk: int,
+    tokens: Sequence[int],
+    act_dtype: torch.dtype | None,
+    backend: str | None,
+    up_to: int | None = None,
+) -> None:
+    """See `moe_dispatch.warm_up`."""
+    if not isinstance(experts, ExpertWeights):
+        raise InvalidInputError(f"experts must be ExpertWeights(gate_up, down), got {type(experts).__name__}")
+    counts = tuple(tokens) if isinstance(tokens, Iterable) else (tokens,)
+    given = ("topk", topk, 1), ("up_to", up_to or 0, 0), *(("tokens", count, 0) for count in counts)
+    for name, count, least in given:
+        if type(count) is not int or count < least:
+            raise InvalidInputError(f"{name} must be integers of at least {least}, got {count!r}")
+    dtype = act_dtype or (torch.bfloat16 if experts.dtype == "fp8" else experts.gate_up.dtype)
+    device = experts.device
+    if up_to:
+        dispatcher = get_dispatcher(device)
+        capability = dispatcher.machine.capability
+        others = representative_token_counts(dispatcher.planner, experts, topk, dtype, capability, up_to, backend)
+        counts = (*counts, *(M for M in others if M not in counts))
+    # Generators of its own: preparing for calls may not change what a program draws.
+    generator, on_cpu = torch.Generator(device).manual_seed(0), torch.Generator().manual_seed(0)
+    for M in filter(None, counts):
+        hidden = torch.randn(M, experts.K, generator=generator, dtype=torch.float32, device=device).to(dtype)
+        weights, ids = ROUTINGS["uniform"].sample(M, experts.E, topk, device, on_cpu)
+        with torch.no_grad(), _current(device):
+            get_dispatcher(device).warm_up((hidden, experts, weights, ids), backend)
+
+
+def explain(arguments: Sequence[object], machine: Machine | None) -> Explanation:
+    """See `moe_dispatch.explain`."""
+    if machine is not None and not isinstance(machine, Machine):
+        raise InvalidInputError(f"machine must be a Machine, as Machine.load(FILE) gives, got {type(machine).__name__}")
+    if len(arguments) == 1 and isinstance(arguments[0], MoEProblem):
+        problem = arguments[0]
+        dispatcher = Dispatcher(machine, live=False) if machine else _dispatcher_for(problem)
+        return dispatcher.planner.explain(problem)
+    if len(arguments) != 4:
+        raise InvalidInputError(
+            "explain takes a MoEProblem, or hidden_states, experts, topk_weights and topk_ids as moe_forward does; "
+            f"got {len(arguments)} arguments: {', '.join(type(argument).__name__ for argument in arguments)}"
+        )
+    hidden_states, experts, topk_weights, topk_ids = arguments
+    check(hidden_states, experts, topk_weights, topk_ids)
+    assert isinstance(hidden_states, Tensor)  # noqa: S101 - checked above, repeated for the type checker
+    assert isinstance(experts, ExpertWeights)  # noqa: S101
+    assert isinstance(topk_weights, Tensor)  # noqa: S101
+    assert isinstance(topk_ids, Tensor)  # noqa: S101
+    described = machine or get_dispatcher(experts.device).machine
+    M, topk = topk_ids.shape
+    problem = experts.problem(M, topk, hidden_states.dtype, described.capability)
+    problem = dataclasses.replace(
+        problem, device=described.device, needs_grad=needs_grad(hidden_states, experts, topk_weights)
+    )
+    if machine:
+        return Dispatcher(machine, live=False).planner.explain(problem)
+    with _current(experts.device):
+        return get_dispatcher(experts.device).planner.explain(problem)
+
+
+def _dispatcher_for(problem: MoEProblem) -> Dispatcher:
+    here = get_dispatcher("cpu" if problem.device == "cpu" else None)
+    if (problem.device, problem.capability) == (here.machine.device, here.machine.capability):
+        return here
+    raise InvalidInputError(
+        f"the problem is for {problem.device} {problem.capability}, and this machine is {here.machine.name} "
+        f"({here.machine.device} {here.machine.capability}); give `machine=Machine.load(FILE)` to ask for another one"
+    )
+
+
+def _current(device: torch.device) -> AbstractContextManager[object]:
+    """Make a GPU the current one; a CPU needs nothing."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()

@@ -1,0 +1,43 @@
+"""The private names of torch that a call depends on, each with a public question in reserve.
+
+The private question costs a fraction of the public one, and is asked on every call. `READ_IN` lists the versions of
+torch in which the names were read; tests/core/test_internals.py fails where another version lacks one of them, while
+calls go on by the public question.
+"""
+
+from collections.abc import Callable
+from typing import Final
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+try:
+    from torch._subclasses.fake_tensor import FakeTensor
+except ImportError:
+    FakeTensor = None  # type: ignore[assignment, misc]  # the name is only read in `is_fake`
+
+READ_IN: Final = ("2.11", "2.13")
+
+# Whether autocast is enabled for any device type. The reserve leaves the answer to the question that follows it:
+# `torch.is_autocast_enabled` for the layer's device type.
+any_autocast_enabled: Final[Callable[[], bool]] = getattr(torch._C, "_is_any_autocast_enabled", lambda: True)
+
+_LEVEL_IS_KNOWN: Final = isinstance(getattr(forward_ad, "_current_level", None), int)
+
+
+def forward_mode_entered(*tensors: Tensor) -> bool:
+    """Whether forward-mode differentiation is at work. `no_grad` does not end it, and a kernel would drop tangents.
+
+    Args:
+        *tensors: In reserve: they are asked for tangents where torch no longer tells the dual level.
+    """
+    if _LEVEL_IS_KNOWN:
+        return forward_ad._current_level >= 0
+    duals = (forward_ad.unpack_dual(tensor) for tensor in tensors)  # type: ignore[no-untyped-call]  # torch's
+    return any(dual.tangent is not None for dual in duals)
+
+
+def is_fake(tensor: object) -> bool:
+    """Whether a tensor has shape, dtype and device but no memory, like those that trace a model or size its memory."""
+    return hasattr(tensor, "fake_mode") if FakeTensor is None else isinstance(tensor, FakeTensor)

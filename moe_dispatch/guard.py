@@ -1,0 +1,174 @@
+"""The door to every backend: whatever its code raises or answers becomes a reason that names the backend.
+
+A backend may be another package's code. One that raises when it is asked, answers nonsense or calls `sys.exit` costs
+that backend and nothing else: not the call, not `explain`, not `doctor`.
+"""
+
+import math
+import reprlib
+from collections.abc import Callable, Mapping
+from typing import Any, Final, TypeVar
+
+from torch import Tensor
+
+from moe_dispatch.backend import Backend, BackendConfig, Inputs, Requirements, Run
+from moe_dispatch.errors import BackendUnavailableError
+from moe_dispatch.experts import ExpertWeights
+from moe_dispatch.machine import Machine
+from moe_dispatch.problem import MoEProblem
+from moe_dispatch.system import failures
+
+# What is caught of foreign code. `sys.exit` in a library may not end the program that uses it; Ctrl-C must.
+FOREIGN_ERRORS: Final = (Exception, SystemExit)
+
+_DECLARED: Final[Mapping[str, type]] = {
+    "name": str,
+    "requirements": Requirements,
+    "config_type": type,
+    "tolerance": Mapping,
+    "install_hint": str,
+    "needs_probe": bool,
+}
+
+Answer = TypeVar("Answer")
+
+
+class GuardedBackend(Backend):
+    """A backend whose every question gets an answer of the promised type.
+
+    `run` and `fast_path` are the backend's own methods: the dispatcher recovers from what they raise and checks what
+    they return.
+
+    Args:
+        backend: The backend behind the door.
+        machine: The machine that it was made for.
+
+    Attributes:
+        fault: What its latest failure to answer was; empty if it always answered.
+
+    Raises:
+        TypeError: The backend declares an attribute of the wrong type.
+    """
+
+    def __init__(self, backend: Backend, machine: Machine) -> None:
+        super().__init__(machine)
+        self._backend = backend
+        self.fault = ""
+        declared = {name: getattr(backend, name) for name in _DECLARED}
+        for name, kind in _DECLARED.items():
+            if not isinstance(declared[name], kind):
+                raise TypeError(f"it declares {name} = {reprlib.repr(declared[name])}, which is no {kind.__name__}")
+        if not issubclass(declared["config_type"], BackendConfig):
+            raise TypeError(f"its config_type {declared['config_type'].__name__} is no subclass of BackendConfig")
+        # Class attributes of a backend; here each instance has those of the backend behind it.
+        vars(self).update(declared, run=backend.run, fast_path=backend.fast_path)
+
+    def unavailable_reasons(self) -> tuple[str, ...]:
+        """See `Backend.unavailable_reasons`. Versions that cannot be told are a reason as well."""
+        reasons, fault = self._ask(_reasons, self._backend.unavailable_reasons)
+        _, unversioned = self._ask(_versions, self._backend.measured_versions)
+        return (*(reasons or ()), *filter(None, (fault, unversioned)))
+
+    def unsupported_reasons(self, problem: MoEProblem) -> tuple[str, ...]:
+        """See `Backend.unsupported_reasons`. A failure to answer is a reason as well."""
+        reasons, fault = self._ask(_reasons, self._backend.unsupported_reasons, problem)
+        return (fault,) if reasons is None else reasons
+
+    def configs(self, problem: MoEProblem) -> tuple[BackendConfig, ...]:
+        """See `Backend.configs`.
+
+        Raises:
+            BackendUnavailableError: The backend raised, or answered something else than its configurations.
+        """
+        return self._demand(self._configs, self._backend.configs, problem)
+
+    def default_config(self, problem: MoEProblem) -> BackendConfig:
+        """See `Backend.default_config`.
+
+        Raises:
+            BackendUnavailableError: The backend raised, or answered something else than a configuration of its own.
+        """
+        return self._demand(self._config, self._backend.default_config, problem)
+
+    def workspace_bytes(self, problem: MoEProblem, config: BackendConfig) -> int:
+        """See `Backend.workspace_bytes`, whose own estimate stands in for a failure to answer."""
+        size, _ = self._ask(_size, self._backend.workspace_bytes, problem, config)
+        return super().workspace_bytes(problem, config) if size is None else size
+
+    def deterministic(self, config: BackendConfig) -> bool:
+        """See `Backend.deterministic`. A failure to answer promises nothing."""
+        promised, _ = self._ask(bool, self._backend.deterministic, config)
+        return bool(promised)
+
+    def measured_versions(self) -> dict[str, str]:
+        """See `Backend.measured_versions`. Empty after a failure to answer, which `unavailable_reasons` tells."""
+        versions, _ = self._ask(_versions, self._backend.measured_versions)
+        return versions or {}
+
+    def run(
+        self,
+        hidden_states: Tensor,
+        experts: ExpertWeights,
+        topk_weights: Tensor,
+        topk_ids: Tensor,
+        config: BackendConfig,
+    ) -> Tensor:
+        """See `Backend.run`."""
+        return self._backend.run(hidden_states, experts, topk_weights, topk_ids, config)
+
+    def fast_path(self, inputs: Inputs, config: BackendConfig) -> Run | None:
+        """See `Backend.fast_path`."""
+        return self._backend.fast_path(inputs, config)
+
+    def _ask(
+        self, read: Callable[[Any], Answer], method: Callable[..., object], *arguments: object
+    ) -> tuple[Answer | None, str]:
+        """The method's answer as `read` understands it; or None, and what is wrong."""
+        question = f"{self.name}.{getattr(method, '__name__', 'method')}"
+        try:
+            answer = method(*arguments)
+        except FOREIGN_ERRORS as error:
+            self.fault = f"{question} raised {failures.summary(error)}"
+            return None, self.fault
+        try:
+            return read(answer), ""
+        except FOREIGN_ERRORS as error:
+            self.fault = f"{question} answered {reprlib.repr(answer)}: {failures.summary(error)}"
+            return None, self.fault
+
+    def _demand(self, read: Callable[[Any], Answer], method: Callable[..., object], *arguments: object) -> Answer:
+        answer, fault = self._ask(read, method, *arguments)
+        if answer is None:
+            raise BackendUnavailableError(self.name, [fault])
+        return answer
+
+    def _configs(self, answer: Any) -> tuple[BackendConfig, ...]:
+        configs = tuple(self._config(config) for config in answer)
+        if not configs:
+            raise ValueError("at least the default configuration is expected")
+        return configs
+
+    def _config(self, answer: Any) -> BackendConfig:
+        if not isinstance(answer, self.config_type):
+            raise TypeError(f"a {self.config_type.__name__} is expected")
+        return answer
+
+
+def _reasons(answer: Any) -> tuple[str, ...]:
+    reasons = tuple(answer)
+    if isinstance(answer, str) or not all(isinstance(reason, str) for reason in reasons):
+        raise TypeError("a tuple of strings is expected")
+    return reasons
+
+
+def _versions(answer: Any) -> dict[str, str]:
+    versions = dict(answer)
+    if not all(isinstance(text, str) for pair in versions.items() for text in pair):
+        raise TypeError("a dictionary of strings is expected")
+    return versions
+
+
+def _size(answer: Any) -> int:
+    if not 0 <= answer < math.inf:
+        raise ValueError("a number of bytes is expected")
+    return int(answer)

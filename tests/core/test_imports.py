@@ -1,0 +1,164 @@
+"""Imports run one way: each floor of the package imports from the floors below it, and no module imports itself.
+
+Floors, lowest first. Within a floor modules may import each other, as long as there is no circle.
+
+    system                                              the operating system; knows nothing of this package
+    errors settings problem numerics machine experts workloads    what a layer is, and where it runs
+    backend guard policy registry                       what a backend and a policy are, and where they are found
+    measure                                             inputs, timing, verification
+    dispatch                                            from a call to a running backend
+    api                                                 the three public functions
+    the package, cli, commands, integrations, testing   what people start
+
+Beside the floors stand backends and policies: they import from the floors up to dispatch and never from each other, and
+no floor imports them but the top one: the registry finds them by name. Above everything stands benchmarks. The commands
+import it inside of functions only, or for type checking, so that the library works and starts without it.
+"""
+
+import ast
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Final
+
+ROOT = Path(__file__).parents[2]
+PACKAGE: Final = "moe_dispatch"
+
+FLOORS: Final = (
+    ("system",),
+    ("errors", "settings", "problem", "numerics", "machine", "experts", "workloads"),
+    ("backend", "guard", "policy", "registry"),
+    ("measure",),
+    ("dispatch",),
+    ("api",),
+    ("", "cli", "commands", "integrations", "testing"),
+)
+FLOOR: Final = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
+TOP: Final = len(FLOORS) - 1
+BESIDE: Final = ("backends", "policies")
+HIGHEST_FOR_BESIDE: Final = FLOOR["dispatch"]
+
+# Known violations, each "importer -> imported". Nothing may be added, and what no longer happens must go.
+KNOWN_VIOLATIONS: Final = frozenset(
+    {
+        "moe_dispatch.benchmarks.packed -> moe_dispatch.benchmarks.rows",  # a circle
+    }
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Import:
+    """One import statement's target.
+
+    Attributes:
+        importer: Module name.
+        imported: Module name.
+        lazy: Whether importing the importer leaves it out: it stands inside of a function, or under TYPE_CHECKING.
+    """
+
+    importer: str
+    imported: str
+    lazy: bool
+
+    def __str__(self) -> str:
+        return f"{self.importer} -> {self.imported}"
+
+
+def modules() -> dict[str, Path]:
+    """Every module of the package by name; backends, policies and benchmarks through their links."""
+    folders = [ROOT / PACKAGE, *(ROOT / PACKAGE / link for link in ("backends", "policies", "benchmarks"))]
+    paths = {path for folder in folders for path in folder.rglob("*.py")}
+    return {".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path for path in paths}
+
+
+def imports() -> list[Import]:
+    """All imports within the package. Those under TYPE_CHECKING count too: a reader follows them like the others."""
+    names = modules()
+    return [found for name, path in sorted(names.items()) for found in _imports_of(name, path, names)]
+
+
+def _imports_of(name: str, path: Path, names: dict[str, Path]) -> Iterator[Import]:
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    lazy = {inner for outer in ast.walk(tree) if _is_lazy(outer) for inner in ast.walk(outer)}
+    for node in ast.walk(tree):
+        targets: set[str] = set()
+        if isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{name} imports relatively"
+            base = node.module or ""
+            # `from package import module` imports the module, `from module import name` the module that has the name.
+            targets = {full if (full := f"{base}.{alias.name}") in names else base for alias in node.names}
+        elif isinstance(node, ast.Import):
+            targets = {alias.name for alias in node.names}
+        for target in sorted(targets):
+            if target.partition(".")[0] == PACKAGE:
+                yield Import(name, target, node in lazy)
+
+
+def _is_lazy(node: ast.AST) -> bool:
+    if isinstance(node, ast.If):
+        return ast.unparse(node.test) in ("TYPE_CHECKING", "typing.TYPE_CHECKING")
+    return isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+
+
+def room(module: str) -> str:
+    """The module or folder directly below the package; empty for the package itself."""
+    return module.removeprefix(PACKAGE).lstrip(".").partition(".")[0]
+
+
+def is_allowed(found: Import) -> bool:
+    """Whether the floors permit an import."""
+    importer, imported = room(found.importer), room(found.imported)
+    if importer in (imported, "benchmarks"):
+        return True
+    if imported == "benchmarks":
+        return importer == "commands" and found.lazy
+    if imported in BESIDE:
+        return FLOOR.get(importer) == TOP
+    limit = HIGHEST_FOR_BESIDE if importer in BESIDE else FLOOR[importer]
+    return FLOOR[imported] <= limit
+
+
+def test_every_module_has_a_floor() -> None:
+    assert {room(name) for name in modules()} == {*FLOOR, *BESIDE, "benchmarks"}
+
+
+def test_imports_run_one_way() -> None:
+    violations = {str(found) for found in imports() if not is_allowed(found)}
+    assert violations <= KNOWN_VIOLATIONS, "imports against the order of the floors"
+
+
+def test_there_is_no_circle() -> None:
+    graph: dict[str, set[str]] = {name: set() for name in modules()}
+    for found in imports():
+        # Importing a module runs its packages' __init__ as well. Only what the module itself says counts.
+        if str(found) not in KNOWN_VIOLATIONS:
+            graph[found.importer].add(found.imported)
+    circle = find_circle(graph)
+    assert not circle, "modules import each other: " + " -> ".join(circle)
+
+
+def test_known_violations_shrink() -> None:
+    assert {str(found) for found in imports()} >= KNOWN_VIOLATIONS, "take out of KNOWN_VIOLATIONS what is mended"
+
+
+def find_circle(graph: dict[str, set[str]]) -> list[str]:
+    """One circle of a graph, its first module also the last; empty if there is none."""
+    done: set[str] = set()
+
+    def search(module: str, path: list[str]) -> list[str]:
+        if module in path:
+            return [*path[path.index(module) :], module]
+        if module in done:
+            return []
+        for imported in sorted(graph[module]):
+            if circle := search(imported, [*path, module]):
+                return circle
+        done.add(module)
+        return []
+
+    return next((circle for module in sorted(graph) if (circle := search(module, []))), [])
+
+
+def test_a_circle_is_found() -> None:
+    assert find_circle({"a": {"b"}, "b": {"c"}, "c": {"b"}}) == ["b", "c", "b"]
+    assert not find_circle({"a": {"b", "c"}, "b": {"c"}, "c": set()})
