@@ -1,7 +1,8 @@
-"""The baselines, each run as its own users would run it, under a name of its own.
+"""The baselines: MoE layers of other libraries, each run as its own users would run it.
 
-A baseline is an adapter of a few lines: what it takes, and how its library is called on our weights, which all of them
-can use as they are. Nothing of ours runs inside its time: no id is masked, nothing is copied.
+A baseline is an adapter of a few lines: what it takes, and how its library is called on weights in this package's
+layout, which all of them can use as they are. Only the library runs inside its time: no id is masked and nothing is
+copied.
 """
 
 import importlib
@@ -24,7 +25,7 @@ from moe_dispatch.system.libraries import library_version
 
 
 class Baseline(ABC):
-    """Somebody else's layer, timed beside ours.
+    """A layer of another library, timed beside the backends.
 
     Class attributes to declare: `name`, `requirements`, `tolerance`, and `libraries` outside `Machine.libraries`.
     """
@@ -32,14 +33,14 @@ class Baseline(ABC):
     name: ClassVar[str]
     requirements: ClassVar[Requirements]
     libraries: ClassVar[tuple[str, ...]] = ()
-    # Wider than ours: most round the first product, and some the sum, to BF16.
+    # Wider than the backends' own: most round the first product to BF16, and some round the sum.
     tolerance: ClassVar[Mapping[DType, float]] = {"bf16": 2e-2, "fp16": 4e-3, "fp32": 1e-3, "fp8": 4e-2}
 
     def __init__(self, machine: Machine) -> None:
         self.machine = machine
 
     def unsupported_reasons(self, problem: MoEProblem) -> tuple[str, ...]:
-        """All reasons why it cannot run this; empty if it can."""
+        """All reasons why this baseline cannot run the problem; empty if it can."""
         missing = [
             f"{library} is not installed"
             for library in (*self.libraries, *self.requirements.libraries)
@@ -49,11 +50,11 @@ class Baseline(ABC):
 
     @abstractmethod
     def prepare(self, experts: ExpertWeights, problem: MoEProblem) -> Call:
-        """What its user does once at load; returns what is called per token batch."""
+        """Do what a user of the library does once at load; returns the function that is called per batch of tokens."""
 
 
 class NaiveLoop(Baseline):
-    """The loop that everybody writes first: per expert that was hit, gather, two products, scatter, in torch."""
+    """A plain loop in torch over the experts that were hit: gather, two products, scatter."""
 
     name = "naive_loop"
     requirements = BACKENDS.load("reference").requirements
@@ -96,8 +97,8 @@ class _Transformers(Baseline):
         )
         module._apply_gate = types.MethodType(moe._default_apply_gate, module)
 
-        def call(given: LayerInputs) -> Tensor:
-            out: Tensor = forward(module, given.hidden_states, given.topk_ids, given.topk_weights)
+        def call(inputs: LayerInputs) -> Tensor:
+            out: Tensor = forward(module, inputs.hidden_states, inputs.topk_ids, inputs.topk_weights)
             return out
 
         return call
@@ -120,7 +121,7 @@ class TransformersBatchedMm(_Transformers):
 class Vllm(Baseline):
     """vLLM's `fused_experts` with its own defaults: the tuned configuration it ships, or its heuristic.
 
-    Activation scales are kept in fp32, as everybody else's here (``VLLM_USE_DEEP_GEMM_E8M0=0``).
+    Activation scales are kept in fp32, as in all other baselines (``VLLM_USE_DEEP_GEMM_E8M0=0``).
     """
 
     name = "vllm"
@@ -139,13 +140,13 @@ class Vllm(Baseline):
             vllm.require_fp32_scales()
             quant_config = vllm.block_fp8_config(library, experts)
 
-        def call(given: LayerInputs) -> Tensor:
+        def call(inputs: LayerInputs) -> Tensor:
             out: Tensor = library.fused_experts(
-                given.hidden_states,
+                inputs.hidden_states,
                 experts.gate_up,
                 experts.down,
-                given.topk_weights,
-                given.topk_ids,
+                inputs.topk_weights,
+                inputs.topk_ids,
                 quant_config=quant_config,
             )
             return out
@@ -181,8 +182,8 @@ class VllmDeepGemm(Baseline):
 class VllmTritonKernels(Baseline):
     """The `triton_kernels` that vLLM bundles, through its `UnfusedOAITritonExperts`, on BF16 weights.
 
-    vLLM itself gives these kernels MXFP4 weights only (gpt-oss); the same code takes BF16, which makes it comparable.
-    They want the weights as ``[E, K, 2N]``: a transposed view serves.
+    vLLM itself uses these kernels with MXFP4 weights only (gpt-oss). The same code takes BF16, which makes it
+    comparable. They take the weights as ``[E, K, 2N]``, for which a transposed view serves.
     """
 
     name = "vllm_triton_kernels"
@@ -222,13 +223,13 @@ def _modular_call(layer: Any, gate_up: Tensor, down: Tensor, E: int, device: tor
     silu = vllm.load().activation("silu")
     kernel = modular.FusedMoEKernel(local.MoEPrepareAndFinalizeNoDPEPModular(), layer)
 
-    def call(given: LayerInputs) -> Tensor:
+    def call(inputs: LayerInputs) -> Tensor:
         out: Tensor = kernel.apply(
-            hidden_states=given.hidden_states,
+            hidden_states=inputs.hidden_states,
             w1=gate_up,
             w2=down,
-            topk_weights=given.topk_weights,
-            topk_ids=given.topk_ids,
+            topk_weights=inputs.topk_weights,
+            topk_ids=inputs.topk_ids,
             activation=silu,
             global_num_experts=E,
             expert_map=None,
