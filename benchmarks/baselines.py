@@ -1,8 +1,7 @@
-"""The baselines: MoE layers of other libraries, each run as its own users would run it.
+"""Baselines: MoE layers of other libraries, each called as its own users would call it.
 
-A baseline is an adapter of a few lines: what it takes, and how its library is called on weights in this package's
-layout, which all of them can use as they are. Only the library runs inside its time: no id is masked and nothing is
-copied.
+A baseline is an adapter of a few lines: which problems it supports, and how its library is called on `ExpertWeights`,
+whose layout all of them accept. None of this package's code runs inside its time: no ids are masked, no tensors copied.
 """
 
 import importlib
@@ -25,22 +24,29 @@ from moe_dispatch.system.libraries import library_version
 
 
 class Baseline(ABC):
-    """A layer of another library, timed beside the backends.
+    """The MoE layer of another library.
 
-    Class attributes to declare: `name`, `requirements`, `tolerance`, and `libraries` outside `Machine.libraries`.
+    Attributes:
+        name: Name in rows and on the command line.
+        requirements: Problems that it supports.
+        libraries: Packages that it needs and that `Machine.libraries` does not list.
+        tolerance: Greatest relative error that is accepted, by weight dtype.
+
+    Args:
+        machine: Machine that it runs on.
     """
 
     name: ClassVar[str]
     requirements: ClassVar[Requirements]
     libraries: ClassVar[tuple[str, ...]] = ()
-    # Wider than the backends' own: most round the first product to BF16, and some round the sum.
+    # Wider than the backends' tolerances: most baselines round the first product to BF16, and some the sum too.
     tolerance: ClassVar[Mapping[DType, float]] = {"bf16": 2e-2, "fp16": 4e-3, "fp32": 1e-3, "fp8": 4e-2}
 
     def __init__(self, machine: Machine) -> None:
         self.machine = machine
 
     def unsupported_reasons(self, problem: MoEProblem) -> tuple[str, ...]:
-        """All reasons why this baseline cannot run the problem; empty if it can."""
+        """All reasons why it cannot run a problem; empty if it can."""
         missing = [
             f"{library} is not installed"
             for library in (*self.libraries, *self.requirements.libraries)
@@ -50,11 +56,19 @@ class Baseline(ABC):
 
     @abstractmethod
     def prepare(self, experts: ExpertWeights, problem: MoEProblem) -> Call:
-        """Do what a user of the library does once at load; returns the function that is called per batch of tokens."""
+        """Do what its users do once when a model is loaded.
+
+        Args:
+            experts: The weights.
+            problem: A problem of the layer; the call may be used at any token count.
+
+        Returns:
+            The call that runs the layer.
+        """
 
 
 class NaiveLoop(Baseline):
-    """A plain loop in torch over the experts that were hit: gather, two products, scatter."""
+    """A loop in torch over the hit experts: gather tokens, two products, scatter."""
 
     name = "naive_loop"
     requirements = BACKENDS.load("reference").requirements
@@ -66,10 +80,13 @@ class NaiveLoop(Baseline):
 
 
 class _Transformers(Baseline):
-    """One of the functions that Hugging Face transformers puts in place of an experts module's forward.
+    """An experts implementation of Hugging Face transformers, which replaces the forward of an experts module.
 
-    Called with a bare object that carries the weights, as `ExpertsInterface` calls it with the module. Its FP8 twins
-    download their kernels from the Hub at first use, and so have no row.
+    `ExpertsInterface` calls it with the module; here an object with the same attributes takes the module's place. The
+    FP8 implementations download their kernels from the Hub on first use and are therefore left out.
+
+    Attributes:
+        function: Its name in `transformers.integrations.moe`.
     """
 
     requirements = Requirements(
@@ -105,23 +122,23 @@ class _Transformers(Baseline):
 
 
 class TransformersGroupedMm(_Transformers):
-    """transformers' ``experts_implementation="grouped_mm"``: sorted slots through torch's grouped product."""
+    """transformers' ``experts_implementation="grouped_mm"``: slots sorted by expert, then torch's grouped product."""
 
     name = "transformers_grouped_mm"
     function = "grouped_mm_experts_forward"
 
 
 class TransformersBatchedMm(_Transformers):
-    """transformers' ``"batched_mm"``: every slot gets its own copy of its expert's weights. Meant for decode."""
+    """transformers' ``"batched_mm"``: every slot gets a copy of its expert's weights. Meant for decode."""
 
     name = "transformers_batched_mm"
     function = "batched_mm_experts_forward"
 
 
 class Vllm(Baseline):
-    """vLLM's `fused_experts` with its own defaults: the tuned configuration it ships, or its heuristic.
+    """vLLM's `fused_experts` with its own defaults: the tuned configuration that it ships, or its heuristic.
 
-    Activation scales are kept in fp32, as in all other baselines (``VLLM_USE_DEEP_GEMM_E8M0=0``).
+    Activation scales are in fp32, as in all other candidates (``VLLM_USE_DEEP_GEMM_E8M0=0``).
     """
 
     name = "vllm"
@@ -182,8 +199,8 @@ class VllmDeepGemm(Baseline):
 class VllmTritonKernels(Baseline):
     """The `triton_kernels` that vLLM bundles, through its `UnfusedOAITritonExperts`, on BF16 weights.
 
-    vLLM itself uses these kernels with MXFP4 weights only (gpt-oss). The same code takes BF16, which makes it
-    comparable. They take the weights as ``[E, K, 2N]``, for which a transposed view serves.
+    vLLM itself gives these kernels only MXFP4 weights (gpt-oss), but the same code takes BF16, which makes it
+    comparable. The kernels take weights ``[E, K, 2N]``; a transposed view of the weights is enough.
     """
 
     name = "vllm_triton_kernels"

@@ -43,7 +43,7 @@ def _moe_activate_kernel(
     GROUPS: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """A program takes a few slots and GROUPS * 128 columns; padding is nobody's slot and costs nothing."""
+    """A program takes SLOTS slots and GROUPS * 128 columns of their rows. Rows that are padding cost nothing."""
     blocks = tl.cdiv(N, GROUPS * 128)
     offs_s = tl.program_id(0) // blocks * SLOTS + tl.arange(0, SLOTS)
     block = tl.program_id(0) % blocks

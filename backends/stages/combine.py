@@ -1,4 +1,4 @@
-"""The weighted sum of a token's experts."""
+"""The weighted sum of the rows that a token's experts computed."""
 
 import math
 
@@ -22,16 +22,17 @@ def combine(
     """Sum each token's rows with their weights, in fp32 and in the order of its slots.
 
     Args:
-        y: ``[rows, K]``, contiguous.
+        y: ``[rows, K]``, contiguous, in any float dtype. FP16 overflows above 65504 although the weighted sum may be
+            small, so rows of FP16 layers come in FP32.
         row_of_slot: int32 ``[M·topk]``; a slot whose row is -1 adds nothing, whatever its weight, NaN included.
         topk_weights: fp32 ``[M, topk]``.
-        out_dtype: Of the result.
-        down_bias: ``[E, K]``, added to each row before it is weighed; needs `topk_ids`.
-        topk_ids: ``[M, topk]``, where a bias is given.
-        pdl: Launch as a programmatic dependent of the kernel before (sm_90).
+        out_dtype: The dtype of the result.
+        down_bias: ``[E, K]``, added to each row before it is weighted; needs `topk_ids`.
+        topk_ids: int32 or int64 ``[M, topk]``; read only with a bias.
+        pdl: Launch as a programmatic dependent of the kernel before (sm_90 and newer).
 
     Returns:
-        ``[M, K]``, fresh memory.
+        ``[M, K]`` in `out_dtype`, fresh memory.
     """
     if not on_triton(y):
         return combine_torch(y, row_of_slot, topk_weights, out_dtype, down_bias=down_bias, topk_ids=topk_ids)
@@ -40,7 +41,7 @@ def combine(
     M, topk = topk_weights.shape
     K = y.shape[1]
     out = torch.empty(M, K, dtype=out_dtype, device=y.device)
-    # Few tokens leave most of the device idle unless each is spread over several programs.
+    # At few tokens each is spread over several programs, as the device would otherwise be mostly idle.
     block_k = min(1024 if M > 256 else 256, next_power_of_2(K))
     if M:
         _moe_combine_kernel[(M, math.ceil(K / block_k))](
@@ -66,7 +67,7 @@ def combine_torch(
     down_bias: Tensor | None = None,
     topk_ids: Tensor | None = None,
 ) -> Tensor:
-    """The same in torch; the reference of `combine`."""
+    """As `combine`, in torch."""
     M, topk = topk_weights.shape
     present = (row_of_slot >= 0).view(M, topk, 1)
     rows = y.float()[row_of_slot.clamp(min=0).long()].view(M, topk, -1)

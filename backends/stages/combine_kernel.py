@@ -34,7 +34,7 @@ def _moe_combine_kernel(
     for j in tl.static_range(TOPK):
         slot = token * TOPK + j
         row = tl.load(row_of_slot_ptr + slot).to(tl.int64)
-        # Not read at all without a row: whatever the weight and the memory hold, NaN included, adds nothing.
+        # Without a row neither is read, so that whatever they hold, NaN included, adds nothing.
         weight = tl.load(weights_ptr + slot, mask=row >= 0, other=0.0)
         y = tl.load(y_ptr + row * K + offs_k, mask=mask_k & (row >= 0), other=0.0).to(tl.float32)
         if bias_ptr is not None:

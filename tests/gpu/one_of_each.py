@@ -53,9 +53,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     continue
                 for config in backend.configs(problem)[: options.configs]:
                     error = relative_error(backend_call(backend, experts, config)(inputs[0]), truth)
-                    right = error <= backend.tolerance[dtype]
-                    wrong += not right
-                    print(f"{'ok' if right else 'WRONG'} {backend.name} {dtype} M={M} {config.label}: {error:.2g}")
+                    correct = error <= backend.tolerance[dtype]
+                    wrong += not correct
+                    print(f"{'ok' if correct else 'WRONG'} {backend.name} {dtype} M={M} {config.label}: {error:.2g}")
     return 1 if wrong else 0
 
 

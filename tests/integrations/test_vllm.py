@@ -1,6 +1,6 @@
 """The vLLM plugin against the installed vLLM's own classes, on a CPU: a real layer, method and modular kernel.
 
-Runs where vLLM is installed (`nox -s vllm`); the engine itself is tested on a GPU, see benchmarks/engine_vllm.py.
+Runs where vLLM is installed (`nox -s vllm`); the engine itself is tested on a GPU, by benchmarks/record/engine_vllm.py.
 Without a GPU vLLM has no platform of its own, so the tests describe an sm_90 one, and `moe_forward` runs its reference.
 """
 

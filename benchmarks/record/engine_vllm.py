@@ -1,6 +1,6 @@
 """vLLM's engine with and without the plugin, end to end, by turns: tokens per second of decode and prefill.
 
-    python -m moe_dispatch.benchmarks.engine_vllm --dtype bf16 --layers 40 --out engine.jsonl
+    python -m moe_dispatch.benchmarks.record.engine_vllm --dtype bf16 --layers 40 --out engine.jsonl
 
 Two engines with dummy weights stay alive in two processes on one GPU, one with ``MOE_DISPATCH_VLLM=1``. Each workload
 is measured on both before the next one, and all of them twice. Needs vLLM and a GPU that holds both.
@@ -98,7 +98,7 @@ class Engine:
         environment = os.environ | {"MOE_DISPATCH_VLLM": str(int(plugin)), "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
         self.log = open(f"{arguments.logs}/engine-{'on' if plugin else 'off'}.log", "w")  # noqa: SIM115 - as long as the engine
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "moe_dispatch.benchmarks.engine_vllm", "--serve", "--answer", str(write),
+            [sys.executable, "-m", "moe_dispatch.benchmarks.record.engine_vllm", "--serve", "--answer", str(write),
              "--dtype", arguments.dtype, "--layers", str(arguments.layers), "--memory", str(arguments.memory)],
             stdin=subprocess.PIPE, stdout=self.log, stderr=subprocess.STDOUT, text=True, pass_fds=(write,),
             env=environment,
