@@ -57,6 +57,7 @@ def warm_up(
     tokens: Sequence[int],
     act_dtype: torch.dtype | None = None,
     *,
+    up_to: int | None = None,
     backend: str | None = None,
 ) -> None:
     """Compile and prove what calls of these token counts will run, eagerly and in a CUDA graph.
@@ -67,11 +68,13 @@ def warm_up(
     Args:
         experts: The layer's weights.
         topk: Experts per token.
-        tokens: Token counts.
+        tokens: Token counts; a captured graph needs its own in here.
         act_dtype: Of hidden_states; the weights' own, or BF16 with block FP8 weights, if None.
+        up_to: Also prepare for every eager call of at most this many tokens: one of each kind that the policies
+            distinguish is run.
         backend: The one that the calls will name; None where the policy chooses.
     """
-    call.warm_up(experts, topk, tokens, act_dtype, backend)
+    call.warm_up(experts, topk, tokens, act_dtype, backend, up_to)
 
 
 def explain(*arguments: object, machine: Machine | None = None) -> Explanation:

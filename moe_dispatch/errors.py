@@ -1,5 +1,6 @@
 """What can go wrong, as types. Every message says what was given, what is allowed and what to do."""
 
+import difflib
 import sys
 import warnings
 from collections.abc import Sequence
@@ -14,19 +15,30 @@ class InvalidInputError(MoEDispatchError, ValueError):
 
 
 class UnknownNameError(MoEDispatchError, LookupError):
-    """A backend, policy or workload that is not registered under this name.
+    """A backend, policy, workload or machine that is not known under this name.
 
     Args:
-        kind: What was looked for.
-        name: As given.
-        known: Names that would do.
-        variable: The environment variable that gave it, if one did.
+        kind: What the name should have named, for the message: ``"backend"``.
+        name: The unknown name.
+        known: The known names.
+        variable: The environment variable that held the name, if one did.
     """
 
     def __init__(self, kind: str, name: str, known: Sequence[str], variable: str = "") -> None:
         self.kind, self.name, self.known = kind, name, tuple(known)
         origin = f"{variable} names {name!r}, and " if variable else ""
-        super().__init__(f"{origin}no {kind} is called {name!r}; known: {', '.join(sorted(known))}")
+        similar = _similar(name, known)
+        suggestion = f" (did you mean {' or '.join(similar)}?)" if similar else ""
+        super().__init__(f"{origin}no {kind} is called {name!r}{suggestion}; known: {', '.join(sorted(known))}")
+
+
+def _similar(name: str, known: Sequence[str]) -> list[str]:
+    """Known names that a mistyped or shortened one may stand for, at most three."""
+    lower = {each.lower(): each for each in known}
+    wanted = name.lower().rpartition("/")[2][:80]
+    near = difflib.get_close_matches(wanted, lower, n=3, cutoff=0.7)
+    longer = [each for each in lower if len(wanted) > 2 and each.startswith(wanted)]
+    return [lower[each] for each in dict.fromkeys([*longer, *near])][:3]
 
 
 class BackendUnavailableError(MoEDispatchError):

@@ -20,6 +20,7 @@ VARIABLES: Final[Mapping[str, str]] = {
     "MOE_DISPATCH_CACHE_DIR": "the absolute path under which calibrations and the quarantine are kept",
     "MOE_DISPATCH_LOG_LEVEL": "the level of the logger `moe_dispatch`",
     "MOE_DISPATCH_COMMIT": "the commit that measurements record, where no git checkout tells it",
+    "MOE_DISPATCH_VLLM": "`1` has the vLLM plugin run vLLM's expert layers through `moe_forward`",
 }
 DEFAULT_POLICIES: Final = ("calibrated", "shipped", "learned", "rules")
 _LEVELS: Final = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
@@ -27,7 +28,7 @@ _LEVELS: Final = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
 
 @dataclass(frozen=True)
 class Settings:
-    """The values of the environment variables in `VARIABLES`.
+    """The values of the environment variables in `VARIABLES`, but for the one that the vLLM plugin reads itself.
 
     Attributes:
         backend: Backend of every call that names none; empty to let the policies choose.
@@ -36,6 +37,7 @@ class Settings:
         machine: Name or file of a machine description; empty to inspect this machine.
         cache_dir: Folder of calibrations and the quarantine; see `cache_dir` for the default.
         log_level: Level of the logger ``moe_dispatch``; empty to leave the logger alone.
+        vllm: Whether the plugin for vLLM replaces expert layers.
         commit: Commit that measurements record; empty to ask git.
     """
 
@@ -45,6 +47,7 @@ class Settings:
     machine: str = ""
     cache_dir: Path | None = None
     log_level: str = ""
+    vllm: bool = False
     commit: str = ""
 
     @classmethod
@@ -64,6 +67,7 @@ class Settings:
             machine=_text("MACHINE"),
             cache_dir=_folder("CACHE_DIR"),
             log_level=level,
+            vllm=_text("VLLM").lower() not in ("", "0", "false", "no", "off"),
             commit=_text("COMMIT"),
         )
 

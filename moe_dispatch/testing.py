@@ -31,6 +31,7 @@ class Case:
         routing: A name in ROUTINGS, or one of those in `_ids`.
         ids: Dtype of topk_ids.
         strided: Whether hidden_states is not contiguous.
+        nan: Whether the second token has a NaN, which must stay in it and must not reach another.
     """
 
     M: int = 5
@@ -44,6 +45,7 @@ class Case:
     routing: str = "uniform"
     ids: torch.dtype = torch.int32
     strided: bool = False
+    nan: bool = False
 
     @property
     def layer(self) -> Workload:
@@ -72,6 +74,10 @@ ROUTING = {
 INPUTS = {
     "int64 ids": Case(ids=torch.int64),
     "strided input": Case(strided=True),
+    "a NaN in one token": Case(nan=True),
+    "a NaN in one of many tokens": Case(M=33, nan=True),
+    "a NaN in one token, gpt-oss": Case(activation="swiglu_oai", bias=True, interleaved=True, nan=True),
+    "a NaN in one token, relu2": Case(activation="relu2", nan=True),
 }
 SHAPES = {
     "K not of 128": Case(K=192),
@@ -149,6 +155,8 @@ def make_inputs(case: Case, precision: Precision, device: str, seed: int = 0) ->
     experts = make_experts(case.layer, precision.dtype, device, generator, act_dtype=precision.act_dtype)
     hidden = torch.randn(case.M, 2 * case.K, generator=generator, device=device).to(torch_dtype(precision.act_dtype))
     hidden = hidden[:, :: 2] if case.strided else hidden[:, : case.K].contiguous()  # fmt: skip
+    if case.nan:
+        hidden[1, case.K // 2] = torch.nan
     weights, ids = _routing(case, seed)
     weights, ids = weights.to(device), ids.to(device=device, dtype=case.ids)
     return Inputs(hidden, experts, weights, ids, truth(hidden, experts, weights, ids))
@@ -184,7 +192,9 @@ def conform(backend: Backend, config: BackendConfig, inputs: Inputs) -> float:
     assert out.data_ptr() != hidden.data_ptr(), "the output must be fresh memory"
     for tensor, copy in zip((hidden, weights, ids), before, strict=True):
         assert torch.equal(tensor.nan_to_num(7.0), copy.nan_to_num(7.0)), "an input was written to"
-    error = relative_error(out, inputs.truth)
+    spoilt = inputs.truth.isnan().any(dim=1)
+    assert out[spoilt].isnan().all(), "a NaN in a token was lost"
+    error = relative_error(out[~spoilt], inputs.truth[~spoilt])
     assert error <= backend.tolerance[experts.dtype], f"relative error {error:.2e} with {config.label}"
     return error
 

@@ -5,7 +5,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypedDict
 
 import torch
 from torch import Tensor
@@ -144,7 +144,7 @@ def make_experts(
     def draw(*shape: int, scale: float) -> Tensor:
         out = torch.empty(shape, dtype=plain, device=device)
         for e in range(shape[0]):  # one expert at a time: the fp32 draw of a whole layer would not fit beside it
-            out[e] = torch.randn(shape[1:], generator=generator, device=device) * scale
+            out[e] = torch.randn(shape[1:], generator=generator, dtype=torch.float32, device=device) * scale
         return out
 
     gate_up = draw(layer.E, rows, layer.K, scale=layer.K**-0.5)
@@ -172,6 +172,14 @@ def torch_dtype(name: DType) -> torch.dtype:
     return _TORCH_DTYPES[name]
 
 
+class _Place(TypedDict):
+    dtype: torch.dtype
+    device: str
+
+
+_ON_CPU: Final[_Place] = {"dtype": torch.float32, "device": "cpu"}
+
+
 @dataclass(frozen=True)
 class RoutingDistribution:
     """How tokens spread over experts.
@@ -193,25 +201,25 @@ class RoutingDistribution:
         """Draw a routing: fp32 weights ``[M, topk]`` that sum to 1, int32 ids ``[M, topk]``, distinct in each row."""
         if topk > E:
             raise InvalidInputError(f"topk={topk} distinct experts cannot be drawn from E={E}")
-        # Drawn on the CPU: the same seed gives the same routing on every device.
+        # Drawn on the CPU and in fp32, whatever torch's defaults: the same seed gives the same routing everywhere.
         logits = self._log_shares(E, generator).expand(M, E)
-        noise = torch.rand(M, E, generator=generator).clamp_(min=1e-20).log_().neg_().log_().neg_()  # Gumbel
+        noise = torch.rand(M, E, generator=generator, **_ON_CPU).clamp_(min=1e-20).log_().neg_().log_().neg_()  # Gumbel
         scores = logits + noise
         if self.hot:
             scores[:, 0] = torch.inf
         ids = scores.topk(topk, dim=1).indices
         if self.hot:
-            ids = ids[:, torch.randperm(topk, generator=generator)]
-        weights = torch.rand(M, topk, generator=generator) + 0.1
+            ids = ids[:, torch.randperm(topk, generator=generator, device="cpu")]
+        weights = torch.rand(M, topk, generator=generator, **_ON_CPU) + 0.1
         weights /= weights.sum(dim=1, keepdim=True)
         return weights.to(device), ids.to(device=device, dtype=torch.int32)
 
     def _log_shares(self, E: int, generator: torch.Generator | None) -> Tensor:
         if self.skew <= 1.0 or E == 1:
-            return torch.zeros(E)
+            return torch.zeros(E, **_ON_CPU)
         # E[Σp²] of a symmetric Dirichlet is (α + 1)/(E·α + 1), and its inverse is to be E/f.
         alpha = max((E / self.skew - 1) / (E * (1 - 1 / self.skew)), 1e-3)
-        gamma = torch._standard_gamma(torch.full((E,), alpha), generator=generator)
+        gamma = torch._standard_gamma(torch.full((E,), alpha, **_ON_CPU), generator=generator)
         return (gamma / gamma.sum()).clamp_(min=1e-30).log_()
 
 

@@ -22,7 +22,7 @@ from moe_dispatch.system.libraries import library_version
 
 # Gluon is experimental and changes with every Triton. The kernels were compiled under each of these releases.
 FIRST_TRITON: Final = (3, 6)
-LAST_TRITON: Final = (3, 7)
+LAST_TRITON: Final = (3, 9)
 
 
 class GluonHopperBackend(TritonBackend):
@@ -89,9 +89,14 @@ def _gluon_reasons(machine: Machine) -> list[str]:
     if not FIRST_TRITON <= version <= LAST_TRITON:
         known = f"{_dotted(FIRST_TRITON)} to {_dotted(LAST_TRITON)}"
         return [f"needs Triton {known}, under whose Gluon its kernels are known to compile, got {machine.triton}"]
-    if machine.triton == library_version("triton") and not _has_gluon():
+    if machine.triton == _installed_triton() and not _has_gluon():
         return [f"needs triton.experimental.gluon for Hopper, which the installed Triton {machine.triton} lacks"]
     return []
+
+
+@functools.cache
+def _installed_triton() -> str:
+    return library_version("triton")
 
 
 @functools.cache

@@ -9,7 +9,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import async_copy, tma
 
 from moe_dispatch.backends.gluon_hopper.common import TileStrides, free_stage, load_stage, receive_tile
-from moe_dispatch.backends.gluon_hopper.gluon_api import aggregate, reinterpret
+from moe_dispatch.backends.gluon_hopper.gluon_api import aggregate, copy_async, reinterpret
 
 
 @aggregate
@@ -93,10 +93,10 @@ def load_fp8_tiles(queue, ring, scales, operands):
             stage, bar = free_stage(queue, ring, k, strides.depth, step)
             load_stage(operands, ring, stage, bar, tile, w_row, k * BLOCK_K)
             scale_ptrs = operands.scales + gl.to_tensor(k).to(gl.int64) * operands.scale_column
-            async_copy.async_copy_global_to_shared(row_scales.index(stage), scale_ptrs + row_scale_offs)
-            async_copy.async_copy_global_to_shared(scales.tails.index(stage), scale_ptrs + tail_scale_offs)
-            async_copy.async_copy_global_to_shared(scales.weights.index(2 * stage), first_scale_ptrs + k)
-            async_copy.async_copy_global_to_shared(scales.weights.index(2 * stage + 1), second_scale_ptrs + k)
+            copy_async(row_scales.index(stage), scale_ptrs + row_scale_offs)
+            copy_async(scales.tails.index(stage), scale_ptrs + tail_scale_offs)
+            copy_async(scales.weights.index(2 * stage), first_scale_ptrs + k)
+            copy_async(scales.weights.index(2 * stage + 1), second_scale_ptrs + k)
             async_copy.mbarrier_arrive(bar, increment_count=False)
             step += 1
         i += 1

@@ -8,14 +8,14 @@ from typing import Any
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import tma
+from triton.experimental.gluon.language.nvidia.hopper import async_copy, tma
 
 try:
     from triton.experimental.gluon import aggregate  # since Triton 3.8
 except ImportError:
     from triton.language.core import _aggregate as aggregate
 
-__all__ = ["aggregate", "field", "reinterpret", "tma_load"]
+__all__ = ["aggregate", "copy_async", "field", "reinterpret", "tma_load"]
 
 # reinterpret(buf, dtype, shape, layout): shared memory seen as another tensor; since Triton 3.8 both must have the same
 # number of bytes. Public since Triton 3.9.
@@ -26,6 +26,8 @@ else:
 # tma_load(descriptor, coordinates, barrier, buf, pred): copies a block into shared memory; the barrier counts it.
 # Renamed in Triton 3.8.
 tma_load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
+# copy_async(buf, pointers, mask): each thread copies elements into shared memory. Renamed in Triton 3.8.
+copy_async = async_copy.async_load if hasattr(async_copy, "async_load") else async_copy.async_copy_global_to_shared
 
 
 @gluon.constexpr_function  # type: ignore[untyped-decorator]  # Triton's

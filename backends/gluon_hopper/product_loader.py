@@ -13,7 +13,7 @@ from moe_dispatch.backends.gluon_hopper.common import (
     load_weights,
     receive_tile,
 )
-from moe_dispatch.backends.gluon_hopper.gluon_api import aggregate, field
+from moe_dispatch.backends.gluon_hopper.gluon_api import aggregate, copy_async, field
 
 _STAGE_BYTES = gl.constexpr(tiles.STAGE_BYTES)
 
@@ -104,4 +104,4 @@ def _copy_tokens(operands, vectors, k, buf):
     COPY: gl.constexpr = gl.BlockedLayout([1, VECTOR], [4, 8], [2, 1], [1, 0])
     offs_k = gl.arange(0, 8 * VECTOR, gl.SliceLayout(0, COPY))
     ptrs = operands.rows + (vectors + k * 8).to(gl.int64)[:, None] * VECTOR + offs_k[None, :]
-    async_copy.async_copy_global_to_shared(buf, ptrs, mask=(vectors >= 0)[:, None])
+    copy_async(buf, ptrs, mask=(vectors >= 0)[:, None])

@@ -1,7 +1,7 @@
 """Tile sizes of the persistent kernel, and which are worth measuring for a problem."""
 
 import math
-from typing import Literal
+from typing import Final, Literal
 
 import pydantic
 
@@ -78,8 +78,10 @@ class TritonPersistentConfig(BackendConfig):
         return stages + (min(epilogue, 8192) if self.num_warps == 4 else epilogue) + _RESERVE
 
 
-# Barriers, reductions over experts, and per-row vectors that are kept in flight.
-_RESERVE = 2048
+# Bytes for barriers, reductions over experts, and per-row vectors that are kept in flight.
+_RESERVE: Final = 2048
+# Stages to try, the most first.
+_STAGES: Final = (4, 3, 2)
 
 
 def persistent_configs(problem: MoEProblem, features: Features) -> tuple[TritonPersistentConfig, ...]:
@@ -87,22 +89,41 @@ def persistent_configs(problem: MoEProblem, features: Features) -> tuple[TritonP
 
     Others were dropped because none of 3400 measurements on an H200 had them first: wider tiles and columns first lose
     up to a quarter, larger groups and unflattened loops are within 1 % of the default.
+
+    Returns:
+        Nothing where no tile fits, see `least_shared_memory`.
     """
+    fitting = [config for shape in _shapes(problem, features) if (config := _fit(shape, problem, features))]
+    in_rows = [config.model_copy(update={"order": "row_major"}) for config in fitting[:1]]
+    return tuple(dict.fromkeys((*fitting, *in_rows)))
+
+
+def least_shared_memory(problem: MoEProblem, features: Features) -> int:
+    """Bytes that one block needs for the smallest tiles that `persistent_configs` considers."""
+    smallest = (shape.model_copy(update={"num_stages": _STAGES[-1]}) for shape in _shapes(problem, features))
+    return min(_needed(config, problem, features) for config in smallest)
+
+
+def _fit(
+    shape: TritonPersistentConfig, problem: MoEProblem, features: Features
+) -> TritonPersistentConfig | None:  # fmt: skip
+    """The shape with as many programs on a multiprocessor as it asks for, else one, and as many stages as then fit."""
+    for ctas in dict.fromkeys((shape.ctas_per_sm, 1)):
+        for stages in _STAGES:
+            config = shape.model_copy(update={"ctas_per_sm": ctas, "num_stages": stages})
+            if _needed(config, problem, features) * ctas <= features.shared_memory:
+                return config
+    return None
+
+
+def _needed(config: TritonPersistentConfig, problem: MoEProblem, features: Features) -> int:
+    return config.shared_memory(ELEMENT_BYTES[problem.dtype], gated=problem.gated, wgmma=features.wgmma)
+
+
+def _shapes(problem: MoEProblem, features: Features) -> list[TritonPersistentConfig]:
+    """Tiles for a problem's rows per expert, the likeliest to be fast first; `num_stages` is left to what fits."""
+    fp8 = problem.dtype == "fp8"
     load = problem.slots / max(min(problem.E, problem.expected_experts), 1.0)
-    found: list[TritonPersistentConfig] = []
-    for shape in _shapes(load, fp8=problem.dtype == "fp8", features=features):
-        for stages in (4, 3, 2):
-            config = shape.model_copy(update={"num_stages": stages})
-            needed = config.shared_memory(ELEMENT_BYTES[problem.dtype], gated=problem.gated, wgmma=features.wgmma)
-            if needed * config.ctas_per_sm <= features.shared_memory:
-                found.append(config)
-                break
-    default = found[0]
-    return tuple(dict.fromkeys((*found, default.model_copy(update={"order": "row_major"}))))
-
-
-def _shapes(load: float, *, fp8: bool, features: Features) -> list[TritonPersistentConfig]:
-    """Tiles for a load of rows per expert, the likeliest first; `num_stages` is left to what fits."""
     common = {
         "block_n": 64, "down_block_n": 128, "block_k": QUANT_BLOCK if fp8 else 64, "tma": features.tma,
         "pdl": features.pdl,
@@ -112,10 +133,13 @@ def _shapes(load: float, *, fp8: bool, features: Features) -> list[TritonPersist
         # 64 cost no time: weights arrive slower than they are multiplied.
         low = {"block_m": 64, "num_warps": 4, "ctas_per_sm": 2, "flatten_steps": 16}
         high = low | {"block_m": 128}
-        # In FP8 promotion takes the registers that a higher tile would need. Otherwise: while few experts have more
-        # than 64 rows, two standard deviations of a Poisson load (gpt-oss-120b: 1562 and 1688 µs at 45 rows, 1920 and
-        # 1712 at 64).
-        shapes = [low] if fp8 else [low, high] if load + 2 * math.sqrt(load) <= 64 else [high, low]
+        # In FP8 promotion takes the registers that a higher tile would need. Otherwise low tiles come first while few
+        # experts have more than 64 rows, two standard deviations of a Poisson load (gpt-oss-120b on an H200: 1562 and
+        # 1688 µs at 45 rows, 1920 and 1712 at 64). With tcgen05 and alternating gate and up rows the epilogue of a high
+        # tile spills 320 bytes a thread (Triton 3.8).
+        spills = features.tensor_cores == "tcgen05" and problem.interleaved
+        low_first = spills or load + 2 * math.sqrt(load) <= 64
+        shapes = [low] if fp8 else [low, high] if low_first else [high, low]
     else:
         heights = (16, 32) if load <= 12 else (32, 16, 64) if load <= 24 else (64, 32, 128)
         # mma.sync holds operands in registers too.

@@ -50,16 +50,18 @@ def product(
     block_k = QUANT_BLOCK if x_scale is not None else config.block_k
     halves = 2 if first and experts.gated else 1
     interleaved = first and experts.interleaved
-    # Runs of half a tile: two warp groups side by side have gate and up of the same columns each.
+    # Rows of gate and of up take turns in a tile's operand, half a tile at a time: each of two warp groups then has
+    # gate and up of the same columns.
     run = block_n // 2 if halves == 2 and not interleaved else 1
     tma = config.tma and features.tma and tma_fits(K, x.element_size()) and N % run == 0
     pdl = config.pdl and features.pdl
-    # Triton does not flatten a loop that carries what it holds of one tile to the next.
-    held = y_scale is not None and block_n < QUANT_BLOCK
-    # A half of the operand lies in one block of weights.
+    # Where a group of quantised columns is two tiles, the loop carries the first one's result, and Triton does not
+    # flatten such a loop.
+    carries = y_scale is not None and block_n < QUANT_BLOCK
+    # Each half of a tile's operand lies in one 128×128 block of weights, and so has one multiplier a step.
     scalar = block_n <= QUANT_BLOCK and not interleaved and (halves == 1 or N % QUANT_BLOCK == 0)
     weight: Tensor = getattr(experts, name)
-    # Seen as [E, N / run, halves, run, K], whose boxes are tiles' operands.
+    # The weight seen as [E, N / run, halves, run, K]: one box of it is a tile's operand.
     shape = (experts.E, halves, N // run, run, K) if run > 1 else (experts.E, N, halves, 1, K)
     swapped = (1, 2) if run > 1 else None
     box = (1, block_n // run, halves, run, block_k)
@@ -78,6 +80,6 @@ def product(
         INTERLEAVED=interleaved, SCALAR_SCALE=scalar, EVEN_K=K % block_k == 0, TMA=tma,
         BLOCK_M=config.block_m, BLOCK_N=block_n, BLOCK_K=block_k,
         ORDER=config.order, GROUP_M=config.group_m, E_POW2=next_power_of_2(experts.E),
-        FLATTEN=not held and math.ceil(K / block_k) <= config.flatten_steps, PDL=pdl,
+        FLATTEN=not carries and math.ceil(K / block_k) <= config.flatten_steps, PDL=pdl,
         num_warps=config.num_warps, num_stages=config.num_stages, **pdl_option(pdl),
     )  # fmt: skip

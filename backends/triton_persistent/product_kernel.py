@@ -1,8 +1,8 @@
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"
-"""The grouped product. A launch is one wave of programs that walk over the tiles of all experts.
+"""The grouped product. A launch is one wave of programs that loop over the tiles of all experts.
 
-Rows lie in expert order without padding (see `stages.route`). Which tiles there are depends on the routing, so every
-program finds its own on the device: it keeps the running count of row blocks of all experts in registers.
+Rows lie in the order of experts without padding (see `stages.route`). Which tiles there are depends on the routing, so
+every program computes its share on the device, from the running count of all experts' row blocks, kept in registers.
 """
 
 import triton
@@ -50,14 +50,14 @@ def _moe_product_kernel(
     FLATTEN: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """For every row y = activation(x @ wᵀ); with a gate activation(x @ gateᵀ, x @ upᵀ), two HALVES of w's rows.
+    """Compute y = activation(x @ wᵀ) for every row; with a gate, activation(x @ gateᵀ, x @ upᵀ) of the two HALVES of w.
 
-    A tile's operand is ``HALVES · BLOCK_N`` rows of w, RUN of gate and RUN of up by turns: one product gives both, and
-    what an element of the result needs of them is in one thread's registers. Where a group of 128 quantised columns is
-    two tiles, a program computes one after the other and holds the first one's result.
+    A tile's operand is ``HALVES · BLOCK_N`` rows of w, RUN of gate and RUN of up in turn: one product gives both, and
+    the gate and the up of each element are in one thread's registers. Where a group of 128 quantised columns is two
+    tiles, a program computes one after the other and keeps the first one's result.
 
-    Flattened, the loops over tiles and over K are one, whose software pipeline fetches the next tile's operands while
-    this tile's result is stored.
+    With FLATTEN the loops over tiles and over K are one loop, whose software pipeline fetches the next tile's operands
+    while this tile's result is stored.
     """
     moe_pdl_wait_and_release(PDL)
     FP8: tl.constexpr = x_scale_ptr is not None
@@ -142,7 +142,7 @@ def _locate(block_m, blocks, ends_b, starts_ptr, BLOCK_M: tl.constexpr):
 
 @triton.jit
 def _order(tile, m_blocks, n_blocks, ORDER: tl.constexpr, GROUP_M: tl.constexpr):
-    """Which (row block, column block) a tile is; what runs at the same time shares inputs in the L2 cache."""
+    """The row block and column block of a tile; tiles that run at the same time share inputs in the L2 cache."""
     if ORDER == "row_major":
         block_m = tile // n_blocks
         block_n = tile % n_blocks
@@ -160,7 +160,7 @@ def _order(tile, m_blocks, n_blocks, ORDER: tl.constexpr, GROUP_M: tl.constexpr)
 def _weight_rows(
     first_n, N, HALVES: tl.constexpr, RUN: tl.constexpr, INTERLEAVED: tl.constexpr, WIDE: tl.constexpr
 ):  # fmt: skip
-    """The rows of an expert's weights that make a tile's operand, and the column of the result that each adds to."""
+    """The rows of an expert's weights in a tile's operand, and the column of the result that each contributes to."""
     offs = tl.arange(0, WIDE)
     half = offs // RUN % HALVES
     column = first_n + offs // (HALVES * RUN) * RUN + offs % RUN

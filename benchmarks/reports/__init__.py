@@ -1,1 +1,1 @@
-"""What is made of benchmark rows: scoreboard, regret, agreement, plots."""
+"""Reports that are made of benchmark rows: scoreboard, regret and plots."""

@@ -1,19 +1,14 @@
-"""Draw recorded rows: time and fraction of the floor against M, and who wins where.
+"""Draw recorded rows: time and fraction of the roofline against M, and the fastest backend by layer and M."""
 
-python -m moe_dispatch.benchmarks.reports.plots benchmarks/results/nvidia_h200 --out docs/images
-"""
-
-import argparse
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Final
 
-from moe_dispatch.benchmarks.command import mistakes_exit
-from moe_dispatch.benchmarks.rows import BenchRow, load
+from moe_dispatch.benchmarks.rows import BenchRow
 from moe_dispatch.errors import MoEDispatchError
 
-# Okabe and Ito's colours, told apart with every kind of colour vision; markers tell them apart in grey too.
+# Okabe and Ito's palette, which is distinguishable with every kind of colour vision; the markers are in print too.
 COLOURS: Final = (
     "#0072B2",
     "#D55E00",
@@ -35,14 +30,16 @@ class PlotsUnavailableError(MoEDispatchError):
 
 
 def draw(rows: Iterable[BenchRow], folder: Path) -> list[Path]:
-    """Draw one picture per (workload, dtype) and one map of winners per dtype; uniform routing, graphs where there are.
+    """Draw one picture per (workload, dtype), and one map of the fastest backends per dtype.
+
+    Uniform routing only; eager times only for layers without a graph time.
 
     Args:
-        rows: Of one machine.
-        folder: Where the PNG files go.
+        rows: Rows of one machine.
+        folder: Folder that the PNG files are written to.
 
     Returns:
-        The files.
+        The files that were written.
 
     Raises:
         PlotsUnavailableError: matplotlib is missing.
@@ -65,12 +62,12 @@ _Best = dict[tuple[str, str, int, str], BenchRow]
 
 
 def _best(rows: Iterable[BenchRow]) -> _Best:
-    """The fastest configuration of each backend at each (workload, dtype, M), eager only where no graph was timed."""
+    """The fastest configuration of each backend at each (workload, dtype, M)."""
     timed = [row for row in rows if row.us is not None and row.routing == "uniform"]
-    in_graphs = {(row.workload, row.dtype) for row in timed if row.mode == "graph"}
+    timed_in_graphs = {(row.workload, row.dtype) for row in timed if row.mode == "graph"}
     best: _Best = {}
     for row in timed:
-        if row.mode == "eager" and (row.workload, row.dtype) in in_graphs:
+        if row.mode == "eager" and (row.workload, row.dtype) in timed_in_graphs:
             continue
         key = row.workload, row.dtype, row.M, row.backend
         if key not in best or (row.us or 0.0) < (best[key].us or 0.0):
@@ -91,15 +88,9 @@ def _draw_layer(
         look = {**style[name], "markersize": 5, "linewidth": 1.6}
         above.plot(tokens, [row.us for row in points], label=name, **look)
         below.plot(tokens, [row.fraction for row in points], **look)
-    rooflines = {row.M: row.roofline_us for row in chosen.values() if row.roofline_us}
-    above.plot(
-        sorted(rooflines),
-        [rooflines[M] for M in sorted(rooflines)],
-        color=INK,
-        linestyle="--",
-        linewidth=1,
-        label="roofline",
-    )
+    roofline = sorted({row.M: row.roofline_us for row in chosen.values() if row.roofline_us}.items())
+    if roofline:
+        above.plot(*zip(*roofline, strict=True), color=INK, linestyle="--", linewidth=1, label="roofline")
     first = next(iter(chosen.values()))
     above.set(xscale="log", yscale="log", ylabel="time of the layer, µs")
     above.set_title(
@@ -107,7 +98,7 @@ def _draw_layer(
     )
     above.legend(frameon=False, fontsize=8, ncols=2)
     below.axhline(1.0, color=INK, linestyle="--", linewidth=1)
-    below.set(ylabel="fraction of the floor", xlabel="tokens M", ylim=(0, None))
+    below.set(ylabel="fraction of the roofline", xlabel="tokens M", ylim=(0, None))
     tokens = sorted({row.M for row in chosen.values()})
     below.set_xticks(tokens, [str(M) for M in tokens], rotation=45 if len(tokens) > 10 else 0)
     below.minorticks_off()
@@ -126,7 +117,8 @@ def _draw_winners(pyplot: Any, best: _Best, dtype: str, style: dict[str, dict[st
         if kind == dtype and ((workload, M) not in winners or (row.us or 0.0) < (winners[workload, M].us or 0.0)):
             winners[workload, M] = row
     workloads = sorted({workload for workload, _ in winners}, reverse=True)
-    # A calibration refines a layer's boundaries at token counts that the others lack: mostly empty columns.
+    # A calibration refines a layer's boundaries at token counts that the other layers lack; their columns would be
+    # mostly empty.
     measured = Counter(M for _, M in winners)
     tokens = sorted(M for M in measured if 2 * measured[M] > len(workloads))
     winners = {(workload, M): row for (workload, M), row in winners.items() if M in tokens}
@@ -136,8 +128,8 @@ def _draw_winners(pyplot: Any, best: _Best, dtype: str, style: dict[str, dict[st
     for (workload, M), row in winners.items():
         x, y = tokens.index(M), workloads.index(workload)
         axes.add_patch(pyplot.Rectangle((x, y), 0.96, 0.94, color=style[row.backend]["color"]))
-        label = "–" if row.fraction is None else f"{row.fraction:.2f}"
-        axes.text(x + 0.48, y + 0.47, label, ha="center", va="center", color="white", fontsize=8)
+        fraction = "" if row.fraction is None else f"{row.fraction:.2f}"
+        axes.text(x + 0.48, y + 0.47, fraction, ha="center", va="center", color="white", fontsize=8)
     axes.set(xlim=(0, len(tokens)), ylim=(0, len(workloads)), xlabel="tokens M")
     axes.set_xticks([x + 0.48 for x in range(len(tokens))], [str(M) for M in tokens])
     axes.set_yticks([y + 0.47 for y in range(len(workloads))], workloads)
@@ -145,7 +137,7 @@ def _draw_winners(pyplot: Any, best: _Best, dtype: str, style: dict[str, dict[st
     axes.spines[:].set_visible(False)
     any_row = next(iter(winners.values()))
     axes.set_title(
-        f"Fastest in {dtype}, with its fraction of the floor: {any_row.machine}", loc="left", color=INK, fontsize=10
+        f"Fastest in {dtype}, with its fraction of the roofline: {any_row.machine}", loc="left", color=INK, fontsize=10
     )
     names = sorted({row.backend for row in winners.values()})
     handles = [pyplot.Rectangle((0, 0), 1, 1, color=style[name]["color"]) for name in names]
@@ -171,18 +163,3 @@ def _pyplot() -> Any:
     from matplotlib import pyplot
 
     return pyplot
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Draw what the command line names."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("rows", type=Path, nargs="+", help="files or folders of rows")
-    parser.add_argument("--out", type=Path, default=Path(), help="where the pictures go")
-    given = parser.parse_args(arguments)
-    with mistakes_exit(parser):
-        for path in draw(load(given.rows), given.out):
-            print(path)
-
-
-if __name__ == "__main__":
-    main()

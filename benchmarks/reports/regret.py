@@ -1,26 +1,27 @@
-"""What a policy loses against the exhaustive best, with the model it is judged on left out of what it learned from.
+"""Regret of policies: what their choices lose against the fastest candidate that was measured.
 
-    python -m moe_dispatch.benchmarks.reports.regret benchmarks/results/nvidia_h200 --machine h200.json [--json]
+The learned policy is judged by leave-one-out: a model's layers are left out of what it learns from.
 
-Regret at a point is time of the choice / time of the fastest candidate − 1, times being geometric means over the
-routing distributions. A choice without a configuration is its backend's default. A choice that did not start at a
-token count, because it was far behind on either side, has the time that lies between those two; so has one that a
-single run found far behind, if that is less: runs that are alone are at times ten times too long. One that has no time
-at all is counted as unmeasured. In its place stands its backend's fastest if it is a default, which the sweep may be
-older than, and else the next in the ranking. Where there is none, the policy is not judged at the point.
+Regret at a point is the time of the choice over that of the fastest candidate, less 1. A candidate's time is the
+geometric mean over the routing distributions, and a choice without a configuration stands for its backend's default.
+Not every choice has a time:
+
+- A candidate that a calibration did not start at a token count, because it was far behind at both neighbours, gets the
+  time that is interpolated between the two.
+- A candidate that a single run showed to be far behind gets that time, or the interpolated one if it is less: single
+  runs are at times ten times too long.
+- Any other choice without a time is counted as unmeasured. It is replaced by the fastest configuration of its backend
+  if it is a default, which may be newer than the measurements, and otherwise by the next choice of the ranking. If
+  nothing that a policy ranks has a time, the policy is not judged at the point.
 """
 
-import argparse
 import dataclasses
-import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
-from moe_dispatch.benchmarks.command import mistakes_exit
-from moe_dispatch.benchmarks.rows import BenchRow, load
+from moe_dispatch.benchmarks.rows import BenchRow
 from moe_dispatch.errors import InvalidInputError
 from moe_dispatch.machine import Machine
 from moe_dispatch.policies.learned.defaults import default_identity, find_backend
@@ -34,8 +35,8 @@ from moe_dispatch.problem import MoEProblem
 from moe_dispatch.registry import BACKENDS
 from moe_dispatch.workloads import WORKLOADS, Workload
 
-# vLLM 0.20.2 with DeepGEMM for block FP8: `_valid_deep_gemm` in fused_moe/experts/deep_gemm_moe.py, which
-# fused_moe/triton_deep_gemm_moe.py asks. Tokens at least, and K and N multiples of, DeepGEMM's alignment; N above 512.
+# When vLLM 0.20.2 gives a block FP8 layer to DeepGEMM (`_valid_deep_gemm` in fused_moe/experts/deep_gemm_moe.py, called
+# by fused_moe/triton_deep_gemm_moe.py): K and N are multiples of the alignment, M is at least that, and N is above 512.
 VLLM_DEEP_GEMM_ALIGNMENT: Final = 128
 VLLM_DEEP_GEMM_NARROW: Final = 512
 
@@ -45,11 +46,11 @@ Times = Mapping[Identity, float]
 
 @dataclass(frozen=True)
 class Judged:
-    """A policy at a point.
+    """A policy's choice at a point.
 
     Attributes:
-        regret: Time of the choice / least time − 1; None where nothing that it ranks was measured.
-        unmeasured: Whether it stands in for a choice that has no time.
+        regret: Time of the choice over the least time, less 1; None if nothing that the policy ranks was measured.
+        unmeasured: Whether the policy's first choice has no time and another one stands for it.
     """
 
     regret: float | None
@@ -59,14 +60,14 @@ class Judged:
 def bench_observations(rows: Iterable[BenchRow], machine: Machine) -> list[Observation]:
     """Times of dispatchable backends, one per problem and candidate.
 
-    Who left a race early was timed on some of the routings: there it is compared with the fastest of those that were
-    timed on all, and does not pass it.
+    A candidate that left successive halving early was timed on some of the routing distributions only. On those it is
+    compared with the fastest of the candidates that were timed on all, and its time never passes that one's.
 
     Raises:
-        InvalidInputError: A row is of another machine.
+        InvalidInputError: A row was measured on another machine.
     """
     times: dict[MoEProblem, dict[Identity, dict[str, float]]] = {}
-    spread: set[tuple[MoEProblem, Identity]] = set()
+    repeated: set[tuple[MoEProblem, Identity]] = set()
     for row in rows:
         if row.machine != machine.name:
             raise InvalidInputError(
@@ -77,41 +78,44 @@ def bench_observations(rows: Iterable[BenchRow], machine: Machine) -> list[Obser
             identity: Identity = (row.backend, tuple(sorted(row.config.items())))
             times.setdefault(_problem(row, machine), {}).setdefault(identity, {})[row.routing] = row.us
             if row.us_q1 is None or row.us_q1 != row.us_q3:
-                spread.add((_problem(row, machine), identity))
-    found = []
+                repeated.add((_problem(row, machine), identity))
+    observations = []
     for problem, by_candidate in times.items():
         routings = set().union(*by_candidate.values())
-        whole = {
+        complete = {
             identity: geometric_mean(list(us.values())) for identity, us in by_candidate.items() if set(us) == routings
         }
-        if not whole:
+        if not complete:
             continue
-        leader = min(whole, key=lambda one: whole[one])
+        leader = min(complete, key=lambda identity: complete[identity])
         for identity, us in by_candidate.items():
             behind = geometric_mean([time / by_candidate[leader][routing] for routing, time in us.items()])
-            score = whole.get(identity, max(1.0, behind) * whole[leader])
-            once = identity != leader and (problem, identity) not in spread
-            found.append(Observation(problem, identity, score, once))
-    return found
+            score = complete.get(identity, max(1.0, behind) * complete[leader])
+            once = identity != leader and (problem, identity) not in repeated
+            observations.append(Observation(problem, identity, score, once))
+    return observations
 
 
-def judge(seen: Sequence[Observation], machine: Machine) -> dict[str, dict[MoEProblem, Judged]]:
-    """Every policy at every point.
+def judge(observations: Sequence[Observation], machine: Machine) -> dict[str, dict[MoEProblem, Judged]]:
+    """Judge every policy at every point.
 
     Raises:
         InvalidInputError: Fewer than two models were measured.
     """
-    shapes = {_shape(row.problem) for row in seen}
+    shapes = {_shape(observation.problem) for observation in observations}
     if len(shapes) < 2:
         raise InvalidInputError(f"leaving one model out needs rows of two models at least, got {len(shapes)}")
     points: dict[MoEProblem, dict[Identity, float]] = {}
-    once: dict[MoEProblem, dict[Identity, float]] = {}
-    for row in seen:
-        (once if row.once else points).setdefault(row.problem, {})[row.candidate] = row.us
-    learned = {shape: _learned([row for row in seen if _shape(row.problem) != shape], machine) for shape in shapes}
+    single_runs: dict[MoEProblem, dict[Identity, float]] = {}
+    for observation in observations:
+        times_of = single_runs if observation.once else points
+        times_of.setdefault(observation.problem, {})[observation.candidate] = observation.us
+    learned = {
+        shape: _learned([row for row in observations if _shape(row.problem) != shape], machine) for shape in shapes
+    }
     rules = RulesPolicy(machine).rank
     policies: dict[str, Rank] = {
-        # What it does not know is left to the rules, as the dispatcher does.
+        # The rules answer what the learned policy does not know, as they do in the dispatcher.
         "learned": lambda problem: (*learned[_shape(problem)](problem), *rules(problem)),
         "rules": rules,
         "always_vllm": lambda _: (Choice("vllm_fused_moe", ""),),
@@ -121,8 +125,8 @@ def judge(seen: Sequence[Observation], machine: Machine) -> dict[str, dict[MoEPr
         "oracle": lambda problem: _fastest(points[problem]),
     }
     known = {problem: dict(times) for problem, times in points.items()}
-    for more in (_between(points), once):
-        for problem, times in more.items():
+    for further in (_between(points), single_runs):
+        for problem, times in further.items():
             for candidate, us in times.items():
                 known[problem][candidate] = min(us, known[problem].get(candidate, us))
     return {
@@ -135,10 +139,10 @@ def judge(seen: Sequence[Observation], machine: Machine) -> dict[str, dict[MoEPr
 
 
 def summary(judged: Iterable[Judged]) -> dict[str, float]:
-    """Mean, 95th percentile and worst regret as fractions, over how many points, and how many choices had no time."""
-    everything = list(judged)
-    ordered = sorted(one.regret for one in everything if one.regret is not None)
-    counts = {"points": len(ordered), "unmeasured": sum(one.unmeasured for one in everything)}
+    """Mean, 95th percentile and worst regret as fractions, the number of points, and of unmeasured choices."""
+    judged = list(judged)
+    ordered = sorted(choice.regret for choice in judged if choice.regret is not None)
+    counts = {"points": len(ordered), "unmeasured": sum(choice.unmeasured for choice in judged)}
     if not ordered:
         return {"mean": math.nan, "p95": math.nan, "worst": math.nan, **counts}
     return {
@@ -149,27 +153,27 @@ def summary(judged: Iterable[Judged]) -> dict[str, float]:
     }
 
 
-def _learned(seen: Sequence[Observation], machine: Machine) -> Rank:
+def _learned(observations: Sequence[Observation], machine: Machine) -> Rank:
     try:
-        learned = LearnedPolicy(machine, fit_model(seen, machine))
-    except InvalidInputError:  # too few layers are left
+        learned = LearnedPolicy(machine, fit_model(observations, machine))
+    except InvalidInputError:  # too few layers are left to learn from
         return lambda _: ()
     rank: Rank = learned.rank
     return rank
 
 
 def _between(points: Mapping[MoEProblem, Times]) -> dict[MoEProblem, dict[Identity, float]]:
-    """Times of candidates that were measured below and above a token count and not there."""
+    """Interpolated times of candidates that were measured below and above a token count and not at it."""
     by_layer: dict[MoEProblem, dict[int, Times]] = {}
     for problem, times in points.items():
         by_layer.setdefault(dataclasses.replace(problem, M=1), {})[problem.M] = times
-    found: dict[MoEProblem, dict[Identity, float]] = {}
+    interpolated: dict[MoEProblem, dict[Identity, float]] = {}
     for layer, by_tokens in by_layer.items():
         for curve in curves(by_tokens):
             for M in by_tokens:
                 if curve.tokens[0] < M < curve.tokens[-1] and M not in curve.tokens:
-                    found.setdefault(dataclasses.replace(layer, M=M), {})[curve.identity] = curve.at(M)
-    return found
+                    interpolated.setdefault(dataclasses.replace(layer, M=M), {})[curve.identity] = curve.at(M)
+    return interpolated
 
 
 def _judged(ranking: Sequence[Choice], problem: MoEProblem, times: Times, least: float, machine: Machine) -> Judged:
@@ -190,18 +194,18 @@ def _judged(ranking: Sequence[Choice], problem: MoEProblem, times: Times, least:
 
 
 def _vllm_rule(problem: MoEProblem) -> tuple[Choice, ...]:
-    """What vLLM 0.20.2 runs by itself on one GPU, where FlashInfer is not installed.
+    """The choice of vLLM 0.20.2 with its default settings on one GPU, without FlashInfer.
 
     `_get_priority_backends` in fused_moe/oracle/fp8.py puts Triton first for block FP8 on capability 9.0 without expert
-    parallelism, at every token count. Elsewhere DeepGEMM comes before Triton, and with its E8M0 scales, which are the
-    default, its shape is not asked about.
+    parallelism, at every token count. On other capabilities DeepGEMM comes before Triton, at any shape: its default
+    E8M0 scales have no shape restriction there.
     """
     deep_gemm = problem.dtype == "fp8" and problem.capability != (9, 0)
     return (Choice("deep_gemm" if deep_gemm else "vllm_fused_moe", ""), Choice("vllm_fused_moe", ""))
 
 
 def _vllm_deep_gemm_rule(problem: MoEProblem) -> tuple[Choice, ...]:
-    """What it runs with ``VLLM_USE_DEEP_GEMM=1 VLLM_USE_DEEP_GEMM_E8M0=0``: DeepGEMM where it takes the shape."""
+    """The choice of vLLM 0.20.2 with ``VLLM_USE_DEEP_GEMM=1 VLLM_USE_DEEP_GEMM_E8M0=0``: DeepGEMM if the shape fits."""
     aligned = problem.K % VLLM_DEEP_GEMM_ALIGNMENT == 0 and problem.N % VLLM_DEEP_GEMM_ALIGNMENT == 0
     wide = aligned and problem.N > VLLM_DEEP_GEMM_NARROW and problem.M >= VLLM_DEEP_GEMM_ALIGNMENT
     first = "deep_gemm" if problem.dtype == "fp8" and wide else "vllm_fused_moe"
@@ -209,7 +213,7 @@ def _vllm_deep_gemm_rule(problem: MoEProblem) -> tuple[Choice, ...]:
 
 
 def _fastest(times: Mapping[Identity, float]) -> tuple[Choice, ...]:
-    backend, config = min(times, key=lambda one: times[one])
+    backend, config = min(times, key=lambda identity: times[identity])
     return (Choice(backend, "", dict(config)),)
 
 
@@ -218,29 +222,5 @@ def _shape(problem: MoEProblem) -> tuple[int, int, int, int]:
 
 
 def _problem(row: BenchRow, machine: Machine) -> MoEProblem:
-    known = WORKLOADS.get(row.workload, Workload(row.workload, E=row.E, topk=row.topk, K=row.K, N=row.N))
-    return known.problem(row.M, row.dtype, machine, row.mode)
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Print the regrets."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("rows", nargs="+", type=Path, help="JSON Lines of `moe-dispatch bench`, or folders of them")
-    parser.add_argument("--machine", type=Path, help="machine that was measured, as JSON; this one if left out")
-    parser.add_argument("--json", action="store_true", help="machine-readable")
-    given: Any = parser.parse_args(arguments)
-    with mistakes_exit(parser):
-        machine = Machine.load(given.machine) if given.machine else Machine.inspect()
-        judged = judge(bench_observations(load(given.rows), machine), machine)
-    found = {name: summary(at.values()) for name, at in judged.items()}
-    if given.json:
-        print(json.dumps(found, indent=1))
-        return
-    print(f"{'policy':20}{'mean':>9}{'p95':>9}{'worst':>9}{'points':>8}{'unmeasured':>12}")
-    for name, row in found.items():
-        regrets = "".join(f"{row[key]:>9.2%}" for key in ("mean", "p95", "worst"))
-        print(f"{name:20}{regrets}{row['points']:>8}{row['unmeasured']:>12}")
-
-
-if __name__ == "__main__":
-    main()
+    layer = WORKLOADS.get(row.workload, Workload(row.workload, E=row.E, topk=row.topk, K=row.K, N=row.N))
+    return layer.problem(row.M, row.dtype, machine, row.mode)

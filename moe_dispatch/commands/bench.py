@@ -1,9 +1,11 @@
-"""`moe-dispatch bench`: whole-layer times, each behind a check against fp32, kept as JSON Lines."""
+"""`moe-dispatch bench`: times of whole layers, each behind a check against fp32, kept as JSON Lines."""
 
 import datetime
 import errno
 import itertools
+import math
 import os
+import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -18,19 +20,26 @@ from rich.table import Table
 from moe_dispatch.commands.console import ERR, INTERRUPTED, OUT, heading, machine_line, microseconds, table
 from moe_dispatch.commands.options import dtype_of, modes_of, tokens_of
 from moe_dispatch.errors import InvalidInputError, UnknownNameError
-from moe_dispatch.problem import Mode
+from moe_dispatch.problem import DType, Mode
 
 if TYPE_CHECKING:
+    from moe_dispatch.benchmarks.plan import BenchPlan, Configs
     from moe_dispatch.benchmarks.rows import BenchRow
-    from moe_dispatch.benchmarks.sweep import Configs, Plan, Sweep
+    from moe_dispatch.benchmarks.suites import Suite
+    from moe_dispatch.benchmarks.sweep import Sweep
+    from moe_dispatch.dispatch.dispatcher import Dispatcher
     from moe_dispatch.machine import Machine
-    from moe_dispatch.workloads import RoutingDistribution
+    from moe_dispatch.workloads import RoutingDistribution, Workload
 
 TOKENS: Final = tuple(1 << power for power in range(15))  # 1 to 16384
-ACCEPTANCE_MODELS: Final = ("deepseek-v3", "qwen3-30b-a3b", "mixtral-8x7b")
+MODELS: Final = ("deepseek-v3", "qwen3-30b-a3b", "mixtral-8x7b")
+DTYPES: Final[tuple[DType, ...]] = ("bf16", "fp8")
+# Options whose values a suite brings.
+SUITE_OPTIONS: Final = ("tokens", "backend", "config", "mode", "routing", "seconds", "baselines")
 
 
 def bench(
+    context: typer.Context,
     model: Annotated[
         list[str] | None,
         typer.Option(help="A named model, E,topk,K,N or the path of a config.json; repeatable."),
@@ -39,56 +48,61 @@ def bench(
     dtype: Annotated[list[str] | None, typer.Option(help="bf16, fp8, fp16 or fp32; repeatable.")] = None,
     backend: Annotated[
         list[str] | None,
-        typer.Option(help="A backend or a baseline; repeatable. All of both if left out; 'all': ours."),
+        typer.Option(help="A backend, a baseline or 'all'; repeatable. Default: all backends and baselines."),
     ] = None,
     config: Annotated[
-        str, typer.Option(help="Of each backend: 'default', 'all', or 'chosen', which calibration found fastest.")
+        str,
+        typer.Option(help="Configurations of each backend: 'default', 'all', or 'chosen', the calibration's choice."),
     ] = "default",
-    mode: Annotated[str | None, typer.Option(help="graph, eager or both. On a CPU eager.")] = None,
+    mode: Annotated[str | None, typer.Option(help="graph, eager or both. Default: both; eager on a CPU.")] = None,
     routing: Annotated[list[str] | None, typer.Option(help="A routing distribution; repeatable.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Where rows go; a dated file for this machine if left out.")] = None,
+    suite: Annotated[
+        str | None, typer.Option(help="Run a named suite instead, such as 'scoreboard'; --model and --dtype narrow it.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="File that rows are added to. Default: a dated file for this machine.")
+    ] = None,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Skip the rows that --out (else the newest file) has.")
+        bool, typer.Option("--resume", help="Go on with --out, else with the newest file: skip the rows it has.")
     ] = False,
-    budget: Annotated[float | None, typer.Option(help="Start no further point after so many seconds.")] = None,
-    seconds: Annotated[float, typer.Option(help="Of timing for each row.")] = 0.3,
-    baselines: Annotated[bool, typer.Option(help="Run the baselines as their own users would.")] = True,
+    budget: Annotated[float | None, typer.Option(help="Start no further point after this many seconds.")] = None,
+    seconds: Annotated[float, typer.Option(help="Seconds of timing for each row.")] = 0.3,
+    energy: Annotated[
+        float, typer.Option(help="Also run each row for so many seconds and record joules per token; 0 not to.")
+    ] = 0.0,
+    baselines: Annotated[bool, typer.Option(help="Also run the baselines, as their own users would.")] = True,
     plot: Annotated[bool, typer.Option("--plot", help="Draw the rows next to their file.")] = False,
     json_: Annotated[bool, typer.Option("--json", help="Print the rows as JSON Lines instead of a table.")] = False,
 ) -> None:
-    """Time whole MoE layers, right results only, beside the baselines; the rows can be resumed and plotted."""
-    from moe_dispatch.benchmarks.baselines import BASELINES
-    from moe_dispatch.benchmarks.sweep import Plan, available_backends
+    """Time whole MoE layers, correct results only, beside the baselines. Runs can be resumed and plotted."""
     from moe_dispatch.dispatch.process import get_dispatcher
-    from moe_dispatch.registry import BACKENDS
-    from moe_dispatch.workloads import workload
 
+    deadline = math.inf if budget is None else time.perf_counter() + budget
     dispatcher = get_dispatcher()
     machine = dispatcher.machine
     notes: list[str] = []
-    ours, theirs = _chosen(backend, BACKENDS.names(), tuple(BASELINES), baselines=baselines)
-    plan = Plan(
-        workloads=tuple(map(workload, model or ACCEPTANCE_MODELS)),
-        dtypes=tuple(dict.fromkeys(map(dtype_of, dtype or ("bf16", "fp8")))),
-        tokens=tuple(sorted(set(tokens_of(tokens)))),
-        routings=tuple(map(_routing, routing or ("uniform",))),
-        modes=_modes(mode, machine),
-        backends=available_backends(ours, dispatcher.machine, notes.append),
-        baselines=tuple(BASELINES[name](machine) for name in theirs),
-        configs=_configs(config),
-        point_s=seconds,
-        budget_s=budget,
-    )
+    if suite is None:
+        plans = [
+            _plan(
+                dispatcher, notes, workloads=_workloads(model or MODELS), dtypes=_dtypes(dtype or DTYPES),
+                tokens=tuple(sorted(set(tokens_of(tokens)))), routings=tuple(map(_routing, routing or ("uniform",))),
+                modes=_modes(mode, machine), names=backend, with_baselines=baselines, configs=_configs(config),
+                point_s=seconds,
+            )
+        ]  # fmt: skip
+    else:
+        _refuse_options_of_a_suite(context, suite)
+        plans = _suite_plans(dispatcher, notes, _suite(suite), model, dtype)
     path = out or _default_path(machine, resume=resume)
     if path.exists() and not resume:
         raise InvalidInputError(f"{path} exists already; --resume goes on with it, --out names another")
-    _make_room(path)
-    sweep = _sweep(plan, path, machine, notes, resume=resume)
+    _check_writable(path)
+    sweep = _sweep(path, machine, notes, deadline, energy, resume=resume)
     ERR.print(f"[bold]{escape(machine_line(machine))}[/bold]\n{escape(str(path))}")
     interrupted = False
-    with _progress(sweep):
+    with _progress(sweep, sum(plan.points for plan in plans)):
         try:
-            sweep.run()
+            sweep.run(plans)
         except KeyboardInterrupt:
             interrupted = True
     _report(sweep, json_=json_)
@@ -102,17 +116,99 @@ def bench(
         raise typer.Exit(INTERRUPTED)
 
 
-def _chosen(
-    names: Sequence[str] | None, ours: tuple[str, ...], theirs: tuple[str, ...], *, baselines: bool
+def _plan(
+    dispatcher: "Dispatcher",
+    notes: list[str],
+    *,
+    workloads: "tuple[Workload, ...]",
+    dtypes: tuple[DType, ...],
+    tokens: tuple[int, ...],
+    routings: "tuple[RoutingDistribution, ...]",
+    modes: tuple[Mode, ...],
+    names: Sequence[str] | None,
+    with_baselines: bool,
+    configs: "Configs",
+    point_s: float,
+) -> "BenchPlan":
+    """The plan that the options describe."""
+    from moe_dispatch.benchmarks.baselines import BASELINES
+    from moe_dispatch.benchmarks.candidates import available_backends
+    from moe_dispatch.benchmarks.plan import BenchPlan
+    from moe_dispatch.registry import BACKENDS
+
+    backends, baselines = _runners(names, BACKENDS.names(), tuple(BASELINES), with_baselines=with_baselines)
+    return BenchPlan(
+        workloads=workloads, dtypes=dtypes, tokens=tokens, routings=routings, modes=modes,
+        backends=available_backends(backends, dispatcher.machine, notes.append),
+        baselines=tuple(BASELINES[name](dispatcher.machine) for name in baselines),
+        configs=configs, point_s=point_s,
+    )  # fmt: skip
+
+
+def _suite_plans(
+    dispatcher: "Dispatcher",
+    notes: list[str],
+    suite: "Suite",
+    models: Sequence[str] | None,
+    dtypes: Sequence[str] | None,
+) -> "list[BenchPlan]":
+    """The plans of a suite, over the backends that are available here."""
+    from moe_dispatch.benchmarks.baselines import BASELINES
+    from moe_dispatch.benchmarks.candidates import available_backends
+
+    if dispatcher.machine.device != "cuda":
+        raise InvalidInputError(f"suites time CUDA graphs, which need a CUDA device; this is {dispatcher.machine.name}")
+    backends = available_backends(suite.backends, dispatcher.machine, notes.append)
+    return list(
+        suite.plans(
+            _workloads(models or suite.models),
+            _dtypes(dtypes or suite.dtypes),
+            {backend.name: backend for backend in backends},
+            {name: BASELINES[name](dispatcher.machine) for name in suite.baselines},
+        )
+    )
+
+
+def _suite(name: str) -> "Suite":
+    from moe_dispatch.benchmarks.suites import SUITES
+
+    if name not in SUITES:
+        raise UnknownNameError("suite", name, tuple(SUITES))
+    return SUITES[name]
+
+
+def _refuse_options_of_a_suite(context: typer.Context, suite: str) -> None:
+    for name in SUITE_OPTIONS:
+        source = context.get_parameter_source(name)
+        if source is not None and source.name != "DEFAULT":
+            raise InvalidInputError(
+                f"--{name} cannot be combined with --suite {suite}, which brings its own; leave one of the two out"
+            )
+
+
+def _workloads(names: Sequence[str]) -> "tuple[Workload, ...]":
+    from moe_dispatch.workloads import workload
+
+    return tuple(map(workload, names))
+
+
+def _dtypes(names: Sequence[str]) -> tuple[DType, ...]:
+    return tuple(dict.fromkeys(map(dtype_of, names)))
+
+
+def _runners(
+    names: Sequence[str] | None, backends: tuple[str, ...], baselines: tuple[str, ...], *, with_baselines: bool
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Names of backends and of baselines to run."""
+    """Names of the backends and of the baselines to run."""
     if not names:
-        return ours, theirs if baselines else ()
+        return backends, baselines if with_baselines else ()
     for name in names:
-        if name not in ("all", *ours, *theirs):
-            raise UnknownNameError("backend or baseline", name, ("all", *ours, *theirs))
-    wanted = {*names, *(ours if "all" in names else ()), *(theirs if "all" in names and baselines else ())}
-    return tuple(n for n in ours if n in wanted), tuple(n for n in theirs if n in wanted)
+        if name not in ("all", *backends, *baselines):
+            raise UnknownNameError("backend or baseline", name, ("all", *backends, *baselines))
+    wanted = set(names)
+    if "all" in names:
+        wanted |= {*backends, *(baselines if with_baselines else ())}
+    return tuple(n for n in backends if n in wanted), tuple(n for n in baselines if n in wanted)
 
 
 def _routing(name: str) -> "RoutingDistribution":
@@ -123,33 +219,34 @@ def _routing(name: str) -> "RoutingDistribution":
     return ROUTINGS[name]
 
 
-def _configs(given: str) -> "Configs":
-    choices: dict[str, Configs] = {"default": "default", "all": "all", "chosen": "chosen"}
-    if given not in choices:
-        raise InvalidInputError(f"--config must be {', '.join(choices)}, got {given!r}")
-    return choices[given]
+def _configs(text: str) -> "Configs":
+    from moe_dispatch.benchmarks.plan import CONFIGS
+
+    if text not in CONFIGS:
+        raise InvalidInputError(f"--config must be one of {', '.join(CONFIGS)}, got {text!r}")
+    return text
 
 
-def _modes(given: str | None, machine: "Machine") -> tuple[Mode, ...]:
+def _modes(text: str | None, machine: "Machine") -> tuple[Mode, ...]:
     on_gpu = machine.device == "cuda"
-    modes = modes_of(given or ("both" if on_gpu else "eager"))
+    modes = modes_of(text or ("both" if on_gpu else "eager"))
     if "graph" in modes and not on_gpu:
-        raise InvalidInputError(f"--mode {given} needs a CUDA device, and this is {machine.name}; use --mode eager")
+        raise InvalidInputError(f"--mode {text} needs a CUDA device, and this is {machine.name}; use --mode eager")
     return modes
 
 
 def _default_path(machine: "Machine", *, resume: bool) -> Path:
-    """In a checkout benchmarks/results/<machine>/, else here."""
-    kept = Path("benchmarks", "results")
-    folder = kept / machine.slug if kept.is_dir() else Path()
+    """A dated file in benchmarks/results/<machine>/ of a checkout, else in the working directory."""
+    results = Path("benchmarks", "results")
+    folder = results / machine.slug if results.is_dir() else Path()
     if resume and (earlier := sorted(folder.glob("20*.jsonl"))):
         return earlier[-1]
     now = datetime.datetime.now(datetime.UTC)
     return folder / f"{now:%Y-%m-%d-%H%M%S}.jsonl"
 
 
-def _make_room(path: Path) -> None:
-    """Find out that rows cannot be written before any was measured."""
+def _check_writable(path: Path) -> None:
+    """Refuse a file that cannot be written before anything is measured."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         if not os.access(path if path.exists() else path.parent, os.W_OK):
@@ -158,32 +255,54 @@ def _make_room(path: Path) -> None:
         raise InvalidInputError(f"rows cannot be written to {path} ({error}); --out names another file") from error
 
 
-def _sweep(plan: "Plan", path: Path, machine: "Machine", notes: list[str], *, resume: bool) -> "Sweep":
+def _sweep(
+    path: Path, machine: "Machine", notes: list[str], deadline: float, energy_s: float, *, resume: bool
+) -> "Sweep":
     import torch
 
-    from moe_dispatch.benchmarks.rows import timed_keys
-    from moe_dispatch.benchmarks.sweep import Provenance, Sweep
+    from moe_dispatch.benchmarks.energy import EnergyMeasurement, energy_meter
+    from moe_dispatch.benchmarks.provenance import Provenance
+    from moe_dispatch.benchmarks.row_files import timed_keys
+    from moe_dispatch.benchmarks.sweep import Sweep
 
     with ERR.status("measuring the ceilings"):
         provenance = Provenance.here(machine)
+    energy = None
+    if energy_s > 0:
+        meter = energy_meter(torch.device(machine.device))
+        if isinstance(meter, str):
+            notes.append(meter)
+        else:
+            energy = EnergyMeasurement(meter, energy_s)
     done = timed_keys(path) if resume else set()
-    return Sweep(plan, path, torch.device(machine.device), provenance, done, notes=notes)
+    return Sweep(path, provenance, done, deadline, notes=notes, energy=energy)
 
 
 def _rows(path: Path) -> "list[BenchRow]":
-    from moe_dispatch.benchmarks import rows
+    from moe_dispatch.benchmarks.row_files import load
 
-    return rows.load([path]) if path.exists() else []
+    return load([path]) if path.exists() else []
 
 
 @contextmanager
-def _progress(sweep: "Sweep") -> Iterator[None]:
+def _progress(sweep: "Sweep", points: int) -> Iterator[None]:
+    """Show which point is measured: a bar on a terminal, one line per point anywhere else."""
+    if not ERR.is_terminal:
+        begin = time.perf_counter()
+
+        def print_line(description: str | None) -> None:
+            if description is not None:
+                ERR.print(f"{time.perf_counter() - begin:4.0f} s  {escape(description)}")
+
+        sweep.advance = print_line
+        yield
+        return
     columns = (
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
         TextColumn("left"), TimeRemainingColumn(),
     )  # fmt: skip
     with Progress(*columns, console=ERR, transient=True) as progress:
-        task = progress.add_task("", total=sweep.plan.points)
+        task = progress.add_task("", total=points)
 
         def advance(description: str | None) -> None:
             if description is None:
@@ -196,7 +315,7 @@ def _progress(sweep: "Sweep") -> Iterator[None]:
 
 
 def _report(sweep: "Sweep", *, json_: bool) -> None:
-    """The rows as tables, fastest first within a point, and why others are missing."""
+    """Print the rows as tables, the fastest first within a point, and the reasons why others are missing."""
     if json_:
         for row in sweep.written:
             OUT.print(row.model_dump_json(), soft_wrap=True, markup=False)
@@ -205,16 +324,15 @@ def _report(sweep: "Sweep", *, json_: bool) -> None:
         for (layer, dtype), rows in itertools.groupby(ordered, key=lambda row: (row.workload, row.dtype)):
             heading(f"{layer} {dtype}")
             OUT.print(_table(list(rows)))
-    spent = ", ".join(f"{what} {seconds:.0f} s" for what, seconds in sweep.spent.items())
-    ERR.print(f"[dim]{escape(spent)}[/dim]" if spent else "")
+    ERR.print(f"[dim]{escape(str(sweep.stopwatch))}[/dim]")
     for note in sweep.notes:
-        ERR.print(f"[dim]no row: {escape(note)}[/dim]")
+        ERR.print(f"[dim]note: {escape(note)}[/dim]")
 
 
 def _table(rows: "Sequence[BenchRow]") -> Table:
-    shown = table(
-        "M", "routing", "mode", "backend", "time", "of roofline", "error", numbers=("M", "of roofline", "error")
-    )
+    energy = ("energy per token",) if any(row.joules_per_token is not None for row in rows) else ()
+    numbers = ("M", "of roofline", *energy, "error")
+    shown = table("M", "routing", "mode", "backend", "time", "of roofline", *energy, "error", numbers=numbers)
     configs = {(row.backend, *row.config.items()) for row in rows}
     names = Counter(name for name, *_ in configs)
     for row in rows:
@@ -225,6 +343,7 @@ def _table(rows: "Sequence[BenchRow]") -> Table:
             escape(_label(row) if names[row.backend] > 1 else row.backend),
             microseconds(row.us) if row.us is not None else f"[red]{escape(row.reason)}[/red]",
             f"{row.fraction:.2f}" if row.fraction is not None else "–",
+            *([f"{1e3 * row.joules_per_token:.3g} mJ" if row.joules_per_token is not None else "–"] * len(energy)),
             f"{row.error:.1e}" if row.error is not None else "–",
         )
     return shown

@@ -1,18 +1,54 @@
 """How every command prints: compact tables that read as well in a log without colours."""
 
+import codecs
+import sys
 from collections.abc import Sequence
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from moe_dispatch.machine import Machine
+if TYPE_CHECKING:
+    from moe_dispatch.machine import Machine
 
-OUT: Final = Console(highlight=False, soft_wrap=False)
-ERR: Final = Console(highlight=False, stderr=True)
-INTERRUPTED: Final = 130  # what a shell expects of a program that Ctrl-C ended
+# `emoji` would replace text such as ":warning:" that comes from files.
+OUT: Final = Console(highlight=False, soft_wrap=False, emoji=False)
+ERR: Final = Console(highlight=False, emoji=False, stderr=True)
+INTERRUPTED: Final = 130  # the exit status that a shell expects of a program ended by Ctrl-C
+
+_ASCII: Final = str.maketrans({
+    "µ": "u", "×": "x", "·": "-", "–": "-", "—": "-", "…": "...", "≤": "<=", "≥": ">=", "→": "->", "✓": "ok", "✗": "!!",
+    "‖": "|", "⌈": "", "⌉": "", "²": "^2", "³": "^3", "─": "-", "━": "-", "│": "|", "•": "*",
+})  # fmt: skip
+
+
+def plain(value: object) -> str:
+    """Text from outside for printing: without markup, and with control characters spelt out.
+
+    Names in files and variables may hold rich's markup, terminal escape sequences, or bytes that are not text.
+    """
+    text = str(value).replace("\t", " ")
+    if not text.isprintable():
+        text = "".join(letter if letter.isprintable() or letter == "\n" else ascii(letter)[1:-1] for letter in text)
+    return escape(text)
+
+
+def accept_any_encoding() -> None:
+    """Let stdout and stderr print what their encoding lacks as ASCII, instead of raising UnicodeEncodeError."""
+    codecs.register_error("moe_dispatch.ascii", _spelt_in_ascii)
+    for stream in (sys.stdout, sys.stderr):
+        reconfigure = getattr(stream, "reconfigure", None)  # a program that replaced the stream may have none
+        if reconfigure is not None:
+            reconfigure(errors="moe_dispatch.ascii")
+
+
+def _spelt_in_ascii(error: UnicodeError) -> tuple[str | bytes, int]:
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    text = error.object[error.start : error.end].translate(_ASCII)
+    return text.encode("ascii", "backslashreplace").decode(), error.end
 
 
 def table(*columns: str, numbers: Sequence[str] = ()) -> Table:
@@ -32,10 +68,15 @@ def table(*columns: str, numbers: Sequence[str] = ()) -> Table:
 def heading(text: str) -> None:
     """A bold line with space above."""
     OUT.print()
-    OUT.print(f"[bold]{escape(text)}[/bold]")
+    OUT.print(f"[bold]{plain(text)}[/bold]")
 
 
-def machine_line(machine: Machine) -> str:
+def line(text: str, style: str | None = None) -> None:
+    """One line of markup that is never wrapped: a terminal wraps it, a pipe and `grep` get it whole."""
+    OUT.print(text, style=style, soft_wrap=True)
+
+
+def machine_line(machine: "Machine") -> str:
     """``NVIDIA H200 · sm_90 · 132 SMs · 140 GiB · torch 2.11.0+cu130 · triton 3.6.0``."""
     cuda = machine.capability is not None
     parts = [
@@ -53,7 +94,8 @@ def microseconds(value: float | None) -> str:
     """Three significant digits, in the unit that reads best; a dash for None."""
     if value is None:
         return "–"
-    for limit, scale, unit in ((1e3, 1.0, "µs"), (1e6, 1e3, "ms")):
+    for limit, scale, unit in ((999.5, 1.0, "µs"), (999.5e3, 1e3, "ms"), (float("inf"), 1e6, "s")):
         if value < limit:
-            return f"{value / scale:.3g} {unit}"
-    return f"{value / 1e6:.3g} s"
+            digits = f"{value / scale:.3g}"
+            return f"{digits} {unit}"
+    return "–"

@@ -28,7 +28,7 @@ def fit(
 ) -> None:
     """Fit the learned policy, and print its cost models and what its choices lose."""
     from moe_dispatch.benchmarks.reports.regret import bench_observations
-    from moe_dispatch.benchmarks.rows import load
+    from moe_dispatch.benchmarks.row_files import load
     from moe_dispatch.policies.calibrated import calibration_path
     from moe_dispatch.policies.learned.fit import fit_model, observations, save_model
     from moe_dispatch.policies.learned.policy import model_path

@@ -1,7 +1,7 @@
 """From the public functions' arguments to the dispatcher of the layer's device, eagerly and under torch.compile."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -9,6 +9,7 @@ from torch import Tensor
 
 from moe_dispatch.dispatch import torch_operator
 from moe_dispatch.dispatch.checks import check
+from moe_dispatch.dispatch.coverage import representative_token_counts
 from moe_dispatch.dispatch.dispatcher import Dispatcher
 from moe_dispatch.dispatch.explanation import Explanation
 from moe_dispatch.dispatch.gradients import needs_grad
@@ -27,8 +28,10 @@ def call_eagerly(
     """`moe_forward` outside of a trace: on the layer's GPU and without autocast, the dispatcher runs the call."""
     if not isinstance(experts, ExpertWeights):
         check(hidden_states, experts, topk_weights, topk_ids)  # raises
-    if type(hidden_states) is not Tensor and is_fake(hidden_states):
-        return torch_operator.call(hidden_states, experts, topk_weights, topk_ids, backend)  # infers the shape only
+    if type(hidden_states) is not Tensor or type(topk_weights) is not Tensor or type(topk_ids) is not Tensor:
+        check(hidden_states, experts, topk_weights, topk_ids, backend)
+        if any(map(is_fake, (hidden_states, topk_weights, topk_ids))):
+            return torch_operator.call(hidden_states, experts, topk_weights, topk_ids, backend)  # infers the shape
     device = experts.device
     if any_autocast_enabled() and torch.is_autocast_enabled(device.type):
         # Autocast rounds torch ops but not kernels, so the result would depend on the backend.
@@ -65,20 +68,41 @@ def call_traced(
 
 
 def warm_up(
-    experts: ExpertWeights, topk: int, tokens: Sequence[int], act_dtype: torch.dtype | None, backend: str | None
+    experts: ExpertWeights,
+    topk: int,
+    tokens: Sequence[int],
+    act_dtype: torch.dtype | None,
+    backend: str | None,
+    up_to: int | None = None,
 ) -> None:
     """See `moe_dispatch.warm_up`."""
+    if not isinstance(experts, ExpertWeights):
+        raise InvalidInputError(f"experts must be ExpertWeights(gate_up, down), got {type(experts).__name__}")
+    counts = tuple(tokens) if isinstance(tokens, Iterable) else (tokens,)
+    given = ("topk", topk, 1), ("up_to", up_to or 0, 0), *(("tokens", count, 0) for count in counts)
+    for name, count, least in given:
+        if type(count) is not int or count < least:
+            raise InvalidInputError(f"{name} must be integers of at least {least}, got {count!r}")
     dtype = act_dtype or (torch.bfloat16 if experts.dtype == "fp8" else experts.gate_up.dtype)
     device = experts.device
-    for M in filter(None, tokens):
-        hidden_states = torch.randn(M, experts.K, device=device).to(dtype)
-        weights, ids = ROUTINGS["uniform"].sample(M, experts.E, topk, device)
+    if up_to:
+        dispatcher = get_dispatcher(device)
+        capability = dispatcher.machine.capability
+        others = representative_token_counts(dispatcher.planner, experts, topk, dtype, capability, up_to, backend)
+        counts = (*counts, *(M for M in others if M not in counts))
+    # Generators of its own: preparing for calls may not change what a program draws.
+    generator, on_cpu = torch.Generator(device).manual_seed(0), torch.Generator().manual_seed(0)
+    for M in filter(None, counts):
+        hidden = torch.randn(M, experts.K, generator=generator, dtype=torch.float32, device=device).to(dtype)
+        weights, ids = ROUTINGS["uniform"].sample(M, experts.E, topk, device, on_cpu)
         with torch.no_grad(), _current(device):
-            get_dispatcher(device).warm_up((hidden_states, experts, weights, ids), backend)
+            get_dispatcher(device).warm_up((hidden, experts, weights, ids), backend)
 
 
 def explain(arguments: Sequence[object], machine: Machine | None) -> Explanation:
     """See `moe_dispatch.explain`."""
+    if machine is not None and not isinstance(machine, Machine):
+        raise InvalidInputError(f"machine must be a Machine, as Machine.load(FILE) gives, got {type(machine).__name__}")
     if len(arguments) == 1 and isinstance(arguments[0], MoEProblem):
         problem = arguments[0]
         dispatcher = Dispatcher(machine, live=False) if machine else _dispatcher_for(problem)
@@ -89,7 +113,7 @@ def explain(arguments: Sequence[object], machine: Machine | None) -> Explanation
             f"got {len(arguments)} arguments: {', '.join(type(argument).__name__ for argument in arguments)}"
         )
     hidden_states, experts, topk_weights, topk_ids = arguments
-    check(hidden_states, experts, topk_weights, topk_ids)  # type: ignore[arg-type]  # this is what it checks
+    check(hidden_states, experts, topk_weights, topk_ids)
     assert isinstance(hidden_states, Tensor)  # noqa: S101 - checked above, repeated for the type checker
     assert isinstance(experts, ExpertWeights)  # noqa: S101
     assert isinstance(topk_weights, Tensor)  # noqa: S101

@@ -1,4 +1,4 @@
-"""What runs for one kind of call."""
+"""The plan for one kind of call: which backend runs it, and how."""
 
 import dataclasses
 import threading
@@ -15,16 +15,17 @@ class Plan:
 
     Attributes:
         problem: The kind of call.
-        backend: What runs it.
-        config: How.
-        choice: Why.
-        remedy: How to have another backend in its place, where the caller or the environment named this one; nothing
-            else runs then. Empty where a policy chose.
-        run: The backend's bound method, or what it has in its place for this kind of call (`Backend.fast_path`).
-        widens: Whether topk_weights come in half precision, which backends do not take.
+        backend: The backend that runs it.
+        config: The backend's configuration.
+        choice: The choice that it comes from, with its reason.
+        remedy: How to have another backend in its place, where the caller or the environment named this one; no other
+            one runs then. Empty where a policy chose.
+        run: The backend's bound `run`, or what `Backend.fast_path` gave in its place.
+        widens: Whether topk_weights come in half precision and are converted to fp32 first.
         proven: Whether it has run such a problem to its end in this process.
-        kept: Whether later calls of the kind find it; a capture's capture_fallback is planned anew.
+        kept: Whether later calls of the kind use it; the fallback during a capture is planned anew.
         calls: How often it ran.
+        lock: Held while `calls` is counted.
     """
 
     problem: MoEProblem
@@ -44,10 +45,10 @@ class Plan:
 
     @property
     def explicit(self) -> bool:
-        """Whether the backend was named, so that nothing else runs in its place."""
+        """Whether the backend was named, so that no other one runs in its place."""
         return bool(self.remedy)
 
     @property
     def kind(self) -> tuple[str, BackendConfig, MoEProblem]:
-        """What a first run proves: this backend, so configured, at about this many tokens."""
+        """What a first run proves: this backend in this configuration, at about this many tokens."""
         return self.choice.backend, self.config, dataclasses.replace(self.problem.bucket, mode="eager")

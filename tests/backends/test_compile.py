@@ -35,6 +35,7 @@ class Device:
 
 DEVICES = [
     Device(80, "bf16"),
+    Device(86, "bf16"),
     Device(89, "fp8"),
     Device(89, "bf16"),
     Device(90, "bf16"),
@@ -42,12 +43,20 @@ DEVICES = [
     Device(90, "fp8"),
     Device(100, "bf16"),
     Device(100, "fp8"),
+    Device(103, "bf16"),
+    Device(103, "fp8"),
+    Device(120, "bf16"),
+    Device(120, "fp8"),
+    Device(121, "bf16"),
+    Device(121, "fp8"),
 ]
+# Devices that get the same code as another one, but for its name: one default suffices.
+ALIKE = {86: 89, 103: 100, 121: 120}
 
 
 def _defaults(device: Device) -> list[tuple[MoEProblem, TritonPersistentConfig]]:
     """One problem for each default that the named workloads can meet; E and topk hardly change what is compiled."""
-    found: dict[tuple[object, ...], tuple[MoEProblem, TritonPersistentConfig]] = {}
+    distinct: dict[tuple[object, ...], tuple[MoEProblem, TritonPersistentConfig]] = {}
     for workload in WORKLOADS.values():
         for M in TOKENS:
             problem = workload.problem(M, device.dtype, device.machine)
@@ -57,9 +66,9 @@ def _defaults(device: Device) -> list[tuple[MoEProblem, TritonPersistentConfig]]
                 problem.K // config.block_k <= config.flatten_steps,
                 problem.N // config.block_k <= config.flatten_steps,
             )
-            found.setdefault((config, problem.activation, uneven, flat), (problem, config))
+            distinct.setdefault((config, problem.activation, uneven, flat), (problem, config))
     # FP16 chooses as BF16 does, and differs in one type.
-    return list(found.values())[: 1 if device.dtype == "fp16" else None]
+    return list(distinct.values())[: 1 if device.dtype == "fp16" or device.capability in ALIKE else None]
 
 
 def launch_defaults(capability: int, dtype: DType) -> Iterator[Launch]:

@@ -1,13 +1,14 @@
 """The deep_gemm backend: its reasons, its layouts, and its calls held against a stand-in that really multiplies.
 
 The stand-in takes what DeepGEMM takes (its host assertions are repeated here), works tile by tile as its kernels do,
-and leaves NaN wherever a tile is stored beyond an expert's rows. The real one runs in the conformance suite, on a GPU.
+and leaves NaN wherever a tile is stored beyond an expert's rows. It comes with the names and signatures of each release
+that is known to work. The real ones run in the conformance suite, on a GPU.
 """
 
 import math
 import sys
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from moe_dispatch.machine import Machine
 from moe_dispatch.numerics import dequantize_blocks
 from moe_dispatch.problem import ACTIVATIONS, Activation, DType, MoEProblem
 from moe_dispatch.workloads import WORKLOADS, Workload, make_experts
+from tests.support.deep_gemm_releases import RELEASES
 from tests.support.refusals import Refusal, on_hopper
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -103,6 +105,7 @@ def test_unusable_wheels_name_the_right_one(deep_gemm: str, torch_version: str, 
         ("0.1.3 (sgl-deep-gemm)", "2.11.0"),
         ("0.1.5.post2 (sgl-deep-gemm)", "2.13.0"),
         ("0.2.5 (sgl-deep-gemm)", "2.14.0"),
+        ("2.8.1", "2.11.0+cu130"),  # vLLM's copies use torch's stable ABI from here on
         ("9.9.9 (sgl-deep-gemm)", "2.14.0"),  # nothing is known against it
     ],
 )
@@ -115,8 +118,8 @@ def test_usable_wheels(deep_gemm: str, torch_version: str) -> None:
 
 def layouts_for(workload: str, M: int, dtype: DType) -> list[str]:
     machine = hopper()
-    asked = WORKLOADS[workload].problem(M, dtype, machine)
-    return [config.layout for config in DeepGemmBackend(machine).configs(asked)]
+    problem = WORKLOADS[workload].problem(M, dtype, machine)
+    return [config.layout for config in DeepGemmBackend(machine).configs(problem)]
 
 
 @pytest.mark.parametrize(
@@ -168,16 +171,17 @@ def test_psum_rows_hold_the_worst_routing(seed: int) -> None:
     for e, end in enumerate(ends):
         assert end - start == int((ids == e).sum())  # an empty expert ends where it starts
         start = math.ceil(end / TILE) * TILE
-    assert start <= layout_rows("psum", *ids.shape, 9)
+    M, topk = ids.shape
+    assert start <= layout_rows("psum", M, topk, 9)
 
 
 @pytest.mark.parametrize("layout", ["masked", "psum"])
 @pytest.mark.parametrize("dtype", ["bf16", "fp8"])
 def test_workspace_covers_the_widest_pair_of_buffers(layout: Any, dtype: DType) -> None:
-    asked = on_hopper(dtype, M=64, K=256, N=512)
-    rows = layout_rows(layout, asked.M, asked.topk, asked.E)
+    problem = on_hopper(dtype, M=64, K=256, N=512)
+    rows = layout_rows(layout, problem.M, problem.topk, problem.E)
     second = rows * (512 * (1 if dtype == "fp8" else 2))
-    assert DeepGemmBackend(hopper()).workspace_bytes(asked, DeepGemmConfig(layout=layout)) >= rows * 1024 * 2 + second
+    assert DeepGemmBackend(hopper()).workspace_bytes(problem, DeepGemmConfig(layout=layout)) >= rows * 1024 * 2 + second
 
 
 # The calls, against a stand-in.
@@ -188,6 +192,7 @@ class StandIn:
     """Multiplies as DeepGEMM does on sm_90."""
 
     alignment: int = TILE
+    pdl: bool = False
     calls: list[dict[str, Any]] = field(default_factory=list)
 
     def bf16_contiguous(
@@ -289,32 +294,25 @@ class StandIn:
             d[e, :count] = (a[e, :count] @ b[e].T).bfloat16()
             d[e, count : math.ceil(count / TILE) * TILE] = torch.nan
 
-    def module(self) -> types.ModuleType:
-        made = types.ModuleType("deep_gemm")
-        functions: dict[str, Callable[..., Any]] = {
-            "m_grouped_bf16_gemm_nt_contiguous": self.bf16_contiguous,
-            "m_grouped_bf16_gemm_nt_masked": self.bf16_masked,
-            "m_grouped_fp8_gemm_nt_contiguous": self.fp8_contiguous,
-            "m_grouped_fp8_gemm_nt_masked": self.fp8_masked,
-        }
-        for name, function in functions.items():
-            setattr(made, name, keywords_only(function))
-        made.get_mk_alignment_for_contiguous_layout = lambda: self.alignment  # type: ignore[attr-defined]
-        return made
+    def set_pdl(self, enable: bool) -> None:
+        self.pdl = enable
 
-
-def keywords_only(function: Callable[..., Any]) -> Callable[..., Any]:
-    """As in any release: a position that moved would be another argument."""
-
-    def call(*, use_psum_layout: bool = False, **given: Any) -> Any:
-        return function(**given, **({"use_psum_layout": True} if use_psum_layout else {}))
-
-    return call
+    def module(self, release: str = "vLLM's 2.8.1") -> types.ModuleType:
+        return RELEASES[release].module(
+            {
+                "bf16_contiguous": self.bf16_contiguous,
+                "bf16_masked": self.bf16_masked,
+                "fp8_contiguous": self.fp8_contiguous,
+                "fp8_masked": self.fp8_masked,
+                "alignment": lambda: self.alignment,
+                "set_pdl": self.set_pdl,
+            }
+        )
 
 
 @pytest.fixture
 def no_deep_gemm(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
-    """Whatever DeepGEMM and vLLM this process has are out of sight; nvcc is where the environment says."""
+    """Hide whatever DeepGEMM and vLLM this process has loaded, and name an nvcc in the environment."""
     roots = {"deep_gemm", "vllm"}
     hidden = {name: module for name, module in sys.modules.items() if name.split(".")[0] in roots}
     for name in hidden:
@@ -368,9 +366,28 @@ def test_hands_the_layer_over_whole(deep_gemm: StandIn, dtype: DType, activation
     assert len(deep_gemm.calls) == 2
 
 
+@LAYOUTS
+@pytest.mark.parametrize("dtype", ["bf16", "fp8"])
+@pytest.mark.parametrize("release", RELEASES)
+def test_every_release_is_called_as_it_wants(
+    no_deep_gemm: None, monkeypatch: pytest.MonkeyPatch, release: str, dtype: DType, layout: str
+) -> None:
+    stand_in = StandIn()
+    monkeypatch.setitem(sys.modules, "deep_gemm", stand_in.module(release))
+    experts = layer(dtype)
+    if dtype == "bf16":  # as parameters do under no_grad
+        experts.gate_up.requires_grad_()
+        experts.down.requires_grad_()
+    weights, ids = torch.rand(3, 2, generator=torch.Generator().manual_seed(5)), torch.tensor([[0, 1], [2, -1], [1, 3]])
+    with torch.no_grad():
+        assert relative_error(experts, weights, ids, layout) <= DeepGemmBackend.tolerance[dtype]
+    assert len(stand_in.calls) == 2
+    assert stand_in.pdl
+
+
 @dataclass(frozen=True)
 class Routed:
-    """Ids that something could trip over."""
+    """Ids at the limits of what a layout takes."""
 
     ids: Tensor
 
@@ -423,10 +440,14 @@ def test_expected_rows_reach_the_library(deep_gemm: StandIn) -> None:
 # Loading.
 
 FUNCTIONS = """
-def m_grouped_bf16_gemm_nt_contiguous(*, a, b, d, grouped_layout, use_psum_layout=False): ...
+def m_grouped_bf16_gemm_nt_contiguous(
+    *, a, b, d, grouped_layout, use_psum_layout=False, expected_m_for_psum_layout=None
+): ...
 def m_grouped_bf16_gemm_nt_masked(*, a, b, d, masked_m, expected_m): ...
-def m_grouped_fp8_gemm_nt_contiguous(*, a, b, d, grouped_layout, use_psum_layout=False): ...
-def m_grouped_fp8_gemm_nt_masked(*, a, b, d, masked_m, expected_m): ...
+def m_grouped_fp8_gemm_nt_contiguous(
+    *, a, b, d, grouped_layout, use_psum_layout=False, expected_m_for_psum_layout=None, disable_ue8m0_cast=False
+): ...
+def m_grouped_fp8_gemm_nt_masked(*, a, b, d, masked_m, expected_m, disable_ue8m0_cast=False): ...
 def get_mk_alignment_for_contiguous_layout(): return 128
 """
 
@@ -458,18 +479,23 @@ INSTALLED = {
     ),
     "none": Installed({}, words=("deep_gemm is not installed", "vllm.third_party.deep_gemm is not installed", "nvcc")),
     "no cuda toolkit": Installed({"deep_gemm": NO_TOOLKIT}, words=("AssertionError", "CUDA_HOME")),
+    "it ends the process": Installed({"deep_gemm": "raise SystemExit(3)"}, words=("SystemExit: 3",)),
     "another torch's abi": Installed(
         {"deep_gemm": "raise ImportError('undefined symbol: _ZN3c10')"}, words=("undefined symbol", "another torch")
     ),
     "something of its own is missing": Installed(
         {"deep_gemm": "import deep_gemm._C"}, words=("deep_gemm does not import: ModuleNotFoundError",)
     ),
+    "without what it depends on": Installed(
+        {"deep_gemm": "import tvm_ffi_that_is_not_there"}, words=("tvm_ffi_that_is_not_there", "what it depends on")
+    ),
     "functions missing": Installed(
         {"deep_gemm": FUNCTIONS.replace("_fp8_gemm_nt_masked", "_other")},
-        words=("too old", "m_grouped_fp8_gemm_nt_masked"),
+        words=("too old or too new", "it has no m_grouped_fp8_gemm_nt_masked or m_grouped_fp8_fp4_gemm_nt_masked"),
     ),
     "no psum layout": Installed(
-        {"deep_gemm": FUNCTIONS.replace(", use_psum_layout=False", "")}, words=("too old", "use_psum_layout", "2.3")
+        {"deep_gemm": FUNCTIONS.replace("use_psum_layout=False, ", "")},
+        words=("its m_grouped_bf16_gemm_nt_contiguous takes no use_psum_layout",),
     ),
 }
 
@@ -490,22 +516,6 @@ def test_loading(no_deep_gemm: None, monkeypatch: pytest.MonkeyPatch, tmp_path: 
 
 def has_either(path: str) -> bool:
     return any(Path(path, name).is_dir() for name in ("deep_gemm", "vllm"))
-
-
-def test_pybind_functions_say_what_they_take_in_their_docstring(
-    no_deep_gemm: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    class Bound:
-        """m_grouped(a: torch.Tensor, use_psum_layout: bool = False) -> None."""
-
-        __signature__ = "pybind11 gives none that inspect understands"
-
-        def __call__(self, **given: Any) -> None: ...
-
-    module = StandIn().module()
-    monkeypatch.setattr(module, "m_grouped_bf16_gemm_nt_contiguous", Bound())
-    monkeypatch.setitem(sys.modules, "deep_gemm", module)
-    assert isinstance(library.load().bf16_contiguous, Bound)
 
 
 def test_no_compiler_is_a_reason_before_the_first_product(

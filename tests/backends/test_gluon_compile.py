@@ -14,10 +14,14 @@ from moe_dispatch.backends.reference import ReferenceBackend, ReferenceConfig
 from moe_dispatch.backends.stages.route import Routing
 from moe_dispatch.machine import Machine
 from moe_dispatch.problem import Activation, DType, MoEProblem
+from moe_dispatch.system.libraries import library_version
 from moe_dispatch.workloads import WORKLOADS, Workload, make_experts, torch_dtype
 from tests.support.triton_compile import SHARED_MEMORY, Launch, compile_launches, described, unwritten_layer
 
 HOPPER = described(90)
+# Bytes of stack of a thread in FP8: values of a tile give way to the sums of the next, outside the loops that multiply.
+# Triton 3.6 to 3.8 need 136, 3.9 needs 248.
+FP8_STACK = 136 if library_version("triton").startswith(("3.6.", "3.7.", "3.8.")) else 248
 QWEN = WORKLOADS["qwen3-30b-a3b"]
 
 
@@ -40,9 +44,8 @@ def test_both_products_compile_and_fit(dtype: DType, activation: Activation) -> 
     products = [built for built in kernels if built.name in names]
     assert {built.constants["ACTIVATION"] for built in products} == {activation, None}
     for built in products:
-        # In FP8 what is needed once a tile gives way to sums, outside the loops that multiply.
         assert not built.spilling, built
-        assert built.stack <= (136 if dtype == "fp8" else 0), built
+        assert built.stack <= (FP8_STACK if dtype == "fp8" else 0), built
         assert built.shared <= SHARED_MEMORY[90], built
         assert built.wgmma, built
         assert built.tma, built
@@ -75,6 +78,7 @@ REFUSED = {
     "sm_100": Refused((("below 9.1", "10.0"),), machine=described(100)),
     "an older Triton": Refused(((KNOWN, "3.5.1"),), machine=_with_triton("3.5.1")),
     "a newer Triton": Refused(((KNOWN, "3.99.0"),), machine=_with_triton("3.99.0")),
+    "ROCm, whose gfx90a says 9.0 too": Refused((("CUDA",),), machine=HOPPER.model_copy(update={"cuda": ""})),
     "no Triton": Refused((("triton is not installed",),), machine=_with_triton("")),
     "K in FP8": Refused((("K % 256 == 0", "K=384"),), Workload("", 8, 2, 384, 256), "fp8"),
     "N in FP8": Refused((("N % 128 == 0", "N=192"),), Workload("", 8, 2, 256, 192), "fp8"),

@@ -17,6 +17,7 @@ from tests.support.stub_kernels import StubKernel, cpu_is_the_device, floats
 pytest.importorskip("triton")
 import triton.language as tl
 
+from moe_dispatch.backends.triton_common.descriptors import WeightDescriptors
 from moe_dispatch.backends.triton_common.fast_launch import FastKernel
 from moe_dispatch.backends.triton_common.replay import NotReplayableError, Replay, record
 
@@ -50,6 +51,7 @@ class Adding(Honest):
         self.double = FastKernel(StubKernel(double_signature, double))
         self.add = FastKernel(StubKernel(add_signature, add))
         self.between = between or (lambda *_: None)
+        self.descriptors = WeightDescriptors()
         self.kept = torch.zeros(SIZE)
         self.runs = 0
 
@@ -87,7 +89,7 @@ def inputs(seed: int) -> Inputs:
 def recorded(backend: Adding, *, before: int = 2) -> Replay:
     for _ in range(before):
         backend.run(*inputs(0), CONFIG)
-    return record(backend, inputs(0), CONFIG, {}, lambda *_: None)
+    return record(backend, inputs(0), CONFIG, backend.descriptors)
 
 
 def test_it_does_what_the_run_does_on_other_tensors_and_another_layer() -> None:
@@ -184,4 +186,4 @@ def test_inputs_that_share_memory_leave_an_address_in_doubt() -> None:
     shared = (hidden, experts, hidden.flatten()[:6].view(3, 2), ids)
     backend.run(*shared, CONFIG)
     with pytest.raises(NotReplayableError, match="two inputs share memory"):
-        record(backend, shared, CONFIG, {}, lambda *_: None)
+        record(backend, shared, CONFIG, backend.descriptors)

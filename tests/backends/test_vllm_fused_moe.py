@@ -1,12 +1,13 @@
 """The vllm_fused_moe backend: its reasons, and the contract with vLLM held against a stand-in that really computes.
 
-The stand-in follows vLLM 0.20.2 in what it does with ids: it skips its sorting where M·topk·4 ≤ E, and there writes
-zeros for -1 and reads the weights of any other id; where it sorts, it indexes with the id and drops what expert_map
-sends to -1.
+The stand-in has the signatures of three releases of vLLM, and does with ids what all of them do: it skips its sorting
+where M·topk·4 ≤ E, and there writes zeros for -1 and reads the weights of any other id; where it sorts, it indexes with
+the id and drops what expert_map maps to -1.
 The real one runs in the conformance suite, on a GPU.
 """
 
 import enum
+import functools
 import gc
 import os
 import sys
@@ -15,16 +16,18 @@ import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import pytest
 import torch
 from torch import Tensor
 
-from moe_dispatch.backends import vllm_fused_moe
+from moe_dispatch.backend import BackendConfig
 from moe_dispatch.backends.reference import ReferenceBackend, ReferenceConfig
 from moe_dispatch.backends.stages.mask_slots import mask_slots
-from moe_dispatch.backends.vllm_fused_moe import VllmFusedMoEBackend
+from moe_dispatch.backends.vllm_fused_moe import VllmFusedMoEBackend, library
+from moe_dispatch.backends.vllm_fused_moe.layers import ACTIVATIONS
+from moe_dispatch.backends.vllm_fused_moe.nan_tokens import mark_nan_tokens, mark_nan_tokens_torch
 from moe_dispatch.errors import BackendUnavailableError
 from moe_dispatch.experts import ExpertWeights
 from moe_dispatch.machine import Machine
@@ -32,6 +35,7 @@ from moe_dispatch.numerics import activate_torch, dequantize_blocks, quantize_ro
 from moe_dispatch.problem import Activation, DType, MoEProblem
 from moe_dispatch.workloads import Workload, make_experts
 from tests.support.refusals import Refusal, on_hopper
+from tests.support.triton_compile import Launch, compile_launches
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 PACKAGE = "vllm.model_executor.layers.fused_moe"
@@ -84,7 +88,7 @@ def test_takes(taken: MoEProblem) -> None:
 def test_absent_library_says_how_to_get_it() -> None:
     (reason,) = VllmFusedMoEBackend(CPU).unavailable_reasons()
     assert "vllm is not installed" in reason
-    assert "0.20.2" in reason
+    assert "vllm==0.26.0 (torch 2.11) or vllm==0.33.0 (torch 2.14)" in reason
     assert VllmFusedMoEBackend(H200).unavailable_reasons() == ()
 
 
@@ -119,22 +123,80 @@ OURS: dict[MoEActivation, tuple[Activation, bool]] = {
 
 
 class Description(types.SimpleNamespace):
-    """Of the weights; unlike its base it can be referred to weakly."""
+    """What vLLM knows of the weights; unlike its base it can be referred to weakly."""
+
+
+class Parallelism:
+    """vLLM's `FusedMoEParallelConfig`."""
+
+    @classmethod
+    def make_no_parallel(cls) -> "Parallelism":
+        return cls()
+
+
+@dataclass
+class ConfigOf0202:
+    """The fields of `FusedMoEConfig` without a default, in releases that shard the layer themselves."""
+
+    num_experts: int
+    experts_per_token: int
+    hidden_dim: int
+    intermediate_size_per_partition: int
+    num_local_experts: int
+    num_logical_experts: int
+    activation: Any
+    device: Any
+    routing_method: Any
+    moe_parallel_config: Parallelism
+    in_dtype: torch.dtype
+
+
+@dataclass
+class ConfigOf0260:
+    """The same from 0.24.0 on, where the size per partition is computed and has a default."""
+
+    num_experts: int
+    experts_per_token: int
+    hidden_dim: int
+    intermediate_size: int
+    num_local_experts: int
+    num_logical_experts: int
+    activation: Any
+    device: Any
+    routing_method: Any
+    moe_parallel_config: Parallelism
+    in_dtype: torch.dtype
+    intermediate_size_per_partition: int = -1
+
+
+RELEASES: Final = ("0.20.2", "0.26.0", "0.33.0")
 
 
 @dataclass
 class StandIn:
-    """Computes what vLLM computes, and remembers how it was asked."""
+    """Computes what vLLM computes, and remembers how it was called."""
 
+    release: str = "0.33.0"
     calls: list[dict[str, Any]] = field(default_factory=list)
     configs: int = 0
     rounds: bool = False
     platform_is_cuda: bool = True
 
-    def fp8_w8a8_moe_quant_config(self, **given: Any) -> Description:
-        assert given["block_shape"] == [128, 128]
+    def fp8_w8a8_moe_quant_config(
+        self,
+        w1_scale: Tensor,
+        w2_scale: Tensor,
+        a1_scale: Tensor | None = None,
+        a2_scale: Tensor | None = None,
+        w1_bias: Tensor | None = None,
+        w2_bias: Tensor | None = None,
+        per_act_token_quant: bool = False,
+        per_out_ch_quant: bool = False,
+        block_shape: list[int] | None = None,
+    ) -> Description:
+        assert block_shape == [128, 128]
         self.configs += 1
-        return Description(**given)
+        return Description(w1_scale=w1_scale, w2_scale=w2_scale, w1_bias=w1_bias, w2_bias=w2_bias)
 
     def biased_moe_quant_config(self, w1_bias: Tensor, w2_bias: Tensor) -> Description:
         self.configs += 1
@@ -148,10 +210,28 @@ class StandIn:
         top_k_num: int,
         global_num_experts: int,
         expert_map: Tensor | None,
+        *,
+        ignore_invalid_experts: bool = False,
     ) -> tuple[Any, ...]:
+        assert topk_ids.device.type == "cpu"
         if expert_map is None and num_tokens * top_k_num * 4 <= global_num_experts:
             return None, topk_ids.view(-1), torch.full((1,), topk_ids.numel() * config["BLOCK_SIZE_M"])
         raise NotImplementedError("Could not run '_moe_C::moe_align_block_size' with arguments from the 'CPU' backend")
+
+    def assign_of_0330(
+        self,
+        topk_ids: Tensor,
+        config: dict[str, Any],
+        num_tokens: int,
+        top_k_num: int,
+        global_num_experts: int,
+        expert_map: Tensor | None,
+        *,
+        ignore_invalid_experts: bool = False,
+        weights_host_resident: bool = False,
+    ) -> tuple[Any, ...]:
+        assert not weights_host_resident
+        return self.assign(topk_ids, config, num_tokens, top_k_num, global_num_experts, expert_map)
 
     def expert_of_slot(self, ids: Tensor, E: int, global_num_experts: int, expert_map: Tensor | None) -> list[int]:
         if expert_map is None and ids.numel() * 4 <= global_num_experts:
@@ -163,7 +243,7 @@ class StandIn:
         assert all(0 <= e < global_num_experts for e in ids.flatten()), "an id was used as an index"
         return [int(expert_map[e]) for e in ids.flatten()]
 
-    def fused_experts(
+    def fused_experts_of_0202(
         self,
         hidden_states: Tensor,
         w1: Tensor,
@@ -177,11 +257,31 @@ class StandIn:
         expert_map: Tensor | None = None,
         quant_config: Any = None,
     ) -> Tensor:
+        assert not inplace
+        return self.fused_experts(
+            hidden_states, w1, w2, topk_weights, topk_ids, activation, apply_router_weight_on_input,
+            global_num_experts, expert_map, quant_config,
+        )  # fmt: skip
+
+    def fused_experts(
+        self,
+        hidden_states: Tensor,
+        w1: Tensor,
+        w2: Tensor,
+        topk_weights: Tensor,
+        topk_ids: Tensor,
+        activation: MoEActivation = MoEActivation.SILU,
+        apply_router_weight_on_input: bool = False,
+        global_num_experts: int = -1,
+        expert_map: Tensor | None = None,
+        quant_config: Any = None,
+    ) -> Tensor:
         self.calls.append(
             {"by_slot": expert_map is None, "ids": topk_ids, "quant_config": quant_config, "expert_map": expert_map}
         )
-        assert not inplace
+        assert not apply_router_weight_on_input
         assert topk_weights.dtype == torch.float32
+        assert hidden_states.data_ptr() % 16 == 0, "misaligned address: the CUDA context would be lost"
         E, topk = w1.shape[0], topk_ids.shape[1]
         experts = self.expert_of_slot(topk_ids, E, E if global_num_experts == -1 else global_num_experts, expert_map)
         ours, interleaved = OURS[activation]
@@ -191,6 +291,8 @@ class StandIn:
                 continue
             x = hidden_states[slot // topk]
             gate_up = self.product(x, w1[e], quant_config, "w1", e)
+            if activation is MoEActivation.SWIGLUOAI:
+                gate_up = torch.where(gate_up.isnan(), 7.0, gate_up)  # fminf and fmaxf return the limit
             inner = activate_torch(gate_up, ours, interleaved=interleaved).to(hidden_states.dtype)
             y = self.product(inner, w2[e], quant_config, "w2", e)
             out[slot // topk] += y * topk_weights.flatten()[slot]
@@ -201,7 +303,9 @@ class StandIn:
         scale = getattr(quant_config, f"{name}_scale", None)
         if scale is not None:
             wide = dequantize_blocks(weight, scale[e])
-            codes, multiplier = quantize_rows_torch(x[None])
+            # fmaxf passes over a NaN, and then clamps it to the least code.
+            codes, multiplier = quantize_rows_torch(x[None].nan_to_num(0.0, posinf=torch.inf, neginf=-torch.inf))
+            codes = torch.where(codes.float().isnan() | x[None].isnan(), -448.0, codes.float()).to(codes.dtype)
             if self.rounds:
                 multiplier = torch.exp2(multiplier.log2().ceil())
                 codes = (x.view(1, -1, 128) / multiplier[:, :, None]).view(1, -1).to(torch.float8_e4m3fn)
@@ -210,6 +314,7 @@ class StandIn:
         return torch.nn.functional.linear(x, wide, None if bias is None else bias[e].float())
 
     def modules(self) -> dict[str, types.ModuleType]:
+        old, newest = self.release == "0.20.2", self.release == "0.33.0"
         contents: dict[str, dict[str, Any]] = {
             "vllm.platforms": {
                 "current_platform": types.SimpleNamespace(is_cuda=lambda: self.platform_is_cuda),
@@ -219,10 +324,13 @@ class StandIn:
             f"{PACKAGE}.config": {
                 "fp8_w8a8_moe_quant_config": self.fp8_w8a8_moe_quant_config,
                 "biased_moe_quant_config": self.biased_moe_quant_config,
+                "FusedMoEConfig": ConfigOf0202 if old else ConfigOf0260,
+                "FusedMoEParallelConfig": Parallelism,
+                "RoutingMethodType": types.SimpleNamespace(TopK="TopK"),
             },
             f"{PACKAGE}.fused_moe": {
-                "fused_experts": self.fused_experts,
-                "_prepare_expert_assignment": self.assign,
+                "fused_experts": self.fused_experts_of_0202 if old else self.fused_experts,
+                "_prepare_expert_assignment": self.assign_of_0330 if newest else self.assign,
             },
         }
         made = {}
@@ -234,13 +342,13 @@ class StandIn:
 
 @pytest.fixture
 def no_vllm(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Whatever vLLM this process has is out of sight, and so is what the backend remembers of it."""
+    """Hide whatever vLLM this process has loaded, and make the backend forget it."""
     hidden = {name: module for name, module in sys.modules.items() if name.split(".")[0] == "vllm"}
     for name in hidden:
         del sys.modules[name]
-    monkeypatch.setattr(vllm_fused_moe, "_library", None)
-    monkeypatch.setattr(vllm_fused_moe, "_plain_scales", False)
-    monkeypatch.setenv(E8M0, "")  # so that it is taken back whatever the backend leaves there
+    monkeypatch.setattr(library, "_library", None)
+    monkeypatch.setattr(library, "_keeps_fp32_scales", False)
+    monkeypatch.setenv(E8M0, "")  # so that the fixture restores it, whatever the backend sets
     monkeypatch.delenv(E8M0)
     yield
     for name in [name for name in sys.modules if name.split(".")[0] == "vllm"]:
@@ -248,9 +356,9 @@ def no_vllm(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     sys.modules.update(hidden)
 
 
-@pytest.fixture
-def vllm(no_vllm: None, monkeypatch: pytest.MonkeyPatch) -> StandIn:
-    stand_in = StandIn()
+@pytest.fixture(params=RELEASES)
+def vllm(no_vllm: None, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> StandIn:
+    stand_in = StandIn(request.param)
     for name, module in stand_in.modules().items():
         monkeypatch.setitem(sys.modules, name, module)
     return stand_in
@@ -293,7 +401,7 @@ def test_ids_that_are_not_ours_add_nothing(vllm: StandIn, dtype: torch.dtype, E:
     ids = torch.tensor(NOT_OURS, dtype=dtype)
     ids[ids == 8] = E
     if dtype == torch.int64:
-        ids[0, 0] = 2**32 + 1  # an expert of ours, once its upper half is lost
+        ids[0, 0] = 2**32 + 1  # expert 1, if its upper half is lost
     weights = torch.ones(ids.shape)
     weights[(ids < 0) | (ids >= E)] = torch.nan
     assert relative_error(layer("bf16", E=E), weights, ids) <= 1e-2
@@ -334,6 +442,79 @@ def test_what_a_captured_graph_reads_outlives_the_backend(vllm: StandIn) -> None
     assert second is first
 
 
+def test_a_description_follows_tensors_that_are_replaced(vllm: StandIn) -> None:
+    """Weight synchronisation gives a tensor other memory; a description of tensors that are gone would be stale."""
+    experts, ids, weights = layer("fp8", bias=True), torch.tensor([[0, 1], [2, 3]]), torch.ones(2, 2)
+    assert relative_error(experts, weights, ids) <= 3e-2
+    assert experts.gate_up_scale is not None
+    assert experts.down_bias is not None
+    experts.gate_up_scale.data = experts.gate_up_scale * 3
+    experts.down_bias.data = experts.down_bias + 1
+    assert relative_error(experts, weights, ids) <= 3e-2
+    assert vllm.configs == 1
+    experts.gate_up_scale = experts.gate_up_scale / 3
+    assert relative_error(experts, weights, ids) <= 3e-2
+    assert vllm.configs == 2
+
+
+def test_layers_alike_share_an_expert_map(vllm: StandIn) -> None:
+    ids = torch.zeros(8, 2, dtype=torch.int64)
+    for _ in range(2):
+        experts = layer("bf16", E=4)
+        VllmFusedMoEBackend(H200).run(hidden_for(ids, experts), experts, torch.ones(8, 2), ids, BackendConfig())
+    first, second = (call["expert_map"] for call in vllm.calls)
+    assert second is first
+    assert first.tolist() == [0, 1, 2, 3, -1]
+
+
+@pytest.mark.parametrize("default", [torch.float64, torch.bfloat16])
+def test_ambient_defaults_change_nothing(vllm: StandIn, default: torch.dtype) -> None:
+    experts, weights, ids = layer("fp8", E=256), torch.ones(1, 2), torch.tensor([[3, -1]])
+    hidden = hidden_for(ids, experts)
+    backend = VllmFusedMoEBackend(H200)
+    expected = backend.run(hidden, experts, weights, ids, BackendConfig())
+    library.load().assigns_by_slot.clear()
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(default)
+    try:
+        with torch.device("meta"):
+            assert library.assigns_by_slot(library.load(), 1, 2, 256)
+        assert torch.equal(backend.run(hidden, experts, weights, ids, BackendConfig()), expected)
+    finally:
+        torch.set_default_dtype(before)
+    assert vllm.calls[-1]["by_slot"]
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("E", [8, 256], ids=["sorted", "by slot"])
+@pytest.mark.parametrize("activation", ["silu", "swiglu_oai"])
+@pytest.mark.parametrize("dtype", ["bf16", "fp8"])
+def test_a_nan_in_a_token_stays_in_it(
+    vllm: StandIn, dtype: DType, activation: Activation, E: int, value: float
+) -> None:
+    experts, ids = layer(dtype, activation, E=E), torch.tensor([[0, 3], [7, 1], [5, -1]])
+    hidden, weights = hidden_for(ids, experts), torch.ones(3, 2)
+    hidden[2, 5] = value
+    out = VllmFusedMoEBackend(H200).run(hidden, experts, weights, ids, BackendConfig()).float()
+    truth = ReferenceBackend(CPU).run(hidden, experts, weights, ids, ReferenceConfig(compute_fp32=True)).float()
+    assert torch.equal(out[2].isnan(), truth[2].isnan())
+    assert ((out - truth)[:2].norm() / truth[:2].norm()).item() <= VllmFusedMoEBackend.tolerance[dtype]
+    assert torch.equal(weights, torch.ones(3, 2))
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp8"])
+def test_tokens_that_start_anywhere(vllm: StandIn, dtype: DType) -> None:
+    """As a view into a flat buffer does; vLLM quantises tokens to FP8 in whole vectors, at any address."""
+    experts, ids = layer(dtype), torch.tensor([[0, 3], [7, 7]])
+    hidden = hidden_for(ids, experts)
+    flat = torch.empty(hidden.numel() + 1, dtype=hidden.dtype)
+    view = flat[1:].view(hidden.shape).copy_(hidden)
+    assert view.data_ptr() % 16
+    backend, weights = VllmFusedMoEBackend(H200), torch.ones(2, 2)
+    out = backend.run(view, experts, weights, ids, BackendConfig())
+    assert torch.equal(out, backend.run(hidden, experts, weights, ids, BackendConfig()))
+
+
 def test_plain_scales_are_asked_for_by_fp8_only(vllm: StandIn) -> None:
     ids, weights = torch.tensor([[0, 1]]), torch.ones(1, 2)
     relative_error(layer("bf16"), weights, ids)
@@ -342,15 +523,15 @@ def test_plain_scales_are_asked_for_by_fp8_only(vllm: StandIn) -> None:
     assert os.environ[E8M0] == "0"
 
 
-@pytest.mark.parametrize(("given", "word"), [(None, "asked before us"), ("1", f"{E8M0}=1")])
-def test_refuses_rounded_scales(vllm: StandIn, monkeypatch: pytest.MonkeyPatch, given: str | None, word: str) -> None:
+@pytest.mark.parametrize(("value", "word"), [(None, "decided it before"), ("1", f"{E8M0}=1")])
+def test_refuses_rounded_scales(vllm: StandIn, monkeypatch: pytest.MonkeyPatch, value: str | None, word: str) -> None:
     vllm.rounds = True
-    if given is not None:
-        monkeypatch.setenv(E8M0, given)
+    if value is not None:
+        monkeypatch.setenv(E8M0, value)
     ids, weights = torch.tensor([[0, 1]]), torch.ones(1, 2)
     with pytest.raises(BackendUnavailableError, match=word):
         relative_error(layer("fp8"), weights, ids)
-    assert os.environ.get(E8M0) == given  # what did not help is taken back
+    assert os.environ.get(E8M0) == value  # a variable that did not help is removed again
     assert vllm.calls == []
     assert relative_error(layer("bf16"), weights, ids) <= 1e-2  # which has no multipliers to round
 
@@ -364,7 +545,40 @@ def test_a_failing_question_about_scales_is_a_reason(vllm: StandIn, monkeypatch:
         relative_error(layer("fp8"), torch.ones(1, 2), torch.tensor([[0, 1]]))
 
 
+@pytest.mark.parametrize("dtype", ["bf16", "fp8"])
+def test_the_configuration_of_modular_experts(vllm: StandIn, dtype: DType) -> None:
+    experts = layer(dtype)
+    config = library.moe_config(experts, 2, library.load().activation("silu"))
+    size = "intermediate_size_per_partition" if vllm.release == "0.20.2" else "intermediate_size"
+    assert (getattr(config, size), config.hidden_dim, config.num_local_experts) == (experts.N, experts.K, experts.E)
+
+
 # Loading.
+
+
+def another_release(hidden_states: Tensor, w1: Tensor, w2: Tensor, routing: Any, activation: Any = None) -> Tensor:
+    raise AssertionError("must not be called")
+
+
+def test_an_interface_that_is_not_known_is_a_reason(vllm: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.modules[f"{PACKAGE}.fused_moe"], "fused_experts", another_release)
+    with pytest.raises(BackendUnavailableError, match=r"takes no expert_map, .*topk_ids.* and needs routing.*0\.33\.0"):
+        library.load()
+
+
+@pytest.mark.gpu
+def test_the_installed_vllm_has_the_interface() -> None:
+    """Whatever release is installed; what it computes, the conformance suite shows."""
+    pytest.importorskip("vllm")
+    loaded = library.load()
+    library.require_fp32_scales()
+    assert all(loaded.activation(name) for name in ACTIVATIONS.values())
+    assert library.assigns_by_slot(loaded, 1, 8, 256)
+    assert not library.assigns_by_slot(loaded, 64, 8, 256)
+    experts = make_experts(Workload("tiny", E=8, topk=2, K=128, N=128), "fp8", "cuda")
+    library.block_fp8_config(loaded, experts)
+    config = library.moe_config(experts, 2, loaded.activation("silu"))
+    assert config.intermediate_size_per_partition == experts.N
 
 
 def write_package(root: Path, init: str) -> None:
@@ -380,6 +594,7 @@ def write_package(root: Path, init: str) -> None:
     [
         ("raise AssertionError('half installed')", "AssertionError: half installed"),
         ("import a_library_that_is_not_there", "ModuleNotFoundError"),
+        ("raise SystemExit('no licence')", "SystemExit: no licence"),
         ("", "fused_moe"),
     ],
 )
@@ -401,7 +616,7 @@ def test_a_vllm_without_its_metadata_sees_no_cuda(vllm: StandIn) -> None:
         relative_error(layer("bf16"), torch.ones(1, 2), torch.tensor([[0, 1]]))
 
 
-# The stage.
+# The stages.
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64], ids=["int32", "int64"])
@@ -413,3 +628,33 @@ def test_mask_slots(dtype: torch.dtype, slots: int) -> None:
     masked = mask_slots(ids.to(DEVICE), 5, -1).cpu()
     assert masked.dtype == torch.int32
     assert masked.flatten().tolist() == [e if 0 <= e < 5 else -1 for e in ids.flatten().tolist()]
+
+
+@pytest.mark.parametrize("infinite", [False, True])
+@pytest.mark.parametrize("K", [77, 5000])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+def test_mark_nan_tokens(dtype: torch.dtype, K: int, infinite: bool) -> None:
+    generator = torch.Generator().manual_seed(6)
+    hidden = torch.randn(5, K, generator=generator).to(dtype)
+    hidden[1, K - 1], hidden[2, 0], hidden[3, K // 2] = torch.nan, torch.inf, -torch.inf
+    weights, ids = torch.rand(5, 3, generator=generator), torch.randint(-2, 9, (5, 3), generator=generator)
+    ids[4, 0] = 2**32 + 1
+    inputs = hidden.to(DEVICE), weights.to(DEVICE), ids.to(DEVICE)
+    marked = mark_nan_tokens(*inputs, 7, -1, infinite=infinite)
+    expected = mark_nan_tokens_torch(*inputs, 7, -1, infinite=infinite)
+    assert marked[1].dtype == torch.int32
+    assert torch.equal(marked[1], expected[1])
+    assert torch.equal(marked[0].nan_to_num(-1.0), expected[0].nan_to_num(-1.0))
+    assert marked[0].isnan().any(dim=1).tolist() == [False, True, infinite, infinite, False]
+
+
+def launch_mark_nan_tokens(_capability: int) -> Iterator[Launch]:
+    for K, infinite in ((128, True), (7168, False)):
+        tensors = torch.empty(4, K, dtype=torch.bfloat16), torch.empty(4, 8), torch.empty(4, 8, dtype=torch.int64)
+        yield Launch(functools.partial(mark_nan_tokens, *tensors, 256, 256, infinite=infinite))
+
+
+def test_mark_nan_tokens_compiles() -> None:
+    kernels = compile_launches(launch_mark_nan_tokens, 80, 90, 100)
+    assert len(kernels) == 6
+    assert all(built.stack == 0 and built.shared <= 1024 for built in kernels)

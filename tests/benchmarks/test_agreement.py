@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from moe_dispatch.benchmarks.reports import agreement
+from moe_dispatch.benchmarks.record import agreement
 from moe_dispatch.policies.calibration.request import CalibrationRequest
 from moe_dispatch.policies.calibration.run import CalibrationRun
 from moe_dispatch.policies.measurements.schema import CalibrationFile, LayerShape, read_calibration

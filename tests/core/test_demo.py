@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 pytest.importorskip("transformers", minversion="5.17")
 
-from moe_dispatch.cli import app
+from moe_dispatch.commands.app import app
 
 RUNNER = CliRunner()
 
@@ -40,4 +40,4 @@ def test_a_model_that_is_no_qwen_is_refused() -> None:
 def test_an_unknown_device_is_refused() -> None:
     result = RUNNER.invoke(app, ["demo", "--device", "tpu"])
     assert result.exit_code == 2
-    assert "must be cpu or cuda" in result.stderr
+    assert "must be cpu, cuda or cuda:N" in result.stderr

@@ -1,9 +1,13 @@
 """Run a small case of each backend and kind of configuration once, for compute-sanitizer.
 
     compute-sanitizer --tool memcheck python tests/gpu/one_of_each.py --backend triton_splitk
+    compute-sanitizer --tool memcheck python tests/gpu/one_of_each.py --backend gluon_hopper --layer 2,1,256,4224
 
-PyTorch's caching allocator hides overruns inside its blocks, so it is switched off. What runs a program on every
-multiprocessor runs few of them, so that each takes several tiles and comes back to what it used before.
+The second layer has so large an N that gluon_hopper permutes rows before its products, in BF16 too.
+
+PyTorch's caching allocator hides overruns inside its blocks, so it is switched off. The machine is described with few
+multiprocessors: a kernel with a program on each then runs few programs, which take several tiles and reuse their
+buffers.
 """
 
 import argparse
@@ -15,7 +19,7 @@ os.environ.setdefault("PYTORCH_NO_CUDA_MEMORY_CACHING", "1")
 
 import torch
 
-from moe_dispatch.benchmarks.sweep import available_backends
+from moe_dispatch.benchmarks.candidates import available_backends
 from moe_dispatch.dispatch.dispatcher import Dispatcher
 from moe_dispatch.machine import current_machine, default_device
 from moe_dispatch.measure import backend_call, make_inputs, reference_outputs, relative_error
@@ -23,7 +27,7 @@ from moe_dispatch.problem import DType
 from moe_dispatch.registry import BACKENDS
 from moe_dispatch.workloads import ROUTINGS, make_experts, workload
 
-# Odd on purpose: no tile is full.
+# Sizes that fill no tile.
 LAYER = "8,2,512,384"
 TOKENS = (1, 5, 130)
 PROGRAMS = 4
@@ -31,16 +35,17 @@ DTYPES: tuple[DType, ...] = ("bf16", "fp8")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run everything that is supported here; 1 if a result is wrong."""
+    """Run everything that is supported here; the exit status is 1 if a result is wrong."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--backend", action="append", help="only these; all registered ones if left out")
+    parser.add_argument("--backend", action="append", help="name of a backend to run; all registered ones by default")
     parser.add_argument("--configs", type=int, default=3, help="configurations of each backend at each point")
-    given = parser.parse_args(arguments)
+    parser.add_argument("--layer", default=LAYER, help="E,topk,K,N")
+    options = parser.parse_args(arguments)
     dispatcher = Dispatcher(current_machine(default_device()).model_copy(update={"sms": PROGRAMS}))
     device = torch.device(dispatcher.machine.device)
-    backends = available_backends(given.backend or BACKENDS.names(), dispatcher.machine, print)
+    backends = available_backends(options.backend or BACKENDS.names(), dispatcher.machine, print)
     wrong = 0
-    layer = workload(LAYER)
+    layer = workload(options.layer)
     for dtype in DTYPES:
         experts = make_experts(layer, dtype, device, torch.Generator(device).manual_seed(0))
         for M in TOKENS:
@@ -50,11 +55,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             for backend in backends:
                 if backend.unsupported_reasons(problem):
                     continue
-                for config in backend.configs(problem)[: given.configs]:
+                for config in backend.configs(problem)[: options.configs]:
                     error = relative_error(backend_call(backend, experts, config)(inputs[0]), truth)
-                    right = error <= backend.tolerance[dtype]
-                    wrong += not right
-                    print(f"{'ok' if right else 'WRONG'} {backend.name} {dtype} M={M} {config.label}: {error:.2g}")
+                    correct = error <= backend.tolerance[dtype]
+                    wrong += not correct
+                    print(f"{'ok' if correct else 'WRONG'} {backend.name} {dtype} M={M} {config.label}: {error:.2g}")
     return 1 if wrong else 0
 
 

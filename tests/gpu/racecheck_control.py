@@ -1,10 +1,11 @@
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"
-"""A hand-over that is right, or wrong on request, to see what racecheck says of each.
+"""A hand-over through shared memory that is correct, or a race on request: the control for racecheck's reports.
 
     compute-sanitizer --tool racecheck python tests/gpu/racecheck_control.py [--early written|read]
 
-One warp hands numbers to four through a slot in shared memory, by two mbarriers, one for "written" and one for "read",
-at which all arrive as in the kernels for Hopper. With `--early` one of them is arrived at before it is true.
+One warp hands numbers to four warps through a slot in shared memory, guarded by two mbarriers, "written" and "read", at
+which threads arrive as in the kernels for Hopper. With `--early` a thread arrives at one of them before its access: a
+race, which racecheck must report. Without it racecheck must report nothing.
 """
 
 import argparse
@@ -20,7 +21,7 @@ from moe_dispatch.backends.gluon_hopper.common import arrive
 
 NUMBERS = 64  # handed over by each program
 PROGRAMS = 128
-RUNS = 8  # not every run is reported: it is a matter of which warp comes first
+RUNS = 8  # whether a race shows in a run depends on which warp comes first
 
 
 @gluon.jit
@@ -68,9 +69,11 @@ def _take(slot, written, read, out_ptr, numbers, EARLY: gl.constexpr):
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run it; 1 if a number is not what was handed over, though nothing was early."""
+    """Run the hand-over; the exit status is 1 if numbers are wrong although no arrival was early."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--early", choices=("written", "read"), help="what is said before it is true")
+    parser.add_argument(
+        "--early", choices=("written", "read"), help="arrive at this barrier before the access that it announces"
+    )
     early = parser.parse_args(arguments).early
     expected = torch.arange(1, NUMBERS + 1, dtype=torch.int32).expand(PROGRAMS, -1)
     wrong = 0

@@ -1,65 +1,81 @@
 #!/usr/bin/env bash
-# What is shown of correctness on a lent H200, one step a call; `gpu_record.sh` has the steps that measure:
+# Correctness on an H200, one step a call:
 #
-#     tests/gpu/session.sh suite      the gpu suite as it is, then as an A100 and as an L40S, JUnit XML each; then what
-#                                          times the host, alone. About 7 minutes on 16 cores: LIMIT bounds each run
-#     tests/gpu/session.sh sanitize   compute-sanitizer over a small case of every backend, about 4 minutes. Racecheck
-#                                          needs 2026.4 or newer (pip: nvidia-cuda-sanitizer-api 13.5.25, which has it as
-#                                          nvidia/cu13/compute-sanitizer/compute-sanitizer: SANITIZER names it); 2025.3
-#                                          takes Triton's own hand-over to its partitions for races
+#     tests/gpu/session.sh suite [pytest arguments]
+#         The gpu suite with WORKERS processes, as the H200 that it is, then as an A100 and as an L40S (as_device.sh),
+#         then the tests that time the host, alone. Ends within SECONDS_EACH and writes one record of all runs to
+#         $OUT/suite.json; that file is what the repository keeps. DEVICES="h200" leaves the other devices out.
+#     tests/gpu/session.sh sanitize [one_of_each.py arguments]
+#         compute-sanitizer over a small case of every backend, about 4 minutes. SANITIZER names the program. Racecheck
+#         needs version 2026.4 or newer (the wheel nvidia-cuda-sanitizer-api 13.5.25 has it as
+#         nvidia/cu13/compute-sanitizer/compute-sanitizer): 2025.3 reports races in Triton's own partitions.
 #
-# The machine is bare and reaches nothing: .gpu/site.tar.xz (the real vLLM and DeepGEMM) travels with the checkout, and
-# results go to $OUT. WORKERS run the suite side by side: it compiles for most of its time.
+# benchmarks/record/gpu_record.sh has the steps that measure speed.
+#
+# The machine need not reach a package registry: SITE, an archive of vLLM and DeepGEMM, travels with the checkout. The
+# package is installed from the checkout by every call, because the checkout may have changed since the last one.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 
 step="${1:?usage: session.sh suite|sanitize [arguments]}"
 shift
-: "${OUT:=$PWD/out}" "${LIMIT:=300}" "${WORKERS:=14}"
-FOUND=9 # what compute-sanitizer is to exit with if it finds something
-mkdir -p "$OUT" "$HOME/site"
+: "${OUT:=$PWD/out}" "${SECONDS_EACH:=530}" "${WORKERS:=14}" "${DEVICES:=h200 a100 l40s}" "${SITE:=.gpu/site.tar.xz}"
+: "${HOST_SECONDS:=40}" # kept for the tests that time the host
+FINDINGS=9              # exit status that compute-sanitizer uses if it reports something
+site="$HOME/$(basename "$SITE" .tar.xz)"
+mkdir -p "$OUT" "$site"
 export PYTHONUNBUFFERED=1 VLLM_LOGGING_LEVEL=ERROR VLLM_USE_DEEP_GEMM_E8M0=0
 
-if [[ ! -e "$HOME/site/.unpacked" ]]; then
-  tar -C "$HOME/site" -xJf .gpu/site.tar.xz
-  python3 -m pip install -q --no-index --no-deps --no-build-isolation .
-  touch "$HOME/site/.unpacked"
+if [[ ! -e "$site/.unpacked" ]]; then
+  tar -C "$site" -xJf "$SITE"
+  touch "$site/.unpacked"
 fi
-export PYTHONPATH="$HOME/site"
+python3 -m pip install -q --no-index --no-deps --no-build-isolation .
+export PYTHONPATH="$site"
 
 suite() {
-  local failed=0
-  # pytest writes its record when it ends, so it is interrupted first and killed only if it does not listen.
-  local run=(timeout --signal=INT --kill-after=30 "$LIMIT" python3 -m pytest -m gpu -q -n "$WORKERS" --dist worksteal)
-  moe-dispatch doctor --json > "$OUT/machine.json"
-  "${run[@]}" --junitxml "$OUT/suite-h200.xml" "$@" || failed=1
-  for device in a100 l40s; do
-    tests/gpu/as_device.sh "$device" "${run[@]}" --junitxml "$OUT/suite-as-$device.xml" "$@" || failed=1
+  local failed=0 device wrapper reports=()
+  for device in $DEVICES; do
+    wrapper=()
+    [[ "$device" == h200 ]] || wrapper=(tests/gpu/as_device.sh "$device")
+    tests "$device" "$((SECONDS_EACH - SECONDS - HOST_SECONDS))" "${wrapper[@]}" \
+      python3 -m pytest -m gpu -q -n "$WORKERS" --dist worksteal "$@" || failed=1
   done
-  python3 -m pytest -m gpu -q -s tests/gpu --junitxml "$OUT/host-overhead.xml" || failed=1
+  tests host "$((SECONDS_EACH - SECONDS))" python3 -m pytest -m gpu -q -s tests/gpu || failed=1
+  python3 tests/gpu/suite_record.py "${reports[@]}" --out "$OUT/suite.json"
   return "$failed"
 }
 
+# `tests NAME SECONDS COMMAND…` runs pytest for so many seconds at most. Its JUnit report joins $reports.
+tests() {
+  local name="$1" seconds="$2" report
+  shift 2
+  ((seconds > 10)) || { echo "session.sh: no time is left for $name" >&2; return 1; }
+  report="$(mktemp -d)/$name.xml"
+  reports+=("$report")
+  # pytest writes its report when it ends, so it is interrupted first, and killed only if it does not end then.
+  timeout --signal=INT --kill-after=20 "$seconds" "$@" --junitxml "$report"
+}
+
 sanitize() {
-  local failed=0 code
+  local failed=0 code early
   checked memcheck memcheck one_of_each.py "$@" || failed=1
   checked racecheck racecheck one_of_each.py "$@" || failed=1
-  # What racecheck is worth: it has nothing to say of a hand-over that is right, and finds one that is wrong.
+  # A control of racecheck itself: it must report nothing for a correct hand-over, and must report both wrong ones.
   checked racecheck-control racecheck racecheck_control.py || failed=1
   for early in written read; do
     code=0
     checked "racecheck-control-early-$early" racecheck racecheck_control.py --early "$early" || code=$?
-    ((code == FOUND)) || failed=1
+    ((code == FINDINGS)) || failed=1
   done
   return "$failed"
 }
 
-# `checked LOG TOOL SCRIPT [arguments]` fails with $FOUND if the tool finds something.
+# `checked LOG TOOL SCRIPT [arguments]` returns $FINDINGS if the tool reports something.
 checked() {
-  local log="$OUT/$1.log"
-  timeout 260 "${SANITIZER:-compute-sanitizer}" --tool "$2" --error-exitcode "$FOUND" --log-file "$log" \
-    python3 "tests/gpu/$3" "${@:4}"
-  local code=$?
+  local log="$OUT/$1.log" code=0
+  timeout 260 "${SANITIZER:-compute-sanitizer}" --tool "$2" --error-exitcode "$FINDINGS" --log-file "$log" \
+    python3 "tests/gpu/$3" "${@:4}" || code=$?
   printf '%s: ' "$1"
   tail -n 1 "$log"
   return "$code"
@@ -67,5 +83,5 @@ checked() {
 
 case "$step" in
   suite | sanitize) "$step" "$@" ;;
-  *) echo "session.sh: no step is called $step" >&2; exit 2 ;;
+  *) echo "session.sh: unknown step $step; known: suite, sanitize" >&2; exit 2 ;;
 esac

@@ -1,7 +1,7 @@
 """Compiles what a launcher launches for a device that is not here: memory, registers and instructions of each kernel.
 
-The launchers are the real ones. They are given tensors without memory, and Triton a driver that answers for the device,
-in a process of its own: in Triton's interpreter, where the suite runs without a GPU, there is no compiler.
+The launchers are the real ones. They get tensors without memory, and Triton gets a driver that answers for the device.
+It happens in another process: in Triton's interpreter, where the suite runs without a GPU, there is no compiler.
 """
 
 import atexit
@@ -32,14 +32,16 @@ from moe_dispatch.machine import Machine
 from moe_dispatch.problem import MoEProblem
 from moe_dispatch.workloads import torch_dtype
 
-# Opt-in bytes of shared memory per block.
-SHARED_MEMORY: Final = {80: 166912, 89: 101376, 90: 232448, 100: 232448}
-_SMS: Final = {80: 108, 89: 142, 90: 132, 100: 148}
+# Opt-in bytes of shared memory per block (CUDA programming guide, table of technical specifications).
+SHARED_MEMORY: Final = {
+    80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 103: 232448, 120: 101376, 121: 101376,
+}  # fmt: skip
+_SMS: Final = {80: 108, 86: 84, 89: 142, 90: 132, 100: 148, 103: 148, 120: 188, 121: 48}
 
 
 @dataclass(frozen=True)
 class Launch:
-    """What launches kernels when it is called, and what a test wants to be told again with each of them."""
+    """A call that launches kernels, and a note of the test that comes back with each of them."""
 
     run: Callable[[], object]
     note: dict[str, Any] = field(default_factory=dict)
@@ -47,24 +49,24 @@ class Launch:
 
 @dataclass(frozen=True)
 class Built:
-    """A kernel of a launch: its constants, what it takes of a device, and which PTX instructions occur in it.
+    """A compiled kernel of a launch: its constants, what it takes of a device, and which instructions it has.
 
     Attributes:
-        name: Of the kernel.
-        capability: Of the device.
-        note: The launch's.
-        constants: By name, the number of warps included.
-        shared: Bytes.
-        registers: Of a thread.
-        stack: Bytes of a thread: spilled registers.
-        spilling: Some of them within a loop of asynchronous products.
-        wgmma: Asynchronous products of a warp group.
-        serialised: Each of them is waited for, because ptxas did not see that its registers are left alone.
-        tma: Loads or stores through a tensor descriptor.
-        fp8: e4m3, in a product or a conversion.
-        pdl: Waits for the kernel before it.
-        wide_copies: Asynchronous copies of 16 bytes.
-        wide_loads: Loads of 16 bytes into registers.
+        name: Name of the kernel.
+        capability: Compute capability that it was compiled for.
+        note: The note of its `Launch`.
+        constants: Values of its constexprs by name, and its number of warps.
+        shared: Bytes of shared memory.
+        registers: Registers of a thread.
+        stack: Bytes of stack of a thread: spilled registers.
+        spilling: Whether it spills within a loop of asynchronous products.
+        wgmma: Whether it has asynchronous products of a warp group.
+        serialised: Whether each of those is waited for, because ptxas did not see that its registers are left alone.
+        tma: Whether it loads or stores through a tensor descriptor.
+        fp8: Whether it has e4m3, in a product or a conversion.
+        pdl: Whether it waits for the kernel before it (programmatic dependent launch).
+        wide_copies: Whether it has asynchronous copies of 16 bytes.
+        wide_loads: Whether it has loads of 16 bytes into registers.
     """
 
     name: str
@@ -85,10 +87,11 @@ class Built:
 
 
 def described(capability: int) -> Machine:
-    """A machine of this compute capability (80, 89, 90 or 100)."""
+    """A machine of one of the compute capabilities in SHARED_MEMORY."""
     return Machine(
         device="cuda", name="compiled for", capability=divmod(capability, 10), sms=_SMS[capability],
-        memory_bytes=80 << 30, shared_memory_per_block=SHARED_MEMORY[capability], torch="2.11", triton="3.6",
+        memory_bytes=80 << 30, shared_memory_per_block=SHARED_MEMORY[capability], torch="2.11", cuda="13.0",
+        triton="3.6",
     )  # fmt: skip
 
 
@@ -114,8 +117,10 @@ def unwritten_layer(problem: MoEProblem) -> tuple[Tensor, ExpertWeights, Tensor,
 def compile_launches(launches: Callable[..., Iterable[Launch]], *capabilities: int, **arguments: Any) -> list[Built]:
     """Compile all that `launches(capability, **arguments)` launches, for each capability.
 
-    It is a function of a module, and called in the other process. What does not compile fails with the compiler's own
-    words.
+    `launches` is a function of a module, and is called in the other process.
+
+    Raises:
+        AssertionError: A kernel does not compile; the message is the compiler's.
     """
     pytest.importorskip("triton")
     work = {"module": launches.__module__, "name": launches.__qualname__, "capabilities": capabilities}
@@ -126,7 +131,7 @@ def compile_launches(launches: Callable[..., Iterable[Launch]], *capabilities: i
 
 
 class _Compiler:
-    """The other process. It stays for all that this one asks: importing PyTorch and Triton takes seconds."""
+    """The process that compiles. It serves all requests of this one: importing PyTorch and Triton takes seconds."""
 
     def __init__(self) -> None:
         environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
@@ -135,10 +140,10 @@ class _Compiler:
             [sys.executable, "-c", f"from {__name__} import serve; serve()"], env=environment, stderr=self._said,
             cwd=Path(__file__).parents[2], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
         )  # fmt: skip
-        atexit.register(self._process.communicate)  # nobody asks any more: it ends
+        atexit.register(self._process.communicate)  # closes its input, at which it ends
 
     def ask(self, work: str) -> dict[str, Any]:
-        """Its answer to a line of JSON; if it dies of it, what it said last."""
+        """Its answer to a request, a line of JSON; if it dies, its standard error as a failure."""
         assert self._process.stdin
         assert self._process.stdout
         with contextlib.suppress(BrokenPipeError):
@@ -146,7 +151,7 @@ class _Compiler:
             self._process.stdin.flush()
         if line := self._process.stdout.readline():
             return cast("dict[str, Any]", json.loads(line))
-        _compiler.cache_clear()  # the next test gets another
+        _compiler.cache_clear()  # the next request starts another process
         self._said.seek(0)
         return {"failed": f"{self._said.read().decode(errors='replace')}\nexit status {self._process.wait()}"}
 
@@ -157,9 +162,9 @@ def _compiler() -> _Compiler:
 
 
 def serve() -> None:
-    """The other process: what to launch comes in as lines of JSON, what was built goes out, until nobody asks."""
+    """The process that compiles: requests come in as lines of JSON, answers go out, until its input is closed."""
     answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # whatever else is printed is no answer
+    os.dup2(2, 1)  # so that nothing that is printed is taken for an answer
     for line in sys.stdin:
         try:
             answer: dict[str, Any] = {"built": [dataclasses.asdict(each) for each in _build(json.loads(line))]}
@@ -169,12 +174,12 @@ def serve() -> None:
         answers.flush()
 
 
-def _build(asked: dict[str, Any]) -> list[Built]:
+def _build(request: dict[str, Any]) -> list[Built]:
     built: list[Built] = []
-    launches = getattr(importlib.import_module(asked["module"]), asked["name"])
-    for capability in asked["capabilities"]:
+    launches = getattr(importlib.import_module(request["module"]), request["name"])
+    for capability in request["capabilities"]:
         with compiling(capability, built):
-            for launch in launches(capability, **asked["arguments"]):
+            for launch in launches(capability, **request["arguments"]):
                 before = len(built)
                 launch.run()
                 built[before:] = [dataclasses.replace(each, note=launch.note) for each in built[before:]]
@@ -192,7 +197,7 @@ def compiling(capability: int, built: list[Built]) -> Iterator[None]:
     from triton.runtime.jit import JITFunction
 
     class Absent:
-        """What Triton asks of a driver before it compiles."""
+        """The driver of a GPU that is not there: what Triton asks before it compiles."""
 
         get_current_target = staticmethod(lambda: GPUTarget("cuda", capability, 32))
         # Any number that no other target has: it names the cache of what was compiled.
@@ -213,10 +218,10 @@ def compiling(capability: int, built: list[Built]) -> Iterator[None]:
     triton.runtime.driver.set_active(Absent())
     with (
         mock.patch.object(JITFunction, "run", compile_only),
-        # Which a torch with CUDA and without a GPU would have to ask a driver that is not there.
-        mock.patch("moe_dispatch.backends.triton_common.fast_launch.current_device", return_value=0),
+        # A torch with CUDA would ask the driver, which a machine without a GPU lacks.
+        mock.patch("moe_dispatch.backends.triton_common.internals.current_device", return_value=0),
         mock.patch.object(FakeTensor, "is_cuda", new=True),
-        # Triton looks whether the address is aligned.
+        # Triton specialises on the alignment of addresses.
         mock.patch.object(FakeTensor, "data_ptr", return_value=0),
         FakeTensorMode(),
     ):
@@ -250,11 +255,11 @@ def _spilling(code: str) -> bool:
     lines = code.splitlines()
     labels = {line.rstrip(":"): place for place, line in enumerate(lines) if re.fullmatch(r"\.L_\w+:", line)}
     targets = ((place, re.search(r"\bBRA\b.*`\((\.L_\w+)\)", line)) for place, line in enumerate(lines))
-    loops = [(labels[found[1]], place) for place, found in targets if found and labels[found[1]] < place]
+    loops = [(labels[jump[1]], place) for place, jump in targets if jump and labels[jump[1]] < place]
     for place, line in enumerate(lines):
         if re.search(r"\b[HIQ]GMMA\b", line):
             around = [(last - first, first, last) for first, last in loops if first < place < last]
-            # What follows a wait that failed lies at the kernel's end and comes back: the shortest is the real loop.
+            # Code after a failed wait lies at the kernel's end and jumps back: the shortest loop is the real one.
             _, first, last = min(around, default=(0, place, place))
             if re.search(r"\b(STL|LDL)\b", "".join(lines[first:last])):
                 return True

@@ -12,11 +12,11 @@ is sized: see `warm_up`.
 """
 
 import logging
-import os
 from typing import Final
 
+from moe_dispatch.settings import Settings
+
 VARIABLE: Final = "MOE_DISPATCH_VLLM"
-_OFF: Final = ("", "0", "false", "no", "off")
 
 logger = logging.getLogger("moe_dispatch")
 
@@ -26,9 +26,9 @@ def register() -> None:
 
     Never raises: an engine must start whether or not this plugin can serve it.
     """
-    if os.environ.get(VARIABLE, "").strip().lower() in _OFF:
-        return
     try:
+        if not Settings.from_environment().vllm:
+            return
         from moe_dispatch.integrations.vllm.layers import replace_layers
 
         replace_layers()

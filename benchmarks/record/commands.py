@@ -1,0 +1,84 @@
+"""Commands that make the repository's record: ``python -m moe_dispatch.benchmarks agree|pack|ship``."""
+
+import itertools
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from moe_dispatch.errors import InvalidInputError
+from moe_dispatch.policies.measurements.schema import CalibrationFile, parse_calibration, read_bytes
+from moe_dispatch.system.files import write_atomically
+
+
+def agree(
+    first: Annotated[Path, typer.Argument(help="The calibration that chooses.")],
+    second: Annotated[Path, typer.Argument(help="A later calibration of the same token counts, which judges.")],
+    between: Annotated[
+        list[Path] | None, typer.Option(help="A later calibration of token counts between the first's; repeatable.")
+    ] = None,
+    seconds: Annotated[float | None, typer.Option(help="Duration of the first calibration in seconds.")] = None,
+    json_: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+) -> None:
+    """Print whether calibrations of one machine agree, and what the first one's choices lose by the others' times."""
+    from moe_dispatch.benchmarks.record import agreement
+    from moe_dispatch.benchmarks.targets import markdown
+    from moe_dispatch.policies.measurements.table import tables
+
+    chooser = _calibration(first)
+    choices = list(agreement.compare(chooser, _calibration(second)))
+    for path in between or ():
+        choices += agreement.compare(chooser, _calibration(path), between=True)
+    if json_:
+        typer.echo(json.dumps(agreement.summary(choices), indent=1))
+        return
+    expected = sum(len(table.tokens) for table in tables(chooser).values())
+    typer.echo(markdown(agreement.results(choices, seconds, expected=expected)))
+    notable = [choice for choice in choices if choice.same is False or (choice.loss or 0.0) > agreement.LOSS.limit]
+    for choice in sorted(notable, key=lambda choice: -(choice.loss or 0.0)):
+        loss = "not timed" if choice.loss is None else f"loses {choice.loss:.2%}"
+        typer.echo(f"- {choice.where}: {loss}{', and the winner differs' if choice.same is False else ''}")
+
+
+def pack(
+    inputs: Annotated[list[Path], typer.Argument(help=".jsonl files or folders of rows; .json files of calibrations.")],
+    out: Annotated[Path, typer.Option(help="Packed file to write.")],
+) -> None:
+    """Pack rows and calibrations into one small file of rows."""
+    from moe_dispatch.benchmarks.packed import pack as pack_rows
+    from moe_dispatch.benchmarks.record.calibration_rows import calibration_rows
+    from moe_dispatch.benchmarks.row_files import load
+
+    files = [calibration_rows(_calibration(path)) if path.suffix == ".json" else load([path]) for path in inputs]
+    rows = list(itertools.chain.from_iterable(files))
+    text = "".join(f"{line}\n" for line in pack_rows(rows))
+    _write(out, text)
+    typer.echo(f"{len(rows)} rows, {len(text.encode()):,} bytes: {out}")
+
+
+def ship(
+    calibrations: Annotated[list[Path], typer.Argument(help="Calibrations of one machine, the newest last.")],
+    out: Annotated[Path, typer.Option(help="Table to write.")],
+) -> None:
+    """Make a table to ship from a machine's calibrations."""
+    from moe_dispatch.benchmarks.record.ship import table
+
+    made = table(map(_calibration, calibrations))
+    _write(out, made.model_dump_json(exclude_defaults=True))
+    measurements = sum(len(point.measurements) for point in made.points)
+    typer.echo(f"{len(made.points)} points, {measurements} measurements, {out.stat().st_size:,} bytes: {out}")
+
+
+def _calibration(path: Path) -> CalibrationFile:
+    try:
+        return parse_calibration(read_bytes(path), str(path))
+    except FileNotFoundError as error:
+        raise InvalidInputError(f"{path} does not exist; give a file of `moe-dispatch calibrate`") from error
+
+
+def _write(path: Path, text: str) -> None:
+    try:
+        write_atomically(path, text)
+    except OSError as error:
+        raise InvalidInputError(f"{path} cannot be written ({error}); --out names another file") from error

@@ -1,0 +1,125 @@
+#!/usr/bin/env bash
+# Measures on an H200 what the repository records. Each step is one call; the package, vLLM and DeepGEMM must be
+# importable:
+#
+#     benchmarks/record/gpu_record.sh sweep [MODEL...]   calibrate the models, by default all named ones. The shipped
+#                                                        table, the recorded rows and the learned policy are made of it.
+#                                                        deepseek-v3 in both modes and on both routing distributions,
+#                                                        the others as graphs on uniform routing
+#     benchmarks/record/gpu_record.sh repeat             calibrate deepseek-v3 on a warm compile cache from nothing,
+#                                                        again in a row, at token counts between, and once more from
+#                                                        nothing, and compare
+#     benchmarks/record/gpu_record.sh bench              the scoreboard suite: what calibration chose, and the baselines
+#
+# Results go to $OUT; state that later calls need goes to $WORK. SECONDS_EACH bounds a call. A later call of sweep or
+# bench goes on where the last one stopped; with an empty RESUME, sweep measures everything again. CONFIGS bounds the
+# configurations of each backend, the most promising first. Two GPUs can share a sweep: call it with other models and
+# another CUDA_VISIBLE_DEVICES; with the same WORK both write one calibration.
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+
+step="${1:?usage: gpu_record.sh sweep|repeat|bench [MODEL...]}"
+shift
+: "${OUT:=$PWD/out}" "${WORK:=$HOME/.moe_dispatch_record}" "${SECONDS_EACH:=400}" "${CONFIGS:=8}"
+: "${FIRST:=deepseek-v3}" "${BENCH:=deepseek-v3 qwen3-30b-a3b mixtral-8x7b}"
+: "${TOKENS:=1,2,4,8,16,32,64,128,256,512,1024,2048,4096,8192,16384}" "${BETWEEN:=3,12,48,192,768,3072,12288}"
+: "${GRAPHS:=graph}" "${RESUME=--resume}"
+mkdir -p "$OUT" "$WORK"
+export PYTHONUNBUFFERED=1 VLLM_LOGGING_LEVEL=ERROR VLLM_USE_DEEP_GEMM_E8M0=0
+export MOE_DISPATCH_CACHE_DIR="$WORK/sweep"
+dtypes=(--dtype fp8 --dtype bf16)
+moe_dispatch=(python3 -c 'from moe_dispatch.cli import app; app()') # the script of that name need not be on the PATH
+benchmarks=(python3 -m moe_dispatch.benchmarks)
+
+left() { echo $((SECONDS_EACH > SECONDS ? SECONDS_EACH - SECONDS : 0)); }
+# The timeout is long because a library that loads while another call keeps the cores busy has not hung.
+calibrate() { "${moe_dispatch[@]}" calibrate "${dtypes[@]}" --configs "$CONFIGS" --timeout 180 "$@"; }
+keep() { cp "$1"/calibration/*.json "$OUT/$2"; }
+
+sweep() {
+  local models=("$@") others=() model first_s=0
+  ((${#models[@]})) || models=(deepseek-v3 qwen3-30b-a3b mixtral-8x7b qwen3-235b kimi-k2-tp8 deepseek-v2-lite gpt-oss-120b)
+  for model in "${models[@]}"; do
+    if [[ "$model" == "$FIRST" ]]; then
+      # Half of the time if other models follow.
+      first_s=$((${#models[@]} > 1 ? SECONDS_EACH / 2 : SECONDS_EACH))
+    else
+      others+=(--model "$model")
+    fi
+  done
+  if ((first_s)); then
+    time calibrate --model "$FIRST" --tokens "$TOKENS" --budget "$first_s" $RESUME > "$OUT/sweep-$FIRST.txt"
+    tail -n 3 "$OUT/sweep-$FIRST.txt"
+  fi
+  if ((${#others[@]})); then
+    time calibrate "${others[@]}" --tokens "$TOKENS" --mode "$GRAPHS" --routing uniform --budget "$(left)" $RESUME \
+      > "$OUT/sweep-${models[-1]}.txt"
+    tail -n 3 "$OUT/sweep-${models[-1]}.txt"
+  fi
+  keep "$WORK/sweep" calibration.json
+  # Also under a name of its own, in case two calls had a WORK each.
+  keep "$WORK/sweep" "calibration-${models[-1]}.json"
+}
+
+repeat() {
+  local seconds begin=$SECONDS
+  rm -rf "${WORK:?}/again" "${WORK:?}/alone"
+  copy_compile_cache again
+  MOE_DISPATCH_CACHE_DIR="$WORK/again" calibrate --model "$FIRST" --tokens "$TOKENS" --budget "$(left)" > "$OUT/again.txt"
+  seconds=$((SECONDS - begin))
+  tail -n 4 "$OUT/again.txt"
+  keep "$WORK/again" again.json
+  (($(left) > 30)) || return 0
+  # At all token counts of the first calibration, refined ones included. Three fifths of the time that is left: the
+  # token counts between come after it.
+  MOE_DISPATCH_CACHE_DIR="$WORK/again" calibrate --model "$FIRST" --tokens "$(tokens_of "$OUT/again.json")" \
+    --budget "$(($(left) * 3 / 5))" > "$OUT/row.txt"
+  keep "$WORK/again" row.json
+  agree "two in a row" again.json row.json --seconds "$seconds"
+  (($(left) > 30)) || return 0
+  # The first calibration's file comes back: what it would choose between its token counts has to take part there, and
+  # the second one's measurements must not be in the file.
+  cp "$OUT/again.json" "$WORK"/again/calibration/*.json
+  MOE_DISPATCH_CACHE_DIR="$WORK/again" calibrate --model "$FIRST" --tokens "$BETWEEN" --budget "$(left)" \
+    --mode "$GRAPHS" > "$OUT/between.txt"
+  keep "$WORK/again" between.json
+  agree "two in a row, and between" again.json row.json --seconds "$seconds" --between "$OUT/between.json"
+  (($(left) > 30)) || return 0
+  copy_compile_cache alone
+  MOE_DISPATCH_CACHE_DIR="$WORK/alone" calibrate --model "$FIRST" --tokens "$TOKENS" --budget "$(left)" \
+    > "$OUT/alone.txt"
+  keep "$WORK/alone" alone.json
+  agree "independent" again.json alone.json
+}
+
+# A cache directory with the compiled kernels of the sweep and none of its measurements.
+copy_compile_cache() {
+  mkdir -p "$WORK/$1"
+  [[ ! -e "$WORK/sweep/compiled" ]] || cp -r "$WORK/sweep/compiled" "$WORK/$1/"
+}
+
+# The token counts of a calibration.
+tokens_of() {
+  python3 -c 'import json, sys; print(*sorted({point["M"] for point in json.load(open(sys.argv[1]))["points"]}), sep=",")' "$1"
+}
+
+agree() {
+  local what="$1" first="$2" second="$3"
+  shift 3
+  { printf '\n%s\n\n' "$what"; "${benchmarks[@]}" agree "$OUT/$first" "$OUT/$second" "$@"; } | tee -a "$OUT/agreement.txt"
+}
+
+bench() {
+  local rows="$OUT/bench.jsonl" models=() model
+  for model in $BENCH; do models+=(--model "$model"); done
+  # --budget stops between points; a single point that outlasts it is interrupted, and its finished rows are kept.
+  timeout --signal=INT --kill-after=20 "$((SECONDS_EACH + 5))" "${benchmarks[@]}" run --suite scoreboard \
+    "${models[@]}" --out "$rows" --resume --budget "$SECONDS_EACH" || [[ $? =~ ^(124|130)$ ]]
+  "${benchmarks[@]}" score "$rows" | tee "$OUT/scoreboard.md" || true
+}
+
+case "$step" in
+  sweep) sweep "$@" ;;
+  repeat | bench) "$step" ;;
+  *) echo "gpu_record.sh: unknown step $step; known: sweep, repeat, bench" >&2; exit 2 ;;
+esac

@@ -1,0 +1,63 @@
+"""Make a table to ship from a machine's calibrations: the scores of candidates that may be chosen, and nothing else."""
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from typing import Final
+
+from moe_dispatch.policies.measurements.merge import merge
+from moe_dispatch.policies.measurements.schema import CalibrationFile, Measurement, PointKey
+
+# A candidate farther behind than this factor is not chosen at neighbouring token counts either. It is left out of the
+# table unless it is the fastest of its backend.
+NEAR: Final = 1.25
+SIGNIFICANT_DIGITS: Final = 4
+# A layer and mode that was measured at fewer token counts is left to the other policies: its few times would decide for
+# the whole range.
+LEAST_TOKENS: Final = 4
+
+
+def table(files: Iterable[CalibrationFile]) -> CalibrationFile:
+    """One file from one machine's calibrations, reduced to what a choice needs.
+
+    Args:
+        files: Calibrations of one machine, the newest last; where they overlap, the newest counts.
+    """
+    whole: CalibrationFile | None = None
+    for file in files:
+        whole = file if whole is None else merge(whole, file.measurements(), file.machine)
+    if whole is None:
+        raise ValueError("a table needs at least one calibration")
+    points: dict[PointKey, list[Measurement]] = {}
+    for measurement in whole.measurements():
+        if measurement.score is not None:
+            points.setdefault(measurement.point, []).append(measurement)
+    tokens = Counter((layer, mode) for layer, _, mode in points)
+    kept = [
+        _reduced(measurement)
+        for (layer, _, mode), candidates in points.items()
+        if tokens[layer, mode] >= LEAST_TOKENS
+        for measurement in _worth_shipping(candidates)
+    ]
+    return merge(CalibrationFile(machine=whole.machine), kept, whole.machine)
+
+
+def _worth_shipping(candidates: Sequence[Measurement]) -> list[Measurement]:
+    ordered = sorted(candidates, key=_score)
+    backends: set[str] = set()
+    kept = []
+    for measurement in ordered:
+        if _score(measurement) <= NEAR * _score(ordered[0]) or measurement.candidate.backend not in backends:
+            kept.append(measurement)
+        backends.add(measurement.candidate.backend)
+    return kept
+
+
+def _score(measurement: Measurement) -> float:
+    return float(measurement.score or "nan")  # only measurements with a score get here
+
+
+def _reduced(measurement: Measurement) -> Measurement:
+    score = float(f"{_score(measurement):.{SIGNIFICANT_DIGITS}g}")
+    date = measurement.candidate.measured[: len("2026-11-25")]
+    candidate = measurement.candidate.model_copy(update={"measured": date})
+    return Measurement(measurement.layer, measurement.M, measurement.mode, candidate, score=score)

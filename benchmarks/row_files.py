@@ -1,0 +1,90 @@
+"""JSON Lines files of benchmark rows: one row a line as `moe-dispatch bench` writes them, or packed (`packed`)."""
+
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import pydantic
+
+from moe_dispatch.benchmarks.packed import is_packed, unpack
+from moe_dispatch.benchmarks.rows import BenchRow, RowKey
+from moe_dispatch.errors import InvalidInputError
+
+
+def append(path: Path, row: BenchRow) -> None:
+    """Add a row in one write, so that an interrupted run leaves whole lines."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a+b") as file:
+        file.seek(0, 2)
+        if file.tell():
+            file.seek(-1, 2)
+            # A run killed inside a write leaves half a line: end it, so that it spoils no row but its own.
+            if file.read(1) != b"\n":
+                file.write(b"\n")
+        file.write(row.model_dump_json().encode() + b"\n")
+        file.flush()
+
+
+def load(paths: Iterable[Path]) -> list[BenchRow]:
+    """Read rows from files, and from every ``.jsonl`` file of rows in folders.
+
+    A later row replaces an earlier one of the same key and machine. Other records in a folder (JSON Lines that begin
+    with another kind of object) are passed over.
+
+    Raises:
+        InvalidInputError: A file cannot be read, or a line in it is neither a row nor one that was cut off.
+    """
+    rows: dict[tuple[str, RowKey], BenchRow] = {}
+    for path in paths:
+        for file in sorted(path.rglob("*.jsonl")) if path.is_dir() else [path]:
+            lines = _lines(file)
+            if path.is_dir() and _is_other_record(lines):
+                continue
+            for row in _parse(file, lines):
+                rows[row.fingerprint, row.key] = row
+    return list(rows.values())
+
+
+def timed_keys(path: Path) -> set[RowKey]:
+    """Keys of the rows that have a time; empty if the file does not exist.
+
+    A row without a time is measured again: what lacked memory or was wrong may have been repaired.
+    """
+    return {row.key for row in load([path]) if row.us is not None} if path.exists() else set()
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        return path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InvalidInputError(
+            f"{path} cannot be read ({error}); give .jsonl files of `moe-dispatch bench`"
+        ) from error
+
+
+def _is_other_record(lines: list[str]) -> bool:
+    """Whether lines begin with a JSON object that is neither a row nor the head of a packed file."""
+    try:
+        first = json.loads(lines[0]) if lines else None
+    except ValueError:
+        return False
+    return isinstance(first, dict) and not {"workload", "packed"} & set(first)
+
+
+def _parse(path: Path, lines: list[str]) -> Iterator[BenchRow]:
+    if is_packed(lines):
+        try:
+            yield from unpack(lines)
+        except (ValueError, KeyError, IndexError) as error:
+            raise InvalidInputError(f"{path} is damaged: {error}") from error
+        return
+    for number, line in enumerate(lines, start=1):
+        try:
+            yield BenchRow.model_validate_json(line)
+        except pydantic.ValidationError as error:
+            first = error.errors()[0]
+            if first["type"] == "json_invalid" and "EOF" in first["msg"]:  # cut off inside a write
+                continue
+            raise InvalidInputError(
+                f"{path}:{number} is not a benchmark row: {'.'.join(map(str, first['loc']))} {first['msg']}"
+            ) from error

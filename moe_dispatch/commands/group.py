@@ -1,0 +1,24 @@
+"""How every command of this package reports errors."""
+
+from typing import Any, Final
+
+import typer
+from typer.core import TyperGroup
+
+from moe_dispatch.commands.console import ERR, accept_any_encoding, plain
+from moe_dispatch.errors import MoEDispatchError
+
+USAGE_ERROR: Final = 2
+
+
+class CommandGroup(TyperGroup):
+    """Prints a `MoEDispatchError` as one red message, with exit status 2; any other exception is a bug and surfaces."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run a command; see `click.Group.invoke`."""
+        accept_any_encoding()
+        try:
+            return super().invoke(ctx)
+        except MoEDispatchError as error:
+            ERR.print(f"[bold red]error:[/bold red] [red]{plain(error)}[/red]", soft_wrap=True)
+            raise typer.Exit(USAGE_ERROR) from error

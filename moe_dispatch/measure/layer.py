@@ -1,0 +1,54 @@
+"""A random layer with inputs and the right answers to them, on which an implementation can be judged and timed."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from moe_dispatch.experts import ExpertWeights
+from moe_dispatch.measure.inputs import LayerInputs, make_inputs
+from moe_dispatch.measure.verify import reference_outputs
+from moe_dispatch.problem import MoEProblem
+from moe_dispatch.workloads import ROUTINGS, RoutingDistribution, make_experts
+
+
+@dataclass(frozen=True, eq=False)
+class SampleLayer:
+    """A layer to run and what it must give.
+
+    Attributes:
+        experts: Random weights.
+        inputs: Distinct inputs, each with a routing of its own.
+        truths: The fp32 output ``[M, K]`` of each input.
+    """
+
+    experts: ExpertWeights
+    inputs: tuple[LayerInputs, ...]
+    truths: tuple[Tensor, ...]
+
+
+def sample_layer(
+    problem: MoEProblem,
+    device: torch.device | str,
+    *,
+    routing: RoutingDistribution = ROUTINGS["uniform"],
+    count: int = 1,
+    seed: int = 0,
+) -> SampleLayer:
+    """Draw a layer of a problem's shape, dtypes and activation.
+
+    Args:
+        problem: The layer and its token count M.
+        device: Device of all tensors.
+        routing: Distribution of tokens over experts.
+        count: Number of inputs.
+        seed: The same seed gives the same routings on every device.
+    """
+    generator = torch.Generator(device).manual_seed(seed)
+    experts = make_experts(problem, problem.dtype, device, generator, act_dtype=problem.act_dtype)
+    return with_truths(experts, make_inputs(problem, routing, device, count, seed))
+
+
+def with_truths(experts: ExpertWeights, inputs: tuple[LayerInputs, ...]) -> SampleLayer:
+    """Weights and inputs that exist already, with their fp32 outputs."""
+    return SampleLayer(experts, inputs, reference_outputs(experts, inputs))

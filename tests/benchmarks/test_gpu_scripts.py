@@ -1,0 +1,58 @@
+"""The scripts of tests/gpu, as far as they run without a GPU."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.benchmarks.helpers import ROOT
+from tests.gpu import suite_record
+
+SUITE = """
+    import pytest
+
+    def test_good(): pass
+    def test_bad(): assert False
+    @pytest.mark.parametrize("limit", [128, 256])
+    def test_left_out(limit): pytest.skip(f"needs K % {limit} == 0, got K={limit + 1}")
+"""
+
+
+def test_reports_of_a_suite_become_one_record(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tests, report, out = tmp_path / "test_some.py", tmp_path / "h200.xml", tmp_path / "suite.json"
+    tests.write_text("\n".join(line[4:] for line in SUITE.splitlines()))
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-c", "/dev/null", "--junitxml"]
+    subprocess.run([*command, str(report), str(tests)], capture_output=True, check=False)
+    suite_record.main([str(report), str(tmp_path / "a100.xml"), "--out", str(out)])
+    record = json.loads(out.read_text())
+    seconds = record["runs"]["h200"].pop("seconds")
+    assert seconds > 0
+    assert record["runs"] == {
+        "h200": {
+            "complete": True,
+            "passed": 1,
+            "failed": 1,
+            "skipped": 2,
+            "failures": ["test_some::test_bad"],
+            "skip_reasons": {"needs K % … == …, got K=…": 2},
+        },
+        "a100": {"complete": False},
+    }
+    assert {"torch", "triton", "driver"} <= set(record["versions"])
+    assert "h200" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "script", ["tests/gpu/session.sh", "tests/gpu/as_device.sh", "benchmarks/record/gpu_record.sh"]
+)
+def test_shell_scripts_parse_and_say_how_they_are_called(script: str) -> None:
+    path = ROOT / script
+    subprocess.run(["bash", "-n", path], check=True)
+    done = subprocess.run([path], capture_output=True, text=True, check=False)
+    assert done.returncode != 0
+    assert "usage: " in done.stderr
+    for word in path.read_text().split():
+        if word.startswith(("tests/", "benchmarks/")) and word.endswith((".py", ".sh")):
+            assert (ROOT / word).exists(), word

@@ -1,0 +1,97 @@
+"""Rows and their files, of this version and of earlier ones."""
+
+import json
+from pathlib import Path
+
+import pydantic
+import pytest
+
+from moe_dispatch.benchmarks import packed, row_files
+from moe_dispatch.benchmarks.rows import BenchRow
+from moe_dispatch.errors import InvalidInputError
+from tests.benchmarks.helpers import RESULTS, bench_row
+
+
+def test_a_row_has_a_time_or_a_reason() -> None:
+    row = bench_row("vllm", "deepseek-v3", "bf16", 1, 2.0)
+    for change in ({"us": None}, {"reason": "wrong"}):
+        with pytest.raises(pydantic.ValidationError, match="a time or a reason"):
+            BenchRow.model_validate(row.model_dump() | change)
+
+
+@pytest.mark.parametrize("source", ["baselines", "peers"])
+def test_rows_with_earlier_names_are_read(source: str) -> None:
+    row = bench_row("vllm", "deepseek-v3", "bf16", 1, 200.0)
+    earlier = json.loads(row.model_dump_json())
+    earlier["floor_us"], earlier["floor_from"] = earlier.pop("roofline_us"), source
+    del earlier["roofline_from"]
+    assert BenchRow.model_validate_json(json.dumps(earlier)) == row
+
+
+def test_recorded_files_are_read_and_other_records_beside_them_passed_over() -> None:
+    assert (RESULTS / "options.jsonl").exists()
+    rows = row_files.load([RESULTS])
+    assert {row.key for row in rows} == {
+        row.key for name in ("bench.jsonl", "sweep.jsonl") for row in row_files.load([RESULTS / name])
+    }
+    assert {row.roofline_from for row in rows} == {"device"}
+    assert all(row.fraction == pytest.approx(row.roofline_us / row.us) for row in rows if row.roofline_us and row.us)
+    assert len({row.workload for row in rows}) == 7
+
+
+def test_another_record_is_refused_where_it_is_named() -> None:
+    with pytest.raises(InvalidInputError, match=r"options.jsonl:1 is not a benchmark row"):
+        row_files.load([RESULTS / "options.jsonl"])
+
+
+def test_a_half_written_line_spoils_no_other(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    first, second = (bench_row("vllm", "deepseek-v3", "bf16", M, 200.0) for M in (1, 4))
+    row_files.append(path, first)
+    with path.open("a") as file:
+        file.write('{"workload": "deepseek')
+    row_files.append(path, second)
+    assert row_files.load([path]) == [first, second]
+
+
+@pytest.mark.parametrize("line", ['{"workload": "x"}', "workload,M,us", '{"workload": "x",,', "[1]"])
+def test_a_foreign_line_is_refused(line: str, tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text(f"{line}\n")
+    with pytest.raises(InvalidInputError, match=r"rows.jsonl:1 is not a benchmark row"):
+        row_files.load([path])
+
+
+def test_packed_rows_are_the_rows(tmp_path: Path) -> None:
+    written = [
+        bench_row("triton_splitk", "qwen3-30b-a3b", "bf16", 1, 31.9, config={"block_n": 64}),
+        bench_row("triton_splitk", "qwen3-30b-a3b", "bf16", 1, None, config={"block_n": 128}),
+        bench_row("triton_splitk", "qwen3-30b-a3b", "bf16", 64, 306.625, config={"block_n": 64}),
+        bench_row("vllm", "qwen3-30b-a3b", "fp8", 64, 175.0),
+    ]
+    path = tmp_path / "packed.jsonl"
+    path.write_text("\n".join(packed.pack(written)) + "\n", encoding="utf-8")
+    assert len(path.read_text().splitlines()) == 1 + 3 + 3  # run, configurations, points
+    by_key = {row.key: row for row in row_files.load([path])}
+    assert set(by_key) == {row.key for row in written}
+    rounded = {"us", "us_q1", "us_q3", "fraction"}
+    for row in written:
+        assert by_key[row.key].us == (pytest.approx(row.us, rel=1e-4) if row.us else None)
+        assert by_key[row.key].model_dump(exclude=rounded) == row.model_dump(exclude=rounded)
+
+
+def test_a_row_without_a_roofline_has_no_fraction_after_packing(tmp_path: Path) -> None:
+    row = bench_row("vllm", "qwen3-30b-a3b", "fp8", 64, 175.0)
+    row = row.model_copy(update={"roofline_us": None, "roofline_from": None, "ceilings": None, "fraction": None})
+    path = tmp_path / "packed.jsonl"
+    path.write_text("\n".join(packed.pack([row])), encoding="utf-8")
+    assert row_files.load([path]) == [row]
+
+
+def test_a_damaged_packed_file_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "packed.jsonl"
+    lines = list(packed.pack([bench_row("vllm", "qwen3-30b-a3b", "fp8", 64, 175.0)]))
+    for damage in (lines[-1][:-9], json.dumps({"point": {}, "rows": [[3]]}), lines[-1].replace('"M":64', '"M":0')):
+        path.write_text("\n".join([*lines[:-1], damage]), encoding="utf-8")
+        with pytest.raises(InvalidInputError, match="is damaged"):
+            row_files.load([path])

@@ -1,0 +1,180 @@
+"""Sweeps on a CPU, with the real backends wherever nothing has to fail."""
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import torch
+
+from moe_dispatch.backend import Backend
+from moe_dispatch.benchmarks import row_files
+from moe_dispatch.benchmarks.plan import BenchPlan
+from moe_dispatch.benchmarks.provenance import Provenance
+from moe_dispatch.benchmarks.rows import BenchRow
+from moe_dispatch.benchmarks.sweep import Sweep
+from moe_dispatch.experts import ExpertWeights
+from moe_dispatch.machine import Machine, current_machine
+from moe_dispatch.measure import H200_CEILINGS, Ceilings, time_interleaved
+from moe_dispatch.measure.provenance import commit
+from moe_dispatch.problem import DType
+from moe_dispatch.workloads import ROUTINGS
+from tests.benchmarks.helpers import H200, LAYER, Faulty, out_of_memory_at, reference
+
+MEASURED = Ceilings(bandwidth=1e10, fp32_flops=1e11)
+
+
+def plan(
+    *backends: Backend,
+    tokens: Sequence[int] = (1, 3),
+    dtypes: tuple[DType, ...] = ("fp32",),
+    routings: Sequence[str] = ("uniform",),
+) -> BenchPlan:
+    return BenchPlan(
+        workloads=(LAYER,), dtypes=dtypes, tokens=tuple(tokens), routings=tuple(ROUTINGS[name] for name in routings),
+        modes=("eager",), backends=backends, inputs=2, point_s=0.0,
+    )  # fmt: skip
+
+
+def provenance(machine: Machine | None = None) -> Provenance:
+    return Provenance(machine or current_machine("cpu"), {"torch": torch.__version__}, "", MEASURED)
+
+
+def run(path: Path, *backends: Backend, tokens: Sequence[int] = (1, 3)) -> list[BenchRow]:
+    return Sweep(path, provenance()).run([plan(*backends, tokens=tokens)])
+
+
+def test_a_wrong_result_gets_no_time(tmp_path: Path) -> None:
+    wrong = Faulty(lambda out: out * 1.5)
+    rows = run(tmp_path / "rows.jsonl", wrong, reference())
+    by_name = {row.backend: row for row in rows if row.M == 1}
+    assert by_name["faulty"].us is None
+    assert by_name["faulty"].fraction is None
+    assert by_name["faulty"].error == pytest.approx(0.5, rel=1e-3)
+    assert by_name["faulty"].reason.startswith("wrong result: input 0 has relative error 0.5")
+    assert by_name["reference"].us is not None
+    assert wrong.calls == 2  # checked once per point, and never timed
+
+
+def test_nan_is_wrong_and_still_json(tmp_path: Path) -> None:
+    run(tmp_path / "rows.jsonl", Faulty(lambda out: out * torch.nan), tokens=(1,))
+    (row,) = row_files.load([tmp_path / "rows.jsonl"])
+    assert row.us is None
+    assert row.error is None
+    assert "relative error inf" in row.reason
+
+
+def test_the_roofline_is_by_the_ceilings_of_a_known_device_else_by_measured_ones() -> None:
+    assert provenance(H200).roofline == (H200_CEILINGS, "device")
+    other = H200.model_copy(update={"name": "NVIDIA H20"})
+    assert provenance(other).roofline == (MEASURED, "measured")
+
+
+def test_distributions_that_are_compared_are_timed_in_turns(tmp_path: Path) -> None:
+    made = Sweep(tmp_path / "rows.jsonl", provenance())
+    with mock.patch("moe_dispatch.benchmarks.point.time_interleaved", wraps=time_interleaved) as timed:
+        made.run([plan(reference(), tokens=(2,), routings=("uniform", "dirichlet-4"))])
+    (call,) = timed.call_args_list
+    candidates, inputs = call.args
+    assert len(candidates) == 2
+    assert not {id(layer_inputs) for layer_inputs in inputs[0]} & {id(layer_inputs) for layer_inputs in inputs[1]}
+    assert sorted(row.routing for row in made.written if row.us) == ["dirichlet-4", "uniform"]
+
+
+def visits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, share: float) -> list[str]:
+    """What a sweep over two dtypes at three token counts, then at one more, visits in order, weights included."""
+    monkeypatch.setattr("moe_dispatch.benchmarks.sweep.WEIGHTS_SHARE", share)
+    visited: list[str] = []
+    made = Sweep(
+        tmp_path / "rows.jsonl",
+        provenance(),
+        advance=lambda what: visited.append(what.removeprefix("4,2,64,32 ")) if what else None,
+    )
+    made.run([plan(reference(), tokens=tokens, dtypes=("fp32", "bf16")) for tokens in ((1, 2, 3), (5,))])
+    return [what.removesuffix(" eager") for what in visited]
+
+
+def test_layers_that_fit_in_memory_are_visited_in_turn_and_made_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert visits(tmp_path, monkeypatch, 0.4) == [
+        "fp32: weights", "fp32 M=1", "bf16: weights", "bf16 M=1", "fp32 M=3", "bf16 M=3", "fp32 M=2", "bf16 M=2",
+        "fp32 M=5", "bf16 M=5",
+    ]  # fmt: skip
+
+
+def test_layers_that_do_not_fit_together_are_visited_one_after_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert visits(tmp_path, monkeypatch, 0.0)[:8] == [
+        "fp32: weights", "fp32 M=1", "fp32 M=3", "fp32 M=2", "bf16: weights", "bf16 M=1", "bf16 M=3", "bf16 M=2",
+    ]  # fmt: skip
+
+
+def test_lack_of_memory_costs_its_own_row(tmp_path: Path) -> None:
+    rows = run(tmp_path / "rows.jsonl", Faulty(out_of_memory_at(3)), reference())
+    timed = {(row.M, row.backend): row.us is not None for row in rows}
+    assert timed == {(1, "faulty"): True, (1, "reference"): True, (3, "faulty"): False, (3, "reference"): True}
+    (row,) = [row for row in rows if row.us is None]
+    assert row.reason.startswith("out of memory: ")
+
+
+def test_weights_that_do_not_fit_are_skipped_with_the_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> ExpertWeights:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr("moe_dispatch.benchmarks.sweep.make_experts", refuse)
+    made = Sweep(tmp_path / "rows.jsonl", provenance())
+    assert made.run([plan(reference())]) == []
+    assert made.notes == ["4,2,64,32 fp32: the weights do not fit in memory (OutOfMemoryError: CUDA out of memory)"]
+
+
+def test_a_lost_device_ends_the_run_with_its_rows_kept(tmp_path: Path) -> None:
+    def lose(out: torch.Tensor) -> torch.Tensor:
+        if out.shape[0] == 3:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+        return out
+
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        run(tmp_path / "rows.jsonl", Faulty(lose))
+    assert [row.M for row in row_files.load([tmp_path / "rows.jsonl"])] == [1]
+
+
+def test_an_interrupted_run_keeps_its_rows_and_goes_on(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+
+    def interrupt(out: torch.Tensor) -> torch.Tensor:
+        if out.shape[0] == 3:
+            raise KeyboardInterrupt
+        return out
+
+    with pytest.raises(KeyboardInterrupt):
+        run(path, Faulty(interrupt))
+    assert [row.M for row in row_files.load([path])] == [1]
+
+    again = Sweep(path, provenance(), row_files.timed_keys(path))
+    assert [row.M for row in again.run([plan(Faulty(lambda out: out))])] == [3]
+    assert [row.M for row in row_files.load([path])] == [1, 3]
+
+
+def test_a_row_without_a_time_is_tried_again(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    run(path, Faulty(lambda out: out * 2), tokens=(1,))
+    Sweep(path, provenance(), row_files.timed_keys(path)).run([plan(Faulty(lambda out: out), tokens=(1,))])
+    (row,) = row_files.load([path])
+    assert row.us is not None
+
+
+def test_the_deadline_stops_before_the_next_point(tmp_path: Path) -> None:
+    made = Sweep(tmp_path / "rows.jsonl", provenance(), deadline=time.perf_counter())
+    assert made.run([plan(reference())]) == []
+    assert made.notes == ["stopped: the budget is spent; --resume goes on"]
+
+
+def test_files_without_their_history_are_told_their_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MOE_DISPATCH_COMMIT", raising=False)
+    assert commit(tmp_path) == ""
+    monkeypatch.setenv("MOE_DISPATCH_COMMIT", "f99620b")
+    # The variable wins over a history, which may be an older one.
+    assert commit(tmp_path) == commit(Path(__file__).parent) == "f99620b"

@@ -1,0 +1,125 @@
+"""The machines that ship with the package: found by name, and explained for every model without an exception."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from moe_dispatch.dispatch.dispatcher import Dispatcher
+from moe_dispatch.errors import InvalidInputError, UnknownNameError
+from moe_dispatch.machine import SHIPPED, Machine, shipped_machines
+from moe_dispatch.problem import DTYPES, Mode
+from moe_dispatch.system.files import read_json
+from moe_dispatch.workloads import WORKLOADS
+
+MODES: tuple[Mode, ...] = ("eager", "graph")
+EXPECTED = (
+    "a100-40gb", "a100-80gb", "b200", "gb10", "gh200", "h100-nvl", "h100-pcie", "h100-sxm", "h20", "h200", "h200-nvl",
+    "l40s", "mi300x", "rtx-5090", "rtx-pro-6000",
+)  # fmt: skip
+
+
+def test_the_shipped_machines_are_these() -> None:
+    assert shipped_machines() == EXPECTED
+
+
+@pytest.mark.parametrize("name", EXPECTED)
+def test_a_shipped_machine_is_found_by_its_short_name_and_by_torchs(name: str) -> None:
+    machine = Machine.load(name)
+    for spelling in (name.upper(), name.replace("-", " "), name.replace("-", "_"), machine.name):
+        assert Machine.load(spelling) == machine
+    described = read_json(SHIPPED / f"{name}.json")
+    assert isinstance(described, dict)
+    assert len(described["source"]) > 20, "every description says where its figures are from"
+
+
+def test_no_two_shipped_machines_are_the_same_hardware() -> None:
+    fingerprints = {Machine.load(name).fingerprint for name in EXPECTED}
+    assert len(fingerprints) == len(EXPECTED)
+
+
+@pytest.mark.parametrize("name", EXPECTED)
+def test_explain_answers_for_every_model_dtype_and_mode(name: str) -> None:
+    machine = Machine.load(name)
+    planner = Dispatcher(machine, live=False).planner
+    for layer in WORKLOADS.values():
+        for dtype in DTYPES:
+            for mode in MODES:
+                for M in (1, 64, 4096):
+                    explanation = planner.explain(layer.problem(M, dtype, machine, mode))
+                    # The naive loop cannot be captured, so without a GPU backend nothing runs in a graph.
+                    assert explanation.chosen or mode == "graph", str(explanation)
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("h300", r"no machine is called 'h300' \(did you mean"),
+        ("h100", r"did you mean h100-nvl or h100-pcie or h100-sxm\?"),
+        ("NVIDIA B20", r"no machine is called 'NVIDIA B20'"),
+        ("", "no machine is called ''"),
+        ("x" * 5000, "no machine is called"),
+    ],
+)
+def test_an_unknown_name_is_refused_with_suggestions(name: str, says: str) -> None:
+    with pytest.raises(UnknownNameError, match=says) as caught:
+        Machine.load(name)
+    assert len(str(caught.value)) < 1000
+
+
+def test_a_file_of_the_working_directory_does_not_replace_a_shipped_machine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "h200").write_text(Machine.load("b200").model_dump_json())
+    assert Machine.load("h200").name == "NVIDIA H200"
+    assert Machine.load("./h200").name == Machine.load(Path("h200")).name == "NVIDIA B200"
+
+
+@pytest.mark.timeout(60)
+def test_a_fifo_as_machine_is_an_error_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fifo = tmp_path / "machine.json"
+    os.mkfifo(fifo)
+    monkeypatch.setenv("MOE_DISPATCH_MACHINE", str(fifo))
+    with pytest.raises(InvalidInputError, match="not a regular file"):
+        Machine.inspect()
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["[" * 100_000, '{"machine": ' * 100_000, '{"device": "cuda", "name": "' + "x" * 100_000 + '"}', "1" * 10_000],
+    ids=["nested arrays", "nested objects", "long name", "long number"],
+)
+def test_hostile_descriptions_are_refused(content: str, tmp_path: Path) -> None:
+    path = tmp_path / "machine.json"
+    path.write_text(content)
+    with pytest.raises(InvalidInputError, match="is not a machine description") as caught:
+        Machine.load(path)
+    assert len(str(caught.value)) < 1000
+
+
+def test_numbers_that_nothing_can_print_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "machine.json"
+    text = Machine.load("h200").model_dump_json()
+    path.write_text(text.replace("150121545728", "1" + "0" * 400))
+    with pytest.raises(InvalidInputError, match="memory_bytes"):
+        Machine.load(path)
+
+
+def test_explain_answers_by_name_where_nothing_is_set_up(tmp_path: Path) -> None:
+    command = [
+        sys.executable,
+        "-c",
+        "from moe_dispatch.cli import app; app()",
+        "explain",
+        "--machine",
+        "h200",
+        "--json",
+    ]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("MOE_DISPATCH_")}
+    done = subprocess.run(
+        command, cwd=tmp_path, env=environment | {"HOME": str(tmp_path)}, capture_output=True, text=True, check=True
+    )
+    assert '"NVIDIA H200"' in done.stdout

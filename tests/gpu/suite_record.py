@@ -1,0 +1,76 @@
+"""Distil JUnit reports of the gpu suite into the one small record that the repository keeps.
+
+    python3 tests/gpu/suite_record.py h200.xml a100.xml --out suite.json
+
+The record has the commit, the versions, and per report (named by its file) the counts of passed, failed and skipped
+tests, the names of the failed ones, the reasons of the skipped ones with their counts, and the seconds. A run that was
+killed leaves no report, and is recorded as ``"complete": false``.
+"""
+
+import argparse
+import json
+import re
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree as ET
+
+# What a reason says of one test alone; without it, the reasons of many tests are one.
+_PARTICULARS = re.compile(r"\d+(\.\d+)?")
+
+
+def summarize(path: Path) -> dict[str, Any]:
+    """One report as counts and names."""
+    try:
+        suites = ET.parse(path).getroot().findall("testsuite")  # noqa: S314 - written by pytest a moment ago
+    except (OSError, ET.ParseError):
+        return {"complete": False}
+    failed, skipped, passed = [], Counter[str](), 0
+    for case in (case for suite in suites for case in suite.iter("testcase")):
+        if case.find("failure") is not None or case.find("error") is not None:
+            failed.append(f"{case.get('classname')}::{case.get('name')}")
+        elif (skip := case.find("skipped")) is not None:
+            skipped[_PARTICULARS.sub("…", skip.get("message") or "no reason")] += 1
+        else:
+            passed += 1
+    seconds = sum(float(suite.get("time") or 0.0) for suite in suites)
+    return {
+        "complete": True,
+        "passed": passed,
+        "failed": len(failed),
+        "skipped": sum(skipped.values()),
+        "seconds": round(seconds, 1),
+        "failures": sorted(failed),
+        "skip_reasons": dict(skipped.most_common()),
+    }
+
+
+def record(paths: Sequence[Path]) -> dict[str, Any]:
+    """The record of several reports, from this machine and checkout."""
+    from moe_dispatch.machine import Machine
+    from moe_dispatch.measure.provenance import commit, versions
+
+    machine = Machine.inspect()
+    return {
+        "machine": machine.name,
+        "commit": commit(Path(__file__).parent),
+        "versions": versions(machine),
+        "runs": {path.stem: summarize(path) for path in paths},
+    }
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Write the record."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("reports", nargs="+", type=Path, help="JUnit XML files of pytest")
+    parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
+    options = parser.parse_args(arguments)
+    made = record(options.reports)
+    options.out.write_text(json.dumps(made, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    for name, run in made["runs"].items():
+        print(name, json.dumps({key: value for key, value in run.items() if key != "skip_reasons"}))
+
+
+if __name__ == "__main__":
+    main()
