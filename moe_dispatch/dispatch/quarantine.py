@@ -112,7 +112,7 @@ class Quarantine:
 
     def cause(self, backend: str, problem: MoEProblem) -> str:
         """Why `backend` is barred from problems like this one; empty if it is not."""
-        if cause := self._barred.get((backend, problem.bucket)):
+        if self._barred and (cause := self._barred.get((backend, problem.bucket))):
             return cause
         entry = self.recorded(backend, problem)
         return entry.cause if entry else ""
