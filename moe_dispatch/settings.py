@@ -21,7 +21,6 @@ VARIABLES: Final[Mapping[str, str]] = {
     "MOE_DISPATCH_LOG_LEVEL": "the level of the logger `moe_dispatch`",
     "MOE_DISPATCH_VLLM": "`1` gives the expert layers of a vLLM engine to `moe_forward`",
     "MOE_DISPATCH_COMMIT": "the commit that measurements record, where no git checkout tells it",
-    "MOE_DISPATCH_VLLM": "`1` has the vLLM plugin run vLLM's expert layers through `moe_forward`",
 }
 DEFAULT_POLICIES: Final = ("calibrated", "shipped", "learned", "rules")
 _LEVELS: Final = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
