@@ -1,4 +1,7 @@
-"""The naive per-expert loop: any device and dtype, autograd; every comparison's baseline and the last fallback."""
+"""The loop over experts in torch, for any device and dtype, with autograd.
+
+Every other backend is compared with it, and it runs where no other can.
+"""
 
 from typing import ClassVar
 
@@ -16,10 +19,10 @@ class ReferenceConfig(BackendConfig):
     """Options of the reference.
 
     Attributes:
-        compute_fp32: Multiply in fp32 whatever the dtype of the weights, as on a CPU always: the truth that others are
-            compared with.
-        quantize_activations: With block FP8 weights, quantise activations per token and 128 columns as the fast
-            backends do; False keeps them and shows what that quantisation costs.
+        compute_fp32: Multiply in fp32 whatever the dtype of the weights, as is always done on a CPU and for FP16 and
+            block FP8. The result is the one that other backends are compared with.
+        quantize_activations: With block FP8 weights, quantise activations per token and 128 columns, as the fast
+            backends do. False keeps them as they are, which shows what that quantisation costs in accuracy.
     """
 
     compute_fp32: bool = False
@@ -37,7 +40,7 @@ class ReferenceBackend(Backend):
         bias=True,
         interleaved=True,
         grad=True,
-        capturable=False,  # which experts were hit decides what is launched
+        capturable=False,  # the host reads which experts were chosen
     )
     config_type = ReferenceConfig
     tolerance: ClassVar = {"bf16": 1e-2, "fp16": 2e-3, "fp32": 1e-5, "fp8": 1e-2}
@@ -59,12 +62,12 @@ class ReferenceBackend(Backend):
             result = _expert(hidden_states[token], experts, e, config)
             out = out.index_add(0, token, result.float() * topk_weights[token, choice, None])
         if torch.is_grad_enabled() and not out.requires_grad:
-            out = out + _nothing(hidden_states, topk_weights, experts)
+            out = out + _zero(hidden_states, topk_weights, experts)
         return out.to(hidden_states.dtype)
 
 
-def _nothing(hidden_states: Tensor, topk_weights: Tensor, experts: ExpertWeights) -> Tensor | float:
-    """Zero, with a gradient of zeros for whoever wants one: a rank whose experts nobody chose stands in the graph."""
+def _zero(hidden_states: Tensor, topk_weights: Tensor, experts: ExpertWeights) -> Tensor | float:
+    """Zero, as a function of all that requires a gradient: without any slot, the result is still in its graph."""
     zero: Tensor | float = 0.0
     biases = (experts.gate_up_bias, experts.down_bias)
     for tensor in (hidden_states, topk_weights, experts.gate_up, experts.down, *biases):
@@ -80,9 +83,9 @@ def _hit_experts(topk_ids: Tensor, E: int) -> list[int]:
 
 def _expert(tokens: Tensor, experts: ExpertWeights, e: int, config: ReferenceConfig) -> Tensor:
     gate_up, down = _weights(experts, e)
-    # On a CPU always: the last fallback may not end the process, as products in BF16 do on a virtual machine that only
-    # announces AMX.
-    if config.compute_fp32 or experts.dtype == "fp8" or tokens.device.type == "cpu":
+    # FP16 always: what an expert puts out may exceed its range where the weighted sum does not. On a CPU always: this
+    # backend must not end the process, as products in BF16 do on virtual machines that announce AMX and lack it.
+    if config.compute_fp32 or experts.dtype in ("fp8", "fp16") or tokens.device.type == "cpu":
         tokens, gate_up, down = tokens.float(), gate_up.float(), down.float()
     quantize = experts.dtype == "fp8" and config.quantize_activations
     if quantize:
@@ -107,5 +110,5 @@ def _weights(experts: ExpertWeights, e: int) -> tuple[Tensor, Tensor]:
 def _through_fp8(rows: Tensor) -> Tensor:
     quantized, scale = quantize_rows_torch(rows.detach())
     rounded = quantized.float() * scale.repeat_interleave(QUANT_BLOCK, dim=1)[:, : rows.shape[1]]
-    # Straight through: rounding has no useful derivative, and autograd would round the gradient to e4m3 instead.
+    # A straight-through gradient: rounding has no useful derivative, and autograd would round the gradient to e4m3.
     return rows + (rounded - rows).detach() if rows.requires_grad else rounded

@@ -18,7 +18,7 @@ POINT: Final = (
     "workload", "E", "topk", "K", "N", "dtype", "M", "mode", "routing", "inputs", "hit_experts", "roofline_us",
 )  # fmt: skip
 # Columns of a row, after the number of its configuration; trailing empty values are left out.
-COLUMNS: Final = ("us", "us_q1", "us_q3", "samples", "error", "deterministic", "reason")
+COLUMNS: Final = ("us", "us_q1", "us_q3", "samples", "error", "deterministic", "reason", "joules_per_token")
 SIGNIFICANT_DIGITS: Final = 5
 
 

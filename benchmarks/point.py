@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from moe_dispatch.benchmarks.candidates import BenchCandidate
+from moe_dispatch.benchmarks.energy import EnergyMeasurement, joules_per_call
 from moe_dispatch.benchmarks.stopwatch import Stopwatch
 from moe_dispatch.experts import ExpertWeights
 from moe_dispatch.measure import LayerInputs, Timing, Verdict, make_inputs, reference_outputs, time_interleaved, verify
@@ -59,11 +60,13 @@ class Outcome:
         verdict: Result of its check; None if it raised.
         timing: Its time; None if it was wrong or raised.
         reason: Why there is no time; empty if there is one.
+        joules: Energy of one call; None if it was not measured.
     """
 
     verdict: Verdict | None
     timing: Timing | None
     reason: str
+    joules: float | None = None
 
 
 def check_and_time(
@@ -72,10 +75,12 @@ def check_and_time(
     mode: Mode,
     point_s: float,
     stopwatch: Stopwatch,
+    energy: EnergyMeasurement | None = None,
 ) -> list[Outcome]:
     """Check every candidate, then time those that are right, taking turns over all routing distributions.
 
     Timing the distributions together keeps their times comparable: the device is in the same state for all of them.
+    Energy, if it is asked for, is measured afterwards, one candidate after another.
 
     Returns:
         One outcome per candidate, in their order.
@@ -106,20 +111,35 @@ def check_and_time(
             if not verdicts[index].ok:
                 failures[index] = f"wrong result: {verdicts[index].reason}"
     with stopwatch.spending("timing"):
+        calls = {
+            index: candidate.call if mode == "graph" else candidate.eager_call(drawn[candidate.routing].inputs[0])
+            for index, candidate in enumerate(candidates)
+            if index not in failures
+        }
         timings: dict[int, Timing] = time_interleaved(
-            {
-                index: candidate.call if mode == "graph" else candidate.eager_call(drawn[candidate.routing].inputs[0])
-                for index, candidate in enumerate(candidates)
-                if index not in failures
-            },
+            calls,
             {index: drawn[candidate.routing].inputs for index, candidate in enumerate(candidates)},
             mode=mode,
             budget_s=point_s,
             min_rounds=MIN_ROUNDS,
             on_failure=fail,
         )
+    joules: dict[int, float] = {}
+    if energy is not None:
+        for index in timings:
+            inputs = drawn[candidates[index].routing].inputs
+            try:
+                with stopwatch.spending("energy"):
+                    joules[index] = joules_per_call(
+                        calls[index], inputs, energy.meter, mode=mode, seconds=energy.seconds
+                    )
+            except Exception as error:
+                if lost_device(error):
+                    raise
+                release_memory(inputs[0].hidden_states.device)  # the time stands, without an energy
     return [
-        Outcome(verdicts.get(index), timings.get(index), failures.get(index, "")) for index in range(len(candidates))
+        Outcome(verdicts.get(index), timings.get(index), failures.get(index, ""), joules.get(index))
+        for index in range(len(candidates))
     ]
 
 

@@ -41,6 +41,7 @@ class BenchRow(pydantic.BaseModel):
         roofline_from: Which ceilings the roofline uses: ``"device"`` are `known_ceilings` of the device, ``"measured"``
             those that were measured in this run (`ceilings`); None if there is no roofline.
         fraction: ``roofline_us / us``.
+        joules_per_token: Energy of one call in joules, over M, without rests; None if it was not measured.
         error: Greatest relative error against fp32; None if the call raised or the result was not finite.
         deterministic: Whether repeated runs gave the same bits; None if it was not timed.
         reason: Why there is no time; empty if there is one.
@@ -73,6 +74,7 @@ class BenchRow(pydantic.BaseModel):
     roofline_us: float | None = None
     roofline_from: Literal["device", "measured"] | None = None
     fraction: float | None = None
+    joules_per_token: float | None = None
     error: float | None = None
     deterministic: bool | None = None
     reason: str = ""

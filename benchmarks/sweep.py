@@ -16,6 +16,7 @@ from typing import Final
 import torch
 
 from moe_dispatch.benchmarks.candidates import BenchCandidate, CandidateFactory, LoadedLayer
+from moe_dispatch.benchmarks.energy import EnergyMeasurement
 from moe_dispatch.benchmarks.plan import BenchPlan
 from moe_dispatch.benchmarks.point import SEED, Outcome, PointInputs, check_and_time, release_memory
 from moe_dispatch.benchmarks.provenance import Provenance
@@ -45,6 +46,7 @@ class Sweep:
         advance: Called with a description before each point, and with None after it.
         notes: Reasons why something has no row, each once.
         written: Rows of this run.
+        energy: How energy is measured; None not to measure it.
         stopwatch: Seconds by kind of work.
     """
 
@@ -55,6 +57,7 @@ class Sweep:
     advance: Callable[[str | None], None] = lambda _: None
     notes: list[str] = field(default_factory=list)
     written: list[BenchRow] = field(default_factory=list)
+    energy: EnergyMeasurement | None = None
     stopwatch: Stopwatch = field(default_factory=Stopwatch)
 
     def __post_init__(self) -> None:
@@ -160,7 +163,7 @@ class Sweep:
             if routing not in drawn:
                 with self.stopwatch.spending("inputs and fp32 references"):
                     drawn[routing] = PointInputs.draw(problem, routing, layer.experts, plan.inputs)
-        outcomes = check_and_time(candidates, drawn, problem.mode, plan.point_s, self.stopwatch)
+        outcomes = check_and_time(candidates, drawn, problem.mode, plan.point_s, self.stopwatch, self.energy)
         for candidate, outcome in zip(candidates, outcomes, strict=True):
             row = self._row(layer.workload, problem, candidate, drawn[candidate.routing], outcome)
             append(self.path, row)
@@ -188,6 +191,7 @@ class Sweep:
             samples=timing.samples if timing else 0, inputs=len(inputs.inputs), hit_experts=hits,
             roofline_us=roofline, roofline_from=source if roofline else None,
             fraction=roofline / timing.us if roofline and timing else None,
+            joules_per_token=None if outcome.joules is None else outcome.joules / problem.M,
             error=error, deterministic=verdict.repeatable if verdict and timing else None, reason=outcome.reason,
             machine=self.provenance.machine.name, fingerprint=self.provenance.machine.fingerprint,
             versions=self.provenance.versions, commit=self.provenance.commit, ceilings=self.provenance.measured,

@@ -191,8 +191,33 @@ class Backend(ABC):
             config: One of `configs`.
 
         Returns:
-            ``[M, K]`` in hidden_states' dtype, fresh memory.
+            ``[M, K]`` in hidden_states' dtype, contiguous, fresh memory.
         """
+
+    def run_into(
+        self,
+        hidden_states: Tensor,
+        experts: ExpertWeights,
+        topk_weights: Tensor,
+        topk_ids: Tensor,
+        config: BackendConfig,
+        out: Tensor,
+    ) -> Tensor:
+        """Compute the layer into memory of the caller; override it where the last kernel can write there.
+
+        Args:
+            hidden_states: See `run`, as for all but the last.
+            experts: Checked weights.
+            topk_weights: fp32 ``[M, topk]``.
+            topk_ids: int32 or int64 ``[M, topk]``.
+            config: One of `configs`.
+            out: ``[M, K]`` in hidden_states' dtype and on its device, contiguous, uninitialised; shares no memory with
+                the inputs.
+
+        Returns:
+            `out`.
+        """
+        return out.copy_(self.run(hidden_states, experts, topk_weights, topk_ids, config))
 
     def fast_path(self, inputs: Inputs, config: BackendConfig) -> "Run | None":  # noqa: ARG002
         """What to call from now on in place of `run`, for calls of this very kind; None if there is nothing better.
@@ -204,6 +229,7 @@ class Backend(ABC):
 
 
 Run = Callable[[Tensor, ExpertWeights, Tensor, Tensor, BackendConfig], Tensor]
+RunInto = Callable[[Tensor, ExpertWeights, Tensor, Tensor, BackendConfig, Tensor], Tensor]
 
 
 def _dotted(capability: Capability) -> str:

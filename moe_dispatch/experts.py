@@ -1,10 +1,13 @@
 """The weights of one MoE layer, checked once, so that a call has nothing left to check about them."""
 
 import math
+import weakref
+from collections.abc import Iterator
 from typing import Final, Self
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import Parameter, is_lazy
 
 from moe_dispatch.errors import InvalidInputError
 from moe_dispatch.numerics import FP8, quantize_blocks
@@ -16,13 +19,26 @@ DTYPE_NAMES: Final[dict[torch.dtype, DType]] = {
     torch.float32: "fp32",
     FP8: "fp8",
 }
-_SPECS: Final[dict[tuple[object, ...], tuple[object, ...]]] = {}
+
+
+class LayerSpec:
+    """Everything about a layer that a plan depends on. Alike layers share one object while any of them lives."""
+
+    __slots__ = ("__weakref__", "facts")
+
+    def __init__(self, facts: tuple[object, ...]) -> None:
+        self.facts = facts
+
+
+_SPECS: Final[weakref.WeakValueDictionary[tuple[object, ...], LayerSpec]] = weakref.WeakValueDictionary()
 
 
 class ExpertWeights:
     """The expert weights of one MoE layer, in the layout that every backend shares.
 
-    The tensors are referenced, never copied. Each is checked here once: shape, dtype, device, contiguity.
+    The tensors are referenced, never copied. Each is checked here once: shape, dtype, device, contiguity. Their values
+    may change, in place or by ``tensor.data = …`` with memory of the same dtype, shape and device. After any other
+    change a call refuses the layer, and it needs a new ExpertWeights.
 
     Args:
         gate_up: ``[E, 2N, K]``, gate rows first (alternating if ``interleaved``); ``[E, N, K]`` for an ungated
@@ -40,8 +56,8 @@ class ExpertWeights:
     """
 
     __slots__ = (
-        "E", "K", "N", "__weakref__", "activation", "device", "down", "down_bias", "down_scale", "dtype", "gate_up",
-        "gate_up_bias", "gate_up_scale", "interleaved", "spec",
+        "E", "K", "N", "__weakref__", "activation", "device", "down", "down_address", "down_bias", "down_scale",
+        "dtype", "gate_up", "gate_up_address", "gate_up_bias", "gate_up_scale", "interleaved", "spec",
     )  # fmt: skip
 
     def __init__(
@@ -85,8 +101,8 @@ class ExpertWeights:
         elif gate_up_scale is not None or down_scale is not None:
             raise InvalidInputError(f"scales belong to float8_e4m3fn weights, and these are {gate_up.dtype}; drop them")
         if (gate_up_bias is None) != (down_bias is None):
-            given = "gate_up_bias" if down_bias is None else "down_bias"
-            raise InvalidInputError(f"only {given} was given; give both biases (zeros serve) or neither")
+            present = "gate_up_bias" if down_bias is None else "down_bias"
+            raise InvalidInputError(f"only {present} was given; give both biases (zeros serve) or neither")
         _check_bias("gate_up_bias", gate_up_bias, (E, rows), gate_up.device)
         _check_bias("down_bias", down_bias, (E, K), gate_up.device)
 
@@ -97,10 +113,43 @@ class ExpertWeights:
         self.interleaved = interleaved
         self.E, self.K, self.N = E, K, N
         self.device = gate_up.device
-        # Everything about the layer that a plan depends on; plans are looked up by it on every call. Layers alike share
-        # one object, which compares faster.
-        spec = (E, K, N, gate_up.dtype, activation, gate_up_bias is not None, interleaved, str(self.device))
-        self.spec: Final = _SPECS.setdefault(spec, spec)
+        facts = (E, K, N, gate_up.dtype, activation, gate_up_bias is not None, interleaved, str(self.device))
+        tracing = torch.compiler.is_compiling()
+        self.spec: Final = LayerSpec(facts) if tracing else _SPECS.setdefault(facts, LayerSpec(facts))
+        # By the addresses a call sees that the weights lie elsewhere than when they were checked.
+        self.gate_up_address, self.down_address = (None, None) if tracing else (address(gate_up), address(down))
+
+    def check_unchanged(self) -> None:
+        """Refuse the layer if its tensors are no longer what they were when they were wrapped.
+
+        Raises:
+            InvalidInputError: A tensor was freed, moved to another device, or changed in dtype or shape.
+        """
+        try:
+            now = ExpertWeights(
+                self.gate_up,
+                self.down,
+                gate_up_scale=self.gate_up_scale,
+                down_scale=self.down_scale,
+                gate_up_bias=self.gate_up_bias,
+                down_bias=self.down_bias,
+                activation=self.activation,
+                interleaved=self.interleaved,
+            )
+            if now.spec is not self.spec:
+                raise InvalidInputError(f"they are {now} now")
+        except InvalidInputError as error:
+            raise InvalidInputError(
+                f"the weights changed since they were wrapped as {self}: {error}. Wrap them again after a change of "
+                "device, dtype or shape"
+            ) from error
+        self.gate_up_address, self.down_address = now.gate_up_address, now.down_address
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """The layer's tensors by name, those that are given."""
+        for name in ("gate_up", "down", "gate_up_scale", "down_scale", "gate_up_bias", "down_bias"):
+            if (tensor := getattr(self, name)) is not None:
+                yield name, tensor
 
     @classmethod
     def quantize(
@@ -194,9 +243,47 @@ class ExpertWeights:
         return f"ExpertWeights({shape}, {', '.join(extras)})"
 
 
-def _check_weight(name: str, tensor: Tensor) -> None:
+def tensor_fault(name: str, tensor: object) -> str:
+    """Why a kernel could not read a tensor's memory as it is; empty if it could. Shape and dtype are not looked at."""
     if not isinstance(tensor, Tensor):
-        raise InvalidInputError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
+        return f"{name} must be a torch.Tensor, got {type(tensor).__name__}"
+    if tensor.is_nested:
+        return f"{name} must be a plain tensor, got a nested one; .values() holds its rows"
+    if tensor.layout != torch.strided:
+        return f"{name} must be strided, got layout {tensor.layout}; .to_dense() converts it"
+    if type(tensor) in _PLAIN:
+        return ""
+    if is_lazy(tensor):
+        return f"{name} is an uninitialized parameter; run its module once, or load a checkpoint"
+    # A class with a dispatch of its own keeps its elements elsewhere. A fake tensor has none, and only a trace uses it.
+    if type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__ and not hasattr(tensor, "fake_mode"):
+        remedy = ".to_local() gives this rank's part" if hasattr(tensor, "to_local") else "unwrap or dequantize it"
+        return f"{name} must be a plain tensor, got a {type(tensor).__name__}; {remedy}"
+    return ""
+
+
+_PLAIN: Final = (Tensor, Parameter)
+
+
+def address(tensor: Tensor) -> int | None:
+    """Where a tensor's elements lie; None for a tensor without memory of its own, as torch.func's transforms use."""
+    try:
+        return tensor.data_ptr()
+    except RuntimeError:
+        return None
+
+
+def _check_memory(name: str, tensor: Tensor) -> None:
+    if fault := tensor_fault(name, tensor):
+        raise InvalidInputError(fault)
+    if torch.compiler.is_compiling() or tensor.device.type == "meta" or hasattr(tensor, "fake_mode"):
+        return
+    if tensor.numel() and address(tensor) == 0:
+        raise InvalidInputError(f"{name} has no memory: its storage was freed (offloaded, sharded?); load it again")
+
+
+def _check_weight(name: str, tensor: Tensor) -> None:
+    _check_memory(name, tensor)
     if tensor.dim() != 3 or 0 in tensor.shape:
         raise InvalidInputError(
             f"{name} must be [experts, rows, columns] with none of them 0, got shape {list(tensor.shape)}"
@@ -231,9 +318,9 @@ def _check_scale(name: str, scale: Tensor | None, shape: tuple[int, ...], device
             f"float8_e4m3fn weights need {name} [{', '.join(map(str, shape))}] in fp32; "
             "ExpertWeights.quantize makes both from BF16 weights"
         )
-    if not isinstance(scale, Tensor) or scale.dtype != torch.float32:
-        given = scale.dtype if isinstance(scale, Tensor) else type(scale).__name__
-        raise InvalidInputError(f"{name} must be a float32 tensor of multipliers, got {given}")
+    _check_memory(name, scale)
+    if scale.dtype != torch.float32:
+        raise InvalidInputError(f"{name} must be a float32 tensor of multipliers, got {scale.dtype}")
     if tuple(scale.shape) != shape:
         raise InvalidInputError(
             f"{name} must be {list(shape)}, one multiplier per {QUANT_BLOCK}×{QUANT_BLOCK} block, "
@@ -248,9 +335,9 @@ def _check_scale(name: str, scale: Tensor | None, shape: tuple[int, ...], device
 def _check_bias(name: str, bias: Tensor | None, shape: tuple[int, int], device: torch.device) -> None:
     if bias is None:
         return
-    if not isinstance(bias, Tensor) or bias.dtype not in (torch.bfloat16, torch.float16, torch.float32):
-        given = bias.dtype if isinstance(bias, Tensor) else type(bias).__name__
-        raise InvalidInputError(f"{name} must be a bfloat16, float16 or float32 tensor, got {given}")
+    _check_memory(name, bias)
+    if bias.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        raise InvalidInputError(f"{name} must be a bfloat16, float16 or float32 tensor, got {bias.dtype}")
     if tuple(bias.shape) != shape:
         raise InvalidInputError(f"{name} must be {list(shape)}, one value per output row, got {list(bias.shape)}")
     if bias.device != device:

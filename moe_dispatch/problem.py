@@ -66,11 +66,10 @@ class MoEProblem:
     needs_grad: bool = False
 
     def __post_init__(self) -> None:
-        for letter in ("K", "N", "E", "topk"):
-            if getattr(self, letter) < 1:
-                raise InvalidInputError(f"{letter} must be at least 1, got {letter}={getattr(self, letter)}")
-        if self.M < 0:
-            raise InvalidInputError(f"M must be at least 0, got M={self.M}")
+        for letter, least in (("M", 0), ("K", 1), ("N", 1), ("E", 1), ("topk", 1)):
+            value = getattr(self, letter)
+            if type(value) is not int or value < least:
+                raise InvalidInputError(f"{letter} must be an integer of at least {least}, got {letter}={value!r}")
         if self.dtype not in DTYPES:
             raise InvalidInputError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
         if self.act_dtype not in DTYPES or self.act_dtype == "fp8":
@@ -86,6 +85,10 @@ class MoEProblem:
             raise InvalidInputError(f"interleaved rows need a gate, and {self.activation!r} has none")
         if self.mode not in get_args(Mode):
             raise InvalidInputError(f"mode must be eager or graph, got {self.mode!r}")
+        if self.device not in ("cuda", "cpu"):
+            raise InvalidInputError(f"device must be cuda or cpu, got {self.device!r}")
+        if self.capability is not None and not _is_capability(self.capability):
+            raise InvalidInputError(f"capability must be a pair such as (9, 0), or None, got {self.capability!r}")
 
     @property
     def gated(self) -> bool:
@@ -146,3 +149,7 @@ class MoEProblem:
             (math.ceil(self.gate_up_rows / QUANT_BLOCK), math.ceil(self.K / QUANT_BLOCK)),
             (math.ceil(self.K / QUANT_BLOCK), math.ceil(self.N / QUANT_BLOCK)),
         )
+
+
+def _is_capability(value: object) -> bool:
+    return isinstance(value, tuple) and len(value) == 2 and all(type(part) is int for part in value)

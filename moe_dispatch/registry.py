@@ -15,6 +15,7 @@ from moe_dispatch.policy import Policy
 from moe_dispatch.system import failures
 
 ENTRY_POINT_GROUP: Final = "moe_dispatch.backends"
+LAST_RESORT: Final = "reference"  # The backend that runs anywhere and every valid call.
 
 logger = logging.getLogger(__name__)
 
@@ -84,6 +85,10 @@ class Registry(Generic[T]):
         with self._lock:
             self._specs[name] = loaded
         return cast("type[T]", loaded)
+
+    def renew_lock(self) -> None:
+        """Replace the lock in a forked child, where a thread of the parent may have held it."""
+        self._lock = threading.RLock()
 
     def _fault(self, name: str, target: object) -> str:
         """What is wrong with giving a class this name; empty if nothing is."""

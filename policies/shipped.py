@@ -1,42 +1,77 @@
-"""Measured tables of known devices, for machines that were not calibrated."""
+"""Measured tables that ship with the package, for machines that were not calibrated."""
 
-from importlib import resources
+import dataclasses
 
 from moe_dispatch.errors import PolicyFileError
+from moe_dispatch.machine import Machine
 from moe_dispatch.policies.calibrated import MeasuredPolicy
 from moe_dispatch.policies.measurements.schema import MAX_FILE_BYTES, CalibrationFile, parse_calibration
+from moe_dispatch.policies.measurements.table import rough_us
+from moe_dispatch.policies.measurements.versions import changes
+from moe_dispatch.policies.nearest import Nearest, nearest, shipped
+from moe_dispatch.policy import Choice
+from moe_dispatch.problem import MoEProblem
 
 
 class ShippedPolicy(MeasuredPolicy):
     """Ranks by the table that ships for devices of this name, in ``policies/tables/<device>.json``.
 
-    Other versions of driver or library do not retire a shipped table: measured with another version is still better
-    than not measured. `notes` says with which.
+    A device of the same capability without a table uses the nearest one. Its times are then estimates: those of the
+    table, times the ratio of the two devices' rooflines.
+
+    Other versions of driver or library do not retire a shipped table, because a choice measured with another version is
+    still better than one that was not measured. `notes` says with which versions the table was measured.
     """
 
     name = "shipped"
     retires = False
 
+    def rank(self, problem: MoEProblem) -> tuple[Choice, ...]:
+        """See `Policy.rank`."""
+        choices = super().rank(problem)
+        if self._source is None or self._source.slug == self.machine.slug or not choices:
+            return choices
+        slowdown = self._source.slowdown(problem)
+        return tuple(_estimated(choice, slowdown, self._source) for choice in choices)
+
     def _read(self) -> CalibrationFile | None:
-        table = resources.files("moe_dispatch.policies") / "tables" / f"{self.machine.slug}.json"
+        self._source = nearest(self.machine, ".json")
+        if self._source is None:
+            return None
+        table = shipped(self._source.slug, ".json")
         try:
             content = table.read_bytes()
-        except (FileNotFoundError, NotADirectoryError):
-            return None
         except OSError as error:
             raise PolicyFileError(f"{table} cannot be read: {error.strerror}; install the package again") from error
         if len(content) > MAX_FILE_BYTES:
             raise PolicyFileError(f"{table} has more than {MAX_FILE_BYTES:,} bytes; install the package again")
         file = parse_calibration(content, str(table))
-        there, here = file.machine, self.machine
-        if (there.name, there.capability, there.sms) != (here.name, here.capability, here.sms):
-            raise PolicyFileError(
-                f"{table} was measured on {there.name!r} with {there.sms} multiprocessors and capability "
-                f"{there.capability}, and this is {here.name!r} with {here.sms} and {here.capability}; calibrate here"
-            )
-        if (there.torch, there.driver) != (here.torch, here.driver):
+        if self._source.slug != self.machine.slug:
+            self._notes.append(self._source.note("table"))
+        else:
+            _require_same_device(file.machine, self.machine, str(table))
+        if changed := changes(_versions(file.machine), _versions(self.machine)):
             self._notes.append(
-                f"the table was measured with torch {there.torch}, driver {there.driver}; here torch {here.torch}, "
-                f"driver {here.driver}: `moe-dispatch calibrate` measures anew"
+                f"the table was measured with other versions ({', '.join(changed)}): `moe-dispatch calibrate` measures "
+                "with those of today"
             )
         return file
+
+
+def _require_same_device(there: Machine, here: Machine, origin: str) -> None:
+    if (there.name, there.capability, there.sms) != (here.name, here.capability, here.sms):
+        raise PolicyFileError(
+            f"{origin} was measured on {there.name!r} with {there.sms} multiprocessors and capability "
+            f"{there.capability}, and this is {here.name!r} with {here.sms} and {here.capability}; calibrate here"
+        )
+
+
+def _versions(machine: Machine) -> dict[str, str]:
+    """Versions by name, without those of libraries that are missing: they are reasons of their backends."""
+    return {"torch": machine.torch, "triton": machine.triton, "driver": machine.driver, **machine.libraries}
+
+
+def _estimated(choice: Choice, slowdown: float, source: Nearest) -> Choice:
+    us = None if choice.us is None else choice.us * slowdown
+    about = "" if us is None else f"about {rough_us(us)} µs here: "
+    return dataclasses.replace(choice, us=us, reason=f"{about}{choice.reason} on {source.name}")

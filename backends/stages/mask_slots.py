@@ -1,4 +1,4 @@
-"""One id for every slot that is not ours, where a library knows one such id or none."""
+"""Masking the ids that are none of this process's experts, for libraries that know one masked id, or none."""
 
 import math
 from typing import Final
@@ -17,8 +17,8 @@ def mask_slots(topk_ids: Tensor, E: int, masked: int) -> Tensor:
 
     Args:
         topk_ids: int32 or int64 ``[M, topk]``.
-        E: Experts.
-        masked: What takes their place.
+        E: Experts held by this process.
+        masked: The value that replaces the other ids.
 
     Returns:
         int32 ``[M, topk]``, fresh memory.
@@ -44,5 +44,5 @@ def mask_slots(topk_ids: Tensor, E: int, masked: int) -> Tensor:
 
 
 def mask_slots_torch(topk_ids: Tensor, E: int, masked: int) -> Tensor:
-    """The same in torch; the reference of `mask_slots`."""
+    """As `mask_slots`, in torch."""
     return torch.where((topk_ids >= 0) & (topk_ids < E), topk_ids, masked).int()

@@ -23,7 +23,7 @@ def _moe_mask_slots_kernel(
 ):
     offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = offs < slots
-    # Compared before it is narrowed: an int64 id may be a valid one modulo 2^32.
+    # Compared before narrowing: an int64 id outside 0…E-1 may be inside modulo 2^32.
     ids = tl.load(ids_ptr + offs, mask=mask, other=0)
-    ours = (ids >= 0) & (ids < E)
-    tl.store(out_ptr + offs, tl.where(ours, ids, masked).to(tl.int32), mask=mask)
+    valid = (ids >= 0) & (ids < E)
+    tl.store(out_ptr + offs, tl.where(valid, ids, masked).to(tl.int32), mask=mask)

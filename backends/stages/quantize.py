@@ -1,4 +1,7 @@
-"""Activations to block FP8: e4m3 with one fp32 multiplier per row and 128 columns (DeepSeek-V3, section 3.3.2)."""
+"""Gathering rows, and quantising activations to block FP8: e4m3 with one fp32 multiplier per row and 128 columns.
+
+The scheme is DeepSeek-V3's (technical report, section 3.3.2).
+"""
 
 import math
 from typing import Final
@@ -12,8 +15,9 @@ from moe_dispatch.backends.triton_common.launch_options import next_power_of_2, 
 from moe_dispatch.numerics import FP8, quantize_rows_torch
 from moe_dispatch.problem import QUANT_BLOCK
 
-# From so many column-major multipliers on, tokens' are written first and spread over their rows in a pass of its own,
-# which writes whole sectors (H200, DeepSeek-V3, 16384 tokens: 446 µs in one pass, 324 if they are row-major).
+# From this many column-major multipliers on, `gather_quantize` writes those of the tokens first and spreads them over
+# their rows in a second pass, which writes whole sectors of memory. (H200, DeepSeek-V3, 16384 tokens: one pass takes
+# 446 µs, and 324 µs where multipliers are row-major.)
 _SPREAD_FROM: Final = 1 << 20
 _SPREAD_ROWS: Final = 64
 # DeepGEMM's TMA loads of scales need each column to start on 16 bytes: four fp32 rows.
@@ -24,9 +28,9 @@ def quantize_rows(rows: Tensor, *, column_major_scales: bool = False, pdl: bool 
     """Quantise ``[R, C]`` per row and 128 columns; C may be anything.
 
     Args:
-        rows: BF16, FP16 or FP32, contiguous.
+        rows: BF16, FP16 or FP32 ``[R, C]``, contiguous.
         column_major_scales: Lay the multipliers out as DeepGEMM wants them, see `gather_quantize`.
-        pdl: Launch as a programmatic dependent of the kernel before (sm_90).
+        pdl: Launch as a programmatic dependent of the kernel before (sm_90 and newer).
 
     Returns:
         e4m3 ``[R, C]`` and fp32 multipliers ``[R, ⌈C/128⌉]``.
@@ -40,7 +44,7 @@ def quantize_rows(rows: Tensor, *, column_major_scales: bool = False, pdl: bool 
 
     codes = torch.empty(R, C, dtype=FP8, device=rows.device)
     groups = column_groups(C)
-    # Column-major multipliers are written a few rows at a time, so that a warp's stores share a sector.
+    # Column-major multipliers are written several rows at a time, so that a warp's stores share a sector.
     block_r = 8 if column_major_scales else max(1, 16 // groups)
     groups = min(groups, 32 // block_r)
     if R:
@@ -70,15 +74,15 @@ def gather_quantize(
     """Quantise each token once and write it to all its rows.
 
     Args:
-        hidden_states: ``[M, K]``.
+        hidden_states: ``[M, K]``, contiguous.
         routing: From `route`; rows without a slot are left unwritten.
         topk: Experts per token.
         column_major_scales: Lay the multipliers out with strides (1, rows rounded up to 4), as DeepGEMM's TMA reads
             them; row-major otherwise.
-        capacity: Instead, expert by expert, as DeepGEMM's masked layout has them; the routing's own capacity, a
-            multiple of 4.
-        out: Where to put the codes, contiguous; fresh memory otherwise.
-        pdl: Launch as a programmatic dependent of the kernel before (sm_90).
+        capacity: Lay the multipliers out expert by expert instead, as DeepGEMM's masked layout has them. The capacity
+            of the routing, a multiple of 4.
+        out: Contiguous e4m3 ``[rows, K]`` to write the codes to; fresh memory if None.
+        pdl: Launch as a programmatic dependent of the kernel before (sm_90 and newer).
 
     Returns:
         e4m3 ``[rows, K]`` and fp32 multipliers ``[rows, ⌈K/128⌉]``; with a capacity
@@ -105,14 +109,14 @@ def gather(
     """Copy each token to all its rows; rows without a slot are left unwritten.
 
     Args:
-        hidden_states: ``[M, K]``.
+        hidden_states: ``[M, K]``, contiguous.
         routing: From `route`.
         topk: Experts per token.
-        out: Where to put them, contiguous; fresh memory otherwise.
-        pdl: Launch as a programmatic dependent of the kernel before (sm_90).
+        out: Contiguous ``[rows, K]`` to write to; fresh memory if None.
+        pdl: Launch as a programmatic dependent of the kernel before (sm_90 and newer).
 
     Returns:
-        ``[rows, K]``.
+        ``[rows, K]`` in hidden_states' dtype.
     """
     slot_of_row = routing.slot_of_row
     if not on_triton(hidden_states):
@@ -138,7 +142,12 @@ def empty_scales(
 
 
 def scale_strides(scale: Tensor | None, rows: int) -> tuple[int, int, int, int]:
-    """How a kernel finds a multiplier: rows that lie together, then the strides between those, of a row, of a group."""
+    """How a kernel finds the multiplier of a row and a group of columns.
+
+    Returns:
+        Rows per span (an expert's capacity, or all rows), and the strides in elements of a span, a row within its span,
+        and a group.
+    """
     if scale is None:
         return rows, 0, 0, 0
     if scale.dim() == 2:
@@ -152,7 +161,7 @@ def spreads_scales(slots: int, columns: int) -> bool:
 
 
 def column_groups(columns: int) -> int:
-    """Groups of 128 columns per program: eight keep a warp's loads wide and leave enough programs at few rows."""
+    """Groups of 128 columns per program. Eight keep a warp's loads wide and leave enough programs at few rows."""
     return min(8, next_power_of_2(math.ceil(columns / QUANT_BLOCK)))
 
 
@@ -178,7 +187,7 @@ def _launch_gather(
 
 
 def _spread(by_token: Tensor, routing: Routing, topk: int, scale: Tensor, pdl: bool) -> None:
-    """Give every row its token's multipliers: row-major ``[M, groups]`` to column-major ``[rows, groups]``."""
+    """Give every row the multipliers of its token: row-major ``[M, groups]`` to column-major ``[rows, groups]``."""
     from moe_dispatch.backends.stages.quantize_kernel import _moe_spread_scales_kernel
 
     rows, groups = scale.shape

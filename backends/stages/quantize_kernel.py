@@ -66,9 +66,9 @@ def _moe_gather_kernel(
     GROUPS: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """One program per token and GROUPS * 128 columns: read once, quantised once, written to each of its rows.
+    """A program reads GROUPS * 128 columns of a token once, quantises them once, and writes them to the token's rows.
 
-    With SPREAD multipliers are written once, to the token's row.
+    With SPREAD, multipliers are written once, to the token's row of ``[M, groups]``.
     """
     blocks = tl.cdiv(columns, GROUPS * 128)
     token = tl.program_id(0) // blocks
@@ -90,7 +90,7 @@ def _moe_gather_kernel(
         else:
             offs_j = tl.arange(0, TOPK_POW2)
             rows = tl.load(row_of_slot_ptr + token * TOPK + offs_j, mask=offs_j < TOPK, other=-1)
-            # Rows of one expert lie side by side; with a capacity each expert has multipliers of its own.
+            # With a capacity, every span of rows (an expert) has a matrix of multipliers of its own.
             row_offs = (rows // span).to(tl.int64) * stride_scale_span + (rows % span).to(tl.int64) * stride_scale_row
             tl.store(
                 scale_ptr + row_offs[:, None] + offs_g[None, :] * stride_scale_group,
@@ -120,7 +120,7 @@ def _moe_spread_scales_kernel(
     BLOCK_G: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Multipliers of tokens ``[M, groups]`` to those of their rows, groups `stride_group` apart."""
+    """Copies the multipliers of tokens ``[M, groups]`` to their rows, where groups are `stride_group` apart."""
     offs_r = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     moe_pdl_wait_and_release(PDL)
     slot = tl.load(slot_of_row_ptr + offs_r, mask=offs_r < rows, other=-1)

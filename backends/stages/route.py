@@ -11,23 +11,24 @@ from moe_dispatch.backends.triton_common.features import on_triton
 from moe_dispatch.backends.triton_common.launch_options import next_power_of_2, pdl_option
 from moe_dispatch.errors import InvalidInputError
 
-# Up to here one program per expert reads every id; beyond, that reading costs more than two launches more (H200, 128
-# experts, in a layer: 5.5 and 10.7 µs at 2048 slots, 13.8 and 10.1 at 8192). With a capacity it costs twice as much.
+# Up to this many slots (half as many with a capacity, where reading costs twice as much) one launch routes, in which
+# the program of each expert reads every id; beyond, a counting sort in three launches is faster. (H200, 128 experts,
+# within a layer, one launch and three: 5.5 and 10.7 µs at 2048 slots, 13.8 and 10.1 µs at 8192.)
 FEW_SLOTS: Final = 2048
-_BLOCK: Final = 128
-_SCAN_EXPERTS: Final = 8  # int32: a sector of memory
+_BLOCK: Final = 128  # slots per program of the counting sort
+_SCAN_EXPERTS: Final = 8  # experts per program of its scan: their int32 counts are a sector of memory
 
 
 @dataclass(frozen=True, slots=True)
 class Routing:
-    """Where each slot's row is, and each row's slot. Slots are numbered m·topk + j.
+    """Which row each slot has, and which slot each row. Slots are numbered m·topk + k.
 
     Attributes:
-        slot_of_row: int32 ``[rows]``: the slot in each row, the first one of several; -1 in padding and in the unused
-            tail.
-        row_of_slot: int32 ``[M·topk]``: the row of each slot; -1 where the id is outside 0…E-1.
-        starts: int32 ``[E]``: first row of each expert.
-        ends: int32 ``[E]``: one past the last real row of each expert.
+        slot_of_row: int32 ``[rows]``: the slot of each row, the first where several share it; -1 in padding and in the
+            unused tail.
+        row_of_slot: int32 ``[M·topk]``: the row of each slot; -1 for slots without one.
+        starts: int32 ``[E]``: the first row of each expert.
+        ends: int32 ``[E]``: the end of each expert's rows that hold a slot, exclusive.
     """
 
     slot_of_row: Tensor
@@ -57,11 +58,11 @@ def route(
             buffer has rows for the worst case, M·topk + min(M·topk, E)·(alignment - 1), rounded up.
         capacity: Instead, expert e owns rows e·capacity … (e + 1)·capacity (DeepGEMM's masked layout). Slots of a token
             that name one expert share a row, so that M rows are always enough; a slot that does not fit gets none.
-        by_row: Whether anybody reads `slot_of_row`: on a GPU it is left unwritten otherwise.
-        pdl: Launch as a programmatic dependent of the kernel before (sm_90).
+        by_row: Whether `slot_of_row` will be read; if not, it is left unwritten on a GPU.
+        pdl: Launch as programmatic dependents of the kernel before (sm_90 and newer).
 
     Raises:
-        InvalidInputError: Both an alignment and a capacity were asked for, or one of them is below 1.
+        InvalidInputError: There are both an alignment and a capacity, or one of them is below 1.
     """
     if not on_triton(topk_ids):
         return route_torch(topk_ids, E, alignment=alignment, capacity=capacity)
@@ -125,7 +126,11 @@ def route(
 
 
 def buffer_rows(slots: int, E: int, *, alignment: int = 1, capacity: int | None = None) -> int:
-    """Rows of the token buffer that `route` lays out: a function of shapes alone."""
+    """How many rows `route` lays out, which depends on shapes alone.
+
+    Raises:
+        InvalidInputError: As `route`.
+    """
     if alignment < 1 or (capacity is not None and capacity < 1):
         raise InvalidInputError(f"alignment and capacity must be at least 1, got {alignment=}, {capacity=}")
     if capacity is not None:
@@ -136,7 +141,7 @@ def buffer_rows(slots: int, E: int, *, alignment: int = 1, capacity: int | None 
 
 
 def route_torch(topk_ids: Tensor, E: int, *, alignment: int = 1, capacity: int | None = None) -> Routing:
-    """The same in torch; the reference of `route`."""
+    """As `route`, in torch."""
     rows = buffer_rows(topk_ids.numel(), E, alignment=alignment, capacity=capacity)
     ids = topk_ids.long()
     ids = torch.where((ids >= 0) & (ids < E), ids, E)
@@ -155,7 +160,7 @@ def route_torch(topk_ids: Tensor, E: int, *, alignment: int = 1, capacity: int |
     order = order[ids[order] < E]
     expert, new = ids[order], ~shares[order]
     first = counts.cumsum(0) - counts
-    # A slot that shares a row comes right after the one it shares it with.
+    # A slot that shares a row follows the slot that it shares it with.
     rank = new.cumsum(0) - 1 - first[expert]
     if capacity is not None:
         counts = counts.clamp(max=capacity)

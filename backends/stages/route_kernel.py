@@ -30,9 +30,9 @@ def _moe_route_kernel(
     BLOCK: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """One program per expert. Each reads all ids, so none waits for another: no scan across programs, no atomics.
+    """A program per expert reads all ids, so that no program depends on another and nothing is added atomically.
 
-    BLOCK is at least the number of slots: ids are read once.
+    BLOCK is at least the number of slots.
     """
     e = tl.program_id(0)
     offs = tl.arange(0, BLOCK)
@@ -41,7 +41,7 @@ def _moe_route_kernel(
 
     ids = _load_ids(ids_ptr, offs, slots, E)
     hit = ids == e
-    # A repeated slot gets the row of the one before it.
+    # A slot that repeats its token's expert shares the row of the slot before.
     new = hit & ~_repeats(ids_ptr, offs, ids, hit, TOPK) if CAPACITY > 0 else hit
     count = tl.sum(new.to(tl.int32))
     if e == 0:
@@ -66,10 +66,8 @@ def _moe_route_kernel(
         for first in range(start + count, end, BLOCK):
             tl.store(slot_of_row_ptr + first + offs, -1, mask=first + offs < end)
 
-    # One less than the rows up to and including this slot.
-    rank = tl.cumsum(new.to(tl.int32), 0) - 1
-    # A row past the capacity would be the next expert's.
-    fits = rank < count
+    rank = tl.cumsum(new.to(tl.int32), 0) - 1  # the row of each slot among its expert's
+    fits = rank < count  # a row past the capacity would be the next expert's
     if slot_of_row_ptr is not None:
         tl.store(slot_of_row_ptr + start + rank, offs, mask=new & fits)
     tl.store(row_of_slot_ptr + offs, tl.where(fits, start + rank, -1), mask=hit)
@@ -94,7 +92,7 @@ def _moe_route_count_kernel(
     BLOCK: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Counts each expert's slots in one block of slots, and blanks this program's share of the rows."""
+    """Counts each expert's slots in one block of slots, and marks this program's share of the rows as empty."""
     block = tl.program_id(0)
     offs = block * BLOCK + tl.arange(0, BLOCK)
     offs_e = tl.arange(0, E_POW2)
@@ -105,8 +103,8 @@ def _moe_route_count_kernel(
     tl.store(counts_ptr + block * E + offs_e, counts, mask=offs_e < E)
     if slot_of_row_ptr is not None:
         for first in range(block * BLOCK, rows, tl.num_programs(0) * BLOCK):
-            blank = first + tl.arange(0, BLOCK)
-            tl.store(slot_of_row_ptr + blank, -1, mask=blank < rows)
+            offs_r = first + tl.arange(0, BLOCK)
+            tl.store(slot_of_row_ptr + offs_r, -1, mask=offs_r < rows)
 
 
 @fast_launch
@@ -122,7 +120,7 @@ def _moe_route_scan_kernel(
     CHUNK: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Turns counts ``[blocks, E]`` of a few experts into counts of earlier blocks; the last row gets the totals."""
+    """Turns counts ``[blocks, E]`` of BLOCK_E experts into sums over earlier blocks; row `blocks` gets the totals."""
     offs_e = tl.program_id(0) * BLOCK_E + tl.arange(0, BLOCK_E)
     moe_pdl_wait_and_release(PDL)
     total = tl.zeros([BLOCK_E], tl.int32)
@@ -159,7 +157,7 @@ def _moe_route_place_kernel(
     CHUNK: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Places one block of slots after those of its experts in earlier blocks."""
+    """Gives one block of slots their rows, after those of the same experts in earlier blocks."""
     block = tl.program_id(0)
     offs = block * BLOCK + tl.arange(0, BLOCK)
     offs_e = tl.arange(0, E_POW2)
@@ -180,7 +178,7 @@ def _moe_route_place_kernel(
         tl.store(ends_ptr + offs_e, ends, mask=mask_e)
 
     new = _holds_row(ids_ptr, offs, ids, TOPK, CAPACITY)
-    # Rows of its expert up to and including each slot's: in the order of slots, and for a repeated one the row before.
+    # How many rows of its expert this block has up to each slot's own; a slot that shares a row counts up to that.
     upto = tl.zeros([BLOCK], tl.int32)
     for first in range(0, BLOCK, CHUNK):
         offs_o = block * BLOCK + first + tl.arange(0, CHUNK)
@@ -199,13 +197,13 @@ def _moe_route_place_kernel(
 @triton.jit
 def _load_ids(ids_ptr, offs, slots, E):
     ids = tl.load(ids_ptr + offs, mask=offs < slots, other=-1)
-    # Compared before it is narrowed: an int64 id may be any number.
+    # Compared before narrowing: an int64 id outside 0…E-1 may be inside modulo 2^32.
     return tl.where((ids >= 0) & (ids < E), ids, -1).to(tl.int32)
 
 
 @triton.jit
 def _holds_row(ids_ptr, offs, ids, TOPK: tl.constexpr, CAPACITY: tl.constexpr):
-    """Where a slot has a row that no earlier slot has."""
+    """Whether each slot has a row that no earlier slot has."""
     holds = ids >= 0
     if CAPACITY > 0:
         holds = holds & ~_repeats(ids_ptr, offs, ids, holds, TOPK)
@@ -214,7 +212,7 @@ def _holds_row(ids_ptr, offs, ids, TOPK: tl.constexpr, CAPACITY: tl.constexpr):
 
 @triton.jit
 def _repeats(ids_ptr, offs, ids, mask, TOPK: tl.constexpr):
-    """Where, under the mask, an earlier slot of the same token has the same id."""
+    """Whether, under the mask, an earlier slot of the same token has the same id."""
     first = offs // TOPK * TOPK
     repeated = mask & (ids < 0)
     for j in tl.static_range(TOPK - 1):

@@ -1,14 +1,13 @@
-"""What our Triton backends are beside their kernels: needs, features of the device, and descriptors of weights.
+"""The base class of our Triton backends: needs, features of the device, tensor descriptors, replays.
 
 Imports no Triton, so that a machine without it can still ask.
 """
 
 import logging
-import threading
-import weakref
 from typing import Any
 
 from moe_dispatch.backend import Backend, BackendConfig, Inputs, Run
+from moe_dispatch.backends.triton_common.descriptors import WeightDescriptors, WeightView
 from moe_dispatch.backends.triton_common.features import features, triton_reasons, triton_requirements
 from moe_dispatch.experts import ExpertWeights
 from moe_dispatch.machine import Machine
@@ -19,7 +18,11 @@ logger = logging.getLogger(__name__)
 
 
 class TritonBackend(Backend):
-    """A backend whose kernels are compiled by Triton."""
+    """A backend whose kernels are compiled by Triton.
+
+    Subclasses choose their kernels by `_features`, take tensor descriptors of weights from `_descriptor`, and launch
+    `fast_launch` kernels only, so that calls of few tokens can be repeated as replays.
+    """
 
     requirements = triton_requirements()
     needs_probe = False
@@ -27,10 +30,7 @@ class TritonBackend(Backend):
     def __init__(self, machine: Machine) -> None:
         super().__init__(machine)
         self._features = features(machine)
-        self._descriptors: weakref.WeakKeyDictionary[ExpertWeights, dict[tuple[object, ...], Any]] = (
-            weakref.WeakKeyDictionary()
-        )
-        self._lock = threading.Lock()
+        self._descriptors = WeightDescriptors()
 
     def further_reasons(self, problem: MoEProblem) -> tuple[str, ...]:
         """See `Backend.further_reasons`."""
@@ -41,15 +41,14 @@ class TritonBackend(Backend):
         return {"triton": self.machine.triton, "moe_dispatch": library_version("moe_dispatch")}
 
     def fast_path(self, inputs: Inputs, config: BackendConfig) -> Run | None:
-        """See `Backend.fast_path`: the launches of `run`, without looking again for what they are."""
-        hidden_states, experts, _, _ = inputs
+        """See `Backend.fast_path`: a replay of the launches of `run`, where they can be repeated (see `replay`)."""
+        hidden_states = inputs[0]
         if not hidden_states.is_cuda:
             return None
         from moe_dispatch.backends.triton_common.replay import NotReplayableError, record
 
-        kept = self._descriptors.get(experts, {})
         try:
-            return record(self, inputs, config, kept, lambda layer, key: self._descriptor(layer, *key))
+            return record(self, inputs, config, self._descriptors)
         except NotReplayableError as reason:
             logger.info("%s with %s stays without a replay: %s", self.name, config.label, reason)
             return None
@@ -62,26 +61,13 @@ class TritonBackend(Backend):
         block: tuple[int, ...],
         swapped: tuple[int, int] | None = None,
     ) -> Any:
-        """The tensor descriptor of a weight seen in another shape, made once per layer and tile.
+        """The tensor descriptor of a layer's weight as it lies in memory now.
 
         Args:
             experts: The layer.
-            name: Of its weight.
-            shape: What the weight is viewed as.
-            block: The boxes that are loaded, in the view's dimensions, after they are swapped.
-            swapped: Two dimensions of the view that change places.
+            name: The weight's name.
+            shape: As for `WeightView`.
+            block: As for `WeightView`.
+            swapped: As for `WeightView`.
         """
-        from triton.tools.tensor_descriptor import TensorDescriptor
-
-        from moe_dispatch.backends.triton_common.fast_launch import hold
-
-        key = (name, shape, block, swapped)
-        made = self._descriptors.get(experts)
-        if made is None or key not in made:
-            view = getattr(experts, name).view(shape)
-            view = view.transpose(*swapped) if swapped else view
-            descriptor = hold(TensorDescriptor.from_tensor(view, list(block)))
-            with self._lock:
-                made = self._descriptors.setdefault(experts, {})
-                made.setdefault(key, descriptor)
-        return made[key]
+        return self._descriptors.get(getattr(experts, name), WeightView(shape, block, swapped))

@@ -1,15 +1,20 @@
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"
-"""Device functions that several kernels share. Imported by kernel modules only: it needs Triton."""
+"""Device functions that several kernels share: the activation, rows and biases of gate_up, e4m3 quantisation.
+
+Imported by kernel modules only: it needs Triton. The arithmetic is that of `moe_dispatch.numerics`.
+"""
 
 import triton
 import triton.language as tl
-from triton import knobs
 
 from moe_dispatch.backends.triton_common.features import interpreting
+from moe_dispatch.backends.triton_common.internals import lowers_for
 from moe_dispatch.numerics import FP8_MAX, SMALLEST_AMAX, SWIGLU_OAI_ALPHA, SWIGLU_OAI_LIMIT
 
-# Triton's interpreter rounds up and loses the carry. Lowering for an older device is what tests/gpu/as_device.sh asks.
-_ROUNDS_BADLY = tl.constexpr(interpreting() or knobs.runtime.override_arch in ("sm80", "sm86", "sm89"))
+# Where the conversion from fp32 to e4m3 is not correctly rounded: in Triton's interpreter, which rounds up and loses
+# the carry, and where kernels are lowered for a device before sm_90 (see `moe_fp8_codes`) while they run on a newer
+# one, so that the device's own capability does not tell.
+_ROUNDS_BADLY = tl.constexpr(interpreting() or lowers_for("sm80", "sm86", "sm89"))
 _ALPHA = tl.constexpr(SWIGLU_OAI_ALPHA)
 _LIMIT = tl.constexpr(SWIGLU_OAI_LIMIT)
 _FP8_MAX = tl.constexpr(FP8_MAX)
@@ -20,7 +25,7 @@ _SQRT_2_OVER_PI = tl.constexpr(0.7978845608028654)
 
 @triton.jit
 def moe_activate(gate, up, ACTIVATION: tl.constexpr):
-    """The activation on fp32 tiles of one shape; `up` is not looked at (None will do) where there is no gate."""
+    """The activation of fp32 tiles of one shape; where there is no gate, `up` is not used and may be anything."""
     if ACTIVATION == "relu2":
         rectified = tl.where(gate > 0, gate, gate * 0.0)  # keeps NaN, which maximum would drop
         out = rectified * rectified
@@ -72,8 +77,8 @@ def moe_gate_up_bias(biases, column, part, N, mask, PARTS: tl.constexpr, INTERLE
 
 @triton.jit
 def moe_fp8_amax(values, AXIS: tl.constexpr):
-    """The greatest magnitude of fp32 values along an axis; a NaN beats infinity, so that its group is spoilt."""
-    # As integers, magnitudes keep their order, NaN stands above infinity, and nothing has to be asked of each element.
+    """The greatest magnitude of fp32 values along an axis; NaN if there is one, so that its group becomes NaN."""
+    # Read as integers, magnitudes keep their order and NaN is above infinity, so that a plain maximum will do.
     magnitudes = values.to(tl.int32, bitcast=True) & 0x7FFFFFFF
     return tl.max(magnitudes, AXIS).to(tl.float32, bitcast=True)
 
@@ -88,14 +93,14 @@ def moe_fp8_scale(amax):
 @triton.jit
 def moe_fp8_codes(values, scale):
     """e4m3 codes of fp32 values; `scale` has their shape."""
-    # Before sm_90 Triton converts by way of fp16, truncated, which makes ties of values just above one.
+    # Before sm_90 Triton converts by way of fp16, truncating, which turns values just above a tie into ties.
     if _ROUNDS_BADLY or not tl.target_info.cuda_capability_geq(9, 0):
         codes = tl.div_rn(values, scale)
         codes = tl.where(codes > _FP8_MAX, _FP8_MAX, tl.where(codes < -_FP8_MAX, -_FP8_MAX, codes))
         codes = _moe_round_to_e4m3(codes)
     else:
-        # The correctly rounded quotient from one reciprocal per group and three operations per element (Markstein):
-        # the plain product changes codes that lie on a tie. The conversion saturates.
+        # The correctly rounded quotient from one reciprocal per group and three operations per element (Markstein's
+        # division); the plain product with the reciprocal would change codes on a tie. The conversion saturates.
         inverse = tl.div_rn(tl.full(scale.shape, 1.0, tl.float32), scale)
         quotient = values * inverse
         codes = tl.fma(tl.fma(-quotient, scale, values), inverse, quotient)

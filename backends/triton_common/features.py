@@ -1,12 +1,13 @@
-"""What our Triton backends share: whether kernels are interpreted, and what the device can do.
+"""What a device offers to kernels, and what our Triton backends need of it.
 
 Imports no Triton, so that a machine without it can still ask.
 """
 
 import functools
 import os
+import re
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, Literal
 
 import torch
 
@@ -14,19 +15,12 @@ from moe_dispatch.backend import Requirements
 from moe_dispatch.machine import Machine
 from moe_dispatch.problem import DType, MoEProblem
 
-# Least shared memory that a block may have by compute capability (CUDA programming guide, table of technical
-# specifications); the answer for a machine that does not say.
-_SHARED_MEMORY: Final = {
-    (8, 0): 166912,
-    (8, 6): 101376,
-    (8, 7): 166912,
-    (8, 9): 101376,
-    (9, 0): 232448,
-    (10, 0): 232448,
-}
-_LEAST_SHARED_MEMORY: Final = 101376
+# The Triton releases whose insides `internals` was written for; kernels of others are launched by Triton's own path.
+READ_TRITON_RELEASES: Final = ((3, 6), (3, 7), (3, 8), (3, 9))
 # Programs of a persistent kernel in the interpreter: more than one, so that their loops over tiles are exercised.
 _INTERPRETED_SMS: Final = 3
+
+TensorCores = Literal["mma", "wgmma", "tcgen05"]
 
 
 @functools.cache
@@ -36,37 +30,77 @@ def interpreting() -> bool:
 
 
 @dataclass(frozen=True)
+class _DeviceClass:
+    """What all devices of some compute capabilities have in common.
+
+    Attributes:
+        tensor_cores: The matrix instruction that Triton uses.
+        tma: Tensor memory accelerator.
+        pdl: Programmatic dependent launch.
+        fp8: e4m3 products and conversions.
+        shared_memory: Bytes that one block may opt in to (CUDA programming guide, table of technical specifications).
+    """
+
+    tensor_cores: TensorCores = "mma"
+    tma: bool = False
+    pdl: bool = False
+    fp8: bool = False
+    shared_memory: int = 101376
+
+
+# A capability is no order of features: sm_120 is newer than sm_90 and has neither its wgmma nor its shared memory. A
+# capability that is not listed gets what every device since sm_80 has.
+_DEVICE_CLASSES: Final[dict[tuple[int, int], _DeviceClass]] = {
+    (8, 0): _DeviceClass(shared_memory=166912),  # A100
+    (8, 6): _DeviceClass(),  # A10, RTX 3090
+    (8, 7): _DeviceClass(shared_memory=166912),  # Orin
+    (8, 9): _DeviceClass(fp8=True),  # L4, L40S, RTX 4090
+    (9, 0): _DeviceClass("wgmma", tma=True, pdl=True, fp8=True, shared_memory=232448),  # H100, H200, H20, GH200
+    (10, 0): _DeviceClass("tcgen05", tma=True, pdl=True, fp8=True, shared_memory=232448),  # B200, GB200
+    (10, 3): _DeviceClass("tcgen05", tma=True, pdl=True, fp8=True, shared_memory=232448),  # B300, GB300
+    (12, 0): _DeviceClass(tma=True, pdl=True, fp8=True),  # RTX 5090, RTX PRO 6000
+    (12, 1): _DeviceClass(tma=True, pdl=True, fp8=True),  # GB10
+}
+
+
+@dataclass(frozen=True)
 class Features:
     """What a device offers to a kernel.
 
     Attributes:
+        tensor_cores: The matrix instruction that Triton uses: ``"mma"``, which reads registers; ``"wgmma"`` (sm_90) or
+            ``"tcgen05"`` (sm_100), which read shared memory while they run.
         tma: Tensor memory accelerator: block loads through tensor descriptors.
-        wgmma: Warp-group matrix products (Hopper), or the newer ones that Triton uses in their place.
         fp8: e4m3 products and conversions.
         pdl: Programmatic dependent launch.
         shared_memory: Bytes that one block may use.
         sms: Streaming multiprocessors.
     """
 
+    tensor_cores: TensorCores
     tma: bool
-    wgmma: bool
     fp8: bool
     pdl: bool
     shared_memory: int
     sms: int
 
+    @property
+    def wgmma(self) -> bool:
+        """Whether products run asynchronously on operands in shared memory: wgmma, or tcgen05 in its place."""
+        return self.tensor_cores != "mma"
+
 
 def features(machine: Machine) -> Features:
     """The features of a machine; in the interpreter those of a small sm_80 that knows e4m3."""
     if machine.capability is None:
-        return Features(tma=False, wgmma=False, fp8=True, pdl=False, shared_memory=166912, sms=_INTERPRETED_SMS)
-    hopper = machine.capability >= (9, 0)
+        return Features("mma", tma=False, fp8=True, pdl=False, shared_memory=166912, sms=_INTERPRETED_SMS)
+    known = _DEVICE_CLASSES.get(machine.capability, _DeviceClass(fp8=machine.capability >= (8, 9)))
     return Features(
-        tma=hopper,
-        wgmma=hopper,
-        fp8=machine.capability >= (8, 9),
-        pdl=hopper,
-        shared_memory=machine.shared_memory_per_block or _SHARED_MEMORY.get(machine.capability, _LEAST_SHARED_MEMORY),
+        known.tensor_cores,
+        tma=known.tma,
+        fp8=known.fp8,
+        pdl=known.pdl,
+        shared_memory=machine.shared_memory_per_block or known.shared_memory,
         sms=machine.sms,
     )
 
@@ -88,12 +122,33 @@ def triton_requirements() -> Requirements:
 
 def triton_reasons(machine: Machine, problem: MoEProblem) -> tuple[str, ...]:
     """Reasons against our Triton kernels beyond `triton_requirements`."""
-    reasons = []
-    if not machine.triton:
-        reasons.append("triton is not installed: pip install triton (Linux)")
+    reasons = list(stage_reasons(machine))
+    if not machine.triton and not reasons:
+        reasons.append(_NO_TRITON)
     if interpreting() and problem.dtype == "bf16":
         reasons.append("Triton's interpreter computes bf16 products wrongly; use fp16 or fp32 there")
     return tuple(reasons)
+
+
+def stage_reasons(machine: Machine) -> tuple[str, ...]:
+    """Reasons against the stages on a machine's device: they are Triton kernels on a GPU, and torch on a CPU."""
+    if machine.device == "cpu":
+        return ()
+    if not machine.cuda:
+        return ("needs an NVIDIA GPU and a torch built for CUDA: its Triton kernels were never run on ROCm",)
+    return () if machine.triton else (_NO_TRITON,)
+
+
+_NO_TRITON: Final = "triton is not installed: pip install triton (Linux)"
+
+
+def unread_triton_reason(version: str) -> str:
+    """Why kernels of this Triton are launched by its own path, at two to three times the host time; empty if not."""
+    release = tuple(int(part) for part in re.findall(r"\d+", version)[:2])
+    if release in READ_TRITON_RELEASES:
+        return ""
+    read = ", ".join(".".join(map(str, known)) for known in READ_TRITON_RELEASES)
+    return f"Triton {version} is none of the releases whose launcher is known ({read})"
 
 
 def on_triton(tensor: torch.Tensor) -> bool:

@@ -1,74 +1,76 @@
-"""The launches of a layer, written down once and played back: what a CUDA graph is to the device, for the host.
+"""Replays: a layer's launches written down once and repeated, which is to the host what a CUDA graph is to the GPU.
 
-Between two calls of one kind (kind of layer, token count, dtypes, configuration) nothing of the host's work differs but
-addresses. A `Replay` holds the launches with everything else filled in, so that a call costs the host two allocations
-and the launches themselves. It is made from one recorded run, and proven by playing it over poisoned memory.
+Between two calls of one kind (kind of layer, token count, dtypes, configuration) the host does the same work again, and
+only addresses differ. A `Replay` holds the launches of a call with everything else filled in, so that the host spends
+its time on two allocations and on the launches themselves.
+
+How one is made: `record` runs the backend once more, on a kind of call that it has run before, and watches every launch
+and every allocation. Each address in a launch is then traced to its base: an input, a weight, an intermediate, the
+output. Intermediates become places in one block of scratch memory. Last, the replay runs over poisoned memory and has
+to give what the run gave; whatever it did not see, like work on the device that is no launch of a `fast_launch` kernel,
+shows as another result or was refused before.
+
+When one is valid: for calls of the kind that it was recorded for, of any layer of that kind, with any tensors. It takes
+the address of each tensor, weights included, anew on every call, and the tensor map of a weight by that address; so
+weights may be replaced (``weight.data = …``) between calls. What code was compiled for is checked on every call:
+addresses that are multiples of 16 bytes, dtype, shape and strides of each weight, the GPU. Where one of these differs,
+or a profiler wants to see the launches, the call is left to `Backend.run`.
 """
 
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any, Final
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Final, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from moe_dispatch.backend import Backend, BackendConfig
-from moe_dispatch.backends.triton_common.fast_launch import (
-    Encoding,
-    Launch,
-    current_device,
-    current_stream,
+from moe_dispatch.backend import Backend, BackendConfig, Inputs
+from moe_dispatch.backends.triton_common import internals
+from moe_dispatch.backends.triton_common.descriptors import (
+    MAX_DESCRIPTORS,
+    WeightDescriptors,
+    WeightView,
     encoded,
-    observed,
-    profiling,
+    kept_on,
 )
+from moe_dispatch.backends.triton_common.fast_launch import observed
+from moe_dispatch.backends.triton_common.internals import Encoding, Launch
 from moe_dispatch.experts import ExpertWeights
 
 _WEIGHTS: Final = ("gate_up", "down", "gate_up_scale", "down_scale", "gate_up_bias", "down_bias")
-_ALIGNMENT: Final = 256  # of each intermediate in the one block of scratch memory
-_POISON: Final = 0xFF  # NaN in every float
+_FIRST_WEIGHT: Final = 3  # the number of the first weight among the bases of addresses, see `Replay`
+_ALIGNMENT: Final = 256  # bytes on which each intermediate starts in the block of scratch memory
+_POISON: Final = 0xFF  # a byte; floats of such bytes are NaN
 _aten: Final = torch.ops.aten
 _ALLOCATIONS: Final = frozenset({
     _aten.empty.memory_format, _aten.empty_like.default, _aten.empty_strided.default, _aten.new_empty.default,
     _aten.new_empty_strided.default,
 })  # fmt: skip
 
-Inputs = tuple[Tensor, ExpertWeights, Tensor, Tensor]
-# A layer's tensor descriptor by what `TritonBackend._descriptor` was asked for.
-DescriptorKey = tuple[Any, ...]
-Describe = Callable[[ExpertWeights, DescriptorKey], Any]
-
 
 class NotReplayableError(Exception):
-    """Why a run cannot be played back."""
+    """Why a run cannot be repeated as a replay."""
 
 
-def record(
-    backend: Backend,
-    inputs: Inputs,
-    config: BackendConfig,
-    descriptors: Mapping[DescriptorKey, Any],
-    describe: Describe,
-) -> "Replay":
-    """Run a backend once more on inputs that it has run on before, and make a replay of it.
+def record(backend: Backend, inputs: Inputs, config: BackendConfig, descriptors: WeightDescriptors) -> "Replay":
+    """Run a backend once more on a kind of call that it has run before, and make a replay of it.
 
     Args:
-        backend: Does nothing on the device but launch `fast_launch` kernels; else the recording finds out.
+        backend: One whose `run` does nothing on the device but launch `fast_launch` kernels; else this finds out.
         inputs: hidden_states, experts, topk_weights, topk_ids.
-        config: Of the run.
-        descriptors: Those that the backend keeps of this layer.
-        describe: Gives those of another layer.
+        config: The configuration of the run.
+        descriptors: Where the backend takes tensor descriptors of weights from.
 
     Raises:
-        NotReplayableError: A launch took Triton's own path, torch computed something, memory of unknown origin is
-            involved, or the replay's result is another.
+        NotReplayableError: A launch took Triton's own path, torch computed something, a launch has an address of
+            unknown origin, or the replay's result is not the run's.
     """
     recording = _Recording()
     with observed(recording.launched), recording:
         expected = backend.run(*inputs, config)
-    replay = _Writer(recording, inputs, expected, descriptors).build(backend, describe)
+    replay = _Writer(recording, inputs, expected).build(backend, descriptors)
     replayed = replay.replay(*inputs, poison=True)
     if replayed is None or not _agree(replayed, expected, backend, config, inputs[1]):
         raise NotReplayableError("the replay's result is not the run's")
@@ -77,16 +79,16 @@ def record(
 
 def _agree(replayed: Tensor, expected: Tensor, backend: Backend, config: BackendConfig, experts: ExpertWeights) -> bool:
     if backend.deterministic(config):
-        return torch.equal(replayed.view(torch.uint8), expected.view(torch.uint8))  # NaN for NaN, too
+        return torch.equal(replayed.view(torch.uint8), expected.view(torch.uint8))  # as bytes, NaN equals NaN
     difference = (replayed.float() - expected.float()).norm()
     return bool(difference <= backend.tolerance[experts.dtype] * expected.float().norm())
 
 
-class _Recording(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class _Recording(TorchDispatchMode):  # type: ignore[no-untyped-call] # torch does not annotate it
     """Everything that a run launches and allocates."""
 
     def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()  # type: ignore[no-untyped-call] # torch does not annotate it
         self.launches: list[tuple[Launch, tuple[int, ...], tuple[Any, ...]]] = []
         self.allocations: list[Tensor] = []  # kept alive, so that no two share an address
 
@@ -104,6 +106,43 @@ class _Recording(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return result
 
 
+class Weight(NamedTuple):
+    """A tensor of the layer, as the launches need it.
+
+    Attributes:
+        name: An attribute of `ExpertWeights`.
+        dtype: Its dtype.
+        shape: Its shape.
+        strides: Its strides in elements.
+    """
+
+    name: str
+    dtype: torch.dtype
+    shape: torch.Size
+    strides: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class _TensorMap:
+    """An encoded tensor descriptor of a weight among a launch's arguments.
+
+    Attributes:
+        place: Its place among the arguments. The sizes and strides that follow it depend on the kind of call alone.
+        base: The number of the weight's base.
+        weight: The weight's name.
+        view: How the kernel sees it.
+        encoding: How the kernel wants it.
+        by_address: The encoded descriptors of the weights seen so far.
+    """
+
+    place: int
+    base: int
+    weight: str
+    view: WeightView
+    encoding: Encoding
+    by_address: dict[int, Any] = field(default_factory=dict)
+
+
 @dataclass(frozen=True)
 class _Step:
     """One launch.
@@ -112,38 +151,37 @@ class _Step:
         launch: What is started.
         grid: Width, height, depth.
         values: Its arguments, complete but for addresses and tensor maps.
-        addresses: For each address among them: its place, the number of its base, and the distance from that.
-        maps: For each encoded tensor descriptor among them: its place, the descriptor's key, and the encoding.
+        addresses: For each address among them its place, the number of its base, and the distance from that in bytes.
+        maps: The tensor maps among them.
     """
 
     launch: Launch
     grid: tuple[int, int, int]
     values: list[Any]
     addresses: tuple[tuple[int, int, int], ...]
-    maps: tuple[tuple[int, DescriptorKey, Encoding], ...]
+    maps: tuple[_TensorMap, ...]
 
 
 @dataclass(frozen=True, eq=False)
 class Replay:
-    """A layer's launches, for calls of one kind.
+    """A layer's launches, for calls of one kind; see the module.
 
-    Addresses count from bases, in this order: hidden_states, topk_weights, topk_ids, the weights that are used, scratch
-    memory, the output.
+    Every address in a launch is a base and a distance from it. The bases are, in this order, the addresses of
+    hidden_states, topk_weights, topk_ids, of each weight of `weights`, of the scratch memory and of the output.
 
     Attributes:
-        run: The backend's, where the replay does not fit: a misaligned tensor, biases of another dtype, another GPU, a
-            profiler.
-        describe: See `record`.
+        run: `Backend.run`, for calls that the replay does not fit.
+        descriptors: The backend's tensor descriptors.
         device: The GPU's number.
-        weights: Names and dtypes of the layer's tensors that are used.
+        weights: The layer's tensors.
         scratch: Elements of hidden_states' dtype that hold all intermediates.
         steps: The launches.
     """
 
     run: Callable[..., Tensor]
-    describe: Describe
+    descriptors: WeightDescriptors
     device: int
-    weights: tuple[tuple[str, torch.dtype], ...]
+    weights: tuple[Weight, ...]
     scratch: int
     steps: tuple[_Step, ...]
 
@@ -167,18 +205,29 @@ class Replay:
         topk_ids: Tensor,
         poison: bool = False,
     ) -> Tensor | None:
-        """Launch everything; None, with nothing launched, where the replay does not fit."""
+        """Launch everything; None, with nothing launched, where the replay does not fit.
+
+        Args:
+            hidden_states: As for `Backend.run`.
+            experts: As for `Backend.run`.
+            topk_weights: As for `Backend.run`.
+            topk_ids: As for `Backend.run`.
+            poison: Fill the scratch memory and the output with NaN before.
+
+        Raises:
+            InvalidInputError: A weight was replaced by memory of another size or layout; see `WeightView.describe`.
+        """
         bases = [hidden_states.data_ptr(), topk_weights.data_ptr(), topk_ids.data_ptr()]
-        for name, dtype in self.weights:
+        for name, dtype, shape, strides in self.weights:
             tensor = getattr(experts, name)
-            if tensor.dtype is not dtype:
+            if tensor.dtype is not dtype or tensor.shape != shape or tensor.stride() != strides:
                 return None
             bases.append(tensor.data_ptr())
         bits = 0
         for base in bases:
             bits |= base
-        device = current_device()
-        if bits & 15 or device != self.device or profiling():
+        device = internals.current_device()
+        if bits & 15 or device != self.device or internals.launch_hooks():
             return None
         scratch = hidden_states.new_empty(self.scratch)
         out = torch.empty_like(hidden_states)
@@ -186,82 +235,95 @@ class Replay:
             for tensor in (scratch, out):
                 tensor.view(torch.uint8).fill_(_POISON)
         bases += (scratch.data_ptr(), out.data_ptr())
-        stream = current_stream(device)
+        stream = internals.current_stream(device)
         for step in self.steps:
             values = step.values.copy()
             for place, base, distance in step.addresses:
                 values[place] = bases[base] + distance
-            for place, key, encoding in step.maps:
-                values[place] = encoded(self.describe(experts, key), encoding)[0]
+            for each in step.maps:
+                address = bases[each.base]
+                tensor_map = each.by_address.get(address)
+                values[each.place] = self._encode(each, experts, address) if tensor_map is None else tensor_map
             step.launch.start(step.grid, stream, values)
         return out
+
+    def _encode(self, each: _TensorMap, experts: ExpertWeights, address: int) -> Any:
+        descriptor = self.descriptors.get(getattr(experts, each.weight), each.view)
+        if len(each.by_address) >= MAX_DESCRIPTORS:
+            each.by_address.clear()
+        tensor_map = each.by_address[address] = encoded(descriptor, each.encoding)[0]
+        return tensor_map
 
 
 class _Writer:
     """Makes a replay of a recording: finds out where each address comes from."""
 
-    def __init__(
-        self, recording: _Recording, inputs: Inputs, out: Tensor, descriptors: Mapping[DescriptorKey, Any]
-    ) -> None:
+    def __init__(self, recording: _Recording, inputs: Inputs, out: Tensor) -> None:
         hidden_states, self._experts, topk_weights, topk_ids = inputs
         self._recording, self._hidden_states, self._out = recording, hidden_states, out
-        self._keys = {id(descriptor): key for key, descriptor in descriptors.items()}
         self._names = [name for name in _WEIGHTS if getattr(self._experts, name) is not None]
-        named = [getattr(self._experts, name) for name in self._names]
-        given = (hidden_states, topk_weights, topk_ids, *named)
-        self._bases = [_Span(tensor.data_ptr(), tensor.nbytes, base, 0) for base, tensor in enumerate(given)]
+        weights = [getattr(self._experts, name) for name in self._names]
+        tensors = (hidden_states, topk_weights, topk_ids, *weights)
+        self._bases = [_Span(tensor.data_ptr(), tensor.nbytes, base, 0) for base, tensor in enumerate(tensors)]
         self._place_allocations()
 
-    def build(self, backend: Backend, describe: Describe) -> Replay:
+    def build(self, backend: Backend, descriptors: WeightDescriptors) -> Replay:
         device = self._hidden_states.get_device()
-        dtypes = [getattr(self._experts, name).dtype for name in self._names]
-        weights = tuple(zip(self._names, dtypes, strict=True))
+        tensors = [getattr(self._experts, name) for name in self._names]
+        weights = tuple(
+            Weight(name, tensor.dtype, tensor.shape, tensor.stride())
+            for name, tensor in zip(self._names, tensors, strict=True)
+        )
         steps = tuple(self._step(*launched) for launched in self._recording.launches)
         if not steps:
             raise NotReplayableError("no `fast_launch` kernel was launched")
         scratch = math.ceil(self._scratch / self._hidden_states.element_size())
-        return Replay(backend.run, describe, device, weights, scratch, steps)
+        return Replay(backend.run, descriptors, device, weights, scratch, steps)
 
     def _place_allocations(self) -> None:
-        """One block of scratch memory for all of them but the output, which stays for itself."""
+        """One block of scratch memory for every allocation but the output, which stays one of its own."""
         scratch = len(self._bases)
         self._scratch = 0
-        found = False
+        output_is_fresh = False
         like = self._hidden_states
         for tensor in self._recording.allocations:
             address, size = tensor.untyped_storage().data_ptr(), tensor.untyped_storage().nbytes()
             if address == self._out.data_ptr() and (self._out.shape, self._out.dtype) == (like.shape, like.dtype):
-                found = self._out.is_contiguous()
+                output_is_fresh = self._out.is_contiguous()
                 self._bases.append(_Span(address, size, scratch + 1, 0))
             else:
                 self._bases.append(_Span(address, size, scratch, self._scratch))
                 self._scratch += math.ceil(size / _ALIGNMENT) * _ALIGNMENT
-        if not found:
+        if not output_is_fresh:
             raise NotReplayableError("the output is not fresh memory of its own")
 
     def _step(self, launch: Launch, grid: tuple[int, ...], args: tuple[Any, ...]) -> _Step:
         encodings = dict(launch.descriptors)
         values: list[Any] = []
         addresses: list[tuple[int, int, int]] = []
-        maps: list[tuple[int, DescriptorKey, Encoding]] = []
+        maps: list[_TensorMap] = []
         for place, arg in enumerate(args):
             if isinstance(arg, Tensor):
-                addresses.append((len(values), *self._origin(arg)))
+                addresses.append((len(values), *self._origin(arg.data_ptr())))
                 values.append(0)
             elif place in encodings:
-                key = self._keys.get(id(arg))
-                if key is None:
-                    raise NotReplayableError("a tensor descriptor is not one that the backend keeps")
-                maps.append((len(values), key, encodings[place]))
+                maps.append(self._tensor_map(len(values), arg, encodings[place]))
                 values += encoded(arg, encodings[place])
             else:
                 values.append(arg)
         width, height, depth = (*grid, 1, 1)[:3]
         return _Step(launch, (width, height, depth), [*values, *launch.padding], tuple(addresses), tuple(maps))
 
-    def _origin(self, tensor: Tensor) -> tuple[int, int]:
-        """Base and distance of a tensor's address."""
-        address = tensor.data_ptr()
+    def _tensor_map(self, place: int, descriptor: Any, encoding: Encoding) -> _TensorMap:
+        kept = kept_on(descriptor)
+        base, distance = self._origin(descriptor.base.data_ptr())
+        weight = base - _FIRST_WEIGHT
+        if kept is None or distance or not 0 <= weight < len(self._names):
+            raise NotReplayableError("a tensor descriptor does not describe a weight of the layer")
+        return _TensorMap(place, base, self._names[weight], kept.view, encoding)
+
+    def _origin(self, address: int) -> tuple[int, int]:
+        """The base that an address counts from, and its distance."""
         origins = {(span.base, span.start + address - span.address) for span in self._bases if address in span}
         if len(origins) != 1:
             raise NotReplayableError("memory of unknown origin" if not origins else "two inputs share memory")

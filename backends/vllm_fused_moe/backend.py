@@ -8,12 +8,15 @@ from moe_dispatch.backend import Backend, BackendConfig, Requirements
 from moe_dispatch.backends.stages.mask_slots import mask_slots
 from moe_dispatch.backends.vllm_fused_moe.layers import ACTIVATIONS, expert_map, layer
 from moe_dispatch.backends.vllm_fused_moe.library import INSTALL_HINT, assigns_by_slot, load
+from moe_dispatch.backends.vllm_fused_moe.nan_tokens import mark_nan_tokens
 from moe_dispatch.experts import ExpertWeights
 from moe_dispatch.problem import QUANT_BLOCK, MoEProblem
 
 # vLLM's sorting kernel gives each expert a thread of one block of 1024, rounds them up to whole warps and needs one to
 # spare; one expert more stands for all that this layer does not have.
 _MAX_EXPERTS: Final = 991
+# vLLM's quantisation of activations reads vectors of so many bytes, whatever address the rows start at.
+_ALIGNMENT: Final = 16
 
 
 class VllmFusedMoEBackend(Backend):
@@ -24,6 +27,10 @@ class VllmFusedMoEBackend(Backend):
     `expert_map` maps to no expert; then vLLM clears its buffer before the sum.
 
     FP8 activations keep fp32 multipliers; see `library.require_fp32_scales`.
+
+    A token with a NaN (in FP8 also one with an infinite element) would come out finite where vLLM clamps: its FP8
+    quantisation turns NaN into -448, its swiglu_oai into the limit. There `mark_nan_tokens` takes the place of
+    `mask_slots`. A NaN that arises within an FP8 layer, from a NaN among gate_up's weights, is lost all the same.
     """
 
     name = "vllm_fused_moe"
@@ -77,14 +84,23 @@ class VllmFusedMoEBackend(Backend):
         """
         library = load()
         described = layer(library, experts)
+        if hidden_states.data_ptr() % _ALIGNMENT:
+            hidden_states = hidden_states.clone()  # a view into a flat buffer
         M, topk = topk_ids.shape
         by_slot = assigns_by_slot(library, M, topk, experts.E)
+        masked, fp8 = -1 if by_slot else experts.E, experts.dtype == "fp8"
+        if fp8 or experts.activation == "swiglu_oai":
+            topk_weights, topk_ids = mark_nan_tokens(
+                hidden_states, topk_weights, topk_ids, experts.E, masked, infinite=fp8
+            )
+        else:
+            topk_ids = mask_slots(topk_ids, experts.E, masked)
         return library.fused_experts(
             hidden_states=hidden_states,
             w1=experts.gate_up,
             w2=experts.down,
             topk_weights=topk_weights,
-            topk_ids=mask_slots(topk_ids, experts.E, -1 if by_slot else experts.E),
+            topk_ids=topk_ids,
             activation=described.activation,
             global_num_experts=experts.E if by_slot else experts.E + 1,
             expert_map=None if by_slot else expert_map(experts.E, experts.device),

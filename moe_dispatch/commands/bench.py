@@ -63,6 +63,9 @@ def bench(
     ] = False,
     budget: Annotated[float | None, typer.Option(help="Start no further point after this many seconds.")] = None,
     seconds: Annotated[float, typer.Option(help="Seconds of timing for each row.")] = 0.3,
+    energy: Annotated[
+        float, typer.Option(help="Also run each row for so many seconds and record joules per token; 0 not to.")
+    ] = 0.0,
     baselines: Annotated[bool, typer.Option(help="Also run the baselines, as their own users would.")] = True,
     plot: Annotated[bool, typer.Option("--plot", help="Draw the rows next to their file.")] = False,
     json_: Annotated[bool, typer.Option("--json", help="Print the rows as JSON Lines instead of a table.")] = False,
@@ -90,7 +93,7 @@ def bench(
     if path.exists() and not resume:
         raise InvalidInputError(f"{path} exists already; --resume goes on with it, --out names another")
     _check_writable(path)
-    sweep = _sweep(path, machine, notes, deadline, resume=resume)
+    sweep = _sweep(path, machine, notes, deadline, energy, resume=resume)
     ERR.print(f"[bold]{plain(machine_line(machine))}[/bold]\n{plain(str(path))}")
     interrupted = False
     with _progress(sweep, sum(plan.points for plan in plans)):
@@ -248,14 +251,27 @@ def _check_writable(path: Path) -> None:
         raise InvalidInputError(f"rows cannot be written to {path} ({error}); --out names another file") from error
 
 
-def _sweep(path: Path, machine: "Machine", notes: list[str], deadline: float, *, resume: bool) -> "Sweep":
+def _sweep(
+    path: Path, machine: "Machine", notes: list[str], deadline: float, energy_s: float, *, resume: bool
+) -> "Sweep":
+    import torch
+
+    from moe_dispatch.benchmarks.energy import EnergyMeasurement, energy_meter
     from moe_dispatch.benchmarks.provenance import Provenance
     from moe_dispatch.benchmarks.row_files import timed_keys
     from moe_dispatch.benchmarks.sweep import Sweep
 
     with ERR.status("measuring the ceilings"):
         provenance = Provenance.here(machine)
-    return Sweep(path, provenance, timed_keys(path) if resume else set(), deadline, notes=notes)
+    energy = None
+    if energy_s > 0:
+        meter = energy_meter(torch.device(machine.device))
+        if isinstance(meter, str):
+            notes.append(meter)
+        else:
+            energy = EnergyMeasurement(meter, energy_s)
+    done = timed_keys(path) if resume else set()
+    return Sweep(path, provenance, done, deadline, notes=notes, energy=energy)
 
 
 def _rows(path: Path) -> "list[BenchRow]":
@@ -306,12 +322,13 @@ def _report(sweep: "Sweep", *, json_: bool) -> None:
             OUT.print(_table(list(rows)))
     ERR.print(f"[dim]{plain(str(sweep.stopwatch))}[/dim]")
     for note in sweep.notes:
-        ERR.print(f"[dim]no row: {plain(note)}[/dim]")
+        ERR.print(f"[dim]note: {plain(note)}[/dim]")
 
 
 def _table(rows: "Sequence[BenchRow]") -> Table:
-    numbers = ("M", "of roofline", "error")
-    shown = table("M", "routing", "mode", "backend", "time", "of roofline", "error", numbers=numbers)
+    energy = ("energy per token",) if any(row.joules_per_token is not None for row in rows) else ()
+    numbers = ("M", "of roofline", *energy, "error")
+    shown = table("M", "routing", "mode", "backend", "time", "of roofline", *energy, "error", numbers=numbers)
     configs = {(row.backend, *row.config.items()) for row in rows}
     names = Counter(name for name, *_ in configs)
     for row in rows:
@@ -322,6 +339,7 @@ def _table(rows: "Sequence[BenchRow]") -> Table:
             plain(_label(row) if names[row.backend] > 1 else row.backend),
             microseconds(row.us) if row.us is not None else f"[red]{plain(row.reason)}[/red]",
             f"{row.fraction:.2f}" if row.fraction is not None else "–",
+            *([f"{1e3 * row.joules_per_token:.3g} mJ" if row.joules_per_token is not None else "–"] * len(energy)),
             f"{row.error:.1e}" if row.error is not None else "–",
         )
     return shown

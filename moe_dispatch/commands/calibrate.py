@@ -85,18 +85,9 @@ def calibrate(
         _print(report, compile_only=compile_only)
     if report.interrupted:
         raise typer.Exit(INTERRUPTED)
-    if not (_usable(report) or compile_only or resume):
-        ERR.print(
-            "[red]nothing was measured[/red], so nothing changes: `moe-dispatch explain` says what speaks against each "
-            "backend, and a larger --budget or --timeout gives them more time",
-            soft_wrap=True,
-        )
+    if failure := "" if compile_only else report.failure():
+        ERR.print(f"[red]error:[/red] {plain(failure)}", soft_wrap=True)
         raise typer.Exit(1)
-
-
-def _usable(report: "CalibrationReport") -> bool:
-    """Whether the report holds a measurement that a choice can use."""
-    return any(measurement.score is not None for measurement in report.measured)
 
 
 def _to_dict(report: "CalibrationReport") -> dict[str, Any]:

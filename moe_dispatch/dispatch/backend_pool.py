@@ -7,8 +7,10 @@ import torch
 
 from moe_dispatch.backend import Backend
 from moe_dispatch.dispatch.errors import DeviceLostError
+from moe_dispatch.dispatch.first_calls import FIRST_CALLS
 from moe_dispatch.dispatch.probe import probe
 from moe_dispatch.dispatch.quarantine import Quarantine
+from moe_dispatch.guard import FOREIGN_ERRORS
 from moe_dispatch.machine import Machine
 from moe_dispatch.problem import MoEProblem
 from moe_dispatch.registry import BACKENDS, MadeBackend, make_backend
@@ -94,13 +96,13 @@ class BackendPool:
                 return "not probed yet, which a graph capture does not allow; call it once before capturing"
             try:
                 verdict = self._probe(backend, problem, kind, device)
-            except Exception as error:
+            except FOREIGN_ERRORS as error:
                 if failures.lost_device(error):
                     self._quarantine.bar(name, kind, failures.summary(error), fatal=True)
                     raise DeviceLostError([name], error) from error
-                if failures.out_of_memory(error):  # says nothing of the backend: the next kind of call probes again
-                    return f"its probe ran out of memory: {failures.summary(error)}"
-                raise
+                # Says nothing of the backend: memory was short, or torch is in a state in which no layer can be made,
+                # such as inside of torch.func.vmap. The next kind of call probes again.
+                return f"it could not be probed: {failures.summary(error)}"
             verdict = self._probe_failures.setdefault((name, kind), verdict)
         return verdict
 
@@ -120,7 +122,7 @@ class BackendPool:
             return f"its probe is quarantined: {cause}"
         if device.type == "cuda":
             torch.cuda.synchronize(device)  # an error of earlier work surfaces here, and not in the probe
-        with self._quarantine.first_run(backend.name, kind):
+        with FIRST_CALLS.running(backend.name), self._quarantine.first_run(backend.name, kind):
             return probe(backend, problem, device)
 
     def _status(self, name: str) -> BackendStatus:

@@ -1,14 +1,15 @@
 """From the public functions' arguments to the dispatcher of the layer's device, eagerly and under torch.compile."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
 
 from moe_dispatch.dispatch import torch_operator
-from moe_dispatch.dispatch.checks import check
+from moe_dispatch.dispatch.checks import check, check_out
+from moe_dispatch.dispatch.coverage import representative_token_counts
 from moe_dispatch.dispatch.dispatcher import Dispatcher
 from moe_dispatch.dispatch.explanation import Explanation
 from moe_dispatch.dispatch.gradients import needs_grad
@@ -22,24 +23,33 @@ from moe_dispatch.workloads import ROUTINGS
 
 
 def call_eagerly(
-    hidden_states: Tensor, experts: ExpertWeights, topk_weights: Tensor, topk_ids: Tensor, backend: str | None
+    hidden_states: Tensor,
+    experts: ExpertWeights,
+    topk_weights: Tensor,
+    topk_ids: Tensor,
+    backend: str | None,
+    out: Tensor | None = None,
 ) -> Tensor:
     """`moe_forward` outside of a trace: on the layer's GPU and without autocast, the dispatcher runs the call."""
     if not isinstance(experts, ExpertWeights):
         check(hidden_states, experts, topk_weights, topk_ids)  # raises
-    if type(hidden_states) is not Tensor and is_fake(hidden_states):
-        return torch_operator.call(hidden_states, experts, topk_weights, topk_ids, backend)  # infers the shape only
+    if type(hidden_states) is not Tensor or type(topk_weights) is not Tensor or type(topk_ids) is not Tensor:
+        check(hidden_states, experts, topk_weights, topk_ids, backend)
+        if any(map(is_fake, (hidden_states, topk_weights, topk_ids))):
+            if out is not None:
+                check_out(out, (hidden_states, experts, topk_weights, topk_ids), needs_grad=False)
+            return torch_operator.call(hidden_states, experts, topk_weights, topk_ids, backend, out)  # for the shape
     device = experts.device
     if any_autocast_enabled() and torch.is_autocast_enabled(device.type):
         # Autocast rounds torch ops but not kernels, so the result would depend on the backend.
         with torch.autocast(device.type, enabled=False):
-            return call_eagerly(hidden_states, experts, topk_weights, topk_ids, backend)
+            return call_eagerly(hidden_states, experts, topk_weights, topk_ids, backend, out)
     dispatcher = get_dispatcher(device)
     # Triton and DeepGEMM launch on the current GPU, wherever the tensors are.
     if dispatcher.one_of_several_gpus and torch.cuda.current_device() != device.index:
         with torch.cuda.device(device):
-            return dispatcher.forward(hidden_states, experts, topk_weights, topk_ids, backend)
-    return dispatcher.forward(hidden_states, experts, topk_weights, topk_ids, backend)
+            return dispatcher.forward(hidden_states, experts, topk_weights, topk_ids, backend, out)
+    return dispatcher.forward(hidden_states, experts, topk_weights, topk_ids, backend, out)
 
 
 # The custom operator runs a call eagerly, and an eager call on fake tensors goes through the operator.
@@ -47,7 +57,12 @@ torch_operator.implement(call_eagerly)
 
 
 def call_traced(
-    hidden_states: Tensor, experts: ExpertWeights, topk_weights: Tensor, topk_ids: Tensor, backend: str | None
+    hidden_states: Tensor,
+    experts: ExpertWeights,
+    topk_weights: Tensor,
+    topk_ids: Tensor,
+    backend: str | None,
+    out: Tensor | None = None,
 ) -> Tensor:
     """`moe_forward` while torch.compile traces it.
 
@@ -55,30 +70,55 @@ def call_traced(
     of this function: it would trace what that calls from then on, down to a backend, which fails of that.
     """
     tensors = isinstance(hidden_states, Tensor) and isinstance(topk_weights, Tensor) and isinstance(topk_ids, Tensor)
+    tensors = tensors and (out is None or isinstance(out, Tensor))
     if not (tensors and isinstance(experts, ExpertWeights)) or needs_grad(hidden_states, experts, topk_weights):
         from moe_dispatch.dispatch.uncompiled import call_uncompiled
 
         # The operator has no gradient, and the reference's loop launches what the routing asks for.
-        out: Tensor = call_uncompiled(call_eagerly, hidden_states, experts, topk_weights, topk_ids, backend)
-        return out
-    return torch_operator.call(hidden_states, experts, topk_weights, topk_ids, backend)
+        result: Tensor = call_uncompiled(call_eagerly, hidden_states, experts, topk_weights, topk_ids, backend, out)
+        return result
+    return torch_operator.call(hidden_states, experts, topk_weights, topk_ids, backend, out)
 
 
 def warm_up(
-    experts: ExpertWeights, topk: int, tokens: Sequence[int], act_dtype: torch.dtype | None, backend: str | None
+    experts: ExpertWeights,
+    topk: int,
+    tokens: Sequence[int],
+    act_dtype: torch.dtype | None,
+    backend: str | None,
+    up_to: int | None = None,
+    *,
+    into_out: bool = False,
 ) -> None:
     """See `moe_dispatch.warm_up`."""
+    if not isinstance(experts, ExpertWeights):
+        raise InvalidInputError(f"experts must be ExpertWeights(gate_up, down), got {type(experts).__name__}")
+    counts = tuple(tokens) if isinstance(tokens, Iterable) else (tokens,)
+    numbers = ("topk", topk, 1), ("up_to", up_to or 0, 0), *(("tokens", count, 0) for count in counts)
+    for name, count, least in numbers:
+        if type(count) is not int or count < least:
+            raise InvalidInputError(f"{name} must be integers of at least {least}, got {count!r}")
     dtype = act_dtype or (torch.bfloat16 if experts.dtype == "fp8" else experts.gate_up.dtype)
     device = experts.device
-    for M in filter(None, tokens):
-        hidden_states = torch.randn(M, experts.K, device=device).to(dtype)
-        weights, ids = ROUTINGS["uniform"].sample(M, experts.E, topk, device)
+    if up_to:
+        dispatcher = get_dispatcher(device)
+        capability = dispatcher.machine.capability
+        others = representative_token_counts(dispatcher.planner, experts, topk, dtype, capability, up_to, backend)
+        counts = (*counts, *(M for M in others if M not in counts))
+    # Generators of its own: preparing for calls may not change what a program draws.
+    generator, on_cpu = torch.Generator(device).manual_seed(0), torch.Generator().manual_seed(0)
+    for M in filter(None, counts):
+        hidden = torch.randn(M, experts.K, generator=generator, dtype=torch.float32, device=device).to(dtype)
+        weights, ids = ROUTINGS["uniform"].sample(M, experts.E, topk, device, on_cpu)
         with torch.no_grad(), _current(device):
-            get_dispatcher(device).warm_up((hidden_states, experts, weights, ids), backend)
+            out = torch.empty_like(hidden) if into_out else None
+            get_dispatcher(device).warm_up((hidden, experts, weights, ids), backend, out)
 
 
 def explain(arguments: Sequence[object], machine: Machine | None) -> Explanation:
     """See `moe_dispatch.explain`."""
+    if machine is not None and not isinstance(machine, Machine):
+        raise InvalidInputError(f"machine must be a Machine, as Machine.load(FILE) gives, got {type(machine).__name__}")
     if len(arguments) == 1 and isinstance(arguments[0], MoEProblem):
         problem = arguments[0]
         dispatcher = Dispatcher(machine, live=False) if machine else _dispatcher_for(problem)
@@ -89,7 +129,7 @@ def explain(arguments: Sequence[object], machine: Machine | None) -> Explanation
             f"got {len(arguments)} arguments: {', '.join(type(argument).__name__ for argument in arguments)}"
         )
     hidden_states, experts, topk_weights, topk_ids = arguments
-    check(hidden_states, experts, topk_weights, topk_ids)  # type: ignore[arg-type]  # this is what it checks
+    check(hidden_states, experts, topk_weights, topk_ids)
     assert isinstance(hidden_states, Tensor)  # noqa: S101 - checked above, repeated for the type checker
     assert isinstance(experts, ExpertWeights)  # noqa: S101
     assert isinstance(topk_weights, Tensor)  # noqa: S101

@@ -1,52 +1,40 @@
-"""What a call's arguments must be, and the words for what they are not."""
+"""What the arguments of a call must be, what its result must be, and the words for what they are not."""
+
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
+from moe_dispatch.backend import Inputs
 from moe_dispatch.errors import InvalidInputError
-from moe_dispatch.experts import ExpertWeights
+from moe_dispatch.experts import ExpertWeights, address, tensor_fault
 
 _ACTIVATIONS = (torch.bfloat16, torch.float16, torch.float32)
 _IDS = (torch.int32, torch.int64)
 
 
-def check(hidden_states: Tensor, experts: ExpertWeights, topk_weights: Tensor, topk_ids: Tensor) -> None:
-    """Refuse what no backend could take.
+def check(
+    hidden_states: object, experts: object, topk_weights: object, topk_ids: object, backend: object = None
+) -> None:
+    """Refuse what no backend could take; nothing is launched.
 
     Raises:
         InvalidInputError: Its message says what was given and what is allowed.
     """
-    if (
-        isinstance(experts, ExpertWeights)
-        and isinstance(hidden_states, Tensor)
-        and isinstance(topk_weights, Tensor)
-        and isinstance(topk_ids, Tensor)
-        and hidden_states.dim() == topk_ids.dim() == 2
-        and hidden_states.shape[1] == experts.K
-        and topk_weights.shape == topk_ids.shape
-        and topk_ids.shape[0] == hidden_states.shape[0]
-        and topk_ids.shape[1] > 0
-        and hidden_states.dtype in (_ACTIVATIONS if experts.dtype == "fp8" else (experts.gate_up.dtype,))
-        and topk_weights.dtype in _ACTIVATIONS
-        and topk_ids.dtype in _IDS
-        and hidden_states.device == topk_weights.device == topk_ids.device == experts.device
-    ):
-        return
-    raise InvalidInputError(_complaint(hidden_states, experts, topk_weights, topk_ids))
+    if complaint := _complaint(hidden_states, experts, topk_weights, topk_ids):
+        raise InvalidInputError(complaint)
+    if backend is not None and not isinstance(backend, str):
+        raise InvalidInputError(f"backend must be a registered name or None, got {type(backend).__name__}")
 
 
 def _complaint(hidden_states: object, experts: object, topk_weights: object, topk_ids: object) -> str:
-    """What is wrong with the arguments of a call, in their order; the first fault found."""
+    """The first fault of a call's arguments, in their order; empty if there is none."""
     if not isinstance(experts, ExpertWeights):
         return f"experts must be ExpertWeights(gate_up, down), got {type(experts).__name__}"
-    tensors = {"hidden_states": hidden_states, "topk_weights": topk_weights, "topk_ids": topk_ids}
-    for name, tensor in tensors.items():
-        if not isinstance(tensor, Tensor):
-            return f"{name} must be a torch.Tensor, got {type(tensor).__name__}"
-        if tensor.dim() != 2:
-            return f"{name} must be two-dimensional, got shape {list(tensor.shape)}; flatten batch and sequence first"
-        if tensor.device != experts.device:
-            return f"{name} is on {tensor.device} and the experts are on {experts.device}; move one of them"
+    experts.check_unchanged()
+    for name, tensor in (("hidden_states", hidden_states), ("topk_weights", topk_weights), ("topk_ids", topk_ids)):
+        if fault := _fault(name, tensor, experts):
+            return fault
     assert isinstance(hidden_states, Tensor)  # noqa: S101 - checked above, repeated for the type checker
     assert isinstance(topk_weights, Tensor)  # noqa: S101
     assert isinstance(topk_ids, Tensor)  # noqa: S101
@@ -67,7 +55,88 @@ def _complaint(hidden_states: object, experts: object, topk_weights: object, top
         )
     if topk_ids.shape[1] == 0:
         return "topk_ids must be [M, topk] with topk at least 1, got topk=0"
-    return (
-        f"hidden_states is {hidden_states.dtype} and the experts are {experts.dtype}; they must share a dtype, "
-        "except that block FP8 experts take bfloat16, float16 or float32 activations"
-    )
+    if hidden_states.dtype not in (_ACTIVATIONS if experts.dtype == "fp8" else (experts.gate_up.dtype,)):
+        return (
+            f"hidden_states is {hidden_states.dtype} and the experts are {experts.dtype}; they must share a dtype, "
+            "except that block FP8 experts take bfloat16, float16 or float32 activations"
+        )
+    return ""
+
+
+def _fault(name: str, tensor: object, experts: ExpertWeights) -> str:
+    if fault := tensor_fault(name, tensor):
+        return fault
+    assert isinstance(tensor, Tensor)  # noqa: S101 - what is none has a fault
+    if tensor.dim() != 2:
+        return f"{name} must be two-dimensional, got shape {list(tensor.shape)}; flatten batch and sequence first"
+    if tensor.device != experts.device:
+        return f"{name} is on {tensor.device} and the experts are on {experts.device}; move one of them"
+    return ""
+
+
+def check_out(out: object, inputs: Inputs, *, needs_grad: bool) -> None:
+    """Refuse memory for the output that no backend could fill.
+
+    Raises:
+        InvalidInputError: Its message says what was given and what is allowed.
+    """
+    if fault := _out_fault(out, inputs[0], needs_grad=needs_grad):
+        raise InvalidInputError(fault)
+    assert isinstance(out, Tensor)  # noqa: S101 - what is none has a fault
+    for name, tensor in _named(inputs):
+        if overlap(out, tensor):
+            raise InvalidInputError(f"out shares memory with {name}, which is read while out is written")
+
+
+def _out_fault(out: object, hidden_states: Tensor, *, needs_grad: bool) -> str:
+    if fault := tensor_fault("out", out):
+        return fault
+    assert isinstance(out, Tensor)  # noqa: S101 - what is none has a fault
+    if needs_grad or out.requires_grad:
+        return "out cannot be given where a gradient is needed; call under torch.no_grad(), or leave it out"
+    if (out.shape, out.dtype, out.device) != (hidden_states.shape, hidden_states.dtype, hidden_states.device):
+        allowed, got = (f"{list(tensor.shape)} in {tensor.dtype} on {tensor.device}" for tensor in (hidden_states, out))
+        return f"out must be as hidden_states, {allowed}, got {got}"
+    if not out.is_contiguous():
+        return f"out must be contiguous, got strides {list(out.stride())}; out[:M] of a larger buffer is"
+    return ""
+
+
+def overlap(a: Tensor, b: Tensor) -> bool:
+    """Whether two contiguous tensors have elements in the same memory; fake and empty ones have none."""
+    first, second = a.data_ptr(), b.data_ptr()
+    return first < second + b.nbytes and second < first + a.nbytes and first != 0
+
+
+def have_memory(inputs: Inputs) -> bool:
+    """Whether the tensors have memory that a kernel could read; inside of torch.func's transforms they have none."""
+    return all(address(tensor) is not None for _, tensor in _named(inputs))
+
+
+def result_fault(out: object, inputs: Inputs) -> str:
+    """What is wrong with the result of `Backend.run`, seen without looking at its values; empty if nothing is."""
+    hidden_states = inputs[0]
+    if not isinstance(out, Tensor):
+        return f"it returned {type(out).__name__} in place of a tensor"
+    if (out.dtype, out.shape, out.device) != (hidden_states.dtype, hidden_states.shape, hidden_states.device):
+        returned, expected = (
+            f"{tensor.dtype} {list(tensor.shape)} on {tensor.device}" for tensor in (out, hidden_states)
+        )
+        return f"it returned {returned} for hidden_states of {expected}: dtype, shape and device must be the same"
+    if not out.is_contiguous():
+        return f"it returned a tensor of strides {list(out.stride())}, which is not contiguous"
+    for name, tensor in _named(inputs):
+        if shares_memory(out, tensor):
+            return f"it returned memory of {name}, and its output must be fresh memory"
+    return ""
+
+
+def _named(inputs: Inputs) -> Iterator[tuple[str, Tensor]]:
+    hidden_states, experts, topk_weights, topk_ids = inputs
+    yield from (("hidden_states", hidden_states), ("topk_weights", topk_weights), ("topk_ids", topk_ids))
+    yield from experts.tensors()
+
+
+def shares_memory(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors lie in one allocation."""
+    return a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()

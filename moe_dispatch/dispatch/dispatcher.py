@@ -1,50 +1,53 @@
-"""From a call to a running backend: one look-up in the steady state, everything else once per kind of call."""
+"""From a call to a running backend: one look-up for a kind of call that is known, everything else once per kind."""
 
 import logging
 import threading
-import traceback
-from collections.abc import Iterable
 from typing import Any, Final
 
 import torch
 from torch import Tensor
 
-from moe_dispatch.backend import FAST_PATH_TOKENS, Inputs
-from moe_dispatch.dispatch.checks import check
+from moe_dispatch.backend import FAST_PATH_TOKENS, Inputs, Run, RunInto
+from moe_dispatch.dispatch.checks import check, check_out, have_memory, overlap, result_fault
 from moe_dispatch.dispatch.counters import BackendStats, Counters
-from moe_dispatch.dispatch.errors import BackendFailedError, DeviceLostError
+from moe_dispatch.dispatch.errors import BackendFailedError
+from moe_dispatch.dispatch.first_calls import FIRST_CALLS
 from moe_dispatch.dispatch.gradients import needs_grad
 from moe_dispatch.dispatch.plan import Plan
-from moe_dispatch.dispatch.planner import Planner, warn_of_successor
-from moe_dispatch.dispatch.policy_chain import LAST_RESORT
+from moe_dispatch.dispatch.planner import Planner
 from moe_dispatch.dispatch.quarantine import Quarantine
-from moe_dispatch.errors import warn
+from moe_dispatch.dispatch.recovery import Recovery
 from moe_dispatch.experts import ExpertWeights
+from moe_dispatch.guard import FOREIGN_ERRORS
 from moe_dispatch.machine import Machine
 from moe_dispatch.problem import Mode, MoEProblem
+from moe_dispatch.registry import LAST_RESORT
 from moe_dispatch.settings import Settings, settings
 from moe_dispatch.system import failures
 
 logger = logging.getLogger("moe_dispatch")
 
-MAX_PLANS: Final = 65536  # a server that saw this many kinds of call forgets them all and starts over
+MAX_PLANS: Final = 65536  # Plan-cache bound; when full, the oldest plan is dropped.
 FAST_PATH_CALLS: Final = 3  # A backend may prepare for a kind of call (`Backend.fast_path`) at its third run.
 PlanKey = tuple[Any, ...]
 
 
 class Dispatcher:
-    """Runs on one machine what its planner chooses, and recovers from what fails.
+    """Runs on one machine what its planner chooses.
+
+    No lock is held while a backend's or a policy's code runs.
 
     Args:
-        machine: Whose capability and versions decide.
-        configured: The environment's wishes, as read from it if None.
-        live: Whether `machine` is this one; see `Planner`.
+        machine: The machine whose capability and versions decide.
+        configured: The values of the environment variables; they are read if None.
+        live: Whether `machine` is this one. A described machine is only explained; see `Planner`.
 
     Attributes:
         machine: As given.
-        planner: Chooses.
-        quarantine: What failed before.
-        one_of_several_gpus: Whether another GPU than this one may be current when a call arrives.
+        planner: Chooses the backend for a kind of call.
+        quarantine: Remembers which backends failed.
+        one_of_several_gpus: Whether a call may arrive while another GPU than this one is the current device.
+        last_plan: The plan that ran last, a suspect when the CUDA context is lost.
     """
 
     def __init__(self, machine: Machine, configured: Settings | None = None, *, live: bool = True) -> None:
@@ -54,9 +57,9 @@ class Dispatcher:
         self._on_cuda = machine.device == "cuda"
         self._counters = Counters()
         self.planner = Planner(machine, configured or settings(), self.quarantine, self._counters, live=live)
+        self._recovery = Recovery(self, self.planner, self.quarantine, self._counters)
         self._plans: dict[PlanKey, Plan] = {}
-        self._warned_of_memory: set[str] = set()
-        self._last: Plan | None = None
+        self.last_plan: Plan | None = None
         self._lock = threading.RLock()
 
     def forward(
@@ -66,13 +69,15 @@ class Dispatcher:
         topk_weights: Tensor,
         topk_ids: Tensor,
         backend: str | None = None,
+        out: Tensor | None = None,
     ) -> Tensor:
-        """See `moe_dispatch.moe_forward`; the layer's GPU is the current one.
+        """See `moe_dispatch.moe_forward`; the layer's GPU is the current device.
 
-        The key holds all that a check, a policy or a backend may ask of a call, so a kind of call that is known needs
-        none of them.
+        The key holds everything that a check, a policy or a backend may ask of a call, so a kind of call that is known
+        needs none of them. Weights at another address than before are checked again.
         """
         try:
+            grad = needs_grad(hidden_states, experts, topk_weights)
             key = (
                 experts.spec,
                 hidden_states.shape,
@@ -82,28 +87,51 @@ class Dispatcher:
                 topk_weights.dtype,
                 topk_ids.dtype,
                 hidden_states.device == topk_weights.device == topk_ids.device == experts.device,
-                needs_grad(hidden_states, experts, topk_weights),
+                grad,
                 self._on_cuda and torch.cuda.is_current_stream_capturing(),
                 backend,
+                None if out is None else (type(out), out.shape, out.stride(), out.dtype, out.device, out.requires_grad),
             )
-        except AttributeError:
-            check(hidden_states, experts, topk_weights, topk_ids)
-            raise
-        plan = self._plans.get(key)
+            plan = self._plans.get(key)
+            if experts.gate_up.data_ptr() != experts.gate_up_address or experts.down.data_ptr() != experts.down_address:
+                experts.check_unchanged()
+        except (AttributeError, RuntimeError, TypeError, ValueError):
+            # No tensors, or tensors without a shape or an address; check() says which.
+            arguments = (hidden_states, experts, topk_weights, topk_ids)
+            check(*arguments, backend)
+            if out is not None and not isinstance(out, Tensor):
+                check_out(out, arguments, needs_grad=False)  # raises
+            return self._recovery.run_transformed(arguments, backend, out)
         if plan is None:
-            check(hidden_states, experts, topk_weights, topk_ids)
-            # Where a gradient is wanted, the reference sees to it that whoever wants one stands in the graph.
-            if not hidden_states.shape[0] and not needs_grad(hidden_states, experts, topk_weights):
-                return hidden_states.clone()
+            check(hidden_states, experts, topk_weights, topk_ids, backend)
+            arguments = (hidden_states, experts, topk_weights, topk_ids)
+            if out is not None:
+                check_out(out, arguments, needs_grad=grad)
+            if not hidden_states.shape[0] and not grad:
+                return hidden_states.clone() if out is None else out
+            if not have_memory(arguments):
+                return self._recovery.run_transformed(arguments, backend, out)
+            # Where a gradient is needed, the reference puts every tensor that requires one into the graph.
             plan = self._plan(key, experts)
-        if plan.widens:
-            topk_weights = topk_weights.float()
-        inputs = (hidden_states.contiguous(), experts, topk_weights.contiguous(), topk_ids.contiguous())
         try:
-            out = plan.run(*inputs, plan.config) if plan.proven else self._first_run(plan, inputs)
-        except Exception as error:  # noqa: BLE001 - whatever a backend raises, the layer is still to be computed
-            return self._recover(key, plan, error, inputs)
-        self._last = plan
+            if plan.widens:
+                topk_weights = topk_weights.float()
+            inputs = (hidden_states.contiguous(), experts, topk_weights.contiguous(), topk_ids.contiguous())
+        except RuntimeError:
+            check(hidden_states, experts, topk_weights, topk_ids, backend)  # such as sparse tensors
+            raise
+        # Addresses may differ from call to call. Outside of the next try, for it is the caller's fault.
+        if out is not None and any(map(overlap, (out, out, out), (inputs[0], inputs[2], inputs[3]))):
+            check_out(out, inputs, needs_grad=False)  # raises
+        try:
+            if plan.into:
+                result = self._run_into(plan, inputs, out)
+            else:
+                result = plan.run(*inputs, plan.config) if plan.proven else self.first_run(plan, inputs)
+        except FOREIGN_ERRORS as error:
+            result = self._recovery.recover(plan, error, inputs)
+            return result if out is None else out.copy_(result)
+        self.last_plan = plan
         if plan.kept:
             with plan.lock:
                 plan.calls = calls = plan.calls + 1
@@ -111,34 +139,35 @@ class Dispatcher:
                 self._prepare_fast_path(plan, inputs)
         else:
             self._counters.count(plan.choice.backend, ran=1)
-        return out
+        return result
 
-    def warm_up(self, inputs: Inputs, backend: str | None = None) -> None:
-        """Run what an eager call and a captured one would run, so that a capture of this M compiles nothing.
+    def warm_up(self, inputs: Inputs, backend: str | None = None, out: Tensor | None = None) -> None:
+        """Run what an eager call and a captured one would run, so that capturing this M compiles nothing.
 
         Args:
             inputs: hidden_states, experts, topk_weights, topk_ids, as for `forward`.
             backend: As for `forward`.
+            out: As for `forward`.
         """
-        self.forward(*inputs, backend)
+        self.forward(*inputs, backend, out)
         hidden_states, experts, _, topk_ids = inputs
         if experts.device.type != "cuda":
             return
         if hidden_states.shape[0] <= FAST_PATH_TOKENS:
             for _ in range(1, FAST_PATH_CALLS):
-                self.forward(*inputs, backend)
+                self.forward(*inputs, backend, out)
         M, topk = topk_ids.shape
         problem = experts.problem(M, topk, hidden_states.dtype, self.machine.capability, "graph")
-        for plan in self.planner.eligible(problem, experts, backend):
+        for plan in self.planner.eligible(problem, experts, backend, into=out is not None):
             try:
-                self._first_run(plan, inputs)
-            except Exception as error:
+                self.first_run(plan, inputs, out)
+            except FOREIGN_ERRORS as error:
                 if failures.lost_device(error):
-                    raise self._device_lost(plan, error) from error
+                    raise self._recovery.device_lost(plan, error) from error
                 if plan.explicit:
                     raise BackendFailedError(plan.choice.backend, problem, error, plan.remedy) from error
                 if not failures.out_of_memory(error):
-                    self._bar(plan, failures.summary(error))
+                    self._recovery.bar(plan, failures.summary(error))
                 continue
             return
 
@@ -153,149 +182,98 @@ class Dispatcher:
     # Plans.
 
     def _plan(self, key: PlanKey, experts: ExpertWeights) -> Plan:
-        with self._lock:
-            if found := self._plans.get(key):
-                return found
-            problem = self._problem(key, experts)
-            plan = self.planner.plan(problem, experts, key[-1])
-            plan.widens = key[5] is not torch.float32
-            if plan.kept:
+        problem = self._problem(key, experts)
+        with FIRST_CALLS.planning():
+            plan = self.planner.plan(problem, experts, key[-2], into=key[-1] is not None)
+        plan.widens = key[5] is not torch.float32
+        if plan.kept:
+            with self._lock:
                 if len(self._plans) >= MAX_PLANS:
-                    for old in list(self._plans):
-                        self._forget(old)
-                self._plans[key] = plan
+                    self._forget(next(iter(self._plans)))
+                plan = self._plans.setdefault(key, plan)  # another thread may have been faster
         if not plan.proven and problem.device == "cuda" and problem.mode == "eager":
-            # What failed before this first run is not this backend's doing, and shows here.
+            # An error of earlier work surfaces here, and is not booked on the backend that runs next.
             torch.cuda.synchronize(experts.device)
         return plan
 
     def _forget(self, key: PlanKey) -> None:
+        if plan := self._plans.pop(key, None):
+            self._counters.count(plan.choice.backend, ran=plan.calls)
+
+    def drop_plans(self, backend: str, bucket: MoEProblem) -> None:
+        """Drop the plans that a policy made for a backend, for problems of one bucket."""
         with self._lock:
-            if plan := self._plans.pop(key, None):
-                self._counters.count(plan.choice.backend, ran=plan.calls)
+            for key, plan in list(self._plans.items()):
+                if plan.choice.backend == backend and not plan.explicit and plan.problem.bucket == bucket:
+                    self._forget(key)
 
     def _problem(self, key: PlanKey, experts: ExpertWeights) -> MoEProblem:
-        _, _, _, (M, topk), act_dtype, _, _, _, needs_grad, capturing, _ = key
+        _, _, _, (M, topk), act_dtype, _, _, _, grad, capturing, _, _ = key
         mode: Mode = "graph" if capturing else "eager"
-        return experts.problem(M, topk, act_dtype, self.machine.capability, mode, needs_grad=needs_grad)
+        return experts.problem(M, topk, act_dtype, self.machine.capability, mode, needs_grad=grad)
 
-    # Running for the first time, and recovering.
+    # First runs.
 
-    def _first_run(self, plan: Plan, inputs: Inputs) -> Tensor:
-        """Run under a marker and wait for the end, so that whatever goes wrong has a name."""
-        device = inputs[0].device
-        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-            return plan.run(*inputs, plan.config)  # nothing can be awaited, so nothing is proven
+    def first_run(self, plan: Plan, inputs: Inputs, out: Tensor | None = None) -> Tensor:
+        """Run a plan for the first time: watched and awaited, so that whatever goes wrong is this backend's doing.
+
+        Raises:
+            ContractError: The result is not what `Backend.run` promises.
+        """
+        arguments = (*inputs, plan.config) if out is None else (*inputs, plan.config, out)
         if plan.choice.backend == LAST_RESORT:
-            out = plan.run(*inputs, plan.config)
+            result = plan.run(*arguments)
+            self.planner.prove(plan)
+            return result
+        device = inputs[0].device
+        capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+        if capturing:  # nothing can be awaited, so nothing is proven
+            result = plan.run(*arguments)
         else:
-            with self.quarantine.first_run(plan.choice.backend, plan.problem):
-                out = plan.run(*inputs, plan.config)
+            with FIRST_CALLS.running(plan.choice.backend), self.quarantine.first_run(plan.choice.backend, plan.problem):
+                result = plan.run(*arguments)
                 if device.type == "cuda":
                     torch.cuda.synchronize(device)
-        self.planner.prove(plan)
-        return out
+        _check_result(result, inputs, out)
+        if not capturing:
+            self.planner.prove(plan)
+        return result
+
+    def _run_into(self, plan: Plan, inputs: Inputs, out: Tensor | None) -> Tensor:
+        assert out is not None  # noqa: S101 - plans of such calls are made for them
+        return plan.run(*inputs, plan.config, out) if plan.proven else self.first_run(plan, inputs, out)
 
     def _prepare_fast_path(self, plan: Plan, inputs: Inputs) -> None:
-        """Let the backend prepare for more calls of a kind; it may decline, and its trouble stays its own."""
+        """Let the backend prepare for more calls of a kind. It may decline, and a failure leaves things as they are."""
         problem = plan.problem
         if problem.mode == "graph" or problem.M > FAST_PATH_TOKENS:
             return
         try:
-            plan.run = plan.backend.fast_path(inputs, plan.config) or plan.run
-        except Exception as error:
+            run = plan.backend.fast_path(inputs, plan.config)
+            if run is None:
+                return
+            if plan.backend.needs_probe:
+                _check_result(run(*inputs, plan.config), inputs, None)
+        except FOREIGN_ERRORS as error:
             if failures.lost_device(error):
-                raise self._device_lost(plan, error) from error
+                raise self._recovery.device_lost(plan, error) from error
             logger.info("%s did not prepare for %s: %s", plan.choice.backend, problem, failures.summary(error))
-
-    def _recover(self, key: PlanKey, plan: Plan, error: Exception, inputs: Inputs) -> Tensor:
-        name = plan.choice.backend
-        if failures.lost_device(error):
-            raise self._device_lost(plan, error) from error
-        if plan.explicit:
-            raise BackendFailedError(name, plan.problem, error, plan.remedy) from error
-        if plan.problem.mode == "graph":
-            # The capture is void whatever runs now; the next one finds the culprit barred.
-            if failures.broken_capture(error):
-                remedy = "The capture had failed before; what failed first is its cause."
-            else:
-                self._bar(plan, failures.summary(error))
-                remedy = "It is avoided for such problems from now on: `warm_up`, then capture again."
-            raise BackendFailedError(name, plan.problem, error, remedy) from error
-        if failures.out_of_memory(error):
-            return self._with_less_memory(plan, error, inputs)
-        if name == LAST_RESORT:
-            raise error
-        self._bar(plan, failures.summary(error))
-        warn_of_successor(name, plan.problem, failures.summary(error), self._plan(key, inputs[1]))
-        return self.forward(*inputs)
-
-    def _bar(self, plan: Plan, cause: str) -> None:
-        """Quarantine a plan's backend for such problems, in this process, and drop the plans that use it there."""
-        name, bucket = plan.choice.backend, plan.problem.bucket
-        self.quarantine.bar(name, plan.problem, cause, fatal=False)
-        with self._lock:
-            self._counters.count(name, fell_back=1, quarantined=1)
-            for other, held in list(self._plans.items()):
-                if held.choice.backend == name and not held.explicit and held.problem.bucket == bucket:
-                    self._forget(other)
-
-    def _with_less_memory(self, plan: Plan, error: Exception, inputs: Inputs) -> Tensor:
-        """Out of memory: whoever needs less workspace, then the call in halves along M, for this call only."""
-        hidden_states, experts, topk_weights, topk_ids = inputs
-        self._counters.count(plan.choice.backend, fell_back=1)
-        _release(error)
-        for leaner in self._leaner_plans(plan, experts):
-            try:
-                out = self._first_run(leaner, inputs)
-            except Exception as again:
-                if failures.lost_device(again):
-                    raise self._device_lost(leaner, again) from again
-                if not failures.out_of_memory(again):
-                    self._bar(leaner, failures.summary(again))
-                _release(again)
-                continue
-            self._warn_of_memory(plan, error, f"{leaner.choice.backend!r}, which needs less workspace, runs instead")
-            self._counters.count(leaner.choice.backend, ran=1)
-            return out
-        if plan.problem.M < 2:
-            raise error
-        half = plan.problem.M // 2
-        self._warn_of_memory(plan, error, f"the call is split along M into {half} and {plan.problem.M - half} tokens")
-        parts = (slice(None, half), slice(half, None))
-        return torch.cat(
-            [self.forward(hidden_states[part], experts, topk_weights[part], topk_ids[part]) for part in parts]
-        )
-
-    def _leaner_plans(self, plan: Plan, experts: ExpertWeights) -> Iterable[Plan]:
-        needed = plan.backend.workspace_bytes(plan.problem, plan.config)
-        eligible = list(self.planner.eligible(plan.problem, experts))
-        # The naive loop needs little and takes long: halves of the call come first.
-        eligible = [other for other in eligible if other.choice.backend != LAST_RESORT or plan.problem.M < 2]
-        leaner = [(other.backend.workspace_bytes(other.problem, other.config), other) for other in eligible]
-        return [other for size, other in sorted(leaner, key=lambda pair: pair[0]) if size < needed]
-
-    def _device_lost(self, plan: Plan, error: Exception) -> DeviceLostError:
-        """A first run was awaited and is the culprit; of later ones the error only says that it was earlier."""
-        suspect = plan if not plan.proven else self._last or plan
-        name = suspect.choice.backend
-        certain = not suspect.proven and name != LAST_RESORT
-        if certain:
-            self.quarantine.bar(name, suspect.problem, failures.summary(error), fatal=True)
-        return DeviceLostError([name], error, certain=certain)
-
-    def _warn_of_memory(self, plan: Plan, error: Exception, instead: str) -> None:
-        if plan.choice.backend in self._warned_of_memory:
-            return  # the halves of a call run out in turn, and the next call again
-        self._warned_of_memory.add(plan.choice.backend)
-        warn(
-            f"backend {plan.choice.backend!r} ran out of memory on {plan.problem} ({failures.summary(error)}); "
-            f"{instead}. Leave more memory free (a smaller KV cache, say) to avoid this."
-        )
+            return
+        plan.run = _copying(run) if plan.into else run
 
 
-def _release(error: BaseException) -> None:
-    """Let go of what a failed run had allocated: its frames hold it as long as the traceback lives."""
-    traceback.clear_frames(error.__traceback__)
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+def _copying(run: Run) -> RunInto:
+    """At few tokens copying the output costs less than launching without the fast path."""
+    return lambda *arguments: arguments[-1].copy_(run(*arguments[:-1]))
+
+
+def _check_result(result: object, inputs: Inputs, out: Tensor | None) -> None:
+    fault = result_fault(result, inputs)
+    if out is not None and result is not out:
+        fault = fault or "it returned another tensor than the one it was to write into"
+    if fault:
+        raise ContractError(fault)
+
+
+class ContractError(Exception):
+    """A backend returned something else than `Backend.run` promises."""

@@ -40,4 +40,4 @@ def forward_mode_entered(*tensors: Tensor) -> bool:
 
 def is_fake(tensor: object) -> bool:
     """Whether a tensor has shape, dtype and device but no memory, like those that trace a model or size its memory."""
-    return type(tensor).__name__ == "FakeTensor" if FakeTensor is None else isinstance(tensor, FakeTensor)
+    return hasattr(tensor, "fake_mode") if FakeTensor is None else isinstance(tensor, FakeTensor)

@@ -1,10 +1,13 @@
-"""What runs for one kind of call."""
+"""The plan for one kind of call: which backend runs it, and how."""
 
 import dataclasses
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from moe_dispatch.backend import Backend, BackendConfig, Run
+from torch import Tensor
+
+from moe_dispatch.backend import Backend, BackendConfig
 from moe_dispatch.policy import Choice
 from moe_dispatch.problem import MoEProblem
 
@@ -15,16 +18,18 @@ class Plan:
 
     Attributes:
         problem: The kind of call.
-        backend: What runs it.
-        config: How.
-        choice: Why.
-        remedy: How to have another backend in its place, where the caller or the environment named this one; nothing
-            else runs then. Empty where a policy chose.
-        run: The backend's bound method, or what it has in its place for this kind of call (`Backend.fast_path`).
-        widens: Whether topk_weights come in half precision, which backends do not take.
+        backend: The backend that runs it.
+        config: The backend's configuration.
+        choice: The choice that it comes from, with its reason.
+        remedy: How to have another backend in its place, where the caller or the environment named this one; no other
+            one runs then. Empty where a policy chose.
+        into: Whether the calls bring the memory for their output.
+        run: The backend's bound `run` (`run_into` if `into`), or what `Backend.fast_path` gave in its place.
+        widens: Whether topk_weights come in half precision and are converted to fp32 first.
         proven: Whether it has run such a problem to its end in this process.
-        kept: Whether later calls of the kind find it; a capture's capture_fallback is planned anew.
+        kept: Whether later calls of the kind use it; the fallback during a capture is planned anew.
         calls: How often it ran.
+        lock: Held while `calls` is counted.
     """
 
     problem: MoEProblem
@@ -32,7 +37,8 @@ class Plan:
     config: BackendConfig
     choice: Choice
     remedy: str
-    run: Run = field(init=False)
+    into: bool = False
+    run: Callable[..., Tensor] = field(init=False)
     widens: bool = False
     proven: bool = False
     kept: bool = False
@@ -40,14 +46,17 @@ class Plan:
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def __post_init__(self) -> None:
-        self.run = self.backend.run
+        self.run = self.backend.run_into if self.into else self.backend.run
 
     @property
     def explicit(self) -> bool:
-        """Whether the backend was named, so that nothing else runs in its place."""
+        """Whether the backend was named, so that no other one runs in its place."""
         return bool(self.remedy)
 
     @property
-    def kind(self) -> tuple[str, BackendConfig, MoEProblem]:
-        """What a first run proves: this backend, so configured, at about this many tokens."""
-        return self.choice.backend, self.config, dataclasses.replace(self.problem.bucket, mode="eager")
+    def kind(self) -> "PlanKind":
+        """What a first run proves: this backend in this configuration, at about this many tokens."""
+        return self.choice.backend, self.config, dataclasses.replace(self.problem.bucket, mode="eager"), self.into
+
+
+PlanKind = tuple[str, BackendConfig, MoEProblem, bool]

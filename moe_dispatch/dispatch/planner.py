@@ -1,8 +1,7 @@
-"""From a kind of call to the plan that runs it: the policies' order, each backend's reasons, and its probe."""
+"""From a kind of call to the plan that runs it: the policies' order, each backend's reasons against, and its probe."""
 
 import dataclasses
 import logging
-import threading
 from collections.abc import Iterator
 from typing import Final
 
@@ -14,15 +13,15 @@ from moe_dispatch.dispatch.backend_pool import BackendPool, BackendStatus
 from moe_dispatch.dispatch.counters import Counters
 from moe_dispatch.dispatch.errors import BackendUnsupportedError, NoBackendError
 from moe_dispatch.dispatch.explanation import Candidate, Explanation
-from moe_dispatch.dispatch.plan import Plan
-from moe_dispatch.dispatch.policy_chain import LAST_RESORT, PolicyChain
-from moe_dispatch.dispatch.quarantine import Quarantine
+from moe_dispatch.dispatch.plan import Plan, PlanKind
+from moe_dispatch.dispatch.policy_chain import PolicyChain
+from moe_dispatch.dispatch.quarantine import OBEYED_FOR, STRIKES, Quarantine, QuarantineEntry
 from moe_dispatch.errors import BackendUnavailableError, UnknownNameError, warn, way_out
 from moe_dispatch.experts import ExpertWeights
 from moe_dispatch.machine import Machine
 from moe_dispatch.policy import Choice
 from moe_dispatch.problem import MoEProblem
-from moe_dispatch.registry import BACKENDS
+from moe_dispatch.registry import BACKENDS, LAST_RESORT
 from moe_dispatch.settings import Settings
 
 logger = logging.getLogger("moe_dispatch")
@@ -36,26 +35,38 @@ class Planner:
     """Chooses backends on one machine.
 
     Args:
-        machine: Whose capability and versions decide.
-        configured: The environment's wishes.
-        quarantine: Consulted, and told of what a probe or an import fails.
+        machine: The machine whose capability and versions decide.
+        configured: The values of the environment variables.
+        quarantine: Consulted, and told of a backend that cannot be made or fails its probe.
         counters: Told of the same.
         live: Whether `machine` is this one. A described machine is only explained: nothing is imported or probed.
+
+    Attributes:
+        machine: As given.
     """
 
     def __init__(
         self, machine: Machine, configured: Settings, quarantine: Quarantine, counters: Counters, *, live: bool
     ) -> None:
-        self._machine, self._settings, self._live = machine, configured, live
+        self.machine = machine
+        self._settings, self._live = configured, live
         self._quarantine, self._counters = quarantine, counters
         self._pool = BackendPool(machine, configured.disabled, quarantine)
         self._chain: PolicyChain | None = None
-        self._proven: set[tuple[str, BackendConfig, MoEProblem]] = set()
+        self._proven: set[PlanKind] = set()
         self._passed_over: set[str] = set()
-        self._lock = threading.Lock()
+        self._obeyed: list[QuarantineEntry] = []
 
-    def plan(self, problem: MoEProblem, experts: ExpertWeights, backend: str | None = None) -> Plan:
+    def plan(
+        self, problem: MoEProblem, experts: ExpertWeights, backend: str | None = None, *, into: bool = False
+    ) -> Plan:
         """The best plan for a problem, or the one of the backend that the caller or the environment names.
+
+        Args:
+            problem: The kind of call.
+            experts: The layer's weights.
+            backend: The name that the caller gives, if any.
+            into: Whether the calls bring the memory for their output.
 
         Raises:
             BackendUnsupportedError: The named backend cannot run this.
@@ -63,21 +74,23 @@ class Planner:
             NoBackendError: Nothing can run this.
         """
         if backend or self._settings.backend:
-            plan = self._named_plan(backend, problem, experts)
+            plan = self._named_plan(backend, problem, experts, into=into)
         else:
-            plan = self._best_plan(problem, experts)
+            plan = self._best_plan(problem, experts, into=into)
         plan.proven = plan.kind in self._proven
         logger.info("%s runs %s: %s", plan.choice.backend, problem, plan.choice.reason)
         return plan
 
-    def eligible(self, problem: MoEProblem, experts: ExpertWeights, backend: str | None = None) -> Iterator[Plan]:
-        """Every plan that could run a problem, best first; at most the named backend's, where one is named."""
+    def eligible(
+        self, problem: MoEProblem, experts: ExpertWeights, backend: str | None = None, *, into: bool = False
+    ) -> Iterator[Plan]:
+        """Every plan that could run a problem, best first; where a backend is named, that backend's or none."""
         named = bool(backend or self._settings.backend)
         remedy = way_out("" if backend else BACKEND_VARIABLE) if named else ""
         for choice in (self._named_choice(backend, problem),) if named else self._rank(problem):
             against = self._reasons_against(choice, problem, chosen_by_name=named)
             if not against and not self._probe_failure(choice, problem, experts):
-                yield self._made_plan(problem, choice, remedy)
+                yield self._made_plan(problem, choice, remedy, into=into)
 
     def prove(self, plan: Plan) -> None:
         """Remember that a plan has run to its end."""
@@ -99,7 +112,7 @@ class Planner:
             candidates += [Candidate(choice, passed_over) for choice in others]
         ranked = {candidate.choice.backend for candidate in candidates}
         unranked = {name: self._pool.reasons_against(name, problem) for name in BACKENDS.names() if name not in ranked}
-        return Explanation(problem, self._machine, tuple(candidates), unranked, self.notes())
+        return Explanation(problem, self.machine, tuple(candidates), unranked, self.notes())
 
     def backend(self, name: str) -> Backend:
         """The backend behind a name.
@@ -115,7 +128,7 @@ class Planner:
         return self._pool.statuses()
 
     def notes(self) -> tuple[str, ...]:
-        """Names in the environment that nobody has, retired measurements, refused files."""
+        """Unknown names in the environment, retired measurements and refused files."""
         return (*self._unknown_names(), *self._policies().notes())
 
     def _unknown_names(self) -> tuple[str, ...]:
@@ -128,8 +141,8 @@ class Planner:
             str(UnknownNameError("backend", name, known, variable)) for variable, name in wanted if name not in known
         )
 
-    def _named_plan(self, backend: str | None, problem: MoEProblem, experts: ExpertWeights) -> Plan:
-        """Of the backend that the caller names, else the environment."""
+    def _named_plan(self, backend: str | None, problem: MoEProblem, experts: ExpertWeights, *, into: bool) -> Plan:
+        """The plan of the backend that the caller names, or else the environment."""
         name, variable = (backend, "") if backend else (self._settings.backend, BACKEND_VARIABLE)
         self._pool.made(name).require(variable)
         if reasons := self._pool.reasons_against(name, problem, chosen_by_name=True):
@@ -137,10 +150,10 @@ class Planner:
         choice = self._named_choice(backend, problem)
         if failure := self._probe_failure(choice, problem, experts):
             raise BackendUnavailableError(name, (failure,), variable)
-        return self._made_plan(problem, choice, way_out(variable))
+        return self._made_plan(problem, choice, way_out(variable), into=into)
 
     def _named_choice(self, backend: str | None, problem: MoEProblem) -> Choice:
-        """The same, in the configuration that the policies rank first for it."""
+        """The named backend, in the configuration that the policies rank first for it."""
         name = backend or self._settings.backend
         ranked = (choice for choice in self._rank(problem) if choice.backend == name)
         choice = next((choice for choice in ranked if not self._misconfigured(choice, problem)), Choice(name, ""))
@@ -148,11 +161,12 @@ class Planner:
             return dataclasses.replace(choice, reason="named by the caller", policy="caller")
         return dataclasses.replace(choice, reason=f"named by {BACKEND_VARIABLE}", policy="environment")
 
-    def _best_plan(self, problem: MoEProblem, experts: ExpertWeights) -> Plan:
+    def _best_plan(self, problem: MoEProblem, experts: ExpertWeights, *, into: bool) -> Plan:
         against: dict[str, tuple[str, ...]] = {}
         faults: dict[str, str] = {}
-        capture_fallback: Plan | None = None
-        found: Plan | None = None
+        recorded: dict[str, QuarantineEntry] = {}
+        unproven: Plan | None = None
+        best: Plan | None = None
         for choice in self._rank(problem):
             reasons = self._reasons_against(choice, problem)
             if fault := self._pool.broken(choice.backend):
@@ -163,27 +177,31 @@ class Planner:
                     faults[choice.backend] = failure
             if reasons:
                 against.setdefault(choice.backend, reasons)
+                if len(reasons) == 1 and (entry := self._quarantine.recorded(choice.backend, problem)):
+                    recorded[choice.backend] = entry
                 continue
-            plan = self._made_plan(problem, choice)
+            plan = self._made_plan(problem, choice, into=into)
             if problem.mode == "eager" or plan.kind in self._proven:
-                found = plan
+                best = plan
                 break
-            # What never ran may have to compile, which can break a capture: something that ran before is safer, though
-            # only until this one has run.
-            capture_fallback = capture_fallback or plan
-        if found is not None:
-            found.kept = capture_fallback is None
-        found = found or capture_fallback
-        if found is None:
+            # A backend that never ran may have to compile, which can break a capture: one that ran before is safer.
+            unproven = unproven or plan
+        if best is not None:
+            # A fallback during a capture is not kept: once the plan before it has run, that one is better.
+            best.kept = unproven is None
+        best = best or unproven
+        if best is None:
             for name in BACKENDS.names():
                 against.setdefault(name, self._pool.reasons_against(name, problem))
             raise NoBackendError(problem, against)
         for name, fault in faults.items():
-            self._pass_over(name, problem, fault, found)
-        return found
+            self._pass_over(name, problem, fault, best)
+        for entry in recorded.values():
+            self._warn_of_record(entry, best)
+        return best
 
     def _pass_over(self, name: str, problem: MoEProblem, fault: str, successor: Plan) -> None:
-        """Say once that a ranked backend does not import or is wrong, and what runs in its place."""
+        """Warn once that a ranked backend is broken or fails its probe, and say what runs in its place."""
         if name in self._passed_over:
             return
         self._passed_over.add(name)
@@ -191,9 +209,22 @@ class Planner:
         self._quarantine.bar(name, problem, fault, fatal=False)
         warn_of_successor(name, problem, fault, successor)
 
-    def _made_plan(self, problem: MoEProblem, choice: Choice, remedy: str = "") -> Plan:
+    def _warn_of_record(self, entry: QuarantineEntry, successor: Plan) -> None:
+        """Warn once that an earlier process's failure keeps a backend from running."""
+        if entry in self._obeyed:
+            return
+        self._obeyed.append(entry)
+        until = "until a version changes" if entry.strikes >= STRIKES else f"for {OBEYED_FOR} after that"
+        warn(
+            f"backend {entry.backend!r} is avoided for {entry.problem} {until}, because of an earlier process, "
+            f"{entry.when}: {entry.cause}. {successor.choice.backend!r} runs instead. `moe-dispatch doctor` lists such "
+            "records, `moe-dispatch doctor --reset` lifts them."
+        )
+
+    def _made_plan(self, problem: MoEProblem, choice: Choice, remedy: str = "", *, into: bool = False) -> Plan:
         backend = self._pool.made(choice.backend).require()
-        return Plan(problem, backend, _config(backend, choice, problem), choice, remedy, kept=bool(remedy))
+        config = _config(backend, choice, problem)
+        return Plan(problem, backend, config, choice, remedy, into=into, kept=bool(remedy))
 
     def _rank(self, problem: MoEProblem) -> tuple[Choice, ...]:
         if problem.needs_grad:
@@ -201,16 +232,15 @@ class Planner:
         return self._policies().rank(problem)
 
     def _policies(self) -> PolicyChain:
-        if self._chain is None:
-            with self._lock:
-                self._chain = self._chain or self._load_policies()
+        if self._chain is None:  # two threads may load it at once; no lock is held while a policy's code runs
+            self._chain = self._load_policies()
         return self._chain
 
     def _load_policies(self) -> PolicyChain:
         for text in self._unknown_names():
             warn(text)
         try:
-            return PolicyChain(self._machine, self._settings.policies)
+            return PolicyChain(self.machine, self._settings.policies)
         except UnknownNameError as error:
             raise UnknownNameError(error.kind, error.name, error.known, POLICY_VARIABLE) from None
 
@@ -229,7 +259,7 @@ class Planner:
         return ""
 
     def _probe_failure(self, choice: Choice, problem: MoEProblem, experts: ExpertWeights | None) -> str:
-        device = experts.device if experts is not None else torch.device(self._machine.device)
+        device = experts.device if experts is not None else torch.device(self.machine.device)
         return self._pool.probe_failure(choice.backend, problem, device)
 
 

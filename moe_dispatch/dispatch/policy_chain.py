@@ -1,24 +1,24 @@
-"""The policies in their order, asked as one."""
+"""The policies in their order of precedence, asked as one."""
 
 from collections.abc import Sequence
-from typing import Final
 
 from moe_dispatch.errors import MoEDispatchError, UnknownNameError, warn
+from moe_dispatch.guard import FOREIGN_ERRORS
 from moe_dispatch.machine import Machine
 from moe_dispatch.policy import Choice, Policy
 from moe_dispatch.problem import MoEProblem
-from moe_dispatch.registry import POLICIES
-
-LAST_RESORT: Final = "reference"
+from moe_dispatch.registry import LAST_RESORT, POLICIES
+from moe_dispatch.system import failures
 
 
 class PolicyChain:
     """Asks each policy in turn; what an earlier one ranks stands before what a later one adds.
 
-    A policy that cannot load or rank is passed over with a warning: a damaged file must not stop a model.
+    A policy that cannot load or rank is passed over with a warning: neither a damaged file nor a fault in its code may
+    stop a model.
 
     Args:
-        machine: For which the policies rank.
+        machine: The machine that the policies rank for.
         names: Registered policy names, in order of precedence.
 
     Raises:
@@ -33,7 +33,7 @@ class PolicyChain:
                 self._policies.append(POLICIES.load(name)(machine))
             except UnknownNameError:
                 raise
-            except MoEDispatchError as error:
+            except FOREIGN_ERRORS as error:
                 self._refuse(name, error)
 
     def rank(self, problem: MoEProblem) -> tuple[Choice, ...]:
@@ -41,22 +41,29 @@ class PolicyChain:
         ranked: dict[tuple[str, str], Choice] = {}
         for policy in self._policies:
             try:
-                choices = policy.rank(problem)
-            except MoEDispatchError as error:
+                choices = [_named(choice, policy.name) for choice in policy.rank(problem)]
+            except FOREIGN_ERRORS as error:
                 self._refuse(policy.name, error)
                 continue
             for choice in choices:
-                ranked.setdefault((choice.backend, repr(choice.config)), _named(choice, policy.name))
+                ranked.setdefault((choice.backend, repr(choice.config)), choice)
         if not any(choice.backend == LAST_RESORT for choice in ranked.values()):
             ranked[LAST_RESORT, ""] = Choice(LAST_RESORT, "runs anywhere", policy="last resort")
         return tuple(ranked.values())
 
     def notes(self) -> tuple[str, ...]:
-        """What the policies have to say, refusals first."""
-        return (*self._refusals, *(f"{policy.name}: {note}" for policy in self._policies for note in policy.notes()))
+        """The policies' notes, after those on policies that were passed over."""
+        notes: list[str] = []
+        for policy in self._policies:
+            try:
+                notes += [f"{policy.name}: {note}" for note in policy.notes()]
+            except FOREIGN_ERRORS as error:
+                self._refuse(policy.name, error)
+        return (*self._refusals, *notes)
 
-    def _refuse(self, name: str, error: MoEDispatchError) -> None:
-        text = f"policy {name!r} is passed over: {error}"
+    def _refuse(self, name: str, error: BaseException) -> None:
+        what = str(error) if isinstance(error, MoEDispatchError) else failures.summary(error)
+        text = f"policy {name!r} is passed over: {what}"
         if text not in self._refusals:
             self._refusals.append(text)
             warn(text)

@@ -9,6 +9,7 @@ import torch
 from moe_dispatch.dispatch.counters import BackendStats
 from moe_dispatch.dispatch.dispatcher import Dispatcher
 from moe_dispatch.machine import current_machine, present_device
+from moe_dispatch.registry import BACKENDS, POLICIES
 
 _dispatchers: dict[torch.device, Dispatcher] = {}
 _dispatchers_lock = threading.Lock()
@@ -16,8 +17,8 @@ _dispatchers_lock = threading.Lock()
 
 def get_dispatcher(device: torch.device | str | None = None) -> Dispatcher:
     """The process's dispatcher for a device: the current CUDA device if None, else the CPU."""
-    found = _dispatchers.get(device) if isinstance(device, torch.device) else None
-    return found or _make_dispatcher(device)
+    known = _dispatchers.get(device) if isinstance(device, torch.device) else None
+    return known or _make_dispatcher(device)
 
 
 def _make_dispatcher(device: torch.device | str | None) -> Dispatcher:
@@ -37,18 +38,20 @@ def stats() -> dict[str, dict[str, int]]:
     """How often each backend ran, fell back and was quarantined in this process, over all devices."""
     total: dict[str, BackendStats] = {}
     for dispatcher in list(_dispatchers.values()):
-        for name, found in dispatcher.stats().items():
-            held = total.setdefault(name, BackendStats())
-            held.ran += found.ran
-            held.fell_back += found.fell_back
-            held.quarantined += found.quarantined
-    return {name: dataclasses.asdict(held) for name, held in total.items()}
+        for name, counted in dispatcher.stats().items():
+            summed = total.setdefault(name, BackendStats())
+            summed.ran += counted.ran
+            summed.fell_back += counted.fell_back
+            summed.quarantined += counted.quarantined
+    return {name: dataclasses.asdict(summed) for name, summed in total.items()}
 
 
 def _after_fork_in_child() -> None:
     global _dispatchers_lock
-    # Another thread may have held these locks at the fork; nobody in the child would release them.
+    # Another thread of the parent may have held these locks at the fork. The child has no thread to release them.
     _dispatchers_lock = threading.Lock()
+    for registry in (BACKENDS, POLICIES):
+        registry.renew_lock()
     reset_dispatchers()
 
 

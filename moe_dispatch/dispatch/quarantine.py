@@ -1,17 +1,20 @@
-"""Which backends failed at which problems: avoided in this process, and in later ones if the failure killed one.
+"""Which backends failed at which problems: avoided in this process, and in later ones after a failure that killed one.
 
-A failure that a process survives is recorded so that `doctor` can show it, and applies to that process only: it may
-have been the moment's. One that kills (illegal access, a hang, a crash) applies to every process until a version
-changes or it is lifted. A process that dies cannot record anything, so the first run of a backend on a kind of problem
-leaves a marker that its success removes; a marker whose process is gone tells what that process died of.
+A failure that a process survives may have been of the moment: it is recorded for `doctor`, and obeyed by that process
+only. A failure that kills (illegal access, a hang, a crash) is obeyed by every process: `QuarantineEntry.is_obeyed`.
+A process that dies cannot record anything, so the first run of a backend on a kind of problem leaves a marker that its
+success removes; a marker whose process is gone says what that process died of.
+
+Whoever can write here can have backends avoided, so files of other users and symbolic links are not read. Disk trouble
+is logged and never breaks a call.
 """
 
 import contextlib
 import datetime
 import fcntl
+import itertools
 import logging
 import os
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Final, Literal
@@ -20,26 +23,44 @@ import pydantic
 
 from moe_dispatch.machine import Machine
 from moe_dispatch.problem import MoEProblem
+from moe_dispatch.registry import LAST_RESORT
 from moe_dispatch.settings import cache_dir
-from moe_dispatch.system.files import locked, write_atomically
+from moe_dispatch.system.files import (
+    UnusableFileError,
+    list_files,
+    locked,
+    open_regular,
+    read_json,
+    set_aside,
+    write_atomically,
+)
 from moe_dispatch.system.libraries import library_version
 from moe_dispatch.system.signals import cleaned_up_on_sigterm
 
 logger = logging.getLogger(__name__)
 
-SCHEMA: Final = 1
+SCHEMA: Final = 2  # 1 had no strikes, and at first "lethal" for "fatal".
+MAX_BYTES: Final = 4 << 20  # An entry takes about 500 bytes.
+MAX_MARKER_BYTES: Final = 64 << 10
+# A process that died in a first run may have been killed for other reasons, so one death bars a backend for this long
+# only. A second one bars it until a version changes.
+OBEYED_FOR: Final = datetime.timedelta(hours=24)
+STRIKES: Final = 2
+
+_marker_numbers = itertools.count()
 
 
 class QuarantineEntry(pydantic.BaseModel):
     """One backend barred from one kind of problem.
 
     Attributes:
-        backend: Its name.
+        backend: The backend's name.
         problem: repr of the problem with M rounded up to a power of two (`MoEProblem.bucket`).
         cause: What happened, one line.
-        fatal: Whether it killed a process or its CUDA context.
-        when: UTC, ISO 8601.
+        fatal: Whether it killed a process or its CUDA context. Entries of schema 1 may say ``lethal``.
+        when: The last time, in UTC, ISO 8601.
         versions: The software it happened under; another value of any ends the entry.
+        strikes: How often it happened.
     """
 
     model_config = pydantic.ConfigDict(frozen=True, extra="forbid")
@@ -47,68 +68,92 @@ class QuarantineEntry(pydantic.BaseModel):
     backend: str
     problem: str
     cause: str
-    # Entries written before 0.2 say "lethal".
     fatal: bool = pydantic.Field(validation_alias=pydantic.AliasChoices("fatal", "lethal"))
     when: str
     versions: dict[str, str]
+    strikes: int = pydantic.Field(default=1, ge=1)
+
+    @property
+    def is_obeyed(self) -> bool:
+        """Whether later processes avoid the backend: after a fatal failure of the last 24 hours, or after two."""
+        return self.fatal and self.backend != LAST_RESORT and (self.strikes >= STRIKES or self._is_recent())
+
+    def _is_recent(self) -> bool:
+        try:
+            return datetime.datetime.now(datetime.UTC) - datetime.datetime.fromisoformat(self.when) < OBEYED_FOR
+        except (ValueError, TypeError, OverflowError):  # no time, or one without its zone
+            return True
 
 
 class _File(pydantic.BaseModel):
     model_config = pydantic.ConfigDict(extra="forbid")
 
-    schema_version: Literal[1] = SCHEMA
+    schema_version: Literal[1, 2] = SCHEMA
     entries: list[QuarantineEntry] = []
 
 
+class _KeptFileError(OSError):
+    """The file is not to be replaced: a newer version of this package wrote it, or it cannot be read just now."""
+
+
 class Quarantine:
-    """The quarantine of one machine. Disk trouble is logged and never breaks a call.
+    """The quarantine of one machine. The last resort is never in it.
 
     Args:
-        machine: Whose quarantine; other hardware has another file.
+        machine: The machine; other hardware has another file.
         directory: Defaults to the cache directory.
     """
 
     def __init__(self, machine: Machine, directory: Path | None = None) -> None:
         self._machine = machine
         self._path = (directory or cache_dir()) / "quarantine" / f"{machine.fingerprint}.json"
-        self._lock = threading.Lock()
-        self._barred: dict[tuple[str, str], str] | None = None
+        self._recorded: dict[tuple[str, str], QuarantineEntry] | None = None
+        self._barred: dict[tuple[str, MoEProblem], str] = {}
 
     def cause(self, backend: str, problem: MoEProblem) -> str:
         """Why `backend` is barred from problems like this one; empty if it is not."""
-        if self._barred is None:
-            with self._lock:
-                if self._barred is None:
-                    self._barred = {
-                        (entry.backend, entry.problem): entry.cause for entry in self.entries() if entry.fatal
-                    }
-        return self._barred.get((backend, repr(problem.bucket)), "")
+        if self._barred and (cause := self._barred.get((backend, problem.bucket))):
+            return cause
+        entry = self.recorded(backend, problem)
+        return entry.cause if entry else ""
+
+    def recorded(self, backend: str, problem: MoEProblem) -> QuarantineEntry | None:
+        """The entry of an earlier process that this one obeys for `backend` and problems like this one, if any."""
+        if self._recorded is None:
+            self._recorded = {(entry.backend, entry.problem): entry for entry in self.entries() if entry.is_obeyed}
+        return self._recorded.get((backend, repr(problem.bucket))) if self._recorded else None
 
     def bar(self, backend: str, problem: MoEProblem, cause: str, *, fatal: bool) -> None:
-        """Avoid `backend` for problems like this one, in this process at once and on disk for `doctor`."""
-        self.cause(backend, problem)
-        assert self._barred is not None  # noqa: S101 - filled by the line above
-        self._barred[backend, repr(problem.bucket)] = cause
-        self._add(self._entry(backend, problem, cause, fatal=fatal))
+        """Avoid `backend` for problems like this one, in this process at once and on disk for `doctor`.
+
+        The last resort is never barred: without it nothing would be left to run.
+        """
+        if backend != LAST_RESORT:
+            self._barred[backend, problem.bucket] = cause
+            self._add(self._entry(backend, problem, cause, fatal=fatal))
 
     def entries(self) -> tuple[QuarantineEntry, ...]:
         """What is on disk and still holds under the versions of today."""
-        self._collect_stale_markers()
+        collected = self._collect_stale_markers()
         versions = self._versions()
-        return tuple(entry for entry in self._read().entries if entry.versions == versions)
+        return tuple(entry for entry in (*self._read().entries, *collected) if entry.versions == versions)
 
     def reset(self) -> int:
-        """Lift everything; returns how many entries were lifted.
+        """Lift everything; returns how many entries were lifted. A file that cannot be read is set aside.
 
         Raises:
             OSError: The file cannot be replaced.
         """
         self._collect_stale_markers()
-        count = len(self._read().entries)
-        if self._path.exists():
+        count = 0
+        if os.path.lexists(self._path):
             with locked(self._path):
+                try:
+                    count = len(self._load().entries)
+                except _KeptFileError as error:
+                    set_aside(self._path, error)
                 write_atomically(self._path, _File().model_dump_json(indent=1))
-        self._barred = {}
+        self._recorded, self._barred = {}, {}
         return count
 
     @contextlib.contextmanager
@@ -116,12 +161,10 @@ class Quarantine:
         """Leave a marker while a backend first runs a kind of problem: if the process dies inside, it is remembered.
 
         The marker is held under a file lock, which the system releases with the process, however that ends. Ctrl-C and
-        SIGTERM take the marker along: they are nobody's failure.
+        SIGTERM remove the marker: a run that was ended on purpose did not fail.
         """
-        cause = "the process died or was killed during its first run here (a crash, a hang, or someone's SIGKILL)"
-        entry = self._entry(backend, problem, cause, fatal=True)
-        marker = self._path.with_name(f"{self._path.stem}.{os.getpid()}-{threading.get_ident()}.running")
-        handle = self._mark(marker, entry)
+        cause = "the process died or was killed during its first run here (a crash, a hang, or a SIGKILL from outside)"
+        marker, handle = self._mark(self._entry(backend, problem, cause, fatal=True))
 
         def forget() -> None:
             if handle is not None:
@@ -136,12 +179,19 @@ class Quarantine:
                 if handle is not None:
                     os.close(handle)
 
-    def _mark(self, marker: Path, entry: QuarantineEntry) -> int | None:
-        """Write a marker and lock it; None where the disk will not have it, which must not stop the run."""
+    # Markers.
+
+    def _mark(self, entry: QuarantineEntry) -> tuple[Path, int | None]:
+        """Write a marker and lock it; no handle where the disk refuses, which must not stop the run."""
         handle = None
+        marker = self._path  # replaced by a name of its own: a backend may run another one inside of its first run
         try:
-            marker.parent.mkdir(parents=True, exist_ok=True)
-            handle = os.open(marker, os.O_CREAT | os.O_TRUNC | os.O_WRONLY | os.O_CLOEXEC, 0o644)
+            self._make_folder()
+            while handle is None:
+                name = f"{self._path.stem}.{os.getpid()}-{next(_marker_numbers)}.running"
+                marker = self._path.with_name(name)
+                with contextlib.suppress(FileExistsError):  # of a dead process whose number came round again
+                    handle = os.open(marker, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o600)
             fcntl.flock(handle, fcntl.LOCK_EX)
             os.write(handle, entry.model_dump_json().encode())
         except OSError as error:
@@ -150,22 +200,94 @@ class Quarantine:
                 with contextlib.suppress(OSError):
                     marker.unlink(missing_ok=True)
                 os.close(handle)
-            return None
-        return handle
+            return marker, None
+        return marker, handle
 
-    def _markers(self) -> list[Path]:
-        return sorted(self._path.parent.glob(f"{self._path.stem}.*.running"))
-
-    def _collect_stale_markers(self) -> None:
-        for marker in self._markers():
-            with contextlib.suppress(OSError), marker.open("r+", encoding="utf-8") as file:
+    def _collect_stale_markers(self) -> list[QuarantineEntry]:
+        """Move the markers of dead processes into the file; returns those that the file cannot take."""
+        kept = []
+        for marker in list_files(self._path.parent, f"{self._path.stem}.*.running"):
+            try:
+                handle = open_regular(marker, writable=True, limit=MAX_MARKER_BYTES, trusted=True)
+            except UnusableFileError as error:
+                logger.warning("%s", set_aside(marker, error))
+                continue
+            except OSError as error:
+                logger.info("%s cannot be read: %s", marker, error)
+                continue
+            with os.fdopen(handle, "rb") as file, contextlib.suppress(OSError):
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # fails while the process lives
+                content = file.read()
                 try:
-                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except BlockingIOError:
-                    continue  # its process lives
-                with contextlib.suppress(pydantic.ValidationError):
-                    self._add(QuarantineEntry.model_validate_json(file.read()))
-                marker.unlink(missing_ok=True)
+                    entry = QuarantineEntry.model_validate_json(content) if content else None
+                except ValueError as error:
+                    logger.warning("%s", set_aside(marker, error))
+                    continue
+                if entry is not None and entry.backend != LAST_RESORT and not self._add(entry):
+                    kept.append(entry)
+                else:
+                    marker.unlink(missing_ok=True)
+        return kept
+
+    # The file.
+
+    def _load(self) -> _File:
+        """The file's content; a damaged one is set aside.
+
+        Raises:
+            _KeptFileError: It must not be replaced.
+        """
+        try:
+            data = read_json(self._path, limit=MAX_BYTES, trusted=True)
+            version = data.get("schema_version") if isinstance(data, dict) else None
+            if isinstance(version, int) and version > SCHEMA:
+                raise _KeptFileError(f"it has schema {version} of a newer moe_dispatch, and this one knows {SCHEMA}")
+            return _File.model_validate(data)
+        except FileNotFoundError:
+            return _File()
+        except (UnusableFileError, ValueError) as error:  # pydantic's and json's errors are ValueErrors
+            why = f"{error.error_count()} faults" if isinstance(error, pydantic.ValidationError) else error
+            logger.warning("the quarantine starts anew: %s", set_aside(self._path, why))
+            return _File()
+        except _KeptFileError:
+            raise
+        except OSError as error:
+            raise _KeptFileError(str(error)) from error
+
+    def _read(self) -> _File:
+        try:
+            return self._load()
+        except _KeptFileError as error:
+            logger.warning("the quarantine %s is not read, and left as it is: %s", self._path, error)
+            return _File()
+
+    def _add(self, entry: QuarantineEntry) -> bool:
+        """Write an entry; returns whether the file has it now."""
+        try:
+            self._make_folder()
+            with locked(self._path):
+                entries = self._load().entries
+                # Entries of other versions stay: another environment may share this cache.
+                same = (entry.backend, entry.problem, entry.versions)
+                old = next((old for old in entries if (old.backend, old.problem, old.versions) == same), None)
+                if old is not None and old.fatal:
+                    if not entry.fatal:
+                        return True  # the weaker entry adds nothing
+                    entry = entry.model_copy(update={"strikes": old.strikes + entry.strikes})
+                kept = [other for other in entries if other is not old]
+                write_atomically(self._path, _File(entries=[*kept, entry]).model_dump_json(indent=1))
+        except OSError as error:
+            logger.warning("the quarantine of %s could not be written to %s: %s", entry.backend, self._path, error)
+            return False
+        return True
+
+    def _make_folder(self) -> None:
+        """Make the folder, for this user alone."""
+        folder = self._path.parent
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        status = folder.stat()
+        if status.st_uid == os.geteuid() and status.st_mode & 0o077:  # of an earlier version
+            folder.chmod(0o700)
 
     def _entry(self, backend: str, problem: MoEProblem, cause: str, *, fatal: bool) -> QuarantineEntry:
         return QuarantineEntry(
@@ -181,23 +303,3 @@ class Quarantine:
         machine = self._machine
         software = {"driver": machine.driver, "cuda": machine.cuda, "torch": machine.torch, "triton": machine.triton}
         return {"moe_dispatch": library_version("moe_dispatch"), **software, **machine.libraries}
-
-    def _read(self) -> _File:
-        try:
-            return _File.model_validate_json(self._path.read_bytes())
-        except FileNotFoundError:
-            return _File()
-        except (OSError, pydantic.ValidationError) as error:
-            logger.warning("the quarantine %s cannot be read and is taken for empty: %s", self._path, error)
-            return _File()
-
-    def _add(self, entry: QuarantineEntry) -> None:
-        try:
-            with locked(self._path):
-                held = self._read().entries
-                # Entries of other versions stay: another environment may share this cache.
-                same = (entry.backend, entry.problem, entry.versions)
-                kept = [old for old in held if (old.backend, old.problem, old.versions) != same]
-                write_atomically(self._path, _File(entries=[*kept, entry]).model_dump_json(indent=1))
-        except OSError as error:
-            logger.warning("the quarantine of %s could not be written to %s: %s", entry.backend, self._path, error)

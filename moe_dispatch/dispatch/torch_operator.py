@@ -1,6 +1,6 @@
-"""`moe_forward` as one custom operator, so that torch.compile takes it whole.
+"""`moe_forward` as a custom operator, so that torch.compile takes it whole: `forward`, and `forward_into` with ``out``.
 
-The operator receives the layer's tensors one by one: what a compiled graph caches on disk must not depend on an object
+An operator receives the layer's tensors one by one: what a compiled graph caches on disk must not depend on an object
 of the process that compiled it. It has no gradient: where one is needed, `moe_forward` leaves the compiled graph.
 """
 
@@ -14,11 +14,16 @@ from torch import Tensor
 from moe_dispatch.experts import ExpertWeights
 from moe_dispatch.problem import Activation
 
-Run = Callable[[Tensor, ExpertWeights, Tensor, Tensor, str | None], Tensor]
+Run = Callable[[Tensor, ExpertWeights, Tensor, Tensor, str | None, Tensor | None], Tensor]
 
 
 def call(
-    hidden_states: Tensor, experts: ExpertWeights, topk_weights: Tensor, topk_ids: Tensor, backend: str | None
+    hidden_states: Tensor,
+    experts: ExpertWeights,
+    topk_weights: Tensor,
+    topk_ids: Tensor,
+    backend: str | None,
+    out: Tensor | None = None,
 ) -> Tensor:
     """Run a call through the operator; see `call_tensors`."""
     return call_tensors(
@@ -34,6 +39,7 @@ def call(
         activation=experts.activation,
         interleaved=experts.interleaved,
         backend=backend,
+        out=out,
     )
 
 
@@ -51,25 +57,27 @@ def call_tensors(
     activation: Activation,
     interleaved: bool,
     backend: str | None,
+    out: Tensor | None = None,
 ) -> Tensor:
-    """The same of a layer's tensors as they are, which are checked when the operator runs; see `ExpertWeights`."""
-    return cast(
-        "Tensor",
-        torch.ops.moe_dispatch.forward(
-            hidden_states,
-            topk_weights,
-            topk_ids,
-            gate_up,
-            down,
-            gate_up_scale,
-            down_scale,
-            gate_up_bias,
-            down_bias,
-            activation,
-            interleaved,
-            backend or "",
-        ),
+    """Run a call given the layer's tensors one by one. They are checked when the operator runs; see `ExpertWeights`."""
+    arguments = (
+        hidden_states,
+        topk_weights,
+        topk_ids,
+        gate_up,
+        down,
+        gate_up_scale,
+        down_scale,
+        gate_up_bias,
+        down_bias,
+        activation,
+        interleaved,
+        backend or "",
     )
+    if out is None:
+        return cast("Tensor", torch.ops.moe_dispatch.forward(*arguments))
+    torch.ops.moe_dispatch.forward_into(*arguments, out)
+    return out
 
 
 def _forward(
@@ -93,11 +101,36 @@ def _forward(
         "down_bias": down_bias,
     }
     experts = _layer(gate_up, down, optional, activation, interleaved=interleaved)
-    return _run(hidden_states, experts, topk_weights, topk_ids, backend or None)
+    return _run(hidden_states, experts, topk_weights, topk_ids, backend or None, None)
+
+
+def _forward_into(
+    hidden_states: Tensor,
+    topk_weights: Tensor,
+    topk_ids: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    gate_up_scale: Tensor | None,
+    down_scale: Tensor | None,
+    gate_up_bias: Tensor | None,
+    down_bias: Tensor | None,
+    activation: str,
+    interleaved: bool,
+    backend: str,
+    out: Tensor,
+) -> None:
+    optional = {
+        "gate_up_scale": gate_up_scale,
+        "down_scale": down_scale,
+        "gate_up_bias": gate_up_bias,
+        "down_bias": down_bias,
+    }
+    experts = _layer(gate_up, down, optional, activation, interleaved=interleaved)
+    _run(hidden_states, experts, topk_weights, topk_ids, backend or None, out)
 
 
 def implement(run: Run) -> None:
-    """Say what the operator runs. `call.py` does so once: this module lies below what the operator runs."""
+    """Say what the operators run. `call.py` does so once: this module lies below what the operators run."""
     global _run
     _run = run
 
@@ -107,14 +140,26 @@ _run: Run
 # Not by `torch.library.custom_op`: its wrapper for autograd and aliasing, neither of which applies here, takes the host
 # four times as long as the call.
 _library: Final = torch.library.Library("moe_dispatch", "DEF")  # type: ignore[no-untyped-call]
-_schema: Final = torch.library.infer_schema(_forward, mutates_args=())
-_library.define(f"forward{_schema}", tags=(torch.Tag.pt2_compliant_tag,))  # type: ignore[no-untyped-call]
-_library.impl("forward", _forward, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
+
+
+def _define(name: str, implementation: Callable[..., object], mutates: tuple[str, ...]) -> None:
+    schema = torch.library.infer_schema(implementation, mutates_args=mutates)
+    _library.define(f"{name}{schema}", tags=(torch.Tag.pt2_compliant_tag,))  # type: ignore[no-untyped-call]
+    _library.impl(name, implementation, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
+
+
+_define("forward", _forward, ())
+_define("forward_into", _forward_into, ("out",))
 
 
 @torch.library.register_fake("moe_dispatch::forward", lib=_library)  # type: ignore[untyped-decorator]
 def _(hidden_states: Tensor, *_args: object) -> Tensor:
     return torch.empty_like(hidden_states, memory_format=torch.contiguous_format)
+
+
+@torch.library.register_fake("moe_dispatch::forward_into", lib=_library)  # type: ignore[untyped-decorator]
+def _(*_args: object) -> None:
+    return None
 
 
 class _Layer(NamedTuple):

@@ -22,23 +22,30 @@ def out_of_memory(error: BaseException) -> bool:
     """Whether device or host memory ran out."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
-    text = str(error).lower()
+    text = _text(error).lower()
     return isinstance(error, RuntimeError) and ("out of memory" in text or "can't allocate memory" in text)
 
 
 def broken_capture(error: BaseException) -> bool:
     """Whether the capture of a CUDA graph had failed before this call, so that the call is not to blame."""
-    return "previous error during capture" in str(error).lower()
+    return "previous error during capture" in _text(error).lower()
 
 
 def lost_device(error: BaseException) -> bool:
     """Whether the CUDA context is lost."""
-    text = str(error).lower()
+    text = _text(error).lower()
     return isinstance(error, RuntimeError) and any(sign in text for sign in _LOST_DEVICE)
 
 
 def summary(error: BaseException) -> str:
     """Type and first line of an exception, short enough for a warning."""
-    lines = str(error).strip().splitlines()
+    lines = _text(error).strip().splitlines()
     first = lines[0] if lines else "no message"
     return f"{type(error).__name__}: {first[:300]}"
+
+
+def _text(error: BaseException) -> str:
+    try:
+        return str(error)
+    except Exception:  # noqa: BLE001 - an exception of another package may fail to print itself
+        return ""

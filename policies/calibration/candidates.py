@@ -29,7 +29,7 @@ from moe_dispatch.policies.measurements.schema import (
 from moe_dispatch.policies.measurements.table import tables
 from moe_dispatch.policies.measurements.versions import changes, relevant_versions
 from moe_dispatch.problem import Mode
-from moe_dispatch.registry import make_backend
+from moe_dispatch.registry import LAST_RESORT, make_backend
 
 # Measured neighbours within this factor of tokens on both sides rule out candidates between them,
 NEIGHBOURS: Final = 8
@@ -113,7 +113,7 @@ class CandidateSource:
         for name, backend in self._backends.items():
             if backend.unsupported_reasons(problem):
                 continue
-            if cause := self._quarantine.cause(name, problem):
+            if name != LAST_RESORT and (cause := self._quarantine.cause(name, problem)):
                 self._skip(f"{layer} M={M}: {name} is quarantined: {cause}")
                 continue
             configs = list(backend.configs(problem)[: self._request.most_configs])

@@ -19,7 +19,12 @@ from pathlib import Path
 from typing import Final
 
 from moe_dispatch.machine import Machine
-from moe_dispatch.policies.calibration.worker_process import CandidateFailedError, Worker, WorkerDiedError
+from moe_dispatch.policies.calibration.worker_process import (
+    BudgetSpentError,
+    CandidateFailedError,
+    Worker,
+    WorkerDiedError,
+)
 from moe_dispatch.policies.measurements.schema import Candidate, LayerShape
 from moe_dispatch.settings import cache_dir
 from moe_dispatch.system.files import locked, write_atomically
@@ -111,6 +116,8 @@ def compile_ahead(
                 reason = ""
                 try:
                     worker.compile(job.layer, job.M, job.candidate)
+                except BudgetSpentError:
+                    return
                 except (WorkerDiedError, CandidateFailedError) as error:
                     reason = f"{job.candidate.backend} at M={job.M} of {job.layer}: {error}"
                 with lock:

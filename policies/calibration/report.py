@@ -35,6 +35,9 @@ class CalibrationReport:
         measured: Every measurement of this run.
         skipped: Points and candidates that were left out, each with the reason.
         unavailable: Backends that could not take part, each with its reasons.
+        known: Points that an earlier calibration had measured with today's versions, when resuming.
+        unprepared: Whether the weights or inputs of some point could not be made.
+        late: Whether the budget was not enough for some point.
         interrupted: Whether it was stopped before its end; what was measured is kept.
         seconds: Duration of the run.
         spent: Seconds by kind of work.
@@ -44,6 +47,9 @@ class CalibrationReport:
     measured: list[Measurement] = field(default_factory=list)
     skipped: list[str] = field(default_factory=list)
     unavailable: dict[str, str] = field(default_factory=dict)
+    known: int = 0
+    unprepared: bool = False
+    late: bool = False
     interrupted: bool = False
     seconds: float = 0.0
     spent: dict[str, float] = field(default_factory=dict)
@@ -63,6 +69,27 @@ class CalibrationReport:
             stable = stable_winners(timed, incumbents.get(key))
             winners[key] = {M: (winner, timed[M][winner] or math.nan) for M, winner in stable.items()}
         return winners
+
+    def failure(self) -> str:
+        """Why no candidate has a time, and what to do; empty if one has, or if there was nothing left to measure."""
+        if any(measurement.score for measurement in self.measured) or (self.known and not self.skipped):
+            return ""
+        if self.measured:
+            return (
+                "every candidate was disqualified, for the reasons above; `moe-dispatch doctor --probe` runs each "
+                "backend alone"
+            )
+        if self.late:
+            return (
+                "the budget was spent before one point was measured; give a larger --budget, fewer --tokens, or fewer "
+                "candidates by --backend and --max-configs"
+            )
+        if self.unprepared:
+            return (
+                "the memory is not enough for the layers and token counts that were asked for; free some, or give "
+                "fewer --tokens or a smaller layer by --model E,topk,K,N (such as one GPU's share of the experts)"
+            )
+        return "no backend here can run it; `moe-dispatch explain` prints the reasons against each"
 
     def disqualified(self) -> list[Measurement]:
         """Measurements of candidates that may not win."""

@@ -9,21 +9,28 @@ import dataclasses
 import math
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Final
 
 from moe_dispatch.dispatch.quarantine import Quarantine
 from moe_dispatch.policies.calibration.candidates import CandidateSource, eligible
 from moe_dispatch.policies.calibration.compile_ahead import Job, compile_ahead, compiled_path
+from moe_dispatch.policies.calibration.memory import gibibytes, weight_bytes
 from moe_dispatch.policies.calibration.report import CalibrationReport, Progress
 from moe_dispatch.policies.calibration.request import CalibrationRequest
 from moe_dispatch.policies.calibration.schedule import boundaries, schedule
 from moe_dispatch.policies.calibration.successive_halving import MeasurementContext, SuccessiveHalving
-from moe_dispatch.policies.calibration.worker_process import NotPreparedError, Worker, WorkerDiedError, WorkerProcess
-from moe_dispatch.policies.measurements.merge import promote_winners, save
+from moe_dispatch.policies.calibration.worker_process import (
+    BudgetSpentError,
+    NotPreparedError,
+    Worker,
+    WorkerDiedError,
+    WorkerProcess,
+)
+from moe_dispatch.policies.measurements.merge import promote_winners, require_writable, save
 from moe_dispatch.policies.measurements.schema import LayerShape, Measurement, PointKey
 from moe_dispatch.problem import Mode
-from moe_dispatch.registry import BACKENDS
+from moe_dispatch.registry import BACKENDS, LAST_RESORT
 
 if TYPE_CHECKING:
     from moe_dispatch.policies.measurements.schema import Identity
@@ -31,7 +38,7 @@ if TYPE_CHECKING:
 # Share of the budget after which nothing more is compiled ahead; the rest is compiled by each candidate's first run.
 COMPILE_SHARE: Final = 0.5
 
-StartWorker = Callable[[str, dict[str, str], float], Worker]
+StartWorker = Callable[[str, dict[str, str], float, float], Worker]
 
 
 class CalibrationRun:
@@ -40,7 +47,8 @@ class CalibrationRun:
     Args:
         request: What to measure.
         on_progress: Called before each point.
-        start_worker: Makes a worker from a device, the registered backends ("module:Class" by name) and the timeout.
+        start_worker: Makes a worker from a device, the registered backends ("module:Class" by name), the timeout and
+            the deadline.
         clock: Monotonic clock in seconds, by which the budget is kept.
 
     Attributes:
@@ -81,15 +89,24 @@ class CalibrationRun:
             PolicyFileError: The result cannot be written.
         """
         request = self._request
+        if not request.compile_only:
+            require_writable(request.path)
         self._known = self._source.known() if request.resume else set()
         # A resumed calibration is still deciding about what it has measured.
         if self._source.calibrated_before and not request.resume and not request.compile_only:
             promote_winners(request.path, request.machine)
+        layers = [layer for layer in request.layers if self._fits(layer)]
+        points = schedule(layers, request.tokens)
+        self._waiting.extend(point for point in points if not self._is_known(*point))
+        self._done = self.report.known = len(points) - len(self._waiting)
         try:
-            self._compile_ahead()
+            self._compile_ahead(layers)
             self.report.spent["compiling ahead"] = self._clock() - self._begin
             if not request.compile_only:
                 self._measure_points()
+                self._report_late()
+        except BudgetSpentError:
+            self._report_late()
         except KeyboardInterrupt:
             self.report.interrupted = True
         finally:
@@ -100,11 +117,7 @@ class CalibrationRun:
         return self.report
 
     def _measure_points(self) -> None:
-        request = self._request
-        begin = self._clock()
-        points = schedule(request.layers, request.tokens)
-        self._waiting.extend(point for point in points if not self._is_known(*point))
-        self._done = len(points) - len(self._waiting)
+        begin, known = self._clock(), self._done
         loaded: LayerShape | None = None
         while self._waiting and self._clock() <= self._deadline:
             layer, M = self._waiting[0]
@@ -113,20 +126,38 @@ class CalibrationRun:
                     self._waiting = deque(point for point in self._waiting if point[0] != layer)
                     continue
                 loaded = layer
-            measured_s = self._clock() - begin
-            self._tell(f"{layer} M={M}", measured_s / self._done * len(self._waiting) if self._done else None)
+            finished, spent_s = self._done - known, self._clock() - begin
+            self._tell(f"{layer} M={M}", spent_s / finished * len(self._waiting) if finished else None)
             self._point(layer, M)
             self._visited.add(self._waiting.popleft())
             self._done += 1
             if not self._waiting and self._clock() <= self._deadline:
-                self._waiting.extend((layer, M) for layer in request.layers for M in self._refinements(layer))
-        self._report_late()
+                layers = {layer for layer, _ in self._visited}
+                refined = [
+                    (layer, M) for layer in self._request.layers if layer in layers for M in self._refinements(layer)
+                ]
+                self._waiting.extend(refined)
+
+    def _fits(self, layer: LayerShape) -> bool:
+        """Whether the device could hold the layer's weights if it were empty; the worker asks what is free."""
+        machine = self._request.machine
+        needed = weight_bytes(layer.problem(1, machine))
+        if machine.memory_bytes and needed > machine.memory_bytes:
+            self._skip_unprepared(
+                f"{layer}: its weights need {gibibytes(needed)}, and the device has {gibibytes(machine.memory_bytes)}"
+            )
+            return False
+        return True
+
+    def _skip_unprepared(self, note: str) -> None:
+        self.report.unprepared = True
+        self.report.skipped.append(note)
 
     def _prepared(self, layer: LayerShape) -> bool:
         try:
             self._worker.layer(layer)
         except NotPreparedError as error:
-            self.report.skipped.append(f"{layer}: its weights could not be made: {error}")
+            self._skip_unprepared(f"{layer}: its weights could not be made: {error}")
             return False
         return True
 
@@ -134,12 +165,14 @@ class CalibrationRun:
         """Report the points that the budget was not enough for."""
         late: dict[str, list[int]] = {}
         for layer, M in self._waiting:
-            late.setdefault(str(layer), []).append(M)
+            if M in self._request.tokens:  # refinements are a bonus
+                late.setdefault(str(layer), []).append(M)
+        self.report.late = bool(late)
         for name, tokens in late.items():
             listed = ", ".join(map(str, sorted(tokens)))
             self.report.skipped.append(f"{name}: no time left for M of {listed}; --resume measures them")
 
-    def _compile_ahead(self) -> None:
+    def _compile_ahead(self, layers: Sequence[LayerShape]) -> None:
         """Compile every candidate that will start; no-op on a CPU, where nothing compiles."""
         request = self._request
         if request.machine.device != "cuda":
@@ -147,7 +180,7 @@ class CalibrationRun:
         mode = request.modes[0]
         jobs = [
             Job(layer, M, candidate)
-            for layer in request.layers
+            for layer in layers
             for M in request.tokens
             if (layer.key, M, mode) not in self._known
             for candidate in self._source.candidates(layer, M, mode)
@@ -181,7 +214,7 @@ class CalibrationRun:
             try:
                 measured = halving.run()
             except NotPreparedError as error:
-                self.report.skipped.append(f"{layer} M={M} ({mode}): its inputs could not be made: {error}")
+                self._skip_unprepared(f"{layer} M={M} ({mode}): its inputs could not be made: {error}")
                 return
             scores = {measurement.candidate.identity: measurement.score for measurement in measured}
             self._source.remember(layer, M, mode, candidates, scores)
@@ -222,10 +255,15 @@ class CalibrationRun:
 
     def _new_worker(self) -> Worker:
         targets = {name: f"{type(made).__module__}:{type(made).__qualname__}" for name, made in self._backends.items()}
-        return self._start_worker(str(self._request.device), targets, self._request.timeout_s)
+        return self._start_worker(str(self._request.device), targets, self._request.timeout_s, self._deadline)
 
     def _on_death(self, backend: str, layer: LayerShape, M: int, mode: Mode, error: WorkerDiedError) -> None:
-        """Quarantine a backend that took its worker process down."""
+        """Quarantine a backend that took its worker process down.
+
+        Not the last resort, without which no call could run, and not a backend that was only slow on a CPU.
+        """
+        if backend == LAST_RESORT or (error.timed_out and self._request.device.type == "cpu"):
+            return
         self._quarantine.bar(backend, layer.problem(M, self._request.machine, mode), error.cause, fatal=True)
 
     def _tolerance(self, backend: str, layer: LayerShape) -> float:

@@ -27,6 +27,7 @@ from moe_dispatch.measure import (
     verify,
 )
 from moe_dispatch.measure.inputs import synchronize
+from moe_dispatch.policies.calibration.memory import input_bytes, require, weight_bytes
 from moe_dispatch.policies.calibration.placeholder_weights import placeholder_weights
 from moe_dispatch.policies.measurements.schema import LayerShape
 from moe_dispatch.problem import Mode, MoEProblem
@@ -95,6 +96,7 @@ class WorkerServer:
             torch.cuda.empty_cache()
         generator = torch.Generator(self._device).manual_seed(SEED)
         problem = self._layer.problem(1, self._machine)
+        require(weight_bytes(problem), "the weights", self._device)
         with torch.no_grad():
             self._experts = make_experts(
                 problem, self._layer.dtype, self._device, generator, act_dtype=self._layer.act_dtype
@@ -112,8 +114,9 @@ class WorkerServer:
         self._M, self._mode, self._routings, self._candidates = M, mode, routings, candidates
         problem = self._layer.problem(M, self._machine)
         missing = [routing for routing in routings if routing not in self._references]
+        count = distinct_inputs(problem, self._machine)
+        require(input_bytes(problem, count * len(missing)) if missing else 0, "the inputs", self._device)
         for routing in missing:
-            count = distinct_inputs(problem, self._machine)
             self._inputs[routing] = make_inputs(problem, ROUTINGS[routing], self._device, count, seed=SEED + M)
         if missing:
             checked = [self._inputs[routing][0] for routing in missing]

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import os
 import select
 import signal
@@ -11,12 +12,19 @@ import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import IO, Any, Final, Protocol
 
+import moe_dispatch
 from moe_dispatch.errors import MoEDispatchError
 from moe_dispatch.policies.measurements.schema import Candidate, LayerShape
 from moe_dispatch.problem import Mode
 
+# Variables that hold paths, which are made absolute because the worker's working directory is another one.
+PATH_VARIABLES: Final = (
+    "CUDA_CACHE_PATH", "DG_JIT_CACHE_DIR", "HF_HOME", "TMPDIR", "TORCHINDUCTOR_CACHE_DIR", "TORCH_EXTENSIONS_DIR",
+    "TORCH_HOME", "TRITON_CACHE_DIR", "TRITON_DUMP_DIR", "TRITON_HOME", "VLLM_CACHE_ROOT", "XDG_CACHE_HOME",
+)  # fmt: skip
 START_TIMEOUT_S: Final = 180.0
 PREPARE_TIMEOUT_S: Final = 300.0
 _TAIL_BYTES: Final = 2000
@@ -27,11 +35,16 @@ class WorkerDiedError(MoEDispatchError):
 
     Attributes:
         cause: What happened, as a sentence.
+        timed_out: Whether it was killed because an answer took too long.
     """
 
-    def __init__(self, cause: str) -> None:
-        self.cause = cause
+    def __init__(self, cause: str, *, timed_out: bool = False) -> None:
+        self.cause, self.timed_out = cause, timed_out
         super().__init__(cause)
+
+
+class BudgetSpentError(MoEDispatchError):
+    """The deadline of the calibration passed while the worker was at work; it was killed."""
 
 
 class NotPreparedError(MoEDispatchError):
@@ -82,6 +95,8 @@ class Samples:
 
 class Worker(Protocol):
     """What a calibration asks of the process in which candidates run.
+
+    Every method may also raise `BudgetSpentError`.
 
     Attributes:
         spent: Seconds that answers took, by operation.
@@ -160,14 +175,15 @@ class WorkerProcess:
         device: ``"cuda:0"`` or ``"cpu"``.
         backends: Name -> "module:Class" of the backends registered in this process.
         timeout_s: Seconds that a request may take for each of its candidates.
+        deadline: Time of `time.monotonic` at which the worker is killed, whatever it does.
 
     Attributes:
         restarts: Number of processes started.
         spent: Seconds that answers took, by operation.
     """
 
-    def __init__(self, device: str, backends: dict[str, str], timeout_s: float) -> None:
-        self._device, self._backends, self._timeout_s = device, backends, timeout_s
+    def __init__(self, device: str, backends: dict[str, str], timeout_s: float, deadline: float = math.inf) -> None:
+        self._device, self._backends, self._timeout_s, self._deadline = device, backends, timeout_s, deadline
         self._process: subprocess.Popen[bytes] | None = None
         self._requests: IO[str] | None = None
         self._answers = -1
@@ -265,16 +281,15 @@ class WorkerProcess:
         to_read, requests = os.pipe()
         answers, to_write = os.pipe()
         self._stderr = tempfile.TemporaryFile()  # noqa: SIM115 - closed with the worker
-        # A time in Triton's interpreter is no measurement of anything.
-        inherited = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-        environment = {**inherited, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+        # -P: a file of the working directory must not be imported in place of a module.
         self._process = subprocess.Popen(  # noqa: S603 - our own module under our own interpreter
-            [sys.executable, "-m", "moe_dispatch.policies.calibration.worker", str(to_read), str(to_write)],
+            [sys.executable, "-P", "-m", "moe_dispatch.policies.calibration.worker", str(to_read), str(to_write)],
+            cwd="/",
             stdin=subprocess.DEVNULL,
             stdout=self._stderr,  # libraries print; the protocol has pipes of its own
             stderr=self._stderr,
             pass_fds=(to_read, to_write),
-            env=environment,
+            env=worker_environment(),
             start_new_session=True,  # Ctrl-C is for this process to handle
         )
         os.close(to_read)
@@ -294,13 +309,17 @@ class WorkerProcess:
         except BrokenPipeError:
             raise WorkerDiedError(self._exit_reason()) from None
         begin = time.monotonic()
-        deadline = begin + timeout_s
+        limit = min(begin + timeout_s, self._deadline)
         while b"\n" not in self._buffer:
-            left = deadline - time.monotonic()
+            left = limit - time.monotonic()
             ready = select.select([self._answers], [], [], max(left, 0))[0]
             if not ready:
                 self.close()
-                raise WorkerDiedError(f"hung: no answer within {timeout_s:.0f} s")
+                if limit == self._deadline:
+                    raise BudgetSpentError(f"the budget was spent {time.monotonic() - begin:.0f} s into {op!r}")
+                # Slow and hung look alike, and on a CPU slow is likely.
+                how = "too slow" if self._device == "cpu" else "hung"
+                raise WorkerDiedError(f"{how}: no answer within {timeout_s:g} s", timed_out=True)
             chunk = os.read(self._answers, 1 << 16)
             if not chunk:
                 raise WorkerDiedError(self._exit_reason())
@@ -320,3 +339,20 @@ class WorkerProcess:
         self.close()
         how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exited with status {code}"
         return f"its worker was {how}" + (f": {lines[-1][:300]}" if lines else "")
+
+
+def worker_environment() -> dict[str, str]:
+    """The environment of a worker: this process's, with the same modules importable from any working directory."""
+    # A time in Triton's interpreter is no measurement of anything.
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    # Where this process imports from, except for the working directory as such ("", of `python -c`). This very package
+    # is added last, after the standard library, in case it came from there.
+    paths = [os.path.abspath(path) for path in sys.path if path]
+    environment["PYTHONPATH"] = os.pathsep.join(dict.fromkeys([*paths, str(Path(moe_dispatch.__file__).parents[1])]))
+    environment["PYTHONSAFEPATH"] = "1"  # the same as -P, for processes that the worker starts
+    for name in PATH_VARIABLES:
+        if value := environment.get(name):
+            environment[name] = os.path.abspath(value)
+    if (machine := environment.get("MOE_DISPATCH_MACHINE")) and Path(machine).is_file():
+        environment["MOE_DISPATCH_MACHINE"] = os.path.abspath(machine)
+    return environment

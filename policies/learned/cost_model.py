@@ -14,11 +14,12 @@ from moe_dispatch.problem import MoEProblem
 
 Term = Literal["launch", "search", "weights", "tiles", "overlap", "slots", "tokens"]
 TERMS: Final[tuple[Term, ...]] = get_args(Term)
-# Nominal bytes and operations per µs; their order of magnitude is what matters, since coefficients scale them.
+# Nominal bytes and operations per µs, those of an H200; coefficients scale them.
 _BANDWIDTH: Final = 4.3e6
 _FP8_RATE: Final = 1.3e9
 _RATE: Final = 7e8
 _SEARCH_US: Final = 0.01
+_TAIL: Final = 6  # standard deviations, beyond which a normal load does not lie
 
 
 def terms(problem: MoEProblem) -> dict[Term, float]:
@@ -60,6 +61,14 @@ def _tiles(problem: MoEProblem, rows: int) -> float:
     are nearly Poisson, and nearly normal where they exceed one tile.
     """
     load = rows_per_expert(problem)
-    most = math.ceil((load + 6 * math.sqrt(load)) / rows)
-    exceeding = (math.erfc((i * rows + 0.5 - load) / math.sqrt(2 * load)) / 2 for i in range(1, most + 1))
-    return problem.expected_experts + problem.E * math.fsum(exceeding)
+    deviation = math.sqrt(load)
+    if deviation > rows:
+        # The sum below, of a curve that is smooth from one tile to the next: its integral, to nine digits.
+        further = (load - 0.5) / rows - 0.5
+    else:
+        # All loads exceed the multiples up to `full`, and none those beyond `most`.
+        full = max(0, math.floor((load - _TAIL * deviation) / rows))
+        most = math.ceil((load + _TAIL * deviation) / rows)
+        scale = math.sqrt(2) * deviation
+        further = full + sum(math.erfc((i * rows + 0.5 - load) / scale) for i in range(full + 1, most + 1)) / 2
+    return problem.expected_experts + problem.E * further

@@ -12,7 +12,7 @@ from torch import Tensor
 from moe_dispatch.errors import InvalidInputError, PolicyFileError
 from moe_dispatch.machine import Machine
 from moe_dispatch.policies.learned.cost_model import TERMS, rows_per_expert, terms
-from moe_dispatch.policies.learned.defaults import default_identity, family_members, find_backend
+from moe_dispatch.policies.learned.defaults import MachineBackends, default_identity
 from moe_dispatch.policies.learned.policy import CostModel, ModelFile
 from moe_dispatch.policies.measurements.schema import CalibrationFile, Identity
 from moe_dispatch.policies.rules import FAMILIES
@@ -158,10 +158,11 @@ def _defaults(
 ) -> dict[str, dict[MoEProblem, float]]:
     """Times of each backend's default configuration, by backend; of a family, by the member that the rules choose."""
     defaults: dict[str, dict[MoEProblem, float]] = {}
+    backends = MachineBackends(machine)
     for problem, times in points.items():
-        members = family_members(problem, machine)
+        members = backends.family_members(problem)
         for name in {FAMILIES.get(backend, backend) for backend, _ in times}:
-            backend = members.get(name) or find_backend(name, machine)
+            backend = members.get(name) or backends.find(name)
             if backend is not None and (us := times.get(default_identity(backend, problem))) is not None:
                 defaults.setdefault(name, {})[problem] = us
     return defaults

@@ -1,18 +1,18 @@
 """Ranks backends for shapes that were not measured, by a cost model of each backend (see `cost_model`)."""
 
 from collections.abc import Mapping
-from importlib import resources
 from pathlib import Path
 from typing import Annotated, Final, Literal
 
 import pydantic
 
-from moe_dispatch.backend import Backend
 from moe_dispatch.errors import PolicyFileError, warn
 from moe_dispatch.machine import Machine
 from moe_dispatch.policies.learned.cost_model import TERMS, Term, rows_per_expert, terms
-from moe_dispatch.policies.learned.defaults import family_members, find_backend
+from moe_dispatch.policies.learned.defaults import MachineBackends
 from moe_dispatch.policies.measurements.schema import MAX_FILE_BYTES, Count, Name, Positive, Strict, damage, read_bytes
+from moe_dispatch.policies.measurements.table import rough_us
+from moe_dispatch.policies.nearest import Nearest, nearest, shipped
 from moe_dispatch.policy import Choice, Policy
 from moe_dispatch.problem import DType, Mode, MoEProblem
 from moe_dispatch.settings import cache_dir
@@ -97,8 +97,24 @@ def parse_model(content: bytes, origin: str) -> ModelFile:
         raise PolicyFileError(f"{origin} {damage(error, SCHEMA)}; delete it, or `moe-dispatch fit` again") from error
 
 
+def read_shipped_model(source: Nearest) -> ModelFile:
+    """The model that ships for a device.
+
+    Raises:
+        PolicyFileError: It cannot be read, is damaged or of another schema.
+    """
+    path = shipped(source.slug, ".model.json")
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise PolicyFileError(f"{path} cannot be read: {error.strerror}; install the package again") from error
+    if len(content) > MAX_FILE_BYTES:
+        raise PolicyFileError(f"{path} has more than {MAX_FILE_BYTES:,} bytes; install the package again")
+    return parse_model(content, str(path))
+
+
 def read_model(machine: Machine) -> ModelFile | None:
-    """The machine's own model, else the one that ships for its device, else None.
+    """The machine's own model; None if it has none.
 
     Raises:
         PolicyFileError: It is damaged, of another schema, or of another machine.
@@ -107,16 +123,7 @@ def read_model(machine: Machine) -> ModelFile | None:
     try:
         file = parse_model(read_bytes(path), str(path))
     except FileNotFoundError:
-        table = resources.files("moe_dispatch.policies") / "tables" / f"{machine.slug}.model.json"
-        if not table.is_file():
-            return None
-        content = table.read_bytes()
-        if len(content) > MAX_FILE_BYTES:
-            raise PolicyFileError(
-                f"{table} is larger than {MAX_FILE_BYTES:,} bytes; install the package again"
-            ) from None
-        file = parse_model(content, str(table))
-        return file if file.sms == machine.sms else None
+        return None
     if file.fingerprint != machine.fingerprint:
         raise PolicyFileError(
             f"{path} was fitted for {file.fingerprint} and this is {machine.fingerprint}; `moe-dispatch fit` here"
@@ -137,49 +144,61 @@ class LearnedPolicy(Policy):
     def __init__(self, machine: Machine, model: ModelFile | None = None) -> None:
         super().__init__(machine)
         self._notes: list[str] = []
+        self._source: Nearest | None = None
         if model is None:
             try:
-                model = read_model(machine)
+                model = read_model(machine) or self._read_shipped()
             except PolicyFileError as error:
                 self._notes.append(f"refused, so the next policy decides: {error}")
                 warn(f"policy {self.name!r}: {error}")
-        self._cost_models: dict[tuple[DType, Mode], list[tuple[CostModel, Backend]]] = {}
+        self._backends = MachineBackends(machine)
+        self._cost_models: dict[tuple[DType, Mode], dict[str, CostModel]] = {}
         for cost_model in model.cost_models if model else ():
-            if (backend := find_backend(cost_model.backend, machine)) is not None:
-                self._cost_models.setdefault((cost_model.dtype, cost_model.mode), []).append((cost_model, backend))
+            self._cost_models.setdefault((cost_model.dtype, cost_model.mode), {})[cost_model.backend] = cost_model
 
     def rank(self, problem: MoEProblem) -> tuple[Choice, ...]:
         """See `Policy.rank`."""
         cost_models = self._cost_models.get((problem.dtype, problem.mode))
         if cost_models is None or problem.needs_grad or problem.M < 1:
             return ()
-        parts = terms(problem)
-        members = family_members(problem, self.machine)
-        choices: dict[str, Choice] = {}
-        for cost_model, named in cost_models:
-            backend = members.get(cost_model.backend, named)
-            if _applies(cost_model, backend, problem):
-                choices[backend.name] = _choice(cost_model, backend.name, parts)
-        ranked = sorted(choices.values(), key=lambda choice: choice.us or 0.0)
-        by_rules = choices.get(next(iter(members.values())).name) if members else None
-        if by_rules is None:
+        rows = rows_per_expert(problem)
+        applicable = {name: model for name, model in cost_models.items() if rows <= BEYOND * model.most_rows}
+        members = self._backends.family_members(problem, applicable)
+        first = next(iter(members), "")  # family of the rules' choice
+        if first not in applicable:
             return ()
+        parts = terms(problem)
+        # One factor for all: the fit does not tell reading and multiplying apart well enough to scale each by its rate.
+        slowdown = self._source.slowdown(problem) if self._source else 1.0
+        choices = {
+            name: _choice(cost_model, backend.name, slowdown * cost_model.us(parts))
+            for name, cost_model in applicable.items()
+            if (backend := members.get(name) or self._backends.without_library(name, problem))
+        }
+        ranked = sorted(choices.values(), key=lambda choice: choice.us or 0.0)
+        by_rules = choices[first]
         if (by_rules.us or 0.0) <= (ranked[0].us or 0.0) * (1 + CLOSE):
             ranked.remove(by_rules)
             ranked.insert(0, by_rules)
         return tuple(ranked)
 
     def notes(self) -> tuple[str, ...]:
-        """The reason for which the file is refused."""
+        """The reason for which the file is refused, or the device whose model serves this one."""
         return tuple(self._notes)
 
+    def _read_shipped(self) -> ModelFile | None:
+        """The model that ships for this device or the nearest one."""
+        self._source = nearest(self.machine, ".model.json")
+        if self._source is None:
+            return None
+        model = read_shipped_model(self._source)
+        if self._source.slug != self.machine.slug:
+            self._notes.append(self._source.note("learned model"))
+        elif model.sms != self.machine.sms:
+            return None  # of another device under the same name
+        return model
 
-def _applies(cost_model: CostModel, backend: Backend, problem: MoEProblem) -> bool:
-    """Whether a backend can run a problem and its cost model may be used for it."""
-    return rows_per_expert(problem) <= BEYOND * cost_model.most_rows and not backend.unsupported_reasons(problem)
 
-
-def _choice(cost_model: CostModel, backend: str, parts: Mapping[Term, float]) -> Choice:
-    us = cost_model.us(parts)
-    reason = f"about {us:.3g} µs by a cost model fitted to {cost_model.layers} layers ({cost_model.mode})"
+def _choice(cost_model: CostModel, backend: str, us: float) -> Choice:
+    reason = f"about {rough_us(us)} µs by a cost model fitted to {cost_model.layers} layers ({cost_model.mode})"
     return Choice(backend, reason, None, us)

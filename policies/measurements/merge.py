@@ -2,8 +2,7 @@
 
 import contextlib
 import logging
-import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from moe_dispatch.errors import PolicyFileError
@@ -21,7 +20,7 @@ from moe_dispatch.policies.measurements.schema import (
     read_calibration,
 )
 from moe_dispatch.policies.measurements.table import tables
-from moe_dispatch.system.files import locked, write_atomically
+from moe_dispatch.system.files import check_writable, locked, set_aside, write_atomically
 
 logger = logging.getLogger(__name__)
 
@@ -63,12 +62,22 @@ def merge(held: CalibrationFile, news: Iterable[Measurement], machine: Machine) 
 def save(path: Path, news: Iterable[Measurement], machine: Machine) -> None:
     """Merge into the file under its lock, and replace it in one step.
 
-    A file that cannot be trusted is set aside as ``….damaged`` instead of being overwritten.
+    A file that cannot be trusted is set aside as ``….damaged-1``, ``-2`` and so on instead of being overwritten.
 
     Raises:
         PolicyFileError: The directory is read-only or the disk full; the file on disk is untouched.
     """
     _rewrite(path, machine, lambda held: merge(held, news, machine))
+
+
+def require_writable(path: Path) -> None:
+    """Find out before anything is measured whether the file could be written.
+
+    Raises:
+        PolicyFileError: The directory is read-only or the disk full.
+    """
+    with _write_errors(path):
+        check_writable(path)
 
 
 def promote_winners(path: Path, machine: Machine) -> None:
@@ -100,18 +109,21 @@ def with_winners_promoted(file: CalibrationFile) -> CalibrationFile:
 
 
 def _rewrite(path: Path, machine: Machine, change: Callable[[CalibrationFile], CalibrationFile]) -> None:
+    with _write_errors(path), locked(path):
+        try:
+            held = read_calibration(path, machine)
+        except FileNotFoundError:
+            held = CalibrationFile(machine=machine)
+        except PolicyFileError as error:
+            logger.warning("%s", set_aside(path, error))
+            held = CalibrationFile(machine=machine)
+        write_atomically(path, change(held).model_dump_json(exclude_defaults=False))
+
+
+@contextlib.contextmanager
+def _write_errors(path: Path) -> Iterator[None]:
     try:
-        with locked(path):
-            try:
-                held = read_calibration(path, machine)
-            except FileNotFoundError:
-                held = CalibrationFile(machine=machine)
-            except PolicyFileError as error:
-                logger.warning("%s; it is set aside as %s.damaged", error, path.name)
-                with contextlib.suppress(FileNotFoundError):
-                    os.replace(path, path.with_name(f"{path.name}.damaged"))
-                held = CalibrationFile(machine=machine)
-            write_atomically(path, change(held).model_dump_json(exclude_defaults=False))
+        yield
     except OSError as error:
         raise PolicyFileError(
             f"the calibration cannot be written to {path} ({error.strerror or error}); what was there is untouched. "

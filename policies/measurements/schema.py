@@ -4,8 +4,6 @@ There is one file per machine fingerprint, and the shipped tables have the same 
 only: nothing in it is ever imported or executed, and backends are looked up by name among the registered ones.
 """
 
-import os
-import stat
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +14,7 @@ import pydantic
 from moe_dispatch.errors import InvalidInputError, PolicyFileError
 from moe_dispatch.machine import Machine
 from moe_dispatch.problem import Activation, DType, Mode, MoEProblem
+from moe_dispatch.system import files
 
 SCHEMA: Final = 1
 MAX_FILE_BYTES: Final = 32 << 20  # a full calibration of every named workload takes about 1 MiB
@@ -240,21 +239,13 @@ def read_bytes(path: Path) -> bytes:
         PolicyFileError: It is not a regular file, too large, or not readable.
     """
     try:
-        # Non-blocking, so that a FIFO in place of the file cannot hang the first call of a server.
-        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        return files.read_bytes(path, limit=MAX_FILE_BYTES)
     except FileNotFoundError:
         raise
+    except files.UnusableFileError as error:
+        raise PolicyFileError(f"{path} cannot be used: {error.strerror}; delete it") from error
     except OSError as error:
         raise PolicyFileError(f"{path} cannot be read: {error.strerror}; make it readable or delete it") from error
-    with os.fdopen(handle, "rb") as file:
-        status = os.fstat(file.fileno())
-        if not stat.S_ISREG(status.st_mode):
-            raise PolicyFileError(f"{path} is not a regular file; delete it")
-        if status.st_size > MAX_FILE_BYTES:
-            raise PolicyFileError(
-                f"{path} has {status.st_size:,} bytes and at most {MAX_FILE_BYTES:,} are read; delete it and calibrate"
-            )
-        return file.read(MAX_FILE_BYTES + 1)
 
 
 def parse_calibration(content: bytes, origin: str) -> CalibrationFile:

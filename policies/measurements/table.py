@@ -175,6 +175,11 @@ def geometric_mean(values: Sequence[float]) -> float:
     return math.exp(math.fsum(map(math.log, values)) / len(values))
 
 
+def rough_us(us: float) -> str:
+    """An estimated time in µs: three significant digits, without an exponent."""
+    return f"{us:.3g}" if us < 1000 else f"{us:.0f}"
+
+
 def curves(scores: Mapping[int, Mapping[Identity, float | None]]) -> Iterable[Curve]:
     """Each candidate's times over the token counts, in ascending order of them."""
     times: dict[Identity, list[tuple[int, float]]] = {}

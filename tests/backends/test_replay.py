@@ -1,4 +1,4 @@
-"""A replay does what the run did that it was made of, on other tensors too; what it could not do, it is not made of."""
+"""A replay does what the recorded run did, on other tensors too; a run that it could not repeat is refused."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -17,6 +17,7 @@ from tests.support.stub_kernels import StubKernel, cpu_is_the_device, floats
 pytest.importorskip("triton")
 import triton.language as tl
 
+from moe_dispatch.backends.triton_common.descriptors import WeightDescriptors
 from moe_dispatch.backends.triton_common.fast_launch import FastKernel
 from moe_dispatch.backends.triton_common.replay import NotReplayableError, Replay, record
 
@@ -41,7 +42,7 @@ def add(inner: int, down: int, weights: int, out: int, n: int, *_: object) -> No
 
 
 class Adding(Honest):
-    """Two launches with an intermediate between them, and what a case adds to that."""
+    """Two launches with an intermediate between them, and what a case does between the launches."""
 
     name = "adding"
 
@@ -50,6 +51,7 @@ class Adding(Honest):
         self.double = FastKernel(StubKernel(double_signature, double))
         self.add = FastKernel(StubKernel(add_signature, add))
         self.between = between or (lambda *_: None)
+        self.descriptors = WeightDescriptors()
         self.kept = torch.zeros(SIZE)
         self.runs = 0
 
@@ -64,9 +66,9 @@ class Adding(Honest):
         self.runs += 1
         inner, out = torch.empty(2, SIZE)[0], torch.empty_like(hidden_states)
         self.double[1,](hidden_states, inner, SIZE, BLOCK=16)
-        found = self.between(self, inner, out)
+        replaced = self.between(self, inner, out)
         self.add[1,](inner, experts.down, topk_weights, out, SIZE)
-        return found if isinstance(found, Tensor) else out
+        return replaced if isinstance(replaced, Tensor) else out
 
 
 CONFIG = BackendConfig()
@@ -87,7 +89,7 @@ def inputs(seed: int) -> Inputs:
 def recorded(backend: Adding, *, before: int = 2) -> Replay:
     for _ in range(before):
         backend.run(*inputs(0), CONFIG)
-    return record(backend, inputs(0), CONFIG, {}, lambda *_: None)
+    return record(backend, inputs(0), CONFIG, backend.descriptors)
 
 
 def test_it_does_what_the_run_does_on_other_tensors_and_another_layer() -> None:
@@ -184,4 +186,4 @@ def test_inputs_that_share_memory_leave_an_address_in_doubt() -> None:
     shared = (hidden, experts, hidden.flatten()[:6].view(3, 2), ids)
     backend.run(*shared, CONFIG)
     with pytest.raises(NotReplayableError, match="two inputs share memory"):
-        record(backend, shared, CONFIG, {}, lambda *_: None)
+        record(backend, shared, CONFIG, backend.descriptors)

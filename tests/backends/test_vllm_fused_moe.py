@@ -7,6 +7,7 @@ The real one runs in the conformance suite, on a GPU.
 """
 
 import enum
+import functools
 import gc
 import os
 import sys
@@ -26,6 +27,7 @@ from moe_dispatch.backends.reference import ReferenceBackend, ReferenceConfig
 from moe_dispatch.backends.stages.mask_slots import mask_slots
 from moe_dispatch.backends.vllm_fused_moe import VllmFusedMoEBackend, library
 from moe_dispatch.backends.vllm_fused_moe.layers import ACTIVATIONS
+from moe_dispatch.backends.vllm_fused_moe.nan_tokens import mark_nan_tokens, mark_nan_tokens_torch
 from moe_dispatch.errors import BackendUnavailableError
 from moe_dispatch.experts import ExpertWeights
 from moe_dispatch.machine import Machine
@@ -33,6 +35,7 @@ from moe_dispatch.numerics import activate_torch, dequantize_blocks, quantize_ro
 from moe_dispatch.problem import Activation, DType, MoEProblem
 from moe_dispatch.workloads import Workload, make_experts
 from tests.support.refusals import Refusal, on_hopper
+from tests.support.triton_compile import Launch, compile_launches
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 PACKAGE = "vllm.model_executor.layers.fused_moe"
@@ -278,6 +281,7 @@ class StandIn:
         )
         assert not apply_router_weight_on_input
         assert topk_weights.dtype == torch.float32
+        assert hidden_states.data_ptr() % 16 == 0, "misaligned address: the CUDA context would be lost"
         E, topk = w1.shape[0], topk_ids.shape[1]
         experts = self.expert_of_slot(topk_ids, E, E if global_num_experts == -1 else global_num_experts, expert_map)
         ours, interleaved = OURS[activation]
@@ -287,6 +291,8 @@ class StandIn:
                 continue
             x = hidden_states[slot // topk]
             gate_up = self.product(x, w1[e], quant_config, "w1", e)
+            if activation is MoEActivation.SWIGLUOAI:
+                gate_up = torch.where(gate_up.isnan(), 7.0, gate_up)  # fminf and fmaxf return the limit
             inner = activate_torch(gate_up, ours, interleaved=interleaved).to(hidden_states.dtype)
             y = self.product(inner, w2[e], quant_config, "w2", e)
             out[slot // topk] += y * topk_weights.flatten()[slot]
@@ -297,7 +303,9 @@ class StandIn:
         scale = getattr(quant_config, f"{name}_scale", None)
         if scale is not None:
             wide = dequantize_blocks(weight, scale[e])
-            codes, multiplier = quantize_rows_torch(x[None])
+            # fmaxf passes over a NaN, and then clamps it to the least code.
+            codes, multiplier = quantize_rows_torch(x[None].nan_to_num(0.0, posinf=torch.inf, neginf=-torch.inf))
+            codes = torch.where(codes.float().isnan() | x[None].isnan(), -448.0, codes.float()).to(codes.dtype)
             if self.rounds:
                 multiplier = torch.exp2(multiplier.log2().ceil())
                 codes = (x.view(1, -1, 128) / multiplier[:, :, None]).view(1, -1).to(torch.float8_e4m3fn)
@@ -334,13 +342,13 @@ class StandIn:
 
 @pytest.fixture
 def no_vllm(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Whatever vLLM this process has is out of sight, and so is what the backend remembers of it."""
+    """Hide whatever vLLM this process has loaded, and make the backend forget it."""
     hidden = {name: module for name, module in sys.modules.items() if name.split(".")[0] == "vllm"}
     for name in hidden:
         del sys.modules[name]
     monkeypatch.setattr(library, "_library", None)
     monkeypatch.setattr(library, "_keeps_fp32_scales", False)
-    monkeypatch.setenv(E8M0, "")  # so that it is taken back whatever the backend leaves there
+    monkeypatch.setenv(E8M0, "")  # so that the fixture restores it, whatever the backend sets
     monkeypatch.delenv(E8M0)
     yield
     for name in [name for name in sys.modules if name.split(".")[0] == "vllm"]:
@@ -393,7 +401,7 @@ def test_ids_that_are_not_ours_add_nothing(vllm: StandIn, dtype: torch.dtype, E:
     ids = torch.tensor(NOT_OURS, dtype=dtype)
     ids[ids == 8] = E
     if dtype == torch.int64:
-        ids[0, 0] = 2**32 + 1  # an expert of ours, once its upper half is lost
+        ids[0, 0] = 2**32 + 1  # expert 1, if its upper half is lost
     weights = torch.ones(ids.shape)
     weights[(ids < 0) | (ids >= E)] = torch.nan
     assert relative_error(layer("bf16", E=E), weights, ids) <= 1e-2
@@ -477,6 +485,36 @@ def test_ambient_defaults_change_nothing(vllm: StandIn, default: torch.dtype) ->
     assert vllm.calls[-1]["by_slot"]
 
 
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("E", [8, 256], ids=["sorted", "by slot"])
+@pytest.mark.parametrize("activation", ["silu", "swiglu_oai"])
+@pytest.mark.parametrize("dtype", ["bf16", "fp8"])
+def test_a_nan_in_a_token_stays_in_it(
+    vllm: StandIn, dtype: DType, activation: Activation, E: int, value: float
+) -> None:
+    experts, ids = layer(dtype, activation, E=E), torch.tensor([[0, 3], [7, 1], [5, -1]])
+    hidden, weights = hidden_for(ids, experts), torch.ones(3, 2)
+    hidden[2, 5] = value
+    out = VllmFusedMoEBackend(H200).run(hidden, experts, weights, ids, BackendConfig()).float()
+    truth = ReferenceBackend(CPU).run(hidden, experts, weights, ids, ReferenceConfig(compute_fp32=True)).float()
+    assert torch.equal(out[2].isnan(), truth[2].isnan())
+    assert ((out - truth)[:2].norm() / truth[:2].norm()).item() <= VllmFusedMoEBackend.tolerance[dtype]
+    assert torch.equal(weights, torch.ones(3, 2))
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp8"])
+def test_tokens_that_start_anywhere(vllm: StandIn, dtype: DType) -> None:
+    """As a view into a flat buffer does; vLLM quantises tokens to FP8 in whole vectors, at any address."""
+    experts, ids = layer(dtype), torch.tensor([[0, 3], [7, 7]])
+    hidden = hidden_for(ids, experts)
+    flat = torch.empty(hidden.numel() + 1, dtype=hidden.dtype)
+    view = flat[1:].view(hidden.shape).copy_(hidden)
+    assert view.data_ptr() % 16
+    backend, weights = VllmFusedMoEBackend(H200), torch.ones(2, 2)
+    out = backend.run(view, experts, weights, ids, BackendConfig())
+    assert torch.equal(out, backend.run(hidden, experts, weights, ids, BackendConfig()))
+
+
 def test_plain_scales_are_asked_for_by_fp8_only(vllm: StandIn) -> None:
     ids, weights = torch.tensor([[0, 1]]), torch.ones(1, 2)
     relative_error(layer("bf16"), weights, ids)
@@ -485,15 +523,15 @@ def test_plain_scales_are_asked_for_by_fp8_only(vllm: StandIn) -> None:
     assert os.environ[E8M0] == "0"
 
 
-@pytest.mark.parametrize(("given", "word"), [(None, "asked before us"), ("1", f"{E8M0}=1")])
-def test_refuses_rounded_scales(vllm: StandIn, monkeypatch: pytest.MonkeyPatch, given: str | None, word: str) -> None:
+@pytest.mark.parametrize(("value", "word"), [(None, "decided it before"), ("1", f"{E8M0}=1")])
+def test_refuses_rounded_scales(vllm: StandIn, monkeypatch: pytest.MonkeyPatch, value: str | None, word: str) -> None:
     vllm.rounds = True
-    if given is not None:
-        monkeypatch.setenv(E8M0, given)
+    if value is not None:
+        monkeypatch.setenv(E8M0, value)
     ids, weights = torch.tensor([[0, 1]]), torch.ones(1, 2)
     with pytest.raises(BackendUnavailableError, match=word):
         relative_error(layer("fp8"), weights, ids)
-    assert os.environ.get(E8M0) == given  # what did not help is taken back
+    assert os.environ.get(E8M0) == value  # a variable that did not help is removed again
     assert vllm.calls == []
     assert relative_error(layer("bf16"), weights, ids) <= 1e-2  # which has no multipliers to round
 
@@ -556,6 +594,7 @@ def write_package(root: Path, init: str) -> None:
     [
         ("raise AssertionError('half installed')", "AssertionError: half installed"),
         ("import a_library_that_is_not_there", "ModuleNotFoundError"),
+        ("raise SystemExit('no licence')", "SystemExit: no licence"),
         ("", "fused_moe"),
     ],
 )
@@ -577,7 +616,7 @@ def test_a_vllm_without_its_metadata_sees_no_cuda(vllm: StandIn) -> None:
         relative_error(layer("bf16"), torch.ones(1, 2), torch.tensor([[0, 1]]))
 
 
-# The stage.
+# The stages.
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64], ids=["int32", "int64"])
@@ -589,3 +628,33 @@ def test_mask_slots(dtype: torch.dtype, slots: int) -> None:
     masked = mask_slots(ids.to(DEVICE), 5, -1).cpu()
     assert masked.dtype == torch.int32
     assert masked.flatten().tolist() == [e if 0 <= e < 5 else -1 for e in ids.flatten().tolist()]
+
+
+@pytest.mark.parametrize("infinite", [False, True])
+@pytest.mark.parametrize("K", [77, 5000])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+def test_mark_nan_tokens(dtype: torch.dtype, K: int, infinite: bool) -> None:
+    generator = torch.Generator().manual_seed(6)
+    hidden = torch.randn(5, K, generator=generator).to(dtype)
+    hidden[1, K - 1], hidden[2, 0], hidden[3, K // 2] = torch.nan, torch.inf, -torch.inf
+    weights, ids = torch.rand(5, 3, generator=generator), torch.randint(-2, 9, (5, 3), generator=generator)
+    ids[4, 0] = 2**32 + 1
+    inputs = hidden.to(DEVICE), weights.to(DEVICE), ids.to(DEVICE)
+    marked = mark_nan_tokens(*inputs, 7, -1, infinite=infinite)
+    expected = mark_nan_tokens_torch(*inputs, 7, -1, infinite=infinite)
+    assert marked[1].dtype == torch.int32
+    assert torch.equal(marked[1], expected[1])
+    assert torch.equal(marked[0].nan_to_num(-1.0), expected[0].nan_to_num(-1.0))
+    assert marked[0].isnan().any(dim=1).tolist() == [False, True, infinite, infinite, False]
+
+
+def launch_mark_nan_tokens(_capability: int) -> Iterator[Launch]:
+    for K, infinite in ((128, True), (7168, False)):
+        tensors = torch.empty(4, K, dtype=torch.bfloat16), torch.empty(4, 8), torch.empty(4, 8, dtype=torch.int64)
+        yield Launch(functools.partial(mark_nan_tokens, *tensors, 256, 256, infinite=infinite))
+
+
+def test_mark_nan_tokens_compiles() -> None:
+    kernels = compile_launches(launch_mark_nan_tokens, 80, 90, 100)
+    assert len(kernels) == 6
+    assert all(built.stack == 0 and built.shared <= 1024 for built in kernels)

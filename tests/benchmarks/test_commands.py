@@ -66,6 +66,15 @@ def test_rows_are_written_validate_and_are_shown(tmp_path: Path) -> None:
     assert "4,2,64,32 fp32 M=4 eager" in output  # progress, one line a point where there is no terminal
 
 
+def test_energy_without_a_counter_is_a_note_and_an_empty_column(tmp_path: Path) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("a GPU has a counter")
+    path = tmp_path / "rows.jsonl"
+    output = run("run", *SMALL, "--tokens", "1", "--backend", "reference", "--energy", "1", "--out", path)
+    assert "energy is measured on NVIDIA GPUs only" in output
+    assert [row.joules_per_token for row in row_files.load([path])] == [None]
+
+
 def test_resume_skips_rows_and_an_old_file_is_not_overwritten(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     call = ("run", *SMALL, "--backend", "reference", "--out", path)

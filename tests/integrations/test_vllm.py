@@ -1,10 +1,9 @@
 """The vLLM plugin against the installed vLLM's own classes, on a CPU: a real layer, method and modular kernel.
 
-Runs where vLLM is installed (`nox -s vllm`); the engine itself is tested on a GPU, see benchmarks/engine_vllm.py.
+Runs where vLLM is installed (`nox -s vllm`); the engine itself is tested on a GPU, by benchmarks/record/engine_vllm.py.
 Without a GPU vLLM has no platform of its own, so the tests describe an sm_90 one, and `moe_forward` runs its reference.
 """
 
-import dataclasses
 import itertools
 import logging
 import os
@@ -22,7 +21,6 @@ pytest.importorskip("vllm")
 
 from moe_dispatch import ExpertWeights, moe_forward
 from moe_dispatch.integrations.vllm import VARIABLE, register, takeover
-from moe_dispatch.integrations.vllm.warm_up import token_counts
 
 E, TOPK, K, N, M = 8, 2, 256, 128, 5
 
@@ -243,10 +241,3 @@ def test_the_plugin_is_announced_to_vllm() -> None:
     if "moe_dispatch" not in done.stdout:
         pytest.skip("moe-dispatch is on the path here, not installed")
     assert "moe_dispatch.integrations.vllm:register" in done.stdout
-
-
-def test_token_counts_cover_captures_and_every_size_class() -> None:
-    counts = token_counts((1, 2, 4, 8, 256), 8192)
-    assert {1, 2, 4, 8, 256, 4096, 4095, 8191, 8192} <= set(counts)
-    assert max(counts) == 8192
-    assert dataclasses.is_dataclass(takeover.Takeover)

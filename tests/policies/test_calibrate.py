@@ -12,7 +12,8 @@ import torch
 
 from moe_dispatch.backend import BackendConfig
 from moe_dispatch.dispatch.process import get_dispatcher, reset_dispatchers
-from moe_dispatch.errors import InvalidInputError
+from moe_dispatch.dispatch.quarantine import Quarantine
+from moe_dispatch.errors import InvalidInputError, PolicyFileError
 from moe_dispatch.machine import Machine
 from moe_dispatch.policies.calibration import calibrate as calibrate_module
 from moe_dispatch.policies.calibration import run as run_module
@@ -24,12 +25,12 @@ from moe_dispatch.policies.calibration.request import CalibrationRequest
 from moe_dispatch.policies.calibration.run import CalibrationRun
 from moe_dispatch.policies.calibration.schedule import coarse_to_fine
 from moe_dispatch.policies.calibration.worker import WorkerServer
-from moe_dispatch.policies.calibration.worker_process import Worker
+from moe_dispatch.policies.calibration.worker_process import Worker, WorkerDiedError
 from moe_dispatch.policies.measurements.schema import LayerShape, read_calibration
 from moe_dispatch.problem import MoEProblem
 from moe_dispatch.workloads import workload
 from tests.support.calibration_faults import RightBackend
-from tests.support.fakes import registered
+from tests.support.fakes import Honest, registered
 from tests.support.simulated import H200, Run, SimulatedWorker
 
 TINY = "4,2,32,16"
@@ -123,8 +124,12 @@ class Calibrating:
             backends=backends, directory=self.directory, resume=resume, budget_s=budget_s,
         )  # fmt: skip
         simulated = self.worker
-        run = CalibrationRun(request, self.seen.append, start_worker=lambda *_: simulated, clock=simulated.clock)
-        return run.measure()
+
+        def start(_device: str, _backends: dict[str, str], timeout_s: float, deadline: float) -> Worker:
+            simulated.timeout_s, simulated.deadline = timeout_s, deadline
+            return simulated
+
+        return CalibrationRun(request, self.seen.append, start_worker=start, clock=simulated.clock).measure()
 
 
 @pytest.fixture
@@ -341,6 +346,79 @@ def test_candidates_are_sent_once_per_point_and_named_by_their_index(simulate: C
     simulate((1,), "tuned")
     ((_, setup),) = simulate.worker.points
     assert [candidate.config for candidate in setup.candidates] == [{"pace": pace} for pace in range(12)]
+
+
+def test_the_budget_ends_a_point_that_takes_longer(simulate: Calibrating) -> None:
+    simulate.worker.prepare_s = 3.0  # of a layer, and of each point
+    report = simulate((1, 2, 4), "right", budget_s=10.0)
+    assert simulate.worker.clock.now == 10.0
+    assert [one.M for one in report.measured] == [1, 4]
+    assert report.skipped == [f"{layer()}: no time left for M of 2; --resume measures them"]
+    assert not report.failure()
+
+
+def test_a_budget_spent_before_anything_is_measured_is_a_failure(simulate: Calibrating) -> None:
+    simulate.worker.prepare_s = 300.0
+    report = simulate((1, 2), "right", budget_s=40.0)
+    assert not report.measured
+    assert "no time left for M of 1, 2" in report.skipped[0]
+    assert "larger --budget" in report.failure()
+
+
+def test_a_layer_beyond_the_memory_is_skipped_before_a_worker_starts(simulate: Calibrating) -> None:
+    large = LayerShape.of(workload("100000,8,7168,2048").problem(1, "bf16", CPU))
+    report = simulate((1,), "right", layers=(large,))
+    assert not simulate.worker.points
+    assert "its weights need" in report.skipped[0]
+    assert "the memory is not enough" in report.failure()
+
+
+def test_a_calibration_in_which_every_candidate_is_disqualified_is_a_failure(simulate: Calibrating) -> None:
+    simulate.worker.error_of = lambda _: 0.5
+    report = simulate((1,), "right", "steady")
+    assert len(report.disqualified()) == 2
+    assert "every candidate was disqualified" in report.failure()
+
+
+def test_a_resumed_calibration_with_nothing_left_is_no_failure(simulate: Calibrating) -> None:
+    simulate((1,), "right")
+    report = simulate((1,), "right", resume=True)
+    assert (report.known, report.failure()) == (1, "")
+
+
+def test_the_last_resort_is_never_barred_and_a_bar_on_it_is_not_obeyed(simulate: Calibrating) -> None:
+    problem = layer().problem(1, CPU)
+    Quarantine(CPU, simulate.directory).bar("reference", problem, "an older version did this", fatal=True)
+    simulate.worker.dies = lambda run: WorkerDiedError("killed by SIGKILL") if run.M == 2 else None
+    report = simulate((1, 2), "reference", "right")
+    assert {(one.M, one.candidate.backend) for one in report.measured if one.score} == {(1, "reference"), (1, "right")}
+    quarantine = Quarantine(CPU, simulate.directory)
+    assert {entry.backend for entry in quarantine.entries() if "SIGKILL" in entry.cause} == {"right"}
+
+
+@pytest.mark.parametrize(("machine", "barred"), [(CPU, False), (H200, True)], ids=("on a CPU", "on a device"))
+def test_slow_is_not_fatal_on_a_cpu(tmp_path: Path, machine: Machine, *, barred: bool) -> None:
+    device = torch.device("cuda:0" if machine is H200 else "cpu")
+    shape = LayerShape.of(workload(TINY).problem(1, "bf16", machine))
+    request = CalibrationRequest(
+        machine=machine, device=device, layers=(shape,), tokens=(1,), backends=("slow",), directory=tmp_path
+    )
+
+    class Slow(Honest):
+        name = "slow"
+
+    slow = SimulatedWorker(time_of, dies=lambda _: WorkerDiedError("no answer within 60 s", timed_out=True))
+    with registered(Slow):
+        report = CalibrationRun(request, start_worker=lambda *_: slow).measure()
+        assert [one.disqualified for one in report.measured] == ["no answer within 60 s"]
+        assert bool(Quarantine(machine, tmp_path).entries()) == barred
+
+
+def test_a_folder_that_cannot_be_written_is_found_before_anything_is_measured(simulate: Calibrating) -> None:
+    simulate.directory = Path("/proc/moe_dispatch")
+    with pytest.raises(PolicyFileError, match="cannot be written to /proc/"):
+        simulate((1,), "right")
+    assert not simulate.worker.points
 
 
 def test_coarse_to_fine_spans_the_range_first() -> None:

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import random
+import statistics
 import time
 from importlib import resources
 from pathlib import Path
@@ -22,7 +23,8 @@ from moe_dispatch.commands.app import app
 from moe_dispatch.errors import InvalidInputError, MoEDispatchWarning
 from moe_dispatch.machine import Machine
 from moe_dispatch.measure import H200_CEILINGS
-from moe_dispatch.policies.learned.cost_model import TERMS, Term, terms
+from moe_dispatch.policies.learned import defaults
+from moe_dispatch.policies.learned.cost_model import TERMS, Term, _tiles, terms
 from moe_dispatch.policies.learned.defaults import default_identity, find_backend
 from moe_dispatch.policies.learned.fit import (
     Observation,
@@ -33,6 +35,7 @@ from moe_dispatch.policies.learned.fit import (
 )
 from moe_dispatch.policies.learned.policy import CostModel, LearnedPolicy, ModelFile, model_path, parse_model
 from moe_dispatch.policies.measurements.schema import Identity
+from moe_dispatch.policies.rules import vector_suits
 from moe_dispatch.problem import DType, MoEProblem
 from moe_dispatch.workloads import WORKLOADS, Workload
 
@@ -43,7 +46,7 @@ TOKENS = tuple(2**i for i in range(15))
 NOISE = 0.02
 # What backends do of each part of the work: ours alike, starting soon; one of the others with a higher rate.
 OURS: dict[Term, float] = {"launch": 20, "search": 2, "weights": 1, "tiles": 1, "overlap": 2, "slots": 2, "tokens": 10}
-LAWS: dict[str, dict[Term, float]] = {
+COEFFICIENTS: dict[str, dict[Term, float]] = {
     "triton_splitk": OURS,
     "triton_persistent": {term: 1.1 * times for term, times in OURS.items()},
     "vllm_fused_moe": {term: 1.3 * times for term, times in OURS.items()},
@@ -82,15 +85,15 @@ def as_row(one: Observation, routing: str = "uniform") -> BenchRow:
 
 
 def synthetic(models: tuple[str, ...] = tuple(WORKLOADS), dtype: DType = "fp8") -> list[Observation]:
-    """Times by `LAWS` with 2 % of noise. Nothing here was measured."""
+    """Times by `COEFFICIENTS` with 2 % of noise. Nothing here was measured."""
     noise = random.Random(0)  # noqa: S311 - not cryptography
     found = []
     for name in models:
         for M in TOKENS:
             problem = WORKLOADS[name].problem(M, dtype, H200, "graph")
-            for backend, law in LAWS.items():
+            for backend, coefficients in COEFFICIENTS.items():
                 if not made(backend).unsupported_reasons(problem):
-                    us = sum(law[term] * part for term, part in terms(problem).items())
+                    us = sum(coefficients[term] * part for term, part in terms(problem).items())
                     found.append(Observation(problem, default(backend, problem), us * noise.gauss(1, NOISE)))
     return found
 
@@ -108,6 +111,23 @@ def test_tiles_are_those_of_loads_drawn_at_random(M: int) -> None:
     each = 2 * 64 * 1024 * 3 * 512 / 7e8
     # Loads of a fixed topk spread less than Poisson's.
     assert terms(problem)["tiles"] == pytest.approx(float(torch.stack(drawn).mean()) * each, rel=0.03)
+
+
+@pytest.mark.parametrize("rows", [64, 128])
+def test_tiles_of_any_number_of_tokens_cost_the_same_few_steps(rows: int) -> None:
+    """`explain` at 2³⁶ tokens took O(M) steps; the sum over all tiles is what the short form must equal."""
+
+    def all_tiles(problem: MoEProblem) -> float:
+        load = problem.slots / problem.E
+        most = math.ceil((load + 6 * math.sqrt(load)) / rows)
+        exceeding = (math.erfc((i * rows + 0.5 - load) / math.sqrt(2 * load)) / 2 for i in range(1, most + 1))
+        return problem.expected_experts + problem.E * math.fsum(exceeding)
+
+    layer = Workload("small", E=16, topk=4, K=1024, N=512)
+    for M in (1, 5, 64, 257, 4096, 16384, 16385, 65535, 65537, 1 << 18, 1 << 20):
+        problem = layer.problem(M, "bf16", H200)
+        assert _tiles(problem, rows) == pytest.approx(all_tiles(problem), rel=1e-8)
+    assert terms(layer.problem(1 << 60, "bf16", H200))["tiles"] > 0
 
 
 def test_work_is_what_the_layer_says() -> None:
@@ -131,7 +151,7 @@ def test_coefficients_are_the_best_that_are_not_negative() -> None:
         assert not (downhill[x == 0] > 1e-4).any()
 
 
-def test_a_law_is_found_again_and_a_bad_default_does_not_bend_it() -> None:
+def test_coefficients_are_found_again_and_a_bad_default_does_not_bend_the_fit() -> None:
     times = {row.problem: row.us for row in synthetic() if row.candidate[0] == "deep_gemm"}
     spoilt = {problem: us * (1.5 if problem.N == 256 else 1.0) for problem, us in times.items()}
     for times_of_one, most in ((times, 0.01), (spoilt, 0.03)):  # 5 % off with squared errors
@@ -139,7 +159,7 @@ def test_a_law_is_found_again_and_a_bad_default_does_not_bend_it() -> None:
         assert error < 2 * NOISE
         off = []
         for parts in (terms(problem) for problem in times if problem.N != 256):
-            truth = sum(LAWS["deep_gemm"][term] * part for term, part in parts.items())
+            truth = sum(COEFFICIENTS["deep_gemm"][term] * part for term, part in parts.items())
             off.append(abs(sum(c * parts[term] for c, term in zip(coefficients, TERMS, strict=True)) / truth - 1))
         assert sum(off) / len(off) < most
 
@@ -188,7 +208,7 @@ def test_vllm_by_itself_takes_triton_on_hopper_and_its_deep_gemm_asks_for_the_sh
     assert (wide["mean"], wide["p95"], wide["worst"]) == (0.125, 1.0, 1.0)
 
 
-def test_what_a_policy_names_and_nobody_measured_is_counted() -> None:
+def test_a_choice_that_was_not_measured_is_counted() -> None:
     # Neither backend's default was measured at M=4, and vLLM not at all at M=8.
     layer = {name: WORKLOADS[name] for name in ("qwen3-235b", "deepseek-v3")}
     seen = [
@@ -208,7 +228,7 @@ def test_what_a_policy_names_and_nobody_measured_is_counted() -> None:
     assert (found["mean"], found["points"], found["unmeasured"]) == (0.5, 2, 2)
 
 
-def test_what_a_backend_cannot_run_is_not_held_against_who_names_it() -> None:
+def test_what_a_backend_cannot_run_is_not_held_against_a_policy_that_names_it() -> None:
     # DeepGEMM's blocks do not divide gpt-oss's 2880.
     problem = WORKLOADS["gpt-oss-120b"].problem(4096, "fp8", H200, "graph")
     ours = Observation(problem, ("triton_persistent", ()), 5.0)
@@ -217,7 +237,7 @@ def test_what_a_backend_cannot_run_is_not_held_against_who_names_it() -> None:
     assert judged["rules"][problem].regret == 0.0
 
 
-def test_who_left_a_race_early_does_not_pass_the_winner() -> None:
+def test_a_candidate_that_was_eliminated_early_does_not_pass_the_winner() -> None:
     problem = WORKLOADS["deepseek-v3"].problem(4, "fp8", H200, "graph")
 
     def row(backend: str, routing: str, us: float) -> BenchRow:
@@ -257,7 +277,7 @@ def test_too_few_measurements_are_refused() -> None:
         fit_model(synthetic(("deepseek-v3", "mixtral-8x7b", "qwen3-235b")), H200)
 
 
-def test_a_saved_model_ranks_shapes_that_nobody_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_saved_model_ranks_shapes_that_were_not_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MOE_DISPATCH_CACHE_DIR", str(tmp_path))
     model = fit_model(synthetic(), H200)
     save_model(model, model_path(H200))
@@ -269,7 +289,7 @@ def test_a_saved_model_ranks_shapes_that_nobody_measured(tmp_path: Path, monkeyp
     assert [choice.backend for choice in few] == ["triton_vector", "triton_persistent", "deep_gemm", "vllm_fused_moe"]
     many = layer.problem(16384, "fp8", H200, "graph")
     first = policy.rank(many)[0]
-    truth = sum(LAWS["deep_gemm"][term] * part for term, part in terms(many).items())
+    truth = sum(COEFFICIENTS["deep_gemm"][term] * part for term, part in terms(many).items())
     assert (first.backend, first.config) == ("deep_gemm", None)
     assert first.us == pytest.approx(truth, rel=0.05)
     assert "by a cost model fitted to 6 layers (graph)" in first.reason
@@ -277,58 +297,85 @@ def test_a_saved_model_ranks_shapes_that_nobody_measured(tmp_path: Path, monkeyp
     assert policy.rank(layer.problem(2, "fp8", H200, "eager")) == ()  # where other launches count
 
 
-def law(backend: str, launch: float, most_rows: float = 1000.0) -> CostModel:
+def cost_model(backend: str, launch: float, most_rows: float = 1000.0) -> CostModel:
     return CostModel(
         dtype="bf16", mode="graph", backend=backend, layers=7, points=100, most_rows=most_rows, error=0.02,
         coefficients={term: launch if term == "launch" else 0.0 for term in TERMS},
     )  # fmt: skip
 
 
-@pytest.mark.parametrize(("us", "first"), [(98.0, "triton_splitk"), (96.0, "vllm_fused_moe")])
+@pytest.mark.parametrize(("us", "first"), [(98.0, "triton_vector"), (96.0, "vllm_fused_moe")])
 def test_the_rules_stand_unless_another_is_clearly_faster(us: float, first: str) -> None:
     problem = WORKLOADS["deepseek-v3"].problem(1, "bf16", H200, "graph")
-    laws = [law("triton_splitk", 100.0), law("vllm_fused_moe", us), law("deep_gemm", 150.0)]
-    policy = LearnedPolicy(H200, ModelFile(fingerprint="", sms=132, cost_models=laws))
+    cost_models = [cost_model("triton_splitk", 100.0), cost_model("vllm_fused_moe", us), cost_model("deep_gemm", 150.0)]
+    policy = LearnedPolicy(H200, ModelFile(fingerprint="", sms=132, cost_models=cost_models))
     ranked = policy.rank(problem)
     assert ranked[0].backend == first
-    assert sorted(choice.backend for choice in ranked) == ["deep_gemm", "triton_splitk", "vllm_fused_moe"]
+    # Of split-K's family the rules choose the vector kernels here.
+    assert sorted(choice.backend for choice in ranked) == ["deep_gemm", "triton_vector", "vllm_fused_moe"]
     assert ranked[-1].backend == "deep_gemm"
 
 
-def test_the_rules_decide_where_their_choice_has_no_law() -> None:
-    policy = LearnedPolicy(H200, ModelFile(fingerprint="", sms=132, cost_models=[law("vllm_fused_moe", 1.0)]))
+def test_the_rules_decide_where_their_choice_has_no_cost_model() -> None:
+    policy = LearnedPolicy(H200, ModelFile(fingerprint="", sms=132, cost_models=[cost_model("vllm_fused_moe", 1.0)]))
     assert policy.rank(WORKLOADS["deepseek-v3"].problem(1, "bf16", H200, "graph")) == ()
 
 
 def test_the_rules_choice_is_one_that_is_there() -> None:
-    # Without DeepGEMM, whom they name here, theirs is our kernel.
+    # The rules name DeepGEMM here; where it is missing, their choice is our kernel.
     bare = H200.model_copy(update={"libraries": {}})
-    laws = [law("triton_persistent", 100.0), law("triton_splitk", 99.0)]
+    cost_models = [cost_model("triton_persistent", 100.0), cost_model("triton_splitk", 99.0)]
     problem = WORKLOADS["mixtral-8x7b"].problem(4096, "fp8", H200, "graph")
-    model = ModelFile(fingerprint="", sms=132, cost_models=[one.model_copy(update={"dtype": "fp8"}) for one in laws])
+    cost_models = [one.model_copy(update={"dtype": "fp8"}) for one in cost_models]
+    model = ModelFile(fingerprint="", sms=132, cost_models=cost_models)
     assert LearnedPolicy(H200, model).rank(problem) == ()
-    assert LearnedPolicy(bare, model).rank(problem)[0].backend == "triton_persistent"
+    assert LearnedPolicy(bare, model).rank(problem)[0].backend == "gluon_hopper"
 
 
-def test_a_law_is_not_believed_far_beyond_what_was_measured() -> None:
-    laws = [law("triton_splitk", 1.0, most_rows=16.0), law("triton_persistent", 100.0)]
-    policy = LearnedPolicy(H200, ModelFile(fingerprint="", sms=132, cost_models=laws))
+def test_a_cost_model_is_not_used_far_beyond_what_was_measured() -> None:
+    cost_models = [cost_model("triton_splitk", 1.0, most_rows=16.0), cost_model("triton_persistent", 100.0)]
+    policy = LearnedPolicy(H200, ModelFile(fingerprint="", sms=132, cost_models=cost_models))
     layer = WORKLOADS["mixtral-8x7b"]  # of 8 experts, of which 2 get each token
     assert policy.rank(layer.problem(128, "bf16", H200, "graph"))[0].backend == "triton_splitk"
-    assert [one.backend for one in policy.rank(layer.problem(129, "bf16", H200, "graph"))] == ["triton_persistent"]
+    assert [one.backend for one in policy.rank(layer.problem(129, "bf16", H200, "graph"))] == ["gluon_hopper"]
+
+
+@pytest.mark.parametrize(("M", "first", "second"), [
+    (1, "triton_vector", "triton_persistent"), (16, "triton_splitk", "triton_persistent"),
+    (64, "triton_splitk", "gluon_hopper"),
+])  # fmt: skip
+def test_one_cost_model_serves_a_family_by_the_member_that_the_rules_choose(M: int, first: str, second: str) -> None:
+    laws = [cost_model("triton_splitk", 90.0), cost_model("triton_persistent", 100.0)]
+    policy = LearnedPolicy(H200, ModelFile(fingerprint="", sms=132, cost_models=laws))
+    ranked = policy.rank(WORKLOADS["mixtral-8x7b"].problem(M, "bf16", H200, "graph"))
+    assert [(choice.backend, choice.us) for choice in ranked] == [(first, 90.0), (second, 100.0)]
+
+
+def test_a_family_is_fitted_to_the_members_that_the_rules_choose() -> None:
+    chosen = [row for row in synthetic(dtype="bf16") if row.candidate[0] == "triton_splitk"]
+    instead = [
+        Observation(row.problem, default("triton_vector", row.problem), row.us) if vector_suits(row.problem) else row
+        for row in chosen
+    ]
+    assert instead != chosen
+    # What the rules do not choose there is no default of the family, and does not bend its model.
+    others = [Observation(row.problem, row.candidate, 9 * row.us) for row in chosen if vector_suits(row.problem)]
+    (model,) = fit_model([*instead, *others], H200).cost_models
+    assert (model.backend, model.points) == ("triton_splitk", len(chosen))
+    assert model.error < 2 * NOISE
 
 
 def test_a_backend_that_cannot_run_the_layer_is_not_ranked() -> None:
-    laws = [law("deep_gemm", 1.0), law("triton_persistent", 100.0)]
-    laws = [one.model_copy(update={"dtype": "fp8"}) for one in laws]
+    cost_models = [cost_model("deep_gemm", 1.0), cost_model("triton_persistent", 100.0)]
+    cost_models = [one.model_copy(update={"dtype": "fp8"}) for one in cost_models]
     problem = WORKLOADS["gpt-oss-120b"].problem(4096, "fp8", H200, "graph")
-    ranked = LearnedPolicy(H200, ModelFile(fingerprint="", sms=132, cost_models=laws)).rank(problem)
+    ranked = LearnedPolicy(H200, ModelFile(fingerprint="", sms=132, cost_models=cost_models)).rank(problem)
     assert [one.backend for one in ranked] == ["triton_persistent"]
 
 
 def test_a_model_is_of_its_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MOE_DISPATCH_CACHE_DIR", str(tmp_path))
-    model = ModelFile(fingerprint="another", sms=132, cost_models=[law("triton_splitk", 1.0)])
+    model = ModelFile(fingerprint="another", sms=132, cost_models=[cost_model("triton_splitk", 1.0)])
     save_model(model, model_path(H200))
     with pytest.warns(MoEDispatchWarning, match="fitted for another"):
         assert LearnedPolicy(H200).rank(WORKLOADS["deepseek-v3"].problem(1, "bf16", H200, "graph")) == ()
@@ -336,29 +383,42 @@ def test_a_model_is_of_its_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 def test_what_ships_serves_devices_of_its_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(resources, "files", lambda _: tmp_path)
-    model = ModelFile(fingerprint="where it was measured", sms=132, cost_models=[law("triton_splitk", 1.0)])
+    model = ModelFile(fingerprint="where it was measured", sms=132, cost_models=[cost_model("triton_splitk", 1.0)])
     save_model(model, tmp_path / "tables" / f"{H200.slug}.model.json")
     problem = WORKLOADS["deepseek-v3"].problem(1, "bf16", H200, "graph")
-    assert LearnedPolicy(H200).rank(problem)[0].backend == "triton_splitk"
+    assert LearnedPolicy(H200).rank(problem)[0].backend == "triton_vector"
     assert LearnedPolicy(H200.model_copy(update={"sms": 114})).rank(problem) == ()
 
 
-def test_a_model_loads_within_50_ms_and_ranks_within_2(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.timing
+def test_a_model_loads_within_50_ms_and_ranks_a_new_token_count_within_200_us(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("MOE_DISPATCH_CACHE_DIR", str(tmp_path))
     names = ("triton_splitk", "triton_persistent", "deep_gemm", "vllm_fused_moe", "torch_grouped")
-    model = ModelFile(fingerprint=H200.fingerprint, sms=132, cost_models=[law(name, 100.0) for name in names])
+    model = ModelFile(fingerprint=H200.fingerprint, sms=132, cost_models=[cost_model(name, 100.0) for name in names])
     save_model(model, model_path(H200))
-    problem = WORKLOADS["deepseek-v3"].problem(16384, "bf16", H200, "graph")
     loading, ranking = [], []
     for _ in range(5):
         begin = time.process_time()
         policy = LearnedPolicy(H200)
-        loaded = time.process_time()
+        assert policy.rank(WORKLOADS["deepseek-v3"].problem(16384, "bf16", H200, "graph"))
+        loading.append(time.process_time() - begin)
+    for M in range(1, 101):
+        problem = WORKLOADS["deepseek-v3"].problem(M, "bf16", H200, "graph")
+        begin = time.process_time()
         assert policy.rank(problem)
-        loading.append(loaded - begin)
-        ranking.append(time.process_time() - loaded)
+        ranking.append(time.process_time() - begin)
     assert min(loading) <= 0.050
-    assert min(ranking) <= 0.002  # once for each kind of call; then it is looked up
+    assert statistics.median(ranking) <= 0.0002
+
+
+def test_another_token_count_makes_no_backend_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A new M cost 2 ms on a host, most of it for backends that were made, and their versions looked up, each time."""
+    policy = LearnedPolicy(H200, ModelFile(fingerprint="", sms=132, cost_models=[cost_model("triton_splitk", 1.0)]))
+    assert policy.rank(WORKLOADS["deepseek-v3"].problem(40, "bf16", H200, "graph"))
+    monkeypatch.setattr(defaults, "make_backend", lambda *_: pytest.fail("a backend was made"))
+    assert policy.rank(WORKLOADS["deepseek-v3"].problem(41, "bf16", H200, "graph"))
 
 
 @pytest.mark.parametrize(
@@ -423,13 +483,10 @@ def test_rows_of_another_machine_are_not_taken_for_this_ones(tmp_path: Path, mon
     assert not (tmp_path / "cache").exists()
 
 
-def test_the_recorded_sweep_is_judged_within_a_minute_and_meets_the_bars() -> None:
-    begin = time.perf_counter()
-    result = CliRunner().invoke(
-        benchmarks, ["regret", str(RESULTS / "sweep.jsonl"), "--machine", str(MACHINE), "--json"]
-    )
+def test_choices_on_the_recorded_sweep_meet_the_targets() -> None:
+    arguments = ["regret", str(RESULTS / "sweep.jsonl"), "--machine", str(MACHINE), "--json"]
+    result = CliRunner().invoke(benchmarks, arguments)
     assert result.exit_code == 0, result.output
-    assert time.perf_counter() - begin < 60
     found = json.loads(result.stdout)
     learned = found["learned"]
     assert learned["mean"] <= 0.02

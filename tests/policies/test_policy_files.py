@@ -126,11 +126,13 @@ def test_a_fifo_in_its_place_does_not_hang(path: Path) -> None:
         read_calibration(path, MACHINE)
 
 
-def test_a_damaged_file_is_set_aside_and_not_overwritten(path: Path) -> None:
+def test_every_damaged_file_is_set_aside_and_none_overwritten(path: Path) -> None:
     path.parent.mkdir(parents=True)
-    path.write_text("{", encoding="utf-8")
-    save(path, [measured(1, 5.0)], MACHINE)
-    assert path.with_name(f"{path.name}.damaged").read_text(encoding="utf-8") == "{"
+    for content in ("{", "["):
+        path.write_text(content, encoding="utf-8")
+        save(path, [measured(1, 5.0)], MACHINE)
+    kept = sorted(path.parent.glob(f"{path.name}.damaged*"))
+    assert [file.read_text(encoding="utf-8") for file in kept] == ["{", "["]
     assert ranked(1) == ["reference"]
 
 
@@ -329,6 +331,7 @@ def test_what_a_backend_had_is_replaced_as_a_whole(path: Path) -> None:
     assert times == {1: [6.0, 9.0], 2: [8.0]}
 
 
+@pytest.mark.timing
 def test_a_full_calibration_loads_within_50_ms(path: Path) -> None:
     configs = [{"compute_fp32": a, "quantize_activations": b} for a in (False, True) for b in (False, True)]
     names = [name for name in BACKENDS.names() if name != "reference"]

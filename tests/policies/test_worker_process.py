@@ -1,6 +1,8 @@
 """Real worker processes, and backends of which most fail in them."""
 
 import os
+import sys
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +13,12 @@ from moe_dispatch.dispatch.quarantine import Quarantine
 from moe_dispatch.machine import Machine
 from moe_dispatch.policies.calibrated import CalibratedPolicy
 from moe_dispatch.policies.calibration.calibrate import CalibrationReport, calibrate
-from moe_dispatch.policies.calibration.worker_process import NotPreparedError, WorkerProcess
+from moe_dispatch.policies.calibration.worker_process import (
+    BudgetSpentError,
+    NotPreparedError,
+    WorkerProcess,
+    worker_environment,
+)
 from moe_dispatch.policies.measurements.schema import LayerShape
 from moe_dispatch.workloads import workload
 from tests.support.fakes import registered
@@ -38,7 +45,7 @@ FAULTS = (
     Fault("unstable", "UnstableBackend", "promised the same bits"),
     Fault("raising", "RaisingBackend", "no kernel image is available"),
     Fault("hungry", "HungryBackend", "out of memory"),
-    Fault("hanging", "HangingBackend", f"hung: no answer within {TIMEOUT_S:.0f} s", fatal=True),
+    Fault("hanging", "HangingBackend", f"too slow: no answer within {TIMEOUT_S:.0f} s"),
     Fault("exiting", "ExitingBackend", "exited with status 7", fatal=True),
     Fault("killed", "KilledBackend", "killed by SIGKILL", fatal=True),
     Fault("lost", "LostContextBackend", "lost the CUDA context", fatal=True),
@@ -129,3 +136,51 @@ def test_a_worker_that_cannot_start_says_so() -> None:
     layer = LayerShape.of(PROBLEM)
     with pytest.raises(NotPreparedError, match=r"could not start on cuda:99: InvalidInputError: device 'cuda:99'"):
         WorkerProcess("cuda:99", {}, TIMEOUT_S).layer(layer)
+
+
+def test_a_module_in_the_working_directory_is_not_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    executed = tmp_path / "executed"
+    (tmp_path / "json.py").write_text(f"open({str(executed)!r}, 'w').close()\nfrom _json import *\n", encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    worker = WorkerProcess("cpu", {}, TIMEOUT_S)
+    try:
+        worker.layer(LayerShape.of(PROBLEM))
+    finally:
+        worker.close()
+    assert not executed.exists()
+
+
+def test_a_worker_imports_what_its_parent_does_from_any_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As from a checkout, in which `python -c` has the working directory, and pytest's `pythonpath` a relative path."""
+    root = Path(__file__).parents[2]
+    monkeypatch.chdir(root)
+    monkeypatch.setattr(sys, "path", ["", "tests", *(path for path in sys.path if Path(path or ".").resolve() != root)])
+    monkeypatch.setenv("TRITON_CACHE_DIR", "relative/cache")
+    monkeypatch.setenv("MOE_DISPATCH_MACHINE", "h200")
+    environment = worker_environment()
+    paths = environment["PYTHONPATH"].split(os.pathsep)
+    assert paths[0] == str(root / "tests")
+    assert paths[-1] == str(root)  # after the standard library, which a checkout must not shadow
+    assert environment["TRITON_CACHE_DIR"] == str(root / "relative/cache")
+    assert environment["MOE_DISPATCH_MACHINE"] == "h200"
+    monkeypatch.setenv("MOE_DISPATCH_MACHINE", "tests/machines/h200.json")
+    assert worker_environment()["MOE_DISPATCH_MACHINE"] == str(root / "tests/machines/h200.json")
+
+
+def test_the_budget_ends_a_worker_while_it_starts() -> None:
+    worker = WorkerProcess("cpu", {}, TIMEOUT_S, deadline=time.monotonic())
+    with pytest.raises(BudgetSpentError, match="into 'start'"):
+        worker.layer(LayerShape.of(PROBLEM))
+
+
+def test_weights_that_do_not_fit_are_not_allocated() -> None:
+    """On a CPU the system would kill the process, or other ones, in the middle of it."""
+    layer = LayerShape.of(workload("100000,8,7168,2048").problem(1, "bf16", CPU))
+    worker = WorkerProcess("cpu", {}, TIMEOUT_S)
+    try:
+        with pytest.raises(NotPreparedError, match=r"out of memory: MemoryError: the weights need \d+\.\d GiB, and"):
+            worker.layer(layer)
+    finally:
+        worker.close()

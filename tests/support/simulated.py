@@ -12,6 +12,7 @@ from typing import Any
 from moe_dispatch.machine import Machine
 from moe_dispatch.measure import H200_CEILINGS
 from moe_dispatch.policies.calibration.worker_process import (
+    BudgetSpentError,
     CandidateFailedError,
     NotPreparedError,
     PointSetup,
@@ -83,6 +84,7 @@ class SimulatedWorker:
         dies: How a candidate takes the worker down, or None.
         memory_tokens: Points with more tokens cannot be prepared.
         prepare_s: Seconds to make weights or inputs.
+        deadline: Time of the clock at which the worker is killed.
         points: The points that were prepared, in order.
     """
 
@@ -95,6 +97,8 @@ class SimulatedWorker:
     dies: Callable[[Run], WorkerDiedError | None] = lambda _: None
     memory_tokens: float = math.inf
     prepare_s: float = 0.0
+    timeout_s: float = math.inf
+    deadline: float = math.inf
     points: list[tuple[LayerShape, PointSetup]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -107,7 +111,7 @@ class SimulatedWorker:
     def layer(self, layer: LayerShape) -> None:
         """See `Worker.layer`."""
         self._layer, self._setup = layer, None
-        self.clock.now += self.prepare_s
+        self._pass(self.prepare_s)
 
     def point(self, setup: PointSetup) -> None:
         """See `Worker.point`."""
@@ -116,7 +120,7 @@ class SimulatedWorker:
         assert self._layer is not None
         self.points.append((self._layer, setup))
         self._setup = setup
-        self.clock.now += self.prepare_s
+        self._pass(self.prepare_s)
 
     def compile(self, layer: LayerShape, M: int, candidate: Candidate) -> None:
         """See `Worker.compile`."""
@@ -170,8 +174,13 @@ class SimulatedWorker:
         identity = run.backend, tuple(sorted(run.config.items()))
         here = lasting(self.session, identity, run.M, run.mode).gauss(0, self.noise.session)
         us = self.time_of(run) * (1 + drift + here) * (1 + self._random.gauss(0, self.noise.sample))
-        self.clock.now += 1e-6 * us
+        self._pass(1e-6 * us)
         return us
+
+    def _pass(self, seconds: float) -> None:
+        self.clock.now = min(self.clock.now + seconds, self.deadline)
+        if self.clock.now == self.deadline:
+            raise BudgetSpentError("the budget was spent")
 
 
 def as_on_an_h200(run: Run) -> float:

@@ -1,4 +1,4 @@
-"""Kernels that a CPU can run the way a GPU's are run: by a launcher that is given numbers for addresses.
+"""Kernels that a CPU can run the way a GPU's are run: by a launcher that is passed numbers for addresses.
 
 `StubKernel` stands where Triton's `JITFunction` stands: it specialises on its arguments as Triton does, by Triton's own
 code, and "compiles" to a launcher that computes with numpy on the memory that the addresses name.
@@ -19,15 +19,22 @@ ON_CPU = -1  # what a CPU tensor says that its device's number is
 
 
 class StubKernel:
-    """A kernel of this signature, which calls `compute` with what the launcher is given.
+    """A kernel of this signature, which calls `compute` with what the launcher is passed.
+
+    A tensor descriptor is passed as an address, sizes and strides.
 
     Attributes:
         compiled: How often Triton's path was taken.
-        started: The specialisation of what was started directly, with the arguments that it was given.
+        started: The specialisation of what was started directly, with the arguments that it was passed.
     """
 
     def __init__(
-        self, signature: Callable[..., None], compute: Callable[..., None] | None = None, **options: Any
+        self,
+        signature: Callable[..., None],
+        compute: Callable[..., None] | None = None,
+        *,
+        packed: bool = True,
+        **options: Any,
     ) -> None:
         from triton.backends.compiler import GPUTarget
         from triton.backends.nvidia.compiler import CUDABackend
@@ -38,6 +45,7 @@ class StubKernel:
         self.compute = compute or (lambda *_: None)
         self.compiled = 0
         self.started: list[Any] = []
+        self._packed = packed
         self._bind = create_function_from_signature(jit.signature, jit.params, CUDABackend(GPUTarget("cuda", 90, 32)))
 
     def specialization(self, *args: Any, **constants: Any) -> tuple[Any, ...]:
@@ -48,34 +56,47 @@ class StubKernel:
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., Any]:
         def launch(*args: Any, **constants: Any) -> Any:
             self.compiled += 1
-            found = self.specialization(*args, **constants)
-            self.compute(*[arg.data_ptr() if isinstance(arg, Tensor) else arg for arg in args])
-            return self._compiled(found)
+            specialization = self.specialization(*args, **constants)
+            self.compute(*[value for arg in args for value in _passed(arg)])
+            return self._compiled(specialization)
 
         return launch
 
     def _compiled(self, specialization: tuple[Any, ...]) -> Any:
-        def launcher(*given: Any) -> None:
-            width, height, depth, stream, function, *_ = given
-            values = given[13:]
+        def launcher(*arguments: Any) -> None:
+            width, height, depth, stream, function, *_ = arguments
+            values = tuple(arguments[-1]) if self._packed else arguments[13:]
             assert function is specialization
             self.started.append(((width, height, depth), stream, specialization, values))
             self.compute(*values)
 
+        def encoding(*arguments: Any) -> None:
+            launcher(*arguments)  # as Triton's wrapper does once it has encoded the descriptors
+
+        kinds = [kind for kind, *_ in specialization[0]]
+        descriptors = [kind for kind in kinds if str(kind).startswith("tensordesc")]
+        packing = {"kernel_signature": "", "arg_annotations": []} if self._packed else {}
         run = SimpleNamespace(
-            launch=launcher,
+            launch=encoding if descriptors else launcher,
             launch_cooperative_grid=False,
             launch_pdl=False,
             global_scratch_size=0,
             profile_scratch_size=0,
+            **packing,
         )
         return SimpleNamespace(
             run=run,
             function=specialization,
             packed_metadata=(4, 1, 0),
-            src=SimpleNamespace(signature={param.name: "i32" for param in self.params}),
-            metadata=SimpleNamespace(),
+            src=SimpleNamespace(signature={param.name: kind for param, kind in zip(self.params, kinds, strict=False)}),
+            metadata=SimpleNamespace(tensordesc_meta=[{"swizzle": 3} for _ in descriptors]),
         )
+
+
+def _passed(arg: Any) -> list[Any]:
+    if isinstance(arg, Tensor):
+        return [arg.data_ptr()]
+    return [arg.base.data_ptr(), *arg.shape, *arg.strides] if hasattr(arg, "base") else [arg]
 
 
 def floats(address: int, count: int) -> "np.ndarray[Any, np.dtype[np.float32]]":
@@ -85,15 +106,14 @@ def floats(address: int, count: int) -> "np.ndarray[Any, np.dtype[np.float32]]":
 
 @contextmanager
 def cpu_is_the_device() -> Iterator[None]:
-    """`fast_launch` kernels take CPU tensors for those of the current GPU."""
+    """`fast_launch` kernels take CPU tensors for those of the current GPU, and descriptors of them are kept."""
     pytest.importorskip("triton")
-    from moe_dispatch.backends.triton_common import fast_launch as launch
-    from moe_dispatch.backends.triton_common import replay
+    from moe_dispatch.backends.triton_common import descriptors, internals
 
     with (
-        mock.patch.object(launch, "current_device", return_value=ON_CPU),
-        mock.patch.object(launch, "current_stream", return_value=7),
-        mock.patch.object(replay, "current_device", return_value=ON_CPU),
-        mock.patch.object(replay, "current_stream", return_value=7),
+        mock.patch.object(internals, "current_device", return_value=ON_CPU),
+        mock.patch.object(internals, "current_stream", return_value=7),
+        mock.patch.object(internals, "encode", lambda descriptor, _encoding: _passed(descriptor)),
+        mock.patch.object(descriptors, "interpreting", return_value=False),
     ):
         yield

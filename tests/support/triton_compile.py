@@ -90,7 +90,8 @@ def described(capability: int) -> Machine:
     """A machine of one of the compute capabilities in SHARED_MEMORY."""
     return Machine(
         device="cuda", name="compiled for", capability=divmod(capability, 10), sms=_SMS[capability],
-        memory_bytes=80 << 30, shared_memory_per_block=SHARED_MEMORY[capability], torch="2.11", triton="3.6",
+        memory_bytes=80 << 30, shared_memory_per_block=SHARED_MEMORY[capability], torch="2.11", cuda="13.0",
+        triton="3.6",
     )  # fmt: skip
 
 
@@ -218,7 +219,7 @@ def compiling(capability: int, built: list[Built]) -> Iterator[None]:
     with (
         mock.patch.object(JITFunction, "run", compile_only),
         # A torch with CUDA would ask the driver, which a machine without a GPU lacks.
-        mock.patch("moe_dispatch.backends.triton_common.fast_launch.current_device", return_value=0),
+        mock.patch("moe_dispatch.backends.triton_common.internals.current_device", return_value=0),
         mock.patch.object(FakeTensor, "is_cuda", new=True),
         # Triton specialises on the alignment of addresses.
         mock.patch.object(FakeTensor, "data_ptr", return_value=0),

@@ -28,16 +28,6 @@ def remember_engine(vllm_config: Any) -> None:
     _most_tokens = int(vllm_config.scheduler_config.max_num_batched_tokens)
 
 
-def token_counts(captured: tuple[int, ...], most: int) -> tuple[int, ...]:
-    """Which token counts to warm up: what is captured, and eager batches of every size class up to the largest.
-
-    Triton compiles another binary where a size is no multiple of 16, so every power of two has an odd neighbour.
-    """
-    powers = [1 << power for power in range(most.bit_length())]
-    counts = {*captured, most, *powers, *(power - 1 for power in powers if power > 2)}
-    return tuple(sorted(count for count in counts if 0 < count <= max(most, 1)))
-
-
 def warm_up_once(experts: ExpertWeights, topk: int, act_dtype: torch.dtype) -> None:
     """Warm up for layers of this kind, unless that has been done in this process."""
     kind = (experts.spec, topk, act_dtype)
@@ -49,8 +39,7 @@ def warm_up_once(experts: ExpertWeights, topk: int, act_dtype: torch.dtype) -> N
         _done.add(kind)  # a failure below must not come again with every call: its backend is barred by then
         if experts.device.type != "cuda":
             return
-        counts = token_counts(_captured, _most_tokens)
         begin = time.monotonic()
-        warm_up(experts, topk, counts, act_dtype)
+        warm_up(experts, topk, _captured, act_dtype, up_to=_most_tokens, into_out=True)
         seconds = time.monotonic() - begin
-        vllm_logger().info("warmed up %d token counts of %r in %.1f s", len(counts), experts, seconds)
+        vllm_logger().info("moe_dispatch warmed up for %r, M ≤ %d, in %.1f s", experts, _most_tokens, seconds)

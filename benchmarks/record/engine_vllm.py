@@ -1,6 +1,6 @@
 """vLLM's engine with and without the plugin, end to end, by turns: tokens per second of decode and prefill.
 
-    python -m moe_dispatch.benchmarks.engine_vllm --dtype bf16 --layers 40 --out engine.jsonl
+    python -m moe_dispatch.benchmarks.record.engine_vllm --dtype bf16 --layers 40 --out engine.jsonl
 
 Two engines with dummy weights stay alive in two processes on one GPU, one with ``MOE_DISPATCH_VLLM=1``. Each workload
 is measured on both before the next one, and all of them twice. Needs vLLM and a GPU that holds both.
@@ -29,6 +29,7 @@ FP8: Final = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_blo
 BATCHES: Final = (1, 8, 32, 128, 256)
 SHORT, LONG = 16, 80  # generated tokens; the difference is decode alone
 PREFILL: Final = (8, 2048)
+CAPTURED: Final = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
 
 def serve(arguments: argparse.Namespace) -> None:
@@ -44,7 +45,8 @@ def serve(arguments: argparse.Namespace) -> None:
     engine = LLM(
         model=str(folder), load_format="dummy", skip_tokenizer_init=True, attention_backend="TRITON_ATTN",
         gpu_memory_utilization=arguments.memory, max_model_len=4096, max_num_seqs=256, max_num_batched_tokens=8192,
-        enable_prefix_caching=False, seed=0, disable_log_stats=True, enforce_eager=False,
+        enable_prefix_caching=False, seed=0, disable_log_stats=True,
+        compilation_config={"cudagraph_capture_sizes": list(CAPTURED)},
     )  # fmt: skip
     compiled = _count_compilations()
     answer = os.fdopen(arguments.answer, "w")
@@ -98,7 +100,7 @@ class Engine:
         environment = os.environ | {"MOE_DISPATCH_VLLM": str(int(plugin)), "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
         self.log = open(f"{arguments.logs}/engine-{'on' if plugin else 'off'}.log", "w")  # noqa: SIM115 - as long as the engine
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "moe_dispatch.benchmarks.engine_vllm", "--serve", "--answer", str(write),
+            [sys.executable, "-m", "moe_dispatch.benchmarks.record.engine_vllm", "--serve", "--answer", str(write),
              "--dtype", arguments.dtype, "--layers", str(arguments.layers), "--memory", str(arguments.memory)],
             stdin=subprocess.PIPE, stdout=self.log, stderr=subprocess.STDOUT, text=True, pass_fds=(write,),
             env=environment,

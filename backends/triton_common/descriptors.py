@@ -1,0 +1,144 @@
+"""Tensor descriptors of weights, kept by the memory that they describe.
+
+A tensor descriptor, through which TMA loads blocks, holds an address, a shape, strides and the size of a block. To make
+one and to encode it for the device costs the host about as much as a launch, so `WeightDescriptors` keeps both. It
+keeps them under the weight's address, dtype and shape, not under the layer: a layer's memory can be replaced any time
+(``weight.data = …``, which is what weight updates, sleep modes and ``module.cpu(); module.cuda()`` do), and the next
+call then finds or makes another descriptor. What is kept holds no tensor, so memory that was replaced is freed.
+
+Needs no Triton until a descriptor is made.
+"""
+
+import dataclasses
+import math
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
+
+import torch
+from torch import Tensor
+
+from moe_dispatch.backends.triton_common.features import interpreting
+from moe_dispatch.errors import InvalidInputError
+
+if TYPE_CHECKING:
+    from moe_dispatch.backends.triton_common.internals import Encoding
+
+# Descriptors kept by a backend, and encodings kept by a step of a replay; when full, all are dropped and made again.
+MAX_DESCRIPTORS: Final = 4096
+_KEPT: Final = "_moe_dispatch_kept"
+
+
+class WeightView(NamedTuple):
+    """How a kernel sees a weight.
+
+    Attributes:
+        shape: What the contiguous weight is viewed as.
+        block: The blocks that are loaded, in the view's dimensions after they are swapped.
+        swapped: Two dimensions of the view that change places, if any.
+    """
+
+    shape: tuple[int, ...]
+    block: tuple[int, ...]
+    swapped: tuple[int, int] | None = None
+
+    def describe(self, weight: Tensor) -> Any:
+        """A tensor descriptor of the weight, which holds the weight.
+
+        Raises:
+            InvalidInputError: The weight's memory was freed, or replaced by some of another size or layout.
+        """
+        from triton.tools.tensor_descriptor import TensorDescriptor
+
+        if weight.numel() != math.prod(self.shape) or not weight.is_contiguous() or not _is_there(weight):
+            raise InvalidInputError(
+                f"an expert weight was replaced after ExpertWeights checked it: it must be contiguous with "
+                f"{math.prod(self.shape)} elements, got {list(weight.shape)} with strides {list(weight.stride())}"
+                f"{'' if _is_there(weight) else ' and its memory is freed'}; wrap it in a new ExpertWeights"
+            )
+        view = weight.view(self.shape)
+        view = view.transpose(*self.swapped) if self.swapped else view
+        return TensorDescriptor.from_tensor(view, list(self.block))
+
+
+def _is_there(weight: Tensor) -> bool:
+    return weight.untyped_storage().nbytes() >= (weight.storage_offset() + weight.numel()) * weight.element_size()
+
+
+class WeightDescriptors:
+    """The tensor descriptors of a backend's weights."""
+
+    def __init__(self) -> None:
+        self._kept: dict[tuple[int, torch.dtype, torch.Size, tuple[int, ...], WeightView], Any] = {}
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    def get(self, weight: Tensor, view: WeightView) -> Any:
+        """The descriptor of a weight where it lies now; made if none is kept.
+
+        Raises:
+            InvalidInputError: As `WeightView.describe`.
+        """
+        if interpreting():
+            return view.describe(weight)  # the interpreter reads the tensor itself
+        key = (weight.data_ptr(), weight.dtype, weight.shape, weight.stride(), view)
+        descriptor = self._kept.get(key)
+        if descriptor is None:
+            descriptor = _keep(view.describe(weight), view)
+            if len(self._kept) >= MAX_DESCRIPTORS:
+                self._kept.clear()
+            self._kept[key] = descriptor
+        return descriptor
+
+
+class _Memory(NamedTuple):
+    """What a kept descriptor has for a tensor: all that Triton asks of one, without the memory itself."""
+
+    address: int
+    dtype: torch.dtype
+
+    def data_ptr(self) -> int:
+        return self.address
+
+
+class Kept:
+    """What is kept on a tensor descriptor that will not change.
+
+    Attributes:
+        kind: All that a kernel's code may depend on: everything but address, shape and strides.
+        view: How the descriptor sees its weight.
+    """
+
+    def __init__(self, descriptor: Any, view: WeightView) -> None:
+        fields = [field.name for field in dataclasses.fields(descriptor)]
+        options = [repr(getattr(descriptor, name)) for name in fields if name not in ("base", "shape", "strides")]
+        self.kind = (type(descriptor), descriptor.base.dtype, len(descriptor.shape), *options)
+        self.view = view
+        self._encoded: dict[str, list[Any]] = {}
+
+    def encoded(self, descriptor: Any, encoding: "Encoding") -> list[Any]:
+        """The kernel's arguments for the descriptor, encoded once; see `internals.encode`."""
+        arguments = self._encoded.get(encoding.key)
+        if arguments is None:
+            from moe_dispatch.backends.triton_common.internals import encode
+
+            arguments = self._encoded[encoding.key] = encode(descriptor, encoding)
+        return arguments
+
+
+def kept_on(argument: object) -> Kept | None:
+    """What is kept on a kernel's argument; None if it is no descriptor of `WeightDescriptors`."""
+    kept: Kept | None = getattr(argument, _KEPT, None)
+    return kept
+
+
+def encoded(descriptor: Any, encoding: "Encoding") -> list[Any]:
+    """The kernel's arguments for a descriptor of `WeightDescriptors`: the CUtensorMap, sizes, strides."""
+    kept: Kept = getattr(descriptor, _KEPT)
+    return kept.encoded(descriptor, encoding)
+
+
+def _keep(descriptor: Any, view: WeightView) -> Any:
+    kept = Kept(descriptor, view)
+    descriptor.base = _Memory(descriptor.base.data_ptr(), descriptor.base.dtype)
+    setattr(descriptor, _KEPT, kept)
+    return descriptor

@@ -1,0 +1,68 @@
+"""Draws docs/images/imports.png: the rooms of the package on their floors, and which imports which, from the sources.
+
+python docs/make_imports.py
+"""
+
+import io
+import sys
+from collections import Counter
+from pathlib import Path
+
+import matplotlib as mpl
+
+mpl.use("Agg")
+import matplotlib.pyplot as plt
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from tests.core.test_imports import FLOORS, imports  # noqa: E402 - found through the line above
+
+BESIDE = ("backends", "policies")
+
+
+def room(module: str) -> str:
+    """The room of a module: a folder or a file directly below the package."""
+    parts = module.split(".")
+    return parts[1] if len(parts) > 1 else "moe_dispatch"
+
+
+def main() -> None:
+    """Draw."""
+    floors = [["moe_dispatch" if name == "" else name for name in floor] for floor in FLOORS]
+    places = {}
+    for height, floor in enumerate(floors):
+        for place, name in enumerate(floor):
+            places[name] = ((place - (len(floor) - 1) / 2) * 1.5, float(height))
+    top = len(floors)
+    for side, name in zip((-7.2, 7.2), BESIDE, strict=True):
+        places[name] = (side, 4.0)
+    places["benchmarks"] = (0.0, float(top))
+    edges = Counter((room(one.importer), room(one.imported)) for one in imports())
+    figure, axes = plt.subplots(figsize=(11, 6.2))
+    for (start, end), count in edges.items():
+        if start == end or start not in places or end not in places:
+            continue
+        weight = min(count, 30) / 30
+        arrow = {
+            "arrowstyle": "-|>", "color": "#7a8aa0", "alpha": 0.3 + 0.6 * weight, "lw": 0.5 + 2 * weight,
+            "shrinkA": 14, "shrinkB": 14,
+        }  # fmt: skip
+        axes.annotate("", xy=places[end], xytext=places[start], arrowprops=arrow)
+    for name, (x, y) in places.items():
+        heavy = name in (*BESIDE, "benchmarks")
+        box = {"boxstyle": "round,pad=0.35", "fc": "#fff3dd" if heavy else "#e8f0fb", "ec": "#44546a", "lw": 0.8}
+        axes.text(x, y, name, ha="center", va="center", fontsize=9.5, bbox=box)
+    axes.set_xlim(-8.6, 8.6)
+    axes.set_ylim(-0.6, top + 0.6)
+    axes.axis("off")
+    figure.tight_layout(pad=0.2)
+    picture = io.BytesIO()
+    figure.savefig(picture, dpi=80)
+    # A palette of 32 colours is a fifth of the size.
+    Image.open(picture).convert("RGB").quantize(32).save(ROOT / "docs/images/imports.png", optimize=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,85 @@
+"""First calls in flight: a fork waits for those of other threads, and a backend that calls itself is stopped.
+
+A first call imports modules, reads files and compiles kernels. A child forked in the middle of that would find locks
+held (those of Python's import system among them) by a thread that it does not have, and wait for ever.
+"""
+
+import contextlib
+import os
+import threading
+from collections.abc import Iterator
+from typing import Final
+
+FORK_WAIT_SECONDS: Final = 30.0  # After this a fork goes ahead: the first call may itself be waiting for it.
+# First runs of one backend at a time. More are no crowd of threads but a backend that calls itself in new threads.
+MAX_CONCURRENT: Final = 256
+
+
+class FirstCalls:
+    """The threads that are in a first call, and the backends that they run for the first time."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition(threading.Lock())
+        self._backends: dict[int, list[str]] = {}
+
+    @contextlib.contextmanager
+    def planning(self) -> Iterator[None]:
+        """While this thread plans a kind of call."""
+        with self._listed(""):
+            yield
+
+    @contextlib.contextmanager
+    def running(self, backend: str) -> Iterator[None]:
+        """While this thread probes a backend or runs a kind of call on it for the first time.
+
+        Raises:
+            RecursionError: The backend is calling itself by way of `moe_forward`.
+        """
+        with self._listed(backend):
+            yield
+
+    @contextlib.contextmanager
+    def _listed(self, backend: str) -> Iterator[None]:
+        thread = threading.get_ident()
+        with self._changed:
+            mine = self._backends.get(thread, [])
+            running = sum(backend in names for names in self._backends.values())
+            if backend and (backend in mine or running >= MAX_CONCURRENT):
+                raise RecursionError(
+                    f"backend {backend!r} calls moe_forward, which chooses {backend!r} again; a backend that wraps "
+                    "another one names it: moe_forward(…, backend=…)"
+                )
+            self._backends.setdefault(thread, mine).append(backend)
+        try:
+            yield
+        finally:
+            with self._changed:
+                mine.pop()
+                if not mine:
+                    del self._backends[thread]
+                self._changed.notify_all()
+
+    def before_fork(self) -> None:
+        """Wait for the first calls of other threads, and keep new ones from starting until the fork is done."""
+        thread = threading.get_ident()
+        self._changed.acquire()
+        self._changed.wait_for(lambda: not self._backends.keys() - {thread}, FORK_WAIT_SECONDS)
+
+    def after_fork_in_parent(self) -> None:
+        """Let first calls start again."""
+        self._changed.release()
+
+    def after_fork_in_child(self) -> None:
+        """Forget the other threads, which this process does not have."""
+        thread = threading.get_ident()
+        self._changed = threading.Condition(threading.Lock())
+        self._backends = {other: names for other, names in self._backends.items() if other == thread}
+
+
+FIRST_CALLS: Final = FirstCalls()
+
+os.register_at_fork(
+    before=FIRST_CALLS.before_fork,
+    after_in_parent=FIRST_CALLS.after_fork_in_parent,
+    after_in_child=FIRST_CALLS.after_fork_in_child,
+)

@@ -1,0 +1,79 @@
+"""How much memory a calibration needs, computed before it allocates: on a CPU too much ends the process by SIGKILL."""
+
+from pathlib import Path
+from typing import Final
+
+import torch
+
+from moe_dispatch.problem import ELEMENT_BYTES, MoEProblem
+
+_CGROUP: Final = Path("/sys/fs/cgroup")
+# fp32 copies of one expert that are alive at once while its weights are drawn, scaled and quantised.
+_EXPERT_COPIES: Final = 6
+
+
+def weight_bytes(problem: MoEProblem) -> int:
+    """Peak memory of making a layer's random weights (`make_experts`), in bytes."""
+    elements = (problem.gate_up_rows + problem.N) * problem.K
+    plain = ELEMENT_BYTES[problem.act_dtype] * elements * problem.E
+    codes = elements * problem.E if problem.dtype == "fp8" else 0  # beside what they are quantised from
+    return plain + codes + 4 * _EXPERT_COPIES * elements
+
+
+def input_bytes(problem: MoEProblem, count: int) -> int:
+    """Peak memory of making `count` inputs of a problem with their routings, in bytes."""
+    one = problem.M * (problem.K * ELEMENT_BYTES[problem.act_dtype] + 8 * problem.topk)
+    drawn = 4 * problem.M * problem.K  # in fp32, before it is rounded
+    # Logits and noise of the routing are drawn on the host.
+    return count * one + drawn + (12 * problem.M * problem.E if problem.device == "cpu" else 0)
+
+
+def require(needed: int, what: str, device: torch.device) -> None:
+    """Check that memory for `what` is free.
+
+    Raises:
+        MemoryError: It is not; the message has both sizes.
+    """
+    free = free_bytes(device)
+    if free is not None and needed > free:
+        raise MemoryError(f"{what} need {gibibytes(needed)}, and {gibibytes(free)} are free")
+
+
+def free_bytes(device: torch.device) -> int | None:
+    """Memory that this process can still allocate, in bytes; None where the system does not tell."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    known = [size for size in (_available_on_host(), _left_in_cgroup()) if size is not None]
+    return min(known, default=None)
+
+
+def gibibytes(size: int) -> str:
+    """``"12.3 GiB"``."""
+    return f"{size / 2**30:.1f} GiB"
+
+
+def _available_on_host() -> int | None:
+    available = _fields(Path("/proc/meminfo")).get("MemAvailable:")
+    return None if available is None else 1024 * available
+
+
+def _left_in_cgroup() -> int | None:
+    """What the memory limit of this process's control group (version 2) leaves, page cache not counted as used."""
+    try:
+        name = Path("/proc/self/cgroup").read_text(encoding="ascii").strip().rpartition("::/")[2]
+        folder = _CGROUP / name if (_CGROUP / name / "memory.max").exists() else _CGROUP
+        limit = int((folder / "memory.max").read_text(encoding="ascii"))
+        used = int((folder / "memory.current").read_text(encoding="ascii"))
+    except (OSError, ValueError):  # no control group, or no limit: "max"
+        return None
+    return max(0, limit - used + _fields(folder / "memory.stat").get("inactive_file", 0))
+
+
+def _fields(path: Path) -> dict[str, int]:
+    """Lines of a name and a number, as the kernel writes them."""
+    try:
+        lines = path.read_text(encoding="ascii").splitlines()
+        return {line.split()[0]: int(line.split()[1]) for line in lines if len(line.split()) > 1}
+    except (OSError, ValueError):
+        return {}

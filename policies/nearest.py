@@ -1,0 +1,114 @@
+"""Which shipped table serves a device that has none of its own, and how the two devices' times differ."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib import resources
+from importlib.resources.abc import Traversable
+from typing import Final
+
+from moe_dispatch.machine import Machine
+from moe_dispatch.measure.ceilings import KNOWN_CEILINGS
+from moe_dispatch.problem import MoEProblem
+
+# A device with fewer multiprocessors than this share of the measured one's (a MIG slice, say) is left to the rules:
+# which configuration is fastest depends on how many programs run at once.
+LEAST_SHARE: Final = 0.5
+
+
+@dataclass(frozen=True)
+class DataSheet:
+    """A device's rates as its vendor states them; only ratios of them are used.
+
+    Attributes:
+        name: `Machine.name`.
+        sms: Streaming multiprocessors.
+        bandwidth: Memory bandwidth in TB/s.
+        bf16: Dense BF16 products in TFLOP/s.
+        capability: CUDA compute capability.
+    """
+
+    name: str
+    sms: int
+    bandwidth: float
+    bf16: float
+    capability: tuple[int, int] = (9, 0)
+
+
+DATA_SHEETS: Final[Mapping[str, DataSheet]] = {
+    "nvidia_h200": DataSheet("NVIDIA H200", 132, 4.8, 989),
+    "nvidia_h200_nvl": DataSheet("NVIDIA H200 NVL", 132, 4.8, 835),
+    "nvidia_h100_80gb_hbm3": DataSheet("NVIDIA H100 80GB HBM3", 132, 3.35, 989),
+    "nvidia_h100_nvl": DataSheet("NVIDIA H100 NVL", 132, 3.9, 835),
+    "nvidia_h100_pcie": DataSheet("NVIDIA H100 PCIe", 114, 2.0, 756),
+    "nvidia_h800": DataSheet("NVIDIA H800", 132, 3.35, 989),
+    "nvidia_h20": DataSheet("NVIDIA H20", 78, 4.0, 148),
+    "nvidia_gh200_480gb": DataSheet("NVIDIA GH200 480GB", 132, 4.0, 990),
+    "nvidia_gh200_144g_hbm3e": DataSheet("NVIDIA GH200 144G HBM3e", 132, 4.9, 990),
+}
+
+
+@dataclass(frozen=True)
+class Nearest:
+    """The measured device that stands in for another one.
+
+    Attributes:
+        slug: `Machine.slug` of the measured device.
+        name: Its name.
+        bandwidth: Memory bandwidth here over that of the measured device.
+        rate: Matrix rate here over that of the measured device.
+        evidence: Where the two ratios come from.
+    """
+
+    slug: str
+    name: str
+    bandwidth: float = 1.0
+    rate: float = 1.0
+    evidence: str = ""
+
+    def note(self, what: str) -> str:
+        """A sentence for `notes`: which device's table or model serves this one, and how it is scaled."""
+        return (
+            f"no {what} ships for this device; that of {self.name} serves it, scaled by {self.bandwidth:.2f} in "
+            f"bandwidth and {self.rate:.2f} in matrix rate ({self.evidence}): `moe-dispatch calibrate` measures here"
+        )
+
+    def slowdown(self, problem: MoEProblem) -> float:
+        """Time of a problem here over its time on the measured device: the ratio of their rooflines."""
+        if (known := KNOWN_CEILINGS.get(self.slug)) is None or (flops := known.ceilings.flops(problem.dtype)) is None:
+            return 1 / self.bandwidth
+        ceilings = known.ceilings
+        here = problem.roofline_us(ceilings.bandwidth * self.bandwidth, flops * self.rate)
+        return here / problem.roofline_us(ceilings.bandwidth, flops)
+
+
+def shipped(slug: str, suffix: str) -> Traversable:
+    """The file that ships for a device: its table (``".json"``) or its learned model (``".model.json"``)."""
+    return resources.files("moe_dispatch.policies") / "tables" / f"{slug}{suffix}"
+
+
+def nearest(machine: Machine, suffix: str) -> Nearest | None:
+    """The device whose shipped file serves a machine: the machine's own, else the most alike of its capability.
+
+    Returns:
+        None if nothing ships for devices of this capability, or the machine is too small a part of one.
+    """
+    if shipped(machine.slug, suffix).is_file():
+        return Nearest(machine.slug, machine.name)
+    choices = [
+        _compared(machine, slug, sheet)
+        for slug, sheet in DATA_SHEETS.items()
+        if sheet.capability == machine.capability
+        and machine.sms >= LEAST_SHARE * sheet.sms
+        and shipped(slug, suffix).is_file()
+    ]
+    return min(choices, key=lambda one: abs(math.log(one.bandwidth)) + abs(math.log(one.rate)), default=None)
+
+
+def _compared(machine: Machine, slug: str, measured: DataSheet) -> Nearest:
+    sheet = DATA_SHEETS.get(machine.slug)
+    if sheet is not None and sheet.sms == machine.sms:
+        ratios = sheet.bandwidth / measured.bandwidth, sheet.bf16 / measured.bf16
+        return Nearest(slug, measured.name, *ratios, "by their data sheets")
+    evidence = f"{machine.sms} multiprocessors against {measured.sms}; its bandwidth is not known and taken as equal"
+    return Nearest(slug, measured.name, 1.0, machine.sms / measured.sms, evidence)

@@ -1,0 +1,81 @@
+"""Energy of a call, by a described counter on a CPU and by NVML on a GPU."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from moe_dispatch.benchmarks.energy import EnergyMeasurement, EnergyMeter, energy_meter, joules_per_call
+from moe_dispatch.measure import LayerInputs, make_inputs
+from moe_dispatch.workloads import ROUTINGS
+from tests.benchmarks.helpers import LAYER, reference
+from tests.benchmarks.test_sweep import plan, provenance
+
+
+class DescribedDevice:
+    """A device that takes 10 ms and 3 joules for each call, and 5 watts besides; it is its own clock and counter."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.calls = 0
+
+    def call(self, inputs: LayerInputs) -> Tensor:
+        self.now += 0.01
+        self.calls += 1
+        return inputs.hidden_states
+
+    def joules(self) -> float:
+        return 3.0 * self.calls + 5.0 * self.now
+
+
+def inputs(count: int = 4) -> tuple[LayerInputs, ...]:
+    return make_inputs(LAYER.problem(2, "fp32", reference().machine), ROUTINGS["uniform"], "cpu", count)
+
+
+def test_energy_is_that_of_the_calls_and_of_the_time_that_they_take() -> None:
+    device = DescribedDevice()
+    joules = joules_per_call(device.call, inputs(), device, mode="eager", seconds=1.0, clock=lambda: device.now)
+    assert joules == pytest.approx(3.05)
+    assert 100 <= device.calls <= 120  # a second of calls, after two passes that do not count
+
+
+def test_rows_have_energy_per_token_if_it_is_measured(tmp_path: Path) -> None:
+    from moe_dispatch.benchmarks.sweep import Sweep
+
+    counter = DescribedDevice()
+
+    class Counter:
+        def joules(self) -> float:
+            counter.calls += 1
+            return counter.joules()
+
+    meter: EnergyMeter = Counter()
+    measured = Sweep(tmp_path / "a.jsonl", provenance(), energy=EnergyMeasurement(meter, 0.01))
+    (row,) = measured.run([plan(reference(), tokens=(2,))])
+    assert row.joules_per_token is not None
+    assert 0 < row.joules_per_token <= 3.0 / 2 / 2  # two inputs of two tokens; at least one pass
+    (row,) = Sweep(tmp_path / "b.jsonl", provenance()).run([plan(reference(), tokens=(2,))])
+    assert row.joules_per_token is None
+
+
+def test_a_device_without_a_meter_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert energy_meter(torch.device("cpu")) == "energy is measured on NVIDIA GPUs only, and this is cpu"
+    monkeypatch.setitem(sys.modules, "pynvml", None)
+    reason = energy_meter(torch.device("cuda"))
+    assert isinstance(reason, str)
+    assert "nvidia-ml-py" in reason
+
+
+@pytest.mark.gpu
+def test_a_gpu_at_work_consumes_energy() -> None:
+    pytest.importorskip("pynvml")
+    meter = energy_meter(torch.device("cuda", 0))
+    assert not isinstance(meter, str), meter
+    operand = torch.randn(4096, 4096, device="cuda").bfloat16()
+    problem = LAYER.problem(2, "bf16", reference().machine)
+    on_gpu = make_inputs(problem, ROUTINGS["uniform"], "cuda", 2)
+    joules = joules_per_call(lambda _: operand @ operand, on_gpu, meter, mode="graph", seconds=1.0)
+    watts = joules / (2 * 4096**3 / 700e12)
+    assert 50 < watts < 2000
