@@ -19,8 +19,8 @@ class ReferenceConfig(BackendConfig):
     """Options of the reference.
 
     Attributes:
-        compute_fp32: Multiply in fp32 whatever the dtype of the weights; on a CPU that is always so. The result is the
-            one that other backends are compared with.
+        compute_fp32: Multiply in fp32 whatever the dtype of the weights, as is always done on a CPU and for FP16 and
+            block FP8. The result is the one that other backends are compared with.
         quantize_activations: With block FP8 weights, quantise activations per token and 128 columns, as the fast
             backends do. False keeps them as they are, which shows what that quantisation costs in accuracy.
     """
@@ -83,9 +83,9 @@ def _hit_experts(topk_ids: Tensor, E: int) -> list[int]:
 
 def _expert(tokens: Tensor, experts: ExpertWeights, e: int, config: ReferenceConfig) -> Tensor:
     gate_up, down = _weights(experts, e)
-    # On a CPU always: this backend must not end the process, as products in BF16 do on virtual machines that announce
-    # AMX and lack it.
-    if config.compute_fp32 or experts.dtype == "fp8" or tokens.device.type == "cpu":
+    # FP16 always: what an expert puts out may exceed its range where the weighted sum does not. On a CPU always: this
+    # backend must not end the process, as products in BF16 do on virtual machines that announce AMX and lack it.
+    if config.compute_fp32 or experts.dtype in ("fp8", "fp16") or tokens.device.type == "cpu":
         tokens, gate_up, down = tokens.float(), gate_up.float(), down.float()
     quantize = experts.dtype == "fp8" and config.quantize_activations
     if quantize:

@@ -3,6 +3,7 @@
 import itertools
 from typing import ClassVar, Final
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -11,22 +12,27 @@ from moe_dispatch.backends.stages.activate import activate
 from moe_dispatch.backends.stages.combine import combine
 from moe_dispatch.backends.stages.quantize import gather
 from moe_dispatch.backends.stages.route import route
+from moe_dispatch.backends.triton_common.features import stage_reasons
 from moe_dispatch.experts import ExpertWeights
 from moe_dispatch.problem import ELEMENT_BYTES, MoEProblem
 
-# Where torch has a grouped kernel, and for BF16 only; elsewhere it copies the offsets to the host and loops.
+# Where torch has a grouped kernel (compute capability 9.x and 10.x), for BF16 only. Elsewhere it copies the offsets to
+# the host and multiplies expert by expert.
 _FUSED_MAJORS: Final = (9, 10)
+# Its arguments are prepared by one block with a thread for each expert; torch 2.11 to 2.15 check "group_count < 1024"
+# (aten/src/ATen/native/cuda/GroupMM.cu).
+_MOST_FUSED_EXPERTS: Final = 1023
 
 
 class TorchGroupedBackend(Backend):
     """Two `torch.nn.functional.grouped_mm` over the rows of the experts, side by side without padding.
 
     BF16 on compute capability 9.x and 10.x runs one kernel per product, without a host synchronisation. Anything else
-    torch computes expert by expert, after it has waited for the offsets: correct, but not to be captured. The CPU is
-    such a case, and there this is still the fastest that torch offers.
+    torch computes expert by expert, after it has waited for the offsets: correct, but not to be captured in a CUDA
+    graph. That includes the CPU, where this is still the fastest that torch offers.
 
-    Rows past the last expert's end, where slots with an id outside 0…E-1 leave some, are neither computed nor
-    initialised by torch, and no stage reads them.
+    Slots with an id outside 0…E-1 leave rows past the last expert's end, which torch neither computes nor initialises
+    and no stage reads.
     """
 
     name = "torch_grouped"
@@ -43,13 +49,17 @@ class TorchGroupedBackend(Backend):
 
     def further_reasons(self, problem: MoEProblem) -> tuple[str, ...]:
         """See `Backend.further_reasons`."""
-        if problem.mode == "graph" and not _fused(problem):
+        reasons = list(stage_reasons(self.machine) if problem.device == "cuda" else ())
+        fused = _fused(problem)
+        if problem.mode == "graph" and not fused:
             where = "on a CPU" if problem.capability is None else "on sm_{}{}".format(*problem.capability)
-            return (
+            reasons.append(
                 "can be captured in a CUDA graph for bf16 on compute capability 9.x and 10.x only, got "
-                f"{problem.dtype} {where}, where torch copies the offsets to the host",
+                f"{problem.dtype} {where}, where torch copies the offsets to the host"
             )
-        return ()
+        if fused and problem.E > _MOST_FUSED_EXPERTS:
+            reasons.append(f"torch's grouped kernel takes at most {_MOST_FUSED_EXPERTS} experts, got E={problem.E}")
+        return tuple(reasons)
 
     def workspace_bytes(self, problem: MoEProblem, config: BackendConfig) -> int:  # noqa: ARG002
         """See `Backend.workspace_bytes`."""
@@ -71,6 +81,8 @@ class TorchGroupedBackend(Backend):
         config: BackendConfig,  # noqa: ARG002 - torch chooses its tiles itself
     ) -> Tensor:
         """See `Backend.run`."""
+        # grouped_mm stores rows in the dtype of its operands, so FP16 ones have to be weighted before; see `combine`.
+        weighted = hidden_states.dtype == torch.float16
         routing = route(topk_ids, experts.E, by_row=False)
         gate_up = F.grouped_mm(
             gather(hidden_states, routing, topk_ids.shape[1]), experts.gate_up.transpose(1, 2), offs=routing.ends
@@ -82,6 +94,7 @@ class TorchGroupedBackend(Backend):
             interleaved=experts.interleaved,
             bias=experts.gate_up_bias,
             topk_ids=topk_ids,
+            topk_weights=topk_weights if weighted else None,
         )
         del gate_up  # so that the allocator can hand its memory to the product that follows
         y = F.grouped_mm(inner, experts.down.transpose(1, 2), offs=routing.ends)
@@ -92,6 +105,7 @@ class TorchGroupedBackend(Backend):
             hidden_states.dtype,
             down_bias=experts.down_bias,
             topk_ids=topk_ids,
+            weighted=weighted,
         )
 
 

@@ -1,7 +1,9 @@
-"""The arithmetic that every backend must agree on, in torch: the activations, and block FP8.
+"""The arithmetic that all backends agree on, in torch: the activations, and quantisation to block FP8.
 
-The kernels' device functions (backends/triton_common/device.py) are the twins of these functions and
-take their constants from here.
+Block FP8 is DeepSeek-V3's: e4m3 codes with one fp32 multiplier per 128×128 block of a weight, and per row and 128
+columns of an activation. A value is its code times its multiplier.
+
+The kernels' device functions (backends/triton_common/device.py) do the same and take their constants from here.
 """
 
 import math
@@ -15,11 +17,13 @@ from moe_dispatch.problem import QUANT_BLOCK, UNGATED, Activation
 
 FP8: Final = torch.float8_e4m3fn
 FP8_MAX: Final = 448.0
-# Keeps the scale of an all-zero block away from zero; the same floor as vLLM's quantisation.
+# The least maximum that a group is quantised by, so that the multiplier of zeros is not 0; vLLM's quantisation has the
+# same.
 SMALLEST_AMAX: Final = 1e-10
-# gpt-oss's clamped SwiGLU (openai/gpt-oss, `swiglu`): (clamp(up) + 1) · gate · sigmoid(alpha · gate).
-SWIGLU_OAI_ALPHA = 1.702
-SWIGLU_OAI_LIMIT = 7.0
+# gpt-oss's clamped SwiGLU (openai/gpt-oss, `swiglu`): (clamp(up, ±limit) + 1) · gate · sigmoid(alpha · gate), where
+# gate is clamped from above alone.
+SWIGLU_OAI_ALPHA: Final = 1.702
+SWIGLU_OAI_LIMIT: Final = 7.0
 
 
 def activate_torch(gate_up: Tensor, activation: Activation, *, interleaved: bool = False) -> Tensor:
@@ -51,14 +55,18 @@ def activate_torch(gate_up: Tensor, activation: Activation, *, interleaved: bool
 def fp8_multiplier(amax: Tensor) -> Tensor:
     """amax/448 in fp32, correctly rounded: the multiplier of a group whose greatest magnitude is `amax`.
 
-    Divided by a tensor: a CUDA tensor over a Python number is a product with the number's rounded reciprocal. One unit
-    in the last place of the multiplier moves every code of a group whose values lie on ties, as BF16 values often do.
+    The divisor is a tensor because CUDA divides a tensor by a Python number as a product with its rounded reciprocal.
+    One unit in the last place of the multiplier moves every code of a group whose values lie on ties, as BF16 values
+    often do.
     """
     return amax.clamp(min=SMALLEST_AMAX) / torch.full_like(amax, FP8_MAX)
 
 
 def quantize_rows_torch(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Quantise ``[R, C]`` per row and 128 columns; the reference of `quantize_rows`.
+    """Quantise activations per row and 128 columns.
+
+    Args:
+        rows: ``[R, C]`` of any float dtype and any C.
 
     Returns:
         e4m3 ``[R, C]`` and fp32 multipliers ``[R, ⌈C/128⌉]``.
@@ -72,13 +80,20 @@ def quantize_rows_torch(rows: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def quantize_blocks(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Quantise ``[E, R, C]`` to e4m3 with one fp32 multiplier per 128×128 block, ``[E, ⌈R/128⌉, ⌈C/128⌉]``."""
+    """Quantise weights per 128×128 block; blocks at the edges cover what is left.
+
+    Args:
+        weight: ``[E, R, C]`` of any float dtype. A NaN or infinite element becomes NaN and changes no other.
+
+    Returns:
+        e4m3 ``[E, R, C]`` and fp32 multipliers ``[E, ⌈R/128⌉, ⌈C/128⌉]``.
+    """
     E, R, C = weight.shape
     quantized = torch.empty(weight.shape, dtype=FP8, device=weight.device)
     scale = torch.empty(
         E, math.ceil(R / QUANT_BLOCK), math.ceil(C / QUANT_BLOCK), dtype=torch.float32, device=weight.device
     )
-    # One expert at a time: the fp32 copy of a whole DeepSeek-V3 layer would not fit beside it.
+    # One expert at a time: the fp32 copy of a whole DeepSeek-V3 layer would not fit into the memory beside it.
     for e in range(E):
         values = _pad_to_blocks(weight[e].float())
         blocks = values.view(values.shape[0] // QUANT_BLOCK, QUANT_BLOCK, -1, QUANT_BLOCK)
@@ -93,7 +108,15 @@ def quantize_blocks(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def dequantize_blocks(quantized: Tensor, scale: Tensor) -> Tensor:
-    """Undo `quantize_blocks` in fp32, for one expert or all: ``[…, R, C]`` and ``[…, ⌈R/128⌉, ⌈C/128⌉]``."""
+    """Undo `quantize_blocks`, for one expert or all.
+
+    Args:
+        quantized: e4m3 ``[…, R, C]``.
+        scale: fp32 multipliers ``[…, ⌈R/128⌉, ⌈C/128⌉]``.
+
+    Returns:
+        fp32 ``[…, R, C]``.
+    """
     R, C = quantized.shape[-2:]
     full = scale.repeat_interleave(QUANT_BLOCK, dim=-2).repeat_interleave(QUANT_BLOCK, dim=-1)
     return quantized.float() * full[..., :R, :C]
@@ -101,4 +124,4 @@ def dequantize_blocks(quantized: Tensor, scale: Tensor) -> Tensor:
 
 def _pad_to_blocks(matrix: Tensor) -> Tensor:
     rows, columns = matrix.shape
-    return torch.nn.functional.pad(matrix, (0, -columns % QUANT_BLOCK, 0, -rows % QUANT_BLOCK))
+    return F.pad(matrix, (0, -columns % QUANT_BLOCK, 0, -rows % QUANT_BLOCK))

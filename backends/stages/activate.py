@@ -26,6 +26,7 @@ def activate(
     interleaved: bool = False,
     bias: Tensor | None = None,
     topk_ids: Tensor | None = None,
+    topk_weights: Tensor | None = None,
     pdl: bool = False,
 ) -> Tensor:
     """Add the bias and apply the activation, in fp32, to the rows that hold a slot.
@@ -37,15 +38,21 @@ def activate(
         interleaved: Whether gate and up columns alternate, instead of all gate columns first.
         bias: ``[E, 2N]`` (``[E, N]`` ungated), added before the activation; needs `topk_ids`.
         topk_ids: int32 or int64 ``[M, topk]``; read only with a bias.
+        topk_weights: fp32 ``[M, topk]``, to multiply each row by the weight of its slot, so that what the next product
+            puts out stays in the range of FP16; see `combine`.
         pdl: Launch as a programmatic dependent of the kernel before (sm_90 and newer).
 
     Returns:
         ``[rows, N]`` in gate_up's dtype.
     """
     if not on_triton(gate_up):
-        return activate_torch(_biased(gate_up, routing, bias, topk_ids), activation, interleaved=interleaved)
+        out = activate_torch(_biased(gate_up, routing, bias, topk_ids), activation, interleaved=interleaved)
+        if topk_weights is not None:
+            share = topk_weights.flatten()[routing.slot_of_row.clamp(min=0).long()]
+            out = (out.float() * share[:, None]).to(out.dtype)
+        return out
     out = gate_up.new_empty(gate_up.shape[0], _columns(gate_up, activation))
-    _launch(gate_up, routing, activation, interleaved, bias, topk_ids, out, None, pdl)
+    _launch(gate_up, routing, activation, interleaved, bias, topk_ids, topk_weights, out, None, pdl)
     return out
 
 
@@ -84,7 +91,7 @@ def activate_quantize(
         codes, plain = quantize_rows_torch(activate_torch(wide, activation, interleaved=interleaved))
         return codes, scale.copy_(plain.view(scale.shape))
     out = torch.empty(rows, N, dtype=FP8, device=gate_up.device)
-    _launch(gate_up, routing, activation, interleaved, bias, topk_ids, out, scale, pdl)
+    _launch(gate_up, routing, activation, interleaved, bias, topk_ids, None, out, scale, pdl)
     return out, scale
 
 
@@ -107,6 +114,7 @@ def _launch(
     interleaved: bool,
     bias: Tensor | None,
     topk_ids: Tensor | None,
+    topk_weights: Tensor | None,
     out: Tensor,
     scale: Tensor | None,
     pdl: bool,
@@ -122,7 +130,7 @@ def _launch(
     block_s = _TILE_GROUPS // groups
     _moe_activate_kernel[(math.ceil(slots / block_s) * math.ceil(N / (groups * QUANT_BLOCK)),)](
         # inputs
-        gate_up, routing.row_of_slot, bias, None if bias is None else topk_ids,
+        gate_up, routing.row_of_slot, bias, None if bias is None else topk_ids, topk_weights,
         # outputs
         out, scale,
         # shapes

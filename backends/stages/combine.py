@@ -17,25 +17,29 @@ def combine(
     *,
     down_bias: Tensor | None = None,
     topk_ids: Tensor | None = None,
+    weighted: bool = False,
     pdl: bool = False,
 ) -> Tensor:
     """Sum each token's rows with their weights, in fp32 and in the order of its slots.
 
     Args:
-        y: ``[rows, K]``, contiguous, in any float dtype. FP16 overflows above 65504 although the weighted sum may be
-            small, so rows of FP16 layers come in FP32.
+        y: ``[rows, K]``, contiguous, in any float dtype. What an expert puts out may exceed FP16's range (65504) where
+            the weighted sum does not, so the rows of FP16 layers come in FP32 or weighted.
         row_of_slot: int32 ``[M·topk]``; a slot whose row is -1 adds nothing, whatever its weight, NaN included.
         topk_weights: fp32 ``[M, topk]``.
         out_dtype: The dtype of the result.
         down_bias: ``[E, K]``, added to each row before it is weighted; needs `topk_ids`.
         topk_ids: int32 or int64 ``[M, topk]``; read only with a bias.
+        weighted: Whether `y` was multiplied by topk_weights before; the bias was not.
         pdl: Launch as a programmatic dependent of the kernel before (sm_90 and newer).
 
     Returns:
         ``[M, K]`` in `out_dtype`, fresh memory.
     """
     if not on_triton(y):
-        return combine_torch(y, row_of_slot, topk_weights, out_dtype, down_bias=down_bias, topk_ids=topk_ids)
+        return combine_torch(
+            y, row_of_slot, topk_weights, out_dtype, down_bias=down_bias, topk_ids=topk_ids, weighted=weighted
+        )
     from moe_dispatch.backends.stages.combine_kernel import _moe_combine_kernel
 
     M, topk = topk_weights.shape
@@ -52,7 +56,7 @@ def combine(
             # shapes
             K,
             # constants
-            TOPK=topk, BLOCK_K=block_k, PDL=pdl, num_warps=4 if block_k > 256 else 1,
+            TOPK=topk, WEIGHTED=weighted, BLOCK_K=block_k, PDL=pdl, num_warps=4 if block_k > 256 else 1,
             **pdl_option(pdl),
         )  # fmt: skip
     return out
@@ -66,12 +70,19 @@ def combine_torch(
     *,
     down_bias: Tensor | None = None,
     topk_ids: Tensor | None = None,
+    weighted: bool = False,
 ) -> Tensor:
     """As `combine`, in torch."""
     M, topk = topk_weights.shape
     present = (row_of_slot >= 0).view(M, topk, 1)
     rows = y.float()[row_of_slot.clamp(min=0).long()].view(M, topk, -1)
+    unweighted = torch.zeros_like(rows) if weighted else rows
     if down_bias is not None and topk_ids is not None:
-        rows = rows + down_bias.float()[topk_ids.long().clamp(0, down_bias.shape[0] - 1)]
-    weighted = torch.where(present, rows * topk_weights[:, :, None], 0.0)
-    return weighted.sum(dim=1).to(out_dtype)
+        unweighted = unweighted + down_bias.float()[topk_ids.long().clamp(0, down_bias.shape[0] - 1)]
+    shares = unweighted * topk_weights[:, :, None]
+    return torch.where(present, rows + shares if weighted else shares, 0.0).sum(dim=1).to(out_dtype)
+
+
+def rows_dtype(out_dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which a product stores its rows for `combine`; see there."""
+    return torch.float32 if out_dtype == torch.float16 else out_dtype

@@ -23,6 +23,7 @@ def _moe_combine_kernel(
     K,
     # constants
     TOPK: tl.constexpr,
+    WEIGHTED: tl.constexpr,
     BLOCK_K: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -37,6 +38,9 @@ def _moe_combine_kernel(
         # Without a row neither is read, so that whatever they hold, NaN included, adds nothing.
         weight = tl.load(weights_ptr + slot, mask=row >= 0, other=0.0)
         y = tl.load(y_ptr + row * K + offs_k, mask=mask_k & (row >= 0), other=0.0).to(tl.float32)
+        if WEIGHTED:
+            acc += y
+            y = tl.zeros([BLOCK_K], tl.float32)  # what is still to be weighted: the bias
         if bias_ptr is not None:
             expert = tl.load(ids_ptr + slot, mask=row >= 0, other=0).to(tl.int64)
             y += tl.load(bias_ptr + expert * K + offs_k, mask=mask_k & (row >= 0), other=0.0).to(tl.float32)

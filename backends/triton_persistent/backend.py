@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from moe_dispatch.backend import BackendConfig
-from moe_dispatch.backends.stages.combine import combine
+from moe_dispatch.backends.stages.combine import combine, rows_dtype
 from moe_dispatch.backends.stages.quantize import empty_scales, quantize_rows
 from moe_dispatch.backends.stages.route import route
 from moe_dispatch.backends.triton_common.backend import TritonBackend
@@ -16,6 +16,7 @@ from moe_dispatch.backends.triton_persistent.product import product
 from moe_dispatch.experts import ExpertWeights
 from moe_dispatch.numerics import FP8
 from moe_dispatch.problem import ELEMENT_BYTES, MoEProblem
+from moe_dispatch.workloads import torch_dtype
 
 
 class TritonPersistentBackend(TritonBackend):
@@ -44,7 +45,8 @@ class TritonPersistentBackend(TritonBackend):
         """See `Backend.workspace_bytes`."""
         element = ELEMENT_BYTES[problem.dtype]
         codes = problem.M * problem.K if problem.dtype == "fp8" else 0
-        return codes + problem.slots * (problem.N * element + problem.K * ELEMENT_BYTES[problem.act_dtype] + 8)
+        row = problem.N * element + problem.K * rows_dtype(torch_dtype(problem.act_dtype)).itemsize + 8
+        return codes + problem.slots * row
 
     def run(
         self,
@@ -67,6 +69,6 @@ class TritonPersistentBackend(TritonBackend):
             experts, "gate_up", x, x_scale, routing, topk_ids.shape[1], h, h_scale, config, self._features,
             self._descriptor,
         )  # fmt: skip
-        y = hidden_states.new_empty(rows, K)
+        y = hidden_states.new_empty(rows, K, dtype=rows_dtype(hidden_states.dtype))
         product(experts, "down", h, h_scale, routing, 0, y, None, config, self._features, self._descriptor)
         return combine(y, routing.row_of_slot, topk_weights, hidden_states.dtype, pdl=pdl)

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -30,7 +31,7 @@ def launch_activate(_capability: int) -> Iterator[Launch]:
         for N in (768, 2048):
             columns = N if activation in UNGATED else 2 * N
             rows = torch.empty(E * capacity, columns, dtype=torch.bfloat16)
-            options = {"interleaved": activation == "swiglu_oai", "topk_ids": ids, "pdl": True}
+            options: dict[str, Any] = {"interleaved": activation == "swiglu_oai", "topk_ids": ids, "pdl": True}
             bias = torch.empty(E, columns, dtype=torch.bfloat16)
             yield Launch(partial(activate, rows, routing, activation, **options, bias=bias))
             yield Launch(partial(activate_quantize, rows, routing, activation, **options, capacity=capacity))

@@ -47,7 +47,7 @@ IDS = (
     Ids("fewer slots than experts", 2, 3, 40),
     Ids("sentinels and duplicates", 37, 4, 6),
     Ids("int64", 30, 2, 5, dtype=torch.int64),
-    Ids("nobody is ours", 9, 2, 3, low=-5, high=-2 - 3 + 1),
+    Ids("no slot is valid", 9, 2, 3, low=-5, high=-2 - 3 + 1),
     Ids("several blocks of slots", 700, 2, 9),
 )
 
@@ -196,9 +196,28 @@ def test_activate(activation: Activation, interleaved: bool) -> None:
     torch.testing.assert_close(codes[used].float(), expected_codes.float(), rtol=0.13, atol=0.01)
 
 
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_activate_weights_rows(dtype: torch.dtype) -> None:
+    ids = Ids("", 9, 2, 3).make()
+    routing = route(ids, 3)
+    used = routing.slot_of_row >= 0
+    generator = torch.Generator().manual_seed(2)
+    gate_up = torch.randn(used.shape[0], 300, generator=generator).to(DEVICE, dtype)
+    gate_up[~used] = torch.nan
+    weights = torch.rand(9, 2, generator=generator).to(DEVICE)
+    weights[routing.row_of_slot.view(9, 2) < 0] = torch.nan
+    share = weights.flatten()[routing.slot_of_row[used].long()][:, None]
+    expected = activate_torch(gate_up[used].float(), "silu") * share
+    out = activate(gate_up, routing, "silu", topk_weights=weights)
+    tolerance = torch.finfo(dtype).eps
+    torch.testing.assert_close(out[used].float(), expected, rtol=2 * tolerance, atol=tolerance)
+    assert out[~used].isnan().all()
+
+
+@pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize(("M", "topk", "K"), [(1, 1, 7), (5, 3, 300), (2, 8, 1100)])
-def test_combine(M: int, topk: int, K: int, bias: bool) -> None:
+def test_combine(M: int, topk: int, K: int, bias: bool, weighted: bool) -> None:
     ids = Ids("", M, topk, 4).make()
     routing = route(ids, 4)
     generator = torch.Generator().manual_seed(3)
@@ -206,8 +225,15 @@ def test_combine(M: int, topk: int, K: int, bias: bool) -> None:
     y[routing.slot_of_row < 0] = torch.nan
     weights = torch.rand(M, topk, generator=generator).to(DEVICE)
     weights[routing.row_of_slot.view(M, topk) < 0] = torch.nan
-    extra = {"down_bias": torch.randn(4, K, generator=generator).to(DEVICE), "topk_ids": ids} if bias else {}
-    out = combine(y, routing.row_of_slot, weights, torch.float32, **extra)
-    expected = combine_torch(y, routing.row_of_slot, weights, torch.float32, **extra)
-    assert out.isfinite().all()
-    torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
+    down_bias = torch.randn(4, K, generator=generator).to(DEVICE) if bias else None
+    expected = combine_torch(y, routing.row_of_slot, weights, torch.float32, down_bias=down_bias, topk_ids=ids)
+    if weighted:
+        y = y * weights.flatten()[routing.slot_of_row.clamp(min=0).long()][:, None]
+    for combined in (
+        combine(y, routing.row_of_slot, weights, torch.float32, down_bias=down_bias, topk_ids=ids, weighted=weighted),
+        combine_torch(
+            y, routing.row_of_slot, weights, torch.float32, down_bias=down_bias, topk_ids=ids, weighted=weighted
+        ),
+    ):
+        assert combined.isfinite().all()
+        torch.testing.assert_close(combined, expected, rtol=1e-5, atol=1e-5)

@@ -26,6 +26,7 @@ def gpu(name: str, capability: tuple[int, int]) -> Machine:
         memory_bytes=80 << 30,
         torch="2.11.0+cu130",
         cuda="13.0",
+        triton="3.6.0",
     )
 
 
@@ -50,6 +51,9 @@ REFUSALS = {
     # What torch refuses.
     "strides of bf16": Refusal(problem(H200, K=60, N=36), ("K % 8 == 0", "K=60", "N % 8 == 0", "N=36")),
     "strides of fp32": Refusal(problem(CPU, "fp32", K=62, N=30), ("K % 4 == 0", "K=62", "N % 4 == 0", "N=30")),
+    # torch prepares the arguments of its kernel by one block with a thread for each expert.
+    "1024 experts": Refusal(problem(H200, E=1024), ("at most 1023 experts", "E=1024")),
+    "2048 experts": Refusal(problem(B200, E=2048, topk=32), ("at most 1023 experts", "E=2048")),
     "block fp8": Refusal(problem(H200, "fp8"), ("got fp8",)),
     "gradient": Refusal(problem(H200, needs_grad=True), ("no gradient",)),
     "sm_75": Refusal(problem(gpu("NVIDIA T4", (7, 5))), ("8.0 or newer", "got 7.5")),
@@ -77,6 +81,27 @@ def test_refuses_with_limit_and_value(refusal: Refusal) -> None:
 )
 def test_takes(taken: MoEProblem) -> None:
     assert TorchGroupedBackend(H200).unsupported_reasons(taken) == ()
+
+
+def test_the_limit_of_experts_is_the_grouped_kernels() -> None:
+    """Elsewhere torch multiplies expert by expert, and takes any number of them."""
+    for other in (problem(H200, E=1023), problem(A100, E=2048), problem(H200, "fp16", E=2048), problem(CPU, E=2048)):
+        assert TorchGroupedBackend(H200).unsupported_reasons(other) == (), other
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"triton": ""}, "triton is not installed"),
+        ({"cuda": "", "capability": (9, 4), "name": "AMD Instinct MI300X"}, "never run on ROCm"),
+        ({"cuda": "", "capability": (9, 0), "name": "AMD Instinct MI250X"}, "never run on ROCm"),
+    ],
+)
+def test_its_stages_need_triton_on_a_gpu(changes: dict[str, object], words: str) -> None:
+    machine = H200.model_copy(update=changes)
+    (reason,) = TorchGroupedBackend(machine).unsupported_reasons(problem(machine))
+    assert words in reason
+    assert TorchGroupedBackend(CPU).unsupported_reasons(problem(CPU)) == ()
 
 
 def test_measurements_depend_on_torch() -> None:

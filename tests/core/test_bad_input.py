@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -109,7 +109,7 @@ def distributed(*shape: int) -> torch.Tensor:
     from torch.distributed.tensor import Replicate, distribute_tensor
 
     if not dist.is_initialized():
-        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        dist.init_process_group("gloo", store=cast("Any", dist).HashStore(), rank=0, world_size=1)
     mesh = init_device_mesh("cpu", (1,))
     return distribute_tensor(torch.randn(*(shape or (E, 2 * N, K))), mesh, [Replicate()])
 
@@ -231,7 +231,7 @@ CALLS = {
     "fake ids of another number": Bad(lambda: fake(topk_ids=torch.zeros(M + 1, TOPK).int()), ("[5, 2]", "[6, 2]")),
     "weights that were freed": Bad(lambda: call(experts=changed(freed)), ("changed since", "freed")),
     "weights that were moved": Bad(
-        lambda: call(experts=changed(lambda t: torch.utils.swap_tensors(t, t.to("meta")))), ("meta",)
+        lambda: call(experts=changed(lambda t: cast("Any", torch.utils).swap_tensors(t, t.to("meta")))), ("meta",)
     ),
     "weights of another dtype now": Bad(lambda: call(experts=changed(lambda t: set_data(t, t.half()))), ("float16",)),
     "weights of another shape now": Bad(

@@ -171,8 +171,9 @@ def test_a_policy_that_fails_is_passed_over(call: Call, monkeypatch: pytest.Monk
 
 def _returning(spoil: Callable[[Tensor, Inputs], object]) -> Callable[..., object]:
     def run(self: Backend, *arguments: Any) -> object:
-        *inputs, config = arguments
-        return spoil(Honest.run(cast("Honest", self), *inputs, config), cast("Inputs", tuple(inputs)))
+        hidden_states, experts, topk_weights, topk_ids, config = arguments
+        inputs = hidden_states, experts, topk_weights, topk_ids
+        return spoil(Honest.run(cast("Honest", self), *inputs, config), inputs)
 
     return run
 
@@ -260,7 +261,7 @@ def test_the_probe_finds_it(wrong: type[Backend], says: str, call: Call) -> None
 def test_a_first_run_finds_what_its_probe_did_not_show(kind: str, call: Call) -> None:
     """As where a fault depends on the number of tokens. No layer's values are looked at, so that nothing waits."""
     wrong, says = PROBED[kind]
-    unprobed = cast("type[Backend]", type("Unprobed", (wrong,), {"needs_probe": False}))
+    unprobed = cast("type[Backend]", type("Unprobed", (cast("type", wrong),), {"needs_probe": False}))
     warned = pytest.warns(MoEDispatchWarning, match=f"'foreign' failed.*{says}.*'honest' runs instead")
     with ranked(unprobed, Honest), warned:
         assert torch.equal(moe_forward(*call), expected(call))

@@ -132,15 +132,23 @@ class TestObeying:
             assert cause(path) == "crashed"
 
 
+def in_place_of(path: Path, make: Callable[[], object]) -> None:
+    """Put something else where a file was."""
+    path.unlink()
+    make()
+
+
 DAMAGE: dict[str, Callable[[Path], object]] = {
     "half of it": lambda path: path.write_text('{"schema_version": 1, "entr'),
     "another shape": lambda path: path.write_text("[1, 2]"),
     "no text": lambda path: path.write_bytes(b"\xff\xfe\x00"),
     "too large": lambda path: path.write_bytes(b" " * (5 << 20)),
     "nested deeply": lambda path: path.write_text("[" * 100_000),
-    "a FIFO": lambda path: (path.unlink(), os.mkfifo(path)),
-    "a folder": lambda path: (path.unlink(), path.mkdir()),
-    "a symbolic link": lambda path: path.rename(path.with_name("elsewhere")) and path.symlink_to("elsewhere"),
+    "a FIFO": lambda path: in_place_of(path, lambda: os.mkfifo(path)),
+    "a folder": lambda path: in_place_of(path, path.mkdir),
+    "a symbolic link": lambda path: (
+        path.rename(path.with_name("elsewhere")).with_name(path.name).symlink_to("elsewhere")
+    ),
 }
 
 

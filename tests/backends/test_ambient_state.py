@@ -1,0 +1,84 @@
+"""A result does not depend on torch's default dtype or device: every tensor is made with both.
+
+The default device is ``meta`` here, so that a tensor made without a device fails at its first use.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch
+
+from moe_dispatch.dispatch.process import get_dispatcher
+from moe_dispatch.numerics import dequantize_blocks, quantize_blocks, quantize_rows_torch
+from moe_dispatch.registry import BACKENDS
+from moe_dispatch.testing import Case, Precision, make_inputs
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+ON_GPU = [pytest.mark.gpu] if DEVICE == "cuda" else []
+STATES = {
+    "float64": (torch.float64, None),
+    "bfloat16": (torch.bfloat16, None),
+    "float16": (torch.float16, None),
+    "another device": (torch.float32, "meta"),
+}
+CASES = {
+    "silu": Case(M=5, E=4, topk=2, K=64, N=32, routing="sentinels"),
+    "gpt-oss": Case(M=5, E=4, topk=2, K=64, N=32, activation="swiglu_oai", bias=True, interleaved=True),
+    "relu2": Case(M=5, E=4, topk=2, K=64, N=32, activation="relu2"),
+}
+PRECISIONS = (Precision("fp32", "fp32"), Precision("fp16", "fp16"), Precision("fp8", "fp16"))
+
+
+@contextmanager
+def ambient(dtype: torch.dtype, device: str | None) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    torch.set_default_device(device)
+    try:
+        yield
+    finally:
+        torch.set_default_device(None)
+        torch.set_default_dtype(before)
+
+
+@pytest.mark.parametrize("state", STATES.values(), ids=STATES)
+@pytest.mark.parametrize("precision", PRECISIONS, ids=str)
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=ON_GPU) for name in BACKENDS.names()])
+def test_a_backend_gives_the_same_under_every_default(
+    name: str, case: Case, precision: Precision, state: tuple[torch.dtype, str | None]
+) -> None:
+    planner = get_dispatcher().planner
+    if name not in {status.name for status in planner.statuses() if status.available}:
+        pytest.skip(f"{name} is not here")
+    backend = planner.backend(name)
+    inputs = make_inputs(case, precision, DEVICE)
+    hidden = inputs.hidden_states
+    problem = inputs.experts.problem(case.M, case.topk, hidden.dtype, backend.machine.capability)
+    if reasons := backend.unsupported_reasons(problem):
+        pytest.skip("; ".join(reasons))
+    config = backend.default_config(problem)
+    expected = backend.run(*inputs.arguments, config)
+    with ambient(*state):
+        out = backend.run(*inputs.arguments, config)
+    assert (out.dtype, out.device) == (hidden.dtype, hidden.device)
+    assert torch.equal(out, expected)
+
+
+@pytest.mark.parametrize("state", STATES.values(), ids=STATES)
+def test_quantisation_gives_the_same_under_every_default(state: tuple[torch.dtype, str | None]) -> None:
+    values = torch.randn(2, 130, 140, generator=torch.Generator().manual_seed(0))
+    values[0, 3, 5], values[1, 7, 9] = torch.inf, torch.nan
+    codes, scale = quantize_blocks(values)
+    row_codes, row_scale = quantize_rows_torch(values[0])
+    back = dequantize_blocks(codes, scale)
+    with ambient(*state):
+        again = quantize_blocks(values)
+        rows_again = quantize_rows_torch(values[0])
+        back_again = dequantize_blocks(codes, scale)
+    for tensor, other in zip(
+        (codes, scale, row_codes, row_scale, back), (*again, *rows_again, back_again), strict=True
+    ):
+        assert tensor.dtype == other.dtype
+        assert torch.equal(tensor.float().nan_to_num(7.0), other.float().nan_to_num(7.0))

@@ -1,0 +1,80 @@
+"""FP16 layers whose experts put out more than FP16 can hold, although the weighted sum does not.
+
+Whether such a layer is finite must not depend on which backend was chosen, so on how many tokens there are.
+"""
+
+import pytest
+import torch
+
+from moe_dispatch.backends.reference import ReferenceBackend, ReferenceConfig
+from moe_dispatch.dispatch.process import get_dispatcher
+from moe_dispatch.experts import ExpertWeights
+from moe_dispatch.machine import Machine
+from moe_dispatch.registry import BACKENDS
+from moe_dispatch.testing import Case, Inputs, Precision, conform, make_inputs, truth
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+FP16_MAX = 65504.0
+CASES = {
+    "silu": Case(M=7, E=4, topk=2, K=64, N=64),
+    "gpt-oss": Case(M=7, E=4, topk=2, K=64, N=64, activation="swiglu_oai", bias=True, interleaved=True),
+    "some experts elsewhere": Case(M=9, E=4, topk=2, K=64, N=64, routing="sentinels"),
+}
+
+
+def overflowing(case: Case, precision: Precision) -> Inputs:
+    """Experts whose output reaches three times the greatest FP16 number, and weights that make about 1500 of it."""
+    plain = make_inputs(case, precision, DEVICE)
+    hidden, experts, weights, ids = plain.arguments
+    everything = torch.ones_like(weights)
+    largest = float(truth(hidden, experts, everything, ids).abs().max())
+    down = (experts.down.float() * (3 * FP16_MAX / largest)).to(experts.down.dtype)
+    experts = ExpertWeights(
+        experts.gate_up,
+        down,
+        gate_up_bias=experts.gate_up_bias,
+        down_bias=experts.down_bias,
+        activation=experts.activation,
+        interleaved=experts.interleaved,
+    )
+    weights = weights * (1500 / (3 * FP16_MAX))
+    expected = truth(hidden, experts, weights, ids)
+    assert float(truth(hidden, experts, torch.ones_like(weights), ids).abs().max()) > FP16_MAX
+    assert float(expected.abs().max()) < 0.1 * FP16_MAX
+    return Inputs(hidden, experts, weights, ids, expected)
+
+
+@pytest.mark.parametrize("name", BACKENDS.names())
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+@pytest.mark.parametrize("device", [pytest.param(DEVICE, marks=[pytest.mark.gpu] if DEVICE == "cuda" else [])])
+def test_experts_may_exceed_the_range_of_fp16(name: str, case: Case, device: str) -> None:
+    dispatcher = get_dispatcher()
+    backend = dispatcher.planner.backend(name) if name in _importable() else None
+    if backend is None:
+        pytest.skip(f"{name} is not here")
+    inputs = overflowing(case, Precision("fp16", "fp16"))
+    problem = inputs.experts.problem(case.M, case.topk, torch.float16, dispatcher.machine.capability)
+    if reasons := backend.unsupported_reasons(problem):
+        pytest.skip("; ".join(reasons))
+    for config in backend.configs(problem)[:2]:
+        conform(backend, config, inputs)
+    assert inputs.hidden_states.device.type == device
+
+
+def _importable() -> set[str]:
+    return {status.name for status in get_dispatcher().planner.statuses() if status.available}
+
+
+def test_the_reference_multiplies_fp16_in_fp32_on_every_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a CPU it always does, so this looks at the dtypes of its products and not at a result."""
+    inputs = make_inputs(CASES["silu"], Precision("fp16", "fp16"), "cpu")
+    linear = torch.nn.functional.linear
+    dtypes: set[torch.dtype] = set()
+
+    def watched(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        dtypes.update((rows.dtype, weight.dtype))
+        return linear(rows, weight, bias)
+
+    monkeypatch.setattr(torch.nn.functional, "linear", watched)
+    ReferenceBackend(Machine.inspect("cpu")).run(*inputs.arguments, ReferenceConfig())
+    assert dtypes == {torch.float32}
