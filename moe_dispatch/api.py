@@ -73,10 +73,10 @@ def warm_up(
         experts: The layer's weights.
         topk: Experts per token.
         tokens: Token counts; a captured graph needs its own in here.
-        act_dtype: Of hidden_states; the weights' own, or BF16 with block FP8 weights, if None.
+        act_dtype: The dtype of hidden_states. None stands for the weights' own, or BF16 with block FP8 weights.
         up_to: Also prepare for every eager call of at most this many tokens: one of each kind that the policies
             distinguish is run.
-        backend: The one that the calls will name; None where the policy chooses.
+        backend: The backend that the calls will name; None where the policy chooses.
         into_out: Whether the calls will give `out`.
 
     Raises:

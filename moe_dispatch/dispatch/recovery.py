@@ -139,7 +139,7 @@ class Recovery:
     def device_lost(self, plan: Plan, error: BaseException) -> DeviceLostError:
         """The error for a lost CUDA context. A plan in its first run is the culprit, which was awaited and watched.
 
-        Of a later run CUDA's error only says that an earlier one failed: the plan that ran last is a mere suspect.
+        Otherwise CUDA reports the error of some earlier run, and the plan that ran last is only a suspect.
         """
         suspect = plan if not plan.proven else self._runner.last_plan or plan
         name = suspect.choice.backend

@@ -168,34 +168,35 @@ class _Layer(NamedTuple):
     experts: ExpertWeights
 
 
-# By the id of gate_up, for as long as that lives: backends keep what they made of a layer by its ExpertWeights.
+# By the id of gate_up, while that lives. Backends keep what they prepare for a layer by its ExpertWeights, so the same
+# tensors must give the same object.
 _layers: Final[dict[int, _Layer]] = {}
 
 
 def _layer(
     gate_up: Tensor, down: Tensor, optional: dict[str, Tensor | None], activation: str, *, interleaved: bool
 ) -> ExpertWeights:
-    """The layer of these tensors; made anew where any of them is another or has moved."""
+    """The layer of these tensors, made anew where a tensor was replaced or lies at another address."""
     signature = (*map(_identity, (gate_up, down, *optional.values())), activation, interleaved)
-    number = id(gate_up)
-    held = _layers.get(number)
-    if held is not None and held.gate_up() is gate_up and held.signature == signature:
-        return held.experts
+    key = id(gate_up)
+    known = _layers.get(key)
+    if known is not None and known.gate_up() is gate_up and known.signature == signature:
+        return known.experts
     experts = ExpertWeights(
         gate_up.detach(), down.detach(), **optional, activation=_activation(activation), interleaved=interleaved
     )
 
     def forget(dead: "weakref.ref[Tensor]") -> None:
-        held = _layers.get(number)
-        if held is not None and held.gate_up is dead:
-            del _layers[number]
+        known = _layers.get(key)
+        if known is not None and known.gate_up is dead:
+            del _layers[key]
 
-    _layers[number] = _Layer(weakref.ref(gate_up, forget), signature, experts)
+    _layers[key] = _Layer(weakref.ref(gate_up, forget), signature, experts)
     return experts
 
 
 def _identity(tensor: Tensor | None) -> tuple[object, ...] | None:
-    """What another tensor, or this one over other memory (``.data = …``), differs in."""
+    """What changes with the tensor, and with the memory below the same tensor (``.data = …``)."""
     if tensor is None:
         return None
     return tensor.data_ptr(), tensor.shape, tensor.dtype, tensor.is_contiguous()
