@@ -56,6 +56,16 @@ def transformers(session: nox.Session, release: str) -> None:
 
 
 @nox.session
+@nox.parametrize("release", ["0.20.2", "0.26.0", "0.33.0"])
+def vllm(session: nox.Session, release: str) -> None:
+    """The plugin against one vLLM's own classes, without a GPU and so without most of what vLLM depends on."""
+    _install(session, "torch211")
+    session.install("-r", str(PINS / "vllm.txt"))
+    session.install("--no-deps", f"vllm=={release}")
+    session.run("python", "-m", "pytest", "-q", "tests/integrations/test_vllm.py", *session.posargs)
+
+
+@nox.session
 def packaging(session: nox.Session) -> None:
     """The wheel, installed outside the repository with what pip resolves by itself, and README's first commands."""
     session.install("build")

@@ -1,7 +1,7 @@
-"""The baselines, each run as its own users would run it, under a name of its own.
+"""Baselines: MoE layers of other libraries, each called as its own users would call it.
 
-A baseline is an adapter of a few lines: what it takes, and how its library is called on our weights, which all of them
-can use as they are. Nothing of ours runs inside its time: no id is masked, nothing is copied.
+A baseline is an adapter of a few lines: which problems it supports, and how its library is called on `ExpertWeights`,
+whose layout all of them accept. None of this package's code runs inside its time: no ids are masked, no tensors copied.
 """
 
 import importlib
@@ -24,22 +24,29 @@ from moe_dispatch.system.libraries import library_version
 
 
 class Baseline(ABC):
-    """Somebody else's layer, timed beside ours.
+    """The MoE layer of another library.
 
-    Class attributes to declare: `name`, `requirements`, `tolerance`, and `libraries` outside `Machine.libraries`.
+    Attributes:
+        name: Name in rows and on the command line.
+        requirements: Problems that it supports.
+        libraries: Packages that it needs and that `Machine.libraries` does not list.
+        tolerance: Greatest relative error that is accepted, by weight dtype.
+
+    Args:
+        machine: Machine that it runs on.
     """
 
     name: ClassVar[str]
     requirements: ClassVar[Requirements]
     libraries: ClassVar[tuple[str, ...]] = ()
-    # Wider than ours: most round the first product, and some the sum, to BF16.
+    # Wider than the backends' tolerances: most baselines round the first product to BF16, and some the sum too.
     tolerance: ClassVar[Mapping[DType, float]] = {"bf16": 2e-2, "fp16": 4e-3, "fp32": 1e-3, "fp8": 4e-2}
 
     def __init__(self, machine: Machine) -> None:
         self.machine = machine
 
     def unsupported_reasons(self, problem: MoEProblem) -> tuple[str, ...]:
-        """All reasons why it cannot run this; empty if it can."""
+        """All reasons why it cannot run a problem; empty if it can."""
         missing = [
             f"{library} is not installed"
             for library in (*self.libraries, *self.requirements.libraries)
@@ -49,11 +56,19 @@ class Baseline(ABC):
 
     @abstractmethod
     def prepare(self, experts: ExpertWeights, problem: MoEProblem) -> Call:
-        """What its user does once at load; returns what is called per token batch."""
+        """Do what its users do once when a model is loaded.
+
+        Args:
+            experts: The weights.
+            problem: A problem of the layer; the call may be used at any token count.
+
+        Returns:
+            The call that runs the layer.
+        """
 
 
 class NaiveLoop(Baseline):
-    """The loop that everybody writes first: per expert that was hit, gather, two products, scatter, in torch."""
+    """A loop in torch over the hit experts: gather tokens, two products, scatter."""
 
     name = "naive_loop"
     requirements = BACKENDS.load("reference").requirements
@@ -65,10 +80,13 @@ class NaiveLoop(Baseline):
 
 
 class _Transformers(Baseline):
-    """One of the functions that Hugging Face transformers puts in place of an experts module's forward.
+    """An experts implementation of Hugging Face transformers, which replaces the forward of an experts module.
 
-    Called with a bare object that carries the weights, as `ExpertsInterface` calls it with the module. Its FP8 twins
-    download their kernels from the Hub at first use, and so have no row.
+    `ExpertsInterface` calls it with the module; here an object with the same attributes takes the module's place. The
+    FP8 implementations download their kernels from the Hub on first use and are therefore left out.
+
+    Attributes:
+        function: Its name in `transformers.integrations.moe`.
     """
 
     requirements = Requirements(
@@ -96,31 +114,31 @@ class _Transformers(Baseline):
         )
         module._apply_gate = types.MethodType(moe._default_apply_gate, module)
 
-        def call(given: LayerInputs) -> Tensor:
-            out: Tensor = forward(module, given.hidden_states, given.topk_ids, given.topk_weights)
+        def call(inputs: LayerInputs) -> Tensor:
+            out: Tensor = forward(module, inputs.hidden_states, inputs.topk_ids, inputs.topk_weights)
             return out
 
         return call
 
 
 class TransformersGroupedMm(_Transformers):
-    """transformers' ``experts_implementation="grouped_mm"``: sorted slots through torch's grouped product."""
+    """transformers' ``experts_implementation="grouped_mm"``: slots sorted by expert, then torch's grouped product."""
 
     name = "transformers_grouped_mm"
     function = "grouped_mm_experts_forward"
 
 
 class TransformersBatchedMm(_Transformers):
-    """transformers' ``"batched_mm"``: every slot gets its own copy of its expert's weights. Meant for decode."""
+    """transformers' ``"batched_mm"``: every slot gets a copy of its expert's weights. Meant for decode."""
 
     name = "transformers_batched_mm"
     function = "batched_mm_experts_forward"
 
 
 class Vllm(Baseline):
-    """vLLM's `fused_experts` with its own defaults: the tuned configuration it ships, or its heuristic.
+    """vLLM's `fused_experts` with its own defaults: the tuned configuration that it ships, or its heuristic.
 
-    Activation scales are kept in fp32, as everybody else's here (``VLLM_USE_DEEP_GEMM_E8M0=0``).
+    Activation scales are in fp32, as in all other candidates (``VLLM_USE_DEEP_GEMM_E8M0=0``).
     """
 
     name = "vllm"
@@ -139,13 +157,13 @@ class Vllm(Baseline):
             vllm.require_fp32_scales()
             quant_config = vllm.block_fp8_config(library, experts)
 
-        def call(given: LayerInputs) -> Tensor:
+        def call(inputs: LayerInputs) -> Tensor:
             out: Tensor = library.fused_experts(
-                given.hidden_states,
+                inputs.hidden_states,
                 experts.gate_up,
                 experts.down,
-                given.topk_weights,
-                given.topk_ids,
+                inputs.topk_weights,
+                inputs.topk_ids,
                 quant_config=quant_config,
             )
             return out
@@ -181,8 +199,8 @@ class VllmDeepGemm(Baseline):
 class VllmTritonKernels(Baseline):
     """The `triton_kernels` that vLLM bundles, through its `UnfusedOAITritonExperts`, on BF16 weights.
 
-    vLLM itself gives these kernels MXFP4 weights only (gpt-oss); the same code takes BF16, which makes it comparable.
-    They want the weights as ``[E, K, 2N]``: a transposed view serves.
+    vLLM itself gives these kernels only MXFP4 weights (gpt-oss), but the same code takes BF16, which makes it
+    comparable. The kernels take weights ``[E, K, 2N]``; a transposed view of the weights is enough.
     """
 
     name = "vllm_triton_kernels"
@@ -222,13 +240,13 @@ def _modular_call(layer: Any, gate_up: Tensor, down: Tensor, E: int, device: tor
     silu = vllm.load().activation("silu")
     kernel = modular.FusedMoEKernel(local.MoEPrepareAndFinalizeNoDPEPModular(), layer)
 
-    def call(given: LayerInputs) -> Tensor:
+    def call(inputs: LayerInputs) -> Tensor:
         out: Tensor = kernel.apply(
-            hidden_states=given.hidden_states,
+            hidden_states=inputs.hidden_states,
             w1=gate_up,
             w2=down,
-            topk_weights=given.topk_weights,
-            topk_ids=given.topk_ids,
+            topk_weights=inputs.topk_weights,
+            topk_ids=inputs.topk_ids,
             activation=silu,
             global_num_experts=E,
             expert_map=None,

@@ -15,12 +15,13 @@ from moe_dispatch.system.libraries import library_version
 
 Layout = Literal["masked", "psum"]
 
-# Up to here per expert, the masked layout is the faster one on an H200: its tiles may be lower.
+# Up to this many rows per expert the masked layout is the faster one on an H200: its tiles may be lower.
 _FEW_ROWS: Final[dict[DType, int]] = {"bf16": 64, "fp8": 32}
 _ROWS: Final[dict[Layout, type[Rows]]] = {"masked": MaskedRows, "psum": PsumRows}
-# The masked layout must hold every token of the call for every expert; beyond this share of the device's memory that
-# is not a workspace any more.
+# The masked layout must hold every token of the call for every expert. Beyond this share of the device's memory it is
+# not offered.
 _MASKED_MEMORY_SHARE: Final = 1 / 32
+# From this capability on DeepGEMM wants packed power-of-two multipliers.
 _UE8M0: Final = (10, 0)
 
 
@@ -38,8 +39,9 @@ class DeepGemmConfig(BackendConfig):
 class DeepGemmBackend(Backend):
     """DeepGEMM's grouped GEMMs on Hopper, BF16 and block FP8.
 
-    Tokens are gathered (and quantised) straight into its layout with the multipliers as its TMA loads want them, the
-    activation and the second quantisation are one pass, and so is the weighted sum. None of them touches padding.
+    Tokens are gathered, and in FP8 quantised, straight into DeepGEMM's layout, with the multipliers as its TMA loads
+    want them. The activation and the second quantisation are one pass, and so is the weighted sum. None of them touches
+    padding.
 
     DeepGEMM compiles its kernels with nvcc on first use (seconds for each of a few variants per layer) and then takes
     32 MiB of workspace, so a layer must have run once for a token count before it is captured.
@@ -51,8 +53,8 @@ class DeepGemmBackend(Backend):
         bias=True,
         interleaved=True,
         libraries=("deep_gemm",),
-        # BF16: it asserts whole 64s along what it sums over, K and then N. FP8: whole groups of multipliers there; it
-        # would take a part of one, and neither its tests nor vLLM ever ask for that.
+        # BF16: DeepGEMM asserts multiples of 64 along the dimension that it sums over, K and then N. FP8: whole groups
+        # of multipliers there. It would accept a partial group, which neither its own tests nor vLLM exercise.
         multiples={"bf16": {"K": 64, "N": 64}, "fp8": {"K": QUANT_BLOCK, "N": QUANT_BLOCK}},
         max_capability={"bf16": _UE8M0, "fp8": _UE8M0},
     )
@@ -114,7 +116,7 @@ class DeepGemmBackend(Backend):
             BackendUnavailableError: DeepGEMM does not load.
         """
         rows = _ROWS[_layout(config)](load(), experts, topk_ids)
-        # Each buffer is handed on and not named, so that its memory serves the next product.
+        # Each buffer is passed on without a name of its own, so that its memory is free for the next product.
         gate_up = rows.multiply(rows.fill(hidden_states), experts.gate_up, experts.gate_up_scale)
         inner = rows.activate(gate_up)
         del gate_up
@@ -131,5 +133,5 @@ class DeepGemmBackend(Backend):
 
 
 def _layout(config: BackendConfig) -> Layout:
-    assert isinstance(config, DeepGemmConfig)  # noqa: S101 - the dispatcher made it from config_type
+    assert isinstance(config, DeepGemmConfig)  # noqa: S101 - the dispatcher makes it from config_type
     return config.layout

@@ -1,7 +1,7 @@
 """The two ways in which DeepGEMM takes the rows of the experts.
 
-Sizes are functions of shapes alone, contents are decided on the device. DeepGEMM stores whole tiles, so each expert's
-rows start on a tile; what lies between an expert's last row and its next tile is never read by anything of ours.
+Sizes are functions of shapes alone; contents are decided on the device. DeepGEMM stores whole tiles, so each expert's
+rows start on a tile. The rows between an expert's last one and the next tile are never read outside DeepGEMM.
 """
 
 import math
@@ -27,12 +27,12 @@ Operand = Tensor | tuple[Tensor, Tensor]
 
 
 def masked_capacity(M: int) -> int:
-    """Rows per expert in the masked layout: whole tiles for the worst case, every token naming one expert."""
+    """Rows per expert in the masked layout: whole tiles for the worst case, in which every token names one expert."""
     return math.ceil(M / MASKED_TILE) * MASKED_TILE
 
 
 def expected_rows(slots: int, E: int) -> int:
-    """Rows that an expert gets under even routing; DeepGEMM picks its tiles by it and takes nothing below 1."""
+    """Rows that an expert gets under even routing, at least 1; DeepGEMM picks its tiles by it."""
     return max(1, math.ceil(slots / E))
 
 
@@ -56,11 +56,11 @@ class Rows(ABC):
         self._library, self._experts, self._topk_ids = library, experts, topk_ids
         self._fp8 = experts.dtype == "fp8"
         self._expected = expected_rows(topk_ids.numel(), experts.E)
-        # DeepGEMM wants Hopper, and there each stage starts while the kernel before it ends.
+        # DeepGEMM needs Hopper, where each stage may start while the kernel before it ends.
         self.pdl = topk_ids.is_cuda
         self._capacity = self._rows_per_expert()
         alignment = 1 if self._capacity else library.alignment()
-        # An expert without rows must end where it starts, on a tile, or the difference wraps around; `route` does so.
+        # `route` makes an expert without rows end where it starts, on a tile; else DeepGEMM's difference wraps around.
         by_row = self._fp8 and not self._capacity and spreads_scales(topk_ids.numel(), experts.K)
         self.routing = route(
             topk_ids, experts.E, alignment=alignment, capacity=self._capacity, by_row=by_row, pdl=self.pdl
@@ -68,14 +68,14 @@ class Rows(ABC):
 
     @abstractmethod
     def _rows_per_expert(self) -> int | None:
-        """How many, where it is a fixed number."""
+        """Rows that every expert has; None where it depends on the routing."""
 
     @abstractmethod
     def multiply(self, operand: Operand, weight: Tensor, weight_scale: Tensor | None) -> Tensor:
         """``[rows, C]`` times each expert's ``[E, R, C]`` transposed: BF16 ``[rows, R]``."""
 
     def fill(self, hidden_states: Tensor) -> Operand:
-        """Bring ``[M, K]`` to its rows, quantised if the weights are FP8."""
+        """Copy the tokens ``[M, K]`` to their rows, quantised if the weights are FP8."""
         topk = self._topk_ids.shape[1]
         if self._fp8:
             return gather_quantize(hidden_states, self.routing, topk, **self._scales(), pdl=self.pdl)
@@ -108,14 +108,14 @@ class Rows(ABC):
         if weight.requires_grad:
             weight = weight.detach()  # sgl-deep-gemm up to 0.2.1 takes tensors by way of DLPack, which refuses these
         if self._fp8:
-            # Multipliers stay as they are: rounding them to powers of two is for sm_100.
+            # Multipliers stay fp32: rounding them to powers of two is for sm_100.
             fp8(a=a, b=(weight, weight_scale), d=d, disable_ue8m0_cast=True, **layout)
         else:
             bf16(a=a, b=weight, d=d, **layout)
 
 
 class PsumRows(Rows):
-    """Experts one after another; DeepGEMM gets where each one ends and never looks at the tail."""
+    """Experts one after another. DeepGEMM is told where each expert ends, and never visits the tail of the buffer."""
 
     def _rows_per_expert(self) -> None:
         return None
@@ -130,9 +130,9 @@ class PsumRows(Rows):
 
 
 class MaskedRows(Rows):
-    """As many rows for each expert as it could ever get; DeepGEMM gets how many are real.
+    """As many rows for each expert as it could ever get. DeepGEMM is told how many of them are used.
 
-    Nearly all of the buffer is padding: the stages go by slots and never look at a row without one.
+    Nearly all of the buffer is padding, so the stages run over slots and never visit a row without one.
     """
 
     def _rows_per_expert(self) -> int:

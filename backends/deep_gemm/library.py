@@ -92,7 +92,7 @@ def load() -> Library:
     which of the two was loaded first.
 
     Raises:
-        BackendUnavailableError: None was found that works; the reasons of each one, and the remedy.
+        BackendUnavailableError: No copy works; the message has each one's reasons and the remedy.
     """
     global _library
     if _library is None:
@@ -124,7 +124,7 @@ def _load() -> Library:
                 module = importlib.import_module(name)
                 library = _bind(module)
                 _launch_as_dependents(module)
-            except (Exception, SystemExit) as error:  # noqa: BLE001 - no CUDA toolkit is an AssertionError, a bad ABI anything
+            except (Exception, SystemExit) as error:  # noqa: BLE001 - a wrong ABI may raise anything
                 reasons.append(_import_reason(name, error))
                 continue
             if reason := _compiler_reason():
@@ -135,7 +135,7 @@ def _load() -> Library:
 
 
 class _OtherInterfaceError(Exception):
-    """The library was imported, and lacks something."""
+    """DeepGEMM was imported and lacks something that is called."""
 
 
 def _bind(module: ModuleType) -> Library:
@@ -186,7 +186,7 @@ def _import_reason(name: str, error: BaseException) -> str:
     if isinstance(error, ModuleNotFoundError) and error.name and not name.startswith(error.name.partition(".")[0]):
         return f"{text}; install it with what it depends on: {INSTALL_HINT}"
     if isinstance(error, AssertionError):
-        return f"{text}; it found no CUDA toolkit: install one with nvcc and set CUDA_HOME to it"
+        return f"{text}; DeepGEMM sees no CUDA toolkit: install one with nvcc and set CUDA_HOME to it"
     return f"{text}; a wheel built for another torch or Python fails like this: {INSTALL_HINT}"
 
 

@@ -177,10 +177,10 @@ def make_barriers(STAGES: gl.constexpr, LOADER_WARPS: gl.constexpr, COPIES: gl.c
 
 @gluon.jit
 def schedule_tiles(queue, blocks_ptr, counts_ptr, n_blocks, COUNTER: gl.constexpr):
-    """The scheduler: publishes this program's tiles when they are wanted, and then one that ends at row 0.
+    """The scheduler: publishes this program's tiles as they are wanted, and at last a tile whose end is 0.
 
-    Tiles of a group take turns over its row blocks: those that run at the same time share an expert's weights in the L2
-    cache, and few rows.
+    The tiles of a group run over its row blocks first and then over columns: those that are computed at the same time
+    share an expert's weights in the L2 cache, and few rows.
     """
     m_blocks = gl.load(counts_ptr)
     tile = gl.program_id(0)
@@ -229,7 +229,7 @@ def receive_tile(queue, i):
 def arrive(bar):
     """Arrive once for all threads, when they are here, and with each of them.
 
-    The first suffices. But racecheck takes what a thread did for unordered where only another one arrives.
+    The first arrival suffices. But racecheck takes a thread's accesses for unordered where only another thread arrives.
     """
     mbarrier.arrive(bar)
     async_copy.mbarrier_arrive(bar, increment_count=False)
@@ -265,7 +265,7 @@ def load_stage(operands, ring, stage, bar, tile, w_row, column):
 
 @gluon.jit
 def _load_rows(desc, buf, bar, row, end, column, pred):
-    """As many rows as `buf` has; zeros from `end` on, for which nothing is read, and which take less power to multiply.
+    """Load as many rows as `buf` has. Rows from `end` on are not read and become zeros, which cost little power.
 
     `desc` sees memory as overlapping windows of 64 rows, see `windows.window_descriptor`. Rows come from the window
     that ends at `end`, or 64 rows on.
@@ -287,7 +287,8 @@ def load_weights(operands, ring, stage, bar, w_row, column):
 def store_tile(values, ROWS: gl.constexpr, outputs, CONSUMER: gl.constexpr, row, end, column):
     """Store ``[rows, columns]``, or where ROWS, the axis of rows, is 1 ``[columns, rows]``, through shared memory.
 
-    Lines of the result are whole, as many columns at a time as `outputs.bufs` has. Rows from `end` on are not stored.
+    As many columns at a time as `outputs.bufs` has, so that whole cache lines are written. Rows from `end` on are not
+    stored.
     """
     bufs = outputs.bufs
     WIDTH: gl.constexpr = values.shape[1 - ROWS]

@@ -182,10 +182,9 @@ def _multiply(
     mbarrier.arrive(ring.empty.index((step + STAGES - 1) % STAGES))
     if WIDE:
         left, right = gl.split(gl.permute(gl.reshape(acc, [64, 2, 128]), [0, 2, 1]))
-        _finish(left, right, 0, outputs, tile, tile.row + 64 * CONSUMER, 0, CONSUMER, ACTIVATION)
+        _finish(left, right, 0, outputs, tile, 64 * CONSUMER, 0, CONSUMER, ACTIVATION)
     if FEW:
-        few_row = tile.row + 128 if WIDE else tile.row
-        _finish(first, second, 1, outputs, tile, few_row, 64 * CONSUMER, CONSUMER, ACTIVATION)
+        _finish(first, second, 1, outputs, tile, 128 if WIDE else 0, 64 * CONSUMER, CONSUMER, ACTIVATION)
     return step
 
 
@@ -204,15 +203,18 @@ def _few_rows(ring, stage, HEIGHT: gl.constexpr):
 
 @gluon.jit
 def _finish(
-    first, second, ROWS: gl.constexpr, outputs, tile, row, column, CONSUMER: gl.constexpr, ACTIVATION: gl.constexpr
+    first, second, ROWS: gl.constexpr, outputs, tile, ROW: gl.constexpr, COLUMN: gl.constexpr,
+    CONSUMER: gl.constexpr, ACTIVATION: gl.constexpr,
 ):  # fmt: skip
     """Store the products with a tile's first and second 128 rows of weights, or their activation.
 
-    ROWS is the axis of rows: 0, or 1 where they are transposed. `row` is the first of them, `column` the first of 128.
+    ROWS is the axis of rows: 0, or 1 where they are transposed. They begin at row ROW of the tile, and at
+    column COLUMN of 128.
     """
     if ACTIVATION is not None:
         out = moe_activate(first, second, ACTIVATION)
-        store_tile(out, ROWS, outputs, CONSUMER, row, tile.end, tile.block_n * 128 + column)
+        store_tile(out, ROWS, outputs, CONSUMER, tile.row + ROW, tile.end, tile.block_n * 128 + COLUMN)
     else:
-        store_tile(first, ROWS, outputs, CONSUMER, row, tile.end, tile.block_n * 256 + column)
-        store_tile(second, ROWS, outputs, CONSUMER, row, tile.end, tile.block_n * 256 + 128 + column)
+        column = tile.block_n * 256 + COLUMN
+        store_tile(first, ROWS, outputs, CONSUMER, tile.row + ROW, tile.end, column)
+        store_tile(second, ROWS, outputs, CONSUMER, tile.row + ROW, tile.end, column + 128)

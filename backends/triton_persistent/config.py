@@ -133,10 +133,13 @@ def _shapes(problem: MoEProblem, features: Features) -> list[TritonPersistentCon
         # 64 cost no time: weights arrive slower than they are multiplied.
         low = {"block_m": 64, "num_warps": 4, "ctas_per_sm": 2, "flatten_steps": 16}
         high = low | {"block_m": 128}
-        # In FP8 promotion takes the registers that a higher tile would need. Otherwise: while few experts have more
-        # than 64 rows, two standard deviations of a Poisson load (gpt-oss-120b: 1562 and 1688 µs at 45 rows, 1920 and
-        # 1712 at 64).
-        shapes = [low] if fp8 else [low, high] if load + 2 * math.sqrt(load) <= 64 else [high, low]
+        # In FP8 promotion takes the registers that a higher tile would need. Otherwise low tiles come first while few
+        # experts have more than 64 rows, two standard deviations of a Poisson load (gpt-oss-120b on an H200: 1562 and
+        # 1688 µs at 45 rows, 1920 and 1712 at 64). With tcgen05 and alternating gate and up rows the epilogue of a high
+        # tile spills 320 bytes a thread (Triton 3.8).
+        spills = features.tensor_cores == "tcgen05" and problem.interleaved
+        low_first = spills or load + 2 * math.sqrt(load) <= 64
+        shapes = [low] if fp8 else [low, high] if low_first else [high, low]
     else:
         heights = (16, 32) if load <= 12 else (32, 16, 64) if load <= 24 else (64, 32, 128)
         # mma.sync holds operands in registers too.

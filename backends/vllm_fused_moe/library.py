@@ -5,7 +5,8 @@ Read in 0.20.2, 0.22.1, 0.24.0, 0.26.0, 0.29.0 and 0.33.0, below ``vllm/model_ex
 - `fused_experts` (fused_moe.py) takes ``inplace`` up to 0.22.1; the argument is gone from 0.24.0 on.
 - `FusedMoEConfig` (config.py) takes the intermediate size as ``intermediate_size_per_partition`` up to 0.22.1 and as
   ``intermediate_size`` from 0.24.0 on.
-- `_prepare_expert_assignment` (fused_moe.py) skips the sorting of slots where M·topk·4 ≤ E and no expert map is given.
+- `_prepare_expert_assignment` (fused_moe.py) skips the sorting of slots where M·topk·4 ≤ E, unless an expert map is
+  passed.
   Its arguments are the same in all of them; 0.33.0 has one more, with a default.
 - `is_deep_gemm_e8m0_used` (vllm/utils/deep_gemm.py) is the same in all of them. It imports DeepGEMM, and in 0.26.0 and
   later it also switches DeepGEMM to programmatic dependent launch, for the whole process. The backend deep_gemm sets
@@ -31,12 +32,12 @@ from moe_dispatch.system.libraries import install_hint
 PACKAGE: Final = "vllm.model_executor.layers.fused_moe"
 INSTALL_HINT: Final = install_hint("vllm")
 _E8M0_ENV: Final = "VLLM_USE_DEEP_GEMM_E8M0"
-# The keyword arguments of `fused_experts` that the backend gives, and those of one release or another that it knows.
+# The keyword arguments that the backend passes to `fused_experts`, and those that only some releases have.
 _ARGUMENTS: Final = frozenset({
     "hidden_states", "w1", "w2", "topk_weights", "topk_ids", "activation", "global_num_experts", "expert_map",
     "quant_config",
 })  # fmt: skip
-_OPTIONS: Final[Mapping[str, Any]] = {"inplace": False}  # the contract of a backend is fresh memory
+_OPTIONS: Final[Mapping[str, Any]] = {"inplace": False}  # a backend returns fresh memory
 
 
 @dataclass(frozen=True)
@@ -199,7 +200,7 @@ def _options(fused_experts: Callable[..., Any]) -> dict[str, Any]:
     """The arguments that this release's `fused_experts` takes beyond those that every release takes.
 
     Raises:
-        BackendUnavailableError: It lacks one that is given, or needs one that is not known here.
+        BackendUnavailableError: It lacks an argument that is passed, or needs one that is not known here.
     """
     parameters = inspect.signature(fused_experts).parameters
     lacking = sorted(_ARGUMENTS - parameters.keys())
@@ -225,7 +226,7 @@ def _check_scales() -> None:
         ) from error
     if rounds:
         value = os.environ[_E8M0_ENV]
-        cause = f"{_E8M0_ENV}={value}" if value != "0" else "an engine in this process asked before us"
+        cause = f"{_E8M0_ENV}={value}" if value != "0" else "an engine in this process decided it before"
         raise _unavailable(
             f"vllm rounds FP8 multipliers to powers of two ({cause}); set {_E8M0_ENV}=0 before its first use"
         )

@@ -100,9 +100,9 @@ class BackendPool:
                 if failures.lost_device(error):
                     self._quarantine.bar(name, kind, failures.summary(error), fatal=True)
                     raise DeviceLostError([name], error) from error
-                if failures.out_of_memory(error):  # says nothing of the backend: the next kind of call probes again
-                    return f"its probe ran out of memory: {failures.summary(error)}"
-                raise
+                # Says nothing of the backend: memory was short, or torch is in a state in which no layer can be made,
+                # such as inside of torch.func.vmap. The next kind of call probes again.
+                return f"it could not be probed: {failures.summary(error)}"
             verdict = self._probe_failures.setdefault((name, kind), verdict)
         return verdict
 

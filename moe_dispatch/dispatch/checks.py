@@ -7,7 +7,7 @@ from torch import Tensor
 
 from moe_dispatch.backend import Inputs
 from moe_dispatch.errors import InvalidInputError
-from moe_dispatch.experts import ExpertWeights, tensor_fault
+from moe_dispatch.experts import ExpertWeights, address, tensor_fault
 
 _ACTIVATIONS = (torch.bfloat16, torch.float16, torch.float32)
 _IDS = (torch.int32, torch.int64)
@@ -72,6 +72,11 @@ def _fault(name: str, tensor: object, experts: ExpertWeights) -> str:
     if tensor.device != experts.device:
         return f"{name} is on {tensor.device} and the experts are on {experts.device}; move one of them"
     return ""
+
+
+def have_memory(inputs: Inputs) -> bool:
+    """Whether the tensors have memory that a kernel could read; inside of torch.func's transforms they have none."""
+    return all(address(tensor) is not None for _, tensor in _named(inputs))
 
 
 def result_fault(out: object, inputs: Inputs) -> str:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from moe_dispatch.backend import FAST_PATH_TOKENS, Inputs
-from moe_dispatch.dispatch.checks import check, result_fault
+from moe_dispatch.dispatch.checks import check, have_memory, result_fault
 from moe_dispatch.dispatch.counters import BackendStats, Counters
 from moe_dispatch.dispatch.errors import BackendFailedError
 from moe_dispatch.dispatch.first_calls import FIRST_CALLS
@@ -17,7 +17,6 @@ from moe_dispatch.dispatch.plan import Plan
 from moe_dispatch.dispatch.planner import Planner
 from moe_dispatch.dispatch.quarantine import Quarantine
 from moe_dispatch.dispatch.recovery import Recovery
-from moe_dispatch.errors import InvalidInputError
 from moe_dispatch.experts import ExpertWeights
 from moe_dispatch.guard import FOREIGN_ERRORS
 from moe_dispatch.machine import Machine
@@ -97,18 +96,22 @@ class Dispatcher:
         except (AttributeError, RuntimeError, TypeError, ValueError):
             # No tensors, or tensors without a shape or an address; check() says which.
             check(hidden_states, experts, topk_weights, topk_ids, backend)
-            if backend not in (None, LAST_RESORT):
-                raise InvalidInputError(f"backend {backend!r} cannot run inside a transform of torch.func") from None
-            return self._recovery.run_transformed((hidden_states, experts, topk_weights, topk_ids))
+            return self._recovery.run_transformed((hidden_states, experts, topk_weights, topk_ids), backend)
         if plan is None:
             check(hidden_states, experts, topk_weights, topk_ids, backend)
             if not hidden_states.shape[0] and not grad:
                 return hidden_states.clone()
+            if not have_memory((hidden_states, experts, topk_weights, topk_ids)):
+                return self._recovery.run_transformed((hidden_states, experts, topk_weights, topk_ids), backend)
             # Where a gradient is needed, the reference puts every tensor that requires one into the graph.
             plan = self._plan(key, experts)
-        if plan.widens:
-            topk_weights = topk_weights.float()
-        inputs = (hidden_states.contiguous(), experts, topk_weights.contiguous(), topk_ids.contiguous())
+        try:
+            if plan.widens:
+                topk_weights = topk_weights.float()
+            inputs = (hidden_states.contiguous(), experts, topk_weights.contiguous(), topk_ids.contiguous())
+        except RuntimeError:
+            check(hidden_states, experts, topk_weights, topk_ids, backend)  # such as sparse tensors
+            raise
         try:
             out = plan.run(*inputs, plan.config) if plan.proven else self.first_run(plan, inputs)
         except FOREIGN_ERRORS as error:

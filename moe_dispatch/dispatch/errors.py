@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 
 from moe_dispatch.errors import MoEDispatchError, way_out
 from moe_dispatch.problem import MoEProblem
+from moe_dispatch.system import failures
 
 
 class BackendUnsupportedError(MoEDispatchError):
@@ -34,7 +35,7 @@ class BackendFailedError(MoEDispatchError):
 
     def __init__(self, backend: str, problem: MoEProblem, cause: BaseException, remedy: str) -> None:
         self.backend, self.problem = backend, problem
-        super().__init__(f"backend {backend!r} failed on {problem}: {type(cause).__name__}: {cause}. {remedy}")
+        super().__init__(f"backend {backend!r} failed on {problem}: {failures.summary(cause)}. {remedy}")
 
 
 class NoBackendError(MoEDispatchError):

@@ -8,14 +8,14 @@ import torch
 from torch import Tensor
 
 from moe_dispatch.backend import Inputs
-from moe_dispatch.dispatch.checks import check
+from moe_dispatch.dispatch.checks import check, have_memory
 from moe_dispatch.dispatch.counters import Counters
 from moe_dispatch.dispatch.errors import BackendFailedError, DeviceLostError
 from moe_dispatch.dispatch.plan import Plan
 from moe_dispatch.dispatch.planner import Planner, warn_of_successor
 from moe_dispatch.dispatch.quarantine import Quarantine
 from moe_dispatch.errors import InvalidInputError, warn
-from moe_dispatch.experts import ExpertWeights, address
+from moe_dispatch.experts import ExpertWeights
 from moe_dispatch.guard import FOREIGN_ERRORS
 from moe_dispatch.problem import MoEProblem
 from moe_dispatch.registry import LAST_RESORT
@@ -78,7 +78,7 @@ class Recovery:
             raise BackendFailedError(name, problem, error, plan.remedy) from error
         if problem.mode == "graph":
             raise self._failed_capture(plan, error) from error
-        if not _have_memory(inputs):
+        if not have_memory(inputs):
             return self.run_transformed(inputs)
         failed = [(plan, error)]
         faulty = set()  # backends that failed by themselves; of those that lacked memory another configuration may do
@@ -107,12 +107,17 @@ class Recovery:
             return out
         return self._give_up(failed, inputs)
 
-    def run_transformed(self, inputs: Inputs) -> Tensor:
+    def run_transformed(self, inputs: Inputs, backend: str | None = None) -> Tensor:
         """Run a call inside of one of torch.func's transforms, whose tensors have no memory that a kernel could read.
 
+        Only the reference can: it is made of torch's own operations.
+
         Raises:
-            InvalidInputError: Torch cannot transform the reference either, as where vmap maps over topk_ids.
+            InvalidInputError: Torch cannot transform the reference either, as where vmap maps over topk_ids; or another
+                backend is named.
         """
+        if backend not in (None, LAST_RESORT):
+            raise InvalidInputError(f"backend {backend!r} cannot run inside of torch.func's transforms; leave it out")
         hidden_states, experts, topk_weights, topk_ids = inputs
         M, topk = topk_ids.shape
         problem = experts.problem(M, topk, hidden_states.dtype, self._planner.machine.capability)
@@ -214,12 +219,6 @@ class Recovery:
             f"backend {plan.choice.backend!r} ran out of memory on {plan.problem} ({failures.summary(error)}); "
             f"{instead}. Leave more memory free (a smaller KV cache, say) to avoid this."
         )
-
-
-def _have_memory(inputs: Inputs) -> bool:
-    hidden_states, experts, topk_weights, topk_ids = inputs
-    tensors = (hidden_states, topk_weights, topk_ids, *(tensor for _, tensor in experts.tensors()))
-    return all(address(tensor) is not None for tensor in tensors)
 
 
 def _callers_fault(error: BaseException) -> InvalidInputError:

@@ -22,23 +22,30 @@ def out_of_memory(error: BaseException) -> bool:
     """Whether memory, of the device or the host, was what lacked."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
-    text = str(error).lower()
+    text = _text(error).lower()
     return isinstance(error, RuntimeError) and ("out of memory" in text or "can't allocate memory" in text)
 
 
 def broken_capture(error: BaseException) -> bool:
     """Whether something before this backend had already spoilt the capture of a CUDA graph."""
-    return "previous error during capture" in str(error).lower()
+    return "previous error during capture" in _text(error).lower()
 
 
 def lost_device(error: BaseException) -> bool:
     """Whether the CUDA context is gone."""
-    text = str(error).lower()
+    text = _text(error).lower()
     return isinstance(error, RuntimeError) and any(sign in text for sign in _LOST_DEVICE)
 
 
 def summary(error: BaseException) -> str:
     """Type and first line, short enough for a warning."""
-    lines = str(error).strip().splitlines()
+    lines = _text(error).strip().splitlines()
     first = lines[0] if lines else "no message"
     return f"{type(error).__name__}: {first[:300]}"
+
+
+def _text(error: BaseException) -> str:
+    try:
+        return str(error)
+    except Exception:  # noqa: BLE001 - an exception of another package may fail to print itself
+        return ""

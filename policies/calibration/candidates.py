@@ -11,7 +11,6 @@ from typing import Final
 import pydantic
 
 from moe_dispatch.backend import Backend
-from moe_dispatch.dispatch.policy_chain import LAST_RESORT
 from moe_dispatch.dispatch.quarantine import Quarantine
 from moe_dispatch.errors import PolicyFileError
 from moe_dispatch.machine import Machine
@@ -30,7 +29,7 @@ from moe_dispatch.policies.measurements.schema import (
 from moe_dispatch.policies.measurements.table import tables
 from moe_dispatch.policies.measurements.versions import changes, relevant_versions
 from moe_dispatch.problem import Mode
-from moe_dispatch.registry import make_backend
+from moe_dispatch.registry import LAST_RESORT, make_backend
 
 # Measured neighbours within this factor of tokens on both sides rule out candidates between them,
 NEIGHBOURS: Final = 8

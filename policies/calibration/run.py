@@ -12,7 +12,6 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Final
 
-from moe_dispatch.dispatch.policy_chain import LAST_RESORT
 from moe_dispatch.dispatch.quarantine import Quarantine
 from moe_dispatch.policies.calibration.candidates import CandidateSource, eligible
 from moe_dispatch.policies.calibration.compile_ahead import Job, compile_ahead, compiled_path
@@ -31,7 +30,7 @@ from moe_dispatch.policies.calibration.worker_process import (
 from moe_dispatch.policies.measurements.merge import promote_winners, require_writable, save
 from moe_dispatch.policies.measurements.schema import LayerShape, Measurement, PointKey
 from moe_dispatch.problem import Mode
-from moe_dispatch.registry import BACKENDS
+from moe_dispatch.registry import BACKENDS, LAST_RESORT
 
 if TYPE_CHECKING:
     from moe_dispatch.policies.measurements.schema import Identity

@@ -118,8 +118,8 @@ def test_usable_wheels(deep_gemm: str, torch_version: str) -> None:
 
 def layouts_for(workload: str, M: int, dtype: DType) -> list[str]:
     machine = hopper()
-    asked = WORKLOADS[workload].problem(M, dtype, machine)
-    return [config.layout for config in DeepGemmBackend(machine).configs(asked)]
+    problem = WORKLOADS[workload].problem(M, dtype, machine)
+    return [config.layout for config in DeepGemmBackend(machine).configs(problem)]
 
 
 @pytest.mark.parametrize(
@@ -178,10 +178,10 @@ def test_psum_rows_hold_the_worst_routing(seed: int) -> None:
 @pytest.mark.parametrize("layout", ["masked", "psum"])
 @pytest.mark.parametrize("dtype", ["bf16", "fp8"])
 def test_workspace_covers_the_widest_pair_of_buffers(layout: Any, dtype: DType) -> None:
-    asked = on_hopper(dtype, M=64, K=256, N=512)
-    rows = layout_rows(layout, asked.M, asked.topk, asked.E)
+    problem = on_hopper(dtype, M=64, K=256, N=512)
+    rows = layout_rows(layout, problem.M, problem.topk, problem.E)
     second = rows * (512 * (1 if dtype == "fp8" else 2))
-    assert DeepGemmBackend(hopper()).workspace_bytes(asked, DeepGemmConfig(layout=layout)) >= rows * 1024 * 2 + second
+    assert DeepGemmBackend(hopper()).workspace_bytes(problem, DeepGemmConfig(layout=layout)) >= rows * 1024 * 2 + second
 
 
 # The calls, against a stand-in.
@@ -312,7 +312,7 @@ class StandIn:
 
 @pytest.fixture
 def no_deep_gemm(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
-    """Whatever DeepGEMM and vLLM this process has are out of sight; nvcc is where the environment says."""
+    """Hide whatever DeepGEMM and vLLM this process has loaded, and name an nvcc in the environment."""
     roots = {"deep_gemm", "vllm"}
     hidden = {name: module for name, module in sys.modules.items() if name.split(".")[0] in roots}
     for name in hidden:
@@ -387,7 +387,7 @@ def test_every_release_is_called_as_it_wants(
 
 @dataclass(frozen=True)
 class Routed:
-    """Ids that something could trip over."""
+    """Ids at the limits of what a layout takes."""
 
     ids: Tensor
 

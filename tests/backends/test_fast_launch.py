@@ -183,7 +183,7 @@ def test_what_triton_interprets_stays_as_it_is() -> None:
     assert fast_launch(print) is print
 
 
-@fast_launch  # type: ignore[untyped-decorator]
+@fast_launch
 @triton.jit  # type: ignore[untyped-decorator]
 def _moe_scaled_copy_kernel(x_ptr, out_ptr, n, scale, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)

@@ -68,7 +68,8 @@ def _importable() -> set[str]:
 def test_the_reference_multiplies_fp16_in_fp32_on_every_device(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a CPU it always does, so this looks at the dtypes of its products and not at a result."""
     inputs = make_inputs(CASES["silu"], Precision("fp16", "fp16"), "cpu")
-    linear, dtypes = torch.nn.functional.linear, set()
+    linear = torch.nn.functional.linear
+    dtypes: set[torch.dtype] = set()
 
     def watched(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         dtypes.update((rows.dtype, weight.dtype))

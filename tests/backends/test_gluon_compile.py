@@ -78,6 +78,7 @@ REFUSED = {
     "sm_100": Refused((("below 9.1", "10.0"),), machine=described(100)),
     "an older Triton": Refused(((KNOWN, "3.5.1"),), machine=_with_triton("3.5.1")),
     "a newer Triton": Refused(((KNOWN, "3.99.0"),), machine=_with_triton("3.99.0")),
+    "ROCm, whose gfx90a says 9.0 too": Refused((("CUDA",),), machine=HOPPER.model_copy(update={"cuda": ""})),
     "no Triton": Refused((("triton is not installed",),), machine=_with_triton("")),
     "K in FP8": Refused((("K % 256 == 0", "K=384"),), Workload("", 8, 2, 384, 256), "fp8"),
     "N in FP8": Refused((("N % 128 == 0", "N=192"),), Workload("", 8, 2, 256, 192), "fp8"),

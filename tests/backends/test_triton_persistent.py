@@ -121,7 +121,7 @@ def test_the_interpreter_refuses_bf16_with_its_reason() -> None:
 def _machine(capability: tuple[int, int], shared_memory: int, sms: int = 108) -> Machine:
     return Machine(
         device="cuda", name="described", capability=capability, sms=sms, memory_bytes=40 << 30,
-        shared_memory_per_block=shared_memory, torch="2.11", triton="3.6",
+        shared_memory_per_block=shared_memory, torch="2.11", cuda="13.0", triton="3.6",
     )  # fmt: skip
 
 

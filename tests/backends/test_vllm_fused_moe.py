@@ -342,13 +342,13 @@ class StandIn:
 
 @pytest.fixture
 def no_vllm(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Whatever vLLM this process has is out of sight, and so is what the backend remembers of it."""
+    """Hide whatever vLLM this process has loaded, and make the backend forget it."""
     hidden = {name: module for name, module in sys.modules.items() if name.split(".")[0] == "vllm"}
     for name in hidden:
         del sys.modules[name]
     monkeypatch.setattr(library, "_library", None)
     monkeypatch.setattr(library, "_keeps_fp32_scales", False)
-    monkeypatch.setenv(E8M0, "")  # so that it is taken back whatever the backend leaves there
+    monkeypatch.setenv(E8M0, "")  # so that the fixture restores it, whatever the backend sets
     monkeypatch.delenv(E8M0)
     yield
     for name in [name for name in sys.modules if name.split(".")[0] == "vllm"]:
@@ -401,7 +401,7 @@ def test_ids_that_are_not_ours_add_nothing(vllm: StandIn, dtype: torch.dtype, E:
     ids = torch.tensor(NOT_OURS, dtype=dtype)
     ids[ids == 8] = E
     if dtype == torch.int64:
-        ids[0, 0] = 2**32 + 1  # an expert of ours, once its upper half is lost
+        ids[0, 0] = 2**32 + 1  # expert 1, if its upper half is lost
     weights = torch.ones(ids.shape)
     weights[(ids < 0) | (ids >= E)] = torch.nan
     assert relative_error(layer("bf16", E=E), weights, ids) <= 1e-2
@@ -504,7 +504,7 @@ def test_a_nan_in_a_token_stays_in_it(
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp8"])
 def test_tokens_that_start_anywhere(vllm: StandIn, dtype: DType) -> None:
-    """As a view into a flat buffer does; vLLM's vector loads of FP8's tokens take whole vectors only."""
+    """As a view into a flat buffer does; vLLM quantises tokens to FP8 in whole vectors, at any address."""
     experts, ids = layer(dtype), torch.tensor([[0, 3], [7, 7]])
     hidden = hidden_for(ids, experts)
     flat = torch.empty(hidden.numel() + 1, dtype=hidden.dtype)
@@ -523,15 +523,15 @@ def test_plain_scales_are_asked_for_by_fp8_only(vllm: StandIn) -> None:
     assert os.environ[E8M0] == "0"
 
 
-@pytest.mark.parametrize(("given", "word"), [(None, "asked before us"), ("1", f"{E8M0}=1")])
-def test_refuses_rounded_scales(vllm: StandIn, monkeypatch: pytest.MonkeyPatch, given: str | None, word: str) -> None:
+@pytest.mark.parametrize(("value", "word"), [(None, "decided it before"), ("1", f"{E8M0}=1")])
+def test_refuses_rounded_scales(vllm: StandIn, monkeypatch: pytest.MonkeyPatch, value: str | None, word: str) -> None:
     vllm.rounds = True
-    if given is not None:
-        monkeypatch.setenv(E8M0, given)
+    if value is not None:
+        monkeypatch.setenv(E8M0, value)
     ids, weights = torch.tensor([[0, 1]]), torch.ones(1, 2)
     with pytest.raises(BackendUnavailableError, match=word):
         relative_error(layer("fp8"), weights, ids)
-    assert os.environ.get(E8M0) == given  # what did not help is taken back
+    assert os.environ.get(E8M0) == value  # a variable that did not help is removed again
     assert vllm.calls == []
     assert relative_error(layer("bf16"), weights, ids) <= 1e-2  # which has no multipliers to round
 
@@ -639,7 +639,7 @@ def test_mark_nan_tokens(dtype: torch.dtype, K: int, infinite: bool) -> None:
     hidden[1, K - 1], hidden[2, 0], hidden[3, K // 2] = torch.nan, torch.inf, -torch.inf
     weights, ids = torch.rand(5, 3, generator=generator), torch.randint(-2, 9, (5, 3), generator=generator)
     ids[4, 0] = 2**32 + 1
-    inputs = [tensor.to(DEVICE) for tensor in (hidden, weights, ids)]
+    inputs = hidden.to(DEVICE), weights.to(DEVICE), ids.to(DEVICE)
     marked = mark_nan_tokens(*inputs, 7, -1, infinite=infinite)
     expected = mark_nan_tokens_torch(*inputs, 7, -1, infinite=infinite)
     assert marked[1].dtype == torch.int32

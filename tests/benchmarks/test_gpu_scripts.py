@@ -16,7 +16,7 @@ SUITE = """
     def test_good(): pass
     def test_bad(): assert False
     @pytest.mark.parametrize("limit", [128, 256])
-    def test_left_out(limit): pytest.skip(f"needs K % {limit} == 0, got K={limit + 1}")
+    def test_left_out(limit): pytest.skip(f"bf16 needs K % {limit} == 0, got K={limit + 1}")
 """
 
 
@@ -36,7 +36,7 @@ def test_reports_of_a_suite_become_one_record(tmp_path: Path, capsys: pytest.Cap
             "failed": 1,
             "skipped": 2,
             "failures": ["test_some::test_bad"],
-            "skip_reasons": {"needs K % … == …, got K=…": 2},
+            "skip_reasons": {"bf16 needs K % … == …, got K=…": 2},
         },
         "a100": {"complete": False},
     }

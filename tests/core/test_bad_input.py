@@ -1,13 +1,24 @@
 """Bad input is refused before anything is launched, with a message that says what was given and what is allowed."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from moe_dispatch import ExpertWeights, InvalidInputError, MoEProblem, UnknownNameError, explain, moe_forward, stats
+from moe_dispatch import (
+    ExpertWeights,
+    InvalidInputError,
+    MoEProblem,
+    UnknownNameError,
+    explain,
+    moe_forward,
+    stats,
+    warm_up,
+)
+from moe_dispatch.dispatch.process import get_dispatcher
 from moe_dispatch.numerics import FP8
 from moe_dispatch.workloads import ROUTINGS, workload
 
@@ -41,6 +52,73 @@ def call(**changes: Any) -> torch.Tensor:
         "topk_ids": torch.randint(0, E, (M, TOPK), dtype=torch.int32),
     } | changes
     return moe_forward(**arguments)
+
+
+def mapped() -> torch.Tensor:
+    """A call under vmap that maps over the routing, which decides on the host what the reference launches."""
+    hidden, layer, topk_weights = torch.randn(M, K), experts(), torch.rand(M, TOPK)
+    ids = torch.randint(0, E, (3, M, TOPK))
+    out: torch.Tensor = torch.func.vmap(lambda i: moe_forward(hidden, layer, topk_weights, i))(ids)
+    return out
+
+
+def fake(**changes: torch.Tensor) -> torch.Tensor:
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        arguments = {
+            "hidden_states": torch.randn(M, K),
+            "topk_weights": torch.rand(M, TOPK),
+            "topk_ids": torch.zeros(M, TOPK).int(),
+        } | changes
+        return call(**{name: mode.from_tensor(tensor) for name, tensor in arguments.items()})
+
+
+def changed(change: Callable[[torch.Tensor], object]) -> ExpertWeights:
+    """A layer whose gate_up was changed after it was wrapped."""
+    layer = experts()
+    change(layer.gate_up)
+    return layer
+
+
+def set_data(tensor: torch.Tensor, data: torch.Tensor) -> None:
+    tensor.data = data
+
+
+def problem() -> MoEProblem:
+    return MoEProblem(M=1, K=8, N=8, E=2, topk=1, dtype="fp32", act_dtype="fp32", device="cpu", capability=None)
+
+
+def nested(layout: torch.layout = torch.strided) -> torch.Tensor:
+    return torch.nested.nested_tensor([torch.randn(2, K), torch.randn(3, K)], layout=layout)
+
+
+def masked(tensor: torch.Tensor) -> torch.Tensor:
+    out: torch.Tensor = torch.masked.masked_tensor(tensor, tensor > 0)
+    return out
+
+
+def freed(tensor: torch.Tensor) -> torch.Tensor:
+    """As offloading and FSDP leave a parameter between its uses."""
+    tensor.untyped_storage().resize_(0)
+    return tensor
+
+
+def distributed(*shape: int) -> torch.Tensor:
+    """A DTensor, over a group of one process."""
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Replicate, distribute_tensor
+
+    if not dist.is_initialized():
+        dist.init_process_group("gloo", store=cast("Any", dist).HashStore(), rank=0, world_size=1)
+    mesh = init_device_mesh("cpu", (1,))
+    return distribute_tensor(torch.randn(*(shape or (E, 2 * N, K))), mesh, [Replicate()])
+
+
+@pytest.fixture(autouse=True, scope="module")
+def no_process_group() -> Iterator[None]:
+    yield
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 @dataclass(frozen=True)
@@ -78,6 +156,19 @@ WEIGHTS = {
     ),
     "integer bias": Bad(
         lambda: experts(gate_up_bias=torch.zeros(E, 2 * N).int(), down_bias=torch.zeros(E, K)), ("int32", "float32")
+    ),
+    "sparse weights": Bad(
+        lambda: experts(gate_up=torch.randn(E, 2 * N, K).to_sparse()), ("gate_up", "sparse", "dense")
+    ),
+    "mkldnn weights": Bad(lambda: experts(down=torch.randn(E, K, N).to_mkldnn()), ("down", "mkldnn")),
+    "nested weights": Bad(lambda: experts(gate_up=nested()), ("gate_up", "nested")),
+    "jagged weights": Bad(lambda: experts(gate_up=nested(torch.jagged)), ("gate_up", "nested")),
+    "distributed weights": Bad(lambda: experts(gate_up=distributed()), ("gate_up", "DTensor", ".to_local()")),
+    "masked weights": Bad(lambda: experts(down=masked(torch.randn(E, K, N))), ("down", "MaskedTensor", "unwrap")),
+    "uninitialized weights": Bad(lambda: experts(down=torch.nn.UninitializedParameter()), ("down", "uninitialized")),
+    "freed weights": Bad(lambda: experts(down=freed(torch.randn(E, K, N))), ("down", "freed")),
+    "freed bias": Bad(
+        lambda: experts(gate_up_bias=torch.zeros(E, 2 * N), down_bias=freed(torch.zeros(E, K))), ("down_bias", "freed")
     ),
     "strided bias": Bad(
         lambda: experts(gate_up_bias=torch.zeros(2 * N, E).T, down_bias=torch.zeros(E, K)),
@@ -122,6 +213,30 @@ CALLS = {
     "ids elsewhere": Bad(
         lambda: call(topk_ids=torch.zeros(M, TOPK, dtype=torch.int32, device="meta")), ("topk_ids", "meta", "move")
     ),
+    "sparse tokens": Bad(lambda: call(hidden_states=torch.randn(M, K).to_sparse()), ("hidden_states", "sparse")),
+    "compressed tokens": Bad(lambda: call(hidden_states=torch.randn(M, K).to_sparse_csr()), ("hidden_states", "csr")),
+    "mkldnn tokens": Bad(lambda: call(hidden_states=torch.randn(M, K).to_mkldnn()), ("hidden_states", "mkldnn")),
+    "nested tokens": Bad(lambda: call(hidden_states=nested()), ("hidden_states", "nested")),
+    "jagged tokens": Bad(lambda: call(hidden_states=nested(torch.jagged)), ("hidden_states", "nested")),
+    "distributed tokens": Bad(lambda: call(hidden_states=distributed(M, K)), ("hidden_states", ".to_local()")),
+    "distributed weights": Bad(lambda: call(topk_weights=distributed(M, TOPK)), ("topk_weights", ".to_local()")),
+    "masked weights": Bad(lambda: call(topk_weights=masked(torch.rand(M, TOPK))), ("topk_weights", "MaskedTensor")),
+    "sparse ids": Bad(
+        lambda: call(topk_ids=torch.ones(M, TOPK, dtype=torch.int32).to_sparse()), ("topk_ids", "sparse")
+    ),
+    "ids that vmap maps over": Bad(mapped, ("topk_ids", "vmap")),
+    "a list for backend": Bad(lambda: call(backend=["reference"]), ("backend", "list")),
+    "a number for backend": Bad(lambda: call(backend=5), ("backend", "int")),
+    "fake tokens of another hidden size": Bad(lambda: fake(hidden_states=torch.randn(M, K + 1)), ("K=64", "[5, 65]")),
+    "fake ids of another number": Bad(lambda: fake(topk_ids=torch.zeros(M + 1, TOPK).int()), ("[5, 2]", "[6, 2]")),
+    "weights that were freed": Bad(lambda: call(experts=changed(freed)), ("changed since", "freed")),
+    "weights that were moved": Bad(
+        lambda: call(experts=changed(lambda t: cast("Any", torch.utils).swap_tensors(t, t.to("meta")))), ("meta",)
+    ),
+    "weights of another dtype now": Bad(lambda: call(experts=changed(lambda t: set_data(t, t.half()))), ("float16",)),
+    "weights of another shape now": Bad(
+        lambda: call(experts=changed(lambda t: set_data(t, torch.randn(E + 1, 2 * N, K)))), ("[5, 96, 64]",)
+    ),
     "integer tokens for fp8": Bad(
         lambda: call(experts=quantized(), hidden_states=torch.ones(M, K, dtype=torch.int32)), ("int32", "bfloat16")
     ),
@@ -129,6 +244,22 @@ CALLS = {
 DESCRIPTIONS = {
     "negative M": Bad(lambda: MoEProblem(M=-1, K=1, N=1, E=1, topk=1), ("M=-1",)),
     "no topk": Bad(lambda: MoEProblem(M=1, K=1, N=1, E=1, topk=0), ("topk=0",)),
+    "topk that is None": Bad(lambda: MoEProblem(M=1, K=1, N=1, E=1, topk=None), ("topk=None", "integer")),  # type: ignore[arg-type]
+    "M that is a float": Bad(lambda: MoEProblem(M=1.5, K=1, N=1, E=1, topk=1), ("M=1.5", "integer")),  # type: ignore[arg-type]
+    "E that is a text": Bad(lambda: MoEProblem(M=1, K=1, N=1, E="8", topk=1), ("E='8'", "integer")),  # type: ignore[arg-type]
+    "a list for a dtype": Bad(lambda: MoEProblem(M=1, K=1, N=1, E=1, topk=1, dtype=["bf16"]), ("dtype",)),  # type: ignore[arg-type]
+    "unknown device": Bad(lambda: MoEProblem(M=1, K=1, N=1, E=1, topk=1, device="tpu"), ("tpu", "cuda")),
+    "capability that is a float": Bad(lambda: MoEProblem(M=1, K=1, N=1, E=1, topk=1, capability=9.0), ("(9, 0)",)),  # type: ignore[arg-type]
+    "a list for an activation": Bad(lambda: experts(activation=["silu"]), ("silu", "relu2")),
+    "warm_up of negative tokens": Bad(lambda: warm_up(experts(), 2, [-1]), ("tokens", "-1")),
+    "warm_up of a number": Bad(lambda: warm_up(experts(), 2, 1.5), ("tokens", "1.5")),  # type: ignore[arg-type]
+    "warm_up of texts": Bad(lambda: warm_up(experts(), 2, ["a"]), ("tokens", "'a'")),  # type: ignore[list-item]
+    "warm_up without topk": Bad(lambda: warm_up(experts(), None, [1]), ("topk", "None")),  # type: ignore[arg-type]
+    "warm_up of more experts than there are": Bad(lambda: warm_up(experts(), 9, [1]), ("topk=9", "E=4")),
+    "warm_up of a tensor": Bad(lambda: warm_up(weights()[0], 2, [1]), ("ExpertWeights", "Tensor")),  # type: ignore[arg-type]
+    "warm_up in another dtype": Bad(lambda: warm_up(experts(), 2, [1], torch.float64), ("float64",)),
+    "explain on a number": Bad(lambda: explain(problem(), machine=5), ("Machine", "int")),  # type: ignore[arg-type]
+    "explain of nothing": Bad(explain, ("MoEProblem", "0 arguments")),
     "unknown dtype": Bad(lambda: MoEProblem(M=1, K=1, N=1, E=1, topk=1, dtype="int4"), ("int4", "fp8")),  # type: ignore[arg-type]
     "fp8 tokens": Bad(lambda: MoEProblem(M=1, K=1, N=1, E=1, topk=1, act_dtype="fp8"), ("act_dtype",)),
     "mixed problem": Bad(lambda: MoEProblem(M=1, K=1, N=1, E=1, topk=1, dtype="fp16"), ("share a dtype",)),
@@ -147,6 +278,7 @@ def test_it_is_refused_before_anything_runs(bad: Bad) -> None:
     for word in bad.words:
         assert word in str(refusal.value)
     assert not stats()
+    assert not get_dispatcher("cpu").quarantine.entries()
 
 
 @pytest.mark.parametrize("bad", CALLS.values(), ids=CALLS.keys())
@@ -161,6 +293,7 @@ def test_it_is_refused_after_good_calls_too(bad: Bad) -> None:
     for word in bad.words:
         assert word in str(refusal.value)
     assert stats() == before
+    assert not get_dispatcher("cpu").quarantine.entries()
 
 
 def test_an_unknown_backend_is_refused_with_the_known_ones() -> None:

@@ -3,8 +3,9 @@
 #
 #     tests/gpu/session.sh suite [pytest arguments]
 #         The gpu suite with WORKERS processes, as the H200 that it is, then as an A100 and as an L40S (as_device.sh),
-#         then the tests that time the host, alone. Ends within SECONDS_EACH and writes one record of all runs to
-#         $OUT/suite.json; that file is what the repository keeps. DEVICES="h200" leaves the other devices out.
+#         then tests/gpu/test_gpu.py alone, because it times the host. Ends within SECONDS_EACH and writes one record of
+#         all runs to $OUT/suite.json; that file is what the repository keeps. DEVICES="h200" leaves the other devices
+#         out.
 #     tests/gpu/session.sh sanitize [one_of_each.py arguments]
 #         compute-sanitizer over a small case of every backend, about 4 minutes. SANITIZER names the program. Racecheck
 #         needs version 2026.4 or newer (the wheel nvidia-cuda-sanitizer-api 13.5.25 has it as
@@ -41,7 +42,7 @@ suite() {
     tests "$device" "$((SECONDS_EACH - SECONDS - HOST_SECONDS))" "${wrapper[@]}" \
       python3 -m pytest -m gpu -q -n "$WORKERS" --dist worksteal "$@" || failed=1
   done
-  tests host "$((SECONDS_EACH - SECONDS))" python3 -m pytest -m gpu -q -s tests/gpu || failed=1
+  tests host "$((SECONDS_EACH - SECONDS))" python3 -m pytest -m gpu -q -s tests/gpu/test_gpu.py || failed=1
   python3 tests/gpu/suite_record.py "${reports[@]}" --out "$OUT/suite.json"
   return "$failed"
 }

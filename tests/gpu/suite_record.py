@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree as ET
 
-# What a reason says of one test alone; without it, the reasons of many tests are one.
-_PARTICULARS = re.compile(r"\d+(\.\d+)?")
+# Numbers of one test, such as a size; without them, the reasons of many tests are one. Names keep their digits.
+_NUMBER = re.compile(r"(?<![\w.])\d+(?:\.\d+)?")
 
 
 def summarize(path: Path) -> dict[str, Any]:
@@ -31,7 +31,7 @@ def summarize(path: Path) -> dict[str, Any]:
         if case.find("failure") is not None or case.find("error") is not None:
             failed.append(f"{case.get('classname')}::{case.get('name')}")
         elif (skip := case.find("skipped")) is not None:
-            skipped[_PARTICULARS.sub("…", skip.get("message") or "no reason")] += 1
+            skipped[_NUMBER.sub("…", skip.get("message") or "no reason")] += 1
         else:
             passed += 1
     seconds = sum(float(suite.get("time") or 0.0) for suite in suites)

@@ -65,13 +65,13 @@ def first_use_on_two_streams(dtype: str) -> None:
     torch.cuda.synchronize()
     layers._expert_maps.clear()
     layers._layers.clear()
-    busy, idle = torch.cuda.Stream(), torch.cuda.Stream()
+    busy, idle = (torch.cuda.Stream() for _ in range(2))  # type: ignore[no-untyped-call]  # torch has no types here
     with torch.cuda.stream(busy):
         # The allocator hands this memory to the next tensor of its size here, whose every expert would be the first.
         stale = torch.zeros(LAYER.E + 1, dtype=torch.int32, device="cuda")
         torch.cuda.synchronize()
         del stale
-        torch.cuda._sleep(DELAY_CYCLES)
+        torch.cuda._sleep(DELAY_CYCLES)  # type: ignore[no-untyped-call]  # nor here
         outs = [run(made, first)]
     with torch.cuda.stream(idle):
         outs += [run(made, first), run(made, second)]

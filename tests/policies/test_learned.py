@@ -35,6 +35,7 @@ from moe_dispatch.policies.learned.fit import (
 )
 from moe_dispatch.policies.learned.policy import CostModel, LearnedPolicy, ModelFile, model_path, parse_model
 from moe_dispatch.policies.measurements.schema import Identity
+from moe_dispatch.policies.rules import vector_suits
 from moe_dispatch.problem import DType, MoEProblem
 from moe_dispatch.workloads import WORKLOADS, Workload
 
@@ -337,6 +338,31 @@ def test_a_cost_model_is_not_used_far_beyond_what_was_measured() -> None:
     layer = WORKLOADS["mixtral-8x7b"]  # of 8 experts, of which 2 get each token
     assert policy.rank(layer.problem(128, "bf16", H200, "graph"))[0].backend == "triton_splitk"
     assert [one.backend for one in policy.rank(layer.problem(129, "bf16", H200, "graph"))] == ["gluon_hopper"]
+
+
+@pytest.mark.parametrize(("M", "first", "second"), [
+    (1, "triton_vector", "triton_persistent"), (16, "triton_splitk", "triton_persistent"),
+    (64, "triton_splitk", "gluon_hopper"),
+])  # fmt: skip
+def test_one_cost_model_serves_a_family_by_the_member_that_the_rules_choose(M: int, first: str, second: str) -> None:
+    laws = [cost_model("triton_splitk", 90.0), cost_model("triton_persistent", 100.0)]
+    policy = LearnedPolicy(H200, ModelFile(fingerprint="", sms=132, cost_models=laws))
+    ranked = policy.rank(WORKLOADS["mixtral-8x7b"].problem(M, "bf16", H200, "graph"))
+    assert [(choice.backend, choice.us) for choice in ranked] == [(first, 90.0), (second, 100.0)]
+
+
+def test_a_family_is_fitted_to_the_members_that_the_rules_choose() -> None:
+    chosen = [row for row in synthetic(dtype="bf16") if row.candidate[0] == "triton_splitk"]
+    instead = [
+        Observation(row.problem, default("triton_vector", row.problem), row.us) if vector_suits(row.problem) else row
+        for row in chosen
+    ]
+    assert instead != chosen
+    # What the rules do not choose there is no default of the family, and does not bend its model.
+    others = [Observation(row.problem, row.candidate, 9 * row.us) for row in chosen if vector_suits(row.problem)]
+    (model,) = fit_model([*instead, *others], H200).cost_models
+    assert (model.backend, model.points) == ("triton_splitk", len(chosen))
+    assert model.error < 2 * NOISE
 
 
 def test_a_backend_that_cannot_run_the_layer_is_not_ranked() -> None:

@@ -1,0 +1,118 @@
+"""Cold calls (a probe, a warm-up, an explanation) under whatever state a program has set torch to."""
+
+import gc
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+
+import pytest
+import torch
+
+from moe_dispatch import ExpertWeights, explain, moe_forward, warm_up
+from moe_dispatch.backend import Backend
+from moe_dispatch.dispatch import dispatcher as dispatcher_module
+from moe_dispatch.dispatch.process import get_dispatcher
+from moe_dispatch.experts import _SPECS
+from moe_dispatch.problem import DType
+from moe_dispatch.settings import settings
+from moe_dispatch.workloads import ROUTINGS, Workload, make_experts
+from tests.core.test_dispatcher import LAYER, expected, make_call, ran
+from tests.support.fakes import Honest, ranked
+
+
+class Probed(Honest):
+    name = "probed"
+    needs_probe = True
+
+
+@pytest.fixture(autouse=True)
+def fixed_policy(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setenv("MOE_DISPATCH_POLICY", "fixed")
+    settings.cache_clear()
+    with torch.no_grad():
+        yield
+
+
+@pytest.fixture(params=[torch.float64, torch.bfloat16], ids=str)
+def default_dtype(request: pytest.FixtureRequest) -> Iterator[torch.dtype]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(request.param)
+    yield request.param
+    torch.set_default_dtype(before)
+
+
+AMBIENT: dict[str, Callable[[], AbstractContextManager[object]]] = {
+    "a default device": lambda: torch.device("meta"),
+    "inference mode": torch.inference_mode,
+    "autocast": lambda: torch.autocast("cpu", dtype=torch.bfloat16),
+}
+
+
+@pytest.mark.usefixtures("default_dtype")
+@pytest.mark.parametrize("ambient", AMBIENT.values(), ids=AMBIENT.keys())
+@pytest.mark.parametrize("dtype", ["fp32", "fp8"])
+@pytest.mark.parametrize("backend", [Probed, "torch_grouped"])
+def test_cold_calls(
+    backend: type[Backend] | str, dtype: DType, ambient: Callable[[], AbstractContextManager[object]]
+) -> None:
+    layer = Workload("tiny", E=4, topk=2, K=128, N=128)
+    hidden = torch.randn(5, 128, dtype=torch.bfloat16 if dtype == "fp8" else torch.float32)
+    weights, ids = ROUTINGS["uniform"].sample(5, 4, 2, "cpu")
+    experts = make_experts(layer, dtype, "cpu")
+    with ranked(backend):
+        with ambient():
+            chosen = explain(hidden, experts, weights, ids).chosen
+            warm_up(experts, 2, [1, 5])
+            out = moe_forward(hidden, experts, weights, ids)
+        assert chosen is not None
+        assert ran() == {chosen.choice.backend: 3}
+        if (backend, dtype) != ("torch_grouped", "fp8"):  # which does not take it
+            assert chosen.choice.backend == getattr(backend, "name", backend)
+        assert torch.allclose(out, moe_forward(hidden, experts, weights, ids, backend="reference"), atol=1e-4)
+
+
+@pytest.mark.usefixtures("default_dtype")
+@pytest.mark.parametrize("routing", ROUTINGS)
+def test_random_layers_are_the_same_everywhere(routing: str) -> None:
+    """The seed decides, and neither the default dtype nor the default device."""
+    drawn = ROUTINGS[routing].sample(9, 8, 2, "cpu", torch.Generator().manual_seed(1))
+    layer = make_experts(LAYER, "fp32", "cpu", torch.Generator().manual_seed(1))
+    torch.set_default_dtype(torch.float32)
+    with torch.device("meta"):
+        again = ROUTINGS[routing].sample(9, 8, 2, "cpu", torch.Generator().manual_seed(1))
+        same = make_experts(LAYER, "fp32", "cpu", torch.Generator().manual_seed(1))
+    assert all(map(torch.equal, drawn, again))
+    assert torch.equal(layer.gate_up, same.gate_up)
+
+
+def test_warm_up_draws_nothing_from_the_programs_generator() -> None:
+    experts = make_call(3)[1]
+    with ranked(Probed):
+        before = torch.get_rng_state()
+        warm_up(experts, 2, [1, 3])
+        moe_forward(*make_call(3))
+        assert torch.equal(torch.get_rng_state(), before)
+
+
+class TestMemory:
+    def test_kinds_of_layers_are_forgotten_with_them(self) -> None:
+        gc.collect()
+        before = len(_SPECS)
+        for K in range(8, 40, 8):
+            ExpertWeights(torch.randn(2, 16, K), torch.randn(2, K, 8))
+        gc.collect()
+        assert len(_SPECS) == before
+
+    def test_alike_layers_share_their_plans(self) -> None:
+        first, second = make_call(3)[1], make_call(4)[1]
+        assert first.spec is second.spec
+
+    def test_a_full_plan_cache_drops_the_oldest_plan(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(dispatcher_module, "MAX_PLANS", 3)
+        with ranked(Honest):
+            for M in range(1, 6):
+                call = make_call(M)
+                moe_forward(*call)
+            plans = get_dispatcher("cpu")._plans
+            assert [plan.problem.M for plan in plans.values()] == [3, 4, 5]
+            assert ran() == {"honest": 5}, "what was counted is not forgotten"
+            assert torch.equal(moe_forward(*make_call(1)), expected(make_call(1)))

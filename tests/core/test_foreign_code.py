@@ -1,0 +1,383 @@
+"""A backend of another package may do anything: each fault is a reason that names it, and the layer is computed."""
+
+import concurrent.futures
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, ClassVar, cast
+
+import pytest
+import torch
+from torch import Tensor
+
+from moe_dispatch import (
+    BackendUnavailableError,
+    BackendUnsupportedError,
+    Choice,
+    Machine,
+    MoEDispatchWarning,
+    MoEProblem,
+    Policy,
+    explain,
+    moe_forward,
+    stats,
+)
+from moe_dispatch.backend import Backend, BackendConfig, Inputs, Run
+from moe_dispatch.dispatch.dispatcher import FAST_PATH_CALLS
+from moe_dispatch.dispatch.process import get_dispatcher
+from moe_dispatch.registry import POLICIES, make_backend
+from moe_dispatch.settings import settings
+from tests.core.test_dispatcher import Call, expected, make_call, ran
+from tests.support.fakes import Honest, ranked, registered
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(autouse=True)
+def fixed_policy(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setenv("MOE_DISPATCH_POLICY", "fixed")
+    settings.cache_clear()
+    with torch.no_grad():
+        yield
+
+
+@pytest.fixture
+def call() -> Call:
+    return make_call(6)
+
+
+class Foreign(Honest):
+    """Right, and probed before it is trusted."""
+
+    name = "foreign"
+    needs_probe = True
+
+
+def foreign(**members: Any) -> type[Backend]:
+    """A backend called ``foreign`` with some members replaced."""
+    return type("Foreign", (Foreign,), members)
+
+
+def raising(error: BaseException) -> Callable[..., Any]:
+    def method(*_: object, **__: object) -> Any:
+        raise error
+
+    return method
+
+
+class UnprintableError(Exception):
+    def __str__(self) -> str:
+        raise RuntimeError("not even this")
+
+
+QUESTIONS = {
+    "further_reasons raises": foreign(further_reasons=raising(KeyError("sm"))),
+    "further_reasons exits": foreign(further_reasons=raising(SystemExit(3))),
+    "unsupported_reasons gives None": foreign(unsupported_reasons=lambda *_: None),
+    "unavailable_reasons raises": foreign(unavailable_reasons=raising(OSError("no such library"))),
+    "measured_versions gives nonsense": foreign(measured_versions=lambda *_: [1, 2]),
+    "measured_versions gives numbers": foreign(measured_versions=lambda *_: {"torch": 2.13}),
+    "measured_versions raises": foreign(measured_versions=raising(AttributeError("__version__"))),
+    "configs raises": foreign(configs=raising(ZeroDivisionError("division by zero"))),
+    "configs gives nothing": foreign(configs=lambda *_: ()),
+    "default_config gives a dictionary": foreign(default_config=lambda *_: {}),
+    "the constructor raises": foreign(__init__=raising(RuntimeError("no GPU"))),
+    "the constructor exits": foreign(__init__=raising(SystemExit("bye"))),
+    "config_type is none": foreign(config_type=dict),
+    "tolerance is a number": foreign(tolerance=1e-2),
+    "tolerance raises": foreign(tolerance=property(raising(KeyError("bf16")))),
+    "needs_probe is a string": foreign(needs_probe="yes"),
+}
+
+
+@pytest.mark.parametrize("broken", QUESTIONS.values(), ids=QUESTIONS.keys())
+def test_a_question_that_fails_is_a_reason(broken: type[Backend], call: Call) -> None:
+    with ranked(broken, Honest):
+        with pytest.warns(MoEDispatchWarning, match="'foreign'.*'honest' runs instead"):
+            assert torch.equal(moe_forward(*call), expected(call))
+        candidate = explain(*call).candidates[0]
+        assert candidate.choice.backend == "foreign"
+        assert candidate.against
+        statuses = get_dispatcher("cpu").planner.statuses()  # what doctor prints
+        assert any(status.name == "foreign" for status in statuses)
+        with pytest.raises((BackendUnavailableError, BackendUnsupportedError), match="foreign"):
+            moe_forward(*call, backend="foreign")
+
+
+@pytest.mark.parametrize("method", ["workspace_bytes", "deterministic"])
+def test_an_estimate_that_fails_is_replaced(method: str) -> None:
+    broken = foreign(**{method: raising(KeyError("sm"))})
+    with registered(broken):
+        backend = make_backend("foreign", Machine.inspect("cpu")).require()
+        problem = MoEProblem(M=2, K=8, N=8, E=2, topk=1, dtype="fp32", act_dtype="fp32", device="cpu", capability=None)
+        assert backend.workspace_bytes(problem, BackendConfig()) == 2 * (16 + 8 + 8) * 2
+        assert backend.deterministic(BackendConfig()) is (method != "deterministic")
+
+
+@pytest.mark.parametrize("code", ["import sys; sys.exit(3)", "raise SystemExit", "raise KeyError('x')", "1 +"])
+def test_a_module_that_ends_at_import(code: str, call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "ends_at_import.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    with registered(ends="ends_at_import:Anything"), ranked("ends", Honest):
+        with pytest.warns(MoEDispatchWarning, match=r"'ends'.*does not import.*'honest' runs instead"):
+            assert torch.equal(moe_forward(*call), expected(call))
+        assert "does not import" in explain(*call).candidates[0].against[0]
+
+
+def test_ctrl_c_is_not_caught(call: Call) -> None:
+    with ranked(foreign(further_reasons=raising(KeyboardInterrupt())), Honest), pytest.raises(KeyboardInterrupt):
+        moe_forward(*call)
+    with ranked(foreign(run=raising(KeyboardInterrupt())), Honest), pytest.raises(KeyboardInterrupt):
+        moe_forward(*call)
+
+
+@pytest.mark.parametrize("error", [SystemExit(1), UnprintableError(), AssertionError()], ids=repr)
+@pytest.mark.parametrize("needs_probe", [False, True])
+def test_a_run_may_raise_anything(error: BaseException, needs_probe: bool, call: Call) -> None:
+    failing = foreign(run=raising(error), needs_probe=needs_probe)
+    says = pytest.warns(MoEDispatchWarning, match=r"'foreign' failed.*'honest' runs instead")
+    with ranked(failing, Honest), says:
+        assert torch.equal(moe_forward(*call), expected(call))
+
+
+def test_a_policy_that_fails_is_passed_over(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Failing(Policy):
+        name = "failing"
+
+        def rank(self, problem: MoEProblem) -> tuple[Choice, ...]:
+            raise KeyError(problem.M)
+
+        def notes(self) -> tuple[str, ...]:
+            raise SystemExit
+
+    POLICIES.register("failing", Failing)
+    monkeypatch.setenv("MOE_DISPATCH_POLICY", "failing,fixed")
+    settings.cache_clear()
+    try:
+        with ranked(Honest):
+            with pytest.warns(MoEDispatchWarning, match="policy 'failing' is passed over: KeyError: 6"):
+                assert torch.equal(moe_forward(*call), expected(call))
+            with pytest.warns(MoEDispatchWarning, match="policy 'failing' is passed over: SystemExit"):
+                notes = explain(*call).notes
+            assert sum("'failing' is passed over" in note for note in notes) == 2
+    finally:
+        POLICIES.unregister("failing")
+
+
+# What a backend returns.
+
+
+def _returning(spoil: Callable[[Tensor, Inputs], object]) -> Callable[..., object]:
+    def run(self: Backend, *arguments: Any) -> object:
+        hidden_states, experts, topk_weights, topk_ids, config = arguments
+        inputs = hidden_states, experts, topk_weights, topk_ids
+        return spoil(Honest.run(cast("Honest", self), *inputs, config), inputs)
+
+    return run
+
+
+def _write_to(tensor: Tensor, out: Tensor) -> Tensor:
+    tensor.fill_(0)
+    return out
+
+
+class OneBuffer(Foreign):
+    """Returns the same memory at every call of a shape."""
+
+    buffers: ClassVar[dict[torch.Size, Tensor]] = {}
+
+    def run(self, hidden_states: Tensor, *rest: Any) -> Tensor:
+        out = super().run(hidden_states, *rest)
+        return self.buffers.setdefault(out.shape, torch.empty_like(out)).copy_(out)
+
+
+class IgnoringSentinels(Foreign):
+    """Takes an id outside 0…E-1 for the last expert."""
+
+    def run(
+        self, hidden_states: Tensor, experts: Any, topk_weights: Tensor, topk_ids: Tensor, config: BackendConfig
+    ) -> Tensor:
+        return super().run(hidden_states, experts, topk_weights, topk_ids.clamp(0, experts.E - 1), config)
+
+
+class MultiplyingSentinels(Foreign):
+    """Multiplies what an id outside 0…E-1 adds by zero, which leaves NaN where its weight is NaN."""
+
+    def run(
+        self, hidden_states: Tensor, experts: Any, topk_weights: Tensor, topk_ids: Tensor, config: BackendConfig
+    ) -> Tensor:
+        out = super().run(hidden_states, experts, topk_weights, topk_ids, config)
+        return out + ((topk_ids < 0) * topk_weights).sum(dim=1, keepdim=True) * 0
+
+
+class CountingOnce(Foreign):
+    """Counts the same expert twice in a row once."""
+
+    def run(
+        self, hidden_states: Tensor, experts: Any, topk_weights: Tensor, topk_ids: Tensor, config: BackendConfig
+    ) -> Tensor:
+        ids = topk_ids.clone()
+        ids[:, 1:][ids[:, 1:] == ids[:, :1]] = -1
+        return super().run(hidden_states, experts, topk_weights, ids, config)
+
+
+PROBED = {
+    "None": (foreign(run=_returning(lambda out, _: None)), "NoneType"),
+    "a list": (foreign(run=_returning(lambda out, _: out.tolist())), "list"),
+    "another shape": (foreign(run=_returning(lambda out, _: out[:, :10])), "must be the same"),
+    "another dtype": (foreign(run=_returning(lambda out, _: out.double())), "float64"),
+    "another device": (foreign(run=_returning(lambda out, _: out.to("meta"))), "meta"),
+    "NaN": (foreign(run=_returning(lambda out, _: out * torch.nan)), "relative error"),
+    "its input": (foreign(run=_returning(lambda out, inputs: inputs[0].copy_(out))), "memory of hidden_states"),
+    "memory of the weights": (
+        foreign(run=_returning(lambda out, i: i[1].gate_up.view(-1)[: out.numel()].view(out.shape))),
+        "memory of gate_up",
+    ),
+    "strides": (foreign(run=_returning(lambda out, _: out.T.contiguous().T)), "not contiguous"),
+    "writes to hidden_states": (foreign(run=_returning(lambda out, i: _write_to(i[0], out))), "wrote to its inputs"),
+    "writes to topk_ids": (foreign(run=_returning(lambda out, i: _write_to(i[3], out))), "wrote to its inputs"),
+    "writes to the weights": (foreign(run=_returning(lambda out, i: _write_to(i[1].down, out))), "wrote to its inputs"),
+    "one buffer": (OneBuffer, "same memory for two calls"),
+    "foreign ids": (IgnoringSentinels, "relative error"),
+    "NaN beside a foreign id": (MultiplyingSentinels, "relative error"),
+    "duplicates": (CountingOnce, "relative error"),
+}
+
+
+@pytest.mark.parametrize(("wrong", "says"), PROBED.values(), ids=PROBED.keys())
+def test_the_probe_finds_it(wrong: type[Backend], says: str, call: Call) -> None:
+    with ranked(wrong, Honest):
+        with pytest.warns(MoEDispatchWarning, match=f"probe was wrong.*{says}.*'honest' runs instead"):
+            assert torch.equal(moe_forward(*call), expected(call))
+        with pytest.raises(BackendUnavailableError, match=says):
+            moe_forward(*call, backend="foreign")
+
+
+@pytest.mark.parametrize(
+    "kind", ["None", "a list", "another shape", "another dtype", "another device", "its input", "strides"]
+)
+def test_a_first_run_finds_what_its_probe_did_not_show(kind: str, call: Call) -> None:
+    """As where a fault depends on the number of tokens. No layer's values are looked at, so that nothing waits."""
+    wrong, says = PROBED[kind]
+    unprobed = cast("type[Backend]", type("Unprobed", (cast("type", wrong),), {"needs_probe": False}))
+    warned = pytest.warns(MoEDispatchWarning, match=f"'foreign' failed.*{says}.*'honest' runs instead")
+    with ranked(unprobed, Honest), warned:
+        assert torch.equal(moe_forward(*call), expected(call))
+
+
+def test_a_fast_path_is_looked_at_before_it_is_used(call: Call) -> None:
+    def fast_path(self: Backend, inputs: Inputs, config: BackendConfig) -> Run:
+        return lambda hidden_states, *_: hidden_states
+
+    with ranked(foreign(fast_path=fast_path)):
+        for _ in range(FAST_PATH_CALLS + 2):
+            assert torch.equal(moe_forward(*call), expected(call))
+
+
+# A backend that calls moe_forward.
+
+
+class Calling(Foreign):
+    """Calls moe_forward, naming no backend: the policy chooses this one again."""
+
+    def run(self, hidden_states: Tensor, experts: Any, *rest: Any) -> Tensor:
+        return moe_forward(hidden_states, experts, *rest[:2])
+
+
+class CallingFromAThread(Foreign):
+    """The same from a thread of its own, which knows nothing of the call that it belongs to."""
+
+    def run(self, hidden_states: Tensor, experts: Any, *rest: Any) -> Tensor:
+        with concurrent.futures.ThreadPoolExecutor(1) as pool:
+            return pool.submit(moe_forward, hidden_states, experts, *rest[:2]).result()
+
+
+class Wrapping(Foreign):
+    """Runs another backend by name, from a thread."""
+
+    def run(self, hidden_states: Tensor, experts: Any, *rest: Any) -> Tensor:
+        with concurrent.futures.ThreadPoolExecutor(1) as pool:
+            return pool.submit(moe_forward, hidden_states, experts, *rest[:2], backend="honest").result()
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("needs_probe", [False, True])
+@pytest.mark.parametrize("calling", [Calling, CallingFromAThread])
+@pytest.mark.filterwarnings("ignore::moe_dispatch.MoEDispatchWarning")
+def test_one_that_calls_itself_is_stopped(calling: type[Backend], needs_probe: bool, call: Call) -> None:
+    with ranked(cast("type[Backend]", type("Calling", (calling,), {"needs_probe": needs_probe})), Honest):
+        for _ in range(3):
+            assert torch.equal(moe_forward(*call), expected(call))
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("needs_probe", [False, True])
+def test_one_that_wraps_another_runs(needs_probe: bool, call: Call) -> None:
+    with ranked(cast("type[Backend]", type("Wrapping", (Wrapping,), {"needs_probe": needs_probe})), Honest):
+        assert torch.equal(moe_forward(*call), expected(call))
+        assert ran()["foreign"] == 1
+
+
+@pytest.mark.timeout(60)
+def test_no_lock_is_held_while_foreign_code_runs(call: Call) -> None:
+    """Each of these waits for another thread that makes a call."""
+
+    def calling_from_a_thread(answer: Any) -> Callable[..., Any]:
+        def method(*_: object) -> Any:
+            thread = threading.Thread(target=lambda: moe_forward(*make_call(3), backend="reference"))
+            thread.start()
+            thread.join()
+            return answer
+
+        return method
+
+    for name, answer in (("unavailable_reasons", ()), ("further_reasons", ()), ("configs", (BackendConfig(),))):
+        with ranked(foreign(**{name: calling_from_a_thread(answer)})):
+            assert torch.equal(moe_forward(*call), expected(call))
+
+
+def test_a_first_call_forks_safely() -> None:
+    """A fork while another thread is in its first call, importing: the child would wait for the import for ever."""
+    code = """
+import multiprocessing, sys, threading, time, types, warnings
+warnings.simplefilter("ignore")
+from tests.core.test_foreign_code import *
+importing = threading.Event()
+class Finder:
+    def find_spec(self, name, path=None, target=None):
+        if name == "slow_module":
+            importing.set()
+            time.sleep(2)
+sys.meta_path.insert(0, Finder())
+def work():
+    torch.set_num_threads(1)
+    with torch.no_grad():
+        moe_forward(*make_call(2))
+    sys.exit(7)
+with registered(slow="slow_module:Anything"), ranked("slow", Honest), torch.no_grad():
+    thread = threading.Thread(target=lambda: moe_forward(*make_call(6)))
+    thread.start()
+    importing.wait()
+    child = multiprocessing.get_context("fork").Process(target=work)
+    child.start()
+    child.join(20)
+    print("exit", child.exitcode, flush=True)
+    child.kill()
+    thread.join()
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False, timeout=120,
+        env={**__import__("os").environ, "MOE_DISPATCH_POLICY": "fixed"},
+    )  # fmt: skip
+    assert "exit 7" in done.stdout, done.stdout + done.stderr
+
+
+def test_statistics_count_each_fault_once(call: Call) -> None:
+    with ranked(foreign(run=raising(RuntimeError("no")), needs_probe=False), Honest):
+        with pytest.warns(MoEDispatchWarning):
+            moe_forward(*call)
+        moe_forward(*call)
+        assert stats()["foreign"] == {"ran": 0, "fell_back": 1, "quarantined": 1}
+        assert stats()["honest"]["ran"] == 2

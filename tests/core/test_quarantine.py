@@ -1,0 +1,282 @@
+"""The quarantine: the last resort is never in it, one death is forgiven, nothing on disk breaks a call or is lost."""
+
+import datetime
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from moe_dispatch import Machine, MoEDispatchWarning, MoEProblem, moe_forward
+from moe_dispatch.dispatch.process import get_dispatcher, reset_dispatchers
+from moe_dispatch.dispatch.quarantine import OBEYED_FOR, SCHEMA, Quarantine, QuarantineEntry
+from moe_dispatch.settings import settings
+from tests.core.test_dispatcher import Call, make_call, ran
+from tests.support.fakes import Honest, ranked
+
+ROOT = Path(__file__).parents[2]
+MACHINE = Machine.load(Path(__file__).parents[1] / "machines" / "h200.json")
+PROBLEM = MoEProblem(M=4, K=64, N=32, E=4, topk=2)
+
+
+@pytest.fixture(autouse=True)
+def fixed_policy(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setenv("MOE_DISPATCH_POLICY", "fixed")
+    settings.cache_clear()
+    with torch.no_grad():
+        yield
+
+
+@pytest.fixture
+def call() -> Call:
+    return make_call(6)
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    """The file of a quarantine that holds one fatal entry."""
+    Quarantine(MACHINE, tmp_path).bar("deep_gemm", PROBLEM, "crashed", fatal=True)
+    (path,) = tmp_path.rglob("*.json")
+    return path
+
+
+def cause(path: Path) -> str:
+    """What a later process finds."""
+    return Quarantine(MACHINE, path.parents[1]).cause("deep_gemm", PROBLEM)
+
+
+def change(path: Path, **changes: Any) -> None:
+    """Change the only entry of a file."""
+    data = json.loads(path.read_text())
+    (entry,) = data["entries"]
+    entry |= changes
+    path.write_text(json.dumps(data))
+
+
+def aged(days: float) -> str:
+    return (datetime.datetime.now(datetime.UTC) - datetime.timedelta(days=days)).isoformat(timespec="seconds")
+
+
+class TestLastResort:
+    def test_it_is_never_barred(self, call: Call, tmp_path: Path) -> None:
+        quarantine = Quarantine(MACHINE, tmp_path)
+        quarantine.bar("reference", PROBLEM, "too slow", fatal=True)
+        assert not quarantine.cause("reference", PROBLEM)
+        assert not quarantine.entries()
+
+    def test_an_entry_that_bars_it_is_not_obeyed(self, call: Call) -> None:
+        """As calibrations before this one wrote, which barred whatever exceeded their --timeout."""
+        quarantine = get_dispatcher("cpu").quarantine
+        problem = call[1].problem(6, 2, torch.float32, None)
+        quarantine.bar("honest", problem, "too slow", fatal=True)
+        (path,) = Path(os.environ["MOE_DISPATCH_CACHE_DIR"]).rglob("quarantine/*.json")
+        change(path, backend="reference")
+        reset_dispatchers()
+        with ranked():
+            moe_forward(*call)
+            assert ran() == {"reference": 1}
+
+
+class TestObeying:
+    def test_one_death_is_obeyed_for_a_day(self, path: Path) -> None:
+        assert cause(path) == "crashed"
+        day = OBEYED_FOR / datetime.timedelta(days=1)
+        change(path, when=aged(0.9 * day))
+        assert cause(path) == "crashed"
+        change(path, when=aged(1.1 * day))
+        assert not cause(path)
+
+    def test_two_deaths_are_obeyed_until_a_version_changes(self, path: Path) -> None:
+        change(path, when=aged(30))
+        Quarantine(MACHINE, path.parents[1]).bar("deep_gemm", PROBLEM, "crashed again", fatal=True)
+        (entry,) = Quarantine(MACHINE, path.parents[1]).entries()
+        assert entry.strikes == 2
+        change(path, when=aged(300))
+        assert cause(path) == "crashed again"
+
+    @pytest.mark.parametrize("when", ["yesterday", "", "2026-01-01T00:00:00", "9999-12-31T23:59:59+00:00"])
+    def test_a_time_that_tells_nothing_is_obeyed(self, when: str, path: Path) -> None:
+        change(path, when=when)
+        assert cause(path) == "crashed"
+
+    def test_a_survived_failure_does_not_replace_a_fatal_one(self, path: Path) -> None:
+        Quarantine(MACHINE, path.parents[1]).bar("deep_gemm", PROBLEM, "raised", fatal=False)
+        assert cause(path) == "crashed"
+
+    def test_it_is_said_once(self, call: Call) -> None:
+        problem = call[1].problem(6, 2, torch.float32, None)
+        with ranked(Honest, "torch_grouped"):
+            get_dispatcher("cpu").quarantine.bar("honest", problem, "crashed", fatal=True)
+            reset_dispatchers()  # a later process
+            with pytest.warns(MoEDispatchWarning, match="'honest' is avoided.*crashed.*--reset") as warned:
+                moe_forward(*call)
+            moe_forward(*call)
+            moe_forward(*make_call(7))
+            assert len(warned) == 1
+            assert ran() == {"torch_grouped": 3}
+
+    def test_entries_of_schema_1_are_read(self, path: Path) -> None:
+        """They have no strikes, and the oldest say "lethal" for "fatal"."""
+        data = json.loads(path.read_text())
+        (entry,) = data["entries"]
+        del entry["strikes"]
+        for key in ("fatal", "lethal"):
+            old = {key if name == "fatal" else name: value for name, value in entry.items()}
+            path.write_text(json.dumps({"schema_version": 1, "entries": [old]}))
+            assert cause(path) == "crashed"
+
+
+def in_place_of(path: Path, make: Callable[[], object]) -> None:
+    """Put something else where a file was."""
+    path.unlink()
+    make()
+
+
+DAMAGE: dict[str, Callable[[Path], object]] = {
+    "half of it": lambda path: path.write_text('{"schema_version": 1, "entr'),
+    "another shape": lambda path: path.write_text("[1, 2]"),
+    "no text": lambda path: path.write_bytes(b"\xff\xfe\x00"),
+    "too large": lambda path: path.write_bytes(b" " * (5 << 20)),
+    "nested deeply": lambda path: path.write_text("[" * 100_000),
+    "a FIFO": lambda path: in_place_of(path, lambda: os.mkfifo(path)),
+    "a folder": lambda path: in_place_of(path, path.mkdir),
+    "a symbolic link": lambda path: (
+        path.rename(path.with_name("elsewhere")).with_name(path.name).symlink_to("elsewhere")
+    ),
+}
+
+
+class TestFiles:
+    @pytest.mark.timeout(60)
+    @pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE.keys())
+    def test_a_damaged_file_is_set_aside(self, damage: Callable[[Path], object], path: Path) -> None:
+        for number in (1, 2):
+            damage(path)
+            assert not cause(path)
+            assert os.path.lexists(path.with_name(f"{path.name}.damaged-{number}"))
+            assert not os.path.lexists(path)
+            Quarantine(MACHINE, path.parents[1]).bar("deep_gemm", PROBLEM, "crashed", fatal=True)
+            assert cause(path) == "crashed"
+
+    def test_a_newer_schema_is_left_as_it_is(self, path: Path) -> None:
+        newer = json.dumps({"schema_version": SCHEMA + 1, "entries": [], "more": 1})
+        path.write_text(newer)
+        quarantine = Quarantine(MACHINE, path.parents[1])
+        quarantine.bar("deep_gemm", PROBLEM, "crashed", fatal=True)
+        assert quarantine.cause("deep_gemm", PROBLEM) == "crashed", "this process remembers by itself"
+        assert path.read_text() == newer
+        assert [entry.name for entry in path.parent.iterdir() if "damaged" in entry.name] == []
+
+    @pytest.mark.skipif(os.geteuid() != 0, reason="giving files away needs root")
+    def test_files_of_other_users_are_not_read(self, path: Path) -> None:
+        os.chown(path, 12345, -1)
+        assert not cause(path)
+        marker = path.with_name(f"{path.stem}.1-1.running")
+        entry = QuarantineEntry(
+            backend="deep_gemm", problem=repr(PROBLEM.bucket), cause="planted", fatal=True, when=aged(0), versions={}
+        )
+        marker.write_text(entry.model_dump_json())
+        os.chown(marker, 12345, -1)
+        assert not cause(path)
+
+    def test_the_folder_is_this_users_alone(self, path: Path) -> None:
+        assert path.parent.stat().st_mode & 0o777 == 0o700
+        path.parent.chmod(0o755)  # as earlier versions left it
+        Quarantine(MACHINE, path.parents[1]).bar("deep_gemm", PROBLEM, "crashed", fatal=True)
+        assert path.parent.stat().st_mode & 0o777 == 0o700
+
+    def test_a_folder_that_may_not_be_searched_breaks_no_call(self, tmp_path: Path) -> None:
+        """A container run as another user, whose home is somebody's of mode 0700."""
+        folder = tmp_path / "closed"
+        folder.mkdir(mode=0o000)
+        tmp_path.chmod(0o755)
+        code = (
+            "from tests.core.test_dispatcher import *\n"
+            "with ranked(Honest), torch.no_grad():\n"
+            "    moe_forward(*make_call(6))\n"  # imports everything while this is another user
+            f"    os.environ['MOE_DISPATCH_CACHE_DIR'] = {str(folder / 'cache')!r}\n"
+            "    reset_dispatchers()\n"
+            "    os.geteuid() or os.setuid(12345)\n"
+            "    moe_forward(*make_call(6))\n"
+            "    assert ran() == {'honest': 1}\n"
+        )
+        done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+        folder.chmod(0o700)
+        assert done.returncode == 0, done.stderr
+
+    @pytest.mark.parametrize("name", ["x" * 300, "file"])
+    def test_a_folder_that_cannot_exist_breaks_no_call(self, name: str, tmp_path: Path) -> None:
+        (tmp_path / "file").touch()
+        quarantine = Quarantine(MACHINE, tmp_path / name)
+        with quarantine.first_run("deep_gemm", PROBLEM):
+            pass
+        quarantine.bar("deep_gemm", PROBLEM, "crashed", fatal=True)
+        assert quarantine.cause("deep_gemm", PROBLEM) == "crashed"
+
+    def test_reset_lifts_what_it_can_read_and_sets_the_rest_aside(self, path: Path) -> None:
+        assert Quarantine(MACHINE, path.parents[1]).reset() == 1
+        path.write_text(json.dumps({"schema_version": SCHEMA + 1}))
+        assert Quarantine(MACHINE, path.parents[1]).reset() == 0
+        assert not cause(path)
+        assert path.with_name(f"{path.name}.damaged-1").exists()
+
+
+class TestMarkers:
+    def test_one_inside_another_has_a_name_of_its_own(self, tmp_path: Path) -> None:
+        """A backend that runs another one; in one thread, or in the next one that gets its number."""
+        quarantine = Quarantine(MACHINE, tmp_path)
+        with quarantine.first_run("deep_gemm", PROBLEM), quarantine.first_run("honest", PROBLEM):
+            assert len(list(tmp_path.rglob("*.running"))) == 2
+        assert not list(tmp_path.rglob("*.running"))
+
+    def test_a_name_that_is_taken_is_passed_over(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """As after a reboot, when process numbers start again."""
+        monkeypatch.setattr("moe_dispatch.dispatch.quarantine._marker_numbers", iter([5, 6]))
+        stale = tmp_path / "quarantine" / f"{MACHINE.fingerprint}.{os.getpid()}-5.running"
+        stale.parent.mkdir()
+        stale.write_text("of a dead process")
+        with Quarantine(MACHINE, tmp_path).first_run("deep_gemm", PROBLEM):
+            assert stale.read_text() == "of a dead process"
+
+    @pytest.mark.timeout(60)
+    @pytest.mark.parametrize("content", [b"", b"\xff\xfe", b"{}", b" " * (1 << 20), None], ids=repr)
+    def test_a_damaged_one_is_set_aside(self, content: bytes | None, path: Path) -> None:
+        marker = path.with_name(f"{path.stem}.1-1.running")
+        if content is None:
+            os.mkfifo(marker)
+        else:
+            marker.write_bytes(content)
+        assert cause(path) == "crashed"
+        assert not os.path.lexists(marker)
+        assert os.path.lexists(f"{marker}.damaged-1") is (content != b"")
+
+    def test_one_that_the_file_cannot_take_is_obeyed_and_stays(self, path: Path) -> None:
+        entry = Quarantine(MACHINE, path.parents[1]).entries()[0]
+        path.write_text(json.dumps({"schema_version": SCHEMA + 1}))
+        marker = path.with_name(f"{path.stem}.1-1.running")
+        marker.write_text(entry.model_dump_json())
+        assert cause(path) == "crashed"
+        assert marker.exists()
+
+    def test_threads_do_not_share_them(self, tmp_path: Path) -> None:
+        quarantine, both = Quarantine(MACHINE, tmp_path), threading.Barrier(2)
+        counts: list[int] = []
+
+        def run() -> None:
+            with quarantine.first_run("deep_gemm", PROBLEM):
+                both.wait(30)
+                counts.append(len(list(tmp_path.rglob("*.running"))))
+                both.wait(30)
+
+        threads = [threading.Thread(target=run) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert counts == [2, 2]

@@ -1,0 +1,164 @@
+"""Recovering: out of memory tries everything, and a failure that is the caller's is booked on no backend."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from moe_dispatch import InvalidInputError, MoEDispatchWarning, MoEProblem, NoBackendError, moe_forward, stats
+from moe_dispatch.backend import BackendConfig
+from moe_dispatch.dispatch.process import get_dispatcher
+from moe_dispatch.settings import settings
+from tests.core.test_dispatcher import Call, expected, make_call, ran
+from tests.support.fakes import Greedy, Honest, Raising, ranked
+
+
+@pytest.fixture(autouse=True)
+def fixed_policy(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setenv("MOE_DISPATCH_POLICY", "fixed")
+    settings.cache_clear()
+    with torch.no_grad():
+        yield
+
+
+class Hungry(Greedy):
+    """Declares no workspace and runs out of memory all the same."""
+
+    name = "hungry"
+
+    def workspace_bytes(self, problem: MoEProblem, config: BackendConfig) -> int:
+        return 0
+
+
+class TestOutOfMemory:
+    def test_one_token_goes_to_every_backend(self) -> None:
+        """None of them declares less workspace, and a token cannot be split."""
+        call = make_call(1)
+        with ranked(Hungry, Greedy, Honest):
+            with pytest.warns(MoEDispatchWarning) as warned:
+                assert torch.equal(moe_forward(*call), expected(call))
+            texts = [str(warning.message) for warning in warned]
+            assert [("'hungry' ran out" in text, "'honest' runs instead" in text) for text in texts] == [(True, True)]
+            assert ran()["honest"] == 1
+            assert stats()["hungry"]["fell_back"] == 1
+            assert not get_dispatcher("cpu").quarantine.entries(), "memory may be there the next time"
+
+    def test_one_token_goes_to_the_reference_last(self) -> None:
+        call = make_call(1)
+        with ranked(Hungry), pytest.warns(MoEDispatchWarning, match="'hungry' ran out of memory.*'reference' runs"):
+            assert torch.equal(moe_forward(*call), expected(call))
+
+    def test_a_failure_on_the_way_is_booked_as_such(self) -> None:
+        call = make_call(1)
+        with ranked(Hungry, Raising, Honest):
+            with pytest.warns(MoEDispatchWarning) as warned:
+                assert torch.equal(moe_forward(*call), expected(call))
+            texts = [str(warning.message) for warning in warned]
+            assert any("'hungry' ran out of memory" in text for text in texts)
+            assert any("'raising' failed" in text for text in texts)
+            assert [entry.backend for entry in get_dispatcher("cpu").quarantine.entries()] == ["raising"]
+
+
+class Mapped:
+    """A layer under vmap, as ensembles and per-sample gradients write it."""
+
+    def __init__(self, call: Call) -> None:
+        self.hidden, self.experts, self.weights, self.ids = call
+
+    def over_tokens(self) -> Tensor:
+        stacked = torch.stack([self.hidden, -self.hidden])
+        out: Tensor = torch.func.vmap(lambda h: moe_forward(h, self.experts, self.weights, self.ids))(stacked)
+        return out
+
+    def over_ids(self) -> Tensor:
+        stacked = torch.stack([self.ids, self.ids.flip(0)])
+        out: Tensor = torch.func.vmap(lambda i: moe_forward(self.hidden, self.experts, self.weights, i))(stacked)
+        return out
+
+
+class TestCallersFault:
+    @pytest.mark.parametrize("known", [False, True])
+    def test_vmap_over_ids_bars_nothing(self, known: bool) -> None:
+        call = make_call(6)
+        with ranked("torch_grouped"):
+            if known:
+                moe_forward(*call)
+            with pytest.raises(InvalidInputError, match="vmap"):
+                Mapped(call).over_ids()
+            assert not get_dispatcher("cpu").quarantine.entries()
+            before = stats().get("torch_grouped", {}).get("ran", 0)
+            assert torch.allclose(moe_forward(*call), expected(call), atol=1e-5)
+            assert stats()["torch_grouped"]["ran"] == before + 1
+
+    @pytest.mark.parametrize("known", [False, True])
+    def test_vmap_over_tokens_takes_the_reference(self, known: bool) -> None:
+        call = make_call(6)
+        hidden, *rest = call
+        with ranked("torch_grouped"):
+            if known:
+                moe_forward(*call)
+            out = Mapped(call).over_tokens()
+            assert torch.allclose(out[0], expected(call), atol=1e-5)
+            assert torch.allclose(out[1], expected((-hidden, *rest)), atol=1e-5)  # type: ignore[arg-type]  # a Call
+            assert not get_dispatcher("cpu").quarantine.entries()
+
+    def test_vmap_with_a_backend_by_name_is_refused(self) -> None:
+        hidden, experts, weights, ids = make_call(6)
+        stacked = torch.stack([hidden, hidden])
+        with pytest.raises(InvalidInputError, match=r"'torch_grouped'.*torch.func"):
+            torch.func.vmap(lambda h: moe_forward(h, experts, weights, ids, backend="torch_grouped"))(stacked)
+
+    def test_what_the_reference_cannot_run_either(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        def fail(*_: Any) -> Tensor:
+            raise IndexError("out of range")
+
+        call = make_call(6)
+        with ranked(Raising):
+            monkeypatch.setattr("moe_dispatch.backends.reference.ReferenceBackend.run", fail)
+            with pytest.raises(InvalidInputError, match=r"even 'reference'.*out of range"):
+                moe_forward(*call)
+            assert not get_dispatcher("cpu").quarantine.entries()
+            assert not ran()
+
+    def test_without_a_last_resort_the_reasons_are_listed(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("MOE_DISPATCH_DISABLE", "reference")
+        settings.cache_clear()
+        with ranked(Raising), pytest.raises(NoBackendError, match="RuntimeError: the launch failed"):
+            moe_forward(*make_call(6))
+
+    def test_weights_that_change_under_a_call_are_the_callers(self) -> None:
+        """Freed by another thread between the check and the run."""
+        call = make_call(6)
+
+        class Late(Honest):
+            name = "late"
+
+            def run(self, hidden_states: Tensor, experts: Any, *rest: Any) -> Tensor:
+                experts.down.untyped_storage().resize_(0)
+                raise RuntimeError("setStorage: out of bounds")
+
+        with ranked(Late, Honest), pytest.raises(InvalidInputError, match=r"changed since.*freed"):
+            moe_forward(*call)
+        assert not get_dispatcher("cpu").quarantine.entries()
+
+
+class TestReplacedWeights:
+    def test_other_memory_of_the_same_kind_is_taken(self) -> None:
+        """As RL weight sync and sleep modes do."""
+        call = make_call(6)
+        other = make_call(7)[1]
+        with ranked("torch_grouped"):
+            moe_forward(*call)
+            call[1].gate_up.data, call[1].down.data = other.gate_up.data.clone(), other.down.data.clone()
+            assert torch.allclose(moe_forward(*call), expected((call[0], other, *call[2:])), atol=1e-5)
+
+    def test_a_known_kind_of_call_sees_it_too(self) -> None:
+        call = make_call(6)
+        with ranked(Honest):
+            moe_forward(*call)
+            call[1].down.data = call[1].down.data.half()
+            with pytest.raises(InvalidInputError, match=r"changed since.*down is torch.float16"):
+                moe_forward(*call)
+            assert not get_dispatcher("cpu").quarantine.entries()
