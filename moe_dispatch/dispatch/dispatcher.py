@@ -268,9 +268,10 @@ def _copying(run: Run) -> RunInto:
 
 
 def _check_result(result: object, inputs: Inputs, out: Tensor | None) -> None:
-    fault = result_fault(result, inputs)
-    if out is not None and result is not out:
-        fault = fault or "it returned another tensor than the one it was to write into"
+    if out is None:
+        fault = result_fault(result, inputs)
+    else:  # which has been checked, and may lie in one allocation with the inputs
+        fault = "" if result is out else "it returned another tensor than the one it was to write into"
     if fault:
         raise ContractError(fault)
 
