@@ -27,7 +27,7 @@ from moe_dispatch.policies.calibration.worker_process import (
 )
 from moe_dispatch.policies.measurements.schema import Candidate, LayerShape
 from moe_dispatch.settings import cache_dir
-from moe_dispatch.system.files import locked, write_atomically
+from moe_dispatch.system.files import locked, read_bytes, write_atomically
 
 MOST_PROCESSES: Final = 32
 # Jobs per process, because starting a process takes seconds.
@@ -200,6 +200,6 @@ def _remember(path: Path, done: Iterable[str]) -> None:
 
 def _read(path: Path) -> set[str]:
     try:
-        return set(path.read_text(encoding="ascii", errors="replace").split())
+        return set(read_bytes(path).decode("ascii", errors="replace").split())
     except OSError:
         return set()

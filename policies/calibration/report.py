@@ -72,7 +72,8 @@ class CalibrationReport:
 
     def failure(self) -> str:
         """Why no candidate has a time, and what to do; empty if one has, or if there was nothing left to measure."""
-        if any(measurement.score for measurement in self.measured) or (self.known and not self.skipped):
+        nothing_left = bool(self.known) and not (self.measured or self.late or self.unprepared)
+        if nothing_left or any(measurement.score for measurement in self.measured):
             return ""
         if self.measured:
             return (
@@ -86,7 +87,7 @@ class CalibrationReport:
             )
         if self.unprepared:
             return (
-                "the memory is not enough for the layers and token counts that were asked for; free some, or give "
+                "weights or inputs could not be made, for the reasons above; where memory is short, free some, or give "
                 "fewer --tokens or a smaller layer by --model E,topk,K,N (such as one GPU's share of the experts)"
             )
         return "no backend here can run it; `moe-dispatch explain` prints the reasons against each"

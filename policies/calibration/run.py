@@ -254,7 +254,8 @@ class CalibrationRun:
         return all((layer.key, M, mode) in self._known for mode in self._request.modes)
 
     def _new_worker(self) -> Worker:
-        targets = {name: f"{type(made).__module__}:{type(made).__qualname__}" for name, made in self._backends.items()}
+        classes = {name: BACKENDS.load(name) for name in self._backends}
+        targets = {name: f"{backend.__module__}:{backend.__qualname__}" for name, backend in classes.items()}
         return self._start_worker(str(self._request.device), targets, self._request.timeout_s, self._deadline)
 
     def _on_death(self, backend: str, layer: LayerShape, M: int, mode: Mode, error: WorkerDiedError) -> None:

@@ -191,7 +191,7 @@ class SuccessiveHalving:
             lags = self._lags()
             if all(abs(lag - NOISE) > DOUBT * error for lag, error in lags.values()):
                 break
-            # A candidate that drops out stays out, so that everybody's samples begin beside the leader's.
+            # A candidate that drops out stays out, so that the samples of all that are left begin beside the leader's.
             timed = [index for index in timed if lags.get(index, (math.inf,))[0] <= CONTENDER]
 
     def _lags(self) -> dict[int, tuple[float, float]]:

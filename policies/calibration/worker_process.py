@@ -15,19 +15,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Final, Protocol
 
-import moe_dispatch
 from moe_dispatch.errors import MoEDispatchError
 from moe_dispatch.policies.measurements.schema import Candidate, LayerShape
 from moe_dispatch.problem import Mode
+from moe_dispatch.settings import Settings
 
 # Variables that hold paths, which are made absolute because the worker's working directory is another one.
 PATH_VARIABLES: Final = (
     "CUDA_CACHE_PATH", "DG_JIT_CACHE_DIR", "HF_HOME", "TMPDIR", "TORCHINDUCTOR_CACHE_DIR", "TORCH_EXTENSIONS_DIR",
     "TORCH_HOME", "TRITON_CACHE_DIR", "TRITON_DUMP_DIR", "TRITON_HOME", "VLLM_CACHE_ROOT", "XDG_CACHE_HOME",
 )  # fmt: skip
+MACHINE_VARIABLE: Final = "MOE_DISPATCH_MACHINE"
 START_TIMEOUT_S: Final = 180.0
 PREPARE_TIMEOUT_S: Final = 300.0
 _TAIL_BYTES: Final = 2000
+_ROOT: Final = Path(__file__).parents[3]  # the folder that this very package was imported from
 
 
 class WorkerDiedError(MoEDispatchError):
@@ -348,11 +350,11 @@ def worker_environment() -> dict[str, str]:
     # Where this process imports from, except for the working directory as such ("", of `python -c`). This very package
     # is added last, after the standard library, in case it came from there.
     paths = [os.path.abspath(path) for path in sys.path if path]
-    environment["PYTHONPATH"] = os.pathsep.join(dict.fromkeys([*paths, str(Path(moe_dispatch.__file__).parents[1])]))
+    environment["PYTHONPATH"] = os.pathsep.join(dict.fromkeys([*paths, str(_ROOT)]))
     environment["PYTHONSAFEPATH"] = "1"  # the same as -P, for processes that the worker starts
     for name in PATH_VARIABLES:
         if value := environment.get(name):
             environment[name] = os.path.abspath(value)
-    if (machine := environment.get("MOE_DISPATCH_MACHINE")) and Path(machine).is_file():
-        environment["MOE_DISPATCH_MACHINE"] = os.path.abspath(machine)
+    if Path(machine := Settings.from_environment().machine).is_file():  # and not the name of a shipped one
+        environment[MACHINE_VARIABLE] = os.path.abspath(machine)
     return environment

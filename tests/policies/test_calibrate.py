@@ -9,8 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
 from moe_dispatch.backend import BackendConfig
+from moe_dispatch.commands.app import app
 from moe_dispatch.dispatch.process import get_dispatcher, reset_dispatchers
 from moe_dispatch.dispatch.quarantine import Quarantine
 from moe_dispatch.errors import InvalidInputError, PolicyFileError
@@ -370,7 +372,7 @@ def test_a_layer_beyond_the_memory_is_skipped_before_a_worker_starts(simulate: C
     report = simulate((1,), "right", layers=(large,))
     assert not simulate.worker.points
     assert "its weights need" in report.skipped[0]
-    assert "the memory is not enough" in report.failure()
+    assert "where memory is short" in report.failure()
 
 
 def test_a_calibration_in_which_every_candidate_is_disqualified_is_a_failure(simulate: Calibrating) -> None:
@@ -453,3 +455,36 @@ def test_a_timeout_is_a_positive_number(seconds: float) -> None:
 def test_a_budget_is_a_number_of_seconds(seconds: float) -> None:
     with pytest.raises(InvalidInputError, match="budget_s must be a number of seconds, at least 0"):
         CalibrationRequest(machine=CPU, device=torch.device("cpu"), layers=(layer(),), budget_s=seconds)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "says"),
+    [
+        (("--budget", "0"), 1, "give a larger --budget"),
+        (("--timeout", "nan"), 2, "timeout_s must be a positive number of seconds"),
+        (("--timeout", "0"), 2, "timeout_s must be a positive number of seconds"),
+        (("--budget", "-3"), 2, "budget_s must be a number of seconds"),
+    ],
+    ids=str,
+)
+def test_the_command_fails_where_nothing_is_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...], code: int, says: str
+) -> None:
+    monkeypatch.setenv("MOE_DISPATCH_CACHE_DIR", str(tmp_path))
+    result = CliRunner().invoke(app, ["calibrate", "--model", TINY, "--dtype", "fp32", "--device", "cpu", *arguments])
+    assert result.exit_code == code, result.output
+    assert says in " ".join(result.stderr.split())
+    assert "calibrated:" not in result.stdout
+
+
+def test_the_command_prints_lines_of_progress_where_no_terminal_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MOE_DISPATCH_CACHE_DIR", str(tmp_path))
+    simulated = functools.partial(CalibrationRun, start_worker=lambda *_: worker())
+    monkeypatch.setattr(calibrate_module, "CalibrationRun", simulated)
+    layer_options = ("--model", TINY, "--dtype", "fp32", "--device", "cpu")
+    result = CliRunner().invoke(app, ["calibrate", *layer_options, "--tokens", "1,4", "--backend", "right"])
+    assert result.exit_code == 0, result.output
+    assert "0/2 E=4 topk=2 K=32 N=16 fp32 M=1" in result.stderr
+    assert "calibrated: 2 measurements at 2 points" in " ".join(result.stdout.split())

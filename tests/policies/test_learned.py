@@ -345,8 +345,8 @@ def test_a_cost_model_is_not_used_far_beyond_what_was_measured() -> None:
     (64, "triton_splitk", "gluon_hopper"),
 ])  # fmt: skip
 def test_one_cost_model_serves_a_family_by_the_member_that_the_rules_choose(M: int, first: str, second: str) -> None:
-    laws = [cost_model("triton_splitk", 90.0), cost_model("triton_persistent", 100.0)]
-    policy = LearnedPolicy(H200, ModelFile(fingerprint="", sms=132, cost_models=laws))
+    cost_models = [cost_model("triton_splitk", 90.0), cost_model("triton_persistent", 100.0)]
+    policy = LearnedPolicy(H200, ModelFile(fingerprint="", sms=132, cost_models=cost_models))
     ranked = policy.rank(WORKLOADS["mixtral-8x7b"].problem(M, "bf16", H200, "graph"))
     assert [(choice.backend, choice.us) for choice in ranked] == [(first, 90.0), (second, 100.0)]
 
