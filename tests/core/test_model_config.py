@@ -3,6 +3,7 @@
 import inspect
 import json
 import os
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -250,7 +251,7 @@ def _families() -> Iterator[tuple[str, dict[str, Any], Any]]:
     transformers = pytest.importorskip("transformers", minversion="5.17")
     transformers.logging.set_verbosity_error()
     for model_type, config_class in transformers.CONFIG_MAPPING.items():
-        if "expert" not in inspect.getsource(inspect.getmodule(config_class)):
+        if "expert" not in inspect.getsource(sys.modules[config_class.__module__]):
             continue  # a few of the others ask the hub for their defaults
         try:
             config = config_class()
@@ -274,12 +275,11 @@ def _expert_shapes(config: Any) -> set[tuple[tuple[int, ...], ...]]:
                 model = model_class(config)
         except Exception:  # noqa: BLE001 - several defaults lack what their model needs
             return set()
-        shapes = set()
+        shapes: set[tuple[tuple[int, ...], ...]] = set()
         for name, module in model.named_modules():
-            own = dict(module.named_parameters(recurse=False))
-            if "shared" not in name and "down_proj" in own and own["down_proj"].dim() == 3:
-                up = own.get("gate_up_proj", own.get("up_proj"))
-                shapes.add((tuple(up.shape), tuple(own["down_proj"].shape)))
+            own = {key: tuple(weight.shape) for key, weight in module.named_parameters(recurse=False)}
+            if "shared" not in name and len(own.get("down_proj", ())) == 3:
+                shapes.add((own.get("gate_up_proj", own.get("up_proj", ())), own["down_proj"]))
         return shapes
     return set()
 
