@@ -152,8 +152,8 @@ class _Reader:
     def number(self, keys: tuple[str, ...], meaning: str) -> int:
         """The first positive number under any of the keys."""
         for key in keys:
-            value: Any = self._section.get(key)
-            if _present(value):
+            value = self._section.get(key)
+            if value is not None and _present(value):
                 return self._same_in_all_layers(key, value)
         raise InvalidInputError(
             f"{self._origin} has no {meaning} under a known key ({', '.join(keys)}); its MoE keys are "

@@ -19,6 +19,7 @@ VARIABLES: Final[Mapping[str, str]] = {
     "MOE_DISPATCH_MACHINE": "a shipped machine (`h200`) or a JSON file that replaces what is seen of this machine",
     "MOE_DISPATCH_CACHE_DIR": "the absolute path under which calibrations and the quarantine are kept",
     "MOE_DISPATCH_LOG_LEVEL": "the level of the logger `moe_dispatch`",
+    "MOE_DISPATCH_VLLM": "`1` gives the expert layers of a vLLM engine to `moe_forward`",
     "MOE_DISPATCH_COMMIT": "the commit that measurements record, where no git checkout tells it",
 }
 DEFAULT_POLICIES: Final = ("calibrated", "shipped", "learned", "rules")

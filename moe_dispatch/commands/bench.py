@@ -17,7 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from moe_dispatch.commands.console import ERR, INTERRUPTED, OUT, heading, machine_line, microseconds, plain, table
-from moe_dispatch.commands.options import Dtypes, Models, Routings, dtype_of, modes_of, tokens_of
+from moe_dispatch.commands.options import Dtypes, Models, Routings, dtype_of, modes_of, not_negative, tokens_of
 from moe_dispatch.errors import InvalidInputError, UnknownNameError
 from moe_dispatch.problem import DType, Mode
 
@@ -73,7 +73,9 @@ def bench(
     """Time whole MoE layers, correct results only, beside the baselines. Runs can be resumed and plotted."""
     from moe_dispatch.dispatch.process import get_dispatcher
 
-    deadline = math.inf if budget is None else time.perf_counter() + budget
+    deadline = math.inf if budget is None else time.perf_counter() + not_negative("--budget", budget)
+    not_negative("--seconds", seconds)
+    not_negative("--energy", energy)
     dispatcher = get_dispatcher()
     machine = dispatcher.machine
     notes: list[str] = []

@@ -153,11 +153,22 @@ def routing_names(names: Iterable[str]) -> list[str]:
 
 
 def positive(option: str, value: float) -> float:
-    """A finite number above 0.
+    """A finite number of seconds above 0.
 
     Raises:
         InvalidInputError: It is not.
     """
     if not (math.isfinite(value) and value > 0):
         raise InvalidInputError(f"{option} must be a number of seconds above 0, got {value}")
+    return value
+
+
+def not_negative(option: str, value: float) -> float:
+    """A finite number of seconds, at least 0.
+
+    Raises:
+        InvalidInputError: It is not.
+    """
+    if not (math.isfinite(value) and value >= 0):
+        raise InvalidInputError(f"{option} must be a number of seconds, at least 0, got {value}")
     return value

@@ -354,6 +354,9 @@ class Mistake:
             ("calibrate", "--model", "8,2,64,32", "--routing", "skewed"), "routing distribution is called 'skewed'"
         ),
         Mistake(("calibrate",), "needs --model"),
+        Mistake(("bench", "--seconds", "nan"), "--seconds must be a number"),
+        Mistake(("bench", "--budget", "-1"), "--budget must be a number"),
+        Mistake(("bench", "--energy", "inf"), "--energy must be a number"),
         Mistake(("explain", "--dtype", "int4"), "int4"),
         Mistake(("explain", "--mode", "lazy"), "lazy"),
         Mistake(("explain", "--machine", "/no/such/file.json"), "/no/such/file.json"),

@@ -277,10 +277,9 @@ def _expert_shapes(config: Any) -> set[tuple[tuple[int, ...], ...]]:
             return set()
         shapes: set[tuple[tuple[int, ...], ...]] = set()
         for name, module in model.named_modules():
-            own = dict(module.named_parameters(recurse=False))
-            if "shared" not in name and "down_proj" in own and own["down_proj"].dim() == 3:
-                up = own["gate_up_proj"] if "gate_up_proj" in own else own["up_proj"]
-                shapes.add((tuple(up.shape), tuple(own["down_proj"].shape)))
+            own = {key: tuple(weight.shape) for key, weight in module.named_parameters(recurse=False)}
+            if "shared" not in name and len(own.get("down_proj", ())) == 3:
+                shapes.add((own.get("gate_up_proj", own.get("up_proj", ())), own["down_proj"]))
         return shapes
     return set()
 
