@@ -1,4 +1,4 @@
-"""The errors and warnings of this package. Every message says what was given, what is allowed and what to do."""
+"""Exceptions and warnings of this package. Each message says what was passed, what is allowed, and what to do."""
 
 import difflib
 import sys
@@ -45,9 +45,9 @@ class BackendUnavailableError(MoEDispatchError):
     """A backend's library is missing, does not import, or failed its probe.
 
     Args:
-        backend: The backend's name.
-        reasons: Why, each with its remedy.
-        variable: The environment variable that names the backend; empty if none does.
+        backend: Its name.
+        reasons: Each with its remedy.
+        variable: The environment variable that asked for it, if one did.
     """
 
     def __init__(self, backend: str, reasons: Sequence[str], variable: str = "") -> None:
@@ -57,7 +57,7 @@ class BackendUnavailableError(MoEDispatchError):
 
 
 def way_out(variable: str) -> str:
-    """How to have another backend in place of one that `variable` names, or the caller where that is empty."""
+    """How to have a named backend replaced where it cannot; `variable` named it, or the caller if that is empty."""
     how = f"Unset {variable}, which names it," if variable else "Leave `backend` out"
     return f"{how} to let the policy choose."
 
@@ -71,7 +71,7 @@ class MoEDispatchWarning(UserWarning):
 
 
 def warn(text: str) -> None:
-    """Warn at the line outside of this package that led here, which is the one that its user knows."""
+    """Warn at the line that led here from outside this package: that one is the reader's."""
     level, frame = 2, sys._getframe(1)
     while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] == "moe_dispatch":
         level, frame = level + 1, frame.f_back

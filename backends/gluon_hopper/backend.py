@@ -37,12 +37,14 @@ class GluonHopperBackend(TritonBackend):
     name = "gluon_hopper"
     config_type = GluonHopperConfig
     # The loader copies whole stages of 128 bytes of K, TMA needs rows that start on 16 bytes, and an FP8 tile is whole
-    # blocks of scales: 128 columns of h, 256 of the output.
+    # blocks of scales: 128 columns of h, 256 of the output. Not FP16: experts' rows are stored before they are weighted
+    # and summed, and above 65504 they would be infinite where their sum is not.
     requirements = Requirements(
-        dtypes=dict.fromkeys(("bf16", "fp16", "fp8"), (9, 0)),
+        dtypes=dict.fromkeys(("bf16", "fp8"), (9, 0)),
+        act_dtypes=frozenset({"bf16"}),
         activations=frozenset(ACTIVATIONS) - UNGATED,
-        multiples={"bf16": {"K": 64, "N": 8}, "fp16": {"K": 64, "N": 8}, "fp8": {"K": 256, "N": 128}},
-        max_capability=dict.fromkeys(("bf16", "fp16", "fp8"), (9, 1)),
+        multiples={"bf16": {"K": 64, "N": 8}, "fp8": {"K": 256, "N": 128}},
+        max_capability=dict.fromkeys(("bf16", "fp8"), (9, 1)),
     )
 
     def further_reasons(self, problem: MoEProblem) -> tuple[str, ...]:

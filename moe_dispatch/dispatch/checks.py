@@ -103,9 +103,11 @@ def _out_fault(out: object, hidden_states: Tensor, *, needs_grad: bool) -> str:
 
 
 def overlap(a: Tensor, b: Tensor) -> bool:
-    """Whether two contiguous tensors have elements in the same memory; fake and empty ones have none."""
-    first, second = a.data_ptr(), b.data_ptr()
-    return first < second + b.nbytes and second < first + a.nbytes and first != 0
+    """Whether two contiguous tensors have elements in the same memory; fake, empty and transformed ones have none."""
+    first, second = address(a), address(b)
+    if not first or not second:
+        return False
+    return first < second + b.nbytes and second < first + a.nbytes
 
 
 def have_memory(inputs: Inputs) -> bool:

@@ -18,10 +18,11 @@ def representative_token_counts(
     most: int,
     backend: str | None = None,
 ) -> tuple[int, ...]:
-    """One token count for each kind of eager call with up to `most` tokens, in ascending order.
+    """The least and the greatest token count of each kind of eager call with up to `most` tokens, in ascending order.
 
     Two token counts are of one kind where the same backend runs in the same configuration within the same power of two,
-    and Triton specialises its kernels alike.
+    and Triton specialises its kernels alike. Between the two ends launchers change no constant, though they may differ
+    at both: a scan over blocks of slots takes the next power of two of their number.
 
     Args:
         planner: Chooses for each token count; nothing is run.
@@ -32,10 +33,13 @@ def representative_token_counts(
         most: Largest token count.
         backend: The backend that the calls will name, if any.
     """
-    kinds: dict[object, int] = {}
+    least: dict[object, int] = {}
+    greatest: dict[object, int] = {}
     for M in range(1, most + 1):
         problem = experts.problem(M, topk, act_dtype, capability)
         plan = next(planner.eligible(problem, experts, backend), None)
         if plan is not None:
-            kinds.setdefault((plan.kind, M % _DIVISOR == 0), M)
-    return tuple(sorted(kinds.values()))
+            kind = plan.kind, M % _DIVISOR == 0
+            least.setdefault(kind, M)
+            greatest[kind] = M
+    return tuple(sorted({*least.values(), *greatest.values()}))

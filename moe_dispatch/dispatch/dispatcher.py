@@ -97,8 +97,11 @@ class Dispatcher:
                 experts.check_unchanged()
         except (AttributeError, RuntimeError, TypeError, ValueError):
             # No tensors, or tensors without a shape or an address; check() says which.
-            check(hidden_states, experts, topk_weights, topk_ids, backend)
-            return self._recovery.run_transformed((hidden_states, experts, topk_weights, topk_ids), backend, out)
+            arguments = (hidden_states, experts, topk_weights, topk_ids)
+            check(*arguments, backend)
+            if out is not None and not isinstance(out, Tensor):
+                check_out(out, arguments, needs_grad=False)  # raises
+            return self._recovery.run_transformed(arguments, backend, out)
         if plan is None:
             check(hidden_states, experts, topk_weights, topk_ids, backend)
             arguments = (hidden_states, experts, topk_weights, topk_ids)
@@ -117,6 +120,9 @@ class Dispatcher:
         except RuntimeError:
             check(hidden_states, experts, topk_weights, topk_ids, backend)  # such as sparse tensors
             raise
+        # Addresses may differ from call to call. Outside of the next try, for it is the caller's fault.
+        if out is not None and any(map(overlap, (out, out, out), (inputs[0], inputs[2], inputs[3]))):
+            check_out(out, inputs, needs_grad=False)  # raises
         try:
             if plan.into:
                 result = self._run_into(plan, inputs, out)
@@ -235,8 +241,6 @@ class Dispatcher:
 
     def _run_into(self, plan: Plan, inputs: Inputs, out: Tensor | None) -> Tensor:
         assert out is not None  # noqa: S101 - plans of such calls are made for them
-        if any(map(overlap, (out, out, out), (inputs[0], inputs[2], inputs[3]))):  # may differ from call to call
-            check_out(out, inputs, needs_grad=False)  # raises
         return plan.run(*inputs, plan.config, out) if plan.proven else self.first_run(plan, inputs, out)
 
     def _prepare_fast_path(self, plan: Plan, inputs: Inputs) -> None:
@@ -264,9 +268,10 @@ def _copying(run: Run) -> RunInto:
 
 
 def _check_result(result: object, inputs: Inputs, out: Tensor | None) -> None:
-    fault = result_fault(result, inputs)
-    if out is not None and result is not out:
-        fault = fault or "it returned another tensor than the one it was to write into"
+    if out is None:
+        fault = result_fault(result, inputs)
+    else:  # which has been checked, and may lie in one allocation with the inputs
+        fault = "" if result is out else "it returned another tensor than the one it was to write into"
     if fault:
         raise ContractError(fault)
 

@@ -69,7 +69,7 @@ def test_stages_on_a_cpu_need_nothing() -> None:
     assert stage_reasons(cpu) == ()
 
 
-@pytest.mark.parametrize("name", ("triton_splitk", "triton_vector", "triton_persistent"))
+@pytest.mark.parametrize("name", ["triton_splitk", "triton_vector", "triton_persistent"])
 @pytest.mark.parametrize("capability", [(8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (10, 3), (12, 0), (12, 1), (13, 0)])
 @pytest.mark.parametrize("workload", ["qwen3-30b-a3b", "gpt-oss-120b"])
 @pytest.mark.parametrize("M", [1, 64, 4096])

@@ -10,7 +10,7 @@ EXPERTS = ExpertWeights(torch.randn(4, 64, 32), torch.randn(4, 32, 32))
 MOST = 100
 
 
-def test_every_kind_of_call_is_represented_and_none_twice() -> None:
+def test_every_kind_of_call_is_represented_at_both_of_its_ends() -> None:
     planner = get_dispatcher("cpu").planner
     counts = representative_token_counts(planner, EXPERTS, 2, torch.float32, None, MOST)
 
@@ -19,7 +19,7 @@ def test_every_kind_of_call_is_represented_and_none_twice() -> None:
         return plan.kind, M % 16 == 0
 
     assert {kind(M) for M in counts} == {kind(M) for M in range(1, MOST + 1)}
-    assert len(counts) == len({kind(M) for M in counts})
+    assert len(counts) <= 2 * len({kind(M) for M in counts})
 
 
 def test_after_a_warm_up_no_call_is_a_first_run() -> None:

@@ -190,9 +190,9 @@ class TestRefusing:
             moe_forward(*call, out=call[1].gate_up.view(-1, 64)[:6])
 
     def test_a_gradient(self, call: Call) -> None:
-        hidden, *rest = call
+        hidden, experts, weights, ids = call
         with torch.enable_grad(), pytest.raises(InvalidInputError, match=r"gradient.*no_grad"):
-            moe_forward(hidden.clone().requires_grad_(), *rest, out=memory(call))
+            moe_forward(hidden.clone().requires_grad_(), experts, weights, ids, out=memory(call))
 
     def test_a_transform(self, call: Call) -> None:
         hidden, experts, weights, ids = call
