@@ -1,4 +1,4 @@
-"""Imports run one way: each floor of the package imports from the floors below it, and no module imports itself.
+"""Imports run one way: every floor of the package imports from the floors below it, and there is no circle.
 
 Floors, lowest first. Within a floor modules may import each other, as long as there is no circle.
 
@@ -44,7 +44,7 @@ KNOWN_VIOLATIONS: Final = frozenset[str]()
 
 @dataclasses.dataclass(frozen=True)
 class Import:
-    """One import statement's target.
+    """A module that another one imports.
 
     Attributes:
         importer: Module name.
@@ -70,7 +70,7 @@ def modules() -> dict[str, Path]:
 def imports() -> list[Import]:
     """All imports within the package. Those under TYPE_CHECKING count too: a reader follows them like the others."""
     names = modules()
-    return [found for name, path in sorted(names.items()) for found in _imports_of(name, path, names)]
+    return [target for name, path in sorted(names.items()) for target in _imports_of(name, path, names)]
 
 
 def _imports_of(name: str, path: Path, names: dict[str, Path]) -> Iterator[Import]:
@@ -84,7 +84,8 @@ def _imports_of(name: str, path: Path, names: dict[str, Path]) -> Iterator[Impor
             # `from package import module` imports the module, `from module import name` the module that has the name.
             targets = {full if (full := f"{base}.{alias.name}") in names else base for alias in node.names}
         elif isinstance(node, ast.Import):
-            targets = {alias.name for alias in node.names}
+            # `import moe_dispatch` alone, as for the package's folder, runs only what every import of a module runs.
+            targets = {alias.name for alias in node.names} - {PACKAGE}
         for target in sorted(targets):
             if target.partition(".")[0] == PACKAGE:
                 yield Import(name, target, node in lazy)
@@ -101,13 +102,13 @@ def room(module: str) -> str:
     return module.removeprefix(PACKAGE).lstrip(".").partition(".")[0]
 
 
-def is_allowed(found: Import) -> bool:
+def is_allowed(edge: Import) -> bool:
     """Whether the floors permit an import."""
-    importer, imported = room(found.importer), room(found.imported)
+    importer, imported = room(edge.importer), room(edge.imported)
     if importer in (imported, "benchmarks"):
         return True
     if imported == "benchmarks":
-        return importer == "commands" and found.lazy
+        return importer == "commands" and edge.lazy
     if imported in BESIDE:
         return FLOOR.get(importer) == TOP
     limit = HIGHEST_FOR_BESIDE if importer in BESIDE else FLOOR[importer]
@@ -119,22 +120,22 @@ def test_every_module_has_a_floor() -> None:
 
 
 def test_imports_run_one_way() -> None:
-    violations = {str(found) for found in imports() if not is_allowed(found)}
+    violations = {str(edge) for edge in imports() if not is_allowed(edge)}
     assert violations <= KNOWN_VIOLATIONS, "imports against the order of the floors"
 
 
 def test_there_is_no_circle() -> None:
     graph: dict[str, set[str]] = {name: set() for name in modules()}
-    for found in imports():
+    for edge in imports():
         # Importing a module runs its packages' __init__ as well. Only what the module itself says counts.
-        if str(found) not in KNOWN_VIOLATIONS:
-            graph[found.importer].add(found.imported)
+        if str(edge) not in KNOWN_VIOLATIONS:
+            graph[edge.importer].add(edge.imported)
     circle = find_circle(graph)
     assert not circle, "modules import each other: " + " -> ".join(circle)
 
 
 def test_known_violations_shrink() -> None:
-    assert {str(found) for found in imports()} >= KNOWN_VIOLATIONS, "take out of KNOWN_VIOLATIONS what is mended"
+    assert {str(edge) for edge in imports()} >= KNOWN_VIOLATIONS, "take out of KNOWN_VIOLATIONS what is mended"
 
 
 def find_circle(graph: dict[str, set[str]]) -> list[str]:
