@@ -85,19 +85,21 @@ _MODULES: Final = {
 }
 
 
-def __getattr__(name: str) -> object:
-    if name == "__version__":
-        from moe_dispatch.system.version import installed_version
+if not TYPE_CHECKING:  # a type checker would take any name for an attribute
 
-        return installed_version()
-    if name not in __all__:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    # All of them at once: torch.compile cannot trace an import, should the first use of a name be inside a compiled
-    # function.
-    for module, names in _MODULES.items():
-        loaded = importlib.import_module(f"{__name__}.{module}")
-        globals().update({each: getattr(loaded, each) for each in names})
-    return globals()[name]
+    def __getattr__(name: str) -> object:
+        if name == "__version__":
+            from moe_dispatch.system.version import installed_version
+
+            return installed_version()
+        if name not in __all__:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        # All of them at once: torch.compile cannot trace an import, should the first use of a name be inside a compiled
+        # function.
+        for module, names in _MODULES.items():
+            loaded = importlib.import_module(f"{__name__}.{module}")
+            globals().update({each: getattr(loaded, each) for each in names})
+        return globals()[name]
 
 
 def __dir__() -> list[str]:

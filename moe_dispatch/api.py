@@ -18,6 +18,7 @@ def moe_forward(
     topk_ids: Tensor,
     *,
     backend: str | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
     """Run a Mixture-of-Experts layer on the fastest backend for this machine, dtype and token count.
 
@@ -34,9 +35,11 @@ def moe_forward(
         topk_ids: ``[M, topk]``, int32 or int64. An id outside 0…E-1 adds nothing, whatever its weight: expert
             parallelism's "not mine". The same expert twice in a row counts twice.
         backend: Run this one or raise. None lets the policy choose and fall back.
+        out: Memory for the output: ``[M, K]`` in hidden_states' dtype and on its device, contiguous, sharing no memory
+            with the inputs. Not where a gradient is needed. After an exception its content is undefined.
 
     Returns:
-        ``[M, K]`` in hidden_states' dtype; fresh memory.
+        ``[M, K]`` in hidden_states' dtype; `out` where it is given, else fresh memory.
 
     Raises:
         InvalidInputError: Shapes, dtypes or devices do not fit; nothing was launched.
@@ -47,8 +50,8 @@ def moe_forward(
         DeviceLostError: The CUDA context is gone; only a new process can go on.
     """
     if torch.compiler.is_compiling():
-        return call.call_traced(hidden_states, experts, topk_weights, topk_ids, backend)
-    return call.call_eagerly(hidden_states, experts, topk_weights, topk_ids, backend)
+        return call.call_traced(hidden_states, experts, topk_weights, topk_ids, backend, out)
+    return call.call_eagerly(hidden_states, experts, topk_weights, topk_ids, backend, out)
 
 
 def warm_up(
@@ -59,6 +62,7 @@ def warm_up(
     *,
     up_to: int | None = None,
     backend: str | None = None,
+    into_out: bool = False,
 ) -> None:
     """Compile and prove what calls of these token counts will run, eagerly and in a CUDA graph.
 
@@ -69,12 +73,16 @@ def warm_up(
         experts: The layer's weights.
         topk: Experts per token.
         tokens: Token counts; a captured graph needs its own in here.
-        act_dtype: Of hidden_states; the weights' own, or BF16 with block FP8 weights, if None.
+        act_dtype: The dtype of hidden_states. None stands for the weights' own, or BF16 with block FP8 weights.
         up_to: Also prepare for every eager call of at most this many tokens: one of each kind that the policies
             distinguish is run.
-        backend: The one that the calls will name; None where the policy chooses.
+        backend: The backend that the calls will name; None where the policy chooses.
+        into_out: Whether the calls will give `out`.
+
+    Raises:
+        InvalidInputError: The experts or a number are not what is described above.
     """
-    call.warm_up(experts, topk, tokens, act_dtype, backend, up_to)
+    call.warm_up(experts, topk, tokens, act_dtype, backend, up_to, into_out=into_out)
 
 
 def explain(*arguments: object, machine: Machine | None = None) -> Explanation:

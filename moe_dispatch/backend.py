@@ -1,6 +1,6 @@
 """What a backend is. To add one, subclass `Backend`, declare what it takes, write `run`, and register it.
 
-A backend of your own, in your own package, needs no change here:
+A backend in a package of your own needs no change here:
 
     [project.entry-points."moe_dispatch.backends"]
     my_backend = "my_package.moe:MyBackend"
@@ -23,12 +23,12 @@ from moe_dispatch.problem import ACTIVATIONS, Activation, DType, MoEProblem
 
 Capability = tuple[int, int]
 Inputs = tuple[Tensor, ExpertWeights, Tensor, Tensor]  # hidden_states, experts, topk_weights, topk_ids
-# Above this many tokens a call is limited by the device and not by the host, and no backend is asked for a `fast_path`.
+# Above this many tokens a call is limited by the device and not by the host, so `Backend.fast_path` is not called.
 FAST_PATH_TOKENS: Final = 256
 
 
 class BackendConfig(pydantic.BaseModel):
-    """Tile sizes and the like: hashable, checked, JSON. A backend without any uses this class as it is."""
+    """Tile sizes and the like: hashable, checked, JSON. A backend without options uses this class as it is."""
 
     model_config = pydantic.ConfigDict(frozen=True, extra="forbid")
 
@@ -46,14 +46,14 @@ class Requirements:
         dtypes: Weight dtypes, each with the least CUDA compute capability that it needs.
         act_dtypes: Dtypes of hidden_states.
         activations: See `MoEProblem`.
-        cpu: Whether CPU tensors will do.
-        bias: Whether the projections may add one.
+        cpu: Whether it runs on CPU tensors.
+        bias: Whether the projections may add a bias.
         interleaved: Whether gate and up rows may alternate.
         grad: Whether autograd can differentiate it.
         capturable: Whether it may run while a CUDA graph is captured.
-        libraries: Keys of `Machine.libraries` that must be there.
+        libraries: Keys of `Machine.libraries` that must be installed.
         multiples: Shape letters and the number that each must be a multiple of, per dtype.
-        max_capability: The greatest capability per dtype, exclusive; absent where newer devices will do.
+        max_capability: The least capability per dtype that is too new; absent where every newer device works.
     """
 
     dtypes: Mapping[DType, Capability]
@@ -152,7 +152,7 @@ class Backend(ABC):
         return (self.config_type(),)
 
     def default_config(self, problem: MoEProblem) -> BackendConfig:
-        """What runs when no measurement says otherwise."""
+        """The configuration that runs where no measurement says otherwise."""
         return self.configs(problem)[0]
 
     def workspace_bytes(self, problem: MoEProblem, config: BackendConfig) -> int:  # noqa: ARG002
@@ -164,7 +164,7 @@ class Backend(ABC):
         return True
 
     def measured_versions(self) -> dict[str, str]:
-        """The versions that a measurement of this backend depends on; another value of any retires it."""
+        """The versions that a measurement of this backend depends on. A change of any of them retires it."""
         return {library: self.machine.libraries.get(library, "") for library in self.requirements.libraries}
 
     @abstractmethod
@@ -191,19 +191,45 @@ class Backend(ABC):
             config: One of `configs`.
 
         Returns:
-            ``[M, K]`` in hidden_states' dtype, fresh memory.
+            ``[M, K]`` in hidden_states' dtype, contiguous, fresh memory.
         """
 
-    def fast_path(self, inputs: Inputs, config: BackendConfig) -> "Run | None":  # noqa: ARG002
-        """What to call from now on in place of `run`, for calls of this very kind; None if there is nothing better.
+    def run_into(
+        self,
+        hidden_states: Tensor,
+        experts: ExpertWeights,
+        topk_weights: Tensor,
+        topk_ids: Tensor,
+        config: BackendConfig,
+        out: Tensor,
+    ) -> Tensor:
+        """Compute the layer into memory of the caller; override it where the last kernel can write there.
 
-        Asked once a kind of call (kind of layer, token count, dtypes, configuration) has come back a few times, with
-        the inputs of the latest. It may run them again and wait for the device.
+        Args:
+            hidden_states: See `run`, as for all but the last.
+            experts: Checked weights.
+            topk_weights: fp32 ``[M, topk]``.
+            topk_ids: int32 or int64 ``[M, topk]``.
+            config: One of `configs`.
+            out: ``[M, K]`` in hidden_states' dtype and on its device, contiguous, uninitialised; shares no memory with
+                the inputs.
+
+        Returns:
+            `out`.
+        """
+        return out.copy_(self.run(hidden_states, experts, topk_weights, topk_ids, config))
+
+    def fast_path(self, inputs: Inputs, config: BackendConfig) -> "Run | None":  # noqa: ARG002
+        """What to call from now on in place of `run`, for calls of this very kind; None if there is nothing faster.
+
+        Called at the third run of a kind of call (kind of layer, token count, dtypes, configuration) with the inputs of
+        that run, for at most `FAST_PATH_TOKENS` tokens. It may run them again and wait for the device.
         """
         return None
 
 
 Run = Callable[[Tensor, ExpertWeights, Tensor, Tensor, BackendConfig], Tensor]
+RunInto = Callable[[Tensor, ExpertWeights, Tensor, Tensor, BackendConfig, Tensor], Tensor]
 
 
 def _dotted(capability: Capability) -> str:

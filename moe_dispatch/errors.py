@@ -1,4 +1,4 @@
-"""What can go wrong, as types. Every message says what was given, what is allowed and what to do."""
+"""Exceptions and warnings of this package. Each message says what was passed, what is allowed, and what to do."""
 
 import difflib
 import sys

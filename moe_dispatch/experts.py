@@ -1,4 +1,4 @@
-"""The weights of one MoE layer, checked once, so that a call has nothing left to check about them."""
+"""The weights of one MoE layer, checked once when they are wrapped and again when they lie at another address."""
 
 import math
 import weakref

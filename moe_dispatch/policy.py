@@ -1,4 +1,4 @@
-"""What a policy is: it ranks, and gives its reasons. Whether a backend can is the backend's own to say."""
+"""What a policy is: it ranks backends and gives its reasons. Whether a backend can run, the backend itself decides."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
@@ -16,11 +16,11 @@ class Choice:
     """One ranked candidate.
 
     Attributes:
-        backend: Its registered name.
-        reason: Why it stands here, for a person: "measured 31.2 µs at M=64, next is deep_gemm at 40.1".
+        backend: The backend's registered name.
+        reason: Why it has this rank, for a person: "measured 31.2 µs at M=64, next is deep_gemm at 40.1".
         config: The backend's configuration as JSON data; None for its default.
-        us: Time that the policy measured or predicts, in µs.
-        policy: Name of the policy that ranked it; filled in by the dispatcher.
+        us: The time that the policy measured or predicts, in µs.
+        policy: The name of the policy that ranked it; the dispatcher fills it in.
     """
 
     backend: str
@@ -43,5 +43,5 @@ class Policy(ABC):
         """Candidates, best first; empty where this policy knows nothing of the problem and the next one decides."""
 
     def notes(self) -> tuple[str, ...]:
-        """What a person should know of this policy on this machine: retired measurements, a refused file."""
+        """What a person should know about this policy on this machine: retired measurements, a refused file."""
         return ()

@@ -1,4 +1,4 @@
-"""What is asked: one MoE layer call, without its tensors.
+"""One MoE layer call as data, without its tensors.
 
 The shape letters, used everywhere and defined here:
 
@@ -38,11 +38,11 @@ class MoEProblem:
         N: Intermediate size per expert.
         E: Experts.
         topk: Experts per token.
-        dtype: Of the weights: ``"fp8"`` is DeepSeek's block FP8 (e4m3, 128×128 scales).
-        act_dtype: Of ``hidden_states`` and the output. Equal to ``dtype`` unless that is ``"fp8"``.
+        dtype: The weights' dtype; ``"fp8"`` is DeepSeek's block FP8 (e4m3, 128×128 scales).
+        act_dtype: The dtype of ``hidden_states`` and the output. Equal to ``dtype`` unless that is ``"fp8"``.
         activation: ``"silu"``, ``"gelu"`` and ``"gelu_tanh"`` gate as act(gate) * up; ``"swiglu_oai"`` is gpt-oss's
             clamped (up + 1) * gate * sigmoid(1.702 * gate); ``"relu2"`` has no gate (Nemotron).
-        bias: Whether both projections add one.
+        bias: Whether both projections add a bias.
         interleaved: Whether gate and up rows alternate (gpt-oss) instead of gate rows first.
         device: ``"cuda"`` or ``"cpu"``.
         capability: CUDA compute capability, None on a CPU.
@@ -107,12 +107,12 @@ class MoEProblem:
 
     @cached_property
     def layer(self) -> "MoEProblem":
-        """The same layer with M=1, eager, without gradients: what is fixed while a model serves."""
+        """The same layer with M=1, eager, without gradients: the part that is fixed while a model serves."""
         return dataclasses.replace(self, M=1, mode="eager", needs_grad=False)
 
     @cached_property
     def bucket(self) -> "MoEProblem":
-        """The same problem with M rounded up to a power of two: the grain of quarantine."""
+        """The same problem with M rounded up to a power of two, for which a first run and a quarantine hold."""
         return dataclasses.replace(self, M=1 << max(self.M - 1, 0).bit_length())
 
     @property

@@ -1,4 +1,4 @@
-"""Names of backends and policies, and where each is found. Nothing is imported before it is used."""
+"""The names of backends and policies, and the modules that hold them. Nothing is imported before it is used."""
 
 import importlib
 import importlib.metadata
@@ -27,9 +27,9 @@ class Registry(Generic[T]):
 
     Args:
         kind: What it holds, for messages: ``"backend"``.
-        base: What every class in it must derive from.
-        built_in: The project's own, as "module:Class".
-        group: Entry-point group in which other packages announce theirs; empty for none.
+        base: The class that every entry must derive from.
+        built_in: This package's own entries, as "module:Class".
+        group: Entry-point group in which other packages announce their classes; empty for none.
     """
 
     def __init__(self, kind: str, base: type[T], built_in: dict[str, str], group: str = "") -> None:
@@ -39,7 +39,7 @@ class Registry(Generic[T]):
         self._scanned = not group
 
     def names(self) -> tuple[str, ...]:
-        """Every registered name, ours first, in order of registration."""
+        """Every registered name: this package's own, then the others in order of registration."""
         self._scan()
         return tuple(self._specs)
 
@@ -47,7 +47,7 @@ class Registry(Generic[T]):
         """Add or replace an entry: a class, or "module:Class" to be imported on first use.
 
         Raises:
-            InvalidInputError: The class cannot be what the name promises; of a "module:Class", `load` says so.
+            InvalidInputError: The class cannot be what the name promises. A "module:Class" is only checked by `load`.
         """
         if not isinstance(target, str) and (fault := self._fault(name, target)):
             raise InvalidInputError(fault)
@@ -56,7 +56,7 @@ class Registry(Generic[T]):
             self._specs[name] = target
 
     def unregister(self, name: str) -> None:
-        """Take an entry out again."""
+        """Remove an entry."""
         with self._lock:
             self._specs.pop(name, None)
 
@@ -96,7 +96,7 @@ class Registry(Generic[T]):
             return f"{_spelt(target)} is registered as {name!r} and is not a subclass of {self._base.__name__}"
         own = getattr(target, "name", None)
         if own != name:
-            # Choices go by the one, probes and learned models by the other.
+            # Choices use the registered name, probes and learned models the class's own.
             calls = f"calls itself {own!r}; register it under that name, or" if own else "has no name;"
             return f"{_spelt(target)} is registered as {name!r} and {calls} declare name = {name!r} in the class"
         if issubclass(target, Backend) and not isinstance(getattr(target, "requirements", None), Requirements):
@@ -112,7 +112,7 @@ class Registry(Generic[T]):
         with self._lock:
             if self._scanned:
                 return
-            # An installed package cannot replace a backend of ours; `register` is the deliberate way.
+            # An installed package cannot replace a built-in backend; `register` can, deliberately.
             for name, target in _entry_points(self._group):
                 self._specs.setdefault(name, target)
             self._scanned = True
@@ -199,7 +199,7 @@ def register_backend(name: str, target: str | type[Backend]) -> None:
 
     Raises:
         InvalidInputError: It is no subclass of `Backend`, calls itself by another name, or declares no requirements.
-            A "module:Class" is looked at on first use, and then not available for that reason.
+            A "module:Class" is checked on first use, and is unavailable for that reason then.
     """
     BACKENDS.register(name, target)
 

@@ -20,7 +20,6 @@ VARIABLES: Final[Mapping[str, str]] = {
     "MOE_DISPATCH_CACHE_DIR": "the absolute path under which calibrations and the quarantine are kept",
     "MOE_DISPATCH_LOG_LEVEL": "the level of the logger `moe_dispatch`",
     "MOE_DISPATCH_COMMIT": "the commit that measurements record, where no git checkout tells it",
-    "MOE_DISPATCH_VLLM": "`1` has the vLLM plugin run vLLM's expert layers through `moe_forward`",
 }
 DEFAULT_POLICIES: Final = ("calibrated", "shipped", "learned", "rules")
 _LEVELS: Final = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")

@@ -1,23 +1,35 @@
-"""What every backend must compute, as cases grouped by why they exist; run by test_conformance over the registry.
+"""What every backend must compute, as cases grouped by why they exist: also for backends of other packages.
 
-A backend of another package runs them too: register it and call `conform`.
+A test of a backend of your own, under pytest or without:
+
+    machine, precision = Machine.inspect(), Precision("bf16", "bf16")
+    backend = MyBackend(machine)
+    for case in CASES.values():
+        if not backend.unsupported_reasons(problem := case.problem(precision, machine)):
+            conform(backend, backend.default_config(problem), make_inputs(case, precision, machine.device))
+
+`conform` raises AssertionError and says what is wrong. tests/backends/test_conformance.py runs it over the backends of
+this package, with poisoned memory, in every configuration, and under CUDA graphs.
 """
 
-from dataclasses import dataclass, replace
+import dataclasses
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from moe_dispatch.backend import Backend, BackendConfig
 from moe_dispatch.backends.reference import ReferenceBackend, ReferenceConfig
+from moe_dispatch.dispatch.checks import result_fault
 from moe_dispatch.experts import ExpertWeights
-from moe_dispatch.problem import Activation, DType
+from moe_dispatch.machine import Machine
+from moe_dispatch.problem import Activation, DType, Mode, MoEProblem
 from moe_dispatch.workloads import ROUTINGS, Workload, make_experts, torch_dtype
 
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """A layer, a token count and a routing; a backend's own tests add the configuration.
+    """A layer, a token count and a routing. A backend's own tests add the configuration.
 
     Attributes:
         M: Tokens.
@@ -28,8 +40,9 @@ class Case:
         activation: See `MoEProblem`.
         bias: Whether the projections add one.
         interleaved: Whether gate and up rows alternate.
-        routing: A name in ROUTINGS, or one of those in `_ids`.
-        ids: Dtype of topk_ids.
+        routing: A name in ROUTINGS, or a special one: ``"all to one"``, ``"duplicates"`` (the same expert twice in a
+            row), ``"sentinels"`` (some ids outside 0…E-1, with NaN for weights) or ``"none"`` (all of them).
+        ids: The dtype of topk_ids.
         strided: Whether hidden_states is not contiguous.
         nan: Whether the second token has a NaN, which must stay in it and must not reach another.
     """
@@ -49,11 +62,16 @@ class Case:
 
     @property
     def layer(self) -> Workload:
-        """Its weights' shape."""
+        """The layer's shape, activation and biases."""
         return Workload(
             "case", E=self.E, topk=self.topk, K=self.K, N=self.N, activation=self.activation, bias=self.bias,
             interleaved=self.interleaved,
         )  # fmt: skip
+
+    def problem(self, precision: "Precision", machine: Machine, mode: Mode = "eager") -> MoEProblem:
+        """The problem that this case poses to a backend on a machine."""
+        plain = self.layer.problem(self.M, "bf16", machine, mode)
+        return dataclasses.replace(plain, dtype=precision.dtype, act_dtype=precision.act_dtype)
 
 
 TOKENS = {f"M={M}": Case(M=M) for M in (1, 3, 17, 150)}
@@ -66,9 +84,9 @@ ROUTING = {
     "one hot expert": Case(M=33, routing="one-hot"),
     "skewed": Case(M=33, E=16, topk=4, routing="dirichlet-4"),
     "all to one": Case(M=33, E=16, routing="all to one"),
-    "nobody's experts": Case(M=9, routing="sentinels"),
-    "nobody's experts, int64": Case(M=9, routing="sentinels", ids=torch.int64),
-    "nothing is ours": Case(M=3, routing="none"),
+    "ids outside 0…E-1": Case(M=9, routing="sentinels"),
+    "ids outside 0…E-1, int64": Case(M=9, routing="sentinels", ids=torch.int64),
+    "only ids outside 0…E-1": Case(M=3, routing="none"),
     "twice the same": Case(M=9, routing="duplicates"),
 }
 INPUTS = {
@@ -99,7 +117,7 @@ ACTIVATIONS = {
 }
 CASES = TOKENS | TOPK | EXPERTS | ROUTING | INPUTS | SHAPES | ACTIVATIONS
 
-# What only a GPU has the time for: the layers of real models.
+# The layers of real models, for which only a GPU is fast enough.
 MODEL_CASES = {
     "qwen3-30b-a3b decode": Case(M=1, E=128, topk=8, K=2048, N=768),
     "qwen3-30b-a3b batch": Case(M=64, E=128, topk=8, K=2048, N=768),
@@ -112,7 +130,7 @@ MODEL_CASES = {
 
 @dataclass(frozen=True)
 class Precision:
-    """Dtypes of weights and activations."""
+    """The dtypes of weights and of activations."""
 
     dtype: DType
     act_dtype: DType
@@ -121,7 +139,7 @@ class Precision:
         return self.dtype if self.dtype == self.act_dtype else f"{self.dtype}-{self.act_dtype}"
 
 
-# Each configuration again in FP16 would find what the other tests find of it, and compile as much.
+# Without FP16, in which the other tests run: it would compile every configuration once more.
 MODEL_PRECISIONS = (Precision("bf16", "bf16"), Precision("fp32", "fp32"), Precision("fp8", "bf16"))
 
 PRECISIONS = (
@@ -135,7 +153,15 @@ PRECISIONS = (
 
 @dataclass(frozen=True)
 class Inputs:
-    """The arguments of a call, and the right answer in fp32."""
+    """The arguments of a call.
+
+    Attributes:
+        hidden_states: ``[M, K]``.
+        experts: The layer's weights.
+        topk_weights: fp32 ``[M, topk]``.
+        topk_ids: int32 or int64 ``[M, topk]``.
+        truth: The right output, fp32 ``[M, K]``.
+    """
 
     hidden_states: Tensor
     experts: ExpertWeights
@@ -145,15 +171,16 @@ class Inputs:
 
     @property
     def arguments(self) -> tuple[Tensor, ExpertWeights, Tensor, Tensor]:
-        """In the order of `moe_forward`."""
+        """The arguments in the order of `moe_forward`."""
         return self.hidden_states, self.experts, self.topk_weights, self.topk_ids
 
 
 def make_inputs(case: Case, precision: Precision, device: str, seed: int = 0) -> Inputs:
-    """Random tensors for a case, and its truth by the reference in fp32."""
+    """Random tensors for a case, and the right output by the reference in fp32."""
     generator = torch.Generator(device).manual_seed(seed)
     experts = make_experts(case.layer, precision.dtype, device, generator, act_dtype=precision.act_dtype)
-    hidden = torch.randn(case.M, 2 * case.K, generator=generator, device=device).to(torch_dtype(precision.act_dtype))
+    hidden = torch.randn(case.M, 2 * case.K, generator=generator, dtype=torch.float32, device=device)
+    hidden = hidden.to(torch_dtype(precision.act_dtype))
     hidden = hidden[:, :: 2] if case.strided else hidden[:, : case.K].contiguous()  # fmt: skip
     if case.nan:
         hidden[1, case.K // 2] = torch.nan
@@ -163,12 +190,9 @@ def make_inputs(case: Case, precision: Precision, device: str, seed: int = 0) ->
 
 
 def truth(hidden: Tensor, experts: ExpertWeights, weights: Tensor, ids: Tensor) -> Tensor:
-    """The layer in fp32 by the naive loop, activations quantised where the weights are block FP8."""
-    from moe_dispatch.machine import Machine
-
+    """The output in fp32 by the reference, with activations quantised where the weights are block FP8."""
     reference = ReferenceBackend(Machine.inspect(hidden.device))
     config = ReferenceConfig(compute_fp32=True)
-    # The reference has no special case for NaN beside a foreign id: it never looks at such a slot.
     out: Tensor = reference.run(hidden.float().contiguous(), experts, weights, ids, config)
     return out
 
@@ -182,14 +206,32 @@ def relative_error(out: Tensor, expected: Tensor) -> float:
     return difference / scale if scale else difference
 
 
-def conform(backend: Backend, config: BackendConfig, inputs: Inputs) -> float:
-    """Run a backend on inputs and check dtype, shape, freshness and error; returns the error."""
+def conform(backend: Backend, config: BackendConfig, inputs: Inputs, *, into: bool = False) -> float:
+    """Run a backend and check its result: dtype, shape, memory, the inputs, and the error.
+
+    Args:
+        backend: The backend to check.
+        config: One of its configurations.
+        inputs: From `make_inputs`.
+        into: Whether to run it by `Backend.run_into`, over memory filled with NaN.
+
+    Returns:
+        The relative error.
+
+    Raises:
+        AssertionError: The backend breaks the contract of `Backend.run`; the message says how.
+    """
     hidden, experts, weights, ids = inputs.arguments
     before = [tensor.clone() for tensor in (hidden, weights, ids)]
-    out = backend.run(hidden.contiguous(), experts, weights.contiguous(), ids.contiguous(), config)
-    assert out.shape == hidden.shape
-    assert out.dtype == hidden.dtype
-    assert out.data_ptr() != hidden.data_ptr(), "the output must be fresh memory"
+    arguments = (hidden.contiguous(), experts, weights.contiguous(), ids.contiguous())
+    if into:
+        memory = torch.full_like(arguments[0], torch.nan)
+        out = backend.run_into(*arguments, config, memory)
+        assert out is memory, "run_into must return the tensor that it writes into"
+    else:
+        out = backend.run(*arguments, config)
+    fault = result_fault(out, arguments)
+    assert not fault, fault
     for tensor, copy in zip((hidden, weights, ids), before, strict=True):
         assert torch.equal(tensor.nan_to_num(7.0), copy.nan_to_num(7.0)), "an input was written to"
     spoilt = inputs.truth.isnan().any(dim=1)
@@ -215,23 +257,3 @@ def _routing(case: Case, seed: int) -> tuple[Tensor, Tensor]:
         ids[::2, 0], ids[1::3, 1], ids[2] = -1, case.E, -1
         weights = torch.where((ids < 0) | (ids >= case.E), torch.nan, weights)
     return weights, ids
-
-
-def in_interpreter(case: Case, name: str) -> Case:
-    """The case as Triton's interpreter can afford it: many experts or tokens, but then a small layer."""
-    if name.startswith("triton") and max(case.M * case.topk, case.E) > 32:
-        return replace(case, M=min(case.M, 70), K=min(case.K, 64), N=min(case.N, 32), E=min(case.E, 64))
-    return case
-
-
-def worth_interpreting(case: Case, name: str, precision: Precision) -> bool:
-    """Whether Triton's interpreter, which takes seconds for a layer, is to run a case in a precision.
-
-    All of them run in FP16, with the weights in FP8 or not; the rest is a matter of the first load and the last store.
-    """
-    return not name.startswith("triton") or precision.act_dtype == "fp16" or case in TOKENS.values()
-
-
-def on_gpu(case: Case) -> Case:
-    """The case as a GPU can afford it: more tokens where tokens are the point."""
-    return replace(case, M=case.M * 16) if case.M >= 33 else case

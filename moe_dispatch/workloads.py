@@ -1,19 +1,20 @@
 """Named models and routing distributions, shared by tests, benchmarks and calibration."""
 
-import dataclasses
-import json
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, TypedDict
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, Final
 
 from moe_dispatch.errors import InvalidInputError, UnknownNameError
-from moe_dispatch.experts import ExpertWeights
-from moe_dispatch.machine import Machine
-from moe_dispatch.problem import ACTIVATIONS, UNGATED, Activation, DType, Mode, MoEProblem
+from moe_dispatch.model_config import configured_layer
+from moe_dispatch.problem import UNGATED, Activation, DType, Mode, MoEProblem
+from moe_dispatch.system.files import read_json
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from moe_dispatch.experts import ExpertWeights
+    from moe_dispatch.machine import Machine
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ class Workload:
     bias: bool = False
     interleaved: bool = False
 
-    def problem(self, M: int, dtype: DType, machine: Machine, mode: Mode = "eager") -> MoEProblem:
+    def problem(self, M: int, dtype: DType, machine: "Machine", mode: Mode = "eager") -> MoEProblem:
         """The problem of M tokens through this layer on a machine; activations are BF16 where the weights are FP8."""
         return MoEProblem(
             M=M, K=self.K, N=self.N, E=self.E, topk=self.topk, dtype=dtype,
@@ -51,100 +52,98 @@ WORKLOADS: Final[dict[str, Workload]] = {
     )
 }
 
-# The keys under which Hugging Face configurations say the same thing.
-_CONFIG_KEYS: Final[dict[str, tuple[str, ...]]] = {
-    "E": ("num_experts", "n_routed_experts", "num_local_experts"),
-    "topk": ("num_experts_per_tok", "experts_per_token", "moe_topk", "top_k"),
-    "K": ("hidden_size",),
-    "N": ("moe_intermediate_size", "intermediate_size"),
-}
-_CONFIG_ACTIVATIONS: Final[dict[str, Activation]] = {
-    "silu": "silu",
-    "swish": "silu",
-    "gelu": "gelu",
-    "gelu_pytorch_tanh": "gelu_tanh",
-    "relu2": "relu2",
-}
+LARGEST: Final = 1 << 31  # No number of a layer is as large.
 
 
 def workload(text: str) -> Workload:
-    """Find a workload by name, by ``E,topk,K,N``, or from the path of a Hugging Face config.json.
+    """Find a workload by name, by ``E,topk,K,N``, or from a model's config.json or params.json.
+
+    Args:
+        text: ``"qwen3-30b-a3b"``, or a name as the Hugging Face hub writes it, in any case and with any suffix
+            (``"Qwen/Qwen3-30B-A3B-Instruct-2507"``); four numbers; or the path of a config or of the folder that holds
+            it.
 
     Raises:
-        UnknownNameError: It is none of the three.
-        InvalidInputError: It is the second or third and does not describe an MoE layer.
+        UnknownNameError: It is none of these.
+        InvalidInputError: It is a path or numbers and does not describe an MoE layer.
     """
-    if text in WORKLOADS:
-        return WORKLOADS[text]
-    if text.endswith(".json") or Path(text).is_file():
-        return _from_config(Path(text))
-    numbers = text.split(",")
-    if len(numbers) == 4 and all(number.strip().isdecimal() for number in numbers):
-        E, topk, K, N = (int(number) for number in numbers)
-        if min(E, topk, K, N) < 1 or topk > E:
-            raise InvalidInputError(f"E,topk,K,N must be positive with topk ≤ E, got {text}")
-        return Workload(text, E=E, topk=topk, K=K, N=N)
-    raise UnknownNameError("workload", text, (*WORKLOADS, "E,topk,K,N", "path/to/config.json"))
+    if exact := WORKLOADS.get(text.strip().lower()):
+        return exact
+    if path := _config_path(text):
+        return _from_config(path)
+    if variant := _variant(text):
+        return variant
+    numbers = [number.strip() for number in text.split(",")]
+    if len(numbers) == 4 and all(number.isascii() and number.isdecimal() for number in numbers):
+        if max(map(len, numbers)) < 12:
+            E, topk, K, N = map(int, numbers)
+            if min(E, topk, K, N) >= 1 and topk <= E and max(E, K, N) < LARGEST:
+                return Workload(text, E=E, topk=topk, K=K, N=N)
+        raise InvalidInputError(f"E,topk,K,N must be from 1 to {LARGEST - 1} with topk ≤ E, got {text[:80]}")
+    raise UnknownNameError("workload", text[:80], (*WORKLOADS, "E,topk,K,N", "path/to/config.json"))
+
+
+def _variant(text: str) -> Workload | None:
+    """A named workload by a hub name, without owner and suffixes: the variants of a model have the same layer."""
+    name = text.strip().lower().rpartition("/")[2]
+    layers = (layer for known, layer in WORKLOADS.items() if f"{name}-".startswith(f"{known}-"))
+    return next(layers, None)
+
+
+def _config_path(text: str) -> Path | None:
+    """The file that a path means: itself, or the config in a folder; None where the text is no path."""
+    path = Path(text)
+    if text.endswith(".json"):
+        return path
+    try:
+        if path.is_dir():
+            return next((path / name for name in ("config.json", "params.json") if (path / name).exists()), None)
+        return path if path.exists() else None
+    except (OSError, ValueError):  # a name that is too long, or a NUL byte
+        return None
 
 
 def _from_config(path: Path) -> Workload:
+    origin = str(path)[:300]
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = read_json(path)
     except (OSError, ValueError) as error:
-        raise InvalidInputError(f"{path} is not a readable config.json: {error}") from error
-    if isinstance(config, dict):
-        config = config.get("text_config") or config
-    if not isinstance(config, dict):
-        raise InvalidInputError(f"{path} must hold a JSON object, got {type(config).__name__}")
-    found: dict[str, int] = {}
-    for letter, keys in _CONFIG_KEYS.items():
-        value = next((config[key] for key in keys if isinstance(config.get(key), int) and config[key] > 0), None)
-        if value is None:
-            raise InvalidInputError(f"{path} has no {' or '.join(keys)} above 0: it is not the config of an MoE model")
-        found[letter] = value
-    name = str(config.get("_name_or_path") or config.get("model_type") or path.parent.name or path.stem)
-    E, topk = found["E"], found["topk"]
-    if topk > E:
-        raise InvalidInputError(f"{path} chooses {topk} experts per token of {E}, and must choose distinct ones")
-    plain = Workload(name, E=E, topk=topk, K=found["K"], N=found["N"])
-    if config.get("model_type") == "gpt_oss":
-        return dataclasses.replace(plain, activation="swiglu_oai", bias=True, interleaved=True)
-    return dataclasses.replace(plain, activation=_config_activation(path, config))
-
-
-def _config_activation(path: Path, config: Mapping[str, Any]) -> Activation:
-    given = str(config.get("hidden_act") or config.get("mlp_hidden_act") or "silu")
-    if given not in _CONFIG_ACTIVATIONS:
-        raise InvalidInputError(
-            f"{path} asks for activation {given!r}; known: {', '.join(sorted(_CONFIG_ACTIVATIONS))} "
-            f"(as {', '.join(ACTIVATIONS)})"
-        )
-    return _CONFIG_ACTIVATIONS[given]
+        raise InvalidInputError(f"{origin} is not a readable config: {error}") from error
+    layer = configured_layer(config, origin)
+    name = layer.name or path.parent.name or path.stem
+    return Workload(
+        name, E=layer.E, topk=layer.topk, K=layer.K, N=layer.N, activation=layer.activation, bias=layer.bias,
+        interleaved=layer.interleaved,
+    )  # fmt: skip
 
 
 def make_experts(
     layer: Workload | MoEProblem,
     dtype: DType,
-    device: torch.device | str,
-    generator: torch.Generator | None = None,
+    device: "torch.device | str",
+    generator: "torch.Generator | None" = None,
     act_dtype: DType | None = None,
-) -> ExpertWeights:
+) -> "ExpertWeights":
     """Random expert weights of a layer, scaled so that the output is of the input's size.
 
     Args:
-        layer: Its shape, activation and biases.
-        dtype: Of the weights; ``"fp8"`` quantises.
-        device: Where they go.
-        generator: On `device`; torch's default if None.
-        act_dtype: Of the biases where the weights are FP8; BF16 if None.
+        layer: The layer, whose shape, activation and biases count.
+        dtype: Dtype of the weights; ``"fp8"`` quantises them.
+        device: Device of the weights.
+        generator: A generator on `device`; torch's default if None.
+        act_dtype: Dtype of the biases where the weights are FP8; BF16 if None.
     """
-    plain = _TORCH_DTYPES[(act_dtype or "bf16") if dtype == "fp8" else dtype]
+    import torch
+
+    from moe_dispatch.experts import ExpertWeights
+
+    plain = torch_dtype((act_dtype or "bf16") if dtype == "fp8" else dtype)
     rows = layer.N if layer.activation in UNGATED else 2 * layer.N
 
-    def draw(*shape: int, scale: float) -> Tensor:
+    def draw(*shape: int, scale: float) -> "Tensor":
         out = torch.empty(shape, dtype=plain, device=device)
         for e in range(shape[0]):  # one expert at a time: the fp32 draw of a whole layer would not fit beside it
-            out[e] = torch.randn(shape[1:], generator=generator, dtype=torch.float32, device=device) * scale
+            out[e] = torch.randn(shape[1:], generator=generator, device=device, dtype=torch.float32) * scale
         return out
 
     gate_up = draw(layer.E, rows, layer.K, scale=layer.K**-0.5)
@@ -159,25 +158,14 @@ def make_experts(
     )  # fmt: skip
 
 
-_TORCH_DTYPES: Final[dict[str, torch.dtype]] = {
-    "bf16": torch.bfloat16,
-    "fp16": torch.float16,
-    "fp32": torch.float32,
-    "fp8": torch.float8_e4m3fn,
-}
-
-
-def torch_dtype(name: DType) -> torch.dtype:
+def torch_dtype(name: DType) -> "torch.dtype":
     """``"bf16"`` -> ``torch.bfloat16``."""
-    return _TORCH_DTYPES[name]
+    import torch
 
-
-class _Place(TypedDict):
-    dtype: torch.dtype
-    device: str
-
-
-_ON_CPU: Final[_Place] = {"dtype": torch.float32, "device": "cpu"}
+    dtypes: dict[DType, torch.dtype] = {
+        "bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp8": torch.float8_e4m3fn,
+    }  # fmt: skip
+    return dtypes[name]
 
 
 @dataclass(frozen=True)
@@ -185,9 +173,9 @@ class RoutingDistribution:
     """How tokens spread over experts.
 
     Attributes:
-        name: ``"uniform"``, ``"dirichlet-4"``, ``"one-hot"``.
-        skew: f: expert shares are drawn from the symmetric Dirichlet distribution whose expected effective number of
-            experts, 1/Σp², is E/f. 1 is uniform.
+        name: A name such as ``"uniform"``, ``"dirichlet-4"`` or ``"one-hot"``.
+        skew: The factor f: expert shares are drawn from the symmetric Dirichlet distribution whose expected effective
+            number of experts, 1/Σp², is E/f. 1 is uniform.
         hot: Whether one expert is chosen by every token.
     """
 
@@ -196,30 +184,39 @@ class RoutingDistribution:
     hot: bool = False
 
     def sample(
-        self, M: int, E: int, topk: int, device: torch.device | str, generator: torch.Generator | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """Draw a routing: fp32 weights ``[M, topk]`` that sum to 1, int32 ids ``[M, topk]``, distinct in each row."""
+        self, M: int, E: int, topk: int, device: "torch.device | str", generator: "torch.Generator | None" = None
+    ) -> "tuple[Tensor, Tensor]":
+        """Draw a routing: fp32 weights ``[M, topk]`` that sum to 1, int32 ids ``[M, topk]``, distinct in each row.
+
+        Raises:
+            InvalidInputError: There are fewer experts than are to be chosen.
+        """
+        import torch
+
         if topk > E:
             raise InvalidInputError(f"topk={topk} distinct experts cannot be drawn from E={E}")
-        # Drawn on the CPU and in fp32, whatever torch's defaults: the same seed gives the same routing everywhere.
+        # Drawn on the CPU: the same seed gives the same routing on every device.
+        on_host: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}
         logits = self._log_shares(E, generator).expand(M, E)
-        noise = torch.rand(M, E, generator=generator, **_ON_CPU).clamp_(min=1e-20).log_().neg_().log_().neg_()  # Gumbel
+        noise = torch.rand(M, E, generator=generator, **on_host).clamp_(min=1e-20).log_().neg_().log_().neg_()  # Gumbel
         scores = logits + noise
         if self.hot:
             scores[:, 0] = torch.inf
         ids = scores.topk(topk, dim=1).indices
         if self.hot:
             ids = ids[:, torch.randperm(topk, generator=generator, device="cpu")]
-        weights = torch.rand(M, topk, generator=generator, **_ON_CPU) + 0.1
+        weights = torch.rand(M, topk, generator=generator, **on_host) + 0.1
         weights /= weights.sum(dim=1, keepdim=True)
         return weights.to(device), ids.to(device=device, dtype=torch.int32)
 
-    def _log_shares(self, E: int, generator: torch.Generator | None) -> Tensor:
+    def _log_shares(self, E: int, generator: "torch.Generator | None") -> "Tensor":
+        import torch
+
         if self.skew <= 1.0 or E == 1:
-            return torch.zeros(E, **_ON_CPU)
+            return torch.zeros(E, dtype=torch.float32, device="cpu")
         # E[Σp²] of a symmetric Dirichlet is (α + 1)/(E·α + 1), and its inverse is to be E/f.
         alpha = max((E / self.skew - 1) / (E * (1 - 1 / self.skew)), 1e-3)
-        gamma = torch._standard_gamma(torch.full((E,), alpha, **_ON_CPU), generator=generator)
+        gamma = torch._standard_gamma(torch.full((E,), alpha, dtype=torch.float32, device="cpu"), generator=generator)
         return (gamma / gamma.sum()).clamp_(min=1e-30).log_()
 
 

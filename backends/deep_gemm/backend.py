@@ -8,6 +8,7 @@ from moe_dispatch.backend import Backend, BackendConfig, Requirements
 from moe_dispatch.backends.deep_gemm.layouts import MaskedRows, PsumRows, Rows, expected_rows, layout_rows
 from moe_dispatch.backends.deep_gemm.library import INSTALL_HINT, load, wheel_reasons
 from moe_dispatch.backends.stages.combine import combine
+from moe_dispatch.backends.triton_common.features import stage_reasons
 from moe_dispatch.experts import ExpertWeights
 from moe_dispatch.problem import QUANT_BLOCK, DType, MoEProblem
 from moe_dispatch.system.libraries import library_version
@@ -78,9 +79,10 @@ class DeepGemmBackend(Backend):
 
     def further_reasons(self, problem: MoEProblem) -> tuple[str, ...]:
         """See `Backend.further_reasons`."""
+        reasons = stage_reasons(self.machine)
         if problem.dtype == "fp8" and problem.capability is not None and problem.capability >= _UE8M0:
-            return ("takes packed power-of-two multipliers on sm_100, and the stages write fp32 ones",)
-        return ()
+            reasons += ("takes packed power-of-two multipliers on sm_100, and the stages write fp32 ones",)
+        return reasons
 
     def configs(self, problem: MoEProblem) -> tuple[DeepGemmConfig, ...]:
         """See `Backend.configs`."""

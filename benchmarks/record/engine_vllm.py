@@ -29,6 +29,7 @@ FP8: Final = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_blo
 BATCHES: Final = (1, 8, 32, 128, 256)
 SHORT, LONG = 16, 80  # generated tokens; the difference is decode alone
 PREFILL: Final = (8, 2048)
+CAPTURED: Final = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
 
 def serve(arguments: argparse.Namespace) -> None:
@@ -44,7 +45,8 @@ def serve(arguments: argparse.Namespace) -> None:
     engine = LLM(
         model=str(folder), load_format="dummy", skip_tokenizer_init=True, attention_backend="TRITON_ATTN",
         gpu_memory_utilization=arguments.memory, max_model_len=4096, max_num_seqs=256, max_num_batched_tokens=8192,
-        enable_prefix_caching=False, seed=0, disable_log_stats=True, enforce_eager=False,
+        enable_prefix_caching=False, seed=0, disable_log_stats=True,
+        compilation_config={"cudagraph_capture_sizes": list(CAPTURED)},
     )  # fmt: skip
     compiled = _count_compilations()
     answer = os.fdopen(arguments.answer, "w")

@@ -33,7 +33,7 @@ benchmarks=(python3 -m moe_dispatch.benchmarks)
 
 left() { echo $((SECONDS_EACH > SECONDS ? SECONDS_EACH - SECONDS : 0)); }
 # The timeout is long because a library that loads while another call keeps the cores busy has not hung.
-calibrate() { "${moe_dispatch[@]}" calibrate "${dtypes[@]}" --configs "$CONFIGS" --timeout 180 "$@"; }
+calibrate() { "${moe_dispatch[@]}" calibrate "${dtypes[@]}" --max-configs "$CONFIGS" --timeout 180 "$@"; }
 keep() { cp "$1"/calibration/*.json "$OUT/$2"; }
 
 sweep() {

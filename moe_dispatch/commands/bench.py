@@ -13,12 +13,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
-from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from moe_dispatch.commands.console import ERR, INTERRUPTED, OUT, heading, machine_line, microseconds, table
-from moe_dispatch.commands.options import dtype_of, modes_of, tokens_of
+from moe_dispatch.commands.console import ERR, INTERRUPTED, OUT, heading, machine_line, microseconds, plain, table
+from moe_dispatch.commands.options import Dtypes, Models, Routings, dtype_of, modes_of, tokens_of
 from moe_dispatch.errors import InvalidInputError, UnknownNameError
 from moe_dispatch.problem import DType, Mode
 
@@ -40,12 +39,9 @@ SUITE_OPTIONS: Final = ("tokens", "backend", "config", "mode", "routing", "secon
 
 def bench(
     context: typer.Context,
-    model: Annotated[
-        list[str] | None,
-        typer.Option(help="A named model, E,topk,K,N or the path of a config.json; repeatable."),
-    ] = None,
+    model: Models = None,
     tokens: Annotated[str, typer.Option(help="Token counts M, separated by commas.")] = ",".join(map(str, TOKENS)),
-    dtype: Annotated[list[str] | None, typer.Option(help="bf16, fp8, fp16 or fp32; repeatable.")] = None,
+    dtype: Dtypes = None,
     backend: Annotated[
         list[str] | None,
         typer.Option(help="A backend, a baseline or 'all'; repeatable. Default: all backends and baselines."),
@@ -55,7 +51,7 @@ def bench(
         typer.Option(help="Configurations of each backend: 'default', 'all', or 'chosen', the calibration's choice."),
     ] = "default",
     mode: Annotated[str | None, typer.Option(help="graph, eager or both. Default: both; eager on a CPU.")] = None,
-    routing: Annotated[list[str] | None, typer.Option(help="A routing distribution; repeatable.")] = None,
+    routing: Routings = None,
     suite: Annotated[
         str | None, typer.Option(help="Run a named suite instead, such as 'scoreboard'; --model and --dtype narrow it.")
     ] = None,
@@ -98,7 +94,7 @@ def bench(
         raise InvalidInputError(f"{path} exists already; --resume goes on with it, --out names another")
     _check_writable(path)
     sweep = _sweep(path, machine, notes, deadline, energy, resume=resume)
-    ERR.print(f"[bold]{escape(machine_line(machine))}[/bold]\n{escape(str(path))}")
+    ERR.print(f"[bold]{plain(machine_line(machine))}[/bold]\n{plain(str(path))}")
     interrupted = False
     with _progress(sweep, sum(plan.points for plan in plans)):
         try:
@@ -110,9 +106,9 @@ def bench(
         from moe_dispatch.benchmarks.reports.plots import draw
 
         for drawn in draw(rows, path.parent):
-            ERR.print(f"drew {escape(str(drawn))}")
+            ERR.print(f"drew {plain(str(drawn))}")
     if interrupted:
-        ERR.print(f"interrupted; {len(sweep.written)} rows are kept, --resume --out {escape(str(path))} goes on")
+        ERR.print(f"interrupted; {len(sweep.written)} rows are kept, --resume --out {plain(str(path))} goes on")
         raise typer.Exit(INTERRUPTED)
 
 
@@ -292,7 +288,7 @@ def _progress(sweep: "Sweep", points: int) -> Iterator[None]:
 
         def print_line(description: str | None) -> None:
             if description is not None:
-                ERR.print(f"{time.perf_counter() - begin:4.0f} s  {escape(description)}")
+                ERR.print(f"{time.perf_counter() - begin:4.0f} s  {plain(description)}")
 
         sweep.advance = print_line
         yield
@@ -308,7 +304,7 @@ def _progress(sweep: "Sweep", points: int) -> Iterator[None]:
             if description is None:
                 progress.advance(task)
             else:
-                progress.update(task, description=escape(description))
+                progress.update(task, description=plain(description))
 
         sweep.advance = advance
         yield
@@ -324,9 +320,9 @@ def _report(sweep: "Sweep", *, json_: bool) -> None:
         for (layer, dtype), rows in itertools.groupby(ordered, key=lambda row: (row.workload, row.dtype)):
             heading(f"{layer} {dtype}")
             OUT.print(_table(list(rows)))
-    ERR.print(f"[dim]{escape(str(sweep.stopwatch))}[/dim]")
+    ERR.print(f"[dim]{plain(str(sweep.stopwatch))}[/dim]")
     for note in sweep.notes:
-        ERR.print(f"[dim]note: {escape(note)}[/dim]")
+        ERR.print(f"[dim]note: {plain(note)}[/dim]")
 
 
 def _table(rows: "Sequence[BenchRow]") -> Table:
@@ -340,8 +336,8 @@ def _table(rows: "Sequence[BenchRow]") -> Table:
             str(row.M),
             row.routing,
             row.mode,
-            escape(_label(row) if names[row.backend] > 1 else row.backend),
-            microseconds(row.us) if row.us is not None else f"[red]{escape(row.reason)}[/red]",
+            plain(_label(row) if names[row.backend] > 1 else row.backend),
+            microseconds(row.us) if row.us is not None else f"[red]{plain(row.reason)}[/red]",
             f"{row.fraction:.2f}" if row.fraction is not None else "–",
             *([f"{1e3 * row.joules_per_token:.3g} mJ" if row.joules_per_token is not None else "–"] * len(energy)),
             f"{row.error:.1e}" if row.error is not None else "–",

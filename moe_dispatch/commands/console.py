@@ -1,6 +1,7 @@
 """How every command prints: compact tables that read as well in a log without colours."""
 
 import codecs
+import os
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Final
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 # `emoji` would replace text such as ":warning:" that comes from files.
 OUT: Final = Console(highlight=False, soft_wrap=False, emoji=False)
 ERR: Final = Console(highlight=False, emoji=False, stderr=True)
+UNLIMITED: Final = 1000  # columns: wider than any table here
 INTERRUPTED: Final = 130  # the exit status that a shell expects of a program ended by Ctrl-C
 
 _ASCII: Final = str.maketrans({
@@ -35,8 +37,15 @@ def plain(value: object) -> str:
     return escape(text)
 
 
-def accept_any_encoding() -> None:
-    """Let stdout and stderr print what their encoding lacks as ASCII, instead of raising UnicodeEncodeError."""
+def prepare_streams() -> None:
+    """Fit the output to where it goes, before a command prints anything.
+
+    What the encoding of stdout and stderr lacks is printed as ASCII instead of raising UnicodeEncodeError. In a pipe or
+    a file, lines are as long as they need to be, unless COLUMNS says otherwise: tables can be searched and cut.
+    """
+    columns = os.environ.get("COLUMNS", "")
+    if not OUT.is_terminal:
+        OUT.width = int(columns) if columns.isascii() and columns.isdecimal() and 0 < len(columns) < 5 else UNLIMITED
     codecs.register_error("moe_dispatch.ascii", _spelt_in_ascii)
     for stream in (sys.stdout, sys.stderr):
         reconfigure = getattr(stream, "reconfigure", None)  # a program that replaced the stream may have none
@@ -58,7 +67,7 @@ def table(*columns: str, numbers: Sequence[str] = ()) -> Table:
         *columns: Headings.
         numbers: Those of them that are set flush right.
     """
-    made = Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold", show_edge=False)
+    made = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold", show_edge=False)
     for column in columns:
         flush_right = column in numbers
         made.add_column(column, justify="right" if flush_right else "left", no_wrap=flush_right, overflow="fold")
@@ -81,13 +90,20 @@ def machine_line(machine: "Machine") -> str:
     cuda = machine.capability is not None
     parts = [
         machine.name,
-        "sm_{}{}".format(*machine.capability) if machine.capability else "CPU",
+        _architecture(machine),
         f"{machine.sms} {'SMs' if cuda else 'cores'}",
         f"{machine.memory_bytes / 2**30:.0f} GiB",
         f"torch {machine.torch}",
         f"triton {machine.triton}" if machine.triton else "no triton",
     ]
     return " · ".join(parts)
+
+
+def _architecture(machine: "Machine") -> str:
+    if machine.capability is None:
+        return "CPU"
+    major, minor = machine.capability
+    return f"sm_{major}{minor}" if machine.cuda else f"capability {major}.{minor}"  # an AMD GPU has no sm_ number
 
 
 def microseconds(value: float | None) -> str:

@@ -26,7 +26,7 @@ NAIVE: Final = "reference"
 PROMPT_TOKENS: Final = 64
 DISTINCT_INPUTS: Final = 4
 TIMED_S: Final = 0.4  # for each figure
-CALIBRATION_S: Final = {"cpu": 20.0, "cuda": 60.0}
+CALIBRATION_S: Final = {"cpu": 60.0, "cuda": 60.0}  # at most; an idle CPU needs 10
 # Logits of two right implementations differ by rounding alone.
 LOGITS_TOLERANCE: Final = {"fp32": 1e-4, "bf16": 3e-2}
 SMALL: Final = Workload("qwen3-moe, small", E=32, topk=4, K=256, N=128)

@@ -1,170 +1,138 @@
-"""`moe-dispatch doctor`: what is here, what is missing, and how to get it."""
+"""`moe-dispatch doctor`: what is here, what is wrong or missing, and how to mend it."""
 
-import dataclasses
 import json
-from dataclasses import dataclass
-from typing import Annotated, Final
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.markup import escape
 
-from moe_dispatch.commands.console import OUT, heading, machine_line, table
-from moe_dispatch.dispatch.backend_pool import BackendStatus
-from moe_dispatch.dispatch.dispatcher import Dispatcher
-from moe_dispatch.dispatch.process import get_dispatcher
-from moe_dispatch.dispatch.quarantine import Quarantine, QuarantineEntry
-from moe_dispatch.errors import MoEDispatchError
-from moe_dispatch.problem import ELEMENT_BYTES, DType
-from moe_dispatch.settings import VARIABLES, cache_dir, set_variables
-from moe_dispatch.workloads import ROUTINGS, Workload, make_experts
+from moe_dispatch.commands.console import OUT, heading, line, machine_line, plain, table
+from moe_dispatch.commands.options import AsJson, Device
+from moe_dispatch.settings import VARIABLES
 
-# Small, and aligned so that no backend refuses it for its shape.
-_PROBE: Final = Workload("probe", E=4, topk=2, K=256, N=128)
-_PROBE_TOKENS: Final = 8
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
-
-@dataclass(frozen=True)
-class BackendReport:
-    """A backend as `doctor` shows it.
-
-    Attributes:
-        name: Registered name.
-        dtypes: Weight dtypes it runs on this machine; empty if it runs none.
-        reasons: Why it runs none.
-        versions: Of the libraries it depends on.
-        install_hint: How to get it.
-        probe: By dtype, what running a tiny layer showed; empty without ``--probe``.
-    """
-
-    name: str
-    dtypes: tuple[DType, ...]
-    reasons: tuple[str, ...]
-    versions: dict[str, str]
-    install_hint: str
-    probe: dict[str, str]
+    from moe_dispatch.commands.doctor_report import BackendReport, CalibratedLayer, DoctorReport
+    from moe_dispatch.dispatch.quarantine import QuarantineEntry
+    from moe_dispatch.system.libraries import LibraryStatus
 
 
 def doctor(
-    as_json: Annotated[bool, typer.Option("--json", help='Machine-readable; "machine" serves `--machine`.')] = False,
+    device: Device = None,
     reset: Annotated[bool, typer.Option("--reset", help="Lift the quarantine.")] = False,
     probe: Annotated[bool, typer.Option("--probe", help="Run a tiny layer on every backend, against fp32.")] = False,
+    as_json: AsJson = False,
 ) -> None:
-    """Show the machine, every backend (or why not, and how to get it), the quarantine and the notes of the policies."""
-    dispatcher = get_dispatcher()
-    lifted = _lift(dispatcher.quarantine) if reset else None
-    reports = [_report(dispatcher, status, probe=probe) for status in dispatcher.planner.statuses()]
-    entries, notes = dispatcher.quarantine.entries(), dispatcher.planner.notes()
-    environment = set_variables()
+    """Show the machine, every backend and library, calibrations and the quarantine, and what is wrong.
+
+    The exit status is 1 if something is wrong: a call would raise, a result is wrong, or nothing can be kept on disk.
+    """
+    from moe_dispatch.commands.doctor_report import examine
+
+    report = examine(device, reset=reset, probe=probe)
     if as_json:
-        found = {
-            "machine": dispatcher.machine.model_dump(mode="json"),
-            "fingerprint": dispatcher.machine.fingerprint,
-            "backends": [dataclasses.asdict(report) for report in reports],
-            "quarantine": [entry.model_dump(mode="json") for entry in entries],
-            "policy_notes": list(notes),
-            "environment": environment,
-            "cache_dir": str(cache_dir()),
-        }
-        typer.echo(json.dumps(found, indent=1))
-        return
-    OUT.print(f"[bold]machine[/bold]  {escape(machine_line(dispatcher.machine))}")
-    if dispatcher.machine.driver:
-        OUT.print(f"         driver {dispatcher.machine.driver} · CUDA {dispatcher.machine.cuda}")
-    _print_backends(reports)
-    _print_quarantine(entries, lifted)
-    _print_rest(notes, environment)
+        typer.echo(json.dumps(report.to_dict(), indent=1))
+    else:
+        _print(report)
+    if report.problems:
+        raise typer.Exit(1)
 
 
-def _lift(quarantine: Quarantine) -> int:
-    try:
-        return quarantine.reset()
-    except OSError as error:
-        raise MoEDispatchError(
-            f"the quarantine cannot be lifted: {error}; make {cache_dir()} writable, or set MOE_DISPATCH_CACHE_DIR to "
-            "another folder"
-        ) from error
+def _print(report: "DoctorReport") -> None:
+    line(f"[bold]moe-dispatch {report.version}[/bold]  {plain(machine_line(report.machine))}")
+    if report.machine.driver:
+        line(f"driver {plain(report.machine.driver)} · CUDA {plain(report.machine.cuda or 'none')}", style="dim")
+    _print_backends(report.backends)
+    _print_libraries(report.libraries)
+    _print_calibrations(report)
+    _print_quarantine(report.quarantine, report.lifted)
+    heading("environment")
+    line(f"cache: {plain(report.cache_dir)}")
+    for name, value in report.environment.items():
+        line(f"{name}={plain(value)}  [dim]{plain(VARIABLES[name])}[/dim]")
+    if not report.environment:
+        line("no MOE_DISPATCH_… variable is set")
+    if report.notes:
+        heading("notes")
+        for note in report.notes:
+            line(plain(note))
+    heading("problems")
+    for problem in report.problems:
+        line(f"[red]✗[/red] {plain(problem)}")
+    if not report.problems:
+        line("[green]✓[/green] none")
 
 
-def _report(dispatcher: Dispatcher, status: BackendStatus, *, probe: bool) -> BackendReport:
-    name = status.name
-    reasons = list(status.reasons)
-    dtypes: list[DType] = []
-    if status.available:
-        refusals: dict[str, None] = {}
-        for dtype in ELEMENT_BYTES:
-            problem = _PROBE.problem(_PROBE_TOKENS, dtype, dispatcher.machine)
-            against = dispatcher.planner.backend(name).unsupported_reasons(problem)
-            if against:
-                refusals.update(dict.fromkeys(against))
-            else:
-                dtypes.append(dtype)
-        if not dtypes:
-            # A dtype it never takes says nothing about the machine; what remains does.
-            reasons += [text for text in refusals if not text.startswith("takes ")] or list(refusals)
-    probed: dict[str, str] = {dtype: _probe(name, dtype, dispatcher) for dtype in dtypes} if probe else {}
-    return BackendReport(name, tuple(dtypes), tuple(reasons), status.versions, status.install_hint, probed)
-
-
-def _probe(name: str, dtype: DType, dispatcher: Dispatcher) -> str:
-    import torch
-
-    from moe_dispatch.api import moe_forward
-    from moe_dispatch.measure import make_inputs, reference_outputs, relative_error
-
-    device = dispatcher.machine.device
-    experts = make_experts(_PROBE, dtype, device, torch.Generator(device).manual_seed(0))
-    (given,) = make_inputs(
-        _PROBE.problem(_PROBE_TOKENS, dtype, dispatcher.machine), ROUTINGS["uniform"], device, count=1
-    )
-    (truth,) = reference_outputs(experts, (given,))
-    try:
-        with torch.no_grad():
-            out = moe_forward(given.hidden_states, experts, given.topk_weights, given.topk_ids, backend=name)
-    except MoEDispatchError as failure:
-        return f"failed: {failure}"
-    error = relative_error(out, truth)
-    tolerance = dispatcher.planner.backend(name).tolerance.get(dtype, 0.0)
-    return f"{'ok' if error <= tolerance else 'WRONG'}, error {error:.1e} (tolerance {tolerance:.0e})"
-
-
-def _print_backends(reports: list[BackendReport]) -> None:
+def _print_backends(reports: "Sequence[BackendReport]") -> None:
     heading("backends")
-    rows = table("backend", "here", "detail")
+    rows = table("backend", "here", "weights", "versions")
     for report in reports:
-        versions = ", ".join(f"{name} {version}" for name, version in report.versions.items() if version)
-        if report.dtypes:
-            detail = [", ".join(report.dtypes) + (f"  ({versions})" if versions else "")]
-            detail += [f"{dtype}: {text}" for dtype, text in report.probe.items()]
-            broken = any(not text.startswith("ok") for text in report.probe.values())
-            here = "[red]broken[/red]" if broken else "[green]yes[/green]"
-        else:
-            detail, here = list(report.reasons), "[yellow]no[/yellow]"
-        rows.add_row(report.name, here, escape("\n".join(detail)))
+        here = "[red]broken[/red]" if report.broken else "[green]yes[/green]"
+        libraries = {name: version for name, version in report.versions.items() if version and name != "moe_dispatch"}
+        rows.add_row(
+            plain(report.name),
+            here if report.dtypes else "[yellow]no[/yellow]",
+            ", ".join(report.dtypes) or "–",
+            plain(", ".join(f"{name} {version}" for name, version in libraries.items())) or "–",
+        )
+    OUT.print(rows)
+    for report in reports:
+        for reason in report.reasons:
+            line(f"{plain(report.name)}: {plain(reason)}")
+        for dtype, verdict in report.probe.items():
+            line(f"{plain(report.name)} {dtype}: {plain(verdict)}")
+
+
+def _print_libraries(statuses: "Sequence[LibraryStatus]") -> None:
+    heading("libraries")
+    rows = table("library", "installed", "known to work", "remedy")
+    for status in statuses:
+        installed = plain(status.installed) or "–"
+        needed = status.remedy if status.fault or not status.installed else ""
+        rows.add_row(
+            plain(status.library),
+            f"[yellow]{installed}[/yellow]" if status.fault else installed,
+            plain(status.known),
+            plain(needed),
+        )
+    OUT.print(rows)
+    for status in statuses:
+        if status.fault:
+            line(f"[yellow]{plain(status.fault)}[/yellow]")
+
+
+def _print_calibrations(report: "DoctorReport") -> None:
+    heading("calibration")
+    if not report.calibrated:
+        line("none on this machine: `moe-dispatch calibrate --model NAME` measures a layer")
+        return
+    rows = table("layer", "mode", "tokens", "routing", "measured", "versions")
+    for each in report.calibrated:
+        rows.add_row(
+            plain(each.layer),
+            each.mode,
+            _span(each),
+            plain(", ".join(each.routings)),
+            plain(each.measured[:10] or "unknown"),
+            plain(", ".join(f"{name} {version}" for name, version in each.versions.items())),
+        )
     OUT.print(rows)
 
 
-def _print_quarantine(entries: tuple[QuarantineEntry, ...], lifted: int | None) -> None:
+def _span(each: "CalibratedLayer") -> str:
+    tokens = each.tokens
+    return str(tokens[0]) if len(tokens) == 1 else f"{len(tokens)} from {tokens[0]} to {tokens[-1]}"
+
+
+def _print_quarantine(entries: "Sequence[QuarantineEntry]", lifted: int | None) -> None:
     heading("quarantine")
     if lifted is not None:
-        OUT.print(f"lifted: {lifted} {'entry' if lifted == 1 else 'entries'}")
-    if not entries:
-        OUT.print("empty")
-        return
-    rows = table("backend", "when", "cause", "problem")
+        line(f"lifted: {lifted} {'entry' if lifted == 1 else 'entries'}")
     for entry in entries:
         fatal = " [red](killed a process)[/red]" if entry.fatal else ""
-        rows.add_row(entry.backend, entry.when, escape(entry.cause) + fatal, escape(entry.problem))
-    OUT.print(rows)
-    OUT.print("Lift it with `moe-dispatch doctor --reset`.", style="dim")
-
-
-def _print_rest(notes: tuple[str, ...], environment: dict[str, str]) -> None:
-    heading("notes")
-    for note in notes or ("nothing to report",):
-        OUT.print(f"{escape(note)}")
-    heading("environment")
-    OUT.print(f"cache    {escape(str(cache_dir()))}")
-    for name, value in environment.items():
-        OUT.print(f"{name}={escape(value)}  [dim]{VARIABLES[name]}[/dim]")
-    if not environment:
-        OUT.print("no MOE_DISPATCH_… variable is set")
+        line(f"{plain(entry.backend)}, {plain(entry.when)}: {plain(entry.cause)}{fatal}")
+        line(f"  {plain(entry.problem)}", style="dim")
+    if entries:
+        line("Lift it with `moe-dispatch doctor --reset`.", style="dim")
+    else:
+        line("empty")

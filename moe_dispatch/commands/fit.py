@@ -1,18 +1,19 @@
 """`moe-dispatch fit`: fit the learned policy to measurements."""
 
+import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.markup import escape
 
-from moe_dispatch.commands.console import OUT, heading, table
+from moe_dispatch.commands.console import OUT, heading, line, plain, table
+from moe_dispatch.commands.options import AsJson, MachineName
 from moe_dispatch.errors import InvalidInputError
-from moe_dispatch.machine import Machine
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from moe_dispatch.machine import Machine
     from moe_dispatch.policies.learned.fit import Observation
     from moe_dispatch.policies.learned.policy import ModelFile
 
@@ -21,14 +22,14 @@ def fit(
     rows: Annotated[
         list[Path] | None, typer.Argument(help="Rows of `bench`; this machine's calibration by default.")
     ] = None,
-    machine: Annotated[
-        Path | None, typer.Option(help="JSON file of the machine that was measured; this one by default.")
-    ] = None,
+    machine: MachineName = None,
     out: Annotated[Path | None, typer.Option(help="File to write; this machine's own model by default.")] = None,
+    as_json: AsJson = False,
 ) -> None:
     """Fit the learned policy, and print its cost models and what its choices lose."""
     from moe_dispatch.benchmarks.reports.regret import bench_observations
     from moe_dispatch.benchmarks.row_files import load
+    from moe_dispatch.machine import Machine
     from moe_dispatch.policies.calibrated import calibration_path
     from moe_dispatch.policies.learned.fit import fit_model, observations, save_model
     from moe_dispatch.policies.learned.policy import model_path
@@ -47,9 +48,14 @@ def fit(
     model = fit_model(observed, measured_on)
     path = out or model_path(measured_on)
     save_model(model, path)
+    if as_json:
+        losses, why = _losses(observed, measured_on)
+        report = {"path": str(path), "model": model.model_dump(mode="json"), "losses": losses, "unknown": why}
+        typer.echo(json.dumps(report, indent=1))
+        return
     _show_cost_models(model)
-    _show_regrets(observed, measured_on)
-    OUT.print(f"written to {escape(str(path))}")
+    _show_losses(*_losses(observed, measured_on))
+    line(f"written to {plain(path)}")
 
 
 def _show_cost_models(model: "ModelFile") -> None:
@@ -60,10 +66,12 @@ def _show_cost_models(model: "ModelFile") -> None:
         heading(f"{dtype}, {mode}: how often each backend does each part of the work")
         rows = table("backend", *TERMS, numbers=TERMS)
         for one in cost_models:
-            rows.add_row(one.backend, *(f"{value:.3g}" if (value := one.coefficients[term]) else "–" for term in TERMS))
+            rows.add_row(
+                plain(one.backend), *(f"{value:.3g}" if (value := one.coefficients[term]) else "–" for term in TERMS)
+            )
         OUT.print(rows)
         errors = (f"{one.backend} {one.error:.1%} at {one.points} points" for one in cost_models)
-        OUT.print(f"median errors: {', '.join(errors)}")
+        line(f"median errors: {', '.join(errors)}")
     OUT.print()
     OUT.print("launch: 1 µs. search: 10 ns per expert. weights: read at 4.3 TB/s.")
     OUT.print("tiles: of 64 rows, multiplied at 700 TFLOP/s, in FP8 at 1300.")
@@ -71,23 +79,32 @@ def _show_cost_models(model: "ModelFile") -> None:
     OUT.print("slots, tokens: M·topk and M rows of K columns, moved at 4.3 TB/s.")
 
 
-def _show_regrets(observed: "Sequence[Observation]", machine: Machine) -> None:
+def _losses(observed: "Sequence[Observation]", machine: "Machine") -> tuple[list[dict[str, Any]], str]:
+    """What each policy's choices lose against the fastest, by dtype and mode; and why that is unknown, if it is."""
     from moe_dispatch.benchmarks.reports.regret import judge, summary
 
-    heading("loss against the fastest of everything measured")
     try:
         judged = judge(observed, machine)
     except InvalidInputError as error:
-        OUT.print(f"unknown: {escape(str(error))}")
+        return [], str(error)
+    kinds = sorted({(row.problem.dtype, row.problem.mode) for row in observed})
+    return [
+        {"dtype": dtype, "mode": mode, "policy": policy}
+        | summary(one for problem, one in judged[policy].items() if (problem.dtype, problem.mode) == (dtype, mode))
+        for dtype, mode in kinds
+        for policy in ("learned", "rules")
+    ], ""
+
+
+def _show_losses(losses: "Sequence[dict[str, Any]]", why: str) -> None:
+    heading("loss against the fastest of everything measured")
+    if why:
+        line(f"unknown: {plain(why)}")
         return
     numbers = ("mean", "p95", "worst", "points")
     rows = table("dtype", "mode", "policy", *numbers, numbers=numbers)
-    for dtype, mode in sorted({(row.problem.dtype, row.problem.mode) for row in observed}):
-        for name in ("learned", "rules"):
-            losses = summary(
-                one for problem, one in judged[name].items() if (problem.dtype, problem.mode) == (dtype, mode)
-            )
-            fractions = (f"{losses[key]:.1%}" for key in ("mean", "p95", "worst"))
-            rows.add_row(dtype, mode, name, *fractions, str(losses["points"]))
+    for loss in losses:
+        fractions = (f"{loss[key]:.1%}" for key in ("mean", "p95", "worst"))
+        rows.add_row(loss["dtype"], loss["mode"], loss["policy"], *fractions, str(loss["points"]))
     OUT.print(rows)
-    OUT.print("For each layer the learned policy was fitted without that layer's model.")
+    line("For each layer the learned policy was fitted without that layer's model.")

@@ -5,7 +5,7 @@ from typing import Any, Final
 import typer
 from typer.core import TyperGroup
 
-from moe_dispatch.commands.console import ERR, accept_any_encoding, plain
+from moe_dispatch.commands.console import ERR, plain, prepare_streams
 from moe_dispatch.errors import MoEDispatchError
 
 USAGE_ERROR: Final = 2
@@ -16,7 +16,7 @@ class CommandGroup(TyperGroup):
 
     def invoke(self, ctx: Any) -> Any:
         """Run a command; see `click.Group.invoke`."""
-        accept_any_encoding()
+        prepare_streams()
         try:
             return super().invoke(ctx)
         except MoEDispatchError as error:

@@ -78,7 +78,7 @@ Budget = Annotated[float | None, typer.Option("--budget", help="Stop after this 
 
 
 def tokens_of(text: str) -> list[int]:
-    """``--tokens``: token counts in the order in which they are given.
+    """``--tokens``: token counts, in the order of the option.
 
     Raises:
         InvalidInputError: It is no such list.

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from moe_dispatch.dispatch import torch_operator
-from moe_dispatch.dispatch.checks import check
+from moe_dispatch.dispatch.checks import check, check_out
 from moe_dispatch.dispatch.coverage import representative_token_counts
 from moe_dispatch.dispatch.dispatcher import Dispatcher
 from moe_dispatch.dispatch.explanation import Explanation
@@ -23,7 +23,12 @@ from moe_dispatch.workloads import ROUTINGS
 
 
 def call_eagerly(
-    hidden_states: Tensor, experts: ExpertWeights, topk_weights: Tensor, topk_ids: Tensor, backend: str | None
+    hidden_states: Tensor,
+    experts: ExpertWeights,
+    topk_weights: Tensor,
+    topk_ids: Tensor,
+    backend: str | None,
+    out: Tensor | None = None,
 ) -> Tensor:
     """`moe_forward` outside of a trace: on the layer's GPU and without autocast, the dispatcher runs the call."""
     if not isinstance(experts, ExpertWeights):
@@ -31,18 +36,20 @@ def call_eagerly(
     if type(hidden_states) is not Tensor or type(topk_weights) is not Tensor or type(topk_ids) is not Tensor:
         check(hidden_states, experts, topk_weights, topk_ids, backend)
         if any(map(is_fake, (hidden_states, topk_weights, topk_ids))):
-            return torch_operator.call(hidden_states, experts, topk_weights, topk_ids, backend)  # infers the shape
+            if out is not None:
+                check_out(out, (hidden_states, experts, topk_weights, topk_ids), needs_grad=False)
+            return torch_operator.call(hidden_states, experts, topk_weights, topk_ids, backend, out)  # for the shape
     device = experts.device
     if any_autocast_enabled() and torch.is_autocast_enabled(device.type):
         # Autocast rounds torch ops but not kernels, so the result would depend on the backend.
         with torch.autocast(device.type, enabled=False):
-            return call_eagerly(hidden_states, experts, topk_weights, topk_ids, backend)
+            return call_eagerly(hidden_states, experts, topk_weights, topk_ids, backend, out)
     dispatcher = get_dispatcher(device)
     # Triton and DeepGEMM launch on the current GPU, wherever the tensors are.
     if dispatcher.one_of_several_gpus and torch.cuda.current_device() != device.index:
         with torch.cuda.device(device):
-            return dispatcher.forward(hidden_states, experts, topk_weights, topk_ids, backend)
-    return dispatcher.forward(hidden_states, experts, topk_weights, topk_ids, backend)
+            return dispatcher.forward(hidden_states, experts, topk_weights, topk_ids, backend, out)
+    return dispatcher.forward(hidden_states, experts, topk_weights, topk_ids, backend, out)
 
 
 # The custom operator runs a call eagerly, and an eager call on fake tensors goes through the operator.
@@ -50,7 +57,12 @@ torch_operator.implement(call_eagerly)
 
 
 def call_traced(
-    hidden_states: Tensor, experts: ExpertWeights, topk_weights: Tensor, topk_ids: Tensor, backend: str | None
+    hidden_states: Tensor,
+    experts: ExpertWeights,
+    topk_weights: Tensor,
+    topk_ids: Tensor,
+    backend: str | None,
+    out: Tensor | None = None,
 ) -> Tensor:
     """`moe_forward` while torch.compile traces it.
 
@@ -58,13 +70,14 @@ def call_traced(
     of this function: it would trace what that calls from then on, down to a backend, which fails of that.
     """
     tensors = isinstance(hidden_states, Tensor) and isinstance(topk_weights, Tensor) and isinstance(topk_ids, Tensor)
+    tensors = tensors and (out is None or isinstance(out, Tensor))
     if not (tensors and isinstance(experts, ExpertWeights)) or needs_grad(hidden_states, experts, topk_weights):
         from moe_dispatch.dispatch.uncompiled import call_uncompiled
 
         # The operator has no gradient, and the reference's loop launches what the routing asks for.
-        out: Tensor = call_uncompiled(call_eagerly, hidden_states, experts, topk_weights, topk_ids, backend)
-        return out
-    return torch_operator.call(hidden_states, experts, topk_weights, topk_ids, backend)
+        result: Tensor = call_uncompiled(call_eagerly, hidden_states, experts, topk_weights, topk_ids, backend, out)
+        return result
+    return torch_operator.call(hidden_states, experts, topk_weights, topk_ids, backend, out)
 
 
 def warm_up(
@@ -74,13 +87,15 @@ def warm_up(
     act_dtype: torch.dtype | None,
     backend: str | None,
     up_to: int | None = None,
+    *,
+    into_out: bool = False,
 ) -> None:
     """See `moe_dispatch.warm_up`."""
     if not isinstance(experts, ExpertWeights):
         raise InvalidInputError(f"experts must be ExpertWeights(gate_up, down), got {type(experts).__name__}")
     counts = tuple(tokens) if isinstance(tokens, Iterable) else (tokens,)
-    given = ("topk", topk, 1), ("up_to", up_to or 0, 0), *(("tokens", count, 0) for count in counts)
-    for name, count, least in given:
+    numbers = ("topk", topk, 1), ("up_to", up_to or 0, 0), *(("tokens", count, 0) for count in counts)
+    for name, count, least in numbers:
         if type(count) is not int or count < least:
             raise InvalidInputError(f"{name} must be integers of at least {least}, got {count!r}")
     dtype = act_dtype or (torch.bfloat16 if experts.dtype == "fp8" else experts.gate_up.dtype)
@@ -96,7 +111,8 @@ def warm_up(
         hidden = torch.randn(M, experts.K, generator=generator, dtype=torch.float32, device=device).to(dtype)
         weights, ids = ROUTINGS["uniform"].sample(M, experts.E, topk, device, on_cpu)
         with torch.no_grad(), _current(device):
-            get_dispatcher(device).warm_up((hidden, experts, weights, ids), backend)
+            out = torch.empty_like(hidden) if into_out else None
+            get_dispatcher(device).warm_up((hidden, experts, weights, ids), backend, out)
 
 
 def explain(arguments: Sequence[object], machine: Machine | None) -> Explanation:

@@ -74,6 +74,40 @@ def _fault(name: str, tensor: object, experts: ExpertWeights) -> str:
     return ""
 
 
+def check_out(out: object, inputs: Inputs, *, needs_grad: bool) -> None:
+    """Refuse memory for the output that no backend could fill.
+
+    Raises:
+        InvalidInputError: Its message says what was given and what is allowed.
+    """
+    if fault := _out_fault(out, inputs[0], needs_grad=needs_grad):
+        raise InvalidInputError(fault)
+    assert isinstance(out, Tensor)  # noqa: S101 - what is none has a fault
+    for name, tensor in _named(inputs):
+        if overlap(out, tensor):
+            raise InvalidInputError(f"out shares memory with {name}, which is read while out is written")
+
+
+def _out_fault(out: object, hidden_states: Tensor, *, needs_grad: bool) -> str:
+    if fault := tensor_fault("out", out):
+        return fault
+    assert isinstance(out, Tensor)  # noqa: S101 - what is none has a fault
+    if needs_grad or out.requires_grad:
+        return "out cannot be given where a gradient is needed; call under torch.no_grad(), or leave it out"
+    if (out.shape, out.dtype, out.device) != (hidden_states.shape, hidden_states.dtype, hidden_states.device):
+        allowed, got = (f"{list(tensor.shape)} in {tensor.dtype} on {tensor.device}" for tensor in (hidden_states, out))
+        return f"out must be as hidden_states, {allowed}, got {got}"
+    if not out.is_contiguous():
+        return f"out must be contiguous, got strides {list(out.stride())}; out[:M] of a larger buffer is"
+    return ""
+
+
+def overlap(a: Tensor, b: Tensor) -> bool:
+    """Whether two contiguous tensors have elements in the same memory; fake and empty ones have none."""
+    first, second = a.data_ptr(), b.data_ptr()
+    return first < second + b.nbytes and second < first + a.nbytes and first != 0
+
+
 def have_memory(inputs: Inputs) -> bool:
     """Whether the tensors have memory that a kernel could read; inside of torch.func's transforms they have none."""
     return all(address(tensor) is not None for _, tensor in _named(inputs))

@@ -27,10 +27,10 @@ def representative_token_counts(
         planner: Chooses for each token count; nothing is run.
         experts: The layer's weights.
         topk: Experts per token.
-        act_dtype: Of hidden_states.
-        capability: Of the device; None on a CPU.
+        act_dtype: The dtype of hidden_states.
+        capability: The device's compute capability; None on a CPU.
         most: Largest token count.
-        backend: The one that calls will name, if any.
+        backend: The backend that the calls will name, if any.
     """
     kinds: dict[object, int] = {}
     for M in range(1, most + 1):

@@ -7,8 +7,8 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from moe_dispatch.backend import FAST_PATH_TOKENS, Inputs
-from moe_dispatch.dispatch.checks import check, have_memory, result_fault
+from moe_dispatch.backend import FAST_PATH_TOKENS, Inputs, Run, RunInto
+from moe_dispatch.dispatch.checks import check, check_out, have_memory, overlap, result_fault
 from moe_dispatch.dispatch.counters import BackendStats, Counters
 from moe_dispatch.dispatch.errors import BackendFailedError
 from moe_dispatch.dispatch.first_calls import FIRST_CALLS
@@ -69,6 +69,7 @@ class Dispatcher:
         topk_weights: Tensor,
         topk_ids: Tensor,
         backend: str | None = None,
+        out: Tensor | None = None,
     ) -> Tensor:
         """See `moe_dispatch.moe_forward`; the layer's GPU is the current device.
 
@@ -89,20 +90,27 @@ class Dispatcher:
                 grad,
                 self._on_cuda and torch.cuda.is_current_stream_capturing(),
                 backend,
+                None if out is None else (type(out), out.shape, out.stride(), out.dtype, out.device, out.requires_grad),
             )
             plan = self._plans.get(key)
             if experts.gate_up.data_ptr() != experts.gate_up_address or experts.down.data_ptr() != experts.down_address:
                 experts.check_unchanged()
         except (AttributeError, RuntimeError, TypeError, ValueError):
             # No tensors, or tensors without a shape or an address; check() says which.
-            check(hidden_states, experts, topk_weights, topk_ids, backend)
-            return self._recovery.run_transformed((hidden_states, experts, topk_weights, topk_ids), backend)
+            arguments = (hidden_states, experts, topk_weights, topk_ids)
+            check(*arguments, backend)
+            if out is not None and not isinstance(out, Tensor):
+                check_out(out, arguments, needs_grad=False)  # raises
+            return self._recovery.run_transformed(arguments, backend, out)
         if plan is None:
             check(hidden_states, experts, topk_weights, topk_ids, backend)
+            arguments = (hidden_states, experts, topk_weights, topk_ids)
+            if out is not None:
+                check_out(out, arguments, needs_grad=grad)
             if not hidden_states.shape[0] and not grad:
-                return hidden_states.clone()
-            if not have_memory((hidden_states, experts, topk_weights, topk_ids)):
-                return self._recovery.run_transformed((hidden_states, experts, topk_weights, topk_ids), backend)
+                return hidden_states.clone() if out is None else out
+            if not have_memory(arguments):
+                return self._recovery.run_transformed(arguments, backend, out)
             # Where a gradient is needed, the reference puts every tensor that requires one into the graph.
             plan = self._plan(key, experts)
         try:
@@ -112,10 +120,17 @@ class Dispatcher:
         except RuntimeError:
             check(hidden_states, experts, topk_weights, topk_ids, backend)  # such as sparse tensors
             raise
+        # Addresses may differ from call to call. Outside of the next try, for it is the caller's fault.
+        if out is not None and any(map(overlap, (out, out, out), (inputs[0], inputs[2], inputs[3]))):
+            check_out(out, inputs, needs_grad=False)  # raises
         try:
-            out = plan.run(*inputs, plan.config) if plan.proven else self.first_run(plan, inputs)
+            if plan.into:
+                result = self._run_into(plan, inputs, out)
+            else:
+                result = plan.run(*inputs, plan.config) if plan.proven else self.first_run(plan, inputs)
         except FOREIGN_ERRORS as error:
-            return self._recovery.recover(plan, error, inputs)
+            result = self._recovery.recover(plan, error, inputs)
+            return result if out is None else out.copy_(result)
         self.last_plan = plan
         if plan.kept:
             with plan.lock:
@@ -124,27 +139,28 @@ class Dispatcher:
                 self._prepare_fast_path(plan, inputs)
         else:
             self._counters.count(plan.choice.backend, ran=1)
-        return out
+        return result
 
-    def warm_up(self, inputs: Inputs, backend: str | None = None) -> None:
+    def warm_up(self, inputs: Inputs, backend: str | None = None, out: Tensor | None = None) -> None:
         """Run what an eager call and a captured one would run, so that capturing this M compiles nothing.
 
         Args:
             inputs: hidden_states, experts, topk_weights, topk_ids, as for `forward`.
             backend: As for `forward`.
+            out: As for `forward`.
         """
-        self.forward(*inputs, backend)
+        self.forward(*inputs, backend, out)
         hidden_states, experts, _, topk_ids = inputs
         if experts.device.type != "cuda":
             return
         if hidden_states.shape[0] <= FAST_PATH_TOKENS:
             for _ in range(1, FAST_PATH_CALLS):
-                self.forward(*inputs, backend)
+                self.forward(*inputs, backend, out)
         M, topk = topk_ids.shape
         problem = experts.problem(M, topk, hidden_states.dtype, self.machine.capability, "graph")
-        for plan in self.planner.eligible(problem, experts, backend):
+        for plan in self.planner.eligible(problem, experts, backend, into=out is not None):
             try:
-                self.first_run(plan, inputs)
+                self.first_run(plan, inputs, out)
             except FOREIGN_ERRORS as error:
                 if failures.lost_device(error):
                     raise self._recovery.device_lost(plan, error) from error
@@ -168,7 +184,7 @@ class Dispatcher:
     def _plan(self, key: PlanKey, experts: ExpertWeights) -> Plan:
         problem = self._problem(key, experts)
         with FIRST_CALLS.planning():
-            plan = self.planner.plan(problem, experts, key[-1])
+            plan = self.planner.plan(problem, experts, key[-2], into=key[-1] is not None)
         plan.widens = key[5] is not torch.float32
         if plan.kept:
             with self._lock:
@@ -192,36 +208,40 @@ class Dispatcher:
                     self._forget(key)
 
     def _problem(self, key: PlanKey, experts: ExpertWeights) -> MoEProblem:
-        _, _, _, (M, topk), act_dtype, _, _, _, grad, capturing, _ = key
+        _, _, _, (M, topk), act_dtype, _, _, _, grad, capturing, _, _ = key
         mode: Mode = "graph" if capturing else "eager"
         return experts.problem(M, topk, act_dtype, self.machine.capability, mode, needs_grad=grad)
 
     # First runs.
 
-    def first_run(self, plan: Plan, inputs: Inputs) -> Tensor:
+    def first_run(self, plan: Plan, inputs: Inputs, out: Tensor | None = None) -> Tensor:
         """Run a plan for the first time: watched and awaited, so that whatever goes wrong is this backend's doing.
 
         Raises:
             ContractError: The result is not what `Backend.run` promises.
         """
+        arguments = (*inputs, plan.config) if out is None else (*inputs, plan.config, out)
         if plan.choice.backend == LAST_RESORT:
-            out = plan.run(*inputs, plan.config)
+            result = plan.run(*arguments)
             self.planner.prove(plan)
-            return out
+            return result
         device = inputs[0].device
         capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
         if capturing:  # nothing can be awaited, so nothing is proven
-            out = plan.run(*inputs, plan.config)
+            result = plan.run(*arguments)
         else:
             with FIRST_CALLS.running(plan.choice.backend), self.quarantine.first_run(plan.choice.backend, plan.problem):
-                out = plan.run(*inputs, plan.config)
+                result = plan.run(*arguments)
                 if device.type == "cuda":
                     torch.cuda.synchronize(device)
-        if fault := result_fault(out, inputs):
-            raise ContractError(fault)
+        _check_result(result, inputs, out)
         if not capturing:
             self.planner.prove(plan)
-        return out
+        return result
+
+    def _run_into(self, plan: Plan, inputs: Inputs, out: Tensor | None) -> Tensor:
+        assert out is not None  # noqa: S101 - plans of such calls are made for them
+        return plan.run(*inputs, plan.config, out) if plan.proven else self.first_run(plan, inputs, out)
 
     def _prepare_fast_path(self, plan: Plan, inputs: Inputs) -> None:
         """Let the backend prepare for more calls of a kind. It may decline, and a failure leaves things as they are."""
@@ -232,14 +252,27 @@ class Dispatcher:
             run = plan.backend.fast_path(inputs, plan.config)
             if run is None:
                 return
-            if plan.backend.needs_probe and (fault := result_fault(run(*inputs, plan.config), inputs)):
-                raise ContractError(fault)
+            if plan.backend.needs_probe:
+                _check_result(run(*inputs, plan.config), inputs, None)
         except FOREIGN_ERRORS as error:
             if failures.lost_device(error):
                 raise self._recovery.device_lost(plan, error) from error
             logger.info("%s did not prepare for %s: %s", plan.choice.backend, problem, failures.summary(error))
             return
-        plan.run = run
+        plan.run = _copying(run) if plan.into else run
+
+
+def _copying(run: Run) -> RunInto:
+    """At few tokens copying the output costs less than launching without the fast path."""
+    return lambda *arguments: arguments[-1].copy_(run(*arguments[:-1]))
+
+
+def _check_result(result: object, inputs: Inputs, out: Tensor | None) -> None:
+    fault = result_fault(result, inputs)
+    if out is not None and result is not out:
+        fault = fault or "it returned another tensor than the one it was to write into"
+    if fault:
+        raise ContractError(fault)
 
 
 class ContractError(Exception):

@@ -1,4 +1,4 @@
-"""Errors of a call that reached the dispatcher: each carries the problem that was posed, or the backend to blame."""
+"""Errors of a call that reached the dispatcher. Each carries the problem, or the backend to blame."""
 
 from collections.abc import Mapping, Sequence
 
@@ -11,24 +11,24 @@ class BackendUnsupportedError(MoEDispatchError):
     """The backend named by the caller cannot run this problem. Nothing else was tried in its place.
 
     Args:
-        backend: Its name.
-        problem: What it was asked for.
-        reasons: All of them.
-        variable: The environment variable that asked for it, if one did.
+        backend: The backend's name.
+        problem: The problem that it was to run.
+        reasons: Every reason why it cannot.
+        variable: The environment variable that names the backend; empty if the caller does.
     """
 
     def __init__(self, backend: str, problem: MoEProblem, reasons: Sequence[str], variable: str = "") -> None:
         self.backend, self.problem, self.reasons = backend, problem, tuple(reasons)
         lines = "\n".join(f"  - {reason}" for reason in reasons)
-        super().__init__(f"backend {backend!r} was asked for and cannot run {problem}:\n{lines}\n{way_out(variable)}")
+        super().__init__(f"backend {backend!r} is named and cannot run {problem}:\n{lines}\n{way_out(variable)}")
 
 
 class BackendFailedError(MoEDispatchError):
     """A backend accepted the problem and then raised, where nothing may run in its place; the cause is chained.
 
     Args:
-        backend: Its name.
-        problem: What it was asked for.
+        backend: The backend's name.
+        problem: The problem that it ran.
         cause: What it raised.
         remedy: What to do, a sentence.
     """
@@ -39,7 +39,12 @@ class BackendFailedError(MoEDispatchError):
 
 
 class NoBackendError(MoEDispatchError):
-    """No backend can run the problem; prints the problem and every backend's reasons."""
+    """No backend can run the problem. The message lists every backend's reasons.
+
+    Args:
+        problem: The problem.
+        reasons: Reasons by backend.
+    """
 
     def __init__(self, problem: MoEProblem, reasons: Mapping[str, Sequence[str]]) -> None:
         self.problem, self.reasons = problem, {name: tuple(why) for name, why in reasons.items()}
@@ -51,7 +56,13 @@ class NoBackendError(MoEDispatchError):
 
 
 class DeviceLostError(MoEDispatchError):
-    """The CUDA context is gone (illegal access, device-side assert): only a new process can go on."""
+    """The CUDA context is lost (illegal access, device-side assert): only a new process can go on.
+
+    Args:
+        suspects: Names of the backends that may have caused it.
+        cause: The error that CUDA reported.
+        certain: Whether they did: it was the awaited first run of a backend.
+    """
 
     def __init__(self, suspects: Sequence[str], cause: BaseException, *, certain: bool = True) -> None:
         self.suspects = tuple(suspects)
@@ -61,7 +72,7 @@ class DeviceLostError(MoEDispatchError):
             "`moe-dispatch doctor` lists the quarantine, `moe-dispatch doctor --reset` lifts it."
             if certain
             else f"CUDA reports such errors late: the last MoE backend to run was {names}, which had run well before, "
-            "so it is not quarantined; CUDA_LAUNCH_BLOCKING=1 finds the culprit."
+            "so it is only a suspect and not quarantined; CUDA_LAUNCH_BLOCKING=1 finds the culprit."
         )
         first = (str(cause).splitlines() or ["no message"])[0]
         super().__init__(

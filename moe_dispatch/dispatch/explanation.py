@@ -14,8 +14,8 @@ class Candidate:
     """A ranked choice, and every reason against it; none if it could run.
 
     Attributes:
-        choice: What the policy said.
-        against: Why it cannot run, all of it.
+        choice: The policy's choice.
+        against: Every reason why it cannot run.
     """
 
     choice: Choice
@@ -27,11 +27,11 @@ class Explanation:
     """The ranking for one problem on one machine.
 
     Attributes:
-        problem: What was asked.
-        machine: Where.
-        candidates: In rank order, the last resort last.
+        problem: The problem.
+        machine: The machine that the ranking is for.
+        candidates: The ranked choices, best first, the last resort last.
         unranked: Registered backends that no policy ranked, each with its reasons against (empty if it could run).
-        notes: Names in the environment that nobody has, retired measurements, refused files.
+        notes: Unknown names in the environment, retired measurements, refused files.
     """
 
     problem: MoEProblem

@@ -2,9 +2,12 @@
 
 import dataclasses
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from moe_dispatch.backend import Backend, BackendConfig, Run
+from torch import Tensor
+
+from moe_dispatch.backend import Backend, BackendConfig
 from moe_dispatch.policy import Choice
 from moe_dispatch.problem import MoEProblem
 
@@ -20,7 +23,8 @@ class Plan:
         choice: The choice that it comes from, with its reason.
         remedy: How to have another backend in its place, where the caller or the environment named this one; no other
             one runs then. Empty where a policy chose.
-        run: The backend's bound `run`, or what `Backend.fast_path` gave in its place.
+        into: Whether the calls bring the memory for their output.
+        run: The backend's bound `run` (`run_into` if `into`), or what `Backend.fast_path` gave in its place.
         widens: Whether topk_weights come in half precision and are converted to fp32 first.
         proven: Whether it has run such a problem to its end in this process.
         kept: Whether later calls of the kind use it; the fallback during a capture is planned anew.
@@ -33,7 +37,8 @@ class Plan:
     config: BackendConfig
     choice: Choice
     remedy: str
-    run: Run = field(init=False)
+    into: bool = False
+    run: Callable[..., Tensor] = field(init=False)
     widens: bool = False
     proven: bool = False
     kept: bool = False
@@ -41,7 +46,7 @@ class Plan:
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def __post_init__(self) -> None:
-        self.run = self.backend.run
+        self.run = self.backend.run_into if self.into else self.backend.run
 
     @property
     def explicit(self) -> bool:
@@ -49,6 +54,9 @@ class Plan:
         return bool(self.remedy)
 
     @property
-    def kind(self) -> tuple[str, BackendConfig, MoEProblem]:
+    def kind(self) -> "PlanKind":
         """What a first run proves: this backend in this configuration, at about this many tokens."""
-        return self.choice.backend, self.config, dataclasses.replace(self.problem.bucket, mode="eager")
+        return self.choice.backend, self.config, dataclasses.replace(self.problem.bucket, mode="eager"), self.into
+
+
+PlanKind = tuple[str, BackendConfig, MoEProblem, bool]

@@ -13,7 +13,7 @@ from moe_dispatch.dispatch.backend_pool import BackendPool, BackendStatus
 from moe_dispatch.dispatch.counters import Counters
 from moe_dispatch.dispatch.errors import BackendUnsupportedError, NoBackendError
 from moe_dispatch.dispatch.explanation import Candidate, Explanation
-from moe_dispatch.dispatch.plan import Plan
+from moe_dispatch.dispatch.plan import Plan, PlanKind
 from moe_dispatch.dispatch.policy_chain import PolicyChain
 from moe_dispatch.dispatch.quarantine import OBEYED_FOR, STRIKES, Quarantine, QuarantineEntry
 from moe_dispatch.errors import BackendUnavailableError, UnknownNameError, warn, way_out
@@ -53,12 +53,20 @@ class Planner:
         self._quarantine, self._counters = quarantine, counters
         self._pool = BackendPool(machine, configured.disabled, quarantine)
         self._chain: PolicyChain | None = None
-        self._proven: set[tuple[str, BackendConfig, MoEProblem]] = set()
+        self._proven: set[PlanKind] = set()
         self._passed_over: set[str] = set()
         self._obeyed: list[QuarantineEntry] = []
 
-    def plan(self, problem: MoEProblem, experts: ExpertWeights, backend: str | None = None) -> Plan:
+    def plan(
+        self, problem: MoEProblem, experts: ExpertWeights, backend: str | None = None, *, into: bool = False
+    ) -> Plan:
         """The best plan for a problem, or the one of the backend that the caller or the environment names.
+
+        Args:
+            problem: The kind of call.
+            experts: The layer's weights.
+            backend: The name that the caller gives, if any.
+            into: Whether the calls bring the memory for their output.
 
         Raises:
             BackendUnsupportedError: The named backend cannot run this.
@@ -66,21 +74,23 @@ class Planner:
             NoBackendError: Nothing can run this.
         """
         if backend or self._settings.backend:
-            plan = self._named_plan(backend, problem, experts)
+            plan = self._named_plan(backend, problem, experts, into=into)
         else:
-            plan = self._best_plan(problem, experts)
+            plan = self._best_plan(problem, experts, into=into)
         plan.proven = plan.kind in self._proven
         logger.info("%s runs %s: %s", plan.choice.backend, problem, plan.choice.reason)
         return plan
 
-    def eligible(self, problem: MoEProblem, experts: ExpertWeights, backend: str | None = None) -> Iterator[Plan]:
+    def eligible(
+        self, problem: MoEProblem, experts: ExpertWeights, backend: str | None = None, *, into: bool = False
+    ) -> Iterator[Plan]:
         """Every plan that could run a problem, best first; where a backend is named, that backend's or none."""
         named = bool(backend or self._settings.backend)
         remedy = way_out("" if backend else BACKEND_VARIABLE) if named else ""
         for choice in (self._named_choice(backend, problem),) if named else self._rank(problem):
             against = self._reasons_against(choice, problem, chosen_by_name=named)
             if not against and not self._probe_failure(choice, problem, experts):
-                yield self._made_plan(problem, choice, remedy)
+                yield self._made_plan(problem, choice, remedy, into=into)
 
     def prove(self, plan: Plan) -> None:
         """Remember that a plan has run to its end."""
@@ -131,7 +141,7 @@ class Planner:
             str(UnknownNameError("backend", name, known, variable)) for variable, name in wanted if name not in known
         )
 
-    def _named_plan(self, backend: str | None, problem: MoEProblem, experts: ExpertWeights) -> Plan:
+    def _named_plan(self, backend: str | None, problem: MoEProblem, experts: ExpertWeights, *, into: bool) -> Plan:
         """The plan of the backend that the caller names, or else the environment."""
         name, variable = (backend, "") if backend else (self._settings.backend, BACKEND_VARIABLE)
         self._pool.made(name).require(variable)
@@ -140,7 +150,7 @@ class Planner:
         choice = self._named_choice(backend, problem)
         if failure := self._probe_failure(choice, problem, experts):
             raise BackendUnavailableError(name, (failure,), variable)
-        return self._made_plan(problem, choice, way_out(variable))
+        return self._made_plan(problem, choice, way_out(variable), into=into)
 
     def _named_choice(self, backend: str | None, problem: MoEProblem) -> Choice:
         """The named backend, in the configuration that the policies rank first for it."""
@@ -151,7 +161,7 @@ class Planner:
             return dataclasses.replace(choice, reason="named by the caller", policy="caller")
         return dataclasses.replace(choice, reason=f"named by {BACKEND_VARIABLE}", policy="environment")
 
-    def _best_plan(self, problem: MoEProblem, experts: ExpertWeights) -> Plan:
+    def _best_plan(self, problem: MoEProblem, experts: ExpertWeights, *, into: bool) -> Plan:
         against: dict[str, tuple[str, ...]] = {}
         faults: dict[str, str] = {}
         recorded: dict[str, QuarantineEntry] = {}
@@ -170,7 +180,7 @@ class Planner:
                 if len(reasons) == 1 and (entry := self._quarantine.recorded(choice.backend, problem)):
                     recorded[choice.backend] = entry
                 continue
-            plan = self._made_plan(problem, choice)
+            plan = self._made_plan(problem, choice, into=into)
             if problem.mode == "eager" or plan.kind in self._proven:
                 best = plan
                 break
@@ -211,9 +221,10 @@ class Planner:
             "records, `moe-dispatch doctor --reset` lifts them."
         )
 
-    def _made_plan(self, problem: MoEProblem, choice: Choice, remedy: str = "") -> Plan:
+    def _made_plan(self, problem: MoEProblem, choice: Choice, remedy: str = "", *, into: bool = False) -> Plan:
         backend = self._pool.made(choice.backend).require()
-        return Plan(problem, backend, _config(backend, choice, problem), choice, remedy, kept=bool(remedy))
+        config = _config(backend, choice, problem)
+        return Plan(problem, backend, config, choice, remedy, into=into, kept=bool(remedy))
 
     def _rank(self, problem: MoEProblem) -> tuple[Choice, ...]:
         if problem.needs_grad:

@@ -35,10 +35,11 @@ class _Trial:
 
 
 def probe(backend: Backend, problem: MoEProblem, device: torch.device) -> str:
-    """Run a tiny layer of the problem's dtypes and activation through a backend, on two inputs.
+    """Run a tiny layer of the problem's dtypes and activation through a backend, on three inputs.
 
     The routing holds what a backend must get right and a benchmark never shows: ids outside 0…E-1 with NaN for weights,
-    and the same expert twice in a row. Both results are compared after the second run, and the inputs with copies.
+    and the same expert twice in a row. The third run goes into memory of ours. All results are compared after the last
+    run, and the inputs with copies.
 
     Args:
         backend: The backend on trial.
@@ -59,16 +60,20 @@ def probe(backend: Backend, problem: MoEProblem, device: torch.device) -> str:
         experts = make_experts(
             tiny, tiny.dtype, device, torch.Generator(device).manual_seed(SEED), act_dtype=tiny.act_dtype
         )
-        trials = [_trial(backend, tiny, experts, seed) for seed in (SEED, SEED + 1)]
+        trials = [_trial(backend, tiny, experts, seed) for seed in range(SEED, SEED + 3)]
+        ours = torch.full_like(trials[-1].inputs[0], torch.nan)
         try:
             config = backend.default_config(tiny)
-            outs = [backend.run(*trial.inputs, config) for trial in trials]
+            outs = [backend.run(*trial.inputs, config) for trial in trials[:-1]]
+            outs.append(backend.run_into(*trials[-1].inputs, config, ours))
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
         except FOREIGN_ERRORS as error:
             if failures.lost_device(error) or failures.out_of_memory(error):
                 raise  # says nothing about the backend's arithmetic
             return f"its probe raised {failures.summary(error)}"
+        if outs[-1] is not ours:
+            return "its probe was wrong: run_into returned another tensor than the one it was to write into"
         return _verdict(outs, trials, tolerance)
 
 
@@ -99,7 +104,7 @@ def _verdict(outs: list[Tensor], trials: list[_Trial], tolerance: float) -> str:
             return f"its probe was wrong: {fault}"
         if not all(map(_same, _seen(trial.inputs), trial.before)):
             return "its probe was wrong: it wrote to its inputs"
-    if shares_memory(*outs):
+    if shares_memory(outs[0], outs[1]):
         return "its probe was wrong: it returned the same memory for two calls, and each output must be fresh memory"
     for out, trial in zip(outs, trials, strict=True):
         error = ((out.float() - trial.truth).norm() / trial.truth.norm()).item()

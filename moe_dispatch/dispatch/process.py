@@ -1,4 +1,4 @@
-"""The process's dispatchers, one for each device, and what they counted."""
+"""The process's dispatchers, one for each device, and their counts."""
 
 import dataclasses
 import os
@@ -30,7 +30,7 @@ def _make_dispatcher(device: torch.device | str | None) -> Dispatcher:
 
 
 def reset_dispatchers() -> None:
-    """Forget every plan, policy and in-process quarantine: after a calibration, or in a forked child."""
+    """Drop every plan, policy and in-process quarantine, as after a calibration or in a forked child."""
     _dispatchers.clear()
 
 

@@ -112,7 +112,7 @@ class Quarantine:
 
     def cause(self, backend: str, problem: MoEProblem) -> str:
         """Why `backend` is barred from problems like this one; empty if it is not."""
-        if cause := self._barred.get((backend, problem.bucket)):
+        if self._barred and (cause := self._barred.get((backend, problem.bucket))):
             return cause
         entry = self.recorded(backend, problem)
         return entry.cause if entry else ""
@@ -190,7 +190,7 @@ class Quarantine:
             while handle is None:
                 name = f"{self._path.stem}.{os.getpid()}-{next(_marker_numbers)}.running"
                 marker = self._path.with_name(name)
-                with contextlib.suppress(FileExistsError):  # of a dead process whose number came round again
+                with contextlib.suppress(FileExistsError):  # a dead process had the same number
                     handle = os.open(marker, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o600)
             fcntl.flock(handle, fcntl.LOCK_EX)
             os.write(handle, entry.model_dump_json().encode())
@@ -286,7 +286,7 @@ class Quarantine:
         folder = self._path.parent
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         status = folder.stat()
-        if status.st_uid == os.geteuid() and status.st_mode & 0o077:  # of an earlier version
+        if status.st_uid == os.geteuid() and status.st_mode & 0o077:  # as earlier versions made it
             folder.chmod(0o700)
 
     def _entry(self, backend: str, problem: MoEProblem, cause: str, *, fatal: bool) -> QuarantineEntry:

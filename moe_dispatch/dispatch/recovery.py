@@ -107,15 +107,17 @@ class Recovery:
             return out
         return self._give_up(failed, inputs)
 
-    def run_transformed(self, inputs: Inputs, backend: str | None = None) -> Tensor:
+    def run_transformed(self, inputs: Inputs, backend: str | None = None, out: Tensor | None = None) -> Tensor:
         """Run a call inside of one of torch.func's transforms, whose tensors have no memory that a kernel could read.
 
         Only the reference can: it is made of torch's own operations.
 
         Raises:
-            InvalidInputError: Torch cannot transform the reference either, as where vmap maps over topk_ids; or another
-                backend is named.
+            InvalidInputError: Torch cannot transform the reference either, as where vmap maps over topk_ids; another
+                backend is named; or memory for the output is given.
         """
+        if out is not None:
+            raise InvalidInputError("out cannot be given inside of torch.func's transforms; leave it out")
         if backend not in (None, LAST_RESORT):
             raise InvalidInputError(f"backend {backend!r} cannot run inside of torch.func's transforms; leave it out")
         hidden_states, experts, topk_weights, topk_ids = inputs
@@ -137,7 +139,7 @@ class Recovery:
     def device_lost(self, plan: Plan, error: BaseException) -> DeviceLostError:
         """The error for a lost CUDA context. A plan in its first run is the culprit, which was awaited and watched.
 
-        Of a later run CUDA's error only says that an earlier one failed: the plan that ran last is a mere suspect.
+        Otherwise CUDA reports the error of some earlier run, and the plan that ran last is only a suspect.
         """
         suspect = plan if not plan.proven else self._runner.last_plan or plan
         name = suspect.choice.backend

@@ -1,4 +1,4 @@
-"""The way out of a compiled graph. Apart, because the decorator imports all of torch's compiler."""
+"""A break in a compiled graph. A module of its own, because the decorator imports all of torch's compiler."""
 
 from collections.abc import Callable
 

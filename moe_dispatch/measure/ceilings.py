@@ -98,7 +98,7 @@ def measure_ceilings(device: torch.device | str) -> Ceilings:
     bandwidth = 2 * source.nbytes / _median_seconds(functools.partial(target.copy_, source), place)
     del source, target
 
-    left, right = (torch.randn(size, size, device=place) for _ in range(2))
+    left, right = (torch.randn(size, size, device=place, dtype=torch.float32) for _ in range(2))
     rates: dict[str, float | None] = {}
     for name, product in (
         ("bf16_flops", _plain_product(left.bfloat16(), right.bfloat16())),
@@ -116,7 +116,7 @@ def _plain_product(left: Tensor, right: Tensor) -> Callable[[], Tensor]:
 def _fp8_product(left: Tensor, right: Tensor) -> Callable[[], Tensor] | None:
     if left.device.type != "cuda" or torch.cuda.get_device_capability(left.device) < (8, 9):
         return None
-    one = torch.ones((), device=left.device)
+    one = torch.ones((), device=left.device, dtype=torch.float32)
     a, b = left.to(FP8), right.to(FP8)
     return lambda: torch._scaled_mm(a, b.t(), scale_a=one, scale_b=one, out_dtype=torch.bfloat16, use_fast_accum=True)
 

@@ -1,4 +1,4 @@
-"""What a layer is measured on: random inputs, each with a routing of its own."""
+"""Random inputs of a layer, each with a routing of its own, and calls with everything else bound."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ DISTINCT_INPUTS: Final = 8
 
 @dataclass(frozen=True, eq=False)
 class LayerInputs:
-    """What one call of a layer is given beside its weights.
+    """The inputs of one layer call, besides the weights.
 
     Attributes:
         hidden_states: ``[M, K]``.
@@ -32,18 +32,18 @@ class LayerInputs:
     topk_ids: Tensor
 
     def clone(self) -> "LayerInputs":
-        """The same values in memory of their own."""
+        """A copy of the tensors."""
         return LayerInputs(self.hidden_states.clone(), self.topk_weights.clone(), self.topk_ids.clone())
 
     def copy_(self, other: "LayerInputs") -> None:
-        """Take over another's values, in place, as a CUDA graph's static inputs do."""
+        """Overwrite the values in place, as the static inputs of a CUDA graph need."""
         self.hidden_states.copy_(other.hidden_states)
         self.topk_weights.copy_(other.topk_weights)
         self.topk_ids.copy_(other.topk_ids)
 
     @property
     def hit_experts(self) -> int:
-        """Distinct experts with at least one token."""
+        """Number of distinct experts with at least one token."""
         distinct: Tensor = torch.unique(self.topk_ids)
         return distinct.numel()
 
@@ -58,7 +58,11 @@ def make_inputs(
     count: int = DISTINCT_INPUTS,
     seed: int = 0,
 ) -> tuple[LayerInputs, ...]:
-    """Draw random inputs, each with a routing of its own; the same seed gives the same routings on every device."""
+    """Draw random inputs, each with a routing of its own; the same seed gives the same routings on every device.
+
+    Raises:
+        InvalidInputError: `count` is below 1.
+    """
     if count < 1:
         raise InvalidInputError(f"count must be at least 1, got {count}")
     place = torch.device(device)
@@ -67,35 +71,35 @@ def make_inputs(
     dtype = torch_dtype(problem.act_dtype)
     drawn = []
     for _ in range(count):
-        hidden = torch.randn(problem.M, problem.K, generator=on_device, device=place).to(dtype)
+        hidden = torch.randn(problem.M, problem.K, generator=on_device, device=place, dtype=torch.float32).to(dtype)
         drawn.append(LayerInputs(hidden, *routing.sample(problem.M, problem.E, problem.topk, place, on_host)))
     return tuple(drawn)
 
 
 def backend_call(backend: Backend, experts: ExpertWeights, config: BackendConfig) -> Call:
-    """A backend with weights and configuration bound, as everything here takes it."""
+    """A backend with its weights and configuration bound."""
     run = backend.run
-    return lambda given: run(given.hidden_states, experts, given.topk_weights, given.topk_ids, config)
+    return lambda inputs: run(inputs.hidden_states, experts, inputs.topk_weights, inputs.topk_ids, config)
 
 
-def fast_path_call(backend: Backend, experts: ExpertWeights, config: BackendConfig, given: LayerInputs) -> Call:
-    """The same as `moe_forward` calls it eagerly once this kind of call has come back a few times.
+def fast_path_call(backend: Backend, experts: ExpertWeights, config: BackendConfig, inputs: LayerInputs) -> Call:
+    """A backend as `moe_forward` calls it eagerly after a few calls of one kind: with its `fast_path`, if it has one.
 
     Args:
-        backend: Has run on these inputs before.
+        backend: A backend that has run on these inputs before.
         experts: Weights.
-        config: Of the backend.
-        given: Inputs of the kind that is going to be called.
+        config: The backend's configuration.
+        inputs: Inputs of the kind that will be called.
     """
     run: Run = backend.run
-    if given.hidden_states.shape[0] <= FAST_PATH_TOKENS:
+    if inputs.hidden_states.shape[0] <= FAST_PATH_TOKENS:
         try:
-            inputs = given.hidden_states, experts, given.topk_weights, given.topk_ids
-            run = backend.fast_path(inputs, config) or run
+            arguments = inputs.hidden_states, experts, inputs.topk_weights, inputs.topk_ids
+            run = backend.fast_path(arguments, config) or run
         except Exception as error:
             if lost_device(error):
                 raise
-    return lambda given: run(given.hidden_states, experts, given.topk_weights, given.topk_ids, config)
+    return lambda each: run(each.hidden_states, experts, each.topk_weights, each.topk_ids, config)
 
 
 def synchronize(device: torch.device) -> None:

@@ -1,9 +1,8 @@
-"""Time candidates that take turns.
+"""Interleaved timing: candidates take turns, so that drift and heat bias none of them.
 
-One *pass* runs the layer once on each of several distinct inputs and routings, so that no expert's weights stay in the
-cache because the same token asked for them a moment ago. A *sample* is as many passes as make it long enough for the
-clock. Rounds start with another candidate, and every other one runs backwards, so that neither a clock that drifts nor
-the heat of whoever came before favours anybody.
+One *pass* runs the layer once on each of several distinct inputs and routings, so that the weights of an expert are not
+in the L2 cache merely because the call before used the same expert. A *sample* is as many passes as the resolution of
+the clock needs. Each round starts with another candidate, and every second round runs in reverse order.
 """
 
 import contextlib
@@ -20,23 +19,25 @@ from moe_dispatch.errors import InvalidInputError
 from moe_dispatch.measure.inputs import Call, LayerInputs, synchronize, timing_events
 from moe_dispatch.problem import Mode
 
-SAMPLE_SECONDS: Final = 2e-3  # of one sample at least: three orders above the clock's and the events' resolution
-# Of a sample's duration, before it. A product at full rate draws more power than the device can sustain: without a rest
-# its time depends on what ran before it.
+# The least duration of a sample: three orders of magnitude above the resolution of the clock and of CUDA events.
+SAMPLE_SECONDS: Final = 2e-3
+# The device idles before each sample, for this share of the sample's duration. A product at full rate draws more power
+# than the device can sustain, so without a rest its time would depend on what ran before it.
 REST: Final = 0.5
-HIDES: Final = 1.5  # times what the host needs for its launches: the least rest that hides them
-LAUNCH_SECONDS: Final = 1e-4  # hides those of a few graphs
-CLOCK_HZ: Final = 2e9  # of the device, at most
+# The rest lasts at least this many times as long as the host needs to launch the sample, so that launches are hidden.
+HIDES: Final = 1.5
+LAUNCH_SECONDS: Final = 1e-4  # The least rest before graph replays, long enough to enqueue a few of them.
+CLOCK_HZ: Final = 2e9  # An upper bound of the device's clock, by which a rest is converted to cycles.
 MAX_REPEATS: Final = 1000
 MAX_ROUNDS: Final = 100
 
 Key = TypeVar("Key", bound=Hashable)
-# The same of all candidates, or each one's own.
+# Inputs that all candidates share, or inputs by candidate.
 Inputs: TypeAlias = Sequence[LayerInputs] | Mapping[Key, Sequence[LayerInputs]]
 
 
 def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
-    """Lower quartile, median and upper quartile of samples; a single one is all three."""
+    """Lower quartile, median and upper quartile of samples; a single sample is all three."""
     if len(values) == 1:
         return values[0], values[0], values[0]
     q1, median, q3 = statistics.quantiles(values, n=4, method="inclusive")
@@ -51,8 +52,8 @@ class Timing:
         us: Median over the samples, in µs.
         us_q1: Lower quartile.
         us_q3: Upper quartile.
-        samples: How many there were.
-        rounds: They themselves, in µs; those of candidates that took turns lie side by side in time.
+        samples: Number of samples.
+        rounds: The samples in µs, in the order of the rounds, so candidates that took turns can be compared by round.
     """
 
     us: float
@@ -63,24 +64,24 @@ class Timing:
 
     @classmethod
     def of(cls, seconds: Sequence[float]) -> "Timing":
-        """Sum up samples, each the seconds of one layer call."""
+        """The timing of samples, each the seconds of one layer call."""
         values = tuple(1e6 * value for value in seconds)
         q1, median, q3 = quartiles(values)
         return cls(median, q1, q3, len(values), values)
 
 
 class _EagerPass:
-    """Calls in a row, as a model makes them: what the host or what the device needs, whichever is more.
+    """Back-to-back eager calls, as a model makes them: the host's time or the device's, whichever is longer.
 
-    The first call after an idle time is waited for, which in a row it is not. So the device rests while the host
-    launches, and its own clock says what it needs. A call that waits for the device makes the host outlast the rest;
-    then the device's clock has seen all of it.
+    Timed from an idle device, the first launch latency would be part of the result, which it is not in a model. So the
+    device is kept busy with a rest while the host launches all calls, and device events time what follows. If a call
+    synchronises, the host takes longer than the rest; then the events span the host's waiting as well.
     """
 
     def __init__(self, call: Call, inputs: Sequence[LayerInputs]) -> None:
         self._call, self._inputs = call, inputs
         self._device = inputs[0].hidden_states.device
-        # Seconds of a pass, all of it and the host's part, once known.
+        # Seconds of the last pass, and of the host's launches in it; 0 before the first.
         self._last = self._host = 0.0
 
     def seconds(self, repeats: int) -> float:
@@ -116,11 +117,11 @@ class _EagerPass:
 
     def _launch(self, repeats: int) -> None:
         for _ in range(repeats):
-            for given in self._inputs:
-                self._call(given)
+            for each in self._inputs:
+                self._call(each)
 
     def close(self) -> None:
-        """Nothing is held."""
+        """Nothing to free: only graphs hold memory."""
 
 
 class _GraphPass:
@@ -128,17 +129,17 @@ class _GraphPass:
 
     def __init__(self, call: Call, inputs: Sequence[LayerInputs], pool: Any) -> None:
         self._count = len(inputs)
-        self._last = 0.0  # seconds of a pass, once known
+        self._last = 0.0  # Seconds of the last pass; 0 before the first.
         self._graph = torch.cuda.CUDAGraph()
         self._device = inputs[0].hidden_states.device
         with torch.cuda.device(self._device), torch.cuda.graph(self._graph, pool=pool):
-            for given in inputs:
-                call(given)
+            for each in inputs:
+                call(each)
 
     def seconds(self, repeats: int) -> float:
         start, end = timing_events()
         with torch.cuda.device(self._device):
-            # Meanwhile the host enqueues what follows, so no launch gap is timed.
+            # The host enqueues the replays during the rest, so no launch gap is timed.
             _rest(max(LAUNCH_SECONDS, REST * self._last * repeats))
             start.record()
             for _ in range(repeats):
@@ -153,7 +154,7 @@ class _GraphPass:
 
 
 def _rest(seconds: float) -> None:
-    """Let the current device wait, with what is launched next in its queue."""
+    """Keep the current device busy for a while without work; later launches queue behind it."""
     torch.cuda._sleep(math.ceil(CLOCK_HZ * seconds))  # type: ignore[no-untyped-call]
 
 
@@ -179,14 +180,14 @@ def time_interleaved(
     """Time several candidates, taking turns.
 
     Args:
-        candidates: What to time, by any key.
-        inputs: Distinct inputs and routings, at least 8 where the figure is to be published; the same for all
-            candidates, or by their keys. Time is per input.
-        mode: ``"graph"`` times replays with device events; ``"eager"`` calls in a row, launch cost included where the
-            device waits for it.
-        budget_s: Seconds to spend on each candidate, compilation, warm-up and capture aside.
-        min_rounds: Samples of each candidate at least, whatever they cost.
-        on_failure: Takes a candidate that raises, which is then left out; without it the exception propagates.
+        candidates: The calls to time, by any key.
+        inputs: Distinct inputs and routings, at least 8 for a figure that is to be published; shared by all candidates,
+            or by candidate. Times are per input.
+        mode: ``"graph"`` times replays of a CUDA graph; ``"eager"`` times back-to-back calls, with the launch cost
+            wherever the device waits for it.
+        budget_s: Seconds of timing for each candidate; compilation, warm-up and capture come on top.
+        min_rounds: Least number of samples of each candidate, whatever they cost.
+        on_failure: Called with a candidate that raises, which is then left out; without it the exception propagates.
 
     Returns:
         The timings by key, in the candidates' order.
@@ -199,15 +200,15 @@ def time_interleaved(
 
 
 class Turns(Generic[Key]):
-    """Candidates that take turns; who was timed before is ready, and its graph captured.
+    """Interleaved timing of candidates that may be timed again: their warm-up and graphs are kept.
 
     Args:
         inputs: See `time_interleaved`.
-        mode: See there.
-        pool: Memory of graphs that are not replayed at the same time as these; their own if None.
+        mode: See `time_interleaved`.
+        pool: Memory pool for the graphs, shared with graphs that are never replayed at the same time; new if None.
 
     Attributes:
-        pool: Theirs; None on a CPU.
+        pool: The graphs' memory pool; None in eager mode.
 
     Raises:
         InvalidInputError: ``"graph"`` was asked for on a CPU, or there are no inputs.
@@ -273,13 +274,13 @@ class Turns(Generic[Key]):
         return {key: Timing.of(taken) for key, taken in samples.items()}
 
     def close(self) -> None:
-        """Let go of the graphs."""
+        """Free the graphs."""
         while self._passes:
             self._passes.popitem()[1].close()
 
     def _prepare(self, key: Key, call: Call) -> None:
         inputs = self._inputs[key] if isinstance(self._inputs, Mapping) else self._inputs
-        call(inputs[0])  # compiles what is not compiled yet; no capture survives a compilation
+        call(inputs[0])  # Compile now: a compilation would break the capture.
         synchronize(self._device)
         graph = self._mode == "graph"
         self._passes[key] = _GraphPass(call, inputs, self.pool) if graph else _EagerPass(call, inputs)

@@ -1,4 +1,4 @@
-"""Right before fast: compare with the truth, on poisoned memory, twice, and through a CUDA graph."""
+"""Verification before timing: against fp32, on poisoned memory, run twice, and through a CUDA graph."""
 
 import contextlib
 import warnings
@@ -16,8 +16,8 @@ from moe_dispatch.measure.inputs import Call, LayerInputs, synchronize
 from moe_dispatch.problem import Mode
 from moe_dispatch.registry import BACKENDS
 
-# One wrong row among 16384 hides in the norm of the whole output; rounding spreads evenly, so a row may only be
-# somewhat worse than all of them.
+# A single wrong row among 16384 hardly changes the norm of the whole output. Rounding spreads evenly over rows, so no
+# row may exceed the tolerance for the whole output by more than this factor.
 ROW_FACTOR: Final = 5.0
 
 
@@ -57,13 +57,13 @@ def reference_outputs(
     quantize_activations: bool = True,
     tokens: int | None = None,
 ) -> tuple[Tensor, ...]:
-    """The truth, fp32 ``[M, K]`` for each input, from the reference backend multiplying in fp32.
+    """The fp32 output of each input, from the reference backend multiplying in fp32.
 
     Args:
         experts: The weights.
-        inputs: What to compute, in one pass over the experts.
+        inputs: The inputs, which are computed in one pass over the experts.
         quantize_activations: With block FP8 weights, quantise activations as the fast backends do.
-        tokens: Compute so many tokens of each input, spread evenly (`spread_rows`); all if None.
+        tokens: Compute only this many tokens of each input, spread evenly (`spread_rows`); all of them if None.
 
     Returns:
         ``[M, K]``, or ``[tokens, K]`` where there are more tokens than that.
@@ -71,7 +71,7 @@ def reference_outputs(
     device = experts.device
     backend = BACKENDS.load("reference")(current_machine(device.type, device.index))
     config = backend.config_type.model_validate({"compute_fp32": True, "quantize_activations": quantize_activations})
-    parts = [_some_tokens(given, tokens) for given in inputs]
+    parts = [_some_tokens(each, tokens) for each in inputs]
     hidden = torch.cat([part.hidden_states for part in parts]).float()
     weights, ids = (torch.cat([getattr(part, name) for part in parts]) for name in ("topk_weights", "topk_ids"))
     with torch.no_grad():
@@ -80,27 +80,27 @@ def reference_outputs(
 
 
 def spread_rows(rows: int, count: int, device: torch.device) -> Tensor:
-    """`count` of `rows` indices at even distances, the first and the last among them."""
+    """Indices of `count` of `rows` rows at even distances, the first and the last row included."""
     return torch.linspace(0, rows - 1, count, device=device, dtype=torch.float64).round_().long()
 
 
-def _some_tokens(given: LayerInputs, tokens: int | None) -> LayerInputs:
-    M = given.hidden_states.shape[0]
+def _some_tokens(inputs: LayerInputs, tokens: int | None) -> LayerInputs:
+    M = inputs.hidden_states.shape[0]
     if tokens is None or tokens >= M:
-        return given
-    kept = spread_rows(M, tokens, given.hidden_states.device)
-    return LayerInputs(given.hidden_states[kept], given.topk_weights[kept], given.topk_ids[kept])
+        return inputs
+    kept = spread_rows(M, tokens, inputs.hidden_states.device)
+    return LayerInputs(inputs.hidden_states[kept], inputs.topk_weights[kept], inputs.topk_ids[kept])
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """Whether a candidate may be timed.
+    """Whether a candidate is correct and may be timed.
 
     Attributes:
-        ok: Whether it may.
-        error: The greatest relative error seen; infinite where something was not finite.
-        reason: Why not; empty if it may.
-        repeatable: Whether the same inputs gave the same bits again.
+        ok: Whether it passed.
+        error: The greatest relative error; infinite where an output was not finite.
+        reason: Why it failed; empty if it passed.
+        repeatable: Whether the same inputs gave the same bits in every run.
     """
 
     ok: bool
@@ -110,7 +110,7 @@ class Verdict:
 
 
 class _WrongError(Exception):
-    """What a check found."""
+    """A failed check; its text is the verdict's reason."""
 
 
 def verify(
@@ -122,16 +122,19 @@ def verify(
     mode: Mode = "eager",
     deterministic: bool = False,
 ) -> Verdict:
-    """Check a candidate against the truth, on memory that was poisoned first, and again for stability.
+    """Check a candidate against fp32, with fresh memory poisoned, and check that repeated runs agree.
 
     Args:
-        call: The candidate. What it raises propagates.
-        inputs: As for timing.
-        references: fp32 truths of the first of them, at least one; of fewer rows than the output they hold its
-            `spread_rows`, and the other rows must be finite.
-        tolerance: Greatest relative error; one row may be 5 times worse.
-        mode: ``"graph"`` also captures it and replays it on every checked input, copied into static buffers.
-        deterministic: Whether it promised the same bits for the same inputs, and is held to it.
+        call: The candidate; its exceptions propagate.
+        inputs: The inputs that it will be timed on.
+        references: fp32 outputs of the first inputs, at least one. A reference with fewer rows than the output holds
+            the output's `spread_rows`; the other rows only have to be finite.
+        tolerance: Greatest relative error of an output; a single row may be `ROW_FACTOR` times worse.
+        mode: ``"graph"`` also captures the candidate and replays it on every checked input, copied into static buffers.
+        deterministic: Whether the candidate promises the same bits for the same inputs, and is held to it.
+
+    Raises:
+        InvalidInputError: There are no references, or more than inputs.
     """
     if not references or len(references) > len(inputs):
         raise InvalidInputError(f"verify needs 1 to {len(inputs)} references (one per input), got {len(references)}")
@@ -191,14 +194,14 @@ def _check_eager(
     call: Call, inputs: Sequence[LayerInputs], references: Sequence[Tensor], check: _Check
 ) -> list[Tensor]:
     outs = []
-    for index, (given, reference) in enumerate(zip(inputs, references, strict=False)):
-        kept = given.clone()
+    for index, (each, reference) in enumerate(zip(inputs, references, strict=False)):
+        kept = each.clone()
         with _fresh_memory_is_nan():
-            out = call(given)
+            out = call(each)
         check.against(f"input {index}", out, reference)
-        if out.dtype != given.hidden_states.dtype:
-            raise _WrongError(f"the output is {out.dtype}, and hidden_states are {given.hidden_states.dtype}")
-        if not _equal(kept, given):
+        if out.dtype != each.hidden_states.dtype:
+            raise _WrongError(f"the output is {out.dtype}, and hidden_states are {each.hidden_states.dtype}")
+        if not _equal(kept, each):
             raise _WrongError("it changes its inputs")
         outs.append(out)
     return outs
@@ -221,8 +224,8 @@ def _check_replays(
         with torch.cuda.graph(graph):
             out = call(static)
         try:
-            for index, (given, reference) in enumerate(zip(inputs, references, strict=False)):
-                static.copy_(given)
+            for index, (each, reference) in enumerate(zip(inputs, references, strict=False)):
+                static.copy_(each)
                 out.fill_(torch.nan)
                 graph.replay()
                 check.against(f"the graph's replay on input {index}", out, reference)

@@ -1,1 +1,1 @@
-"""What the package needs of the operating system: files, signals, libraries, provenance."""
+"""The operating system below the package: files, signals, installed libraries, exceptions."""

@@ -1,4 +1,4 @@
-"""What an exception from a backend means: lack of memory, a lost device, or its own failure."""
+"""Classification of exceptions from backends: out of memory, a lost device, or the backend's own failure."""
 
 from typing import Final
 
@@ -19,7 +19,7 @@ _LOST_DEVICE: Final = (
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether memory, of the device or the host, was what lacked."""
+    """Whether device or host memory ran out."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
     text = _text(error).lower()
@@ -27,18 +27,18 @@ def out_of_memory(error: BaseException) -> bool:
 
 
 def broken_capture(error: BaseException) -> bool:
-    """Whether something before this backend had already spoilt the capture of a CUDA graph."""
+    """Whether the capture of a CUDA graph had failed before this call, so that the call is not to blame."""
     return "previous error during capture" in _text(error).lower()
 
 
 def lost_device(error: BaseException) -> bool:
-    """Whether the CUDA context is gone."""
+    """Whether the CUDA context is lost."""
     text = _text(error).lower()
     return isinstance(error, RuntimeError) and any(sign in text for sign in _LOST_DEVICE)
 
 
 def summary(error: BaseException) -> str:
-    """Type and first line, short enough for a warning."""
+    """Type and first line of an exception, short enough for a warning."""
     lines = _text(error).strip().splitlines()
     first = lines[0] if lines else "no message"
     return f"{type(error).__name__}: {first[:300]}"

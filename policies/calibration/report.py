@@ -82,7 +82,7 @@ class CalibrationReport:
         if self.late:
             return (
                 "the budget was spent before one point was measured; give a larger --budget, fewer --tokens, or fewer "
-                "candidates by --backend and --configs"
+                "candidates by --backend and --max-configs"
             )
         if self.unprepared:
             return (

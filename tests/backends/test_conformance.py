@@ -1,30 +1,28 @@
-"""The conformance suite over every registered backend: on the CPU and in Triton's interpreter here, on a GPU there."""
+"""The conformance suite over every built-in backend: on the GPU, or without one in Triton's interpreter."""
 
 import dataclasses
 
 import pytest
 import torch
 
-from moe_dispatch import moe_forward, stats
+from moe_dispatch import moe_forward, stats, warm_up
 from moe_dispatch.backend import Backend
 from moe_dispatch.dispatch.process import get_dispatcher
 from moe_dispatch.errors import BackendUnavailableError
-from moe_dispatch.problem import MoEProblem
+from moe_dispatch.problem import Mode, MoEProblem
 from moe_dispatch.registry import BACKENDS
 from moe_dispatch.testing import (
     CASES,
     MODEL_CASES,
     MODEL_PRECISIONS,
     PRECISIONS,
+    TOKENS,
     Case,
     Inputs,
     Precision,
     conform,
-    in_interpreter,
     make_inputs,
-    on_gpu,
     relative_error,
-    worth_interpreting,
 )
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -35,11 +33,10 @@ BUILT_IN = (
 )  # fmt: skip
 
 
-def eligible(name: str, case: Case, precision: Precision, **changes: object) -> tuple[Backend, MoEProblem]:
+def eligible(name: str, case: Case, precision: Precision, mode: Mode = "eager") -> tuple[Backend, MoEProblem]:
     """The backend and the problem, or a skip with the backend's own reasons."""
     dispatcher = get_dispatcher()
-    problem = case.layer.problem(case.M, "bf16", dispatcher.machine)
-    problem = dataclasses.replace(problem, dtype=precision.dtype, act_dtype=precision.act_dtype, **changes)  # type: ignore[arg-type]
+    problem = case.problem(precision, dispatcher.machine, mode)
     try:
         backend = dispatcher.planner.backend(name)
     except BackendUnavailableError as error:
@@ -47,6 +44,26 @@ def eligible(name: str, case: Case, precision: Precision, **changes: object) -> 
     if reasons := backend.unsupported_reasons(problem):
         pytest.skip("; ".join(reasons))
     return backend, problem
+
+
+def in_interpreter(case: Case, name: str) -> Case:
+    """The case as Triton's interpreter can afford it: many experts or tokens, but then a small layer."""
+    if name.startswith("triton") and max(case.M * case.topk, case.E) > 32:
+        return dataclasses.replace(case, M=min(case.M, 70), K=min(case.K, 64), N=min(case.N, 32), E=min(case.E, 64))
+    return case
+
+
+def worth_interpreting(case: Case, name: str, precision: Precision) -> bool:
+    """Whether Triton's interpreter, which takes seconds for a layer, is to run a case in a precision.
+
+    All of them run in FP16, with the weights in FP8 or not; the rest is a matter of the first load and the last store.
+    """
+    return not name.startswith("triton") or precision.act_dtype == "fp16" or case in TOKENS.values()
+
+
+def on_gpu(case: Case) -> Case:
+    """The case as a GPU can afford it: more tokens where tokens are the point."""
+    return dataclasses.replace(case, M=case.M * 16) if case.M >= 33 else case
 
 
 def test_the_built_in_backends_are_registered() -> None:
@@ -65,6 +82,24 @@ def test_default_configuration(name: str, case: Case, precision: Precision) -> N
     backend, problem = eligible(name, case, precision)
     inputs = make_inputs(case, precision, DEVICE)
     conform(backend, backend.default_config(problem), inputs)
+
+
+@ON_GPU
+@pytest.mark.parametrize("precision", PRECISIONS, ids=str)
+@pytest.mark.parametrize("routing", ["uniform", "sentinels"])
+@pytest.mark.parametrize("name", BUILT_IN)
+def test_into_memory_of_the_caller(name: str, routing: str, precision: Precision) -> None:
+    case = Case(M=7, routing=routing)
+    backend, problem = eligible(name, case, precision)
+    inputs = make_inputs(case, precision, DEVICE)
+    conform(backend, backend.default_config(problem), inputs, into=True)
+    buffer = torch.full((9, case.K), torch.nan, dtype=inputs.hidden_states.dtype, device=DEVICE)
+    with torch.no_grad():
+        for _ in range(4):  # the fast path included
+            out = moe_forward(*inputs.arguments, backend=name, out=buffer[1:8])
+            assert out.data_ptr() == buffer[1:8].data_ptr()
+            assert relative_error(out, inputs.truth) <= backend.tolerance[precision.dtype]
+    assert buffer[[0, 8]].isnan().all(), "nothing is written beside the output"
 
 
 @ON_GPU
@@ -167,6 +202,25 @@ def test_strided_tensors_of_any_kind_are_taken() -> None:
     assert not any(tensor.is_contiguous() for tensor in (inputs.hidden_states, weights, ids))
     out = moe_forward(inputs.hidden_states, inputs.experts, weights, ids)
     assert relative_error(out, inputs.truth) <= 1e-4
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", MODEL_PRECISIONS, ids=str)
+@pytest.mark.parametrize("M", [1, 48])
+@pytest.mark.parametrize("name", BUILT_IN)
+def test_captured_into_memory_of_the_caller(name: str, M: int, precision: Precision) -> None:
+    case = Case(M=M, E=32, topk=4, K=512, N=256)
+    backend, _ = eligible(name, case, precision, mode="graph")
+    inputs = make_inputs(case, precision, DEVICE)
+    out = torch.full_like(inputs.hidden_states, torch.nan)
+    graph = torch.cuda.CUDAGraph()
+    with torch.no_grad():
+        warm_up(inputs.experts, case.topk, [M], inputs.hidden_states.dtype, backend=name, into_out=True)
+        with torch.cuda.graph(graph):
+            assert moe_forward(*inputs.arguments, backend=name, out=out) is out
+    graph.replay()
+    torch.cuda.synchronize()
+    assert relative_error(out, inputs.truth) <= backend.tolerance[precision.dtype]
 
 
 def test_no_tokens_give_no_rows() -> None:

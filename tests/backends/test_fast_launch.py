@@ -1,4 +1,4 @@
-"""`fast_launch` never starts a kernel on arguments that Triton would have compiled another one for."""
+"""`fast_launch` never starts a kernel on arguments for which Triton would have compiled another one."""
 
 import itertools
 import re
@@ -21,7 +21,7 @@ from moe_dispatch.backends.triton_common.features import interpreting
 
 
 def signature(x_ptr, out_ptr, n, m, BLOCK: tl.constexpr, EVEN: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Of the kernel under test; never compiled."""
+    """The signature of the kernel under test; never compiled."""
 
 
 @pytest.fixture(autouse=True)
@@ -57,7 +57,7 @@ INTS = (0, 1, 2, 8, 15, 16, 17, 32, -16, -1, 2**31 - 1, 2**31, 2**40, 2**63, Tru
 
 @pytest.mark.parametrize("options", [{}, {"do_not_specialize": ["n"]}, {"do_not_specialize_on_alignment": ["x_ptr"]}])
 def test_what_is_started_was_compiled_for_just_these_arguments(options: dict[str, Any]) -> None:
-    """Every pair of variants, each after the other: the second finds what the first left."""
+    """Every variant after every other, twice, so that each finds what all others left in the cache."""
     stub, kernel = pair(**options)
     out = memory(torch.float32)
     tensors = [*ALIGNED.values(), *MISALIGNED.values()]
@@ -111,7 +111,7 @@ def test_other_memory_of_the_same_kind_needs_no_compiler() -> None:
 
 
 class Odd(torch.Tensor):
-    """May do anything when it is asked for its address."""
+    """A subclass, which may do anything when it is asked for its address."""
 
 
 def test_a_tensor_that_is_elsewhere_or_another_class_is_triton_s_to_refuse() -> None:
@@ -168,15 +168,15 @@ def test_an_observer_is_told_of_its_own_thread_s_launches() -> None:
 
 
 def test_every_triton_kernel_of_ours_is_launched_fast() -> None:
-    """Those in Gluon are for many tokens, and get descriptors of fresh memory on every call."""
+    """Those in Gluon are for many tokens, and are passed descriptors of fresh memory on every call."""
     kernel = re.compile(r"^((?:@.*\n)*@triton\.jit.*\n)def (_moe_\w*_kernel)\(", re.MULTILINE)
-    found = {
+    decorators_by_name = {
         name: decorators
         for path in (Path(__file__).parents[2] / "backends").rglob("*.py")
         for decorators, name in kernel.findall(path.read_text(encoding="utf-8"))
     }
-    assert len(found) > 10
-    assert not [name for name, decorators in found.items() if not decorators.startswith("@fast_launch\n")]
+    assert len(decorators_by_name) > 10
+    assert not [name for name, decorators in decorators_by_name.items() if not decorators.startswith("@fast_launch\n")]
 
 
 def test_what_triton_interprets_stays_as_it_is() -> None:

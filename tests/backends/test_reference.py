@@ -1,4 +1,4 @@
-"""The reference, against formulas written another way, and its gradients."""
+"""The reference against formulas in another form, and its gradients."""
 
 import functools
 from typing import Any
@@ -61,12 +61,12 @@ def test_it_is_the_formula(activation: Activation, bias: bool) -> None:
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
 def test_on_a_cpu_it_multiplies_in_fp32(dtype: DType) -> None:
-    """Products in BF16 end the process where a virtual machine only announces AMX, and this is the last fallback."""
+    """Products in BF16 end the process on virtual machines that announce AMX and lack it."""
     backend = ReferenceBackend(Machine.inspect("cpu"))
     experts = make_experts(Workload("layer", E, TOPK, K, N), dtype, "cpu")
-    given = torch.randn(M, K).to(torch_dtype(dtype)), experts, *routing()
-    out = backend.run(*given, ReferenceConfig())
-    assert torch.equal(out, backend.run(*given, ReferenceConfig(compute_fp32=True)))
+    inputs = torch.randn(M, K).to(torch_dtype(dtype)), experts, *routing()
+    out = backend.run(*inputs, ReferenceConfig())
+    assert torch.equal(out, backend.run(*inputs, ReferenceConfig(compute_fp32=True)))
 
 
 def test_block_fp8_is_the_formula_up_to_its_rounding() -> None:
@@ -109,7 +109,7 @@ def test_gradients(dtype: str) -> None:
 @pytest.mark.parametrize("tokens", [0, M])
 @pytest.mark.parametrize("wants", ["hidden_states", "topk_weights", "gate_up", "down", "gate_up_bias", "down_bias"])
 def test_a_rank_without_tokens_stands_in_the_graph(tokens: int, wants: str) -> None:
-    """As data parallelism waits for: every parameter gets a gradient, if only of zeros."""
+    """Data parallelism waits for a gradient of every parameter, if only of zeros."""
     layer = make_experts(Workload("layer", E, TOPK, K, N, bias=True), "fp32", "cpu")
     leaf: dict[str, Any] = {
         "hidden_states": torch.randn(tokens, K), "topk_weights": torch.ones(tokens, TOPK), "gate_up": layer.gate_up,
@@ -127,7 +127,7 @@ def test_a_rank_without_tokens_stands_in_the_graph(tokens: int, wants: str) -> N
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")
 def test_forward_mode_takes_the_reference() -> None:
-    """It goes on under no_grad, and a kernel would drop the tangent without a word."""
+    """Forward mode is active under no_grad too, and a kernel would silently drop the tangent."""
     experts = make_experts(Workload("layer", E, TOPK, K, N), "fp32", "cpu")
     weights, ids = ROUTINGS["uniform"].sample(M, E, TOPK, "cpu")
     hidden, tangent = torch.randn(M, K, requires_grad=True), torch.randn(M, K)

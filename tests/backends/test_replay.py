@@ -1,4 +1,4 @@
-"""A replay does what the run did that it was made of, on other tensors too; what it could not do, it is not made of."""
+"""A replay does what the recorded run did, on other tensors too; a run that it could not repeat is refused."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -42,7 +42,7 @@ def add(inner: int, down: int, weights: int, out: int, n: int, *_: object) -> No
 
 
 class Adding(Honest):
-    """Two launches with an intermediate between them, and what a case adds to that."""
+    """Two launches with an intermediate between them, and what a case does between the launches."""
 
     name = "adding"
 
@@ -66,9 +66,9 @@ class Adding(Honest):
         self.runs += 1
         inner, out = torch.empty(2, SIZE)[0], torch.empty_like(hidden_states)
         self.double[1,](hidden_states, inner, SIZE, BLOCK=16)
-        found = self.between(self, inner, out)
+        replaced = self.between(self, inner, out)
         self.add[1,](inner, experts.down, topk_weights, out, SIZE)
-        return found if isinstance(found, Tensor) else out
+        return replaced if isinstance(replaced, Tensor) else out
 
 
 CONFIG = BackendConfig()

@@ -1,18 +1,30 @@
 """The command line as a user meets it: real commands, on this machine and on described ones."""
 
+import itertools
 import json
+import os
 import subprocess
 import sys
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
-from moe_dispatch.cli import app
+from moe_dispatch.commands.app import app
 from moe_dispatch.dispatch.process import reset_dispatchers
 from moe_dispatch.dispatch.quarantine import Quarantine
+from moe_dispatch.errors import MoEDispatchWarning
 from moe_dispatch.machine import Machine
+from moe_dispatch.policies.calibrated import calibration_path
+from moe_dispatch.policies.measurements.schema import (
+    CalibrationFile,
+    Candidate,
+    LayerShape,
+    Point,
+    StoredMeasurement,
+)
 from moe_dispatch.problem import MoEProblem
 from moe_dispatch.registry import BACKENDS
 from moe_dispatch.settings import VARIABLES, variables_table
@@ -62,22 +74,138 @@ def test_the_installed_command_lists_its_commands() -> None:
         assert command in done.stdout
 
 
-def test_help_imports_no_foreign_backend() -> None:
+@pytest.mark.parametrize(
+    "arguments", [["--version"], ["-V"], ["--help"], ["-h"], ["explain", "-h"], ["no-such-command"]]
+)
+def test_what_needs_no_torch_does_not_import_it(arguments: list[str]) -> None:
     script = (
-        "import sys; from moe_dispatch.cli import app\n"
-        "heavy = {'vllm', 'deep_gemm', 'transformers', 'matplotlib'} & set(sys.modules)\n"
-        "assert not heavy, heavy"
+        "import sys; sys.argv[1:] = sys.argv[1:]; from moe_dispatch.cli import app\n"
+        "try: app()\n"
+        "except SystemExit: pass\n"
+        "heavy = {'torch', 'numpy', 'triton', 'vllm', 'deep_gemm', 'transformers', 'matplotlib'} & set(sys.modules)\n"
+        "sys.exit(f'{heavy} imported' if heavy else 0)"
     )
-    subprocess.run([sys.executable, "-c", script], check=True)
+    done = subprocess.run([sys.executable, "-c", script, *arguments], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_version_is_that_of_the_distribution() -> None:
+    import importlib.metadata
+
+    import moe_dispatch
+
+    assert moe_dispatch.__version__ == importlib.metadata.version("moe-dispatch")
+    done = subprocess.run(
+        [sys.executable, "-c", "from moe_dispatch.cli import app; app()", "--version"],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert done.stdout == f"moe-dispatch {moe_dispatch.__version__}\n"
+
+
+def test_every_public_name_is_there() -> None:
+    import moe_dispatch
+
+    assert set(moe_dispatch.__all__) <= set(dir(moe_dispatch))
+    for name in moe_dispatch.__all__:
+        assert getattr(moe_dispatch, name) is not None
+    with pytest.raises(AttributeError, match="has no attribute 'forward'"):
+        _ = moe_dispatch.forward  # type: ignore[attr-defined]  # that is the point
+
+
+def _tables(text: str) -> list[str]:
+    """Lines of tables: from a heading above a rule to the next line without columns."""
+    lines = text.splitlines()
+    rules = [number for number, each in enumerate(lines) if set(each) == {"─"}]
+    return [each for rule in rules for each in itertools.takewhile(lambda row: "  " in row, lines[rule + 1 :])]
 
 
 @pytest.mark.usefixtures("cache")
-def test_doctor_names_every_backend_within_80_columns() -> None:
+def test_doctor_names_every_backend_in_tables_of_80_columns() -> None:
     result = RUNNER.invoke(app, ["doctor"], env={"COLUMNS": "80"})
     assert result.exit_code == 0, result.output
+    tables = _tables(result.output)
     for name in BACKENDS.names():
-        assert name in result.output
-    assert max(map(len, result.output.splitlines())) <= 80
+        assert any(row.startswith(name) for row in tables)
+    assert max(map(len, tables)) <= 80
+
+
+@pytest.mark.usefixtures("cache")
+def test_doctor_says_for_each_library_what_works_and_how_to_get_it() -> None:
+    report = json.loads(RUNNER.invoke(app, ["doctor", "--json"]).stdout)
+    libraries = {library["library"]: library for library in report["libraries"]}
+    assert {"torch", "triton", "vllm", "deep_gemm", "transformers"} <= set(libraries)
+    assert libraries["torch"]["installed"] == report["machine"]["torch"]
+    assert all(library["known"] for library in libraries.values())
+    text = RUNNER.invoke(app, ["doctor"]).output
+    assert libraries["vllm"]["known"] in text
+
+
+@dataclass(frozen=True)
+class Trouble:
+    """An environment in which `doctor` has to fail, and what it must say."""
+
+    name: str
+    variable: str
+    value: str
+    says: str
+
+    def __str__(self) -> str:
+        return self.name
+
+
+@pytest.mark.parametrize(
+    "trouble",
+    [
+        Trouble(
+            "backend that runs nothing here", "MOE_DISPATCH_BACKEND", "deep_gemm", "every call that names no backend"
+        ),
+        Trouble("backend that does not exist", "MOE_DISPATCH_BACKEND", "deepgemm", "'deepgemm', which is no backend"),
+        Trouble("cache path that is too long", "MOE_DISPATCH_CACHE_DIR", "/" + "x" * 300, "cannot be written"),
+        Trouble("cache below a file", "MOE_DISPATCH_CACHE_DIR", "/proc/version/cache", "cannot be written"),
+    ],
+    ids=str,
+)
+def test_doctor_fails_where_calls_would_or_nothing_is_kept(trouble: Trouble, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(trouble.variable, trouble.value)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", MoEDispatchWarning)
+        result = RUNNER.invoke(app, ["doctor"])
+        report = json.loads(RUNNER.invoke(app, ["doctor", "--json"]).stdout)
+    assert result.exit_code == 1, result.output
+    assert trouble.says in result.output
+    assert any(trouble.says in problem for problem in report["problems"])
+
+
+def test_doctor_reports_a_damaged_calibration(cache: Path) -> None:
+    path = calibration_path(Machine.inspect("cpu"))
+    path.parent.mkdir(parents=True)
+    path.write_text("[" * 1000)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", MoEDispatchWarning)
+        result = RUNNER.invoke(app, ["doctor"])
+    assert result.exit_code == 1
+    assert "this machine's calibration is not used" in result.output
+
+
+def test_doctor_shows_what_was_calibrated(cache: Path) -> None:
+    machine = Machine.inspect("cpu")
+    layer = LayerShape(K=64, N=32, E=4, topk=2, dtype="fp32", act_dtype="fp32")
+    versions = {"torch": machine.torch}
+    candidate = Candidate(backend="torch_grouped", versions=versions, measured="2026-11-25T10:00:00+00:00")
+    points = [
+        Point(layer=0, M=M, mode="eager", measurements=[
+            StoredMeasurement(candidate=0, us={"uniform": (1.0, 2.0, 3.0)}, score=2.0)
+        ])
+        for M in (1, 64)
+    ]  # fmt: skip
+    file = CalibrationFile(machine=machine, layers=[layer], candidates=[candidate], points=points)
+    path = calibration_path(machine)
+    path.parent.mkdir(parents=True)
+    path.write_text(file.model_dump_json())
+    text = RUNNER.invoke(app, ["doctor"]).output
+    (row,) = (each for each in _tables(text) if each.startswith("E=4 topk=2 K=64 N=32 fp32"))
+    for shown in ("eager", "2 from 1 to 64", "uniform", "2026-11-25", f"torch {machine.torch}"):
+        assert shown in row
 
 
 @pytest.mark.usefixtures("cache")
@@ -132,7 +260,23 @@ def test_explain_answers_for_a_described_machine(h200: Path, dtype: str) -> None
         assert answer["chosen"]["choice"]["backend"] != "reference"
     text = RUNNER.invoke(app, asked, env={"COLUMNS": "80"}).output
     assert "NVIDIA H200" in text
-    assert max(map(len, text.splitlines())) <= 80
+    assert max(map(len, _tables(text))) <= 80
+
+
+@pytest.mark.usefixtures("cache")
+@pytest.mark.parametrize("name", ["a100-80gb", "b200", "h200", "rtx-5090"])
+def test_explain_says_of_each_backend_either_a_time_or_why_not(name: str) -> None:
+    tokens = ["1", "64", "4096"]
+    text = RUNNER.invoke(app, ["explain", "--tokens", ",".join(tokens), "--machine", name]).output
+    rows = {row.split()[0]: row.split("  ")[1:] for row in _tables(text)}
+    assert set(rows) == set(BACKENDS.names())
+    cells = {backend: [cell.strip() for cell in row if cell.strip()] for backend, row in rows.items()}
+    for column, _ in enumerate(tokens):
+        assert sum(row[column].startswith("*") for row in cells.values()) == 1, "one backend runs each token count"
+    refused = text.partition("cannot run\n")[2].splitlines()
+    for backend, row in cells.items():
+        lines = [each for each in refused if each.startswith((f"{backend}:", f"{backend} at "))]
+        assert bool(lines) == ("–" in row), f"{backend}: {row}, {lines}"
 
 
 @pytest.mark.usefixtures("cache")
@@ -148,6 +292,37 @@ def test_graph_mode_reaches_the_problem(h200: Path) -> None:
     (answer,) = json.loads(RUNNER.invoke(app, asked).stdout)
     assert answer["problem"]["mode"] == "graph"
     assert answer["chosen"]["choice"]["backend"] != "reference"  # which cannot be captured
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
+def test_any_encoding_of_stdout_is_good_enough(encoding: str) -> None:
+    for arguments in (
+        ["explain", "--machine", "h200", "--tokens", "1"],
+        ["doctor"],
+        ["explain", "--model", "x\x1b[31m×"],
+    ):
+        done = subprocess.run(
+            [sys.executable, "-c", "from moe_dispatch.cli import app; app()", *arguments],
+            capture_output=True, check=False, env=os.environ | {"PYTHONIOENCODING": encoding},
+        )  # fmt: skip
+        assert b"Traceback" not in done.stderr, done.stderr.decode(encoding)
+        (done.stdout + done.stderr).decode(encoding)
+        assert b"\x1b" not in done.stdout + done.stderr
+
+
+def test_markup_and_escape_sequences_in_files_do_not_reach_the_terminal(tmp_path: Path) -> None:
+    hostile = "[red]GPU[/red]\x1b]0;title\x07\u202e[link=http://x]:warning:\x9b31m"
+    machine = H200.model_copy(update={"name": hostile, "torch": hostile, "libraries": {"vllm": hostile}})
+    path = tmp_path / "[bold]\x1b[2J.json"
+    path.write_text(machine.model_dump_json(), encoding="utf-8")
+    text = RUNNER.invoke(app, ["explain", "--machine", str(path), "--tokens", "1"]).output
+    assert "[red]GPU[/red]" in text
+    assert ":warning:" in text
+    path.write_text("{", encoding="utf-8")
+    broken = RUNNER.invoke(app, ["explain", "--machine", str(path)])
+    assert broken.exit_code == 2
+    for shown in (text, broken.output):
+        assert not {"\x1b", "\x07", "\x9b", "\u202e"} & set(shown)
 
 
 @dataclass(frozen=True)
@@ -167,6 +342,18 @@ class Mistake:
         Mistake(("explain", "--model", "no-such-model"), "no-such-model"),
         Mistake(("explain", "--tokens", "1,many"), "1,many"),
         Mistake(("explain", "--tokens", "0"), "positive numbers"),
+        Mistake(("explain", "--tokens", str(1 << 36)), "up to 16777216"),
+        Mistake(("explain", "--tokens", "²"), "positive numbers"),
+        Mistake(("explain", "--tokens", "9" * 5000), "positive numbers"),
+        Mistake(("explain", "--machine", "h100"), "did you mean h100-nvl or h100-pcie or h100-sxm?"),
+        Mistake(("explain", "--model", "x" * 300), "no workload is called"),
+        Mistake(("calibrate", "--model", "8,2,64,32", "--timeout", "nan"), "--timeout must be a number"),
+        Mistake(("calibrate", "--model", "8,2,64,32", "--timeout", "0"), "--timeout must be a number"),
+        Mistake(("calibrate", "--model", "8,2,64,32", "--budget", "-1"), "--budget must be a number"),
+        Mistake(
+            ("calibrate", "--model", "8,2,64,32", "--routing", "skewed"), "routing distribution is called 'skewed'"
+        ),
+        Mistake(("calibrate",), "needs --model"),
         Mistake(("explain", "--dtype", "int4"), "int4"),
         Mistake(("explain", "--mode", "lazy"), "lazy"),
         Mistake(("explain", "--machine", "/no/such/file.json"), "/no/such/file.json"),
@@ -189,8 +376,8 @@ def test_a_calibration_without_candidates_fails_and_says_so(cache: Path, monkeyp
     asked = ["calibrate", "--model", "4,2,64,32", "--device", "cpu", "--tokens", "1", "--backend", "vllm_fused_moe"]
     result = RUNNER.invoke(app, asked, env={"COLUMNS": "200"})
     assert result.exit_code == 1, result.output
-    assert "not here: vllm_fused_moe: vllm is not installed" in result.output
-    assert "no backend here takes it" in result.stderr
+    assert "cannot run: vllm_fused_moe: vllm is not installed" in result.output
+    assert "no backend here can run it" in result.stderr
     assert not (cache / "calibration").exists()
 
 
@@ -216,7 +403,7 @@ def test_the_table_of_variables_holds_every_variable_in_the_sources() -> None:
     assert named == set(VARIABLES)
     readers = {name for name, text in texts.items() if re.search(r"environ.*MOE_DISPATCH_", text)}
     # The demo gives its calibration a folder of its own; the engine benchmark starts one engine with the plugin.
-    assert readers == {"settings.py", "demo.py", "engine_vllm.py"}
+    assert readers == {"settings.py", "demo_run.py", "engine_vllm.py"}
 
 
 def test_the_readme_holds_the_table_of_variables() -> None:

@@ -1,6 +1,5 @@
 """Quantised weights, described machines, workloads, and the registry."""
 
-import dataclasses
 import json
 import math
 import sys
@@ -20,12 +19,13 @@ from moe_dispatch import (
 )
 from moe_dispatch.backend import Backend
 from moe_dispatch.dispatch.policy_chain import PolicyChain
+from moe_dispatch.measure import sample_layer
 from moe_dispatch.numerics import dequantize_blocks, quantize_blocks
 from moe_dispatch.policy import Choice, Policy
 from moe_dispatch.problem import MoEProblem
 from moe_dispatch.registry import BACKENDS, POLICIES, Registry, make_backend
 from moe_dispatch.system.libraries import deep_gemm_package, library_version
-from moe_dispatch.workloads import ROUTINGS, WORKLOADS, workload
+from moe_dispatch.workloads import ROUTINGS, WORKLOADS, Workload
 from tests.support.fakes import ANYTHING, Honest, registered
 
 H200 = Path(__file__).parents[1] / "machines" / "h200.json"
@@ -109,42 +109,6 @@ class TestMachine:
 
 
 class TestWorkloads:
-    def test_names_shapes_and_configs(self, tmp_path: Path) -> None:
-        assert workload("deepseek-v3") is WORKLOADS["deepseek-v3"]
-        assert workload("8,2,64,32").N == 32
-        config = {"model_type": "qwen3_moe", "num_experts": 128, "num_experts_per_tok": 8, "hidden_size": 2048,
-                  "moe_intermediate_size": 768, "intermediate_size": 6144, "hidden_act": "silu"}  # fmt: skip
-        path = tmp_path / "config.json"
-        path.write_text(json.dumps(config))
-        qwen = workload(str(path))
-        assert (qwen.E, qwen.topk, qwen.K, qwen.N) == (128, 8, 2048, 768)
-        path.write_text(json.dumps({"text_config": config}))
-        assert workload(str(path)) == dataclasses.replace(qwen, name="qwen3_moe")
-        path.write_text(json.dumps(config | {"text_config": None}))
-        assert workload(str(path)) == qwen
-        with pytest.raises(UnknownNameError, match="deepseek-v3"):
-            workload("deepseek-v9")
-
-    @pytest.mark.parametrize(
-        ("content", "says"),
-        [
-            ({"hidden_size": 4096}, "has no num_experts or n_routed_experts"),
-            ({"num_experts": 0, "hidden_size": 4096}, "has no num_experts.*above 0"),  # a dense Qwen
-            ({"text_config": [1]}, "must hold a JSON object, got list"),
-            ([1], "must hold a JSON object, got list"),
-            (
-                {"num_experts": 4, "num_experts_per_tok": 8, "hidden_size": 64, "intermediate_size": 64},
-                "8 experts per token of 4",
-            ),
-        ],
-        ids=str,
-    )
-    def test_what_is_no_moe_config_is_refused(self, content: object, says: str, tmp_path: Path) -> None:
-        path = tmp_path / "config.json"
-        path.write_text(json.dumps(content))
-        with pytest.raises(InvalidInputError, match=says):
-            workload(str(path))
-
     def test_skew_is_what_it_says(self) -> None:
         """The effective number of experts, 1/Σp², is E/f over many draws."""
         E = 64
@@ -155,6 +119,26 @@ class TestWorkloads:
                 shares = ROUTINGS[name]._log_shares(E, generator).softmax(0)
                 squares += float(shares.square().sum()) / 20
             assert 1 / squares == pytest.approx(E / skew, rel=0.25), name
+
+    @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+    @pytest.mark.parametrize("device", ["cpu", "meta"])
+    def test_torchs_defaults_change_no_sample(self, dtype: torch.dtype, device: str) -> None:
+        layer = Workload("tiny", E=4, topk=2, K=64, N=32, bias=True)
+        problem = layer.problem(5, "bf16", Machine.inspect("cpu"))
+        expected = sample_layer(problem, "cpu", routing=ROUTINGS["dirichlet-2"])
+        torch.set_default_dtype(dtype)
+        torch.set_default_device(device)
+        try:
+            sample = sample_layer(problem, "cpu", routing=ROUTINGS["dirichlet-2"])
+        finally:
+            torch.set_default_dtype(torch.float32)
+            torch.set_default_device(None)
+        for one, other in zip(sample.inputs, expected.inputs, strict=True):
+            assert torch.equal(one.hidden_states, other.hidden_states)
+            assert torch.equal(one.topk_weights, other.topk_weights)
+            assert torch.equal(one.topk_ids, other.topk_ids)
+        assert torch.equal(sample.experts.gate_up, expected.experts.gate_up)
+        assert sample.truths[0].dtype == torch.float32
 
     def test_one_hot_is_in_every_row(self) -> None:
         weights, ids = ROUTINGS["one-hot"].sample(50, 16, 4, "cpu")

@@ -3,7 +3,7 @@
 Floors, lowest first. Within a floor modules may import each other, as long as there is no circle.
 
     system                                              the operating system; knows nothing of this package
-    errors settings problem numerics machine experts workloads    what a layer is, and where it runs
+    errors settings problem numerics machine model_config experts workloads    what a layer is, and where it runs
     backend guard policy registry                       what a backend and a policy are, and where they are found
     measure                                             inputs, timing, verification
     dispatch                                            from a call to a running backend
@@ -26,7 +26,7 @@ PACKAGE: Final = "moe_dispatch"
 
 FLOORS: Final = (
     ("system",),
-    ("errors", "settings", "problem", "numerics", "machine", "experts", "workloads"),
+    ("errors", "settings", "problem", "numerics", "machine", "model_config", "experts", "workloads"),
     ("backend", "guard", "policy", "registry"),
     ("measure",),
     ("dispatch",),

@@ -103,7 +103,7 @@ class MoeDispatchExperts(mk.FusedMoEExpertsModular):  # type: ignore[misc]  # vL
             warm_up_once(experts, topk_ids.shape[1], hidden_states.dtype)
         if apply_router_weight_on_input:  # vLLM multiplied hidden_states before it called
             topk_weights = torch.ones_like(topk_weights)
-        output.copy_(moe_forward(hidden_states, experts, topk_weights, topk_ids))
+        moe_forward(hidden_states, experts, topk_weights, topk_ids, out=output)
 
     def _weights(self, w1: Tensor, w2: Tensor, activation: Any) -> ExpertWeights:
         """The layer's weights, wrapped anew where a reload has moved any of them."""

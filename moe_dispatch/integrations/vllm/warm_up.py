@@ -40,6 +40,6 @@ def warm_up_once(experts: ExpertWeights, topk: int, act_dtype: torch.dtype) -> N
         if experts.device.type != "cuda":
             return
         begin = time.monotonic()
-        warm_up(experts, topk, _captured, act_dtype, up_to=_most_tokens)
+        warm_up(experts, topk, _captured, act_dtype, up_to=_most_tokens, into_out=True)
         seconds = time.monotonic() - begin
         vllm_logger().info("moe_dispatch warmed up for %r, M ≤ %d, in %.1f s", experts, _most_tokens, seconds)

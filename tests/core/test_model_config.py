@@ -1,0 +1,397 @@
+"""Models by name and by their configs: as real ones are written, as transformers builds them, and hostile ones."""
+
+import inspect
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from moe_dispatch.errors import InvalidInputError, UnknownNameError
+from moe_dispatch.model_config import ConfiguredLayer, configured_layer
+from moe_dispatch.problem import Activation
+from moe_dispatch.workloads import WORKLOADS, workload
+
+
+@dataclass(frozen=True)
+class Real:
+    """What a published config says of its experts, in the keys that matter, and the layer that it means."""
+
+    name: str
+    config: dict[str, Any]
+    layer: tuple[int, int, int, int]
+    activation: Activation = "silu"
+    bias: bool = False
+    interleaved: bool = False
+
+    def __str__(self) -> str:
+        return self.name
+
+
+DENSE = {"intermediate_size": 9999, "hidden_act": "silu"}
+VISION = {"model_type": "some_vision", "hidden_size": 1152, "intermediate_size": 4304, "hidden_act": "quick_gelu"}
+
+REAL = (
+    Real(
+        "deepseek-v3",
+        {"model_type": "deepseek_v3", "n_routed_experts": 256, "num_experts_per_tok": 8, "hidden_size": 7168,
+         "moe_intermediate_size": 2048, "n_shared_experts": 1, "topk_group": 4, "moe_layer_freq": 1, **DENSE},
+        (256, 8, 7168, 2048),
+    ),
+    Real(
+        "ernie-4.5-21b-a3b",
+        {"model_type": "ernie4_5_moe", "moe_num_experts": 64, "moe_k": 6, "moe_num_shared_experts": 2,
+         "hidden_size": 2560, "moe_intermediate_size": 1536, "moe_capacity": [64, 64, 64], **DENSE},
+        (64, 6, 2560, 1536),
+    ),
+    Real(
+        "ernie-4.5-vl",
+        {"model_type": "ernie4_5_moe_vl", "moe_num_experts": [64, 64], "moe_k": 6, "hidden_size": 2560,
+         "moe_intermediate_size": [1536, 1536], "vision_config": VISION, **DENSE},
+        (64, 6, 2560, 1536),
+    ),
+    Real(
+        "kimi-linear-48b-a3b",
+        {"model_type": "kimi_linear", "num_experts": 256, "num_experts_per_token": 8, "hidden_size": 2304,
+         "moe_intermediate_size": 1024, "moe_renormalize": True, **DENSE},
+        (256, 8, 2304, 1024),
+    ),
+    Real(
+        "kimi-k2.5",
+        {"model_type": "kimi_k25", "vision_config": VISION,
+         "text_config": {"model_type": "kimi_k2", "n_routed_experts": 384, "num_experts_per_tok": 8,
+                         "hidden_size": 7168, "moe_intermediate_size": 2048, **DENSE}},
+        (384, 8, 7168, 2048),
+    ),
+    Real(
+        "gemma-4-26b-a4b",
+        {"model_type": "gemma4", "vision_config": VISION,
+         "text_config": {"model_type": "gemma4_text", "num_experts": 128, "top_k_experts": 8, "hidden_size": 2816,
+                         "moe_intermediate_size": 704, "intermediate_size": 2112, "enable_moe_block": True,
+                         "hidden_activation": "gelu_pytorch_tanh"}},
+        (128, 8, 2816, 704),
+        "gelu_tanh",
+    ),
+    Real(
+        "hunyuan-a13b",
+        {"model_type": "hunyuan_v1_moe", "num_experts": 64, "moe_topk": [8] * 32, "hidden_size": 4096,
+         "moe_intermediate_size": [3072] * 32, "num_shared_expert": [1] * 32, "moe_layer_num_skipped": 0, **DENSE},
+        (64, 8, 4096, 3072),
+    ),
+    Real(
+        "qwen3-omni-30b-a3b",
+        {"model_type": "qwen3_omni_moe", "code2wav_config": {"hidden_size": 1024, "num_experts": 7},
+         "talker_config": {"text_config": {"num_experts": 128, "num_experts_per_tok": 6, "hidden_size": 1024}},
+         "thinker_config": {"vision_config": VISION,
+                            "text_config": {"num_experts": 128, "num_experts_per_tok": 8, "hidden_size": 2048,
+                                            "moe_intermediate_size": 768, **DENSE}}},
+        (128, 8, 2048, 768),
+    ),
+    Real(
+        "nemotron-3-super",
+        {"model_type": "nemotron_h", "n_routed_experts": 512, "num_experts_per_tok": 22, "hidden_size": 4096,
+         "moe_latent_size": 1024, "moe_intermediate_size": 2688, "moe_shared_expert_intermediate_size": 5376,
+         "mlp_hidden_act": "relu2", "mamba_hidden_act": "silu", "intermediate_size": 2688},
+        (512, 22, 1024, 2688),
+        "relu2",
+    ),
+    Real(
+        "nemotron-3-nano",
+        {"model_type": "nemotron_h", "n_routed_experts": 128, "num_experts_per_tok": 6, "hidden_size": 2688,
+         "moe_latent_size": None, "moe_intermediate_size": 1856, "mlp_hidden_act": "relu2", "intermediate_size": 1856},
+        (128, 6, 2688, 1856),
+        "relu2",
+    ),
+    Real(
+        "minimax-m3",
+        {"model_type": "minimax_m3_vl", "vision_config": VISION,
+         "text_config": {"model_type": "minimax_m3_vl_text", "num_local_experts": 128, "num_experts_per_tok": 4,
+                         "hidden_size": 6144, "intermediate_size": 3072, "dense_intermediate_size": 12288,
+                         "shared_intermediate_size": 3072, "swiglu_alpha": 1.702, "swiglu_limit": 7.0,
+                         "hidden_act": "silu"}},
+        (128, 4, 6144, 3072),
+        "swiglu_oai",
+    ),
+    Real(
+        "minimax-m2",
+        {"model_type": "minimax_m2", "num_local_experts": 256, "num_experts_per_tok": 8, "hidden_size": 3072,
+         "intermediate_size": 1536, "shared_intermediate_size": 0, "hidden_act": "silu"},
+        (256, 8, 3072, 1536),
+    ),
+    Real(
+        "gpt-oss-120b",
+        {"model_type": "gpt_oss", "num_local_experts": 128, "num_experts_per_tok": 4, "experts_per_token": 4,
+         "hidden_size": 2880, "intermediate_size": 2880, "swiglu_limit": 7.0, "hidden_act": "silu"},
+        (128, 4, 2880, 2880),
+        "swiglu_oai",
+        bias=True,
+        interleaved=True,
+    ),
+    Real(
+        "dbrx",
+        {"model_type": "dbrx", "d_model": 6144,
+         "ffn_config": {"ffn_act_fn": {"name": "silu"}, "ffn_hidden_size": 10752, "moe_num_experts": 16,
+                        "moe_top_k": 4, "moe_jitter_eps": 0, "moe_loss_weight": 0.05}},
+        (16, 4, 6144, 10752),
+    ),
+    Real(
+        "llama-4-scout",
+        {"model_type": "llama4", "vision_config": VISION,
+         "text_config": {"model_type": "llama4_text", "num_local_experts": 16, "num_experts_per_tok": 1,
+                         "hidden_size": 5120, "intermediate_size": 8192, "intermediate_size_mlp": 16384,
+                         "hidden_act": "silu", "interleave_moe_layer_step": 1}},
+        (16, 1, 5120, 8192),
+    ),
+    Real(
+        "longcat-flash",
+        {"model_type": "longcat_flash", "n_routed_experts": 512, "moe_topk": 12, "hidden_size": 6144,
+         "expert_ffn_hidden_size": 2048, "ffn_hidden_size": 12288, "zero_expert_num": 256},
+        (512, 12, 6144, 2048),
+    ),
+    Real(
+        "granite-4.0-h-small",
+        {"model_type": "granitemoehybrid", "num_local_experts": 72, "num_experts_per_tok": 10, "hidden_size": 4096,
+         "intermediate_size": 768, "shared_intermediate_size": 1536, "hidden_act": "silu"},
+        (72, 10, 4096, 768),
+    ),
+    Real(
+        "step-3",
+        {"model_type": "step3_vl", "text_config": {"model_type": "step3_text", "moe_num_experts": 48, "moe_top_k": 3,
+         "hidden_size": 7168, "moe_intermediate_size": 5120, "share_expert_dim": 5120, **DENSE}},
+        (48, 3, 7168, 5120),
+    ),
+    Real(
+        "mixtral, params.json",
+        {"dim": 4096, "n_layers": 32, "head_dim": 128, "hidden_dim": 14336, "n_heads": 32,
+         "moe": {"num_experts_per_tok": 2, "num_experts": 8}},
+        (8, 2, 4096, 14336),
+    ),
+    Real(
+        "mistral-large-3, params.json",
+        {"dim": 7168, "hidden_dim": 16384,
+         "moe": {"expert_parallel": 1, "num_experts": 128, "num_experts_per_tok": 4, "expert_hidden_dim": 4096,
+                 "num_shared_experts": 1, "route_every_n": 1}},
+        (128, 4, 7168, 4096),
+    ),
+    Real(
+        "olmoe",
+        {"model_type": "olmoe", "num_experts": 64, "num_experts_per_tok": 8, "hidden_size": 2048,
+         "intermediate_size": 1024, "hidden_act": "silu"},
+        (64, 8, 2048, 1024),
+    ),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("real", REAL, ids=str)
+def test_a_real_config_is_read_as_it_is_meant(real: Real) -> None:
+    layer = configured_layer(real.config, "config.json")
+    assert (layer.E, layer.topk, layer.K, layer.N) == real.layer
+    assert (layer.activation, layer.bias, layer.interleaved) == (real.activation, real.bias, real.interleaved)
+
+
+@dataclass(frozen=True)
+class Refused:
+    """A config that must not be read, and what its refusal must name."""
+
+    name: str
+    config: Any
+    says: str
+    _: None = field(default=None, repr=False)
+
+    def __str__(self) -> str:
+        return self.name
+
+
+BASE = {"num_experts": 64, "num_experts_per_tok": 8, "hidden_size": 2048, "moe_intermediate_size": 768}
+
+REFUSED = (
+    Refused("dense", {"hidden_size": 4096}, "has no n_routed_experts or .*: it is not the config of an MoE model"),
+    Refused("dense Qwen", {"num_experts": 0, "hidden_size": 4096}, r"above 0 \(it has num_experts=0\)"),
+    Refused("dense vision model", {"text_config": {"hidden_size": 1}}, "its language model included, has no"),
+    Refused("text_config of another type", {"text_config": [1]}, "not the config of an MoE model"),
+    Refused("a list", [1], "must hold a JSON object, got list"),
+    Refused("one expert", BASE | {"num_experts": 1}, "has one expert"),
+    Refused("topk above E", BASE | {"num_experts": 4}, "8 experts per token of 4"),
+    Refused("no topk", BASE | {"num_experts_per_tok": None, "moe_choose": 3}, "experts per token.*moe_choose=3"),
+    Refused("layers that differ", BASE | {"moe_intermediate_size": [512, 768]}, r"\[512, 768\]: its layers differ"),
+    Refused(
+        "rows of an unknown family",
+        BASE | {"model_type": "new_moe", "moe_intermediate_size": None, "intermediate_size": 64},
+        "model_type 'new_moe' have the rows of its dense layers is unknown",
+    ),
+    Refused("an unknown size", BASE | {"expert_inner_rank": 64}, "expert_inner_rank=64, which may change the experts"),
+    Refused("an unknown latent", BASE | {"moe_latent_dim": 512}, "moe_latent_dim=512, which may change the experts"),
+    Refused("clamped silu", BASE | {"swiglu_limit": 10.0}, "clamps the inputs of its gate at 10.0"),
+    Refused("clamps of some layers", BASE | {"swiglu_limits": [0, 16.0]}, "clamps the inputs of its gate at 16.0"),
+    Refused("another alpha", BASE | {"swiglu_alpha": 1.5, "swiglu_limit": 7.0}, "swiglu_alpha=1.5"),
+    Refused("unknown activation", BASE | {"hidden_act": "mish"}, "activation 'mish'"),
+    Refused("experts switched off", BASE | {"enable_moe_block": False}, "switches its experts off"),
+    Refused("truth values for numbers", BASE | {"num_experts": True}, "not the config of an MoE model"),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("refused", REFUSED, ids=str)
+def test_a_config_that_cannot_be_read_with_certainty_is_refused_by_name(refused: Refused, tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(refused.config))
+    with pytest.raises(InvalidInputError, match=refused.says):
+        workload(str(path))
+
+
+# transformers' own classes: default configs, and the experts that the models build from them.
+
+
+def _families() -> Iterator[tuple[str, dict[str, Any], Any]]:
+    """Every config class of transformers whose default has experts, as JSON data and as an object."""
+    transformers = pytest.importorskip("transformers", minversion="5.17")
+    transformers.logging.set_verbosity_error()
+    for model_type, config_class in transformers.CONFIG_MAPPING.items():
+        if "expert" not in inspect.getsource(inspect.getmodule(config_class)):
+            continue  # a few of the others ask the hub for their defaults
+        try:
+            config = config_class()
+            data = json.loads(config.to_json_string(use_diff=False))
+        except Exception:  # noqa: BLE001, S112 - several classes have no default that is valid
+            continue
+        if "expert" in json.dumps(data):
+            yield model_type, data, config
+
+
+def _expert_shapes(config: Any) -> set[tuple[tuple[int, ...], ...]]:
+    """Shapes of the experts' weights in the model of a config, built without memory; empty where it cannot be built."""
+    import transformers
+
+    for mapping in (transformers.MODEL_MAPPING, transformers.MODEL_FOR_CAUSAL_LM_MAPPING):
+        model_class = mapping.get(type(config), None)
+        if model_class is None:
+            continue
+        try:
+            with torch.device("meta"):
+                model = model_class(config)
+        except Exception:  # noqa: BLE001 - several defaults lack what their model needs
+            return set()
+        shapes = set()
+        for name, module in model.named_modules():
+            own = dict(module.named_parameters(recurse=False))
+            if "shared" not in name and "down_proj" in own and own["down_proj"].dim() == 3:
+                up = own.get("gate_up_proj", own.get("up_proj"))
+                shapes.add((tuple(up.shape), tuple(own["down_proj"].shape)))
+        return shapes
+    return set()
+
+
+def _shapes_of(layer: ConfiguredLayer) -> set[tuple[tuple[int, ...], ...]]:
+    """The shapes that a layer's weights may have: transformers transposes those of some families."""
+    rows = layer.N if layer.activation == "relu2" else 2 * layer.N
+    straight = ((layer.E, rows, layer.K), (layer.E, layer.K, layer.N))
+    transposed = ((layer.E, layer.K, rows), (layer.E, layer.N, layer.K))
+    return {straight, transposed}
+
+
+@pytest.mark.slow
+def test_every_family_of_transformers_is_read_as_its_model_is_built_or_refused() -> None:
+    compared: list[str] = []
+    refused: dict[str, str] = {}
+    wrong: list[str] = []
+    for model_type, data, config in _families():
+        try:
+            layer = configured_layer(data, model_type)
+        except InvalidInputError as error:
+            refused[model_type] = str(error)
+            continue
+        shapes = _expert_shapes(config)
+        if model_type == "longcat_flash":  # its first projection has rows for the experts that do nothing, too
+            shapes = {((layer.E, *up[1:]), down) for up, down in shapes}
+        if shapes:
+            compared.append(model_type)
+            if not shapes & _shapes_of(layer):
+                wrong.append(f"{model_type}: read {layer}, built {shapes}")
+    assert not wrong, "\n".join(wrong)
+    assert len(compared) >= 45, compared
+    # A refusal is right where the default has no experts, no topk, or a gate that no activation here computes.
+    unexplained = {
+        name: why
+        for name, why in refused.items()
+        if not any(
+            text in why for text in ("not the config of an MoE model", "clamps", "no number of experts per token")
+        )
+    }
+    assert set(unexplained) <= {"doge"}, unexplained
+
+
+# Names and paths, as a user types them.
+
+
+@pytest.mark.parametrize(
+    ("text", "name"),
+    [
+        ("deepseek-v3", "deepseek-v3"),
+        ("DeepSeek-V3", "deepseek-v3"),
+        ("deepseek-ai/DeepSeek-V3-0324", "deepseek-v3"),
+        ("Qwen/Qwen3-30B-A3B", "qwen3-30b-a3b"),
+        ("Qwen/Qwen3-30B-A3B-Instruct-2507", "qwen3-30b-a3b"),
+        ("Qwen/Qwen3-235B-A22B", "qwen3-235b"),
+        ("mistralai/Mixtral-8x7B-Instruct-v0.1", "mixtral-8x7b"),
+        ("openai/gpt-oss-120b", "gpt-oss-120b"),
+        (" deepseek-v2-lite ", "deepseek-v2-lite"),
+    ],
+)
+def test_names_are_found_as_the_hub_writes_them(text: str, name: str) -> None:
+    assert workload(text) is WORKLOADS[name]
+
+
+@pytest.mark.parametrize(
+    ("text", "suggested"),
+    [("deepseek-v9", "deepseek-v3"), ("Qwen/Qwen3-30B", "qwen3-30b-a3b"), ("mixtral", "mixtral-8x7b"),
+     ("gptoss-120b", "gpt-oss-120b")],
+)  # fmt: skip
+def test_an_unknown_name_gets_suggestions(text: str, suggested: str) -> None:
+    with pytest.raises(UnknownNameError, match=f"did you mean .*{suggested}"):
+        workload(text)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "x" * 300, "x" * 5000, "a\0b", "/", ".", "8,2,64", "8,2,64,x", "²,1,1,1", "~nobody"]
+)
+def test_nonsense_is_an_unknown_name(text: str) -> None:
+    with pytest.raises(UnknownNameError) as caught:
+        workload(text)
+    assert len(str(caught.value)) < 1000
+
+
+@pytest.mark.parametrize("text", ["0,1,64,32", "4,8,64,32", "9" * 5000 + ",1,1,1", f"{1 << 40},2,64,32"])
+def test_numbers_out_of_range_are_refused(text: str) -> None:
+    with pytest.raises(InvalidInputError, match="must be from 1 to"):
+        workload(text)
+    assert workload("8, 2, 64, 32").N == 32
+
+
+@pytest.mark.parametrize("name", ["config.json", "params.json"])
+def test_a_folder_or_a_file_with_a_byte_order_mark_will_do(name: str, tmp_path: Path) -> None:
+    path = tmp_path / "Some-Model" / name
+    path.parent.mkdir()
+    path.write_bytes(b"\xef\xbb\xbf" + json.dumps(BASE).encode())
+    for text in (str(path), str(path.parent)):
+        layer = workload(text)
+        assert (layer.E, layer.topk, layer.K, layer.N, layer.name) == (64, 8, 2048, 768, "Some-Model")
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("kind", ["missing", "fifo", "folder", "not UTF-8", "nested", "empty", "long path"])
+def test_a_config_that_cannot_be_read_is_refused(kind: str, tmp_path: Path) -> None:
+    path = tmp_path / ("x" * 300 if kind == "long path" else "config.json") / "config.json"
+    if kind != "long path":
+        path.parent.mkdir()
+    if kind == "fifo":
+        os.mkfifo(path)
+    elif kind == "folder":
+        path.mkdir()
+    elif kind not in ("missing", "long path"):
+        path.write_bytes({"not UTF-8": b'{"a": "\xff"}', "nested": b"[" * 100_000, "empty": b""}[kind])
+    with pytest.raises(InvalidInputError, match="is not a readable config") as caught:
+        workload(str(path))
+    assert len(str(caught.value)) < 1000
