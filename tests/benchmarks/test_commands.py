@@ -15,7 +15,7 @@ from moe_dispatch.commands.app import app as main_app
 from moe_dispatch.machine import current_machine
 from tests.benchmarks.helpers import LAYER, ROOT, calibration, full_board, reference
 
-SMALL = ("--model", "4,2,64,32", "--dtype", "fp32", "--mode", "eager")
+SMALL = ("--model", "4,2,64,32", "--dtype", "fp32", "--mode", "eager", "--seconds", "0")
 
 
 def run(*arguments: str | Path, status: int = 0) -> str:
@@ -142,7 +142,7 @@ def test_the_chosen_configuration_is_what_the_calibration_found(
     layer = LayerShape.of(LAYER.problem(1, "fp32", machine))
     save(calibration_path(machine), [Measurement(layer, 1, "eager", candidate, score=5.0)], machine)
     path = tmp_path / "rows.jsonl"
-    run("run", *SMALL, "--tokens", "1", "--backend", "reference", "--config", "chosen", "--seconds", "0", "--out", path)
+    run("run", *SMALL, "--tokens", "1", "--backend", "reference", "--config", "chosen", "--out", path)
     (row,) = row_files.load([path])
     assert row.config == config
 
