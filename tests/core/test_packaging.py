@@ -3,6 +3,7 @@
 import re
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -10,7 +11,8 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 LINKS = ("backends", "policies", "benchmarks")
-# What ships in the wheel is what users run; these are development tools and stay in the checkout.
+# Development tools, which stay in the checkout.
+RECORD = ROOT / "benchmarks" / "record"
 
 
 def test_the_folders_at_the_top_are_linked_into_the_package() -> None:
@@ -20,18 +22,38 @@ def test_the_folders_at_the_top_are_linked_into_the_package() -> None:
         assert link.readlink() == Path("..") / name
 
 
+def shipped() -> set[str]:
+    """Every file of ours that a user runs, by the name that it has in a wheel."""
+    files: set[str] = {"moe_dispatch/py.typed"}
+    for top in ("moe_dispatch", "backends", "policies", "benchmarks"):
+        for pattern in ("*.py", "machines/*.json", "tables/*.json"):
+            for path in (ROOT / top).rglob(pattern):
+                if RECORD not in path.parents:
+                    name = path.relative_to(ROOT).as_posix()
+                    files.add(name if top == "moe_dispatch" else f"moe_dispatch/{name}")
+    return files
+
+
 @pytest.mark.slow
-def test_the_wheel_holds_every_module(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path), str(ROOT)]
+def test_wheel_and_sdist_hold_every_module(tmp_path: Path) -> None:
+    # `build` makes the sdist, and the wheel out of that.
+    command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(tmp_path), str(ROOT)]
     built = subprocess.run(command, capture_output=True, text=True, check=False)
     assert built.returncode == 0, built.stderr
     held = set(zipfile.ZipFile(next(tmp_path.glob("*.whl"))).namelist())
-    for top in ("moe_dispatch", "backends", "policies", "benchmarks"):
-        for module in (ROOT / top).rglob("*.py"):
-            path = module.relative_to(ROOT).as_posix()
-            assert (path if top == "moe_dispatch" else f"moe_dispatch/{path}") in held
-    assert "moe_dispatch/py.typed" in held
-    assert not [name for name in held if name.startswith(("backends/", "policies/", "benchmarks/", "tests/"))]
+    assert shipped() - held == set()
+    stray = ("backends/", "policies/", "benchmarks/", "tests/", "moe_dispatch/benchmarks/record/")
+    assert not [name for name in held if name.startswith(stray)]
+    with tarfile.open(next(tmp_path.glob("*.tar.gz"))) as sdist:
+        packed = {name.partition("/")[2] for name in sdist.getnames()}
+    assert shipped() - packed == set()
+
+
+def test_a_script_in_the_checkouts_root_finds_every_backend(tmp_path: Path) -> None:
+    """The checkout in the working directory shadows an installed package; it must not lose its backends."""
+    code = "import moe_dispatch.backends.reference as r, moe_dispatch; print(r.__file__, moe_dispatch.__file__)"
+    seen = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert all(Path(path).is_relative_to(ROOT) for path in seen.stdout.split())
 
 
 def test_importing_loads_no_backend_and_no_compiler() -> None:
