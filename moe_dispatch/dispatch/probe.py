@@ -65,6 +65,9 @@ def probe(backend: Backend, problem: MoEProblem, device: torch.device) -> str:
         try:
             config = backend.default_config(tiny)
             outs = [backend.run(*trial.inputs, config) for trial in trials[:-1]]
+            for out, trial in zip(outs, trials, strict=False):
+                if fault := result_fault(out, trial.inputs):  # which run_into would stumble over
+                    return f"its probe was wrong: {fault}"
             outs.append(backend.run_into(*trials[-1].inputs, config, ours))
             if device.type == "cuda":
                 torch.cuda.synchronize(device)

@@ -39,6 +39,7 @@ def support_matrix() -> list[str]:
                 sms=100,
                 memory_bytes=80 << 30,
                 shared_memory_per_block=101_376 if capability else 0,
+                cuda="13.0" if capability else "",
                 torch="2.11.0",
                 triton="3.6.0",
                 libraries={"vllm": "0.20.2", "deep_gemm": "2.5.0"},
