@@ -38,7 +38,7 @@ CPU = Machine(device="cpu", name="a cpu", sms=4, memory_bytes=1 << 34, torch="2.
 def hopper(deep_gemm: str = "2.5.0", torch_version: str = "2.11.0+cu130") -> Machine:
     return Machine(
         device="cuda", name="NVIDIA H200", capability=(9, 0), sms=132, memory_bytes=141 << 30, torch=torch_version,
-        libraries={"deep_gemm": deep_gemm} if deep_gemm else {},
+        cuda="13.0", triton="3.6.0", libraries={"deep_gemm": deep_gemm} if deep_gemm else {},
     )  # fmt: skip
 
 
