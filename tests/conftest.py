@@ -69,7 +69,7 @@ def fresh_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[N
 
 
 def poison(tensor: torch.Tensor) -> torch.Tensor:
-    """Fill with what nobody may read: NaN, or integers far out of range."""
+    """Fill with values that must not be read: NaN, or integers far out of range."""
     if tensor.is_floating_point():
         # fill_ does not take every 8-bit type: e4m3's NaN is all ones.
         return (

@@ -5,7 +5,7 @@ only. A failure that kills (illegal access, a hang, a crash) is obeyed by every 
 A process that dies cannot record anything, so the first run of a backend on a kind of problem leaves a marker that its
 success removes; a marker whose process is gone says what that process died of.
 
-Whoever can write here can have backends avoided, so files of other users and symbolic links are not read. Disk trouble
+Write access here is enough to bar backends, so files of other users and symbolic links are not read. Disk trouble
 is logged and never breaks a call.
 """
 

@@ -138,7 +138,7 @@ def test_blocks_hold_every_row_once_and_experts_with_a_tall_one_come_first() -> 
 @pytest.mark.usefixtures("poisoned_memory")
 @pytest.mark.parametrize(("dtype", "K", "N"), [("bf16", 192, 256), ("bf16", 192, 200), ("fp8", 256, 384)])
 def test_blocks_of_every_height(dtype: DType, K: int, N: int) -> None:
-    """One expert for each count of rows around the heights of tiles, one without rows, and slots that nobody takes."""
+    """One expert for each count of rows around the heights of tiles, one without rows, and slots of no expert."""
     machine = Machine.inspect("cuda")
     counts = [1, 31, 33, 64, 65, 95, 96, 97, 127, 128, 129, 144, 145, 160, 161, 192, 257, 272, 288, 289, 0, 700]
     layer = Workload("heights", len(counts), 1, K, N)

@@ -29,7 +29,7 @@ CASES = [
     Case("slots span two scans", M=257, E=2, N=16, K=32, config=EXPERTS | {"block_m": 64}),
     Case("all slots to one expert", M=17, routing="2"),
     Case("all slots to one expert, grid of experts", M=17, routing="2", config=EXPERTS),
-    Case("nobody is ours", M=2, routing="-1"),
+    Case("no slot is ours", M=2, routing="-1"),
     Case("one expert", E=1, topk=1),
     # id dtypes
     Case("int64 ids", ids=torch.int64),

@@ -166,7 +166,7 @@ class TestChoosing:
             (plan,) = get_dispatcher("cpu")._plans.values()
             assert chosen.choice == plan.choice
 
-    def test_a_name_in_the_environment_that_nobody_has_is_said(
+    def test_a_name_in_the_environment_that_is_not_registered_is_said(
         self, call: Call, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setenv("MOE_DISPATCH_DISABLE", "vllm,honest")
@@ -370,7 +370,7 @@ class TestFaults:
             with pytest.raises(BackendUnavailableError, match="does not import: AssertionError"):
                 moe_forward(*call, backend="broken")
 
-    def test_out_of_memory_goes_to_whoever_needs_less(self, call: Call) -> None:
+    def test_out_of_memory_goes_to_the_backend_that_needs_less(self, call: Call) -> None:
         with ranked(Greedy, Honest):
             with pytest.warns(MoEDispatchWarning, match="'greedy' ran out of memory.*'honest', which needs less"):
                 assert torch.equal(moe_forward(*call), expected(call))
@@ -380,7 +380,7 @@ class TestFaults:
 
     def test_out_of_memory_splits_along_m(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(Greedy, "most_tokens", 3)
-        monkeypatch.setattr(Greedy, "workspace_bytes", lambda *_: 0)  # nobody needs less
+        monkeypatch.setattr(Greedy, "workspace_bytes", lambda *_: 0)  # none needs less
         call = make_call(11)
         with ranked(Greedy), pytest.warns(MoEDispatchWarning, match="split along M into 5 and 6"):
             assert torch.allclose(moe_forward(*call), expected(call), atol=1e-6)
@@ -431,7 +431,7 @@ class TestFaults:
             assert ran()["honest"] == 1
 
     @pytest.mark.parametrize(("victim", "status"), [("Interrupted", -15), ("InterruptedByCtrlC", -2)])
-    def test_ending_a_process_on_purpose_blames_nobody(self, victim: str, status: int) -> None:
+    def test_ending_a_process_on_purpose_blames_no_backend(self, victim: str, status: int) -> None:
         code = (
             "from tests.core.test_dispatcher import *\n"
             "from tests.support.fakes import *\n"
@@ -522,7 +522,7 @@ def _work(queue: "multiprocessing.SimpleQueue[dict[str, int]]") -> None:
 
 
 class TestCost:
-    def test_the_steady_state_is_one_look_up(self, call: Call) -> None:
+    def test_a_known_kind_of_call_is_one_look_up(self, call: Call) -> None:
         """Checking and choosing, without the backend, cost microseconds at most."""
 
         out = torch.empty_like(call[0])
@@ -582,7 +582,7 @@ class TestCompile:
             assert ran()["torch_grouped"] == 1
             assert not get_dispatcher("cpu").quarantine.entries()
 
-    def test_fake_tensors_run_nothing_and_blame_nobody(self, call: Call) -> None:
+    def test_fake_tensors_run_nothing_and_blame_no_backend(self, call: Call) -> None:
         """As those run a model who want to know its memory; a real call of the same kind may have been made."""
         with ranked("torch_grouped"):
             moe_forward(*call)

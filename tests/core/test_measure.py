@@ -249,7 +249,7 @@ def _passes(seen: list[tuple[str, LayerInputs]], first: LayerInputs) -> str:
     return "".join(name for name, given in seen if given is first)
 
 
-def test_candidates_take_turns_and_nobody_always_comes_after_the_same_one(tiny: Layer) -> None:
+def test_candidates_take_turns_and_none_always_comes_after_the_same_one(tiny: Layer) -> None:
     seen: list[tuple[str, LayerInputs]] = []
     slow = {name: _watched(name, seen) for name in "abc"}
     timings = time_interleaved(slow, tiny.inputs, mode="eager", budget_s=0.0, min_rounds=6)

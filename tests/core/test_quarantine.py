@@ -192,7 +192,7 @@ class TestFiles:
         assert path.parent.stat().st_mode & 0o777 == 0o700
 
     def test_a_folder_that_may_not_be_searched_breaks_no_call(self, tmp_path: Path) -> None:
-        """A container run as another user, whose home is somebody's of mode 0700."""
+        """A container run as another user, whose home is another user's, of mode 0700."""
         folder = tmp_path / "closed"
         folder.mkdir(mode=0o000)
         tmp_path.chmod(0o755)

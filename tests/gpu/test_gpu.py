@@ -69,7 +69,7 @@ def test_automatic_choice_costs_the_host_little(dtype: str) -> None:
 @pytest.mark.parametrize("precision", [Precision("bf16", "bf16"), Precision("fp8", "bf16")], ids=str)
 @pytest.mark.parametrize("name", ["triton_splitk", "triton_vector", "triton_persistent"])
 @pytest.mark.parametrize("M", [1, 5, 64])
-def test_a_settled_call_is_a_tape_and_right_on_other_inputs_and_layers(M: int, name: str, precision: Precision) -> None:
+def test_a_repeated_call_is_a_replay_and_right_on_others(M: int, name: str, precision: Precision) -> None:
     from moe_dispatch.backends.triton_common.replay import Replay
 
     case = Case(M=M, E=32, topk=4, K=512, N=256)

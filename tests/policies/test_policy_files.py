@@ -195,7 +195,7 @@ def test_another_user_may_read_what_was_measured(path: Path) -> None:
 
 
 def test_a_directory_that_cannot_be_written_is_named() -> None:
-    # /proc refuses even root, whom permission bits do not stop.
+    # /proc refuses even root, which permission bits do not stop.
     with pytest.raises(PolicyFileError, match=r"cannot be written to /proc/.*MOE_DISPATCH_CACHE_DIR"):
         save(Path("/proc/moe_dispatch/calibration.json"), [measured(1, 5.0)], MACHINE)
 

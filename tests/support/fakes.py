@@ -120,7 +120,7 @@ class Killing(Honest):
 
 
 class Interrupted(Honest):
-    """Gets the signal that somebody sends to end the process, while it runs."""
+    """Gets the signal that ends the process while it runs."""
 
     name = "interrupted"
     signal = signal.SIGTERM
