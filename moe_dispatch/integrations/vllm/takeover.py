@@ -6,6 +6,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any, Final
 
+from moe_dispatch.numerics import SWIGLU_OAI_ALPHA, SWIGLU_OAI_LIMIT
 from moe_dispatch.problem import QUANT_BLOCK, Activation
 
 # vLLM's activation -> ours, and whether gate and up rows alternate.
@@ -16,9 +17,6 @@ ACTIVATIONS: Final[dict[str, tuple[Activation, bool]]] = {
     "swigluoai": ("swiglu_oai", True),
     "relu2_no_mul": ("relu2", False),
 }
-# The constants of gpt-oss's SwiGLU, which our kernels have built in.
-_OAI_LIMIT: Final = 7.0
-_OAI_ALPHA: Final = 1.702
 
 
 @dataclass
@@ -135,7 +133,9 @@ def _gate_reasons(moe_config: Any) -> list[str]:
     if name not in ACTIVATIONS:
         return [f"activation {name!r}; ours are {', '.join(sorted(ACTIVATIONS))}"]
     built_in = (
-        {"swiglu_limit": _OAI_LIMIT, "swiglu_alpha": _OAI_ALPHA, "swiglu_beta": 1.0} if name == "swigluoai" else {}
+        {"swiglu_limit": SWIGLU_OAI_LIMIT, "swiglu_alpha": SWIGLU_OAI_ALPHA, "swiglu_beta": 1.0}
+        if name == "swigluoai"
+        else {}
     )
     return [
         f"{key}={value} is not built into activation {name!r}"
