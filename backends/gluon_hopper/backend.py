@@ -11,7 +11,7 @@ from torch import Tensor
 from moe_dispatch.backend import BackendConfig, Inputs, Requirements
 from moe_dispatch.backends.gluon_hopper.config import GluonHopperConfig
 from moe_dispatch.backends.gluon_hopper.products import hopper_products
-from moe_dispatch.backends.gluon_hopper.tiles import WINDOW_ROWS, permutes_rows
+from moe_dispatch.backends.gluon_hopper.tiles import SHARED_MEMORY, WINDOW_ROWS, permutes_rows
 from moe_dispatch.backends.stages.combine import combine
 from moe_dispatch.backends.stages.route import route
 from moe_dispatch.backends.triton_common.backend import TritonBackend
@@ -50,6 +50,11 @@ class GluonHopperBackend(TritonBackend):
     def further_reasons(self, problem: MoEProblem) -> tuple[str, ...]:
         """See `Backend.further_reasons`."""
         return (*super().further_reasons(problem), *_gluon_reasons(self.machine))
+
+    def least_shared_memory(self, problem: MoEProblem) -> int:
+        """See `TritonBackend.least_shared_memory`: tiles are fixed, and there are none but for Hopper."""
+        hopper = self.machine.capability is not None and self.machine.capability[0] == 9
+        return SHARED_MEMORY.get(problem.dtype, 0) if hopper else 0
 
     def workspace_bytes(self, problem: MoEProblem, config: BackendConfig) -> int:  # noqa: ARG002
         """See `Backend.workspace_bytes`."""
