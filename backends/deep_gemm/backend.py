@@ -89,7 +89,7 @@ class DeepGemmBackend(WritingBackend):
         masked, psum = DeepGemmConfig(layout="masked"), DeepGemmConfig(layout="psum")
         if self.workspace_bytes(problem, masked) > self.machine.memory_bytes * _MASKED_MEMORY_SHARE:
             return (psum,)
-        few = expected_rows(problem.slots, problem.E) <= _FEW_ROWS[problem.dtype]
+        few = expected_rows(problem.slots, problem.routed_experts or problem.E) <= _FEW_ROWS[problem.dtype]
         return (masked, psum) if few else (psum, masked)
 
     def workspace_bytes(self, problem: MoEProblem, config: BackendConfig) -> int:

@@ -16,10 +16,13 @@ from moe_dispatch.errors import BackendUnavailableError
 from moe_dispatch.problem import Mode, MoEProblem
 from moe_dispatch.registry import BACKENDS
 from moe_dispatch.testing import (
+    ACTIVATIONS,
     CASES,
+    INPUTS,
     MODEL_CASES,
     MODEL_PRECISIONS,
     PRECISIONS,
+    SHAPES,
     TOKENS,
     Case,
     Inputs,
@@ -54,17 +57,23 @@ def eligible(name: str, case: Case, precision: Precision, mode: Mode = "eager") 
 
 def in_interpreter(case: Case, name: str) -> Case:
     """The case as Triton's interpreter can afford it: many experts or tokens, but then a small layer."""
-    if name.startswith("triton") and max(case.M * case.topk, case.E) > 32:
+    if name.startswith("triton") and max(case.M * case.topk, case.E) > 16:
         return dataclasses.replace(case, M=min(case.M, 70), K=min(case.K, 64), N=min(case.N, 32), E=min(case.E, 64))
     return case
 
 
 def worth_interpreting(case: Case, name: str, precision: Precision) -> bool:
-    """Whether Triton's interpreter, which takes seconds for a layer, is to run a case in a precision.
+    """Whether Triton's interpreter, which takes about a second for a layer, is to run a case in a precision.
 
-    All of them run in FP16, with the weights in FP8 or not; the rest is a matter of the first load and the last store.
+    Routing does not depend on the weights' dtype, so those cases run in FP16; shapes and activations run in FP8, whose
+    blocks and multipliers they concern; token counts and values that are not finite run in both. The other precisions
+    are a matter of the first load and the last store: one token count each.
     """
-    return not name.startswith("triton") or precision.act_dtype == "fp16" or case in TOKENS.values()
+    if not name.startswith("triton") or case is TOKENS["M=3"]:
+        return True
+    if case in (*TOKENS.values(), *INPUTS.values()):
+        return precision.act_dtype == "fp16"
+    return precision == Precision("fp8" if case in (*SHAPES.values(), *ACTIVATIONS.values()) else "fp16", "fp16")
 
 
 def on_gpu(case: Case) -> Case:
