@@ -1,13 +1,17 @@
 """Libraries: which are installed, and which releases are known to work. Nothing here imports any of them."""
 
+import functools
 import importlib.metadata
 import importlib.util
 import re
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 from typing import Final
+
+from moe_dispatch.system.files import read_bytes
 
 
 @dataclass(frozen=True)
@@ -157,8 +161,14 @@ def library_version(name: str) -> str:
     """The version of a library without importing it; empty where it is absent.
 
     `deep_gemm` may be a package of its own, from several wheels and then followed by the wheel's name, or vLLM's copy.
-    What counts is the package that an import would find.
+    What counts is the package that an import would find. Metadata are read once for each name and search path, since
+    that takes a quarter of a millisecond and is asked for each kind of call.
     """
+    return _read_version(name, tuple(sys.path))
+
+
+@functools.lru_cache(maxsize=64)
+def _read_version(name: str, _search_path: tuple[str, ...]) -> str:
     if name == "deep_gemm":
         package = deep_gemm_package()
         if package is None:
@@ -232,7 +242,7 @@ def _declared_version(package: Path) -> str:
 
 def _text(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8", errors="replace")
+        return read_bytes(path).decode(errors="replace")
     except OSError:
         return ""
 

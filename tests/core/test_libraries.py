@@ -1,5 +1,8 @@
 """Which library is here, and which releases are known to work."""
 
+import importlib.metadata
+import importlib.util
+import sys
 import types
 from pathlib import Path
 
@@ -108,9 +111,23 @@ def test_an_odd_package_is_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     (package / "__init__.py").write_bytes(b"\xff\xfe\x00")
     monkeypatch.syspath_prepend(str(tmp_path))
     assert library_version("deep_gemm") == "unknown"
-    (package / "VERSION").write_text("0.3.0\n")
+    numbered = tmp_path / "numbered" / "deep_gemm"
+    numbered.mkdir(parents=True)
+    (numbered / "__init__.py").touch()
+    (numbered / "VERSION").write_text("0.3.0\n")
+    monkeypatch.syspath_prepend(str(tmp_path / "numbered"))
     assert library_version("deep_gemm") == "0.3.0"
-    import sys
-
     monkeypatch.setitem(sys.modules, "vllm", types.ModuleType("vllm"))  # which has no __spec__
     assert library_version("vllm") == ""
+
+
+def test_metadata_are_read_once_for_a_search_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A first run asks for versions, so each kind of call would pay for it."""
+    unpack_wheel(tmp_path / "wheel", "sgl-deep-gemm", "0.1.3", "deep_gemm")
+    monkeypatch.syspath_prepend(str(tmp_path / "wheel"))
+    assert library_version("deep_gemm") == "0.1.3 (sgl-deep-gemm)"
+    reads: list[str] = []
+    monkeypatch.setattr(importlib.metadata, "distribution", reads.append)
+    monkeypatch.setattr(importlib.util, "find_spec", reads.append)
+    assert library_version("deep_gemm") == "0.1.3 (sgl-deep-gemm)"
+    assert not reads
