@@ -8,7 +8,7 @@ from typing import Final
 
 from torch import Tensor
 
-from moe_dispatch.backend import BackendConfig, Inputs, Requirements, Run
+from moe_dispatch.backend import BackendConfig, Inputs, Requirements
 from moe_dispatch.backends.gluon_hopper.config import GluonHopperConfig
 from moe_dispatch.backends.gluon_hopper.products import hopper_products
 from moe_dispatch.backends.gluon_hopper.tiles import SHARED_MEMORY, WINDOW_ROWS, permutes_rows
@@ -63,15 +63,16 @@ class GluonHopperBackend(TritonBackend):
         permuted = rows * problem.K * element if permutes_rows(problem.dtype, problem.N) else 0
         return permuted + rows * problem.N * element + problem.slots * (problem.K * 2 + 8)
 
-    def run(
+    def run_into(
         self,
         hidden_states: Tensor,
         experts: ExpertWeights,
         topk_weights: Tensor,
         topk_ids: Tensor,
         config: BackendConfig,
+        out: Tensor,
     ) -> Tensor:
-        """See `Backend.run`.
+        """See `Backend.run_into`.
 
         Where the first product's loader gathers tokens, it copies vectors of 16 bytes: hidden_states that do not start
         on 16 bytes (a view into a flat buffer) are copied to fresh memory first.
@@ -81,11 +82,10 @@ class GluonHopperBackend(TritonBackend):
             hidden_states = hidden_states.clone()
         routing = route(topk_ids, experts.E, pdl=True)
         y = hopper_products(hidden_states, experts, routing, topk_ids.shape[1], config.group_m, self._features.sms)
-        return combine(y, routing.row_of_slot, topk_weights, hidden_states.dtype, pdl=True)
+        return combine(y, routing.row_of_slot, topk_weights, out, pdl=True)
 
-    def fast_path(self, inputs: Inputs, config: BackendConfig) -> Run | None:  # noqa: ARG002
+    def fast_path(self, inputs: Inputs, config: BackendConfig) -> None:
         """None: a replay holds addresses, and these kernels take tensor descriptors of memory fresh in each call."""
-        return None
 
 
 def _gluon_reasons(machine: Machine) -> list[str]:

@@ -5,9 +5,9 @@ Imports no Triton, so that a machine without it can still ask.
 
 import logging
 from abc import abstractmethod
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from moe_dispatch.backend import Backend, BackendConfig, Inputs, Run
+from moe_dispatch.backend import BackendConfig, Inputs, RunInto, WritingBackend
 from moe_dispatch.backends.triton_common.descriptors import WeightDescriptors, WeightView
 from moe_dispatch.backends.triton_common.features import features, triton_reasons, triton_requirements
 from moe_dispatch.experts import ExpertWeights
@@ -15,10 +15,13 @@ from moe_dispatch.machine import Machine
 from moe_dispatch.problem import MoEProblem
 from moe_dispatch.system.libraries import library_version
 
+if TYPE_CHECKING:
+    from moe_dispatch.backends.triton_common.replay import Replay
+
 logger = logging.getLogger(__name__)
 
 
-class TritonBackend(Backend):
+class TritonBackend(WritingBackend):
     """A backend whose kernels are compiled by Triton.
 
     Subclasses choose their kernels by `_features`, say by `least_shared_memory` what the smallest of them takes, get
@@ -53,7 +56,7 @@ class TritonBackend(Backend):
         """See `Backend.measured_versions`: our source and Triton's compiler make the code that was timed."""
         return {"triton": self.machine.triton, "moe_dispatch": library_version("moe_dispatch")}
 
-    def fast_path(self, inputs: Inputs, config: BackendConfig) -> Run | None:
+    def fast_path(self, inputs: Inputs, config: BackendConfig) -> "Replay | None":
         """See `Backend.fast_path`: a replay of the launches of `run`, where they can be repeated (see `replay`)."""
         hidden_states = inputs[0]
         if not hidden_states.is_cuda:
@@ -65,6 +68,11 @@ class TritonBackend(Backend):
         except NotReplayableError as reason:
             logger.info("%s with %s stays without a replay: %s", self.name, config.label, reason)
             return None
+
+    def fast_path_into(self, inputs: Inputs, config: BackendConfig) -> RunInto | None:
+        """See `Backend.fast_path_into`: the same replay, whose last launch writes to the caller's memory."""
+        replay = self.fast_path(inputs, config)
+        return None if replay is None else replay.into
 
     def _descriptor(
         self,

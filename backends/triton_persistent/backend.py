@@ -44,15 +44,16 @@ class TritonPersistentBackend(TritonBackend):
         row = problem.N * element + problem.K * rows_dtype(torch_dtype(problem.act_dtype)).itemsize + 8
         return codes + problem.slots * row
 
-    def run(
+    def run_into(
         self,
         hidden_states: Tensor,
         experts: ExpertWeights,
         topk_weights: Tensor,
         topk_ids: Tensor,
         config: BackendConfig,
+        out: Tensor,
     ) -> Tensor:
-        """See `Backend.run`."""
+        """See `Backend.run_into`."""
         assert isinstance(config, TritonPersistentConfig)  # noqa: S101 - the dispatcher made it from config_type
         fp8, pdl = experts.dtype == "fp8", config.pdl and self._features.pdl
         N, K = experts.N, experts.K
@@ -67,4 +68,4 @@ class TritonPersistentBackend(TritonBackend):
         )  # fmt: skip
         y = hidden_states.new_empty(rows, K, dtype=rows_dtype(hidden_states.dtype))
         product(experts, "down", h, h_scale, routing, 0, y, None, config, self._features, self._descriptor)
-        return combine(y, routing.row_of_slot, topk_weights, hidden_states.dtype, pdl=pdl)
+        return combine(y, routing.row_of_slot, topk_weights, out, pdl=pdl)

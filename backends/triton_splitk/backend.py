@@ -69,22 +69,22 @@ class TritonSplitKBackend(TritonBackend):
             needed += 4 * config.splits_gate_up * problem.slots * problem.gate_up_rows
         return needed + 4 * config.splits_down * problem.slots * problem.K
 
-    def run(
+    def run_into(
         self,
         hidden_states: Tensor,
         experts: ExpertWeights,
         topk_weights: Tensor,
         topk_ids: Tensor,
         config: BackendConfig,
+        out: Tensor,
     ) -> Tensor:
-        """See `Backend.run`."""
+        """See `Backend.run_into`."""
         config = _checked(config, experts.dtype)
         inner, inner_scale = self._intermediate(hidden_states, experts, topk_ids, config)
         shape = (config.splits_down, topk_ids.numel(), experts.K)
         partial = torch.empty(shape, dtype=torch.float32, device=hidden_states.device)
         descriptor = self._down_descriptor(experts, config) if config.tma else None
         splitk_down(inner, inner_scale, experts, topk_ids, partial, config, descriptor)
-        out = torch.empty_like(hidden_states)
         splitk_reduce(partial, experts, topk_weights, topk_ids, out, config)
         return out
 

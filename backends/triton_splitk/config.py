@@ -98,9 +98,9 @@ def _preferred(problem: MoEProblem, device: Features) -> SplitKConfig:
     hit = max(problem.expected_experts, 1.0)
     fp8 = problem.dtype == "fp8"
     # Most CTAs of a grid of experts would find nothing to do.
-    by_slot = problem.M == 1 or 8 * problem.slots < problem.E
+    by_slot = problem.M == 1 or 8 * problem.expected_slots < problem.E
     short_down = math.ceil(problem.N / _block_k(problem)) <= _SHORT_DOWN_LOOP
-    wide = not by_slot if fp8 else problem.slots >= 2 * hit or (short_down and not by_slot)
+    wide = not by_slot if fp8 else problem.expected_slots >= 2 * hit or (short_down and not by_slot)
     config = SplitKConfig(
         block_m=_block_m(problem),
         block_n=128 if wide else 64,
@@ -161,7 +161,7 @@ def _block_k(problem: MoEProblem) -> Literal[64, 128]:
 
 
 def _block_m(problem: MoEProblem) -> Literal[16, 32, 64]:
-    mean = problem.slots / problem.E
+    mean = problem.expected_slots / problem.E
     # Three deviations above the mean of a Poisson load: few experts read their weights twice.
     usual = mean + 3 * math.sqrt(mean)
     return 16 if usual <= 16 else 32 if usual <= 32 else 64
@@ -186,7 +186,7 @@ def _variants(problem: MoEProblem, default: SplitKConfig, device: Features) -> I
         yield changed(block_n=128, tma=tma)
         yield changed(third, block_n=128, tma=tma)
     yield changed(grid="experts" if default.grid == "slots" else "slots", block_n=64)
-    if problem.slots <= problem.E:
+    if problem.expected_slots <= problem.E:
         yield changed(block_m=8)
     for splits in (1, 2):
         yield changed(splits_down=splits)

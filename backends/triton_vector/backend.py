@@ -57,15 +57,16 @@ class TritonVectorBackend(TritonBackend):
             needed += problem.M * problem.K + 4 * problem.slots * problem.gate_up_rows
         return needed
 
-    def run(
+    def run_into(
         self,
         hidden_states: Tensor,
         experts: ExpertWeights,
         topk_weights: Tensor,
         topk_ids: Tensor,
         config: BackendConfig,
+        out: Tensor,
     ) -> Tensor:
-        """See `Backend.run`."""
+        """See `Backend.run_into`."""
         if not isinstance(config, TritonVectorConfig):
             raise InvalidInputError(f"triton_vector takes a TritonVectorConfig, got {type(config).__name__}")
         S, N = topk_ids.numel(), experts.N
@@ -78,6 +79,5 @@ class TritonVectorBackend(TritonBackend):
         else:
             inner, inner_scale = hidden_states.new_empty(S, N), None
             vector_gate_up(hidden_states, None, experts, topk_ids, inner, config)
-        out = torch.empty_like(hidden_states)
         vector_down(inner, inner_scale, experts, topk_weights, topk_ids, out, config)
         return out
