@@ -21,7 +21,7 @@ import nox
 
 ROOT = Path(__file__).parent
 sys.path.insert(0, str(ROOT))
-from tests.matrix.cells import Outcome, keep  # noqa: E402
+from tests.matrix.cells import CELLS, Outcome, keep, kind  # noqa: E402
 
 PINS = ROOT / "tests" / "matrix"
 WORKERS = os.environ.get("WORKERS", "2")
@@ -158,13 +158,13 @@ def packaging(session: nox.Session, pins: str) -> dict[str, str]:
         return _versions(session, into)
 
 
-cell("lint", lint, "constraints")
-for pins in ("torch211", "torch213", "torch214", "torch215"):
-    cell(f"core-{pins}", core, pins)
-    cell(f"defaults-{pins}", defaults, pins)
-for pins in ("transformers517", "transformers524"):
-    cell(pins, integration_transformers, pins)
-for pins in ("vllm0202", "vllm0260", "vllm0330"):
-    cell(pins, integration_vllm, pins)
-for pins in ("python311", "python312", "python313"):
-    cell(f"packaging-{pins}", packaging, pins)
+BODIES = {
+    "lint": lint,
+    "core": core,
+    "defaults": defaults,
+    "transformers": integration_transformers,
+    "vllm": integration_vllm,
+    "packaging": packaging,
+}
+for name, pins in CELLS.items():
+    cell(name, BODIES[kind(name)], pins)
