@@ -96,14 +96,9 @@ def _gluon_reasons(machine: Machine) -> list[str]:
     if not FIRST_TRITON <= version <= LAST_TRITON:
         known = f"{_dotted(FIRST_TRITON)} to {_dotted(LAST_TRITON)}"
         return [f"needs Triton {known}, under whose Gluon its kernels are known to compile, got {machine.triton}"]
-    if machine.triton == _installed_triton() and not _has_gluon():
+    if machine.triton == library_version("triton") and not _has_gluon():
         return [f"needs triton.experimental.gluon for Hopper, which the installed Triton {machine.triton} lacks"]
     return []
-
-
-@functools.cache
-def _installed_triton() -> str:
-    return library_version("triton")
 
 
 @functools.cache
