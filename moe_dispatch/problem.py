@@ -47,7 +47,8 @@ class MoEProblem:
         device: ``"cuda"`` or ``"cpu"``.
         capability: CUDA compute capability, None on a CPU.
         mode: ``"graph"`` while a CUDA graph is captured.
-        needs_grad: Whether autograd must be able to differentiate the call.
+        needs_grad: Whether torch must be able to differentiate the backend's own operations, as forward mode and second
+            derivatives do. A call that is recorded for a backward is a problem without.
     """
 
     M: int
