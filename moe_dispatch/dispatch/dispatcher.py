@@ -111,7 +111,7 @@ class Dispatcher:
                 return hidden_states.clone() if out is None else out
             if not have_memory(arguments):
                 return self._recovery.run_transformed(arguments, backend, out)
-            # Where a gradient is needed, the reference puts every tensor that requires one into the graph.
+            # The reference puts every tensor that requires a gradient into the graph, without a token too.
             plan = self._plan(key, experts)
         try:
             if plan.widens:
