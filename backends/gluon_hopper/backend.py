@@ -11,7 +11,7 @@ from torch import Tensor
 from moe_dispatch.backend import BackendConfig, Inputs, Requirements
 from moe_dispatch.backends.gluon_hopper.config import GluonHopperConfig
 from moe_dispatch.backends.gluon_hopper.products import hopper_products
-from moe_dispatch.backends.gluon_hopper.tiles import WINDOW_ROWS, permutes_rows
+from moe_dispatch.backends.gluon_hopper.tiles import SHARED_MEMORY, WINDOW_ROWS, permutes_rows
 from moe_dispatch.backends.stages.combine import combine
 from moe_dispatch.backends.stages.route import route
 from moe_dispatch.backends.triton_common.backend import TritonBackend
@@ -50,6 +50,11 @@ class GluonHopperBackend(TritonBackend):
     def further_reasons(self, problem: MoEProblem) -> tuple[str, ...]:
         """See `Backend.further_reasons`."""
         return (*super().further_reasons(problem), *_gluon_reasons(self.machine))
+
+    def least_shared_memory(self, problem: MoEProblem) -> int:
+        """See `TritonBackend.least_shared_memory`: tiles are fixed, and there are none but for Hopper."""
+        hopper = self.machine.capability is not None and self.machine.capability[0] == 9
+        return SHARED_MEMORY.get(problem.dtype, 0) if hopper else 0
 
     def workspace_bytes(self, problem: MoEProblem, config: BackendConfig) -> int:  # noqa: ARG002
         """See `Backend.workspace_bytes`."""
@@ -91,14 +96,9 @@ def _gluon_reasons(machine: Machine) -> list[str]:
     if not FIRST_TRITON <= version <= LAST_TRITON:
         known = f"{_dotted(FIRST_TRITON)} to {_dotted(LAST_TRITON)}"
         return [f"needs Triton {known}, under whose Gluon its kernels are known to compile, got {machine.triton}"]
-    if machine.triton == _installed_triton() and not _has_gluon():
+    if machine.triton == library_version("triton") and not _has_gluon():
         return [f"needs triton.experimental.gluon for Hopper, which the installed Triton {machine.triton} lacks"]
     return []
-
-
-@functools.cache
-def _installed_triton() -> str:
-    return library_version("triton")
 
 
 @functools.cache

@@ -4,6 +4,7 @@ Imports no Triton, so that a machine without it can still ask.
 """
 
 import logging
+from abc import abstractmethod
 from typing import TYPE_CHECKING, Any
 
 from moe_dispatch.backend import BackendConfig, Inputs, RunInto, WritingBackend
@@ -23,8 +24,9 @@ logger = logging.getLogger(__name__)
 class TritonBackend(WritingBackend):
     """A backend whose kernels are compiled by Triton.
 
-    Subclasses choose their kernels by `_features`, take tensor descriptors of weights from `_descriptor`, and launch
-    `fast_launch` kernels only, so that calls of few tokens can be repeated as replays.
+    Subclasses choose their kernels by `_features`, say by `least_shared_memory` what the smallest of them takes, get
+    tensor descriptors of weights from `_descriptor`, and launch `fast_launch` kernels only, so that calls of few tokens
+    can be repeated as replays.
     """
 
     requirements = triton_requirements()
@@ -37,7 +39,18 @@ class TritonBackend(WritingBackend):
 
     def further_reasons(self, problem: MoEProblem) -> tuple[str, ...]:
         """See `Backend.further_reasons`."""
-        return triton_reasons(self.machine, problem)
+        reasons = triton_reasons(self.machine, problem)
+        needed, available = self.least_shared_memory(problem), self._features.shared_memory
+        if needed > available:
+            reasons += (f"needs {needed} bytes of shared memory for a block, got {available}",)
+        return reasons
+
+    @abstractmethod
+    def least_shared_memory(self, problem: MoEProblem) -> int:
+        """Bytes of shared memory that a block of the smallest configuration for a problem takes, or a bound of them.
+
+        On a device that offers as many to a block, `configs` has at least one configuration.
+        """
 
     def measured_versions(self) -> dict[str, str]:
         """See `Backend.measured_versions`: our source and Triton's compiler make the code that was timed."""

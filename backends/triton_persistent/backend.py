@@ -29,13 +29,9 @@ class TritonPersistentBackend(TritonBackend):
     name = "triton_persistent"
     config_type = TritonPersistentConfig
 
-    def further_reasons(self, problem: MoEProblem) -> tuple[str, ...]:
-        """See `Backend.further_reasons`."""
-        reasons = super().further_reasons(problem)
-        needed = least_shared_memory(problem, self._features)
-        if needed > self._features.shared_memory:
-            reasons += (f"needs {needed} bytes of shared memory for a block, got {self._features.shared_memory}",)
-        return reasons
+    def least_shared_memory(self, problem: MoEProblem) -> int:
+        """See `TritonBackend.least_shared_memory`."""
+        return least_shared_memory(problem, self._features)
 
     def configs(self, problem: MoEProblem) -> tuple[BackendConfig, ...]:
         """See `Backend.configs`."""

@@ -10,7 +10,12 @@ from moe_dispatch.backend import BackendConfig
 from moe_dispatch.backends.stages.activate_partial import activate_partial
 from moe_dispatch.backends.stages.quantize import quantize_rows
 from moe_dispatch.backends.triton_common.backend import TritonBackend
-from moe_dispatch.backends.triton_splitk.config import SplitKConfig, candidate_configs, default_config
+from moe_dispatch.backends.triton_splitk.config import (
+    SplitKConfig,
+    candidate_configs,
+    default_config,
+    least_shared_memory,
+)
 from moe_dispatch.backends.triton_splitk.down import splitk_down
 from moe_dispatch.backends.triton_splitk.gate_up import splitk_gate_up
 from moe_dispatch.backends.triton_splitk.reduce import splitk_reduce
@@ -41,6 +46,10 @@ class TritonSplitKBackend(TritonBackend):
         if problem.slots > MOST_SLOTS:
             reasons += (f"made for decode: needs M·topk ≤ {MOST_SLOTS}, got {problem.slots}",)
         return reasons
+
+    def least_shared_memory(self, problem: MoEProblem) -> int:
+        """See `TritonBackend.least_shared_memory`."""
+        return least_shared_memory(problem, self._features)
 
     def configs(self, problem: MoEProblem) -> tuple[SplitKConfig, ...]:
         """See `Backend.configs`."""

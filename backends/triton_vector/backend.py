@@ -7,7 +7,12 @@ from moe_dispatch.backend import BackendConfig
 from moe_dispatch.backends.stages.activate_partial import activate_partial
 from moe_dispatch.backends.stages.quantize import quantize_rows
 from moe_dispatch.backends.triton_common.backend import TritonBackend
-from moe_dispatch.backends.triton_vector.config import TritonVectorConfig, candidate_configs
+from moe_dispatch.backends.triton_vector.config import (
+    TritonVectorConfig,
+    candidate_configs,
+    default_config,
+    shared_memory_bytes,
+)
 from moe_dispatch.backends.triton_vector.down import vector_down
 from moe_dispatch.backends.triton_vector.gate_up import vector_gate_up
 from moe_dispatch.errors import InvalidInputError
@@ -36,6 +41,10 @@ class TritonVectorBackend(TritonBackend):
         if problem.slots > MOST_SLOTS:
             reasons += (f"made for decode: needs M·topk ≤ {MOST_SLOTS}, got {problem.slots}",)
         return reasons
+
+    def least_shared_memory(self, problem: MoEProblem) -> int:
+        """See `TritonBackend.least_shared_memory`."""
+        return shared_memory_bytes(default_config(problem, self._features))
 
     def configs(self, problem: MoEProblem) -> tuple[TritonVectorConfig, ...]:
         """See `Backend.configs`."""
