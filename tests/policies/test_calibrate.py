@@ -1,6 +1,7 @@
 """What a calibration decides, on a simulated clock: which candidates start, which win, and what is kept."""
 
 import functools
+import json
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,7 +18,6 @@ from moe_dispatch.dispatch.process import get_dispatcher, reset_dispatchers
 from moe_dispatch.dispatch.quarantine import Quarantine
 from moe_dispatch.errors import InvalidInputError, PolicyFileError
 from moe_dispatch.machine import Machine
-from moe_dispatch.policies.calibrated import calibration_path
 from moe_dispatch.policies.calibration import calibrate as calibrate_module
 from moe_dispatch.policies.calibration import run as run_module
 from moe_dispatch.policies.calibration import schedule as schedule_module
@@ -485,9 +485,10 @@ def test_the_layer_of_one_gpu_is_calibrated_under_tensor_parallelism(
     simulated = functools.partial(CalibrationRun, start_worker=lambda *_: worker())
     monkeypatch.setattr(calibrate_module, "CalibrationRun", simulated)
     layer_options = ("--model", TINY, "--tp", "2", "--dtype", "fp32", "--device", "cpu")
-    result = CliRunner().invoke(app, ["calibrate", *layer_options, "--tokens", "4", "--backend", "right"])
+    result = CliRunner().invoke(app, ["calibrate", *layer_options, "--tokens", "4", "--backend", "right", "--json"])
     assert result.exit_code == 0, result.output
-    assert [layer.N for layer in read_calibration(calibration_path(CPU)).layers] == [8]  # of 16
+    (winner,) = json.loads(result.stdout)["winners"]
+    assert "N=8" in winner["layer"]  # of 16
 
 
 def test_the_command_prints_lines_of_progress_where_no_terminal_is(
