@@ -44,8 +44,8 @@ class Engine:
         self.plugin, self._deadline = plugin, deadline
         read, write = os.pipe()
         name = "on" if plugin else "off"
-        environment = os.environ | {
-            "MOE_DISPATCH_VLLM": str(int(plugin)),
+        environment = os.environ | {"MOE_DISPATCH_VLLM": str(int(plugin))}
+        environment |= {
             "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
             # Engines that start at the same time must not write to one cache.
             "VLLM_CACHE_ROOT": str(Path(tempfile.gettempdir()) / f"vllm-cache-{name}"),
