@@ -26,8 +26,8 @@ test: lint  ## Lint, type-check and run every test; those that need a GPU skip t
 timing: $(STAMP)  ## The tests that hold wall-clock bounds, alone on an idle machine.
 	$(BIN)/python -m pytest -m timing
 
-matrix: $(STAMP)  ## Every supported torch, Triton and transformers, each in its own environment; CELLS='core-torch211 …' for some.
-	$(BIN)/nox $(if $(CELLS),-s $(CELLS))
+matrix: $(STAMP)  ## Every supported version, each in its own environment, and README's table of them; CELLS='core-torch211 …' for some.
+	$(BIN)/nox $(if $(CELLS),-s $(CELLS)); ended=$$?; $(BIN)/python -m tests.matrix.table; exit $$ended
 
 lint: $(STAMP)  ## ruff and mypy --strict.
 	$(BIN)/ruff check .

@@ -134,8 +134,8 @@ def launch_stages(capability: int) -> Iterator[Launch]:
     yield Launch(partial(gather, x, routing, topk, pdl=pdl))
     yield Launch(partial(activate, empty(rows, 2 * N), routing, "silu", bias=empty(E, 2 * N), topk_ids=ids, pdl=pdl))
     for bias in (None, empty(E, K)):
-        y = empty(rows, K)
-        yield Launch(partial(combine, y, routing.row_of_slot, weights, y.dtype, down_bias=bias, topk_ids=ids, pdl=pdl))
+        y, out = empty(rows, K), empty(64, K)
+        yield Launch(partial(combine, y, routing.row_of_slot, weights, out, down_bias=bias, topk_ids=ids, pdl=pdl))
     if features(described(capability)).fp8:
         for major in (False, True):
             yield Launch(partial(gather_quantize, x, routing, topk, column_major_scales=major, pdl=pdl))

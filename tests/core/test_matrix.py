@@ -1,13 +1,16 @@
 """The matrix's files, the library's table of releases, the package's bounds and README agree."""
 
 import tomllib
+import types
 from pathlib import Path
+from typing import cast
 
 import pytest
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
 from moe_dispatch.system.libraries import KNOWN_TO_WORK
+from tests.conftest import thin_out
 from tests.matrix.cells import CELLS, FOLDER, Outcome, keep, kind, outcomes, pins
 from tests.matrix.table import BEGIN, END, README, ran_with_pins, table, with_table
 
@@ -88,6 +91,14 @@ def test_a_row_tells_each_cells_last_outcome(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr("tests.matrix.table.outcomes", lambda: {"core-torch211": failed})
     row = "| torch 2.11.0, Triton 3.6.0 | `core-torch211`: failed on 2026-01-02; `defaults-torch211`: not run |"
     assert row in table().splitlines()
+
+
+def test_a_thinned_run_keeps_a_share_of_each_long_list_and_all_of_a_short_one() -> None:
+    short = [f"a.py::short[{case}]" for case in range(13)]
+    names = [*(f"a.py::long[{case}]" for case in range(20)), *short, "a.py::plain"]
+    items = cast("list[pytest.Item]", [types.SimpleNamespace(nodeid=name) for name in names])
+    thin_out(items, 7)
+    assert [item.nodeid for item in items] == [f"a.py::long[{case}]" for case in (0, 7, 14)] + [*short, "a.py::plain"]
 
 
 def test_numpy_is_required() -> None:

@@ -123,7 +123,7 @@ def unwritten_layer(problem: MoEProblem) -> tuple[Tensor, ExpertWeights, Tensor,
     empty = torch.empty
     dtype, plain = torch_dtype(problem.dtype), torch_dtype(problem.act_dtype)
     M, E, rows, K, N = problem.M, problem.E, problem.gate_up_rows, problem.K, problem.N
-    optional: dict[str, Tensor] = {}
+    optional: dict[str, Any] = {}
     if problem.dtype == "fp8":
         gate_up, down = problem.quant_blocks
         optional |= {"gate_up_scale": empty(E, *gate_up), "down_scale": empty(E, *down)}
