@@ -268,17 +268,17 @@ def _stack_fused(
     for (target, kind), name in names.items():
         share, length = (_in_blocks(columns), _blocks(N)) if kind == "scale" else (columns, N)
         axis = 1 if target == "gate_up" or kind == "bias" else 2
-        if kind == "bias" and target == "down":
-            pieces = [source.read(name)]
-        else:
-            if transposed and kind != "bias":
-                axis = 3 - axis
+        if transposed and kind != "bias":
+            axis = 3 - axis
+        if part.size == 1 or (kind == "bias" and target == "down"):
+            spans = [slice(None)]
+        elif target == "down":
             spans = [share]
-            if target == "gate_up":
-                both = slice(2 * share.start, 2 * share.stop)
-                spans = [both] if interleaved or part.size == 1 else [share, _shifted(share, length)]
-            index = (slice(None),) * axis
-            pieces = [source.read(name, *index, span) for span in spans]
+        elif interleaved:
+            spans = [slice(2 * share.start, 2 * share.stop)]
+        else:
+            spans = [share, slice(share.start + length, share.stop + length)]
+        pieces = [source.read(name, *(slice(None),) * axis, span) for span in spans]
         tensor = pieces[0] if len(pieces) == 1 else torch.cat(pieces, axis)
         if transposed and kind != "bias":
             tensor = tensor.transpose(1, 2)
@@ -353,7 +353,7 @@ def _matrix(source: TensorSource, name: str) -> tuple[int, int]:
 
 def _with_bias_once(stacked: dict[str, Tensor], part: Part) -> dict[str, Tensor]:
     if part.rank and "down_bias" in stacked:
-        stacked["down_bias"].zero_()
+        stacked["down_bias"] = torch.zeros_like(stacked["down_bias"])
     return stacked
 
 
@@ -367,7 +367,3 @@ def _blocks(length: int) -> int:
 
 def _in_blocks(columns: slice) -> slice:
     return slice(columns.start // QUANT_BLOCK, _blocks(columns.stop))
-
-
-def _shifted(span: slice, by: int) -> slice:
-    return slice(span.start + by, span.stop + by)

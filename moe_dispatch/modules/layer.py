@@ -1,7 +1,6 @@
 """A whole MoE layer for a model of one's own: gate, routed experts, shared experts."""
 
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any, Final, Self
 
 import torch
@@ -91,7 +90,7 @@ class MoELayer(nn.Module):
     @classmethod
     def from_config(
         cls,
-        config: str | Path | Mapping[str, Any] | Any,
+        config: object,
         *,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from typing import Any, Self
+from typing import Any, Final, Self
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,7 @@ from moe_dispatch.numerics import FP8
 from moe_dispatch.problem import QUANT_BLOCK, UNGATED, Activation
 
 # Names of the parameters, which are those of transformers, by the names of `ExpertWeights`.
-NAMES = {
+NAMES: Final = {
     "gate_up": "gate_up_proj", "down": "down_proj", "gate_up_scale": "gate_up_proj_scale_inv",
     "down_scale": "down_proj_scale_inv", "gate_up_bias": "gate_up_proj_bias", "down_bias": "down_proj_bias",
 }  # fmt: skip
@@ -87,11 +87,11 @@ class StackedExperts(nn.Module):
 
     def weights(self) -> ExpertWeights:
         """The parameters as `moe_forward` takes them; the same object as long as they are the same."""
-        own = {name: self._parameters[attribute] for name, attribute in NAMES.items()}
+        own = {name: getattr(self, attribute) for name, attribute in NAMES.items()}
         held = self._held
         if held is not None and all(getattr(held, name) is tensor for name, tensor in own.items()):
             return held
-        weights = ExpertWeights(**own, activation=self.activation, interleaved=self.interleaved)  # type: ignore[arg-type]
+        weights = ExpertWeights(**own, activation=self.activation, interleaved=self.interleaved)
         if not torch.compiler.is_compiling():
             self._held = weights
         return weights
@@ -103,9 +103,9 @@ class StackedExperts(nn.Module):
             weights: Experts of any shape and dtype; their activation and order of rows become the module's.
         """
         self.activation, self.interleaved = weights.activation, weights.interleaved
-        given = dict(weights.tensors())
+        tensors = dict(weights.tensors())
         for name, attribute in NAMES.items():
-            tensor = given.get(name)
+            tensor = tensors.get(name)
             trainable = name.endswith("bias") or (not name.endswith("scale") and weights.dtype != "fp8")
             parameter = None if tensor is None else nn.Parameter(tensor.detach(), requires_grad=trainable)
             self.register_parameter(attribute, parameter)

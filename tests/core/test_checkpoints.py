@@ -120,6 +120,17 @@ def test_weight_scale_inv_is_the_multiplier(scale_dtype: torch.dtype, tmp_path: 
     assert (back[1] - expected).norm() / expected.norm() < 0.04
 
 
+def test_fused_block_fp8_whose_rows_end_within_a_block(tmp_path: Path) -> None:
+    quantized = ExpertWeights.quantize(random(2, 2 * 192, 128), random(2, 128, 192, seed=1))
+    prefix = "model.layers.1.mlp.experts."
+    tensors = {}
+    for name, tensor in quantized.tensors():
+        tensors[f"{prefix}{name.removesuffix('_scale')}_proj" + "_scale_inv" * name.endswith("_scale")] = tensor
+    read = ExpertWeights.from_safetensors(save(tmp_path, tensors), layer=1, activation="silu")
+    for name, tensor in read.tensors():
+        assert torch.equal(tensor.float(), getattr(quantized, name).float()), name
+
+
 def fused(E: int = 2, N: int = 4, K: int = 6) -> Tensors:
     prefix = "model.layers.1.mlp.experts."
     return {
