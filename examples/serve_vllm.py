@@ -6,7 +6,7 @@
 A server needs no script: ``MOE_DISPATCH_VLLM=1 vllm serve Qwen/Qwen3-30B-A3B``. This one uses vLLM's offline class in
 one process, so that it can say afterwards which backends ran.
 """
-# ruff: noqa: T201 - its output is printed
+
 
 import argparse
 import json

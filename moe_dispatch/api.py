@@ -22,7 +22,8 @@ def moe_forward(
 ) -> Tensor:
     """Run a Mixture-of-Experts layer on the fastest backend for this machine, dtype and token count.
 
-    out[m] = Σ_j topk_weights[m, j] · down[e](act(gate_up[e](hidden_states[m]))) with e = topk_ids[m, j]; sums in fp32.
+    ``out[m] = Σ_j topk_weights[m, j] · down[e](act(gate_up[e](hidden_states[m])))`` with ``e = topk_ids[m, j]``; sums
+    in fp32.
 
     Capturable in a CUDA graph once the same token count has run before (`warm_up`), and compiled by torch.compile
     with ``fullgraph=True``. Autocast does not reach inside: the layer is computed in the dtype of its tensors.
