@@ -67,7 +67,7 @@ def backward(gradient: Tensor, inputs: Inputs, wanted: Wanted) -> Gradients:
     if wanted.hidden_states:
         d_rows = F.grouped_mm(d_product, experts.gate_up, offs=ends)
         d_hidden = combine(
-            d_rows, routing.row_of_slot, torch.ones_like(topk_weights), hidden_states.dtype, weighted=True
+            d_rows, routing.row_of_slot, torch.ones_like(topk_weights), torch.empty_like(hidden_states), weighted=True
         )
     d_gate_up_bias = d_down_bias = None
     if experts.gate_up_bias is not None and wanted.gate_up_bias:
