@@ -7,7 +7,6 @@ A server needs no script: ``MOE_DISPATCH_VLLM=1 vllm serve Qwen/Qwen3-30B-A3B``.
 one process, so that it can say afterwards which backends ran.
 """
 
-
 import argparse
 import json
 import os
