@@ -48,7 +48,14 @@ class Layer:
         return {name: tensor.to(self.dtype) for name, tensor in made.items()}
 
     def wrap(self, tensors: dict[str, Tensor]) -> ExpertWeights:
-        return ExpertWeights(**tensors, activation=self.activation, interleaved=self.interleaved)
+        return ExpertWeights(
+            tensors["gate_up"],
+            tensors["down"],
+            gate_up_bias=tensors.get("gate_up_bias"),
+            down_bias=tensors.get("down_bias"),
+            activation=self.activation,
+            interleaved=self.interleaved,
+        )
 
 
 LAYERS = (
