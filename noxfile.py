@@ -52,7 +52,8 @@ def core(session: nox.Session, torch: str) -> None:
 def transformers(session: nox.Session, release: str) -> None:
     """The transformers integration against one release."""
     _install(session, f"transformers{release}")
-    session.run("python", "-m", "pytest", "-n", "2", "-q", "tests/core/test_transformers.py", *session.posargs)
+    tests = sorted(map(str, Path("tests/integrations").glob("test_transformers*.py")))
+    session.run("python", "-m", "pytest", "-n", "2", "-q", *tests, *session.posargs)
 
 
 @nox.session
