@@ -35,7 +35,7 @@ class Stack(nn.Module):
 
     def __init__(self, *layers: nn.Module) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(layers)
+        self.layers: Any = nn.ModuleList(layers)
 
     def forward(self, rows: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         for each in self.layers:
@@ -49,7 +49,7 @@ def compiled_whole(module: nn.Module) -> tuple[Any, list[int]]:
 
     def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Any:
         counts.append(sum("moe_dispatch.forward" in str(node.target) for node in graph.graph.nodes))
-        return torch._dynamo.lookup_backend("eager")(graph, inputs)
+        return graph
 
     return torch.compile(module, backend=backend, fullgraph=True), counts
 
@@ -131,7 +131,8 @@ def test_blocks_compiled_one_by_one_share_a_graph_after_report() -> None:
 
     with torch.no_grad():
         for each in layers:
-            torch.compile(each, backend=backend, fullgraph=True)(*call_of(each))
+            compiled: Any = torch.compile(each, backend=backend, fullgraph=True)
+            compiled(*call_of(each))
     assert len(counts) == 1
 
 

@@ -2,7 +2,7 @@
 
 import copy
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,10 +30,9 @@ from tests.integrations.transformers_models import (  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
-def _registered() -> Iterator[None]:
+def _registered() -> None:
     register()
     own._warned.clear()
-    return
 
 
 def qwen3_layer(**changes: Any) -> Any:
@@ -139,7 +138,8 @@ class Doubles(nn.Module):
         self.act_fn = nn.SiLU()
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        return 2.0 * ALL_EXPERTS_FUNCTIONS["grouped_mm"](self, hidden_states, top_k_index, top_k_weights)
+        single: Tensor = ALL_EXPERTS_FUNCTIONS["grouped_mm"](self, hidden_states, top_k_index, top_k_weights)
+        return 2.0 * single
 
 
 def test_a_forward_with_another_argument_is_refused_by_name() -> None:
@@ -156,7 +156,6 @@ def test_a_layer_that_computes_something_else_is_noticed_at_its_first_call() -> 
     config = qwen3()
     config._experts_implementation = "moe_dispatch"
     module = Doubles(config)
-    module._is_expert_parallel = False
     before = calls()
     with torch.no_grad(), pytest.warns(MoEDispatchWarning, match=r"two tokens .* differ .* by 0\.5"):
         module(*call_of(module))
