@@ -150,7 +150,7 @@ def test_gradients_survive_compilation() -> None:
     gradients = []
     for compile_it in (False, True):
         module = layer(qwen3())
-        run: Any = torch.compile(module, backend="eager") if compile_it else module
+        run: Any = torch.compile(module, backend="aot_eager", fullgraph=True) if compile_it else module
         run(*call_of(module)).square().sum().backward()
         gradients.append(module.down_proj.grad)
     torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-4, atol=1e-5)
@@ -165,4 +165,4 @@ def test_exported_layers_compute_the_same(config: Callable[[], Any], grad: bool)
         program = torch.export.export(stack, call)
         torch.testing.assert_close(program.module()(*call), eager(stack, call), rtol=1e-4, atol=1e-5)
     operators = sum("moe_dispatch" in str(node.target) for node in program.graph.nodes)
-    assert operators == (config is qwen3 and not grad)
+    assert (operators > 0) == (config is qwen3)

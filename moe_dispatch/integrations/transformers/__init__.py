@@ -19,9 +19,9 @@ which FSDP needs, and with offloading) and where a gradient is recorded for them
 reads transposed weights in place.
 
 Under torch.compile and torch.export a layer stays in the graph, ``fullgraph=True`` included; transposed experts are
-``grouped_mm`` there. Two things break the graph: a recorded gradient, and a layer that is offloaded by a hook of its
-own. Compiling the blocks of a model one by one recompiles for every layer that has neither run nor been looked at:
-call ``report(model)`` first, which looks at all of them.
+``grouped_mm`` there. Two things break the graph: forward-mode differentiation, and a layer that is offloaded by a hook
+of its own. Compiling the blocks of a model one by one recompiles for every layer that has neither run nor been looked
+at: call ``report(model)`` first, which looks at all of them.
 """
 
 from moe_dispatch.integrations.transformers.register import NAME, register

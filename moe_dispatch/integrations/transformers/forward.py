@@ -3,9 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from moe_dispatch.api import moe_forward
-from moe_dispatch.integrations.transformers.own import own_forward, warn_once
-from moe_dispatch.integrations.transformers.takeover import take_over
+from moe_dispatch.integrations.transformers.eager import eager_forward
 
 
 def experts_forward(
@@ -28,8 +26,4 @@ def experts_forward(
         from moe_dispatch.integrations.transformers.traced import traced_forward
 
         return traced_forward(module, hidden_states, top_k_index, top_k_weights, **others)
-    taken = take_over(module, hidden_states.dtype, tuple(others))
-    if taken.experts is not None:
-        return moe_forward(hidden_states, taken.experts, top_k_weights, top_k_index)
-    warn_once(module, taken.reason)
-    return own_forward(module, hidden_states, top_k_index, top_k_weights, **others)
+    return eager_forward(module, hidden_states, top_k_index, top_k_weights, **others)

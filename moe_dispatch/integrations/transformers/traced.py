@@ -8,11 +8,13 @@ from torch import Tensor, nn
 from moe_dispatch.dispatch import torch_operator
 from moe_dispatch.dispatch.internals import forward_mode_entered
 from moe_dispatch.dispatch.uncompiled import call_uncompiled
+from moe_dispatch.integrations.transformers.eager import eager_forward
 from moe_dispatch.integrations.transformers.gate import gate_state
 from moe_dispatch.integrations.transformers.layout import LAYOUT, Layout, inspect_module
 from moe_dispatch.integrations.transformers.own import own_forward, warn_once
 from moe_dispatch.integrations.transformers.takeover import unfit_tensors, unknown_arguments
 from moe_dispatch.integrations.transformers.weights import needs_copy, offloaded, others_by_name, sources_of
+from moe_dispatch.numerics import FP8
 
 
 def traced_forward(
@@ -33,13 +35,13 @@ def traced_forward(
         own = bool(unfit_tensors(sources, hidden_states.dtype)) or needs_copy(layout, sources)
     if own:
         return own_forward(module, hidden_states, top_k_index, top_k_weights, **others)
-    if offloaded(module) or _records(hidden_states, top_k_weights, *sources):
+    if offloaded(module) or forward_mode_entered(hidden_states, top_k_weights, *sources):
         if torch.compiler.is_exporting():
             return own_forward(module, hidden_states, top_k_index, top_k_weights)
-        from moe_dispatch.integrations.transformers.forward import experts_forward
-
-        out: Tensor = call_uncompiled(experts_forward, module, hidden_states, top_k_index, top_k_weights)
+        out: Tensor = call_uncompiled(eager_forward, module, hidden_states, top_k_index, top_k_weights)
         return out
+    if sources[0].dtype == FP8:
+        sources = tuple(source.detach() for source in sources)  # transformers' FP8 parameters claim to have a gradient
     gate_up, down, *rest = sources
     return torch_operator.call_tensors(
         hidden_states, top_k_weights, top_k_index, gate_up, down, **others_by_name(gate_up, rest),
@@ -52,17 +54,11 @@ def inspect_in_trace(module: nn.Module, *_gate: object) -> Layout:
     """The layout of a module that has not run yet, or whose gate changed since; a constant of the graph.
 
     Not kept on the module: the trace has seen, and guards, that there is none. It guards the arguments, too, which is
-    why those of the gate are among them. The inspection runs the gate, in a
-    thread of its own because fake tensors, proxies and functionalisation are at work in this one.
+    why those of the gate are among them. The inspection runs the gate, in a thread of its own because fake tensors,
+    proxies and functionalisation are at work in this one.
     """
     with ThreadPoolExecutor(1) as pool:
         layout = pool.submit(inspect_module, module).result()
     if layout.unfit:
         warn_once(module, layout.unfit)
     return layout
-
-
-def _records(*tensors: Tensor) -> bool:
-    """Whether a gradient is recorded, or a tangent carried: the operator has neither."""
-    recording = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
-    return recording or forward_mode_entered(*tensors)

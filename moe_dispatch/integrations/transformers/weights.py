@@ -11,9 +11,9 @@ from moe_dispatch.experts import ExpertWeights, address
 from moe_dispatch.integrations.transformers.layout import Layout
 from moe_dispatch.numerics import FP8
 
-# How often the weights behind a copy may be freed before the copy is given up: a model moves a few times in its life,
-# offloading frees its weights after every call.
-_MOST_FREED: Final = 3
+# How often the weights behind a copy may be freed or replaced before the copy is given up: a model moves a few times in
+# its life, offloading frees its weights after every call.
+_MOST_LOST: Final = 3
 
 
 def _borrowed(name: str) -> Any:
@@ -61,7 +61,7 @@ class _Kept(NamedTuple):
 # Weak in the module, so that a deleted model takes its entries with it.
 _in_place: Final["weakref.WeakKeyDictionary[nn.Module, _Kept]"] = weakref.WeakKeyDictionary()
 _copies: Final["weakref.WeakKeyDictionary[nn.Module, _Kept]"] = weakref.WeakKeyDictionary()
-_freed: Final["weakref.WeakKeyDictionary[nn.Module, int]"] = weakref.WeakKeyDictionary()
+_lost: Final["weakref.WeakKeyDictionary[nn.Module, int]"] = weakref.WeakKeyDictionary()
 
 
 def sources_of(module: nn.Module, layout: Layout) -> tuple[Tensor, ...]:
@@ -84,8 +84,8 @@ def why_no_copy(module: nn.Module, sources: Sequence[Tensor]) -> str:
     what = "its weights are stored transposed, or not contiguously, and "
     if records_gradient(sources):
         return f"{what}a gradient is recorded for them: every call would copy them"
-    if offloaded(module) or _freed.get(module, 0) >= _MOST_FREED:
-        return f"{what}they are freed between calls (offloading): every call would copy them"
+    if offloaded(module) or _lost.get(module, 0) >= _MOST_LOST:
+        return f"{what}they are freed or replaced between calls (offloading): every call would copy them"
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         return f"{what}torch.distributed is at work, by which FSDP refills weights unnoticed: a copy could be stale"
     if any(source.is_inference() for source in sources):
@@ -127,7 +127,9 @@ def _copy_of(module: nn.Module, layout: Layout, sources: tuple[Tensor, ...]) -> 
     """The weights as a contiguous copy, kept until a source changes in place, is replaced, or its memory is freed."""
     state = (layout, *((address(source), source._version, source.dtype, source.shape) for source in sources))
     kept = _copies.get(module)
-    if kept and kept.state == state and all(ref() is each for ref, each in zip(kept.sources, sources, strict=True)):
+    if kept and not all(reference() is source for reference, source in zip(kept.sources, sources, strict=True)):
+        _lost[module] = _lost.get(module, 0) + 1
+    elif kept and kept.state == state:
         return kept.experts
     del kept
     _copies.pop(module, None)  # before the new one is made, so that the two do not exist together
@@ -138,7 +140,7 @@ def _copy_of(module: nn.Module, layout: Layout, sources: tuple[Tensor, ...]) -> 
         module = layer()
         if module is not None and (kept := _copies.get(module)) and memory in kept.memory:
             del _copies[module]
-            _freed[module] = _freed.get(module, 0) + 1
+            _lost[module] = _lost.get(module, 0) + 1
 
     # A storage's Python object lives exactly as long as its memory, whichever tensors refer to it meanwhile.
     memory = tuple(weakref.ref(source.untyped_storage(), forget) for source in sources)
