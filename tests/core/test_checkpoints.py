@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from moe_dispatch import ExpertWeights, InvalidInputError, moe_forward
 from moe_dispatch.checkpoint_files import Checkpoint
 from moe_dispatch.numerics import FP8, dequantize_blocks, quantize_blocks
-from tests.core.test_transformers import deepseek_v3, gpt_oss, mixtral, qwen3, transformers
+from tests.integrations.transformers_models import deepseek_v3, gpt_oss, mixtral, qwen3, transformers
 
 safetensors_torch = pytest.importorskip("safetensors.torch")
 CPU = torch.device("cpu")

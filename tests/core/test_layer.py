@@ -13,7 +13,7 @@ from moe_dispatch import ExpertWeights, InvalidInputError, MoELayer, Router
 from moe_dispatch.measure.verify import relative_error
 from moe_dispatch.modules import layer as layer_module
 from moe_dispatch.numerics import FP8
-from tests.core.test_transformers import SMALL, deepseek_v3, gpt_oss, mixtral, qwen3, transformers
+from tests.integrations.transformers_models import SMALL, deepseek_v3, gpt_oss, mixtral, qwen3, transformers
 
 
 def qwen2() -> Any:
