@@ -9,6 +9,7 @@ import pydantic
 
 from moe_dispatch.backend import Backend
 from moe_dispatch.errors import PolicyFileError, warn
+from moe_dispatch.guard import FOREIGN_ERRORS
 from moe_dispatch.machine import Machine
 from moe_dispatch.policies.measurements.schema import (
     CalibrationFile,
@@ -24,6 +25,7 @@ from moe_dispatch.policy import Choice, Policy
 from moe_dispatch.problem import Mode, MoEProblem
 from moe_dispatch.registry import MadeBackend, make_backend
 from moe_dispatch.settings import cache_dir
+from moe_dispatch.system import failures
 
 logger = logging.getLogger(__name__)
 
@@ -120,6 +122,8 @@ class MeasuredPolicy(Policy):
         except pydantic.ValidationError as error:
             first = error.errors()[0]
             return f"its configuration is unknown here ({'.'.join(map(str, first['loc']))}: {first['msg']})"
+        except FOREIGN_ERRORS as error:  # of a validator of its own
+            return f"its configuration cannot be read here ({failures.summary(error)})"
         if self.retires and (changed := changes(candidate.versions, relevant_versions(backend))):
             return f"retired by {', '.join(changed)}; calibrate again"
         return ""

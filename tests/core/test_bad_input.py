@@ -296,6 +296,12 @@ def test_it_is_refused_after_good_calls_too(bad: Bad) -> None:
     assert not get_dispatcher("cpu").quarantine.entries()
 
 
+def test_a_long_name_is_not_repeated_whole() -> None:
+    with pytest.raises(UnknownNameError, match="no backend is called 'xxx") as refusal:
+        call(backend="x" * 70_000)
+    assert len(str(refusal.value)) < 1000
+
+
 def test_an_unknown_backend_is_refused_with_the_known_ones() -> None:
     with pytest.raises(UnknownNameError, match=r"no backend is called 'cutlass'; known: .*reference"):
         call(backend="cutlass")
