@@ -1,16 +1,27 @@
 """Exceptions and warnings of this package. Each message says what was passed, what is allowed, and what to do."""
 
 import difflib
+import re
 import sys
 import warnings
 from collections.abc import Sequence
 from typing import Final
 
-LONGEST_NAME: Final = 80  # characters of an unknown name that a message repeats
+# Of a longer name, path or value without a space, a message repeats this many characters: the first and the last.
+FIRST: Final = 150
+LAST: Final = 50
+_LONG_WORD: Final = re.compile(rf"(\S{{{FIRST}}})\S+(\S{{{LAST}}})")
 
 
 class MoEDispatchError(Exception):
-    """Base of every error that this package raises on purpose."""
+    """Base of every error that this package raises on purpose.
+
+    Args:
+        message: The message. Its long words, which come from outside, are shortened.
+    """
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__(_LONG_WORD.sub(r"\1…\2", message))
 
 
 class InvalidInputError(MoEDispatchError, ValueError):
@@ -29,17 +40,16 @@ class UnknownNameError(MoEDispatchError, LookupError):
 
     def __init__(self, kind: str, name: str, known: Sequence[str], variable: str = "") -> None:
         self.kind, self.name, self.known = kind, name, tuple(known)
-        shown = name if len(name) <= LONGEST_NAME else f"{name[:LONGEST_NAME]}…"
-        origin = f"{variable} names {shown!r}, and " if variable else ""
+        origin = f"{variable} names {name!r}, and " if variable else ""
         similar = _similar(name, known)
         suggestion = f" (did you mean {' or '.join(similar)}?)" if similar else ""
-        super().__init__(f"{origin}no {kind} is called {shown!r}{suggestion}; known: {', '.join(sorted(known))}")
+        super().__init__(f"{origin}no {kind} is called {name!r}{suggestion}; known: {', '.join(sorted(known))}")
 
 
 def _similar(name: str, known: Sequence[str]) -> list[str]:
     """Known names that a mistyped or shortened one may stand for, at most three."""
     lower = {each.lower(): each for each in known}
-    wanted = name.lower().rpartition("/")[2][:LONGEST_NAME]
+    wanted = name.lower().rpartition("/")[2][:80]
     near = difflib.get_close_matches(wanted, lower, n=3, cutoff=0.7)
     longer = [each for each in lower if len(wanted) > 2 and each.startswith(wanted)]
     return [lower[each] for each in dict.fromkeys([*longer, *near])][:3]

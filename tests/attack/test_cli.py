@@ -84,7 +84,9 @@ def run(arguments: list[str]) -> None:
     assert "\x1b[31mred" not in result.output, "an escape sequence reached the terminal"
     if result.exit_code == USAGE_ERROR:
         FIGURES.refused[AREA] = FIGURES.refused.get(AREA, 0) + 1
-        assert_complete(result.stderr or result.output)
+        message = result.stderr or result.output
+        if message.startswith("error:"):  # the others are typer's, which repeat what was typed
+            assert_complete(message)
     elif "--json" in arguments and "-h" not in arguments and "--help" not in arguments:
         data = json.loads(result.stdout)
         if arguments[0] == "explain":

@@ -41,6 +41,7 @@ from tests.attack.oracle import assert_right, truth
 from tests.attack.strategies import SMALL_CALL, make_call
 
 AREA = "files"
+IN_MEMORY = "/dev/shm"  # noqa: S108 - where writing through to a disk takes no time
 MACHINE = current_machine("cpu")
 PROBLEM = MoEProblem(
     M=3, K=16, N=16, E=4, topk=2, dtype="fp32", act_dtype="fp32", device="cpu", capability=None
@@ -60,7 +61,7 @@ def _own_cache() -> Iterator[None]:
 @contextlib.contextmanager
 def fresh_cache() -> Iterator[Path]:
     """A cache folder of its own for an input, as a new process would find it."""
-    folder = Path(tempfile.mkdtemp(prefix="attack-"))
+    folder = Path(tempfile.mkdtemp(prefix="attack-", dir=IN_MEMORY if os.access(IN_MEMORY, os.W_OK) else None))
     os.environ["MOE_DISPATCH_CACHE_DIR"] = str(folder)
     settings.cache_clear()
     reset_dispatchers()
