@@ -19,7 +19,7 @@ from moe_dispatch.errors import MoEDispatchError, MoEDispatchWarning
 LIMIT_S: Final = 30.0  # for one input; the slowest takes a fraction of a second on an idle machine
 LARGE: Final = "large"
 SMALL: Final = "small"
-_SHARE: Final = 100  # how many times fewer inputs the small profile has
+_SHARE: Final = 200  # how many times fewer inputs the small profile has
 LONGEST_MESSAGE: Final = 20_000  # characters
 
 Answer = TypeVar("Answer")

@@ -161,10 +161,17 @@ members: st.SearchStrategy[dict[str, Any]] = st.one_of(
 
 
 def make_backend_class(parts: list[dict[str, Any]]) -> type[Backend]:
-    """A backend that misbehaves in every way of the parts."""
+    """A backend that misbehaves in every way of the parts.
+
+    One whose wrong values only a probe can see is probed: declaring that none is needed is a promise to be right.
+    """
     body: dict[str, Any] = {}
     for part in parts:
         body |= {name: value for name, value in part.items() if name != "shown"}
+    if body.get("needs_probe") is False and any(
+        isinstance(part["shown"], str) and part["shown"] in PROBED for part in parts
+    ):
+        del body["needs_probe"]
     return type("Hostile", (Right,), body)
 
 
