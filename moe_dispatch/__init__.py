@@ -31,9 +31,11 @@ if TYPE_CHECKING:
     )
     from moe_dispatch.experts import ExpertWeights
     from moe_dispatch.machine import Machine
+    from moe_dispatch.modules.layer import MoELayer
     from moe_dispatch.policy import Choice, Policy
     from moe_dispatch.problem import MoEProblem
     from moe_dispatch.registry import register_backend
+    from moe_dispatch.routers import Router
 
     __version__: str
 
@@ -50,11 +52,13 @@ __all__ = [
     "Machine",
     "MoEDispatchError",
     "MoEDispatchWarning",
+    "MoELayer",
     "MoEProblem",
     "NoBackendError",
     "Policy",
     "PolicyFileError",
     "Requirements",
+    "Router",
     "UnknownNameError",
     "__version__",
     "explain",
@@ -79,9 +83,11 @@ _MODULES: Final = {
     ),
     "experts": ("ExpertWeights",),
     "machine": ("Machine",),
+    "modules.layer": ("MoELayer",),
     "policy": ("Choice", "Policy"),
     "problem": ("MoEProblem",),
     "registry": ("register_backend",),
+    "routers": ("Router",),
 }
 
 

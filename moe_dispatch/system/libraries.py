@@ -85,7 +85,8 @@ class LibraryStatus:
         known: The releases known to work with this torch, ``"0.20.2 to 0.26"``; where there are none, those for other
             torches, ``"0.33 (torch 2.14)"``.
         fault: Why the installed version is not among them; empty if it is, or if none is installed.
-        remedy: The command that installs the best release for this torch; empty where none is known.
+        remedy: The command that installs the best release for this torch; where none is known for it, the newest one
+            together with the torch that it is built for.
     """
 
     library: str
@@ -106,7 +107,7 @@ def library_status(library: str, installed: str, torch_version: str) -> LibraryS
     torch = _minor(torch_version)
     fitting = _fitting(library, torch)
     known = " or ".join(_range(releases, with_torch=not fitting) for releases in fitting or _of(library)) or "none"
-    remedy = f"pip install '{fitting[0].requirement}'" if fitting else ""
+    remedy = f"pip install '{fitting[0].requirement}'" if fitting else _with_its_torch(library)
     return LibraryStatus(library, installed, known, release_fault(library, installed, torch_version), remedy)
 
 
@@ -205,6 +206,13 @@ def _of(library: str, wheel: str | None = None) -> list[Releases]:
 
 def _fitting(library: str, torch: str) -> list[Releases]:
     return [releases for releases in _of(library) if releases.torch in ("", torch)]
+
+
+def _with_its_torch(library: str) -> str:
+    newest = max(_of(library), key=lambda releases: _numbers(releases.torch))
+    torch = f"torch=={newest.torch}.*"
+    requirements = dict.fromkeys((newest.requirement, torch))
+    return " ".join(("pip install", *(f"'{requirement}'" for requirement in requirements)))
 
 
 def _range(releases: Releases, *, with_torch: bool) -> str:
