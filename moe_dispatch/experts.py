@@ -81,6 +81,8 @@ class ExpertWeights:
         if activation not in ACTIVATIONS:
             raise InvalidInputError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
         gated = activation not in UNGATED
+        if not isinstance(interleaved, bool):
+            raise InvalidInputError(f"interleaved must be True or False, got {type(interleaved).__name__}")
         if interleaved and not gated:
             raise InvalidInputError(f"interleaved rows need a gate, and activation {activation!r} has none")
         _check_weight("gate_up", gate_up)
