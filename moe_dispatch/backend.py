@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Final
 
 import pydantic
+import torch
 from torch import Tensor
 
 from moe_dispatch.experts import ExpertWeights
@@ -203,7 +204,7 @@ class Backend(ABC):
         config: BackendConfig,
         out: Tensor,
     ) -> Tensor:
-        """Compute the layer into memory of the caller; override it where the last kernel can write there.
+        """Compute the layer into memory of the caller: here by a copy. See `WritingBackend`.
 
         Args:
             hidden_states: See `run`, as for all but the last.
@@ -226,6 +227,41 @@ class Backend(ABC):
         that run, for at most `FAST_PATH_TOKENS` tokens. It may run them again and wait for the device.
         """
         return None
+
+    def fast_path_into(self, inputs: Inputs, config: BackendConfig) -> "RunInto | None":
+        """The same in place of `run_into`: here what `fast_path` gives, followed by a copy."""
+        run = self.fast_path(inputs, config)
+        if run is None:
+            return None
+        return lambda *arguments: arguments[-1].copy_(run(*arguments[:-1]))
+
+
+class WritingBackend(Backend):
+    """A backend whose last kernel writes into memory of the caller: subclasses write `run_into` and inherit `run`."""
+
+    def run(
+        self,
+        hidden_states: Tensor,
+        experts: ExpertWeights,
+        topk_weights: Tensor,
+        topk_ids: Tensor,
+        config: BackendConfig,
+    ) -> Tensor:
+        """See `Backend.run`."""
+        out = torch.empty_like(hidden_states)
+        return self.run_into(hidden_states, experts, topk_weights, topk_ids, config, out)
+
+    @abstractmethod
+    def run_into(
+        self,
+        hidden_states: Tensor,
+        experts: ExpertWeights,
+        topk_weights: Tensor,
+        topk_ids: Tensor,
+        config: BackendConfig,
+        out: Tensor,
+    ) -> Tensor:
+        """See `Backend.run_into`."""
 
 
 Run = Callable[[Tensor, ExpertWeights, Tensor, Tensor, BackendConfig], Tensor]

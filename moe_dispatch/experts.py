@@ -4,7 +4,7 @@ import math
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Final, Self
+from typing import Any, Final, Self
 
 import torch
 from torch import Tensor, nn
@@ -52,6 +52,9 @@ class ExpertWeights:
         down_bias: ``[E, K]``. Both biases or neither.
         activation: See `MoEProblem`.
         interleaved: Whether gate and up rows alternate.
+        routed_experts: Experts among which the router chooses, where these are a part of them and the other ids of a
+            call are of experts elsewhere; None where they are all. It changes the expected load and so the choice of
+            the backend, never the result.
 
     Raises:
         InvalidInputError: Anything above does not hold; the message names the tensor, what it is and what it must be.
@@ -59,7 +62,7 @@ class ExpertWeights:
 
     __slots__ = (
         "E", "K", "N", "__weakref__", "activation", "device", "down", "down_address", "down_bias", "down_scale",
-        "dtype", "gate_up", "gate_up_address", "gate_up_bias", "gate_up_scale", "interleaved", "spec",
+        "dtype", "gate_up", "gate_up_address", "gate_up_bias", "gate_up_scale", "interleaved", "routed_experts", "spec",
     )  # fmt: skip
 
     def __init__(
@@ -73,6 +76,7 @@ class ExpertWeights:
         down_bias: Tensor | None = None,
         activation: Activation = "silu",
         interleaved: bool = False,
+        routed_experts: int | None = None,
     ) -> None:
         if activation not in ACTIVATIONS:
             raise InvalidInputError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
@@ -108,14 +112,22 @@ class ExpertWeights:
         _check_bias("gate_up_bias", gate_up_bias, (E, rows), gate_up.device)
         _check_bias("down_bias", down_bias, (E, K), gate_up.device)
 
+        if routed_experts is not None and (type(routed_experts) is not int or routed_experts < E):
+            raise InvalidInputError(
+                f"routed_experts must be None or an integer of at least the {E} experts here, got {routed_experts!r}"
+            )
+
         self.gate_up, self.down = gate_up, down
         self.gate_up_scale, self.down_scale = gate_up_scale, down_scale
         self.gate_up_bias, self.down_bias = gate_up_bias, down_bias
         self.activation: Activation = activation
         self.interleaved = interleaved
+        self.routed_experts = routed_experts
         self.E, self.K, self.N = E, K, N
         self.device = gate_up.device
-        facts = (E, K, N, gate_up.dtype, activation, gate_up_bias is not None, interleaved, str(self.device))
+        facts = (
+            E, K, N, gate_up.dtype, activation, gate_up_bias is not None, interleaved, str(self.device), routed_experts,
+        )  # fmt: skip
         tracing = torch.compiler.is_compiling()
         self.spec: Final = LayerSpec(facts) if tracing else _SPECS.setdefault(facts, LayerSpec(facts))
         # By the addresses a call sees that the weights lie elsewhere than when they were checked.
@@ -128,16 +140,7 @@ class ExpertWeights:
             InvalidInputError: A tensor was freed, moved to another device, or changed in dtype or shape.
         """
         try:
-            now = ExpertWeights(
-                self.gate_up,
-                self.down,
-                gate_up_scale=self.gate_up_scale,
-                down_scale=self.down_scale,
-                gate_up_bias=self.gate_up_bias,
-                down_bias=self.down_bias,
-                activation=self.activation,
-                interleaved=self.interleaved,
-            )
+            now = self._with(dict(self.tensors()))
             if now.spec is not self.spec:
                 raise InvalidInputError(f"they are {now} now")
         except InvalidInputError as error:
@@ -251,9 +254,16 @@ class ExpertWeights:
     def to(self, device: torch.device | str) -> Self:
         """The same layer on a device: itself where it is there already."""
         tensors = {name: tensor.to(device) for name, tensor in self.tensors()}
-        if tensors["gate_up"] is self.gate_up:
-            return self
-        return type(self)(**tensors, activation=self.activation, interleaved=self.interleaved)
+        return self if tensors["gate_up"] is self.gate_up else self._with(tensors)
+
+    def _with(self, tensors: Mapping[str, Any]) -> Self:
+        """This layer with other tensors."""
+        return type(self)(
+            **tensors,
+            activation=self.activation,
+            interleaved=self.interleaved,
+            routed_experts=self.routed_experts,
+        )
 
     def problem(
         self,
@@ -281,6 +291,7 @@ class ExpertWeights:
             capability=capability,
             mode=mode,
             needs_grad=needs_grad,
+            routed_experts=self.routed_experts,
         )
 
     @property
@@ -302,6 +313,8 @@ class ExpertWeights:
             extras.append("bias=True")
         if self.interleaved:
             extras.append("interleaved=True")
+        if self.routed_experts is not None:
+            extras.append(f"routed_experts={self.routed_experts}")
         shape = f"E={self.E}, K={self.K}, N={self.N}, dtype={self.dtype!r}, device='{self.device}'"
         return f"ExpertWeights({shape}, {', '.join(extras)})"
 

@@ -6,7 +6,7 @@ The shape letters, used everywhere and defined here:
     K     hidden size: columns of ``hidden_states`` and of the output
     N     intermediate size of one expert
     E     experts held by this process
-    topk  experts chosen per token
+    topk  experts chosen per token, by a router that may know more experts than these
 """
 
 import dataclasses
@@ -48,6 +48,9 @@ class MoEProblem:
         capability: CUDA compute capability, None on a CPU.
         mode: ``"graph"`` while a CUDA graph is captured.
         needs_grad: Whether autograd must be able to differentiate the call.
+        routed_experts: Experts among which the router chooses, where the E experts here are a part of them, as under
+            expert parallelism; None where they are all. Of the M·topk slots only the part E / routed_experts is
+            expected to have an expert here.
     """
 
     M: int
@@ -64,6 +67,7 @@ class MoEProblem:
     capability: tuple[int, int] | None = (9, 0)
     mode: Mode = "eager"
     needs_grad: bool = False
+    routed_experts: int | None = None
 
     def __post_init__(self) -> None:
         for letter, least in (("M", 0), ("K", 1), ("N", 1), ("E", 1), ("topk", 1)):
@@ -87,6 +91,10 @@ class MoEProblem:
             raise InvalidInputError(f"mode must be eager or graph, got {self.mode!r}")
         if self.device not in ("cuda", "cpu"):
             raise InvalidInputError(f"device must be cuda or cpu, got {self.device!r}")
+        if self.routed_experts is not None and (type(self.routed_experts) is not int or self.routed_experts < self.E):
+            raise InvalidInputError(
+                f"routed_experts must be None or an integer of at least E={self.E}, got {self.routed_experts!r}"
+            )
         if self.capability is not None and not _is_capability(self.capability):
             raise InvalidInputError(f"capability must be a pair such as (9, 0), or None, got {self.capability!r}")
 
@@ -102,8 +110,13 @@ class MoEProblem:
 
     @property
     def slots(self) -> int:
-        """Token-expert pairs, M·topk."""
+        """Token-expert pairs, M·topk, those of experts elsewhere included: any of them may have its expert here."""
         return self.M * self.topk
+
+    @property
+    def expected_slots(self) -> float:
+        """Slots whose expert is one of the E under uniform routing: M·topk·E / routed_experts."""
+        return self.slots if self.routed_experts is None else self.slots * self.E / self.routed_experts
 
     @cached_property
     def layer(self) -> "MoEProblem":
@@ -115,20 +128,33 @@ class MoEProblem:
         """The same problem with M rounded up to a power of two, for which a first run and a quarantine hold."""
         return dataclasses.replace(self, M=1 << max(self.M - 1, 0).bit_length())
 
+    @cached_property
+    def whole_layer(self) -> "MoEProblem":
+        """A call to a layer of all its experts that has the load which this call expects; itself if it holds them all.
+
+        Each token has the experts that it is expected to have here. Where those are no whole number, topk is rounded
+        down to one, at least 1, and M follows.
+        """
+        if self.routed_experts is None:
+            return self
+        topk = max(1, self.topk * self.E // self.routed_experts)
+        M = math.ceil(self.expected_slots / topk)
+        return dataclasses.replace(self, M=M, topk=topk, routed_experts=None)
+
     @property
     def expert_bytes(self) -> int:
         """Bytes of one expert's weights, scales not counted."""
         return (self.gate_up_rows + self.N) * self.K * ELEMENT_BYTES[self.dtype]
 
     @property
-    def flops(self) -> int:
-        """Multiply-adds of the two products, counted as two operations each."""
-        return 2 * self.slots * self.K * (self.gate_up_rows + self.N)
+    def flops(self) -> float:
+        """Multiply-adds of the two products, counted as two operations each, for the expected slots."""
+        return 2 * self.expected_slots * self.K * (self.gate_up_rows + self.N)
 
     @property
     def expected_experts(self) -> float:
-        """Experts that get a token under uniform routing: E·(1 − (1 − topk/E)^M)."""
-        share = min(1.0, self.topk / self.E)
+        """Experts that get a token under uniform routing: E·(1 − (1 − topk/routed_experts)^M)."""
+        share = min(1.0, self.topk / (self.routed_experts or self.E))
         return self.E * (1.0 - (1.0 - share) ** self.M)
 
     def roofline_us(self, bandwidth: float, flops: float, experts: float | None = None) -> float:

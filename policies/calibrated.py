@@ -65,6 +65,7 @@ class MeasuredPolicy(Policy):
         """See `Policy.rank`."""
         if problem.needs_grad or problem.M < 1:
             return ()
+        problem = problem.whole_layer  # files hold measurements of whole layers
         key = layer_key(problem)
         if table := self._table(key, problem.mode):
             return table.choices(problem.M, problem.mode)

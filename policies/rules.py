@@ -85,7 +85,7 @@ def _hopper(problem: MoEProblem) -> Ranked:
     decode, grouped = _decode(problem), _grouped(problem)
     if problem.M <= DECODE_TOKENS:
         return (*decode, *grouped, _vllm("next at decode"), *_torch(problem), ("deep_gemm", "pads every expert"))
-    rows = problem.slots / problem.E
+    rows = problem.expected_slots / problem.E
     work = problem.K * problem.N / (problem.K + problem.N)
     if problem.dtype == "fp8" and rows >= FP8_PREFILL_ROWS and work >= FP8_WORK_PER_VALUE:
         why = f"fastest grouped products measured on an H200 at prefill, and this is {rows:.0f} rows per expert"
@@ -119,7 +119,7 @@ def _grouped(problem: MoEProblem) -> Ranked:
 
 def vector_suits(problem: MoEProblem) -> bool:
     """Whether the vector kernels are likelier to be fastest than split-K on tensor cores."""
-    if problem.slots > VECTOR_SHARING * problem.expected_experts:
+    if problem.expected_slots > VECTOR_SHARING * problem.expected_experts:
         return False
     read = problem.expected_experts * problem.expert_bytes
     topk, columns = (1 << (length - 1).bit_length() for length in (problem.topk, problem.N))
@@ -137,7 +137,7 @@ def _many_rows(problem: MoEProblem) -> bool:
         least = GLUON_ROWS
     else:
         least = GLUON_FP8_ROWS_FROM_LONG_N if problem.N >= GLUON_LONG_N else GLUON_FP8_ROWS
-    return problem.slots >= least * problem.expected_experts
+    return problem.expected_slots >= least * problem.expected_experts
 
 
 def _libraries(problem: MoEProblem) -> Ranked:

@@ -32,7 +32,7 @@ def masked_capacity(M: int) -> int:
 
 
 def expected_rows(slots: int, E: int) -> int:
-    """Rows that an expert gets under even routing, at least 1; DeepGEMM picks its tiles by it."""
+    """Rows that each of E routed experts gets under even routing, at least 1; DeepGEMM picks its tiles by it."""
     return max(1, math.ceil(slots / E))
 
 
@@ -55,7 +55,7 @@ class Rows(ABC):
     def __init__(self, library: Library, experts: ExpertWeights, topk_ids: Tensor) -> None:
         self._library, self._experts, self._topk_ids = library, experts, topk_ids
         self._fp8 = experts.dtype == "fp8"
-        self._expected = expected_rows(topk_ids.numel(), experts.E)
+        self._expected = expected_rows(topk_ids.numel(), experts.routed_experts or experts.E)
         # DeepGEMM needs Hopper, where each stage may start while the kernel before it ends.
         self.pdl = topk_ids.is_cuda
         self._capacity = self._rows_per_expert()

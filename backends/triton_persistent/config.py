@@ -123,7 +123,7 @@ def _needed(config: TritonPersistentConfig, problem: MoEProblem, features: Featu
 def _shapes(problem: MoEProblem, features: Features) -> list[TritonPersistentConfig]:
     """Tiles for a problem's rows per expert, the likeliest to be fast first; `num_stages` is left to what fits."""
     fp8 = problem.dtype == "fp8"
-    load = problem.slots / max(min(problem.E, problem.expected_experts), 1.0)
+    load = problem.expected_slots / max(min(problem.E, problem.expected_experts), 1.0)
     common = {
         "block_n": 64, "down_block_n": 128, "block_k": QUANT_BLOCK if fp8 else 64, "tma": features.tma,
         "pdl": features.pdl,

@@ -38,6 +38,7 @@ def call(
         down_bias=experts.down_bias,
         activation=experts.activation,
         interleaved=experts.interleaved,
+        routed_experts=experts.routed_experts,
         backend=backend,
         out=out,
     )
@@ -56,6 +57,7 @@ def call_tensors(
     down_bias: Tensor | None = None,
     activation: Activation,
     interleaved: bool,
+    routed_experts: int | None = None,
     backend: str | None,
     out: Tensor | None = None,
 ) -> Tensor:
@@ -72,6 +74,7 @@ def call_tensors(
         down_bias,
         activation,
         interleaved,
+        routed_experts,
         backend or "",
     )
     if out is None:
@@ -92,6 +95,7 @@ def _forward(
     down_bias: Tensor | None,
     activation: str,
     interleaved: bool,
+    routed_experts: int | None,
     backend: str,
 ) -> Tensor:
     optional = {
@@ -100,7 +104,7 @@ def _forward(
         "gate_up_bias": gate_up_bias,
         "down_bias": down_bias,
     }
-    experts = _layer(gate_up, down, optional, activation, interleaved=interleaved)
+    experts = _layer(gate_up, down, optional, activation, interleaved=interleaved, routed_experts=routed_experts)
     return _run(hidden_states, experts, topk_weights, topk_ids, backend or None, None)
 
 
@@ -116,6 +120,7 @@ def _forward_into(
     down_bias: Tensor | None,
     activation: str,
     interleaved: bool,
+    routed_experts: int | None,
     backend: str,
     out: Tensor,
 ) -> None:
@@ -125,7 +130,7 @@ def _forward_into(
         "gate_up_bias": gate_up_bias,
         "down_bias": down_bias,
     }
-    experts = _layer(gate_up, down, optional, activation, interleaved=interleaved)
+    experts = _layer(gate_up, down, optional, activation, interleaved=interleaved, routed_experts=routed_experts)
     _run(hidden_states, experts, topk_weights, topk_ids, backend or None, out)
 
 
@@ -174,16 +179,27 @@ _layers: Final[dict[int, _Layer]] = {}
 
 
 def _layer(
-    gate_up: Tensor, down: Tensor, optional: dict[str, Tensor | None], activation: str, *, interleaved: bool
+    gate_up: Tensor,
+    down: Tensor,
+    optional: dict[str, Tensor | None],
+    activation: str,
+    *,
+    interleaved: bool,
+    routed_experts: int | None,
 ) -> ExpertWeights:
     """The layer of these tensors, made anew where a tensor was replaced or lies at another address."""
-    signature = (*map(_identity, (gate_up, down, *optional.values())), activation, interleaved)
+    signature = (*map(_identity, (gate_up, down, *optional.values())), activation, interleaved, routed_experts)
     key = id(gate_up)
     known = _layers.get(key)
     if known is not None and known.gate_up() is gate_up and known.signature == signature:
         return known.experts
     experts = ExpertWeights(
-        gate_up.detach(), down.detach(), **optional, activation=_activation(activation), interleaved=interleaved
+        gate_up.detach(),
+        down.detach(),
+        **optional,
+        activation=_activation(activation),
+        interleaved=interleaved,
+        routed_experts=routed_experts,
     )
 
     def forget(dead: "weakref.ref[Tensor]") -> None:

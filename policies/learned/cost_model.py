@@ -28,7 +28,7 @@ def terms(problem: MoEProblem) -> dict[Term, float]:
     ``launch`` is 1. ``search`` grows with E, the number of experts among which every stage looks for work. ``weights``
     reads the weights of the hit experts. ``tiles`` multiplies tiles of 64 rows, the last one of each expert partly
     empty. ``overlap`` is the longer of reading weights and multiplying tiles of 128 rows, which run at the same time.
-    ``slots`` and ``tokens`` move M·topk and M rows of K columns.
+    ``slots`` and ``tokens`` move the expected slots and M rows of K columns.
     """
     weights = problem.expected_experts * problem.expert_bytes / _BANDWIDTH
     row = problem.K * 2 / _BANDWIDTH
@@ -38,14 +38,14 @@ def terms(problem: MoEProblem) -> dict[Term, float]:
         "weights": weights,
         "tiles": _multiplied(problem, 64),
         "overlap": max(weights, _multiplied(problem, 128)),
-        "slots": problem.slots * row,
+        "slots": problem.expected_slots * row,
         "tokens": problem.M * row,
     }
 
 
 def rows_per_expert(problem: MoEProblem) -> float:
     """Rows per expert, averaged over all experts."""
-    return problem.slots / problem.E
+    return problem.expected_slots / problem.E
 
 
 def _multiplied(problem: MoEProblem, rows: int) -> float:
