@@ -70,7 +70,8 @@ def truth(hidden: Tensor, dtype: torch.dtype) -> Tensor:
         for module in (layer.experts, layer.shared_experts):
             for weight in (module.gate_up_proj, module.down_proj):
                 weight.copy_(dequantize_blocks(*quantize_blocks(weight)))
-    return layer(hidden.cpu().float())
+    out: Tensor = layer(hidden.cpu().float())
+    return out
 
 
 def tokens(M: int, K: int = 1024) -> Tensor:
@@ -109,7 +110,8 @@ def test_a_captured_layer_is_right_on_other_tokens(M: int, dtype: torch.dtype) -
 
 @torch.no_grad()
 def test_eager_calls_on_several_streams_do_not_disturb_each_other() -> None:
-    layer, streams = layer_of(torch.bfloat16), [torch.cuda.Stream() for _ in range(3)]
+    layer = layer_of(torch.bfloat16)
+    streams = [torch.cuda.Stream() for _ in range(3)]  # type: ignore[no-untyped-call]
     inputs = [tokens(M) for M in (1, 8, 64)]
     expected = [layer(hidden) for hidden in inputs]
     torch.cuda.synchronize()
@@ -126,10 +128,10 @@ def test_eager_calls_on_several_streams_do_not_disturb_each_other() -> None:
 @torch.no_grad()
 def test_a_fork_waits_on_both_ends() -> None:
     value, out = torch.zeros(1 << 24, device="cuda"), torch.empty(1 << 24, device="cuda")
-    torch.cuda._sleep(50_000_000)
+    torch.cuda._sleep(50_000_000)  # type: ignore[no-untyped-call]
     value.fill_(1.0)
     with forked(value.device) as side, torch.cuda.stream(side):
-        torch.cuda._sleep(50_000_000)
+        torch.cuda._sleep(50_000_000)  # type: ignore[no-untyped-call]
         out.copy_(value)
     assert (out == 1.0).all()
 
@@ -172,7 +174,7 @@ def graph_us(call: Callable[[], object], repeats: int = 64) -> float:
             call()
     best = float("inf")
     for _ in range(20):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
         start.record()
         graph.replay()
         end.record()
