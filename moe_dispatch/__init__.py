@@ -31,6 +31,9 @@ if TYPE_CHECKING:
     )
     from moe_dispatch.experts import ExpertWeights
     from moe_dispatch.machine import Machine
+    from moe_dispatch.parallel.errors import ExpertParallelLostError, ExpertParallelMismatchError
+    from moe_dispatch.parallel.expert_parallel import ExpertParallel
+    from moe_dispatch.parallel.sharded_experts import ShardedExperts
     from moe_dispatch.policy import Choice, Policy
     from moe_dispatch.problem import MoEProblem
     from moe_dispatch.registry import register_backend
@@ -45,6 +48,9 @@ __all__ = [
     "BackendUnsupportedError",
     "Choice",
     "DeviceLostError",
+    "ExpertParallel",
+    "ExpertParallelLostError",
+    "ExpertParallelMismatchError",
     "ExpertWeights",
     "InvalidInputError",
     "Machine",
@@ -55,6 +61,7 @@ __all__ = [
     "Policy",
     "PolicyFileError",
     "Requirements",
+    "ShardedExperts",
     "UnknownNameError",
     "__version__",
     "explain",
@@ -79,6 +86,9 @@ _MODULES: Final = {
     ),
     "experts": ("ExpertWeights",),
     "machine": ("Machine",),
+    "parallel.errors": ("ExpertParallelLostError", "ExpertParallelMismatchError"),
+    "parallel.expert_parallel": ("ExpertParallel",),
+    "parallel.sharded_experts": ("ShardedExperts",),
     "policy": ("Choice", "Policy"),
     "problem": ("MoEProblem",),
     "registry": ("register_backend",),

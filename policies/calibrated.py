@@ -1,5 +1,6 @@
 """Ranks by measurements: those of this machine, and as a base class those of any calibration file."""
 
+import hashlib
 import logging
 from collections import Counter
 from collections.abc import Iterable
@@ -76,6 +77,10 @@ class MeasuredPolicy(Policy):
     def notes(self) -> tuple[str, ...]:
         """The reason for which the file is refused, and measurements that are not used."""
         return tuple(self._notes)
+
+    def digest(self) -> str:
+        """See `Policy.digest`: a hash of the file's content."""
+        return "" if self._file is None else hashlib.sha256(self._file.model_dump_json().encode()).hexdigest()[:16]
 
     def _table(self, key: LayerKey, mode: Mode) -> LayerTable | None:
         # Built when a layer is first ranked, so that the time to load does not grow with layers that never are.
