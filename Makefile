@@ -9,7 +9,7 @@ STAMP := $(VENV)/.installed
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help demo check test timing matrix lint format clean
+.PHONY: help demo check test timing matrix docs lint format clean
 
 help:  ## Show this list.
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -18,16 +18,20 @@ demo: $(STAMP)  ## Generate tokens with an MoE model through moe_forward, on wha
 	@$(BIN)/moe-dispatch demo
 
 check: lint  ## Lint, type-check and the tests that take seconds.
-	$(BIN)/python -m pytest -n auto --dist worksteal -q -m "not slow and not timing" tests/core tests/policies tests/benchmarks
+	$(BIN)/python -m pytest -n auto --dist worksteal -q -m "not slow and not timing and not matrix" tests/core tests/policies tests/benchmarks
 
 test: lint  ## Lint, type-check and run every test; those that need a GPU skip themselves without one.
-	$(BIN)/python -m pytest -n auto --dist worksteal -m "not timing"
+	$(BIN)/python -m pytest -n auto --dist worksteal -m "not timing and not matrix"
 
 timing: $(STAMP)  ## The tests that hold wall-clock bounds, alone on an idle machine.
 	$(BIN)/python -m pytest -m timing
 
-matrix: $(STAMP)  ## Every supported torch, Triton and transformers, each in its own environment; CELLS='core-torch211 …' for some.
-	$(BIN)/nox $(if $(CELLS),-s $(CELLS))
+matrix: $(STAMP)  ## Every supported version, each in its own environment, and README's table of them; CELLS='core-torch211 …' for some.
+	$(BIN)/nox $(if $(CELLS),-s $(CELLS)); ended=$$?; $(BIN)/python -m tests.matrix.table; exit $$ended
+
+docs: $(STAMP)  ## Build the documentation into site/; any warning fails it.
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
+	$(BIN)/mkdocs build --strict
 
 lint: $(STAMP)  ## ruff and mypy --strict.
 	$(BIN)/ruff check .
@@ -39,7 +43,7 @@ format: $(STAMP)  ## Let ruff repair what it can.
 	$(BIN)/ruff format .
 
 clean:  ## Remove the environment and caches.
-	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache build dist *.egg-info
+	rm -rf $(VENV) site .mypy_cache .pytest_cache .ruff_cache build dist *.egg-info
 
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("moe_dispatch needs Python 3.11 or newer, and $(PYTHON) is %d.%d: make PYTHON=python3.12 …" % sys.version_info[:2])'

@@ -1,77 +1,170 @@
-"""The versions that are supported, each in an environment of its own: `make matrix`, or `nox -s core-torch211`.
+"""The supported versions, each in an environment of its own: `make matrix`, or `make matrix CELLS=core-torch211`.
 
-The pins of a cell are in tests/matrix/<cell>.txt. README's table is made from the same files by tests/matrix/table.py.
+A cell's versions are pinned in tests/matrix/. Its outcome and duration go to tests/matrix/record.json, from which
+`python -m tests.matrix.table` writes the table in README.md.
+
+Environments are made by uv, which links files from its cache: a second environment with the same torch costs neither
+time nor disk. Cells run one after another, with WORKERS processes each (2).
 """
 
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import nox
 
-PINS = Path("tests/matrix")
-nox.options.default_venv_backend = "venv"
+ROOT = Path(__file__).parent
+sys.path.insert(0, str(ROOT))
+from tests.matrix.cells import CELLS, Outcome, keep, kind  # noqa: E402
+
+PINS = ROOT / "tests" / "matrix"
+WORKERS = os.environ.get("WORKERS", "2")
+nox.options.default_venv_backend = "uv"
 nox.options.reuse_existing_virtualenvs = True
+nox.options.error_on_missing_interpreters = True
 nox.options.stop_on_first_error = False
 
-# Everything that depends on torch and Triton: kernels interpreted and compiled without a GPU, dispatch, torch.compile.
-TORCH_TESTS = (
-    "tests/backends",
-    "tests/core/test_dispatcher.py",
-    "tests/core/test_bad_input.py",
-    "tests/core/test_core.py",
-)
+# What depends on torch: dispatch, torch.compile, autocast, refused input.
+DISPATCH_TESTS = ("tests/core/test_core.py", "tests/core/test_dispatcher.py", "tests/core/test_bad_input.py")
+# Versions that are written into the record.
+RECORDED = ("torch", "triton", "transformers", "vllm", "numpy")
 
 
-def _install(session: nox.Session, cell: str) -> None:
-    session.install("-r", str(PINS / f"{cell}.txt"), "-c", str(PINS / "common.txt"))
+def _prepare_environment() -> None:
+    """Let uv find what pip and pyenv are set up for on this machine."""
+    # uv reads none of pip's settings: wheels in a local folder are CPU builds of torch where a machine has them.
+    if links := os.environ.get("PIP_FIND_LINKS"):
+        os.environ.setdefault("UV_FIND_LINKS", links)
+    os.environ.setdefault("UV_PYTHON_DOWNLOADS", "never")
+    os.environ.setdefault("UV_HTTP_TIMEOUT", "300")
+    os.environ.setdefault("UV_LINK_MODE", "hardlink")
+    # pyenv's `python3.13` answers only where a version of it is selected.
+    if "PYENV_VERSION" not in os.environ and (pyenv := shutil.which("pyenv")):
+        listed = subprocess.run([pyenv, "versions", "--bare"], capture_output=True, text=True, check=True).stdout  # noqa: S603
+        os.environ["PYENV_VERSION"] = ":".join(reversed(re.findall(r"^3\.1[1-9]\.\d+$", listed, re.MULTILINE)))
+
+
+_prepare_environment()
+
+# Runs a cell and returns the versions that it ran with.
+Body = Callable[[nox.Session, str], dict[str, str]]
+
+
+def cell(name: str, body: Body, pins: str) -> None:
+    """Make a session of this name, which keeps its outcome in the record."""
+
+    def run(session: nox.Session) -> None:
+        begun, passed, versions = time.monotonic(), False, dict[str, str]()
+        try:
+            versions = body(session, pins)
+            passed = True
+        finally:
+            # With arguments of the user's own it is another cell.
+            if not session.posargs:
+                seconds = round(time.monotonic() - begun)
+                keep(name, Outcome(passed, seconds, time.strftime("%Y-%m-%d"), versions))
+
+    run.__doc__ = body.__doc__
+    nox.session(name=name)(run)
+
+
+def _versions(session: nox.Session, python: str = "python") -> dict[str, str]:
+    """The versions in an environment; by default the session's own."""
+    code = (
+        "import importlib.metadata as m, platform; print('python', platform.python_version())\n"
+        f"for name in {RECORDED}:\n"
+        "  try: print(name, m.version(name))\n"
+        "  except m.PackageNotFoundError: pass"
+    )
+    printed = session.run(python, "-c", code, silent=True, external=True)
+    return dict(line.split() for line in str(printed).splitlines())
+
+
+def _install(session: nox.Session, pins: str, *further: str) -> None:
+    session.install("-r", str(PINS / f"{pins}.txt"), "-r", str(PINS / "common.txt"), *further)
     session.install("--no-deps", "-e", ".")
 
 
-@nox.session
-@nox.parametrize("torch", ["211", "213", "214", "215"], ids=["torch211", "torch213", "torch214", "torch215"])
-def core(session: nox.Session, torch: str) -> None:
-    """Dispatch and kernels on one torch and its Triton: interpreted, and compiled for sm_80 to sm_121."""
-    _install(session, f"torch{torch}")
-    session.run(
-        "python",
-        "-m",
-        "pytest",
-        "-n",
-        "2",
-        "--dist",
-        "worksteal",
-        "-q",
-        "-m",
-        "not timing",
-        *TORCH_TESTS,
-        *session.posargs,
-    )
+def _pytest(session: nox.Session, *arguments: str) -> None:
+    workers = () if WORKERS == "0" else ("-n", WORKERS, "--dist", "worksteal")
+    session.run("python", "-m", "pytest", "-q", "-p", "no:cacheprovider", *workers, *arguments, *session.posargs)
 
 
-@nox.session
-@nox.parametrize("release", ["517", "524"], ids=["transformers517", "transformers524"])
-def transformers(session: nox.Session, release: str) -> None:
-    """The transformers integration against one release."""
-    _install(session, f"transformers{release}")
-    session.run("python", "-m", "pytest", "-n", "2", "-q", "tests/core/test_transformers.py", *session.posargs)
+def lint(session: nox.Session, pins: str) -> dict[str, str]:
+    """Run ruff and mypy --strict once: what they say does not depend on the versions of torch."""
+    session.install("-c", f"{pins}.txt", "-e", ".[dev]")
+    session.run("ruff", "check", ".")
+    session.run("ruff", "format", "--check", ".")
+    session.run("mypy")
+    return _versions(session)
 
 
-@nox.session
-@nox.parametrize("release", ["0.20.2", "0.26.0", "0.33.0"])
-def vllm(session: nox.Session, release: str) -> None:
-    """The plugin against one vLLM's own classes, without a GPU and so without most of what vLLM depends on."""
-    _install(session, "torch211")
-    session.install("-r", str(PINS / "vllm.txt"))
-    session.install("--no-deps", f"vllm=={release}")
-    session.run("python", "-m", "pytest", "-q", "tests/integrations/test_vllm.py", *session.posargs)
+def core(session: nox.Session, pins: str) -> dict[str, str]:
+    """Dispatch and kernels on one torch and its Triton.
+
+    Every case of the dispatch, every seventh of a long list of kernels' cases in Triton's interpreter, and one default
+    of each backend compiled for each device class.
+    """
+    _install(session, pins)
+    _pytest(session, "-m", "not timing and not matrix", *DISPATCH_TESTS)
+    _pytest(session, "-m", "not timing and not matrix", "--every", "7", "tests/backends")
+    return _versions(session)
 
 
-@nox.session
-def packaging(session: nox.Session) -> None:
-    """The wheel, installed outside the repository with what pip resolves by itself, and README's first commands."""
-    session.install("build")
-    dist = Path(session.create_tmp()).resolve()
-    session.run("python", "-m", "build", "--outdir", str(dist), ".")
-    session.install("-c", str((PINS / "torch213.txt").resolve()), str(next(dist.glob("*.whl"))))
-    session.chdir(dist)
-    session.run("moe-dispatch", "doctor")
-    session.run("moe-dispatch", "explain", "--machine", "h200", "--model", "deepseek-v3", "--dtype", "fp8")
+def defaults(session: nox.Session, pins: str) -> dict[str, str]:
+    """Compile every default, and what `explain` promises for the machines that ship, with one Triton."""
+    _install(session, pins)
+    _pytest(session, "-m", "matrix", "tests/backends")
+    return _versions(session)
+
+
+def integration_transformers(session: nox.Session, pins: str) -> dict[str, str]:
+    """Run the transformers integration against one release."""
+    _install(session, pins)
+    _pytest(session, *(str(path) for path in sorted((ROOT / "tests").rglob("test_transformers*.py"))))
+    return _versions(session)
+
+
+def integration_vllm(session: nox.Session, pins: str) -> dict[str, str]:
+    """Run the plugin against one vLLM's own classes, without a GPU and so without most of what vLLM depends on."""
+    wanted = (PINS / f"{pins}.txt").read_text(encoding="utf-8").split()
+    vllm = next(word for word in wanted if word.startswith("vllm=="))
+    beside = [word for word in wanted if "==" in word and word != vllm]
+    session.install(*beside, "-r", str(PINS / "vllm-imports.txt"), "-r", str(PINS / "common.txt"))
+    session.install("--no-deps", vllm, "-e", ".")
+    _pytest(session, *(str(path) for path in sorted((ROOT / "tests/integrations").glob("test_vllm*.py"))))
+    return _versions(session)
+
+
+def packaging(session: nox.Session, pins: str) -> dict[str, str]:
+    """Build the wheel, install it in a new environment outside the repository, and do there what README begins with."""
+    session.install("build", "setuptools>=77", "rich")
+    python = f"python3.{pins.removeprefix('python3')}"
+    with tempfile.TemporaryDirectory() as folder:
+        session.run("python", "-m", "build", "--no-isolation", "--outdir", folder, ".", silent=True)
+        wheel = next(Path(folder).glob("*.whl"))
+        session.run("uv", "venv", "--quiet", "--python", python, f"{folder}/venv", external=True)
+        into = f"{folder}/venv/bin/python"
+        pinned = ("-c", str(PINS / f"{pins}.txt"), str(wheel))
+        session.run("uv", "pip", "install", "--quiet", "--python", into, *pinned, external=True)
+        example = str(PINS / "first_steps.py")
+        session.run(into, example, str(ROOT / "README.md"), external=True, env={"PYTHONPATH": None})
+        return _versions(session, into)
+
+
+BODIES = {
+    "lint": lint,
+    "core": core,
+    "defaults": defaults,
+    "transformers": integration_transformers,
+    "vllm": integration_vllm,
+    "packaging": packaging,
+}
+for name, pins in CELLS.items():
+    cell(name, BODIES[kind(name)], pins)

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moe_dispatch.backend import Backend, BackendConfig, Requirements
+from moe_dispatch.backend import BackendConfig, Requirements, WritingBackend
 from moe_dispatch.backends.stages.activate import activate
 from moe_dispatch.backends.stages.combine import combine
 from moe_dispatch.backends.stages.quantize import gather
@@ -24,7 +24,7 @@ _FUSED_MAJORS: Final = (9, 10)
 _MOST_FUSED_EXPERTS: Final = 1023
 
 
-class TorchGroupedBackend(Backend):
+class TorchGroupedBackend(WritingBackend):
     """Two `torch.nn.functional.grouped_mm` over the rows of the experts, side by side without padding.
 
     BF16 on compute capability 9.x and 10.x runs one kernel per product, without a host synchronisation. Anything else
@@ -72,15 +72,16 @@ class TorchGroupedBackend(Backend):
         """See `Backend.measured_versions`."""
         return {"torch": self.machine.torch}
 
-    def run(
+    def run_into(
         self,
         hidden_states: Tensor,
         experts: ExpertWeights,
         topk_weights: Tensor,
         topk_ids: Tensor,
         config: BackendConfig,  # noqa: ARG002 - torch chooses its tiles itself
+        out: Tensor,
     ) -> Tensor:
-        """See `Backend.run`."""
+        """See `Backend.run_into`."""
         # grouped_mm stores rows in the dtype of its operands, so FP16 ones have to be weighted before; see `combine`.
         weighted = hidden_states.dtype == torch.float16
         routing = route(topk_ids, experts.E, by_row=False)
@@ -102,7 +103,7 @@ class TorchGroupedBackend(Backend):
             y,
             routing.row_of_slot,
             topk_weights,
-            hidden_states.dtype,
+            out,
             down_bias=experts.down_bias,
             topk_ids=topk_ids,
             weighted=weighted,

@@ -3,12 +3,16 @@
 import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Final
 
 import pydantic
 
 from moe_dispatch.benchmarks.packed import is_packed, unpack
 from moe_dispatch.benchmarks.rows import BenchRow, RowKey
 from moe_dispatch.errors import InvalidInputError
+from moe_dispatch.system.files import read_bytes
+
+MAX_BYTES: Final = 128 << 20  # A sweep of seven models at fifteen token counts takes about 1 MiB.
 
 
 def append(path: Path, row: BenchRow) -> None:
@@ -55,7 +59,7 @@ def timed_keys(path: Path) -> set[RowKey]:
 
 def _lines(path: Path) -> list[str]:
     try:
-        return path.read_text(encoding="utf-8").splitlines()
+        return read_bytes(path, limit=MAX_BYTES).decode().splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise InvalidInputError(
             f"{path} cannot be read ({error}); give .jsonl files of `moe-dispatch bench`"

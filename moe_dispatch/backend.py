@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Final
 
 import pydantic
+import torch
 from torch import Tensor
 
 from moe_dispatch.experts import ExpertWeights
@@ -49,7 +50,8 @@ class Requirements:
         cpu: Whether it runs on CPU tensors.
         bias: Whether the projections may add a bias.
         interleaved: Whether gate and up rows may alternate.
-        grad: Whether autograd can differentiate it.
+        grad: Whether torch can differentiate its operations one by one, see `MoEProblem.needs_grad`. A call that is
+            recorded for a backward does not need it.
         capturable: Whether it may run while a CUDA graph is captured.
         libraries: Keys of `Machine.libraries` that must be installed.
         multiples: Shape letters and the number that each must be a multiple of, per dtype.
@@ -76,7 +78,7 @@ class Requirements:
             self._activation_reason(problem),
             "adds no bias" if problem.bias and not self.bias else "",
             "needs gate rows first, got interleaved rows" if problem.interleaved and not self.interleaved else "",
-            "has no gradient; only 'reference' is differentiable" if problem.needs_grad and not self.grad else "",
+            "has no gradient of its own; only 'reference' has one" if problem.needs_grad and not self.grad else "",
             "cannot be captured in a CUDA graph" if problem.mode == "graph" and not self.capturable else "",
         )
         multiples = (self.multiples or {}).get(problem.dtype, {})
@@ -203,7 +205,7 @@ class Backend(ABC):
         config: BackendConfig,
         out: Tensor,
     ) -> Tensor:
-        """Compute the layer into memory of the caller; override it where the last kernel can write there.
+        """Compute the layer into memory of the caller: here by a copy. See `WritingBackend`.
 
         Args:
             hidden_states: See `run`, as for all but the last.
@@ -226,6 +228,41 @@ class Backend(ABC):
         that run, for at most `FAST_PATH_TOKENS` tokens. It may run them again and wait for the device.
         """
         return None
+
+    def fast_path_into(self, inputs: Inputs, config: BackendConfig) -> "RunInto | None":
+        """The same in place of `run_into`: here what `fast_path` gives, followed by a copy."""
+        run = self.fast_path(inputs, config)
+        if run is None:
+            return None
+        return lambda *arguments: arguments[-1].copy_(run(*arguments[:-1]))
+
+
+class WritingBackend(Backend):
+    """A backend whose last kernel writes into memory of the caller: subclasses write `run_into` and inherit `run`."""
+
+    def run(
+        self,
+        hidden_states: Tensor,
+        experts: ExpertWeights,
+        topk_weights: Tensor,
+        topk_ids: Tensor,
+        config: BackendConfig,
+    ) -> Tensor:
+        """See `Backend.run`."""
+        out = torch.empty_like(hidden_states)
+        return self.run_into(hidden_states, experts, topk_weights, topk_ids, config, out)
+
+    @abstractmethod
+    def run_into(
+        self,
+        hidden_states: Tensor,
+        experts: ExpertWeights,
+        topk_weights: Tensor,
+        topk_ids: Tensor,
+        config: BackendConfig,
+        out: Tensor,
+    ) -> Tensor:
+        """See `Backend.run_into`."""
 
 
 Run = Callable[[Tensor, ExpertWeights, Tensor, Tensor, BackendConfig], Tensor]

@@ -36,8 +36,8 @@ Answer = TypeVar("Answer")
 class GuardedBackend(Backend):
     """A backend whose every question gets an answer of the promised type.
 
-    `run`, `run_into` and `fast_path` are the backend's own methods: the dispatcher recovers from what they raise and
-    checks what they return.
+    `run`, `run_into` and their fast paths are the backend's own methods: the dispatcher recovers from what they raise
+    and checks what they return.
 
     Args:
         backend: The backend behind the door.
@@ -61,7 +61,13 @@ class GuardedBackend(Backend):
         if not issubclass(declared["config_type"], BackendConfig):
             raise TypeError(f"its config_type {declared['config_type'].__name__} is no subclass of BackendConfig")
         # Class attributes of a backend; here each instance has those of the backend behind it.
-        vars(self).update(declared, run=backend.run, run_into=backend.run_into, fast_path=backend.fast_path)
+        vars(self).update(
+            declared,
+            run=backend.run,
+            run_into=backend.run_into,
+            fast_path=backend.fast_path,
+            fast_path_into=backend.fast_path_into,
+        )
 
     def unavailable_reasons(self) -> tuple[str, ...]:
         """See `Backend.unavailable_reasons`. Versions that cannot be told are a reason as well."""

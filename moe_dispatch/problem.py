@@ -47,7 +47,8 @@ class MoEProblem:
         device: ``"cuda"`` or ``"cpu"``.
         capability: CUDA compute capability, None on a CPU.
         mode: ``"graph"`` while a CUDA graph is captured.
-        needs_grad: Whether autograd must be able to differentiate the call.
+        needs_grad: Whether torch must be able to differentiate the backend's own operations, as forward mode and second
+            derivatives do. A call that is recorded for a backward is a problem without.
         routed_experts: Experts among which the router chooses, where the E experts here are a part of them, as under
             expert parallelism; None where they are all. Of the M·topk slots only the part E / routed_experts is
             expected to have an expert here.

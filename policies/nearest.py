@@ -7,9 +7,12 @@ from importlib import resources
 from importlib.resources.abc import Traversable
 from typing import Final
 
+from moe_dispatch.errors import PolicyFileError
 from moe_dispatch.machine import Machine
 from moe_dispatch.measure.ceilings import KNOWN_CEILINGS
+from moe_dispatch.policies.measurements.schema import MAX_FILE_BYTES
 from moe_dispatch.problem import MoEProblem
+from moe_dispatch.system.files import read_bytes
 
 # A device with fewer multiprocessors than this share of the measured one's (a MIG slice, say) is left to the rules:
 # which configuration is fastest depends on how many programs run at once.
@@ -85,6 +88,19 @@ class Nearest:
 def shipped(slug: str, suffix: str) -> Traversable:
     """The file that ships for a device: its table (``".json"``) or its learned model (``".model.json"``)."""
     return resources.files("moe_dispatch.policies") / "tables" / f"{slug}{suffix}"
+
+
+def read_shipped(slug: str, suffix: str) -> tuple[bytes, str]:
+    """The content of the file that ships for a device, and its path for messages.
+
+    Raises:
+        PolicyFileError: It cannot be read.
+    """
+    with resources.as_file(shipped(slug, suffix)) as path:
+        try:
+            return read_bytes(path, limit=MAX_FILE_BYTES), str(path)
+        except OSError as error:
+            raise PolicyFileError(f"{path} cannot be read: {error.strerror}; install the package again") from error
 
 
 def nearest(machine: Machine, suffix: str) -> Nearest | None:

@@ -1,14 +1,15 @@
 """Measured tables that ship with the package, for machines that were not calibrated."""
 
 import dataclasses
+from collections.abc import Iterator
 
 from moe_dispatch.errors import PolicyFileError
 from moe_dispatch.machine import Machine
 from moe_dispatch.policies.calibrated import MeasuredPolicy
-from moe_dispatch.policies.measurements.schema import MAX_FILE_BYTES, CalibrationFile, parse_calibration
+from moe_dispatch.policies.measurements.schema import CalibrationFile, parse_calibration
 from moe_dispatch.policies.measurements.table import rough_us
 from moe_dispatch.policies.measurements.versions import changes
-from moe_dispatch.policies.nearest import Nearest, nearest, shipped
+from moe_dispatch.policies.nearest import Nearest, nearest, read_shipped
 from moe_dispatch.policy import Choice
 from moe_dispatch.problem import MoEProblem
 
@@ -34,22 +35,27 @@ class ShippedPolicy(MeasuredPolicy):
         slowdown = self._source.slowdown(problem)
         return tuple(_estimated(choice, slowdown, self._source) for choice in choices)
 
-    def _read(self) -> CalibrationFile | None:
+    def _read(self) -> Iterator[CalibrationFile]:
         self._source = nearest(self.machine, ".json")
         if self._source is None:
-            return None
-        table = shipped(self._source.slug, ".json")
+            return
         try:
-            content = table.read_bytes()
-        except OSError as error:
-            raise PolicyFileError(f"{table} cannot be read: {error.strerror}; install the package again") from error
-        if len(content) > MAX_FILE_BYTES:
-            raise PolicyFileError(f"{table} has more than {MAX_FILE_BYTES:,} bytes; install the package again")
-        file = parse_calibration(content, str(table))
-        if self._source.slug != self.machine.slug:
-            self._notes.append(self._source.note("table"))
+            yield self._table_of(self._source)
+        except PolicyFileError as error:
+            self._refuse(error)
+
+    def _table_of(self, source: Nearest) -> CalibrationFile:
+        """The table of a device, checked.
+
+        Raises:
+            PolicyFileError: It is missing, damaged, or of another device than its name says.
+        """
+        content, path = read_shipped(source.slug, ".json")
+        file = parse_calibration(content, path)
+        if source.slug != self.machine.slug:
+            self._notes.append(source.note("table"))
         else:
-            _require_same_device(file.machine, self.machine, str(table))
+            _require_same_device(file.machine, self.machine, path)
         if changed := changes(_versions(file.machine), _versions(self.machine)):
             self._notes.append(
                 f"the table was measured with other versions ({', '.join(changed)}): `moe-dispatch calibrate` measures "

@@ -43,7 +43,29 @@ if "ONEDNN_MAX_CPU_ISA" not in os.environ and _bf16_products_kill():
     os.environ["ONEDNN_MAX_CPU_ISA"] = "AVX512_CORE_BF16"
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+# A test function with fewer cases than this many times --every keeps all of them.
+_LONG = 2
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--every", type=int, default=1, metavar="N",
+        help="of a test function with many cases run every N-th: where a release of a library is tested, not our code",
+    )  # fmt: skip
+
+
+def thin_out(items: list[pytest.Item], every: int) -> None:
+    """Keep every N-th case of each test function with many of them, in place."""
+    functions: dict[str, list[pytest.Item]] = {}
+    for item in items:
+        functions.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    kept = [cases if len(cases) < _LONG * every else cases[::every] for cases in functions.values()]
+    items[:] = [item for cases in kept for item in cases]
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if (every := config.getoption("--every")) > 1:
+        thin_out(items, every)
     # Importing vLLM takes 20 s. `--dist worksteal` deals out runs of tests: in one run it is few workers who import it.
     items.sort(key=lambda item: "vllm" in item.nodeid)
     if torch.cuda.is_available():

@@ -4,7 +4,7 @@ from typing import ClassVar, Final, Literal
 
 from torch import Tensor
 
-from moe_dispatch.backend import Backend, BackendConfig, Requirements
+from moe_dispatch.backend import BackendConfig, Requirements, WritingBackend
 from moe_dispatch.backends.deep_gemm.layouts import MaskedRows, PsumRows, Rows, expected_rows, layout_rows
 from moe_dispatch.backends.deep_gemm.library import INSTALL_HINT, load, wheel_reasons
 from moe_dispatch.backends.stages.combine import combine
@@ -36,7 +36,7 @@ class DeepGemmConfig(BackendConfig):
     layout: Layout = "psum"
 
 
-class DeepGemmBackend(Backend):
+class DeepGemmBackend(WritingBackend):
     """DeepGEMM's grouped GEMMs on Hopper, BF16 and block FP8.
 
     Tokens are gathered, and in FP8 quantised, straight into DeepGEMM's layout, with the multipliers as its TMA loads
@@ -102,15 +102,16 @@ class DeepGemmBackend(Backend):
         second = problem.N * column + problem.K * 2
         return int(rows * max(first, middle, second))
 
-    def run(
+    def run_into(
         self,
         hidden_states: Tensor,
         experts: ExpertWeights,
         topk_weights: Tensor,
         topk_ids: Tensor,
         config: BackendConfig,
+        out: Tensor,
     ) -> Tensor:
-        """See `Backend.run`.
+        """See `Backend.run_into`.
 
         Raises:
             BackendUnavailableError: DeepGEMM does not load.
@@ -125,7 +126,7 @@ class DeepGemmBackend(Backend):
             y,
             rows.routing.row_of_slot,
             topk_weights,
-            hidden_states.dtype,
+            out,
             down_bias=experts.down_bias,
             topk_ids=topk_ids,
             pdl=rows.pdl,

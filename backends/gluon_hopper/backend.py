@@ -8,10 +8,10 @@ from typing import Final
 
 from torch import Tensor
 
-from moe_dispatch.backend import BackendConfig, Inputs, Requirements, Run
+from moe_dispatch.backend import BackendConfig, Inputs, Requirements
 from moe_dispatch.backends.gluon_hopper.config import GluonHopperConfig
 from moe_dispatch.backends.gluon_hopper.products import hopper_products
-from moe_dispatch.backends.gluon_hopper.tiles import WINDOW_ROWS, permutes_rows
+from moe_dispatch.backends.gluon_hopper.tiles import SHARED_MEMORY, WINDOW_ROWS, permutes_rows
 from moe_dispatch.backends.stages.combine import combine
 from moe_dispatch.backends.stages.route import route
 from moe_dispatch.backends.triton_common.backend import TritonBackend
@@ -51,6 +51,11 @@ class GluonHopperBackend(TritonBackend):
         """See `Backend.further_reasons`."""
         return (*super().further_reasons(problem), *_gluon_reasons(self.machine))
 
+    def least_shared_memory(self, problem: MoEProblem) -> int:
+        """See `TritonBackend.least_shared_memory`: tiles are fixed, and there are none but for Hopper."""
+        hopper = self.machine.capability is not None and self.machine.capability[0] == 9
+        return SHARED_MEMORY.get(problem.dtype, 0) if hopper else 0
+
     def workspace_bytes(self, problem: MoEProblem, config: BackendConfig) -> int:  # noqa: ARG002
         """See `Backend.workspace_bytes`."""
         element = ELEMENT_BYTES[problem.dtype]
@@ -58,15 +63,16 @@ class GluonHopperBackend(TritonBackend):
         permuted = rows * problem.K * element if permutes_rows(problem.dtype, problem.N) else 0
         return permuted + rows * problem.N * element + problem.slots * (problem.K * 2 + 8)
 
-    def run(
+    def run_into(
         self,
         hidden_states: Tensor,
         experts: ExpertWeights,
         topk_weights: Tensor,
         topk_ids: Tensor,
         config: BackendConfig,
+        out: Tensor,
     ) -> Tensor:
-        """See `Backend.run`.
+        """See `Backend.run_into`.
 
         Where the first product's loader gathers tokens, it copies vectors of 16 bytes: hidden_states that do not start
         on 16 bytes (a view into a flat buffer) are copied to fresh memory first.
@@ -76,11 +82,10 @@ class GluonHopperBackend(TritonBackend):
             hidden_states = hidden_states.clone()
         routing = route(topk_ids, experts.E, pdl=True)
         y = hopper_products(hidden_states, experts, routing, topk_ids.shape[1], config.group_m, self._features.sms)
-        return combine(y, routing.row_of_slot, topk_weights, hidden_states.dtype, pdl=True)
+        return combine(y, routing.row_of_slot, topk_weights, out, pdl=True)
 
-    def fast_path(self, inputs: Inputs, config: BackendConfig) -> Run | None:  # noqa: ARG002
+    def fast_path(self, inputs: Inputs, config: BackendConfig) -> None:
         """None: a replay holds addresses, and these kernels take tensor descriptors of memory fresh in each call."""
-        return None
 
 
 def _gluon_reasons(machine: Machine) -> list[str]:
@@ -91,14 +96,9 @@ def _gluon_reasons(machine: Machine) -> list[str]:
     if not FIRST_TRITON <= version <= LAST_TRITON:
         known = f"{_dotted(FIRST_TRITON)} to {_dotted(LAST_TRITON)}"
         return [f"needs Triton {known}, under whose Gluon its kernels are known to compile, got {machine.triton}"]
-    if machine.triton == _installed_triton() and not _has_gluon():
+    if machine.triton == library_version("triton") and not _has_gluon():
         return [f"needs triton.experimental.gluon for Hopper, which the installed Triton {machine.triton} lacks"]
     return []
-
-
-@functools.cache
-def _installed_triton() -> str:
-    return library_version("triton")
 
 
 @functools.cache

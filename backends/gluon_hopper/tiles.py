@@ -47,6 +47,9 @@ STAGE_BYTES: Final = 128
 # Rows that one load of activations spans, and spare rows in memory before the first; see `windows`.
 WINDOW_ROWS: Final = 64
 
+# A bound, in bytes, of the shared memory that a block of either product takes; a compile test holds it to that.
+SHARED_MEMORY: Final[dict[DType, int]] = {"bf16": 225 << 10, "fp8": 221 << 10}
+
 
 def permutes_rows(dtype: DType, N: int) -> bool:
     """Whether a pass brings rows into the order of experts before the first product; else its loader gathers them."""

@@ -13,7 +13,7 @@ def combine(
     y: Tensor,
     row_of_slot: Tensor,
     topk_weights: Tensor,
-    out_dtype: torch.dtype,
+    out: Tensor,
     *,
     down_bias: Tensor | None = None,
     topk_ids: Tensor | None = None,
@@ -27,24 +27,24 @@ def combine(
             the weighted sum does not, so the rows of FP16 layers come in FP32 or weighted.
         row_of_slot: int32 ``[M·topk]``; a slot whose row is -1 adds nothing, whatever its weight, NaN included.
         topk_weights: fp32 ``[M, topk]``.
-        out_dtype: The dtype of the result.
+        out: ``[M, K]``, contiguous, in any float dtype; written.
         down_bias: ``[E, K]``, added to each row before it is weighted; needs `topk_ids`.
         topk_ids: int32 or int64 ``[M, topk]``; read only with a bias.
         weighted: Whether `y` was multiplied by topk_weights before; the bias was not.
         pdl: Launch as a programmatic dependent of the kernel before (sm_90 and newer).
 
     Returns:
-        ``[M, K]`` in `out_dtype`, fresh memory.
+        `out`.
     """
     if not on_triton(y):
-        return combine_torch(
-            y, row_of_slot, topk_weights, out_dtype, down_bias=down_bias, topk_ids=topk_ids, weighted=weighted
+        combined = combine_torch(
+            y, row_of_slot, topk_weights, out.dtype, down_bias=down_bias, topk_ids=topk_ids, weighted=weighted
         )
+        return out.copy_(combined)
     from moe_dispatch.backends.stages.combine_kernel import _moe_combine_kernel
 
     M, topk = topk_weights.shape
     K = y.shape[1]
-    out = torch.empty(M, K, dtype=out_dtype, device=y.device)
     # At few tokens each is spread over several programs, as the device would otherwise be mostly idle.
     block_k = min(1024 if M > 256 else 256, next_power_of_2(K))
     if M:
@@ -72,7 +72,7 @@ def combine_torch(
     topk_ids: Tensor | None = None,
     weighted: bool = False,
 ) -> Tensor:
-    """As `combine`, in torch."""
+    """As `combine`, in torch and into fresh memory."""
     M, topk = topk_weights.shape
     present = (row_of_slot >= 0).view(M, topk, 1)
     rows = y.float()[row_of_slot.clamp(min=0).long()].view(M, topk, -1)

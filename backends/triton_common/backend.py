@@ -4,9 +4,10 @@ Imports no Triton, so that a machine without it can still ask.
 """
 
 import logging
-from typing import Any
+from abc import abstractmethod
+from typing import TYPE_CHECKING, Any
 
-from moe_dispatch.backend import Backend, BackendConfig, Inputs, Run
+from moe_dispatch.backend import BackendConfig, Inputs, RunInto, WritingBackend
 from moe_dispatch.backends.triton_common.descriptors import WeightDescriptors, WeightView
 from moe_dispatch.backends.triton_common.features import features, triton_reasons, triton_requirements
 from moe_dispatch.experts import ExpertWeights
@@ -14,14 +15,18 @@ from moe_dispatch.machine import Machine
 from moe_dispatch.problem import MoEProblem
 from moe_dispatch.system.libraries import library_version
 
+if TYPE_CHECKING:
+    from moe_dispatch.backends.triton_common.replay import Replay
+
 logger = logging.getLogger(__name__)
 
 
-class TritonBackend(Backend):
+class TritonBackend(WritingBackend):
     """A backend whose kernels are compiled by Triton.
 
-    Subclasses choose their kernels by `_features`, take tensor descriptors of weights from `_descriptor`, and launch
-    `fast_launch` kernels only, so that calls of few tokens can be repeated as replays.
+    Subclasses choose their kernels by `_features`, say by `least_shared_memory` what the smallest of them takes, get
+    tensor descriptors of weights from `_descriptor`, and launch `fast_launch` kernels only, so that calls of few tokens
+    can be repeated as replays.
     """
 
     requirements = triton_requirements()
@@ -34,13 +39,24 @@ class TritonBackend(Backend):
 
     def further_reasons(self, problem: MoEProblem) -> tuple[str, ...]:
         """See `Backend.further_reasons`."""
-        return triton_reasons(self.machine, problem)
+        reasons = triton_reasons(self.machine, problem)
+        needed, available = self.least_shared_memory(problem), self._features.shared_memory
+        if needed > available:
+            reasons += (f"needs {needed} bytes of shared memory for a block, got {available}",)
+        return reasons
+
+    @abstractmethod
+    def least_shared_memory(self, problem: MoEProblem) -> int:
+        """Bytes of shared memory that a block of the smallest configuration for a problem takes, or a bound of them.
+
+        On a device that offers as many to a block, `configs` has at least one configuration.
+        """
 
     def measured_versions(self) -> dict[str, str]:
         """See `Backend.measured_versions`: our source and Triton's compiler make the code that was timed."""
         return {"triton": self.machine.triton, "moe_dispatch": library_version("moe_dispatch")}
 
-    def fast_path(self, inputs: Inputs, config: BackendConfig) -> Run | None:
+    def fast_path(self, inputs: Inputs, config: BackendConfig) -> "Replay | None":
         """See `Backend.fast_path`: a replay of the launches of `run`, where they can be repeated (see `replay`)."""
         hidden_states = inputs[0]
         if not hidden_states.is_cuda:
@@ -52,6 +68,11 @@ class TritonBackend(Backend):
         except NotReplayableError as reason:
             logger.info("%s with %s stays without a replay: %s", self.name, config.label, reason)
             return None
+
+    def fast_path_into(self, inputs: Inputs, config: BackendConfig) -> RunInto | None:
+        """See `Backend.fast_path_into`: the same replay, whose last launch writes to the caller's memory."""
+        replay = self.fast_path(inputs, config)
+        return None if replay is None else replay.into
 
     def _descriptor(
         self,

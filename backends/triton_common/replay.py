@@ -14,11 +14,11 @@ When one is valid: for calls of the kind that it was recorded for, of any layer 
 the address of each tensor, weights included, anew on every call, and the tensor map of a weight by that address; so
 weights may be replaced (``weight.data = …``) between calls. What code was compiled for is checked on every call:
 addresses that are multiples of 16 bytes, dtype, shape and strides of each weight, the GPU. Where one of these differs,
-or a profiler wants to see the launches, the call is left to `Backend.run`.
+or a profiler wants to see the launches, the call is left to the backend. Whether the output is fresh memory or the
+caller's is for each call to say: it is one more address.
 """
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Final, NamedTuple
 
@@ -170,7 +170,7 @@ class Replay:
     hidden_states, topk_weights, topk_ids, of each weight of `weights`, of the scratch memory and of the output.
 
     Attributes:
-        run: `Backend.run`, for calls that the replay does not fit.
+        backend: The backend, for calls that the replay does not fit.
         descriptors: The backend's tensor descriptors.
         device: The GPU's number.
         weights: The layer's tensors.
@@ -178,7 +178,7 @@ class Replay:
         steps: The launches.
     """
 
-    run: Callable[..., Tensor]
+    backend: Backend
     descriptors: WeightDescriptors
     device: int
     weights: tuple[Weight, ...]
@@ -195,7 +195,21 @@ class Replay:
     ) -> Tensor:
         """As `Backend.run`."""
         out = self.replay(hidden_states, experts, topk_weights, topk_ids)
-        return self.run(hidden_states, experts, topk_weights, topk_ids, config) if out is None else out
+        return self.backend.run(hidden_states, experts, topk_weights, topk_ids, config) if out is None else out
+
+    def into(
+        self,
+        hidden_states: Tensor,
+        experts: ExpertWeights,
+        topk_weights: Tensor,
+        topk_ids: Tensor,
+        config: BackendConfig,
+        out: Tensor,
+    ) -> Tensor:
+        """As `Backend.run_into`."""
+        if self.replay(hidden_states, experts, topk_weights, topk_ids, out) is None:
+            return self.backend.run_into(hidden_states, experts, topk_weights, topk_ids, config, out)
+        return out
 
     def replay(
         self,
@@ -203,6 +217,8 @@ class Replay:
         experts: ExpertWeights,
         topk_weights: Tensor,
         topk_ids: Tensor,
+        out: Tensor | None = None,
+        *,
         poison: bool = False,
     ) -> Tensor | None:
         """Launch everything; None, with nothing launched, where the replay does not fit.
@@ -212,6 +228,7 @@ class Replay:
             experts: As for `Backend.run`.
             topk_weights: As for `Backend.run`.
             topk_ids: As for `Backend.run`.
+            out: As for `Backend.run_into`; None for fresh memory.
             poison: Fill the scratch memory and the output with NaN before.
 
         Raises:
@@ -226,11 +243,14 @@ class Replay:
         bits = 0
         for base in bases:
             bits |= base
+        if out is not None:
+            bits |= out.data_ptr()
         device = internals.current_device()
         if bits & 15 or device != self.device or internals.launch_hooks():
             return None
         scratch = hidden_states.new_empty(self.scratch)
-        out = torch.empty_like(hidden_states)
+        if out is None:
+            out = torch.empty_like(hidden_states)
         if poison:
             for tensor in (scratch, out):
                 tensor.view(torch.uint8).fill_(_POISON)
@@ -278,7 +298,7 @@ class _Writer:
         if not steps:
             raise NotReplayableError("no `fast_launch` kernel was launched")
         scratch = math.ceil(self._scratch / self._hidden_states.element_size())
-        return Replay(backend.run, descriptors, device, weights, scratch, steps)
+        return Replay(backend, descriptors, device, weights, scratch, steps)
 
     def _place_allocations(self) -> None:
         """One block of scratch memory for every allocation but the output, which stays one of its own."""

@@ -29,13 +29,9 @@ class TritonPersistentBackend(TritonBackend):
     name = "triton_persistent"
     config_type = TritonPersistentConfig
 
-    def further_reasons(self, problem: MoEProblem) -> tuple[str, ...]:
-        """See `Backend.further_reasons`."""
-        reasons = super().further_reasons(problem)
-        needed = least_shared_memory(problem, self._features)
-        if needed > self._features.shared_memory:
-            reasons += (f"needs {needed} bytes of shared memory for a block, got {self._features.shared_memory}",)
-        return reasons
+    def least_shared_memory(self, problem: MoEProblem) -> int:
+        """See `TritonBackend.least_shared_memory`."""
+        return least_shared_memory(problem, self._features)
 
     def configs(self, problem: MoEProblem) -> tuple[BackendConfig, ...]:
         """See `Backend.configs`."""
@@ -48,15 +44,16 @@ class TritonPersistentBackend(TritonBackend):
         row = problem.N * element + problem.K * rows_dtype(torch_dtype(problem.act_dtype)).itemsize + 8
         return codes + problem.slots * row
 
-    def run(
+    def run_into(
         self,
         hidden_states: Tensor,
         experts: ExpertWeights,
         topk_weights: Tensor,
         topk_ids: Tensor,
         config: BackendConfig,
+        out: Tensor,
     ) -> Tensor:
-        """See `Backend.run`."""
+        """See `Backend.run_into`."""
         assert isinstance(config, TritonPersistentConfig)  # noqa: S101 - the dispatcher made it from config_type
         fp8, pdl = experts.dtype == "fp8", config.pdl and self._features.pdl
         N, K = experts.N, experts.K
@@ -71,4 +68,4 @@ class TritonPersistentBackend(TritonBackend):
         )  # fmt: skip
         y = hidden_states.new_empty(rows, K, dtype=rows_dtype(hidden_states.dtype))
         product(experts, "down", h, h_scale, routing, 0, y, None, config, self._features, self._descriptor)
-        return combine(y, routing.row_of_slot, topk_weights, hidden_states.dtype, pdl=pdl)
+        return combine(y, routing.row_of_slot, topk_weights, out, pdl=pdl)

@@ -10,7 +10,12 @@ from moe_dispatch.backend import BackendConfig
 from moe_dispatch.backends.stages.activate_partial import activate_partial
 from moe_dispatch.backends.stages.quantize import quantize_rows
 from moe_dispatch.backends.triton_common.backend import TritonBackend
-from moe_dispatch.backends.triton_splitk.config import SplitKConfig, candidate_configs, default_config
+from moe_dispatch.backends.triton_splitk.config import (
+    SplitKConfig,
+    candidate_configs,
+    default_config,
+    least_shared_memory,
+)
 from moe_dispatch.backends.triton_splitk.down import splitk_down
 from moe_dispatch.backends.triton_splitk.gate_up import splitk_gate_up
 from moe_dispatch.backends.triton_splitk.reduce import splitk_reduce
@@ -42,6 +47,10 @@ class TritonSplitKBackend(TritonBackend):
             reasons += (f"made for decode: needs M·topk ≤ {MOST_SLOTS}, got {problem.slots}",)
         return reasons
 
+    def least_shared_memory(self, problem: MoEProblem) -> int:
+        """See `TritonBackend.least_shared_memory`."""
+        return least_shared_memory(problem, self._features)
+
     def configs(self, problem: MoEProblem) -> tuple[SplitKConfig, ...]:
         """See `Backend.configs`."""
         return candidate_configs(problem, self._features)
@@ -60,22 +69,22 @@ class TritonSplitKBackend(TritonBackend):
             needed += 4 * config.splits_gate_up * problem.slots * problem.gate_up_rows
         return needed + 4 * config.splits_down * problem.slots * problem.K
 
-    def run(
+    def run_into(
         self,
         hidden_states: Tensor,
         experts: ExpertWeights,
         topk_weights: Tensor,
         topk_ids: Tensor,
         config: BackendConfig,
+        out: Tensor,
     ) -> Tensor:
-        """See `Backend.run`."""
+        """See `Backend.run_into`."""
         config = _checked(config, experts.dtype)
         inner, inner_scale = self._intermediate(hidden_states, experts, topk_ids, config)
         shape = (config.splits_down, topk_ids.numel(), experts.K)
         partial = torch.empty(shape, dtype=torch.float32, device=hidden_states.device)
         descriptor = self._down_descriptor(experts, config) if config.tma else None
         splitk_down(inner, inner_scale, experts, topk_ids, partial, config, descriptor)
-        out = torch.empty_like(hidden_states)
         splitk_reduce(partial, experts, topk_weights, topk_ids, out, config)
         return out
 

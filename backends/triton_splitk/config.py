@@ -60,6 +60,9 @@ def slots_per_scan(slots: int) -> int:
 #
 # constant                             unit         evidence
 _MOST_STAGES: Final = 6
+_LEAST_STAGES: Final = 2  #              stages       fewer do not overlap loads and products
+_NARROWEST: Final = 32  #                weight rows  tiles for devices whose shared memory does not hold the others;
+#                                                     not measured, for none of the devices known today is one
 _SHORT_LOOP: Final = 16  #               blocks of K  a pipeline hardly gets going; several CTAs take turns instead
 _SHORT_LOOP_STAGES: Final = 3
 _SHORT_DOWN_LOOP: Final = 4  #           blocks of N  in FP8 three CTAs of a multiprocessor take turns: kimi-k2-tp8 (2
@@ -72,7 +75,26 @@ _MOST_SPLITS: Final = 8
 
 
 def default_config(problem: MoEProblem, device: Features) -> SplitKConfig:
-    """What measured best, or within 2 % of it, on an H200 (docs/performance.md)."""
+    """What measured best, or within 2 % of it, on an H200 (docs/performance.md); where it does not fit, narrower tiles.
+
+    On a device with less than `least_shared_memory` bytes the narrowest tiles do not fit either.
+    """
+    config = _preferred(problem, device)
+    if shared_memory_bytes(problem, config) <= device.shared_memory:
+        return config
+    return with_stages(problem, _narrowed(config), device.shared_memory)
+
+
+def least_shared_memory(problem: MoEProblem, device: Features) -> int:
+    """Bytes that one block needs for the narrowest tiles that `default_config` considers."""
+    return shared_memory_bytes(problem, _narrowed(_preferred(problem, device)))
+
+
+def _narrowed(config: SplitKConfig) -> SplitKConfig:
+    return config.model_copy(update={"block_n": _NARROWEST, "num_stages": _LEAST_STAGES})
+
+
+def _preferred(problem: MoEProblem, device: Features) -> SplitKConfig:
     hit = max(problem.expected_experts, 1.0)
     fp8 = problem.dtype == "fp8"
     # Most CTAs of a grid of experts would find nothing to do.
@@ -95,7 +117,7 @@ def default_config(problem: MoEProblem, device: Features) -> SplitKConfig:
         return with_stages(problem, config, device.shared_memory // 3)
     # Two CTAs of a multiprocessor take turns at waiting; one with a deep pipeline is better than two shallow ones.
     shared = with_stages(problem, config, device.shared_memory // 2)
-    return shared if shared.num_stages > 2 else with_stages(problem, config, device.shared_memory)
+    return shared if shared.num_stages > _LEAST_STAGES else with_stages(problem, config, device.shared_memory)
 
 
 def candidate_configs(problem: MoEProblem, device: Features) -> tuple[SplitKConfig, ...]:
@@ -118,8 +140,8 @@ def shared_memory_bytes(problem: MoEProblem, config: SplitKConfig) -> int:
 
 def with_stages(problem: MoEProblem, config: SplitKConfig, budget: int) -> SplitKConfig:
     """The deepest pipeline within `budget` bytes of shared memory; two stages if even those exceed it."""
-    deepest = 2
-    for stages in range(3, _MOST_STAGES + 1):
+    deepest = _LEAST_STAGES
+    for stages in range(_LEAST_STAGES + 1, _MOST_STAGES + 1):
         if shared_memory_bytes(problem, config.model_copy(update={"num_stages": stages})) <= budget:
             deepest = stages
     return config.model_copy(update={"num_stages": deepest})

@@ -7,7 +7,12 @@ from moe_dispatch.backend import BackendConfig
 from moe_dispatch.backends.stages.activate_partial import activate_partial
 from moe_dispatch.backends.stages.quantize import quantize_rows
 from moe_dispatch.backends.triton_common.backend import TritonBackend
-from moe_dispatch.backends.triton_vector.config import TritonVectorConfig, candidate_configs
+from moe_dispatch.backends.triton_vector.config import (
+    TritonVectorConfig,
+    candidate_configs,
+    default_config,
+    shared_memory_bytes,
+)
 from moe_dispatch.backends.triton_vector.down import vector_down
 from moe_dispatch.backends.triton_vector.gate_up import vector_gate_up
 from moe_dispatch.errors import InvalidInputError
@@ -37,6 +42,10 @@ class TritonVectorBackend(TritonBackend):
             reasons += (f"made for decode: needs M·topk ≤ {MOST_SLOTS}, got {problem.slots}",)
         return reasons
 
+    def least_shared_memory(self, problem: MoEProblem) -> int:
+        """See `TritonBackend.least_shared_memory`."""
+        return shared_memory_bytes(default_config(problem, self._features))
+
     def configs(self, problem: MoEProblem) -> tuple[TritonVectorConfig, ...]:
         """See `Backend.configs`."""
         return candidate_configs(problem, self._features)
@@ -48,15 +57,16 @@ class TritonVectorBackend(TritonBackend):
             needed += problem.M * problem.K + 4 * problem.slots * problem.gate_up_rows
         return needed
 
-    def run(
+    def run_into(
         self,
         hidden_states: Tensor,
         experts: ExpertWeights,
         topk_weights: Tensor,
         topk_ids: Tensor,
         config: BackendConfig,
+        out: Tensor,
     ) -> Tensor:
-        """See `Backend.run`."""
+        """See `Backend.run_into`."""
         if not isinstance(config, TritonVectorConfig):
             raise InvalidInputError(f"triton_vector takes a TritonVectorConfig, got {type(config).__name__}")
         S, N = topk_ids.numel(), experts.N
@@ -69,6 +79,5 @@ class TritonVectorBackend(TritonBackend):
         else:
             inner, inner_scale = hidden_states.new_empty(S, N), None
             vector_gate_up(hidden_states, None, experts, topk_ids, inner, config)
-        out = torch.empty_like(hidden_states)
         vector_down(inner, inner_scale, experts, topk_weights, topk_ids, out, config)
         return out

@@ -28,6 +28,8 @@ class VllmFusedMoEBackend(Backend):
 
     FP8 activations keep fp32 multipliers; see `library.require_fp32_scales`.
 
+    `run_into` copies the result: `fused_experts` returns memory of its own.
+
     A token with a NaN (in FP8 also one with an infinite element) would come out finite where vLLM clamps: its FP8
     quantisation turns NaN into -448, its swiglu_oai into the limit. There `mark_nan_tokens` takes the place of
     `mask_slots`. A NaN that arises within an FP8 layer, from a NaN among gate_up's weights, is lost all the same.

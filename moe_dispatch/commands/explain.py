@@ -7,7 +7,16 @@ from typing import TYPE_CHECKING, Annotated, Final
 import typer
 
 from moe_dispatch.commands.console import OUT, heading, line, machine_line, microseconds, plain, table
-from moe_dispatch.commands.options import AsJson, Dtype, MachineName, Model, dtype_of, mode_of, tokens_of
+from moe_dispatch.commands.options import (
+    AsJson,
+    Dtype,
+    MachineName,
+    Model,
+    TensorParallel,
+    dtype_of,
+    mode_of,
+    tokens_of,
+)
 
 if TYPE_CHECKING:
     from moe_dispatch.dispatch.explanation import Explanation
@@ -23,6 +32,7 @@ _LEGEND: Final = (
 def explain(
     model: Model = "qwen3-30b-a3b",
     dtype: Dtype = "bf16",
+    tp: TensorParallel = 1,
     tokens: Annotated[str, typer.Option("--tokens", help="Token counts M, comma-separated.")] = "1,16,64,256,1024,4096",
     mode: Annotated[str, typer.Option("--mode", help="eager, or graph: while a CUDA graph is captured.")] = "eager",
     machine: MachineName = None,
@@ -45,7 +55,7 @@ def explain(
     from moe_dispatch.workloads import workload
 
     counts, weights, captured = tokens_of(tokens), dtype_of(dtype), mode_of(mode)
-    layer = workload(model)
+    layer = workload(model).sharded(tp)
     dispatcher = get_dispatcher() if machine is None else Dispatcher(Machine.load(machine), live=False)
     if parallel is not None:
         from moe_dispatch.commands.parallel import print_projection

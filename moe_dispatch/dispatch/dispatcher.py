@@ -8,7 +8,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from moe_dispatch.backend import FAST_PATH_TOKENS, Inputs, Run, RunInto
+from moe_dispatch.backend import FAST_PATH_TOKENS, Inputs
 from moe_dispatch.dispatch.checks import check, check_out, have_memory, overlap, result_fault
 from moe_dispatch.dispatch.counters import BackendStats, Counters
 from moe_dispatch.dispatch.errors import BackendFailedError
@@ -122,7 +122,7 @@ class Dispatcher:
                 return hidden_states.clone() if out is None else out
             if not have_memory(arguments):
                 return self._recovery.run_transformed(arguments, backend, out)
-            # Where a gradient is needed, the reference puts every tensor that requires one into the graph.
+            # The reference puts every tensor that requires a gradient into the graph, without a token too.
             plan = self._plan(key, experts)
         try:
             if plan.widens:
@@ -260,22 +260,20 @@ class Dispatcher:
         if problem.mode == "graph" or problem.M > FAST_PATH_TOKENS:
             return
         try:
-            run = plan.backend.fast_path(inputs, plan.config)
+            prepare = plan.backend.fast_path_into if plan.into else plan.backend.fast_path
+            run = prepare(inputs, plan.config)
             if run is None:
                 return
             if plan.backend.needs_probe:
-                _check_result(run(*inputs, plan.config), inputs, None)
+                out = torch.empty_like(inputs[0]) if plan.into else None
+                arguments = (*inputs, plan.config) if out is None else (*inputs, plan.config, out)
+                _check_result(run(*arguments), inputs, out)
         except FOREIGN_ERRORS as error:
             if failures.lost_device(error):
                 raise self._recovery.device_lost(plan, error) from error
             logger.info("%s did not prepare for %s: %s", plan.choice.backend, problem, failures.summary(error))
             return
-        plan.run = _copying(run) if plan.into else run
-
-
-def _copying(run: Run) -> RunInto:
-    """At few tokens copying the output costs less than launching without the fast path."""
-    return lambda *arguments: arguments[-1].copy_(run(*arguments[:-1]))
+        plan.run = run
 
 
 def _check_result(result: object, inputs: Inputs, out: Tensor | None) -> None:

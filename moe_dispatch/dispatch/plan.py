@@ -24,7 +24,7 @@ class Plan:
         remedy: How to have another backend in its place, where the caller or the environment named this one; no other
             one runs then. Empty where a policy chose.
         into: Whether the calls bring the memory for their output.
-        run: The backend's bound `run` (`run_into` if `into`), or what `Backend.fast_path` gave in its place.
+        run: The backend's bound `run` (`run_into` if `into`), or what its fast path gave in its place.
         widens: Whether topk_weights come in half precision and are converted to fp32 first.
         proven: Whether it has run such a problem to its end in this process.
         kept: Whether later calls of the kind use it; the fallback during a capture is planned anew.

@@ -240,7 +240,8 @@ class Planner:
 
     def _rank(self, problem: MoEProblem) -> tuple[Choice, ...]:
         if problem.needs_grad:
-            return (Choice(LAST_RESORT, "a gradient is needed, and only the reference has one", policy="autograd"),)
+            reason = "torch differentiates the backend itself, which only the reference allows"
+            return (Choice(LAST_RESORT, reason, policy="autograd"),)
         return self._policies().rank(problem)
 
     def _policies(self) -> PolicyChain:

@@ -1,13 +1,17 @@
 """Libraries: which are installed, and which releases are known to work. Nothing here imports any of them."""
 
+import functools
 import importlib.metadata
 import importlib.util
 import re
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 from typing import Final
+
+from moe_dispatch.system.files import read_bytes
 
 
 @dataclass(frozen=True)
@@ -81,7 +85,8 @@ class LibraryStatus:
         known: The releases known to work with this torch, ``"0.20.2 to 0.26"``; where there are none, those for other
             torches, ``"0.33 (torch 2.14)"``.
         fault: Why the installed version is not among them; empty if it is, or if none is installed.
-        remedy: The command that installs the best release for this torch; empty where none is known.
+        remedy: The command that installs the best release for this torch; where none is known for it, the newest one
+            together with the torch that it is built for.
     """
 
     library: str
@@ -102,7 +107,7 @@ def library_status(library: str, installed: str, torch_version: str) -> LibraryS
     torch = _minor(torch_version)
     fitting = _fitting(library, torch)
     known = " or ".join(_range(releases, with_torch=not fitting) for releases in fitting or _of(library)) or "none"
-    remedy = f"pip install '{fitting[0].requirement}'" if fitting else ""
+    remedy = f"pip install '{fitting[0].requirement}'" if fitting else _with_its_torch(library)
     return LibraryStatus(library, installed, known, release_fault(library, installed, torch_version), remedy)
 
 
@@ -157,8 +162,14 @@ def library_version(name: str) -> str:
     """The version of a library without importing it; empty where it is absent.
 
     `deep_gemm` may be a package of its own, from several wheels and then followed by the wheel's name, or vLLM's copy.
-    What counts is the package that an import would find.
+    What counts is the package that an import would find. Metadata are read once for each name and search path, since
+    that takes a quarter of a millisecond and is asked for each kind of call.
     """
+    return _read_version(name, tuple(sys.path))
+
+
+@functools.lru_cache(maxsize=64)
+def _read_version(name: str, _search_path: tuple[str, ...]) -> str:
     if name == "deep_gemm":
         package = deep_gemm_package()
         if package is None:
@@ -197,6 +208,13 @@ def _fitting(library: str, torch: str) -> list[Releases]:
     return [releases for releases in _of(library) if releases.torch in ("", torch)]
 
 
+def _with_its_torch(library: str) -> str:
+    newest = max(_of(library), key=lambda releases: _numbers(releases.torch))
+    torch = f"torch=={newest.torch}.*"
+    requirements = dict.fromkeys((newest.requirement, torch))
+    return " ".join(("pip install", *(f"'{requirement}'" for requirement in requirements)))
+
+
 def _range(releases: Releases, *, with_torch: bool) -> str:
     numbers = releases.first if releases.first == releases.last else f"{releases.first} to {releases.last}"
     torch = f"torch {releases.torch}" if with_torch and releases.torch else ""
@@ -232,7 +250,7 @@ def _declared_version(package: Path) -> str:
 
 def _text(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8", errors="replace")
+        return read_bytes(path).decode(errors="replace")
     except OSError:
         return ""
 

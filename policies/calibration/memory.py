@@ -6,8 +6,10 @@ from typing import Final
 import torch
 
 from moe_dispatch.problem import ELEMENT_BYTES, MoEProblem
+from moe_dispatch.system.files import read_bytes
 
 _CGROUP: Final = Path("/sys/fs/cgroup")
+_MAX_BYTES: Final = 1 << 20  # What the kernel prints of a process or a group has a few KiB.
 # fp32 copies of one expert that are alive at once while its weights are drawn, scaled and quantised.
 _EXPERT_COPIES: Final = 6
 
@@ -61,19 +63,23 @@ def _available_on_host() -> int | None:
 def _left_in_cgroup() -> int | None:
     """What the memory limit of this process's control group (version 2) leaves, page cache not counted as used."""
     try:
-        name = Path("/proc/self/cgroup").read_text(encoding="ascii").strip().rpartition("::/")[2]
+        name = _text(Path("/proc/self/cgroup")).strip().rpartition("::/")[2]
         folder = _CGROUP / name if (_CGROUP / name / "memory.max").exists() else _CGROUP
-        limit = int((folder / "memory.max").read_text(encoding="ascii"))
-        used = int((folder / "memory.current").read_text(encoding="ascii"))
+        limit = int(_text(folder / "memory.max"))
+        used = int(_text(folder / "memory.current"))
     except (OSError, ValueError):  # no control group, or no limit: "max"
         return None
     return max(0, limit - used + _fields(folder / "memory.stat").get("inactive_file", 0))
 
 
+def _text(path: Path) -> str:
+    return read_bytes(path, limit=_MAX_BYTES).decode("ascii")
+
+
 def _fields(path: Path) -> dict[str, int]:
     """Lines of a name and a number, as the kernel writes them."""
     try:
-        lines = path.read_text(encoding="ascii").splitlines()
+        lines = _text(path).splitlines()
         return {line.split()[0]: int(line.split()[1]) for line in lines if len(line.split()) > 1}
     except (OSError, ValueError):
         return {}

@@ -11,9 +11,9 @@ from moe_dispatch.errors import PolicyFileError, warn
 from moe_dispatch.machine import Machine
 from moe_dispatch.policies.learned.cost_model import TERMS, Term, rows_per_expert, terms
 from moe_dispatch.policies.learned.defaults import MachineBackends
-from moe_dispatch.policies.measurements.schema import MAX_FILE_BYTES, Count, Name, Positive, Strict, damage, read_bytes
+from moe_dispatch.policies.measurements.schema import Count, Name, Positive, Strict, damage, read_bytes
 from moe_dispatch.policies.measurements.table import rough_us
-from moe_dispatch.policies.nearest import Nearest, nearest, shipped
+from moe_dispatch.policies.nearest import Nearest, nearest, read_shipped
 from moe_dispatch.policy import Choice, Policy
 from moe_dispatch.problem import DType, Mode, MoEProblem
 from moe_dispatch.settings import cache_dir
@@ -104,14 +104,7 @@ def read_shipped_model(source: Nearest) -> ModelFile:
     Raises:
         PolicyFileError: It cannot be read, is damaged or of another schema.
     """
-    path = shipped(source.slug, ".model.json")
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise PolicyFileError(f"{path} cannot be read: {error.strerror}; install the package again") from error
-    if len(content) > MAX_FILE_BYTES:
-        raise PolicyFileError(f"{path} has more than {MAX_FILE_BYTES:,} bytes; install the package again")
-    return parse_model(content, str(path))
+    return parse_model(*read_shipped(source.slug, ".model.json"))
 
 
 def read_model(machine: Machine) -> ModelFile | None:

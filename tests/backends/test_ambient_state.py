@@ -16,16 +16,16 @@ from moe_dispatch.testing import Case, Precision, make_inputs
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ON_GPU = [pytest.mark.gpu] if DEVICE == "cuda" else []
-STATES = {
-    "float64": (torch.float64, None),
-    "bfloat16": (torch.bfloat16, None),
-    "float16": (torch.float16, None),
-    "another device": (torch.float32, "meta"),
-}
+# Every dtype but fp32 that torch takes as a default, one of them together with a device that computes nothing.
+STATES: tuple[tuple[torch.dtype, str | None], ...] = (
+    (torch.float64, "meta"),
+    (torch.bfloat16, None),
+    (torch.float16, None),
+)
 CASES = {
-    "silu": Case(M=5, E=4, topk=2, K=64, N=32, routing="sentinels"),
-    "gpt-oss": Case(M=5, E=4, topk=2, K=64, N=32, activation="swiglu_oai", bias=True, interleaved=True),
-    "relu2": Case(M=5, E=4, topk=2, K=64, N=32, activation="relu2"),
+    "silu": Case(M=3, E=4, topk=2, K=64, N=32, routing="sentinels"),
+    "gpt-oss": Case(M=3, E=4, topk=2, K=64, N=32, activation="swiglu_oai", bias=True, interleaved=True),
+    "relu2": Case(M=3, E=4, topk=2, K=64, N=32, activation="relu2"),
 }
 PRECISIONS = (Precision("fp32", "fp32"), Precision("fp16", "fp16"), Precision("fp8", "fp16"))
 
@@ -42,13 +42,10 @@ def ambient(dtype: torch.dtype, device: str | None) -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
-@pytest.mark.parametrize("state", STATES.values(), ids=STATES)
 @pytest.mark.parametrize("precision", PRECISIONS, ids=str)
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 @pytest.mark.parametrize("name", [pytest.param(name, marks=ON_GPU) for name in BACKENDS.names()])
-def test_a_backend_gives_the_same_under_every_default(
-    name: str, case: Case, precision: Precision, state: tuple[torch.dtype, str | None]
-) -> None:
+def test_a_backend_gives_the_same_under_every_default(name: str, case: Case, precision: Precision) -> None:
     planner = get_dispatcher().planner
     if name not in {status.name for status in planner.statuses() if status.available}:
         pytest.skip(f"{name} is not here")
@@ -60,13 +57,14 @@ def test_a_backend_gives_the_same_under_every_default(
         pytest.skip("; ".join(reasons))
     config = backend.default_config(problem)
     expected = backend.run(*inputs.arguments, config)
-    with ambient(*state):
-        out = backend.run(*inputs.arguments, config)
-    assert (out.dtype, out.device) == (hidden.dtype, hidden.device)
-    assert torch.equal(out, expected)
+    for state in STATES:
+        with ambient(*state):
+            out = backend.run(*inputs.arguments, config)
+        assert (out.dtype, out.device) == (hidden.dtype, hidden.device), state
+        assert torch.equal(out, expected), state
 
 
-@pytest.mark.parametrize("state", STATES.values(), ids=STATES)
+@pytest.mark.parametrize("state", STATES, ids=str)
 def test_quantisation_gives_the_same_under_every_default(state: tuple[torch.dtype, str | None]) -> None:
     values = torch.randn(2, 130, 140, generator=torch.Generator().manual_seed(0))
     values[0, 3, 5], values[1, 7, 9] = torch.inf, torch.nan

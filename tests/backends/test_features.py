@@ -1,9 +1,20 @@
 """What a device offers is looked up by device class: a greater compute capability is no superset of a smaller one."""
 
+import itertools
+from typing import cast
+
 import pytest
 
+from moe_dispatch.backend import BackendConfig
+from moe_dispatch.backends.gluon_hopper import tiles as hopper_tiles
 from moe_dispatch.backends.triton_common.features import TensorCores, features, stage_reasons
+from moe_dispatch.backends.triton_persistent.config import TritonPersistentConfig
+from moe_dispatch.backends.triton_splitk.config import SplitKConfig
+from moe_dispatch.backends.triton_splitk.config import shared_memory_bytes as splitk_memory
+from moe_dispatch.backends.triton_vector.config import TritonVectorConfig
+from moe_dispatch.backends.triton_vector.config import shared_memory_bytes as vector_memory
 from moe_dispatch.machine import Machine
+from moe_dispatch.problem import DTYPES, ELEMENT_BYTES, MoEProblem
 from moe_dispatch.registry import BACKENDS
 from moe_dispatch.workloads import WORKLOADS
 
@@ -69,16 +80,50 @@ def test_stages_on_a_cpu_need_nothing() -> None:
     assert stage_reasons(cpu) == ()
 
 
-@pytest.mark.parametrize("name", ["triton_splitk", "triton_vector", "triton_persistent"])
+@pytest.mark.parametrize("name", OURS)
 @pytest.mark.parametrize("capability", [(8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (10, 3), (12, 0), (12, 1), (13, 0)])
-@pytest.mark.parametrize("workload", ["qwen3-30b-a3b", "gpt-oss-120b"])
-@pytest.mark.parametrize("M", [1, 64, 4096])
-def test_every_device_has_a_configuration_or_a_reason(
-    name: str, capability: tuple[int, int], workload: str, M: int
+@pytest.mark.parametrize("kibibytes", [0, 64, 48, 32, 8], ids=lambda size: f"{size} KiB" if size else "its own")
+def test_every_device_has_configurations_that_fit_or_a_reason(
+    name: str, capability: tuple[int, int], kibibytes: int
 ) -> None:
-    device = machine(capability)
+    """Of the shared memory that such a device has, and of less, as a device to come may have."""
+    device = machine(capability, shared_memory_per_block=kibibytes << 10)
     backend = BACKENDS.load(name)(device)
-    for dtype in ("bf16", "fp16", "fp8"):
+    for workload, M, dtype in itertools.product(("qwen3-30b-a3b", "gpt-oss-120b"), (1, 64, 4096), DTYPES):
         problem = WORKLOADS[workload].problem(M, dtype, device)
-        if not backend.unsupported_reasons(problem):
-            backend.default_config(problem)
+        if reasons := backend.unsupported_reasons(problem):
+            assert all(reasons)
+            continue
+        configs = backend.configs(problem)
+        assert configs[0] == backend.default_config(problem)
+        for config in configs:
+            assert shared_memory(problem, config, device) <= features(device).shared_memory, config
+
+
+def shared_memory(problem: MoEProblem, config: BackendConfig, device: Machine) -> int:
+    """The bound that a compile test holds the kernels of this configuration to."""
+    if isinstance(config, TritonPersistentConfig):
+        size = ELEMENT_BYTES[problem.dtype]
+        return config.ctas_per_sm * config.shared_memory(size, gated=problem.gated, wgmma=features(device).wgmma)
+    if isinstance(config, SplitKConfig):
+        return splitk_memory(problem, config)
+    if isinstance(config, TritonVectorConfig):
+        return vector_memory(config)
+    return hopper_tiles.SHARED_MEMORY[problem.dtype]
+
+
+@pytest.mark.parametrize("name", ["triton_splitk", "triton_vector", "triton_persistent"])
+def test_too_little_shared_memory_is_a_reason_with_limit_and_value(name: str) -> None:
+    small = machine((12, 0), shared_memory_per_block=2048)
+    reasons = BACKENDS.load(name)(small).unsupported_reasons(WORKLOADS["qwen3-30b-a3b"].problem(8, "fp16", small))
+    assert len(reasons) == 1
+    assert "of shared memory for a block, got 2048" in reasons[0]
+
+
+def test_a_device_with_48_kibibytes_takes_narrower_tiles() -> None:
+    small = machine((8, 6), shared_memory_per_block=48 << 10)
+    layer, backend = WORKLOADS["qwen3-30b-a3b"], BACKENDS.load("triton_splitk")
+    configs = [backend(device).default_config(layer.problem(64, "fp16", device)) for device in (machine((8, 6)), small)]
+    assert all(isinstance(config, SplitKConfig) for config in configs)
+    usual, narrow = cast("list[SplitKConfig]", configs)
+    assert narrow.block_n < usual.block_n

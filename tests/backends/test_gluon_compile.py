@@ -10,6 +10,7 @@ import torch
 from moe_dispatch.backends.gluon_hopper.backend import FIRST_TRITON, LAST_TRITON, GluonHopperBackend
 from moe_dispatch.backends.gluon_hopper.config import GluonHopperConfig
 from moe_dispatch.backends.gluon_hopper.row_blocks import row_blocks
+from moe_dispatch.backends.gluon_hopper.tiles import SHARED_MEMORY
 from moe_dispatch.backends.reference import ReferenceBackend, ReferenceConfig
 from moe_dispatch.backends.stages.route import Routing
 from moe_dispatch.backends.triton_common import features
@@ -17,7 +18,7 @@ from moe_dispatch.machine import Machine
 from moe_dispatch.problem import Activation, DType, MoEProblem
 from moe_dispatch.system.libraries import library_version
 from moe_dispatch.workloads import WORKLOADS, Workload, make_experts, torch_dtype
-from tests.support.triton_compile import SHARED_MEMORY, Launch, compile_launches, described, unwritten_layer
+from tests.support.triton_compile import Launch, compile_launches, described, unwritten_layer
 
 HOPPER = described(90)
 # Bytes of stack of a thread in FP8: values of a tile give way to the sums of the next, outside the loops that multiply.
@@ -46,7 +47,7 @@ def test_both_products_compile_and_fit(dtype: DType, activation: Activation) -> 
     for built in products:
         assert not built.spilling, built
         assert built.stack <= (FP8_STACK if dtype == "fp8" else 0), built
-        assert built.shared <= SHARED_MEMORY[90], built
+        assert built.shared <= SHARED_MEMORY[dtype], built
         assert built.wgmma, built
         assert built.tma, built
         assert built.pdl, built
@@ -86,6 +87,9 @@ REFUSED = {
     "a newer Triton": Refused(((KNOWN, "3.99.0"),), machine=_with_triton("3.99.0")),
     "ROCm, whose gfx90a says 9.0 too": Refused((("CUDA",),), machine=HOPPER.model_copy(update={"cuda": ""})),
     "no Triton": Refused((("triton is not installed",),), machine=_with_triton("")),
+    "a Hopper device with less shared memory": Refused(
+        (("230400", "101376"),), machine=HOPPER.model_copy(update={"shared_memory_per_block": 101376})
+    ),
     "K in FP8": Refused((("K % 256 == 0", "K=384"),), Workload("", 8, 2, 384, 256), "fp8"),
     "N in FP8": Refused((("N % 128 == 0", "N=192"),), Workload("", 8, 2, 256, 192), "fp8"),
     "K": Refused((("K % 64 == 0", "K=264"),), Workload("", 8, 2, 264, 256)),

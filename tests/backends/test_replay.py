@@ -103,6 +103,26 @@ def test_it_does_what_the_run_does_on_other_tensors_and_another_layer() -> None:
     assert len({out.data_ptr() for out in outs}) == 3, "the output is fresh memory"
 
 
+def test_the_caller_may_bring_memory_for_the_output() -> None:
+    backend = Adding()
+    replay = recorded(backend)
+    runs = backend.runs
+    out = torch.full((3, LAYER.K), torch.nan)
+    assert replay.into(*inputs(1), CONFIG, out) is out
+    assert backend.runs == runs, "only the replay ran"
+    assert torch.equal(out, backend.run(*inputs(1), CONFIG))
+
+
+def test_memory_of_the_caller_off_the_boundary_goes_the_long_way() -> None:
+    backend = Adding()
+    replay = recorded(backend)
+    runs = backend.runs
+    out = shifted(torch.full((3, LAYER.K), torch.nan))
+    assert replay.into(*inputs(1), CONFIG, out) is out
+    assert backend.runs == runs + 1
+    assert torch.equal(out, backend.run(*inputs(1), CONFIG))
+
+
 def test_weights_that_move_are_found_where_they_are() -> None:
     backend = Adding()
     replay = recorded(backend)

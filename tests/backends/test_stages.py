@@ -227,10 +227,11 @@ def test_combine(M: int, topk: int, K: int, bias: bool, weighted: bool) -> None:
     weights[routing.row_of_slot.view(M, topk) < 0] = torch.nan
     down_bias = torch.randn(4, K, generator=generator).to(DEVICE) if bias else None
     expected = combine_torch(y, routing.row_of_slot, weights, torch.float32, down_bias=down_bias, topk_ids=ids)
+    out = torch.full((M, K), torch.nan, device=DEVICE)
     if weighted:
         y = y * weights.flatten()[routing.slot_of_row.clamp(min=0).long()][:, None]
     for combined in (
-        combine(y, routing.row_of_slot, weights, torch.float32, down_bias=down_bias, topk_ids=ids, weighted=weighted),
+        combine(y, routing.row_of_slot, weights, out, down_bias=down_bias, topk_ids=ids, weighted=weighted),
         combine_torch(
             y, routing.row_of_slot, weights, torch.float32, down_bias=down_bias, topk_ids=ids, weighted=weighted
         ),

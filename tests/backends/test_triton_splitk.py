@@ -15,7 +15,14 @@ from moe_dispatch.machine import Machine
 from moe_dispatch.problem import Activation, DType, MoEProblem
 from moe_dispatch.workloads import WORKLOADS
 from tests.support.decode import Case, check_against_the_reference
-from tests.support.triton_compile import SHARED_MEMORY, Launch, compile_launches, described, unwritten_layer
+from tests.support.triton_compile import (
+    SHARED_MEMORY,
+    Launch,
+    compile_launches,
+    described,
+    devices,
+    unwritten_layer,
+)
 
 SMALL = {"block_n": 32, "block_k": 32, "num_stages": 2}
 FEW_SPILLS = 64  # bytes of a thread
@@ -154,16 +161,15 @@ def test_fp8_refuses_blocks_that_straddle_scales(machine: Machine) -> None:
         TritonSplitKBackend(machine).run(x, case.experts(), weights, ids, SplitKConfig(block_k=64))
 
 
-COMPILED = [(80, "bf16"), (89, "fp8"), (90, "bf16"), (90, "fp8"), (100, "bf16"), (100, "fp8")]
-
-
-def launch_defaults(capability: int, dtype: DType) -> Iterator[Launch]:
-    """Every default of the named workloads at M of 1 to 64, with one problem for each."""
+def launch_defaults(capability: int, dtype: DType, *, every: bool) -> Iterator[Launch]:
+    """The defaults of the named workloads at M of 1 to 512, with one problem for each; every one, or the first."""
     backend = TritonSplitKBackend(described(capability))
     seen = set()
     for workload in WORKLOADS.values():
-        for M in (1, 2, 4, 8, 16, 32, 64):
+        for M in (1, 2, 4, 8, 16, 32, 64, 128, 256, 512):
             problem = workload.problem(M, dtype, backend.machine)
+            if backend.unsupported_reasons(problem):
+                continue
             config = backend.default_config(problem)
             uneven = bool(problem.K % config.block_k or problem.N % config.block_k)
             if (key := (config, problem.activation, uneven)) not in seen:
@@ -173,20 +179,22 @@ def launch_defaults(capability: int, dtype: DType) -> Iterator[Launch]:
                 bound = shared_memory_bytes(problem, config)
                 note = {"bound": bound, "tma": config.tma, "config": config.label}
                 yield Launch(partial(backend.run, *unwritten_layer(problem), config), note)
+                if not every:
+                    return
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-@pytest.mark.parametrize(("capability", "dtype"), COMPILED, ids=str)
-def test_defaults_compile(capability: int, dtype: DType) -> None:
-    kernels = compile_launches(launch_defaults, capability, dtype=dtype)
+@pytest.mark.parametrize(("capability", "dtype", "every"), devices(fp16=True))
+def test_defaults_compile(capability: int, dtype: DType, every: bool) -> None:
+    kernels = compile_launches(launch_defaults, capability, dtype=dtype, every=every)
     products = [built for built in kernels if built.name in {"_moe_splitk_gate_up_kernel", "_moe_splitk_down_kernel"}]
     assert len({built.name for built in products}) == 2
     for built in kernels:
         assert built.pdl == (capability >= 90), built
         assert built.stack <= FEW_SPILLS, built
     for built in products:
-        assert built.shared <= built.note["bound"], built
+        assert built.shared <= built.note["bound"] <= SHARED_MEMORY[capability], built
         assert built.wgmma == (capability == 90 and built.constants["ROWS"] >= 64), built
         # Weights arrive 16 bytes at a time, by asynchronous copy or by TMA.
         assert built.tma if built.note["tma"] else built.wide_copies, built

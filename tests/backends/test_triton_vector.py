@@ -17,7 +17,14 @@ from moe_dispatch.policies.rules import VECTOR_FP8_BYTES, vector_suits
 from moe_dispatch.problem import DType
 from moe_dispatch.workloads import WORKLOADS, Workload
 from tests.support.decode import Case, check_against_the_reference
-from tests.support.triton_compile import SHARED_MEMORY, Launch, compile_launches, described, unwritten_layer
+from tests.support.triton_compile import (
+    SHARED_MEMORY,
+    Launch,
+    compile_launches,
+    described,
+    devices,
+    unwritten_layer,
+)
 
 FEW_SPILLS = 64  # bytes of a thread
 SMALL = {"rows": 32, "down_rows": 32}
@@ -106,13 +113,8 @@ def test_another_backends_configuration_is_refused() -> None:
         TritonVectorBackend(Machine.inspect("cpu")).run(x, case.experts(), weights, ids, BackendConfig())
 
 
-COMPILED: list[tuple[int, DType]] = [
-    (80, "bf16"), (89, "fp8"), (90, "bf16"), (90, "fp8"), (100, "bf16"), (100, "fp8"),
-]  # fmt: skip
-
-
-def launch_defaults(capability: int, dtype: DType) -> Iterator[Launch]:
-    """Every default of the named workloads where the rules prefer these kernels, with one problem for each."""
+def launch_defaults(capability: int, dtype: DType, *, every: bool) -> Iterator[Launch]:
+    """The defaults of the named workloads, with one problem for each; every one, or the first."""
     backend = TritonVectorBackend(described(capability))
     seen = set()
     for workload in WORKLOADS.values():
@@ -120,17 +122,19 @@ def launch_defaults(capability: int, dtype: DType) -> Iterator[Launch]:
             problem = workload.problem(M, dtype, backend.machine)
             config = backend.configs(problem)[0]
             key = (config, problem.activation, problem.K, problem.N)
-            if key not in seen and (vector_suits(problem) or M == 1):
+            if key not in seen:
                 seen.add(key)
                 note = {"bound": shared_memory_bytes(config)}
                 yield Launch(partial(backend.run, *unwritten_layer(replace(problem, M=1)), config), note)
+                if not every:
+                    return
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-@pytest.mark.parametrize(("capability", "dtype"), COMPILED, ids=str)
-def test_defaults_compile(capability: int, dtype: DType) -> None:
-    kernels = compile_launches(launch_defaults, capability, dtype=dtype)
+@pytest.mark.parametrize(("capability", "dtype", "every"), devices(fp16=True))
+def test_defaults_compile(capability: int, dtype: DType, every: bool) -> None:
+    kernels = compile_launches(launch_defaults, capability, dtype=dtype, every=every)
     products = [built for built in kernels if built.name.startswith("_moe_vector")]
     assert {built.name for built in products} == {"_moe_vector_gate_up_kernel", "_moe_vector_down_kernel"}
     for built in kernels:

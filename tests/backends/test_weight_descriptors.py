@@ -16,6 +16,7 @@ from moe_dispatch import BackendConfig, ExpertWeights
 from moe_dispatch.backend import Inputs
 from moe_dispatch.errors import InvalidInputError
 from moe_dispatch.machine import Machine
+from moe_dispatch.problem import MoEProblem
 from moe_dispatch.workloads import ROUTINGS, Workload, make_experts
 from tests.support.stub_kernels import StubKernel, cpu_is_the_device, floats
 
@@ -50,6 +51,9 @@ class Described(TritonBackend):
         super().__init__(Machine.inspect("cpu"))
         self.stub = StubKernel(add_signature, add)
         self.kernel = FastKernel(self.stub)
+
+    def least_shared_memory(self, problem: MoEProblem) -> int:
+        return 0
 
     def run(
         self,

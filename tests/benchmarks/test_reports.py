@@ -71,12 +71,9 @@ def test_the_scoreboard_suite_has_evidence_for_every_target_early() -> None:
 
 def test_plots_are_drawn(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    drawn = plots.draw(full_board(fraction=0.9, vllm=1.2), tmp_path)
-    assert {path.name for path in drawn} == {
-        *(f"{model}-{dtype}.png" for model in MODELS for dtype in ("bf16", "fp8")),
-        "winners-bf16.png",
-        "winners-fp8.png",
-    }
+    board = [row for row in full_board(fraction=0.9, vllm=1.2) if (row.workload, row.dtype) == (MODELS[0], "fp8")]
+    drawn = plots.draw(board, tmp_path)
+    assert {path.name for path in drawn} == {f"{MODELS[0]}-fp8.png", "winners-fp8.png"}
     for path in drawn:
         assert path.read_bytes().startswith(b"\x89PNG")
     assert plots.draw([], tmp_path / "none") == []

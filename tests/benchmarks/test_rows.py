@@ -1,6 +1,8 @@
 """Rows and their files, of this version and of earlier ones."""
 
 import json
+import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pydantic
@@ -95,3 +97,14 @@ def test_a_damaged_packed_file_is_refused(tmp_path: Path) -> None:
         path.write_text("\n".join([*lines[:-1], damage]), encoding="utf-8")
         with pytest.raises(InvalidInputError, match="is damaged"):
             row_files.load([path])
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize("make", [os.mkfifo, lambda path: path.symlink_to("/dev/zero")], ids=["a FIFO", "/dev/zero"])
+def test_what_is_no_regular_file_is_refused_at_once(make: Callable[[Path], object], tmp_path: Path) -> None:
+    """Neither is waited for, nor read until the memory is full."""
+    path = tmp_path / "rows.jsonl"
+    make(path)
+    for read in (lambda: row_files.load([path]), lambda: row_files.timed_keys(path)):
+        with pytest.raises(InvalidInputError, match=r"rows\.jsonl cannot be read.*not a regular file"):
+            read()

@@ -27,7 +27,7 @@ from moe_dispatch.policies.measurements.schema import (
 )
 from moe_dispatch.problem import MoEProblem
 from moe_dispatch.registry import BACKENDS
-from moe_dispatch.settings import VARIABLES, variables_table
+from moe_dispatch.settings import VARIABLES, settings, variables_table
 
 RUNNER = CliRunner()
 H200 = Machine(
@@ -219,7 +219,10 @@ def test_doctors_machine_can_be_read_back(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("cache")
-def test_doctor_probes_against_fp32() -> None:
+def test_doctor_probes_against_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Triton's interpreter takes a minute for the layers that the probe runs.
+    monkeypatch.setenv("MOE_DISPATCH_DISABLE", "triton_persistent,triton_splitk,triton_vector")
+    settings.cache_clear()
     report = json.loads(RUNNER.invoke(app, ["doctor", "--json", "--probe"]).stdout)
     reference = next(backend for backend in report["backends"] if backend["name"] == "reference")
     assert set(reference["probe"]) == {"bf16", "fp16", "fp32", "fp8"}
@@ -284,6 +287,14 @@ def test_explain_full_prints_the_ranking(h200: Path) -> None:
     result = RUNNER.invoke(app, ["explain", "--tokens", "64", "--machine", str(h200), "--full"])
     assert "-> " in result.output
     assert "MoEProblem(M=64" in result.output
+
+
+@pytest.mark.usefixtures("cache")
+def test_tensor_parallelism_asks_for_a_share_of_the_columns(h200: Path) -> None:
+    asked = ["explain", "--tokens", "64", "--machine", str(h200), "--json", "--tp", "4"]
+    (answer,) = json.loads(RUNNER.invoke(app, asked).stdout)
+    shape = {letter: answer["problem"][letter] for letter in ("E", "topk", "K", "N")}
+    assert shape == {"E": 128, "topk": 8, "K": 2048, "N": 192}
 
 
 @pytest.mark.usefixtures("cache")
@@ -357,6 +368,8 @@ class Mistake:
         Mistake(("bench", "--seconds", "nan"), "--seconds must be a number"),
         Mistake(("bench", "--budget", "-1"), "--budget must be a number"),
         Mistake(("bench", "--energy", "inf"), "--energy must be a number"),
+        Mistake(("explain", "--tp", "5"), "must divide the 768 columns of qwen3-30b-a3b, got tp=5"),
+        Mistake(("bench", "--suite", "scoreboard", "--tp", "2"), "--tp cannot be combined with --suite"),
         Mistake(("explain", "--dtype", "int4"), "int4"),
         Mistake(("explain", "--mode", "lazy"), "lazy"),
         Mistake(("explain", "--machine", "/no/such/file.json"), "/no/such/file.json"),

@@ -1,5 +1,8 @@
 """Which library is here, and which releases are known to work."""
 
+import importlib.metadata
+import importlib.util
+import sys
 import types
 from pathlib import Path
 
@@ -34,7 +37,11 @@ def test_a_range_covers_the_releases_that_tests_hold(releases: Releases) -> None
         ("vllm", "0.33.0", "2.11.0", "is built for torch 2.14, and this is torch 2.11", "vllm==0.26.0"),
         ("vllm", "0.40.0", "2.14.1", "is not among the releases that are known to work", "vllm==0.33.0"),
         ("vllm", "", "2.14.1", "", "vllm==0.33.0"),
-        ("vllm", "", "2.15.0", "", ""),
+        ("vllm", "", "2.15.0", "", "vllm==0.33.0' 'torch==2.14.*"),
+        ("vllm", "0.33.0", "2.15.0", "is built for torch 2.14, and this is torch 2.15", "vllm==0.33.0' 'torch==2.14.*"),
+        ("deep_gemm", "0.2.5 (sgl-deep-gemm)", "2.15.0", "is built for", "sgl-deep-gemm==0.2.5' 'torch==2.14.*"),
+        ("triton", "3.10.0", "2.16.0", "is not among", "torch==2.15.*"),
+        ("torch", "2.16.0", "2.16.0", "is not among", "torch==2.15.*"),
         ("deep_gemm", "0.1.3 (sgl-deep-gemm)", "2.11.0", "", "sgl-deep-gemm==0.1.3"),
         ("deep_gemm", "2.5.0", "2.11.0", "", "sgl-deep-gemm==0.1.3"),
         ("deep_gemm", "0.2.1 (sgl-deep-gemm)", "2.14.0", "is built for torch 2.13", "sgl-deep-gemm==0.2.5"),
@@ -50,7 +57,7 @@ def test_status(library: str, installed: str, torch: str, fault: str, remedy: st
     status = library_status(library, installed, torch)
     assert fault in status.fault
     assert bool(status.fault) == bool(fault)
-    assert status.remedy == (f"pip install '{remedy}'" if remedy else "")
+    assert status.remedy == f"pip install '{remedy}'"
     assert release_fault(library, installed, torch) == status.fault
 
 
@@ -58,6 +65,13 @@ def test_a_status_names_the_releases_for_this_torch_or_the_torches_there_are_rel
     assert library_status("vllm", "", "2.11.0").known == "0.20.2 to 0.26"
     assert library_status("vllm", "", "2.15.0").known == "0.20.2 to 0.26 (torch 2.11) or 0.33 (torch 2.14)"
     assert library_status("deep_gemm", "", "2.14.0").known == "0.2.2 to 0.2.5 (sgl-deep-gemm) or 2.8.1"
+
+
+def test_every_library_has_a_remedy_under_every_torch() -> None:
+    for torch in ("2.11.0+cu130", "2.12.1", "2.13.0+cpu", "2.14.1", "2.15.0", "2.16.0"):
+        for status in library_statuses({}, torch, ""):
+            assert status.known != "none"
+            assert status.remedy.startswith("pip install '"), status
 
 
 def test_every_library_has_a_status() -> None:
@@ -108,9 +122,23 @@ def test_an_odd_package_is_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     (package / "__init__.py").write_bytes(b"\xff\xfe\x00")
     monkeypatch.syspath_prepend(str(tmp_path))
     assert library_version("deep_gemm") == "unknown"
-    (package / "VERSION").write_text("0.3.0\n")
+    numbered = tmp_path / "numbered" / "deep_gemm"
+    numbered.mkdir(parents=True)
+    (numbered / "__init__.py").touch()
+    (numbered / "VERSION").write_text("0.3.0\n")
+    monkeypatch.syspath_prepend(str(tmp_path / "numbered"))
     assert library_version("deep_gemm") == "0.3.0"
-    import sys
-
     monkeypatch.setitem(sys.modules, "vllm", types.ModuleType("vllm"))  # which has no __spec__
     assert library_version("vllm") == ""
+
+
+def test_metadata_are_read_once_for_a_search_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A first run asks for versions, so each kind of call would pay for it."""
+    unpack_wheel(tmp_path / "wheel", "sgl-deep-gemm", "0.1.3", "deep_gemm")
+    monkeypatch.syspath_prepend(str(tmp_path / "wheel"))
+    assert library_version("deep_gemm") == "0.1.3 (sgl-deep-gemm)"
+    reads: list[str] = []
+    monkeypatch.setattr(importlib.metadata, "distribution", reads.append)
+    monkeypatch.setattr(importlib.util, "find_spec", reads.append)
+    assert library_version("deep_gemm") == "0.1.3 (sgl-deep-gemm)"
+    assert not reads

@@ -1,5 +1,6 @@
 """Models by name and by their configs: as real ones are written, as transformers builds them, and hostile ones."""
 
+import copy
 import inspect
 import json
 import os
@@ -262,6 +263,21 @@ def _families() -> Iterator[tuple[str, dict[str, Any], Any]]:
             yield model_type, data, config
 
 
+def _shortened(config: Any, layers: int = 5) -> Any:
+    """The config with fewer layers, of which the last has experts in nearly every family."""
+    config = copy.deepcopy(config)
+    for part in (config, config.get_text_config()):
+        values = vars(part)
+        most = values.get("num_hidden_layers")
+        if not isinstance(most, int) or most <= layers:
+            continue
+        for key, value in values.items():
+            if isinstance(value, list) and len(value) == most:
+                values[key] = value[:layers]
+        part.num_hidden_layers = layers
+    return config
+
+
 def _expert_shapes(config: Any) -> set[tuple[tuple[int, ...], ...]]:
     """Shapes of the experts' weights in the model of a config, built without memory; empty where it cannot be built."""
     import transformers
@@ -303,7 +319,7 @@ def test_every_family_of_transformers_is_read_as_its_model_is_built_or_refused()
         except InvalidInputError as error:
             refused[model_type] = str(error)
             continue
-        shapes = _expert_shapes(config)
+        shapes = _expert_shapes(_shortened(config)) or _expert_shapes(config)
         if model_type == "longcat_flash":  # its first projection has rows for the experts that do nothing, too
             shapes = {((layer.E, *up[1:]), down) for up, down in shapes}
         if shapes:

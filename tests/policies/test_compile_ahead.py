@@ -68,15 +68,15 @@ def test_few_processes_load_a_library_and_the_others_leave_its_jobs_to_them(monk
 def test_what_was_compiled_is_remembered_and_failures_cost_themselves(tmp_path: Path) -> None:
     remembered = tmp_path / "compiled" / "machine.txt"
     told: list[tuple[int, int]] = []
-    wanted = jobs("killed", "reference", "raising")
+    wanted = jobs("killed", "raising", tokens=(1,)) + jobs("reference")
     failed = compile_ahead(wanted, start, remembered, on_progress=lambda done, total: told.append((done, total)))
-    assert len(failed) == 4
+    assert len(failed) == 2
     assert any("raising at M=1" in one and "no kernel image" in one for one in failed)
-    assert max(told) == (6, 6)
+    assert max(told) == (4, 4)
     assert set(remembered.read_text().split()) == {job.digest for job in jobs("reference")}
     told.clear()
-    compile_ahead(wanted, start, remembered, on_progress=lambda done, total: told.append((done, total)))
-    assert max(told) == (4, 4)  # a job that failed, perhaps for lack of memory, is tried again
+    compile_ahead(wanted[1:], start, remembered, on_progress=lambda done, total: told.append((done, total)))
+    assert max(told) == (1, 1)  # a job that failed, perhaps for lack of memory, is tried again
 
 
 @pytest.mark.slow

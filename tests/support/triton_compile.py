@@ -29,13 +29,19 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from moe_dispatch.experts import ExpertWeights
 from moe_dispatch.machine import Machine
-from moe_dispatch.problem import MoEProblem
+from moe_dispatch.problem import DType, MoEProblem
 from moe_dispatch.workloads import torch_dtype
 
 # Opt-in bytes of shared memory per block (CUDA programming guide, table of technical specifications).
 SHARED_MEMORY: Final = {
     80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 103: 232448, 120: 101376, 121: 101376,
 }  # fmt: skip
+# What `make test` compiles one default of each backend for: every device, FP8 where that differs most. All defaults of
+# all dtypes are compiled by the matrix's cells `defaults-torch…`, which select the marker `matrix`.
+SAMPLED: Final[tuple[tuple[int, DType], ...]] = (
+    (80, "bf16"), (86, "bf16"), (89, "fp8"), (90, "bf16"), (90, "fp8"), (100, "fp8"), (103, "bf16"), (120, "fp8"),
+    (121, "bf16"),
+)  # fmt: skip
 _SMS: Final = {80: 108, 86: 84, 89: 142, 90: 132, 100: 148, 103: 148, 120: 188, 121: 48}
 
 
@@ -86,6 +92,23 @@ class Built:
     wide_loads: bool
 
 
+def devices(*, fp16: bool = False) -> list[Any]:
+    """Parameters ``capability, dtype, every`` of a compile test: the sample, and under the marker `matrix` all of them.
+
+    Args:
+        fp16: Whether the backend takes it. It chooses as BF16 does and differs in one type: one device suffices.
+    """
+    sampled = [pytest.param(capability, dtype, False, id=f"sm_{capability}-{dtype}") for capability, dtype in SAMPLED]
+    dtypes: tuple[DType, ...] = ("bf16", "fp8")
+    every: list[tuple[int, DType]] = [(capability, dtype) for capability in SHARED_MEMORY for dtype in dtypes]
+    every += [(90, "fp16")] if fp16 else []
+    return sampled + [
+        pytest.param(capability, dtype, True, id=f"every-sm_{capability}-{dtype}", marks=pytest.mark.matrix)
+        for capability, dtype in every
+        if dtype != "fp8" or capability >= 89
+    ]
+
+
 def described(capability: int) -> Machine:
     """A machine of one of the compute capabilities in SHARED_MEMORY."""
     return Machine(
@@ -100,7 +123,7 @@ def unwritten_layer(problem: MoEProblem) -> tuple[Tensor, ExpertWeights, Tensor,
     empty = torch.empty
     dtype, plain = torch_dtype(problem.dtype), torch_dtype(problem.act_dtype)
     M, E, rows, K, N = problem.M, problem.E, problem.gate_up_rows, problem.K, problem.N
-    optional: dict[str, Tensor] = {}
+    optional: dict[str, Any] = {}
     if problem.dtype == "fp8":
         gate_up, down = problem.quant_blocks
         optional |= {"gate_up_scale": empty(E, *gate_up), "down_scale": empty(E, *down)}

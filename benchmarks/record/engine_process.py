@@ -1,0 +1,221 @@
+"""One vLLM engine with dummy weights in a process of its own, which answers workloads; see `engine_vllm`.
+
+Requests are lines of JSON on standard input, answers lines of JSON on a descriptor that the parent opened: what vLLM
+logs goes to standard output.
+"""
+
+import dataclasses
+import json
+import os
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Final, Literal
+
+# Qwen3-30B-A3B, whose expert layers are [E=128, topk=8, K=2048, N=768].
+MODEL: Final[dict[str, Any]] = {
+    "architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe", "hidden_size": 2048, "intermediate_size": 6144,
+    "moe_intermediate_size": 768, "num_experts": 128, "num_experts_per_tok": 8, "num_attention_heads": 32,
+    "num_key_value_heads": 4, "head_dim": 128, "num_hidden_layers": 48, "vocab_size": 151936, "norm_topk_prob": True,
+    "decoder_sparse_step": 1, "mlp_only_layers": [], "max_position_embeddings": 40960, "rms_norm_eps": 1e-6,
+    "rope_theta": 1000000.0, "hidden_act": "silu", "tie_word_embeddings": False, "torch_dtype": "bfloat16",
+    "attention_bias": False, "router_aux_loss_coef": 0.001, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+FP8: Final = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [128, 128], "fmt": "e4m3"}
+PREFILL: Final = (8, 2048)  # prompts, tokens of each
+CAPTURED: Final = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+PROMPT: Final = 32  # tokens before a decode
+SHORT, LONG = 16, 80  # generated tokens; the difference is decode alone
+# The same under a profiler, which takes milliseconds to read a step's thousands of events.
+PROFILED_SHORT, PROFILED_LONG = 4, 12
+MOST_KERNELS: Final = 25
+
+
+def serve(dtype: Literal["bf16", "fp8"], layers: int, memory: float, kv_gib: float, answer: int) -> None:
+    """Start an engine and answer requests until standard input ends.
+
+    Args:
+        dtype: ``"bf16"`` or ``"fp8"``.
+        layers: How many of the model's 48 layers there are.
+        memory: The share of the GPU that the engine may take.
+        kv_gib: GiB of KV cache. It is not left to the engine's memory profile, which another engine that starts on the
+            same GPU at the same time would distort.
+        answer: The descriptor to write answers to.
+    """
+    begin = time.monotonic()
+    from vllm import LLM
+
+    folder = Path(tempfile.mkdtemp())
+    config = MODEL | {"num_hidden_layers": layers}
+    if dtype == "fp8":
+        config["quantization_config"] = FP8
+    (folder / "config.json").write_text(json.dumps(config))
+    llm = LLM(
+        model=str(folder), load_format="dummy", skip_tokenizer_init=True, attention_backend="TRITON_ATTN",
+        gpu_memory_utilization=memory, kv_cache_memory_bytes=int(kv_gib * (1 << 30)), max_model_len=4096,
+        max_num_seqs=256, max_num_batched_tokens=8192, enable_prefix_caching=False, seed=0, disable_log_stats=True,
+        compilation_config={"cudagraph_capture_sizes": list(CAPTURED)},
+    )  # fmt: skip
+    engine = _Engine(llm, dtype)
+    with os.fdopen(answer, "w") as answers:
+        print(json.dumps({"started_s": round(time.monotonic() - begin, 1)}), file=answers, flush=True)
+        for line in sys.stdin:
+            request = json.loads(line)
+            print(json.dumps(engine.answer(request.pop("what"), **request)), file=answers, flush=True)
+
+
+class _Engine:
+    """Runs workloads, each on prompts that no earlier one had.
+
+    Args:
+        llm: vLLM's engine.
+        dtype: The dtype of its expert weights.
+    """
+
+    def __init__(self, llm: Any, dtype: Literal["bf16", "fp8"]) -> None:
+        self._llm, self._dtype = llm, dtype
+        self._round = 0
+        self._compiled = _count_compilations()
+
+    def answer(self, what: str, **request: int) -> dict[str, Any]:
+        workloads: dict[str, Callable[..., dict[str, Any]]] = {
+            "decode": self._decode, "prefill": self._prefill, "tokens": self._tokens, "profile": self._profile,
+            "plans": self._plans,
+        }  # fmt: skip
+        result = workloads[what](**request)
+        return result | {"compiled": len(self._compiled), "compiled_names": sorted(set(self._compiled))[:8]}
+
+    def _decode(self, batch: int) -> dict[str, Any]:
+        self._run(batch, PROMPT, SHORT)
+        short, long = (min(self._run(batch, PROMPT, tokens)[0] for _ in range(2)) for tokens in (SHORT, LONG))
+        return {"seconds": (long - short) / (LONG - SHORT)}  # of one decode step
+
+    def _prefill(self) -> dict[str, Any]:
+        self._run(*PREFILL, 1)
+        return {"seconds": min(self._run(*PREFILL, 1)[0] for _ in range(3))}
+
+    def _tokens(self) -> dict[str, Any]:
+        self._round = 1000  # the same prompts in every engine
+        outputs = [output.outputs[0] for output in self._run(4, PROMPT, 24, greedy=True)[1]]
+        return {
+            "tokens": [list(output.token_ids) for output in outputs],
+            "logprobs": [
+                [step[token].logprob for token, step in zip(output.token_ids, output.logprobs, strict=True)]
+                for output in outputs
+            ],
+        }
+
+    def _plans(self) -> dict[str, Any]:
+        """What runs at each captured batch, where the plugin is on."""
+        if not _plugin_is_on():
+            return {"plans": {}}
+        from moe_dispatch import MoEProblem, explain
+
+        layer = MoEProblem(1, K=2048, N=768, E=128, topk=8, dtype=self._dtype, mode="graph")
+        chosen = {M: explain(dataclasses.replace(layer, M=M)).chosen for M in (*CAPTURED, 2048, 8192)}
+        return {"plans": {M: dataclasses.asdict(best.choice) for M, best in chosen.items() if best}}
+
+    def _profile(self, batch: int) -> dict[str, Any]:
+        """The kernels of one decode step: what a long generation has more than a short one, per step."""
+        self._run(batch, PROMPT, PROFILED_LONG)
+        short = _kernels(lambda: self._run(batch, PROMPT, PROFILED_SHORT))
+        long = _kernels(lambda: self._run(batch, PROMPT, PROFILED_LONG))
+        steps = PROFILED_LONG - PROFILED_SHORT
+        counts: dict[str, int] = defaultdict(int)
+        times: dict[str, float] = defaultdict(float)
+        for sign, kernels in ((-1, short), (1, long)):
+            for name, start, end in kernels:
+                counts[name] += sign
+                times[name] += sign * (end - start)
+        most = sorted(times, key=lambda name: -times[name])
+        return {
+            "kernels_per_step": sum(counts.values()) / steps,
+            "sum_us": sum(times.values()) / steps,
+            # Less than the sum where kernels overlap, as programmatic dependent launches do.
+            "busy_us": (_busy(long) - _busy(short)) / steps,
+            "kernels": [
+                {"name": name[:120], "count": counts[name] / steps, "us": round(times[name] / steps, 1)}
+                for name in most[:MOST_KERNELS]
+            ],
+            "one_layer": _one_layer(long),
+        }
+
+    def _run(self, batch: int, prompt: int, tokens: int, *, greedy: bool = False) -> tuple[float, list[Any]]:
+        """Seconds and outputs of a generation.
+
+        What is timed draws its tokens at random: with dummy weights, greedy sequences soon repeat one token each, so
+        that a batch hits a number of experts which no two runs have in common, and a step's time with it.
+        """
+        from vllm import SamplingParams
+
+        self._round += 1
+        prompts = [
+            {"prompt_token_ids": [(7 * i + 13 * row + 31 * self._round) % 150000 + 10 for i in range(prompt)]}
+            for row in range(batch)
+        ]
+        sampling = SamplingParams(
+            temperature=0.0 if greedy else 1.0,
+            max_tokens=tokens,
+            ignore_eos=True,
+            detokenize=False,
+            logprobs=1 if greedy else None,
+        )
+        start = time.perf_counter()
+        outputs = self._llm.generate(prompts, sampling, use_tqdm=False)
+        return time.perf_counter() - start, outputs
+
+
+Kernel = tuple[str, float, float]  # name, start and end in microseconds
+
+
+def _kernels(run: Callable[[], object]) -> list[Kernel]:
+    """Everything that the GPU does meanwhile, copies included, by start."""
+    import torch
+
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        run()
+        torch.cuda.synchronize()
+    events = [event for event in profile.events() if event.device_type.name == "CUDA"]
+    return sorted(
+        ((event.name, event.time_range.start, event.time_range.end) for event in events), key=lambda kernel: kernel[1]
+    )
+
+
+def _busy(kernels: list[Kernel]) -> float:
+    """Microseconds in which at least one kernel runs."""
+    total, until = 0.0, float("-inf")
+    for _, start, end in kernels:
+        total += max(0.0, end - max(start, until))
+        until = max(until, end)
+    return total
+
+
+def _one_layer(kernels: list[Kernel]) -> list[dict[str, Any]]:
+    """The kernels of the last but one layer of the last step: from one attention to the next."""
+    attention = [place for place, (name, _, _) in enumerate(kernels) if "attention" in name]
+    if len(attention) < 3:
+        return []
+    first, last = attention[-3], attention[-2]
+    begin = kernels[first][1]
+    return [
+        {"name": name[:80], "start_us": round(start - begin, 1), "us": round(end - start, 1)}
+        for name, start, end in kernels[first:last]
+    ]
+
+
+def _plugin_is_on() -> bool:
+    from moe_dispatch.integrations.vllm.takeover import TAKEOVER
+
+    return bool(TAKEOVER.taken)
+
+
+def _count_compilations() -> list[str]:
+    """Grows by a kernel's name with every compilation by Triton from now on."""
+    import triton
+
+    names: list[str] = []
+    triton.knobs.compilation.listener = lambda src, **_: names.append(str(getattr(src, "name", src)))
+    return names
