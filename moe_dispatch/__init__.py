@@ -32,6 +32,9 @@ if TYPE_CHECKING:
     from moe_dispatch.experts import ExpertWeights
     from moe_dispatch.machine import Machine
     from moe_dispatch.modules.layer import MoELayer
+    from moe_dispatch.parallel.errors import ExpertParallelLostError, ExpertParallelMismatchError
+    from moe_dispatch.parallel.expert_parallel import ExpertParallel
+    from moe_dispatch.parallel.sharded_experts import ShardedExperts
     from moe_dispatch.policy import Choice, Policy
     from moe_dispatch.problem import MoEProblem
     from moe_dispatch.registry import register_backend
@@ -47,6 +50,9 @@ __all__ = [
     "BackendUnsupportedError",
     "Choice",
     "DeviceLostError",
+    "ExpertParallel",
+    "ExpertParallelLostError",
+    "ExpertParallelMismatchError",
     "ExpertWeights",
     "InvalidInputError",
     "Machine",
@@ -59,6 +65,7 @@ __all__ = [
     "PolicyFileError",
     "Requirements",
     "Router",
+    "ShardedExperts",
     "UnknownNameError",
     "__version__",
     "explain",
@@ -84,6 +91,9 @@ _MODULES: Final = {
     "experts": ("ExpertWeights",),
     "machine": ("Machine",),
     "modules.layer": ("MoELayer",),
+    "parallel.errors": ("ExpertParallelLostError", "ExpertParallelMismatchError"),
+    "parallel.expert_parallel": ("ExpertParallel",),
+    "parallel.sharded_experts": ("ShardedExperts",),
     "policy": ("Choice", "Policy"),
     "problem": ("MoEProblem",),
     "registry": ("register_backend",),

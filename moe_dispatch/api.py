@@ -9,11 +9,13 @@ from moe_dispatch.dispatch import call
 from moe_dispatch.dispatch.explanation import Explanation
 from moe_dispatch.experts import ExpertWeights
 from moe_dispatch.machine import Machine
+from moe_dispatch.parallel.forward import forward_sharded
+from moe_dispatch.parallel.sharded_experts import ShardedExperts
 
 
 def moe_forward(
     hidden_states: Tensor,
-    experts: ExpertWeights,
+    experts: ExpertWeights | ShardedExperts,
     topk_weights: Tensor,
     topk_ids: Tensor,
     *,
@@ -37,7 +39,8 @@ def moe_forward(
 
     Args:
         hidden_states: ``[M, K]``; the weights' dtype, or BF16, FP16 or FP32 with block FP8 weights.
-        experts: The layer's weights.
+        experts: The layer's weights; or this rank's part of a layer that `ExpertParallel` spread over ranks, with the
+            whole layer's ids. Every rank of its group then makes the call; see `forward_sharded` for what it raises.
         topk_weights: ``[M, topk]``, fp32 (BF16 and FP16 are converted).
         topk_ids: ``[M, topk]``, int32 or int64. An id outside 0…E-1 adds nothing, whatever its weight: expert
             parallelism's "not mine". The same expert twice in a row counts twice.
@@ -56,6 +59,16 @@ def moe_forward(
         NoBackendError: Nothing can run this; every backend's reasons are listed.
         DeviceLostError: The CUDA context is gone; only a new process can go on.
     """
+    if isinstance(experts, ShardedExperts):
+        if torch.compiler.is_compiling():
+            from moe_dispatch.dispatch.uncompiled import call_uncompiled
+
+            # The ranks talk to each other on the host, which a graph cannot hold.
+            result: Tensor = call_uncompiled(
+                forward_sharded, hidden_states, experts, topk_weights, topk_ids, backend, out
+            )
+            return result
+        return forward_sharded(hidden_states, experts, topk_weights, topk_ids, backend, out)
     if torch.compiler.is_compiling():
         return call.call_traced(hidden_states, experts, topk_weights, topk_ids, backend, out)
     return call.call_eagerly(hidden_states, experts, topk_weights, topk_ids, backend, out)

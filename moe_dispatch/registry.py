@@ -19,7 +19,7 @@ LAST_RESORT: Final = "reference"  # The backend that runs anywhere and every val
 
 logger = logging.getLogger(__name__)
 
-T = TypeVar("T", bound=Backend | Policy)
+T = TypeVar("T")
 
 
 class Registry(Generic[T]):

@@ -78,6 +78,10 @@ class MeasuredPolicy(Policy):
         """The reasons for which files are refused, and measurements that are not used."""
         return tuple(self._notes)
 
+    def digest(self) -> str:
+        """See `Policy.digest`: one hash of each file, in order of precedence."""
+        return ",".join(file.digest() for file in self._files)
+
     def _table(self, key: LayerKey, mode: Mode) -> LayerTable | None:
         tables = (file.table(key, mode) for file in self._files)
         return next((table for table in tables if table), None)

@@ -1,5 +1,6 @@
 """A calibration file as a policy reads it: which of its measurements hold here, and the tables made of those."""
 
+import hashlib
 from collections import Counter
 from collections.abc import Iterable
 
@@ -57,6 +58,10 @@ class MeasuredFile:
         if (key, mode) not in self._tables:
             self._tables[key, mode] = self._build(self._points.get((key, mode), ()))
         return self._tables[key, mode]
+
+    def digest(self) -> str:
+        """A hash of the file's content."""
+        return hashlib.sha256(self._file.model_dump_json().encode()).hexdigest()[:16]
 
     def _build(self, points: Iterable[int]) -> LayerTable | None:
         scores: dict[int, dict[Identity, float | None]] = {}

@@ -35,8 +35,12 @@ def call_eagerly(
     topk_ids: Tensor,
     backend: str | None,
     out: Tensor | None = None,
+    dispatcher: Dispatcher | None = None,
 ) -> Tensor:
-    """`moe_forward` outside of a trace: on the layer's GPU and without autocast, the dispatcher runs the call."""
+    """`moe_forward` outside of a trace: on the layer's GPU and without autocast, the dispatcher runs the call.
+
+    The dispatcher is the process's one for the layer's device if None.
+    """
     if not isinstance(experts, ExpertWeights):
         check(hidden_states, experts, topk_weights, topk_ids)  # raises
     if type(hidden_states) is not Tensor or type(topk_weights) is not Tensor or type(topk_ids) is not Tensor:
@@ -49,14 +53,14 @@ def call_eagerly(
     if any_autocast_enabled() and torch.is_autocast_enabled(device.type):
         # Autocast rounds torch ops but not kernels, so the result would depend on the backend.
         with torch.autocast(device.type, enabled=False):
-            return call_eagerly(hidden_states, experts, topk_weights, topk_ids, backend, out)
+            return call_eagerly(hidden_states, experts, topk_weights, topk_ids, backend, out, dispatcher)
     if out is None and is_recorded(hidden_states, experts, topk_weights):
         inputs = (hidden_states, experts, topk_weights, topk_ids)
         # Inside of a transform of torch.func there is no memory to read, and only the reference can run.
         if not forward_mode_entered(hidden_states, topk_weights) and have_memory(inputs):
             check(*inputs, backend)
             return torch_operator.call(*inputs, backend)
-    return _dispatch(hidden_states, experts, topk_weights, topk_ids, backend, out)
+    return _dispatch(hidden_states, experts, topk_weights, topk_ids, backend, out, dispatcher)
 
 
 def _dispatch(
@@ -66,10 +70,11 @@ def _dispatch(
     topk_ids: Tensor,
     backend: str | None = None,
     out: Tensor | None = None,
+    dispatcher: Dispatcher | None = None,
 ) -> Tensor:
     """Run a call on the layer's GPU. If it is recorded, only a backend that torch can differentiate runs it."""
     device = experts.device
-    dispatcher = get_dispatcher(device)
+    dispatcher = dispatcher or get_dispatcher(device)
     # Triton and DeepGEMM launch on the current GPU, wherever the tensors are.
     if dispatcher.one_of_several_gpus and torch.cuda.current_device() != device.index:
         with torch.cuda.device(device):

@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import threading
+from collections.abc import Mapping
 from typing import Any, Final
 
 import torch
@@ -43,6 +44,7 @@ class Dispatcher:
         machine: The machine whose capability and versions decide.
         configured: The values of the environment variables; they are read if None.
         live: Whether `machine` is this one. A described machine is only explained; see `Planner`.
+        barred: Backends that policies may not choose, each with the reason.
 
     Attributes:
         machine: As given.
@@ -52,13 +54,22 @@ class Dispatcher:
         last_plan: The plan that ran last, a suspect when the CUDA context is lost.
     """
 
-    def __init__(self, machine: Machine, configured: Settings | None = None, *, live: bool = True) -> None:
+    def __init__(
+        self,
+        machine: Machine,
+        configured: Settings | None = None,
+        *,
+        live: bool = True,
+        barred: Mapping[str, str] | None = None,
+    ) -> None:
         self.machine = machine
         self.quarantine = Quarantine(machine)
         self.one_of_several_gpus = live and machine.device == "cuda" and torch.cuda.device_count() > 1
         self._on_cuda = machine.device == "cuda"
         self._counters = Counters()
-        self.planner = Planner(machine, configured or settings(), self.quarantine, self._counters, live=live)
+        self.planner = Planner(
+            machine, configured or settings(), self.quarantine, self._counters, live=live, barred=barred or {}
+        )
         self._recovery = Recovery(self, self.planner, self.quarantine, self._counters)
         self._plans: dict[PlanKey, Plan] = {}
         self.last_plan: Plan | None = None

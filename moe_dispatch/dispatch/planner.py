@@ -2,7 +2,7 @@
 
 import dataclasses
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Final
 
 import pydantic
@@ -42,18 +42,26 @@ class Planner:
         quarantine: Consulted, and told of a backend that cannot be made or fails its probe.
         counters: Told of the same.
         live: Whether `machine` is this one. A described machine is only explained: nothing is imported or probed.
+        barred: Backends that policies may not choose, each with the reason.
 
     Attributes:
         machine: As given.
     """
 
     def __init__(
-        self, machine: Machine, configured: Settings, quarantine: Quarantine, counters: Counters, *, live: bool
+        self,
+        machine: Machine,
+        configured: Settings,
+        quarantine: Quarantine,
+        counters: Counters,
+        *,
+        live: bool,
+        barred: Mapping[str, str],
     ) -> None:
         self.machine = machine
         self._settings, self._live = configured, live
         self._quarantine, self._counters = quarantine, counters
-        self._pool = BackendPool(machine, configured.disabled, quarantine)
+        self._pool = BackendPool(machine, configured.disabled, quarantine, barred)
         self._chain: PolicyChain | None = None
         self._proven: set[PlanKind] = set()
         self._passed_over: set[str] = set()
@@ -132,6 +140,10 @@ class Planner:
     def notes(self) -> tuple[str, ...]:
         """Unknown names in the environment, retired measurements and refused files."""
         return (*self._unknown_names(), *self._policies().notes())
+
+    def tables_digest(self) -> str:
+        """What the policies rank by, as text that is equal where their data is."""
+        return self._policies().digest()
 
     def _unknown_names(self) -> tuple[str, ...]:
         """Backends that the environment names and that are not registered."""

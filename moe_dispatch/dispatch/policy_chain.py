@@ -73,6 +73,16 @@ class PolicyChain:
                 self._refuse(policy.name, error)
         return (*self._refusals, *notes)
 
+    def digest(self) -> str:
+        """What the policies rank by, as text that is equal where their data is: each one's name and digest."""
+        digests: list[str] = []
+        for policy in self._policies:
+            try:
+                digests.append(f"{policy.name}:{policy.digest()}")
+            except FOREIGN_ERRORS as error:
+                self._refuse(policy.name, error)
+        return " ".join(digests)
+
     def _refuse(self, name: str, error: BaseException) -> None:
         what = str(error) if isinstance(error, MoEDispatchError) else failures.summary(error)
         text = f"policy {name!r} is passed over: {what}"

@@ -9,6 +9,7 @@ Floors, lowest first. Within a floor modules may import each other, as long as t
     backend guard policy registry                       what a backend and a policy are, and where they are found
     measure                                             inputs, timing, verification
     dispatch                                            from a call to a running backend
+    parallel                                            a layer whose experts are spread over ranks
     api                                                 the three public functions
     the package, cli, commands, integrations, modules, testing    what people start
 
@@ -35,6 +36,7 @@ FLOORS: Final = (
     ("backend", "guard", "policy", "registry"),
     ("measure",),
     ("dispatch",),
+    ("parallel",),
     ("api",),
     ("", "cli", "commands", "integrations", "modules", "testing"),
 )  # fmt: skip
