@@ -9,7 +9,7 @@ STAMP := $(VENV)/.installed
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help demo check test timing matrix lint format clean
+.PHONY: help demo check test timing attack matrix docs lint format clean
 
 help:  ## Show this list.
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -26,8 +26,16 @@ test: lint  ## Lint, type-check and run every test; those that need a GPU skip t
 timing: $(STAMP)  ## The tests that hold wall-clock bounds, alone on an idle machine.
 	$(BIN)/python -m pytest -m timing
 
+attack: $(STAMP)  ## More than 20,000 hostile calls, files, command lines and backends; figures in out/attack.json. SEED=… repeats one.
+	$(BIN)/python -m pytest -n auto --dist load --attack=large --attack-figures=out/attack.json \
+	  $(if $(SEED),--hypothesis-seed=$(SEED)) tests/attack
+
 matrix: $(STAMP)  ## Every supported version, each in its own environment, and README's table of them; CELLS='core-torch211 …' for some.
 	$(BIN)/nox $(if $(CELLS),-s $(CELLS)); ended=$$?; $(BIN)/python -m tests.matrix.table; exit $$ended
+
+docs: $(STAMP)  ## Build the documentation into site/; any warning fails it.
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
+	$(BIN)/mkdocs build --strict
 
 lint: $(STAMP)  ## ruff and mypy --strict.
 	$(BIN)/ruff check .
@@ -39,7 +47,7 @@ format: $(STAMP)  ## Let ruff repair what it can.
 	$(BIN)/ruff format .
 
 clean:  ## Remove the environment and caches.
-	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache build dist *.egg-info
+	rm -rf $(VENV) site .mypy_cache .pytest_cache .ruff_cache build dist *.egg-info
 
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("moe_dispatch needs Python 3.11 or newer, and $(PYTHON) is %d.%d: make PYTHON=python3.12 …" % sys.version_info[:2])'

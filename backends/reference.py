@@ -11,8 +11,7 @@ from torch import Tensor
 
 from moe_dispatch.backend import Backend, BackendConfig, Requirements
 from moe_dispatch.experts import ExpertWeights
-from moe_dispatch.numerics import activate_torch, dequantize_blocks, quantize_rows_torch
-from moe_dispatch.problem import QUANT_BLOCK
+from moe_dispatch.numerics import activate_torch, dequantize_blocks, round_rows_through_fp8
 
 
 class ReferenceConfig(BackendConfig):
@@ -89,12 +88,12 @@ def _expert(tokens: Tensor, experts: ExpertWeights, e: int, config: ReferenceCon
         tokens, gate_up, down = tokens.float(), gate_up.float(), down.float()
     quantize = experts.dtype == "fp8" and config.quantize_activations
     if quantize:
-        tokens = _through_fp8(tokens)
+        tokens = round_rows_through_fp8(tokens)
     up_bias = None if experts.gate_up_bias is None else experts.gate_up_bias[e].to(tokens.dtype)
     down_bias = None if experts.down_bias is None else experts.down_bias[e].to(tokens.dtype)
     inner = activate_torch(F.linear(tokens, gate_up, up_bias), experts.activation, interleaved=experts.interleaved)
     if quantize:
-        inner = _through_fp8(inner)
+        inner = round_rows_through_fp8(inner)
     return F.linear(inner, down, down_bias)
 
 
@@ -105,10 +104,3 @@ def _weights(experts: ExpertWeights, e: int) -> tuple[Tensor, Tensor]:
         dequantize_blocks(experts.gate_up[e], experts.gate_up_scale[e]),
         dequantize_blocks(experts.down[e], experts.down_scale[e]),
     )
-
-
-def _through_fp8(rows: Tensor) -> Tensor:
-    quantized, scale = quantize_rows_torch(rows.detach())
-    rounded = quantized.float() * scale.repeat_interleave(QUANT_BLOCK, dim=1)[:, : rows.shape[1]]
-    # A straight-through gradient: rounding has no useful derivative, and autograd would round the gradient to e4m3.
-    return rows + (rounded - rows).detach() if rows.requires_grad else rounded

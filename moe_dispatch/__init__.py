@@ -31,9 +31,14 @@ if TYPE_CHECKING:
     )
     from moe_dispatch.experts import ExpertWeights
     from moe_dispatch.machine import Machine
+    from moe_dispatch.modules.layer import MoELayer
+    from moe_dispatch.parallel.errors import ExpertParallelLostError, ExpertParallelMismatchError
+    from moe_dispatch.parallel.expert_parallel import ExpertParallel
+    from moe_dispatch.parallel.sharded_experts import ShardedExperts
     from moe_dispatch.policy import Choice, Policy
     from moe_dispatch.problem import MoEProblem
     from moe_dispatch.registry import register_backend
+    from moe_dispatch.routers import Router
 
     __version__: str
 
@@ -45,16 +50,22 @@ __all__ = [
     "BackendUnsupportedError",
     "Choice",
     "DeviceLostError",
+    "ExpertParallel",
+    "ExpertParallelLostError",
+    "ExpertParallelMismatchError",
     "ExpertWeights",
     "InvalidInputError",
     "Machine",
     "MoEDispatchError",
     "MoEDispatchWarning",
+    "MoELayer",
     "MoEProblem",
     "NoBackendError",
     "Policy",
     "PolicyFileError",
     "Requirements",
+    "Router",
+    "ShardedExperts",
     "UnknownNameError",
     "__version__",
     "explain",
@@ -79,9 +90,14 @@ _MODULES: Final = {
     ),
     "experts": ("ExpertWeights",),
     "machine": ("Machine",),
+    "modules.layer": ("MoELayer",),
+    "parallel.errors": ("ExpertParallelLostError", "ExpertParallelMismatchError"),
+    "parallel.expert_parallel": ("ExpertParallel",),
+    "parallel.sharded_experts": ("ShardedExperts",),
     "policy": ("Choice", "Policy"),
     "problem": ("MoEProblem",),
     "registry": ("register_backend",),
+    "routers": ("Router",),
 }
 
 

@@ -9,11 +9,13 @@ from moe_dispatch.dispatch import call
 from moe_dispatch.dispatch.explanation import Explanation
 from moe_dispatch.experts import ExpertWeights
 from moe_dispatch.machine import Machine
+from moe_dispatch.parallel.forward import forward_sharded
+from moe_dispatch.parallel.sharded_experts import ShardedExperts
 
 
 def moe_forward(
     hidden_states: Tensor,
-    experts: ExpertWeights,
+    experts: ExpertWeights | ShardedExperts,
     topk_weights: Tensor,
     topk_ids: Tensor,
     *,
@@ -22,15 +24,23 @@ def moe_forward(
 ) -> Tensor:
     """Run a Mixture-of-Experts layer on the fastest backend for this machine, dtype and token count.
 
-    out[m] = Σ_j topk_weights[m, j] · down[e](act(gate_up[e](hidden_states[m]))) with e = topk_ids[m, j]; sums in fp32.
+    ``out[m] = Σ_j topk_weights[m, j] · down[e](act(gate_up[e](hidden_states[m])))`` with ``e = topk_ids[m, j]``; sums
+    in fp32.
 
     Capturable in a CUDA graph once the same token count has run before (`warm_up`), and compiled by torch.compile
-    with ``fullgraph=True``. Differentiable through the reference backend, for which a compiled graph breaks.
-    Autocast does not reach inside: the layer is computed in the dtype of its tensors.
+    with ``fullgraph=True``. Autocast does not reach inside: the layer is computed in the dtype of its tensors.
+
+    Differentiable in hidden_states, topk_weights, the weights and the biases, compiled or not. Autograd keeps only the
+    inputs of a call; the backward computes the product with gate_up and the activation again. It uses grouped products
+    for BF16 weights on compute capability 9.x, and elsewhere goes expert by expert, which waits for the device once;
+    `explain` says which, and why. It adds nothing atomically: the same inputs give the same bits. Block FP8 weights
+    have no gradient themselves, and the quantisation of activations counts as the identity. Second derivatives
+    (``create_graph=True``), forward mode and torch.func's transforms run the reference, which is slow.
 
     Args:
         hidden_states: ``[M, K]``; the weights' dtype, or BF16, FP16 or FP32 with block FP8 weights.
-        experts: The layer's weights.
+        experts: The layer's weights; or this rank's part of a layer that `ExpertParallel` spread over ranks, with the
+            whole layer's ids. Every rank of its group then makes the call; see `forward_sharded` for what it raises.
         topk_weights: ``[M, topk]``, fp32 (BF16 and FP16 are converted).
         topk_ids: ``[M, topk]``, int32 or int64. An id outside 0…E-1 adds nothing, whatever its weight: expert
             parallelism's "not mine". The same expert twice in a row counts twice.
@@ -49,6 +59,16 @@ def moe_forward(
         NoBackendError: Nothing can run this; every backend's reasons are listed.
         DeviceLostError: The CUDA context is gone; only a new process can go on.
     """
+    if isinstance(experts, ShardedExperts):
+        if torch.compiler.is_compiling():
+            from moe_dispatch.dispatch.uncompiled import call_uncompiled
+
+            # The ranks talk to each other on the host, which a graph cannot hold.
+            result: Tensor = call_uncompiled(
+                forward_sharded, hidden_states, experts, topk_weights, topk_ids, backend, out
+            )
+            return result
+        return forward_sharded(hidden_states, experts, topk_weights, topk_ids, backend, out)
     if torch.compiler.is_compiling():
         return call.call_traced(hidden_states, experts, topk_weights, topk_ids, backend, out)
     return call.call_eagerly(hidden_states, experts, topk_weights, topk_ids, backend, out)

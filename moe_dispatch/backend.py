@@ -50,7 +50,8 @@ class Requirements:
         cpu: Whether it runs on CPU tensors.
         bias: Whether the projections may add a bias.
         interleaved: Whether gate and up rows may alternate.
-        grad: Whether autograd can differentiate it.
+        grad: Whether torch can differentiate its operations one by one, see `MoEProblem.needs_grad`. A call that is
+            recorded for a backward does not need it.
         capturable: Whether it may run while a CUDA graph is captured.
         libraries: Keys of `Machine.libraries` that must be installed.
         multiples: Shape letters and the number that each must be a multiple of, per dtype.
@@ -77,7 +78,7 @@ class Requirements:
             self._activation_reason(problem),
             "adds no bias" if problem.bias and not self.bias else "",
             "needs gate rows first, got interleaved rows" if problem.interleaved and not self.interleaved else "",
-            "has no gradient; only 'reference' is differentiable" if problem.needs_grad and not self.grad else "",
+            "has no gradient of its own; only 'reference' has one" if problem.needs_grad and not self.grad else "",
             "cannot be captured in a CUDA graph" if problem.mode == "graph" and not self.capturable else "",
         )
         multiples = (self.multiples or {}).get(problem.dtype, {})

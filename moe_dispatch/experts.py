@@ -2,16 +2,18 @@
 
 import math
 import weakref
-from collections.abc import Iterator
-from typing import Final, Self
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final, Self
 
 import torch
-from torch import Tensor
-from torch.nn.parameter import Parameter, is_lazy
+from torch import Tensor, nn
 
+from moe_dispatch.checkpoints import stack_experts
 from moe_dispatch.errors import InvalidInputError
 from moe_dispatch.numerics import FP8, quantize_blocks
 from moe_dispatch.problem import ACTIVATIONS, QUANT_BLOCK, UNGATED, Activation, DType, Mode, MoEProblem
+from moe_dispatch.tensor_memory import address, tensor_fault
 
 DTYPE_NAMES: Final[dict[torch.dtype, DType]] = {
     torch.bfloat16: "bf16",
@@ -79,6 +81,8 @@ class ExpertWeights:
         if activation not in ACTIVATIONS:
             raise InvalidInputError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
         gated = activation not in UNGATED
+        if not isinstance(interleaved, bool):
+            raise InvalidInputError(f"interleaved must be True or False, got {type(interleaved).__name__}")
         if interleaved and not gated:
             raise InvalidInputError(f"interleaved rows need a gate, and activation {activation!r} has none")
         _check_weight("gate_up", gate_up)
@@ -138,17 +142,7 @@ class ExpertWeights:
             InvalidInputError: A tensor was freed, moved to another device, or changed in dtype or shape.
         """
         try:
-            now = ExpertWeights(
-                self.gate_up,
-                self.down,
-                gate_up_scale=self.gate_up_scale,
-                down_scale=self.down_scale,
-                gate_up_bias=self.gate_up_bias,
-                down_bias=self.down_bias,
-                activation=self.activation,
-                interleaved=self.interleaved,
-                routed_experts=self.routed_experts,
-            )
+            now = self._with(dict(self.tensors()))
             if now.spec is not self.spec:
                 raise InvalidInputError(f"they are {now} now")
         except InvalidInputError as error:
@@ -205,6 +199,74 @@ class ExpertWeights:
             interleaved=interleaved,
         )
 
+    @classmethod
+    def from_experts(
+        cls,
+        experts: Sequence[Mapping[str, Tensor] | nn.Module],
+        *,
+        tp: tuple[int, int] = (0, 1),
+        activation: Activation = "silu",
+        device: torch.device | str | None = None,
+    ) -> Self:
+        """Stack experts that are separate; each tensor is copied once.
+
+        Args:
+            experts: In their order, each as a module or as tensors by name: ``gate_proj.weight`` ``[N, K]``,
+                ``up_proj.weight`` and ``down_proj.weight`` ``[K, N]`` (or w1, w3, w2), ``….weight_scale_inv``,
+                ``….bias``.
+            tp: Rank and size of tensor parallelism: the process's share of each expert's N columns.
+            activation: As for `ExpertWeights`.
+            device: Where to put them; where they are, if None.
+
+        Raises:
+            InvalidInputError: Names are missing or unknown, or shapes do not fit; the message lists what is there.
+        """
+        tensors = [expert.state_dict() if isinstance(expert, nn.Module) else expert for expert in experts]
+        return cls(**stack_experts(tensors, tp, device), activation=activation)
+
+    @classmethod
+    def from_safetensors(
+        cls,
+        path: str | Path,
+        layer: int,
+        *,
+        tp: tuple[int, int] = (0, 1),
+        activation: Activation | None = None,
+        interleaved: bool | None = None,
+        device: torch.device | str | None = None,
+    ) -> Self:
+        """Read the experts of one layer from a checkpoint, one by one or fused; no more than is needed is read.
+
+        Args:
+            path: Folder of a model, index, or safetensors file.
+            layer: The layer's number in the names of the tensors.
+            tp: As for `from_experts`.
+            activation: As for `ExpertWeights`; None for that of the config.json beside the weights.
+            interleaved: As for `ExpertWeights`; likewise.
+            device: Where to put the weights; the host's memory if None.
+
+        Raises:
+            InvalidInputError: The checkpoint does not have such experts; the message lists what is there.
+            ImportError: safetensors is not installed.
+        """
+        from moe_dispatch.checkpoint_files import read_experts
+
+        return cls(**read_experts(path, layer, tp=tp, activation=activation, interleaved=interleaved, device=device))
+
+    def to(self, device: torch.device | str) -> Self:
+        """The same layer on a device: itself where it is there already."""
+        tensors = {name: tensor.to(device) for name, tensor in self.tensors()}
+        return self if tensors["gate_up"] is self.gate_up else self._with(tensors)
+
+    def _with(self, tensors: Mapping[str, Any]) -> Self:
+        """This layer with other tensors."""
+        return type(self)(
+            **tensors,
+            activation=self.activation,
+            interleaved=self.interleaved,
+            routed_experts=self.routed_experts,
+        )
+
     def problem(
         self,
         M: int,
@@ -257,36 +319,6 @@ class ExpertWeights:
             extras.append(f"routed_experts={self.routed_experts}")
         shape = f"E={self.E}, K={self.K}, N={self.N}, dtype={self.dtype!r}, device='{self.device}'"
         return f"ExpertWeights({shape}, {', '.join(extras)})"
-
-
-def tensor_fault(name: str, tensor: object) -> str:
-    """Why a kernel could not read a tensor's memory as it is; empty if it could. Shape and dtype are not looked at."""
-    if not isinstance(tensor, Tensor):
-        return f"{name} must be a torch.Tensor, got {type(tensor).__name__}"
-    if tensor.is_nested:
-        return f"{name} must be a plain tensor, got a nested one; .values() holds its rows"
-    if tensor.layout != torch.strided:
-        return f"{name} must be strided, got layout {tensor.layout}; .to_dense() converts it"
-    if type(tensor) in _PLAIN:
-        return ""
-    if is_lazy(tensor):
-        return f"{name} is an uninitialized parameter; run its module once, or load a checkpoint"
-    # A class with a dispatch of its own keeps its elements elsewhere. A fake tensor has none, and only a trace uses it.
-    if type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__ and not hasattr(tensor, "fake_mode"):
-        remedy = ".to_local() gives this rank's part" if hasattr(tensor, "to_local") else "unwrap or dequantize it"
-        return f"{name} must be a plain tensor, got a {type(tensor).__name__}; {remedy}"
-    return ""
-
-
-_PLAIN: Final = (Tensor, Parameter)
-
-
-def address(tensor: Tensor) -> int | None:
-    """Where a tensor's elements lie; None for a tensor without memory of its own, as torch.func's transforms use."""
-    try:
-        return tensor.data_ptr()
-    except RuntimeError:
-        return None
 
 
 def _check_memory(name: str, tensor: Tensor) -> None:

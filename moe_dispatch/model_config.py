@@ -87,7 +87,7 @@ def configured_layer(config: object, origin: str) -> ConfiguredLayer:
     """
     if not isinstance(config, dict):
         raise InvalidInputError(f"{origin} must hold a JSON object, got {type(config).__name__}")
-    section = _moe_section(config, origin)
+    section = moe_section(config, origin)
     reader = _Reader(section, origin)
     E = reader.number(EXPERTS, "number of experts")
     if E < 2:
@@ -106,8 +106,16 @@ def configured_layer(config: object, origin: str) -> ConfiguredLayer:
     return ConfiguredLayer(name, E, topk, K, N, activation, bias=biased, interleaved=family == "gpt_oss")
 
 
-def _moe_section(config: Section, origin: str) -> Section:
-    """The section that holds the MoE layer, with its parts merged in."""
+def moe_section(config: Section, origin: str) -> Section:
+    """The section that holds the MoE layer, with its parts merged in.
+
+    Args:
+        config: The content of the JSON file.
+        origin: Path of the file, for messages.
+
+    Raises:
+        InvalidInputError: No section describes an MoE layer.
+    """
     dense: list[str] = []
     for section in _sections(config):
         merged = dict(section)

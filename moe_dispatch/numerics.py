@@ -79,6 +79,22 @@ def quantize_rows_torch(rows: Tensor) -> tuple[Tensor, Tensor]:
     return codes.view(R, -1)[:, :C].to(FP8).contiguous(), scale
 
 
+def round_rows_through_fp8(rows: Tensor) -> Tensor:
+    """Activations as a product with block FP8 weights reads them: quantised by `quantize_rows_torch`, and back.
+
+    Its gradient is straight-through: rounding has no useful derivative, and autograd would round the gradient to e4m3.
+
+    Args:
+        rows: fp32 ``[R, C]``.
+
+    Returns:
+        fp32 ``[R, C]``.
+    """
+    codes, scale = quantize_rows_torch(rows.detach())
+    rounded = codes.float() * scale.repeat_interleave(QUANT_BLOCK, dim=1)[:, : rows.shape[1]]
+    return rows + (rounded - rows).detach() if rows.requires_grad else rounded
+
+
 def quantize_blocks(weight: Tensor) -> tuple[Tensor, Tensor]:
     """Quantise weights per 128×128 block; blocks at the edges cover what is left.
 

@@ -45,3 +45,10 @@ class Policy(ABC):
     def notes(self) -> tuple[str, ...]:
         """What a person should know about this policy on this machine: retired measurements, a refused file."""
         return ()
+
+    def digest(self) -> str:
+        """A hash of the data that the ranking depends on beside problem and machine; empty where there is none.
+
+        The ranks of an expert-parallel group compare it: with equal data they make equal choices.
+        """
+        return ""

@@ -47,7 +47,8 @@ class MoEProblem:
         device: ``"cuda"`` or ``"cpu"``.
         capability: CUDA compute capability, None on a CPU.
         mode: ``"graph"`` while a CUDA graph is captured.
-        needs_grad: Whether autograd must be able to differentiate the call.
+        needs_grad: Whether torch must be able to differentiate the backend's own operations, as forward mode and second
+            derivatives do. A call that is recorded for a backward is a problem without.
         routed_experts: Experts among which the router chooses, where the E experts here are a part of them, as under
             expert parallelism; None where they are all. Of the M·topk slots only the part E / routed_experts is
             expected to have an expert here.
@@ -85,6 +86,9 @@ class MoEProblem:
             )
         if self.activation not in ACTIVATIONS:
             raise InvalidInputError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {self.activation!r}")
+        for name in ("bias", "interleaved", "needs_grad"):
+            if not isinstance(getattr(self, name), bool):
+                raise InvalidInputError(f"{name} must be True or False, got {getattr(self, name)!r}")
         if self.interleaved and not self.gated:
             raise InvalidInputError(f"interleaved rows need a gate, and {self.activation!r} has none")
         if self.mode not in get_args(Mode):

@@ -18,6 +18,7 @@ VARIABLES: Final[Mapping[str, str]] = {
     "MOE_DISPATCH_DISABLE": "backends that are never chosen, comma-separated",
     "MOE_DISPATCH_MACHINE": "a shipped machine (`h200`) or a JSON file that replaces what is seen of this machine",
     "MOE_DISPATCH_CACHE_DIR": "the absolute path under which calibrations and the quarantine are kept",
+    "MOE_DISPATCH_CALIBRATION_PATH": "files and folders of calibrations that are only read, separated by `:`",
     "MOE_DISPATCH_LOG_LEVEL": "the level of the logger `moe_dispatch`",
     "MOE_DISPATCH_VLLM": "`1` gives the expert layers of a vLLM engine to `moe_forward`",
     "MOE_DISPATCH_COMMIT": "the commit that measurements record, where no git checkout tells it",
@@ -36,6 +37,7 @@ class Settings:
         disabled: Backends that are never chosen.
         machine: Name or file of a machine description; empty to inspect this machine.
         cache_dir: Folder of calibrations and the quarantine; see `cache_dir` for the default.
+        calibration_path: Files and folders of calibrations that are only read, in order of precedence.
         log_level: Level of the logger ``moe_dispatch``; empty to leave the logger alone.
         vllm: Whether the plugin for vLLM replaces expert layers.
         commit: Commit that measurements record; empty to ask git.
@@ -46,6 +48,7 @@ class Settings:
     disabled: frozenset[str] = frozenset()
     machine: str = ""
     cache_dir: Path | None = None
+    calibration_path: tuple[Path, ...] = ()
     log_level: str = ""
     vllm: bool = False
     commit: str = ""
@@ -55,7 +58,7 @@ class Settings:
         """Read the variables.
 
         Raises:
-            InvalidInputError: The log level is unknown, or the cache directory is a relative path.
+            InvalidInputError: The log level is unknown, or a path is relative.
         """
         level = _text("LOG_LEVEL").upper()
         if level and level not in _LEVELS:
@@ -65,7 +68,10 @@ class Settings:
             policies=_names("POLICY") or DEFAULT_POLICIES,
             disabled=frozenset(_names("DISABLE")),
             machine=_text("MACHINE"),
-            cache_dir=_folder("CACHE_DIR"),
+            cache_dir=_path("CACHE_DIR", _text("CACHE_DIR")) if _text("CACHE_DIR") else None,
+            calibration_path=tuple(
+                _path("CALIBRATION_PATH", text) for text in _text("CALIBRATION_PATH").split(os.pathsep) if text.strip()
+            ),
             log_level=level,
             vllm=_text("VLLM").lower() not in ("", "0", "false", "no", "off"),
             commit=_text("COMMIT"),
@@ -114,9 +120,20 @@ def cache_dir() -> Path:
     if base.is_absolute():  # the XDG specification has relative paths ignored
         return base / "moe_dispatch"
     try:
-        return Path.home() / ".cache" / "moe_dispatch"
+        home = Path.home()
     except RuntimeError:  # a container's user may have no home
         return private_temporary_folder()
+    # A relative one, as by HOME=., would be another folder in each working directory.
+    return home / ".cache" / "moe_dispatch" if home.is_absolute() else private_temporary_folder()
+
+
+def calibration_search_path() -> tuple[Path, ...]:
+    """``MOE_DISPATCH_CALIBRATION_PATH``: files, whose names end in ``.json``, and folders; none of them need exist.
+
+    Raises:
+        InvalidInputError: An entry is a relative path.
+    """
+    return Settings.from_environment().calibration_path
 
 
 def _text(variable: str) -> str:
@@ -127,16 +144,14 @@ def _names(variable: str) -> tuple[str, ...]:
     return tuple(name.strip() for name in _text(variable).split(",") if name.strip())
 
 
-def _folder(variable: str) -> Path | None:
-    if not (text := _text(variable)):
-        return None
+def _path(variable: str, text: str) -> Path:
     try:
-        folder = Path(text).expanduser()
+        path = Path(text.strip()).expanduser()
     except RuntimeError as error:
         raise InvalidInputError(f"MOE_DISPATCH_{variable}={text} cannot be expanded: {error}") from error
-    if not folder.is_absolute():
+    if not path.is_absolute():
         raise InvalidInputError(
             f"MOE_DISPATCH_{variable} must be an absolute path, got {text!r}: a relative one would name another folder "
             "in each working directory"
         )
-    return folder
+    return path

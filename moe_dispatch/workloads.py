@@ -1,5 +1,6 @@
 """Named models and routing distributions, shared by tests, benchmarks and calibration."""
 
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -37,6 +38,16 @@ class Workload:
             act_dtype="bf16" if dtype == "fp8" else dtype, activation=self.activation, bias=self.bias,
             interleaved=self.interleaved, device=machine.device, capability=machine.capability, mode=mode,
         )  # fmt: skip
+
+    def sharded(self, tp: int) -> "Workload":
+        """The layer as each GPU has it under tensor parallelism: a `tp`-th of the columns of every expert.
+
+        Raises:
+            InvalidInputError: `tp` does not divide N.
+        """
+        if tp < 1 or self.N % tp:
+            raise InvalidInputError(f"tensor parallelism must divide the {self.N} columns of {self.name}, got tp={tp}")
+        return self if tp == 1 else dataclasses.replace(self, name=f"{self.name}-tp{tp}", N=self.N // tp)
 
 
 WORKLOADS: Final[dict[str, Workload]] = {
@@ -108,7 +119,8 @@ def _from_config(path: Path) -> Workload:
     try:
         config = read_json(path)
     except (OSError, ValueError) as error:
-        raise InvalidInputError(f"{origin} is not a readable config: {error}") from error
+        why = (error.strerror if isinstance(error, OSError) else "") or error  # without a path, which may be long
+        raise InvalidInputError(f"{origin} is not a readable config: {why}") from error
     layer = configured_layer(config, origin)
     name = layer.name or path.parent.name or path.stem
     return Workload(

@@ -1,6 +1,7 @@
 """Measured tables that ship with the package, for machines that were not calibrated."""
 
 import dataclasses
+from collections.abc import Iterator
 
 from moe_dispatch.errors import PolicyFileError
 from moe_dispatch.machine import Machine
@@ -34,14 +35,25 @@ class ShippedPolicy(MeasuredPolicy):
         slowdown = self._source.slowdown(problem)
         return tuple(_estimated(choice, slowdown, self._source) for choice in choices)
 
-    def _read(self) -> CalibrationFile | None:
+    def _read(self) -> Iterator[CalibrationFile]:
         self._source = nearest(self.machine, ".json")
         if self._source is None:
-            return None
-        content, path = read_shipped(self._source.slug, ".json")
+            return
+        try:
+            yield self._table_of(self._source)
+        except PolicyFileError as error:
+            self._refuse(error)
+
+    def _table_of(self, source: Nearest) -> CalibrationFile:
+        """The table of a device, checked.
+
+        Raises:
+            PolicyFileError: It is missing, damaged, or of another device than its name says.
+        """
+        content, path = read_shipped(source.slug, ".json")
         file = parse_calibration(content, path)
-        if self._source.slug != self.machine.slug:
-            self._notes.append(self._source.note("table"))
+        if source.slug != self.machine.slug:
+            self._notes.append(source.note("table"))
         else:
             _require_same_device(file.machine, self.machine, path)
         if changed := changes(_versions(file.machine), _versions(self.machine)):

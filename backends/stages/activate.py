@@ -46,7 +46,7 @@ def activate(
         ``[rows, N]`` in gate_up's dtype.
     """
     if not on_triton(gate_up):
-        out = activate_torch(_biased(gate_up, routing, bias, topk_ids), activation, interleaved=interleaved)
+        out = activate_torch(add_bias(gate_up, routing, bias, topk_ids), activation, interleaved=interleaved)
         if topk_weights is not None:
             share = topk_weights.flatten()[routing.slot_of_row.clamp(min=0).long()]
             out = (out.float() * share[:, None]).to(out.dtype)
@@ -87,7 +87,7 @@ def activate_quantize(
     rows, N = gate_up.shape[0], _columns(gate_up, activation)
     scale = empty_scales(rows, N, gate_up.device, column_major=column_major_scales, capacity=capacity)
     if not on_triton(gate_up):
-        wide = _biased(gate_up, routing, bias, topk_ids).float()
+        wide = add_bias(gate_up, routing, bias, topk_ids).float()
         codes, plain = quantize_rows_torch(activate_torch(wide, activation, interleaved=interleaved))
         return codes, scale.copy_(plain.view(scale.shape))
     out = torch.empty(rows, N, dtype=FP8, device=gate_up.device)
@@ -99,7 +99,8 @@ def _columns(gate_up: Tensor, activation: Activation) -> int:
     return gate_up.shape[1] if activation in UNGATED else gate_up.shape[1] // 2
 
 
-def _biased(gate_up: Tensor, routing: Routing, bias: Tensor | None, topk_ids: Tensor | None) -> Tensor:
+def add_bias(gate_up: Tensor, routing: Routing, bias: Tensor | None, topk_ids: Tensor | None) -> Tensor:
+    """Add each row's bias, if there is one; in torch. See `activate`."""
     if bias is None or topk_ids is None:
         return gate_up
     ids = topk_ids.flatten()[routing.slot_of_row.clamp(min=0).long()].long()

@@ -21,6 +21,7 @@ _FP8_MAX = tl.constexpr(FP8_MAX)
 _SMALLEST_AMAX = tl.constexpr(SMALLEST_AMAX)
 _SQRT_HALF = tl.constexpr(0.7071067811865476)
 _SQRT_2_OVER_PI = tl.constexpr(0.7978845608028654)
+_INVERSE_SQRT_2_PI = tl.constexpr(0.3989422804014327)
 
 
 @triton.jit
@@ -43,6 +44,40 @@ def moe_activate(gate, up, ACTIVATION: tl.constexpr):
         z = _SQRT_2_OVER_PI * (gate + 0.044715 * gate * gate * gate)
         out = gate / (1.0 + tl.exp(-2.0 * z)) * up
     return out
+
+
+@triton.jit
+def moe_activation_gradient(gate, up, d_inner, ACTIVATION: tl.constexpr):
+    """The gradients of gate and up, where `d_inner` is that of `moe_activate`; fp32 tiles of one shape.
+
+    At a clamp's limit the gradient passes, as torch has it. Where there is no gate, the second result means nothing.
+    """
+    if ACTIVATION == "relu2":
+        d_gate = 2.0 * tl.where(gate > 0, gate, gate * 0.0) * d_inner
+        d_up = d_gate
+    elif ACTIVATION == "swiglu_oai":
+        clamped = tl.where(gate > _LIMIT, _LIMIT, gate)
+        up_clamped = tl.where(up > _LIMIT, _LIMIT, tl.where(up < -_LIMIT, -_LIMIT, up))
+        sigmoid = 1.0 / (1.0 + tl.exp(clamped * -_ALPHA))
+        slope = sigmoid * (1.0 + _ALPHA * clamped * (1.0 - sigmoid))
+        d_gate = tl.where(gate > _LIMIT, 0.0, d_inner * (up_clamped + 1.0) * slope)
+        d_up = tl.where((up > _LIMIT) | (up < -_LIMIT), 0.0, d_inner * clamped * sigmoid)
+    elif ACTIVATION == "silu":
+        sigmoid = 1.0 / (1.0 + tl.exp(-gate))
+        d_gate = d_inner * up * sigmoid * (1.0 + gate * (1.0 - sigmoid))
+        d_up = d_inner * gate * sigmoid
+    elif ACTIVATION == "gelu":
+        share = 0.5 * (1.0 + tl.erf(gate * _SQRT_HALF))
+        d_gate = d_inner * up * (share + gate * _INVERSE_SQRT_2_PI * tl.exp(-0.5 * gate * gate))
+        d_up = d_inner * gate * share
+    else:
+        tl.static_assert(ACTIVATION == "gelu_tanh", "unknown activation")
+        z = _SQRT_2_OVER_PI * (gate + 0.044715 * gate * gate * gate)
+        share = 1.0 / (1.0 + tl.exp(-2.0 * z))
+        slope = 2.0 * _SQRT_2_OVER_PI * (1.0 + 3.0 * 0.044715 * gate * gate)
+        d_gate = d_inner * up * share * (1.0 + gate * (1.0 - share) * slope)
+        d_up = d_inner * gate * share
+    return d_gate, d_up
 
 
 @triton.jit

@@ -44,8 +44,8 @@ class Engine:
         self.plugin, self._deadline = plugin, deadline
         read, write = os.pipe()
         name = "on" if plugin else "off"
-        environment = os.environ | {
-            "MOE_DISPATCH_VLLM": str(int(plugin)),
+        environment = os.environ | {"MOE_DISPATCH_VLLM": str(int(plugin))}
+        environment |= {
             "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
             # Engines that start at the same time must not write to one cache.
             "VLLM_CACHE_ROOT": str(Path(tempfile.gettempdir()) / f"vllm-cache-{name}"),
@@ -130,6 +130,7 @@ def compare(engines: list[Engine], report: Report, rounds: int, deadline: float)
             report.add({
                 "what": what, "batch": request.get("batch", 0), "off_ms": 1e3 * off["seconds"],
                 "on_ms": 1e3 * on["seconds"], "speedup": off["seconds"] / on["seconds"], "compiled_on": on["compiled"],
+                "quartiles_ms": [[1e3 * each for each in side.get("quartiles", ())] for side in (off, on)],
                 "names": on["compiled_names"],
             })  # fmt: skip
 

@@ -6,6 +6,7 @@ import typer
 
 from moe_dispatch.commands.bench import bench
 from moe_dispatch.commands.calibrate import calibrate
+from moe_dispatch.commands.calibration import calibration
 from moe_dispatch.commands.demo import demo
 from moe_dispatch.commands.doctor import doctor
 from moe_dispatch.commands.explain import explain
@@ -43,3 +44,4 @@ def _main(
 
 for _command in (demo, doctor, explain, calibrate, fit, bench):
     app.command(context_settings=CONTEXT)(_command)
+app.add_typer(calibration, name="calibration", context_settings=CONTEXT)

@@ -17,7 +17,16 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from moe_dispatch.commands.console import ERR, INTERRUPTED, OUT, heading, machine_line, microseconds, plain, table
-from moe_dispatch.commands.options import Dtypes, Models, Routings, dtype_of, modes_of, not_negative, tokens_of
+from moe_dispatch.commands.options import (
+    Dtypes,
+    Models,
+    Routings,
+    TensorParallel,
+    dtype_of,
+    modes_of,
+    not_negative,
+    tokens_of,
+)
 from moe_dispatch.errors import InvalidInputError, UnknownNameError
 from moe_dispatch.problem import DType, Mode
 
@@ -34,12 +43,13 @@ TOKENS: Final = tuple(1 << power for power in range(15))  # 1 to 16384
 MODELS: Final = ("deepseek-v3", "qwen3-30b-a3b", "mixtral-8x7b")
 DTYPES: Final[tuple[DType, ...]] = ("bf16", "fp8")
 # Options whose values a suite brings.
-SUITE_OPTIONS: Final = ("tokens", "backend", "config", "mode", "routing", "seconds", "baselines")
+SUITE_OPTIONS: Final = ("tp", "tokens", "backend", "config", "mode", "routing", "seconds", "baselines")
 
 
 def bench(
     context: typer.Context,
     model: Models = None,
+    tp: TensorParallel = 1,
     tokens: Annotated[str, typer.Option(help="Token counts M, separated by commas.")] = ",".join(map(str, TOKENS)),
     dtype: Dtypes = None,
     backend: Annotated[
@@ -82,7 +92,7 @@ def bench(
     if suite is None:
         plans = [
             _plan(
-                dispatcher, notes, workloads=_workloads(model or MODELS), dtypes=_dtypes(dtype or DTYPES),
+                dispatcher, notes, workloads=_workloads(model or MODELS, tp), dtypes=_dtypes(dtype or DTYPES),
                 tokens=tuple(sorted(set(tokens_of(tokens)))), routings=tuple(map(_routing, routing or ("uniform",))),
                 modes=_modes(mode, machine), names=backend, with_baselines=baselines, configs=_configs(config),
                 point_s=seconds,
@@ -92,7 +102,7 @@ def bench(
         _refuse_options_of_a_suite(context, suite)
         plans = _suite_plans(dispatcher, notes, _suite(suite), model, dtype)
     path = out or _default_path(machine, resume=resume)
-    if path.exists() and not resume:
+    if os.path.lexists(path) and not resume:
         raise InvalidInputError(f"{path} exists already; --resume goes on with it, --out names another")
     _check_writable(path)
     sweep = _sweep(path, machine, notes, deadline, energy, resume=resume)
@@ -184,10 +194,10 @@ def _refuse_options_of_a_suite(context: typer.Context, suite: str) -> None:
             )
 
 
-def _workloads(names: Sequence[str]) -> "tuple[Workload, ...]":
+def _workloads(names: Sequence[str], tp: int = 1) -> "tuple[Workload, ...]":
     from moe_dispatch.workloads import workload
 
-    return tuple(map(workload, names))
+    return tuple(workload(name).sharded(tp) for name in names)
 
 
 def _dtypes(names: Sequence[str]) -> tuple[DType, ...]:
@@ -279,7 +289,7 @@ def _sweep(
 def _rows(path: Path) -> "list[BenchRow]":
     from moe_dispatch.benchmarks.row_files import load
 
-    return load([path]) if path.exists() else []
+    return load([path]) if os.path.exists(path) else []
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from moe_dispatch.commands.options import (
     Dtypes,
     Models,
     Routings,
+    TensorParallel,
     dtypes_of,
     modes_of,
     positive,
@@ -37,6 +38,7 @@ _WORK: Final = {
 def calibrate(
     model: Models = None,
     dtype: Dtypes = None,
+    tp: TensorParallel = 1,
     tokens: Annotated[
         str, typer.Option("--tokens", help="Token counts M, comma-separated; powers of two up to 16384 by default.")
     ] = "",
@@ -60,9 +62,11 @@ def calibrate(
     """Measure every backend and configuration on this machine, and remember which is fastest for what."""
     from moe_dispatch.policies.calibration.calibrate import DEFAULT_ROUTINGS
     from moe_dispatch.policies.calibration.calibrate import calibrate as measure
+    from moe_dispatch.workloads import workload
 
     if not model:
         raise InvalidInputError("calibrate needs --model, a name or the path of a config.json; it may be repeated")
+    layers = [workload(each).sharded(tp) for each in model]
     dtypes = dtypes_of(dtype or ["bf16"])
     counts = tokens_of(tokens) if tokens else None
     modes = None if mode == "both" else modes_of(mode)
@@ -75,7 +79,7 @@ def calibrate(
             show(progress.what, progress.done, progress.total, progress.left_s)
 
         report = measure(
-            model, dtypes, tokens=counts, budget_s=budget_s, quick=quick, resume=resume,
+            layers, dtypes, tokens=counts, budget_s=budget_s, quick=quick, resume=resume,
             device=device, backends=backend, timeout_s=timeout_s, most_configs=max_configs,
             on_progress=on_progress, modes=modes, routings=routings, compile_only=compile_only,
         )  # fmt: skip

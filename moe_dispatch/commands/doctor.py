@@ -12,7 +12,7 @@ from moe_dispatch.settings import VARIABLES
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from moe_dispatch.commands.doctor_report import BackendReport, CalibratedLayer, DoctorReport
+    from moe_dispatch.commands.doctor_report import BackendReport, DoctorReport
     from moe_dispatch.dispatch.quarantine import QuarantineEntry
     from moe_dispatch.system.libraries import LibraryStatus
 
@@ -102,26 +102,13 @@ def _print_libraries(statuses: "Sequence[LibraryStatus]") -> None:
 
 
 def _print_calibrations(report: "DoctorReport") -> None:
+    from moe_dispatch.commands.calibrated_layers import layers_table
+
     heading("calibration")
     if not report.calibrated:
         line("none on this machine: `moe-dispatch calibrate --model NAME` measures a layer")
         return
-    rows = table("layer", "mode", "tokens", "routing", "measured", "versions")
-    for each in report.calibrated:
-        rows.add_row(
-            plain(each.layer),
-            each.mode,
-            _span(each),
-            plain(", ".join(each.routings)),
-            plain(each.measured[:10] or "unknown"),
-            plain(", ".join(f"{name} {version}" for name, version in each.versions.items())),
-        )
-    OUT.print(rows)
-
-
-def _span(each: "CalibratedLayer") -> str:
-    tokens = each.tokens
-    return str(tokens[0]) if len(tokens) == 1 else f"{len(tokens)} from {tokens[0]} to {tokens[-1]}"
+    OUT.print(layers_table(report.calibrated))
 
 
 def _print_quarantine(entries: "Sequence[QuarantineEntry]", lifted: int | None) -> None:

@@ -7,6 +7,7 @@ from typing import Any, Final
 
 import torch
 
+from moe_dispatch.commands.calibrated_layers import CalibratedLayer, calibrated_layers
 from moe_dispatch.commands.layer import dispatched
 from moe_dispatch.dispatch.backend_pool import BackendStatus
 from moe_dispatch.dispatch.dispatcher import Dispatcher
@@ -15,9 +16,9 @@ from moe_dispatch.dispatch.quarantine import Quarantine, QuarantineEntry
 from moe_dispatch.errors import MoEDispatchError, PolicyFileError
 from moe_dispatch.machine import Machine
 from moe_dispatch.measure import sample_layer, verify
-from moe_dispatch.policies.calibrated import calibration_path
-from moe_dispatch.policies.measurements.schema import CalibrationFile, read_calibration
-from moe_dispatch.problem import DTYPES, DType, Mode
+from moe_dispatch.policies.calibrated import calibration_paths
+from moe_dispatch.policies.measurements.schema import read_calibration
+from moe_dispatch.problem import DTYPES, DType
 from moe_dispatch.registry import BACKENDS
 from moe_dispatch.settings import cache_dir, set_variables, settings
 from moe_dispatch.system.files import check_writable
@@ -57,29 +58,6 @@ class BackendReport:
 
 
 @dataclass(frozen=True)
-class CalibratedLayer:
-    """One layer in one mode, as this machine's calibration has it.
-
-    Attributes:
-        layer: The layer's letters, dtype and activation.
-        mode: Eager or graph.
-        tokens: Measured token counts, ascending.
-        routings: Routing distributions.
-        backends: Backends with at least one measurement.
-        measured: Time of the latest measurement, UTC, ISO 8601; empty where the file does not say.
-        versions: Version by library, of the latest measurement.
-    """
-
-    layer: str
-    mode: Mode
-    tokens: tuple[int, ...]
-    routings: tuple[str, ...]
-    backends: tuple[str, ...]
-    measured: str
-    versions: dict[str, str]
-
-
-@dataclass(frozen=True)
 class DoctorReport:
     """Everything that `moe-dispatch doctor` shows.
 
@@ -88,7 +66,7 @@ class DoctorReport:
         machine: The machine, or the one that MOE_DISPATCH_MACHINE describes.
         backends: Every registered backend.
         libraries: Every library with releases known to work.
-        calibrated: Layers that this machine's calibration covers.
+        calibrated: Layers that this machine's calibrations cover, its own first.
         quarantine: Entries that hold under today's versions.
         lifted: Number of entries that --reset lifted; None without it.
         notes: What the policies have to say.
@@ -155,19 +133,20 @@ def examine(device: str | None, *, reset: bool, probe: bool) -> DoctorReport:
         what = "a failure that ended a process bars a backend" if fatal == 1 else "failures that ended processes"
         bars = what if fatal == 1 else f"{fatal} {what} bar backends"
         problems.append(f"{bars}: see the quarantine; `moe-dispatch doctor --reset` lifts it")
-    calibrated: tuple[CalibratedLayer, ...] = ()
-    try:
-        calibrated = tuple(_calibrated(read_calibration(calibration_path(machine), machine)))
-    except FileNotFoundError:
-        pass
-    except (PolicyFileError, OSError) as error:
-        problems.append(f"this machine's calibration is not used: {error}")
+    calibrated: list[CalibratedLayer] = []
+    for path in calibration_paths(machine):
+        try:
+            calibrated += calibrated_layers(read_calibration(path, machine))
+        except FileNotFoundError:
+            continue
+        except (PolicyFileError, OSError) as error:
+            problems.append(f"this machine's calibration is not used: {error}")
     return DoctorReport(
         version=installed_version(),
         machine=machine,
         backends=backends,
         libraries=tuple(library_statuses(machine.libraries, machine.torch, machine.triton)),
-        calibrated=calibrated,
+        calibrated=tuple(calibrated),
         quarantine=entries,
         lifted=lifted,
         notes=dispatcher.planner.notes(),
@@ -243,22 +222,3 @@ def _probe(name: str, dtype: DType, dispatcher: Dispatcher) -> str:
     if not verdict.ok:
         return f"WRONG: {verdict.reason}"
     return f"ok, error {verdict.error:.1e} (tolerance {tolerance:.0e})"
-
-
-def _calibrated(file: CalibrationFile) -> Iterator[CalibratedLayer]:
-    points: dict[tuple[int, Mode], list[int]] = {}
-    for index, point in enumerate(file.points):
-        points.setdefault((point.layer, point.mode), []).append(index)
-    for (layer, mode), indices in points.items():
-        measurements = [one for index in indices for one in file.points[index].measurements]
-        candidates = [file.candidates[one.candidate] for one in measurements]
-        latest = max(candidates, key=lambda candidate: candidate.measured, default=None)
-        yield CalibratedLayer(
-            layer=str(file.layers[layer]),
-            mode=mode,
-            tokens=tuple(sorted({file.points[index].M for index in indices})),
-            routings=tuple(sorted({name for one in measurements for name in one.us})),
-            backends=tuple(sorted({candidate.backend for candidate in candidates})),
-            measured=latest.measured if latest else "",
-            versions=dict(latest.versions) if latest else {},
-        )

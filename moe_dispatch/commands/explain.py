@@ -7,7 +7,16 @@ from typing import TYPE_CHECKING, Annotated, Final
 import typer
 
 from moe_dispatch.commands.console import OUT, heading, line, machine_line, microseconds, plain, table
-from moe_dispatch.commands.options import AsJson, Dtype, MachineName, Model, dtype_of, mode_of, tokens_of
+from moe_dispatch.commands.options import (
+    AsJson,
+    Dtype,
+    MachineName,
+    Model,
+    TensorParallel,
+    dtype_of,
+    mode_of,
+    tokens_of,
+)
 
 if TYPE_CHECKING:
     from moe_dispatch.dispatch.explanation import Explanation
@@ -23,10 +32,20 @@ _LEGEND: Final = (
 def explain(
     model: Model = "qwen3-30b-a3b",
     dtype: Dtype = "bf16",
+    tp: TensorParallel = 1,
     tokens: Annotated[str, typer.Option("--tokens", help="Token counts M, comma-separated.")] = "1,16,64,256,1024,4096",
     mode: Annotated[str, typer.Option("--mode", help="eager, or graph: while a CUDA graph is captured.")] = "eager",
     machine: MachineName = None,
     full: Annotated[bool, typer.Option("--full", help="Print the whole ranking at every token count.")] = False,
+    parallel: Annotated[
+        str | None,
+        typer.Option(
+            "--parallel",
+            metavar="GPUS",
+            help="Project the layer onto these numbers of GPUs, comma-separated, with --tokens on each.",
+        ),
+    ] = None,
+    wire_fp8: Annotated[bool, typer.Option("--wire-fp8", help="With --parallel: rows cross as FP8.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Say which backend runs a layer at which token count, and why; for this machine or a described one."""
@@ -36,8 +55,13 @@ def explain(
     from moe_dispatch.workloads import workload
 
     counts, weights, captured = tokens_of(tokens), dtype_of(dtype), mode_of(mode)
-    layer = workload(model)
+    layer = workload(model).sharded(tp)
     dispatcher = get_dispatcher() if machine is None else Dispatcher(Machine.load(machine), live=False)
+    if parallel is not None:
+        from moe_dispatch.commands.parallel import print_projection
+
+        print_projection(layer, weights, counts, parallel, dispatcher.machine, wire_fp8=wire_fp8)
+        return
     problems = [layer.problem(M, weights, dispatcher.machine, captured) for M in dict.fromkeys(counts)]
     explanations = [dispatcher.planner.explain(problem) for problem in problems]
     if as_json:

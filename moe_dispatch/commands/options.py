@@ -46,6 +46,9 @@ Model = Annotated[str, typer.Option("--model", help=f"{_MODEL_HELP}.", autocompl
 Models = Annotated[
     list[str] | None, typer.Option("--model", help=f"{_MODEL_HELP}; repeatable.", autocompletion=_complete_model)
 ]
+TensorParallel = Annotated[
+    int, typer.Option("--tp", min=1, help="Tensor parallelism: the layer as each of so many GPUs has it, N/tp columns.")
+]
 Dtype = Annotated[
     str, typer.Option("--dtype", help=f"Weight dtype: {', '.join(DTYPES)} (block FP8).", autocompletion=_complete_dtype)
 ]

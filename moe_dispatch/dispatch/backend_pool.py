@@ -1,6 +1,7 @@
 """The backends of one machine: made once, asked why they cannot run, and probed before they are trusted."""
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -46,10 +47,13 @@ class BackendPool:
         machine: The machine that the backends are made for.
         disabled: Names that a policy's choice may not have.
         quarantine: Consulted, and told of a probe that loses the CUDA context.
+        barred: Further names that a policy's choice may not have, each with the reason.
     """
 
-    def __init__(self, machine: Machine, disabled: frozenset[str], quarantine: Quarantine) -> None:
-        self._machine, self._disabled, self._quarantine = machine, disabled, quarantine
+    def __init__(
+        self, machine: Machine, disabled: frozenset[str], quarantine: Quarantine, barred: Mapping[str, str]
+    ) -> None:
+        self._machine, self._disabled, self._quarantine, self._barred = machine, disabled, quarantine, barred
         self._made: dict[str, MadeBackend] = {}
         self._probe_failures: dict[tuple[str, MoEProblem], str] = {}
 
@@ -77,6 +81,8 @@ class BackendPool:
             if not chosen_by_name:
                 if name in self._disabled:
                     reasons.append("disabled by MOE_DISPATCH_DISABLE")
+                if name in self._barred:
+                    reasons.append(self._barred[name])
                 if cause := self._quarantine.cause(name, problem):
                     reasons.append(f"quarantined for such problems: {cause}")
         return tuple(reasons)

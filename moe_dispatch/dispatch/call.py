@@ -8,12 +8,18 @@ import torch
 from torch import Tensor
 
 from moe_dispatch.dispatch import torch_operator
-from moe_dispatch.dispatch.checks import check, check_out
+from moe_dispatch.dispatch.checks import check, check_out, have_memory
 from moe_dispatch.dispatch.coverage import representative_token_counts
 from moe_dispatch.dispatch.dispatcher import Dispatcher
 from moe_dispatch.dispatch.explanation import Explanation
-from moe_dispatch.dispatch.gradients import needs_grad
-from moe_dispatch.dispatch.internals import any_autocast_enabled, is_fake
+from moe_dispatch.dispatch.gradients import (
+    Gradients,
+    Wanted,
+    compute_gradients,
+    explain_backward,
+    is_recorded,
+)
+from moe_dispatch.dispatch.internals import any_autocast_enabled, forward_mode_entered, is_fake
 from moe_dispatch.dispatch.process import get_dispatcher
 from moe_dispatch.errors import InvalidInputError
 from moe_dispatch.experts import ExpertWeights
@@ -29,8 +35,12 @@ def call_eagerly(
     topk_ids: Tensor,
     backend: str | None,
     out: Tensor | None = None,
+    dispatcher: Dispatcher | None = None,
 ) -> Tensor:
-    """`moe_forward` outside of a trace: on the layer's GPU and without autocast, the dispatcher runs the call."""
+    """`moe_forward` outside of a trace: on the layer's GPU and without autocast, the dispatcher runs the call.
+
+    The dispatcher is the process's one for the layer's device if None.
+    """
     if not isinstance(experts, ExpertWeights):
         check(hidden_states, experts, topk_weights, topk_ids)  # raises
     if type(hidden_states) is not Tensor or type(topk_weights) is not Tensor or type(topk_ids) is not Tensor:
@@ -43,8 +53,28 @@ def call_eagerly(
     if any_autocast_enabled() and torch.is_autocast_enabled(device.type):
         # Autocast rounds torch ops but not kernels, so the result would depend on the backend.
         with torch.autocast(device.type, enabled=False):
-            return call_eagerly(hidden_states, experts, topk_weights, topk_ids, backend, out)
-    dispatcher = get_dispatcher(device)
+            return call_eagerly(hidden_states, experts, topk_weights, topk_ids, backend, out, dispatcher)
+    if out is None and is_recorded(hidden_states, experts, topk_weights):
+        inputs = (hidden_states, experts, topk_weights, topk_ids)
+        # Inside of a transform of torch.func there is no memory to read, and only the reference can run.
+        if not forward_mode_entered(hidden_states, topk_weights) and have_memory(inputs):
+            check(*inputs, backend)
+            return torch_operator.call(*inputs, backend)
+    return _dispatch(hidden_states, experts, topk_weights, topk_ids, backend, out, dispatcher)
+
+
+def _dispatch(
+    hidden_states: Tensor,
+    experts: ExpertWeights,
+    topk_weights: Tensor,
+    topk_ids: Tensor,
+    backend: str | None = None,
+    out: Tensor | None = None,
+    dispatcher: Dispatcher | None = None,
+) -> Tensor:
+    """Run a call on the layer's GPU. If it is recorded, only a backend that torch can differentiate runs it."""
+    device = experts.device
+    dispatcher = dispatcher or get_dispatcher(device)
     # Triton and DeepGEMM launch on the current GPU, wherever the tensors are.
     if dispatcher.one_of_several_gpus and torch.cuda.current_device() != device.index:
         with torch.cuda.device(device):
@@ -52,8 +82,21 @@ def call_eagerly(
     return dispatcher.forward(hidden_states, experts, topk_weights, topk_ids, backend, out)
 
 
-# The custom operator runs a call eagerly, and an eager call on fake tensors goes through the operator.
-torch_operator.implement(call_eagerly)
+def _compute_gradients(
+    gradient: Tensor,
+    hidden_states: Tensor,
+    experts: ExpertWeights,
+    topk_weights: Tensor,
+    topk_ids: Tensor,
+    wanted: Wanted,
+) -> Gradients:
+    with _current(experts.device):
+        machine = get_dispatcher(experts.device).machine
+        return compute_gradients(gradient, (hidden_states, experts, topk_weights, topk_ids), wanted, machine)
+
+
+# The custom operators run a call eagerly, and an eager call on fake tensors, or recorded, goes through an operator.
+torch_operator.implement(call_eagerly, _dispatch, _compute_gradients)
 
 
 def call_traced(
@@ -71,10 +114,11 @@ def call_traced(
     """
     tensors = isinstance(hidden_states, Tensor) and isinstance(topk_weights, Tensor) and isinstance(topk_ids, Tensor)
     tensors = tensors and (out is None or isinstance(out, Tensor))
-    if not (tensors and isinstance(experts, ExpertWeights)) or needs_grad(hidden_states, experts, topk_weights):
+    inside = tensors and isinstance(experts, ExpertWeights) and not forward_mode_entered(hidden_states, topk_weights)
+    if not inside or (out is not None and is_recorded(hidden_states, experts, topk_weights)):
         from moe_dispatch.dispatch.uncompiled import call_uncompiled
 
-        # The operator has no gradient, and the reference's loop launches what the routing asks for.
+        # To be refused, or for the reference, whose loop launches what the routing asks for.
         result: Tensor = call_uncompiled(call_eagerly, hidden_states, experts, topk_weights, topk_ids, backend, out)
         return result
     return torch_operator.call(hidden_states, experts, topk_weights, topk_ids, backend, out)
@@ -94,10 +138,15 @@ def warm_up(
     if not isinstance(experts, ExpertWeights):
         raise InvalidInputError(f"experts must be ExpertWeights(gate_up, down), got {type(experts).__name__}")
     counts = tuple(tokens) if isinstance(tokens, Iterable) else (tokens,)
-    numbers = ("topk", topk, 1), ("up_to", up_to or 0, 0), *(("tokens", count, 0) for count in counts)
+    least_up_to = () if up_to is None else (("up_to", up_to, 0),)
+    numbers = ("topk", topk, 1), *least_up_to, *(("tokens", count, 0) for count in counts)
     for name, count, least in numbers:
         if type(count) is not int or count < least:
             raise InvalidInputError(f"{name} must be integers of at least {least}, got {count!r}")
+    if act_dtype not in (None, torch.bfloat16, torch.float16, torch.float32):
+        raise InvalidInputError(f"act_dtype must be torch.bfloat16, float16, float32 or None, got {act_dtype!r}")
+    if backend is not None and not isinstance(backend, str):
+        raise InvalidInputError(f"backend must be a registered name or None, got {type(backend).__name__}")
     dtype = act_dtype or (torch.bfloat16 if experts.dtype == "fp8" else experts.gate_up.dtype)
     device = experts.device
     if up_to:
@@ -138,12 +187,16 @@ def explain(arguments: Sequence[object], machine: Machine | None) -> Explanation
     M, topk = topk_ids.shape
     problem = experts.problem(M, topk, hidden_states.dtype, described.capability)
     problem = dataclasses.replace(
-        problem, device=described.device, needs_grad=needs_grad(hidden_states, experts, topk_weights)
+        problem, device=described.device, needs_grad=forward_mode_entered(hidden_states, topk_weights)
     )
     if machine:
-        return Dispatcher(machine, live=False).planner.explain(problem)
-    with _current(experts.device):
-        return get_dispatcher(experts.device).planner.explain(problem)
+        explanation = Dispatcher(machine, live=False).planner.explain(problem)
+    else:
+        with _current(experts.device):
+            explanation = get_dispatcher(experts.device).planner.explain(problem)
+    if problem.needs_grad or not is_recorded(hidden_states, experts, topk_weights):
+        return explanation
+    return dataclasses.replace(explanation, notes=(*explanation.notes, explain_backward(experts, described)))
 
 
 def _dispatcher_for(problem: MoEProblem) -> Dispatcher:

@@ -7,7 +7,8 @@ from torch import Tensor
 
 from moe_dispatch.backend import Inputs
 from moe_dispatch.errors import InvalidInputError
-from moe_dispatch.experts import ExpertWeights, address, tensor_fault
+from moe_dispatch.experts import ExpertWeights
+from moe_dispatch.tensor_memory import address, tensor_fault
 
 _ACTIVATIONS = (torch.bfloat16, torch.float16, torch.float32)
 _IDS = (torch.int32, torch.int64)

@@ -1,7 +1,9 @@
 """From a call to a running backend: one look-up for a kind of call that is known, everything else once per kind."""
 
+import contextlib
 import logging
 import threading
+from collections.abc import Mapping
 from typing import Any, Final
 
 import torch
@@ -13,6 +15,7 @@ from moe_dispatch.dispatch.counters import BackendStats, Counters
 from moe_dispatch.dispatch.errors import BackendFailedError
 from moe_dispatch.dispatch.first_calls import FIRST_CALLS
 from moe_dispatch.dispatch.gradients import needs_grad
+from moe_dispatch.dispatch.kept_inputs import KeptInputs
 from moe_dispatch.dispatch.plan import Plan
 from moe_dispatch.dispatch.planner import Planner
 from moe_dispatch.dispatch.quarantine import Quarantine
@@ -41,6 +44,7 @@ class Dispatcher:
         machine: The machine whose capability and versions decide.
         configured: The values of the environment variables; they are read if None.
         live: Whether `machine` is this one. A described machine is only explained; see `Planner`.
+        barred: Backends that policies may not choose, each with the reason.
 
     Attributes:
         machine: As given.
@@ -50,13 +54,22 @@ class Dispatcher:
         last_plan: The plan that ran last, a suspect when the CUDA context is lost.
     """
 
-    def __init__(self, machine: Machine, configured: Settings | None = None, *, live: bool = True) -> None:
+    def __init__(
+        self,
+        machine: Machine,
+        configured: Settings | None = None,
+        *,
+        live: bool = True,
+        barred: Mapping[str, str] | None = None,
+    ) -> None:
         self.machine = machine
         self.quarantine = Quarantine(machine)
         self.one_of_several_gpus = live and machine.device == "cuda" and torch.cuda.device_count() > 1
         self._on_cuda = machine.device == "cuda"
         self._counters = Counters()
-        self.planner = Planner(machine, configured or settings(), self.quarantine, self._counters, live=live)
+        self.planner = Planner(
+            machine, configured or settings(), self.quarantine, self._counters, live=live, barred=barred or {}
+        )
         self._recovery = Recovery(self, self.planner, self.quarantine, self._counters)
         self._plans: dict[PlanKey, Plan] = {}
         self.last_plan: Plan | None = None
@@ -111,7 +124,7 @@ class Dispatcher:
                 return hidden_states.clone() if out is None else out
             if not have_memory(arguments):
                 return self._recovery.run_transformed(arguments, backend, out)
-            # Where a gradient is needed, the reference puts every tensor that requires one into the graph.
+            # The reference puts every tensor that requires a gradient into the graph, without a token too.
             plan = self._plan(key, experts)
         try:
             if plan.widens:
@@ -227,14 +240,27 @@ class Dispatcher:
             return result
         device = inputs[0].device
         capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+        written = ""
         if capturing:  # nothing can be awaited, so nothing is proven
             result = plan.run(*arguments)
         else:
-            with FIRST_CALLS.running(plan.choice.backend), self.quarantine.first_run(plan.choice.backend, plan.problem):
-                result = plan.run(*arguments)
-                if device.type == "cuda":
-                    torch.cuda.synchronize(device)
+            kept = KeptInputs(inputs)
+            try:
+                with (
+                    FIRST_CALLS.running(plan.choice.backend),
+                    self.quarantine.first_run(plan.choice.backend, plan.problem),
+                ):
+                    result = plan.run(*arguments)
+                    if device.type == "cuda":
+                        torch.cuda.synchronize(device)
+            except FOREIGN_ERRORS:
+                with contextlib.suppress(RuntimeError):  # as where the device is lost
+                    kept.restore()
+                raise
+            written = kept.restore()
         _check_result(result, inputs, out)
+        if written:
+            raise ContractError(f"it wrote to {written}")
         if not capturing:
             self.planner.prove(plan)
         return result

@@ -1,16 +1,118 @@
-"""Whether a call must be differentiable."""
+"""Which calls are differentiated, and what computes their gradients.
+
+A call that autograd records (reverse mode) runs the backend that it would run without recording; only its inputs are
+kept, and the module `BACKWARD` computes the gradients from them. Everything else that differentiates has to look inside
+of the backend: forward mode, torch.func's transforms, and second derivatives. Only the reference allows that.
+"""
+
+import importlib
+from typing import Final, NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor
 
-from moe_dispatch.dispatch.internals import forward_mode_entered
+from moe_dispatch.backend import Inputs
+from moe_dispatch.dispatch.internals import any_autocast_enabled, forward_mode_entered
 from moe_dispatch.experts import ExpertWeights
+from moe_dispatch.machine import Machine
+
+BACKWARD: Final = "moe_dispatch.backends.backward"  # imported at the first gradient, as backends are when they are used
 
 
-def needs_grad(hidden_states: Tensor, experts: ExpertWeights, topk_weights: Tensor) -> bool:
-    """Whether autograd is recording and a tensor of this call requires a gradient, or forward mode is at work."""
-    if forward_mode_entered(hidden_states, topk_weights):
-        return True
+class Wanted(NamedTuple):
+    """Which gradients a backward computes. A frozen tensor's costs nothing.
+
+    Attributes:
+        hidden_states: Whether the gradient of hidden_states is wanted.
+        topk_weights: Whether that of topk_weights is.
+        gate_up: Whether that of gate_up is; never for block FP8 weights.
+        down: Whether that of down is; never for block FP8 weights.
+        gate_up_bias: Whether that of gate_up_bias is.
+        down_bias: Whether that of down_bias is.
+    """
+
+    hidden_states: bool = False
+    topk_weights: bool = False
+    gate_up: bool = False
+    down: bool = False
+    gate_up_bias: bool = False
+    down_bias: bool = False
+
+
+class Gradients(NamedTuple):
+    """The gradients of one call, each in shape and dtype of its tensor; None where it is not wanted.
+
+    Attributes:
+        hidden_states: ``[M, K]``.
+        topk_weights: ``[M, topk]``; zero for slots with an id outside 0…E-1.
+        gate_up: ``[E, 2N, K]``, or ``[E, N, K]`` ungated; zero for experts without a token, as the next three.
+        down: ``[E, K, N]``.
+        gate_up_bias: ``[E, 2N]``, or ``[E, N]`` ungated.
+        down_bias: ``[E, K]``.
+    """
+
+    hidden_states: Tensor | None = None
+    topk_weights: Tensor | None = None
+    gate_up: Tensor | None = None
+    down: Tensor | None = None
+    gate_up_bias: Tensor | None = None
+    down_bias: Tensor | None = None
+
+
+class _Backward(Protocol):
+    """The module named by `BACKWARD`."""
+
+    @staticmethod
+    def backward(gradient: Tensor, inputs: Inputs, wanted: Wanted, machine: Machine) -> Gradients:
+        """Compute the gradients of one call."""
+
+    @staticmethod
+    def explain(experts: ExpertWeights, machine: Machine) -> str:
+        """Say how the gradients of this layer are computed on this machine, and why not faster."""
+
+
+def is_recorded(hidden_states: Tensor, experts: ExpertWeights, topk_weights: Tensor) -> bool:
+    """Whether autograd is recording and a tensor of this call requires a gradient."""
     return torch.is_grad_enabled() and (
         hidden_states.requires_grad or topk_weights.requires_grad or experts.requires_grad
     )
+
+
+def needs_grad(hidden_states: Tensor, experts: ExpertWeights, topk_weights: Tensor) -> bool:
+    """Whether the operations of whatever runs this call have to be differentiable one by one.
+
+    A recorded call reaches a backend with recording off; see `is_recorded`.
+    """
+    return forward_mode_entered(hidden_states, topk_weights) or is_recorded(hidden_states, experts, topk_weights)
+
+
+def compute_gradients(gradient: Tensor, inputs: Inputs, wanted: Wanted, machine: Machine) -> Gradients:
+    """Compute the gradients of one call from its inputs.
+
+    Args:
+        gradient: ``[M, K]``, that of the output, in hidden_states' dtype and any strides.
+        inputs: hidden_states, experts, topk_weights, topk_ids of the call, which it has checked.
+        wanted: Which gradients to compute.
+        machine: The layer's machine; its GPU is the current device.
+    """
+    hidden_states, experts, topk_weights, topk_ids = inputs
+    contiguous = (hidden_states.contiguous(), experts, topk_weights.float().contiguous(), topk_ids.contiguous())
+    device = experts.device.type
+    if any_autocast_enabled() and torch.is_autocast_enabled(device):
+        # A backward started under autocast rounds no more than one started outside.
+        with torch.autocast(device, enabled=False):
+            gradients = _backward().backward(gradient.contiguous(), contiguous, wanted, machine)
+    else:
+        gradients = _backward().backward(gradient.contiguous(), contiguous, wanted, machine)
+    if gradients.topk_weights is None:
+        return gradients
+    return gradients._replace(topk_weights=gradients.topk_weights.to(topk_weights.dtype))
+
+
+def explain_backward(experts: ExpertWeights, machine: Machine) -> str:
+    """Say how the gradients of a layer are computed on a machine."""
+    return _backward().explain(experts, machine)
+
+
+def _backward() -> _Backward:
+    return cast("_Backward", importlib.import_module(BACKWARD))

@@ -2,7 +2,7 @@
 
 import dataclasses
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Final
 
 import pydantic
@@ -18,11 +18,13 @@ from moe_dispatch.dispatch.policy_chain import PolicyChain
 from moe_dispatch.dispatch.quarantine import OBEYED_FOR, STRIKES, Quarantine, QuarantineEntry
 from moe_dispatch.errors import BackendUnavailableError, UnknownNameError, warn, way_out
 from moe_dispatch.experts import ExpertWeights
+from moe_dispatch.guard import FOREIGN_ERRORS
 from moe_dispatch.machine import Machine
 from moe_dispatch.policy import Choice
 from moe_dispatch.problem import MoEProblem
 from moe_dispatch.registry import BACKENDS, LAST_RESORT
 from moe_dispatch.settings import Settings
+from moe_dispatch.system import failures
 
 logger = logging.getLogger("moe_dispatch")
 
@@ -40,18 +42,26 @@ class Planner:
         quarantine: Consulted, and told of a backend that cannot be made or fails its probe.
         counters: Told of the same.
         live: Whether `machine` is this one. A described machine is only explained: nothing is imported or probed.
+        barred: Backends that policies may not choose, each with the reason.
 
     Attributes:
         machine: As given.
     """
 
     def __init__(
-        self, machine: Machine, configured: Settings, quarantine: Quarantine, counters: Counters, *, live: bool
+        self,
+        machine: Machine,
+        configured: Settings,
+        quarantine: Quarantine,
+        counters: Counters,
+        *,
+        live: bool,
+        barred: Mapping[str, str],
     ) -> None:
         self.machine = machine
         self._settings, self._live = configured, live
         self._quarantine, self._counters = quarantine, counters
-        self._pool = BackendPool(machine, configured.disabled, quarantine)
+        self._pool = BackendPool(machine, configured.disabled, quarantine, barred)
         self._chain: PolicyChain | None = None
         self._proven: set[PlanKind] = set()
         self._passed_over: set[str] = set()
@@ -130,6 +140,10 @@ class Planner:
     def notes(self) -> tuple[str, ...]:
         """Unknown names in the environment, retired measurements and refused files."""
         return (*self._unknown_names(), *self._policies().notes())
+
+    def tables_digest(self) -> str:
+        """What the policies rank by, as text that is equal where their data is."""
+        return self._policies().digest()
 
     def _unknown_names(self) -> tuple[str, ...]:
         """Backends that the environment names and that are not registered."""
@@ -228,7 +242,8 @@ class Planner:
 
     def _rank(self, problem: MoEProblem) -> tuple[Choice, ...]:
         if problem.needs_grad:
-            return (Choice(LAST_RESORT, "a gradient is needed, and only the reference has one", policy="autograd"),)
+            reason = "torch differentiates the backend itself, which only the reference allows"
+            return (Choice(LAST_RESORT, reason, policy="autograd"),)
         return self._policies().rank(problem)
 
     def _policies(self) -> PolicyChain:
@@ -256,6 +271,8 @@ class Planner:
             return f"does not know the configuration {dict(choice.config or {})}: {error.errors()[0]['msg']}"
         except BackendUnavailableError as error:
             return "; ".join(error.reasons)
+        except FOREIGN_ERRORS as error:  # of a validator of its own
+            return f"cannot read the configuration {dict(choice.config or {})}: {failures.summary(error)}"
         return ""
 
     def _probe_failure(self, choice: Choice, problem: MoEProblem, experts: ExpertWeights | None) -> str:

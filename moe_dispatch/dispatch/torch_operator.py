@@ -1,20 +1,27 @@
-"""`moe_forward` as a custom operator, so that torch.compile takes it whole: `forward`, and `forward_into` with ``out``.
+"""`moe_forward` as custom operators, so that torch.compile takes it whole.
+
+`forward` runs a call, and `forward_into` one with ``out``. `recorded_forward` is `forward` with a gradient: autograd
+keeps its inputs, and its backward is the operator `backward`, which computes the gradients from them. It is an operator
+of its own because autograd's wrapper takes the host longer than many a call.
 
 An operator receives the layer's tensors one by one: what a compiled graph caches on disk must not depend on an object
-of the process that compiled it. It has no gradient: where one is needed, `moe_forward` leaves the compiled graph.
+of the process that compiled it.
 """
 
 import weakref
-from collections.abc import Callable
-from typing import Final, NamedTuple, cast, get_args
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Final, NamedTuple, cast, get_args
 
 import torch
 from torch import Tensor
 
+from moe_dispatch.dispatch.gradients import Gradients, Wanted
 from moe_dispatch.experts import ExpertWeights
 from moe_dispatch.problem import Activation
 
 Run = Callable[[Tensor, ExpertWeights, Tensor, Tensor, str | None, Tensor | None], Tensor]
+RunDifferentiable = Callable[[Tensor, ExpertWeights, Tensor, Tensor], Tensor]
+ComputeGradients = Callable[[Tensor, Tensor, ExpertWeights, Tensor, Tensor, Wanted], Gradients]
 
 
 def call(
@@ -78,7 +85,11 @@ def call_tensors(
         backend or "",
     )
     if out is None:
-        return cast("Tensor", torch.ops.moe_dispatch.forward(*arguments))
+        recorded = torch.is_grad_enabled() and any(
+            isinstance(argument, Tensor) and argument.requires_grad for argument in arguments
+        )
+        operator = torch.ops.moe_dispatch.recorded_forward if recorded else torch.ops.moe_dispatch.forward
+        return cast("Tensor", operator(*arguments))
     torch.ops.moe_dispatch.forward_into(*arguments, out)
     return out
 
@@ -134,15 +145,51 @@ def _forward_into(
     _run(hidden_states, experts, topk_weights, topk_ids, backend or None, out)
 
 
-def implement(run: Run) -> None:
-    """Say what the operators run. `call.py` does so once: this module lies below what the operators run."""
-    global _run
-    _run = run
+def _backward(
+    gradient: Tensor,
+    hidden_states: Tensor,
+    topk_weights: Tensor,
+    topk_ids: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    gate_up_scale: Tensor | None,
+    down_scale: Tensor | None,
+    gate_up_bias: Tensor | None,
+    down_bias: Tensor | None,
+    activation: str,
+    interleaved: bool,
+    routed_experts: int | None,
+    wanted: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The gradients in the order of `Wanted`; an empty tensor for each that is not wanted."""
+    optional = {
+        "gate_up_scale": gate_up_scale,
+        "down_scale": down_scale,
+        "gate_up_bias": gate_up_bias,
+        "down_bias": down_bias,
+    }
+    experts = _layer(gate_up, down, optional, activation, interleaved=interleaved, routed_experts=routed_experts)
+    gradients = _compute_gradients(gradient, hidden_states, experts, topk_weights, topk_ids, Wanted(*wanted))
+    return _six(gradient.new_empty(0) if tensor is None else tensor for tensor in gradients)
+
+
+def implement(run: Run, run_differentiable: RunDifferentiable, compute_gradients: ComputeGradients) -> None:
+    """Say what the operators run. `call.py` does so once: this module lies below what the operators run.
+
+    Args:
+        run: Runs a call.
+        run_differentiable: Runs a call on a backend whose operations torch can differentiate, any number of times.
+        compute_gradients: Computes the gradients of a call.
+    """
+    global _run, _run_differentiable, _compute_gradients
+    _run, _run_differentiable, _compute_gradients = run, run_differentiable, compute_gradients
 
 
 _run: Run
+_run_differentiable: RunDifferentiable
+_compute_gradients: ComputeGradients
 
-# Not by `torch.library.custom_op`: its wrapper for autograd and aliasing, neither of which applies here, takes the host
+# Not by `torch.library.custom_op`: its wrapper for autograd and aliasing, which `forward` does not need, takes the host
 # four times as long as the call.
 _library: Final = torch.library.Library("moe_dispatch", "DEF")  # type: ignore[no-untyped-call]
 
@@ -155,9 +202,12 @@ def _define(name: str, implementation: Callable[..., object], mutates: tuple[str
 
 _define("forward", _forward, ())
 _define("forward_into", _forward_into, ("out",))
+_define("recorded_forward", _forward, ())
+_define("backward", _backward, ())
 
 
 @torch.library.register_fake("moe_dispatch::forward", lib=_library)  # type: ignore[untyped-decorator]
+@torch.library.register_fake("moe_dispatch::recorded_forward", lib=_library)  # type: ignore[untyped-decorator]
 def _(hidden_states: Tensor, *_args: object) -> Tensor:
     return torch.empty_like(hidden_states, memory_format=torch.contiguous_format)
 
@@ -165,6 +215,71 @@ def _(hidden_states: Tensor, *_args: object) -> Tensor:
 @torch.library.register_fake("moe_dispatch::forward_into", lib=_library)  # type: ignore[untyped-decorator]
 def _(*_args: object) -> None:
     return None
+
+
+@torch.library.register_fake("moe_dispatch::backward", lib=_library)  # type: ignore[untyped-decorator]
+def _(gradient: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    tensors, wanted = _differentiable(arguments), arguments[-1]
+    return _six(
+        torch.empty_like(tensor, memory_format=torch.contiguous_format) if is_wanted else gradient.new_empty(0)
+        for tensor, is_wanted in zip(tensors, wanted, strict=True)
+    )
+
+
+def _differentiable(arguments: Sequence[Any]) -> tuple[Any, ...]:
+    """Of the arguments of `_forward`, those that may require a gradient, in the order of `Wanted`."""
+    hidden_states, topk_weights, _, gate_up, down, _, _, gate_up_bias, down_bias, *_ = arguments
+    return hidden_states, topk_weights, gate_up, down, gate_up_bias, down_bias
+
+
+def _six(tensors: Iterable[Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    first, second, third, fourth, fifth, sixth = tensors
+    return first, second, third, fourth, fifth, sixth
+
+
+def _keep_inputs(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG001 - torch's signature
+    *tensors, activation, interleaved, routed_experts, _ = inputs
+    ctx.layer_kind = activation, interleaved, routed_experts
+    ctx.save_for_backward(*tensors)
+
+
+def _differentiate(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    """One gradient, or None, for each argument of `_forward`."""
+    tensors = ctx.saved_tensors
+    wanted = Wanted(*_differentiable(ctx.needs_input_grad))
+    if torch.is_grad_enabled():
+        gradients = _differentiate_differentiably(ctx, gradient, wanted)
+    else:
+        computed = torch.ops.moe_dispatch.backward(gradient, *tensors, *ctx.layer_kind, list(wanted))
+        gradients = tuple(tensor if is_wanted else None for tensor, is_wanted in zip(computed, wanted, strict=True))
+    hidden_states, topk_weights, gate_up, down, gate_up_bias, down_bias = gradients
+    layer = (gate_up, down, None, None, gate_up_bias, down_bias)
+    return hidden_states, topk_weights, None, *layer, None, None, None, None
+
+
+def _differentiate_differentiably(ctx: Any, gradient: Tensor, wanted: Wanted) -> tuple[Tensor | None, ...]:
+    """Gradients that have gradients (``create_graph=True``), by running the call again where torch can see inside."""
+    hidden_states, topk_weights, topk_ids, gate_up, down, *optional = ctx.saved_tensors
+    names = ("gate_up_scale", "down_scale", "gate_up_bias", "down_bias")
+    activation, interleaved, routed_experts = ctx.layer_kind
+    experts = ExpertWeights(
+        gate_up,
+        down,
+        **dict(zip(names, optional, strict=True)),
+        activation=_activation(activation),
+        interleaved=interleaved,
+        routed_experts=routed_experts,
+    )
+    out = _run_differentiable(hidden_states, experts, topk_weights, topk_ids)
+    tensors = _differentiable(ctx.saved_tensors)
+    of = [tensor for tensor, is_wanted in zip(tensors, wanted, strict=True) if is_wanted]
+    computed = iter(torch.autograd.grad(out, of, gradient, create_graph=True))
+    return tuple(next(computed) if is_wanted else None for is_wanted in wanted)
+
+
+torch.library.register_autograd(
+    "moe_dispatch::recorded_forward", _differentiate, setup_context=_keep_inputs, lib=_library
+)
 
 
 class _Layer(NamedTuple):
@@ -193,10 +308,11 @@ def _layer(
     known = _layers.get(key)
     if known is not None and known.gate_up() is gate_up and known.signature == signature:
         return known.experts
+    detached = {name: None if tensor is None else tensor.detach() for name, tensor in optional.items()}
     experts = ExpertWeights(
         gate_up.detach(),
         down.detach(),
-        **optional,
+        **detached,
         activation=_activation(activation),
         interleaved=interleaved,
         routed_experts=routed_experts,

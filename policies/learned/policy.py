@@ -1,5 +1,6 @@
 """Ranks backends for shapes that were not measured, by a cost model of each backend (see `cost_model`)."""
 
+import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Final, Literal
@@ -178,6 +179,11 @@ class LearnedPolicy(Policy):
     def notes(self) -> tuple[str, ...]:
         """The reason for which the file is refused, or the device whose model serves this one."""
         return tuple(self._notes)
+
+    def digest(self) -> str:
+        """See `Policy.digest`: a hash of the cost models."""
+        models = [model.model_dump_json() for by_name in self._cost_models.values() for model in by_name.values()]
+        return hashlib.sha256("\n".join(models).encode()).hexdigest()[:16] if models else ""
 
     def _read_shipped(self) -> ModelFile | None:
         """The model that ships for this device or the nearest one."""

@@ -129,6 +129,14 @@ def test_doctor_names_every_backend_in_tables_of_80_columns() -> None:
     assert max(map(len, tables)) <= 80
 
 
+@pytest.mark.parametrize("columns", ["9" * 5000, "²", "-1", "wide", ""])
+def test_a_width_that_is_none_is_ignored(columns: str, tmp_path: Path) -> None:
+    for arguments in (["explain", "--machine", "h200"], ["no-such-command"], ["explain", "-h"]):
+        result = RUNNER.invoke(app, arguments, env={"COLUMNS": columns, "MOE_DISPATCH_CACHE_DIR": str(tmp_path)})
+        assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
+        assert result.exit_code == (2 if arguments == ["no-such-command"] else 0)
+
+
 @pytest.mark.usefixtures("cache")
 def test_doctor_says_for_each_library_what_works_and_how_to_get_it() -> None:
     report = json.loads(RUNNER.invoke(app, ["doctor", "--json"]).stdout)
@@ -290,6 +298,14 @@ def test_explain_full_prints_the_ranking(h200: Path) -> None:
 
 
 @pytest.mark.usefixtures("cache")
+def test_tensor_parallelism_asks_for_a_share_of_the_columns(h200: Path) -> None:
+    asked = ["explain", "--tokens", "64", "--machine", str(h200), "--json", "--tp", "4"]
+    (answer,) = json.loads(RUNNER.invoke(app, asked).stdout)
+    shape = {letter: answer["problem"][letter] for letter in ("E", "topk", "K", "N")}
+    assert shape == {"E": 128, "topk": 8, "K": 2048, "N": 192}
+
+
+@pytest.mark.usefixtures("cache")
 def test_graph_mode_reaches_the_problem(h200: Path) -> None:
     asked = ["explain", "--tokens", "1", "--mode", "graph", "--machine", str(h200), "--json"]
     (answer,) = json.loads(RUNNER.invoke(app, asked).stdout)
@@ -360,6 +376,8 @@ class Mistake:
         Mistake(("bench", "--seconds", "nan"), "--seconds must be a number"),
         Mistake(("bench", "--budget", "-1"), "--budget must be a number"),
         Mistake(("bench", "--energy", "inf"), "--energy must be a number"),
+        Mistake(("explain", "--tp", "5"), "must divide the 768 columns of qwen3-30b-a3b, got tp=5"),
+        Mistake(("bench", "--suite", "scoreboard", "--tp", "2"), "--tp cannot be combined with --suite"),
         Mistake(("explain", "--dtype", "int4"), "int4"),
         Mistake(("explain", "--mode", "lazy"), "lazy"),
         Mistake(("explain", "--machine", "/no/such/file.json"), "/no/such/file.json"),

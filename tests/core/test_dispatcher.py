@@ -196,14 +196,6 @@ class TestChoosing:
         (line,) = (line for line in done.stderr.splitlines() if "honest runs MoEProblem(M=6" in line)
         assert line.startswith("mine" if configured else "moe_dispatch INFO: ")
 
-    def test_a_gradient_takes_the_reference(self, call: Call) -> None:
-        hidden, experts, weights, ids = call
-        with ranked(Honest), torch.enable_grad():
-            leaf = hidden.clone().requires_grad_()
-            moe_forward(leaf, experts, weights, ids).sum().backward()  # type: ignore[no-untyped-call]
-            assert leaf.grad is not None
-            assert ran() == {"reference": 1}
-
     @pytest.mark.parametrize("backend", ["reference", "torch_grouped"])
     @pytest.mark.parametrize("compiling", [False, True])
     def test_autocast_changes_nothing(self, backend: str, compiling: bool, call: Call) -> None:
@@ -638,18 +630,6 @@ class TestCompile:
         del other, layer
         gc.collect()
         assert gone() is None
-
-    def test_gradients_leave_the_graph(self, call: Call) -> None:
-        hidden, experts, weights, ids = call
-        compiled = torch.compile(lambda h, w, i: moe_forward(h, experts, w, i), backend="aot_eager")
-        grads = []
-        with torch.enable_grad():
-            for run in (compiled, lambda h, w, i: moe_forward(h, experts, w, i)):
-                leaf = hidden.clone().requires_grad_()
-                run(leaf, weights, ids).square().sum().backward()  # type: ignore[no-untyped-call]
-                assert leaf.grad is not None
-                grads.append(leaf.grad)
-        assert torch.equal(grads[0], grads[1])
 
 
 def test_the_problem_prints_itself_back() -> None:

@@ -3,12 +3,15 @@
 Floors, lowest first. Within a floor modules may import each other, as long as there is no circle.
 
     system                                              the operating system; knows nothing of this package
-    errors settings problem numerics machine model_config experts workloads    what a layer is, and where it runs
+    errors settings problem numerics routers machine model_config experts tensor_memory checkpoints checkpoint_files
+    workloads
+                                                        what a layer is, how it is stored, and where it runs
     backend guard policy registry                       what a backend and a policy are, and where they are found
     measure                                             inputs, timing, verification
     dispatch                                            from a call to a running backend
+    parallel                                            a layer whose experts are spread over ranks
     api                                                 the three public functions
-    the package, cli, commands, integrations, testing   what people start
+    the package, cli, commands, integrations, modules, testing    what people start
 
 Beside the floors stand backends and policies: they import from the floors up to dispatch and never from each other, and
 no floor imports them but the top one: the registry finds them by name. Above everything stands benchmarks. The commands
@@ -26,13 +29,17 @@ PACKAGE: Final = "moe_dispatch"
 
 FLOORS: Final = (
     ("system",),
-    ("errors", "settings", "problem", "numerics", "machine", "model_config", "experts", "workloads"),
+    (
+        "errors", "settings", "problem", "numerics", "routers", "machine", "model_config", "checkpoints",
+        "checkpoint_files", "tensor_memory", "experts", "workloads",
+    ),
     ("backend", "guard", "policy", "registry"),
     ("measure",),
     ("dispatch",),
+    ("parallel",),
     ("api",),
-    ("", "cli", "commands", "integrations", "testing"),
-)
+    ("", "cli", "commands", "integrations", "modules", "testing"),
+)  # fmt: skip
 FLOOR: Final = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 TOP: Final = len(FLOORS) - 1
 BESIDE: Final = ("backends", "policies")

@@ -19,8 +19,10 @@ from torch import Tensor
 
 pytest.importorskip("vllm")
 
-from moe_dispatch import ExpertWeights, moe_forward
-from moe_dispatch.integrations.vllm import VARIABLE, register, takeover
+from moe_dispatch import ExpertWeights, MoEDispatchWarning, moe_forward, stats
+from moe_dispatch.integrations.vllm import VARIABLE, register, takeover, warm_up
+from moe_dispatch.settings import settings
+from tests.support.fakes import Honest, Raising, ranked
 
 E, TOPK, K, N, M = 8, 2, 256, 128, 5
 
@@ -85,6 +87,7 @@ def parallel_state(described_platform: None, tmp_path_factory: pytest.TempPathFa
     from vllm.v1.worker import workspace
 
     config = VllmConfig()
+    config.scheduler_config.max_num_batched_tokens = 16  # so many are warmed up for
     with set_current_vllm_config(config):
         store = tmp_path_factory.mktemp("store") / "store"
         parallel_state.init_distributed_environment(1, 0, f"file://{store}", 0, "gloo")
@@ -104,6 +107,7 @@ def plugin(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setenv(VARIABLE, "1")
     takeover.TAKEOVER.taken.clear()
     takeover.TAKEOVER.left.clear()
+    warm_up._done.clear()
     register()
     yield
     op_registry_oot.clear()
@@ -125,12 +129,17 @@ def make_layer(quant_config: Any = None, **options: Any) -> Any:
 numbers = itertools.count()
 
 
-def run(layer: Any, x: Tensor, weights: Tensor, ids: Tensor, **options: Any) -> Tensor:
+def run(layer: Any, x: Tensor, weights: Tensor, ids: Tensor, *, weighted: bool = False) -> Tensor:
+    """A loaded layer's first call."""
     layer.quant_method.process_weights_after_loading(layer)
+    return call(layer, x, weights, ids, weighted=weighted)
+
+
+def call(layer: Any, x: Tensor, weights: Tensor, ids: Tensor, *, weighted: bool = False) -> Tensor:
+    """A call through vLLM's modular kernel; `weighted` if the router's weights go to the input."""
     out: Tensor = layer.quant_method.moe_kernel.apply(
         hidden_states=x, w1=layer.w13_weight, w2=layer.w2_weight, topk_weights=weights, topk_ids=ids,
-        activation=layer.activation, global_num_experts=E, expert_map=None,
-        apply_router_weight_on_input=options.pop("apply_router_weight_on_input", False), **options,
+        activation=layer.activation, global_num_experts=E, expert_map=None, apply_router_weight_on_input=weighted,
     )  # fmt: skip
     return out
 
@@ -170,21 +179,56 @@ def test_a_block_fp8_layer_runs_through_moe_forward() -> None:
     assert "block FP8" in next(iter(takeover.TAKEOVER.taken))
 
 
+def test_tensor_parallelism_leaves_each_gpu_its_columns() -> None:
+    layer = make_layer(tp_size=2)
+    assert f"N={N // 2} " in next(iter(takeover.TAKEOVER.taken))
+    for weight in (layer.w13_weight, layer.w2_weight):
+        weight.data.normal_(std=0.05)
+    assert layer.w2_weight.shape == (E, K, N // 2)
+    x, weights, ids = draw()
+    expected = moe_forward(x, ExpertWeights(layer.w13_weight.data, layer.w2_weight.data), weights, ids)
+    assert torch.equal(run(layer, x, weights, ids), expected)
+
+
 def test_router_weights_that_were_applied_to_the_input_are_not_applied_again() -> None:
     layer = make_layer()
     for weight in (layer.w13_weight, layer.w2_weight):
         weight.data.normal_(std=0.05)
     x, weights, ids = draw()
-    layer.quant_method.process_weights_after_loading(layer)
-    experts = layer.quant_method.moe_kernel.fused_experts
-    out = torch.empty_like(x)
-    empty = torch.empty(0)
-    experts.apply(
-        out, x, layer.w13_weight, layer.w2_weight, weights[:, :1], ids[:, :1], layer.activation, E, None, None, None,
-        empty, empty, None, True,
-    )  # fmt: skip
+    weights, ids = weights[:, :1], ids[:, :1]
+    out = run(layer, x, weights, ids, weighted=True)
     plain = ExpertWeights(layer.w13_weight.data, layer.w2_weight.data)
-    assert torch.equal(out, moe_forward(x, plain, torch.ones(M, 1), ids[:, :1]))
+    assert torch.equal(out, moe_forward(x * weights.bfloat16(), plain, torch.ones(M, 1), ids))
+
+
+def test_the_output_is_written_where_vllm_wants_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And not to a workspace first, from which vLLM would copy it."""
+    from moe_dispatch.integrations.vllm import experts as ours
+
+    outputs: list[Tensor] = []
+
+    def watched(*arguments: Any, out: Tensor) -> Tensor:
+        outputs.append(out)
+        return moe_forward(*arguments, out=out)
+
+    monkeypatch.setattr(ours, "moe_forward", watched)
+    layer = make_layer()
+    for weight in (layer.w13_weight, layer.w2_weight):
+        weight.data.normal_(std=0.05)
+    out = run(layer, *draw())
+    (written,) = outputs
+    assert written.data_ptr() == out.data_ptr()
+    assert out.isfinite().all()
+
+
+def test_no_tokens_leave_nothing_behind() -> None:
+    layer = make_layer()
+    for weight in (layer.w13_weight, layer.w2_weight):
+        weight.data.normal_(std=0.05)
+    x, weights, ids = draw()
+    first = run(layer, x, weights, ids)
+    assert call(layer, x[:0], weights[:0], ids[:0]).shape == (0, K)
+    assert torch.equal(call(layer, x, weights, ids), first)
 
 
 def test_a_reloaded_layer_uses_its_new_weights() -> None:
@@ -194,10 +238,7 @@ def test_a_reloaded_layer_uses_its_new_weights() -> None:
     x, weights, ids = draw()
     first = run(layer, x, weights, ids)
     layer.w2_weight.data = layer.w2_weight.data * 2
-    second = layer.quant_method.moe_kernel.apply(
-        hidden_states=x, w1=layer.w13_weight, w2=layer.w2_weight, topk_weights=weights, topk_ids=ids,
-        activation=layer.activation, global_num_experts=E, expert_map=None, apply_router_weight_on_input=False,
-    )  # fmt: skip
+    second = call(layer, x, weights, ids)
     torch.testing.assert_close(second.float(), 2 * first.float())
 
 
@@ -208,6 +249,36 @@ def test_a_layer_that_does_not_fit_stays_vllms_own(caplog: pytest.LogCaptureFixt
     assert layer.quant_method.experts_cls.__name__ != "MoeDispatchExperts"
     assert "swiglustep" in next(iter(takeover.TAKEOVER.left))
     assert "left to vLLM: 1" in caplog.text
+
+
+def test_what_was_not_calibrated_is_chosen_otherwise_and_the_log_says_how(caplog: pytest.LogCaptureFixture) -> None:
+    layer = make_layer()
+    for weight in (layer.w13_weight, layer.w2_weight):
+        weight.data.normal_(std=0.05)
+    with caplog.at_level(logging.INFO, logger="vllm.moe_dispatch"):
+        logging.getLogger("vllm").propagate = True
+        run(layer, *draw())
+        call(layer, *draw())
+    (line,) = (record.getMessage() for record in caplog.records if "warmed up" in record.getMessage())
+    assert f"`moe-dispatch calibrate --model {E},{TOPK},{K},{N} --dtype bf16` measures this layer here" in line
+    assert "by rules" in line
+
+
+def test_a_backend_that_fails_in_the_warm_up_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MOE_DISPATCH_POLICY", "fixed")
+    settings.cache_clear()
+    layer = make_layer()
+    for weight in (layer.w13_weight, layer.w2_weight):
+        weight.data.normal_(std=0.05)
+    x, weights, ids = draw()
+    experts = ExpertWeights(layer.w13_weight.data, layer.w2_weight.data)
+    with ranked(Raising, Honest):
+        with pytest.warns(MoEDispatchWarning, match="'honest' runs instead"):
+            warm_up.warm_up_once(experts, TOPK, x.dtype)
+        before = stats()["raising"]
+        out = run(layer, x, weights, ids)
+        assert stats()["raising"] == before
+    assert torch.equal(out, moe_forward(x, experts, weights, ids, backend="reference"))
 
 
 def test_off_it_registers_nothing_and_registering_twice_is_harmless(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,7 @@
 """What a calibration decides, on a simulated clock: which candidates start, which win, and what is kept."""
 
 import functools
+import json
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -475,6 +476,19 @@ def test_the_command_fails_where_nothing_is_measured(
     assert result.exit_code == code, result.output
     assert says in " ".join(result.stderr.split())
     assert "calibrated:" not in result.stdout
+
+
+def test_the_layer_of_one_gpu_is_calibrated_under_tensor_parallelism(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MOE_DISPATCH_CACHE_DIR", str(tmp_path))
+    simulated = functools.partial(CalibrationRun, start_worker=lambda *_: worker())
+    monkeypatch.setattr(calibrate_module, "CalibrationRun", simulated)
+    layer_options = ("--model", TINY, "--tp", "2", "--dtype", "fp32", "--device", "cpu")
+    result = CliRunner().invoke(app, ["calibrate", *layer_options, "--tokens", "4", "--backend", "right", "--json"])
+    assert result.exit_code == 0, result.output
+    (winner,) = json.loads(result.stdout)["winners"]
+    assert "N=8" in winner["layer"]  # of 16
 
 
 def test_the_command_prints_lines_of_progress_where_no_terminal_is(

@@ -7,13 +7,18 @@ plans: the first one warms up for all.
 
 import threading
 import time
-from typing import Any, Final
+from collections import Counter
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
 
-from moe_dispatch.api import warm_up
+from moe_dispatch.api import explain, warm_up
+from moe_dispatch.dispatch.process import get_dispatcher
 from moe_dispatch.experts import ExpertWeights
 from moe_dispatch.integrations.vllm.takeover import vllm_logger
+
+if TYPE_CHECKING:
+    from moe_dispatch.problem import Mode
 
 _done: Final[set[tuple[object, ...]]] = set()
 _lock: Final = threading.Lock()
@@ -29,7 +34,7 @@ def remember_engine(vllm_config: Any) -> None:
 
 
 def warm_up_once(experts: ExpertWeights, topk: int, act_dtype: torch.dtype) -> None:
-    """Warm up for layers of this kind, unless that has been done in this process."""
+    """Warm up for layers of this kind, unless that has been done in this process; one INFO line says what will run."""
     kind = (experts.spec, topk, act_dtype)
     if kind in _done:
         return
@@ -37,9 +42,31 @@ def warm_up_once(experts: ExpertWeights, topk: int, act_dtype: torch.dtype) -> N
         if kind in _done:
             return
         _done.add(kind)  # a failure below must not come again with every call: its backend is barred by then
-        if experts.device.type != "cuda":
-            return
         begin = time.monotonic()
         warm_up(experts, topk, _captured, act_dtype, up_to=_most_tokens, into_out=True)
-        seconds = time.monotonic() - begin
-        vllm_logger().info("moe_dispatch warmed up for %r, M ≤ %d, in %.1f s", experts, _most_tokens, seconds)
+        vllm_logger().info(
+            "moe_dispatch warmed up for %r, M ≤ %d, in %.1f s; %s",
+            experts,
+            _most_tokens,
+            time.monotonic() - begin,
+            _choices(experts, topk, act_dtype),
+        )
+
+
+def _choices(experts: ExpertWeights, topk: int, act_dtype: torch.dtype) -> str:
+    """Which backends run at which token counts, which policies chose them, and what would choose better."""
+    capability = get_dispatcher(experts.device).machine.capability
+    mode: Mode = "eager" if capability is None else "graph"
+    counts = _captured or (1, _most_tokens)
+    runs: dict[str, list[int]] = {}
+    policies: Counter[str] = Counter()
+    for M in counts:
+        chosen = explain(experts.problem(M, topk, act_dtype, capability, mode)).chosen
+        if chosen is not None:
+            runs.setdefault(chosen.choice.backend, []).append(M)
+            policies[chosen.choice.policy] += 1
+    backends = ", ".join(f"{name} at M={','.join(map(str, at))}" for name, at in runs.items())
+    measured = policies["calibrated"] == len(counts)
+    layer = f"{experts.E},{topk},{experts.K},{experts.N}"
+    hint = f"; `moe-dispatch calibrate --model {layer} --dtype {experts.dtype}` measures this layer here"
+    return f"{backends}, by {' and '.join(policies)}{'' if measured else hint}"

@@ -1,0 +1,1 @@
+"""`MoELayer`, and the modules that it is made of."""

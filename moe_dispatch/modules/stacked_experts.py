@@ -1,0 +1,136 @@
+"""The experts of an MoE layer as a module: parameters that `moe_forward` runs."""
+
+import math
+from collections.abc import Callable
+from typing import Any, Final, Self
+
+import torch
+from torch import Tensor, nn
+
+from moe_dispatch.api import moe_forward
+from moe_dispatch.experts import ExpertWeights
+from moe_dispatch.modules.kept_dtype import keeping_dtype
+from moe_dispatch.numerics import FP8
+from moe_dispatch.problem import QUANT_BLOCK, UNGATED, Activation
+
+# Names of the parameters, which are those of transformers, by the names of `ExpertWeights`.
+NAMES: Final = {
+    "gate_up": "gate_up_proj", "down": "down_proj", "gate_up_scale": "gate_up_proj_scale_inv",
+    "down_scale": "down_proj_scale_inv", "gate_up_bias": "gate_up_proj_bias", "down_bias": "down_proj_bias",
+}  # fmt: skip
+
+
+class StackedExperts(nn.Module):
+    """Experts in the layout of `ExpertWeights`, as parameters with the names that transformers gives them.
+
+    Block FP8 weights (dtype e4m3) and their scales need no gradient and keep their dtype whatever `Module.to` asks for.
+
+    Args:
+        K: Hidden size.
+        N: Intermediate size of one expert.
+        E: Experts.
+        activation: See `MoEProblem`.
+        interleaved: Whether gate and up rows alternate.
+        bias: Whether both projections have a bias.
+        dtype: Dtype of the weights.
+        bias_dtype: Dtype of the biases; that of the weights if None.
+        device: Device of all tensors.
+    """
+
+    gate_up_proj: nn.Parameter
+    down_proj: nn.Parameter
+
+    def __init__(
+        self,
+        K: int,
+        N: int,
+        E: int,
+        *,
+        activation: Activation = "silu",
+        interleaved: bool = False,
+        bias: bool = False,
+        dtype: torch.dtype | None = None,
+        bias_dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        self.activation: Activation = activation
+        self.interleaved = interleaved
+        self._held: ExpertWeights | None = None
+        rows = N if activation in UNGATED else 2 * N
+        shapes: dict[str, tuple[int, ...]] = {"gate_up": (E, rows, K), "down": (E, K, N)}
+        fp8 = dtype == FP8
+        for name, (_, R, C) in list(shapes.items()) if fp8 else ():
+            shapes[f"{name}_scale"] = (E, math.ceil(R / QUANT_BLOCK), math.ceil(C / QUANT_BLOCK))
+        if bias:
+            shapes |= {"gate_up_bias": (E, rows), "down_bias": (E, K)}
+        for name, attribute in NAMES.items():
+            if name not in shapes:
+                self.register_parameter(attribute, None)
+                continue
+            of_bias, of_scale = name.endswith("bias"), name.endswith("scale")
+            own = torch.float32 if of_scale else (bias_dtype or dtype) if of_bias else dtype
+            tensor = torch.empty(shapes[name], dtype=own, device=device)
+            self.register_parameter(attribute, nn.Parameter(tensor, requires_grad=of_bias or not fp8))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Initialise each expert as two `nn.Linear` would be, and biases to zero; block FP8 to zero."""
+        for name, attribute in NAMES.items():
+            parameter = self._parameters[attribute]
+            if parameter is None:
+                continue
+            if parameter.dtype == FP8 or name.endswith("bias"):
+                with torch.no_grad():
+                    parameter.zero_()
+            elif name.endswith("scale"):
+                nn.init.ones_(parameter)
+            else:
+                nn.init.uniform_(parameter, -1 / math.sqrt(parameter.shape[2]), 1 / math.sqrt(parameter.shape[2]))
+
+    def weights(self) -> ExpertWeights:
+        """The parameters as `moe_forward` takes them; the same object as long as they are the same."""
+        own = {name: getattr(self, attribute) for name, attribute in NAMES.items()}
+        held = self._held
+        if held is not None and all(getattr(held, name) is tensor for name, tensor in own.items()):
+            return held
+        weights = ExpertWeights(**own, activation=self.activation, interleaved=self.interleaved)
+        if not torch.compiler.is_compiling():
+            self._held = weights
+        return weights
+
+    def assign(self, weights: ExpertWeights) -> None:
+        """Take tensors in place of the parameters, without a copy.
+
+        Args:
+            weights: Experts of any shape and dtype; their activation and order of rows become the module's.
+        """
+        self.activation, self.interleaved = weights.activation, weights.interleaved
+        tensors = dict(weights.tensors())
+        for name, attribute in NAMES.items():
+            tensor = tensors.get(name)
+            trainable = name.endswith("bias") or (not name.endswith("scale") and weights.dtype != "fp8")
+            parameter = None if tensor is None else nn.Parameter(tensor.detach(), requires_grad=trainable)
+            self.register_parameter(attribute, parameter)
+
+    def forward(
+        self, hidden_states: Tensor, topk_weights: Tensor, topk_ids: Tensor, out: Tensor | None = None
+    ) -> Tensor:
+        """See `moe_forward`."""
+        return moe_forward(hidden_states, self.weights(), topk_weights, topk_ids, out=out)
+
+    def extra_repr(self) -> str:
+        """Shapes, dtype and activation."""
+        E, K, N = self.down_proj.shape
+        return f"E={E}, K={K}, N={N}, dtype={self.down_proj.dtype}, activation={self.activation!r}"
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        self._held = None
+        kept = [self._parameters[attribute] for name, attribute in NAMES.items() if name.endswith("scale")]
+        kept += [each for each in self._parameters.values() if each is not None and each.dtype == FP8]
+        super()._apply(keeping_dtype(fn, tuple(kept)), recurse)  # type: ignore[no-untyped-call]
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the object that `weights` keeps: a copy of the module has tensors of its own."""
+        return {**self.__dict__, "_held": None}

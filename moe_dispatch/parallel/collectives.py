@@ -1,0 +1,111 @@
+"""The collectives that exchanges are made of, on NCCL and on gloo, with a failure told as the rank that is lost."""
+
+import datetime
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from moe_dispatch.errors import InvalidInputError
+from moe_dispatch.parallel.watch import Watch
+
+# torch 2.13 renamed these two and deprecates the old names, the only ones that torch 2.11 has.
+_all_gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter: Any = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+
+class Collectives:
+    """Collectives of one group on tensors of one device. Every rank must call the same ones in the same order.
+
+    On gloo they block the host, for at most the watch's timeout. NCCL's are launched on the current stream; what goes
+    wrong there is up to NCCL's own watchdog.
+
+    Args:
+        group: The process group.
+        device: Where the tensors are.
+        watch: Told of failures.
+
+    Attributes:
+        rank: This process's rank in the group.
+        size: Ranks of the group.
+        library: ``"nccl"`` or ``"gloo"``.
+
+    Raises:
+        InvalidInputError: The group has no backend for tensors of this device.
+    """
+
+    def __init__(self, group: dist.ProcessGroup, device: torch.device, watch: Watch) -> None:
+        self._group, self._watch = group, watch
+        self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
+        self.device = device
+        self.library = _library(group, device)
+
+    def all_gather(self, rows: Tensor) -> Tensor:
+        """Every rank's ``[C, …]``, one after another: ``[ranks·C, …]``. All ranks give the same shape."""
+        out = rows.new_empty(self.size * rows.shape[0], *rows.shape[1:])
+        self._finish(_all_gather, out, rows)
+        return out
+
+    def reduce_scatter(self, rows: Tensor) -> Tensor:
+        """The sum over ranks of this rank's block of ``[ranks·C, K]``: ``[C, K]``.
+
+        gloo adds in the tensors' dtype, one rank after another, and not every version has the operation for every
+        dtype. So there it is an all-to-all of blocks, which are added in fp32 and rounded once.
+        """
+        if self.library == "gloo":
+            blocks = torch.empty_like(rows)
+            self._finish(dist.all_to_all_single, blocks, rows)
+            return blocks.view(self.size, -1, *rows.shape[1:]).sum(0, dtype=torch.float32).to(rows.dtype)
+        out = rows.new_empty(rows.shape[0] // self.size, *rows.shape[1:])
+        self._finish(_reduce_scatter, out, rows)
+        return out
+
+    def all_reduce(self, rows: Tensor) -> Tensor:
+        """The sum over ranks, in place. On gloo it is added in fp32 and rounded once."""
+        if self.library == "gloo" and rows.dtype != torch.float32:
+            wide = rows.float()
+            self._finish(dist.all_reduce, wide)
+            return rows.copy_(wide)
+        self._finish(dist.all_reduce, rows)
+        return rows
+
+    def all_to_all(self, rows: Tensor, sent: list[int], received: list[int], room: int = 0) -> Tensor:
+        """Give each rank its rows, and get this rank's from each.
+
+        Args:
+            rows: ``[sum(sent), …]``, ordered by destination.
+            sent: Rows for each rank.
+            received: Rows from each rank.
+            room: Rows of the result's memory, at least sum(received).
+
+        Returns:
+            ``[max(room, sum(received)), …]``, ordered by origin; rows beyond those received are uninitialised.
+        """
+        count = sum(received)
+        out = rows.new_empty(max(room, count), *rows.shape[1:])
+        self._finish(dist.all_to_all_single, out[:count], rows, received, sent)
+        return out
+
+    def _finish(self, collective: Any, *arguments: Any) -> None:
+        with self._watch.waiting(self._watch.timeout):
+            if self.library == "nccl":
+                collective(*arguments, group=self._group)
+                return
+            work = collective(*arguments, group=self._group, async_op=True)
+            work.wait(datetime.timedelta(seconds=self._watch.timeout))
+
+
+def _library(group: dist.ProcessGroup, device: torch.device) -> str:
+    """The library that serves tensors of a device in a group."""
+    configured = dict(
+        pair.split(":") for pair in dist.get_backend_config(group).split(",") if ":" in pair
+    )  # fmt: skip
+    library = configured.get(device.type, "")
+    needed = "nccl" if device.type == "cuda" else "gloo"
+    if library != needed:
+        raise InvalidInputError(
+            f"tensors on {device.type} need a process group with {needed}, and this one has "
+            f"{library or 'none'} for them; dist.new_group(backend={needed!r}) makes one"
+        )
+    return library

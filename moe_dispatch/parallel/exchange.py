@@ -1,0 +1,180 @@
+"""What an exchange is: it brings each token to the ranks that hold its experts, and the results back.
+
+To add one, subclass `Exchange`, declare what it needs, write `dispatch` and `combine`, and register it
+(`registry.EXCHANGES`). Between the two verbs every rank runs its own experts with `moe_forward`'s contract: rows,
+weights and local ids, where an id outside the rank's experts adds nothing.
+"""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, get_args
+
+from torch import Tensor
+
+from moe_dispatch.parallel.collectives import Collectives
+from moe_dispatch.parallel.placement import Division, Placement
+from moe_dispatch.problem import DType, Mode
+
+Tokens = Literal["sharded", "replicated"]
+
+
+@dataclass(frozen=True)
+class CallKind:
+    """One kind of distributed call, equal on every rank: what a choice of the exchange may depend on.
+
+    Attributes:
+        M: Greatest token count of a rank; in a CUDA graph the capacity.
+        K: Hidden size.
+        N: Intermediate size of an expert on one rank.
+        E: Experts of the whole layer.
+        topk: Experts per token.
+        dtype: The weights' dtype.
+        act_dtype: The dtype of hidden_states.
+        tokens: ``"sharded"`` where each rank has tokens of its own, ``"replicated"`` where all have the same.
+        division: What of the layer is divided; see `Placement`.
+        ranks: Ranks of the group.
+        mode: ``"graph"`` while a CUDA graph is captured.
+    """
+
+    M: int
+    K: int
+    N: int
+    E: int
+    topk: int
+    dtype: DType
+    act_dtype: DType
+    tokens: Tokens
+    division: Division
+    ranks: int
+    mode: Mode = "eager"
+
+
+@dataclass(frozen=True)
+class ExchangeRequirements:
+    """What an exchange takes, as data.
+
+    Attributes:
+        tokens: Whether it serves sharded tokens, replicated ones, or both.
+        divisions: Divisions of a layer that it serves.
+        transports: Libraries of the process group that it runs on.
+        act_dtypes: Dtypes of hidden_states.
+        libraries: Further libraries that must be installed.
+        one_domain: Whether all ranks must be GPUs of one NVLink domain.
+        capturable: Whether it may run while a CUDA graph is captured.
+        host_sync: Whether the host waits for the device in every call.
+        capacity: Whether every rank's rows are padded to the greatest token count.
+        deterministic: Whether the same inputs on the same ranks give the same bits every time.
+    """
+
+    tokens: frozenset[Tokens] = frozenset(get_args(Tokens))
+    divisions: frozenset[Division] = frozenset(get_args(Division))
+    transports: frozenset[str] = frozenset({"gloo", "nccl"})
+    act_dtypes: frozenset[DType] = frozenset({"bf16", "fp16", "fp32"})
+    libraries: tuple[str, ...] = ()
+    one_domain: bool = False
+    capturable: bool = True
+    host_sync: bool = False
+    capacity: bool = False
+    deterministic: bool = True
+
+    def reasons_against(self, kind: CallKind) -> list[str]:
+        """Every declared requirement that a kind of call misses, each with the limit and the value."""
+        checks = (
+            _missed("tokens that are", self.tokens, kind.tokens),
+            _missed("a layer divided by", self.divisions, kind.division),
+            _missed("hidden_states in", self.act_dtypes, kind.act_dtype),
+            "cannot be captured in a CUDA graph" if kind.mode == "graph" and not self.capturable else "",
+        )
+        return [reason for reason in checks if reason]
+
+
+@dataclass(frozen=True)
+class LocalTokens:
+    """This rank's part of a call.
+
+    Attributes:
+        hidden_states: ``[M, K]``.
+        topk_weights: fp32 ``[M, topk]``.
+        wire_ids: int32 ``[M, topk]``, global; see `Placement.wire_ids`.
+        placement: Which rank holds which experts.
+        capacity: Greatest M of any rank, equal on all of them.
+        replicated: Whether the other ranks have the same tokens.
+    """
+
+    hidden_states: Tensor
+    topk_weights: Tensor
+    wire_ids: Tensor
+    placement: Placement
+    capacity: int
+    replicated: bool
+
+
+@dataclass(frozen=True)
+class Arrived:
+    """The rows that a rank's experts are to run, and what the way back needs.
+
+    Attributes:
+        hidden_states: ``[R, K]``.
+        topk_weights: fp32 ``[R, topk]``.
+        topk_ids: int32 ``[R, topk]``, local; an id outside the rank's experts adds nothing. Rows that pad have no other
+            ids, and any values in hidden_states.
+        route: Whatever `Exchange.combine` needs of the dispatch.
+    """
+
+    hidden_states: Tensor
+    topk_weights: Tensor
+    topk_ids: Tensor
+    route: Any = None
+
+
+class Exchange(ABC):
+    """One way to bring tokens to experts on other ranks and their results back.
+
+    Class attributes to declare: `name` and `requirements`. Every rank runs the same exchange in the same call, so that
+    neither verb may decide by local values whether to communicate.
+
+    Args:
+        collectives: The collectives of the group.
+    """
+
+    name: ClassVar[str]
+    requirements: ClassVar[ExchangeRequirements] = ExchangeRequirements()
+
+    def __init__(self, collectives: Collectives) -> None:
+        self.collectives = collectives
+
+    def unavailable_reasons(self) -> tuple[str, ...]:
+        """Why it cannot run on this rank at all, each with its remedy; empty if it can."""
+        library = self.collectives.library
+        missed = _missed("a process group on", self.requirements.transports, library)
+        return (missed,) if missed else ()
+
+    def unsupported_reasons(self, kind: CallKind) -> tuple[str, ...]:
+        """All reasons why it cannot serve a kind of call. Pure: the same on every rank."""
+        return tuple(self.requirements.reasons_against(kind))
+
+    def arriving_share(self, kind: CallKind) -> float:
+        """The part of a call's tokens, those of all ranks, that one rank expects under uniform routing."""
+        del kind
+        return 1.0
+
+    @abstractmethod
+    def dispatch(self, tokens: LocalTokens) -> Arrived:
+        """Bring the tokens of all ranks to where their experts are. Collective."""
+
+    @abstractmethod
+    def combine(self, partial: Tensor, arrived: Arrived, tokens: LocalTokens) -> Tensor:
+        """Bring results back and add them up. Collective.
+
+        Args:
+            partial: ``[R, K]``, for each row that arrived the weighted sum over this rank's experts.
+            arrived: What `dispatch` returned.
+            tokens: What `dispatch` was given.
+
+        Returns:
+            ``[M, K]`` in hidden_states' dtype.
+        """
+
+
+def _missed(what: str, allowed: frozenset[Any], value: str) -> str:
+    return "" if value in allowed else f"takes {what} {' or '.join(sorted(allowed))}, got {value}"

@@ -1,0 +1,224 @@
+"""`ExpertParallel`: spreads the experts of layers over the ranks of a process group."""
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from moe_dispatch.errors import InvalidInputError
+from moe_dispatch.experts import ExpertWeights
+from moe_dispatch.machine import present_device
+from moe_dispatch.parallel.exchange import Tokens
+from moe_dispatch.parallel.explanation import ParallelExplanation, explain_call
+from moe_dispatch.parallel.parts import columns_of, experts_of, placed
+from moe_dispatch.parallel.placement import Division, Placement
+from moe_dispatch.parallel.race import Raced, drawn_inputs, race
+from moe_dispatch.parallel.session import Options, Session
+from moe_dispatch.parallel.sharded_experts import ShardedExperts
+
+
+class ExpertParallel:
+    """A group of ranks that hold a layer's experts together.
+
+    ep = ExpertParallel(dist.group.WORLD, tokens="sharded", max_tokens=16384)
+    layer = ep.shard(experts_local, experts=256)
+    out = moe_forward(hidden_states, layer, topk_weights, topk_ids)   # global ids
+
+    Creating one, making a layer, `warm_up` and every call are collective: all ranks do them in the same order. At
+    creation the ranks compare software, environment variables and calibrations, and leave out backends and exchanges
+    that one of them lacks. Every later choice follows from what was agreed then and from facts that are equal on all
+    ranks, so that none of them can choose apart.
+
+    An eager call first exchanges token counts on the host, which also finds a rank that is dead, late or elsewhere. It
+    takes one round of gloo (0.1 to 1 ms); a program that knows the counts states them (`tokens_per_rank`) instead.
+
+    Args:
+        group: The process group, or a one-dimensional DeviceMesh; NCCL for GPUs, gloo for CPUs.
+        tokens: ``"sharded"`` where each rank has tokens of its own, as with data-parallel attention; ``"replicated"``
+            where all ranks have the same, as with tensor-parallel attention.
+        max_tokens: Most tokens of a rank in a call. A CUDA graph of sharded tokens whose counts are not stated pads to
+            it.
+        exchange: The exchange of every call, by name. None chooses: what `warm_up` measured as fastest, and ``gather``
+            for kinds of calls that were not warmed up.
+        device: Where this rank's layers are; the current GPU if None, else the CPU.
+        timeout: Seconds that a rank waits for the others in a call. On GPUs it holds for what happens on the host;
+            NCCL's own timeout ends collectives that hang on the device.
+        first_timeout: Seconds that it waits at creation and in `warm_up`, where kernels compile.
+
+    Raises:
+        ExpertParallelMismatchError: The ranks differ in software, settings, calibrations or these arguments.
+        ExpertParallelLostError: A rank does not take part.
+        InvalidInputError: The group has no backend for the device, or an argument is not what is described above.
+    """
+
+    def __init__(
+        self,
+        group: Any = None,
+        *,
+        tokens: Tokens = "sharded",
+        max_tokens: int | None = None,
+        exchange: str | None = None,
+        device: torch.device | str | None = None,
+        timeout: float = 60.0,
+        first_timeout: float = 600.0,
+    ) -> None:
+        if tokens not in ("sharded", "replicated"):
+            raise InvalidInputError(f"tokens must be 'sharded' or 'replicated', got {tokens!r}")
+        if max_tokens is not None and (type(max_tokens) is not int or max_tokens < 1):
+            raise InvalidInputError(f"max_tokens must be a positive integer or None, got {max_tokens!r}")
+        for name, seconds in (("timeout", timeout), ("first_timeout", first_timeout)):
+            if not 0 < seconds < float("inf"):
+                raise InvalidInputError(f"{name} must be a finite number of seconds above 0, got {seconds!r}")
+        options = Options(tokens, max_tokens, exchange, float(timeout), float(first_timeout))
+        self._session = Session(_process_group(group), present_device(device), options)
+
+    @property
+    def rank(self) -> int:
+        """This process's rank in the group."""
+        return self._session.collectives.rank
+
+    @property
+    def size(self) -> int:
+        """Ranks of the group."""
+        return self._session.collectives.size
+
+    def shard(self, experts_local: ExpertWeights, *, experts: int) -> ShardedExperts:
+        """A layer of which every rank brings its own experts: consecutive ids, in the order of ranks.
+
+        Args:
+            experts_local: This rank's weights. Ranks may hold different numbers of experts.
+            experts: Experts of the whole layer.
+
+        Raises:
+            ExpertParallelMismatchError: Shapes, dtypes or activations differ, or the experts are not `experts` in all.
+        """
+        return self._layer(experts_local, "experts", experts)
+
+    def split(self, all_experts: ExpertWeights) -> ShardedExperts:
+        """A layer of which every rank has all experts: each keeps a copy of its own part.
+
+        Args:
+            all_experts: The whole layer's weights, the same on every rank; they can be freed afterwards.
+
+        Raises:
+            InvalidInputError: There are fewer experts than ranks.
+            ExpertParallelMismatchError: The ranks hold different layers.
+        """
+        mine = experts_of(all_experts, self.rank, self.size)
+        return self._layer(mine, "experts", all_experts.E)
+
+    def tensor(self, columns_local: ExpertWeights) -> ShardedExperts:
+        """A layer of which every rank holds a part of each expert's columns, as tensor parallelism cuts them.
+
+        Args:
+            columns_local: gate_up ``[E, 2·N/ranks, K]`` and down ``[E, K, N/ranks]`` of every expert; with block FP8 in
+                whole blocks of 128. A bias of down that every rank holds in full is added once, by rank 0.
+
+        Raises:
+            ExpertParallelMismatchError: Shapes, dtypes or activations differ.
+        """
+        return self._layer(columns_of(columns_local, self.rank), "columns", columns_local.E)
+
+    def _layer(self, local: ExpertWeights, division: Division, experts: int) -> ShardedExperts:
+        session = self._session
+        held = placed(session.control, local, division, experts, session.device)
+        return ShardedExperts(session, local, Placement(self.rank, held, division))
+
+    @contextlib.contextmanager
+    def tokens_per_rank(self, counts: Sequence[int] | int) -> Iterator[None]:
+        """State the token counts of all ranks, so that calls inside exchange none. Every rank states the same.
+
+        Args:
+            counts: Tokens of each rank in the order of the group, or one number for all of them. CUDA graphs captured
+                inside pad to the greatest.
+
+        Raises:
+            InvalidInputError: It is not one count for each rank, or more than `max_tokens`.
+        """
+        stated = (counts,) * self.size if isinstance(counts, int) else tuple(counts)
+        if len(stated) != self.size or any(type(count) is not int or count < 0 for count in stated):
+            raise InvalidInputError(f"counts must be {self.size} integers of at least 0, got {counts!r}")
+        limit = self._session.options.max_tokens
+        if limit is not None and max(stated) > limit:
+            raise InvalidInputError(f"a rank has {max(stated)} tokens, and max_tokens is {limit}")
+        if self._session.options.tokens == "replicated" and len(set(stated)) > 1:
+            raise InvalidInputError(f"replicated tokens are as many on every rank, got {counts!r}")
+        before, self._session.stated = self._session.stated, stated
+        try:
+            yield
+        finally:
+            self._session.stated = before
+
+    def warm_up(
+        self,
+        layer: ShardedExperts,
+        topk: int,
+        tokens: Sequence[int],
+        act_dtype: torch.dtype | None = None,
+    ) -> tuple[Raced, ...]:
+        """Run every exchange for these token counts in lockstep, measure them, and settle on the fastest of each.
+
+        An exchange that fails on any rank is used on none. A choice holds for token counts up to the same power of two,
+        and for every layer of the same shape and dtype in this group.
+
+        Args:
+            layer: A layer of this group.
+            topk: Experts per token.
+            tokens: Tokens of each rank. A captured graph needs its own count, or `max_tokens`, in here.
+            act_dtype: The dtype of hidden_states. None stands for the weights' own, or BF16 with block FP8 weights.
+
+        Returns:
+            What was measured, one entry for each token count.
+
+        Raises:
+            ExpertParallelMismatchError: The ranks give different arguments.
+            ExpertParallelLostError: A rank is dead or late.
+        """
+        session = self._session
+        if not isinstance(layer, ShardedExperts) or layer.session is not session:
+            raise InvalidInputError(f"layer must be one that this group made, got {layer!r}")
+        dtype = act_dtype or (torch.bfloat16 if layer.dtype == "fp8" else layer.local.gate_up.dtype)
+        counts = tuple(tokens)
+        if type(topk) is not int or not 1 <= topk <= layer.E or not all(type(M) is int and M > 0 for M in counts):
+            raise InvalidInputError(
+                f"topk must be 1 to {layer.E} and tokens positive integers, got topk={topk!r} and tokens={counts!r}"
+            )
+        facts = {"layer": layer.number, "topk": topk, "tokens": counts, "act_dtype": str(dtype)}
+        session.control.require_equal("warm_up", facts)
+        raced = []
+        with torch.no_grad(), session.watch.patience(session.options.first_timeout):
+            for M in counts:
+                seed = 0 if session.options.tokens == "replicated" else self.rank
+                inputs = drawn_inputs(layer, M, topk, dtype, seed)
+                raced.append(race(layer, session.kind(layer.placement, layer.local, M, topk, dtype), inputs))
+        return tuple(raced)
+
+    def capturable(self, layer: ShardedExperts, topk: int, M: int) -> bool:
+        """Whether the exchange that serves calls of up to M tokens a rank can be captured in a CUDA graph."""
+        exchange = explain_call(layer, topk, M).chosen
+        return self._session.exchanges[exchange].requirements.capturable
+
+    def explain(self, layer: ShardedExperts, topk: int, M: int) -> ParallelExplanation:
+        """Which exchange serves calls of up to M tokens a rank, why, and what runs this rank's experts. Not collective.
+
+        Args:
+            layer: A layer of this group.
+            topk: Experts per token.
+            M: Greatest token count of a rank.
+        """
+        return explain_call(layer, topk, M)
+
+
+def _process_group(group: Any) -> dist.ProcessGroup:
+    if not dist.is_available() or not dist.is_initialized():
+        raise InvalidInputError("torch.distributed is not initialised; call torch.distributed.init_process_group first")
+    if hasattr(group, "get_group"):  # a DeviceMesh of one dimension
+        group = group.get_group()
+    group = dist.group.WORLD if group is None else group
+    if not isinstance(group, dist.ProcessGroup):
+        raise InvalidInputError(
+            f"group must be a process group of this rank or a one-dimensional DeviceMesh, got {type(group).__name__}"
+        )
+    return group

@@ -1,0 +1,99 @@
+"""One call of a layer that is spread over ranks: agree, dispatch, run this rank's experts, combine."""
+
+import torch
+from torch import Tensor
+
+from moe_dispatch.dispatch.checks import check, check_out
+from moe_dispatch.dispatch.gradients import needs_grad
+from moe_dispatch.errors import InvalidInputError
+from moe_dispatch.parallel.exchange import Arrived, CallKind, Exchange, LocalTokens
+from moe_dispatch.parallel.sharded_experts import ShardedExperts
+
+
+def forward_sharded(
+    hidden_states: Tensor,
+    layer: ShardedExperts,
+    topk_weights: Tensor,
+    topk_ids: Tensor,
+    backend: str | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """`moe_forward` of a layer that is spread over ranks. Collective: every rank calls, also one without tokens.
+
+    Args:
+        hidden_states: ``[M, K]``; M may differ from rank to rank where tokens are sharded, and be 0.
+        layer: This rank's part of the layer.
+        topk_weights: ``[M, topk]``, as for `moe_forward`.
+        topk_ids: ``[M, topk]``, global: 0…E-1 of the whole layer; others add nothing.
+        backend: The backend that runs this rank's experts; equal on all ranks.
+        out: Memory for the output, as for `moe_forward`.
+
+    Returns:
+        ``[M, K]`` in hidden_states' dtype: the sum over the experts of all ranks. Partial sums of the ranks cross in
+        hidden_states' dtype.
+
+    Raises:
+        InvalidInputError: As for `moe_forward`; a gradient is needed.
+        ExpertParallelMismatchError: The ranks are not in the same call.
+        ExpertParallelLostError: A rank is dead, late or failed, in this call or an earlier one.
+    """
+    session = layer.session
+    session.watch.begin()
+    try:
+        _check(hidden_states, layer, topk_weights, topk_ids, backend, out)
+        M, topk = topk_ids.shape
+        capacity = session.agreed_capacity(layer.number, M, topk, hidden_states.dtype, backend)
+    except InvalidInputError as error:
+        session.watch.failed(error)  # the other ranks may wait for this one
+        raise
+    if not capacity:
+        return torch.empty_like(hidden_states) if out is None else out
+    kind = session.kind(layer.placement, layer.local, capacity, topk, hidden_states.dtype)
+    exchange = session.choose(kind)
+    with session.watch.committed(), torch.no_grad():
+        tokens = local_tokens(hidden_states, layer, topk_weights, topk_ids, capacity)
+        arrived = exchange.dispatch(tokens)
+        partial = run_arrived(layer, exchange, kind, arrived, backend)
+        result = exchange.combine(partial, arrived, tokens)
+        return result if out is None else out.copy_(result)
+
+
+def local_tokens(
+    hidden_states: Tensor, layer: ShardedExperts, topk_weights: Tensor, topk_ids: Tensor, capacity: int
+) -> LocalTokens:
+    """A call's tensors as exchanges take them."""
+    return LocalTokens(
+        hidden_states.contiguous(),
+        topk_weights.float().contiguous(),
+        layer.placement.wire_ids(topk_ids),
+        layer.placement,
+        capacity,
+        replicated=layer.session.options.tokens == "replicated",
+    )
+
+
+def run_arrived(
+    layer: ShardedExperts, exchange: Exchange, kind: CallKind, arrived: Arrived, backend: str | None = None
+) -> Tensor:
+    """Run this rank's experts over the rows that arrived: ``[R, K]``."""
+    experts = layer.weights_expecting(exchange.arriving_share(kind))
+    inputs = (arrived.hidden_states, experts, arrived.topk_weights.contiguous(), arrived.topk_ids.contiguous())
+    return layer.session.run_local(inputs, backend)
+
+
+def _check(
+    hidden_states: Tensor,
+    layer: ShardedExperts,
+    topk_weights: Tensor,
+    topk_ids: Tensor,
+    backend: str | None,
+    out: Tensor | None,
+) -> None:
+    check(hidden_states, layer.local, topk_weights, topk_ids, backend)
+    grad = needs_grad(hidden_states, layer.local, topk_weights)
+    if grad:
+        raise InvalidInputError(
+            "a layer that is spread over ranks has no gradient; call it under torch.no_grad() or torch.inference_mode()"
+        )
+    if out is not None:
+        check_out(out, (hidden_states, layer.local, topk_weights, topk_ids), needs_grad=grad)

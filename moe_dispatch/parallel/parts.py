@@ -1,0 +1,75 @@
+"""A rank's part of a layer's weights, and the check that the parts of all ranks belong together."""
+
+import torch
+
+from moe_dispatch.errors import InvalidInputError
+from moe_dispatch.experts import ExpertWeights
+from moe_dispatch.parallel.control import Control
+from moe_dispatch.parallel.placement import Division
+
+
+def experts_of(layer: ExpertWeights, rank: int, ranks: int) -> ExpertWeights:
+    """A copy of the experts that one of several ranks holds: consecutive, and as many on each rank, or one more.
+
+    Raises:
+        InvalidInputError: There are fewer experts than ranks.
+    """
+    if ranks > layer.E:
+        raise InvalidInputError(f"each rank holds at least one expert, and {ranks} ranks share {layer.E}")
+    mine = slice(rank * layer.E // ranks, (rank + 1) * layer.E // ranks)
+    tensors = {name: tensor[mine].clone() for name, tensor in layer.tensors()}
+    return _layer(layer, tensors)
+
+
+def columns_of(layer: ExpertWeights, rank: int) -> ExpertWeights:
+    """The part of each expert's columns that a rank was given, with down's bias on rank 0 alone: it is added once."""
+    tensors = dict(layer.tensors())
+    if rank and layer.down_bias is not None:
+        tensors["down_bias"] = torch.zeros_like(layer.down_bias)
+    return _layer(layer, tensors)
+
+
+def placed(
+    control: Control, local: ExpertWeights, division: Division, experts: int, device: torch.device
+) -> tuple[int, ...]:
+    """How many experts each rank holds. Collective.
+
+    Args:
+        control: What the ranks tell each other by.
+        local: This rank's weights.
+        division: What of the layer is divided.
+        experts: Experts of the whole layer.
+        device: Where this rank's layers are.
+
+    Raises:
+        ExpertParallelMismatchError: The parts do not belong together; raised on every rank.
+    """
+    every = control.gather_objects({
+        "held": local.E,
+        "on the group's device": local.device == device,
+        "facts": {
+            "division": division, "experts": experts, "K": local.K, "dtype": str(local.gate_up.dtype), "N": local.N,
+            "activation": local.activation, "bias": local.gate_up_bias is not None, "interleaved": local.interleaved,
+        },
+    })  # fmt: skip
+    control.compare("the layer", [each["facts"] for each in every])
+    astray = [rank for rank, each in zip(control.ranks, every, strict=True) if not each["on the group's device"]]
+    if astray:
+        raise InvalidInputError(f"the weights are not on the device of ExpertParallel on ranks {astray}; move them")
+    held = tuple(each["held"] for each in every)
+    if division == "experts" and sum(held) != experts:
+        raise InvalidInputError(f"the ranks hold {' + '.join(map(str, held))} experts, and experts={experts}")
+    return held
+
+
+def _layer(layer: ExpertWeights, tensors: dict[str, torch.Tensor]) -> ExpertWeights:
+    return ExpertWeights(
+        tensors["gate_up"],
+        tensors["down"],
+        gate_up_scale=tensors.get("gate_up_scale"),
+        down_scale=tensors.get("down_scale"),
+        gate_up_bias=tensors.get("gate_up_bias"),
+        down_bias=tensors.get("down_bias"),
+        activation=layer.activation,
+        interleaved=layer.interleaved,
+    )

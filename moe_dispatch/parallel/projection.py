@@ -1,0 +1,123 @@
+"""What a layer would take on more GPUs: a projection from cost models of one GPU and figures of the links.
+
+Nothing here was measured on more than one GPU. Experts' times are those that the policies predict for one GPU with the
+load of a rank; transfers are latency plus bytes over bandwidth (`links`). Load is balanced and routing uniform.
+"""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Final
+
+from moe_dispatch.dispatch.dispatcher import Dispatcher
+from moe_dispatch.errors import InvalidInputError
+from moe_dispatch.machine import Machine
+from moe_dispatch.parallel.links import Cluster, crossing
+from moe_dispatch.problem import ELEMENT_BYTES, DType, MoEProblem
+from moe_dispatch.settings import Settings
+from moe_dispatch.workloads import Workload
+
+# With more rows for each expert a GPU runs its tokens in slices: cost models are fitted to as many at most.
+_ROWS: Final = 4096
+
+
+@dataclass(frozen=True)
+class Projected:
+    """One layer on some ranks.
+
+    Attributes:
+        M: Tokens of each rank.
+        ranks: GPUs.
+        one_gpu_us: Time of one GPU that holds all experts and gets the tokens of all ranks, in µs.
+        experts_us: Time of a rank's experts.
+        dispatch_us: Time of the rows on their way to the experts.
+        combine_us: Time of the results on their way back.
+        exchange: Which way to send them is fastest: ``gather``, ``alltoall``, or ``alltoall by node``, which first
+            sends a row once to each host and which no exchange here does.
+    """
+
+    M: int
+    ranks: int
+    one_gpu_us: float
+    experts_us: float
+    dispatch_us: float
+    combine_us: float
+    exchange: str
+
+    @property
+    def transfer_us(self) -> float:
+        """Both ways together."""
+        return self.dispatch_us + self.combine_us
+
+    @property
+    def serial(self) -> float:
+        """Speed-up where experts wait for the transfers, as the exchanges of this package do."""
+        return self.one_gpu_us / (self.experts_us + self.transfer_us)
+
+    @property
+    def overlapped(self) -> float:
+        """Speed-up where transfers were hidden behind experts as far as possible; nothing here does so yet."""
+        return self.one_gpu_us / max(self.experts_us, self.transfer_us)
+
+
+class Projection:
+    """Projects layers onto ranks.
+
+    Args:
+        machine: The GPU of each rank, described or at hand; its cost models or those of a like device must ship.
+        cluster: What connects the ranks.
+    """
+
+    def __init__(self, machine: Machine, cluster: Cluster) -> None:
+        self._machine, self._cluster = machine, cluster
+        # Cost models alone: a ratio of a measured time to a predicted one would mix two kinds of errors.
+        self._planner = Dispatcher(machine, Settings(policies=("learned",)), live=False).planner
+
+    def project(self, layer: Workload, dtype: DType, M: int, ranks: int, *, wire_fp8: bool = False) -> Projected:
+        """One layer at M tokens of each rank.
+
+        Args:
+            layer: The layer.
+            dtype: Dtype of the weights.
+            M: Tokens of each rank.
+            ranks: GPUs: at most `Cluster.node`, or a multiple of it, and a divisor of E.
+            wire_fp8: Whether rows cross as FP8 codes with a scale per 128 columns, which no exchange here does yet.
+
+        Raises:
+            InvalidInputError: So many ranks do not divide the layer or the hosts, or no cost model knows the layer.
+        """
+        node = self._cluster.node
+        if ranks < 2 or layer.E % ranks or (ranks > node and ranks % node):
+            raise InvalidInputError(
+                f"ranks must divide E={layer.E} and be 2 to {node} or a multiple of {node}, got {ranks}"
+            )
+        whole = layer.problem(ranks * M, dtype, self._machine, "graph")
+        row = layer.K * ELEMENT_BYTES[whole.act_dtype]
+        out = layer.K * (1 + 4 / 128) if wire_fp8 else row
+        ways = [crossing(self._cluster, ranks, M, bytes_, layer.E, layer.topk) for bytes_ in (out, row)]
+        dispatch, combine = (dataclasses.asdict(way) for way in ways)
+        exchange = min(dispatch, key=lambda name: dispatch[name] + combine[name])
+        return Projected(
+            M, ranks, self._us(whole), self._us(self._local(whole, ranks)), dispatch[exchange], combine[exchange],
+            exchange.replace("_", " "),
+        )  # fmt: skip
+
+    def _local(self, whole: MoEProblem, ranks: int) -> MoEProblem:
+        """A layer with the slots of a rank: as many of each token as in the layers that cost models are fitted to.
+
+        Really more tokens arrive, each with fewer slots here. Copying and quantising those is not counted.
+        """
+        E = whole.E // ranks
+        topk = min(whole.topk, E)
+        return dataclasses.replace(whole, E=E, topk=topk, M=max(1, round(whole.slots / ranks / topk)))
+
+    def _us(self, problem: MoEProblem) -> float:
+        slices = max(1.0, problem.slots / problem.E / _ROWS)
+        explanation = self._planner.explain(dataclasses.replace(problem, M=round(problem.M / slices)))
+        times = [
+            each.choice.us for each in explanation.candidates if each.choice.us is not None and not each.against
+        ]  # fmt: skip
+        if not times:
+            raise InvalidInputError(
+                f"no cost model for {problem} on {self._machine.name}; `moe-dispatch fit` makes one from a calibration"
+            )
+        return slices * min(times)

@@ -1,0 +1,155 @@
+"""First runs in lockstep, and the measurement that chooses an exchange for a kind of call."""
+
+import dataclasses
+import statistics
+import time
+from collections.abc import Callable
+from typing import Final, TypeVar
+
+import torch
+from torch import Tensor
+
+from moe_dispatch.measure.inputs import synchronize
+from moe_dispatch.parallel.exchange import Arrived, CallKind, Exchange
+from moe_dispatch.parallel.forward import local_tokens, run_arrived
+from moe_dispatch.parallel.registry import ALWAYS
+from moe_dispatch.parallel.session import bucket
+from moe_dispatch.parallel.sharded_experts import ShardedExperts
+from moe_dispatch.system import failures
+
+REPEATS: Final = 5
+# Relative difference below which two exchanges count as equally fast; the one that is registered first stays.
+CLOSE: Final = 0.02
+
+Result = TypeVar("Result")
+
+
+@dataclasses.dataclass(frozen=True)
+class Raced:
+    """What the race of a kind of call showed, equal on every rank.
+
+    Attributes:
+        kind: The kind of call.
+        chosen: The exchange that serves it from now on.
+        us: Time of a whole call in µs, for each exchange that ran: the median over repeats of the slowest rank's.
+        failed: Why an exchange is not used, for each one that failed.
+    """
+
+    kind: CallKind
+    chosen: str
+    us: dict[str, float]
+    failed: dict[str, str]
+
+
+class ExchangeFailedError(RuntimeError):
+    """An exchange failed its first run on some rank, with the reason of each."""
+
+
+def race(layer: ShardedExperts, kind: CallKind, inputs: tuple[Tensor, Tensor, Tensor]) -> Raced:
+    """Run every exchange that can serve a kind of call, and settle on the fastest. Collective.
+
+    Args:
+        layer: The layer.
+        kind: The kind of eager call, whose M is the capacity.
+        inputs: hidden_states, topk_weights and global topk_ids of this rank.
+
+    Raises:
+        ExpertParallelLostError: A rank is dead or late.
+        ExchangeFailedError: Not even `gather` runs.
+    """
+    session = layer.session
+    session.watch.begin()
+    us: dict[str, float] = {}
+    failed: dict[str, str] = {}
+    for name in session.candidates(kind):
+        try:
+            call = first_run(layer, session.exchanges[name], kind, inputs)
+        except ExchangeFailedError as error:
+            failed[name] = str(error)
+            continue
+        us[name] = _measured(layer, call)
+    session.barred.setdefault(bucket(kind), {}).update(failed)
+    if ALWAYS in failed:
+        raise ExchangeFailedError(f"{kind} cannot run: {failed[ALWAYS]}")
+    for mode in ("eager", "graph") if session.device.type == "cuda" else ("eager",):
+        of_mode = dataclasses.replace(kind, mode=mode)
+        able = {name: time for name, time in us.items() if name in session.candidates(of_mode)}
+        chosen = next(name for name, time in able.items() if time <= min(able.values()) * (1 + CLOSE))
+        session.settle(of_mode, chosen)
+    return Raced(kind, session.choose(kind).name, us, failed)
+
+
+def first_run(
+    layer: ShardedExperts, exchange: Exchange, kind: CallKind, inputs: tuple[Tensor, Tensor, Tensor]
+) -> Callable[[], Tensor]:
+    """Run a kind of call for the first time, with a vote after each stage: no rank goes on where another failed.
+
+    Returns:
+        The call, to be repeated.
+
+    Raises:
+        ExchangeFailedError: A stage failed on some rank; raised on every rank.
+    """
+    tokens = local_tokens(inputs[0], layer, *inputs[1:], kind.M)
+    arrived = _stage(layer, lambda: exchange.dispatch(tokens))
+    partial = _stage(layer, lambda: _run_and_warm(layer, exchange, kind, arrived))
+    _stage(layer, lambda: exchange.combine(partial, arrived, tokens))
+
+    def call() -> Tensor:
+        arrived = exchange.dispatch(tokens)
+        return exchange.combine(run_arrived(layer, exchange, kind, arrived), arrived, tokens)
+
+    return call
+
+
+def _run_and_warm(layer: ShardedExperts, exchange: Exchange, kind: CallKind, arrived: Arrived) -> Tensor:
+    """Run this rank's experts, and on a GPU also what a captured call will run."""
+    partial = run_arrived(layer, exchange, kind, arrived)
+    session = layer.session
+    if session.device.type == "cuda" and exchange.requirements.capturable:
+        experts = layer.weights_expecting(exchange.arriving_share(kind))
+        inputs = (arrived.hidden_states, experts, arrived.topk_weights.contiguous(), arrived.topk_ids.contiguous())
+        session.dispatcher.warm_up(inputs)
+    return partial
+
+
+def _stage(layer: ShardedExperts, run: Callable[[], Result]) -> Result:
+    session, fault = layer.session, ""
+    try:
+        result = run()
+        synchronize(session.device)
+    except Exception as error:
+        if session.watch.lost is not None:
+            raise
+        fault = failures.summary(error)
+    votes = session.control.gather_objects(fault)
+    faults = [f"{vote} (rank {rank})" for rank, vote in zip(session.control.ranks, votes, strict=True) if vote]
+    if faults:
+        raise ExchangeFailedError("; ".join(faults))
+    return result  # where it is not bound there was a fault
+
+
+def _measured(layer: ShardedExperts, call: Callable[[], Tensor]) -> float:
+    """Time of a call in µs, equal on every rank: the median over repeats of the slowest rank's."""
+    session = layer.session
+    nanoseconds = []
+    for _ in range(REPEATS):
+        synchronize(session.device)
+        session.control.gather_numbers([0])  # no rank starts before all are here
+        start = time.perf_counter_ns()
+        call()
+        synchronize(session.device)
+        nanoseconds.append(time.perf_counter_ns() - start)
+    every = session.control.gather_numbers(nanoseconds)
+    return float(statistics.median(max(times) for times in zip(*every, strict=True))) / 1e3
+
+
+def drawn_inputs(
+    layer: ShardedExperts, M: int, topk: int, act_dtype: torch.dtype, seed: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Random inputs of M tokens with a uniform routing over the whole layer's experts."""
+    generator = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(M, layer.K, generator=generator).to(device=layer.device, dtype=act_dtype)
+    ids = torch.rand(M, layer.E, generator=generator).topk(topk, dim=1).indices.to(torch.int32)
+    weights = torch.full((M, topk), 1 / topk)
+    return hidden, weights.to(layer.device), ids.to(layer.device)

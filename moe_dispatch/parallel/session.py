@@ -1,0 +1,244 @@
+"""What the layers of one expert-parallel group share: the agreement, the exchanges, and what is chosen among them."""
+
+import dataclasses
+import zlib
+from typing import Any, Final
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from moe_dispatch.backend import Inputs
+from moe_dispatch.dispatch.call import call_eagerly
+from moe_dispatch.dispatch.dispatcher import Dispatcher
+from moe_dispatch.errors import InvalidInputError, UnknownNameError
+from moe_dispatch.experts import DTYPE_NAMES
+from moe_dispatch.machine import current_machine
+from moe_dispatch.parallel import agreement
+from moe_dispatch.parallel.collectives import Collectives
+from moe_dispatch.parallel.control import Control
+from moe_dispatch.parallel.errors import ExpertParallelMismatchError
+from moe_dispatch.parallel.exchange import CallKind, Exchange, Tokens
+from moe_dispatch.parallel.placement import Placement
+from moe_dispatch.parallel.registry import ALWAYS, EXCHANGES, make_exchanges
+from moe_dispatch.parallel.watch import ProcessIdentity
+from moe_dispatch.settings import Settings, settings
+
+_REMEDY: Final = (
+    "Give every rank the same software, environment variables and calibration files (one MOE_DISPATCH_CACHE_DIR serves "
+    "all of them)."
+)
+_DTYPES: Final = tuple(DTYPE_NAMES)
+_NUMBERS: Final = ("call", "layer", "topk", "dtype of hidden_states", "named backend", "tokens")
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """The arguments of `ExpertParallel` that must be equal on every rank.
+
+    Attributes:
+        tokens: Whether each rank has tokens of its own or all have the same.
+        max_tokens: Most tokens of a rank in a call; None for no limit.
+        exchange: The exchange of every call; None to choose.
+        timeout: Seconds that a rank waits for the others in a call.
+        first_timeout: Seconds that it waits where first runs compile.
+    """
+
+    tokens: Tokens
+    max_tokens: int | None
+    exchange: str | None
+    timeout: float
+    first_timeout: float
+
+
+class Session:
+    """One expert-parallel group in this process. Making one is collective.
+
+    Args:
+        group: The process group.
+        device: Where this rank's layers are.
+        options: Equal on every rank.
+
+    Attributes:
+        options: As given.
+        collectives: The group's collectives on tensors.
+        control: What ranks tell each other on the host.
+        dispatcher: Runs this rank's experts, without backends that another rank lacks.
+        exchanges: Every registered exchange by name.
+        unavailable: For an exchange that some rank cannot use, the reasons.
+        barred: Exchanges that failed in `warm_up`, by kind of call, with the reason.
+        stated: Token counts of all ranks as the caller stated them; None where ranks tell each other in every call.
+
+    Raises:
+        ExpertParallelMismatchError: The ranks differ in something that a choice depends on.
+        ExpertParallelLostError: A rank did not take part.
+        UnknownNameError: No exchange has the name in `options`.
+    """
+
+    def __init__(self, group: dist.ProcessGroup, device: torch.device, options: Options) -> None:
+        if options.exchange is not None and options.exchange not in EXCHANGES.names():
+            raise UnknownNameError("exchange", options.exchange, EXCHANGES.names())
+        self.options, self.device = options, device
+        self.control = Control(group, options.timeout, options.first_timeout)
+        self.watch = self.control.watch
+        self.collectives = Collectives(group, device, self.watch)
+        self.exchanges: dict[str, Exchange] = make_exchanges(self.collectives)
+        self.unavailable: dict[str, tuple[str, ...]] = {}
+        self.barred: dict[CallKind, dict[str, str]] = {}
+        self.stated: tuple[int, ...] | None = None
+        self._chosen: dict[CallKind, str] = {}
+        self._layers = 0
+        self.dispatcher = self._agree(settings())
+
+    def _agree(self, configured: Settings) -> Dispatcher:
+        """Exchange the facts of all ranks, and make the dispatcher that they allow."""
+        machine = current_machine(self.device.type, self.device.index)
+        dispatcher = Dispatcher(machine, configured)
+        every: list[dict[str, Any]] = self.control.gather_objects({
+            "identity": ProcessIdentity.here(),
+            "facts": {**agreement.facts(dispatcher, configured, self.device), **dataclasses.asdict(self.options)},
+            "barred": agreement.barred_backends(dispatcher),
+            "unavailable": {name: exchange.unavailable_reasons() for name, exchange in self.exchanges.items()},
+        })  # fmt: skip
+        self.watch.identities = tuple(each["identity"] for each in every)
+        self.control.compare("their setup", [each["facts"] for each in every], _REMEDY)
+        self.unavailable = self._merged([each["unavailable"] for each in every])
+        barred = {
+            name: "; ".join(reasons) for name, reasons in self._merged([each["barred"] for each in every]).items()
+        }
+        if configured.backend in barred:
+            values = [each["barred"].get(configured.backend, "available") for each in every]
+            named = {f"backend {configured.backend!r}, which MOE_DISPATCH_BACKEND names": values}
+            raise ExpertParallelMismatchError("their setup", named, self.control.ranks, _REMEDY)
+        # What this rank lacks itself is a reason already.
+        others = {name: reason for name, reason in barred.items() if name not in every[self.control.rank]["barred"]}
+        return Dispatcher(machine, configured, barred=others) if others else dispatcher
+
+    def _merged(self, every: list[dict[str, tuple[str, ...]]]) -> dict[str, tuple[str, ...]]:
+        """Reasons by name over all ranks, each once, with the ranks that have it unless all do."""
+        holders: dict[str, dict[str, list[int]]] = {}
+        for rank, by_name in zip(self.control.ranks, every, strict=True):
+            for name, reasons in by_name.items():
+                for reason in reasons:
+                    holders.setdefault(name, {}).setdefault(reason, []).append(rank)
+        return {
+            name: tuple(
+                reason if len(ranks) == len(every) else f"{reason} (rank {', '.join(map(str, ranks))})"
+                for reason, ranks in by_reason.items()
+            )
+            for name, by_reason in holders.items()
+        }
+
+    def number_of_layer(self) -> int:
+        """The number of a new layer: every rank makes its layers in one order."""
+        self._layers += 1
+        return self._layers
+
+    # A call.
+
+    def agreed_capacity(self, layer: int, M: int, topk: int, act_dtype: torch.dtype, backend: str | None) -> int:
+        """The greatest token count of any rank in this call, equal on all of them.
+
+        The ranks tell each other, which also finds ranks that are dead, late or in another call; unless the caller
+        has stated the counts, or a CUDA graph is captured, in which no host takes part.
+
+        Raises:
+            ExpertParallelMismatchError: The ranks are not in the same call.
+            ExpertParallelLostError: A rank does not come.
+            InvalidInputError: There are more tokens than were stated.
+        """
+        options = self.options
+        if self.stated is not None:
+            if self.stated[self.control.rank] != M:
+                raise InvalidInputError(
+                    f"this rank has {M} tokens, and tokens_per_rank states {self.stated[self.control.rank]}"
+                )
+            return max(self.stated)
+        if self.capturing:
+            if options.tokens == "replicated":
+                return M
+            if options.max_tokens is None or options.max_tokens < M:
+                raise InvalidInputError(
+                    f"a CUDA graph of {M} sharded tokens needs a capacity that is equal on all ranks: state the counts "
+                    f"with tokens_per_rank, or give max_tokens of at least {M} (it is {options.max_tokens})"
+                )
+            return options.max_tokens
+        named = zlib.crc32((backend or "").encode())
+        numbers = (self.watch.call, layer, topk, _DTYPES.index(act_dtype), named, M)
+        every = self.control.gather_numbers(numbers)
+        differing: dict[str, list[int]] = {}
+        for name, values in zip(_NUMBERS, zip(*every, strict=True), strict=True):
+            if len(set(values)) > 1 and (name != "tokens" or options.tokens == "replicated"):
+                differing[name] = list(values)
+        if differing:
+            raise ExpertParallelMismatchError(f"call {self.watch.call}", differing, self.control.ranks)
+        capacity = max(row[-1] for row in every)
+        if options.max_tokens is not None and capacity > options.max_tokens:
+            raise InvalidInputError(f"a rank has {capacity} tokens, and max_tokens is {options.max_tokens}")
+        return capacity
+
+    @property
+    def capturing(self) -> bool:
+        """Whether a CUDA graph is captured."""
+        return self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+    def run_local(self, inputs: Inputs, backend: str | None) -> Tensor:
+        """Run this rank's experts over rows that arrived."""
+        return call_eagerly(*inputs, backend, dispatcher=self.dispatcher)
+
+    # The choice of the exchange.
+
+    def reasons_against(self, name: str, kind: CallKind) -> tuple[str, ...]:
+        """Every reason against an exchange for a kind of call; the same on every rank."""
+        failed = self.barred.get(bucket(kind), {}).get(name)
+        reasons = (*self.unavailable.get(name, ()), *self.exchanges[name].unsupported_reasons(kind))
+        return (*reasons, f"failed in warm_up: {failed}") if failed else reasons
+
+    def candidates(self, kind: CallKind) -> tuple[str, ...]:
+        """The exchanges that every rank can use for a kind of call."""
+        return tuple(name for name in self.exchanges if not self.reasons_against(name, kind))
+
+    def choose(self, kind: CallKind) -> Exchange:
+        """The exchange of a kind of call: the named one, else what `warm_up` measured as fastest, else `gather`.
+
+        Raises:
+            InvalidInputError: The named exchange cannot serve such a call.
+        """
+        name = self.options.exchange
+        if name is None:
+            return self.exchanges[self._chosen.get(bucket(kind), ALWAYS)]
+        if reasons := self.reasons_against(name, kind):
+            raise InvalidInputError(
+                f"exchange {name!r} is named and cannot serve {kind}: {'; '.join(reasons)}. Leave `exchange` out to "
+                "have one chosen"
+            )
+        return self.exchanges[name]
+
+    def settle(self, kind: CallKind, name: str) -> None:
+        """Choose an exchange for a kind of call from now on. Every rank does so with the same arguments."""
+        self._chosen[bucket(kind)] = name
+
+    def was_settled(self, kind: CallKind) -> bool:
+        """Whether `warm_up` chose an exchange for a kind of call."""
+        return bucket(kind) in self._chosen
+
+    def kind(self, placement: Placement, layer: Any, M: int, topk: int, act_dtype: torch.dtype) -> CallKind:
+        """The kind of a call.
+
+        Args:
+            placement: Which rank holds which experts.
+            layer: This rank's ExpertWeights.
+            M: The agreed capacity.
+            topk: Experts per token.
+            act_dtype: The dtype of hidden_states.
+        """
+        return CallKind(
+            M=M, K=layer.K, N=layer.N, E=placement.experts, topk=topk, dtype=layer.dtype,
+            act_dtype=DTYPE_NAMES[act_dtype], tokens=self.options.tokens, division=placement.division,
+            ranks=self.collectives.size, mode="graph" if self.capturing else "eager",
+        )  # fmt: skip
+
+
+def bucket(kind: CallKind) -> CallKind:
+    """The kind with M rounded up to a power of two: a choice holds for all of these."""
+    return dataclasses.replace(kind, M=1 << max(kind.M - 1, 0).bit_length())

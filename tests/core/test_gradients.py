@@ -1,0 +1,331 @@
+"""Recorded calls: the backend of a plain call runs them, and their gradients are the reference's."""
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.checkpoint import checkpoint
+
+from moe_dispatch import ExpertWeights, MoEDispatchWarning, explain, moe_forward, stats
+from moe_dispatch.backends import backward as backward_module
+from moe_dispatch.backends.backward import by_expert, grouped
+from moe_dispatch.backends.reference import ReferenceBackend, ReferenceConfig
+from moe_dispatch.dispatch.gradients import Gradients, Wanted
+from moe_dispatch.machine import Machine
+from moe_dispatch.problem import Activation
+from moe_dispatch.settings import settings
+from tests.support.fakes import Honest, ranked
+
+MACHINES = Path(__file__).parents[1] / "machines"
+M, K, N, E, TOPK = 7, 32, 24, 5, 3
+EVERYTHING = Wanted(*[True] * len(Wanted._fields))
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A kind of layer whose gradients are compared."""
+
+    activation: Activation = "silu"
+    bias: bool = False
+    interleaved: bool = False
+    dtype: torch.dtype = torch.float32
+    scale: float = 1.0
+
+    def __str__(self) -> str:
+        return f"{self.activation}{'-bias' * self.bias}{'-interleaved' * self.interleaved}"
+
+    def tensors(self) -> dict[str, Tensor]:
+        rows = N if self.activation == "relu2" else 2 * N
+        made = {"gate_up": torch.randn(E, rows, K) * self.scale / 4, "down": torch.randn(E, K, N) / 4}
+        if self.bias:
+            made |= {"gate_up_bias": torch.randn(E, rows), "down_bias": torch.randn(E, K)}
+        return {name: tensor.to(self.dtype) for name, tensor in made.items()}
+
+    def wrap(self, tensors: dict[str, Tensor]) -> ExpertWeights:
+        return ExpertWeights(
+            tensors["gate_up"],
+            tensors["down"],
+            gate_up_bias=tensors.get("gate_up_bias"),
+            down_bias=tensors.get("down_bias"),
+            activation=self.activation,
+            interleaved=self.interleaved,
+        )
+
+
+LAYERS = (
+    Layer(),
+    Layer("gelu", bias=True),
+    Layer("gelu_tanh", interleaved=True),
+    Layer("swiglu_oai", bias=True, interleaved=True, scale=8.0),  # beyond the limits of its clamps
+    Layer("relu2", bias=True),
+)
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    torch.manual_seed(0)
+
+
+def routing(tokens: int = M) -> tuple[Tensor, Tensor]:
+    """Weights and ids with slots of other ranks, an expert twice in a row, and an expert without a token."""
+    weights, ids = torch.rand(tokens, TOPK), torch.randint(-1, E, (tokens, TOPK))
+    ids[ids == 2] = E
+    ids[0] = 1
+    return weights, ids
+
+
+def reference(hidden: Tensor, experts: ExpertWeights, weights: Tensor, ids: Tensor) -> Tensor:
+    """The layer in fp32, by operations that torch differentiates."""
+    config = ReferenceConfig(compute_fp32=True)
+    return ReferenceBackend(Machine.inspect("cpu")).run(hidden, experts, weights.float(), ids, config)
+
+
+def gradients(
+    run: Callable[..., Tensor], layer: Layer, tensors: dict[str, Tensor], hidden: Tensor, weights: Tensor, ids: Tensor
+) -> list[Tensor]:
+    """The gradients of hidden_states, topk_weights and the layer's tensors under a fixed gradient of the output."""
+    leaves = {name: tensor.clone().requires_grad_() for name, tensor in tensors.items()}
+    hidden, weights = hidden.clone().requires_grad_(), weights.clone().requires_grad_()
+    out = run(hidden, layer.wrap(leaves), weights, ids)
+    gradient = torch.linspace(-1, 1, out.numel()).view_as(out).sin().to(out.dtype)
+    return list(torch.autograd.grad(out, [hidden, weights, *leaves.values()], gradient))
+
+
+def error(got: Tensor, expected: Tensor) -> float:
+    return float((got.float() - expected.float()).norm() / expected.float().norm())
+
+
+@pytest.mark.parametrize("layer", LAYERS, ids=str)
+def test_they_are_those_of_the_reference(layer: Layer) -> None:
+    tensors, hidden, (weights, ids) = layer.tensors(), torch.randn(M, K), routing()
+    expected = gradients(reference, layer, tensors, hidden, weights, ids)
+    got = gradients(moe_forward, layer, tensors, hidden, weights, ids)
+    assert [error(*pair) < 1e-5 for pair in zip(got, expected, strict=True)] == [True] * len(expected)
+    for gradient in got[2:]:
+        assert not gradient[2].any(), "an expert without a token has a gradient of zeros"
+    assert not got[1][(ids < 0) | (ids >= E)].any()
+
+
+@pytest.mark.parametrize("layer", LAYERS, ids=str)
+def test_grouped_products_give_the_same(layer: Layer, poisoned_memory: None) -> None:
+    """On fresh memory full of NaN, of which rows past the last expert's and slots of other ranks must read nothing."""
+    tensors, hidden, (weights, ids), gradient = layer.tensors(), torch.randn(M, K), routing(), torch.randn(M, K)
+    weights[(ids < 0) | (ids >= E)] = torch.nan
+    inputs = hidden, layer.wrap(tensors), weights, ids
+    expected = by_expert.backward(gradient, inputs, EVERYTHING)
+    got = grouped.backward(gradient, inputs, EVERYTHING)
+    for name in Gradients._fields:
+        want, have = getattr(expected, name), getattr(got, name)
+        assert (want is None) == (have is None)
+        if want is not None:
+            torch.testing.assert_close(have, want, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("module", [by_expert, grouped])
+def test_what_is_frozen_costs_nothing(module: Any) -> None:
+    layer = LAYERS[1]
+    inputs = torch.randn(M, K), layer.wrap(layer.tensors()), *routing()
+    gradient = torch.randn(M, K)
+    whole = module.backward(gradient, inputs, EVERYTHING)
+    for i, name in enumerate(Wanted._fields):
+        alone = module.backward(gradient, inputs, Wanted(*(j == i for j in range(len(EVERYTHING)))))
+        assert [made is not None for made in alone] == [j == i for j in range(len(EVERYTHING))]
+        torch.testing.assert_close(alone[i], getattr(whole, name))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_as_near_to_the_truth_as_its_rounding(dtype: torch.dtype) -> None:
+    layer = Layer(bias=True, dtype=dtype)
+    tensors, hidden, (weights, ids) = layer.tensors(), torch.randn(M, K).to(dtype), routing()
+    wide = {name: tensor.float() for name, tensor in tensors.items()}
+    truth = gradients(reference, layer, wide, hidden.float(), weights, ids)
+    got = gradients(moe_forward, layer, tensors, hidden, weights, ids)
+    assert [gradient.dtype for gradient in got] == [dtype, torch.float32, *[dtype] * 4]
+    assert max(map(error, got, truth)) < torch.finfo(dtype).eps
+
+
+def test_fp8_weights_give_gradients_to_hidden_states_and_weights() -> None:
+    plain = Layer().tensors()
+    experts = ExpertWeights.quantize(plain["gate_up"], plain["down"])
+    grads = []
+    for run in (moe_forward, reference):
+        torch.manual_seed(1)
+        hidden, (weights, ids) = torch.randn(M, K, requires_grad=True), routing()
+        weights.requires_grad_()
+        run(hidden, experts, weights, ids).square().sum().backward()  # type: ignore[no-untyped-call]
+        grads.append((hidden.grad, weights.grad))
+    for got, expected in zip(*grads, strict=True):
+        assert got is not None
+        assert expected is not None
+        assert error(got, expected) < 1e-5
+
+
+@pytest.fixture
+def fixed_policy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MOE_DISPATCH_POLICY", "fixed")
+    settings.cache_clear()
+
+
+@pytest.mark.usefixtures("fixed_policy")
+def test_the_policys_backend_runs_a_recorded_call() -> None:
+    layer = Layer()
+    hidden, experts, (weights, ids) = torch.randn(M, K, requires_grad=True), layer.wrap(layer.tensors()), routing()
+    with ranked(Honest):
+        moe_forward(hidden, experts, weights, ids).sum().backward()  # type: ignore[no-untyped-call]
+        explanation = explain(hidden, experts, weights, ids)
+        assert {name: counts["ran"] for name, counts in stats().items()} == {"honest": 1}
+        assert explanation.chosen is not None
+        assert explanation.chosen.choice.backend == "honest"
+        assert any("gradients are computed expert by expert" in note for note in explanation.notes)
+        with torch.no_grad():
+            assert not explain(hidden, experts, weights, ids).notes
+
+
+def test_which_layers_are_grouped() -> None:
+    wide = ExpertWeights(torch.empty(2, 32, 16, dtype=torch.bfloat16), torch.empty(2, 16, 16, dtype=torch.bfloat16))
+    assert not grouped.reasons_against(wide, Machine.load(MACHINES / "h200.json"))
+    (reason,) = grouped.reasons_against(wide, Machine.load(MACHINES / "a100.json"))
+    assert "compute capability 9.x, got bf16 on compute capability 8.0" in reason
+    odd = ExpertWeights(torch.empty(2, 24, 20, dtype=torch.bfloat16), torch.empty(2, 20, 12, dtype=torch.bfloat16))
+    reasons = grouped.reasons_against(odd, Machine.load(MACHINES / "h200.json"))
+    assert [reason.split(", got ")[1] for reason in reasons] == ["K=20", "N=12"]
+
+
+def test_where_grouped_products_fail_the_loop_takes_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> Gradients:
+        raise RuntimeError("no kernel image")
+
+    layer = Layer()
+    inputs, gradient = (torch.randn(M, K), layer.wrap(layer.tensors()), *routing()), torch.randn(M, K)
+    machine = Machine.inspect("cpu")
+    monkeypatch.setattr(backward_module, "_failed", [])
+    monkeypatch.setattr(grouped, "reasons_against", lambda *_: ())
+    monkeypatch.setattr(grouped, "backward", fail)
+    with pytest.warns(MoEDispatchWarning, match=r"grouped products .* no kernel image"):
+        got = backward_module.backward(gradient, inputs, EVERYTHING, machine)
+    expected = by_expert.backward(gradient, inputs, EVERYTHING)
+    assert got.gate_up is not None
+    assert expected.gate_up is not None
+    assert torch.equal(got.gate_up, expected.gate_up)
+    assert "no kernel image" in backward_module.explain(inputs[1], machine)
+
+
+def test_second_derivatives_are_those_of_the_reference() -> None:
+    layer = Layer(bias=True)
+    tensors, (weights, ids), start = layer.tensors(), routing(), torch.randn(M, K)
+    seconds = []
+    for run in (moe_forward, reference):
+        hidden = start.clone().requires_grad_()
+        leaves = {name: tensor.clone().requires_grad_() for name, tensor in tensors.items()}
+        out = run(hidden, layer.wrap(leaves), weights, ids)
+        (first,) = torch.autograd.grad(out.square().sum(), hidden, create_graph=True)
+        seconds.append(torch.autograd.grad(first.square().sum(), [hidden, *leaves.values()]))
+    assert all(error(*pair) < 1e-5 for pair in zip(*seconds, strict=True))
+
+
+def test_a_gradient_for_each_of_several_outputs_at_once() -> None:
+    """``is_grads_batched``, as vectorised Jacobians have it."""
+    layer = Layer()
+    hidden, experts, (weights, ids) = torch.randn(M, K, requires_grad=True), layer.wrap(layer.tensors()), routing()
+    out, several = moe_forward(hidden, experts, weights, ids), torch.randn(2, M, K)
+    (batched,) = torch.autograd.grad(out, hidden, several, is_grads_batched=True, retain_graph=True)
+    for got, each in zip(batched, several, strict=True):
+        torch.testing.assert_close(got, torch.autograd.grad(out, hidden, each, retain_graph=True)[0])
+
+
+def test_autocast_around_the_backward_changes_nothing() -> None:
+    layer = Layer()
+    hidden, experts, (weights, ids) = torch.randn(M, K, requires_grad=True), layer.wrap(layer.tensors()), routing()
+    out = moe_forward(hidden, experts, weights, ids).sum()
+    (expected,) = torch.autograd.grad(out, hidden, retain_graph=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        (got,) = torch.autograd.grad(out, hidden)
+    assert torch.equal(got, expected)
+
+
+class Experts(torch.nn.Module):
+    """A layer as a model holds it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.router = torch.nn.Linear(K, E)
+        tensors = Layer().tensors()
+        self.gate_up, self.down = torch.nn.Parameter(tensors["gate_up"]), torch.nn.Parameter(tensors["down"])
+
+    def forward(self, hidden: Tensor, run: Callable[..., Tensor] = moe_forward) -> Tensor:
+        weights, ids = self.router(hidden).softmax(dim=-1).topk(TOPK)
+        return hidden + run(hidden, ExpertWeights(self.gate_up, self.down), weights, ids)
+
+
+def parameters_after(model: Experts, forward: Callable[[Tensor], Tensor], steps: int = 3) -> list[Tensor]:
+    torch.manual_seed(2)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        forward(torch.randn(M, K)).square().mean().backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+    return [parameter.detach() for parameter in model.parameters()]
+
+
+def test_training_steps_agree_with_the_reference_compiled_and_checkpointed() -> None:
+    start, graphs = Experts(), []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Any:
+        graphs.append(str(graph.graph))
+        return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
+
+    def checkpointed(model: Experts) -> Callable[[Tensor], Tensor]:
+        return lambda hidden: checkpoint(model, hidden, use_reentrant=False)
+
+    torch.compiler.reset()
+    ways: tuple[Callable[[Experts], Callable[[Tensor], Tensor]], ...] = (
+        lambda model: lambda hidden: model(hidden, reference),
+        lambda model: model,
+        checkpointed,
+        lambda model: torch.compile(model, fullgraph=True, backend=backend),
+    )
+    expected, *others = (parameters_after(model, way(model)) for way in ways for model in [copy.deepcopy(start)])
+    for parameters in others:
+        for got, want in zip(parameters, expected, strict=True):
+            torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-4)
+    assert ["recorded_forward" in graph for graph in graphs] == [True]
+
+
+def test_the_operator_keeps_what_it_promises() -> None:
+    layer = Layer(bias=True)
+    tensors = {name: tensor.requires_grad_() for name, tensor in layer.tensors().items()}
+    hidden, (weights, ids) = torch.randn(M, K, requires_grad=True), routing()
+    arguments = (hidden, weights, ids, tensors["gate_up"], tensors["down"], None, None, tensors["gate_up_bias"],
+                 tensors["down_bias"], "silu", False, None, "")  # fmt: skip
+    checks = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_static")
+    torch.library.opcheck(torch.ops.moe_dispatch.recorded_forward.default, arguments, test_utils=checks)
+
+
+def test_fake_tensors_are_recorded_too() -> None:
+    """As those run a training step who want to know its memory."""
+    layer = Layer()
+    with FakeTensorMode() as mode:
+        hidden = mode.from_tensor(torch.randn(M, K)).requires_grad_()
+        leaves = {name: mode.from_tensor(tensor).requires_grad_() for name, tensor in layer.tensors().items()}
+        weights, ids = map(mode.from_tensor, routing())
+        moe_forward(hidden, layer.wrap(leaves), weights, ids).sum().backward()  # type: ignore[no-untyped-call]
+        assert [tensor.grad.shape for tensor in (hidden, *leaves.values()) if tensor.grad is not None] == [
+            (M, K), (E, 2 * N, K), (E, K, N)
+        ]  # fmt: skip
+    assert not stats()
+
+
+def test_torch_func_takes_the_reference() -> None:
+    layer = Layer()
+    hidden, experts, (weights, ids) = torch.randn(M, K), layer.wrap(layer.tensors()), routing()
+    moe_forward(hidden, experts, weights, ids)
+    leaf = hidden.clone().requires_grad_()
+    (expected,) = torch.autograd.grad(moe_forward(leaf, experts, weights, ids).sum(), leaf)
+    got = torch.func.grad(lambda h: moe_forward(h, experts, weights, ids).sum())(hidden)
+    torch.testing.assert_close(got, expected)

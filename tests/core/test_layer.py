@@ -1,0 +1,276 @@
+"""`MoELayer` against the blocks of transformers, and what a module must be able to do."""
+
+import copy
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from moe_dispatch import ExpertWeights, InvalidInputError, MoELayer, Router
+from moe_dispatch.measure.verify import relative_error
+from moe_dispatch.modules import layer as layer_module
+from moe_dispatch.numerics import FP8
+from moe_dispatch.settings import settings
+from tests.integrations.transformers_models import SMALL, deepseek_v3, gpt_oss, mixtral, qwen3, transformers
+
+
+@pytest.fixture(autouse=True)
+def reference(fresh_process: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What lies around `moe_forward` is tested here, and interpreted kernels take seconds."""
+    monkeypatch.setenv("MOE_DISPATCH_BACKEND", "reference")
+    settings.cache_clear()
+
+
+def qwen2() -> Any:
+    return transformers.Qwen2MoeConfig(
+        **SMALL, num_experts=6, num_experts_per_tok=2, moe_intermediate_size=32, intermediate_size=64,
+        shared_expert_intermediate_size=48,
+    )  # fmt: skip
+
+
+def qwen3_renormalised() -> Any:
+    return qwen3(norm_topk_prob=True)
+
+
+# The config of each family, and the class of its block.
+BLOCKS: dict[Callable[[], Any], str] = {
+    qwen3: "qwen3_moe.modeling_qwen3_moe.Qwen3MoeSparseMoeBlock",
+    qwen3_renormalised: "qwen3_moe.modeling_qwen3_moe.Qwen3MoeSparseMoeBlock",
+    qwen2: "qwen2_moe.modeling_qwen2_moe.Qwen2MoeSparseMoeBlock",
+    mixtral: "mixtral.modeling_mixtral.MixtralSparseMoeBlock",
+    deepseek_v3: "deepseek_v3.modeling_deepseek_v3.DeepseekV3MoE",
+    gpt_oss: "gpt_oss.modeling_gpt_oss.GptOssMLP",
+}
+
+
+def block_of(config: Callable[[], Any]) -> tuple[Any, nn.Module]:
+    """A config, and a block of transformers with weights that make every part of it count."""
+    module, _, name = BLOCKS[config].rpartition(".")
+    made = config()
+    kind = getattr(__import__(f"transformers.models.{module}", fromlist=[name]), name)
+    block: nn.Module = kind(made)
+    generator = torch.Generator().manual_seed(0)
+    for tensor in block.state_dict().values():
+        tensor.copy_(0.3 * torch.randn(tensor.shape, generator=generator))
+    return made, block.eval()
+
+
+def small_layer(**options: Any) -> MoELayer:
+    torch.manual_seed(0)
+    return MoELayer(64, 32, 8, options.pop("router", 2), **options)
+
+
+def tokens(M: int = 5, K: int = 64) -> Tensor:
+    return torch.randn(M, K, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("config", BLOCKS, ids=lambda config: config.__name__)
+def test_equals_the_block_of_transformers_from_its_state_dict(config: Callable[[], Any]) -> None:
+    described, block = block_of(config)
+    layer = MoELayer.from_config(described)
+    layer.load_state_dict(block.state_dict())
+    hidden = tokens(6).view(2, 3, 64)
+    with torch.no_grad():
+        expected = block(hidden)
+        out = layer(hidden)
+    expected = expected[0] if isinstance(expected, tuple) else expected
+    assert out.shape == hidden.shape
+    assert relative_error(out, expected) <= 2e-6
+
+
+def test_takes_experts_one_by_one_as_checkpoints_have_them() -> None:
+    fused = small_layer(shared_N=16)
+    single = {"gate.weight": fused.gate.weight}
+    for module, experts in (("experts", fused.experts), ("shared_experts", fused.shared_experts)):
+        assert experts is not None
+        for e, (gate_up, down) in enumerate(zip(experts.gate_up_proj, experts.down_proj, strict=True)):
+            prefix = f"{module}.{e}" if module == "experts" else module
+            gate, up = gate_up.chunk(2)
+            single |= {f"{prefix}.w1.weight": gate, f"{prefix}.w3.weight": up, f"{prefix}.w2.weight": down}
+    layer = MoELayer(64, 32, 8, 2, shared_N=16)
+    layer.load_state_dict(single)
+    assert torch.equal(layer(tokens()), fused(tokens()))
+
+
+def test_loads_as_a_part_of_a_model() -> None:
+    described, block = block_of(deepseek_v3)
+    layer = MoELayer.from_config(described)
+    model = nn.ModuleDict({"mlp": layer})
+    model.load_state_dict({f"mlp.{name}": tensor for name, tensor in block.state_dict().items()})
+    assert torch.equal(layer.gate.weight, block.state_dict()["gate.weight"])
+
+
+def test_its_own_state_dict_loads() -> None:
+    layer = small_layer(router=Router(2, "sigmoid", correction_bias=True, bias=True), bias=True, shared_N=16)
+    other = small_layer(router=Router(2, "sigmoid", correction_bias=True, bias=True), bias=True, shared_N=16)
+    nn.init.ones_(layer.gate.weight)
+    other.load_state_dict(layer.state_dict())
+    for name, tensor in other.state_dict().items():
+        assert torch.equal(tensor, layer.state_dict()[name]), name
+
+
+def test_wrong_names_are_refused() -> None:
+    layer = small_layer()
+    state = layer.state_dict()
+    state["experts.gate_up"] = state.pop("experts.gate_up_proj")
+    with pytest.raises(RuntimeError, match=r"Missing key.*experts.gate_up_proj(?s:.)*Unexpected key.*experts.gate_up"):
+        layer.load_state_dict(state)
+
+
+def fp8_layer(**options: Any) -> tuple[MoELayer, MoELayer]:
+    """A layer in fp32, and the same with experts in block FP8."""
+    torch.manual_seed(0)
+    plain = MoELayer(128, 128, 4, 2, **options)
+    layer = MoELayer(128, 128, 4, 2, dtype=FP8, **options).float()
+    state = plain.state_dict()
+    for module in ("experts", "shared_experts") if plain.shared_experts is not None else ("experts",):
+        up, down = f"{module}.gate_up_proj", f"{module}.down_proj"
+        quantized = ExpertWeights.quantize(state[up], state[down])
+        for name, tensor in ((up, "gate_up"), (down, "down")):
+            state[name], state[f"{name}_scale_inv"] = getattr(quantized, tensor), getattr(quantized, f"{tensor}_scale")
+    layer.load_state_dict(state)
+    return plain, layer
+
+
+def test_block_fp8_runs_and_keeps_its_codes_and_scales() -> None:
+    plain, layer = fp8_layer(shared_N=128)
+    hidden = tokens(5, 128)
+    with torch.no_grad():
+        assert relative_error(layer(hidden), plain(hidden)) < 0.06
+    before = layer.experts.gate_up_proj.clone()
+    layer.to(torch.bfloat16)
+    assert layer.gate.weight.dtype == torch.bfloat16
+    assert layer.experts.gate_up_proj.dtype == FP8
+    assert layer.experts.down_proj_scale_inv.dtype == torch.float32
+    assert torch.equal(layer.experts.gate_up_proj.view(torch.uint8), before.view(torch.uint8))
+
+
+def test_the_correction_bias_stays_in_fp32() -> None:
+    layer = small_layer(router=Router(2, "sigmoid", correction_bias=True))
+    assert layer.gate.e_score_correction_bias is not None
+    layer.gate.e_score_correction_bias.fill_(1 + 2**-20)
+    layer.bfloat16()
+    assert layer.gate.e_score_correction_bias[0] == 1 + 2**-20
+
+
+def test_weights_are_wrapped_anew_when_they_are_others() -> None:
+    layer = small_layer()
+    kept = layer.experts.weights()
+    assert layer.experts.weights() is kept
+    layer.half()
+    assert layer.experts.weights().dtype == "fp16"
+    state = {name: torch.zeros_like(tensor) for name, tensor in layer.state_dict().items()}
+    layer.load_state_dict(state, assign=True)
+    with torch.no_grad():
+        assert not layer(tokens().half()).any()
+
+
+def test_copies_have_weights_of_their_own() -> None:
+    layer = small_layer().requires_grad_(requires_grad=False)
+    expected = layer(tokens())
+    for other in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):  # noqa: S301 - its own
+        assert torch.equal(other(tokens()), expected)
+        other.experts.down_proj.zero_()
+        assert not other(tokens()).any()
+    assert torch.equal(layer(tokens()), expected)
+
+
+def test_moves_from_meta() -> None:
+    layer = small_layer(device="meta", router=Router(2, "sigmoid", correction_bias=True))
+    assert "E=8" in repr(layer)
+    layer.to_empty(device="cpu")
+    for module in (layer.gate, layer.experts):
+        module.reset_parameters()
+    assert layer(tokens()).isfinite().all()
+
+
+def test_gradients_reach_everything_and_are_right() -> None:
+    torch.manual_seed(0)
+    layer = MoELayer(6, 4, 4, Router(2), shared_N=4, shared_gate=True)
+    hidden = tokens(3, 6).requires_grad_()
+    layer(hidden).square().sum().backward()
+    for name, parameter in layer.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.abs().sum() > 0, name
+    weight = layer.gate.weight
+    assert weight.grad is not None
+    step = 1e-3 * torch.randn_like(weight)
+    predicted = 2 * (weight.grad * step).sum()
+    with torch.no_grad():
+        weight.add_(step)
+        above = layer(hidden).square().sum()
+        weight.sub_(2 * step)
+        below = layer(hidden).square().sum()
+    assert above - below == pytest.approx(predicted.item(), rel=0.02, abs=1e-5)
+
+
+def test_compiles_whole() -> None:
+    layer = small_layer(router=Router(2, "sigmoid", groups=4, topk_groups=2, correction_bias=True), shared_N=16)
+    compiled = torch.compile(layer, backend="eager", fullgraph=True)
+    with torch.no_grad():
+        assert relative_error(compiled(tokens()), layer(tokens())) <= 1e-6
+
+
+def test_autocast_does_not_reach_the_router() -> None:
+    layer = small_layer()
+    with torch.no_grad():
+        expected = layer(tokens())
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert torch.equal(layer(tokens()), expected)
+
+
+def test_no_tokens() -> None:
+    assert small_layer(shared_N=16)(torch.empty(0, 3, 64)).shape == (0, 3, 64)
+
+
+def test_warm_up_runs_the_layer() -> None:
+    from moe_dispatch.dispatch.process import stats
+
+    layer = small_layer(shared_N=16)
+    layer.warm_up([1, 3])
+    assert stats()["reference"]["ran"] >= 4
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"E": 0}, "E must be an integer of at least 1, got 0"),
+        ({"shared_gate": True}, "give shared_N"),
+        ({"activation": "tanh"}, "activation must be one of silu"),
+        ({"router": 9}, "topk=9 experts cannot be chosen of 8"),
+    ],
+)
+def test_refuses_what_does_not_fit(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(InvalidInputError, match=message):
+        MoELayer(**{"K": 64, "N": 32, "E": 8, "router": 2, **options})
+
+
+def test_refuses_hidden_states_of_another_size() -> None:
+    with pytest.raises(InvalidInputError, match=r"\[…, K=64\], got \[2, 32\]"):
+        small_layer()(torch.randn(2, 32))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model_type": "jetmoe"}, "model_type 'jetmoe', whose router is unknown; known: deepseek_v3"),
+        ({"scoring_func": "sigmoid"}, "scoring_func='sigmoid', and 'softmax' is known of qwen3_moe"),
+    ],
+)
+def test_from_config_refuses_an_unknown_router(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(InvalidInputError, match=message):
+        MoELayer.from_config({**qwen3().to_dict(), **change})
+
+
+def test_the_second_stream_is_for_few_tokens_without_gradients_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = small_layer(shared_N=16)
+    assert not layer._on_two_streams(tokens())
+    hidden = torch.empty(1, 64)
+    monkeypatch.setattr(Tensor, "is_cuda", True)
+    assert not layer._on_two_streams(hidden)
+    with torch.no_grad():
+        assert layer._on_two_streams(hidden)
+        assert not layer._on_two_streams(torch.empty(layer_module.SIDE_STREAM_TOKENS + 1, 64))

@@ -1,0 +1,313 @@
+"""What the ranks of the tests run; each function is called on all of them."""
+
+import contextlib
+import dataclasses
+import os
+import signal
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+
+from moe_dispatch import moe_forward
+from moe_dispatch.experts import ExpertWeights
+from moe_dispatch.parallel import watch
+from moe_dispatch.parallel.exchange import Arrived, LocalTokens, Tokens
+from moe_dispatch.parallel.expert_parallel import ExpertParallel
+from moe_dispatch.parallel.gather import GatherExchange
+from moe_dispatch.parallel.registry import EXCHANGES
+from moe_dispatch.parallel.sharded_experts import ShardedExperts
+from moe_dispatch.registry import BACKENDS
+from moe_dispatch.settings import settings
+from moe_dispatch.testing import CASES, Case, Inputs, Precision, make_inputs, relative_error
+from tests.conftest import poison
+
+TOLERANCE = {"fp32": 1e-5, "bf16": 1e-2, "fp8": 2e-2}
+LAYER = Case(M=12, E=8, topk=2, K=32, N=16)
+FP32 = Precision("fp32", "fp32")
+_made: dict[tuple[Any, ...], ExpertParallel] = {}
+
+for _name in BACKENDS.names():  # before the ranks are forked, so that each does not import them again
+    BACKENDS.load(_name)
+
+
+def parallel(**options: Any) -> ExpertParallel:
+    """The group with these options; made once, as making one is a message to all ranks."""
+    key = tuple(sorted(options.items()))
+    if key not in _made:
+        _made[key] = ExpertParallel(**options)
+    return _made[key]
+
+
+def tokens_of(M: int, spread: str) -> list[int]:
+    """How M tokens are spread over the ranks: evenly, with none on the last rank, or ever more."""
+    size = dist.get_world_size()
+    if spread == "even":
+        return [(rank + 1) * M // size - rank * M // size for rank in range(size)]
+    if spread == "none on the last":
+        return [(rank + 1) * M // (size - 1) - rank * M // (size - 1) for rank in range(size - 1)] + [0]
+    counts = [min(M, 1)] + [0] * (size - 1)
+    counts[-1] = M - sum(counts[:-1])
+    return counts
+
+
+def conformance(names: list[str], precision: Precision, tokens: str, exchange: str, spread: str) -> list[str]:
+    """Run cases of the conformance suite through a layer that is spread over the ranks; returns what is wrong."""
+    rank, faults = dist.get_rank(), []
+    ep = parallel(tokens=tokens, exchange=exchange)
+    for name in names:
+        inputs = make_inputs(CASES[name], precision, "cpu")
+        layer = ep.split(inputs.experts)
+        mine = slice(None)
+        if tokens == "sharded":
+            counts = tokens_of(CASES[name].M, spread)
+            mine = slice(sum(counts[:rank]), sum(counts[: rank + 1]))
+        if fault := _fault(inputs, layer, mine, TOLERANCE[precision.dtype]):
+            faults.append(f"{name}: {fault}")
+    return faults
+
+
+def _fault(inputs: Inputs, layer: ShardedExperts, mine: slice, tolerance: float) -> str:
+    hidden, weights, ids = inputs.hidden_states[mine], inputs.topk_weights[mine], inputs.topk_ids[mine]
+    truth = inputs.truth[mine]
+    with poisoned():
+        out = moe_forward(hidden, layer, weights, ids)
+        memory = torch.full(hidden.shape, torch.nan, dtype=hidden.dtype)
+        into = moe_forward(hidden, layer, weights, ids, out=memory)
+    if into is not memory or not torch.equal(out.nan_to_num(7), into.nan_to_num(7)):
+        return "with out= it is another result"
+    if (out.shape, out.dtype) != (hidden.shape, hidden.dtype) or not out.is_contiguous():
+        return f"it returned {out.dtype} {list(out.shape)}"
+    spoilt = truth.isnan().any(dim=1)
+    if not out[spoilt].isnan().all():
+        return "a NaN in a token was lost"
+    error = relative_error(out[~spoilt], truth[~spoilt])
+    return f"relative error {error:.1e}" if error > tolerance else ""
+
+
+@contextlib.contextmanager
+def poisoned() -> Iterator[None]:
+    """Fresh memory holds what must not be read, such as the padding of an exchange's buffers."""
+    empty, empty_like, new_empty = torch.empty, torch.empty_like, torch.Tensor.new_empty
+    with (
+        mock.patch.object(torch, "empty", lambda *a, **k: poison(empty(*a, **k))),
+        mock.patch.object(torch, "empty_like", lambda *a, **k: poison(empty_like(*a, **k))),
+        mock.patch.object(torch.Tensor, "new_empty", lambda *a, **k: poison(new_empty(*a, **k))),
+    ):
+        yield
+
+
+def all_to_one_rank(exchange: str) -> float:
+    """Every token needs experts of the first rank only; returns the error."""
+    inputs = make_inputs(dataclasses.replace(LAYER, M=30), FP32, "cpu")
+    layer = parallel(exchange=exchange).split(inputs.experts)
+    ids = inputs.topk_ids % 2
+    mine = slice(dist.get_rank(), None, dist.get_world_size())
+    out = moe_forward(inputs.hidden_states[mine], layer, inputs.topk_weights[mine], ids[mine])
+    whole = moe_forward(inputs.hidden_states, inputs.experts, inputs.topk_weights, ids)
+    return relative_error(out, whole[mine])
+
+
+def columns(tokens: str, exchange: str, *, bias: bool) -> float:
+    """A layer whose columns are divided; returns the error."""
+    rank, size = dist.get_rank(), dist.get_world_size()
+    inputs = make_inputs(dataclasses.replace(LAYER, N=16 * size, bias=bias), FP32, "cpu")
+    experts, N = inputs.experts, 16
+    rows = torch.cat([torch.arange(rank * N, (rank + 1) * N) + half * experts.N for half in (0, 1)])
+    part = ExpertWeights(
+        experts.gate_up[:, rows].contiguous(),
+        experts.down[:, :, rank * N : (rank + 1) * N].contiguous(),
+        gate_up_bias=None if experts.gate_up_bias is None else experts.gate_up_bias[:, rows].contiguous(),
+        down_bias=experts.down_bias,
+    )
+    layer = parallel(tokens=tokens, exchange=exchange).tensor(part)
+    mine = slice(rank, None, size) if tokens == "sharded" else slice(None)
+    out = moe_forward(inputs.hidden_states[mine], layer, inputs.topk_weights[mine], inputs.topk_ids[mine])
+    return relative_error(out, inputs.truth[mine])
+
+
+def own_call(ep: ExpertParallel, M: int = 4, topk: int = 2, **options: Any) -> torch.Tensor:
+    """A call with M tokens of this rank's own."""
+    inputs = make_inputs(dataclasses.replace(LAYER, M=max(M, 1), topk=topk), FP32, "cpu", seed=1)
+    layer = ep.split(inputs.experts)
+    return moe_forward(inputs.hidden_states[:M], layer, inputs.topk_weights[:M], inputs.topk_ids[:M], **options)
+
+
+def warmed(tokens: Tokens) -> list[tuple[Any, ...]]:
+    """Warm up, and return what was chosen, measured and explained."""
+    ep = ExpertParallel(tokens=tokens)
+    inputs = make_inputs(LAYER, FP32, "cpu")
+    layer = ep.split(inputs.experts)
+    before = ep.explain(layer, 2, 8).chosen
+    raced = ep.warm_up(layer, topk=2, tokens=[2, 8])
+    assert ep.explain(layer, 2, 8).chosen == raced[1].chosen
+    assert ep.explain(layer, 2, 1000).chosen == "gather"
+    assert f"-> {raced[1].chosen}: measured as fastest" in str(ep.explain(layer, 2, 7))
+    moe_forward(inputs.hidden_states[:8], layer, inputs.topk_weights[:8], inputs.topk_ids[:8])
+    assert before == "gather"
+    return [(each.chosen, each.us, each.failed) for each in raced]
+
+
+class SlowGather(GatherExchange):
+    """Takes long to dispatch, on every rank but the last, whose race it would win."""
+
+    name = "slow"
+
+    def dispatch(self, tokens: LocalTokens) -> Arrived:
+        """See `Exchange.dispatch`."""
+        if self.collectives.rank != self.collectives.size - 1:
+            time.sleep(0.05)
+        return super().dispatch(tokens)
+
+
+class BrokenGather(GatherExchange):
+    """Cannot dispatch on the last rank."""
+
+    name = "broken"
+
+    def dispatch(self, tokens: LocalTokens) -> Arrived:
+        """See `Exchange.dispatch`."""
+        if self.collectives.rank == self.collectives.size - 1:
+            raise RuntimeError("no such luck")
+        return Arrived(tokens.hidden_states, tokens.topk_weights, tokens.wire_ids)
+
+
+def race_with_others() -> tuple[Any, ...]:
+    """Warm up with an exchange that is slow on some ranks and one that is broken on another."""
+    for exchange in (SlowGather, BrokenGather):
+        EXCHANGES.register(exchange.name, exchange)
+    try:
+        ep = ExpertParallel()
+        layer = ep.split(make_inputs(LAYER, FP32, "cpu").experts)
+        (raced,) = ep.warm_up(layer, topk=2, tokens=[4])
+        reasons = ep.explain(layer, 2, 4).against["broken"]
+    finally:
+        for exchange in (SlowGather, BrokenGather):
+            EXCHANGES.unregister(exchange.name)
+    return raced.chosen, raced.us, raced.failed, reasons
+
+
+def create_with(variable: str, value: str, **options: Any) -> None:
+    """Make a group with an environment variable that only the last rank has."""
+    last = dist.get_rank() == dist.get_world_size() - 1
+    if last and variable:
+        os.environ[variable] = value
+    settings.cache_clear()
+    try:
+        ExpertParallel(**{name: each[last] for name, each in options.items()})
+    finally:
+        os.environ.pop(variable, None)
+        settings.cache_clear()
+
+
+def with_another_calibration() -> None:
+    """Make a group in which the last rank has a calibration of its own."""
+    from moe_dispatch.machine import current_machine
+    from moe_dispatch.policies.calibrated import calibration_path
+    from moe_dispatch.policies.measurements.schema import CalibrationFile
+
+    machine = current_machine("cpu")
+    before = os.environ["MOE_DISPATCH_CACHE_DIR"]
+    if dist.get_rank() == dist.get_world_size() - 1:
+        os.environ["MOE_DISPATCH_CACHE_DIR"] = f"{before}/another"
+        path = calibration_path(machine)
+        path.parent.mkdir(parents=True, mode=0o700)
+        path.write_text(CalibrationFile(machine=machine).model_dump_json())
+    try:
+        ExpertParallel()
+    finally:
+        os.environ["MOE_DISPATCH_CACHE_DIR"] = before
+
+
+def layer_with(local: str) -> None:
+    """Make a layer that is another one on the last rank."""
+    last = dist.get_rank() == dist.get_world_size() - 1
+    case = dataclasses.replace(LAYER, E=2, N=32 if last and local == "N" else 16)
+    experts = make_inputs(case, FP32, "cpu").experts
+    parallel().shard(experts, experts=2 * dist.get_world_size() + (local == "experts"))
+
+
+def call_with(what: str) -> None:
+    """Make a call that is another one on the last rank."""
+    last = dist.get_rank() == dist.get_world_size() - 1
+    ep = parallel(tokens="replicated" if what == "tokens" else "sharded", timeout=20.0)
+    own_call(
+        ep, M=3 if last and what == "tokens" else 4, topk=3 if last and what == "topk" else 2,
+        backend="reference" if last and what == "backend" else None,
+    )  # fmt: skip
+
+
+def backends_that_ran() -> list[str]:
+    """Which backends run a call where the last rank cannot use torch_grouped."""
+    from moe_dispatch.backends.torch_grouped import TorchGroupedBackend
+
+    last = dist.get_rank() == dist.get_world_size() - 1
+    disabled = os.environ.pop("MOE_DISPATCH_DISABLE")
+    settings.cache_clear()
+    reasons = ("it is broken here",) if last else ()
+    with mock.patch.object(TorchGroupedBackend, "unavailable_reasons", return_value=reasons):
+        ep = ExpertParallel()
+    own_call(ep)
+    os.environ["MOE_DISPATCH_DISABLE"] = disabled
+    settings.cache_clear()
+    return sorted(ep._session.dispatcher.stats())
+
+
+def stated_counts() -> tuple[int, int]:
+    """Calls with and without stated counts: how often the ranks told each other numbers."""
+    ep, rank = ExpertParallel(), dist.get_rank()
+    inputs = make_inputs(LAYER, FP32, "cpu")
+    layer = ep.split(inputs.experts)
+    control = ep._session.control
+    gather, times = control.gather_numbers, []
+
+    def counted(numbers: Sequence[int]) -> list[list[int]]:
+        times.append(1)
+        return gather(numbers)
+
+    control.gather_numbers = counted  # type: ignore[method-assign]
+    arguments = inputs.hidden_states[:rank], layer, inputs.topk_weights[:rank], inputs.topk_ids[:rank]
+    exchanged = moe_forward(*arguments)
+    told = len(times)
+    with ep.tokens_per_rank(range(ep.size)):
+        stated = moe_forward(*arguments)
+    assert torch.equal(exchanged, stated)
+    return told, len(times) - told
+
+
+def lose_a_rank(how: str, victim: int, timeout: float) -> Any:
+    """One rank is lost in the second call."""
+    ep = ExpertParallel(timeout=timeout, first_timeout=60.0)
+    inputs = make_inputs(LAYER, FP32, "cpu")
+    layer = ep.split(inputs.experts)
+    hidden, others = inputs.hidden_states, (layer, inputs.topk_weights, inputs.topk_ids)
+    with ep._session.watch.patience(60.0):  # the first call imports
+        moe_forward(hidden, *others)
+    watch.GRACE = 0.5  # type: ignore[misc]
+    if dist.get_rank() == victim:
+        if how == "killed":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if how == "late":
+            time.sleep(timeout + 1.0)
+        if how == "refused":
+            hidden = hidden.double()
+        if how == "failed":
+            ep._session.dispatcher.forward = _fail  # type: ignore[assignment,method-assign]
+    start = time.monotonic()
+    try:
+        moe_forward(hidden, *others)
+    except Exception as error:  # noqa: BLE001 - the test looks at it
+        seconds, again = time.monotonic() - start, ""
+        try:
+            moe_forward(hidden, *others)
+        except Exception as later:  # noqa: BLE001
+            again = type(later).__name__
+        return type(error).__name__, str(error), getattr(error, "ranks", ()), getattr(error, "call", 0), seconds, again
+    return None
+
+
+def _fail(*_: object) -> torch.Tensor:
+    raise ValueError("this rank's experts failed")

@@ -1,0 +1,143 @@
+"""Layers that are spread over the ranks of a gloo group: results, agreement, and the choice of the exchange."""
+
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from moe_dispatch.testing import CASES, Precision
+from tests.parallel import programs
+from tests.support.ranks import Raised, Ranks, ranks
+
+# Of 8 experts three ranks hold 2, 3 and 3.
+NAMES = [name for name, case in CASES.items() if case.E >= 3]
+FEW = ["M=17", "ids outside 0…E-1", "a NaN in one of many tokens", "gpt-oss", "neither of 128, several blocks"]
+SERVES = (("sharded", "gather"), ("sharded", "alltoall"), ("replicated", "gather"), ("replicated", "replicated"))
+
+
+@pytest.fixture(scope="module")
+def three(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
+    with ranks(3, tmp_path_factory.mktemp("three")) as started:
+        yield started
+
+
+@pytest.mark.parametrize("spread", ["even", "uneven", "none on the last"])
+@pytest.mark.parametrize("exchange", ["gather", "alltoall"])
+def test_sharded_tokens_conform(three: Ranks, exchange: str, spread: str) -> None:
+    names = NAMES if spread == "uneven" else FEW
+    assert three.run(programs.conformance, names, programs.FP32, "sharded", exchange, spread) == [[], [], []]
+
+
+@pytest.mark.parametrize("exchange", ["gather", "replicated"])
+def test_replicated_tokens_conform(three: Ranks, exchange: str) -> None:
+    assert three.run(programs.conformance, NAMES, programs.FP32, "replicated", exchange, "") == [[], [], []]
+
+
+@pytest.mark.parametrize("precision", [Precision("bf16", "bf16"), Precision("fp8", "bf16")], ids=str)
+@pytest.mark.parametrize(("tokens", "exchange"), SERVES)
+def test_other_dtypes_conform(three: Ranks, tokens: str, exchange: str, precision: Precision) -> None:
+    assert three.run(programs.conformance, FEW, precision, tokens, exchange, "uneven") == [[], [], []]
+
+
+@pytest.mark.parametrize("exchange", ["gather", "alltoall"])
+def test_all_tokens_may_need_one_rank(three: Ranks, exchange: str) -> None:
+    assert max(three.run(programs.all_to_one_rank, exchange)) < 1e-6
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize(("tokens", "exchange"), [case for case in SERVES if case[1] != "alltoall"])
+def test_columns_may_be_divided(three: Ranks, tokens: str, exchange: str, *, bias: bool) -> None:
+    assert max(three.run(functools.partial(programs.columns, tokens, exchange, bias=bias))) < 1e-5
+
+
+@pytest.mark.parametrize("tokens", ["sharded", "replicated"])
+def test_every_rank_chooses_the_exchange_that_was_fastest(three: Ranks, tokens: str) -> None:
+    every = three.run(programs.warmed, tokens)
+    assert every[0] == every[1] == every[2]
+    for chosen, us, failed in every[0]:
+        assert set(us) == {exchange for serves, exchange in SERVES if serves == tokens}
+        assert us[chosen] <= min(us.values()) * 1.02
+        assert not failed
+
+
+def test_the_slowest_rank_decides_and_a_failure_on_one_rank_bars_everywhere(three: Ranks) -> None:
+    every = three.run(programs.race_with_others)
+    assert every[0] == every[1] == every[2]
+    chosen, us, failed, reasons = every[0]
+    assert us["slow"] > 50_000
+    assert chosen in {"gather", "alltoall"}
+    assert set(failed) == {"broken"}
+    assert "no such luck (rank 2)" in failed["broken"]
+    assert "failed in warm_up" in reasons[0]
+
+
+def test_counts_that_are_stated_are_not_exchanged(three: Ranks) -> None:
+    assert three.run(programs.stated_counts) == [(1, 0)] * 3
+
+
+def test_a_backend_that_one_rank_lacks_runs_on_none(three: Ranks) -> None:
+    assert three.run(programs.backends_that_ran) == [["reference"]] * 3
+
+
+def mismatches(three: Ranks, program: Any, *arguments: Any) -> list[str]:
+    """The messages of the ranks, all of which refuse."""
+    every = three.outcomes(program, *arguments)
+    assert [type(each) for each in every] == [Raised] * 3, every
+    assert {each.name for each in every} <= {"ExpertParallelMismatchError", "InvalidInputError"}, every
+    return [each.text for each in every]
+
+
+def test_ranks_with_other_settings_are_refused(three: Ranks) -> None:
+    for text in mismatches(three, programs.create_with, "MOE_DISPATCH_POLICY", "rules"):
+        assert "MOE_DISPATCH_POLICY" in text
+        assert "('rules',) on rank 2" in text
+    for text in mismatches(three, functools.partial(programs.create_with, "", "", max_tokens=(4, 8))):
+        assert "max_tokens: 4 on rank 0, 4 on rank 1, 8 on rank 2" in text
+
+
+def test_ranks_with_other_calibrations_are_refused(three: Ranks) -> None:
+    for text in mismatches(three, programs.with_another_calibration):
+        assert "digest of the policies' tables" in text
+        assert "one MOE_DISPATCH_CACHE_DIR serves" in text
+
+
+def test_parts_that_do_not_belong_together_are_refused(three: Ranks) -> None:
+    for text in mismatches(three, programs.layer_with, "N"):
+        assert "N: 16 on rank 0, 16 on rank 1, 32 on rank 2" in text
+    for text in mismatches(three, programs.layer_with, "experts"):
+        assert "2 + 2 + 2 experts, and experts=7" in text
+
+
+@pytest.mark.parametrize(
+    ("what", "said"),
+    [("topk", "topk: 2 on rank 0"), ("tokens", "tokens: 4 on rank 0"), ("backend", "named backend: ")],
+)
+def test_ranks_in_another_call_are_refused(three: Ranks, what: str, said: str) -> None:
+    assert all(said in text for text in mismatches(three, programs.call_with, what))
+
+
+FAULTS = {
+    "killed": "its process has ended",
+    "late": "nothing was heard of it",
+    "refused": "it raised InvalidInputError",
+    "failed": "it raised ValueError: this rank's experts failed",
+}
+
+
+@pytest.mark.parametrize("how", FAULTS)
+def test_a_lost_rank_is_named_by_all_others(how: str, tmp_path: Any) -> None:
+    timeout, victim = 3.0, 1
+    with ranks(3, tmp_path) as started:
+        every = started.outcomes(programs.lose_a_rank, how, victim, timeout, but=[victim] if how == "killed" else [])
+    for rank in (0, 2):
+        assert isinstance(every[rank], tuple), every[rank]
+        name, text, lost, call, seconds, again = every[rank]
+        assert name == again == "ExpertParallelLostError", text
+        assert lost == (victim,), text
+        assert call == 2
+        assert f"rank {victim} in call 2: {FAULTS[how]}" in text
+        assert seconds < timeout + 5
+    if how == "late":
+        assert every[victim][0] == "ExpertParallelLostError"
+        assert "every rank waited for the others in vain" in every[victim][1]

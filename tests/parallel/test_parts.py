@@ -1,0 +1,90 @@
+"""What expert parallelism is made of, each by itself."""
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from moe_dispatch.errors import InvalidInputError
+from moe_dispatch.parallel.all_to_all import rounded_rows
+from moe_dispatch.parallel.exchange import CallKind, Exchange
+from moe_dispatch.parallel.expert_parallel import ExpertParallel
+from moe_dispatch.parallel.placement import Placement
+from moe_dispatch.parallel.registry import EXCHANGES
+from moe_dispatch.parallel.watch import ProcessIdentity
+
+KIND = CallKind(
+    M=8, K=64, N=32, E=8, topk=2, dtype="bf16", act_dtype="bf16", tokens="sharded", division="experts", ranks=2
+)
+
+
+def test_ids_outside_the_layer_belong_to_no_rank() -> None:
+    place = Placement(rank=1, held=(2, 3, 3))
+    ids = torch.tensor([[0, 2], [4, 5], [-1, 8], [2**40, -(2**40)], [2**32 + 3, 7]])
+    wire = place.wire_ids(ids)
+    assert wire.dtype == torch.int32
+    assert place.destinations(wire).tolist() == [
+        [True, True, False], [False, True, True], [False] * 3, [False] * 3, [False, False, True],
+    ]  # fmt: skip
+    local = place.local_ids(wire)
+    mine = (local >= 0) & (local < 3)
+    assert local[mine].tolist() == [0, 2]
+    assert [place.owner(expert) for expert in range(8)] == [0, 0, 1, 1, 1, 2, 2, 2]
+
+
+@pytest.mark.parametrize("count", [0, 1, 15, 16, 17, 255, 257, 1000, 16385])
+def test_arriving_rows_are_padded_by_at_most_an_eighth(count: int) -> None:
+    room = rounded_rows(count)
+    assert count <= room <= count * 9 / 8
+
+
+def test_arriving_rows_have_few_counts() -> None:
+    assert len({rounded_rows(count) for count in range(1, 1 << 14)}) < 130
+
+
+def test_every_exchange_says_what_speaks_against_it() -> None:
+    exchanges: dict[str, type[Exchange]] = {name: EXCHANGES.load(name) for name in EXCHANGES.names()}
+    reasons = {name: exchange.requirements.reasons_against(KIND) for name, exchange in exchanges.items()}
+    assert reasons["gather"] == reasons["alltoall"] == []
+    assert reasons["replicated"] == ["takes tokens that are replicated, got sharded"]
+    captured = CallKind(**{**vars(KIND), "mode": "graph", "division": "columns"})
+    assert exchanges["alltoall"].requirements.reasons_against(captured) == [
+        "takes a layer divided by experts, got columns", "cannot be captured in a CUDA graph",
+    ]  # fmt: skip
+    assert exchanges["gather"].requirements.reasons_against(captured) == []
+
+
+def test_a_process_that_ended_is_gone() -> None:
+    assert not ProcessIdentity.here().gone
+    child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    host = ProcessIdentity.here().host
+    started = Path(f"/proc/{child.pid}/stat").read_text().rpartition(")")[2].split()[19]
+    identity = ProcessIdentity(host, child.pid, started)
+    assert not identity.gone
+    assert ProcessIdentity(host, os.getpid(), "0").gone, "the number was given to another process"
+    assert not ProcessIdentity("another host", child.pid, "0").gone, "nothing is known of another host's processes"
+    child.kill()
+    deadline = time.monotonic() + 5
+    while not identity.gone and time.monotonic() < deadline:  # a zombie, as nothing has waited for it
+        time.sleep(0.01)
+    assert identity.gone
+    child.wait()
+    assert identity.gone
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"tokens": "split"}, "'sharded' or 'replicated', got 'split'"),
+        ({"max_tokens": 0}, "positive integer or None, got 0"),
+        ({"timeout": 0}, "finite number of seconds above 0, got 0"),
+        ({}, "torch.distributed is not initialised"),
+    ],
+)
+def test_bad_arguments_are_refused(options: dict[str, object], said: str) -> None:
+    with pytest.raises(InvalidInputError, match=said):
+        ExpertParallel(**options)  # type: ignore[arg-type]

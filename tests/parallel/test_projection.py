@@ -1,0 +1,72 @@
+"""The projection onto more GPUs, against sums done here."""
+
+import math
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from moe_dispatch.backends.triton_common import features
+from moe_dispatch.commands.app import app
+from moe_dispatch.errors import InvalidInputError
+from moe_dispatch.machine import Machine
+from moe_dispatch.parallel.links import CLUSTERS, crossing, distinct_groups
+from moe_dispatch.parallel.projection import Projection
+from moe_dispatch.workloads import WORKLOADS
+
+HGX = CLUSTERS["hgx-h200"]
+LAYER = WORKLOADS["deepseek-v3"]
+
+
+@pytest.fixture
+def projection(monkeypatch: pytest.MonkeyPatch) -> Projection:
+    monkeypatch.setattr(features, "interpreting", lambda: False)
+    return Projection(Machine.load(Path(__file__).parents[1] / "machines" / "h200.json"), HGX)
+
+
+def test_how_many_ranks_a_token_needs() -> None:
+    # Of 4 experts on 2 ranks, 2 chosen: both on one rank in 2 of the 6 pairs.
+    assert distinct_groups(4, 2, 2) == pytest.approx((2 * 1 + 4 * 2) / 6)
+    assert distinct_groups(256, 8, 8) == pytest.approx(5.3, abs=0.05)
+    assert distinct_groups(8, 1, 1) == 1
+
+
+def test_rows_cross_at_the_links_rates() -> None:
+    row = 2.0 * LAYER.K
+    inside, between = HGX.inside, HGX.between
+    two = crossing(HGX, 2, 4096, row, LAYER.E, LAYER.topk)
+    assert two.gather == pytest.approx(inside.latency_us + 4096 * row / inside.bytes_per_us)
+    assert two.gather * 0.99 < two.alltoall < two.gather
+    many = crossing(HGX, 64, 4096, row, LAYER.E, LAYER.topk)
+    assert many.gather == pytest.approx(between.latency_us + 4096 * row * 7 / between.bytes_per_us)
+    assert many.alltoall_by_node < many.alltoall < many.gather * 1.2
+
+
+def test_a_projection_is_the_sum_of_its_parts(projection: Projection) -> None:
+    two = projection.project(LAYER, "fp8", 4096, 2)
+    assert two.serial == pytest.approx(two.one_gpu_us / (two.experts_us + two.dispatch_us + two.combine_us))
+    assert 1.5 < two.serial < two.overlapped < 2.05
+    assert two.experts_us == pytest.approx(two.one_gpu_us / 2, rel=0.05)
+    fp8 = projection.project(LAYER, "fp8", 4096, 2, wire_fp8=True)
+    assert fp8.dispatch_us < 0.6 * two.dispatch_us
+    assert fp8.combine_us == two.combine_us
+    most = projection.project(LAYER, "fp8", 16384, 64)
+    assert math.isfinite(most.serial)
+    assert most.experts_us < most.transfer_us
+
+
+def test_numbers_of_gpus_that_do_not_fit_are_refused(projection: Projection) -> None:
+    for ranks in (1, 3, 12):
+        with pytest.raises(InvalidInputError, match=f"got {ranks}"):
+            projection.project(LAYER, "fp8", 16, ranks)
+
+
+def test_explain_prints_the_projection(projection: Projection) -> None:
+    del projection  # which lets kernels count as compiled
+    command = ["explain", "--model", "deepseek-v3", "--dtype", "fp8", "--machine", "h200", "--tokens", "16,4096"]
+    result = CliRunner().invoke(app, [*command, "--parallel", "2,8"])
+    assert result.exit_code == 0, result.output
+    assert "A projection: nothing here was measured on more than one GPU" in result.output
+    table = [line.split() for line in result.output.splitlines() if line.split()[:2] in (["16", "2"], ["4096", "8"])]
+    assert len(table) == 2
+    assert table[0][-2:] == ["1.94", "1.97"]
