@@ -9,7 +9,7 @@ STAMP := $(VENV)/.installed
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help demo check test timing matrix docs lint format clean
+.PHONY: help demo check test timing attack matrix docs lint format clean
 
 help:  ## Show this list.
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -25,6 +25,10 @@ test: lint  ## Lint, type-check and run every test; those that need a GPU skip t
 
 timing: $(STAMP)  ## The tests that hold wall-clock bounds, alone on an idle machine.
 	$(BIN)/python -m pytest -m timing
+
+attack: $(STAMP)  ## More than 20,000 hostile calls, files, command lines and backends; figures in out/attack.json. SEED=… repeats one.
+	$(BIN)/python -m pytest -n auto --dist load --attack=large --attack-figures=out/attack.json \
+	  $(if $(SEED),--hypothesis-seed=$(SEED)) tests/attack
 
 matrix: $(STAMP)  ## Every supported version, each in its own environment, and README's table of them; CELLS='core-torch211 …' for some.
 	$(BIN)/nox $(if $(CELLS),-s $(CELLS)); ended=$$?; $(BIN)/python -m tests.matrix.table; exit $$ended

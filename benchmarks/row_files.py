@@ -1,6 +1,7 @@
 """JSON Lines files of benchmark rows: one row a line as `moe-dispatch bench` writes them, or packed (`packed`)."""
 
 import json
+import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Final
@@ -40,9 +41,9 @@ def load(paths: Iterable[Path]) -> list[BenchRow]:
     """
     rows: dict[tuple[str, RowKey], BenchRow] = {}
     for path in paths:
-        for file in sorted(path.rglob("*.jsonl")) if path.is_dir() else [path]:
+        for file in sorted(path.rglob("*.jsonl")) if os.path.isdir(path) else [path]:
             lines = _lines(file)
-            if path.is_dir() and _is_other_record(lines):
+            if os.path.isdir(path) and _is_other_record(lines):
                 continue
             for row in _parse(file, lines):
                 rows[row.fingerprint, row.key] = row
@@ -54,7 +55,7 @@ def timed_keys(path: Path) -> set[RowKey]:
 
     A row without a time is measured again: what lacked memory or was wrong may have been repaired.
     """
-    return {row.key for row in load([path]) if row.us is not None} if path.exists() else set()
+    return {row.key for row in load([path]) if row.us is not None} if os.path.lexists(path) else set()
 
 
 def _lines(path: Path) -> list[str]:

@@ -15,7 +15,7 @@ import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Final, Protocol
+from typing import Any, Final, Protocol
 
 import torch
 from torch import Tensor
@@ -117,7 +117,7 @@ class Part:
 
 def stack_experts(
     experts: Sequence[Mapping[str, Tensor]], tp: tuple[int, int] = (0, 1), device: torch.device | str | None = None
-) -> dict[str, Tensor]:
+) -> dict[str, Any]:
     """Separate experts as the tensors of `ExpertWeights`; see `ExpertWeights.from_experts`."""
     tensors = {f"{e}.{name}": tensor for e, expert in enumerate(experts) for name, tensor in expert.items()}
     source = LoadedTensors(tensors, f"the list of {len(experts)} experts")

@@ -1,13 +1,27 @@
 """Exceptions and warnings of this package. Each message says what was passed, what is allowed, and what to do."""
 
 import difflib
+import re
 import sys
 import warnings
 from collections.abc import Sequence
+from typing import Final
+
+# Of a longer name, path or value without a space, a message repeats this many characters: the first and the last.
+FIRST: Final = 150
+LAST: Final = 50
+_LONG_WORD: Final = re.compile(rf"(\S{{{FIRST}}})\S+(\S{{{LAST}}})")
 
 
 class MoEDispatchError(Exception):
-    """Base of every error that this package raises on purpose."""
+    """Base of every error that this package raises on purpose.
+
+    Args:
+        message: The message. Its long words, which come from outside, are shortened.
+    """
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__(_LONG_WORD.sub(r"\1…\2", message))
 
 
 class InvalidInputError(MoEDispatchError, ValueError):

@@ -4,7 +4,7 @@ import math
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Final, Self
+from typing import Any, Final, Self
 
 import torch
 from torch import Tensor, nn
@@ -81,6 +81,8 @@ class ExpertWeights:
         if activation not in ACTIVATIONS:
             raise InvalidInputError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
         gated = activation not in UNGATED
+        if not isinstance(interleaved, bool):
+            raise InvalidInputError(f"interleaved must be True or False, got {type(interleaved).__name__}")
         if interleaved and not gated:
             raise InvalidInputError(f"interleaved rows need a gate, and activation {activation!r} has none")
         _check_weight("gate_up", gate_up)
@@ -140,17 +142,7 @@ class ExpertWeights:
             InvalidInputError: A tensor was freed, moved to another device, or changed in dtype or shape.
         """
         try:
-            now = ExpertWeights(
-                self.gate_up,
-                self.down,
-                gate_up_scale=self.gate_up_scale,
-                down_scale=self.down_scale,
-                gate_up_bias=self.gate_up_bias,
-                down_bias=self.down_bias,
-                activation=self.activation,
-                interleaved=self.interleaved,
-                routed_experts=self.routed_experts,
-            )
+            now = self._with(dict(self.tensors()))
             if now.spec is not self.spec:
                 raise InvalidInputError(f"they are {now} now")
         except InvalidInputError as error:
@@ -264,9 +256,16 @@ class ExpertWeights:
     def to(self, device: torch.device | str) -> Self:
         """The same layer on a device: itself where it is there already."""
         tensors = {name: tensor.to(device) for name, tensor in self.tensors()}
-        if tensors["gate_up"] is self.gate_up:
-            return self
-        return type(self)(**tensors, activation=self.activation, interleaved=self.interleaved)
+        return self if tensors["gate_up"] is self.gate_up else self._with(tensors)
+
+    def _with(self, tensors: Mapping[str, Any]) -> Self:
+        """This layer with other tensors."""
+        return type(self)(
+            **tensors,
+            activation=self.activation,
+            interleaved=self.interleaved,
+            routed_experts=self.routed_experts,
+        )
 
     def problem(
         self,

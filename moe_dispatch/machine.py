@@ -105,6 +105,8 @@ class Machine(pydantic.BaseModel):
             return cls.model_validate(described)
         except (OSError, ValueError) as error:  # pydantic's errors are ValueErrors
             why = _first_fault(error) if isinstance(error, pydantic.ValidationError) else error
+            if isinstance(error, OSError):
+                why = error.strerror or error  # without the path, which may be long
             raise InvalidInputError(
                 f"{text[:300]} is not a machine description ({why}); `moe-dispatch doctor --json` prints one"
             ) from error

@@ -86,6 +86,9 @@ class MoEProblem:
             )
         if self.activation not in ACTIVATIONS:
             raise InvalidInputError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {self.activation!r}")
+        for name in ("bias", "interleaved", "needs_grad"):
+            if not isinstance(getattr(self, name), bool):
+                raise InvalidInputError(f"{name} must be True or False, got {getattr(self, name)!r}")
         if self.interleaved and not self.gated:
             raise InvalidInputError(f"interleaved rows need a gate, and {self.activation!r} has none")
         if self.mode not in get_args(Mode):

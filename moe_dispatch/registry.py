@@ -205,11 +205,23 @@ def register_backend(name: str, target: str | type[Backend]) -> None:
 
 
 def _entry_points(group: str) -> list[tuple[str, str]]:
+    """Names and targets that installed packages announce; one with damaged metadata costs that package alone."""
     try:
         return [(entry.name, entry.value) for entry in importlib.metadata.entry_points(group=group)]
-    except Exception as error:  # noqa: BLE001 - one installed package with damaged metadata
-        logger.warning("the backends of other packages are not known: %s", failures.summary(error))
-        return []
+    except Exception as error:  # noqa: BLE001 - metadata of some installed package
+        logger.info("an installed package has damaged metadata: %s", failures.summary(error))
+    announced: dict[str, str] = {}
+    for distribution in importlib.metadata.distributions():
+        try:
+            entries = list(distribution.entry_points)
+        except Exception as error:  # noqa: BLE001 - the damaged one
+            where = distribution.locate_file("")
+            logger.warning("a package in %s is passed over, whose entry points are damaged: %s", where, error)
+            continue
+        for entry in entries:
+            if entry.group == group:
+                announced.setdefault(entry.name, entry.value)
+    return list(announced.items())
 
 
 def _spelt(target: object) -> str:

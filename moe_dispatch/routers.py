@@ -152,7 +152,7 @@ def sigmoid_topk(
     scores = logits.float().sigmoid()
     choice = scores.detach() if correction_bias is None else scores.detach() + correction_bias.float()
     if topk_groups < groups:
-        grouped = choice.unflatten(1, (groups, -1))
+        grouped = choice.view(choice.shape[0], groups, -1)
         chosen = _best(grouped.topk(2, dim=2).values.sum(2), topk_groups)
         closed = torch.ones_like(grouped[..., 0], dtype=torch.bool).scatter(1, chosen, value=False)
         choice = grouped.masked_fill(closed[..., None], -torch.inf).flatten(1)

@@ -120,9 +120,11 @@ def cache_dir() -> Path:
     if base.is_absolute():  # the XDG specification has relative paths ignored
         return base / "moe_dispatch"
     try:
-        return Path.home() / ".cache" / "moe_dispatch"
+        home = Path.home()
     except RuntimeError:  # a container's user may have no home
         return private_temporary_folder()
+    # A relative one, as by HOME=., would be another folder in each working directory.
+    return home / ".cache" / "moe_dispatch" if home.is_absolute() else private_temporary_folder()
 
 
 def calibration_search_path() -> tuple[Path, ...]:

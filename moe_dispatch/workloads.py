@@ -119,7 +119,8 @@ def _from_config(path: Path) -> Workload:
     try:
         config = read_json(path)
     except (OSError, ValueError) as error:
-        raise InvalidInputError(f"{origin} is not a readable config: {error}") from error
+        why = (error.strerror if isinstance(error, OSError) else "") or error  # without a path, which may be long
+        raise InvalidInputError(f"{origin} is not a readable config: {why}") from error
     layer = configured_layer(config, origin)
     name = layer.name or path.parent.name or path.stem
     return Workload(

@@ -7,12 +7,14 @@ from collections.abc import Iterable
 import pydantic
 
 from moe_dispatch.backend import Backend
+from moe_dispatch.guard import FOREIGN_ERRORS
 from moe_dispatch.machine import Machine
 from moe_dispatch.policies.measurements.schema import CalibrationFile, Candidate, Identity, LayerKey
 from moe_dispatch.policies.measurements.table import LayerTable
 from moe_dispatch.policies.measurements.versions import changes, relevant_versions
 from moe_dispatch.problem import Mode
 from moe_dispatch.registry import MadeBackend, make_backend
+from moe_dispatch.system import failures
 
 
 class MeasuredFile:
@@ -82,6 +84,8 @@ def _reason_against(candidate: Candidate, backend: Backend, *, retires: bool) ->
     except pydantic.ValidationError as error:
         first = error.errors()[0]
         return f"its configuration is unknown here ({'.'.join(map(str, first['loc']))}: {first['msg']})"
+    except FOREIGN_ERRORS as error:  # of a validator of its own
+        return f"its configuration cannot be read here ({failures.summary(error)})"
     if retires and (changed := changes(candidate.versions, relevant_versions(backend))):
         return f"retired by {', '.join(changed)}; calibrate again"
     return ""

@@ -7,6 +7,8 @@ logs goes to standard output.
 import dataclasses
 import json
 import os
+import random
+import statistics
 import sys
 import tempfile
 import time
@@ -28,8 +30,9 @@ FP8: Final = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_blo
 PREFILL: Final = (8, 2048)  # prompts, tokens of each
 CAPTURED: Final = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 PROMPT: Final = 32  # tokens before a decode
-SHORT, LONG = 16, 80  # generated tokens; the difference is decode alone
-# The same under a profiler, which takes milliseconds to read a step's thousands of events.
+WARM_STEPS, STEPS = 16, 96  # decode steps after a prefill: not timed, and timed
+# Generated tokens under a profiler, which takes milliseconds to read a step's thousands of events; the difference is
+# decode alone.
 PROFILED_SHORT, PROFILED_LONG = 4, 12
 MOST_KERNELS: Final = 25
 
@@ -89,9 +92,18 @@ class _Engine:
         return result | {"compiled": len(self._compiled), "compiled_names": sorted(set(self._compiled))[:8]}
 
     def _decode(self, batch: int) -> dict[str, Any]:
-        self._run(batch, PROMPT, SHORT)
-        short, long = (min(self._run(batch, PROMPT, tokens)[0] for _ in range(2)) for tokens in (SHORT, LONG))
-        return {"seconds": (long - short) / (LONG - SHORT)}  # of one decode step
+        """Seconds of one decode step, each timed by itself: a host that stumbles once does not move the median."""
+        self._run(batch, PROMPT, WARM_STEPS)
+        engine = self._llm.llm_engine
+        for row, prompt in enumerate(self._prompts(batch, PROMPT)):
+            engine.add_request(f"{self._round}-{row}", prompt, _sampling(WARM_STEPS + STEPS))
+        seconds = []
+        while engine.has_unfinished_requests():
+            begin = time.perf_counter()
+            engine.step()
+            seconds.append(time.perf_counter() - begin)
+        first, median, third = statistics.quantiles(seconds[-STEPS - 1 : -1], n=4)
+        return {"seconds": median, "quartiles": [first, third]}
 
     def _prefill(self) -> dict[str, Any]:
         self._run(*PREFILL, 1)
@@ -149,23 +161,27 @@ class _Engine:
         What is timed draws its tokens at random: with dummy weights, greedy sequences soon repeat one token each, so
         that a batch hits a number of experts which no two runs have in common, and a step's time with it.
         """
-        from vllm import SamplingParams
-
-        self._round += 1
-        prompts = [
-            {"prompt_token_ids": [(7 * i + 13 * row + 31 * self._round) % 150000 + 10 for i in range(prompt)]}
-            for row in range(batch)
-        ]
-        sampling = SamplingParams(
-            temperature=0.0 if greedy else 1.0,
-            max_tokens=tokens,
-            ignore_eos=True,
-            detokenize=False,
-            logprobs=1 if greedy else None,
-        )
+        prompts, sampling = self._prompts(batch, prompt), _sampling(tokens, greedy=greedy)
         start = time.perf_counter()
         outputs = self._llm.generate(prompts, sampling, use_tqdm=False)
         return time.perf_counter() - start, outputs
+
+    def _prompts(self, batch: int, length: int) -> list[dict[str, list[int]]]:
+        self._round += 1
+        draw = random.Random(self._round)  # noqa: S311 - the same prompts in every engine
+        return [{"prompt_token_ids": [draw.randrange(10, 150000) for _ in range(length)]} for _ in range(batch)]
+
+
+def _sampling(tokens: int, *, greedy: bool = False) -> Any:
+    from vllm import SamplingParams
+
+    return SamplingParams(
+        temperature=0.0 if greedy else 1.0,
+        max_tokens=tokens,
+        ignore_eos=True,
+        detokenize=False,
+        logprobs=1 if greedy else None,
+    )
 
 
 Kernel = tuple[str, float, float]  # name, start and end in microseconds

@@ -130,6 +130,7 @@ def compare(engines: list[Engine], report: Report, rounds: int, deadline: float)
             report.add({
                 "what": what, "batch": request.get("batch", 0), "off_ms": 1e3 * off["seconds"],
                 "on_ms": 1e3 * on["seconds"], "speedup": off["seconds"] / on["seconds"], "compiled_on": on["compiled"],
+                "quartiles_ms": [[1e3 * each for each in side.get("quartiles", ())] for side in (off, on)],
                 "names": on["compiled_names"],
             })  # fmt: skip
 

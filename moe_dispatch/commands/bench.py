@@ -102,7 +102,7 @@ def bench(
         _refuse_options_of_a_suite(context, suite)
         plans = _suite_plans(dispatcher, notes, _suite(suite), model, dtype)
     path = out or _default_path(machine, resume=resume)
-    if path.exists() and not resume:
+    if os.path.lexists(path) and not resume:
         raise InvalidInputError(f"{path} exists already; --resume goes on with it, --out names another")
     _check_writable(path)
     sweep = _sweep(path, machine, notes, deadline, energy, resume=resume)
@@ -289,7 +289,7 @@ def _sweep(
 def _rows(path: Path) -> "list[BenchRow]":
     from moe_dispatch.benchmarks.row_files import load
 
-    return load([path]) if path.exists() else []
+    return load([path]) if os.path.exists(path) else []
 
 
 @contextmanager

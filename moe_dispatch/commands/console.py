@@ -37,6 +37,17 @@ def plain(value: object) -> str:
     return escape(text)
 
 
+def drop_unusable_sizes() -> None:
+    """Drop COLUMNS and LINES from the environment where they are no sizes: rich converts whatever digits they have."""
+    for variable in ("COLUMNS", "LINES"):
+        if not _is_size(os.environ.get(variable, "")):
+            os.environ.pop(variable, None)
+
+
+def _is_size(text: str) -> bool:
+    return text.isascii() and text.isdecimal() and len(text) < 5
+
+
 def prepare_streams() -> None:
     """Fit the output to where it goes, before a command prints anything.
 
@@ -45,7 +56,7 @@ def prepare_streams() -> None:
     """
     columns = os.environ.get("COLUMNS", "")
     if not OUT.is_terminal:
-        OUT.width = int(columns) if columns.isascii() and columns.isdecimal() and 0 < len(columns) < 5 else UNLIMITED
+        OUT.width = int(columns) if _is_size(columns) else UNLIMITED
     codecs.register_error("moe_dispatch.ascii", _spelt_in_ascii)
     for stream in (sys.stdout, sys.stderr):
         reconfigure = getattr(stream, "reconfigure", None)  # a program that replaced the stream may have none

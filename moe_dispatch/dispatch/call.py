@@ -138,10 +138,15 @@ def warm_up(
     if not isinstance(experts, ExpertWeights):
         raise InvalidInputError(f"experts must be ExpertWeights(gate_up, down), got {type(experts).__name__}")
     counts = tuple(tokens) if isinstance(tokens, Iterable) else (tokens,)
-    numbers = ("topk", topk, 1), ("up_to", up_to or 0, 0), *(("tokens", count, 0) for count in counts)
+    least_up_to = () if up_to is None else (("up_to", up_to, 0),)
+    numbers = ("topk", topk, 1), *least_up_to, *(("tokens", count, 0) for count in counts)
     for name, count, least in numbers:
         if type(count) is not int or count < least:
             raise InvalidInputError(f"{name} must be integers of at least {least}, got {count!r}")
+    if act_dtype not in (None, torch.bfloat16, torch.float16, torch.float32):
+        raise InvalidInputError(f"act_dtype must be torch.bfloat16, float16, float32 or None, got {act_dtype!r}")
+    if backend is not None and not isinstance(backend, str):
+        raise InvalidInputError(f"backend must be a registered name or None, got {type(backend).__name__}")
     dtype = act_dtype or (torch.bfloat16 if experts.dtype == "fp8" else experts.gate_up.dtype)
     device = experts.device
     if up_to:

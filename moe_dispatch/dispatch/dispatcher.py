@@ -1,5 +1,6 @@
 """From a call to a running backend: one look-up for a kind of call that is known, everything else once per kind."""
 
+import contextlib
 import logging
 import threading
 from collections.abc import Mapping
@@ -14,6 +15,7 @@ from moe_dispatch.dispatch.counters import BackendStats, Counters
 from moe_dispatch.dispatch.errors import BackendFailedError
 from moe_dispatch.dispatch.first_calls import FIRST_CALLS
 from moe_dispatch.dispatch.gradients import needs_grad
+from moe_dispatch.dispatch.kept_inputs import KeptInputs
 from moe_dispatch.dispatch.plan import Plan
 from moe_dispatch.dispatch.planner import Planner
 from moe_dispatch.dispatch.quarantine import Quarantine
@@ -238,14 +240,27 @@ class Dispatcher:
             return result
         device = inputs[0].device
         capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+        written = ""
         if capturing:  # nothing can be awaited, so nothing is proven
             result = plan.run(*arguments)
         else:
-            with FIRST_CALLS.running(plan.choice.backend), self.quarantine.first_run(plan.choice.backend, plan.problem):
-                result = plan.run(*arguments)
-                if device.type == "cuda":
-                    torch.cuda.synchronize(device)
+            kept = KeptInputs(inputs)
+            try:
+                with (
+                    FIRST_CALLS.running(plan.choice.backend),
+                    self.quarantine.first_run(plan.choice.backend, plan.problem),
+                ):
+                    result = plan.run(*arguments)
+                    if device.type == "cuda":
+                        torch.cuda.synchronize(device)
+            except FOREIGN_ERRORS:
+                with contextlib.suppress(RuntimeError):  # as where the device is lost
+                    kept.restore()
+                raise
+            written = kept.restore()
         _check_result(result, inputs, out)
+        if written:
+            raise ContractError(f"it wrote to {written}")
         if not capturing:
             self.planner.prove(plan)
         return result

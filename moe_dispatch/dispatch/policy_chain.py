@@ -1,6 +1,10 @@
 """The policies in their order of precedence, asked as one."""
 
-from collections.abc import Sequence
+import dataclasses
+import reprlib
+from collections.abc import Mapping, Sequence
+from types import NoneType
+from typing import Final
 
 from moe_dispatch.errors import MoEDispatchError, UnknownNameError, warn
 from moe_dispatch.guard import FOREIGN_ERRORS
@@ -9,6 +13,14 @@ from moe_dispatch.policy import Choice, Policy
 from moe_dispatch.problem import MoEProblem
 from moe_dispatch.registry import LAST_RESORT, POLICIES
 from moe_dispatch.system import failures
+
+_FIELDS: Final[Mapping[str, type | tuple[type, ...]]] = {
+    "backend": str,
+    "reason": str,
+    "config": (Mapping, NoneType),
+    "us": (int, float, NoneType),
+    "policy": str,
+}
 
 
 class PolicyChain:
@@ -41,7 +53,7 @@ class PolicyChain:
         ranked: dict[tuple[str, str], Choice] = {}
         for policy in self._policies:
             try:
-                choices = [_named(choice, policy.name) for choice in policy.rank(problem)]
+                choices = [_checked(choice, policy.name) for choice in policy.rank(problem)]
             except FOREIGN_ERRORS as error:
                 self._refuse(policy.name, error)
                 continue
@@ -79,5 +91,18 @@ class PolicyChain:
             warn(text)
 
 
-def _named(choice: Choice, policy: str) -> Choice:
-    return choice if choice.policy else Choice(choice.backend, choice.reason, choice.config, choice.us, policy)
+def _checked(choice: object, policy: str) -> Choice:
+    """A policy's choice with the policy's name.
+
+    Raises:
+        TypeError: It is none, or a field of it has the wrong type.
+    """
+    if not isinstance(choice, Choice):
+        raise TypeError(f"it ranks {reprlib.repr(choice)}, which is no Choice")
+    for name, kinds in _FIELDS.items():
+        value = getattr(choice, name)
+        if not isinstance(value, kinds) or isinstance(value, bool):
+            raise TypeError(f"it ranks a choice whose {name} is {reprlib.repr(value)}")
+    if not all(isinstance(key, str) and isinstance(value, int | str) for key, value in (choice.config or {}).items()):
+        raise TypeError(f"it ranks a choice whose config is {reprlib.repr(choice.config)}")
+    return choice if choice.policy else dataclasses.replace(choice, policy=policy)

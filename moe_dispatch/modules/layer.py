@@ -85,7 +85,7 @@ class MoELayer(nn.Module):
         self.experts = StackedExperts(K, N, E, activation=activation, interleaved=interleaved, bias=bias, **kind)
         self.shared_experts = StackedExperts(K, shared_N, 1, activation=activation, **kind) if shared_N else None
         self.shared_expert_gate = nn.Linear(K, 1, bias=False, dtype=plain, device=device) if shared_gate else None
-        self.register_load_state_dict_pre_hook(_translate)
+        self.register_load_state_dict_pre_hook(_translate)  # type: ignore[no-untyped-call] # torch does not annotate it
 
     @classmethod
     def from_config(

@@ -37,6 +37,9 @@ class StackedExperts(nn.Module):
         device: Device of all tensors.
     """
 
+    gate_up_proj: nn.Parameter
+    down_proj: nn.Parameter
+
     def __init__(
         self,
         K: int,

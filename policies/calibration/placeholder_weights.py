@@ -24,14 +24,17 @@ def placeholder_weights(problem: MoEProblem, device: torch.device) -> ExpertWeig
     (up_rows, up_columns), (down_rows, down_columns) = problem.quant_blocks
     scales = (
         {
-            "gate_up_scale": torch.ones(E, up_rows, up_columns, device=device),
-            "down_scale": torch.ones(E, down_rows, down_columns, device=device),
+            "gate_up_scale": torch.ones(E, up_rows, up_columns, dtype=torch.float32, device=device),
+            "down_scale": torch.ones(E, down_rows, down_columns, dtype=torch.float32, device=device),
         }
         if problem.dtype == "fp8"
         else {}
     )
     biases = (
-        {"gate_up_bias": torch.zeros(E, rows, device=device), "down_bias": torch.zeros(E, K, device=device)}
+        {
+            "gate_up_bias": torch.zeros(E, rows, dtype=torch.float32, device=device),
+            "down_bias": torch.zeros(E, K, dtype=torch.float32, device=device),
+        }
         if problem.bias
         else {}
     )

@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import torch
 from torch import Tensor
@@ -107,8 +107,9 @@ def fit_cost_model(times: Mapping[MoEProblem, float]) -> tuple[list[float], floa
     Args:
         times: Times of one backend in µs.
     """
-    parts = torch.tensor([[terms(problem)[term] for term in TERMS] for problem in times], dtype=torch.float64)
-    shares = parts / torch.tensor(list(times.values()), dtype=torch.float64)[:, None]  # [P, T], parts of the time
+    on_host: dict[str, Any] = {"dtype": torch.float64, "device": "cpu"}
+    parts = torch.tensor([[terms(problem)[term] for term in TERMS] for problem in times], **on_host)
+    shares = parts / torch.tensor(list(times.values()), **on_host)[:, None]  # [P, T], parts of the time
     units = shares.amax(0)
     shares = shares / units
     weights = shares.new_ones(len(times))
@@ -126,9 +127,9 @@ def nonnegative_least_squares(a: Tensor, b: Tensor) -> Tensor:
         a: ``[P, T]`` with few columns, since there are 2^T sets.
         b: ``[P]``.
     """
-    columns = torch.arange(a.shape[1])
-    sets = (torch.arange(1 << len(columns))[:, None] >> columns & 1).to(a.dtype)  # [2^T, T]
-    gram, moments = a.T @ a + _RIDGE * torch.eye(len(columns), dtype=a.dtype), a.T @ b
+    columns = torch.arange(a.shape[1], device=a.device)
+    sets = (torch.arange(1 << len(columns), device=a.device)[:, None] >> columns & 1).to(a.dtype)  # [2^T, T]
+    gram, moments = a.T @ a + _RIDGE * torch.eye(len(columns), dtype=a.dtype, device=a.device), a.T @ b
     # A column outside a set becomes one of the identity, and its coefficient 0.
     within = gram * sets[:, :, None] * sets[:, None, :] + torch.diag_embed(1 - sets)
     solutions = torch.linalg.solve(within, moments * sets)

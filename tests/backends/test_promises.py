@@ -60,7 +60,7 @@ def launch_promises(capability: int, dtype: DType) -> Iterator[Launch]:
 @pytest.mark.matrix
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize("capability", CAPABILITIES, ids=lambda capability: f"sm_{capability}")
 def test_the_first_choice_compiles_and_fits(capability: int, dtype: DType) -> None:
     kernels = compile_launches(launch_promises, capability, dtype=dtype)
     if capability < 89 and dtype == "fp8":

@@ -1,4 +1,4 @@
-"""The kernels of mask_slots.py and of every activation compile, without a GPU, for devices that run them."""
+"""The kernels of mask_slots.py, of activations and of derivatives compile, without a GPU, for devices that run them."""
 
 from collections.abc import Iterator
 from functools import partial
@@ -40,6 +40,21 @@ def launch_activate(_capability: int) -> Iterator[Launch]:
             )
 
 
+def launch_activate_backward(_capability: int) -> Iterator[Launch]:
+    from moe_dispatch.backends.stages.activate_backward import activate_backward
+    from moe_dispatch.backends.stages.route import route
+
+    E, slots = 16, 64 * 8
+    ids, weights = torch.empty(64, 8, dtype=torch.int64), torch.empty(64, 8)
+    routing = route(ids, E)
+    for activation in ACTIVATIONS:
+        columns = 768 if activation in UNGATED else 2 * 768
+        rows, inner = (torch.empty(slots, width, dtype=torch.bfloat16) for width in (columns, 768))
+        options: dict[str, Any] = {"interleaved": activation == "swiglu_oai", "topk_ids": ids}
+        bias = torch.empty(E, columns, dtype=torch.bfloat16)
+        yield Launch(partial(activate_backward, rows, inner, routing, weights, activation, **options, bias=bias))
+
+
 def test_mask_slots_compiles() -> None:
     kernels = compile_launches(launch_mask_slots, 80, 90, 100)
     assert len({(built.capability, built.constants["BLOCK"]) for built in kernels}) == 6
@@ -49,6 +64,16 @@ def test_mask_slots_compiles() -> None:
 @pytest.mark.slow
 def test_activations_compile_without_spills() -> None:
     kernels = [built for built in compile_launches(launch_activate, 90) if built.name == "_moe_activate_kernel"]
+    assert {built.constants["ACTIVATION"] for built in kernels} == set(ACTIVATIONS)
+    for built in kernels:
+        assert built.shared <= SMALL_MEMORY, built
+        assert built.stack == 0, built
+
+
+@pytest.mark.slow
+def test_derivatives_of_activations_compile_without_spills() -> None:
+    launched = compile_launches(launch_activate_backward, 90)
+    kernels = [built for built in launched if built.name == "_moe_activate_backward_kernel"]
     assert {built.constants["ACTIVATION"] for built in kernels} == set(ACTIVATIONS)
     for built in kernels:
         assert built.shared <= SMALL_MEMORY, built

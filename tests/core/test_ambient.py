@@ -12,11 +12,15 @@ from moe_dispatch.backend import Backend
 from moe_dispatch.dispatch import dispatcher as dispatcher_module
 from moe_dispatch.dispatch.process import get_dispatcher
 from moe_dispatch.experts import _SPECS
+from moe_dispatch.machine import Machine
+from moe_dispatch.policies.learned.fit import fit_cost_model
 from moe_dispatch.problem import DType
 from moe_dispatch.settings import settings
 from moe_dispatch.workloads import ROUTINGS, Workload, make_experts
 from tests.core.test_dispatcher import LAYER, expected, make_call, ran
 from tests.support.fakes import Honest, ranked
+
+H200 = Machine.load("h200")
 
 
 class Probed(Honest):
@@ -82,6 +86,15 @@ def test_random_layers_are_the_same_everywhere(routing: str) -> None:
         same = make_experts(LAYER, "fp32", "cpu", torch.Generator().manual_seed(1))
     assert all(map(torch.equal, drawn, again))
     assert torch.equal(layer.gate_up, same.gate_up)
+
+
+@pytest.mark.usefixtures("default_dtype")
+def test_a_fit_of_the_learned_policy_is_the_same_everywhere() -> None:
+    times = {LAYER.problem(1 << power, "fp32", H200): 10.0 + 2**power for power in range(8)}
+    with torch.device("meta"):
+        under_defaults = fit_cost_model(times)
+    torch.set_default_dtype(torch.float32)
+    assert under_defaults == fit_cost_model(times)
 
 
 def test_warm_up_draws_nothing_from_the_programs_generator() -> None:

@@ -256,6 +256,15 @@ DESCRIPTIONS = {
     "warm_up of texts": Bad(lambda: warm_up(experts(), 2, ["a"]), ("tokens", "'a'")),  # type: ignore[list-item]
     "warm_up without topk": Bad(lambda: warm_up(experts(), None, [1]), ("topk", "None")),  # type: ignore[arg-type]
     "warm_up of more experts than there are": Bad(lambda: warm_up(experts(), 9, [1]), ("topk=9", "E=4")),
+    "warm_up in no dtype": Bad(lambda: warm_up(experts(), 2, [1], "fp32"), ("act_dtype", "'fp32'")),  # type: ignore[arg-type]
+    "warm_up in integers": Bad(lambda: warm_up(experts(), 2, [], torch.int32, up_to=4), ("act_dtype", "int32")),
+    "warm_up of a list for backend": Bad(
+        lambda: warm_up(experts(), 2, [], up_to=4, backend=["reference"]),  # type: ignore[arg-type]
+        ("backend", "list"),
+    ),
+    "warm_up up to nothing": Bad(lambda: warm_up(experts(), 2, [], up_to=""), ("up_to", "''")),  # type: ignore[arg-type]
+    "a list for interleaved": Bad(lambda: experts(interleaved=[]), ("interleaved", "list")),
+    "a list for bias": Bad(lambda: MoEProblem(M=1, K=1, N=1, E=1, topk=1, bias=[]), ("bias", "[]")),  # type: ignore[arg-type]
     "warm_up of a tensor": Bad(lambda: warm_up(weights()[0], 2, [1]), ("ExpertWeights", "Tensor")),  # type: ignore[arg-type]
     "warm_up in another dtype": Bad(lambda: warm_up(experts(), 2, [1], torch.float64), ("float64",)),
     "explain on a number": Bad(lambda: explain(problem(), machine=5), ("Machine", "int")),  # type: ignore[arg-type]
@@ -293,6 +302,17 @@ def test_it_is_refused_after_good_calls_too() -> None:
         assert all(word in str(refusal.value) for word in bad.words), f"{name}: {refusal.value}"
         assert stats() == before, name
     assert not get_dispatcher("cpu").quarantine.entries()
+
+
+def test_a_long_name_is_not_repeated_whole() -> None:
+    with pytest.raises(UnknownNameError, match="no backend is called 'xxx") as refusal:
+        call(backend="x" * 70_000)
+    assert len(str(refusal.value)) < 1000
+    with pytest.raises(
+        InvalidInputError, match=r"device must be cpu, cuda or cuda:N, got 'xxx.*…x+'"
+    ) as refusal_of_device:
+        get_dispatcher("x" * 70_000)
+    assert len(str(refusal_of_device.value)) < 1000
 
 
 def test_an_unknown_backend_is_refused_with_the_known_ones() -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from moe_dispatch import ExpertWeights, InvalidInputError, moe_forward
 from moe_dispatch.checkpoint_files import Checkpoint
 from moe_dispatch.numerics import FP8, dequantize_blocks, quantize_blocks
-from tests.core.test_transformers import deepseek_v3, gpt_oss, mixtral, qwen3, transformers
+from tests.integrations.transformers_models import deepseek_v3, gpt_oss, mixtral, qwen3, transformers
 
 safetensors_torch = pytest.importorskip("safetensors.torch")
 CPU = torch.device("cpu")
@@ -47,7 +47,7 @@ def separate(
 
 
 def separate_fp8(E: int = 2, N: int = 256, K: int = 128, scale_dtype: torch.dtype = torch.float32) -> Tensors:
-    tensors = {}
+    tensors: Tensors = {}
     for name, weight in separate(E, N, K).items():
         codes, scale = quantize_blocks(weight[None])
         tensors |= {name: codes[0], f"{name}_scale_inv": scale[0].to(scale_dtype)}
@@ -75,7 +75,7 @@ def test_reads_what_transformers_saved(config: Callable[[], Any], tmp_path: Path
 def test_reads_block_fp8_that_transformers_saved(tmp_path: Path) -> None:
     described = qwen3(hidden_size=128, moe_intermediate_size=128, num_experts=2)
     model = transformers.AutoModelForCausalLM.from_config(described)
-    tensors = {}
+    tensors: Tensors = {}
     for name, tensor in model.state_dict().items():
         if "experts" in name:
             codes, scale = quantize_blocks(tensor)
@@ -123,7 +123,7 @@ def test_weight_scale_inv_is_the_multiplier(scale_dtype: torch.dtype, tmp_path: 
 def test_fused_block_fp8_whose_rows_end_within_a_block(tmp_path: Path) -> None:
     quantized = ExpertWeights.quantize(random(2, 2 * 192, 128), random(2, 128, 192, seed=1))
     prefix = "model.layers.1.mlp.experts."
-    tensors = {}
+    tensors: Tensors = {}
     for name, tensor in quantized.tensors():
         tensors[f"{prefix}{name.removesuffix('_scale')}_proj" + "_scale_inv" * name.endswith("_scale")] = tensor
     read = ExpertWeights.from_safetensors(save(tmp_path, tensors), layer=1, activation="silu")

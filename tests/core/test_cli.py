@@ -129,6 +129,14 @@ def test_doctor_names_every_backend_in_tables_of_80_columns() -> None:
     assert max(map(len, tables)) <= 80
 
 
+@pytest.mark.parametrize("columns", ["9" * 5000, "²", "-1", "wide", ""])
+def test_a_width_that_is_none_is_ignored(columns: str, tmp_path: Path) -> None:
+    for arguments in (["explain", "--machine", "h200"], ["no-such-command"], ["explain", "-h"]):
+        result = RUNNER.invoke(app, arguments, env={"COLUMNS": columns, "MOE_DISPATCH_CACHE_DIR": str(tmp_path)})
+        assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
+        assert result.exit_code == (2 if arguments == ["no-such-command"] else 0)
+
+
 @pytest.mark.usefixtures("cache")
 def test_doctor_says_for_each_library_what_works_and_how_to_get_it() -> None:
     report = json.loads(RUNNER.invoke(app, ["doctor", "--json"]).stdout)

@@ -243,6 +243,12 @@ class TestCacheDir:
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
         assert cache_dir() == tmp_path / "xdg" / "moe_dispatch"
 
+    def test_a_relative_home_is_no_home(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.delenv("MOE_DISPATCH_CACHE_DIR")
+        monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+        monkeypatch.setenv("HOME", "somewhere")
+        assert cache_dir() == private_temporary_folder()
+
     def test_a_temporary_folder_that_others_can_enter_is_not_used(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
+import pydantic
 import pytest
 import torch
 from torch import Tensor
@@ -27,7 +28,7 @@ from moe_dispatch import (
 from moe_dispatch.backend import Backend, BackendConfig, Inputs, Run
 from moe_dispatch.dispatch.dispatcher import FAST_PATH_CALLS
 from moe_dispatch.dispatch.process import get_dispatcher
-from moe_dispatch.registry import POLICIES, make_backend
+from moe_dispatch.registry import ENTRY_POINT_GROUP, POLICIES, Registry, make_backend
 from moe_dispatch.settings import settings
 from tests.core.test_dispatcher import Call, expected, make_call, ran
 from tests.support.fakes import Honest, ranked, registered
@@ -166,6 +167,80 @@ def test_a_policy_that_fails_is_passed_over(call: Call, monkeypatch: pytest.Monk
         POLICIES.unregister("failing")
 
 
+UNFIT = {
+    "no choice": ("reference",),
+    "no name": (Choice(5, "because"),),  # type: ignore[arg-type]
+    "a list for a name": (Choice(["reference"], "because"),),  # type: ignore[arg-type]
+    "no reason": (Choice("honest", None),),  # type: ignore[arg-type]
+    "a number for a configuration": (Choice("honest", "because", 5),),  # type: ignore[arg-type]
+    "a list in a configuration": (Choice("honest", "because", {"x": []}),),  # type: ignore[dict-item]
+    "a text for a time": (Choice("honest", "because", None, "1 µs"),),  # type: ignore[arg-type]
+    "nothing that can be listed": 5,
+}
+
+
+@pytest.mark.parametrize("answer", UNFIT.values(), ids=UNFIT.keys())
+def test_a_ranking_that_is_none_is_passed_over(answer: Any, call: Call) -> None:
+    class Fixed(Policy):
+        name = "fixed"
+
+        def rank(self, problem: MoEProblem) -> tuple[Choice, ...]:
+            return cast("tuple[Choice, ...]", answer)
+
+    POLICIES.register("fixed", Fixed)
+    try:
+        with registered(Honest), pytest.warns(MoEDispatchWarning, match="policy 'fixed' is passed over: TypeError"):
+            assert torch.equal(moe_forward(*call), expected(call))
+        assert "'fixed' is passed over" in str(explain(*call))
+    finally:
+        POLICIES.unregister("fixed")
+
+
+class Unhashable(BackendConfig):
+    sizes: list[int] = pydantic.Field(default_factory=list)
+
+
+class Validating(BackendConfig):
+    """Raises what pydantic does not turn into an error of its own."""
+
+    @pydantic.model_validator(mode="before")
+    @classmethod
+    def _read(cls, data: Any) -> Any:
+        raise KeyError("sizes")
+
+
+def test_a_configuration_that_cannot_be_hashed_is_a_reason(call: Call) -> None:
+    """Plans are kept by configuration."""
+    says = pytest.warns(MoEDispatchWarning, match=r"'foreign'.*unhashable.*'honest' runs instead")
+    with ranked(foreign(config_type=Unhashable), Honest), says:
+        assert torch.equal(moe_forward(*call), expected(call))
+
+
+def test_a_validator_that_raises_is_a_reason(call: Call) -> None:
+    class Fixed(Policy):
+        name = "fixed"
+
+        def rank(self, problem: MoEProblem) -> tuple[Choice, ...]:
+            return Choice("foreign", "because", {"x": 1}), Choice("honest", "because")
+
+    with ranked(foreign(config_type=Validating, default_config=lambda *_: Validating.model_construct()), Honest):
+        POLICIES.register("fixed", Fixed)
+        assert torch.equal(moe_forward(*call), expected(call))
+        assert "cannot read the configuration" in explain(*call).candidates[0].against[0]
+
+
+def test_damaged_metadata_cost_their_package_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, entries in (("a_damaged", "honest tests"), ("healthy", "honest = tests.support.fakes:Honest")):
+        info = tmp_path / f"{name}-1.dist-info"
+        info.mkdir()
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1\n")
+        (info / "entry_points.txt").write_text(f"[{ENTRY_POINT_GROUP}]\n{entries}\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    registry = Registry("backend", Backend, {}, group=ENTRY_POINT_GROUP)  # type: ignore[type-abstract]
+    assert "honest" in registry.names()
+    assert registry.load("honest") is Honest
+
+
 # What a backend returns.
 
 
@@ -265,6 +340,24 @@ def test_a_first_run_finds_what_its_probe_did_not_show(kind: str, call: Call) ->
     warned = pytest.warns(MoEDispatchWarning, match=f"'foreign' failed.*{says}.*'honest' runs instead")
     with ranked(unprobed, Honest), warned:
         assert torch.equal(moe_forward(*call), expected(call))
+
+
+@pytest.mark.parametrize("place", [0, 2, 3], ids=["hidden_states", "topk_weights", "topk_ids"])
+@pytest.mark.parametrize("raises", [False, True])
+def test_what_a_first_run_writes_to_its_inputs_is_undone(place: int, raises: bool, call: Call) -> None:
+    """As a backend may that is right in its probe, and writes at other numbers of tokens."""
+
+    def write(out: Tensor, inputs: Inputs) -> Tensor:
+        _write_to(cast("Tensor", inputs[place]), out)
+        if raises:
+            raise RuntimeError("wrote to and failed")
+        return out
+
+    before = [tensor.clone() for tensor in call if isinstance(tensor, Tensor)]
+    warned = pytest.warns(MoEDispatchWarning, match="'foreign' failed.*wrote to.*'honest' runs instead")
+    with ranked(foreign(run=_returning(write), needs_probe=False), Honest), warned:
+        assert torch.equal(moe_forward(*call), expected(call))
+    assert all(map(torch.equal, before, (tensor for tensor in call if isinstance(tensor, Tensor))))
 
 
 def test_a_fast_path_is_looked_at_before_it_is_used(call: Call) -> None:

@@ -48,7 +48,14 @@ class Layer:
         return {name: tensor.to(self.dtype) for name, tensor in made.items()}
 
     def wrap(self, tensors: dict[str, Tensor]) -> ExpertWeights:
-        return ExpertWeights(**tensors, activation=self.activation, interleaved=self.interleaved)
+        return ExpertWeights(
+            tensors["gate_up"],
+            tensors["down"],
+            gate_up_bias=tensors.get("gate_up_bias"),
+            down_bias=tensors.get("down_bias"),
+            activation=self.activation,
+            interleaved=self.interleaved,
+        )
 
 
 LAYERS = (
@@ -295,7 +302,7 @@ def test_the_operator_keeps_what_it_promises() -> None:
     tensors = {name: tensor.requires_grad_() for name, tensor in layer.tensors().items()}
     hidden, (weights, ids) = torch.randn(M, K, requires_grad=True), routing()
     arguments = (hidden, weights, ids, tensors["gate_up"], tensors["down"], None, None, tensors["gate_up_bias"],
-                 tensors["down_bias"], "silu", False, "")  # fmt: skip
+                 tensors["down_bias"], "silu", False, None, "")  # fmt: skip
     checks = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_static")
     torch.library.opcheck(torch.ops.moe_dispatch.recorded_forward.default, arguments, test_utils=checks)
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from moe_dispatch import explain
 from moe_dispatch.dispatch.dispatcher import Dispatcher
 from moe_dispatch.errors import InvalidInputError, UnknownNameError
 from moe_dispatch.machine import SHIPPED, Machine, shipped_machines
@@ -106,6 +107,15 @@ def test_numbers_that_nothing_can_print_are_refused(tmp_path: Path) -> None:
     path.write_text(text.replace("150121545728", "1" + "0" * 400))
     with pytest.raises(InvalidInputError, match="memory_bytes"):
         Machine.load(path)
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("M", [1 << 36, 1 << 60])
+def test_explain_takes_no_longer_for_more_tokens(M: int) -> None:
+    """The learned policy counts tiles by an integral, and not one by one."""
+    for dtype in ("bf16", "fp8"):
+        problem = WORKLOADS["deepseek-v3"].problem(M, dtype, Machine.load("h200"))
+        assert explain(problem, machine=Machine.load("h200")).chosen is not None
 
 
 def test_explain_answers_by_name_where_nothing_is_set_up(tmp_path: Path) -> None:

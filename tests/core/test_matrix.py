@@ -76,8 +76,8 @@ def test_every_python_that_is_announced_has_a_cell() -> None:
 
 def test_an_outcome_is_kept_and_counts_for_the_pins_that_it_ran_with(tmp_path: Path) -> None:
     path, versions = tmp_path / "record.json", pins("torch211")
-    ran = Outcome(passed=True, seconds=7, date="2026-11-29", versions=versions | {"torch": "2.11.0+cpu"})
-    other = Outcome(passed=True, seconds=7, date="2026-11-29", versions=versions | {"torch": "2.10.0"})
+    ran = Outcome(passed=True, seconds=7, cpu_seconds=5, date="2026-11-29", versions=versions | {"torch": "2.11.0+cpu"})
+    other = Outcome(passed=True, seconds=7, cpu_seconds=5, date="2026-11-29", versions=versions | {"torch": "2.10.0"})
     keep("core-torch213", other, path)
     keep("core-torch211", other, path)
     keep("core-torch211", ran, path)
@@ -87,7 +87,7 @@ def test_an_outcome_is_kept_and_counts_for_the_pins_that_it_ran_with(tmp_path: P
 
 
 def test_a_row_tells_each_cells_last_outcome(monkeypatch: pytest.MonkeyPatch) -> None:
-    failed = Outcome(passed=False, seconds=1, date="2026-01-02", versions={})
+    failed = Outcome(passed=False, seconds=1, cpu_seconds=1, date="2026-01-02", versions={})
     monkeypatch.setattr("tests.matrix.table.outcomes", lambda: {"core-torch211": failed})
     row = "| torch 2.11.0, Triton 3.6.0 | `core-torch211`: failed on 2026-01-02; `defaults-torch211`: not run |"
     assert row in table().splitlines()

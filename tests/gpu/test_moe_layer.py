@@ -18,7 +18,7 @@ from moe_dispatch.dispatch.process import reset_dispatchers
 from moe_dispatch.measure.verify import relative_error
 from moe_dispatch.modules import layer as layer_module
 from moe_dispatch.modules.side_stream import forked
-from moe_dispatch.numerics import FP8
+from moe_dispatch.numerics import FP8, dequantize_blocks, quantize_blocks
 from moe_dispatch.routers import select_experts_torch
 from moe_dispatch.settings import settings
 
@@ -63,22 +63,27 @@ def layer_of(dtype: torch.dtype, K: int = 1024, N: int = 512, E: int = 32) -> Mo
     return layer.requires_grad_(requires_grad=False)
 
 
-def truth(hidden: Tensor) -> Tensor:
-    """The layer of BF16 weights, computed in fp32 on the CPU."""
+def truth(hidden: Tensor, dtype: torch.dtype) -> Tensor:
+    """The layer of these weights, computed in fp32 on the CPU: FP8 ones have their rounding, activations have none."""
     layer = layer_of(torch.bfloat16).to("cpu", torch.float32)
-    return layer(hidden.cpu().float())
+    if dtype == FP8:
+        for module in (layer.experts, layer.shared_experts):
+            for weight in (module.gate_up_proj, module.down_proj):
+                weight.copy_(dequantize_blocks(*quantize_blocks(weight)))
+    out: Tensor = layer(hidden.cpu().float())
+    return out
 
 
 def tokens(M: int, K: int = 1024) -> Tensor:
     return torch.randn(M, K, generator=torch.Generator().manual_seed(M)).bfloat16().cuda()
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 1e-2), (FP8, 6e-2)], ids=["bf16", "fp8"])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 1e-2), (FP8, 5e-2)], ids=["bf16", "fp8"])
 @pytest.mark.parametrize("M", [1, 33, 512])
 @torch.no_grad()
 def test_agrees_with_fp32(M: int, dtype: torch.dtype, tolerance: float) -> None:
     layer, hidden = layer_of(dtype), tokens(M)
-    expected = truth(hidden).cuda()
+    expected = truth(hidden, dtype).cuda()
     out = layer(hidden)
     assert out.dtype == torch.bfloat16
     error = relative_error(out, expected)
@@ -105,7 +110,8 @@ def test_a_captured_layer_is_right_on_other_tokens(M: int, dtype: torch.dtype) -
 
 @torch.no_grad()
 def test_eager_calls_on_several_streams_do_not_disturb_each_other() -> None:
-    layer, streams = layer_of(torch.bfloat16), [torch.cuda.Stream() for _ in range(3)]
+    layer = layer_of(torch.bfloat16)
+    streams = [torch.cuda.Stream() for _ in range(3)]  # type: ignore[no-untyped-call]
     inputs = [tokens(M) for M in (1, 8, 64)]
     expected = [layer(hidden) for hidden in inputs]
     torch.cuda.synchronize()
@@ -122,10 +128,10 @@ def test_eager_calls_on_several_streams_do_not_disturb_each_other() -> None:
 @torch.no_grad()
 def test_a_fork_waits_on_both_ends() -> None:
     value, out = torch.zeros(1 << 24, device="cuda"), torch.empty(1 << 24, device="cuda")
-    torch.cuda._sleep(50_000_000)
+    torch.cuda._sleep(50_000_000)  # type: ignore[no-untyped-call]
     value.fill_(1.0)
     with forked(value.device) as side, torch.cuda.stream(side):
-        torch.cuda._sleep(50_000_000)
+        torch.cuda._sleep(50_000_000)  # type: ignore[no-untyped-call]
         out.copy_(value)
     assert (out == 1.0).all()
 
@@ -168,7 +174,7 @@ def graph_us(call: Callable[[], object], repeats: int = 64) -> float:
             call()
     best = float("inf")
     for _ in range(20):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
         start.record()
         graph.replay()
         end.record()

@@ -28,7 +28,8 @@ class Outcome:
 
     Attributes:
         passed: Whether all of it passed.
-        seconds: How long it took, the installation included.
+        seconds: How long it took, the installation included, on a machine that may have been busy.
+        cpu_seconds: Processor time of all its processes: half of it is what a cell takes on two idle cores, at best.
         date: The day, ``"2026-11-29"``.
         versions: Versions of Python and of the libraries in the cell's environment.
     """
@@ -37,6 +38,7 @@ class Outcome:
     seconds: int
     date: str
     versions: Mapping[str, str]
+    cpu_seconds: int = 0
 
 
 def outcomes(path: Path = RECORD) -> dict[str, Outcome]:

@@ -1,0 +1,94 @@
+"""Which layers of a model are dispatched, and why the others are not."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import nn
+
+from moe_dispatch.integrations.transformers.register import NAME
+
+State = Literal["dispatched", "own", "out of reach"]
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One layer of experts.
+
+    Attributes:
+        name: The module's name in the model.
+        kind: Its class.
+        state: "dispatched" to `moe_forward`; "own" where it keeps transformers' implementation; "out of reach" where
+            its class has no interface for experts, so that nothing registered is ever asked.
+        reason: Why it is not dispatched; what to know of it if it is.
+    """
+
+    name: str
+    kind: str
+    state: State
+    reason: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.name} ({self.kind}): {self.state}" + (f", {self.reason}" if self.reason else "")
+
+
+@dataclass(frozen=True)
+class ModelReport:
+    """All layers of experts of a model; prints as one line for each."""
+
+    layers: tuple[LayerReport, ...]
+
+    def __str__(self) -> str:
+        return "\n".join(map(str, self.layers)) or "no layers of experts"
+
+
+def report(model: nn.Module) -> ModelReport:
+    """Say of each layer of experts whether it is dispatched, without running the model.
+
+    Layers are inspected and compared with their own forward as at their first call, and the result is kept for that
+    call. A layer whose weights are not there (meta tensors, offloaded) is only inspected.
+
+    Args:
+        model: A model of transformers, loaded.
+    """
+    return ModelReport(tuple(_layers(model)))
+
+
+def _layers(model: nn.Module) -> Iterator[LayerReport]:
+    inside: list[str] = []
+    for name, module in model.named_modules():
+        if any(name.startswith(outer) for outer in inside):
+            continue
+        kind = type(module).__name__
+        if hasattr(module, "is_transposed") and hasattr(module, "_apply_gate"):
+            yield LayerReport(name, kind, *_state(module))
+        elif name.rpartition(".")[2] == "experts" or kind.endswith("Experts"):
+            reason = "its class does not take experts_implementation (no use_experts_implementation), so it never asks"
+            yield LayerReport(name, kind, "out of reach", reason)
+        else:
+            continue
+        inside.append(f"{name}.")
+
+
+def _state(module: nn.Module) -> tuple[State, str]:
+    from moe_dispatch.integrations.transformers.layout import layout_of
+    from moe_dispatch.integrations.transformers.takeover import take_over
+    from moe_dispatch.integrations.transformers.weights import offloaded
+
+    implementation = getattr(getattr(module, "config", None), "_experts_implementation", None)
+    if implementation != NAME:
+        return "own", f'the model runs {implementation!r}: call model.set_experts_implementation("{NAME}")'
+    layout = layout_of(module)
+    if layout.unfit:
+        return "own", layout.unfit
+    weight = getattr(module, layout.tensors[0])
+    if weight.is_meta or offloaded(module):
+        return "dispatched", "its weights are not loaded: inspected, not compared with its own forward"
+    import torch
+
+    dtype = weight.dtype if weight.dtype.itemsize > 1 else torch.bfloat16
+    with torch.no_grad():
+        taken = take_over(module, dtype)
+    if taken.experts is None:
+        return "own", taken.reason
+    return "dispatched", "grouped_mm in compiled graphs: its weights are stored transposed" if layout.transposed else ""

@@ -1,0 +1,73 @@
+"""Whether a layer is dispatched in a call, and with which weights."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from moe_dispatch.errors import InvalidInputError
+from moe_dispatch.experts import DTYPE_NAMES, ExpertWeights, tensor_fault
+from moe_dispatch.integrations.transformers.comparison import disagreement
+from moe_dispatch.integrations.transformers.layout import LAYOUT, layout_of
+from moe_dispatch.integrations.transformers.weights import experts_of, needs_copy, sources_of, why_no_copy
+from moe_dispatch.numerics import FP8
+
+
+class Taken(NamedTuple):
+    """A layer's weights for one call, or why it keeps its own implementation.
+
+    Attributes:
+        experts: The weights; None where the layer keeps its own implementation.
+        reason: Why it does.
+        sources: The module's tensors, which `experts` holds only weakly: keep this object for the call.
+    """
+
+    experts: ExpertWeights | None
+    reason: str = ""
+    sources: tuple[Tensor, ...] = ()
+
+
+def take_over(module: nn.Module, dtype: torch.dtype, others: Sequence[str] = ()) -> Taken:
+    """The module's weights for a call outside of a trace.
+
+    Args:
+        module: The experts module.
+        dtype: The dtype of hidden_states.
+        others: Names of arguments that the call has beside the three that are known.
+    """
+    layout = layout_of(module)
+    if reason := layout.unfit or unknown_arguments(others):
+        return Taken(None, reason)
+    sources = sources_of(module, layout)
+    if reason := unfit_tensors(sources, dtype):
+        return Taken(None, reason)
+    if needs_copy(layout, sources) and (reason := why_no_copy(module, sources)):
+        return Taken(None, reason)
+    try:
+        experts = experts_of(module, layout, sources)
+    except InvalidInputError as error:
+        return Taken(None, str(error))
+    if reason := disagreement(module, experts, dtype):
+        setattr(module, LAYOUT, dataclasses.replace(layout, unfit=reason))
+        return Taken(None, reason)
+    return Taken(experts, sources=sources)
+
+
+def unknown_arguments(others: Sequence[str]) -> str:
+    """Why a call with further arguments is not dispatched; empty if it has none."""
+    return f"its forward was called with {', '.join(others)}, which is not known here" if others else ""
+
+
+def unfit_tensors(sources: Sequence[Tensor], dtype: torch.dtype) -> str:
+    """Why backends cannot compute with these weights and hidden_states of this dtype; empty if they can."""
+    weight = sources[0]
+    for source in sources:
+        if fault := tensor_fault("its weight", source):
+            return fault
+    if weight.dtype not in DTYPE_NAMES or weight.device.type not in ("cpu", "cuda"):
+        return f"its weights are {weight.dtype} on {weight.device}"
+    if weight.dtype not in (FP8, dtype):
+        return f"hidden_states are {dtype} and its weights {weight.dtype} (autocast?)"
+    return ""

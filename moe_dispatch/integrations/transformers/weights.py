@@ -1,0 +1,171 @@
+"""A module's tensors as `ExpertWeights`, without keeping anything of the model alive."""
+
+import weakref
+from collections.abc import Sequence
+from typing import Any, Final, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from moe_dispatch.experts import ExpertWeights, address
+from moe_dispatch.integrations.transformers.layout import Layout
+from moe_dispatch.numerics import FP8
+
+# How often the weights behind a copy may be freed or replaced before the copy is given up: a model moves a few times in
+# its life, offloading frees its weights after every call.
+_MOST_LOST: Final = 3
+
+
+def _borrowed(name: str) -> Any:
+    """An attribute that holds a tensor weakly and hands it out without its gradient."""
+    attribute = f"_{name}"
+
+    def get(experts: "BorrowedExperts") -> Tensor | None:
+        reference = getattr(experts, attribute)
+        tensor: Tensor | None = reference and reference()
+        if tensor is not None and tensor.requires_grad and (torch.is_grad_enabled() or tensor.dtype == FP8):
+            return tensor.detach()  # transformers' FP8 parameters claim to require a gradient
+        return tensor
+
+    def put(experts: "BorrowedExperts", tensor: Tensor | None) -> None:
+        setattr(experts, attribute, None if tensor is None else weakref.ref(tensor))
+
+    return property(get, put)
+
+
+class BorrowedExperts(ExpertWeights):
+    """The weights of a layer whose tensors belong to a module, which may free or replace them at any time.
+
+    Backends keep what they prepare for a layer by its `ExpertWeights`, so one object serves all calls of a layer. Its
+    tensors are held weakly, so that it keeps no memory of a model that moved or was offloaded. Hold the tensors
+    themselves during a call.
+    """
+
+    gate_up: Tensor = _borrowed("gate_up")
+    down: Tensor = _borrowed("down")
+    gate_up_scale: Tensor | None = _borrowed("gate_up_scale")
+    down_scale: Tensor | None = _borrowed("down_scale")
+    gate_up_bias: Tensor | None = _borrowed("gate_up_bias")
+    down_bias: Tensor | None = _borrowed("down_bias")
+
+
+class _Kept(NamedTuple):
+    """What was built for one state of a module: its layout and each tensor's address, dtype, shape, maybe version."""
+
+    state: tuple[object, ...]
+    sources: tuple["weakref.ref[Tensor]", ...]
+    experts: ExpertWeights
+    memory: tuple["weakref.ref[torch.UntypedStorage]", ...] = ()
+
+
+# Weak in the module, so that a deleted model takes its entries with it.
+_in_place: Final["weakref.WeakKeyDictionary[nn.Module, _Kept]"] = weakref.WeakKeyDictionary()
+_copies: Final["weakref.WeakKeyDictionary[nn.Module, _Kept]"] = weakref.WeakKeyDictionary()
+_lost: Final["weakref.WeakKeyDictionary[nn.Module, int]"] = weakref.WeakKeyDictionary()
+
+
+def sources_of(module: nn.Module, layout: Layout) -> tuple[Tensor, ...]:
+    """The module's tensors in the layout's order, as its attributes give them now."""
+    return tuple(getattr(module, name) for name in layout.tensors)
+
+
+def needs_copy(layout: Layout, sources: Sequence[Tensor]) -> bool:
+    """Whether the backends cannot read the tensors where they lie."""
+    return layout.transposed or not all(source.is_contiguous() for source in sources)
+
+
+def records_gradient(sources: Sequence[Tensor]) -> bool:
+    """Whether autograd records a product with these weights. FP8 weights have no gradient."""
+    return torch.is_grad_enabled() and sources[0].dtype != FP8 and any(source.requires_grad for source in sources)
+
+
+def why_no_copy(module: nn.Module, sources: Sequence[Tensor]) -> str:
+    """Why a copy of the tensors could go stale unnoticed or would not last; empty if it can be kept."""
+    what = "its weights are stored transposed, or not contiguously, and "
+    if records_gradient(sources):
+        return f"{what}a gradient is recorded for them: every call would copy them"
+    if offloaded(module) or _lost.get(module, 0) >= _MOST_LOST:
+        return f"{what}they are freed or replaced between calls (offloading): every call would copy them"
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return f"{what}torch.distributed is at work, by which FSDP refills weights unnoticed: a copy could be stale"
+    if any(source.is_inference() for source in sources):
+        return f"{what}they are inference tensors, which do not count their changes: a copy could be stale"
+    return ""
+
+
+def offloaded(module: nn.Module) -> bool:
+    """Whether an accelerate hook of the module itself brings the weights before each call and frees them after it."""
+    hook = getattr(module, "_hf_hook", None)
+    return any(getattr(each, "offload", False) for each in (hook, *getattr(hook, "hooks", ())))
+
+
+def experts_of(module: nn.Module, layout: Layout, sources: tuple[Tensor, ...]) -> ExpertWeights:
+    """The module's weights for one call, during which the caller holds `sources`.
+
+    Raises:
+        InvalidInputError: The tensors are not what backends can read.
+    """
+    if needs_copy(layout, sources):
+        return _copy_of(module, layout, sources)
+    if records_gradient(sources):
+        return _build(ExpertWeights, layout, sources)  # anew: a kept object would keep the graph of a step
+    state = (layout, *((address(source), source.dtype, source.shape) for source in sources))
+    kept = _in_place.get(module)
+    if kept is None or kept.state != state:
+        experts = _build(BorrowedExperts, layout, tuple(source.detach() for source in sources))
+    elif all(reference() is source for reference, source in zip(kept.sources, sources, strict=True)):
+        return kept.experts
+    else:
+        experts = kept.experts  # the same memory by new tensors: expert parallelism takes local ones at every call
+    for name, source in zip(_names(sources), sources, strict=True):
+        setattr(experts, name, source)
+    _in_place[module] = _Kept(state, tuple(weakref.ref(source) for source in sources), experts)
+    return experts
+
+
+def _copy_of(module: nn.Module, layout: Layout, sources: tuple[Tensor, ...]) -> ExpertWeights:
+    """The weights as a contiguous copy, kept until a source changes in place, is replaced, or its memory is freed."""
+    state = (layout, *((address(source), source._version, source.dtype, source.shape) for source in sources))
+    kept = _copies.get(module)
+    if kept and not all(reference() is source for reference, source in zip(kept.sources, sources, strict=True)):
+        _lost[module] = _lost.get(module, 0) + 1
+    elif kept and kept.state == state:
+        return kept.experts
+    del kept
+    _copies.pop(module, None)  # before the new one is made, so that the two do not exist together
+    experts = _build(ExpertWeights, layout, tuple(source.detach() for source in sources))
+    layer = weakref.ref(module)
+
+    def forget(memory: object) -> None:
+        module = layer()
+        if module is not None and (kept := _copies.get(module)) and memory in kept.memory:
+            del _copies[module]
+            _lost[module] = _lost.get(module, 0) + 1
+
+    # A storage's Python object lives exactly as long as its memory, whichever tensors refer to it meanwhile.
+    memory = tuple(weakref.ref(source.untyped_storage(), forget) for source in sources)
+    _copies[module] = _Kept(state, tuple(weakref.ref(source) for source in sources), experts, memory)
+    return experts
+
+
+def _build(kind: type[ExpertWeights], layout: Layout, sources: tuple[Tensor, ...]) -> ExpertWeights:
+    gate_up, down, *others = sources
+    if layout.transposed:
+        gate_up, down = gate_up.transpose(1, 2), down.transpose(1, 2)
+    return kind(
+        gate_up.contiguous(),
+        down.contiguous(),
+        **others_by_name(gate_up, [other.contiguous() for other in others]),
+        activation=layout.activation,
+        interleaved=layout.interleaved,
+    )
+
+
+def others_by_name(gate_up: Tensor, others: Sequence[Tensor]) -> dict[str, Tensor]:
+    """The tensors beside the weights, as `ExpertWeights` names them."""
+    kinds = ("gate_up_scale", "down_scale") if gate_up.dtype == FP8 else ("gate_up_bias", "down_bias")
+    return dict(zip(kinds, others, strict=True)) if others else {}
+
+
+def _names(sources: Sequence[Tensor]) -> tuple[str, ...]:
+    return ("gate_up", "down", *others_by_name(sources[0], sources[2:]))

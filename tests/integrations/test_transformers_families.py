@@ -1,0 +1,40 @@
+"""Every experts class that the installed transformers decorates agrees with its own forward, or says why it is kept."""
+
+import warnings
+from collections import Counter
+
+import pytest
+import torch
+
+transformers = pytest.importorskip("transformers", minversion="5.17")
+
+from moe_dispatch.errors import MoEDispatchWarning  # noqa: E402
+from moe_dispatch.integrations.transformers import register  # noqa: E402
+from moe_dispatch.integrations.transformers.layout import layout_of, model_forward  # noqa: E402
+from tests.integrations.transformers_families import build, families  # noqa: E402
+from tests.integrations.transformers_models import TOLERANCE, call_of, calls  # noqa: E402
+
+FEWEST = 50  # 5.17 decorates 55 classes, of which three keep their own implementation
+
+
+@pytest.mark.slow  # imports every MoE model of transformers
+def test_every_decorated_class_agrees_or_says_why_not() -> None:
+    register()
+    kinds: Counter[str] = Counter()
+    for family in families():
+        module = build(family, torch.float32)
+        for dtype, tolerance in TOLERANCE.items():
+            module.to(dtype)
+            for M in (11, 1):  # prefill and decode
+                call = call_of(module, M)
+                before = calls()
+                with torch.no_grad(), warnings.catch_warnings():
+                    warnings.simplefilter("ignore", MoEDispatchWarning)
+                    own = model_forward(module)(module, *call).float()
+                    out = module(*call).float()
+                assert (out - own).norm() <= tolerance * own.norm(), (family, dtype, M)
+                kept = bool(layout_of(module).unfit)
+                assert calls() - before == (0 if kept else 1), (family, layout_of(module).unfit)
+        kinds["kept" if kept else "dispatched"] += 1
+    print(dict(kinds))
+    assert kinds["dispatched"] >= FEWEST

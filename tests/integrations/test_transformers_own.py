@@ -1,0 +1,233 @@
+"""Layers that keep transformers' own implementation: which do, why, and what then runs."""
+
+import copy
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+transformers = pytest.importorskip("transformers", minversion="5.17")
+
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, use_experts_implementation  # noqa: E402
+
+from moe_dispatch.errors import MoEDispatchWarning  # noqa: E402
+from moe_dispatch.integrations.transformers import own, register  # noqa: E402
+from moe_dispatch.integrations.transformers.layout import inspect_module, layout_of  # noqa: E402
+from tests.integrations.transformers_models import (  # noqa: E402
+    build,
+    call_of,
+    calls,
+    fp8_layer,
+    gpt_oss,
+    layer,
+    logits,
+    qwen3,
+)
+
+
+@pytest.fixture(autouse=True)
+def _registered() -> None:
+    register()
+    own._warned.clear()
+
+
+def qwen3_layer(**changes: Any) -> Any:
+    return layer(qwen3(**changes))
+
+
+@pytest.mark.parametrize("activation", ["quick_gelu", "tanh"], ids=["looks like silu", "another function altogether"])
+def test_other_gates_run_grouped_mm_and_say_so_once(activation: str) -> None:
+    model = build(qwen3(hidden_act=activation))
+    expected = logits(model, "grouped_mm")
+    before = calls()
+    with pytest.warns(MoEDispatchWarning, match="none of"):
+        kept = logits(model, "moe_dispatch")
+    assert calls() == before
+    assert torch.equal(kept, expected)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", MoEDispatchWarning)
+        logits(model, "moe_dispatch")
+
+
+def add_parameter(module: Any) -> None:
+    module.up_proj_norm = nn.Parameter(torch.ones(3))
+
+
+def add_buffer(module: Any) -> None:
+    module.register_buffer("expert_scale", torch.ones(8))
+
+
+def add_submodule(module: Any) -> None:
+    module.pre_norm = nn.Identity()
+
+
+def add_attribute(module: Any) -> None:
+    module.residual_scale = 2.0
+
+
+def normalise_outputs(module: Any) -> None:
+    module.has_post_expert_norm = True
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (add_parameter, "tensor up_proj_norm"),
+        (add_buffer, "tensor expert_scale"),
+        (add_submodule, "submodule pre_norm"),
+        (add_attribute, "attribute residual_scale=2.0"),
+        (normalise_outputs, "has_post_expert_norm"),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_what_is_not_known_is_refused_by_name(change: Callable[[Any], None], reason: str) -> None:
+    module = qwen3_layer()
+    assert not inspect_module(module).unfit
+    change(module)
+    assert reason in inspect_module(module).unfit
+
+
+@pytest.mark.parametrize("name", ["post_scale", "cap"])
+def test_options_that_are_off_are_no_reason(name: str) -> None:
+    module = qwen3_layer()
+    setattr(module, name, None if name == "cap" else False)
+    assert not inspect_module(module).unfit
+
+
+def test_an_option_that_a_later_decorator_may_have_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    from moe_dispatch.integrations.transformers import layout
+
+    def decorator(experts_class: Any = None, *, has_gate: bool = True, has_latent: bool = False) -> None: ...
+
+    monkeypatch.setattr(layout, "use_experts_implementation", decorator)
+    module = qwen3_layer()
+    module.has_latent = False
+    assert not inspect_module(module).unfit
+    module.has_latent = True
+    assert "has_latent=True" in inspect_module(module).unfit
+
+
+@use_experts_implementation
+class TakesMore(nn.Module):
+    """Experts whose forward has a fourth argument."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        self.num_experts = 4
+        self.gate_up_proj = nn.Parameter(torch.randn(4, 64, 64))
+        self.down_proj = nn.Parameter(torch.randn(4, 64, 32))
+        self.act_fn = nn.SiLU()
+
+    def forward(self, hidden: Tensor, ids: Tensor, weights: Tensor, expert_scale: Tensor | None = None) -> Tensor:
+        return hidden
+
+
+@use_experts_implementation
+class Doubles(nn.Module):
+    """Experts whose attributes say the usual, and whose forward does something else."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        self.num_experts = 4
+        self.gate_up_proj = nn.Parameter(torch.randn(4, 64, 64))
+        self.down_proj = nn.Parameter(torch.randn(4, 64, 32))
+        self.act_fn = nn.SiLU()
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        single: Tensor = ALL_EXPERTS_FUNCTIONS["grouped_mm"](self, hidden_states, top_k_index, top_k_weights)
+        return 2.0 * single
+
+
+def test_a_forward_with_another_argument_is_refused_by_name() -> None:
+    assert "argument expert_scale" in inspect_module(TakesMore(qwen3())).unfit
+
+
+def test_a_call_with_another_argument_keeps_the_own_forward() -> None:
+    module = qwen3_layer()
+    with pytest.raises(TypeError, match="process_group"), pytest.warns(MoEDispatchWarning, match="process_group"):
+        module(*call_of(module), process_group=None)  # grouped_mm does not know it either, and says so
+
+
+def test_a_layer_that_computes_something_else_is_noticed_at_its_first_call() -> None:
+    config = qwen3()
+    config._experts_implementation = "moe_dispatch"
+    module = Doubles(config)
+    before = calls()
+    with torch.no_grad(), pytest.warns(MoEDispatchWarning, match=r"two tokens .* differ .* by 0\.5"):
+        module(*call_of(module))
+    assert calls() == before
+    assert "two tokens" in layout_of(module).unfit
+
+
+def test_a_limit_of_its_own_is_noticed() -> None:
+    module = layer(gpt_oss())
+    assert not layout_of(module).unfit
+    module.limit = 9.0
+    assert "none of" in layout_of(module).unfit
+
+
+def test_a_gate_changed_after_the_first_call_is_noticed() -> None:
+    module = qwen3_layer()
+    call = call_of(module)
+    with torch.no_grad():
+        module(*call)
+        module.act_fn = nn.GELU()
+        changed = module(*call)
+        module.config._experts_implementation = "eager"
+        torch.testing.assert_close(changed, module(*call))
+
+
+def test_a_copy_of_a_layer_is_looked_at_anew() -> None:
+    module = qwen3_layer()
+    assert layout_of(module).activation == "silu"
+    copied = copy.deepcopy(module)
+    copied.act_fn = nn.GELU()
+    assert layout_of(copied).activation == "gelu"
+
+
+def test_mixed_dtypes_keep_the_own_forward() -> None:
+    module = qwen3_layer()
+    with pytest.warns(MoEDispatchWarning, match="autocast"), torch.autocast("cpu", torch.bfloat16):
+        module(torch.randn(2, 64).bfloat16(), torch.tensor([[0, 1], [2, 3]]), torch.full((2, 2), 0.5))
+
+
+def test_ids_of_other_ranks_do_not_break_a_layer_that_keeps_its_own() -> None:
+    """Expert parallelism marks other ranks' slots by the id E, on which a loop with ``one_hot(ids, E)`` fails."""
+    module = qwen3_layer(hidden_act="tanh")
+    module._is_expert_parallel = True  # as transformers' plan sets it
+    rows, ids, weights = call_of(module)
+    with pytest.warns(MoEDispatchWarning, match="none of"):
+        own_slots = module(rows, ids[:, :1], weights[:, :1])
+    ids[:, 1], weights[:, 1] = 8, 0.0
+    torch.testing.assert_close(module(rows, ids, weights), own_slots)
+
+
+@dataclass(frozen=True)
+class SchemeCase:
+    """A scheme of FP8 that no backend computes."""
+
+    change: dict[str, Any]
+    reason: str
+
+    def __str__(self) -> str:
+        return self.reason
+
+
+@pytest.mark.parametrize(
+    "case",
+    [SchemeCase({"block_size": (64, 64)}, "blocks"), SchemeCase({"activation_scheme": "static"}, "static")],
+    ids=str,
+)
+def test_other_fp8_schemes_are_left_alone(case: SchemeCase) -> None:
+    from transformers.integrations.finegrained_fp8 import FP8Experts
+
+    module = FP8Experts(qwen3(hidden_size=256, moe_intermediate_size=128), **{"block_size": (128, 128), **case.change})
+    assert case.reason in inspect_module(module).unfit
+
+
+def test_plain_fp8_is_understood() -> None:
+    assert inspect_module(fp8_layer()).tensors[2:] == ("gate_up_proj_scale_inv", "down_proj_scale_inv")

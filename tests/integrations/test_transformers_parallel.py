@@ -1,0 +1,100 @@
+"""Layers of transformers in two processes: FSDP2, and expert parallelism as transformers' plan shards experts."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.multiprocessing.spawn import spawn
+
+transformers = pytest.importorskip("transformers", minversion="5.17")
+
+from moe_dispatch.integrations.transformers import register  # noqa: E402
+from tests.integrations.transformers_models import call_of, calls, gpt_oss, layer, qwen3  # noqa: E402
+
+WORLD = 2
+
+
+class Block(nn.Module):
+    """What FSDP wraps: a block with a layer of experts."""
+
+    def __init__(self, experts: Any) -> None:
+        super().__init__()
+        self.experts = experts
+
+    def forward(self, *call: Tensor) -> Tensor:
+        out: Tensor = self.experts(*call)
+        return out
+
+
+def check_fsdp(mesh: Any, config: Any, *, is_dispatched: bool) -> None:
+    """FSDP refills the memory of its parameters without raising their version."""
+    from torch.distributed.fsdp import fully_shard
+
+    block: Any = Block(layer(config))
+    call = call_of(block.experts)
+    fully_shard(block, mesh=mesh, reshard_after_forward=True)
+    with torch.no_grad():
+        for _ in range(2):
+            before = calls()
+            out = block(*call)
+            assert (calls() > before) == is_dispatched
+            config._experts_implementation = "eager"
+            torch.testing.assert_close(out, block(*call), rtol=1e-4, atol=1e-4)
+            config._experts_implementation = "moe_dispatch"
+            block.reshard()
+            for weight in block.parameters():
+                weight.to_local().mul_(1.5)
+
+
+def check_expert_parallel(mesh: Any, config: Any, *, is_dispatched: bool) -> None:
+    """Each rank has its part of the experts, and its ids are local; those of other ranks are E."""
+    from torch.distributed.tensor import Shard
+
+    try:
+        from transformers.distributed.expert_parallel import MoEParamShard
+        from transformers.distributed.parallel_utils import _use_local_dtensor_params
+    except ImportError:  # before 5.18
+        from transformers.distributed.tensor_parallel import MoEParamShard, _use_local_dtensor_params
+
+    module = layer(config)
+    rows, ids, weights = call_of(module)
+    config._experts_implementation = "eager"
+    with torch.no_grad():
+        expected = module(rows, ids, weights)
+    config._experts_implementation = "moe_dispatch"
+    style = MoEParamShard(Shard(0), shards_expert_dim=True)
+    E = module.num_experts
+    for name in list(module._parameters):
+        module.num_experts = E
+        style.shard_param(module, name, mesh)
+    local = E // WORLD
+    other = ids // local != dist.get_rank()
+    for _ in range(2):
+        before = calls()
+        with torch.no_grad(), _use_local_dtensor_params(module):
+            out = module(rows, torch.where(other, local, ids % local), weights.masked_fill(other, 0.0))
+        assert (calls() > before) == is_dispatched
+        dist.all_reduce(out)
+        torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-4)
+
+
+def run_rank(rank: int, store: str) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=WORLD)
+    try:
+        torch.set_num_threads(1)
+        register()
+        mesh = init_device_mesh("cpu", (WORLD,))
+        for check in (check_fsdp, check_expert_parallel):
+            check(mesh, qwen3(), is_dispatched=True)
+            check(mesh, gpt_oss(), is_dispatched=False)  # transposed: a copy could be stale, grouped_mm reads in place
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.slow  # starts two processes that import transformers
+def test_two_processes_agree_with_the_layers_own_forward(tmp_path: Path) -> None:
+    spawn(run_rank, args=(str(tmp_path / "store"),), nprocs=WORLD)  # type: ignore[no-untyped-call]  # torch's

@@ -1,0 +1,175 @@
+"""The weights of transformers' layers: what is read in place, what is copied, and that nothing outlives its model."""
+
+import gc
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+transformers = pytest.importorskip("transformers", minversion="5.17")
+
+from moe_dispatch.errors import MoEDispatchWarning  # noqa: E402
+from moe_dispatch.experts import ExpertWeights  # noqa: E402
+from moe_dispatch.integrations.transformers import own, register  # noqa: E402
+from moe_dispatch.integrations.transformers.takeover import take_over  # noqa: E402
+from tests.integrations.transformers_models import call_of, calls, gpt_oss, layer, qwen3  # noqa: E402
+
+BOTH = pytest.mark.parametrize("config", [qwen3, gpt_oss], ids=["in place", "copied"])
+
+
+@pytest.fixture(autouse=True)
+def _registered() -> None:
+    register()
+    own._warned.clear()
+
+
+@torch.no_grad()
+def dispatched(module: Any) -> torch.Tensor:
+    """The output of one dispatched call."""
+    before = calls()
+    out: torch.Tensor = module(*call_of(module))
+    assert calls() == before + 1
+    return out
+
+
+@torch.no_grad()
+def eager(module: Any) -> torch.Tensor:
+    module.config._experts_implementation = "eager"
+    out: torch.Tensor = module(*call_of(module))
+    module.config._experts_implementation = "moe_dispatch"
+    return out
+
+
+def weights_of(module: Any) -> ExpertWeights:
+    with torch.no_grad():
+        experts = take_over(module, torch.float32).experts
+    assert experts is not None
+    return experts
+
+
+def scale_in_place(module: Any) -> None:
+    with torch.no_grad():
+        module.down_proj.mul_(3.0)
+
+
+def replace(module: Any) -> None:
+    module.down_proj = torch.nn.Parameter(torch.randn_like(module.down_proj))
+
+
+def replace_memory(module: Any) -> None:
+    module.down_proj.data = torch.randn_like(module.down_proj)
+
+
+@BOTH
+@pytest.mark.parametrize("change", [scale_in_place, replace, replace_memory])
+def test_changed_weights_are_seen(config: Callable[[], Any], change: Callable[[Any], None]) -> None:
+    module = layer(config())
+    first = dispatched(module)
+    change(module)
+    second = dispatched(module)
+    assert not torch.allclose(first, second)
+    torch.testing.assert_close(second, eager(module), rtol=1e-4, atol=1e-4)
+
+
+@BOTH
+def test_unchanged_weights_are_wrapped_once(config: Callable[[], Any]) -> None:
+    module = layer(config())
+    dispatched(module)
+    kept = weights_of(module)
+    dispatched(module)
+    assert weights_of(module) is kept
+
+
+def test_plain_weights_are_not_copied() -> None:
+    module = layer(qwen3())
+    assert weights_of(module).gate_up.data_ptr() == module.gate_up_proj.data_ptr()
+
+
+def storages(module: Any) -> list["weakref.ref[torch.UntypedStorage]"]:
+    """The memory of the module's weights; a storage's Python object lives as long as the memory."""
+    return [weakref.ref(weight.untyped_storage()) for weight in module.parameters()]
+
+
+def convert(module: Any) -> None:
+    module.to(torch.float64)
+
+
+def call_functionally(module: Any) -> None:
+    other = {name: weight.detach().clone() for name, weight in module.named_parameters()}
+    module_memory = storages(module)
+    with torch.no_grad():
+        torch.func.functional_call(module, other, call_of(module))
+    assert all(memory() is not None for memory in module_memory)
+    for name in list(module._parameters):
+        delattr(module, name)
+
+
+def offload(module: Any) -> None:
+    """What accelerate's hooks on a parent module do after its call."""
+    for name, weight in list(module.named_parameters()):
+        setattr(module, name, torch.nn.Parameter(weight.to("meta")))
+
+
+@BOTH
+@pytest.mark.parametrize("move", [convert, call_functionally, offload])
+def test_weights_that_moved_leave_no_memory_behind(config: Callable[[], Any], move: Callable[[Any], None]) -> None:
+    module = layer(config())
+    dispatched(module)
+    memory = storages(module)
+    gc.disable()  # what is read in place may not wait for a collection
+    try:
+        move(module)
+        if config is gpt_oss:
+            gc.collect()
+        assert [each() for each in memory] == [None] * len(memory)
+    finally:
+        gc.enable()
+
+
+def test_a_copy_is_dropped_when_the_weights_move() -> None:
+    module = layer(gpt_oss())
+    dispatched(module)
+    copy = weakref.ref(weights_of(module))
+    module.to(torch.float64)
+    gc.collect()
+    assert copy() is None
+
+
+@BOTH
+def test_a_deleted_model_leaves_nothing_behind(config: Callable[[], Any]) -> None:
+    module = layer(config())
+    dispatched(module)
+    kept, alive = weakref.ref(weights_of(module)), weakref.ref(module)
+    memory = storages(module)
+    del module
+    gc.collect()
+    assert alive() is None
+    assert kept() is None
+    assert not any(each() for each in memory)
+
+
+def test_weights_that_are_freed_between_calls_are_not_copied_forever() -> None:
+    module = layer(gpt_oss())
+    for _ in range(3):
+        dispatched(module)
+        for name, weight in list(module.named_parameters()):
+            setattr(module, name, torch.nn.Parameter(weight.detach().clone()))
+    with torch.no_grad(), pytest.warns(MoEDispatchWarning, match="freed or replaced between calls"):
+        out = module(*call_of(module))
+    torch.testing.assert_close(out, eager(module))
+
+
+def test_transposed_inference_tensors_are_not_copied() -> None:
+    """They do not count their changes, so that a copy could go stale."""
+    with torch.inference_mode():
+        module = layer(gpt_oss())
+        with pytest.warns(MoEDispatchWarning, match="inference tensors"):
+            out = module(*call_of(module))
+    torch.testing.assert_close(out, eager(module))
+
+
+def test_inference_tensors_are_read_in_place() -> None:
+    with torch.inference_mode():
+        dispatched(layer(qwen3()))
