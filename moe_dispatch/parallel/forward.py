@@ -33,7 +33,7 @@ def forward_sharded(
         hidden_states' dtype.
 
     Raises:
-        InvalidInputError: As for `moe_forward`; a gradient is needed.
+        InvalidInputError: As for `moe_forward`; a gradient is needed; or another rank refuses its arguments.
         ExpertParallelMismatchError: The ranks are not in the same call.
         ExpertParallelLostError: A rank is dead, late or failed, in this call or an earlier one.
     """
@@ -41,11 +41,11 @@ def forward_sharded(
     session.watch.begin()
     try:
         _check(hidden_states, layer, topk_weights, topk_ids, backend, out)
-        M, topk = topk_ids.shape
-        capacity = session.agreed_capacity(layer.number, M, topk, hidden_states.dtype, backend)
     except InvalidInputError as error:
-        session.watch.failed(error)  # the other ranks may wait for this one
+        session.refuse(error)
         raise
+    M, topk = topk_ids.shape
+    capacity = session.agreed_capacity(layer.number, M, topk, hidden_states.dtype, backend)
     if not capacity:
         return torch.empty_like(hidden_states) if out is None else out
     kind = session.kind(layer.placement, layer.local, capacity, topk, hidden_states.dtype)

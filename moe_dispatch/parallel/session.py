@@ -1,5 +1,6 @@
 """What the layers of one expert-parallel group share: the agreement, the exchanges, and what is chosen among them."""
 
+import contextlib
 import dataclasses
 import zlib
 from typing import Any, Final
@@ -17,7 +18,7 @@ from moe_dispatch.machine import current_machine
 from moe_dispatch.parallel import agreement
 from moe_dispatch.parallel.collectives import Collectives
 from moe_dispatch.parallel.control import Control
-from moe_dispatch.parallel.errors import ExpertParallelMismatchError
+from moe_dispatch.parallel.errors import ExpertParallelLostError, ExpertParallelMismatchError
 from moe_dispatch.parallel.exchange import CallKind, Exchange, Tokens
 from moe_dispatch.parallel.placement import Placement
 from moe_dispatch.parallel.registry import ALWAYS, EXCHANGES, make_exchanges
@@ -29,6 +30,7 @@ _REMEDY: Final = (
     "all of them)."
 )
 _DTYPES: Final = tuple(DTYPE_NAMES)
+_REFUSED: Final = -1  # in place of a token count
 _NUMBERS: Final = ("call", "layer", "topk", "dtype of hidden_states", "named backend", "tokens")
 
 
@@ -149,10 +151,11 @@ class Session:
         """
         options = self.options
         if self.stated is not None:
-            if self.stated[self.control.rank] != M:
-                raise InvalidInputError(
-                    f"this rank has {M} tokens, and tokens_per_rank states {self.stated[self.control.rank]}"
-                )
+            stated = self.stated[self.control.rank]
+            if stated != M:
+                error = InvalidInputError(f"this rank has {M} tokens, and tokens_per_rank states {stated}")
+                self.watch.failed(error)
+                raise error
             return max(self.stated)
         if self.capturing:
             if options.tokens == "replicated":
@@ -166,6 +169,12 @@ class Session:
         named = zlib.crc32((backend or "").encode())
         numbers = (self.watch.call, layer, topk, _DTYPES.index(act_dtype), named, M)
         every = self.control.gather_numbers(numbers)
+        refusing = [rank for rank, row in zip(self.control.ranks, every, strict=True) if row[-1] == _REFUSED]
+        if refusing:
+            raise InvalidInputError(
+                f"rank {', '.join(map(str, refusing))} refuses the arguments of call {self.watch.call}, as its own "
+                "error says; nothing was run"
+            )
         differing: dict[str, list[int]] = {}
         for name, values in zip(_NUMBERS, zip(*every, strict=True), strict=True):
             if len(set(values)) > 1 and (name != "tokens" or options.tokens == "replicated"):
@@ -176,6 +185,17 @@ class Session:
         if options.max_tokens is not None and capacity > options.max_tokens:
             raise InvalidInputError(f"a rank has {capacity} tokens, and max_tokens is {options.max_tokens}")
         return capacity
+
+    def refuse(self, error: InvalidInputError) -> None:
+        """Tell the other ranks that this one cannot make the current call; they refuse it as well.
+
+        Where the ranks exchange no counts the others cannot know before they wait in vain.
+        """
+        if self.stated is not None or self.capturing:
+            self.watch.failed(error)
+            return
+        with contextlib.suppress(ExpertParallelLostError):
+            self.control.gather_numbers([self.watch.call, *[0] * (len(_NUMBERS) - 2), _REFUSED])
 
     @property
     def capturing(self) -> bool:

@@ -22,7 +22,7 @@ def placeholder_weights(problem: MoEProblem, device: torch.device) -> ExpertWeig
     """
     rows, K, N, E = problem.gate_up_rows, problem.K, problem.N, problem.E
     (up_rows, up_columns), (down_rows, down_columns) = problem.quant_blocks
-    scales = (
+    scales: dict[str, Any] = (
         {
             "gate_up_scale": torch.ones(E, up_rows, up_columns, dtype=torch.float32, device=device),
             "down_scale": torch.ones(E, down_rows, down_columns, dtype=torch.float32, device=device),
@@ -30,7 +30,7 @@ def placeholder_weights(problem: MoEProblem, device: torch.device) -> ExpertWeig
         if problem.dtype == "fp8"
         else {}
     )
-    biases = (
+    biases: dict[str, Any] = (
         {
             "gate_up_bias": torch.zeros(E, rows, dtype=torch.float32, device=device),
             "down_bias": torch.zeros(E, K, dtype=torch.float32, device=device),
@@ -43,6 +43,7 @@ def placeholder_weights(problem: MoEProblem, device: torch.device) -> ExpertWeig
         _placeholder((E, K, N), problem.dtype, device),
         activation=problem.activation,
         interleaved=problem.interleaved,
+        routed_experts=problem.routed_experts,
         **scales,
         **biases,
     )

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from moe_dispatch import moe_forward
+from moe_dispatch.errors import InvalidInputError
 from moe_dispatch.experts import ExpertWeights
 from moe_dispatch.parallel import watch
 from moe_dispatch.parallel.exchange import Arrived, LocalTokens, Tokens
@@ -292,8 +293,6 @@ def lose_a_rank(how: str, victim: int, timeout: float) -> Any:
             os.kill(os.getpid(), signal.SIGKILL)
         if how == "late":
             time.sleep(timeout + 1.0)
-        if how == "refused":
-            hidden = hidden.double()
         if how == "failed":
             ep._session.dispatcher.forward = _fail  # type: ignore[assignment,method-assign]
     start = time.monotonic()
@@ -307,6 +306,22 @@ def lose_a_rank(how: str, victim: int, timeout: float) -> Any:
             again = type(later).__name__
         return type(error).__name__, str(error), getattr(error, "ranks", ()), getattr(error, "call", 0), seconds, again
     return None
+
+
+def refuse_on_one_rank() -> tuple[str, int]:
+    """A call that the last rank refuses, and one that is right."""
+    ep = ExpertParallel(timeout=20.0)
+    inputs = make_inputs(LAYER, FP32, "cpu")
+    layer = ep.split(inputs.experts)
+    last = dist.get_rank() == dist.get_world_size() - 1
+    hidden = inputs.hidden_states.double() if last else inputs.hidden_states
+    refusal = ""
+    try:
+        moe_forward(hidden, layer, inputs.topk_weights, inputs.topk_ids)
+    except InvalidInputError as error:
+        refusal = str(error)
+    out = moe_forward(inputs.hidden_states, layer, inputs.topk_weights, inputs.topk_ids)
+    return refusal, out.shape[0]
 
 
 def _fail(*_: object) -> torch.Tensor:

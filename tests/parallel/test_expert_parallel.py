@@ -117,10 +117,16 @@ def test_ranks_in_another_call_are_refused(three: Ranks, what: str, said: str) -
     assert all(said in text for text in mismatches(three, programs.call_with, what))
 
 
+def test_arguments_that_one_rank_refuses_are_refused_by_all(three: Ranks) -> None:
+    (first, M), (second, _), (third, _) = three.run(programs.refuse_on_one_rank)
+    assert first == second == "rank 2 refuses the arguments of call 1, as its own error says; nothing was run"
+    assert third.startswith("hidden_states is torch.float64")
+    assert M == programs.LAYER.M, "the next call works"
+
+
 FAULTS = {
     "killed": "its process has ended",
     "late": "nothing was heard of it",
-    "refused": "it raised InvalidInputError",
     "failed": "it raised ValueError: this rank's experts failed",
 }
 
