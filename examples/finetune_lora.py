@@ -19,6 +19,11 @@ class AdaptedLayer(nn.Module):
         layer: The layer, whose experts are frozen here.
     """
 
+    gate_up_a: nn.Parameter
+    gate_up_b: nn.Parameter
+    down_a: nn.Parameter
+    down_b: nn.Parameter
+
     def __init__(self, layer: MoELayer) -> None:
         super().__init__()
         self.layer = layer

@@ -6,8 +6,10 @@ from typing import Final, Literal
 import pydantic
 
 from moe_dispatch.backend import BackendConfig
+from moe_dispatch.backends.stages.combine import rows_dtype
 from moe_dispatch.backends.triton_common.features import Features
 from moe_dispatch.problem import ELEMENT_BYTES, QUANT_BLOCK, MoEProblem
+from moe_dispatch.workloads import torch_dtype
 
 Order = Literal["grouped", "row_major"]
 
@@ -65,17 +67,23 @@ class TritonPersistentConfig(BackendConfig):
         parts += [f"flat{self.flatten_steps}"] if self.flatten_steps else []
         return ",".join(parts + [name for name in ("tma", "pdl") if getattr(self, name)])
 
-    def shared_memory(self, element_bytes: int, *, gated: bool = True, wgmma: bool = True) -> int:
-        """An upper estimate in bytes of what a program takes: operands in flight and the epilogue's tile."""
-        wide = max((2 if gated else 1) * self.block_n, self.down_block_n)
-        stage = (self.block_m + wide) * self.block_k * element_bytes
+    def shared_memory(self, problem: MoEProblem, *, wgmma: bool = True) -> int:
+        """An upper estimate in bytes of what a program takes: operands in flight and the epilogue's tile.
+
+        Args:
+            problem: Dtypes, and whether a tile has gate and up columns.
+            wgmma: See `Features.wgmma`.
+        """
+        wide = max((2 if problem.gated else 1) * self.block_n, self.down_block_n)
+        stage = (self.block_m + wide) * self.block_k * ELEMENT_BYTES[problem.dtype]
         # Without wgmma, which reads shared memory while it runs, the stage being multiplied is in registers.
         stages = stage * (self.num_stages if wgmma else self.num_stages - 1)
-        epilogue = self.block_m * max(self.block_n, self.down_block_n) * 2
+        row_bytes = rows_dtype(torch_dtype(problem.act_dtype)).itemsize
+        epilogue = self.block_m * max(2 * self.block_n, row_bytes * self.down_block_n)
         if not self.flatten_steps:
             return max(stages, epilogue) + _RESERVE
-        # Beside the operands in flight; four warps turn their own rows round, a few at a time.
-        return stages + (min(epilogue, 8192) if self.num_warps == 4 else epilogue) + _RESERVE
+        # Beside the operands in flight. Four warps turn rows of 16 bits round a few at a time, FP32 rows at once.
+        return stages + (min(epilogue, 8192) if self.num_warps == 4 and row_bytes == 2 else epilogue) + _RESERVE
 
 
 # Bytes for barriers, reductions over experts, and per-row vectors that are kept in flight.
@@ -117,7 +125,7 @@ def _fit(
 
 
 def _needed(config: TritonPersistentConfig, problem: MoEProblem, features: Features) -> int:
-    return config.shared_memory(ELEMENT_BYTES[problem.dtype], gated=problem.gated, wgmma=features.wgmma)
+    return config.shared_memory(problem, wgmma=features.wgmma)
 
 
 def _shapes(problem: MoEProblem, features: Features) -> list[TritonPersistentConfig]:

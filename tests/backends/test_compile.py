@@ -12,7 +12,7 @@ from moe_dispatch.backends.triton_common.features import features
 from moe_dispatch.backends.triton_persistent.backend import TritonPersistentBackend
 from moe_dispatch.backends.triton_persistent.config import TritonPersistentConfig, persistent_configs
 from moe_dispatch.machine import Machine
-from moe_dispatch.problem import ELEMENT_BYTES, DType, MoEProblem
+from moe_dispatch.problem import DType, MoEProblem
 from moe_dispatch.workloads import WORKLOADS, Workload
 from tests.support.triton_compile import SHARED_MEMORY, Launch, compile_launches, described, devices, unwritten_layer
 
@@ -72,7 +72,7 @@ def launch_defaults(capability: int, dtype: DType, *, every: bool) -> Iterator[L
     backend = TritonPersistentBackend(described(capability))
     able = features(backend.machine)
     for problem, config in _defaults(Device(capability, dtype))[: None if every else 1]:
-        bound = config.shared_memory(ELEMENT_BYTES[dtype], gated=problem.gated, wgmma=able.wgmma)
+        bound = config.shared_memory(problem, wgmma=able.wgmma)
         note = {"bound": bound, "tma": config.tma, "pdl": config.pdl}
         yield Launch(partial(backend.run, *unwritten_layer(problem), config), note)
 
@@ -107,7 +107,7 @@ def test_what_is_worth_measuring_is_estimated_to_fit(device: Device, workload: W
         assert 1 <= len(configs) <= 24
         assert len({config.label for config in configs}) == len(configs)
         for config in configs:
-            needed = config.shared_memory(ELEMENT_BYTES[device.dtype], gated=problem.gated, wgmma=able.wgmma)
+            needed = config.shared_memory(problem, wgmma=able.wgmma)
             assert needed * config.ctas_per_sm <= able.shared_memory
             assert able.tma or not config.tma
 

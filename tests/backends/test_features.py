@@ -14,7 +14,7 @@ from moe_dispatch.backends.triton_splitk.config import shared_memory_bytes as sp
 from moe_dispatch.backends.triton_vector.config import TritonVectorConfig
 from moe_dispatch.backends.triton_vector.config import shared_memory_bytes as vector_memory
 from moe_dispatch.machine import Machine
-from moe_dispatch.problem import DTYPES, ELEMENT_BYTES, MoEProblem
+from moe_dispatch.problem import DTYPES, MoEProblem
 from moe_dispatch.registry import BACKENDS
 from moe_dispatch.workloads import WORKLOADS
 
@@ -103,8 +103,7 @@ def test_every_device_has_configurations_that_fit_or_a_reason(
 def shared_memory(problem: MoEProblem, config: BackendConfig, device: Machine) -> int:
     """The bound that a compile test holds the kernels of this configuration to."""
     if isinstance(config, TritonPersistentConfig):
-        size = ELEMENT_BYTES[problem.dtype]
-        return config.ctas_per_sm * config.shared_memory(size, gated=problem.gated, wgmma=features(device).wgmma)
+        return config.ctas_per_sm * config.shared_memory(problem, wgmma=features(device).wgmma)
     if isinstance(config, SplitKConfig):
         return splitk_memory(problem, config)
     if isinstance(config, TritonVectorConfig):

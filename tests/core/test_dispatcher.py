@@ -593,7 +593,7 @@ class TestCompile:
         tensors = (experts.gate_up, experts.down, None, None, None, None)
         operator = torch.ops.moe_dispatch.forward.default
         with ranked(Honest):
-            torch.library.opcheck(operator, (hidden, weights, ids, *tensors, "silu", False, ""), test_utils=test)
+            torch.library.opcheck(operator, (hidden, weights, ids, *tensors, "silu", False, None, ""), test_utils=test)
 
     def test_a_layer_stays_the_same_object_while_its_tensors_do(self) -> None:
         """Backends keep what they made of a layer by its ExpertWeights."""

@@ -241,7 +241,21 @@ class TestCompile:
     @pytest.mark.parametrize("test", ["test_schema", "test_faketensor"])
     def test_the_operator_keeps_what_its_schema_says(self, test: str, call: Call) -> None:
         hidden, experts, weights, ids = call
-        arguments = (hidden, weights, ids, experts.gate_up, experts.down, None, None, None, None, "silu", False, "")
+        arguments = (
+            hidden,
+            weights,
+            ids,
+            experts.gate_up,
+            experts.down,
+            None,
+            None,
+            None,
+            None,
+            "silu",
+            False,
+            None,
+            "",
+        )
         with ranked(Honest):
             torch.library.opcheck(
                 torch.ops.moe_dispatch.forward_into.default, (*arguments, memory(call)), test_utils=test

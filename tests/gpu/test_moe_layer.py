@@ -67,6 +67,7 @@ def truth(hidden: Tensor, dtype: torch.dtype) -> Tensor:
     """The layer of these weights, computed in fp32 on the CPU: FP8 ones have their rounding, activations have none."""
     layer = layer_of(torch.bfloat16).to("cpu", torch.float32)
     if dtype == FP8:
+        assert layer.shared_experts is not None
         for module in (layer.experts, layer.shared_experts):
             for weight in (module.gate_up_proj, module.down_proj):
                 weight.copy_(dequantize_blocks(*quantize_blocks(weight)))

@@ -8,11 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from moe_dispatch.errors import InvalidInputError
-from moe_dispatch.experts import DTYPE_NAMES, ExpertWeights, tensor_fault
+from moe_dispatch.experts import DTYPE_NAMES, ExpertWeights
 from moe_dispatch.integrations.transformers.comparison import disagreement
 from moe_dispatch.integrations.transformers.layout import LAYOUT, layout_of
 from moe_dispatch.integrations.transformers.weights import experts_of, needs_copy, sources_of, why_no_copy
 from moe_dispatch.numerics import FP8
+from moe_dispatch.tensor_memory import tensor_fault
 
 
 class Taken(NamedTuple):

@@ -7,9 +7,10 @@ from typing import Any, Final, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from moe_dispatch.experts import ExpertWeights, address
+from moe_dispatch.experts import ExpertWeights
 from moe_dispatch.integrations.transformers.layout import Layout
 from moe_dispatch.numerics import FP8
+from moe_dispatch.tensor_memory import address
 
 # How often the weights behind a copy may be freed or replaced before the copy is given up: a model moves a few times in
 # its life, offloading frees its weights after every call.
@@ -161,7 +162,7 @@ def _build(kind: type[ExpertWeights], layout: Layout, sources: tuple[Tensor, ...
     )
 
 
-def others_by_name(gate_up: Tensor, others: Sequence[Tensor]) -> dict[str, Tensor]:
+def others_by_name(gate_up: Tensor, others: Sequence[Tensor]) -> dict[str, Any]:
     """The tensors beside the weights, as `ExpertWeights` names them."""
     kinds = ("gate_up_scale", "down_scale") if gate_up.dtype == FP8 else ("gate_up_bias", "down_bias")
     return dict(zip(kinds, others, strict=True)) if others else {}
