@@ -74,14 +74,14 @@ class Clock:
             torch.cuda.synchronize(self._device)
 
 
-def captured(call: Callable[[], object]) -> Callable[[], None]:
-    """A call as the replay of a CUDA graph. Ranks capture together."""
+def captured(call: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
+    """A call as the replay of a CUDA graph, and the tensor that holds its result. Ranks capture together."""
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-        call()
+        out = call()
     torch.cuda.synchronize()
     dist.barrier()
-    return graph.replay
+    return graph.replay, out
 
 
 def measured(
@@ -98,11 +98,11 @@ def measured(
     expected = moe_forward(hidden, whole, weights, ids)
     warm_up(whole, layer.topk, [size * M], hidden.dtype)
 
-    def one() -> Tensor:
+    def alone() -> Tensor:
         return moe_forward(hidden, whole, weights, ids)
 
     on_gpu = device.type == "cuda"
-    single = {"eager": clock.us(one)} | ({"graph": clock.us(captured(one))} if on_gpu else {})
+    single = {"eager": clock.us(alone)} | ({"graph": clock.us(captured(alone)[0])} if on_gpu else {})
     mine = slice(rank * M, (rank + 1) * M)
     arguments = hidden[mine].contiguous(), weights[mine].contiguous(), ids[mine].contiguous()
     for name, ep in groups.items():
@@ -113,11 +113,13 @@ def measured(
 
         raced = ep.warm_up(part, topk=layer.topk, tokens=[M], act_dtype=hidden.dtype)
         with ep.tokens_per_rank(M):
-            error = float((spread().float() - expected[mine].float()).norm() / expected[mine].float().norm())
+            outs = {"eager": spread()}
             times = {"eager": clock.us(spread)}
             if on_gpu and ep.capturable(part, topk=layer.topk, M=M):
-                times["graph"] = clock.us(captured(spread))
+                replay, outs["graph"] = captured(spread)
+                times["graph"] = clock.us(replay)
         for mode, us in times.items():
+            error = float((outs[mode].float() - expected[mine].float()).norm() / expected[mine].float().norm())
             yield {
                 "layer": layer.name, "dtype": dtype, "M": M, "ranks": size, "mode": mode, "exchange": name,
                 "us": us, "one_gpu_us": single[mode], "speedup": single[mode] / us, "error": error,
@@ -133,7 +135,7 @@ def main() -> None:
     parser.add_argument("--layer", action="append", help="a named layer; repeatable")
     parser.add_argument("--exchange", action="append", help="an exchange; repeatable. All that are available if none")
     parser.add_argument("--out", help="append rows to this file as JSON lines")
-    given = parser.parse_args()
+    options = parser.parse_args()
     on_gpu = torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if on_gpu else torch.device("cpu")
     if on_gpu:
@@ -144,21 +146,21 @@ def main() -> None:
     clock = Clock(device, REPLAYS if on_gpu else 3)
     layers = (
         [(TINY, "fp32")]
-        if given.tiny
-        else [(WORKLOADS[name], dtype) for name, dtype in LAYERS if name in (given.layer or [name])]
+        if options.tiny
+        else [(WORKLOADS[name], dtype) for name, dtype in LAYERS if name in (options.layer or [name])]
     )
-    tokens = [1, 16] if given.tiny else [int(count) for count in given.tokens.split(",")]
+    tokens = [1, 16] if options.tiny else [int(count) for count in options.tokens.split(",")]
     with torch.no_grad():
         for layer, dtype in layers:
-            _run(layer, dtype, tokens, given, device, clock)
+            _run(layer, dtype, tokens, options, device, clock)
     dist.destroy_process_group()
 
 
 def _run(
-    layer: Workload, dtype: Any, tokens: list[int], given: argparse.Namespace, device: torch.device, clock: Clock
+    layer: Workload, dtype: Any, tokens: list[int], options: argparse.Namespace, device: torch.device, clock: Clock
 ) -> None:
     whole = make_experts(layer, dtype, device, torch.Generator(device).manual_seed(0))
-    groups = {name: ExpertParallel(exchange=name, device=device) for name in given.exchange or ("gather", "alltoall")}
+    groups = {name: ExpertParallel(exchange=name, device=device) for name in options.exchange or ("gather", "alltoall")}
     parts = {name: ep.split(whole) for name, ep in groups.items()}
     for M in tokens:
         for row in measured(layer, dtype, M, whole, groups, parts, clock):
@@ -173,8 +175,8 @@ def _run(
                 f"one {row['one_gpu_us']:9.1f} µs: {row['speedup']:.2f}x, error {row['error']:.1e}",
                 flush=True,
             )
-            if given.out:
-                with open(given.out, "a", encoding="utf-8") as file:
+            if options.out:
+                with open(options.out, "a", encoding="utf-8") as file:
                     file.write(json.dumps(row) + "\n")
 
 

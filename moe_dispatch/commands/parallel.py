@@ -39,12 +39,10 @@ def print_projection(
     rows = table("M a rank", "GPUs", "1 GPU", "experts", "dispatch", "combine", "by", "serial", "hidden")
     for M in dict.fromkeys(tokens):
         for size in dict.fromkeys(tokens_of(ranks)):
-            one = projection.project(layer, dtype, M, size, wire_fp8=wire_fp8)
-            rows.add_row(
-                str(M), str(size), microseconds(one.one_gpu_us), microseconds(one.experts_us),
-                microseconds(one.dispatch_us), microseconds(one.combine_us), one.exchange, f"{one.serial:.2f}",
-                f"{one.overlapped:.2f}",
-            )  # fmt: skip
+            projected = projection.project(layer, dtype, M, size, wire_fp8=wire_fp8)
+            times = (projected.one_gpu_us, projected.experts_us, projected.dispatch_us, projected.combine_us)
+            factors = (f"{projected.serial:.2f}", f"{projected.overlapped:.2f}")
+            rows.add_row(str(M), str(size), *map(microseconds, times), projected.exchange, *factors)
     line(f"[bold]{plain(layer.name)}[/bold]  {dtype} on {cluster.name}: {cluster.node} GPUs a host")
     line(plain(machine_line(machine)), style="dim")
     for link in (cluster.inside, cluster.between):

@@ -26,8 +26,7 @@ from moe_dispatch.parallel.watch import ProcessIdentity
 from moe_dispatch.settings import Settings, settings
 
 _REMEDY: Final = (
-    "Give every rank the same software, environment variables and calibration files (one MOE_DISPATCH_CACHE_DIR serves "
-    "all of them)."
+    "Give every rank the same software, settings and calibration files; one MOE_DISPATCH_CACHE_DIR serves all of them."
 )
 _DTYPES: Final = tuple(DTYPE_NAMES)
 _REFUSED: Final = -1  # in place of a token count

@@ -24,7 +24,7 @@ from moe_dispatch.parallel.sharded_experts import ShardedExperts
 from moe_dispatch.registry import BACKENDS
 from moe_dispatch.settings import settings
 from moe_dispatch.testing import CASES, Case, Inputs, Precision, make_inputs, relative_error
-from tests.conftest import poison
+from tests.conftest import poison as poisoned_floats
 
 TOLERANCE = {"fp32": 1e-5, "bf16": 1e-2, "fp8": 2e-2}
 LAYER = Case(M=12, E=8, topk=2, K=32, N=16)
@@ -91,7 +91,11 @@ def _fault(inputs: Inputs, layer: ShardedExperts, mine: slice, tolerance: float)
 
 @contextlib.contextmanager
 def poisoned() -> Iterator[None]:
-    """Fresh memory holds what must not be read, such as the padding of an exchange's buffers."""
+    """Fresh memory holds what must not be read, such as the padding of an exchange's buffers: NaN, and a valid id."""
+
+    def poison(tensor: torch.Tensor) -> torch.Tensor:
+        return poisoned_floats(tensor) if tensor.is_floating_point() else tensor.fill_(1)
+
     empty, empty_like, new_empty = torch.empty, torch.empty_like, torch.Tensor.new_empty
     with (
         mock.patch.object(torch, "empty", lambda *a, **k: poison(empty(*a, **k))),
@@ -99,6 +103,24 @@ def poisoned() -> Iterator[None]:
         mock.patch.object(torch.Tensor, "new_empty", lambda *a, **k: poison(new_empty(*a, **k))),
     ):
         yield
+
+
+def slots_that_run(exchange: str, tokens: list[int]) -> tuple[int, int]:
+    """How many slots this rank's experts run, and how many its tokens have, with so many tokens on each rank."""
+    ep, M = ExpertParallel(exchange=exchange), tokens[dist.get_rank()]
+    inputs = make_inputs(dataclasses.replace(LAYER, M=max(tokens)), FP32, "cpu", seed=dist.get_rank())
+    layer = ep.split(inputs.experts)
+    run_local, ran = ep._session.run_local, []
+
+    def counted(arguments: Any, backend: str | None) -> torch.Tensor:
+        ids = arguments[3]
+        ran.append(int(((ids >= 0) & (ids < layer.local.E)).sum()))
+        return run_local(arguments, backend)
+
+    ep._session.run_local = counted  # type: ignore[method-assign]
+    with poisoned():
+        moe_forward(inputs.hidden_states[:M], layer, inputs.topk_weights[:M], inputs.topk_ids[:M])
+    return ran[0], M * LAYER.topk
 
 
 def all_to_one_rank(exchange: str) -> float:

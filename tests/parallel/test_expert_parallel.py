@@ -45,6 +45,12 @@ def test_all_tokens_may_need_one_rank(three: Ranks, exchange: str) -> None:
     assert max(three.run(programs.all_to_one_rank, exchange)) < 1e-6
 
 
+@pytest.mark.parametrize("exchange", ["gather", "alltoall"])
+def test_padding_rows_run_no_expert(three: Ranks, exchange: str) -> None:
+    every = three.run(programs.slots_that_run, exchange, [1, 0, 9])
+    assert sum(ran for ran, _ in every) == sum(own for _, own in every) == 20
+
+
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize(("tokens", "exchange"), [case for case in SERVES if case[1] != "alltoall"])
 def test_columns_may_be_divided(three: Ranks, tokens: str, exchange: str, *, bias: bool) -> None:
