@@ -117,7 +117,7 @@ def slots_that_run(exchange: str, tokens: list[int]) -> tuple[int, int]:
         ran.append(int(((ids >= 0) & (ids < layer.local.E)).sum()))
         return run_local(arguments, backend)
 
-    ep._session.run_local = counted  # type: ignore[method-assign]
+    ep._session.run_local = counted  # type: ignore[assignment,method-assign]
     with poisoned():
         moe_forward(inputs.hidden_states[:M], layer, inputs.topk_weights[:M], inputs.topk_ids[:M])
     return ran[0], M * LAYER.topk
