@@ -1,5 +1,7 @@
 """Options of the attack: `make attack` runs the large profile and writes its figures."""
 
+import contextlib
+import dataclasses
 import json
 import platform
 import resource
@@ -11,7 +13,9 @@ from typing import Any, Final
 import pytest
 import torch
 
-from moe_dispatch.backends.triton_common.features import interpreting
+from moe_dispatch.backends.triton_common import features
+from moe_dispatch.errors import MoEDispatchError
+from moe_dispatch.registry import BACKENDS
 from tests.attack import harness
 
 _MEMORY: Final = 6 << 30
@@ -88,9 +92,16 @@ def _record(config: pytest.Config) -> dict[str, object]:
 
 @pytest.fixture(autouse=True)
 def _as_in_a_program(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Kernels' torch references, as on any CPU, and not Triton's interpreter; torch's state is restored."""
-    monkeypatch.setenv("TRITON_INTERPRET", "0")
-    interpreting.cache_clear()
+    """Kernels' torch references, as on any CPU, and not Triton's interpreter; torch's state is restored.
+
+    Backends are loaded before: what a module decides when it is imported holds for the tests that follow in this process.
+    """
+    for name in BACKENDS.names():
+        with contextlib.suppress(MoEDispatchError):
+            backend = BACKENDS.load(name)
+            if name.startswith("triton"):
+                monkeypatch.setattr(backend, "requirements", dataclasses.replace(backend.requirements, cpu=False))
+    monkeypatch.setattr(features, "interpreting", lambda: False)
     soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
     resource.setrlimit(resource.RLIMIT_DATA, (_MEMORY, hard))  # an endless read raises, and takes no machine with it
     dtype, grad = torch.get_default_dtype(), torch.is_grad_enabled()
@@ -98,4 +109,3 @@ def _as_in_a_program(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     torch.set_default_dtype(dtype)
     torch.set_grad_enabled(grad)
     resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
-    interpreting.cache_clear()
