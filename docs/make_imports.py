@@ -40,7 +40,7 @@ def main() -> None:
         places[name] = (side, 4.0)
     places["benchmarks"] = (0.0, float(top))
     edges = Counter((room(one.importer), room(one.imported)) for one in imports())
-    figure, axes = plt.subplots(figsize=(11, 6.2))
+    figure, axes = plt.subplots(figsize=(15, 6.4))
     for (start, end), count in edges.items():
         if start == end or start not in places or end not in places:
             continue
@@ -53,7 +53,7 @@ def main() -> None:
     for name, (x, y) in places.items():
         heavy = name in (*BESIDE, "benchmarks")
         box = {"boxstyle": "round,pad=0.35", "fc": "#fff3dd" if heavy else "#e8f0fb", "ec": "#44546a", "lw": 0.8}
-        axes.text(x, y, name, ha="center", va="center", fontsize=9.5, bbox=box)
+        axes.text(x, y, name, ha="center", va="center", fontsize=9, bbox=box)
     axes.set_xlim(-8.6, 8.6)
     axes.set_ylim(-0.6, top + 0.6)
     axes.axis("off")

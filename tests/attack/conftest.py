@@ -94,7 +94,7 @@ def _record(config: pytest.Config) -> dict[str, object]:
 def _as_in_a_program(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Kernels' torch references, as on any CPU, and not Triton's interpreter; torch's state is restored.
 
-    Backends are loaded before: what a module decides when it is imported holds for the tests that follow in this process.
+    Backends are loaded before: what a module decides on import holds for the tests that follow in this process.
     """
     for name in BACKENDS.names():
         with contextlib.suppress(MoEDispatchError):
