@@ -59,9 +59,9 @@ def main() -> None:
     axes.axis("off")
     figure.tight_layout(pad=0.2)
     picture = io.BytesIO()
-    figure.savefig(picture, dpi=80)
-    # A palette of 32 colours is a fifth of the size.
-    Image.open(picture).convert("RGB").quantize(32).save(ROOT / "docs/images/imports.png", optimize=True)
+    figure.savefig(picture, dpi=60)
+    # A palette of 8 colours is a fifth of the size.
+    Image.open(picture).convert("RGB").quantize(8).save(ROOT / "docs/images/imports.png", optimize=True)
 
 
 if __name__ == "__main__":

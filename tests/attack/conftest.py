@@ -1,7 +1,5 @@
 """Options of the attack: `make attack` runs the large profile and writes its figures."""
 
-import contextlib
-import dataclasses
 import json
 import platform
 import resource
@@ -13,10 +11,8 @@ from typing import Any, Final
 import pytest
 import torch
 
-from moe_dispatch.backends.triton_common import features
-from moe_dispatch.errors import MoEDispatchError
-from moe_dispatch.registry import BACKENDS
 from tests.attack import harness
+from tests.support.interpreter import leave_out_the_interpreter
 
 _MEMORY: Final = 6 << 30
 _SECONDS: Final = 3600  # for one test of the large profile; each input has a limit of its own
@@ -92,16 +88,8 @@ def _record(config: pytest.Config) -> dict[str, object]:
 
 @pytest.fixture(autouse=True)
 def _as_in_a_program(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Kernels' torch references, as on any CPU, and not Triton's interpreter; torch's state is restored.
-
-    Backends are loaded before: what a module decides on import holds for the tests that follow in this process.
-    """
-    for name in BACKENDS.names():
-        with contextlib.suppress(MoEDispatchError):
-            backend = BACKENDS.load(name)
-            if name.startswith("triton"):
-                monkeypatch.setattr(backend, "requirements", dataclasses.replace(backend.requirements, cpu=False))
-    monkeypatch.setattr(features, "interpreting", lambda: False)
+    """Kernels' torch references, as on any CPU, and not Triton's interpreter; torch's state is restored."""
+    leave_out_the_interpreter(monkeypatch)
     soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
     resource.setrlimit(resource.RLIMIT_DATA, (_MEMORY, hard))  # an endless read raises, and takes no machine with it
     dtype, grad = torch.get_default_dtype(), torch.is_grad_enabled()

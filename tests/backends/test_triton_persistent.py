@@ -108,7 +108,8 @@ def _equals_the_reference(backend: TritonPersistentBackend, case: Case, dtype: D
     assert out.dtype == x.dtype
     error = (out.float() - truth).norm() / truth.norm()
     assert error <= backend.tolerance[dtype], float(error)
-    assert torch.equal(out, backend.run(x, experts, weights, ids, config)), "does not repeat bit for bit"
+    if DEVICE == "cuda":  # the interpreter runs programs one after another
+        assert torch.equal(out, backend.run(x, experts, weights, ids, config)), "does not repeat bit for bit"
 
 
 @pytest.mark.skipif(not interpreting(), reason="about the interpreter")

@@ -308,7 +308,7 @@ def test_the_operator_keeps_what_it_promises() -> None:
 
 
 def test_fake_tensors_are_recorded_too() -> None:
-    """As those run a training step who want to know its memory."""
+    """A training step on fake tensors tells how much memory it will take."""
     layer = Layer()
     with FakeTensorMode() as mode:
         hidden = mode.from_tensor(torch.randn(M, K)).requires_grad_()

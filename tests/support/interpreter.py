@@ -1,9 +1,29 @@
-"""Corrects Triton's interpreter where a release of it computes what the compiler does not."""
+"""Triton's interpreter in tests: corrected where a release of it is wrong, and left out where it is not the point."""
 
+import contextlib
+import dataclasses
 import os
 from typing import Any
 
+import pytest
+
+from moe_dispatch.backends.triton_common import features
+from moe_dispatch.errors import MoEDispatchError
+from moe_dispatch.registry import BACKENDS
 from moe_dispatch.system.libraries import library_version
+
+
+def leave_out_the_interpreter(patch: pytest.MonkeyPatch) -> None:
+    """Let Triton's backends refuse a CPU, and the stages run in torch, as on any CPU outside of the tests.
+
+    Backends are loaded before: what a module decides on import holds for the tests that follow in this process.
+    """
+    for name in BACKENDS.names():
+        with contextlib.suppress(MoEDispatchError):
+            backend = BACKENDS.load(name)
+            if name.startswith("triton"):
+                patch.setattr(backend, "requirements", dataclasses.replace(backend.requirements, cpu=False))
+    patch.setattr(features, "interpreting", lambda: False)
 
 
 def correct_interpreter() -> None:
