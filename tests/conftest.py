@@ -86,6 +86,8 @@ def fresh_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[N
     yield
     settings.cache_clear()
     reset_dispatchers()
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
     if torch.cuda.is_available() and torch.cuda.memory_reserved() > KEPT_BYTES:
         torch.cuda.empty_cache()
 

@@ -1,6 +1,6 @@
 """Bad input is refused before anything is launched, with a message that says what was given and what is allowed."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -103,7 +103,7 @@ def freed(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def distributed(*shape: int) -> torch.Tensor:
-    """A DTensor, over a group of one process."""
+    """A DTensor, over a group of one process, which `fresh_process` takes down after the test."""
     import torch.distributed as dist
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import Replicate, distribute_tensor
@@ -112,13 +112,6 @@ def distributed(*shape: int) -> torch.Tensor:
         dist.init_process_group("gloo", store=cast("Any", dist).HashStore(), rank=0, world_size=1)
     mesh = init_device_mesh("cpu", (1,))
     return distribute_tensor(torch.randn(*(shape or (E, 2 * N, K))), mesh, [Replicate()])
-
-
-@pytest.fixture(autouse=True, scope="module")
-def no_process_group() -> Iterator[None]:
-    yield
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ DEVICES: dict[str, tuple[int, int] | None] = {
     "H100, H200 (sm_90)": (9, 0),
     "B200 (sm_100)": (10, 0),
 }
+SHARED_MEMORY = {(8, 0): 166_912, (8, 9): 101_376, (9, 0): 232_448, (10, 0): 232_448}  # bytes for a block
 # A decode layer that no backend refuses for its shape.
 LAYER = Workload("aligned", E=8, topk=2, K=1024, N=512)
 
@@ -38,7 +39,7 @@ def support_matrix() -> list[str]:
                 capability=capability,
                 sms=100,
                 memory_bytes=80 << 30,
-                shared_memory_per_block=101_376 if capability else 0,
+                shared_memory_per_block=SHARED_MEMORY[capability] if capability else 0,
                 cuda="13.0" if capability else "",
                 torch="2.11.0",
                 triton="3.6.0",
