@@ -56,7 +56,7 @@ def test_experts_may_exceed_the_range_of_fp16(name: str, case: Case, device: str
     problem = inputs.experts.problem(case.M, case.topk, torch.float16, dispatcher.machine.capability)
     if reasons := backend.unsupported_reasons(problem):
         pytest.skip("; ".join(reasons))
-    for config in backend.configs(problem)[:2]:
+    for config in backend.configs(problem)[: 2 if DEVICE == "cuda" else 1]:
         conform(backend, config, inputs)
     assert inputs.hidden_states.device.type == device
 

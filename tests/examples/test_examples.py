@@ -17,11 +17,13 @@ from moe_dispatch.policies.calibrated import CalibratedPolicy
 from moe_dispatch.registry import ENTRY_POINT_GROUP, Registry
 from moe_dispatch.testing import CASES, Precision, conform, make_inputs
 from moe_dispatch.workloads import Workload
+from tests.support.interpreter import leave_out_the_interpreter
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
 def run(name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> str:
+    leave_out_the_interpreter(monkeypatch)  # an example is for a user's machine
     monkeypatch.setattr(sys, "argv", [name])
     runpy.run_path(str(EXAMPLES / name), run_name="__main__")
     return capsys.readouterr().out
@@ -100,7 +102,8 @@ def test_fleet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     command.chmod(0o755)
     out = tmp_path / "out"
     out.mkdir()
-    environment = os.environ | {
+    outside = {variable: value for variable, value in os.environ.items() if variable != "TRITON_INTERPRET"}
+    environment = outside | {
         "PATH": f"{command.parent}:{os.environ['PATH']}", "MOE_DISPATCH_CACHE_DIR": str(tmp_path / "container"),
         "PYTHONPATH": str(EXAMPLES.parent),
     }  # fmt: skip

@@ -47,7 +47,6 @@ FAULTS = (
     Fault("hungry", "HungryBackend", "out of memory"),
     Fault("hanging", "HangingBackend", f"too slow: no answer within {TIMEOUT_S:.0f} s"),
     Fault("exiting", "ExitingBackend", "exited with status 7", fatal=True),
-    Fault("killed", "KilledBackend", "killed by SIGKILL", fatal=True),
     Fault("lost", "LostContextBackend", "lost the CUDA context", fatal=True),
 )
 
