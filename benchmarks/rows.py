@@ -91,7 +91,9 @@ class BenchRow(pydantic.BaseModel):
             return data
         renamed = {_EARLIER_KEYS.get(key, key): value for key, value in data.items()}
         source = renamed.get("roofline_from")
-        return renamed | ({"roofline_from": _EARLIER_CEILINGS[source]} if source in _EARLIER_CEILINGS else {})
+        if isinstance(source, str) and source in _EARLIER_CEILINGS:
+            renamed["roofline_from"] = _EARLIER_CEILINGS[source]
+        return renamed
 
     @pydantic.model_validator(mode="after")
     def _time_or_reason(self) -> Self:

@@ -240,12 +240,24 @@ def _six(tensors: Iterable[Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor, Ten
 def _keep_inputs(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG001 - torch's signature
     *tensors, activation, interleaved, routed_experts, _ = inputs
     ctx.layer_kind = activation, interleaved, routed_experts
-    ctx.save_for_backward(*tensors)
+    # Autograd saves no tensor that was made in inference mode: it has no version that a backward could check.
+    ctx.unversioned = tuple(tensor if tensor is not None and tensor.is_inference() else None for tensor in tensors)
+    ctx.save_for_backward(
+        *(tensor if kept is None else None for tensor, kept in zip(tensors, ctx.unversioned, strict=True))
+    )
+
+
+def _kept_inputs(ctx: Any) -> tuple[Any, ...]:
+    """The tensors among the arguments of `_forward`, in its order."""
+    return tuple(
+        saved if unversioned is None else unversioned
+        for saved, unversioned in zip(ctx.saved_tensors, ctx.unversioned, strict=True)
+    )
 
 
 def _differentiate(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
     """One gradient, or None, for each argument of `_forward`."""
-    tensors = ctx.saved_tensors
+    tensors = _kept_inputs(ctx)
     wanted = Wanted(*_differentiable(ctx.needs_input_grad))
     if torch.is_grad_enabled():
         gradients = _differentiate_differentiably(ctx, gradient, wanted)
@@ -259,7 +271,8 @@ def _differentiate(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
 
 def _differentiate_differentiably(ctx: Any, gradient: Tensor, wanted: Wanted) -> tuple[Tensor | None, ...]:
     """Gradients that have gradients (``create_graph=True``), by running the call again where torch can see inside."""
-    hidden_states, topk_weights, topk_ids, gate_up, down, *optional = ctx.saved_tensors
+    kept = _kept_inputs(ctx)
+    hidden_states, topk_weights, topk_ids, gate_up, down, *optional = kept
     names = ("gate_up_scale", "down_scale", "gate_up_bias", "down_bias")
     activation, interleaved, routed_experts = ctx.layer_kind
     experts = ExpertWeights(
@@ -271,7 +284,7 @@ def _differentiate_differentiably(ctx: Any, gradient: Tensor, wanted: Wanted) ->
         routed_experts=routed_experts,
     )
     out = _run_differentiable(hidden_states, experts, topk_weights, topk_ids)
-    tensors = _differentiable(ctx.saved_tensors)
+    tensors = _differentiable(kept)
     of = [tensor for tensor, is_wanted in zip(tensors, wanted, strict=True) if is_wanted]
     computed = iter(torch.autograd.grad(out, of, gradient, create_graph=True))
     return tuple(next(computed) if is_wanted else None for is_wanted in wanted)

@@ -56,7 +56,10 @@ def test_a_half_written_line_spoils_no_other(tmp_path: Path) -> None:
     assert row_files.load([path]) == [first, second]
 
 
-@pytest.mark.parametrize("line", ['{"workload": "x"}', "workload,M,us", '{"workload": "x",,', "[1]"])
+@pytest.mark.parametrize(
+    "line",
+    ['{"workload": "x"}', "workload,M,us", '{"workload": "x",,', "[1]", '{"workload": "x", "roofline_from": []}'],
+)
 def test_a_foreign_line_is_refused(line: str, tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text(f"{line}\n")

@@ -321,6 +321,23 @@ def test_fake_tensors_are_recorded_too() -> None:
     assert not stats()
 
 
+@pytest.mark.parametrize("made_so", ["weights", "ids", "layer"])
+def test_what_was_made_in_inference_mode_may_stand_beside_a_gradient(made_so: str) -> None:
+    """As a frozen model's weights and a router's choice are, around an adapter that learns."""
+    layer = Layer(bias=True)
+    tensors, hidden, (weights, ids) = layer.tensors(), torch.randn(M, K, requires_grad=True), routing()
+    (expected,) = torch.autograd.grad(moe_forward(hidden, layer.wrap(tensors), weights, ids).sum(), hidden)
+    with torch.inference_mode():
+        if made_so == "weights":
+            weights = weights.clone()
+        elif made_so == "ids":
+            ids = ids.clone()
+        else:
+            tensors = {name: tensor.clone() for name, tensor in tensors.items()}
+    (got,) = torch.autograd.grad(moe_forward(hidden, layer.wrap(tensors), weights, ids).sum(), hidden)
+    assert torch.equal(got, expected)
+
+
 def test_torch_func_takes_the_reference() -> None:
     layer = Layer()
     hidden, experts, (weights, ids) = torch.randn(M, K), layer.wrap(layer.tensors()), routing()
