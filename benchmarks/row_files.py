@@ -41,13 +41,19 @@ def load(paths: Iterable[Path]) -> list[BenchRow]:
     """
     rows: dict[tuple[str, RowKey], BenchRow] = {}
     for path in paths:
-        for file in sorted(path.rglob("*.jsonl")) if os.path.isdir(path) else [path]:
+        for file in _files_below(path) if os.path.isdir(path) else [path]:
             lines = _lines(file)
             if os.path.isdir(path) and _is_other_record(lines):
                 continue
             for row in _parse(file, lines):
                 rows[row.fingerprint, row.key] = row
     return list(rows.values())
+
+
+def _files_below(folder: Path) -> list[Path]:
+    """The ``.jsonl`` files of a folder. What may not be listed, or is removed meanwhile, has none."""
+    walk = os.walk(folder)  # `Path.rglob` raises where a folder goes away under it
+    return sorted(Path(parent, name) for parent, _, names in walk for name in names if name.endswith(".jsonl"))
 
 
 def timed_keys(path: Path) -> set[RowKey]:

@@ -1,5 +1,6 @@
 """The expert weights of one layer, read from safetensors files as transformers and the hub lay them out."""
 
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -86,10 +87,13 @@ class Checkpoint:
             )
         if (path / INDEX).is_file():
             return self._from_index(path / INDEX)
-        files = sorted(path.glob("*.safetensors"))
+        try:
+            names = sorted(os.listdir(path))
+        except OSError as error:
+            raise InvalidInputError(f"{path} cannot be listed: {error.strerror}") from error
+        files = [path / name for name in names if name.endswith(".safetensors")]
         if not files:
-            there = listed(entry.name for entry in path.iterdir())
-            raise InvalidInputError(f"{self.origin} has no *.safetensors; there is {there}")
+            raise InvalidInputError(f"{self.origin} has no *.safetensors; there is {listed(names)}")
         return {name: file for file in files for name in self._opened(file).keys()}  # noqa: SIM118 - no dictionary
 
     def _from_index(self, path: Path) -> dict[str, Path]:

@@ -1,9 +1,11 @@
 """Rows and their files, of this version and of earlier ones."""
 
+import errno
 import json
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pydantic
 import pytest
@@ -65,6 +67,21 @@ def test_a_foreign_line_is_refused(line: str, tmp_path: Path) -> None:
     path.write_text(f"{line}\n")
     with pytest.raises(InvalidInputError, match=r"rows.jsonl:1 is not a benchmark row"):
         row_files.load([path])
+
+
+def test_a_folder_that_goes_away_while_it_is_read_has_no_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    row = bench_row("triton_splitk", "mixtral-8x7b", "bf16", 1, 5.0)
+    row_files.append(tmp_path / "rows.jsonl", row)
+    (tmp_path / "gone").mkdir()
+    scandir = os.scandir
+
+    def racing(path: Path | str) -> Any:
+        if Path(path).name == "gone":
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", racing)
+    assert row_files.load([tmp_path]) == [row]
 
 
 def test_packed_rows_are_the_rows(tmp_path: Path) -> None:
