@@ -2,6 +2,7 @@
 
 import json
 import platform
+import re
 import resource
 import secrets
 from collections.abc import Iterator
@@ -86,12 +87,19 @@ def _record(config: pytest.Config) -> dict[str, object]:
     }
 
 
+def _data_bytes() -> int:
+    """What `resource.RLIMIT_DATA` limits, as it is now."""
+    (kibibytes,) = re.findall(r"VmData:\s+(\d+) kB", Path("/proc/self/status").read_text(encoding="ascii"))
+    return int(kibibytes) << 10
+
+
 @pytest.fixture(autouse=True)
 def _as_in_a_program(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Kernels' torch references, as on any CPU, and not Triton's interpreter; torch's state is restored."""
     leave_out_the_interpreter(monkeypatch)
     soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
-    resource.setrlimit(resource.RLIMIT_DATA, (_MEMORY, hard))  # an endless read raises, and takes no machine with it
+    # An endless read raises, and takes no machine with it. What earlier tests of this process keep is not held against it.
+    resource.setrlimit(resource.RLIMIT_DATA, (_data_bytes() + _MEMORY, hard))
     dtype, grad = torch.get_default_dtype(), torch.is_grad_enabled()
     yield
     torch.set_default_dtype(dtype)
