@@ -98,7 +98,7 @@ def _as_in_a_program(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Kernels' torch references, as on any CPU, and not Triton's interpreter; torch's state is restored."""
     leave_out_the_interpreter(monkeypatch)
     soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
-    # An endless read raises, and takes no machine with it. What earlier tests of this process keep is not held against it.
+    # An endless read raises, and takes no machine with it. What earlier tests keep in this process does not count.
     resource.setrlimit(resource.RLIMIT_DATA, (_data_bytes() + _MEMORY, hard))
     dtype, grad = torch.get_default_dtype(), torch.is_grad_enabled()
     yield
