@@ -143,7 +143,10 @@ class Backend(ABC):
 
     def unsupported_reasons(self, problem: MoEProblem) -> tuple[str, ...]:
         """All reasons why this backend cannot run `problem`; empty if it can. Pure: no import, no device access."""
-        return (*self.requirements.reasons_against(problem), *self.further_reasons(problem))
+        further = self.further_reasons(problem)
+        if isinstance(further, str):  # each of its letters would pass for a reason
+            raise TypeError(f"further_reasons must return a tuple of texts, got the text {further[:60]!r}")
+        return (*self.requirements.reasons_against(problem), *further)
 
     def further_reasons(self, problem: MoEProblem) -> tuple[str, ...]:  # noqa: ARG002
         """Reasons beyond the declared requirements; for subclasses."""

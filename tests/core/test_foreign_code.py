@@ -76,6 +76,7 @@ class UnprintableError(Exception):
 QUESTIONS = {
     "further_reasons raises": foreign(further_reasons=raising(KeyError("sm"))),
     "further_reasons exits": foreign(further_reasons=raising(SystemExit(3))),
+    "further_reasons gives one text": foreign(further_reasons=lambda *_: "no GPU"),
     "unsupported_reasons gives None": foreign(unsupported_reasons=lambda *_: None),
     "unavailable_reasons raises": foreign(unavailable_reasons=raising(OSError("no such library"))),
     "measured_versions gives nonsense": foreign(measured_versions=lambda *_: [1, 2]),
@@ -100,6 +101,7 @@ def test_a_question_that_fails_is_a_reason(broken: type[Backend], call: Call) ->
             assert torch.equal(moe_forward(*call), expected(call))
         candidate = explain(*call).candidates[0]
         assert candidate.choice.backend == "foreign"
+        assert all(len(reason) > 1 for reason in candidate.against), "a text's letters are no reasons"
         assert candidate.against
         statuses = get_dispatcher("cpu").planner.statuses()  # what doctor prints
         assert any(status.name == "foreign" for status in statuses)
