@@ -81,7 +81,7 @@ def _hit_experts(topk_ids: Tensor, E: int) -> list[int]:
 
 
 def _expert(tokens: Tensor, experts: ExpertWeights, e: int, config: ReferenceConfig) -> Tensor:
-    gate_up, down = _weights(experts, e)
+    gate_up, down = weights_of_expert(experts, e)
     # FP16 always: what an expert puts out may exceed its range where the weighted sum does not. On a CPU always: this
     # backend must not end the process, as products in BF16 do on virtual machines that announce AMX and lack it.
     if config.compute_fp32 or experts.dtype in ("fp8", "fp16") or tokens.device.type == "cpu":
@@ -97,7 +97,8 @@ def _expert(tokens: Tensor, experts: ExpertWeights, e: int, config: ReferenceCon
     return F.linear(inner, down, down_bias)
 
 
-def _weights(experts: ExpertWeights, e: int) -> tuple[Tensor, Tensor]:
+def weights_of_expert(experts: ExpertWeights, e: int) -> tuple[Tensor, Tensor]:
+    """gate_up ``[2N, K]`` and down ``[K, N]`` of one expert; block FP8 ones are dequantised to fp32."""
     if experts.gate_up_scale is None or experts.down_scale is None:
         return experts.gate_up[e], experts.down[e]
     return (

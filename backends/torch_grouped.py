@@ -21,7 +21,7 @@ from moe_dispatch.problem import ELEMENT_BYTES, MoEProblem
 _FUSED_MAJORS: Final = (9, 10)
 # Its arguments are prepared by one block with a thread for each expert; torch 2.11 to 2.15 check "group_count < 1024"
 # (aten/src/ATen/native/cuda/GroupMM.cu).
-_MOST_FUSED_EXPERTS: Final = 1023
+MOST_FUSED_EXPERTS: Final = 1023
 
 
 class TorchGroupedBackend(WritingBackend):
@@ -57,8 +57,8 @@ class TorchGroupedBackend(WritingBackend):
                 "can be captured in a CUDA graph for bf16 on compute capability 9.x and 10.x only, got "
                 f"{problem.dtype} {where}, where torch copies the offsets to the host"
             )
-        if fused and problem.E > _MOST_FUSED_EXPERTS:
-            reasons.append(f"torch's grouped kernel takes at most {_MOST_FUSED_EXPERTS} experts, got E={problem.E}")
+        if fused and problem.E > MOST_FUSED_EXPERTS:
+            reasons.append(f"torch's grouped kernel takes at most {MOST_FUSED_EXPERTS} experts, got E={problem.E}")
         return tuple(reasons)
 
     def workspace_bytes(self, problem: MoEProblem, config: BackendConfig) -> int:  # noqa: ARG002

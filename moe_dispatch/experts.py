@@ -142,7 +142,7 @@ class ExpertWeights:
             InvalidInputError: A tensor was freed, moved to another device, or changed in dtype or shape.
         """
         try:
-            now = self._with(dict(self.tensors()))
+            now = self.among(self.routed_experts)
             if now.spec is not self.spec:
                 raise InvalidInputError(f"they are {now} now")
         except InvalidInputError as error:
@@ -256,15 +256,15 @@ class ExpertWeights:
     def to(self, device: torch.device | str) -> Self:
         """The same layer on a device: itself where it is there already."""
         tensors = {name: tensor.to(device) for name, tensor in self.tensors()}
-        return self if tensors["gate_up"] is self.gate_up else self._with(tensors)
+        return self if tensors["gate_up"] is self.gate_up else self._with(tensors, self.routed_experts)
 
-    def _with(self, tensors: Mapping[str, Any]) -> Self:
-        """This layer with other tensors."""
+    def among(self, routed_experts: int | None) -> Self:
+        """The same tensors as a part of so many experts; see `routed_experts` of `ExpertWeights`."""
+        return self._with(dict(self.tensors()), routed_experts)
+
+    def _with(self, tensors: Mapping[str, Any], routed_experts: int | None) -> Self:
         return type(self)(
-            **tensors,
-            activation=self.activation,
-            interleaved=self.interleaved,
-            routed_experts=self.routed_experts,
+            **tensors, activation=self.activation, interleaved=self.interleaved, routed_experts=routed_experts
         )
 
     def problem(

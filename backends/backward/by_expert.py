@@ -7,12 +7,13 @@ import torch
 from torch import Tensor
 
 from moe_dispatch.backend import Inputs
+from moe_dispatch.backends.reference import weights_of_expert
 from moe_dispatch.backends.stages.activate_backward import activate_backward_torch
 from moe_dispatch.backends.stages.combine import combine_torch
 from moe_dispatch.backends.stages.route import route_torch
 from moe_dispatch.dispatch.gradients import Gradients, Wanted
 from moe_dispatch.experts import ExpertWeights
-from moe_dispatch.numerics import dequantize_blocks, round_rows_through_fp8
+from moe_dispatch.numerics import round_rows_through_fp8
 
 
 def backward(gradient: Tensor, inputs: Inputs, wanted: Wanted) -> Gradients:
@@ -46,7 +47,7 @@ def backward(gradient: Tensor, inputs: Inputs, wanted: Wanted) -> Gradients:
         slots = slot_of_row[start:end]
         tokens = slots // topk
         x, d_out, share = hidden_states[tokens].to(dtype), gradient[tokens].to(dtype), weights[slots][:, None]
-        gate_up, down = _weights(experts, e, dtype)
+        gate_up, down = (weight.to(dtype) for weight in weights_of_expert(experts, e))
         if experts.dtype == "fp8":
             x = round_rows_through_fp8(x)
         product = x @ gate_up.t()
@@ -84,15 +85,6 @@ def backward(gradient: Tensor, inputs: Inputs, wanted: Wanted) -> Gradients:
 def _product_dtype(experts: ExpertWeights) -> torch.dtype:
     """BF16 on a GPU for BF16 weights, else FP32, for the same reasons as the reference: see there."""
     return torch.bfloat16 if experts.dtype == "bf16" and experts.device.type == "cuda" else torch.float32
-
-
-def _weights(experts: ExpertWeights, e: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    if experts.gate_up_scale is None or experts.down_scale is None:
-        return experts.gate_up[e].to(dtype), experts.down[e].to(dtype)
-    return (
-        dequantize_blocks(experts.gate_up[e], experts.gate_up_scale[e]),
-        dequantize_blocks(experts.down[e], experts.down_scale[e]),
-    )
 
 
 def _product_into(out: Tensor, a: Tensor, b: Tensor) -> None:

@@ -11,6 +11,7 @@ from moe_dispatch.backends.stages.activate_backward import activate_backward
 from moe_dispatch.backends.stages.combine import combine
 from moe_dispatch.backends.stages.quantize import gather
 from moe_dispatch.backends.stages.route import route
+from moe_dispatch.backends.torch_grouped import MOST_FUSED_EXPERTS
 from moe_dispatch.backends.triton_common.features import stage_reasons
 from moe_dispatch.dispatch.gradients import Gradients, Wanted
 from moe_dispatch.experts import ExpertWeights
@@ -20,7 +21,6 @@ from moe_dispatch.machine import Machine
 # 10.x the product over the rows of experts without any gives garbage (pytorch issue 172439), and NaN where rows follow
 # the last expert's (193633).
 _MAJOR: Final = 9
-_MOST_EXPERTS: Final = 1023  # aten/src/ATen/native/cuda/GroupMM.cu: one thread of a block for each
 _ALIGNED: Final = 8  # values in the 16 bytes on which torch wants each row of an operand to start
 
 
@@ -35,8 +35,8 @@ def reasons_against(experts: ExpertWeights, machine: Machine) -> tuple[str, ...]
         for letter, value in (("K", experts.K), ("N", experts.N))
         if value % _ALIGNED
     ]
-    if experts.E > _MOST_EXPERTS:
-        reasons.append(f"they take at most {_MOST_EXPERTS} experts, got E={experts.E}")
+    if experts.E > MOST_FUSED_EXPERTS:
+        reasons.append(f"they take at most {MOST_FUSED_EXPERTS} experts, got E={experts.E}")
     return tuple(reasons)
 
 

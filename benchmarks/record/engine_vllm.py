@@ -22,6 +22,7 @@ import time
 from pathlib import Path
 from typing import Any, Final
 
+from moe_dispatch.benchmarks.record import json_lines
 from moe_dispatch.benchmarks.record.engine_process import serve
 
 BATCHES: Final = (1, 8, 32, 128, 256)
@@ -107,10 +108,8 @@ class Report:
 
     def add(self, row: dict[str, Any]) -> None:
         """Write a row."""
-        line = json.dumps(row)
-        print(line, flush=True)
-        with self._path.open("a") as file:
-            file.write(line + "\n")
+        print(json.dumps(row), flush=True)
+        json_lines.append(self._path, row)
 
 
 def compare(engines: list[Engine], report: Report, rounds: int, deadline: float) -> None:

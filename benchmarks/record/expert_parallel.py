@@ -10,7 +10,6 @@ the whole layer's.
 """
 
 import argparse
-import json
 import os
 import statistics
 import time
@@ -22,6 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moe_dispatch import ExpertParallel, ExpertWeights, ShardedExperts, moe_forward, warm_up
+from moe_dispatch.benchmarks.record import json_lines
 from moe_dispatch.measure.inputs import timing_events
 from moe_dispatch.problem import DType
 from moe_dispatch.system.version import installed_version
@@ -176,8 +176,7 @@ def _run(
                 flush=True,
             )
             if options.out:
-                with open(options.out, "a", encoding="utf-8") as file:
-                    file.write(json.dumps(row) + "\n")
+                json_lines.append(options.out, row)
 
 
 if __name__ == "__main__":

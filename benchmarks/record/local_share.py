@@ -11,12 +11,12 @@ layer that would have all slots.
 
 import argparse
 import dataclasses
-import json
 from typing import Any, Final
 
 import torch
 
 from moe_dispatch import ExpertWeights
+from moe_dispatch.benchmarks.record import json_lines
 from moe_dispatch.dispatch.process import get_dispatcher
 from moe_dispatch.machine import present_device
 from moe_dispatch.measure.inputs import Call, LayerInputs, backend_call
@@ -85,10 +85,7 @@ def main() -> None:
     for layer, dtype in layers:
         half = dataclasses.replace(layer, E=layer.E // 2)
         whole = make_experts(half, dtype, device, torch.Generator(device).manual_seed(0))
-        part = ExpertWeights(
-            whole.gate_up, whole.down, gate_up_scale=whole.gate_up_scale, down_scale=whole.down_scale,
-            activation=layer.activation, routed_experts=layer.E,
-        )  # fmt: skip
+        part = whole.among(layer.E)
         for M in (2, 8) if options.tiny else TOKENS:
             row = measured(layer, dtype, M, part, mode)
             print(
@@ -97,8 +94,7 @@ def main() -> None:
                 flush=True,
             )
             if options.out:
-                with open(options.out, "a", encoding="utf-8") as file:
-                    file.write(json.dumps(row) + "\n")
+                json_lines.append(options.out, row)
 
 
 if __name__ == "__main__":

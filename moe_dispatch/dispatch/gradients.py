@@ -6,6 +6,7 @@ of the backend: forward mode, torch.func's transforms, and second derivatives. O
 """
 
 import importlib
+from collections.abc import Iterable
 from typing import Final, NamedTuple, Protocol, cast
 
 import torch
@@ -69,6 +70,11 @@ class _Backward(Protocol):
     @staticmethod
     def explain(experts: ExpertWeights, machine: Machine) -> str:
         """Say how the gradients of this layer are computed on this machine, and why not faster."""
+
+
+def is_any_recorded(tensors: Iterable[Tensor]) -> bool:
+    """Whether autograd records what is done with one of the tensors."""
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
 
 
 def is_recorded(hidden_states: Tensor, experts: ExpertWeights, topk_weights: Tensor) -> bool:

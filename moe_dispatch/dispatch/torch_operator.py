@@ -15,7 +15,7 @@ from typing import Any, Final, NamedTuple, cast, get_args
 import torch
 from torch import Tensor
 
-from moe_dispatch.dispatch.gradients import Gradients, Wanted
+from moe_dispatch.dispatch.gradients import Gradients, Wanted, is_any_recorded
 from moe_dispatch.experts import ExpertWeights
 from moe_dispatch.problem import Activation
 
@@ -85,9 +85,7 @@ def call_tensors(
         backend or "",
     )
     if out is None:
-        recorded = torch.is_grad_enabled() and any(
-            isinstance(argument, Tensor) and argument.requires_grad for argument in arguments
-        )
+        recorded = is_any_recorded([argument for argument in arguments if isinstance(argument, Tensor)])
         operator = torch.ops.moe_dispatch.recorded_forward if recorded else torch.ops.moe_dispatch.forward
         return cast("Tensor", operator(*arguments))
     torch.ops.moe_dispatch.forward_into(*arguments, out)
@@ -109,13 +107,8 @@ def _forward(
     routed_experts: int | None,
     backend: str,
 ) -> Tensor:
-    optional = {
-        "gate_up_scale": gate_up_scale,
-        "down_scale": down_scale,
-        "gate_up_bias": gate_up_bias,
-        "down_bias": down_bias,
-    }
-    experts = _layer(gate_up, down, optional, activation, interleaved=interleaved, routed_experts=routed_experts)
+    tensors = (gate_up, down, gate_up_scale, down_scale, gate_up_bias, down_bias)
+    experts = _layer(tensors, activation, interleaved=interleaved, routed_experts=routed_experts)
     return _run(hidden_states, experts, topk_weights, topk_ids, backend or None, None)
 
 
@@ -135,13 +128,8 @@ def _forward_into(
     backend: str,
     out: Tensor,
 ) -> None:
-    optional = {
-        "gate_up_scale": gate_up_scale,
-        "down_scale": down_scale,
-        "gate_up_bias": gate_up_bias,
-        "down_bias": down_bias,
-    }
-    experts = _layer(gate_up, down, optional, activation, interleaved=interleaved, routed_experts=routed_experts)
+    tensors = (gate_up, down, gate_up_scale, down_scale, gate_up_bias, down_bias)
+    experts = _layer(tensors, activation, interleaved=interleaved, routed_experts=routed_experts)
     _run(hidden_states, experts, topk_weights, topk_ids, backend or None, out)
 
 
@@ -162,13 +150,8 @@ def _backward(
     wanted: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The gradients in the order of `Wanted`; an empty tensor for each that is not wanted."""
-    optional = {
-        "gate_up_scale": gate_up_scale,
-        "down_scale": down_scale,
-        "gate_up_bias": gate_up_bias,
-        "down_bias": down_bias,
-    }
-    experts = _layer(gate_up, down, optional, activation, interleaved=interleaved, routed_experts=routed_experts)
+    tensors = (gate_up, down, gate_up_scale, down_scale, gate_up_bias, down_bias)
+    experts = _layer(tensors, activation, interleaved=interleaved, routed_experts=routed_experts)
     gradients = _compute_gradients(gradient, hidden_states, experts, topk_weights, topk_ids, Wanted(*wanted))
     return _six(gradient.new_empty(0) if tensor is None else tensor for tensor in gradients)
 
@@ -272,17 +255,9 @@ def _differentiate(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
 def _differentiate_differentiably(ctx: Any, gradient: Tensor, wanted: Wanted) -> tuple[Tensor | None, ...]:
     """Gradients that have gradients (``create_graph=True``), by running the call again where torch can see inside."""
     kept = _kept_inputs(ctx)
-    hidden_states, topk_weights, topk_ids, gate_up, down, *optional = kept
-    names = ("gate_up_scale", "down_scale", "gate_up_bias", "down_bias")
+    hidden_states, topk_weights, topk_ids, *layer = kept
     activation, interleaved, routed_experts = ctx.layer_kind
-    experts = ExpertWeights(
-        gate_up,
-        down,
-        **dict(zip(names, optional, strict=True)),
-        activation=_activation(activation),
-        interleaved=interleaved,
-        routed_experts=routed_experts,
-    )
+    experts = _wrap(layer, activation, interleaved=interleaved, routed_experts=routed_experts)
     out = _run_differentiable(hidden_states, experts, topk_weights, topk_ids)
     tensors = _differentiable(kept)
     of = [tensor for tensor, is_wanted in zip(tensors, wanted, strict=True) if is_wanted]
@@ -307,29 +282,17 @@ _layers: Final[dict[int, _Layer]] = {}
 
 
 def _layer(
-    gate_up: Tensor,
-    down: Tensor,
-    optional: dict[str, Tensor | None],
-    activation: str,
-    *,
-    interleaved: bool,
-    routed_experts: int | None,
+    tensors: Sequence[Tensor | None], activation: str, *, interleaved: bool, routed_experts: int | None
 ) -> ExpertWeights:
     """The layer of these tensors, made anew where a tensor was replaced or lies at another address."""
-    signature = (*map(_identity, (gate_up, down, *optional.values())), activation, interleaved, routed_experts)
+    gate_up = cast("Tensor", tensors[0])
+    signature = (*map(_identity, tensors), activation, interleaved, routed_experts)
     key = id(gate_up)
     known = _layers.get(key)
     if known is not None and known.gate_up() is gate_up and known.signature == signature:
         return known.experts
-    detached = {name: None if tensor is None else tensor.detach() for name, tensor in optional.items()}
-    experts = ExpertWeights(
-        gate_up.detach(),
-        down.detach(),
-        **detached,
-        activation=_activation(activation),
-        interleaved=interleaved,
-        routed_experts=routed_experts,
-    )
+    detached = [None if tensor is None else tensor.detach() for tensor in tensors]
+    experts = _wrap(detached, activation, interleaved=interleaved, routed_experts=routed_experts)
 
     def forget(dead: "weakref.ref[Tensor]") -> None:
         known = _layers.get(key)
@@ -338,6 +301,24 @@ def _layer(
 
     _layers[key] = _Layer(weakref.ref(gate_up, forget), signature, experts)
     return experts
+
+
+def _wrap(
+    tensors: Sequence[Tensor | None], activation: str, *, interleaved: bool, routed_experts: int | None
+) -> ExpertWeights:
+    """The layer of gate_up, down, their scales and their biases."""
+    gate_up, down, gate_up_scale, down_scale, gate_up_bias, down_bias = tensors
+    return ExpertWeights(
+        cast("Tensor", gate_up),
+        cast("Tensor", down),
+        gate_up_scale=gate_up_scale,
+        down_scale=down_scale,
+        gate_up_bias=gate_up_bias,
+        down_bias=down_bias,
+        activation=_activation(activation),
+        interleaved=interleaved,
+        routed_experts=routed_experts,
+    )
 
 
 def _identity(tensor: Tensor | None) -> tuple[object, ...] | None:

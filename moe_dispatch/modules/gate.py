@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from moe_dispatch.backends.stages.router_logits import router_logits, router_logits_torch
 from moe_dispatch.backends.stages.select_experts import select_experts
 from moe_dispatch.backends.triton_common.features import features
+from moe_dispatch.dispatch.gradients import is_any_recorded
 from moe_dispatch.machine import Machine
 from moe_dispatch.modules.kept_dtype import keeping_dtype
 from moe_dispatch.routers import Router, select_experts_torch
@@ -73,7 +74,7 @@ class Gate(nn.Module):
         """
         correction = self.e_score_correction_bias
         parameters = (self.weight, self.bias)
-        if torch.compiler.is_compiling() or recording(hidden_states, *parameters):
+        if torch.compiler.is_compiling() or is_any_recorded((hidden_states, *self.parameters())):
             logits = router_logits_torch(hidden_states, *parameters)
             weights, ids = select_experts_torch(logits, self.router, correction)
         else:
@@ -89,11 +90,6 @@ class Gate(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         super()._apply(keeping_dtype(fn, (self.e_score_correction_bias,)), recurse)  # type: ignore[no-untyped-call]
         return self
-
-
-def recording(*tensors: Tensor | None) -> bool:
-    """Whether autograd records what is done with one of the tensors."""
-    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
 @functools.cache

@@ -8,8 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moe_dispatch.api import warm_up
+from moe_dispatch.dispatch.gradients import is_any_recorded
 from moe_dispatch.errors import InvalidInputError
-from moe_dispatch.modules.gate import Gate, recording
+from moe_dispatch.modules.gate import Gate
 from moe_dispatch.modules.side_stream import forked
 from moe_dispatch.modules.stacked_experts import StackedExperts
 from moe_dispatch.modules.state_names import translate
@@ -171,7 +172,7 @@ class MoELayer(nn.Module):
     def _on_two_streams(self, flat: Tensor) -> bool:
         if not flat.is_cuda or not 0 < flat.shape[0] <= SIDE_STREAM_TOKENS or torch.compiler.is_compiling():
             return False
-        return not recording(flat, *self.parameters())
+        return not is_any_recorded((flat, *self.parameters()))
 
 
 def _translate(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: object) -> None:

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from moe_dispatch.backend import Inputs
 from moe_dispatch.dispatch.checks import check, check_out
 from moe_dispatch.dispatch.gradients import needs_grad
 from moe_dispatch.errors import InvalidInputError
@@ -76,9 +77,13 @@ def run_arrived(
     layer: ShardedExperts, exchange: Exchange, kind: CallKind, arrived: Arrived, backend: str | None = None
 ) -> Tensor:
     """Run this rank's experts over the rows that arrived: ``[R, K]``."""
+    return layer.session.run_local(arrived_inputs(layer, exchange, kind, arrived), backend)
+
+
+def arrived_inputs(layer: ShardedExperts, exchange: Exchange, kind: CallKind, arrived: Arrived) -> Inputs:
+    """The rows that arrived as the dispatcher takes them, with this rank's weights."""
     experts = layer.weights_expecting(exchange.arriving_share(kind))
-    inputs = (arrived.hidden_states, experts, arrived.topk_weights.contiguous(), arrived.topk_ids.contiguous())
-    return layer.session.run_local(inputs, backend)
+    return arrived.hidden_states, experts, arrived.topk_weights.contiguous(), arrived.topk_ids.contiguous()
 
 
 def _check(
@@ -90,10 +95,9 @@ def _check(
     out: Tensor | None,
 ) -> None:
     check(hidden_states, layer.local, topk_weights, topk_ids, backend)
-    grad = needs_grad(hidden_states, layer.local, topk_weights)
-    if grad:
+    if needs_grad(hidden_states, layer.local, topk_weights):
         raise InvalidInputError(
             "a layer that is spread over ranks has no gradient; call it under torch.no_grad() or torch.inference_mode()"
         )
     if out is not None:
-        check_out(out, (hidden_states, layer.local, topk_weights, topk_ids), needs_grad=grad)
+        check_out(out, (hidden_states, layer.local, topk_weights, topk_ids), needs_grad=False)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from moe_dispatch.measure.inputs import synchronize
 from moe_dispatch.parallel.exchange import Arrived, CallKind, Exchange
-from moe_dispatch.parallel.forward import local_tokens, run_arrived
+from moe_dispatch.parallel.forward import arrived_inputs, local_tokens, run_arrived
 from moe_dispatch.parallel.registry import ALWAYS
 from moe_dispatch.parallel.session import bucket
 from moe_dispatch.parallel.sharded_experts import ShardedExperts
@@ -107,9 +107,7 @@ def _run_and_warm(layer: ShardedExperts, exchange: Exchange, kind: CallKind, arr
     partial = run_arrived(layer, exchange, kind, arrived)
     session = layer.session
     if session.device.type == "cuda" and exchange.requirements.capturable:
-        experts = layer.weights_expecting(exchange.arriving_share(kind))
-        inputs = (arrived.hidden_states, experts, arrived.topk_weights.contiguous(), arrived.topk_ids.contiguous())
-        session.dispatcher.warm_up(inputs)
+        session.dispatcher.warm_up(arrived_inputs(layer, exchange, kind, arrived))
     return partial
 
 

@@ -40,7 +40,7 @@ class ShardedExperts:
         routed = max(self.local.E, round(self.E * share))
         if routed not in self._expecting:
             whole = routed == self.local.E
-            self._expecting[routed] = rewrapped(self.local, routed_experts=None if whole else routed)
+            self._expecting[routed] = self.local.among(None if whole else routed)
         return self._expecting[routed]
 
     def __repr__(self) -> str:
@@ -51,18 +51,3 @@ class ShardedExperts:
             else f"{self.N} of each expert's columns"
         )
         return f"ShardedExperts({part} on rank {place.rank} of {len(place.held)}, {self.local})"
-
-
-def rewrapped(experts: ExpertWeights, *, routed_experts: int | None) -> ExpertWeights:
-    """The same tensors, among so many routed experts."""
-    return ExpertWeights(
-        experts.gate_up,
-        experts.down,
-        gate_up_scale=experts.gate_up_scale,
-        down_scale=experts.down_scale,
-        gate_up_bias=experts.gate_up_bias,
-        down_bias=experts.down_bias,
-        activation=experts.activation,
-        interleaved=experts.interleaved,
-        routed_experts=routed_experts,
-    )

@@ -7,6 +7,7 @@ from typing import Any, Final, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from moe_dispatch.dispatch.gradients import is_any_recorded
 from moe_dispatch.experts import ExpertWeights
 from moe_dispatch.integrations.transformers.layout import Layout
 from moe_dispatch.numerics import FP8
@@ -77,7 +78,7 @@ def needs_copy(layout: Layout, sources: Sequence[Tensor]) -> bool:
 
 def records_gradient(sources: Sequence[Tensor]) -> bool:
     """Whether autograd records a product with these weights. FP8 weights have no gradient."""
-    return torch.is_grad_enabled() and sources[0].dtype != FP8 and any(source.requires_grad for source in sources)
+    return sources[0].dtype != FP8 and is_any_recorded(sources)
 
 
 def why_no_copy(module: nn.Module, sources: Sequence[Tensor]) -> str:
