@@ -92,6 +92,19 @@ def fresh_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[N
         torch.cuda.empty_cache()
 
 
+@pytest.fixture
+def fixed_policy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Backends are ranked as a test says (`tests.support.fakes.ranked`)."""
+    monkeypatch.setenv("MOE_DISPATCH_POLICY", "fixed")
+    settings.cache_clear()
+
+
+@pytest.fixture
+def no_grad() -> Iterator[None]:
+    with torch.no_grad():
+        yield
+
+
 def poison(tensor: torch.Tensor) -> torch.Tensor:
     """Fill with values that must not be read: NaN, or integers far out of range."""
     if tensor.is_floating_point():

@@ -19,7 +19,6 @@ from moe_dispatch.backend import Backend
 from moe_dispatch.commands.doctor_report import examine
 from moe_dispatch.dispatch.process import get_dispatcher, reset_dispatchers
 from moe_dispatch.registry import BACKENDS, ENTRY_POINT_GROUP, POLICIES, Registry
-from moe_dispatch.settings import settings
 from tests.attack.harness import answer_or_refusal, attack, watched
 from tests.attack.misbehaviour import (
     CHOICES,
@@ -35,15 +34,8 @@ from tests.attack.oracle import assert_right, truth
 from tests.attack.strategies import SCALARS, SMALL_CALL, Call, make_call
 from tests.support.fakes import Honest, ranked, registered
 
+pytestmark = pytest.mark.usefixtures("fixed_policy", "no_grad")
 AREA = "backends"
-
-
-@pytest.fixture(autouse=True)
-def fixed_policy(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setenv("MOE_DISPATCH_POLICY", "fixed")
-    settings.cache_clear()
-    with torch.no_grad():
-        yield
 
 
 def ask(call: Call, **options: Any) -> Any:

@@ -15,25 +15,17 @@ from moe_dispatch.experts import _SPECS
 from moe_dispatch.machine import Machine
 from moe_dispatch.policies.learned.fit import fit_cost_model
 from moe_dispatch.problem import DType
-from moe_dispatch.settings import settings
 from moe_dispatch.workloads import ROUTINGS, Workload, make_experts
 from tests.core.test_dispatcher import LAYER, expected, make_call, ran
 from tests.support.fakes import Honest, ranked
 
+pytestmark = pytest.mark.usefixtures("fixed_policy", "no_grad")
 H200 = Machine.load("h200")
 
 
 class Probed(Honest):
     name = "probed"
     needs_probe = True
-
-
-@pytest.fixture(autouse=True)
-def fixed_policy(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setenv("MOE_DISPATCH_POLICY", "fixed")
-    settings.cache_clear()
-    with torch.no_grad():
-        yield
 
 
 @pytest.fixture(params=[torch.float64, torch.bfloat16], ids=str)

@@ -11,9 +11,8 @@ import threading
 import time
 import warnings
 import weakref
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import pytest
 import torch
@@ -56,18 +55,15 @@ from tests.support.fakes import (
     registered,
 )
 
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+pytestmark = pytest.mark.usefixtures("fixed_policy", "no_grad")
+
 LAYER = Workload("tiny", E=4, topk=2, K=64, N=32)
 MACHINES = Path(__file__).parents[1] / "machines"
 ROOT = Path(__file__).parents[2]
 Call = tuple[Tensor, ExpertWeights, Tensor, Tensor]
-
-
-@pytest.fixture(autouse=True)
-def fixed_policy(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setenv("MOE_DISPATCH_POLICY", "fixed")
-    settings.cache_clear()
-    with torch.no_grad():
-        yield
 
 
 @pytest.fixture

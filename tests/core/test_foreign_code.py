@@ -4,7 +4,7 @@ import concurrent.futures
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
@@ -33,15 +33,8 @@ from moe_dispatch.settings import settings
 from tests.core.test_dispatcher import Call, expected, make_call, ran
 from tests.support.fakes import Honest, ranked, registered
 
+pytestmark = pytest.mark.usefixtures("fixed_policy", "no_grad")
 ROOT = Path(__file__).parents[2]
-
-
-@pytest.fixture(autouse=True)
-def fixed_policy(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setenv("MOE_DISPATCH_POLICY", "fixed")
-    settings.cache_clear()
-    with torch.no_grad():
-        yield
 
 
 @pytest.fixture

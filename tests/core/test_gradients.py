@@ -19,7 +19,6 @@ from moe_dispatch.backends.reference import ReferenceBackend, ReferenceConfig
 from moe_dispatch.dispatch.gradients import Gradients, Wanted
 from moe_dispatch.machine import Machine
 from moe_dispatch.problem import Activation
-from moe_dispatch.settings import settings
 from tests.support.fakes import Honest, ranked
 
 MACHINES = Path(__file__).parents[1] / "machines"
@@ -164,12 +163,6 @@ def test_fp8_weights_give_gradients_to_hidden_states_and_weights() -> None:
         assert got is not None
         assert expected is not None
         assert error(got, expected) < 1e-5
-
-
-@pytest.fixture
-def fixed_policy(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("MOE_DISPATCH_POLICY", "fixed")
-    settings.cache_clear()
 
 
 @pytest.mark.usefixtures("fixed_policy")

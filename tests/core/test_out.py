@@ -1,6 +1,5 @@
 """`moe_forward(…, out=…)`: written once where the caller wants it, or refused by name."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -12,18 +11,11 @@ from moe_dispatch import InvalidInputError, MoEDispatchWarning, moe_forward, sta
 from moe_dispatch.backend import BackendConfig, Inputs, Run
 from moe_dispatch.dispatch.dispatcher import FAST_PATH_CALLS
 from moe_dispatch.dispatch.process import get_dispatcher
-from moe_dispatch.settings import settings
 from tests.core.test_bad_input import distributed, masked
 from tests.core.test_dispatcher import Call, expected, make_call, ran
 from tests.support.fakes import Greedy, Honest, Raising, ranked
 
-
-@pytest.fixture(autouse=True)
-def fixed_policy(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setenv("MOE_DISPATCH_POLICY", "fixed")
-    settings.cache_clear()
-    with torch.no_grad():
-        yield
+pytestmark = pytest.mark.usefixtures("fixed_policy", "no_grad")
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,21 +16,13 @@ import torch
 from moe_dispatch import Machine, MoEDispatchWarning, MoEProblem, moe_forward
 from moe_dispatch.dispatch.process import get_dispatcher, reset_dispatchers
 from moe_dispatch.dispatch.quarantine import OBEYED_FOR, SCHEMA, Quarantine, QuarantineEntry
-from moe_dispatch.settings import settings
 from tests.core.test_dispatcher import Call, make_call, ran
 from tests.support.fakes import Honest, ranked
 
+pytestmark = pytest.mark.usefixtures("fixed_policy", "no_grad")
 ROOT = Path(__file__).parents[2]
 MACHINE = Machine.load(Path(__file__).parents[1] / "machines" / "h200.json")
 PROBLEM = MoEProblem(M=4, K=64, N=32, E=4, topk=2)
-
-
-@pytest.fixture(autouse=True)
-def fixed_policy(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setenv("MOE_DISPATCH_POLICY", "fixed")
-    settings.cache_clear()
-    with torch.no_grad():
-        yield
 
 
 @pytest.fixture

@@ -1,6 +1,5 @@
 """Recovering: out of memory tries everything, and a failure that is the caller's is booked on no backend."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -14,13 +13,7 @@ from moe_dispatch.settings import settings
 from tests.core.test_dispatcher import Call, expected, make_call, ran
 from tests.support.fakes import Greedy, Honest, Raising, ranked
 
-
-@pytest.fixture(autouse=True)
-def fixed_policy(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setenv("MOE_DISPATCH_POLICY", "fixed")
-    settings.cache_clear()
-    with torch.no_grad():
-        yield
+pytestmark = pytest.mark.usefixtures("fixed_policy", "no_grad")
 
 
 class Hungry(Greedy):
