@@ -2,7 +2,7 @@
 
 import gc
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final
 
 import torch
@@ -31,20 +31,28 @@ class PointInputs:
 
     Attributes:
         inputs: Distinct inputs, each with a routing of its own.
-        references: fp32 reference outputs of the first of them.
+        references: fp32 reference outputs of the first of them, by whether activations are quantised in them; see
+            `add_references`.
     """
 
     inputs: tuple[LayerInputs, ...]
-    references: tuple[Tensor, ...]
+    references: dict[bool, tuple[Tensor, ...]] = field(default_factory=dict)
 
     @classmethod
     def draw(
         cls, problem: MoEProblem, routing: RoutingDistribution, experts: ExpertWeights, count: int
     ) -> "PointInputs":
-        """Draw `count` inputs, the same ones in every run, and compute the references."""
-        inputs = make_inputs(problem, routing, experts.device, count, SEED)
-        checked = max(1, min(len(inputs), CHECKED_TOKENS // problem.M))
-        return cls(inputs, reference_outputs(experts, inputs[:checked], tokens=CHECKED_TOKENS))
+        """Draw `count` inputs, the same ones in every run."""
+        return cls(make_inputs(problem, routing, experts.device, count, SEED))
+
+    def add_references(self, experts: ExpertWeights, *, quantized: bool) -> None:
+        """Compute the references with activations quantised or as they are, unless they are there."""
+        if quantized not in self.references:
+            M = self.inputs[0].hidden_states.shape[0]
+            checked = self.inputs[: max(1, min(len(self.inputs), CHECKED_TOKENS // M))]
+            self.references[quantized] = reference_outputs(
+                experts, checked, quantize_activations=quantized, tokens=CHECKED_TOKENS
+            )
 
     @property
     def hit_experts(self) -> float:
@@ -102,8 +110,8 @@ def check_and_time(
         try:
             with stopwatch.spending("checks"):
                 verdicts[index] = verify(
-                    candidate.call, point.inputs, point.references, tolerance=candidate.tolerance, mode=mode,
-                    deterministic=candidate.deterministic,
+                    candidate.call, point.inputs, point.references[candidate.quantized],
+                    tolerance=candidate.tolerance, mode=mode, deterministic=candidate.deterministic,
                 )  # fmt: skip
         except Exception as error:  # noqa: BLE001 - a candidate may raise anything, and loses only its own row
             fail(index, error)

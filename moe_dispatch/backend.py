@@ -117,8 +117,8 @@ class Requirements:
 class Backend(ABC):
     """One way to compute an MoE layer. Instances are shared by threads and hold no per-call state.
 
-    Class attributes to declare: `name`, `requirements`, `config_type`, `tolerance`, and for foreign libraries
-    `install_hint`.
+    Class attributes to declare: `name`, `requirements`, `config_type`, `tolerance`, for FP8
+    `quantizes_activations`, and for foreign libraries `install_hint`.
     """
 
     name: ClassVar[str]
@@ -126,6 +126,9 @@ class Backend(ABC):
     config_type: ClassVar[type[BackendConfig]] = BackendConfig
     # ‖out − ref‖ / ‖ref‖ against the fp32 reference, by weight dtype (by act_dtype where that is coarser).
     tolerance: ClassVar[Mapping[DType, float]] = {"bf16": 1e-2, "fp16": 2e-3, "fp32": 1e-3, "fp8": 2e-2}
+    # Whether activations are quantised, per token and 128 columns, where the weights are block FP8. The reference that
+    # results are compared with does the same, or it would be the quantisation's error that is measured.
+    quantizes_activations: ClassVar[bool] = True
     install_hint: ClassVar[str] = ""
     # Foreign code is probed before it is trusted: a tiny layer is run and compared with the reference.
     needs_probe: ClassVar[bool] = True

@@ -28,6 +28,7 @@ _DECLARED: Final[Mapping[str, type]] = {
     "tolerance": Mapping,
     "install_hint": str,
     "needs_probe": bool,
+    "quantizes_activations": bool,
 }
 
 Answer = TypeVar("Answer")

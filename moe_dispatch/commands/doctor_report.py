@@ -213,8 +213,13 @@ def _report(dispatcher: Dispatcher, status: BackendStatus, *, probe: bool) -> Ba
 def _probe(name: str, dtype: DType, dispatcher: Dispatcher) -> str:
     """Run a tiny layer and compare it with fp32; a sentence that begins with ``ok`` if it is right."""
     machine = dispatcher.machine
-    sample = sample_layer(PROBE.problem(PROBE_TOKENS, dtype, machine), torch.device(machine.device))
-    tolerance = dispatcher.planner.backend(name).tolerance.get(dtype, 0.0)
+    backend = dispatcher.planner.backend(name)
+    sample = sample_layer(
+        PROBE.problem(PROBE_TOKENS, dtype, machine),
+        torch.device(machine.device),
+        quantize_activations=backend.quantizes_activations,
+    )
+    tolerance = backend.tolerance.get(dtype, 0.0)
     try:
         verdict = verify(dispatched(sample.experts, name), sample.inputs, sample.truths, tolerance=tolerance)
     except MoEDispatchError as failure:

@@ -66,7 +66,8 @@ class WorkerServer:
         # Of the current token count, by routing distribution.
         self._M = 0
         self._inputs: dict[str, tuple[LayerInputs, ...]] = {}
-        self._references: dict[str, torch.Tensor] = {}
+        # The same, and by whether activations are quantised.
+        self._references: dict[tuple[str, bool], torch.Tensor] = {}
         # Of the current point. Candidates are named by their index; graphs live as long as `_turns`.
         self._mode: Mode = "eager"
         self._routings: list[str] = []
@@ -113,15 +114,20 @@ class WorkerServer:
             self._forget_tokens()
         self._M, self._mode, self._routings, self._candidates = M, mode, routings, candidates
         problem = self._layer.problem(M, self._machine)
-        missing = [routing for routing in routings if routing not in self._references]
+        missing = [routing for routing in routings if routing not in self._inputs]
         count = distinct_inputs(problem, self._machine)
         require(input_bytes(problem, count * len(missing)) if missing else 0, "the inputs", self._device)
         for routing in missing:
             self._inputs[routing] = make_inputs(problem, ROUTINGS[routing], self._device, count, seed=SEED + M)
-        if missing:
-            checked = [self._inputs[routing][0] for routing in missing]
-            references = reference_outputs(self._experts, checked, tokens=CHECKED_TOKENS)
-            self._references |= dict(zip(missing, references, strict=True))
+        for quantized in {self._quantizes(name) for name, _ in candidates}:
+            absent = [routing for routing in routings if (routing, quantized) not in self._references]
+            if absent:
+                checked = [self._inputs[routing][0] for routing in absent]
+                references = reference_outputs(
+                    self._experts, checked, quantize_activations=quantized, tokens=CHECKED_TOKENS
+                )
+                keys = [(routing, quantized) for routing in absent]
+                self._references |= dict(zip(keys, references, strict=True))
         return {}
 
     def compile(self, layer: dict[str, Any], M: int, candidate: tuple[str, dict[str, Any]]) -> dict[str, Any]:
@@ -169,7 +175,7 @@ class WorkerServer:
         verdict = verify(
             call,
             [self._inputs[routing][0] for routing in routings],
-            [self._references[routing] for routing in routings],
+            [self._references[routing, self._quantizes(backend.name)] for routing in routings],
             tolerance=tolerance,
             mode="eager" if briefly else self._mode,
             deterministic=backend.deterministic(config),
@@ -223,6 +229,11 @@ class WorkerServer:
             self._calls[candidate] = call
         return self._calls[candidate]
 
+    def _quantizes(self, name: str) -> bool:
+        """Whether a backend quantises activations of this layer, and so must its reference; True without block FP8."""
+        assert self._layer is not None  # noqa: S101 - `layer` comes first
+        return self._layer.dtype != "fp8" or self._backend(name).quantizes_activations
+
     def _turns_on(self, routing: str) -> Turns[int]:
         if routing not in self._turns:
             pool = next((turns.pool for turns in self._turns.values()), None)
@@ -239,11 +250,14 @@ class WorkerServer:
         self._M, self._inputs, self._references = 0, {}, {}
 
     def _made(self, name: str, config: dict[str, Any]) -> tuple[Backend, BackendConfig]:
+        backend = self._backend(name)
+        return backend, backend.config_type.model_validate(config)
+
+    def _backend(self, name: str) -> Backend:
         assert self._machine is not None  # noqa: S101 - `start` comes first
         if name not in self._backends:
             self._backends[name] = make_backend(name, self._machine).require()
-        backend = self._backends[name]
-        return backend, backend.config_type.model_validate(config)
+        return self._backends[name]
 
 
 def distinct_inputs(problem: MoEProblem, machine: Machine) -> int:

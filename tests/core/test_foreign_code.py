@@ -84,6 +84,7 @@ QUESTIONS = {
     "tolerance is a number": foreign(tolerance=1e-2),
     "tolerance raises": foreign(tolerance=property(raising(KeyError("bf16")))),
     "needs_probe is a string": foreign(needs_probe="yes"),
+    "quantizes_activations is a number": foreign(quantizes_activations=1),
 }
 
 

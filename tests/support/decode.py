@@ -58,7 +58,8 @@ def check_against_the_reference(case: Case, backend: Backend, config: BackendCon
     x, weights, ids = case.tokens()
     out = backend.run(x, experts, weights, ids, config)
     reference = ReferenceBackend(backend.machine)
-    truth = reference.run(x.float(), experts, weights, ids, ReferenceConfig(compute_fp32=True))
+    exact = ReferenceConfig(compute_fp32=True, quantize_activations=backend.quantizes_activations)
+    truth = reference.run(x.float(), experts, weights, ids, exact)
     error = float((out.float() - truth).norm() / truth.norm().clamp(min=1e-30))
     assert out.dtype == x.dtype
     assert error <= TOLERANCE[case.dtype]
