@@ -15,6 +15,8 @@ from moe_dispatch.numerics import FP8_MAX, SMALLEST_AMAX, SWIGLU_OAI_ALPHA, SWIG
 # the carry, and where kernels are lowered for a device before sm_90 (see `moe_fp8_codes`) while they run on a newer
 # one, so that the device's own capability does not tell.
 _ROUNDS_BADLY = tl.constexpr(interpreting() or lowers_for("sm80", "sm86", "sm89"))
+# Where e4m3 is no type of its own, or is lowered for a device on which it is none.
+_LACKS_E4M3 = tl.constexpr(interpreting() or lowers_for("sm80", "sm86"))
 _ALPHA = tl.constexpr(SWIGLU_OAI_ALPHA)
 _LIMIT = tl.constexpr(SWIGLU_OAI_LIMIT)
 _FP8_MAX = tl.constexpr(FP8_MAX)
@@ -140,6 +142,20 @@ def moe_fp8_codes(values, scale):
         quotient = values * inverse
         codes = tl.fma(tl.fma(-quotient, scale, values), inverse, quotient)
     return codes.to(tl.float8e4nv)
+
+
+@triton.jit
+def moe_e4m3_to_fp32(codes):
+    """The values, exact, of e4m3 codes that are given as uint8; also where a device or Triton lacks the type."""
+    if _LACKS_E4M3 or not tl.target_info.cuda_capability_geq(8, 9):
+        bits = codes.to(tl.int32)
+        # Exponent and mantissa at the places of fp32's, whose bias is 120 greater; subnormals stay what they are.
+        magnitude = ((bits & 0x7F) << 20).to(tl.float32, bitcast=True) * 1.329227995784916e36  # 2^120
+        magnitude = tl.where((bits & 0x7F) == 0x7F, float("nan"), magnitude)
+        values = tl.where(bits > 0x7F, -magnitude, magnitude)
+    else:
+        values = codes.to(tl.float8e4nv, bitcast=True).to(tl.float32)
+    return values
 
 
 @triton.jit

@@ -1,11 +1,8 @@
 """Decode with hardly a token per expert: what counts is to start soon and to read weights at full bandwidth."""
 
-import torch
 from torch import Tensor
 
 from moe_dispatch.backend import BackendConfig
-from moe_dispatch.backends.stages.activate_partial import activate_partial
-from moe_dispatch.backends.stages.quantize import quantize_rows
 from moe_dispatch.backends.triton_common.backend import TritonBackend
 from moe_dispatch.backends.triton_vector.config import (
     TritonVectorConfig,
@@ -15,6 +12,7 @@ from moe_dispatch.backends.triton_vector.config import (
 )
 from moe_dispatch.backends.triton_vector.down import vector_down
 from moe_dispatch.backends.triton_vector.gate_up import vector_gate_up
+from moe_dispatch.backends.triton_vector.layer import ARRIVAL_BYTES, cleared_arrivals, vector_layer
 from moe_dispatch.errors import InvalidInputError
 from moe_dispatch.experts import ExpertWeights
 from moe_dispatch.problem import ELEMENT_BYTES, MoEProblem
@@ -29,11 +27,13 @@ class TritonVectorBackend(TritonBackend):
     Weights go from memory straight to registers, which starts faster than a pipeline through shared memory. Slots that
     share an expert read its weights once each. Deterministic: a token's experts are added in the order of its slots.
 
-    Block FP8 quantises hidden_states before and the intermediate between the products, each once.
+    With block FP8 weights, hidden_states and the intermediate are not quantised: the products are those of dequantised
+    weights, in fp32.
     """
 
     name = "triton_vector"
     config_type = TritonVectorConfig
+    quantizes_activations = False
 
     def further_reasons(self, problem: MoEProblem) -> tuple[str, ...]:
         """See `Backend.further_reasons`."""
@@ -50,12 +50,10 @@ class TritonVectorBackend(TritonBackend):
         """See `Backend.configs`."""
         return candidate_configs(problem, self._features)
 
-    def workspace_bytes(self, problem: MoEProblem, config: BackendConfig) -> int:  # noqa: ARG002
+    def workspace_bytes(self, problem: MoEProblem, config: BackendConfig) -> int:
         """See `Backend.workspace_bytes`."""
-        needed = problem.slots * problem.N * ELEMENT_BYTES[problem.dtype]
-        if problem.dtype == "fp8":
-            needed += problem.M * problem.K + 4 * problem.slots * problem.gate_up_rows
-        return needed
+        arrivals = problem.M * ARRIVAL_BYTES if isinstance(config, TritonVectorConfig) and config.one_launch else 0
+        return problem.slots * problem.N * ELEMENT_BYTES[problem.act_dtype] + arrivals
 
     def run_into(
         self,
@@ -69,15 +67,11 @@ class TritonVectorBackend(TritonBackend):
         """See `Backend.run_into`."""
         if not isinstance(config, TritonVectorConfig):
             raise InvalidInputError(f"triton_vector takes a TritonVectorConfig, got {type(config).__name__}")
-        S, N = topk_ids.numel(), experts.N
-        if experts.dtype == "fp8":
-            codes, scale = quantize_rows(hidden_states, pdl=config.pdl)
-            parts = 2 if experts.gated else 1
-            partial = torch.empty(1, parts, S, N, dtype=torch.float32, device=hidden_states.device)
-            vector_gate_up(codes, scale, experts, topk_ids, partial, config)
-            inner, inner_scale = activate_partial(partial, experts, topk_ids, pdl=config.pdl)
+        inner = hidden_states.new_empty(topk_ids.numel(), experts.N)
+        if config.one_launch:
+            arrivals = cleared_arrivals(topk_ids.shape[0], hidden_states.device, pdl=config.pdl)
+            vector_layer(hidden_states, experts, topk_weights, topk_ids, inner, arrivals, out, config)
         else:
-            inner, inner_scale = hidden_states.new_empty(S, N), None
-            vector_gate_up(hidden_states, None, experts, topk_ids, inner, config)
-        vector_down(inner, inner_scale, experts, topk_weights, topk_ids, out, config)
+            vector_gate_up(hidden_states, experts, topk_ids, inner, config)
+            vector_down(inner, experts, topk_weights, topk_ids, out, config)
         return out

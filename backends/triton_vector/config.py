@@ -35,6 +35,8 @@ class TritonVectorConfig(BackendConfig):
         down_columns: Columns of N that it has in flight for each expert.
         down_experts: Experts of a token whose weights it has in flight at once.
         down_warps: Warps of such a CTA.
+        one_launch: Both products in one launch, which waits for each token's intermediate instead of for the first
+            product. `warps` then holds for both.
         pdl: Programmatic dependent launch (sm_90 and newer).
     """
 
@@ -45,6 +47,7 @@ class TritonVectorConfig(BackendConfig):
     down_columns: Literal[128, 256, 512, 1024, 2048] = 1024
     down_experts: Literal[1, 2, 4, 8] = 1
     down_warps: Literal[1, 2, 4, 8] = 4
+    one_launch: bool = False
     pdl: bool = False
 
 

@@ -11,7 +11,10 @@ import torch
 from moe_dispatch.backend import BackendConfig
 from moe_dispatch.backends.triton_vector.backend import MOST_SLOTS, TritonVectorBackend
 from moe_dispatch.backends.triton_vector.config import TritonVectorConfig, shared_memory_bytes
+from moe_dispatch.backends.triton_vector.down import vector_down
+from moe_dispatch.backends.triton_vector.layer import ARRIVAL_BYTES, vector_layer
 from moe_dispatch.errors import InvalidInputError
+from moe_dispatch.experts import ExpertWeights
 from moe_dispatch.machine import Machine
 from moe_dispatch.policies.rules import VECTOR_FP8_BYTES, vector_suits
 from moe_dispatch.problem import DType
@@ -53,6 +56,48 @@ CASES = [
 ]
 
 
+# In one launch: what each of a token's tiles adds to its counter, in cases that are quickly interpreted.
+JOINED = {
+    "one token, chunks", "odd count, chunks", "no slot has a valid id, chunks", "all slots to one expert, chunks",
+    "odd K and N, chunks", "relu2, chunks", "fp8, ungated, chunks",
+}  # fmt: skip
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="runs in Triton's interpreter")
+@pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.parametrize("case", [case for case in CASES if str(case) in JOINED], ids=str)
+def test_one_launch_gives_the_same_bits_and_leaves_its_counters_at_zero(case: Case) -> None:
+    backend, experts, (x, weights, ids) = TritonVectorBackend(Machine.inspect("cpu")), case.experts(), case.tokens()
+    two = TritonVectorConfig.model_validate(case.config)
+    one = two.model_copy(update={"one_launch": True})
+    expected = backend.run(x, experts, weights, ids, two)
+    assert torch.equal(backend.run(x, experts, weights, ids, one), expected)
+    inner, out = x.new_empty(ids.numel(), experts.N), torch.empty_like(x)
+    arrivals = torch.zeros(case.M, ARRIVAL_BYTES // 4, dtype=torch.int32)
+    for _ in range(2):
+        vector_layer(x, experts, weights, ids, inner, arrivals, out, one, cleared_before=False)
+        assert torch.equal(out, expected)
+        assert not arrivals.any()
+        out.fill_(torch.nan)
+
+
+def test_the_cases_in_one_launch_exist() -> None:
+    assert {str(case) for case in CASES} >= JOINED
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="runs in Triton's interpreter")
+def test_every_e4m3_code_is_converted_exactly() -> None:
+    """Each is a weight of a down projection with one column, so that the output is its value."""
+    codes = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn)
+    experts = ExpertWeights(
+        torch.ones(1, 1, 256).to(torch.float8_e4m3fn), codes.view(1, 256, 1), activation="relu2",
+        gate_up_scale=torch.ones(1, 1, 2), down_scale=torch.ones(1, 2, 1),
+    )  # fmt: skip
+    out, ids = torch.empty(1, 256), torch.zeros(1, 1, dtype=torch.int32)
+    vector_down(torch.ones(1, 1), experts, torch.ones(1, 1), ids, out, TritonVectorConfig(down_rows=32))
+    torch.testing.assert_close(out[0], codes.float(), rtol=0, atol=0, equal_nan=True)
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="runs in Triton's interpreter")
 @pytest.mark.usefixtures("poisoned_memory")
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -92,9 +137,10 @@ def test_the_rules_know_where_down_reads_all_experts_at_once(topk: int, N: int) 
 def test_workspace_is_what_the_launches_leave_behind() -> None:
     backend = TritonVectorBackend(described(90))
     bf16, fp8 = (WORKLOADS["qwen3-30b-a3b"].problem(2, dtype, backend.machine) for dtype in ("bf16", "fp8"))
-    S, N, K = 16, bf16.N, bf16.K
-    assert backend.workspace_bytes(bf16, TritonVectorConfig()) == S * N * 2
-    assert backend.workspace_bytes(fp8, TritonVectorConfig()) == S * N + 2 * K + S * 2 * N * 4
+    S, N = 16, bf16.N
+    for problem in (bf16, fp8):
+        assert backend.workspace_bytes(problem, TritonVectorConfig()) == S * N * 2
+        assert backend.workspace_bytes(problem, TritonVectorConfig(one_launch=True)) == S * N * 2 + 2 * ARRIVAL_BYTES
 
 
 def test_many_slots_are_declined_with_the_limit() -> None:
@@ -114,7 +160,7 @@ def test_another_backends_configuration_is_refused() -> None:
 
 
 def launch_defaults(capability: int, dtype: DType, *, every: bool) -> Iterator[Launch]:
-    """The defaults of the named workloads, with one problem for each; every one, or the first."""
+    """The defaults of the named workloads, with one problem for each, in two launches and in one; all, or the first."""
     backend = TritonVectorBackend(described(capability))
     seen = set()
     for workload in WORKLOADS.values():
@@ -125,7 +171,8 @@ def launch_defaults(capability: int, dtype: DType, *, every: bool) -> Iterator[L
             if key not in seen:
                 seen.add(key)
                 note = {"bound": shared_memory_bytes(config)}
-                yield Launch(partial(backend.run, *unwritten_layer(replace(problem, M=1)), config), note)
+                for tiles in (config, config.model_copy(update={"one_launch": True})):
+                    yield Launch(partial(backend.run, *unwritten_layer(replace(problem, M=1)), tiles), note)
                 if not every:
                     return
 
@@ -136,7 +183,8 @@ def launch_defaults(capability: int, dtype: DType, *, every: bool) -> Iterator[L
 def test_defaults_compile(capability: int, dtype: DType, every: bool) -> None:
     kernels = compile_launches(launch_defaults, capability, dtype=dtype, every=every)
     products = [built for built in kernels if built.name.startswith("_moe_vector")]
-    assert {built.name for built in products} == {"_moe_vector_gate_up_kernel", "_moe_vector_down_kernel"}
+    names = {"_moe_vector_gate_up_kernel", "_moe_vector_down_kernel", "_moe_vector_layer_kernel"}
+    assert {built.name for built in products} == names
     for built in kernels:
         assert built.pdl == (capability >= 90), built
         assert built.stack <= FEW_SPILLS, built
