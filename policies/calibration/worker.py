@@ -232,7 +232,12 @@ class WorkerServer:
     def _quantizes(self, name: str) -> bool:
         """Whether a backend quantises activations of this layer, and so must its reference; True without block FP8."""
         assert self._layer is not None  # noqa: S101 - `layer` comes first
-        return self._layer.dtype != "fp8" or self._backend(name).quantizes_activations
+        if self._layer.dtype != "fp8":
+            return True
+        try:
+            return self._backend(name).quantizes_activations
+        except Exception:  # noqa: BLE001 - a backend that cannot be made says so when its candidates are launched
+            return True
 
     def _turns_on(self, routing: str) -> Turns[int]:
         if routing not in self._turns:
