@@ -119,7 +119,6 @@ def test_a_damaged_packed_file_is_refused(tmp_path: Path) -> None:
             row_files.load([path])
 
 
-@pytest.mark.timeout(20)
 @pytest.mark.parametrize("make", [os.mkfifo, lambda path: path.symlink_to("/dev/zero")], ids=["a FIFO", "/dev/zero"])
 def test_what_is_no_regular_file_is_refused_at_once(make: Callable[[Path], object], tmp_path: Path) -> None:
     """Neither is waited for, nor read until the memory is full."""
