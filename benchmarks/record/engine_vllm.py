@@ -183,7 +183,10 @@ def main() -> None:
     engines: list[Engine] = []
     try:
         engines += [Engine(arguments, plugin=plugin, deadline=deadline) for plugin in (False, True)]
-        report.add({"start_s": {str(engine.plugin): engine.receive()["started_s"] for engine in engines}})
+        started = [engine.receive() for engine in engines]
+        report.add({"origin": started[0]["origin"], "dtype": arguments.dtype, "layers": arguments.layers})
+        seconds = {str(engine.plugin): start["started_s"] for engine, start in zip(engines, started, strict=True)}
+        report.add({"start_s": seconds})
         report.add(engines[1].ask("plans"))
         if arguments.profile:
             profile(engines, report, arguments.profile)
