@@ -111,7 +111,7 @@ def measured(
         def spread(part: ShardedExperts = part) -> Tensor:
             return moe_forward(arguments[0], part, arguments[1], arguments[2])
 
-        raced = ep.warm_up(part, topk=layer.topk, tokens=[M], act_dtype=hidden.dtype)
+        compared = ep.warm_up(part, topk=layer.topk, tokens=[M], act_dtype=hidden.dtype)
         with ep.tokens_per_rank(M):
             outs = {"eager": spread()}
             times = {"eager": clock.us(spread)}
@@ -123,7 +123,7 @@ def measured(
             yield {
                 "layer": layer.name, "dtype": dtype, "M": M, "ranks": size, "mode": mode, "exchange": name,
                 "us": us, "one_gpu_us": single[mode], "speedup": single[mode] / us, "error": error,
-                "raced_us": raced[0].us,
+                "compared_us": compared[0].us,
             }  # fmt: skip
 
 
