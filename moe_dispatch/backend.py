@@ -18,9 +18,10 @@ import pydantic
 import torch
 from torch import Tensor
 
+from moe_dispatch.activations import KINDS, kind
 from moe_dispatch.experts import ExpertWeights
 from moe_dispatch.machine import Machine
-from moe_dispatch.problem import ACTIVATIONS, Activation, DType, MoEProblem
+from moe_dispatch.problem import DType, MoEProblem
 
 Capability = tuple[int, int]
 Inputs = tuple[Tensor, ExpertWeights, Tensor, Tensor]  # hidden_states, experts, topk_weights, topk_ids
@@ -46,7 +47,7 @@ class Requirements:
     Attributes:
         dtypes: Weight dtypes, each with the least CUDA compute capability that it needs.
         act_dtypes: Dtypes of hidden_states.
-        activations: See `MoEProblem`.
+        activations: Those of `moe_dispatch.activations.KINDS`; ``"swiglu"`` is SwiGLU with parameters.
         cpu: Whether it runs on CPU tensors.
         bias: Whether the projections may add a bias.
         interleaved: Whether gate and up rows may alternate.
@@ -60,7 +61,7 @@ class Requirements:
 
     dtypes: Mapping[DType, Capability]
     act_dtypes: frozenset[DType] = frozenset({"bf16", "fp16"})
-    activations: frozenset[Activation] = frozenset(ACTIVATIONS)
+    activations: frozenset[str] = KINDS
     cpu: bool = False
     bias: bool = False
     interleaved: bool = False
@@ -109,7 +110,7 @@ class Requirements:
         return ""
 
     def _activation_reason(self, problem: MoEProblem) -> str:
-        if problem.activation in self.activations:
+        if kind(problem.activation) in self.activations:
             return ""
         return f"computes {', '.join(sorted(self.activations))}, got activation {problem.activation}"
 

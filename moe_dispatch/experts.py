@@ -9,10 +9,11 @@ from typing import Any, Final, Self
 import torch
 from torch import Tensor, nn
 
+from moe_dispatch.activations import UNGATED, Activation, canonical
 from moe_dispatch.checkpoints import stack_experts
 from moe_dispatch.errors import InvalidInputError
 from moe_dispatch.numerics import FP8, quantize_blocks
-from moe_dispatch.problem import ACTIVATIONS, QUANT_BLOCK, UNGATED, Activation, DType, Mode, MoEProblem
+from moe_dispatch.problem import QUANT_BLOCK, DType, Mode, MoEProblem
 from moe_dispatch.tensor_memory import address, tensor_fault
 
 DTYPE_NAMES: Final[dict[torch.dtype, DType]] = {
@@ -78,8 +79,7 @@ class ExpertWeights:
         interleaved: bool = False,
         routed_experts: int | None = None,
     ) -> None:
-        if activation not in ACTIVATIONS:
-            raise InvalidInputError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
+        activation = canonical(activation)
         gated = activation not in UNGATED
         if not isinstance(interleaved, bool):
             raise InvalidInputError(f"interleaved must be True or False, got {type(interleaved).__name__}")

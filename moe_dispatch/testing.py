@@ -18,12 +18,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from moe_dispatch.activations import Activation
 from moe_dispatch.backend import Backend, BackendConfig
 from moe_dispatch.backends.reference import ReferenceBackend, ReferenceConfig
 from moe_dispatch.dispatch.checks import result_fault
 from moe_dispatch.experts import ExpertWeights
 from moe_dispatch.machine import Machine
-from moe_dispatch.problem import Activation, DType, Mode, MoEProblem
+from moe_dispatch.problem import DType, Mode, MoEProblem
 from moe_dispatch.workloads import ROUTINGS, Workload, make_experts, torch_dtype
 
 
@@ -109,6 +110,8 @@ ACTIVATIONS = {
     "gelu": Case(activation="gelu"),
     "gelu_tanh": Case(activation="gelu_tanh"),
     "relu2, no gate": Case(activation="relu2"),
+    "clamped silu": Case(activation="swiglu(limit=0.5)"),
+    "every parameter of swiglu": Case(activation="swiglu(alpha=1.5,limit=2,shift=0.5,gate_cap=2,up_cap=3)"),
     "silu with biases": Case(bias=True),
     "silu, interleaved": Case(interleaved=True),
     "gpt-oss": Case(activation="swiglu_oai", bias=True, interleaved=True, topk=4),

@@ -5,9 +5,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from moe_dispatch.activations import UNGATED, Activation
 from moe_dispatch.errors import InvalidInputError, UnknownNameError
 from moe_dispatch.model_config import configured_layer
-from moe_dispatch.problem import UNGATED, Activation, DType, Mode, MoEProblem
+from moe_dispatch.problem import DType, Mode, MoEProblem
 from moe_dispatch.system.files import read_json
 
 if TYPE_CHECKING:

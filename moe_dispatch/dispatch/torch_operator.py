@@ -10,14 +10,14 @@ of the process that compiled it.
 
 import weakref
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Final, NamedTuple, cast, get_args
+from typing import Any, Final, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
+from moe_dispatch.activations import Activation
 from moe_dispatch.dispatch.gradients import Gradients, Wanted, is_any_recorded
 from moe_dispatch.experts import ExpertWeights
-from moe_dispatch.problem import Activation
 
 Run = Callable[[Tensor, ExpertWeights, Tensor, Tensor, str | None, Tensor | None], Tensor]
 RunDifferentiable = Callable[[Tensor, ExpertWeights, Tensor, Tensor], Tensor]
@@ -315,7 +315,7 @@ def _wrap(
         down_scale=down_scale,
         gate_up_bias=gate_up_bias,
         down_bias=down_bias,
-        activation=_activation(activation),
+        activation=activation,
         interleaved=interleaved,
         routed_experts=routed_experts,
     )
@@ -326,8 +326,3 @@ def _identity(tensor: Tensor | None) -> tuple[object, ...] | None:
     if tensor is None:
         return None
     return tensor.data_ptr(), tensor.shape, tensor.dtype, tensor.is_contiguous()
-
-
-def _activation(name: str) -> Activation:
-    assert name in get_args(Activation)  # noqa: S101 - it comes from a checked ExpertWeights
-    return cast("Activation", name)

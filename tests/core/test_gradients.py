@@ -13,12 +13,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
 from moe_dispatch import ExpertWeights, MoEDispatchWarning, explain, moe_forward, stats
+from moe_dispatch.activations import Activation
 from moe_dispatch.backends import backward as backward_module
 from moe_dispatch.backends.backward import by_expert, grouped
 from moe_dispatch.backends.reference import ReferenceBackend, ReferenceConfig
 from moe_dispatch.dispatch.gradients import Gradients, Wanted
 from moe_dispatch.machine import Machine
-from moe_dispatch.problem import Activation
 from tests.support.fakes import Honest, ranked
 
 MACHINES = Path(__file__).parents[1] / "machines"
@@ -62,6 +62,7 @@ LAYERS = (
     Layer("gelu", bias=True),
     Layer("gelu_tanh", interleaved=True),
     Layer("swiglu_oai", bias=True, interleaved=True, scale=8.0),  # beyond the limits of its clamps
+    Layer("swiglu(alpha=1.5,limit=3,shift=0.5,gate_cap=2,up_cap=4)", scale=4.0),
     Layer("relu2", bias=True),
 )
 
