@@ -53,6 +53,8 @@ class Engine:
         }
         # DeepGEMM compiles what the workloads' first runs need; all that it might need takes it minutes.
         environment.setdefault("VLLM_DEEP_GEMM_WARMUP", "skip")
+        # From 0.26 on, vLLM does not start with the FlashInfer sampler where FlashInfer is not installed.
+        environment.setdefault("VLLM_USE_FLASHINFER_SAMPLER", "0")
         self._log = Path(arguments.logs) / f"engine-{name}.log"
         with self._log.open("w") as log:
             self._process = subprocess.Popen(
