@@ -51,6 +51,7 @@ class Requirements:
         cpu: Whether it runs on CPU tensors.
         bias: Whether the projections may add a bias.
         interleaved: Whether gate and up rows may alternate.
+        transposed: Whether the experts may be stored by columns.
         grad: Whether torch can differentiate its operations one by one, see `MoEProblem.needs_grad`. A call that is
             recorded for a backward does not need it.
         capturable: Whether it may run while a CUDA graph is captured.
@@ -65,6 +66,7 @@ class Requirements:
     cpu: bool = False
     bias: bool = False
     interleaved: bool = False
+    transposed: bool = False
     grad: bool = False
     capturable: bool = True
     libraries: tuple[str, ...] = ()
@@ -79,6 +81,7 @@ class Requirements:
             self._activation_reason(problem),
             "adds no bias" if problem.bias and not self.bias else "",
             "needs gate rows first, got interleaved rows" if problem.interleaved and not self.interleaved else "",
+            "reads weights stored [out, in], got [in, out]" if problem.transposed and not self.transposed else "",
             "has no gradient of its own; only 'reference' has one" if problem.needs_grad and not self.grad else "",
             "cannot be captured in a CUDA graph" if problem.mode == "graph" and not self.capturable else "",
         )

@@ -43,6 +43,8 @@ class MoEProblem:
             of its own is a string such as ``"swiglu(limit=10)"``, see `moe_dispatch.activations.SwiGLU`.
         bias: Whether both projections add a bias.
         interleaved: Whether gate and up rows alternate (gpt-oss) instead of gate rows first.
+        transposed: Whether each expert's matrices are stored by columns, as ``[K, 2N]`` and ``[N, K]`` (the checkpoints
+            of gpt-oss), and to be read in place.
         device: ``"cuda"`` or ``"cpu"``.
         capability: CUDA compute capability, None on a CPU.
         mode: ``"graph"`` while a CUDA graph is captured.
@@ -63,6 +65,7 @@ class MoEProblem:
     activation: Activation = "silu"
     bias: bool = False
     interleaved: bool = False
+    transposed: bool = False
     device: str = "cuda"
     capability: tuple[int, int] | None = (9, 0)
     mode: Mode = "eager"
@@ -84,7 +87,7 @@ class MoEProblem:
                 "are block FP8; convert one of them"
             )
         object.__setattr__(self, "activation", canonical(self.activation))
-        for name in ("bias", "interleaved", "needs_grad"):
+        for name in ("bias", "interleaved", "transposed", "needs_grad"):
             if not isinstance(getattr(self, name), bool):
                 raise InvalidInputError(f"{name} must be True or False, got {getattr(self, name)!r}")
         if self.interleaved and not self.gated:
