@@ -97,7 +97,7 @@ def steps(model: Any, tokens: int, device: str) -> dict[str, Callable[[], None]]
     return {"recorded forward": forward, "forward and backward": forward_and_backward}
 
 
-def measure(step: Callable[[], None], device: str) -> Row:
+def measure(step: Callable[[], object], device: str) -> Row:
     """Milliseconds and peak memory of a step; a reason in their place where memory does not suffice."""
     cuda = device == "cuda"
     synchronize: Callable[[], None] = torch.cuda.synchronize if cuda else (lambda: None)

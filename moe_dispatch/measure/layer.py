@@ -45,7 +45,9 @@ def sample_layer(
         seed: The same seed gives the same routings on every device.
     """
     generator = torch.Generator(device).manual_seed(seed)
-    experts = make_experts(problem, problem.dtype, device, generator, act_dtype=problem.act_dtype)
+    experts = make_experts(
+        problem, problem.dtype, device, generator, act_dtype=problem.act_dtype, transposed=problem.transposed
+    )
     return with_truths(experts, make_inputs(problem, routing, device, count, seed))
 
 
