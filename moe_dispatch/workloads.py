@@ -1,13 +1,15 @@
 """Named models and routing distributions, shared by tests, benchmarks and calibration."""
 
 import dataclasses
+import functools
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from moe_dispatch.activations import UNGATED, Activation
 from moe_dispatch.errors import InvalidInputError, UnknownNameError
 from moe_dispatch.model_config import configured_layer
-from moe_dispatch.problem import UNGATED, Activation, DType, Mode, MoEProblem
+from moe_dispatch.problem import DType, Mode, MoEProblem
 from moe_dispatch.system.files import read_json
 
 if TYPE_CHECKING:
@@ -135,6 +137,8 @@ def make_experts(
     device: "torch.device | str",
     generator: "torch.Generator | None" = None,
     act_dtype: DType | None = None,
+    *,
+    transposed: bool = False,
 ) -> "ExpertWeights":
     """Random expert weights of a layer, scaled so that the output is of the input's size.
 
@@ -144,6 +148,7 @@ def make_experts(
         device: Device of the weights.
         generator: A generator on `device`; torch's default if None.
         act_dtype: Dtype of the biases where the weights are FP8; BF16 if None.
+        transposed: Whether to store them by columns, see `ExpertWeights`; FP8 weights never are.
     """
     import torch
 
@@ -163,7 +168,12 @@ def make_experts(
     biases = (
         (draw(layer.E, rows, scale=0.1), draw(layer.E, layer.K, scale=0.1)) if layer.bias else (None, None)
     )  # fmt: skip
-    build = ExpertWeights.quantize if dtype == "fp8" else ExpertWeights
+    if dtype == "fp8":
+        build = ExpertWeights.quantize
+    else:
+        build = functools.partial(ExpertWeights, transposed=transposed)
+        if transposed:
+            gate_up, down = (weight.mT.contiguous().mT for weight in (gate_up, down))
     return build(
         gate_up, down, gate_up_bias=biases[0], down_bias=biases[1], activation=layer.activation,
         interleaved=layer.interleaved,

@@ -233,11 +233,11 @@ class Session:
             )
         return self.exchanges[name]
 
-    def settle(self, kind: CallKind, name: str) -> None:
+    def keep_choice(self, kind: CallKind, name: str) -> None:
         """Choose an exchange for a kind of call from now on. Every rank does so with the same arguments."""
         self._chosen[bucket(kind)] = name
 
-    def was_settled(self, kind: CallKind) -> bool:
+    def was_measured(self, kind: CallKind) -> bool:
         """Whether `warm_up` chose an exchange for a kind of call."""
         return bucket(kind) in self._chosen
 
