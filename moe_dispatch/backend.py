@@ -168,6 +168,13 @@ class Backend(ABC):
         """Whether the same inputs give the same bits every time."""
         return True
 
+    def quantizes_activations(self, problem: MoEProblem) -> bool:  # noqa: ARG002
+        """Whether FP8 weights meet quantised activations here; the reference that the result is judged by does as much.
+
+        Of no consequence for other weights.
+        """
+        return True
+
     def measured_versions(self) -> dict[str, str]:
         """The versions that a measurement of this backend depends on. A change of any of them retires it."""
         return {library: self.machine.libraries.get(library, "") for library in self.requirements.libraries}
