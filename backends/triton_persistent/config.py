@@ -8,6 +8,7 @@ import pydantic
 from moe_dispatch.backend import BackendConfig
 from moe_dispatch.backends.stages.combine import rows_dtype
 from moe_dispatch.backends.triton_common.features import Features
+from moe_dispatch.backends.triton_common.quantization import quantization_of
 from moe_dispatch.problem import ELEMENT_BYTES, QUANT_BLOCK, MoEProblem
 from moe_dispatch.workloads import torch_dtype
 
@@ -21,7 +22,7 @@ class TritonPersistentConfig(BackendConfig):
         block_m: Rows of a tile.
         block_n: Columns of a tile of gate and of up, each; 64 or 128 for FP8.
         down_block_n: Columns of a tile of the second product.
-        block_k: Depth of one step of the product's loop. FP8 always takes 128, the width of a block of scales.
+        block_k: Depth of one step of the product's loop. Block FP8 always takes 128, the width of a block of scales.
         num_warps: Warps of a program.
         num_stages: Steps whose operands are in flight.
         ctas_per_sm: Programs of the wave on each streaming multiprocessor.
@@ -75,7 +76,8 @@ class TritonPersistentConfig(BackendConfig):
             wgmma: See `Features.wgmma`.
         """
         wide = max((2 if problem.gated else 1) * self.block_n, self.down_block_n)
-        stage = (self.block_m + wide) * self.block_k * ELEMENT_BYTES[problem.dtype]
+        activations = self.block_m * quantization_of(problem).activation_bytes(problem.act_dtype)
+        stage = (activations + wide * ELEMENT_BYTES[problem.dtype]) * self.block_k
         # Without wgmma, which reads shared memory while it runs, the stage being multiplied is in registers.
         stages = stage * (self.num_stages if wgmma else self.num_stages - 1)
         row_bytes = rows_dtype(torch_dtype(problem.act_dtype)).itemsize

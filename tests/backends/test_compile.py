@@ -35,7 +35,9 @@ class Device:
 
 DEVICES = [
     Device(80, "bf16"),
+    Device(80, "fp8"),
     Device(86, "bf16"),
+    Device(86, "fp8"),
     Device(89, "fp8"),
     Device(89, "bf16"),
     Device(90, "bf16"),
@@ -79,7 +81,7 @@ def launch_defaults(capability: int, dtype: DType, *, every: bool) -> Iterator[L
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-@pytest.mark.parametrize(("capability", "dtype", "every"), devices(fp16=True))
+@pytest.mark.parametrize(("capability", "dtype", "every"), devices(fp16=True, dequantizes=True))
 def test_defaults_compile_and_fit(capability: int, dtype: DType, every: bool) -> None:
     kernels = compile_launches(launch_defaults, capability, dtype=dtype, every=every)
     for built in kernels:
