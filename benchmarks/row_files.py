@@ -1,7 +1,12 @@
-"""JSON Lines files of benchmark rows: one row a line as `moe-dispatch bench` writes them, or packed (`packed`)."""
+"""JSON Lines files of benchmark rows: one row a line as `moe-dispatch bench` writes them, or packed (`packed`).
 
+A name that ends with ``.gz`` is that of a compressed file, as the repository's own record has them.
+"""
+
+import gzip
 import json
 import os
+import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Final
@@ -14,6 +19,7 @@ from moe_dispatch.errors import InvalidInputError
 from moe_dispatch.system.files import read_bytes
 
 MAX_BYTES: Final = 128 << 20  # A sweep of seven models at fifteen token counts takes about 1 MiB.
+_GZIP: Final = 16 + zlib.MAX_WBITS  # For zlib: the data has gzip's head and check sum.
 
 
 def append(path: Path, row: BenchRow) -> None:
@@ -31,7 +37,7 @@ def append(path: Path, row: BenchRow) -> None:
 
 
 def load(paths: Iterable[Path]) -> list[BenchRow]:
-    """Read rows from files, and from every ``.jsonl`` file of rows in folders.
+    """Read rows from files, and from every ``.jsonl`` and ``.jsonl.gz`` file of rows in folders.
 
     A later row replaces an earlier one of the same key and machine. Other records in a folder (JSON Lines that begin
     with another kind of object) are passed over.
@@ -51,9 +57,10 @@ def load(paths: Iterable[Path]) -> list[BenchRow]:
 
 
 def _files_below(folder: Path) -> list[Path]:
-    """The ``.jsonl`` files of a folder. What may not be listed, or is removed meanwhile, has none."""
+    """The files of rows in a folder. What may not be listed, or is removed meanwhile, has none."""
     walk = os.walk(folder)  # `Path.rglob` raises where a folder goes away under it
-    return sorted(Path(parent, name) for parent, _, names in walk for name in names if name.endswith(".jsonl"))
+    suffixes = (".jsonl", ".jsonl.gz")
+    return sorted(Path(parent, name) for parent, _, names in walk for name in names if name.endswith(suffixes))
 
 
 def timed_keys(path: Path) -> set[RowKey]:
@@ -66,11 +73,35 @@ def timed_keys(path: Path) -> set[RowKey]:
 
 def _lines(path: Path) -> list[str]:
     try:
-        return read_bytes(path, limit=MAX_BYTES).decode().splitlines()
-    except (OSError, UnicodeDecodeError) as error:
+        content = read_bytes(path, limit=MAX_BYTES)
+        return (_decompressed(content) if path.suffix == ".gz" else content).decode().splitlines()
+    except (OSError, ValueError) as error:
         raise InvalidInputError(
             f"{path} cannot be read ({error}); give .jsonl files of `moe-dispatch bench`"
         ) from error
+
+
+def compressed(text: str) -> bytes:
+    """Text as the content of a ``.gz`` file; the same text gives the same bytes."""
+    return gzip.compress(text.encode(), mtime=0)
+
+
+def _decompressed(content: bytes) -> bytes:
+    """What `compressed` was given.
+
+    Raises:
+        ValueError: The content is damaged, cut off, or larger than `MAX_BYTES` when decompressed.
+    """
+    decompressor = zlib.decompressobj(_GZIP)
+    try:
+        text = decompressor.decompress(content, MAX_BYTES)
+    except zlib.error as error:
+        raise ValueError(str(error)) from error
+    if decompressor.unconsumed_tail:
+        raise ValueError(f"it has more than {MAX_BYTES:,} bytes when decompressed")
+    if not decompressor.eof:
+        raise ValueError("it is cut off")
+    return text
 
 
 def _is_other_record(lines: list[str]) -> bool:

@@ -18,9 +18,10 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 from moe_dispatch.dispatch.process import reset_dispatchers
 from moe_dispatch.settings import settings
-from tests.support.interpreter import correct_interpreter
+from tests.support.interpreter import correct_interpreter, quicken_interpreter
 
 correct_interpreter()
+quicken_interpreter()
 
 if os.environ.get("MOE_DISPATCH_MACHINE"):
     collect_ignore = ["test_compile_ahead.py", "test_policy_files.py"]  # of this CPU, which is not described then

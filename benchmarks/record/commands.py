@@ -43,18 +43,19 @@ def agree(
 
 def pack(
     inputs: Annotated[list[Path], typer.Argument(help=".jsonl files or folders of rows; .json files of calibrations.")],
-    out: Annotated[Path, typer.Option(help="Packed file to write.")],
+    out: Annotated[Path, typer.Option(help="Packed file to write; compressed if its name ends with .gz.")],
 ) -> None:
     """Pack rows and calibrations into one small file of rows."""
     from moe_dispatch.benchmarks.packed import pack as pack_rows
     from moe_dispatch.benchmarks.record.calibration_rows import calibration_rows
-    from moe_dispatch.benchmarks.row_files import load
+    from moe_dispatch.benchmarks.row_files import compressed, load
 
     files = [calibration_rows(_calibration(path)) if path.suffix == ".json" else load([path]) for path in inputs]
     rows = list(itertools.chain.from_iterable(files))
     text = "".join(f"{line}\n" for line in pack_rows(rows))
-    _write(out, text)
-    typer.echo(f"{len(rows)} rows, {len(text.encode()):,} bytes: {out}")
+    content = compressed(text) if out.suffix == ".gz" else text.encode()
+    _write(out, content)
+    typer.echo(f"{len(rows)} rows, {len(content):,} bytes: {out}")
 
 
 def ship(
@@ -77,8 +78,8 @@ def _calibration(path: Path) -> CalibrationFile:
         raise InvalidInputError(f"{path} does not exist; give a file of `moe-dispatch calibrate`") from error
 
 
-def _write(path: Path, text: str) -> None:
+def _write(path: Path, content: str | bytes) -> None:
     try:
-        write_atomically(path, text)
+        write_atomically(path, content)
     except OSError as error:
         raise InvalidInputError(f"{path} cannot be written ({error}); --out names another file") from error

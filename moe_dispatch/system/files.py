@@ -131,8 +131,8 @@ def set_aside(path: Path, why: object) -> str:
     return f"{path} is ignored ({why}); delete it and the entries set aside beside it"
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Replace a file's content in one step: a reader sees the old text or the new, a full disk leaves the old.
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Replace a file's content in one step: a reader sees the old content or the new, a full disk leaves the old.
 
     Temporary files that killed processes left for the same path are deleted on the way.
 
@@ -144,8 +144,8 @@ def write_atomically(path: Path, text: str) -> None:
     # Not `tempfile`, whose files only their owner may read: another user has to read what root measured in an image.
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
     try:
-        with temporary.open("x", encoding="utf-8") as file:
-            file.write(text)
+        with temporary.open("xb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)

@@ -36,7 +36,7 @@ def test_recorded_files_are_read_and_other_records_beside_them_passed_over() -> 
     assert (RESULTS / "options.jsonl").exists()
     rows = row_files.load([RESULTS])
     assert {row.key for row in rows} == {
-        row.key for name in ("bench.jsonl", "sweep.jsonl") for row in row_files.load([RESULTS / name])
+        row.key for name in ("bench.jsonl.gz", "sweep.jsonl.gz") for row in row_files.load([RESULTS / name])
     }
     assert {row.roofline_from for row in rows} == {"device"}
     assert all(row.fraction == pytest.approx(row.roofline_us / row.us) for row in rows if row.roofline_us and row.us)
@@ -119,7 +119,24 @@ def test_a_damaged_packed_file_is_refused(tmp_path: Path) -> None:
             row_files.load([path])
 
 
-@pytest.mark.timeout(20)
+def test_compressed_rows_are_the_rows_and_damaged_ones_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    row = bench_row("vllm", "qwen3-30b-a3b", "fp8", 64, 175.0)
+    content = row_files.compressed(row.model_dump_json() + "\n")
+    path = tmp_path / "rows.jsonl.gz"
+    path.write_bytes(content)
+    assert row_files.load([tmp_path]) == row_files.load([path]) == [row]
+    for damage in (content[:-9], b"not gzip", content[:12] + bytes(8) + content[20:]):
+        path.write_bytes(damage)
+        with pytest.raises(InvalidInputError, match=r"rows\.jsonl\.gz cannot be read"):
+            row_files.load([path])
+    path.write_bytes(row_files.compressed(" " * 5000))
+    monkeypatch.setattr(row_files, "MAX_BYTES", 4999)
+    with pytest.raises(InvalidInputError, match="more than 4,999 bytes when decompressed"):
+        row_files.load([path])
+
+
 @pytest.mark.parametrize("make", [os.mkfifo, lambda path: path.symlink_to("/dev/zero")], ids=["a FIFO", "/dev/zero"])
 def test_what_is_no_regular_file_is_refused_at_once(make: Callable[[Path], object], tmp_path: Path) -> None:
     """Neither is waited for, nor read until the memory is full."""

@@ -421,12 +421,15 @@ class TestFaults:
     @pytest.mark.parametrize(("victim", "status"), [("Interrupted", -15), ("InterruptedByCtrlC", -2)])
     def test_ending_a_process_on_purpose_blames_no_backend(self, victim: str, status: int) -> None:
         code = (
+            "import signal\n"
             "from tests.core.test_dispatcher import *\n"
             "from tests.support.fakes import *\n"
+            # A shell lets its background jobs ignore Ctrl-C, and their processes inherit that.
+            "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
             f"with ranked({victim}), torch.no_grad():\n"
             "    moe_forward(*make_call(6))\n"
         )
-        ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False, capture_output=True, timeout=25)
+        ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False, capture_output=True, timeout=250)
         assert ended.returncode == status
         assert not get_dispatcher("cpu").quarantine.entries()
 
@@ -510,6 +513,7 @@ def _work(queue: "multiprocessing.SimpleQueue[dict[str, int]]") -> None:
 
 
 class TestCost:
+    @pytest.mark.timing
     def test_a_known_kind_of_call_is_one_look_up(self, call: Call) -> None:
         """Checking and choosing, without the backend, cost microseconds at most."""
 
@@ -528,7 +532,7 @@ class TestCost:
             (plan,) = dispatcher._plans.values()
             dispatched = min(_seconds(lambda: dispatcher.forward(hidden, experts, weights, ids)) for _ in range(15))
             direct = min(_seconds(lambda: plan.run(hidden, experts, weights, ids, plan.config)) for _ in range(15))
-        # 2 µs on a quiet core; CI's is shared.
+        # 2 µs on a quiet core of a server; a virtual machine's is slower.
         assert dispatched - direct < 6e-6, f"choosing took {(dispatched - direct) * 1e6:.2f} µs"
 
     def test_warm_up_runs_each_token_count(self) -> None:

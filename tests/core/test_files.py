@@ -55,7 +55,6 @@ def _loop(path: Path) -> None:
 BAD: tuple[Callable[[Path], None], ...] = (_fifo, _folder, _socket, _large, _loop)
 
 
-@pytest.mark.timeout(20)
 @pytest.mark.parametrize("make", BAD, ids=lambda make: make.__name__.strip("_"))
 def test_what_is_no_small_regular_file_is_an_os_error_at_once_and_can_be_set_aside(
     make: Callable[[Path], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -205,7 +204,6 @@ def test_without_locks_the_block_runs_and_the_log_says_so(
     ]
 
 
-@pytest.mark.timeout(20)
 def test_a_lock_that_is_never_released_ends_the_wait(tmp_path: Path) -> None:
     path = tmp_path / "file.json"
     with (
@@ -218,7 +216,6 @@ def test_a_lock_that_is_never_released_ends_the_wait(tmp_path: Path) -> None:
         pass
 
 
-@pytest.mark.timeout(20)
 @pytest.mark.parametrize("make", [_fifo, _folder], ids=["fifo", "folder"])
 def test_a_lock_file_of_another_kind_blocks_nothing(make: Callable[[Path], None], tmp_path: Path) -> None:
     make(tmp_path / ".file.json.lock")

@@ -390,7 +390,6 @@ class Wrapping(Foreign):
             return pool.submit(moe_forward, hidden_states, experts, *rest[:2], backend="honest").result()
 
 
-@pytest.mark.timeout(120)
 @pytest.mark.parametrize("needs_probe", [False, True])
 @pytest.mark.parametrize("calling", [Calling, CallingFromAThread])
 @pytest.mark.filterwarnings("ignore::moe_dispatch.MoEDispatchWarning")
@@ -400,7 +399,6 @@ def test_one_that_calls_itself_is_stopped(calling: type[Backend], needs_probe: b
             assert torch.equal(moe_forward(*call), expected(call))
 
 
-@pytest.mark.timeout(60)
 @pytest.mark.parametrize("needs_probe", [False, True])
 def test_one_that_wraps_another_runs(needs_probe: bool, call: Call) -> None:
     with ranked(cast("type[Backend]", type("Wrapping", (Wrapping,), {"needs_probe": needs_probe})), Honest):
@@ -408,7 +406,6 @@ def test_one_that_wraps_another_runs(needs_probe: bool, call: Call) -> None:
         assert ran()["foreign"] == 1
 
 
-@pytest.mark.timeout(60)
 def test_no_lock_is_held_while_foreign_code_runs(call: Call) -> None:
     """Each of these waits for another thread that makes a call."""
 
@@ -456,7 +453,7 @@ with registered(slow="slow_module:Anything"), ranked("slow", Honest), torch.no_g
     thread.join()
 """
     done = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False, timeout=120,
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False, timeout=250,
         env={**__import__("os").environ, "MOE_DISPATCH_POLICY": "fixed"},
     )  # fmt: skip
     assert "exit 7" in done.stdout, done.stdout + done.stderr

@@ -145,7 +145,6 @@ DAMAGE: dict[str, Callable[[Path], object]] = {
 
 
 class TestFiles:
-    @pytest.mark.timeout(60)
     @pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE.keys())
     def test_a_damaged_file_is_set_aside(self, damage: Callable[[Path], object], path: Path) -> None:
         for number in (1, 2):
@@ -236,7 +235,6 @@ class TestMarkers:
         with Quarantine(MACHINE, tmp_path).first_run("deep_gemm", PROBLEM):
             assert stale.read_text() == "of a dead process"
 
-    @pytest.mark.timeout(60)
     @pytest.mark.parametrize("content", [b"", b"\xff\xfe", b"{}", b" " * (1 << 20), None], ids=repr)
     def test_a_damaged_one_is_set_aside(self, content: bytes | None, path: Path) -> None:
         marker = path.with_name(f"{path.stem}.1-1.running")

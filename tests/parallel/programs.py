@@ -256,7 +256,7 @@ def layer_with(local: str) -> None:
 def call_with(what: str) -> None:
     """Make a call that is another one on the last rank."""
     last = dist.get_rank() == dist.get_world_size() - 1
-    ep = parallel(tokens="replicated" if what == "tokens" else "sharded", timeout=20.0)
+    ep = parallel(tokens="replicated" if what == "tokens" else "sharded", timeout=100.0)
     own_call(
         ep, M=3 if last and what == "tokens" else 4, topk=3 if last and what == "topk" else 2,
         backend="reference" if last and what == "backend" else None,
@@ -332,7 +332,7 @@ def lose_a_rank(how: str, victim: int, timeout: float) -> Any:
 
 def refuse_on_one_rank() -> tuple[str, int]:
     """A call that the last rank refuses, and one that is right."""
-    ep = ExpertParallel(timeout=20.0)
+    ep = ExpertParallel(timeout=100.0)
     inputs = make_inputs(LAYER, FP32, "cpu")
     layer = ep.split(inputs.experts)
     last = dist.get_rank() == dist.get_world_size() - 1
