@@ -125,7 +125,13 @@ class Backend(ABC):
     requirements: ClassVar[Requirements]
     config_type: ClassVar[type[BackendConfig]] = BackendConfig
     # ‖out − ref‖ / ‖ref‖ against the fp32 reference, by weight dtype (by act_dtype where that is coarser).
-    tolerance: ClassVar[Mapping[DType, float]] = {"bf16": 1e-2, "fp16": 2e-3, "fp32": 1e-3, "fp8": 2e-2}
+    tolerance: ClassVar[Mapping[DType, float]] = {
+        "bf16": 1e-2,
+        "fp16": 2e-3,
+        "fp32": 1e-3,
+        "fp8": 2e-2,
+        "fp8_channel": 2e-2,
+    }
     install_hint: ClassVar[str] = ""
     # Foreign code is probed before it is trusted: a tiny layer is run and compared with the reference.
     needs_probe: ClassVar[bool] = True

@@ -140,7 +140,12 @@ class Precision:
 
 
 # Without FP16, in which the other tests run: it would compile every configuration once more.
-MODEL_PRECISIONS = (Precision("bf16", "bf16"), Precision("fp32", "fp32"), Precision("fp8", "bf16"))
+MODEL_PRECISIONS = (
+    Precision("bf16", "bf16"),
+    Precision("fp32", "fp32"),
+    Precision("fp8", "bf16"),
+    Precision("fp8_channel", "bf16"),
+)
 
 PRECISIONS = (
     Precision("bf16", "bf16"),
@@ -148,6 +153,8 @@ PRECISIONS = (
     Precision("fp32", "fp32"),
     Precision("fp8", "bf16"),
     Precision("fp8", "fp16"),
+    Precision("fp8_channel", "bf16"),
+    Precision("fp8_channel", "fp16"),
 )
 
 

@@ -52,7 +52,7 @@ def _multiplied(problem: MoEProblem, rows: int) -> float:
     """Time to multiply tiles of `rows` rows, in µs."""
     each = 2 * rows * problem.K * (problem.gate_up_rows + problem.N)
     # Before compute capability 8.9 FP8 weights are dequantised, and multiplied as 16 bits.
-    fp8 = problem.dtype == "fp8" and (problem.capability is None or problem.capability >= (8, 9))
+    fp8 = problem.fp8 and (problem.capability is None or problem.capability >= (8, 9))
     return _tiles(problem, rows) * each / (_FP8_RATE if fp8 else _RATE)
 
 

@@ -126,8 +126,8 @@ def unwritten_layer(problem: MoEProblem) -> tuple[Tensor, ExpertWeights, Tensor,
     dtype, plain = torch_dtype(problem.dtype), torch_dtype(problem.act_dtype)
     M, E, rows, K, N = problem.M, problem.E, problem.gate_up_rows, problem.K, problem.N
     optional: dict[str, Any] = {}
-    if problem.dtype == "fp8":
-        gate_up, down = problem.quant_blocks
+    if problem.fp8:
+        gate_up, down = problem.scale_shapes
         optional |= {"gate_up_scale": empty(E, *gate_up), "down_scale": empty(E, *down)}
     if problem.bias:
         optional |= {"gate_up_bias": empty(E, rows, dtype=plain), "down_bias": empty(E, K, dtype=plain)}
