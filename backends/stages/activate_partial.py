@@ -22,7 +22,7 @@ _BLOCK: Final = 512
 def activate_partial(
     partial: Tensor, experts: ExpertWeights, topk_ids: Tensor, dtype: torch.dtype | None = None, *, pdl: bool = False
 ) -> tuple[Tensor, Tensor | None]:
-    """Add the splits in fixed order, then bias; activate; for e4m3 quantise per row and 128 columns.
+    """Add the splits in fixed order, then bias; activate; for e4m3 quantise.
 
     Args:
         partial: fp32 ``[splits, 2, M·topk, N]`` (``1`` for ``2`` without a gate), contiguous; all of gate before all of
@@ -33,8 +33,8 @@ def activate_partial(
         pdl: Launch as a programmatic dependent of the kernel before (sm_90).
 
     Returns:
-        ``[M·topk, N]``, and for e4m3 its fp32 multipliers ``[M·topk, ⌈N/128⌉]`` (else None). A slot with an invalid
-        id holds anything.
+        ``[M·topk, N]``, and for e4m3 its fp32 multipliers (else None): ``[M·topk, ⌈N/128⌉]``, with weights that have a
+        scale per row ``[M·topk, 1]``. A slot with an invalid id holds anything.
     """
     dtype = dtype or experts.down.dtype
     if not on_triton(partial):
@@ -43,10 +43,11 @@ def activate_partial(
 
     S, N = topk_ids.numel(), experts.N
     inner = torch.empty(S, N, dtype=dtype, device=partial.device)
-    scale = None
-    if dtype == FP8:
-        scale = torch.empty(S, math.ceil(N / QUANT_BLOCK), dtype=torch.float32, device=partial.device)
-    block = min(_BLOCK, max(QUANT_BLOCK, next_power_of_2(N)))
+    whole = max(QUANT_BLOCK, next_power_of_2(N))
+    quantizes = dtype == FP8
+    width = whole if quantizes and experts.dtype == "fp8_channel" else QUANT_BLOCK
+    scale = torch.empty(S, math.ceil(N / width), dtype=torch.float32, device=partial.device) if quantizes else None
+    block = max(width, min(_BLOCK, whole))  # a program has all columns that share a multiplier
     _moe_activate_partial_kernel[(S, math.ceil(N / block))](
         # inputs
         partial, experts.gate_up_bias, topk_ids,
@@ -55,8 +56,9 @@ def activate_partial(
         # shapes
         S, N, experts.E,
         # constants
-        SPLITS=partial.shape[0], GATED=experts.gated, INTERLEAVED=experts.interleaved, FP8=scale is not None,
-        ACTIVATION=experts.activation, PDL=pdl, BLOCK=block, num_warps=block // 128, **pdl_option(pdl),
+        SPLITS=partial.shape[0], GATED=experts.gated, INTERLEAVED=experts.interleaved,
+        ACTIVATION=experts.activation, PDL=pdl, BLOCK=block, WIDTH=width, num_warps=min(16, block // 128),
+        **pdl_option(pdl),
     )  # fmt: skip
     return inner, scale
 
@@ -74,5 +76,5 @@ def activate_partial_torch(
         wide = wide + bias[topk_ids.flatten().long().clamp(0, experts.E - 1)]
     inner = activate_torch(wide, experts.activation)
     if dtype == FP8:
-        return quantize_rows_torch(inner)
+        return quantize_rows_torch(inner, per_token=experts.dtype == "fp8_channel")
     return inner.to(dtype), None

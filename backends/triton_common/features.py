@@ -114,16 +114,18 @@ def _device_class(capability: tuple[int, int]) -> _DeviceClass:
     return _DEVICE_CLASSES.get(capability, _DeviceClass(fp8=capability >= (8, 9)))
 
 
-def triton_requirements(*, dequantizes: bool = False) -> Requirements:
+def triton_requirements(*, fp8_forms: bool = False) -> Requirements:
     """What our Triton backends take: every activation, bias and row order, on sm_80 and newer.
 
     In the interpreter they take CPU tensors and fp32 weights too.
 
     Args:
-        dequantizes: Whether the kernels turn FP8 weights into the activations' dtype where the device has no products
-            of e4m3; without, they take FP8 weights from sm_89 on.
+        fp8_forms: Whether the kernels take FP8 weights in every form, and turn them into the activations' dtype where
+            the device has no products of e4m3; without, they take block FP8 from sm_89 on.
     """
-    dtypes: dict[DType, tuple[int, int]] = {"bf16": (8, 0), "fp16": (8, 0), "fp8": (8, 0) if dequantizes else (8, 9)}
+    dtypes: dict[DType, tuple[int, int]] = {"bf16": (8, 0), "fp16": (8, 0), "fp8": (8, 9)}
+    if fp8_forms:
+        dtypes |= {"fp8": (8, 0), "fp8_channel": (8, 0)}
     act_dtypes: set[DType] = {"bf16", "fp16"}
     if interpreting():
         dtypes["fp32"] = (8, 0)

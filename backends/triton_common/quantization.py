@@ -13,7 +13,7 @@ from moe_dispatch.backends.triton_common.features import fp8_products
 from moe_dispatch.numerics import FP8
 from moe_dispatch.problem import ELEMENT_BYTES, DType, MoEProblem
 
-Scales = Literal["none", "block"]
+Scales = Literal["none", "block", "channel"]
 
 
 @dataclass(frozen=True)
@@ -21,8 +21,9 @@ class Quantization:
     """How the operands of both products are stored.
 
     Attributes:
-        scales: Which weights share a multiplier: ``"block"`` for 128×128 of them, ``"none"`` where the weights are not
-            quantised.
+        scales: Which weights share a multiplier: ``"block"`` for 128×128 of them, ``"channel"`` for an output row,
+            ``"none"`` where the weights are not quantised. Activations share one alike, where they are quantised: per
+            token and 128 columns, or per token.
         activations: Whether activations are quantised too, so that the product itself is one of e4m3 codes (W8A8).
             Where they are not (W8A16), the kernel turns codes of weights into the activations' dtype, which is exact.
     """
@@ -34,6 +35,11 @@ class Quantization:
     def dequantizes(self) -> bool:
         """Whether the kernel turns codes of weights into the activations' dtype before it multiplies (W8A16)."""
         return self.scales != "none" and not self.activations
+
+    @property
+    def per_token(self) -> bool:
+        """Whether a token's quantised activations have one multiplier, instead of one per 128 columns."""
+        return self.activations and self.scales == "channel"
 
     def stored(self, plain: torch.dtype) -> torch.dtype:
         """The dtype in which activations of dtype `plain` are multiplied."""
@@ -53,7 +59,8 @@ _PLAIN: Final = Quantization()
 
 def quantization(dtype: DType, *, fp8: bool) -> Quantization:
     """How weights of a dtype are multiplied, on a device with products of e4m3 or without."""
-    return Quantization("block", activations=fp8) if dtype == "fp8" else _PLAIN
+    scales: dict[DType, Scales] = {"fp8": "block", "fp8_channel": "channel"}
+    return Quantization(scales[dtype], activations=fp8) if dtype in scales else _PLAIN
 
 
 def quantization_of(problem: MoEProblem) -> Quantization:

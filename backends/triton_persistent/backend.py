@@ -1,5 +1,7 @@
 """Our Triton backend for middle and large token counts, on every device that Triton compiles for."""
 
+from typing import ClassVar
+
 from torch import Tensor
 
 from moe_dispatch.backend import BackendConfig
@@ -30,8 +32,10 @@ class TritonPersistentBackend(TritonBackend):
     """
 
     name = "triton_persistent"
-    requirements = triton_requirements(dequantizes=True)
+    requirements = triton_requirements(fp8_forms=True)
     config_type = TritonPersistentConfig
+    # Per-channel FP8: the intermediate is rounded to BF16 before it is quantised, so some codes fall on the other side.
+    tolerance: ClassVar = {**TritonBackend.tolerance, "fp8_channel": 3e-2}
 
     def least_shared_memory(self, problem: MoEProblem) -> int:
         """See `TritonBackend.least_shared_memory`."""
@@ -45,11 +49,10 @@ class TritonPersistentBackend(TritonBackend):
         """See `Backend.workspace_bytes`."""
         quantization = quantization_of(problem)
         codes = problem.M * problem.K if quantization.activations else 0
-        row = (
-            problem.N * quantization.activation_bytes(problem.act_dtype)
-            + problem.K * rows_dtype(torch_dtype(problem.act_dtype)).itemsize
-            + 8
-        )
+        element = rows_dtype(torch_dtype(problem.act_dtype)).itemsize
+        row = problem.N * quantization.activation_bytes(problem.act_dtype) + problem.K * element + 8
+        if quantization.per_token:
+            row += problem.N * element
         return codes + problem.slots * row
 
     def run_into(
@@ -64,17 +67,25 @@ class TritonPersistentBackend(TritonBackend):
         """See `Backend.run_into`."""
         assert isinstance(config, TritonPersistentConfig)  # noqa: S101 - the dispatcher made it from config_type
         quantization, pdl = self._quantization(experts), config.pdl and self._features.pdl
-        quantized = quantization.activations
+        per_token = quantization.per_token
+        in_product = quantization.activations and not per_token  # a tile holds whole groups of 128 columns, and no row
         N, K = experts.N, experts.K
         routing = route(topk_ids, experts.E, pdl=pdl)
         rows = routing.slot_of_row.shape[0]
-        x, x_scale = quantize_rows(hidden_states, pdl=pdl) if quantized else (hidden_states, None)
-        h = hidden_states.new_empty(rows, N, dtype=quantization.stored(hidden_states.dtype))
-        h_scale = empty_scales(rows, N, h.device, column_major=False) if quantized else None
+        x: Tensor = hidden_states
+        x_scale: Tensor | None = None
+        if quantization.activations:
+            x, x_scale = quantize_rows(hidden_states, per_token=per_token, pdl=pdl)
+        # Where the product does not quantise, its rows are stored as those of the second product are.
+        stored = rows_dtype(hidden_states.dtype) if per_token else quantization.stored(hidden_states.dtype)
+        h = hidden_states.new_empty(rows, N, dtype=stored)
+        h_scale = empty_scales(rows, N, h.device, column_major=False) if in_product else None
         product(
             experts, "gate_up", quantization, x, x_scale, routing, topk_ids.shape[1], h, h_scale, config,
             self._features, self._descriptor,
         )  # fmt: skip
+        if per_token:
+            h, h_scale = quantize_rows(h, per_token=True, pdl=pdl)
         y = hidden_states.new_empty(rows, K, dtype=rows_dtype(hidden_states.dtype))
         product(
             experts, "down", quantization, h, h_scale, routing, 0, y, None, config, self._features, self._descriptor

@@ -36,11 +36,11 @@ def product(
         name: Which of its weights. The activation belongs to ``"gate_up"``.
         quantization: How they are multiplied.
         x: ``[rows, K]`` in the order of experts, or with `topk` ``[M, K]`` in the order of tokens.
-        x_scale: fp32 multipliers of `x` where it is FP8 codes, ``[…, ⌈K/128⌉]``.
+        x_scale: fp32 multipliers of `x` where it is FP8 codes, ``[…, ⌈K/128⌉]`` or ``[…, 1]``.
         routing: From `route`, without padding between experts.
         topk: Experts per token if `x` is in the order of tokens, else 0.
         y: Written, ``[rows, N]``.
-        y_scale: Written with multipliers where `y` is FP8 codes, ``[rows, ⌈N/128⌉]``.
+        y_scale: Written with multipliers where `y` is FP8 codes of block FP8, ``[rows, ⌈N/128⌉]``.
         config: Tiles.
         features: Of the device.
         descriptor: `TritonBackend._descriptor`: makes the tensor descriptor of a weight, or finds the one made before.
@@ -50,8 +50,7 @@ def product(
     first = name == "gate_up"
     N, K = y.shape[1], x.shape[1]
     block_n = config.block_n if first else config.down_block_n
-    block_scales = quantization.scales == "block"
-    block_k = QUANT_BLOCK if block_scales else config.block_k
+    block_k = QUANT_BLOCK if quantization.scales == "block" else config.block_k
     halves = 2 if first and experts.gated else 1
     interleaved = first and experts.interleaved
     # Rows of gate and of up take turns in a tile's operand, half a tile at a time: each of two warp groups then has
@@ -81,7 +80,7 @@ def product(
         N, K, experts.E,
         # constants
         TOPK=topk, ACTIVATION=experts.activation if first else None, HALVES=halves, RUN=run,
-        INTERLEAVED=interleaved, BLOCK_SCALES=block_scales, SCALAR_SCALE=scalar, EVEN_K=K % block_k == 0, TMA=tma,
+        INTERLEAVED=interleaved, SCALES=quantization.scales, SCALAR_SCALE=scalar, EVEN_K=K % block_k == 0, TMA=tma,
         BLOCK_M=config.block_m, BLOCK_N=block_n, BLOCK_K=block_k,
         ORDER=config.order, GROUP_M=config.group_m, E_POW2=next_power_of_2(experts.E),
         FLATTEN=not carries and math.ceil(K / block_k) <= config.flatten_steps, PDL=pdl,

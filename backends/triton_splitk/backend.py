@@ -36,12 +36,12 @@ class TritonSplitKBackend(TritonBackend):
     cores serve all tokens of an expert at once, several CTAs sharing a tile along K where few experts are hit; a last
     launch sums over experts and splits. Deterministic: all sums are in fixed order.
 
-    Block FP8 quantises hidden_states before and the intermediate between the products, each once; where the device has
+    FP8 quantises hidden_states before and the intermediate between the products, each once; where the device has
     no products of e4m3, neither is quantised, and the kernels dequantise the weights.
     """
 
     name = "triton_splitk"
-    requirements = triton_requirements(dequantizes=True)
+    requirements = triton_requirements(fp8_forms=True)
     config_type = SplitKConfig
 
     def further_reasons(self, problem: MoEProblem) -> tuple[str, ...]:
@@ -106,7 +106,7 @@ class TritonSplitKBackend(TritonBackend):
         S, N, device = topk_ids.numel(), experts.N, hidden_states.device
         x, x_scale = hidden_states, None
         if quantization.activations:
-            x, x_scale = quantize_rows(hidden_states, pdl=config.pdl)
+            x, x_scale = quantize_rows(hidden_states, per_token=quantization.per_token, pdl=config.pdl)
         descriptor = self._gate_up_descriptor(experts, config) if config.tma else None
         stored = quantization.stored(hidden_states.dtype)
         if config.partial_sums(quantization, gated=experts.gated):

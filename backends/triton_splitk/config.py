@@ -44,7 +44,7 @@ class SplitKConfig(BackendConfig):
 
     def partial_sums(self, quantization: Quantization, *, gated: bool) -> bool:
         """Whether the first product leaves partial sums: K is split, or a CTA does not own whole groups to quantise."""
-        owns_groups = self.block_n == QUANT_BLOCK * (2 if gated else 1)
+        owns_groups = not quantization.per_token and self.block_n == QUANT_BLOCK * (2 if gated else 1)
         return self.splits_gate_up > 1 or (quantization.activations and not owns_groups)
 
     @property
@@ -158,7 +158,7 @@ def rows_allow_tma(problem: MoEProblem) -> bool:
 
 
 def _block_k(problem: MoEProblem) -> Literal[64, 128]:
-    if problem.dtype == "fp8":
+    if problem.fp8:
         return QUANT_BLOCK
     # Whole blocks need no mask; gpt-oss's 2880 is a multiple of 64 and not of 128.
     return 128 if problem.dtype != "fp32" and problem.K % 128 == 0 and problem.N % 128 == 0 else 64

@@ -27,7 +27,7 @@ def splitk_down(
 
     Args:
         inner: Activated, ``[M·topk, N]``, e4m3 where activations are quantised.
-        inner_scale: fp32 multipliers of inner's codes ``[M·topk, ⌈N/128⌉]``; else None.
+        inner_scale: fp32 multipliers of inner's codes ``[M·topk, ⌈N/128⌉]`` or ``[M·topk, 1]``; else None.
         experts: Checked weights.
         quantization: How they are multiplied.
         topk_ids: int32 or int64 ``[M, topk]``.
@@ -53,5 +53,5 @@ def splitk_down(
         # constants
         ROWS=config.block_n, BLOCK_M=config.block_m, BLOCK_K=config.block_k, SCAN=slots_per_scan(S),
         EVEN_N=experts.N % config.block_k == 0, SPLITS=config.splits_down, BY_SLOT=config.grid == "slots",
-        TMA=config.tma, PDL=config.pdl, BLOCK_SCALES=quantization.scales == "block", **config.launch,
+        TMA=config.tma, PDL=config.pdl, SCALES=quantization.scales, **config.launch,
     )  # fmt: skip

@@ -29,7 +29,7 @@ def splitk_gate_up(
 
     Args:
         x: ``[M, K]``, or its e4m3 codes.
-        x_scale: fp32 multipliers of the codes ``[M, ⌈K/128⌉]``; else None.
+        x_scale: fp32 multipliers of the codes ``[M, ⌈K/128⌉]`` or ``[M, 1]``; else None.
         experts: Checked weights.
         quantization: How they are multiplied.
         topk_ids: int32 or int64 ``[M, topk]``.
@@ -64,7 +64,7 @@ def splitk_gate_up(
         # constants
         ROWS=config.block_n, BLOCK_M=config.block_m, BLOCK_K=config.block_k, SCAN=slots_per_scan(S),
         EVEN_K=experts.K % config.block_k == 0, SPLITS=config.splits_gate_up, BY_SLOT=config.grid == "slots",
-        TMA=config.tma, PDL=config.pdl, BLOCK_SCALES=quantization.scales == "block", TWO_SCALES=two_scales,
+        TMA=config.tma, PDL=config.pdl, SCALES=quantization.scales, TWO_SCALES=two_scales,
         PARTIAL=config.partial_sums(quantization, gated=experts.gated), GATED=experts.gated,
         INTERLEAVED=experts.interleaved, HAS_BIAS=experts.gate_up_bias is not None, ACTIVATION=experts.activation,
         **config.launch,

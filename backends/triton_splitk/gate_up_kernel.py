@@ -38,7 +38,7 @@ def _moe_splitk_gate_up_kernel(
     S, K, N, E, TOPK,
     # constants
     ROWS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, SCAN: tl.constexpr, EVEN_K: tl.constexpr,
-    SPLITS: tl.constexpr, BY_SLOT: tl.constexpr, TMA: tl.constexpr, PDL: tl.constexpr, BLOCK_SCALES: tl.constexpr,
+    SPLITS: tl.constexpr, BY_SLOT: tl.constexpr, TMA: tl.constexpr, PDL: tl.constexpr, SCALES: tl.constexpr,
     TWO_SCALES: tl.constexpr, PARTIAL: tl.constexpr, GATED: tl.constexpr, INTERLEAVED: tl.constexpr,
     HAS_BIAS: tl.constexpr, ACTIVATION: tl.constexpr,
 ):  # fmt: skip
@@ -63,7 +63,9 @@ def _moe_splitk_gate_up_kernel(
     w_rows = weight_ptr + (expert * parts * N + row) * K
     w_scales = scale_ptr
     up_scales = scale_ptr
-    if BLOCK_SCALES:
+    if SCALES == "channel":
+        w_scales = scale_ptr + expert * parts * N + row
+    if SCALES == "block":
         expert_scales = scale_ptr + expert * tl.cdiv(parts * N, BLOCK_K) * tl.cdiv(K, BLOCK_K)
         first = tile * ROWS if INTERLEAVED else tile * columns
         gate_row = first if TWO_SCALES else row
@@ -92,11 +94,11 @@ def _moe_splitk_gate_up_kernel(
         tokens = (slots // TOPK).to(tl.int64)
         x_scales = x_scale_ptr
         if QUANTIZED:
-            x_scales = x_scale_ptr + tokens * blocks
+            x_scales = x_scale_ptr + tokens * (blocks if SCALES == "block" else 1)
         acc = moe_stream(
             w_rows, weight_descriptor, w_first, w_second, w_scales, up_scales, part == 1,
             x_ptr + tokens * K, x_scales, mask_m, first_block, last_block, K,
-            ROWS, BLOCK_M, BLOCK_K, EVEN_K, TMA, BLOCK_SCALES, TWO_SCALES,
+            ROWS, BLOCK_M, BLOCK_K, EVEN_K, TMA, SCALES, TWO_SCALES,
         )  # fmt: skip
         gate = acc  # [columns, BLOCK_M]
         up = acc

@@ -37,6 +37,7 @@ class Case(conformance.Case):
 
 
 BOTH: tuple[DType, ...] = ("fp16", "fp8")
+ALL: tuple[DType, ...] = (*BOTH, "fp8_channel")
 CASES = (
     # How tiles are walked and shaped.
     Case("row major", M=40, config=SMALL | {"order": "row_major"}),
@@ -49,15 +50,16 @@ CASES = (
     Case("a group of columns in two tiles", M=45, K=136, N=320, dtypes=("fp8",), config={"block_n": 64, "block_m": 32}),
     Case("a group of columns in one tile", M=45, K=136, N=320, dtypes=("fp8",), config={"block_n": 128, "block_m": 32}),
     Case("a wide second tile", K=300, N=136, dtypes=BOTH, config={"down_block_n": 256}),
-    Case("gpt-oss", topk=3, activation="swiglu_oai", bias=True, interleaved=True, dtypes=BOTH),
-    Case("no gate", activation="relu2", bias=True, N=130, dtypes=BOTH),
+    Case("a scale for each row", M=45, K=136, N=72, dtypes=("fp8_channel",), config={"block_m": 32}),
+    Case("gpt-oss", topk=3, activation="swiglu_oai", bias=True, interleaved=True, dtypes=ALL),
+    Case("no gate", activation="relu2", bias=True, N=130, dtypes=ALL),
 )
 
 TMA = {"block_m": 16, "block_n": 64, "tma": True}
 
 # Rows that are whole multiples of 16 bytes, and of no tile: boxes reach into the next expert and past the last.
 TMA_CASES = (
-    Case("tma", M=20, K=144, N=96, dtypes=BOTH, config=TMA),
+    Case("tma", M=20, K=144, N=96, dtypes=ALL, config=TMA),
     Case(
         "tma, gpt-oss", M=20, K=144, N=96, activation="swiglu_oai", bias=True, interleaved=True, dtypes=BOTH,
         config=TMA,
@@ -80,7 +82,7 @@ def test_against_the_reference(case: Case, dtype: DType) -> None:
 
 DEQUANTIZED = (
     Case("a scale for each half of a tile", M=20, K=136, N=128, dtypes=("fp8",), config={"block_m": 16}),
-    Case("a scale for each row", K=130, N=136, bias=True, interleaved=True, dtypes=("fp8",)),
+    Case("a scale for each row", K=130, N=136, bias=True, interleaved=True, dtypes=("fp8", "fp8_channel")),
 )
 
 

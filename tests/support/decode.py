@@ -13,7 +13,7 @@ from moe_dispatch.problem import DType
 from moe_dispatch.workloads import make_experts, torch_dtype
 
 SPREAD = "spread"  # ids from -1 to E: sentinels of both kinds, duplicates within a row
-TOLERANCE = {"fp32": 2e-6, "fp16": 1e-3, "fp8": 2e-3}
+TOLERANCE = {"fp32": 2e-6, "fp16": 1e-3, "fp8": 2e-3, "fp8_channel": 2e-3}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +35,7 @@ class Case(conformance.Case):
 
     @property
     def act_dtype(self) -> DType:
-        return self.act if self.dtype == "fp8" else self.dtype
+        return self.act if self.dtype.startswith("fp8") else self.dtype
 
     def __str__(self) -> str:
         return self.why

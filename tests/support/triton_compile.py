@@ -92,22 +92,22 @@ class Built:
     wide_loads: bool
 
 
-def devices(*, fp16: bool = False, dequantizes: bool = False) -> list[Any]:
+def devices(*, fp16: bool = False, fp8_forms: bool = False) -> list[Any]:
     """Parameters ``capability, dtype, every`` of a compile test: the sample, and under the marker `matrix` all of them.
 
     Args:
         fp16: Whether the backend takes it. It chooses as BF16 does and differs in one type: one device suffices.
-        dequantizes: Whether it takes FP8 weights on devices without products of e4m3.
+        fp8_forms: Whether it takes per-channel FP8, and FP8 on devices without products of e4m3.
     """
-    sample = (*SAMPLED, (80, "fp8")) if dequantizes else SAMPLED
+    sample = (*SAMPLED, (80, "fp8"), (80, "fp8_channel"), (90, "fp8_channel")) if fp8_forms else SAMPLED
     sampled = [pytest.param(capability, dtype, False, id=f"sm_{capability}-{dtype}") for capability, dtype in sample]
-    dtypes: tuple[DType, ...] = ("bf16", "fp8")
+    dtypes: tuple[DType, ...] = ("bf16", "fp8", "fp8_channel") if fp8_forms else ("bf16", "fp8")
     every: list[tuple[int, DType]] = [(capability, dtype) for capability in SHARED_MEMORY for dtype in dtypes]
     every += [(90, "fp16")] if fp16 else []
     return sampled + [
         pytest.param(capability, dtype, True, id=f"every-sm_{capability}-{dtype}", marks=pytest.mark.matrix)
         for capability, dtype in every
-        if dtype != "fp8" or capability >= 89 or dequantizes
+        if dtype != "fp8" or capability >= 89 or fp8_forms
     ]
 
 
