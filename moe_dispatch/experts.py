@@ -220,8 +220,8 @@ class ExpertWeights:
 
         Args:
             experts: In their order, each as a module or as tensors by name: ``gate_proj.weight`` ``[N, K]``,
-                ``up_proj.weight`` and ``down_proj.weight`` ``[K, N]`` (or w1, w3, w2), ``….weight_scale_inv``,
-                ``….bias``.
+                ``up_proj.weight`` and ``down_proj.weight`` ``[K, N]`` (or w1, w3, w2), ``….weight_scale_inv``
+                or ``….weight_scale``, ``….bias``.
             tp: Rank and size of tensor parallelism: the process's share of each expert's N columns.
             activation: As for `ExpertWeights`.
             device: Where to put them; where they are, if None.

@@ -4,7 +4,7 @@ Floors, lowest first. Within a floor modules may import each other, as long as t
 
     system                                              the operating system; knows nothing of this package
     errors settings problem numerics routers machine model_config experts weight_checks tensor_memory checkpoints
-    checkpoint_files workloads
+    checkpoint_files checkpoint_scales workloads
                                                         what a layer is, how it is stored, and where it runs
     backend guard policy registry                       what a backend and a policy are, and where they are found
     measure                                             inputs, timing, verification
@@ -31,6 +31,7 @@ FLOORS: Final = (
     ("system",),
     (
         "errors", "settings", "problem", "numerics", "routers", "machine", "model_config", "checkpoints",
+        "checkpoint_scales",
         "checkpoint_files", "tensor_memory", "weight_checks", "experts", "workloads",
     ),
     ("backend", "guard", "policy", "registry"),
