@@ -31,7 +31,7 @@ from moe_dispatch.workloads import ROUTINGS, make_experts, workload
 LAYER = "8,2,512,384"
 TOKENS = (1, 5, 130)
 PROGRAMS = 4
-DTYPES: tuple[DType, ...] = ("bf16", "fp8")
+DTYPES: tuple[DType, ...] = ("bf16", "fp8", "fp8_channel")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
