@@ -2,7 +2,7 @@
 
 import gc
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Final
 
 import torch
@@ -31,28 +31,44 @@ class PointInputs:
 
     Attributes:
         inputs: Distinct inputs, each with a routing of its own.
-        references: fp32 reference outputs of the first of them, by whether activations are quantised in them; see
-            `add_references`.
+        references: fp32 reference outputs of the first of them, with activations quantised where the weights are FP8.
+        unquantized: The same without, where a candidate needs them.
     """
 
     inputs: tuple[LayerInputs, ...]
-    references: dict[bool, tuple[Tensor, ...]] = field(default_factory=dict)
+    references: tuple[Tensor, ...]
+    unquantized: tuple[Tensor, ...] = ()
 
     @classmethod
     def draw(
-        cls, problem: MoEProblem, routing: RoutingDistribution, experts: ExpertWeights, count: int
+        cls,
+        problem: MoEProblem,
+        routing: RoutingDistribution,
+        experts: ExpertWeights,
+        count: int,
+        *,
+        unquantized: bool = False,
     ) -> "PointInputs":
-        """Draw `count` inputs, the same ones in every run."""
-        return cls(make_inputs(problem, routing, experts.device, count, SEED))
+        """Draw `count` inputs, the same ones in every run, and compute the references.
 
-    def add_references(self, experts: ExpertWeights, *, quantized: bool) -> None:
-        """Compute the references with activations quantised or as they are, unless they are there."""
-        if quantized not in self.references:
-            M = self.inputs[0].hidden_states.shape[0]
-            checked = self.inputs[: max(1, min(len(self.inputs), CHECKED_TOKENS // M))]
-            self.references[quantized] = reference_outputs(
-                experts, checked, quantize_activations=quantized, tokens=CHECKED_TOKENS
-            )
+        Args:
+            problem: The layer and its token count.
+            routing: Distribution of tokens over experts.
+            experts: Weights.
+            count: Number of inputs.
+            unquantized: Whether to compute the references without quantised activations too.
+        """
+        inputs = make_inputs(problem, routing, experts.device, count, SEED)
+        checked = inputs[: max(1, min(len(inputs), CHECKED_TOKENS // problem.M))]
+        references, others = (
+            reference_outputs(experts, checked, tokens=CHECKED_TOKENS, quantize_activations=quantized) if wanted else ()
+            for quantized, wanted in ((True, True), (False, unquantized))
+        )
+        return cls(inputs, references, others)
+
+    def references_of(self, candidate: BenchCandidate) -> tuple[Tensor, ...]:
+        """What a candidate's results are compared with."""
+        return self.references if candidate.quantizes_activations else self.unquantized
 
     @property
     def hit_experts(self) -> float:
@@ -110,8 +126,8 @@ def check_and_time(
         try:
             with stopwatch.spending("checks"):
                 verdicts[index] = verify(
-                    candidate.call, point.inputs, point.references[candidate.quantized],
-                    tolerance=candidate.tolerance, mode=mode, deterministic=candidate.deterministic,
+                    candidate.call, point.inputs, point.references_of(candidate), tolerance=candidate.tolerance,
+                    mode=mode, deterministic=candidate.deterministic,
                 )  # fmt: skip
         except Exception as error:  # noqa: BLE001 - a candidate may raise anything, and loses only its own row
             fail(index, error)

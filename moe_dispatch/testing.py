@@ -148,7 +148,12 @@ class Precision:
 
 
 # Without FP16, in which the other tests run: it would compile every configuration once more.
-MODEL_PRECISIONS = (Precision("bf16", "bf16"), Precision("fp32", "fp32"), Precision("fp8", "bf16"))
+MODEL_PRECISIONS = (
+    Precision("bf16", "bf16"),
+    Precision("fp32", "fp32"),
+    Precision("fp8", "bf16"),
+    Precision("fp8_channel", "bf16"),
+)
 
 PRECISIONS = (
     Precision("bf16", "bf16"),
@@ -156,6 +161,8 @@ PRECISIONS = (
     Precision("fp32", "fp32"),
     Precision("fp8", "bf16"),
     Precision("fp8", "fp16"),
+    Precision("fp8_channel", "bf16"),
+    Precision("fp8_channel", "fp16"),
 )
 
 
@@ -168,7 +175,7 @@ class Inputs:
         experts: The layer's weights.
         topk_weights: fp32 ``[M, topk]``.
         topk_ids: int32 or int64 ``[M, topk]``.
-        truth: The right output, fp32 ``[M, K]``, with activations quantised where the weights are block FP8.
+        truth: The right output, fp32 ``[M, K]``, with activations quantised where the weights are FP8.
     """
 
     hidden_states: Tensor
@@ -182,11 +189,14 @@ class Inputs:
         """The arguments in the order of `moe_forward`."""
         return self.hidden_states, self.experts, self.topk_weights, self.topk_ids
 
-    def truth_for(self, backend: Backend) -> Tensor:
-        """The right output of a backend: activations are quantised if it quantises them."""
-        if backend.quantizes_activations or self.experts.dtype != "fp8":
+    def expected(self, backend: Backend) -> Tensor:
+        """What a backend's result is compared with: `truth`, or without quantised activations if it quantises none."""
+        hidden, experts, weights, ids = self.arguments
+        M, topk = ids.shape
+        problem = experts.problem(M, topk, hidden.dtype, backend.machine.capability)
+        if backend.quantizes_activations(problem):
             return self.truth
-        return truth(*self.arguments, quantize_activations=False)
+        return truth(hidden, experts, weights, ids, quantize_activations=False)
 
 
 def make_inputs(case: Case, precision: Precision, device: str, seed: int = 0) -> Inputs:
@@ -208,7 +218,7 @@ def make_inputs(case: Case, precision: Precision, device: str, seed: int = 0) ->
 def truth(
     hidden: Tensor, experts: ExpertWeights, weights: Tensor, ids: Tensor, *, quantize_activations: bool = True
 ) -> Tensor:
-    """The output in fp32 by the reference; block FP8 weights meet activations that are quantised, or as they are."""
+    """The output in fp32 by the reference, by default with activations quantised where the weights are FP8."""
     reference = ReferenceBackend(Machine.inspect(hidden.device))
     config = ReferenceConfig(compute_fp32=True, quantize_activations=quantize_activations)
     out: Tensor = reference.run(hidden.float().contiguous(), experts, weights, ids, config)
@@ -252,7 +262,7 @@ def conform(backend: Backend, config: BackendConfig, inputs: Inputs, *, into: bo
     assert not fault, fault
     for tensor, copy in zip((hidden, weights, ids), before, strict=True):
         assert torch.equal(tensor.nan_to_num(7.0), copy.nan_to_num(7.0)), "an input was written to"
-    expected = inputs.truth_for(backend)
+    expected = inputs.expected(backend)
     spoilt = expected.isnan().any(dim=1)
     assert out[spoilt].isnan().all(), "a NaN in a token was lost"
     error = relative_error(out[~spoilt], expected[~spoilt])

@@ -33,7 +33,6 @@ class TritonVectorBackend(TritonBackend):
 
     name = "triton_vector"
     config_type = TritonVectorConfig
-    quantizes_activations = False
 
     def further_reasons(self, problem: MoEProblem) -> tuple[str, ...]:
         """See `Backend.further_reasons`."""
@@ -41,6 +40,10 @@ class TritonVectorBackend(TritonBackend):
         if problem.slots > MOST_SLOTS:
             reasons += (f"made for decode: needs M·topk ≤ {MOST_SLOTS}, got {problem.slots}",)
         return reasons
+
+    def quantizes_activations(self, problem: MoEProblem) -> bool:
+        """See `Backend.quantizes_activations`: not with FP8 weights on any device."""
+        return not problem.fp8
 
     def least_shared_memory(self, problem: MoEProblem) -> int:
         """See `TritonBackend.least_shared_memory`."""

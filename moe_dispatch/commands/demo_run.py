@@ -215,8 +215,8 @@ def _measure(experts: ExpertWeights, layer: Workload, M: int, dispatcher: Dispat
     chosen = dispatcher.planner.explain(problem).chosen
     assert chosen is not None  # noqa: S101 - the model has just run
     inputs = make_inputs(problem, ROUTINGS["uniform"], experts.device, count=DISTINCT_INPUTS)
-    quantized = dispatcher.planner.backend(chosen.choice.backend).quantizes_activations
-    sample = with_truths(experts, inputs, quantize_activations=quantized)
+    quantizes = dispatcher.planner.backend(chosen.choice.backend).quantizes_activations(problem)
+    sample = with_truths(experts, inputs, quantize_activations=quantizes)
     call = dispatched(experts)
     with torch.no_grad():
         outputs = [call(inputs) for inputs in sample.inputs]

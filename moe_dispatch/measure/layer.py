@@ -44,7 +44,7 @@ def sample_layer(
         routing: Distribution of tokens over experts.
         count: Number of inputs.
         seed: The same seed gives the same routings on every device.
-        quantize_activations: As for `reference_outputs`.
+        quantize_activations: Whether the right answers are those with quantised activations where the weights are FP8.
     """
     generator = torch.Generator(device).manual_seed(seed)
     experts = make_experts(
@@ -57,6 +57,6 @@ def sample_layer(
 def with_truths(
     experts: ExpertWeights, inputs: tuple[LayerInputs, ...], *, quantize_activations: bool = True
 ) -> SampleLayer:
-    """Weights and inputs that exist already, with their fp32 outputs, as `reference_outputs` computes them."""
+    """Weights and inputs that exist already, with their fp32 outputs; see `sample_layer`."""
     truths = reference_outputs(experts, inputs, quantize_activations=quantize_activations)
     return SampleLayer(experts, inputs, truths)

@@ -110,7 +110,7 @@ class StackedExperts(nn.Module):
         tensors = dict(weights.tensors())
         for name, attribute in NAMES.items():
             tensor = tensors.get(name)
-            trainable = name.endswith("bias") or (not name.endswith("scale") and weights.dtype != "fp8")
+            trainable = name.endswith("bias") or (not name.endswith("scale") and not weights.fp8)
             parameter = None if tensor is None else nn.Parameter(tensor.detach(), requires_grad=trainable)
             self.register_parameter(attribute, parameter)
 

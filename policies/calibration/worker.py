@@ -66,7 +66,7 @@ class WorkerServer:
         # Of the current token count, by routing distribution.
         self._M = 0
         self._inputs: dict[str, tuple[LayerInputs, ...]] = {}
-        # The same, and by whether activations are quantised.
+        # By routing distribution, and by whether activations are quantised where the weights are FP8.
         self._references: dict[tuple[str, bool], torch.Tensor] = {}
         # Of the current point. Candidates are named by their index; graphs live as long as `_turns`.
         self._mode: Mode = "eager"
@@ -119,15 +119,7 @@ class WorkerServer:
         require(input_bytes(problem, count * len(missing)) if missing else 0, "the inputs", self._device)
         for routing in missing:
             self._inputs[routing] = make_inputs(problem, ROUTINGS[routing], self._device, count, seed=SEED + M)
-        for quantized in {self._quantizes(name) for name, _ in candidates}:
-            absent = [routing for routing in routings if (routing, quantized) not in self._references]
-            if absent:
-                checked = [self._inputs[routing][0] for routing in absent]
-                references = reference_outputs(
-                    self._experts, checked, quantize_activations=quantized, tokens=CHECKED_TOKENS
-                )
-                keys = [(routing, quantized) for routing in absent]
-                self._references |= dict(zip(keys, references, strict=True))
+        self._references_of(routings, quantized=True)
         return {}
 
     def compile(self, layer: dict[str, Any], M: int, candidate: tuple[str, dict[str, Any]]) -> dict[str, Any]:
@@ -171,11 +163,13 @@ class WorkerServer:
             briefly: Eagerly and on the first routing distribution only.
         """
         backend, config, call = self._call(candidate)
+        assert self._machine is not None and self._layer is not None  # noqa: S101, PT018
         routings = self._routings[:1] if briefly else self._routings
+        quantized = backend.quantizes_activations(self._layer.problem(self._M, self._machine))
         verdict = verify(
             call,
             [self._inputs[routing][0] for routing in routings],
-            [self._references[routing, self._quantizes(backend.name)] for routing in routings],
+            self._references_of(routings, quantized=quantized),
             tolerance=tolerance,
             mode="eager" if briefly else self._mode,
             deterministic=backend.deterministic(config),
@@ -183,6 +177,21 @@ class WorkerServer:
         if not verdict.ok:
             return {"wrong": f"wrong (inputs: {', '.join(routings)}): {verdict.reason}"}
         return {"error": verdict.error}
+
+    def _references_of(self, routings: list[str], *, quantized: bool) -> list[torch.Tensor]:
+        """The fp32 references of the first input of each distribution, computed once for a token count.
+
+        Those of all the point's distributions at the first need: one pass over the experts serves them together.
+        """
+        assert self._experts is not None  # noqa: S101 - `layer` comes first
+        missing = [routing for routing in self._routings if (routing, quantized) not in self._references]
+        if missing:
+            checked = [self._inputs[routing][0] for routing in missing]
+            references = reference_outputs(
+                self._experts, checked, tokens=CHECKED_TOKENS, quantize_activations=quantized
+            )
+            self._references |= {(name, quantized): each for name, each in zip(missing, references, strict=True)}
+        return [self._references[routing, quantized] for routing in routings]
 
     def time(self, candidates: list[int], routing: str, budget_s: float, rounds: int) -> dict[str, Any]:
         """Time candidates that take turns.
@@ -229,16 +238,6 @@ class WorkerServer:
             self._calls[candidate] = call
         return self._calls[candidate]
 
-    def _quantizes(self, name: str) -> bool:
-        """Whether a backend quantises activations of this layer, and so must its reference; True without block FP8."""
-        assert self._layer is not None  # noqa: S101 - `layer` comes first
-        if self._layer.dtype != "fp8":
-            return True
-        try:
-            return self._backend(name).quantizes_activations
-        except Exception:  # noqa: BLE001 - a backend that cannot be made says so when its candidates are launched
-            return True
-
     def _turns_on(self, routing: str) -> Turns[int]:
         if routing not in self._turns:
             pool = next((turns.pool for turns in self._turns.values()), None)
@@ -255,14 +254,11 @@ class WorkerServer:
         self._M, self._inputs, self._references = 0, {}, {}
 
     def _made(self, name: str, config: dict[str, Any]) -> tuple[Backend, BackendConfig]:
-        backend = self._backend(name)
-        return backend, backend.config_type.model_validate(config)
-
-    def _backend(self, name: str) -> Backend:
         assert self._machine is not None  # noqa: S101 - `start` comes first
         if name not in self._backends:
             self._backends[name] = make_backend(name, self._machine).require()
-        return self._backends[name]
+        backend = self._backends[name]
+        return backend, backend.config_type.model_validate(config)
 
 
 def distinct_inputs(problem: MoEProblem, machine: Machine) -> int:

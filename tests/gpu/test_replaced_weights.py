@@ -47,7 +47,9 @@ class Checker:
 
     def __call__(self, experts: ExpertWeights) -> None:
         backend = get_dispatcher().planner.backend(self.name)
-        quantized = backend.quantizes_activations
+        M, topk = self.ids.shape
+        problem = experts.problem(M, topk, self.hidden.dtype, backend.machine.capability)
+        quantized = backend.quantizes_activations(problem)
         expected = truth(self.hidden, experts, self.weights, self.ids, quantize_activations=quantized)
         tolerance = backend.tolerance[self.dtype]
         for call in range(CALLS):
