@@ -187,20 +187,6 @@ def moe_fp8_codes(values, scale):
 
 
 @triton.jit
-def moe_e4m3_to_fp32(codes):
-    """The values, exact, of e4m3 codes that are given as uint8; also where a device or Triton lacks the type."""
-    if _LACKS_E4M3 or not tl.target_info.cuda_capability_geq(8, 9):
-        bits = codes.to(tl.int32)
-        # Exponent and mantissa at the places of fp32's, whose bias is 120 greater; subnormals stay what they are.
-        magnitude = ((bits & 0x7F) << 20).to(tl.float32, bitcast=True) * 1.329227995784916e36  # 2^120
-        magnitude = tl.where((bits & 0x7F) == 0x7F, float("nan"), magnitude)
-        values = tl.where(bits > 0x7F, -magnitude, magnitude)
-    else:
-        values = codes.to(tl.float8e4nv, bitcast=True).to(tl.float32)
-    return values
-
-
-@triton.jit
 def _moe_round_to_e4m3(values):
     """The nearest e4m3 value of each, ties to even."""
     bits = values.to(tl.int32, bitcast=True)
@@ -268,4 +254,14 @@ def moe_fp8_values(codes, dtype: tl.constexpr):
     else:
         tl.static_assert(dtype == tl.float16, "values are BF16 or FP16")
         values = tl.inline_asm_elementwise(_TO_FP16, "=r,=r,r", [codes], dtype=tl.float16, is_pure=True, pack=4)
+    return values
+
+
+@triton.jit
+def moe_e4m3_to_fp32(codes):
+    """The values, exact, of e4m3 codes that are given as bytes; also where a device or Triton lacks the type."""
+    if _LACKS_E4M3 or not tl.target_info.cuda_capability_geq(8, 9):
+        values = moe_fp8_values(codes, tl.float16).to(tl.float32)
+    else:
+        values = codes.to(tl.float8e4nv, bitcast=True).to(tl.float32)
     return values

@@ -4,6 +4,7 @@ from torch import Tensor
 
 from moe_dispatch.backend import BackendConfig
 from moe_dispatch.backends.triton_common.backend import TritonBackend
+from moe_dispatch.backends.triton_common.features import triton_requirements
 from moe_dispatch.backends.triton_vector.config import (
     TritonVectorConfig,
     candidate_configs,
@@ -12,7 +13,6 @@ from moe_dispatch.backends.triton_vector.config import (
 )
 from moe_dispatch.backends.triton_vector.down import vector_down
 from moe_dispatch.backends.triton_vector.gate_up import vector_gate_up
-from moe_dispatch.backends.triton_vector.layer import ARRIVAL_BYTES, cleared_arrivals, vector_layer
 from moe_dispatch.errors import InvalidInputError
 from moe_dispatch.experts import ExpertWeights
 from moe_dispatch.problem import ELEMENT_BYTES, MoEProblem
@@ -27,11 +27,12 @@ class TritonVectorBackend(TritonBackend):
     Weights go from memory straight to registers, which starts faster than a pipeline through shared memory. Slots that
     share an expert read its weights once each. Deterministic: a token's experts are added in the order of its slots.
 
-    With block FP8 weights, hidden_states and the intermediate are not quantised: the products are those of dequantised
+    With FP8 weights, hidden_states and the intermediate are not quantised: the products are those of dequantised
     weights, in fp32.
     """
 
     name = "triton_vector"
+    requirements = triton_requirements(fp8_forms=True)
     config_type = TritonVectorConfig
 
     def further_reasons(self, problem: MoEProblem) -> tuple[str, ...]:
@@ -53,10 +54,9 @@ class TritonVectorBackend(TritonBackend):
         """See `Backend.configs`."""
         return candidate_configs(problem, self._features)
 
-    def workspace_bytes(self, problem: MoEProblem, config: BackendConfig) -> int:
+    def workspace_bytes(self, problem: MoEProblem, config: BackendConfig) -> int:  # noqa: ARG002
         """See `Backend.workspace_bytes`."""
-        arrivals = problem.M * ARRIVAL_BYTES if isinstance(config, TritonVectorConfig) and config.one_launch else 0
-        return problem.slots * problem.N * ELEMENT_BYTES[problem.act_dtype] + arrivals
+        return problem.slots * problem.N * ELEMENT_BYTES[problem.act_dtype]
 
     def run_into(
         self,
@@ -71,10 +71,6 @@ class TritonVectorBackend(TritonBackend):
         if not isinstance(config, TritonVectorConfig):
             raise InvalidInputError(f"triton_vector takes a TritonVectorConfig, got {type(config).__name__}")
         inner = hidden_states.new_empty(topk_ids.numel(), experts.N)
-        if config.one_launch:
-            arrivals = cleared_arrivals(topk_ids.shape[0], hidden_states.device, pdl=config.pdl)
-            vector_layer(hidden_states, experts, topk_weights, topk_ids, inner, arrivals, out, config)
-        else:
-            vector_gate_up(hidden_states, experts, topk_ids, inner, config)
-            vector_down(inner, experts, topk_weights, topk_ids, out, config)
+        vector_gate_up(hidden_states, experts, topk_ids, inner, config)
+        vector_down(inner, experts, topk_weights, topk_ids, out, config)
         return out

@@ -35,8 +35,6 @@ class TritonVectorConfig(BackendConfig):
         down_columns: Columns of N that it has in flight for each expert.
         down_experts: Experts of a token whose weights it has in flight at once.
         down_warps: Warps of such a CTA.
-        one_launch: Both products in one launch, which waits for each token's intermediate instead of for the first
-            product. `warps` then holds for both.
         pdl: Programmatic dependent launch (sm_90 and newer).
     """
 
@@ -47,7 +45,6 @@ class TritonVectorConfig(BackendConfig):
     down_columns: Literal[128, 256, 512, 1024, 2048] = 1024
     down_experts: Literal[1, 2, 4, 8] = 1
     down_warps: Literal[1, 2, 4, 8] = 4
-    one_launch: bool = False
     pdl: bool = False
 
 
@@ -60,7 +57,7 @@ def default_config(problem: MoEProblem, device: Features) -> TritonVectorConfig:
     together = down_rows >= 2 and down_columns <= _WHOLE_ROW
     warps = min(_MOST_WARPS, _CHUNK * ELEMENT_BYTES[problem.dtype] // (32 * _BYTES_PER_THREAD))
     return TritonVectorConfig.model_validate({
-        "rows": _ROWS if whole or problem.dtype != "fp8" else _FP8_ROWS_OF_PARTS,
+        "rows": _ROWS if whole or not problem.fp8 else _FP8_ROWS_OF_PARTS,
         "columns": columns if whole else _PART_OF_ROW,
         "warps": warps if whole else _WARPS_OF_PARTS,
         "down_rows": min(_ROWS, down_rows) if together else _ROWS,

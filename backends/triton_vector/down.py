@@ -9,6 +9,7 @@ import math
 from typing import TYPE_CHECKING
 
 from moe_dispatch.backends.triton_common.launch_options import as_bytes, next_power_of_2, pdl_option
+from moe_dispatch.backends.triton_common.quantization import quantization
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -50,7 +51,6 @@ def vector_down(
         experts.K, experts.N, experts.E,
         # constants
         TOPK=topk, ROWS=config.down_rows, EXPERTS=together, BLOCK_N=block_n,
-        BLOCKS_N=math.ceil(experts.N / block_n),
-        PDL=config.pdl,
+        BLOCKS_N=math.ceil(experts.N / block_n), SCALES=quantization(experts.dtype, fp8=False).scales, PDL=config.pdl,
         num_warps=config.down_warps, **pdl_option(config.pdl),
     )  # fmt: skip

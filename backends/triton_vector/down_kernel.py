@@ -7,7 +7,6 @@ import triton.language as tl
 from moe_dispatch.backends.triton_common.device import moe_e4m3_to_fp32
 from moe_dispatch.backends.triton_common.fast_launch import fast_launch
 from moe_dispatch.backends.triton_common.pdl import moe_pdl_release, moe_pdl_wait
-from moe_dispatch.backends.triton_vector.arrivals_kernel import moe_wait_for_arrivals
 
 
 @fast_launch
@@ -21,50 +20,19 @@ def _moe_vector_down_kernel(
     K, N, E,
     # constants
     TOPK: tl.constexpr, ROWS: tl.constexpr, EXPERTS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCKS_N: tl.constexpr,
-    PDL: tl.constexpr,
+    SCALES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    moe_pdl_release(PDL)
-    moe_vector_down_tile(
-        inner_ptr, weight_ptr, scale_ptr, bias_ptr, topk_weights_ptr, ids_ptr, None, out_ptr,
-        tl.program_id(0), tl.program_id(1), K, N, E, TOPK, ROWS, EXPERTS, BLOCK_N, BLOCKS_N, PDL,
-    )  # fmt: skip
-
-
-@triton.jit
-def moe_vector_down_tile(
-    inner_ptr, weight_ptr, scale_ptr, bias_ptr, topk_weights_ptr, ids_ptr, arrivals_ptr, out_ptr, token, tile, K, N, E,
-    TOPK: tl.constexpr, ROWS: tl.constexpr, EXPERTS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCKS_N: tl.constexpr,
-    PDL: tl.constexpr,
-):  # fmt: skip
-    """Columns ``tile·ROWS …`` of a token's output.
-
-    The pointers and shapes are those of `vector_down`; `scale_ptr` and `bias_ptr` are None where there are none. Ids
-    and the first weights are read before the CTA waits for the kernel before, and with `arrivals_ptr` for the token's
-    intermediate, which this launch computes.
-    """
     vector: tl.constexpr = 128 // weight_ptr.dtype.element_ty.primitive_bitwidth
     vectors: tl.constexpr = BLOCK_N // vector
     blocks: tl.constexpr = BLOCKS_N * ((TOPK + EXPERTS - 1) // EXPERTS)
+    token, tile = tl.program_id(0), tl.program_id(1)
+    moe_pdl_release(PDL)
+    # The kernels before have waited for the router, so that ids and topk weights are there.
     w, scale, offs_x, mask_x = _moe_vector_down_block(
-        weight_ptr,
-        scale_ptr,
-        topk_weights_ptr,
-        ids_ptr,
-        token,
-        tile,
-        0,
-        K,
-        N,
-        E,
-        TOPK,
-        ROWS,
-        EXPERTS,
-        BLOCK_N,
-        BLOCKS_N,
-    )
+        weight_ptr, scale_ptr, topk_weights_ptr, ids_ptr, token, tile, 0, K, N, E,
+        TOPK, ROWS, EXPERTS, BLOCK_N, BLOCKS_N, SCALES,
+    )  # fmt: skip
     moe_pdl_wait(PDL)
-    if arrivals_ptr is not None:
-        moe_wait_for_arrivals(arrivals_ptr, token, tile, tl.cdiv(K, ROWS))
 
     acc = tl.zeros([ROWS, EXPERTS, vectors], dtype=tl.float32)
     for block in range(blocks):
@@ -72,14 +40,16 @@ def moe_vector_down_tile(
         if blocks > 1:
             w, scale, offs_x, mask_x = _moe_vector_down_block(
                 weight_ptr, scale_ptr, topk_weights_ptr, ids_ptr, token, tile, block + 1, K, N, E,
-                TOPK, ROWS, EXPERTS, BLOCK_N, BLOCKS_N,
+                TOPK, ROWS, EXPERTS, BLOCK_N, BLOCKS_N, SCALES,
             )  # fmt: skip
         # Products wait for x, and x for the barrier: else the compiler delays loads of weights behind products.
         tl.debug_barrier()
         x = tl.load(inner_ptr + now_x, mask=now_mask, other=0.0).to(tl.float32)
-        values = now.to(tl.float32) if scale_ptr is None else moe_e4m3_to_fp32(now)
-        acc += tl.sum(tl.reshape(values * x[None], [ROWS, EXPERTS, vectors, vector]), axis=3) * now_scale[None]
-    out = tl.sum(tl.reshape(acc, [ROWS, EXPERTS * vectors]), axis=1)  # [ROWS]
+        values = now.to(tl.float32) if SCALES == "none" else moe_e4m3_to_fp32(now)
+        acc += tl.sum(tl.reshape(values * x[None], [ROWS, EXPERTS, vectors, vector]), axis=3) * now_scale
+    # Two sums instead of one of a reshaped tensor: where warps divide experts, rows and vectors, Triton 3.6 stores
+    # their shares of that sum in each other's places (mended by pull request 9219 of triton-lang/triton).
+    out = tl.sum(tl.sum(acc, axis=1), axis=1)  # [ROWS]
     offs_r = tile * ROWS + tl.arange(0, ROWS)
     mask_r = offs_r < K
     if bias_ptr is not None:
@@ -95,17 +65,18 @@ def moe_vector_down_tile(
 def _moe_vector_down_block(
     weight_ptr, scale_ptr, topk_weights_ptr, ids_ptr, token, tile, block, K, N, E,
     TOPK: tl.constexpr, ROWS: tl.constexpr, EXPERTS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCKS_N: tl.constexpr,
+    SCALES: tl.constexpr,
 ):  # fmt: skip
-    """What a block of `moe_vector_down_tile` reads beside the intermediate; zeros after the last block.
+    """What a CTA reads beside the intermediate for a block of columns and experts; zeros after the last block.
 
     Returns:
-        Weights ``[ROWS, EXPERTS, BLOCK_N]``; what to multiply their sums by, topk weight times block scale, ``[EXPERTS,
-        BLOCK_N / vector]`` or ``[EXPERTS, 1]``; offsets of the intermediate and their mask ``[EXPERTS, BLOCK_N]``.
+        Weights ``[ROWS, EXPERTS, BLOCK_N]``; what to multiply the sums of their vectors by, topk weight times scale,
+        which broadcasts to ``[ROWS, EXPERTS, BLOCK_N / vector]``; offsets of the intermediate and their mask
+        ``[EXPERTS, BLOCK_N]``.
     """
     vector: tl.constexpr = 128 // weight_ptr.dtype.element_ty.primitive_bitwidth
     offs_j = block // BLOCKS_N * EXPERTS + tl.arange(0, EXPERTS)
     offs_n = block % BLOCKS_N * BLOCK_N + tl.arange(0, BLOCK_N)
-    # The kernels before have waited for the router, so ids and topk weights are there.
     slots = token * TOPK + offs_j
     e = tl.load(ids_ptr + slots, mask=offs_j < TOPK, other=-1)
     known = (e >= 0) & (e < E)  # whatever an invalid slot's weight and memory hold, NaN included, is not read
@@ -113,11 +84,14 @@ def _moe_vector_down_block(
     rows = tl.minimum(tile * ROWS + tl.arange(0, ROWS), K - 1).to(tl.int64)[:, None, None]
     expert = e.to(tl.int64)
     w = tl.load(weight_ptr + (expert[None, :, None] * K + rows) * N + offs_n[None, None, :], mask=mask[None], other=0)
-    scale = tl.load(topk_weights_ptr + slots, mask=known, other=0.0)[:, None]
-    if scale_ptr is not None:
+    scale = tl.load(topk_weights_ptr + slots, mask=known, other=0.0)[None, :, None]
+    if SCALES == "channel":
+        channels = scale_ptr + expert[None, :, None] * K + rows
+        scale *= tl.load(channels, mask=known[None, :, None], other=0.0)
+    elif SCALES == "block":
         # A vector lies in one block of scales, and so do the tile's rows.
         offs_v = block % BLOCKS_N * BLOCK_N + tl.arange(0, BLOCK_N // vector) * vector
         scales = scale_ptr + (expert * tl.cdiv(K, 128) + tile * ROWS // 128)[:, None] * tl.cdiv(N, 128)
         mask_v = known[:, None] & (offs_v < N)[None, :]
-        scale *= tl.load(scales + (offs_v // 128)[None, :], mask=mask_v, other=0.0)
+        scale *= tl.load(scales + (offs_v // 128)[None, :], mask=mask_v, other=0.0)[None]
     return w, scale, slots.to(tl.int64)[:, None] * N + offs_n[None, :], mask

@@ -9,6 +9,7 @@ import math
 from typing import TYPE_CHECKING
 
 from moe_dispatch.backends.triton_common.launch_options import as_bytes, next_power_of_2, pdl_option
+from moe_dispatch.backends.triton_common.quantization import quantization
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -48,7 +49,7 @@ def vector_gate_up(
         experts.K, experts.N, experts.E,
         # constants
         TOPK=topk_ids.shape[1], COLUMNS=columns, BLOCK_K=block_k, BLOCKS=math.ceil(experts.K / block_k),
-        EVEN_N=experts.N % columns == 0, PDL=config.pdl, GATED=experts.gated, INTERLEAVED=experts.interleaved,
-        ACTIVATION=experts.activation,
+        EVEN_N=experts.N % columns == 0, SCALES=quantization(experts.dtype, fp8=False).scales, PDL=config.pdl,
+        GATED=experts.gated, INTERLEAVED=experts.interleaved, ACTIVATION=experts.activation,
         num_warps=config.warps, **pdl_option(config.pdl),
     )  # fmt: skip

@@ -25,29 +25,14 @@ def _moe_vector_gate_up_kernel(
     K, N, E,
     # constants
     TOPK: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_K: tl.constexpr, BLOCKS: tl.constexpr, EVEN_N: tl.constexpr,
-    PDL: tl.constexpr, GATED: tl.constexpr, INTERLEAVED: tl.constexpr, ACTIVATION: tl.constexpr,
+    SCALES: tl.constexpr, PDL: tl.constexpr, GATED: tl.constexpr, INTERLEAVED: tl.constexpr, ACTIVATION: tl.constexpr,
 ):  # fmt: skip
-    moe_pdl_wait(PDL)  # the kernel that wrote the ids may still run
-    moe_pdl_release(PDL)
-    moe_vector_gate_up_tile(
-        x_ptr, weight_ptr, scale_ptr, bias_ptr, ids_ptr, inner_ptr, tl.program_id(0), tl.program_id(1), K, N, E,
-        TOPK, COLUMNS, BLOCK_K, BLOCKS, EVEN_N, GATED, INTERLEAVED, ACTIVATION,
-    )  # fmt: skip
-
-
-@triton.jit
-def moe_vector_gate_up_tile(
-    x_ptr, weight_ptr, scale_ptr, bias_ptr, ids_ptr, inner_ptr, slot, tile, K, N, E,
-    TOPK: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_K: tl.constexpr, BLOCKS: tl.constexpr, EVEN_N: tl.constexpr,
-    GATED: tl.constexpr, INTERLEAVED: tl.constexpr, ACTIVATION: tl.constexpr,
-):  # fmt: skip
-    """Columns ``tile·COLUMNS …`` of a slot's activated intermediate; nothing where the slot's id is invalid.
-
-    The pointers and shapes are those of `vector_gate_up`; `scale_ptr` and `bias_ptr` are None where there are none.
-    """
     parts: tl.constexpr = 2 if GATED else 1
     vector: tl.constexpr = 128 // weight_ptr.dtype.element_ty.primitive_bitwidth
     vectors: tl.constexpr = BLOCK_K // vector
+    slot, tile = tl.program_id(0), tl.program_id(1)
+    moe_pdl_wait(PDL)  # the kernel that wrote the ids may still run
+    moe_pdl_release(PDL)
     e = tl.load(ids_ptr + slot)
     if (e >= 0) & (e < E):
         expert = e.to(tl.int64)
@@ -60,7 +45,7 @@ def moe_vector_gate_up_tile(
         w = tl.load(w_rows + offs_k[None, None, :], mask=(offs_k < K)[None, None, :], other=0)
 
         offs_v = tl.arange(0, vectors) * vector  # a vector lies in one block of scales
-        if scale_ptr is not None:
+        if SCALES == "block":
             # The rows of a part lie in one block of scales, unless N shifts those of up.
             block_row = (part * N + tile * COLUMNS if EVEN_N and not INTERLEAVED else row) // 128
             scales = (scale_ptr + (expert * tl.cdiv(parts * N, 128) + block_row) * tl.cdiv(K, 128))[:, :, None]
@@ -71,22 +56,24 @@ def moe_vector_gate_up_tile(
         for _ in range(BLOCKS):
             now = w
             offs_x = offs_k
-            if scale_ptr is not None:
+            if SCALES == "block":
                 now_scale = scale
             if BLOCKS > 1:
                 offs_k += BLOCK_K
                 w = tl.load(w_rows + offs_k[None, None, :], mask=(offs_k < K)[None, None, :], other=0)
-                if scale_ptr is not None:
+                if SCALES == "block":
                     offs_v += BLOCK_K
                     mask_v = (offs_v < K)[None, None, :]
                     scale = tl.load(scales + (offs_v // 128)[None, None, :], mask=mask_v, other=0.0)
             # Products wait for x, and x for the barrier: else the compiler delays loads of weights behind products.
             tl.debug_barrier()
             x = tl.load(x_ptr + x_row * K + offs_x, mask=offs_x < K, other=0.0).to(tl.float32)[None, None, :]
-            values = now.to(tl.float32) if scale_ptr is None else moe_e4m3_to_fp32(now)
+            values = now.to(tl.float32) if SCALES == "none" else moe_e4m3_to_fp32(now)
             sums = tl.sum(tl.reshape(values * x, [parts, COLUMNS, vectors, vector]), axis=3)
-            acc += sums if scale_ptr is None else sums * now_scale
+            acc += sums * now_scale if SCALES == "block" else sums
         gate = tl.sum(acc, axis=2)  # [parts, COLUMNS]
+        if SCALES == "channel":
+            gate *= tl.load(scale_ptr + expert * parts * N + row)
         up = None
         if GATED:
             gate, up = tl.permute(gate, (1, 0)).split()

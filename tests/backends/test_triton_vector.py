@@ -12,13 +12,13 @@ from moe_dispatch.backend import BackendConfig
 from moe_dispatch.backends.triton_vector.backend import MOST_SLOTS, TritonVectorBackend
 from moe_dispatch.backends.triton_vector.config import TritonVectorConfig, shared_memory_bytes
 from moe_dispatch.backends.triton_vector.down import vector_down
-from moe_dispatch.backends.triton_vector.layer import ARRIVAL_BYTES, vector_layer
 from moe_dispatch.errors import InvalidInputError
 from moe_dispatch.experts import ExpertWeights
-from moe_dispatch.machine import Machine
+from moe_dispatch.machine import Machine, current_machine
 from moe_dispatch.policies.rules import VECTOR_FP8_BYTES, vector_suits
 from moe_dispatch.problem import DType
-from moe_dispatch.workloads import WORKLOADS, Workload
+from moe_dispatch.testing import relative_error, truth
+from moe_dispatch.workloads import ROUTINGS, WORKLOADS, Workload, make_experts
 from tests.support.decode import Case, check_against_the_reference
 from tests.support.triton_compile import (
     SHARED_MEMORY,
@@ -52,37 +52,11 @@ CASES = [
         Case("fp8, cut blocks", dtype="fp8", K=200, N=72, bias=True, activation="swiglu_oai", interleaved=True),
         Case("fp8, shifted blocks", M=2, dtype="fp8", K=200, N=77, topk=3),
         Case("fp8, ungated", M=2, dtype="fp8", N=136, activation="relu2"),
+        Case("per-channel fp8", dtype="fp8_channel", K=200, N=77, topk=3),
+        Case("per-channel fp8, interleaved", dtype="fp8_channel", K=256, N=72, bias=True, interleaved=True),
+        Case("per-channel fp8, ungated", M=2, dtype="fp8_channel", N=136, activation="relu2"),
     )
 ]
-
-
-# In one launch: what each of a token's tiles adds to its counter, in cases that are quickly interpreted.
-JOINED = {
-    "one token, chunks", "odd count, chunks", "no slot has a valid id, chunks", "all slots to one expert, chunks",
-    "odd K and N, chunks", "relu2, chunks", "fp8, ungated, chunks",
-}  # fmt: skip
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="runs in Triton's interpreter")
-@pytest.mark.usefixtures("poisoned_memory")
-@pytest.mark.parametrize("case", [case for case in CASES if str(case) in JOINED], ids=str)
-def test_one_launch_gives_the_same_bits_and_leaves_its_counters_at_zero(case: Case) -> None:
-    backend, experts, (x, weights, ids) = TritonVectorBackend(Machine.inspect("cpu")), case.experts(), case.tokens()
-    two = TritonVectorConfig.model_validate(case.config)
-    one = two.model_copy(update={"one_launch": True})
-    expected = backend.run(x, experts, weights, ids, two)
-    assert torch.equal(backend.run(x, experts, weights, ids, one), expected)
-    inner, out = x.new_empty(ids.numel(), experts.N), torch.empty_like(x)
-    arrivals = torch.zeros(case.M, ARRIVAL_BYTES // 4, dtype=torch.int32)
-    for _ in range(2):
-        vector_layer(x, experts, weights, ids, inner, arrivals, out, one, cleared_before=False)
-        assert torch.equal(out, expected)
-        assert not arrivals.any()
-        out.fill_(torch.nan)
-
-
-def test_the_cases_in_one_launch_exist() -> None:
-    assert {str(case) for case in CASES} >= JOINED
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="runs in Triton's interpreter")
@@ -111,7 +85,7 @@ def test_equals_the_reference(case: Case) -> None:
 def test_configs_fit_the_device(name: str, capability: int) -> None:
     backend = TritonVectorBackend(described(capability))
     for M in (1, 4, 16, 64):
-        for dtype in cast("tuple[DType, ...]", ("bf16", "fp8") if capability >= 89 else ("bf16",)):
+        for dtype in cast("tuple[DType, ...]", ("bf16", "fp8", "fp8_channel")):
             problem = WORKLOADS[name].problem(M, dtype, backend.machine)
             configs = backend.configs(problem)
             assert configs[0] == backend.default_config(problem)
@@ -119,6 +93,9 @@ def test_configs_fit_the_device(name: str, capability: int) -> None:
             for config in configs:
                 assert shared_memory_bytes(config) <= backend.machine.shared_memory_per_block
                 assert capability >= 90 or not config.pdl
+
+
+QWEN3_NEXT = Workload("qwen3-next", E=512, topk=10, K=2048, N=512)
 
 
 @pytest.mark.parametrize("topk", [1, 2, 3, 8, 9])
@@ -140,7 +117,6 @@ def test_workspace_is_what_the_launches_leave_behind() -> None:
     S, N = 16, bf16.N
     for problem in (bf16, fp8):
         assert backend.workspace_bytes(problem, TritonVectorConfig()) == S * N * 2
-        assert backend.workspace_bytes(problem, TritonVectorConfig(one_launch=True)) == S * N * 2 + 2 * ARRIVAL_BYTES
 
 
 def test_many_slots_are_declined_with_the_limit() -> None:
@@ -160,7 +136,7 @@ def test_another_backends_configuration_is_refused() -> None:
 
 
 def launch_defaults(capability: int, dtype: DType, *, every: bool) -> Iterator[Launch]:
-    """The defaults of the named workloads, with one problem for each, in two launches and in one; all, or the first."""
+    """The defaults of the named workloads, with one problem for each; all of them, or the first."""
     backend = TritonVectorBackend(described(capability))
     seen = set()
     for workload in WORKLOADS.values():
@@ -171,24 +147,54 @@ def launch_defaults(capability: int, dtype: DType, *, every: bool) -> Iterator[L
             if key not in seen:
                 seen.add(key)
                 note = {"bound": shared_memory_bytes(config)}
-                for tiles in (config, config.model_copy(update={"one_launch": True})):
-                    yield Launch(partial(backend.run, *unwritten_layer(replace(problem, M=1)), tiles), note)
+                yield Launch(partial(backend.run, *unwritten_layer(replace(problem, M=1)), config), note)
                 if not every:
                     return
 
 
+# Rows, experts and vectors of down are all divided among its eight warps.
+DIVIDED = TritonVectorConfig(columns=2048, down_rows=2, down_columns=512, down_experts=8, down_warps=8)
+
+
+def launch_divided(capability: int) -> Iterator[Launch]:
+    problem = QWEN3_NEXT.problem(1, "bf16", described(capability))
+    yield Launch(partial(TritonVectorBackend(described(capability)).run, *unwritten_layer(problem), DIVIDED))
+
+
+def launch_reshaped_sum(capability: int) -> Iterator[Launch]:
+    from tests.support.reshaped_sum_kernel import _moe_reshaped_sum_kernel
+
+    values, out = torch.empty(8, 2, 512, dtype=torch.bfloat16), torch.empty(2)
+    yield Launch(partial(_moe_reshaped_sum_kernel[(1,)], values, out, num_warps=8), {"for": capability})
+
+
+@pytest.mark.slow
+def test_no_sum_is_left_to_what_triton_adds_wrongly() -> None:
+    assert len(compile_launches(launch_divided, 90)) == 2
+    with pytest.raises(AssertionError, match=r"_moe_reshaped_sum_kernel: axis 1 .* not consecutive"):
+        compile_launches(launch_reshaped_sum, 90)
+
+
+@pytest.mark.gpu
+def test_warps_that_divide_rows_experts_and_vectors_are_added_up() -> None:
+    experts = make_experts(QWEN3_NEXT, "bf16", "cuda")
+    weights, ids = ROUTINGS["uniform"].sample(2, QWEN3_NEXT.E, QWEN3_NEXT.topk, "cuda")
+    hidden = torch.randn(2, QWEN3_NEXT.K, device="cuda").bfloat16()
+    out = TritonVectorBackend(current_machine("cuda")).run(hidden, experts, weights, ids, DIVIDED)
+    assert relative_error(out, truth(hidden, experts, weights, ids)) <= 1e-2
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-@pytest.mark.parametrize(("capability", "dtype", "every"), devices(fp16=True))
+@pytest.mark.parametrize(("capability", "dtype", "every"), devices(fp16=True, fp8_forms=True))
 def test_defaults_compile(capability: int, dtype: DType, every: bool) -> None:
     kernels = compile_launches(launch_defaults, capability, dtype=dtype, every=every)
     products = [built for built in kernels if built.name.startswith("_moe_vector")]
-    names = {"_moe_vector_gate_up_kernel", "_moe_vector_down_kernel", "_moe_vector_layer_kernel"}
-    assert {built.name for built in products} == names
-    for built in kernels:
+    assert {built.name for built in products} == {"_moe_vector_gate_up_kernel", "_moe_vector_down_kernel"}
+    assert products == kernels
+    for built in products:
         assert built.pdl == (capability >= 90), built
         assert built.stack <= FEW_SPILLS, built
-    for built in products:
         assert built.shared <= built.note["bound"], built
         # Weights go straight into registers, 16 bytes at a time.
         assert not built.wide_copies, built
