@@ -98,17 +98,18 @@ def test_configs_fit_the_device(name: str, capability: int) -> None:
 QWEN3_NEXT = Workload("qwen3-next", E=512, topk=10, K=2048, N=512)
 
 
-@pytest.mark.parametrize("topk", [1, 2, 3, 8, 9])
-@pytest.mark.parametrize("N", [17, 128, 1000, 1024, 1025, 2048, 2049])
-def test_the_rules_know_where_down_reads_all_experts_at_once(topk: int, N: int) -> None:
-    """In FP8 the rules prefer these kernels only there, if a layer is small and its experts are not shared."""
+@pytest.mark.parametrize("topk", [1, 2, 3, 6, 8, 10, 16])
+@pytest.mark.parametrize("N", [17, 512, 1000, 1025, 2048, 2049])
+def test_the_rules_know_where_down_reads_whole_rows_and_every_lane_has_an_expert(topk: int, N: int) -> None:
     backend = TritonVectorBackend(described(90))
-    layer = Workload("small", 4096, topk, 64, N)
-    problem = layer.problem(1, "fp8", backend.machine)
+    problem = Workload("small", 4096, topk, 64, N).problem(1, "fp8", backend.machine)
     assert problem.expected_experts * problem.expert_bytes <= VECTOR_FP8_BYTES
     config = backend.default_config(problem)
     assert isinstance(config, TritonVectorConfig)
-    assert vector_suits(problem) == (config.down_experts >= topk)
+    assert topk % config.down_experts == 0
+    if vector_suits(problem):
+        assert config.down_columns >= N or topk == 1
+        assert topk % (2 * config.down_experts) or config.down_experts == 8
 
 
 def test_workspace_is_what_the_launches_leave_behind() -> None:
