@@ -22,10 +22,10 @@ from typing import Any, Final, Literal, get_args
 import torch
 from torch import Tensor
 
+from moe_dispatch.benchmarks.record import json_lines
 from moe_dispatch.benchmarks.record.gradients import IMPLEMENTATIONS, Row, build, measure
 from moe_dispatch.integrations.transformers import register
 from moe_dispatch.machine import Machine
-from moe_dispatch.measure.provenance import commit, versions
 
 Mode = Literal["eager", "compiled"]
 
@@ -145,9 +145,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=130.0, help="what has not begun by then is left out")
     arguments = parser.parse_args()
     deadline = time.monotonic() + arguments.seconds
-    machine = Machine.inspect("cuda")
-    facts = {"machine": machine.name, "commit": commit(Path.cwd()), "versions": versions(machine),
-             "layers": arguments.layers}  # fmt: skip
+    facts = {**json_lines.origin(Machine.inspect("cuda")), "layers": arguments.layers}
     register()
     model = build(arguments.layers, "cuda").eval()
     with arguments.out.open("w", encoding="utf-8") as out:
