@@ -37,7 +37,7 @@ def call(experts: ExpertWeights, M: int) -> tuple[Tensor, Tensor, Tensor, Tensor
 
 
 def truth(experts: ExpertWeights, hidden: Tensor, weights: Tensor, ids: Tensor, gradient: Tensor) -> list[Tensor]:
-    named = {name: tensor.float().requires_grad_() for name, tensor in experts.tensors()}
+    named: dict[str, Any] = {name: tensor.float().requires_grad_() for name, tensor in experts.tensors()}
     kind: dict[str, Any] = {name: getattr(experts, name) for name in ("activation", "interleaved", "transposed")}
     wide = ExpertWeights(**named, **kind)
     leaves = [hidden.float().requires_grad_(), weights.clone().requires_grad_(), *named.values()]

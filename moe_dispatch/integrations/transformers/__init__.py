@@ -19,9 +19,9 @@ without a trace (under torch.distributed, which FSDP and expert parallelism need
 is recorded for them, and in compiled graphs, they are read in place, by torch_grouped.
 
 Under torch.compile and torch.export a layer stays in the graph, ``fullgraph=True`` included. Two things break the
-graph: forward-mode differentiation, and a layer that is offloaded by a hook of its own. Compiling the blocks of a model
-one by one recompiles for every layer that has neither run nor been looked at: call ``report(model)`` first, which looks
-at all of them.
+graph: forward-mode differentiation, and a layer that is offloaded by a hook of its own. Compiling the blocks of a
+model one by one recompiles for every layer that has neither run nor been looked at: call ``report(model)`` first,
+which looks at all of them.
 """
 
 from moe_dispatch.integrations.transformers.register import NAME, register
