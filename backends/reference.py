@@ -39,6 +39,7 @@ class ReferenceBackend(Backend):
         cpu=True,
         bias=True,
         interleaved=True,
+        transposed=True,
         grad=True,
         capturable=False,  # the host reads which experts were chosen
     )

@@ -42,6 +42,7 @@ class TorchGroupedBackend(WritingBackend):
         cpu=True,
         bias=True,
         interleaved=True,
+        transposed=True,
         # torch refuses operands whose rows do not start on 16 bytes.
         multiples={"bf16": {"K": 8, "N": 8}, "fp16": {"K": 8, "N": 8}, "fp32": {"K": 4, "N": 4}},
     )

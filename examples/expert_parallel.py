@@ -30,11 +30,11 @@ ep = ExpertParallel(dist.group.WORLD, tokens="sharded", max_tokens=1024)
 layer = ep.shard(ExpertWeights(gate_up.to(device, dtype), down.to(device, dtype)), experts=E)
 
 with torch.no_grad():
-    # Measures each exchange at these token counts, and settles on the fastest of each.
-    for raced in ep.warm_up(layer, topk=TOPK, tokens=[16, 256]):
+    # Measures each exchange at these token counts, and keeps the fastest of each.
+    for compared in ep.warm_up(layer, topk=TOPK, tokens=[16, 256]):
         if rank == 0:
-            times = ", ".join(f"{name} {us:.0f} µs" for name, us in raced.us.items())
-            print(f"M={raced.kind.M} a rank: {raced.chosen} ({times})")
+            times = ", ".join(f"{name} {us:.0f} µs" for name, us in compared.us.items())
+            print(f"M={compared.kind.M} a rank: {compared.chosen} ({times})")
 
     M = 100 + 20 * rank  # ranks may have different token counts, also none
     hidden_states = torch.randn(M, K).to(device, dtype)

@@ -18,9 +18,10 @@ import pydantic
 import torch
 from torch import Tensor
 
+from moe_dispatch.activations import KINDS, kind
 from moe_dispatch.experts import ExpertWeights
 from moe_dispatch.machine import Machine
-from moe_dispatch.problem import ACTIVATIONS, Activation, DType, MoEProblem
+from moe_dispatch.problem import DType, MoEProblem
 
 Capability = tuple[int, int]
 Inputs = tuple[Tensor, ExpertWeights, Tensor, Tensor]  # hidden_states, experts, topk_weights, topk_ids
@@ -46,10 +47,11 @@ class Requirements:
     Attributes:
         dtypes: Weight dtypes, each with the least CUDA compute capability that it needs.
         act_dtypes: Dtypes of hidden_states.
-        activations: See `MoEProblem`.
+        activations: Those of `moe_dispatch.activations.KINDS`; ``"swiglu"`` is SwiGLU with parameters.
         cpu: Whether it runs on CPU tensors.
         bias: Whether the projections may add a bias.
         interleaved: Whether gate and up rows may alternate.
+        transposed: Whether the experts may be stored by columns.
         grad: Whether torch can differentiate its operations one by one, see `MoEProblem.needs_grad`. A call that is
             recorded for a backward does not need it.
         capturable: Whether it may run while a CUDA graph is captured.
@@ -60,10 +62,11 @@ class Requirements:
 
     dtypes: Mapping[DType, Capability]
     act_dtypes: frozenset[DType] = frozenset({"bf16", "fp16"})
-    activations: frozenset[Activation] = frozenset(ACTIVATIONS)
+    activations: frozenset[str] = KINDS
     cpu: bool = False
     bias: bool = False
     interleaved: bool = False
+    transposed: bool = False
     grad: bool = False
     capturable: bool = True
     libraries: tuple[str, ...] = ()
@@ -78,6 +81,7 @@ class Requirements:
             self._activation_reason(problem),
             "adds no bias" if problem.bias and not self.bias else "",
             "needs gate rows first, got interleaved rows" if problem.interleaved and not self.interleaved else "",
+            "reads weights stored [out, in], got [in, out]" if problem.transposed and not self.transposed else "",
             "has no gradient of its own; only 'reference' has one" if problem.needs_grad and not self.grad else "",
             "cannot be captured in a CUDA graph" if problem.mode == "graph" and not self.capturable else "",
         )
@@ -109,7 +113,7 @@ class Requirements:
         return ""
 
     def _activation_reason(self, problem: MoEProblem) -> str:
-        if problem.activation in self.activations:
+        if kind(problem.activation) in self.activations:
             return ""
         return f"computes {', '.join(sorted(self.activations))}, got activation {problem.activation}"
 

@@ -9,10 +9,11 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
+from moe_dispatch.activations import Activation, allowed
 from moe_dispatch.checkpoints import Part, expert_names, listed, stack
 from moe_dispatch.errors import InvalidInputError
 from moe_dispatch.model_config import ConfiguredLayer, configured_layer
-from moe_dispatch.problem import ACTIVATIONS, QUANT_BLOCK, Activation
+from moe_dispatch.problem import QUANT_BLOCK
 from moe_dispatch.system.files import read_json
 
 INDEX: Final = "model.safetensors.index.json"
@@ -132,7 +133,7 @@ def read_experts(
         if activation is None:
             raise InvalidInputError(
                 f"{checkpoint.origin} has no config.json beside it, which would tell the activation; give activation= "
-                f"one of {', '.join(ACTIVATIONS)}"
+                f"one of {allowed()}"
             )
     else:
         described = configured_layer(config, str(checkpoint.folder / "config.json"))

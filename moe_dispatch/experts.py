@@ -8,10 +8,11 @@ from typing import Any, Final, Literal, Self
 import torch
 from torch import Tensor, nn
 
+from moe_dispatch.activations import UNGATED, Activation, canonical
 from moe_dispatch.checkpoints import stack_experts
 from moe_dispatch.errors import InvalidInputError
 from moe_dispatch.numerics import FP8, quantize_blocks, quantize_channels
-from moe_dispatch.problem import ACTIVATIONS, FP8_DTYPES, UNGATED, Activation, DType, Mode, MoEProblem
+from moe_dispatch.problem import FP8_DTYPES, DType, Mode, MoEProblem
 from moe_dispatch.tensor_memory import address
 from moe_dispatch.weight_checks import (
     DTYPE_NAMES,
@@ -55,6 +56,10 @@ class ExpertWeights:
         down_bias: ``[E, K]``. Both biases or neither.
         activation: See `MoEProblem`.
         interleaved: Whether gate and up rows alternate.
+        transposed: Whether gate_up and down are views, by ``.transpose(1, 2)``, of contiguous ``[E, K, 2N]`` and
+            ``[E, N, K]``. They are read in place, but by few backends, torch_grouped and reference among them: where
+            the weights do not change, ``.transpose(1, 2).contiguous()`` once at load is faster in every call. Not for
+            block FP8.
         routed_experts: Experts among which the router chooses, where these are a part of them and the other ids of a
             call are of experts elsewhere; None where they are all. It changes the expected load and so the choice of
             the backend, never the result.
@@ -66,6 +71,7 @@ class ExpertWeights:
     __slots__ = (
         "E", "K", "N", "__weakref__", "activation", "device", "down", "down_address", "down_bias", "down_scale",
         "dtype", "gate_up", "gate_up_address", "gate_up_bias", "gate_up_scale", "interleaved", "routed_experts", "spec",
+        "transposed",
     )  # fmt: skip
 
     def __init__(
@@ -79,17 +85,18 @@ class ExpertWeights:
         down_bias: Tensor | None = None,
         activation: Activation = "silu",
         interleaved: bool = False,
+        transposed: bool = False,
         routed_experts: int | None = None,
     ) -> None:
-        if activation not in ACTIVATIONS:
-            raise InvalidInputError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
+        activation = canonical(activation)
         gated = activation not in UNGATED
-        if not isinstance(interleaved, bool):
-            raise InvalidInputError(f"interleaved must be True or False, got {type(interleaved).__name__}")
+        for name, value in (("interleaved", interleaved), ("transposed", transposed)):
+            if not isinstance(value, bool):
+                raise InvalidInputError(f"{name} must be True or False, got {type(value).__name__}")
         if interleaved and not gated:
             raise InvalidInputError(f"interleaved rows need a gate, and activation {activation!r} has none")
-        check_weight("gate_up", gate_up)
-        check_weight("down", down)
+        check_weight("gate_up", gate_up, transposed=transposed)
+        check_weight("down", down, transposed=transposed)
         E, rows, K = gate_up.shape
         N = down.shape[2]
         if tuple(down.shape) != (E, K, N) or rows != (2 * N if gated else N):
@@ -101,6 +108,8 @@ class ExpertWeights:
         check_alike("down", down, gate_up)
         self.dtype: DType = DTYPE_NAMES[gate_up.dtype]
         if gate_up.dtype == FP8:
+            if transposed:
+                raise InvalidInputError("FP8 weights cannot be read transposed; call .contiguous() once at load")
             self.dtype, gate_up_scale, down_scale = checked_scales(
                 gate_up, down, gate_up_scale, down_scale, 2 if gated else 1
             )
@@ -126,12 +135,13 @@ class ExpertWeights:
         self.gate_up_scale, self.down_scale = gate_up_scale, down_scale
         self.gate_up_bias, self.down_bias = gate_up_bias, down_bias
         self.activation: Activation = activation
-        self.interleaved = interleaved
+        self.interleaved, self.transposed = interleaved, transposed
         self.routed_experts = routed_experts
         self.E, self.K, self.N = E, K, N
         self.device = gate_up.device
         facts = (
-            E, K, N, self.dtype, activation, gate_up_bias is not None, interleaved, str(self.device), routed_experts,
+            E, K, N, self.dtype, activation, gate_up_bias is not None, interleaved, transposed, str(self.device),
+            routed_experts,
         )  # fmt: skip
         tracing = torch.compiler.is_compiling()
         self.spec: Final = LayerSpec(facts) if tracing else _SPECS.setdefault(facts, LayerSpec(facts))
@@ -272,8 +282,9 @@ class ExpertWeights:
 
     def _with(self, tensors: Mapping[str, Any], routed_experts: int | None) -> Self:
         return type(self)(
-            **tensors, activation=self.activation, interleaved=self.interleaved, routed_experts=routed_experts
-        )
+            **tensors, activation=self.activation, interleaved=self.interleaved, transposed=self.transposed,
+            routed_experts=routed_experts,
+        )  # fmt: skip
 
     def problem(
         self,
@@ -297,6 +308,7 @@ class ExpertWeights:
             activation=self.activation,
             bias=self.gate_up_bias is not None,
             interleaved=self.interleaved,
+            transposed=self.transposed,
             device=self.device.type,
             capability=capability,
             mode=mode,
@@ -328,6 +340,8 @@ class ExpertWeights:
             extras.append("bias=True")
         if self.interleaved:
             extras.append("interleaved=True")
+        if self.transposed:
+            extras.append("transposed=True")
         if self.routed_experts is not None:
             extras.append(f"routed_experts={self.routed_experts}")
         shape = f"E={self.E}, K={self.K}, N={self.N}, dtype={self.dtype!r}, device='{self.device}'"

@@ -5,13 +5,14 @@ Whatever might change the experts' shape or activation and is not known here is 
 layer is worse than an error.
 """
 
+import dataclasses
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
+from moe_dispatch.activations import SWIGLU_OAI, Activation, SwiGLU
 from moe_dispatch.errors import InvalidInputError
-from moe_dispatch.problem import ACTIVATIONS, Activation
 
 Section = Mapping[str, Any]
 
@@ -45,9 +46,20 @@ NAMES: Final[Mapping[str, Activation]] = {
 # Sections of a multimodal config that hold the language model, and parts of a section that hold its MoE layer.
 LANGUAGE: Final = ("text_config", "thinker_config", "llm_config", "language_config", "language_model_config")
 PARTS: Final = ("ffn_config", "moe", "moe_config")
-# The clamped gate of gpt-oss, and the parameters for which it is the `swiglu_oai` of `MoEProblem`.
-OAI_ALPHA: Final = 1.702
-OAI_LIMIT: Final = 7.0
+# The gate of families whose gate has parameters, with the values that a config may leave out because they are the
+# defaults of its class. The same key means different things: Step-3.7 clamps what SiLU has made, the others its input.
+GATES: Final[Mapping[str, SwiGLU]] = {
+    **dict.fromkeys(("gpt_oss", "openai_privacy_filter", "minimax_m3_vl", "minimax_m3_vl_text"), SWIGLU_OAI),
+    **dict.fromkeys(
+        ("deepseek_v4", "glm5_next", "glm5_next_text", "hy_v4", "hy_v4_vl", "hy_v4_vl_text"), SwiGLU(limit=10.0)
+    ),
+    **dict.fromkeys(
+        ("inkling2", "inkling2_text", "inkling2_loop", "inkling2_loop_text"), SwiGLU(gate_cap=4.0, up_cap=25.0)
+    ),
+}
+PARAMETERS: Final = {
+    "swiglu_alpha": "alpha", "swiglu_limit": "limit", "mlp_gate_softcap": "gate_cap", "mlp_up_softcap": "up_cap",
+}  # fmt: skip
 # Keys that look as if they changed the experts and do not: the router, shared experts, dense layers.
 HARMLESS: Final = re.compile(
     r"share|router|dense|mlp_|_capacity|jitter|aux|loss|prefix|layer|group|norm|scal|dtype|renorm|dropout|bias"
@@ -181,35 +193,31 @@ class _Reader:
         return self.number(DENSE_ROWS, "intermediate size")
 
     def activation(self) -> Activation:
-        """The activation, with the clamp that some families add."""
-        alpha, limit = self._section.get("swiglu_alpha"), self._section.get("swiglu_limit")
-        if self.family in ("gpt_oss", "openai_privacy_filter") or alpha is not None:
-            if (alpha, limit) != (OAI_ALPHA, OAI_LIMIT) and not (alpha is None and limit in (None, OAI_LIMIT)):
-                raise InvalidInputError(
-                    f"{self._origin} has swiglu_alpha={alpha} and swiglu_limit={limit}; known are {OAI_ALPHA} and "
-                    f"{OAI_LIMIT}, those of gpt-oss"
-                )
-            return "swiglu_oai"
+        """The activation, with the parameters that the gate of some families has."""
+        own = {key: value for key in PARAMETERS if (value := self._section.get(key))}
         limits = self._section.get("swiglu_limits")
-        clamps = [value for value in (limit, *(limits if isinstance(limits, list) else [limits])) if value]
-        if clamps:
+        own |= {"swiglu_limits": limits} if any(limits if isinstance(limits, list) else [limits]) else {}
+        if self.family in GATES and "swiglu_limits" not in own:
+            return str(dataclasses.replace(GATES[self.family], **{PARAMETERS[key]: own[key] for key in own}))
+        if own:
+            pairs = ", ".join(f"{key}={str(value)[:40]}" for key, value in own.items())
             raise InvalidInputError(
-                f"{self._origin} clamps the inputs of its gate at {clamps[0]}, which none of the activations "
-                f"{', '.join(ACTIVATIONS)} does"
+                f"{self._origin} has {pairs}, and how the gate of model_type {self.family!r} applies that is unknown "
+                f"here; it is known of {', '.join(GATES)}"
             )
         value = next((self._section[key] for key in ACTIVATION if self._section.get(key)), "silu")
         name = str(value.get("name", "silu") if isinstance(value, dict) else value)
         if name not in NAMES:
             raise InvalidInputError(
                 f"{self._origin} asks for activation {name[:80]!r}; known: {', '.join(sorted(NAMES))} "
-                f"(as {', '.join(ACTIVATIONS)})"
+                f"(as {', '.join(sorted(set(NAMES.values())))})"
             )
         return NAMES[name]
 
     def refuse_unknown(self) -> None:
         """Refuse keys that may change the experts' shape or activation and that are not read."""
         read = {*EXPERTS, *CHOSEN, *COLUMNS, *ROWS, *DENSE_ROWS, *ACTIVATION}
-        read |= {"swiglu_alpha", "swiglu_limit", "swiglu_limits"}
+        read |= {*PARAMETERS, "swiglu_limits"}
         unknown = {
             key: value
             for key, value in self._section.items()

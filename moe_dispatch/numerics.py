@@ -14,17 +14,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moe_dispatch.problem import QUANT_BLOCK, UNGATED, Activation
+from moe_dispatch.activations import UNGATED, Activation, SwiGLU, swiglu
+from moe_dispatch.problem import QUANT_BLOCK
 
 FP8: Final = torch.float8_e4m3fn
 FP8_MAX: Final = 448.0
 # The least maximum that a group is quantised by, so that the multiplier of zeros is not 0; vLLM's quantisation has the
 # same.
 SMALLEST_AMAX: Final = 1e-10
-# gpt-oss's clamped SwiGLU (openai/gpt-oss, `swiglu`): (clamp(up, ±limit) + 1) · gate · sigmoid(alpha · gate), where
-# gate is clamped from above alone.
-SWIGLU_OAI_ALPHA: Final = 1.702
-SWIGLU_OAI_LIMIT: Final = 7.0
 
 
 def activate_torch(gate_up: Tensor, activation: Activation, *, interleaved: bool = False) -> Tensor:
@@ -44,13 +41,22 @@ def activate_torch(gate_up: Tensor, activation: Activation, *, interleaved: bool
         gate, up = gate_up[..., ::2], gate_up[..., 1::2]
     else:
         gate, up = gate_up.chunk(2, dim=-1)
-    if activation == "swiglu_oai":
-        gate = gate.clamp(max=SWIGLU_OAI_LIMIT)
-        up = up.clamp(-SWIGLU_OAI_LIMIT, SWIGLU_OAI_LIMIT)
-        return (up + 1) * gate * torch.sigmoid(SWIGLU_OAI_ALPHA * gate)
-    if activation == "silu":
-        return F.silu(gate) * up
+    if parameters := swiglu(activation):
+        return _swiglu_torch(gate, up, parameters)
     return F.gelu(gate, approximate="tanh" if activation == "gelu_tanh" else "none") * up
+
+
+def _swiglu_torch(gate: Tensor, up: Tensor, parameters: SwiGLU) -> Tensor:
+    if parameters.limit is not None:
+        gate, up = gate.clamp(max=parameters.limit), up.clamp(-parameters.limit, parameters.limit)
+    if parameters.up_cap is not None:
+        up = parameters.up_cap * torch.tanh(up / parameters.up_cap)
+    if parameters.shift:
+        up = up + parameters.shift
+    if parameters.alpha == 1.0 and parameters.gate_cap is None:
+        return F.silu(gate) * up
+    factor = gate if parameters.gate_cap is None else parameters.gate_cap * torch.tanh(gate / parameters.gate_cap)
+    return factor * torch.sigmoid(parameters.alpha * gate) * up
 
 
 def fp8_multiplier(amax: Tensor) -> Tensor:

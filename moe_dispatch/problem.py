@@ -15,16 +15,14 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Final, Literal, get_args
 
+from moe_dispatch.activations import UNGATED, Activation, canonical
 from moe_dispatch.errors import InvalidInputError
 
 DType = Literal["bf16", "fp16", "fp32", "fp8", "fp8_channel"]
-Activation = Literal["silu", "gelu", "gelu_tanh", "swiglu_oai", "relu2"]
 Mode = Literal["eager", "graph"]
 
 DTYPES: Final[tuple[DType, ...]] = get_args(DType)
 FP8_DTYPES: Final[frozenset[DType]] = frozenset({"fp8", "fp8_channel"})  # e4m3 weights with multipliers
-ACTIVATIONS: Final[tuple[Activation, ...]] = get_args(Activation)
-UNGATED: Final[frozenset[Activation]] = frozenset({"relu2"})
 QUANT_BLOCK: Final = 128  # DeepSeek's block FP8: one scale per 128×128 weights, per 1×128 activations
 ELEMENT_BYTES: Final[dict[DType, int]] = {"bf16": 2, "fp16": 2, "fp32": 4, "fp8": 1, "fp8_channel": 1}
 
@@ -44,9 +42,12 @@ class MoEProblem:
             per token of activations.
         act_dtype: The dtype of ``hidden_states`` and the output. Equal to ``dtype`` unless that is FP8.
         activation: ``"silu"``, ``"gelu"`` and ``"gelu_tanh"`` gate as act(gate) * up; ``"swiglu_oai"`` is gpt-oss's
-            clamped (up + 1) * gate * sigmoid(1.702 * gate); ``"relu2"`` has no gate (Nemotron).
+            clamped (up + 1) * gate * sigmoid(1.702 * gate); ``"relu2"`` has no gate (Nemotron). A gate with parameters
+            of its own is a string such as ``"swiglu(limit=10)"``, see `moe_dispatch.activations.SwiGLU`.
         bias: Whether both projections add a bias.
         interleaved: Whether gate and up rows alternate (gpt-oss) instead of gate rows first.
+        transposed: Whether each expert's matrices are stored by columns, as ``[K, 2N]`` and ``[N, K]`` (the checkpoints
+            of gpt-oss), and to be read in place.
         device: ``"cuda"`` or ``"cpu"``.
         capability: CUDA compute capability, None on a CPU.
         mode: ``"graph"`` while a CUDA graph is captured.
@@ -67,6 +68,7 @@ class MoEProblem:
     activation: Activation = "silu"
     bias: bool = False
     interleaved: bool = False
+    transposed: bool = False
     device: str = "cuda"
     capability: tuple[int, int] | None = (9, 0)
     mode: Mode = "eager"
@@ -87,9 +89,8 @@ class MoEProblem:
                 f"hidden_states ({self.act_dtype}) and weights ({self.dtype}) must share a dtype unless the weights "
                 "are FP8; convert one of them"
             )
-        if self.activation not in ACTIVATIONS:
-            raise InvalidInputError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {self.activation!r}")
-        for name in ("bias", "interleaved", "needs_grad"):
+        object.__setattr__(self, "activation", canonical(self.activation))
+        for name in ("bias", "interleaved", "transposed", "needs_grad"):
             if not isinstance(getattr(self, name), bool):
                 raise InvalidInputError(f"{name} must be True or False, got {getattr(self, name)!r}")
         if self.interleaved and not self.gated:

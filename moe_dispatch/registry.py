@@ -86,6 +86,12 @@ class Registry(Generic[T]):
             self._specs[name] = loaded
         return cast("type[T]", loaded)
 
+    def module(self, name: str) -> str:
+        """The module that `load` would import for a name; empty if it imports none."""
+        self._scan()
+        target = self._specs.get(name, "")
+        return target.partition(":")[0] if isinstance(target, str) else ""
+
     def renew_lock(self) -> None:
         """Replace the lock in a forked child, where a thread of the parent may have held it."""
         self._lock = threading.RLock()

@@ -18,12 +18,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from moe_dispatch.activations import Activation
 from moe_dispatch.backend import Backend, BackendConfig
 from moe_dispatch.backends.reference import ReferenceBackend, ReferenceConfig
 from moe_dispatch.dispatch.checks import result_fault
 from moe_dispatch.experts import ExpertWeights
 from moe_dispatch.machine import Machine
-from moe_dispatch.problem import Activation, DType, Mode, MoEProblem
+from moe_dispatch.problem import DType, Mode, MoEProblem
 from moe_dispatch.workloads import ROUTINGS, Workload, make_experts, torch_dtype
 
 
@@ -40,6 +41,7 @@ class Case:
         activation: See `MoEProblem`.
         bias: Whether the projections add one.
         interleaved: Whether gate and up rows alternate.
+        transposed: Whether the experts are stored by columns.
         routing: A name in ROUTINGS, or a special one: ``"all to one"``, ``"duplicates"`` (the same expert twice in a
             row), ``"sentinels"`` (some ids outside 0…E-1, with NaN for weights) or ``"none"`` (all of them).
         ids: The dtype of topk_ids.
@@ -55,6 +57,7 @@ class Case:
     activation: Activation = "silu"
     bias: bool = False
     interleaved: bool = False
+    transposed: bool = False
     routing: str = "uniform"
     ids: torch.dtype = torch.int32
     strided: bool = False
@@ -71,7 +74,9 @@ class Case:
     def problem(self, precision: "Precision", machine: Machine, mode: Mode = "eager") -> MoEProblem:
         """The problem that this case poses to a backend on a machine."""
         plain = self.layer.problem(self.M, "bf16", machine, mode)
-        return dataclasses.replace(plain, dtype=precision.dtype, act_dtype=precision.act_dtype)
+        return dataclasses.replace(
+            plain, dtype=precision.dtype, act_dtype=precision.act_dtype, transposed=self.transposed
+        )
 
 
 TOKENS = {f"M={M}": Case(M=M) for M in (1, 3, 17, 150)}
@@ -103,12 +108,15 @@ SHAPES = {
     "neither of 128, several blocks": Case(M=17, K=320, N=208),
     "neither of 16": Case(K=136, N=72),
     "odd": Case(K=77, N=39),
+    "experts stored by columns": Case(K=192, N=72, transposed=True),
     "narrow": Case(K=16, N=16),
 }
 ACTIVATIONS = {
     "gelu": Case(activation="gelu"),
     "gelu_tanh": Case(activation="gelu_tanh"),
     "relu2, no gate": Case(activation="relu2"),
+    "clamped silu": Case(activation="swiglu(limit=0.5)"),
+    "every parameter of swiglu": Case(activation="swiglu(alpha=1.5,limit=2,shift=0.5,gate_cap=2,up_cap=3)"),
     "silu with biases": Case(bias=True),
     "silu, interleaved": Case(interleaved=True),
     "gpt-oss": Case(activation="swiglu_oai", bias=True, interleaved=True, topk=4),
@@ -194,7 +202,9 @@ class Inputs:
 def make_inputs(case: Case, precision: Precision, device: str, seed: int = 0) -> Inputs:
     """Random tensors for a case, and the right output by the reference in fp32."""
     generator = torch.Generator(device).manual_seed(seed)
-    experts = make_experts(case.layer, precision.dtype, device, generator, act_dtype=precision.act_dtype)
+    experts = make_experts(
+        case.layer, precision.dtype, device, generator, act_dtype=precision.act_dtype, transposed=case.transposed
+    )
     hidden = torch.randn(case.M, 2 * case.K, generator=generator, dtype=torch.float32, device=device)
     hidden = hidden.to(torch_dtype(precision.act_dtype))
     hidden = hidden[:, :: 2] if case.strided else hidden[:, : case.K].contiguous()  # fmt: skip

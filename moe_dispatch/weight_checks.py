@@ -27,7 +27,7 @@ def _check_memory(name: str, tensor: Tensor) -> None:
         raise InvalidInputError(f"{name} has no memory: its storage was freed (offloaded, sharded?); load it again")
 
 
-def check_weight(name: str, tensor: Tensor) -> None:
+def check_weight(name: str, tensor: Tensor, *, transposed: bool = False) -> None:
     """Refuse what is no weight ``[experts, rows, columns]``."""
     _check_memory(name, tensor)
     if tensor.dim() != 3 or 0 in tensor.shape:
@@ -44,7 +44,12 @@ def check_weight(name: str, tensor: Tensor) -> None:
             f"{name} must start on a 16-byte boundary, got an address that ends in {tensor.data_ptr() % 16:x}; a view "
             "into a flat buffer needs an aligned offset, or .clone() once at load"
         )
-    if not tensor.is_contiguous():
+    if transposed and not tensor.transpose(1, 2).is_contiguous():
+        raise InvalidInputError(
+            f"{name} must be .transpose(1, 2) of a contiguous tensor where transposed=True, got strides "
+            f"{list(tensor.stride())} for shape {list(tensor.shape)}; leave transposed out for contiguous weights"
+        )
+    if not transposed and not tensor.is_contiguous():
         raise InvalidInputError(
             f"{name} must be contiguous, got strides {list(tensor.stride())} for shape {list(tensor.shape)}; "
             "call .contiguous() once at load"

@@ -5,9 +5,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from moe_dispatch.activations import UNGATED, Activation
 from moe_dispatch.errors import InvalidInputError, UnknownNameError
 from moe_dispatch.model_config import configured_layer
-from moe_dispatch.problem import FP8_DTYPES, UNGATED, Activation, DType, Mode, MoEProblem
+from moe_dispatch.problem import FP8_DTYPES, DType, Mode, MoEProblem
 from moe_dispatch.system.files import read_json
 
 if TYPE_CHECKING:
@@ -135,6 +136,8 @@ def make_experts(
     device: "torch.device | str",
     generator: "torch.Generator | None" = None,
     act_dtype: DType | None = None,
+    *,
+    transposed: bool = False,
 ) -> "ExpertWeights":
     """Random expert weights of a layer, scaled so that the output is of the input's size.
 
@@ -144,6 +147,7 @@ def make_experts(
         device: Device of the weights.
         generator: A generator on `device`; torch's default if None.
         act_dtype: Dtype of the biases where the weights are FP8; BF16 if None.
+        transposed: Whether to store them by columns, see `ExpertWeights`; FP8 weights never are.
     """
     import torch
 
@@ -167,9 +171,11 @@ def make_experts(
         "gate_up_bias": biases[0], "down_bias": biases[1], "activation": layer.activation,
         "interleaved": layer.interleaved,
     }  # fmt: skip
-    if dtype not in FP8_DTYPES:
-        return ExpertWeights(gate_up, down, **kind)
-    return ExpertWeights.quantize(gate_up, down, **kind, form="channel" if dtype == "fp8_channel" else "block")
+    if dtype in FP8_DTYPES:
+        return ExpertWeights.quantize(gate_up, down, **kind, form="channel" if dtype == "fp8_channel" else "block")
+    if transposed:
+        gate_up, down = (weight.mT.contiguous().mT for weight in (gate_up, down))
+    return ExpertWeights(gate_up, down, **kind, transposed=transposed)
 
 
 def torch_dtype(name: DType) -> "torch.dtype":

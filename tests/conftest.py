@@ -14,7 +14,9 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 if "PYTEST_XDIST_WORKER" in os.environ:
-    torch.set_num_threads(1)  # the workers share the cores already
+    # The workers, and the processes that their tests start, share the cores already.
+    torch.set_num_threads(1)
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from moe_dispatch.dispatch.process import reset_dispatchers
 from moe_dispatch.settings import settings

@@ -59,9 +59,9 @@ def backward(gradient: Tensor, inputs: Inputs, wanted: Wanted) -> Gradients:
         bias=experts.gate_up_bias, topk_ids=topk_ids,
     )  # fmt: skip
     del product, d_inner  # whose memory the two now have
-    d_down = F.grouped_mm(d_out.t(), inner, offs=ends) if wanted.down else None
+    d_down = _weight_gradient(d_out, inner, ends, experts) if wanted.down else None
     del d_out, inner
-    d_gate_up = F.grouped_mm(d_product.t(), x, offs=ends) if wanted.gate_up else None
+    d_gate_up = _weight_gradient(d_product, x, ends, experts) if wanted.gate_up else None
     del x
     d_hidden = None
     if wanted.hidden_states:
@@ -81,6 +81,13 @@ def backward(gradient: Tensor, inputs: Inputs, wanted: Wanted) -> Gradients:
     return Gradients(
         d_hidden, d_weights if wanted.topk_weights else None, d_gate_up, d_down, d_gate_up_bias, d_down_bias
     )
+
+
+def _weight_gradient(d_rows: Tensor, rows: Tensor, ends: Tensor, experts: ExpertWeights) -> Tensor:
+    """``d_rows[e]ᵀ @ rows[e]`` for each expert, stored as its weights are."""
+    if experts.transposed:
+        return F.grouped_mm(rows.t(), d_rows, offs=ends).transpose(1, 2)
+    return F.grouped_mm(d_rows.t(), rows, offs=ends)
 
 
 def _sum_rows(rows: Tensor, ends: Tensor) -> Tensor:

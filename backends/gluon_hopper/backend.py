@@ -8,6 +8,7 @@ from typing import Final
 
 from torch import Tensor
 
+from moe_dispatch.activations import KINDS, UNGATED
 from moe_dispatch.backend import BackendConfig, Inputs, Requirements
 from moe_dispatch.backends.gluon_hopper.config import GluonHopperConfig
 from moe_dispatch.backends.gluon_hopper.products import hopper_products
@@ -17,7 +18,7 @@ from moe_dispatch.backends.stages.route import route
 from moe_dispatch.backends.triton_common.backend import TritonBackend
 from moe_dispatch.experts import ExpertWeights
 from moe_dispatch.machine import Machine
-from moe_dispatch.problem import ACTIVATIONS, ELEMENT_BYTES, UNGATED, MoEProblem
+from moe_dispatch.problem import ELEMENT_BYTES, MoEProblem
 from moe_dispatch.system.libraries import library_version
 
 # Gluon is experimental and changes with every Triton. The kernels were compiled under each of these releases.
@@ -42,7 +43,7 @@ class GluonHopperBackend(TritonBackend):
     requirements = Requirements(
         dtypes=dict.fromkeys(("bf16", "fp8"), (9, 0)),
         act_dtypes=frozenset({"bf16"}),
-        activations=frozenset(ACTIVATIONS) - UNGATED,
+        activations=KINDS - UNGATED,
         multiples={"bf16": {"K": 64, "N": 8}, "fp8": {"K": 256, "N": 128}},
         max_capability=dict.fromkeys(("bf16", "fp8"), (9, 1)),
     )

@@ -3,12 +3,12 @@
 import torch
 from torch import Tensor
 
+from moe_dispatch.activations import Activation
 from moe_dispatch.backends.stages.activate import add_bias
 from moe_dispatch.backends.stages.route import Routing
 from moe_dispatch.backends.triton_common.features import on_triton
 from moe_dispatch.backends.triton_common.launch_options import next_power_of_2
 from moe_dispatch.numerics import activate_torch
-from moe_dispatch.problem import Activation
 
 
 def activate_backward(

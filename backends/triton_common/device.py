@@ -9,20 +9,26 @@ import triton.language as tl
 
 from moe_dispatch.backends.triton_common.features import interpreting
 from moe_dispatch.backends.triton_common.internals import lowers_for
-from moe_dispatch.numerics import FP8_MAX, SMALLEST_AMAX, SWIGLU_OAI_ALPHA, SWIGLU_OAI_LIMIT
+from moe_dispatch.numerics import FP8_MAX, SMALLEST_AMAX
 
 # Where the conversion from fp32 to e4m3 is not correctly rounded: in Triton's interpreter, which rounds up and loses
 # the carry, and where kernels are lowered for a device before sm_90 (see `moe_fp8_codes`) while they run on a newer
 # one, so that the device's own capability does not tell.
 _ROUNDS_BADLY = tl.constexpr(interpreting() or lowers_for("sm80", "sm86", "sm89"))
 _INTERPRETED = tl.constexpr(interpreting())
-_ALPHA = tl.constexpr(SWIGLU_OAI_ALPHA)
-_LIMIT = tl.constexpr(SWIGLU_OAI_LIMIT)
 _FP8_MAX = tl.constexpr(FP8_MAX)
 _SMALLEST_AMAX = tl.constexpr(SMALLEST_AMAX)
 _SQRT_HALF = tl.constexpr(0.7071067811865476)
 _SQRT_2_OVER_PI = tl.constexpr(0.7978845608028654)
 _INVERSE_SQRT_2_PI = tl.constexpr(0.3989422804014327)
+
+
+@triton.constexpr_function
+def moe_swiglu_parameter(ACTIVATION, name):
+    """A parameter of an activation that is a SwiGLU, when a kernel is compiled; None where it has none."""
+    from moe_dispatch.activations import swiglu
+
+    return getattr(swiglu(ACTIVATION), name)
 
 
 @triton.jit
@@ -31,20 +37,45 @@ def moe_activate(gate, up, ACTIVATION: tl.constexpr):
     if ACTIVATION == "relu2":
         rectified = tl.where(gate > 0, gate, gate * 0.0)  # keeps NaN, which maximum would drop
         out = rectified * rectified
-    elif ACTIVATION == "swiglu_oai":
-        gate = tl.where(gate > _LIMIT, _LIMIT, gate)
-        up = tl.where(up > _LIMIT, _LIMIT, tl.where(up < -_LIMIT, -_LIMIT, up))
-        out = (up + 1.0) * gate / (1.0 + tl.exp(gate * -_ALPHA))
     elif ACTIVATION == "silu":
         out = gate / (1.0 + tl.exp(-gate)) * up
     elif ACTIVATION == "gelu":
         out = 0.5 * gate * (1.0 + tl.erf(gate * _SQRT_HALF)) * up
-    else:
-        tl.static_assert(ACTIVATION == "gelu_tanh", "unknown activation")
+    elif ACTIVATION == "gelu_tanh":
         # 0.5 · (1 + tanh z) is sigmoid(2z).
         z = _SQRT_2_OVER_PI * (gate + 0.044715 * gate * gate * gate)
         out = gate / (1.0 + tl.exp(-2.0 * z)) * up
+    else:
+        ALPHA: tl.constexpr = moe_swiglu_parameter(ACTIVATION, "alpha")
+        SHIFT: tl.constexpr = moe_swiglu_parameter(ACTIVATION, "shift")
+        LIMIT: tl.constexpr = moe_swiglu_parameter(ACTIVATION, "limit")
+        if LIMIT is not None:
+            gate = tl.where(gate > LIMIT, LIMIT, gate)
+            up = tl.where(up > LIMIT, LIMIT, tl.where(up < -LIMIT, -LIMIT, up))
+        factor = _moe_cap(gate, moe_swiglu_parameter(ACTIVATION, "gate_cap"))
+        up = _moe_cap(up, moe_swiglu_parameter(ACTIVATION, "up_cap"))
+        out = (up + SHIFT) * factor / (1.0 + tl.exp(gate * -ALPHA))
     return out
+
+
+@triton.jit
+def _moe_cap(x, CAP: tl.constexpr):
+    """CAP · tanh(x / CAP); x itself where CAP is None."""
+    if CAP is not None:
+        z = x * (1.0 / CAP)
+        # Near zero the difference from 1 would leave nothing of the fraction: there it is tanh's series, to z⁹.
+        series = 1.0 + z * z * (-1 / 3 + z * z * (2 / 15 + z * z * (-17 / 315 + z * z * (62 / 2835))))
+        x = tl.where(tl.abs(z) < 0.25, x * series, CAP * (1.0 - 2.0 / (1.0 + tl.exp(2.0 * z))))
+    return x
+
+
+@triton.jit
+def _moe_cap_slope(capped, CAP: tl.constexpr):
+    """The derivative of `_moe_cap`, from its result."""
+    slope = tl.full(capped.shape, 1.0, tl.float32)
+    if CAP is not None:
+        slope = 1.0 - capped * capped * (1.0 / (CAP * CAP))
+    return slope
 
 
 @triton.jit
@@ -56,13 +87,6 @@ def moe_activation_gradient(gate, up, d_inner, ACTIVATION: tl.constexpr):
     if ACTIVATION == "relu2":
         d_gate = 2.0 * tl.where(gate > 0, gate, gate * 0.0) * d_inner
         d_up = d_gate
-    elif ACTIVATION == "swiglu_oai":
-        clamped = tl.where(gate > _LIMIT, _LIMIT, gate)
-        up_clamped = tl.where(up > _LIMIT, _LIMIT, tl.where(up < -_LIMIT, -_LIMIT, up))
-        sigmoid = 1.0 / (1.0 + tl.exp(clamped * -_ALPHA))
-        slope = sigmoid * (1.0 + _ALPHA * clamped * (1.0 - sigmoid))
-        d_gate = tl.where(gate > _LIMIT, 0.0, d_inner * (up_clamped + 1.0) * slope)
-        d_up = tl.where((up > _LIMIT) | (up < -_LIMIT), 0.0, d_inner * clamped * sigmoid)
     elif ACTIVATION == "silu":
         sigmoid = 1.0 / (1.0 + tl.exp(-gate))
         d_gate = d_inner * up * sigmoid * (1.0 + gate * (1.0 - sigmoid))
@@ -71,13 +95,30 @@ def moe_activation_gradient(gate, up, d_inner, ACTIVATION: tl.constexpr):
         share = 0.5 * (1.0 + tl.erf(gate * _SQRT_HALF))
         d_gate = d_inner * up * (share + gate * _INVERSE_SQRT_2_PI * tl.exp(-0.5 * gate * gate))
         d_up = d_inner * gate * share
-    else:
-        tl.static_assert(ACTIVATION == "gelu_tanh", "unknown activation")
+    elif ACTIVATION == "gelu_tanh":
         z = _SQRT_2_OVER_PI * (gate + 0.044715 * gate * gate * gate)
         share = 1.0 / (1.0 + tl.exp(-2.0 * z))
         slope = 2.0 * _SQRT_2_OVER_PI * (1.0 + 3.0 * 0.044715 * gate * gate)
         d_gate = d_inner * up * share * (1.0 + gate * (1.0 - share) * slope)
         d_up = d_inner * gate * share
+    else:
+        ALPHA: tl.constexpr = moe_swiglu_parameter(ACTIVATION, "alpha")
+        SHIFT: tl.constexpr = moe_swiglu_parameter(ACTIVATION, "shift")
+        LIMIT: tl.constexpr = moe_swiglu_parameter(ACTIVATION, "limit")
+        GATE_CAP: tl.constexpr = moe_swiglu_parameter(ACTIVATION, "gate_cap")
+        UP_CAP: tl.constexpr = moe_swiglu_parameter(ACTIVATION, "up_cap")
+        passed_gate, passed_up = gate, up
+        if LIMIT is not None:
+            gate = tl.where(gate > LIMIT, LIMIT, gate)
+            up = tl.where(up > LIMIT, LIMIT, tl.where(up < -LIMIT, -LIMIT, up))
+        factor, capped_up = _moe_cap(gate, GATE_CAP), _moe_cap(up, UP_CAP)
+        sigmoid = 1.0 / (1.0 + tl.exp(gate * -ALPHA))
+        slope = sigmoid * (_moe_cap_slope(factor, GATE_CAP) + ALPHA * factor * (1.0 - sigmoid))
+        d_gate = d_inner * (capped_up + SHIFT) * slope
+        d_up = d_inner * factor * sigmoid * _moe_cap_slope(capped_up, UP_CAP)
+        if LIMIT is not None:
+            d_gate = tl.where(passed_gate > LIMIT, 0.0, d_gate)
+            d_up = tl.where((passed_up > LIMIT) | (passed_up < -LIMIT), 0.0, d_up)
     return d_gate, d_up
 
 

@@ -11,9 +11,9 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
+from moe_dispatch.activations import Activation
 from moe_dispatch.backends.vllm_fused_moe.library import Library, fp8_config, require_fp32_scales
 from moe_dispatch.experts import ExpertWeights
-from moe_dispatch.problem import Activation
 
 # Ours to vLLM's `MoEActivation`. vLLM's gelu is the exact one; releases before 0.24 have no tanh approximation.
 ACTIVATIONS: Final[dict[Activation, str]] = {

@@ -17,6 +17,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final, Literal
 
+from moe_dispatch.benchmarks.record import json_lines
+from moe_dispatch.machine import Machine
+
 # Qwen3-30B-A3B, whose expert layers are [E=128, topk=8, K=2048, N=768].
 MODEL: Final[dict[str, Any]] = {
     "architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe", "hidden_size": 2048, "intermediate_size": 6144,
@@ -64,7 +67,11 @@ def serve(dtype: Literal["bf16", "fp8"], layers: int, memory: float, kv_gib: flo
     )  # fmt: skip
     engine = _Engine(llm, dtype)
     with os.fdopen(answer, "w") as answers:
-        print(json.dumps({"started_s": round(time.monotonic() - begin, 1)}), file=answers, flush=True)
+        started = {
+            "started_s": round(time.monotonic() - begin, 1),
+            "origin": json_lines.origin(Machine.inspect("cuda")),
+        }
+        print(json.dumps(started), file=answers, flush=True)
         for line in sys.stdin:
             request = json.loads(line)
             print(json.dumps(engine.answer(request.pop("what"), **request)), file=answers, flush=True)

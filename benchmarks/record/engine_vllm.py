@@ -53,6 +53,8 @@ class Engine:
         }
         # DeepGEMM compiles what the workloads' first runs need; all that it might need takes it minutes.
         environment.setdefault("VLLM_DEEP_GEMM_WARMUP", "skip")
+        # From 0.26 on, vLLM does not start with the FlashInfer sampler where FlashInfer is not installed.
+        environment.setdefault("VLLM_USE_FLASHINFER_SAMPLER", "0")
         self._log = Path(arguments.logs) / f"engine-{name}.log"
         with self._log.open("w") as log:
             self._process = subprocess.Popen(
@@ -181,7 +183,10 @@ def main() -> None:
     engines: list[Engine] = []
     try:
         engines += [Engine(arguments, plugin=plugin, deadline=deadline) for plugin in (False, True)]
-        report.add({"start_s": {str(engine.plugin): engine.receive()["started_s"] for engine in engines}})
+        started = [engine.receive() for engine in engines]
+        report.add({"origin": started[0]["origin"], "dtype": arguments.dtype, "layers": arguments.layers})
+        seconds = {str(engine.plugin): start["started_s"] for engine, start in zip(engines, started, strict=True)}
+        report.add({"start_s": seconds})
         report.add(engines[1].ask("plans"))
         if arguments.profile:
             profile(engines, report, arguments.profile)

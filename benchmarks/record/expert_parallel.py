@@ -22,9 +22,9 @@ from torch import Tensor
 
 from moe_dispatch import ExpertParallel, ExpertWeights, ShardedExperts, moe_forward, warm_up
 from moe_dispatch.benchmarks.record import json_lines
+from moe_dispatch.machine import Machine
 from moe_dispatch.measure.inputs import timing_events
 from moe_dispatch.problem import DType
-from moe_dispatch.system.version import installed_version
 from moe_dispatch.workloads import ROUTINGS, WORKLOADS, Workload, make_experts, torch_dtype
 
 LAYERS: Final[tuple[tuple[str, DType], ...]] = (("qwen3-30b-a3b", "bf16"), ("deepseek-v3", "fp8"))
@@ -111,7 +111,7 @@ def measured(
         def spread(part: ShardedExperts = part) -> Tensor:
             return moe_forward(arguments[0], part, arguments[1], arguments[2])
 
-        raced = ep.warm_up(part, topk=layer.topk, tokens=[M], act_dtype=hidden.dtype)
+        compared = ep.warm_up(part, topk=layer.topk, tokens=[M], act_dtype=hidden.dtype)
         with ep.tokens_per_rank(M):
             outs = {"eager": spread()}
             times = {"eager": clock.us(spread)}
@@ -123,7 +123,7 @@ def measured(
             yield {
                 "layer": layer.name, "dtype": dtype, "M": M, "ranks": size, "mode": mode, "exchange": name,
                 "us": us, "one_gpu_us": single[mode], "speedup": single[mode] / us, "error": error,
-                "raced_us": raced[0].us,
+                "compared_us": compared[0].us,
             }  # fmt: skip
 
 
@@ -150,6 +150,8 @@ def main() -> None:
         else [(WORKLOADS[name], dtype) for name, dtype in LAYERS if name in (options.layer or [name])]
     )
     tokens = [1, 16] if options.tiny else [int(count) for count in options.tokens.split(",")]
+    if options.out and not dist.get_rank():
+        json_lines.append(options.out, {"origin": json_lines.origin(Machine.inspect(device.type))})
     with torch.no_grad():
         for layer, dtype in layers:
             _run(layer, dtype, tokens, options, device, clock)
@@ -166,10 +168,6 @@ def _run(
         for row in measured(layer, dtype, M, whole, groups, parts, clock):
             if dist.get_rank():
                 continue
-            row |= {
-                "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
-                "package": installed_version(),
-            }
             print(
                 f"{row['layer']} {row['dtype']} M={M}/rank {row['mode']:5} {row['exchange']:9} {row['us']:9.1f} µs, "
                 f"one {row['one_gpu_us']:9.1f} µs: {row['speedup']:.2f}x, error {row['error']:.1e}",

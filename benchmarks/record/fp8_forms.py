@@ -13,7 +13,6 @@ that the policies choose for it, and only where its result is right. `us` is by 
 import argparse
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, Final
 
 import torch
@@ -25,7 +24,6 @@ from moe_dispatch.benchmarks.record import json_lines
 from moe_dispatch.dispatch.process import get_dispatcher
 from moe_dispatch.machine import Machine, present_device
 from moe_dispatch.measure.inputs import Call, LayerInputs, backend_call, make_inputs
-from moe_dispatch.measure.provenance import commit, versions
 from moe_dispatch.measure.timing import time_interleaved
 from moe_dispatch.measure.verify import reference_outputs, verify
 from moe_dispatch.problem import DType, Mode, MoEProblem
@@ -144,7 +142,8 @@ def main(arguments: list[str] | None = None) -> None:
     device = present_device()
     machine: Machine = get_dispatcher(device).machine
     mode: Mode = "graph" if device.type == "cuda" else "eager"
-    origin = {"machine": machine.name, "versions": versions(machine), "commit": commit(Path(__file__).parent)}
+    if options.out:
+        json_lines.append(options.out, {"origin": json_lines.origin(machine)})
     begun = time.perf_counter()
     for layer in [TINY] if options.tiny else [WORKLOADS[name] for name in options.layer or LAYERS]:
         layers: dict[DType, ExpertWeights] = {
@@ -153,7 +152,7 @@ def main(arguments: list[str] | None = None) -> None:
         }
         for M in (1, 8) if options.tiny else TOKENS[options.part]:
             row = {"layer": layer.name, **measured(options.part, layers, layer.topk, M, mode, tiny=options.tiny)}
-            row |= {"seconds": round(time.perf_counter() - begun, 1), **origin}
+            row["seconds"] = round(time.perf_counter() - begun, 1)
             shown = {name: row.get(name) for name in ("us", "over_last", "over_vllm", "failed") if row.get(name)}
             print(f"{layer.name} M={M}: {shown}", flush=True)
             if options.out:

@@ -19,9 +19,9 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
+from moe_dispatch.benchmarks.record import json_lines
 from moe_dispatch.integrations.transformers import register
 from moe_dispatch.machine import Machine
-from moe_dispatch.measure.provenance import commit, versions
 
 IMPLEMENTATIONS: Final = ("eager", "grouped_mm", "batched_mm", "moe_dispatch")
 TOKENS: Final = (1024, 4096)
@@ -97,7 +97,7 @@ def steps(model: Any, tokens: int, device: str) -> dict[str, Callable[[], None]]
     return {"recorded forward": forward, "forward and backward": forward_and_backward}
 
 
-def measure(step: Callable[[], None], device: str) -> Row:
+def measure(step: Callable[[], object], device: str) -> Row:
     """Milliseconds and peak memory of a step; a reason in their place where memory does not suffice."""
     cuda = device == "cuda"
     synchronize: Callable[[], None] = torch.cuda.synchronize if cuda else (lambda: None)
@@ -153,9 +153,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=120.0, help="what has not begun by then is left out")
     arguments = parser.parse_args()
     deadline = time.monotonic() + arguments.seconds
-    machine = Machine.inspect("cuda")
-    facts = {"machine": machine.name, "commit": commit(Path.cwd()), "versions": versions(machine),
-             "layers": arguments.layers}  # fmt: skip
+    facts = {**json_lines.origin(Machine.inspect("cuda")), "layers": arguments.layers}
     register()
     model = build(arguments.layers, "cuda")
     with arguments.out.open("w", encoding="utf-8") as out:

@@ -4,8 +4,16 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
+from moe_dispatch.machine import Machine
+from moe_dispatch.measure.provenance import commit, versions
+
 
 def append(path: str | Path, row: Mapping[str, object]) -> None:
     """Append one row to a file of JSON lines."""
     with open(path, "a", encoding="utf-8") as file:
         file.write(json.dumps(row) + "\n")
+
+
+def origin(machine: Machine) -> dict[str, object]:
+    """What every record says once: the machine, the commit, and the versions that it was measured with."""
+    return {"machine": machine.name, "commit": commit(Path.cwd()), "versions": versions(machine)}

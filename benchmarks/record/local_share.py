@@ -18,7 +18,7 @@ import torch
 from moe_dispatch import ExpertWeights
 from moe_dispatch.benchmarks.record import json_lines
 from moe_dispatch.dispatch.process import get_dispatcher
-from moe_dispatch.machine import present_device
+from moe_dispatch.machine import Machine, present_device
 from moe_dispatch.measure.inputs import Call, LayerInputs, backend_call
 from moe_dispatch.measure.timing import time_interleaved
 from moe_dispatch.problem import DType, Mode, MoEProblem
@@ -82,6 +82,8 @@ def main() -> None:
     layers: list[tuple[Workload, DType]] = [(TINY, "fp32")]
     if not options.tiny:
         layers = [(WORKLOADS[name], dtype) for name, dtype in LAYERS]
+    if options.out:
+        json_lines.append(options.out, {"origin": json_lines.origin(Machine.inspect(device.type))})
     for layer, dtype in layers:
         half = dataclasses.replace(layer, E=layer.E // 2)
         whole = make_experts(half, dtype, device, torch.Generator(device).manual_seed(0))

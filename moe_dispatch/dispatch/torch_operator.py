@@ -10,14 +10,14 @@ of the process that compiled it.
 
 import weakref
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Final, NamedTuple, cast, get_args
+from typing import Any, Final, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
+from moe_dispatch.activations import Activation
 from moe_dispatch.dispatch.gradients import Gradients, Wanted, is_any_recorded
 from moe_dispatch.experts import ExpertWeights
-from moe_dispatch.problem import Activation
 
 Run = Callable[[Tensor, ExpertWeights, Tensor, Tensor, str | None, Tensor | None], Tensor]
 RunDifferentiable = Callable[[Tensor, ExpertWeights, Tensor, Tensor], Tensor]
@@ -203,9 +203,11 @@ def _(*_args: object) -> None:
 @torch.library.register_fake("moe_dispatch::backward", lib=_library)  # type: ignore[untyped-decorator]
 def _(gradient: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     tensors, wanted = _differentiable(arguments), arguments[-1]
+    # Of weights that are transposed, so are the gradients: the parameter behind them takes those without a copy.
+    formats = (torch.contiguous_format, torch.contiguous_format, *(torch.preserve_format,) * 4)
     return _six(
-        torch.empty_like(tensor, memory_format=torch.contiguous_format) if is_wanted else gradient.new_empty(0)
-        for tensor, is_wanted in zip(tensors, wanted, strict=True)
+        torch.empty_like(tensor, memory_format=memory_format) if is_wanted else gradient.new_empty(0)
+        for tensor, memory_format, is_wanted in zip(tensors, formats, wanted, strict=True)
     )
 
 
@@ -308,15 +310,17 @@ def _wrap(
 ) -> ExpertWeights:
     """The layer of gate_up, down, their scales and their biases."""
     gate_up, down, gate_up_scale, down_scale, gate_up_bias, down_bias = tensors
+    gate_up = cast("Tensor", gate_up)
     return ExpertWeights(
-        cast("Tensor", gate_up),
+        gate_up,
         cast("Tensor", down),
         gate_up_scale=gate_up_scale,
         down_scale=down_scale,
         gate_up_bias=gate_up_bias,
         down_bias=down_bias,
-        activation=_activation(activation),
+        activation=activation,
         interleaved=interleaved,
+        transposed=not gate_up.is_contiguous(),
         routed_experts=routed_experts,
     )
 
@@ -325,9 +329,4 @@ def _identity(tensor: Tensor | None) -> tuple[object, ...] | None:
     """What changes with the tensor, and with the memory below the same tensor (``.data = …``)."""
     if tensor is None:
         return None
-    return tensor.data_ptr(), tensor.shape, tensor.dtype, tensor.is_contiguous()
-
-
-def _activation(name: str) -> Activation:
-    assert name in get_args(Activation)  # noqa: S101 - it comes from a checked ExpertWeights
-    return cast("Activation", name)
+    return tensor.data_ptr(), tensor.shape, tensor.dtype, tensor.stride()

@@ -47,7 +47,9 @@ def sample_layer(
         quantize_activations: Whether the right answers are those with quantised activations where the weights are FP8.
     """
     generator = torch.Generator(device).manual_seed(seed)
-    experts = make_experts(problem, problem.dtype, device, generator, act_dtype=problem.act_dtype)
+    experts = make_experts(
+        problem, problem.dtype, device, generator, act_dtype=problem.act_dtype, transposed=problem.transposed
+    )
     inputs = make_inputs(problem, routing, device, count, seed)
     return with_truths(experts, inputs, quantize_activations=quantize_activations)
 

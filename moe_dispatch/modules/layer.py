@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from moe_dispatch.activations import Activation, canonical
 from moe_dispatch.api import warm_up
 from moe_dispatch.dispatch.gradients import is_any_recorded
 from moe_dispatch.errors import InvalidInputError
@@ -15,7 +16,6 @@ from moe_dispatch.modules.side_stream import forked
 from moe_dispatch.modules.stacked_experts import StackedExperts
 from moe_dispatch.modules.state_names import translate
 from moe_dispatch.numerics import FP8
-from moe_dispatch.problem import ACTIVATIONS, Activation
 from moe_dispatch.routers import Router
 
 # Up to this many tokens shared experts run on a second stream: beyond, the routed experts fill the device by
@@ -74,8 +74,7 @@ class MoELayer(nn.Module):
         for letter, value, least in (("K", K, 1), ("N", N, 1), ("E", E, 1), ("shared_N", shared_N, 0)):
             if type(value) is not int or value < least:
                 raise InvalidInputError(f"{letter} must be an integer of at least {least}, got {value!r}")
-        if activation not in ACTIVATIONS:
-            raise InvalidInputError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
+        activation = canonical(activation)
         if shared_gate and not shared_N:
             raise InvalidInputError("a gate of shared experts needs shared experts; give shared_N")
         self.K = K

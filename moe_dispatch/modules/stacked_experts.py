@@ -7,11 +7,12 @@ from typing import Any, Final, Self
 import torch
 from torch import Tensor, nn
 
+from moe_dispatch.activations import UNGATED, Activation, canonical
 from moe_dispatch.api import moe_forward
 from moe_dispatch.experts import ExpertWeights
 from moe_dispatch.modules.kept_dtype import keeping_dtype
 from moe_dispatch.numerics import FP8
-from moe_dispatch.problem import QUANT_BLOCK, UNGATED, Activation
+from moe_dispatch.problem import QUANT_BLOCK
 
 # Names of the parameters, which are those of transformers, by the names of `ExpertWeights`.
 NAMES: Final = {
@@ -54,10 +55,10 @@ class StackedExperts(nn.Module):
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
-        self.activation: Activation = activation
+        self.activation: Activation = canonical(activation)
         self.interleaved = interleaved
         self._held: ExpertWeights | None = None
-        rows = N if activation in UNGATED else 2 * N
+        rows = N if self.activation in UNGATED else 2 * N
         shapes: dict[str, tuple[int, ...]] = {"gate_up": (E, rows, K), "down": (E, K, N)}
         fp8 = dtype == FP8
         for name, (_, R, C) in list(shapes.items()) if fp8 else ():

@@ -10,11 +10,11 @@ import torch.distributed as dist
 from moe_dispatch.errors import InvalidInputError
 from moe_dispatch.experts import ExpertWeights
 from moe_dispatch.machine import present_device
+from moe_dispatch.parallel.comparison import Compared, compare_exchanges, drawn_inputs
 from moe_dispatch.parallel.exchange import Tokens
 from moe_dispatch.parallel.explanation import ParallelExplanation, explain_call
 from moe_dispatch.parallel.parts import columns_of, experts_of, placed
 from moe_dispatch.parallel.placement import Division, Placement
-from moe_dispatch.parallel.race import Raced, drawn_inputs, race
 from moe_dispatch.parallel.session import Options, Session
 from moe_dispatch.parallel.sharded_experts import ShardedExperts
 
@@ -157,8 +157,8 @@ class ExpertParallel:
         topk: int,
         tokens: Sequence[int],
         act_dtype: torch.dtype | None = None,
-    ) -> tuple[Raced, ...]:
-        """Run every exchange for these token counts in lockstep, measure them, and settle on the fastest of each.
+    ) -> tuple[Compared, ...]:
+        """Run every exchange for these token counts in lockstep, measure them, and keep the fastest of each.
 
         An exchange that fails on any rank is used on none. A choice holds for token counts up to the same power of two,
         and for every layer of the same shape and dtype in this group.
@@ -187,13 +187,15 @@ class ExpertParallel:
             )
         facts = {"layer": layer.number, "topk": topk, "tokens": counts, "act_dtype": str(dtype)}
         session.control.require_equal("warm_up", facts)
-        raced = []
+        compared = []
         with torch.no_grad(), session.watch.patience(session.options.first_timeout):
             for M in counts:
                 seed = 0 if session.options.tokens == "replicated" else self.rank
                 inputs = drawn_inputs(layer, M, topk, dtype, seed)
-                raced.append(race(layer, session.kind(layer.placement, layer.local, M, topk, dtype), inputs))
-        return tuple(raced)
+                compared.append(
+                    compare_exchanges(layer, session.kind(layer.placement, layer.local, M, topk, dtype), inputs)
+                )
+        return tuple(compared)
 
     def capturable(self, layer: ShardedExperts, topk: int, M: int) -> bool:
         """Whether the exchange that serves calls of up to M tokens a rank can be captured in a CUDA graph."""

@@ -48,7 +48,7 @@ def explain_call(layer: ShardedExperts, topk: int, M: int) -> ParallelExplanatio
     exchange = session.choose(kind)
     if session.options.exchange:
         why = "named by the caller"
-    elif exchange.name == ALWAYS and not session.was_settled(kind):
+    elif exchange.name == ALWAYS and not session.was_measured(kind):
         why = f"serves every kind of call; warm_up has not measured M up to {bucket(kind).M}"
     else:
         why = f"measured as fastest by warm_up for M up to {bucket(kind).M}"

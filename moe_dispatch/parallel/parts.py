@@ -72,4 +72,5 @@ def _layer(layer: ExpertWeights, tensors: dict[str, torch.Tensor]) -> ExpertWeig
         down_bias=tensors.get("down_bias"),
         activation=layer.activation,
         interleaved=layer.interleaved,
+        transposed=layer.transposed,
     )

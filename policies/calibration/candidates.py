@@ -15,6 +15,7 @@ from moe_dispatch.dispatch.quarantine import Quarantine
 from moe_dispatch.errors import PolicyFileError
 from moe_dispatch.machine import Machine
 from moe_dispatch.measure.provenance import commit
+from moe_dispatch.policies.calibration.import_trial import import_faults
 from moe_dispatch.policies.calibration.request import CalibrationRequest
 from moe_dispatch.policies.calibration.successive_halving import FALLBACK
 from moe_dispatch.policies.measurements.schema import (
@@ -37,15 +38,22 @@ NEIGHBOURS: Final = 8
 CLOSE: Final = 1.2
 
 
-def eligible(names: Sequence[str], machine: Machine) -> tuple[dict[str, Backend], dict[str, str]]:
+def eligible(names: Sequence[str], machine: Machine, timeout_s: float) -> tuple[dict[str, Backend], dict[str, str]]:
     """The backends that can run on a machine, by name, and the reason against each of the others.
+
+    Args:
+        names: Registered names.
+        machine: The machine.
+        timeout_s: Seconds after which the import of another package's backend counts as hung.
 
     Raises:
         UnknownNameError: A name is not registered.
     """
     backends: dict[str, Backend] = {}
-    unavailable: dict[str, str] = {}
+    unavailable = import_faults(names, timeout_s)
     for name in names:
+        if name in unavailable:
+            continue
         made = make_backend(name, machine)
         if made.registered and made.reasons:
             unavailable[name] = "; ".join(made.reasons)

@@ -70,7 +70,9 @@ class CalibrationRun:
         self._begin = clock()
         self._deadline = self._begin + (math.inf if request.budget_s is None else request.budget_s)
         self.report = CalibrationReport(request.path)
-        self._backends, self.report.unavailable = eligible(request.backends or BACKENDS.names(), request.machine)
+        self._backends, self.report.unavailable = eligible(
+            request.backends or BACKENDS.names(), request.machine, request.timeout_s
+        )
         self._quarantine = Quarantine(request.machine, request.directory)
         self._source = CandidateSource(request, self._backends, self._quarantine, self.report.skipped)
         self._start_worker = start_worker

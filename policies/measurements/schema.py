@@ -11,9 +11,10 @@ from typing import Annotated, Final, Literal, Self
 
 import pydantic
 
+from moe_dispatch.activations import Activation, canonical
 from moe_dispatch.errors import InvalidInputError, PolicyFileError
 from moe_dispatch.machine import Machine
-from moe_dispatch.problem import FP8_DTYPES, Activation, DType, Mode, MoEProblem
+from moe_dispatch.problem import FP8_DTYPES, DType, Mode, MoEProblem
 from moe_dispatch.system import files
 
 SCHEMA: Final = 1
@@ -47,7 +48,7 @@ class LayerShape(Strict):
     topk: Count
     dtype: DType
     act_dtype: DType
-    activation: Activation = "silu"
+    activation: Annotated[Activation, pydantic.AfterValidator(canonical)] = "silu"
     bias: bool = False
     interleaved: bool = False
 

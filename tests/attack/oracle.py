@@ -1,7 +1,8 @@
 """The right answer of a call, computed in fp64 without any code of the package.
 
 out[m] = Σ_j w[m, j] · (down[e] · act(gate_up[e] · x[m] + bias) + bias) with e = ids[m, j]; an id outside 0…E-1 adds
-nothing.
+nothing. The activated intermediate is kept in the dtype of hidden_states. A token with an element beyond its range,
+65504 in FP16, may come out infinite or NaN, however small the exact result is.
 """
 
 import math
@@ -39,10 +40,17 @@ class Layer:
 
 @dataclass(frozen=True)
 class Truth:
-    """The right answer, ``[M, K]`` in fp64, and a bound of every element's magnitude without cancellation."""
+    """The right answer and how far from it a result may be.
+
+    Attributes:
+        out: ``[M, K]`` in fp64.
+        magnitude: A bound of every element's magnitude without cancellation, ``[M, K]``.
+        overflowing: Tokens with an activated intermediate beyond the range of hidden_states' dtype, ``[M]``.
+    """
 
     out: Tensor
     magnitude: Tensor
+    overflowing: Tensor
 
 
 def truth(hidden_states: Tensor, layer: Layer, topk_weights: Tensor, topk_ids: Tensor) -> Truth:
@@ -58,13 +66,14 @@ def truth(hidden_states: Tensor, layer: Layer, topk_weights: Tensor, topk_ids: T
     if layer.biases is not None:
         first, first_size = first + layer.biases[0].double()[e], first_size + layer.biases[0].double().abs()[e]
     inner, inner_size = _activate(first, first_size, layer)
+    beyond = inner.abs() + TOLERANCE["fp16"] * inner_size > torch.finfo(hidden_states.dtype).max  # [M, topk, N]
     second = torch.einsum("mjn,mjkn->mjk", inner, down[e])
     second_size = torch.einsum("mjn,mjkn->mjk", inner_size, down[e].abs())
     if layer.biases is not None:
         second, second_size = second + layer.biases[1].double()[e], second_size + layer.biases[1].double().abs()[e]
     weighted = torch.where(mine[..., None], weights[..., None] * second, 0.0)
     sizes = torch.where(mine[..., None], weights[..., None].abs() * second_size, 0.0)
-    return Truth(weighted.sum(1), sizes.sum(1))
+    return Truth(weighted.sum(1), sizes.sum(1), (beyond & mine[..., None]).flatten(1).any(1))
 
 
 def assert_right(out: Tensor, right: Truth, dtype: str) -> None:
@@ -82,6 +91,7 @@ def assert_right(out: Tensor, right: Truth, dtype: str) -> None:
     allowed = tolerance * right.magnitude + _smallest(out.dtype)
     near = (got - right.out).abs() <= allowed
     overflows = (right.out.abs() + allowed > largest) & (got.abs() >= largest)
+    overflows |= right.overflowing[:, None] & ~got.isfinite()
     wrong = finite & ~near & ~overflows
     assert not wrong.any(), f"wrong by {(got - right.out).abs()[wrong].max():.3g} of {right.magnitude[wrong].max():.3g}"
     lost = right.out.isnan().any(1) & got.isfinite().all(1)

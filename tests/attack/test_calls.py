@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from moe_dispatch import Machine, MoEProblem, explain, moe_forward, warm_up
+from moe_dispatch.activations import ACTIVATIONS
 from moe_dispatch.dispatch.process import get_dispatcher, reset_dispatchers
 from moe_dispatch.errors import InvalidInputError, MoEDispatchError, UnknownNameError
-from moe_dispatch.problem import ACTIVATIONS
 from moe_dispatch.registry import BACKENDS
 from moe_dispatch.workloads import Workload, workload
 from tests.attack.harness import answer_or_refusal, attack, watched

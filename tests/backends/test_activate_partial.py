@@ -5,8 +5,9 @@ from dataclasses import dataclass
 import pytest
 import torch
 
+from moe_dispatch.activations import Activation
 from moe_dispatch.backends.stages.activate_partial import activate_partial, activate_partial_torch
-from moe_dispatch.problem import Activation, DType
+from moe_dispatch.problem import DType
 from moe_dispatch.workloads import Workload, make_experts
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

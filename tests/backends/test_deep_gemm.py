@@ -17,6 +17,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from moe_dispatch.activations import ACTIVATIONS, Activation
 from moe_dispatch.backends.deep_gemm import DeepGemmBackend, DeepGemmConfig, library
 from moe_dispatch.backends.deep_gemm.layouts import expected_rows, layout_rows, masked_capacity
 from moe_dispatch.backends.reference import ReferenceBackend, ReferenceConfig
@@ -25,7 +26,7 @@ from moe_dispatch.errors import BackendUnavailableError
 from moe_dispatch.experts import ExpertWeights
 from moe_dispatch.machine import Machine
 from moe_dispatch.numerics import dequantize_blocks
-from moe_dispatch.problem import ACTIVATIONS, Activation, DType, MoEProblem
+from moe_dispatch.problem import DType, MoEProblem
 from moe_dispatch.workloads import WORKLOADS, Workload, make_experts
 from tests.support.deep_gemm_releases import RELEASES
 from tests.support.refusals import Refusal, on_hopper

@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 
 from moe_dispatch import ExpertWeights, moe_forward
+from moe_dispatch.activations import Activation
 from moe_dispatch.backends.reference import ReferenceBackend, ReferenceConfig
 from moe_dispatch.dispatch.process import get_dispatcher
 from moe_dispatch.machine import Machine
 from moe_dispatch.numerics import dequantize_blocks, fp8_multiplier, quantize_rows_torch
-from moe_dispatch.problem import Activation, DType
+from moe_dispatch.problem import DType
 from moe_dispatch.workloads import ROUTINGS, Workload, make_experts, torch_dtype
 
 M, K, N, E, TOPK = 6, 64, 48, 5, 3

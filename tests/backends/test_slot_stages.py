@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 import torch
 
-from moe_dispatch.problem import ACTIVATIONS, UNGATED
+from moe_dispatch.activations import ACTIVATIONS, UNGATED
 from tests.support.triton_compile import Launch, compile_launches
 
+PARAMETRISED = ("swiglu(alpha=1.5,limit=6,shift=0.5,gate_cap=4,up_cap=25)",)
 SMALL_MEMORY = 48 << 10  # what a block gets without asking
 
 
@@ -27,7 +28,7 @@ def launch_activate(_capability: int) -> Iterator[Launch]:
     E, topk, capacity = 16, 8, 128
     ids = torch.empty(64, topk, dtype=torch.int64)
     routing = route(ids, E, capacity=capacity)
-    for activation in ACTIVATIONS:
+    for activation in (*ACTIVATIONS, *PARAMETRISED):
         for N in (768, 2048):
             columns = N if activation in UNGATED else 2 * N
             rows = torch.empty(E * capacity, columns, dtype=torch.bfloat16)
@@ -47,7 +48,7 @@ def launch_activate_backward(_capability: int) -> Iterator[Launch]:
     E, slots = 16, 64 * 8
     ids, weights = torch.empty(64, 8, dtype=torch.int64), torch.empty(64, 8)
     routing = route(ids, E)
-    for activation in ACTIVATIONS:
+    for activation in (*ACTIVATIONS, *PARAMETRISED):
         columns = 768 if activation in UNGATED else 2 * 768
         rows, inner = (torch.empty(slots, width, dtype=torch.bfloat16) for width in (columns, 768))
         options: dict[str, Any] = {"interleaved": activation == "swiglu_oai", "topk_ids": ids}
@@ -64,7 +65,7 @@ def test_mask_slots_compiles() -> None:
 @pytest.mark.slow
 def test_activations_compile_without_spills() -> None:
     kernels = [built for built in compile_launches(launch_activate, 90) if built.name == "_moe_activate_kernel"]
-    assert {built.constants["ACTIVATION"] for built in kernels} == set(ACTIVATIONS)
+    assert {built.constants["ACTIVATION"] for built in kernels} == {*ACTIVATIONS, *PARAMETRISED}
     for built in kernels:
         assert built.shared <= SMALL_MEMORY, built
         assert built.stack == 0, built
@@ -74,7 +75,7 @@ def test_activations_compile_without_spills() -> None:
 def test_derivatives_of_activations_compile_without_spills() -> None:
     launched = compile_launches(launch_activate_backward, 90)
     kernels = [built for built in launched if built.name == "_moe_activate_backward_kernel"]
-    assert {built.constants["ACTIVATION"] for built in kernels} == set(ACTIVATIONS)
+    assert {built.constants["ACTIVATION"] for built in kernels} == {*ACTIVATIONS, *PARAMETRISED}
     for built in kernels:
         assert built.shared <= SMALL_MEMORY, built
         assert built.stack == 0, built

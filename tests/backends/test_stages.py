@@ -7,16 +7,22 @@ import pytest
 import torch
 from torch import Tensor
 
+from moe_dispatch.activations import ACTIVATIONS, UNGATED, Activation
 from moe_dispatch.backends.stages import quantize as quantize_module
 from moe_dispatch.backends.stages import route as route_module
 from moe_dispatch.backends.stages.activate import activate, activate_quantize
+from moe_dispatch.backends.stages.activate_backward import activate_backward, activate_backward_torch
 from moe_dispatch.backends.stages.combine import combine, combine_torch
 from moe_dispatch.backends.stages.quantize import gather, gather_quantize, quantize_rows
 from moe_dispatch.backends.stages.route import Routing, buffer_rows, route, route_torch
 from moe_dispatch.errors import InvalidInputError
 from moe_dispatch.numerics import activate_torch, quantize_rows_torch
-from moe_dispatch.problem import ACTIVATIONS, UNGATED, Activation
 
+PARAMETRISED = (
+    "swiglu(limit=10)",
+    "swiglu(alpha=1.5,limit=6,shift=0.5,gate_cap=2,up_cap=3)",
+    "swiglu(gate_cap=4,up_cap=25)",
+)
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -182,7 +188,7 @@ def test_with_a_capacity_multipliers_lie_expert_by_expert(columns: int) -> None:
 
 
 @pytest.mark.parametrize("interleaved", [False, True])
-@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("activation", [*ACTIVATIONS, *PARAMETRISED])
 def test_activate(activation: Activation, interleaved: bool) -> None:
     if interleaved and activation in UNGATED:
         interleaved = False
@@ -207,6 +213,26 @@ def test_activate(activation: Activation, interleaved: bool) -> None:
     torch.testing.assert_close(scale[used], expected_scale, rtol=1e-5, atol=0)
     # Codes on a tie may differ by one step where exp does by one bit.
     torch.testing.assert_close(codes[used].float(), expected_codes.float(), rtol=0.13, atol=0.01)
+
+
+@pytest.mark.parametrize("activation", [*ACTIVATIONS, *PARAMETRISED])
+def test_activate_backward(activation: Activation) -> None:
+    """By the derivative that autograd takes of `activate_torch`, from values small and beyond every clamp."""
+    N, width = 40, 40 if activation in UNGATED else 80
+    ids = Ids("", 5, 2, 3).make()
+    routing = route(ids, 3)
+    used = routing.slot_of_row >= 0
+    generator = torch.Generator().manual_seed(3)
+    gate_up = (5 * torch.randn(used.shape[0], width, generator=generator)).to(DEVICE)
+    d_inner = torch.randn(used.shape[0], N, generator=generator).to(DEVICE)
+    weights = torch.rand(5, 2, generator=generator).to(DEVICE)
+    share = weights.flatten()[routing.slot_of_row[used].long()][:, None]
+    inner, d_gate_up = activate_backward_torch(gate_up[used], d_inner[used], share, activation)
+    d_share = (inner * d_inner[used]).sum(dim=1)
+    out, d_rows, d_weights = activate_backward(gate_up, d_inner, routing, weights, activation)
+    torch.testing.assert_close(out[used], inner * share, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(d_rows[used], d_gate_up, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(d_weights.flatten()[routing.slot_of_row[used].long()], d_share, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)

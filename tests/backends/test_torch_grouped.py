@@ -6,11 +6,12 @@ from dataclasses import dataclass
 import pytest
 import torch
 
+from moe_dispatch.activations import ACTIVATIONS, Activation
 from moe_dispatch.backends.reference import ReferenceBackend, ReferenceConfig
 from moe_dispatch.backends.torch_grouped import TorchGroupedBackend
 from moe_dispatch.experts import ExpertWeights
 from moe_dispatch.machine import Machine
-from moe_dispatch.problem import ACTIVATIONS, Activation, DType, MoEProblem
+from moe_dispatch.problem import DType, MoEProblem
 from moe_dispatch.workloads import Workload, make_experts, torch_dtype
 from tests.support.refusals import Refusal
 

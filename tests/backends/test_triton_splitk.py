@@ -12,7 +12,7 @@ from moe_dispatch.backends.triton_splitk.backend import MOST_SLOTS, TritonSplitK
 from moe_dispatch.backends.triton_splitk.config import SplitKConfig, shared_memory_bytes
 from moe_dispatch.errors import InvalidInputError
 from moe_dispatch.machine import Machine
-from moe_dispatch.problem import Activation, DType, MoEProblem
+from moe_dispatch.problem import DType, MoEProblem
 from moe_dispatch.workloads import WORKLOADS
 from tests.support.decode import Case, check_against_the_reference
 from tests.support.triton_compile import (
@@ -24,6 +24,7 @@ from tests.support.triton_compile import (
     unwritten_layer,
 )
 
+ACTIVATIONS = ("gelu", "gelu_tanh", "swiglu_oai", "relu2", "swiglu(limit=.5)", "swiglu(gate_cap=2,up_cap=3)")
 SMALL = {"block_n": 32, "block_k": 32, "num_stages": 2}
 FEW_SPILLS = 64  # bytes of a thread
 EXPERTS = {"grid": "experts"}
@@ -50,10 +51,10 @@ CASES = [
     Case("split gate_up", K=96, config={"splits_gate_up": 2}),
     Case("split both, more than blocks", config={"splits_gate_up": 5, "splits_down": 5}),
     # activations, fused and after partial sums
-    *[Case(f"{name}, fused", activation=name) for name in ("gelu", "gelu_tanh", "swiglu_oai", "relu2")],
+    *[Case(f"{name}, fused", activation=name) for name in ACTIVATIONS],
     *[
         Case(f"{name}, partial sums", activation=name, bias=True, config={"splits_gate_up": 2})
-        for name in cast("tuple[Activation, ...]", ("gelu", "gelu_tanh", "swiglu_oai", "relu2"))
+        for name in ACTIVATIONS
     ],
     Case("gpt-oss", K=40, N=24, activation="swiglu_oai", bias=True, interleaved=True),
     Case(

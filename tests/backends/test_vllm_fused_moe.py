@@ -22,6 +22,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from moe_dispatch.activations import Activation
 from moe_dispatch.backend import BackendConfig
 from moe_dispatch.backends.reference import ReferenceBackend, ReferenceConfig
 from moe_dispatch.backends.stages.mask_slots import mask_slots
@@ -32,7 +33,7 @@ from moe_dispatch.errors import BackendUnavailableError
 from moe_dispatch.experts import ExpertWeights
 from moe_dispatch.machine import Machine
 from moe_dispatch.numerics import activate_torch, dequantize, quantize_rows_torch
-from moe_dispatch.problem import Activation, DType, MoEProblem
+from moe_dispatch.problem import DType, MoEProblem
 from moe_dispatch.workloads import Workload, make_experts
 from tests.support.refusals import Refusal, on_hopper
 from tests.support.triton_compile import Launch, compile_launches

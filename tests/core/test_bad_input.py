@@ -133,6 +133,14 @@ WEIGHTS = {
     "transposed view": Bad(
         lambda: experts(gate_up=torch.randn(E, K, 2 * N).transpose(1, 2)), ("contiguous", "strides", ".contiguous()")
     ),
+    "contiguous, said to be transposed": Bad(
+        lambda: ExpertWeights(torch.randn(E, 2 * N, K), torch.randn(E, K, N), transposed=True),
+        ("transposed=True", "strides"),
+    ),
+    "transposed by a number": Bad(
+        lambda: ExpertWeights(torch.randn(E, 2 * N, K), torch.randn(E, K, N), transposed=1),  # type: ignore[arg-type]
+        ("transposed", "True or False"),
+    ),
     "sliced view": Bad(lambda: experts(down=torch.randn(E, K, 2 * N)[..., :N]), ("down", "contiguous")),
     "other number of experts": Bad(lambda: experts(down=torch.randn(E + 1, K, N)), ("[5, 64, 48]", "belong together")),
     "other hidden size": Bad(lambda: experts(down=torch.randn(E, K + 1, N)), ("[4, 65, 48]",)),

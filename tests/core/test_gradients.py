@@ -13,12 +13,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
 from moe_dispatch import ExpertWeights, MoEDispatchWarning, explain, moe_forward, stats
+from moe_dispatch.activations import Activation
 from moe_dispatch.backends import backward as backward_module
 from moe_dispatch.backends.backward import by_expert, grouped
 from moe_dispatch.backends.reference import ReferenceBackend, ReferenceConfig
 from moe_dispatch.dispatch.gradients import Gradients, Wanted
 from moe_dispatch.machine import Machine
-from moe_dispatch.problem import Activation
 from tests.support.fakes import Honest, ranked
 
 MACHINES = Path(__file__).parents[1] / "machines"
@@ -33,15 +33,19 @@ class Layer:
     activation: Activation = "silu"
     bias: bool = False
     interleaved: bool = False
+    transposed: bool = False
     dtype: torch.dtype = torch.float32
     scale: float = 1.0
 
     def __str__(self) -> str:
-        return f"{self.activation}{'-bias' * self.bias}{'-interleaved' * self.interleaved}"
+        features = ("bias", "interleaved", "transposed")
+        return "-".join([self.activation, *(name for name in features if getattr(self, name))])
 
     def tensors(self) -> dict[str, Tensor]:
         rows = N if self.activation == "relu2" else 2 * N
         made = {"gate_up": torch.randn(E, rows, K) * self.scale / 4, "down": torch.randn(E, K, N) / 4}
+        if self.transposed:
+            made = {name: tensor.mT.contiguous().mT for name, tensor in made.items()}
         if self.bias:
             made |= {"gate_up_bias": torch.randn(E, rows), "down_bias": torch.randn(E, K)}
         return {name: tensor.to(self.dtype) for name, tensor in made.items()}
@@ -54,6 +58,7 @@ class Layer:
             down_bias=tensors.get("down_bias"),
             activation=self.activation,
             interleaved=self.interleaved,
+            transposed=self.transposed,
         )
 
 
@@ -62,7 +67,9 @@ LAYERS = (
     Layer("gelu", bias=True),
     Layer("gelu_tanh", interleaved=True),
     Layer("swiglu_oai", bias=True, interleaved=True, scale=8.0),  # beyond the limits of its clamps
+    Layer("swiglu(alpha=1.5,limit=3,shift=0.5,gate_cap=2,up_cap=4)", scale=4.0),
     Layer("relu2", bias=True),
+    Layer("swiglu_oai", bias=True, interleaved=True, transposed=True),
 )
 
 
@@ -106,8 +113,9 @@ def test_they_are_those_of_the_reference(layer: Layer) -> None:
     expected = gradients(reference, layer, tensors, hidden, weights, ids)
     got = gradients(moe_forward, layer, tensors, hidden, weights, ids)
     assert [error(*pair) < 1e-5 for pair in zip(got, expected, strict=True)] == [True] * len(expected)
-    for gradient in got[2:]:
+    for gradient, tensor in zip(got[2:], tensors.values(), strict=True):
         assert not gradient[2].any(), "an expert without a token has a gradient of zeros"
+        assert gradient.stride() == tensor.stride(), "a parameter stored transposed takes it without a copy"
     assert not got[1][(ids < 0) | (ids >= E)].any()
 
 
@@ -124,6 +132,8 @@ def test_grouped_products_give_the_same(layer: Layer, poisoned_memory: None) -> 
         assert (want is None) == (have is None)
         if want is not None:
             torch.testing.assert_close(have, want, rtol=1e-4, atol=1e-5)
+    assert got.gate_up is not None
+    assert got.gate_up.stride() == tensors["gate_up"].stride()
 
 
 @pytest.mark.parametrize("module", [by_expert, grouped])

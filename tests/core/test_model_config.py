@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 import torch
 
+from moe_dispatch.activations import Activation
 from moe_dispatch.errors import InvalidInputError, UnknownNameError
 from moe_dispatch.model_config import ConfiguredLayer, configured_layer
-from moe_dispatch.problem import Activation
 from moe_dispatch.workloads import WORKLOADS, workload
 
 
@@ -117,6 +117,36 @@ REAL = (
                          "hidden_act": "silu"}},
         (128, 4, 6144, 3072),
         "swiglu_oai",
+    ),
+    Real(
+        "deepseek-v4 with another limit",
+        {"model_type": "deepseek_v4", "n_routed_experts": 256, "num_experts_per_tok": 6, "hidden_size": 4096,
+         "moe_intermediate_size": 2048, "swiglu_limit": 12.5, "hidden_act": "silu"},
+        (256, 6, 4096, 2048),
+        "swiglu(limit=12.5)",
+    ),
+    Real(
+        "hy-v4, its limit left out",
+        {"model_type": "hy_v4", "num_experts": 64, "num_experts_per_tok": 8, "hidden_size": 4096,
+         "moe_intermediate_size": 1536, "hidden_act": "silu"},
+        (64, 8, 4096, 1536),
+        "swiglu(limit=10)",
+    ),
+    Real(
+        "a gpt-oss with its own alpha",
+        {"model_type": "gpt_oss", "num_local_experts": 32, "num_experts_per_tok": 4, "hidden_size": 2880,
+         "intermediate_size": 2880, "swiglu_alpha": 1.5, "hidden_act": "silu"},
+        (32, 4, 2880, 2880),
+        "swiglu(alpha=1.5,limit=7,shift=1)",
+        bias=True,
+        interleaved=True,
+    ),
+    Real(
+        "inkling2",
+        {"model_type": "inkling2_text", "n_routed_experts": 128, "num_experts_per_tok": 8, "hidden_size": 2048,
+         "moe_intermediate_size": 768, "mlp_gate_softcap": 4.0, "mlp_up_softcap": 25.0, "hidden_act": "silu"},
+        (128, 8, 2048, 768),
+        "swiglu(gate_cap=4,up_cap=25)",
     ),
     Real(
         "minimax-m2",
@@ -227,9 +257,11 @@ REFUSED = (
     ),
     Refused("an unknown size", BASE | {"expert_inner_rank": 64}, "expert_inner_rank=64, which may change the experts"),
     Refused("an unknown latent", BASE | {"moe_latent_dim": 512}, "moe_latent_dim=512, which may change the experts"),
-    Refused("clamped silu", BASE | {"swiglu_limit": 10.0}, "clamps the inputs of its gate at 10.0"),
-    Refused("clamps of some layers", BASE | {"swiglu_limits": [0, 16.0]}, "clamps the inputs of its gate at 16.0"),
-    Refused("another alpha", BASE | {"swiglu_alpha": 1.5, "swiglu_limit": 7.0}, "swiglu_alpha=1.5"),
+    Refused("clamped silu", BASE | {"swiglu_limit": 10.0}, "swiglu_limit=10.0, and how the gate"),
+    Refused("clamps of some layers", BASE | {"swiglu_limits": [0, 16.0]}, r"swiglu_limits=\[0, 16.0\], and how"),
+    Refused("caps of an unknown gate", BASE | {"mlp_gate_softcap": 4.0}, "mlp_gate_softcap=4.0, and how the gate"),
+    Refused("alpha of an unknown gate", BASE | {"swiglu_alpha": 1.5, "swiglu_limit": 7.0}, "swiglu_alpha=1.5"),
+    Refused("a parameter that is no number", BASE | {"model_type": "hy_v4", "swiglu_limit": "x"}, "limit of swiglu"),
     Refused("unknown activation", BASE | {"hidden_act": "mish"}, "activation 'mish'"),
     Refused("experts switched off", BASE | {"enable_moe_block": False}, "switches its experts off"),
     Refused("truth values for numbers", BASE | {"num_experts": True}, "not the config of an MoE model"),

@@ -5,11 +5,11 @@ import torch
 from torch import Tensor
 
 from moe_dispatch import ExpertWeights, moe_forward
+from moe_dispatch.activations import Activation
 from moe_dispatch.backends.backward import backward, by_expert, grouped
 from moe_dispatch.backends.reference import ReferenceBackend, ReferenceConfig
 from moe_dispatch.dispatch.gradients import Gradients, Wanted
 from moe_dispatch.machine import Machine
-from moe_dispatch.problem import Activation
 from moe_dispatch.workloads import ROUTINGS, Workload, make_experts
 
 pytestmark = pytest.mark.gpu

@@ -36,6 +36,8 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> dict[bool, dict[str, Any
         environment = os.environ | {
             "MOE_DISPATCH_VLLM": str(int(on)), "PYTHONPATH": os.pathsep.join(paths), "VLLM_LOGGING_LEVEL": "INFO",
             "VLLM_ALLOW_INSECURE_SERIALIZATION": "1", "VLLM_CACHE_ROOT": str(folder / "cache"),
+            # From 0.26 on, vLLM does not start with the FlashInfer sampler where FlashInfer is not installed.
+            "VLLM_USE_FLASHINFER_SAMPLER": os.environ.get("VLLM_USE_FLASHINFER_SAMPLER", "0"),
         }  # fmt: skip
         with log.open("w") as stream:
             done = subprocess.run(

@@ -99,7 +99,6 @@ def test_generate_gives_the_models_own_tokens() -> None:
     assert torch.equal(model.generate(ids, max_new_tokens=8, do_sample=False), own)
 
 
-@pytest.mark.filterwarnings("ignore:GptOssExperts keeps")  # a recorded gradient would copy its weights at every call
 @pytest.mark.parametrize("config", [qwen3, gpt_oss], ids=["in place", "transposed"])
 def test_gradients_equal_the_models_own(config: Callable[[], Any]) -> None:
     grads = []

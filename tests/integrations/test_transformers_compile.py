@@ -100,14 +100,24 @@ def test_a_gate_changed_after_compilation_is_noticed(ran: bool) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:Qwen3MoeExperts keeps")
-@pytest.mark.parametrize("config", [gpt_oss, lambda: qwen3(hidden_act="tanh")], ids=["transposed", "another gate"])
-def test_layers_that_keep_their_own_stay_in_the_graph(config: Callable[[], Any]) -> None:
-    stack = Stack(layer(config()))
+def test_layers_that_keep_their_own_stay_in_the_graph() -> None:
+    stack = Stack(layer(qwen3(hidden_act="tanh")))
     call = call_of(stack.layers[0])
     with torch.no_grad():
         compiled, counts = compiled_whole(stack)
         torch.testing.assert_close(compiled(*call), eager(stack, call), rtol=1e-4, atol=1e-5)
     assert counts == [0]
+
+
+def test_transposed_layers_are_read_in_place_by_graphs() -> None:
+    stack = Stack(layer(gpt_oss()), layer(gpt_oss()))
+    call = call_of(stack.layers[0])
+    with torch.no_grad():
+        compiled, counts = compiled_whole(stack)
+        torch.testing.assert_close(compiled(*call), eager(stack, call), rtol=1e-4, atol=1e-5)
+        stack.layers[0].down_proj.data.mul_(3.0)  # a copy would not see it
+        torch.testing.assert_close(compiled(*call), eager(stack, call), rtol=1e-4, atol=1e-5)
+    assert counts == [2]
 
 
 def test_a_model_that_never_ran_is_compiled_whole() -> None:
@@ -146,10 +156,11 @@ def test_block_fp8_layers_are_compiled_whole() -> None:
     assert counts == [1]
 
 
-def test_gradients_survive_compilation() -> None:
+@pytest.mark.parametrize("config", [qwen3, gpt_oss], ids=["straight", "transposed"])
+def test_gradients_survive_compilation(config: Callable[[], Any]) -> None:
     gradients = []
     for compile_it in (False, True):
-        module = layer(qwen3())
+        module = layer(config())
         run: Any = torch.compile(module, backend="aot_eager", fullgraph=True) if compile_it else module
         run(*call_of(module)).square().sum().backward()
         gradients.append(module.down_proj.grad)
@@ -157,7 +168,7 @@ def test_gradients_survive_compilation() -> None:
 
 
 @pytest.mark.parametrize("grad", [False, True], ids=["no_grad", "gradients enabled"])
-@pytest.mark.parametrize("config", [qwen3, gpt_oss], ids=["in place", "transposed"])
+@pytest.mark.parametrize("config", [qwen3, gpt_oss], ids=["straight", "transposed"])
 def test_exported_layers_compute_the_same(config: Callable[[], Any], grad: bool) -> None:
     stack = Stack(layer(config()))
     call = call_of(stack.layers[0])
@@ -165,4 +176,4 @@ def test_exported_layers_compute_the_same(config: Callable[[], Any], grad: bool)
         program = torch.export.export(stack, call)
         torch.testing.assert_close(program.module()(*call), eager(stack, call), rtol=1e-4, atol=1e-5)
     operators = sum("moe_dispatch" in str(node.target) for node in program.graph.nodes)
-    assert (operators > 0) == (config is qwen3)
+    assert operators > 0

@@ -14,7 +14,8 @@ from moe_dispatch.integrations.transformers.layout import layout_of, model_forwa
 from tests.integrations.transformers_families import build, families  # noqa: E402
 from tests.integrations.transformers_models import TOLERANCE, call_of, calls  # noqa: E402
 
-FEWEST = 50  # 5.17 decorates 55 classes, of which three keep their own implementation
+FEWEST = 55  # 5.17 decorates so many and 5.24 decorates 68
+KEPT = {"MuseSparkExperts"}  # it normalises the output of each expert
 
 
 @pytest.mark.slow  # imports every MoE model of transformers
@@ -36,5 +37,6 @@ def test_every_decorated_class_agrees_or_says_why_not() -> None:
                 kept = bool(layout_of(module).unfit)
                 assert calls() - before == (0 if kept else 1), (family, layout_of(module).unfit)
         kinds["kept" if kept else "dispatched"] += 1
+        assert not kept or family.name in KEPT, (family, layout_of(module).unfit)
     print(dict(kinds))
     assert kinds["dispatched"] >= FEWEST

@@ -37,7 +37,7 @@ def test_transposed_weights_are_mentioned() -> None:
     register()
     model = build(gpt_oss())
     model.set_experts_implementation("moe_dispatch")
-    assert "grouped_mm in compiled graphs" in report(model).layers[0].reason
+    assert "a copy of them, in compiled graphs in place" in report(model).layers[0].reason
 
 
 def test_families_without_an_interface_are_out_of_reach() -> None:

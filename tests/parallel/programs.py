@@ -165,17 +165,17 @@ def warmed(tokens: Tokens) -> list[tuple[Any, ...]]:
     inputs = make_inputs(LAYER, FP32, "cpu")
     layer = ep.split(inputs.experts)
     before = ep.explain(layer, 2, 8).chosen
-    raced = ep.warm_up(layer, topk=2, tokens=[2, 8])
-    assert ep.explain(layer, 2, 8).chosen == raced[1].chosen
+    compared = ep.warm_up(layer, topk=2, tokens=[2, 8])
+    assert ep.explain(layer, 2, 8).chosen == compared[1].chosen
     assert ep.explain(layer, 2, 1000).chosen == "gather"
-    assert f"-> {raced[1].chosen}: measured as fastest" in str(ep.explain(layer, 2, 7))
+    assert f"-> {compared[1].chosen}: measured as fastest" in str(ep.explain(layer, 2, 7))
     moe_forward(inputs.hidden_states[:8], layer, inputs.topk_weights[:8], inputs.topk_ids[:8])
     assert before == "gather"
-    return [(each.chosen, each.us, each.failed) for each in raced]
+    return [(each.chosen, each.us, each.failed) for each in compared]
 
 
 class SlowGather(GatherExchange):
-    """Takes long to dispatch, on every rank but the last, whose race it would win."""
+    """Takes long to dispatch, on every rank but the last, where it would be the fastest."""
 
     name = "slow"
 
@@ -205,12 +205,12 @@ def race_with_others() -> tuple[Any, ...]:
     try:
         ep = ExpertParallel()
         layer = ep.split(make_inputs(LAYER, FP32, "cpu").experts)
-        (raced,) = ep.warm_up(layer, topk=2, tokens=[4])
+        (compared,) = ep.warm_up(layer, topk=2, tokens=[4])
         reasons = ep.explain(layer, 2, 4).against["broken"]
     finally:
         for exchange in (SlowGather, BrokenGather):
             EXCHANGES.unregister(exchange.name)
-    return raced.chosen, raced.us, raced.failed, reasons
+    return compared.chosen, compared.us, compared.failed, reasons
 
 
 def create_with(variable: str, value: str, **options: Any) -> None:

@@ -41,14 +41,14 @@ CPU = Machine.inspect("cpu")
 UNIT_US = 100.0
 
 
-class Steady(RightBackend):
+class Constant(RightBackend):
     """One time for any number of tokens."""
 
-    name = "steady"
+    name = "constant"
 
 
 class Growing(RightBackend):
-    """Ahead of `Steady` below 6 tokens, behind it from there on."""
+    """Ahead of `Constant` below 6 tokens, behind it from there on."""
 
     name = "growing"
 
@@ -72,7 +72,7 @@ class Tuned(RightBackend):
 
 def time_of(run: Run) -> float:
     """Time of each of these backends, in µs."""
-    units = {"steady": 6.0, "growing": float(run.M), "tuned": 1.0 + pace_of(run.config)}
+    units = {"constant": 6.0, "growing": float(run.M), "tuned": 1.0 + pace_of(run.config)}
     return UNIT_US * units.get(run.backend, 3.0)
 
 
@@ -87,7 +87,7 @@ def error_of(run: Run) -> float:
 @pytest.fixture(autouse=True)
 def backends() -> Iterator[None]:
     """Backends whose times are known."""
-    with registered(RightBackend, Steady, Growing, Tuned):
+    with registered(RightBackend, Constant, Growing, Tuned):
         yield
 
 
@@ -192,13 +192,13 @@ def test_an_interruption_keeps_what_is_measured(tmp_path: Path) -> None:
 
 
 def test_where_the_winner_changes_the_tokens_between_are_measured(simulate: Calibrating) -> None:
-    (winners,) = simulate((1, 16), "steady", "growing").winners().values()
+    (winners,) = simulate((1, 16), "constant", "growing").winners().values()
     assert {M: winner[0] for M, (winner, _) in winners.items()} == {
         1: "growing",
         4: "growing",
         6: "growing",
-        8: "steady",
-        16: "steady",
+        8: "constant",
+        16: "constant",
     }
 
 
@@ -341,7 +341,7 @@ def test_a_backend_that_is_no_fallback_is_neither_checked_nor_kept(
     monkeypatch.setattr(successive_halving, "FALLBACK", 1.5)
     monkeypatch.setattr(successive_halving, "FINALISTS", 1)
     simulate.worker.error_of = record
-    report = simulate((1,), "steady", "growing")  # one unit, and steady takes six
+    report = simulate((1,), "constant", "growing")  # one unit, and constant takes six
     assert {one.candidate.backend for one in report.measured} == set(checked) == {"growing"}
 
 
@@ -378,7 +378,7 @@ def test_a_layer_beyond_the_memory_is_skipped_before_a_worker_starts(simulate: C
 
 def test_a_calibration_in_which_every_candidate_is_disqualified_is_a_failure(simulate: Calibrating) -> None:
     simulate.worker.error_of = lambda _: 0.5
-    report = simulate((1,), "right", "steady")
+    report = simulate((1,), "right", "constant")
     assert len(report.disqualified()) == 2
     assert "every candidate was disqualified" in report.failure()
 

@@ -284,10 +284,10 @@ def test_neighbours_far_apart_decide_nothing_between_them() -> None:
 
 
 def test_a_candidate_that_was_eliminated_at_a_neighbour_is_not_chosen_beside_it() -> None:
-    steady, decoder = ids("ab")
+    even, decoder = ids("ab")
     # `decoder` was measured at 1 and 64, and eliminated between them: its curve from 1 to 64 does not hold at 8.
-    table = LayerTable({1: {steady: 20.0, decoder: 10.0}, 4: {steady: 40.0}, 16: {steady: 80.0}, 64: {decoder: 90.0}})
-    assert [identity for identity, _ in table.rank(8)] == [steady]
+    table = LayerTable({1: {even: 20.0, decoder: 10.0}, 4: {even: 40.0}, 16: {even: 80.0}, 64: {decoder: 90.0}})
+    assert [identity for identity, _ in table.rank(8)] == [even]
     assert not table.rank(32)
 
 

@@ -21,10 +21,12 @@ from moe_dispatch.policies.calibration.worker_process import (
 )
 from moe_dispatch.policies.measurements.schema import LayerShape
 from moe_dispatch.workloads import workload
+from tests.support import calibration_faults  # noqa: F401 - imported here, it is not tried in a process of its own
 from tests.support.fakes import registered
 
 TINY = "4,2,32,16"
-TIMEOUT_S = 20.0  # generous for a first launch on a busy host; only the hanging backend waits for its end
+TIMEOUT_S = 250.0  # generous for a first launch on a busy host
+HANG_S = 3.0  # what hangs is given up after this
 CPU = Machine.inspect("cpu")
 PROBLEM = workload(TINY).problem(5, "fp32", CPU)
 
@@ -45,7 +47,6 @@ FAULTS = (
     Fault("unstable", "UnstableBackend", "promised the same bits"),
     Fault("raising", "RaisingBackend", "no kernel image is available"),
     Fault("hungry", "HungryBackend", "out of memory"),
-    Fault("hanging", "HangingBackend", f"too slow: no answer within {TIMEOUT_S:.0f} s"),
     Fault("exiting", "ExitingBackend", "exited with status 7", fatal=True),
     Fault("lost", "LostContextBackend", "lost the CUDA context", fatal=True),
 )
@@ -97,6 +98,31 @@ def test_healthy_backends_are_measured_and_right(ran: Ran) -> None:
 @pytest.mark.slow
 def test_a_backend_that_does_not_import_is_reported(ran: Ran) -> None:
     assert "No module named 'tests.no_such_module'" in ran.report.unavailable["unimportable"]
+
+
+def test_what_hangs_or_exits_on_import_costs_itself_only(tmp_path: Path) -> None:
+    """In this process its import would end or hang the calibration."""
+    modules = {"hanging": "tests.support.hanging_module", "exiting": "tests.support.exiting_module"}
+    with registered(**{name: f"{module}:Nothing" for name, module in modules.items()}):
+        report = calibrate(
+            [TINY], ["fp32"], tokens=[5], device="cpu", backends=["reference", *modules], timeout_s=HANG_S,
+            budget_s=0.0, directory=tmp_path,
+        )  # fmt: skip
+    assert report.unavailable == {
+        "hanging": f"the import of {modules['hanging']} did not end within {HANG_S:.0f} s",
+        "exiting": f"the import of {modules['exiting']} ends its process with status 7",
+    }
+
+
+@pytest.mark.slow
+def test_a_candidate_that_hangs_is_given_up(tmp_path: Path) -> None:
+    with registered(hanging="tests.support.calibration_faults:HangingBackend"):
+        report = calibrate(
+            [TINY], ["fp32"], tokens=[5], device="cpu", backends=["hanging"], timeout_s=HANG_S, directory=tmp_path
+        )
+    (measured,) = report.measured
+    assert f"too slow: no answer within {HANG_S:.0f} s" in (measured.disqualified or "")
+    assert not Quarantine(CPU, tmp_path).entries()
 
 
 @pytest.mark.slow

@@ -1,25 +1,20 @@
 """Which activation an experts module computes between its two products, found by running it."""
 
+import itertools
+from collections.abc import Iterator
 from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
 
+from moe_dispatch.activations import ACTIVATIONS, UNGATED, Activation, SwiGLU
+from moe_dispatch.errors import InvalidInputError
 from moe_dispatch.numerics import activate_torch
-from moe_dispatch.problem import ACTIVATIONS, UNGATED, Activation
 
 # fp32 rounding apart, a known activation agrees exactly; GELU and its tanh form already differ by 5e-4.
 _TOLERANCE: Final = 1e-5
 # What the gates of transformers read of their module. A change of one of them changes the gate.
-GATE_ATTRIBUTES: Final = (
-    "act_fn",
-    "alpha",
-    "limit",
-    "swiglu_alpha",
-    "swiglu_limit",
-    "gate_softcap",
-    "up_softcap",
-)
+GATE_ATTRIBUTES: Final = ("act_fn", "alpha", "limit", "swiglu_alpha", "swiglu_limit")
 
 
 def gate_state(module: Any) -> tuple[object, ...]:
@@ -32,8 +27,8 @@ def gate_state(module: Any) -> tuple[object, ...]:
 def recognise_gate(module: Any, weight: Tensor, *, gated: bool, interleaved: bool) -> Activation | None:
     """The activation that the module's gate computes, or None if it is none of ours.
 
-    The gate is run on numbers that tell all of ours apart. Its name would not do: a gate may clamp at a limit of its
-    own, and hub kernels replace activations under the same name.
+    The gate is run on numbers that tell all of ours apart. Its name would not do: what a parameter means differs from
+    gate to gate, and hub kernels replace activations under the same name.
 
     Args:
         module: The experts module; a gated one has ``_apply_gate``, another one ``act_fn``.
@@ -55,12 +50,31 @@ def recognise_gate(module: Any, weight: Tensor, *, gated: bool, interleaved: boo
             computed = module._apply_gate(columns) if gated else module.act_fn(columns)
     except Exception:  # noqa: BLE001 - a gate that needs other inputs is simply not one of ours
         return None
-    for activation in ACTIVATIONS:
-        if (activation not in UNGATED) != gated:
-            continue
+    for activation in _candidates(module, gated=gated):
         expected = activate_torch(columns, activation, interleaved=interleaved)
         if computed.shape == expected.shape and torch.allclose(
             computed.float(), expected, rtol=_TOLERANCE, atol=_TOLERANCE
         ):
             return activation
     return None
+
+
+def _candidates(module: Any, *, gated: bool) -> Iterator[Activation]:
+    """What the gate may compute: the activations with a name, and SwiGLU with the parameters that the module has."""
+    yield from (activation for activation in ACTIVATIONS if (activation not in UNGATED) == gated)
+    if not gated:
+        return
+    act_fn = getattr(module, "act_fn", None)
+    caps = [getattr(getattr(act_fn, name, None), "softcap", None) for name in ("gate_softcap", "up_softcap")]
+    alphas = {1.0, *_attributes(module, "alpha", "swiglu_alpha")}
+    limits = {None, *_attributes(module, "limit", "swiglu_limit")}
+    for alpha, limit, shift in itertools.product(alphas, limits, (0.0, 1.0)):
+        try:
+            yield str(SwiGLU(alpha, limit, shift, *caps))
+        except InvalidInputError:  # such as a limit that is infinite, in which case another candidate has none
+            continue
+
+
+def _attributes(module: Any, *names: str) -> Iterator[Any]:
+    """Those that the module has, without None."""
+    yield from (value for name in names if (value := getattr(module, name, None)) is not None)

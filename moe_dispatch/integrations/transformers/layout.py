@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 from transformers.integrations.moe import use_experts_implementation
 
+from moe_dispatch.activations import Activation, allowed
 from moe_dispatch.integrations.transformers.gate import GATE_ATTRIBUTES, gate_state, recognise_gate
 from moe_dispatch.numerics import FP8
-from moe_dispatch.problem import ACTIVATIONS, QUANT_BLOCK, Activation
+from moe_dispatch.problem import QUANT_BLOCK
 
 LAYOUT: Final = "_moe_dispatch_layout"  # the attribute of a module that keeps its layout
 
@@ -86,7 +87,7 @@ def inspect_module(module: Any) -> Layout:
     activation = recognise_gate(module, weight, gated=gated, interleaved=interleaved)
     if activation is None:
         name = type(module)._apply_gate.__qualname__ if gated else "act_fn"
-        return Layout(gate=gate, unfit=f"its gate ({name}) is none of {', '.join(ACTIVATIONS)}")
+        return Layout(gate=gate, unfit=f"its gate ({name}) is none of {allowed()}")
     return Layout(tensors, activation, interleaved, bool(getattr(module, "is_transposed", False)), gate)
 
 

@@ -91,4 +91,6 @@ def _state(module: nn.Module) -> tuple[State, str]:
         taken = take_over(module, dtype)
     if taken.experts is None:
         return "own", taken.reason
-    return "dispatched", "grouped_mm in compiled graphs: its weights are stored transposed" if layout.transposed else ""
+    if taken.experts.transposed or not layout.transposed:
+        return "dispatched", ""
+    return "dispatched", "its weights are stored transposed: by a copy of them, in compiled graphs in place"

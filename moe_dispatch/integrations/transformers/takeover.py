@@ -8,12 +8,19 @@ import torch
 from torch import Tensor, nn
 
 from moe_dispatch.errors import InvalidInputError
-from moe_dispatch.experts import DTYPE_NAMES, ExpertWeights
+from moe_dispatch.experts import ExpertWeights
 from moe_dispatch.integrations.transformers.comparison import disagreement
 from moe_dispatch.integrations.transformers.layout import LAYOUT, layout_of
-from moe_dispatch.integrations.transformers.weights import experts_of, needs_copy, sources_of, why_no_copy
+from moe_dispatch.integrations.transformers.weights import (
+    experts_of,
+    is_straight,
+    is_transposed,
+    sources_of,
+    why_no_copy,
+)
 from moe_dispatch.numerics import FP8
 from moe_dispatch.tensor_memory import tensor_fault
+from moe_dispatch.weight_checks import DTYPE_NAMES
 
 
 class Taken(NamedTuple):
@@ -44,10 +51,13 @@ def take_over(module: nn.Module, dtype: torch.dtype, others: Sequence[str] = ())
     sources = sources_of(module, layout)
     if reason := unfit_tensors(sources, dtype):
         return Taken(None, reason)
-    if needs_copy(layout, sources) and (reason := why_no_copy(module, sources)):
-        return Taken(None, reason)
+    copied = not is_straight(layout, sources)
+    if copied and (reason := why_no_copy(module, sources)):
+        if not is_transposed(layout, sources):
+            return Taken(None, reason)
+        copied = False
     try:
-        experts = experts_of(module, layout, sources)
+        experts = experts_of(module, layout, sources, copied=copied)
     except InvalidInputError as error:
         return Taken(None, str(error))
     if reason := disagreement(module, experts, dtype):

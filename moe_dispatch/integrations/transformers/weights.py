@@ -19,14 +19,16 @@ _MOST_LOST: Final = 3
 
 
 def _borrowed(name: str) -> Any:
-    """An attribute that holds a tensor weakly and hands it out without its gradient."""
+    """An attribute that holds a module's tensor weakly and hands it out without its gradient, as backends index it."""
     attribute = f"_{name}"
 
     def get(experts: "BorrowedExperts") -> Tensor | None:
         reference = getattr(experts, attribute)
         tensor: Tensor | None = reference and reference()
         if tensor is not None and tensor.requires_grad and (torch.is_grad_enabled() or tensor.dtype == FP8):
-            return tensor.detach()  # transformers' FP8 parameters claim to require a gradient
+            tensor = tensor.detach()  # transformers' FP8 parameters claim to require a gradient
+        if tensor is not None and experts.transposed and name in ("gate_up", "down"):
+            return tensor.transpose(1, 2)
         return tensor
 
     def put(experts: "BorrowedExperts", tensor: Tensor | None) -> None:
@@ -71,9 +73,14 @@ def sources_of(module: nn.Module, layout: Layout) -> tuple[Tensor, ...]:
     return tuple(getattr(module, name) for name in layout.tensors)
 
 
-def needs_copy(layout: Layout, sources: Sequence[Tensor]) -> bool:
-    """Whether the backends cannot read the tensors where they lie."""
-    return layout.transposed or not all(source.is_contiguous() for source in sources)
+def is_straight(layout: Layout, sources: Sequence[Tensor]) -> bool:
+    """Whether every backend can read the tensors where they lie."""
+    return not layout.transposed and all(source.is_contiguous() for source in sources)
+
+
+def is_transposed(layout: Layout, sources: Sequence[Tensor]) -> bool:
+    """Whether the tensors are stored transposed and are contiguous so, which some backends can read."""
+    return layout.transposed and sources[0].dtype != FP8 and all(source.is_contiguous() for source in sources)
 
 
 def records_gradient(sources: Sequence[Tensor]) -> bool:
@@ -101,13 +108,19 @@ def offloaded(module: nn.Module) -> bool:
     return any(getattr(each, "offload", False) for each in (hook, *getattr(hook, "hooks", ())))
 
 
-def experts_of(module: nn.Module, layout: Layout, sources: tuple[Tensor, ...]) -> ExpertWeights:
+def experts_of(module: nn.Module, layout: Layout, sources: tuple[Tensor, ...], *, copied: bool) -> ExpertWeights:
     """The module's weights for one call, during which the caller holds `sources`.
+
+    Args:
+        module: The experts module.
+        layout: Its layout.
+        sources: Its tensors.
+        copied: Whether to read a contiguous copy, and not the tensors where they lie.
 
     Raises:
         InvalidInputError: The tensors are not what backends can read.
     """
-    if needs_copy(layout, sources):
+    if copied:
         return _copy_of(module, layout, sources)
     if records_gradient(sources):
         return _build(ExpertWeights, layout, sources)  # anew: a kept object would keep the graph of a step
@@ -135,7 +148,7 @@ def _copy_of(module: nn.Module, layout: Layout, sources: tuple[Tensor, ...]) -> 
         return kept.experts
     del kept
     _copies.pop(module, None)  # before the new one is made, so that the two do not exist together
-    experts = _build(ExpertWeights, layout, tuple(source.detach() for source in sources))
+    experts = _build(ExpertWeights, layout, tuple(source.detach() for source in sources), copied=True)
     layer = weakref.ref(module)
 
     def forget(memory: object) -> None:
@@ -150,17 +163,28 @@ def _copy_of(module: nn.Module, layout: Layout, sources: tuple[Tensor, ...]) -> 
     return experts
 
 
-def _build(kind: type[ExpertWeights], layout: Layout, sources: tuple[Tensor, ...]) -> ExpertWeights:
+def _build(
+    kind: type[ExpertWeights], layout: Layout, sources: tuple[Tensor, ...], *, copied: bool = False
+) -> ExpertWeights:
+    gate_up, down, *others = as_indexed(layout, sources)
+    if copied:
+        gate_up, down, *others = (tensor.contiguous() for tensor in (gate_up, down, *others))
+    return kind(
+        gate_up,
+        down,
+        **others_by_name(gate_up, others),
+        activation=layout.activation,
+        interleaved=layout.interleaved,
+        transposed=layout.transposed and not copied,
+    )
+
+
+def as_indexed(layout: Layout, sources: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """The tensors with the weights as ``[E, 2N, K]`` and ``[E, K, N]``: views of those that are stored transposed."""
     gate_up, down, *others = sources
     if layout.transposed:
         gate_up, down = gate_up.transpose(1, 2), down.transpose(1, 2)
-    return kind(
-        gate_up.contiguous(),
-        down.contiguous(),
-        **others_by_name(gate_up, [other.contiguous() for other in others]),
-        activation=layout.activation,
-        interleaved=layout.interleaved,
-    )
+    return gate_up, down, *others
 
 
 def others_by_name(gate_up: Tensor, others: Sequence[Tensor]) -> dict[str, Any]:

@@ -6,8 +6,8 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from moe_dispatch.numerics import SWIGLU_OAI_ALPHA, SWIGLU_OAI_LIMIT
-from moe_dispatch.problem import QUANT_BLOCK, Activation
+from moe_dispatch.activations import SWIGLU_OAI, Activation
+from moe_dispatch.problem import QUANT_BLOCK
 
 # vLLM's activation -> ours, and whether gate and up rows alternate.
 ACTIVATIONS: Final[dict[str, tuple[Activation, bool]]] = {
@@ -133,7 +133,7 @@ def _gate_reasons(moe_config: Any) -> list[str]:
     if name not in ACTIVATIONS:
         return [f"activation {name!r}; ours are {', '.join(sorted(ACTIVATIONS))}"]
     built_in = (
-        {"swiglu_limit": SWIGLU_OAI_LIMIT, "swiglu_alpha": SWIGLU_OAI_ALPHA, "swiglu_beta": 1.0}
+        {"swiglu_limit": SWIGLU_OAI.limit, "swiglu_alpha": SWIGLU_OAI.alpha, "swiglu_beta": SWIGLU_OAI.shift}
         if name == "swigluoai"
         else {}
     )

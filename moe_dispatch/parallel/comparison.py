@@ -25,8 +25,8 @@ Result = TypeVar("Result")
 
 
 @dataclasses.dataclass(frozen=True)
-class Raced:
-    """What the race of a kind of call showed, equal on every rank.
+class Compared:
+    """What the comparison of the exchanges for a kind of call showed, equal on every rank.
 
     Attributes:
         kind: The kind of call.
@@ -45,8 +45,8 @@ class ExchangeFailedError(RuntimeError):
     """An exchange failed its first run on some rank, with the reason of each."""
 
 
-def race(layer: ShardedExperts, kind: CallKind, inputs: tuple[Tensor, Tensor, Tensor]) -> Raced:
-    """Run every exchange that can serve a kind of call, and settle on the fastest. Collective.
+def compare_exchanges(layer: ShardedExperts, kind: CallKind, inputs: tuple[Tensor, Tensor, Tensor]) -> Compared:
+    """Run every exchange that can serve a kind of call, and keep the fastest. Collective.
 
     Args:
         layer: The layer.
@@ -75,8 +75,8 @@ def race(layer: ShardedExperts, kind: CallKind, inputs: tuple[Tensor, Tensor, Te
         of_mode = dataclasses.replace(kind, mode=mode)
         able = {name: time for name, time in us.items() if name in session.candidates(of_mode)}
         chosen = next(name for name, time in able.items() if time <= min(able.values()) * (1 + CLOSE))
-        session.settle(of_mode, chosen)
-    return Raced(kind, session.choose(kind).name, us, failed)
+        session.keep_choice(of_mode, chosen)
+    return Compared(kind, session.choose(kind).name, us, failed)
 
 
 def first_run(

@@ -1,0 +1,160 @@
+"""A model's prefill and decode under every experts implementation of transformers, eager and compiled, by turns.
+
+    python -m moe_dispatch.benchmarks.record.transformers_inference --out transformers_inference.jsonl
+
+Decoder layers of Qwen3-30B-A3B with random BF16 weights, without gradients: a prefill of one sequence, and decode steps
+of several sequences with a static cache. "compiled" is ``torch.compile(fullgraph=True, mode="reduce-overhead")``, which
+replays CUDA graphs; the eager implementation cannot be compiled so. Every implementation is measured before the first
+one is measured again. A row is one measurement: median and fastest milliseconds of a step, tokens per second, and the
+peak of allocated memory above the model's own weights; or the reason why there is none. First come the differences of
+the outputs from the eager implementation's. Needs transformers and a GPU.
+"""
+
+import argparse
+import itertools
+import json
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from moe_dispatch.benchmarks.record import json_lines
+from moe_dispatch.benchmarks.record.gradients import IMPLEMENTATIONS, Row, build, measure
+from moe_dispatch.integrations.transformers import register
+from moe_dispatch.machine import Machine
+
+Mode = Literal["eager", "compiled"]
+
+_DECODE_STEPS: Final = 16  # between two synchronisations; a model that generates launches ahead of the device, too
+_WARM_UPS: Final = {"eager": 1, "compiled": 3}  # CUDA graphs are recorded at the second run
+_COMPILED_CASES: Final = 64  # implementations × cases: each is another graph of the same code
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is measured: a prefill of one sequence, or one decode step of several.
+
+    Attributes:
+        what: ``"prefill"`` or ``"decode"``.
+        tokens: Tokens in one call of the model: the length of the sequence, or how many sequences decode together.
+    """
+
+    what: Literal["prefill", "decode"]
+    tokens: int
+
+
+CASES: Final = (Case("decode", 1), Case("decode", 32), Case("prefill", 4096))
+
+
+class Step:
+    """One case as a callable that runs the model ``repeats`` times, always with the same inputs and cache."""
+
+    def __init__(self, model: Any, case: Case, device: str) -> None:
+        from transformers import StaticCache
+
+        is_prefill = case.what == "prefill"
+        shape = (1, case.tokens) if is_prefill else (case.tokens, 1)
+        generator = torch.Generator().manual_seed(1)
+        hidden = torch.randn(*shape, model.config.hidden_size, generator=generator)
+        self.repeats = 1 if is_prefill else _DECODE_STEPS
+        self.cache = None if is_prefill else StaticCache(config=model.config, max_cache_len=_DECODE_STEPS)
+        self.arguments = {
+            "inputs_embeds": hidden.to(device, torch.bfloat16), "past_key_values": self.cache,
+            "use_cache": self.cache is not None,
+        }  # fmt: skip
+
+    def __call__(self, call: Callable[..., Any]) -> Tensor:
+        """The last hidden states of the last repetition."""
+        if self.cache is not None and self.cache.is_initialized:
+            self.cache.reset()
+        with torch.no_grad():
+            for _ in range(self.repeats):
+                torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]  # torch's
+                out: Tensor = call(**self.arguments).last_hidden_state
+        return out
+
+
+def differences(model: Any, steps: dict[Case, Step]) -> Iterator[Row]:
+    """‖out − eager‖ / ‖eager‖ after all layers. Where roundings differ, a router may choose another expert."""
+    for case, step in steps.items():
+        model.set_experts_implementation("eager")
+        expected = step(model).float()
+        for name in IMPLEMENTATIONS[1:]:
+            model.set_experts_implementation(name)
+            row: Row = {"what": f"difference, {case.what}", "tokens": case.tokens, "implementation": name}
+            try:
+                yield row | {"difference": float((step(model).float() - expected).norm() / expected.norm())}
+            except torch.OutOfMemoryError:
+                yield row | {"reason": "out of memory"}
+
+
+def measure_case(call: Callable[..., Any], step: Step, case: Case, mode: Mode, device: str) -> Row:
+    """One measurement, per call of the model; a reason in its place where memory or the compiler does not allow it."""
+    try:
+        for _ in range(_WARM_UPS[mode]):
+            step(call)
+        row = measure(lambda: step(call), device)
+    except torch.OutOfMemoryError:
+        return {"reason": "out of memory"}
+    except torch._dynamo.exc.TorchDynamoException as error:
+        return {"reason": f"not compiled: {str(error).splitlines()[0]}"}
+    if "reason" in row:
+        return row
+    row |= {"ms": row["ms"] / step.repeats, "ms_fastest": row["ms_fastest"] / step.repeats}
+    return row | {"tokens_per_s": 1e3 * case.tokens / row["ms"]}
+
+
+def rows(
+    model: Any, device: str, rounds: int, cases: tuple[Case, ...], modes: tuple[Mode, ...], deadline: float,
+    **compile_options: Any,
+) -> Iterator[Row]:  # fmt: skip
+    """Differences, then every measurement of a round before the next round; nothing begins after the deadline."""
+    steps = {case: Step(model, case, device) for case in cases}
+    yield from differences(model, steps)
+    compiled = torch.compile(model, fullgraph=True, dynamic=False, **compile_options)
+    hopeless: set[tuple[str, Case]] = set()  # no result in an earlier round or mode
+    with torch._dynamo.config.patch(recompile_limit=_COMPILED_CASES):
+        for mode, turn, case in itertools.product(modes, range(rounds), cases):
+            for name in IMPLEMENTATIONS if turn % 2 == 0 else reversed(IMPLEMENTATIONS):
+                row: Row = {"what": case.what, "mode": mode, "implementation": name, "tokens": case.tokens,
+                            "turn": turn}  # fmt: skip
+                if mode == "compiled" and name == "eager":
+                    continue  # its loop over the experts that were chosen cannot be one graph
+                if (name, case) in hopeless or time.monotonic() > deadline:
+                    continue
+                model.set_experts_implementation(name)
+                if device == "cuda":
+                    torch.cuda.empty_cache()
+                row |= measure_case(compiled if mode == "compiled" else model, steps[case], case, mode, device)
+                if "reason" in row:
+                    hopeless.add((name, case))
+                yield row
+
+
+def main() -> None:
+    """Measure, print, and write."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=Path("transformers_inference.jsonl"))
+    parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--modes", nargs="+", choices=get_args(Mode), default=list(get_args(Mode)))
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--seconds", type=float, default=130.0, help="what has not begun by then is left out")
+    arguments = parser.parse_args()
+    deadline = time.monotonic() + arguments.seconds
+    facts = {**json_lines.origin(Machine.inspect("cuda")), "layers": arguments.layers}
+    register()
+    model = build(arguments.layers, "cuda").eval()
+    with arguments.out.open("w", encoding="utf-8") as out:
+        for row in rows(
+            model, "cuda", arguments.rounds, CASES, tuple(arguments.modes), deadline, mode="reduce-overhead"
+        ):
+            print(json.dumps(row), flush=True)
+            print(json.dumps(row | facts), file=out, flush=True)
+
+
+if __name__ == "__main__":
+    main()
