@@ -24,7 +24,7 @@ NAMES: Final = {
 class StackedExperts(nn.Module):
     """Experts in the layout of `ExpertWeights`, as parameters with the names that transformers gives them.
 
-    Block FP8 weights (dtype e4m3) and their scales need no gradient and keep their dtype whatever `Module.to` asks for.
+    FP8 weights (dtype e4m3) and their scales need no gradient and keep their dtype whatever `Module.to` asks for.
 
     Args:
         K: Hidden size.
@@ -76,7 +76,7 @@ class StackedExperts(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Initialise each expert as two `nn.Linear` would be, and biases to zero; block FP8 to zero."""
+        """Initialise each expert as two `nn.Linear` would be, and biases to zero; FP8 to zero."""
         for name, attribute in NAMES.items():
             parameter = self._parameters[attribute]
             if parameter is None:
@@ -113,7 +113,7 @@ class StackedExperts(nn.Module):
         tensors = dict(weights.tensors())
         for name, attribute in NAMES.items():
             tensor = tensors.get(name)
-            trainable = name.endswith("bias") or (not name.endswith("scale") and weights.dtype != "fp8")
+            trainable = name.endswith("bias") or (not name.endswith("scale") and not weights.fp8)
             parameter = None if tensor is None else nn.Parameter(tensor.detach(), requires_grad=trainable)
             self.register_parameter(attribute, parameter)
 

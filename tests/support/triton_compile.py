@@ -92,20 +92,22 @@ class Built:
     wide_loads: bool
 
 
-def devices(*, fp16: bool = False) -> list[Any]:
+def devices(*, fp16: bool = False, fp8_forms: bool = False) -> list[Any]:
     """Parameters ``capability, dtype, every`` of a compile test: the sample, and under the marker `matrix` all of them.
 
     Args:
         fp16: Whether the backend takes it. It chooses as BF16 does and differs in one type: one device suffices.
+        fp8_forms: Whether it takes per-channel FP8, and FP8 on devices without products of e4m3.
     """
-    sampled = [pytest.param(capability, dtype, False, id=f"sm_{capability}-{dtype}") for capability, dtype in SAMPLED]
-    dtypes: tuple[DType, ...] = ("bf16", "fp8")
+    sample = (*SAMPLED, (80, "fp8"), (80, "fp8_channel"), (90, "fp8_channel")) if fp8_forms else SAMPLED
+    sampled = [pytest.param(capability, dtype, False, id=f"sm_{capability}-{dtype}") for capability, dtype in sample]
+    dtypes: tuple[DType, ...] = ("bf16", "fp8", "fp8_channel") if fp8_forms else ("bf16", "fp8")
     every: list[tuple[int, DType]] = [(capability, dtype) for capability in SHARED_MEMORY for dtype in dtypes]
     every += [(90, "fp16")] if fp16 else []
     return sampled + [
         pytest.param(capability, dtype, True, id=f"every-sm_{capability}-{dtype}", marks=pytest.mark.matrix)
         for capability, dtype in every
-        if dtype != "fp8" or capability >= 89
+        if dtype != "fp8" or capability >= 89 or fp8_forms
     ]
 
 
@@ -124,8 +126,8 @@ def unwritten_layer(problem: MoEProblem) -> tuple[Tensor, ExpertWeights, Tensor,
     dtype, plain = torch_dtype(problem.dtype), torch_dtype(problem.act_dtype)
     M, E, rows, K, N = problem.M, problem.E, problem.gate_up_rows, problem.K, problem.N
     optional: dict[str, Any] = {}
-    if problem.dtype == "fp8":
-        gate_up, down = problem.quant_blocks
+    if problem.fp8:
+        gate_up, down = problem.scale_shapes
         optional |= {"gate_up_scale": empty(E, *gate_up), "down_scale": empty(E, *down)}
     if problem.bias:
         optional |= {"gate_up_bias": empty(E, rows, dtype=plain), "down_bias": empty(E, K, dtype=plain)}
