@@ -28,7 +28,7 @@ def _check_memory(name: str, tensor: Tensor) -> None:
 
 
 def check_weight(name: str, tensor: Tensor, *, transposed: bool = False) -> None:
-    """Refuse what is no weight ``[experts, rows, columns]``, contiguous or transposed from what is contiguous."""
+    """Refuse what is no weight ``[experts, rows, columns]``."""
     _check_memory(name, tensor)
     if tensor.dim() != 3 or 0 in tensor.shape:
         raise InvalidInputError(

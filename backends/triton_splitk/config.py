@@ -108,6 +108,8 @@ def _preferred(problem: MoEProblem, device: Features) -> SplitKConfig:
         block_m=_block_m(problem),
         block_n=128 if wide else 64,
         block_k=_block_k(problem),
+        # Four warps do not have the registers for so many tokens beside dequantised weights.
+        num_warps=8 if quantization_of(problem).dequantizes and _block_m(problem) == 64 else 4,
         grid="slots" if by_slot else "experts",
         tma=device.tma and rows_allow_tma(problem) and (fp8 or not by_slot),
         pdl=device.pdl,

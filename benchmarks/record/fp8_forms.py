@@ -13,7 +13,6 @@ that the policies choose for it, and only where its result is right. `us` is by 
 import argparse
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, Final
 
 import torch
@@ -25,7 +24,6 @@ from moe_dispatch.benchmarks.record import json_lines
 from moe_dispatch.dispatch.process import get_dispatcher
 from moe_dispatch.machine import Machine, present_device
 from moe_dispatch.measure.inputs import Call, LayerInputs, backend_call, make_inputs
-from moe_dispatch.measure.provenance import commit, versions
 from moe_dispatch.measure.timing import time_interleaved
 from moe_dispatch.measure.verify import reference_outputs, verify
 from moe_dispatch.problem import DType, Mode, MoEProblem
@@ -70,20 +68,27 @@ def inputs_of(problem: MoEProblem, device: torch.device) -> tuple[LayerInputs, .
     )
 
 
-def candidates(experts: ExpertWeights, problem: MoEProblem, *, tiny: bool) -> Iterator[tuple[str, Call, float, bool]]:
+def candidates(
+    experts: ExpertWeights, problem: MoEProblem, *, every: bool, tiny: bool
+) -> Iterator[tuple[str, Call, float, bool]]:
     """Name, call, tolerance, and whether activations are quantised, of what is timed for a layer."""
     planner = get_dispatcher(experts.device).planner
     for plan in planner.eligible(problem, experts):
         name, backend = plan.choice.backend, plan.backend
-        if wanted(name, problem.dtype, problem.M, tiny=tiny):
-            quantizes = backend.quantizes_activations(problem)
-            yield name, backend_call(backend, experts, plan.config), backend.tolerance[problem.dtype], quantizes
+        if not wanted(name, problem.dtype, problem.M, tiny=tiny):
+            continue
+        tolerance, quantizes = backend.tolerance[problem.dtype], backend.quantizes_activations(problem)
+        yield name, backend_call(backend, experts, plan.config), tolerance, quantizes
+        for config in backend.configs(problem) if every else ():
+            yield f"{name} {config.label}", backend_call(backend, experts, config), tolerance, quantizes
     baseline = Vllm(planner.machine)
     if wanted(LIBRARY, problem.dtype, problem.M, tiny=tiny) and not baseline.unsupported_reasons(problem):
         yield BASELINE, baseline.prepare(experts, problem), baseline.tolerance[problem.dtype], True
 
 
-def measured(part: str, layers: dict[DType, ExpertWeights], topk: int, M: int, mode: Mode, *, tiny: bool) -> Row:
+def measured(
+    part: str, layers: dict[DType, ExpertWeights], topk: int, M: int, mode: Mode, *, every: bool, tiny: bool
+) -> Row:
     """The row of a layer at one token count."""
     calls: dict[tuple[DType, str], Call] = {}
     errors: dict[str, float] = {}
@@ -91,10 +96,10 @@ def measured(part: str, layers: dict[DType, ExpertWeights], topk: int, M: int, m
     inputs: tuple[LayerInputs, ...] = ()
     for dtype, experts in layers.items():
         machine = get_dispatcher(experts.device).machine
-        problem = experts.problem(M, topk, torch.bfloat16, machine.capability, mode)
+        problem = experts.problem(M, topk, torch.bfloat16, machine.capability)
         inputs = inputs or inputs_of(problem, experts.device)
         truths: dict[bool, tuple[Tensor, ...]] = {}
-        for name, call, tolerance, quantized in candidates(experts, problem, tiny=tiny):
+        for name, call, tolerance, quantized in candidates(experts, problem, every=every, tiny=tiny):
             if quantized not in truths:
                 truths[quantized] = reference_outputs(
                     experts, inputs[:1], quantize_activations=quantized, tokens=CHECKED_TOKENS
@@ -122,7 +127,7 @@ def measured(part: str, layers: dict[DType, ExpertWeights], topk: int, M: int, m
 def ratios(us: dict[str, dict[str, float]]) -> dict[str, float]:
     """The fastest of ours in the first dtype over the fastest of ours in the last one, and over vLLM's own."""
     first, last = (
-        {name: value for name, value in us[dtype].items() if name not in (LIBRARY, BASELINE)}
+        {name: value for name, value in us[dtype].items() if not name.startswith((LIBRARY, BASELINE))}
         for dtype in (next(iter(us)), list(us)[-1])
     )
     compared: dict[str, float] = {}
@@ -139,12 +144,14 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("part", choices=list(TOKENS))
     parser.add_argument("--layer", action="append", choices=LAYERS, help="a layer, instead of all; repeatable")
     parser.add_argument("--tiny", action="store_true", help="a tiny layer and few tokens: that it runs, not how fast")
+    parser.add_argument("--every", action="store_true", help="also time each backend in all of its configurations")
     parser.add_argument("--out", help="append rows to this file as JSON lines")
     options = parser.parse_args(arguments)
     device = present_device()
     machine: Machine = get_dispatcher(device).machine
     mode: Mode = "graph" if device.type == "cuda" else "eager"
-    origin = {"machine": machine.name, "versions": versions(machine), "commit": commit(Path(__file__).parent)}
+    if options.out:
+        json_lines.append(options.out, {"origin": json_lines.origin(machine)})
     begun = time.perf_counter()
     for layer in [TINY] if options.tiny else [WORKLOADS[name] for name in options.layer or LAYERS]:
         layers: dict[DType, ExpertWeights] = {
@@ -152,8 +159,9 @@ def main(arguments: list[str] | None = None) -> None:
             for dtype in DTYPES[options.part]
         }
         for M in (1, 8) if options.tiny else TOKENS[options.part]:
-            row = {"layer": layer.name, **measured(options.part, layers, layer.topk, M, mode, tiny=options.tiny)}
-            row |= {"seconds": round(time.perf_counter() - begun, 1), **origin}
+            scope = {"every": options.every, "tiny": options.tiny}
+            row = {"layer": layer.name, **measured(options.part, layers, layer.topk, M, mode, **scope)}
+            row["seconds"] = round(time.perf_counter() - begun, 1)
             shown = {name: row.get(name) for name in ("us", "over_last", "over_vllm", "failed") if row.get(name)}
             print(f"{layer.name} M={M}: {shown}", flush=True)
             if options.out:

@@ -167,7 +167,7 @@ class ExpertParallel:
             layer: A layer of this group.
             topk: Experts per token.
             tokens: Tokens of each rank. A captured graph needs its own count, or `max_tokens`, in here.
-            act_dtype: The dtype of hidden_states. None stands for the weights' own, or BF16 with block FP8 weights.
+            act_dtype: The dtype of hidden_states. None stands for the weights' own, or BF16 with FP8 weights.
 
         Returns:
             What was measured, one entry for each token count.

@@ -1,10 +1,14 @@
 """FP8 weights with a multiplier per row: how they are given, quantised, and computed by the reference."""
 
+import copy
+
 import pytest
 import torch
 
 from moe_dispatch import ExpertWeights, moe_forward
+from moe_dispatch.dispatch.torch_operator import call_tensors
 from moe_dispatch.errors import InvalidInputError
+from moe_dispatch.modules.stacked_experts import StackedExperts
 from moe_dispatch.numerics import FP8, dequantize, quantize_channels, quantize_rows_torch
 from moe_dispatch.testing import Case, Precision, make_inputs, relative_error
 
@@ -143,3 +147,29 @@ def test_gradients_pass_through() -> None:
     assert hidden.grad is not None
     assert plain.grad is not None
     assert relative_error(hidden.grad, plain.grad) < 0.1
+
+
+def test_a_module_keeps_the_form() -> None:
+    inputs = make_inputs(Case(M=3, E=2, K=K, N=N), CHANNEL, "cpu")
+    hidden, experts, topk_weights, ids = inputs.arguments
+    module = StackedExperts(K, N, 2, dtype=FP8)
+    module.assign(experts)
+    for each in (module, copy.deepcopy(module).to(torch.bfloat16)):
+        assert each.weights().dtype == "fp8_channel"
+        assert relative_error(each(hidden, topk_weights, ids), inputs.truth) < 1e-3
+
+
+@pytest.mark.parametrize("scales", ["rows", "experts"])
+def test_compiled_calls_take_the_form(scales: str) -> None:
+    """Through the operator, which receives the tensors one by one and wraps them again."""
+    gate_up, down = weights()
+    shapes = ((E, 2 * N), (E, K)) if scales == "rows" else ((E,), (E,))
+    gate_up_scale, down_scale = (torch.rand(shape) + 0.5 for shape in shapes)
+    experts = ExpertWeights(gate_up, down, gate_up_scale=gate_up_scale, down_scale=down_scale)
+    hidden, topk_weights, ids = torch.randn(2, K), torch.rand(2, 2), torch.tensor([[0, 2], [1, 1]])
+    expected = moe_forward(hidden, experts, topk_weights, ids)
+    direct = call_tensors(
+        hidden, topk_weights, ids, gate_up, down, gate_up_scale=gate_up_scale, down_scale=down_scale,
+        activation="silu", interleaved=False, backend=None,
+    )  # fmt: skip
+    assert torch.equal(direct, expected)
