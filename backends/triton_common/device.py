@@ -15,6 +15,8 @@ from moe_dispatch.numerics import FP8_MAX, SMALLEST_AMAX
 # the carry, and where kernels are lowered for a device before sm_90 (see `moe_fp8_codes`) while they run on a newer
 # one, so that the device's own capability does not tell.
 _ROUNDS_BADLY = tl.constexpr(interpreting() or lowers_for("sm80", "sm86", "sm89"))
+# Where e4m3 is no type of its own, or is lowered for a device on which it is none.
+_LACKS_E4M3 = tl.constexpr(interpreting() or lowers_for("sm80", "sm86"))
 _INTERPRETED = tl.constexpr(interpreting())
 _FP8_MAX = tl.constexpr(FP8_MAX)
 _SMALLEST_AMAX = tl.constexpr(SMALLEST_AMAX)
@@ -252,4 +254,14 @@ def moe_fp8_values(codes, dtype: tl.constexpr):
     else:
         tl.static_assert(dtype == tl.float16, "values are BF16 or FP16")
         values = tl.inline_asm_elementwise(_TO_FP16, "=r,=r,r", [codes], dtype=tl.float16, is_pure=True, pack=4)
+    return values
+
+
+@triton.jit
+def moe_e4m3_to_fp32(codes):
+    """The values, exact, of e4m3 codes that are given as bytes; also where a device or Triton lacks the type."""
+    if _LACKS_E4M3 or not tl.target_info.cuda_capability_geq(8, 9):
+        values = moe_fp8_values(codes, tl.float16).to(tl.float32)
+    else:
+        values = codes.to(tl.float8e4nv, bitcast=True).to(tl.float32)
     return values

@@ -102,7 +102,7 @@ def test_a_question_that_fails_is_a_reason(broken: type[Backend], call: Call) ->
             moe_forward(*call, backend="foreign")
 
 
-@pytest.mark.parametrize("method", ["workspace_bytes", "deterministic"])
+@pytest.mark.parametrize("method", ["workspace_bytes", "deterministic", "quantizes_activations"])
 def test_an_estimate_that_fails_is_replaced(method: str) -> None:
     broken = foreign(**{method: raising(KeyError("sm"))})
     with registered(broken):
@@ -110,6 +110,14 @@ def test_an_estimate_that_fails_is_replaced(method: str) -> None:
         problem = MoEProblem(M=2, K=8, N=8, E=2, topk=1, dtype="fp32", act_dtype="fp32", device="cpu", capability=None)
         assert backend.workspace_bytes(problem, BackendConfig()) == 2 * (16 + 8 + 8) * 2
         assert backend.deterministic(BackendConfig()) is (method != "deterministic")
+        assert backend.quantizes_activations(problem)
+
+
+def test_whether_activations_are_quantised_is_asked_of_the_backend_itself() -> None:
+    with registered(foreign(quantizes_activations=lambda *_: False)):
+        backend = make_backend("foreign", Machine.inspect("cpu")).require()
+        problem = MoEProblem(M=2, K=8, N=8, E=2, topk=1, dtype="fp8", act_dtype="fp32", device="cpu", capability=None)
+        assert not backend.quantizes_activations(problem)
 
 
 @pytest.mark.parametrize("code", ["import sys; sys.exit(3)", "raise SystemExit", "raise KeyError('x')", "1 +"])
