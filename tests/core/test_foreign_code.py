@@ -64,7 +64,7 @@ def raising(error: BaseException) -> Callable[..., Any]:
 
 
 def test_the_door_asks_the_backend_itself_for_everything() -> None:
-    """A method that the door inherits answers for no backend: triton_splitk on an A100 seemed to quantise activations."""
+    """A method that it inherits asks no backend: triton_splitk on an A100 seemed to quantise activations."""
     door = make_backend("triton_splitk", Machine.load("a100-80gb")).backend
     assert door is not None
     methods = {name for name, member in vars(Backend).items() if name[0] != "_" and inspect.isfunction(member)}
