@@ -197,6 +197,9 @@ def _variants(problem: MoEProblem, default: SplitKConfig, device: Features) -> I
     for splits in (1, 2):
         yield changed(splits_down=splits)
     yield changed(splits_gate_up=2)
+    if quantization_of(problem).dequantizes:  # which takes more registers and instructions than it takes memory
+        yield changed(block_n=128, num_warps=8)
+        yield changed(block_n=64, num_warps=2)
 
 
 def _fits(problem: MoEProblem, config: SplitKConfig, device: Features) -> bool:

@@ -1,6 +1,7 @@
 """A backend of another package may do anything: each fault is a reason that names it, and the layer is computed."""
 
 import concurrent.futures
+import inspect
 import subprocess
 import sys
 import threading
@@ -28,6 +29,7 @@ from moe_dispatch import (
 from moe_dispatch.backend import Backend, BackendConfig, Inputs, Run
 from moe_dispatch.dispatch.dispatcher import FAST_PATH_CALLS
 from moe_dispatch.dispatch.process import get_dispatcher
+from moe_dispatch.guard import GuardedBackend
 from moe_dispatch.registry import ENTRY_POINT_GROUP, POLICIES, Registry, make_backend
 from moe_dispatch.settings import settings
 from tests.core.test_dispatcher import Call, expected, make_call, ran
@@ -59,6 +61,17 @@ def raising(error: BaseException) -> Callable[..., Any]:
         raise error
 
     return method
+
+
+def test_the_door_asks_the_backend_itself_for_everything() -> None:
+    """A method that it inherits asks no backend: triton_splitk on an A100 seemed to quantise activations."""
+    door = make_backend("triton_splitk", Machine.load("a100-80gb")).backend
+    assert door is not None
+    methods = {name for name, member in vars(Backend).items() if name[0] != "_" and inspect.isfunction(member)}
+    own = vars(GuardedBackend).keys() | vars(door).keys()
+    assert methods - own == {"further_reasons"}, "which unsupported_reasons asks for"
+    problem = MoEProblem(M=1, K=128, N=128, E=2, topk=1, dtype="fp8", capability=(8, 0))
+    assert not door.quantizes_activations(problem)
 
 
 class UnprintableError(Exception):
