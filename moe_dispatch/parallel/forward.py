@@ -66,7 +66,7 @@ def local_tokens(
     return LocalTokens(
         hidden_states.contiguous(),
         topk_weights.float().contiguous(),
-        layer.placement.wire_ids(topk_ids),
+        topk_ids.contiguous(),
         layer.placement,
         capacity,
         replicated=layer.session.options.tokens == "replicated",

@@ -25,6 +25,7 @@ from moe_dispatch.registry import BACKENDS
 from moe_dispatch.settings import settings
 from moe_dispatch.testing import CASES, Case, Inputs, Precision, make_inputs, relative_error
 from tests.conftest import poison as poisoned_floats
+from tests.parallel import twins
 
 TOLERANCE = {"fp32": 1e-5, "bf16": 1e-2, "fp8": 2e-2}
 LAYER = Case(M=12, E=8, topk=2, K=32, N=16)
@@ -39,7 +40,7 @@ def parallel(**options: Any) -> ExpertParallel:
     """The group with these options; made once, as making one is a message to all ranks."""
     key = tuple(sorted(options.items()))
     if key not in _made:
-        _made[key] = ExpertParallel(**options)
+        _made[key] = twins.group_with(**options)
     return _made[key]
 
 
@@ -107,7 +108,7 @@ def poisoned() -> Iterator[None]:
 
 def slots_that_run(exchange: str, tokens: list[int]) -> tuple[int, int]:
     """How many slots this rank's experts run, and how many its tokens have, with so many tokens on each rank."""
-    ep, M = ExpertParallel(exchange=exchange), tokens[dist.get_rank()]
+    ep, M = twins.group_with(exchange=exchange), tokens[dist.get_rank()]
     inputs = make_inputs(dataclasses.replace(LAYER, M=max(tokens)), FP32, "cpu", seed=dist.get_rank())
     layer = ep.split(inputs.experts)
     run_local, ran = ep._session.run_local, []
