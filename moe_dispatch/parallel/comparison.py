@@ -9,9 +9,10 @@ from typing import Final, TypeVar
 import torch
 from torch import Tensor
 
+from moe_dispatch.backend import Inputs
 from moe_dispatch.measure.inputs import synchronize
-from moe_dispatch.parallel.exchange import Arrived, CallKind, Exchange
-from moe_dispatch.parallel.forward import arrived_inputs, local_tokens, run_arrived
+from moe_dispatch.parallel.exchange import CallKind, Exchange
+from moe_dispatch.parallel.forward import arrived_inputs, local_tokens
 from moe_dispatch.parallel.registry import ALWAYS
 from moe_dispatch.parallel.session import Session
 from moe_dispatch.parallel.sharded_experts import ShardedExperts
@@ -120,24 +121,24 @@ def first_run(
         ExchangeFailedError: A stage failed on some rank; raised on every rank.
     """
     tokens = local_tokens(inputs[0], layer, *inputs[1:], kind.M)
+    experts = layer.weights_expecting(exchange.arriving_share(kind))
     _stage(layer, lambda: exchange.prepare(kind))
     arrived = _stage(layer, lambda: exchange.dispatch(tokens))
-    partial = _stage(layer, lambda: _run_and_warm(layer, exchange, kind, arrived))
+    partial = _stage(layer, lambda: _run_and_warm(layer.session, exchange, arrived_inputs(experts, arrived)))
     _stage(layer, lambda: exchange.combine(partial, arrived, tokens))
 
     def call() -> Tensor:
         arrived = exchange.dispatch(tokens)
-        return exchange.combine(run_arrived(layer, exchange, kind, arrived), arrived, tokens)
+        return exchange.combine(layer.session.run_local(arrived_inputs(experts, arrived), None), arrived, tokens)
 
     return call
 
 
-def _run_and_warm(layer: ShardedExperts, exchange: Exchange, kind: CallKind, arrived: Arrived) -> Tensor:
+def _run_and_warm(session: Session, exchange: Exchange, inputs: Inputs) -> Tensor:
     """Run this rank's experts, and on a GPU also what a captured call will run."""
-    partial = run_arrived(layer, exchange, kind, arrived)
-    session = layer.session
+    partial = session.run_local(inputs, None)
     if session.device.type == "cuda" and exchange.requirements.capturable:
-        session.dispatcher.warm_up(arrived_inputs(layer, exchange, kind, arrived))
+        session.dispatcher.warm_up(inputs)
     return partial
 
 

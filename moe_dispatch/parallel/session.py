@@ -69,6 +69,7 @@ class Session:
         exchanges: Every registered exchange by name.
         unavailable: For an exchange that some rank cannot use, the reasons.
         barred: Exchanges that failed in `warm_up`, by kind of call, with the reason.
+        choices: How often the choice of exchanges has changed.
         stated: Token counts of all ranks as the caller stated them; None where ranks tell each other in every call.
 
     Raises:
@@ -88,6 +89,7 @@ class Session:
         self.unavailable: dict[str, tuple[str, ...]] = {}
         self.barred: dict[CallKind, dict[str, str]] = {}
         self.stated: tuple[int, ...] | None = None
+        self.choices = 0
         self._chosen: dict[CallKind, str] = {}
         self._layers = 0
         self.dispatcher = self._agree(settings())
@@ -238,9 +240,11 @@ class Session:
     def keep_choice(self, kind: CallKind, name: str) -> None:
         """Choose an exchange for a kind of call from now on. Every rank does so with the same arguments."""
         self._chosen[bucket(kind)] = name
+        self.choices += 1
 
     def bar(self, kind: CallKind, failed: dict[str, str]) -> None:
         """Use exchanges no longer for a kind of call, each for the reason given. Every rank does so alike."""
+        self.choices += 1
         modes: tuple[Mode, ...] = get_args(Mode)
         for mode in modes:
             self.barred.setdefault(bucket(dataclasses.replace(kind, mode=mode)), {}).update(failed)

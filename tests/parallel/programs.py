@@ -175,6 +175,27 @@ def warmed(tokens: Tokens) -> list[tuple[Any, ...]]:
     return [(each.chosen, each.us, each.failed) for each in compared]
 
 
+def exchanges_that_ran() -> list[str]:
+    """Which exchanges run calls of one kind before and after another one is chosen for it."""
+    ep = ExpertParallel()
+    session, ran = ep._session, []
+    for name, exchange in session.exchanges.items():
+
+        def noted(tokens: LocalTokens, name: str = name, dispatch: Any = exchange.dispatch) -> Arrived:
+            ran.append(name)
+            arrived: Arrived = dispatch(tokens)
+            return arrived
+
+        exchange.dispatch = noted  # type: ignore[method-assign]
+    inputs = make_inputs(LAYER, FP32, "cpu")
+    layer = ep.split(inputs.experts)
+    for _ in range(2):
+        moe_forward(inputs.hidden_states, layer, inputs.topk_weights, inputs.topk_ids)
+        kind = session.kind(layer.placement, layer.local, LAYER.M, LAYER.topk, torch.float32)
+        session.keep_choice(kind, "alltoall")
+    return ran
+
+
 class SlowGather(GatherExchange):
     """Takes long to dispatch, on every rank but the last, where it would be the fastest."""
 
@@ -332,13 +353,14 @@ def lose_a_rank(how: str, victim: int, timeout: float) -> Any:
 
 
 def refuse_on_one_rank() -> tuple[str, int]:
-    """A call that the last rank refuses, and one that is right."""
+    """A call that is right, one that the last rank refuses, and a right one again."""
     ep = ExpertParallel(timeout=100.0)
     inputs = make_inputs(LAYER, FP32, "cpu")
     layer = ep.split(inputs.experts)
     last = dist.get_rank() == dist.get_world_size() - 1
     hidden = inputs.hidden_states.double() if last else inputs.hidden_states
     refusal = ""
+    moe_forward(inputs.hidden_states, layer, inputs.topk_weights, inputs.topk_ids)
     try:
         moe_forward(hidden, layer, inputs.topk_weights, inputs.topk_ids)
     except InvalidInputError as error:
