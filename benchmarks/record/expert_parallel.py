@@ -11,7 +11,7 @@ eagerly with stated counts and in a replayed CUDA graph. A time is the median ov
 
 Results are checked first: against the whole layer's, the graph's against the eager ones, and a few hundred replays with
 changing inputs against the first ones, while ranks pause at random. Where a step takes longer than --patience seconds
-every process prints its stacks and ends.
+every process prints its stacks and ends. Where a result is wrong the exit status is 1.
 """
 
 import argparse
@@ -19,6 +19,7 @@ import faulthandler
 import os
 import random
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator
 from typing import Any, Final
@@ -40,6 +41,7 @@ TOKENS: Final = (1, 16, 256, 4096, 16384)
 TINY: Final = Workload("tiny", E=16, topk=4, K=64, N=32)
 REPLAYS: Final = 30
 CHECKED_REPLAYS: Final = 300
+MOST_ERROR: Final = 2e-2  # relative, of a layer in BF16 or FP8 against the same in another order of sums
 INPUTS: Final = 4
 
 
@@ -235,17 +237,21 @@ def main() -> None:
     tokens = [1, 16] if options.tiny else [int(count) for count in options.tokens.split(",")]
     if options.out and not dist.get_rank():
         json_lines.append(options.out, {"origin": json_lines.origin(Machine.inspect(device.type))})
+    wrong = 0
     with torch.no_grad():
         for layer, dtype in layers:
-            _run(layer, dtype, tokens, options, device, clock, patience)
+            wrong += _run(layer, dtype, tokens, options, device, clock, patience)
     faulthandler.cancel_dump_traceback_later()
     dist.destroy_process_group()
+    sys.exit(1 if wrong else 0)
 
 
 def _run(
     layer: Workload, dtype: Any, tokens: list[int], options: argparse.Namespace, device: torch.device, clock: Clock,
     patience: Callable[[], None],
-) -> None:  # fmt: skip
+) -> int:  # fmt: skip
+    """Measure one layer, and return how many results were wrong."""
+    wrong = 0
     whole = make_experts(layer, dtype, device, torch.Generator(device).manual_seed(0))
     names = options.exchange or ("gather", "alltoall", *(["direct"] if device.type == "cuda" else []))
     groups = {name: ExpertParallel(exchange=name, device=device, timeout=10.0) for name in names}
@@ -253,11 +259,14 @@ def _run(
     parts = {name: ep.shard(first.local, experts=layer.E) for name, ep in groups.items()}
     for M in sorted(tokens, reverse=True):  # memory for many tokens serves few as well
         for row in measured(layer, dtype, M, whole, groups, parts, clock, patience):
+            right = row.get("error", torch.inf) <= MOST_ERROR and not row.get("changed_replays")
+            wrong += not right
             if dist.get_rank():
                 continue
             print(_line(row), flush=True)
             if options.out:
                 json_lines.append(options.out, row)
+    return wrong
 
 
 def _line(row: dict[str, Any]) -> str:
