@@ -27,6 +27,9 @@ class Collectives:
         watch: Told of failures.
 
     Attributes:
+        group: As given.
+        watch: As given.
+        device: As given.
         rank: This process's rank in the group.
         size: Ranks of the group.
         library: ``"nccl"`` or ``"gloo"``.
@@ -36,16 +39,25 @@ class Collectives:
     """
 
     def __init__(self, group: dist.ProcessGroup, device: torch.device, watch: Watch) -> None:
-        self._group, self._watch = group, watch
+        self.group, self.watch = group, watch
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
         self.device = device
         self.library = _library(group, device)
+
+    @property
+    def capturing(self) -> bool:
+        """Whether a CUDA graph is captured."""
+        return self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
     def all_gather(self, rows: Tensor) -> Tensor:
         """Every rank's ``[C, …]``, one after another: ``[ranks·C, …]``. All ranks give the same shape."""
         out = rows.new_empty(self.size * rows.shape[0], *rows.shape[1:])
         self._finish(_all_gather, out, rows)
         return out
+
+    def all_gather_in_place(self, rows: Tensor) -> None:
+        """Fill ``[ranks·C, …]``, of which every rank has written its own block of C."""
+        self._finish(_all_gather, rows, rows.view(self.size, -1, *rows.shape[1:])[self.rank])
 
     def reduce_scatter(self, rows: Tensor) -> Tensor:
         """The sum over ranks of this rank's block of ``[ranks·C, K]``: ``[C, K]``.
@@ -88,12 +100,12 @@ class Collectives:
         return out
 
     def _finish(self, collective: Any, *arguments: Any) -> None:
-        with self._watch.waiting(self._watch.timeout):
+        with self.watch.waiting(self.watch.timeout):
             if self.library == "nccl":
-                collective(*arguments, group=self._group)
+                collective(*arguments, group=self.group)
                 return
-            work = collective(*arguments, group=self._group, async_op=True)
-            work.wait(datetime.timedelta(seconds=self._watch.timeout))
+            work = collective(*arguments, group=self.group, async_op=True)
+            work.wait(datetime.timedelta(seconds=self.watch.timeout))
 
 
 def _library(group: dist.ProcessGroup, device: torch.device) -> str:

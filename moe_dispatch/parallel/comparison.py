@@ -9,12 +9,14 @@ from typing import Final, TypeVar
 import torch
 from torch import Tensor
 
+from moe_dispatch.backend import Inputs
 from moe_dispatch.measure.inputs import synchronize
-from moe_dispatch.parallel.exchange import Arrived, CallKind, Exchange
-from moe_dispatch.parallel.forward import arrived_inputs, local_tokens, run_arrived
+from moe_dispatch.parallel.exchange import CallKind, Exchange
+from moe_dispatch.parallel.forward import arrived_inputs, local_tokens
 from moe_dispatch.parallel.registry import ALWAYS
-from moe_dispatch.parallel.session import bucket
+from moe_dispatch.parallel.session import Session
 from moe_dispatch.parallel.sharded_experts import ShardedExperts
+from moe_dispatch.problem import Mode
 from moe_dispatch.system import failures
 
 REPEATS: Final = 5
@@ -31,13 +33,15 @@ class Compared:
     Attributes:
         kind: The kind of call.
         chosen: The exchange that serves it from now on.
-        us: Time of a whole call in µs, for each exchange that ran: the median over repeats of the slowest rank's.
+        us: Time of a whole eager call in µs, for each exchange that ran: the median over repeats of the slowest rank's.
+        graph_us: The same of a replayed CUDA graph, for each exchange that can be captured; empty on a CPU.
         failed: Why an exchange is not used, for each one that failed.
     """
 
     kind: CallKind
     chosen: str
     us: dict[str, float]
+    graph_us: dict[str, float]
     failed: dict[str, str]
 
 
@@ -46,7 +50,9 @@ class ExchangeFailedError(RuntimeError):
 
 
 def compare_exchanges(layer: ShardedExperts, kind: CallKind, inputs: tuple[Tensor, Tensor, Tensor]) -> Compared:
-    """Run every exchange that can serve a kind of call, and keep the fastest. Collective.
+    """Run every exchange that can serve a kind of call, and keep the fastest in each mode. Collective.
+
+    Where the caller named an exchange for the group only that one is run.
 
     Args:
         layer: The layer.
@@ -55,28 +61,52 @@ def compare_exchanges(layer: ShardedExperts, kind: CallKind, inputs: tuple[Tenso
 
     Raises:
         ExpertParallelLostError: A rank is dead or late.
-        ExchangeFailedError: Not even `gather` runs.
+        ExchangeFailedError: Not even `gather` runs, or the named exchange does not; raised on every rank.
     """
     session = layer.session
     session.watch.begin()
-    us: dict[str, float] = {}
+    times: dict[str, dict[str, float]] = {"eager": {}, "graph": {}}
     failed: dict[str, str] = {}
-    for name in session.candidates(kind):
+    needed = session.options.exchange or ALWAYS
+    modes = _modes(session)
+    for name in session.candidates(kind) if session.options.exchange is None else (session.choose(kind).name,):
         try:
             call = first_run(layer, session.exchanges[name], kind, inputs)
+            for mode in modes:
+                if name in session.candidates(dataclasses.replace(kind, mode=mode)):
+                    times[mode][name] = _measured(layer, call if mode == "eager" else _captured(layer, call))
         except ExchangeFailedError as error:
             failed[name] = str(error)
-            continue
-        us[name] = _measured(layer, call)
-    session.barred.setdefault(bucket(kind), {}).update(failed)
-    if ALWAYS in failed:
-        raise ExchangeFailedError(f"{kind} cannot run: {failed[ALWAYS]}")
-    for mode in ("eager", "graph") if session.device.type == "cuda" else ("eager",):
-        of_mode = dataclasses.replace(kind, mode=mode)
-        able = {name: time for name, time in us.items() if name in session.candidates(of_mode)}
-        chosen = next(name for name, time in able.items() if time <= min(able.values()) * (1 + CLOSE))
-        session.keep_choice(of_mode, chosen)
-    return Compared(kind, session.choose(kind).name, us, failed)
+            for of_mode in times.values():
+                of_mode.pop(name, None)
+    session.bar(kind, failed)
+    if needed in failed:
+        raise ExchangeFailedError(f"{kind} cannot run: {failed[needed]}")
+    for mode in modes:
+        able = times[mode]
+        chosen = next((name for name, time in able.items() if time <= min(able.values()) * (1 + CLOSE)), ALWAYS)
+        session.keep_choice(dataclasses.replace(kind, mode=mode), chosen)
+    return Compared(kind, session.choose(kind).name, times["eager"], times["graph"], failed)
+
+
+def _modes(session: Session) -> tuple[Mode, ...]:
+    return ("eager", "graph") if session.device.type == "cuda" else ("eager",)
+
+
+def _captured(layer: ShardedExperts, call: Callable[[], Tensor]) -> Callable[[], object]:
+    """A call as the replay of a CUDA graph.
+
+    Raises:
+        ExchangeFailedError: It cannot be captured on some rank; raised on every rank.
+    """
+    graph = torch.cuda.CUDAGraph()
+
+    def capture() -> None:
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            call()
+
+    _stage(layer, capture)
+    return graph.replay
 
 
 def first_run(
@@ -91,23 +121,24 @@ def first_run(
         ExchangeFailedError: A stage failed on some rank; raised on every rank.
     """
     tokens = local_tokens(inputs[0], layer, *inputs[1:], kind.M)
+    experts = layer.weights_expecting(exchange.arriving_share(kind))
+    _stage(layer, lambda: exchange.prepare(kind))
     arrived = _stage(layer, lambda: exchange.dispatch(tokens))
-    partial = _stage(layer, lambda: _run_and_warm(layer, exchange, kind, arrived))
+    partial = _stage(layer, lambda: _run_and_warm(layer.session, exchange, arrived_inputs(experts, arrived)))
     _stage(layer, lambda: exchange.combine(partial, arrived, tokens))
 
     def call() -> Tensor:
         arrived = exchange.dispatch(tokens)
-        return exchange.combine(run_arrived(layer, exchange, kind, arrived), arrived, tokens)
+        return exchange.combine(layer.session.run_local(arrived_inputs(experts, arrived), None), arrived, tokens)
 
     return call
 
 
-def _run_and_warm(layer: ShardedExperts, exchange: Exchange, kind: CallKind, arrived: Arrived) -> Tensor:
+def _run_and_warm(session: Session, exchange: Exchange, inputs: Inputs) -> Tensor:
     """Run this rank's experts, and on a GPU also what a captured call will run."""
-    partial = run_arrived(layer, exchange, kind, arrived)
-    session = layer.session
+    partial = session.run_local(inputs, None)
     if session.device.type == "cuda" and exchange.requirements.capturable:
-        session.dispatcher.warm_up(arrived_inputs(layer, exchange, kind, arrived))
+        session.dispatcher.warm_up(inputs)
     return partial
 
 
@@ -127,7 +158,7 @@ def _stage(layer: ShardedExperts, run: Callable[[], Result]) -> Result:
     return result  # where it is not bound there was a fault
 
 
-def _measured(layer: ShardedExperts, call: Callable[[], Tensor]) -> float:
+def _measured(layer: ShardedExperts, call: Callable[[], object]) -> float:
     """Time of a call in µs, equal on every rank: the median over repeats of the slowest rank's."""
     session = layer.session
     nanoseconds = []

@@ -7,13 +7,14 @@ weights and local ids, where an id outside the rank's experts adds nothing.
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, ClassVar, Literal, get_args
 
 from torch import Tensor
 
 from moe_dispatch.parallel.collectives import Collectives
 from moe_dispatch.parallel.placement import Division, Placement
-from moe_dispatch.problem import DType, Mode
+from moe_dispatch.problem import ELEMENT_BYTES, DType, Mode
 
 Tokens = Literal["sharded", "replicated"]
 
@@ -33,6 +34,7 @@ class CallKind:
         tokens: ``"sharded"`` where each rank has tokens of its own, ``"replicated"`` where all have the same.
         division: What of the layer is divided; see `Placement`.
         ranks: Ranks of the group.
+        hosts: How many hosts they are on; a host whose name is unknown counts as one of its own.
         mode: ``"graph"`` while a CUDA graph is captured.
     """
 
@@ -46,7 +48,13 @@ class CallKind:
     tokens: Tokens
     division: Division
     ranks: int
+    hosts: int = 1
     mode: Mode = "eager"
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of a row of hidden_states."""
+        return self.K * ELEMENT_BYTES[self.act_dtype]
 
 
 @dataclass(frozen=True)
@@ -59,7 +67,7 @@ class ExchangeRequirements:
         transports: Libraries of the process group that it runs on.
         act_dtypes: Dtypes of hidden_states.
         libraries: Further libraries that must be installed.
-        one_domain: Whether all ranks must be GPUs of one NVLink domain.
+        one_domain: Whether all ranks must be GPUs that address each other's memory, which is taken to be a host's.
         capturable: Whether it may run while a CUDA graph is captured.
         host_sync: Whether the host waits for the device in every call.
         capacity: Whether every rank's rows are padded to the greatest token count.
@@ -84,6 +92,7 @@ class ExchangeRequirements:
             _missed("a layer divided by", self.divisions, kind.division),
             _missed("hidden_states in", self.act_dtypes, kind.act_dtype),
             "cannot be captured in a CUDA graph" if kind.mode == "graph" and not self.capturable else "",
+            f"needs all ranks on one host, got {kind.hosts} hosts" if self.one_domain and kind.hosts > 1 else "",
         )
         return [reason for reason in checks if reason]
 
@@ -93,9 +102,9 @@ class LocalTokens:
     """This rank's part of a call.
 
     Attributes:
-        hidden_states: ``[M, K]``.
-        topk_weights: fp32 ``[M, topk]``.
-        wire_ids: int32 ``[M, topk]``, global; see `Placement.wire_ids`.
+        hidden_states: ``[M, K]``, contiguous.
+        topk_weights: fp32 ``[M, topk]``, contiguous.
+        topk_ids: int32 or int64 ``[M, topk]``, contiguous, global.
         placement: Which rank holds which experts.
         capacity: Greatest M of any rank, equal on all of them.
         replicated: Whether the other ranks have the same tokens.
@@ -103,10 +112,15 @@ class LocalTokens:
 
     hidden_states: Tensor
     topk_weights: Tensor
-    wire_ids: Tensor
+    topk_ids: Tensor
     placement: Placement
     capacity: int
     replicated: bool
+
+    @cached_property
+    def wire_ids(self) -> Tensor:
+        """int32 ``[M, topk]``, global; see `Placement.wire_ids`."""
+        return self.placement.wire_ids(self.topk_ids)
 
 
 @dataclass(frozen=True)
@@ -154,9 +168,12 @@ class Exchange(ABC):
         return tuple(self.requirements.reasons_against(kind))
 
     def arriving_share(self, kind: CallKind) -> float:
-        """The part of a call's tokens, those of all ranks, that one rank expects under uniform routing."""
+        """The rows that one rank expects under uniform routing, as a part of the tokens of all ranks."""
         del kind
         return 1.0
+
+    def prepare(self, kind: CallKind) -> None:  # noqa: B027 - most exchanges need nothing
+        """Get what calls of a kind need and cannot get while they run, such as memory. Collective; not captured."""
 
     @abstractmethod
     def dispatch(self, tokens: LocalTokens) -> Arrived:

@@ -187,15 +187,14 @@ class ExpertParallel:
             )
         facts = {"layer": layer.number, "topk": topk, "tokens": counts, "act_dtype": str(dtype)}
         session.control.require_equal("warm_up", facts)
-        compared = []
+        compared: dict[int, Compared] = {}
         with torch.no_grad(), session.watch.patience(session.options.first_timeout):
-            for M in counts:
+            for M in sorted(set(counts), reverse=True):  # what exchanges get for many tokens serves few as well
                 seed = 0 if session.options.tokens == "replicated" else self.rank
                 inputs = drawn_inputs(layer, M, topk, dtype, seed)
-                compared.append(
-                    compare_exchanges(layer, session.kind(layer.placement, layer.local, M, topk, dtype), inputs)
-                )
-        return tuple(compared)
+                kind = session.kind(layer.placement, layer.local, M, topk, dtype)
+                compared[M] = compare_exchanges(layer, kind, inputs)
+        return tuple(compared[M] for M in counts)
 
     def capturable(self, layer: ShardedExperts, topk: int, M: int) -> bool:
         """Whether the exchange that serves calls of up to M tokens a rank can be captured in a CUDA graph."""

@@ -1,5 +1,8 @@
 """One call of a layer that is spread over ranks: agree, dispatch, run this rank's experts, combine."""
 
+from dataclasses import dataclass
+from typing import Any, Final
+
 import torch
 from torch import Tensor
 
@@ -7,8 +10,24 @@ from moe_dispatch.backend import Inputs
 from moe_dispatch.dispatch.checks import check, check_out
 from moe_dispatch.dispatch.gradients import needs_grad
 from moe_dispatch.errors import InvalidInputError
-from moe_dispatch.parallel.exchange import Arrived, CallKind, Exchange, LocalTokens
+from moe_dispatch.experts import ExpertWeights
+from moe_dispatch.parallel.exchange import Arrived, Exchange, LocalTokens
 from moe_dispatch.parallel.sharded_experts import ShardedExperts
+
+_MAX_KINDS: Final = 4096  # Kinds of calls that a layer remembers; when full, all are forgotten.
+
+
+@dataclass(frozen=True)
+class CallPlan:
+    """What serves a kind of call.
+
+    Attributes:
+        exchange: Carries tokens and results.
+        experts: This rank's weights, with the load that the exchange lets expect.
+    """
+
+    exchange: Exchange
+    experts: ExpertWeights
 
 
 def forward_sharded(
@@ -41,7 +60,7 @@ def forward_sharded(
     session = layer.session
     session.watch.begin()
     try:
-        _check(hidden_states, layer, topk_weights, topk_ids, backend, out)
+        _check_once(hidden_states, layer, topk_weights, topk_ids, backend, out)
     except InvalidInputError as error:
         session.refuse(error)
         raise
@@ -49,14 +68,25 @@ def forward_sharded(
     capacity = session.agreed_capacity(layer.number, M, topk, hidden_states.dtype, backend)
     if not capacity:
         return torch.empty_like(hidden_states) if out is None else out
-    kind = session.kind(layer.placement, layer.local, capacity, topk, hidden_states.dtype)
-    exchange = session.choose(kind)
+    plan = call_plan(layer, capacity, topk, hidden_states.dtype)
     with session.watch.committed(), torch.no_grad():
         tokens = local_tokens(hidden_states, layer, topk_weights, topk_ids, capacity)
-        arrived = exchange.dispatch(tokens)
-        partial = run_arrived(layer, exchange, kind, arrived, backend)
-        result = exchange.combine(partial, arrived, tokens)
+        arrived = plan.exchange.dispatch(tokens)
+        partial = session.run_local(arrived_inputs(plan.experts, arrived), backend)
+        result = plan.exchange.combine(partial, arrived, tokens)
         return result if out is None else out.copy_(result)
+
+
+def call_plan(layer: ShardedExperts, capacity: int, topk: int, act_dtype: torch.dtype) -> CallPlan:
+    """What serves a kind of call; remembered until `warm_up` chooses anew."""
+    session = layer.session
+    key = (session.choices, capacity, topk, act_dtype, session.capturing)
+    if (plan := layer.plans.get(key)) is None:
+        kind = session.kind(layer.placement, layer.local, capacity, topk, act_dtype)
+        exchange = session.choose(kind)
+        plan = CallPlan(exchange, layer.weights_expecting(exchange.arriving_share(kind)))
+        _remember(layer.plans, key, plan)
+    return plan
 
 
 def local_tokens(
@@ -66,24 +96,48 @@ def local_tokens(
     return LocalTokens(
         hidden_states.contiguous(),
         topk_weights.float().contiguous(),
-        layer.placement.wire_ids(topk_ids),
+        topk_ids.contiguous(),
         layer.placement,
         capacity,
         replicated=layer.session.options.tokens == "replicated",
     )
 
 
-def run_arrived(
-    layer: ShardedExperts, exchange: Exchange, kind: CallKind, arrived: Arrived, backend: str | None = None
-) -> Tensor:
-    """Run this rank's experts over the rows that arrived: ``[R, K]``."""
-    return layer.session.run_local(arrived_inputs(layer, exchange, kind, arrived), backend)
-
-
-def arrived_inputs(layer: ShardedExperts, exchange: Exchange, kind: CallKind, arrived: Arrived) -> Inputs:
+def arrived_inputs(experts: ExpertWeights, arrived: Arrived) -> Inputs:
     """The rows that arrived as the dispatcher takes them, with this rank's weights."""
-    experts = layer.weights_expecting(exchange.arriving_share(kind))
     return arrived.hidden_states, experts, arrived.topk_weights.contiguous(), arrived.topk_ids.contiguous()
+
+
+def _check_once(
+    hidden_states: Tensor,
+    layer: ShardedExperts,
+    topk_weights: Tensor,
+    topk_ids: Tensor,
+    backend: str | None,
+    out: Tensor | None,
+) -> None:
+    """Check a call unless one of its kind was checked before. The key has all that a check may ask of a call."""
+    local = layer.local
+    try:
+        tensors = (hidden_states, topk_weights, topk_ids)
+        key: Any = (
+            *[(type(tensor), tensor.shape, tensor.dtype, tensor.device, tensor.layout) for tensor in tensors],
+            needs_grad(hidden_states, local, topk_weights),
+            backend,
+            local.gate_up.data_ptr() == local.gate_up_address and local.down.data_ptr() == local.down_address,
+        )
+        known = out is None and key in layer.checked
+    except (AttributeError, RuntimeError, TypeError, ValueError):  # no tensors; the check says which
+        known, key = False, None
+    if not known:
+        _check(hidden_states, layer, topk_weights, topk_ids, backend, out)
+        _remember(layer.checked, key, None)
+
+
+def _remember(remembered: dict[Any, Any], key: Any, value: Any) -> None:
+    if len(remembered) >= _MAX_KINDS:
+        remembered.clear()
+    remembered[key] = value
 
 
 def _check(

@@ -13,6 +13,7 @@ EXCHANGES: Final = Registry(
     Exchange,  # type: ignore[type-abstract]  # the registry holds subclasses and never instantiates the base
     {
         ALWAYS: "moe_dispatch.parallel.gather:GatherExchange",
+        "direct": "moe_dispatch.parallel.direct:DirectExchange",
         "replicated": "moe_dispatch.parallel.replicated:ReplicatedExchange",
         "alltoall": "moe_dispatch.parallel.all_to_all:AllToAllExchange",
         "nccl_ep": "moe_dispatch.parallel.libraries:NcclEpExchange",

@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import zlib
-from typing import Any, Final
+from typing import Any, Final, get_args
 
 import torch
 import torch.distributed as dist
@@ -22,6 +22,7 @@ from moe_dispatch.parallel.exchange import CallKind, Exchange, Tokens
 from moe_dispatch.parallel.placement import Placement
 from moe_dispatch.parallel.registry import ALWAYS, EXCHANGES, make_exchanges
 from moe_dispatch.parallel.watch import ProcessIdentity
+from moe_dispatch.problem import Mode
 from moe_dispatch.settings import Settings, settings
 from moe_dispatch.weight_checks import DTYPE_NAMES
 
@@ -68,6 +69,7 @@ class Session:
         exchanges: Every registered exchange by name.
         unavailable: For an exchange that some rank cannot use, the reasons.
         barred: Exchanges that failed in `warm_up`, by kind of call, with the reason.
+        choices: How often the choice of exchanges has changed.
         stated: Token counts of all ranks as the caller stated them; None where ranks tell each other in every call.
 
     Raises:
@@ -87,6 +89,7 @@ class Session:
         self.unavailable: dict[str, tuple[str, ...]] = {}
         self.barred: dict[CallKind, dict[str, str]] = {}
         self.stated: tuple[int, ...] | None = None
+        self.choices = 0
         self._chosen: dict[CallKind, str] = {}
         self._layers = 0
         self.dispatcher = self._agree(settings())
@@ -102,6 +105,7 @@ class Session:
             "unavailable": {name: exchange.unavailable_reasons() for name, exchange in self.exchanges.items()},
         })  # fmt: skip
         self.watch.identities = tuple(each["identity"] for each in every)
+        self._hosts = len({each.host or rank for rank, each in enumerate(self.watch.identities)})
         self.control.compare("their setup", [each["facts"] for each in every], _REMEDY)
         self.unavailable = self._merged([each["unavailable"] for each in every])
         barred = {
@@ -199,7 +203,7 @@ class Session:
     @property
     def capturing(self) -> bool:
         """Whether a CUDA graph is captured."""
-        return self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+        return self.collectives.capturing
 
     def run_local(self, inputs: Inputs, backend: str | None) -> Tensor:
         """Run this rank's experts over rows that arrived."""
@@ -236,6 +240,14 @@ class Session:
     def keep_choice(self, kind: CallKind, name: str) -> None:
         """Choose an exchange for a kind of call from now on. Every rank does so with the same arguments."""
         self._chosen[bucket(kind)] = name
+        self.choices += 1
+
+    def bar(self, kind: CallKind, failed: dict[str, str]) -> None:
+        """Use exchanges no longer for a kind of call, each for the reason given. Every rank does so alike."""
+        self.choices += 1
+        modes: tuple[Mode, ...] = get_args(Mode)
+        for mode in modes:
+            self.barred.setdefault(bucket(dataclasses.replace(kind, mode=mode)), {}).update(failed)
 
     def was_measured(self, kind: CallKind) -> bool:
         """Whether `warm_up` chose an exchange for a kind of call."""
@@ -254,7 +266,7 @@ class Session:
         return CallKind(
             M=M, K=layer.K, N=layer.N, E=placement.experts, topk=topk, dtype=layer.dtype,
             act_dtype=DTYPE_NAMES[act_dtype], tokens=self.options.tokens, division=placement.division,
-            ranks=self.collectives.size, mode="graph" if self.capturing else "eager",
+            ranks=self.collectives.size, hosts=self._hosts, mode="graph" if self.capturing else "eager",
         )  # fmt: skip
 
 

@@ -1,5 +1,7 @@
 """A layer whose experts are spread over ranks, as one of them holds it; `moe_forward` takes it for its weights."""
 
+from typing import Any
+
 from moe_dispatch.experts import ExpertWeights
 from moe_dispatch.parallel.placement import Placement
 from moe_dispatch.parallel.session import Session
@@ -23,6 +25,8 @@ class ShardedExperts:
         N: Intermediate size of an expert on this rank.
         dtype: The weights' dtype.
         device: This rank's device.
+        checked: Kinds of arguments that were checked; `forward` keeps it.
+        plans: What serves a kind of call; `forward` keeps it.
     """
 
     def __init__(self, session: Session, local: ExpertWeights, placement: Placement) -> None:
@@ -30,6 +34,8 @@ class ShardedExperts:
         self.number = session.number_of_layer()
         self.E, self.K, self.N = placement.experts, local.K, local.N
         self.dtype, self.device = local.dtype, local.device
+        self.checked: dict[Any, None] = {}
+        self.plans: dict[Any, Any] = {}
         self._expecting: dict[int, ExpertWeights] = {}
 
     def weights_expecting(self, share: float) -> ExpertWeights:

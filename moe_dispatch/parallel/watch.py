@@ -107,6 +107,12 @@ class Watch:
             self.lost = self._blame(error, begun + timeout + GRACE)
             raise self.lost from error
 
+    def missing(self, place: int) -> ExpertParallelLostError:
+        """The error of a rank that the device waited for in vain in an earlier call, which ends the group's calls."""
+        why = f"it did not come to an earlier call within {self.timeout:.0f} s, whose results are NaN"
+        self.lost = self._error([place], why)
+        return self.lost
+
     def failed(self, error: BaseException) -> None:
         """Note for the other ranks that this one does not come to the current call, because of an error of its own."""
         with contextlib.suppress(RuntimeError):

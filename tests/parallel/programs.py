@@ -25,6 +25,7 @@ from moe_dispatch.registry import BACKENDS
 from moe_dispatch.settings import settings
 from moe_dispatch.testing import CASES, Case, Inputs, Precision, make_inputs, relative_error
 from tests.conftest import poison as poisoned_floats
+from tests.parallel import twins
 
 TOLERANCE = {"fp32": 1e-5, "bf16": 1e-2, "fp8": 2e-2}
 LAYER = Case(M=12, E=8, topk=2, K=32, N=16)
@@ -39,7 +40,7 @@ def parallel(**options: Any) -> ExpertParallel:
     """The group with these options; made once, as making one is a message to all ranks."""
     key = tuple(sorted(options.items()))
     if key not in _made:
-        _made[key] = ExpertParallel(**options)
+        _made[key] = twins.group_with(**options)
     return _made[key]
 
 
@@ -107,7 +108,7 @@ def poisoned() -> Iterator[None]:
 
 def slots_that_run(exchange: str, tokens: list[int]) -> tuple[int, int]:
     """How many slots this rank's experts run, and how many its tokens have, with so many tokens on each rank."""
-    ep, M = ExpertParallel(exchange=exchange), tokens[dist.get_rank()]
+    ep, M = twins.group_with(exchange=exchange), tokens[dist.get_rank()]
     inputs = make_inputs(dataclasses.replace(LAYER, M=max(tokens)), FP32, "cpu", seed=dist.get_rank())
     layer = ep.split(inputs.experts)
     run_local, ran = ep._session.run_local, []
@@ -172,6 +173,27 @@ def warmed(tokens: Tokens) -> list[tuple[Any, ...]]:
     moe_forward(inputs.hidden_states[:8], layer, inputs.topk_weights[:8], inputs.topk_ids[:8])
     assert before == "gather"
     return [(each.chosen, each.us, each.failed) for each in compared]
+
+
+def exchanges_that_ran() -> list[str]:
+    """Which exchanges run calls of one kind before and after another one is chosen for it."""
+    ep = ExpertParallel()
+    session, ran = ep._session, []
+    for name, exchange in session.exchanges.items():
+
+        def noted(tokens: LocalTokens, name: str = name, dispatch: Any = exchange.dispatch) -> Arrived:
+            ran.append(name)
+            arrived: Arrived = dispatch(tokens)
+            return arrived
+
+        exchange.dispatch = noted  # type: ignore[method-assign]
+    inputs = make_inputs(LAYER, FP32, "cpu")
+    layer = ep.split(inputs.experts)
+    for _ in range(2):
+        moe_forward(inputs.hidden_states, layer, inputs.topk_weights, inputs.topk_ids)
+        kind = session.kind(layer.placement, layer.local, LAYER.M, LAYER.topk, torch.float32)
+        session.keep_choice(kind, "alltoall")
+    return ran
 
 
 class SlowGather(GatherExchange):
@@ -331,13 +353,14 @@ def lose_a_rank(how: str, victim: int, timeout: float) -> Any:
 
 
 def refuse_on_one_rank() -> tuple[str, int]:
-    """A call that the last rank refuses, and one that is right."""
+    """A call that is right, one that the last rank refuses, and a right one again."""
     ep = ExpertParallel(timeout=100.0)
     inputs = make_inputs(LAYER, FP32, "cpu")
     layer = ep.split(inputs.experts)
     last = dist.get_rank() == dist.get_world_size() - 1
     hidden = inputs.hidden_states.double() if last else inputs.hidden_states
     refusal = ""
+    moe_forward(inputs.hidden_states, layer, inputs.topk_weights, inputs.topk_ids)
     try:
         moe_forward(hidden, layer, inputs.topk_weights, inputs.topk_ids)
     except InvalidInputError as error:

@@ -67,6 +67,10 @@ def test_every_rank_chooses_the_exchange_that_was_fastest(three: Ranks, tokens: 
         assert not failed
 
 
+def test_a_new_choice_serves_the_next_call(three: Ranks) -> None:
+    assert three.run(programs.exchanges_that_ran) == [["gather", "alltoall"]] * 3
+
+
 def test_the_slowest_rank_decides_and_a_failure_on_one_rank_bars_everywhere(three: Ranks) -> None:
     every = three.run(programs.race_with_others)
     assert every[0] == every[1] == every[2]
@@ -125,7 +129,7 @@ def test_ranks_in_another_call_are_refused(three: Ranks, what: str, said: str) -
 
 def test_arguments_that_one_rank_refuses_are_refused_by_all(three: Ranks) -> None:
     (first, M), (second, _), (third, _) = three.run(programs.refuse_on_one_rank)
-    assert first == second == "rank 2 refuses the arguments of call 1, as its own error says; nothing was run"
+    assert first == second == "rank 2 refuses the arguments of call 2, as its own error says; nothing was run"
     assert third.startswith("hidden_states is torch.float64")
     assert M == programs.LAYER.M, "the next call works"
 

@@ -73,6 +73,8 @@ class Built:
         pdl: Whether it waits for the kernel before it (programmatic dependent launch).
         wide_copies: Whether it has asynchronous copies of 16 bytes.
         wide_loads: Whether it has loads of 16 bytes into registers.
+        wide_stores: Whether it has stores of 16 bytes from registers.
+        system_scope: How many operations order memory for other devices.
     """
 
     name: str
@@ -90,6 +92,8 @@ class Built:
     pdl: bool
     wide_copies: bool
     wide_loads: bool
+    wide_stores: bool
+    system_scope: int
 
 
 def devices(*, fp16: bool = False, fp8_forms: bool = False) -> list[Any]:
@@ -266,6 +270,8 @@ def _describe(kernel: Any, capability: int, constants: dict[str, Any]) -> Built:
         tma="cp.async.bulk.tensor" in ptx, fp8="e4m3" in ptx, pdl="griddepcontrol.wait" in ptx,
         wide_copies="cp.async.cg.shared.global" in ptx,
         wide_loads=re.search(r"ld\.global\S*\.v(4\.b32|2\.b64)", ptx) is not None,
+        wide_stores=re.search(r"st\.global\S*\.v(4\.b32|2\.b64)", ptx) is not None,
+        system_scope=len(re.findall(r"\b(?:atom|ld|red|st)\.\S*\bsys\b", ptx)),
     )  # fmt: skip
 
 

@@ -1,0 +1,199 @@
+"""Tokens and results stored directly in the memory of the other ranks, each way one kernel.
+
+Every rank has memory of one layout that all ranks of the group can address:
+
+    flags of tokens | flags of results | counts | tokens: rows, ids, weights of each rank | results of each rank
+
+`push_tokens` stores this rank's tokens in everyone's part for them, and `push_results` each rank's results in that
+rank's part for this one. Both then set flags and wait for those of the others, program by program (`push_kernel`).
+
+**Why one copy of each part is enough.** On every rank the kernels of a call run one after the other on one stream:
+tokens, experts, results. A kernel sets flags before it waits, and ends only when all flags of its epoch have come.
+
+- *Tokens* of a rank are overwritten by the next call of another rank. That rank begins it after its `push_results`,
+  which ended only when this rank's had begun: after this rank's experts, which read the tokens.
+- *Results* of a rank are overwritten by another rank's `push_results` of the next call. That begins after that rank's
+  `push_tokens`, which ended only when this rank's of that call had begun: after this rank's `push_results` of the call
+  before, which read them.
+- *Counts* are overwritten with the tokens and read by `push_results` before it sets a flag.
+
+For this the two parts have places that no call's shape moves: a rank may still read results of one call while another
+stores tokens of the next. Flags only grow: each program counts its epochs in this rank's own memory, so that a replayed
+CUDA graph needs nothing of the host, and a flag is at least the epoch that is waited for or has not come. All ranks
+launch the same kernels in the same order with as many programs, for these follow from what is equal on all ranks.
+
+**A rank that does not come.** Each program looks at a flag a limited number of times, and then notes the rank: in this
+rank's memory, so that no later kernel waits, and in memory of the host. Results are NaN from then on. Nothing traps: a
+lost CUDA context would also take what else the process does on the device, and could not say which rank is missing.
+Looks are counted, not nanoseconds, so that the interpreter runs the same code.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from moe_dispatch.backends.exchange.pack import WORD, aligned
+
+FLAGS: Final = 128  # of each rank, and so the most programs of a kernel
+LOOKS_PER_SECOND: Final = (
+    2_000_000  # at a flag; a look takes an H200 0.4 to 0.8 µs, so that waits last longer than said
+)
+_ALIGNMENT: Final = 128
+_WORD_LIMIT: Final = 1 << 16  # up to so many words programs take 4 KiB at a time, to be more
+
+
+def tokens_bytes(ranks: int, capacity: int, topk: int, row_bytes: int) -> int:
+    """Bytes of the part for tokens."""
+    rows, slots = ranks * capacity * row_bytes, ranks * capacity * topk * 4
+    return _rounded(rows) + 2 * _rounded(slots)
+
+
+def results_bytes(ranks: int, capacity: int, row_bytes: int) -> int:
+    """Bytes of the part for results."""
+    return _rounded(ranks * capacity * row_bytes)
+
+
+def header_bytes(ranks: int) -> int:
+    """Bytes of flags and counts, which are zero at first."""
+    return _rounded(2 * ranks * FLAGS * 8) + _rounded(ranks * 8)
+
+
+class PeerMemory:
+    """One rank's view of the memory of all ranks.
+
+    Args:
+        own: This rank's, as bytes: header, tokens, results.
+        addresses: For each rank the address of its memory as this one reaches it, multiples of 16.
+        rank: This process's rank.
+        tokens_bytes: Bytes of the part for tokens; equal on all ranks.
+        programs: Most programs of a kernel: no more than run on the device at a time. Equal on all ranks.
+        on_host: int64 ``[1]``, zero, in memory that the host reads without waiting and the device can write.
+    """
+
+    def __init__(
+        self, own: Tensor, addresses: Sequence[int], rank: int, tokens_bytes: int, programs: int, on_host: Tensor
+    ) -> None:
+        ranks, device = len(addresses), own.device
+        self.own, self._rank, self._ranks, self._on_host = own, rank, ranks, on_host
+        self._programs = min(programs, FLAGS)
+        self._addresses = torch.tensor(addresses, dtype=torch.int64, device=device)
+        self._epochs = torch.zeros(2, FLAGS, dtype=torch.int64, device=device).unbind()
+        self._lost = torch.zeros(1, dtype=torch.int64, device=device)
+        self._flags = (0, ranks * FLAGS * 8)
+        self._counts = _rounded(2 * ranks * FLAGS * 8)
+        self._tokens = header_bytes(ranks)
+        self._results = self._tokens + tokens_bytes
+        self._views: dict[tuple[object, ...], tuple[Tensor, Tensor, Tensor]] = {}
+
+    @property
+    def lost_rank(self) -> int | None:
+        """A rank that a kernel waited for in vain; None while all came. Does not wait for the device."""
+        place = int(self._on_host.item())
+        return place - 1 if place else None
+
+    def push_tokens(
+        self, hidden_states: Tensor, topk_weights: Tensor, topk_ids: Tensor, *, capacity: int, first_experts: Tensor,
+        E: int, seconds: float,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        """Give this rank's tokens to every rank, and get those of all.
+
+        Args:
+            hidden_states: ``[M, K]``, contiguous; rows are multiples of 16 bytes.
+            topk_weights: ``[M, topk]``, contiguous, any float dtype.
+            topk_ids: int32 or int64 ``[M, topk]``, contiguous, global; those outside 0…E-1 arrive as -1.
+            capacity: Greatest M of any rank.
+            first_experts: int32 ``[ranks]``: the global id of each rank's first expert.
+            E: Experts of the whole layer.
+            seconds: How long to wait for the others.
+
+        Returns:
+            Rows ``[ranks·capacity, K]``, fp32 weights and int32 ids ``[ranks·capacity, topk]``, in this object's memory
+            until the next call. Ids are numbered from this rank's first expert, and negative or too great where the
+            expert is elsewhere. Rows beyond a rank's tokens hold anything; their ids are -1.
+        """
+        from moe_dispatch.backends.exchange.push_kernel import _moe_push_tokens_kernel
+
+        (M, K), topk = hidden_states.shape, topk_ids.shape[1]
+        row_bytes = K * hidden_states.element_size()
+        rows_at, ids_at, weights_at = self._places(capacity, topk, row_bytes)
+        block, programs = self._launch(capacity, row_bytes)
+        _moe_push_tokens_kernel[(programs,)](
+            # inputs
+            aligned(hidden_states), topk_weights, topk_ids, first_experts,
+            # the memory of all ranks
+            self._addresses, self._epochs[0], self._lost, self._on_host.data_ptr(),
+            # shapes
+            M, capacity, row_bytes // WORD, topk, E, self._rank, self._flags[0], self._counts, rows_at, ids_at,
+            weights_at, _looks(seconds),
+            # constants
+            RANKS=self._ranks, PROGRAMS=FLAGS, BLOCK=block, num_warps=8 if block == 512 else 16,
+        )  # fmt: skip
+        return self._arrived(capacity, topk, K, hidden_states.dtype)
+
+    def push_results(self, partial: Tensor, M: int, *, seconds: float) -> Tensor:
+        """Give every rank its results, and add up those for this one.
+
+        Args:
+            partial: ``[ranks·capacity, K]``, contiguous: this rank's sums for the rows that `push_tokens` returned.
+            M: This rank's tokens.
+            seconds: How long to wait for the others.
+
+        Returns:
+            ``[M, K]`` in partial's dtype: the sum over ranks in fp32, in the order of ranks; NaN if a rank is lost.
+        """
+        from moe_dispatch.backends.exchange.push_kernel import _moe_push_results_kernel
+
+        rows, K = partial.shape
+        capacity, row_bytes = rows // self._ranks, K * partial.element_size()
+        out = partial.new_empty(M, K)
+        block, programs = self._launch(capacity, row_bytes)
+        _moe_push_results_kernel[(programs,)](
+            # inputs
+            partial,
+            # outputs
+            out,
+            # the memory of all ranks
+            self._addresses, self._epochs[1], self._lost, self._on_host.data_ptr(),
+            # shapes
+            M, capacity, row_bytes // WORD, self._rank, self._flags[1], self._counts, self._results, _looks(seconds),
+            # constants
+            RANKS=self._ranks, PROGRAMS=FLAGS, BLOCK=block, PER_WORD=WORD // partial.element_size(),
+            num_warps=8 if block == 512 else 16,
+        )  # fmt: skip
+        return out
+
+    def _launch(self, capacity: int, row_bytes: int) -> tuple[int, int]:
+        """Words that a program takes at a time, and the number of programs: equal on all ranks."""
+        words = capacity * row_bytes // WORD
+        block = 512 if words <= _WORD_LIMIT else 2048
+        return block, max(1, min(self._programs, math.ceil(words / block)))
+
+    def _places(self, capacity: int, topk: int, row_bytes: int) -> tuple[int, int, int]:
+        ids = self._tokens + _rounded(self._ranks * capacity * row_bytes)
+        weights = ids + _rounded(self._ranks * capacity * topk * 4)
+        if weights + self._ranks * capacity * topk * 4 > self._results:
+            raise ValueError(f"{capacity} tokens of {row_bytes} bytes do not fit: {self._results - self._tokens} bytes")
+        return self._tokens, ids, weights
+
+    def _arrived(self, capacity: int, topk: int, K: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+        key = (capacity, topk, K, dtype)
+        if key not in self._views:
+            places = self._places(capacity, topk, K * dtype.itemsize)
+            kinds = ((K, dtype), (topk, torch.int32), (topk, torch.float32))
+            rows, ids, weights = (
+                self.own[place : place + self._ranks * capacity * width * kind.itemsize].view(kind).view(-1, width)
+                for place, (width, kind) in zip(places, kinds, strict=True)
+            )
+            self._views[key] = rows, weights, ids
+        return self._views[key]
+
+
+def _looks(seconds: float) -> int:
+    return min(int(seconds * LOOKS_PER_SECOND), (1 << 31) - 1)
+
+
+def _rounded(count: int) -> int:
+    return -(-count // _ALIGNMENT) * _ALIGNMENT

@@ -1,0 +1,76 @@
+"""The kernels that carry tokens between ranks, in Triton's interpreter: their protocol, and whole layers over them."""
+
+from collections.abc import Iterator
+from functools import partial
+
+import pytest
+import torch
+
+from moe_dispatch.backends.exchange import pack
+from tests.parallel import programs, twins
+from tests.support.ranks import Ranks, ranks
+
+pytest.importorskip("triton")
+
+
+@pytest.fixture(scope="module")
+def three(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
+    with ranks(3, tmp_path_factory.mktemp("three")) as started:
+        yield started
+
+
+@pytest.mark.parametrize("skewed", [False, True])
+def test_every_round_carries_what_was_sent(three: Ranks, *, skewed: bool) -> None:
+    assert three.run(partial(twins.rounds_of_the_protocol, 15, skewed=skewed)) == [[], [], []]
+
+
+def test_a_rank_that_does_not_come_is_named_and_makes_results_nan(three: Ranks) -> None:
+    victim = 1
+    every = three.run(twins.a_rank_that_does_not_come, victim, 0.0005)
+    for rank, (right, nan, (name, text), _) in enumerate(every):
+        assert right
+        assert nan
+        if rank != victim:
+            assert name == "ExpertParallelLostError", text
+            assert "lost rank 1" in text
+            assert "whose results are NaN" in text
+
+
+@pytest.mark.parametrize("spread", ["uneven", "none on the last"])
+@pytest.mark.parametrize("exchange", list(twins.TWINS))
+def test_layers_conform(three: Ranks, exchange: str, spread: str) -> None:
+    names = ["M=17", "ids outside 0…E-1", "a NaN in one of many tokens"]
+    assert three.run(programs.conformance, names, programs.FP32, "sharded", exchange, spread) == [[], [], []]
+
+
+@pytest.mark.parametrize("exchange", list(twins.TWINS))
+def test_padding_rows_run_no_expert(three: Ranks, exchange: str) -> None:
+    every = three.run(programs.slots_that_run, exchange, [1, 0, 9])
+    assert sum(ran for ran, _ in every) == sum(own for _, own in every) == 20
+
+
+@pytest.mark.parametrize("exchange", list(twins.TWINS))
+def test_columns_may_be_divided(three: Ranks, exchange: str) -> None:
+    assert max(three.run(partial(programs.columns, "sharded", exchange, bias=True))) < 1e-5
+
+
+@pytest.mark.parametrize(("M", "capacity", "K", "topk", "E"), [(3, 5, 16, 2, 9), (0, 2, 8, 3, 4), (40, 40, 64, 8, 200)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_packing_is_what_it_is_in_torch(
+    dtype: torch.dtype, M: int, capacity: int, K: int, topk: int, E: int
+) -> None:  # fmt: skip
+    generator = torch.Generator().manual_seed(0)
+    hidden, weights = torch.randn(M, K, generator=generator).to(dtype), torch.rand(M, topk, generator=generator)
+    ids = torch.randint(-2, E + 2, (M, topk), generator=generator)
+    ids[:1] += 1 << 40  # outside, and inside where 32 bits are cut off
+    rows = capacity + pack.spare_rows(capacity, topk, K * dtype.itemsize)
+    wires = [torch.zeros(2 * rows, K, dtype=dtype) for _ in range(2)]
+    for wire, packs in zip(wires, (pack.pack_tokens, pack.pack_tokens_torch), strict=True):
+        for segment in wire.view(2, rows, K):
+            packs(hidden, weights, ids, segment, capacity=capacity, E=E)
+    assert torch.equal(wires[0].view(torch.uint8), wires[1].view(torch.uint8))
+    facts = {"ranks": 2, "capacity": capacity, "topk": topk, "first_expert": 3}
+    for left, right in zip(
+        pack.unpack_slots(wires[0], **facts), pack.unpack_slots_torch(wires[1], **facts), strict=True
+    ):
+        assert torch.equal(left, right)

@@ -1,0 +1,167 @@
+"""Exchanges for GPUs on a CPU: their kernels in Triton's interpreter, between processes with gloo and shared memory."""
+
+import contextlib
+import dataclasses
+import os
+import random
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Final
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from moe_dispatch.parallel import device_code
+from moe_dispatch.parallel.direct import DirectExchange
+from moe_dispatch.parallel.exchange import Exchange, LocalTokens
+from moe_dispatch.parallel.expert_parallel import ExpertParallel
+from moe_dispatch.parallel.gather import GatherExchange
+from moe_dispatch.parallel.placement import Placement
+from moe_dispatch.parallel.registry import EXCHANGES
+from moe_dispatch.parallel.symmetric_memory import SymmetricMemory
+
+POISON: Final = 0xA5  # every byte of shared memory but its header
+
+
+class PackedGather(GatherExchange):
+    """`gather` as on NCCL: one all-gather of packed segments."""
+
+    name = "packed_twin"
+
+    def packs(self, row_bytes: int) -> bool:
+        """See `GatherExchange.packs`."""
+        return row_bytes % 16 == 0
+
+
+class SharedMemoryDirect(DirectExchange):
+    """`direct` with files that every process maps in place of torch's symmetric memory."""
+
+    name = "direct_twin"
+    requirements = dataclasses.replace(DirectExchange.requirements, transports=frozenset({"gloo"}))
+
+    def _allocate(self, nbytes: int) -> SymmetricMemory:
+        folder = Path(os.environ["MOE_DISPATCH_CACHE_DIR"]).parent
+        files = [folder / f"memory-{id(type(self))}-{nbytes}-{rank}" for rank in range(self.collectives.size)]
+        number = 0
+        while files[self.collectives.rank].with_suffix(f".{number}").exists():
+            number += 1
+        files = [file.with_suffix(f".{number}") for file in files]
+        header = device_code.push().header_bytes(self.collectives.size)
+        files[self.collectives.rank].write_bytes(bytes(header) + bytes([POISON]) * (nbytes - header))
+        dist.barrier(self.collectives.group)
+        maps = [torch.from_file(str(file), shared=True, size=nbytes, dtype=torch.uint8) for file in files]
+        return SymmetricMemory(maps[self.collectives.rank], tuple(each.data_ptr() for each in maps), maps)
+
+    def _programs(self) -> int:
+        return 3
+
+
+TWINS: Final[dict[str, type[Exchange]]] = {each.name: each for each in (PackedGather, SharedMemoryDirect)}
+
+
+@contextlib.contextmanager
+def registered() -> Iterator[None]:
+    """Groups made inside have the twins among their exchanges."""
+    for name, twin in TWINS.items():
+        EXCHANGES.register(name, twin)
+    try:
+        yield
+    finally:
+        for name in TWINS:
+            EXCHANGES.unregister(name)
+
+
+def direct(timeout: float = 60.0) -> SharedMemoryDirect:
+    """The exchange of a new group."""
+    with registered():
+        exchange = ExpertParallel(timeout=timeout)._session.exchanges["direct_twin"]
+    assert isinstance(exchange, SharedMemoryDirect)
+    return exchange
+
+
+def tokens_of(rank: int, seed: int, M: int, K: int, topk: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """Tokens that every rank can make again."""
+    generator = torch.Generator().manual_seed(1000 * seed + rank)
+    hidden = torch.randn(M, K, generator=generator).to(dtype)
+    ids = torch.randint(-1, 9, (M, topk), generator=generator)
+    return hidden, torch.rand(M, topk, generator=generator), ids
+
+
+def rounds_of_the_protocol(rounds: int, *, skewed: bool) -> list[str]:
+    """Calls of changing shapes, with pauses of the ranks' own, each compared bit for bit; returns what is wrong.
+
+    The results of a rank are its rows times its number plus one, in the dtype of rows, so that the order in which they
+    are added shows. Some calls have no tokens on a rank, and capacity beyond everyone's.
+    """
+    exchange, rank, size = direct(), dist.get_rank(), dist.get_world_size()
+    place = Placement(rank, (2, 3, 3)[:size])
+    shared, own = random.Random(0), random.Random(rank)  # noqa: S311 - shapes and pauses of a test
+    faults = []
+    for number in range(rounds):
+        K, topk = shared.choice((16, 64)), shared.choice((1, 3))
+        dtype = shared.choice((torch.float32, torch.float16))
+        counts = [shared.choice((0, 1, 2, 7, 20)) for _ in range(size)]
+        capacity = max(*counts, 1) + shared.choice((0, 2))
+        every = [tokens_of(each, number, counts[each], K, topk, dtype) for each in range(size)]
+        _pause(own, skewed)
+        hidden, weights, ids = every[rank]
+        tokens = LocalTokens(hidden, weights, ids, place, capacity, replicated=False)
+        arrived = exchange.dispatch(tokens)
+        _pause(own, skewed)
+        for origin, (rows, its_weights, its_ids) in enumerate(every):
+            part = slice(origin * capacity, origin * capacity + counts[origin])
+            local = torch.where((its_ids >= 0) & (its_ids < place.experts), its_ids - place.first, -1)
+            local = torch.where(its_ids < 0, -1, local).int()
+            padding = arrived.topk_ids[part.stop : (origin + 1) * capacity]
+            if not torch.equal(arrived.hidden_states[part], rows) or not torch.equal(arrived.topk_ids[part], local):
+                faults.append(f"round {number}: tokens of rank {origin}")
+            if not torch.equal(arrived.topk_weights[part], its_weights) or not (padding == -1).all():
+                faults.append(f"round {number}: slots of rank {origin}")
+        partial = torch.full_like(arrived.hidden_states, torch.nan)
+        for origin, (rows, _, _) in enumerate(every):
+            partial[origin * capacity : origin * capacity + counts[origin]] = rows * (rank + 1)
+        out = exchange.combine(partial, arrived, tokens)
+        total = torch.zeros(hidden.shape)
+        for each in range(size):
+            total += (hidden * (each + 1)).float()
+        if not torch.equal(out, total.to(dtype)):
+            faults.append(f"round {number}: results")
+    return faults
+
+
+def _pause(own: random.Random, skewed: bool) -> None:
+    if skewed and own.random() < 0.5:
+        time.sleep(own.random() * 0.01)
+
+
+def a_rank_that_does_not_come(victim: int, seconds: float) -> tuple[bool, bool, tuple[str, str], float]:
+    """One rank leaves out the second call: whether the others' results are NaN, and what the next call raises."""
+    exchange, rank, size = direct(timeout=100.0), dist.get_rank(), dist.get_world_size()
+    place = Placement(rank, (2, 3, 3)[:size])
+    hidden, weights, ids = tokens_of(rank, 0, 3, 16, 2, torch.float32)
+    tokens = LocalTokens(hidden, weights, ids, place, 3, replicated=False)
+
+    def call() -> Tensor:
+        arrived = exchange.dispatch(tokens)
+        return exchange.combine(arrived.hidden_states.clone(), arrived, tokens)
+
+    right = torch.equal(call(), hidden * size)
+    dist.barrier()
+    nan, raised, begun = True, ("", ""), time.monotonic()
+    if rank != victim:
+        with mock.patch.object(exchange.collectives.watch, "timeout", seconds):
+            nan = bool(call().isnan().all())
+        try:
+            call()
+        except Exception as error:  # noqa: BLE001 - the test looks at it
+            raised = type(error).__name__, str(error)
+    return right, nan, raised, time.monotonic() - begun
+
+
+def group_with(**options: Any) -> ExpertParallel:
+    """A group that has the twins."""
+    with registered():
+        return ExpertParallel(**options)
