@@ -40,7 +40,13 @@ class Baseline(ABC):
     requirements: ClassVar[Requirements]
     libraries: ClassVar[tuple[str, ...]] = ()
     # Wider than the backends' tolerances: most baselines round the first product to BF16, and some the sum too.
-    tolerance: ClassVar[Mapping[DType, float]] = {"bf16": 2e-2, "fp16": 4e-3, "fp32": 1e-3, "fp8": 4e-2}
+    tolerance: ClassVar[Mapping[DType, float]] = {
+        "bf16": 2e-2,
+        "fp16": 4e-3,
+        "fp32": 1e-3,
+        "fp8": 4e-2,
+        "fp8_channel": 4e-2,
+    }
 
     def __init__(self, machine: Machine) -> None:
         self.machine = machine
@@ -143,10 +149,10 @@ class Vllm(Baseline):
 
     name = "vllm"
     requirements = Requirements(
-        dtypes={"bf16": (8, 0), "fp16": (8, 0), "fp8": (8, 9)},
+        dtypes={"bf16": (8, 0), "fp16": (8, 0), "fp8": (8, 9), "fp8_channel": (8, 9)},
         activations=frozenset({"silu"}),
         libraries=("vllm",),
-        multiples={"fp8": {"K": 128, "N": 128}},
+        multiples={"fp8": {"K": 128, "N": 128}, "fp8_channel": {"K": 16, "N": 16}},
     )
 
     def prepare(self, experts: ExpertWeights, problem: MoEProblem) -> Call:  # noqa: ARG002
@@ -155,7 +161,8 @@ class Vllm(Baseline):
         quant_config = None
         if experts.dtype == "fp8":
             vllm.require_fp32_scales()
-            quant_config = vllm.block_fp8_config(library, experts)
+        if experts.fp8:
+            quant_config = vllm.fp8_config(library, experts)
 
         def call(inputs: LayerInputs) -> Tensor:
             out: Tensor = library.fused_experts(
@@ -190,9 +197,7 @@ class VllmDeepGemm(Baseline):
         """See `Baseline.prepare`."""
         vllm.require_fp32_scales()
         deep_gemm_moe = importlib.import_module(f"{vllm.PACKAGE}.experts.deep_gemm_moe")
-        layer = deep_gemm_moe.DeepGemmExperts(
-            _moe_config(experts, problem), vllm.block_fp8_config(vllm.load(), experts)
-        )
+        layer = deep_gemm_moe.DeepGemmExperts(_moe_config(experts, problem), vllm.fp8_config(vllm.load(), experts))
         return _modular_call(layer, experts.gate_up, experts.down, experts.E, experts.device)
 
 

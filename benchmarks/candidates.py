@@ -50,6 +50,7 @@ class BenchCandidate:
             backend once a kind of call has come back a few times.
         tolerance: Greatest relative error that is accepted.
         deterministic: Whether it promises the same bits for the same inputs.
+        quantizes_activations: See `Backend.quantizes_activations`.
     """
 
     routing: RoutingDistribution
@@ -59,6 +60,7 @@ class BenchCandidate:
     eager_call: Callable[[LayerInputs], Call]
     tolerance: float
     deterministic: bool
+    quantizes_activations: bool = True
 
     def key(self, workload: Workload, problem: MoEProblem) -> RowKey:
         """Key of its row at a point."""
@@ -89,7 +91,7 @@ class CandidateFactory:
             if self._supports(backend, problem):
                 configs = self._configs(plan, backend, problem)
                 for config, routing in itertools.product(configs, plan.routings):
-                    yield _of_backend(backend, layer.experts, config, routing, backend.tolerance[problem.dtype])
+                    yield _of_backend(backend, layer.experts, config, routing, problem)
         for baseline in plan.baselines:
             if self._supports(baseline, problem) and (call := self._prepared(baseline, problem, layer)):
                 for routing in plan.routings:
@@ -142,11 +144,12 @@ def available_backends(names: Sequence[str], machine: Machine, note: Note) -> tu
 
 
 def _of_backend(
-    backend: Backend, experts: ExpertWeights, config: BackendConfig, routing: RoutingDistribution, tolerance: float
+    backend: Backend, experts: ExpertWeights, config: BackendConfig, routing: RoutingDistribution, problem: MoEProblem
 ) -> BenchCandidate:
     return BenchCandidate(
         routing, backend.name, config.model_dump(mode="json"), backend_call(backend, experts, config),
-        functools.partial(fast_path_call, backend, experts, config), tolerance, backend.deterministic(config),
+        functools.partial(fast_path_call, backend, experts, config), backend.tolerance[problem.dtype],
+        backend.deterministic(config), backend.quantizes_activations(problem),
     )  # fmt: skip
 
 

@@ -31,20 +31,44 @@ class PointInputs:
 
     Attributes:
         inputs: Distinct inputs, each with a routing of its own.
-        references: fp32 reference outputs of the first of them.
+        references: fp32 reference outputs of the first of them, with activations quantised where the weights are FP8.
+        unquantized: The same without, where a candidate needs them.
     """
 
     inputs: tuple[LayerInputs, ...]
     references: tuple[Tensor, ...]
+    unquantized: tuple[Tensor, ...] = ()
 
     @classmethod
     def draw(
-        cls, problem: MoEProblem, routing: RoutingDistribution, experts: ExpertWeights, count: int
+        cls,
+        problem: MoEProblem,
+        routing: RoutingDistribution,
+        experts: ExpertWeights,
+        count: int,
+        *,
+        unquantized: bool = False,
     ) -> "PointInputs":
-        """Draw `count` inputs, the same ones in every run, and compute the references."""
+        """Draw `count` inputs, the same ones in every run, and compute the references.
+
+        Args:
+            problem: The layer and its token count.
+            routing: Distribution of tokens over experts.
+            experts: Weights.
+            count: Number of inputs.
+            unquantized: Whether to compute the references without quantised activations too.
+        """
         inputs = make_inputs(problem, routing, experts.device, count, SEED)
-        checked = max(1, min(len(inputs), CHECKED_TOKENS // problem.M))
-        return cls(inputs, reference_outputs(experts, inputs[:checked], tokens=CHECKED_TOKENS))
+        checked = inputs[: max(1, min(len(inputs), CHECKED_TOKENS // problem.M))]
+        references, others = (
+            reference_outputs(experts, checked, tokens=CHECKED_TOKENS, quantize_activations=quantized) if wanted else ()
+            for quantized, wanted in ((True, True), (False, unquantized))
+        )
+        return cls(inputs, references, others)
+
+    def references_of(self, candidate: BenchCandidate) -> tuple[Tensor, ...]:
+        """What a candidate's results are compared with."""
+        return self.references if candidate.quantizes_activations else self.unquantized
 
     @property
     def hit_experts(self) -> float:
@@ -102,8 +126,8 @@ def check_and_time(
         try:
             with stopwatch.spending("checks"):
                 verdicts[index] = verify(
-                    candidate.call, point.inputs, point.references, tolerance=candidate.tolerance, mode=mode,
-                    deterministic=candidate.deterministic,
+                    candidate.call, point.inputs, point.references_of(candidate), tolerance=candidate.tolerance,
+                    mode=mode, deterministic=candidate.deterministic,
                 )  # fmt: skip
         except Exception as error:  # noqa: BLE001 - a candidate may raise anything, and loses only its own row
             fail(index, error)

@@ -159,10 +159,14 @@ class Sweep:
         ]
         if not candidates:
             return
+        # Not of the candidates: the inputs serve every mode.
+        unquantized = not all(backend.quantizes_activations(problem) for backend in plan.backends)
         for routing in dict.fromkeys(candidate.routing for candidate in candidates):
             if routing not in drawn:
                 with self.stopwatch.spending("inputs and fp32 references"):
-                    drawn[routing] = PointInputs.draw(problem, routing, layer.experts, plan.inputs)
+                    drawn[routing] = PointInputs.draw(
+                        problem, routing, layer.experts, plan.inputs, unquantized=unquantized
+                    )
         outcomes = check_and_time(candidates, drawn, problem.mode, plan.point_s, self.stopwatch, self.energy)
         for candidate, outcome in zip(candidates, outcomes, strict=True):
             row = self._row(layer.workload, problem, candidate, drawn[candidate.routing], outcome)

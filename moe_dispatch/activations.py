@@ -19,8 +19,8 @@ Activation = str
 ACTIVATIONS: Final[tuple[Activation, ...]] = ("silu", "gelu", "gelu_tanh", "swiglu_oai", "relu2")
 UNGATED: Final[frozenset[Activation]] = frozenset({"relu2"})
 SWIGLU: Final = "swiglu"
+# What a backend can declare to compute: the names, and every SwiGLU whose parameters have no name.
 KINDS: Final[frozenset[str]] = frozenset({*ACTIVATIONS, SWIGLU})
-"""What a backend can declare to compute: the names, and SwiGLU with parameters that have no name."""
 
 
 @dataclass(frozen=True)
@@ -76,8 +76,8 @@ class SwiGLU:
         """The canonical string; what differs from the defaults is in it, in the order of the attributes."""
         if self in _NAMED:
             return _NAMED[self]
-        given = ((field.name, getattr(self, field.name), field.default) for field in dataclasses.fields(self))
-        pairs = (f"{name}={repr(value).removesuffix('.0')}" for name, value, default in given if value != default)
+        values = ((field.name, getattr(self, field.name), field.default) for field in dataclasses.fields(self))
+        pairs = (f"{name}={repr(value).removesuffix('.0')}" for name, value, default in values if value != default)
         return f"{SWIGLU}({','.join(pairs)})"
 
 

@@ -33,12 +33,12 @@ def moe_forward(
     Differentiable in hidden_states, topk_weights, the weights and the biases, compiled or not. Autograd keeps only the
     inputs of a call; the backward computes the product with gate_up and the activation again. It uses grouped products
     for BF16 weights on compute capability 9.x, and elsewhere goes expert by expert, which waits for the device once;
-    `explain` says which, and why. It adds nothing atomically: the same inputs give the same bits. Block FP8 weights
+    `explain` says which, and why. It adds nothing atomically: the same inputs give the same bits. FP8 weights
     have no gradient themselves, and the quantisation of activations counts as the identity. Second derivatives
     (``create_graph=True``), forward mode and torch.func's transforms run the reference, which is slow.
 
     Args:
-        hidden_states: ``[M, K]``; the weights' dtype, or BF16, FP16 or FP32 with block FP8 weights.
+        hidden_states: ``[M, K]``; the weights' dtype, or BF16, FP16 or FP32 with FP8 weights.
         experts: The layer's weights; or this rank's part of a layer that `ExpertParallel` spread over ranks, with the
             whole layer's ids. Every rank of its group then makes the call; see `forward_sharded` for what it raises.
         topk_weights: ``[M, topk]``, fp32 (BF16 and FP16 are converted).
@@ -93,7 +93,7 @@ def warm_up(
         experts: The layer's weights.
         topk: Experts per token.
         tokens: Token counts; a captured graph needs its own in here.
-        act_dtype: The dtype of hidden_states. None stands for the weights' own, or BF16 with block FP8 weights.
+        act_dtype: The dtype of hidden_states. None stands for the weights' own, or BF16 with FP8 weights.
         up_to: Also prepare for every eager call of at most this many tokens: one of each kind that the policies
             distinguish is run.
         backend: The backend that the calls will name; None where the policy chooses.

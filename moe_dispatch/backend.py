@@ -129,7 +129,13 @@ class Backend(ABC):
     requirements: ClassVar[Requirements]
     config_type: ClassVar[type[BackendConfig]] = BackendConfig
     # ‖out − ref‖ / ‖ref‖ against the fp32 reference, by weight dtype (by act_dtype where that is coarser).
-    tolerance: ClassVar[Mapping[DType, float]] = {"bf16": 1e-2, "fp16": 2e-3, "fp32": 1e-3, "fp8": 2e-2}
+    tolerance: ClassVar[Mapping[DType, float]] = {
+        "bf16": 1e-2,
+        "fp16": 2e-3,
+        "fp32": 1e-3,
+        "fp8": 2e-2,
+        "fp8_channel": 2e-2,
+    }
     install_hint: ClassVar[str] = ""
     # Foreign code is probed before it is trusted: a tiny layer is run and compared with the reference.
     needs_probe: ClassVar[bool] = True
@@ -170,6 +176,13 @@ class Backend(ABC):
 
     def deterministic(self, config: BackendConfig) -> bool:  # noqa: ARG002
         """Whether the same inputs give the same bits every time."""
+        return True
+
+    def quantizes_activations(self, problem: MoEProblem) -> bool:  # noqa: ARG002
+        """Whether FP8 weights meet quantised activations here; the reference that the result is judged by does as much.
+
+        Of no consequence for other weights.
+        """
         return True
 
     def measured_versions(self) -> dict[str, str]:

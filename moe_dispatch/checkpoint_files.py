@@ -61,8 +61,14 @@ class Checkpoint:
 
     def read(self, name: str, *index: slice) -> Tensor:
         """A tensor, or the part of it that the slices select; only that is read from the file."""
+        if not self.shape(name):  # a scalar has no slices
+            return self._whole(name)
         part: Tensor = self._slice(name)[index or (slice(None),)]
         return part
+
+    def _whole(self, name: str) -> Tensor:
+        scalar: Tensor = self._opened(self._file_of[name]).get_tensor(name)
+        return scalar
 
     def _slice(self, name: str) -> Any:
         path = self._file_of[name]
@@ -199,6 +205,14 @@ def _check_quantization(config: Mapping[str, Any], origin: str) -> None:
             f"{origin} has activation_scheme={quantization['activation_scheme']!r}, and the backends quantise "
             "activations dynamically"
         )
+    groups = quantization.get("config_groups")  # of compressed-tensors
+    for group in groups.values() if isinstance(groups, dict) else ():
+        activations = group.get("input_activations") if isinstance(group, dict) else None
+        if isinstance(activations, dict) and not activations.get("dynamic", False):
+            raise InvalidInputError(
+                f"{origin} has input_activations with dynamic={activations.get('dynamic', False)!r}, and the backends "
+                "quantise activations dynamically"
+            )
 
 
 def _check_agreement(tensors: Mapping[str, Tensor], described: ConfiguredLayer, part: Part, origin: str) -> None:

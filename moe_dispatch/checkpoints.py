@@ -7,11 +7,12 @@ Checkpoints store the experts of a layer in one of two ways, and both are read:
 - fused, ``experts.gate_up_proj`` and ``experts.down_proj``, as transformers 5 keeps them: ``[E, 2N, K]`` and
   ``[E, K, N]``, or transposed, ``[E, K, 2N]`` and ``[E, N, K]`` (gpt-oss).
 
-Block FP8 has a scale per 128×128 block beside each weight. DeepSeek calls it ``weight_scale_inv``, the inverse of what
-the weight was multiplied with before rounding: it is the multiplier that gives the weight back, and is taken as it is.
+FP8 has multipliers beside each weight, and their shape says which of its elements share one: a block of 128×128, a row
+(``[rows, 1]``: llm-compressor's channels), or the whole tensor (a scalar), which then becomes one for each row.
+DeepSeek calls a block's ``weight_scale_inv``, the inverse of what the weight was multiplied with before rounding: it is
+the multiplier that gives the weight back, as others' ``weight_scale`` is, and is taken as it is.
 """
 
-import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,25 +21,28 @@ from typing import Any, Final, Protocol
 import torch
 from torch import Tensor
 
+from moe_dispatch.checkpoint_scales import fused_row_scales, row_scales
 from moe_dispatch.errors import InvalidInputError
 from moe_dispatch.numerics import FP8
-from moe_dispatch.problem import QUANT_BLOCK
+from moe_dispatch.problem import QUANT_BLOCK, scale_shape
 
 # What a projection is called, and what is stored of it.
 PROJECTIONS: Final = {
     "gate_proj": "gate", "w1": "gate", "up_proj": "up", "w3": "up", "down_proj": "down", "w2": "down",
 }  # fmt: skip
-KINDS: Final = {"weight": "weight", "weight_scale_inv": "scale", "bias": "bias"}
+KINDS: Final = {"weight": "weight", "weight_scale_inv": "scale", "weight_scale": "scale", "bias": "bias"}
 FUSED: Final = {
     "gate_up_proj": ("gate_up", "weight"), "gate_up_proj_scale_inv": ("gate_up", "scale"),
+    "gate_up_proj_scale": ("gate_up", "scale"), "gate_up_proj.weight_scale": ("gate_up", "scale"),
     "gate_up_proj_bias": ("gate_up", "bias"), "down_proj": ("down", "weight"),
-    "down_proj_scale_inv": ("down", "scale"), "down_proj_bias": ("down", "bias"),
+    "down_proj_scale_inv": ("down", "scale"), "down_proj_scale": ("down", "scale"),
+    "down_proj.weight_scale": ("down", "scale"), "down_proj_bias": ("down", "bias"),
 }  # fmt: skip
 # Formats that are known and not read, by a part of a tensor's name that tells them.
 _OTHER_FORMATS: Final = {
     "_blocks": "MXFP4", "_packed": "4-bit integers or NVFP4 (compressed-tensors)",
     "qweight": "4-bit integers (GPTQ, AWQ)",
-    "weight_scale": "per-tensor or per-channel FP8", "input_scale": "FP8 with static activation scales",
+    "input_scale": "FP8 with static activation scales",
     "activation_scale": "FP8 with static activation scales",
 }  # fmt: skip
 _LISTED: Final = 12  # names in a message
@@ -98,18 +102,18 @@ class Part:
         if not (type(self.rank) is type(self.size) is int and 0 <= self.rank < self.size):
             raise InvalidInputError(f"tp must be (rank, size) with 0 ≤ rank < size, got ({self.rank}, {self.size})")
 
-    def of(self, N: int, *, fp8: bool, origin: str) -> slice:
+    def of(self, N: int, *, blocks: bool, origin: str) -> slice:
         """This process's columns of an intermediate of N.
 
         Raises:
-            InvalidInputError: N cannot be divided so, or not at the boundaries of FP8 blocks.
+            InvalidInputError: N cannot be divided so, or not at the boundaries of blocks of scales, if there are such.
         """
-        step = QUANT_BLOCK * self.size if fp8 and self.size > 1 else self.size
+        step = QUANT_BLOCK * self.size if blocks and self.size > 1 else self.size
         if N % step:
-            blocks = f" × {QUANT_BLOCK}, the columns of a block of scales" if step > self.size else ""
+            each = f" × {QUANT_BLOCK}, the columns of a block of scales" if step > self.size else ""
             raise InvalidInputError(
                 f"{origin}: N={N} cannot be divided among {self.size} processes: it must be a multiple of {self.size}"
-                f"{blocks}; use another size"
+                f"{each}; use another size"
             )
         n = N // self.size
         return slice(self.rank * n, (self.rank + 1) * n)
@@ -222,27 +226,36 @@ def _stack_single(
     first = experts[0]
     parts = ("gate", "up") if ("gate", "weight") in first else ("up",)
     N, K = _matrix(source, first["up", "weight"])
-    fp8 = source.read(first["up", "weight"], slice(0, 1)).dtype == FP8
-    if fp8 and len(parts) == 2 and N % QUANT_BLOCK:
+    _require_scales(source, first, fp8=source.read(first["up", "weight"], slice(0, 1)).dtype == FP8)
+    blocks = ("up", "scale") in first and source.shape(first["up", "scale"]) == scale_shape("fp8", N, K)
+    if blocks and len(parts) == 2 and N % QUANT_BLOCK:
         raise InvalidInputError(
             f"{source.origin}: with N={N} rows of gate and up, which is no multiple of {QUANT_BLOCK}, a block of "
             "scales of gate and up together would cover rows of both; load BF16 weights and use ExpertWeights.quantize"
         )
-    _require_scales(source, first, fp8=fp8)
-    columns = part.of(N, fp8=fp8, origin=source.origin)
+    columns = part.of(N, blocks=blocks, origin=source.origin)
     whole = slice(None)
     stacked: dict[str, Tensor] = {}
     for target, projections in (("gate_up", parts), ("down", ("down",))):
         for kind in ("weight", "scale", "bias"):
             if (projections[0], kind) not in first:
                 continue
+            names = [[expert[projection, kind] for projection in projections] for expert in experts]
+            if kind == "scale" and not blocks:
+                length, share = (N, columns) if target == "gate_up" else (K, whole)
+                read = [
+                    [row_scales(source.read(name), length, f"{source.origin}: {name}")[share] for name in each]
+                    for each in names
+                ]
+                scales = torch.stack([torch.cat(each) for each in read])
+                stacked[_argument(target, kind)] = scales.to(device or scales.device)
+                continue
             share = _in_blocks(columns) if kind == "scale" else columns
             rows = share if target == "gate_up" else whole
             index = (rows,) if kind == "bias" else (rows, whole if target == "gate_up" else share)
-            shape = {"weight": (N, K), "scale": (_blocks(N), _blocks(K)), "bias": (N,)}[kind]
+            shape = {"weight": (N, K), "scale": scale_shape("fp8", N, K), "bias": (N,)}[kind]
             if target == "down":
                 shape = (K,) if kind == "bias" else shape[::-1]
-            names = [[expert[projection, kind] for projection in projections] for expert in experts]
             stacked[_argument(target, kind)] = _filled(source, names, shape, index, kind, device)
     return _with_bias_once(stacked, part)
 
@@ -261,16 +274,18 @@ def _stack_fused(
     transposed = _transposed(source, gate_up, down)
     E, N = down[0], down[1 if transposed else 2]
     dtype = source.read(names["down", "weight"], slice(0, 1), slice(0, 1)).dtype
-    fp8 = dtype == FP8
-    _require_scales(source, names, fp8=fp8)
-    columns = part.of(N, fp8=fp8, origin=source.origin)
+    _require_scales(source, names, fp8=dtype == FP8)
+    scaled = source.shape(names["gate_up", "scale"])[1:] if ("gate_up", "scale") in names else ()
+    blocks = scaled == scale_shape("fp8", *gate_up[1:])
+    columns = part.of(N, blocks=blocks, origin=source.origin)
     stacked = {}
     for (target, kind), name in names.items():
-        share, length = (_in_blocks(columns), _blocks(N)) if kind == "scale" else (columns, N)
+        by_row = kind == "scale" and not blocks
+        share, length = (_in_blocks(columns), _blocks(N)) if kind == "scale" and blocks else (columns, N)
         axis = 1 if target == "gate_up" or kind == "bias" else 2
         if transposed and kind != "bias":
             axis = 3 - axis
-        if part.size == 1 or (kind == "bias" and target == "down"):
+        if part.size == 1 or (target == "down" and (kind == "bias" or by_row)):
             spans = [slice(None)]
         elif target == "down":
             spans = [share]
@@ -278,6 +293,11 @@ def _stack_fused(
             spans = [slice(2 * share.start, 2 * share.stop)]
         else:
             spans = [share, slice(share.start + length, share.stop + length)]
+        if by_row:
+            rows = (gate_up if target == "gate_up" else down)[2 if transposed else 1]
+            scales = fused_row_scales(source.read(name), E, rows, spans)
+            stacked[_argument(target, kind)] = scales.to(device or scales.device)
+            continue
         pieces = [source.read(name, *(slice(None),) * axis, span) for span in spans]
         tensor = pieces[0] if len(pieces) == 1 else torch.cat(pieces, axis)
         if transposed and kind != "bias":
@@ -338,7 +358,7 @@ def _require_scales(source: TensorSource, names: Mapping[Key, str], *, fp8: bool
     if fp8 and len(scales) != len(weights):
         raise InvalidInputError(
             f"{source.origin} has float8_e4m3fn weights and lacks scales of some: there is {listed(names.values())}; "
-            "each weight needs a weight_scale_inv beside it"
+            "each weight needs a weight_scale_inv or a weight_scale beside it"
         )
     if scales and not fp8:
         raise InvalidInputError(f"{source.origin} has {listed(scales)} beside weights that are not float8_e4m3fn")
@@ -362,7 +382,7 @@ def _argument(target: str, kind: str) -> str:
 
 
 def _blocks(length: int) -> int:
-    return math.ceil(length / QUANT_BLOCK)
+    return -(-length // QUANT_BLOCK)
 
 
 def _in_blocks(columns: slice) -> slice:

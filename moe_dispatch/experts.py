@@ -1,10 +1,9 @@
 """The weights of one MoE layer, checked once when they are wrapped and again when they lie at another address."""
 
-import math
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Final, Self
+from typing import Any, Final, Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -12,16 +11,17 @@ from torch import Tensor, nn
 from moe_dispatch.activations import UNGATED, Activation, canonical
 from moe_dispatch.checkpoints import stack_experts
 from moe_dispatch.errors import InvalidInputError
-from moe_dispatch.numerics import FP8, quantize_blocks
-from moe_dispatch.problem import QUANT_BLOCK, DType, Mode, MoEProblem
-from moe_dispatch.tensor_memory import address, tensor_fault
-
-DTYPE_NAMES: Final[dict[torch.dtype, DType]] = {
-    torch.bfloat16: "bf16",
-    torch.float16: "fp16",
-    torch.float32: "fp32",
-    FP8: "fp8",
-}
+from moe_dispatch.numerics import FP8, quantize_blocks, quantize_channels
+from moe_dispatch.problem import FP8_DTYPES, DType, Mode, MoEProblem
+from moe_dispatch.tensor_memory import address
+from moe_dispatch.weight_checks import (
+    DTYPE_NAMES,
+    check_alike,
+    check_bias,
+    check_weight,
+    checked_scales,
+    scales_of_rows,
+)
 
 
 class LayerSpec:
@@ -47,8 +47,11 @@ class ExpertWeights:
         gate_up: ``[E, 2N, K]``, gate rows first (alternating if ``interleaved``); ``[E, N, K]`` for an ungated
             activation. BF16, FP16, FP32, or e4m3 with scales.
         down: ``[E, K, N]``, same dtype.
-        gate_up_scale: fp32 ``[E, ⌈2N/128⌉, ⌈K/128⌉]`` multipliers; with e4m3 weights only.
-        down_scale: fp32 ``[E, ⌈K/128⌉, ⌈N/128⌉]`` multipliers; with e4m3 weights only.
+        gate_up_scale: fp32 multipliers; with e4m3 weights only. Block FP8 has ``[E, ⌈2N/128⌉, ⌈K/128⌉]``, per-channel
+            FP8 one for each row, ``[E, 2N]`` or ``[E, 2N, 1]``. Per-tensor scales, ``[E]``, ``[E, 1]`` or ``[E, 2]``
+            (of gate and of up), become those of rows by a copy, which does not follow later changes of the values.
+        down_scale: fp32 multipliers likewise: ``[E, ⌈K/128⌉, ⌈N/128⌉]``; or ``[E, K]``, ``[E, K, 1]``, ``[E]``,
+            ``[E, 1]``.
         gate_up_bias: ``[E, 2N]`` (``[E, N]`` ungated), in the same order as gate_up's rows.
         down_bias: ``[E, K]``. Both biases or neither.
         activation: See `MoEProblem`.
@@ -56,7 +59,7 @@ class ExpertWeights:
         transposed: Whether gate_up and down are views, by ``.transpose(1, 2)``, of contiguous ``[E, K, 2N]`` and
             ``[E, N, K]``. They are read in place, but by few backends, torch_grouped and reference among them: where
             the weights do not change, ``.transpose(1, 2).contiguous()`` once at load is faster in every call. Not for
-            block FP8.
+            FP8.
         routed_experts: Experts among which the router chooses, where these are a part of them and the other ids of a
             call are of experts elsewhere; None where they are all. It changes the expected load and so the choice of
             the backend, never the result.
@@ -92,8 +95,8 @@ class ExpertWeights:
                 raise InvalidInputError(f"{name} must be True or False, got {type(value).__name__}")
         if interleaved and not gated:
             raise InvalidInputError(f"interleaved rows need a gate, and activation {activation!r} has none")
-        _check_weight("gate_up", gate_up, transposed=transposed)
-        _check_weight("down", down, transposed=transposed)
+        check_weight("gate_up", gate_up, transposed=transposed)
+        check_weight("down", down, transposed=transposed)
         E, rows, K = gate_up.shape
         N = down.shape[2]
         if tuple(down.shape) != (E, K, N) or rows != (2 * N if gated else N):
@@ -102,26 +105,26 @@ class ExpertWeights:
                 f"{activation!r} takes gate_up [E, {'2N' if gated else 'N'}, K] and down [E, K, N]; "
                 "a transposed checkpoint needs .transpose(1, 2).contiguous() once at load"
             )
-        _check_alike("down", down, gate_up)
-        self.dtype = DTYPE_NAMES[gate_up.dtype]
-        if self.dtype == "fp8":
+        check_alike("down", down, gate_up)
+        self.dtype: DType = DTYPE_NAMES[gate_up.dtype]
+        if gate_up.dtype == FP8:
             if transposed:
-                raise InvalidInputError("block FP8 weights cannot be read transposed; call .contiguous() once at load")
-            blocks = (
-                ("gate_up_scale", gate_up_scale, (E, math.ceil(rows / QUANT_BLOCK), math.ceil(K / QUANT_BLOCK))),
-                ("down_scale", down_scale, (E, math.ceil(K / QUANT_BLOCK), math.ceil(N / QUANT_BLOCK))),
+                raise InvalidInputError("FP8 weights cannot be read transposed; call .contiguous() once at load")
+            self.dtype, gate_up_scale, down_scale = checked_scales(
+                gate_up, down, gate_up_scale, down_scale, 2 if gated else 1
             )
-            for name, scale, shape in blocks:
-                _check_scale(name, scale, shape, gate_up.device)
+            if self.dtype == "fp8_channel":
+                gate_up_scale = scales_of_rows(gate_up_scale, rows, interleaved=interleaved)
+                down_scale = scales_of_rows(down_scale, K)
             if gate_up.requires_grad or down.requires_grad:
-                raise InvalidInputError("block FP8 weights cannot require a gradient; train in BF16 and quantize after")
+                raise InvalidInputError("FP8 weights cannot require a gradient; train in BF16 and quantize after")
         elif gate_up_scale is not None or down_scale is not None:
             raise InvalidInputError(f"scales belong to float8_e4m3fn weights, and these are {gate_up.dtype}; drop them")
         if (gate_up_bias is None) != (down_bias is None):
             present = "gate_up_bias" if down_bias is None else "down_bias"
             raise InvalidInputError(f"only {present} was given; give both biases (zeros serve) or neither")
-        _check_bias("gate_up_bias", gate_up_bias, (E, rows), gate_up.device)
-        _check_bias("down_bias", down_bias, (E, K), gate_up.device)
+        check_bias("gate_up_bias", gate_up_bias, (E, rows), gate_up.device)
+        check_bias("down_bias", down_bias, (E, K), gate_up.device)
 
         if routed_experts is not None and (type(routed_experts) is not int or routed_experts < E):
             raise InvalidInputError(
@@ -137,7 +140,7 @@ class ExpertWeights:
         self.E, self.K, self.N = E, K, N
         self.device = gate_up.device
         facts = (
-            E, K, N, gate_up.dtype, activation, gate_up_bias is not None, interleaved, transposed, str(self.device),
+            E, K, N, self.dtype, activation, gate_up_bias is not None, interleaved, transposed, str(self.device),
             routed_experts,
         )  # fmt: skip
         tracing = torch.compiler.is_compiling()
@@ -178,11 +181,12 @@ class ExpertWeights:
         down_bias: Tensor | None = None,
         activation: Activation = "silu",
         interleaved: bool = False,
+        form: Literal["block", "channel"] = "block",
     ) -> Self:
-        """Quantise BF16, FP16 or FP32 weights to DeepSeek's block FP8.
+        """Quantise BF16, FP16 or FP32 weights to FP8, by default to DeepSeek's block FP8.
 
-        Each 128×128 block gets the fp32 scale amax/448 (blocks at the edge cover what is left). An all-zero block gets
-        a tiny scale and stays exactly zero; a NaN or infinite element becomes NaN and spoils no other.
+        Each 128×128 block (blocks at the edge cover what is left), or each row, gets the fp32 scale amax/448. One of
+        zeros gets a tiny scale and stays exactly zero; a NaN or infinite element becomes NaN and spoils no other.
 
         Args:
             gate_up: ``[E, 2N, K]`` or ungated ``[E, N, K]``.
@@ -191,13 +195,17 @@ class ExpertWeights:
             down_bias: As for `ExpertWeights`.
             activation: As for `ExpertWeights`.
             interleaved: As for `ExpertWeights`.
+            form: ``"block"``, or ``"channel"`` for a scale per row, llm-compressor's.
         """
+        if form not in ("block", "channel"):
+            raise InvalidInputError(f"form must be 'block' or 'channel', got {form!r}")
         for name, tensor in (("gate_up", gate_up), ("down", down)):
-            _check_weight(name, tensor)
+            check_weight(name, tensor)
             if tensor.dtype == FP8:
                 raise InvalidInputError(f"{name} is float8_e4m3fn already; give its scales to ExpertWeights instead")
-        gate_up_fp8, gate_up_scale = quantize_blocks(gate_up.detach())
-        down_fp8, down_scale = quantize_blocks(down.detach())
+        quantize = quantize_blocks if form == "block" else quantize_channels
+        gate_up_fp8, gate_up_scale = quantize(gate_up.detach())
+        down_fp8, down_scale = quantize(down.detach())
         return cls(
             gate_up_fp8,
             down_fp8,
@@ -222,8 +230,8 @@ class ExpertWeights:
 
         Args:
             experts: In their order, each as a module or as tensors by name: ``gate_proj.weight`` ``[N, K]``,
-                ``up_proj.weight`` and ``down_proj.weight`` ``[K, N]`` (or w1, w3, w2), ``….weight_scale_inv``,
-                ``….bias``.
+                ``up_proj.weight`` and ``down_proj.weight`` ``[K, N]`` (or w1, w3, w2), ``….weight_scale_inv``
+                or ``….weight_scale``, ``….bias``.
             tp: Rank and size of tensor parallelism: the process's share of each expert's N columns.
             activation: As for `ExpertWeights`.
             device: Where to put them; where they are, if None.
@@ -317,6 +325,11 @@ class ExpertWeights:
         return any(bias is not None and bias.requires_grad for bias in biases)
 
     @property
+    def fp8(self) -> bool:
+        """Whether the weights are FP8 in any form."""
+        return self.dtype in FP8_DTYPES
+
+    @property
     def gated(self) -> bool:
         """Whether gate_up holds gate and up rows."""
         return self.activation not in UNGATED
@@ -333,81 +346,3 @@ class ExpertWeights:
             extras.append(f"routed_experts={self.routed_experts}")
         shape = f"E={self.E}, K={self.K}, N={self.N}, dtype={self.dtype!r}, device='{self.device}'"
         return f"ExpertWeights({shape}, {', '.join(extras)})"
-
-
-def _check_memory(name: str, tensor: Tensor) -> None:
-    if fault := tensor_fault(name, tensor):
-        raise InvalidInputError(fault)
-    if torch.compiler.is_compiling() or tensor.device.type == "meta" or hasattr(tensor, "fake_mode"):
-        return
-    if tensor.numel() and address(tensor) == 0:
-        raise InvalidInputError(f"{name} has no memory: its storage was freed (offloaded, sharded?); load it again")
-
-
-def _check_weight(name: str, tensor: Tensor, *, transposed: bool = False) -> None:
-    _check_memory(name, tensor)
-    if tensor.dim() != 3 or 0 in tensor.shape:
-        raise InvalidInputError(
-            f"{name} must be [experts, rows, columns] with none of them 0, got shape {list(tensor.shape)}"
-        )
-    if tensor.dtype not in DTYPE_NAMES:
-        allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPE_NAMES)
-        raise InvalidInputError(f"{name} must be one of {allowed}, got {tensor.dtype}")
-    if tensor.device.type not in ("cpu", "cuda"):
-        raise InvalidInputError(f"{name} must be on cpu or cuda, got {tensor.device}; load the weights before wrapping")
-    if tensor.is_cuda and tensor.data_ptr() % 16:
-        raise InvalidInputError(
-            f"{name} must start on a 16-byte boundary, got an address that ends in {tensor.data_ptr() % 16:x}; a view "
-            "into a flat buffer needs an aligned offset, or .clone() once at load"
-        )
-    if transposed and not tensor.transpose(1, 2).is_contiguous():
-        raise InvalidInputError(
-            f"{name} must be .transpose(1, 2) of a contiguous tensor where transposed=True, got strides "
-            f"{list(tensor.stride())} for shape {list(tensor.shape)}; leave transposed out for contiguous weights"
-        )
-    if not transposed and not tensor.is_contiguous():
-        raise InvalidInputError(
-            f"{name} must be contiguous, got strides {list(tensor.stride())} for shape {list(tensor.shape)}; "
-            "call .contiguous() once at load"
-        )
-
-
-def _check_alike(name: str, tensor: Tensor, first: Tensor) -> None:
-    if tensor.dtype != first.dtype:
-        raise InvalidInputError(f"{name} is {tensor.dtype} and gate_up is {first.dtype}; they must share a dtype")
-    if tensor.device != first.device:
-        raise InvalidInputError(f"{name} is on {tensor.device} and gate_up on {first.device}; move them together")
-
-
-def _check_scale(name: str, scale: Tensor | None, shape: tuple[int, ...], device: torch.device) -> None:
-    if scale is None:
-        raise InvalidInputError(
-            f"float8_e4m3fn weights need {name} [{', '.join(map(str, shape))}] in fp32; "
-            "ExpertWeights.quantize makes both from BF16 weights"
-        )
-    _check_memory(name, scale)
-    if scale.dtype != torch.float32:
-        raise InvalidInputError(f"{name} must be a float32 tensor of multipliers, got {scale.dtype}")
-    if tuple(scale.shape) != shape:
-        raise InvalidInputError(
-            f"{name} must be {list(shape)}, one multiplier per {QUANT_BLOCK}×{QUANT_BLOCK} block, "
-            f"got {list(scale.shape)}"
-        )
-    if scale.device != device:
-        raise InvalidInputError(f"{name} is on {scale.device} and gate_up on {device}; move them together")
-    if not scale.is_contiguous():
-        raise InvalidInputError(f"{name} must be contiguous, got strides {list(scale.stride())}; call .contiguous()")
-
-
-def _check_bias(name: str, bias: Tensor | None, shape: tuple[int, int], device: torch.device) -> None:
-    if bias is None:
-        return
-    _check_memory(name, bias)
-    if bias.dtype not in (torch.bfloat16, torch.float16, torch.float32):
-        raise InvalidInputError(f"{name} must be a bfloat16, float16 or float32 tensor, got {bias.dtype}")
-    if tuple(bias.shape) != shape:
-        raise InvalidInputError(f"{name} must be {list(shape)}, one value per output row, got {list(bias.shape)}")
-    if bias.device != device:
-        raise InvalidInputError(f"{name} is on {bias.device} and gate_up on {device}; move them together")
-    if not bias.is_contiguous():
-        raise InvalidInputError(f"{name} must be contiguous, got strides {list(bias.stride())}; call .contiguous()")

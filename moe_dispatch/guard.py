@@ -106,6 +106,11 @@ class GuardedBackend(Backend):
         promised, _ = self._ask(bool, self._backend.deterministic, config)
         return bool(promised)
 
+    def quantizes_activations(self, problem: MoEProblem) -> bool:
+        """See `Backend.quantizes_activations`, whose own answer stands in for a failure to answer."""
+        quantizes, _ = self._ask(bool, self._backend.quantizes_activations, problem)
+        return super().quantizes_activations(problem) if quantizes is None else quantizes
+
     def measured_versions(self) -> dict[str, str]:
         """See `Backend.measured_versions`. Empty after a failure to answer, which `unavailable_reasons` tells."""
         versions, _ = self._ask(_versions, self._backend.measured_versions)

@@ -60,6 +60,8 @@ GATES: Final[Mapping[str, SwiGLU]] = {
 PARAMETERS: Final = {
     "swiglu_alpha": "alpha", "swiglu_limit": "limit", "mlp_gate_softcap": "gate_cap", "mlp_up_softcap": "up_cap",
 }  # fmt: skip
+# Families whose experts do what no backend does, each with what that is.
+BEYOND: Final = dict.fromkeys(("muse_spark", "muse_spark_text"), "normalises the output of each expert")
 # Keys that look as if they changed the experts and do not: the router, shared experts, dense layers.
 HARMLESS: Final = re.compile(
     r"share|router|dense|mlp_|_capacity|jitter|aux|loss|prefix|layer|group|norm|scal|dtype|renorm|dropout|bias"
@@ -228,6 +230,10 @@ class _Reader:
             raise InvalidInputError(
                 f"{self._origin} has {pairs}, which may change the experts and is unknown here; give the layer as "
                 "E,topk,K,N if it does not"
+            )
+        if self.family in BEYOND:
+            raise InvalidInputError(
+                f"{self._origin} is of model_type {self.family!r}, which {BEYOND[self.family]}: no backend does so"
             )
         if self._section.get("is_moe") is False or self._section.get("enable_moe_block") is False:
             raise InvalidInputError(f"{self._origin} switches its experts off: it is not the config of an MoE model")

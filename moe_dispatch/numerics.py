@@ -1,7 +1,8 @@
-"""The arithmetic that all backends agree on, in torch: the activations, and quantisation to block FP8.
+"""The arithmetic that all backends agree on, in torch: the activations, and quantisation to FP8.
 
 Block FP8 is DeepSeek-V3's: e4m3 codes with one fp32 multiplier per 128×128 block of a weight, and per row and 128
-columns of an activation. A value is its code times its multiplier.
+columns of an activation. Per-channel FP8 is llm-compressor's: one per row of a weight, which is an output channel, and
+per row of an activation, which is a token. A value is its code times its multiplier.
 
 The kernels' device functions (backends/triton_common/device.py) do the same and take their constants from here.
 """
@@ -68,36 +69,40 @@ def fp8_multiplier(amax: Tensor) -> Tensor:
     return amax.clamp(min=SMALLEST_AMAX) / torch.full_like(amax, FP8_MAX)
 
 
-def quantize_rows_torch(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Quantise activations per row and 128 columns.
+def quantize_rows_torch(rows: Tensor, *, per_token: bool = False) -> tuple[Tensor, Tensor]:
+    """Quantise activations per row and 128 columns, or per row.
 
     Args:
         rows: ``[R, C]`` of any float dtype and any C.
+        per_token: Whether a row has one multiplier.
 
     Returns:
-        e4m3 ``[R, C]`` and fp32 multipliers ``[R, ⌈C/128⌉]``.
+        e4m3 ``[R, C]`` and fp32 multipliers ``[R, ⌈C/128⌉]``, or ``[R, 1]`` per token.
     """
     R, C = rows.shape
-    groups = math.ceil(C / QUANT_BLOCK)
-    padded = F.pad(rows.float(), (0, groups * QUANT_BLOCK - C)).view(R, groups, QUANT_BLOCK)
+    width = C if per_token else QUANT_BLOCK
+    groups = math.ceil(C / width)
+    padded = F.pad(rows.float(), (0, groups * width - C)).view(R, groups, width)
     scale = fp8_multiplier(padded.abs().amax(dim=2))
     codes = (padded / scale[:, :, None]).clamp(-FP8_MAX, FP8_MAX)
     return codes.view(R, -1)[:, :C].to(FP8).contiguous(), scale
 
 
-def round_rows_through_fp8(rows: Tensor) -> Tensor:
-    """Activations as a product with block FP8 weights reads them: quantised by `quantize_rows_torch`, and back.
+def round_rows_through_fp8(rows: Tensor, *, per_token: bool = False) -> Tensor:
+    """Activations as a product with FP8 weights reads them: quantised by `quantize_rows_torch`, and back.
 
     Its gradient is straight-through: rounding has no useful derivative, and autograd would round the gradient to e4m3.
 
     Args:
         rows: fp32 ``[R, C]``.
+        per_token: As for `quantize_rows_torch`.
 
     Returns:
         fp32 ``[R, C]``.
     """
-    codes, scale = quantize_rows_torch(rows.detach())
-    rounded = codes.float() * scale.repeat_interleave(QUANT_BLOCK, dim=1)[:, : rows.shape[1]]
+    codes, scale = quantize_rows_torch(rows.detach(), per_token=per_token)
+    width = rows.shape[1] if per_token else QUANT_BLOCK
+    rounded = codes.float() * scale.repeat_interleave(width, dim=1)[:, : rows.shape[1]]
     return rows + (rounded - rows).detach() if rows.requires_grad else rounded
 
 
@@ -127,6 +132,40 @@ def quantize_blocks(weight: Tensor) -> tuple[Tensor, Tensor]:
         quantized[e] = codes.view_as(values)[:R, :C].to(FP8)
         scale[e] = block_scale
     return quantized, scale
+
+
+def quantize_channels(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Quantise weights per row.
+
+    Args:
+        weight: ``[E, R, C]`` of any float dtype. A NaN or infinite element becomes NaN and changes no other.
+
+    Returns:
+        e4m3 ``[E, R, C]`` and fp32 multipliers ``[E, R]``.
+    """
+    quantized = torch.empty(weight.shape, dtype=FP8, device=weight.device)
+    scale = torch.empty(weight.shape[:2], dtype=torch.float32, device=weight.device)
+    for e in range(weight.shape[0]):
+        values = weight[e].float()
+        scale[e] = fp8_multiplier(torch.where(values.isfinite(), values, 0.0).abs().amax(dim=1))
+        codes = (values / scale[e, :, None]).clamp(-FP8_MAX, FP8_MAX)
+        quantized[e] = torch.where(values.isinf(), torch.nan, codes).to(FP8)
+    return quantized, scale
+
+
+def dequantize(quantized: Tensor, scale: Tensor) -> Tensor:
+    """Undo `quantize_blocks` or `quantize_channels`, as the shape of the scales says, for one expert or all.
+
+    Args:
+        quantized: e4m3 ``[…, R, C]``.
+        scale: fp32 multipliers ``[…, ⌈R/128⌉, ⌈C/128⌉]`` or ``[…, R]``.
+
+    Returns:
+        fp32 ``[…, R, C]``.
+    """
+    if scale.dim() == quantized.dim():
+        return dequantize_blocks(quantized, scale)
+    return quantized.float() * scale.unsqueeze(-1)
 
 
 def dequantize_blocks(quantized: Tensor, scale: Tensor) -> Tensor:

@@ -18,12 +18,13 @@ from typing import Final, Literal, get_args
 from moe_dispatch.activations import UNGATED, Activation, canonical
 from moe_dispatch.errors import InvalidInputError
 
-DType = Literal["bf16", "fp16", "fp32", "fp8"]
+DType = Literal["bf16", "fp16", "fp32", "fp8", "fp8_channel"]
 Mode = Literal["eager", "graph"]
 
 DTYPES: Final[tuple[DType, ...]] = get_args(DType)
+FP8_DTYPES: Final[frozenset[DType]] = frozenset({"fp8", "fp8_channel"})  # e4m3 weights with multipliers
 QUANT_BLOCK: Final = 128  # DeepSeek's block FP8: one scale per 128×128 weights, per 1×128 activations
-ELEMENT_BYTES: Final[dict[DType, int]] = {"bf16": 2, "fp16": 2, "fp32": 4, "fp8": 1}
+ELEMENT_BYTES: Final[dict[DType, int]] = {"bf16": 2, "fp16": 2, "fp32": 4, "fp8": 1, "fp8_channel": 1}
 
 
 @dataclass(frozen=True)
@@ -36,8 +37,10 @@ class MoEProblem:
         N: Intermediate size per expert.
         E: Experts.
         topk: Experts per token.
-        dtype: The weights' dtype; ``"fp8"`` is DeepSeek's block FP8 (e4m3, 128×128 scales).
-        act_dtype: The dtype of ``hidden_states`` and the output. Equal to ``dtype`` unless that is ``"fp8"``.
+        dtype: The weights' dtype. ``"fp8"`` is DeepSeek's block FP8: e4m3 with a scale per 128×128 weights, and per
+            token and 128 columns of activations. ``"fp8_channel"`` is e4m3 with a scale per output row of a weight, and
+            per token of activations.
+        act_dtype: The dtype of ``hidden_states`` and the output. Equal to ``dtype`` unless that is FP8.
         activation: ``"silu"``, ``"gelu"`` and ``"gelu_tanh"`` gate as act(gate) * up; ``"swiglu_oai"`` is gpt-oss's
             clamped (up + 1) * gate * sigmoid(1.702 * gate); ``"relu2"`` has no gate (Nemotron). A gate with parameters
             of its own is a string such as ``"swiglu(limit=10)"``, see `moe_dispatch.activations.SwiGLU`.
@@ -79,12 +82,12 @@ class MoEProblem:
                 raise InvalidInputError(f"{letter} must be an integer of at least {least}, got {letter}={value!r}")
         if self.dtype not in DTYPES:
             raise InvalidInputError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
-        if self.act_dtype not in DTYPES or self.act_dtype == "fp8":
+        if self.act_dtype not in DTYPES or self.act_dtype in FP8_DTYPES:
             raise InvalidInputError(f"act_dtype must be bf16, fp16 or fp32, got {self.act_dtype!r}")
-        if self.dtype not in ("fp8", self.act_dtype):
+        if self.dtype != self.act_dtype and not self.fp8:
             raise InvalidInputError(
                 f"hidden_states ({self.act_dtype}) and weights ({self.dtype}) must share a dtype unless the weights "
-                "are block FP8; convert one of them"
+                "are FP8; convert one of them"
             )
         object.__setattr__(self, "activation", canonical(self.activation))
         for name in ("bias", "interleaved", "transposed", "needs_grad"):
@@ -102,6 +105,11 @@ class MoEProblem:
             )
         if self.capability is not None and not _is_capability(self.capability):
             raise InvalidInputError(f"capability must be a pair such as (9, 0), or None, got {self.capability!r}")
+
+    @property
+    def fp8(self) -> bool:
+        """Whether the weights are FP8 in any form."""
+        return self.dtype in FP8_DTYPES
 
     @property
     def gated(self) -> bool:
@@ -174,12 +182,16 @@ class MoEProblem:
         return 1e6 * max(hit * self.expert_bytes / bandwidth, self.flops / flops)
 
     @property
-    def quant_blocks(self) -> tuple[tuple[int, int], tuple[int, int]]:
-        """Scale shapes of one expert: (gate_up, down)."""
-        return (
-            (math.ceil(self.gate_up_rows / QUANT_BLOCK), math.ceil(self.K / QUANT_BLOCK)),
-            (math.ceil(self.K / QUANT_BLOCK), math.ceil(self.N / QUANT_BLOCK)),
-        )
+    def scale_shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Shapes of one expert's FP8 scales: (gate_up, down)."""
+        return scale_shape(self.dtype, self.gate_up_rows, self.K), scale_shape(self.dtype, self.K, self.N)
+
+
+def scale_shape(dtype: DType, rows: int, columns: int) -> tuple[int, ...]:
+    """Shape of the scales of one expert's FP8 weight ``[rows, columns]``."""
+    if dtype == "fp8_channel":
+        return (rows,)
+    return math.ceil(rows / QUANT_BLOCK), math.ceil(columns / QUANT_BLOCK)
 
 
 def _is_capability(value: object) -> bool:

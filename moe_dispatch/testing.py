@@ -148,7 +148,12 @@ class Precision:
 
 
 # Without FP16, in which the other tests run: it would compile every configuration once more.
-MODEL_PRECISIONS = (Precision("bf16", "bf16"), Precision("fp32", "fp32"), Precision("fp8", "bf16"))
+MODEL_PRECISIONS = (
+    Precision("bf16", "bf16"),
+    Precision("fp32", "fp32"),
+    Precision("fp8", "bf16"),
+    Precision("fp8_channel", "bf16"),
+)
 
 PRECISIONS = (
     Precision("bf16", "bf16"),
@@ -156,6 +161,8 @@ PRECISIONS = (
     Precision("fp32", "fp32"),
     Precision("fp8", "bf16"),
     Precision("fp8", "fp16"),
+    Precision("fp8_channel", "bf16"),
+    Precision("fp8_channel", "fp16"),
 )
 
 
@@ -168,7 +175,7 @@ class Inputs:
         experts: The layer's weights.
         topk_weights: fp32 ``[M, topk]``.
         topk_ids: int32 or int64 ``[M, topk]``.
-        truth: The right output, fp32 ``[M, K]``.
+        truth: The right output, fp32 ``[M, K]``, with activations quantised where the weights are FP8.
     """
 
     hidden_states: Tensor
@@ -181,6 +188,15 @@ class Inputs:
     def arguments(self) -> tuple[Tensor, ExpertWeights, Tensor, Tensor]:
         """The arguments in the order of `moe_forward`."""
         return self.hidden_states, self.experts, self.topk_weights, self.topk_ids
+
+    def expected(self, backend: Backend) -> Tensor:
+        """What a backend's result is compared with: `truth`, or without quantised activations if it quantises none."""
+        hidden, experts, weights, ids = self.arguments
+        M, topk = ids.shape
+        problem = experts.problem(M, topk, hidden.dtype, backend.machine.capability)
+        if backend.quantizes_activations(problem):
+            return self.truth
+        return truth(hidden, experts, weights, ids, quantize_activations=False)
 
 
 def make_inputs(case: Case, precision: Precision, device: str, seed: int = 0) -> Inputs:
@@ -199,10 +215,12 @@ def make_inputs(case: Case, precision: Precision, device: str, seed: int = 0) ->
     return Inputs(hidden, experts, weights, ids, truth(hidden, experts, weights, ids))
 
 
-def truth(hidden: Tensor, experts: ExpertWeights, weights: Tensor, ids: Tensor) -> Tensor:
-    """The output in fp32 by the reference, with activations quantised where the weights are block FP8."""
+def truth(
+    hidden: Tensor, experts: ExpertWeights, weights: Tensor, ids: Tensor, *, quantize_activations: bool = True
+) -> Tensor:
+    """The output in fp32 by the reference, by default with activations quantised where the weights are FP8."""
     reference = ReferenceBackend(Machine.inspect(hidden.device))
-    config = ReferenceConfig(compute_fp32=True)
+    config = ReferenceConfig(compute_fp32=True, quantize_activations=quantize_activations)
     out: Tensor = reference.run(hidden.float().contiguous(), experts, weights, ids, config)
     return out
 
@@ -244,9 +262,10 @@ def conform(backend: Backend, config: BackendConfig, inputs: Inputs, *, into: bo
     assert not fault, fault
     for tensor, copy in zip((hidden, weights, ids), before, strict=True):
         assert torch.equal(tensor.nan_to_num(7.0), copy.nan_to_num(7.0)), "an input was written to"
-    spoilt = inputs.truth.isnan().any(dim=1)
+    expected = inputs.expected(backend)
+    spoilt = expected.isnan().any(dim=1)
     assert out[spoilt].isnan().all(), "a NaN in a token was lost"
-    error = relative_error(out[~spoilt], inputs.truth[~spoilt])
+    error = relative_error(out[~spoilt], expected[~spoilt])
     assert error <= backend.tolerance[experts.dtype], f"relative error {error:.2e} with {config.label}"
     return error
 

@@ -1,7 +1,6 @@
 """Named models and routing distributions, shared by tests, benchmarks and calibration."""
 
 import dataclasses
-import functools
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -9,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Final
 from moe_dispatch.activations import UNGATED, Activation
 from moe_dispatch.errors import InvalidInputError, UnknownNameError
 from moe_dispatch.model_config import configured_layer
-from moe_dispatch.problem import DType, Mode, MoEProblem
+from moe_dispatch.problem import FP8_DTYPES, DType, Mode, MoEProblem
 from moe_dispatch.system.files import read_json
 
 if TYPE_CHECKING:
@@ -37,7 +36,7 @@ class Workload:
         """The problem of M tokens through this layer on a machine; activations are BF16 where the weights are FP8."""
         return MoEProblem(
             M=M, K=self.K, N=self.N, E=self.E, topk=self.topk, dtype=dtype,
-            act_dtype="bf16" if dtype == "fp8" else dtype, activation=self.activation, bias=self.bias,
+            act_dtype="bf16" if dtype in FP8_DTYPES else dtype, activation=self.activation, bias=self.bias,
             interleaved=self.interleaved, device=machine.device, capability=machine.capability, mode=mode,
         )  # fmt: skip
 
@@ -144,7 +143,7 @@ def make_experts(
 
     Args:
         layer: The layer, whose shape, activation and biases count.
-        dtype: Dtype of the weights; ``"fp8"`` quantises them.
+        dtype: Dtype of the weights; FP8 quantises them.
         device: Device of the weights.
         generator: A generator on `device`; torch's default if None.
         act_dtype: Dtype of the biases where the weights are FP8; BF16 if None.
@@ -154,7 +153,7 @@ def make_experts(
 
     from moe_dispatch.experts import ExpertWeights
 
-    plain = torch_dtype((act_dtype or "bf16") if dtype == "fp8" else dtype)
+    plain = torch_dtype((act_dtype or "bf16") if dtype in FP8_DTYPES else dtype)
     rows = layer.N if layer.activation in UNGATED else 2 * layer.N
 
     def draw(*shape: int, scale: float) -> "Tensor":
@@ -168,16 +167,15 @@ def make_experts(
     biases = (
         (draw(layer.E, rows, scale=0.1), draw(layer.E, layer.K, scale=0.1)) if layer.bias else (None, None)
     )  # fmt: skip
-    if dtype == "fp8":
-        build = ExpertWeights.quantize
-    else:
-        build = functools.partial(ExpertWeights, transposed=transposed)
-        if transposed:
-            gate_up, down = (weight.mT.contiguous().mT for weight in (gate_up, down))
-    return build(
-        gate_up, down, gate_up_bias=biases[0], down_bias=biases[1], activation=layer.activation,
-        interleaved=layer.interleaved,
-    )  # fmt: skip
+    kind: dict[str, Any] = {
+        "gate_up_bias": biases[0], "down_bias": biases[1], "activation": layer.activation,
+        "interleaved": layer.interleaved,
+    }  # fmt: skip
+    if dtype in FP8_DTYPES:
+        return ExpertWeights.quantize(gate_up, down, **kind, form="channel" if dtype == "fp8_channel" else "block")
+    if transposed:
+        gate_up, down = (weight.mT.contiguous().mT for weight in (gate_up, down))
+    return ExpertWeights(gate_up, down, **kind, transposed=transposed)
 
 
 def torch_dtype(name: DType) -> "torch.dtype":
@@ -186,6 +184,7 @@ def torch_dtype(name: DType) -> "torch.dtype":
 
     dtypes: dict[DType, torch.dtype] = {
         "bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp8": torch.float8_e4m3fn,
+        "fp8_channel": torch.float8_e4m3fn,
     }  # fmt: skip
     return dtypes[name]
 

@@ -2,7 +2,8 @@
 
 The figures come from one H200, 2026-11-23 and 24: whole layers of the seven named models under CUDA graphs, vLLM
 0.20.2, DeepGEMM 2.5.0, torch 2.11. On other devices, where no layer was measured, our own kernels come first and the
-libraries after them. `moe-dispatch calibrate` replaces all of this.
+libraries after them. In FP8 the weights were block FP8; per-channel FP8, of which nothing was measured for these
+rules, is ranked alike. `moe-dispatch calibrate` replaces all of this.
 """
 
 from typing import Final
@@ -87,7 +88,7 @@ def _hopper(problem: MoEProblem) -> Ranked:
         return (*decode, *grouped, _vllm("next at decode"), *_torch(problem), ("deep_gemm", "pads every expert"))
     rows = problem.expected_slots / problem.E
     work = problem.K * problem.N / (problem.K + problem.N)
-    if problem.dtype == "fp8" and rows >= FP8_PREFILL_ROWS and work >= FP8_WORK_PER_VALUE:
+    if problem.fp8 and rows >= FP8_PREFILL_ROWS and work >= FP8_WORK_PER_VALUE:
         why = f"fastest grouped products measured on an H200 at prefill, and this is {rows:.0f} rows per expert"
         return (("deep_gemm", why), *_ours(problem), *_torch(problem), _vllm("behind all of them at prefill"))
     if rows >= PREFILL_ROWS:
@@ -121,11 +122,13 @@ def vector_suits(problem: MoEProblem) -> bool:
     """Whether the vector kernels are likelier to be fastest than split-K on tensor cores."""
     if problem.expected_slots > VECTOR_SHARING * problem.expected_experts:
         return False
+    if problem.fp8 and problem.capability is not None and problem.capability < (8, 9):
+        return False  # without an instruction that converts e4m3, which takes longer still; nothing was measured there
     read = problem.expected_experts * problem.expert_bytes
     topk, columns = (1 << (length - 1).bit_length() for length in (problem.topk, problem.N))
     fits = topk <= VECTOR_EXPERTS and columns <= VECTOR_N and topk * columns <= VECTOR_COLUMNS
     at_once = problem.topk == 1 or fits
-    if problem.dtype == "fp8":
+    if problem.fp8:
         return at_once and read <= VECTOR_FP8_BYTES
     apart = problem.M == 1 and read >= VECTOR_APART_BYTES
     return (at_once or apart) and read <= VECTOR_BYTES
@@ -133,7 +136,7 @@ def vector_suits(problem: MoEProblem) -> bool:
 
 def _many_rows(problem: MoEProblem) -> bool:
     """Whether tiles of 128 rows are likelier to be faster than tiles of 64."""
-    if problem.dtype != "fp8":
+    if not problem.fp8:
         least = GLUON_ROWS
     else:
         least = GLUON_FP8_ROWS_FROM_LONG_N if problem.N >= GLUON_LONG_N else GLUON_FP8_ROWS

@@ -79,6 +79,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(skip)
 
 
+def _in_a_process_group() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
 @pytest.fixture(autouse=True)
 def fresh_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     for variable in ("BACKEND", "POLICY", "DISABLE", "LOG_LEVEL"):
@@ -86,10 +90,11 @@ def fresh_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[N
     monkeypatch.setenv("MOE_DISPATCH_CACHE_DIR", str(tmp_path / "cache"))
     settings.cache_clear()
     reset_dispatchers()
+    grouped = _in_a_process_group()  # that a fixture of the whole module made
     yield
     settings.cache_clear()
     reset_dispatchers()
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
+    if _in_a_process_group() and not grouped:
         torch.distributed.destroy_process_group()
     if torch.cuda.is_available() and torch.cuda.memory_reserved() > KEPT_BYTES:
         torch.cuda.empty_cache()

@@ -28,7 +28,7 @@ _failed: Final[list[str]] = []  # why the grouped products are not used any more
 def backward(gradient: Tensor, inputs: Inputs, wanted: Wanted, machine: Machine) -> Gradients:
     """Compute the gradients of one call: grouped where that serves, else expert by expert.
 
-    Block FP8 weights are dequantised expert by expert. The quantisation of the activations counts as the identity
+    FP8 weights are dequantised expert by expert. The quantisation of the activations counts as the identity
     (straight-through), as its own derivative is zero almost everywhere.
 
     Args:

@@ -24,7 +24,7 @@ def backward(gradient: Tensor, inputs: Inputs, wanted: Wanted) -> Gradients:
     """
     hidden_states, experts, topk_weights, topk_ids = inputs
     M, topk = topk_ids.shape
-    dtype = _product_dtype(experts)
+    dtype, per_token = _product_dtype(experts), experts.dtype == "fp8_channel"
     routing = route_torch(topk_ids, experts.E)
     slot_of_row = routing.slot_of_row.long()
     weights = topk_weights.flatten()
@@ -48,8 +48,8 @@ def backward(gradient: Tensor, inputs: Inputs, wanted: Wanted) -> Gradients:
         tokens = slots // topk
         x, d_out, share = hidden_states[tokens].to(dtype), gradient[tokens].to(dtype), weights[slots][:, None]
         gate_up, down = (weight.to(dtype) for weight in weights_of_expert(experts, e))
-        if experts.dtype == "fp8":
-            x = round_rows_through_fp8(x)
+        if experts.fp8:
+            x = round_rows_through_fp8(x, per_token=per_token)
         product = x @ gate_up.t()
         if experts.gate_up_bias is not None:
             product += experts.gate_up_bias[e].to(dtype)
@@ -58,7 +58,7 @@ def backward(gradient: Tensor, inputs: Inputs, wanted: Wanted) -> Gradients:
             product, d_inner, share, experts.activation, interleaved=experts.interleaved
         )
         if d_weights is not None:
-            read = round_rows_through_fp8(inner) if experts.dtype == "fp8" else inner
+            read = round_rows_through_fp8(inner, per_token=per_token) if experts.fp8 else inner
             d_share = (d_inner.float() * read.float()).sum(dim=1)
             if experts.down_bias is not None:
                 d_share += d_out.float() @ experts.down_bias[e].float()

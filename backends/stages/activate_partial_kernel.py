@@ -19,8 +19,8 @@ def _moe_activate_partial_kernel(
     # shapes
     S, N, E,
     # constants
-    SPLITS: tl.constexpr, GATED: tl.constexpr, INTERLEAVED: tl.constexpr, FP8: tl.constexpr, ACTIVATION: tl.constexpr,
-    PDL: tl.constexpr, BLOCK: tl.constexpr,
+    SPLITS: tl.constexpr, GATED: tl.constexpr, INTERLEAVED: tl.constexpr, ACTIVATION: tl.constexpr, PDL: tl.constexpr,
+    BLOCK: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     parts: tl.constexpr = 2 if GATED else 1
     slot = tl.program_id(0)
@@ -44,14 +44,14 @@ def _moe_activate_partial_kernel(
         if GATED:
             up += tl.load(biases + (1 if INTERLEAVED else N) + offs_n * step, mask=mask, other=0.0).to(tl.float32)
     out = moe_activate(gate, up, ACTIVATION)
-    if FP8:
-        groups: tl.constexpr = BLOCK // 128
+    if scale_ptr is not None:
+        groups: tl.constexpr = BLOCK // WIDTH
         # Past N nothing may count: a bias without columns leaves an activation of zero, and zero is no amax.
-        grouped = tl.reshape(tl.where(mask, out, 0.0), [groups, 128])
+        grouped = tl.reshape(tl.where(mask, out, 0.0), [groups, WIDTH])
         scale = moe_fp8_scale(moe_fp8_amax(grouped, 1))  # [groups]
-        codes = moe_fp8_codes(grouped, tl.broadcast_to(scale[:, None], [groups, 128]))
+        codes = moe_fp8_codes(grouped, tl.broadcast_to(scale[:, None], [groups, WIDTH]))
         tl.store(out_ptr + slot.to(tl.int64) * N + offs_n, tl.reshape(codes, [BLOCK]), mask=mask)
         offs_g = tl.program_id(1) * groups + tl.arange(0, groups)
-        tl.store(scale_ptr + slot * tl.cdiv(N, 128) + offs_g, scale, mask=offs_g * 128 < N)
+        tl.store(scale_ptr + slot * tl.cdiv(N, WIDTH) + offs_g, scale, mask=offs_g * WIDTH < N)
     else:
         tl.store(out_ptr + slot.to(tl.int64) * N + offs_n, out.to(out_ptr.dtype.element_ty), mask=mask)

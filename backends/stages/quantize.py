@@ -1,6 +1,7 @@
-"""Gathering rows, and quantising activations to block FP8: e4m3 with one fp32 multiplier per row and 128 columns.
+"""Gathering rows, and quantising activations: e4m3 with one fp32 multiplier per row and 128 columns, or per row.
 
-The scheme is DeepSeek-V3's (technical report, section 3.3.2).
+The first scheme, that of block FP8, is DeepSeek-V3's (technical report, section 3.3.2); the second goes with weights
+that have a scale per channel.
 """
 
 import math
@@ -24,31 +25,38 @@ _SPREAD_ROWS: Final = 64
 _SCALE_ROWS = 4
 
 
-def quantize_rows(rows: Tensor, *, column_major_scales: bool = False, pdl: bool = False) -> tuple[Tensor, Tensor]:
-    """Quantise ``[R, C]`` per row and 128 columns; C may be anything.
+def quantize_rows(
+    rows: Tensor, *, per_token: bool = False, column_major_scales: bool = False, pdl: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Quantise ``[R, C]`` per row and 128 columns, or per row; C may be anything.
 
     Args:
         rows: BF16, FP16 or FP32 ``[R, C]``, contiguous.
+        per_token: Whether a row has one multiplier.
         column_major_scales: Lay the multipliers out as DeepGEMM wants them, see `gather_quantize`.
         pdl: Launch as a programmatic dependent of the kernel before (sm_90 and newer).
 
     Returns:
-        e4m3 ``[R, C]`` and fp32 multipliers ``[R, ⌈C/128⌉]``.
+        e4m3 ``[R, C]`` and fp32 multipliers ``[R, ⌈C/128⌉]``, or ``[R, 1]`` per token.
     """
     R, C = rows.shape
-    scale = empty_scales(R, C, rows.device, column_major=column_major_scales)
+    scale = empty_scales(R, 1 if per_token else C, rows.device, column_major=column_major_scales)
     if not on_triton(rows):
-        codes, plain = quantize_rows_torch(rows)
+        codes, plain = quantize_rows_torch(rows, per_token=per_token)
         return codes, scale.copy_(plain)
     from moe_dispatch.backends.stages.quantize_kernel import _moe_quantize_rows_kernel
 
     codes = torch.empty(R, C, dtype=FP8, device=rows.device)
-    groups = column_groups(C)
-    # Column-major multipliers are written several rows at a time, so that a warp's stores share a sector.
-    block_r = 8 if column_major_scales else max(1, 16 // groups)
-    groups = min(groups, 32 // block_r)
+    if per_token:
+        block_r, groups, width = 1, 1, max(QUANT_BLOCK, next_power_of_2(C))
+        warps = min(16, max(1, width // 256))
+    else:
+        groups, width, warps = column_groups(C), QUANT_BLOCK, 4
+        # Column-major multipliers are written several rows at a time, so that a warp's stores share a sector.
+        block_r = 8 if column_major_scales else max(1, 16 // groups)
+        groups = min(groups, 32 // block_r)
     if R:
-        _moe_quantize_rows_kernel[(math.ceil(R / block_r), math.ceil(C / (groups * QUANT_BLOCK)))](
+        _moe_quantize_rows_kernel[(math.ceil(R / block_r), math.ceil(C / (groups * width)))](
             # inputs
             rows,
             # outputs
@@ -56,7 +64,7 @@ def quantize_rows(rows: Tensor, *, column_major_scales: bool = False, pdl: bool 
             # shapes
             R, C, scale.stride(0), scale.stride(1),
             # constants
-            BLOCK_R=block_r, GROUPS=groups, PDL=pdl, num_warps=4, **pdl_option(pdl),
+            BLOCK_R=block_r, GROUPS=groups, WIDTH=width, PDL=pdl, num_warps=warps, **pdl_option(pdl),
         )  # fmt: skip
     return codes, scale
 

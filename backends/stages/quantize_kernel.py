@@ -25,22 +25,24 @@ def _moe_quantize_rows_kernel(
     # constants
     BLOCK_R: tl.constexpr,
     GROUPS: tl.constexpr,
+    WIDTH: tl.constexpr,
     PDL: tl.constexpr,
 ):
+    """A program quantises GROUPS groups of WIDTH columns of BLOCK_R rows."""
     offs_r = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
-    offs_c = tl.program_id(1) * GROUPS * 128 + tl.arange(0, GROUPS * 128)
+    offs_c = tl.program_id(1) * GROUPS * WIDTH + tl.arange(0, GROUPS * WIDTH)
     offs_g = tl.program_id(1) * GROUPS + tl.arange(0, GROUPS)
     moe_pdl_wait_and_release(PDL)
     mask_r = offs_r < rows
     mask = mask_r[:, None] & (offs_c < columns)[None, :]
     offs = offs_r.to(tl.int64)[:, None] * columns + offs_c[None, :]
     x = tl.load(x_ptr + offs, mask=mask, other=0.0)
-    x = tl.reshape(x.to(tl.float32), [BLOCK_R, GROUPS, 128])
+    x = tl.reshape(x.to(tl.float32), [BLOCK_R, GROUPS, WIDTH])
     scale = moe_fp8_scale(moe_fp8_amax(x, 2))  # [BLOCK_R, GROUPS]
-    codes = moe_fp8_codes(x, tl.broadcast_to(scale[:, :, None], [BLOCK_R, GROUPS, 128]))
-    tl.store(codes_ptr + offs, tl.reshape(codes, [BLOCK_R, GROUPS * 128]), mask=mask)
+    codes = moe_fp8_codes(x, tl.broadcast_to(scale[:, :, None], [BLOCK_R, GROUPS, WIDTH]))
+    tl.store(codes_ptr + offs, tl.reshape(codes, [BLOCK_R, GROUPS * WIDTH]), mask=mask)
     scale_ptrs = scale_ptr + offs_r.to(tl.int64)[:, None] * stride_scale_row + offs_g[None, :] * stride_scale_group
-    tl.store(scale_ptrs, scale, mask=mask_r[:, None] & (offs_g * 128 < columns)[None, :])
+    tl.store(scale_ptrs, scale, mask=mask_r[:, None] & (offs_g * WIDTH < columns)[None, :])
 
 
 @fast_launch

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from moe_dispatch.backend import BackendConfig, Inputs, RunInto, WritingBackend
 from moe_dispatch.backends.triton_common.descriptors import WeightDescriptors, WeightView
 from moe_dispatch.backends.triton_common.features import features, triton_reasons, triton_requirements
+from moe_dispatch.backends.triton_common.quantization import Quantization, quantization, quantization_of
 from moe_dispatch.experts import ExpertWeights
 from moe_dispatch.machine import Machine
 from moe_dispatch.problem import MoEProblem
@@ -51,6 +52,14 @@ class TritonBackend(WritingBackend):
 
         On a device that offers as many to a block, `configs` has at least one configuration.
         """
+
+    def quantizes_activations(self, problem: MoEProblem) -> bool:
+        """See `Backend.quantizes_activations`: not where the kernels dequantise the weights."""
+        return not quantization_of(problem).dequantizes
+
+    def _quantization(self, experts: ExpertWeights) -> Quantization:
+        """How the layer's weights are multiplied here."""
+        return quantization(experts.dtype, fp8=self._features.fp8)
 
     def measured_versions(self) -> dict[str, str]:
         """See `Backend.measured_versions`: our source and Triton's compiler make the code that was timed."""

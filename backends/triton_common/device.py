@@ -1,5 +1,5 @@
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"
-"""Device functions that several kernels share: the activation, rows and biases of gate_up, e4m3 quantisation.
+"""Device functions that several kernels share: the activation, rows and biases of gate_up, e4m3 and its values.
 
 Imported by kernel modules only: it needs Triton. The arithmetic is that of `moe_dispatch.numerics`.
 """
@@ -15,6 +15,9 @@ from moe_dispatch.numerics import FP8_MAX, SMALLEST_AMAX
 # the carry, and where kernels are lowered for a device before sm_90 (see `moe_fp8_codes`) while they run on a newer
 # one, so that the device's own capability does not tell.
 _ROUNDS_BADLY = tl.constexpr(interpreting() or lowers_for("sm80", "sm86", "sm89"))
+# Where e4m3 is no type of its own, or is lowered for a device on which it is none.
+_LACKS_E4M3 = tl.constexpr(interpreting() or lowers_for("sm80", "sm86"))
+_INTERPRETED = tl.constexpr(interpreting())
 _FP8_MAX = tl.constexpr(FP8_MAX)
 _SMALLEST_AMAX = tl.constexpr(SMALLEST_AMAX)
 _SQRT_HALF = tl.constexpr(0.7071067811865476)
@@ -191,3 +194,74 @@ def _moe_round_to_e4m3(values):
     subnormal = (values + 24576.0) - 24576.0  # 1.5 · 2^14: its last bit is 2^-9
     rounded = tl.where(tl.abs(values) < 0.015625, subnormal, normal)
     return tl.where(values == values, rounded, values)  # noqa: PLR0124 - a NaN is not itself
+
+
+def _four_values(dtype: str, shift: int, exponent: int, overflow: int) -> tl.constexpr:
+    """PTX that turns four e4m3 codes in one register into two registers of two values each.
+
+    Sign and magnitude of a code are moved to where the wider type has them, which leaves an exponent that is too small
+    by the difference of the biases; one product with a power of two mends it. That is exact, for subnormal codes too:
+    they become subnormal in the wider type, whose products keep subnormals. The code of NaN becomes 480 so far, and the
+    greatest other magnitude is 448. A product with a factor between them overflows for 480 alone, and zero times
+    infinity is NaN.
+
+    Args:
+        dtype: ``"bf16"`` or ``"f16"``.
+        shift: Bits by which a magnitude moves from the upper byte of a half to the right.
+        exponent: Bits of the power of two: 2^120 in BF16, 2^8 in FP16.
+        overflow: Bits of the factor that overflows.
+    """
+    magnitude = 0x7F00 >> shift
+    halves = """
+        and.b32 sign, {half}, 0x80008000;
+        shr.b32 {half}, {half}, {shift};
+        lop3.b32 {half}, {half}, 0x{magnitude:04x}{magnitude:04x}, sign, 0xEA;
+        fma.rn.{dtype}x2 {half}, {half}, power, minus_zero;
+        fma.rn.{dtype}x2 sign, {half}, overflow, minus_zero;
+        fma.rn.{dtype}x2 {result}, sign, zero, {half};"""
+    each = [
+        halves.format(half=half, result=result, shift=shift, magnitude=magnitude, dtype=dtype)
+        for half, result in (("low", "$0"), ("high", "$1"))
+    ]
+    return tl.constexpr(f"""{{
+        .reg .b32 low, high, sign, power, overflow, zero, minus_zero;
+        mov.b32 zero, 0;
+        mov.b32 minus_zero, 0x80008000;
+        mov.b32 power, 0x{exponent:04x}{exponent:04x};
+        mov.b32 overflow, 0x{overflow:04x}{overflow:04x};
+        prmt.b32 low, $2, 0, 0x1404;
+        prmt.b32 high, $2, 0, 0x3424;{"".join(each)}
+    }}""")
+
+
+_TO_BF16 = _four_values("bf16", 4, 0x7B80, 0x7B0D)  # 2^120; 1.1015625 · 2^119
+_TO_FP16 = _four_values("f16", 1, 0x5C00, 0x5860)  # 2^8; 140
+
+
+@triton.jit
+def moe_fp8_values(codes, dtype: tl.constexpr):
+    """The exact values in BF16 or FP16 of e4m3 codes that are given as bytes; NaN stays NaN.
+
+    For devices without e4m3, to which neither Triton nor PTX converts it.
+    """
+    if _INTERPRETED:
+        # The interpreter has no PTX, and computes BF16 wrongly: FP16, from which other types follow exactly.
+        bits = ((codes & 0x80).to(tl.uint16) << 8) | ((codes & 0x7F).to(tl.uint16) << 7)
+        values = bits.to(tl.float16, bitcast=True).to(tl.float32) * 256.0
+        values = tl.where((codes & 0x7F) == 0x7F, float("nan"), values).to(dtype)
+    elif dtype == tl.bfloat16:
+        values = tl.inline_asm_elementwise(_TO_BF16, "=r,=r,r", [codes], dtype=tl.bfloat16, is_pure=True, pack=4)
+    else:
+        tl.static_assert(dtype == tl.float16, "values are BF16 or FP16")
+        values = tl.inline_asm_elementwise(_TO_FP16, "=r,=r,r", [codes], dtype=tl.float16, is_pure=True, pack=4)
+    return values
+
+
+@triton.jit
+def moe_e4m3_to_fp32(codes):
+    """The values, exact, of e4m3 codes that are given as bytes; also where a device or Triton lacks the type."""
+    if _LACKS_E4M3 or not tl.target_info.cuda_capability_geq(8, 9):
+        values = moe_fp8_values(codes, tl.float16).to(tl.float32)
+    else:
+        values = codes.to(tl.float8e4nv, bitcast=True).to(tl.float32)
+    return values

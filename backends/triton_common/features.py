@@ -94,7 +94,7 @@ def features(machine: Machine) -> Features:
     """The features of a machine; in the interpreter those of a small sm_80 that knows e4m3."""
     if machine.capability is None:
         return Features("mma", tma=False, fp8=True, pdl=False, shared_memory=166912, sms=_INTERPRETED_SMS)
-    known = _DEVICE_CLASSES.get(machine.capability, _DeviceClass(fp8=machine.capability >= (8, 9)))
+    known = _device_class(machine.capability)
     return Features(
         known.tensor_cores,
         tma=known.tma,
@@ -105,12 +105,27 @@ def features(machine: Machine) -> Features:
     )
 
 
-def triton_requirements() -> Requirements:
-    """What our Triton backends take: every activation, bias and row order, on sm_80 and newer (FP8 from sm_89).
+def fp8_products(capability: tuple[int, int] | None) -> bool:
+    """Whether a device of this compute capability multiplies e4m3; None stands for the interpreter, which does."""
+    return capability is None or _device_class(capability).fp8
+
+
+def _device_class(capability: tuple[int, int]) -> _DeviceClass:
+    return _DEVICE_CLASSES.get(capability, _DeviceClass(fp8=capability >= (8, 9)))
+
+
+def triton_requirements(*, fp8_forms: bool = False) -> Requirements:
+    """What our Triton backends take: every activation, bias and row order, on sm_80 and newer.
 
     In the interpreter they take CPU tensors and fp32 weights too.
+
+    Args:
+        fp8_forms: Whether the kernels take FP8 weights in every form, and turn them into the activations' dtype where
+            the device has no products of e4m3; without, they take block FP8 from sm_89 on.
     """
     dtypes: dict[DType, tuple[int, int]] = {"bf16": (8, 0), "fp16": (8, 0), "fp8": (8, 9)}
+    if fp8_forms:
+        dtypes |= {"fp8": (8, 0), "fp8_channel": (8, 0)}
     act_dtypes: set[DType] = {"bf16", "fp16"}
     if interpreting():
         dtypes["fp32"] = (8, 0)

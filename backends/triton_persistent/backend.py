@@ -1,5 +1,7 @@
 """Our Triton backend for middle and large token counts, on every device that Triton compiles for."""
 
+from typing import ClassVar
+
 from torch import Tensor
 
 from moe_dispatch.backend import BackendConfig
@@ -7,6 +9,8 @@ from moe_dispatch.backends.stages.combine import combine, rows_dtype
 from moe_dispatch.backends.stages.quantize import empty_scales, quantize_rows
 from moe_dispatch.backends.stages.route import route
 from moe_dispatch.backends.triton_common.backend import TritonBackend
+from moe_dispatch.backends.triton_common.features import triton_requirements
+from moe_dispatch.backends.triton_common.quantization import quantization_of
 from moe_dispatch.backends.triton_persistent.config import (
     TritonPersistentConfig,
     least_shared_memory,
@@ -14,8 +18,7 @@ from moe_dispatch.backends.triton_persistent.config import (
 )
 from moe_dispatch.backends.triton_persistent.product import product
 from moe_dispatch.experts import ExpertWeights
-from moe_dispatch.numerics import FP8
-from moe_dispatch.problem import ELEMENT_BYTES, MoEProblem
+from moe_dispatch.problem import MoEProblem
 from moe_dispatch.workloads import torch_dtype
 
 
@@ -24,10 +27,16 @@ class TritonPersistentBackend(TritonBackend):
 
     Every launch of a product is one wave of programs, which find on the device which tiles there are. Deterministic:
     rows are placed in the order of their slots, and nothing is added atomically.
+
+    Where the device has no products of e4m3, FP8 weights are dequantised in the kernels and nothing is quantised.
     """
 
     name = "triton_persistent"
+    requirements = triton_requirements(fp8_forms=True)
     config_type = TritonPersistentConfig
+    # Per-channel FP8: the intermediate is rounded to BF16 before it is quantised, so some codes fall on the other side,
+    # and tensor cores of sm_90 sum e4m3 products with fewer bits than fp32 has.
+    tolerance: ClassVar = {**TritonBackend.tolerance, "fp8_channel": 3e-2}
 
     def least_shared_memory(self, problem: MoEProblem) -> int:
         """See `TritonBackend.least_shared_memory`."""
@@ -39,9 +48,12 @@ class TritonPersistentBackend(TritonBackend):
 
     def workspace_bytes(self, problem: MoEProblem, config: BackendConfig) -> int:  # noqa: ARG002
         """See `Backend.workspace_bytes`."""
-        element = ELEMENT_BYTES[problem.dtype]
-        codes = problem.M * problem.K if problem.dtype == "fp8" else 0
-        row = problem.N * element + problem.K * rows_dtype(torch_dtype(problem.act_dtype)).itemsize + 8
+        quantization = quantization_of(problem)
+        codes = problem.M * problem.K if quantization.activations else 0
+        element = rows_dtype(torch_dtype(problem.act_dtype)).itemsize
+        row = problem.N * quantization.activation_bytes(problem.act_dtype) + problem.K * element + 8
+        if quantization.per_token:
+            row += problem.N * element
         return codes + problem.slots * row
 
     def run_into(
@@ -55,17 +67,28 @@ class TritonPersistentBackend(TritonBackend):
     ) -> Tensor:
         """See `Backend.run_into`."""
         assert isinstance(config, TritonPersistentConfig)  # noqa: S101 - the dispatcher made it from config_type
-        fp8, pdl = experts.dtype == "fp8", config.pdl and self._features.pdl
+        quantization, pdl = self._quantization(experts), config.pdl and self._features.pdl
+        per_token = quantization.per_token
+        in_product = quantization.activations and not per_token  # a tile holds whole groups of 128 columns, and no row
         N, K = experts.N, experts.K
         routing = route(topk_ids, experts.E, pdl=pdl)
         rows = routing.slot_of_row.shape[0]
-        x, x_scale = quantize_rows(hidden_states, pdl=pdl) if fp8 else (hidden_states, None)
-        h = hidden_states.new_empty(rows, N, dtype=FP8 if fp8 else None)
-        h_scale = empty_scales(rows, N, h.device, column_major=False) if fp8 else None
+        x: Tensor = hidden_states
+        x_scale: Tensor | None = None
+        if quantization.activations:
+            x, x_scale = quantize_rows(hidden_states, per_token=per_token, pdl=pdl)
+        # Where the product does not quantise, its rows are stored as those of the second product are.
+        stored = rows_dtype(hidden_states.dtype) if per_token else quantization.stored(hidden_states.dtype)
+        h = hidden_states.new_empty(rows, N, dtype=stored)
+        h_scale = empty_scales(rows, N, h.device, column_major=False) if in_product else None
         product(
-            experts, "gate_up", x, x_scale, routing, topk_ids.shape[1], h, h_scale, config, self._features,
-            self._descriptor,
+            experts, "gate_up", quantization, x, x_scale, routing, topk_ids.shape[1], h, h_scale, config,
+            self._features, self._descriptor,
         )  # fmt: skip
+        if per_token:
+            h, h_scale = quantize_rows(h, per_token=True, pdl=pdl)
         y = hidden_states.new_empty(rows, K, dtype=rows_dtype(hidden_states.dtype))
-        product(experts, "down", h, h_scale, routing, 0, y, None, config, self._features, self._descriptor)
+        product(
+            experts, "down", quantization, h, h_scale, routing, 0, y, None, config, self._features, self._descriptor
+        )
         return combine(y, routing.row_of_slot, topk_weights, out, pdl=pdl)

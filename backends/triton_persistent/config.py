@@ -8,6 +8,7 @@ import pydantic
 from moe_dispatch.backend import BackendConfig
 from moe_dispatch.backends.stages.combine import rows_dtype
 from moe_dispatch.backends.triton_common.features import Features
+from moe_dispatch.backends.triton_common.quantization import quantization_of
 from moe_dispatch.problem import ELEMENT_BYTES, QUANT_BLOCK, MoEProblem
 from moe_dispatch.workloads import torch_dtype
 
@@ -21,7 +22,7 @@ class TritonPersistentConfig(BackendConfig):
         block_m: Rows of a tile.
         block_n: Columns of a tile of gate and of up, each; 64 or 128 for FP8.
         down_block_n: Columns of a tile of the second product.
-        block_k: Depth of one step of the product's loop. FP8 always takes 128, the width of a block of scales.
+        block_k: Depth of one step of the product's loop. Block FP8 always takes 128, the width of a block of scales.
         num_warps: Warps of a program.
         num_stages: Steps whose operands are in flight.
         ctas_per_sm: Programs of the wave on each streaming multiprocessor.
@@ -75,7 +76,8 @@ class TritonPersistentConfig(BackendConfig):
             wgmma: See `Features.wgmma`.
         """
         wide = max((2 if problem.gated else 1) * self.block_n, self.down_block_n)
-        stage = (self.block_m + wide) * self.block_k * ELEMENT_BYTES[problem.dtype]
+        activations = self.block_m * quantization_of(problem).activation_bytes(problem.act_dtype)
+        stage = (activations + wide * ELEMENT_BYTES[problem.dtype]) * self.block_k
         # Without wgmma, which reads shared memory while it runs, the stage being multiplied is in registers.
         stages = stage * (self.num_stages if wgmma else self.num_stages - 1)
         row_bytes = rows_dtype(torch_dtype(problem.act_dtype)).itemsize
@@ -130,7 +132,7 @@ def _needed(config: TritonPersistentConfig, problem: MoEProblem, features: Featu
 
 def _shapes(problem: MoEProblem, features: Features) -> list[TritonPersistentConfig]:
     """Tiles for a problem's rows per expert, the likeliest to be fast first; `num_stages` is left to what fits."""
-    fp8 = problem.dtype == "fp8"
+    fp8 = problem.fp8
     load = problem.expected_slots / max(min(problem.E, problem.expected_experts), 1.0)
     common = {
         "block_n": 64, "down_block_n": 128, "block_k": QUANT_BLOCK if fp8 else 64, "tma": features.tma,
@@ -141,13 +143,15 @@ def _shapes(problem: MoEProblem, features: Features) -> list[TritonPersistentCon
         # 64 cost no time: weights arrive slower than they are multiplied.
         low = {"block_m": 64, "num_warps": 4, "ctas_per_sm": 2, "flatten_steps": 16}
         high = low | {"block_m": 128}
-        # In FP8 promotion takes the registers that a higher tile would need. Otherwise low tiles come first while few
-        # experts have more than 64 rows, two standard deviations of a Poisson load (gpt-oss-120b on an H200: 1562 and
-        # 1688 µs at 45 rows, 1920 and 1712 at 64). With tcgen05 and alternating gate and up rows the epilogue of a high
-        # tile spills 320 bytes a thread (Triton 3.8).
+        # In block FP8 promotion takes the registers that a higher tile would need. Per-channel FP8 starts with the same
+        # tiles, as nothing was measured for it. Otherwise low tiles come first while few experts have more than 64
+        # rows, two standard deviations of a Poisson load (gpt-oss-120b on an H200: 1562 and 1688 µs at 45 rows, 1920
+        # and 1712 at 64). With tcgen05 and alternating gate and up rows the epilogue of a high tile spills 320 bytes a
+        # thread (Triton 3.8).
         spills = features.tensor_cores == "tcgen05" and problem.interleaved
         low_first = spills or load + 2 * math.sqrt(load) <= 64
-        shapes = [low] if fp8 else [low, high] if low_first else [high, low]
+        promotes = quantization_of(problem).scales == "block"
+        shapes = [low] if promotes else [low, high] if low_first or fp8 else [high, low]
     else:
         heights = (16, 32) if load <= 12 else (32, 16, 64) if load <= 24 else (64, 32, 128)
         # mma.sync holds operands in registers too.

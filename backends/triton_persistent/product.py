@@ -9,6 +9,7 @@ from torch import Tensor
 from moe_dispatch.backends.stages.route import Routing
 from moe_dispatch.backends.triton_common.features import Features
 from moe_dispatch.backends.triton_common.launch_options import next_power_of_2, pdl_option
+from moe_dispatch.backends.triton_common.quantization import Quantization
 from moe_dispatch.backends.triton_persistent.config import TritonPersistentConfig, tma_fits
 from moe_dispatch.experts import ExpertWeights
 from moe_dispatch.problem import QUANT_BLOCK
@@ -17,6 +18,7 @@ from moe_dispatch.problem import QUANT_BLOCK
 def product(
     experts: ExpertWeights,
     name: Literal["gate_up", "down"],
+    quantization: Quantization,
     x: Tensor,
     x_scale: Tensor | None,
     routing: Routing,
@@ -32,12 +34,13 @@ def product(
     Args:
         experts: The layer.
         name: Which of its weights. The activation belongs to ``"gate_up"``.
+        quantization: How they are multiplied.
         x: ``[rows, K]`` in the order of experts, or with `topk` ``[M, K]`` in the order of tokens.
-        x_scale: fp32 multipliers of FP8 codes, ``[…, ⌈K/128⌉]``.
+        x_scale: fp32 multipliers of `x` where it is FP8 codes, ``[…, ⌈K/128⌉]`` or ``[…, 1]``.
         routing: From `route`, without padding between experts.
         topk: Experts per token if `x` is in the order of tokens, else 0.
         y: Written, ``[rows, N]``.
-        y_scale: Written with multipliers where `y` is FP8 codes, ``[rows, ⌈N/128⌉]``.
+        y_scale: Written with multipliers where `y` is FP8 codes of block FP8, ``[rows, ⌈N/128⌉]``.
         config: Tiles.
         features: Of the device.
         descriptor: `TritonBackend._descriptor`: makes the tensor descriptor of a weight, or finds the one made before.
@@ -47,20 +50,20 @@ def product(
     first = name == "gate_up"
     N, K = y.shape[1], x.shape[1]
     block_n = config.block_n if first else config.down_block_n
-    block_k = QUANT_BLOCK if x_scale is not None else config.block_k
+    block_k = QUANT_BLOCK if quantization.scales == "block" else config.block_k
     halves = 2 if first and experts.gated else 1
     interleaved = first and experts.interleaved
     # Rows of gate and of up take turns in a tile's operand, half a tile at a time: each of two warp groups then has
     # gate and up of the same columns.
     run = block_n // 2 if halves == 2 and not interleaved else 1
-    tma = config.tma and features.tma and tma_fits(K, x.element_size()) and N % run == 0
+    weight: Tensor = getattr(experts, name)
+    tma = config.tma and features.tma and tma_fits(K, weight.element_size()) and N % run == 0
     pdl = config.pdl and features.pdl
     # Where a group of quantised columns is two tiles, the loop carries the first one's result, and Triton does not
     # flatten such a loop.
     carries = y_scale is not None and block_n < QUANT_BLOCK
     # Each half of a tile's operand lies in one 128×128 block of weights, and so has one multiplier a step.
     scalar = block_n <= QUANT_BLOCK and not interleaved and (halves == 1 or N % QUANT_BLOCK == 0)
-    weight: Tensor = getattr(experts, name)
     # The weight seen as [E, N / run, halves, run, K]: one box of it is a tile's operand.
     shape = (experts.E, halves, N // run, run, K) if run > 1 else (experts.E, N, halves, 1, K)
     swapped = (1, 2) if run > 1 else None
@@ -68,7 +71,7 @@ def product(
     _moe_product_kernel[(features.sms * config.ctas_per_sm,)](
         # inputs
         x, x_scale,
-        descriptor(experts, name, shape, box, swapped) if tma else weight,
+        descriptor(experts, name, shape, box, swapped) if tma else quantization.readable(weight),
         getattr(experts, f"{name}_scale"), getattr(experts, f"{name}_bias"),
         routing.slot_of_row if topk else None, routing.starts, routing.ends,
         # outputs
@@ -77,7 +80,7 @@ def product(
         N, K, experts.E,
         # constants
         TOPK=topk, ACTIVATION=experts.activation if first else None, HALVES=halves, RUN=run,
-        INTERLEAVED=interleaved, SCALAR_SCALE=scalar, EVEN_K=K % block_k == 0, TMA=tma,
+        INTERLEAVED=interleaved, SCALES=quantization.scales, SCALAR_SCALE=scalar, EVEN_K=K % block_k == 0, TMA=tma,
         BLOCK_M=config.block_m, BLOCK_N=block_n, BLOCK_K=block_k,
         ORDER=config.order, GROUP_M=config.group_m, E_POW2=next_power_of_2(experts.E),
         FLATTEN=not carries and math.ceil(K / block_k) <= config.flatten_steps, PDL=pdl,

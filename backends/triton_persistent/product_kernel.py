@@ -8,7 +8,13 @@ every program computes its share on the device, from the running count of all ex
 import triton
 import triton.language as tl
 
-from moe_dispatch.backends.triton_common.device import moe_activate, moe_fp8_amax, moe_fp8_codes, moe_fp8_scale
+from moe_dispatch.backends.triton_common.device import (
+    moe_activate,
+    moe_fp8_amax,
+    moe_fp8_codes,
+    moe_fp8_scale,
+    moe_fp8_values,
+)
 from moe_dispatch.backends.triton_common.fast_launch import fast_launch
 from moe_dispatch.backends.triton_common.pdl import moe_pdl_wait_and_release
 
@@ -38,6 +44,7 @@ def _moe_product_kernel(
     HALVES: tl.constexpr,
     RUN: tl.constexpr,
     INTERLEAVED: tl.constexpr,
+    SCALES: tl.constexpr,
     SCALAR_SCALE: tl.constexpr,
     EVEN_K: tl.constexpr,
     TMA: tl.constexpr,
@@ -60,7 +67,6 @@ def _moe_product_kernel(
     while this tile's result is stored.
     """
     moe_pdl_wait_and_release(PDL)
-    FP8: tl.constexpr = x_scale_ptr is not None
     WIDE: tl.constexpr = HALVES * BLOCK_N
     GROUP_TILES: tl.constexpr = 128 // BLOCK_N if y_scale_ptr is not None else 1
     tl.static_assert(GROUP_TILES <= 2, "a group of 128 columns is one tile or two")
@@ -82,31 +88,10 @@ def _moe_product_kernel(
         x_ptrs = x_ptr + source.to(tl.int64)[:, None] * K
         w_row, column = _weight_rows(first_n, N, HALVES, RUN, INTERLEAVED, WIDE)
         w_rows = e.to(tl.int64) * (HALVES * N) + w_row
-        if FP8:
-            k_groups = tl.cdiv(K, 128)
-            x_scale_ptrs = x_scale_ptr + source * k_groups
-            w_scale_ptrs = w_scale_ptr + e * tl.cdiv(HALVES * N, 128) * k_groups
-            x_scale = tl.load(x_scale_ptrs, mask=mask_m, other=0.0)
-            w_scale = _load_w_scale(w_scale_ptrs, w_row, column, first_n, N, k_groups, HALVES, RUN, SCALAR_SCALE)
-        acc = tl.zeros([BLOCK_M, WIDE], tl.float32)
-        for k in range(0, K, BLOCK_K):
-            x_tile = _load_rows(x_ptrs, mask_m, k, K, EVEN_K, BLOCK_K)
-            if TMA:
-                w_tile = tl.reshape(w.load([e, first_n // RUN, 0, 0, k]), [WIDE, BLOCK_K])
-            else:
-                w_tile = _load_rows(w + w_rows[:, None] * K, column < N, k, K, EVEN_K, BLOCK_K)
-            if FP8:
-                # Loaded one step ahead: nothing between the product and its promotion waits for memory.
-                k_group = tl.minimum(k // 128 + 1, k_groups - 1)
-                next_x_scale = tl.load(x_scale_ptrs + k_group, mask=mask_m, other=0.0)
-                next_w_scale = _load_w_scale(
-                    w_scale_ptrs + k_group, w_row, column, first_n, N, k_groups, HALVES, RUN, SCALAR_SCALE
-                )
-                acc += tl.dot(x_tile, tl.trans(w_tile)) * (x_scale[:, None] * w_scale[None, :])
-                x_scale, w_scale = next_x_scale, next_w_scale
-            else:
-                acc = tl.dot(x_tile, tl.trans(w_tile), acc, input_precision="ieee")
-
+        acc = _multiply(
+            x_ptrs, x_scale_ptr, w, w_scale_ptr, e, source, mask_m, w_row, w_rows, column, first_n, N, K,
+            HALVES, RUN, SCALES, SCALAR_SCALE, EVEN_K, TMA, BLOCK_M, WIDE, BLOCK_K,
+        )  # fmt: skip
         if bias_ptr is not None:
             acc += tl.load(bias_ptr + w_rows, mask=column < N, other=0.0).to(tl.float32)[None, :]
         # Columns past N are zeros, as their weights and biases were read: no group's multiplier is raised by them.
@@ -119,6 +104,56 @@ def _moe_product_kernel(
             if i % 2 == 1:
                 _store_group(held, y, y_ptr, y_scale_ptr, offs_m, mask_m, first_n - BLOCK_N, N, 2, BLOCK_M, BLOCK_N)
             held = y
+
+
+@triton.jit
+def _multiply(
+    x_ptrs, x_scale_ptr, w, w_scale_ptr, e, source, mask_m, w_row, w_rows, column, first_n, N, K,
+    HALVES: tl.constexpr, RUN: tl.constexpr, SCALES: tl.constexpr, SCALAR_SCALE: tl.constexpr, EVEN_K: tl.constexpr,
+    TMA: tl.constexpr, BLOCK_M: tl.constexpr, WIDE: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """The fp32 product of a tile's rows of x with its rows of w: ``[BLOCK_M, WIDE]``.
+
+    FP8 weights are multiplied as codes, or as the codes' exact values where x is not quantised. Scales per block
+    multiply the fp32 result of each block of K: that rounds no weight. Scales per row of w and of x multiply the whole
+    result, whose e4m3 products tensor cores of sm_90 sum with some 14 bits, as in vLLM's kernels: adding each block in
+    fp32 would cost what it costs in block FP8. `TritonPersistentBackend.tolerance` allows for it.
+    """
+    if SCALES == "block":
+        k_groups = tl.cdiv(K, 128)
+        w_scale_ptrs = w_scale_ptr + e * tl.cdiv(HALVES * N, 128) * k_groups
+        if x_scale_ptr is not None:
+            x_scale_ptrs = x_scale_ptr + source * k_groups
+            x_scale = tl.load(x_scale_ptrs, mask=mask_m, other=0.0)
+        w_scale = _load_w_scale(w_scale_ptrs, w_row, column, first_n, N, k_groups, HALVES, RUN, SCALAR_SCALE)
+    acc = tl.zeros([BLOCK_M, WIDE], tl.float32)
+    for k in range(0, K, BLOCK_K):
+        x_tile = _load_rows(x_ptrs, mask_m, k, K, EVEN_K, BLOCK_K)
+        if TMA:
+            w_tile = tl.reshape(w.load([e, first_n // RUN, 0, 0, k]), [WIDE, BLOCK_K])
+        else:
+            w_tile = _load_rows(w + w_rows[:, None] * K, column < N, k, K, EVEN_K, BLOCK_K)
+        if w_tile.dtype == tl.uint8:
+            w_tile = moe_fp8_values(w_tile, x_tile.dtype)
+        if SCALES == "block":
+            # Loaded one step ahead: nothing between the product and its promotion waits for memory.
+            k_group = tl.minimum(k // 128 + 1, k_groups - 1)
+            scale = w_scale[None, :]
+            if x_scale_ptr is not None:
+                scale = x_scale[:, None] * scale
+                x_scale = tl.load(x_scale_ptrs + k_group, mask=mask_m, other=0.0)
+            w_scale = _load_w_scale(
+                w_scale_ptrs + k_group, w_row, column, first_n, N, k_groups, HALVES, RUN, SCALAR_SCALE
+            )
+            acc += tl.dot(x_tile, tl.trans(w_tile)) * scale
+        else:
+            acc = tl.dot(x_tile, tl.trans(w_tile), acc, input_precision="ieee")
+    if SCALES == "channel":
+        # Loaded last: in a flattened loop they would take registers in every step.
+        acc *= tl.load(w_scale_ptr + w_rows, mask=column < N, other=0.0)[None, :]
+        if x_scale_ptr is not None:
+            acc *= tl.load(x_scale_ptr + source, mask=mask_m, other=0.0)[:, None]
+    return acc
 
 
 @triton.jit

@@ -10,6 +10,8 @@ from moe_dispatch.backend import BackendConfig
 from moe_dispatch.backends.stages.activate_partial import activate_partial
 from moe_dispatch.backends.stages.quantize import quantize_rows
 from moe_dispatch.backends.triton_common.backend import TritonBackend
+from moe_dispatch.backends.triton_common.features import triton_requirements
+from moe_dispatch.backends.triton_common.quantization import Quantization, quantization_of
 from moe_dispatch.backends.triton_splitk.config import (
     SplitKConfig,
     candidate_configs,
@@ -21,7 +23,7 @@ from moe_dispatch.backends.triton_splitk.gate_up import splitk_gate_up
 from moe_dispatch.backends.triton_splitk.reduce import splitk_reduce
 from moe_dispatch.errors import InvalidInputError
 from moe_dispatch.experts import ExpertWeights
-from moe_dispatch.problem import ELEMENT_BYTES, QUANT_BLOCK, MoEProblem
+from moe_dispatch.problem import QUANT_BLOCK, MoEProblem
 
 # Every CTA reads all ids to find those of its expert.
 MOST_SLOTS = 4096
@@ -34,10 +36,12 @@ class TritonSplitKBackend(TritonBackend):
     cores serve all tokens of an expert at once, several CTAs sharing a tile along K where few experts are hit; a last
     launch sums over experts and splits. Deterministic: all sums are in fixed order.
 
-    Block FP8 quantises hidden_states before and the intermediate between the products, each once.
+    FP8 quantises hidden_states before and the intermediate between the products, each once; where the device has
+    no products of e4m3, neither is quantised, and the kernels dequantise the weights.
     """
 
     name = "triton_splitk"
+    requirements = triton_requirements(fp8_forms=True)
     config_type = SplitKConfig
 
     def further_reasons(self, problem: MoEProblem) -> tuple[str, ...]:
@@ -61,11 +65,12 @@ class TritonSplitKBackend(TritonBackend):
 
     def workspace_bytes(self, problem: MoEProblem, config: BackendConfig) -> int:
         """See `Backend.workspace_bytes`."""
-        config = _checked(config, problem.dtype)
-        needed = problem.slots * problem.N * ELEMENT_BYTES[problem.dtype]
-        if problem.dtype == "fp8":
+        quantization = quantization_of(problem)
+        config = _checked(config, quantization)
+        needed = problem.slots * problem.N * quantization.activation_bytes(problem.act_dtype)
+        if quantization.activations:
             needed += problem.M * problem.K
-        if config.partial_sums(problem.dtype, gated=problem.gated):
+        if config.partial_sums(quantization, gated=problem.gated):
             needed += 4 * config.splits_gate_up * problem.slots * problem.gate_up_rows
         return needed + 4 * config.splits_down * problem.slots * problem.K
 
@@ -79,34 +84,41 @@ class TritonSplitKBackend(TritonBackend):
         out: Tensor,
     ) -> Tensor:
         """See `Backend.run_into`."""
-        config = _checked(config, experts.dtype)
-        inner, inner_scale = self._intermediate(hidden_states, experts, topk_ids, config)
+        quantization = self._quantization(experts)
+        config = _checked(config, quantization)
+        inner, inner_scale = self._intermediate(hidden_states, experts, quantization, topk_ids, config)
         shape = (config.splits_down, topk_ids.numel(), experts.K)
         partial = torch.empty(shape, dtype=torch.float32, device=hidden_states.device)
         descriptor = self._down_descriptor(experts, config) if config.tma else None
-        splitk_down(inner, inner_scale, experts, topk_ids, partial, config, descriptor)
+        splitk_down(inner, inner_scale, experts, quantization, topk_ids, partial, config, descriptor)
         splitk_reduce(partial, experts, topk_weights, topk_ids, out, config)
         return out
 
     def _intermediate(
-        self, hidden_states: Tensor, experts: ExpertWeights, topk_ids: Tensor, config: SplitKConfig
+        self,
+        hidden_states: Tensor,
+        experts: ExpertWeights,
+        quantization: Quantization,
+        topk_ids: Tensor,
+        config: SplitKConfig,
     ) -> tuple[Tensor, Tensor | None]:
-        """The input of down: ``[M·topk, N]`` activated; in block FP8 its codes and their multipliers."""
+        """The input of down: ``[M·topk, N]`` activated; where activations are quantised its codes and multipliers."""
         S, N, device = topk_ids.numel(), experts.N, hidden_states.device
         x, x_scale = hidden_states, None
-        if experts.dtype == "fp8":
-            x, x_scale = quantize_rows(hidden_states, pdl=config.pdl)
+        if quantization.activations:
+            x, x_scale = quantize_rows(hidden_states, per_token=quantization.per_token, pdl=config.pdl)
         descriptor = self._gate_up_descriptor(experts, config) if config.tma else None
-        if config.partial_sums(experts.dtype, gated=experts.gated):
+        stored = quantization.stored(hidden_states.dtype)
+        if config.partial_sums(quantization, gated=experts.gated):
             parts = 2 if experts.gated else 1
             partial = torch.empty(config.splits_gate_up, parts, S, N, dtype=torch.float32, device=device)
-            splitk_gate_up(x, x_scale, experts, topk_ids, partial, None, config, descriptor)
-            return activate_partial(partial, experts, topk_ids, pdl=config.pdl)
-        inner = torch.empty(S, N, dtype=experts.down.dtype, device=device)
+            splitk_gate_up(x, x_scale, experts, quantization, topk_ids, partial, None, config, descriptor)
+            return activate_partial(partial, experts, topk_ids, stored, pdl=config.pdl)
+        inner = torch.empty(S, N, dtype=stored, device=device)
         inner_scale = None
-        if experts.dtype == "fp8":
+        if quantization.activations:
             inner_scale = torch.empty(S, math.ceil(N / QUANT_BLOCK), dtype=torch.float32, device=device)
-        splitk_gate_up(x, x_scale, experts, topk_ids, inner, inner_scale, config, descriptor)
+        splitk_gate_up(x, x_scale, experts, quantization, topk_ids, inner, inner_scale, config, descriptor)
         return inner, inner_scale
 
     def _gate_up_descriptor(self, experts: ExpertWeights, config: SplitKConfig) -> Any:
@@ -127,10 +139,10 @@ class TritonSplitKBackend(TritonBackend):
         return self._descriptor(experts, "down", shape, block)
 
 
-def _checked(config: BackendConfig, dtype: str) -> SplitKConfig:
+def _checked(config: BackendConfig, quantization: Quantization) -> SplitKConfig:
     if not isinstance(config, SplitKConfig):
         raise InvalidInputError(f"triton_splitk takes a SplitKConfig, got {type(config).__name__}")
-    if dtype == "fp8" and config.block_k != QUANT_BLOCK:
+    if quantization.scales == "block" and config.block_k != QUANT_BLOCK:
         raise InvalidInputError(
             f"block FP8 changes scale every {QUANT_BLOCK} columns: needs block_k={QUANT_BLOCK}, got {config.block_k}"
         )

@@ -9,6 +9,7 @@ from pydantic import Field
 from moe_dispatch.backend import BackendConfig
 from moe_dispatch.backends.triton_common.features import Features
 from moe_dispatch.backends.triton_common.launch_options import next_power_of_2, pdl_option
+from moe_dispatch.backends.triton_common.quantization import Quantization, quantization_of
 from moe_dispatch.problem import ELEMENT_BYTES, QUANT_BLOCK, MoEProblem
 
 
@@ -41,9 +42,10 @@ class SplitKConfig(BackendConfig):
     tma: bool = False
     pdl: bool = False
 
-    def partial_sums(self, dtype: str, *, gated: bool) -> bool:
+    def partial_sums(self, quantization: Quantization, *, gated: bool) -> bool:
         """Whether the first product leaves partial sums: K is split, or a CTA does not own whole groups to quantise."""
-        return self.splits_gate_up > 1 or (dtype == "fp8" and self.block_n != QUANT_BLOCK * (2 if gated else 1))
+        owns_groups = not quantization.per_token and self.block_n == QUANT_BLOCK * (2 if gated else 1)
+        return self.splits_gate_up > 1 or (quantization.activations and not owns_groups)
 
     @property
     def launch(self) -> dict[str, Any]:
@@ -96,7 +98,8 @@ def _narrowed(config: SplitKConfig) -> SplitKConfig:
 
 def _preferred(problem: MoEProblem, device: Features) -> SplitKConfig:
     hit = max(problem.expected_experts, 1.0)
-    fp8 = problem.dtype == "fp8"
+    # A product of e4m3 codes; with dequantised weights it is one of 16 bits, and tiles are those of 16 bits.
+    fp8 = quantization_of(problem).activations
     # Most CTAs of a grid of experts would find nothing to do.
     by_slot = problem.M == 1 or 8 * problem.expected_slots < problem.E
     short_down = math.ceil(problem.N / _block_k(problem)) <= _SHORT_DOWN_LOOP
@@ -105,6 +108,8 @@ def _preferred(problem: MoEProblem, device: Features) -> SplitKConfig:
         block_m=_block_m(problem),
         block_n=128 if wide else 64,
         block_k=_block_k(problem),
+        # Four warps do not have the registers for so many tokens beside dequantised weights.
+        num_warps=8 if quantization_of(problem).dequantizes and _block_m(problem) == 64 else 4,
         grid="slots" if by_slot else "experts",
         tma=device.tma and rows_allow_tma(problem) and (fp8 or not by_slot),
         pdl=device.pdl,
@@ -132,7 +137,8 @@ def candidate_configs(problem: MoEProblem, device: Features) -> tuple[SplitKConf
 def shared_memory_bytes(problem: MoEProblem, config: SplitKConfig) -> int:
     """An upper bound of what one CTA of any of the products takes; a compile test holds it to that."""
     tokens = config.block_m * config.block_k
-    stage = (config.block_n * config.block_k + tokens) * ELEMENT_BYTES[problem.dtype]
+    weights = config.block_n * config.block_k * ELEMENT_BYTES[problem.dtype]
+    stage = weights + tokens * quantization_of(problem).activation_bytes(problem.act_dtype)
     epilogue = config.block_n * config.block_m * 4 + tokens * 4
     # The epilogue takes the pipeline's memory over.
     return max(config.num_stages * stage, epilogue) + 1024
@@ -154,7 +160,7 @@ def rows_allow_tma(problem: MoEProblem) -> bool:
 
 
 def _block_k(problem: MoEProblem) -> Literal[64, 128]:
-    if problem.dtype == "fp8":
+    if problem.fp8:
         return QUANT_BLOCK
     # Whole blocks need no mask; gpt-oss's 2880 is a multiple of 64 and not of 128.
     return 128 if problem.dtype != "fp32" and problem.K % 128 == 0 and problem.N % 128 == 0 else 64
@@ -191,6 +197,9 @@ def _variants(problem: MoEProblem, default: SplitKConfig, device: Features) -> I
     for splits in (1, 2):
         yield changed(splits_down=splits)
     yield changed(splits_gate_up=2)
+    if quantization_of(problem).dequantizes:  # which takes more registers and instructions than it takes memory
+        yield changed(block_n=128, num_warps=8)
+        yield changed(block_n=64, num_warps=2)
 
 
 def _fits(problem: MoEProblem, config: SplitKConfig, device: Features) -> bool:

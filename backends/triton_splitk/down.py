@@ -8,6 +8,7 @@ from moe_dispatch.backends.triton_splitk.config import slots_per_scan
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from moe_dispatch.backends.triton_common.quantization import Quantization
     from moe_dispatch.backends.triton_splitk.config import SplitKConfig
     from moe_dispatch.experts import ExpertWeights
 
@@ -16,6 +17,7 @@ def splitk_down(
     inner: "Tensor",
     inner_scale: "Tensor | None",
     experts: "ExpertWeights",
+    quantization: "Quantization",
     topk_ids: "Tensor",
     partial: "Tensor",
     config: "SplitKConfig",
@@ -24,9 +26,10 @@ def splitk_down(
     """Launch the second product.
 
     Args:
-        inner: Activated, ``[M·topk, N]``, e4m3 in block FP8.
-        inner_scale: fp32 multipliers of inner's codes ``[M·topk, ⌈N/128⌉]``.
+        inner: Activated, ``[M·topk, N]``, e4m3 where activations are quantised.
+        inner_scale: fp32 multipliers of inner's codes ``[M·topk, ⌈N/128⌉]`` or ``[M·topk, 1]``; else None.
         experts: Checked weights.
+        quantization: How they are multiplied.
         topk_ids: int32 or int64 ``[M, topk]``.
         partial: fp32 ``[splits, M·topk, K]`` without bias and weight, written where the slot's id is valid.
         config: Tile sizes.
@@ -42,7 +45,7 @@ def splitk_down(
     )
     _moe_splitk_down_kernel[grid](
         # inputs
-        inner, inner_scale, experts.down, descriptor, experts.down_scale, topk_ids,
+        inner, inner_scale, quantization.readable(experts.down), descriptor, experts.down_scale, topk_ids,
         # outputs
         partial,
         # shapes
@@ -50,5 +53,5 @@ def splitk_down(
         # constants
         ROWS=config.block_n, BLOCK_M=config.block_m, BLOCK_K=config.block_k, SCAN=slots_per_scan(S),
         EVEN_N=experts.N % config.block_k == 0, SPLITS=config.splits_down, BY_SLOT=config.grid == "slots",
-        TMA=config.tma, PDL=config.pdl, FP8=experts.dtype == "fp8", **config.launch,
+        TMA=config.tma, PDL=config.pdl, SCALES=quantization.scales, **config.launch,
     )  # fmt: skip

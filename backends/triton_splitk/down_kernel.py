@@ -20,7 +20,8 @@ def _moe_splitk_down_kernel(
     S, K, N, E,
     # constants
     ROWS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, SCAN: tl.constexpr, EVEN_N: tl.constexpr,
-    SPLITS: tl.constexpr, BY_SLOT: tl.constexpr, TMA: tl.constexpr, PDL: tl.constexpr, FP8: tl.constexpr,
+    SPLITS: tl.constexpr, BY_SLOT: tl.constexpr, TMA: tl.constexpr, PDL: tl.constexpr,
+    SCALES: tl.constexpr,
 ):  # fmt: skip
     owner, tile, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     e, count = moe_slots_to_serve(ids_ptr, owner, S, E, BLOCK_M, SCAN, BY_SLOT)
@@ -43,19 +44,21 @@ def _moe_splitk_down_kernel(
         return
 
     w_scales = scale_ptr
-    if FP8:
+    if SCALES == "channel":
+        w_scales = scale_ptr + expert * K + row
+    if SCALES == "block":
         expert_scales = scale_ptr + expert * tl.cdiv(K, BLOCK_K) * tl.cdiv(N, BLOCK_K)
         first_row = tile * ROWS if ROWS <= BLOCK_K else row
         w_scales = expert_scales + first_row // BLOCK_K * tl.cdiv(N, BLOCK_K)
     for skip in range(0, count, BLOCK_M):
         slots, mask_m = moe_take_slots(ids_ptr, owner if BY_SLOT else 0, S, e, skip, BLOCK_M, SCAN)
         x_scales = inner_scale_ptr
-        if FP8:
-            x_scales = inner_scale_ptr + slots.to(tl.int64) * blocks
+        if inner_scale_ptr is not None:
+            x_scales = inner_scale_ptr + slots.to(tl.int64) * (blocks if SCALES == "block" else 1)
         acc = moe_stream(
             w_rows, weight_descriptor, e.to(tl.int32), tile * ROWS, w_scales, w_scales, offs_r < 0,
             inner_ptr + slots.to(tl.int64) * N, x_scales, mask_m, first_block, last_block, N,
-            ROWS, BLOCK_M, BLOCK_K, EVEN_N, TMA, FP8, ROWS <= BLOCK_K,
+            ROWS, BLOCK_M, BLOCK_K, EVEN_N, TMA, SCALES, ROWS <= BLOCK_K,
         )  # fmt: skip
         partial = partial_ptr + (split * S + slots).to(tl.int64)[None, :] * K + offs_r[:, None]
         tl.store(partial, acc, mask=mask_r[:, None] & mask_m[None, :])

@@ -9,6 +9,7 @@ from moe_dispatch.problem import QUANT_BLOCK
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from moe_dispatch.backends.triton_common.quantization import Quantization
     from moe_dispatch.backends.triton_splitk.config import SplitKConfig
     from moe_dispatch.experts import ExpertWeights
 
@@ -17,6 +18,7 @@ def splitk_gate_up(
     x: "Tensor",
     x_scale: "Tensor | None",
     experts: "ExpertWeights",
+    quantization: "Quantization",
     topk_ids: "Tensor",
     inner: "Tensor",
     inner_scale: "Tensor | None",
@@ -27,12 +29,13 @@ def splitk_gate_up(
 
     Args:
         x: ``[M, K]``, or its e4m3 codes.
-        x_scale: fp32 multipliers of the codes ``[M, ⌈K/128⌉]``.
+        x_scale: fp32 multipliers of the codes ``[M, ⌈K/128⌉]`` or ``[M, 1]``; else None.
         experts: Checked weights.
+        quantization: How they are multiplied.
         topk_ids: int32 or int64 ``[M, topk]``.
-        inner: Written where a slot's id is valid: activated ``[M·topk, N]``, e4m3 in block FP8; or, where
-            `config.partial_sums`, fp32 ``[splits, 2, M·topk, N]`` (``1`` for ``2`` without a gate) before bias and
-            activation, which `activate_partial` applies.
+        inner: Written where a slot's id is valid: activated ``[M·topk, N]``, e4m3 where activations are quantised;
+            or, where `config.partial_sums`, fp32 ``[splits, 2, M·topk, N]`` (``1`` for ``2`` without a gate) before
+            bias and activation, which `activate_partial` applies.
         inner_scale: fp32 multipliers of inner's codes ``[M·topk, ⌈N/128⌉]``, written; else None.
         config: Tile sizes.
         descriptor: The weights' tensor descriptor where `config.tma`, else None.
@@ -52,7 +55,8 @@ def splitk_gate_up(
     )
     _moe_splitk_gate_up_kernel[grid](
         # inputs
-        x, x_scale, experts.gate_up, descriptor, experts.gate_up_scale, experts.gate_up_bias, topk_ids,
+        x, x_scale, quantization.readable(experts.gate_up), descriptor, experts.gate_up_scale, experts.gate_up_bias,
+        topk_ids,
         # outputs
         inner, inner_scale,
         # shapes
@@ -60,8 +64,8 @@ def splitk_gate_up(
         # constants
         ROWS=config.block_n, BLOCK_M=config.block_m, BLOCK_K=config.block_k, SCAN=slots_per_scan(S),
         EVEN_K=experts.K % config.block_k == 0, SPLITS=config.splits_gate_up, BY_SLOT=config.grid == "slots",
-        TMA=config.tma, PDL=config.pdl, FP8=experts.dtype == "fp8", TWO_SCALES=two_scales,
-        PARTIAL=config.partial_sums(experts.dtype, gated=experts.gated), GATED=experts.gated,
+        TMA=config.tma, PDL=config.pdl, SCALES=quantization.scales, TWO_SCALES=two_scales,
+        PARTIAL=config.partial_sums(quantization, gated=experts.gated), GATED=experts.gated,
         INTERLEAVED=experts.interleaved, HAS_BIAS=experts.gate_up_bias is not None, ACTIVATION=experts.activation,
         **config.launch,
     )  # fmt: skip

@@ -38,16 +38,17 @@ def _moe_splitk_gate_up_kernel(
     S, K, N, E, TOPK,
     # constants
     ROWS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, SCAN: tl.constexpr, EVEN_K: tl.constexpr,
-    SPLITS: tl.constexpr, BY_SLOT: tl.constexpr, TMA: tl.constexpr, PDL: tl.constexpr, FP8: tl.constexpr,
+    SPLITS: tl.constexpr, BY_SLOT: tl.constexpr, TMA: tl.constexpr, PDL: tl.constexpr, SCALES: tl.constexpr,
     TWO_SCALES: tl.constexpr, PARTIAL: tl.constexpr, GATED: tl.constexpr, INTERLEAVED: tl.constexpr,
     HAS_BIAS: tl.constexpr, ACTIVATION: tl.constexpr,
 ):  # fmt: skip
     parts: tl.constexpr = 2 if GATED else 1
     columns: tl.constexpr = ROWS // parts
+    QUANTIZED: tl.constexpr = x_scale_ptr is not None
     owner, tile, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    if not FP8:
+    if not QUANTIZED:
         # The kernel that wrote the ids may still run, and the next kernel reads them before it waits: it must not start
-        # earlier. In block FP8 the kernel before this one quantises, and has itself waited for the ids.
+        # earlier. Where tokens are quantised, the kernel before this one did it, and has itself waited for the ids.
         moe_pdl_wait(PDL)
     moe_pdl_release(PDL)
     e, count = moe_slots_to_serve(ids_ptr, owner, S, E, BLOCK_M, SCAN, BY_SLOT)
@@ -62,7 +63,9 @@ def _moe_splitk_gate_up_kernel(
     w_rows = weight_ptr + (expert * parts * N + row) * K
     w_scales = scale_ptr
     up_scales = scale_ptr
-    if FP8:
+    if SCALES == "channel":
+        w_scales = scale_ptr + expert * parts * N + row
+    if SCALES == "block":
         expert_scales = scale_ptr + expert * tl.cdiv(parts * N, BLOCK_K) * tl.cdiv(K, BLOCK_K)
         first = tile * ROWS if INTERLEAVED else tile * columns
         gate_row = first if TWO_SCALES else row
@@ -78,7 +81,7 @@ def _moe_splitk_gate_up_kernel(
     last_block = tl.minimum(first_block + share, blocks)
     if PDL:
         moe_prefetch(w_rows, first_block, tl.where(count > 0, blocks, 0), K, BLOCK_K)
-    if FP8:
+    if QUANTIZED:
         moe_pdl_wait(PDL)
     if count == 0:
         return
@@ -90,12 +93,12 @@ def _moe_splitk_gate_up_kernel(
         slots, mask_m = moe_take_slots(ids_ptr, owner if BY_SLOT else 0, S, e, skip, BLOCK_M, SCAN)
         tokens = (slots // TOPK).to(tl.int64)
         x_scales = x_scale_ptr
-        if FP8:
-            x_scales = x_scale_ptr + tokens * blocks
+        if QUANTIZED:
+            x_scales = x_scale_ptr + tokens * (blocks if SCALES == "block" else 1)
         acc = moe_stream(
             w_rows, weight_descriptor, w_first, w_second, w_scales, up_scales, part == 1,
             x_ptr + tokens * K, x_scales, mask_m, first_block, last_block, K,
-            ROWS, BLOCK_M, BLOCK_K, EVEN_K, TMA, FP8, TWO_SCALES,
+            ROWS, BLOCK_M, BLOCK_K, EVEN_K, TMA, SCALES, TWO_SCALES,
         )  # fmt: skip
         gate = acc  # [columns, BLOCK_M]
         up = acc
@@ -115,7 +118,7 @@ def _moe_splitk_gate_up_kernel(
             out = _moe_add_bias_activate(
                 gate, up, bias_ptr, expert, offs_n, N, GATED, INTERLEAVED, HAS_BIAS, ACTIVATION
             )
-            if FP8:
+            if inner_scale_ptr is not None:
                 # The tile's columns are one group of the quantisation; those past N must not raise its maximum.
                 out = tl.where(mask_n[:, None], out, 0.0)
                 scale = moe_fp8_scale(moe_fp8_amax(out, 0))  # [BLOCK_M]

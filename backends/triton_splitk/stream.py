@@ -9,6 +9,8 @@ acc[ROWS, BLOCK_M] = W[ROWS, BLOCK_K] @ xᵀ[BLOCK_K, BLOCK_M].
 import triton
 import triton.language as tl
 
+from moe_dispatch.backends.triton_common.device import moe_fp8_values
+
 _LINE_BYTES = tl.constexpr(128)
 
 
@@ -68,25 +70,35 @@ def moe_prefetch(w_rows, first_block, blocks, K, BLOCK_K: tl.constexpr):
 
 @triton.jit
 def moe_stream(
-    # weights: row pointers or a descriptor with the tile's place in it, and where the block scales of rows begin
+    # weights: row pointers or a descriptor with the tile's place in it, and where the scales of rows begin
     w_rows, w_descriptor, w_first, w_second, w_scales, up_scales, is_up,
-    # token operand: row pointers, and in block FP8 those of its multipliers
+    # token operand: row pointers, and where its multipliers begin; None where it is not quantised
     x_rows, x_scales, mask_m,
     # shapes
     first_block, last_block, K,
     # constants
     ROWS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr, TMA: tl.constexpr,
-    FP8: tl.constexpr, TWO_SCALES: tl.constexpr,
+    SCALES: tl.constexpr, TWO_SCALES: tl.constexpr,
 ):  # fmt: skip
     """The fp32 product ``[ROWS, BLOCK_M]`` of a tile's weights and the token operand over blocks of K.
+
+    Weights with a scale per block are multiplied as codes, or as the codes' exact values where the token operand is not
+    quantised, and scales multiply the fp32 result of each block: that rounds no weight and costs ROWS·BLOCK_M
+    multiplications instead of ROWS·BLOCK_K. Those with a scale per row, whose token operand has one per token, need
+    scales at the end alone.
 
     Where TWO_SCALES, rows share the scales at `w_scales`, or at `up_scales` if `is_up`; else each has its own.
     """
     acc = tl.zeros([ROWS, BLOCK_M], dtype=tl.float32)
-    if FP8:
+    if SCALES == "channel":
+        w_scale = tl.load(w_scales)
+        if x_scales is not None:
+            x_scale = tl.load(x_scales, mask=mask_m, other=0.0)
+    if SCALES == "block":
         w_scale = tl.load(w_scales + first_block)
         up_scale = tl.load(up_scales + first_block)
-        x_scale = tl.load(x_scales + first_block, mask=mask_m, other=0.0)
+        if x_scales is not None:
+            x_scale = tl.load(x_scales + first_block, mask=mask_m, other=0.0)
     for block in range(first_block, last_block):
         offs_k = block * BLOCK_K + tl.arange(0, BLOCK_K)
         mask = mask_m[:, None] if EVEN_K else mask_m[:, None] & (offs_k < K)[None, :]
@@ -98,16 +110,27 @@ def moe_stream(
         else:
             # Columns past K belong to the next row, and a NaN there would survive the product with zero.
             w = tl.load(w_rows[:, None] + offs_k[None, :], mask=(offs_k < K)[None, :], other=0.0)
-        if FP8:
+        if w.dtype == tl.uint8:
+            w = moe_fp8_values(w, x.dtype)
+        if SCALES == "block":
             # The next block's scales are on their way while this one is multiplied.
             # A scalar needs no exchange between threads.
             row_scale = tl.where(is_up, up_scale, w_scale) if TWO_SCALES else w_scale  # [ROWS]
-            scale = row_scale[:, None] * x_scale[None, :]
+            scale = row_scale[:, None]
             following = tl.minimum(block + 1, last_block - 1)
             w_scale = tl.load(w_scales + following)
             up_scale = tl.load(up_scales + following)
-            x_scale = tl.load(x_scales + following, mask=mask_m, other=0.0)
+            if x_scales is not None:
+                scale = scale * x_scale[None, :]
+                x_scale = tl.load(x_scales + following, mask=mask_m, other=0.0)
             acc += tl.dot(w, x.trans()) * scale
+        elif x_scales is not None:
+            # Added in fp32 after each block: tensor cores of sm_90 keep some 14 bits of a sum of e4m3 products.
+            acc += tl.dot(w, x.trans())
         else:
             acc = tl.dot(w, x.trans(), acc, input_precision="ieee")
+    if SCALES == "channel":
+        acc *= w_scale[:, None]
+        if x_scales is not None:
+            acc *= x_scale[None, :]
     return acc

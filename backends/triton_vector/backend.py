@@ -1,12 +1,10 @@
 """Decode with hardly a token per expert: what counts is to start soon and to read weights at full bandwidth."""
 
-import torch
 from torch import Tensor
 
 from moe_dispatch.backend import BackendConfig
-from moe_dispatch.backends.stages.activate_partial import activate_partial
-from moe_dispatch.backends.stages.quantize import quantize_rows
 from moe_dispatch.backends.triton_common.backend import TritonBackend
+from moe_dispatch.backends.triton_common.features import triton_requirements
 from moe_dispatch.backends.triton_vector.config import (
     TritonVectorConfig,
     candidate_configs,
@@ -29,10 +27,12 @@ class TritonVectorBackend(TritonBackend):
     Weights go from memory straight to registers, which starts faster than a pipeline through shared memory. Slots that
     share an expert read its weights once each. Deterministic: a token's experts are added in the order of its slots.
 
-    Block FP8 quantises hidden_states before and the intermediate between the products, each once.
+    With FP8 weights, hidden_states and the intermediate are not quantised: the products are those of dequantised
+    weights, in fp32.
     """
 
     name = "triton_vector"
+    requirements = triton_requirements(fp8_forms=True)
     config_type = TritonVectorConfig
 
     def further_reasons(self, problem: MoEProblem) -> tuple[str, ...]:
@@ -41,6 +41,10 @@ class TritonVectorBackend(TritonBackend):
         if problem.slots > MOST_SLOTS:
             reasons += (f"made for decode: needs M·topk ≤ {MOST_SLOTS}, got {problem.slots}",)
         return reasons
+
+    def quantizes_activations(self, problem: MoEProblem) -> bool:
+        """See `Backend.quantizes_activations`: not with FP8 weights on any device."""
+        return not problem.fp8
 
     def least_shared_memory(self, problem: MoEProblem) -> int:
         """See `TritonBackend.least_shared_memory`."""
@@ -52,10 +56,7 @@ class TritonVectorBackend(TritonBackend):
 
     def workspace_bytes(self, problem: MoEProblem, config: BackendConfig) -> int:  # noqa: ARG002
         """See `Backend.workspace_bytes`."""
-        needed = problem.slots * problem.N * ELEMENT_BYTES[problem.dtype]
-        if problem.dtype == "fp8":
-            needed += problem.M * problem.K + 4 * problem.slots * problem.gate_up_rows
-        return needed
+        return problem.slots * problem.N * ELEMENT_BYTES[problem.act_dtype]
 
     def run_into(
         self,
@@ -69,15 +70,7 @@ class TritonVectorBackend(TritonBackend):
         """See `Backend.run_into`."""
         if not isinstance(config, TritonVectorConfig):
             raise InvalidInputError(f"triton_vector takes a TritonVectorConfig, got {type(config).__name__}")
-        S, N = topk_ids.numel(), experts.N
-        if experts.dtype == "fp8":
-            codes, scale = quantize_rows(hidden_states, pdl=config.pdl)
-            parts = 2 if experts.gated else 1
-            partial = torch.empty(1, parts, S, N, dtype=torch.float32, device=hidden_states.device)
-            vector_gate_up(codes, scale, experts, topk_ids, partial, config)
-            inner, inner_scale = activate_partial(partial, experts, topk_ids, pdl=config.pdl)
-        else:
-            inner, inner_scale = hidden_states.new_empty(S, N), None
-            vector_gate_up(hidden_states, None, experts, topk_ids, inner, config)
-        vector_down(inner, inner_scale, experts, topk_weights, topk_ids, out, config)
+        inner = hidden_states.new_empty(topk_ids.numel(), experts.N)
+        vector_gate_up(hidden_states, experts, topk_ids, inner, config)
+        vector_down(inner, experts, topk_weights, topk_ids, out, config)
         return out

@@ -7,21 +7,33 @@ from moe_dispatch.backends.triton_common.features import Features
 from moe_dispatch.backends.triton_common.launch_options import next_power_of_2
 from moe_dispatch.problem import ELEMENT_BYTES, QUANT_BLOCK, MoEProblem
 
-# Limits of the default tiles. Device of all evidence: one H200 (sm_90), Triton 3.6, whole layers under CUDA graphs. The
-# limits without a figure were tuned together: qwen3-30b-a3b in BF16 at M=1 takes 21.9 µs with them, and 31.9 by tensor
-# cores.
+# Limits of the default tiles. Device of all evidence: one H200 (sm_90), Triton 3.6, whole layers under CUDA graphs, µs
+# at M=1, 2 and 4. Tiles are rows × columns (× experts) / warps. olmoe has E=64, topk=8, K=2048, N=1024, and qwen3-next
+# E=512, topk=10, K=2048, N=512.
 #
 # constant                           unit            evidence
-_CHUNK: Final = 16 << 10  #            weights         that a CTA has in flight
-_BYTES_PER_THREAD: Final = 256  #      bytes           of weights in flight for each thread where whole rows are
+_CHUNK: Final = 32 << 10  #            bytes           that a CTA of down has in flight. qwen3-30b-a3b, in FP8
+#                                                      4×1024×8/4 13.4, 23.5, 40.0, 2×1024×8/4 15.2, 25.9,
+#                                                      46.1; in BF16 2×1024×8/4 21.7, 37.6, 66.4,
+#                                                      4×1024×8/8 22.0, 38.8, 68.5
+_BYTES_PER_THREAD: Final = 256  #      bytes           of down in flight, where no block follows. qwen3-30b-a3b in FP8
+#                                                      2×1024×8/2 14.7, 24.5, 42.0, /4 15.2, 25.9, 46.1
+_WARPS: Final = 4  #                   warps           down in FP8: olmoe 4×1024×8/4 16.3, 28.5, 47.0, /8 17.9, 29.0,
+#                                                      49.5; qwen3-next 4×512×8/4 16.6, 29.5, 54.7, /2 31.9, 54.0,
+#                                                      96.9. gate_up is as fast with 2 in FP8 and 8 in BF16
+_ROWS: Final = 8  #                    weight rows     gate_up of olmoe in FP8, rows×2048/4: 8 16.3, 28.5, 47.0, 4 17.1,
+#                                                      30.7, 53.5, 16 16.4, 28.4, 46.8; in BF16 within .5 %
+_MOST_EXPERTS: Final = 8  #            experts         of a token at once. qwen3-30b-a3b in FP8 4×1024×8/4 as above,
+#                                                      8×1024×2/4 16.7, 29.6, 53.3. Fewer where 8 does not divide topk:
+#                                                      qwen3-next in FP8 8×512×2/4 15.3, 21.8, 39.6, 4×512×8/4 16.7,
+#                                                      29.6, 54.8; in BF16 8×512×2/4 20.8, 32.3, 60.3, 2×512×8/4 20.9,
+#                                                      39.0, 72.3
+_MOST_COLUMNS: Final = 8192  #         columns         of all experts at once; where they are more, of one expert
 _WHOLE_ROW: Final = 2048  #            columns         longer rows are read in parts
 _PART_OF_ROW: Final = 512  #           columns
 _PART_OF_DOWN_ROW: Final = 1024  #     columns
-_ROWS: Final = 8  #                    weight rows
-_FP8_ROWS_OF_PARTS: Final = 4  #       weight rows     kimi-k2-tp8 in FP8 at M=1: 21.9 µs; 25.1 with 8 rows
-_MOST_WARPS: Final = 8
-_WARPS_OF_PARTS: Final = 2
-_MOST_EXPERTS: Final = 8
+_FP8_ROWS_OF_PARTS: Final = 4  #       weight rows     kimi-k2-tp8 in FP8 at M=1: 21.9; 25.1 with 8 rows
+_WARPS_OF_PARTS: Final = 2  #          warps
 
 
 class TritonVectorConfig(BackendConfig):
@@ -49,29 +61,38 @@ class TritonVectorConfig(BackendConfig):
 
 
 def default_config(problem: MoEProblem, device: Features) -> TritonVectorConfig:
-    """Whole rows where they are short enough to be in flight at once, and all experts of a token with them."""
+    """Whole rows where they are short enough to be in flight at once, and several experts of a token with them."""
     columns, down_columns = (max(QUANT_BLOCK, next_power_of_2(length)) for length in (problem.K, problem.N))
-    experts = min(_MOST_EXPERTS, next_power_of_2(problem.topk))
-    down_rows = _CHUNK // (experts * down_columns)
+    experts = min(_MOST_EXPERTS, problem.topk & -problem.topk)  # the greatest power of two that divides topk
+    # Where a CTA takes turns, the next experts' weights are on their way while these are multiplied.
+    turns = experts < problem.topk
+    row = experts * down_columns * ELEMENT_BYTES[problem.dtype]
+    down_rows = max(1, min(_ROWS, _CHUNK // (2 * row if turns else row)))
+    down_warps = _WARPS if turns else max(1, min(_WARPS, down_rows * row // (32 * _BYTES_PER_THREAD)))
     whole = columns <= _WHOLE_ROW
-    together = down_rows >= 2 and down_columns <= _WHOLE_ROW
-    warps = min(_MOST_WARPS, _CHUNK * ELEMENT_BYTES[problem.dtype] // (32 * _BYTES_PER_THREAD))
+    together = experts * down_columns <= _MOST_COLUMNS and down_columns <= _WHOLE_ROW
     return TritonVectorConfig.model_validate({
-        "rows": _ROWS if whole or problem.dtype != "fp8" else _FP8_ROWS_OF_PARTS,
+        "rows": _ROWS if whole or not problem.fp8 else _FP8_ROWS_OF_PARTS,
         "columns": columns if whole else _PART_OF_ROW,
-        "warps": warps if whole else _WARPS_OF_PARTS,
-        "down_rows": min(_ROWS, down_rows) if together else _ROWS,
+        "warps": _WARPS if whole else _WARPS_OF_PARTS,
+        "down_rows": down_rows if together else _ROWS,
         "down_columns": down_columns if together else _PART_OF_DOWN_ROW,
         "down_experts": experts if together else 1,
-        "down_warps": warps if together else _WARPS_OF_PARTS,
+        "down_warps": down_warps if together else _WARPS_OF_PARTS,
         "pdl": device.pdl,
     })  # fmt: skip
 
 
 def candidate_configs(problem: MoEProblem, device: Features) -> tuple[TritonVectorConfig, ...]:
-    """The default, then one with smaller CTAs of gate_up."""
+    """The default, then one with other CTAs of gate_up: larger where it reads whole rows, smaller where parts of them.
+
+    With 16 rows olmoe in FP8 takes 79.9 µs at M=8 and 82.6 with 8; qwen3-30b-a3b in BF16 takes 21.5 and 21.7 at M=1.
+    """
     default = default_config(problem, device)
-    return tuple(dict.fromkeys((default, default.model_copy(update={"rows": 4, "warps": 2}))))
+    parts = default.columns < problem.K
+    warps = _WARPS if problem.fp8 else 2 * _WARPS
+    other = {"rows": 4, "warps": _WARPS_OF_PARTS} if parts else {"rows": 2 * _ROWS, "warps": warps}
+    return tuple(dict.fromkeys((default, default.model_copy(update=other))))
 
 
 def shared_memory_bytes(config: TritonVectorConfig) -> int:

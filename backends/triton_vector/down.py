@@ -8,7 +8,8 @@ for gate_up.
 import math
 from typing import TYPE_CHECKING
 
-from moe_dispatch.backends.triton_common.launch_options import next_power_of_2, pdl_option
+from moe_dispatch.backends.triton_common.launch_options import as_bytes, next_power_of_2, pdl_option
+from moe_dispatch.backends.triton_common.quantization import quantization
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
 
 def vector_down(
     inner: "Tensor",
-    inner_scale: "Tensor | None",
     experts: "ExpertWeights",
     topk_weights: "Tensor",
     topk_ids: "Tensor",
@@ -29,8 +29,7 @@ def vector_down(
     """Launch the second product.
 
     Args:
-        inner: Activated, ``[M·topk, N]``, e4m3 in block FP8.
-        inner_scale: fp32 multipliers of inner's codes ``[M·topk, ⌈N/128⌉]``.
+        inner: Activated, ``[M·topk, N]``.
         experts: Checked weights.
         topk_weights: fp32 ``[M, topk]``.
         topk_ids: int32 or int64 ``[M, topk]``.
@@ -45,14 +44,13 @@ def vector_down(
     grid = (M, math.ceil(experts.K / config.down_rows))
     _moe_vector_down_kernel[grid](
         # inputs
-        inner, inner_scale, experts.down, experts.down_scale, experts.down_bias, topk_weights, topk_ids,
+        inner, as_bytes(experts.down), experts.down_scale, experts.down_bias, topk_weights, topk_ids,
         # outputs
         out,
         # shapes
         experts.K, experts.N, experts.E,
         # constants
         TOPK=topk, ROWS=config.down_rows, EXPERTS=together, BLOCK_N=block_n,
-        BLOCKS_N=math.ceil(experts.N / block_n),
-        PDL=config.pdl, FP8=experts.dtype == "fp8", HAS_BIAS=experts.down_bias is not None,
+        BLOCKS_N=math.ceil(experts.N / block_n), SCALES=quantization(experts.dtype, fp8=False).scales, PDL=config.pdl,
         num_warps=config.down_warps, **pdl_option(config.pdl),
     )  # fmt: skip

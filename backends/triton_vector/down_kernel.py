@@ -4,6 +4,7 @@
 import triton
 import triton.language as tl
 
+from moe_dispatch.backends.triton_common.device import moe_e4m3_to_fp32
 from moe_dispatch.backends.triton_common.fast_launch import fast_launch
 from moe_dispatch.backends.triton_common.pdl import moe_pdl_release, moe_pdl_wait
 
@@ -12,73 +13,85 @@ from moe_dispatch.backends.triton_common.pdl import moe_pdl_release, moe_pdl_wai
 @triton.jit(do_not_specialize=["E"])
 def _moe_vector_down_kernel(
     # inputs
-    inner_ptr, inner_scale_ptr, weight_ptr, scale_ptr, bias_ptr, topk_weights_ptr, ids_ptr,
+    inner_ptr, weight_ptr, scale_ptr, bias_ptr, topk_weights_ptr, ids_ptr,
     # outputs
     out_ptr,
     # shapes
     K, N, E,
     # constants
     TOPK: tl.constexpr, ROWS: tl.constexpr, EXPERTS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCKS_N: tl.constexpr,
-    PDL: tl.constexpr, FP8: tl.constexpr, HAS_BIAS: tl.constexpr,
+    SCALES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     vector: tl.constexpr = 128 // weight_ptr.dtype.element_ty.primitive_bitwidth
+    vectors: tl.constexpr = BLOCK_N // vector
     blocks: tl.constexpr = BLOCKS_N * ((TOPK + EXPERTS - 1) // EXPERTS)
     token, tile = tl.program_id(0), tl.program_id(1)
     moe_pdl_release(PDL)
-    offs_r = tile * ROWS + tl.arange(0, ROWS)
-    rows = tl.minimum(offs_r, K - 1).to(tl.int64)[:, None, None]
-    offs_j = tl.arange(0, EXPERTS)
-    offs_n = tl.arange(0, BLOCK_N)
-    slots = ids_ptr + token * TOPK  # the kernels before have waited for the router, so ids are there
-    e = tl.load(slots + offs_j, mask=offs_j < TOPK, other=-1)
-    mine = (e >= 0) & (e < E)  # whatever an invalid slot's weight and memory hold, NaN included, is not read
-    mask = mine[:, None] & (offs_n < N)[None, :]  # [EXPERTS, BLOCK_N]
-    w = tl.load(
-        weight_ptr + (e.to(tl.int64)[None, :, None] * K + rows) * N + offs_n[None, None, :], mask=mask[None], other=0.0
-    )
+    # The kernels before have waited for the router, so that ids and topk weights are there.
+    w, scale, offs_x, mask_x = _moe_vector_down_block(
+        weight_ptr, scale_ptr, topk_weights_ptr, ids_ptr, token, tile, 0, K, N, E,
+        TOPK, ROWS, EXPERTS, BLOCK_N, BLOCKS_N, SCALES,
+    )  # fmt: skip
     moe_pdl_wait(PDL)
 
-    acc = tl.zeros([ROWS, EXPERTS, BLOCK_N // vector], dtype=tl.float32)
+    acc = tl.zeros([ROWS, EXPERTS, vectors], dtype=tl.float32)
     for block in range(blocks):
-        now = w
-        x_j, x_n, x_e, x_mine, x_mask = offs_j, offs_n, e, mine, mask
+        now, now_scale, now_x, now_mask = w, scale, offs_x, mask_x
         if blocks > 1:
-            following = block + 1
-            offs_n = (following % BLOCKS_N) * BLOCK_N + tl.arange(0, BLOCK_N)
-            if EXPERTS < TOPK:
-                offs_j = (following // BLOCKS_N) * EXPERTS + tl.arange(0, EXPERTS)
-                e = tl.load(slots + offs_j, mask=offs_j < TOPK, other=-1)
-                mine = (e >= 0) & (e < E)
-            mask = mine[:, None] & (offs_n < N)[None, :] & (following < blocks)
-            w = tl.load(
-                weight_ptr + (e.to(tl.int64)[None, :, None] * K + rows) * N + offs_n[None, None, :],
-                mask=mask[None],
-                other=0.0,
-            )
+            w, scale, offs_x, mask_x = _moe_vector_down_block(
+                weight_ptr, scale_ptr, topk_weights_ptr, ids_ptr, token, tile, block + 1, K, N, E,
+                TOPK, ROWS, EXPERTS, BLOCK_N, BLOCKS_N, SCALES,
+            )  # fmt: skip
         # Products wait for x, and x for the barrier: else the compiler delays loads of weights behind products.
         tl.debug_barrier()
-        x_rows = (token * TOPK + x_j).to(tl.int64)[:, None] * N
-        x = tl.load(inner_ptr + x_rows + x_n[None, :], mask=x_mask, other=0.0).to(tl.float32)
-        share = tl.load(topk_weights_ptr + token * TOPK + x_j, mask=x_mine, other=0.0)[:, None]  # [EXPERTS, 1]
-        if FP8:
-            groups: tl.constexpr = BLOCK_N // 128
-            offs_g = (block % BLOCKS_N) * groups + tl.arange(0, groups)
-            w_scales = scale_ptr + (x_e.to(tl.int64) * tl.cdiv(K, 128) + tile * ROWS // 128)[:, None] * tl.cdiv(N, 128)
-            mask_g = x_mine[:, None] & (offs_g * 128 < N)[None, :]
-            x_scales = inner_scale_ptr + (token * TOPK + x_j)[:, None] * tl.cdiv(N, 128)
-            scale = tl.load(w_scales + offs_g[None, :], mask=mask_g, other=0.0)
-            scale *= tl.load(x_scales + offs_g[None, :], mask=mask_g, other=0.0) * share  # [EXPERTS, groups]
-            x = tl.reshape(tl.reshape(x, [EXPERTS, groups, 128]) * scale[:, :, None], [EXPERTS, BLOCK_N])
-        else:
-            x *= share
-        product = now.to(tl.float32) * x[None]
-        acc += tl.sum(tl.reshape(product, [ROWS, EXPERTS, BLOCK_N // vector, vector]), axis=3)
-    out = tl.sum(tl.reshape(acc, [ROWS, EXPERTS * (BLOCK_N // vector)]), axis=1)  # [ROWS]
+        x = tl.load(inner_ptr + now_x, mask=now_mask, other=0.0).to(tl.float32)
+        values = now.to(tl.float32) if SCALES == "none" else moe_e4m3_to_fp32(now)
+        acc += tl.sum(tl.reshape(values * x[None], [ROWS, EXPERTS, vectors, vector]), axis=3) * now_scale
+    # Two sums instead of one of a reshaped tensor: where warps divide experts, rows and vectors, Triton 3.6 stores
+    # their shares of that sum in each other's places (mended by pull request 9219 of triton-lang/triton).
+    out = tl.sum(tl.sum(acc, axis=1), axis=1)  # [ROWS]
+    offs_r = tile * ROWS + tl.arange(0, ROWS)
     mask_r = offs_r < K
-    if HAS_BIAS:
+    if bias_ptr is not None:
         for j in range(TOPK):
-            e_bias = tl.load(slots + j)
+            e_bias = tl.load(ids_ptr + token * TOPK + j)
             known = (e_bias >= 0) & (e_bias < E)
             bias = tl.load(bias_ptr + e_bias.to(tl.int64) * K + offs_r, mask=mask_r & known, other=0.0).to(tl.float32)
             out += bias * tl.load(topk_weights_ptr + token * TOPK + j, mask=known, other=0.0)
     tl.store(out_ptr + token.to(tl.int64) * K + offs_r, out.to(out_ptr.dtype.element_ty), mask=mask_r)
+
+
+@triton.jit
+def _moe_vector_down_block(
+    weight_ptr, scale_ptr, topk_weights_ptr, ids_ptr, token, tile, block, K, N, E,
+    TOPK: tl.constexpr, ROWS: tl.constexpr, EXPERTS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCKS_N: tl.constexpr,
+    SCALES: tl.constexpr,
+):  # fmt: skip
+    """What a CTA reads beside the intermediate for a block of columns and experts; zeros after the last block.
+
+    Returns:
+        Weights ``[ROWS, EXPERTS, BLOCK_N]``; what to multiply the sums of their vectors by, topk weight times scale,
+        which broadcasts to ``[ROWS, EXPERTS, BLOCK_N / vector]``; offsets of the intermediate and their mask
+        ``[EXPERTS, BLOCK_N]``.
+    """
+    vector: tl.constexpr = 128 // weight_ptr.dtype.element_ty.primitive_bitwidth
+    offs_j = block // BLOCKS_N * EXPERTS + tl.arange(0, EXPERTS)
+    offs_n = block % BLOCKS_N * BLOCK_N + tl.arange(0, BLOCK_N)
+    slots = token * TOPK + offs_j
+    e = tl.load(ids_ptr + slots, mask=offs_j < TOPK, other=-1)
+    known = (e >= 0) & (e < E)  # whatever an invalid slot's weight and memory hold, NaN included, is not read
+    mask = known[:, None] & (offs_n < N)[None, :]
+    rows = tl.minimum(tile * ROWS + tl.arange(0, ROWS), K - 1).to(tl.int64)[:, None, None]
+    expert = e.to(tl.int64)
+    w = tl.load(weight_ptr + (expert[None, :, None] * K + rows) * N + offs_n[None, None, :], mask=mask[None], other=0)
+    scale = tl.load(topk_weights_ptr + slots, mask=known, other=0.0)[None, :, None]
+    if SCALES == "channel":
+        channels = scale_ptr + expert[None, :, None] * K + rows
+        scale *= tl.load(channels, mask=known[None, :, None], other=0.0)
+    elif SCALES == "block":
+        # A vector lies in one block of scales, and so do the tile's rows.
+        offs_v = block % BLOCKS_N * BLOCK_N + tl.arange(0, BLOCK_N // vector) * vector
+        scales = scale_ptr + (expert * tl.cdiv(K, 128) + tile * ROWS // 128)[:, None] * tl.cdiv(N, 128)
+        mask_v = known[:, None] & (offs_v < N)[None, :]
+        scale *= tl.load(scales + (offs_v // 128)[None, :], mask=mask_v, other=0.0)[None]
+    return w, scale, slots.to(tl.int64)[:, None] * N + offs_n[None, :], mask

@@ -8,7 +8,8 @@ second one reads the weights from the L2 cache.
 import math
 from typing import TYPE_CHECKING
 
-from moe_dispatch.backends.triton_common.launch_options import next_power_of_2, pdl_option
+from moe_dispatch.backends.triton_common.launch_options import as_bytes, next_power_of_2, pdl_option
+from moe_dispatch.backends.triton_common.quantization import quantization
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
 
 def vector_gate_up(
     x: "Tensor",
-    x_scale: "Tensor | None",
     experts: "ExpertWeights",
     topk_ids: "Tensor",
     inner: "Tensor",
@@ -28,13 +28,10 @@ def vector_gate_up(
     """Launch the first product.
 
     Args:
-        x: ``[M, K]``, or its e4m3 codes.
-        x_scale: fp32 multipliers of the codes ``[M, ⌈K/128⌉]``.
+        x: ``[M, K]``.
         experts: Checked weights.
         topk_ids: int32 or int64 ``[M, topk]``.
-        inner: Written where a slot's id is valid: ``[M·topk, N]`` activated, or in block FP8 fp32
-            ``[1, 2, M·topk, N]`` (``1`` for ``2`` without a gate) before bias and activation, which `activate_partial`
-            applies.
+        inner: ``[M·topk, N]``, activated; written where a slot's id is valid.
         config: Tile sizes.
     """
     from moe_dispatch.backends.triton_vector.gate_up_kernel import _moe_vector_gate_up_kernel
@@ -45,15 +42,14 @@ def vector_gate_up(
     grid = (topk_ids.numel(), math.ceil(experts.N / columns))
     _moe_vector_gate_up_kernel[grid](
         # inputs
-        x, x_scale, experts.gate_up, experts.gate_up_scale, experts.gate_up_bias, topk_ids,
+        x, as_bytes(experts.gate_up), experts.gate_up_scale, experts.gate_up_bias, topk_ids,
         # outputs
         inner,
         # shapes
-        topk_ids.numel(), experts.K, experts.N, experts.E,
+        experts.K, experts.N, experts.E,
         # constants
         TOPK=topk_ids.shape[1], COLUMNS=columns, BLOCK_K=block_k, BLOCKS=math.ceil(experts.K / block_k),
-        EVEN_N=experts.N % columns == 0, PDL=config.pdl, FP8=experts.dtype == "fp8", GATED=experts.gated,
-        INTERLEAVED=experts.interleaved, HAS_BIAS=experts.gate_up_bias is not None, ACTIVATION=experts.activation,
-        PARTIAL=experts.dtype == "fp8",
+        EVEN_N=experts.N % columns == 0, SCALES=quantization(experts.dtype, fp8=False).scales, PDL=config.pdl,
+        GATED=experts.gated, INTERLEAVED=experts.interleaved, ACTIVATION=experts.activation,
         num_warps=config.warps, **pdl_option(config.pdl),
     )  # fmt: skip

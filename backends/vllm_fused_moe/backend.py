@@ -26,7 +26,7 @@ class VllmFusedMoEBackend(Backend):
     device: by -1 where each slot gets a block of its own (vLLM's kernel writes zeros for it), else by E, which
     `expert_map` maps to no expert; then vLLM clears its buffer before the sum.
 
-    FP8 activations keep fp32 multipliers; see `library.require_fp32_scales`.
+    Block FP8 activations keep fp32 multipliers; see `library.require_fp32_scales`.
 
     `run_into` copies the result: `fused_experts` returns memory of its own.
 
@@ -37,16 +37,17 @@ class VllmFusedMoEBackend(Backend):
 
     name = "vllm_fused_moe"
     requirements = Requirements(
-        dtypes={"bf16": (8, 0), "fp16": (8, 0), "fp8": (8, 9)},
+        dtypes={"bf16": (8, 0), "fp16": (8, 0), "fp8": (8, 9), "fp8_channel": (8, 9)},
         activations=frozenset(ACTIVATIONS),
         bias=True,
         interleaved=True,
         libraries=("vllm",),
-        # vLLM's quantisation of activations (K, and N for the second product) takes whole groups only.
-        multiples={"fp8": {"K": QUANT_BLOCK, "N": QUANT_BLOCK}},
+        # vLLM's quantisation of activations (K, and N for the second product) takes whole groups only, and per token
+        # reads whole vectors.
+        multiples={"fp8": {"K": QUANT_BLOCK, "N": QUANT_BLOCK}, "fp8_channel": {"K": _ALIGNMENT, "N": _ALIGNMENT}},
     )
     # FP8: the first product is rounded to BF16 before it is quantised again, so some codes fall on the other side.
-    tolerance: ClassVar = {"bf16": 1e-2, "fp16": 2e-3, "fp8": 3e-2}
+    tolerance: ClassVar = {"bf16": 1e-2, "fp16": 2e-3, "fp8": 3e-2, "fp8_channel": 3e-2}
     install_hint = INSTALL_HINT
 
     def further_reasons(self, problem: MoEProblem) -> tuple[str, ...]:
@@ -65,7 +66,7 @@ class VllmFusedMoEBackend(Backend):
     def workspace_bytes(self, problem: MoEProblem, config: BackendConfig) -> int:  # noqa: ARG002
         """See `Backend.workspace_bytes`."""
         plain = problem.slots * (max(problem.gate_up_rows, problem.K) + problem.N) * 2
-        return plain + (problem.M * problem.K + problem.slots * problem.N if problem.dtype == "fp8" else 0)
+        return plain + (problem.M * problem.K + problem.slots * problem.N if problem.fp8 else 0)
 
     def measured_versions(self) -> dict[str, str]:
         """See `Backend.measured_versions`."""
@@ -90,7 +91,7 @@ class VllmFusedMoEBackend(Backend):
             hidden_states = hidden_states.clone()  # a view into a flat buffer
         M, topk = topk_ids.shape
         by_slot = assigns_by_slot(library, M, topk, experts.E)
-        masked, fp8 = -1 if by_slot else experts.E, experts.dtype == "fp8"
+        masked, fp8 = -1 if by_slot else experts.E, experts.fp8
         if fp8 or experts.activation == "swiglu_oai":
             topk_weights, topk_ids = mark_nan_tokens(
                 hidden_states, topk_weights, topk_ids, experts.E, masked, infinite=fp8

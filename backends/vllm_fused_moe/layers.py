@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from moe_dispatch.activations import Activation
-from moe_dispatch.backends.vllm_fused_moe.library import Library, block_fp8_config, require_fp32_scales
+from moe_dispatch.backends.vllm_fused_moe.library import Library, fp8_config, require_fp32_scales
 from moe_dispatch.experts import ExpertWeights
 
 # Ours to vLLM's `MoEActivation`. vLLM's gelu is the exact one; releases before 0.24 have no tanh approximation.
@@ -49,16 +49,17 @@ def layer(library: Library, experts: ExpertWeights) -> Layer:
     """The description of a layer's weights, remembered as long as the weights live.
 
     Raises:
-        BackendUnavailableError: The weights are FP8, and vLLM would round multipliers.
+        BackendUnavailableError: The weights are block FP8, and vLLM would round multipliers.
     """
     tensors = (experts.gate_up_scale, experts.down_scale, experts.gate_up_bias, experts.down_bias)
     known = _layers.get(experts)
     if known is not None and all(now is then for now, then in zip(tensors, known.tensors, strict=True)):
         return known
     quant_config = None
-    if experts.dtype == "fp8":
-        require_fp32_scales()
-        quant_config = block_fp8_config(library, experts)
+    if experts.fp8:
+        if experts.dtype == "fp8":
+            require_fp32_scales()
+        quant_config = fp8_config(library, experts)
     elif experts.gate_up_bias is not None:
         quant_config = library.biased_config(experts.gate_up_bias, experts.down_bias)
     made = _layers[experts] = Layer(library.activation(ACTIVATIONS[experts.activation]), quant_config, tensors)

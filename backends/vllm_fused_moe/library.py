@@ -48,7 +48,7 @@ class Library:
         fused_experts: The layer; keyword arguments only.
         options: Keyword arguments of `fused_experts` that this release has and others have not.
         activation: vLLM's enumeration `MoEActivation`, by value.
-        fp8_config: Makes the description of block FP8 weights.
+        fp8_config: Makes the description of FP8 weights.
         biased_config: Makes the description of plain weights with biases.
         assign: Decides whether slots are sorted by expert; called with CPU tensors only. None in a release without it.
         assigns_by_slot: What `assign` answered, by (M, topk, E).
@@ -110,7 +110,7 @@ def assigns_by_slot(library: Library, M: int, topk: int, E: int) -> bool:
 
 
 def require_fp32_scales() -> None:
-    """Make sure that vLLM does not round the multipliers of FP8 activations to powers of two.
+    """Make sure that vLLM does not round the multipliers of block FP8 activations to powers of two.
 
     It does so on Hopper and newer unless ``VLLM_USE_DEEP_GEMM_E8M0=0``, which it reads once per process. The variable
     is set here if it is not set yet.
@@ -134,15 +134,14 @@ def require_fp32_scales() -> None:
         _keeps_fp32_scales = True
 
 
-def block_fp8_config(library: Library, experts: ExpertWeights) -> Any:
-    """Describe block FP8 weights, and their biases, in vLLM's terms."""
-    return library.fp8_config(
-        w1_scale=experts.gate_up_scale,
-        w2_scale=experts.down_scale,
-        w1_bias=experts.gate_up_bias,
-        w2_bias=experts.down_bias,
-        block_shape=[128, 128],
-    )
+def fp8_config(library: Library, experts: ExpertWeights) -> Any:
+    """Describe FP8 weights, and their biases, in vLLM's terms: ``[E, rows, 1]`` for scales per row."""
+    scales: dict[str, Any] = {"w1_scale": experts.gate_up_scale, "w2_scale": experts.down_scale}
+    form: dict[str, Any] = {"block_shape": [128, 128]}
+    if experts.dtype == "fp8_channel":
+        scales = {name: scale.unsqueeze(-1) for name, scale in scales.items()}
+        form = {"per_act_token_quant": True, "per_out_ch_quant": True}
+    return library.fp8_config(**scales, w1_bias=experts.gate_up_bias, w2_bias=experts.down_bias, **form)
 
 
 def moe_config(experts: ExpertWeights, topk: int, activation: Any) -> Any:

@@ -2,9 +2,10 @@
 
     python -m moe_dispatch.benchmarks.record.gradients --out gradients.jsonl
 
-Decoder layers of Qwen3-30B-A3B with random BF16 weights. Every implementation is measured before the first one is
-measured again. A row is one measurement: median and fastest milliseconds, and the peak of allocated memory above the
-model's own weights. First come the errors of one layer's gradients against fp32. Needs transformers and a GPU.
+Decoder layers of Qwen3-30B-A3B, or of gpt-oss-20b, whose experts are stored transposed (``--model gpt-oss-20b``), with
+random BF16 weights. Every implementation is measured before the first one is measured again. A row is one measurement:
+median and fastest milliseconds, and the peak of allocated memory above the model's own weights. First come the errors
+of one layer's gradients against fp32. Needs transformers and a GPU.
 """
 
 import argparse
@@ -25,10 +26,18 @@ from moe_dispatch.machine import Machine
 
 IMPLEMENTATIONS: Final = ("eager", "grouped_mm", "batched_mm", "moe_dispatch")
 TOKENS: Final = (1024, 4096)
-QWEN3_30B: Final[dict[str, Any]] = {
-    "hidden_size": 2048, "moe_intermediate_size": 768, "num_experts": 128, "num_experts_per_tok": 8,
-    "num_attention_heads": 32, "num_key_value_heads": 4, "head_dim": 128, "intermediate_size": 6144,
-    "norm_topk_prob": True, "vocab_size": 1024, "max_position_embeddings": 40960, "rms_norm_eps": 1e-6,
+MODELS: Final[dict[str, dict[str, Any]]] = {
+    "qwen3-30b-a3b": {
+        "model_type": "qwen3_moe", "hidden_size": 2048, "moe_intermediate_size": 768, "num_experts": 128,
+        "num_experts_per_tok": 8, "num_attention_heads": 32, "num_key_value_heads": 4, "head_dim": 128,
+        "intermediate_size": 6144, "norm_topk_prob": True, "vocab_size": 1024, "max_position_embeddings": 40960,
+        "rms_norm_eps": 1e-6,
+    },
+    "gpt-oss-20b": {
+        "model_type": "gpt_oss", "hidden_size": 2880, "intermediate_size": 2880, "num_local_experts": 32,
+        "num_experts_per_tok": 4, "num_attention_heads": 64, "num_key_value_heads": 8, "head_dim": 64,
+        "sliding_window": 128, "vocab_size": 1024, "max_position_embeddings": 131072,
+    },
 }  # fmt: skip
 _ERROR_TOKENS: Final = 256
 _SAMPLES: Final = 7
@@ -37,29 +46,31 @@ _SAMPLE_SECONDS: Final = 3.0  # no further sample of a measurement after this
 Row = dict[str, Any]
 
 
-def build(layers: int, device: str, **changes: Any) -> Any:
-    """The model, with weights that keep activations near 1."""
+def build(name: str, layers: int, device: str, **changes: Any) -> Any:
+    """Some layers of a model, with weights that keep activations near 1."""
     import transformers
 
-    config = transformers.Qwen3MoeConfig(**{**QWEN3_30B, **changes}, num_hidden_layers=layers)
+    config = transformers.AutoConfig.for_model(**{**MODELS[name], **changes}, num_hidden_layers=layers)
     torch.manual_seed(0)
     with torch.device(device):
         model = transformers.AutoModel.from_config(config, dtype=torch.bfloat16)
     with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() == 3:
-                parameter.normal_(std=parameter.shape[2] ** -0.5)
+        for module in model.modules():
+            columns = 1 if getattr(module, "is_transposed", False) else 2  # of an expert's matrix, which it sums over
+            for parameter in module.parameters(recurse=False):
+                if parameter.dim() == 3:
+                    parameter.normal_(std=parameter.shape[columns] ** -0.5)
     return model
 
 
 def errors(model: Any, device: str) -> Iterator[Row]:
     """Of one experts module: ‖gradient − truth‖ / ‖truth‖, where the truth is transformers' own loop in fp32."""
-    experts, router = model.layers[0].mlp.experts, model.layers[0].mlp.gate
+    experts, topk = model.layers[0].mlp.experts, model.config.num_experts_per_tok
     generator = torch.Generator(device).manual_seed(1)
-    K, E = experts.gate_up_proj.shape[2], experts.gate_up_proj.shape[0]
+    K, E = model.config.hidden_size, experts.gate_up_proj.shape[0]
     hidden = torch.randn(_ERROR_TOKENS, K, generator=generator, device=device).bfloat16()
     logits = torch.randn(_ERROR_TOKENS, E, generator=generator, device=device)
-    weights, ids = logits.softmax(dim=-1).topk(router.top_k)
+    weights, ids = logits.softmax(dim=-1).topk(topk)
     gradient = torch.randn(_ERROR_TOKENS, K, generator=generator, device=device).bfloat16()
 
     def gradients(module: Any, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -147,15 +158,16 @@ def main() -> None:
     """Measure, print, and write."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("gradients.jsonl"))
+    parser.add_argument("--model", choices=MODELS, default="qwen3-30b-a3b")
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--tokens", type=int, nargs="+", default=list(TOKENS))
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--seconds", type=float, default=120.0, help="what has not begun by then is left out")
     arguments = parser.parse_args()
     deadline = time.monotonic() + arguments.seconds
-    facts = {**json_lines.origin(Machine.inspect("cuda")), "layers": arguments.layers}
+    facts = {**json_lines.origin(Machine.inspect("cuda")), "model": arguments.model, "layers": arguments.layers}
     register()
-    model = build(arguments.layers, "cuda")
+    model = build(arguments.model, arguments.layers, "cuda")
     with arguments.out.open("w", encoding="utf-8") as out:
         for row in rows(model, "cuda", arguments.rounds, tuple(arguments.tokens), deadline):
             print(json.dumps(row), flush=True)

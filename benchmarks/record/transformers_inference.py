@@ -2,12 +2,13 @@
 
     python -m moe_dispatch.benchmarks.record.transformers_inference --out transformers_inference.jsonl
 
-Decoder layers of Qwen3-30B-A3B with random BF16 weights, without gradients: a prefill of one sequence, and decode steps
-of several sequences with a static cache. "compiled" is ``torch.compile(fullgraph=True, mode="reduce-overhead")``, which
-replays CUDA graphs; the eager implementation cannot be compiled so. Every implementation is measured before the first
-one is measured again. A row is one measurement: median and fastest milliseconds of a step, tokens per second, and the
-peak of allocated memory above the model's own weights; or the reason why there is none. First come the differences of
-the outputs from the eager implementation's. Needs transformers and a GPU.
+Decoder layers of Qwen3-30B-A3B, or of gpt-oss-20b, whose experts are stored transposed (``--model gpt-oss-20b``), with
+random BF16 weights, without gradients: a prefill of one sequence, and decode steps of several sequences with a static
+cache. "compiled" is ``torch.compile(fullgraph=True, mode="reduce-overhead")``, which replays CUDA graphs; the eager
+implementation cannot be compiled so. Every implementation is measured before the first one is measured again. A row is
+one measurement: median and fastest milliseconds of a step, tokens per second, and the peak of allocated memory above
+the model's own weights; or the reason why there is none. First come the differences of the outputs from the eager
+implementation's. Needs transformers and a GPU.
 """
 
 import argparse
@@ -23,7 +24,7 @@ import torch
 from torch import Tensor
 
 from moe_dispatch.benchmarks.record import json_lines
-from moe_dispatch.benchmarks.record.gradients import IMPLEMENTATIONS, Row, build, measure
+from moe_dispatch.benchmarks.record.gradients import IMPLEMENTATIONS, MODELS, Row, build, measure
 from moe_dispatch.integrations.transformers import register
 from moe_dispatch.machine import Machine
 
@@ -139,15 +140,16 @@ def main() -> None:
     """Measure, print, and write."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("transformers_inference.jsonl"))
+    parser.add_argument("--model", choices=MODELS, default="qwen3-30b-a3b")
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--modes", nargs="+", choices=get_args(Mode), default=list(get_args(Mode)))
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--seconds", type=float, default=130.0, help="what has not begun by then is left out")
     arguments = parser.parse_args()
     deadline = time.monotonic() + arguments.seconds
-    facts = {**json_lines.origin(Machine.inspect("cuda")), "layers": arguments.layers}
+    facts = {**json_lines.origin(Machine.inspect("cuda")), "model": arguments.model, "layers": arguments.layers}
     register()
-    model = build(arguments.layers, "cuda").eval()
+    model = build(arguments.model, arguments.layers, "cuda").eval()
     with arguments.out.open("w", encoding="utf-8") as out:
         for row in rows(
             model, "cuda", arguments.rounds, CASES, tuple(arguments.modes), deadline, mode="reduce-overhead"

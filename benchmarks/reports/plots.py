@@ -106,7 +106,7 @@ def _draw_layer(
     for axes in (above, below):
         axes.grid(visible=True, which="major", color="#dddddd", linewidth=0.6)
         axes.spines[["top", "right"]].set_visible(False)
-    path = folder / f"{_file_name(layer[0])}-{layer[1]}.png"
+    path = folder / f"{_file_name(layer[0])}-{layer[1]}.webp"
     _save(figure, path)
     pyplot.close(figure)
     return path
@@ -143,19 +143,19 @@ def _draw_winners(pyplot: Any, best: _Best, dtype: str, style: dict[str, dict[st
     names = sorted({row.backend for row in winners.values()})
     handles = [pyplot.Rectangle((0, 0), 1, 1, color=style[name]["color"]) for name in names]
     figure.legend(handles, names, loc="outside lower left", frameon=False, fontsize=8, ncols=4)
-    path = folder / f"winners-{dtype}.png"
+    path = folder / f"winners-{dtype}.webp"
     _save(figure, path)
     pyplot.close(figure)
     return path
 
 
 def _save(figure: Any, path: Path) -> None:
-    """Write a PNG with a palette: a third of the size, for pictures of few colours that are kept in a repository."""
+    """Write a lossless WebP of few colours: a quarter of a PNG's size, for pictures that are kept in a repository."""
     from PIL import Image  # which matplotlib needs, too
 
     picture = io.BytesIO()
     figure.savefig(picture, dpi=110)
-    Image.open(picture).convert("RGB").quantize(32).save(path, optimize=True)
+    Image.open(picture).convert("RGB").quantize(32).convert("RGB").save(path, lossless=True, method=6)
 
 
 def _file_name(text: str) -> str:

@@ -212,9 +212,11 @@ def _calibrate(size: DemoSize, place: torch.device) -> None:
 
 def _measure(experts: ExpertWeights, layer: Workload, M: int, dispatcher: Dispatcher) -> LayerRow:
     problem = layer.problem(M, experts.dtype, dispatcher.machine)
-    sample = with_truths(experts, make_inputs(problem, ROUTINGS["uniform"], experts.device, count=DISTINCT_INPUTS))
     chosen = dispatcher.planner.explain(problem).chosen
     assert chosen is not None  # noqa: S101 - the model has just run
+    inputs = make_inputs(problem, ROUTINGS["uniform"], experts.device, count=DISTINCT_INPUTS)
+    quantizes = dispatcher.planner.backend(chosen.choice.backend).quantizes_activations(problem)
+    sample = with_truths(experts, inputs, quantize_activations=quantizes)
     call = dispatched(experts)
     with torch.no_grad():
         outputs = [call(inputs) for inputs in sample.inputs]

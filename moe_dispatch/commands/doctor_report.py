@@ -213,8 +213,10 @@ def _report(dispatcher: Dispatcher, status: BackendStatus, *, probe: bool) -> Ba
 def _probe(name: str, dtype: DType, dispatcher: Dispatcher) -> str:
     """Run a tiny layer and compare it with fp32; a sentence that begins with ``ok`` if it is right."""
     machine = dispatcher.machine
-    sample = sample_layer(PROBE.problem(PROBE_TOKENS, dtype, machine), torch.device(machine.device))
-    tolerance = dispatcher.planner.backend(name).tolerance.get(dtype, 0.0)
+    problem, backend = PROBE.problem(PROBE_TOKENS, dtype, machine), dispatcher.planner.backend(name)
+    quantizes = backend.quantizes_activations(problem)
+    sample = sample_layer(problem, torch.device(machine.device), quantize_activations=quantizes)
+    tolerance = backend.tolerance.get(dtype, 0.0)
     try:
         verdict = verify(dispatched(sample.experts, name), sample.inputs, sample.truths, tolerance=tolerance)
     except MoEDispatchError as failure:

@@ -11,6 +11,7 @@ from moe_dispatch.problem import DTYPES, DType, Mode
 
 MAX_TOKENS: Final = 1 << 24  # More tokens in one call than any model serves; costs are computed tile by tile.
 _MODES: Final[tuple[Mode, ...]] = ("graph", "eager")
+_DTYPE_HELP: Final = f"Weight dtype: {', '.join(DTYPES)} (fp8 has a scale per 128×128 weights, fp8_channel per row)"
 _MODEL_HELP: Final = "A named model such as deepseek-v3 or Qwen/Qwen3-30B-A3B, E,topk,K,N, or a path of a config.json"
 
 
@@ -49,14 +50,9 @@ Models = Annotated[
 TensorParallel = Annotated[
     int, typer.Option("--tp", min=1, help="Tensor parallelism: the layer as each of so many GPUs has it, N/tp columns.")
 ]
-Dtype = Annotated[
-    str, typer.Option("--dtype", help=f"Weight dtype: {', '.join(DTYPES)} (block FP8).", autocompletion=_complete_dtype)
-]
+Dtype = Annotated[str, typer.Option("--dtype", help=f"{_DTYPE_HELP}.", autocompletion=_complete_dtype)]
 Dtypes = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--dtype", help=f"Weight dtype: {', '.join(DTYPES)} (block FP8); repeatable.", autocompletion=_complete_dtype
-    ),
+    list[str] | None, typer.Option("--dtype", help=f"{_DTYPE_HELP}; repeatable.", autocompletion=_complete_dtype)
 ]
 MachineName = Annotated[
     str | None,

@@ -26,8 +26,8 @@ class Wanted(NamedTuple):
     Attributes:
         hidden_states: Whether the gradient of hidden_states is wanted.
         topk_weights: Whether that of topk_weights is.
-        gate_up: Whether that of gate_up is; never for block FP8 weights.
-        down: Whether that of down is; never for block FP8 weights.
+        gate_up: Whether that of gate_up is; never for FP8 weights.
+        down: Whether that of down is; never for FP8 weights.
         gate_up_bias: Whether that of gate_up_bias is.
         down_bias: Whether that of down_bias is.
     """

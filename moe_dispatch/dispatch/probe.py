@@ -90,7 +90,9 @@ def _trial(backend: Backend, tiny: MoEProblem, experts: ExpertWeights, seed: int
     ids[2, 1] = ids[2, 0]
     inputs = (hidden.to(torch_dtype(tiny.act_dtype)), experts, weights.to(device), ids.to(device))
     reference = BACKENDS.load(LAST_RESORT)(backend.machine)
-    config = reference.config_type.model_validate({"compute_fp32": True})
+    config = reference.config_type.model_validate(
+        {"compute_fp32": True, "quantize_activations": backend.quantizes_activations(tiny)}
+    )
     return _Trial(inputs, reference.run(*inputs, config).float(), tuple(tensor.clone() for tensor in _seen(inputs)))
 
 

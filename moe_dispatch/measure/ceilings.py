@@ -14,7 +14,7 @@ from torch import Tensor
 from moe_dispatch.machine import Machine
 from moe_dispatch.measure.inputs import timing_events
 from moe_dispatch.numerics import FP8
-from moe_dispatch.problem import DType, MoEProblem
+from moe_dispatch.problem import FP8_DTYPES, DType, MoEProblem
 
 COPY_BYTES: Final = {"cuda": 4 << 30, "cpu": 64 << 20}
 PRODUCT_SIZE: Final = {"cuda": 8192, "cpu": 512}
@@ -40,7 +40,9 @@ class Ceilings(pydantic.BaseModel):
 
     def flops(self, dtype: DType) -> float | None:
         """The matrix rate for weights of this dtype."""
-        return {"bf16": self.bf16_flops, "fp16": self.bf16_flops, "fp8": self.fp8_flops, "fp32": self.fp32_flops}[dtype]
+        if dtype in FP8_DTYPES:
+            return self.fp8_flops
+        return self.fp32_flops if dtype == "fp32" else self.bf16_flops
 
     def roofline_us(self, problem: MoEProblem, experts: float | None = None) -> float | None:
         """The roofline of a problem in µs; None where the matrix rate of its dtype is unknown.

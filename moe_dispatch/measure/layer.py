@@ -34,6 +34,7 @@ def sample_layer(
     routing: RoutingDistribution = ROUTINGS["uniform"],
     count: int = 1,
     seed: int = 0,
+    quantize_activations: bool = True,
 ) -> SampleLayer:
     """Draw a layer of a problem's shape, dtypes and activation.
 
@@ -43,14 +44,19 @@ def sample_layer(
         routing: Distribution of tokens over experts.
         count: Number of inputs.
         seed: The same seed gives the same routings on every device.
+        quantize_activations: Whether the right answers are those with quantised activations where the weights are FP8.
     """
     generator = torch.Generator(device).manual_seed(seed)
     experts = make_experts(
         problem, problem.dtype, device, generator, act_dtype=problem.act_dtype, transposed=problem.transposed
     )
-    return with_truths(experts, make_inputs(problem, routing, device, count, seed))
+    inputs = make_inputs(problem, routing, device, count, seed)
+    return with_truths(experts, inputs, quantize_activations=quantize_activations)
 
 
-def with_truths(experts: ExpertWeights, inputs: tuple[LayerInputs, ...]) -> SampleLayer:
-    """Weights and inputs that exist already, with their fp32 outputs."""
-    return SampleLayer(experts, inputs, reference_outputs(experts, inputs))
+def with_truths(
+    experts: ExpertWeights, inputs: tuple[LayerInputs, ...], *, quantize_activations: bool = True
+) -> SampleLayer:
+    """Weights and inputs that exist already, with their fp32 outputs; see `sample_layer`."""
+    truths = reference_outputs(experts, inputs, quantize_activations=quantize_activations)
+    return SampleLayer(experts, inputs, truths)

@@ -62,7 +62,7 @@ def reference_outputs(
     Args:
         experts: The weights.
         inputs: The inputs, which are computed in one pass over the experts.
-        quantize_activations: With block FP8 weights, quantise activations as the fast backends do.
+        quantize_activations: With FP8 weights, quantise activations as the fast backends do.
         tokens: Compute only this many tokens of each input, spread evenly (`spread_rows`); all of them if None.
 
     Returns:

@@ -33,7 +33,7 @@ class MoELayer(nn.Module):
     the variants in use: ``router`` for ``gate``, ``shared_expert`` for ``shared_experts``, experts one by one
     (``experts.0.gate_proj.weight``, ``w1``), shared experts as three linear layers, and transposed weights (gpt-oss).
 
-    ``layer.to(device)`` moves everything. ``layer.to(dtype)`` converts everything but block FP8 weights with their
+    ``layer.to(device)`` moves everything. ``layer.to(dtype)`` converts everything but FP8 weights with their
     scales, and the router's correction bias.
 
     Shared experts run on a second CUDA stream up to SIDE_STREAM_TOKENS tokens, where no gradient is recorded.
@@ -113,7 +113,7 @@ class MoELayer(nn.Module):
         """Run the layer.
 
         Args:
-            hidden_states: ``[…, K]``, in the weights' dtype (BF16, FP16 or FP32 with block FP8 weights).
+            hidden_states: ``[…, K]``, in the weights' dtype (BF16, FP16 or FP32 with FP8 weights).
 
         Returns:
             The same shape and dtype.

@@ -24,7 +24,7 @@ NAMES: Final = {
 class StackedExperts(nn.Module):
     """Experts in the layout of `ExpertWeights`, as parameters with the names that transformers gives them.
 
-    Block FP8 weights (dtype e4m3) and their scales need no gradient and keep their dtype whatever `Module.to` asks for.
+    FP8 weights (dtype e4m3) and their scales need no gradient and keep their dtype whatever `Module.to` asks for.
 
     Args:
         K: Hidden size.
@@ -56,7 +56,7 @@ class StackedExperts(nn.Module):
     ) -> None:
         super().__init__()
         self.activation: Activation = canonical(activation)
-        self.interleaved = interleaved
+        self.interleaved, self.transposed = interleaved, False
         self._held: ExpertWeights | None = None
         rows = N if self.activation in UNGATED else 2 * N
         shapes: dict[str, tuple[int, ...]] = {"gate_up": (E, rows, K), "down": (E, K, N)}
@@ -76,7 +76,7 @@ class StackedExperts(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Initialise each expert as two `nn.Linear` would be, and biases to zero; block FP8 to zero."""
+        """Initialise each expert as two `nn.Linear` would be, and biases to zero; FP8 to zero."""
         for name, attribute in NAMES.items():
             parameter = self._parameters[attribute]
             if parameter is None:
@@ -95,7 +95,9 @@ class StackedExperts(nn.Module):
         held = self._held
         if held is not None and all(getattr(held, name) is tensor for name, tensor in own.items()):
             return held
-        weights = ExpertWeights(**own, activation=self.activation, interleaved=self.interleaved)
+        weights = ExpertWeights(
+            **own, activation=self.activation, interleaved=self.interleaved, transposed=self.transposed
+        )
         if not torch.compiler.is_compiling():
             self._held = weights
         return weights
@@ -104,13 +106,14 @@ class StackedExperts(nn.Module):
         """Take tensors in place of the parameters, without a copy.
 
         Args:
-            weights: Experts of any shape and dtype; their activation and order of rows become the module's.
+            weights: Experts of any shape and dtype; their activation, order of rows and of storage become the module's.
         """
         self.activation, self.interleaved = weights.activation, weights.interleaved
+        self.transposed = weights.transposed
         tensors = dict(weights.tensors())
         for name, attribute in NAMES.items():
             tensor = tensors.get(name)
-            trainable = name.endswith("bias") or (not name.endswith("scale") and weights.dtype != "fp8")
+            trainable = name.endswith("bias") or (not name.endswith("scale") and not weights.fp8)
             parameter = None if tensor is None else nn.Parameter(tensor.detach(), requires_grad=trainable)
             self.register_parameter(attribute, parameter)
 

@@ -167,7 +167,7 @@ class ExpertParallel:
             layer: A layer of this group.
             topk: Experts per token.
             tokens: Tokens of each rank. A captured graph needs its own count, or `max_tokens`, in here.
-            act_dtype: The dtype of hidden_states. None stands for the weights' own, or BF16 with block FP8 weights.
+            act_dtype: The dtype of hidden_states. None stands for the weights' own, or BF16 with FP8 weights.
 
         Returns:
             What was measured, one entry for each token count.
@@ -179,7 +179,7 @@ class ExpertParallel:
         session = self._session
         if not isinstance(layer, ShardedExperts) or layer.session is not session:
             raise InvalidInputError(f"layer must be one that this group made, got {layer!r}")
-        dtype = act_dtype or (torch.bfloat16 if layer.dtype == "fp8" else layer.local.gate_up.dtype)
+        dtype = act_dtype or (torch.bfloat16 if layer.local.fp8 else layer.local.gate_up.dtype)
         counts = tuple(tokens)
         if type(topk) is not int or not 1 <= topk <= layer.E or not all(type(M) is int and M > 0 for M in counts):
             raise InvalidInputError(

@@ -43,7 +43,7 @@ class ParallelExplanation:
 def explain_call(layer: ShardedExperts, topk: int, M: int) -> ParallelExplanation:
     """Explain the calls of a layer with up to M tokens on a rank."""
     session = layer.session
-    dtype = torch.bfloat16 if layer.dtype == "fp8" else layer.local.gate_up.dtype
+    dtype = torch.bfloat16 if layer.local.fp8 else layer.local.gate_up.dtype
     kind = session.kind(layer.placement, layer.local, M, topk, dtype)
     exchange = session.choose(kind)
     if session.options.exchange:

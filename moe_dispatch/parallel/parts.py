@@ -48,7 +48,7 @@ def placed(
         "held": local.E,
         "on the group's device": local.device == device,
         "facts": {
-            "division": division, "experts": experts, "K": local.K, "dtype": str(local.gate_up.dtype), "N": local.N,
+            "division": division, "experts": experts, "K": local.K, "dtype": local.dtype, "N": local.N,
             "activation": local.activation, "bias": local.gate_up_bias is not None, "interleaved": local.interleaved,
         },
     })  # fmt: skip

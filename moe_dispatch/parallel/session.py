@@ -13,7 +13,6 @@ from moe_dispatch.backend import Inputs
 from moe_dispatch.dispatch.call import call_eagerly
 from moe_dispatch.dispatch.dispatcher import Dispatcher
 from moe_dispatch.errors import InvalidInputError, UnknownNameError
-from moe_dispatch.experts import DTYPE_NAMES
 from moe_dispatch.machine import current_machine
 from moe_dispatch.parallel import agreement
 from moe_dispatch.parallel.collectives import Collectives
@@ -25,6 +24,7 @@ from moe_dispatch.parallel.registry import ALWAYS, EXCHANGES, make_exchanges
 from moe_dispatch.parallel.watch import ProcessIdentity
 from moe_dispatch.problem import Mode
 from moe_dispatch.settings import Settings, settings
+from moe_dispatch.weight_checks import DTYPE_NAMES
 
 _REMEDY: Final = (
     "Give every rank the same software, settings and calibration files; one MOE_DISPATCH_CACHE_DIR serves all of them."

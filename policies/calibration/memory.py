@@ -18,7 +18,7 @@ def weight_bytes(problem: MoEProblem) -> int:
     """Peak memory of making a layer's random weights (`make_experts`), in bytes."""
     elements = (problem.gate_up_rows + problem.N) * problem.K
     plain = ELEMENT_BYTES[problem.act_dtype] * elements * problem.E
-    codes = elements * problem.E if problem.dtype == "fp8" else 0  # beside what they are quantised from
+    codes = elements * problem.E if problem.fp8 else 0  # beside what they are quantised from
     return plain + codes + 4 * _EXPERT_COPIES * elements
 
 

@@ -21,13 +21,13 @@ def placeholder_weights(problem: MoEProblem, device: torch.device) -> ExpertWeig
         device: Where to allocate. A CPU has no such trick and gets zeros of the full size.
     """
     rows, K, N, E = problem.gate_up_rows, problem.K, problem.N, problem.E
-    (up_rows, up_columns), (down_rows, down_columns) = problem.quant_blocks
+    of_gate_up, of_down = problem.scale_shapes
     scales: dict[str, Any] = (
         {
-            "gate_up_scale": torch.ones(E, up_rows, up_columns, dtype=torch.float32, device=device),
-            "down_scale": torch.ones(E, down_rows, down_columns, dtype=torch.float32, device=device),
+            "gate_up_scale": torch.ones(E, *of_gate_up, dtype=torch.float32, device=device),
+            "down_scale": torch.ones(E, *of_down, dtype=torch.float32, device=device),
         }
-        if problem.dtype == "fp8"
+        if problem.fp8
         else {}
     )
     biases: dict[str, Any] = (

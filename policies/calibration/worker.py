@@ -66,7 +66,8 @@ class WorkerServer:
         # Of the current token count, by routing distribution.
         self._M = 0
         self._inputs: dict[str, tuple[LayerInputs, ...]] = {}
-        self._references: dict[str, torch.Tensor] = {}
+        # By routing distribution, and by whether activations are quantised where the weights are FP8.
+        self._references: dict[tuple[str, bool], torch.Tensor] = {}
         # Of the current point. Candidates are named by their index; graphs live as long as `_turns`.
         self._mode: Mode = "eager"
         self._routings: list[str] = []
@@ -113,15 +114,12 @@ class WorkerServer:
             self._forget_tokens()
         self._M, self._mode, self._routings, self._candidates = M, mode, routings, candidates
         problem = self._layer.problem(M, self._machine)
-        missing = [routing for routing in routings if routing not in self._references]
+        missing = [routing for routing in routings if routing not in self._inputs]
         count = distinct_inputs(problem, self._machine)
         require(input_bytes(problem, count * len(missing)) if missing else 0, "the inputs", self._device)
         for routing in missing:
             self._inputs[routing] = make_inputs(problem, ROUTINGS[routing], self._device, count, seed=SEED + M)
-        if missing:
-            checked = [self._inputs[routing][0] for routing in missing]
-            references = reference_outputs(self._experts, checked, tokens=CHECKED_TOKENS)
-            self._references |= dict(zip(missing, references, strict=True))
+        self._references_of(routings, quantized=True)
         return {}
 
     def compile(self, layer: dict[str, Any], M: int, candidate: tuple[str, dict[str, Any]]) -> dict[str, Any]:
@@ -165,11 +163,13 @@ class WorkerServer:
             briefly: Eagerly and on the first routing distribution only.
         """
         backend, config, call = self._call(candidate)
+        assert self._machine is not None and self._layer is not None  # noqa: S101, PT018
         routings = self._routings[:1] if briefly else self._routings
+        quantized = backend.quantizes_activations(self._layer.problem(self._M, self._machine))
         verdict = verify(
             call,
             [self._inputs[routing][0] for routing in routings],
-            [self._references[routing] for routing in routings],
+            self._references_of(routings, quantized=quantized),
             tolerance=tolerance,
             mode="eager" if briefly else self._mode,
             deterministic=backend.deterministic(config),
@@ -177,6 +177,21 @@ class WorkerServer:
         if not verdict.ok:
             return {"wrong": f"wrong (inputs: {', '.join(routings)}): {verdict.reason}"}
         return {"error": verdict.error}
+
+    def _references_of(self, routings: list[str], *, quantized: bool) -> list[torch.Tensor]:
+        """The fp32 references of the first input of each distribution, computed once for a token count.
+
+        Those of all the point's distributions at the first need: one pass over the experts serves them together.
+        """
+        assert self._experts is not None  # noqa: S101 - `layer` comes first
+        missing = [routing for routing in self._routings if (routing, quantized) not in self._references]
+        if missing:
+            checked = [self._inputs[routing][0] for routing in missing]
+            references = reference_outputs(
+                self._experts, checked, tokens=CHECKED_TOKENS, quantize_activations=quantized
+            )
+            self._references |= {(name, quantized): each for name, each in zip(missing, references, strict=True)}
+        return [self._references[routing, quantized] for routing in routings]
 
     def time(self, candidates: list[int], routing: str, budget_s: float, rounds: int) -> dict[str, Any]:
         """Time candidates that take turns.

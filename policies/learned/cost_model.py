@@ -51,7 +51,9 @@ def rows_per_expert(problem: MoEProblem) -> float:
 def _multiplied(problem: MoEProblem, rows: int) -> float:
     """Time to multiply tiles of `rows` rows, in µs."""
     each = 2 * rows * problem.K * (problem.gate_up_rows + problem.N)
-    return _tiles(problem, rows) * each / (_FP8_RATE if problem.dtype == "fp8" else _RATE)
+    # Before compute capability 8.9 FP8 weights are dequantised, and multiplied as 16 bits.
+    fp8 = problem.fp8 and (problem.capability is None or problem.capability >= (8, 9))
+    return _tiles(problem, rows) * each / (_FP8_RATE if fp8 else _RATE)
 
 
 def _tiles(problem: MoEProblem, rows: int) -> float:

@@ -33,6 +33,8 @@ CASES = (
     Case("fp32", "relu2", bias=True),
     Case("fp8", N=136, bias=True),
     Case("fp8", N=600, splits=2),
+    Case("fp8_channel", N=600, splits=2),
+    Case("fp8_channel", "relu2", N=72, bias=True),
     Case("fp8", "swiglu_oai", N=72, bias=True, interleaved=True),
 )
 
@@ -43,7 +45,7 @@ CASES = (
 def test_equals_torch_where_the_id_is_valid(case: Case, ids_dtype: torch.dtype) -> None:
     generator = torch.Generator(DEVICE).manual_seed(0)
     layer = Workload("layer", 4, 2, 32, case.N, case.activation, bias=case.bias, interleaved=case.interleaved)
-    act_dtype: DType = "fp32" if case.dtype == "fp8" else case.dtype
+    act_dtype: DType = "fp32" if case.dtype.startswith("fp8") else case.dtype
     experts = make_experts(layer, case.dtype, DEVICE, generator, act_dtype=act_dtype)
     ids = torch.randint(-1, 5, (6, 2), generator=generator, device=DEVICE, dtype=ids_dtype)
     valid = ((ids >= 0) & (ids < 4)).flatten()

@@ -35,12 +35,15 @@ class Device:
 
 DEVICES = [
     Device(80, "bf16"),
+    Device(80, "fp8"),
     Device(86, "bf16"),
+    Device(86, "fp8"),
     Device(89, "fp8"),
     Device(89, "bf16"),
     Device(90, "bf16"),
     Device(90, "fp16"),
     Device(90, "fp8"),
+    Device(90, "fp8_channel"),
     Device(100, "bf16"),
     Device(100, "fp8"),
     Device(103, "bf16"),
@@ -79,7 +82,7 @@ def launch_defaults(capability: int, dtype: DType, *, every: bool) -> Iterator[L
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-@pytest.mark.parametrize(("capability", "dtype", "every"), devices(fp16=True))
+@pytest.mark.parametrize(("capability", "dtype", "every"), devices(fp16=True, fp8_forms=True))
 def test_defaults_compile_and_fit(capability: int, dtype: DType, every: bool) -> None:
     kernels = compile_launches(launch_defaults, capability, dtype=dtype, every=every)
     for built in kernels:
@@ -116,7 +119,7 @@ def launch_stages(capability: int) -> Iterator[Launch]:
     """What the defaults above leave out: other layouts of rows, other dtypes, and the stages of other backends."""
     from moe_dispatch.backends.stages.activate import activate, activate_quantize
     from moe_dispatch.backends.stages.combine import combine
-    from moe_dispatch.backends.stages.quantize import gather, gather_quantize
+    from moe_dispatch.backends.stages.quantize import gather, gather_quantize, quantize_rows
     from moe_dispatch.backends.stages.route import FEW_SLOTS, route
 
     def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
@@ -137,6 +140,7 @@ def launch_stages(capability: int) -> Iterator[Launch]:
         y, out = empty(rows, K), empty(64, K)
         yield Launch(partial(combine, y, routing.row_of_slot, weights, out, down_bias=bias, topk_ids=ids, pdl=pdl))
     if features(described(capability)).fp8:
+        yield Launch(partial(quantize_rows, empty(64, 14336), per_token=True, pdl=pdl))
         for major in (False, True):
             yield Launch(partial(gather_quantize, x, routing, topk, column_major_scales=major, pdl=pdl))
             yield Launch(

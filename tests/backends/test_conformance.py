@@ -38,6 +38,11 @@ BUILT_IN = (
     "reference", "torch_grouped", "triton_persistent", "gluon_hopper", "triton_splitk", "triton_vector",
     "vllm_fused_moe", "deep_gemm",
 )  # fmt: skip
+# What Triton's interpreter runs with per-channel FP8.
+PER_CHANNEL = (
+    INPUTS["a NaN in one token, gpt-oss"], SHAPES["neither of 128, several blocks"], SHAPES["odd"],
+    ACTIVATIONS["relu2 with biases, odd shape"],
+)  # fmt: skip
 # Their results are copied: a loop in torch, and a library whose function returns memory of its own.
 COPYING = ("reference", "vllm_fused_moe")
 
@@ -70,11 +75,14 @@ def worth_interpreting(case: Case, name: str, precision: Precision) -> bool:
     """Whether Triton's interpreter, which takes about a second for a layer, is to run a case in a precision.
 
     Routing does not depend on the weights' dtype, so those cases run in FP16; shapes and activations run in FP8, whose
-    blocks and multipliers they concern; token counts and values that are not finite run in both. The other precisions
-    are a matter of the first load and the last store: one token count each.
+    blocks and multipliers they concern; token counts and values that are not finite run in both. Per-channel FP8 runs a
+    sample: it differs in the multipliers alone. The other precisions are a matter of the first load and the last store:
+    one token count each.
     """
     if not name.startswith("triton") or case is TOKENS["M=3"]:
         return True
+    if precision.dtype == "fp8_channel":
+        return precision.act_dtype == "fp16" and case in PER_CHANNEL
     if case in (*TOKENS.values(), *INPUTS.values()):
         return precision.act_dtype == "fp16"
     return precision == Precision("fp8" if case in (*SHAPES.values(), *ACTIVATIONS.values()) else "fp16", "fp16")
@@ -115,11 +123,12 @@ def test_into_memory_of_the_caller(name: str, routing: str, precision: Precision
     inputs = make_inputs(case, precision, DEVICE)
     conform(backend, backend.default_config(problem), inputs, into=True)
     buffer = torch.full((case.M + 2, case.K), torch.nan, dtype=inputs.hidden_states.dtype, device=DEVICE)
+    truth = inputs.expected(backend)
     with torch.no_grad():
         for _ in range(4 if DEVICE == "cuda" else 2):  # the fast path included
             out = moe_forward(*inputs.arguments, backend=name, out=buffer[1:-1])
             assert out.data_ptr() == buffer[1:-1].data_ptr()
-            assert relative_error(out, inputs.truth) <= backend.tolerance[precision.dtype]
+            assert relative_error(out, truth) <= backend.tolerance[precision.dtype]
     assert buffer[[0, -1]].isnan().all(), "nothing is written beside the output"
 
 
@@ -185,7 +194,7 @@ def test_by_name_it_is_that_backend_that_runs(name: str, precision: Precision) -
     with torch.no_grad():
         out = moe_forward(*inputs.arguments, backend=name)
     assert {ran: counts["ran"] for ran, counts in stats().items()} == {name: 1}
-    assert relative_error(out, inputs.truth) <= backend.tolerance[precision.dtype]
+    assert relative_error(out, inputs.expected(backend)) <= backend.tolerance[precision.dtype]
 
 
 @ON_GPU
@@ -293,7 +302,7 @@ def test_captured_into_memory_of_the_caller(name: str, M: int, precision: Precis
             assert moe_forward(*inputs.arguments, backend=name, out=out) is out
     graph.replay()
     torch.cuda.synchronize()
-    assert relative_error(out, inputs.truth) <= backend.tolerance[precision.dtype]
+    assert relative_error(out, inputs.expected(backend)) <= backend.tolerance[precision.dtype]
 
 
 def test_no_tokens_give_no_rows() -> None:

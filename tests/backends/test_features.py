@@ -13,6 +13,7 @@ from moe_dispatch.backends.triton_splitk.config import SplitKConfig
 from moe_dispatch.backends.triton_splitk.config import shared_memory_bytes as splitk_memory
 from moe_dispatch.backends.triton_vector.config import TritonVectorConfig
 from moe_dispatch.backends.triton_vector.config import shared_memory_bytes as vector_memory
+from moe_dispatch.dispatch.dispatcher import Dispatcher
 from moe_dispatch.machine import Machine
 from moe_dispatch.problem import DTYPES, MoEProblem
 from moe_dispatch.registry import BACKENDS
@@ -109,6 +110,17 @@ def shared_memory(problem: MoEProblem, config: BackendConfig, device: Machine) -
     if isinstance(config, TritonVectorConfig):
         return vector_memory(config)
     return hopper_tiles.SHARED_MEMORY[problem.dtype]
+
+
+@pytest.mark.parametrize(("M", "name"), [(1, "triton_splitk"), (64, "triton_splitk"), (4096, "triton_persistent")])
+@pytest.mark.parametrize("capability", [(8, 0), (8, 6)], ids=str)
+def test_fp8_weights_do_not_need_products_of_e4m3(capability: tuple[int, int], M: int, name: str) -> None:
+    device = machine(capability)
+    problem = WORKLOADS["qwen3-30b-a3b"].problem(M, "fp8", device)
+    chosen = Dispatcher(device, live=False).planner.explain(problem).chosen
+    assert chosen is not None
+    assert chosen.choice.backend == name
+    assert not BACKENDS.load(name)(device).quantizes_activations(problem)
 
 
 @pytest.mark.parametrize("name", ["triton_splitk", "triton_vector", "triton_persistent"])

@@ -63,9 +63,6 @@ def launch_promises(capability: int, dtype: DType) -> Iterator[Launch]:
 @pytest.mark.parametrize("capability", CAPABILITIES, ids=lambda capability: f"sm_{capability}")
 def test_the_first_choice_compiles_and_fits(capability: int, dtype: DType) -> None:
     kernels = compile_launches(launch_promises, capability, dtype=dtype)
-    if capability < 89 and dtype == "fp8":
-        assert not kernels
-        return
     assert {built.name for built in kernels} >= {
         "_moe_splitk_gate_up_kernel",
         "_moe_product_kernel",

@@ -111,6 +111,19 @@ def test_quantize_rows(dtype: torch.dtype, columns: int, column_major: bool) -> 
     assert scale.stride() == ((1, 8) if column_major else (scale.shape[1], 1))
 
 
+@pytest.mark.parametrize("columns", [1, 128, 300, 1200])
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_quantize_rows_per_token(dtype: torch.dtype, columns: int) -> None:
+    x = torch.randn(5, columns, generator=torch.Generator().manual_seed(0)).to(DEVICE, dtype)
+    x[2], x[4, 0] = 0.0, torch.nan
+    codes, scale = quantize_rows(x, per_token=True)
+    expected_codes, expected_scale = quantize_rows_torch(x, per_token=True)
+    assert scale.shape == (5, 1)
+    assert (codes.float() * scale)[4].isnan().all()
+    assert torch.equal(codes[:4].float(), expected_codes[:4].float())
+    assert torch.equal(scale[:4], expected_scale[:4])
+
+
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 def test_what_is_not_finite_spoils_its_group_and_no_other(value: float) -> None:
     x = torch.randn(2, 256, generator=torch.Generator().manual_seed(0)).to(DEVICE)

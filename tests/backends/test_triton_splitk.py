@@ -26,7 +26,7 @@ from tests.support.triton_compile import (
 
 ACTIVATIONS = ("gelu", "gelu_tanh", "swiglu_oai", "relu2", "swiglu(limit=.5)", "swiglu(gate_cap=2,up_cap=3)")
 SMALL = {"block_n": 32, "block_k": 32, "num_stages": 2}
-FEW_SPILLS = 64  # bytes of a thread
+FEW_SPILLS = 80  # bytes of a thread; most are 72, FP8 beside 64 tokens on sm_89 with Triton 3.9
 EXPERTS = {"grid": "experts"}
 CASES = [
     # token counts: one, odd, and more than BLOCK_M of one expert, in either grid
@@ -69,6 +69,10 @@ CASES = [
     Case("fp8, partial sums", dtype="fp8", K=256, N=136, config={"splits_gate_up": 2, "splits_down": 2}),
     Case("fp8, quantised by gate_up", dtype="fp8", K=128, N=136, bias=True, config={"block_n": 256}),
     Case("fp8, ungated, quantised by gate_up", dtype="fp8", N=136, activation="relu2", config={"block_n": 128}),
+    Case("fp8_channel", dtype="fp8_channel", K=200, N=72, bias=True),
+    Case("fp8_channel, interleaved", dtype="fp8_channel", activation="swiglu_oai", interleaved=True),
+    Case("fp8_channel, splits", dtype="fp8_channel", K=256, N=272, config={"splits_gate_up": 2, "splits_down": 2}),
+    Case("fp8_channel, wide tiles, ungated", dtype="fp8_channel", activation="relu2", config={"block_n": 128}),
     # tensor descriptors in each row order
     Case("tma", dtype="fp16", config={"tma": True}),
     Case("tma, cut tiles", dtype="fp16", K=80, N=40, bias=True, config={"tma": True}),
@@ -80,6 +84,16 @@ CASES = [
 ]  # fmt: skip
 
 
+# On a device without products of e4m3 the kernels dequantise.
+DEQUANTIZED = [
+    Case("blocks", dtype="fp8", K=256, N=128),
+    Case("fp16", dtype="fp8", act="fp16", K=256, N=128, config={"splits_down": 2}),
+    Case("cut blocks", dtype="fp8", K=200, N=72, bias=True, activation="swiglu_oai", interleaved=True),
+    Case("partial sums, a scale for each row", dtype="fp8", K=256, N=136, config={"splits_gate_up": 2, "block_n": 256}),
+    Case("rows", dtype="fp8_channel", act="fp16", K=72, N=40, bias=True),
+]
+
+
 @pytest.fixture(scope="module")
 def machine() -> Machine:
     return Machine.inspect("cpu")
@@ -89,9 +103,17 @@ def machine() -> Machine:
 @pytest.mark.usefixtures("poisoned_memory")
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_equals_the_reference(case: Case, machine: Machine) -> None:
-    block_k = {"block_k": 128} if case.dtype == "fp8" else {}
+    block_k = {"block_k": 128} if case.dtype.startswith("fp8") else {}
     config = SplitKConfig.model_validate(SMALL | block_k | case.config)
     check_against_the_reference(case, TritonSplitKBackend(machine), config)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="runs in Triton's interpreter")
+@pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.parametrize("case", DEQUANTIZED, ids=str)
+def test_dequantised_weights_meet_activations_as_they_are(case: Case) -> None:
+    backend = TritonSplitKBackend(described(80))
+    check_against_the_reference(case, backend, SplitKConfig.model_validate(SMALL | {"block_k": 128} | case.config))
 
 
 def _problem(machine: Machine, M: int, dtype: DType = "fp16", name: str = "qwen3-30b-a3b") -> MoEProblem:
@@ -103,7 +125,7 @@ def _problem(machine: Machine, M: int, dtype: DType = "fp16", name: str = "qwen3
 def test_configs_fit_the_device(name: str, capability: int) -> None:
     backend = TritonSplitKBackend(described(capability))
     for M in (1, 4, 16, 64):
-        for dtype in cast("tuple[DType, ...]", ("bf16", "fp8") if capability >= 89 else ("bf16",)):
+        for dtype in cast("tuple[DType, ...]", ("bf16", "fp8", "fp8_channel")):
             problem = _problem(backend.machine, M, dtype, name)
             configs = backend.configs(problem)
             assert configs[0] == backend.default_config(problem)
@@ -112,7 +134,7 @@ def test_configs_fit_the_device(name: str, capability: int) -> None:
                 assert shared_memory_bytes(problem, config) <= backend.machine.shared_memory_per_block
                 assert backend.workspace_bytes(problem, config) > 0
                 assert capability >= 90 or not (config.tma or config.pdl)
-                assert dtype != "fp8" or config.block_k == 128
+                assert dtype == "bf16" or config.block_k == 128
 
 
 @pytest.mark.parametrize(("name", "ctas"), [("kimi-k2-tp8", 3), ("qwen3-235b", 2)])
@@ -186,7 +208,7 @@ def launch_defaults(capability: int, dtype: DType, *, every: bool) -> Iterator[L
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-@pytest.mark.parametrize(("capability", "dtype", "every"), devices(fp16=True))
+@pytest.mark.parametrize(("capability", "dtype", "every"), devices(fp16=True, fp8_forms=True))
 def test_defaults_compile(capability: int, dtype: DType, every: bool) -> None:
     kernels = compile_launches(launch_defaults, capability, dtype=dtype, every=every)
     products = [built for built in kernels if built.name in {"_moe_splitk_gate_up_kernel", "_moe_splitk_down_kernel"}]

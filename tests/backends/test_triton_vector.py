@@ -11,11 +11,14 @@ import torch
 from moe_dispatch.backend import BackendConfig
 from moe_dispatch.backends.triton_vector.backend import MOST_SLOTS, TritonVectorBackend
 from moe_dispatch.backends.triton_vector.config import TritonVectorConfig, shared_memory_bytes
+from moe_dispatch.backends.triton_vector.down import vector_down
 from moe_dispatch.errors import InvalidInputError
-from moe_dispatch.machine import Machine
+from moe_dispatch.experts import ExpertWeights
+from moe_dispatch.machine import Machine, current_machine
 from moe_dispatch.policies.rules import VECTOR_FP8_BYTES, vector_suits
 from moe_dispatch.problem import DType
-from moe_dispatch.workloads import WORKLOADS, Workload
+from moe_dispatch.testing import relative_error, truth
+from moe_dispatch.workloads import ROUTINGS, WORKLOADS, Workload, make_experts
 from tests.support.decode import Case, check_against_the_reference
 from tests.support.triton_compile import (
     SHARED_MEMORY,
@@ -49,8 +52,24 @@ CASES = [
         Case("fp8, cut blocks", dtype="fp8", K=200, N=72, bias=True, activation="swiglu_oai", interleaved=True),
         Case("fp8, shifted blocks", M=2, dtype="fp8", K=200, N=77, topk=3),
         Case("fp8, ungated", M=2, dtype="fp8", N=136, activation="relu2"),
+        Case("per-channel fp8", dtype="fp8_channel", K=200, N=77, topk=3),
+        Case("per-channel fp8, interleaved", dtype="fp8_channel", K=256, N=72, bias=True, interleaved=True),
+        Case("per-channel fp8, ungated", M=2, dtype="fp8_channel", N=136, activation="relu2"),
     )
 ]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="runs in Triton's interpreter")
+def test_every_e4m3_code_is_converted_exactly() -> None:
+    """Each is a weight of a down projection with one column, so that the output is its value."""
+    codes = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn)
+    experts = ExpertWeights(
+        torch.ones(1, 1, 256).to(torch.float8_e4m3fn), codes.view(1, 256, 1), activation="relu2",
+        gate_up_scale=torch.ones(1, 1, 2), down_scale=torch.ones(1, 2, 1),
+    )  # fmt: skip
+    out, ids = torch.empty(1, 256), torch.zeros(1, 1, dtype=torch.int32)
+    vector_down(torch.ones(1, 1), experts, torch.ones(1, 1), ids, out, TritonVectorConfig(down_rows=32))
+    torch.testing.assert_close(out[0], codes.float(), rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="runs in Triton's interpreter")
@@ -66,7 +85,7 @@ def test_equals_the_reference(case: Case) -> None:
 def test_configs_fit_the_device(name: str, capability: int) -> None:
     backend = TritonVectorBackend(described(capability))
     for M in (1, 4, 16, 64):
-        for dtype in cast("tuple[DType, ...]", ("bf16", "fp8") if capability >= 89 else ("bf16",)):
+        for dtype in cast("tuple[DType, ...]", ("bf16", "fp8", "fp8_channel")):
             problem = WORKLOADS[name].problem(M, dtype, backend.machine)
             configs = backend.configs(problem)
             assert configs[0] == backend.default_config(problem)
@@ -76,25 +95,29 @@ def test_configs_fit_the_device(name: str, capability: int) -> None:
                 assert capability >= 90 or not config.pdl
 
 
-@pytest.mark.parametrize("topk", [1, 2, 3, 8, 9])
-@pytest.mark.parametrize("N", [17, 128, 1000, 1024, 1025, 2048, 2049])
-def test_the_rules_know_where_down_reads_all_experts_at_once(topk: int, N: int) -> None:
-    """In FP8 the rules prefer these kernels only there, if a layer is small and its experts are not shared."""
+QWEN3_NEXT = Workload("qwen3-next", E=512, topk=10, K=2048, N=512)
+
+
+@pytest.mark.parametrize("topk", [1, 2, 3, 6, 8, 10, 16])
+@pytest.mark.parametrize("N", [17, 512, 1000, 1025, 2048, 2049])
+def test_the_rules_know_where_down_reads_whole_rows_and_every_lane_has_an_expert(topk: int, N: int) -> None:
     backend = TritonVectorBackend(described(90))
-    layer = Workload("small", 4096, topk, 64, N)
-    problem = layer.problem(1, "fp8", backend.machine)
+    problem = Workload("small", 4096, topk, 64, N).problem(1, "fp8", backend.machine)
     assert problem.expected_experts * problem.expert_bytes <= VECTOR_FP8_BYTES
     config = backend.default_config(problem)
     assert isinstance(config, TritonVectorConfig)
-    assert vector_suits(problem) == (config.down_experts >= topk)
+    assert topk % config.down_experts == 0
+    if vector_suits(problem):
+        assert config.down_columns >= N or topk == 1
+        assert topk % (2 * config.down_experts) or config.down_experts == 8
 
 
 def test_workspace_is_what_the_launches_leave_behind() -> None:
     backend = TritonVectorBackend(described(90))
     bf16, fp8 = (WORKLOADS["qwen3-30b-a3b"].problem(2, dtype, backend.machine) for dtype in ("bf16", "fp8"))
-    S, N, K = 16, bf16.N, bf16.K
-    assert backend.workspace_bytes(bf16, TritonVectorConfig()) == S * N * 2
-    assert backend.workspace_bytes(fp8, TritonVectorConfig()) == S * N + 2 * K + S * 2 * N * 4
+    S, N = 16, bf16.N
+    for problem in (bf16, fp8):
+        assert backend.workspace_bytes(problem, TritonVectorConfig()) == S * N * 2
 
 
 def test_many_slots_are_declined_with_the_limit() -> None:
@@ -114,7 +137,7 @@ def test_another_backends_configuration_is_refused() -> None:
 
 
 def launch_defaults(capability: int, dtype: DType, *, every: bool) -> Iterator[Launch]:
-    """The defaults of the named workloads, with one problem for each; every one, or the first."""
+    """The defaults of the named workloads, with one problem for each; all of them, or the first."""
     backend = TritonVectorBackend(described(capability))
     seen = set()
     for workload in WORKLOADS.values():
@@ -130,17 +153,49 @@ def launch_defaults(capability: int, dtype: DType, *, every: bool) -> Iterator[L
                     return
 
 
+# Rows, experts and vectors of down are all divided among its eight warps.
+DIVIDED = TritonVectorConfig(columns=2048, down_rows=2, down_columns=512, down_experts=8, down_warps=8)
+
+
+def launch_divided(capability: int) -> Iterator[Launch]:
+    problem = QWEN3_NEXT.problem(1, "bf16", described(capability))
+    yield Launch(partial(TritonVectorBackend(described(capability)).run, *unwritten_layer(problem), DIVIDED))
+
+
+def launch_reshaped_sum(capability: int) -> Iterator[Launch]:
+    from tests.support.reshaped_sum_kernel import _moe_reshaped_sum_kernel
+
+    values, out = torch.empty(8, 2, 512, dtype=torch.bfloat16), torch.empty(2)
+    yield Launch(partial(_moe_reshaped_sum_kernel[(1,)], values, out, num_warps=8), {"for": capability})
+
+
+@pytest.mark.slow
+def test_no_sum_is_left_to_what_triton_adds_wrongly() -> None:
+    assert len(compile_launches(launch_divided, 90)) == 2
+    with pytest.raises(AssertionError, match=r"_moe_reshaped_sum_kernel: axis 1 .* not consecutive"):
+        compile_launches(launch_reshaped_sum, 90)
+
+
+@pytest.mark.gpu
+def test_warps_that_divide_rows_experts_and_vectors_are_added_up() -> None:
+    experts = make_experts(QWEN3_NEXT, "bf16", "cuda")
+    weights, ids = ROUTINGS["uniform"].sample(2, QWEN3_NEXT.E, QWEN3_NEXT.topk, "cuda")
+    hidden = torch.randn(2, QWEN3_NEXT.K, device="cuda").bfloat16()
+    out = TritonVectorBackend(current_machine("cuda")).run(hidden, experts, weights, ids, DIVIDED)
+    assert relative_error(out, truth(hidden, experts, weights, ids)) <= 1e-2
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-@pytest.mark.parametrize(("capability", "dtype", "every"), devices(fp16=True))
+@pytest.mark.parametrize(("capability", "dtype", "every"), devices(fp16=True, fp8_forms=True))
 def test_defaults_compile(capability: int, dtype: DType, every: bool) -> None:
     kernels = compile_launches(launch_defaults, capability, dtype=dtype, every=every)
     products = [built for built in kernels if built.name.startswith("_moe_vector")]
     assert {built.name for built in products} == {"_moe_vector_gate_up_kernel", "_moe_vector_down_kernel"}
-    for built in kernels:
+    assert products == kernels
+    for built in products:
         assert built.pdl == (capability >= 90), built
         assert built.stack <= FEW_SPILLS, built
-    for built in products:
         assert built.shared <= built.note["bound"], built
         # Weights go straight into registers, 16 bytes at a time.
         assert not built.wide_copies, built

@@ -32,7 +32,7 @@ from moe_dispatch.backends.vllm_fused_moe.nan_tokens import mark_nan_tokens, mar
 from moe_dispatch.errors import BackendUnavailableError
 from moe_dispatch.experts import ExpertWeights
 from moe_dispatch.machine import Machine
-from moe_dispatch.numerics import activate_torch, dequantize_blocks, quantize_rows_torch
+from moe_dispatch.numerics import activate_torch, dequantize, quantize_rows_torch
 from moe_dispatch.problem import DType, MoEProblem
 from moe_dispatch.workloads import Workload, make_experts
 from tests.support.refusals import Refusal, on_hopper
@@ -74,6 +74,7 @@ def test_refuses_with_limit_and_value(refusal: Refusal) -> None:
         on_hopper(mode="graph"),
         on_hopper("fp16"),
         on_hopper("fp8", mode="graph"),
+        on_hopper("fp8_channel", K=192, N=96),
         on_hopper("fp8", act_dtype="fp16", capability=(8, 9)),
         on_hopper(capability=(8, 0), K=250, N=90),
         on_hopper(activation="relu2"),
@@ -195,7 +196,8 @@ class StandIn:
         per_out_ch_quant: bool = False,
         block_shape: list[int] | None = None,
     ) -> Description:
-        assert block_shape == [128, 128]
+        assert (block_shape == [128, 128]) != (per_act_token_quant and per_out_ch_quant)
+        assert all(scale.dim() == 3 for scale in (w1_scale, w2_scale))
         self.configs += 1
         return Description(w1_scale=w1_scale, w2_scale=w2_scale, w1_bias=w1_bias, w2_bias=w2_bias)
 
@@ -303,14 +305,16 @@ class StandIn:
         wide, x = weight.float(), x.float()
         scale = getattr(quant_config, f"{name}_scale", None)
         if scale is not None:
-            wide = dequantize_blocks(weight, scale[e])
+            per_token = scale.shape[1:] == (weight.shape[0], 1)
+            wide = dequantize(weight, scale[e, :, 0] if per_token else scale[e])
             # fmaxf passes over a NaN, and then clamps it to the least code.
-            codes, multiplier = quantize_rows_torch(x[None].nan_to_num(0.0, posinf=torch.inf, neginf=-torch.inf))
+            kept = x[None].nan_to_num(0.0, posinf=torch.inf, neginf=-torch.inf)
+            codes, multiplier = quantize_rows_torch(kept, per_token=per_token)
             codes = torch.where(codes.float().isnan() | x[None].isnan(), -448.0, codes.float()).to(codes.dtype)
             if self.rounds:
                 multiplier = torch.exp2(multiplier.log2().ceil())
                 codes = (x.view(1, -1, 128) / multiplier[:, :, None]).view(1, -1).to(torch.float8_e4m3fn)
-            x = (codes.float() * multiplier.repeat_interleave(128, dim=1))[0]
+            x = (codes.float() * multiplier.repeat_interleave(len(x) // multiplier.shape[1], dim=1))[0]
         bias = getattr(quant_config, f"{name}_bias", None)
         return torch.nn.functional.linear(x, wide, None if bias is None else bias[e].float())
 
@@ -385,7 +389,7 @@ def relative_error(experts: ExpertWeights, weights: Tensor, ids: Tensor) -> floa
 
 
 @pytest.mark.parametrize("activation", ["silu", "gelu", "swiglu_oai", "relu2"])
-@pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp8"])
+@pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp8", "fp8_channel"])
 def test_hands_the_layer_over_whole(vllm: StandIn, dtype: DType, activation: Activation) -> None:
     ids = torch.tensor([[0, 3], [7, 7], [5, 1]], dtype=torch.int32)
     weights = torch.rand(3, 2, generator=torch.Generator().manual_seed(3))
@@ -489,7 +493,7 @@ def test_ambient_defaults_change_nothing(vllm: StandIn, default: torch.dtype) ->
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 @pytest.mark.parametrize("E", [8, 256], ids=["sorted", "by slot"])
 @pytest.mark.parametrize("activation", ["silu", "swiglu_oai"])
-@pytest.mark.parametrize("dtype", ["bf16", "fp8"])
+@pytest.mark.parametrize("dtype", ["bf16", "fp8", "fp8_channel"])
 def test_a_nan_in_a_token_stays_in_it(
     vllm: StandIn, dtype: DType, activation: Activation, E: int, value: float
 ) -> None:
@@ -518,7 +522,8 @@ def test_tokens_that_start_anywhere(vllm: StandIn, dtype: DType) -> None:
 
 def test_plain_scales_are_asked_for_by_fp8_only(vllm: StandIn) -> None:
     ids, weights = torch.tensor([[0, 1]]), torch.ones(1, 2)
-    relative_error(layer("bf16"), weights, ids)
+    for dtype in ("bf16", "fp8_channel"):
+        relative_error(layer(dtype), weights, ids)
     assert E8M0 not in os.environ
     relative_error(layer("fp8"), weights, ids)
     assert os.environ[E8M0] == "0"
@@ -546,7 +551,7 @@ def test_a_failing_question_about_scales_is_a_reason(vllm: StandIn, monkeypatch:
         relative_error(layer("fp8"), torch.ones(1, 2), torch.tensor([[0, 1]]))
 
 
-@pytest.mark.parametrize("dtype", ["bf16", "fp8"])
+@pytest.mark.parametrize("dtype", ["bf16", "fp8", "fp8_channel"])
 def test_the_configuration_of_modular_experts(vllm: StandIn, dtype: DType) -> None:
     experts = layer(dtype)
     config = library.moe_config(experts, 2, library.load().activation("silu"))
@@ -577,7 +582,7 @@ def test_the_installed_vllm_has_the_interface() -> None:
     assert library.assigns_by_slot(loaded, 1, 8, 256)
     assert not library.assigns_by_slot(loaded, 64, 8, 256)
     experts = make_experts(Workload("tiny", E=8, topk=2, K=128, N=128), "fp8", "cuda")
-    library.block_fp8_config(loaded, experts)
+    library.fp8_config(loaded, experts)
     config = library.moe_config(experts, 2, loaded.activation("silu"))
     assert config.intermediate_size_per_partition == experts.N
 

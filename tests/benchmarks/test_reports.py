@@ -73,9 +73,9 @@ def test_plots_are_drawn(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     board = [row for row in full_board(fraction=0.9, vllm=1.2) if (row.workload, row.dtype) == (MODELS[0], "fp8")]
     drawn = plots.draw(board, tmp_path)
-    assert {path.name for path in drawn} == {f"{MODELS[0]}-fp8.png", "winners-fp8.png"}
+    assert {path.name for path in drawn} == {f"{MODELS[0]}-fp8.webp", "winners-fp8.webp"}
     for path in drawn:
-        assert path.read_bytes().startswith(b"\x89PNG")
+        assert path.read_bytes()[8:12] == b"WEBP"
     assert plots.draw([], tmp_path / "none") == []
 
 

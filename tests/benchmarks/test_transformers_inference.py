@@ -1,6 +1,7 @@
-"""The measurement of transformers' experts implementations, on a tiny model."""
+"""The measurement of transformers' experts implementations, on tiny models."""
 
 import time
+from typing import Any
 
 import pytest
 import torch
@@ -12,25 +13,33 @@ from moe_dispatch.benchmarks.record.gradients import IMPLEMENTATIONS, build
 from moe_dispatch.benchmarks.record.transformers_inference import Case, rows
 from moe_dispatch.integrations.transformers import register
 
+TINY = {"hidden_size": 32, "num_experts_per_tok": 2, "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 16}
 
-@pytest.mark.slow  # compiles a model of transformers three times
-def test_every_implementation_is_measured_and_agrees(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(transformers_inference, "_DECODE_STEPS", 2)
-    register()
-    torch.compiler.reset()
-    model = build(
-        1, "cpu", hidden_size=32, moe_intermediate_size=16, num_experts=4, num_experts_per_tok=2,
-        num_attention_heads=2, num_key_value_heads=2, head_dim=16, intermediate_size=32,
-    ).eval()  # fmt: skip
-    made = list(
-        rows(model, "cpu", 1, (Case("decode", 2),), ("eager", "compiled"), time.monotonic() + 300, backend="eager")
-    )
+
+def measured(model: Any, *modes: transformers_inference.Mode) -> list[tuple[str, str]]:
+    """What was measured of a decode, in its order, once outputs are known to agree."""
+    made = list(rows(model, "cpu", 1, (Case("decode", 2),), modes, time.monotonic() + 300, backend="eager"))
     assert not [row for row in made if "reason" in row]
     differences = {row["implementation"]: row["difference"] for row in made if "difference" in row}
     assert set(differences) == set(IMPLEMENTATIONS[1:])
     assert max(differences.values()) < 0.05
-    measured = [(row["mode"], row["implementation"]) for row in made if row.get("tokens_per_s", 0.0) > 0.0]
-    assert measured == [
-        *(("eager", name) for name in IMPLEMENTATIONS),
-        *(("compiled", name) for name in IMPLEMENTATIONS[1:]),
-    ]
+    return [(row["mode"], row["implementation"]) for row in made if row.get("tokens_per_s", 0.0) > 0.0]
+
+
+@pytest.fixture(autouse=True)
+def _few_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(transformers_inference, "_DECODE_STEPS", 2)
+    register()
+    torch.compiler.reset()
+
+
+@pytest.mark.slow  # imports a model of transformers
+def test_every_implementation_is_measured_and_agrees() -> None:
+    model = build("qwen3-30b-a3b", 1, "cpu", **TINY, num_experts=4, moe_intermediate_size=16, intermediate_size=16)
+    assert measured(model.eval(), "eager") == [("eager", name) for name in IMPLEMENTATIONS]
+
+
+@pytest.mark.slow  # compiles a model of transformers three times
+def test_compiled_models_are_measured_in_one_graph_each() -> None:
+    model = build("gpt-oss-20b", 1, "cpu", **TINY, num_local_experts=4, intermediate_size=16)
+    assert measured(model.eval(), "compiled") == [("compiled", name) for name in IMPLEMENTATIONS[1:]]

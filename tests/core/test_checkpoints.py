@@ -221,9 +221,13 @@ WRONG: dict[str, tuple[Tensors, str]] = {
         {**separate(), "model.layers.1.mlp.experts.0.middle.weight": random(1)},
         r"unknown names: model\.layers\.1\.mlp\.experts\.0\.middle\.weight; known are EXPERT\.NAME\.KIND",
     ),
-    "per-channel FP8": (
-        {**separate(), "model.layers.1.mlp.experts.0.up_proj.weight_scale": random(4, 1)},
-        "that is per-tensor or per-channel FP8, which is not read",
+    "scales of weights that are not FP8": (
+        {**separate(), **{name.replace("weight", "weight_scale"): random(1) for name in separate()}},
+        r"has .*weight_scale.* beside weights that are not float8_e4m3fn",
+    ),
+    "static scales of activations": (
+        {**separate(), "model.layers.1.mlp.experts.0.up_proj.input_scale": random(1)},
+        "that is FP8 with static activation scales, which is not read",
     ),
     "MXFP4": ({"model.layers.1.mlp.experts.gate_up_proj_blocks": random(1)}, "that is MXFP4, which is not read"),
     "another shape": (

@@ -1,6 +1,7 @@
 """A backend of another package may do anything: each fault is a reason that names it, and the layer is computed."""
 
 import concurrent.futures
+import inspect
 import subprocess
 import sys
 import threading
@@ -28,6 +29,7 @@ from moe_dispatch import (
 from moe_dispatch.backend import Backend, BackendConfig, Inputs, Run
 from moe_dispatch.dispatch.dispatcher import FAST_PATH_CALLS
 from moe_dispatch.dispatch.process import get_dispatcher
+from moe_dispatch.guard import GuardedBackend
 from moe_dispatch.registry import ENTRY_POINT_GROUP, POLICIES, Registry, make_backend
 from moe_dispatch.settings import settings
 from tests.core.test_dispatcher import Call, expected, make_call, ran
@@ -59,6 +61,17 @@ def raising(error: BaseException) -> Callable[..., Any]:
         raise error
 
     return method
+
+
+def test_the_door_asks_the_backend_itself_for_everything() -> None:
+    """A method that it inherits asks no backend: triton_splitk on an A100 seemed to quantise activations."""
+    door = make_backend("triton_splitk", Machine.load("a100-80gb")).backend
+    assert door is not None
+    methods = {name for name, member in vars(Backend).items() if name[0] != "_" and inspect.isfunction(member)}
+    own = vars(GuardedBackend).keys() | vars(door).keys()
+    assert methods - own == {"further_reasons"}, "which unsupported_reasons asks for"
+    problem = MoEProblem(M=1, K=128, N=128, E=2, topk=1, dtype="fp8", capability=(8, 0))
+    assert not door.quantizes_activations(problem)
 
 
 class UnprintableError(Exception):
@@ -102,7 +115,7 @@ def test_a_question_that_fails_is_a_reason(broken: type[Backend], call: Call) ->
             moe_forward(*call, backend="foreign")
 
 
-@pytest.mark.parametrize("method", ["workspace_bytes", "deterministic"])
+@pytest.mark.parametrize("method", ["workspace_bytes", "deterministic", "quantizes_activations"])
 def test_an_estimate_that_fails_is_replaced(method: str) -> None:
     broken = foreign(**{method: raising(KeyError("sm"))})
     with registered(broken):
@@ -110,6 +123,14 @@ def test_an_estimate_that_fails_is_replaced(method: str) -> None:
         problem = MoEProblem(M=2, K=8, N=8, E=2, topk=1, dtype="fp32", act_dtype="fp32", device="cpu", capability=None)
         assert backend.workspace_bytes(problem, BackendConfig()) == 2 * (16 + 8 + 8) * 2
         assert backend.deterministic(BackendConfig()) is (method != "deterministic")
+        assert backend.quantizes_activations(problem)
+
+
+def test_whether_activations_are_quantised_is_asked_of_the_backend_itself() -> None:
+    with registered(foreign(quantizes_activations=lambda *_: False)):
+        backend = make_backend("foreign", Machine.inspect("cpu")).require()
+        problem = MoEProblem(M=2, K=8, N=8, E=2, topk=1, dtype="fp8", act_dtype="fp32", device="cpu", capability=None)
+        assert not backend.quantizes_activations(problem)
 
 
 @pytest.mark.parametrize("code", ["import sys; sys.exit(3)", "raise SystemExit", "raise KeyError('x')", "1 +"])

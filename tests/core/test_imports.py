@@ -3,8 +3,8 @@
 Floors, lowest first. Within a floor modules may import each other, as long as there is no circle.
 
     system                                              the operating system; knows nothing of this package
-    errors settings activations problem numerics routers machine model_config experts tensor_memory checkpoints
-    checkpoint_files workloads
+    errors settings activations problem numerics routers machine model_config experts weight_checks tensor_memory
+    checkpoints checkpoint_files checkpoint_scales workloads
                                                         what a layer is, how it is stored, and where it runs
     backend guard policy registry                       what a backend and a policy are, and where they are found
     measure                                             inputs, timing, verification
@@ -31,7 +31,7 @@ FLOORS: Final = (
     ("system",),
     (
         "errors", "settings", "activations", "problem", "numerics", "routers", "machine", "model_config", "checkpoints",
-        "checkpoint_files", "tensor_memory", "experts", "workloads",
+        "checkpoint_files", "checkpoint_scales", "tensor_memory", "weight_checks", "experts", "workloads",
     ),
     ("backend", "guard", "policy", "registry"),
     ("measure",),

@@ -168,6 +168,19 @@ def test_weights_are_wrapped_anew_when_they_are_others() -> None:
         assert not layer(tokens().half()).any()
 
 
+def test_experts_stored_transposed_are_assigned_as_they_are() -> None:
+    layer = MoELayer(16, 8, 4, 2, activation="swiglu(limit=0.5)")
+    hidden = torch.randn(5, 16)
+    with torch.no_grad():
+        expected = layer(hidden)
+        weights = layer.experts.weights()
+        stored = [weight.mT.contiguous() for weight in (weights.gate_up, weights.down)]
+        views = [weight.mT for weight in stored]
+        layer.experts.assign(ExpertWeights(*views, activation=weights.activation, transposed=True))
+        assert layer.experts.down_proj.data_ptr() == stored[1].data_ptr()
+        torch.testing.assert_close(layer(hidden), expected)
+
+
 def test_copies_have_weights_of_their_own() -> None:
     layer = small_layer().requires_grad_(requires_grad=False)
     expected = layer(tokens())

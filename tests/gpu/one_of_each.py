@@ -31,7 +31,7 @@ from moe_dispatch.workloads import ROUTINGS, make_experts, workload
 LAYER = "8,2,512,384"
 TOKENS = (1, 5, 130)
 PROGRAMS = 4
-DTYPES: tuple[DType, ...] = ("bf16", "fp8")
+DTYPES: tuple[DType, ...] = ("bf16", "fp8", "fp8_channel")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -51,10 +51,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for M in TOKENS:
             problem = layer.problem(M, dtype, dispatcher.machine)
             inputs = make_inputs(problem, ROUTINGS["uniform"], device, count=1)
-            (truth,) = reference_outputs(experts, inputs)
+            truths = {kind: reference_outputs(experts, inputs, quantize_activations=kind)[0] for kind in (True, False)}
             for backend in backends:
                 if backend.unsupported_reasons(problem):
                     continue
+                truth = truths[backend.quantizes_activations(problem)]
                 for config in backend.configs(problem)[: options.configs]:
                     error = relative_error(backend_call(backend, experts, config)(inputs[0]), truth)
                     correct = error <= backend.tolerance[dtype]

@@ -1,5 +1,7 @@
 """Gradients on a GPU: grouped products and the loop over experts against fp32, their memory, graphs and repetition."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -18,9 +20,10 @@ EVERYTHING = Wanted(*[True] * len(Wanted._fields))
 ROUNDING = 2.0**-7  # of BF16: what is rounded twice on the way
 
 
-def layer(activation: Activation, *, bias: bool) -> ExpertWeights:
+def layer(activation: Activation, *, bias: bool, transposed: bool = False) -> ExpertWeights:
     workload = Workload("gradients", E=24, topk=4, K=512, N=256, activation=activation, bias=bias, interleaved=bias)
-    return make_experts(workload, "bf16", "cuda", torch.Generator("cuda").manual_seed(0))
+    generator = torch.Generator("cuda").manual_seed(0)
+    return make_experts(workload, "bf16", "cuda", generator, transposed=transposed)
 
 
 def call(experts: ExpertWeights, M: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -34,8 +37,9 @@ def call(experts: ExpertWeights, M: int) -> tuple[Tensor, Tensor, Tensor, Tensor
 
 
 def truth(experts: ExpertWeights, hidden: Tensor, weights: Tensor, ids: Tensor, gradient: Tensor) -> list[Tensor]:
-    named = {name: tensor.float().requires_grad_() for name, tensor in experts.tensors()}
-    wide = ExpertWeights(**named, activation=experts.activation, interleaved=experts.interleaved)  # type: ignore[arg-type]
+    named: dict[str, Any] = {name: tensor.float().requires_grad_() for name, tensor in experts.tensors()}
+    kind: dict[str, Any] = {name: getattr(experts, name) for name in ("activation", "interleaved", "transposed")}
+    wide = ExpertWeights(**named, **kind)
     leaves = [hidden.float().requires_grad_(), weights.clone().requires_grad_(), *named.values()]
     reference = ReferenceBackend(Machine.inspect("cuda"))
     out = reference.run(leaves[0], wide, leaves[1], ids, ReferenceConfig(compute_fp32=True))
@@ -44,9 +48,19 @@ def truth(experts: ExpertWeights, hidden: Tensor, weights: Tensor, ids: Tensor, 
 
 @pytest.mark.parametrize("module", [grouped, by_expert])
 @pytest.mark.parametrize("M", [3, 300])
-@pytest.mark.parametrize(("activation", "bias"), [("silu", False), ("swiglu_oai", True)])
-def test_they_are_as_near_to_fp32_as_bf16_is(activation: Activation, bias: bool, M: int, module: object) -> None:
-    experts = layer(activation, bias=bias)
+@pytest.mark.parametrize(
+    ("activation", "bias", "transposed"),
+    [
+        ("silu", False, False),
+        ("swiglu_oai", True, False),
+        ("swiglu_oai", True, True),
+        ("swiglu(limit=1)", False, False),
+    ],
+)
+def test_they_are_as_near_to_fp32_as_bf16_is(
+    activation: Activation, bias: bool, transposed: bool, M: int, module: object
+) -> None:
+    experts = layer(activation, bias=bias, transposed=transposed)
     if module is grouped and (reasons := grouped.reasons_against(experts, Machine.inspect("cuda"))):
         pytest.skip("; ".join(reasons))
     hidden, weights, ids, gradient = call(experts, M)

@@ -46,8 +46,12 @@ class Checker:
         self.weights, self.ids = weights.cuda(), ids.cuda()
 
     def __call__(self, experts: ExpertWeights) -> None:
-        expected = truth(self.hidden, experts, self.weights, self.ids)
-        tolerance = get_dispatcher().planner.backend(self.name).tolerance[self.dtype]
+        backend = get_dispatcher().planner.backend(self.name)
+        M, topk = self.ids.shape
+        problem = experts.problem(M, topk, self.hidden.dtype, backend.machine.capability)
+        quantized = backend.quantizes_activations(problem)
+        expected = truth(self.hidden, experts, self.weights, self.ids, quantize_activations=quantized)
+        tolerance = backend.tolerance[self.dtype]
         for call in range(CALLS):
             out = moe_forward(self.hidden, experts, self.weights, self.ids, backend=self.name)
             error = relative_error(out, expected)

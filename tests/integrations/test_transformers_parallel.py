@@ -1,4 +1,4 @@
-"""Layers of transformers in two processes: FSDP2, and expert parallelism as transformers' plan shards experts."""
+"""Layers and models of transformers in two processes: FSDP2, expert parallelism, and transformers' own plans."""
 
 from pathlib import Path
 from typing import Any
@@ -14,9 +14,10 @@ transformers = pytest.importorskip("transformers", minversion="5.17")
 
 from moe_dispatch.integrations.transformers import register  # noqa: E402
 from moe_dispatch.integrations.transformers.takeover import take_over  # noqa: E402
-from tests.integrations.transformers_models import call_of, calls, gpt_oss, layer, qwen3  # noqa: E402
+from tests.integrations.transformers_models import build, call_of, calls, experts_of, gpt_oss, layer, qwen3  # noqa: E402
 
 WORLD = 2
+TOKENS = torch.arange(1, 12)[None]
 
 
 class Block(nn.Module):
@@ -87,6 +88,33 @@ def check_expert_parallel(mesh: Any, config: Any) -> None:
         torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-4)
 
 
+def check_plan(mesh: Any, config: Any, *, experts: bool) -> None:
+    """A whole model, sharded by transformers' own plan for tensor or expert parallelism."""
+    from transformers.distributed import DistributedConfig
+
+    try:
+        from transformers.distributed.utils import initialize_distributed_mesh
+
+        own = {"ep_size": WORLD, "ep_implementation": "all_reduce"} if experts else {}
+        plan = DistributedConfig(tp_size=WORLD, **own)
+        _, mesh = initialize_distributed_mesh(plan)
+    except ImportError:  # before 5.18
+        plan = DistributedConfig(tp_size=WORLD, enable_expert_parallel=experts)
+    model = build(config)
+    with torch.no_grad():
+        expected = model(TOKENS).logits
+    model.set_experts_implementation("moe_dispatch")
+    model.maybe_distribute_model(model, plan, mesh)
+    whole, divided = experts_of(model).gate_up_proj, 0 if experts else 1
+    assert whole.shape[divided] == WORLD * whole.to_local().shape[divided]
+    for _ in range(2):
+        before = calls()
+        with torch.no_grad():
+            logits = model(TOKENS).logits
+        assert calls() == before + model.config.num_hidden_layers
+        torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+
+
 def run_rank(rank: int, store: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=WORLD)
     try:
@@ -96,6 +124,8 @@ def run_rank(rank: int, store: str) -> None:
         for check in (check_fsdp, check_expert_parallel):
             for config in (qwen3, gpt_oss):  # the second one's experts are stored transposed
                 check(mesh, config())
+                check_plan(mesh, config(), experts=True)
+        check_plan(mesh, qwen3(), experts=False)  # gpt-oss's plan shards no experts
     finally:
         dist.destroy_process_group()
 

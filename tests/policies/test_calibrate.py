@@ -308,6 +308,17 @@ def test_the_workers_gpu_is_its_current_one(monkeypatch: pytest.MonkeyPatch) -> 
     assert current == [torch.device("cuda:1")]
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="runs in Triton's interpreter")
+def test_in_fp8_a_candidate_is_compared_with_the_activations_that_its_backend_multiplies() -> None:
+    server = WorkerServer()
+    server.start("cpu", {})
+    server.layer({"K": 128, "N": 128, "E": 4, "topk": 2, "dtype": "fp8", "act_dtype": "fp16"})
+    quantizing, other = ("reference", {"compute_fp32": True}), ("triton_vector", {"rows": 32, "down_rows": 32})
+    server.point(2, "eager", ["uniform"], [quantizing, other])
+    for candidate in (0, 1):
+        assert server.check(candidate, 2e-3, briefly=True)["error"] <= 2e-3
+
+
 def test_every_layer_is_measured_coarsely_before_any_is_finely(
     simulate: Calibrating, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -130,6 +130,15 @@ def test_tiles_of_any_number_of_tokens_cost_the_same_few_steps(rows: int) -> Non
     assert terms(layer.problem(1 << 60, "bf16", H200))["tiles"] > 0
 
 
+def test_dequantised_weights_are_read_as_fp8_and_multiplied_as_16_bits() -> None:
+    layer = WORKLOADS["mixtral-8x7b"]
+    a100 = H200.model_copy(update={"capability": (8, 0)})
+    parts, bf16 = terms(layer.problem(4096, "fp8", a100)), terms(layer.problem(4096, "bf16", a100))
+    fp8 = terms(layer.problem(4096, "fp8", H200))
+    assert (parts["weights"], parts["tiles"]) == (fp8["weights"], bf16["tiles"])
+    assert parts["tiles"] > fp8["tiles"]
+
+
 def test_work_is_what_the_layer_says() -> None:
     parts = terms(WORKLOADS["mixtral-8x7b"].problem(16384, "fp8", H200))
     assert parts["launch"] == 1.0

@@ -13,12 +13,15 @@ from moe_dispatch.problem import DType
 from moe_dispatch.workloads import make_experts, torch_dtype
 
 SPREAD = "spread"  # ids from -1 to E: sentinels of both kinds, duplicates within a row
-TOLERANCE = {"fp32": 2e-6, "fp16": 1e-3, "fp8": 2e-3}
+TOLERANCE = {"fp32": 2e-6, "fp16": 1e-3, "fp8": 2e-3, "fp8_channel": 2e-3}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Case(conformance.Case):
-    """A layer, a routing (`SPREAD`, or the expert of every slot) and configuration fields; `why` names the test."""
+    """A layer, a routing (`SPREAD`, or the expert of every slot) and configuration fields; `why` names the test.
+
+    `act` is the dtype of activations where the weights are FP8.
+    """
 
     why: str = field(kw_only=False)
     M: int = 3
@@ -26,12 +29,13 @@ class Case(conformance.Case):
     K: int = 64
     N: int = 32
     dtype: DType = "fp32"
+    act: DType = "fp32"
     routing: str = SPREAD
     config: dict[str, Any] = field(default_factory=dict)
 
     @property
     def act_dtype(self) -> DType:
-        return "fp32" if self.dtype == "fp8" else self.dtype
+        return self.act if self.dtype.startswith("fp8") else self.dtype
 
     def __str__(self) -> str:
         return self.why
@@ -58,7 +62,9 @@ def check_against_the_reference(case: Case, backend: Backend, config: BackendCon
     x, weights, ids = case.tokens()
     out = backend.run(x, experts, weights, ids, config)
     reference = ReferenceBackend(backend.machine)
-    truth = reference.run(x.float(), experts, weights, ids, ReferenceConfig(compute_fp32=True))
+    problem = experts.problem(case.M, case.topk, x.dtype, backend.machine.capability)
+    judged = ReferenceConfig(compute_fp32=True, quantize_activations=backend.quantizes_activations(problem))
+    truth = reference.run(x.float(), experts, weights, ids, judged)
     error = float((out.float() - truth).norm() / truth.norm().clamp(min=1e-30))
     assert out.dtype == x.dtype
     assert error <= TOLERANCE[case.dtype]

@@ -43,7 +43,7 @@ def disagreement(module: nn.Module, experts: ExpertWeights, dtype: torch.dtype) 
     if not bool(own.isfinite().all()):
         return ""  # weights that were never loaded
     error = relative_error(expected, own.float())
-    tolerance = _FP8_TOLERANCE if experts.dtype == "fp8" else _TOLERANCE[dtype]
+    tolerance = _FP8_TOLERANCE if experts.fp8 else _TOLERANCE[dtype]
     if error <= tolerance:
         return ""
     return (

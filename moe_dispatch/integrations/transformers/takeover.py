@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from moe_dispatch.errors import InvalidInputError
-from moe_dispatch.experts import DTYPE_NAMES, ExpertWeights
+from moe_dispatch.experts import ExpertWeights
 from moe_dispatch.integrations.transformers.comparison import disagreement
 from moe_dispatch.integrations.transformers.layout import LAYOUT, layout_of
 from moe_dispatch.integrations.transformers.weights import (
@@ -20,6 +20,7 @@ from moe_dispatch.integrations.transformers.weights import (
 )
 from moe_dispatch.numerics import FP8
 from moe_dispatch.tensor_memory import tensor_fault
+from moe_dispatch.weight_checks import DTYPE_NAMES
 
 
 class Taken(NamedTuple):

@@ -11,7 +11,6 @@ from moe_dispatch.api import explain
 from moe_dispatch.dispatch import torch_operator
 from moe_dispatch.dispatch.internals import forward_mode_entered
 from moe_dispatch.dispatch.uncompiled import call_uncompiled
-from moe_dispatch.experts import DTYPE_NAMES
 from moe_dispatch.integrations.transformers.eager import eager_forward
 from moe_dispatch.integrations.transformers.gate import gate_state
 from moe_dispatch.integrations.transformers.layout import LAYOUT, Layout, inspect_module
@@ -28,6 +27,7 @@ from moe_dispatch.integrations.transformers.weights import (
 from moe_dispatch.numerics import FP8
 from moe_dispatch.problem import MoEProblem
 from moe_dispatch.registry import LAST_RESORT
+from moe_dispatch.weight_checks import DTYPE_NAMES
 
 
 def traced_forward(

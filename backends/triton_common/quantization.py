@@ -1,0 +1,68 @@
+"""What a product with FP8 weights reads on a device: e4m3 codes on both sides, or codes and plain activations.
+
+Imports no Triton, so that a machine without it can still ask.
+"""
+
+from dataclasses import dataclass
+from typing import Final, Literal
+
+import torch
+from torch import Tensor
+
+from moe_dispatch.backends.triton_common.features import fp8_products
+from moe_dispatch.numerics import FP8
+from moe_dispatch.problem import ELEMENT_BYTES, DType, MoEProblem
+
+Scales = Literal["none", "block", "channel"]
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """How the operands of both products are stored.
+
+    Attributes:
+        scales: Which weights share a multiplier: ``"block"`` for 128×128 of them, ``"channel"`` for an output row,
+            ``"none"`` where the weights are not quantised. Activations share one alike, where they are quantised: per
+            token and 128 columns, or per token.
+        activations: Whether activations are quantised too, so that the product itself is one of e4m3 codes (W8A8).
+            Where they are not (W8A16), the kernel turns codes of weights into the activations' dtype, which is exact.
+    """
+
+    scales: Scales = "none"
+    activations: bool = False
+
+    @property
+    def dequantizes(self) -> bool:
+        """Whether the kernel turns codes of weights into the activations' dtype before it multiplies (W8A16)."""
+        return self.scales != "none" and not self.activations
+
+    @property
+    def per_token(self) -> bool:
+        """Whether a token's quantised activations have one multiplier, instead of one per 128 columns."""
+        return self.activations and self.scales == "channel"
+
+    def stored(self, plain: torch.dtype) -> torch.dtype:
+        """The dtype in which activations of dtype `plain` are multiplied."""
+        return FP8 if self.activations else plain
+
+    def activation_bytes(self, act_dtype: DType) -> int:
+        """Bytes of one element of the activations as they are multiplied."""
+        return 1 if self.activations else ELEMENT_BYTES[act_dtype]
+
+    def readable(self, weight: Tensor) -> Tensor:
+        """The weight as a kernel reads it: as bytes where it dequantises, for Triton has no e4m3 before sm_89."""
+        return weight.view(torch.uint8) if self.dequantizes else weight
+
+
+_PLAIN: Final = Quantization()
+
+
+def quantization(dtype: DType, *, fp8: bool) -> Quantization:
+    """How weights of a dtype are multiplied, on a device with products of e4m3 or without."""
+    scales: dict[DType, Scales] = {"fp8": "block", "fp8_channel": "channel"}
+    return Quantization(scales[dtype], activations=fp8) if dtype in scales else _PLAIN
+
+
+def quantization_of(problem: MoEProblem) -> Quantization:
+    """How the weights of a problem are multiplied on its device."""
+    return quantization(problem.dtype, fp8=fp8_products(problem.capability))

@@ -1,0 +1,48 @@
+"""FP8 scales of checkpoints that are not per block: one for each row of a weight, or one for all of it."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from moe_dispatch.errors import InvalidInputError
+
+
+def row_scales(scale: Tensor, rows: int, what: str) -> Tensor:
+    """The scales of a single weight's rows, which may be one for all of them: fp32 ``[rows]``.
+
+    Args:
+        scale: ``[rows, 1]`` or ``[rows]``; or ``[1, 1]``, ``[1]`` or ``[]``.
+        rows: Rows of the weight.
+        what: Names the scale in a message.
+
+    Raises:
+        InvalidInputError: The scale has another shape.
+    """
+    shape = tuple(scale.shape)
+    if shape not in {(rows, 1), (rows,), (1, 1), (1,), ()}:
+        raise InvalidInputError(
+            f"{what} must be {[rows, 1]}, one scale for each row, or one for all, to go with the others, "
+            f"got {list(shape)}"
+        )
+    return scale.to(torch.float32).reshape(-1).expand(rows)
+
+
+def fused_row_scales(scale: Tensor, E: int, rows: int, spans: Sequence[slice]) -> Tensor:
+    """The scales of all experts' weights in a form that `ExpertWeights` takes, less the rows of other processes.
+
+    Args:
+        scale: ``[E, rows, 1]``, ``[E, 1, rows]`` or ``[E, rows]``; fewer scales of an expert than rows; or one scale.
+        E: Experts.
+        rows: Rows of an expert's weight in the checkpoint.
+        spans: The rows to keep, in their order.
+
+    Returns:
+        fp32 ``[E, rows that are kept]``, or ``[E, scales of an expert]``.
+    """
+    each = scale.to(torch.float32).reshape(1 if scale.numel() == 1 else scale.shape[0], -1)
+    if scale.numel() == 1:
+        each = each.expand(E, 1)
+    if each.shape[1] == rows:
+        each = torch.cat([each[:, span] for span in spans], dim=1)
+    return each.contiguous()
