@@ -54,7 +54,8 @@ def _moe_push_tokens_kernel(
     for start in range(first, words, step):
         offs = start + tl.arange(0, BLOCK)
         values = tl.load(hidden + offs, mask=offs < words)
-        for peer in range(RANKS):
+        for turn in range(RANKS):  # every rank begins with itself, so that no two store to one rank at a time
+            peer = (rank + turn) % RANKS
             rows = moe_words(tl.load(addresses_ptr + peer) + rows_at + mine * row_words * 8)
             tl.store(rows + offs, values, mask=offs < words)
     slots = capacity.to(tl.int64) * topk
@@ -63,7 +64,8 @@ def _moe_push_tokens_kernel(
         mask, present = offs < slots, offs < M * topk
         ids = moe_travelling_id(tl.load(ids_ptr + offs, mask=present, other=-1), E)
         weights = tl.load(weights_ptr + offs, mask=present, other=0.0).to(tl.float32)
-        for peer in range(RANKS):
+        for turn in range(RANKS):
+            peer = (rank + turn) % RANKS
             base = tl.load(addresses_ptr + peer) + mine * topk * 4
             local = tl.where(ids < 0, -1, ids - tl.load(first_experts_ptr + peer))
             tl.store((base + ids_at).to(tl.pointer_type(tl.int32)) + offs, local, mask=mask)
