@@ -28,10 +28,10 @@ def test_every_round_carries_what_was_sent(three: Ranks, *, skewed: bool) -> Non
     assert three.run(partial(twins.rounds_of_the_protocol, 15, skewed=skewed)) == [[], [], []]
 
 
-def test_a_rank_that_does_not_come_is_named_and_makes_results_nan(three: Ranks) -> None:
+def test_a_rank_that_comes_too_late_is_named_and_all_results_are_nan(three: Ranks) -> None:
     victim = 1
-    every = three.run(twins.a_rank_that_does_not_come, victim, 0.0005)
-    for rank, (right, nan, (name, text), _) in enumerate(every):
+    every = three.run(twins.a_rank_that_comes_too_late, victim, 0.0005)
+    for rank, (right, nan, (name, text)) in enumerate(every):
         assert right
         assert nan
         if rank != victim:
