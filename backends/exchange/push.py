@@ -23,9 +23,10 @@ CUDA graph needs nothing of the host, and a flag is at least the epoch that is w
 launch the same kernels in the same order with as many programs, for these follow from what is equal on all ranks.
 
 **A rank that does not come.** Each program looks at a flag a limited number of times, and then notes the rank: in this
-rank's memory, so that no later kernel waits, and in memory of the host. Results are NaN from then on. Nothing traps: a
-lost CUDA context would also take what else the process does on the device, and could not say which rank is missing.
-Looks are counted, not nanoseconds, so that the interpreter runs the same code.
+rank's memory, so that no later kernel waits, and in memory of the host. Results are NaN from then on, also those that
+it stores for the others, as one that comes late finds all flags set. Nothing traps: a lost CUDA context would also take
+what else the process does on the device, and could not say which rank is missing. Looks are counted, not nanoseconds,
+so that the interpreter runs the same code.
 """
 
 import math

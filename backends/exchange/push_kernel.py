@@ -54,7 +54,8 @@ def _moe_push_tokens_kernel(
     for start in range(first, words, step):
         offs = start + tl.arange(0, BLOCK)
         values = tl.load(hidden + offs, mask=offs < words)
-        for peer in range(RANKS):
+        for turn in range(RANKS):  # every rank begins with itself, so that no two store to one rank at a time
+            peer = (rank + turn) % RANKS
             rows = moe_words(tl.load(addresses_ptr + peer) + rows_at + mine * row_words * 8)
             tl.store(rows + offs, values, mask=offs < words)
     slots = capacity.to(tl.int64) * topk
@@ -63,7 +64,8 @@ def _moe_push_tokens_kernel(
         mask, present = offs < slots, offs < M * topk
         ids = moe_travelling_id(tl.load(ids_ptr + offs, mask=present, other=-1), E)
         weights = tl.load(weights_ptr + offs, mask=present, other=0.0).to(tl.float32)
-        for peer in range(RANKS):
+        for turn in range(RANKS):
+            peer = (rank + turn) % RANKS
             base = tl.load(addresses_ptr + peer) + mine * topk * 4
             local = tl.where(ids < 0, -1, ids - tl.load(first_experts_ptr + peer))
             tl.store((base + ids_at).to(tl.pointer_type(tl.int32)) + offs, local, mask=mask)
@@ -111,13 +113,16 @@ def _moe_push_results_kernel(
     own = tl.load(addresses_ptr + rank)
     block = capacity.to(tl.int64) * row_words  # words of one rank's rows
     counts = (own + counts_at).to(tl.pointer_type(tl.int64))
+    lost = tl.load(lost_ptr)
     for turn in range(1, RANKS):
         peer = (rank + turn) % RANKS
         words = tl.load(counts + peer) * row_words
         results = moe_words(tl.load(addresses_ptr + peer) + results_at + rank * block * 8)
         for start in range(first, words, step):
             offs = start + tl.arange(0, BLOCK)
-            tl.store(results + offs, tl.load(partial + peer * block + offs, mask=offs < words), mask=offs < words)
+            values = tl.load(partial + peer * block + offs, mask=offs < words)
+            # All ones are NaN in every float dtype. A rank that came too late is not to take this for its results.
+            tl.store(results + offs, tl.where(lost != 0, -1, values), mask=offs < words)
     lost = _moe_meet(addresses_ptr, flags_at, epoch, rank, lost_ptr, lost_on_host, polls, RANKS, PROGRAMS)
     tl.store(epochs_ptr + program, epoch)
 

@@ -2,7 +2,7 @@
 
     torchrun --nproc-per-node 2 -m moe_dispatch.benchmarks.record.expert_parallel --out rows.jsonl
     torchrun --nproc-per-node 2 -m moe_dispatch.benchmarks.record.expert_parallel --exchange direct --tokens 16,256
-    torchrun --nproc-per-node 2 -m moe_dispatch.benchmarks.record.expert_parallel --tiny     a CPU, with gloo
+    torchrun --nproc-per-node 2 -m moe_dispatch.benchmarks.record.expert_parallel --tiny     that it works; CPU, too
 
 For each layer and token count M of a rank: the time of one rank that runs the tokens of all ranks with all experts, the
 time of a rank's share of the experts without any exchange, and the time of all ranks together with each exchange,
@@ -230,7 +230,7 @@ def main() -> None:
 
     patience()
     layers = (
-        [(TINY, "fp32")]
+        [(TINY, "bf16" if on_gpu else "fp32")]
         if options.tiny
         else [(WORKLOADS[name], dtype) for name, dtype in LAYERS if name in (options.layer or [name])]
     )

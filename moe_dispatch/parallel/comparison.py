@@ -34,8 +34,9 @@ class Compared:
         kind: The kind of call.
         chosen: The exchange that serves it from now on.
         us: Time of a whole eager call in µs, for each exchange that ran: the median over repeats of the slowest rank's.
-        graph_us: The same of a replayed CUDA graph, for each exchange that can be captured; empty on a CPU.
-        failed: Why an exchange is not used, for each one that failed.
+        graph_us: The same of a replayed CUDA graph, for each exchange that was captured; empty on a CPU.
+        failed: Why an exchange is not used, for each one that failed. One that could not be captured only is not in
+            here; `explain` has the reason.
     """
 
     kind: CallKind
@@ -67,20 +68,24 @@ def compare_exchanges(layer: ShardedExperts, kind: CallKind, inputs: tuple[Tenso
     session.watch.begin()
     times: dict[str, dict[str, float]] = {"eager": {}, "graph": {}}
     failed: dict[str, str] = {}
-    needed = session.options.exchange or ALWAYS
     modes = _modes(session)
     for name in session.candidates(kind) if session.options.exchange is None else (session.choose(kind).name,):
         try:
             call = first_run(layer, session.exchanges[name], kind, inputs)
-            for mode in modes:
-                if name in session.candidates(dataclasses.replace(kind, mode=mode)):
-                    times[mode][name] = _measured(layer, call if mode == "eager" else _captured(layer, call))
+            times["eager"][name] = _measured(layer, call)
         except ExchangeFailedError as error:
             failed[name] = str(error)
-            for of_mode in times.values():
-                of_mode.pop(name, None)
-    session.bar(kind, failed)
-    if needed in failed:
+            for mode in modes:
+                session.bar(dataclasses.replace(kind, mode=mode), name, str(error))
+            continue
+        of_graph = dataclasses.replace(kind, mode="graph")
+        if "graph" not in modes or name not in session.candidates(of_graph):
+            continue
+        try:
+            times["graph"][name] = _measured(layer, _captured(layer, call))
+        except ExchangeFailedError as error:  # it may be the backend of this rank's experts; eager calls work
+            session.bar(of_graph, name, str(error))
+    if (needed := session.options.exchange or ALWAYS) in failed:
         raise ExchangeFailedError(f"{kind} cannot run: {failed[needed]}")
     for mode in modes:
         able = times[mode]

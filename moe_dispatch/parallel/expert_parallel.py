@@ -1,6 +1,7 @@
 """`ExpertParallel`: spreads the experts of layers over the ranks of a process group."""
 
 import contextlib
+import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -43,8 +44,8 @@ class ExpertParallel:
         exchange: The exchange of every call, by name. None chooses: what `warm_up` measured as fastest, and ``gather``
             for kinds of calls that were not warmed up.
         device: Where this rank's layers are; the current GPU if None, else the CPU.
-        timeout: Seconds that a rank waits for the others in a call. On GPUs it holds for what happens on the host;
-            NCCL's own timeout ends collectives that hang on the device.
+        timeout: Seconds that a rank waits for the others in a call. On GPUs it holds for what happens on the host and
+            for the kernels of ``direct``; NCCL's own timeout ends collectives that hang on the device.
         first_timeout: Seconds that it waits at creation and in `warm_up`, where kernels compile.
 
     Raises:
@@ -197,9 +198,9 @@ class ExpertParallel:
         return tuple(compared[M] for M in counts)
 
     def capturable(self, layer: ShardedExperts, topk: int, M: int) -> bool:
-        """Whether the exchange that serves calls of up to M tokens a rank can be captured in a CUDA graph."""
-        exchange = explain_call(layer, topk, M).chosen
-        return self._session.exchanges[exchange].requirements.capturable
+        """Whether calls of up to M tokens a rank can be captured in a CUDA graph, as far as is known."""
+        kind = dataclasses.replace(explain_call(layer, topk, M).kind, mode="graph")
+        return not self._session.reasons_against(self._session.name_of_choice(kind), kind)
 
     def explain(self, layer: ShardedExperts, topk: int, M: int) -> ParallelExplanation:
         """Which exchange serves calls of up to M tokens a rank, why, and what runs this rank's experts. Not collective.

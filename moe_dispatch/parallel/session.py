@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import zlib
-from typing import Any, Final, get_args
+from typing import Any, Final
 
 import torch
 import torch.distributed as dist
@@ -22,7 +22,6 @@ from moe_dispatch.parallel.exchange import CallKind, Exchange, Tokens
 from moe_dispatch.parallel.placement import Placement
 from moe_dispatch.parallel.registry import ALWAYS, EXCHANGES, make_exchanges
 from moe_dispatch.parallel.watch import ProcessIdentity
-from moe_dispatch.problem import Mode
 from moe_dispatch.settings import Settings, settings
 from moe_dispatch.weight_checks import DTYPE_NAMES
 
@@ -227,27 +226,27 @@ class Session:
         Raises:
             InvalidInputError: The named exchange cannot serve such a call.
         """
-        name = self.options.exchange
-        if name is None:
-            return self.exchanges[self._chosen.get(bucket(kind), ALWAYS)]
-        if reasons := self.reasons_against(name, kind):
+        name = self.name_of_choice(kind)
+        if self.options.exchange is not None and (reasons := self.reasons_against(name, kind)):
             raise InvalidInputError(
                 f"exchange {name!r} is named and cannot serve {kind}: {'; '.join(reasons)}. Leave `exchange` out to "
                 "have one chosen"
             )
         return self.exchanges[name]
 
+    def name_of_choice(self, kind: CallKind) -> str:
+        """The name of the exchange of a kind of call, whether or not it can serve it."""
+        return self.options.exchange or self._chosen.get(bucket(kind), ALWAYS)
+
     def keep_choice(self, kind: CallKind, name: str) -> None:
         """Choose an exchange for a kind of call from now on. Every rank does so with the same arguments."""
         self._chosen[bucket(kind)] = name
         self.choices += 1
 
-    def bar(self, kind: CallKind, failed: dict[str, str]) -> None:
-        """Use exchanges no longer for a kind of call, each for the reason given. Every rank does so alike."""
+    def bar(self, kind: CallKind, name: str, reason: str) -> None:
+        """Use an exchange no longer for a kind of call. Every rank does so alike."""
+        self.barred.setdefault(bucket(kind), {})[name] = reason
         self.choices += 1
-        modes: tuple[Mode, ...] = get_args(Mode)
-        for mode in modes:
-            self.barred.setdefault(bucket(dataclasses.replace(kind, mode=mode)), {}).update(failed)
 
     def was_measured(self, kind: CallKind) -> bool:
         """Whether `warm_up` chose an exchange for a kind of call."""

@@ -52,7 +52,8 @@ def allocate(group: dist.ProcessGroup, device: torch.device, nbytes: int) -> Sym
     rank, size = dist.get_rank(group), dist.get_world_size(group)
     own = module.empty(nbytes, dtype=torch.uint8, device=device)
     handle = module.rendezvous(own, group.group_name)
-    peers = [handle.get_buffer(peer, (nbytes,), torch.uint8) for peer in range(size)]
+    # Not get_buffer, which counts from the start of the allocation: torch may take several tensors from one.
+    peers = [handle.get_remote_tensor(peer, (nbytes,), torch.uint8) for peer in range(size)]
     own.zero_()
     own[0] = _mark(rank)
     torch.cuda.synchronize(device)

@@ -1,11 +1,14 @@
 """What the ranks of the tests run; each function is called on all of them."""
 
+import argparse
 import contextlib
 import dataclasses
+import json
 import os
 import signal
 import time
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -13,6 +16,7 @@ import torch
 import torch.distributed as dist
 
 from moe_dispatch import moe_forward
+from moe_dispatch.benchmarks.record import expert_parallel
 from moe_dispatch.errors import InvalidInputError
 from moe_dispatch.experts import ExpertWeights
 from moe_dispatch.parallel import watch
@@ -350,6 +354,19 @@ def lose_a_rank(how: str, victim: int, timeout: float) -> Any:
             again = type(later).__name__
         return type(error).__name__, str(error), getattr(error, "ranks", ()), getattr(error, "call", 0), seconds, again
     return None
+
+
+def recorded(folder: str) -> tuple[int, list[dict[str, Any]]]:
+    """Run the benchmark's record for a tiny layer: how many results were wrong, and the rows that rank 0 wrote."""
+    out = Path(folder) / "rows.jsonl"
+    options = argparse.Namespace(exchange=None, out=str(out))
+    device = torch.device("cpu")
+    with torch.no_grad():
+        wrong = expert_parallel._run(
+            dataclasses.replace(expert_parallel.TINY, E=18), "fp32", [1, 4], options, device,
+            expert_parallel.Clock(device, 2), lambda: None,
+        )  # fmt: skip
+    return wrong, [json.loads(line) for line in out.read_text().splitlines()] if out.exists() else []
 
 
 def refuse_on_one_rank() -> tuple[str, int]:

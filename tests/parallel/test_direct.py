@@ -1,12 +1,16 @@
 """The kernels that carry tokens between ranks, in Triton's interpreter: their protocol, and whole layers over them."""
 
+import dataclasses
 from collections.abc import Iterator
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
 
 from moe_dispatch.backends.exchange import pack
+from moe_dispatch.parallel.direct import DirectExchange
+from moe_dispatch.parallel.exchange import CallKind
 from tests.parallel import programs, twins
 from tests.support.ranks import Ranks, ranks
 
@@ -24,10 +28,10 @@ def test_every_round_carries_what_was_sent(three: Ranks, *, skewed: bool) -> Non
     assert three.run(partial(twins.rounds_of_the_protocol, 15, skewed=skewed)) == [[], [], []]
 
 
-def test_a_rank_that_does_not_come_is_named_and_makes_results_nan(three: Ranks) -> None:
+def test_a_rank_that_comes_too_late_is_named_and_all_results_are_nan(three: Ranks) -> None:
     victim = 1
-    every = three.run(twins.a_rank_that_does_not_come, victim, 0.0005)
-    for rank, (right, nan, (name, text), _) in enumerate(every):
+    every = three.run(twins.a_rank_that_comes_too_late, victim, 0.0005)
+    for rank, (right, nan, (name, text)) in enumerate(every):
         assert right
         assert nan
         if rank != victim:
@@ -52,6 +56,21 @@ def test_padding_rows_run_no_expert(three: Ranks, exchange: str) -> None:
 @pytest.mark.parametrize("exchange", list(twins.TWINS))
 def test_columns_may_be_divided(three: Ranks, exchange: str) -> None:
     assert max(three.run(partial(programs.columns, "sharded", exchange, bias=True))) < 1e-5
+
+
+def test_what_direct_cannot_serve_is_said() -> None:
+    exchange = DirectExchange.__new__(DirectExchange)  # pure questions, which need no group
+    kind = CallKind(
+        M=4, K=64, N=32, E=8, topk=2, dtype="bf16", act_dtype="bf16", tokens="sharded", division="experts", ranks=2
+    )
+    assert exchange.unsupported_reasons(kind) == ()
+    others: list[dict[str, Any]] = [{"hosts": 2}, {"K": 60}, {"tokens": "replicated"}]
+    reasons = [exchange.unsupported_reasons(dataclasses.replace(kind, **other)) for other in others]
+    assert reasons == [
+        ("needs all ranks on one host, got 2 hosts",),
+        ("needs rows of a multiple of 16 bytes, got 120",),
+        ("takes tokens that are sharded, got replicated",),
+    ]
 
 
 @pytest.mark.parametrize(("M", "capacity", "K", "topk", "E"), [(3, 5, 16, 2, 9), (0, 2, 8, 3, 4), (40, 40, 64, 8, 200)])

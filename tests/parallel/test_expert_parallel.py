@@ -67,6 +67,18 @@ def test_every_rank_chooses_the_exchange_that_was_fastest(three: Ranks, tokens: 
         assert not failed
 
 
+def test_the_record_checks_what_it_measures(three: Ranks, tmp_path: Any) -> None:
+    (wrong, rows), *_ = three.run(programs.recorded, str(tmp_path))
+    assert wrong == 0
+    assert [(row["M"], row["exchange"]) for row in rows] == [
+        (4, "gather"), (4, "alltoall"), (1, "gather"), (1, "alltoall"),
+    ]  # fmt: skip
+    for row in rows:
+        assert row["error"] < 1e-5
+        assert row["speedup"] == row["one_gpu_us"] / row["us"]
+        assert min(row["us"], row["experts_us"], row["host_us"]) > 0
+
+
 def test_a_new_choice_serves_the_next_call(three: Ranks) -> None:
     assert three.run(programs.exchanges_that_ran) == [["gather", "alltoall"]] * 3
 
