@@ -65,10 +65,10 @@ def ship(
     out: Annotated[Path, typer.Option(help="Table to write.")],
 ) -> None:
     """Make a table to ship from a machine's calibrations."""
-    from moe_dispatch.benchmarks.record.ship import table
+    from moe_dispatch.benchmarks.record.ship import table, text
 
     made = table(map(_calibration, calibrations))
-    _write(out, made.model_dump_json(exclude_defaults=True))
+    _write(out, text(made))
     measurements = sum(len(point.measurements) for point in made.points)
     typer.echo(f"{len(made.points)} points, {measurements} measurements, {out.stat().st_size:,} bytes: {out}")
 

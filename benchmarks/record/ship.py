@@ -1,5 +1,6 @@
 """Make a table to ship from a machine's calibrations: the scores of candidates that may be chosen, and nothing else."""
 
+import json
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Final
@@ -45,6 +46,14 @@ def table(files: Iterable[CalibrationFile]) -> CalibrationFile:
         for measurement in _worth_shipping(candidates)
     ]
     return merge(CalibrationFile(machine=whole.machine), kept, whole.machine)
+
+
+def text(made: CalibrationFile) -> str:
+    """A table as the content of a file, with no more of a measurement than candidate and score (`Point.scores`)."""
+    stored = made.model_dump(mode="json", exclude_defaults=True)
+    for point in stored["points"]:
+        point["scores"] = [(each["candidate"], each["score"]) for each in point.pop("measurements")]
+    return json.dumps(stored, separators=(",", ":"), ensure_ascii=False)
 
 
 def _worth_shipping(candidates: Sequence[Measurement]) -> list[Measurement]:

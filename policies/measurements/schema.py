@@ -177,12 +177,27 @@ class StoredMeasurement(Strict):
 
 
 class Point(Strict):
-    """Everything measured for one layer, token count and mode."""
+    """Everything measured for one layer, token count and mode.
+
+    Attributes:
+        layer: Index into `CalibrationFile.layers`.
+        M: Tokens.
+        mode: Eager calls or replays of a CUDA graph.
+        measurements: The measurements.
+        scores: Candidate and score of further ones, as shipped tables hold them; read into `measurements`.
+    """
 
     layer: Index
     M: Count
     mode: Mode
-    measurements: list[StoredMeasurement] = pydantic.Field(max_length=10_000)
+    measurements: list[StoredMeasurement] = pydantic.Field(default_factory=list, max_length=10_000)
+    scores: list[tuple[Index, Positive]] = pydantic.Field(default_factory=list, max_length=10_000)
+
+    @pydantic.model_validator(mode="after")
+    def _read_scores(self) -> Self:
+        self.measurements.extend(StoredMeasurement(candidate=index, score=score) for index, score in self.scores)
+        self.scores.clear()
+        return self
 
 
 class CalibrationFile(Strict):
