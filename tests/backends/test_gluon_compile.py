@@ -22,6 +22,8 @@ from moe_dispatch.workloads import WORKLOADS, Workload, make_experts, torch_dtyp
 from tests.support.triton_compile import Launch, compile_launches, described, unwritten_layer
 
 HOPPER = described(90)
+# Bytes of stack of a thread in BF16 where the epilogue clamps: one register pair with Triton 3.9, none before.
+CLAMPS_STACK = 8
 # Bytes of stack of a thread in FP8: values of a tile give way to the sums of the next, outside the loops that multiply.
 # Triton 3.6 to 3.8 need 136, 3.9 needs 248.
 FP8_STACK = 136 if library_version("triton").startswith(("3.6.", "3.7.", "3.8.")) else 248
@@ -47,7 +49,7 @@ def test_both_products_compile_and_fit(dtype: DType, activation: Activation) -> 
     assert {built.constants["ACTIVATION"] for built in products} == {activation, None}
     for built in products:
         assert not built.spilling, built
-        assert built.stack <= (FP8_STACK if dtype == "fp8" else 0), built
+        assert built.stack <= (FP8_STACK if dtype == "fp8" else CLAMPS_STACK if activation != "silu" else 0), built
         assert built.shared <= SHARED_MEMORY[dtype], built
         assert built.wgmma, built
         assert built.tma, built
