@@ -5,6 +5,7 @@ configuration, numbered in order of appearance), and ``point`` with its rows as 
 `row_files.load` reads packed files like any others.
 """
 
+import itertools
 import json
 import math
 from collections.abc import Iterable, Iterator, Sequence
@@ -25,6 +26,21 @@ SIGNIFICANT_DIGITS: Final = 5
 def is_packed(lines: Sequence[str]) -> bool:
     """Whether these are the lines of a packed file."""
     return bool(lines) and lines[0].startswith('{"packed"')
+
+
+def latest(files: Iterable[Iterable[BenchRow]]) -> list[BenchRow]:
+    """The rows of several files, the newest last, without those of a backend at points where a later file has it too.
+
+    As in `moe_dispatch.policies.measurements.merge.merge`, a configuration that was not timed again goes as well.
+    """
+    kept: dict[tuple[str, str, int, str, str, str], list[BenchRow]] = {}
+    for file in files:
+        measured: dict[tuple[str, str, int, str, str, str], list[BenchRow]] = {}
+        for row in file:
+            key = (row.workload, row.dtype, row.M, row.mode, row.routing, row.backend)
+            measured.setdefault(key, []).append(row)
+        kept |= measured
+    return list(itertools.chain.from_iterable(kept.values()))
 
 
 def pack(rows: Iterable[BenchRow]) -> Iterator[str]:

@@ -1,6 +1,5 @@
 """Commands that make the repository's record: ``python -m moe_dispatch.benchmarks agree|pack|ship``."""
 
-import itertools
 import json
 from pathlib import Path
 from typing import Annotated
@@ -45,13 +44,16 @@ def pack(
     inputs: Annotated[list[Path], typer.Argument(help=".jsonl files or folders of rows; .json files of calibrations.")],
     out: Annotated[Path, typer.Option(help="Packed file to write; compressed if its name ends with .gz.")],
 ) -> None:
-    """Pack rows and calibrations into one small file of rows."""
+    """Pack rows and calibrations into one small file of rows.
+
+    At a point that a later input has too, its backends' rows replace all that these backends had there before.
+    """
+    from moe_dispatch.benchmarks.packed import latest
     from moe_dispatch.benchmarks.packed import pack as pack_rows
     from moe_dispatch.benchmarks.record.calibration_rows import calibration_rows
     from moe_dispatch.benchmarks.row_files import compressed, load
 
-    files = [calibration_rows(_calibration(path)) if path.suffix == ".json" else load([path]) for path in inputs]
-    rows = list(itertools.chain.from_iterable(files))
+    rows = latest(calibration_rows(_calibration(path)) if path.suffix == ".json" else load([path]) for path in inputs)
     text = "".join(f"{line}\n" for line in pack_rows(rows))
     content = compressed(text) if out.suffix == ".gz" else text.encode()
     _write(out, content)

@@ -24,7 +24,13 @@ def table(files: Iterable[CalibrationFile]) -> CalibrationFile:
     """
     whole: CalibrationFile | None = None
     for file in files:
-        whole = file if whole is None else merge(whole, file.measurements(), file.machine)
+        if whole is None:
+            whole = file
+        else:
+            # A calibration of some backends may have run where the libraries of the others were not installed.
+            libraries = {**whole.machine.libraries, **file.machine.libraries}
+            machine = file.machine.model_copy(update={"libraries": libraries})
+            whole = merge(whole, file.measurements(), machine)
     if whole is None:
         raise ValueError("a table needs at least one calibration")
     points: dict[PointKey, list[Measurement]] = {}

@@ -37,6 +37,19 @@ def test_a_calibration_becomes_rows(tmp_path: Path) -> None:
     assert {row.roofline_from for row in read} == {"device"}
 
 
+def test_a_later_calibration_replaces_its_backends_rows_at_its_points(tmp_path: Path) -> None:
+    paths = [tmp_path / "rows.jsonl", tmp_path / "later.json"]
+    paths[1].write_text(calibration((1, 64)).model_dump_json(), encoding="utf-8")
+    run("pack", paths[1], "--out", paths[0])
+    later = calibration((64,))
+    later.candidates[0] = later.candidates[0].model_copy(update={"config": {"block_m": 32}})
+    paths[1].write_text(later.model_dump_json(), encoding="utf-8")
+    run("pack", *paths, "--out", tmp_path / "both.jsonl.gz")
+    before, after = row_files.load(paths[:1]), row_files.load([tmp_path / "both.jsonl.gz"])
+    assert {row.key for row in after if row.M == 1} == {row.key for row in before if row.M == 1}
+    assert {row.key for row in after if row.M == 64} == {row.key for row in calibration_rows(later)}
+
+
 def test_a_calibration_of_a_device_without_known_ceilings_has_no_fractions() -> None:
     h20 = H200.model_copy(update={"name": "NVIDIA H20"})
     rows = list(calibration_rows(calibration().model_copy(update={"machine": h20})))
@@ -52,6 +65,13 @@ def test_a_shipped_table_keeps_what_may_be_chosen(tmp_path: Path) -> None:
     source.write_text(calibration((1, 4, 16, 64)).model_dump_json(), encoding="utf-8")
     run("ship", source, "--out", out)
     assert CalibrationFile.model_validate_json(out.read_text()) == made
+
+
+def test_a_later_calibration_of_some_backends_keeps_the_libraries_of_the_others() -> None:
+    first, later = calibration((1, 4, 16, 64)), calibration((1,))
+    first = first.model_copy(update={"machine": H200.model_copy(update={"libraries": {"vllm": "0.20.2", "a": "1"}})})
+    later = later.model_copy(update={"machine": H200.model_copy(update={"libraries": {"a": "2"}})})
+    assert ship.table([first, later]).machine.libraries == {"vllm": "0.20.2", "a": "2"}
 
 
 def test_a_layer_measured_at_few_token_counts_is_not_shipped() -> None:

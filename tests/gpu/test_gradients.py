@@ -54,7 +54,9 @@ def truth(experts: ExpertWeights, hidden: Tensor, weights: Tensor, ids: Tensor, 
         ("silu", False, False),
         ("swiglu_oai", True, False),
         ("swiglu_oai", True, True),
-        ("swiglu(limit=1)", False, False),
+        # Not a clamp that many elements are near: rounding the first product to BF16 moves some across its edge, where
+        # the derivative jumps. By that alone a limit of 1 changes gradients by 6 %.
+        ("swiglu(gate_cap=2,up_cap=3)", False, False),
     ],
 )
 def test_they_are_as_near_to_fp32_as_bf16_is(
