@@ -30,6 +30,7 @@ from torch import Tensor
 
 from moe_dispatch import ExpertParallel, ExpertWeights, ShardedExperts, moe_forward, warm_up
 from moe_dispatch.benchmarks.record import json_lines
+from moe_dispatch.errors import InvalidInputError
 from moe_dispatch.machine import Machine
 from moe_dispatch.measure.inputs import timing_events
 from moe_dispatch.parallel.comparison import ExchangeFailedError
@@ -181,7 +182,7 @@ def measured(
 
         try:
             (compared,) = ep.warm_up(parts[name], topk=layer.topk, tokens=[M], act_dtype=act_dtype)
-        except ExchangeFailedError as error:  # on all ranks
+        except (ExchangeFailedError, InvalidInputError) as error:  # on all ranks
             yield {"layer": layer.name, "dtype": dtype, "M": M, "ranks": size, "exchange": name, "failed": str(error)}
             continue
         row = {"layer": layer.name, "dtype": dtype, "M": M, "ranks": size, "exchange": name}

@@ -9,6 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from moe_dispatch.system import failures
+
 _MODULE: Final = "torch.distributed._symmetric_memory"
 _ALIGNMENT: Final = 16
 
@@ -46,11 +48,19 @@ def allocate(group: dist.ProcessGroup, device: torch.device, nbytes: int) -> Sym
     not found out by results.
 
     Raises:
-        RuntimeError: Devices do not reach each other, or an address is not what was asked for.
+        RuntimeError: A rank has not so much memory, devices do not reach each other, or an address leads elsewhere.
     """
     module = importlib.import_module(_MODULE)
     rank, size = dist.get_rank(group), dist.get_world_size(group)
-    own = module.empty(nbytes, dtype=torch.uint8, device=device)
+    own, fault = None, ""
+    try:
+        own = module.empty(nbytes, dtype=torch.uint8, device=device)
+    except RuntimeError as error:  # out of memory, most likely: the others must not wait for this rank
+        fault = failures.summary(error)
+    ready = torch.tensor([own is not None], dtype=torch.int32, device=device)
+    dist.all_reduce(ready, dist.ReduceOp.MIN, group)
+    if own is None or not ready.item():
+        raise RuntimeError(f"{nbytes >> 20} MiB of symmetric memory: {fault or 'another rank has none'}")
     handle = module.rendezvous(own, group.group_name)
     # Not get_buffer, which counts from the start of the allocation: torch may take several tensors from one.
     peers = [handle.get_remote_tensor(peer, (nbytes,), torch.uint8) for peer in range(size)]

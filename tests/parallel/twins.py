@@ -44,7 +44,7 @@ class SharedMemoryDirect(DirectExchange):
 
     def _allocate(self, nbytes: int) -> SymmetricMemory:
         folder = Path(os.environ["MOE_DISPATCH_CACHE_DIR"]).parent
-        files = [folder / f"memory-{id(type(self))}-{nbytes}-{rank}" for rank in range(self.collectives.size)]
+        files = [folder / f"memory-{nbytes}-{rank}" for rank in range(self.collectives.size)]
         number = 0
         while files[self.collectives.rank].with_suffix(f".{number}").exists():
             number += 1
