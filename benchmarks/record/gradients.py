@@ -165,13 +165,14 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=120.0, help="what has not begun by then is left out")
     arguments = parser.parse_args()
     deadline = time.monotonic() + arguments.seconds
-    facts = {**json_lines.origin(Machine.inspect("cuda")), "model": arguments.model, "layers": arguments.layers}
+    origin = json_lines.origin(Machine.inspect("cuda"))
     register()
     model = build(arguments.model, arguments.layers, "cuda")
-    with arguments.out.open("w", encoding="utf-8") as out:
-        for row in rows(model, "cuda", arguments.rounds, tuple(arguments.tokens), deadline):
-            print(json.dumps(row), flush=True)
-            print(json.dumps(row | facts), file=out, flush=True)
+    arguments.out.write_text("", encoding="utf-8")
+    json_lines.append(arguments.out, {"origin": origin, "model": arguments.model, "layers": arguments.layers})
+    for row in rows(model, "cuda", arguments.rounds, tuple(arguments.tokens), deadline):
+        print(json.dumps(row), flush=True)
+        json_lines.append(arguments.out, row)
 
 
 if __name__ == "__main__":

@@ -147,15 +147,14 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=130.0, help="what has not begun by then is left out")
     arguments = parser.parse_args()
     deadline = time.monotonic() + arguments.seconds
-    facts = {**json_lines.origin(Machine.inspect("cuda")), "model": arguments.model, "layers": arguments.layers}
+    origin = json_lines.origin(Machine.inspect("cuda"))
     register()
     model = build(arguments.model, arguments.layers, "cuda").eval()
-    with arguments.out.open("w", encoding="utf-8") as out:
-        for row in rows(
-            model, "cuda", arguments.rounds, CASES, tuple(arguments.modes), deadline, mode="reduce-overhead"
-        ):
-            print(json.dumps(row), flush=True)
-            print(json.dumps(row | facts), file=out, flush=True)
+    arguments.out.write_text("", encoding="utf-8")
+    json_lines.append(arguments.out, {"origin": origin, "model": arguments.model, "layers": arguments.layers})
+    for row in rows(model, "cuda", arguments.rounds, CASES, tuple(arguments.modes), deadline, mode="reduce-overhead"):
+        print(json.dumps(row), flush=True)
+        json_lines.append(arguments.out, row)
 
 
 if __name__ == "__main__":
