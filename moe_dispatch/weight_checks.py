@@ -77,7 +77,8 @@ def checked_scales(
         parts: 2, or 1 for an activation without a gate.
     """
     dtype: DType = "fp8"
-    if gate_up_scale is not None and isinstance(gate_up_scale, Tensor):
+    if gate_up_scale is not None:
+        _check_memory("gate_up_scale", gate_up_scale)  # before its shape is asked, which may have to be initialised
         blocks = (gate_up.shape[0], *scale_shape("fp8", *gate_up.shape[1:]))
         if tuple(gate_up_scale.shape) != blocks and tuple(gate_up_scale.shape) in _row_shapes(gate_up, parts):
             dtype = "fp8_channel"

@@ -51,7 +51,7 @@ def table(files: Iterable[CalibrationFile]) -> CalibrationFile:
 def text(made: CalibrationFile) -> str:
     """A table as the content of a file, with no more of a measurement than candidate and score (`Point.scores`)."""
     stored = made.model_dump(mode="json", exclude_defaults=True)
-    for point in stored["points"]:
+    for point in stored.get("points", ()):
         point["scores"] = [(each["candidate"], each["score"]) for each in point.pop("measurements")]
     return json.dumps(stored, separators=(",", ":"), ensure_ascii=False)
 

@@ -14,7 +14,9 @@ from torch import Tensor
 
 _BLOCK: Final = 128
 # How far a result may be from the right one, as a share of what the sum of all magnitudes allows.
-TOLERANCE: Final = {"fp32": 1e-4, "fp16": 4e-3, "bf16": 2e-2, "fp8": 2e-1}
+TOLERANCE: Final = {"fp32": 1e-4, "fp16": 4e-3, "bf16": 2e-2, "fp8": 2e-1, "fp8_channel": 2e-1}
+# SwiGLU with parameters: alpha, limit and shift of ``(up + shift) · gate · sigmoid(alpha · gate)``.
+SWIGLU: Final = {"swiglu_oai": (1.702, 7.0, 1.0), "swiglu(alpha=1.5,limit=2,shift=0.5)": (1.5, 2.0, 0.5)}
 
 
 @dataclass(frozen=True)
@@ -24,9 +26,9 @@ class Layer:
     Attributes:
         gate_up: ``[E, 2N, K]``, or ``[E, N, K]`` for ``relu2``.
         down: ``[E, K, N]``.
-        scales: Multipliers of both per block of 128×128, where they are e4m3.
+        scales: Multipliers of both where they are e4m3: per block of 128×128, or per row.
         biases: Biases of both, where there are any.
-        activation: The activation's name.
+        activation: The activation: a name, or of `SWIGLU`.
         interleaved: Whether rows of gate and up alternate.
     """
 
@@ -111,6 +113,8 @@ def _weights(layer: Layer) -> tuple[Tensor, Tensor]:
 
 
 def _dequantized(codes: Tensor, scale: Tensor) -> Tensor:
+    if scale.dim() == 2:
+        return codes.double() * scale.double()[:, :, None]
     rows, columns = (torch.arange(size) // _BLOCK for size in codes.shape[1:])
     return codes.double() * scale.double()[:, rows][:, :, columns]
 
@@ -123,9 +127,10 @@ def _activate(first: Tensor, size: Tensor, layer: Layer) -> tuple[Tensor, Tensor
         (gate, up), (gate_size, up_size) = ((each[..., ::2], each[..., 1::2]) for each in (first, size))
     else:
         (gate, up), (gate_size, up_size) = (each.tensor_split(2, dim=-1) for each in (first, size))
-    if layer.activation == "swiglu_oai":
-        gate, up = gate.clamp(max=7.0), up.clamp(-7.0, 7.0)
-        return (up + 1) * gate / (1 + torch.exp(-1.702 * gate)), (up_size + 1) * gate_size
+    if layer.activation.startswith("swiglu"):
+        alpha, limit, shift = SWIGLU[layer.activation]
+        gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
+        return (up + shift) * gate / (1 + torch.exp(-alpha * gate)), (up_size + shift) * gate_size
     if layer.activation == "silu":
         acted = gate / (1 + torch.exp(-gate))
     elif layer.activation == "gelu":

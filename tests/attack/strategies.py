@@ -17,9 +17,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from moe_dispatch import ExpertWeights
 from moe_dispatch.workloads import torch_dtype
-from tests.attack.oracle import Layer
+from tests.attack.oracle import SWIGLU, Layer
 
-DTYPES: Final = ("fp32", "fp16", "bf16", "fp8")
+FP8_FORMS: Final = ("fp8", "fp8_channel")
+DTYPES: Final = ("fp32", "fp16", "bf16", *FP8_FORMS)
 Make = Callable[[Tensor], object]
 
 
@@ -88,7 +89,7 @@ seeds = st.integers(0, 1 << 16)
 @st.composite
 def layer_shapes(draw: st.DrawFn, dtypes: tuple[str, ...] = DTYPES) -> LayerShape:
     """Layers that are valid, with sizes on both sides of what kernels like."""
-    activation = draw(st.sampled_from(["silu", "silu", "gelu", "gelu_tanh", "swiglu_oai", "relu2"]))
+    activation = draw(st.sampled_from(["silu", "silu", "gelu", "gelu_tanh", "relu2", *SWIGLU]))
     return LayerShape(
         dtype=draw(st.sampled_from(dtypes)),
         E=draw(st.sampled_from([1, 2, 4, 7])),
@@ -109,7 +110,7 @@ def call_shapes(draw: st.DrawFn, layers: st.SearchStrategy[LayerShape] | None = 
         layer=layer,
         M=draw(st.sampled_from([1, 0, 2, 3, 5, 17])),
         topk=draw(st.integers(1, 4)),
-        act_dtype=draw(st.sampled_from(["bf16", "fp16", "fp32"])) if layer.dtype == "fp8" else layer.dtype,
+        act_dtype=draw(st.sampled_from(["bf16", "fp16", "fp32"])) if layer.dtype in FP8_FORMS else layer.dtype,
         weights_dtype=draw(st.sampled_from(["fp32", "fp32", "bf16", "fp16"])),
         ids_dtype=draw(st.sampled_from([torch.int32, torch.int64])),
         ids=draw(st.sampled_from(sorted(IDS))),
@@ -140,6 +141,9 @@ def draw_layer(shape: LayerShape) -> Layer:
     if shape.dtype == "fp8":
         blocks = [(shape.E, -(-tensor.shape[1] // 128), -(-tensor.shape[2] // 128)) for tensor in (gate_up, down)]
         scales = (normal(*blocks[0], scale=0.1).abs() + 0.01, normal(*blocks[1], scale=0.1).abs() + 0.01)
+    if shape.dtype == "fp8_channel":
+        sizes = [tuple(tensor.shape[:2]) for tensor in (gate_up, down)]
+        scales = (normal(*sizes[0], scale=0.1).abs() + 0.01, normal(*sizes[1], scale=0.1).abs() + 0.01)
     dtype = torch_dtype(shape.dtype)  # type: ignore[arg-type]  # one of DTYPES
     return Layer(gate_up.to(dtype), down.to(dtype), scales, biases, shape.activation, shape.interleaved)
 

@@ -98,6 +98,13 @@ def test_other_shapes_are_refused_with_those_that_there_are(
     assert all(word in str(refusal.value) for word in words), refusal.value
 
 
+def test_scales_without_a_shape_are_refused_by_name() -> None:
+    gate_up, down = weights()
+    for scale in (torch.nn.UninitializedBuffer(), torch.nn.UninitializedParameter()):
+        with pytest.raises(InvalidInputError, match="gate_up_scale"):
+            ExpertWeights(gate_up, down, gate_up_scale=scale, down_scale=torch.ones(E, K))
+
+
 def test_an_unknown_form_is_refused() -> None:
     with pytest.raises(InvalidInputError, match="'block' or 'channel', got 'tensor'"):
         ExpertWeights.quantize(torch.ones(1, 2, 2), torch.ones(1, 2, 1), form="tensor")  # type: ignore[arg-type] # wrong
