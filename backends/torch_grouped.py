@@ -83,7 +83,7 @@ class TorchGroupedBackend(WritingBackend):
         out: Tensor,
     ) -> Tensor:
         """See `Backend.run_into`."""
-        # grouped_mm stores rows in the dtype of its operands, so FP16 ones have to be weighted before; see `combine`.
+        # grouped_mm stores rows in the dtype of its operands, so FP16 ones have to be weighted before; see `activate`.
         weighted = hidden_states.dtype == torch.float16
         routing = route(topk_ids, experts.E, by_row=False)
         gate_up = F.grouped_mm(

@@ -39,8 +39,9 @@ def activate(
         interleaved: Whether gate and up columns alternate, instead of all gate columns first.
         bias: ``[E, 2N]`` (``[E, N]`` ungated), added before the activation; needs `topk_ids`.
         topk_ids: int32 or int64 ``[M, topk]``; read only with a bias.
-        topk_weights: fp32 ``[M, topk]``, to multiply each row by the weight of its slot, so that what the next product
-            puts out stays in the range of FP16; see `combine`.
+        topk_weights: fp32 ``[M, topk]``, to multiply each row by the weight of its slot as far as that is between -1
+            and 1, so that neither the row nor what the next product makes of it leaves the range of FP16 where the
+            weighted result does not; `combine` multiplies by the rest.
         pdl: Launch as a programmatic dependent of the kernel before (sm_90 and newer).
 
     Returns:
@@ -50,6 +51,7 @@ def activate(
         out = activate_torch(add_bias(gate_up, routing, bias, topk_ids), activation, interleaved=interleaved)
         if topk_weights is not None:
             share = topk_weights.flatten()[routing.slot_of_row.clamp(min=0).long()]
+            share = share / share.abs().clamp(min=1.0)
             out = (out.float() * share[:, None]).to(out.dtype)
         return out
     out = gate_up.new_empty(gate_up.shape[0], _columns(gate_up, activation))

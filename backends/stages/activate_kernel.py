@@ -70,7 +70,8 @@ def _moe_activate_kernel(
             up += moe_gate_up_bias(biases, offs_n[None, :], 1, N, mask, PARTS, INTERLEAVED)
     out = moe_activate(gate, up, ACTIVATION)  # [SLOTS, GROUPS * 128]
     if weights_ptr is not None:
-        out *= tl.load(weights_ptr + offs_s, mask=mask_s, other=0.0)[:, None]
+        share = tl.load(weights_ptr + offs_s, mask=mask_s, other=0.0)
+        out *= (share / tl.maximum(tl.abs(share), 1.0))[:, None]
     out_ptrs = out_ptr + row.to(tl.int64)[:, None] * N + offs_n[None, :]
     if QUANTIZE:
         grouped = tl.reshape(out, [SLOTS, GROUPS, 128])

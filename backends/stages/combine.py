@@ -30,7 +30,8 @@ def combine(
         out: ``[M, K]``, contiguous, in any float dtype; written.
         down_bias: ``[E, K]``, added to each row before it is weighted; needs `topk_ids`.
         topk_ids: int32 or int64 ``[M, topk]``; read only with a bias.
-        weighted: Whether `y` was multiplied by topk_weights before; the bias was not.
+        weighted: Whether `y` was multiplied by topk_weights before, as far as they are between -1 and 1 (`activate`);
+            the bias was not.
         pdl: Launch as a programmatic dependent of the kernel before (sm_90 and newer).
 
     Returns:
@@ -80,7 +81,9 @@ def combine_torch(
     if down_bias is not None and topk_ids is not None:
         unweighted = unweighted + down_bias.float()[topk_ids.long().clamp(0, down_bias.shape[0] - 1)]
     shares = unweighted * topk_weights[:, :, None]
-    return torch.where(present, rows + shares if weighted else shares, 0.0).sum(dim=1).to(out_dtype)
+    if weighted:
+        shares = shares + rows * topk_weights.abs().clamp(min=1.0)[:, :, None]
+    return torch.where(present, shares, 0.0).sum(dim=1).to(out_dtype)
 
 
 def rows_dtype(out_dtype: torch.dtype) -> torch.dtype:

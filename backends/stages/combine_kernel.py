@@ -39,7 +39,7 @@ def _moe_combine_kernel(
         weight = tl.load(weights_ptr + slot, mask=row >= 0, other=0.0)
         y = tl.load(y_ptr + row * K + offs_k, mask=mask_k & (row >= 0), other=0.0).to(tl.float32)
         if WEIGHTED:
-            acc += y
+            acc += tl.maximum(tl.abs(weight), 1.0) * y
             y = tl.zeros([BLOCK_K], tl.float32)  # what is still to be weighted: the bias
         if bias_ptr is not None:
             expert = tl.load(ids_ptr + slot, mask=row >= 0, other=0).to(tl.int64)

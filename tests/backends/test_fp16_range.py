@@ -44,21 +44,45 @@ def overflowing(case: Case, precision: Precision) -> Inputs:
     return Inputs(hidden, experts, weights, ids, expected)
 
 
+def heavy() -> Inputs:
+    """An intermediate of 40000 and a weight of 2.5, whose product exceeds FP16's range; the result is 50000."""
+    M, E, K, N = 5, 2, 64, 64
+    gate_up = torch.full((E, N, K), 200 / K, dtype=torch.float16, device=DEVICE)
+    down = torch.full((E, K, N), 20000 / (40000 * N), dtype=torch.float16, device=DEVICE)
+    experts = ExpertWeights(gate_up, down, activation="relu2")
+    hidden = torch.ones(M, K, dtype=torch.float16, device=DEVICE)
+    weights, ids = torch.full((M, 1), 2.5, device=DEVICE), torch.arange(M, device=DEVICE)[:, None] % E
+    return Inputs(hidden, experts, weights, ids, truth(hidden, experts, weights, ids))
+
+
 @pytest.mark.parametrize("name", BACKENDS.names())
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 @pytest.mark.parametrize("device", [pytest.param(DEVICE, marks=[pytest.mark.gpu] if DEVICE == "cuda" else [])])
 def test_experts_may_exceed_the_range_of_fp16(name: str, case: Case, device: str) -> None:
+    finite(name, overflowing(case, Precision("fp16", "fp16")))
+    assert torch.device(device).type == DEVICE
+
+
+@pytest.mark.parametrize("name", BACKENDS.names())
+@pytest.mark.parametrize("device", [pytest.param(DEVICE, marks=[pytest.mark.gpu] if DEVICE == "cuda" else [])])
+def test_weights_above_one_carry_nothing_beyond_the_range_of_fp16(name: str, device: str) -> None:
+    """torch_grouped weights rows before the second product."""
+    finite(name, heavy())
+    assert torch.device(device).type == DEVICE
+
+
+def finite(name: str, inputs: Inputs) -> None:
+    """A backend's result is right, which is finite."""
     dispatcher = get_dispatcher()
     backend = dispatcher.planner.backend(name) if name in _importable() else None
     if backend is None:
         pytest.skip(f"{name} is not here")
-    inputs = overflowing(case, Precision("fp16", "fp16"))
-    problem = inputs.experts.problem(case.M, case.topk, torch.float16, dispatcher.machine.capability)
+    M, topk = inputs.topk_ids.shape
+    problem = inputs.experts.problem(M, topk, torch.float16, dispatcher.machine.capability)
     if reasons := backend.unsupported_reasons(problem):
         pytest.skip("; ".join(reasons))
     for config in backend.configs(problem)[: 2 if DEVICE == "cuda" else 1]:
         conform(backend, config, inputs)
-    assert inputs.hidden_states.device.type == device
 
 
 def _importable() -> set[str]:

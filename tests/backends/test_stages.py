@@ -243,9 +243,9 @@ def test_activate_weights_rows(dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(2)
     gate_up = torch.randn(used.shape[0], 300, generator=generator).to(DEVICE, dtype)
     gate_up[~used] = torch.nan
-    weights = torch.rand(9, 2, generator=generator).to(DEVICE)
+    weights = 3 * torch.randn(9, 2, generator=generator).to(DEVICE)  # of which the part up to 1 is meant
     weights[routing.row_of_slot.view(9, 2) < 0] = torch.nan
-    share = weights.flatten()[routing.slot_of_row[used].long()][:, None]
+    share = weights.flatten()[routing.slot_of_row[used].long()][:, None].clamp(-1.0, 1.0)
     expected = activate_torch(gate_up[used].float(), "silu") * share
     out = activate(gate_up, routing, "silu", topk_weights=weights)
     tolerance = torch.finfo(dtype).eps
@@ -262,13 +262,13 @@ def test_combine(M: int, topk: int, K: int, bias: bool, weighted: bool) -> None:
     generator = torch.Generator().manual_seed(3)
     y = torch.randn(M * topk, K, generator=generator).to(DEVICE)
     y[routing.slot_of_row < 0] = torch.nan
-    weights = torch.rand(M, topk, generator=generator).to(DEVICE)
+    weights = 3 * torch.randn(M, topk, generator=generator).to(DEVICE)
     weights[routing.row_of_slot.view(M, topk) < 0] = torch.nan
     down_bias = torch.randn(4, K, generator=generator).to(DEVICE) if bias else None
     expected = combine_torch(y, routing.row_of_slot, weights, torch.float32, down_bias=down_bias, topk_ids=ids)
     out = torch.full((M, K), torch.nan, device=DEVICE)
     if weighted:
-        y = y * weights.flatten()[routing.slot_of_row.clamp(min=0).long()][:, None]
+        y = y * weights.flatten()[routing.slot_of_row.clamp(min=0).long()][:, None].clamp(-1.0, 1.0)
     for combined in (
         combine(y, routing.row_of_slot, weights, out, down_bias=down_bias, topk_ids=ids, weighted=weighted),
         combine_torch(
