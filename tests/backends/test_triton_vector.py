@@ -17,8 +17,8 @@ from moe_dispatch.experts import ExpertWeights
 from moe_dispatch.machine import Machine, current_machine
 from moe_dispatch.policies.rules import VECTOR_FP8_BYTES, vector_suits
 from moe_dispatch.problem import DType
-from moe_dispatch.testing import relative_error, truth
 from moe_dispatch.system.libraries import library_version
+from moe_dispatch.testing import relative_error, truth
 from moe_dispatch.workloads import ROUTINGS, WORKLOADS, Workload, make_experts
 from tests.support.decode import Case, check_against_the_reference
 from tests.support.triton_compile import (
