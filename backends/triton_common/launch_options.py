@@ -1,8 +1,5 @@
 """What several launchers compute for a launch. Imports no Triton."""
 
-import torch
-from torch import Tensor
-
 
 def pdl_option(pdl: bool) -> dict[str, bool]:
     """The launch option for programmatic dependent launch.
@@ -15,11 +12,3 @@ def pdl_option(pdl: bool) -> dict[str, bool]:
 def next_power_of_2(value: int) -> int:
     """The smallest power of two that is at least `value`; 1 for values below 1."""
     return 1 << max(value - 1, 0).bit_length()
-
-
-def as_bytes(weight: Tensor) -> Tensor:
-    """e4m3 codes as uint8, which a kernel converts itself: Triton refuses their own type before sm_89.
-
-    Weights of other types are returned as they are.
-    """
-    return weight.view(torch.uint8) if weight.dtype == torch.float8_e4m3fn else weight

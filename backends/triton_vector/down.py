@@ -8,7 +8,7 @@ for gate_up.
 import math
 from typing import TYPE_CHECKING
 
-from moe_dispatch.backends.triton_common.launch_options import as_bytes, next_power_of_2, pdl_option
+from moe_dispatch.backends.triton_common.launch_options import next_power_of_2, pdl_option
 from moe_dispatch.backends.triton_common.quantization import quantization
 
 if TYPE_CHECKING:
@@ -39,18 +39,19 @@ def vector_down(
     from moe_dispatch.backends.triton_vector.down_kernel import _moe_vector_down_kernel
 
     M, topk = topk_ids.shape
+    weights = quantization(experts.dtype, fp8=False)  # of which no device multiplies the codes
     block_n = min(config.down_columns, max(128, next_power_of_2(experts.N)))
     together = min(config.down_experts, next_power_of_2(topk))
     grid = (M, math.ceil(experts.K / config.down_rows))
     _moe_vector_down_kernel[grid](
         # inputs
-        inner, as_bytes(experts.down), experts.down_scale, experts.down_bias, topk_weights, topk_ids,
+        inner, weights.readable(experts.down), experts.down_scale, experts.down_bias, topk_weights, topk_ids,
         # outputs
         out,
         # shapes
         experts.K, experts.N, experts.E,
         # constants
         TOPK=topk, ROWS=config.down_rows, EXPERTS=together, BLOCK_N=block_n,
-        BLOCKS_N=math.ceil(experts.N / block_n), SCALES=quantization(experts.dtype, fp8=False).scales, PDL=config.pdl,
+        BLOCKS_N=math.ceil(experts.N / block_n), SCALES=weights.scales, PDL=config.pdl,
         num_warps=config.down_warps, **pdl_option(config.pdl),
     )  # fmt: skip

@@ -8,7 +8,7 @@ second one reads the weights from the L2 cache.
 import math
 from typing import TYPE_CHECKING
 
-from moe_dispatch.backends.triton_common.launch_options import as_bytes, next_power_of_2, pdl_option
+from moe_dispatch.backends.triton_common.launch_options import next_power_of_2, pdl_option
 from moe_dispatch.backends.triton_common.quantization import quantization
 
 if TYPE_CHECKING:
@@ -37,19 +37,20 @@ def vector_gate_up(
     from moe_dispatch.backends.triton_vector.gate_up_kernel import _moe_vector_gate_up_kernel
 
     parts = 2 if experts.gated else 1
+    weights = quantization(experts.dtype, fp8=False)  # of which no device multiplies the codes
     columns = config.rows // parts
     block_k = min(config.columns, max(128, next_power_of_2(experts.K)))
     grid = (topk_ids.numel(), math.ceil(experts.N / columns))
     _moe_vector_gate_up_kernel[grid](
         # inputs
-        x, as_bytes(experts.gate_up), experts.gate_up_scale, experts.gate_up_bias, topk_ids,
+        x, weights.readable(experts.gate_up), experts.gate_up_scale, experts.gate_up_bias, topk_ids,
         # outputs
         inner,
         # shapes
         experts.K, experts.N, experts.E,
         # constants
         TOPK=topk_ids.shape[1], COLUMNS=columns, BLOCK_K=block_k, BLOCKS=math.ceil(experts.K / block_k),
-        EVEN_N=experts.N % columns == 0, SCALES=quantization(experts.dtype, fp8=False).scales, PDL=config.pdl,
+        EVEN_N=experts.N % columns == 0, SCALES=weights.scales, PDL=config.pdl,
         GATED=experts.gated, INTERLEAVED=experts.interleaved, ACTIVATION=experts.activation,
         num_warps=config.warps, **pdl_option(config.pdl),
     )  # fmt: skip

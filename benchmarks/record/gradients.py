@@ -10,7 +10,6 @@ of one layer's gradients against fp32. Needs transformers and a GPU.
 
 import argparse
 import copy
-import json
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -165,14 +164,10 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=120.0, help="what has not begun by then is left out")
     arguments = parser.parse_args()
     deadline = time.monotonic() + arguments.seconds
-    origin = json_lines.origin(Machine.inspect("cuda"))
     register()
     model = build(arguments.model, arguments.layers, "cuda")
-    arguments.out.write_text("", encoding="utf-8")
-    json_lines.append(arguments.out, {"origin": origin, "model": arguments.model, "layers": arguments.layers})
-    for row in rows(model, "cuda", arguments.rounds, tuple(arguments.tokens), deadline):
-        print(json.dumps(row), flush=True)
-        json_lines.append(arguments.out, row)
+    made = rows(model, "cuda", arguments.rounds, tuple(arguments.tokens), deadline)
+    json_lines.write(arguments.out, made, Machine.inspect("cuda"), model=arguments.model, layers=arguments.layers)
 
 
 if __name__ == "__main__":

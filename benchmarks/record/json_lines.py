@@ -1,7 +1,7 @@
 """Rows of a record, written as they come: a run that is ended leaves what it has."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from moe_dispatch.machine import Machine
@@ -12,6 +12,15 @@ def append(path: str | Path, row: Mapping[str, object]) -> None:
     """Append one row to a file of JSON lines."""
     with open(path, "a", encoding="utf-8") as file:
         file.write(json.dumps(row) + "\n")
+
+
+def write(path: str | Path, rows: Iterable[Mapping[str, object]], machine: Machine, **facts: object) -> None:
+    """Write a record anew: its origin with these facts, then each row as soon as it is there, which is printed too."""
+    Path(path).write_text("", encoding="utf-8")
+    append(path, {"origin": origin(machine), **facts})
+    for row in rows:
+        print(json.dumps(row), flush=True)
+        append(path, row)
 
 
 def origin(machine: Machine) -> dict[str, object]:

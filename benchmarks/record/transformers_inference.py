@@ -13,7 +13,6 @@ implementation's. Needs transformers and a GPU.
 
 import argparse
 import itertools
-import json
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -147,14 +146,10 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=130.0, help="what has not begun by then is left out")
     arguments = parser.parse_args()
     deadline = time.monotonic() + arguments.seconds
-    origin = json_lines.origin(Machine.inspect("cuda"))
     register()
     model = build(arguments.model, arguments.layers, "cuda").eval()
-    arguments.out.write_text("", encoding="utf-8")
-    json_lines.append(arguments.out, {"origin": origin, "model": arguments.model, "layers": arguments.layers})
-    for row in rows(model, "cuda", arguments.rounds, CASES, tuple(arguments.modes), deadline, mode="reduce-overhead"):
-        print(json.dumps(row), flush=True)
-        json_lines.append(arguments.out, row)
+    made = rows(model, "cuda", arguments.rounds, CASES, tuple(arguments.modes), deadline, mode="reduce-overhead")
+    json_lines.write(arguments.out, made, Machine.inspect("cuda"), model=arguments.model, layers=arguments.layers)
 
 
 if __name__ == "__main__":
