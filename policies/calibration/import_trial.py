@@ -58,16 +58,20 @@ def _fault(module: str, timeout_s: float) -> str:
         start_new_session=True,
     )
     os.close(to_write)
+    os.set_blocking(ended, False)  # the other end may be held by a process that the import started
     try:
-        status = process.wait(timeout_s)
+        process.wait(timeout_s)
+        hung = False
     except subprocess.TimeoutExpired:
-        return f"the import of {module} did not end within {timeout_s:.0f} s"
-    else:
-        cause = f"signal {signal.Signals(-status).name}" if status < 0 else f"status {status}"
-        return "" if os.read(ended, 1) else f"the import of {module} ends its process with {cause}"
+        hung = True
     finally:
-        os.close(ended)
         # It may have started others, which live on in its group.
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        status = process.wait()
+    with os.fdopen(ended, "rb", buffering=0) as pipe:
+        imported = bool(pipe.read(1))
+    if hung:
+        return f"the import of {module} did not end within {timeout_s:.0f} s"
+    cause = f"signal {signal.Signals(-status).name}" if status < 0 else f"status {status}"
+    return "" if imported else f"the import of {module} ends its process with {cause}"

@@ -59,16 +59,18 @@ def heavy() -> Inputs:
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 @pytest.mark.parametrize("device", [pytest.param(DEVICE, marks=[pytest.mark.gpu] if DEVICE == "cuda" else [])])
 def test_experts_may_exceed_the_range_of_fp16(name: str, case: Case, device: str) -> None:
-    finite(name, overflowing(case, Precision("fp16", "fp16")))
-    assert torch.device(device).type == DEVICE
+    inputs = overflowing(case, Precision("fp16", "fp16"))
+    finite(name, inputs)
+    assert inputs.hidden_states.device.type == device
 
 
 @pytest.mark.parametrize("name", BACKENDS.names())
 @pytest.mark.parametrize("device", [pytest.param(DEVICE, marks=[pytest.mark.gpu] if DEVICE == "cuda" else [])])
 def test_weights_above_one_carry_nothing_beyond_the_range_of_fp16(name: str, device: str) -> None:
     """torch_grouped weights rows before the second product."""
-    finite(name, heavy())
-    assert torch.device(device).type == DEVICE
+    inputs = heavy()
+    finite(name, inputs)
+    assert inputs.hidden_states.device.type == device
 
 
 def finite(name: str, inputs: Inputs) -> None:
