@@ -51,6 +51,7 @@ from moe_dispatch.backends.triton_common.device import moe_gate_up_bias
 _QUEUE_SLOTS = gl.constexpr(tiles.QUEUE_SLOTS)
 _LEAD_STAGES = gl.constexpr(tiles.LEAD_STAGES)
 _STAGE_BYTES = gl.constexpr(tiles.STAGE_BYTES)
+PLAIN = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [0]))
 
 
 @aggregate
@@ -301,10 +302,16 @@ def _load_half(operands, buf, bar, w_row, column):
 
 
 @gluon.jit
-def add_biases(sums, outputs, tile, AXIS: gl.constexpr, FIRST: gl.constexpr, ACTIVATION: gl.constexpr):
-    """Sums with the biases of the rows of weights along their AXIS, FIRST and following of a stage's 256 rows."""
+def add_biases(
+    sums, outputs, tile, AXIS: gl.constexpr, FIRST: gl.constexpr, CONSUMER: gl.constexpr, ACTIVATION: gl.constexpr
+):  # fmt: skip
+    """Sums with the biases of the rows of weights along their AXIS, FIRST and following of a stage's 256 rows.
+
+    They pass through the buffer for results: a thread adds up to 64 of them, whose addresses would cost registers.
+    """
     if outputs.biases is not None:
-        row = FIRST + gl.arange(0, sums.shape[AXIS], gl.SliceLayout(1 - AXIS, sums.type.layout))
+        COUNT: gl.constexpr = sums.shape[AXIS]
+        row = FIRST + gl.arange(0, COUNT, gl.BlockedLayout([1], [32], [4], [0]))
         PARTS: gl.constexpr = 1 if ACTIVATION is None else 2
         if ACTIVATION is None:
             column = tile.block_n * 256 + row
@@ -318,6 +325,11 @@ def add_biases(sums, outputs, tile, AXIS: gl.constexpr, FIRST: gl.constexpr, ACT
         N = outputs.columns
         biases = outputs.biases + tile.e * PARTS * N
         bias = moe_gate_up_bias(biases, column, part, N, column < N, PARTS, outputs.INTERLEAVED)
+        bufs = outputs.bufs
+        ROWS: gl.constexpr = bufs.shape[1] * bufs.shape[2] * bufs.dtype.primitive_bitwidth // 32 // COUNT
+        buf = reinterpret(bufs.index(CONSUMER), gl.float32, [ROWS, COUNT], PLAIN).index(0)
+        buf.store(bias)
+        bias = buf.load(gl.SliceLayout(1 - AXIS, sums.type.layout))
         sums += gl.expand_dims(bias, 1 - AXIS)
     return sums
 

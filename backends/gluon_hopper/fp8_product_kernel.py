@@ -13,6 +13,7 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup
 
 from moe_dispatch.backends.gluon_hopper import tiles
 from moe_dispatch.backends.gluon_hopper.common import (
+    PLAIN,
     Ring,
     TileStrides,
     add_biases,
@@ -33,7 +34,6 @@ _BLOCK_K = gl.constexpr(128)
 _TAIL_M = gl.constexpr(tiles.FP8_TAIL_M)
 _STAGGER_STAGES = gl.constexpr(tiles.STAGGER_STAGES)
 _LOADER_WARPS = gl.constexpr(2)
-_PLAIN = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [0]))
 # One binary for all layers: none of these is worth a specialisation.
 _SHAPES = (
     "a_scale_row", "a_scale_column", "out_scale_row", "out_scale_column", "n_blocks", "w_rows", "w_second", "w_step",
@@ -129,12 +129,12 @@ def _moe_hopper_fp8_product_kernel(
     tails = gl.allocate_shared_memory(FP8, [STAGES, _TAIL_M, _BLOCK_K], A_LAYOUT)
     weights = gl.allocate_shared_memory(FP8, [2 * STAGES, 128, _BLOCK_K], A_LAYOUT)
     scales = ScaleRing(
-        gl.allocate_shared_memory(gl.float32, [2 * STAGES, 64], _PLAIN),
-        gl.allocate_shared_memory(gl.float32, [STAGES, _TAIL_M], _PLAIN),
-        gl.allocate_shared_memory(gl.float32, [2 * STAGES, 1], _PLAIN),
+        gl.allocate_shared_memory(gl.float32, [2 * STAGES, 64], PLAIN),
+        gl.allocate_shared_memory(gl.float32, [STAGES, _TAIL_M], PLAIN),
+        gl.allocate_shared_memory(gl.float32, [2 * STAGES, 1], PLAIN),
     )
     out_bufs = gl.allocate_shared_memory(OUT, [2, 64, OUT_COLUMNS], OUT_LAYOUT)
-    amax_bufs = gl.allocate_shared_memory(gl.float32, [4, 64], _PLAIN)
+    amax_bufs = gl.allocate_shared_memory(gl.float32, [4, 64], PLAIN)
     exchange = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     mbarrier.init(exchange, count=2)
     queue, full, empty = make_barriers(STAGES, _LOADER_WARPS, True)
@@ -213,15 +213,15 @@ def _run_tile(
     SECOND: gl.constexpr = 1 if WIDTH == 128 else OTHER
     FIRST_SCALE: gl.constexpr = FIRST * WIDTH // 128
     SECOND_SCALE: gl.constexpr = SECOND * WIDTH // 128
-    first = add_biases(gl.zeros([64, WIDTH], gl.float32, MMA), outputs, tile, 1, WIDTH * FIRST, ACTIVATION)
-    second = add_biases(gl.zeros([64, WIDTH], gl.float32, MMA), outputs, tile, 1, WIDTH * SECOND, ACTIVATION)
+    first = add_biases(gl.zeros([64, WIDTH], gl.float32, MMA), outputs, tile, 1, WIDTH * FIRST, CONSUMER, ACTIVATION)
+    second = add_biases(gl.zeros([64, WIDTH], gl.float32, MMA), outputs, tile, 1, WIDTH * SECOND, CONSUMER, ACTIVATION)
     partial = gl.zeros([64, WIDTH], gl.float32, MMA)
     if TAIL:
         TAIL_MMA: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, _TAIL_M, 32])
         tail_first = gl.zeros([64, _TAIL_M], gl.float32, TAIL_MMA)
-        tail_first = add_biases(tail_first, outputs, tile, 0, 64 * QUARTER, ACTIVATION)
+        tail_first = add_biases(tail_first, outputs, tile, 0, 64 * QUARTER, CONSUMER, ACTIVATION)
         tail_second = gl.zeros([64, _TAIL_M], gl.float32, TAIL_MMA)
-        tail_second = add_biases(tail_second, outputs, tile, 0, 64 * OTHER, ACTIVATION)
+        tail_second = add_biases(tail_second, outputs, tile, 0, 64 * OTHER, CONSUMER, ACTIVATION)
         partial_first = gl.zeros([64, _TAIL_M], gl.float32, TAIL_MMA)
         partial_second = gl.zeros([64, _TAIL_M], gl.float32, TAIL_MMA)
     for _k in range(depth):

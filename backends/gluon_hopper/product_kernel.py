@@ -164,13 +164,13 @@ def _multiply(
     SECOND: gl.constexpr = FIRST + (1 if outputs.INTERLEAVED else 2)
     if WIDE:
         acc = gl.zeros([64, 256], gl.float32, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 256, 16]))
-        acc = add_biases(acc, outputs, tile, 1, 0, ACTIVATION)
+        acc = add_biases(acc, outputs, tile, 1, 0, CONSUMER, ACTIVATION)
     if FEW:
         FEW_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, FEW, 16])
         first = gl.zeros([64, FEW], gl.float32, FEW_LAYOUT)
-        first = add_biases(first, outputs, tile, 0, 64 * FIRST, ACTIVATION)
+        first = add_biases(first, outputs, tile, 0, 64 * FIRST, CONSUMER, ACTIVATION)
         second = gl.zeros([64, FEW], gl.float32, FEW_LAYOUT)
-        second = add_biases(second, outputs, tile, 0, 64 * SECOND, ACTIVATION)
+        second = add_biases(second, outputs, tile, 0, 64 * SECOND, CONSUMER, ACTIVATION)
     for k in range(depth):
         stage = step % STAGES
         mbarrier.wait(ring.full.index(stage), step // STAGES & 1)
