@@ -83,8 +83,10 @@ class MeasuredPolicy(Policy):
         return ",".join(file.digest() for file in self._files)
 
     def _table(self, key: LayerKey, mode: Mode) -> LayerTable | None:
-        tables = (file.table(key, mode) for file in self._files)
-        return next((table for table in tables if table), None)
+        for file in self._files:
+            if table := file.table(key, mode):
+                return table
+        return None
 
 
 class CalibratedPolicy(MeasuredPolicy):

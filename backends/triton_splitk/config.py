@@ -1,5 +1,6 @@
 """Tile sizes of the split-K kernels, and which of them a problem should try."""
 
+import functools
 import math
 from collections.abc import Iterator
 from typing import Any, Final, Literal
@@ -104,25 +105,44 @@ def _preferred(problem: MoEProblem, device: Features) -> SplitKConfig:
     by_slot = problem.M == 1 or 8 * problem.expected_slots < problem.E
     short_down = math.ceil(problem.N / _block_k(problem)) <= _SHORT_DOWN_LOOP
     wide = not by_slot if fp8 else problem.expected_slots >= 2 * hit or (short_down and not by_slot)
+    block_n: Literal[64, 128] = 128 if wide else 64
+    lacking = _LEAST_CTAS_PER_SM * device.sms * block_n / (hit * problem.K)
+    splits = _splits(lacking, math.ceil(problem.N / _block_k(problem)))
+    return _of_layer(problem.layer, device, _block_m(problem), block_n, splits, by_slot=by_slot)
+
+
+# Token counts ask for few different ones, and a new token count is planned while a model serves.
+@functools.lru_cache(maxsize=1024)
+def _of_layer(
+    layer: MoEProblem,
+    device: Features,
+    block_m: Literal[16, 32, 64],
+    block_n: Literal[64, 128],
+    splits_down: int,
+    *,
+    by_slot: bool,
+) -> SplitKConfig:
+    """The preferred tiles with the options and the stages that go with them."""
+    fp8 = quantization_of(layer).activations
     config = SplitKConfig(
-        block_m=_block_m(problem),
-        block_n=128 if wide else 64,
-        block_k=_block_k(problem),
+        block_m=block_m,
+        block_n=block_n,
+        block_k=_block_k(layer),
+        splits_down=splits_down,
         # Four warps do not have the registers for so many tokens beside dequantised weights.
-        num_warps=8 if quantization_of(problem).dequantizes and _block_m(problem) == 64 else 4,
+        num_warps=8 if quantization_of(layer).dequantizes and block_m == 64 else 4,
         grid="slots" if by_slot else "experts",
-        tma=device.tma and rows_allow_tma(problem) and (fp8 or not by_slot),
+        tma=device.tma and rows_allow_tma(layer) and (fp8 or not by_slot),
         pdl=device.pdl,
     )
-    lacking = _LEAST_CTAS_PER_SM * device.sms * config.block_n / (hit * problem.K)
-    config = config.model_copy(update={"splits_down": _splits(lacking, math.ceil(problem.N / config.block_k))})
-    if fp8 and wide and math.ceil(problem.K / config.block_k) <= _SHORT_LOOP:
+    wide = block_n == 128
+    if fp8 and wide and math.ceil(layer.K / config.block_k) <= _SHORT_LOOP:
         return config.model_copy(update={"num_stages": _SHORT_LOOP_STAGES})
-    if fp8 and wide and short_down:
-        return with_stages(problem, config, device.shared_memory // 3)
+    if fp8 and wide and math.ceil(layer.N / config.block_k) <= _SHORT_DOWN_LOOP:
+        return with_stages(layer, config, device.shared_memory // 3)
     # Two CTAs of a multiprocessor take turns at waiting; one with a deep pipeline is better than two shallow ones.
-    shared = with_stages(problem, config, device.shared_memory // 2)
-    return shared if shared.num_stages > _LEAST_STAGES else with_stages(problem, config, device.shared_memory)
+    shared = with_stages(layer, config, device.shared_memory // 2)
+    return shared if shared.num_stages > _LEAST_STAGES else with_stages(layer, config, device.shared_memory)
 
 
 def candidate_configs(problem: MoEProblem, device: Features) -> tuple[SplitKConfig, ...]:

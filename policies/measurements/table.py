@@ -73,6 +73,7 @@ class LayerTable:
         self.scores = {M: dict(at) for M, at in sorted(scores.items()) if any(us for us in at.values())}
         self.tokens = tuple(self.scores)
         self._curves = tuple(curves(self.scores))
+        self._counting: dict[tuple[int, ...], list[Curve]] = {}
         self.winners = stable_winners(self.scores, incumbents)
 
     def rank(self, M: int) -> tuple[tuple[Identity, float], ...]:
@@ -83,16 +84,10 @@ class LayerTable:
         around = self.tokens[max(i - 1, 0) : i + 1] if i == len(self.tokens) or self.tokens[i] != M else (M,)
         if len(around) == 2 and around[1] > around[0] * APART:
             return ()
-        barred = {identity for near in around for identity, us in self.scores[near].items() if us is None}
-        measured = around == (M,)
-        # A candidate that was eliminated at a neighbour was behind there; its times further away say nothing about M.
-        timed = [
-            (curve.identity, curve.at(M))
-            for curve in self._curves
-            if curve.identity not in barred and all(near in curve.tokens for near in around)
-        ]
+        timed = self._times(around, M)
         if not timed:
             return ()
+        measured = around == (M,)
         won = {self.winners[near] for near in around}
         # At a measured M the winner is decided; between two, a neighbour's winner comes first within noise of the best.
         limit = math.inf if measured else min(us for _, us in timed) * (1 + NOISE)
@@ -101,6 +96,19 @@ class LayerTable:
         for identity, us in timed:
             best.setdefault(identity[0], (identity, us))
         return tuple(best.values())
+
+    def _times(self, around: tuple[int, ...], M: int) -> list[tuple[Identity, float]]:
+        """Times at M of the candidates that count there; `around` are the measured token counts next to it."""
+        # The same for every M between two measured ones, so that a new token count is not planned from scratch.
+        if (counting := self._counting.get(around)) is None:
+            barred = {identity for near in around for identity, us in self.scores[near].items() if us is None}
+            # A candidate that was eliminated at a neighbour was behind there; its times further away say nothing of M.
+            counting = self._counting[around] = [
+                curve
+                for curve in self._curves
+                if curve.identity not in barred and all(near in curve.tokens for near in around)
+            ]
+        return [(curve.identity, curve.at(M)) for curve in counting]
 
     def choices(self, M: int, mode: str) -> tuple[Choice, ...]:
         """The ranking as choices with their reasons; `mode` is the part of the reason that names the mode."""
