@@ -27,13 +27,13 @@ class ShippedPolicy(MeasuredPolicy):
     name = "shipped"
     retires = False
 
-    def rank(self, problem: MoEProblem) -> tuple[Choice, ...]:
-        """See `Policy.rank`."""
-        choices = super().rank(problem)
-        if self._neighbour is None or not choices:
+    def ranked(self, problem: MoEProblem) -> Iterator[Choice]:
+        """See `Policy.ranked`."""
+        choices = super().ranked(problem)
+        if self._neighbour is None:
             return choices
         slowdown = self._neighbour.slowdown(problem)
-        return tuple(_estimated(choice, slowdown, self._neighbour) for choice in choices)
+        return (_estimated(choice, slowdown, self._neighbour) for choice in choices)
 
     def _read(self) -> Iterator[CalibrationFile]:
         source = nearest(self.machine, ".json")

@@ -25,8 +25,8 @@ _FIELDS: Final[Mapping[str, type | tuple[type, ...]]] = {
 class PolicyChain:
     """Asks each policy in turn; what an earlier one ranks stands before what a later one adds.
 
-    A policy that cannot load or rank is passed over with a warning: neither a damaged file nor a fault in its code may
-    stop a model.
+    A policy that cannot load or rank, or what it ranks from a choice on that is none, is passed over with a warning:
+    neither a damaged file nor a fault in its code may stop a model.
 
     Args:
         machine: The machine that the policies rank for.
@@ -56,14 +56,13 @@ class PolicyChain:
         ranked: set[tuple[str, str]] = set()
         for policy in self._policies:
             try:
-                choices = [_checked(choice, policy.name) for choice in policy.rank(problem)]
+                for choice in policy.ranked(problem):
+                    checked = _checked(choice, policy.name)
+                    if (identity := (checked.backend, repr(checked.config))) not in ranked:
+                        ranked.add(identity)
+                        yield checked
             except FOREIGN_ERRORS as error:
                 self._refuse(policy.name, error)
-                continue
-            for choice in choices:
-                if (identity := (choice.backend, repr(choice.config))) not in ranked:
-                    ranked.add(identity)
-                    yield choice
         if not any(backend == LAST_RESORT for backend, _ in ranked):
             yield Choice(LAST_RESORT, "runs anywhere", policy="last resort")
 

@@ -6,8 +6,9 @@ layers bound by bandwidth and for layers bound by arithmetic.
 
 import bisect
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Final
 
 from moe_dispatch.policies.measurements.schema import CalibrationFile, Identity, LayerKey
@@ -41,6 +42,10 @@ class Curve:
     tokens: tuple[int, ...]
     us: tuple[float, ...]
 
+    @cached_property
+    def _logs(self) -> tuple[float, ...]:
+        return tuple(map(math.log, self.us))
+
     def at(self, M: int) -> float:
         """Time in µs at M tokens, interpolated; `LayerTable.rank` limits how far M may be beyond the ends."""
         i = bisect.bisect_left(self.tokens, M)
@@ -51,7 +56,7 @@ class Curve:
             return self.us[i]
         lower, upper = self.tokens[i - 1], self.tokens[i]
         share = math.log(M / lower) / math.log(upper / lower)
-        return math.exp((1 - share) * math.log(self.us[i - 1]) + share * math.log(self.us[i]))
+        return math.exp((1 - share) * self._logs[i - 1] + share * self._logs[i])
 
 
 class LayerTable:
@@ -110,14 +115,12 @@ class LayerTable:
             ]
         return [(curve.identity, curve.at(M)) for curve in counting]
 
-    def choices(self, M: int, mode: str) -> tuple[Choice, ...]:
+    def choices(self, M: int, mode: str) -> Iterator[Choice]:
         """The ranking as choices with their reasons; `mode` is the part of the reason that names the mode."""
         ranked = self.rank(M)
         where = self._where(M, mode)
-        return tuple(
-            Choice(backend, f"{us:.1f} µs {where}{_lead(ranked, place)}", dict(config), us)
-            for place, ((backend, config), us) in enumerate(ranked)
-        )
+        for place, ((backend, config), us) in enumerate(ranked):
+            yield Choice(backend, f"{us:.1f} µs {where}{_lead(ranked, place)}", dict(config), us)
 
     def _where(self, M: int, mode: str) -> str:
         if M in self.scores:

@@ -153,7 +153,7 @@ class TestWorkloads:
     @pytest.mark.parametrize(("topk", "alive"), [(2, 8), (12, 12)])
     def test_dead_experts_get_no_token_and_leave_enough(self, topk: int, alive: int) -> None:
         _, ids = ROUTINGS["half-dead"].sample(200, 16, topk, "cpu")
-        assert len(ids.unique()) == alive
+        assert len(set(ids.flatten().tolist())) == alive
         assert all(len(set(row)) == topk for row in ids.tolist())
 
     def test_the_roofline_explains_recorded_fractions(self) -> None:
