@@ -16,7 +16,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -257,11 +257,11 @@ def unreadable_weights(name: str, dtype: str) -> None:
     hidden, experts, weights, ids = inputs.arguments
     quarantine = get_dispatcher(hidden.device).quarantine
 
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    dist.init_process_group("gloo", store=cast("Any", dist).HashStore(), rank=0, world_size=1)
     mesh = DeviceMesh("cuda", [0])
-    for tensor in ("gate_up", "down"):
+    for weight in ("gate_up", "down"):
         parts: dict[str, Any] = dict(experts.tensors())
-        parts[tensor] = DTensor.from_local(parts[tensor], mesh, [Replicate()], run_check=False)
+        parts[weight] = DTensor.from_local(parts[weight], mesh, [Replicate()], run_check=False)
         with pytest.raises(InvalidInputError, match=r"DTensor.*to_local"):
             ExpertWeights(**parts)
     spread = DTensor.from_local(hidden, mesh, [Replicate()], run_check=False)
