@@ -1,7 +1,6 @@
 """`ExpertParallel`: spreads the experts of layers over the ranks of a process group."""
 
 import contextlib
-import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -18,6 +17,7 @@ from moe_dispatch.parallel.parts import columns_of, experts_of, placed
 from moe_dispatch.parallel.placement import Division, Placement
 from moe_dispatch.parallel.session import Options, Session
 from moe_dispatch.parallel.sharded_experts import ShardedExperts
+from moe_dispatch.problem import Mode
 
 
 class ExpertParallel:
@@ -199,18 +199,19 @@ class ExpertParallel:
 
     def capturable(self, layer: ShardedExperts, topk: int, M: int) -> bool:
         """Whether calls of up to M tokens a rank can be captured in a CUDA graph, as far as is known."""
-        kind = dataclasses.replace(explain_call(layer, topk, M).kind, mode="graph")
-        return not self._session.reasons_against(self._session.name_of_choice(kind), kind)
+        explained = explain_call(layer, topk, M, "graph")
+        return not explained.against[explained.chosen]
 
-    def explain(self, layer: ShardedExperts, topk: int, M: int) -> ParallelExplanation:
+    def explain(self, layer: ShardedExperts, topk: int, M: int, mode: Mode = "eager") -> ParallelExplanation:
         """Which exchange serves calls of up to M tokens a rank, why, and what runs this rank's experts. Not collective.
 
         Args:
             layer: A layer of this group.
             topk: Experts per token.
             M: Greatest token count of a rank.
+            mode: ``"graph"`` for calls that are captured in a CUDA graph.
         """
-        return explain_call(layer, topk, M)
+        return explain_call(layer, topk, M, mode)
 
 
 def _process_group(group: Any) -> dist.ProcessGroup:

@@ -1,5 +1,6 @@
 """Why an exchange serves a kind of call, as data that prints itself."""
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -10,6 +11,7 @@ from moe_dispatch.parallel.exchange import CallKind
 from moe_dispatch.parallel.registry import ALWAYS
 from moe_dispatch.parallel.session import bucket
 from moe_dispatch.parallel.sharded_experts import ShardedExperts
+from moe_dispatch.problem import Mode
 
 
 @dataclass(frozen=True)
@@ -40,12 +42,12 @@ class ParallelExplanation:
         return "\n".join([*lines, "this rank's experts:", str(self.local)])
 
 
-def explain_call(layer: ShardedExperts, topk: int, M: int) -> ParallelExplanation:
+def explain_call(layer: ShardedExperts, topk: int, M: int, mode: Mode = "eager") -> ParallelExplanation:
     """Explain the calls of a layer with up to M tokens on a rank."""
     session = layer.session
     dtype = torch.bfloat16 if layer.local.fp8 else layer.local.gate_up.dtype
-    kind = session.kind(layer.placement, layer.local, M, topk, dtype)
-    exchange = session.choose(kind)
+    kind = dataclasses.replace(session.kind(layer.placement, layer.local, M, topk, dtype), mode=mode)
+    exchange = session.exchanges[session.name_of_choice(kind)]
     if session.options.exchange:
         why = "named by the caller"
     elif exchange.name == ALWAYS and not session.was_measured(kind):
@@ -55,6 +57,6 @@ def explain_call(layer: ShardedExperts, topk: int, M: int) -> ParallelExplanatio
     share = exchange.arriving_share(kind)
     rows = round(share * M * (1 if kind.tokens == "replicated" else kind.ranks))
     machine = session.dispatcher.machine
-    problem = layer.weights_expecting(share).problem(max(1, rows), topk, dtype, machine.capability)
+    problem = layer.weights_expecting(share).problem(max(1, rows), topk, dtype, machine.capability, mode)
     against = {name: session.reasons_against(name, kind) for name in session.exchanges}
     return ParallelExplanation(kind, exchange.name, why, against, session.dispatcher.planner.explain(problem))

@@ -70,10 +70,13 @@ def test_every_rank_chooses_the_exchange_that_was_fastest(three: Ranks, tokens: 
 def test_the_record_checks_what_it_measures(three: Ranks, tmp_path: Any) -> None:
     (wrong, rows), *_ = three.run(programs.recorded, str(tmp_path))
     assert wrong == 0
-    assert [(row["M"], row["exchange"]) for row in rows] == [
-        (4, "gather"), (4, "alltoall"), (1, "gather"), (1, "alltoall"),
-    ]  # fmt: skip
-    for row in rows:
+    names = ("gather", "alltoall", "chosen")
+    assert [(row["M"], row["exchange"]) for row in rows] == [(M, name) for M in (4, 1) for name in names]
+    for first, second, choice in (rows[:3], rows[3:]):
+        times = {row["exchange"]: row["us"] for row in (first, second)}
+        assert choice["alike"]
+        assert choice["regret"] == times[choice["chosen"]] / min(times.values()) - 1
+    for row in (*rows[:2], *rows[3:5]):
         assert row["error"] < 1e-5
         assert row["speedup"] == row["one_gpu_us"] / row["us"]
         assert min(row["us"], row["experts_us"], row["host_us"]) > 0
