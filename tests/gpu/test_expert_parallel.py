@@ -35,4 +35,4 @@ def test_every_exchange_gives_the_right_results_eagerly_and_in_replays(tmp_path:
             assert row["like_eager"], row
             assert row["changed_replays"] == 0, row
         else:
-            assert row["host_syncs"] == (0 if row["exchange"] != "alltoall" else 1), row
+            assert (row["host_syncs"] > 0) == (row["exchange"] == "alltoall"), row
