@@ -43,8 +43,8 @@ from moe_dispatch.errors import InvalidInputError
 from moe_dispatch.machine import Machine
 from moe_dispatch.measure.inputs import timing_events
 from moe_dispatch.parallel.collectives import all_gather_flat, reduce_scatter_flat
-from moe_dispatch.parallel.comparison import ExchangeFailedError
 from moe_dispatch.parallel.registry import EXCHANGES
+from moe_dispatch.parallel.trial import ExchangeFailedError
 from moe_dispatch.problem import DType, Mode
 from moe_dispatch.workloads import ROUTINGS, WORKLOADS, Workload, make_experts, torch_dtype
 

@@ -40,9 +40,21 @@ def test_other_dtypes_conform(three: Ranks, tokens: str, exchange: str, precisio
     assert three.run(programs.conformance, FEW, precision, tokens, exchange, "uneven") == [[], [], []]
 
 
-@pytest.mark.parametrize("exchange", ["gather", "alltoall"])
-def test_all_tokens_may_need_one_rank(three: Ranks, exchange: str) -> None:
-    assert max(three.run(programs.all_to_one_rank, exchange)) < 1e-6
+@pytest.mark.parametrize(("tokens", "exchange"), SERVES)
+def test_all_tokens_may_need_one_rank(three: Ranks, tokens: str, exchange: str) -> None:
+    assert max(three.run(programs.all_to_one_rank, tokens, exchange)) < 1e-6
+
+
+def test_four_ranks(tmp_path: Any) -> None:
+    with ranks(4, tmp_path) as four:
+        for tokens, exchange in SERVES:
+            for spread in ("uneven", "none on the last") if tokens == "sharded" else ("",):
+                faults = four.run(programs.conformance, FEW, programs.FP32, tokens, exchange, spread)
+                assert faults == [[], [], [], []], (tokens, exchange, spread)
+            assert max(four.run(programs.all_to_one_rank, tokens, exchange)) < 1e-6
+        for tokens in ("sharded", "replicated"):
+            first, *others = four.run(programs.warmed, tokens)
+            assert others == [first] * 3, "all ranks choose alike"
 
 
 @pytest.mark.parametrize("exchange", ["gather", "alltoall"])
