@@ -7,9 +7,10 @@
 For each layer and token count M of a rank: the time of one rank that runs the tokens of all ranks with all experts, the
 time of a rank's share of the experts without any exchange, and the time of all ranks together with each exchange,
 eagerly with stated counts and in a replayed CUDA graph. A time is the median over bursts of the slowest rank's time per
-call, in µs; a burst is calls in a row after one that is not timed, so that all ranks are in step when it begins.
-`speedup` is the first time over the last, and `host_us` what an eager call takes the host. The exchange ``by hand`` is
-the baseline: three all-gathers, the experts and a reduce-scatter, written with torch.distributed alone.
+call, in µs; a burst is calls in a row after one that is not timed, so that all ranks are in step when it begins. A
+graph that is timed holds several calls with inputs of their own, as a model's graph holds its layers. `speedup` is the
+first time over the last, and `host_us` what an eager call takes the host. The exchange ``by hand`` is the baseline:
+three all-gathers, the experts and a reduce-scatter, written with torch.distributed alone.
 
 Rows of the exchange ``chosen`` say which one a group that names none chooses: `regret` is how much longer that one's
 time is than the shortest of all exchanges' times in the rows above, and `alike` whether all ranks choose it.
@@ -29,7 +30,7 @@ import statistics
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Final
 
@@ -55,10 +56,14 @@ BURSTS: Final = 15
 BURST_US: Final = 3e3  # shortest duration of one
 MOST_CALLS: Final = 50  # of one
 MOST_ERROR: Final = 2e-2  # relative, of a layer in BF16 or FP8 against the same in another order of sums
-INPUTS: Final = 4
+INPUTS: Final = 4  # drawn for each token count; their experts' weights together exceed the device's cache
+CALLS: Final = 8  # of a graph that is timed
 PAUSES: Final = 100  # of a rank among its replays, about
 REPLAYS: Final = 300
 BY_HAND: Final = "by hand"
+
+Inputs = tuple[Tensor, ...]  # hidden_states, topk_weights, topk_ids
+Call = Callable[..., Tensor]
 
 
 class Clock:
@@ -72,12 +77,13 @@ class Clock:
     def __init__(self, device: torch.device, bursts: int) -> None:
         self._device, self._bursts = device, bursts
 
-    def us(self, call: Callable[[], object]) -> float:
-        """Median over bursts of the slowest rank's time per call, in µs; equal on every rank."""
+    def us(self, call: Callable[[], object], calls_inside: int = 1) -> float:
+        """Median over bursts of the slowest rank's time of each of so many calls, in µs; equal on every rank."""
         for _ in range(2):
             call()
         calls = min(MOST_CALLS, math.ceil(BURST_US / self._slowest([self._burst(call, 1)])[0]))
-        return statistics.median(self._slowest([self._burst(call, calls) for _ in range(self._bursts)]))
+        times = self._slowest([self._burst(call, calls) for _ in range(self._bursts)])
+        return statistics.median(times) / calls_inside
 
     def host_us(self, call: Callable[[], object]) -> float:
         """Median time in µs until a call returns to the host, the device being idle; of the slowest rank."""
@@ -118,22 +124,21 @@ class Clock:
             torch.cuda.synchronize(self._device)
 
 
-def captured(call: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
-    """A call as the replay of a CUDA graph, and the tensor that holds its result. Ranks capture together."""
+def captured(call: Call, sets: Sequence[Inputs]) -> tuple[Callable[[], None], Tensor]:
+    """The replay of a CUDA graph that calls with each of these inputs, and the last result. Ranks capture together."""
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-        out = call()
+        for inputs in sets:
+            out = call(*inputs)
     torch.cuda.synchronize()
     dist.barrier()
     return graph.replay, out
 
 
-def changed_replays(
-    replay: Callable[[], None], out: Tensor, static: tuple[Tensor, ...], sets: list[tuple[Tensor, ...]], replays: int
-) -> int:
+def changed_replays(replay: Callable[[], None], out: Tensor, static: Inputs, sets: list[Inputs], replays: int) -> int:
     """How many replays give other bits than the first ones with the same inputs; of all ranks."""
 
-    def replayed(inputs: tuple[Tensor, ...]) -> Tensor:
+    def replayed(inputs: Inputs) -> Tensor:
         for tensor, values in zip(static, inputs, strict=True):
             tensor.copy_(values)
         replay()
@@ -169,7 +174,7 @@ def host_syncs(call: Callable[[], object]) -> int:
     return sum("called a synchronizing" in str(each.message) for each in said)
 
 
-def by_hand(arguments: tuple[Tensor, Tensor, Tensor], experts: ExpertWeights, first: int) -> Tensor:
+def by_hand(arguments: Inputs, experts: ExpertWeights, first: int) -> Tensor:
     """A layer without the exchanges of this package; every rank has as many tokens.
 
     Args:
@@ -207,30 +212,34 @@ class Recorder:
         self._device, self._patience = device, patience
         self._act_dtype = torch_dtype("bf16" if dtype == "fp8" else dtype)
         self._whole = make_experts(layer, dtype, device, torch.Generator(device).manual_seed(0))
-        names = options.exchange or ("gather", "alltoall", *(["direct"] if device.type == "cuda" else []))
-        self._groups = {name: ExpertParallel(exchange=name, device=device, timeout=10.0) for name in names}
         self._choosing = ExpertParallel(device=device, timeout=10.0)
         self._own = self._choosing.split(self._whole)
+        against = self._choosing.explain(self._own, layer.topk, 1).against
+        names = options.exchange or [name for name, reasons in against.items() if not reasons]
+        self._groups = {name: ExpertParallel(exchange=name, device=device, timeout=10.0) for name in names}
         self._parts = {name: ep.shard(self._own.local, experts=layer.E) for name, ep in self._groups.items()}
 
     def rows(self, M: int) -> Iterator[dict[str, Any]]:
         """The rows of one token count of a rank."""
         layer, rank, size = self._layer, dist.get_rank(), dist.get_world_size()
         head = {"layer": layer.name, "dtype": self._dtype, "routing": self._options.routing, "M": M, "ranks": size}
-        mine = slice(rank * M, (rank + 1) * M)
-        hidden, weights, ids = self._drawn(M, M)
+        mine, place = slice(rank * M, (rank + 1) * M), self._own.placement
+        every = [self._drawn(M, M + seed) for seed in range(INPUTS)]
         warm_up(self._whole, layer.topk, [size * M], self._act_dtype)
+        single = self._times(lambda hidden, weights, ids: moe_forward(hidden, self._whole, weights, ids), every)
+        hidden, weights, ids = every[0]
         expected = moe_forward(hidden, self._whole, weights, ids)[mine].clone()
-        single = self._times(lambda: moe_forward(hidden, self._whole, weights, ids))
-        share, local_ids = self._own.weights_expecting(1.0), self._own.placement.local_ids(ids)
+        share = self._own.weights_expecting(1.0)
         warm_up(share, layer.topk, [size * M], self._act_dtype)
-        experts = self._times(lambda: moe_forward(hidden, share, weights, local_ids))
-        arguments = hidden[mine].clone(), weights[mine].clone(), ids[mine].clone()
-        sets = [tuple(each[mine].clone() for each in self._drawn(M, M + seed)) for seed in range(INPUTS)]
+        experts = self._times(
+            lambda hidden, weights, ids: moe_forward(hidden, share, weights, ids),
+            [(hidden, weights, place.local_ids(ids)) for hidden, weights, ids in every],
+        )
+        sets = [tuple(each[mine].clone() for each in inputs) for inputs in every]
         times: dict[Mode, dict[str, float]] = {"eager": {}, "graph": {}}
         for name in (*self._groups, *([BY_HAND] if self._device.type == "cuda" else [])):
             try:
-                measured = self._measured(name, M, arguments, sets, expected, share)
+                measured = self._measured(name, M, sets, expected, share)
             except (ExchangeFailedError, InvalidInputError) as error:  # on all ranks
                 yield {**head, "exchange": name, "failed": str(error)}
                 continue
@@ -244,25 +253,24 @@ class Recorder:
             if able:
                 yield {**head, "exchange": "chosen", "mode": mode, **self._choice(M, mode, able)}
 
-    def _drawn(self, M: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+    def _drawn(self, M: int, seed: int) -> Inputs:
         """Tokens of all ranks, the same on each."""
-        layer, generator = self._layer, torch.Generator().manual_seed(seed)
-        count = dist.get_world_size() * M
-        hidden = torch.randn(count, layer.K, generator=generator).to(self._device, self._act_dtype)
+        layer, count = self._layer, dist.get_world_size() * M
+        on_device, on_host = (torch.Generator(each).manual_seed(seed) for each in (self._device, "cpu"))
+        hidden = torch.randn(count, layer.K, generator=on_device, device=self._device).to(self._act_dtype)
         routing = ROUTINGS[self._options.routing]
-        return hidden, *routing.sample(count, layer.E, layer.topk, self._device, generator)
+        return hidden, *routing.sample(count, layer.E, layer.topk, self._device, on_host)
 
-    def _times(self, call: Callable[[], Tensor]) -> dict[Mode, float]:
+    def _times(self, call: Call, sets: list[Inputs]) -> dict[Mode, float]:
         self._patience()
-        times: dict[Mode, float] = {"eager": self._clock.us(call)}
+        times: dict[Mode, float] = {"eager": self._clock.us(lambda: call(*sets[0]))}
         if self._device.type == "cuda":
-            times["graph"] = self._clock.us(captured(call)[0])
+            times["graph"] = self._clock.us(captured(call, sets * (CALLS // INPUTS))[0], CALLS)
         return times
 
     def _measured(
-        self, name: str, M: int, arguments: tuple[Tensor, Tensor, Tensor], sets: list[tuple[Tensor, ...]],
-        expected: Tensor, share: ExpertWeights,
-    ) -> dict[Mode, dict[str, Any]]:  # fmt: skip
+        self, name: str, M: int, sets: list[Inputs], expected: Tensor, share: ExpertWeights
+    ) -> dict[Mode, dict[str, Any]]:
         """Times and checks of one exchange in each mode that it has."""
         clock, on_gpu, topk = self._clock, self._device.type == "cuda", self._layer.topk
         self._patience()
@@ -270,35 +278,40 @@ class Recorder:
             stated: AbstractContextManager[None] = nullcontext()
             capturable, first = on_gpu, self._own.placement.first
 
-            def spread() -> Tensor:
-                return by_hand(arguments, share, first)
+            def spread(*inputs: Tensor) -> Tensor:
+                return by_hand(inputs, share, first)
 
-            spread()
+            spread(*sets[0])
         else:
             ep, part = self._groups[name], self._parts[name]
             ep.warm_up(part, topk=topk, tokens=[M], act_dtype=self._act_dtype)
             stated, capturable = ep.tokens_per_rank(M), on_gpu and ep.capturable(part, topk=topk, M=M)
 
-            def spread() -> Tensor:
-                return moe_forward(arguments[0], part, arguments[1], arguments[2])
+            def spread(*inputs: Tensor) -> Tensor:
+                return moe_forward(inputs[0], part, *inputs[1:])
 
         self._patience()
+        static = tuple(each.clone() for each in sets[0])
+
+        def again() -> Tensor:
+            return spread(*static)
+
         with stated:
-            out = spread()
-            facts: dict[str, Any] = {"us": clock.us(spread), "host_us": clock.host_us(spread)}
+            out = again()
+            facts: dict[str, Any] = {"us": clock.us(again), "host_us": clock.host_us(again)}
             facts["error"] = relative_difference(out, expected)
             if on_gpu:
-                facts["host_syncs"] = host_syncs(spread)
+                facts["host_syncs"] = host_syncs(again)
             measured: dict[Mode, dict[str, Any]] = {"eager": facts}
             if not capturable:
                 return measured
             self._patience()
-            replay, held = captured(spread)
+            replay, held = captured(spread, [static])
             replay()
             facts = {"error": relative_difference(held, expected), "like_eager": torch.equal(held, out)}
             self._patience()
-            facts["changed_replays"] = changed_replays(replay, held, arguments, sets, self._options.replays)
-            measured["graph"] = {"us": clock.us(replay), **facts}
+            facts["changed_replays"] = changed_replays(replay, held, static, sets, self._options.replays)
+            measured["graph"] = {"us": clock.us(captured(spread, sets * (CALLS // INPUTS))[0], CALLS), **facts}
         return measured
 
     def _choice(self, M: int, mode: Mode, able: dict[str, float]) -> dict[str, Any]:
