@@ -20,7 +20,7 @@ from moe_dispatch.system import failures
 BURSTS: Final = 5
 BURST_US: Final = 3e3  # shortest duration of one
 MOST_CALLS: Final = 50  # of one
-GRAPH_CALLS: Final = 4  # that a graph holds, as a model's holds its layers: the launch of a graph is not the calls' time
+GRAPH_CALLS: Final = 4  # that a graph holds, as a model's holds its layers: launching a graph is no part of a call
 
 Result = TypeVar("Result")
 
