@@ -101,10 +101,11 @@ def _print_measured(report: "ParallelReport") -> None:
     columns = ("M", "call", "experts", "exposed", "hidden")
     rows = table("layer", "tokens", "mode", "M", "exchange", *columns[1:], numbers=columns)
     for point in measured.layers:
-        layer = f"E={point.E} topk={point.topk} K={point.K} N={point.N} {point.dtype}"
+        kind = point.kind
+        layer = f"E={kind.E} topk={kind.topk} K={kind.K} N={kind.N} {kind.dtype}"
         for name, split in sorted(point.splits.items(), key=lambda item: item[1].us):
             times = (split.us, split.experts_us, split.exposed_us, split.hidden_us)
-            rows.add_row(layer, point.tokens, point.mode, str(point.M), plain(name), *map(microseconds, times))
+            rows.add_row(layer, kind.tokens, kind.mode, str(kind.M), plain(name), *map(microseconds, times))
     OUT.print(rows)
     for note in report.skipped:
         line(f"[yellow]skipped[/yellow] {plain(note)}")

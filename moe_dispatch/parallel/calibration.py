@@ -162,10 +162,7 @@ def _links(session: Session) -> Iterator[LinkTimes]:
 def _whole_calls(layer: ShardedExperts, topk: int, M: int, dtype: DType) -> Iterator[LayerTimes]:
     kind, inputs = _call(layer, topk, M, torch_dtype("bf16" if dtype in FP8_DTYPES else dtype))
     for mode, splits in compare_exchanges(layer, kind, inputs).splits.items():
-        yield LayerTimes(
-            K=kind.K, N=kind.N, E=kind.E, topk=topk, dtype=kind.dtype, act_dtype=kind.act_dtype, tokens=kind.tokens,
-            mode=mode, M=M, splits=splits,
-        )  # fmt: skip
+        yield LayerTimes(kind=dataclasses.replace(kind, mode=mode), splits=splits)
 
 
 def _call(layer: ShardedExperts, topk: int, M: int, act_dtype: torch.dtype) -> tuple[CallKind, Any]:

@@ -1,11 +1,11 @@
-"""Times of exchanges as `moe-dispatch calibrate --parallel` measures and stores them, and what follows from them."""
+"""Times of exchanges as `moe-dispatch calibrate --parallel` stores them, and what they say of a kind of call."""
 
 import bisect
+import dataclasses
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Final, Literal
+from typing import Annotated, Final, Literal, Self
 
 import pydantic
 
@@ -13,7 +13,7 @@ from moe_dispatch.errors import PolicyFileError
 from moe_dispatch.parallel.exchange import CallKind, Tokens
 from moe_dispatch.parallel.links import fitted
 from moe_dispatch.parallel.topology import Topology
-from moe_dispatch.problem import DType, Mode
+from moe_dispatch.problem import Mode
 from moe_dispatch.settings import cache_dir, calibration_search_path
 from moe_dispatch.system.files import read_bytes
 
@@ -22,16 +22,15 @@ APART: Final = 16
 
 Name = Annotated[str, pydantic.Field(min_length=1, max_length=80)]
 Positive = Annotated[float, pydantic.Field(gt=0, allow_inf_nan=False)]
-Count = Annotated[int, pydantic.Field(ge=1, lt=1 << 40)]
 
 
-class Strict(pydantic.BaseModel):
+class Stored(pydantic.BaseModel):
     """Base class of what the file holds: immutable, without unknown fields."""
 
     model_config = pydantic.ConfigDict(frozen=True, extra="forbid")
 
 
-class Split(Strict):
+class Split(Stored):
     """Where the time of a call goes: three measured times in µs, each the slowest rank's.
 
     Attributes:
@@ -55,66 +54,49 @@ class Split(Strict):
         return max(0.0, self.transfers_us - self.exposed_us)
 
     def __str__(self) -> str:
-        return (
-            f"{self.us:.1f} µs = experts {self.experts_us:.1f} + exposed transfer {self.exposed_us:.1f} "
-            f"(hidden {self.hidden_us:.1f})"
-        )
+        exposed = f"exposed transfer {self.exposed_us:.1f} (hidden {self.hidden_us:.1f})"
+        return f"{self.us:.1f} µs = experts {self.experts_us:.1f} + {exposed}"
 
 
-class LinkTimes(Strict):
+class LinkTimes(Stored):
     """Transfers by one exchange, and the line through them.
 
     Attributes:
         exchange: The exchange.
         tokens: How tokens lie.
         mode: Eager calls or replays of a CUDA graph.
-        samples: Bytes of the rows that a rank gives to all others in dispatch, and the time of dispatch and combine
-            together in µs.
-        latency_us: α, of one way, by `links.fitted`.
+        samples: `sent_bytes` and the time of dispatch and combine together in µs.
+        latency_us: α of one way, by `fitted`.
         bytes_per_us: β.
     """
 
     exchange: Name
     tokens: Tokens
     mode: Mode
-    samples: tuple[tuple[Count, Positive], ...]
+    samples: tuple[tuple[int, Positive], ...]
     latency_us: Annotated[float, pydantic.Field(ge=0, allow_inf_nan=False)]
     bytes_per_us: Positive
 
     @classmethod
-    def of(cls, exchange: str, tokens: Tokens, mode: Mode, samples: Sequence[tuple[int, float]]) -> "LinkTimes":
+    def of(cls, exchange: str, tokens: Tokens, mode: Mode, samples: Iterable[tuple[int, float]]) -> Self:
         """The line through samples."""
-        latency, rate = fitted([(count, us / 2) for count, us in samples])
-        return cls(
-            exchange=exchange, tokens=tokens, mode=mode, samples=tuple(samples), latency_us=latency, bytes_per_us=rate
-        )
+        kept = tuple(samples)
+        latency, rate = fitted([(count, us / 2) for count, us in kept])
+        return cls(exchange=exchange, tokens=tokens, mode=mode, samples=kept, latency_us=latency, bytes_per_us=rate)
 
     def us(self, kind: CallKind) -> float:
         """Dispatch and combine of a kind of call."""
         return 2 * (self.latency_us + sent_bytes(kind) / self.bytes_per_us)
 
 
-class LayerTimes(Strict):
-    """Whole calls of one layer at one token count in one mode, by each exchange that ran. Letters as in `CallKind`."""
+class LayerTimes(Stored):
+    """Whole calls of one kind, by each exchange that ran."""
 
-    K: Count
-    N: Count
-    E: Count
-    topk: Count
-    dtype: DType
-    act_dtype: DType
-    tokens: Tokens
-    mode: Mode
-    M: Count
+    kind: CallKind
     splits: dict[Name, Split]
 
-    @property
-    def layer(self) -> tuple[object, ...]:
-        """What a curve over M is drawn for."""
-        return layer_of(self)
 
-
-class ParallelCalibration(Strict):
+class ParallelCalibration(Stored):
     """What was measured on the ranks of one topology.
 
     Attributes:
@@ -132,17 +114,12 @@ class ParallelCalibration(Strict):
     layers: tuple[LayerTimes, ...]
 
     def with_layers_of(self, other: "ParallelCalibration | None") -> "ParallelCalibration":
-        """This calibration, and what another one of the same versions measured of layers that this one did not."""
+        """This calibration, and what another one of the same versions measured of other kinds of calls."""
         if other is None or other.versions != self.versions:
             return self
-        known = {(each.layer, each.M) for each in self.layers}
-        older = tuple(each for each in other.layers if (each.layer, each.M) not in known)
+        own = {each.kind for each in self.layers}
+        older = tuple(each for each in other.layers if each.kind not in own)
         return self.model_copy(update={"layers": self.layers + older})
-
-
-def layer_of(kind: CallKind | LayerTimes) -> tuple[object, ...]:
-    """What of a kind of call its times are looked up by, besides M."""
-    return kind.K, kind.N, kind.E, kind.topk, kind.dtype, kind.act_dtype, kind.tokens, kind.mode
 
 
 def sent_bytes(kind: CallKind) -> int:
@@ -166,21 +143,15 @@ def read(path: Path, topology: Topology) -> ParallelCalibration:
         file = ParallelCalibration.model_validate_json(read_bytes(path))
     except FileNotFoundError:
         raise
-    except OSError as error:
-        raise PolicyFileError(
-            f"{path} cannot be read: {error.strerror or error}; make it readable or delete it"
-        ) from error
-    except pydantic.ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        where = ".".join(map(str, first["loc"]))
-        raise PolicyFileError(f"{path} is damaged ({where}: {first['msg']}); delete it, or calibrate again") from error
+    except (OSError, ValueError) as error:  # pydantic's errors are ValueErrors
+        raise PolicyFileError(f"{path} is damaged or not readable ({error}); delete it, or calibrate again") from error
     if file.topology != topology:
         raise PolicyFileError(f"{path} was measured on {file.topology}, and this is {topology}; calibrate here")
     return file
 
 
 def find(topology: Topology) -> ParallelCalibration | None:
-    """The calibration of a topology: the machine's own file, or that of a folder of ``MOE_DISPATCH_CALIBRATION_PATH``.
+    """The calibration of a topology: this machine's own file, or that of a folder in ``MOE_DISPATCH_CALIBRATION_PATH``.
 
     Raises:
         PolicyFileError: The first file that exists cannot be used.
@@ -194,12 +165,12 @@ def find(topology: Topology) -> ParallelCalibration | None:
     return None
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Expected:
     """What a calibration says of a kind of call.
 
     Attributes:
-        us: The time that each exchange is ranked by, in µs.
+        us: The times in µs by which exchanges are compared.
         basis: What these times are.
         splits: Where the time goes, where whole calls were measured.
     """
@@ -222,32 +193,29 @@ class ExchangeTable:
 
     def __init__(self, calibration: ParallelCalibration) -> None:
         self._links = calibration.links
-        self._points: dict[tuple[object, ...], dict[int, dict[str, Split]]] = {}
+        self._points: dict[CallKind, dict[int, dict[str, Split]]] = {}
         for each in calibration.layers:
-            self._points.setdefault(each.layer, {})[each.M] = each.splits
+            self._points.setdefault(dataclasses.replace(each.kind, M=0), {})[each.kind.M] = each.splits
 
     def expected(self, kind: CallKind) -> Expected | None:
-        """Whole calls of this layer between whose token counts M lies, else transfers alone by the links' lines."""
-        if kind.division == "experts" and (points := self._points.get(layer_of(kind))):
-            tokens = sorted(points)
-            place = bisect.bisect_left(tokens, kind.M)
-            around = tokens[place : place + 1] if kind.M in points else tokens[max(place - 1, 0) : place + 1]
-            if kind.M in points or (len(around) == 2 and around[1] <= APART * around[0]):
-                splits = _between(kind.M, around, [points[M] for M in around])
-                where = "at M=" + " and ".join(map(str, around))
-                return Expected({name: each.us for name, each in splits.items()}, f"calibrated {where}", splits)
-        lines = [each for each in self._links if (each.tokens, each.mode) == (kind.tokens, kind.mode)]
-        if not lines:
-            return None
-        return Expected({each.exchange: each.us(kind) for each in lines}, "expected of the calibrated links", {})
+        """By whole calls of this layer, measured at M or on both sides of it, else by the lines of the links."""
+        points = self._points.get(dataclasses.replace(kind, M=0), {})
+        tokens = sorted(points)
+        place = bisect.bisect_left(tokens, kind.M)
+        around = [kind.M] if kind.M in points else tokens[max(place - 1, 0) : place + 1]
+        if kind.M in points or (len(around) == 2 and around[1] <= APART * around[0]):
+            low, high = points[around[0]], points[around[-1]]
+            share = 0.0 if low is high else math.log(kind.M / around[0]) / math.log(around[1] / around[0])
+            splits = {name: _between(low[name], high[name], share) for name in low if name in high}
+            basis = f"calibrated at M={' and '.join(map(str, around))}"
+            return Expected({name: each.us for name, each in splits.items()}, basis, splits)
+        us = {
+            each.exchange: each.us(kind) for each in self._links if (each.tokens, each.mode) == (kind.tokens, kind.mode)
+        }
+        return Expected(us, "expected of the calibrated links", {}) if us else None
 
 
-def _between(M: int, tokens: Sequence[int], points: Sequence[Mapping[str, Split]]) -> dict[str, Split]:
-    """Times at M, as powers of M between two measured token counts, of exchanges that were timed at both."""
-    share = 0.0 if len(tokens) == 1 else math.log(M / tokens[0]) / math.log(tokens[1] / tokens[0])
-    splits = {}
-    for name in points[0]:
-        if name in points[-1]:
-            ends = points[0][name].model_dump(), points[-1][name].model_dump()
-            splits[name] = Split(**{key: us ** (1 - share) * ends[1][key] ** share for key, us in ends[0].items()})
-    return splits
+def _between(low: Split, high: Split, share: float) -> Split:
+    """Times between two measured token counts, as powers of M."""
+    ends = zip(low.model_dump().items(), high.model_dump().values(), strict=True)
+    return Split(**{name: first ** (1 - share) * last**share for (name, first), last in ends})

@@ -13,7 +13,6 @@ import torch.distributed as dist
 from typer.testing import CliRunner
 
 from moe_dispatch.commands.app import app
-from moe_dispatch.parallel.exchange import CallKind
 from moe_dispatch.parallel.exchange_times import ExchangeTable, ParallelCalibration, Split
 from moe_dispatch.parallel.expert_parallel import ExpertParallel
 from moe_dispatch.parallel.links import fitted
@@ -75,9 +74,9 @@ def test_the_command_measures_links_and_layers(calibrated: dict[str, Any]) -> No
     for link in stored.links:
         assert [count for count, _ in link.samples] == [4096 * M for M in (512, 128, 32, 8, 1)]
         assert (link.latency_us, link.bytes_per_us) == fitted([(count, us / 2) for count, us in link.samples])
-    assert [(each.tokens, each.M) for each in stored.layers] == [(t, M) for t in by_tokens for M in (4, 1)]
+    assert [(each.kind.tokens, each.kind.M) for each in stored.layers] == [(t, M) for t in by_tokens for M in (4, 1)]
     for point in stored.layers:
-        assert list(point.splits) == by_tokens[point.tokens]
+        assert list(point.splits) == by_tokens[point.kind.tokens]
 
 
 def test_all_ranks_choose_by_the_calibration_of_rank_0(two: Ranks, calibrated: dict[str, Any]) -> None:
@@ -85,8 +84,8 @@ def test_all_ranks_choose_by_the_calibration_of_rank_0(two: Ranks, calibrated: d
     before = path.read_text(encoding="utf-8")
     stored = json.loads(before)
     for point in stored["layers"]:  # at one token 8 against 1 µs, at four 4 against 16
-        slow = [8.0, 4.0][point["M"] == 4]
-        for name, us in (("gather", slow), ("alltoall", [1.0, 16.0][point["M"] == 4])):
+        at_four = point["kind"]["M"] == 4
+        for name, us in (("gather", 4.0 if at_four else 8.0), ("alltoall", 16.0 if at_four else 1.0)):
             point["splits"][name] = {"us": us, "experts_us": us * 0.75, "transfers_us": us / 2}
     for link in stored["links"]:
         link |= {"latency_us": 1.0 if link["exchange"] == "alltoall" else 2.0, "bytes_per_us": 1e3}
@@ -117,7 +116,7 @@ def test_a_later_calibration_keeps_other_layers(calibrated: dict[str, Any]) -> N
     stored = {key: calibrated[key] for key in ParallelCalibration.model_fields}
     older = ParallelCalibration.model_validate(stored)
     fresh = older.layers[0].model_copy(update={"splits": {"gather": Split(us=3, experts_us=2, transfers_us=2)}})
-    other = older.layers[1].model_copy(update={"E": 16})
+    other = older.layers[1].model_copy(update={"kind": replace(older.layers[1].kind, E=16)})
     newer = older.model_copy(update={"layers": (fresh, other)})
     assert newer.with_layers_of(older).layers == (fresh, other, *older.layers[1:])
     assert newer.with_layers_of(older.model_copy(update={"versions": {}})) == newer
@@ -125,11 +124,9 @@ def test_a_later_calibration_keeps_other_layers(calibrated: dict[str, Any]) -> N
 
 def test_nothing_is_interpolated_over_a_wide_gap(calibrated: dict[str, Any]) -> None:
     stored = ParallelCalibration.model_validate({key: calibrated[key] for key in ParallelCalibration.model_fields})
-    wide = tuple(each.model_copy(update={"M": 1 if each.M == 1 else 100}) for each in stored.layers)
+    kind = stored.layers[0].kind
+    wide = tuple(stored.layers[0].model_copy(update={"kind": replace(kind, M=M)}) for M in (1, 100))
     table = ExchangeTable(stored.model_copy(update={"layers": wide}))
-    kind = CallKind(
-        M=10, K=32, N=16, E=8, topk=2, dtype="fp32", act_dtype="fp32", tokens="sharded", division="experts", ranks=2
-    )
     expected = [table.expected(replace(kind, M=M)) for M in (1, 10, 100)]
     assert [bool(each and each.splits) for each in expected] == [True, False, True]
     assert table.expected(replace(kind, mode="graph")) is None
