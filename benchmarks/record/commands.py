@@ -78,9 +78,10 @@ def project(
     rows: Annotated[list[Path] | None, typer.Argument(help="Rows of record.expert_parallel on two GPUs.")] = None,
 ) -> None:
     """Print what docs/expert-parallel.md says of more GPUs: links, the check against two, and the projection."""
-    from moe_dispatch.benchmarks.record.projection import markdown, read
+    from moe_dispatch.benchmarks.record import json_lines
+    from moe_dispatch.benchmarks.record.projection import markdown
 
-    typer.echo(markdown(read([links]), read(rows or [])))
+    typer.echo(markdown(json_lines.read(links), [row for path in rows or () for row in json_lines.read(path)]))
 
 
 def _calibration(path: Path) -> CalibrationFile:

@@ -396,7 +396,8 @@ def _run(
                 continue
             print(_line(row), flush=True)
             if options.out:
-                json_lines.append(options.out, row)
+                rounded = {key: float(f"{fact:.4g}") if type(fact) is float else fact for key, fact in row.items()}
+                json_lines.append(options.out, rounded)
     return wrong
 
 

@@ -1,8 +1,6 @@
 """The projection onto more GPUs as the docs have it: the lines through measured links, the check, and the tables."""
 
-import json
 from collections.abc import Iterable, Iterator, Mapping
-from pathlib import Path
 from typing import Any, Final
 
 from moe_dispatch.benchmarks.record.expert_parallel import LAYERS, TOKENS
@@ -70,8 +68,3 @@ def markdown(links: Iterable[Row], measured: Iterable[Row]) -> str:
                     f"| {M} | {ranks} | {times} | {each.exchange} | {each.serial:.2f} | {each.overlapped:.2f} |"
                 )
     return "\n".join(text)
-
-
-def read(paths: Iterable[Path]) -> list[Row]:
-    """The rows of files of JSON lines."""
-    return [json.loads(line) for path in paths for line in path.read_text(encoding="utf-8").splitlines()]

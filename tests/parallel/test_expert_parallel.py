@@ -87,10 +87,10 @@ def test_the_record_checks_what_it_measures(three: Ranks, tmp_path: Any) -> None
     for first, second, choice in (rows[:3], rows[3:]):
         times = {row["exchange"]: row["us"] for row in (first, second)}
         assert choice["alike"]
-        assert choice["regret"] == times[choice["chosen"]] / min(times.values()) - 1
+        assert choice["regret"] == pytest.approx(times[choice["chosen"]] / min(times.values()) - 1, abs=2e-3)
     for row in (*rows[:2], *rows[3:5]):
         assert row["error"] < 1e-5
-        assert row["speedup"] == row["one_gpu_us"] / row["us"]
+        assert row["speedup"] == pytest.approx(row["one_gpu_us"] / row["us"], rel=2e-3)
         assert min(row["us"], row["experts_us"], row["host_us"]) > 0
 
 
