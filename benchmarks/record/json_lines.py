@@ -1,8 +1,10 @@
 """Rows of a record, written as they come: a run that is ended leaves what it has."""
 
+import gzip
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 from moe_dispatch.machine import Machine
 from moe_dispatch.measure.provenance import commit, versions
@@ -14,13 +16,25 @@ def append(path: str | Path, row: Mapping[str, object]) -> None:
         file.write(json.dumps(row) + "\n")
 
 
-def write(path: str | Path, rows: Iterable[Mapping[str, object]], machine: Machine, **facts: object) -> None:
+def read(path: Path) -> list[dict[str, Any]]:
+    """The rows of a file, which is compressed if its name ends with .gz."""
+    content = path.read_bytes()
+    text = (gzip.decompress(content) if path.suffix == ".gz" else content).decode()
+    return list(map(json.loads, text.splitlines()))
+
+
+def write(
+    path: str | Path, rows: Iterable[Mapping[str, object]], machine: Machine, **facts: object
+) -> list[Mapping[str, object]]:
     """Write a record anew: its origin with these facts, then each row as soon as it is there, which is printed too."""
+    written = []
     Path(path).write_text("", encoding="utf-8")
     append(path, {"origin": origin(machine), **facts})
     for row in rows:
         print(json.dumps(row), flush=True)
         append(path, row)
+        written.append(row)
+    return written
 
 
 def origin(machine: Machine) -> dict[str, object]:
