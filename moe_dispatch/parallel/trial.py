@@ -146,11 +146,12 @@ def drawn_inputs(
     layer: ShardedExperts, M: int, topk: int, act_dtype: torch.dtype, seed: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Random inputs of M tokens with a uniform routing over the whole layer's experts."""
-    generator = torch.Generator().manual_seed(seed)
-    hidden = torch.randn(M, layer.K, generator=generator).to(device=layer.device, dtype=act_dtype)
-    ids = torch.rand(M, layer.E, generator=generator).topk(topk, dim=1).indices.to(torch.int32)
-    weights = torch.full((M, topk), 1 / topk)
-    return hidden, weights.to(layer.device), ids.to(layer.device)
+    generator = torch.Generator("cpu").manual_seed(seed)
+    hidden = torch.randn(M, layer.K, generator=generator, dtype=torch.float32, device="cpu")
+    scores = torch.rand(M, layer.E, generator=generator, dtype=torch.float32, device="cpu")
+    ids = scores.topk(topk, dim=1).indices.to(layer.device, torch.int32)
+    weights = torch.full((M, topk), 1 / topk, dtype=torch.float32, device=layer.device)
+    return hidden.to(layer.device, act_dtype), weights, ids
 
 
 def _captured(call: Callable[[], object]) -> torch.cuda.CUDAGraph:

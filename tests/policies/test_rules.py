@@ -45,7 +45,7 @@ MEASURED = (
     Case("qwen3-30b-a3b", "bf16", 256, "gluon_hopper"),
     Case("qwen3-30b-a3b", "bf16", 16384, "gluon_hopper"),
     Case("qwen3-235b", "bf16", 16384, "gluon_hopper"),
-    Case("gpt-oss-120b", "bf16", 16384, "triton_persistent"),
+    Case("gpt-oss-120b", "bf16", 16384, "gluon_hopper"),
     Case("mixtral-8x7b", "bf16", 16384, "gluon_hopper"),
 )
 
