@@ -12,7 +12,7 @@ It is loaded on first use, appears in `moe-dispatch doctor`, and takes part in c
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Final
+from typing import ClassVar, Final, NamedTuple
 
 import pydantic
 import torch
@@ -21,12 +21,58 @@ from torch import Tensor
 from moe_dispatch.activations import KINDS, kind
 from moe_dispatch.experts import ExpertWeights
 from moe_dispatch.machine import Machine
+from moe_dispatch.numerics import QuantizedRows
 from moe_dispatch.problem import DType, MoEProblem
 
 Capability = tuple[int, int]
 Inputs = tuple[Tensor, ExpertWeights, Tensor, Tensor]  # hidden_states, experts, topk_weights, topk_ids
 # Above this many tokens a call is limited by the device and not by the host, so `Backend.fast_path` is not called.
 FAST_PATH_TOKENS: Final = 256
+
+
+@dataclass(frozen=True)
+class PeerRows:
+    """Memory for the output of a layer whose tokens are those of several ranks: each rank's rows lie in its own memory.
+
+    Attributes:
+        addresses: int64 ``[ranks]``: where each rank's memory begins, as this process reaches it.
+        offset: Bytes from there to the rank's rows; a multiple of 16, as are the addresses.
+        rows: Rows of each rank: row i of the output is row ``i % rows`` of rank ``i // rows``.
+        like: An empty tensor of the output's dtype.
+    """
+
+    addresses: Tensor
+    offset: int
+    rows: int
+    like: Tensor
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The output's dtype."""
+        return self.like.dtype
+
+
+class ArrivedInputs(NamedTuple):
+    """The arguments of a call over rows that came from several ranks.
+
+    Attributes:
+        rows: ``[M, K]``; quantised or not.
+        experts: This rank's weights.
+        topk_weights: fp32 ``[M, topk]``, contiguous.
+        topk_ids: int32 or int64 ``[M, topk]``, contiguous.
+        out: Where backends that store in peers' memory may put the output; None if nowhere.
+    """
+
+    rows: Tensor | QuantizedRows
+    experts: ExpertWeights
+    topk_weights: Tensor
+    topk_ids: Tensor
+    out: PeerRows | None = None
+
+    @property
+    def act_dtype(self) -> torch.dtype:
+        """The dtype of the output, and of the rows before they were quantised."""
+        return self.rows.act_dtype if isinstance(self.rows, QuantizedRows) else self.rows.dtype
 
 
 class BackendConfig(pydantic.BaseModel):
@@ -137,6 +183,8 @@ class Backend(ABC):
         "fp8_channel": 2e-2,
     }
     install_hint: ClassVar[str] = ""
+    # Whether `run_into` also takes `PeerRows` for `out`, with the same bits as result.
+    stores_to_peers: ClassVar[bool] = False
     # Foreign code is probed before it is trusted: a tiny layer is run and compared with the reference.
     needs_probe: ClassVar[bool] = True
 
@@ -184,6 +232,13 @@ class Backend(ABC):
         Of no consequence for other weights.
         """
         return True
+
+    def takes_quantized_rows(self, problem: MoEProblem) -> bool:  # noqa: ARG002
+        """Whether `run_into` also takes `QuantizedRows` for hidden_states, with the same bits as result. Pure.
+
+        It is asked about problems of block FP8 against which this backend gave no reason.
+        """
+        return False
 
     def measured_versions(self) -> dict[str, str]:
         """The versions that a measurement of this backend depends on. A change of any of them retires it."""

@@ -6,6 +6,7 @@ Imports no Triton until it launches, so that a machine without it can still ask.
 import math
 from typing import Final
 
+import torch
 from torch import Tensor
 
 from moe_dispatch.backends.gluon_hopper.row_blocks import row_blocks
@@ -22,18 +23,18 @@ from moe_dispatch.backends.gluon_hopper.windows import rows_after_window, weight
 from moe_dispatch.backends.stages.quantize import empty_scales, gather, gather_quantize
 from moe_dispatch.backends.stages.route import Routing
 from moe_dispatch.experts import ExpertWeights
-from moe_dispatch.numerics import FP8
+from moe_dispatch.numerics import QuantizedRows
 
 _LAUNCH: Final = {"STAGES": STAGES, "num_warps": 4, "maxnreg": MAX_REGISTERS, "launch_pdl": True}
 
 
 def hopper_products(
-    hidden_states: Tensor, experts: ExpertWeights, routing: Routing, topk: int, group_m: int, sms: int
+    hidden_states: Tensor | QuantizedRows, experts: ExpertWeights, routing: Routing, topk: int, group_m: int, sms: int
 ) -> Tensor:
     """Compute activation(x @ gate_upᵀ) @ downᵀ for every row that holds a slot.
 
     Args:
-        hidden_states: ``[M, K]``, BF16 or FP16, on 16 bytes unless `permutes_rows`.
+        hidden_states: ``[M, K]``, BF16 or FP16, on 16 bytes unless `permutes_rows`; with block FP8 also quantised.
         experts: Weights in the same dtype or block FP8, gate rows first, without biases.
         routing: From `route`, without padding between experts.
         topk: Experts per token.
@@ -41,9 +42,9 @@ def hopper_products(
         sms: Streaming multiprocessors: one program runs on each.
 
     Returns:
-        ``[rows, K]`` in hidden_states' dtype.
+        ``[rows, K]`` in hidden_states' dtype; BF16 with block FP8.
     """
-    if experts.dtype == "fp8":
+    if isinstance(hidden_states, QuantizedRows) or experts.dtype == "fp8":
         return _fp8_products(hidden_states, experts, routing, topk, group_m, sms)
     from moe_dispatch.backends.gluon_hopper.product_kernel import _moe_hopper_product_kernel
 
@@ -84,16 +85,16 @@ def hopper_products(
 
 
 def _fp8_products(
-    hidden_states: Tensor, experts: ExpertWeights, routing: Routing, topk: int, group_m: int, sms: int
+    hidden_states: Tensor | QuantizedRows, experts: ExpertWeights, routing: Routing, topk: int, group_m: int, sms: int
 ) -> Tensor:
     """`hopper_products` in block FP8."""
     from moe_dispatch.backends.gluon_hopper.fp8_product_kernel import _moe_hopper_fp8_product_kernel
 
     N, K, rows = experts.N, experts.K, routing.slot_of_row.shape[0]
     blocks, counts = row_blocks(routing, group_m, fp8=True)
-    codes = rows_after_window(hidden_states, rows, K, FP8)
+    codes = rows_after_window(experts.gate_up, rows, K)
     x, x_scale = gather_quantize(hidden_states, routing, topk, out=codes, pdl=True)
-    h = rows_after_window(hidden_states, rows, N, FP8)
+    h = rows_after_window(experts.gate_up, rows, N)
     # A tile's rows write and read the multipliers of one block of columns.
     h_scale = empty_scales(rows, N, x.device, column_major=True)
     _moe_hopper_fp8_product_kernel[(sms,)](
@@ -107,7 +108,7 @@ def _fp8_products(
         # constants
         COUNTER=1, ACTIVATION=experts.activation, **_LAUNCH,
     )  # fmt: skip
-    y = hidden_states.new_empty(rows, K)
+    y = experts.gate_up.new_empty(rows, K, dtype=torch.bfloat16)
     _moe_hopper_fp8_product_kernel[(sms,)](
         # inputs
         window_descriptor(h, WINDOW_ROWS), window_descriptor(h, FP8_TAIL_M), h_scale, *h_scale.stride(),

@@ -13,7 +13,8 @@ from torch import Tensor
 from moe_dispatch.backends.stages.route import Routing
 from moe_dispatch.backends.triton_common.features import on_triton
 from moe_dispatch.backends.triton_common.launch_options import next_power_of_2, pdl_option
-from moe_dispatch.numerics import FP8, quantize_rows_torch
+from moe_dispatch.backends.triton_common.quantization import Quantization
+from moe_dispatch.numerics import FP8, QuantizedRows, quantize_rows_torch
 from moe_dispatch.problem import QUANT_BLOCK
 
 # From this many column-major multipliers on, `gather_quantize` writes those of the tokens first and spreads them over
@@ -69,8 +70,17 @@ def quantize_rows(
     return codes, scale
 
 
+def activations(
+    rows: Tensor | QuantizedRows, quantization: Quantization, *, pdl: bool
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """Rows as the first product reads them, with their multipliers: quantised unless they are, where it needs that."""
+    if isinstance(rows, QuantizedRows):
+        return rows.codes, rows.scale
+    return quantize_rows(rows, per_token=quantization.per_token, pdl=pdl) if quantization.activations else (rows, None)
+
+
 def gather_quantize(
-    hidden_states: Tensor,
+    hidden_states: Tensor | QuantizedRows,
     routing: Routing,
     topk: int,
     *,
@@ -79,7 +89,7 @@ def gather_quantize(
     out: Tensor | None = None,
     pdl: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Quantise each token once and write it to all its rows.
+    """Quantise each token once, unless it is quantised, and write it to all its rows.
 
     Args:
         hidden_states: ``[M, K]``, contiguous.
@@ -96,18 +106,23 @@ def gather_quantize(
         e4m3 ``[rows, K]`` and fp32 multipliers ``[rows, ⌈K/128⌉]``; with a capacity
         ``[E, capacity, ⌈K/128⌉]`` with strides (⌈K/128⌉·capacity, 1, capacity).
     """
-    rows, K = routing.slot_of_row.shape[0], hidden_states.shape[1]
-    scale = empty_scales(rows, K, hidden_states.device, column_major=column_major_scales, capacity=capacity)
-    if not on_triton(hidden_states):
-        codes, plain = quantize_rows_torch(gather(hidden_states, routing, topk))
-        return codes if out is None else out.copy_(codes), scale.copy_(plain.view(scale.shape))
-    codes = torch.empty(rows, K, dtype=FP8, device=hidden_states.device) if out is None else out
+    x, x_scale = hidden_states[:2] if isinstance(hidden_states, QuantizedRows) else (hidden_states, None)
+    rows, K = routing.slot_of_row.shape[0], x.shape[1]
+    scale = empty_scales(rows, K, x.device, column_major=column_major_scales, capacity=capacity)
+    if not on_triton(x):
+        gathered = gather(x, routing, topk)
+        plain = (gathered, gather(x_scale, routing, topk)) if x_scale is not None else quantize_rows_torch(gathered)
+        return plain[0] if out is None else out.copy_(plain[0]), scale.copy_(plain[1].view(scale.shape))
+    codes = torch.empty(rows, K, dtype=FP8, device=x.device) if out is None else out
     if column_major_scales and capacity is None and spreads_scales(routing.row_of_slot.shape[0], K):
-        by_token = empty_scales(hidden_states.shape[0], K, codes.device, column_major=False)
-        _launch_gather(hidden_states, routing, topk, codes, by_token, pdl, spread=True)
-        _spread(by_token, routing, topk, scale, pdl)
+        if x_scale is None:
+            x_scale = empty_scales(x.shape[0], K, codes.device, column_major=False)
+            _launch_gather(x, routing, topk, codes, x_scale, pdl, spread=True)
+        else:
+            _launch_gather(x, routing, topk, codes, None, pdl)
+        _spread(x_scale, routing, topk, scale, pdl)
     else:
-        _launch_gather(hidden_states, routing, topk, codes, scale, pdl)
+        _launch_gather(x, routing, topk, codes, scale, pdl, x_scale=x_scale)
     return codes, scale
 
 
@@ -174,22 +189,25 @@ def column_groups(columns: int) -> int:
 
 
 def _launch_gather(
-    x: Tensor, routing: Routing, topk: int, out: Tensor, scale: Tensor | None, pdl: bool, *, spread: bool = False
-) -> None:
+    x: Tensor, routing: Routing, topk: int, out: Tensor, scale: Tensor | None, pdl: bool, *, spread: bool = False,
+    x_scale: Tensor | None = None,
+) -> None:  # fmt: skip
     from moe_dispatch.backends.stages.quantize_kernel import _moe_gather_kernel
 
     M, K = x.shape
+    if x.dtype == FP8:  # copied as bytes
+        x, out = x.view(torch.uint8), out.view(torch.uint8)
     groups = column_groups(K)
     if M:
         _moe_gather_kernel[(M * math.ceil(K / (groups * QUANT_BLOCK)),)](
             # inputs
-            x, routing.row_of_slot,
+            x, x_scale, routing.row_of_slot,
             # outputs
             out, scale,
             # shapes
             K, *scale_strides(scale, out.shape[0]),
             # constants
-            QUANTIZE=scale is not None, SPREAD=spread, TOPK=topk, TOPK_POW2=next_power_of_2(topk),
+            SPREAD=spread, TOPK=topk, TOPK_POW2=next_power_of_2(topk),
             GROUPS=groups, PDL=pdl, num_warps=4, **pdl_option(pdl),
         )  # fmt: skip
 

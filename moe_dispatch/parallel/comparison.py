@@ -9,7 +9,7 @@ from typing import Final, TypeVar
 import torch
 from torch import Tensor
 
-from moe_dispatch.backend import Inputs
+from moe_dispatch.backend import ArrivedInputs, PeerRows
 from moe_dispatch.measure.inputs import synchronize
 from moe_dispatch.parallel.exchange import CallKind, Exchange
 from moe_dispatch.parallel.forward import arrived_inputs, local_tokens
@@ -139,7 +139,7 @@ def first_run(
     return call
 
 
-def _run_and_warm(session: Session, exchange: Exchange, inputs: Inputs) -> Tensor:
+def _run_and_warm(session: Session, exchange: Exchange, inputs: ArrivedInputs) -> Tensor | PeerRows:
     """Run this rank's experts, and on a GPU also what a captured call will run."""
     partial = session.run_local(inputs, None)
     if session.device.type == "cuda" and exchange.requirements.capturable:
