@@ -78,9 +78,9 @@ def plot(
 
 # A wheel leaves out the package `record`: these commands make the repository's own record.
 if importlib.util.find_spec("moe_dispatch.benchmarks.record"):
-    from moe_dispatch.benchmarks.record.commands import agree, pack, ship
+    from moe_dispatch.benchmarks.record.commands import agree, pack, project, ship
 
-    for command in (agree, pack, ship):
+    for command in (agree, pack, ship, project):
         app.command(rich_help_panel="The repository's record")(command)
 
 

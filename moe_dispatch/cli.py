@@ -13,3 +13,7 @@ def app() -> None:
     from moe_dispatch.commands.app import app as commands
 
     commands()
+
+
+if __name__ == "__main__":  # for torchrun, which runs modules
+    app()

@@ -73,6 +73,17 @@ def ship(
     typer.echo(f"{len(made.points)} points, {measurements} measurements, {out.stat().st_size:,} bytes: {out}")
 
 
+def project(
+    links: Annotated[Path, typer.Argument(help="links.jsonl of two GPUs.")],
+    rows: Annotated[list[Path] | None, typer.Argument(help="Rows of record.expert_parallel on two GPUs.")] = None,
+) -> None:
+    """Print what docs/expert-parallel.md says of more GPUs: links, the check against two, and the projection."""
+    from moe_dispatch.benchmarks.record import json_lines
+    from moe_dispatch.benchmarks.record.projection import markdown
+
+    typer.echo(markdown(json_lines.read(links), [row for path in rows or () for row in json_lines.read(path)]))
+
+
 def _calibration(path: Path) -> CalibrationFile:
     try:
         return parse_calibration(read_bytes(path), str(path))

@@ -6,44 +6,64 @@
 
 For each layer and token count M of a rank: the time of one rank that runs the tokens of all ranks with all experts, the
 time of a rank's share of the experts without any exchange, and the time of all ranks together with each exchange,
-eagerly with stated counts and in a replayed CUDA graph. A time is the median over repeats of the slowest rank's, in µs;
-`speedup` is the first over the last, and `host_us` what an eager call takes the host.
+eagerly with stated counts and in a replayed CUDA graph. A time is the median over bursts of the slowest rank's time per
+call, in µs; a burst is calls in a row after one that is not timed, so that all ranks are in step when it begins. A
+graph that is timed holds several calls with inputs of their own, as a model's graph holds its layers. `speedup` is the
+first time over the last, and `host_us` what an eager call takes the host. The exchange ``by hand`` is the baseline:
+three all-gathers, the experts and a reduce-scatter, written with torch.distributed alone.
 
-Results are checked first: against the whole layer's, the graph's against the eager ones, and a few hundred replays with
-changing inputs against the first ones, while ranks pause at random. Where a step takes longer than --patience seconds
-every process prints its stacks and ends. Where a result is wrong the exit status is 1.
+Rows of the exchange ``chosen`` say which one a group that names none chooses: `regret` is how much longer that one's
+time is than the shortest of all exchanges' times in the rows above, and `alike` whether all ranks choose it.
+
+Results are checked first: against the whole layer's, the graph's bits against the eager ones, and many replays with
+changing inputs against the first ones, while ranks pause at random. `host_syncs` counts how often an eager call makes
+the host wait for the device. Where a step takes longer than --patience seconds every process prints its stacks and
+ends. Where a check fails the exit status is 1.
 """
 
 import argparse
 import faulthandler
+import math
 import os
 import random
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Final
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from moe_dispatch import ExpertParallel, ExpertWeights, ShardedExperts, moe_forward, warm_up
+from moe_dispatch import ExpertParallel, ExpertWeights, moe_forward, warm_up
 from moe_dispatch.benchmarks.record import json_lines
 from moe_dispatch.errors import InvalidInputError
 from moe_dispatch.machine import Machine
 from moe_dispatch.measure.inputs import timing_events
-from moe_dispatch.parallel.comparison import ExchangeFailedError
-from moe_dispatch.problem import DType
+from moe_dispatch.parallel.collectives import all_gather_flat, reduce_scatter_flat
+from moe_dispatch.parallel.registry import EXCHANGES
+from moe_dispatch.parallel.trial import ExchangeFailedError
+from moe_dispatch.problem import DType, Mode
 from moe_dispatch.workloads import ROUTINGS, WORKLOADS, Workload, make_experts, torch_dtype
 
 LAYERS: Final[tuple[tuple[str, DType], ...]] = (("qwen3-30b-a3b", "bf16"), ("deepseek-v3", "fp8"))
 TOKENS: Final = (1, 16, 256, 4096, 16384)
 TINY: Final = Workload("tiny", E=16, topk=4, K=64, N=32)
-REPLAYS: Final = 30
-CHECKED_REPLAYS: Final = 300
+BURSTS: Final = 15
+BURST_US: Final = 3e3  # shortest duration of one
+MOST_CALLS: Final = 50  # of one
 MOST_ERROR: Final = 2e-2  # relative, of a layer in BF16 or FP8 against the same in another order of sums
-INPUTS: Final = 4
+INPUTS: Final = 4  # drawn for each token count; their experts' weights together exceed the device's cache
+CALLS: Final = 8  # of a graph that is timed
+PAUSES: Final = 100  # of a rank among its replays, about
+REPLAYS: Final = 300
+BY_HAND: Final = "by hand"
+
+Inputs = tuple[Tensor, ...]  # hidden_states, topk_weights, topk_ids
+Call = Callable[..., Tensor]
 
 
 class Clock:
@@ -51,72 +71,74 @@ class Clock:
 
     Args:
         device: The rank's device.
-        repeats: How often each call is timed.
+        bursts: How many bursts of calls are timed.
     """
 
-    def __init__(self, device: torch.device, repeats: int) -> None:
-        self._device, self._repeats = device, repeats
+    def __init__(self, device: torch.device, bursts: int) -> None:
+        self._device, self._bursts = device, bursts
 
-    def us(self, call: Callable[[], object]) -> float:
-        """Median over repeats of the slowest rank's time, in µs; equal on every rank."""
-        for _ in range(3):
+    def us(self, call: Callable[[], object], calls_inside: int = 1) -> float:
+        """Median over bursts of the slowest rank's time of each of so many calls, in µs; equal on every rank."""
+        for _ in range(2):
             call()
-        times = torch.empty(self._repeats, dtype=torch.float64, device=self._device)
-        for i in range(self._repeats):
-            self._synchronize()
-            dist.barrier()
-            times[i] = self._once(call)
-        dist.all_reduce(times, op=dist.ReduceOp.MAX)
-        return float(statistics.median(times.tolist()))
+        calls = min(MOST_CALLS, math.ceil(BURST_US / self._slowest([self._burst(call, 1)])[0]))
+        times = self._slowest([self._burst(call, calls) for _ in range(self._bursts)])
+        return statistics.median(times) / calls_inside
 
     def host_us(self, call: Callable[[], object]) -> float:
         """Median time in µs until a call returns to the host, the device being idle; of the slowest rank."""
         times = []
-        for _ in range(self._repeats):
+        for _ in range(2 * self._bursts):
             self._synchronize()
             dist.barrier()
             self._synchronize()
             start = time.perf_counter()
             call()
             times.append((time.perf_counter() - start) * 1e6)
-        slowest = torch.tensor(statistics.median(times), dtype=torch.float64, device=self._device)
-        dist.all_reduce(slowest, op=dist.ReduceOp.MAX)
-        return float(slowest)
+        return self._slowest([statistics.median(times)])[0]
 
-    def _once(self, call: Callable[[], object]) -> float:
+    def _burst(self, call: Callable[[], object], calls: int) -> float:
+        self._synchronize()
+        dist.barrier()
+        call()
         if self._device.type == "cpu":
             start = time.perf_counter()
-            call()
-            return (time.perf_counter() - start) * 1e6
+            for _ in range(calls):
+                call()
+            return (time.perf_counter() - start) * 1e6 / calls
         begin, end = timing_events()
-        self._synchronize()
         begin.record()
-        call()
+        for _ in range(calls):
+            call()
         end.record()
         end.synchronize()
-        return float(begin.elapsed_time(end)) * 1e3
+        return float(begin.elapsed_time(end)) * 1e3 / calls
+
+    def _slowest(self, times: list[float]) -> list[float]:
+        every = torch.tensor(times, dtype=torch.float64, device=self._device)
+        dist.all_reduce(every, op=dist.ReduceOp.MAX)
+        return list(map(float, every.tolist()))
 
     def _synchronize(self) -> None:
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
 
 
-def captured(call: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
-    """A call as the replay of a CUDA graph, and the tensor that holds its result. Ranks capture together."""
+def captured(call: Call, sets: Sequence[Inputs]) -> tuple[Callable[[], None], Tensor]:
+    """The replay of a CUDA graph that calls with each of these inputs, and the last result. Ranks capture together."""
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-        out = call()
+        for inputs in sets:
+            out = call(*inputs)
     torch.cuda.synchronize()
     dist.barrier()
     return graph.replay, out
 
 
-def changed_replays(
-    replay: Callable[[], None], out: Tensor, static: tuple[Tensor, ...], sets: list[tuple[Tensor, ...]]
-) -> int:
-    """How many of many replays give other bits than the first ones with the same inputs; of all ranks."""
+def changed_replays(replay: Callable[[], None], out: Tensor, static: Inputs, sets: list[Inputs], replays: int) -> int:
+    """How many replays give other bits than the first ones with the same inputs; of all ranks."""
 
-    def replayed(inputs: tuple[Tensor, ...]) -> Tensor:
+    def replayed(inputs: Inputs) -> Tensor:
         for tensor, values in zip(static, inputs, strict=True):
             tensor.copy_(values)
         replay()
@@ -125,9 +147,9 @@ def changed_replays(
     first = [replayed(inputs).clone() for inputs in sets]
     changed = torch.zeros((), dtype=torch.int64, device=out.device)
     pauses = random.Random(dist.get_rank())  # noqa: S311 - so that ranks come at different times
-    for number in range(CHECKED_REPLAYS):
+    for number in range(replays):
         changed += (replayed(sets[number % len(sets)]) != first[number % len(sets)]).any()
-        if pauses.random() < 0.05:
+        if pauses.random() < min(0.05, PAUSES / replays):
             torch.cuda.synchronize()
             time.sleep(pauses.random() * 0.002)
     dist.all_reduce(changed)
@@ -140,71 +162,182 @@ def relative_difference(out: Tensor, expected: Tensor) -> float:
     return float((out.float() - expected.float()).norm() / expected.float().norm())
 
 
-def measured(
-    layer: Workload, dtype: DType, M: int, whole: ExpertWeights, groups: dict[str, ExpertParallel],
-    parts: dict[str, ShardedExperts], clock: Clock, patience: Callable[[], None],
-) -> Iterator[dict[str, Any]]:  # fmt: skip
-    """The rows of one layer at one token count of a rank."""
-    rank, size, device = dist.get_rank(), dist.get_world_size(), whole.device
-    mine, on_gpu = slice(rank * M, (rank + 1) * M), device.type == "cuda"
-    act_dtype = torch_dtype("bf16" if dtype == "fp8" else dtype)
-
-    def drawn(seed: int) -> tuple[Tensor, Tensor, Tensor]:
-        generator = torch.Generator().manual_seed(seed)
-        hidden = torch.randn(size * M, layer.K, generator=generator).to(device, act_dtype)
-        return hidden, *ROUTINGS["uniform"].sample(size * M, layer.E, layer.topk, device, generator)
-
-    hidden, weights, ids = drawn(M)
-    warm_up(whole, layer.topk, [size * M], act_dtype)
-    expected = moe_forward(hidden, whole, weights, ids)[mine].clone()
-
-    def alone() -> Tensor:
-        return moe_forward(hidden, whole, weights, ids)
-
-    patience()
-    single = {"eager": clock.us(alone)} | ({"graph": clock.us(captured(alone)[0])} if on_gpu else {})
-    part = next(iter(parts.values()))
-    share, local_ids = part.weights_expecting(1.0), part.placement.local_ids(ids)
-
-    def local() -> Tensor:
-        return moe_forward(hidden, share, weights, local_ids)
-
-    warm_up(share, layer.topk, [size * M], act_dtype)
-    patience()
-    experts = {"eager": clock.us(local)} | ({"graph": clock.us(captured(local)[0])} if on_gpu else {})
-    arguments = hidden[mine].clone(), weights[mine].clone(), ids[mine].clone()
-    sets = [tuple(each[mine].clone() for each in drawn(M + seed)) for seed in range(INPUTS)]
-    for name, ep in groups.items():
-        patience()
-
-        def spread(part: ShardedExperts = parts[name]) -> Tensor:
-            return moe_forward(arguments[0], part, arguments[1], arguments[2])
-
+def host_syncs(call: Callable[[], object]) -> int:
+    """How often a call makes the host wait for the device, as far as torch knows of it."""
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
         try:
-            (compared,) = ep.warm_up(parts[name], topk=layer.topk, tokens=[M], act_dtype=act_dtype)
-        except (ExchangeFailedError, InvalidInputError) as error:  # on all ranks
-            yield {"layer": layer.name, "dtype": dtype, "M": M, "ranks": size, "exchange": name, "failed": str(error)}
-            continue
-        row = {"layer": layer.name, "dtype": dtype, "M": M, "ranks": size, "exchange": name}
-        row |= {"compared_us": compared.us, "compared_graph_us": compared.graph_us}
-        patience()
-        with ep.tokens_per_rank(M):
-            out = spread()
-            eager = {"error": relative_difference(out, expected), "host_us": clock.host_us(spread)}
-            modes: dict[str, tuple[float, dict[str, Any]]] = {"eager": (clock.us(spread), eager)}
-            if on_gpu and ep.capturable(parts[name], topk=layer.topk, M=M):
-                patience()
-                replay, held = captured(spread)
-                replay()
-                graph = {"error": relative_difference(held, expected), "like_eager": torch.equal(held, out)}
-                patience()
-                graph["changed_replays"] = changed_replays(replay, held, arguments, sets)
-                modes["graph"] = clock.us(replay), graph
-        for mode, (us, facts) in modes.items():
-            yield row | {
-                "mode": mode, "us": us, "experts_us": experts[mode], "one_gpu_us": single[mode],
-                "speedup": single[mode] / us,
-            } | facts  # fmt: skip
+            call()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    return sum("called a synchronizing" in str(each.message) for each in said)
+
+
+def by_hand(arguments: Inputs, experts: ExpertWeights, first: int) -> Tensor:
+    """A layer without the exchanges of this package; every rank has as many tokens.
+
+    Args:
+        arguments: This rank's hidden_states, topk_weights and global topk_ids.
+        experts: This rank's weights.
+        first: The global id of its first expert.
+    """
+    gathered = []
+    for tensor in arguments:
+        gathered.append(tensor.new_empty(dist.get_world_size() * tensor.shape[0], tensor.shape[1]))
+        all_gather_flat(gathered[-1], tensor)
+    rows, weights, ids = gathered
+    partial = moe_forward(rows, experts, weights, ids - first)
+    out = torch.empty_like(arguments[0])
+    reduce_scatter_flat(out, partial)
+    return out
+
+
+class Recorder:
+    """Measures one layer.
+
+    Args:
+        layer: The layer.
+        dtype: Dtype of its weights.
+        options: The command's.
+        clock: Times calls.
+        patience: Called before each step.
+    """
+
+    def __init__(
+        self, layer: Workload, dtype: DType, options: argparse.Namespace, device: torch.device, clock: Clock,
+        patience: Callable[[], None],
+    ) -> None:  # fmt: skip
+        self._layer, self._dtype, self._options, self._clock = layer, dtype, options, clock
+        self._device, self._patience = device, patience
+        self._act_dtype = torch_dtype("bf16" if dtype == "fp8" else dtype)
+        self._whole = make_experts(layer, dtype, device, torch.Generator(device).manual_seed(0))
+        self._choosing = ExpertParallel(device=device, timeout=10.0)
+        self._own = self._choosing.split(self._whole)
+        against = self._choosing.explain(self._own, layer.topk, 1).against
+        names = options.exchange or [name for name, reasons in against.items() if not reasons]
+        self._groups = {name: ExpertParallel(exchange=name, device=device, timeout=10.0) for name in names}
+        self._parts = {name: ep.shard(self._own.local, experts=layer.E) for name, ep in self._groups.items()}
+
+    def rows(self, M: int) -> Iterator[dict[str, Any]]:
+        """The rows of one token count of a rank."""
+        layer, rank, size = self._layer, dist.get_rank(), dist.get_world_size()
+        head = {"layer": layer.name, "dtype": self._dtype, "routing": self._options.routing, "M": M, "ranks": size}
+        mine, place = slice(rank * M, (rank + 1) * M), self._own.placement
+        every = [self._drawn(M, M + seed) for seed in range(INPUTS)]
+        warm_up(self._whole, layer.topk, [size * M], self._act_dtype)
+        single = self._times(lambda hidden, weights, ids: moe_forward(hidden, self._whole, weights, ids), every)
+        hidden, weights, ids = every[0]
+        expected = moe_forward(hidden, self._whole, weights, ids)[mine].clone()
+        share = self._own.weights_expecting(1.0)
+        warm_up(share, layer.topk, [size * M], self._act_dtype)
+        experts = self._times(
+            lambda hidden, weights, ids: moe_forward(hidden, share, weights, ids),
+            [(hidden, weights, place.local_ids(ids)) for hidden, weights, ids in every],
+        )
+        sets = [tuple(each[mine].clone() for each in inputs) for inputs in every]
+        times: dict[Mode, dict[str, float]] = {"eager": {}, "graph": {}}
+        for name in (*self._groups, *([BY_HAND] if self._device.type == "cuda" else [])):
+            try:
+                measured = self._measured(name, M, sets, expected, share)
+            except (ExchangeFailedError, InvalidInputError) as error:  # on all ranks
+                yield {**head, "exchange": name, "failed": str(error)}
+                continue
+            for mode, facts in measured.items():
+                if name != BY_HAND:
+                    times[mode][name] = facts["us"]
+                parts = {"experts_us": experts[mode], "one_gpu_us": single[mode]}
+                speedup = single[mode] / facts["us"]
+                yield {**head, "exchange": name, "mode": mode, **facts, **parts, "speedup": speedup}
+        for mode, able in times.items():
+            if able:
+                yield {**head, "exchange": "chosen", "mode": mode, **self._choice(M, mode, able)}
+
+    def _drawn(self, M: int, seed: int) -> Inputs:
+        """Tokens of all ranks, the same on each."""
+        layer, count = self._layer, dist.get_world_size() * M
+        on_device, on_host = (torch.Generator(each).manual_seed(seed) for each in (self._device, "cpu"))
+        hidden = torch.randn(count, layer.K, generator=on_device, device=self._device).to(self._act_dtype)
+        routing = ROUTINGS[self._options.routing]
+        return hidden, *routing.sample(count, layer.E, layer.topk, self._device, on_host)
+
+    def _times(self, call: Call, sets: list[Inputs]) -> dict[Mode, float]:
+        self._patience()
+        times: dict[Mode, float] = {"eager": self._clock.us(lambda: call(*sets[0]))}
+        if self._device.type == "cuda":
+            times["graph"] = self._clock.us(captured(call, sets * (CALLS // INPUTS))[0], CALLS)
+        return times
+
+    def _measured(
+        self, name: str, M: int, sets: list[Inputs], expected: Tensor, share: ExpertWeights
+    ) -> dict[Mode, dict[str, Any]]:
+        """Times and checks of one exchange in each mode that it has."""
+        clock, on_gpu, topk = self._clock, self._device.type == "cuda", self._layer.topk
+        self._patience()
+        if name == BY_HAND:
+            stated: AbstractContextManager[None] = nullcontext()
+            capturable, first = on_gpu, self._own.placement.first
+
+            def spread(*inputs: Tensor) -> Tensor:
+                return by_hand(inputs, share, first)
+
+            spread(*sets[0])
+        else:
+            ep, part = self._groups[name], self._parts[name]
+            ep.warm_up(part, topk=topk, tokens=[M], act_dtype=self._act_dtype)
+            stated, capturable = ep.tokens_per_rank(M), on_gpu and ep.capturable(part, topk=topk, M=M)
+
+            def spread(*inputs: Tensor) -> Tensor:
+                return moe_forward(inputs[0], part, *inputs[1:])
+
+        self._patience()
+        static = tuple(each.clone() for each in sets[0])
+
+        def again() -> Tensor:
+            return spread(*static)
+
+        with stated:
+            out = again()
+            facts: dict[str, Any] = {"us": clock.us(again), "host_us": clock.host_us(again)}
+            facts["error"] = relative_difference(out, expected)
+            if on_gpu:
+                facts["host_syncs"] = host_syncs(again)
+            measured: dict[Mode, dict[str, Any]] = {"eager": facts}
+            if not capturable:
+                return measured
+            self._patience()
+            replay, held = captured(spread, [static])
+            replay()
+            facts = {"error": relative_difference(held, expected), "like_eager": torch.equal(held, out)}
+            self._patience()
+            facts["changed_replays"] = changed_replays(replay, held, static, sets, self._options.replays)
+            measured["graph"] = {"us": clock.us(captured(spread, sets * (CALLS // INPUTS))[0], CALLS), **facts}
+        return measured
+
+    def _choice(self, M: int, mode: Mode, able: dict[str, float]) -> dict[str, Any]:
+        """What a group that names no exchange chooses, against the times of all."""
+        ep, topk = self._choosing, self._layer.topk
+        self._patience()
+        if mode == "eager":  # for both modes
+            ep.warm_up(self._own, topk=topk, tokens=[M], act_dtype=self._act_dtype)
+        chosen = ep.explain(self._own, topk, M, mode).chosen
+        every: list[str] = [""] * ep.size
+        dist.all_gather_object(every, chosen)
+        regret = able[chosen] / min(able.values()) - 1 if chosen in able else None
+        return {"chosen": chosen, "alike": len(set(every)) == 1, "regret": regret}
+
+
+def is_right(row: dict[str, Any]) -> bool:
+    """Whether all that was checked for a row holds."""
+    if "chosen" in row:
+        return bool(row["alike"])
+    waits = row["exchange"] != BY_HAND and EXCHANGES.load(row["exchange"]).requirements.host_sync
+    return (
+        row.get("error", math.inf) <= MOST_ERROR
+        and row.get("like_eager", True)
+        and not row.get("changed_replays")
+        and (waits or not row.get("host_syncs"))
+    )
 
 
 def main() -> None:
@@ -214,6 +347,8 @@ def main() -> None:
     parser.add_argument("--tokens", default=",".join(map(str, TOKENS)), help="token counts of a rank")
     parser.add_argument("--layer", action="append", help="a named layer; repeatable")
     parser.add_argument("--exchange", action="append", help="an exchange; repeatable. All that are available if none")
+    parser.add_argument("--routing", default="uniform", choices=list(ROUTINGS), help="how tokens choose experts")
+    parser.add_argument("--replays", type=int, default=REPLAYS, help="replays of each graph that are compared")
     parser.add_argument("--patience", type=float, default=40.0, help="seconds of one step, after which processes end")
     parser.add_argument("--out", help="append rows to this file as JSON lines")
     options = parser.parse_args()
@@ -224,7 +359,7 @@ def main() -> None:
     else:
         torch.set_num_threads(1)
     dist.init_process_group("nccl" if on_gpu else "gloo", device_id=device if on_gpu else None)
-    clock = Clock(device, REPLAYS if on_gpu else 3)
+    clock = Clock(device, BURSTS if on_gpu else 2)
 
     def patience() -> None:
         faulthandler.dump_traceback_later(options.patience, exit=True)
@@ -251,22 +386,18 @@ def _run(
     layer: Workload, dtype: Any, tokens: list[int], options: argparse.Namespace, device: torch.device, clock: Clock,
     patience: Callable[[], None],
 ) -> int:  # fmt: skip
-    """Measure one layer, and return how many results were wrong."""
+    """Measure one layer, and return how many rows are wrong."""
     wrong = 0
-    whole = make_experts(layer, dtype, device, torch.Generator(device).manual_seed(0))
-    names = options.exchange or ("gather", "alltoall", *(["direct"] if device.type == "cuda" else []))
-    groups = {name: ExpertParallel(exchange=name, device=device, timeout=10.0) for name in names}
-    first = next(iter(groups.values())).split(whole)
-    parts = {name: ep.shard(first.local, experts=layer.E) for name, ep in groups.items()}
+    recorder = Recorder(layer, dtype, options, device, clock, patience)
     for M in sorted(tokens, reverse=True):  # memory for many tokens serves few as well
-        for row in measured(layer, dtype, M, whole, groups, parts, clock, patience):
-            right = row.get("error", torch.inf) <= MOST_ERROR and not row.get("changed_replays")
-            wrong += not right
+        for row in recorder.rows(M):
+            wrong += not is_right(row)
             if dist.get_rank():
                 continue
             print(_line(row), flush=True)
             if options.out:
-                json_lines.append(options.out, row)
+                rounded = {key: float(f"{fact:.4g}") if type(fact) is float else fact for key, fact in row.items()}
+                json_lines.append(options.out, rounded)
     return wrong
 
 
@@ -274,10 +405,14 @@ def _line(row: dict[str, Any]) -> str:
     what = f"{row['layer']} {row['dtype']} M={row['M']}/rank"
     if "failed" in row:
         return f"{what} {row['exchange']} failed: {row['failed']}"
+    if "chosen" in row:
+        ranks = "on all ranks" if row["alike"] else "NOT on all ranks"
+        regret = "not measured above" if row["regret"] is None else f"{row['regret']:.1%} behind the fastest"
+        return f"{what} {row['mode']:5} chosen: {row['chosen']} {ranks}, {regret}"
     facts = (
-        f"like eager {row['like_eager']}, {row['changed_replays']} of {CHECKED_REPLAYS} replays changed"
+        f"like eager {row['like_eager']}, {row['changed_replays']} replays changed"
         if row["mode"] == "graph"
-        else f"host {row['host_us']:.0f} µs"
+        else f"host {row['host_us']:.0f} µs, waits {row.get('host_syncs', '-')} times"
     )
     return (
         f"{what} {row['mode']:5} {row['exchange']:9} {row['us']:9.1f} µs, experts {row['experts_us']:9.1f} µs, "

@@ -1,8 +1,10 @@
 """Rows of a record, written as they come: a run that is ended leaves what it has."""
 
+import gzip
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 from moe_dispatch.machine import Machine
 from moe_dispatch.measure.provenance import commit, versions
@@ -12,6 +14,13 @@ def append(path: str | Path, row: Mapping[str, object]) -> None:
     """Append one row to a file of JSON lines."""
     with open(path, "a", encoding="utf-8") as file:
         file.write(json.dumps(row) + "\n")
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """The rows of a file, which is compressed if its name ends with .gz."""
+    content = path.read_bytes()
+    text = (gzip.decompress(content) if path.suffix == ".gz" else content).decode()
+    return list(map(json.loads, text.splitlines()))
 
 
 def write(path: str | Path, rows: Iterable[Mapping[str, object]], machine: Machine, **facts: object) -> None:

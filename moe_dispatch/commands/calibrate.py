@@ -57,6 +57,13 @@ def calibrate(
     compile_only: Annotated[
         bool, typer.Option("--compile-only", help="Only compile what would be measured, for a later run.")
     ] = False,
+    parallel: Annotated[
+        bool,
+        typer.Option(
+            "--parallel",
+            help="Under torchrun: measure the links between the ranks, and layers spread over them by each exchange.",
+        ),
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Measure every backend and configuration on this machine, and remember which is fastest for what."""
@@ -73,6 +80,16 @@ def calibrate(
     routings = routing_names(routing) if routing else DEFAULT_ROUTINGS
     budget_s = None if budget is None else positive("--budget", budget)
     timeout_s = positive("--timeout", timeout)
+    if parallel:
+        from moe_dispatch.commands.parallel import calibrate_ranks
+
+        if mode != "both" or backend or routing or max_configs or quick or resume or compile_only:
+            raise InvalidInputError(
+                "--parallel goes with --model, --dtype, --tp, --tokens, --device, --budget, --timeout and --json alone"
+            )
+        pairs = [(layer, each) for layer in layers for each in dtypes]
+        calibrate_ranks(pairs, counts, device, budget_s, timeout_s, as_json=as_json)
+        return
     with progress() as show:
 
         def on_progress(progress: "Progress") -> None:

@@ -1,19 +1,25 @@
-"""`moe-dispatch explain --parallel`: a layer projected onto more GPUs."""
+"""`--parallel` of `moe-dispatch explain` and `calibrate`: a layer on more GPUs, projected or measured."""
 
+import json
+import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from moe_dispatch.commands.console import OUT, line, machine_line, microseconds, plain, table
+import typer
+
+from moe_dispatch.commands.console import OUT, heading, line, machine_line, microseconds, plain, table
 from moe_dispatch.commands.options import tokens_of
+from moe_dispatch.errors import InvalidInputError
 
 if TYPE_CHECKING:
     from moe_dispatch.machine import Machine
+    from moe_dispatch.parallel.calibration import ParallelReport
     from moe_dispatch.problem import DType
     from moe_dispatch.workloads import Workload
 
 _LEGEND = (
     "A projection: nothing here was measured on more than one GPU. 1 GPU: all experts and the tokens of all ranks. "
-    "serial: speed-up where experts wait for transfers, as now; hidden: where transfers hide behind experts. Routing "
+    "serial: speed-up where experts wait for all transfers; hidden: where transfers hide behind experts. Routing "
     "is uniform."
 )
 
@@ -45,9 +51,62 @@ def print_projection(
             rows.add_row(str(M), str(size), *map(microseconds, times), projected.exchange, *factors)
     line(f"[bold]{plain(layer.name)}[/bold]  {dtype} on {cluster.name}: {cluster.node} GPUs a host")
     line(plain(machine_line(machine)), style="dim")
-    for link in (cluster.inside, cluster.between):
-        figures = f"{link.latency_us:.0f} µs and {link.bytes_per_us / 1e3:.0f} GB/s a direction"
+    for link in (cluster.direct, cluster.inside, cluster.between):
+        figures = f"{link.latency_us:g} µs and {link.bytes_per_us / 1e3:.0f} GB/s a direction"
         line(plain(f"{link.name}: {figures} ({link.source})"), style="dim")
     OUT.print()
     OUT.print(rows)
     line(_LEGEND, style="dim")
+
+
+def calibrate_ranks(
+    layers: "Sequence[tuple[Workload, DType]]", tokens: Sequence[int] | None, device: str | None,
+    budget_s: float | None, timeout_s: float, *, as_json: bool,
+) -> None:  # fmt: skip
+    """Calibrate the group of torchrun's processes; the first one prints. See `calibrate_parallel`."""
+    import torch
+    import torch.distributed as dist
+
+    from moe_dispatch.parallel.calibration import DEFAULT_TOKENS, calibrate_parallel
+
+    if not dist.is_initialized():
+        if "LOCAL_RANK" not in os.environ:
+            command = "torchrun --nproc-per-node N --no-python moe-dispatch calibrate --parallel"
+            raise InvalidInputError(f"--parallel measures several processes; start them by `{command} …`")
+        on_gpu = torch.cuda.is_available() and device != "cpu"
+        if on_gpu:
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group("nccl" if on_gpu else "gloo")
+    first = dist.get_rank() == 0
+    report = calibrate_parallel(
+        layers, tokens=tokens or DEFAULT_TOKENS, device=device, budget_s=budget_s, timeout_s=timeout_s,
+        on_progress=lambda what: line(plain(what), style="dim") if first and not as_json else None,
+    )  # fmt: skip
+    if first and as_json:
+        head = {"path": str(report.path), "skipped": report.skipped}
+        typer.echo(json.dumps(head | report.measured.model_dump(mode="json"), indent=1))
+    elif first:
+        _print_measured(report)
+
+
+def _print_measured(report: "ParallelReport") -> None:
+    measured = report.measured
+    heading(f"links of {measured.topology}, one way")
+    rows = table("exchange", "tokens", "mode", "latency", "GB/s", numbers=("latency", "GB/s"))
+    for each in measured.links:
+        rate = f"{each.bytes_per_us / 1e3:.3g}"
+        rows.add_row(plain(each.exchange), each.tokens, each.mode, microseconds(each.latency_us), rate)
+    OUT.print(rows)
+    heading("layers")
+    columns = ("M", "call", "experts", "exposed", "hidden")
+    rows = table("layer", "tokens", "mode", "M", "exchange", *columns[1:], numbers=columns)
+    for point in measured.layers:
+        kind = point.kind
+        layer = f"E={kind.E} topk={kind.topk} K={kind.K} N={kind.N} {kind.dtype}"
+        for name, split in sorted(point.splits.items(), key=lambda item: item[1].us):
+            times = (split.us, split.experts_us, split.exposed_us, split.hidden_us)
+            rows.add_row(layer, kind.tokens, kind.mode, str(kind.M), plain(name), *map(microseconds, times))
+    OUT.print(rows)
+    for note in report.skipped:
+        line(f"[yellow]skipped[/yellow] {plain(note)}")
+    line(plain(report.path))

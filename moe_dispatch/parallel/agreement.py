@@ -19,12 +19,11 @@ def facts(dispatcher: Dispatcher, configured: Settings, device: torch.device) ->
     """
     machine = dispatcher.machine
     return {
-        "version of moe_dispatch": installed_version(),
         "device": machine.name,
         "machine": machine.fingerprint,
         "version of torch": machine.torch,
         "version of Triton": machine.triton,
-        "version of NCCL": _nccl_version() if device.type == "cuda" else "",
+        **{f"version of {library}": version for library, version in library_versions(device).items()},
         "libraries": dict(machine.libraries),
         "MOE_DISPATCH_BACKEND": configured.backend,
         "MOE_DISPATCH_POLICY": configured.policies,
@@ -44,5 +43,7 @@ def barred_backends(dispatcher: Dispatcher) -> dict[str, tuple[str, ...]]:
     return barred
 
 
-def _nccl_version() -> str:
-    return ".".join(map(str, torch.cuda.nccl.version()))  # type: ignore[no-untyped-call]
+def library_versions(device: torch.device) -> dict[str, str]:
+    """Versions of what carries tensors between devices."""
+    nccl = torch.cuda.nccl.version() if device.type == "cuda" else ()  # type: ignore[no-untyped-call]
+    return {"moe_dispatch": installed_version(), "NCCL": ".".join(map(str, nccl))}

@@ -11,8 +11,8 @@ from moe_dispatch.errors import InvalidInputError
 from moe_dispatch.parallel.watch import Watch
 
 # torch 2.13 renamed these two and deprecates the old names, the only ones that torch 2.11 has.
-_all_gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-_reduce_scatter: Any = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+all_gather_flat: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+reduce_scatter_flat: Any = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
 class Collectives:
@@ -52,12 +52,12 @@ class Collectives:
     def all_gather(self, rows: Tensor) -> Tensor:
         """Every rank's ``[C, …]``, one after another: ``[ranks·C, …]``. All ranks give the same shape."""
         out = rows.new_empty(self.size * rows.shape[0], *rows.shape[1:])
-        self._finish(_all_gather, out, rows)
+        self._finish(all_gather_flat, out, rows)
         return out
 
     def all_gather_in_place(self, rows: Tensor) -> None:
         """Fill ``[ranks·C, …]``, of which every rank has written its own block of C."""
-        self._finish(_all_gather, rows, rows.view(self.size, -1, *rows.shape[1:])[self.rank])
+        self._finish(all_gather_flat, rows, rows.view(self.size, -1, *rows.shape[1:])[self.rank])
 
     def reduce_scatter(self, rows: Tensor) -> Tensor:
         """The sum over ranks of this rank's block of ``[ranks·C, K]``: ``[C, K]``.
@@ -70,7 +70,7 @@ class Collectives:
             self._finish(dist.all_to_all_single, blocks, rows)
             return blocks.view(self.size, -1, *rows.shape[1:]).sum(0, dtype=torch.float32).to(rows.dtype)
         out = rows.new_empty(rows.shape[0] // self.size, *rows.shape[1:])
-        self._finish(_reduce_scatter, out, rows)
+        self._finish(reduce_scatter_flat, out, rows)
         return out
 
     def all_reduce(self, rows: Tensor) -> Tensor:

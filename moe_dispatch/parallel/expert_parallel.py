@@ -1,7 +1,6 @@
 """`ExpertParallel`: spreads the experts of layers over the ranks of a process group."""
 
 import contextlib
-import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -11,13 +10,15 @@ import torch.distributed as dist
 from moe_dispatch.errors import InvalidInputError
 from moe_dispatch.experts import ExpertWeights
 from moe_dispatch.machine import present_device
-from moe_dispatch.parallel.comparison import Compared, compare_exchanges, drawn_inputs
+from moe_dispatch.parallel.comparison import Compared, compare_exchanges
 from moe_dispatch.parallel.exchange import Tokens
 from moe_dispatch.parallel.explanation import ParallelExplanation, explain_call
 from moe_dispatch.parallel.parts import columns_of, experts_of, placed
 from moe_dispatch.parallel.placement import Division, Placement
 from moe_dispatch.parallel.session import Options, Session
 from moe_dispatch.parallel.sharded_experts import ShardedExperts
+from moe_dispatch.parallel.trial import drawn_inputs
+from moe_dispatch.problem import Mode
 
 
 class ExpertParallel:
@@ -28,9 +29,9 @@ class ExpertParallel:
     out = moe_forward(hidden_states, layer, topk_weights, topk_ids)   # global ids
 
     Creating one, making a layer, `warm_up` and every call are collective: all ranks do them in the same order. At
-    creation the ranks compare software, environment variables and calibrations, and leave out backends and exchanges
-    that one of them lacks. Every later choice follows from what was agreed then and from facts that are equal on all
-    ranks, so that none of them can choose apart.
+    creation the ranks compare software, environment variables and calibrations, leave out backends and exchanges that
+    one of them lacks, and take over what ``moe-dispatch calibrate --parallel`` left on rank 0. Every later choice
+    follows from what was agreed then and from facts that are equal on all ranks, so that none of them can choose apart.
 
     An eager call first exchanges token counts on the host, which also finds a rank that is dead, late or elsewhere. It
     takes one round of gloo (0.1 to 1 ms); a program that knows the counts states them (`tokens_per_rank`) instead.
@@ -41,8 +42,8 @@ class ExpertParallel:
             where all ranks have the same, as with tensor-parallel attention.
         max_tokens: Most tokens of a rank in a call. A CUDA graph of sharded tokens whose counts are not stated pads to
             it.
-        exchange: The exchange of every call, by name. None chooses: what `warm_up` measured as fastest, and ``gather``
-            for kinds of calls that were not warmed up.
+        exchange: The exchange of every call, by name. None chooses: the fastest by the calibration or else by what
+            `warm_up` measures, and ``gather`` where neither tells, and in CUDA graphs that were not warmed up.
         device: Where this rank's layers are; the current GPU if None, else the CPU.
         timeout: Seconds that a rank waits for the others in a call. On GPUs it holds for what happens on the host and
             for the kernels of ``direct``; NCCL's own timeout ends collectives that hang on the device.
@@ -73,7 +74,7 @@ class ExpertParallel:
             if not 0 < seconds < float("inf"):
                 raise InvalidInputError(f"{name} must be a finite number of seconds above 0, got {seconds!r}")
         options = Options(tokens, max_tokens, exchange, float(timeout), float(first_timeout))
-        self._session = Session(_process_group(group), present_device(device), options)
+        self._session = Session(process_group(group), present_device(device), options)
 
     @property
     def rank(self) -> int:
@@ -161,8 +162,9 @@ class ExpertParallel:
     ) -> tuple[Compared, ...]:
         """Run every exchange for these token counts in lockstep, measure them, and keep the fastest of each.
 
-        An exchange that fails on any rank is used on none. A choice holds for token counts up to the same power of two,
-        and for every layer of the same shape and dtype in this group.
+        Where a calibration knows the fastest, only that one is run. An exchange that fails on any rank is used on none.
+        A choice holds for token counts up to the same power of two, and for every layer of the same shape and dtype in
+        this group.
 
         Args:
             layer: A layer of this group.
@@ -199,21 +201,23 @@ class ExpertParallel:
 
     def capturable(self, layer: ShardedExperts, topk: int, M: int) -> bool:
         """Whether calls of up to M tokens a rank can be captured in a CUDA graph, as far as is known."""
-        kind = dataclasses.replace(explain_call(layer, topk, M).kind, mode="graph")
-        return not self._session.reasons_against(self._session.name_of_choice(kind), kind)
+        explained = explain_call(layer, topk, M, "graph")
+        return not explained.against[explained.chosen]
 
-    def explain(self, layer: ShardedExperts, topk: int, M: int) -> ParallelExplanation:
+    def explain(self, layer: ShardedExperts, topk: int, M: int, mode: Mode = "eager") -> ParallelExplanation:
         """Which exchange serves calls of up to M tokens a rank, why, and what runs this rank's experts. Not collective.
 
         Args:
             layer: A layer of this group.
             topk: Experts per token.
             M: Greatest token count of a rank.
+            mode: ``"graph"`` for calls that are captured in a CUDA graph.
         """
-        return explain_call(layer, topk, M)
+        return explain_call(layer, topk, M, mode)
 
 
-def _process_group(group: Any) -> dist.ProcessGroup:
+def process_group(group: Any) -> dist.ProcessGroup:
+    """The process group that an argument names: itself, that of a one-dimensional DeviceMesh, or all ranks if None."""
     if not dist.is_available() or not dist.is_initialized():
         raise InvalidInputError("torch.distributed is not initialised; call torch.distributed.init_process_group first")
     if hasattr(group, "get_group"):  # a DeviceMesh of one dimension

@@ -1,7 +1,7 @@
 """What connects the ranks, as two figures for each kind of link: the time to start, and bytes per second."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -12,7 +12,7 @@ class Link:
 
     Attributes:
         name: What it is.
-        latency_us: Time of a collective of no bytes, in µs.
+        latency_us: Time of one way of an exchange without bytes, in µs.
         bytes_per_us: Bytes that leave one GPU in one direction in a µs.
         source: Where the figures come from.
     """
@@ -30,24 +30,46 @@ class Cluster:
     Attributes:
         name: What it is called.
         node: GPUs that a fast link connects.
-        inside: The link within a host.
+        direct: What stores in each other's memory give within a host.
+        inside: What NCCL's collectives give within a host.
         between: The link between hosts, of one GPU.
     """
 
     name: str
     node: int
+    direct: Link
     inside: Link
     between: Link
 
 
-NVLINK4: Final = Link(
-    "NVLink 4", 6.0, 380e3,
-    "450 GB/s nominal a direction, of which NCCL's maintainers and nccl-tests report 370 to 390; latency assumed",
-)  # fmt: skip
+_MEASURED: Final = "fitted to benchmarks/results/nvidia_h200_x2/links.jsonl, two H200s"
+NVLINK4_DIRECT: Final = Link("NVLink 4 by stores, as `direct`", 3.7, 355e3, _MEASURED)
+NVLINK4_NCCL: Final = Link("NVLink 4 by NCCL's all-gather and reduce-scatter", 10.2, 217e3, _MEASURED)
 NDR400: Final = Link("InfiniBand NDR", 20.0, 45e3, "one NIC of 400 Gb/s a GPU, 90 % of it; latency assumed")
 CLUSTERS: Final[Mapping[str, Cluster]] = {
-    cluster.name: cluster for cluster in (Cluster("hgx-h200", 8, NVLINK4, NDR400),)
+    cluster.name: cluster for cluster in (Cluster("hgx-h200", 8, NVLINK4_DIRECT, NVLINK4_NCCL, NDR400),)
 }
+
+
+MOST_BYTES_PER_US: Final = 1e9  # of a fitted line: samples in which bytes make no difference
+
+
+def fitted(samples: Sequence[tuple[float, float]]) -> tuple[float, float]:
+    """The line latency + bytes / rate through measured times with the least sum of squared relative errors.
+
+    Args:
+        samples: Bytes and µs, of at least two different numbers of bytes.
+
+    Returns:
+        Latency in µs, at least 0, and bytes per µs.
+    """
+    # Of t ≈ a + b·s: minimise the sum of (a/t + b·s/t - 1)².
+    aa, ab, bb = (math.fsum(size**power / us**2 for size, us in samples) for power in (0, 1, 2))
+    a1, b1 = (math.fsum(size**power / us for size, us in samples) for power in (0, 1))
+    slope = max((aa * b1 - ab * a1) / (aa * bb - ab * ab), 1 / MOST_BYTES_PER_US)
+    if (latency := (a1 - ab * slope) / aa) < 0:
+        latency, slope = 0.0, b1 / bb
+    return latency, 1 / slope
 
 
 def distinct_groups(E: int, topk: int, groups: int) -> float:
@@ -60,11 +82,13 @@ class Crossing:
     """How long rows take one way, with each way to send them.
 
     Attributes:
-        gather: All rows to all ranks, in µs.
+        direct: All rows to all ranks by stores in their memory, in µs; infinite over several hosts.
+        gather: All rows to all ranks by NCCL, as what follows.
         alltoall: Each row once to each rank that needs it, in µs.
         alltoall_by_node: Once to each host that needs it, and from there to its GPUs, in µs.
     """
 
+    direct: float
     gather: float
     alltoall: float
     alltoall_by_node: float
@@ -93,7 +117,10 @@ def crossing(cluster: Cluster, ranks: int, M: int, row_bytes: float, E: int, top
             times.append(cluster.between.latency_us + M * row_bytes * between / cluster.between.bytes_per_us)
         return max(times)
 
+    everything = M * row_bytes * (local - 1)
+    direct = cluster.direct.latency_us + everything / cluster.direct.bytes_per_us
     return Crossing(
+        direct=direct if nodes == 1 else math.inf,
         gather=longer((local - 1) * nodes, nodes - 1),
         alltoall=longer(needed * (local - 1) / ranks, needed * (ranks - local) / ranks),
         alltoall_by_node=longer(needed * (local - 1) / local, needed_nodes * (nodes - 1) / nodes),

@@ -31,8 +31,8 @@ class Projected:
         experts_us: Time of a rank's experts.
         dispatch_us: Time of the rows on their way to the experts.
         combine_us: Time of the results on their way back.
-        exchange: Which way to send them is fastest: ``gather``, ``alltoall``, or ``alltoall by node``, which first
-            sends a row once to each host and which no exchange here does.
+        exchange: Which way to send them is fastest: ``direct``, ``gather``, ``alltoall``, or ``alltoall by node``,
+            which first sends a row once to each host and which no exchange here does.
     """
 
     M: int
@@ -50,12 +50,12 @@ class Projected:
 
     @property
     def serial(self) -> float:
-        """Speed-up where experts wait for the transfers, as the exchanges of this package do."""
+        """Speed-up where experts wait for all transfers."""
         return self.one_gpu_us / (self.experts_us + self.transfer_us)
 
     @property
     def overlapped(self) -> float:
-        """Speed-up where transfers were hidden behind experts as far as possible; nothing here does so yet."""
+        """Speed-up where transfers hide behind experts as far as possible."""
         return self.one_gpu_us / max(self.experts_us, self.transfer_us)
 
 
@@ -80,7 +80,7 @@ class Projection:
             dtype: Dtype of the weights.
             M: Tokens of each rank.
             ranks: GPUs: at most `Cluster.node`, or a multiple of it, and a divisor of E.
-            wire_fp8: Whether rows cross as FP8 codes with a scale per 128 columns, which no exchange here does yet.
+            wire_fp8: Whether rows cross to the experts as FP8 codes with a scale per 128 columns.
 
         Raises:
             InvalidInputError: So many ranks do not divide the layer or the hosts, or no cost model knows the layer.

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import zlib
+from collections.abc import Mapping
 from typing import Any, Final
 
 import torch
@@ -13,7 +14,7 @@ from moe_dispatch.backend import ArrivedInputs, PeerRows
 from moe_dispatch.dispatch.call import call_eagerly
 from moe_dispatch.dispatch.dispatcher import Dispatcher
 from moe_dispatch.dispatch.internals import any_autocast_enabled
-from moe_dispatch.errors import InvalidInputError, UnknownNameError
+from moe_dispatch.errors import InvalidInputError, PolicyFileError, UnknownNameError, warn
 from moe_dispatch.machine import current_machine
 from moe_dispatch.numerics import QuantizedRows
 from moe_dispatch.parallel import agreement
@@ -21,9 +22,12 @@ from moe_dispatch.parallel.collectives import Collectives
 from moe_dispatch.parallel.control import Control
 from moe_dispatch.parallel.errors import ExpertParallelLostError, ExpertParallelMismatchError
 from moe_dispatch.parallel.exchange import CallKind, Exchange, Tokens
+from moe_dispatch.parallel.exchange_times import ExchangeTable, Expected, ParallelCalibration, Split, find
 from moe_dispatch.parallel.placement import Placement
 from moe_dispatch.parallel.registry import ALWAYS, EXCHANGES, make_exchanges
+from moe_dispatch.parallel.topology import Topology, nvlinks
 from moe_dispatch.parallel.watch import ProcessIdentity
+from moe_dispatch.problem import Mode
 from moe_dispatch.settings import Settings, settings
 from moe_dispatch.weight_checks import DTYPE_NAMES
 
@@ -61,6 +65,7 @@ class Session:
         group: The process group.
         device: Where this rank's layers are.
         options: Equal on every rank.
+        calibrated: Whether choices follow the calibration of these ranks, where rank 0 has one.
 
     Attributes:
         options: As given.
@@ -70,6 +75,7 @@ class Session:
         exchanges: Every registered exchange by name.
         unavailable: For an exchange that some rank cannot use, the reasons.
         barred: Exchanges that failed in `warm_up`, by kind of call, with the reason.
+        topology: The devices of all ranks and what joins them.
         choices: How often the choice of exchanges has changed.
         stated: Token counts of all ranks as the caller stated them; None where ranks tell each other in every call.
 
@@ -79,7 +85,11 @@ class Session:
         UnknownNameError: No exchange has the name in `options`.
     """
 
-    def __init__(self, group: dist.ProcessGroup, device: torch.device, options: Options) -> None:
+    topology: Topology
+
+    def __init__(
+        self, group: dist.ProcessGroup, device: torch.device, options: Options, *, calibrated: bool = True
+    ) -> None:
         if options.exchange is not None and options.exchange not in EXCHANGES.names():
             raise UnknownNameError("exchange", options.exchange, EXCHANGES.names())
         self.options, self.device = options, device
@@ -91,9 +101,10 @@ class Session:
         self.barred: dict[CallKind, dict[str, str]] = {}
         self.stated: tuple[int, ...] | None = None
         self.choices = 0
-        self._chosen: dict[CallKind, str] = {}
+        self._chosen: dict[CallKind, tuple[str, Mapping[str, Split]]] = {}
         self._layers = 0
         self.dispatcher = self._agree(settings())
+        self._table = self._agreed_table() if calibrated else None
 
     def _agree(self, configured: Settings) -> Dispatcher:
         """Exchange the facts of all ranks, and make the dispatcher that they allow."""
@@ -104,10 +115,17 @@ class Session:
             "facts": {**agreement.facts(dispatcher, configured, self.device), **dataclasses.asdict(self.options)},
             "barred": agreement.barred_backends(dispatcher),
             "unavailable": {name: exchange.unavailable_reasons() for name, exchange in self.exchanges.items()},
+            "nvlinks": nvlinks(machine, self.device),
         })  # fmt: skip
         self.watch.identities = tuple(each["identity"] for each in every)
-        self._hosts = len({each.host or rank for rank, each in enumerate(self.watch.identities)})
+        hosts = [each.host or str(rank) for rank, each in enumerate(self.watch.identities)]
+        numbers = {host: number for number, host in enumerate(dict.fromkeys(hosts))}
+        self._hosts = len(numbers)
         self.control.compare("their setup", [each["facts"] for each in every], _REMEDY)
+        self.topology = Topology(
+            devices=tuple(each["facts"]["machine"] for each in every), hosts=tuple(map(numbers.__getitem__, hosts)),
+            nvlinks=tuple(each["nvlinks"] for each in every),
+        )  # fmt: skip
         self.unavailable = self._merged([each["unavailable"] for each in every])
         barred = {
             name: "; ".join(reasons) for name, reasons in self._merged([each["barred"] for each in every]).items()
@@ -119,6 +137,33 @@ class Session:
         # What this rank lacks itself is a reason already.
         others = {name: reason for name, reason in barred.items() if name not in every[self.control.rank]["barred"]}
         return Dispatcher(machine, configured, barred=others) if others else dispatcher
+
+    @property
+    def modes(self) -> tuple[Mode, ...]:
+        """The modes that the device has."""
+        return ("eager", "graph") if self.device.type == "cuda" else ("eager",)
+
+    @property
+    def versions(self) -> dict[str, str]:
+        """Versions that times of exchanges depend on, equal on all ranks."""
+        machine = self.dispatcher.machine
+        own = {"driver": machine.driver, "cuda": machine.cuda, "torch": machine.torch, "triton": machine.triton}
+        return {**own, **agreement.library_versions(self.device)}
+
+    def _agreed_table(self) -> ExchangeTable | None:
+        """What rank 0 has of a calibration of these ranks; files of the others are not read, and so cannot differ."""
+        text = ""
+        if self.control.rank == 0:
+            try:
+                calibration = find(self.topology)
+                if calibration is not None and calibration.versions == self.versions:
+                    text = calibration.model_dump_json()
+                elif calibration is not None:
+                    warn(f"the calibration of {self.topology} is of {calibration.versions}; calibrate again")
+            except PolicyFileError as error:
+                warn(f"the calibration of exchanges is not used: {error}")
+        text = self.control.gather_objects(text)[0]
+        return ExchangeTable(ParallelCalibration.model_validate_json(text)) if text else None
 
     def _merged(self, every: list[dict[str, tuple[str, ...]]]) -> dict[str, tuple[str, ...]]:
         """Reasons by name over all ranks, each once, with the ranks that have it unless all do."""
@@ -229,7 +274,7 @@ class Session:
         return tuple(name for name in self.exchanges if not self.reasons_against(name, kind))
 
     def choose(self, kind: CallKind) -> Exchange:
-        """The exchange of a kind of call: the named one, else what `warm_up` measured as fastest, else `gather`.
+        """The exchange of a kind of call; see `name_of_choice`.
 
         Raises:
             InvalidInputError: The named exchange cannot serve such a call.
@@ -243,22 +288,40 @@ class Session:
         return self.exchanges[name]
 
     def name_of_choice(self, kind: CallKind) -> str:
-        """The name of the exchange of a kind of call, whether or not it can serve it."""
-        return self.options.exchange or self._chosen.get(bucket(kind), ALWAYS)
+        """The exchange that the caller named, whether or not it can serve the call, else the chosen one.
 
-    def keep_choice(self, kind: CallKind, name: str) -> None:
+        That is what `warm_up` kept, else the fastest by the calibration, else `gather`. A CUDA graph of a kind that was
+        not warmed up captures `gather`: what another exchange needs from before, such as memory, is not there.
+        """
+        if self.options.exchange is not None:
+            return self.options.exchange
+        if (kept := self._chosen.get(bucket(kind))) is not None:
+            return kept[0]
+        return (self.calibrated_choice(kind) if kind.mode == "eager" else None) or ALWAYS
+
+    def expected(self, kind: CallKind) -> Expected | None:
+        """What the calibration says of a kind of call."""
+        return None if self._table is None else self._table.expected(kind)
+
+    def calibrated_choice(self, kind: CallKind) -> str | None:
+        """The fastest exchange by the calibration; None where that says nothing of the kind."""
+        expected = self.expected(kind)
+        return None if expected is None else expected.best(self.candidates(kind))
+
+    def kept_splits(self, kind: CallKind) -> Mapping[str, Split] | None:
+        """The times that `warm_up` measured for a kind of call; None where it measured none."""
+        kept = self._chosen.get(bucket(kind))
+        return None if kept is None else kept[1]
+
+    def keep_choice(self, kind: CallKind, name: str, splits: Mapping[str, Split]) -> None:
         """Choose an exchange for a kind of call from now on. Every rank does so with the same arguments."""
-        self._chosen[bucket(kind)] = name
+        self._chosen[bucket(kind)] = name, splits
         self.choices += 1
 
     def bar(self, kind: CallKind, name: str, reason: str) -> None:
         """Use an exchange no longer for a kind of call. Every rank does so alike."""
         self.barred.setdefault(bucket(kind), {})[name] = reason
         self.choices += 1
-
-    def was_measured(self, kind: CallKind) -> bool:
-        """Whether `warm_up` chose an exchange for a kind of call."""
-        return bucket(kind) in self._chosen
 
     def kind(self, placement: Placement, layer: Any, M: int, topk: int, act_dtype: torch.dtype) -> CallKind:
         """The kind of a call.

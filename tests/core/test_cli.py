@@ -372,6 +372,8 @@ class Mistake:
             ("calibrate", "--model", "8,2,64,32", "--routing", "skewed"), "routing distribution is called 'skewed'"
         ),
         Mistake(("calibrate",), "needs --model"),
+        Mistake(("calibrate", "--model", "8,2,64,32", "--parallel"), "start them by `torchrun"),
+        Mistake(("calibrate", "--model", "8,2,64,32", "--parallel", "--quick"), "--parallel goes with"),
         Mistake(("bench", "--seconds", "nan"), "--seconds must be a number"),
         Mistake(("bench", "--budget", "-1"), "--budget must be a number"),
         Mistake(("bench", "--energy", "inf"), "--energy must be a number"),

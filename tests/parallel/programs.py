@@ -130,12 +130,12 @@ def slots_that_run(exchange: str, tokens: list[int]) -> tuple[int, int]:
     return ran[0], M * LAYER.topk
 
 
-def all_to_one_rank(exchange: str) -> float:
+def all_to_one_rank(tokens: str, exchange: str) -> float:
     """Every token needs experts of the first rank only; returns the error."""
     inputs = make_inputs(dataclasses.replace(LAYER, M=30), FP32, "cpu")
-    layer = parallel(exchange=exchange).split(inputs.experts)
+    layer = parallel(tokens=tokens, exchange=exchange).split(inputs.experts)
     ids = inputs.topk_ids % 2
-    mine = slice(dist.get_rank(), None, dist.get_world_size())
+    mine = slice(dist.get_rank(), None, dist.get_world_size()) if tokens == "sharded" else slice(None)
     out = moe_forward(inputs.hidden_states[mine], layer, inputs.topk_weights[mine], ids[mine])
     whole = moe_forward(inputs.hidden_states, inputs.experts, inputs.topk_weights, ids)
     return relative_error(out, whole[mine])
@@ -198,7 +198,7 @@ def exchanges_that_ran() -> list[str]:
     for _ in range(2):
         moe_forward(inputs.hidden_states, layer, inputs.topk_weights, inputs.topk_ids)
         kind = session.kind(layer.placement, layer.local, LAYER.M, LAYER.topk, torch.float32)
-        session.keep_choice(kind, "alltoall")
+        session.keep_choice(kind, "alltoall", {})
     return ran
 
 
@@ -361,7 +361,7 @@ def lose_a_rank(how: str, victim: int, timeout: float) -> Any:
 def recorded(folder: str) -> tuple[int, list[dict[str, Any]]]:
     """Run the benchmark's record for a tiny layer: how many results were wrong, and the rows that rank 0 wrote."""
     out = Path(folder) / "rows.jsonl"
-    options = argparse.Namespace(exchange=None, out=str(out))
+    options = argparse.Namespace(exchange=None, out=str(out), routing="uniform", replays=1)
     device = torch.device("cpu")
     with torch.no_grad():
         wrong = expert_parallel._run(

@@ -40,9 +40,21 @@ def test_other_dtypes_conform(three: Ranks, tokens: str, exchange: str, precisio
     assert three.run(programs.conformance, FEW, precision, tokens, exchange, "uneven") == [[], [], []]
 
 
-@pytest.mark.parametrize("exchange", ["gather", "alltoall"])
-def test_all_tokens_may_need_one_rank(three: Ranks, exchange: str) -> None:
-    assert max(three.run(programs.all_to_one_rank, exchange)) < 1e-6
+@pytest.mark.parametrize(("tokens", "exchange"), SERVES)
+def test_all_tokens_may_need_one_rank(three: Ranks, tokens: str, exchange: str) -> None:
+    assert max(three.run(programs.all_to_one_rank, tokens, exchange)) < 1e-6
+
+
+def test_four_ranks(tmp_path: Any) -> None:
+    with ranks(4, tmp_path) as four:
+        for tokens, exchange in SERVES:
+            for spread in ("uneven", "none on the last") if tokens == "sharded" else ("",):
+                faults = four.run(programs.conformance, FEW, programs.FP32, tokens, exchange, spread)
+                assert faults == [[], [], [], []], (tokens, exchange, spread)
+            assert max(four.run(programs.all_to_one_rank, tokens, exchange)) < 1e-6
+        for tokens in ("sharded", "replicated"):
+            first, *others = four.run(programs.warmed, tokens)
+            assert others == [first] * 3, "all ranks choose alike"
 
 
 @pytest.mark.parametrize("exchange", ["gather", "alltoall"])
@@ -70,12 +82,15 @@ def test_every_rank_chooses_the_exchange_that_was_fastest(three: Ranks, tokens: 
 def test_the_record_checks_what_it_measures(three: Ranks, tmp_path: Any) -> None:
     (wrong, rows), *_ = three.run(programs.recorded, str(tmp_path))
     assert wrong == 0
-    assert [(row["M"], row["exchange"]) for row in rows] == [
-        (4, "gather"), (4, "alltoall"), (1, "gather"), (1, "alltoall"),
-    ]  # fmt: skip
-    for row in rows:
+    names = ("gather", "alltoall", "chosen")
+    assert [(row["M"], row["exchange"]) for row in rows] == [(M, name) for M in (4, 1) for name in names]
+    for first, second, choice in (rows[:3], rows[3:]):
+        times = {row["exchange"]: row["us"] for row in (first, second)}
+        assert choice["alike"]
+        assert choice["regret"] == pytest.approx(times[choice["chosen"]] / min(times.values()) - 1, abs=2e-3)
+    for row in (*rows[:2], *rows[3:5]):
         assert row["error"] < 1e-5
-        assert row["speedup"] == row["one_gpu_us"] / row["us"]
+        assert row["speedup"] == pytest.approx(row["one_gpu_us"] / row["us"], rel=2e-3)
         assert min(row["us"], row["experts_us"], row["host_us"]) > 0
 
 
