@@ -29,6 +29,7 @@ _DECLARED: Final[Mapping[str, type]] = {
     "install_hint": str,
     "needs_probe": bool,
     "stores_to_peers": bool,
+    "starts_before_arrival": bool,
 }
 
 Answer = TypeVar("Answer")

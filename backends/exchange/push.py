@@ -2,10 +2,12 @@
 
 Every rank has memory of one layout that all ranks of the group can address:
 
-    flags of tokens | flags of results | counts | tokens: rows, ids, weights, multipliers | results of each rank
+    flags of tokens, results, rows | counts | tokens: rows, ids, weights, multipliers | results of each rank
 
 `push_tokens` stores this rank's tokens in everyone's part for them, and `push_results` each rank's results in that
-rank's part for this one. Both then set flags and wait for those of the others, program by program (`push_kernel`).
+rank's part for this one. Both then set flags and wait for those of the others, program by program (`push_kernel`). Of
+many tokens ids and weights go first, and the rows meanwhile on a stream of their own, for which the experts' stream
+waits before it goes on to results: what is said of tokens below holds for both kernels.
 
 **Why one copy of each part is enough.** On every rank the kernels of a call run one after the other on one stream:
 tokens, experts, results. A kernel sets flags before it waits, and ends only when all flags of its epoch have come.
@@ -36,7 +38,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from moe_dispatch.backend import PeerRows
+from moe_dispatch.backend import PeerRows, TravellingRows
 from moe_dispatch.backends.exchange.pack import WORD, aligned
 from moe_dispatch.backends.triton_common.launch_options import pdl_option
 from moe_dispatch.numerics import FP8, QuantizedRows
@@ -46,6 +48,7 @@ FLAGS: Final = 128  # of each rank, and so the most programs of a kernel
 LOOKS_PER_SECOND: Final = (
     2_000_000  # at a flag; a look takes an H200 0.4 to 0.8 µs, so that waits last longer than said
 )
+ROWS_ASIDE: Final = 8 << 20  # bytes of a rank's rows, which NVLink 4 carries in 25 µs
 _ALIGNMENT: Final = 128
 _Widths = tuple[tuple[int, torch.dtype], ...]  # columns and dtype of each thing that a token has
 _WORD_LIMIT: Final = 1 << 16  # up to so many words programs take 4 KiB at a time, to be more
@@ -72,7 +75,7 @@ def results_bytes(ranks: int, capacity: int, row_bytes: int) -> int:
 
 def header_bytes(ranks: int) -> int:
     """Bytes of flags and counts, which are zero at first."""
-    return _rounded(2 * ranks * FLAGS * 8) + _rounded(ranks * 8)
+    return _rounded(3 * ranks * FLAGS * 8) + _rounded(ranks * 8)
 
 
 class PeerMemory:
@@ -86,21 +89,23 @@ class PeerMemory:
         programs: Most programs of a kernel: no more than run on the device at a time. Equal on all ranks.
         on_host: int64 ``[1]``, zero, in memory that the host reads without waiting and the device can write.
         pdl: Whether kernels may be programmatic dependents of those before (sm_90 and newer).
+        aside: The stream for rows of many tokens; None where there are no streams.
     """
 
     def __init__(
         self, own: Tensor, addresses: Sequence[int], rank: int, tokens_bytes: int, programs: int, on_host: Tensor,
-        *, pdl: bool,
+        *, pdl: bool, aside: torch.cuda.Stream | None,
     ) -> None:  # fmt: skip
         ranks, device = len(addresses), own.device
         self.own, self._rank, self._ranks, self._on_host = own, rank, ranks, on_host
         self._programs = min(programs, FLAGS)
         self._pdl = pdl
         self._addresses = torch.tensor(addresses, dtype=torch.int64, device=device)
-        self._epochs = torch.zeros(2, FLAGS, dtype=torch.int64, device=device).unbind()
+        self._epochs = torch.zeros(3, FLAGS, dtype=torch.int64, device=device).unbind()
         self._lost = torch.zeros(1, dtype=torch.int64, device=device)
-        self._flags = (0, ranks * FLAGS * 8)
-        self._counts = _rounded(2 * ranks * FLAGS * 8)
+        self._flags = [which * ranks * FLAGS * 8 for which in range(3)]
+        self._counts = _rounded(3 * ranks * FLAGS * 8)
+        self._aside = aside
         self._tokens = header_bytes(ranks)
         self._results = self._tokens + tokens_bytes
         self._views: dict[tuple[object, ...], list[Tensor]] = {}
@@ -115,7 +120,7 @@ class PeerMemory:
     def push_tokens(
         self, hidden_states: Tensor, topk_weights: Tensor, topk_ids: Tensor, *, capacity: int, first_experts: Tensor,
         E: int, seconds: float, quantize: bool = False,
-    ) -> tuple[Tensor | QuantizedRows, Tensor, Tensor]:  # fmt: skip
+    ) -> tuple[Tensor | QuantizedRows | TravellingRows, Tensor, Tensor]:  # fmt: skip
         """Give this rank's tokens to every rank, and get those of all.
 
         Args:
@@ -131,7 +136,8 @@ class PeerMemory:
         Returns:
             Rows ``[ranks·capacity, K]``, fp32 weights and int32 ids ``[ranks·capacity, topk]``, in this object's memory
             until the next call. Ids are numbered from this rank's first expert, and negative or too great where the
-            expert is elsewhere. Rows beyond a rank's tokens hold anything; their ids are -1.
+            expert is elsewhere. Rows beyond a rank's tokens hold anything; their ids are -1. Where those of a rank are
+            `ROWS_ASIDE` bytes or more, they may still be on their way.
         """
         from moe_dispatch.backends.exchange.push_kernel import _moe_push_tokens_kernel
 
@@ -140,21 +146,38 @@ class PeerMemory:
         widths = (K, dtype), (topk, torch.int32), (topk, torch.float32), (quantize * K // QUANT_BLOCK, torch.float32)
         places = self._places(capacity, widths)
         row_bytes = K * dtype.itemsize
+        hidden_states = aligned(hidden_states)
+
+        def launch(which: int, block: int, programs: int, *, slots: bool, rows: bool, pdl: bool) -> None:
+            _moe_push_tokens_kernel[(programs,)](
+                # inputs
+                hidden_states, topk_weights, topk_ids, first_experts,
+                # the memory of all ranks
+                self._addresses, self._epochs[which], self._lost, self._on_host.data_ptr(),
+                # shapes
+                M, capacity, row_bytes // WORD, topk, E, self._rank, self._flags[which], self._counts, *places,
+                _looks(seconds),
+                # constants
+                RANKS=self._ranks, PROGRAMS=FLAGS, BLOCK=block, SLOTS=slots, ROWS=rows, QUANTIZE=quantize, PDL=pdl,
+                num_warps=8 if block == 512 else 16, **pdl_option(pdl),
+            )  # fmt: skip
+
         block, programs = self._launch(capacity, row_bytes)
-        _moe_push_tokens_kernel[(programs,)](
-            # inputs
-            aligned(hidden_states), topk_weights, topk_ids, first_experts,
-            # the memory of all ranks
-            self._addresses, self._epochs[0], self._lost, self._on_host.data_ptr(),
-            # shapes
-            M, capacity, row_bytes // WORD, topk, E, self._rank, self._flags[0], self._counts, *places,
-            _looks(seconds),
-            # constants
-            RANKS=self._ranks, PROGRAMS=FLAGS, BLOCK=block, QUANTIZE=quantize, PDL=self._pdl,
-            num_warps=8 if block == 512 else 16, **pdl_option(self._pdl),
-        )  # fmt: skip
-        rows, ids, weights, scale = self._arrived(capacity, widths, places)
-        return QuantizedRows(rows, scale, hidden_states.dtype) if quantize else rows, weights, ids
+        codes, ids, weights, scale = self._arrived(capacity, widths, places)
+        arrived = QuantizedRows(codes, scale, hidden_states.dtype) if quantize else codes
+        if capacity * row_bytes < ROWS_ASIDE:
+            launch(0, block, programs, slots=True, rows=True, pdl=self._pdl)
+            return arrived, weights, ids
+        launch(0, 512, min(self._programs, math.ceil(capacity * topk / 512)), slots=True, rows=False, pdl=self._pdl)
+        event, captured = None, False
+        if self._aside is not None:
+            self._aside.wait_stream(torch.cuda.current_stream(self.own.device))
+            with torch.cuda.stream(self._aside):
+                launch(2, block, programs, slots=False, rows=True, pdl=False)
+                event, captured = self._aside.record_event(), torch.cuda.is_current_stream_capturing()
+        else:
+            launch(2, block, programs, slots=False, rows=True, pdl=False)
+        return TravellingRows(arrived, hidden_states, self._rank * capacity, event, captured), weights, ids
 
     def peer_rows(self, capacity: int, K: int, dtype: torch.dtype) -> PeerRows:
         """Where this rank's results belong on every rank: to be stored between `push_tokens` and `push_results`.

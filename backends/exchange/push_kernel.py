@@ -47,10 +47,15 @@ def _moe_push_tokens_kernel(
     RANKS: tl.constexpr,
     PROGRAMS: tl.constexpr,
     BLOCK: tl.constexpr,
+    SLOTS: tl.constexpr,
+    ROWS: tl.constexpr,
     QUANTIZE: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """A row is `row_words` words as it travels; with QUANTIZE those are e4m3 codes of as many elements as bytes."""
+    """Sends ids and weights (SLOTS), rows (ROWS), or both.
+
+    A row is `row_words` words as it travels; with QUANTIZE those are e4m3 codes of as many elements as bytes.
+    """
     program = tl.program_id(0)
     first = program.to(tl.int64) * BLOCK
     step = tl.num_programs(0) * BLOCK
@@ -60,6 +65,10 @@ def _moe_push_tokens_kernel(
     slots = capacity.to(tl.int64) * topk
     mine = rank.to(tl.int64) * capacity  # where this rank's tokens begin in everyone's memory
     rows_at += mine * row_words * 8
+    if not ROWS:
+        words = tl.zeros_like(words)
+    if not SLOTS:
+        slots = tl.zeros_like(slots)
     for start in range(first, tl.maximum(words, slots), step):
         # Rows are loaded before slots are stored, as with few tokens a call takes no longer than its loads in a row.
         if QUANTIZE:
@@ -69,7 +78,7 @@ def _moe_push_tokens_kernel(
         else:
             offs = start + tl.arange(0, BLOCK)
             values = tl.load(moe_words(hidden_ptr) + offs, mask=offs < words)
-        if start < slots:
+        if SLOTS and start < slots:
             _moe_push_slots(
                 weights_ptr, ids_ptr, first_experts_ptr, addresses_ptr, ids_at + mine * topk * 4,
                 weights_at + mine * topk * 4, start, M * topk, slots, E, rank, RANKS, BLOCK,

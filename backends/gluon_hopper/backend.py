@@ -9,7 +9,7 @@ from typing import Final
 from torch import Tensor
 
 from moe_dispatch.activations import KINDS, UNGATED
-from moe_dispatch.backend import BackendConfig, Inputs, Requirements
+from moe_dispatch.backend import BackendConfig, Inputs, Requirements, TravellingRows
 from moe_dispatch.backends.gluon_hopper.config import GluonHopperConfig
 from moe_dispatch.backends.gluon_hopper.products import hopper_products
 from moe_dispatch.backends.gluon_hopper.tiles import SHARED_MEMORY, WINDOW_ROWS, permutes_rows
@@ -38,7 +38,7 @@ class GluonHopperBackend(TritonBackend):
 
     name = "gluon_hopper"
     config_type = GluonHopperConfig
-    stores_to_peers = True
+    stores_to_peers = starts_before_arrival = True
     # The loader copies whole stages of 128 bytes of K, TMA needs rows that start on 16 bytes, and an FP8 tile is whole
     # blocks of scales: 128 columns of h, 256 of the output. Not FP16: experts' rows are stored before they are weighted
     # and summed, and above 65504 they would be infinite where their sum is not.
@@ -72,7 +72,7 @@ class GluonHopperBackend(TritonBackend):
 
     def run_into(
         self,
-        hidden_states: Tensor | QuantizedRows,
+        hidden_states: Tensor | QuantizedRows | TravellingRows,
         experts: ExpertWeights,
         topk_weights: Tensor,
         topk_ids: Tensor,

@@ -9,6 +9,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
+from moe_dispatch.backend import TravellingRows
 from moe_dispatch.backends.gluon_hopper.row_blocks import row_blocks
 from moe_dispatch.backends.gluon_hopper.tiles import (
     FP8_TAIL_M,
@@ -29,8 +30,9 @@ _LAUNCH: Final = {"STAGES": STAGES, "num_warps": 4, "maxnreg": MAX_REGISTERS, "l
 
 
 def hopper_products(
-    hidden_states: Tensor | QuantizedRows, experts: ExpertWeights, routing: Routing, topk: int, group_m: int, sms: int
-) -> Tensor:
+    hidden_states: Tensor | QuantizedRows | TravellingRows, experts: ExpertWeights, routing: Routing, topk: int,
+    group_m: int, sms: int,
+) -> Tensor:  # fmt: skip
     """Compute activation(x @ gate_upᵀ) @ downᵀ for every row that holds a slot.
 
     Args:
@@ -44,13 +46,17 @@ def hopper_products(
     Returns:
         ``[rows, K]`` in hidden_states' dtype; BF16 with block FP8.
     """
-    if isinstance(hidden_states, QuantizedRows) or experts.dtype == "fp8":
+    if experts.dtype == "fp8":
         return _fp8_products(hidden_states, experts, routing, topk, group_m, sms)
     from moe_dispatch.backends.gluon_hopper.product_kernel import _moe_hopper_product_kernel
 
     N, K, rows = experts.N, experts.K, routing.slot_of_row.shape[0]
     block_k = STAGE_BYTES // experts.gate_up.element_size()
     blocks, counts = row_blocks(routing, group_m, fp8=False)
+    launch = _LAUNCH
+    if isinstance(hidden_states, TravellingRows):
+        hidden_states, launch = hidden_states.wait(), {**_LAUNCH, "launch_pdl": False}
+    assert isinstance(hidden_states, Tensor)  # noqa: S101 - quantised rows are for block FP8
     if permutes_rows(experts.dtype, N):
         x = gather(hidden_states, routing, topk, out=rows_after_window(hidden_states, rows, K), pdl=True)
         rows_of_x, tails_of_x = window_descriptor(x, WINDOW_ROWS), window_descriptor(x, TAIL_M)
@@ -67,7 +73,7 @@ def hopper_products(
         # the next; blocks of K; columns in and out
         math.ceil(N / 128), 2 * N, N, 128, K // block_k, K, N,
         # constants
-        COUNTER=1, TOPK=topk, ACTIVATION=experts.activation, **_LAUNCH,
+        COUNTER=1, TOPK=topk, ACTIVATION=experts.activation, **launch,
     )  # fmt: skip
     y = hidden_states.new_empty(rows, K)
     _moe_hopper_product_kernel[(sms,)](
@@ -85,8 +91,9 @@ def hopper_products(
 
 
 def _fp8_products(
-    hidden_states: Tensor | QuantizedRows, experts: ExpertWeights, routing: Routing, topk: int, group_m: int, sms: int
-) -> Tensor:
+    hidden_states: Tensor | QuantizedRows | TravellingRows, experts: ExpertWeights, routing: Routing, topk: int,
+    group_m: int, sms: int,
+) -> Tensor:  # fmt: skip
     """`hopper_products` in block FP8."""
     from moe_dispatch.backends.gluon_hopper.fp8_product_kernel import _moe_hopper_fp8_product_kernel
 

@@ -5,11 +5,13 @@ that have a scale per channel.
 """
 
 import math
+from collections.abc import Iterator
 from typing import Final
 
 import torch
 from torch import Tensor
 
+from moe_dispatch.backend import TravellingRows
 from moe_dispatch.backends.stages.route import Routing
 from moe_dispatch.backends.triton_common.features import on_triton
 from moe_dispatch.backends.triton_common.launch_options import next_power_of_2, pdl_option
@@ -80,7 +82,7 @@ def activations(
 
 
 def gather_quantize(
-    hidden_states: Tensor | QuantizedRows,
+    hidden_states: Tensor | QuantizedRows | TravellingRows,
     routing: Routing,
     topk: int,
     *,
@@ -106,7 +108,9 @@ def gather_quantize(
         e4m3 ``[rows, K]`` and fp32 multipliers ``[rows, ⌈K/128⌉]``; with a capacity
         ``[E, capacity, ⌈K/128⌉]`` with strides (⌈K/128⌉·capacity, 1, capacity).
     """
-    x, x_scale = hidden_states[:2] if isinstance(hidden_states, QuantizedRows) else (hidden_states, None)
+    travels = isinstance(hidden_states, TravellingRows)
+    all_rows = hidden_states.rows if isinstance(hidden_states, TravellingRows) else hidden_states
+    x, x_scale = all_rows[:2] if isinstance(all_rows, QuantizedRows) else (all_rows, None)
     rows, K = routing.slot_of_row.shape[0], x.shape[1]
     scale = empty_scales(rows, K, x.device, column_major=column_major_scales, capacity=capacity)
     if not on_triton(x):
@@ -114,15 +118,19 @@ def gather_quantize(
         plain = (gathered, gather(x_scale, routing, topk)) if x_scale is not None else quantize_rows_torch(gathered)
         return plain[0] if out is None else out.copy_(plain[0]), scale.copy_(plain[1].view(scale.shape))
     codes = torch.empty(rows, K, dtype=FP8, device=x.device) if out is None else out
-    if column_major_scales and capacity is None and spreads_scales(routing.row_of_slot.shape[0], K):
-        if x_scale is None:
-            x_scale = empty_scales(x.shape[0], K, codes.device, column_major=False)
-            _launch_gather(x, routing, topk, codes, x_scale, pdl, spread=True)
+    spreads = column_major_scales and capacity is None and spreads_scales(routing.row_of_slot.shape[0], K)
+    by_token = empty_scales(x.shape[0], K, x.device, column_major=False) if spreads and x_scale is None else x_scale
+    for tokens, part, part_scale in _pieces(hidden_states):
+        slots = routing.row_of_slot[tokens.start * topk : tokens.stop * topk]
+        if not spreads:
+            _launch_gather(part, slots, topk, codes, scale, pdl, x_scale=part_scale)
+        elif part_scale is None and by_token is not None:  # a rank's own multipliers are the same again
+            _launch_gather(part, slots, topk, codes, by_token[tokens], pdl, spread=True)
         else:
-            _launch_gather(x, routing, topk, codes, None, pdl)
-        _spread(x_scale, routing, topk, scale, pdl)
-    else:
-        _launch_gather(x, routing, topk, codes, scale, pdl, x_scale=x_scale)
+            _launch_gather(part, slots, topk, codes, None, pdl)
+        pdl = pdl and not travels  # what waits for another stream is no programmatic dependent
+    if spreads and by_token is not None:
+        _spread(by_token, routing, topk, scale, pdl)
     return codes, scale
 
 
@@ -147,7 +155,7 @@ def gather(
         return rows if out is None else out.copy_(rows)
     if out is None:
         out = hidden_states.new_empty(slot_of_row.shape[0], hidden_states.shape[1])
-    _launch_gather(hidden_states, routing, topk, out, None, pdl)
+    _launch_gather(hidden_states, routing.row_of_slot, topk, out, None, pdl)
     return out
 
 
@@ -188,8 +196,24 @@ def column_groups(columns: int) -> int:
     return min(8, next_power_of_2(math.ceil(columns / QUANT_BLOCK)))
 
 
+def _pieces(
+    rows: Tensor | QuantizedRows | TravellingRows,
+) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
+    """Runs of tokens with their values and multipliers: all; or this rank's and, once they are here, the others'."""
+    if not isinstance(rows, TravellingRows):
+        x, x_scale = (rows.codes, rows.scale) if isinstance(rows, QuantizedRows) else (rows, None)
+        yield slice(0, x.shape[0]), x, x_scale
+        return
+    own = slice(rows.first, rows.first + rows.own.shape[0])
+    yield own, rows.own, None
+    for _, x, x_scale in _pieces(rows.wait()):
+        for part in (slice(0, own.start), slice(own.stop, x.shape[0])):
+            if part.start < part.stop:
+                yield part, x[part], None if x_scale is None else x_scale[part]
+
+
 def _launch_gather(
-    x: Tensor, routing: Routing, topk: int, out: Tensor, scale: Tensor | None, pdl: bool, *, spread: bool = False,
+    x: Tensor, row_of_slot: Tensor, topk: int, out: Tensor, scale: Tensor | None, pdl: bool, *, spread: bool = False,
     x_scale: Tensor | None = None,
 ) -> None:  # fmt: skip
     from moe_dispatch.backends.stages.quantize_kernel import _moe_gather_kernel
@@ -201,7 +225,7 @@ def _launch_gather(
     if M:
         _moe_gather_kernel[(M * math.ceil(K / (groups * QUANT_BLOCK)),)](
             # inputs
-            x, x_scale, routing.row_of_slot,
+            x, x_scale, row_of_slot,
             # outputs
             out, scale,
             # shapes

@@ -6,7 +6,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from moe_dispatch.backend import FAST_PATH_TOKENS, ArrivedInputs, PeerRows
+from moe_dispatch.backend import FAST_PATH_TOKENS, ArrivedInputs, PeerRows, TravellingRows
 from moe_dispatch.dispatch.counters import Counters
 from moe_dispatch.dispatch.errors import BackendFailedError
 from moe_dispatch.dispatch.first_calls import FIRST_CALLS
@@ -15,7 +15,6 @@ from moe_dispatch.dispatch.planner import Planner
 from moe_dispatch.dispatch.quarantine import Quarantine
 from moe_dispatch.dispatch.recovery import Recovery, Runner
 from moe_dispatch.guard import FOREIGN_ERRORS
-from moe_dispatch.numerics import QuantizedRows
 from moe_dispatch.problem import Mode
 from moe_dispatch.registry import LAST_RESORT
 from moe_dispatch.system import failures
@@ -90,15 +89,12 @@ class ArrivedCalls:
         return plan is not None
 
     def _ordinary(self, inputs: ArrivedInputs, backend: str | None) -> Tensor:
-        rows, experts, topk_weights, topk_ids, _ = inputs
-        if isinstance(rows, QuantizedRows):
-            rows = rows.dequantized().to(rows.act_dtype)
-        return self._runner.forward(rows, experts, topk_weights, topk_ids, backend)
+        return self._runner.forward(*inputs.ordinary(), backend)
 
     def _plan(self, inputs: ArrivedInputs, backend: str | None, mode: Mode) -> Plan | None:
         """What runs a kind of call as it is; None if an ordinary call is to."""
-        rows, experts, _, topk_ids, out = inputs
-        quantized = isinstance(rows, QuantizedRows)
+        _, experts, _, topk_ids, out = inputs
+        quantized = inputs.quantized
         key = (experts.spec, topk_ids.shape, topk_ids.dtype, inputs.act_dtype, quantized, out is None, backend, mode)
         if key not in self._plans:
             if len(self._plans) >= _MAX_KINDS:
@@ -127,6 +123,8 @@ class ArrivedCalls:
             out = peers
         else:
             out = topk_weights.new_empty(topk_ids.shape[0], experts.K, dtype=inputs.act_dtype)
+        if isinstance(rows, TravellingRows) and not plan.backend.starts_before_arrival:
+            rows = rows.wait()
         run: Any = plan.backend.run_into
         kind = (plan.kind, type(rows), type(out))
         with ExitStack() as first:

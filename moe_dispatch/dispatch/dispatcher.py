@@ -24,7 +24,6 @@ from moe_dispatch.dispatch.recovery import Recovery
 from moe_dispatch.experts import ExpertWeights
 from moe_dispatch.guard import FOREIGN_ERRORS
 from moe_dispatch.machine import Machine
-from moe_dispatch.numerics import QuantizedRows
 from moe_dispatch.problem import Mode, MoEProblem
 from moe_dispatch.registry import LAST_RESORT
 from moe_dispatch.settings import Settings, settings
@@ -168,9 +167,9 @@ class Dispatcher:
             out: As for `forward`.
         """
         if isinstance(inputs, ArrivedInputs):
-            if self.arrived.warm_up(inputs, backend) or isinstance(inputs.rows, QuantizedRows):
+            if self.arrived.warm_up(inputs, backend):
                 return
-            inputs = (inputs.rows, *inputs[1:4])
+            inputs = inputs.ordinary()
         self.forward(*inputs, backend, out)
         hidden_states, experts, _, topk_ids = inputs
         if experts.device.type != "cuda":

@@ -7,7 +7,7 @@ from typing import Protocol, cast
 import torch
 from torch import Tensor
 
-from moe_dispatch.backend import PeerRows
+from moe_dispatch.backend import PeerRows, TravellingRows
 from moe_dispatch.numerics import QuantizedRows
 
 
@@ -37,7 +37,7 @@ class PeerMemory(Protocol):
     def push_tokens(  # noqa: D102
         self, hidden_states: Tensor, topk_weights: Tensor, topk_ids: Tensor, *, capacity: int, first_experts: Tensor,
         E: int, seconds: float, quantize: bool,
-    ) -> tuple[Tensor | QuantizedRows, Tensor, Tensor]: ...  # fmt: skip
+    ) -> tuple[Tensor | QuantizedRows | TravellingRows, Tensor, Tensor]: ...  # fmt: skip
 
     def peer_rows(self, capacity: int, K: int, dtype: torch.dtype) -> PeerRows: ...  # noqa: D102
 
@@ -61,7 +61,7 @@ class Push(Protocol):
     @staticmethod
     def PeerMemory(  # noqa: D102, N802
         own: Tensor, addresses: Sequence[int], rank: int, tokens_bytes: int, programs: int, on_host: Tensor, *,
-        pdl: bool,
+        pdl: bool, aside: torch.cuda.Stream | None,
     ) -> PeerMemory: ...  # fmt: skip
 
 

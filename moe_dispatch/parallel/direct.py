@@ -2,7 +2,7 @@
 
 import dataclasses
 from dataclasses import dataclass
-from typing import ClassVar, Final
+from typing import Any, ClassVar, Final
 
 import torch
 from torch import Tensor
@@ -112,7 +112,7 @@ class DirectExchange(Exchange):
         shared = self._allocate(push.header_bytes(ranks) + tokens + results)
         on_host = torch.zeros(1, dtype=torch.int64, pin_memory=shared.own.is_cuda)
         memory = push.PeerMemory(
-            shared.own, shared.addresses, self.collectives.rank, tokens, self._programs(), on_host, pdl=self._pdl()
+            shared.own, shared.addresses, self.collectives.rank, tokens, self._programs(), on_host, **self._launches()
         )  # fmt: skip
         self._rooms.append(Room(memory, tokens, results, shared))
         return self._rooms[-1]
@@ -124,8 +124,10 @@ class DirectExchange(Exchange):
         """How many programs of a kernel run at a time, whatever their registers."""
         return torch.cuda.get_device_properties(self.collectives.device).multi_processor_count
 
-    def _pdl(self) -> bool:
-        return torch.cuda.get_device_capability(self.collectives.device) >= (9, 0)
+    def _launches(self) -> dict[str, Any]:
+        device = self.collectives.device
+        stream: Any = torch.cuda.Stream  # which torch does not annotate
+        return {"pdl": torch.cuda.get_device_capability(device) >= (9, 0), "aside": stream(device)}
 
     def _refuse_capture(self, what: str) -> None:
         if self.collectives.capturing:

@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Literal, get_args
 
 from torch import Tensor
 
-from moe_dispatch.backend import PeerRows
+from moe_dispatch.backend import PeerRows, TravellingRows
 from moe_dispatch.numerics import QuantizedRows
 from moe_dispatch.parallel.collectives import Collectives
 from moe_dispatch.parallel.placement import Division, Placement
@@ -133,7 +133,7 @@ class Arrived:
     """The rows that a rank's experts are to run, and what the way back needs.
 
     Attributes:
-        hidden_states: ``[R, K]``; quantised where the exchange sends codes and multipliers.
+        hidden_states: ``[R, K]``; quantised where the exchange sends codes and multipliers, and perhaps on its way.
         topk_weights: fp32 ``[R, topk]``.
         topk_ids: int32 ``[R, topk]``, local; an id outside the rank's experts adds nothing. Rows that pad have no other
             ids, and any values in hidden_states.
@@ -141,7 +141,7 @@ class Arrived:
         out: Memory of the ranks that the rows came from, where a backend may store its results; None if there is none.
     """
 
-    hidden_states: Tensor | QuantizedRows
+    hidden_states: Tensor | QuantizedRows | TravellingRows
     topk_weights: Tensor
     topk_ids: Tensor
     route: Any = None

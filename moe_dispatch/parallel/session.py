@@ -16,7 +16,6 @@ from moe_dispatch.dispatch.dispatcher import Dispatcher
 from moe_dispatch.dispatch.internals import any_autocast_enabled
 from moe_dispatch.errors import InvalidInputError, PolicyFileError, UnknownNameError, warn
 from moe_dispatch.machine import current_machine
-from moe_dispatch.numerics import QuantizedRows
 from moe_dispatch.parallel import agreement
 from moe_dispatch.parallel.collectives import Collectives
 from moe_dispatch.parallel.control import Control
@@ -254,7 +253,7 @@ class Session:
     def run_local(self, inputs: ArrivedInputs, backend: str | None) -> Tensor | PeerRows:
         """Run this rank's experts over rows that arrived; what is returned is for `Exchange.combine`."""
         rows, experts, topk_weights, topk_ids, out = inputs
-        if out is not None or isinstance(rows, QuantizedRows):
+        if out is not None or not isinstance(rows, Tensor):
             if any_autocast_enabled():
                 with torch.autocast(self.device.type, enabled=False):  # as for any other call, see `call_eagerly`
                     return self.dispatcher.arrived.forward(inputs, backend)

@@ -24,9 +24,12 @@ def three(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
         yield started
 
 
-@pytest.mark.parametrize(("skewed", "quantizes"), [(False, False), (True, False), (True, True)])
-def test_every_round_carries_what_was_sent(three: Ranks, *, skewed: bool, quantizes: bool) -> None:
-    rounds = partial(twins.rounds_of_the_protocol, 15, skewed=skewed, quantizes=quantizes)
+@pytest.mark.parametrize(
+    ("skewed", "quantizes", "aside"),
+    [(False, False, False), (True, False, False), (True, True, False), (True, False, True), (True, True, True)],
+)
+def test_every_round_carries_what_was_sent(three: Ranks, *, skewed: bool, quantizes: bool, aside: bool) -> None:
+    rounds = partial(twins.rounds_of_the_protocol, 15, skewed=skewed, quantizes=quantizes, aside=aside)
     assert three.run(rounds) == [[], [], []]
 
 

@@ -16,7 +16,7 @@ def launches(capability: int, M: int) -> Iterator[Launch]:
     row_bytes = 2 * K
     tokens = push.tokens_bytes(ranks, M, topk, row_bytes, K // 128)
     own = torch.empty(push.header_bytes(ranks) + tokens + push.results_bytes(ranks, M, row_bytes), dtype=torch.uint8)
-    memory = push.PeerMemory(own, [0, 0], 0, tokens, 132, torch.zeros(1, dtype=torch.int64), pdl=True)
+    memory = push.PeerMemory(own, [0, 0], 0, tokens, 132, torch.zeros(1, dtype=torch.int64), pdl=True, aside=None)
     hidden, weights = torch.empty(M, K, dtype=torch.bfloat16), torch.empty(M, topk)
     ids = torch.empty(M, topk, dtype=torch.int64)
     first = torch.empty(ranks, dtype=torch.int32)
@@ -35,15 +35,16 @@ def launches(capability: int, M: int) -> Iterator[Launch]:
 
 @pytest.mark.parametrize("M", [16, 4096])
 def test_kernels_compile_and_copy_16_bytes_at_a_time(M: int) -> None:
-    tokens, codes, results, stored, packs, _ = every = tuple(compile_launches(launches, 90, M=M))
+    *tokens, results, stored, _, unpacks = every = compile_launches(launches, 90, M=M)
     assert [built.name for built in every] == [
-        "_moe_push_tokens_kernel", "_moe_push_tokens_kernel", "_moe_push_results_kernel",
-        "_moe_push_results_kernel", "_moe_pack_tokens_kernel", "_moe_unpack_slots_kernel",
+        *["_moe_push_tokens_kernel"] * (2 if M == 16 else 4), "_moe_push_results_kernel", "_moe_push_results_kernel",
+        "_moe_pack_tokens_kernel", "_moe_unpack_slots_kernel",
     ]  # fmt: skip
-    for built in (tokens, codes, results, stored, packs):
-        assert built.wide_loads, built
-        assert built.wide_stores, built
+    slots_alone = [] if M == 16 else [tokens[0], tokens[2]]
     for built in every:
+        if built is not unpacks and built not in slots_alone:
+            assert built.wide_loads, built
+            assert built.wide_stores, built
         assert not built.stack, built
     # One release, and a look before and in the loop.
-    assert tokens.system_scope == codes.system_scope == results.system_scope == stored.system_scope == 3
+    assert {built.system_scope for built in (*tokens, results, stored)} == {3}

@@ -15,7 +15,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from moe_dispatch.backend import PeerRows
+from moe_dispatch.backend import PeerRows, TravellingRows
+from moe_dispatch.backends.exchange import push
 from moe_dispatch.numerics import quantize_rows_torch
 from moe_dispatch.parallel import device_code
 from moe_dispatch.parallel.direct import DirectExchange, DirectFp8Exchange
@@ -61,8 +62,8 @@ class SharedMemoryDirect(DirectExchange):
     def _programs(self) -> int:
         return 3
 
-    def _pdl(self) -> bool:
-        return False
+    def _launches(self) -> dict[str, Any]:
+        return {"pdl": False, "aside": None}
 
 
 class SharedMemoryDirectFp8(SharedMemoryDirect, DirectFp8Exchange):
@@ -105,7 +106,7 @@ def tokens_of(rank: int, seed: int, M: int, K: int, topk: int, dtype: torch.dtyp
     return hidden, torch.rand(M, topk, generator=generator), ids
 
 
-def rounds_of_the_protocol(rounds: int, *, skewed: bool, quantizes: bool) -> list[str]:
+def rounds_of_the_protocol(rounds: int, *, skewed: bool, quantizes: bool, aside: bool) -> list[str]:
     """Calls of changing shapes, with pauses of the ranks' own, each compared bit for bit; returns what is wrong.
 
     The results of a rank are its rows times its number plus one, in the dtype of rows, so that the order in which they
@@ -124,7 +125,14 @@ def rounds_of_the_protocol(rounds: int, *, skewed: bool, quantizes: bool) -> lis
         _pause(own, skewed)
         hidden, weights, ids = every[rank]
         tokens = LocalTokens(hidden, weights, ids, place, capacity, replicated=False)
-        arrived = exchange.dispatch(tokens)
+        with mock.patch.object(push, "ROWS_ASIDE", 0) if aside else contextlib.nullcontext():
+            arrived = exchange.dispatch(tokens)
+        every_row: Any = arrived.hidden_states
+        if aside:
+            assert isinstance(every_row, TravellingRows)
+            if not torch.equal(every_row.own, hidden) or every_row.first != rank * capacity:
+                faults.append(f"round {number}: own rows")
+            every_row = every_row.wait()
         _pause(own, skewed)
         for origin, (rows, its_weights, its_ids) in enumerate(every):
             part = slice(origin * capacity, origin * capacity + counts[origin])
@@ -132,7 +140,7 @@ def rounds_of_the_protocol(rounds: int, *, skewed: bool, quantizes: bool) -> lis
             local = torch.where(its_ids < 0, -1, local).int()
             padding = arrived.topk_ids[part.stop : (origin + 1) * capacity]
             sent = quantize_rows_torch(rows) if quantizes else (rows,)
-            there = arrived.hidden_states[:2] if quantizes else (arrived.hidden_states,)
+            there = every_row[:2] if quantizes else (every_row,)
             same = all(torch.equal(a[part].float(), b.float()) for a, b in zip(there, sent, strict=True))
             if not same or not torch.equal(arrived.topk_ids[part], local):
                 faults.append(f"round {number}: tokens of rank {origin}")
