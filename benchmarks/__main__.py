@@ -45,20 +45,27 @@ def regret(
     machine: Annotated[
         Path | None, typer.Option(help="Description of the machine that was measured, as JSON; default: this machine.")
     ] = None,
+    routing: Annotated[
+        bool, typer.Option("--routing", help="Instead: what a choice that does not know the routing loses under each.")
+    ] = False,
     json_: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
     """Print what each policy's choices lose against the fastest candidate that was measured."""
-    from moe_dispatch.benchmarks.reports.regret import bench_observations, judge, summary
+    from moe_dispatch.benchmarks.reports.regret import bench_observations, by_routing, judge, summary
     from moe_dispatch.benchmarks.row_files import load
     from moe_dispatch.machine import Machine
 
-    measured_on = Machine.load(machine) if machine else Machine.inspect()
-    judged = judge(bench_observations(load(rows), measured_on), measured_on)
-    summaries = {policy: summary(points.values()) for policy, points in judged.items()}
+    if routing:
+        summaries = {name: summary(points) for name, points in by_routing(load(rows)).items()}
+    else:
+        measured_on = Machine.load(machine) if machine else Machine.inspect()
+        judged = judge(bench_observations(load(rows), measured_on), measured_on)
+        summaries = {policy: summary(points.values()) for policy, points in judged.items()}
     if json_:
         typer.echo(json.dumps(summaries, indent=1))
         return
-    typer.echo(f"{'policy':20}{'mean':>9}{'p95':>9}{'worst':>9}{'points':>8}{'unmeasured':>12}")
+    subject = "routing" if routing else "policy"
+    typer.echo(f"{subject:20}{'mean':>9}{'p95':>9}{'worst':>9}{'points':>8}{'unmeasured':>12}")
     for policy, figures in summaries.items():
         regrets = "".join(f"{figures[key]:>9.2%}" for key in ("mean", "p95", "worst"))
         typer.echo(f"{policy:20}{regrets}{figures['points']:>8}{figures['unmeasured']:>12}")

@@ -319,10 +319,12 @@ class ExpertWeights:
     @property
     def requires_grad(self) -> bool:
         """Whether a gradient is wanted for any of the weights, as of now."""
-        if self.gate_up.requires_grad or self.down.requires_grad:
-            return True
-        biases = (self.gate_up_bias, self.down_bias)
-        return any(bias is not None and bias.requires_grad for bias in biases)
+        return (
+            self.gate_up.requires_grad
+            or self.down.requires_grad
+            or (self.gate_up_bias is not None and self.gate_up_bias.requires_grad)
+            or (self.down_bias is not None and self.down_bias.requires_grad)
+        )
 
     @property
     def fp8(self) -> bool:

@@ -1,7 +1,7 @@
 """What a policy is: it ranks backends and gives its reasons. Whether a backend can run, the backend itself decides."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -41,6 +41,10 @@ class Policy(ABC):
     @abstractmethod
     def rank(self, problem: MoEProblem) -> tuple[Choice, ...]:
         """Candidates, best first; empty where this policy knows nothing of the problem and the next one decides."""
+
+    def ranked(self, problem: MoEProblem) -> Iterator[Choice]:
+        """`rank` one choice at a time: a policy that overrides this does not make choices that are never looked at."""
+        yield from self.rank(problem)
 
     def notes(self) -> tuple[str, ...]:
         """What a person should know about this policy on this machine: retired measurements, a refused file."""

@@ -134,12 +134,12 @@ class MoEProblem:
     @cached_property
     def layer(self) -> "MoEProblem":
         """The same layer with M=1, eager, without gradients: the part that is fixed while a model serves."""
-        return dataclasses.replace(self, M=1, mode="eager", needs_grad=False)
+        return self._with(M=1, mode="eager", needs_grad=False)
 
     @cached_property
     def bucket(self) -> "MoEProblem":
         """The same problem with M rounded up to a power of two, for which a first run and a quarantine hold."""
-        return dataclasses.replace(self, M=1 << max(self.M - 1, 0).bit_length())
+        return self._with(M=1 << max(self.M - 1, 0).bit_length())
 
     @cached_property
     def whole_layer(self) -> "MoEProblem":
@@ -153,6 +153,12 @@ class MoEProblem:
         topk = max(1, self.topk * self.E // self.routed_experts)
         M = math.ceil(self.expected_slots / topk)
         return dataclasses.replace(self, M=M, topk=topk, routed_experts=None)
+
+    def _with(self, **values: object) -> "MoEProblem":
+        """A copy with other valid values of some fields: they are not checked again, which `replace` would do."""
+        other = object.__new__(MoEProblem)
+        vars(other).update({name: vars(self)[name] for name in _FIELDS}, **values)
+        return other
 
     @property
     def expert_bytes(self) -> int:
@@ -185,6 +191,9 @@ class MoEProblem:
     def scale_shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Shapes of one expert's FP8 scales: (gate_up, down)."""
         return scale_shape(self.dtype, self.gate_up_rows, self.K), scale_shape(self.dtype, self.K, self.N)
+
+
+_FIELDS: Final = tuple(field.name for field in dataclasses.fields(MoEProblem))
 
 
 def scale_shape(dtype: DType, rows: int, columns: int) -> tuple[int, ...]:

@@ -198,11 +198,16 @@ class RoutingDistribution:
         skew: The factor f: expert shares are drawn from the symmetric Dirichlet distribution whose expected effective
             number of experts, 1/Σp², is E/f. 1 is uniform.
         hot: Whether one expert is chosen by every token.
+        zipf: The exponent s: the share of the expert at rank r, in an order drawn anew, is proportional to r^-s. 0 is
+            uniform.
+        dead: The part of the experts that no token chooses; at least topk of them are left.
     """
 
     name: str
     skew: float = 1.0
     hot: bool = False
+    zipf: float = 0.0
+    dead: float = 0.0
 
     def sample(
         self, M: int, E: int, topk: int, device: "torch.device | str", generator: "torch.Generator | None" = None
@@ -218,7 +223,11 @@ class RoutingDistribution:
             raise InvalidInputError(f"topk={topk} distinct experts cannot be drawn from E={E}")
         # Drawn on the CPU: the same seed gives the same routing on every device.
         on_host: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}
-        logits = self._log_shares(E, generator).expand(M, E)
+        logits = self._log_shares(E, generator)
+        if self.dead:
+            drawn = torch.randperm(E, generator=generator, device="cpu")
+            logits[drawn[: min(int(self.dead * E), E - topk)]] = -torch.inf
+        logits = logits.expand(M, E)
         noise = torch.rand(M, E, generator=generator, **on_host).clamp_(min=1e-20).log_().neg_().log_().neg_()  # Gumbel
         scores = logits + noise
         if self.hot:
@@ -233,6 +242,9 @@ class RoutingDistribution:
     def _log_shares(self, E: int, generator: "torch.Generator | None") -> "Tensor":
         import torch
 
+        if self.zipf:
+            ranks = torch.randperm(E, generator=generator, device="cpu") + 1
+            return ranks.log() * -self.zipf
         if self.skew <= 1.0 or E == 1:
             return torch.zeros(E, dtype=torch.float32, device="cpu")
         # E[Σp²] of a symmetric Dirichlet is (α + 1)/(E·α + 1), and its inverse is to be E/f.
@@ -248,5 +260,7 @@ ROUTINGS: Final[dict[str, RoutingDistribution]] = {
         RoutingDistribution("dirichlet-2", skew=2.0),
         RoutingDistribution("dirichlet-4", skew=4.0),
         RoutingDistribution("one-hot", hot=True),
+        RoutingDistribution("zipf", zipf=1.0),
+        RoutingDistribution("half-dead", dead=0.5),
     )
 }

@@ -63,8 +63,12 @@ class MeasuredPolicy(Policy):
 
     def rank(self, problem: MoEProblem) -> tuple[Choice, ...]:
         """See `Policy.rank`."""
+        return tuple(self.ranked(problem))
+
+    def ranked(self, problem: MoEProblem) -> Iterator[Choice]:
+        """See `Policy.ranked`."""
         if problem.needs_grad or problem.M < 1:
-            return ()
+            return iter(())
         problem = problem.whole_layer  # files hold measurements of whole layers
         key = layer_key(problem)
         if table := self._table(key, problem.mode):
@@ -72,7 +76,7 @@ class MeasuredPolicy(Policy):
         other: Mode = "eager" if problem.mode == "graph" else "graph"
         if table := self._table(key, other):
             return table.choices(problem.M, f"{other}; {problem.mode} was not measured")
-        return ()
+        return iter(())
 
     def notes(self) -> tuple[str, ...]:
         """The reasons for which files are refused, and measurements that are not used."""
@@ -83,8 +87,10 @@ class MeasuredPolicy(Policy):
         return ",".join(file.digest() for file in self._files)
 
     def _table(self, key: LayerKey, mode: Mode) -> LayerTable | None:
-        tables = (file.table(key, mode) for file in self._files)
-        return next((table for table in tables if table), None)
+        for file in self._files:
+            if table := file.table(key, mode):
+                return table
+        return None
 
 
 class CalibratedPolicy(MeasuredPolicy):

@@ -35,18 +35,21 @@ FP8_WORK_PER_VALUE: Final = 1000
 
 # The vector kernels read an expert's weights once for each of its slots, so that nearly every slot must have an expert
 # to itself, and they start sooner than tensor cores, which is felt only where reading takes little longer. In FP8
-# converting the codes without tensor cores takes longer than reading them. Most slots per hit expert; most bytes of the
-# hit experts' weights.
-VECTOR_SHARING: Final = 1.15
+# converting the codes without tensor cores takes longer than reading them, the more so where a row of K is read in
+# parts (qwen3-30b-a3b, 131 MiB at M=4: 41.5 µs, 43.8 with tensor cores; deepseek-v3, 336 MiB at M=1: 126, 95). Most
+# slots per hit expert; most bytes of the hit experts' weights, in FP8 by whether a row has more columns than that.
+VECTOR_SHARING: Final = 1.22
 VECTOR_BYTES: Final = 1 << 30
-VECTOR_FP8_BYTES: Final = 64 << 20
+VECTOR_FP8_BYTES: Final = 192 << 20
+VECTOR_FP8_LONG_K_BYTES: Final = 64 << 20
+VECTOR_LONG_K: Final = 2048
 # Where their second product does not read all of a token's experts at once, one token still gains 1 to 2 % in BF16 with
 # so many bytes to read. With fewer it loses (deepseek-v2-lite, M=1: 34.8 µs, 31.1 with tensor cores), and so do more
 # tokens (1 to 8 %).
 VECTOR_APART_BYTES: Final = 256 << 20
 # The second product reads all experts at once where a token has so few, with rows of N (rounded up to a power of two)
 # so short, and both together so few: `TritonVectorConfig.down_experts` of the default configuration.
-VECTOR_EXPERTS: Final = 8
+VECTOR_EXPERTS: Final = 16
 VECTOR_N: Final = 2048
 VECTOR_COLUMNS: Final = 8192
 
@@ -129,7 +132,7 @@ def vector_suits(problem: MoEProblem) -> bool:
     fits = topk <= VECTOR_EXPERTS and columns <= VECTOR_N and topk * columns <= VECTOR_COLUMNS
     at_once = problem.topk == 1 or fits
     if problem.fp8:
-        return at_once and read <= VECTOR_FP8_BYTES
+        return at_once and read <= (VECTOR_FP8_BYTES if problem.K <= VECTOR_LONG_K else VECTOR_FP8_LONG_K_BYTES)
     apart = problem.M == 1 and read >= VECTOR_APART_BYTES
     return (at_once or apart) and read <= VECTOR_BYTES
 

@@ -27,20 +27,22 @@ class ShippedPolicy(MeasuredPolicy):
     name = "shipped"
     retires = False
 
-    def rank(self, problem: MoEProblem) -> tuple[Choice, ...]:
-        """See `Policy.rank`."""
-        choices = super().rank(problem)
-        if self._source is None or self._source.slug == self.machine.slug or not choices:
+    def ranked(self, problem: MoEProblem) -> Iterator[Choice]:
+        """See `Policy.ranked`."""
+        choices = super().ranked(problem)
+        if self._neighbour is None:
             return choices
-        slowdown = self._source.slowdown(problem)
-        return tuple(_estimated(choice, slowdown, self._source) for choice in choices)
+        slowdown = self._neighbour.slowdown(problem)
+        return (_estimated(choice, slowdown, self._neighbour) for choice in choices)
 
     def _read(self) -> Iterator[CalibrationFile]:
-        self._source = nearest(self.machine, ".json")
-        if self._source is None:
+        source = nearest(self.machine, ".json")
+        # The other device whose table serves this one; None where it is this device's own.
+        self._neighbour = source if source and source.slug != self.machine.slug else None
+        if source is None:
             return
         try:
-            yield self._table_of(self._source)
+            yield self._table_of(source)
         except PolicyFileError as error:
             self._refuse(error)
 

@@ -46,6 +46,8 @@ class GluonHopperBackend(TritonBackend):
         dtypes=dict.fromkeys(("bf16", "fp8"), (9, 0)),
         act_dtypes=frozenset({"bf16"}),
         activations=KINDS - UNGATED,
+        bias=True,
+        interleaved=True,
         multiples={"bf16": {"K": 64, "N": 8}, "fp8": {"K": 256, "N": 128}},
         max_capability=dict.fromkeys(("bf16", "fp8"), (9, 1)),
     )

@@ -5,6 +5,9 @@ One program runs on every multiprocessor until all tiles are done. A tile is up 
 one expert by 256 rows of its weights: 128 of gate and the 128 of up beside them, or 256 of down. Its depth, K in the
 first product and N in the second, arrives in stages of 128 bytes of each row.
 
+A stage holds 128 rows of gate and then 128 of up. Where gate and up rows alternate in the layer (INTERLEAVED), it holds
+64 of each in turn, so that each half of its weights has one FP8 scale. Where the layer has biases, sums start at them.
+
 Roles:
 
     role         warps     work
@@ -43,10 +46,12 @@ from triton.experimental.gluon.language.nvidia.hopper import async_copy, mbarrie
 
 from moe_dispatch.backends.gluon_hopper import tiles
 from moe_dispatch.backends.gluon_hopper.gluon_api import aggregate, field, reinterpret, tma_load
+from moe_dispatch.backends.triton_common.device import moe_gate_up_bias
 
 _QUEUE_SLOTS = gl.constexpr(tiles.QUEUE_SLOTS)
 _LEAD_STAGES = gl.constexpr(tiles.LEAD_STAGES)
 _STAGE_BYTES = gl.constexpr(tiles.STAGE_BYTES)
+PLAIN = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [0]))
 
 
 @aggregate
@@ -129,26 +134,29 @@ class Ring:
 
 @aggregate
 class TileStrides:
-    """How the tiles of all experts lie in the rows of their weights.
+    """How the tiles of all experts lie in the rows of their weights, or with INTERLEAVED in pairs of rows.
 
     Attributes:
-        expert: Rows of an expert's weights.
-        second: Rows from a tile's first 128 to its second 128.
-        tile: Rows from one tile to the next.
+        expert: Rows (pairs) of an expert's weights.
+        second: Rows (pairs) from the first half of a tile's weights to the second half.
+        tile: Rows (pairs) from one tile to the next.
         depth: Blocks of BLOCK_K columns, which are summed over.
+        INTERLEAVED: Whether the weights' descriptor sees pairs of a gate row and an up row.
     """
 
     expert: gl.tensor | gl.constexpr
     second: gl.tensor | gl.constexpr
     tile: gl.tensor | gl.constexpr
     depth: gl.tensor | gl.constexpr
+    INTERLEAVED: gl.constexpr
 
     @gluon.constexpr_function
-    def __init__(self, expert, second, tile, depth):
+    def __init__(self, expert, second, tile, depth, INTERLEAVED):
         self.expert = field(expert)
         self.second = field(second)
         self.tile = field(tile)
         self.depth = field(depth)
+        self.INTERLEAVED = gl.constexpr(INTERLEAVED)
 
 
 @gluon.jit
@@ -278,9 +286,52 @@ def _load_rows(desc, buf, bar, row, end, column, pred):
 @gluon.jit
 def load_weights(operands, ring, stage, bar, w_row, column):
     """Have TMA copy a stage's weights alone."""
-    second = w_row + operands.strides.second
-    tma_load(operands.weights, [w_row, column], bar, ring.weights.index(2 * stage))
-    tma_load(operands.weights, [second, column], bar, ring.weights.index(2 * stage + 1))
+    _load_half(operands, ring.weights.index(2 * stage), bar, w_row, column)
+    _load_half(operands, ring.weights.index(2 * stage + 1), bar, w_row + operands.strides.second, column)
+
+
+@gluon.jit
+def _load_half(operands, buf, bar, w_row, column):
+    """Load 128 rows of weights, or with INTERLEAVED the gate rows of 64 pairs and then their up rows."""
+    desc = operands.weights
+    if operands.strides.INTERLEAVED:
+        view = reinterpret(buf, buf.dtype, desc.block_type.shape, desc.layout)
+        tma_load(desc, [0, w_row, column], bar, view)
+    else:
+        tma_load(desc, [w_row, column], bar, buf)
+
+
+@gluon.jit
+def add_biases(
+    sums, outputs, tile, AXIS: gl.constexpr, FIRST: gl.constexpr, CONSUMER: gl.constexpr, ACTIVATION: gl.constexpr
+):  # fmt: skip
+    """Sums with the biases of the rows of weights along their AXIS, FIRST and following of a stage's 256 rows.
+
+    They pass through the buffer for results: a thread adds up to 64 of them, whose addresses would cost registers.
+    """
+    if outputs.biases is not None:
+        COUNT: gl.constexpr = sums.shape[AXIS]
+        row = FIRST + gl.arange(0, COUNT, gl.BlockedLayout([1], [32], [4], [0]))
+        PARTS: gl.constexpr = 1 if ACTIVATION is None else 2
+        if ACTIVATION is None:
+            column = tile.block_n * 256 + row
+            part = 0
+        elif outputs.INTERLEAVED:
+            column = tile.block_n * 128 + row // 128 * 64 + row % 64
+            part = row // 64 % 2
+        else:
+            column = tile.block_n * 128 + row % 128
+            part = row // 128
+        N = outputs.columns
+        biases = outputs.biases + tile.e * PARTS * N
+        bias = moe_gate_up_bias(biases, column, part, N, column < N, PARTS, outputs.INTERLEAVED)
+        bufs = outputs.bufs
+        ROWS: gl.constexpr = bufs.shape[1] * bufs.shape[2] * bufs.dtype.primitive_bitwidth // 32 // COUNT
+        buf = reinterpret(bufs.index(CONSUMER), gl.float32, [ROWS, COUNT], PLAIN).index(0)
+        buf.store(bias)
+        bias = buf.load(gl.SliceLayout(1 - AXIS, sums.type.layout))
+        sums += gl.expand_dims(bias, 1 - AXIS)
+    return sums
 
 
 @gluon.jit

@@ -13,8 +13,10 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup
 
 from moe_dispatch.backends.gluon_hopper import tiles
 from moe_dispatch.backends.gluon_hopper.common import (
+    PLAIN,
     Ring,
     TileStrides,
+    add_biases,
     make_barriers,
     receive_tile,
     schedule_tiles,
@@ -32,7 +34,6 @@ _BLOCK_K = gl.constexpr(128)
 _TAIL_M = gl.constexpr(tiles.FP8_TAIL_M)
 _STAGGER_STAGES = gl.constexpr(tiles.STAGGER_STAGES)
 _LOADER_WARPS = gl.constexpr(2)
-_PLAIN = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [0]))
 # One binary for all layers: none of these is worth a specialisation.
 _SHAPES = (
     "a_scale_row", "a_scale_column", "out_scale_row", "out_scale_column", "n_blocks", "w_rows", "w_second", "w_step",
@@ -49,31 +50,39 @@ class Fp8Outputs:
         scales: Pointer to its multipliers; None without an activation.
         scale_row: Elements from the multiplier of one row to that of the next.
         scale_column: Elements from the multipliers of one block of columns to those of the next.
+        biases: Pointer to the biases of all experts' rows of weights; None without.
         columns: Columns of the result.
         bufs: Shared memory ``[2, 64, 128 bytes]`` through which each consumer stores.
         amax_bufs: Shared memory, fp32 ``[4, 64]``: two pairs of maxima that the consumers exchange.
         exchange: Barrier of that exchange.
+        INTERLEAVED: Whether gate and up rows of the weights, and of their biases, alternate.
     """
 
     ptr: gl.tensor
     scales: gl.tensor | gl.constexpr
     scale_row: gl.tensor
     scale_column: gl.tensor
+    biases: gl.tensor | gl.constexpr
     columns: gl.tensor | gl.constexpr
     bufs: gl.shared_memory_descriptor
     amax_bufs: gl.shared_memory_descriptor
     exchange: gl.shared_memory_descriptor
+    INTERLEAVED: gl.constexpr
 
     @gluon.constexpr_function
-    def __init__(self, ptr, scales, scale_row, scale_column, columns, bufs, amax_bufs, exchange):
+    def __init__(
+        self, ptr, scales, scale_row, scale_column, biases, columns, bufs, amax_bufs, exchange, INTERLEAVED
+    ):  # fmt: skip
         self.ptr = ptr
         self.scales = field(scales)
         self.scale_row = scale_row
         self.scale_column = scale_column
+        self.biases = field(biases)
         self.columns = field(columns)
         self.bufs = bufs
         self.amax_bufs = amax_bufs
         self.exchange = exchange
+        self.INTERLEAVED = gl.constexpr(INTERLEAVED)
 
 
 @gluon.jit(do_not_specialize=_SHAPES)
@@ -86,6 +95,7 @@ def _moe_hopper_fp8_product_kernel(
     a_scale_column,
     w_desc,
     w_scale_ptr,
+    bias_ptr,
     blocks_ptr,
     counts_ptr,
     # outputs
@@ -103,9 +113,13 @@ def _moe_hopper_fp8_product_kernel(
     # constants
     COUNTER: gl.constexpr,
     ACTIVATION: gl.constexpr,
+    INTERLEAVED: gl.constexpr,
     STAGES: gl.constexpr,
 ):
-    """Rows are in the order of experts; their descriptors take 64 of them and what a tail has."""
+    """Rows are in the order of experts; their descriptors take 64 of them and what a tail has.
+
+    With INTERLEAVED `w_desc` sees pairs of rows, see `windows.weight_descriptor`.
+    """
     FP8: gl.constexpr = w_desc.dtype
     OUT: gl.constexpr = out_ptr.dtype.element_ty
     OUT_COLUMNS: gl.constexpr = 1024 // OUT.primitive_bitwidth
@@ -113,25 +127,26 @@ def _moe_hopper_fp8_product_kernel(
     OUT_LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, OUT_COLUMNS], OUT)
     rows = gl.allocate_shared_memory(FP8, [2 * STAGES, 64, _BLOCK_K], A_LAYOUT)
     tails = gl.allocate_shared_memory(FP8, [STAGES, _TAIL_M, _BLOCK_K], A_LAYOUT)
-    weights = gl.allocate_shared_memory(FP8, [2 * STAGES, 128, _BLOCK_K], w_desc.layout)
+    weights = gl.allocate_shared_memory(FP8, [2 * STAGES, 128, _BLOCK_K], A_LAYOUT)
     scales = ScaleRing(
-        gl.allocate_shared_memory(gl.float32, [2 * STAGES, 64], _PLAIN),
-        gl.allocate_shared_memory(gl.float32, [STAGES, _TAIL_M], _PLAIN),
-        gl.allocate_shared_memory(gl.float32, [2 * STAGES, 1], _PLAIN),
+        gl.allocate_shared_memory(gl.float32, [2 * STAGES, 64], PLAIN),
+        gl.allocate_shared_memory(gl.float32, [STAGES, _TAIL_M], PLAIN),
+        gl.allocate_shared_memory(gl.float32, [2 * STAGES, 1], PLAIN),
     )
     out_bufs = gl.allocate_shared_memory(OUT, [2, 64, OUT_COLUMNS], OUT_LAYOUT)
-    amax_bufs = gl.allocate_shared_memory(gl.float32, [4, 64], _PLAIN)
+    amax_bufs = gl.allocate_shared_memory(gl.float32, [4, 64], PLAIN)
     exchange = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     mbarrier.init(exchange, count=2)
     queue, full, empty = make_barriers(STAGES, _LOADER_WARPS, True)
     ring = Ring(rows, tails, weights, full, empty, STAGES)
     moe_pdl_wait_and_release(True)
-    strides = TileStrides(w_rows, w_second, w_step, depth)
+    strides = TileStrides(w_rows, w_second, w_step, depth, INTERLEAVED)
     operands = Fp8Operands(
         a_desc, tail_desc, a_scale_ptr, a_scale_row, a_scale_column, w_desc, w_scale_ptr, strides
     )  # fmt: skip
     outputs = Fp8Outputs(
-        out_ptr, out_scale_ptr, out_scale_row, out_scale_column, columns, out_bufs, amax_bufs, exchange
+        out_ptr, out_scale_ptr, out_scale_row, out_scale_column, bias_ptr, columns, out_bufs, amax_bufs, exchange,
+        INTERLEAVED,
     )  # fmt: skip
     gl.warp_specialize(
         [
@@ -189,17 +204,24 @@ def _run_tile(
     W_LAYOUT: gl.constexpr = ring.weights.layout
     w_parts = reinterpret(ring.weights, ring.weights.dtype, [256 // WIDTH * STAGES, WIDTH, _BLOCK_K], W_LAYOUT)
     w_halves = reinterpret(ring.weights, ring.weights.dtype, [4 * STAGES, 64, _BLOCK_K], W_LAYOUT)
-    # Of a stage: which 64 rows, and which parts of the weights.
+    # Of a stage: which quarters of the weights this consumer multiplies where both multiply all rows, which 64 rows and
+    # which parts of the weights it multiplies here, and which blocks of scales these are in.
+    QUARTER: gl.constexpr = 2 * CONSUMER if outputs.INTERLEAVED else CONSUMER
+    OTHER: gl.constexpr = QUARTER + (1 if outputs.INTERLEAVED else 2)
     ROWS: gl.constexpr = CONSUMER if WIDTH == 128 else 0
-    FIRST: gl.constexpr = 0 if WIDTH == 128 else CONSUMER
-    SECOND: gl.constexpr = FIRST + 128 // WIDTH
-    first = gl.zeros([64, WIDTH], gl.float32, MMA)
-    second = gl.zeros([64, WIDTH], gl.float32, MMA)
+    FIRST: gl.constexpr = 0 if WIDTH == 128 else QUARTER
+    SECOND: gl.constexpr = 1 if WIDTH == 128 else OTHER
+    FIRST_SCALE: gl.constexpr = FIRST * WIDTH // 128
+    SECOND_SCALE: gl.constexpr = SECOND * WIDTH // 128
+    first = add_biases(gl.zeros([64, WIDTH], gl.float32, MMA), outputs, tile, 1, WIDTH * FIRST, CONSUMER, ACTIVATION)
+    second = add_biases(gl.zeros([64, WIDTH], gl.float32, MMA), outputs, tile, 1, WIDTH * SECOND, CONSUMER, ACTIVATION)
     partial = gl.zeros([64, WIDTH], gl.float32, MMA)
     if TAIL:
         TAIL_MMA: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, _TAIL_M, 32])
         tail_first = gl.zeros([64, _TAIL_M], gl.float32, TAIL_MMA)
+        tail_first = add_biases(tail_first, outputs, tile, 0, 64 * QUARTER, CONSUMER, ACTIVATION)
         tail_second = gl.zeros([64, _TAIL_M], gl.float32, TAIL_MMA)
+        tail_second = add_biases(tail_second, outputs, tile, 0, 64 * OTHER, CONSUMER, ACTIVATION)
         partial_first = gl.zeros([64, _TAIL_M], gl.float32, TAIL_MMA)
         partial_second = gl.zeros([64, _TAIL_M], gl.float32, TAIL_MMA)
     for _k in range(depth):
@@ -210,8 +232,8 @@ def _run_tile(
         x = ring.rows.index(2 * stage + ROWS)
         partial = _start(x, w_parts.index(256 // WIDTH * stage + FIRST), partial)
         row_scale = scales.rows.index(2 * stage + ROWS).load(gl.SliceLayout(1, MMA))
-        first_scale = gl.max(scales.weights.index(2 * stage).load(ONE), 0)
-        second_scale = gl.max(scales.weights.index(2 * stage + 1).load(ONE), 0)
+        first_scale = gl.max(scales.weights.index(2 * stage + FIRST_SCALE).load(ONE), 0)
+        second_scale = gl.max(scales.weights.index(2 * stage + SECOND_SCALE).load(ONE), 0)
         partial = warpgroup_mma_wait(0, deps=(partial,))
         first += partial * (row_scale * first_scale)[:, None]
         first, partial = warpgroup_mma_wait(0, deps=(first, partial))
@@ -223,17 +245,23 @@ def _run_tile(
                 0, deps=(second, partial_first, partial_second)
             )  # fmt: skip
             tail = ring.tails.index(stage)
-            partial_first = _start(w_halves.index(4 * stage + CONSUMER), tail, partial_first)
-            partial_second = _start(w_halves.index(4 * stage + 2 + CONSUMER), tail, partial_second)
+            partial_first = _start(w_halves.index(4 * stage + QUARTER), tail, partial_first)
+            partial_second = _start(w_halves.index(4 * stage + OTHER), tail, partial_second)
             tail_scale = scales.tails.index(stage).load(gl.SliceLayout(0, TAIL_MMA))
             partial_first, partial_second = warpgroup_mma_wait(0, deps=(partial_first, partial_second))
             mbarrier.arrive(ring.empty.index(stage))
-            tail_first += partial_first * (tail_scale * first_scale)[None, :]
-            tail_second += partial_second * (tail_scale * second_scale)[None, :]
+            tail_first += partial_first * (tail_scale * (first_scale if QUARTER < 2 else second_scale))[None, :]
+            tail_second += partial_second * (tail_scale * (first_scale if OTHER < 2 else second_scale))[None, :]
         else:
             mbarrier.arrive(ring.empty.index(stage))
             second += partial * (row_scale * second_scale)[:, None]
         step += 1
+    if WIDTH == 128 and outputs.INTERLEAVED:
+        # Each has 64 columns of gate and as many of up.
+        turns = gl.reshape(gl.join(first, second), [64, 2, 64, 2])
+        first, second = gl.split(gl.permute(turns, [0, 3, 2, 1]))
+        first = gl.reshape(first, [64, 128])
+        second = gl.reshape(second, [64, 128])
     if WIDTH == 128:
         _finish(first, second, 0, outputs, tile, tile.row + 64 * CONSUMER, 0, exchanges, CONSUMER, ACTIVATION)
     else:
@@ -254,7 +282,7 @@ def _finish(
     first, second, ROWS: gl.constexpr, outputs, tile, row, column, exchanges,
     CONSUMER: gl.constexpr, ACTIVATION: gl.constexpr,
 ):  # fmt: skip
-    """Store the products with a tile's first and second 128 rows of weights, or their activation in FP8.
+    """Store the products with 128 rows of a tile's weights and with the other 128, or of gate and up the activation.
 
     They are ``[64 rows, 128 or 64 columns]``, or where ROWS, the axis of rows, is 1 ``[64 columns, 16 rows]``. `row` is
     the first of them, `column` the first of 128.

@@ -72,6 +72,8 @@ class ScaleRing:
 @gluon.jit
 def load_fp8_tiles(queue, ring, scales, operands):
     """The loader: two warps, each of whose threads arrives at a stage when its own copies have."""
+    # Rows, or with INTERLEAVED pairs of them, in a block of scales.
+    SCALED: gl.constexpr = 64 if operands.strides.INTERLEAVED else 128
     BLOCK_K: gl.constexpr = ring.rows.shape[2]
     TAIL_M: gl.constexpr = ring.tails.shape[1]
     ROWS: gl.constexpr = gl.BlockedLayout([1], [32], [2], [0])
@@ -82,8 +84,8 @@ def load_fp8_tiles(queue, ring, scales, operands):
     tile = receive_tile(queue, i)
     while tile.end > 0:
         w_row = tile.e * strides.expert + tile.block_n * strides.tile
-        first_scale_ptrs = operands.weight_scales + w_row // 128 * strides.depth + gl.arange(0, 1, ROWS)
-        second_scale_ptrs = first_scale_ptrs + strides.second // 128 * strides.depth
+        first_scale_ptrs = operands.weight_scales + w_row // SCALED * strides.depth + gl.arange(0, 1, ROWS)
+        second_scale_ptrs = first_scale_ptrs + strides.second // SCALED * strides.depth
         # Past the end a row is read that is there.
         offs_m = tile.row + gl.arange(0, 128, ROWS)
         offs_t = tile.row + 128 + gl.arange(0, TAIL_M, ROWS)

@@ -17,6 +17,7 @@ from moe_dispatch.backends.gluon_hopper import tiles
 from moe_dispatch.backends.gluon_hopper.common import (
     Ring,
     TileStrides,
+    add_biases,
     make_barriers,
     receive_tile,
     schedule_tiles,
@@ -28,6 +29,7 @@ from moe_dispatch.backends.triton_common.device import moe_activate
 from moe_dispatch.backends.triton_common.pdl import moe_pdl_wait_and_release
 
 _TAIL_M = gl.constexpr(tiles.TAIL_M)
+_STAGE_BYTES = gl.constexpr(tiles.STAGE_BYTES)
 _STAGGER_STAGES = gl.constexpr(tiles.STAGGER_STAGES)
 
 
@@ -37,19 +39,25 @@ class Outputs:
 
     Attributes:
         ptr: Pointer to the result, row-major.
-        columns: Columns of it.
+        biases: Pointer to the biases of all experts' rows of weights; None without.
+        columns: Columns of the result.
         bufs: Shared memory ``[2, 64, 64]`` through which each consumer stores.
+        INTERLEAVED: Whether gate and up rows of the weights, and of their biases, alternate.
     """
 
     ptr: gl.tensor
+    biases: gl.tensor | gl.constexpr
     columns: gl.tensor | gl.constexpr
     bufs: gl.shared_memory_descriptor
+    INTERLEAVED: gl.constexpr
 
     @gluon.constexpr_function
-    def __init__(self, ptr, columns, bufs):
+    def __init__(self, ptr, biases, columns, bufs, INTERLEAVED):
         self.ptr = ptr
+        self.biases = field(biases)
         self.columns = field(columns)
         self.bufs = bufs
+        self.INTERLEAVED = gl.constexpr(INTERLEAVED)
 
 
 @gluon.jit
@@ -58,6 +66,7 @@ def _moe_hopper_product_kernel(
     a,
     tail_desc,
     w_desc,
+    bias_ptr,
     slot_of_row_ptr,
     blocks_ptr,
     counts_ptr,
@@ -75,24 +84,28 @@ def _moe_hopper_product_kernel(
     COUNTER: gl.constexpr,
     TOPK: gl.constexpr,
     ACTIVATION: gl.constexpr,
+    INTERLEAVED: gl.constexpr,
     STAGES: gl.constexpr,
 ):
-    """`a` is a descriptor of rows in expert order, or with TOPK > 0 hidden_states, whose rows the loader gathers."""
+    """`a` is a descriptor of rows in expert order, or with TOPK > 0 hidden_states, whose rows the loader gathers.
+
+    With INTERLEAVED `w_desc` sees pairs of rows, see `windows.weight_descriptor`.
+    """
     GATHER: gl.constexpr = TOPK > 0
     LOADER_WARPS: gl.constexpr = 2 if GATHER else 1
     DTYPE: gl.constexpr = w_desc.dtype
-    BLOCK_K: gl.constexpr = w_desc.block_type.shape[1]
+    BLOCK_K: gl.constexpr = _STAGE_BYTES * 8 // DTYPE.primitive_bitwidth
     LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, BLOCK_K], DTYPE)
     rows = gl.allocate_shared_memory(DTYPE, [2 * STAGES, 64, BLOCK_K], LAYOUT)
     tails = gl.allocate_shared_memory(DTYPE, [STAGES, _TAIL_M, BLOCK_K], LAYOUT)
-    weights = gl.allocate_shared_memory(DTYPE, [2 * STAGES, 128, BLOCK_K], w_desc.layout)
+    weights = gl.allocate_shared_memory(DTYPE, [2 * STAGES, 128, BLOCK_K], LAYOUT)
     out_bufs = gl.allocate_shared_memory(DTYPE, [2, 64, 64], LAYOUT)
     queue, full, empty = make_barriers(STAGES, LOADER_WARPS, GATHER)
     ring = Ring(rows, tails, weights, full, empty, STAGES)
     moe_pdl_wait_and_release(True)
-    strides = TileStrides(w_rows, w_second, w_step, depth)
+    strides = TileStrides(w_rows, w_second, w_step, depth, INTERLEAVED)
     operands = Operands(a, tail_desc, w_desc, slot_of_row_ptr, strides, a_columns)
-    outputs = Outputs(out_ptr, columns, out_bufs)
+    outputs = Outputs(out_ptr, bias_ptr, columns, out_bufs, INTERLEAVED)
     gl.warp_specialize(
         [
             (_consume, (queue, ring, outputs, depth, 0, ACTIVATION, GATHER)),
@@ -146,12 +159,18 @@ def _multiply(
     LAYOUT: gl.constexpr = ring.rows.layout
     w_pairs = reinterpret(ring.weights, ring.weights.dtype, [STAGES, 256, BLOCK_K], LAYOUT)
     w_halves = reinterpret(ring.weights, ring.weights.dtype, [4 * STAGES, 64, BLOCK_K], LAYOUT)
+    # Which quarters of a stage's weights this consumer multiplies, where both multiply all rows.
+    FIRST: gl.constexpr = 2 * CONSUMER if outputs.INTERLEAVED else CONSUMER
+    SECOND: gl.constexpr = FIRST + (1 if outputs.INTERLEAVED else 2)
     if WIDE:
         acc = gl.zeros([64, 256], gl.float32, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 256, 16]))
+        acc = add_biases(acc, outputs, tile, 1, 0, CONSUMER, ACTIVATION)
     if FEW:
         FEW_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, FEW, 16])
         first = gl.zeros([64, FEW], gl.float32, FEW_LAYOUT)
+        first = add_biases(first, outputs, tile, 0, 64 * FIRST, CONSUMER, ACTIVATION)
         second = gl.zeros([64, FEW], gl.float32, FEW_LAYOUT)
+        second = add_biases(second, outputs, tile, 0, 64 * SECOND, CONSUMER, ACTIVATION)
     for k in range(depth):
         stage = step % STAGES
         mbarrier.wait(ring.full.index(stage), step // STAGES & 1)
@@ -162,8 +181,8 @@ def _multiply(
             acc = warpgroup_mma(wide, w_pairs.index(stage).permute((1, 0)), acc, is_async=True)
         if FEW:
             few = _few_rows(ring, stage, HEIGHT).permute((1, 0))
-            first = warpgroup_mma(w_halves.index(4 * stage + CONSUMER), few, first, is_async=True)
-            second = warpgroup_mma(w_halves.index(4 * stage + 2 + CONSUMER), few, second, is_async=True)
+            first = warpgroup_mma(w_halves.index(4 * stage + FIRST), few, first, is_async=True)
+            second = warpgroup_mma(w_halves.index(4 * stage + SECOND), few, second, is_async=True)
         # The products before these have read their stage.
         if WIDE and FEW:
             acc, first, second = warpgroup_mma_wait(3, deps=(acc, first, second))
@@ -181,7 +200,12 @@ def _multiply(
         first, second = warpgroup_mma_wait(0, deps=(first, second))
     mbarrier.arrive(ring.empty.index((step + STAGES - 1) % STAGES))
     if WIDE:
-        left, right = gl.split(gl.permute(gl.reshape(acc, [64, 2, 128]), [0, 2, 1]))
+        if outputs.INTERLEAVED:
+            left, right = gl.split(gl.permute(gl.reshape(acc, [64, 2, 2, 64]), [0, 1, 3, 2]))
+            left = gl.reshape(left, [64, 128])
+            right = gl.reshape(right, [64, 128])
+        else:
+            left, right = gl.split(gl.permute(gl.reshape(acc, [64, 2, 128]), [0, 2, 1]))
         _finish(left, right, 0, outputs, tile, 64 * CONSUMER, 0, CONSUMER, ACTIVATION)
     if FEW:
         _finish(first, second, 1, outputs, tile, 128 if WIDE else 0, 64 * CONSUMER, CONSUMER, ACTIVATION)
@@ -206,7 +230,7 @@ def _finish(
     first, second, ROWS: gl.constexpr, outputs, tile, ROW: gl.constexpr, COLUMN: gl.constexpr,
     CONSUMER: gl.constexpr, ACTIVATION: gl.constexpr,
 ):  # fmt: skip
-    """Store the products with a tile's first and second 128 rows of weights, or their activation.
+    """Store the products with 128 rows of a tile's weights and with the other 128, or of gate and up the activation.
 
     ROWS is the axis of rows: 0, or 1 where they are transposed. They begin at row ROW of the tile, and at
     column COLUMN of 128.

@@ -37,7 +37,7 @@ def hopper_products(
 
     Args:
         hidden_states: ``[M, K]``, BF16 or FP16, on 16 bytes unless `permutes_rows`; with block FP8 also quantised.
-        experts: Weights in the same dtype or block FP8, gate rows first, without biases.
+        experts: Weights in the same dtype or block FP8.
         routing: From `route`, without padding between experts.
         topk: Experts per token.
         group_m: See `GluonHopperConfig`.
@@ -53,12 +53,12 @@ def hopper_products(
     N, K, rows = experts.N, experts.K, routing.slot_of_row.shape[0]
     block_k = STAGE_BYTES // experts.gate_up.element_size()
     blocks, counts = row_blocks(routing, group_m, fp8=False)
-    launch = _LAUNCH
-    if isinstance(hidden_states, TravellingRows):
-        hidden_states, launch = hidden_states.wait(), {**_LAUNCH, "launch_pdl": False}
+    pdl = True
+    if isinstance(hidden_states, TravellingRows):  # what waits for another stream is no programmatic dependent
+        hidden_states, pdl = hidden_states.wait(), False
     assert isinstance(hidden_states, Tensor)  # noqa: S101 - quantised rows are for block FP8
     if permutes_rows(experts.dtype, N):
-        x = gather(hidden_states, routing, topk, out=rows_after_window(hidden_states, rows, K), pdl=True)
+        x = gather(hidden_states, routing, topk, out=rows_after_window(hidden_states, rows, K), pdl=pdl)
         rows_of_x, tails_of_x = window_descriptor(x, WINDOW_ROWS), window_descriptor(x, TAIL_M)
         slot_of_row, topk = None, 0
     else:
@@ -66,26 +66,27 @@ def hopper_products(
     h = rows_after_window(hidden_states, rows, N)
     _moe_hopper_product_kernel[(sms,)](
         # inputs
-        rows_of_x, tails_of_x, weight_descriptor(experts.gate_up), slot_of_row, blocks, counts,
+        rows_of_x, tails_of_x, weight_descriptor(experts.gate_up, interleaved=experts.interleaved),
+        experts.gate_up_bias, slot_of_row, blocks, counts,
         # outputs
         h,
-        # shapes: column blocks; rows of weights of an expert, from a tile's first 128 to its second and from a tile to
-        # the next; blocks of K; columns in and out
-        math.ceil(N / 128), 2 * N, N, 128, K // block_k, K, N,
+        # shapes: column blocks; see `TileStrides`; blocks of K; columns in and out
+        math.ceil(N / 128), *_gate_up_strides(experts), K // block_k, K, N,
         # constants
-        COUNTER=1, TOPK=topk, ACTIVATION=experts.activation, **launch,
+        COUNTER=1, TOPK=topk, ACTIVATION=experts.activation, INTERLEAVED=experts.interleaved,
+        **{**_LAUNCH, "launch_pdl": pdl},
     )  # fmt: skip
     y = hidden_states.new_empty(rows, K)
     _moe_hopper_product_kernel[(sms,)](
         # inputs
-        window_descriptor(h, WINDOW_ROWS), window_descriptor(h, TAIL_M), weight_descriptor(experts.down), None, blocks,
-        counts,
+        window_descriptor(h, WINDOW_ROWS), window_descriptor(h, TAIL_M), weight_descriptor(experts.down),
+        experts.down_bias, None, blocks, counts,
         # outputs
         y,
         # shapes
         math.ceil(K / 256), K, 128, 256, math.ceil(N / block_k), N, K,
         # constants
-        COUNTER=2, TOPK=0, ACTIVATION=None, **_LAUNCH,
+        COUNTER=2, TOPK=0, ACTIVATION=None, INTERLEAVED=False, **_LAUNCH,
     )  # fmt: skip
     return y
 
@@ -107,24 +108,30 @@ def _fp8_products(
     _moe_hopper_fp8_product_kernel[(sms,)](
         # inputs
         window_descriptor(x, WINDOW_ROWS), window_descriptor(x, FP8_TAIL_M), x_scale, *x_scale.stride(),
-        weight_descriptor(experts.gate_up), experts.gate_up_scale, blocks, counts,
+        weight_descriptor(experts.gate_up, interleaved=experts.interleaved), experts.gate_up_scale,
+        experts.gate_up_bias, blocks, counts,
         # outputs
         h, h_scale, *h_scale.stride(),
         # shapes: as above, without columns in
-        N // 128, 2 * N, N, 128, K // 128, N,
+        N // 128, *_gate_up_strides(experts), K // 128, N,
         # constants
-        COUNTER=1, ACTIVATION=experts.activation, **_LAUNCH,
+        COUNTER=1, ACTIVATION=experts.activation, INTERLEAVED=experts.interleaved, **_LAUNCH,
     )  # fmt: skip
     y = experts.gate_up.new_empty(rows, K, dtype=torch.bfloat16)
     _moe_hopper_fp8_product_kernel[(sms,)](
         # inputs
         window_descriptor(h, WINDOW_ROWS), window_descriptor(h, FP8_TAIL_M), h_scale, *h_scale.stride(),
-        weight_descriptor(experts.down), experts.down_scale, blocks, counts,
+        weight_descriptor(experts.down), experts.down_scale, experts.down_bias, blocks, counts,
         # outputs
         y, None, 0, 0,
         # shapes
         K // 256, K, 128, 256, N // 128, K,
         # constants
-        COUNTER=2, ACTIVATION=None, **_LAUNCH,
+        COUNTER=2, ACTIVATION=None, INTERLEAVED=False, **_LAUNCH,
     )  # fmt: skip
     return y
+
+
+def _gate_up_strides(experts: ExpertWeights) -> tuple[int, int, int]:
+    """`TileStrides` of gate_up: its rows or pairs of an expert, from half to half of a tile, and from tile to tile."""
+    return (experts.N, 64, 128) if experts.interleaved else (2 * experts.N, experts.N, 128)

@@ -37,9 +37,10 @@ def fast_launch(kernel: Any) -> Any:
 
     The first launch of a combination is Triton's own, and compiles. Later ones are found by names and values of the
     keyword arguments, and for each positional argument by its dtype and the last four bits of its address (a tensor on
-    the current GPU), its value (an int, None), or what a block of it is (a tensor descriptor of `WeightDescriptors`).
-    These decide all that Triton specialises on, so a kernel never runs on arguments that it was not compiled for; an
-    int that has a new value on every call gains nothing. Constants must be keyword arguments.
+    the current GPU), whether it is 1 or a multiple of 16 and how large it is (an int), that it is None, or what a block
+    of it is (a tensor descriptor of `WeightDescriptors`). These decide all that Triton specialises on, so a kernel
+    never runs on arguments that it was not compiled for, and a new token count is launched by what others left.
+    Constants must be keyword arguments.
 
     Every other launch takes Triton's own path too: with floats, bools, other descriptors, tensors elsewhere or of other
     classes, while a profiler's hooks are set, in the interpreter, and where Triton is not one of the releases that
@@ -113,7 +114,11 @@ class FastKernel:
                 values.append(address)
                 key.append(arg.dtype)
                 key.append(address & 15)
-            elif kind is int or arg is None:
+            elif kind is int:
+                values.append(arg)
+                # As Triton: 1 is a constant, multiples of 16 are known as such, and larger numbers have more bits.
+                key.append(arg == 1 or (arg & 15 == 0, arg >> 31))
+            elif arg is None:
                 values.append(arg)
                 key.append(arg)
             else:

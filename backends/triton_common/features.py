@@ -110,6 +110,7 @@ def fp8_products(capability: tuple[int, int] | None) -> bool:
     return capability is None or _device_class(capability).fp8
 
 
+@functools.cache
 def _device_class(capability: tuple[int, int]) -> _DeviceClass:
     return _DEVICE_CLASSES.get(capability, _DeviceClass(fp8=capability >= (8, 9)))
 

@@ -3,6 +3,7 @@
 Imports no Triton, so that a machine without it can still ask.
 """
 
+import functools
 from dataclasses import dataclass
 from typing import Final, Literal
 
@@ -57,6 +58,7 @@ class Quantization:
 _PLAIN: Final = Quantization()
 
 
+@functools.cache
 def quantization(dtype: DType, *, fp8: bool) -> Quantization:
     """How weights of a dtype are multiplied, on a device with products of e4m3 or without."""
     scales: dict[DType, Scales] = {"fp8": "block", "fp8_channel": "channel"}

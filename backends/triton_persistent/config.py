@@ -1,5 +1,6 @@
 """Tile sizes of the persistent kernel, and which are worth measuring for a problem."""
 
+import functools
 import math
 from typing import Final, Literal
 
@@ -103,15 +104,26 @@ def persistent_configs(problem: MoEProblem, features: Features) -> tuple[TritonP
     Returns:
         Nothing where no tile fits, see `least_shared_memory`.
     """
-    fitting = [config for shape in _shapes(problem, features) if (config := _fit(shape, problem, features))]
-    in_rows = [config.model_copy(update={"order": "row_major"}) for config in fitting[:1]]
-    return tuple(dict.fromkeys((*fitting, *in_rows)))
+    return _of_layer(problem.layer, features, _heights(problem, features))[0]
 
 
 def least_shared_memory(problem: MoEProblem, features: Features) -> int:
     """Bytes that one block needs for the smallest tiles that `persistent_configs` considers."""
-    smallest = (shape.model_copy(update={"num_stages": _STAGES[-1]}) for shape in _shapes(problem, features))
-    return min(_needed(config, problem, features) for config in smallest)
+    return _of_layer(problem.layer, features, _heights(problem, features))[1]
+
+
+# Token counts ask for few different heights, and a new token count is planned while a model serves.
+@functools.lru_cache(maxsize=1024)
+def _of_layer(
+    layer: MoEProblem, features: Features, heights: tuple[int, ...]
+) -> tuple[tuple[TritonPersistentConfig, ...], int]:
+    """The configurations with tiles of these heights that fit, and the bytes that the smallest of all need."""
+    shapes = [_shape(height, layer, features) for height in heights]
+    smallest = (shape.model_copy(update={"num_stages": _STAGES[-1]}) for shape in shapes)
+    least = min(_needed(config, layer, features) for config in smallest)
+    fitting = [config for shape in shapes if (config := _fit(shape, layer, features))]
+    in_rows = [config.model_copy(update={"order": "row_major"}) for config in fitting[:1]]
+    return tuple(dict.fromkeys((*fitting, *in_rows))), least
 
 
 def _fit(
@@ -130,33 +142,35 @@ def _needed(config: TritonPersistentConfig, problem: MoEProblem, features: Featu
     return config.shared_memory(problem, wgmma=features.wgmma)
 
 
-def _shapes(problem: MoEProblem, features: Features) -> list[TritonPersistentConfig]:
-    """Tiles for a problem's rows per expert, the likeliest to be fast first; `num_stages` is left to what fits."""
-    fp8 = problem.fp8
+def _heights(problem: MoEProblem, features: Features) -> tuple[int, ...]:
+    """Heights of tiles for a problem's rows per expert, the likeliest to be fast first."""
     load = problem.expected_slots / max(min(problem.E, problem.expected_experts), 1.0)
+    if not features.wgmma:
+        return (16, 32) if load <= 12 else (32, 16, 64) if load <= 24 else (64, 32, 128)
+    # In block FP8 promotion takes the registers that a higher tile would need. Per-channel FP8 starts with the same
+    # tiles, as nothing was measured for it. Otherwise low tiles come first while few experts have more than 64 rows,
+    # two standard deviations of a Poisson load (gpt-oss-120b on an H200: 1562 and 1688 µs at 45 rows, 1920 and 1712 at
+    # 64). With tcgen05 and alternating gate and up rows the epilogue of a high tile spills 320 bytes a thread (Triton
+    # 3.8).
+    if quantization_of(problem).scales == "block":
+        return (64,)
+    spills = features.tensor_cores == "tcgen05" and problem.interleaved
+    low_first = problem.fp8 or spills or load + 2 * math.sqrt(load) <= 64
+    return (64, 128) if low_first else (128, 64)
+
+
+def _shape(height: int, problem: MoEProblem, features: Features) -> TritonPersistentConfig:
+    """A tile of this height with the other options that go with it; `num_stages` is left to what fits."""
     common = {
-        "block_n": 64, "down_block_n": 128, "block_k": QUANT_BLOCK if fp8 else 64, "tma": features.tma,
-        "pdl": features.pdl,
+        "block_m": height, "block_n": 64, "down_block_n": 128, "block_k": QUANT_BLOCK if problem.fp8 else 64,
+        "tma": features.tma, "pdl": features.pdl,
     }  # fmt: skip
     if features.wgmma:
         # Two programs on a multiprocessor: one multiplies while the other waits, promotes or stores. Fewer rows than
         # 64 cost no time: weights arrive slower than they are multiplied.
-        low = {"block_m": 64, "num_warps": 4, "ctas_per_sm": 2, "flatten_steps": 16}
-        high = low | {"block_m": 128}
-        # In block FP8 promotion takes the registers that a higher tile would need. Per-channel FP8 starts with the same
-        # tiles, as nothing was measured for it. Otherwise low tiles come first while few experts have more than 64
-        # rows, two standard deviations of a Poisson load (gpt-oss-120b on an H200: 1562 and 1688 µs at 45 rows, 1920
-        # and 1712 at 64). With tcgen05 and alternating gate and up rows the epilogue of a high tile spills 320 bytes a
-        # thread (Triton 3.8).
-        spills = features.tensor_cores == "tcgen05" and problem.interleaved
-        low_first = spills or load + 2 * math.sqrt(load) <= 64
-        promotes = quantization_of(problem).scales == "block"
-        shapes = [low] if promotes else [low, high] if low_first or fp8 else [high, low]
-    else:
-        heights = (16, 32) if load <= 12 else (32, 16, 64) if load <= 24 else (64, 32, 128)
-        # mma.sync holds operands in registers too.
-        shapes = [{"block_m": height, "num_warps": 4 if height < 64 else 8} for height in heights]
-    return [TritonPersistentConfig.model_validate(common | shape) for shape in shapes]
+        return TritonPersistentConfig.model_validate(common | {"num_warps": 4, "ctas_per_sm": 2, "flatten_steps": 16})
+    # mma.sync holds operands in registers too.
+    return TritonPersistentConfig.model_validate(common | {"num_warps": 4 if height < 64 else 8})
 
 
 def tma_fits(columns: int, element_bytes: int) -> bool:

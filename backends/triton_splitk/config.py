@@ -1,5 +1,6 @@
 """Tile sizes of the split-K kernels, and which of them a problem should try."""
 
+import functools
 import math
 from collections.abc import Iterator
 from typing import Any, Final, Literal
@@ -74,6 +75,7 @@ _SHORT_DOWN_LOOP: Final = 4  #           blocks of N  in FP8 three CTAs of a mul
 _LEAST_CTAS_PER_SM: Final = 1.25  #      CTAs         one CTA of a multiprocessor cannot hide its waits
 _LEAST_BLOCKS_PER_SPLIT: Final = 4  #    blocks of N  a shorter split spends its time filling the pipeline
 _MOST_SPLITS: Final = 8
+_WIDE: Final = 128  #                    weight rows  where tokens share weights
 
 
 def default_config(problem: MoEProblem, device: Features) -> SplitKConfig:
@@ -81,22 +83,15 @@ def default_config(problem: MoEProblem, device: Features) -> SplitKConfig:
 
     On a device with less than `least_shared_memory` bytes the narrowest tiles do not fit either.
     """
-    config = _preferred(problem, device)
-    if shared_memory_bytes(problem, config) <= device.shared_memory:
-        return config
-    return with_stages(problem, _narrowed(config), device.shared_memory)
+    return _default_and_least(problem, device)[0]
 
 
 def least_shared_memory(problem: MoEProblem, device: Features) -> int:
     """Bytes that one block needs for the narrowest tiles that `default_config` considers."""
-    return shared_memory_bytes(problem, _narrowed(_preferred(problem, device)))
+    return _default_and_least(problem, device)[1]
 
 
-def _narrowed(config: SplitKConfig) -> SplitKConfig:
-    return config.model_copy(update={"block_n": _NARROWEST, "num_stages": _LEAST_STAGES})
-
-
-def _preferred(problem: MoEProblem, device: Features) -> SplitKConfig:
+def _default_and_least(problem: MoEProblem, device: Features) -> tuple[SplitKConfig, int]:
     hit = max(problem.expected_experts, 1.0)
     # A product of e4m3 codes; with dequantised weights it is one of 16 bits, and tiles are those of 16 bits.
     fp8 = quantization_of(problem).activations
@@ -104,22 +99,50 @@ def _preferred(problem: MoEProblem, device: Features) -> SplitKConfig:
     by_slot = problem.M == 1 or 8 * problem.expected_slots < problem.E
     short_down = math.ceil(problem.N / _block_k(problem)) <= _SHORT_DOWN_LOOP
     wide = not by_slot if fp8 else problem.expected_slots >= 2 * hit or (short_down and not by_slot)
+    block_n: Literal[64, 128] = _WIDE if wide else 64
+    lacking = _LEAST_CTAS_PER_SM * device.sms * block_n / (hit * problem.K)
+    splits = _splits(lacking, math.ceil(problem.N / _block_k(problem)))
+    return _of_layer(problem.layer, device, _block_m(problem), block_n, splits, by_slot=by_slot)
+
+
+# Token counts ask for few different ones, and a new token count is planned while a model serves.
+@functools.lru_cache(maxsize=1024)
+def _of_layer(
+    layer: MoEProblem,
+    device: Features,
+    block_m: Literal[16, 32, 64],
+    block_n: Literal[64, 128],
+    splits_down: int,
+    *,
+    by_slot: bool,
+) -> tuple[SplitKConfig, int]:
+    """The default configuration with these tiles, and the bytes that one block needs for its narrowest tiles."""
+    fp8 = quantization_of(layer).activations
     config = SplitKConfig(
-        block_m=_block_m(problem),
-        block_n=128 if wide else 64,
-        block_k=_block_k(problem),
+        block_m=block_m,
+        block_n=block_n,
+        block_k=_block_k(layer),
+        splits_down=splits_down,
         # Four warps do not have the registers for so many tokens beside dequantised weights.
-        num_warps=8 if quantization_of(problem).dequantizes and _block_m(problem) == 64 else 4,
+        num_warps=8 if quantization_of(layer).dequantizes and block_m == 64 else 4,
         grid="slots" if by_slot else "experts",
-        tma=device.tma and rows_allow_tma(problem) and (fp8 or not by_slot),
+        tma=device.tma and rows_allow_tma(layer) and (fp8 or not by_slot),
         pdl=device.pdl,
     )
-    lacking = _LEAST_CTAS_PER_SM * device.sms * config.block_n / (hit * problem.K)
-    config = config.model_copy(update={"splits_down": _splits(lacking, math.ceil(problem.N / config.block_k))})
-    if fp8 and wide and math.ceil(problem.K / config.block_k) <= _SHORT_LOOP:
-        return config.model_copy(update={"num_stages": _SHORT_LOOP_STAGES})
-    if fp8 and wide and short_down:
-        return with_stages(problem, config, device.shared_memory // 3)
+    narrowed = config.model_copy(update={"block_n": _NARROWEST, "num_stages": _LEAST_STAGES})
+    preferred = _deepened(layer, config, device)
+    if shared_memory_bytes(layer, preferred) > device.shared_memory:
+        preferred = with_stages(layer, narrowed, device.shared_memory)
+    return preferred, shared_memory_bytes(layer, narrowed)
+
+
+def _deepened(problem: MoEProblem, config: SplitKConfig, device: Features) -> SplitKConfig:
+    """The configuration with the stages that measured best."""
+    if quantization_of(problem).activations and config.block_n == _WIDE:
+        if math.ceil(problem.K / config.block_k) <= _SHORT_LOOP:
+            return config.model_copy(update={"num_stages": _SHORT_LOOP_STAGES})
+        if math.ceil(problem.N / config.block_k) <= _SHORT_DOWN_LOOP:
+            return with_stages(problem, config, device.shared_memory // 3)
     # Two CTAs of a multiprocessor take turns at waiting; one with a deep pipeline is better than two shallow ones.
     shared = with_stages(problem, config, device.shared_memory // 2)
     return shared if shared.num_stages > _LEAST_STAGES else with_stages(problem, config, device.shared_memory)

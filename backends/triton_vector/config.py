@@ -1,5 +1,6 @@
 """Tile sizes of the vector kernels, and which of them a problem should try."""
 
+import functools
 from typing import Final, Literal
 
 from moe_dispatch.backend import BackendConfig
@@ -62,6 +63,11 @@ class TritonVectorConfig(BackendConfig):
 
 def default_config(problem: MoEProblem, device: Features) -> TritonVectorConfig:
     """Whole rows where they are short enough to be in flight at once, and several experts of a token with them."""
+    return _of_layer(problem.layer, device)
+
+
+@functools.lru_cache(maxsize=1024)
+def _of_layer(problem: MoEProblem, device: Features) -> TritonVectorConfig:
     columns, down_columns = (max(QUANT_BLOCK, next_power_of_2(length)) for length in (problem.K, problem.N))
     experts = min(_MOST_EXPERTS, problem.topk & -problem.topk)  # the greatest power of two that divides topk
     # Where a CTA takes turns, the next experts' weights are on their way while these are multiplied.

@@ -32,6 +32,15 @@ def _moe_vector_down_kernel(
         weight_ptr, scale_ptr, topk_weights_ptr, ids_ptr, token, tile, 0, K, N, E,
         TOPK, ROWS, EXPERTS, BLOCK_N, BLOCKS_N, SCALES,
     )  # fmt: skip
+    offs_r = tile * ROWS + tl.arange(0, ROWS)
+    mask_r = offs_r < K
+    if bias_ptr is not None:  # read while the first product still runs
+        bias = tl.zeros([ROWS], dtype=tl.float32)
+        for j in range(TOPK):
+            e = tl.load(ids_ptr + token * TOPK + j)
+            known = (e >= 0) & (e < E)
+            biases = tl.load(bias_ptr + e.to(tl.int64) * K + offs_r, mask=mask_r & known, other=0.0).to(tl.float32)
+            bias += biases * tl.load(topk_weights_ptr + token * TOPK + j, mask=known, other=0.0)
     moe_pdl_wait(PDL)
 
     acc = tl.zeros([ROWS, EXPERTS, vectors], dtype=tl.float32)
@@ -50,14 +59,8 @@ def _moe_vector_down_kernel(
     # Two sums instead of one of a reshaped tensor: where warps divide experts, rows and vectors, Triton 3.6 stores
     # their shares of that sum in each other's places (mended by pull request 9219 of triton-lang/triton).
     out = tl.sum(tl.sum(acc, axis=1), axis=1)  # [ROWS]
-    offs_r = tile * ROWS + tl.arange(0, ROWS)
-    mask_r = offs_r < K
     if bias_ptr is not None:
-        for j in range(TOPK):
-            e_bias = tl.load(ids_ptr + token * TOPK + j)
-            known = (e_bias >= 0) & (e_bias < E)
-            bias = tl.load(bias_ptr + e_bias.to(tl.int64) * K + offs_r, mask=mask_r & known, other=0.0).to(tl.float32)
-            out += bias * tl.load(topk_weights_ptr + token * TOPK + j, mask=known, other=0.0)
+        out += bias
     tl.store(out_ptr + token.to(tl.int64) * K + offs_r, out.to(out_ptr.dtype.element_ty), mask=mask_r)
 
 

@@ -50,6 +50,14 @@ def _moe_vector_gate_up_kernel(
             block_row = (part * N + tile * COLUMNS if EVEN_N and not INTERLEAVED else row) // 128
             scales = (scale_ptr + (expert * tl.cdiv(parts * N, 128) + block_row) * tl.cdiv(K, 128))[:, :, None]
             scale = tl.load(scales + (offs_v // 128)[None, None, :], mask=(offs_v < K)[None, None, :], other=0.0)
+        # What multiplies sums, or is added to them, is on its way together with the weights.
+        if SCALES == "channel":
+            channel_scale = tl.load(scale_ptr + expert * parts * N + row)
+        if bias_ptr is not None:
+            biases = bias_ptr + expert * parts * N
+            gate_bias = moe_gate_up_bias(biases, offs_n, 0, N, offs_n < N, parts, INTERLEAVED)
+            if GATED:
+                up_bias = moe_gate_up_bias(biases, offs_n, 1, N, offs_n < N, parts, INTERLEAVED)
 
         x_row = (slot // TOPK).to(tl.int64)
         acc = tl.zeros([parts, COLUMNS, vectors], dtype=tl.float32)
@@ -73,17 +81,15 @@ def _moe_vector_gate_up_kernel(
             acc += sums * now_scale if SCALES == "block" else sums
         gate = tl.sum(acc, axis=2)  # [parts, COLUMNS]
         if SCALES == "channel":
-            gate *= tl.load(scale_ptr + expert * parts * N + row)
+            gate *= channel_scale
         up = None
         if GATED:
             gate, up = tl.permute(gate, (1, 0)).split()
         else:
             gate = tl.reshape(gate, [COLUMNS])
-        mask_n = offs_n < N
         if bias_ptr is not None:
-            biases = bias_ptr + expert * parts * N
-            gate += moe_gate_up_bias(biases, offs_n, 0, N, mask_n, parts, INTERLEAVED)
+            gate += gate_bias
             if GATED:
-                up += moe_gate_up_bias(biases, offs_n, 1, N, mask_n, parts, INTERLEAVED)
+                up += up_bias
         out = moe_activate(gate, up, ACTIVATION)
-        tl.store(inner_ptr + slot.to(tl.int64) * N + offs_n, out.to(inner_ptr.dtype.element_ty), mask=mask_n)
+        tl.store(inner_ptr + slot.to(tl.int64) * N + offs_n, out.to(inner_ptr.dtype.element_ty), mask=offs_n < N)

@@ -42,10 +42,10 @@ from moe_dispatch import ExpertParallel, ExpertWeights, moe_forward, warm_up
 from moe_dispatch.benchmarks.record import json_lines
 from moe_dispatch.errors import InvalidInputError
 from moe_dispatch.machine import Machine
-from moe_dispatch.measure.inputs import timing_events
+from moe_dispatch.measure.inputs import synchronize
 from moe_dispatch.parallel.collectives import all_gather_flat, reduce_scatter_flat
 from moe_dispatch.parallel.registry import EXCHANGES
-from moe_dispatch.parallel.trial import ExchangeFailedError
+from moe_dispatch.parallel.trial import BURST_US, MOST_CALLS, ExchangeFailedError, burst_us
 from moe_dispatch.problem import DType, Mode
 from moe_dispatch.workloads import ROUTINGS, WORKLOADS, Workload, make_experts, torch_dtype
 
@@ -53,8 +53,6 @@ LAYERS: Final[tuple[tuple[str, DType], ...]] = (("qwen3-30b-a3b", "bf16"), ("dee
 TOKENS: Final = (1, 16, 256, 4096, 16384)
 TINY: Final = Workload("tiny", E=16, topk=4, K=64, N=32)
 BURSTS: Final = 15
-BURST_US: Final = 3e3  # shortest duration of one
-MOST_CALLS: Final = 50  # of one
 MOST_ERROR: Final = 2e-2  # relative, of a layer in BF16 or FP8 against the same in another order of sums
 INPUTS: Final = 4  # drawn for each token count; their experts' weights together exceed the device's cache
 CALLS: Final = 8  # of a graph that is timed
@@ -89,39 +87,23 @@ class Clock:
         """Median time in µs until a call returns to the host, the device being idle; of the slowest rank."""
         times = []
         for _ in range(2 * self._bursts):
-            self._synchronize()
+            synchronize(self._device)
             dist.barrier()
-            self._synchronize()
+            synchronize(self._device)
             start = time.perf_counter()
             call()
             times.append((time.perf_counter() - start) * 1e6)
         return self._slowest([statistics.median(times)])[0]
 
     def _burst(self, call: Callable[[], object], calls: int) -> float:
-        self._synchronize()
+        synchronize(self._device)
         dist.barrier()
-        call()
-        if self._device.type == "cpu":
-            start = time.perf_counter()
-            for _ in range(calls):
-                call()
-            return (time.perf_counter() - start) * 1e6 / calls
-        begin, end = timing_events()
-        begin.record()
-        for _ in range(calls):
-            call()
-        end.record()
-        end.synchronize()
-        return float(begin.elapsed_time(end)) * 1e3 / calls
+        return burst_us(call, calls, self._device)
 
     def _slowest(self, times: list[float]) -> list[float]:
         every = torch.tensor(times, dtype=torch.float64, device=self._device)
         dist.all_reduce(every, op=dist.ReduceOp.MAX)
         return list(map(float, every.tolist()))
-
-    def _synchronize(self) -> None:
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
 
 
 def captured(call: Call, sets: Sequence[Inputs]) -> tuple[Callable[[], None], Tensor]:

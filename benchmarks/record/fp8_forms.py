@@ -143,6 +143,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("part", choices=list(TOKENS))
     parser.add_argument("--layer", action="append", choices=LAYERS, help="a layer, instead of all; repeatable")
+    parser.add_argument("--tokens", type=int, nargs="+", help="token counts, instead of the part's own")
     parser.add_argument("--tiny", action="store_true", help="a tiny layer and few tokens: that it runs, not how fast")
     parser.add_argument("--every", action="store_true", help="also time each backend in all of its configurations")
     parser.add_argument("--out", help="append rows to this file as JSON lines")
@@ -158,7 +159,7 @@ def main(arguments: list[str] | None = None) -> None:
             dtype: make_experts(layer, dtype, device, torch.Generator(device).manual_seed(0))
             for dtype in DTYPES[options.part]
         }
-        for M in (1, 8) if options.tiny else TOKENS[options.part]:
+        for M in options.tokens or ((1, 8) if options.tiny else TOKENS[options.part]):
             scope = {"every": options.every, "tiny": options.tiny}
             row = {"layer": layer.name, **measured(options.part, layers, layer.topk, M, mode, **scope)}
             row["seconds"] = round(time.perf_counter() - begun, 1)

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from moe_dispatch.benchmarks.record import json_lines
+from moe_dispatch.benchmarks.record.verdicts import verdicts
 from moe_dispatch.integrations.transformers import register
 from moe_dispatch.machine import Machine
 
@@ -167,7 +168,8 @@ def main() -> None:
     register()
     model = build(arguments.model, arguments.layers, "cuda")
     made = rows(model, "cuda", arguments.rounds, tuple(arguments.tokens), deadline)
-    json_lines.write(arguments.out, made, Machine.inspect("cuda"), model=arguments.model, layers=arguments.layers)
+    facts = {"model": arguments.model, "layers": arguments.layers}
+    print(*verdicts(json_lines.write(arguments.out, made, Machine.inspect("cuda"), **facts)), sep="\n")
 
 
 if __name__ == "__main__":

@@ -23,13 +23,18 @@ def read(path: Path) -> list[dict[str, Any]]:
     return list(map(json.loads, text.splitlines()))
 
 
-def write(path: str | Path, rows: Iterable[Mapping[str, object]], machine: Machine, **facts: object) -> None:
+def write(
+    path: str | Path, rows: Iterable[Mapping[str, object]], machine: Machine, **facts: object
+) -> list[Mapping[str, object]]:
     """Write a record anew: its origin with these facts, then each row as soon as it is there, which is printed too."""
+    written = []
     Path(path).write_text("", encoding="utf-8")
     append(path, {"origin": origin(machine), **facts})
     for row in rows:
         print(json.dumps(row), flush=True)
         append(path, row)
+        written.append(row)
+    return written
 
 
 def origin(machine: Machine) -> dict[str, object]:

@@ -3,10 +3,10 @@
 import json
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from typing import Final
+from typing import Any, Final
 
 from moe_dispatch.policies.measurements.merge import merge
-from moe_dispatch.policies.measurements.schema import CalibrationFile, Measurement, PointKey
+from moe_dispatch.policies.measurements.schema import CalibrationFile, Measurement, Origin, PointKey
 
 # A candidate farther behind than this factor is not chosen at neighbouring token counts either. It is left out of the
 # table unless it is the fastest of its backend.
@@ -49,8 +49,18 @@ def table(files: Iterable[CalibrationFile]) -> CalibrationFile:
 
 
 def text(made: CalibrationFile) -> str:
-    """A table as the content of a file, with no more of a measurement than candidate and score (`Point.scores`)."""
+    """A table as the content of a file.
+
+    Of a measurement it has no more than candidate and score (`Point.scores`), and each origin once.
+    """
     stored = made.model_dump(mode="json", exclude_defaults=True)
+    origins: list[dict[str, Any]] = []
+    for candidate in stored.get("candidates", ()):
+        origin = {name: candidate.pop(name) for name in Origin.model_fields if name in candidate}
+        if origin not in origins:
+            origins.append(origin)
+        candidate["origin"] = origins.index(origin)
+    stored["origins"] = origins
     for point in stored.get("points", ()):
         point["scores"] = [(each["candidate"], each["score"]) for each in point.pop("measurements")]
     return json.dumps(stored, separators=(",", ":"), ensure_ascii=False)

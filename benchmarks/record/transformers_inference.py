@@ -14,7 +14,7 @@ implementation's. Needs transformers and a GPU.
 import argparse
 import itertools
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Literal, get_args
@@ -24,6 +24,7 @@ from torch import Tensor
 
 from moe_dispatch.benchmarks.record import json_lines
 from moe_dispatch.benchmarks.record.gradients import IMPLEMENTATIONS, MODELS, Row, build, measure
+from moe_dispatch.benchmarks.record.verdicts import verdicts
 from moe_dispatch.integrations.transformers import register
 from moe_dispatch.machine import Machine
 
@@ -47,7 +48,9 @@ class Case:
     tokens: int
 
 
-CASES: Final = (Case("decode", 1), Case("decode", 32), Case("prefill", 4096))
+CASES: Final = {f"{case.what}-{case.tokens}": case for case in (
+    Case("decode", 1), Case("decode", 32), Case("prefill", 4096),
+)}  # fmt: skip
 
 
 class Step:
@@ -78,12 +81,14 @@ class Step:
         return out
 
 
-def differences(model: Any, steps: dict[Case, Step]) -> Iterator[Row]:
+def differences(model: Any, steps: dict[Case, Step], implementations: Sequence[str]) -> Iterator[Row]:
     """‖out − eager‖ / ‖eager‖ after all layers. Where roundings differ, a router may choose another expert."""
     for case, step in steps.items():
         model.set_experts_implementation("eager")
         expected = step(model).float()
-        for name in IMPLEMENTATIONS[1:]:
+        for name in implementations:
+            if name == "eager":
+                continue
             model.set_experts_implementation(name)
             row: Row = {"what": f"difference, {case.what}", "tokens": case.tokens, "implementation": name}
             try:
@@ -110,17 +115,20 @@ def measure_case(call: Callable[..., Any], step: Step, case: Case, mode: Mode, d
 
 def rows(
     model: Any, device: str, rounds: int, cases: tuple[Case, ...], modes: tuple[Mode, ...], deadline: float,
-    **compile_options: Any,
+    implementations: Sequence[str] = IMPLEMENTATIONS, **compile_options: Any,
 ) -> Iterator[Row]:  # fmt: skip
     """Differences, then every measurement of a round before the next round; nothing begins after the deadline."""
     steps = {case: Step(model, case, device) for case in cases}
-    yield from differences(model, steps)
+    hopeless: set[tuple[str, Case]] = set()  # no result before, in an earlier round or mode
+    for row in differences(model, steps, implementations):
+        yield row
+        if "reason" in row:
+            hopeless.add((row["implementation"], Case(row["what"].rpartition(" ")[2], row["tokens"])))
     compiled = torch.compile(model, fullgraph=True, dynamic=False, **compile_options)
-    hopeless: set[tuple[str, Case]] = set()  # no result in an earlier round or mode
     with torch._dynamo.config.patch(recompile_limit=_COMPILED_CASES):
         for mode, turn, case in itertools.product(modes, range(rounds), cases):
-            for name in IMPLEMENTATIONS if turn % 2 == 0 else reversed(IMPLEMENTATIONS):
-                row: Row = {"what": case.what, "mode": mode, "implementation": name, "tokens": case.tokens,
+            for name in implementations if turn % 2 == 0 else reversed(implementations):
+                row = {"what": case.what, "mode": mode, "implementation": name, "tokens": case.tokens,
                             "turn": turn}  # fmt: skip
                 if mode == "compiled" and name == "eager":
                     continue  # its loop over the experts that were chosen cannot be one graph
@@ -142,14 +150,19 @@ def main() -> None:
     parser.add_argument("--model", choices=MODELS, default="qwen3-30b-a3b")
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--modes", nargs="+", choices=get_args(Mode), default=list(get_args(Mode)))
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
+    parser.add_argument("--implementations", nargs="+", choices=IMPLEMENTATIONS, default=list(IMPLEMENTATIONS))
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--seconds", type=float, default=130.0, help="what has not begun by then is left out")
     arguments = parser.parse_args()
     deadline = time.monotonic() + arguments.seconds
     register()
     model = build(arguments.model, arguments.layers, "cuda").eval()
-    made = rows(model, "cuda", arguments.rounds, CASES, tuple(arguments.modes), deadline, mode="reduce-overhead")
-    json_lines.write(arguments.out, made, Machine.inspect("cuda"), model=arguments.model, layers=arguments.layers)
+    cases = tuple(CASES[name] for name in arguments.cases)
+    modes, implementations = tuple(arguments.modes), tuple(arguments.implementations)
+    made = rows(model, "cuda", arguments.rounds, cases, modes, deadline, implementations, mode="reduce-overhead")
+    facts = {"model": arguments.model, "layers": arguments.layers}
+    print(*verdicts(json_lines.write(arguments.out, made, Machine.inspect("cuda"), **facts)), sep="\n")
 
 
 if __name__ == "__main__":

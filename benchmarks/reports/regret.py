@@ -24,6 +24,7 @@ from typing import Final
 from moe_dispatch.benchmarks.rows import BenchRow
 from moe_dispatch.errors import InvalidInputError
 from moe_dispatch.machine import Machine
+from moe_dispatch.policies.calibration.request import DEFAULT_ROUTINGS
 from moe_dispatch.policies.learned.defaults import default_identity, find_backend
 from moe_dispatch.policies.learned.fit import Observation, fit_model
 from moe_dispatch.policies.learned.policy import LearnedPolicy
@@ -136,6 +137,30 @@ def judge(observations: Sequence[Observation], machine: Machine) -> dict[str, di
         }
         for name, rank in policies.items()
     }
+
+
+def by_routing(rows: Iterable[BenchRow]) -> dict[str, list[Judged]]:
+    """What a choice that does not know the routing loses under each routing distribution: a bound for one that does.
+
+    The choice is the candidate with the least geometric mean over the distributions that a calibration measures by
+    default. Candidates count that were timed under every distribution of their point, and points with those two.
+    """
+    points: dict[tuple[str, str, int, str], dict[Identity, dict[str, float]]] = {}
+    for row in rows:
+        if row.us is not None and row.backend in BACKENDS.names():
+            identity: Identity = (row.backend, tuple(sorted(row.config.items())))
+            at = points.setdefault((row.workload, row.dtype, row.M, row.mode), {})
+            at.setdefault(identity, {})[row.routing] = row.us
+    judged: dict[str, list[Judged]] = {}
+    for at in points.values():
+        routings = set().union(*at.values())
+        complete = [times for times in at.values() if set(times) == routings]
+        if complete and routings.issuperset(DEFAULT_ROUTINGS):
+            chosen = min(complete, key=lambda times: geometric_mean([times[name] for name in DEFAULT_ROUTINGS]))
+            for name in sorted(routings):
+                least = min(times[name] for times in complete)
+                judged.setdefault(name, []).append(Judged(chosen[name] / least - 1, unmeasured=False))
+    return judged
 
 
 def summary(judged: Iterable[Judged]) -> dict[str, float]:

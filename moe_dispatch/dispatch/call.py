@@ -18,6 +18,7 @@ from moe_dispatch.dispatch.gradients import (
     compute_gradients,
     explain_backward,
     is_recorded,
+    needs_grad,
 )
 from moe_dispatch.dispatch.internals import any_autocast_enabled, forward_mode_entered, is_fake
 from moe_dispatch.dispatch.process import get_dispatcher
@@ -54,32 +55,29 @@ def call_eagerly(
         # Autocast rounds torch ops but not kernels, so the result would depend on the backend.
         with torch.autocast(device.type, enabled=False):
             return call_eagerly(hidden_states, experts, topk_weights, topk_ids, backend, out, dispatcher)
-    if out is None and is_recorded(hidden_states, experts, topk_weights):
+    grad = needs_grad(hidden_states, experts, topk_weights)
+    if grad and out is None:
         inputs = (hidden_states, experts, topk_weights, topk_ids)
         # Inside of a transform of torch.func there is no memory to read, and only the reference can run.
         if not forward_mode_entered(hidden_states, topk_weights) and have_memory(inputs):
             check(*inputs, backend)
             return torch_operator.call(*inputs, backend)
-    return _dispatch(hidden_states, experts, topk_weights, topk_ids, backend, out, dispatcher)
-
-
-def _dispatch(
-    hidden_states: Tensor,
-    experts: ExpertWeights,
-    topk_weights: Tensor,
-    topk_ids: Tensor,
-    backend: str | None = None,
-    out: Tensor | None = None,
-    dispatcher: Dispatcher | None = None,
-) -> Tensor:
-    """Run a call on the layer's GPU. If it is recorded, only a backend that torch can differentiate runs it."""
-    device = experts.device
     dispatcher = dispatcher or get_dispatcher(device)
     # Triton and DeepGEMM launch on the current GPU, wherever the tensors are.
     if dispatcher.one_of_several_gpus and torch.cuda.current_device() != device.index:
         with torch.cuda.device(device):
-            return dispatcher.forward(hidden_states, experts, topk_weights, topk_ids, backend, out)
-    return dispatcher.forward(hidden_states, experts, topk_weights, topk_ids, backend, out)
+            return dispatcher.forward(hidden_states, experts, topk_weights, topk_ids, backend, out, grad)
+    return dispatcher.forward(hidden_states, experts, topk_weights, topk_ids, backend, out, grad)
+
+
+def _run_differentiable(
+    hidden_states: Tensor, experts: ExpertWeights, topk_weights: Tensor, topk_ids: Tensor
+) -> Tensor:
+    """Run a call on the layer's GPU. If it is recorded, only a backend that torch can differentiate runs it."""
+    grad = needs_grad(hidden_states, experts, topk_weights)
+    with _current(experts.device):
+        dispatcher = get_dispatcher(experts.device)
+        return dispatcher.forward(hidden_states, experts, topk_weights, topk_ids, grad=grad)
 
 
 def _compute_gradients(
@@ -96,7 +94,7 @@ def _compute_gradients(
 
 
 # The custom operators run a call eagerly, and an eager call on fake tensors, or recorded, goes through an operator.
-torch_operator.implement(call_eagerly, _dispatch, _compute_gradients)
+torch_operator.implement(call_eagerly, _run_differentiable, _compute_gradients)
 
 
 def call_traced(

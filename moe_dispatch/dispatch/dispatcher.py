@@ -15,7 +15,6 @@ from moe_dispatch.dispatch.checks import check, check_out, have_memory, overlap,
 from moe_dispatch.dispatch.counters import BackendStats, Counters
 from moe_dispatch.dispatch.errors import BackendFailedError
 from moe_dispatch.dispatch.first_calls import FIRST_CALLS
-from moe_dispatch.dispatch.gradients import needs_grad
 from moe_dispatch.dispatch.kept_inputs import KeptInputs
 from moe_dispatch.dispatch.plan import Plan
 from moe_dispatch.dispatch.planner import Planner
@@ -86,14 +85,23 @@ class Dispatcher:
         topk_ids: Tensor,
         backend: str | None = None,
         out: Tensor | None = None,
+        grad: bool = False,
     ) -> Tensor:
         """See `moe_dispatch.moe_forward`; the layer's GPU is the current device.
+
+        Args:
+            hidden_states: As for `moe_forward`, like the next five.
+            experts: The layer's weights.
+            topk_weights: ``[M, topk]``.
+            topk_ids: ``[M, topk]``.
+            backend: The backend to run, or None.
+            out: Memory for the output, or None.
+            grad: Whether the backend's operations have to be differentiable one by one (`gradients.needs_grad`).
 
         The key holds everything that a check, a policy or a backend may ask of a call, so a kind of call that is known
         needs none of them. Weights at another address than before are checked again.
         """
         try:
-            grad = needs_grad(hidden_states, experts, topk_weights)
             key = (
                 experts.spec,
                 hidden_states.shape,

@@ -56,7 +56,9 @@ class Plan:
     @property
     def kind(self) -> "PlanKind":
         """What a first run proves: this backend in this configuration, at about this many tokens."""
-        return self.choice.backend, self.config, dataclasses.replace(self.problem.bucket, mode="eager"), self.into
+        bucket = self.problem.bucket
+        eager = bucket if bucket.mode == "eager" else dataclasses.replace(bucket, mode="eager")
+        return self.choice.backend, self.config, eager, self.into
 
 
 PlanKind = tuple[str, BackendConfig, MoEProblem, bool]

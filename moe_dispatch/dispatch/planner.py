@@ -2,7 +2,7 @@
 
 import dataclasses
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Final
 
 import pydantic
@@ -64,6 +64,7 @@ class Planner:
         self._pool = BackendPool(machine, configured.disabled, quarantine, barred)
         self._chain: PolicyChain | None = None
         self._proven: set[PlanKind] = set()
+        self._configs: dict[tuple[str, tuple[tuple[str, int | str], ...]], BackendConfig] = {}
         self._passed_over: set[str] = set()
         self._obeyed: list[QuarantineEntry] = []
 
@@ -98,9 +99,9 @@ class Planner:
         named = bool(backend or self._settings.backend)
         remedy = way_out("" if backend else BACKEND_VARIABLE) if named else ""
         for choice in (self._named_choice(backend, problem),) if named else self._rank(problem):
-            against = self._reasons_against(choice, problem, chosen_by_name=named)
-            if not against and not self._probe_failure(choice, problem, experts):
-                yield self._made_plan(problem, choice, remedy, into=into)
+            config = self._config_or_reasons(choice, problem, chosen_by_name=named)
+            if not isinstance(config, tuple) and not self._probe_failure(choice, problem, experts):
+                yield self._made_plan(problem, choice, config, remedy, into=into)
 
     def prove(self, plan: Plan) -> None:
         """Remember that a plan has run to its end."""
@@ -112,7 +113,8 @@ class Planner:
         candidates: list[Candidate] = []
         name = self._settings.backend
         for choice in (self._named_choice(None, problem),) if name else self._rank(problem):
-            against = list(self._reasons_against(choice, problem, chosen_by_name=bool(name)))
+            config = self._config_or_reasons(choice, problem, chosen_by_name=bool(name))
+            against = list(config) if isinstance(config, tuple) else []
             if self._live and not against and not any(not earlier.against for earlier in candidates):
                 against += filter(None, [self._probe_failure(choice, problem, None)])
             candidates.append(Candidate(choice, tuple(against)))
@@ -164,13 +166,17 @@ class Planner:
         choice = self._named_choice(backend, problem)
         if failure := self._probe_failure(choice, problem, experts):
             raise BackendUnavailableError(name, (failure,), variable)
-        return self._made_plan(problem, choice, way_out(variable), into=into)
+        config = self._config(choice, problem)
+        if isinstance(config, tuple):
+            raise BackendUnavailableError(name, config, variable)
+        return self._made_plan(problem, choice, config, way_out(variable), into=into)
 
     def _named_choice(self, backend: str | None, problem: MoEProblem) -> Choice:
         """The named backend, in the configuration that the policies rank first for it."""
         name = backend or self._settings.backend
         ranked = (choice for choice in self._rank(problem) if choice.backend == name)
-        choice = next((choice for choice in ranked if not self._misconfigured(choice, problem)), Choice(name, ""))
+        configured = (choice for choice in ranked if not isinstance(self._config(choice, problem), tuple))
+        choice = next(configured, Choice(name, ""))
         if backend:
             return dataclasses.replace(choice, reason="named by the caller", policy="caller")
         return dataclasses.replace(choice, reason=f"named by {BACKEND_VARIABLE}", policy="environment")
@@ -182,19 +188,20 @@ class Planner:
         unproven: Plan | None = None
         best: Plan | None = None
         for choice in self._rank(problem):
-            reasons = self._reasons_against(choice, problem)
+            config = self._config_or_reasons(choice, problem)
+            reasons = config if isinstance(config, tuple) else ()
             if fault := self._pool.broken(choice.backend):
                 faults[choice.backend] = fault
             if not reasons and (failure := self._probe_failure(choice, problem, experts)):
                 reasons = (failure,)
                 if problem.mode == "eager":
                     faults[choice.backend] = failure
-            if reasons:
+            if reasons or isinstance(config, tuple):
                 against.setdefault(choice.backend, reasons)
                 if len(reasons) == 1 and (entry := self._quarantine.recorded(choice.backend, problem)):
                     recorded[choice.backend] = entry
                 continue
-            plan = self._made_plan(problem, choice, into=into)
+            plan = self._made_plan(problem, choice, config, into=into)
             if problem.mode == "eager" or plan.kind in self._proven:
                 best = plan
                 break
@@ -235,12 +242,13 @@ class Planner:
             "records, `moe-dispatch doctor --reset` lifts them."
         )
 
-    def _made_plan(self, problem: MoEProblem, choice: Choice, remedy: str = "", *, into: bool = False) -> Plan:
+    def _made_plan(
+        self, problem: MoEProblem, choice: Choice, config: BackendConfig, remedy: str = "", *, into: bool = False
+    ) -> Plan:
         backend = self._pool.made(choice.backend).require()
-        config = _config(backend, choice, problem)
         return Plan(problem, backend, config, choice, remedy, into=into, kept=bool(remedy))
 
-    def _rank(self, problem: MoEProblem) -> tuple[Choice, ...]:
+    def _rank(self, problem: MoEProblem) -> Iterable[Choice]:
         if problem.needs_grad:
             reason = "torch differentiates the backend itself, which only the reference allows"
             return (Choice(LAST_RESORT, reason, policy="autograd"),)
@@ -259,31 +267,33 @@ class Planner:
         except UnknownNameError as error:
             raise UnknownNameError(error.kind, error.name, error.known, POLICY_VARIABLE) from None
 
-    def _reasons_against(self, choice: Choice, problem: MoEProblem, *, chosen_by_name: bool = False) -> tuple[str, ...]:
+    def _config_or_reasons(
+        self, choice: Choice, problem: MoEProblem, *, chosen_by_name: bool = False
+    ) -> BackendConfig | tuple[str, ...]:
+        """The configuration that a choice would run a problem with, or every reason against the choice."""
         reasons = self._pool.reasons_against(choice.backend, problem, chosen_by_name=chosen_by_name)
-        return reasons or tuple(filter(None, [self._misconfigured(choice, problem)]))
+        return reasons or self._config(choice, problem)
 
-    def _misconfigured(self, choice: Choice, problem: MoEProblem) -> str:
-        """Why a choice has no configuration to run with; empty if it has one."""
+    def _config(self, choice: Choice, problem: MoEProblem) -> BackendConfig | tuple[str, ...]:
+        """A choice's configuration as the backend's own type, or why there is none."""
         try:
-            _config(self._pool.made(choice.backend).require(), choice, problem)
+            backend = self._pool.made(choice.backend).require()
+            if choice.config is None:
+                return backend.default_config(problem)
+            key = choice.backend, tuple(choice.config.items())
+            if key not in self._configs:
+                self._configs[key] = backend.config_type.model_validate(dict(choice.config))
+            return self._configs[key]
         except pydantic.ValidationError as error:
-            return f"does not know the configuration {dict(choice.config or {})}: {error.errors()[0]['msg']}"
+            return (f"does not know the configuration {dict(choice.config or {})}: {error.errors()[0]['msg']}",)
         except BackendUnavailableError as error:
-            return "; ".join(error.reasons)
+            return ("; ".join(error.reasons),)
         except FOREIGN_ERRORS as error:  # of a validator of its own
-            return f"cannot read the configuration {dict(choice.config or {})}: {failures.summary(error)}"
-        return ""
+            return (f"cannot read the configuration {dict(choice.config or {})}: {failures.summary(error)}",)
 
     def _probe_failure(self, choice: Choice, problem: MoEProblem, experts: ExpertWeights | None) -> str:
         device = experts.device if experts is not None else torch.device(self.machine.device)
         return self._pool.probe_failure(choice.backend, problem, device)
-
-
-def _config(backend: Backend, choice: Choice, problem: MoEProblem) -> BackendConfig:
-    if choice.config is None:
-        return backend.default_config(problem)
-    return backend.config_type.model_validate(dict(choice.config))
 
 
 def warn_of_successor(name: str, problem: MoEProblem, cause: str, successor: Plan) -> None:

@@ -1,8 +1,7 @@
 """The policies in their order of precedence, asked as one."""
 
-import dataclasses
 import reprlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from types import NoneType
 from typing import Final
 
@@ -26,8 +25,8 @@ _FIELDS: Final[Mapping[str, type | tuple[type, ...]]] = {
 class PolicyChain:
     """Asks each policy in turn; what an earlier one ranks stands before what a later one adds.
 
-    A policy that cannot load or rank is passed over with a warning: neither a damaged file nor a fault in its code may
-    stop a model.
+    A policy that cannot load or rank, or what it ranks from a choice on that is none, is passed over with a warning:
+    neither a damaged file nor a fault in its code may stop a model.
 
     Args:
         machine: The machine that the policies rank for.
@@ -48,20 +47,24 @@ class PolicyChain:
             except FOREIGN_ERRORS as error:
                 self._refuse(name, error)
 
-    def rank(self, problem: MoEProblem) -> tuple[Choice, ...]:
-        """Every candidate once, best first, the reference last where no policy placed it."""
-        ranked: dict[tuple[str, str], Choice] = {}
+    def rank(self, problem: MoEProblem) -> Iterator[Choice]:
+        """Every candidate once, best first, the reference last where no policy placed it.
+
+        A policy is asked when all choices of those before it are taken: most calls run the first choice of the first
+        policy that knows the layer, and do not pay for the others.
+        """
+        ranked: set[tuple[str, str]] = set()
         for policy in self._policies:
             try:
-                choices = [_checked(choice, policy.name) for choice in policy.rank(problem)]
+                for choice in policy.ranked(problem):
+                    checked = _checked(choice, policy.name)
+                    if (identity := (checked.backend, repr(checked.config))) not in ranked:
+                        ranked.add(identity)
+                        yield checked
             except FOREIGN_ERRORS as error:
                 self._refuse(policy.name, error)
-                continue
-            for choice in choices:
-                ranked.setdefault((choice.backend, repr(choice.config)), choice)
-        if not any(choice.backend == LAST_RESORT for choice in ranked.values()):
-            ranked[LAST_RESORT, ""] = Choice(LAST_RESORT, "runs anywhere", policy="last resort")
-        return tuple(ranked.values())
+        if not any(backend == LAST_RESORT for backend, _ in ranked):
+            yield Choice(LAST_RESORT, "runs anywhere", policy="last resort")
 
     def notes(self) -> tuple[str, ...]:
         """The policies' notes, after those on policies that were passed over."""
@@ -103,6 +106,7 @@ def _checked(choice: object, policy: str) -> Choice:
         value = getattr(choice, name)
         if not isinstance(value, kinds) or isinstance(value, bool):
             raise TypeError(f"it ranks a choice whose {name} is {reprlib.repr(value)}")
-    if not all(isinstance(key, str) and isinstance(value, int | str) for key, value in (choice.config or {}).items()):
-        raise TypeError(f"it ranks a choice whose config is {reprlib.repr(choice.config)}")
-    return choice if choice.policy else dataclasses.replace(choice, policy=policy)
+    for key, value in (choice.config or {}).items():
+        if not isinstance(key, str) or not isinstance(value, int | str):
+            raise TypeError(f"it ranks a choice whose config is {reprlib.repr(choice.config)}")
+    return choice if choice.policy else Choice(choice.backend, choice.reason, choice.config, choice.us, policy)

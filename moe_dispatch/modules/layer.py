@@ -31,7 +31,8 @@ class MoELayer(nn.Module):
 
     The state dict has transformers' names (``gate.weight``, ``experts.gate_up_proj``, …). `load_state_dict` also takes
     the variants in use: ``router`` for ``gate``, ``shared_expert`` for ``shared_experts``, experts one by one
-    (``experts.0.gate_proj.weight``, ``w1``), shared experts as three linear layers, and transposed weights (gpt-oss).
+    (``experts.0.gate_proj.weight``, ``w1``), shared experts as three linear layers, transposed weights (gpt-oss), and
+    FP8 weights with scales per block, row or tensor, by any name that `ExpertWeights.from_safetensors` reads.
 
     ``layer.to(device)`` moves everything. ``layer.to(dtype)`` converts everything but FP8 weights with their
     scales, and the router's correction bias.
@@ -48,7 +49,7 @@ class MoELayer(nn.Module):
         bias: Whether the experts' projections have biases (gpt-oss).
         shared_N: Intermediate size of all shared experts together; 0 for none.
         shared_gate: Whether the shared experts' output is scaled by a gate of its own (Qwen2-MoE).
-        dtype: Dtype of the weights; ``torch.float8_e4m3fn`` makes the experts block FP8 and the rest BF16.
+        dtype: Dtype of the weights; ``torch.float8_e4m3fn`` makes the experts FP8 and the rest BF16.
         device: Device of the weights.
 
     Raises:

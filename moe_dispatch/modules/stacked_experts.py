@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from moe_dispatch.activations import UNGATED, Activation, canonical
 from moe_dispatch.api import moe_forward
+from moe_dispatch.errors import InvalidInputError
 from moe_dispatch.experts import ExpertWeights
 from moe_dispatch.modules.kept_dtype import keeping_dtype
 from moe_dispatch.numerics import FP8
@@ -24,7 +25,9 @@ NAMES: Final = {
 class StackedExperts(nn.Module):
     """Experts in the layout of `ExpertWeights`, as parameters with the names that transformers gives them.
 
-    FP8 weights (dtype e4m3) and their scales need no gradient and keep their dtype whatever `Module.to` asks for.
+    FP8 weights (dtype e4m3) and their scales need no gradient and keep their dtype whatever `Module.to` asks for. Their
+    scales are of 128×128 blocks at first. `load_state_dict` takes the form that it finds: a scale per block, row or
+    tensor, in FP32, BF16 or UE8M0.
 
     Args:
         K: Hidden size.
@@ -74,6 +77,7 @@ class StackedExperts(nn.Module):
             tensor = torch.empty(shapes[name], dtype=own, device=device)
             self.register_parameter(attribute, nn.Parameter(tensor, requires_grad=of_bias or not fp8))
         self.reset_parameters()
+        self.register_load_state_dict_pre_hook(_adopt_scales)  # type: ignore[no-untyped-call] # torch's
 
     def reset_parameters(self) -> None:
         """Initialise each expert as two `nn.Linear` would be, and biases to zero; FP8 to zero."""
@@ -138,3 +142,34 @@ class StackedExperts(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         """Without the object that `weights` keeps: a copy of the module has tensors of its own."""
         return {**self.__dict__, "_held": None}
+
+
+def _adopt_scales(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: object) -> None:
+    """Give an FP8 module scales of the state dict's form, and the state dict scales as the module has them.
+
+    Raises:
+        InvalidInputError: The state dict's weights are FP8 and the module's are not, or its scales have no known form.
+    """
+    assert isinstance(module, StackedExperts)  # noqa: S101 - it registers this for itself
+    loaded = {name: state_dict.get(prefix + attribute) for name, attribute in NAMES.items()}
+    gate_up, down = loaded["gate_up"], loaded["down"]
+    if gate_up is None or down is None or gate_up.dtype != FP8 or gate_up.is_meta:
+        return
+    if module.down_proj.dtype != FP8:
+        raise InvalidInputError(
+            f"the state dict's {prefix}{NAMES['gate_up']} is FP8 and the layer's is {module.down_proj.dtype}, which "
+            "would read the codes without their scales; make the layer with dtype=torch.float8_e4m3fn"
+        )
+    gate_up_scale, down_scale = loaded["gate_up_scale"], loaded["down_scale"]
+    if gate_up_scale is None or down_scale is None:
+        return  # torch says by name what is missing
+    weights = ExpertWeights(
+        gate_up, down, gate_up_scale=gate_up_scale.to(torch.float32).contiguous(),
+        down_scale=down_scale.to(torch.float32).contiguous(), activation=module.activation,
+        interleaved=module.interleaved,
+    )  # fmt: skip
+    for name in ("gate_up_scale", "down_scale"):
+        scale = state_dict[prefix + NAMES[name]] = getattr(weights, name)
+        if getattr(module, NAMES[name]).shape != scale.shape:
+            fresh = torch.empty_like(scale, device=module.down_proj.device)
+            setattr(module, NAMES[name], nn.Parameter(fresh, requires_grad=False))

@@ -5,11 +5,12 @@ from typing import Any, Final
 
 from torch import Tensor
 
-from moe_dispatch.checkpoints import LoadedTensors, Part, expert_names, stack
+from moe_dispatch.checkpoints import FUSED, LoadedTensors, Part, expert_names, stack
 from moe_dispatch.modules.stacked_experts import NAMES
 
 # What a submodule is called elsewhere.
 _RENAMED: Final = {"router": "gate", "shared_expert": "shared_experts"}
+_OWN: Final = frozenset(NAMES.values())
 _SINGLE: Final = re.compile(r"(?:\d+\.)?(?:gate_proj|up_proj|down_proj|w[123])\.\w+")
 
 
@@ -29,10 +30,12 @@ def translate(state_dict: dict[str, Any], prefix: str) -> None:
 
 
 def _restack(state_dict: dict[str, Any], prefix: str) -> None:
-    """Experts one by one, or transposed, as `StackedExperts` has them."""
+    """Experts one by one, transposed, or under other names, as `StackedExperts` has them."""
     own = [name for name in state_dict if name.startswith(prefix)]
-    single = bool(own) and all(_SINGLE.fullmatch(name[len(prefix) :]) for name in own)
-    if not single and not _transposed(state_dict, prefix):
+    rests = [name[len(prefix) :] for name in own]
+    single = bool(own) and all(_SINGLE.fullmatch(rest) for rest in rests)
+    renamed = all(rest.removesuffix(".weight") in FUSED for rest in rests) and not _OWN.issuperset(rests)
+    if not single and not renamed and not _transposed(state_dict, prefix):
         return
     # The linear layers of shared experts have no number: they are those of one expert.
     tensors: dict[str, Tensor] = {

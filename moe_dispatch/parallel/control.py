@@ -59,7 +59,7 @@ class Control:
 
     def gather_numbers(self, numbers: Sequence[int]) -> list[list[int]]:
         """Every rank's integers, in the order of the group."""
-        mine = torch.tensor(numbers, dtype=torch.int64)
+        mine = torch.tensor(numbers, dtype=torch.int64, device="cpu")
         out = [torch.empty_like(mine) for _ in self.ranks]
         with self.watch.waiting(self.watch.timeout):
             work: Any = dist.all_gather(out, mine, group=self._group, async_op=True)

@@ -110,7 +110,7 @@ class DirectExchange(Exchange):
                 return room
         self._refuse_capture(f"memory for {capacity} tokens")
         shared = self._allocate(push.header_bytes(ranks) + tokens + results)
-        on_host = torch.zeros(1, dtype=torch.int64, pin_memory=shared.own.is_cuda)
+        on_host = torch.zeros(1, dtype=torch.int64, device="cpu", pin_memory=shared.own.is_cuda)
         memory = push.PeerMemory(
             shared.own, shared.addresses, self.collectives.rank, tokens, self._programs(), on_host, **self._launches()
         )  # fmt: skip

@@ -42,7 +42,7 @@ class Cluster:
     between: Link
 
 
-_MEASURED: Final = "fitted to benchmarks/results/nvidia_h200_x2/links.jsonl, two H200s"
+_MEASURED: Final = "fitted to benchmarks/results/nvidia_h200_x2/links.jsonl.gz, two H200s"
 NVLINK4_DIRECT: Final = Link("NVLink 4 by stores, as `direct`", 3.7, 355e3, _MEASURED)
 NVLINK4_NCCL: Final = Link("NVLink 4 by NCCL's all-gather and reduce-scatter", 10.2, 217e3, _MEASURED)
 NDR400: Final = Link("InfiniBand NDR", 20.0, 45e3, "one NIC of 400 Gb/s a GPU, 90 % of it; latency assumed")

@@ -95,22 +95,9 @@ class Trial:
         return statistics.median(self._slowest([self._burst(repeated, calls) for _ in range(BURSTS)])) / inside
 
     def _burst(self, call: Callable[[], object], calls: int) -> float:
-        device = self._session.device
-        synchronize(device)
+        synchronize(self._session.device)
         self._session.control.gather_numbers([0])  # no rank starts before all are here
-        call()
-        if device.type == "cpu":
-            start = time.perf_counter()
-            for _ in range(calls):
-                call()
-            return (time.perf_counter() - start) * 1e6 / calls
-        begin, end = timing_events()
-        begin.record()
-        for _ in range(calls):
-            call()
-        end.record()
-        end.synchronize()
-        return float(begin.elapsed_time(end)) * 1e3 / calls
+        return burst_us(call, calls, self._session.device)
 
     def _slowest(self, times: list[float]) -> list[float]:
         every = self._session.control.gather_numbers([max(1, round(us * 1e3)) for us in times])  # in ns
@@ -138,15 +125,33 @@ def stage(session: Session, run: Callable[[], Result]) -> Result:
     return result  # where it is not bound there was a fault
 
 
+def burst_us(call: Callable[[], object], calls: int, device: torch.device) -> float:
+    """This rank's time per call in µs, of calls in a row after one that is not timed."""
+    call()
+    if device.type == "cpu":
+        start = time.perf_counter()
+        for _ in range(calls):
+            call()
+        return (time.perf_counter() - start) * 1e6 / calls
+    begin, end = timing_events()
+    begin.record()
+    for _ in range(calls):
+        call()
+    end.record()
+    end.synchronize()
+    return float(begin.elapsed_time(end)) * 1e3 / calls
+
+
 def drawn_inputs(
     layer: ShardedExperts, M: int, topk: int, act_dtype: torch.dtype, seed: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Random inputs of M tokens with a uniform routing over the whole layer's experts."""
-    generator = torch.Generator().manual_seed(seed)
-    hidden = torch.randn(M, layer.K, generator=generator).to(device=layer.device, dtype=act_dtype)
-    ids = torch.rand(M, layer.E, generator=generator).topk(topk, dim=1).indices.to(torch.int32)
-    weights = torch.full((M, topk), 1 / topk)
-    return hidden, weights.to(layer.device), ids.to(layer.device)
+    generator = torch.Generator("cpu").manual_seed(seed)
+    hidden = torch.randn(M, layer.K, generator=generator, dtype=torch.float32, device="cpu")
+    scores = torch.rand(M, layer.E, generator=generator, dtype=torch.float32, device="cpu")
+    ids = scores.topk(topk, dim=1).indices.to(layer.device, torch.int32)
+    weights = torch.full((M, topk), 1 / topk, dtype=torch.float32, device=layer.device)
+    return hidden.to(layer.device, act_dtype), weights, ids
 
 
 def _captured(call: Callable[[], object]) -> torch.cuda.CUDAGraph:

@@ -130,7 +130,7 @@ class WorkerServer:
             self._placeholder = None
             self._placeholder = shape, placeholder_weights(shape.problem(M, self._machine), self._device)
         hidden = torch.zeros(M, shape.K, dtype=torch_dtype(shape.act_dtype), device=self._device)
-        weights = torch.zeros(M, shape.topk, device=self._device)
+        weights = torch.zeros(M, shape.topk, dtype=torch.float32, device=self._device)
         ids = torch.full((M, shape.topk), -1, dtype=torch.int32, device=self._device)
         backend, config = self._made(*candidate)
         with torch.no_grad():

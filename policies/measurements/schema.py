@@ -78,24 +78,34 @@ def layer_key(of: LayerShape | MoEProblem) -> LayerKey:
     return of.K, of.N, of.E, of.topk, of.dtype, of.act_dtype, of.activation, of.bias, of.interleaved
 
 
-class Candidate(Strict):
-    """A backend in one configuration, with the versions that it was measured with.
+class Origin(Strict):
+    """When a measurement was made, and with which versions.
 
     Attributes:
-        backend: Registered name.
-        config: The configuration as JSON data; empty for a backend without options.
         versions: Versions that the measurement depends on; a change of any of them retires it.
         measured: Time of the measurement, UTC, ISO 8601.
         package: Version of moe_dispatch.
         commit: Commit of the checkout that measured; empty for an installed package.
     """
 
-    backend: Name
-    config: Config = pydantic.Field(default_factory=dict, max_length=64)
     versions: dict[Name, Text] = pydantic.Field(default_factory=dict, max_length=32)
     measured: Text = ""
     package: Text = ""
     commit: Text = ""
+
+
+class Candidate(Origin):
+    """A backend in one configuration, with the origin of its measurements.
+
+    Attributes:
+        backend: Registered name.
+        config: The configuration as JSON data; empty for a backend without options.
+        origin: Index into `CalibrationFile.origins`, as shipped tables hold it; read into the fields of `Origin`.
+    """
+
+    backend: Name
+    config: Config = pydantic.Field(default_factory=dict, max_length=64)
+    origin: Index | None = None
 
     @property
     def identity(self) -> Identity:
@@ -207,6 +217,7 @@ class CalibrationFile(Strict):
         schema_version: Version of this format.
         machine: The machine that was measured.
         layers: Layers, referred to by index.
+        origins: What several candidates share, referred to by index.
         candidates: Backends and configurations, referred to by index.
         points: The measurements.
     """
@@ -214,8 +225,21 @@ class CalibrationFile(Strict):
     schema_version: Literal[1] = SCHEMA
     machine: Annotated[Machine, pydantic.Strict(strict=False)]
     layers: list[LayerShape] = pydantic.Field(default_factory=list, max_length=10_000)
+    origins: list[Origin] = pydantic.Field(default_factory=list, max_length=100_000)
     candidates: list[Candidate] = pydantic.Field(default_factory=list, max_length=100_000)
     points: list[Point] = pydantic.Field(default_factory=list, max_length=100_000)
+
+    @pydantic.model_validator(mode="after")
+    def _read_origins(self) -> Self:
+        for i, candidate in enumerate(self.candidates):
+            if candidate.origin is None:
+                continue
+            if candidate.origin >= len(self.origins):
+                raise ValueError(f"a candidate refers to origin {candidate.origin}, and there are {len(self.origins)}")
+            shared = {"origin": None, **dict(self.origins[candidate.origin])}
+            self.candidates[i] = candidate.model_copy(update=shared)
+        self.origins.clear()
+        return self
 
     @pydantic.model_validator(mode="after")
     def _indices_refer_to_something(self) -> Self:

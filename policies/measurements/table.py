@@ -6,8 +6,9 @@ layers bound by bandwidth and for layers bound by arithmetic.
 
 import bisect
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Final
 
 from moe_dispatch.policies.measurements.schema import CalibrationFile, Identity, LayerKey
@@ -41,6 +42,10 @@ class Curve:
     tokens: tuple[int, ...]
     us: tuple[float, ...]
 
+    @cached_property
+    def _logs(self) -> tuple[float, ...]:
+        return tuple(map(math.log, self.us))
+
     def at(self, M: int) -> float:
         """Time in µs at M tokens, interpolated; `LayerTable.rank` limits how far M may be beyond the ends."""
         i = bisect.bisect_left(self.tokens, M)
@@ -51,7 +56,7 @@ class Curve:
             return self.us[i]
         lower, upper = self.tokens[i - 1], self.tokens[i]
         share = math.log(M / lower) / math.log(upper / lower)
-        return math.exp((1 - share) * math.log(self.us[i - 1]) + share * math.log(self.us[i]))
+        return math.exp((1 - share) * self._logs[i - 1] + share * self._logs[i])
 
 
 class LayerTable:
@@ -73,6 +78,7 @@ class LayerTable:
         self.scores = {M: dict(at) for M, at in sorted(scores.items()) if any(us for us in at.values())}
         self.tokens = tuple(self.scores)
         self._curves = tuple(curves(self.scores))
+        self._counting: dict[tuple[int, ...], list[Curve]] = {}
         self.winners = stable_winners(self.scores, incumbents)
 
     def rank(self, M: int) -> tuple[tuple[Identity, float], ...]:
@@ -83,16 +89,10 @@ class LayerTable:
         around = self.tokens[max(i - 1, 0) : i + 1] if i == len(self.tokens) or self.tokens[i] != M else (M,)
         if len(around) == 2 and around[1] > around[0] * APART:
             return ()
-        barred = {identity for near in around for identity, us in self.scores[near].items() if us is None}
-        measured = around == (M,)
-        # A candidate that was eliminated at a neighbour was behind there; its times further away say nothing about M.
-        timed = [
-            (curve.identity, curve.at(M))
-            for curve in self._curves
-            if curve.identity not in barred and all(near in curve.tokens for near in around)
-        ]
+        timed = self._times(around, M)
         if not timed:
             return ()
+        measured = around == (M,)
         won = {self.winners[near] for near in around}
         # At a measured M the winner is decided; between two, a neighbour's winner comes first within noise of the best.
         limit = math.inf if measured else min(us for _, us in timed) * (1 + NOISE)
@@ -102,14 +102,25 @@ class LayerTable:
             best.setdefault(identity[0], (identity, us))
         return tuple(best.values())
 
-    def choices(self, M: int, mode: str) -> tuple[Choice, ...]:
+    def _times(self, around: tuple[int, ...], M: int) -> list[tuple[Identity, float]]:
+        """Times at M of the candidates that count there; `around` are the measured token counts next to it."""
+        # The same for every M between two measured ones, so that a new token count is not planned from scratch.
+        if (counting := self._counting.get(around)) is None:
+            barred = {identity for near in around for identity, us in self.scores[near].items() if us is None}
+            # A candidate that was eliminated at a neighbour was behind there; its times further away say nothing of M.
+            counting = self._counting[around] = [
+                curve
+                for curve in self._curves
+                if curve.identity not in barred and all(near in curve.tokens for near in around)
+            ]
+        return [(curve.identity, curve.at(M)) for curve in counting]
+
+    def choices(self, M: int, mode: str) -> Iterator[Choice]:
         """The ranking as choices with their reasons; `mode` is the part of the reason that names the mode."""
         ranked = self.rank(M)
         where = self._where(M, mode)
-        return tuple(
-            Choice(backend, f"{us:.1f} µs {where}{_lead(ranked, place)}", dict(config), us)
-            for place, ((backend, config), us) in enumerate(ranked)
-        )
+        for place, ((backend, config), us) in enumerate(ranked):
+            yield Choice(backend, f"{us:.1f} µs {where}{_lead(ranked, place)}", dict(config), us)
 
     def _where(self, M: int, mode: str) -> str:
         if M in self.scores:

@@ -75,10 +75,10 @@ def test_what_is_started_was_compiled_for_just_these_arguments(options: dict[str
             kernel[1,](*args, **named)
             for _, _, compiled_for, _ in stub.started[before:]:
                 assert compiled_for == stub.specialization(*args, **named)
-    ordinary = sum(isinstance(n, bool | float) for n in INTS)
-    again = ordinary * len(tensors)  # bools and floats are Triton's, both times
-    alike = len(INTS) - ordinary  # a parameter is a tensor
-    assert stub.compiled == len(calls) + again - alike
+    ordinary = 2 * len(tensors) * sum(isinstance(n, bool | float) for n in INTS)  # Triton's path, both times
+    # A parameter is a tensor. The integers are of eight kinds: 1; 0, 16 and 32; 2, 8, 15, 17 and 2**31 - 1; -16; -1;
+    # and three that need more than 32 bits.
+    assert stub.compiled == 8 * (len(tensors) - 1) + len(constants) + ordinary
 
 
 def test_the_order_of_constants_does_not_confuse() -> None:
@@ -103,11 +103,12 @@ def test_the_launcher_gets_grid_stream_addresses_and_values() -> None:
     assert values == (x.data_ptr(), out.data_ptr(), 24, 7, None, None)
 
 
-def test_other_memory_of_the_same_kind_needs_no_compiler() -> None:
+def test_other_memory_and_another_token_count_need_no_compiler() -> None:
     stub, kernel = pair()
-    for _ in range(5):
-        kernel[1,](memory(torch.bfloat16), memory(torch.bfloat16), 24, 7, BLOCK=16, EVEN=True)
+    for n in (24, 40, 7, 1000, 24):
+        kernel[n,](memory(torch.bfloat16), memory(torch.bfloat16), n, 7, BLOCK=16, EVEN=True)
     assert stub.compiled == 1
+    assert [(grid[0], values[2]) for grid, _, _, values in stub.started] == [(n, n) for n in (40, 7, 1000, 24)]
 
 
 class Odd(torch.Tensor):
@@ -151,7 +152,7 @@ def test_memory_of_launches_is_bounded() -> None:
     stub, kernel = pair()
     x = memory(torch.bfloat16)
     for n in range(MAX_REMEMBERED + 10):
-        kernel[1,](x, x, n, 7, BLOCK=16, EVEN=True)
+        kernel[1,](x, x, 24, 7, BLOCK=n, EVEN=True)
     assert len(kernel._launches) <= MAX_REMEMBERED
     assert stub.compiled == MAX_REMEMBERED + 10
 

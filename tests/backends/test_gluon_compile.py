@@ -33,15 +33,19 @@ QWEN = WORKLOADS["qwen3-30b-a3b"]
 def launch_products(capability: int, dtype: DType, activation: Activation) -> Iterator[Launch]:
     machine = described(capability)
     backend = GluonHopperBackend(machine)
-    uneven = Workload("uneven", 8, 2, 576, 200, activation)
-    for layer in (Workload("even", 8, 2, 512, 256, activation), uneven):
+    oai = activation == "swiglu_oai"
+    for K, N in ((512, 256), (576, 200)):
+        layer = Workload("", 8, 2, K, N, activation, bias=oai, interleaved=oai)
         problem = layer.problem(4096, dtype, machine)
         if not backend.unsupported_reasons(problem):  # as FP8 is for the uneven layer
             yield Launch(partial(backend.run, *unwritten_layer(problem), GluonHopperConfig()))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("dtype", "activation"), [("bf16", "silu"), ("bf16", "swiglu(limit=10)"), ("fp8", "silu")])
+@pytest.mark.parametrize(
+    ("dtype", "activation"),
+    [("bf16", "silu"), ("bf16", "swiglu(limit=10)"), ("bf16", "swiglu_oai"), ("fp8", "silu"), ("fp8", "swiglu_oai")],
+)
 def test_both_products_compile_and_fit(dtype: DType, activation: Activation) -> None:
     kernels = compile_launches(launch_products, 90, dtype=dtype, activation=activation)
     names = {"_moe_hopper_product_kernel", "_moe_hopper_fp8_product_kernel"}
@@ -99,10 +103,12 @@ REFUSED = {
     "N": Refused((("N % 8 == 0", "N=252"),), Workload("", 8, 2, 256, 252)),
     "FP16, whose range experts may exceed": Refused((("bf16, fp8", "fp16"),), dtype="fp16"),
     "no gate": Refused((("relu2",),), Workload("", 8, 2, 256, 256, "relu2")),
-    "gpt-oss": Refused((("bias",), ("interleaved",)), WORKLOADS["gpt-oss-120b"]),
+    "gpt-oss in FP8": Refused(
+        (("K % 256 == 0", "K=2880"), ("N % 128 == 0", "N=2880")), WORKLOADS["gpt-oss-120b"], "fp8"
+    ),
     "everything at once": Refused(
-        ((KNOWN, "3.1.0"), ("bias",), ("interleaved",), ("K % 64 == 0", "K=100"), ("N % 8 == 0", "N=36")),
-        Workload("", 8, 2, 100, 36, "swiglu_oai", bias=True, interleaved=True), machine=_with_triton("3.1.0"),
+        ((KNOWN, "3.1.0"), ("relu2",), ("K % 64 == 0", "K=100"), ("N % 8 == 0", "N=36")),
+        Workload("", 8, 2, 100, 36, "relu2", bias=True), machine=_with_triton("3.1.0"),
     ),
 }  # fmt: skip
 
@@ -143,12 +149,14 @@ def test_blocks_hold_every_row_once_and_experts_with_a_tall_one_come_first() -> 
 
 @pytest.mark.gpu
 @pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.parametrize("like_gpt_oss", [False, True], ids=["silu", "gpt-oss"])
 @pytest.mark.parametrize(("dtype", "K", "N"), [("bf16", 192, 256), ("bf16", 192, 200), ("fp8", 256, 384)])
-def test_blocks_of_every_height(dtype: DType, K: int, N: int) -> None:
+def test_blocks_of_every_height(dtype: DType, K: int, N: int, like_gpt_oss: bool) -> None:
     """One expert for each count of rows around the heights of tiles, one without rows, and slots of no expert."""
     machine = Machine.inspect("cuda")
     counts = [1, 31, 33, 64, 65, 95, 96, 97, 127, 128, 129, 144, 145, 160, 161, 192, 257, 272, 288, 289, 0, 700]
-    layer = Workload("heights", len(counts), 1, K, N)
+    activation = "swiglu_oai" if like_gpt_oss else "silu"
+    layer = Workload("", len(counts), 1, K, N, activation, bias=like_gpt_oss, interleaved=like_gpt_oss)
     backend = GluonHopperBackend(machine)
     if reasons := backend.unsupported_reasons(layer.problem(sum(counts), dtype, machine)):
         pytest.skip("; ".join(reasons))

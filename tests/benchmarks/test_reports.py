@@ -7,6 +7,7 @@ import pytest
 
 from moe_dispatch.benchmarks.baselines import BASELINES
 from moe_dispatch.benchmarks.reports import plots
+from moe_dispatch.benchmarks.reports.regret import by_routing
 from moe_dispatch.benchmarks.reports.scoreboard import METRICS, SIDES, scoreboard
 from moe_dispatch.benchmarks.suites import MODELS, SKEWED, SUITES, TOKENS
 from moe_dispatch.benchmarks.targets import SCOREBOARD
@@ -35,6 +36,23 @@ def test_the_scoreboard_fails_what_misses_a_target() -> None:
     assert results["fp8: fastest backend against the fastest baseline, worst point"].value == pytest.approx(0.9)
     assert results["fp8: fastest backend against the fastest baseline, worst point"].verdict == "FAIL"
     assert results["fp8: time at dirichlet-4 over uniform, M ≥ 1024, worst point"].verdict == "FAIL"
+
+
+def test_regret_by_routing_is_that_of_the_choice_for_the_two_that_a_calibration_measures() -> None:
+    times = {
+        "gluon_hopper": {"uniform": 100.0, "dirichlet-4": 110.0, "zipf": 126.0},
+        "triton_persistent": {"uniform": 102.0, "dirichlet-4": 112.0, "zipf": 120.0},
+        "triton_splitk": {"uniform": 90.0},  # left the halving early
+    }
+    rows = [
+        bench_row(backend, "deepseek-v3", "bf16", 256, us, routing=routing)
+        for backend, by_name in times.items()
+        for routing, us in by_name.items()
+    ]
+    judged = by_routing([*rows, bench_row("gluon_hopper", "deepseek-v3", "bf16", 64, 9.0, routing="zipf")])
+    assert {name: [choice.regret for choice in choices] for name, choices in judged.items()} == {
+        "dirichlet-4": [0.0], "uniform": [0.0], "zipf": [pytest.approx(0.05)],
+    }  # fmt: skip
 
 
 def test_rows_of_two_machines_have_no_scoreboard() -> None:

@@ -1,8 +1,10 @@
 """Cold calls (a probe, a warm-up, an explanation) under whatever state a program has set torch to."""
 
+import ast
 import gc
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
+from pathlib import Path
 
 import pytest
 import torch
@@ -121,3 +123,32 @@ class TestMemory:
             assert [plan.problem.M for plan in plans.values()] == [3, 4, 5]
             assert ran() == {"honest": 5}, "what was counted is not forgotten"
             assert torch.equal(moe_forward(*make_call(1)), expected(make_call(1)))
+
+
+# Torch functions that make a tensor of the default device, and those of them that make one of the default dtype.
+FLOATING = {"empty", "eye", "full", "linspace", "logspace", "ones", "rand", "randn", "tensor", "zeros"}
+MAKING = FLOATING | {"arange", "as_tensor", "randint", "randperm"}
+
+
+def made_by_default(source: str) -> Iterator[str]:
+    """Calls that make a tensor without its dtype or device."""
+    for node in ast.walk(ast.parse(source)):
+        function = node.func if isinstance(node, ast.Call) else None
+        if (
+            isinstance(node, ast.Call)
+            and isinstance(function, ast.Attribute)
+            and ast.unparse(function.value) == "torch"
+        ):
+            named = {keyword.arg for keyword in node.keywords}
+            needed = {"device", "dtype"} if function.attr in FLOATING else {"device"}
+            if function.attr in MAKING and None not in named and not needed <= named:
+                yield ast.unparse(node)
+
+
+def test_every_tensor_is_made_with_its_dtype_and_device() -> None:
+    """A program's defaults (`torch.set_default_dtype`, `torch.set_default_device`) reach no tensor of ours."""
+    package = Path(dispatcher_module.__file__).parents[1]
+    rooms = (package, package / "backends", package / "policies")  # rglob follows no links
+    sources = {path: path.read_text(encoding="utf-8") for room in rooms for path in room.rglob("*.py")}
+    assert not {path.name: calls for path, source in sources.items() if (calls := list(made_by_default(source)))}
+    assert list(made_by_default("torch.zeros(3, device=x) + torch.arange(3, device=x)")) == ["torch.zeros(3, device=x)"]

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from moe_dispatch.backend import ArrivedInputs, PeerRows
+from moe_dispatch.backend import ArrivedInputs, Backend, PeerRows
 from moe_dispatch.dispatch.process import get_dispatcher
 from moe_dispatch.numerics import QuantizedRows, quantize_rows_torch
 from moe_dispatch.problem import MoEProblem
@@ -18,19 +18,15 @@ pytestmark = pytest.mark.usefixtures("fixed_policy", "no_grad")
 
 
 class Taking(Honest):
-    """Takes quantised rows, and notes what it was given."""
+    """Takes quantised rows and no others."""
 
     name = "taking"
-    given: list[type] = []  # noqa: RUF012 - emptied by each test
 
     def takes_quantized_rows(self, problem: MoEProblem) -> bool:
         return True
 
     def run_into(self, hidden_states: Any, *others: Any) -> Tensor:
-        self.given.append(type(hidden_states))
-        if isinstance(hidden_states, QuantizedRows):
-            hidden_states = hidden_states.dequantized().to(hidden_states.act_dtype)
-        return super().run_into(hidden_states, *others)
+        return super().run_into(hidden_states.dequantized().to(hidden_states.act_dtype), *others)
 
 
 class Failing(Taking):
@@ -38,7 +34,7 @@ class Failing(Taking):
 
     name = "failing"
 
-    def run_into(self, hidden_states: Any, *others: Any) -> Tensor:
+    def run_into(self, *_: Any) -> Tensor:
         raise RuntimeError("no such kernel")
 
 
@@ -60,34 +56,25 @@ def arrived(M: int = 3) -> tuple[ArrivedInputs, Tensor]:
     return ArrivedInputs(rows, experts, weights, ids), inputs.truth
 
 
-def test_the_first_backend_that_takes_quantised_rows_gets_them() -> None:
+@pytest.mark.parametrize(
+    ("order", "named", "runs", "barred"),
+    [
+        ((Honest, Taking), None, "taking", []),
+        ((Taking, Honest), "honest", "honest", []),
+        ((Failing, Honest), None, "honest", ["failing"]),
+    ],
+    ids=["the first that takes them", "named, and takes dequantised ones", "in place of one that fails"],
+)
+def test_quantised_rows_go_to(
+    order: tuple[type[Backend], ...], named: str | None, runs: str, barred: list[str]
+) -> None:
     inputs, truth = arrived()
-    Taking.given.clear()
-    with ranked(Honest, Taking):
-        out = get_dispatcher("cpu").arrived.forward(inputs)
-        assert ran() == {"taking": 1}
+    with ranked(*order):
+        out = get_dispatcher("cpu").arrived.forward(inputs, named)
+        assert ran() == {runs: 1}
+        assert [entry.backend for entry in get_dispatcher("cpu").quarantine.entries()] == barred
     assert isinstance(out, Tensor)
     assert out.dtype == torch.float16
-    assert Taking.given == [QuantizedRows]
-    assert relative_error(out, truth) < 2e-2
-
-
-def test_a_named_backend_that_does_not_take_them_gets_dequantised_rows() -> None:
-    inputs, truth = arrived()
-    with ranked(Taking, Honest):
-        out = get_dispatcher("cpu").arrived.forward(inputs, "honest")
-        assert ran() == {"honest": 1}
-    assert isinstance(out, Tensor)
-    assert relative_error(out, truth) < 2e-2
-
-
-def test_a_backend_that_fails_is_barred_and_another_one_runs() -> None:
-    inputs, truth = arrived()
-    with ranked(Failing, Honest):
-        out = get_dispatcher("cpu").arrived.forward(inputs)
-        assert ran() == {"honest": 1}
-        assert [entry.backend for entry in get_dispatcher("cpu").quarantine.entries()] == ["failing"]
-    assert isinstance(out, Tensor)
     assert relative_error(out, truth) < 2e-2
 
 
@@ -95,8 +82,6 @@ def test_a_backend_that_fails_is_barred_and_another_one_runs() -> None:
 def test_many_rows_go_to_the_memory_of_their_ranks(M: int, *, stores: bool) -> None:
     inputs, _ = arrived(M)
     peers = PeerRows(torch.zeros(1, dtype=torch.int64), 0, M, torch.empty(1, dtype=torch.float16))
-    assert isinstance(inputs.rows, QuantizedRows)
-    inputs = inputs._replace(rows=inputs.rows.dequantized().half(), out=peers)
+    inputs = inputs._replace(rows=inputs.ordinary()[0], out=peers)
     with ranked(Storing, Honest):
-        out = get_dispatcher("cpu").arrived.forward(inputs)
-        assert (out is peers) == stores
+        assert (get_dispatcher("cpu").arrived.forward(inputs) is peers) == stores

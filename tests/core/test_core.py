@@ -146,6 +146,16 @@ class TestWorkloads:
         assert all(len(set(row)) == 4 for row in ids.tolist())
         assert torch.allclose(weights.sum(1), torch.ones(50))
 
+    def test_zipf_is_the_reciprocal_of_the_rank(self) -> None:
+        shares = ROUTINGS["zipf"]._log_shares(64, torch.Generator().manual_seed(0)).exp()
+        assert torch.allclose(shares.sort(descending=True).values * torch.arange(1, 65), torch.ones(64))
+
+    @pytest.mark.parametrize(("topk", "alive"), [(2, 8), (12, 12)])
+    def test_dead_experts_get_no_token_and_leave_enough(self, topk: int, alive: int) -> None:
+        _, ids = ROUTINGS["half-dead"].sample(200, 16, topk, "cpu")
+        assert len(set(ids.flatten().tolist())) == alive
+        assert all(len(set(row)) == topk for row in ids.tolist())
+
     def test_the_roofline_explains_recorded_fractions(self) -> None:
         """One H200, DeepSeek-V3 in BF16: vLLM takes 2054 µs at M=16, 1.04 of the roofline; 28526 µs at 16384, .58."""
         machine = Machine.load(H200)
@@ -224,7 +234,7 @@ def test_a_policy_that_fails_is_passed_over() -> None:
         ranking = PolicyChain(machine, ["failing", "rules"])
         problem = WORKLOADS["mixtral-8x7b"].problem(1, "fp32", machine)
         with pytest.warns(MoEDispatchWarning, match="'failing' is passed over: the table is gone"):
-            ranked = ranking.rank(problem)
+            ranked = list(ranking.rank(problem))
         assert ranked[-1].backend == "reference"
         assert any("the table is gone" in note for note in ranking.notes())
         with pytest.raises(UnknownNameError, match="no policy is called 'best'"):

@@ -148,6 +148,75 @@ def test_block_fp8_runs_and_keeps_its_codes_and_scales() -> None:
     assert torch.equal(layer.experts.gate_up_proj.view(torch.uint8), before.view(torch.uint8))
 
 
+def one_by_one(experts: ExpertWeights, prefix: str, scale: str) -> dict[str, Tensor]:
+    """Weights and scales as checkpoints name them, an expert at a time."""
+    state: dict[str, Tensor] = {}
+    tensors = dict(experts.tensors())
+    for e in range(experts.E):
+        for name, projections in (("gate_up", ("gate_proj", "up_proj")), ("down", ("down_proj",))):
+            weights = tensors[name][e].chunk(len(projections))
+            scales = tensors[f"{name}_scale"][e].chunk(len(projections))
+            for projection, weight, each in zip(projections, weights, scales, strict=True):
+                state[f"{prefix}{e}.{projection}.weight"] = weight
+                state[f"{prefix}{e}.{projection}.{scale}"] = each
+    return state
+
+
+@pytest.mark.parametrize("stored", ["one by one", "fused"])
+@pytest.mark.parametrize(
+    ("form", "scale_dtype"), [("block", torch.bfloat16), ("block", torch.float8_e8m0fnu), ("channel", torch.float32)]
+)
+def test_fp8_checkpoints_load_in_the_form_that_they_have(form: Any, scale_dtype: torch.dtype, stored: str) -> None:
+    torch.manual_seed(0)
+    quantized = ExpertWeights.quantize(torch.randn(4, 256, 128) / 11, torch.randn(4, 128, 128) / 11, form=form)
+    scales = {
+        name: getattr(quantized, name).log2().round().exp2()  # which each of the dtypes holds exactly
+        for name in ("gate_up_scale", "down_scale")
+    }
+    expected = ExpertWeights(quantized.gate_up, quantized.down, **scales)
+    if stored == "one by one":
+        weight_scale = "weight_scale_inv" if form == "block" else "weight_scale"
+        state = one_by_one(expected, "experts.", weight_scale)
+    else:
+        fused = {"gate_up_proj": "gate_up", "down_proj": "down", "gate_up_proj_scale": "gate_up_scale",
+                 "down_proj_scale": "down_scale"}  # fmt: skip
+        state = {f"experts.{name}": getattr(expected, tensor) for name, tensor in fused.items()}
+    state = {name: tensor.to(scale_dtype) if "scale" in name else tensor for name, tensor in state.items()}
+    layer = MoELayer(128, 128, 4, 2, dtype=FP8).float()
+    missing = layer.load_state_dict({"gate.weight": layer.gate.weight.detach(), **state})
+    assert not missing.missing_keys
+    loaded = layer.experts.weights()
+    assert loaded.dtype == expected.dtype
+    for (name, tensor), (_, other) in zip(loaded.tensors(), expected.tensors(), strict=True):
+        assert torch.equal(tensor.float(), other.float()), name
+    again = MoELayer(128, 128, 4, 2, dtype=FP8).float()
+    again.load_state_dict(layer.state_dict())
+    hidden = tokens(5, 128)
+    with torch.no_grad():
+        assert torch.equal(again(hidden), layer(hidden))
+
+
+def test_scales_of_tensors_become_those_of_rows() -> None:
+    layer = MoELayer(16, 8, 4, 2, dtype=FP8)
+    scale = torch.tensor([[1.0, 2.0]]).repeat(4, 1)
+    state = layer.state_dict()
+    state |= {"experts.gate_up_proj_scale_inv": scale, "experts.down_proj_scale_inv": torch.ones(4)}
+    layer.load_state_dict(state)
+    loaded = layer.experts.weights().gate_up_scale
+    assert loaded is not None
+    assert loaded.tolist() == [[1.0] * 8 + [2.0] * 8] * 4
+
+
+def test_fp8_codes_are_not_loaded_as_values() -> None:
+    _, layer = fp8_layer()
+    with pytest.raises(InvalidInputError, match=r"make the layer with dtype=torch\.float8_e4m3fn"):
+        MoELayer(128, 128, 4, 2).load_state_dict(layer.state_dict(), strict=False)
+    state = layer.state_dict()
+    state["experts.gate_up_proj_scale_inv"] = torch.ones(4, 3)
+    with pytest.raises(InvalidInputError, match=r"gate_up_scale must be \[4, 2, 1\]"):
+        layer.load_state_dict(state)
+
+
 def test_the_correction_bias_stays_in_fp32() -> None:
     layer = small_layer(router=Router(2, "sigmoid", correction_bias=True))
     assert layer.gate.e_score_correction_bias is not None

@@ -74,6 +74,25 @@ def test_every_python_that_is_announced_has_a_cell() -> None:
     assert {f"{file[6]}.{file[7:]}" for file in FILES if kind(file) == "python"} == announced
 
 
+def test_the_locks_hold_the_pins_with_hashes() -> None:
+    """After a change of constraints.txt or of the dependencies: python -m tests.matrix.lock."""
+    locked: dict[str, set[str]] = {}
+    for path in ROOT.glob("requirements*.lock"):
+        for line in path.read_text(encoding="utf-8").splitlines()[1:]:
+            requirement, *hashes = line.split(" --hash=sha256:")
+            assert hashes
+            assert all(len(digest) == 64 for digest in hashes), line
+            name, _, version = requirement.partition(" ;")[0].partition("==")
+            locked.setdefault(name, set()).add(version.partition("+")[0])
+    for line in (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines():
+        name, pinned, version = line.partition("==")
+        assert not pinned or locked[name] == {version}, f"{name} {version}"
+    for wanted in map(Requirement, [*PROJECT["dependencies"], *PROJECT["optional-dependencies"]["dev"]]):
+        if wanted.name != PROJECT["name"]:
+            assert locked[wanted.name], wanted
+            assert all(map(wanted.specifier.contains, locked[wanted.name])), wanted
+
+
 def test_an_outcome_is_kept_and_counts_for_the_pins_that_it_ran_with(tmp_path: Path) -> None:
     path, versions = tmp_path / "record.json", pins("torch211")
     ran = Outcome(passed=True, seconds=7, cpu_seconds=5, date="2026-11-29", versions=versions | {"torch": "2.11.0+cpu"})

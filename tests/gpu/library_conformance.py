@@ -24,7 +24,10 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 BACKENDS = ("vllm_fused_moe", "deep_gemm")
-TESTS = ("tests/backends/test_conformance.py", "tests/backends/test_vllm_fused_moe.py", "tests/gpu/test_libraries.py")
+TESTS = (
+    "tests/backends/test_conformance.py", "tests/backends/test_vllm_fused_moe.py", "tests/gpu/test_faults.py",
+    "tests/gpu/test_libraries.py",
+)  # fmt: skip
 
 
 class Recorder:

@@ -2,7 +2,8 @@
 
 import copy
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +18,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, use_experts_imp
 from moe_dispatch.errors import MoEDispatchWarning  # noqa: E402
 from moe_dispatch.integrations.transformers import own, register  # noqa: E402
 from moe_dispatch.integrations.transformers.layout import inspect_module, layout_of  # noqa: E402
+from moe_dispatch.integrations.transformers.takeover import take_over  # noqa: E402
 from tests.integrations.transformers_models import (  # noqa: E402
     build,
     call_of,
@@ -51,6 +53,23 @@ def test_other_gates_run_grouped_mm_and_say_so_once(activation: str) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error", MoEDispatchWarning)
         logits(model, "moe_dispatch")
+
+
+@pytest.mark.parametrize("default", [torch.bfloat16, torch.float64, "meta"], ids=str)
+def test_a_gate_is_recognised_under_every_default(default: torch.dtype | str) -> None:
+    """As a program sets the default dtype for the time in which it makes its model."""
+    for module in (qwen3_layer(), layer(gpt_oss())):
+        with torch.device("meta") if default == "meta" else default_dtype(default):
+            taken = take_over(module, torch.float32)
+        assert taken.experts is not None, taken.reason
+
+
+@contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    yield
+    torch.set_default_dtype(before)
 
 
 def add_parameter(module: Any) -> None:

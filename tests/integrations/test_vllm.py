@@ -4,13 +4,15 @@ Runs where vLLM is installed (`nox -s vllm`); the engine itself is tested on a G
 Without a GPU vLLM has no platform of its own, so the tests describe an sm_90 one, and `moe_forward` runs its reference.
 """
 
+import dataclasses
+import inspect
 import itertools
 import logging
 import os
 import subprocess
 import sys
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, cast
 
 import pytest
@@ -21,6 +23,9 @@ pytest.importorskip("vllm")
 
 from moe_dispatch import ExpertWeights, MoEDispatchWarning, moe_forward, stats
 from moe_dispatch.integrations.vllm import VARIABLE, register, takeover, warm_up
+from moe_dispatch.machine import Machine
+from moe_dispatch.numerics import quantize_blocks, quantize_channels
+from moe_dispatch.problem import MoEProblem
 from moe_dispatch.settings import settings
 from tests.support.fakes import Honest, Raising, ranked
 
@@ -58,6 +63,9 @@ def described_platform() -> Iterator[None]:
     ):
         library.define(f"{question}(int capability) -> bool")
         library.impl(question, lambda capability: False, "CompositeExplicitAutograd")
+    # vLLM loads two projections with a scale each by quantising both anew, for which it has a CUDA kernel only.
+    library.define("static_scaled_fp8_quant(Tensor! out, Tensor input, Tensor scale, int[]? group_shape=None) -> ()")
+    library.impl("static_scaled_fp8_quant", _quantize_by_a_scale, "CPU")
 
     class Described(unspecified):  # type: ignore[misc, valid-type]
         device_name = "described"
@@ -78,6 +86,10 @@ def described_platform() -> Iterator[None]:
     platforms._current_platform = Described()
     yield
     platforms._current_platform = before
+
+
+def _quantize_by_a_scale(out: Tensor, values: Tensor, scale: Tensor, _shape: list[int] | None = None) -> None:
+    out.copy_((values.float() / scale).clamp(-448, 448))
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -107,6 +119,7 @@ def plugin(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setenv(VARIABLE, "1")
     takeover.TAKEOVER.taken.clear()
     takeover.TAKEOVER.left.clear()
+    takeover.TAKEOVER._told = (0, 0)
     warm_up._done.clear()
     register()
     yield
@@ -116,14 +129,27 @@ def plugin(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 def make_layer(quant_config: Any = None, **options: Any) -> Any:
     """A layer of the installed vLLM: its FusedMoE up to 0.22, the RoutedExperts inside one from 0.24 on."""
-    from vllm.model_executor.layers import fused_moe
-
-    make = getattr(fused_moe, "FusedMoEFactory", None) or fused_moe.FusedMoE  # renamed by 0.33
-    layer = make(
+    layer = layer_factory()(
         num_experts=E, top_k=TOPK, hidden_size=K, intermediate_size=N, params_dtype=torch.bfloat16,
         quant_config=quant_config, prefix=f"layer{next(numbers)}", **options,
     )  # fmt: skip
     return getattr(layer, "routed_experts", layer)
+
+
+def layer_factory() -> Any:
+    from vllm.model_executor.layers import fused_moe
+
+    return getattr(fused_moe, "FusedMoEFactory", None) or fused_moe.FusedMoE  # renamed by 0.33
+
+
+def skip_what_is_unknown(options: dict[str, Any]) -> None:
+    """Skip where this vLLM's layers do not have such options."""
+    from vllm.model_executor.layers.fused_moe.activation import MoEActivation
+
+    unknown = options.keys() - inspect.signature(layer_factory()).parameters.keys()
+    activation = options.get("activation", "silu")
+    if unknown or activation not in {member.value for member in MoEActivation}:
+        pytest.skip(f"this vLLM has no {', '.join(unknown) or activation}")
 
 
 numbers = itertools.count()
@@ -164,19 +190,127 @@ def test_a_bf16_layer_runs_through_moe_forward() -> None:
     assert not takeover.TAKEOVER.left
 
 
-def test_a_block_fp8_layer_runs_through_moe_forward() -> None:
+def compressed_tensors(strategy: str, *, dynamic: bool = True) -> Any:
+    """The config of a checkpoint that llm-compressor wrote."""
+    from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors import CompressedTensorsConfig
+
+    each: dict[str, Any] = {"num_bits": 8, "type": "float", "symmetric": True}
+    weights = {**each, "strategy": strategy, "dynamic": False}
+    if strategy == "block":
+        weights["block_structure"] = [128, 128]
+    activations = {**each, "strategy": "token" if strategy == "channel" else "tensor", "dynamic": dynamic}
+    group = {"targets": ["Linear"], "weights": weights, "input_activations": activations}
+    return CompressedTensorsConfig.from_config(
+        {"quant_method": "compressed-tensors", "format": "float-quantized", "config_groups": {"group_0": group}}
+    )
+
+
+def deepseek_fp8(*block: int, scheme: str = "dynamic") -> Any:
     from vllm.model_executor.layers.quantization.fp8 import Fp8Config
 
-    layer = make_layer(Fp8Config(True, "dynamic", weight_block_size=[128, 128]))
-    experts = ExpertWeights.quantize(torch.randn(E, 2 * N, K) / 16, torch.randn(E, K, N) / 16)
-    layer.w13_weight.data.copy_(experts.gate_up)
-    layer.w2_weight.data.copy_(experts.down)
-    layer.w13_weight_scale_inv.data.copy_(experts.gate_up_scale)
-    layer.w2_weight_scale_inv.data.copy_(experts.down_scale)
+    return Fp8Config(True, scheme, weight_block_size=list(block) or None)
+
+
+def fill(layer: Any, weights: dict[str, Tensor]) -> None:
+    """Load what a checkpoint holds, whatever the layer's method calls its scales."""
+    for name, tensor in weights.items():
+        parameter = getattr(layer, name, None)
+        (getattr(layer, f"{name}_inv") if parameter is None else parameter).data.copy_(tensor)
+
+
+FP8_LAYERS: dict[str, tuple[Callable[[], Any], str]] = {
+    "block FP8": (lambda: deepseek_fp8(128, 128), "block"),
+    "block FP8 of llm-compressor": (lambda: compressed_tensors("block"), "block"),
+    "by row": (lambda: compressed_tensors("channel"), "channel"),
+    "by tensor": (deepseek_fp8, "tensor"),
+    "by tensor, of llm-compressor": (lambda: compressed_tensors("tensor"), "tensor"),
+}
+
+
+def fp8_weights(form: str) -> dict[str, Tensor]:
+    """e4m3 weights and scales as a checkpoint holds them, gate and up with a scale of their own."""
+    weights: dict[str, Tensor] = {}
+    for name, rows, columns in (("w13", 2 * N, K), ("w2", K, N)):
+        values = torch.randn(E, rows, columns, generator=torch.Generator().manual_seed(rows)) / 16
+        if form == "tensor":
+            scale = torch.full((E, 2 if name == "w13" else 1), 2**-8)
+            scale[:, 0] *= 2
+            codes, scale = values.div(2**-8).clamp(-448, 448).to(torch.float8_e4m3fn), scale.squeeze(1)
+        else:
+            codes, scale = (quantize_blocks if form == "block" else quantize_channels)(values)
+            scale = scale if form == "block" else scale.unsqueeze(2)
+        weights |= {f"{name}_weight": codes, f"{name}_weight_scale": scale}
+    return weights
+
+
+@pytest.mark.parametrize("case", FP8_LAYERS)
+def test_an_fp8_layer_runs_through_moe_forward(case: str) -> None:
+    make_config, form = FP8_LAYERS[case]
+    layer = make_layer(make_config())
+    weights = fp8_weights(form)
+    fill(layer, weights)
+    gate_up, down = weights["w13_weight"].clone(), weights["w2_weight"].clone()
+    gate_up_scale, down_scale = weights["w13_weight_scale"], weights["w2_weight_scale"]
+    if form == "tensor":  # vLLM keeps the larger scale of gate and up, which makes the codes of up half as large
+        gate_up[:, N:] = (gate_up[:, N:].float() / 2).to(gate_up.dtype)
+        gate_up_scale = gate_up_scale[:, 0]
+    experts = ExpertWeights(gate_up, down, gate_up_scale=gate_up_scale.contiguous(), down_scale=down_scale)
+    x, topk_weights, ids = draw()
+    out = run(layer, x, topk_weights, ids)
+    assert torch.equal(out, moe_forward(x, experts, topk_weights, ids))
+    (described,) = takeover.TAKEOVER.taken
+    assert ("block FP8" if form == "block" else "FP8 scaled by row or tensor") in described
+
+
+def test_scales_of_tensors_stay_where_graphs_read_them_when_weights_are_reloaded() -> None:
+    layer = make_layer(deepseek_fp8())
+    state = fp8_weights("tensor")
+    x, topk_weights, ids = draw()
+    outputs, scales = [], []
+    for factor in (1, 2):
+        for name in ("w13_weight_scale", "w2_weight_scale"):  # as a reload finds them, in the checkpoint's shapes
+            loaded = state[name] * (factor if name == "w2_weight_scale" else 1)
+            setattr(layer, name, torch.nn.Parameter(loaded, requires_grad=False))
+        fill(layer, {name: tensor for name, tensor in state.items() if not name.endswith("scale")})
+        outputs.append(run(layer, x, topk_weights, ids).float())
+        scales.append(layer.quant_method.moe_kernel.fused_experts._experts.down_scale.data_ptr())
+    torch.testing.assert_close(outputs[1], 2 * outputs[0])
+    assert scales[0] == scales[1]
+
+
+# Options of a layer, and what they become: (alpha, limit, shift) or the two caps.
+GATES: dict[str, tuple[dict[str, Any], str]] = {
+    "DeepSeek-V4": ({"activation": "silu", "swiglu_limit": 10.0}, "swiglu(limit=10)"),
+    "MiniMax-M3": (
+        {"activation": "swigluoai_uninterleave", "swiglu_limit": 7.0, "swiglu_alpha": 1.702, "swiglu_beta": 1.0},
+        "swiglu_oai",
+    ),
+    "without beta": ({"activation": "swigluoai_uninterleave", "swiglu_limit": 0.5}, "swiglu(limit=0.5)"),
+    "Kimi": (
+        {"activation": "situ", "activation_situ_beta": 4.0, "activation_situ_linear_beta": 25.0},
+        "swiglu(gate_cap=4,up_cap=25)",
+    ),
+}
+
+
+@pytest.mark.parametrize("model", GATES)
+def test_gates_with_parameters_are_taken_over(model: str) -> None:
+    options, activation = GATES[model]
+    skip_what_is_unknown(options)
+    layer = make_layer(**options)
+    if not hasattr(layer.moe_config, "swiglu_limit"):  # 0.20.2 hands it to the layer and does not apply it
+        assert "swiglu_limit=10.0" in next(iter(takeover.TAKEOVER.left))
+        return
+    for weight in (layer.w13_weight, layer.w2_weight):
+        weight.data.normal_(std=0.5)
     x, weights, ids = draw()
     out = run(layer, x, weights, ids)
+    experts = ExpertWeights(layer.w13_weight.data, layer.w2_weight.data, activation=activation)
     assert torch.equal(out, moe_forward(x, experts, weights, ids))
-    assert "block FP8" in next(iter(takeover.TAKEOVER.taken))
+    if activation.startswith("swiglu("):
+        plain = ExpertWeights(layer.w13_weight.data, layer.w2_weight.data)
+        assert not torch.equal(out, moe_forward(x, plain, weights, ids))
+        assert activation in next(iter(takeover.TAKEOVER.taken))
 
 
 def test_tensor_parallelism_leaves_each_gpu_its_columns() -> None:
@@ -242,13 +376,42 @@ def test_a_reloaded_layer_uses_its_new_weights() -> None:
     torch.testing.assert_close(second.float(), 2 * first.float())
 
 
-def test_a_layer_that_does_not_fit_stays_vllms_own(caplog: pytest.LogCaptureFixture) -> None:
+LEFT: dict[str, tuple[dict[str, Any], str]] = {
+    "an activation that is not ours": ({"activation": "swiglustep"}, "activation 'swiglustep'"),
+    "another alpha": ({"swiglu_alpha": 1.5}, "swiglu_alpha=1.5 is not built into activation 'silu'"),
+    "another limit than gpt-oss's": (
+        {"activation": "swigluoai", "swiglu_limit": 5.0}, "swiglu_limit=5.0"
+    ),
+    "static scales of activations": (
+        {"quant_config": lambda: compressed_tensors("tensor", dynamic=False)}, "static scales of activations",
+    ),
+    "static scales, in vLLM's own config": (
+        {"quant_config": lambda: deepseek_fp8(scheme="static")}, "static scales of activations",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", LEFT)
+def test_a_layer_that_does_not_fit_stays_vllms_own(case: str, caplog: pytest.LogCaptureFixture) -> None:
+    options, reason = LEFT[case]
+    skip_what_is_unknown(options)
     with caplog.at_level(logging.INFO, logger="vllm.moe_dispatch"):
         logging.getLogger("vllm").propagate = True
-        layer = make_layer(activation="swiglustep")
+        layer = make_layer(**{name: value() if callable(value) else value for name, value in options.items()})
     assert layer.quant_method.experts_cls.__name__ != "MoeDispatchExperts"
-    assert "swiglustep" in next(iter(takeover.TAKEOVER.left))
+    assert reason in next(iter(takeover.TAKEOVER.left))
     assert "left to vLLM: 1" in caplog.text
+
+
+def test_a_gpu_without_kernels_of_ours_leaves_the_layer_to_vllm() -> None:
+    """Turing has none, and there the reference would loop over experts."""
+    h200 = Machine.load("h200")
+    turing = h200.model_copy(update={"capability": (7, 5), "name": "Tesla T4"})
+    problem = MoEProblem(M=1, K=K, N=N, E=E, topk=TOPK, dtype="fp16", act_dtype="fp16")
+    assert not takeover.kernel_reasons(problem, h200)
+    (reason,) = takeover.kernel_reasons(dataclasses.replace(problem, capability=(7, 5)), turing)
+    assert "no backend but reference runs it on this GPU" in reason
+    assert "compute capability 8.0" in reason
 
 
 def test_what_was_not_calibrated_is_chosen_otherwise_and_the_log_says_how(caplog: pytest.LogCaptureFixture) -> None:

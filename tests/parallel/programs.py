@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 
 from moe_dispatch import moe_forward
+from moe_dispatch.backends.exchange import push
 from moe_dispatch.benchmarks.record import expert_parallel
 from moe_dispatch.errors import InvalidInputError
 from moe_dispatch.experts import ExpertWeights
@@ -61,8 +62,9 @@ def tokens_of(M: int, spread: str) -> list[int]:
 
 
 def conformance(
-    names: list[str], precision: Precision, tokens: str, exchange: str, spread: str, backend: str | None = None
-) -> list[str]:
+    names: list[str], precision: Precision, tokens: str, exchange: str, spread: str, backend: str | None = None,
+    rows_aside: int = push.ROWS_ASIDE,
+) -> list[str]:  # fmt: skip
     """Run cases of the conformance suite through a layer that is spread over the ranks; returns what is wrong."""
     rank, faults = dist.get_rank(), []
     ep = parallel(tokens=tokens, exchange=exchange)
@@ -73,8 +75,9 @@ def conformance(
         if tokens == "sharded":
             counts = tokens_of(CASES[name].M, spread)
             mine = slice(sum(counts[:rank]), sum(counts[: rank + 1]))
-        if fault := _fault(inputs, layer, mine, TOLERANCE[precision.dtype], backend):
-            faults.append(f"{name}: {fault}")
+        with mock.patch.object(push, "ROWS_ASIDE", rows_aside):
+            if fault := _fault(inputs, layer, mine, TOLERANCE[precision.dtype], backend):
+                faults.append(f"{name}: {fault}")
     return faults
 
 

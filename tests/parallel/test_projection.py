@@ -7,6 +7,8 @@ import pytest
 from typer.testing import CliRunner
 
 from moe_dispatch.backends.triton_common import features
+from moe_dispatch.benchmarks.record import json_lines
+from moe_dispatch.benchmarks.record import projection as record
 from moe_dispatch.commands.app import app
 from moe_dispatch.errors import InvalidInputError
 from moe_dispatch.machine import Machine
@@ -14,6 +16,7 @@ from moe_dispatch.parallel.links import CLUSTERS, crossing, distinct_groups
 from moe_dispatch.parallel.projection import Projection
 from moe_dispatch.workloads import WORKLOADS
 
+ROOT = Path(__file__).parents[2]
 HGX = CLUSTERS["hgx-h200"]
 LAYER = WORKLOADS["deepseek-v3"]
 
@@ -33,13 +36,15 @@ def test_how_many_ranks_a_token_needs() -> None:
 
 def test_rows_cross_at_the_links_rates() -> None:
     row = 2.0 * LAYER.K
-    inside, between = HGX.inside, HGX.between
+    inside, stores = HGX.inside, HGX.direct
     two = crossing(HGX, 2, 4096, row, LAYER.E, LAYER.topk)
     assert two.gather == pytest.approx(inside.latency_us + 4096 * row / inside.bytes_per_us)
     assert two.gather * 0.99 < two.alltoall < two.gather
+    assert two.direct == pytest.approx(stores.latency_us + 4096 * row / stores.bytes_per_us)
     many = crossing(HGX, 64, 4096, row, LAYER.E, LAYER.topk)
-    assert many.gather == pytest.approx(between.latency_us + 4096 * row * 7 / between.bytes_per_us)
-    assert many.alltoall_by_node < many.alltoall < many.gather * 1.2
+    assert many.gather == pytest.approx(inside.latency_us + 4096 * row * 7 * 8 / inside.bytes_per_us)
+    assert many.alltoall_by_node < many.alltoall < many.gather
+    assert many.direct == math.inf
 
 
 def test_a_projection_is_the_sum_of_its_parts(projection: Projection) -> None:
@@ -69,4 +74,15 @@ def test_explain_prints_the_projection(projection: Projection) -> None:
     assert "A projection: nothing here was measured on more than one GPU" in result.output
     table = [line.split() for line in result.output.splitlines() if line.split()[:2] in (["16", "2"], ["4096", "8"])]
     assert len(table) == 2
-    assert table[0][-2:] == ["1.94", "1.97"]
+    assert table[0][-3:] == ["direct", "1.95", "1.97"]
+
+
+def test_links_and_docs_follow_from_the_record(projection: Projection) -> None:
+    del projection
+    folder = ROOT / "benchmarks" / "results" / "nvidia_h200_x2"
+    links = json_lines.read(folder / "links.jsonl.gz")
+    for link in (HGX.direct, HGX.inside):
+        latency, rate = record.lines(links)[link.name]
+        assert (round(latency, 1), round(rate, -3)) == (link.latency_us, link.bytes_per_us)
+    rows = [row for path in sorted(folder.glob("expert_parallel-*")) for row in json_lines.read(path)]
+    assert record.markdown(links, rows) in (ROOT / "docs" / "expert-parallel.md").read_text(encoding="utf-8")

@@ -101,6 +101,7 @@ DAMAGES = (
     Damage("negative", _edit(*MEASUREMENT, "score", value=-1.0), "is damaged"),
     Damage("score-as-text", _edit(*MEASUREMENT, "score", value="1.0"), "is damaged"),
     Damage("index-out-of-range", _edit(*MEASUREMENT, "candidate", value=9), "refers to candidate 9"),
+    Damage("origin-out-of-range", _edit("candidates", 0, "origin", value=9), "refers to origin 9"),
     Damage("path-as-backend", _edit("candidates", 0, "backend", value="../../x:Y"), "candidates.0.backend"),
     Damage("deep", lambda _: "[" * 100_000, "is damaged"),
     Damage("huge", lambda _: " " * ((32 << 20) + 1), "at most"),

@@ -45,7 +45,7 @@ MEASURED = (
     Case("qwen3-30b-a3b", "bf16", 256, "gluon_hopper"),
     Case("qwen3-30b-a3b", "bf16", 16384, "gluon_hopper"),
     Case("qwen3-235b", "bf16", 16384, "gluon_hopper"),
-    Case("gpt-oss-120b", "bf16", 16384, "triton_persistent"),
+    Case("gpt-oss-120b", "bf16", 16384, "gluon_hopper"),
     Case("mixtral-8x7b", "bf16", 16384, "gluon_hopper"),
 )
 
@@ -103,7 +103,9 @@ def test_a_cpu_gets_torch_and_the_reference() -> None:
         ("qwen3-235b", "bf16", 2, False),
         ("qwen3-30b-a3b", "fp8", 1, True),
         ("kimi-k2-tp8", "fp8", 1, True),
-        ("qwen3-30b-a3b", "fp8", 4, False),
+        ("qwen3-30b-a3b", "fp8", 4, True),
+        ("qwen3-30b-a3b", "fp8", 8, False),
+        ("kimi-k2-tp8", "fp8", 4, False),
         ("deepseek-v3", "fp8", 1, False),
     ],
 )

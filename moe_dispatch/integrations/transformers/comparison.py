@@ -54,11 +54,10 @@ def disagreement(module: nn.Module, experts: ExpertWeights, dtype: torch.dtype) 
 
 def _tokens(experts: ExpertWeights, dtype: torch.dtype) -> LayerInputs:
     """Two tokens that choose up to four experts, the last one among them, with weights that tell slots apart."""
-    generator = torch.Generator().manual_seed(0)
-    hidden = torch.randn(2, experts.K, generator=generator).to(experts.device, dtype)
-    ids = torch.tensor([[0, 1], [2, -1]]) % experts.E
-    weights = torch.tensor([[0.75, 0.25], [0.375, 0.5]])
-    return LayerInputs(hidden, weights.to(experts.device, dtype), ids.to(experts.device))
+    generator, device = torch.Generator("cpu").manual_seed(0), experts.device
+    hidden = torch.randn(2, experts.K, generator=generator, dtype=torch.float32, device="cpu").to(device, dtype)
+    ids = torch.tensor([[0, 1], [2, -1]], dtype=torch.int64, device=device) % experts.E
+    return LayerInputs(hidden, torch.tensor([[0.75, 0.25], [0.375, 0.5]], dtype=dtype, device=device), ids)
 
 
 def _capturing(device: torch.device) -> bool:

@@ -4,7 +4,7 @@
     MOE_DISPATCH_VLLM=1 vllm serve Qwen/Qwen3-30B-A3B
 
 vLLM loads the entry point ``vllm.general_plugins: moe_dispatch`` in every process. Without ``MOE_DISPATCH_VLLM=1`` it
-does nothing. With it, the BF16, FP16 and block-FP8 expert layers that `takeover.reasons_against` has nothing against
+does nothing. With it, the BF16, FP16 and FP8 expert layers that `takeover.reasons_against` has nothing against
 run through `moe_forward`; every other layer stays vLLM's own, and one log line says which and why.
 
 Everything that a served batch may need is compiled and proven while the engine profiles its memory, before the KV cache

@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 import vllm.model_executor.layers.fused_moe.modular_kernel as mk
 from torch import Tensor
-from vllm.model_executor.layers.quantization.utils.quant_utils import kFp8Dynamic128Sym, kFp8Static128BlockSym
+from vllm.model_executor.layers.quantization.utils import quant_utils
 
 from moe_dispatch.api import moe_forward
 from moe_dispatch.experts import ExpertWeights
-from moe_dispatch.integrations.vllm.takeover import ACTIVATIONS, TAKEOVER
+from moe_dispatch.integrations.vllm.gates import VLLM_ACTIVATIONS, gate_of
+from moe_dispatch.integrations.vllm.takeover import TAKEOVER
 from moe_dispatch.integrations.vllm.warm_up import warm_up_once
 
 if TYPE_CHECKING:
@@ -60,6 +61,11 @@ class MoeDispatchExperts(mk.FusedMoEExpertsModular):  # type: ignore[misc]  # vL
         self._sum = LayerInPlaceOfSum()
         self._experts: ExpertWeights | None = None
         self._addresses: tuple[int, ...] = ()
+        rows = moe_config.intermediate_size_per_partition * (2 if moe_config.activation.is_gated else 1)
+        self._scales = (
+            _of_rows("w1", self.w1_scale, rows, moe_config),
+            _of_rows("w2", self.w2_scale, moe_config.hidden_dim, moe_config),
+        )
 
     @property
     def expects_unquantized_inputs(self) -> bool:
@@ -81,11 +87,16 @@ class MoeDispatchExperts(mk.FusedMoEExpertsModular):  # type: ignore[misc]  # vL
 
     @staticmethod
     def _supports_activation(activation: Any) -> bool:
-        return activation.value in ACTIVATIONS
+        return activation.value in VLLM_ACTIVATIONS
 
     @staticmethod
     def _supports_quant_scheme(weight_key: Any, activation_key: Any) -> bool:
-        return (weight_key, activation_key) in ((None, None), (kFp8Static128BlockSym, kFp8Dynamic128Sym))
+        if weight_key is None:
+            return activation_key is None
+        weights = (
+            quant_utils.kFp8Static128BlockSym, quant_utils.kFp8StaticChannelSym, quant_utils.kFp8StaticTensorSym,
+        )  # fmt: skip
+        return weight_key in weights and activation_key is not None and not activation_key.scale.static
 
     @staticmethod
     def _supports_parallel_config(moe_parallel_config: Any) -> bool:
@@ -121,7 +132,7 @@ class MoeDispatchExperts(mk.FusedMoEExpertsModular):  # type: ignore[misc]  # vL
         w2: Tensor,
         topk_weights: Tensor,
         topk_ids: Tensor,
-        activation: Any,
+        activation: Any,  # noqa: ARG002 - that of the layer's config
         global_num_experts: int,  # noqa: ARG002
         expert_map: Tensor | None,  # noqa: ARG002 - expert parallelism is refused
         a1q_scale: Tensor | None,  # noqa: ARG002 - inputs arrive unquantised
@@ -132,7 +143,7 @@ class MoeDispatchExperts(mk.FusedMoEExpertsModular):  # type: ignore[misc]  # vL
         apply_router_weight_on_input: bool,
     ) -> None:
         """Prepare for `LayerInPlaceOfSum.apply`, which follows in the same call of vLLM's kernel."""
-        experts = self._weights(w1, w2, activation)
+        experts = self._weights(w1, w2)
         if not torch.cuda.is_available() or not torch.cuda.is_current_stream_capturing():
             TAKEOVER.tell()
             warm_up_once(experts, topk_ids.shape[1], hidden_states.dtype)
@@ -140,19 +151,35 @@ class MoeDispatchExperts(mk.FusedMoEExpertsModular):  # type: ignore[misc]  # vL
             topk_weights = torch.ones_like(topk_weights)
         self._sum.call = hidden_states, experts, topk_weights, topk_ids
 
-    def _weights(self, w1: Tensor, w2: Tensor, activation: Any) -> ExpertWeights:
+    def _weights(self, w1: Tensor, w2: Tensor) -> ExpertWeights:
         """The layer's weights, wrapped anew where a reload has moved any of them."""
-        tensors = (w1, w2, self.w1_scale, self.w2_scale, self.w1_bias, self.w2_bias)
+        tensors = (w1, w2, *self._scales, self.w1_bias, self.w2_bias)
         addresses = tuple(0 if tensor is None else tensor.data_ptr() for tensor in tensors)
         if self._experts is None or addresses != self._addresses:
             gate_up, down, gate_up_scale, down_scale, gate_up_bias, down_bias = (
                 None if tensor is None else tensor.detach() for tensor in tensors
             )
-            name, interleaved = ACTIVATIONS[activation.value]
+            activation, interleaved = gate_of(self.moe_config)
             assert gate_up is not None and down is not None  # noqa: S101, PT018 - w1 and w2
             self._experts = ExpertWeights(
                 gate_up, down, gate_up_scale=gate_up_scale, down_scale=down_scale, gate_up_bias=gate_up_bias,
-                down_bias=down_bias, activation=name, interleaved=interleaved,
+                down_bias=down_bias, activation=activation, interleaved=interleaved,
             )  # fmt: skip
             self._addresses = addresses
         return self._experts
+
+
+def _of_rows(name: str, scale: Tensor | None, rows: int, moe_config: Any) -> Tensor | None:
+    """A weight's scales; those of tensors, ``[E]``, as ``[E, rows]``, which is the form that kernels read.
+
+    vLLM makes a new experts object when it reloads weights, and graphs that were captured before go on reading what the
+    old one had. So the rows lie with the layer's config, which stays, and a reload writes to the same memory.
+    """
+    if scale is None or scale.dim() != 1:
+        return scale
+    kept: dict[str, Tensor] = vars(moe_config).setdefault("_moe_dispatch_scales", {})
+    expanded = scale.detach().unsqueeze(1).expand(-1, rows)
+    if name in kept and kept[name].device == scale.device:
+        return kept[name].copy_(expanded)
+    kept[name] = expanded.contiguous()
+    return kept[name]

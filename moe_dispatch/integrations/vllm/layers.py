@@ -61,7 +61,10 @@ def _fused_moe() -> None:
 
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(*args, **kwargs)
-            take(self.quant_method, self.moe_config)
+            if (limit := getattr(self, "swiglu_limit", None)) is not None:
+                TAKEOVER.leave([f"swiglu_limit={limit}, which vLLM applies to MXFP4 alone up to 0.22"])
+            else:
+                take(self.quant_method, self.moe_config)
 
 
 def take(method: Any, moe_config: Any) -> None:

@@ -6,17 +6,16 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from moe_dispatch.activations import SWIGLU_OAI, Activation
-from moe_dispatch.problem import QUANT_BLOCK
+import torch
 
-# vLLM's activation -> ours, and whether gate and up rows alternate.
-ACTIVATIONS: Final[dict[str, tuple[Activation, bool]]] = {
-    "silu": ("silu", False),
-    "gelu": ("gelu", False),
-    "gelu_tanh": ("gelu_tanh", False),
-    "swigluoai": ("swiglu_oai", True),
-    "relu2_no_mul": ("relu2", False),
-}
+from moe_dispatch.api import explain
+from moe_dispatch.errors import InvalidInputError
+from moe_dispatch.integrations.vllm.gates import gate_of
+from moe_dispatch.integrations.vllm.storage import FORMS, stored_dtype
+from moe_dispatch.machine import Machine
+from moe_dispatch.problem import MoEProblem
+from moe_dispatch.registry import LAST_RESORT
+from moe_dispatch.weight_checks import DTYPE_NAMES
 
 
 @dataclass
@@ -74,28 +73,53 @@ def reasons_against(moe_config: Any, vllm_config: Any, method: Any) -> list[str]
         method: The layer's quantisation method, which decides how weights are stored.
     """
     reasons = [*_engine_reasons(vllm_config), *_parallel_reasons(moe_config.moe_parallel_config)]
-    reasons += _gate_reasons(moe_config)
     if moe_config.is_lora_enabled:
         reasons.append("LoRA adapters need vLLM's own experts")
     if (asked := getattr(moe_config, "moe_backend", "auto")) != "auto":
         reasons.append(f"--moe-backend {asked} names vLLM's own")
-    kind = type(method).__name__
-    if kind == "UnquantizedFusedMoEMethod":
-        reasons += _dtype_reasons(moe_config)
-    elif kind == "Fp8MoEMethod":
-        reasons += _fp8_reasons(moe_config, method)
-    else:
-        reasons.append(f"weights stored by {kind} are not BF16, FP16 or block FP8")
+    for understand in (gate_of, lambda config: stored_dtype(config, method)):
+        try:
+            understand(moe_config)
+        except InvalidInputError as reason:
+            reasons.append(str(reason))
+    if not reasons and torch.cuda.is_available():
+        reasons += kernel_reasons(_problem(moe_config, method, torch.cuda.get_device_capability()))
     return reasons
+
+
+def kernel_reasons(problem: MoEProblem, machine: Machine | None = None) -> list[str]:
+    """Why a layer would run as the reference's loop over experts, which is slower than vLLM's kernels on any GPU.
+
+    Args:
+        problem: A call of the layer.
+        machine: See `explain`.
+    """
+    explanation = explain(problem, machine=machine)
+    if explanation.chosen is not None and explanation.chosen.choice.backend != LAST_RESORT:
+        return []
+    against = (f"{each.choice.backend} {', '.join(each.against)}" for each in explanation.candidates if each.against)
+    return [f"no backend but {LAST_RESORT} runs it on this GPU ({'; '.join(against)})"]
 
 
 def describe(moe_config: Any, method: Any) -> str:
     """A layer as the log line names it."""
-    dtype = "block FP8" if type(method).__name__ == "Fp8MoEMethod" else str(moe_config.in_dtype).removeprefix("torch.")
-    return (
+    activation, _ = gate_of(moe_config)
+    words = (
         f"E={moe_config.num_local_experts} topk={moe_config.experts_per_token} K={moe_config.hidden_dim} "
-        f"N={moe_config.intermediate_size_per_partition} {dtype}"
+        f"N={moe_config.intermediate_size_per_partition} {FORMS[stored_dtype(moe_config, method)]}"
     )
+    return words if activation == "silu" else f"{words} {activation}"
+
+
+def _problem(moe_config: Any, method: Any, capability: tuple[int, int]) -> MoEProblem:
+    """The call with one token of a layer that is understood."""
+    activation, interleaved = gate_of(moe_config)
+    return MoEProblem(
+        M=1, K=moe_config.hidden_dim, N=moe_config.intermediate_size_per_partition, E=moe_config.num_local_experts,
+        topk=moe_config.experts_per_token, dtype=stored_dtype(moe_config, method),
+        act_dtype=DTYPE_NAMES[moe_config.in_dtype], activation=activation, bias=getattr(moe_config, "has_bias", False),
+        interleaved=interleaved, capability=capability,
+    )  # fmt: skip
 
 
 def _engine_reasons(vllm_config: Any) -> list[str]:
@@ -126,32 +150,3 @@ def _parallel_reasons(parallel: Any) -> list[str]:
     if parallel.enable_eplb:
         reasons.append("expert-parallel load balancing moves experts while serving")
     return reasons
-
-
-def _gate_reasons(moe_config: Any) -> list[str]:
-    name = moe_config.activation.value
-    if name not in ACTIVATIONS:
-        return [f"activation {name!r}; ours are {', '.join(sorted(ACTIVATIONS))}"]
-    built_in = (
-        {"swiglu_limit": SWIGLU_OAI.limit, "swiglu_alpha": SWIGLU_OAI.alpha, "swiglu_beta": SWIGLU_OAI.shift}
-        if name == "swigluoai"
-        else {}
-    )
-    return [
-        f"{key}={value} is not built into activation {name!r}"
-        for key in ("swiglu_limit", "swiglu_alpha", "swiglu_beta")
-        if (value := getattr(moe_config, key, None)) is not None and value != built_in.get(key)
-    ]
-
-
-def _dtype_reasons(moe_config: Any) -> list[str]:
-    name = str(moe_config.in_dtype).removeprefix("torch.")
-    return [] if name in ("bfloat16", "float16") else [f"weights in {name}; ours are bfloat16, float16 and block FP8"]
-
-
-def _fp8_reasons(moe_config: Any, method: Any) -> list[str]:
-    block = getattr(method, "moe_block_shape", None) or getattr(method, "weight_block_size", None)
-    if not getattr(method, "block_quant", False) or list(block or ()) != [QUANT_BLOCK, QUANT_BLOCK]:
-        return [f"FP8 weights are scaled by {block or 'tensor'}, and ours by {QUANT_BLOCK}×{QUANT_BLOCK} blocks"]
-    N = moe_config.intermediate_size_per_partition
-    return [f"N={N} is no multiple of {QUANT_BLOCK}, so scale blocks straddle the shards"] if N % QUANT_BLOCK else []
