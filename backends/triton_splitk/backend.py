@@ -93,11 +93,9 @@ class TritonSplitKBackend(TritonBackend):
         """See `Backend.run_into`."""
         quantization = self._quantization(experts)
         config = _checked(config, quantization)
-        x, x_scale = activations(hidden_states, quantization, pdl=config.pdl)
-        stored = quantization.stored(out.dtype)
-        inner, inner_scale = self._intermediate(x, x_scale, experts, quantization, topk_ids, config, stored)
+        inner, inner_scale = self._intermediate(hidden_states, experts, quantization, topk_ids, config, out.dtype)
         shape = (config.splits_down, topk_ids.numel(), experts.K)
-        partial = torch.empty(shape, dtype=torch.float32, device=x.device)
+        partial = torch.empty(shape, dtype=torch.float32, device=topk_ids.device)
         descriptor = self._down_descriptor(experts, config) if config.tma else None
         splitk_down(inner, inner_scale, experts, quantization, topk_ids, partial, config, descriptor)
         splitk_reduce(partial, experts, topk_weights, topk_ids, out, config)
@@ -105,27 +103,33 @@ class TritonSplitKBackend(TritonBackend):
 
     def _intermediate(
         self,
-        x: Tensor,
-        x_scale: Tensor | None,
+        hidden_states: Tensor | QuantizedRows,
         experts: ExpertWeights,
         quantization: Quantization,
         topk_ids: Tensor,
         config: SplitKConfig,
-        stored: torch.dtype,
+        act_dtype: torch.dtype,
     ) -> tuple[Tensor, Tensor | None]:
         """The input of down: ``[M·topk, N]`` activated; where activations are quantised its codes and multipliers."""
-        S, N, device = topk_ids.numel(), experts.N, x.device
+        S, N, device = topk_ids.numel(), experts.N, topk_ids.device
+        x, x_scale = activations(hidden_states, quantization, pdl=config.pdl)
+        ids_ready = quantization.activations and isinstance(hidden_states, Tensor)  # quantised by a launch of its own
+        stored = quantization.stored(act_dtype)
         descriptor = self._gate_up_descriptor(experts, config) if config.tma else None
         if config.partial_sums(quantization, gated=experts.gated):
             parts = 2 if experts.gated else 1
             partial = torch.empty(config.splits_gate_up, parts, S, N, dtype=torch.float32, device=device)
-            splitk_gate_up(x, x_scale, experts, quantization, topk_ids, partial, None, config, descriptor)
+            splitk_gate_up(
+                x, x_scale, experts, quantization, topk_ids, partial, None, config, descriptor, ids_ready=ids_ready
+            )
             return activate_partial(partial, experts, topk_ids, stored, pdl=config.pdl)
         inner = torch.empty(S, N, dtype=stored, device=device)
         inner_scale = None
         if quantization.activations:
             inner_scale = torch.empty(S, math.ceil(N / QUANT_BLOCK), dtype=torch.float32, device=device)
-        splitk_gate_up(x, x_scale, experts, quantization, topk_ids, inner, inner_scale, config, descriptor)
+        splitk_gate_up(
+            x, x_scale, experts, quantization, topk_ids, inner, inner_scale, config, descriptor, ids_ready=ids_ready
+        )
         return inner, inner_scale
 
     def _gate_up_descriptor(self, experts: ExpertWeights, config: SplitKConfig) -> Any:
