@@ -8,12 +8,14 @@ for gate_up.
 import math
 from typing import TYPE_CHECKING, Final
 
+from moe_dispatch.backends.stages.combine import destination
 from moe_dispatch.backends.triton_common.launch_options import next_power_of_2, pdl_option
 from moe_dispatch.backends.triton_common.quantization import quantization
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from moe_dispatch.backend import PeerRows
     from moe_dispatch.backends.triton_vector.config import TritonVectorConfig
     from moe_dispatch.experts import ExpertWeights
 
@@ -27,7 +29,7 @@ def vector_down(
     experts: "ExpertWeights",
     topk_weights: "Tensor",
     topk_ids: "Tensor",
-    out: "Tensor",
+    out: "Tensor | PeerRows",
     config: "TritonVectorConfig",
 ) -> None:
     """Launch the second product.
@@ -37,7 +39,7 @@ def vector_down(
         experts: Checked weights.
         topk_weights: fp32 ``[M, topk]``.
         topk_ids: int32 or int64 ``[M, topk]``.
-        out: ``[M, K]``, written.
+        out: ``[M, K]``, or memory of several ranks; written.
         config: Tile sizes.
     """
     from moe_dispatch.backends.triton_vector.down_kernel import _moe_vector_down_kernel
@@ -52,7 +54,7 @@ def vector_down(
         # inputs
         inner, weights.readable(experts.down), experts.down_scale, experts.down_bias, topk_weights, topk_ids,
         # outputs
-        out,
+        *destination(out),
         # shapes
         experts.K, experts.N, experts.E,
         # constants

@@ -4,7 +4,7 @@
 import triton
 import triton.language as tl
 
-from moe_dispatch.backends.triton_common.device import moe_e4m3_to_fp32
+from moe_dispatch.backends.triton_common.device import moe_e4m3_to_fp32, moe_output_row, moe_output_token
 from moe_dispatch.backends.triton_common.fast_launch import fast_launch
 from moe_dispatch.backends.triton_common.pdl import moe_pdl_release, moe_pdl_wait
 
@@ -15,7 +15,7 @@ def _moe_vector_down_kernel(
     # inputs
     inner_ptr, weight_ptr, scale_ptr, bias_ptr, topk_weights_ptr, ids_ptr,
     # outputs
-    out_ptr,
+    out_ptr, addresses_ptr, offset, peer_rows,
     # shapes
     K, N, E,
     # constants
@@ -25,7 +25,7 @@ def _moe_vector_down_kernel(
     vector: tl.constexpr = 128 // weight_ptr.dtype.element_ty.primitive_bitwidth
     vectors: tl.constexpr = BLOCK_N // vector
     blocks: tl.constexpr = BLOCKS_N * ((TOPK + EXPERTS - 1) // EXPERTS)
-    token, tile = tl.program_id(0), tl.program_id(1)
+    token, tile = moe_output_token(addresses_ptr, peer_rows).to(tl.int32), tl.program_id(1)
     moe_pdl_release(PDL)
     # The kernels before have waited for the router, so that ids and topk weights are there.
     w, scale, offs_x, mask_x = _moe_vector_down_block(
@@ -61,7 +61,8 @@ def _moe_vector_down_kernel(
     out = tl.sum(tl.sum(acc, axis=1), axis=1)  # [ROWS]
     if bias_ptr is not None:
         out += bias
-    tl.store(out_ptr + token.to(tl.int64) * K + offs_r, out.to(out_ptr.dtype.element_ty), mask=mask_r)
+    row = moe_output_row(out_ptr, addresses_ptr, offset, peer_rows, token.to(tl.int64), K)
+    tl.store(row + offs_r, out.to(out_ptr.dtype.element_ty), mask=mask_r)
 
 
 @triton.jit

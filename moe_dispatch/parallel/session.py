@@ -10,9 +10,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from moe_dispatch.backend import Inputs
+from moe_dispatch.backend import ArrivedInputs, PeerRows
 from moe_dispatch.dispatch.call import call_eagerly
 from moe_dispatch.dispatch.dispatcher import Dispatcher
+from moe_dispatch.dispatch.internals import any_autocast_enabled
 from moe_dispatch.errors import InvalidInputError, PolicyFileError, UnknownNameError, warn
 from moe_dispatch.machine import current_machine
 from moe_dispatch.parallel import agreement
@@ -249,9 +250,15 @@ class Session:
         """Whether a CUDA graph is captured."""
         return self.collectives.capturing
 
-    def run_local(self, inputs: Inputs, backend: str | None) -> Tensor:
-        """Run this rank's experts over rows that arrived."""
-        return call_eagerly(*inputs, backend, dispatcher=self.dispatcher)
+    def run_local(self, inputs: ArrivedInputs, backend: str | None) -> Tensor | PeerRows:
+        """Run this rank's experts over rows that arrived; what is returned is for `Exchange.combine`."""
+        rows, experts, topk_weights, topk_ids, out = inputs
+        if out is not None or not isinstance(rows, Tensor):
+            if any_autocast_enabled():
+                with torch.autocast(self.device.type, enabled=False):  # as for any other call, see `call_eagerly`
+                    return self.dispatcher.arrived.forward(inputs, backend)
+            return self.dispatcher.arrived.forward(inputs, backend)
+        return call_eagerly(rows, experts, topk_weights, topk_ids, backend, dispatcher=self.dispatcher)
 
     # The choice of the exchange.
 
