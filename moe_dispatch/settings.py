@@ -21,6 +21,7 @@ VARIABLES: Final[Mapping[str, str]] = {
     "MOE_DISPATCH_CALIBRATION_PATH": "files and folders of calibrations that are only read, separated by `:`",
     "MOE_DISPATCH_LOG_LEVEL": "the level of the logger `moe_dispatch`",
     "MOE_DISPATCH_VLLM": "`1` gives the expert layers of a vLLM engine to `moe_forward`",
+    "MOE_DISPATCH_SGLANG": "`1` gives the expert layers of an SGLang engine to `moe_forward`",
     "MOE_DISPATCH_COMMIT": "the commit that measurements record, where no git checkout tells it",
 }
 DEFAULT_POLICIES: Final = ("calibrated", "shipped", "learned", "rules")
@@ -29,7 +30,7 @@ _LEVELS: Final = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
 
 @dataclass(frozen=True)
 class Settings:
-    """The values of the environment variables in `VARIABLES`, but for the one that the vLLM plugin reads itself.
+    """The values of the environment variables in `VARIABLES`.
 
     Attributes:
         backend: Backend of every call that names none; empty to let the policies choose.
@@ -40,6 +41,7 @@ class Settings:
         calibration_path: Files and folders of calibrations that are only read, in order of precedence.
         log_level: Level of the logger ``moe_dispatch``; empty to leave the logger alone.
         vllm: Whether the plugin for vLLM replaces expert layers.
+        sglang: Whether the plugin for SGLang does.
         commit: Commit that measurements record; empty to ask git.
     """
 
@@ -51,6 +53,7 @@ class Settings:
     calibration_path: tuple[Path, ...] = ()
     log_level: str = ""
     vllm: bool = False
+    sglang: bool = False
     commit: str = ""
 
     @classmethod
@@ -73,9 +76,14 @@ class Settings:
                 _path("CALIBRATION_PATH", text) for text in _text("CALIBRATION_PATH").split(os.pathsep) if text.strip()
             ),
             log_level=level,
-            vllm=_text("VLLM").lower() not in ("", "0", "false", "no", "off"),
+            vllm=_is_on("VLLM"),
+            sglang=_is_on("SGLANG"),
             commit=_text("COMMIT"),
         )
+
+
+def _is_on(name: str) -> bool:
+    return _text(name).lower() not in ("", "0", "false", "no", "off")
 
 
 def set_variables() -> dict[str, str]:

@@ -1,7 +1,9 @@
 """Every experts class that the installed transformers decorates agrees with its own forward, or says why it is kept."""
 
+import functools
 import warnings
 from collections import Counter
+from typing import Any
 
 import pytest
 import torch
@@ -11,11 +13,26 @@ transformers = pytest.importorskip("transformers", minversion="5.17")
 from moe_dispatch.errors import MoEDispatchWarning  # noqa: E402
 from moe_dispatch.integrations.transformers import register  # noqa: E402
 from moe_dispatch.integrations.transformers.layout import layout_of, model_forward  # noqa: E402
-from tests.integrations.transformers_families import build, families  # noqa: E402
+from tests.integrations.transformers_families import Family, build, families  # noqa: E402
 from tests.integrations.transformers_models import TOLERANCE, call_of, calls  # noqa: E402
 
 FEWEST = 55  # 5.17 decorates so many and 5.24 decorates 68
 KEPT = {"MuseSparkExperts"}  # it normalises the output of each expert
+
+
+def compare_gradients(module: Any, family: Family) -> None:
+    """Those of hidden_states, of the router's weights and of every parameter, against the module's own forward."""
+    rows, ids, weights = call_of(module, M=6)
+    rows.requires_grad_()
+    weights.requires_grad_()
+    leaves = [rows, weights, *module.parameters()]
+    own, ours = (
+        torch.autograd.grad(forward(rows, ids, weights).square().sum(), leaves)
+        for forward in (functools.partial(model_forward(module), module), module)
+    )
+    for gradient, expected in zip(ours, own, strict=True):
+        assert expected.any(), family
+        assert (gradient - expected).norm() <= 1e-4 * expected.norm(), family
 
 
 @pytest.mark.slow  # imports every MoE model of transformers
@@ -36,6 +53,8 @@ def test_every_decorated_class_agrees_or_says_why_not() -> None:
                 assert (out - own).norm() <= tolerance * own.norm(), (family, dtype, M)
                 kept = bool(layout_of(module).unfit)
                 assert calls() - before == (0 if kept else 1), (family, layout_of(module).unfit)
+        if not kept:
+            compare_gradients(module.to(torch.float32), family)
         kinds["kept" if kept else "dispatched"] += 1
         assert not kept or family.name in KEPT, (family, layout_of(module).unfit)
     print(dict(kinds))

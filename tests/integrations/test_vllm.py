@@ -22,7 +22,9 @@ from torch import Tensor
 pytest.importorskip("vllm")
 
 from moe_dispatch import ExpertWeights, MoEDispatchWarning, moe_forward, stats
-from moe_dispatch.integrations.vllm import VARIABLE, register, takeover, warm_up
+from moe_dispatch.integrations import engine_warm_up as warm_up
+from moe_dispatch.integrations.engine_takeover import kernel_reasons
+from moe_dispatch.integrations.vllm import VARIABLE, register, takeover
 from moe_dispatch.machine import Machine
 from moe_dispatch.numerics import quantize_blocks, quantize_channels
 from moe_dispatch.problem import MoEProblem
@@ -408,8 +410,8 @@ def test_a_gpu_without_kernels_of_ours_leaves_the_layer_to_vllm() -> None:
     h200 = Machine.load("h200")
     turing = h200.model_copy(update={"capability": (7, 5), "name": "Tesla T4"})
     problem = MoEProblem(M=1, K=K, N=N, E=E, topk=TOPK, dtype="fp16", act_dtype="fp16")
-    assert not takeover.kernel_reasons(problem, h200)
-    (reason,) = takeover.kernel_reasons(dataclasses.replace(problem, capability=(7, 5)), turing)
+    assert not kernel_reasons(problem, h200)
+    (reason,) = kernel_reasons(dataclasses.replace(problem, capability=(7, 5)), turing)
     assert "no backend but reference runs it on this GPU" in reason
     assert "compute capability 8.0" in reason
 
@@ -437,7 +439,7 @@ def test_a_backend_that_fails_in_the_warm_up_is_replaced(monkeypatch: pytest.Mon
     experts = ExpertWeights(layer.w13_weight.data, layer.w2_weight.data)
     with ranked(Raising, Honest):
         with pytest.warns(MoEDispatchWarning, match="'honest' runs instead"):
-            warm_up.warm_up_once(experts, TOPK, x.dtype)
+            warm_up.warm_up_once(experts, TOPK, x.dtype, takeover.TAKEOVER.logger)
         before = stats()["raising"]
         out = run(layer, x, weights, ids)
         assert stats()["raising"] == before

@@ -8,7 +8,7 @@ does nothing. With it, the BF16, FP16 and FP8 expert layers that `takeover.reaso
 run through `moe_forward`; every other layer stays vLLM's own, and one log line says which and why.
 
 Everything that a served batch may need is compiled and proven while the engine profiles its memory, before the KV cache
-is sized: see `warm_up`.
+is sized: see `engine_warm_up`.
 """
 
 import logging

@@ -13,9 +13,9 @@ from vllm.model_executor.layers.quantization.utils import quant_utils
 
 from moe_dispatch.api import moe_forward
 from moe_dispatch.experts import ExpertWeights
+from moe_dispatch.integrations.engine_warm_up import warm_up_once
 from moe_dispatch.integrations.vllm.gates import VLLM_ACTIVATIONS, gate_of
 from moe_dispatch.integrations.vllm.takeover import TAKEOVER
-from moe_dispatch.integrations.vllm.warm_up import warm_up_once
 
 if TYPE_CHECKING:
     from moe_dispatch.backend import Inputs
@@ -146,7 +146,7 @@ class MoeDispatchExperts(mk.FusedMoEExpertsModular):  # type: ignore[misc]  # vL
         experts = self._weights(w1, w2)
         if not torch.cuda.is_available() or not torch.cuda.is_current_stream_capturing():
             TAKEOVER.tell()
-            warm_up_once(experts, topk_ids.shape[1], hidden_states.dtype)
+            warm_up_once(experts, topk_ids.shape[1], hidden_states.dtype, TAKEOVER.logger)
         if apply_router_weight_on_input:  # vLLM multiplied hidden_states before it called
             topk_weights = torch.ones_like(topk_weights)
         self._sum.call = hidden_states, experts, topk_weights, topk_ids

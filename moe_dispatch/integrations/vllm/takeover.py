@@ -1,67 +1,17 @@
-"""Which of an engine's expert layers `moe_forward` takes, why it leaves the others, and what is said about it."""
+"""Which of vLLM's expert layers `moe_forward` takes, and why it leaves the others."""
 
-import logging
-import threading
-from collections import Counter
-from dataclasses import dataclass, field
 from typing import Any, Final
 
 import torch
 
-from moe_dispatch.api import explain
 from moe_dispatch.errors import InvalidInputError
+from moe_dispatch.integrations.engine_takeover import Takeover, kernel_reasons
 from moe_dispatch.integrations.vllm.gates import gate_of
 from moe_dispatch.integrations.vllm.storage import FORMS, stored_dtype
-from moe_dispatch.machine import Machine
 from moe_dispatch.problem import MoEProblem
-from moe_dispatch.registry import LAST_RESORT
 from moe_dispatch.weight_checks import DTYPE_NAMES
 
-
-@dataclass
-class Takeover:
-    """What has been decided for the layers of this process's engine.
-
-    Attributes:
-        taken: Description of a layer -> how many are ours.
-        left: Reason -> how many layers stay vLLM's.
-    """
-
-    taken: Counter[str] = field(default_factory=Counter)
-    left: Counter[str] = field(default_factory=Counter)
-    _told: tuple[int, int] = (0, 0)
-    _lock: threading.Lock = field(default_factory=threading.Lock)
-
-    def take(self, description: str) -> None:
-        """Count a layer as ours."""
-        with self._lock:
-            self.taken[description] += 1
-
-    def leave(self, reasons: list[str]) -> None:
-        """Count a layer as vLLM's own. A model of which no layer is ours has no later moment to say so."""
-        with self._lock:
-            self.left["; ".join(reasons)] += 1
-        if not self.taken and self.left.total() == 1:
-            self.tell()
-
-    def tell(self) -> None:
-        """Log one line on all layers so far, unless nothing has changed since the last one."""
-        with self._lock:
-            counts = self.taken.total(), self.left.total()
-            if counts == self._told:
-                return
-            self._told = counts
-        ours = ", ".join(f"{count} × {what}" for what, count in self.taken.items()) or "no expert layer"
-        theirs = ", ".join(f"{count} ({why})" for why, count in self.left.items()) or "none"
-        vllm_logger().info("moe_dispatch runs %s; left to vLLM: %s", ours, theirs)
-
-
-def vllm_logger() -> logging.Logger:
-    """A logger below vLLM's, so that its level and format apply: an engine shows nothing of other packages' INFO."""
-    return logging.getLogger("vllm.moe_dispatch")
-
-
-TAKEOVER: Final = Takeover()
+TAKEOVER: Final = Takeover("vLLM")
 
 
 def reasons_against(moe_config: Any, vllm_config: Any, method: Any) -> list[str]:
@@ -85,20 +35,6 @@ def reasons_against(moe_config: Any, vllm_config: Any, method: Any) -> list[str]
     if not reasons and torch.cuda.is_available():
         reasons += kernel_reasons(_problem(moe_config, method, torch.cuda.get_device_capability()))
     return reasons
-
-
-def kernel_reasons(problem: MoEProblem, machine: Machine | None = None) -> list[str]:
-    """Why a layer would run as the reference's loop over experts, which is slower than vLLM's kernels on any GPU.
-
-    Args:
-        problem: A call of the layer.
-        machine: See `explain`.
-    """
-    explanation = explain(problem, machine=machine)
-    if explanation.chosen is not None and explanation.chosen.choice.backend != LAST_RESORT:
-        return []
-    against = (f"{each.choice.backend} {', '.join(each.against)}" for each in explanation.candidates if each.against)
-    return [f"no backend but {LAST_RESORT} runs it on this GPU ({'; '.join(against)})"]
 
 
 def describe(moe_config: Any, method: Any) -> str:

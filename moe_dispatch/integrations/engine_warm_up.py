@@ -1,21 +1,22 @@
 """Compiles and proves everything that serving may run, while the engine profiles its memory.
 
-The engine's profiling run makes the first call of a layer. It comes before the KV cache is sized and before graphs are
-captured, so what is allocated here is accounted for, and a capture meets nothing new. Layers of one shape share their
-plans: the first one warms up for all.
+In vLLM the engine's profiling run makes the first call of a layer. It comes before the KV cache is sized and before
+graphs are captured, so what is allocated here is accounted for, and a capture meets nothing new. Layers of one shape
+share their plans: the first one warms up for all.
 """
 
+import logging
 import threading
 import time
 from collections import Counter
-from typing import TYPE_CHECKING, Any, Final
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Final
 
 import torch
 
 from moe_dispatch.api import explain, warm_up
 from moe_dispatch.dispatch.process import get_dispatcher
 from moe_dispatch.experts import ExpertWeights
-from moe_dispatch.integrations.vllm.takeover import vllm_logger
 
 if TYPE_CHECKING:
     from moe_dispatch.problem import Mode
@@ -26,14 +27,13 @@ _captured: tuple[int, ...] = ()
 _most_tokens = 0
 
 
-def remember_engine(vllm_config: Any) -> None:
+def remember_engine(captured: Iterable[int], most_tokens: int) -> None:
     """Keep the token counts that the engine is going to capture, and the largest batch that it schedules."""
     global _captured, _most_tokens
-    _captured = tuple(sorted(vllm_config.compilation_config.cudagraph_capture_sizes or ()))
-    _most_tokens = int(vllm_config.scheduler_config.max_num_batched_tokens)
+    _captured, _most_tokens = tuple(sorted(captured)), most_tokens
 
 
-def warm_up_once(experts: ExpertWeights, topk: int, act_dtype: torch.dtype) -> None:
+def warm_up_once(experts: ExpertWeights, topk: int, act_dtype: torch.dtype, logger: logging.Logger) -> None:
     """Warm up for layers of this kind, unless that has been done in this process; one INFO line says what will run."""
     kind = (experts.spec, topk, act_dtype)
     if kind in _done:
@@ -44,7 +44,7 @@ def warm_up_once(experts: ExpertWeights, topk: int, act_dtype: torch.dtype) -> N
         _done.add(kind)  # a failure below must not come again with every call: its backend is barred by then
         begin = time.monotonic()
         warm_up(experts, topk, _captured, act_dtype, up_to=_most_tokens, into_out=True)
-        vllm_logger().info(
+        logger.info(
             "moe_dispatch warmed up for %r, M ≤ %d, in %.1f s; %s",
             experts,
             _most_tokens,
