@@ -53,27 +53,23 @@ class ParallelReport:
 def calibrate_parallel(
     layers: Sequence[tuple[Workload, DType]],
     *,
-    group: Any = None,
     tokens: Sequence[int] = DEFAULT_TOKENS,
     device: torch.device | str | None = None,
     budget_s: float | None = None,
     timeout_s: float = 60.0,
-    directory: Path | None = None,
     on_progress: Callable[[str], None] = lambda _: None,
 ) -> ParallelReport:
-    """Measure the links of a group and layers on it, and keep the result for these ranks. Collective.
+    """Measure the links between all ranks and layers spread over them, and keep the result for them. Collective.
 
     Times are those of the slowest rank. What an earlier calibration with the same versions measured of other layers and
     token counts stays in the file. Groups that exist already keep their choices.
 
     Args:
         layers: Whole layers with the dtypes of their weights; each rank makes random weights of its experts.
-        group: The process group, or a one-dimensional DeviceMesh; all ranks if None.
         tokens: Token counts of a rank.
         device: This rank's device; the current GPU if None, else the CPU.
         budget_s: No further token count is begun after so many seconds of rank 0. None for no limit.
         timeout_s: Seconds that a rank waits for the others in a call.
-        directory: Folder in place of the cache directory.
         on_progress: Told what comes next.
 
     Raises:
@@ -82,16 +78,16 @@ def calibrate_parallel(
         ExpertParallelMismatchError: The ranks give different arguments.
         ExpertParallelLostError: A rank is dead or late.
     """
-    begin, ranks = time.monotonic(), process_group(group)
+    begin = time.monotonic()
     options = (Options(kind, None, None, timeout_s, max(600.0, timeout_s)) for kind in KINDS)
-    sessions = [Session(ranks, present_device(device), each, calibrated=False) for each in options]
+    sessions = [Session(process_group(None), present_device(device), each, calibrated=False) for each in options]
     leader = sessions[0]
     size = len(leader.control.ranks)
     if small := [workload.name for workload, _ in layers if size > workload.E]:
         raise InvalidInputError(f"each of {size} ranks holds at least one expert, too many for {', '.join(small)}")
     facts = {"layers": [(dataclasses.astuple(each), dtype) for each, dtype in layers], "tokens": tuple(tokens)}
     leader.control.require_equal("calibrate", facts)
-    path = exchange_times.calibration_path(leader.topology, directory)
+    path = exchange_times.calibration_path(leader.topology)
     _on_first_rank(leader, lambda: check_writable(path), path)
     links: list[LinkTimes] = []
     times: list[LayerTimes] = []

@@ -127,9 +127,9 @@ def sent_bytes(kind: CallKind) -> int:
     return kind.M * kind.row_bytes * (kind.ranks - 1)
 
 
-def calibration_path(topology: Topology, directory: Path | None = None) -> Path:
+def calibration_path(topology: Topology) -> Path:
     """The file of a topology, which `moe-dispatch calibrate --parallel` writes."""
-    return (directory or cache_dir()) / "calibration" / "parallel" / f"{topology.key}.json"
+    return cache_dir() / "calibration" / "parallel" / f"{topology.key}.json"
 
 
 def read(path: Path, topology: Topology) -> ParallelCalibration:
