@@ -49,7 +49,8 @@ class ExpertWeights:
         down: ``[E, K, N]``, same dtype.
         gate_up_scale: fp32 multipliers; with e4m3 weights only. Block FP8 has ``[E, ⌈2N/128⌉, ⌈K/128⌉]``, per-channel
             FP8 one for each row, ``[E, 2N]`` or ``[E, 2N, 1]``. Per-tensor scales, ``[E]``, ``[E, 1]`` or ``[E, 2]``
-            (of gate and of up), become those of rows by a copy, which does not follow later changes of the values.
+            (of gate and of up), become those of rows by a copy, and BF16 and UE8M0 (float8_e8m0fnu) ones fp32;
+            neither copy follows later changes of the values.
         down_scale: fp32 multipliers likewise: ``[E, ⌈K/128⌉, ⌈N/128⌉]``; or ``[E, K]``, ``[E, K, 1]``, ``[E]``,
             ``[E, 1]``.
         gate_up_bias: ``[E, 2N]`` (``[E, N]`` ungated), in the same order as gate_up's rows.

@@ -16,6 +16,8 @@ DTYPE_NAMES: Final[dict[torch.dtype, DType]] = {
     torch.float32: "fp32",
     FP8: "fp8",
 }
+# Dtypes of scales that checkpoints have beside fp32; float8_e8m0fnu is UE8M0, a power of two.
+_EXACT_IN_FP32: Final = (torch.bfloat16, torch.float8_e8m0fnu)
 
 
 def _check_memory(name: str, tensor: Tensor) -> None:
@@ -105,8 +107,13 @@ def _checked_scale(name: str, scale: Tensor | None, weight: Tensor, dtype: DType
             "ExpertWeights.quantize makes both from BF16 weights"
         )
     _check_memory(name, scale)
+    if scale.dtype in _EXACT_IN_FP32:
+        scale = scale.to(torch.float32)
     if scale.dtype != torch.float32:
-        raise InvalidInputError(f"{name} must be a float32 tensor of multipliers, got {scale.dtype}")
+        raise InvalidInputError(
+            f"{name} must be a float32 tensor of multipliers, or a bfloat16 or float8_e8m0fnu one, which is converted, "
+            f"got {scale.dtype}"
+        )
     allowed = {shape: f"{QUANT_BLOCK}×{QUANT_BLOCK} block"} if dtype == "fp8" else {}
     if dtype == "fp8_channel" or name == "gate_up_scale":  # whose form down's scales follow
         allowed |= _row_shapes(weight, parts)

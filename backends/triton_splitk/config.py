@@ -48,10 +48,11 @@ class SplitKConfig(BackendConfig):
         owns_groups = not quantization.per_token and self.block_n == QUANT_BLOCK * (2 if gated else 1)
         return self.splits_gate_up > 1 or (quantization.activations and not owns_groups)
 
-    @property
-    def launch(self) -> dict[str, Any]:
+    def launch(self, quantization: Quantization) -> dict[str, Any]:
         """Launch options of both products."""
-        return {"num_warps": self.num_warps, "num_stages": self.num_stages, **pdl_option(self.pdl)}
+        limit = _MOST_REGISTERS.get(self.block_m) if quantization.dequantizes and self.num_warps == 4 else None
+        registers = {} if limit is None else {"maxnreg": limit}
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages, **pdl_option(self.pdl), **registers}
 
 
 def slots_per_scan(slots: int) -> int:
@@ -76,6 +77,11 @@ _LEAST_CTAS_PER_SM: Final = 1.25  #      CTAs         one CTA of a multiprocesso
 _LEAST_BLOCKS_PER_SPLIT: Final = 4  #    blocks of N  a shorter split spends its time filling the pipeline
 _MOST_SPLITS: Final = 8
 _WIDE: Final = 128  #                    weight rows  where tokens share weights
+# Where weights are dequantised, instructions and not memory are the limit, and more CTAs per multiprocessor fill the
+# waits between them. The H200 described as an A100, qwen3-30b-a3b in FP8, block_m/stages/registers: M=8 16/6/any 99 µs,
+# 16/6/168 85, 8/6/168 77, 8/4/128 72 (BF16 107); M=64 16/4/any 212, 16/4/168 207, 8/4/128 248 (BF16 255).
+_DEQUANTIZING_STAGES: Final = 4
+_MOST_REGISTERS: Final = {8: 128, 16: 168}  # of a thread, by block_m; the compiler takes up to 242
 
 
 def default_config(problem: MoEProblem, device: Features) -> SplitKConfig:
@@ -110,7 +116,7 @@ def _default_and_least(problem: MoEProblem, device: Features) -> tuple[SplitKCon
 def _of_layer(
     layer: MoEProblem,
     device: Features,
-    block_m: Literal[16, 32, 64],
+    block_m: Literal[8, 16, 32, 64],
     block_n: Literal[64, 128],
     splits_down: int,
     *,
@@ -143,6 +149,10 @@ def _deepened(problem: MoEProblem, config: SplitKConfig, device: Features) -> Sp
             return config.model_copy(update={"num_stages": _SHORT_LOOP_STAGES})
         if math.ceil(problem.N / config.block_k) <= _SHORT_DOWN_LOOP:
             return with_stages(problem, config, device.shared_memory // 3)
+    if quantization_of(problem).dequantizes:
+        config = config.model_copy(update={"num_stages": _DEQUANTIZING_STAGES})
+        if shared_memory_bytes(problem, config) <= device.shared_memory // 2:
+            return config
     # Two CTAs of a multiprocessor take turns at waiting; one with a deep pipeline is better than two shallow ones.
     shared = with_stages(problem, config, device.shared_memory // 2)
     return shared if shared.num_stages > _LEAST_STAGES else with_stages(problem, config, device.shared_memory)
@@ -189,10 +199,12 @@ def _block_k(problem: MoEProblem) -> Literal[64, 128]:
     return 128 if problem.dtype != "fp32" and problem.K % 128 == 0 and problem.N % 128 == 0 else 64
 
 
-def _block_m(problem: MoEProblem) -> Literal[16, 32, 64]:
+def _block_m(problem: MoEProblem) -> Literal[8, 16, 32, 64]:
     mean = problem.expected_slots / problem.E
     # Three deviations above the mean of a Poisson load: few experts read their weights twice.
     usual = mean + 3 * math.sqrt(mean)
+    if usual <= 8 and quantization_of(problem).dequantizes:
+        return 8
     return 16 if usual <= 16 else 32 if usual <= 32 else 64
 
 

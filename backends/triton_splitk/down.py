@@ -53,5 +53,5 @@ def splitk_down(
         # constants
         ROWS=config.block_n, BLOCK_M=config.block_m, BLOCK_K=config.block_k, SCAN=slots_per_scan(S),
         EVEN_N=experts.N % config.block_k == 0, SPLITS=config.splits_down, BY_SLOT=config.grid == "slots",
-        TMA=config.tma, PDL=config.pdl, SCALES=quantization.scales, **config.launch,
+        TMA=config.tma, PDL=config.pdl, SCALES=quantization.scales, **config.launch(quantization),
     )  # fmt: skip

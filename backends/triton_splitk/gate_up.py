@@ -67,5 +67,5 @@ def splitk_gate_up(
         TMA=config.tma, PDL=config.pdl, SCALES=quantization.scales, TWO_SCALES=two_scales,
         PARTIAL=config.partial_sums(quantization, gated=experts.gated), GATED=experts.gated,
         INTERLEAVED=experts.interleaved, HAS_BIAS=experts.gate_up_bias is not None, ACTIVATION=experts.activation,
-        **config.launch,
+        **config.launch(quantization),
     )  # fmt: skip

@@ -164,9 +164,8 @@ def _adopt_scales(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_
     if gate_up_scale is None or down_scale is None:
         return  # torch says by name what is missing
     weights = ExpertWeights(
-        gate_up, down, gate_up_scale=gate_up_scale.to(torch.float32).contiguous(),
-        down_scale=down_scale.to(torch.float32).contiguous(), activation=module.activation,
-        interleaved=module.interleaved,
+        gate_up, down, gate_up_scale=gate_up_scale.contiguous(), down_scale=down_scale.contiguous(),
+        activation=module.activation, interleaved=module.interleaved,
     )  # fmt: skip
     for name in ("gate_up_scale", "down_scale"):
         scale = state_dict[prefix + NAMES[name]] = getattr(weights, name)

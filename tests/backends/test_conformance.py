@@ -1,6 +1,7 @@
 """The conformance suite over every built-in backend: on the GPU, or without one in Triton's interpreter."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -10,9 +11,11 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 
 from moe_dispatch import moe_forward, stats, warm_up
 from moe_dispatch.backend import Backend
+from moe_dispatch.backends.reference import ReferenceBackend, ReferenceConfig
 from moe_dispatch.backends.triton_common.features import on_triton
 from moe_dispatch.dispatch.process import get_dispatcher
 from moe_dispatch.errors import BackendUnavailableError
+from moe_dispatch.machine import Machine
 from moe_dispatch.problem import Mode, MoEProblem
 from moe_dispatch.registry import BACKENDS
 from moe_dispatch.testing import (
@@ -109,6 +112,24 @@ def test_default_configuration(name: str, case: Case, precision: Precision) -> N
     backend, problem = eligible(name, case, precision)
     inputs = make_inputs(case, precision, DEVICE)
     conform(backend, backend.default_config(problem), inputs)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "says"),
+    [
+        (lambda hidden: hidden.nan_to_num(0.0), "a NaN in a token was lost"),
+        (lambda hidden: hidden + 0 * hidden.sum(), "relative error inf"),
+    ],
+    ids=["lost", "spread"],
+)
+def test_a_nan_that_does_not_stay_in_its_token_does_not_conform(spoil: Callable[[Tensor], Tensor], says: str) -> None:
+    class Spoiling(ReferenceBackend):
+        def run(self, hidden_states: Tensor, *rest: Any) -> Tensor:
+            return super().run(spoil(hidden_states), *rest)
+
+    inputs = make_inputs(INPUTS["a NaN in one token"], Precision("fp32", "fp32"), "cpu")
+    with pytest.raises(AssertionError, match=says):
+        conform(Spoiling(Machine.inspect("cpu")), ReferenceConfig(), inputs)
 
 
 @ON_GPU

@@ -1,5 +1,6 @@
 """Choosing, falling back, and remembering: each fault is injected for real."""
 
+import contextlib
 import dataclasses
 import gc
 import json
@@ -37,9 +38,11 @@ from moe_dispatch import (
     warm_up,
 )
 from moe_dispatch.backend import FAST_PATH_TOKENS, BackendConfig, Inputs, Run
+from moe_dispatch.dispatch import process
 from moe_dispatch.dispatch.dispatcher import FAST_PATH_CALLS, Dispatcher
 from moe_dispatch.dispatch.process import get_dispatcher, reset_dispatchers
 from moe_dispatch.dispatch.quarantine import Quarantine
+from moe_dispatch.registry import BACKENDS, POLICIES
 from moe_dispatch.settings import Settings, settings
 from moe_dispatch.workloads import ROUTINGS, WORKLOADS, Workload, make_experts, workload
 from tests.support.fakes import (
@@ -484,6 +487,7 @@ class TestConcurrency:
     @pytest.mark.parametrize("method", ["fork", "spawn"])
     @pytest.mark.filterwarnings("ignore:This process.*multi-threaded:DeprecationWarning")
     def test_workers(self, method: str, call: Call) -> None:
+        """A fork while another thread holds each of our locks: the child has no thread that would release them."""
         context: Any = multiprocessing.get_context(method)
         queue = context.SimpleQueue()
         with ranked(Honest):
@@ -502,7 +506,10 @@ class TestConcurrency:
 
 
 def _hold(held: threading.Event, free: threading.Event) -> None:
-    with get_dispatcher("cpu")._lock:
+    locks = (get_dispatcher("cpu")._lock, process._dispatchers_lock, BACKENDS._lock, POLICIES._lock)
+    with contextlib.ExitStack() as stack:
+        for lock in locks:
+            stack.enter_context(lock)
         held.set()
         free.wait(60)
 

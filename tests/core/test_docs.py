@@ -41,6 +41,17 @@ def test_links_into_the_repository_become_paths_and_must_exist() -> None:
         built("faq.md", "[x](../absent.py)")
 
 
+def test_all_that_is_derived_from_weights_and_kept_is_listed() -> None:
+    """Copies that go stale: a module that keeps something by an object of the caller holds it weakly."""
+    text = (DOCS / "reliability.md").read_text(encoding="utf-8")
+    rooms = ("backends", "moe_dispatch/dispatch", "moe_dispatch/integrations", "moe_dispatch/modules")
+    sources = [path for room in rooms for path in (ROOT / room).rglob("*.py")]
+    keeping = [path for path in sources if re.search(r"weakref\.|_kept\b.*= \{\}|_held = ", path.read_text(encoding="utf-8"))]
+    assert len(keeping) >= 4
+    for path in keeping:
+        assert f"`{path.relative_to(ROOT).as_posix().partition('/')[2]}`" in text, path
+
+
 def test_commands_and_variables_are_those_of_the_code() -> None:
     commands = built("reference/commands.md")
     for text in ("`moe-dispatch calibration merge`", "`moe-dispatch doctor`", "`--machine`"):

@@ -88,6 +88,16 @@ def test_what_is_no_json_is_a_value_error(content: bytes, tmp_path: Path) -> Non
         read_json(path)
 
 
+def test_a_disk_that_cannot_be_read_is_an_os_error() -> None:
+    """EIO: this system gives it for the memory of a process at an address that the process does not have."""
+    path = Path("/proc/self/mem")
+    if not path.exists():
+        pytest.skip("this system has no /proc/self/mem")
+    with pytest.raises(OSError, match="Input/output error") as error:
+        read_json(path)
+    assert error.value.errno == errno.EIO
+
+
 def test_json_may_begin_with_a_byte_order_mark(tmp_path: Path) -> None:
     path = tmp_path / "file.json"
     path.write_bytes(b'\xef\xbb\xbf{"a": "\xc3\xa9"}')

@@ -41,7 +41,7 @@ def weights_of(experts: ExpertWeights) -> tuple[Tensor, Tensor]:
     return dequantize(experts.gate_up, experts.gate_up_scale), dequantize(experts.down, experts.down_scale)
 
 
-@pytest.mark.parametrize("scale_dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("scale_dtype", [torch.float32, torch.bfloat16, torch.float8_e8m0fnu], ids=str)
 @pytest.mark.parametrize("form", ["channel", "tensor", "tensor [1]"])
 def test_scales_of_rows_and_of_tensors_are_read(form: str, scale_dtype: torch.dtype, tmp_path: Path) -> None:
     tensors, exact = single(form, scale_dtype)

@@ -11,6 +11,7 @@ buffers.
 """
 
 import argparse
+import dataclasses
 import os
 import sys
 from collections.abc import Sequence
@@ -40,12 +41,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--backend", action="append", help="name of a backend to run; all registered ones by default")
     parser.add_argument("--configs", type=int, default=3, help="configurations of each backend at each point")
     parser.add_argument("--layer", default=LAYER, help="E,topk,K,N")
+    parser.add_argument("--gpt-oss", action="store_true", help="with gpt-oss's biases, row order and activation")
     options = parser.parse_args(arguments)
     dispatcher = Dispatcher(current_machine(default_device()).model_copy(update={"sms": PROGRAMS}))
     device = torch.device(dispatcher.machine.device)
     backends = available_backends(options.backend or BACKENDS.names(), dispatcher.machine, print)
     wrong = 0
     layer = workload(options.layer)
+    if options.gpt_oss:
+        layer = dataclasses.replace(layer, activation="swiglu_oai", bias=True, interleaved=True)
     for dtype in DTYPES:
         experts = make_experts(layer, dtype, device, torch.Generator(device).manual_seed(0))
         for M in TOKENS:

@@ -1,5 +1,6 @@
 """The transformers integration: models and layers with random weights, against their own implementation."""
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -9,6 +10,7 @@ import torch
 
 transformers = pytest.importorskip("transformers", minversion="5.17")
 
+from moe_dispatch.errors import MoEDispatchWarning  # noqa: E402
 from moe_dispatch.integrations.transformers import register  # noqa: E402
 from moe_dispatch.integrations.transformers.layout import layout_of, model_forward  # noqa: E402
 from moe_dispatch.numerics import dequantize_blocks  # noqa: E402
@@ -128,23 +130,76 @@ def test_slots_of_other_ranks_add_nothing() -> None:
     assert not out[1].any()
 
 
+FP8_FORMS: dict[str, dict[str, Any]] = {
+    "a scale per block": {},
+    "UE8M0 scales": {"scale_fmt": "ue8m0"},
+    "a scale per tensor": {"block_size": None},
+}
+
+
+def fp8_output(module: Any, call: tuple[torch.Tensor, ...]) -> torch.Tensor:
+    """What the codes and scales of an FP8 layer give, in fp32 and with activations that are not quantised."""
+    rows, ids, weights = call
+    scales = [getattr(module, f"{name}_scale_inv").detach().float() for name in ("gate_up_proj", "down_proj")]
+    if module.block_size is None:
+        up = module.gate_up_proj.detach().float() * scales[0].repeat_interleave(128, 1)
+        down = module.down_proj.detach().float() * scales[1]
+    else:
+        up, down = (
+            dequantize_blocks(weight.detach(), scale)
+            for weight, scale in zip((module.gate_up_proj, module.down_proj), scales, strict=True)
+        )
+    out = torch.zeros(rows.shape[0], 256)
+    for m, slot in itertools.product(range(rows.shape[0]), range(ids.shape[1])):
+        if (e := int(ids[m, slot])) < 4:
+            gate, value = (up[e] @ rows[m].float()).chunk(2)
+            out[m] += weights[m, slot].float() * (down[e] @ (torch.nn.functional.silu(gate) * value))
+    return out
+
+
 @pytest.mark.parametrize("grad", [False, True], ids=["without gradients", "with gradients enabled"])
-def test_block_fp8_layers_are_dispatched(grad: bool) -> None:
-    module = fp8_layer()
-    rows = torch.randn(5, 256, dtype=torch.bfloat16)
-    ids, weights = torch.tensor([[0, 1], [1, 2], [3, 0], [2, 2], [4, 1]]), torch.full((5, 2), 0.5)
-    before = calls()
-    with torch.set_grad_enabled(grad):
-        out = module(rows, ids, weights)
-    assert calls() == before + 1
-    expected = torch.zeros(5, 256)
-    up, down = (
-        dequantize_blocks(getattr(module, name).detach(), getattr(module, f"{name}_scale_inv").detach())
-        for name in ("gate_up_proj", "down_proj")
-    )
-    for m in range(5):
-        for e in ids[m].tolist():
-            if e < 4:
-                gate, value = (up[e] @ rows[m].float()).chunk(2)
-                expected[m] += 0.5 * (down[e] @ (torch.nn.functional.silu(gate) * value))
-    assert (out.float() - expected).norm() / expected.norm() < 5e-2  # two roundings to e4m3 lie between
+@pytest.mark.parametrize("form", FP8_FORMS)
+def test_fp8_layers_are_dispatched(form: str, grad: bool) -> None:
+    module = fp8_layer(**FP8_FORMS[form])
+    call = call_of(module)
+    call[1][4, 0] = 4  # expert parallelism's sentinel
+    compiled: Any = torch.compile(module, backend="eager", fullgraph=True)
+    for run, mode in ((module, torch.no_grad), (module, torch.enable_grad), (compiled, torch.no_grad)):
+        if (mode is torch.enable_grad) != grad:
+            continue
+        before = calls()
+        with mode():
+            out = run(*call)
+            assert calls() == before + 1
+            assert torch.equal(run(*call), out)
+        expected = fp8_output(module, call)
+        assert (out.float() - expected).norm() / expected.norm() < 5e-2  # two roundings to e4m3 lie between
+
+
+@pytest.mark.parametrize("form", FP8_FORMS)
+def test_changed_fp8_scales_are_seen(form: str) -> None:
+    """Those that are not fp32 or not per block are read by a copy."""
+    module = fp8_layer(**FP8_FORMS[form])
+    call = call_of(module)
+    with torch.no_grad():
+        first = module(*call)
+        scale = module.down_proj_scale_inv
+        scale.copy_(2 * scale.float())
+        torch.testing.assert_close(module(*call).float(), 2 * first.float())
+        module.down_proj_scale_inv = torch.nn.Parameter((4 * scale.float()).to(scale.dtype), requires_grad=False)
+        torch.testing.assert_close(module(*call).float(), 8 * first.float())
+
+
+def test_static_activations_run_the_models_own_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers' faster implementations refuse them. Its product needs a kernel of the hub, so torch stands in."""
+    module = fp8_layer(activation_scheme="static")
+    call = call_of(module)
+
+    def product(self: Any, rows: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, **_: Any) -> torch.Tensor:
+        return (rows.float() @ dequantize_blocks(weight, scale).T).to(rows.dtype)
+
+    monkeypatch.setattr(type(module), "linear", product)
+    with torch.no_grad(), pytest.warns(MoEDispatchWarning, match="activation scheme is 'static'"):
+        out = module(*call)
+    expected = fp8_output(module, call)
+    assert (out.float() - expected).norm() / expected.norm() < 1e-2

@@ -68,8 +68,10 @@ def test_a_gate_is_recognised_under_every_default(default: torch.dtype | str) ->
 def default_dtype(dtype: torch.dtype) -> Iterator[None]:
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
-    yield
-    torch.set_default_dtype(before)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def add_parameter(module: Any) -> None:

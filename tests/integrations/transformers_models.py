@@ -114,6 +114,10 @@ def fp8_layer(**changes: Any) -> Any:
     with torch.no_grad():
         module.gate_up_proj.copy_(quantized.gate_up)
         module.down_proj.copy_(quantized.down)
-        module.gate_up_proj_scale_inv.copy_(quantized.gate_up_scale)
-        module.down_proj_scale_inv.copy_(quantized.down_scale)
+        if module.block_size is None:
+            module.gate_up_proj_scale_inv.copy_(torch.tensor([1.0, 0.5])[:, None] / 2048)  # of gate and of up
+            module.down_proj_scale_inv.fill_(1 / 2048)
+        else:
+            module.gate_up_proj_scale_inv.copy_(quantized.gate_up_scale)
+            module.down_proj_scale_inv.copy_(quantized.down_scale)
     return module

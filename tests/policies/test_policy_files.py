@@ -127,6 +127,15 @@ def test_a_fifo_in_its_place_does_not_hang(path: Path) -> None:
         read_calibration(path, MACHINE)
 
 
+def test_a_disk_that_cannot_be_read_costs_the_file_alone(path: Path) -> None:
+    """EIO, as from a memory address that a process does not have."""
+    path.parent.mkdir(parents=True)
+    path.symlink_to("/proc/self/mem")
+    with pytest.warns(MoEDispatchWarning, match="Input/output error"):
+        policy = CalibratedPolicy(MACHINE)
+    assert policy.rank(LAYER.problem(1, "fp32", MACHINE)) == ()
+
+
 def test_every_damaged_file_is_set_aside_and_none_overwritten(path: Path) -> None:
     path.parent.mkdir(parents=True)
     for content in ("{", "["):

@@ -5,7 +5,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Final
 
-import torch
 from torch import Tensor, nn
 from transformers.integrations.moe import use_experts_implementation
 
@@ -41,6 +40,7 @@ class Layout:
         activation: What its gate computes.
         interleaved: Whether gate and up rows alternate.
         transposed: Whether the weights are ``[E, in, out]``.
+        scaled_by_tensor: Whether FP8 weights have a scale per expert and projection, ``[E, 2, 1]`` and ``[E, 1, 1]``.
         gate: What `gate_state` returned when the module was inspected.
         unfit: Why the module keeps its own implementation; empty if it is taken over.
     """
@@ -49,6 +49,7 @@ class Layout:
     activation: Activation = "silu"
     interleaved: bool = False
     transposed: bool = False
+    scaled_by_tensor: bool = False
     gate: tuple[object, ...] = ()
     unfit: str = ""
 
@@ -88,7 +89,9 @@ def inspect_module(module: Any) -> Layout:
     if activation is None:
         name = type(module)._apply_gate.__qualname__ if gated else "act_fn"
         return Layout(gate=gate, unfit=f"its gate ({name}) is none of {allowed()}")
-    return Layout(tensors, activation, interleaved, bool(getattr(module, "is_transposed", False)), gate)
+    transposed = bool(getattr(module, "is_transposed", False))
+    by_tensor = weight.dtype == FP8 and module.block_size is None
+    return Layout(tensors, activation, interleaved, transposed, by_tensor, gate)
 
 
 def _unknown_features(module: nn.Module, tensors: tuple[str, ...]) -> Iterator[str]:
@@ -121,13 +124,10 @@ def model_forward(module: nn.Module) -> Any:
 
 
 def _unfit_fp8(module: Any) -> str:
-    block = getattr(module, "block_size", None)
-    if block is None or tuple(block) != (QUANT_BLOCK, QUANT_BLOCK):
+    block = module.block_size
+    if block is not None and tuple(block) != (QUANT_BLOCK, QUANT_BLOCK):
         return f"its FP8 blocks are {block}, and {QUANT_BLOCK}×{QUANT_BLOCK} is what the backends take"
     scheme = getattr(module, "activation_scheme", "dynamic")
     if scheme != "dynamic":
         return f"its FP8 activation scheme is {scheme!r}, and the backends quantise dynamically"
-    scale = module.down_proj_scale_inv
-    if scale.dtype != torch.float32:
-        return f"its FP8 scales are {scale.dtype}, and the backends take float32"
     return ""

@@ -5,6 +5,7 @@ from transformers.integrations.finegrained_fp8 import ALL_FP8_EXPERTS_FUNCTIONS,
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from moe_dispatch.errors import warn
+from moe_dispatch.integrations.transformers.layout import model_forward
 
 _warned: set[tuple[type, str]] = set()
 
@@ -19,6 +20,9 @@ def own_forward(
     Not the loop that the model's file spells out: where expert parallelism marks the ids of other ranks, some of
     those loops fail, and none can be compiled in one graph.
     """
+    if getattr(module, "activation_scheme", "dynamic") == "static":  # of FP8, which transformers has in its loop alone
+        looped: Tensor = model_forward(module)(module, hidden_states, top_k_index, top_k_weights, **others)
+        return looped
     interface = ALL_FP8_EXPERTS_FUNCTIONS if isinstance(module, FP8Experts) else ALL_EXPERTS_FUNCTIONS
     single = hidden_states.device.type != "cpu" and hidden_states.shape[0] == 1
     function = interface["batched_mm" if single else "grouped_mm"]

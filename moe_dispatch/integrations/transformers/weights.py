@@ -12,10 +12,12 @@ from moe_dispatch.experts import ExpertWeights
 from moe_dispatch.integrations.transformers.layout import Layout
 from moe_dispatch.numerics import FP8
 from moe_dispatch.tensor_memory import address
+from moe_dispatch.weight_checks import scales_of_rows
 
 # How often the weights behind a copy may be freed or replaced before the copy is given up: a model moves a few times in
 # its life, offloading frees its weights after every call.
 _MOST_LOST: Final = 3
+_SCALES: Final = ("gate_up_scale", "down_scale")
 
 
 def _borrowed(name: str) -> Any:
@@ -27,12 +29,15 @@ def _borrowed(name: str) -> Any:
         tensor: Tensor | None = reference and reference()
         if tensor is not None and tensor.requires_grad and (torch.is_grad_enabled() or tensor.dtype == FP8):
             tensor = tensor.detach()  # transformers' FP8 parameters claim to require a gradient
+        if tensor is not None and name in _SCALES:
+            return experts.prepared_scale(name, tensor.detach())
         if tensor is not None and experts.transposed and name in ("gate_up", "down"):
             return tensor.transpose(1, 2)
         return tensor
 
     def put(experts: "BorrowedExperts", tensor: Tensor | None) -> None:
         setattr(experts, attribute, None if tensor is None else weakref.ref(tensor))
+        vars(experts).pop(f"{attribute}_prepared", None)
 
     return property(get, put)
 
@@ -51,6 +56,23 @@ class BorrowedExperts(ExpertWeights):
     down_scale: Tensor | None = _borrowed("down_scale")
     gate_up_bias: Tensor | None = _borrowed("gate_up_bias")
     down_bias: Tensor | None = _borrowed("down_bias")
+
+    def prepared_scale(self, name: str, stored: Tensor) -> Tensor:
+        """A module's scales as kernels read them: themselves, or a small copy, made anew once they may have changed."""
+        if self.dtype != "fp8_channel" and stored.dtype == torch.float32:
+            return stored
+        made: tuple[object, Tensor] | None = vars(self).get(f"_{name}_prepared")
+        state = None if why_untracked((stored,)) else (address(stored), stored._version)
+        if made is not None and made[0] == state and state is not None:
+            return made[1]
+        scale = stored.to(torch.float32)
+        if self.dtype == "fp8_channel":
+            of_gate_up = name == "gate_up_scale"
+            scale = scales_of_rows(
+                scale, self.gate_up.shape[1] if of_gate_up else self.K, interleaved=of_gate_up and self.interleaved
+            )
+        setattr(self, f"_{name}_prepared", (state, scale))
+        return scale
 
 
 class _Kept(NamedTuple):
@@ -95,10 +117,16 @@ def why_no_copy(module: nn.Module, sources: Sequence[Tensor]) -> str:
         return f"{what}a gradient is recorded for them: every call would copy them"
     if offloaded(module) or _lost.get(module, 0) >= _MOST_LOST:
         return f"{what}they are freed or replaced between calls (offloading): every call would copy them"
+    untracked = why_untracked(sources)
+    return f"{what}{untracked}: a copy could be stale" if untracked else ""
+
+
+def why_untracked(sources: Sequence[Tensor]) -> str:
+    """Why the tensors may change without a trace in their versions; empty if they do not."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
-        return f"{what}torch.distributed is at work, by which FSDP refills weights unnoticed: a copy could be stale"
+        return "torch.distributed is at work, by which FSDP refills weights unnoticed"
     if any(source.is_inference() for source in sources):
-        return f"{what}they are inference tensors, which do not count their changes: a copy could be stale"
+        return "they are inference tensors, which do not count their changes"
     return ""
 
 
@@ -180,8 +208,10 @@ def _build(
 
 
 def as_indexed(layout: Layout, sources: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """The tensors with the weights as ``[E, 2N, K]`` and ``[E, K, N]``: views of those that are stored transposed."""
+    """The tensors as `ExpertWeights` takes them: views of transposed weights, and of scales of tensors."""
     gate_up, down, *others = sources
+    if layout.scaled_by_tensor:
+        others = [scale.flatten(1) for scale in others]
     if layout.transposed:
         gate_up, down = gate_up.transpose(1, 2), down.transpose(1, 2)
     return gate_up, down, *others
@@ -189,7 +219,7 @@ def as_indexed(layout: Layout, sources: Sequence[Tensor]) -> tuple[Tensor, ...]:
 
 def others_by_name(gate_up: Tensor, others: Sequence[Tensor]) -> dict[str, Any]:
     """The tensors beside the weights, as `ExpertWeights` names them."""
-    kinds = ("gate_up_scale", "down_scale") if gate_up.dtype == FP8 else ("gate_up_bias", "down_bias")
+    kinds = _SCALES if gate_up.dtype == FP8 else ("gate_up_bias", "down_bias")
     return dict(zip(kinds, others, strict=True)) if others else {}
 
 
