@@ -50,7 +50,8 @@ class SplitKConfig(BackendConfig):
 
     def launch(self, quantization: Quantization) -> dict[str, Any]:
         """Launch options of both products."""
-        limit = _MOST_REGISTERS.get(self.block_m) if quantization.dequantizes and self.num_warps == 4 else None
+        tile = (self.block_m, self.block_n, self.num_warps)
+        limit = _MOST_REGISTERS.get(tile) if quantization.dequantizes else None
         registers = {} if limit is None else {"maxnreg": limit}
         return {"num_warps": self.num_warps, "num_stages": self.num_stages, **pdl_option(self.pdl), **registers}
 
@@ -78,10 +79,10 @@ _LEAST_BLOCKS_PER_SPLIT: Final = 4  #    blocks of N  a shorter split spends its
 _MOST_SPLITS: Final = 8
 _WIDE: Final = 128  #                    weight rows  where tokens share weights
 # Where weights are dequantised, instructions and not memory are the limit, and more CTAs per multiprocessor fill the
-# waits between them. The H200 described as an A100, qwen3-30b-a3b in FP8, block_m/stages/registers: M=8 16/6/any 99 µs,
-# 16/6/168 85, 8/6/168 77, 8/4/128 72 (BF16 107); M=64 16/4/any 212, 16/4/168 207, 8/4/128 248 (BF16 255).
+# waits between them. The H200 described as an A100, qwen3-30b-a3b in FP8 at M=8, block_m/stages/registers: 16/6/242
+# 99 µs, 16/6/168 85, 8/6/168 77, 8/4/128 72 (BF16 107). Wider tiles would spill.
 _DEQUANTIZING_STAGES: Final = 4
-_MOST_REGISTERS: Final = {8: 128, 16: 168}  # of a thread, by block_m; the compiler takes up to 242
+_MOST_REGISTERS: Final = {(8, 64, 4): 128, (16, 64, 4): 168}  # of a thread, by block_m, block_n and num_warps
 
 
 def default_config(problem: MoEProblem, device: Features) -> SplitKConfig:
