@@ -302,10 +302,15 @@ class Session:
         """What the calibration says of a kind of call."""
         return None if self._table is None else self._table.expected(kind)
 
-    def calibrated_choice(self, kind: CallKind) -> str | None:
-        """The fastest exchange by the calibration; None where that says nothing of the kind."""
+    def calibrated_choice(self, kind: CallKind, *, whole: bool = False) -> str | None:
+        """The fastest exchange by the calibration; None where that says nothing of the kind.
+
+        Args:
+            kind: The kind of call.
+            whole: Whether times of whole calls must have been measured: links alone do not count.
+        """
         expected = self.expected(kind)
-        return None if expected is None else expected.best(self.candidates(kind))
+        return None if expected is None or (whole and not expected.splits) else expected.best(self.candidates(kind))
 
     def kept_splits(self, kind: CallKind) -> Mapping[str, Split] | None:
         """The times that `warm_up` measured for a kind of call; None where it measured none."""
