@@ -90,6 +90,29 @@ def test_what_needs_no_torch_does_not_import_it(arguments: list[str]) -> None:
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.parametrize(
+    ("words", "completed"),
+    [
+        ("explain --model qwen3-3", "qwen3-30b-a3b"),
+        ("explain --machine h2", "h200"),
+        ("explain --dtype fp8_", "fp8_channel"),
+        ("calibrate --backend triton_s", "triton_splitk"),
+    ],
+)
+def test_the_shell_completes_names(words: str, completed: str) -> None:
+    line = f"moe-dispatch {words}"
+    variables = {"_MOE_DISPATCH_COMPLETE": "complete_bash", "COMP_WORDS": line, "COMP_CWORD": "3"}
+    result = RUNNER.invoke(app, [], prog_name="moe-dispatch", env=variables)
+    assert completed in result.output.split()
+
+
+@pytest.mark.parametrize(
+    "command", ["demo", "doctor", "explain", "calibrate", "fit", "bench", "calibration show"], ids=str
+)
+def test_every_command_that_reports_prints_json_on_request(command: str) -> None:
+    assert "--json" in RUNNER.invoke(app, [*command.split(), "--help"], env={"COLUMNS": "100"}).output
+
+
 def test_the_version_is_that_of_the_distribution() -> None:
     import importlib.metadata
 
