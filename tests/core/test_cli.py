@@ -25,9 +25,11 @@ from moe_dispatch.policies.measurements.schema import (
     Point,
     StoredMeasurement,
 )
+from moe_dispatch.policy import Choice, Policy
 from moe_dispatch.problem import MoEProblem
-from moe_dispatch.registry import BACKENDS
-from moe_dispatch.settings import VARIABLES, variables_table
+from moe_dispatch.registry import BACKENDS, POLICIES
+from moe_dispatch.settings import VARIABLES, settings, variables_table
+from tests.support.fakes import Honest, ranked
 from tests.support.interpreter import leave_out_the_interpreter
 
 RUNNER = CliRunner()
@@ -310,6 +312,26 @@ def test_explain_says_of_each_backend_either_a_time_or_why_not(name: str) -> Non
     for backend, row in cells.items():
         lines = [each for each in refused if each.startswith((f"{backend}:", f"{backend} at "))]
         assert bool(lines) == ("–" in row), f"{backend}: {row}, {lines}"
+
+
+@pytest.mark.usefixtures("cache")
+def test_a_backend_that_runs_is_not_listed_as_one_that_cannot(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where one of its configurations cannot be read, and another one runs."""
+
+    class Fixed(Policy):
+        name = "fixed"
+
+        def rank(self, problem: MoEProblem) -> tuple[Choice, ...]:
+            return Choice("honest", "measured", {"unknown": 1}), Choice("honest", "by default")
+
+    monkeypatch.setenv("MOE_DISPATCH_POLICY", "fixed")
+    settings.cache_clear()
+    with ranked(Honest):
+        POLICIES.register("fixed", Fixed)
+        text = RUNNER.invoke(app, ["explain", "--model", "4,2,64,32", "--dtype", "fp32", "--tokens", "1"]).output
+    able, _, refused = text.partition("cannot run\n")
+    assert "honest: by default" in able
+    assert "honest" not in refused
 
 
 @pytest.mark.usefixtures("cache")
