@@ -298,3 +298,13 @@ def moe_output_row(out_ptr, addresses_ptr, offset, peer_rows, token, K):
         out_ptr = tl.multiple_of(address.to(tl.pointer_type(out_ptr.dtype.element_ty)), 16)
         token = token % peer_rows
     return out_ptr + token * K
+
+
+@triton.jit
+def moe_prefetch_lines(pointers):
+    """Bring the lines of memory at these pointers to the L2 without waiting for them."""
+    if not _INTERPRETED:
+        tl.inline_asm_elementwise(
+            "prefetch.global.L2 [$1]; mov.u32 $0, 0;",
+            "=r,l", [pointers.to(tl.int64, bitcast=True)], dtype=tl.int32, is_pure=False, pack=1,
+        )  # fmt: skip
