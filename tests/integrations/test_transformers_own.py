@@ -59,7 +59,7 @@ def test_other_gates_run_grouped_mm_and_say_so_once(activation: str) -> None:
 def test_a_gate_is_recognised_under_every_default(default: torch.dtype | str) -> None:
     """As a program sets the default dtype for the time in which it makes its model."""
     for module in (qwen3_layer(), layer(gpt_oss())):
-        with torch.device("meta") if default == "meta" else default_dtype(default):
+        with default_dtype(default) if isinstance(default, torch.dtype) else torch.device(default):
             taken = take_over(module, torch.float32)
         assert taken.experts is not None, taken.reason
 

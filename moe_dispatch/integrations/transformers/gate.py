@@ -41,7 +41,7 @@ def recognise_gate(module: Any, weight: Tensor, *, gated: bool, interleaved: boo
         return None  # it learns: what it computes today is not what it computes tomorrow
     device = weight.device if weight.device.type == "cuda" else torch.device("cpu")
     # Values beyond every clamp limit in use, and dense ones where GELU and its tanh form differ.
-    made = {"dtype": torch.float32, "device": device}
+    made: dict[str, Any] = {"dtype": torch.float32, "device": device}
     gate = torch.cat([torch.linspace(-14.0, 14.0, 113, **made), torch.tensor([-1e3, -40.0, 40.0, 1e3], **made)])
     up = gate.roll(37)
     columns = torch.stack([gate, up], dim=1).flatten() if interleaved else torch.cat([gate, up])
