@@ -295,6 +295,7 @@ def test_explain_answers_for_a_described_machine(h200: Path, dtype: str) -> None
         assert answer["chosen"]["choice"]["backend"] != "reference"
     text = RUNNER.invoke(app, asked, env={"COLUMNS": "80"}).output
     assert "NVIDIA H200" in text
+    assert "means over the routings" in text, "a time that blends two routings says so"
     assert max(map(len, _tables(text))) <= 80
 
 
