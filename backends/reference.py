@@ -11,7 +11,8 @@ from torch import Tensor
 
 from moe_dispatch.backend import Backend, BackendConfig, Requirements
 from moe_dispatch.experts import ExpertWeights
-from moe_dispatch.numerics import activate_torch, dequantize, round_rows_through_fp8
+from moe_dispatch.numerics import QuantizedRows, activate_torch, dequantize, round_rows_through_fp8
+from moe_dispatch.problem import MoEProblem
 
 
 class ReferenceConfig(BackendConfig):
@@ -57,14 +58,43 @@ class ReferenceBackend(Backend):
     ) -> Tensor:
         """See `Backend.run`."""
         assert isinstance(config, ReferenceConfig)  # noqa: S101 - the dispatcher made it from config_type
-        out = torch.zeros(hidden_states.shape, dtype=torch.float32, device=hidden_states.device)
-        for e in _hit_experts(topk_ids, experts.E):
-            token, choice = torch.where(topk_ids == e)
-            result = _expert(hidden_states[token], experts, e, config)
-            out = out.index_add(0, token, result.float() * topk_weights[token, choice, None])
+        out = _summed(hidden_states, experts, topk_weights, topk_ids, config)
         if torch.is_grad_enabled() and not out.requires_grad:
             out = out + _zero(hidden_states, topk_weights, experts)
         return out.to(hidden_states.dtype)
+
+    def takes_quantized_rows(self, problem: MoEProblem) -> bool:  # noqa: ARG002
+        """See `Backend.takes_quantized_rows`."""
+        return True
+
+    def run_into(
+        self,
+        hidden_states: Tensor | QuantizedRows,
+        experts: ExpertWeights,
+        topk_weights: Tensor,
+        topk_ids: Tensor,
+        config: BackendConfig,
+        out: Tensor,
+    ) -> Tensor:
+        """See `Backend.run_into`."""
+        if isinstance(hidden_states, Tensor):
+            return super().run_into(hidden_states, experts, topk_weights, topk_ids, config, out)
+        assert isinstance(config, ReferenceConfig)  # noqa: S101 - the dispatcher made it from config_type
+        return out.copy_(_summed(hidden_states, experts, topk_weights, topk_ids, config))
+
+
+def _summed(
+    rows: Tensor | QuantizedRows, experts: ExpertWeights, topk_weights: Tensor, topk_ids: Tensor,
+    config: ReferenceConfig,
+) -> Tensor:  # fmt: skip
+    """The layer's output in fp32."""
+    tokens = rows if isinstance(rows, Tensor) else rows.dequantized()
+    out = torch.zeros(tokens.shape, dtype=torch.float32, device=tokens.device)
+    for e in _hit_experts(topk_ids, experts.E):
+        token, choice = torch.where(topk_ids == e)
+        result = _expert(tokens[token], experts, e, config, quantized=tokens is not rows)
+        out = out.index_add(0, token, result.float() * topk_weights[token, choice, None])
+    return out
 
 
 def _zero(hidden_states: Tensor, topk_weights: Tensor, experts: ExpertWeights) -> Tensor | float:
@@ -82,14 +112,14 @@ def _hit_experts(topk_ids: Tensor, E: int) -> list[int]:
     return [e for e in hit if 0 <= e < E]
 
 
-def _expert(tokens: Tensor, experts: ExpertWeights, e: int, config: ReferenceConfig) -> Tensor:
+def _expert(tokens: Tensor, experts: ExpertWeights, e: int, config: ReferenceConfig, *, quantized: bool) -> Tensor:
     gate_up, down = weights_of_expert(experts, e)
     # FP16 always: what an expert puts out may exceed its range where the weighted sum does not. On a CPU always: this
     # backend must not end the process, as products in BF16 do on virtual machines that announce AMX and lack it.
     if config.compute_fp32 or experts.fp8 or experts.dtype == "fp16" or tokens.device.type == "cpu":
         tokens, gate_up, down = tokens.float(), gate_up.float(), down.float()
     quantize, per_token = experts.fp8 and config.quantize_activations, experts.dtype == "fp8_channel"
-    if quantize:
+    if quantize and not quantized:
         tokens = round_rows_through_fp8(tokens, per_token=per_token)
     up_bias = None if experts.gate_up_bias is None else experts.gate_up_bias[e].to(tokens.dtype)
     down_bias = None if experts.down_bias is None else experts.down_bias[e].to(tokens.dtype)

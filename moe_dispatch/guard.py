@@ -28,6 +28,8 @@ _DECLARED: Final[Mapping[str, type]] = {
     "tolerance": Mapping,
     "install_hint": str,
     "needs_probe": bool,
+    "stores_to_peers": bool,
+    "starts_before_arrival": bool,
 }
 
 Answer = TypeVar("Answer")
@@ -110,6 +112,11 @@ class GuardedBackend(Backend):
         """See `Backend.quantizes_activations`, whose own answer stands in for a failure to answer."""
         quantizes, _ = self._ask(bool, self._backend.quantizes_activations, problem)
         return super().quantizes_activations(problem) if quantizes is None else quantizes
+
+    def takes_quantized_rows(self, problem: MoEProblem) -> bool:
+        """See `Backend.takes_quantized_rows`. A failure to answer promises nothing."""
+        takes, _ = self._ask(bool, self._backend.takes_quantized_rows, problem)
+        return bool(takes)
 
     def measured_versions(self) -> dict[str, str]:
         """See `Backend.measured_versions`. Empty after a failure to answer, which `unavailable_reasons` tells."""

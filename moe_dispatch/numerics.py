@@ -8,7 +8,7 @@ The kernels' device functions (backends/triton_common/device.py) do the same and
 """
 
 import math
-from typing import Final
+from typing import Final, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +22,24 @@ FP8_MAX: Final = 448.0
 # The least maximum that a group is quantised by, so that the multiplier of zeros is not 0; vLLM's quantisation has the
 # same.
 SMALLEST_AMAX: Final = 1e-10
+
+
+class QuantizedRows(NamedTuple):
+    """Activations as block FP8 multiplies them, such as another rank sends them.
+
+    Attributes:
+        codes: e4m3 ``[M, K]``, contiguous.
+        scale: fp32 multipliers ``[M, ⌈K/128⌉]``, contiguous.
+        act_dtype: The dtype that they had before, which is that of the layer's output.
+    """
+
+    codes: Tensor
+    scale: Tensor
+    act_dtype: torch.dtype
+
+    def dequantized(self) -> Tensor:
+        """The values in fp32, ``[M, K]``."""
+        return self.codes.float() * self.scale.repeat_interleave(QUANT_BLOCK, dim=1)[:, : self.codes.shape[1]]
 
 
 def activate_torch(gate_up: Tensor, activation: Activation, *, interleaved: bool = False) -> Tensor:
@@ -85,7 +103,7 @@ def quantize_rows_torch(rows: Tensor, *, per_token: bool = False) -> tuple[Tenso
     padded = F.pad(rows.float(), (0, groups * width - C)).view(R, groups, width)
     scale = fp8_multiplier(padded.abs().amax(dim=2))
     codes = (padded / scale[:, :, None]).clamp(-FP8_MAX, FP8_MAX)
-    return codes.view(R, -1)[:, :C].to(FP8).contiguous(), scale
+    return codes.view(R, groups * width)[:, :C].to(FP8).contiguous(), scale
 
 
 def round_rows_through_fp8(rows: Tensor, *, per_token: bool = False) -> Tensor:

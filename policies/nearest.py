@@ -17,6 +17,11 @@ from moe_dispatch.system.files import read_bytes
 # A device with fewer multiprocessors than this share of the measured one's (a MIG slice, say) is left to the rules:
 # which configuration is fastest depends on how many programs run at once.
 LEAST_SHARE: Final = 0.5
+TABLE: Final = ".json"
+# A table's choices carry over while memory and matrix rates differ alike. Where one differs from the other by more than
+# this factor (an H20 has .83 of an H200's bandwidth and .15 of its matrix rate), layers become bound by products at so
+# many fewer tokens that the learned model, each part of which is scaled by its own rate, decides.
+MOST_IMBALANCE: Final = 2.0
 
 
 @dataclass(frozen=True)
@@ -86,7 +91,7 @@ class Nearest:
 
 
 def shipped(slug: str, suffix: str) -> Traversable:
-    """The file that ships for a device: its table (``".json"``) or its learned model (``".model.json"``)."""
+    """The file that ships for a device: its table (`TABLE`) or its learned model (``".model.json"``)."""
     return resources.files("moe_dispatch.policies") / "tables" / f"{slug}{suffix}"
 
 
@@ -118,6 +123,8 @@ def nearest(machine: Machine, suffix: str) -> Nearest | None:
         and machine.sms >= LEAST_SHARE * sheet.sms
         and shipped(slug, suffix).is_file()
     ]
+    if suffix == TABLE:
+        choices = [one for one in choices if abs(math.log(one.rate / one.bandwidth)) <= math.log(MOST_IMBALANCE)]
     return min(choices, key=lambda one: abs(math.log(one.bandwidth)) + abs(math.log(one.rate)), default=None)
 
 

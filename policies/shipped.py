@@ -9,7 +9,7 @@ from moe_dispatch.policies.calibrated import MeasuredPolicy
 from moe_dispatch.policies.measurements.schema import CalibrationFile, parse_calibration
 from moe_dispatch.policies.measurements.table import rough_us
 from moe_dispatch.policies.measurements.versions import changes
-from moe_dispatch.policies.nearest import Nearest, nearest, read_shipped
+from moe_dispatch.policies.nearest import TABLE, Nearest, nearest, read_shipped
 from moe_dispatch.policy import Choice
 from moe_dispatch.problem import MoEProblem
 
@@ -36,7 +36,7 @@ class ShippedPolicy(MeasuredPolicy):
         return (_estimated(choice, slowdown, self._neighbour) for choice in choices)
 
     def _read(self) -> Iterator[CalibrationFile]:
-        source = nearest(self.machine, ".json")
+        source = nearest(self.machine, TABLE)
         # The other device whose table serves this one; None where it is this device's own.
         self._neighbour = source if source and source.slug != self.machine.slug else None
         if source is None:
@@ -52,7 +52,7 @@ class ShippedPolicy(MeasuredPolicy):
         Raises:
             PolicyFileError: It is missing, damaged, or of another device than its name says.
         """
-        content, path = read_shipped(source.slug, ".json")
+        content, path = read_shipped(source.slug, TABLE)
         file = parse_calibration(content, path)
         if source.slug != self.machine.slug:
             self._notes.append(source.note("table"))

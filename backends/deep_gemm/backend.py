@@ -7,9 +7,10 @@ from torch import Tensor
 from moe_dispatch.backend import BackendConfig, Requirements, WritingBackend
 from moe_dispatch.backends.deep_gemm.layouts import MaskedRows, PsumRows, Rows, expected_rows, layout_rows
 from moe_dispatch.backends.deep_gemm.library import INSTALL_HINT, load, wheel_reasons
-from moe_dispatch.backends.stages.combine import combine
+from moe_dispatch.backends.stages.combine import Out, combine
 from moe_dispatch.backends.triton_common.features import stage_reasons
 from moe_dispatch.experts import ExpertWeights
+from moe_dispatch.numerics import QuantizedRows
 from moe_dispatch.problem import QUANT_BLOCK, DType, MoEProblem
 from moe_dispatch.system.libraries import library_version
 
@@ -59,6 +60,7 @@ class DeepGemmBackend(WritingBackend):
         max_capability={"bf16": _UE8M0, "fp8": _UE8M0},
     )
     config_type = DeepGemmConfig
+    stores_to_peers = True
     # FP8: the first product is rounded to BF16 before it is quantised again, so some codes fall on the other side.
     tolerance: ClassVar = {"bf16": 1e-2, "fp8": 3e-2}
     install_hint = INSTALL_HINT
@@ -102,15 +104,19 @@ class DeepGemmBackend(WritingBackend):
         second = problem.N * column + problem.K * 2
         return int(rows * max(first, middle, second))
 
+    def takes_quantized_rows(self, problem: MoEProblem) -> bool:  # noqa: ARG002
+        """See `Backend.takes_quantized_rows`."""
+        return True
+
     def run_into(
         self,
-        hidden_states: Tensor,
+        hidden_states: Tensor | QuantizedRows,
         experts: ExpertWeights,
         topk_weights: Tensor,
         topk_ids: Tensor,
         config: BackendConfig,
-        out: Tensor,
-    ) -> Tensor:
+        out: Out,
+    ) -> Out:
         """See `Backend.run_into`.
 
         Raises:

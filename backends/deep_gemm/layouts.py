@@ -18,6 +18,7 @@ from moe_dispatch.backends.stages.activate import activate, activate_quantize
 from moe_dispatch.backends.stages.quantize import gather, gather_quantize, spreads_scales
 from moe_dispatch.backends.stages.route import buffer_rows, route
 from moe_dispatch.experts import ExpertWeights
+from moe_dispatch.numerics import QuantizedRows
 
 # The tallest tile that DeepGEMM picks for the masked layout on sm_90.
 MASKED_TILE: Final = 128
@@ -74,10 +75,10 @@ class Rows(ABC):
     def multiply(self, operand: Operand, weight: Tensor, weight_scale: Tensor | None) -> Tensor:
         """``[rows, C]`` times each expert's ``[E, R, C]`` transposed: BF16 ``[rows, R]``."""
 
-    def fill(self, hidden_states: Tensor) -> Operand:
+    def fill(self, hidden_states: Tensor | QuantizedRows) -> Operand:
         """Copy the tokens ``[M, K]`` to their rows, quantised if the weights are FP8."""
         topk = self._topk_ids.shape[1]
-        if self._fp8:
+        if self._fp8 or isinstance(hidden_states, QuantizedRows):
             return gather_quantize(hidden_states, self.routing, topk, **self._scales(), pdl=self.pdl)
         return gather(hidden_states, self.routing, topk, pdl=self.pdl)
 

@@ -2,19 +2,21 @@
 
 Every rank has memory of one layout that all ranks of the group can address:
 
-    flags of tokens | flags of results | counts | tokens: rows, ids, weights of each rank | results of each rank
+    flags of tokens, results, rows | counts | tokens: rows, ids, weights, multipliers | results of each rank
 
 `push_tokens` stores this rank's tokens in everyone's part for them, and `push_results` each rank's results in that
-rank's part for this one. Both then set flags and wait for those of the others, program by program (`push_kernel`).
+rank's part for this one. Both then set flags and wait for those of the others, program by program (`push_kernel`). Of
+many tokens ids and weights go first, and the rows meanwhile on a stream of their own, for which the experts' stream
+waits before it goes on to results: what is said of tokens below holds for both kernels.
 
 **Why one copy of each part is enough.** On every rank the kernels of a call run one after the other on one stream:
 tokens, experts, results. A kernel sets flags before it waits, and ends only when all flags of its epoch have come.
 
 - *Tokens* of a rank are overwritten by the next call of another rank. That rank begins it after its `push_results`,
   which ended only when this rank's had begun: after this rank's experts, which read the tokens.
-- *Results* of a rank are overwritten by another rank's `push_results` of the next call. That begins after that rank's
-  `push_tokens`, which ended only when this rank's of that call had begun: after this rank's `push_results` of the call
-  before, which read them.
+- *Results* of a rank are overwritten by another rank's `push_results` of the next call, or by its experts before that.
+  These begin after that rank's `push_tokens`, which ended only when this rank's of that call had begun: after this
+  rank's `push_results` of the call before, which read them.
 - *Counts* are overwritten with the tokens and read by `push_results` before it sets a flag.
 
 For this the two parts have places that no call's shape moves: a rank may still read results of one call while another
@@ -36,20 +38,34 @@ from typing import Final
 import torch
 from torch import Tensor
 
+from moe_dispatch.backend import PeerRows, TravellingRows
 from moe_dispatch.backends.exchange.pack import WORD, aligned
+from moe_dispatch.backends.triton_common.launch_options import pdl_option
+from moe_dispatch.numerics import FP8, QuantizedRows
+from moe_dispatch.problem import QUANT_BLOCK
 
 FLAGS: Final = 128  # of each rank, and so the most programs of a kernel
 LOOKS_PER_SECOND: Final = (
     2_000_000  # at a flag; a look takes an H200 0.4 to 0.8 µs, so that waits last longer than said
 )
+ROWS_ASIDE: Final = 8 << 20  # bytes of a rank's rows, which NVLink 4 carries in 25 µs
 _ALIGNMENT: Final = 128
+_Widths = tuple[tuple[int, torch.dtype], ...]  # columns and dtype of each thing that a token has
 _WORD_LIMIT: Final = 1 << 16  # up to so many words programs take 4 KiB at a time, to be more
 
 
-def tokens_bytes(ranks: int, capacity: int, topk: int, row_bytes: int) -> int:
-    """Bytes of the part for tokens."""
-    rows, slots = ranks * capacity * row_bytes, ranks * capacity * topk * 4
-    return _rounded(rows) + 2 * _rounded(slots)
+def tokens_bytes(ranks: int, capacity: int, topk: int, row_bytes: int, groups: int) -> int:
+    """Bytes of the part for tokens.
+
+    Args:
+        ranks: Ranks of the group.
+        capacity: Greatest M of any rank.
+        topk: Experts per token.
+        row_bytes: Bytes of a row as it travels, its multipliers not counted.
+        groups: fp32 multipliers of a row; 0 where rows are not quantised.
+    """
+    rows = ranks * capacity
+    return _rounded(rows * row_bytes) + 2 * _rounded(rows * topk * 4) + _rounded(rows * groups * 4)
 
 
 def results_bytes(ranks: int, capacity: int, row_bytes: int) -> int:
@@ -59,7 +75,7 @@ def results_bytes(ranks: int, capacity: int, row_bytes: int) -> int:
 
 def header_bytes(ranks: int) -> int:
     """Bytes of flags and counts, which are zero at first."""
-    return _rounded(2 * ranks * FLAGS * 8) + _rounded(ranks * 8)
+    return _rounded(3 * ranks * FLAGS * 8) + _rounded(ranks * 8)
 
 
 class PeerMemory:
@@ -72,22 +88,28 @@ class PeerMemory:
         tokens_bytes: Bytes of the part for tokens; equal on all ranks.
         programs: Most programs of a kernel: no more than run on the device at a time. Equal on all ranks.
         on_host: int64 ``[1]``, zero, in memory that the host reads without waiting and the device can write.
+        pdl: Whether kernels may be programmatic dependents of those before (sm_90 and newer).
+        aside: The stream for rows of many tokens; None where there are no streams.
     """
 
     def __init__(
-        self, own: Tensor, addresses: Sequence[int], rank: int, tokens_bytes: int, programs: int, on_host: Tensor
-    ) -> None:
+        self, own: Tensor, addresses: Sequence[int], rank: int, tokens_bytes: int, programs: int, on_host: Tensor,
+        *, pdl: bool, aside: torch.cuda.Stream | None,
+    ) -> None:  # fmt: skip
         ranks, device = len(addresses), own.device
         self.own, self._rank, self._ranks, self._on_host = own, rank, ranks, on_host
         self._programs = min(programs, FLAGS)
+        self._pdl = pdl
         self._addresses = torch.tensor(addresses, dtype=torch.int64, device=device)
-        self._epochs = torch.zeros(2, FLAGS, dtype=torch.int64, device=device).unbind()
+        self._epochs = torch.zeros(3, FLAGS, dtype=torch.int64, device=device).unbind()
         self._lost = torch.zeros(1, dtype=torch.int64, device=device)
-        self._flags = (0, ranks * FLAGS * 8)
-        self._counts = _rounded(2 * ranks * FLAGS * 8)
+        self._flags = [which * ranks * FLAGS * 8 for which in range(3)]
+        self._counts = _rounded(3 * ranks * FLAGS * 8)
+        self._aside = aside
         self._tokens = header_bytes(ranks)
         self._results = self._tokens + tokens_bytes
-        self._views: dict[tuple[object, ...], tuple[Tensor, Tensor, Tensor]] = {}
+        self._views: dict[tuple[object, ...], list[Tensor]] = {}
+        self._peer_rows: dict[tuple[object, ...], PeerRows] = {}
 
     @property
     def lost_rank(self) -> int | None:
@@ -97,8 +119,8 @@ class PeerMemory:
 
     def push_tokens(
         self, hidden_states: Tensor, topk_weights: Tensor, topk_ids: Tensor, *, capacity: int, first_experts: Tensor,
-        E: int, seconds: float,
-    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        E: int, seconds: float, quantize: bool = False,
+    ) -> tuple[Tensor | QuantizedRows | TravellingRows, Tensor, Tensor]:  # fmt: skip
         """Give this rank's tokens to every rank, and get those of all.
 
         Args:
@@ -109,37 +131,80 @@ class PeerMemory:
             first_experts: int32 ``[ranks]``: the global id of each rank's first expert.
             E: Experts of the whole layer.
             seconds: How long to wait for the others.
+            quantize: Whether to send rows as block FP8 has them, instead of as they are; K is a multiple of 128 then.
 
         Returns:
             Rows ``[ranks·capacity, K]``, fp32 weights and int32 ids ``[ranks·capacity, topk]``, in this object's memory
             until the next call. Ids are numbered from this rank's first expert, and negative or too great where the
-            expert is elsewhere. Rows beyond a rank's tokens hold anything; their ids are -1.
+            expert is elsewhere. Rows beyond a rank's tokens hold anything; their ids are -1. Where those of a rank are
+            `ROWS_ASIDE` bytes or more, they may still be on their way.
         """
         from moe_dispatch.backends.exchange.push_kernel import _moe_push_tokens_kernel
 
         (M, K), topk = hidden_states.shape, topk_ids.shape[1]
-        row_bytes = K * hidden_states.element_size()
-        rows_at, ids_at, weights_at = self._places(capacity, topk, row_bytes)
-        block, programs = self._launch(capacity, row_bytes)
-        _moe_push_tokens_kernel[(programs,)](
-            # inputs
-            aligned(hidden_states), topk_weights, topk_ids, first_experts,
-            # the memory of all ranks
-            self._addresses, self._epochs[0], self._lost, self._on_host.data_ptr(),
-            # shapes
-            M, capacity, row_bytes // WORD, topk, E, self._rank, self._flags[0], self._counts, rows_at, ids_at,
-            weights_at, _looks(seconds),
-            # constants
-            RANKS=self._ranks, PROGRAMS=FLAGS, BLOCK=block, num_warps=8 if block == 512 else 16,
-        )  # fmt: skip
-        return self._arrived(capacity, topk, K, hidden_states.dtype)
+        dtype = FP8 if quantize else hidden_states.dtype
+        widths = (K, dtype), (topk, torch.int32), (topk, torch.float32), (quantize * K // QUANT_BLOCK, torch.float32)
+        places = self._places(capacity, widths)
+        row_bytes = K * dtype.itemsize
+        hidden_states = aligned(hidden_states)
 
-    def push_results(self, partial: Tensor, M: int, *, seconds: float) -> Tensor:
+        def launch(which: int, block: int, programs: int, *, slots: bool, rows: bool, pdl: bool) -> None:
+            _moe_push_tokens_kernel[(programs,)](
+                # inputs
+                hidden_states, topk_weights, topk_ids, first_experts,
+                # the memory of all ranks
+                self._addresses, self._epochs[which], self._lost, self._on_host.data_ptr(),
+                # shapes
+                M, capacity, row_bytes // WORD, topk, E, self._rank, self._flags[which], self._counts, *places,
+                _looks(seconds),
+                # constants
+                RANKS=self._ranks, PROGRAMS=FLAGS, BLOCK=block, SLOTS=slots, ROWS=rows, QUANTIZE=quantize, PDL=pdl,
+                num_warps=8 if block == 512 else 16, **pdl_option(pdl),
+            )  # fmt: skip
+
+        block, programs = self._launch(capacity, row_bytes)
+        codes, ids, weights, scale = self._arrived(capacity, widths, places)
+        arrived = QuantizedRows(codes, scale, hidden_states.dtype) if quantize else codes
+        if capacity * row_bytes < ROWS_ASIDE:
+            launch(0, block, programs, slots=True, rows=True, pdl=self._pdl)
+            return arrived, weights, ids
+        launch(0, 512, min(self._programs, math.ceil(capacity * topk / 512)), slots=True, rows=False, pdl=self._pdl)
+        event, captured = None, False
+        if self._aside is not None:
+            self._aside.wait_stream(torch.cuda.current_stream(self.own.device))
+            with torch.cuda.stream(self._aside):
+                launch(2, block, programs, slots=False, rows=True, pdl=False)
+                event, captured = self._aside.record_event(), torch.cuda.is_current_stream_capturing()
+        else:
+            launch(2, block, programs, slots=False, rows=True, pdl=False)
+        return TravellingRows(arrived, hidden_states, self._rank * capacity, event, captured), weights, ids
+
+    def peer_rows(self, capacity: int, K: int, dtype: torch.dtype) -> PeerRows:
+        """Where this rank's results belong on every rank: to be stored between `push_tokens` and `push_results`.
+
+        Args:
+            capacity: Greatest M of any rank.
+            K: Columns.
+            dtype: Of the results.
+        """
+        key = (capacity, K, dtype)
+        if key not in self._peer_rows:
+            offset = self._results + self._rank * capacity * K * dtype.itemsize
+            like = torch.empty(1, dtype=dtype, device=self.own.device)
+            self._peer_rows[key] = PeerRows(self._addresses, offset, capacity, like)
+        return self._peer_rows[key]
+
+    def push_results(
+        self, partial: Tensor | PeerRows, M: int, K: int, *, capacity: int, seconds: float
+    ) -> Tensor:  # fmt: skip
         """Give every rank its results, and add up those for this one.
 
         Args:
-            partial: ``[ranks·capacity, K]``, contiguous: this rank's sums for the rows that `push_tokens` returned.
+            partial: ``[ranks·capacity, K]``, contiguous: this rank's sums for the rows that `push_tokens` returned; or
+                what `peer_rows` returned, where they were stored.
             M: This rank's tokens.
+            K: Columns.
+            capacity: Greatest M of any rank.
             seconds: How long to wait for the others.
 
         Returns:
@@ -147,13 +212,14 @@ class PeerMemory:
         """
         from moe_dispatch.backends.exchange.push_kernel import _moe_push_results_kernel
 
-        rows, K = partial.shape
-        capacity, row_bytes = rows // self._ranks, K * partial.element_size()
-        out = partial.new_empty(M, K)
+        stored = isinstance(partial, PeerRows)
+        values = partial.like if isinstance(partial, PeerRows) else partial
+        row_bytes = K * values.element_size()
+        out = values.new_empty(M, K)
         block, programs = self._launch(capacity, row_bytes)
         _moe_push_results_kernel[(programs,)](
             # inputs
-            partial,
+            values,
             # outputs
             out,
             # the memory of all ranks
@@ -161,8 +227,8 @@ class PeerMemory:
             # shapes
             M, capacity, row_bytes // WORD, self._rank, self._flags[1], self._counts, self._results, _looks(seconds),
             # constants
-            RANKS=self._ranks, PROGRAMS=FLAGS, BLOCK=block, PER_WORD=WORD // partial.element_size(),
-            num_warps=8 if block == 512 else 16,
+            RANKS=self._ranks, PROGRAMS=FLAGS, BLOCK=block, PER_WORD=WORD // values.element_size(), STORED=stored,
+            PDL=self._pdl, num_warps=8 if block == 512 else 16, **pdl_option(self._pdl),
         )  # fmt: skip
         return out
 
@@ -172,23 +238,23 @@ class PeerMemory:
         block = 512 if words <= _WORD_LIMIT else 2048
         return block, max(1, min(self._programs, math.ceil(words / block)))
 
-    def _places(self, capacity: int, topk: int, row_bytes: int) -> tuple[int, int, int]:
-        ids = self._tokens + _rounded(self._ranks * capacity * row_bytes)
-        weights = ids + _rounded(self._ranks * capacity * topk * 4)
-        if weights + self._ranks * capacity * topk * 4 > self._results:
-            raise ValueError(f"{capacity} tokens of {row_bytes} bytes do not fit: {self._results - self._tokens} bytes")
-        return self._tokens, ids, weights
+    def _places(self, capacity: int, widths: _Widths) -> list[int]:
+        """Where rows, ids, weights and multipliers begin."""
+        places = [self._tokens]
+        for width, dtype in widths:
+            places.append(places[-1] + _rounded(self._ranks * capacity * width * dtype.itemsize))
+        if (end := places.pop()) > self._results:
+            raise ValueError(f"{capacity} tokens take {end - self._tokens} of {self._results - self._tokens} bytes")
+        return places
 
-    def _arrived(self, capacity: int, topk: int, K: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-        key = (capacity, topk, K, dtype)
+    def _arrived(self, capacity: int, widths: _Widths, places: list[int]) -> list[Tensor]:
+        key = (capacity, widths)
         if key not in self._views:
-            places = self._places(capacity, topk, K * dtype.itemsize)
-            kinds = ((K, dtype), (topk, torch.int32), (topk, torch.float32))
-            rows, ids, weights = (
-                self.own[place : place + self._ranks * capacity * width * kind.itemsize].view(kind).view(-1, width)
-                for place, (width, kind) in zip(places, kinds, strict=True)
-            )
-            self._views[key] = rows, weights, ids
+            rows = self._ranks * capacity
+            self._views[key] = [
+                self.own[place : place + rows * width * dtype.itemsize].view(dtype).view(rows, width)
+                for place, (width, dtype) in zip(places, widths, strict=True)
+            ]
         return self._views[key]
 
 

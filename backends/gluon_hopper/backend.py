@@ -9,15 +9,16 @@ from typing import Final
 from torch import Tensor
 
 from moe_dispatch.activations import KINDS, UNGATED
-from moe_dispatch.backend import BackendConfig, Inputs, Requirements
+from moe_dispatch.backend import BackendConfig, Inputs, Requirements, TravellingRows
 from moe_dispatch.backends.gluon_hopper.config import GluonHopperConfig
 from moe_dispatch.backends.gluon_hopper.products import hopper_products
 from moe_dispatch.backends.gluon_hopper.tiles import SHARED_MEMORY, WINDOW_ROWS, permutes_rows
-from moe_dispatch.backends.stages.combine import combine
+from moe_dispatch.backends.stages.combine import Out, combine
 from moe_dispatch.backends.stages.route import route
 from moe_dispatch.backends.triton_common.backend import TritonBackend
 from moe_dispatch.experts import ExpertWeights
 from moe_dispatch.machine import Machine
+from moe_dispatch.numerics import QuantizedRows
 from moe_dispatch.problem import ELEMENT_BYTES, MoEProblem
 from moe_dispatch.system.libraries import library_version
 
@@ -37,6 +38,7 @@ class GluonHopperBackend(TritonBackend):
 
     name = "gluon_hopper"
     config_type = GluonHopperConfig
+    stores_to_peers = starts_before_arrival = True
     # The loader copies whole stages of 128 bytes of K, TMA needs rows that start on 16 bytes, and an FP8 tile is whole
     # blocks of scales: 128 columns of h, 256 of the output. Not FP16: experts' rows are stored before they are weighted
     # and summed, and above 65504 they would be infinite where their sum is not.
@@ -66,23 +68,27 @@ class GluonHopperBackend(TritonBackend):
         permuted = rows * problem.K * element if permutes_rows(problem.dtype, problem.N) else 0
         return permuted + rows * problem.N * element + problem.slots * (problem.K * 2 + 8)
 
+    def takes_quantized_rows(self, problem: MoEProblem) -> bool:  # noqa: ARG002
+        """See `Backend.takes_quantized_rows`."""
+        return True
+
     def run_into(
         self,
-        hidden_states: Tensor,
+        hidden_states: Tensor | QuantizedRows | TravellingRows,
         experts: ExpertWeights,
         topk_weights: Tensor,
         topk_ids: Tensor,
         config: BackendConfig,
-        out: Tensor,
-    ) -> Tensor:
+        out: Out,
+    ) -> Out:
         """See `Backend.run_into`.
 
         Where the first product's loader gathers tokens, it copies vectors of 16 bytes: hidden_states that do not start
         on 16 bytes (a view into a flat buffer) are copied to fresh memory first.
         """
         assert isinstance(config, GluonHopperConfig)  # noqa: S101 - the dispatcher made it from config_type
-        if hidden_states.data_ptr() % 16 and not permutes_rows(experts.dtype, experts.N):
-            hidden_states = hidden_states.clone()
+        if isinstance(hidden_states, Tensor) and hidden_states.data_ptr() % 16:
+            hidden_states = hidden_states if permutes_rows(experts.dtype, experts.N) else hidden_states.clone()
         routing = route(topk_ids, experts.E, pdl=True)
         y = hopper_products(hidden_states, experts, routing, topk_ids.shape[1], config.group_m, self._features.sms)
         return combine(y, routing.row_of_slot, topk_weights, out, pdl=True)

@@ -6,8 +6,10 @@ Imports no Triton until it launches, so that a machine without it can still ask.
 import math
 from typing import Final
 
+import torch
 from torch import Tensor
 
+from moe_dispatch.backend import TravellingRows
 from moe_dispatch.backends.gluon_hopper.row_blocks import row_blocks
 from moe_dispatch.backends.gluon_hopper.tiles import (
     FP8_TAIL_M,
@@ -22,18 +24,19 @@ from moe_dispatch.backends.gluon_hopper.windows import rows_after_window, weight
 from moe_dispatch.backends.stages.quantize import empty_scales, gather, gather_quantize
 from moe_dispatch.backends.stages.route import Routing
 from moe_dispatch.experts import ExpertWeights
-from moe_dispatch.numerics import FP8
+from moe_dispatch.numerics import QuantizedRows
 
 _LAUNCH: Final = {"STAGES": STAGES, "num_warps": 4, "maxnreg": MAX_REGISTERS, "launch_pdl": True}
 
 
 def hopper_products(
-    hidden_states: Tensor, experts: ExpertWeights, routing: Routing, topk: int, group_m: int, sms: int
-) -> Tensor:
+    hidden_states: Tensor | QuantizedRows | TravellingRows, experts: ExpertWeights, routing: Routing, topk: int,
+    group_m: int, sms: int,
+) -> Tensor:  # fmt: skip
     """Compute activation(x @ gate_upᵀ) @ downᵀ for every row that holds a slot.
 
     Args:
-        hidden_states: ``[M, K]``, BF16 or FP16, on 16 bytes unless `permutes_rows`.
+        hidden_states: ``[M, K]``, BF16 or FP16, on 16 bytes unless `permutes_rows`; with block FP8 also quantised.
         experts: Weights in the same dtype or block FP8.
         routing: From `route`, without padding between experts.
         topk: Experts per token.
@@ -41,7 +44,7 @@ def hopper_products(
         sms: Streaming multiprocessors: one program runs on each.
 
     Returns:
-        ``[rows, K]`` in hidden_states' dtype.
+        ``[rows, K]`` in hidden_states' dtype; BF16 with block FP8.
     """
     if experts.dtype == "fp8":
         return _fp8_products(hidden_states, experts, routing, topk, group_m, sms)
@@ -50,8 +53,12 @@ def hopper_products(
     N, K, rows = experts.N, experts.K, routing.slot_of_row.shape[0]
     block_k = STAGE_BYTES // experts.gate_up.element_size()
     blocks, counts = row_blocks(routing, group_m, fp8=False)
+    pdl = True
+    if isinstance(hidden_states, TravellingRows):  # what waits for another stream is no programmatic dependent
+        hidden_states, pdl = hidden_states.wait(), False
+    assert isinstance(hidden_states, Tensor)  # noqa: S101 - quantised rows are for block FP8
     if permutes_rows(experts.dtype, N):
-        x = gather(hidden_states, routing, topk, out=rows_after_window(hidden_states, rows, K), pdl=True)
+        x = gather(hidden_states, routing, topk, out=rows_after_window(hidden_states, rows, K), pdl=pdl)
         rows_of_x, tails_of_x = window_descriptor(x, WINDOW_ROWS), window_descriptor(x, TAIL_M)
         slot_of_row, topk = None, 0
     else:
@@ -66,7 +73,8 @@ def hopper_products(
         # shapes: column blocks; see `TileStrides`; blocks of K; columns in and out
         math.ceil(N / 128), *_gate_up_strides(experts), K // block_k, K, N,
         # constants
-        COUNTER=1, TOPK=topk, ACTIVATION=experts.activation, INTERLEAVED=experts.interleaved, **_LAUNCH,
+        COUNTER=1, TOPK=topk, ACTIVATION=experts.activation, INTERLEAVED=experts.interleaved,
+        **{**_LAUNCH, "launch_pdl": pdl},
     )  # fmt: skip
     y = hidden_states.new_empty(rows, K)
     _moe_hopper_product_kernel[(sms,)](
@@ -84,16 +92,17 @@ def hopper_products(
 
 
 def _fp8_products(
-    hidden_states: Tensor, experts: ExpertWeights, routing: Routing, topk: int, group_m: int, sms: int
-) -> Tensor:
+    hidden_states: Tensor | QuantizedRows | TravellingRows, experts: ExpertWeights, routing: Routing, topk: int,
+    group_m: int, sms: int,
+) -> Tensor:  # fmt: skip
     """`hopper_products` in block FP8."""
     from moe_dispatch.backends.gluon_hopper.fp8_product_kernel import _moe_hopper_fp8_product_kernel
 
     N, K, rows = experts.N, experts.K, routing.slot_of_row.shape[0]
     blocks, counts = row_blocks(routing, group_m, fp8=True)
-    codes = rows_after_window(hidden_states, rows, K, FP8)
+    codes = rows_after_window(experts.gate_up, rows, K)
     x, x_scale = gather_quantize(hidden_states, routing, topk, out=codes, pdl=True)
-    h = rows_after_window(hidden_states, rows, N, FP8)
+    h = rows_after_window(experts.gate_up, rows, N)
     # A tile's rows write and read the multipliers of one block of columns.
     h_scale = empty_scales(rows, N, x.device, column_major=True)
     _moe_hopper_fp8_product_kernel[(sms,)](
@@ -108,7 +117,7 @@ def _fp8_products(
         # constants
         COUNTER=1, ACTIVATION=experts.activation, INTERLEAVED=experts.interleaved, **_LAUNCH,
     )  # fmt: skip
-    y = hidden_states.new_empty(rows, K)
+    y = experts.gate_up.new_empty(rows, K, dtype=torch.bfloat16)
     _moe_hopper_fp8_product_kernel[(sms,)](
         # inputs
         window_descriptor(h, WINDOW_ROWS), window_descriptor(h, FP8_TAIL_M), h_scale, *h_scale.stride(),

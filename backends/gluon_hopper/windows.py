@@ -13,9 +13,9 @@ from moe_dispatch.backends.gluon_hopper.tiles import STAGE_BYTES, WINDOW_ROWS
 from moe_dispatch.numerics import FP8
 
 
-def rows_after_window(like: Tensor, rows: int, columns: int, dtype: torch.dtype | None = None) -> Tensor:
+def rows_after_window(like: Tensor, rows: int, columns: int) -> Tensor:
     """Fresh memory ``[rows, columns]`` for `window_descriptor`, whose windows begin one window before it."""
-    return like.new_empty(WINDOW_ROWS + rows, columns, dtype=dtype)[WINDOW_ROWS:]
+    return like.new_empty(WINDOW_ROWS + rows, columns)[WINDOW_ROWS:]
 
 
 def window_descriptor(matrix: Tensor, rows: int) -> Any:

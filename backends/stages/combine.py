@@ -1,25 +1,29 @@
 """The weighted sum of the rows that a token's experts computed."""
 
 import math
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
+from moe_dispatch.backend import PeerRows
 from moe_dispatch.backends.triton_common.features import on_triton
 from moe_dispatch.backends.triton_common.launch_options import next_power_of_2, pdl_option
+
+Out = TypeVar("Out", bound=Tensor | PeerRows)
 
 
 def combine(
     y: Tensor,
     row_of_slot: Tensor,
     topk_weights: Tensor,
-    out: Tensor,
+    out: Out,
     *,
     down_bias: Tensor | None = None,
     topk_ids: Tensor | None = None,
     weighted: bool = False,
     pdl: bool = False,
-) -> Tensor:
+) -> Out:
     """Sum each token's rows with their weights, in fp32 and in the order of its slots.
 
     Args:
@@ -27,7 +31,7 @@ def combine(
             the weighted sum does not, so the rows of FP16 layers come in FP32 or weighted.
         row_of_slot: int32 ``[M·topk]``; a slot whose row is -1 adds nothing, whatever its weight, NaN included.
         topk_weights: fp32 ``[M, topk]``.
-        out: ``[M, K]``, contiguous, in any float dtype; written.
+        out: ``[M, K]``, contiguous, in any float dtype, or memory of several ranks; written.
         down_bias: ``[E, K]``, added to each row before it is weighted; needs `topk_ids`.
         topk_ids: int32 or int64 ``[M, topk]``; read only with a bias.
         weighted: Whether `y` was multiplied by topk_weights before, as far as they are between -1 and 1 (`activate`);
@@ -38,10 +42,12 @@ def combine(
         `out`.
     """
     if not on_triton(y):
+        assert isinstance(out, Tensor)  # noqa: S101 - peers' memory is stored in by kernels
         combined = combine_torch(
             y, row_of_slot, topk_weights, out.dtype, down_bias=down_bias, topk_ids=topk_ids, weighted=weighted
         )
-        return out.copy_(combined)
+        out.copy_(combined)
+        return out
     from moe_dispatch.backends.stages.combine_kernel import _moe_combine_kernel
 
     M, topk = topk_weights.shape
@@ -53,7 +59,7 @@ def combine(
             # inputs
             y, row_of_slot, topk_weights, down_bias, None if down_bias is None else topk_ids,
             # outputs
-            out,
+            *destination(out),
             # shapes
             K,
             # constants
@@ -61,6 +67,11 @@ def combine(
             **pdl_option(pdl),
         )  # fmt: skip
     return out
+
+
+def destination(out: Tensor | PeerRows) -> tuple[Tensor, Tensor | None, int, int]:
+    """The arguments of `moe_output_row`: a tensor of the output's dtype, and peers' addresses, offset and rows."""
+    return (out, None, 0, 0) if isinstance(out, Tensor) else (out.like, out.addresses, out.offset, out.rows)
 
 
 def combine_torch(

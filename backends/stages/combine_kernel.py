@@ -4,6 +4,7 @@
 import triton
 import triton.language as tl
 
+from moe_dispatch.backends.triton_common.device import moe_output_row, moe_output_token
 from moe_dispatch.backends.triton_common.fast_launch import fast_launch
 from moe_dispatch.backends.triton_common.pdl import moe_pdl_wait_and_release
 
@@ -19,6 +20,9 @@ def _moe_combine_kernel(
     ids_ptr,
     # outputs
     out_ptr,
+    addresses_ptr,
+    offset,
+    peer_rows,
     # shapes
     K,
     # constants
@@ -27,7 +31,7 @@ def _moe_combine_kernel(
     BLOCK_K: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    token = tl.program_id(0).to(tl.int64)
+    token = moe_output_token(addresses_ptr, peer_rows)
     offs_k = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
     mask_k = offs_k < K
     moe_pdl_wait_and_release(PDL)
@@ -45,4 +49,5 @@ def _moe_combine_kernel(
             expert = tl.load(ids_ptr + slot, mask=row >= 0, other=0).to(tl.int64)
             y += tl.load(bias_ptr + expert * K + offs_k, mask=mask_k & (row >= 0), other=0.0).to(tl.float32)
         acc += weight * y
-    tl.store(out_ptr + token * K + offs_k, acc.to(out_ptr.dtype.element_ty), mask=mask_k)
+    out = moe_output_row(out_ptr, addresses_ptr, offset, peer_rows, token, K)
+    tl.store(out + offs_k, acc.to(out_ptr.dtype.element_ty), mask=mask_k)

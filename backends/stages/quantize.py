@@ -5,15 +5,18 @@ that have a scale per channel.
 """
 
 import math
+from collections.abc import Iterator
 from typing import Final
 
 import torch
 from torch import Tensor
 
+from moe_dispatch.backend import TravellingRows
 from moe_dispatch.backends.stages.route import Routing
 from moe_dispatch.backends.triton_common.features import on_triton
 from moe_dispatch.backends.triton_common.launch_options import next_power_of_2, pdl_option
-from moe_dispatch.numerics import FP8, quantize_rows_torch
+from moe_dispatch.backends.triton_common.quantization import Quantization
+from moe_dispatch.numerics import FP8, QuantizedRows, quantize_rows_torch
 from moe_dispatch.problem import QUANT_BLOCK
 
 # From this many column-major multipliers on, `gather_quantize` writes those of the tokens first and spreads them over
@@ -69,8 +72,17 @@ def quantize_rows(
     return codes, scale
 
 
+def activations(
+    rows: Tensor | QuantizedRows, quantization: Quantization, *, pdl: bool
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """Rows as the first product reads them, with their multipliers: quantised unless they are, where it needs that."""
+    if isinstance(rows, QuantizedRows):
+        return rows.codes, rows.scale
+    return quantize_rows(rows, per_token=quantization.per_token, pdl=pdl) if quantization.activations else (rows, None)
+
+
 def gather_quantize(
-    hidden_states: Tensor,
+    hidden_states: Tensor | QuantizedRows | TravellingRows,
     routing: Routing,
     topk: int,
     *,
@@ -79,7 +91,7 @@ def gather_quantize(
     out: Tensor | None = None,
     pdl: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Quantise each token once and write it to all its rows.
+    """Quantise each token once, unless it is quantised, and write it to all its rows.
 
     Args:
         hidden_states: ``[M, K]``, contiguous.
@@ -96,18 +108,29 @@ def gather_quantize(
         e4m3 ``[rows, K]`` and fp32 multipliers ``[rows, ⌈K/128⌉]``; with a capacity
         ``[E, capacity, ⌈K/128⌉]`` with strides (⌈K/128⌉·capacity, 1, capacity).
     """
-    rows, K = routing.slot_of_row.shape[0], hidden_states.shape[1]
-    scale = empty_scales(rows, K, hidden_states.device, column_major=column_major_scales, capacity=capacity)
-    if not on_triton(hidden_states):
-        codes, plain = quantize_rows_torch(gather(hidden_states, routing, topk))
-        return codes if out is None else out.copy_(codes), scale.copy_(plain.view(scale.shape))
-    codes = torch.empty(rows, K, dtype=FP8, device=hidden_states.device) if out is None else out
-    if column_major_scales and capacity is None and spreads_scales(routing.row_of_slot.shape[0], K):
-        by_token = empty_scales(hidden_states.shape[0], K, codes.device, column_major=False)
-        _launch_gather(hidden_states, routing, topk, codes, by_token, pdl, spread=True)
+    travels = isinstance(hidden_states, TravellingRows)
+    all_rows = hidden_states.rows if isinstance(hidden_states, TravellingRows) else hidden_states
+    x, x_scale = all_rows[:2] if isinstance(all_rows, QuantizedRows) else (all_rows, None)
+    rows, K = routing.slot_of_row.shape[0], x.shape[1]
+    scale = empty_scales(rows, K, x.device, column_major=column_major_scales, capacity=capacity)
+    if not on_triton(x):
+        gathered = gather(x, routing, topk)
+        plain = (gathered, gather(x_scale, routing, topk)) if x_scale is not None else quantize_rows_torch(gathered)
+        return plain[0] if out is None else out.copy_(plain[0]), scale.copy_(plain[1].view(scale.shape))
+    codes = torch.empty(rows, K, dtype=FP8, device=x.device) if out is None else out
+    spreads = column_major_scales and capacity is None and spreads_scales(routing.row_of_slot.shape[0], K)
+    by_token = empty_scales(x.shape[0], K, x.device, column_major=False) if spreads and x_scale is None else x_scale
+    for tokens, part, part_scale in _pieces(hidden_states):
+        slots = routing.row_of_slot[tokens.start * topk : tokens.stop * topk]
+        if not spreads:
+            _launch_gather(part, slots, topk, codes, scale, pdl, x_scale=part_scale)
+        elif part_scale is None and by_token is not None:  # a rank's own multipliers are the same again
+            _launch_gather(part, slots, topk, codes, by_token[tokens], pdl, spread=True)
+        else:
+            _launch_gather(part, slots, topk, codes, None, pdl)
+        pdl = pdl and not travels  # what waits for another stream is no programmatic dependent
+    if spreads and by_token is not None:
         _spread(by_token, routing, topk, scale, pdl)
-    else:
-        _launch_gather(hidden_states, routing, topk, codes, scale, pdl)
     return codes, scale
 
 
@@ -132,7 +155,7 @@ def gather(
         return rows if out is None else out.copy_(rows)
     if out is None:
         out = hidden_states.new_empty(slot_of_row.shape[0], hidden_states.shape[1])
-    _launch_gather(hidden_states, routing, topk, out, None, pdl)
+    _launch_gather(hidden_states, routing.row_of_slot, topk, out, None, pdl)
     return out
 
 
@@ -173,23 +196,42 @@ def column_groups(columns: int) -> int:
     return min(8, next_power_of_2(math.ceil(columns / QUANT_BLOCK)))
 
 
+def _pieces(
+    rows: Tensor | QuantizedRows | TravellingRows,
+) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
+    """Runs of tokens with their values and multipliers: all; or this rank's and, once they are here, the others'."""
+    if not isinstance(rows, TravellingRows):
+        x, x_scale = (rows.codes, rows.scale) if isinstance(rows, QuantizedRows) else (rows, None)
+        yield slice(0, x.shape[0]), x, x_scale
+        return
+    own = slice(rows.first, rows.first + rows.own.shape[0])
+    yield own, rows.own, None
+    for _, x, x_scale in _pieces(rows.wait()):
+        for part in (slice(0, own.start), slice(own.stop, x.shape[0])):
+            if part.start < part.stop:
+                yield part, x[part], None if x_scale is None else x_scale[part]
+
+
 def _launch_gather(
-    x: Tensor, routing: Routing, topk: int, out: Tensor, scale: Tensor | None, pdl: bool, *, spread: bool = False
-) -> None:
+    x: Tensor, row_of_slot: Tensor, topk: int, out: Tensor, scale: Tensor | None, pdl: bool, *, spread: bool = False,
+    x_scale: Tensor | None = None,
+) -> None:  # fmt: skip
     from moe_dispatch.backends.stages.quantize_kernel import _moe_gather_kernel
 
     M, K = x.shape
+    if x.dtype == FP8:  # copied as bytes
+        x, out = x.view(torch.uint8), out.view(torch.uint8)
     groups = column_groups(K)
     if M:
         _moe_gather_kernel[(M * math.ceil(K / (groups * QUANT_BLOCK)),)](
             # inputs
-            x, routing.row_of_slot,
+            x, x_scale, row_of_slot,
             # outputs
             out, scale,
             # shapes
             K, *scale_strides(scale, out.shape[0]),
             # constants
-            QUANTIZE=scale is not None, SPREAD=spread, TOPK=topk, TOPK_POW2=next_power_of_2(topk),
+            SPREAD=spread, TOPK=topk, TOPK_POW2=next_power_of_2(topk),
             GROUPS=groups, PDL=pdl, num_warps=4, **pdl_option(pdl),
         )  # fmt: skip
 

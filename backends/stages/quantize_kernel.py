@@ -50,6 +50,7 @@ def _moe_quantize_rows_kernel(
 def _moe_gather_kernel(
     # inputs
     x_ptr,
+    x_scale_ptr,
     row_of_slot_ptr,
     # outputs
     out_ptr,
@@ -61,7 +62,6 @@ def _moe_gather_kernel(
     stride_scale_row,
     stride_scale_group,
     # constants
-    QUANTIZE: tl.constexpr,
     SPREAD: tl.constexpr,
     TOPK: tl.constexpr,
     TOPK_POW2: tl.constexpr,
@@ -70,7 +70,8 @@ def _moe_gather_kernel(
 ):
     """A program reads GROUPS * 128 columns of a token once, quantises them once, and writes them to the token's rows.
 
-    With SPREAD, multipliers are written once, to the token's row of ``[M, groups]``.
+    With `x_scale_ptr`, tokens are codes, and these their multipliers ``[M, groups]``; without `scale_ptr` nothing is
+    quantised. With SPREAD, multipliers are written once, to the token's row of ``[M, groups]``.
     """
     blocks = tl.cdiv(columns, GROUPS * 128)
     token = tl.program_id(0) // blocks
@@ -79,13 +80,16 @@ def _moe_gather_kernel(
     mask_c = offs_c < columns
     moe_pdl_wait_and_release(PDL)
     out = tl.load(x_ptr + token.to(tl.int64) * columns + offs_c, mask=mask_c, other=0.0)
-    if QUANTIZE:
-        x = tl.reshape(out.to(tl.float32), [GROUPS, 128])
-        scale = moe_fp8_scale(moe_fp8_amax(x, 1))  # [GROUPS]
-        codes = moe_fp8_codes(x, tl.broadcast_to(scale[:, None], [GROUPS, 128]))
-        out = tl.reshape(codes, [GROUPS * 128])
+    if scale_ptr is not None:
         offs_g = block * GROUPS + tl.arange(0, GROUPS)
         mask_g = offs_g * 128 < columns
+        if x_scale_ptr is None:
+            x = tl.reshape(out.to(tl.float32), [GROUPS, 128])
+            scale = moe_fp8_scale(moe_fp8_amax(x, 1))  # [GROUPS]
+            codes = moe_fp8_codes(x, tl.broadcast_to(scale[:, None], [GROUPS, 128]))
+            out = tl.reshape(codes, [GROUPS * 128])
+        else:
+            scale = tl.load(x_scale_ptr + token.to(tl.int64) * tl.cdiv(columns, 128) + offs_g, mask=mask_g)
         if SPREAD:
             ptrs = scale_ptr + token.to(tl.int64) * stride_scale_row + offs_g * stride_scale_group
             tl.store(ptrs, scale, mask=mask_g)

@@ -265,3 +265,46 @@ def moe_e4m3_to_fp32(codes):
     else:
         values = codes.to(tl.float8e4nv, bitcast=True).to(tl.float32)
     return values
+
+
+@triton.jit
+def moe_output_token(addresses_ptr, peer_rows):
+    """The token that a program of the first grid dimension sums, int64.
+
+    Where the output lies in several ranks' memory, successive programs take successive ranks, so that the links work
+    all the time.
+    """
+    token = tl.program_id(0).to(tl.int64)
+    if addresses_ptr is not None:
+        ranks = tl.num_programs(0) // peer_rows
+        token = token % ranks * peer_rows + token // ranks
+    return token
+
+
+@triton.jit
+def moe_output_row(out_ptr, addresses_ptr, offset, peer_rows, token, K):
+    """Where a token's row of the output begins; see `PeerRows` for the rows of several ranks.
+
+    Args:
+        out_ptr: The output; of its dtype only where there are addresses.
+        addresses_ptr: `PeerRows.addresses`, or None.
+        offset: `PeerRows.offset`.
+        peer_rows: `PeerRows.rows`.
+        token: int64.
+        K: Columns.
+    """
+    if addresses_ptr is not None:
+        address = tl.load(addresses_ptr + token // peer_rows) + offset
+        out_ptr = tl.multiple_of(address.to(tl.pointer_type(out_ptr.dtype.element_ty)), 16)
+        token = token % peer_rows
+    return out_ptr + token * K
+
+
+@triton.jit
+def moe_prefetch_lines(pointers):
+    """Bring the lines of memory at these pointers to the L2 without waiting for them."""
+    if not _INTERPRETED:
+        tl.inline_asm_elementwise(
+            "prefetch.global.L2 [$1]; mov.u32 $0, 0;",
+            "=r,l", [pointers.to(tl.int64, bitcast=True)], dtype=tl.int32, is_pure=False, pack=1,
+        )  # fmt: skip

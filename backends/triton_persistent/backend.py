@@ -5,8 +5,8 @@ from typing import ClassVar
 from torch import Tensor
 
 from moe_dispatch.backend import BackendConfig
-from moe_dispatch.backends.stages.combine import combine, rows_dtype
-from moe_dispatch.backends.stages.quantize import empty_scales, quantize_rows
+from moe_dispatch.backends.stages.combine import Out, combine, rows_dtype
+from moe_dispatch.backends.stages.quantize import activations, empty_scales, quantize_rows
 from moe_dispatch.backends.stages.route import route
 from moe_dispatch.backends.triton_common.backend import TritonBackend
 from moe_dispatch.backends.triton_common.features import triton_requirements
@@ -18,6 +18,7 @@ from moe_dispatch.backends.triton_persistent.config import (
 )
 from moe_dispatch.backends.triton_persistent.product import product
 from moe_dispatch.experts import ExpertWeights
+from moe_dispatch.numerics import QuantizedRows
 from moe_dispatch.problem import MoEProblem
 from moe_dispatch.workloads import torch_dtype
 
@@ -34,6 +35,7 @@ class TritonPersistentBackend(TritonBackend):
     name = "triton_persistent"
     requirements = triton_requirements(fp8_forms=True)
     config_type = TritonPersistentConfig
+    stores_to_peers = True
     # Per-channel FP8: the intermediate is rounded to BF16 before it is quantised, so some codes fall on the other side,
     # and tensor cores of sm_90 sum e4m3 products with fewer bits than fp32 has.
     tolerance: ClassVar = {**TritonBackend.tolerance, "fp8_channel": 3e-2}
@@ -56,15 +58,19 @@ class TritonPersistentBackend(TritonBackend):
             row += problem.N * element
         return codes + problem.slots * row
 
+    def takes_quantized_rows(self, problem: MoEProblem) -> bool:
+        """See `Backend.takes_quantized_rows`: not where the kernels dequantise the weights."""
+        return self.quantizes_activations(problem)
+
     def run_into(
         self,
-        hidden_states: Tensor,
+        hidden_states: Tensor | QuantizedRows,
         experts: ExpertWeights,
         topk_weights: Tensor,
         topk_ids: Tensor,
         config: BackendConfig,
-        out: Tensor,
-    ) -> Tensor:
+        out: Out,
+    ) -> Out:
         """See `Backend.run_into`."""
         assert isinstance(config, TritonPersistentConfig)  # noqa: S101 - the dispatcher made it from config_type
         quantization, pdl = self._quantization(experts), config.pdl and self._features.pdl
@@ -73,13 +79,10 @@ class TritonPersistentBackend(TritonBackend):
         N, K = experts.N, experts.K
         routing = route(topk_ids, experts.E, pdl=pdl)
         rows = routing.slot_of_row.shape[0]
-        x: Tensor = hidden_states
-        x_scale: Tensor | None = None
-        if quantization.activations:
-            x, x_scale = quantize_rows(hidden_states, per_token=per_token, pdl=pdl)
+        x, x_scale = activations(hidden_states, quantization, pdl=pdl)
         # Where the product does not quantise, its rows are stored as those of the second product are.
-        stored = rows_dtype(hidden_states.dtype) if per_token else quantization.stored(hidden_states.dtype)
-        h = hidden_states.new_empty(rows, N, dtype=stored)
+        stored = rows_dtype(out.dtype) if per_token else quantization.stored(out.dtype)
+        h = x.new_empty(rows, N, dtype=stored)
         h_scale = empty_scales(rows, N, h.device, column_major=False) if in_product else None
         product(
             experts, "gate_up", quantization, x, x_scale, routing, topk_ids.shape[1], h, h_scale, config,
@@ -87,7 +90,7 @@ class TritonPersistentBackend(TritonBackend):
         )  # fmt: skip
         if per_token:
             h, h_scale = quantize_rows(h, per_token=True, pdl=pdl)
-        y = hidden_states.new_empty(rows, K, dtype=rows_dtype(hidden_states.dtype))
+        y = x.new_empty(rows, K, dtype=rows_dtype(out.dtype))
         product(
             experts, "down", quantization, h, h_scale, routing, 0, y, None, config, self._features, self._descriptor
         )

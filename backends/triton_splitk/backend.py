@@ -8,7 +8,8 @@ from torch import Tensor
 
 from moe_dispatch.backend import BackendConfig
 from moe_dispatch.backends.stages.activate_partial import activate_partial
-from moe_dispatch.backends.stages.quantize import quantize_rows
+from moe_dispatch.backends.stages.combine import Out
+from moe_dispatch.backends.stages.quantize import activations
 from moe_dispatch.backends.triton_common.backend import TritonBackend
 from moe_dispatch.backends.triton_common.features import triton_requirements
 from moe_dispatch.backends.triton_common.quantization import Quantization, quantization_of
@@ -23,6 +24,7 @@ from moe_dispatch.backends.triton_splitk.gate_up import splitk_gate_up
 from moe_dispatch.backends.triton_splitk.reduce import splitk_reduce
 from moe_dispatch.errors import InvalidInputError
 from moe_dispatch.experts import ExpertWeights
+from moe_dispatch.numerics import QuantizedRows
 from moe_dispatch.problem import QUANT_BLOCK, MoEProblem
 
 # Every CTA reads all ids to find those of its expert.
@@ -43,6 +45,7 @@ class TritonSplitKBackend(TritonBackend):
     name = "triton_splitk"
     requirements = triton_requirements(fp8_forms=True)
     config_type = SplitKConfig
+    stores_to_peers = True
 
     def further_reasons(self, problem: MoEProblem) -> tuple[str, ...]:
         """See `Backend.further_reasons`."""
@@ -74,21 +77,25 @@ class TritonSplitKBackend(TritonBackend):
             needed += 4 * config.splits_gate_up * problem.slots * problem.gate_up_rows
         return needed + 4 * config.splits_down * problem.slots * problem.K
 
+    def takes_quantized_rows(self, problem: MoEProblem) -> bool:
+        """See `Backend.takes_quantized_rows`: not where the kernels dequantise the weights."""
+        return self.quantizes_activations(problem)
+
     def run_into(
         self,
-        hidden_states: Tensor,
+        hidden_states: Tensor | QuantizedRows,
         experts: ExpertWeights,
         topk_weights: Tensor,
         topk_ids: Tensor,
         config: BackendConfig,
-        out: Tensor,
-    ) -> Tensor:
+        out: Out,
+    ) -> Out:
         """See `Backend.run_into`."""
         quantization = self._quantization(experts)
         config = _checked(config, quantization)
-        inner, inner_scale = self._intermediate(hidden_states, experts, quantization, topk_ids, config)
+        inner, inner_scale = self._intermediate(hidden_states, experts, quantization, topk_ids, config, out.dtype)
         shape = (config.splits_down, topk_ids.numel(), experts.K)
-        partial = torch.empty(shape, dtype=torch.float32, device=hidden_states.device)
+        partial = torch.empty(shape, dtype=torch.float32, device=topk_ids.device)
         descriptor = self._down_descriptor(experts, config) if config.tma else None
         splitk_down(inner, inner_scale, experts, quantization, topk_ids, partial, config, descriptor)
         splitk_reduce(partial, experts, topk_weights, topk_ids, out, config)
@@ -96,29 +103,33 @@ class TritonSplitKBackend(TritonBackend):
 
     def _intermediate(
         self,
-        hidden_states: Tensor,
+        hidden_states: Tensor | QuantizedRows,
         experts: ExpertWeights,
         quantization: Quantization,
         topk_ids: Tensor,
         config: SplitKConfig,
+        act_dtype: torch.dtype,
     ) -> tuple[Tensor, Tensor | None]:
         """The input of down: ``[M·topk, N]`` activated; where activations are quantised its codes and multipliers."""
-        S, N, device = topk_ids.numel(), experts.N, hidden_states.device
-        x, x_scale = hidden_states, None
-        if quantization.activations:
-            x, x_scale = quantize_rows(hidden_states, per_token=quantization.per_token, pdl=config.pdl)
+        S, N, device = topk_ids.numel(), experts.N, topk_ids.device
+        x, x_scale = activations(hidden_states, quantization, pdl=config.pdl)
+        ids_ready = quantization.activations and isinstance(hidden_states, Tensor)  # quantised by a launch of its own
+        stored = quantization.stored(act_dtype)
         descriptor = self._gate_up_descriptor(experts, config) if config.tma else None
-        stored = quantization.stored(hidden_states.dtype)
         if config.partial_sums(quantization, gated=experts.gated):
             parts = 2 if experts.gated else 1
             partial = torch.empty(config.splits_gate_up, parts, S, N, dtype=torch.float32, device=device)
-            splitk_gate_up(x, x_scale, experts, quantization, topk_ids, partial, None, config, descriptor)
+            splitk_gate_up(
+                x, x_scale, experts, quantization, topk_ids, partial, None, config, descriptor, ids_ready=ids_ready
+            )
             return activate_partial(partial, experts, topk_ids, stored, pdl=config.pdl)
         inner = torch.empty(S, N, dtype=stored, device=device)
         inner_scale = None
         if quantization.activations:
             inner_scale = torch.empty(S, math.ceil(N / QUANT_BLOCK), dtype=torch.float32, device=device)
-        splitk_gate_up(x, x_scale, experts, quantization, topk_ids, inner, inner_scale, config, descriptor)
+        splitk_gate_up(
+            x, x_scale, experts, quantization, topk_ids, inner, inner_scale, config, descriptor, ids_ready=ids_ready
+        )
         return inner, inner_scale
 
     def _gate_up_descriptor(self, experts: ExpertWeights, config: SplitKConfig) -> Any:

@@ -24,6 +24,8 @@ def splitk_gate_up(
     inner_scale: "Tensor | None",
     config: "SplitKConfig",
     descriptor: Any,
+    *,
+    ids_ready: bool,
 ) -> None:
     """Launch the first product.
 
@@ -39,6 +41,7 @@ def splitk_gate_up(
         inner_scale: fp32 multipliers of inner's codes ``[M·topk, ⌈N/128⌉]``, written; else None.
         config: Tile sizes.
         descriptor: The weights' tensor descriptor where `config.tma`, else None.
+        ids_ready: Whether the kernel before this one has waited for the one that writes `topk_ids`.
     """
     from moe_dispatch.backends.triton_splitk.gate_up_kernel import _moe_splitk_gate_up_kernel
 
@@ -67,5 +70,5 @@ def splitk_gate_up(
         TMA=config.tma, PDL=config.pdl, SCALES=quantization.scales, TWO_SCALES=two_scales,
         PARTIAL=config.partial_sums(quantization, gated=experts.gated), GATED=experts.gated,
         INTERLEAVED=experts.interleaved, HAS_BIAS=experts.gate_up_bias is not None, ACTIVATION=experts.activation,
-        **config.launch(quantization),
+        IDS_READY=ids_ready, **config.launch(quantization),
     )  # fmt: skip

@@ -40,15 +40,15 @@ def _moe_splitk_gate_up_kernel(
     ROWS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, SCAN: tl.constexpr, EVEN_K: tl.constexpr,
     SPLITS: tl.constexpr, BY_SLOT: tl.constexpr, TMA: tl.constexpr, PDL: tl.constexpr, SCALES: tl.constexpr,
     TWO_SCALES: tl.constexpr, PARTIAL: tl.constexpr, GATED: tl.constexpr, INTERLEAVED: tl.constexpr,
-    HAS_BIAS: tl.constexpr, ACTIVATION: tl.constexpr,
+    HAS_BIAS: tl.constexpr, ACTIVATION: tl.constexpr, IDS_READY: tl.constexpr,
 ):  # fmt: skip
     parts: tl.constexpr = 2 if GATED else 1
     columns: tl.constexpr = ROWS // parts
     QUANTIZED: tl.constexpr = x_scale_ptr is not None
     owner, tile, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    if not QUANTIZED:
+    if not IDS_READY:
         # The kernel that wrote the ids may still run, and the next kernel reads them before it waits: it must not start
-        # earlier. Where tokens are quantised, the kernel before this one did it, and has itself waited for the ids.
+        # earlier. Where this layer quantised the tokens, the kernel that did it has itself waited for the ids.
         moe_pdl_wait(PDL)
     moe_pdl_release(PDL)
     e, count = moe_slots_to_serve(ids_ptr, owner, S, E, BLOCK_M, SCAN, BY_SLOT)
@@ -81,7 +81,7 @@ def _moe_splitk_gate_up_kernel(
     last_block = tl.minimum(first_block + share, blocks)
     if PDL:
         moe_prefetch(w_rows, first_block, tl.where(count > 0, blocks, 0), K, BLOCK_K)
-    if QUANTIZED:
+    if IDS_READY:
         moe_pdl_wait(PDL)
     if count == 0:
         return

@@ -3,11 +3,13 @@
 import math
 from typing import TYPE_CHECKING, Final
 
+from moe_dispatch.backends.stages.combine import destination
 from moe_dispatch.backends.triton_common.launch_options import pdl_option
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from moe_dispatch.backend import PeerRows
     from moe_dispatch.backends.triton_splitk.config import SplitKConfig
     from moe_dispatch.experts import ExpertWeights
 
@@ -19,7 +21,7 @@ def splitk_reduce(
     experts: "ExpertWeights",
     topk_weights: "Tensor",
     topk_ids: "Tensor",
-    out: "Tensor",
+    out: "Tensor | PeerRows",
     config: "SplitKConfig",
 ) -> None:
     """Launch the weighted sum.
@@ -29,7 +31,7 @@ def splitk_reduce(
         experts: Checked weights; their down_bias is added here.
         topk_weights: fp32 ``[M, topk]``.
         topk_ids: int32 or int64 ``[M, topk]``.
-        out: ``[M, K]``, written.
+        out: ``[M, K]``, or memory of several ranks; written.
         config: The configuration that `splitk_down` ran with.
     """
     from moe_dispatch.backends.triton_splitk.reduce_kernel import _moe_splitk_reduce_kernel
@@ -39,7 +41,7 @@ def splitk_reduce(
         # inputs
         partial, topk_weights, topk_ids, experts.down_bias,
         # outputs
-        out,
+        *destination(out),
         # shapes
         M * topk, experts.K, experts.E,
         # constants

@@ -4,6 +4,7 @@
 import triton
 import triton.language as tl
 
+from moe_dispatch.backends.triton_common.device import moe_output_row, moe_output_token
 from moe_dispatch.backends.triton_common.fast_launch import fast_launch
 from moe_dispatch.backends.triton_common.pdl import moe_pdl_wait_and_release
 
@@ -14,13 +15,13 @@ def _moe_splitk_reduce_kernel(
     # inputs
     partial_ptr, topk_weights_ptr, ids_ptr, bias_ptr,
     # outputs
-    out_ptr,
+    out_ptr, addresses_ptr, offset, peer_rows,
     # shapes
     S, K, E,
     # constants
     TOPK: tl.constexpr, SPLITS: tl.constexpr, HAS_BIAS: tl.constexpr, PDL: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    token = tl.program_id(0)
+    token = moe_output_token(addresses_ptr, peer_rows)
     offs_k = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask_k = offs_k < K
     moe_pdl_wait_and_release(PDL)
@@ -37,4 +38,5 @@ def _moe_splitk_reduce_kernel(
         if HAS_BIAS:
             row += tl.load(bias_ptr + e.to(tl.int64) * K + offs_k, mask=mask, other=0.0).to(tl.float32)
         acc += row * tl.load(topk_weights_ptr + slot, mask=mine, other=0.0)
-    tl.store(out_ptr + token.to(tl.int64) * K + offs_k, acc.to(out_ptr.dtype.element_ty), mask=mask_k)
+    out = moe_output_row(out_ptr, addresses_ptr, offset, peer_rows, token, K)
+    tl.store(out + offs_k, acc.to(out_ptr.dtype.element_ty), mask=mask_k)

@@ -9,7 +9,7 @@ acc[ROWS, BLOCK_M] = W[ROWS, BLOCK_K] @ xᵀ[BLOCK_K, BLOCK_M].
 import triton
 import triton.language as tl
 
-from moe_dispatch.backends.triton_common.device import moe_fp8_values
+from moe_dispatch.backends.triton_common.device import moe_fp8_values, moe_prefetch_lines
 
 _LINE_BYTES = tl.constexpr(128)
 
@@ -62,10 +62,7 @@ def moe_prefetch(w_rows, first_block, blocks, K, BLOCK_K: tl.constexpr):
         step: tl.constexpr = _LINE_BYTES * 8 // bits
         lines: tl.constexpr = 2 * BLOCK_K // step if step < 2 * BLOCK_K else 1
         columns = tl.minimum(first_block * BLOCK_K + tl.arange(0, lines) * step, K - 1)
-        addresses = (w_rows[:, None] + columns[None, :]).to(tl.int64, bitcast=True)  # [ROWS, lines]
-        tl.inline_asm_elementwise(
-            "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [addresses], dtype=tl.int32, is_pure=False, pack=1
-        )
+        moe_prefetch_lines(w_rows[:, None] + columns[None, :])  # [ROWS, lines]
 
 
 @triton.jit

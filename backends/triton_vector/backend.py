@@ -3,6 +3,7 @@
 from torch import Tensor
 
 from moe_dispatch.backend import BackendConfig
+from moe_dispatch.backends.stages.combine import Out
 from moe_dispatch.backends.triton_common.backend import TritonBackend
 from moe_dispatch.backends.triton_common.features import triton_requirements
 from moe_dispatch.backends.triton_vector.config import (
@@ -34,6 +35,7 @@ class TritonVectorBackend(TritonBackend):
     name = "triton_vector"
     requirements = triton_requirements(fp8_forms=True)
     config_type = TritonVectorConfig
+    stores_to_peers = True
 
     def further_reasons(self, problem: MoEProblem) -> tuple[str, ...]:
         """See `Backend.further_reasons`."""
@@ -65,8 +67,8 @@ class TritonVectorBackend(TritonBackend):
         topk_weights: Tensor,
         topk_ids: Tensor,
         config: BackendConfig,
-        out: Tensor,
-    ) -> Tensor:
+        out: Out,
+    ) -> Out:
         """See `Backend.run_into`."""
         if not isinstance(config, TritonVectorConfig):
             raise InvalidInputError(f"triton_vector takes a TritonVectorConfig, got {type(config).__name__}")

@@ -6,20 +6,18 @@ for gate_up.
 """
 
 import math
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
+from moe_dispatch.backends.stages.combine import destination
 from moe_dispatch.backends.triton_common.launch_options import next_power_of_2, pdl_option
 from moe_dispatch.backends.triton_common.quantization import quantization
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from moe_dispatch.backend import PeerRows
     from moe_dispatch.backends.triton_vector.config import TritonVectorConfig
     from moe_dispatch.experts import ExpertWeights
-
-# Of a thread, with a scale per channel: four CTAs share a multiprocessor, as with a scale per block. The compiler takes
-# 159, which leaves three, and then qwen3-30b-a3b at M=1 takes 15.5 µs instead of 13.5.
-_CHANNEL_REGISTERS: Final = 128
 
 
 def vector_down(
@@ -27,7 +25,7 @@ def vector_down(
     experts: "ExpertWeights",
     topk_weights: "Tensor",
     topk_ids: "Tensor",
-    out: "Tensor",
+    out: "Tensor | PeerRows",
     config: "TritonVectorConfig",
 ) -> None:
     """Launch the second product.
@@ -37,7 +35,7 @@ def vector_down(
         experts: Checked weights.
         topk_weights: fp32 ``[M, topk]``.
         topk_ids: int32 or int64 ``[M, topk]``.
-        out: ``[M, K]``, written.
+        out: ``[M, K]``, or memory of several ranks; written.
         config: Tile sizes.
     """
     from moe_dispatch.backends.triton_vector.down_kernel import _moe_vector_down_kernel
@@ -47,16 +45,15 @@ def vector_down(
     block_n = min(config.down_columns, max(128, next_power_of_2(experts.N)))
     together = min(config.down_experts, next_power_of_2(topk))
     grid = (M, math.ceil(experts.K / config.down_rows))
-    registers = {"maxnreg": _CHANNEL_REGISTERS} if weights.scales == "channel" and config.down_warps == 4 else {}
     _moe_vector_down_kernel[grid](
         # inputs
         inner, weights.readable(experts.down), experts.down_scale, experts.down_bias, topk_weights, topk_ids,
         # outputs
-        out,
+        *destination(out),
         # shapes
         experts.K, experts.N, experts.E,
         # constants
         TOPK=topk, ROWS=config.down_rows, EXPERTS=together, BLOCK_N=block_n,
         BLOCKS_N=math.ceil(experts.N / block_n), SCALES=weights.scales, PDL=config.pdl,
-        num_warps=config.down_warps, **pdl_option(config.pdl), **registers,
+        num_warps=config.down_warps, **pdl_option(config.pdl),
     )  # fmt: skip

@@ -55,16 +55,12 @@ def markdown(links: Iterable[Row], measured: Iterable[Row]) -> str:
         factors = f"{row['speedup']:.2f} | {one / two:.2f} | {one / two / row['speedup'] - 1:+.0%}"
         text.append(f"| {row['layer']} {row['dtype']}, {row['M']} | {figures} | {factors} |")
     for name, dtype in LAYERS:
-        text += ["", f"| {name} {dtype}, M a rank | GPUs | 1 GPU, µs | experts, µs | dispatch + combine, µs | by "]
+        text += ["", f"| {name} {dtype}, M a rank | GPUs | 1 GPU, µs | experts, µs | transfers, µs | by "]
         text[-1] += "| serial × | hidden × |"
         text += ["|---:|---:|---:|---:|---:|---|---:|---:|"]
         for M in TOKENS:
             for ranks in RANKS:
                 each = projection.project(WORKLOADS[name], dtype, M, ranks)
-                times = (
-                    f"{each.one_gpu_us:.0f} | {each.experts_us:.0f} | {each.dispatch_us:.0f} + {each.combine_us:.0f}"
-                )
-                text.append(
-                    f"| {M} | {ranks} | {times} | {each.exchange} | {each.serial:.2f} | {each.overlapped:.2f} |"
-                )
+                times = f"{each.one_gpu_us:.0f} | {each.experts_us:.0f} | {each.transfer_us:.0f} | {each.exchange}"
+                text.append(f"| {M} | {ranks} | {times} | {each.serial:.2f} | {each.overlapped:.2f} |")
     return "\n".join(text)

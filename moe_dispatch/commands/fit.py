@@ -75,7 +75,7 @@ def _show_cost_models(model: "ModelFile") -> None:
     OUT.print()
     OUT.print("launch: 1 µs. search: 10 ns per expert. weights: read at 4.3 TB/s.")
     OUT.print("tiles: of 64 rows, multiplied at 700 TFLOP/s, in FP8 at 1300.")
-    OUT.print("overlap: the longer of weights and tiles of 128 rows.")
+    OUT.print("roofline: the longer of reading the weights and multiplying the rows.")
     OUT.print("slots, tokens: M·topk and M rows of K columns, moved at 4.3 TB/s.")
 
 

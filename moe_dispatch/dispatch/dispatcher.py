@@ -9,7 +9,8 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from moe_dispatch.backend import FAST_PATH_TOKENS, Inputs
+from moe_dispatch.backend import FAST_PATH_TOKENS, ArrivedInputs, Inputs
+from moe_dispatch.dispatch.arrived_calls import ArrivedCalls
 from moe_dispatch.dispatch.checks import check, check_out, have_memory, overlap, result_fault
 from moe_dispatch.dispatch.counters import BackendStats, Counters
 from moe_dispatch.dispatch.errors import BackendFailedError
@@ -49,6 +50,7 @@ class Dispatcher:
         machine: As given.
         planner: Chooses the backend for a kind of call.
         quarantine: Remembers which backends failed.
+        arrived: Runs calls over rows that came from several ranks.
         one_of_several_gpus: Whether a call may arrive while another GPU than this one is the current device.
         last_plan: The plan that ran last, a suspect when the CUDA context is lost.
     """
@@ -70,6 +72,7 @@ class Dispatcher:
             machine, configured or settings(), self.quarantine, self._counters, live=live, barred=barred or {}
         )
         self._recovery = Recovery(self, self.planner, self.quarantine, self._counters)
+        self.arrived = ArrivedCalls(self, self.planner, self.quarantine, self._counters, self._recovery)
         self._plans: dict[PlanKey, Plan] = {}
         self.last_plan: Plan | None = None
         self._lock = threading.RLock()
@@ -162,14 +165,19 @@ class Dispatcher:
             self._counters.count(plan.choice.backend, ran=1)
         return result
 
-    def warm_up(self, inputs: Inputs, backend: str | None = None, out: Tensor | None = None) -> None:
+    def warm_up(self, inputs: Inputs | ArrivedInputs, backend: str | None = None, out: Tensor | None = None) -> None:
         """Run what an eager call and a captured one would run, so that capturing this M compiles nothing.
 
         Args:
-            inputs: hidden_states, experts, topk_weights, topk_ids, as for `forward`.
+            inputs: hidden_states, experts, topk_weights, topk_ids, as for `forward`; or those of a call over rows that
+                came from several ranks.
             backend: As for `forward`.
             out: As for `forward`.
         """
+        if isinstance(inputs, ArrivedInputs):
+            if self.arrived.warm_up(inputs, backend):
+                return
+            inputs = inputs.ordinary()
         self.forward(*inputs, backend, out)
         hidden_states, experts, _, topk_ids = inputs
         if experts.device.type != "cuda":

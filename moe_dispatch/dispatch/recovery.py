@@ -32,8 +32,9 @@ class Runner(Protocol):
     last_plan: Plan | None
 
     def forward(
-        self, hidden_states: Tensor, experts: ExpertWeights, topk_weights: Tensor, topk_ids: Tensor, /
-    ) -> Tensor:
+        self, hidden_states: Tensor, experts: ExpertWeights, topk_weights: Tensor, topk_ids: Tensor,
+        backend: str | None = None, /,
+    ) -> Tensor:  # fmt: skip
         """Run a call."""
 
     def first_run(self, plan: Plan, inputs: Inputs) -> Tensor:

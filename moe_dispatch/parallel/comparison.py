@@ -40,8 +40,8 @@ class Compared:
 def compare_exchanges(layer: ShardedExperts, kind: CallKind, inputs: tuple[Tensor, Tensor, Tensor]) -> Compared:
     """Run the exchanges that can serve a kind of call, and keep the fastest in each mode. Collective.
 
-    Where the caller named an exchange for the group only that one is run, and where a calibration tells which are the
-    fastest only those, unless one of them fails.
+    Where the caller named an exchange for the group only that one is run, and where a calibration of whole calls tells
+    which are the fastest only those, unless one of them fails.
 
     Args:
         layer: The layer.
@@ -76,7 +76,7 @@ def compare_exchanges(layer: ShardedExperts, kind: CallKind, inputs: tuple[Tenso
             except ExchangeFailedError as error:  # it may be the backend of this rank's experts; eager calls work
                 session.bar(kinds["graph"], name, str(error))
 
-    calibrated = {mode: session.calibrated_choice(each) for mode, each in kinds.items()}
+    calibrated = {mode: session.calibrated_choice(each, whole=True) for mode, each in kinds.items()}
     if session.options.exchange is not None:
         race([session.choose(kind).name])
     else:

@@ -4,7 +4,11 @@ import importlib
 from collections.abc import Sequence
 from typing import Protocol, cast
 
+import torch
 from torch import Tensor
+
+from moe_dispatch.backend import PeerRows, TravellingRows
+from moe_dispatch.numerics import QuantizedRows
 
 
 class Pack(Protocol):
@@ -32,10 +36,14 @@ class PeerMemory(Protocol):
 
     def push_tokens(  # noqa: D102
         self, hidden_states: Tensor, topk_weights: Tensor, topk_ids: Tensor, *, capacity: int, first_experts: Tensor,
-        E: int, seconds: float,
-    ) -> tuple[Tensor, Tensor, Tensor]: ...  # fmt: skip
+        E: int, seconds: float, quantize: bool,
+    ) -> tuple[Tensor | QuantizedRows | TravellingRows, Tensor, Tensor]: ...  # fmt: skip
 
-    def push_results(self, partial: Tensor, M: int, *, seconds: float) -> Tensor: ...  # noqa: D102
+    def peer_rows(self, capacity: int, K: int, dtype: torch.dtype) -> PeerRows: ...  # noqa: D102
+
+    def push_results(  # noqa: D102
+        self, partial: Tensor | PeerRows, M: int, K: int, *, capacity: int, seconds: float
+    ) -> Tensor: ...
 
 
 class Push(Protocol):
@@ -45,15 +53,16 @@ class Push(Protocol):
     def header_bytes(ranks: int) -> int: ...  # noqa: D102
 
     @staticmethod
-    def tokens_bytes(ranks: int, capacity: int, topk: int, row_bytes: int) -> int: ...  # noqa: D102
+    def tokens_bytes(ranks: int, capacity: int, topk: int, row_bytes: int, groups: int) -> int: ...  # noqa: D102
 
     @staticmethod
     def results_bytes(ranks: int, capacity: int, row_bytes: int) -> int: ...  # noqa: D102
 
     @staticmethod
     def PeerMemory(  # noqa: D102, N802
-        own: Tensor, addresses: Sequence[int], rank: int, tokens_bytes: int, programs: int, on_host: Tensor
-    ) -> PeerMemory: ...
+        own: Tensor, addresses: Sequence[int], rank: int, tokens_bytes: int, programs: int, on_host: Tensor, *,
+        pdl: bool, aside: torch.cuda.Stream | None,
+    ) -> PeerMemory: ...  # fmt: skip
 
 
 def pack() -> Pack:

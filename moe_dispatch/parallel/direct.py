@@ -1,11 +1,13 @@
 """Tokens and results stored in each other's memory by kernels: for GPUs that address each other, as by NVLink."""
 
+import dataclasses
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, ClassVar, Final
 
 import torch
 from torch import Tensor
 
+from moe_dispatch.backend import PeerRows
 from moe_dispatch.errors import InvalidInputError
 from moe_dispatch.parallel import device_code, symmetric_memory
 from moe_dispatch.parallel.collectives import Collectives
@@ -13,6 +15,7 @@ from moe_dispatch.parallel.device_code import PeerMemory
 from moe_dispatch.parallel.exchange import Arrived, CallKind, Exchange, ExchangeRequirements, LocalTokens
 from moe_dispatch.parallel.placement import Placement
 from moe_dispatch.parallel.symmetric_memory import SymmetricMemory
+from moe_dispatch.problem import QUANT_BLOCK
 from moe_dispatch.system.libraries import library_version
 
 _PAIR: Final = 16  # Bytes of one access: rows are whole ones.
@@ -38,6 +41,9 @@ class Room:
 class DirectExchange(Exchange):
     """One kernel each way, and no copy on arrival: `backends/exchange/push.py` has the protocol and why it is safe.
 
+    Backends that can store their results in the memory of the ranks that they are for, so that results travel while the
+    weighted sums are computed, and the second kernel only waits and adds.
+
     Memory is made by `prepare`, for the greatest call so far in a group. Where `warm_up` has not done it the first call
     does, which then cannot be captured in a CUDA graph. It stays, as captured graphs use it. All ranks make it alike.
 
@@ -46,6 +52,7 @@ class DirectExchange(Exchange):
     """
 
     name = "direct"
+    _quantizes: ClassVar = False
     requirements = ExchangeRequirements(
         tokens=frozenset({"sharded"}), transports=frozenset({"nccl"}), one_domain=True, capacity=True
     )
@@ -69,7 +76,7 @@ class DirectExchange(Exchange):
 
     def prepare(self, kind: CallKind) -> None:
         """See `Exchange.prepare`."""
-        self._room(kind.M, kind.topk, kind.row_bytes)
+        self._room(kind.M, kind.topk, kind.K, kind.row_bytes)
 
     def dispatch(self, tokens: LocalTokens) -> Arrived:
         """See `Exchange.dispatch`."""
@@ -78,22 +85,25 @@ class DirectExchange(Exchange):
             if (lost := room.memory.lost_rank) is not None:
                 raise watch.missing(lost)
         K, topk = tokens.hidden_states.shape[1], tokens.topk_ids.shape[1]
-        memory = self._room(tokens.capacity, topk, K * tokens.hidden_states.element_size()).memory
+        memory = self._room(tokens.capacity, topk, K, K * tokens.hidden_states.element_size()).memory
         rows, weights, ids = memory.push_tokens(
             tokens.hidden_states, tokens.topk_weights, tokens.topk_ids, capacity=tokens.capacity,
-            first_experts=self._first_of(place), E=place.experts, seconds=watch.timeout,
+            first_experts=self._first_of(place), E=place.experts, seconds=watch.timeout, quantize=self._quantizes,
         )  # fmt: skip
-        return Arrived(rows, weights, ids, memory)
+        out = memory.peer_rows(tokens.capacity, K, tokens.hidden_states.dtype)
+        return Arrived(rows, weights, ids, memory, out)
 
-    def combine(self, partial: Tensor, arrived: Arrived, tokens: LocalTokens) -> Tensor:
+    def combine(self, partial: Tensor | PeerRows, arrived: Arrived, tokens: LocalTokens) -> Tensor:
         """See `Exchange.combine`."""
         memory: PeerMemory = arrived.route
-        return memory.push_results(partial, tokens.hidden_states.shape[0], seconds=self.collectives.watch.timeout)
+        (M, K), seconds = tokens.hidden_states.shape, self.collectives.watch.timeout
+        return memory.push_results(partial, M, K, capacity=tokens.capacity, seconds=seconds)
 
-    def _room(self, capacity: int, topk: int, row_bytes: int) -> Room:
+    def _room(self, capacity: int, topk: int, K: int, row_bytes: int) -> Room:
         """The memory for a call; it follows from the calls before, and so is the same on all ranks."""
         push, ranks = device_code.push(), self.collectives.size
-        tokens = push.tokens_bytes(ranks, capacity, topk, row_bytes)
+        sent, groups = (K, K // QUANT_BLOCK) if self._quantizes else (row_bytes, 0)
+        tokens = push.tokens_bytes(ranks, capacity, topk, sent, groups)
         results = push.results_bytes(ranks, capacity, row_bytes)
         for room in self._rooms:
             if tokens <= room.tokens and results <= room.results:
@@ -102,7 +112,7 @@ class DirectExchange(Exchange):
         shared = self._allocate(push.header_bytes(ranks) + tokens + results)
         on_host = torch.zeros(1, dtype=torch.int64, device="cpu", pin_memory=shared.own.is_cuda)
         memory = push.PeerMemory(
-            shared.own, shared.addresses, self.collectives.rank, tokens, self._programs(), on_host
+            shared.own, shared.addresses, self.collectives.rank, tokens, self._programs(), on_host, **self._launches()
         )  # fmt: skip
         self._rooms.append(Room(memory, tokens, results, shared))
         return self._rooms[-1]
@@ -113,6 +123,11 @@ class DirectExchange(Exchange):
     def _programs(self) -> int:
         """How many programs of a kernel run at a time, whatever their registers."""
         return torch.cuda.get_device_properties(self.collectives.device).multi_processor_count
+
+    def _launches(self) -> dict[str, Any]:
+        device = self.collectives.device
+        stream: Any = torch.cuda.Stream  # which torch does not annotate
+        return {"pdl": torch.cuda.get_device_capability(device) >= (9, 0), "aside": stream(device)}
 
     def _refuse_capture(self, what: str) -> None:
         if self.collectives.capturing:
@@ -126,3 +141,24 @@ class DirectExchange(Exchange):
             firsts = [0] * len(place.held) if place.division == "columns" else [0, *place.ends[:-1]]
             self._first_experts[place] = torch.tensor(firsts, dtype=torch.int32, device=self.collectives.device)
         return self._first_experts[place]
+
+
+class DirectFp8Exchange(DirectExchange):
+    """`direct` for block FP8: each rank quantises its own tokens and sends codes and multipliers, half the bytes.
+
+    The experts read what they would have made of the rows themselves, so that the results have the same bits on a
+    backend that quantises activations. On one that does not, they have the error of that quantisation.
+    """
+
+    name = "direct_fp8"
+    requirements = dataclasses.replace(
+        DirectExchange.requirements, dtypes=frozenset({"fp8"}), act_dtypes=frozenset({"bf16", "fp16"})
+    )
+    _quantizes = True
+
+    def unsupported_reasons(self, kind: CallKind) -> tuple[str, ...]:
+        """See `Exchange.unsupported_reasons`."""
+        reasons = super().unsupported_reasons(kind)
+        if kind.K % QUANT_BLOCK:
+            return (*reasons, f"needs rows of a multiple of {QUANT_BLOCK} columns, got {kind.K}")
+        return reasons

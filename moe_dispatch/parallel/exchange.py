@@ -12,9 +12,11 @@ from typing import Any, ClassVar, Literal, get_args
 
 from torch import Tensor
 
+from moe_dispatch.backend import PeerRows, TravellingRows
+from moe_dispatch.numerics import QuantizedRows
 from moe_dispatch.parallel.collectives import Collectives
 from moe_dispatch.parallel.placement import Division, Placement
-from moe_dispatch.problem import ELEMENT_BYTES, DType, Mode
+from moe_dispatch.problem import DTYPES, ELEMENT_BYTES, DType, Mode
 
 Tokens = Literal["sharded", "replicated"]
 
@@ -64,6 +66,7 @@ class ExchangeRequirements:
     Attributes:
         tokens: Whether it serves sharded tokens, replicated ones, or both.
         divisions: Divisions of a layer that it serves.
+        dtypes: Dtypes of the weights.
         transports: Libraries of the process group that it runs on.
         act_dtypes: Dtypes of hidden_states.
         libraries: Further libraries that must be installed.
@@ -76,6 +79,7 @@ class ExchangeRequirements:
 
     tokens: frozenset[Tokens] = frozenset(get_args(Tokens))
     divisions: frozenset[Division] = frozenset(get_args(Division))
+    dtypes: frozenset[DType] = frozenset(DTYPES)
     transports: frozenset[str] = frozenset({"gloo", "nccl"})
     act_dtypes: frozenset[DType] = frozenset({"bf16", "fp16", "fp32"})
     libraries: tuple[str, ...] = ()
@@ -90,6 +94,7 @@ class ExchangeRequirements:
         checks = (
             _missed("tokens that are", self.tokens, kind.tokens),
             _missed("a layer divided by", self.divisions, kind.division),
+            _missed("weights in", self.dtypes, kind.dtype),
             _missed("hidden_states in", self.act_dtypes, kind.act_dtype),
             "cannot be captured in a CUDA graph" if kind.mode == "graph" and not self.capturable else "",
             f"needs all ranks on one host, got {kind.hosts} hosts" if self.one_domain and kind.hosts > 1 else "",
@@ -128,17 +133,19 @@ class Arrived:
     """The rows that a rank's experts are to run, and what the way back needs.
 
     Attributes:
-        hidden_states: ``[R, K]``.
+        hidden_states: ``[R, K]``; quantised where the exchange sends codes and multipliers, and perhaps on its way.
         topk_weights: fp32 ``[R, topk]``.
         topk_ids: int32 ``[R, topk]``, local; an id outside the rank's experts adds nothing. Rows that pad have no other
             ids, and any values in hidden_states.
         route: Whatever `Exchange.combine` needs of the dispatch.
+        out: Memory of the ranks that the rows came from, where a backend may store its results; None if there is none.
     """
 
-    hidden_states: Tensor
+    hidden_states: Tensor | QuantizedRows | TravellingRows
     topk_weights: Tensor
     topk_ids: Tensor
     route: Any = None
+    out: PeerRows | None = None
 
 
 class Exchange(ABC):
@@ -180,11 +187,12 @@ class Exchange(ABC):
         """Bring the tokens of all ranks to where their experts are. Collective."""
 
     @abstractmethod
-    def combine(self, partial: Tensor, arrived: Arrived, tokens: LocalTokens) -> Tensor:
+    def combine(self, partial: Any, arrived: Arrived, tokens: LocalTokens) -> Tensor:
         """Bring results back and add them up. Collective.
 
         Args:
-            partial: ``[R, K]``, for each row that arrived the weighted sum over this rank's experts.
+            partial: ``[R, K]``, for each row that arrived the weighted sum over this rank's experts; or `arrived.out`,
+                where the backend stored it. It did not where the dispatch gave none.
             arrived: What `dispatch` returned.
             tokens: What `dispatch` was given.
 

@@ -54,7 +54,7 @@ def explain_call(layer: ShardedExperts, topk: int, M: int, mode: Mode = "eager")
     expected, kept = session.expected(kind), session.kept_splits(kind)
     if session.options.exchange:
         why = "named by the caller"
-    elif expected is not None and exchange.name == session.calibrated_choice(kind):
+    elif expected is not None and exchange.name == session.calibrated_choice(kind, whole=kept is not None):
         why = f"{expected.basis} as the fastest"
     elif kept is not None:
         why = f"measured as fastest by warm_up for M up to {bucket(kind).M}"

@@ -6,7 +6,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from moe_dispatch.backend import Inputs
+from moe_dispatch.backend import ArrivedInputs
 from moe_dispatch.dispatch.checks import check, check_out
 from moe_dispatch.dispatch.gradients import needs_grad
 from moe_dispatch.errors import InvalidInputError
@@ -103,9 +103,10 @@ def local_tokens(
     )
 
 
-def arrived_inputs(experts: ExpertWeights, arrived: Arrived) -> Inputs:
+def arrived_inputs(experts: ExpertWeights, arrived: Arrived) -> ArrivedInputs:
     """The rows that arrived as the dispatcher takes them, with this rank's weights."""
-    return arrived.hidden_states, experts, arrived.topk_weights.contiguous(), arrived.topk_ids.contiguous()
+    weights, ids = arrived.topk_weights.contiguous(), arrived.topk_ids.contiguous()
+    return ArrivedInputs(arrived.hidden_states, experts, weights, ids, arrived.out)
 
 
 def _check_once(

@@ -14,6 +14,7 @@ EXCHANGES: Final = Registry(
     {
         ALWAYS: "moe_dispatch.parallel.gather:GatherExchange",
         "direct": "moe_dispatch.parallel.direct:DirectExchange",
+        "direct_fp8": "moe_dispatch.parallel.direct:DirectFp8Exchange",
         "replicated": "moe_dispatch.parallel.replicated:ReplicatedExchange",
         "alltoall": "moe_dispatch.parallel.all_to_all:AllToAllExchange",
         "nccl_ep": "moe_dispatch.parallel.libraries:NcclEpExchange",

@@ -10,9 +10,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from moe_dispatch.backend import Inputs
+from moe_dispatch.backend import ArrivedInputs, PeerRows
 from moe_dispatch.dispatch.call import call_eagerly
 from moe_dispatch.dispatch.dispatcher import Dispatcher
+from moe_dispatch.dispatch.internals import any_autocast_enabled
 from moe_dispatch.errors import InvalidInputError, PolicyFileError, UnknownNameError, warn
 from moe_dispatch.machine import current_machine
 from moe_dispatch.parallel import agreement
@@ -249,9 +250,15 @@ class Session:
         """Whether a CUDA graph is captured."""
         return self.collectives.capturing
 
-    def run_local(self, inputs: Inputs, backend: str | None) -> Tensor:
-        """Run this rank's experts over rows that arrived."""
-        return call_eagerly(*inputs, backend, dispatcher=self.dispatcher)
+    def run_local(self, inputs: ArrivedInputs, backend: str | None) -> Tensor | PeerRows:
+        """Run this rank's experts over rows that arrived; what is returned is for `Exchange.combine`."""
+        rows, experts, topk_weights, topk_ids, out = inputs
+        if out is not None or not isinstance(rows, Tensor):
+            if any_autocast_enabled():
+                with torch.autocast(self.device.type, enabled=False):  # as for any other call, see `call_eagerly`
+                    return self.dispatcher.arrived.forward(inputs, backend)
+            return self.dispatcher.arrived.forward(inputs, backend)
+        return call_eagerly(rows, experts, topk_weights, topk_ids, backend, dispatcher=self.dispatcher)
 
     # The choice of the exchange.
 
@@ -295,10 +302,15 @@ class Session:
         """What the calibration says of a kind of call."""
         return None if self._table is None else self._table.expected(kind)
 
-    def calibrated_choice(self, kind: CallKind) -> str | None:
-        """The fastest exchange by the calibration; None where that says nothing of the kind."""
+    def calibrated_choice(self, kind: CallKind, *, whole: bool = False) -> str | None:
+        """The fastest exchange by the calibration; None where that says nothing of the kind.
+
+        Args:
+            kind: The kind of call.
+            whole: Whether times of whole calls must have been measured: links alone do not count.
+        """
         expected = self.expected(kind)
-        return None if expected is None else expected.best(self.candidates(kind))
+        return None if expected is None or (whole and not expected.splits) else expected.best(self.candidates(kind))
 
     def kept_splits(self, kind: CallKind) -> Mapping[str, Split] | None:
         """The times that `warm_up` measured for a kind of call; None where it measured none."""

@@ -4,7 +4,9 @@ The predicted time of a backend is the sum of the terms, each times a coefficien
 measurements (see `fit`). Terms are in µs at nominal rates, so a coefficient says how often the backend does that part
 of the work; a backend that did each part once at those rates would have ones. With so few terms, and coefficients that
 cannot be negative, a fit carries over to shapes that were not measured: it learns how much is read, multiplied and
-moved, and not which backend happened to win.
+moved, and not which backend happened to win. Every backend reads the weights and multiplies the rows, so that the
+roofline's coefficient has a lower bound: what is left to the other terms is small, and a fit carries over to a device
+with other rates, where each term is scaled by its own.
 """
 
 import math
@@ -12,32 +14,40 @@ from typing import Final, Literal, get_args
 
 from moe_dispatch.problem import MoEProblem
 
-Term = Literal["launch", "search", "weights", "tiles", "overlap", "slots", "tokens"]
+Term = Literal["launch", "search", "weights", "tiles", "roofline", "slots", "tokens"]
 TERMS: Final[tuple[Term, ...]] = get_args(Term)
 # Nominal bytes and operations per µs, those of an H200; coefficients scale them.
 _BANDWIDTH: Final = 4.3e6
 _FP8_RATE: Final = 1.3e9
 _RATE: Final = 7e8
 _SEARCH_US: Final = 0.01
+_ROWS: Final = 64  # of a tile
 _TAIL: Final = 6  # standard deviations, beyond which a normal load does not lie
 
 
-def terms(problem: MoEProblem) -> dict[Term, float]:
+def terms(problem: MoEProblem, bandwidth: float = 1.0, rate: float = 1.0) -> dict[Term, float]:
     """Each part of the work, in µs at nominal rates.
 
     ``launch`` is 1. ``search`` grows with E, the number of experts among which every stage looks for work. ``weights``
     reads the weights of the hit experts. ``tiles`` multiplies tiles of 64 rows, the last one of each expert partly
-    empty. ``overlap`` is the longer of reading weights and multiplying tiles of 128 rows, which run at the same time.
-    ``slots`` and ``tokens`` move the expected slots and M rows of K columns.
+    empty. ``roofline`` is the longer of reading the weights and multiplying the rows that there are. ``slots`` and
+    ``tokens`` move the expected slots and M rows of K columns.
+
+    Args:
+        problem: The problem.
+        bandwidth: Memory bandwidth of the device over that of an H200.
+        rate: Matrix rate of the device over that of an H200.
     """
-    weights = problem.expected_experts * problem.expert_bytes / _BANDWIDTH
-    row = problem.K * 2 / _BANDWIDTH
+    bytes_per_us, flops_per_us = bandwidth * _BANDWIDTH, rate * _matrix_rate(problem)
+    weights = problem.expected_experts * problem.expert_bytes / bytes_per_us
+    row = problem.K * 2 / bytes_per_us
+    tile = 2 * _ROWS * problem.K * (problem.gate_up_rows + problem.N) / flops_per_us
     return {
         "launch": 1.0,
         "search": problem.E * _SEARCH_US,
         "weights": weights,
-        "tiles": _multiplied(problem, 64),
-        "overlap": max(weights, _multiplied(problem, 128)),
+        "tiles": _tiles(problem, _ROWS) * tile,
+        "roofline": max(weights, problem.flops / flops_per_us),
         "slots": problem.expected_slots * row,
         "tokens": problem.M * row,
     }
@@ -48,12 +58,10 @@ def rows_per_expert(problem: MoEProblem) -> float:
     return problem.expected_slots / problem.E
 
 
-def _multiplied(problem: MoEProblem, rows: int) -> float:
-    """Time to multiply tiles of `rows` rows, in µs."""
-    each = 2 * rows * problem.K * (problem.gate_up_rows + problem.N)
+def _matrix_rate(problem: MoEProblem) -> float:
+    """Operations per µs."""
     # Before compute capability 8.9 FP8 weights are dequantised, and multiplied as 16 bits.
-    fp8 = problem.fp8 and (problem.capability is None or problem.capability >= (8, 9))
-    return _tiles(problem, rows) * each / (_FP8_RATE if fp8 else _RATE)
+    return _FP8_RATE if problem.fp8 and (problem.capability is None or problem.capability >= (8, 9)) else _RATE
 
 
 def _tiles(problem: MoEProblem, rows: int) -> float:

@@ -18,10 +18,10 @@ from moe_dispatch.policy import Choice, Policy
 from moe_dispatch.problem import DType, Mode, MoEProblem
 from moe_dispatch.settings import cache_dir
 
-SCHEMA: Final = 3
+SCHEMA: Final = 4
 # A lead below the cost models' own errors of 2 to 4 % does not count, and the rules' choice stands. So it does where it
 # has no cost model to compare with.
-CLOSE: Final = 0.03
+CLOSE: Final = 0.04
 # A backend that is far behind is not measured further, so its cost model does not know where it is slow. The model is
 # not used beyond this factor of the rows per expert that it was fitted to.
 BEYOND: Final = 2.0
@@ -75,7 +75,7 @@ class ModelFile(Strict):
 
     model_config = pydantic.ConfigDict(populate_by_name=True)
 
-    schema_version: Literal[3] = SCHEMA
+    schema_version: Literal[4] = SCHEMA
     fingerprint: Annotated[str, pydantic.Field(max_length=200)]
     sms: Annotated[int, pydantic.Field(ge=1)]
     cost_models: list[CostModel] = pydantic.Field(alias="laws", min_length=1, max_length=1000)
@@ -161,11 +161,10 @@ class LearnedPolicy(Policy):
         first = next(iter(members), "")  # family of the rules' choice
         if first not in applicable:
             return ()
-        parts = terms(problem)
-        # One factor for all: the fit does not tell reading and multiplying apart well enough to scale each by its rate.
-        slowdown = self._source.slowdown(problem) if self._source else 1.0
+        bandwidth, rate = (self._source.bandwidth, self._source.rate) if self._source else (1.0, 1.0)
+        parts = terms(problem, bandwidth, rate)
         choices = {
-            name: _choice(cost_model, backend.name, slowdown * cost_model.us(parts))
+            name: self._choice(cost_model, backend.name, parts)
             for name, cost_model in applicable.items()
             if (backend := members.get(name) or self._backends.without_library(name, problem))
         }
@@ -185,6 +184,13 @@ class LearnedPolicy(Policy):
         models = [model.model_dump_json() for by_name in self._cost_models.values() for model in by_name.values()]
         return hashlib.sha256("\n".join(models).encode()).hexdigest()[:16] if models else ""
 
+    def _choice(self, cost_model: CostModel, backend: str, parts: Mapping[Term, float]) -> Choice:
+        us = cost_model.us(parts)
+        elsewhere = self._source is not None and self._source.slug != self.machine.slug
+        where = f" on {self._source.name}, with this device's rates" if self._source and elsewhere else ""
+        fitted = f"a cost model fitted to {cost_model.layers} layers ({cost_model.mode}){where}"
+        return Choice(backend, f"about {rough_us(us)} µs by {fitted}", None, us)
+
     def _read_shipped(self) -> ModelFile | None:
         """The model that ships for this device or the nearest one."""
         self._source = nearest(self.machine, ".model.json")
@@ -196,8 +202,3 @@ class LearnedPolicy(Policy):
         elif model.sms != self.machine.sms:
             return None  # of another device under the same name
         return model
-
-
-def _choice(cost_model: CostModel, backend: str, us: float) -> Choice:
-    reason = f"about {rough_us(us)} µs by a cost model fitted to {cost_model.layers} layers ({cost_model.mode})"
-    return Choice(backend, reason, None, us)

@@ -10,12 +10,13 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from moe_dispatch import moe_forward, stats, warm_up
-from moe_dispatch.backend import Backend
+from moe_dispatch.backend import Backend, PeerRows
 from moe_dispatch.backends.reference import ReferenceBackend, ReferenceConfig
 from moe_dispatch.backends.triton_common.features import on_triton
 from moe_dispatch.dispatch.process import get_dispatcher
 from moe_dispatch.errors import BackendUnavailableError
 from moe_dispatch.machine import Machine
+from moe_dispatch.numerics import QuantizedRows, quantize_rows_torch
 from moe_dispatch.problem import Mode, MoEProblem
 from moe_dispatch.registry import BACKENDS
 from moe_dispatch.testing import (
@@ -151,6 +152,51 @@ def test_into_memory_of_the_caller(name: str, routing: str, precision: Precision
             assert out.data_ptr() == buffer[1:-1].data_ptr()
             assert relative_error(out, truth) <= backend.tolerance[precision.dtype]
     assert buffer[[0, -1]].isnan().all(), "nothing is written beside the output"
+
+
+@ON_GPU
+@pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.parametrize("routing", ["uniform", "sentinels"])
+@pytest.mark.parametrize("name", BUILT_IN)
+def test_rows_that_are_quantised_already_give_the_same_bits(name: str, routing: str) -> None:
+    on_gpu = DEVICE == "cuda"
+    precision = Precision("fp8", "bf16" if on_gpu else "fp16")
+    case = Case(M=300, E=32, K=512, N=256, routing=routing) if on_gpu else Case(M=3, E=4, K=256, N=32, routing=routing)
+    backend, problem = eligible(name, case, precision)
+    if not backend.takes_quantized_rows(problem):
+        pytest.skip("takes no quantised rows")
+    run: Any = backend.run_into
+    hidden, *others = arguments = make_inputs(case, precision, DEVICE).arguments
+    rows = QuantizedRows(*quantize_rows_torch(hidden), hidden.dtype)
+    for config in backend.configs(problem)[: None if on_gpu else 1]:
+        expected = backend.run(*arguments, config)
+        out = torch.full_like(hidden, torch.nan)
+        run(rows, *others, config, out)
+        assert torch.equal(out, expected), config.label
+
+
+@ON_GPU
+@pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.parametrize("precision", [Precision("fp16", "fp16"), Precision("bf16", "bf16"), Precision("fp8", "bf16")])
+@pytest.mark.parametrize("name", BUILT_IN)
+def test_results_go_to_the_memory_of_several_ranks(name: str, precision: Precision) -> None:
+    case = Case(M=40, E=32, K=512, N=256) if DEVICE == "cuda" else Case(M=4, E=4, K=128, N=32)
+    if DEVICE == "cpu" and precision.act_dtype == "bf16":
+        pytest.skip("on a GPU only")
+    backend, problem = eligible(name, case, precision)
+    if not backend.stores_to_peers:
+        pytest.skip("stores in no peers' memory")
+    run: Any = backend.run_into
+    inputs = make_inputs(case, precision, DEVICE)
+    hidden, half = inputs.hidden_states, case.M // 2
+    for config in backend.configs(problem)[: None if DEVICE == "cuda" else 1]:
+        expected = backend.run(*inputs.arguments, config)
+        memories = [torch.full((half + 2, case.K), torch.nan, dtype=hidden.dtype, device=DEVICE) for _ in range(2)]
+        addresses = torch.tensor([memory.data_ptr() for memory in memories], device=DEVICE)
+        peers = PeerRows(addresses, case.K * hidden.element_size(), half, hidden.new_empty(1))
+        run(*inputs.arguments, config, peers)
+        assert torch.equal(torch.cat([memory[1:-1] for memory in memories]), expected), config.label
+        assert all(memory[[0, -1]].isnan().all() for memory in memories), "nothing is written beside the output"
 
 
 class Outputs(TorchDispatchMode):  # type: ignore[no-untyped-call] # torch does not annotate it

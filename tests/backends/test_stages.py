@@ -2,12 +2,14 @@
 
 import math
 from dataclasses import dataclass, fields
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from moe_dispatch.activations import ACTIVATIONS, UNGATED, Activation
+from moe_dispatch.backend import TravellingRows
 from moe_dispatch.backends.stages import quantize as quantize_module
 from moe_dispatch.backends.stages import route as route_module
 from moe_dispatch.backends.stages.activate import activate, activate_quantize
@@ -16,7 +18,7 @@ from moe_dispatch.backends.stages.combine import combine, combine_torch
 from moe_dispatch.backends.stages.quantize import gather, gather_quantize, quantize_rows
 from moe_dispatch.backends.stages.route import Routing, buffer_rows, route, route_torch
 from moe_dispatch.errors import InvalidInputError
-from moe_dispatch.numerics import activate_torch, quantize_rows_torch
+from moe_dispatch.numerics import QuantizedRows, activate_torch, quantize_rows_torch
 
 PARAMETRISED = (
     "swiglu(limit=10)",
@@ -154,6 +156,12 @@ def test_gather_and_gather_quantize_skip_rows_without_a_slot(
     assert torch.equal(codes[used].float(), expected_codes.float())
     assert torch.equal(scale[used], expected_scale)
     assert scale[~used].isnan().all(), "padding's multipliers were written"
+    sent = QuantizedRows(*quantize_rows_torch(x), x.dtype)
+    on_their_way: list[Any] = [TravellingRows(rows, x[2:4], 2, None, captured=False) for rows in (sent, x)]
+    for arriving in (sent, *on_their_way):
+        again, its_scale = gather_quantize(arriving, routing, 2, column_major_scales=True)
+        assert torch.equal(again[used].float(), expected_codes.float())
+        assert torch.equal(its_scale[used], expected_scale)
     rows, row_codes = torch.zeros_like(copied), torch.zeros_like(codes)
     assert gather(x, routing, 2, out=rows) is rows
     assert gather_quantize(x, routing, 2, column_major_scales=True, out=row_codes)[0] is row_codes

@@ -3,16 +3,21 @@
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
-from typing import cast
+from typing import Any, cast
 
 import pytest
 import torch
 
+from moe_dispatch import testing
+from moe_dispatch.backends.triton_splitk import backend as backend_module
+from moe_dispatch.backends.triton_splitk import gate_up
 from moe_dispatch.backends.triton_splitk.backend import MOST_SLOTS, TritonSplitKBackend
 from moe_dispatch.backends.triton_splitk.config import SplitKConfig, shared_memory_bytes
 from moe_dispatch.errors import InvalidInputError
 from moe_dispatch.machine import Machine
+from moe_dispatch.numerics import QuantizedRows, quantize_rows_torch
 from moe_dispatch.problem import DType, MoEProblem
+from moe_dispatch.testing import Precision, make_inputs
 from moe_dispatch.workloads import WORKLOADS
 from tests.support.decode import Case, check_against_the_reference
 from tests.support.triton_compile import (
@@ -145,6 +150,26 @@ def test_very_short_second_loops_share_a_multiprocessor_by_three(name: str, ctas
     assert isinstance(config, SplitKConfig)
     available = backend.machine.shared_memory_per_block
     assert available // shared_memory_bytes(problem, config) == ctas
+
+
+def test_ids_are_waited_for_unless_this_layer_quantises(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The next kernel reads them before it waits; rows that come quantised have no launch before them that waited."""
+    seen = []
+
+    def noted(*arguments: Any, ids_ready: bool) -> None:
+        seen.append(ids_ready)
+        gate_up.splitk_gate_up(*arguments, ids_ready=ids_ready)
+
+    monkeypatch.setattr(backend_module, "splitk_gate_up", noted)
+    backend: Any = TritonSplitKBackend(machine)
+    for precision in (Precision("fp16", "fp16"), Precision("fp8", "fp16")):
+        hidden, *others = arguments = make_inputs(testing.Case(M=1, E=2, N=32), precision, "cpu").arguments
+        config = backend.default_config(arguments[1].problem(1, 2, hidden.dtype, machine.capability))
+        backend.run(hidden, *others, config)
+        if precision.dtype == "fp8":
+            rows = QuantizedRows(*quantize_rows_torch(hidden), hidden.dtype)
+            backend.run_into(rows, *others, config, torch.empty_like(hidden))
+    assert seen == [False, True, False]
 
 
 def test_workspace_is_what_the_launches_leave_behind(machine: Machine) -> None:

@@ -25,9 +25,11 @@ from moe_dispatch.policies.measurements.schema import (
     Point,
     StoredMeasurement,
 )
+from moe_dispatch.policy import Choice, Policy
 from moe_dispatch.problem import MoEProblem
-from moe_dispatch.registry import BACKENDS
-from moe_dispatch.settings import VARIABLES, variables_table
+from moe_dispatch.registry import BACKENDS, POLICIES
+from moe_dispatch.settings import VARIABLES, settings, variables_table
+from tests.support.fakes import Honest, ranked
 from tests.support.interpreter import leave_out_the_interpreter
 
 RUNNER = CliRunner()
@@ -88,6 +90,29 @@ def test_what_needs_no_torch_does_not_import_it(arguments: list[str]) -> None:
     )
     done = subprocess.run([sys.executable, "-c", script, *arguments], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "completed"),
+    [
+        ("explain --model qwen3-3", "qwen3-30b-a3b"),
+        ("explain --machine h2", "h200"),
+        ("explain --dtype fp8_", "fp8_channel"),
+        ("calibrate --backend triton_s", "triton_splitk"),
+    ],
+)
+def test_the_shell_completes_names(words: str, completed: str) -> None:
+    line = f"moe-dispatch {words}"
+    variables = {"_MOE_DISPATCH_COMPLETE": "complete_bash", "COMP_WORDS": line, "COMP_CWORD": "3"}
+    result = RUNNER.invoke(app, [], prog_name="moe-dispatch", env=variables)
+    assert completed in result.output.split()
+
+
+@pytest.mark.parametrize(
+    "command", ["demo", "doctor", "explain", "calibrate", "fit", "bench", "calibration show"], ids=str
+)
+def test_every_command_that_reports_prints_json_on_request(command: str) -> None:
+    assert "--json" in RUNNER.invoke(app, [*command.split(), "--help"], env={"COLUMNS": "100"}).output
 
 
 def test_the_version_is_that_of_the_distribution() -> None:
@@ -287,6 +312,26 @@ def test_explain_says_of_each_backend_either_a_time_or_why_not(name: str) -> Non
     for backend, row in cells.items():
         lines = [each for each in refused if each.startswith((f"{backend}:", f"{backend} at "))]
         assert bool(lines) == ("–" in row), f"{backend}: {row}, {lines}"
+
+
+@pytest.mark.usefixtures("cache")
+def test_a_backend_that_runs_is_not_listed_as_one_that_cannot(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where one of its configurations cannot be read, and another one runs."""
+
+    class Fixed(Policy):
+        name = "fixed"
+
+        def rank(self, problem: MoEProblem) -> tuple[Choice, ...]:
+            return Choice("honest", "measured", {"unknown": 1}), Choice("honest", "by default")
+
+    monkeypatch.setenv("MOE_DISPATCH_POLICY", "fixed")
+    settings.cache_clear()
+    with ranked(Honest):
+        POLICIES.register("fixed", Fixed)
+        text = RUNNER.invoke(app, ["explain", "--model", "4,2,64,32", "--dtype", "fp32", "--tokens", "1"]).output
+    able, _, refused = text.partition("cannot run\n")
+    assert "honest: by default" in able
+    assert "honest" not in refused
 
 
 @pytest.mark.usefixtures("cache")

@@ -445,27 +445,28 @@ def test_no_lock_is_held_while_foreign_code_runs(call: Call) -> None:
 
 
 def test_a_first_call_forks_safely() -> None:
-    """A fork while another thread is in its first call, importing: the child would wait for the import for ever."""
+    """A fork while another thread is in its first call, and holds a lock: the child would wait for ever for it."""
     code = """
-import multiprocessing, sys, threading, time, types, warnings
+import multiprocessing, sys, threading, time, warnings
 warnings.simplefilter("ignore")
 from tests.core.test_foreign_code import *
-importing = threading.Event()
-class Finder:
-    def find_spec(self, name, path=None, target=None):
-        if name == "slow_module":
-            importing.set()
-            time.sleep(2)
-sys.meta_path.insert(0, Finder())
+held, lock = threading.Event(), threading.Lock()
+class Slow(Honest):  # as a library that is imported once, under a lock
+    name = "slow"
+    def unavailable_reasons(self):
+        with lock:
+            held.set()
+            time.sleep(1)
+        return ()
 def work():
     torch.set_num_threads(1)
     with torch.no_grad():
         moe_forward(*make_call(2))
     sys.exit(7)
-with registered(slow="slow_module:Anything"), ranked("slow", Honest), torch.no_grad():
+with ranked(Slow), torch.no_grad():
     thread = threading.Thread(target=lambda: moe_forward(*make_call(6)))
     thread.start()
-    importing.wait()
+    held.wait()
     child = multiprocessing.get_context("fork").Process(target=work)
     child.start()
     child.join(20)

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 
 from moe_dispatch import moe_forward
+from moe_dispatch.backends.exchange import push
 from moe_dispatch.benchmarks.record import expert_parallel
 from moe_dispatch.errors import InvalidInputError
 from moe_dispatch.experts import ExpertWeights
@@ -60,7 +61,10 @@ def tokens_of(M: int, spread: str) -> list[int]:
     return counts
 
 
-def conformance(names: list[str], precision: Precision, tokens: str, exchange: str, spread: str) -> list[str]:
+def conformance(
+    names: list[str], precision: Precision, tokens: str, exchange: str, spread: str, backend: str | None = None,
+    rows_aside: int = push.ROWS_ASIDE,
+) -> list[str]:  # fmt: skip
     """Run cases of the conformance suite through a layer that is spread over the ranks; returns what is wrong."""
     rank, faults = dist.get_rank(), []
     ep = parallel(tokens=tokens, exchange=exchange)
@@ -71,18 +75,19 @@ def conformance(names: list[str], precision: Precision, tokens: str, exchange: s
         if tokens == "sharded":
             counts = tokens_of(CASES[name].M, spread)
             mine = slice(sum(counts[:rank]), sum(counts[: rank + 1]))
-        if fault := _fault(inputs, layer, mine, TOLERANCE[precision.dtype]):
-            faults.append(f"{name}: {fault}")
+        with mock.patch.object(push, "ROWS_ASIDE", rows_aside):
+            if fault := _fault(inputs, layer, mine, TOLERANCE[precision.dtype], backend):
+                faults.append(f"{name}: {fault}")
     return faults
 
 
-def _fault(inputs: Inputs, layer: ShardedExperts, mine: slice, tolerance: float) -> str:
+def _fault(inputs: Inputs, layer: ShardedExperts, mine: slice, tolerance: float, backend: str | None) -> str:
     hidden, weights, ids = inputs.hidden_states[mine], inputs.topk_weights[mine], inputs.topk_ids[mine]
     truth = inputs.truth[mine]
     with poisoned():
-        out = moe_forward(hidden, layer, weights, ids)
+        out = moe_forward(hidden, layer, weights, ids, backend=backend)
         memory = torch.full(hidden.shape, torch.nan, dtype=hidden.dtype)
-        into = moe_forward(hidden, layer, weights, ids, out=memory)
+        into = moe_forward(hidden, layer, weights, ids, out=memory, backend=backend)
     if into is not memory or not torch.equal(out.nan_to_num(7), into.nan_to_num(7)):
         return "with out= it is another result"
     if (out.shape, out.dtype) != (hidden.shape, hidden.dtype) or not out.is_contiguous():
@@ -117,7 +122,7 @@ def slots_that_run(exchange: str, tokens: list[int]) -> tuple[int, int]:
     layer = ep.split(inputs.experts)
     run_local, ran = ep._session.run_local, []
 
-    def counted(arguments: Any, backend: str | None) -> torch.Tensor:
+    def counted(arguments: Any, backend: str | None) -> Any:
         ids = arguments[3]
         ran.append(int(((ids >= 0) & (ids < layer.local.E)).sum()))
         return run_local(arguments, backend)

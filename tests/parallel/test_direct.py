@@ -11,6 +11,7 @@ import torch
 from moe_dispatch.backends.exchange import pack
 from moe_dispatch.parallel.direct import DirectExchange
 from moe_dispatch.parallel.exchange import CallKind
+from moe_dispatch.testing import Precision
 from tests.parallel import programs, twins
 from tests.support.ranks import Ranks, ranks
 
@@ -23,14 +24,19 @@ def three(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
         yield started
 
 
-@pytest.mark.parametrize("skewed", [False, True])
-def test_every_round_carries_what_was_sent(three: Ranks, *, skewed: bool) -> None:
-    assert three.run(partial(twins.rounds_of_the_protocol, 15, skewed=skewed)) == [[], [], []]
+@pytest.mark.parametrize(
+    ("skewed", "quantizes", "aside"),
+    [(False, False, False), (True, False, False), (True, True, False), (True, False, True), (True, True, True)],
+)
+def test_every_round_carries_what_was_sent(three: Ranks, *, skewed: bool, quantizes: bool, aside: bool) -> None:
+    rounds = partial(twins.rounds_of_the_protocol, 15, skewed=skewed, quantizes=quantizes, aside=aside)
+    assert three.run(rounds) == [[], [], []]
 
 
-def test_a_rank_that_comes_too_late_is_named_and_all_results_are_nan(three: Ranks) -> None:
+@pytest.mark.parametrize("stores", [False, True])
+def test_a_rank_that_comes_too_late_is_named_and_all_results_are_nan(three: Ranks, *, stores: bool) -> None:
     victim = 1
-    every = three.run(twins.a_rank_that_comes_too_late, victim, 0.0005)
+    every = three.run(partial(twins.a_rank_that_comes_too_late, victim, 0.0005, stores=stores))
     for rank, (right, nan, (name, text)) in enumerate(every):
         assert right
         assert nan
@@ -45,6 +51,14 @@ def test_a_rank_that_comes_too_late_is_named_and_all_results_are_nan(three: Rank
 def test_layers_conform(three: Ranks, exchange: str, spread: str) -> None:
     names = ["M=17", "ids outside 0…E-1", "a NaN in one of many tokens"]
     assert three.run(programs.conformance, names, programs.FP32, "sharded", exchange, spread) == [[], [], []]
+
+
+def test_layers_in_fp8_conform_where_codes_travel(three: Ranks) -> None:
+    names, precision = ["M=17", "ids outside 0…E-1", "a NaN in one of many tokens"], Precision("fp8", "fp16")
+    aside = partial(programs.conformance, rows_aside=0)
+    assert three.run(aside, names, precision, "sharded", "direct_fp8_twin", "uneven") == [[], [], []]
+    stores = partial(programs.conformance, backend="triton_persistent")
+    assert three.run(stores, ["M=3"], precision, "sharded", "direct_fp8_twin", "uneven") == [[], [], []]
 
 
 @pytest.mark.parametrize("exchange", list(twins.TWINS))

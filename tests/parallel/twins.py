@@ -1,6 +1,7 @@
 """Exchanges for GPUs on a CPU: their kernels in Triton's interpreter, between processes with gloo and shared memory."""
 
 import contextlib
+import ctypes
 import dataclasses
 import os
 import random
@@ -14,8 +15,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from moe_dispatch.backend import PeerRows, TravellingRows
+from moe_dispatch.backends.exchange import push
+from moe_dispatch.numerics import quantize_rows_torch
 from moe_dispatch.parallel import device_code
-from moe_dispatch.parallel.direct import DirectExchange
+from moe_dispatch.parallel.direct import DirectExchange, DirectFp8Exchange
 from moe_dispatch.parallel.exchange import Exchange, LocalTokens
 from moe_dispatch.parallel.expert_parallel import ExpertParallel
 from moe_dispatch.parallel.gather import GatherExchange
@@ -58,26 +62,38 @@ class SharedMemoryDirect(DirectExchange):
     def _programs(self) -> int:
         return 3
 
+    def _launches(self) -> dict[str, Any]:
+        return {"pdl": False, "aside": None}
+
+
+class SharedMemoryDirectFp8(SharedMemoryDirect, DirectFp8Exchange):
+    """`direct_fp8` in the same way."""
+
+    name = "direct_fp8_twin"
+    requirements = dataclasses.replace(DirectFp8Exchange.requirements, transports=frozenset({"gloo"}))
+
 
 TWINS: Final[dict[str, type[Exchange]]] = {each.name: each for each in (PackedGather, SharedMemoryDirect)}
+ALL: Final[dict[str, type[Exchange]]] = {**TWINS, SharedMemoryDirectFp8.name: SharedMemoryDirectFp8}
 
 
 @contextlib.contextmanager
 def registered() -> Iterator[None]:
     """Groups made inside have the twins among their exchanges."""
-    for name, twin in TWINS.items():
+    for name, twin in ALL.items():
         EXCHANGES.register(name, twin)
     try:
         yield
     finally:
-        for name in TWINS:
+        for name in ALL:
             EXCHANGES.unregister(name)
 
 
-def direct(timeout: float = 60.0) -> SharedMemoryDirect:
+def direct(timeout: float = 60.0, *, quantizes: bool = False) -> SharedMemoryDirect:
     """The exchange of a new group."""
+    name = "direct_fp8_twin" if quantizes else "direct_twin"
     with registered():
-        exchange = ExpertParallel(timeout=timeout)._session.exchanges["direct_twin"]
+        exchange = ExpertParallel(timeout=timeout)._session.exchanges[name]
     assert isinstance(exchange, SharedMemoryDirect)
     return exchange
 
@@ -90,18 +106,18 @@ def tokens_of(rank: int, seed: int, M: int, K: int, topk: int, dtype: torch.dtyp
     return hidden, torch.rand(M, topk, generator=generator), ids
 
 
-def rounds_of_the_protocol(rounds: int, *, skewed: bool) -> list[str]:
+def rounds_of_the_protocol(rounds: int, *, skewed: bool, quantizes: bool, aside: bool) -> list[str]:
     """Calls of changing shapes, with pauses of the ranks' own, each compared bit for bit; returns what is wrong.
 
     The results of a rank are its rows times its number plus one, in the dtype of rows, so that the order in which they
     are added shows. Some calls have no tokens on a rank, and capacity beyond everyone's.
     """
-    exchange, rank, size = direct(), dist.get_rank(), dist.get_world_size()
+    exchange, rank, size = direct(quantizes=quantizes), dist.get_rank(), dist.get_world_size()
     place = Placement(rank, (2, 3, 3)[:size])
     shared, own = random.Random(0), random.Random(rank)  # noqa: S311 - shapes and pauses of a test
     faults = []
     for number in range(rounds):
-        K, topk = shared.choice((16, 64)), shared.choice((1, 3))
+        K, topk = shared.choice((128, 384) if quantizes else (16, 64)), shared.choice((1, 3))
         dtype = shared.choice((torch.float32, torch.float16))
         counts = [shared.choice((0, 1, 2, 7, 20)) for _ in range(size)]
         capacity = max(*counts, 1) + shared.choice((0, 2))
@@ -109,21 +125,34 @@ def rounds_of_the_protocol(rounds: int, *, skewed: bool) -> list[str]:
         _pause(own, skewed)
         hidden, weights, ids = every[rank]
         tokens = LocalTokens(hidden, weights, ids, place, capacity, replicated=False)
-        arrived = exchange.dispatch(tokens)
+        with mock.patch.object(push, "ROWS_ASIDE", 0) if aside else contextlib.nullcontext():
+            arrived = exchange.dispatch(tokens)
+        every_row: Any = arrived.hidden_states
+        if aside:
+            assert isinstance(every_row, TravellingRows)
+            if not torch.equal(every_row.own, hidden) or every_row.first != rank * capacity:
+                faults.append(f"round {number}: own rows")
+            every_row = every_row.wait()
         _pause(own, skewed)
         for origin, (rows, its_weights, its_ids) in enumerate(every):
             part = slice(origin * capacity, origin * capacity + counts[origin])
             local = torch.where((its_ids >= 0) & (its_ids < place.experts), its_ids - place.first, -1)
             local = torch.where(its_ids < 0, -1, local).int()
             padding = arrived.topk_ids[part.stop : (origin + 1) * capacity]
-            if not torch.equal(arrived.hidden_states[part], rows) or not torch.equal(arrived.topk_ids[part], local):
+            sent = quantize_rows_torch(rows) if quantizes else (rows,)
+            there = every_row[:2] if quantizes else (every_row,)
+            same = all(torch.equal(a[part].float(), b.float()) for a, b in zip(there, sent, strict=True))
+            if not same or not torch.equal(arrived.topk_ids[part], local):
                 faults.append(f"round {number}: tokens of rank {origin}")
             if not torch.equal(arrived.topk_weights[part], its_weights) or not (padding == -1).all():
                 faults.append(f"round {number}: slots of rank {origin}")
-        partial = torch.full_like(arrived.hidden_states, torch.nan)
+        partial = torch.full((size * capacity, K), torch.nan, dtype=dtype)
         for origin, (rows, _, _) in enumerate(every):
             partial[origin * capacity : origin * capacity + counts[origin]] = rows * (rank + 1)
-        out = exchange.combine(partial, arrived, tokens)
+        if own.random() < 0.5:  # as some backends do, whatever the other ranks' do
+            out = exchange.combine(stored(partial, arrived.out), arrived, tokens)
+        else:
+            out = exchange.combine(partial, arrived, tokens)
         total = torch.zeros(hidden.shape)
         for each in range(size):
             total += (hidden * (each + 1)).float()
@@ -132,12 +161,21 @@ def rounds_of_the_protocol(rounds: int, *, skewed: bool) -> list[str]:
     return faults
 
 
+def stored(partial: Tensor, out: PeerRows | None) -> PeerRows:
+    """Store results in the memory of the ranks that they are for."""
+    assert out is not None
+    for rows, address in zip(partial.view(-1, out.rows, partial.shape[1]), out.addresses.tolist(), strict=True):
+        memory = (ctypes.c_uint8 * rows.nbytes).from_address(address + out.offset)
+        torch.frombuffer(memory, dtype=rows.dtype).copy_(rows.flatten())
+    return out
+
+
 def _pause(own: random.Random, skewed: bool) -> None:
     if skewed and own.random() < 0.5:
         time.sleep(own.random() * 0.01)
 
 
-def a_rank_that_comes_too_late(victim: int, seconds: float) -> tuple[bool, bool, tuple[str, str]]:
+def a_rank_that_comes_too_late(victim: int, seconds: float, *, stores: bool) -> tuple[bool, bool, tuple[str, str]]:
     """One rank makes the second call when the others have given up.
 
     Returns:
@@ -150,7 +188,9 @@ def a_rank_that_comes_too_late(victim: int, seconds: float) -> tuple[bool, bool,
 
     def call() -> Tensor:
         arrived = exchange.dispatch(tokens)
-        return exchange.combine(arrived.hidden_states.clone(), arrived, tokens)
+        assert isinstance(arrived.hidden_states, Tensor)
+        partial = arrived.hidden_states.clone()
+        return exchange.combine(stored(partial, arrived.out) if stores else partial, arrived, tokens)
 
     right = torch.equal(call(), hidden * size)
     dist.barrier()

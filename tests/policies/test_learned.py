@@ -45,12 +45,12 @@ RESULTS = Path(__file__).parents[2] / "benchmarks" / "results" / "nvidia_h200"
 TOKENS = tuple(2**i for i in range(15))
 NOISE = 0.02
 # What backends do of each part of the work: ours alike, starting soon; one of the others with a higher rate.
-OURS: dict[Term, float] = {"launch": 20, "search": 2, "weights": 1, "tiles": 1, "overlap": 2, "slots": 2, "tokens": 10}
+OURS: dict[Term, float] = {"launch": 20, "search": 2, "weights": 1, "tiles": 1, "roofline": 2, "slots": 2, "tokens": 10}
 COEFFICIENTS: dict[str, dict[Term, float]] = {
     "triton_splitk": OURS,
     "triton_persistent": {term: 1.1 * times for term, times in OURS.items()},
     "vllm_fused_moe": {term: 1.3 * times for term, times in OURS.items()},
-    "deep_gemm": {"launch": 60, "search": 4, "weights": 0.5, "tiles": 0.2, "overlap": 1, "slots": 3, "tokens": 20},
+    "deep_gemm": {"launch": 60, "search": 4, "weights": 0.5, "tiles": 0.2, "roofline": 1, "slots": 3, "tokens": 20},
 }
 
 
@@ -144,8 +144,15 @@ def test_work_is_what_the_layer_says() -> None:
     assert parts["launch"] == 1.0
     assert parts["weights"] == pytest.approx(8 * 3 * 4096 * 14336 / 4.3e6)
     assert parts["tiles"] == pytest.approx(2 * 32768 * 3 * 4096 * 14336 / 1.3e9, rel=0.02)
-    assert parts["overlap"] > parts["tiles"]  # a tile of 128 rows has more of them empty
+    assert parts["roofline"] == pytest.approx(2 * 32768 * 3 * 4096 * 14336 / 1.3e9)
     assert parts["slots"] == 2 * parts["tokens"] == pytest.approx(32768 * 4096 * 2 / 4.3e6)
+
+
+def test_each_part_is_scaled_by_the_rate_of_a_device_that_bounds_it() -> None:
+    decode, prefill = (WORKLOADS["mixtral-8x7b"].problem(M, "fp8", H200) for M in (4, 16384))
+    slower = {"launch": 1, "search": 1, "weights": 2, "tiles": 4, "roofline": 2, "slots": 2, "tokens": 2}
+    assert {term: part / terms(decode)[term] for term, part in terms(decode, 0.5, 0.25).items()} == slower
+    assert terms(prefill, 0.5, 0.25)["roofline"] == 4 * terms(prefill)["roofline"]
 
 
 def test_coefficients_are_the_best_that_are_not_negative() -> None:

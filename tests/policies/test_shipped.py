@@ -140,14 +140,28 @@ def test_the_nearest_of_several_tables_serves(tables: Path, name: str, sms: int,
     assert serves.name == source
 
 
-def test_the_learned_model_of_the_nearest_device_is_scaled(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("M", "slower"), [(16, 4.8 / 3.35), (16384, 1.0)])
+def test_the_learned_model_of_the_nearest_device_is_scaled_by_what_bounds_a_call(
+    M: int, slower: float, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setenv("MOE_DISPATCH_CACHE_DIR", str(tmp_path))
     policy = LearnedPolicy(H100)
     assert "no learned model ships for this device; that of NVIDIA H200 serves it" in policy.notes()[0]
-    problem = LAYER.problem(16, "fp8", H100, "graph")
-    here, there = policy.rank(problem), LearnedPolicy(H200).rank(problem)
-    assert [choice.backend for choice in here] == [choice.backend for choice in there]
-    assert [choice.us for choice in here] == pytest.approx([4.8 / 3.35 * (choice.us or 0.0) for choice in there])
+    problem = WORKLOADS["deepseek-v3"].problem(M, "fp8", H100, "graph")
+    here, there = ({choice.backend: choice for choice in LearnedPolicy(m).rank(problem)} for m in (H100, H200))
+    assert here.keys() == there.keys()
+    for name, choice in here.items():
+        assert choice.us == pytest.approx(slower * (there[name].us or 0.0), rel=0.1)
+        assert choice.reason.endswith("on NVIDIA H200, with this device's rates")
+
+
+def test_a_device_whose_rates_differ_unlike_is_left_to_the_learned_model(tables: Path) -> None:
+    """An H20 has nearly an H200's bandwidth and a seventh of its matrix rate."""
+    for suffix in (".json", ".model.json"):
+        (tables / f"nvidia_h200{suffix}").write_text("{}", encoding="utf-8")
+    h20 = H200.model_copy(update={"name": "NVIDIA H20", "sms": 78})
+    assert nearest(h20, ".json") is None
+    assert nearest(h20, ".model.json") is not None
 
 
 @pytest.mark.parametrize("M", [1, 64, 1024, 16384])

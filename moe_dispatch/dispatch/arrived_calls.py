@@ -1,0 +1,144 @@
+"""Calls over rows that came from several ranks: which backend takes them as they are, and stores where they belong."""
+
+from contextlib import ExitStack
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+from moe_dispatch.backend import FAST_PATH_TOKENS, ArrivedInputs, PeerRows, TravellingRows
+from moe_dispatch.dispatch.counters import Counters
+from moe_dispatch.dispatch.errors import BackendFailedError
+from moe_dispatch.dispatch.first_calls import FIRST_CALLS
+from moe_dispatch.dispatch.plan import Plan
+from moe_dispatch.dispatch.planner import Planner
+from moe_dispatch.dispatch.quarantine import Quarantine
+from moe_dispatch.dispatch.recovery import Recovery, Runner
+from moe_dispatch.guard import FOREIGN_ERRORS
+from moe_dispatch.problem import Mode
+from moe_dispatch.registry import LAST_RESORT
+from moe_dispatch.system import failures
+
+_MAX_KINDS: Final = 4096  # Kinds of calls that are remembered; when full, all are forgotten.
+
+
+class ArrivedCalls:
+    """Runs `ArrivedInputs`.
+
+    Quantised rows go to the first backend of the ranking that takes them, and are dequantised where none does or where
+    it fails. Other rows go to the first backend of all if that stores in peers' memory; else the call is an ordinary
+    one, and so is an eager one of few tokens, which the host limits and which has a fast path only there.
+
+    Args:
+        runner: Runs ordinary calls.
+        planner: Ranks the backends.
+        quarantine: Told of first runs.
+        counters: Told of every run.
+        recovery: Bars what failed.
+    """
+
+    def __init__(
+        self, runner: Runner, planner: Planner, quarantine: Quarantine, counters: Counters, recovery: Recovery
+    ) -> None:
+        self._runner, self._planner, self._quarantine = runner, planner, quarantine
+        self._counters, self._recovery = counters, recovery
+        self._plans: dict[tuple[Any, ...], Plan | None] = {}
+        self._proven: set[tuple[Any, ...]] = set()
+
+    def forward(self, inputs: ArrivedInputs, backend: str | None = None) -> Tensor | PeerRows:
+        """Compute the layer.
+
+        Args:
+            inputs: The rows, and what belongs to them.
+            backend: The backend to run it; None to choose. It gets dequantised rows where it takes no others.
+
+        Returns:
+            ``[M, K]``, or `inputs.out` where the backend stored there.
+
+        Raises:
+            BackendFailedError: The backend was named and failed, or a CUDA graph is being captured.
+            DeviceLostError: The CUDA context is gone.
+        """
+        experts = inputs.experts
+        if experts.gate_up.data_ptr() != experts.gate_up_address or experts.down.data_ptr() != experts.down_address:
+            experts.check_unchanged()
+        capturing = experts.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+        plan = self._plan(inputs, backend, "graph" if capturing else "eager")
+        if plan is None:
+            return self._ordinary(inputs, backend)
+        try:
+            out = self._run(plan, inputs, capturing=capturing)
+        except FOREIGN_ERRORS as error:
+            if failures.lost_device(error):
+                raise self._recovery.device_lost(plan, error) from error
+            if plan.explicit or capturing:
+                raise BackendFailedError(plan.choice.backend, plan.problem, error, plan.remedy) from error
+            if not failures.out_of_memory(error):
+                self._recovery.bar(plan, failures.summary(error))
+                self._plans.clear()
+            return self._ordinary(inputs, backend)
+        self._counters.count(plan.choice.backend, ran=1)
+        return out
+
+    def warm_up(self, inputs: ArrivedInputs, backend: str | None = None) -> bool:
+        """Run what an eager call and a captured one would run; returns whether no ordinary call is among these."""
+        self.forward(inputs, backend)
+        plan = self._plan(inputs, backend, "graph")
+        if plan is not None:
+            self._run(plan, inputs, capturing=False)
+        return plan is not None
+
+    def _ordinary(self, inputs: ArrivedInputs, backend: str | None) -> Tensor:
+        return self._runner.forward(*inputs.ordinary(), backend)
+
+    def _plan(self, inputs: ArrivedInputs, backend: str | None, mode: Mode) -> Plan | None:
+        """What runs a kind of call as it is; None if an ordinary call is to."""
+        _, experts, _, topk_ids, out = inputs
+        quantized = inputs.quantized
+        key = (experts.spec, topk_ids.shape, topk_ids.dtype, inputs.act_dtype, quantized, out is None, backend, mode)
+        if key not in self._plans:
+            if len(self._plans) >= _MAX_KINDS:
+                self._plans.clear()
+            M, topk = topk_ids.shape
+            problem = experts.problem(M, topk, inputs.act_dtype, self._planner.machine.capability, mode)
+            with FIRST_CALLS.planning():
+                plans = self._planner.eligible(problem, experts, backend, into=True)
+                plan: Plan | None = None
+                if not quantized and out is not None and (mode == "graph" or M > FAST_PATH_TOKENS):
+                    first = next(iter(plans), None)
+                    plan = first if first is not None and first.backend.stores_to_peers else None
+                elif quantized and experts.dtype == "fp8":
+                    takes = (each for each in plans if each.backend.takes_quantized_rows(problem))
+                    plan = next(takes, None)
+                    if plan is not None and plan.choice.backend == LAST_RESORT and experts.device.type == "cuda":
+                        plan = None  # the fastest backend on dequantised rows takes less time
+            self._plans[key] = plan
+        return self._plans[key]
+
+    def _run(self, plan: Plan, inputs: ArrivedInputs, *, capturing: bool) -> Tensor | PeerRows:
+        """Run a plan. Its first run is watched and waited for, so that what goes wrong there is the backend's doing."""
+        rows, experts, topk_weights, topk_ids, peers = inputs
+        out: Tensor | PeerRows
+        if peers is not None and plan.backend.stores_to_peers:
+            out = peers
+        else:
+            out = topk_weights.new_empty(topk_ids.shape[0], experts.K, dtype=inputs.act_dtype)
+        if isinstance(rows, TravellingRows) and not plan.backend.starts_before_arrival:
+            rows = rows.wait()
+        run: Any = plan.backend.run_into
+        kind = (plan.kind, type(rows), type(out))
+        with ExitStack() as first:
+            if not capturing and kind not in self._proven:
+                self._wait(experts.device)  # an error of earlier work surfaces here
+                first.enter_context(FIRST_CALLS.running(plan.choice.backend))
+                first.enter_context(self._quarantine.first_run(plan.choice.backend, plan.problem))
+                first.callback(self._wait, experts.device)
+            run(rows, experts, topk_weights, topk_ids, plan.config, out)
+        if not capturing:
+            self._proven.add(kind)
+        return out
+
+    @staticmethod
+    def _wait(device: torch.device) -> None:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)

@@ -1,0 +1,87 @@
+"""Calls over rows that came from several ranks: which backend gets them, and what follows where it cannot take them."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from moe_dispatch.backend import ArrivedInputs, Backend, PeerRows
+from moe_dispatch.dispatch.process import get_dispatcher
+from moe_dispatch.numerics import QuantizedRows, quantize_rows_torch
+from moe_dispatch.problem import MoEProblem
+from moe_dispatch.testing import Case, Precision, make_inputs, relative_error
+from tests.core.test_dispatcher import ran
+from tests.support.fakes import Honest, ranked
+
+pytestmark = pytest.mark.usefixtures("fixed_policy", "no_grad")
+
+
+class Taking(Honest):
+    """Takes quantised rows and no others."""
+
+    name = "taking"
+
+    def takes_quantized_rows(self, problem: MoEProblem) -> bool:
+        return True
+
+    def run_into(self, hidden_states: Any, *others: Any) -> Tensor:
+        return super().run_into(hidden_states.dequantized().to(hidden_states.act_dtype), *others)
+
+
+class Failing(Taking):
+    """Says that it takes them, and raises."""
+
+    name = "failing"
+
+    def run_into(self, *_: Any) -> Tensor:
+        raise RuntimeError("no such kernel")
+
+
+class Storing(Honest):
+    """Stores in the memory of ranks."""
+
+    name = "storing"
+    stores_to_peers = True
+
+    def run_into(self, *arguments: Any) -> Any:
+        assert isinstance(arguments[-1], PeerRows)
+        return arguments[-1]
+
+
+def arrived(M: int = 3) -> tuple[ArrivedInputs, Tensor]:
+    inputs = make_inputs(Case(M=M, E=4, K=256, N=128), Precision("fp8", "fp16"), "cpu")
+    hidden, experts, weights, ids = inputs.arguments
+    rows = QuantizedRows(*quantize_rows_torch(hidden), hidden.dtype)
+    return ArrivedInputs(rows, experts, weights, ids), inputs.truth
+
+
+@pytest.mark.parametrize(
+    ("order", "named", "runs", "barred"),
+    [
+        ((Honest, Taking), None, "taking", []),
+        ((Taking, Honest), "honest", "honest", []),
+        ((Failing, Honest), None, "honest", ["failing"]),
+    ],
+    ids=["the first that takes them", "named, and takes dequantised ones", "in place of one that fails"],
+)
+def test_quantised_rows_go_to(
+    order: tuple[type[Backend], ...], named: str | None, runs: str, barred: list[str]
+) -> None:
+    inputs, truth = arrived()
+    with ranked(*order):
+        out = get_dispatcher("cpu").arrived.forward(inputs, named)
+        assert ran() == {runs: 1}
+        assert [entry.backend for entry in get_dispatcher("cpu").quarantine.entries()] == barred
+    assert isinstance(out, Tensor)
+    assert out.dtype == torch.float16
+    assert relative_error(out, truth) < 2e-2
+
+
+@pytest.mark.parametrize(("M", "stores"), [(3, False), (300, True)])
+def test_many_rows_go_to_the_memory_of_their_ranks(M: int, *, stores: bool) -> None:
+    inputs, _ = arrived(M)
+    peers = PeerRows(torch.zeros(1, dtype=torch.int64), 0, M, torch.empty(1, dtype=torch.float16))
+    inputs = inputs._replace(rows=inputs.ordinary()[0], out=peers)
+    with ranked(Storing, Honest):
+        assert (get_dispatcher("cpu").arrived.forward(inputs) is peers) == stores
