@@ -74,14 +74,18 @@ def ship(
 
 
 def project(
-    links: Annotated[Path, typer.Argument(help="links.jsonl of two GPUs.")],
+    calibration: Annotated[
+        Path, typer.Argument(help="File of `calibrate --parallel` on two GPUs, or that one as .gz.")
+    ],
     rows: Annotated[list[Path] | None, typer.Argument(help="Rows of record.expert_parallel on two GPUs.")] = None,
 ) -> None:
     """Print what docs/expert-parallel.md says of more GPUs: links, the check against two, and the projection."""
     from moe_dispatch.benchmarks.record import json_lines
     from moe_dispatch.benchmarks.record.projection import markdown
+    from moe_dispatch.parallel.exchange_times import ParallelCalibration
 
-    typer.echo(markdown(json_lines.read(links), [row for path in rows or () for row in json_lines.read(path)]))
+    measured = ParallelCalibration.model_validate(json_lines.read(calibration)[0])
+    typer.echo(markdown(measured, [row for path in rows or () for row in json_lines.read(path)]))
 
 
 def _calibration(path: Path) -> CalibrationFile:

@@ -1,66 +1,75 @@
-"""The projection onto more GPUs as the docs have it: the lines through measured links, the check, and the tables."""
+"""The projection onto more GPUs as the docs have it: links as calibrated, the check on two GPUs, and the tables."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Final
 
 from moe_dispatch.benchmarks.record.expert_parallel import LAYERS, TOKENS
 from moe_dispatch.machine import Machine
-from moe_dispatch.parallel.links import CLUSTERS, fitted
+from moe_dispatch.parallel.exchange_times import ParallelCalibration
+from moe_dispatch.parallel.links import CLUSTERS
 from moe_dispatch.parallel.projection import Projection
-from moe_dispatch.workloads import WORKLOADS
+from moe_dispatch.workloads import WORKLOADS, Workload
 
 CLUSTER: Final = CLUSTERS["hgx-h200"]
 RANKS: Final = (2, 8, 64)
-# Which rows of links.jsonl a line is fitted to; replays where there are, else eager calls.
-LINES: Final[Mapping[str, tuple[str, ...]]] = {
-    CLUSTER.direct.name: ("Triton put, flag and wait",),
-    CLUSTER.inside.name: ("all_gather", "reduce_scatter"),
-}
+# The exchange whose line each kind of link has, in replays with sharded tokens.
+LINES: Final[Mapping[str, str]] = {CLUSTER.direct.name: "direct", CLUSTER.inside.name: "gather"}
 
 Row = Mapping[str, Any]
 
 
-def lines(rows: Iterable[Row]) -> dict[str, tuple[float, float]]:
-    """Latency in µs and bytes per µs of each kind of link, by `fitted`."""
-    sized = [row for row in rows if "bytes" in row]
-    return {
-        name: fitted([(row["bytes"], row.get("graph_us") or row["eager_us"]) for row in sized if row["what"] in whats])
-        for name, whats in LINES.items()
+def lines(calibration: ParallelCalibration) -> dict[str, tuple[float, float]]:
+    """Latency in µs and bytes per µs of each kind of link."""
+    measured = {
+        each.exchange: (each.latency_us, each.bytes_per_us)
+        for each in calibration.links
+        if (each.tokens, each.mode) == ("sharded", "graph")
     }
+    return {name: measured[exchange] for name, exchange in LINES.items()}
 
 
-def checked(rows: Iterable[Row], projection: Projection) -> Iterator[tuple[Row, float, float]]:
-    """Measured replays on two GPUs by the projected exchange, with the projected time of two and of one GPU."""
+def measured_calls(calibration: ParallelCalibration, rows: Iterable[Row]) -> Iterator[Row]:
+    """Replays on two GPUs under uniform routing, as rows of the record have them; calibrated ones lack `speedup`."""
+    names = {(each.E, each.topk, each.K, each.N): name for name, each in WORKLOADS.items()}
+    for point in calibration.layers:
+        kind = point.kind
+        if (kind.tokens, kind.mode, kind.ranks) == ("sharded", "graph", 2):
+            head = {"layer": names[kind.E, kind.topk, kind.K, kind.N], "dtype": kind.dtype, "M": kind.M}
+            for exchange, split in point.splits.items():
+                yield {**head, "exchange": exchange, "us": split.us, "experts_us": split.experts_us}
     for row in rows:
-        layer, uniform = WORKLOADS.get(row.get("layer", "")), row.get("routing", "uniform") == "uniform"
-        if layer and uniform and row.get("mode") == "graph" and row["ranks"] == 2:
-            projected = projection.project(layer, row["dtype"], row["M"], 2)
-            if row["exchange"] == projected.exchange:
-                yield row, projected.one_gpu_us / projected.serial, projected.one_gpu_us
+        wanted = (row.get("mode"), row.get("routing"), row.get("ranks")) == ("graph", "uniform", 2)
+        if wanted and "us" in row and row["layer"] in WORKLOADS:
+            yield row
 
 
-def markdown(links: Iterable[Row], measured: Iterable[Row]) -> str:
+def markdown(calibration: ParallelCalibration, rows: Iterable[Row]) -> str:
     """The section of the docs."""
     projection = Projection(Machine.load("h200"), CLUSTER)
     text = ["| link | latency, µs | GB/s a direction | figures |", "|---|---:|---:|---|"]
-    for name, (latency, rate) in lines(links).items():
-        text.append(f"| {name} | {latency:.1f} | {rate / 1e3:.0f} | the line through {' and '.join(LINES[name])} |")
-    between = CLUSTER.between
-    rate = between.bytes_per_us / 1e3
-    text += [f"| {between.name} | {between.latency_us:.0f} | {rate:.0f} | {between.source} |", ""]
-    text += ["| layer, M a rank | two GPUs measured, µs | projected | off | speed-up measured | projected | off |"]
-    text += ["|---|---:|---:|---:|---:|---:|---:|"]
-    for row, two, one in checked(measured, projection):
-        figures = f"{row['us']:.0f} | {two:.0f} | {two / row['us'] - 1:+.0%}"
-        factors = f"{row['speedup']:.2f} | {one / two:.2f} | {one / two / row['speedup'] - 1:+.0%}"
-        text.append(f"| {row['layer']} {row['dtype']}, {row['M']} | {figures} | {factors} |")
+    for name, (latency, rate) in lines(calibration).items():
+        text.append(f"| {name} | {latency:.1f} | {rate / 1e3:.0f} | `{LINES[name]}` in graphs, calibrated |")
+    far = CLUSTER.between
+    text += [f"| {far.name} | {far.latency_us:.0f} | {far.bytes_per_us / 1e3:.0f} | {far.source} |", ""]
+    text += ["| layer, M a rank | two GPUs, µs | projected | off | experts, µs | projected | speed-up | projected |"]
+    text += ["|---|---:|---:|---:|---:|---:|---:|---:|"]
+    for row in measured_calls(calibration, rows):
+        each = projection.project(WORKLOADS[row["layer"]], row["dtype"], row["M"], 2)
+        if row["exchange"] == each.exchange:
+            two = each.experts_us + each.transfer_us
+            speedup = f"{row['speedup']:.2f}" if "speedup" in row else "–"
+            times = f"{row['us']:.0f} | {two:.0f} | {two / row['us'] - 1:+.0%}"
+            parts = f"{row['experts_us']:.0f} | {each.experts_us:.0f} | {speedup} | {each.serial:.2f}"
+            text.append(f"| {row['layer']} {row['dtype']}, {row['M']} | {times} | {parts} |")
     for name, dtype in LAYERS:
         text += ["", f"| {name} {dtype}, M a rank | GPUs | 1 GPU, µs | experts, µs | transfers, µs | by "]
         text[-1] += "| serial × | hidden × |"
         text += ["|---:|---:|---:|---:|---:|---|---:|---:|"]
-        for M in TOKENS:
-            for ranks in RANKS:
-                each = projection.project(WORKLOADS[name], dtype, M, ranks)
-                times = f"{each.one_gpu_us:.0f} | {each.experts_us:.0f} | {each.transfer_us:.0f} | {each.exchange}"
-                text.append(f"| {M} | {ranks} | {times} | {each.serial:.2f} | {each.overlapped:.2f} |")
+        text += [_projected(projection, WORKLOADS[name], dtype, M, ranks) for M in TOKENS for ranks in RANKS]
     return "\n".join(text)
+
+
+def _projected(projection: Projection, layer: Workload, dtype: Any, M: int, ranks: int) -> str:
+    each = projection.project(layer, dtype, M, ranks)
+    times = f"{each.one_gpu_us:.0f} | {each.experts_us:.0f} | {each.transfer_us:.0f} | {each.exchange}"
+    return f"| {M} | {ranks} | {times} | {each.serial:.2f} | {each.overlapped:.2f} |"

@@ -42,9 +42,9 @@ class Cluster:
     between: Link
 
 
-_MEASURED: Final = "fitted to benchmarks/results/nvidia_h200_x2/links.jsonl.gz, two H200s"
-NVLINK4_DIRECT: Final = Link("NVLink 4 by stores, as `direct`", 3.7, 355e3, _MEASURED)
-NVLINK4_NCCL: Final = Link("NVLink 4 by NCCL's all-gather and reduce-scatter", 10.2, 217e3, _MEASURED)
+_MEASURED: Final = "calibrated on two H200s, benchmarks/results/nvidia_h200_x2/calibration-2d01441.json.gz"
+NVLINK4_DIRECT: Final = Link("NVLink 4 by stores", 4.5, 317e3, _MEASURED)
+NVLINK4_NCCL: Final = Link("NVLink 4 by NCCL", 8.9, 193e3, _MEASURED)
 NDR400: Final = Link("InfiniBand NDR", 20.0, 45e3, "one NIC of 400 Gb/s a GPU, 90 % of it; latency assumed")
 CLUSTERS: Final[Mapping[str, Cluster]] = {
     cluster.name: cluster for cluster in (Cluster("hgx-h200", 8, NVLINK4_DIRECT, NVLINK4_NCCL, NDR400),)

@@ -12,6 +12,7 @@ from moe_dispatch.benchmarks.record import projection as record
 from moe_dispatch.commands.app import app
 from moe_dispatch.errors import InvalidInputError
 from moe_dispatch.machine import Machine
+from moe_dispatch.parallel.exchange_times import ParallelCalibration
 from moe_dispatch.parallel.links import CLUSTERS, crossing, distinct_groups
 from moe_dispatch.parallel.projection import Projection
 from moe_dispatch.workloads import WORKLOADS
@@ -79,10 +80,11 @@ def test_explain_prints_the_projection(projection: Projection) -> None:
 
 def test_links_and_docs_follow_from_the_record(projection: Projection) -> None:
     del projection
-    folder = ROOT / "benchmarks" / "results" / "nvidia_h200_x2"
-    links = json_lines.read(folder / "links.jsonl.gz")
+    docs = (ROOT / "docs" / "expert-parallel.md").read_text(encoding="utf-8")
+    command = next(line for line in docs.splitlines() if line.startswith("python -m moe_dispatch.benchmarks project"))
+    first, *others = (json_lines.read(ROOT / name) for name in command.split()[4:])
+    calibration = ParallelCalibration.model_validate(first[0])
     for link in (HGX.direct, HGX.inside):
-        latency, rate = record.lines(links)[link.name]
+        latency, rate = record.lines(calibration)[link.name]
         assert (round(latency, 1), round(rate, -3)) == (link.latency_us, link.bytes_per_us)
-    rows = [row for path in sorted(folder.glob("expert_parallel-*")) for row in json_lines.read(path)]
-    assert record.markdown(links, rows) in (ROOT / "docs" / "expert-parallel.md").read_text(encoding="utf-8")
+    assert record.markdown(calibration, [row for rows in others for row in rows]) in docs
