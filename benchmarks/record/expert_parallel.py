@@ -219,7 +219,8 @@ class Recorder:
         )
         sets = [tuple(each[mine].clone() for each in inputs) for inputs in every]
         times: dict[Mode, dict[str, float]] = {"eager": {}, "graph": {}}
-        for name in (*self._groups, *([BY_HAND] if self._device.type == "cuda" else [])):
+        compares = not self._options.brief
+        for name in (*self._groups, *([BY_HAND] if self._device.type == "cuda" and compares else [])):
             try:
                 measured = self._measured(name, M, sets, expected, share)
             except (ExchangeFailedError, InvalidInputError) as error:  # on all ranks
@@ -232,7 +233,7 @@ class Recorder:
                 speedup = single[mode] / facts["us"]
                 yield {**head, "exchange": name, "mode": mode, **facts, **parts, "speedup": speedup}
         for mode, able in times.items():
-            if able:
+            if able and compares:
                 yield {**head, "exchange": "chosen", "mode": mode, **self._choice(M, mode, able)}
 
     def _drawn(self, M: int, seed: int) -> Inputs:
@@ -331,6 +332,7 @@ def main() -> None:
     parser.add_argument("--exchange", action="append", help="an exchange; repeatable. All that are available if none")
     parser.add_argument("--routing", default="uniform", choices=list(ROUTINGS), help="how tokens choose experts")
     parser.add_argument("--replays", type=int, default=REPLAYS, help="replays of each graph that are compared")
+    parser.add_argument("--brief", action="store_true", help="neither the layer by hand nor the choice of an exchange")
     parser.add_argument("--patience", type=float, default=40.0, help="seconds of one step, after which processes end")
     parser.add_argument("--out", help="append rows to this file as JSON lines")
     options = parser.parse_args()

@@ -288,7 +288,8 @@ def _layer(
 ) -> ExpertWeights:
     """The layer of these tensors, made anew where a tensor was replaced or lies at another address."""
     gate_up = cast("Tensor", tensors[0])
-    signature = (*map(_identity, tensors), activation, interleaved, routed_experts)
+    versions = tuple([_version(scale) for scale in tensors[2:4]])  # which may be read by a copy
+    signature = (*map(_identity, tensors), versions, activation, interleaved, routed_experts)
     key = id(gate_up)
     known = _layers.get(key)
     if known is not None and known.gate_up() is gate_up and known.signature == signature:
@@ -323,6 +324,11 @@ def _wrap(
         transposed=not gate_up.is_contiguous(),
         routed_experts=routed_experts,
     )
+
+
+def _version(tensor: Tensor | None) -> int | None:
+    """How often a tensor was changed in place; None where that is not counted."""
+    return None if tensor is None or tensor.is_inference() else tensor._version
 
 
 def _identity(tensor: Tensor | None) -> tuple[object, ...] | None:

@@ -67,6 +67,8 @@ def _choices(experts: ExpertWeights, topk: int, act_dtype: torch.dtype) -> str:
             policies[chosen.choice.policy] += 1
     backends = ", ".join(f"{name} at M={','.join(map(str, at))}" for name, at in runs.items())
     measured = policies["calibrated"] == len(counts)
-    layer = f"{experts.E},{topk},{experts.K},{experts.N}"
+    # Four numbers stand for a layer with SiLU and without biases.
+    plain = experts.activation == "silu" and experts.gate_up_bias is None and not experts.interleaved
+    layer = f"{experts.E},{topk},{experts.K},{experts.N}" if plain else "FOLDER_OF_THE_MODEL"
     hint = f"; `moe-dispatch calibrate --model {layer} --dtype {experts.dtype}` measures this layer here"
     return f"{backends}, by {' and '.join(policies)}{'' if measured else hint}"

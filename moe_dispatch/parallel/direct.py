@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Final
 import torch
 from torch import Tensor
 
-from moe_dispatch.backend import PeerRows
+from moe_dispatch.backend import PeerRows, TravellingRows
 from moe_dispatch.errors import InvalidInputError
 from moe_dispatch.parallel import device_code, symmetric_memory
 from moe_dispatch.parallel.collectives import Collectives
@@ -96,6 +96,8 @@ class DirectExchange(Exchange):
     def combine(self, partial: Tensor | PeerRows, arrived: Arrived, tokens: LocalTokens) -> Tensor:
         """See `Exchange.combine`."""
         memory: PeerMemory = arrived.route
+        if isinstance(arrived.hidden_states, TravellingRows):
+            arrived.hidden_states.wait()  # also where nothing read them, as the next call's must not overtake them
         (M, K), seconds = tokens.hidden_states.shape, self.collectives.watch.timeout
         return memory.push_results(partial, M, K, capacity=tokens.capacity, seconds=seconds)
 

@@ -146,6 +146,7 @@ LEFT: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "weights on the input": ({"apply_router_weight_on_input": True}, {}, "apply_router_weight_on_input of the runner"),
     "int8": ({}, {"use_int8_w8a8": True}, "weights stored for use_int8_w8a8"),
     "static": ({}, {"a13_scale": torch.ones(1)}, "static scales of activations"),
+    "a scale per tensor": ({}, {"use_fp8_w8a8": True}, "FP8 with a scale per tensor"),
     "blocks": ({}, {"block_shape": [64, 128]}, "scales of [64, 128] blocks"),
 }
 

@@ -176,18 +176,21 @@ def test_fp8_layers_are_dispatched(form: str, grad: bool) -> None:
         assert (out.float() - expected).norm() / expected.norm() < 5e-2  # two roundings to e4m3 lie between
 
 
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 @pytest.mark.parametrize("form", FP8_FORMS)
-def test_changed_fp8_scales_are_seen(form: str) -> None:
+def test_changed_fp8_scales_are_seen(form: str, compiled: bool) -> None:
     """Those that are not fp32 or not per block are read by a copy."""
     module = fp8_layer(**FP8_FORMS[form])
     call = call_of(module)
+    torch.compiler.reset()  # each form is another graph of the same code, of which torch keeps eight
+    run: Any = torch.compile(module, backend="eager", fullgraph=True) if compiled else module
     with torch.no_grad():
-        first = module(*call)
+        first = run(*call)
         scale = module.down_proj_scale_inv
         scale.copy_(2 * scale.float())
-        torch.testing.assert_close(module(*call).float(), 2 * first.float())
+        torch.testing.assert_close(run(*call).float(), 2 * first.float())
         module.down_proj_scale_inv = torch.nn.Parameter((4 * scale.float()).to(scale.dtype), requires_grad=False)
-        torch.testing.assert_close(module(*call).float(), 8 * first.float())
+        torch.testing.assert_close(run(*call).float(), 8 * first.float())
 
 
 def test_static_activations_run_the_models_own_loop(monkeypatch: pytest.MonkeyPatch) -> None:

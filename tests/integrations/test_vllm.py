@@ -416,8 +416,11 @@ def test_a_gpu_without_kernels_of_ours_leaves_the_layer_to_vllm() -> None:
     assert "compute capability 8.0" in reason
 
 
-def test_what_was_not_calibrated_is_chosen_otherwise_and_the_log_says_how(caplog: pytest.LogCaptureFixture) -> None:
-    layer = make_layer()
+@pytest.mark.parametrize(("activation", "model"), [("silu", f"{E},{TOPK},{K},{N}"), ("gelu", "FOLDER_OF_THE_MODEL")])
+def test_what_was_not_calibrated_is_chosen_otherwise_and_the_log_says_how(
+    activation: str, model: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    layer = make_layer(activation=activation)
     for weight in (layer.w13_weight, layer.w2_weight):
         weight.data.normal_(std=0.05)
     with caplog.at_level(logging.INFO, logger="vllm.moe_dispatch"):
@@ -425,7 +428,7 @@ def test_what_was_not_calibrated_is_chosen_otherwise_and_the_log_says_how(caplog
         run(layer, *draw())
         call(layer, *draw())
     (line,) = (record.getMessage() for record in caplog.records if "warmed up" in record.getMessage())
-    assert f"`moe-dispatch calibrate --model {E},{TOPK},{K},{N} --dtype bf16` measures this layer here" in line
+    assert f"`moe-dispatch calibrate --model {model} --dtype bf16` measures this layer here" in line
     assert "by rules" in line
 
 

@@ -149,10 +149,12 @@ def rounds_of_the_protocol(rounds: int, *, skewed: bool, quantizes: bool, aside:
         partial = torch.full((size * capacity, K), torch.nan, dtype=dtype)
         for origin, (rows, _, _) in enumerate(every):
             partial[origin * capacity : origin * capacity + counts[origin]] = rows * (rank + 1)
-        if own.random() < 0.5:  # as some backends do, whatever the other ranks' do
-            out = exchange.combine(stored(partial, arrived.out), arrived, tokens)
-        else:
-            out = exchange.combine(partial, arrived, tokens)
+        # Some backends store results, whatever the other ranks' do.
+        results = stored(partial, arrived.out) if own.random() < 0.5 else partial
+        with mock.patch.object(TravellingRows, "wait") as waits:
+            out = exchange.combine(results, arrived, tokens)
+        if waits.called != aside:
+            faults.append(f"round {number}: results do not wait for rows")
         total = torch.zeros(hidden.shape)
         for each in range(size):
             total += (hidden * (each + 1)).float()

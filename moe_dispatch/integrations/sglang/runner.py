@@ -92,6 +92,8 @@ def reasons_against(runner: Any, dispatch_output: Any, quant_info: Any) -> list[
     reasons += [f"weights stored for {name}" for name in _OTHER_FORMATS if getattr(quant_info, name)]
     if quant_info.a13_scale is not None or quant_info.a2_scale is not None:
         reasons.append("FP8 with static scales of activations, which the backends quantise for each token")
+    if quant_info.use_fp8_w8a8 and not quant_info.per_channel_quant and quant_info.block_shape is None:
+        reasons.append("FP8 with a scale per tensor, of which kernels read a copy that a reload would not reach")
     if quant_info.block_shape not in (None, [QUANT_BLOCK, QUANT_BLOCK]):
         reasons.append(f"scales of {quant_info.block_shape} blocks, and ours are of {QUANT_BLOCK}×{QUANT_BLOCK}")
     return reasons
