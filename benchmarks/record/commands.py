@@ -42,9 +42,7 @@ def agree(
 
 
 def pack(
-    inputs: Annotated[
-        list[Path], typer.Argument(help=".jsonl files or folders of rows; calibrations (.json, .json.gz).")
-    ],
+    inputs: Annotated[list[Path], typer.Argument(help=".jsonl files or folders of rows; .json files of calibrations.")],
     out: Annotated[Path, typer.Option(help="Packed file to write; compressed if its name ends with .gz.")],
 ) -> None:
     """Pack rows and calibrations into one small file of rows.

@@ -8,6 +8,7 @@ import bisect
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Final
 
 from moe_dispatch.policies.measurements.schema import CalibrationFile, Identity, LayerKey
@@ -41,6 +42,10 @@ class Curve:
     tokens: tuple[int, ...]
     us: tuple[float, ...]
 
+    @cached_property
+    def _logs(self) -> tuple[float, ...]:
+        return tuple(map(math.log, self.us))
+
     def at(self, M: int) -> float:
         """Time in µs at M tokens, interpolated; `LayerTable.rank` limits how far M may be beyond the ends."""
         i = bisect.bisect_left(self.tokens, M)
@@ -50,13 +55,8 @@ class Curve:
         if self.tokens[i] == M or i == 0:
             return self.us[i]
         lower, upper = self.tokens[i - 1], self.tokens[i]
-        share = _share(M, lower, upper)
-        return math.exp((1 - share) * math.log(self.us[i - 1]) + share * math.log(self.us[i]))
-
-
-def _share(M: int, lower: int, upper: int) -> float:
-    """Where M lies between two token counts, from 0 to 1, in log M."""
-    return math.log(M / lower) / math.log(upper / lower)
+        share = math.log(M / lower) / math.log(upper / lower)
+        return math.exp((1 - share) * self._logs[i - 1] + share * self._logs[i])
 
 
 class LayerTable:
@@ -78,7 +78,7 @@ class LayerTable:
         self.scores = {M: dict(at) for M, at in sorted(scores.items()) if any(us for us in at.values())}
         self.tokens = tuple(self.scores)
         self._curves = tuple(curves(self.scores))
-        self._counting: dict[tuple[int, ...], list[tuple[Curve, float, float]]] = {}
+        self._counting: dict[tuple[int, ...], list[Curve]] = {}
         self.winners = stable_winners(self.scores, incumbents)
 
     def rank(self, M: int) -> tuple[tuple[Identity, float], ...]:
@@ -109,14 +109,11 @@ class LayerTable:
             barred = {identity for near in around for identity, us in self.scores[near].items() if us is None}
             # A candidate that was eliminated at a neighbour was behind there; its times further away say nothing of M.
             counting = self._counting[around] = [
-                (curve, math.log(curve.at(around[0])), math.log(curve.at(around[-1])))
+                curve
                 for curve in self._curves
                 if curve.identity not in barred and all(near in curve.tokens for near in around)
             ]
-        if len(around) == 1:
-            return [(curve.identity, curve.at(M)) for curve, _, _ in counting]
-        share = _share(M, *around)
-        return [(curve.identity, math.exp((1 - share) * low + share * high)) for curve, low, high in counting]
+        return [(curve.identity, curve.at(M)) for curve in counting]
 
     def choices(self, M: int, mode: str) -> Iterator[Choice]:
         """The ranking as choices with their reasons; `mode` is the part of the reason that names the mode."""

@@ -135,7 +135,7 @@ def test_a_slice_of_a_device_and_other_capabilities_are_left_to_the_rules(
 )
 def test_the_nearest_of_several_tables_serves(tables: Path, name: str, sms: int, source: str) -> None:
     for slug in ("nvidia_h200", "nvidia_h20"):
-        (tables / f"{slug}.json").write_text("{}", encoding="utf-8")
+        (tables / f"{slug}{TABLE}").write_text("{}", encoding="utf-8")
     serves = nearest(H200.model_copy(update={"name": name, "sms": sms}), TABLE)
     assert serves is not None
     assert serves.name == source
