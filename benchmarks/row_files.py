@@ -3,10 +3,8 @@
 A name that ends with ``.gz`` is that of a compressed file, as the repository's own record has them.
 """
 
-import gzip
 import json
 import os
-import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Final
@@ -16,10 +14,10 @@ import pydantic
 from moe_dispatch.benchmarks.packed import is_packed, unpack
 from moe_dispatch.benchmarks.rows import BenchRow, RowKey
 from moe_dispatch.errors import InvalidInputError
+from moe_dispatch.system.compression import decompressed
 from moe_dispatch.system.files import read_bytes
 
 MAX_BYTES: Final = 128 << 20  # A sweep of seven models at fifteen token counts takes about 1 MiB.
-_GZIP: Final = 16 + zlib.MAX_WBITS  # For zlib: the data has gzip's head and check sum.
 
 
 def append(path: Path, row: BenchRow) -> None:
@@ -74,34 +72,11 @@ def timed_keys(path: Path) -> set[RowKey]:
 def _lines(path: Path) -> list[str]:
     try:
         content = read_bytes(path, limit=MAX_BYTES)
-        return (_decompressed(content) if path.suffix == ".gz" else content).decode().splitlines()
+        return (decompressed(content, limit=MAX_BYTES) if path.suffix == ".gz" else content).decode().splitlines()
     except (OSError, ValueError) as error:
         raise InvalidInputError(
             f"{path} cannot be read ({error}); give .jsonl files of `moe-dispatch bench`"
         ) from error
-
-
-def compressed(text: str) -> bytes:
-    """Text as the content of a ``.gz`` file; the same text gives the same bytes."""
-    return gzip.compress(text.encode(), mtime=0)
-
-
-def _decompressed(content: bytes) -> bytes:
-    """What `compressed` was given.
-
-    Raises:
-        ValueError: The content is damaged, cut off, or larger than `MAX_BYTES` when decompressed.
-    """
-    decompressor = zlib.decompressobj(_GZIP)
-    try:
-        text = decompressor.decompress(content, MAX_BYTES)
-    except zlib.error as error:
-        raise ValueError(str(error)) from error
-    if decompressor.unconsumed_tail:
-        raise ValueError(f"it has more than {MAX_BYTES:,} bytes when decompressed")
-    if not decompressor.eof:
-        raise ValueError("it is cut off")
-    return text
 
 
 def _is_other_record(lines: list[str]) -> bool:

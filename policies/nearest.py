@@ -12,12 +12,13 @@ from moe_dispatch.machine import Machine
 from moe_dispatch.measure.ceilings import KNOWN_CEILINGS
 from moe_dispatch.policies.measurements.schema import MAX_FILE_BYTES
 from moe_dispatch.problem import MoEProblem
+from moe_dispatch.system.compression import decompressed
 from moe_dispatch.system.files import read_bytes
 
 # A device with fewer multiprocessors than this share of the measured one's (a MIG slice, say) is left to the rules:
 # which configuration is fastest depends on how many programs run at once.
 LEAST_SHARE: Final = 0.5
-TABLE: Final = ".json"
+TABLE: Final = ".json.gz"
 # A table's choices carry over while memory and matrix rates differ alike. Where one differs from the other by more than
 # this factor (an H20 has .83 of an H200's bandwidth and .15 of its matrix rate), layers become bound by products at so
 # many fewer tokens that the learned model, each part of which is scaled by its own rate, decides.
@@ -103,7 +104,8 @@ def read_shipped(slug: str, suffix: str) -> tuple[bytes, str]:
     """
     with resources.as_file(shipped(slug, suffix)) as path:
         try:
-            return read_bytes(path, limit=MAX_FILE_BYTES), str(path)
+            content = read_bytes(path, limit=MAX_FILE_BYTES)
+            return decompressed(content, limit=MAX_FILE_BYTES) if path.suffix == ".gz" else content, str(path)
         except OSError as error:
             raise PolicyFileError(f"{path} cannot be read: {error.strerror}; install the package again") from error
 

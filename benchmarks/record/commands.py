@@ -8,6 +8,7 @@ import typer
 
 from moe_dispatch.errors import InvalidInputError
 from moe_dispatch.policies.measurements.schema import CalibrationFile, parse_calibration, read_bytes
+from moe_dispatch.system.compression import compressed
 from moe_dispatch.system.files import write_atomically
 
 
@@ -51,18 +52,19 @@ def pack(
     from moe_dispatch.benchmarks.packed import latest
     from moe_dispatch.benchmarks.packed import pack as pack_rows
     from moe_dispatch.benchmarks.record.calibration_rows import calibration_rows
-    from moe_dispatch.benchmarks.row_files import compressed, load
+    from moe_dispatch.benchmarks.row_files import load
 
-    rows = latest(calibration_rows(_calibration(path)) if path.suffix == ".json" else load([path]) for path in inputs)
-    text = "".join(f"{line}\n" for line in pack_rows(rows))
-    content = compressed(text) if out.suffix == ".gz" else text.encode()
-    _write(out, content)
-    typer.echo(f"{len(rows)} rows, {len(content):,} bytes: {out}")
+    calibrations = (".json", ".json.gz")
+    rows = latest(
+        calibration_rows(_calibration(path)) if path.name.endswith(calibrations) else load([path]) for path in inputs
+    )
+    _write(out, "".join(f"{line}\n" for line in pack_rows(rows)))
+    typer.echo(f"{len(rows)} rows, {out.stat().st_size:,} bytes: {out}")
 
 
 def ship(
     calibrations: Annotated[list[Path], typer.Argument(help="Calibrations of one machine, the newest last.")],
-    out: Annotated[Path, typer.Option(help="Table to write.")],
+    out: Annotated[Path, typer.Option(help="Table to write; compressed if its name ends with .gz.")],
 ) -> None:
     """Make a table to ship from a machine's calibrations."""
     from moe_dispatch.benchmarks.record.ship import table, text
@@ -95,8 +97,8 @@ def _calibration(path: Path) -> CalibrationFile:
         raise InvalidInputError(f"{path} does not exist; give a file of `moe-dispatch calibrate`") from error
 
 
-def _write(path: Path, content: str | bytes) -> None:
+def _write(path: Path, text: str) -> None:
     try:
-        write_atomically(path, content)
+        write_atomically(path, compressed(text) if path.suffix == ".gz" else text)
     except OSError as error:
         raise InvalidInputError(f"{path} cannot be written ({error}); --out names another file") from error

@@ -1,6 +1,5 @@
 """Rows of a record, written as they come: a run that is ended leaves what it has."""
 
-import gzip
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -8,6 +7,8 @@ from typing import Any
 
 from moe_dispatch.machine import Machine
 from moe_dispatch.measure.provenance import commit, versions
+from moe_dispatch.system import files
+from moe_dispatch.system.compression import decompressed
 
 
 def append(path: str | Path, row: Mapping[str, object]) -> None:
@@ -18,9 +19,9 @@ def append(path: str | Path, row: Mapping[str, object]) -> None:
 
 def read(path: Path) -> list[dict[str, Any]]:
     """The rows of a file, which is compressed if its name ends with .gz."""
-    content = path.read_bytes()
-    text = (gzip.decompress(content) if path.suffix == ".gz" else content).decode()
-    return list(map(json.loads, text.splitlines()))
+    content = files.read_bytes(path)
+    text = decompressed(content, limit=files.MAX_BYTES) if path.suffix == ".gz" else content
+    return list(map(json.loads, text.decode().splitlines()))
 
 
 def write(

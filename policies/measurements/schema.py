@@ -16,6 +16,7 @@ from moe_dispatch.errors import InvalidInputError, PolicyFileError
 from moe_dispatch.machine import Machine
 from moe_dispatch.problem import FP8_DTYPES, DType, Mode, MoEProblem
 from moe_dispatch.system import files
+from moe_dispatch.system.compression import decompressed
 
 SCHEMA: Final = 1
 MAX_FILE_BYTES: Final = 32 << 20  # a full calibration of every named workload takes about 1 MiB
@@ -272,14 +273,17 @@ class CalibrationFile(Strict):
 
 
 def read_bytes(path: Path) -> bytes:
-    """The content of a policy file.
+    """The content of a policy file, which is compressed if its name ends with .gz.
 
     Raises:
         FileNotFoundError: There is no such file.
         PolicyFileError: It is not a regular file, too large, or not readable.
     """
     try:
-        return files.read_bytes(path, limit=MAX_FILE_BYTES)
+        content = files.read_bytes(path, limit=MAX_FILE_BYTES)
+        return decompressed(content, limit=MAX_FILE_BYTES) if path.suffix == ".gz" else content
+    except ValueError as error:
+        raise PolicyFileError(f"{path} is damaged: {error}; delete it") from error
     except FileNotFoundError:
         raise
     except files.UnusableFileError as error:

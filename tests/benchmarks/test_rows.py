@@ -13,6 +13,7 @@ import pytest
 from moe_dispatch.benchmarks import packed, row_files
 from moe_dispatch.benchmarks.rows import BenchRow
 from moe_dispatch.errors import InvalidInputError
+from moe_dispatch.system.compression import compressed
 from tests.benchmarks.helpers import RESULTS, bench_row
 
 
@@ -123,7 +124,7 @@ def test_compressed_rows_are_the_rows_and_damaged_ones_are_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     row = bench_row("vllm", "qwen3-30b-a3b", "fp8", 64, 175.0)
-    content = row_files.compressed(row.model_dump_json() + "\n")
+    content = compressed(row.model_dump_json() + "\n")
     path = tmp_path / "rows.jsonl.gz"
     path.write_bytes(content)
     assert row_files.load([tmp_path]) == row_files.load([path]) == [row]
@@ -131,7 +132,7 @@ def test_compressed_rows_are_the_rows_and_damaged_ones_are_refused(
         path.write_bytes(damage)
         with pytest.raises(InvalidInputError, match=r"rows\.jsonl\.gz cannot be read"):
             row_files.load([path])
-    path.write_bytes(row_files.compressed(" " * 5000))
+    path.write_bytes(compressed(" " * 5000))
     monkeypatch.setattr(row_files, "MAX_BYTES", 4999)
     with pytest.raises(InvalidInputError, match="more than 4,999 bytes when decompressed"):
         row_files.load([path])

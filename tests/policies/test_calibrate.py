@@ -446,7 +446,7 @@ def test_coarse_to_fine_spans_the_range_first() -> None:
     [
         ({"tokens": ()}, "at least one of its tokens"),
         ({"tokens": (0, 1)}, "tokens must be at least 1, got 0"),
-        ({"routings": ("zipf",)}, "routings must be among uniform.*got zipf"),
+        ({"routings": ("round-robin",)}, "routings must be among uniform.*got round-robin"),
         ({"modes": ("graph",)}, "modes must be among eager on this machine"),
         ({"most_configs": 0}, "most_configs must be at least 1, got 0"),
     ],
