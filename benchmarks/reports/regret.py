@@ -10,14 +10,14 @@ Not every choice has a time:
   time that is interpolated between the two.
 - A candidate that a single run showed to be far behind gets that time, or the interpolated one if it is less: single
   runs are at times ten times too long.
-- Any other choice without a time is counted as unmeasured. It is replaced by the fastest configuration of its backend
-  if it is a default, which may be newer than the measurements, and otherwise by the next choice of the ranking. If
-  nothing that a policy ranks has a time, the policy is not judged at the point.
+- Any other choice without a time is counted as unmeasured. It is replaced by the fastest configuration of its backend,
+  or else of its family (`rules.FAMILIES`), if it is a default, which may be newer than the measurements, and otherwise
+  by the next choice of the ranking. If nothing that a policy ranks has a time, the policy is not judged at the point.
 """
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -30,7 +30,7 @@ from moe_dispatch.policies.learned.fit import Observation, fit_model
 from moe_dispatch.policies.learned.policy import LearnedPolicy
 from moe_dispatch.policies.measurements.schema import Identity
 from moe_dispatch.policies.measurements.table import curves, geometric_mean
-from moe_dispatch.policies.rules import RulesPolicy
+from moe_dispatch.policies.rules import FAMILIES, RulesPolicy
 from moe_dispatch.policy import Choice
 from moe_dispatch.problem import MoEProblem
 from moe_dispatch.registry import BACKENDS
@@ -212,10 +212,19 @@ def _judged(ranking: Sequence[Choice], problem: MoEProblem, times: Times, least:
         if us is None:
             unmeasured = True
             if choice.config is None:
-                us = min((us for (name, _), us in times.items() if name == choice.backend), default=None)
+                us = _least(times, {choice.backend}) or _least(times, _family(choice.backend))
         if us is not None:
             return Judged(max(0.0, us / least - 1), unmeasured)
     return Judged(None, unmeasured)
+
+
+def _least(times: Times, backends: Container[str]) -> float | None:
+    return min((us for (name, _), us in times.items() if name in backends), default=None)
+
+
+def _family(backend: str) -> set[str]:
+    family = FAMILIES.get(backend, backend)
+    return {family, *(member for member, of in FAMILIES.items() if of == family)}
 
 
 def _vllm_rule(problem: MoEProblem) -> tuple[Choice, ...]:
