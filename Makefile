@@ -1,13 +1,10 @@
-# `make demo` and `make test` need nothing but Python 3.11 or newer: each creates .venv by itself. On Linux and x86_64 pip
-# checks every file against the hashes of requirements*.lock, with a CPU build of torch where pip finds one (PyPI has none)
-# and else a CUDA build; elsewhere the versions of constraints.txt have to do.
+# `make demo` and `make test` need nothing but Python 3.11 or newer: each creates .venv by itself, as
+# tests/matrix/install.py says.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 # Touched when the environment is whole, so that an interrupted install starts over.
 STAMP := $(VENV)/.installed
-PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile
-IS_LOCKED := import platform as p, sys; sys.exit(p.system() + p.machine() != "Linuxx86_64" or sys.version_info >= (3, 14))
 
 # What is installed is compiled when it is first imported, which is a small part of it.
 unexport PYTHONDONTWRITEBYTECODE
@@ -56,11 +53,6 @@ clean:  ## Remove the environment and caches.
 $(STAMP): pyproject.toml constraints.txt requirements.lock requirements-cpu.lock requirements-cuda.lock
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("moe_dispatch needs Python 3.11 or newer, and $(PYTHON) is %d.%d: make PYTHON=python3.12 …" % sys.version_info[:2])'
 	$(PYTHON) -m venv $(VENV)
-	@if $(BIN)/python -c '$(IS_LOCKED)'; then set -e; \
-	  $(PIP_INSTALL) --require-hashes --no-deps -r requirements.lock; \
-	  $(PIP_INSTALL) --require-hashes --no-deps -r requirements-cpu.lock 2>/dev/null || \
-	    $(PIP_INSTALL) --require-hashes --no-deps -r requirements-cuda.lock; \
-	  $(PIP_INSTALL) --no-deps --no-build-isolation -e .; \
-	else $(PIP_INSTALL) -c constraints.txt -e '.[dev]'; fi
+	$(BIN)/python tests/matrix/install.py
 	$(BIN)/python -m pip check --disable-pip-version-check
 	@touch $@

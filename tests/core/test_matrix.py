@@ -2,6 +2,7 @@
 
 import tomllib
 import types
+from functools import partial
 from pathlib import Path
 from typing import cast
 
@@ -11,6 +12,7 @@ from packaging.specifiers import SpecifierSet
 
 from moe_dispatch.system.libraries import KNOWN_TO_WORK
 from tests.conftest import thin_out
+from tests.matrix import install
 from tests.matrix.cells import CELLS, FOLDER, Outcome, keep, kind, outcomes, pins
 from tests.matrix.table import BEGIN, END, README, ran_with_pins, table, with_table
 
@@ -91,6 +93,24 @@ def test_the_locks_hold_the_pins_with_hashes() -> None:
         if wanted.name != PROJECT["name"]:
             assert locked[wanted.name], wanted
             assert all(map(wanted.specifier.contains, locked[wanted.name])), wanted
+
+
+def test_a_file_with_another_hash_ends_the_install_and_a_missing_one_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With an index that lacks torch's locked builds, and with one whose first file was replaced."""
+    installed: list[str] = []
+    monkeypatch.setattr(install, "LOCKED", True)
+
+    def pip(*arguments: str, failing: str, failure: str) -> str:
+        installed.append(arguments[-1])
+        return failure if failing in arguments[-1] else ""
+
+    monkeypatch.setattr(install, "pip", partial(pip, failing="-c", failure="No matching distribution"))
+    install.main()
+    assert installed == ["requirements.lock", "requirements-cpu.lock", "requirements-cuda.lock", ".[dev]"]
+    monkeypatch.setattr(install, "pip", partial(pip, failing="requirements.lock", failure=install.MISMATCH))
+    with pytest.raises(SystemExit, match=install.MISMATCH):
+        install.main()
+    assert installed[4:] == ["requirements.lock"]
 
 
 def test_an_outcome_is_kept_and_counts_for_the_pins_that_it_ran_with(tmp_path: Path) -> None:
