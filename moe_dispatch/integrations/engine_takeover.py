@@ -62,6 +62,9 @@ def kernel_reasons(problem: MoEProblem, machine: Machine | None = None) -> list[
     Args:
         problem: A call of the layer.
         machine: See `explain`.
+
+    Returns:
+        One reason, which names what speaks against each backend; none if a faster backend would run.
     """
     explanation = explain(problem, machine=machine)
     if explanation.chosen is not None and explanation.chosen.choice.backend != LAST_RESORT:

@@ -5,7 +5,6 @@ graphs are captured, so what is allocated here is accounted for, and a capture m
 share their plans: the first one warms up for all.
 """
 
-import logging
 import threading
 import time
 from collections import Counter
@@ -17,6 +16,7 @@ import torch
 from moe_dispatch.api import explain, warm_up
 from moe_dispatch.dispatch.process import get_dispatcher
 from moe_dispatch.experts import ExpertWeights
+from moe_dispatch.integrations.engine_takeover import Takeover
 
 if TYPE_CHECKING:
     from moe_dispatch.problem import Mode
@@ -33,8 +33,21 @@ def remember_engine(captured: Iterable[int], most_tokens: int) -> None:
     _captured, _most_tokens = tuple(sorted(captured)), most_tokens
 
 
-def warm_up_once(experts: ExpertWeights, topk: int, act_dtype: torch.dtype, logger: logging.Logger) -> None:
-    """Warm up for layers of this kind, unless that has been done in this process; one INFO line says what will run."""
+def prepare(takeover: Takeover, experts: ExpertWeights, topk: int, act_dtype: torch.dtype, *, into_out: bool) -> None:
+    """Before a layer's call: say what has been decided, and warm up for layers of this kind once in this process.
+
+    One INFO line says what will run. While a CUDA graph is captured nothing is done.
+
+    Args:
+        takeover: The engine's.
+        experts: The layer's weights.
+        topk: Experts per token.
+        act_dtype: The dtype of hidden_states.
+        into_out: Whether the engine's calls give `out` to `moe_forward`.
+    """
+    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        return
+    takeover.tell()
     kind = (experts.spec, topk, act_dtype)
     if kind in _done:
         return
@@ -43,8 +56,8 @@ def warm_up_once(experts: ExpertWeights, topk: int, act_dtype: torch.dtype, logg
             return
         _done.add(kind)  # a failure below must not come again with every call: its backend is barred by then
         begin = time.monotonic()
-        warm_up(experts, topk, _captured, act_dtype, up_to=_most_tokens, into_out=True)
-        logger.info(
+        warm_up(experts, topk, _captured, act_dtype, up_to=_most_tokens, into_out=into_out)
+        takeover.logger.info(
             "moe_dispatch warmed up for %r, M ≤ %d, in %.1f s; %s",
             experts,
             _most_tokens,

@@ -10,13 +10,17 @@ import torch
 
 pytest.importorskip("sglang")
 
+from sglang.srt import runtime_context
+from sglang.srt.arg_groups.overrides import declare_resolution
 from sglang.srt.layers.moe.moe_runner.base import MoeRunnerConfig
 from sglang.srt.layers.moe.moe_runner.runner import MoeRunner
 from sglang.srt.layers.moe.moe_runner.triton import TritonMoeQuantInfo
 from sglang.srt.layers.moe.token_dispatcher.standard import StandardCombineInput, StandardDispatchOutput
 from sglang.srt.layers.moe.topk import StandardTopKOutput
 from sglang.srt.layers.moe.utils import MoeRunnerBackend
+from sglang.srt.model_executor.cuda_graph_config import CudaGraphConfig, PhaseConfig
 from sglang.srt.plugins.hook_registry import HookRegistry
+from sglang.srt.server_args import ServerArgs
 
 from moe_dispatch import ExpertWeights, moe_forward
 from moe_dispatch.integrations import engine_warm_up
@@ -158,6 +162,21 @@ def test_what_does_not_fit_stays_sglangs_own(case: str) -> None:
     out = make_runner(**config).run(dispatched(*call()), TritonMoeQuantInfo(**described, **quant))
     assert out.hidden_states.numel() == 0
     assert reason in next(iter(runner.TAKEOVER.left))
+
+
+@pytest.mark.parametrize(("chunk", "most_tokens"), [(4096, 4096), (-1, 16384)])
+def test_token_counts_are_those_that_sglang_resolves(
+    chunk: int, most_tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are published; the server arguments go on holding None. -1 cuts no prefill."""
+    arguments = ServerArgs(model_path="any")
+    graphs = CudaGraphConfig(decode=PhaseConfig("full", bs=[4, 1, 2]), prefill=PhaseConfig("breakable", bs=[512]))
+    declare_resolution(arguments, "test", chunked_prefill_size=chunk, cuda_graph_config=graphs)
+    monkeypatch.setattr(runtime_context._CONTEXT, "_config_bags", runtime_context._build_config_bags(arguments))
+    remembered: list[tuple[object, ...]] = []
+    monkeypatch.setattr(runner, "remember_engine", lambda *counts: remembered.append(counts))
+    runner._remember_engine()
+    assert remembered == [({1, 2, 4, 512}, most_tokens)]
 
 
 def test_another_version_is_refused_with_the_reason(

@@ -442,7 +442,7 @@ def test_a_backend_that_fails_in_the_warm_up_is_replaced(monkeypatch: pytest.Mon
     experts = ExpertWeights(layer.w13_weight.data, layer.w2_weight.data)
     with ranked(Raising, Honest):
         with pytest.warns(MoEDispatchWarning, match="'honest' runs instead"):
-            warm_up.warm_up_once(experts, TOPK, x.dtype, takeover.TAKEOVER.logger)
+            warm_up.prepare(takeover.TAKEOVER, experts, TOPK, x.dtype, into_out=True)
         before = stats()["raising"]
         out = run(layer, x, weights, ids)
         assert stats()["raising"] == before

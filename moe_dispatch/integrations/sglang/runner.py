@@ -11,7 +11,7 @@ from typing import Any, Final
 import torch
 from sglang.srt.layers.moe.token_dispatcher.standard import StandardCombineInput
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
-from sglang.srt.runtime_context import get_exec, get_server_args
+from sglang.srt.runtime_context import get_exec, get_schedule
 from torch import Tensor
 
 from moe_dispatch.activations import SwiGLU
@@ -19,7 +19,8 @@ from moe_dispatch.api import moe_forward
 from moe_dispatch.errors import InvalidInputError
 from moe_dispatch.experts import ExpertWeights
 from moe_dispatch.integrations.engine_takeover import Takeover, kernel_reasons
-from moe_dispatch.integrations.engine_warm_up import remember_engine, warm_up_once
+from moe_dispatch.integrations.engine_warm_up import prepare, remember_engine
+from moe_dispatch.integrations.engine_weights import addresses, wrap
 from moe_dispatch.problem import QUANT_BLOCK
 
 TARGET: Final = "sglang.srt.layers.moe.moe_runner.runner.MoeRunner.run"
@@ -47,19 +48,17 @@ def hook() -> None:
 
 def run(original: Any, runner: Any, dispatch_output: Any, quant_info: Any, lora_info: Any = None) -> Any:
     """Compute a layer by `moe_forward`, or by SGLang's own `MoeRunner.run`."""
-    if torch.compiler.is_compiling():  # a trace takes what is kept of one layer for a constant of all
+    if torch.compiler.is_compiling():  # a trace would hold one layer's weights as constants of all
         return original(runner, dispatch_output, quant_info, lora_info)
-    addresses = tuple(0 if tensor is None else tensor.data_ptr() for tensor in _tensors(quant_info))
+    now = addresses(_tensors(quant_info))
     layer = _layers.get(runner)
-    if layer is None or layer.addresses != addresses:  # first call, or a reload moved the weights
-        layer = _layers[runner] = _Layer(addresses, _decide(runner, dispatch_output, quant_info, first=layer is None))
+    if layer is None or layer.addresses != now:  # first call, or a reload moved the weights
+        layer = _layers[runner] = _Layer(now, _decide(runner, dispatch_output, quant_info, first=layer is None))
     if layer.experts is None:
         return original(runner, dispatch_output, quant_info, lora_info)
     hidden, topk_output = dispatch_output.hidden_states, dispatch_output.topk_output
     weights, ids = topk_output.topk_weights, topk_output.topk_ids
-    if not torch.cuda.is_available() or not torch.cuda.is_current_stream_capturing():
-        TAKEOVER.tell()
-        warm_up_once(layer.experts, ids.shape[1], hidden.dtype, TAKEOVER.logger)
+    prepare(TAKEOVER, layer.experts, ids.shape[1], hidden.dtype, into_out=False)
     if runner.config.routed_scaling_factor not in (None, 1.0):
         weights = weights * runner.config.routed_scaling_factor
     # SGLang's `inplace` allows that the output overwrites the input; callers read what is returned.
@@ -153,24 +152,25 @@ def _decide(runner: Any, dispatch_output: Any, quant_info: Any, *, first: bool) 
 
 
 def _wrap(config: Any, quant_info: Any) -> ExpertWeights:
-    gate_up, down, gate_up_scale, down_scale, gate_up_bias, down_bias = (
-        None if tensor is None else tensor.detach() for tensor in _tensors(quant_info)
-    )
-    assert gate_up is not None and down is not None  # noqa: S101, PT018 - every layer has both
     activation, interleaved = gate_of(config)
     routed = config.num_experts
-    return ExpertWeights(
-        gate_up, down, gate_up_scale=gate_up_scale, down_scale=down_scale, gate_up_bias=gate_up_bias,
-        down_bias=down_bias, activation=activation, interleaved=interleaved or bool(quant_info.fuse_swiglu_interleaved),
-        routed_experts=routed if routed is not None and routed > gate_up.shape[0] else None,
+    return wrap(
+        _tensors(quant_info), activation, interleaved=interleaved or bool(quant_info.fuse_swiglu_interleaved),
+        routed_experts=routed if routed is not None and routed > quant_info.w13_weight.shape[0] else None,
     )  # fmt: skip
 
 
 def _remember_engine() -> None:
-    """The batch sizes that SGLang captures, and its longest prefill; powers of two where it does not say."""
+    """The token counts that SGLang captures, and its longest prefill; powers of two where it does not say.
+
+    As SGLang has resolved them: its server arguments hold None for what the command line leaves open.
+    """
     try:
-        captured = tuple(get_exec().graph.cuda_graph_config.decode.bs or ())
-        most_tokens = int(get_server_args().chunked_prefill_size)
+        graphs = get_exec().graph.cuda_graph_config
+        phases = [phase for phase in (graphs.decode, graphs.prefill) if phase.backend != "disabled"]
+        captured = {count for phase in phases for count in phase.bs or ()}
+        chunk = get_schedule().chunked_prefill_size or 0
+        most_tokens = int(chunk if chunk > 0 else get_schedule().max_prefill_tokens)  # -1: prefills are not cut
     except (AttributeError, TypeError, ValueError):
-        captured, most_tokens = tuple(1 << power for power in range(9)), 8192
+        captured, most_tokens = {1 << power for power in range(9)}, 8192
     remember_engine(captured, max((most_tokens, *captured)))

@@ -13,7 +13,8 @@ from vllm.model_executor.layers.quantization.utils import quant_utils
 
 from moe_dispatch.api import moe_forward
 from moe_dispatch.experts import ExpertWeights
-from moe_dispatch.integrations.engine_warm_up import warm_up_once
+from moe_dispatch.integrations.engine_warm_up import prepare
+from moe_dispatch.integrations.engine_weights import addresses, wrap
 from moe_dispatch.integrations.vllm.gates import VLLM_ACTIVATIONS, gate_of
 from moe_dispatch.integrations.vllm.takeover import TAKEOVER
 
@@ -144,9 +145,7 @@ class MoeDispatchExperts(mk.FusedMoEExpertsModular):  # type: ignore[misc]  # vL
     ) -> None:
         """Prepare for `LayerInPlaceOfSum.apply`, which follows in the same call of vLLM's kernel."""
         experts = self._weights(w1, w2)
-        if not torch.cuda.is_available() or not torch.cuda.is_current_stream_capturing():
-            TAKEOVER.tell()
-            warm_up_once(experts, topk_ids.shape[1], hidden_states.dtype, TAKEOVER.logger)
+        prepare(TAKEOVER, experts, topk_ids.shape[1], hidden_states.dtype, into_out=True)
         if apply_router_weight_on_input:  # vLLM multiplied hidden_states before it called
             topk_weights = torch.ones_like(topk_weights)
         self._sum.call = hidden_states, experts, topk_weights, topk_ids
@@ -154,18 +153,11 @@ class MoeDispatchExperts(mk.FusedMoEExpertsModular):  # type: ignore[misc]  # vL
     def _weights(self, w1: Tensor, w2: Tensor) -> ExpertWeights:
         """The layer's weights, wrapped anew where a reload has moved any of them."""
         tensors = (w1, w2, *self._scales, self.w1_bias, self.w2_bias)
-        addresses = tuple(0 if tensor is None else tensor.data_ptr() for tensor in tensors)
-        if self._experts is None or addresses != self._addresses:
-            gate_up, down, gate_up_scale, down_scale, gate_up_bias, down_bias = (
-                None if tensor is None else tensor.detach() for tensor in tensors
-            )
+        now = addresses(tensors)
+        if self._experts is None or now != self._addresses:
             activation, interleaved = gate_of(self.moe_config)
-            assert gate_up is not None and down is not None  # noqa: S101, PT018 - w1 and w2
-            self._experts = ExpertWeights(
-                gate_up, down, gate_up_scale=gate_up_scale, down_scale=down_scale, gate_up_bias=gate_up_bias,
-                down_bias=down_bias, activation=activation, interleaved=interleaved,
-            )  # fmt: skip
-            self._addresses = addresses
+            self._experts = wrap(tensors, activation, interleaved=interleaved)
+            self._addresses = now
         return self._experts
 
 

@@ -25,8 +25,8 @@ def reasons_against(moe_config: Any, vllm_config: Any, method: Any) -> list[str]
     reasons = [*_engine_reasons(vllm_config), *_parallel_reasons(moe_config.moe_parallel_config)]
     if moe_config.is_lora_enabled:
         reasons.append("LoRA adapters need vLLM's own experts")
-    if (asked := getattr(moe_config, "moe_backend", "auto")) != "auto":
-        reasons.append(f"--moe-backend {asked} names vLLM's own")
+    if (backend := getattr(moe_config, "moe_backend", "auto")) != "auto":
+        reasons.append(f"--moe-backend {backend} names vLLM's own")
     for understand in (gate_of, lambda config: stored_dtype(config, method)):
         try:
             understand(moe_config)
