@@ -94,6 +94,10 @@ def normalise_outputs(module: Any) -> None:
     module.has_post_expert_norm = True
 
 
+def cast_to_fp8(module: Any) -> None:
+    module.to(torch.float8_e4m3fn)
+
+
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
@@ -102,6 +106,7 @@ def normalise_outputs(module: Any) -> None:
         (add_submodule, "submodule pre_norm"),
         (add_attribute, "attribute residual_scale=2.0"),
         (normalise_outputs, "has_post_expert_norm"),
+        (cast_to_fp8, "FP8 without scales"),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )

@@ -6,7 +6,7 @@ NAME: Final = "moe_dispatch"
 
 
 def register() -> None:
-    """Make ``experts_implementation="moe_dispatch"`` known to transformers, for plain and for block-FP8 models.
+    """Make ``experts_implementation="moe_dispatch"`` known to transformers, for plain and for FP8 models.
 
     Raises:
         ImportError: transformers is missing or older than 5.17.
