@@ -13,7 +13,11 @@ def compressed(text: str) -> bytes:
 
 
 def decompressed(content: bytes, *, limit: int) -> bytes:
-    """What `compressed` was given.
+    """The bytes that a ``.gz`` file's content stands for.
+
+    Args:
+        content: One gzip member; what follows it is passed over.
+        limit: The most bytes that the result may have.
 
     Raises:
         ValueError: The content is damaged, cut off, or has more than `limit` bytes when decompressed.

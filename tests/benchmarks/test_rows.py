@@ -34,7 +34,7 @@ def test_rows_with_earlier_names_are_read(source: str) -> None:
 
 
 def test_recorded_files_are_read_and_other_records_beside_them_passed_over() -> None:
-    assert (RESULTS / "options.jsonl").exists()
+    assert (RESULTS / "options.jsonl.gz").exists()
     rows = row_files.load([RESULTS])
     assert {row.key for row in rows} == {
         row.key for name in ("bench.jsonl.gz", "sweep.jsonl.gz") for row in row_files.load([RESULTS / name])
@@ -45,8 +45,8 @@ def test_recorded_files_are_read_and_other_records_beside_them_passed_over() -> 
 
 
 def test_another_record_is_refused_where_it_is_named() -> None:
-    with pytest.raises(InvalidInputError, match=r"options.jsonl:1 is not a benchmark row"):
-        row_files.load([RESULTS / "options.jsonl"])
+    with pytest.raises(InvalidInputError, match=r"options.jsonl.gz:1 is not a benchmark row"):
+        row_files.load([RESULTS / "options.jsonl.gz"])
 
 
 def test_a_half_written_line_spoils_no_other(tmp_path: Path) -> None:

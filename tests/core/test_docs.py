@@ -42,7 +42,7 @@ def test_links_into_the_repository_become_paths_and_must_exist() -> None:
 
 
 def test_all_that_is_derived_from_weights_and_kept_is_listed() -> None:
-    """Copies that go stale: a module that keeps something by an object of the caller holds it weakly."""
+    """A copy can go stale; every module that keeps one holds weak references, or has an attribute of these names."""
     text = (DOCS / "reliability.md").read_text(encoding="utf-8")
     rooms = ("backends", "moe_dispatch/dispatch", "moe_dispatch/integrations", "moe_dispatch/modules")
     sources = [path for room in rooms for path in (ROOT / room).rglob("*.py")]

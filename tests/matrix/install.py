@@ -16,10 +16,10 @@ MISMATCH = "DO NOT MATCH THE HASHES"
 
 
 def pip(*arguments: str) -> str:
-    """Run pip install; empty if it succeeded, else what it printed to stderr."""
+    """Run pip install; empty if it succeeded, else what it printed to stderr, which is never empty."""
     command = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-compile"]
     done = subprocess.run([*command, *arguments], stderr=subprocess.PIPE, text=True, check=False)
-    return done.stderr + " " if done.returncode else ""
+    return (done.stderr or f"pip ended with {done.returncode}") if done.returncode else ""
 
 
 def locked(name: str) -> str:
