@@ -100,7 +100,7 @@ def read_shipped(slug: str, suffix: str) -> tuple[bytes, str]:
     """The content of the file that ships for a device, and its path for messages.
 
     Raises:
-        PolicyFileError: It cannot be read.
+        PolicyFileError: It cannot be read or decompressed.
     """
     with resources.as_file(shipped(slug, suffix)) as path:
         try:
@@ -108,6 +108,8 @@ def read_shipped(slug: str, suffix: str) -> tuple[bytes, str]:
             return decompressed(content, limit=MAX_FILE_BYTES) if path.suffix == ".gz" else content, str(path)
         except OSError as error:
             raise PolicyFileError(f"{path} cannot be read: {error.strerror}; install the package again") from error
+        except ValueError as error:
+            raise PolicyFileError(f"{path} is damaged: {error}; install the package again") from error
 
 
 def nearest(machine: Machine, suffix: str) -> Nearest | None:

@@ -86,8 +86,13 @@ def test_other_versions_are_noted_and_it_still_serves(tables: Path, change: dict
     assert f"{library} {getattr(H200, library)} -> {version}" in policy.notes()[0]
 
 
-def test_a_damaged_table_is_refused(tables: Path) -> None:
-    (tables / "nvidia_h200.json.gz").write_bytes(compressed(table(H200).model_dump_json()[:-30]))
+@pytest.mark.parametrize(
+    "content",
+    [compressed(table(H200).model_dump_json()[:-30]), compressed(table(H200).model_dump_json())[:-30], b"{}"],
+    ids=["cut off", "cut off after compression", "not compressed"],
+)
+def test_a_damaged_table_is_refused(tables: Path, content: bytes) -> None:
+    (tables / "nvidia_h200.json.gz").write_bytes(content)
     with pytest.warns(MoEDispatchWarning, match="is damaged"):
         policy = ShippedPolicy(H200)
     assert ranked(policy, H200) == []
