@@ -92,7 +92,7 @@ def _parse(path: Path, lines: list[str]) -> Iterator[BenchRow]:
     if is_packed(lines):
         try:
             yield from unpack(lines)
-        except (ValueError, KeyError, IndexError) as error:
+        except (ValueError, TypeError, ArithmeticError, LookupError) as error:
             raise InvalidInputError(f"{path} is damaged: {error}") from error
         return
     for number, line in enumerate(lines, start=1):
