@@ -18,7 +18,7 @@ from moe_dispatch.system.files import read_bytes
 # A device with fewer multiprocessors than this share of the measured one's (a MIG slice, say) is left to the rules:
 # which configuration is fastest depends on how many programs run at once.
 LEAST_SHARE: Final = 0.5
-TABLE: Final = ".json.gz"
+TABLE: Final = ".json.xz"
 # A table's choices carry over while memory and matrix rates differ alike. Where one differs from the other by more than
 # this factor (an H20 has .83 of an H200's bandwidth and .15 of its matrix rate), layers become bound by products at so
 # many fewer tokens that the learned model, each part of which is scaled by its own rate, decides.
@@ -105,7 +105,7 @@ def read_shipped(slug: str, suffix: str) -> tuple[bytes, str]:
     with resources.as_file(shipped(slug, suffix)) as path:
         try:
             content = read_bytes(path, limit=MAX_FILE_BYTES)
-            return decompressed(content, limit=MAX_FILE_BYTES) if path.suffix == ".gz" else content, str(path)
+            return decompressed(content, limit=MAX_FILE_BYTES) if path.suffix == ".xz" else content, str(path)
         except OSError as error:
             raise PolicyFileError(f"{path} cannot be read: {error.strerror}; install the package again") from error
         except ValueError as error:

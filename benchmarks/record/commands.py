@@ -43,7 +43,7 @@ def agree(
 
 def pack(
     inputs: Annotated[list[Path], typer.Argument(help=".jsonl files or folders of rows; .json files of calibrations.")],
-    out: Annotated[Path, typer.Option(help="Packed file to write; compressed if its name ends with .gz.")],
+    out: Annotated[Path, typer.Option(help="Packed file to write; compressed if its name ends with .xz.")],
 ) -> None:
     """Pack rows and calibrations into one small file of rows.
 
@@ -54,7 +54,7 @@ def pack(
     from moe_dispatch.benchmarks.record.calibration_rows import calibration_rows
     from moe_dispatch.benchmarks.row_files import load
 
-    calibrations = (".json", ".json.gz")
+    calibrations = (".json", ".json.xz")
     rows = latest(
         calibration_rows(_calibration(path)) if path.name.endswith(calibrations) else load([path]) for path in inputs
     )
@@ -64,7 +64,7 @@ def pack(
 
 def ship(
     calibrations: Annotated[list[Path], typer.Argument(help="Calibrations of one machine, the newest last.")],
-    out: Annotated[Path, typer.Option(help="Table to write; compressed if its name ends with .gz.")],
+    out: Annotated[Path, typer.Option(help="Table to write; compressed if its name ends with .xz.")],
 ) -> None:
     """Make a table to ship from a machine's calibrations."""
     from moe_dispatch.benchmarks.record.ship import table, text
@@ -77,7 +77,7 @@ def ship(
 
 def project(
     calibration: Annotated[
-        Path, typer.Argument(help="File of `calibrate --parallel` on two GPUs, or that one as .gz.")
+        Path, typer.Argument(help="File of `calibrate --parallel` on two GPUs, or that one as .xz.")
     ],
     rows: Annotated[list[Path] | None, typer.Argument(help="Rows of record.expert_parallel on two GPUs.")] = None,
 ) -> None:
@@ -99,6 +99,6 @@ def _calibration(path: Path) -> CalibrationFile:
 
 def _write(path: Path, text: str) -> None:
     try:
-        write_atomically(path, compressed(text) if path.suffix == ".gz" else text)
+        write_atomically(path, compressed(text) if path.suffix == ".xz" else text)
     except OSError as error:
         raise InvalidInputError(f"{path} cannot be written ({error}); --out names another file") from error

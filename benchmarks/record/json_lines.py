@@ -18,9 +18,9 @@ def append(path: str | Path, row: Mapping[str, object]) -> None:
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """The rows of a file, which is compressed if its name ends with .gz."""
+    """The rows of a file, which is compressed if its name ends with .xz."""
     content = files.read_bytes(path)
-    text = decompressed(content, limit=files.MAX_BYTES) if path.suffix == ".gz" else content
+    text = decompressed(content, limit=files.MAX_BYTES) if path.suffix == ".xz" else content
     return list(map(json.loads, text.decode().splitlines()))
 
 

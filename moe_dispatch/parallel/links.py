@@ -42,7 +42,7 @@ class Cluster:
     between: Link
 
 
-_MEASURED: Final = "calibrated on two H200s, benchmarks/results/nvidia_h200_x2/calibration-2d01441.json.gz"
+_MEASURED: Final = "calibrated on two H200s, benchmarks/results/nvidia_h200_x2/calibration-2d01441.json.xz"
 NVLINK4_DIRECT: Final = Link("NVLink 4 by stores", 4.5, 317e3, _MEASURED)
 NVLINK4_NCCL: Final = Link("NVLink 4 by NCCL", 8.9, 193e3, _MEASURED)
 NDR400: Final = Link("InfiniBand NDR", 20.0, 45e3, "one NIC of 400 Gb/s a GPU, 90 % of it; latency assumed")

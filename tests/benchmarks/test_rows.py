@@ -34,10 +34,10 @@ def test_rows_with_earlier_names_are_read(source: str) -> None:
 
 
 def test_recorded_files_are_read_and_other_records_beside_them_passed_over() -> None:
-    assert (RESULTS / "options.jsonl").exists()
+    assert (RESULTS / "options.jsonl.xz").exists()
     rows = row_files.load([RESULTS])
     assert {row.key for row in rows} == {
-        row.key for name in ("bench.jsonl.gz", "sweep.jsonl.gz") for row in row_files.load([RESULTS / name])
+        row.key for name in ("bench.jsonl.xz", "sweep.jsonl.xz") for row in row_files.load([RESULTS / name])
     }
     assert {row.roofline_from for row in rows} == {"device"}
     assert all(row.fraction == pytest.approx(row.roofline_us / row.us) for row in rows if row.roofline_us and row.us)
@@ -45,8 +45,8 @@ def test_recorded_files_are_read_and_other_records_beside_them_passed_over() -> 
 
 
 def test_another_record_is_refused_where_it_is_named() -> None:
-    with pytest.raises(InvalidInputError, match=r"options.jsonl:1 is not a benchmark row"):
-        row_files.load([RESULTS / "options.jsonl"])
+    with pytest.raises(InvalidInputError, match=r"options.jsonl.xz:1 is not a benchmark row"):
+        row_files.load([RESULTS / "options.jsonl.xz"])
 
 
 def test_a_half_written_line_spoils_no_other(tmp_path: Path) -> None:
@@ -134,12 +134,12 @@ def test_compressed_rows_are_the_rows_and_damaged_ones_are_refused(
 ) -> None:
     row = bench_row("vllm", "qwen3-30b-a3b", "fp8", 64, 175.0)
     content = compressed(row.model_dump_json() + "\n")
-    path = tmp_path / "rows.jsonl.gz"
+    path = tmp_path / "rows.jsonl.xz"
     path.write_bytes(content)
     assert row_files.load([tmp_path]) == row_files.load([path]) == [row]
-    for damage in (content[:-9], b"not gzip", content[:12] + bytes(8) + content[20:]):
+    for damage in (content[:-9], b"not xz", content[:12] + bytes(8) + content[20:]):
         path.write_bytes(damage)
-        with pytest.raises(InvalidInputError, match=r"rows\.jsonl\.gz cannot be read"):
+        with pytest.raises(InvalidInputError, match=r"rows\.jsonl\.xz cannot be read"):
             row_files.load([path])
     path.write_bytes(compressed(" " * 5000))
     monkeypatch.setattr(row_files, "MAX_BYTES", 4999)
