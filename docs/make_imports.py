@@ -76,7 +76,8 @@ def main() -> None:
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}">',
         f'<style>{STYLE}</style>{HEAD}<path fill="#fff" d="M0 0H{WIDTH}V{height}H0z"/>',
     ]
-    for (start, end), count in sorted(Counter((room(one.importer), room(one.imported)) for one in imports()).items()):
+    arrows = Counter((room(edge.importer), room(edge.imported)) for edge in imports())
+    for (start, end), count in sorted(arrows.items()):
         if start != end and {start, end} <= places.keys() and count >= FEWEST:
             (x1, y1), (x2, y2) = places[start], tip(places[start], places[end], end)
             lines.append(

@@ -116,7 +116,8 @@ def nearest(machine: Machine, suffix: str) -> Nearest | None:
     """The device whose shipped file serves a machine: the machine's own, else the most alike of its capability.
 
     Returns:
-        None if nothing ships for devices of this capability, or the machine is too small a part of one.
+        None if nothing ships for devices of this capability, or the machine is too small a part of one, or if, for a
+        table, its memory and matrix rates differ too unlike from theirs.
     """
     if shipped(machine.slug, suffix).is_file():
         return Nearest(machine.slug, machine.name)
@@ -128,8 +129,9 @@ def nearest(machine: Machine, suffix: str) -> Nearest | None:
         and shipped(slug, suffix).is_file()
     ]
     if suffix == TABLE:
-        choices = [one for one in choices if abs(math.log(one.rate / one.bandwidth)) <= math.log(MOST_IMBALANCE)]
-    return min(choices, key=lambda one: abs(math.log(one.bandwidth)) + abs(math.log(one.rate)), default=None)
+        limit = math.log(MOST_IMBALANCE)
+        choices = [device for device in choices if abs(math.log(device.rate / device.bandwidth)) <= limit]
+    return min(choices, key=lambda device: abs(math.log(device.bandwidth)) + abs(math.log(device.rate)), default=None)
 
 
 def _compared(machine: Machine, slug: str, measured: DataSheet) -> Nearest:
