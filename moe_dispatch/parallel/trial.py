@@ -52,11 +52,12 @@ class Trial:
         self._experts = layer.weights_expecting(exchange.arriving_share(kind))
         stage(self._session, lambda: exchange.prepare(kind))
         self._arrived = stage(self._session, lambda: exchange.dispatch(self._tokens))
-        self._partial: Any = inputs[0].new_zeros(self._arrived.topk_ids.shape[0], layer.K)
+        # Not what the experts return: where they store results in peers' memory `combine` would have nothing to send.
+        self._partial = inputs[0].new_zeros(self._arrived.topk_ids.shape[0], layer.K)
 
     def run_experts(self) -> None:
         """Run this rank's experts over the rows that arrived; on a GPU also what a captured call will run."""
-        self._partial = stage(self._session, self._run_local)
+        stage(self._session, self._run_local)
         if self._session.device.type == "cuda" and self._exchange.requirements.capturable:
             inputs = arrived_inputs(self._experts, self._arrived)
             stage(self._session, lambda: self._session.dispatcher.warm_up(inputs))
