@@ -86,7 +86,7 @@ class LinkTimes(Stored):
         return cls(exchange=exchange, tokens=tokens, mode=mode, samples=kept, latency_us=latency, bytes_per_us=rate)
 
     def us(self, kind: CallKind) -> float:
-        """Dispatch and combine of a kind of call."""
+        """Time of dispatch and combine of a kind of call, in µs."""
         return 2 * (self.latency_us + sent_bytes(kind) / self.bytes_per_us)
 
 

@@ -30,7 +30,7 @@ class ExchangeFailedError(RuntimeError):
 
 
 class Trial:
-    """The first run, in stages, and what can be repeated from then on. Everything is collective.
+    """Runs an exchange for the first time, in stages, and then times it. Everything is collective.
 
     After each stage the ranks vote: no rank goes on where another failed.
 
@@ -63,13 +63,13 @@ class Trial:
             stage(self._session, lambda: self._session.dispatcher.warm_up(inputs))
 
     def split(self, *, graph: bool = False) -> Split:
-        """Times of whole calls, of the experts and of the transfers."""
+        """Times of whole calls, of the experts and of the transfers; with `graph`, of replays of a CUDA graph."""
         parts: tuple[Callable[[], Any], ...] = (self._call, self._run_local, self._transfers)
         us, experts, transfers = (self._us(part, graph=graph) for part in parts)
         return Split(us=us, experts_us=experts, transfers_us=transfers)
 
     def transfers_us(self, *, graph: bool = False) -> float:
-        """Time of dispatch and combine together."""
+        """Time of dispatch and combine together, in µs."""
         return self._us(self._transfers, graph=graph)
 
     def _call(self) -> Tensor:
@@ -146,7 +146,11 @@ def burst_us(call: Callable[[], object], calls: int, device: torch.device) -> fl
 def drawn_inputs(
     layer: ShardedExperts, M: int, topk: int, act_dtype: torch.dtype, seed: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Random inputs of M tokens with a uniform routing over the whole layer's experts."""
+    """Random inputs of M tokens with a uniform routing over the whole layer's experts.
+
+    Returns:
+        hidden_states ``[M, K]``, fp32 weights and global int32 ids ``[M, topk]``, on the layer's device.
+    """
     generator = torch.Generator("cpu").manual_seed(seed)
     hidden = torch.randn(M, layer.K, generator=generator, dtype=torch.float32, device="cpu")
     scores = torch.rand(M, layer.E, generator=generator, dtype=torch.float32, device="cpu")
