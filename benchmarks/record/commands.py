@@ -86,8 +86,14 @@ def project(
     from moe_dispatch.benchmarks.record.projection import markdown
     from moe_dispatch.parallel.exchange_times import ParallelCalibration
 
-    measured = ParallelCalibration.model_validate(json_lines.read(calibration)[0])
-    typer.echo(markdown(measured, [row for path in rows or () for row in json_lines.read(path)]))
+    paths = [calibration, *(rows or ())]
+    try:
+        first, *more = map(json_lines.read, paths)
+        measured = ParallelCalibration.model_validate(first[0])
+    except (OSError, ValueError, IndexError) as error:  # pydantic's errors are ValueErrors
+        names = ", ".join(map(str, paths))
+        raise InvalidInputError(f"{names} are no calibration and its rows ({error}); see `project --help`") from error
+    typer.echo(markdown(measured, [row for each in more for row in each]))
 
 
 def _calibration(path: Path) -> CalibrationFile:

@@ -27,7 +27,10 @@ def read(path: Path) -> list[dict[str, Any]]:
 def write(
     path: str | Path, rows: Iterable[Mapping[str, object]], machine: Machine, **facts: object
 ) -> list[Mapping[str, object]]:
-    """Write a record anew: its origin with these facts, then each row as soon as it is there, which is printed too."""
+    """Write a record anew: its origin with these facts, then each row as soon as it is there, which is printed too.
+
+    Returns the rows.
+    """
     written = []
     Path(path).write_text("", encoding="utf-8")
     append(path, {"origin": origin(machine), **facts})

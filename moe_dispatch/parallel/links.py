@@ -30,8 +30,8 @@ class Cluster:
     Attributes:
         name: What it is called.
         node: GPUs that a fast link connects.
-        direct: What stores in each other's memory give within a host.
-        inside: What NCCL's collectives give within a host.
+        direct: The link within a host as kernels get it that store in other GPUs' memory.
+        inside: The same link as NCCL's collectives get it.
         between: The link between hosts, of one GPU.
     """
 
@@ -83,9 +83,9 @@ class Crossing:
 
     Attributes:
         direct: All rows to all ranks by stores in their memory, in µs; infinite over several hosts.
-        gather: All rows to all ranks by NCCL, as what follows.
-        alltoall: Each row once to each rank that needs it, in µs.
-        alltoall_by_node: Once to each host that needs it, and from there to its GPUs, in µs.
+        gather: All rows to all ranks by NCCL, in µs.
+        alltoall: Each row by NCCL, once to each rank that needs it, in µs.
+        alltoall_by_node: Each row by NCCL, once to each host that needs it and from there to its GPUs, in µs.
     """
 
     direct: float
