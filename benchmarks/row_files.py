@@ -1,6 +1,6 @@
 """JSON Lines files of benchmark rows: one row a line as `moe-dispatch bench` writes them, or packed (`packed`).
 
-A name that ends with ``.gz`` is that of a compressed file, as the repository's own record has them.
+A name that ends with ``.xz`` is that of a compressed file, as the repository's own record has them.
 """
 
 import json
@@ -35,7 +35,7 @@ def append(path: Path, row: BenchRow) -> None:
 
 
 def load(paths: Iterable[Path]) -> list[BenchRow]:
-    """Read rows from files, and from every ``.jsonl`` and ``.jsonl.gz`` file of rows in folders.
+    """Read rows from files, and from every ``.jsonl`` and ``.jsonl.xz`` file of rows in folders.
 
     A later row replaces an earlier one of the same key and machine. Other records in a folder (JSON Lines that begin
     with another kind of object) are passed over.
@@ -57,7 +57,7 @@ def load(paths: Iterable[Path]) -> list[BenchRow]:
 def _files_below(folder: Path) -> list[Path]:
     """The files of rows in a folder. What may not be listed, or is removed meanwhile, has none."""
     walk = os.walk(folder)  # `Path.rglob` raises where a folder goes away under it
-    suffixes = (".jsonl", ".jsonl.gz")
+    suffixes = (".jsonl", ".jsonl.xz")
     return sorted(Path(parent, name) for parent, _, names in walk for name in names if name.endswith(suffixes))
 
 
@@ -72,7 +72,7 @@ def timed_keys(path: Path) -> set[RowKey]:
 def _lines(path: Path) -> list[str]:
     try:
         content = read_bytes(path, limit=MAX_BYTES)
-        return (decompressed(content, limit=MAX_BYTES) if path.suffix == ".gz" else content).decode().splitlines()
+        return (decompressed(content, limit=MAX_BYTES) if path.suffix == ".xz" else content).decode().splitlines()
     except (OSError, ValueError) as error:
         raise InvalidInputError(
             f"{path} cannot be read ({error}); give .jsonl files of `moe-dispatch bench`"
@@ -92,7 +92,7 @@ def _parse(path: Path, lines: list[str]) -> Iterator[BenchRow]:
     if is_packed(lines):
         try:
             yield from unpack(lines)
-        except (ValueError, KeyError, IndexError) as error:
+        except (ValueError, TypeError, ArithmeticError, LookupError) as error:
             raise InvalidInputError(f"{path} is damaged: {error}") from error
         return
     for number, line in enumerate(lines, start=1):

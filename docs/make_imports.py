@@ -1,28 +1,37 @@
-"""Draws docs/images/imports.webp: the rooms of the package on their floors, and which imports which, from the sources.
+"""Draws docs/images/imports.svg: the rooms of the package on their floors, and which imports which, from the sources.
 
 python docs/make_imports.py
 """
 
-import io
 import sys
 from collections import Counter
 from pathlib import Path
+from typing import Final
 
-import matplotlib as mpl
-
-mpl.use("Agg")
-import matplotlib.pyplot as plt
-from PIL import Image
-
-ROOT = Path(__file__).resolve().parents[1]
+ROOT: Final = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from tests.core.test_imports import FLOORS, imports  # noqa: E402 - found through the line above
 
-BESIDE = ("backends", "policies")
+BESIDE: Final = ("backends", "policies")
+FEWEST: Final = 8  # imports of an arrow: the others hide what matters
+MOST_IN_A_ROW: Final = 9
+# All lengths in pixels.
+WIDTH: Final = 1160
+FLOOR_HEIGHT: Final = 64
+BOX_HEIGHT: Final = 22
+SPACING: Final = 105  # between the middles of two boxes
+CROWDED_SPACING: Final = 76
+STYLE: Final = (
+    "text{font:12px sans-serif;text-anchor:middle;fill:#222}rect{fill:#e8f0fb;stroke:#44546a}.beside{fill:#fff3dd}"
+    "line{stroke:#7a8aa0;marker-end:url(#head)}"
+)
+HEAD: Final = (
+    '<marker id="head" viewBox="0 0 8 8" refX="8" refY="4" markerWidth="8" markerHeight="8" '
+    'markerUnits="userSpaceOnUse" orient="auto"><path d="M0 0L8 4L0 8z" fill="#7a8aa0"/></marker>'
+)
 
-
-FEWEST = 4  # imports of an arrow: the others hide what matters
+Place = tuple[int, int]
 
 
 def room(module: str) -> str:
@@ -31,41 +40,57 @@ def room(module: str) -> str:
     return parts[1] if len(parts) > 1 else "moe_dispatch"
 
 
+def middles() -> dict[str, Place]:
+    """Where the middle of each room's box is."""
+    floors = [["moe_dispatch" if name == "" else name for name in floor] for floor in FLOORS] + [["benchmarks"]]
+    places = {}
+    for height, floor in enumerate(reversed(floors)):
+        # The rooms of a crowded floor stand in two rows, so that their boxes do not overlap.
+        crowded = len(floor) > MOST_IN_A_ROW
+        for i, name in enumerate(floor):
+            x = WIDTH / 2 + (i - (len(floor) - 1) / 2) * (CROWDED_SPACING if crowded else SPACING)
+            y = (height + 0.5) * FLOOR_HEIGHT + (BOX_HEIGHT * 0.65 * (-1) ** i if crowded else 0)
+            places[name] = round(x), round(y)
+    for x, name in zip((70, WIDTH - 70), BESIDE, strict=True):
+        places[name] = x, places["dispatch"][1]
+    return places
+
+
+def box_width(name: str) -> int:
+    """The width of a room's box, wide enough for its name in most fonts."""
+    return 7 * len(name) + 14
+
+
+def tip(start: Place, end: Place, name: str) -> Place:
+    """Where an arrow meets the border of the box at its end."""
+    dx, dy = end[0] - start[0], end[1] - start[1]
+    share = min(half / abs(d) for half, d in ((box_width(name) / 2, dx), (BOX_HEIGHT / 2, dy)) if d)
+    return round(end[0] - share * dx), round(end[1] - share * dy)
+
+
 def main() -> None:
     """Draw."""
-    floors = [["moe_dispatch" if name == "" else name for name in floor] for floor in FLOORS]
-    places = {}
-    for height, floor in enumerate(floors):
-        for place, name in enumerate(floor):
-            places[name] = ((place - (len(floor) - 1) / 2) * 1.5, float(height))
-    top = len(floors)
-    for side, name in zip((-7.2, 7.2), BESIDE, strict=True):
-        places[name] = (side, 4.0)
-    places["benchmarks"] = (0.0, float(top))
-    edges = Counter((room(one.importer), room(one.imported)) for one in imports())
-    figure, axes = plt.subplots(figsize=(15, 6.4))
-    for (start, end), count in edges.items():
-        if start == end or start not in places or end not in places or count < FEWEST:
-            continue
-        weight = min(count, 30) / 30
-        arrow = {
-            "arrowstyle": "-|>", "color": "#7a8aa0", "alpha": 0.3 + 0.6 * weight, "lw": 0.5 + 2 * weight,
-            "shrinkA": 14, "shrinkB": 14,
-        }  # fmt: skip
-        axes.annotate("", xy=places[end], xytext=places[start], arrowprops=arrow)
+    places = middles()
+    height = (len(FLOORS) + 1) * FLOOR_HEIGHT
+    lines = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}">',
+        f'<style>{STYLE}</style>{HEAD}<path fill="#fff" d="M0 0H{WIDTH}V{height}H0z"/>',
+    ]
+    arrows = Counter((room(edge.importer), room(edge.imported)) for edge in imports())
+    for (start, end), count in sorted(arrows.items()):
+        if start != end and {start, end} <= places.keys() and count >= FEWEST:
+            (x1, y1), (x2, y2) = places[start], tip(places[start], places[end], end)
+            lines.append(
+                f'<line x1="{x1}" y1="{y1}" x2="{x2}" y2="{y2}" stroke-width="{0.5 + min(count, 30) / 15:.1f}"/>'
+            )
     for name, (x, y) in places.items():
-        heavy = name in (*BESIDE, "benchmarks")
-        box = {"boxstyle": "round,pad=0.35", "fc": "#fff3dd" if heavy else "#e8f0fb", "ec": "#44546a", "lw": 0.8}
-        axes.text(x, y, name, ha="center", va="center", fontsize=9, bbox=box)
-    axes.set_xlim(-8.6, 8.6)
-    axes.set_ylim(-0.6, top + 0.6)
-    axes.axis("off")
-    figure.tight_layout(pad=0.2)
-    picture = io.BytesIO()
-    figure.savefig(picture, dpi=76)
-    # With 16 colours it is a fifth of the size.
-    few = Image.open(picture).convert("RGB").quantize(16).convert("RGB")
-    few.save(ROOT / "docs/images/imports.webp", lossless=True, method=6)
+        width, beside = box_width(name), ' class="beside"' if name in (*BESIDE, "benchmarks") else ""
+        corner = f'x="{x - width // 2}" y="{y - BOX_HEIGHT // 2}"'
+        lines += [
+            f'<rect {corner} width="{width}" height="{BOX_HEIGHT}" rx="4"{beside}/>',
+            f'<text x="{x}" y="{y + 4}">{name}</text>',
+        ]
+    (ROOT / "docs/images/imports.svg").write_text("\n".join([*lines, "</svg>", ""]), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from moe_dispatch.system.files import read_bytes
 # A device with fewer multiprocessors than this share of the measured one's (a MIG slice, say) is left to the rules:
 # which configuration is fastest depends on how many programs run at once.
 LEAST_SHARE: Final = 0.5
-TABLE: Final = ".json.gz"
+TABLE: Final = ".json.xz"
 # A table's choices carry over while memory and matrix rates differ alike. Where one differs from the other by more than
 # this factor (an H20 has .83 of an H200's bandwidth and .15 of its matrix rate), layers become bound by products at so
 # many fewer tokens that the learned model, each part of which is scaled by its own rate, decides.
@@ -100,21 +100,24 @@ def read_shipped(slug: str, suffix: str) -> tuple[bytes, str]:
     """The content of the file that ships for a device, and its path for messages.
 
     Raises:
-        PolicyFileError: It cannot be read.
+        PolicyFileError: It cannot be read or decompressed.
     """
     with resources.as_file(shipped(slug, suffix)) as path:
         try:
             content = read_bytes(path, limit=MAX_FILE_BYTES)
-            return decompressed(content, limit=MAX_FILE_BYTES) if path.suffix == ".gz" else content, str(path)
+            return decompressed(content, limit=MAX_FILE_BYTES) if path.suffix == ".xz" else content, str(path)
         except OSError as error:
             raise PolicyFileError(f"{path} cannot be read: {error.strerror}; install the package again") from error
+        except ValueError as error:
+            raise PolicyFileError(f"{path} is damaged: {error}; install the package again") from error
 
 
 def nearest(machine: Machine, suffix: str) -> Nearest | None:
     """The device whose shipped file serves a machine: the machine's own, else the most alike of its capability.
 
     Returns:
-        None if nothing ships for devices of this capability, or the machine is too small a part of one.
+        None if nothing ships for devices of this capability, or the machine is too small a part of one, or if, for a
+        table, its memory and matrix rates differ too unlike from theirs.
     """
     if shipped(machine.slug, suffix).is_file():
         return Nearest(machine.slug, machine.name)
@@ -126,8 +129,9 @@ def nearest(machine: Machine, suffix: str) -> Nearest | None:
         and shipped(slug, suffix).is_file()
     ]
     if suffix == TABLE:
-        choices = [one for one in choices if abs(math.log(one.rate / one.bandwidth)) <= math.log(MOST_IMBALANCE)]
-    return min(choices, key=lambda one: abs(math.log(one.bandwidth)) + abs(math.log(one.rate)), default=None)
+        limit = math.log(MOST_IMBALANCE)
+        choices = [device for device in choices if abs(math.log(device.rate / device.bandwidth)) <= limit]
+    return min(choices, key=lambda device: abs(math.log(device.bandwidth)) + abs(math.log(device.rate)), default=None)
 
 
 def _compared(machine: Machine, slug: str, measured: DataSheet) -> Nearest:

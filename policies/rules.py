@@ -36,16 +36,16 @@ FP8_WORK_PER_VALUE: Final = 1000
 # The vector kernels read an expert's weights once for each of its slots, so that nearly every slot must have an expert
 # to itself, and they start sooner than tensor cores, which is felt only where reading takes little longer. In FP8
 # converting the codes without tensor cores takes longer than reading them, the more so where a row of K is read in
-# parts (qwen3-30b-a3b, 131 MiB at M=4: 41.5 µs, 43.8 with tensor cores; deepseek-v3, 336 MiB at M=1: 126, 95). Most
-# slots per hit expert; most bytes of the hit experts' weights, in FP8 by whether a row has more columns than that.
+# parts (qwen3-30b-a3b, 131 MiB at M=4: 41.5 µs, 43.8 with tensor cores; deepseek-v3, 336 MiB at M=1: 126, 95).
+# Limits are slots per hit expert, and bytes of the hit experts' weights, in FP8 fewer where K is above VECTOR_LONG_K.
 VECTOR_SHARING: Final = 1.22
 VECTOR_BYTES: Final = 1 << 30
 VECTOR_FP8_BYTES: Final = 192 << 20
 VECTOR_FP8_LONG_K_BYTES: Final = 64 << 20
 VECTOR_LONG_K: Final = 2048
 # Where their second product does not read all of a token's experts at once, one token still gains 1 to 2 % in BF16 with
-# so many bytes to read. With fewer it loses (deepseek-v2-lite, M=1: 34.8 µs, 31.1 with tensor cores), and so do more
-# tokens (1 to 8 %).
+# so many bytes to read. With fewer, one layer loses (gpt-oss-120b, 190 MiB: 57.2 µs, 55.2 with tensor cores) and
+# another gains (deepseek-v2-lite, 99 MiB: 29.8, 31.4). More tokens lose 1 to 8 %.
 VECTOR_APART_BYTES: Final = 256 << 20
 # The second product reads all experts at once where a token has so few, with rows of N (rounded up to a power of two)
 # so short, and both together so few: `TritonVectorConfig.down_experts` of the default configuration.
@@ -55,8 +55,8 @@ VECTOR_COLUMNS: Final = 8192
 
 # Backends that are methods of one family, by the backend that names the family. These rules choose within a family, and
 # the learned policy has one cost model for all of it: apart they would have to resolve less than their own errors.
-# Fitted to the H200's sweep without the judged layer, the learned policy loses .5 % in the mean and 8 % at worst; with
-# models apart of gluon_hopper .6 and 8 %, of triton_vector .9 and 47 %.
+# Fitted to the H200's sweep without the judged layer, the learned policy loses .6 % in the mean and 9 % at worst; with
+# a model of gluon_hopper's own .65 to .73 % in the mean, of triton_vector's own .87 % and 30 % at worst.
 FAMILIES: Final = {"triton_vector": "triton_splitk", "gluon_hopper": "triton_persistent"}
 
 Ranked = tuple[tuple[str, str], ...]

@@ -5,9 +5,9 @@ Every rank has memory of one layout that all ranks of the group can address:
     flags of tokens, results, rows | counts | tokens: rows, ids, weights, multipliers | results of each rank
 
 `push_tokens` stores this rank's tokens in everyone's part for them, and `push_results` each rank's results in that
-rank's part for this one. Both then set flags and wait for those of the others, program by program (`push_kernel`). Of
-many tokens ids and weights go first, and the rows meanwhile on a stream of their own, for which the experts' stream
-waits before it goes on to results: what is said of tokens below holds for both kernels.
+rank's part for this one. Both then set flags and wait for those of the others, program by program (`push_kernel`).
+Where there are many tokens, one kernel sends ids and weights and another one the rows, on a second stream. The experts'
+stream waits for that stream before `push_results`: what is said of tokens below holds for both kernels.
 
 **Why one copy of each part is enough.** On every rank the kernels of a call run one after the other on one stream:
 tokens, experts, results. A kernel sets flags before it waits, and ends only when all flags of its epoch have come.
@@ -131,7 +131,8 @@ class PeerMemory:
             first_experts: int32 ``[ranks]``: the global id of each rank's first expert.
             E: Experts of the whole layer.
             seconds: How long to wait for the others.
-            quantize: Whether to send rows as block FP8 has them, instead of as they are; K is a multiple of 128 then.
+            quantize: Whether to send e4m3 codes with one fp32 multiplier per 128 columns instead of rows as they are; K
+                is a multiple of 128 then.
 
         Returns:
             Rows ``[ranks·capacity, K]``, fp32 weights and int32 ids ``[ranks·capacity, topk]``, in this object's memory

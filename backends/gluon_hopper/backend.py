@@ -87,8 +87,9 @@ class GluonHopperBackend(TritonBackend):
         on 16 bytes (a view into a flat buffer) are copied to fresh memory first.
         """
         assert isinstance(config, GluonHopperConfig)  # noqa: S101 - the dispatcher made it from config_type
-        if isinstance(hidden_states, Tensor) and hidden_states.data_ptr() % 16:
-            hidden_states = hidden_states if permutes_rows(experts.dtype, experts.N) else hidden_states.clone()
+        gathers = not permutes_rows(experts.dtype, experts.N)
+        if gathers and isinstance(hidden_states, Tensor) and hidden_states.data_ptr() % 16:
+            hidden_states = hidden_states.clone()
         routing = route(topk_ids, experts.E, pdl=True)
         y = hopper_products(hidden_states, experts, routing, topk_ids.shape[1], config.group_m, self._features.sms)
         return combine(y, routing.row_of_slot, topk_weights, out, pdl=True)

@@ -42,7 +42,7 @@ def combine(
         `out`.
     """
     if not on_triton(y):
-        assert isinstance(out, Tensor)  # noqa: S101 - peers' memory is stored in by kernels
+        assert isinstance(out, Tensor)  # noqa: S101 - only kernels write to peers' memory
         combined = combine_torch(
             y, row_of_slot, topk_weights, out.dtype, down_bias=down_bias, topk_ids=topk_ids, weighted=weighted
         )

@@ -75,7 +75,7 @@ def quantize_rows(
 def activations(
     rows: Tensor | QuantizedRows, quantization: Quantization, *, pdl: bool
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """Rows as the first product reads them, with their multipliers: quantised unless they are, where it needs that."""
+    """Rows as the first product reads them, with their multipliers; where it reads FP8, other rows are quantised."""
     if isinstance(rows, QuantizedRows):
         return rows.codes, rows.scale
     return quantize_rows(rows, per_token=quantization.per_token, pdl=pdl) if quantization.activations else (rows, None)
@@ -124,7 +124,8 @@ def gather_quantize(
         slots = routing.row_of_slot[tokens.start * topk : tokens.stop * topk]
         if not spreads:
             _launch_gather(part, slots, topk, codes, scale, pdl, x_scale=part_scale)
-        elif part_scale is None and by_token is not None:  # a rank's own multipliers are the same again
+        elif part_scale is None and by_token is not None:
+            # The rank's own multipliers may be there already, and are written once more.
             _launch_gather(part, slots, topk, codes, by_token[tokens], pdl, spread=True)
         else:
             _launch_gather(part, slots, topk, codes, None, pdl)

@@ -43,7 +43,7 @@ def agree(
 
 def pack(
     inputs: Annotated[list[Path], typer.Argument(help=".jsonl files or folders of rows; .json files of calibrations.")],
-    out: Annotated[Path, typer.Option(help="Packed file to write; compressed if its name ends with .gz.")],
+    out: Annotated[Path, typer.Option(help="Packed file to write; compressed if its name ends with .xz.")],
 ) -> None:
     """Pack rows and calibrations into one small file of rows.
 
@@ -54,7 +54,7 @@ def pack(
     from moe_dispatch.benchmarks.record.calibration_rows import calibration_rows
     from moe_dispatch.benchmarks.row_files import load
 
-    calibrations = (".json", ".json.gz")
+    calibrations = (".json", ".json.xz")
     rows = latest(
         calibration_rows(_calibration(path)) if path.name.endswith(calibrations) else load([path]) for path in inputs
     )
@@ -64,7 +64,7 @@ def pack(
 
 def ship(
     calibrations: Annotated[list[Path], typer.Argument(help="Calibrations of one machine, the newest last.")],
-    out: Annotated[Path, typer.Option(help="Table to write; compressed if its name ends with .gz.")],
+    out: Annotated[Path, typer.Option(help="Table to write; compressed if its name ends with .xz.")],
 ) -> None:
     """Make a table to ship from a machine's calibrations."""
     from moe_dispatch.benchmarks.record.ship import table, text
@@ -77,7 +77,7 @@ def ship(
 
 def project(
     calibration: Annotated[
-        Path, typer.Argument(help="File of `calibrate --parallel` on two GPUs, or that one as .gz.")
+        Path, typer.Argument(help="File of `calibrate --parallel` on two GPUs, or that one as .xz.")
     ],
     rows: Annotated[list[Path] | None, typer.Argument(help="Rows of record.expert_parallel on two GPUs.")] = None,
 ) -> None:
@@ -86,8 +86,14 @@ def project(
     from moe_dispatch.benchmarks.record.projection import markdown
     from moe_dispatch.parallel.exchange_times import ParallelCalibration
 
-    measured = ParallelCalibration.model_validate(json_lines.read(calibration)[0])
-    typer.echo(markdown(measured, [row for path in rows or () for row in json_lines.read(path)]))
+    paths = [calibration, *(rows or ())]
+    try:
+        first, *more = map(json_lines.read, paths)
+        measured = ParallelCalibration.model_validate(first[0])
+    except (OSError, ValueError, IndexError) as error:  # pydantic's errors are ValueErrors
+        names = ", ".join(map(str, paths))
+        raise InvalidInputError(f"{names} are no calibration and its rows ({error}); see `project --help`") from error
+    typer.echo(markdown(measured, [row for each in more for row in each]))
 
 
 def _calibration(path: Path) -> CalibrationFile:
@@ -99,6 +105,6 @@ def _calibration(path: Path) -> CalibrationFile:
 
 def _write(path: Path, text: str) -> None:
     try:
-        write_atomically(path, compressed(text) if path.suffix == ".gz" else text)
+        write_atomically(path, compressed(text) if path.suffix == ".xz" else text)
     except OSError as error:
         raise InvalidInputError(f"{path} cannot be written ({error}); --out names another file") from error

@@ -76,7 +76,12 @@ class Clock:
         self._device, self._bursts = device, bursts
 
     def us(self, call: Callable[[], object], calls_inside: int = 1) -> float:
-        """Median over bursts of the slowest rank's time of each of so many calls, in µs; equal on every rank."""
+        """Median over bursts of the slowest rank's time in µs, equal on every rank.
+
+        Args:
+            call: What is timed.
+            calls_inside: Calls of a layer that it makes; the time is that of each.
+        """
         for _ in range(2):
             call()
         calls = min(MOST_CALLS, math.ceil(BURST_US / self._slowest([self._burst(call, 1)])[0]))
@@ -107,7 +112,7 @@ class Clock:
 
 
 def captured(call: Call, sets: Sequence[Inputs]) -> tuple[Callable[[], None], Tensor]:
-    """The replay of a CUDA graph that calls with each of these inputs, and the last result. Ranks capture together."""
+    """The replay of a CUDA graph that calls with each of these inputs, and the last call's result. Collective."""
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, capture_error_mode="thread_local"):
         for inputs in sets:
@@ -160,7 +165,7 @@ def by_hand(arguments: Inputs, experts: ExpertWeights, first: int) -> Tensor:
     """A layer without the exchanges of this package; every rank has as many tokens.
 
     Args:
-        arguments: This rank's hidden_states, topk_weights and global topk_ids.
+        arguments: This rank's hidden_states ``[M, K]``, topk_weights and global topk_ids ``[M, topk]``.
         experts: This rank's weights.
         first: The global id of its first expert.
     """
@@ -237,7 +242,7 @@ class Recorder:
                 yield {**head, "exchange": "chosen", "mode": mode, **self._choice(M, mode, able)}
 
     def _drawn(self, M: int, seed: int) -> Inputs:
-        """Tokens of all ranks, the same on each."""
+        """Tokens of all ranks in rank order, the same on each: ``[ranks·M, …]``."""
         layer, count = self._layer, dist.get_world_size() * M
         on_device, on_host = (torch.Generator(each).manual_seed(seed) for each in (self._device, "cpu"))
         hidden = torch.randn(count, layer.K, generator=on_device, device=self._device).to(self._act_dtype)

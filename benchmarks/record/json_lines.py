@@ -18,16 +18,19 @@ def append(path: str | Path, row: Mapping[str, object]) -> None:
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """The rows of a file, which is compressed if its name ends with .gz."""
+    """The rows of a file, which is compressed if its name ends with .xz."""
     content = files.read_bytes(path)
-    text = decompressed(content, limit=files.MAX_BYTES) if path.suffix == ".gz" else content
+    text = decompressed(content, limit=files.MAX_BYTES) if path.suffix == ".xz" else content
     return list(map(json.loads, text.decode().splitlines()))
 
 
 def write(
     path: str | Path, rows: Iterable[Mapping[str, object]], machine: Machine, **facts: object
 ) -> list[Mapping[str, object]]:
-    """Write a record anew: its origin with these facts, then each row as soon as it is there, which is printed too."""
+    """Write a record anew: its origin with these facts, then each row as soon as it is there, which is printed too.
+
+    Returns the rows.
+    """
     written = []
     Path(path).write_text("", encoding="utf-8")
     append(path, {"origin": origin(machine), **facts})

@@ -4,6 +4,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Final
 
 from moe_dispatch.benchmarks.record.expert_parallel import LAYERS, TOKENS
+from moe_dispatch.errors import InvalidInputError
 from moe_dispatch.machine import Machine
 from moe_dispatch.parallel.exchange_times import ParallelCalibration
 from moe_dispatch.parallel.links import CLUSTERS
@@ -19,22 +20,35 @@ Row = Mapping[str, Any]
 
 
 def lines(calibration: ParallelCalibration) -> dict[str, tuple[float, float]]:
-    """Latency in µs and bytes per µs of each kind of link."""
+    """Latency in µs and bytes per µs of each kind of link.
+
+    Raises:
+        InvalidInputError: The calibration is not of GPUs that address each other.
+    """
     measured = {
         each.exchange: (each.latency_us, each.bytes_per_us)
         for each in calibration.links
         if (each.tokens, each.mode) == ("sharded", "graph")
     }
+    if lacking := sorted(set(LINES.values()) - set(measured)):
+        raise InvalidInputError(
+            f"the calibration lacks links of {' and '.join(lacking)} in CUDA graphs with sharded tokens (it has "
+            f"{', '.join(measured) or 'none'}); give a calibration of two GPUs that NVLink joins"
+        )
     return {name: measured[exchange] for name, exchange in LINES.items()}
 
 
 def measured_calls(calibration: ParallelCalibration, rows: Iterable[Row]) -> Iterator[Row]:
-    """Replays on two GPUs under uniform routing, as rows of the record have them; calibrated ones lack `speedup`."""
+    """Replays of named layers on two GPUs under uniform routing, as rows of the record.
+
+    Those of the calibration lack `speedup`.
+    """
     names = {(each.E, each.topk, each.K, each.N): name for name, each in WORKLOADS.items()}
     for point in calibration.layers:
         kind = point.kind
-        if (kind.tokens, kind.mode, kind.ranks) == ("sharded", "graph", 2):
-            head = {"layer": names[kind.E, kind.topk, kind.K, kind.N], "dtype": kind.dtype, "M": kind.M}
+        name = names.get((kind.E, kind.topk, kind.K, kind.N))
+        if name and (kind.tokens, kind.mode, kind.ranks) == ("sharded", "graph", 2):
+            head = {"layer": name, "dtype": kind.dtype, "M": kind.M}
             for exchange, split in point.splits.items():
                 yield {**head, "exchange": exchange, "us": split.us, "experts_us": split.experts_us}
     for row in rows:

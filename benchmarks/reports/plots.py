@@ -37,7 +37,7 @@ def draw(rows: Iterable[BenchRow], folder: Path) -> list[Path]:
 
     Args:
         rows: Rows of one machine.
-        folder: Folder that the PNG files are written to.
+        folder: Folder that the WebP files are written to.
 
     Returns:
         The files that were written.
@@ -118,10 +118,9 @@ def _draw_winners(pyplot: Any, best: _Best, dtype: str, style: dict[str, dict[st
         if kind == dtype and ((workload, M) not in winners or (row.us or 0.0) < (winners[workload, M].us or 0.0)):
             winners[workload, M] = row
     workloads = sorted({workload for workload, _ in winners}, reverse=True)
-    # A calibration refines a layer's boundaries at token counts that the other layers lack; their columns would be
-    # mostly empty.
+    # A calibration refines a layer's boundaries at token counts that other layers lack; their columns would have holes.
     measured = Counter(M for _, M in winners)
-    tokens = sorted(M for M in measured if 2 * measured[M] > len(workloads))
+    tokens = sorted(M for M in measured if 4 * measured[M] > 3 * len(workloads))
     winners = {(workload, M): row for (workload, M), row in winners.items() if M in tokens}
     figure, axes = pyplot.subplots(
         figsize=(2.6 + 0.62 * len(tokens), 1.9 + 0.46 * len(workloads)), layout="constrained"

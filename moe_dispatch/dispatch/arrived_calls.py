@@ -1,6 +1,6 @@
 """Calls over rows that came from several ranks: which backend takes them as they are, and stores where they belong."""
 
-from contextlib import ExitStack
+import contextlib
 from typing import Any, Final
 
 import torch
@@ -25,9 +25,10 @@ _MAX_KINDS: Final = 4096  # Kinds of calls that are remembered; when full, all a
 class ArrivedCalls:
     """Runs `ArrivedInputs`.
 
-    Quantised rows go to the first backend of the ranking that takes them, and are dequantised where none does or where
-    it fails. Other rows go to the first backend of all if that stores in peers' memory; else the call is an ordinary
-    one, and so is an eager one of few tokens, which the host limits and which has a fast path only there.
+    Quantised rows go to the first backend of the ranking that takes them. Where none does, or that one fails, they are
+    dequantised for an ordinary call (`Dispatcher.forward`). Other rows go to the backend that the ranking puts first
+    if that stores in peers' memory; else the call is an ordinary one. So is an eager call of few tokens, whose time is
+    the host's: only ordinary calls have a fast path (`Backend.fast_path`).
 
     Args:
         runner: Runs ordinary calls.
@@ -69,13 +70,7 @@ class ArrivedCalls:
         try:
             out = self._run(plan, inputs, capturing=capturing)
         except FOREIGN_ERRORS as error:
-            if failures.lost_device(error):
-                raise self._recovery.device_lost(plan, error) from error
-            if plan.explicit or capturing:
-                raise BackendFailedError(plan.choice.backend, plan.problem, error, plan.remedy) from error
-            if not failures.out_of_memory(error):
-                self._recovery.bar(plan, failures.summary(error))
-                self._plans.clear()
+            self._book(plan, error, capturing=capturing)
             return self._ordinary(inputs, backend)
         self._counters.count(plan.choice.backend, ran=1)
         return out
@@ -83,10 +78,29 @@ class ArrivedCalls:
     def warm_up(self, inputs: ArrivedInputs, backend: str | None = None) -> bool:
         """Run what an eager call and a captured one would run; returns whether no ordinary call is among these."""
         self.forward(inputs, backend)
-        plan = self._plan(inputs, backend, "graph")
-        if plan is not None:
-            self._run(plan, inputs, capturing=False)
-        return plan is not None
+        failed: set[str] = set()
+        while (plan := self._plan(inputs, backend, "graph")) is not None and plan.choice.backend not in failed:
+            try:
+                self._run(plan, inputs, capturing=False)
+            except FOREIGN_ERRORS as error:
+                self._book(plan, error, capturing=False)
+                failed.add(plan.choice.backend)
+                continue
+            return True
+        return False
+
+    def forget_plans(self) -> None:
+        """Plan every kind of call anew, as after a backend was barred."""
+        self._plans.clear()
+
+    def _book(self, plan: Plan, error: BaseException, *, capturing: bool) -> None:
+        """Bar the backend of a failed plan, unless memory was short; raise where no other may run the call."""
+        if failures.lost_device(error):
+            raise self._recovery.device_lost(plan, error) from error
+        if plan.explicit or capturing:
+            raise BackendFailedError(plan.choice.backend, plan.problem, error, plan.remedy) from error
+        if not failures.out_of_memory(error):
+            self._recovery.bar(plan, failures.summary(error))
 
     def _ordinary(self, inputs: ArrivedInputs, backend: str | None) -> Tensor:
         return self._runner.forward(*inputs.ordinary(), backend)
@@ -96,24 +110,24 @@ class ArrivedCalls:
         _, experts, _, topk_ids, out = inputs
         quantized = inputs.quantized
         key = (experts.spec, topk_ids.shape, topk_ids.dtype, inputs.act_dtype, quantized, out is None, backend, mode)
-        if key not in self._plans:
-            if len(self._plans) >= _MAX_KINDS:
-                self._plans.clear()
-            M, topk = topk_ids.shape
-            problem = experts.problem(M, topk, inputs.act_dtype, self._planner.machine.capability, mode)
-            with FIRST_CALLS.planning():
-                plans = self._planner.eligible(problem, experts, backend, into=True)
-                plan: Plan | None = None
-                if not quantized and out is not None and (mode == "graph" or M > FAST_PATH_TOKENS):
-                    first = next(iter(plans), None)
-                    plan = first if first is not None and first.backend.stores_to_peers else None
-                elif quantized and experts.dtype == "fp8":
-                    takes = (each for each in plans if each.backend.takes_quantized_rows(problem))
-                    plan = next(takes, None)
-                    if plan is not None and plan.choice.backend == LAST_RESORT and experts.device.type == "cuda":
-                        plan = None  # the fastest backend on dequantised rows takes less time
-            self._plans[key] = plan
-        return self._plans[key]
+        with contextlib.suppress(KeyError):  # also where another thread forgets plans meanwhile
+            return self._plans[key]
+        M, topk = topk_ids.shape
+        problem = experts.problem(M, topk, inputs.act_dtype, self._planner.machine.capability, mode)
+        plan: Plan | None = None
+        with FIRST_CALLS.planning():
+            plans = self._planner.eligible(problem, experts, backend, into=True)
+            if not quantized and out is not None and (mode == "graph" or M > FAST_PATH_TOKENS):
+                first = next(iter(plans), None)
+                plan = first if first is not None and first.backend.stores_to_peers else None
+            elif quantized and experts.dtype == "fp8":
+                plan = next((each for each in plans if each.backend.takes_quantized_rows(problem)), None)
+                if plan is not None and plan.choice.backend == LAST_RESORT and experts.device.type == "cuda":
+                    plan = None  # the fastest backend on dequantised rows takes less time
+        if len(self._plans) >= _MAX_KINDS:
+            self._plans.clear()
+        self._plans[key] = plan
+        return plan
 
     def _run(self, plan: Plan, inputs: ArrivedInputs, *, capturing: bool) -> Tensor | PeerRows:
         """Run a plan. Its first run is watched and waited for, so that what goes wrong there is the backend's doing."""
@@ -127,7 +141,7 @@ class ArrivedCalls:
             rows = rows.wait()
         run: Any = plan.backend.run_into
         kind = (plan.kind, type(rows), type(out))
-        with ExitStack() as first:
+        with contextlib.ExitStack() as first:
             if not capturing and kind not in self._proven:
                 self._wait(experts.device)  # an error of earlier work surfaces here
                 first.enter_context(FIRST_CALLS.running(plan.choice.backend))

@@ -75,7 +75,7 @@ def _run_differentiable(
 ) -> Tensor:
     """Run a call on the layer's GPU. If it is recorded, only a backend that torch can differentiate runs it."""
     grad = needs_grad(hidden_states, experts, topk_weights)
-    with _current(experts.device):
+    with on_device(experts.device):
         dispatcher = get_dispatcher(experts.device)
         return dispatcher.forward(hidden_states, experts, topk_weights, topk_ids, grad=grad)
 
@@ -88,7 +88,7 @@ def _compute_gradients(
     topk_ids: Tensor,
     wanted: Wanted,
 ) -> Gradients:
-    with _current(experts.device):
+    with on_device(experts.device):
         machine = get_dispatcher(experts.device).machine
         return compute_gradients(gradient, (hidden_states, experts, topk_weights, topk_ids), wanted, machine)
 
@@ -158,7 +158,7 @@ def warm_up(
         hidden = torch.randn(M, experts.K, generator=generator, dtype=torch.float32, device=device).to(dtype)
         # A rank of expert parallelism may hold fewer experts than a token has; ids of others add nothing.
         weights, ids = ROUTINGS["uniform"].sample(M, max(experts.E, topk), topk, device, on_cpu)
-        with torch.no_grad(), _current(device):
+        with torch.no_grad(), on_device(device):
             out = torch.empty_like(hidden) if into_out else None
             get_dispatcher(device).warm_up((hidden, experts, weights, ids), backend, out)
 
@@ -191,7 +191,7 @@ def explain(arguments: Sequence[object], machine: Machine | None) -> Explanation
     if machine:
         explanation = Dispatcher(machine, live=False).planner.explain(problem)
     else:
-        with _current(experts.device):
+        with on_device(experts.device):
             explanation = get_dispatcher(experts.device).planner.explain(problem)
     if problem.needs_grad or not is_recorded(hidden_states, experts, topk_weights):
         return explanation
@@ -208,6 +208,6 @@ def _dispatcher_for(problem: MoEProblem) -> Dispatcher:
     )
 
 
-def _current(device: torch.device) -> AbstractContextManager[object]:
+def on_device(device: torch.device) -> AbstractContextManager[object]:
     """Make a GPU the current one; a CPU needs nothing."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()

@@ -90,12 +90,12 @@ class Dispatcher:
         """See `moe_dispatch.moe_forward`; the layer's GPU is the current device.
 
         Args:
-            hidden_states: As for `moe_forward`, like the next five.
+            hidden_states: ``[M, K]``, as for `moe_forward`.
             experts: The layer's weights.
-            topk_weights: ``[M, topk]``.
-            topk_ids: ``[M, topk]``.
-            backend: The backend to run, or None.
-            out: Memory for the output, or None.
+            topk_weights: ``[M, topk]``, any float dtype.
+            topk_ids: ``[M, topk]``, int32 or int64.
+            backend: The backend to run; None to choose.
+            out: ``[M, K]`` in hidden_states' dtype, for the output; None for fresh memory.
             grad: Whether the backend's operations have to be differentiable one by one (`gradients.needs_grad`).
 
         The key holds everything that a check, a policy or a backend may ask of a call, so a kind of call that is known
@@ -231,6 +231,7 @@ class Dispatcher:
 
     def drop_plans(self, backend: str, bucket: MoEProblem) -> None:
         """Drop the plans that a policy made for a backend, for problems of one bucket."""
+        self.arrived.forget_plans()
         with self._lock:
             for key, plan in list(self._plans.items()):
                 if plan.choice.backend == backend and not plan.explicit and plan.problem.bucket == bucket:

@@ -25,8 +25,8 @@ _FIELDS: Final[Mapping[str, type | tuple[type, ...]]] = {
 class PolicyChain:
     """Asks each policy in turn; what an earlier one ranks stands before what a later one adds.
 
-    A policy that cannot load or rank, or what it ranks from a choice on that is none, is passed over with a warning:
-    neither a damaged file nor a fault in its code may stop a model.
+    A policy that cannot load or rank is passed over with a warning, and one that ranks something else than a valid
+    `Choice` from there on: neither a damaged file nor a fault in its code may stop a model.
 
     Args:
         machine: The machine that the policies rank for.

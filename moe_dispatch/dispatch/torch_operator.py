@@ -288,7 +288,7 @@ def _layer(
 ) -> ExpertWeights:
     """The layer of these tensors, made anew where a tensor was replaced or lies at another address."""
     gate_up = cast("Tensor", tensors[0])
-    versions = tuple([_version(scale) for scale in tensors[2:4]])  # which may be read by a copy
+    versions = tuple([_version(scale) for scale in tensors[2:4]])  # ExpertWeights may hold a converted copy
     signature = (*map(_identity, tensors), versions, activation, interleaved, routed_experts)
     key = id(gate_up)
     known = _layers.get(key)

@@ -10,6 +10,7 @@ from typing import Any, Final
 
 import torch
 
+from moe_dispatch.dispatch.call import on_device
 from moe_dispatch.errors import InvalidInputError, PolicyFileError
 from moe_dispatch.experts import ExpertWeights
 from moe_dispatch.machine import present_device
@@ -70,7 +71,7 @@ def calibrate_parallel(
         device: This rank's device; the current GPU if None, else the CPU.
         budget_s: No further token count is begun after so many seconds of rank 0. None for no limit.
         timeout_s: Seconds that a rank waits for the others in a call.
-        on_progress: Told what comes next.
+        on_progress: Called with a line of text before each step.
 
     Raises:
         InvalidInputError: A layer has fewer experts than there are ranks.
@@ -84,7 +85,10 @@ def calibrate_parallel(
     leader = sessions[0]
     size = len(leader.control.ranks)
     if small := [workload.name for workload, _ in layers if size > workload.E]:
-        raise InvalidInputError(f"each of {size} ranks holds at least one expert, too many for {', '.join(small)}")
+        raise InvalidInputError(
+            f"each of {size} ranks holds at least one expert, and {', '.join(small)} has fewer; start fewer ranks, or "
+            "leave that layer out"
+        )
     facts = {"layers": [(dataclasses.astuple(each), dtype) for each, dtype in layers], "tokens": tuple(tokens)}
     leader.control.require_equal("calibrate", facts)
     path = exchange_times.calibration_path(leader.topology)
@@ -92,7 +96,7 @@ def calibrate_parallel(
     links: list[LinkTimes] = []
     times: list[LayerTimes] = []
     skipped: list[str] = []
-    with torch.no_grad():
+    with torch.no_grad(), on_device(leader.device):
         for session in sessions:
             on_progress(f"links, {session.options.tokens} tokens")
             links += _links(session)

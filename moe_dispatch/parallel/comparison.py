@@ -40,8 +40,8 @@ class Compared:
 def compare_exchanges(layer: ShardedExperts, kind: CallKind, inputs: tuple[Tensor, Tensor, Tensor]) -> Compared:
     """Run the exchanges that can serve a kind of call, and keep the fastest in each mode. Collective.
 
-    Where the caller named an exchange for the group only that one is run, and where a calibration of whole calls tells
-    which are the fastest only those, unless one of them fails.
+    Where the caller named an exchange for the group, only that one is run. Where a calibration of whole calls tells the
+    fastest in each mode, only these are run, unless one of them fails.
 
     Args:
         layer: The layer.
@@ -88,6 +88,7 @@ def compare_exchanges(layer: ShardedExperts, kind: CallKind, inputs: tuple[Tenso
         raise ExchangeFailedError(f"{kind} cannot run: {failed[needed]}")
     for mode, each in kinds.items():
         able, name = times[mode], calibrated[mode]
-        fastest = min(able, key=lambda name: able[name].us, default=ALWAYS)
-        session.keep_choice(each, name if name in able else fastest, able)
+        if name not in able:
+            name = min(able, key=lambda measured: able[measured].us, default=ALWAYS)
+        session.keep_choice(each, name, able)
     return Compared(kind, session.choose(kind).name, times, failed)

@@ -41,8 +41,8 @@ class Room:
 class DirectExchange(Exchange):
     """One kernel each way, and no copy on arrival: `backends/exchange/push.py` has the protocol and why it is safe.
 
-    Backends that can store their results in the memory of the ranks that they are for, so that results travel while the
-    weighted sums are computed, and the second kernel only waits and adds.
+    Backends whose last kernel can, store each result in the memory of the rank that the token came from: results travel
+    while the weighted sums are computed, and the second kernel of the exchange only waits and adds.
 
     Memory is made by `prepare`, for the greatest call so far in a group. Where `warm_up` has not done it the first call
     does, which then cannot be captured in a CUDA graph. It stays, as captured graphs use it. All ranks make it alike.

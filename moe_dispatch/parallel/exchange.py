@@ -133,7 +133,8 @@ class Arrived:
     """The rows that a rank's experts are to run, and what the way back needs.
 
     Attributes:
-        hidden_states: ``[R, K]``; quantised where the exchange sends codes and multipliers, and perhaps on its way.
+        hidden_states: ``[R, K]``: a tensor; codes and multipliers where the exchange sends those; or rows of which some
+            may not have arrived yet.
         topk_weights: fp32 ``[R, topk]``.
         topk_ids: int32 ``[R, topk]``, local; an id outside the rank's experts adds nothing. Rows that pad have no other
             ids, and any values in hidden_states.
@@ -192,7 +193,7 @@ class Exchange(ABC):
 
         Args:
             partial: ``[R, K]``, for each row that arrived the weighted sum over this rank's experts; or `arrived.out`,
-                where the backend stored it. It did not where the dispatch gave none.
+                where there is one and the backend stored the sums there.
             arrived: What `dispatch` returned.
             tokens: What `dispatch` was given.
 

@@ -35,7 +35,8 @@ class Split(Stored):
 
     Attributes:
         us: A whole call.
-        experts_us: A rank's experts alone, on the rows that arrive.
+        experts_us: A rank's experts alone, on the rows that arrive. Where the backend stores its results in the other
+            ranks' memory, those stores are a part of it.
         transfers_us: Dispatch and combine alone.
     """
 
@@ -66,8 +67,8 @@ class LinkTimes(Stored):
         tokens: How tokens lie.
         mode: Eager calls or replays of a CUDA graph.
         samples: `sent_bytes` and the time of dispatch and combine together in µs.
-        latency_us: α of one way, by `fitted`.
-        bytes_per_us: β.
+        latency_us: Time of one way without bytes, in µs: α of the line α + bytes/β that `fitted` returns.
+        bytes_per_us: The rate of one way, in bytes per µs: β of that line.
     """
 
     exchange: Name
@@ -85,7 +86,7 @@ class LinkTimes(Stored):
         return cls(exchange=exchange, tokens=tokens, mode=mode, samples=kept, latency_us=latency, bytes_per_us=rate)
 
     def us(self, kind: CallKind) -> float:
-        """Dispatch and combine of a kind of call."""
+        """Time of dispatch and combine of a kind of call, in µs."""
         return 2 * (self.latency_us + sent_bytes(kind) / self.bytes_per_us)
 
 
@@ -101,10 +102,10 @@ class ParallelCalibration(Stored):
 
     Attributes:
         schema_version: Version of this format.
-        topology: The ranks.
+        topology: The ranks' devices, and what joins them.
         versions: Versions that the times depend on; any change retires the file.
-        links: Transfers alone.
-        layers: Whole calls.
+        links: Times of transfers alone, by exchange.
+        layers: Times of whole calls, by kind of call and exchange.
     """
 
     schema_version: Literal[1] = 1
@@ -171,7 +172,7 @@ class Expected:
 
     Attributes:
         us: The times in µs by which exchanges are compared.
-        basis: What these times are.
+        basis: Where these times come from, for `explain`: "calibrated at M=256".
         splits: Where the time goes, where whole calls were measured.
     """
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from moe_dispatch.dispatch.call import on_device
 from moe_dispatch.errors import InvalidInputError
 from moe_dispatch.experts import ExpertWeights
 from moe_dispatch.machine import present_device
@@ -191,7 +192,7 @@ class ExpertParallel:
         facts = {"layer": layer.number, "topk": topk, "tokens": counts, "act_dtype": str(dtype)}
         session.control.require_equal("warm_up", facts)
         compared: dict[int, Compared] = {}
-        with torch.no_grad(), session.watch.patience(session.options.first_timeout):
+        with torch.no_grad(), on_device(session.device), session.watch.patience(session.options.first_timeout):
             for M in sorted(set(counts), reverse=True):  # what exchanges get for many tokens serves few as well
                 seed = 0 if session.options.tokens == "replicated" else self.rank
                 inputs = drawn_inputs(layer, M, topk, dtype, seed)

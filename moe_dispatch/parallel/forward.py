@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from moe_dispatch.backend import ArrivedInputs
+from moe_dispatch.dispatch.call import on_device
 from moe_dispatch.dispatch.checks import check, check_out
 from moe_dispatch.dispatch.gradients import needs_grad
 from moe_dispatch.errors import InvalidInputError
@@ -69,7 +70,7 @@ def forward_sharded(
     if not capacity:
         return torch.empty_like(hidden_states) if out is None else out
     plan = call_plan(layer, capacity, topk, hidden_states.dtype)
-    with session.watch.committed(), torch.no_grad():
+    with session.watch.committed(), torch.no_grad(), on_device(layer.device):
         tokens = local_tokens(hidden_states, layer, topk_weights, topk_ids, capacity)
         arrived = plan.exchange.dispatch(tokens)
         partial = session.run_local(arrived_inputs(plan.experts, arrived), backend)

@@ -30,8 +30,8 @@ class Cluster:
     Attributes:
         name: What it is called.
         node: GPUs that a fast link connects.
-        direct: What stores in each other's memory give within a host.
-        inside: What NCCL's collectives give within a host.
+        direct: The link within a host as kernels get it that store in other GPUs' memory.
+        inside: The same link as NCCL's collectives get it.
         between: The link between hosts, of one GPU.
     """
 
@@ -42,7 +42,7 @@ class Cluster:
     between: Link
 
 
-_MEASURED: Final = "calibrated on two H200s, benchmarks/results/nvidia_h200_x2/calibration-2d01441.json.gz"
+_MEASURED: Final = "calibrated on two H200s, benchmarks/results/nvidia_h200_x2/calibration-2d01441.json.xz"
 NVLINK4_DIRECT: Final = Link("NVLink 4 by stores", 4.5, 317e3, _MEASURED)
 NVLINK4_NCCL: Final = Link("NVLink 4 by NCCL", 8.9, 193e3, _MEASURED)
 NDR400: Final = Link("InfiniBand NDR", 20.0, 45e3, "one NIC of 400 Gb/s a GPU, 90 % of it; latency assumed")
@@ -83,9 +83,9 @@ class Crossing:
 
     Attributes:
         direct: All rows to all ranks by stores in their memory, in µs; infinite over several hosts.
-        gather: All rows to all ranks by NCCL, as what follows.
-        alltoall: Each row once to each rank that needs it, in µs.
-        alltoall_by_node: Once to each host that needs it, and from there to its GPUs, in µs.
+        gather: All rows to all ranks by NCCL, in µs.
+        alltoall: Each row by NCCL, once to each rank that needs it, in µs.
+        alltoall_by_node: Each row by NCCL, once to each host that needs it and from there to its GPUs, in µs.
     """
 
     direct: float

@@ -151,17 +151,19 @@ class Session:
 
     def _agreed_table(self) -> ExchangeTable | None:
         """What rank 0 has of a calibration of these ranks; files of the others are not read, and so cannot differ."""
-        text = ""
+        text, unused = "", ""
         if self.control.rank == 0:
             try:
                 calibration = find(self.topology)
                 if calibration is not None and calibration.versions == self.versions:
                     text = calibration.model_dump_json()
                 elif calibration is not None:
-                    warn(f"the calibration of {self.topology} is of {calibration.versions}; calibrate again")
+                    unused = f"it was measured with {calibration.versions}, not {self.versions}; calibrate again"
             except PolicyFileError as error:
-                warn(f"the calibration of exchanges is not used: {error}")
+                unused = str(error)
         text = self.control.gather_objects(text)[0]
+        if unused:  # a warning that a program turns into an error does not leave the other ranks waiting
+            warn(f"the calibration of {self.topology} is not used: {unused}")
         return ExchangeTable(ParallelCalibration.model_validate_json(text)) if text else None
 
     def _merged(self, every: list[dict[str, tuple[str, ...]]]) -> dict[str, tuple[str, ...]]:

@@ -30,7 +30,7 @@ class ExchangeFailedError(RuntimeError):
 
 
 class Trial:
-    """The first run, in stages, and what can be repeated from then on. Everything is collective.
+    """Runs an exchange for the first time, in stages, and then times it. Everything is collective.
 
     After each stage the ranks vote: no rank goes on where another failed.
 
@@ -52,23 +52,24 @@ class Trial:
         self._experts = layer.weights_expecting(exchange.arriving_share(kind))
         stage(self._session, lambda: exchange.prepare(kind))
         self._arrived = stage(self._session, lambda: exchange.dispatch(self._tokens))
-        self._partial: Any = inputs[0].new_zeros(self._arrived.topk_ids.shape[0], layer.K)
+        # Not what the experts return: where they store results in peers' memory `combine` would have nothing to send.
+        self._partial = inputs[0].new_zeros(self._arrived.topk_ids.shape[0], layer.K)
 
     def run_experts(self) -> None:
         """Run this rank's experts over the rows that arrived; on a GPU also what a captured call will run."""
-        self._partial = stage(self._session, self._run_local)
+        stage(self._session, self._run_local)
         if self._session.device.type == "cuda" and self._exchange.requirements.capturable:
             inputs = arrived_inputs(self._experts, self._arrived)
             stage(self._session, lambda: self._session.dispatcher.warm_up(inputs))
 
     def split(self, *, graph: bool = False) -> Split:
-        """Times of whole calls, of the experts and of the transfers."""
+        """Times of whole calls, of the experts and of the transfers; with `graph`, of replays of a CUDA graph."""
         parts: tuple[Callable[[], Any], ...] = (self._call, self._run_local, self._transfers)
         us, experts, transfers = (self._us(part, graph=graph) for part in parts)
         return Split(us=us, experts_us=experts, transfers_us=transfers)
 
     def transfers_us(self, *, graph: bool = False) -> float:
-        """Time of dispatch and combine together."""
+        """Time of dispatch and combine together, in µs."""
         return self._us(self._transfers, graph=graph)
 
     def _call(self) -> Tensor:
@@ -145,7 +146,11 @@ def burst_us(call: Callable[[], object], calls: int, device: torch.device) -> fl
 def drawn_inputs(
     layer: ShardedExperts, M: int, topk: int, act_dtype: torch.dtype, seed: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Random inputs of M tokens with a uniform routing over the whole layer's experts."""
+    """Random inputs of M tokens with a uniform routing over the whole layer's experts.
+
+    Returns:
+        hidden_states ``[M, K]``, fp32 weights and global int32 ids ``[M, topk]``, on the layer's device.
+    """
     generator = torch.Generator("cpu").manual_seed(seed)
     hidden = torch.randn(M, layer.K, generator=generator, dtype=torch.float32, device="cpu")
     scores = torch.rand(M, layer.E, generator=generator, dtype=torch.float32, device="cpu")

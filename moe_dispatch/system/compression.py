@@ -1,33 +1,41 @@
-"""The content of ``.gz`` files, which are read up to a size only: a small file may hold a very large one."""
+"""The content of ``.xz`` files, which are read up to a size only: a small file may hold a very large one."""
 
-import gzip
-import zlib
+import errno
 from typing import Final
 
-_GZIP: Final = 16 + zlib.MAX_WBITS  # For zlib: the data has gzip's head and check sum.
+_DICTIONARY_BYTES: Final = 1 << 20  # A reader needs as much memory; files of this package are hardly larger.
+_MEMORY_BYTES: Final = 128 << 20  # Twice of what `xz -9` makes a reader need.
 
 
 def compressed(text: str) -> bytes:
-    """Text as the content of a ``.gz`` file; the same text gives the same bytes."""
-    return gzip.compress(text.encode(), mtime=0)
+    """Text as the content of an ``.xz`` file; the same text gives the same bytes."""
+    import lzma
+
+    preset = {"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME, "dict_size": _DICTIONARY_BYTES}
+    return lzma.compress(text.encode(), filters=[preset])
 
 
 def decompressed(content: bytes, *, limit: int) -> bytes:
-    """The bytes that a ``.gz`` file's content stands for.
+    """The bytes that an ``.xz`` file's content stands for.
 
     Args:
-        content: One gzip member; what follows it is passed over.
+        content: One xz stream; what follows it is passed over.
         limit: The most bytes that the result may have.
 
     Raises:
+        OSError: This Python was built where liblzma's headers were missing. Only what needs such a file goes without.
         ValueError: The content is damaged, cut off, or has more than `limit` bytes when decompressed.
     """
-    decompressor = zlib.decompressobj(_GZIP)
     try:
-        text = decompressor.decompress(content, limit)
-    except zlib.error as error:
+        import lzma
+    except ImportError as error:
+        raise OSError(errno.ENOSYS, "this Python was built without lzma, which decompresses .xz files") from error
+    decompressor = lzma.LZMADecompressor(lzma.FORMAT_XZ, memlimit=_MEMORY_BYTES)
+    try:
+        text = decompressor.decompress(content, limit + 1)
+    except lzma.LZMAError as error:
         raise ValueError(str(error)) from error
-    if decompressor.unconsumed_tail:
+    if len(text) > limit:
         raise ValueError(f"it has more than {limit:,} bytes when decompressed")
     if not decompressor.eof:
         raise ValueError("it is cut off")

@@ -35,8 +35,8 @@ def terms(problem: MoEProblem, bandwidth: float = 1.0, rate: float = 1.0) -> dic
 
     Args:
         problem: The problem.
-        bandwidth: Memory bandwidth of the device over that of an H200.
-        rate: Matrix rate of the device over that of an H200.
+        bandwidth: Memory bandwidth of the device over that of the device which the coefficients were fitted on.
+        rate: Its matrix rate over that of the same device.
     """
     bytes_per_us, flops_per_us = bandwidth * _BANDWIDTH, rate * _matrix_rate(problem)
     weights = problem.expected_experts * problem.expert_bytes / bytes_per_us

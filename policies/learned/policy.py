@@ -186,8 +186,9 @@ class LearnedPolicy(Policy):
 
     def _choice(self, cost_model: CostModel, backend: str, parts: Mapping[Term, float]) -> Choice:
         us = cost_model.us(parts)
-        elsewhere = self._source is not None and self._source.slug != self.machine.slug
-        where = f" on {self._source.name}, with this device's rates" if self._source and elsewhere else ""
+        where = ""
+        if self._source and self._source.slug != self.machine.slug:
+            where = f" on {self._source.name}, with this device's rates"
         fitted = f"a cost model fitted to {cost_model.layers} layers ({cost_model.mode}){where}"
         return Choice(backend, f"about {rough_us(us)} µs by {fitted}", None, us)
 

@@ -273,7 +273,7 @@ class CalibrationFile(Strict):
 
 
 def read_bytes(path: Path) -> bytes:
-    """The content of a policy file, which is compressed if its name ends with .gz.
+    """The content of a policy file, which is compressed if its name ends with .xz.
 
     Raises:
         FileNotFoundError: There is no such file.
@@ -281,7 +281,7 @@ def read_bytes(path: Path) -> bytes:
     """
     try:
         content = files.read_bytes(path, limit=MAX_FILE_BYTES)
-        return decompressed(content, limit=MAX_FILE_BYTES) if path.suffix == ".gz" else content
+        return decompressed(content, limit=MAX_FILE_BYTES) if path.suffix == ".xz" else content
     except ValueError as error:
         raise PolicyFileError(f"{path} is damaged: {error}; delete it") from error
     except FileNotFoundError:

@@ -44,8 +44,8 @@ def test_a_later_calibration_replaces_its_backends_rows_at_its_points(tmp_path: 
     later = calibration((64,))
     later.candidates[0] = later.candidates[0].model_copy(update={"config": {"block_m": 32}})
     paths[1].write_text(later.model_dump_json(), encoding="utf-8")
-    run("pack", *paths, "--out", tmp_path / "both.jsonl.gz")
-    before, after = row_files.load(paths[:1]), row_files.load([tmp_path / "both.jsonl.gz"])
+    run("pack", *paths, "--out", tmp_path / "both.jsonl.xz")
+    before, after = row_files.load(paths[:1]), row_files.load([tmp_path / "both.jsonl.xz"])
     assert {row.key for row in after if row.M == 1} == {row.key for row in before if row.M == 1}
     assert {row.key for row in after if row.M == 64} == {row.key for row in calibration_rows(later)}
 

@@ -34,10 +34,10 @@ def test_rows_with_earlier_names_are_read(source: str) -> None:
 
 
 def test_recorded_files_are_read_and_other_records_beside_them_passed_over() -> None:
-    assert (RESULTS / "options.jsonl.gz").exists()
+    assert (RESULTS / "options.jsonl.xz").exists()
     rows = row_files.load([RESULTS])
     assert {row.key for row in rows} == {
-        row.key for name in ("bench.jsonl.gz", "sweep.jsonl.gz") for row in row_files.load([RESULTS / name])
+        row.key for name in ("bench.jsonl.xz", "sweep.jsonl.xz") for row in row_files.load([RESULTS / name])
     }
     assert {row.roofline_from for row in rows} == {"device"}
     assert all(row.fraction == pytest.approx(row.roofline_us / row.us) for row in rows if row.roofline_us and row.us)
@@ -45,8 +45,8 @@ def test_recorded_files_are_read_and_other_records_beside_them_passed_over() -> 
 
 
 def test_another_record_is_refused_where_it_is_named() -> None:
-    with pytest.raises(InvalidInputError, match=r"options.jsonl.gz:1 is not a benchmark row"):
-        row_files.load([RESULTS / "options.jsonl.gz"])
+    with pytest.raises(InvalidInputError, match=r"options.jsonl.xz:1 is not a benchmark row"):
+        row_files.load([RESULTS / "options.jsonl.xz"])
 
 
 def test_a_half_written_line_spoils_no_other(tmp_path: Path) -> None:
@@ -90,22 +90,25 @@ def test_packed_rows_are_the_rows(tmp_path: Path) -> None:
         bench_row("triton_splitk", "qwen3-30b-a3b", "bf16", 1, 31.9, config={"block_n": 64}),
         bench_row("triton_splitk", "qwen3-30b-a3b", "bf16", 1, None, config={"block_n": 128}),
         bench_row("triton_splitk", "qwen3-30b-a3b", "bf16", 64, 306.625, config={"block_n": 64}),
-        bench_row("vllm", "qwen3-30b-a3b", "fp8", 64, 175.0),
+        bench_row("vllm", "qwen3-30b-a3b", "fp8", 64, 175.0).model_copy(update={"us_q1": 99.987, "us_q3": 175.26}),
     ]
     path = tmp_path / "packed.jsonl"
     path.write_text("\n".join(packed.pack(written)) + "\n", encoding="utf-8")
     assert len(path.read_text().splitlines()) == 1 + 3 + 3  # run, configurations, points
     by_key = {row.key: row for row in row_files.load([path])}
     assert set(by_key) == {row.key for row in written}
-    rounded = {"us", "us_q1", "us_q3", "fraction"}
+    rounded = {"us", "us_q1", "us_q3", "fraction", "roofline_us", "hit_experts"}
     for row in written:
-        assert by_key[row.key].us == (pytest.approx(row.us, rel=1e-4) if row.us else None)
+        for name in rounded:
+            value = getattr(row, name)
+            assert getattr(by_key[row.key], name) == (pytest.approx(value, rel=1e-4) if value else value)
         assert by_key[row.key].model_dump(exclude=rounded) == row.model_dump(exclude=rounded)
 
 
 def test_a_row_without_a_roofline_has_no_fraction_after_packing(tmp_path: Path) -> None:
     row = bench_row("vllm", "qwen3-30b-a3b", "fp8", 64, 175.0)
-    row = row.model_copy(update={"roofline_us": None, "roofline_from": None, "ceilings": None, "fraction": None})
+    none = dict.fromkeys(("roofline_us", "roofline_from", "ceilings", "fraction"))
+    row = row.model_copy(update={**none, "hit_experts": 126.0})
     path = tmp_path / "packed.jsonl"
     path.write_text("\n".join(packed.pack([row])), encoding="utf-8")
     assert row_files.load([path]) == [row]
@@ -114,7 +117,13 @@ def test_a_row_without_a_roofline_has_no_fraction_after_packing(tmp_path: Path) 
 def test_a_damaged_packed_file_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "packed.jsonl"
     lines = list(packed.pack([bench_row("vllm", "qwen3-30b-a3b", "fp8", 64, 175.0)]))
-    for damage in (lines[-1][:-9], json.dumps({"point": {}, "rows": [[3]]}), lines[-1].replace('"M":64', '"M":0')):
+    last = lines[-1]
+    damages = (
+        last[:-9], "5", json.dumps({"point": {}, "rows": [[3]]}), last.replace('"M":64', '"M":0'),
+        last.replace("[0,0]", "7"), last.replace("175.0", "Infinity"),
+    )  # fmt: skip
+    assert last not in damages
+    for damage in damages:
         path.write_text("\n".join([*lines[:-1], damage]), encoding="utf-8")
         with pytest.raises(InvalidInputError, match="is damaged"):
             row_files.load([path])
@@ -125,12 +134,12 @@ def test_compressed_rows_are_the_rows_and_damaged_ones_are_refused(
 ) -> None:
     row = bench_row("vllm", "qwen3-30b-a3b", "fp8", 64, 175.0)
     content = compressed(row.model_dump_json() + "\n")
-    path = tmp_path / "rows.jsonl.gz"
+    path = tmp_path / "rows.jsonl.xz"
     path.write_bytes(content)
     assert row_files.load([tmp_path]) == row_files.load([path]) == [row]
-    for damage in (content[:-9], b"not gzip", content[:12] + bytes(8) + content[20:]):
+    for damage in (content[:-9], b"not xz", content[:12] + bytes(8) + content[20:]):
         path.write_bytes(damage)
-        with pytest.raises(InvalidInputError, match=r"rows\.jsonl\.gz cannot be read"):
+        with pytest.raises(InvalidInputError, match=r"rows\.jsonl\.xz cannot be read"):
             row_files.load([path])
     path.write_bytes(compressed(" " * 5000))
     monkeypatch.setattr(row_files, "MAX_BYTES", 4999)

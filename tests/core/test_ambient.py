@@ -133,16 +133,13 @@ MAKING = FLOATING | {"arange", "as_tensor", "randint", "randperm"}
 def made_by_default(source: str) -> Iterator[str]:
     """Calls that make a tensor without its dtype or device."""
     for node in ast.walk(ast.parse(source)):
-        function = node.func if isinstance(node, ast.Call) else None
-        if (
-            isinstance(node, ast.Call)
-            and isinstance(function, ast.Attribute)
-            and ast.unparse(function.value) == "torch"
-        ):
-            named = {keyword.arg for keyword in node.keywords}
-            needed = {"device", "dtype"} if function.attr in FLOATING else {"device"}
-            if function.attr in MAKING and None not in named and not needed <= named:
-                yield ast.unparse(node)
+        if not isinstance(node, ast.Call):
+            continue
+        library, _, function = ast.unparse(node.func).rpartition(".")
+        named = {keyword.arg for keyword in node.keywords}  # None stands for `**options`
+        needed = {"device", "dtype"} if function in FLOATING else {"device"}
+        if library == "torch" and function in MAKING and None not in named and not needed <= named:
+            yield ast.unparse(node)
 
 
 def test_every_tensor_is_made_with_its_dtype_and_device() -> None:

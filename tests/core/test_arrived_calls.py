@@ -38,6 +38,15 @@ class Failing(Taking):
         raise RuntimeError("no such kernel")
 
 
+class FailingInGraphs(Failing):
+    """Is chosen for CUDA graphs alone."""
+
+    name = "failing_in_graphs"
+
+    def further_reasons(self, problem: MoEProblem) -> tuple[str, ...]:
+        return () if problem.mode == "graph" else ("serves graphs alone",)
+
+
 class Storing(Honest):
     """Stores in the memory of ranks."""
 
@@ -76,6 +85,19 @@ def test_quantised_rows_go_to(
     assert isinstance(out, Tensor)
     assert out.dtype == torch.float16
     assert relative_error(out, truth) < 2e-2
+
+
+def test_a_backend_that_is_barred_runs_no_more() -> None:
+    inputs, _ = arrived()
+    with ranked(FailingInGraphs, Taking, Honest):
+        dispatcher = get_dispatcher("cpu")
+        assert dispatcher.arrived.warm_up(inputs), "the next backend is warmed up in place of one that fails"
+        dispatcher.arrived.forward(inputs)
+        plans = {plan.problem.mode: plan for plan in dispatcher.arrived._plans.values() if plan}
+        assert {mode: plan.choice.backend for mode, plan in plans.items()} == {"eager": "taking", "graph": "taking"}
+        dispatcher._recovery.bar(plans["eager"], "it failed in an ordinary call")
+        dispatcher.arrived.forward(inputs)
+        assert ran() == {"taking": 2, "reference": 1}
 
 
 @pytest.mark.parametrize(("M", "stores"), [(3, False), (300, True)])

@@ -4,7 +4,7 @@
 #     tests/gpu/session.sh suite [pytest arguments]
 #         The gpu suite with WORKERS processes, as the H200 that it is, then as an A100 and as an L40S (as_device.sh),
 #         then tests/gpu/test_gpu.py alone, because it times the host. Ends within SECONDS_EACH and writes one record of
-#         all runs to $OUT/suite.json; that file is what the repository keeps. DEVICES="h200" leaves the other devices
+#         all runs to $OUT/suite.json; the repository keeps that file compressed. DEVICES="h200" leaves the other devices
 #         out.
 #     tests/gpu/session.sh sanitize [one_of_each.py arguments]
 #         compute-sanitizer over a small case of every backend, about 4 minutes. SANITIZER names the program. Racecheck

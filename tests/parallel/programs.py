@@ -26,6 +26,7 @@ from moe_dispatch.parallel.expert_parallel import ExpertParallel
 from moe_dispatch.parallel.gather import GatherExchange
 from moe_dispatch.parallel.registry import EXCHANGES
 from moe_dispatch.parallel.sharded_experts import ShardedExperts
+from moe_dispatch.parallel.trial import Trial, drawn_inputs
 from moe_dispatch.registry import BACKENDS
 from moe_dispatch.settings import settings
 from moe_dispatch.testing import CASES, Case, Inputs, Precision, make_inputs, relative_error
@@ -160,6 +161,22 @@ def columns(tokens: str, exchange: str, *, bias: bool) -> float:
     mine = slice(rank, None, size) if tokens == "sharded" else slice(None)
     out = moe_forward(inputs.hidden_states[mine], layer, inputs.topk_weights[mine], inputs.topk_ids[mine])
     return relative_error(out, inputs.truth[mine])
+
+
+def what_transfers_send(exchange: str) -> list[str]:
+    """What `combine` gets while transfers are timed, where the experts store results in peers' memory."""
+    ep = twins.group_with(exchange=exchange)
+    session, layer = ep._session, ep.split(make_inputs(LAYER, FP32, "cpu").experts)
+    kind = session.kind(layer.placement, layer.local, 4, LAYER.topk, torch.float32)
+    served = session.exchanges[exchange]
+    trial = Trial(layer, served, kind, drawn_inputs(layer, 4, LAYER.topk, torch.float32, seed=0))
+    with (
+        mock.patch.object(session, "run_local", lambda inputs, _: inputs.out),
+        mock.patch.object(served, "combine", wraps=served.combine) as combine,
+    ):
+        trial.run_experts()
+        trial.transfers_us()
+    return sorted({type(call.args[0]).__name__ for call in combine.call_args_list})
 
 
 def own_call(ep: ExpertParallel, M: int = 4, topk: int = 2, **options: Any) -> torch.Tensor:

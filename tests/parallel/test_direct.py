@@ -61,6 +61,10 @@ def test_layers_in_fp8_conform_where_codes_travel(three: Ranks) -> None:
     assert three.run(stores, ["M=3"], precision, "sharded", "direct_fp8_twin", "uneven") == [[], [], []]
 
 
+def test_timed_transfers_carry_results_also_where_experts_store_them(three: Ranks) -> None:
+    assert three.run(programs.what_transfers_send, "direct_twin") == [["Tensor"]] * 3
+
+
 @pytest.mark.parametrize("exchange", list(twins.TWINS))
 def test_padding_rows_run_no_expert(three: Ranks, exchange: str) -> None:
     every = three.run(programs.slots_that_run, exchange, [1, 0, 9])

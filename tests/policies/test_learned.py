@@ -500,7 +500,7 @@ def test_rows_of_another_machine_are_not_taken_for_this_ones(tmp_path: Path, mon
 
 
 def test_choices_on_the_recorded_sweep_meet_the_targets() -> None:
-    arguments = ["regret", str(RESULTS / "sweep.jsonl.gz"), "--machine", str(MACHINE), "--json"]
+    arguments = ["regret", str(RESULTS / "sweep.jsonl.xz"), "--machine", str(MACHINE), "--json"]
     result = CliRunner().invoke(benchmarks, arguments)
     assert result.exit_code == 0, result.output
     found = json.loads(result.stdout)

@@ -1,5 +1,6 @@
 """Tables that ship with the package, made here for a machine that is described and not present."""
 
+import sys
 from importlib import resources
 from pathlib import Path
 
@@ -53,7 +54,7 @@ def ranked(policy: ShippedPolicy, machine: Machine) -> list[str]:
 
 
 def test_it_serves_a_machine_of_that_name(tables: Path) -> None:
-    (tables / "nvidia_h200.json.gz").write_bytes(compressed(table(H200).model_dump_json()))
+    (tables / "nvidia_h200.json.xz").write_bytes(compressed(table(H200).model_dump_json()))
     policy = ShippedPolicy(H200)
     # Measured with another torch, which retires a calibration and not a table.
     assert ranked(policy, H200) == ["torch_grouped", "reference"]
@@ -68,7 +69,7 @@ def test_where_no_table_ships_it_knows_nothing(tables: Path) -> None:
 
 @pytest.mark.parametrize("change", [{"name": "NVIDIA-H200"}, {"sms": 66}, {"capability": (9, 1)}], ids=str)
 def test_another_device_under_the_same_file_name_is_refused(tables: Path, change: dict[str, object]) -> None:
-    (tables / "nvidia_h200.json.gz").write_bytes(compressed(table(H200).model_dump_json()))
+    (tables / "nvidia_h200.json.xz").write_bytes(compressed(table(H200).model_dump_json()))
     other = H200.model_copy(update=change)
     with pytest.warns(MoEDispatchWarning, match="was measured on 'NVIDIA H200'"):
         policy = ShippedPolicy(other)
@@ -78,7 +79,7 @@ def test_another_device_under_the_same_file_name_is_refused(tables: Path, change
 
 @pytest.mark.parametrize("change", [{"torch": "9.9.9"}, {"driver": "999.1"}, {"triton": "3.9.0"}], ids=str)
 def test_other_versions_are_noted_and_it_still_serves(tables: Path, change: dict[str, str]) -> None:
-    (tables / "nvidia_h200.json.gz").write_bytes(compressed(table(H200).model_dump_json()))
+    (tables / "nvidia_h200.json.xz").write_bytes(compressed(table(H200).model_dump_json()))
     other = H200.model_copy(update=change)
     policy = ShippedPolicy(other)
     assert ranked(policy, other) == ["torch_grouped", "reference"]
@@ -86,9 +87,22 @@ def test_other_versions_are_noted_and_it_still_serves(tables: Path, change: dict
     assert f"{library} {getattr(H200, library)} -> {version}" in policy.notes()[0]
 
 
-def test_a_damaged_table_is_refused(tables: Path) -> None:
-    (tables / "nvidia_h200.json.gz").write_bytes(compressed(table(H200).model_dump_json()[:-30]))
+@pytest.mark.parametrize(
+    "content",
+    [compressed(table(H200).model_dump_json()[:-30]), compressed(table(H200).model_dump_json())[:-30], b"{}"],
+    ids=["cut off", "cut off after compression", "not compressed"],
+)
+def test_a_damaged_table_is_refused(tables: Path, content: bytes) -> None:
+    (tables / "nvidia_h200.json.xz").write_bytes(content)
     with pytest.warns(MoEDispatchWarning, match="is damaged"):
+        policy = ShippedPolicy(H200)
+    assert ranked(policy, H200) == []
+
+
+def test_a_python_without_lzma_goes_without_the_table(tables: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tables / "nvidia_h200.json.xz").write_bytes(compressed(table(H200).model_dump_json()))
+    monkeypatch.setitem(sys.modules, "lzma", None)
+    with pytest.warns(MoEDispatchWarning, match="built without lzma"):
         policy = ShippedPolicy(H200)
     assert ranked(policy, H200) == []
 
@@ -97,7 +111,7 @@ H100 = H200.model_copy(update={"name": "NVIDIA H100 80GB HBM3"})
 
 
 def test_a_device_without_a_table_uses_the_nearest_one_scaled_and_says_so(tables: Path) -> None:
-    (tables / "nvidia_h200.json.gz").write_bytes(compressed(table(H200).model_dump_json()))
+    (tables / "nvidia_h200.json.xz").write_bytes(compressed(table(H200).model_dump_json()))
     policy = ShippedPolicy(H100)
     assert ranked(policy, H100) == ["torch_grouped", "reference"]
     choice = policy.rank(LAYER.problem(64, "bf16", H100, "graph"))[0]
@@ -110,7 +124,7 @@ def test_a_device_without_a_table_uses_the_nearest_one_scaled_and_says_so(tables
 
 
 def test_a_device_without_a_data_sheet_is_scaled_by_its_multiprocessors(tables: Path) -> None:
-    (tables / "nvidia_h200.json.gz").write_bytes(compressed(table(H200, 16384).model_dump_json()))
+    (tables / "nvidia_h200.json.xz").write_bytes(compressed(table(H200, 16384).model_dump_json()))
     other = H200.model_copy(update={"name": "NVIDIA H3000", "sms": 99})
     policy = ShippedPolicy(other)
     assert "scaled by 1.00 in bandwidth and 0.75 in matrix rate (99 multiprocessors against 132" in policy.notes()[0]
@@ -123,7 +137,7 @@ def test_a_device_without_a_data_sheet_is_scaled_by_its_multiprocessors(tables: 
 def test_a_slice_of_a_device_and_other_capabilities_are_left_to_the_rules(
     tables: Path, change: dict[str, object]
 ) -> None:
-    (tables / "nvidia_h200.json.gz").write_bytes(compressed(table(H200).model_dump_json()))
+    (tables / "nvidia_h200.json.xz").write_bytes(compressed(table(H200).model_dump_json()))
     other = H100.model_copy(update=change)
     policy = ShippedPolicy(other)
     assert (ranked(policy, other), policy.notes()) == ([], ())
