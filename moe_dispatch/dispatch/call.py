@@ -156,8 +156,10 @@ def warm_up(
     generator, on_cpu = torch.Generator(device).manual_seed(0), torch.Generator().manual_seed(0)
     for M in filter(None, counts):
         hidden = torch.randn(M, experts.K, generator=generator, dtype=torch.float32, device=device).to(dtype)
-        # A rank of expert parallelism may hold fewer experts than a token has; ids of others add nothing.
-        weights, ids = ROUTINGS["uniform"].sample(M, max(experts.E, topk), topk, device, on_cpu)
+        # A rank of expert parallelism may hold fewer experts than a token has. Where it does, those of other ranks are
+        # among the ids, and add nothing.
+        choices = experts.E if topk <= experts.E else experts.routed_experts or experts.E
+        weights, ids = ROUTINGS["uniform"].sample(M, choices, topk, device, on_cpu)
         with torch.no_grad(), on_device(device):
             out = torch.empty_like(hidden) if into_out else None
             get_dispatcher(device).warm_up((hidden, experts, weights, ids), backend, out)
