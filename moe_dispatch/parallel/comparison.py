@@ -58,7 +58,7 @@ def compare_exchanges(layer: ShardedExperts, kind: CallKind, inputs: tuple[Tenso
     times: dict[Mode, dict[str, Split]] = {mode: {} for mode in kinds}
     failed: dict[str, str] = {}
 
-    def race(names: Iterable[str]) -> None:
+    def measure(names: Iterable[str]) -> None:
         for name in names:
             try:
                 trial = Trial(layer, session.exchanges[name], kind, inputs)
@@ -78,12 +78,12 @@ def compare_exchanges(layer: ShardedExperts, kind: CallKind, inputs: tuple[Tenso
 
     calibrated = {mode: session.calibrated_choice(each, whole=True) for mode, each in kinds.items()}
     if session.options.exchange is not None:
-        race([session.choose(kind).name])
+        measure([session.choose(kind).name])
     else:
         first = dict.fromkeys(name for name in calibrated.values() if name)
-        race(first)
+        measure(first)
         if any(name not in times[mode] for mode, name in calibrated.items()):
-            race(name for name in session.candidates(kind) if name not in first)
+            measure(name for name in session.candidates(kind) if name not in first)
     if (needed := session.options.exchange or ALWAYS) in failed:
         raise ExchangeFailedError(f"{kind} cannot run: {failed[needed]}")
     for mode, each in kinds.items():

@@ -18,6 +18,7 @@ import torch.distributed as dist
 from moe_dispatch import moe_forward
 from moe_dispatch.backends.exchange import push
 from moe_dispatch.benchmarks.record import expert_parallel
+from moe_dispatch.benchmarks.record.rank_clock import Clock
 from moe_dispatch.errors import InvalidInputError
 from moe_dispatch.experts import ExpertWeights
 from moe_dispatch.parallel import watch
@@ -386,7 +387,7 @@ def recorded(folder: str) -> tuple[int, list[dict[str, Any]]]:
     with torch.no_grad():
         wrong = expert_parallel._run(
             dataclasses.replace(expert_parallel.TINY, E=18), "fp32", [1, 4], options, device,
-            expert_parallel.Clock(device, 2), lambda: None,
+            Clock(device, 2), lambda: None,
         )  # fmt: skip
     return wrong, [json.loads(line) for line in out.read_text().splitlines()] if out.exists() else []
 

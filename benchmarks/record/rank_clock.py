@@ -1,0 +1,59 @@
+"""Times of calls that all ranks of a process group make together."""
+
+import math
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+
+from moe_dispatch.measure.inputs import synchronize
+from moe_dispatch.parallel.trial import BURST_US, MOST_CALLS, burst_us
+
+
+class Clock:
+    """Times calls that all ranks make together.
+
+    Args:
+        device: The rank's device.
+        bursts: How many bursts of calls are timed.
+    """
+
+    def __init__(self, device: torch.device, bursts: int) -> None:
+        self._device, self._bursts = device, bursts
+
+    def us(self, call: Callable[[], object], calls_inside: int = 1) -> float:
+        """Median over bursts of the slowest rank's time in µs, equal on every rank.
+
+        Args:
+            call: What is timed.
+            calls_inside: Calls of a layer that it makes; the time is that of each.
+        """
+        for _ in range(2):
+            call()
+        calls = min(MOST_CALLS, math.ceil(BURST_US / self._slowest([self._burst(call, 1)])[0]))
+        times = self._slowest([self._burst(call, calls) for _ in range(self._bursts)])
+        return statistics.median(times) / calls_inside
+
+    def host_us(self, call: Callable[[], object]) -> float:
+        """Median time in µs until a call returns to the host, the device being idle; of the slowest rank."""
+        times = []
+        for _ in range(2 * self._bursts):
+            synchronize(self._device)
+            dist.barrier()
+            synchronize(self._device)
+            start = time.perf_counter()
+            call()
+            times.append((time.perf_counter() - start) * 1e6)
+        return self._slowest([statistics.median(times)])[0]
+
+    def _burst(self, call: Callable[[], object], calls: int) -> float:
+        synchronize(self._device)
+        dist.barrier()
+        return burst_us(call, calls, self._device)
+
+    def _slowest(self, times: list[float]) -> list[float]:
+        every = torch.tensor(times, dtype=torch.float64, device=self._device)
+        dist.all_reduce(every, op=dist.ReduceOp.MAX)
+        return list(map(float, every.tolist()))
