@@ -14,8 +14,7 @@ import pydantic
 from moe_dispatch.benchmarks.packed import is_packed, unpack
 from moe_dispatch.benchmarks.rows import BenchRow, RowKey
 from moe_dispatch.errors import InvalidInputError
-from moe_dispatch.system.compression import decompressed
-from moe_dispatch.system.files import read_bytes
+from moe_dispatch.system.compression import read_bytes
 
 MAX_BYTES: Final = 128 << 20  # A sweep of seven models at fifteen token counts takes about 1 MiB.
 
@@ -71,8 +70,7 @@ def timed_keys(path: Path) -> set[RowKey]:
 
 def _lines(path: Path) -> list[str]:
     try:
-        content = read_bytes(path, limit=MAX_BYTES)
-        return (decompressed(content, limit=MAX_BYTES) if path.suffix == ".xz" else content).decode().splitlines()
+        return read_bytes(path, limit=MAX_BYTES).decode().splitlines()
     except (OSError, ValueError) as error:
         raise InvalidInputError(
             f"{path} cannot be read ({error}); give .jsonl files of `moe-dispatch bench`"

@@ -12,8 +12,7 @@ from moe_dispatch.machine import Machine
 from moe_dispatch.measure.ceilings import KNOWN_CEILINGS
 from moe_dispatch.policies.measurements.schema import MAX_FILE_BYTES
 from moe_dispatch.problem import MoEProblem
-from moe_dispatch.system.compression import decompressed
-from moe_dispatch.system.files import read_bytes
+from moe_dispatch.system.compression import read_bytes
 
 # A device with fewer multiprocessors than this share of the measured one's (a MIG slice, say) is left to the rules:
 # which configuration is fastest depends on how many programs run at once.
@@ -104,8 +103,7 @@ def read_shipped(slug: str, suffix: str) -> tuple[bytes, str]:
     """
     with resources.as_file(shipped(slug, suffix)) as path:
         try:
-            content = read_bytes(path, limit=MAX_FILE_BYTES)
-            return decompressed(content, limit=MAX_FILE_BYTES) if path.suffix == ".xz" else content, str(path)
+            return read_bytes(path, limit=MAX_FILE_BYTES), str(path)
         except OSError as error:
             raise PolicyFileError(f"{path} cannot be read: {error.strerror}; install the package again") from error
         except ValueError as error:

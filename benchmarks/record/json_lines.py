@@ -7,8 +7,8 @@ from typing import Any
 
 from moe_dispatch.machine import Machine
 from moe_dispatch.measure.provenance import commit, versions
-from moe_dispatch.system import files
-from moe_dispatch.system.compression import decompressed
+from moe_dispatch.system.compression import read_bytes
+from moe_dispatch.system.files import MAX_BYTES
 
 
 def append(path: str | Path, row: Mapping[str, object]) -> None:
@@ -19,9 +19,7 @@ def append(path: str | Path, row: Mapping[str, object]) -> None:
 
 def read(path: Path) -> list[dict[str, Any]]:
     """The rows of a file, which is compressed if its name ends with .xz."""
-    content = files.read_bytes(path)
-    text = decompressed(content, limit=files.MAX_BYTES) if path.suffix == ".xz" else content
-    return list(map(json.loads, text.decode().splitlines()))
+    return list(map(json.loads, read_bytes(path, limit=MAX_BYTES).decode().splitlines()))
 
 
 def write(

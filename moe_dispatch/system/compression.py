@@ -1,7 +1,10 @@
 """The content of ``.xz`` files, which are read up to a size only: a small file may hold a very large one."""
 
 import errno
+from pathlib import Path
 from typing import Final
+
+from moe_dispatch.system import files
 
 _DICTIONARY_BYTES: Final = 1 << 20  # A reader needs as much memory; files of this package are hardly larger.
 _MEMORY_BYTES: Final = 128 << 20  # Twice of what `xz -9` makes a reader need.
@@ -13,6 +16,17 @@ def compressed(text: str) -> bytes:
 
     preset = {"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME, "dict_size": _DICTIONARY_BYTES}
     return lzma.compress(text.encode(), filters=[preset])
+
+
+def read_bytes(path: Path, *, limit: int) -> bytes:
+    """The content of a regular file, decompressed if its name ends with ``.xz``.
+
+    Raises:
+        OSError: As `files.read_bytes` and `decompressed`.
+        ValueError: As `decompressed`.
+    """
+    content = files.read_bytes(path, limit=limit)
+    return decompressed(content, limit=limit) if path.suffix == ".xz" else content
 
 
 def decompressed(content: bytes, *, limit: int) -> bytes:

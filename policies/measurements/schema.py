@@ -15,8 +15,7 @@ from moe_dispatch.activations import Activation, canonical
 from moe_dispatch.errors import InvalidInputError, PolicyFileError
 from moe_dispatch.machine import Machine
 from moe_dispatch.problem import FP8_DTYPES, DType, Mode, MoEProblem
-from moe_dispatch.system import files
-from moe_dispatch.system.compression import decompressed
+from moe_dispatch.system import compression, files
 
 SCHEMA: Final = 1
 MAX_FILE_BYTES: Final = 32 << 20  # a full calibration of every named workload takes about 1 MiB
@@ -280,8 +279,7 @@ def read_bytes(path: Path) -> bytes:
         PolicyFileError: It is not a regular file, too large, or not readable.
     """
     try:
-        content = files.read_bytes(path, limit=MAX_FILE_BYTES)
-        return decompressed(content, limit=MAX_FILE_BYTES) if path.suffix == ".xz" else content
+        return compression.read_bytes(path, limit=MAX_FILE_BYTES)
     except ValueError as error:
         raise PolicyFileError(f"{path} is damaged: {error}; delete it") from error
     except FileNotFoundError:
