@@ -1,6 +1,7 @@
 """From a kind of call to the plan that runs it: the policies' order, each backend's reasons against, and its probe."""
 
 import dataclasses
+import functools
 import logging
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Final
@@ -64,7 +65,6 @@ class Planner:
         self._pool = BackendPool(machine, configured.disabled, quarantine, barred)
         self._chain: PolicyChain | None = None
         self._proven: set[PlanKind] = set()
-        self._configs: dict[tuple[str, tuple[tuple[str, int | str], ...]], BackendConfig] = {}
         self._passed_over: set[str] = set()
         self._obeyed: list[QuarantineEntry] = []
 
@@ -280,10 +280,7 @@ class Planner:
             backend = self._pool.made(choice.backend).require()
             if choice.config is None:
                 return backend.default_config(problem)
-            key = choice.backend, tuple(choice.config.items())
-            if key not in self._configs:
-                self._configs[key] = backend.config_type.model_validate(dict(choice.config))
-            return self._configs[key]
+            return _validated(backend.config_type, tuple(choice.config.items()))
         except pydantic.ValidationError as error:
             return (f"does not know the configuration {dict(choice.config or {})}: {error.errors()[0]['msg']}",)
         except BackendUnavailableError as error:
@@ -294,6 +291,12 @@ class Planner:
     def _probe_failure(self, choice: Choice, problem: MoEProblem, experts: ExpertWeights | None) -> str:
         device = experts.device if experts is not None else torch.device(self.machine.device)
         return self._pool.probe_failure(choice.backend, problem, device)
+
+
+# Bounded, as a policy may name ever new ones; `typed`, as a strict type tells 1 from True.
+@functools.lru_cache(maxsize=4096, typed=True)
+def _validated(config_type: type[BackendConfig], values: tuple[tuple[str, int | str], ...]) -> BackendConfig:
+    return config_type.model_validate(dict(values))
 
 
 def warn_of_successor(name: str, problem: MoEProblem, cause: str, successor: Plan) -> None:
