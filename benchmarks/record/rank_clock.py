@@ -1,6 +1,5 @@
 """Times of calls that all ranks of a process group make together."""
 
-import math
 import statistics
 import time
 from collections.abc import Callable
@@ -9,7 +8,7 @@ import torch
 import torch.distributed as dist
 
 from moe_dispatch.measure.inputs import synchronize
-from moe_dispatch.parallel.trial import BURST_US, MOST_CALLS, burst_us
+from moe_dispatch.parallel.trial import burst_us, median_us
 
 
 class Clock:
@@ -32,9 +31,7 @@ class Clock:
         """
         for _ in range(2):
             call()
-        calls = min(MOST_CALLS, math.ceil(BURST_US / self._slowest([self._burst(call, 1)])[0]))
-        times = self._slowest([self._burst(call, calls) for _ in range(self._bursts)])
-        return statistics.median(times) / calls_inside
+        return median_us(lambda calls: self._burst(call, calls), self._slowest, self._bursts) / calls_inside
 
     def host_us(self, call: Callable[[], object]) -> float:
         """Median time in µs until a call returns to the host, the device being idle; of the slowest rank."""

@@ -18,8 +18,8 @@ from moe_dispatch.parallel.sharded_experts import ShardedExperts
 from moe_dispatch.system import failures
 
 BURSTS: Final = 5
-BURST_US: Final = 3e3  # shortest duration of one
-MOST_CALLS: Final = 50  # of one
+_BURST_US: Final = 3e3  # shortest duration of one
+_MOST_CALLS: Final = 50  # of one
 GRAPH_CALLS: Final = 4  # that a graph holds, as a model's holds its layers: launching a graph is no part of a call
 
 Result = TypeVar("Result")
@@ -92,8 +92,7 @@ class Trial:
         repeated, inside = call, 1
         if graph:
             repeated, inside = stage(self._session, lambda: _captured(call)).replay, GRAPH_CALLS
-        calls = min(MOST_CALLS, math.ceil(BURST_US / self._slowest([self._burst(repeated, 1)])[0]))
-        return statistics.median(self._slowest([self._burst(repeated, calls) for _ in range(BURSTS)])) / inside
+        return median_us(lambda calls: self._burst(repeated, calls), self._slowest, BURSTS) / inside
 
     def _burst(self, call: Callable[[], object], calls: int) -> float:
         synchronize(self._session.device)
@@ -124,6 +123,18 @@ def stage(session: Session, run: Callable[[], Result]) -> Result:
     if faults:
         raise ExchangeFailedError("; ".join(faults))
     return result  # where it is not bound there was a fault
+
+
+def median_us(burst: Callable[[int], float], slowest: Callable[[list[float]], list[float]], bursts: int) -> float:
+    """Median over bursts of the slowest rank's time per call, in µs.
+
+    Args:
+        burst: Makes so many calls in a row, and returns this rank's time of each in µs. Collective.
+        slowest: For times of this rank, each one's greatest value over the ranks. Collective.
+        bursts: How many bursts count, after one that tells how many calls a burst takes.
+    """
+    calls = min(_MOST_CALLS, math.ceil(_BURST_US / slowest([burst(1)])[0]))
+    return statistics.median(slowest([burst(calls) for _ in range(bursts)]))
 
 
 def burst_us(call: Callable[[], object], calls: int, device: torch.device) -> float:
