@@ -76,9 +76,9 @@ def activations(
     rows: Tensor | QuantizedRows, quantization: Quantization, *, pdl: bool
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """Rows as the first product reads them, with their multipliers; where it reads FP8, other rows are quantised."""
-    if isinstance(rows, QuantizedRows):
-        return rows.codes, rows.scale
-    return quantize_rows(rows, per_token=quantization.per_token, pdl=pdl) if quantization.activations else (rows, None)
+    if quantization.activations and isinstance(rows, Tensor):
+        return quantize_rows(rows, per_token=quantization.per_token, pdl=pdl)
+    return _values_and_scale(rows)
 
 
 def gather_quantize(
@@ -110,7 +110,7 @@ def gather_quantize(
     """
     travels = isinstance(hidden_states, TravellingRows)
     all_rows = hidden_states.rows if isinstance(hidden_states, TravellingRows) else hidden_states
-    x, x_scale = all_rows[:2] if isinstance(all_rows, QuantizedRows) else (all_rows, None)
+    x, x_scale = _values_and_scale(all_rows)
     rows, K = routing.slot_of_row.shape[0], x.shape[1]
     scale = empty_scales(rows, K, x.device, column_major=column_major_scales, capacity=capacity)
     if not on_triton(x):
@@ -197,12 +197,16 @@ def column_groups(columns: int) -> int:
     return min(8, next_power_of_2(math.ceil(columns / QUANT_BLOCK)))
 
 
+def _values_and_scale(rows: Tensor | QuantizedRows) -> tuple[Tensor, Tensor | None]:
+    return (rows.codes, rows.scale) if isinstance(rows, QuantizedRows) else (rows, None)
+
+
 def _pieces(
     rows: Tensor | QuantizedRows | TravellingRows,
 ) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
     """Runs of tokens with their values and multipliers: all; or this rank's and, once they are here, the others'."""
     if not isinstance(rows, TravellingRows):
-        x, x_scale = (rows.codes, rows.scale) if isinstance(rows, QuantizedRows) else (rows, None)
+        x, x_scale = _values_and_scale(rows)
         yield slice(0, x.shape[0]), x, x_scale
         return
     own = slice(rows.first, rows.first + rows.own.shape[0])

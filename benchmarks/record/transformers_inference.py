@@ -81,8 +81,13 @@ class Step:
         return out
 
 
-def differences(model: Any, steps: dict[Case, Step], implementations: Sequence[str]) -> Iterator[Row]:
-    """‖out − eager‖ / ‖eager‖ after all layers. Where roundings differ, a router may choose another expert."""
+def differences(
+    model: Any, steps: dict[Case, Step], implementations: Sequence[str], hopeless: set[tuple[str, Case]]
+) -> Iterator[Row]:
+    """‖out − eager‖ / ‖eager‖ after all layers. Where roundings differ, a router may choose another expert.
+
+    What has no result is added to `hopeless`.
+    """
     for case, step in steps.items():
         model.set_experts_implementation("eager")
         expected = step(model).float()
@@ -94,6 +99,7 @@ def differences(model: Any, steps: dict[Case, Step], implementations: Sequence[s
             try:
                 yield row | {"difference": float((step(model).float() - expected).norm() / expected.norm())}
             except torch.OutOfMemoryError:
+                hopeless.add((name, case))
                 yield row | {"reason": "out of memory"}
 
 
@@ -120,10 +126,7 @@ def rows(
     """Differences, then every measurement of a round before the next round; nothing begins after the deadline."""
     steps = {case: Step(model, case, device) for case in cases}
     hopeless: set[tuple[str, Case]] = set()  # no result before, in an earlier round or mode
-    for row in differences(model, steps, implementations):
-        yield row
-        if "reason" in row:
-            hopeless.add((row["implementation"], Case(row["what"].rpartition(" ")[2], row["tokens"])))
+    yield from differences(model, steps, implementations, hopeless)
     compiled = torch.compile(model, fullgraph=True, dynamic=False, **compile_options)
     with torch._dynamo.config.patch(recompile_limit=_COMPILED_CASES):
         for mode, turn, case in itertools.product(modes, range(rounds), cases):

@@ -256,10 +256,9 @@ class Session:
         """Run this rank's experts over rows that arrived; what is returned is for `Exchange.combine`."""
         rows, experts, topk_weights, topk_ids, out = inputs
         if out is not None or not isinstance(rows, Tensor):
-            if any_autocast_enabled():
-                with torch.autocast(self.device.type, enabled=False):  # as for any other call, see `call_eagerly`
-                    return self.dispatcher.arrived.forward(inputs, backend)
-            return self.dispatcher.arrived.forward(inputs, backend)
+            autocast = any_autocast_enabled()
+            with torch.autocast(self.device.type, enabled=False) if autocast else contextlib.nullcontext():
+                return self.dispatcher.arrived.forward(inputs, backend)  # without autocast, see `call_eagerly`
         return call_eagerly(rows, experts, topk_weights, topk_ids, backend, dispatcher=self.dispatcher)
 
     # The choice of the exchange.
