@@ -35,9 +35,9 @@ def _moe_splitk_down_kernel(
     first_block = split * share
     last_block = tl.minimum(first_block + share, blocks)
     moe_pdl_release(PDL)
-    if PDL:
-        # Ids and weights were complete before gate_up started: fetch the first blocks while its last wave drains.
-        moe_prefetch(w_rows, first_block, tl.where(count > 0, blocks, 0), N, BLOCK_K)
+    # Ids and weights were complete before gate_up started: fetch the first blocks while its last wave drains, or while
+    # this kernel looks for its slots.
+    moe_prefetch(w_rows, first_block, tl.where(count > 0, blocks, 0), N, BLOCK_K)
     # Idle CTAs wait too: a kernel that ends before its predecessor would release its successor too early.
     moe_pdl_wait(PDL)
     if count == 0:

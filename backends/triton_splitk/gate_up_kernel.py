@@ -79,8 +79,7 @@ def _moe_splitk_gate_up_kernel(
     share = tl.cdiv(blocks, SPLITS)
     first_block = split * share
     last_block = tl.minimum(first_block + share, blocks)
-    if PDL:
-        moe_prefetch(w_rows, first_block, tl.where(count > 0, blocks, 0), K, BLOCK_K)
+    moe_prefetch(w_rows, first_block, tl.where(count > 0, blocks, 0), K, BLOCK_K)
     if IDS_READY:
         moe_pdl_wait(PDL)
     if count == 0:

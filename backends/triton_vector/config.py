@@ -29,6 +29,9 @@ _MOST_EXPERTS: Final = 8  #            experts         of a token at once. qwen3
 #                                                      qwen3-next in FP8 8×512×2/4 15.3, 21.8, 39.6, 4×512×8/4 16.7,
 #                                                      29.6, 54.8; in BF16 8×512×2/4 20.8, 32.3, 60.3, 2×512×8/4 20.9,
 #                                                      39.0, 72.3
+_ROWS_OF_CHUNKS: Final = 2  #          weight rows     of down where columns past N are left out. qwen3-30b-a3b in FP8
+#                                                      2×1024×8/4 12.7, 21.6, 36.6, 4×1024×8/4 13.2, 21.9, 37.6; in
+#                                                      BF16 21.2, 36.1, 62.2 and 20.4, 36.4, 62.7
 _MOST_COLUMNS: Final = 8192  #         columns         of all experts at once; where they are more, of one expert
 _WHOLE_ROW: Final = 2048  #            columns         longer rows are read in parts
 _PART_OF_ROW: Final = 512  #           columns
@@ -77,6 +80,8 @@ def _of_layer(problem: MoEProblem, device: Features) -> TritonVectorConfig:
     down_warps = _WARPS if turns else max(1, min(_WARPS, down_rows * row // (32 * _BYTES_PER_THREAD)))
     whole = columns <= _WHOLE_ROW
     together = experts * down_columns <= _MOST_COLUMNS and down_columns <= _WHOLE_ROW
+    if not turns and down_columns > problem.N:
+        down_rows = min(_ROWS_OF_CHUNKS, down_rows)
     return TritonVectorConfig.model_validate({
         "rows": _ROWS if whole or not problem.fp8 else _FP8_ROWS_OF_PARTS,
         "columns": columns if whole else _PART_OF_ROW,
@@ -92,13 +97,18 @@ def _of_layer(problem: MoEProblem, device: Features) -> TritonVectorConfig:
 def candidate_configs(problem: MoEProblem, device: Features) -> tuple[TritonVectorConfig, ...]:
     """The default, then one with other CTAs of gate_up: larger where it reads whole rows, smaller where parts of them.
 
+    Where columns past N are left out, one with twice the rows of down, too.
+
     With 16 rows olmoe in FP8 takes 79.9 µs at M=8 and 82.6 with 8; qwen3-30b-a3b in BF16 takes 21.5 and 21.7 at M=1.
     """
     default = default_config(problem, device)
     parts = default.columns < problem.K
     warps = _WARPS if problem.fp8 else 2 * _WARPS
     other = {"rows": 4, "warps": _WARPS_OF_PARTS} if parts else {"rows": 2 * _ROWS, "warps": warps}
-    return tuple(dict.fromkeys((default, default.model_copy(update=other))))
+    others = [other]
+    if problem.topk <= default.down_experts and default.down_columns > problem.N:
+        others += [{"down_rows": 2 * default.down_rows}, other | {"down_rows": 2 * default.down_rows}]
+    return tuple(dict.fromkeys((default, *(default.model_copy(update=update) for update in others))))
 
 
 def shared_memory_bytes(config: TritonVectorConfig) -> int:

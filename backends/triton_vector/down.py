@@ -43,10 +43,12 @@ def vector_down(
     M, topk = topk_ids.shape
     weights = quantization(experts.dtype, fp8=False)  # of which no device multiplies the codes
     together = min(config.down_experts, next_power_of_2(topk))
-    vector = 16 // experts.down.element_size()
-    # A chunk is what all threads of a CTA read of a row at once; those past N are left out.
-    chunk = min(config.down_columns, max(vector, 32 * config.down_warps * vector // together))
-    chunks = min(config.down_columns // chunk, math.ceil(experts.N / chunk))
+    chunk, chunks = min(config.down_columns, max(128, next_power_of_2(experts.N))), 1
+    # Where all experts are read at once, columns past N are left out.
+    experts_first = together >= topk and chunk > experts.N
+    if experts_first:
+        chunk = min(chunk, max(128, 512 // experts.down.element_size() * config.down_warps // together))
+        chunks = math.ceil(experts.N / chunk)
     grid = (M, math.ceil(experts.K / config.down_rows))
     _moe_vector_down_kernel[grid](
         # inputs
@@ -57,6 +59,6 @@ def vector_down(
         experts.K, experts.N, experts.E,
         # constants
         TOPK=topk, ROWS=config.down_rows, EXPERTS=together, CHUNK=chunk, CHUNKS=chunks,
-        STEPS_N=math.ceil(experts.N / (chunk * chunks)), SCALES=weights.scales, PDL=config.pdl,
-        num_warps=config.down_warps, **pdl_option(config.pdl),
+        STEPS_N=math.ceil(experts.N / (chunk * chunks)), EXPERTS_FIRST=experts_first, SCALES=weights.scales,
+        PDL=config.pdl, num_warps=config.down_warps, **pdl_option(config.pdl),
     )  # fmt: skip

@@ -4,7 +4,7 @@
 import triton
 import triton.language as tl
 
-from moe_dispatch.backends.triton_common.device import moe_activate, moe_e4m3_to_fp32, moe_gate_up_row
+from moe_dispatch.backends.triton_common.device import moe_activate, moe_e4m3_sums, moe_e4m3_to_fp32, moe_gate_up_row
 from moe_dispatch.backends.triton_common.fast_launch import fast_launch
 from moe_dispatch.backends.triton_common.pdl import moe_pdl_release, moe_pdl_wait
 
@@ -20,8 +20,8 @@ def _moe_vector_gate_up_kernel(
     K, N, E,
     # constants
     TOPK: tl.constexpr, COLUMNS: tl.constexpr, GROUPS: tl.constexpr, CHUNKS: tl.constexpr, BLOCK_K: tl.constexpr,
-    BLOCKS: tl.constexpr, SCALES: tl.constexpr, PDL: tl.constexpr, GATED: tl.constexpr, INTERLEAVED: tl.constexpr,
-    ACTIVATION: tl.constexpr,
+    BLOCKS: tl.constexpr, EVEN_N: tl.constexpr, SCALES: tl.constexpr, PDL: tl.constexpr, GATED: tl.constexpr,
+    INTERLEAVED: tl.constexpr, ACTIVATION: tl.constexpr,
 ):  # fmt: skip
     parts: tl.constexpr = 2 if GATED else 1
     rows: tl.constexpr = parts * COLUMNS // GROUPS
@@ -42,7 +42,11 @@ def _moe_vector_gate_up_kernel(
         # What multiplies sums, or is added to them, is on its way together with the weights.
         scales = scale_ptr
         if SCALES == "block":
-            scales += ((expert * tl.cdiv(parts * N, 128) + row // 128) * tl.cdiv(K, 128))[None, :, :, None]
+            # The rows of a part lie in one block of scales, unless N shifts those of up.
+            block_row = tl.reshape(row, [GROUPS, rows // parts, parts])
+            if EVEN_N and not INTERLEAVED:
+                block_row = (tl.arange(0, parts) * N + tile * COLUMNS)[None, None, :]
+            scales += ((expert * tl.cdiv(parts * N, 128) + block_row // 128) * tl.cdiv(K, 128))[None, :, :, :, None]
         if SCALES == "channel":
             channel_scale = tl.load(scale_ptr + expert * parts * N + row)
         if bias_ptr is not None:
@@ -71,8 +75,11 @@ def _moe_vector_gate_up_kernel(
                 sums = tl.sum(low * x, axis=4) + tl.sum(high * x_high[:, None, None, :, :], axis=4)
             else:
                 sums = tl.sum(values * x, axis=4)
-            acc += sums * now_scale
+            sums = tl.reshape(sums, [lanes, GROUPS, rows // parts, parts, CHUNKS]) * now_scale
+            acc += tl.reshape(sums, [lanes, GROUPS, rows, CHUNKS])
         gate = tl.sum(tl.sum(acc, axis=3), axis=0)  # [GROUPS, rows]
+        if SCALES != "none":
+            gate = moe_e4m3_sums(gate)
         if SCALES == "channel":
             gate *= channel_scale
         if bias_ptr is not None:
@@ -95,8 +102,8 @@ def _moe_vector_gate_up_block(w_rows, scales, offs_v, K, VECTOR: tl.constexpr, S
     """
     offs_k = offs_v[:, None, None, :, None] + tl.arange(0, VECTOR)[None, None, None, None, :]
     w = tl.load(w_rows + offs_k, mask=offs_k < K, other=0)
-    scale = tl.full([1, 1, 1, 1], 1.0, dtype=tl.float32)
+    scale = tl.full([1, 1, 1, 1, 1], 1.0, dtype=tl.float32)
     if SCALES == "block":
-        offs_s = offs_v[:, None, None, :]
+        offs_s = offs_v[:, None, None, None, :]
         scale = tl.load(scales + offs_s // 128, mask=offs_s < K, other=0.0)
     return w, scale
