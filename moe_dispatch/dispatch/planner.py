@@ -135,6 +135,18 @@ class Planner:
         """
         return self._pool.made(name).require()
 
+    def named(self, backend: str | None) -> tuple[str, str]:
+        """The name of the backend that the caller gives, or else the environment, and its variable; empty if none does.
+
+        Raises:
+            UnknownNameError: Nothing is registered under it.
+            BackendUnavailableError: It does not import, or its libraries are missing.
+        """
+        name, variable = (backend, "") if backend else (self._settings.backend, BACKEND_VARIABLE)
+        if name:
+            self._pool.made(name).require(variable)
+        return name, variable
+
     def statuses(self) -> tuple[BackendStatus, ...]:
         """Every registered backend on this machine."""
         return self._pool.statuses()
@@ -159,8 +171,7 @@ class Planner:
 
     def _named_plan(self, backend: str | None, problem: MoEProblem, experts: ExpertWeights, *, into: bool) -> Plan:
         """The plan of the backend that the caller names, or else the environment."""
-        name, variable = (backend, "") if backend else (self._settings.backend, BACKEND_VARIABLE)
-        self._pool.made(name).require(variable)
+        name, variable = self.named(backend)
         if reasons := self._pool.reasons_against(name, problem, chosen_by_name=True):
             raise BackendUnsupportedError(name, problem, reasons, variable)
         choice = self._named_choice(backend, problem)

@@ -86,6 +86,11 @@ def expected(call: Call) -> Tensor:
     return moe_forward(*call, backend="reference")
 
 
+def lose_context(*_: object, **__: object) -> None:
+    """What torch raises wherever it asks CUDA anything after a kernel failed."""
+    raise torch.AcceleratorError("CUDA error: device-side assert triggered")
+
+
 def ran() -> dict[str, int]:
     return {name: counts["ran"] for name, counts in stats().items() if counts["ran"]}
 
@@ -114,6 +119,14 @@ class TestChoosing:
                 moe_forward(*double, backend="picky")
             assert "takes weights in fp8, got fp32" in str(refusal.value)
             assert "computes gelu, got activation silu" in str(refusal.value)
+
+    def test_a_name_is_checked_where_nothing_runs(self) -> None:
+        call = make_call(0)
+        for run in (lambda name: moe_forward(*call, backend=name), lambda name: warm_up(call[1], 2, [], backend=name)):
+            with pytest.raises(UnknownNameError, match="'no_such'"):
+                run("no_such")
+            with pytest.raises(BackendUnavailableError, match="deep_gemm is not installed"):
+                run("deep_gemm")
 
     def test_the_environment_names_disables_and_orders(self, call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
         with ranked(Honest):
@@ -405,6 +418,32 @@ class TestFaults:
             with pytest.raises(DeviceLostError, match="CUDA_LAUNCH_BLOCKING=1"):
                 moe_forward(*call)
             assert not get_dispatcher("cpu").quarantine.entries()
+
+    @pytest.mark.parametrize(
+        "options", [{}, {"backend": "honest"}, {"out": torch.empty(6, 64)}], ids=["", "name", "out"]
+    )
+    @pytest.mark.parametrize("place", ["torch.cuda.is_current_stream_capturing", "torch.Tensor.contiguous"])
+    @pytest.mark.parametrize("known", [False, True])
+    def test_a_context_that_was_lost_before_a_call(
+        self, known: bool, place: str, options: dict[str, Any], call: Call, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """CUDA says so at the first question or copy, and neither the arguments nor a backend are to blame."""
+        with ranked(Honest):
+            if known:
+                moe_forward(*call)
+            monkeypatch.setattr(get_dispatcher("cpu"), "_on_cuda", "cuda" in place)
+            monkeypatch.setattr(place, lose_context)
+            with pytest.raises(DeviceLostError, match="CUDA_LAUNCH_BLOCKING=1") as lost:
+                moe_forward(*call, **options)
+            assert lost.value.suspects == ("honest",) * known
+            assert not get_dispatcher("cpu").quarantine.entries()
+
+    def test_a_probe_is_not_blamed_for_an_older_error(self, call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+        problem = call[1].problem(6, 2, torch.float32, None)
+        monkeypatch.setattr("torch.cuda.synchronize", lose_context)
+        with ranked(Lying), pytest.raises(DeviceLostError, match="CUDA_LAUNCH_BLOCKING=1"):
+            get_dispatcher("cpu").planner._pool.probe_failure("lying", problem, torch.device("cuda"))
+        assert not get_dispatcher("cpu").quarantine.entries()
 
     @pytest.mark.parametrize("killer", ["Killing", "KillingInItsProbe"])
     def test_a_killed_process_is_remembered(self, killer: str, call: Call) -> None:

@@ -6,11 +6,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from moe_dispatch import InvalidInputError, MoEDispatchWarning, MoEProblem, NoBackendError, moe_forward, stats
+from moe_dispatch import (
+    DeviceLostError,
+    InvalidInputError,
+    MoEDispatchWarning,
+    MoEProblem,
+    NoBackendError,
+    moe_forward,
+    stats,
+)
 from moe_dispatch.backend import BackendConfig
 from moe_dispatch.dispatch.process import get_dispatcher
 from moe_dispatch.settings import settings
-from tests.core.test_dispatcher import Call, expected, make_call, ran
+from tests.core.test_dispatcher import Call, expected, lose_context, make_call, ran
 from tests.support.fakes import Greedy, Honest, Raising, ranked
 
 pytestmark = pytest.mark.usefixtures("fixed_policy", "no_grad")
@@ -114,6 +122,11 @@ class TestCallersFault:
                 moe_forward(*call)
             assert not get_dispatcher("cpu").quarantine.entries()
             assert not ran()
+
+    def test_a_lost_context_is_not_the_callers_fault(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("moe_dispatch.backends.reference.ReferenceBackend.run", lose_context)
+        with ranked(Honest), pytest.raises(DeviceLostError, match="Restart the process"):
+            Mapped(make_call(6)).over_tokens()
 
     def test_without_a_last_resort_the_reasons_are_listed(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("MOE_DISPATCH_DISABLE", "reference")
