@@ -34,7 +34,7 @@ class Runner(Protocol):
 
     def forward(
         self, hidden_states: Tensor, experts: ExpertWeights, topk_weights: Tensor, topk_ids: Tensor,
-        backend: str | None = None, /,
+        backend: str | None = None, out: Tensor | None = None, grad: bool = False, /,
     ) -> Tensor:  # fmt: skip
         """Run a call."""
 
@@ -211,9 +211,11 @@ class Recovery:
             half = M // 2
             self._warn_of_memory(plan, error, f"the call is split along M into {half} and {M - half} tokens")
             parts = (slice(None, half), slice(half, None))
-            return torch.cat(
-                [self._runner.forward(hidden_states[p], experts, topk_weights[p], topk_ids[p]) for p in parts]
-            )
+            grad = plan.problem.needs_grad
+            return torch.cat([
+                self._runner.forward(hidden_states[p], experts, topk_weights[p], topk_ids[p], None, None, grad)
+                for p in parts
+            ])  # fmt: skip
         if failures.out_of_memory(error):
             raise error
         last, cause = failed[-1]

@@ -523,6 +523,22 @@ class TestConcurrency:
             assert not wrong
             assert ran()["honest"] == 300
 
+    def test_a_reset_in_between_costs_no_call(self, call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+        """And keeps no dispatcher that was being made before it."""
+        resetting = threading.Thread(target=reset_dispatchers)
+
+        class Emptied(dict[torch.device, Dispatcher]):
+            def __setitem__(self, *item: Any) -> None:
+                super().__setitem__(*item)
+                resetting.start()
+                resetting.join(0.1)
+
+        monkeypatch.setattr(process, "_dispatchers", Emptied())
+        with ranked(Honest):
+            moe_forward(*call)
+        resetting.join()
+        assert not process._dispatchers
+
     @pytest.mark.parametrize("method", ["fork", "spawn"])
     @pytest.mark.filterwarnings("ignore:This process.*multi-threaded:DeprecationWarning")
     def test_workers(self, method: str, call: Call) -> None:

@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from moe_dispatch import (
     DeviceLostError,
@@ -16,6 +17,7 @@ from moe_dispatch import (
     stats,
 )
 from moe_dispatch.backend import BackendConfig
+from moe_dispatch.backends.reference import ReferenceBackend
 from moe_dispatch.dispatch.process import get_dispatcher
 from moe_dispatch.settings import settings
 from tests.core.test_dispatcher import Call, expected, lose_context, make_call, ran
@@ -60,6 +62,36 @@ class TestOutOfMemory:
             assert any("'hungry' ran out of memory" in text for text in texts)
             assert any("'raising' failed" in text for text in texts)
             assert [entry.backend for entry in get_dispatcher("cpu").quarantine.entries()] == ["raising"]
+
+    def test_a_split_call_is_differentiated_as_a_whole_one(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """In forward mode its halves run on the reference too: a kernel's output has no tangent."""
+
+        class Kernel(Honest):
+            name = "kernel"
+
+            def run(self, *arguments: Any) -> Tensor:
+                return super().run(*arguments).detach()
+
+        def run(self: ReferenceBackend, hidden_states: Tensor, *others: Any) -> Tensor:
+            if hidden_states.shape[0] > most_tokens:
+                raise torch.OutOfMemoryError("tried to allocate")
+            return whole(self, hidden_states, *others)
+
+        def tangent() -> Tensor:
+            with forward_ad.dual_level():
+                out = moe_forward(forward_ad.make_dual(hidden, hidden), experts, weights, ids)
+                tangent = forward_ad.unpack_dual(out).tangent  # type: ignore[no-untyped-call]  # torch's
+                assert isinstance(tangent, Tensor)
+                return tangent
+
+        hidden, experts, weights, ids = make_call(6)
+        whole, most_tokens = ReferenceBackend.run, 6
+        monkeypatch.setattr(ReferenceBackend, "run", run)
+        with ranked(Kernel):
+            at_once = tangent()
+            most_tokens = 3
+            with pytest.warns(MoEDispatchWarning, match="split along M into 3 and 3"):
+                assert torch.allclose(tangent(), at_once, atol=1e-6)
 
 
 class Mapped:
