@@ -98,7 +98,7 @@ class BackendPool:
         kind = _kind(problem)
         verdict = self._probe_failures.get((name, kind))
         if verdict is None:
-            if problem.mode == "graph":
+            if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
                 return "not probed yet, which a graph capture does not allow; call it once before capturing"
             wait_for_earlier_work(device)
             try:

@@ -311,6 +311,19 @@ class TestFaults:
             moe_forward(*call)
             assert ran() == {"honest": 1}, "the culprit is barred, and the next one is captured"
 
+    def test_a_capture_and_no_problem_of_one_forbids_a_probe(self, call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+        class Foreign(Honest):
+            name = "foreign"
+            needs_probe = True
+
+        problem = call[1].problem(6, 2, torch.float32, None, "graph")
+        with ranked(Foreign):
+            monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+            refusal = get_dispatcher("cpu").planner._pool.probe_failure("foreign", problem, torch.device("cuda"))
+            assert refusal.startswith("not probed yet")
+            (foreign, _) = explain(problem).candidates
+            assert not foreign.against
+
     def test_quarantine_is_for_such_problems_only(self) -> None:
         class Small(Honest):
             name = "small"
