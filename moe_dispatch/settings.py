@@ -136,12 +136,17 @@ def cache_dir() -> Path:
 
 
 def calibration_search_path() -> tuple[Path, ...]:
-    """``MOE_DISPATCH_CALIBRATION_PATH``: files, whose names end in ``.json``, and folders; none of them need exist.
+    """``MOE_DISPATCH_CALIBRATION_PATH``: files (see `is_file_name`) and folders; none of them need exist.
 
     Raises:
         InvalidInputError: An entry is a relative path.
     """
     return Settings.from_environment().calibration_path
+
+
+def is_file_name(entry: Path) -> bool:
+    """Whether an entry of `calibration_search_path` names a file, by its ending; others name folders."""
+    return entry.name.endswith((".json", ".json.xz"))
 
 
 def _text(variable: str) -> str:
