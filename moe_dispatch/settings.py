@@ -37,7 +37,8 @@ class Settings:
         policies: Policy names in order of precedence.
         disabled: Backends that are never chosen.
         machine: Name or file of a machine description; empty to inspect this machine.
-        cache_dir: Folder of calibrations and the quarantine; see `cache_dir` for the default.
+        cache_dir: Folder of calibrations, fitted models, records of compilation and the quarantine; see `cache_dir` for
+            the default.
         calibration_path: Files and folders of calibrations that are only read, in order of precedence.
         log_level: Level of the logger ``moe_dispatch``; empty to leave the logger alone.
         vllm: Whether the plugin for vLLM replaces expert layers.
