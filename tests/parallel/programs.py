@@ -386,7 +386,7 @@ def recorded(folder: str) -> tuple[int, list[dict[str, Any]]]:
     device = torch.device("cpu")
     with torch.no_grad():
         wrong = expert_parallel._run(
-            dataclasses.replace(expert_parallel.TINY, E=18), "fp32", [1, 4], options, device,
+            dataclasses.replace(expert_parallel.TINY, E=18), "fp32", [4, 1], options, device,
             Clock(device, 2), lambda: None,
         )  # fmt: skip
     return wrong, [json.loads(line) for line in out.read_text().splitlines()] if out.exists() else []

@@ -20,7 +20,8 @@ def launches(capability: int, M: int) -> Iterator[Launch]:
     hidden, weights = torch.empty(M, K, dtype=torch.bfloat16), torch.empty(M, topk)
     ids = torch.empty(M, topk, dtype=torch.int64)
     first = torch.empty(ranks, dtype=torch.int32)
-    facts: dict[str, Any] = {"first_experts": first, "capacity": M, "E": 128, "seconds": 60.0}
+    weights_ahead = torch.empty(64, 1536, row_bytes, dtype=torch.uint8)
+    facts: dict[str, Any] = {"first_experts": first, "capacity": M, "E": 128, "seconds": 60.0, "weights": weights_ahead}
     yield Launch(lambda: memory.push_tokens(hidden, weights, ids, **facts))
     yield Launch(lambda: memory.push_tokens(hidden, weights, ids, **facts, quantize=True))
     partial = torch.empty(ranks * M, K, dtype=torch.bfloat16)
