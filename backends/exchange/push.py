@@ -51,6 +51,7 @@ LOOKS_PER_SECOND: Final = (
 ROWS_ASIDE: Final = 8 << 20  # bytes of a rank's rows, which NVLink 4 carries in 25 µs
 AHEAD: Final = 128  # programs that ask for weights
 AHEAD_BYTES: Final = 16 << 20  # of weights: what an H200's memory delivers in 4 µs, the time of one way
+_CROWDED: Final = 2  # slots for each expert, from which on nearly all have some
 _ALIGNMENT: Final = 128
 _LEAST_SPAN: Final = 32 << 10  # bytes of a half of an expert's weights; with more slots there is little to gain
 _Widths = tuple[tuple[int, torch.dtype], ...]  # columns and dtype of each thing that a token has
@@ -154,7 +155,7 @@ class PeerMemory:
         row_bytes = K * dtype.itemsize
         hidden_states = aligned(hidden_states)
         aside = capacity * row_bytes >= ROWS_ASIDE
-        ahead = (None, 0, 0, 0) if aside else _ahead(weights, M * topk, self._ranks)
+        by_slot, ahead = _ahead(None if aside else weights, M * topk, self._ranks)
         asking = AHEAD if ahead[-1] else 0
 
         def launch(which: int, block: int, programs: int, *, slots: bool, rows: bool, pdl: bool) -> None:
@@ -167,7 +168,7 @@ class PeerMemory:
                 M, capacity, row_bytes // WORD, topk, E, self._rank, self._flags[which], self._counts, *places,
                 _looks(seconds),
                 # weights for the L2 cache
-                ahead[0], topk_ids, M * topk, *ahead[1:],
+                topk_ids if by_slot else None, *ahead,
                 # constants
                 RANKS=self._ranks, PROGRAMS=FLAGS, BLOCK=block, SLOTS=slots, ROWS=rows, QUANTIZE=quantize, AHEAD=asking,
                 PDL=pdl, num_warps=8 if block == 512 else 16, **pdl_option(pdl),
@@ -269,13 +270,21 @@ class PeerMemory:
         return self._views[key]
 
 
-def _ahead(weights: Tensor | None, slots: int, ranks: int) -> tuple[Tensor | None, int, int, int]:
-    """What to bring to the L2 cache: the weights, how many experts, bytes of each, and of each half of those."""
+def _ahead(weights: Tensor | None, slots: int, ranks: int) -> tuple[bool, tuple[Tensor | None, int, int, int, int]]:
+    """What to bring to the L2 cache.
+
+    Returns:
+        Whether of the experts of this rank's slots; else of its first ones, as nearly all have tokens. The weights, how
+        many slots or experts, experts held, bytes of each, and bytes to bring of each half of those; 0 for nothing.
+    """
+    here = math.ceil(slots / ranks)
     if weights is None or not slots:
-        return None, 0, 0, 0
+        return True, (None, 0, 0, 0, 0)
     held, nbytes = weights.shape[0], weights.stride(0)
-    span = min(nbytes // 2, AHEAD_BYTES // (2 * math.ceil(slots / ranks))) & -_ALIGNMENT
-    return (weights, held, nbytes, span) if span >= _LEAST_SPAN else (None, 0, 0, 0)
+    by_slot = here < _CROWDED * held
+    count = here if by_slot else min(held, max(1, AHEAD_BYTES // nbytes))
+    span = min(nbytes // 2, AHEAD_BYTES // (2 * count)) & -_ALIGNMENT
+    return by_slot, (weights, slots if by_slot else count, held, nbytes, span if span >= _LEAST_SPAN else 0)
 
 
 def _looks(seconds: float) -> int:

@@ -51,8 +51,8 @@ def _moe_push_tokens_kernel(
     scales_at,
     polls,
     # weights for the L2 cache
-    ahead_ptr,
     ids_ahead_ptr,
+    ahead_ptr,
     slots_ahead,
     held,
     expert_bytes,
@@ -221,12 +221,15 @@ def _moe_push_slots(
 def _moe_ask_for_weights(
     ids_ptr, slots, first_expert, weights_ptr, held, expert_bytes, span, program, PROGRAMS: tl.constexpr
 ):
-    """Bring the first `span` bytes of both halves of the weights of these slots' experts to the L2 cache."""
+    """Bring the first `span` bytes of both halves of the weights of these slots' experts to the L2 cache.
+
+    Without ids a slot is an expert.
+    """
     LINES: tl.constexpr = 1024
     pieces = tl.cdiv(span, LINES * 128)
     for item in range(program, slots * 2 * pieces, PROGRAMS):
         slot = item // (2 * pieces)
-        expert = tl.load(ids_ptr + slot) - first_expert
+        expert = slot if ids_ptr is None else tl.load(ids_ptr + slot) - first_expert
         if (expert >= 0) & (expert < held):
             offs = item % pieces * (LINES * 128) + tl.arange(0, LINES) * 128
             start = weights_ptr + expert.to(tl.int64) * expert_bytes + item // pieces % 2 * (expert_bytes // 2)
