@@ -72,6 +72,11 @@ def test_padding_rows_run_no_expert(three: Ranks, exchange: str) -> None:
 
 
 @pytest.mark.parametrize("exchange", list(twins.TWINS))
+def test_all_tokens_may_need_one_rank(three: Ranks, exchange: str) -> None:
+    assert max(three.run(programs.all_to_one_rank, "sharded", exchange)) < 1e-6
+
+
+@pytest.mark.parametrize("exchange", list(twins.TWINS))
 def test_columns_may_be_divided(three: Ranks, exchange: str) -> None:
     assert max(three.run(partial(programs.columns, "sharded", exchange, bias=True))) < 1e-5
 
