@@ -21,7 +21,7 @@ from moe_dispatch.benchmarks.record import expert_parallel
 from moe_dispatch.benchmarks.record.rank_clock import Clock
 from moe_dispatch.errors import InvalidInputError
 from moe_dispatch.experts import ExpertWeights
-from moe_dispatch.parallel import watch
+from moe_dispatch.parallel import direct, watch
 from moe_dispatch.parallel.exchange import Arrived, LocalTokens, Tokens
 from moe_dispatch.parallel.expert_parallel import ExpertParallel
 from moe_dispatch.parallel.gather import GatherExchange
@@ -65,7 +65,7 @@ def tokens_of(M: int, spread: str) -> list[int]:
 
 def conformance(
     names: list[str], precision: Precision, tokens: str, exchange: str, spread: str, backend: str | None = None,
-    rows_aside: int = push.ROWS_ASIDE,
+    rows_aside: int = push.ROWS_ASIDE, own_first: int = direct.OWN_FIRST,
 ) -> list[str]:  # fmt: skip
     """Run cases of the conformance suite through a layer that is spread over the ranks; returns what is wrong."""
     rank, faults = dist.get_rank(), []
@@ -77,7 +77,7 @@ def conformance(
         if tokens == "sharded":
             counts = tokens_of(CASES[name].M, spread)
             mine = slice(sum(counts[:rank]), sum(counts[: rank + 1]))
-        with mock.patch.object(push, "ROWS_ASIDE", rows_aside):
+        with mock.patch.object(push, "ROWS_ASIDE", rows_aside), mock.patch.object(direct, "OWN_FIRST", own_first):
             if fault := _fault(inputs, layer, mine, TOLERANCE[precision.dtype], backend):
                 faults.append(f"{name}: {fault}")
     return faults

@@ -61,6 +61,21 @@ def test_layers_in_fp8_conform_where_codes_travel(three: Ranks) -> None:
     assert three.run(stores, ["M=3"], precision, "sharded", "direct_fp8_twin", "uneven") == [[], [], []]
 
 
+@pytest.mark.parametrize(
+    ("exchange", "precision", "backend"),
+    [
+        ("direct_twin", programs.FP32, None),
+        ("direct_twin", programs.FP32, "triton_persistent"),
+        ("direct_fp8_twin", Precision("fp8", "fp16"), "triton_persistent"),
+    ],
+)
+def test_own_rows_may_run_before_others_have_arrived(
+    three: Ranks, exchange: str, precision: Precision, backend: str | None
+) -> None:
+    split = partial(programs.conformance, backend=backend, rows_aside=0, own_first=0)
+    assert three.run(split, ["M=17"], precision, "sharded", exchange, "even") == [[], [], []]
+
+
 def test_timed_transfers_carry_results_also_where_experts_store_them(three: Ranks) -> None:
     assert three.run(programs.what_transfers_send, "direct_twin") == [["Tensor"]] * 3
 
