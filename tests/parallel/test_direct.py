@@ -62,17 +62,18 @@ def test_layers_in_fp8_conform_where_codes_travel(three: Ranks) -> None:
 
 
 @pytest.mark.parametrize(
-    ("exchange", "precision", "backend"),
+    ("exchange", "precision", "fast_path"),
     [
-        ("direct_twin", programs.FP32, None),
-        ("direct_twin", programs.FP32, "triton_persistent"),
-        ("direct_fp8_twin", Precision("fp8", "fp16"), "triton_persistent"),
+        ("direct_twin", programs.FP32, 256),  # all results are tensors
+        ("direct_twin", programs.FP32, 0),  # all are stored
+        ("direct_fp8_twin", Precision("fp8", "fp16"), 256),  # own ones are tensors, others are stored
     ],
 )
 def test_own_rows_may_run_before_others_have_arrived(
-    three: Ranks, exchange: str, precision: Precision, backend: str | None
+    three: Ranks, exchange: str, precision: Precision, fast_path: int
 ) -> None:
-    split = partial(programs.conformance, backend=backend, rows_aside=0, own_first=0)
+    options: dict[str, Any] = {"backend": "triton_persistent", "rows_aside": 0, "own_first": 0}
+    split = partial(programs.conformance, **options, fast_path=fast_path)
     assert three.run(split, ["M=17"], precision, "sharded", exchange, "even") == [[], [], []]
 
 
