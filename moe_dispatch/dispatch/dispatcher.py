@@ -147,7 +147,7 @@ class Dispatcher:
                 None if out is None else (type(out), out.shape, out.stride(), out.dtype, out.device, out.requires_grad),
             )
             plan = self._plans.get(key)
-            if experts.gate_up.data_ptr() != experts.gate_up_address or experts.down.data_ptr() != experts.down_address:
+            if experts.moved:
                 experts.check_unchanged()
         except (AttributeError, RuntimeError, TypeError, ValueError):
             # No tensors, or tensors without a shape or an address; check() says which.

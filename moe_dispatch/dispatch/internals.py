@@ -28,6 +28,9 @@ is_capturing: Final[Callable[[], bool]] = getattr(
     torch._C, "_cuda_isCurrentStreamCapturing", torch.cuda.is_current_stream_capturing
 )
 
+# Whether a transform of torch.func is at work. The reserve leaves it open.
+transforms_active: Final[Callable[[], bool]] = getattr(torch._C, "_are_functorch_transforms_active", lambda: True)
+
 _LEVEL_IS_KNOWN: Final = isinstance(getattr(forward_ad, "_current_level", None), int)
 
 

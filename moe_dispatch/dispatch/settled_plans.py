@@ -50,8 +50,7 @@ class SettledPlans:
             for plan, fits in self._plans.get((experts.spec, hidden_states.shape, backend), ()):
                 if (
                     fits(hidden_states, topk_weights, topk_ids)
-                    and experts.gate_up.data_ptr() == experts.gate_up_address
-                    and experts.down.data_ptr() == experts.down_address
+                    and not experts.moved
                     and not (self._on_cuda and is_capturing())
                 ):
                     return plan
