@@ -37,7 +37,7 @@ def hopper_products(
     """Compute activation(x @ gate_upᵀ) @ downᵀ for every row that holds a slot.
 
     Args:
-        hidden_states: ``[M, K]``, BF16 or FP16, on 16 bytes unless `permutes_rows`; with block FP8 also quantised.
+        hidden_states: ``[M, K]``, BF16, on 16 bytes unless `permutes_rows`; with block FP8 also quantised.
         experts: Weights in the same dtype or block FP8.
         routing: From `route`, without padding between experts.
         topk: Experts per token.

@@ -63,15 +63,15 @@ def raising(error: BaseException) -> Callable[..., Any]:
     return method
 
 
-def test_the_door_asks_the_backend_itself_for_everything() -> None:
+def test_the_wrapper_asks_the_backend_itself_for_everything() -> None:
     """A method that it inherits asks no backend: triton_splitk on an A100 seemed to quantise activations."""
-    door = make_backend("triton_splitk", Machine.load("a100-80gb")).backend
-    assert door is not None
+    wrapper = make_backend("triton_splitk", Machine.load("a100-80gb")).backend
+    assert wrapper is not None
     methods = {name for name, member in vars(Backend).items() if name[0] != "_" and inspect.isfunction(member)}
-    own = vars(GuardedBackend).keys() | vars(door).keys()
+    own = vars(GuardedBackend).keys() | vars(wrapper).keys()
     assert methods - own == {"further_reasons"}, "which unsupported_reasons asks for"
     problem = MoEProblem(M=1, K=128, N=128, E=2, topk=1, dtype="fp8", capability=(8, 0))
-    assert not door.quantizes_activations(problem)
+    assert not wrapper.quantizes_activations(problem)
 
 
 class UnprintableError(Exception):
