@@ -105,9 +105,9 @@ def candidate_configs(problem: MoEProblem, device: Features) -> tuple[TritonVect
     parts = default.columns < problem.K
     warps = _WARPS if problem.fp8 else 2 * _WARPS
     other = {"rows": 4, "warps": _WARPS_OF_PARTS} if parts else {"rows": 2 * _ROWS, "warps": warps}
-    others = [other]
-    if problem.topk <= default.down_experts and default.down_columns > problem.N:
-        others += [{"down_rows": 2 * default.down_rows}, other | {"down_rows": 2 * default.down_rows}]
+    twice = {"down_rows": 2 * default.down_rows}
+    chunks = problem.topk <= default.down_experts and default.down_columns > problem.N
+    others = (other, twice, other | twice) if chunks else (other,)
     return tuple(dict.fromkeys((default, *(default.model_copy(update=update) for update in others))))
 
 
