@@ -208,8 +208,8 @@ def _four_values(dtype: str, shift: int, exponent: int, overflow: int | None) ->
     Args:
         dtype: ``"bf16"`` or ``"f16"``.
         shift: Bits by which a magnitude moves from the upper byte of a half to the right.
-        exponent: Bits of the power of two: 2^120 in BF16, 2^8 in FP16.
-        overflow: Bits of the factor that overflows; None if the first one does.
+        exponent: Bits of the first factor.
+        overflow: Bits of the factor that overflows; None if that is the first one.
     """
     magnitude = 0x7F00 >> shift
     halves = """
@@ -238,7 +238,7 @@ def _four_values(dtype: str, shift: int, exponent: int, overflow: int | None) ->
 
 _TO_BF16 = _four_values("bf16", 4, 0x7B80, 0x7B0D)  # 2^120; 1.1015625 · 2^119
 _TO_FP16 = _four_values("f16", 1, 0x5C00, 0x5860)  # 2^8; 140
-# 144 · 2^8: 448 · 144 is an FP16 number, as all other products are, and 480 · 144 overflows.
+# 144 · 2^8: 448 · 144 is an FP16 number, and 480 · 144 overflows.
 _TO_MULTIPLES = _four_values("f16", 1, 0x7880, None)
 _MULTIPLE = tl.constexpr(144.0)
 
