@@ -10,15 +10,17 @@ of the process that compiled it.
 
 import weakref
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Final, NamedTuple, cast
+from typing import Any, Final, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor
 
 from moe_dispatch.activations import Activation
+from moe_dispatch.dispatch.borrowed_experts import BorrowedExperts
 from moe_dispatch.dispatch.gradients import Gradients, Wanted, is_any_recorded
 from moe_dispatch.experts import ExpertWeights
 
+Weights = TypeVar("Weights", bound=ExpertWeights)
 Run = Callable[[Tensor, ExpertWeights, Tensor, Tensor, str | None, Tensor | None], Tensor]
 RunDifferentiable = Callable[[Tensor, ExpertWeights, Tensor, Tensor], Tensor]
 ComputeGradients = Callable[[Tensor, Tensor, ExpertWeights, Tensor, Tensor, Wanted], Gradients]
@@ -259,7 +261,7 @@ def _differentiate_differentiably(ctx: Any, gradient: Tensor, wanted: Wanted) ->
     kept = _kept_inputs(ctx)
     hidden_states, topk_weights, topk_ids, *layer = kept
     activation, interleaved, routed_experts = ctx.layer_kind
-    experts = _wrap(layer, activation, interleaved=interleaved, routed_experts=routed_experts)
+    experts = _wrap(ExpertWeights, layer, activation, interleaved=interleaved, routed_experts=routed_experts)
     out = _run_differentiable(hidden_states, experts, topk_weights, topk_ids)
     tensors = _differentiable(kept)
     of = [tensor for tensor, is_wanted in zip(tensors, wanted, strict=True) if is_wanted]
@@ -272,47 +274,58 @@ torch.library.register_autograd(
 )
 
 
+_NAMES: Final = ("gate_up", "down", "gate_up_scale", "down_scale", "gate_up_bias", "down_bias")
+
+
 class _Layer(NamedTuple):
-    gate_up: "weakref.ref[Tensor]"
+    tensors: tuple["weakref.ref[Tensor]", ...]
     signature: tuple[object, ...]
     experts: ExpertWeights
 
 
-# By the id of gate_up, while that lives. Backends keep what they prepare for a layer by its ExpertWeights, so the same
-# tensors must give the same object.
+# By the id of gate_up, while all tensors of the layer live. Backends keep what they prepare for a layer by its
+# ExpertWeights, so the same tensors must give the same object.
 _layers: Final[dict[int, _Layer]] = {}
 
 
 def _layer(
     tensors: Sequence[Tensor | None], activation: str, *, interleaved: bool, routed_experts: int | None
 ) -> ExpertWeights:
-    """The layer of these tensors, made anew where a tensor was replaced or lies at another address."""
+    """The layer of these tensors, held weakly and made anew where one was replaced or lies at another address."""
     gate_up = cast("Tensor", tensors[0])
     versions = tuple([_version(scale) for scale in tensors[2:4]])  # ExpertWeights may hold a converted copy
     signature = (*map(_identity, tensors), versions, activation, interleaved, routed_experts)
     key = id(gate_up)
     known = _layers.get(key)
-    if known is not None and known.gate_up() is gate_up and known.signature == signature:
+    if known is not None and known.signature == signature:
         return known.experts
-    detached = [None if tensor is None else tensor.detach() for tensor in tensors]
-    experts = _wrap(detached, activation, interleaved=interleaved, routed_experts=routed_experts)
+    aliases = [None if tensor is None else tensor.detach() for tensor in tensors]
+    experts = _wrap(BorrowedExperts, aliases, activation, interleaved=interleaved, routed_experts=routed_experts)
 
     def forget(dead: "weakref.ref[Tensor]") -> None:
         known = _layers.get(key)
-        if known is not None and known.gate_up is dead:
+        if known is not None and dead in known.tensors:
             del _layers[key]
 
-    _layers[key] = _Layer(weakref.ref(gate_up, forget), signature, experts)
+    for name, tensor, alias in zip(_NAMES, tensors, aliases, strict=True):
+        if tensor is not None and getattr(experts, name) is alias:  # else it is a converted copy of scales
+            experts.lend(name, tensor)
+    _layers[key] = _Layer(tuple(weakref.ref(each, forget) for each in tensors if each is not None), signature, experts)
     return experts
 
 
 def _wrap(
-    tensors: Sequence[Tensor | None], activation: str, *, interleaved: bool, routed_experts: int | None
-) -> ExpertWeights:
+    kind: type[Weights],
+    tensors: Sequence[Tensor | None],
+    activation: str,
+    *,
+    interleaved: bool,
+    routed_experts: int | None,
+) -> Weights:
     """The layer of gate_up, down, their scales and their biases."""
     gate_up, down, gate_up_scale, down_scale, gate_up_bias, down_bias = tensors
     gate_up = cast("Tensor", gate_up)
-    return ExpertWeights(
+    return kind(
         gate_up,
         cast("Tensor", down),
         gate_up_scale=gate_up_scale,
@@ -332,7 +345,7 @@ def _version(tensor: Tensor | None) -> int | None:
 
 
 def _identity(tensor: Tensor | None) -> tuple[object, ...] | None:
-    """What changes with the tensor, and with the memory below the same tensor (``.data = …``)."""
+    """What changes with the tensor, and with the memory below the same tensor (``.data = …``), while it lives."""
     if tensor is None:
         return None
-    return tensor.data_ptr(), tensor.shape, tensor.dtype, tensor.stride()
+    return id(tensor), tensor.data_ptr(), tensor.shape, tensor.dtype, tensor.stride()

@@ -1,5 +1,6 @@
 """Recovering: out of memory tries everything, and a failure that is the caller's is booked on no backend."""
 
+import weakref
 from typing import Any
 
 import pytest
@@ -19,8 +20,10 @@ from moe_dispatch import (
 from moe_dispatch.backend import BackendConfig
 from moe_dispatch.backends.reference import ReferenceBackend
 from moe_dispatch.dispatch.process import get_dispatcher
+from moe_dispatch.problem import DType
 from moe_dispatch.settings import settings
-from tests.core.test_dispatcher import Call, expected, lose_context, make_call, ran
+from moe_dispatch.workloads import make_experts
+from tests.core.test_dispatcher import LAYER, Call, expected, lose_context, make_call, ran
 from tests.support.fakes import Greedy, Honest, Raising, ranked
 
 pytestmark = pytest.mark.usefixtures("fixed_policy", "no_grad")
@@ -192,6 +195,23 @@ class TestReplacedWeights:
             moe_forward(*call)
             call[1].gate_up.data, call[1].down.data = other.gate_up.data.clone(), other.down.data.clone()
             assert torch.allclose(moe_forward(*call), expected((call[0], other, *call[2:])), atol=1e-5)
+
+    @pytest.mark.parametrize("dtype", ["fp32", "fp8"])
+    def test_the_old_memory_is_freed_at_once(self, dtype: DType) -> None:
+        """Also after a call through torch's operator, which a recorded one is."""
+        hidden, _, weights, ids = make_call(6)
+        experts = make_experts(LAYER, dtype, "cpu", act_dtype="fp32")
+        tensors = [tensor for _, tensor in experts.tensors()]
+        with ranked(Honest), torch.enable_grad():
+            for _ in range(2):
+                out = moe_forward(hidden.requires_grad_(), experts, weights, ids)
+                assert torch.allclose(out, expected((hidden, experts, weights, ids)), atol=1e-5)
+                torch.autograd.grad(out.sum(), hidden)
+                del out
+                old = [weakref.ref(tensor.untyped_storage()) for tensor in tensors]
+                for tensor in tensors:
+                    tensor.data = tensor.data.flip(0)
+                assert [memory() for memory in old] == [None] * len(old)
 
     def test_a_known_kind_of_call_sees_it_too(self) -> None:
         call = make_call(6)

@@ -7,6 +7,7 @@ from typing import Any, Final, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from moe_dispatch.dispatch.borrowed_experts import BorrowedExperts
 from moe_dispatch.dispatch.gradients import is_any_recorded
 from moe_dispatch.experts import ExpertWeights
 from moe_dispatch.integrations.transformers.layout import Layout
@@ -20,42 +21,19 @@ _MOST_LOST: Final = 3
 _SCALES: Final = ("gate_up_scale", "down_scale")
 
 
-def _borrowed(name: str) -> Any:
-    """An attribute that holds a module's tensor weakly and hands it out without its gradient, as backends index it."""
-    attribute = f"_{name}"
+class ModuleExperts(BorrowedExperts):
+    """The weights of a module, which may store them transposed and scales in other dtypes and shapes."""
 
-    def get(experts: "BorrowedExperts") -> Tensor | None:
-        reference = getattr(experts, attribute)
-        tensor: Tensor | None = reference and reference()
-        if tensor is not None and tensor.requires_grad and (torch.is_grad_enabled() or tensor.dtype == FP8):
-            tensor = tensor.detach()  # transformers' FP8 parameters claim to require a gradient
-        if tensor is not None and name in _SCALES:
-            return experts.prepared_scale(name, tensor.detach())
-        if tensor is not None and experts.transposed and name in ("gate_up", "down"):
-            return tensor.transpose(1, 2)
-        return tensor
+    def lend(self, name: str, tensor: Tensor) -> None:
+        """See `BorrowedExperts.lend`."""
+        super().lend(name, tensor)
+        vars(self).pop(f"_{name}_prepared", None)
 
-    def put(experts: "BorrowedExperts", tensor: Tensor | None) -> None:
-        setattr(experts, attribute, None if tensor is None else weakref.ref(tensor))
-        vars(experts).pop(f"{attribute}_prepared", None)
-
-    return property(get, put)
-
-
-class BorrowedExperts(ExpertWeights):
-    """The weights of a layer whose tensors belong to a module, which may free or replace them at any time.
-
-    Backends keep what they prepare for a layer by its `ExpertWeights`, so one object serves all calls of a layer. Its
-    tensors are held weakly, so that it keeps no memory of a model that moved or was offloaded. Hold the tensors
-    themselves during a call.
-    """
-
-    gate_up: Tensor = _borrowed("gate_up")
-    down: Tensor = _borrowed("down")
-    gate_up_scale: Tensor | None = _borrowed("gate_up_scale")
-    down_scale: Tensor | None = _borrowed("down_scale")
-    gate_up_bias: Tensor | None = _borrowed("gate_up_bias")
-    down_bias: Tensor | None = _borrowed("down_bias")
+    def as_indexed(self, name: str, tensor: Tensor) -> Tensor:
+        """See `BorrowedExperts.as_indexed`."""
+        if name in _SCALES:
+            return self.prepared_scale(name, tensor.detach())
+        return tensor.transpose(1, 2) if self.transposed and name in ("gate_up", "down") else tensor
 
     def prepared_scale(self, name: str, stored: Tensor) -> Tensor:
         """A module's scales as kernels read them: themselves, or a small copy, made anew once they may have changed."""
@@ -155,13 +133,14 @@ def experts_of(module: nn.Module, layout: Layout, sources: tuple[Tensor, ...], *
     state = (layout, *((address(source), source.dtype, source.shape) for source in sources))
     kept = _in_place.get(module)
     if kept is None or kept.state != state:
-        experts = _build(BorrowedExperts, layout, tuple(source.detach() for source in sources))
+        experts = _build(ModuleExperts, layout, tuple(source.detach() for source in sources))
     elif all(reference() is source for reference, source in zip(kept.sources, sources, strict=True)):
         return kept.experts
     else:
         experts = kept.experts  # the same memory by new tensors: expert parallelism takes local ones at every call
+    assert isinstance(experts, ModuleExperts)  # noqa: S101 - no others are kept here
     for name, source in zip(_names(sources), sources, strict=True):
-        setattr(experts, name, source)
+        experts.lend(name, source)
     _in_place[module] = _Kept(state, tuple(weakref.ref(source) for source in sources), experts)
     return experts
 
