@@ -61,7 +61,7 @@ class ArrivedCalls:
             DeviceLostError: The CUDA context is gone.
         """
         experts = inputs.experts
-        if experts.gate_up.data_ptr() != experts.gate_up_address or experts.down.data_ptr() != experts.down_address:
+        if experts.moved:
             experts.check_unchanged()
         try:
             capturing = experts.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
