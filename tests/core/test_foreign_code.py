@@ -18,6 +18,7 @@ from moe_dispatch import (
     BackendUnavailableError,
     BackendUnsupportedError,
     Choice,
+    InvalidInputError,
     Machine,
     MoEDispatchWarning,
     MoEProblem,
@@ -159,12 +160,17 @@ def test_a_run_may_raise_anything(error: BaseException, needs_probe: bool, call:
         assert torch.equal(moe_forward(*call), expected(call))
 
 
-def test_a_policy_that_fails_is_passed_over(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("error", "says"), [(KeyError(6), "KeyError: 6"), (InvalidInputError("the table is gone"), "the table is gone")]
+)
+def test_a_policy_that_fails_is_passed_over(
+    error: Exception, says: str, call: Call, monkeypatch: pytest.MonkeyPatch
+) -> None:
     class Failing(Policy):
         name = "failing"
 
         def rank(self, problem: MoEProblem) -> tuple[Choice, ...]:
-            raise KeyError(problem.M)
+            raise error
 
         def notes(self) -> tuple[str, ...]:
             raise SystemExit
@@ -174,7 +180,7 @@ def test_a_policy_that_fails_is_passed_over(call: Call, monkeypatch: pytest.Monk
     settings.cache_clear()
     try:
         with ranked(Honest):
-            with pytest.warns(MoEDispatchWarning, match="policy 'failing' is passed over: KeyError: 6"):
+            with pytest.warns(MoEDispatchWarning, match=f"policy 'failing' is passed over: {says}"):
                 assert torch.equal(moe_forward(*call), expected(call))
             with pytest.warns(MoEDispatchWarning, match="policy 'failing' is passed over: SystemExit"):
                 notes = explain(*call).notes
