@@ -207,7 +207,3 @@ class TestRegistry:
         registry = Registry("backend", Backend, {"wrong": "json:JSONDecoder"})  # type: ignore[type-abstract]
         with pytest.raises(Exception, match="is not a subclass of Backend"):
             registry.load("wrong")
-
-
-def test_honest_is_a_backend() -> None:
-    assert Honest(Machine.inspect("cpu")).unavailable_reasons() == ()

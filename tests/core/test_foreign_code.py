@@ -25,7 +25,6 @@ from moe_dispatch import (
     Policy,
     explain,
     moe_forward,
-    stats,
 )
 from moe_dispatch.backend import Backend, BackendConfig, Inputs, Run
 from moe_dispatch.dispatch.dispatcher import FAST_PATH_CALLS
@@ -96,6 +95,7 @@ QUESTIONS = {
     "the constructor exits": foreign(__init__=raising(SystemExit("bye"))),
     "config_type is none": foreign(config_type=dict),
     "tolerance is a number": foreign(tolerance=1e-2),
+    "tolerance is of another dtype": foreign(tolerance={"bf16": 1e-2}),
     "tolerance raises": foreign(tolerance=property(raising(KeyError("bf16")))),
     "needs_probe is a string": foreign(needs_probe="yes"),
 }
@@ -142,6 +142,11 @@ def test_a_module_that_ends_at_import(code: str, call: Call, tmp_path: Path, mon
         with pytest.warns(MoEDispatchWarning, match=r"'ends'.*does not import.*'honest' runs instead"):
             assert torch.equal(moe_forward(*call), expected(call))
         assert "does not import" in explain(*call).candidates[0].against[0]
+        status = next(each for each in get_dispatcher("cpu").planner.statuses() if each.name == "ends")
+        assert not status.available
+        assert "does not import" in status.reasons[0]
+        with pytest.raises(BackendUnavailableError, match="does not import"):
+            moe_forward(*call, backend="ends")
 
 
 def test_ctrl_c_is_not_caught(call: Call) -> None:
@@ -332,7 +337,10 @@ class CountingOnce(Foreign):
 PROBED = {
     "None": (foreign(run=_returning(lambda out, _: None)), "NoneType"),
     "a list": (foreign(run=_returning(lambda out, _: out.tolist())), "list"),
-    "another shape": (foreign(run=_returning(lambda out, _: out[:, :10])), "must be the same"),
+    "another shape": (
+        foreign(run=_returning(lambda out, _: out[:, :10])),
+        r", 10\] on cpu for hidden_states of .* must be the same",
+    ),
     "another dtype": (foreign(run=_returning(lambda out, _: out.double())), "float64"),
     "another device": (foreign(run=_returning(lambda out, _: out.to("meta"))), "meta"),
     "NaN": (foreign(run=_returning(lambda out, _: out * torch.nan)), "relative error"),
@@ -494,12 +502,3 @@ with ranked(Slow), torch.no_grad():
         env={**__import__("os").environ, "MOE_DISPATCH_POLICY": "fixed"},
     )  # fmt: skip
     assert "exit 7" in done.stdout, done.stdout + done.stderr
-
-
-def test_statistics_count_each_fault_once(call: Call) -> None:
-    with ranked(foreign(run=raising(RuntimeError("no")), needs_probe=False), Honest):
-        with pytest.warns(MoEDispatchWarning):
-            moe_forward(*call)
-        moe_forward(*call)
-        assert stats()["foreign"] == {"ran": 0, "fell_back": 1, "quarantined": 1}
-        assert stats()["honest"]["ran"] == 2

@@ -95,7 +95,6 @@ class TestWriting:
             assert plan.into
             assert plan.proven
             moe_forward(*call, out=memory(call))
-            assert get_dispatcher("cpu")._plans.keys() == {*get_dispatcher("cpu")._plans}
             assert len(get_dispatcher("cpu")._plans) == 1
 
     def test_autocast_changes_nothing(self, call: Call) -> None:
@@ -233,22 +232,7 @@ class TestCompile:
     @pytest.mark.parametrize("test", ["test_schema", "test_faketensor"])
     def test_the_operator_keeps_what_its_schema_says(self, test: str, call: Call) -> None:
         hidden, experts, weights, ids = call
-        arguments = (
-            hidden,
-            weights,
-            ids,
-            experts.gate_up,
-            experts.down,
-            None,
-            None,
-            None,
-            None,
-            "silu",
-            False,
-            None,
-            "",
-        )
+        tensors = (hidden, weights, ids, experts.gate_up, experts.down, None, None, None, None)
+        operator = torch.ops.moe_dispatch.forward_into.default
         with ranked(Honest):
-            torch.library.opcheck(
-                torch.ops.moe_dispatch.forward_into.default, (*arguments, memory(call)), test_utils=test
-            )
+            torch.library.opcheck(operator, (*tensors, "silu", False, None, "", memory(call)), test_utils=test)
