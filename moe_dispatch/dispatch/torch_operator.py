@@ -36,22 +36,7 @@ def call(
     out: Tensor | None = None,
 ) -> Tensor:
     """Run a call through the operator; see `call_tensors`."""
-    return call_tensors(
-        hidden_states,
-        topk_weights,
-        topk_ids,
-        experts.gate_up,
-        experts.down,
-        gate_up_scale=experts.gate_up_scale,
-        down_scale=experts.down_scale,
-        gate_up_bias=experts.gate_up_bias,
-        down_bias=experts.down_bias,
-        activation=experts.activation,
-        interleaved=experts.interleaved,
-        routed_experts=experts.routed_experts,
-        backend=backend,
-        out=out,
-    )
+    return _call(_flattened(hidden_states, experts, topk_weights, topk_ids, backend), out)
 
 
 def record(
@@ -60,12 +45,20 @@ def record(
     """Run a call of tensors that have memory, outside of a trace, and have autograd record it."""
     if transforms_active():
         return call(hidden_states, experts, topk_weights, topk_ids, backend)
-    recorded: Tensor = _Recorded.apply(  # type: ignore[no-untyped-call] # torch does not annotate it
+    arguments = _flattened(hidden_states, experts, topk_weights, topk_ids, backend)
+    recorded: Tensor = _Recorded.apply(*arguments)  # type: ignore[no-untyped-call] # torch does not annotate it
+    return recorded
+
+
+def _flattened(
+    hidden_states: Tensor, experts: ExpertWeights, topk_weights: Tensor, topk_ids: Tensor, backend: str | None
+) -> tuple[Any, ...]:
+    """The arguments of the operators `forward` and `recorded_forward`."""
+    return (
         hidden_states, topk_weights, topk_ids, experts.gate_up, experts.down, experts.gate_up_scale, experts.down_scale,
         experts.gate_up_bias, experts.down_bias, experts.activation, experts.interleaved, experts.routed_experts,
         backend or "",
     )  # fmt: skip
-    return recorded
 
 
 def call_tensors(
@@ -87,20 +80,13 @@ def call_tensors(
 ) -> Tensor:
     """Run a call given the layer's tensors one by one. They are checked when the operator runs; see `ExpertWeights`."""
     arguments = (
-        hidden_states,
-        topk_weights,
-        topk_ids,
-        gate_up,
-        down,
-        gate_up_scale,
-        down_scale,
-        gate_up_bias,
-        down_bias,
-        activation,
-        interleaved,
-        routed_experts,
-        backend or "",
-    )
+        hidden_states, topk_weights, topk_ids, gate_up, down, gate_up_scale, down_scale, gate_up_bias, down_bias,
+        activation, interleaved, routed_experts, backend or "",
+    )  # fmt: skip
+    return _call(arguments, out)
+
+
+def _call(arguments: tuple[Any, ...], out: Tensor | None) -> Tensor:
     if out is None:
         recorded = is_any_recorded([argument for argument in arguments if isinstance(argument, Tensor)])
         operator = torch.ops.moe_dispatch.recorded_forward if recorded else torch.ops.moe_dispatch.forward
@@ -109,67 +95,23 @@ def call_tensors(
     return out
 
 
-def _forward(
-    hidden_states: Tensor,
-    topk_weights: Tensor,
-    topk_ids: Tensor,
-    gate_up: Tensor,
-    down: Tensor,
-    gate_up_scale: Tensor | None,
-    down_scale: Tensor | None,
-    gate_up_bias: Tensor | None,
-    down_bias: Tensor | None,
-    activation: str,
-    interleaved: bool,
-    routed_experts: int | None,
-    backend: str,
-) -> Tensor:
-    tensors = (gate_up, down, gate_up_scale, down_scale, gate_up_bias, down_bias)
-    experts = _layer(tensors, activation, interleaved=interleaved, routed_experts=routed_experts)
-    return _run(hidden_states, experts, topk_weights, topk_ids, backend or None, None)
+# The implementations of the operators, whose arguments `_define` names.
 
 
-def _forward_into(
-    hidden_states: Tensor,
-    topk_weights: Tensor,
-    topk_ids: Tensor,
-    gate_up: Tensor,
-    down: Tensor,
-    gate_up_scale: Tensor | None,
-    down_scale: Tensor | None,
-    gate_up_bias: Tensor | None,
-    down_bias: Tensor | None,
-    activation: str,
-    interleaved: bool,
-    routed_experts: int | None,
-    backend: str,
-    out: Tensor,
-) -> None:
-    tensors = (gate_up, down, gate_up_scale, down_scale, gate_up_bias, down_bias)
-    experts = _layer(tensors, activation, interleaved=interleaved, routed_experts=routed_experts)
-    _run(hidden_states, experts, topk_weights, topk_ids, backend or None, out)
+def _forward(*arguments: Any, out: Tensor | None = None) -> Tensor:
+    hidden_states, topk_weights, topk_ids, *layer, backend = arguments
+    return _run(hidden_states, _layer(*layer), topk_weights, topk_ids, backend or None, out)
 
 
-def _backward(
-    gradient: Tensor,
-    hidden_states: Tensor,
-    topk_weights: Tensor,
-    topk_ids: Tensor,
-    gate_up: Tensor,
-    down: Tensor,
-    gate_up_scale: Tensor | None,
-    down_scale: Tensor | None,
-    gate_up_bias: Tensor | None,
-    down_bias: Tensor | None,
-    activation: str,
-    interleaved: bool,
-    routed_experts: int | None,
-    wanted: list[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _forward_into(*arguments: Any) -> None:
+    *others, out = arguments
+    _forward(*others, out=out)
+
+
+def _backward(gradient: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The gradients in the order of `Wanted`; an empty tensor for each that is not wanted."""
-    tensors = (gate_up, down, gate_up_scale, down_scale, gate_up_bias, down_bias)
-    experts = _layer(tensors, activation, interleaved=interleaved, routed_experts=routed_experts)
-    gradients = _compute_gradients(gradient, hidden_states, experts, topk_weights, topk_ids, Wanted(*wanted))
+    hidden_states, topk_weights, topk_ids, *layer, wanted = arguments
+    gradients = _compute_gradients(gradient, hidden_states, _layer(*layer), topk_weights, topk_ids, Wanted(*wanted))
     return _six(gradient.new_empty(0) if tensor is None else tensor for tensor in gradients)
 
 
@@ -194,16 +136,20 @@ _compute_gradients: ComputeGradients
 _library: Final = torch.library.Library("moe_dispatch", "DEF")  # type: ignore[no-untyped-call]
 
 
-def _define(name: str, implementation: Callable[..., object], mutates: tuple[str, ...]) -> None:
-    schema = torch.library.infer_schema(implementation, mutates_args=mutates)
+def _define(name: str, implementation: Callable[..., object], before: str = "", after: str = "", to: str = "") -> None:
+    schema = (
+        f"({before}Tensor hidden_states, Tensor topk_weights, Tensor topk_ids, Tensor gate_up, Tensor down, Tensor? "
+        "gate_up_scale, Tensor? down_scale, Tensor? gate_up_bias, Tensor? down_bias, str activation, bool interleaved, "
+        f"SymInt? routed_experts, {after}) -> {to}"
+    )
     _library.define(f"{name}{schema}", tags=(torch.Tag.pt2_compliant_tag,))  # type: ignore[no-untyped-call]
     _library.impl(name, implementation, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
 
 
-_define("forward", _forward, ())
-_define("forward_into", _forward_into, ("out",))
-_define("recorded_forward", _forward, ())
-_define("backward", _backward, ())
+_define("forward", _forward, after="str backend", to="Tensor")
+_define("forward_into", _forward_into, after="str backend, Tensor(a!) out", to="()")
+_define("recorded_forward", _forward, after="str backend", to="Tensor")
+_define("backward", _backward, "Tensor gradient, ", "bool[] wanted", f"({', '.join(['Tensor'] * 6)})")
 
 
 @torch.library.register_fake("moe_dispatch::forward", lib=_library)  # type: ignore[untyped-decorator]
@@ -314,11 +260,10 @@ class _Layer(NamedTuple):
 _layers: Final[dict[int, _Layer]] = {}
 
 
-def _layer(
-    tensors: Sequence[Tensor | None], activation: str, *, interleaved: bool, routed_experts: int | None
-) -> ExpertWeights:
+def _layer(*layer: Any) -> ExpertWeights:
     """The layer of these tensors, held weakly and made anew where one was replaced or lies at another address."""
-    gate_up = cast("Tensor", tensors[0])
+    *tensors, activation, interleaved, routed_experts = layer
+    gate_up = tensors[0]
     versions = tuple([_version(scale) for scale in tensors[2:4]])  # ExpertWeights may hold a converted copy
     signature = (*map(_identity, tensors), versions, activation, interleaved, routed_experts)
     key = id(gate_up)

@@ -127,13 +127,6 @@ def test_an_estimate_that_fails_is_replaced(method: str) -> None:
         assert backend.quantizes_activations(problem)
 
 
-def test_whether_activations_are_quantised_is_asked_of_the_backend_itself() -> None:
-    with registered(foreign(quantizes_activations=lambda *_: False)):
-        backend = make_backend("foreign", Machine.inspect("cpu")).require()
-        problem = MoEProblem(M=2, K=8, N=8, E=2, topk=1, dtype="fp8", act_dtype="fp32", device="cpu", capability=None)
-        assert not backend.quantizes_activations(problem)
-
-
 @pytest.mark.parametrize("code", ["import sys; sys.exit(3)", "raise SystemExit", "raise KeyError('x')", "1 +"])
 def test_a_module_that_ends_at_import(code: str, call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "ends_at_import.py").write_text(code)
