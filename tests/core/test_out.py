@@ -230,9 +230,10 @@ class TestCompile:
                 moe_forward(fake[0], experts, *fake[1:3], out=fake[3][:5])
 
     @pytest.mark.parametrize("test", ["test_schema", "test_faketensor"])
-    def test_the_operator_keeps_what_its_schema_says(self, test: str, call: Call) -> None:
+    def test_the_operators_keep_what_their_schemas_say(self, test: str, call: Call) -> None:
         hidden, experts, weights, ids = call
         tensors = (hidden, weights, ids, experts.gate_up, experts.down, None, None, None, None)
-        operator = torch.ops.moe_dispatch.forward_into.default
+        arguments, operators = (*tensors, "silu", False, None, ""), torch.ops.moe_dispatch
         with ranked(Honest):
-            torch.library.opcheck(operator, (*tensors, "silu", False, None, "", memory(call)), test_utils=test)
+            torch.library.opcheck(operators.forward.default, arguments, test_utils=test)
+            torch.library.opcheck(operators.forward_into.default, (*arguments, memory(call)), test_utils=test)
