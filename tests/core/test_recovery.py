@@ -40,31 +40,25 @@ class Hungry(Greedy):
 
 class TestOutOfMemory:
     def test_one_token_goes_to_every_backend(self) -> None:
-        """None of them declares less workspace, and a token cannot be split."""
+        """None of them declares less workspace, and a token cannot be split. A failure on the way is booked as such."""
         call = make_call(1)
-        with ranked(Hungry, Greedy, Honest):
+        with ranked(Hungry, Greedy, Raising, Honest):
             with pytest.warns(MoEDispatchWarning) as warned:
                 assert torch.equal(moe_forward(*call), expected(call))
             texts = [str(warning.message) for warning in warned]
-            assert [("'hungry' ran out" in text, "'honest' runs instead" in text) for text in texts] == [(True, True)]
+            assert len(texts) == 2
+            assert all("'honest' runs instead" in text for text in texts)
+            assert any("'hungry' ran out of memory" in text for text in texts)
+            assert any("'raising' failed" in text for text in texts)
             assert ran()["honest"] == 1
             assert stats()["hungry"]["fell_back"] == 1
-            assert not get_dispatcher("cpu").quarantine.entries(), "memory may be there the next time"
+            barred = [entry.backend for entry in get_dispatcher("cpu").quarantine.entries()]
+            assert barred == ["raising"], "memory may be there the next time"
 
     def test_one_token_goes_to_the_reference_last(self) -> None:
         call = make_call(1)
         with ranked(Hungry), pytest.warns(MoEDispatchWarning, match="'hungry' ran out of memory.*'reference' runs"):
             assert torch.equal(moe_forward(*call), expected(call))
-
-    def test_a_failure_on_the_way_is_booked_as_such(self) -> None:
-        call = make_call(1)
-        with ranked(Hungry, Raising, Honest):
-            with pytest.warns(MoEDispatchWarning) as warned:
-                assert torch.equal(moe_forward(*call), expected(call))
-            texts = [str(warning.message) for warning in warned]
-            assert any("'hungry' ran out of memory" in text for text in texts)
-            assert any("'raising' failed" in text for text in texts)
-            assert [entry.backend for entry in get_dispatcher("cpu").quarantine.entries()] == ["raising"]
 
     def test_a_split_call_is_differentiated_as_a_whole_one(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """In forward mode its halves run on the reference too: a kernel's output has no tangent."""
@@ -198,12 +192,3 @@ class TestReplacedWeights:
                 for tensor in tensors:
                     tensor.data = tensor.data.flip(0)
                 assert [memory() for memory in old] == [None] * len(old)
-
-    def test_a_known_kind_of_call_sees_it_too(self) -> None:
-        call = make_call(6)
-        with ranked(Honest):
-            moe_forward(*call)
-            call[1].down.data = call[1].down.data.half()
-            with pytest.raises(InvalidInputError, match=r"changed since.*down is torch.float16"):
-                moe_forward(*call)
-            assert not get_dispatcher("cpu").quarantine.entries()
