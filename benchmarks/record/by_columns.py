@@ -1,0 +1,74 @@
+"""Experts stored by columns, read in place, beside a contiguous copy of them, in every backend that runs either.
+
+    python -m moe_dispatch.benchmarks.record.by_columns --out by_columns.jsonl
+
+Layers of gpt-oss in BF16 under CUDA graphs, by turns, each backend in the configuration that the policies rank first
+for it. Every candidate is compared with fp32 before it is timed. A row has the µs and errors of one layer at one token
+count; `chosen` is what the policies choose in place and of the copy. Needs a GPU.
+"""
+
+import argparse
+import dataclasses
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from moe_dispatch import ExpertWeights
+from moe_dispatch.benchmarks.record import json_lines
+from moe_dispatch.dispatch.process import get_dispatcher
+from moe_dispatch.machine import Machine
+from moe_dispatch.measure.inputs import Call, backend_call, make_inputs
+from moe_dispatch.measure.timing import time_interleaved
+from moe_dispatch.measure.verify import reference_outputs, verify
+from moe_dispatch.workloads import ROUTINGS, WORKLOADS, Workload, make_experts
+
+GPT_OSS = WORKLOADS["gpt-oss-120b"]
+LAYERS = {GPT_OSS.name: GPT_OSS, "gpt-oss-20b": dataclasses.replace(GPT_OSS, name="gpt-oss-20b", E=32)}
+
+
+def rows(layer: Workload, tokens: Sequence[int]) -> Iterator[dict[str, Any]]:
+    """A row for each token count."""
+    planner = get_dispatcher(torch.device("cuda")).planner
+    in_place = make_experts(layer, "bf16", "cuda", transposed=True)
+    kind = {name: getattr(in_place, name) for name in ("gate_up_bias", "down_bias", "activation", "interleaved")}
+    copy = ExpertWeights(in_place.gate_up.contiguous(), in_place.down.contiguous(), **kind)
+    for M in tokens:
+        calls: dict[str, Call] = {}
+        chosen, errors, failed = [], {}, {}
+        for stored, experts in (("in place", in_place), ("copy", copy)):
+            problem = experts.problem(M, layer.topk, torch.bfloat16, planner.machine.capability)
+            plans = planner.eligible(dataclasses.replace(problem, mode="graph"), experts)
+            inputs = make_inputs(problem, ROUTINGS["uniform"], "cuda", 8 if M < 4096 else 2)
+            truths = reference_outputs(experts, inputs[:1])
+            for plan in plans:
+                name = f"{plan.backend.name}, {stored}"
+                if plan.backend.name == "reference" or name in errors:
+                    continue
+                call = backend_call(plan.backend, experts, plan.config)
+                verdict = verify(call, inputs, truths, tolerance=plan.backend.tolerance["bf16"], mode="graph")
+                errors[name] = verdict.error
+                if verdict.ok:
+                    calls[name] = call
+                else:
+                    failed[name] = verdict.reason
+            chosen.append(next(f"{plan.backend.name}, {plan.config.label}" for plan in plans))
+        times = time_interleaved(calls, inputs)
+        us = {name: timing.us for name, timing in times.items()}
+        yield {"layer": layer.name, "M": M, "us": us, "chosen": chosen, "errors": errors, "failed": failed}
+
+
+def main() -> None:
+    """Measure, print, and write."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=Path("by_columns.jsonl"))
+    parser.add_argument("--layers", nargs="+", choices=LAYERS, default=list(LAYERS))
+    parser.add_argument("--tokens", type=int, nargs="+", default=[1, 32, 1024, 4096])
+    options = parser.parse_args()
+    made = (row for name in options.layers for row in rows(LAYERS[name], options.tokens))
+    json_lines.write(options.out, made, Machine.inspect("cuda"))
+
+
+if __name__ == "__main__":
+    main()
