@@ -66,7 +66,8 @@ def hopper_products(
     h = rows_after_window(hidden_states, rows, N)
     _moe_hopper_product_kernel[(sms,)](
         # inputs
-        rows_of_x, tails_of_x, weight_descriptor(experts.gate_up, interleaved=experts.interleaved),
+        rows_of_x, tails_of_x,
+        weight_descriptor(experts.gate_up, interleaved=experts.interleaved, transposed=experts.transposed),
         experts.gate_up_bias, slot_of_row, blocks, counts,
         # outputs
         h,
@@ -74,19 +75,19 @@ def hopper_products(
         math.ceil(N / 128), *_gate_up_strides(experts), K // block_k, K, N,
         # constants
         COUNTER=1, TOPK=topk, ACTIVATION=experts.activation, INTERLEAVED=experts.interleaved,
-        **{**_LAUNCH, "launch_pdl": pdl},
+        TRANSPOSED=experts.transposed, **{**_LAUNCH, "launch_pdl": pdl},
     )  # fmt: skip
     y = hidden_states.new_empty(rows, K)
     _moe_hopper_product_kernel[(sms,)](
         # inputs
-        window_descriptor(h, WINDOW_ROWS), window_descriptor(h, TAIL_M), weight_descriptor(experts.down),
-        experts.down_bias, None, blocks, counts,
+        window_descriptor(h, WINDOW_ROWS), window_descriptor(h, TAIL_M),
+        weight_descriptor(experts.down, transposed=experts.transposed), experts.down_bias, None, blocks, counts,
         # outputs
         y,
         # shapes
-        math.ceil(K / 256), K, 128, 256, math.ceil(N / block_k), N, K,
+        math.ceil(K / 256), 0 if experts.transposed else K, 128, 256, math.ceil(N / block_k), N, K,
         # constants
-        COUNTER=2, TOPK=0, ACTIVATION=None, INTERLEAVED=False, **_LAUNCH,
+        COUNTER=2, TOPK=0, ACTIVATION=None, INTERLEAVED=False, TRANSPOSED=experts.transposed, **_LAUNCH,
     )  # fmt: skip
     return y
 
@@ -134,4 +135,6 @@ def _fp8_products(
 
 def _gate_up_strides(experts: ExpertWeights) -> tuple[int, int, int]:
     """`TileStrides` of gate_up: its rows or pairs of an expert, from half to half of a tile, and from tile to tile."""
+    if experts.transposed:
+        return (0, 128, 256) if experts.interleaved else (0, experts.N, 128)
     return (experts.N, 64, 128) if experts.interleaved else (2 * experts.N, experts.N, 128)

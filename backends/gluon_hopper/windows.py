@@ -34,12 +34,15 @@ def window_descriptor(matrix: Tensor, rows: int) -> Any:
     return _descriptor(windows, [1, rows])
 
 
-def weight_descriptor(weights: Tensor, *, interleaved: bool = False) -> Any:
+def weight_descriptor(weights: Tensor, *, interleaved: bool = False, transposed: bool = False) -> Any:
     """The tensor descriptor of ``[E, rows, columns]``, the experts' rows one after the other, in blocks of 128.
 
     If gate and up rows are interleaved, element ``[h, p, c]`` of the tensor that it describes is column c of the gate
     row (h = 0) or the up row (h = 1) of pair p, and a block is the gate rows of 64 pairs followed by their up rows.
+    If they are stored by columns, it describes those, ``[E, columns, rows]``, in blocks of 64 by 64.
     """
+    if transposed:
+        return _descriptor(weights.mT, [1, 64])
     if interleaved:
         return _descriptor(weights.view(-1, 2, weights.shape[2]).transpose(0, 1), [2, 64])
     return _descriptor(weights.view(-1, weights.shape[2]), [128])
