@@ -3,8 +3,8 @@
     python -m moe_dispatch.benchmarks.record.by_columns --out by_columns.jsonl
 
 Layers of gpt-oss in BF16 under CUDA graphs, by turns, each backend in the configuration that the policies rank first
-for it. Every candidate is compared with fp32 before it is timed. A row has the µs and errors of one layer at one token
-count; `chosen` is what the policies choose in place and of the copy. Needs a GPU.
+for it. A candidate is compared with fp32 before it is timed; its error, or what was wrong, is in `errors`. `chosen` is
+what the policies choose in place, and of the copy. Needs a GPU.
 """
 
 import argparse
@@ -22,6 +22,7 @@ from moe_dispatch.machine import Machine
 from moe_dispatch.measure.inputs import Call, backend_call, make_inputs
 from moe_dispatch.measure.timing import time_interleaved
 from moe_dispatch.measure.verify import reference_outputs, verify
+from moe_dispatch.registry import LAST_RESORT
 from moe_dispatch.workloads import ROUTINGS, WORKLOADS, Workload, make_experts
 
 GPT_OSS = WORKLOADS["gpt-oss-120b"]
@@ -36,27 +37,24 @@ def rows(layer: Workload, tokens: Sequence[int]) -> Iterator[dict[str, Any]]:
     copy = ExpertWeights(in_place.gate_up.contiguous(), in_place.down.contiguous(), **kind)
     for M in tokens:
         calls: dict[str, Call] = {}
-        chosen, errors, failed = [], {}, {}
+        row: dict[str, Any] = {"layer": layer.name, "M": M, "chosen": [], "errors": {}}
         for stored, experts in (("in place", in_place), ("copy", copy)):
-            problem = experts.problem(M, layer.topk, torch.bfloat16, planner.machine.capability)
-            plans = planner.eligible(dataclasses.replace(problem, mode="graph"), experts)
+            problem = dataclasses.replace(
+                experts.problem(M, layer.topk, torch.bfloat16, planner.machine.capability), mode="graph"
+            )
             inputs = make_inputs(problem, ROUTINGS["uniform"], "cuda", 8 if M < 4096 else 2)
             truths = reference_outputs(experts, inputs[:1])
-            for plan in plans:
-                name = f"{plan.backend.name}, {stored}"
-                if plan.backend.name == "reference" or name in errors:
+            plans = list(planner.eligible(problem, experts))
+            row["chosen"].append(plans[0].backend.name)
+            for name, plan in {plan.backend.name: plan for plan in reversed(plans)}.items():
+                if name == LAST_RESORT:
                     continue
                 call = backend_call(plan.backend, experts, plan.config)
                 verdict = verify(call, inputs, truths, tolerance=plan.backend.tolerance["bf16"], mode="graph")
-                errors[name] = verdict.error
+                row["errors"][f"{name}, {stored}"] = verdict.error if verdict.ok else verdict.reason
                 if verdict.ok:
-                    calls[name] = call
-                else:
-                    failed[name] = verdict.reason
-            chosen.append(next(f"{plan.backend.name}, {plan.config.label}" for plan in plans))
-        times = time_interleaved(calls, inputs)
-        us = {name: timing.us for name, timing in times.items()}
-        yield {"layer": layer.name, "M": M, "us": us, "chosen": chosen, "errors": errors, "failed": failed}
+                    calls[f"{name}, {stored}"] = call
+        yield row | {"us": {name: timing.us for name, timing in time_interleaved(calls, inputs).items()}}
 
 
 def main() -> None:
