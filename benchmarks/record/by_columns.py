@@ -2,14 +2,13 @@
 
     python -m moe_dispatch.benchmarks.record.by_columns --out by_columns.jsonl
 
-Layers of gpt-oss in BF16 under CUDA graphs, by turns, each backend in the configuration that the policies rank first
-for it. A row has the errors against fp32 and the µs of one layer at one token count. Needs a GPU.
+Layers of gpt-oss in BF16 under CUDA graphs, by turns, in the configurations that the policies rank first. A row has the
+errors against fp32 and the µs of one layer at one token count. Needs a GPU.
 """
 
 import argparse
 import dataclasses
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,14 +20,12 @@ from moe_dispatch.machine import Machine
 from moe_dispatch.measure.inputs import Call, backend_call, make_inputs
 from moe_dispatch.measure.timing import time_interleaved
 from moe_dispatch.measure.verify import reference_outputs, relative_error
-from moe_dispatch.workloads import ROUTINGS, WORKLOADS, Workload, make_experts
-
-GPT_OSS = WORKLOADS["gpt-oss-120b"]
-LAYERS = {GPT_OSS.name: GPT_OSS, "gpt-oss-20b": dataclasses.replace(GPT_OSS, name="gpt-oss-20b", E=32)}
+from moe_dispatch.workloads import ROUTINGS, WORKLOADS, make_experts
 
 
-def rows(layer: Workload, tokens: Sequence[int]) -> Iterator[dict[str, Any]]:
-    """A row for each token count."""
+def rows(E: int, tokens: Sequence[int]) -> Iterator[dict[str, Any]]:
+    """A row for each token count of a layer with E experts."""
+    layer = dataclasses.replace(WORKLOADS["gpt-oss-120b"], E=E)
     planner = get_dispatcher(torch.device("cuda")).planner
     in_place = make_experts(layer, "bf16", "cuda", transposed=True)
     kind = {name: getattr(in_place, name) for name in ("gate_up_bias", "down_bias", "activation", "interleaved")}
@@ -42,19 +39,17 @@ def rows(layer: Workload, tokens: Sequence[int]) -> Iterator[dict[str, Any]]:
         inputs = make_inputs(problem, ROUTINGS["uniform"], "cuda", 8 if M < 4096 else 2)
         (truth,) = reference_outputs(copy, inputs[:1])
         errors = {name: relative_error(call(inputs[0]), truth) for name, call in calls.items()}
-        times = time_interleaved({name: call for name, call in calls.items() if "reference" not in name}, inputs)
-        us = {name: timing.us for name, timing in times.items()}
-        yield {"layer": layer.name, "M": M, "us": us, "errors": errors}
+        timed = time_interleaved({name: call for name, call in calls.items() if "reference" not in name}, inputs)
+        yield {"E": E, "M": M, "us": {name: timing.us for name, timing in timed.items()}, "errors": errors}
 
 
 def main() -> None:
     """Measure, print, and write."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=Path("by_columns.jsonl"))
-    parser.add_argument("--layers", nargs="+", choices=LAYERS, default=list(LAYERS))
+    parser.add_argument("--out", default="by_columns.jsonl")
     parser.add_argument("--tokens", type=int, nargs="+", default=[1, 32, 1024, 4096])
     options = parser.parse_args()
-    made = (row for name in options.layers for row in rows(LAYERS[name], options.tokens))
+    made = (row for E in (128, 32) for row in rows(E, options.tokens))
     json_lines.write(options.out, made, Machine.inspect("cuda"))
 
 

@@ -11,7 +11,6 @@ import torch
 from moe_dispatch.backends.triton_common.features import features
 from moe_dispatch.backends.triton_persistent.backend import TritonPersistentBackend
 from moe_dispatch.backends.triton_persistent.config import TritonPersistentConfig, persistent_configs
-from moe_dispatch.backends.triton_splitk.backend import TritonSplitKBackend
 from moe_dispatch.machine import Machine
 from moe_dispatch.problem import DType, MoEProblem
 from moe_dispatch.workloads import WORKLOADS, Workload
@@ -79,6 +78,9 @@ def launch_defaults(capability: int, dtype: DType, *, every: bool) -> Iterator[L
         bound = config.shared_memory(problem, wgmma=able.wgmma)
         note = {"bound": bound, "tma": config.tma, "pdl": config.pdl}
         yield Launch(partial(backend.run, *unwritten_layer(problem), config), note)
+        if dtype == "bf16":
+            by_columns = replace(problem, transposed=True, interleaved=problem.gated)
+            yield Launch(partial(backend.run, *unwritten_layer(by_columns), config), note)
 
 
 @pytest.mark.slow
@@ -114,31 +116,6 @@ def test_what_is_worth_measuring_is_estimated_to_fit(device: Device, workload: W
             needed = config.shared_memory(problem, wgmma=able.wgmma)
             assert needed * config.ctas_per_sm <= able.shared_memory
             assert able.tma or not config.tma
-
-
-def launch_by_columns(capability: int) -> Iterator[Launch]:
-    """gpt-oss's layer as it is stored, and with gate rows first, which one box of a descriptor cannot hold."""
-    machine = described(capability)
-    for backend, M in ((TritonSplitKBackend(machine), 32), (TritonPersistentBackend(machine), 1024)):
-        for interleaved in (True, False):
-            problem = WORKLOADS["gpt-oss-120b"].problem(M, "bf16", machine)
-            problem = replace(problem, transposed=True, interleaved=interleaved)
-            yield Launch(partial(backend.run, *unwritten_layer(problem), backend.default_config(problem)))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("capability", [80, 90, 100])
-def test_weights_stored_by_columns_reach_the_tensor_cores_as_others_do(capability: int) -> None:
-    """By TMA or by asynchronous copies of 16 bytes, without a detour through registers and without spills."""
-    kernels = [built for built in compile_launches(launch_by_columns, capability) if "TRANSPOSED" in built.constants]
-    assert len(kernels) == 8
-    assert {built.tma for built in kernels} == ({True, False} if capability >= 90 else {False})
-    for built in kernels:
-        assert built.constants["TRANSPOSED"], built
-        assert built.tma or built.wide_copies, built
-        assert built.wgmma == (capability == 90), built
-        assert not built.serialised, built
-        assert built.stack <= FEW_SPILLS, built
 
 
 def launch_stages(capability: int) -> Iterator[Launch]:

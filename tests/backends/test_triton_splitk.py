@@ -233,6 +233,9 @@ def launch_defaults(capability: int, dtype: DType, *, every: bool) -> Iterator[L
                 bound = shared_memory_bytes(problem, config)
                 note = {"bound": bound, "tma": config.tma, "config": config.label}
                 yield Launch(partial(backend.run, *unwritten_layer(problem), config), note)
+                if dtype == "bf16":
+                    by_columns = replace(problem, transposed=True, interleaved=problem.gated)
+                    yield Launch(partial(backend.run, *unwritten_layer(by_columns), config), note)
                 if not every:
                     return
 
