@@ -58,9 +58,8 @@ class ExpertWeights:
         activation: See `MoEProblem`.
         interleaved: Whether gate and up rows alternate.
         transposed: Whether gate_up and down are views, by ``.transpose(1, 2)``, of contiguous ``[E, K, 2N]`` and
-            ``[E, N, K]``. They are read in place, but by few backends, torch_grouped and reference among them: where
-            the weights do not change, ``.transpose(1, 2).contiguous()`` once at load is faster in every call. Not for
-            FP8.
+            ``[E, N, K]``. They are read in place: by our own kernels but triton_vector, torch_grouped and reference.
+            Not for FP8.
         routed_experts: Experts among which the router chooses, where these are a part of them and the other ids of a
             call are of experts elsewhere; None where they are all. It changes the expected load and so the choice of
             the backend, never the result.

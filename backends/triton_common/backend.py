@@ -96,8 +96,8 @@ class TritonBackend(WritingBackend):
         Args:
             experts: The layer.
             name: The weight's name.
-            shape: As for `WeightView`.
+            shape: As for `WeightView`, of the memory where weights are stored by columns.
             block: As for `WeightView`.
             swapped: As for `WeightView`.
         """
-        return self._descriptors.get(getattr(experts, name), WeightView(shape, block, swapped))
+        return self._descriptors.get(getattr(experts, name), WeightView(shape, block, swapped, experts.transposed))
