@@ -125,10 +125,10 @@ def arrived_inputs(experts: ExpertWeights, arrived: Arrived) -> Iterator[Arrived
     part: Tensor | QuantizedRows
     for first, last in ((rank, rank + 1), (0, rank), (rank + 1, ranks)):
         these = slice(first * count, last * count)
+        if first == last:
+            continue
         if first == rank:
             part = rows.own
-        elif first == last:
-            continue
         else:
             every = rows.wait() if every is None else every
             part = every.part(these) if isinstance(every, QuantizedRows) else every[these]

@@ -74,7 +74,7 @@ def test_own_rows_may_run_before_others_have_arrived(
 ) -> None:
     options: dict[str, Any] = {"backend": "triton_persistent", "rows_aside": 0, "own_first": 0}
     split = partial(programs.conformance, **options, fast_path=fast_path)
-    assert three.run(split, ["M=17"], precision, "sharded", exchange, "even") == [[], [], []]
+    assert three.run(split, ["M=17", "M=3"], precision, "sharded", exchange, "even") == [[], [], []]
 
 
 def test_timed_transfers_carry_results_also_where_experts_store_them(three: Ranks) -> None:
