@@ -90,7 +90,6 @@ class DirectExchange(Exchange):
         rows, weights, ids = memory.push_tokens(
             tokens.hidden_states, tokens.topk_weights, tokens.topk_ids, capacity=tokens.capacity,
             first_experts=self._first_of(place), E=place.experts, seconds=watch.timeout, quantize=self._quantizes,
-            weights=tokens.weights,
         )  # fmt: skip
         out = memory.peer_rows(tokens.capacity, K, tokens.hidden_states.dtype)
         M = tokens.hidden_states.shape[0]

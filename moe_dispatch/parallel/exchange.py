@@ -113,8 +113,6 @@ class LocalTokens:
         placement: Which rank holds which experts.
         capacity: Greatest M of any rank, equal on all of them.
         replicated: Whether the other ranks have the same tokens.
-        weights: uint8 ``[E, …]``, contiguous: what this rank's experts will read first, for an exchange that brings it
-            closer while tokens travel; None if there is no such tensor.
     """
 
     hidden_states: Tensor
@@ -123,7 +121,6 @@ class LocalTokens:
     placement: Placement
     capacity: int
     replicated: bool
-    weights: Tensor | None = None
 
     @cached_property
     def wire_ids(self) -> Tensor:

@@ -105,7 +105,6 @@ def local_tokens(
         layer.placement,
         capacity,
         replicated=layer.session.options.tokens == "replicated",
-        weights=layer.read_first,
     )
 
 
