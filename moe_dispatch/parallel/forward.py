@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -74,7 +75,8 @@ def forward_sharded(
     if not capacity:
         return torch.empty_like(hidden_states) if out is None else out
     plan = call_plan(layer, capacity, topk, hidden_states.dtype)
-    with session.watch.committed(), torch.no_grad(), on_device(layer.device):
+    no_grad = torch.no_grad() if torch.is_grad_enabled() else nullcontext()
+    with session.watch.committed(), no_grad, on_device(layer.device):
         tokens = local_tokens(hidden_states, layer, topk_weights, topk_ids, capacity)
         arrived = plan.exchange.dispatch(tokens)
         partial = run_experts(session, plan.experts, arrived, backend)
