@@ -386,10 +386,12 @@ def lose_a_rank(how: str, victim: int, timeout: float) -> Any:
     return None
 
 
-def recorded(folder: str) -> tuple[int, list[dict[str, Any]]]:
+def recorded(folder: str, replicated: bool) -> tuple[int, list[dict[str, Any]]]:
     """Run the benchmark's record for a tiny layer: how many results were wrong, and the rows that rank 0 wrote."""
     out = Path(folder) / "rows.jsonl"
-    options = argparse.Namespace(exchange=None, out=str(out), routing="uniform", replays=1, brief=False)
+    options = argparse.Namespace(
+        exchange=None, out=str(out), routing="uniform", replays=1, brief=False, replicated=replicated
+    )
     device = torch.device("cpu")
     with torch.no_grad():
         wrong = expert_parallel._run(
