@@ -154,7 +154,7 @@ def _save(figure: Any, path: Path) -> None:
 
     picture = io.BytesIO()
     figure.savefig(picture, dpi=110)
-    Image.open(picture).convert("RGB").quantize(12, dither=0).convert("RGB").save(
+    Image.open(picture).convert("RGB").quantize(12, dither=Image.Dither.NONE).convert("RGB").save(
         path, lossless=True, quality=100, method=6
     )
 

@@ -170,7 +170,7 @@ def _check_once(
             *[(type(tensor), tensor.shape, tensor.dtype, tensor.device, tensor.layout) for tensor in tensors],
             needs_grad(hidden_states, local, topk_weights),
             backend,
-            local.gate_up.data_ptr() == local.gate_up_address and local.down.data_ptr() == local.down_address,
+            not local.moved,
         )
         known = out is None and key in layer.checked
     except (AttributeError, RuntimeError, TypeError, ValueError):  # no tensors; the check says which

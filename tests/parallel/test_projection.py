@@ -1,5 +1,6 @@
 """The projection onto more GPUs, against sums done here."""
 
+import json
 import math
 from pathlib import Path
 
@@ -76,6 +77,9 @@ def test_explain_prints_the_projection(projection: Projection) -> None:
     table = [line.split() for line in result.output.splitlines() if line.split()[:2] in (["16", "2"], ["4096", "8"])]
     assert len(table) == 2
     assert table[0][-3:] == ["direct", "1.95", "1.97"]
+    printed = json.loads(CliRunner().invoke(app, [*command, "--parallel", "2,8", "--json"]).output)
+    row = printed["rows"][0]
+    assert (row["M"], row["ranks"], row["exchange"], round(row["serial"], 2)) == (16, 2, "direct", 1.95)
 
 
 def test_links_and_docs_follow_from_the_record(projection: Projection) -> None:
