@@ -140,8 +140,6 @@ class Arrived:
             ids, and any values in hidden_states.
         route: Whatever `Exchange.combine` needs of the dispatch.
         out: Memory of the ranks that the rows came from, where a backend may store its results; None if there is none.
-        own_first: Whether the experts are to run this rank's own rows by themselves, while those of others travel. Rows
-            are `TravellingRows` then, this rank has as many as there is place for, and there is `out`.
     """
 
     hidden_states: Tensor | QuantizedRows | TravellingRows
@@ -149,7 +147,6 @@ class Arrived:
     topk_ids: Tensor
     route: Any = None
     out: PeerRows | None = None
-    own_first: bool = False
 
 
 class Exchange(ABC):
