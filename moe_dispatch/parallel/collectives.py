@@ -56,9 +56,9 @@ class Collectives:
         self._finish(all_gather_flat, out, rows)
         return out
 
-    def all_gather_in_place(self, rows: Tensor) -> None:
-        """Fill ``[ranks·C, …]``, of which every rank has written its own block of C."""
-        self._finish(all_gather_flat, rows, rows.view(self.size, -1, *rows.shape[1:])[self.rank])
+    def all_gather_in_place(self, rows: Tensor, own: Tensor) -> None:
+        """Fill ``[ranks·C, …]``, of which every rank has written its own block of C: `own`, a view of `rows`."""
+        self._finish(all_gather_flat, rows, own)
 
     def reduce_scatter(self, rows: Tensor) -> Tensor:
         """The sum over ranks of this rank's block of ``[ranks·C, K]``: ``[C, K]``.
