@@ -79,10 +79,11 @@ def test_every_rank_chooses_the_exchange_that_was_fastest(three: Ranks, tokens: 
         assert not failed
 
 
-def test_the_record_checks_what_it_measures(three: Ranks, tmp_path: Any) -> None:
-    (wrong, rows), *_ = three.run(programs.recorded, str(tmp_path))
+@pytest.mark.parametrize("other", ["alltoall", "replicated"])
+def test_the_record_checks_what_it_measures(three: Ranks, tmp_path: Any, other: str) -> None:
+    (wrong, rows), *_ = three.run(programs.recorded, str(tmp_path), other == "replicated")
     assert wrong == 0
-    names = ("gather", "alltoall", "chosen")
+    names = ("gather", other, "chosen")
     assert [(row["M"], row["exchange"]) for row in rows] == [(M, name) for M in (4, 1) for name in names]
     for first, second, choice in (rows[:3], rows[3:]):
         times = {row["exchange"]: row["us"] for row in (first, second)}
