@@ -33,7 +33,7 @@ from moe_dispatch.system import failures
 logger = logging.getLogger("moe_dispatch")
 
 MAX_PLANS: Final = 65536  # Plan-cache bound; when full, the oldest plan is dropped.
-FAST_PATH_CALLS: Final = 3  # A backend may prepare for a kind of call (`Backend.fast_path`) at its third run.
+FAST_PATH_CALLS: Final = 2  # A backend may prepare for a kind of call (`Backend.fast_path`) after as many runs.
 PlanKey = tuple[Any, ...]
 
 
