@@ -147,8 +147,9 @@ def warm_up(
         raise InvalidInputError(f"backend must be a registered name or None, got {type(backend).__name__}")
     dtype = act_dtype or (torch.bfloat16 if experts.fp8 else experts.gate_up.dtype)
     device = experts.device
+    dispatcher = get_dispatcher(device)
+    dispatcher.planner.named(backend)
     if up_to:
-        dispatcher = get_dispatcher(device)
         capability = dispatcher.machine.capability
         others = representative_token_counts(dispatcher.planner, experts, topk, dtype, capability, up_to, backend)
         counts = (*counts, *(M for M in others if M not in counts))
@@ -162,7 +163,7 @@ def warm_up(
         weights, ids = ROUTINGS["uniform"].sample(M, choices, topk, device, on_cpu)
         with torch.no_grad(), on_device(device):
             out = torch.empty_like(hidden) if into_out else None
-            get_dispatcher(device).warm_up((hidden, experts, weights, ids), backend, out)
+            dispatcher.warm_up((hidden, experts, weights, ids), backend, out)
 
 
 def explain(arguments: Sequence[object], machine: Machine | None) -> Explanation:

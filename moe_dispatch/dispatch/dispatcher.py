@@ -149,7 +149,8 @@ class Dispatcher:
             plan = self._plans.get(key)
             if experts.moved:
                 experts.check_unchanged()
-        except (AttributeError, RuntimeError, TypeError, ValueError):
+        except (AttributeError, RuntimeError, TypeError, ValueError) as error:
+            self._recovery.raise_if_lost(error)
             # No tensors, or tensors without a shape or an address; check() says which.
             arguments = (hidden_states, experts, topk_weights, topk_ids)
             check(*arguments, backend)
@@ -162,6 +163,7 @@ class Dispatcher:
             if out is not None:
                 check_out(out, arguments, needs_grad=grad)
             if not hidden_states.shape[0] and not grad:
+                self.planner.named(backend)
                 return hidden_states.clone() if out is None else out
             if not have_memory(arguments):
                 return self._recovery.run_transformed(arguments, backend, out)
@@ -171,7 +173,8 @@ class Dispatcher:
             if plan.widens:
                 topk_weights = topk_weights.float()
             inputs = (hidden_states.contiguous(), experts, topk_weights.contiguous(), topk_ids.contiguous())
-        except RuntimeError:
+        except RuntimeError as error:
+            self._recovery.raise_if_lost(error)
             check(hidden_states, experts, topk_weights, topk_ids, backend)  # such as sparse tensors
             raise
         # Addresses may differ from call to call. Outside of the next try, for it is the caller's fault.
@@ -215,6 +218,7 @@ class Dispatcher:
         M, topk = topk_ids.shape
         problem = experts.problem(M, topk, hidden_states.dtype, self.machine.capability, "graph")
         for plan in self.planner.eligible(problem, experts, backend, into=out is not None):
+            self._recovery.wait_for_earlier_work(experts.device)
             try:
                 self.first_run(plan, inputs, out)
             except FOREIGN_ERRORS as error:
@@ -247,9 +251,8 @@ class Dispatcher:
                 if len(self._plans) >= MAX_PLANS:
                     self._forget(next(iter(self._plans)))
                 plan = self._plans.setdefault(key, plan)  # another thread may have been faster
-        if not plan.proven and problem.device == "cuda" and problem.mode == "eager":
-            # An error of earlier work surfaces here, and is not booked on the backend that runs next.
-            torch.cuda.synchronize(experts.device)
+        if not plan.proven and problem.mode == "eager":
+            self._recovery.wait_for_earlier_work(experts.device)
         return plan
 
     def _forget(self, key: PlanKey) -> None:

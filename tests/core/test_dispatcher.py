@@ -86,6 +86,11 @@ def expected(call: Call) -> Tensor:
     return moe_forward(*call, backend="reference")
 
 
+def lose_context(*_: object, **__: object) -> None:
+    """What torch raises wherever it asks CUDA anything after a kernel failed."""
+    raise torch.AcceleratorError("CUDA error: device-side assert triggered")
+
+
 def ran() -> dict[str, int]:
     return {name: counts["ran"] for name, counts in stats().items() if counts["ran"]}
 
@@ -114,6 +119,14 @@ class TestChoosing:
                 moe_forward(*double, backend="picky")
             assert "takes weights in fp8, got fp32" in str(refusal.value)
             assert "computes gelu, got activation silu" in str(refusal.value)
+
+    def test_a_name_is_checked_where_nothing_runs(self) -> None:
+        call = make_call(0)
+        for run in (lambda name: moe_forward(*call, backend=name), lambda name: warm_up(call[1], 2, [], backend=name)):
+            with pytest.raises(UnknownNameError, match="'no_such'"):
+                run("no_such")
+            with pytest.raises(BackendUnavailableError, match="deep_gemm is not installed"):
+                run("deep_gemm")
 
     def test_the_environment_names_disables_and_orders(self, call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
         with ranked(Honest):
@@ -350,6 +363,19 @@ class TestFaults:
             moe_forward(*call)
             assert ran() == {"honest": 1}, "the culprit is barred, and the next one is captured"
 
+    def test_a_capture_and_no_problem_of_one_forbids_a_probe(self, call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+        class Foreign(Honest):
+            name = "foreign"
+            needs_probe = True
+
+        problem = call[1].problem(6, 2, torch.float32, None, "graph")
+        with ranked(Foreign):
+            monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+            refusal = get_dispatcher("cpu").planner._pool.probe_failure("foreign", problem, torch.device("cuda"))
+            assert refusal.startswith("not probed yet")
+            (foreign, _) = explain(problem).candidates
+            assert not foreign.against
+
     def test_quarantine_is_for_such_problems_only(self) -> None:
         class Small(Honest):
             name = "small"
@@ -458,6 +484,32 @@ class TestFaults:
                 moe_forward(*call)
             assert not get_dispatcher("cpu").quarantine.entries()
 
+    @pytest.mark.parametrize(
+        "options", [{}, {"backend": "honest"}, {"out": torch.empty(6, 64)}], ids=["", "name", "out"]
+    )
+    @pytest.mark.parametrize("place", ["torch.cuda.is_current_stream_capturing", "torch.Tensor.contiguous"])
+    @pytest.mark.parametrize("known", [False, True])
+    def test_a_context_that_was_lost_before_a_call(
+        self, known: bool, place: str, options: dict[str, Any], call: Call, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """CUDA says so at the first question or copy, and neither the arguments nor a backend are to blame."""
+        with ranked(Honest):
+            if known:
+                moe_forward(*call)
+            monkeypatch.setattr(get_dispatcher("cpu"), "_on_cuda", "cuda" in place)
+            monkeypatch.setattr(place, lose_context)
+            with pytest.raises(DeviceLostError, match="CUDA_LAUNCH_BLOCKING=1") as lost:
+                moe_forward(*call, **options)
+            assert lost.value.suspects == ("honest",) * known
+            assert not get_dispatcher("cpu").quarantine.entries()
+
+    def test_a_probe_is_not_blamed_for_an_older_error(self, call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+        problem = call[1].problem(6, 2, torch.float32, None)
+        monkeypatch.setattr("torch.cuda.synchronize", lose_context)
+        with ranked(Lying), pytest.raises(DeviceLostError, match="CUDA_LAUNCH_BLOCKING=1"):
+            get_dispatcher("cpu").planner._pool.probe_failure("lying", problem, torch.device("cuda"))
+        assert not get_dispatcher("cpu").quarantine.entries()
+
     @pytest.mark.parametrize("killer", ["Killing", "KillingInItsProbe"])
     def test_a_killed_process_is_remembered(self, killer: str, call: Call) -> None:
         code = (
@@ -535,6 +587,22 @@ class TestConcurrency:
                 thread.join()
             assert not wrong
             assert ran()["honest"] == 300
+
+    def test_a_reset_in_between_costs_no_call(self, call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+        """And keeps no dispatcher that was being made before it."""
+        resetting = threading.Thread(target=reset_dispatchers)
+
+        class Emptied(dict[torch.device, Dispatcher]):
+            def __setitem__(self, *item: Any) -> None:
+                super().__setitem__(*item)
+                resetting.start()
+                resetting.join(0.1)
+
+        monkeypatch.setattr(process, "_dispatchers", Emptied())
+        with ranked(Honest):
+            moe_forward(*call)
+        resetting.join()
+        assert not process._dispatchers
 
     @pytest.mark.parametrize("method", ["fork", "spawn"])
     @pytest.mark.filterwarnings("ignore:This process.*multi-threaded:DeprecationWarning")

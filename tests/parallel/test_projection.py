@@ -2,7 +2,6 @@
 
 import json
 import math
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -95,5 +94,3 @@ def test_links_and_docs_follow_from_the_record(projection: Projection) -> None:
     assert record.markdown(calibration, [row for rows in others for row in rows]) in docs
     with pytest.raises(InvalidInputError, match="lacks links of direct and gather"):
         record.lines(calibration.model_copy(update={"links": ()}))
-    every = tuple(each.model_copy(update={"kind": replace(each.kind, N=999)}) for each in calibration.layers)
-    assert not list(record.measured_calls(calibration.model_copy(update={"layers": every}), [])), "no layer has a name"
