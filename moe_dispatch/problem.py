@@ -129,7 +129,8 @@ class MoEProblem:
     @property
     def expected_slots(self) -> float:
         """Slots whose expert is one of the E under uniform routing: M·topk·E / routed_experts."""
-        return self.slots if self.routed_experts is None else self.slots * self.E / self.routed_experts
+        slots = self.M * self.topk
+        return slots if self.routed_experts is None else slots * self.E / self.routed_experts
 
     @cached_property
     def layer(self) -> "MoEProblem":
