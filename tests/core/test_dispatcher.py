@@ -323,17 +323,15 @@ class TestSettling:
             name = "tiring"
 
             def run(self, *given: Any, **named: Any) -> Tensor:
-                if ran().get("tiring", 0) >= 3 * FAST_PATH_CALLS:
+                if ran().get("tiring", 0) >= 6:
                     raise RuntimeError("tired")
                 return super().run(*given, **named)
 
-        with ranked(Tiring, Honest):
-            for _ in range(3 * FAST_PATH_CALLS):
-                moe_forward(*call)
-            with pytest.warns(MoEDispatchWarning, match="'honest' runs instead"):
+        with ranked(Tiring, Honest), warnings.catch_warnings():
+            warnings.simplefilter("ignore", MoEDispatchWarning)
+            for _ in range(8):
                 assert torch.equal(moe_forward(*call), expected(call))
-            moe_forward(*call)
-            assert ran() == {"tiring": 3 * FAST_PATH_CALLS, "honest": 2, "reference": 1}
+            assert ran() == {"tiring": 6, "honest": 2, "reference": 8}
 
 
 class TestFaults:
