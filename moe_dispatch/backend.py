@@ -343,8 +343,8 @@ class Backend(ABC):
     def fast_path(self, inputs: Inputs, config: BackendConfig) -> "Run | None":  # noqa: ARG002
         """What to call from now on in place of `run`, for calls of this very kind; None if there is nothing faster.
 
-        Called at the third run of a kind of call (kind of layer, token count, dtypes, configuration) with the inputs of
-        that run, for at most `FAST_PATH_TOKENS` tokens. It may run them again and wait for the device.
+        Called after the second run of a kind of call (kind of layer, token count, dtypes, configuration) with its
+        inputs, for at most `FAST_PATH_TOKENS` tokens. It may run them again and wait for the device.
         """
         return None
 

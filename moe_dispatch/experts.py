@@ -1,5 +1,6 @@
 """The weights of one MoE layer, checked once when they are wrapped and again when they lie at another address."""
 
+import contextlib
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -69,9 +70,9 @@ class ExpertWeights:
     """
 
     __slots__ = (
-        "E", "K", "N", "__weakref__", "activation", "device", "down", "down_address", "down_bias", "down_scale",
-        "dtype", "gate_up", "gate_up_address", "gate_up_bias", "gate_up_scale", "interleaved", "routed_experts", "spec",
-        "transposed",
+        "E", "K", "N", "__weakref__", "_checked", "activation", "device", "down", "down_address", "down_bias",
+        "down_scale", "dtype", "gate_up", "gate_up_address", "gate_up_bias", "gate_up_scale", "interleaved",
+        "routed_experts", "spec", "transposed",
     )  # fmt: skip
 
     def __init__(
@@ -147,6 +148,7 @@ class ExpertWeights:
         self.spec: Final = LayerSpec(facts) if tracing else _SPECS.setdefault(facts, LayerSpec(facts))
         # By the addresses a call sees that the weights lie elsewhere than when they were checked.
         self.gate_up_address, self.down_address = (None, None) if tracing else (address(gate_up), address(down))
+        self._checked = None if tracing else self._facts()
 
     @property
     def moved(self) -> bool:
@@ -159,6 +161,9 @@ class ExpertWeights:
         Raises:
             InvalidInputError: A tensor was freed, moved to another device, or changed in dtype or shape.
         """
+        with contextlib.suppress(AttributeError, RuntimeError):  # no tensor, or one without strides
+            if self._checked == self._facts():
+                return
         try:
             now = self.among(self.routed_experts)
             if now.spec is not self.spec:
@@ -169,6 +174,14 @@ class ExpertWeights:
                 "device, dtype or shape"
             ) from error
         self.gate_up_address, self.down_address = now.gate_up_address, now.down_address
+        self._checked = self._facts()
+
+    def _facts(self) -> list[tuple[object, ...]]:
+        """All that the checks ask of the tensors: the same facts need no second check."""
+        return [
+            (name, type(each), each.dtype, each.shape, each.stride(), each.device, each.requires_grad, address(each))
+            for name, each in self.tensors()
+        ]
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """The layer's tensors by name, those that are given."""

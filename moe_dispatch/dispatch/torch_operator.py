@@ -36,28 +36,24 @@ def call(
     out: Tensor | None = None,
 ) -> Tensor:
     """Run a call through the operator; see `call_tensors`."""
-    return _call(_flattened(hidden_states, experts, topk_weights, topk_ids, backend), out)
+    return _call((hidden_states, topk_weights, topk_ids, *_layer_arguments(experts), backend or ""), out)
 
 
 def record(
     hidden_states: Tensor, experts: ExpertWeights, topk_weights: Tensor, topk_ids: Tensor, backend: str | None
 ) -> Tensor:
     """Run a call of tensors that have memory, outside of a trace, and have autograd record it."""
+    arguments = (hidden_states, topk_weights, topk_ids, *_layer_arguments(experts), backend or "")
     if transforms_active():
-        return call(hidden_states, experts, topk_weights, topk_ids, backend)
-    arguments = _flattened(hidden_states, experts, topk_weights, topk_ids, backend)
-    recorded: Tensor = _Recorded.apply(*arguments)  # type: ignore[no-untyped-call] # torch does not annotate it
-    return recorded
+        return _call(arguments)
+    return cast("Tensor", _Recorded.apply(*arguments))  # type: ignore[no-untyped-call] # torch does not annotate it
 
 
-def _flattened(
-    hidden_states: Tensor, experts: ExpertWeights, topk_weights: Tensor, topk_ids: Tensor, backend: str | None
-) -> tuple[Any, ...]:
-    """The arguments of the operators `forward` and `recorded_forward`."""
+def _layer_arguments(experts: ExpertWeights) -> tuple[Any, ...]:
+    """The operators' arguments between topk_ids and backend."""
     return (
-        hidden_states, topk_weights, topk_ids, experts.gate_up, experts.down, experts.gate_up_scale, experts.down_scale,
-        experts.gate_up_bias, experts.down_bias, experts.activation, experts.interleaved, experts.routed_experts,
-        backend or "",
+        experts.gate_up, experts.down, experts.gate_up_scale, experts.down_scale, experts.gate_up_bias,
+        experts.down_bias, experts.activation, experts.interleaved, experts.routed_experts,
     )  # fmt: skip
 
 
@@ -79,14 +75,11 @@ def call_tensors(
     out: Tensor | None = None,
 ) -> Tensor:
     """Run a call given the layer's tensors one by one. They are checked when the operator runs; see `ExpertWeights`."""
-    arguments = (
-        hidden_states, topk_weights, topk_ids, gate_up, down, gate_up_scale, down_scale, gate_up_bias, down_bias,
-        activation, interleaved, routed_experts, backend or "",
-    )  # fmt: skip
-    return _call(arguments, out)
+    layer = (gate_up, down, gate_up_scale, down_scale, gate_up_bias, down_bias, activation, interleaved, routed_experts)
+    return _call((hidden_states, topk_weights, topk_ids, *layer, backend or ""), out)
 
 
-def _call(arguments: tuple[Any, ...], out: Tensor | None) -> Tensor:
+def _call(arguments: tuple[Any, ...], out: Tensor | None = None) -> Tensor:
     if out is None:
         recorded = is_any_recorded([argument for argument in arguments if isinstance(argument, Tensor)])
         operator = torch.ops.moe_dispatch.recorded_forward if recorded else torch.ops.moe_dispatch.forward

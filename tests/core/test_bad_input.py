@@ -72,9 +72,9 @@ def fake(**changes: torch.Tensor) -> torch.Tensor:
         return call(**{name: mode.from_tensor(tensor) for name, tensor in arguments.items()})
 
 
-def changed(change: Callable[[torch.Tensor], object]) -> ExpertWeights:
+def changed(change: Callable[[torch.Tensor], object], layer: ExpertWeights | None = None) -> ExpertWeights:
     """A layer whose gate_up was changed after it was wrapped."""
-    layer = experts()
+    layer = layer or experts()
     change(layer.gate_up)
     return layer
 
@@ -237,6 +237,9 @@ CALLS = {
     "weights of another dtype now": Bad(lambda: call(experts=changed(lambda t: set_data(t, t.half()))), ("float16",)),
     "weights of another shape now": Bad(
         lambda: call(experts=changed(lambda t: set_data(t, torch.randn(E + 1, 2 * N, K)))), ("[5, 96, 64]",)
+    ),
+    "weights that want a gradient now": Bad(
+        lambda: call(experts=changed(lambda t: t.requires_grad_(), quantized())), ("changed since", "gradient")
     ),
     "integer tokens for fp8": Bad(
         lambda: call(experts=quantized(), hidden_states=torch.ones(M, K, dtype=torch.int32)), ("int32", "bfloat16")
