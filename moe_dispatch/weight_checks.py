@@ -7,7 +7,7 @@ from torch import Tensor
 
 from moe_dispatch.errors import InvalidInputError
 from moe_dispatch.numerics import FP8
-from moe_dispatch.problem import QUANT_BLOCK, DType, scale_shape
+from moe_dispatch.problem import MX_BLOCK, QUANT_BLOCK, DType, scale_shape
 from moe_dispatch.tensor_memory import address, tensor_fault
 
 DTYPE_NAMES: Final[dict[torch.dtype, DType]] = {
@@ -15,6 +15,7 @@ DTYPE_NAMES: Final[dict[torch.dtype, DType]] = {
     torch.float16: "fp16",
     torch.float32: "fp32",
     FP8: "fp8",
+    torch.uint8: "mxfp4",
 }
 # Dtypes of scales that checkpoints have beside fp32; float8_e8m0fnu is UE8M0, a power of two.
 _EXACT_IN_FP32: Final = (torch.bfloat16, torch.float8_e8m0fnu)
@@ -58,6 +59,23 @@ def check_weight(name: str, tensor: Tensor, *, transposed: bool = False) -> None
         )
 
 
+def columns_of(name: str, weight: Tensor) -> int:
+    """The columns of a checked weight: twice those of the tensor where each byte holds two codes.
+
+    Raises:
+        InvalidInputError: They are no whole number of blocks of MXFP4.
+    """
+    if weight.dtype != torch.uint8:
+        return weight.shape[2]
+    columns = 2 * weight.shape[2]
+    if columns % MX_BLOCK:
+        raise InvalidInputError(
+            f"{name} has {columns} columns, and MXFP4 has one scale for every {MX_BLOCK}: give a multiple of "
+            f"{MX_BLOCK // 2} bytes in each row"
+        )
+    return columns
+
+
 def check_alike(name: str, tensor: Tensor, first: Tensor) -> None:
     """Refuse weights of two dtypes, or on two devices."""
     if tensor.dtype != first.dtype:
@@ -91,6 +109,33 @@ def checked_scales(
     return dtype, *scales
 
 
+def checked_mx_scale(name: str, scale: Tensor | None, weight: Tensor) -> Tensor:
+    """The scales of a checked MXFP4 weight as uint8; see `ExpertWeights`."""
+    shape = (*weight.shape[:2], 2 * weight.shape[2] // MX_BLOCK)
+    if scale is None:
+        raise InvalidInputError(
+            f"uint8 weights are read as MXFP4 and need {name} {list(shape)}, the exponents of their scales, in uint8; "
+            "ExpertWeights.quantize(form='mxfp4') makes both from BF16 weights"
+        )
+    _check_memory(name, scale)
+    if scale.dtype == torch.float8_e8m0fnu:
+        scale = scale.view(torch.uint8)
+    if scale.dtype != torch.uint8 or tuple(scale.shape) != shape:
+        raise InvalidInputError(
+            f"{name} of MXFP4 weights must be a uint8 or float8_e8m0fnu tensor {list(shape)}, one exponent for every "
+            f"{MX_BLOCK} columns, got {scale.dtype} {list(scale.shape)}"
+        )
+    _check_place(name, scale, weight.device)
+    return scale
+
+
+def _check_place(name: str, tensor: Tensor, device: torch.device) -> None:
+    if tensor.device != device:
+        raise InvalidInputError(f"{name} is on {tensor.device} and gate_up on {device}; move them together")
+    if not tensor.is_contiguous():
+        raise InvalidInputError(f"{name} must be contiguous, got strides {list(tensor.stride())}; call .contiguous()")
+
+
 def _row_shapes(weight: Tensor, parts: int) -> dict[tuple[int, ...], str]:
     """The shapes in which scales of rows are given, and how many rows share one."""
     E, rows, _ = weight.shape
@@ -122,10 +167,7 @@ def _checked_scale(name: str, scale: Tensor | None, weight: Tensor, dtype: DType
         raise InvalidInputError(
             f"{name} must be {shapes} got {list(scale.shape)}; both weights have scales of one form"
         )
-    if scale.device != weight.device:
-        raise InvalidInputError(f"{name} is on {scale.device} and gate_up on {weight.device}; move them together")
-    if not scale.is_contiguous():
-        raise InvalidInputError(f"{name} must be contiguous, got strides {list(scale.stride())}; call .contiguous()")
+    _check_place(name, scale, weight.device)
     return scale
 
 
@@ -138,10 +180,7 @@ def check_bias(name: str, bias: Tensor | None, shape: tuple[int, int], device: t
         raise InvalidInputError(f"{name} must be a bfloat16, float16 or float32 tensor, got {bias.dtype}")
     if tuple(bias.shape) != shape:
         raise InvalidInputError(f"{name} must be {list(shape)}, one value per output row, got {list(bias.shape)}")
-    if bias.device != device:
-        raise InvalidInputError(f"{name} is on {bias.device} and gate_up on {device}; move them together")
-    if not bias.is_contiguous():
-        raise InvalidInputError(f"{name} must be contiguous, got strides {list(bias.stride())}; call .contiguous()")
+    _check_place(name, bias, device)
 
 
 def scales_of_rows(scale: Tensor, rows: int, *, interleaved: bool = False) -> Tensor:

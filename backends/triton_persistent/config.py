@@ -10,7 +10,7 @@ from moe_dispatch.backend import BackendConfig
 from moe_dispatch.backends.stages.combine import rows_dtype
 from moe_dispatch.backends.triton_common.features import Features
 from moe_dispatch.backends.triton_common.quantization import quantization_of
-from moe_dispatch.problem import ELEMENT_BYTES, QUANT_BLOCK, MoEProblem
+from moe_dispatch.problem import QUANT_BLOCK, MoEProblem, stored_bytes
 from moe_dispatch.workloads import torch_dtype
 
 Order = Literal["grouped", "row_major"]
@@ -78,11 +78,13 @@ class TritonPersistentConfig(BackendConfig):
         """
         wide = max((2 if problem.gated else 1) * self.block_n, self.down_block_n)
         activations = self.block_m * quantization_of(problem).activation_bytes(problem.act_dtype)
-        stage = (activations + wide * ELEMENT_BYTES[problem.dtype]) * self.block_k
+        stage = activations * self.block_k + stored_bytes(problem.dtype, wide * self.block_k)
         # Without wgmma, which reads shared memory while it runs, the stage being multiplied is in registers.
         stages = stage * (self.num_stages if wgmma else self.num_stages - 1)
         row_bytes = rows_dtype(torch_dtype(problem.act_dtype)).itemsize
         epilogue = self.block_m * max(2 * self.block_n, row_bytes * self.down_block_n)
+        if problem.dtype == "mxfp4" and wgmma:  # a block of weights in BF16, which products read from shared memory
+            stages += 2 * wide * self.block_k
         if not self.flatten_steps:
             return max(stages, epilogue) + _RESERVE
         # Beside the operands in flight. Four warps turn rows of 16 bits round a few at a time, FP32 rows at once.
@@ -162,7 +164,7 @@ def _heights(problem: MoEProblem, features: Features) -> tuple[int, ...]:
 def _shape(height: int, problem: MoEProblem, features: Features) -> TritonPersistentConfig:
     """A tile of this height with the other options that go with it; `num_stages` is left to what fits."""
     common = {
-        "block_m": height, "block_n": 64, "down_block_n": 128, "block_k": QUANT_BLOCK if problem.fp8 else 64,
+        "block_m": height, "block_n": 64, "down_block_n": 128, "block_k": QUANT_BLOCK if problem.quantized else 64,
         "tma": features.tma, "pdl": features.pdl,
     }  # fmt: skip
     if features.wgmma:

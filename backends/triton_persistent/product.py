@@ -58,6 +58,7 @@ def product(
     run = block_n // 2 if halves == 2 and not interleaved else 1
     weight: Tensor = getattr(experts, name)
     tma = config.tma and features.tma and tma_fits(K, weight.element_size()) and N % run == 0
+    tma = tma and quantization.scales != "mx"  # not measured
     pdl = config.pdl and features.pdl
     # Where a group of quantised columns is two tiles, the loop carries the first one's result, and Triton does not
     # flatten such a loop.

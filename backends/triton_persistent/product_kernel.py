@@ -16,6 +16,7 @@ from moe_dispatch.backends.triton_common.device import (
     moe_fp8_values,
 )
 from moe_dispatch.backends.triton_common.fast_launch import fast_launch
+from moe_dispatch.backends.triton_common.mxfp4 import MOE_MXFP4_UNIT, moe_every_fourth, moe_mxfp4_values
 from moe_dispatch.backends.triton_common.pdl import moe_pdl_wait_and_release
 
 
@@ -88,10 +89,16 @@ def _moe_product_kernel(
         x_ptrs = x_ptr + source.to(tl.int64)[:, None] * K
         w_row, column = _weight_rows(first_n, N, HALVES, RUN, INTERLEAVED, WIDE)
         w_rows = e.to(tl.int64) * (HALVES * N) + w_row
-        acc = _multiply(
-            x_ptrs, x_scale_ptr, w, w_scale_ptr, e, source, mask_m, w_row, w_rows, column, first_n, N, K,
-            HALVES, RUN, SCALES, SCALAR_SCALE, EVEN_K, TMA, BLOCK_M, WIDE, BLOCK_K,
-        )  # fmt: skip
+        if SCALES == "mx":
+            acc = _multiply_mxfp4(
+                x_ptrs, w, w_scale_ptr, e, mask_m, w_rows, column, first_n, N, K,
+                RUN, EVEN_K, TMA, BLOCK_M, WIDE, BLOCK_K,
+            )  # fmt: skip
+        else:
+            acc = _multiply(
+                x_ptrs, x_scale_ptr, w, w_scale_ptr, e, source, mask_m, w_row, w_rows, column, first_n, N, K,
+                HALVES, RUN, SCALES, SCALAR_SCALE, EVEN_K, TMA, BLOCK_M, WIDE, BLOCK_K,
+            )  # fmt: skip
         if bias_ptr is not None:
             acc += tl.load(bias_ptr + w_rows, mask=column < N, other=0.0).to(tl.float32)[None, :]
         # Columns past N are zeros, as their weights and biases were read: no group's multiplier is raised by them.
@@ -154,6 +161,32 @@ def _multiply(
         if x_scale_ptr is not None:
             acc *= tl.load(x_scale_ptr + source, mask=mask_m, other=0.0)[:, None]
     return acc
+
+
+@triton.jit
+def _multiply_mxfp4(
+    x_ptrs, w, exponent_ptr, e, mask_m, w_rows, column, first_n, N, K,
+    RUN: tl.constexpr, EVEN_K: tl.constexpr, TMA: tl.constexpr, BLOCK_M: tl.constexpr, WIDE: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """As `_multiply`, of MXFP4 weights, four codes in an int16, and activations that are not quantised."""
+    x_words = x_ptrs.to(tl.pointer_type(tl.int64))
+    exponent_ptrs = exponent_ptr + w_rows[:, None] * (K // 32)
+    acc = tl.zeros([BLOCK_M, WIDE], tl.float32)
+    for k in range(0, K, BLOCK_K):
+        x_tile = _load_rows(x_words, mask_m, k // 4, K // 4, EVEN_K, BLOCK_K // 4)
+        exponents = _load_rows(exponent_ptrs, column < N, k // 32, K // 32, EVEN_K, BLOCK_K // 32)
+        if TMA:
+            w_tile = tl.reshape(w.load([e, first_n // RUN, 0, 0, k // 4]), [WIDE, BLOCK_K // 4])
+        else:
+            w_tile = _load_rows(w + w_rows[:, None] * (K // 4), column < N, k // 4, K // 4, EVEN_K, BLOCK_K // 4)
+        w0, w1, w2, w3 = moe_mxfp4_values(w_tile, exponents, x_ptrs.dtype.element_ty, WIDE, BLOCK_K)
+        x0, x1, x2, x3 = moe_every_fourth(x_tile, x_ptrs.dtype.element_ty)
+        acc = tl.dot(x0, tl.trans(w0), acc)
+        acc = tl.dot(x1, tl.trans(w1), acc)
+        acc = tl.dot(x2, tl.trans(w2), acc)
+        acc = tl.dot(x3, tl.trans(w3), acc)
+    return acc * MOE_MXFP4_UNIT
 
 
 @triton.jit

@@ -43,7 +43,7 @@ class TritonSplitKBackend(TritonBackend):
     """
 
     name = "triton_splitk"
-    requirements = triton_requirements(fp8_forms=True)
+    requirements = triton_requirements(fp8_forms=True, mxfp4=True)
     config_type = SplitKConfig
     stores_to_peers = True
 

@@ -11,7 +11,7 @@ from moe_dispatch.backend import BackendConfig
 from moe_dispatch.backends.triton_common.features import Features
 from moe_dispatch.backends.triton_common.launch_options import next_power_of_2, pdl_option
 from moe_dispatch.backends.triton_common.quantization import Quantization, quantization_of
-from moe_dispatch.problem import ELEMENT_BYTES, QUANT_BLOCK, MoEProblem
+from moe_dispatch.problem import ELEMENT_BYTES, QUANT_BLOCK, MoEProblem, stored_bytes
 
 
 class SplitKConfig(BackendConfig):
@@ -171,11 +171,13 @@ def candidate_configs(problem: MoEProblem, device: Features) -> tuple[SplitKConf
 def shared_memory_bytes(problem: MoEProblem, config: SplitKConfig) -> int:
     """An upper bound of what one CTA of any of the products takes; a compile test holds it to that."""
     tokens = config.block_m * config.block_k
-    weights = config.block_n * config.block_k * ELEMENT_BYTES[problem.dtype]
+    weights = stored_bytes(problem.dtype, config.block_n * config.block_k)
     stage = weights + tokens * quantization_of(problem).activation_bytes(problem.act_dtype)
+    # MXFP4 has one block of activations once more, taken apart by column.
+    apart = 2 * tokens if problem.dtype == "mxfp4" else 0
     epilogue = config.block_n * config.block_m * 4 + tokens * 4
     # The epilogue takes the pipeline's memory over.
-    return max(config.num_stages * stage, epilogue) + 1024
+    return max(config.num_stages * stage + apart, epilogue) + 1024
 
 
 def with_stages(problem: MoEProblem, config: SplitKConfig, budget: int) -> SplitKConfig:
@@ -189,11 +191,15 @@ def with_stages(problem: MoEProblem, config: SplitKConfig, budget: int) -> Split
 
 def rows_allow_tma(problem: MoEProblem) -> bool:
     """Whether the rows of both weights start at multiples of 16 bytes, as tensor descriptors ask."""
+    if problem.dtype == "mxfp4":
+        return False  # not measured
     size = ELEMENT_BYTES[problem.dtype]
     return problem.K * size % 16 == 0 and problem.N * size % 16 == 0
 
 
-def _block_k(problem: MoEProblem) -> Literal[64, 128]:
+def _block_k(problem: MoEProblem) -> Literal[64, 128, 256]:
+    if problem.dtype == "mxfp4":
+        return 256
     if problem.fp8:
         return QUANT_BLOCK
     # Whole blocks need no mask; gpt-oss's 2880 is a multiple of 64 and not of 128.

@@ -7,7 +7,13 @@ import triton.language as tl
 from moe_dispatch.backends.triton_common.device import moe_activate, moe_fp8_amax, moe_fp8_codes, moe_fp8_scale
 from moe_dispatch.backends.triton_common.fast_launch import fast_launch
 from moe_dispatch.backends.triton_common.pdl import moe_pdl_release, moe_pdl_wait
-from moe_dispatch.backends.triton_splitk.stream import moe_prefetch, moe_slots_to_serve, moe_stream, moe_take_slots
+from moe_dispatch.backends.triton_splitk.stream import (
+    moe_prefetch,
+    moe_slots_to_serve,
+    moe_stream,
+    moe_stream_mxfp4,
+    moe_take_slots,
+)
 
 
 @triton.jit
@@ -60,11 +66,12 @@ def _moe_splitk_gate_up_kernel(
     column = tile * columns + (offs_r // parts if INTERLEAVED else offs_r % columns)
     column = tl.minimum(column, N - 1)
     row = column * parts + part if INTERLEAVED else part * N + column  # [ROWS]
-    w_rows = weight_ptr + (expert * parts * N + row) * K
+    PACKED: tl.constexpr = 4 if SCALES == "mx" else 1  # columns in an element of the weights
+    w_rows = weight_ptr + (expert * parts * N + row) * (K // PACKED)
     w_scales = scale_ptr
     up_scales = scale_ptr
-    if SCALES == "channel":
-        w_scales = scale_ptr + expert * parts * N + row
+    if scale_ptr is not None and SCALES != "block":
+        w_scales = scale_ptr + (expert * parts * N + row) * (K // 32 if SCALES == "mx" else 1)
     if SCALES == "block":
         expert_scales = scale_ptr + expert * tl.cdiv(parts * N, BLOCK_K) * tl.cdiv(K, BLOCK_K)
         first = tile * ROWS if INTERLEAVED else tile * columns
@@ -80,7 +87,7 @@ def _moe_splitk_gate_up_kernel(
     first_block = split * share
     last_block = tl.minimum(first_block + share, blocks)
     if PDL:
-        moe_prefetch(w_rows, first_block, tl.where(count > 0, blocks, 0), K, BLOCK_K)
+        moe_prefetch(w_rows, first_block, tl.where(count > 0, blocks, 0), K // PACKED, BLOCK_K // PACKED)
     if IDS_READY:
         moe_pdl_wait(PDL)
     if count == 0:
@@ -95,11 +102,17 @@ def _moe_splitk_gate_up_kernel(
         x_scales = x_scale_ptr
         if QUANTIZED:
             x_scales = x_scale_ptr + tokens * (blocks if SCALES == "block" else 1)
-        acc = moe_stream(
-            w_rows, weight_descriptor, w_first, w_second, w_scales, up_scales, part == 1,
-            x_ptr + tokens * K, x_scales, mask_m, first_block, last_block, K,
-            ROWS, BLOCK_M, BLOCK_K, EVEN_K, TMA, SCALES, TWO_SCALES,
-        )  # fmt: skip
+        if SCALES == "mx":
+            acc = moe_stream_mxfp4(
+                w_rows, weight_descriptor, w_first, w_second, w_scales, x_ptr + tokens * K, mask_m,
+                first_block, last_block, K, ROWS, BLOCK_M, BLOCK_K, EVEN_K, TMA,
+            )  # fmt: skip
+        else:
+            acc = moe_stream(
+                w_rows, weight_descriptor, w_first, w_second, w_scales, up_scales, part == 1,
+                x_ptr + tokens * K, x_scales, mask_m, first_block, last_block, K,
+                ROWS, BLOCK_M, BLOCK_K, EVEN_K, TMA, SCALES, TWO_SCALES,
+            )  # fmt: skip
         gate = acc  # [columns, BLOCK_M]
         up = acc
         if GATED:

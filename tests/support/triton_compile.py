@@ -130,14 +130,16 @@ def unwritten_layer(problem: MoEProblem) -> tuple[Tensor, ExpertWeights, Tensor,
     dtype, plain = torch_dtype(problem.dtype), torch_dtype(problem.act_dtype)
     M, E, rows, K, N = problem.M, problem.E, problem.gate_up_rows, problem.K, problem.N
     optional: dict[str, Any] = {}
-    if problem.fp8:
+    packed = 2 if problem.dtype == "mxfp4" else 1  # weights in an element
+    if problem.quantized:
         gate_up, down = problem.scale_shapes
-        optional |= {"gate_up_scale": empty(E, *gate_up), "down_scale": empty(E, *down)}
+        scales = torch.uint8 if problem.dtype == "mxfp4" else torch.float32
+        optional |= {"gate_up_scale": empty(E, *gate_up, dtype=scales), "down_scale": empty(E, *down, dtype=scales)}
     if problem.bias:
         optional |= {"gate_up_bias": empty(E, rows, dtype=plain), "down_bias": empty(E, K, dtype=plain)}
     experts = ExpertWeights(
-        empty(E, rows, K, dtype=dtype), empty(E, K, N, dtype=dtype), **optional, activation=problem.activation,
-        interleaved=problem.interleaved,
+        empty(E, rows, K // packed, dtype=dtype), empty(E, K, N // packed, dtype=dtype), **optional,
+        activation=problem.activation, interleaved=problem.interleaved,
     )  # fmt: skip
     ids = empty(M, problem.topk, dtype=torch.int32)
     return empty(M, K, dtype=plain), experts, empty(M, problem.topk), ids
