@@ -7,6 +7,8 @@ import logging
 from abc import abstractmethod
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from moe_dispatch.backend import BackendConfig, Inputs, RunInto, WritingBackend
 from moe_dispatch.backends.triton_common.descriptors import WeightDescriptors, WeightView
 from moe_dispatch.backends.triton_common.features import features, triton_reasons, triton_requirements
@@ -96,8 +98,12 @@ class TritonBackend(WritingBackend):
         Args:
             experts: The layer.
             name: The weight's name.
-            shape: As for `WeightView`.
-            block: As for `WeightView`.
+            shape: As for `WeightView`, counted in weights.
+            block: Likewise.
             swapped: As for `WeightView`.
         """
-        return self._descriptors.get(getattr(experts, name), WeightView(shape, block, swapped))
+        view = WeightView(shape, block, swapped)
+        if experts.dtype == "mxfp4":  # an element of the view has four columns
+            columns, width = shape[-1] // 4, block[-1] // 4
+            view = WeightView((*shape[:-1], columns), (*block[:-1], width), swapped, torch.int16)
+        return self._descriptors.get(getattr(experts, name), view)

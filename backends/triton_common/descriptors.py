@@ -34,11 +34,13 @@ class WeightView(NamedTuple):
         shape: What the contiguous weight is viewed as.
         block: The blocks that are loaded, in the view's dimensions after they are swapped.
         swapped: Two dimensions of the view that change places, if any.
+        element: The dtype of the view, if another than the weight's.
     """
 
     shape: tuple[int, ...]
     block: tuple[int, ...]
     swapped: tuple[int, int] | None = None
+    element: torch.dtype | None = None
 
     def describe(self, weight: Tensor) -> Any:
         """A tensor descriptor of the weight, which holds the weight.
@@ -48,13 +50,16 @@ class WeightView(NamedTuple):
         """
         from triton.tools.tensor_descriptor import TensorDescriptor
 
-        if weight.numel() != math.prod(self.shape) or not weight.is_contiguous() or not _is_there(weight):
+        element = self.element or weight.dtype
+        elements = weight.numel() * weight.element_size() // element.itemsize
+        if elements != math.prod(self.shape) or not weight.is_contiguous() or not _is_there(weight):
             raise InvalidInputError(
                 f"an expert weight was replaced after ExpertWeights checked it: it must be contiguous with "
-                f"{math.prod(self.shape)} elements, got {list(weight.shape)} with strides {list(weight.stride())}"
+                f"{math.prod(self.shape)} elements of {element}, got {list(weight.shape)} with strides "
+                f"{list(weight.stride())}"
                 f"{'' if _is_there(weight) else ' and its memory is freed'}; wrap it in a new ExpertWeights"
             )
-        view = weight.view(self.shape)
+        view = weight.view(element).view(self.shape)
         view = view.transpose(*self.swapped) if self.swapped else view
         return TensorDescriptor.from_tensor(view, list(self.block))
 

@@ -57,8 +57,7 @@ def product(
     # gate and up of the same columns.
     run = block_n // 2 if halves == 2 and not interleaved else 1
     weight: Tensor = getattr(experts, name)
-    tma = config.tma and features.tma and tma_fits(K, weight.element_size()) and N % run == 0
-    tma = tma and quantization.scales != "mx"  # not measured
+    tma = config.tma and features.tma and tma_fits(weight.shape[2], weight.element_size()) and N % run == 0
     pdl = config.pdl and features.pdl
     # Where a group of quantised columns is two tiles, the loop carries the first one's result, and Triton does not
     # flatten such a loop.

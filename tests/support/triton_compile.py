@@ -96,16 +96,19 @@ class Built:
     system_scope: int
 
 
-def devices(*, fp16: bool = False, fp8_forms: bool = False) -> list[Any]:
+def devices(*, fp16: bool = False, fp8_forms: bool = False, mxfp4: bool = False) -> list[Any]:
     """Parameters ``capability, dtype, every`` of a compile test: the sample, and under the marker `matrix` all of them.
 
     Args:
         fp16: Whether the backend takes it. It chooses as BF16 does and differs in one type: one device suffices.
         fp8_forms: Whether it takes per-channel FP8, and FP8 on devices without products of e4m3.
+        mxfp4: Whether it takes MXFP4.
     """
     sample = (*SAMPLED, (80, "fp8"), (80, "fp8_channel"), (90, "fp8_channel")) if fp8_forms else SAMPLED
+    sample = (*sample, (90, "mxfp4")) if mxfp4 else sample
     sampled = [pytest.param(capability, dtype, False, id=f"sm_{capability}-{dtype}") for capability, dtype in sample]
     dtypes: tuple[DType, ...] = ("bf16", "fp8", "fp8_channel") if fp8_forms else ("bf16", "fp8")
+    dtypes = (*dtypes, "mxfp4") if mxfp4 else dtypes
     every: list[tuple[int, DType]] = [(capability, dtype) for capability in SHARED_MEMORY for dtype in dtypes]
     every += [(90, "fp16")] if fp16 else []
     return sampled + [
