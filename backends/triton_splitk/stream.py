@@ -149,15 +149,17 @@ def moe_stream_mxfp4(
     dtype: tl.constexpr = x_rows.dtype.element_ty
     x_words = x_rows.to(tl.pointer_type(tl.int64))
     acc = tl.zeros([ROWS, BLOCK_M], dtype=tl.float32)
+    # Past K they repeat the last exponent, and meet codes of zero.
+    offs_s = first_block * (BLOCK_K // 32) + tl.arange(0, BLOCK_K // 32)
+    following = tl.load(w_exponents[:, None] + tl.minimum(offs_s, K // 32 - 1)[None, :])
     for block in range(first_block, last_block):
         offs_w = block * (BLOCK_K // 4) + tl.arange(0, BLOCK_K // 4)
-        offs_s = block * (BLOCK_K // 32) + tl.arange(0, BLOCK_K // 32)
-        if EVEN_K:
-            x = tl.load(x_words[:, None] + offs_w[None, :], mask=mask_m[:, None], other=0)
-            exponents = tl.load(w_exponents[:, None] + offs_s[None, :])
-        else:
-            x = tl.load(x_words[:, None] + offs_w[None, :], mask=mask_m[:, None] & (offs_w < K // 4)[None, :], other=0)
-            exponents = tl.load(w_exponents[:, None] + offs_s[None, :], mask=(offs_s < K // 32)[None, :], other=0)
+        mask = mask_m[:, None] if EVEN_K else mask_m[:, None] & (offs_w < K // 4)[None, :]
+        x = tl.load(x_words[:, None] + offs_w[None, :], mask=mask, other=0)
+        # The next block's exponents are on their way while this one is multiplied: Triton's pipeline leaves bytes out.
+        exponents = following
+        offs_s += BLOCK_K // 32
+        following = tl.load(w_exponents[:, None] + tl.minimum(offs_s, K // 32 - 1)[None, :])
         if TMA:
             w = w_descriptor.load([w_first, w_second, block * (BLOCK_K // 4)]).reshape(ROWS, BLOCK_K // 4)
         elif EVEN_K:
