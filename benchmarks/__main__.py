@@ -9,6 +9,7 @@ import typer
 
 from moe_dispatch.commands.bench import bench
 from moe_dispatch.commands.group import CommandGroup
+from moe_dispatch.commands.options import MachineName
 
 Rows = Annotated[list[Path], typer.Argument(help="JSON Lines files of rows, or folders of them.")]
 
@@ -42,9 +43,7 @@ def score(rows: Rows) -> None:
 @app.command()
 def regret(
     rows: Rows,
-    machine: Annotated[
-        Path | None, typer.Option(help="Description of the machine that was measured, as JSON; default: this machine.")
-    ] = None,
+    machine: MachineName = None,
     routing: Annotated[
         bool, typer.Option("--routing", help="Instead: what a choice that does not know the routing loses under each.")
     ] = False,

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping
-from typing import Any, Final, Literal, Self
+from typing import Any, Literal, Self
 
 import pydantic
 
@@ -10,10 +10,6 @@ from moe_dispatch.measure import Ceilings
 from moe_dispatch.problem import DType, Mode
 
 RowKey = tuple[str, str, int, str, str, str, str]
-
-# Keys and values that recorded files may still have under an earlier name.
-_EARLIER_KEYS: Final = {"floor_us": "roofline_us", "floor_from": "roofline_from"}
-_EARLIER_CEILINGS: Final = {"baselines": "device", "peers": "device"}
 
 
 class BenchRow(pydantic.BaseModel):
@@ -83,17 +79,6 @@ class BenchRow(pydantic.BaseModel):
     versions: dict[str, str]
     commit: str
     ceilings: Ceilings | None = None
-
-    @pydantic.model_validator(mode="before")
-    @classmethod
-    def _read_earlier_names(cls, data: Any) -> Any:
-        if not isinstance(data, Mapping):
-            return data
-        renamed = {_EARLIER_KEYS.get(key, key): value for key, value in data.items()}
-        source = renamed.get("roofline_from")
-        if isinstance(source, str) and source in _EARLIER_CEILINGS:
-            renamed["roofline_from"] = _EARLIER_CEILINGS[source]
-        return renamed
 
     @pydantic.model_validator(mode="after")
     def _time_or_reason(self) -> Self:

@@ -42,8 +42,8 @@ def moe_forward(
         experts: The layer's weights; or this rank's part of a layer that `ExpertParallel` spread over ranks, with the
             whole layer's ids. Every rank of its group then makes the call; see `forward_sharded` for what it raises.
         topk_weights: ``[M, topk]``, fp32 (BF16 and FP16 are converted).
-        topk_ids: ``[M, topk]``, int32 or int64. An id outside 0…E-1 adds nothing, whatever its weight: expert
-            parallelism's "not mine". The same expert twice in a row counts twice.
+        topk_ids: ``[M, topk]``, int32 or int64. An id outside 0…E-1 adds nothing, whatever its weight (under
+            expert parallelism, an expert of another rank). The same expert twice in a row counts twice.
         backend: Run this one or raise. None lets the policy choose and fall back.
         out: Memory for the output: ``[M, K]`` in hidden_states' dtype and on its device, contiguous, sharing no memory
             with the inputs. Not where a gradient is needed. After an exception its content is undefined.
@@ -84,7 +84,7 @@ def warm_up(
     backend: str | None = None,
     into_out: bool = False,
 ) -> None:
-    """Compile and prove what calls of these token counts will run, eagerly and in a CUDA graph.
+    """Compile and run once what calls of these token counts will run, eagerly and in a CUDA graph.
 
     Call it before capturing a graph or serving the first request: kernels compile, foreign backends are probed, and a
     backend that fails is replaced now instead of then.

@@ -162,6 +162,11 @@ class ExpertWeights:
         # By the addresses a call sees that the weights lie elsewhere than when they were checked.
         self.gate_up_address, self.down_address = (None, None) if tracing else (address(gate_up), address(down))
 
+    @property
+    def moved(self) -> bool:
+        """Whether the weights lie elsewhere than when they were checked."""
+        return self.gate_up.data_ptr() != self.gate_up_address or self.down.data_ptr() != self.down_address
+
     def check_unchanged(self) -> None:
         """Refuse the layer if its tensors are no longer what they were when they were wrapped.
 

@@ -1,4 +1,4 @@
-"""The door to every backend: whatever its code raises or answers becomes a reason that names the backend.
+"""The wrapper around every backend: whatever its code raises or answers becomes a reason that names the backend.
 
 A backend may be another package's code. One that raises when it is asked, answers nonsense or calls `sys.exit` costs
 that backend and nothing else: not the call, not `explain`, not `doctor`.
@@ -42,7 +42,7 @@ class GuardedBackend(Backend):
     and checks what they return.
 
     Args:
-        backend: The backend behind the door.
+        backend: The wrapped backend.
         machine: The machine that it was made for.
 
     Attributes:

@@ -151,8 +151,13 @@ class MoEProblem:
 
     @cached_property
     def bucket(self) -> "MoEProblem":
-        """The same problem with M rounded up to a power of two, for which a first run and a quarantine hold."""
+        """The same problem with M rounded up to a power of two, for which a quarantine holds."""
         return self._with(M=1 << max(self.M - 1, 0).bit_length())
+
+    @cached_property
+    def eager_bucket(self) -> "MoEProblem":
+        """The bucket of eager calls. A first run is one, so what it proves or kills holds for CUDA graphs as well."""
+        return self.bucket._with(mode="eager")
 
     @cached_property
     def whole_layer(self) -> "MoEProblem":

@@ -158,7 +158,7 @@ class MadeBackend:
 
     Attributes:
         name: The name that was asked for.
-        backend: The backend, behind its door; None where the name is unknown, or its module or constructor raised.
+        backend: The backend, in its wrapper; None where the name is unknown, or its module or constructor raised.
         reasons: Why it runs nothing on this machine, each with its remedy; empty if it can run.
         registered: Whether a backend is known by this name.
         cause: What its module or constructor raised.

@@ -37,7 +37,8 @@ class Settings:
         policies: Policy names in order of precedence.
         disabled: Backends that are never chosen.
         machine: Name or file of a machine description; empty to inspect this machine.
-        cache_dir: Folder of calibrations and the quarantine; see `cache_dir` for the default.
+        cache_dir: Folder of calibrations, fitted models, records of compilation and the quarantine; see `cache_dir` for
+            the default.
         calibration_path: Files and folders of calibrations that are only read, in order of precedence.
         log_level: Level of the logger ``moe_dispatch``; empty to leave the logger alone.
         vllm: Whether the plugin for vLLM replaces expert layers.
@@ -136,12 +137,17 @@ def cache_dir() -> Path:
 
 
 def calibration_search_path() -> tuple[Path, ...]:
-    """``MOE_DISPATCH_CALIBRATION_PATH``: files, whose names end in ``.json``, and folders; none of them need exist.
+    """``MOE_DISPATCH_CALIBRATION_PATH``: files (see `is_file_name`) and folders; none of them need exist.
 
     Raises:
         InvalidInputError: An entry is a relative path.
     """
     return Settings.from_environment().calibration_path
+
+
+def is_file_name(entry: Path) -> bool:
+    """Whether an entry of `calibration_search_path` names a file, by its ending; others name folders."""
+    return entry.name.endswith((".json", ".json.xz"))
 
 
 def _text(variable: str) -> str:

@@ -10,7 +10,7 @@ from moe_dispatch.policies.measurements.schema import CalibrationFile, LayerKey,
 from moe_dispatch.policies.measurements.table import LayerTable
 from moe_dispatch.policy import Choice, Policy
 from moe_dispatch.problem import Mode, MoEProblem
-from moe_dispatch.settings import cache_dir, calibration_search_path
+from moe_dispatch.settings import cache_dir, calibration_search_path, is_file_name
 
 
 def calibration_path(machine: Machine, directory: Path | None = None) -> Path:
@@ -25,8 +25,7 @@ def calibration_paths(machine: Machine) -> list[Path]:
     with the machine's fingerprint as its name. Those are read and never written. None of them need exist.
     """
     shared = (
-        entry if entry.suffix == ".json" else entry / f"{machine.fingerprint}.json"
-        for entry in calibration_search_path()
+        entry if is_file_name(entry) else entry / f"{machine.fingerprint}.json" for entry in calibration_search_path()
     )
     return [calibration_path(machine), *shared]
 

@@ -15,7 +15,7 @@ from moe_dispatch.problem import MoEProblem
 
 
 class ShippedPolicy(MeasuredPolicy):
-    """Ranks by the table that ships for devices of this name, in ``policies/tables/<device>.json``.
+    """Ranks by the table that ships for devices of this name, in ``policies/tables/<device>.json.xz``.
 
     A device of the same capability without a table uses the nearest one. Its times are then estimates: those of the
     table, times the ratio of the two devices' rooflines.

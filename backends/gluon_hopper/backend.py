@@ -91,11 +91,13 @@ class GluonHopperBackend(TritonBackend):
         if gathers and isinstance(hidden_states, Tensor) and hidden_states.data_ptr() % 16:
             hidden_states = hidden_states.clone()
         routing = route(topk_ids, experts.E, pdl=True)
-        y = hopper_products(hidden_states, experts, routing, topk_ids.shape[1], config.group_m, self._features.sms)
+        y = hopper_products(
+            hidden_states, experts, routing, topk_ids.shape[1], config.group_m, self._features.sms, self._descriptors
+        )
         return combine(y, routing.row_of_slot, topk_weights, out, pdl=True)
 
     def fast_path(self, inputs: Inputs, config: BackendConfig) -> None:
-        """None: a replay holds addresses, and these kernels take tensor descriptors of memory fresh in each call."""
+        """None: a replay has tensor descriptors of weights only, and these kernels take them of intermediates too."""
 
 
 def _gluon_reasons(machine: Machine) -> list[str]:

@@ -275,7 +275,7 @@ def load_stage(operands, ring, stage, bar, tile, w_row, column):
 def _load_rows(desc, buf, bar, row, end, column, pred):
     """Load as many rows as `buf` has. Rows from `end` on are not read and become zeros, which cost little power.
 
-    `desc` sees memory as overlapping windows of 64 rows, see `windows.window_descriptor`. Rows come from the window
+    `desc` sees memory as overlapping windows of 64 rows, see `windows.Windows`. Rows come from the window
     that ends at `end`, or 64 rows on.
     """
     window = gl.minimum(row + 64, end)

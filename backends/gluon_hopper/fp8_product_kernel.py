@@ -25,6 +25,7 @@ from moe_dispatch.backends.gluon_hopper.common import (
 from moe_dispatch.backends.gluon_hopper.fp8_product_loader import Fp8Operands, ScaleRing, load_fp8_tiles
 from moe_dispatch.backends.gluon_hopper.gluon_api import aggregate, field, reinterpret
 from moe_dispatch.backends.triton_common.device import moe_activate, moe_fp8_amax
+from moe_dispatch.backends.triton_common.fast_launch import fast_launch
 from moe_dispatch.backends.triton_common.pdl import moe_pdl_wait_and_release
 from moe_dispatch.numerics import FP8_MAX, SMALLEST_AMAX
 
@@ -85,6 +86,7 @@ class Fp8Outputs:
         self.INTERLEAVED = gl.constexpr(INTERLEAVED)
 
 
+@fast_launch
 @gluon.jit(do_not_specialize=_SHAPES)
 def _moe_hopper_fp8_product_kernel(
     # inputs
@@ -118,7 +120,7 @@ def _moe_hopper_fp8_product_kernel(
 ):
     """Rows are in the order of experts; their descriptors take 64 of them and what a tail has.
 
-    With INTERLEAVED `w_desc` sees pairs of rows, see `windows.weight_descriptor`.
+    With INTERLEAVED `w_desc` sees pairs of rows, see `windows.ExpertRows`.
     """
     FP8: gl.constexpr = w_desc.dtype
     OUT: gl.constexpr = out_ptr.dtype.element_ty

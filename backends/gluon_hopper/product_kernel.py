@@ -26,6 +26,7 @@ from moe_dispatch.backends.gluon_hopper.common import (
 from moe_dispatch.backends.gluon_hopper.gluon_api import aggregate, field, reinterpret
 from moe_dispatch.backends.gluon_hopper.product_loader import Operands, load_tiles
 from moe_dispatch.backends.triton_common.device import moe_activate
+from moe_dispatch.backends.triton_common.fast_launch import fast_launch
 from moe_dispatch.backends.triton_common.pdl import moe_pdl_wait_and_release
 
 _TAIL_M = gl.constexpr(tiles.TAIL_M)
@@ -60,6 +61,7 @@ class Outputs:
         self.INTERLEAVED = gl.constexpr(INTERLEAVED)
 
 
+@fast_launch
 @gluon.jit
 def _moe_hopper_product_kernel(
     # inputs
@@ -89,7 +91,7 @@ def _moe_hopper_product_kernel(
 ):
     """`a` is a descriptor of rows in expert order, or with TOPK > 0 hidden_states, whose rows the loader gathers.
 
-    With INTERLEAVED `w_desc` sees pairs of rows, see `windows.weight_descriptor`.
+    With INTERLEAVED `w_desc` sees pairs of rows, see `windows.ExpertRows`.
     """
     GATHER: gl.constexpr = TOPK > 0
     LOADER_WARPS: gl.constexpr = 2 if GATHER else 1

@@ -20,9 +20,10 @@ from moe_dispatch.backends.gluon_hopper.tiles import (
     WINDOW_ROWS,
     permutes_rows,
 )
-from moe_dispatch.backends.gluon_hopper.windows import rows_after_window, weight_descriptor, window_descriptor
+from moe_dispatch.backends.gluon_hopper.windows import ExpertRows, Windows, rows_after_window
 from moe_dispatch.backends.stages.quantize import empty_scales, gather, gather_quantize
 from moe_dispatch.backends.stages.route import Routing
+from moe_dispatch.backends.triton_common.descriptors import Descriptors
 from moe_dispatch.experts import ExpertWeights
 from moe_dispatch.numerics import QuantizedRows
 
@@ -31,23 +32,24 @@ _LAUNCH: Final = {"STAGES": STAGES, "num_warps": 4, "maxnreg": MAX_REGISTERS, "l
 
 def hopper_products(
     hidden_states: Tensor | QuantizedRows | TravellingRows, experts: ExpertWeights, routing: Routing, topk: int,
-    group_m: int, sms: int,
+    group_m: int, sms: int, descriptors: Descriptors,
 ) -> Tensor:  # fmt: skip
     """Compute activation(x @ gate_upᵀ) @ downᵀ for every row that holds a slot.
 
     Args:
-        hidden_states: ``[M, K]``, BF16 or FP16, on 16 bytes unless `permutes_rows`; with block FP8 also quantised.
+        hidden_states: ``[M, K]``, BF16, on 16 bytes unless `permutes_rows`; with block FP8 also quantised.
         experts: Weights in the same dtype or block FP8.
         routing: From `route`, without padding between experts.
         topk: Experts per token.
         group_m: See `GluonHopperConfig`.
         sms: Streaming multiprocessors: one program runs on each.
+        descriptors: Keeps tensor descriptors from call to call.
 
     Returns:
         ``[rows, K]`` in hidden_states' dtype; BF16 with block FP8.
     """
     if experts.dtype == "fp8":
-        return _fp8_products(hidden_states, experts, routing, topk, group_m, sms)
+        return _fp8_products(hidden_states, experts, routing, topk, group_m, sms, descriptors)
     from moe_dispatch.backends.gluon_hopper.product_kernel import _moe_hopper_product_kernel
 
     N, K, rows = experts.N, experts.K, routing.slot_of_row.shape[0]
@@ -59,14 +61,14 @@ def hopper_products(
     assert isinstance(hidden_states, Tensor)  # noqa: S101 - quantised rows are for block FP8
     if permutes_rows(experts.dtype, N):
         x = gather(hidden_states, routing, topk, out=rows_after_window(hidden_states, rows, K), pdl=pdl)
-        rows_of_x, tails_of_x = window_descriptor(x, WINDOW_ROWS), window_descriptor(x, TAIL_M)
+        rows_of_x, tails_of_x = descriptors.get(x, Windows(WINDOW_ROWS)), descriptors.get(x, Windows(TAIL_M))
         slot_of_row, topk = None, 0
     else:
         rows_of_x, tails_of_x, slot_of_row = hidden_states, None, routing.slot_of_row
     h = rows_after_window(hidden_states, rows, N)
     _moe_hopper_product_kernel[(sms,)](
         # inputs
-        rows_of_x, tails_of_x, weight_descriptor(experts.gate_up, interleaved=experts.interleaved),
+        rows_of_x, tails_of_x, descriptors.get(experts.gate_up, _expert_rows(experts)),
         experts.gate_up_bias, slot_of_row, blocks, counts,
         # outputs
         h,
@@ -79,7 +81,8 @@ def hopper_products(
     y = hidden_states.new_empty(rows, K)
     _moe_hopper_product_kernel[(sms,)](
         # inputs
-        window_descriptor(h, WINDOW_ROWS), window_descriptor(h, TAIL_M), weight_descriptor(experts.down),
+        descriptors.get(h, Windows(WINDOW_ROWS)), descriptors.get(h, Windows(TAIL_M)),
+        descriptors.get(experts.down, ExpertRows("rows")),
         experts.down_bias, None, blocks, counts,
         # outputs
         y,
@@ -93,7 +96,7 @@ def hopper_products(
 
 def _fp8_products(
     hidden_states: Tensor | QuantizedRows | TravellingRows, experts: ExpertWeights, routing: Routing, topk: int,
-    group_m: int, sms: int,
+    group_m: int, sms: int, descriptors: Descriptors,
 ) -> Tensor:  # fmt: skip
     """`hopper_products` in block FP8."""
     from moe_dispatch.backends.gluon_hopper.fp8_product_kernel import _moe_hopper_fp8_product_kernel
@@ -107,8 +110,8 @@ def _fp8_products(
     h_scale = empty_scales(rows, N, x.device, column_major=True)
     _moe_hopper_fp8_product_kernel[(sms,)](
         # inputs
-        window_descriptor(x, WINDOW_ROWS), window_descriptor(x, FP8_TAIL_M), x_scale, *x_scale.stride(),
-        weight_descriptor(experts.gate_up, interleaved=experts.interleaved), experts.gate_up_scale,
+        descriptors.get(x, Windows(WINDOW_ROWS)), descriptors.get(x, Windows(FP8_TAIL_M)), x_scale, *x_scale.stride(),
+        descriptors.get(experts.gate_up, _expert_rows(experts)), experts.gate_up_scale,
         experts.gate_up_bias, blocks, counts,
         # outputs
         h, h_scale, *h_scale.stride(),
@@ -120,8 +123,8 @@ def _fp8_products(
     y = experts.gate_up.new_empty(rows, K, dtype=torch.bfloat16)
     _moe_hopper_fp8_product_kernel[(sms,)](
         # inputs
-        window_descriptor(h, WINDOW_ROWS), window_descriptor(h, FP8_TAIL_M), h_scale, *h_scale.stride(),
-        weight_descriptor(experts.down), experts.down_scale, experts.down_bias, blocks, counts,
+        descriptors.get(h, Windows(WINDOW_ROWS)), descriptors.get(h, Windows(FP8_TAIL_M)), h_scale, *h_scale.stride(),
+        descriptors.get(experts.down, ExpertRows("rows")), experts.down_scale, experts.down_bias, blocks, counts,
         # outputs
         y, None, 0, 0,
         # shapes
@@ -130,6 +133,10 @@ def _fp8_products(
         COUNTER=2, ACTIVATION=None, INTERLEAVED=False, **_LAUNCH,
     )  # fmt: skip
     return y
+
+
+def _expert_rows(experts: ExpertWeights) -> ExpertRows:
+    return ExpertRows("pairs" if experts.interleaved else "rows")
 
 
 def _gate_up_strides(experts: ExpertWeights) -> tuple[int, int, int]:

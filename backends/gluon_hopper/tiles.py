@@ -6,9 +6,9 @@ to `triton_persistent` is a policy's matter: see `policies/rules.py`.
     constant         value  evidence
     BLOCK_M          128    64 rows, the height of a Hopper product, for each of two consumers. Blocks of 96 rows too:
                             qwen3-30b-a3b, M=1024: 353 → 354 µs, so not kept.
-    TAIL_M           32     BF16, FP16: left-over rows join the block before them, where a block of their own would read
+    TAIL_M           32     BF16: left-over rows join the block before them, where a block of their own would read
                             the expert's weights again: deepseek-v3, M=4096, 8314 → 6841 µs.
-    TALL_BLOCKS      1      BF16, FP16: blocks of an expert that may be so much taller. At M=16384 qwen3-30b-a3b and
+    TALL_BLOCKS      1      BF16: blocks of an expert that may be so much taller. At M=16384 qwen3-30b-a3b and
                             mixtral still lose 4 % to plain blocks.
     FP8_TAIL_M       16     FP8 likewise: deepseek-v3, M=4096, -9 %; mixtral, M=1024, -8 %.
     FP8_TALL_BLOCKS  2      FP8 likewise; without a limit mixtral at M=16384 is 11 % slower.
@@ -20,7 +20,7 @@ to `triton_persistent` is a policy's matter: see `policies/rules.py`.
                             M=1024: 1544 → 1431 µs against tiles taken two ahead; asking one stage before the end is 1 %
                             slower.
     STAGGER_STAGES   2      stages that the second consumer starts after the first. qwen3-30b-a3b in FP8: 0 ± 3 %.
-    PERMUTE_FROM_N   4096   BF16, FP16: from this N on a pass brings rows into the order of experts; below it the loader
+    PERMUTE_FROM_N   4096   BF16: from this N on a pass brings rows into the order of experts; below it the loader
                             of the first product gathers them. Gathering slows that product by a twelfth, the pass costs
                             a share of the layer that falls with N. qwen3-30b-a3b (N=768): gathering costs 115 µs and
                             saves 221; mixtral (N=14336): the pass wins, 4894 → 4641 µs. In FP8 rows are quantised in

@@ -1,10 +1,10 @@
-"""Tensor descriptors for the Hopper kernels: of weights, and of activations whose last row may be any.
+"""How the Hopper kernels see weights, and activations whose last row may be any, through tensor descriptors.
 
 Imports no Triton until one is made.
 """
 
 import functools
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,35 +14,48 @@ from moe_dispatch.numerics import FP8
 
 
 def rows_after_window(like: Tensor, rows: int, columns: int) -> Tensor:
-    """Fresh memory ``[rows, columns]`` for `window_descriptor`, whose windows begin one window before it."""
+    """Fresh memory ``[rows, columns]`` for `Windows`, which begin one window before it."""
     return like.new_empty(WINDOW_ROWS + rows, columns)[WINDOW_ROWS:]
 
 
-def window_descriptor(matrix: Tensor, rows: int) -> Any:
-    """The tensor descriptor of a matrix, seen as all its runs of 64 successive rows, read in blocks of `rows` rows.
+class Windows(NamedTuple):
+    """A matrix seen as all its runs of 64 successive rows, of which a block has fewer, or all.
 
-    Element ``[b, r, c]`` of the tensor that it describes is column c of row ``b - 64 + r``, where r is less than 64. So
-    a load can be made to end at any row, b, and TMA itself fills in zeros for what lies beyond.
+    Element ``[b, r, c]`` of the tensor that its descriptor describes is column c of row ``b - 64 + r``, where r is less
+    than 64. So a load can be made to end at any row, b, and TMA itself fills in zeros for what lies beyond.
 
-    Args:
-        matrix: From `rows_after_window`.
-        rows: At most 64.
+    Attributes:
+        rows: Rows of a block, at most 64.
     """
-    count, columns = matrix.shape
-    start = matrix.storage_offset() - WINDOW_ROWS * columns
-    windows = matrix.as_strided((count + 1, WINDOW_ROWS, columns), (columns, columns, 1), start)
-    return _descriptor(windows, [1, rows])
+
+    rows: int
+
+    def describe(self, matrix: Tensor) -> Any:
+        """The tensor descriptor of a matrix from `rows_after_window`."""
+        count, columns = matrix.shape
+        start = matrix.storage_offset() - WINDOW_ROWS * columns
+        windows = matrix.as_strided((count + 1, WINDOW_ROWS, columns), (columns, columns, 1), start)
+        return _descriptor(windows, [1, self.rows])
 
 
-def weight_descriptor(weights: Tensor, *, interleaved: bool = False) -> Any:
-    """The tensor descriptor of ``[E, rows, columns]``, the experts' rows one after the other, in blocks of 128.
+class ExpertRows(NamedTuple):
+    """Weights ``[E, rows, columns]`` seen as the experts' rows one after the other, in blocks of 128.
 
-    If gate and up rows are interleaved, element ``[h, p, c]`` of the tensor that it describes is column c of the gate
-    row (h = 0) or the up row (h = 1) of pair p, and a block is the gate rows of 64 pairs followed by their up rows.
+    If gate and up rows are interleaved, element ``[h, p, c]`` of the tensor that the descriptor describes is column c
+    of the gate row (h = 0) or the up row (h = 1) of pair p, and a block is the gate rows of 64 pairs followed by their
+    up rows.
+
+    Attributes:
+        layout: ``"rows"``, or ``"pairs"`` of interleaved gate and up rows.
     """
-    if interleaved:
-        return _descriptor(weights.view(-1, 2, weights.shape[2]).transpose(0, 1), [2, 64])
-    return _descriptor(weights.view(-1, weights.shape[2]), [128])
+
+    layout: Literal["rows", "pairs"]
+
+    def describe(self, weights: Tensor) -> Any:
+        """The tensor descriptor of the weights."""
+        if self.layout == "pairs":
+            return _descriptor(weights.view(-1, 2, weights.shape[2]).transpose(0, 1), [2, 64])
+        return _descriptor(weights.view(-1, weights.shape[2]), [128])
 
 
 def _descriptor(tensor: Tensor, rows: list[int]) -> Any:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from moe_dispatch.backend import BackendConfig, Inputs, RunInto, WritingBackend
-from moe_dispatch.backends.triton_common.descriptors import WeightDescriptors, WeightView
+from moe_dispatch.backends.triton_common.descriptors import Descriptors, WeightView
 from moe_dispatch.backends.triton_common.features import features, triton_reasons, triton_requirements
 from moe_dispatch.backends.triton_common.quantization import Quantization, quantization, quantization_of
 from moe_dispatch.experts import ExpertWeights
@@ -38,7 +38,7 @@ class TritonBackend(WritingBackend):
     def __init__(self, machine: Machine) -> None:
         super().__init__(machine)
         self._features = features(machine)
-        self._descriptors = WeightDescriptors()
+        self._descriptors = Descriptors()
 
     def further_reasons(self, problem: MoEProblem) -> tuple[str, ...]:
         """See `Backend.further_reasons`."""

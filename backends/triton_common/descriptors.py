@@ -1,17 +1,18 @@
-"""Tensor descriptors of weights, kept by the memory that they describe.
+"""Tensor descriptors, kept by the memory that they describe.
 
 A tensor descriptor, through which TMA loads blocks, holds an address, a shape, strides and the size of a block. To make
-one and to encode it for the device costs the host about as much as a launch, so `WeightDescriptors` keeps both. It
-keeps them under the weight's address, dtype and shape, not under the layer: a layer's memory can be replaced any time
+one and to encode it for the device costs the host about as much as a launch, so `Descriptors` keeps both. It keeps
+them under the tensor's address, dtype and shape, not under the layer: a layer's memory can be replaced any time
 (``weight.data = …``, which is what weight updates, sleep modes and ``module.cpu(); module.cuda()`` do), and the next
-call then finds or makes another descriptor. What is kept holds no tensor, so memory that was replaced is freed.
+call then finds or makes another descriptor. Intermediates have theirs too: torch gives calls of a kind the same memory
+again and again. What is kept holds no tensor, so memory that was replaced is freed.
 
 Needs no Triton until a descriptor is made.
 """
 
 import dataclasses
 import math
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -25,6 +26,13 @@ if TYPE_CHECKING:
 # Descriptors kept by a backend, and encodings kept by a step of a replay; when full, all are dropped and made again.
 MAX_DESCRIPTORS: Final = 4096
 _KEPT: Final = "_moe_dispatch_kept"
+
+
+class View(Protocol):
+    """How a kernel sees a tensor; hashable."""
+
+    def describe(self, tensor: Tensor, /) -> Any:
+        """A tensor descriptor of the tensor, which holds the tensor."""
 
 
 class WeightView(NamedTuple):
@@ -68,27 +76,27 @@ def _is_there(weight: Tensor) -> bool:
     return weight.untyped_storage().nbytes() >= (weight.storage_offset() + weight.numel()) * weight.element_size()
 
 
-class WeightDescriptors:
-    """The tensor descriptors of a backend's weights."""
+class Descriptors:
+    """The tensor descriptors of a backend."""
 
     def __init__(self) -> None:
-        self._kept: dict[tuple[int, torch.dtype, torch.Size, tuple[int, ...], WeightView], Any] = {}
+        self._kept: dict[tuple[int, torch.dtype, torch.Size, tuple[int, ...], View], Any] = {}
 
     def __len__(self) -> int:
         return len(self._kept)
 
-    def get(self, weight: Tensor, view: WeightView) -> Any:
-        """The descriptor of a weight where it lies now; made if none is kept.
+    def get(self, tensor: Tensor, view: View) -> Any:
+        """The descriptor of a tensor where it lies now; made if none is kept.
 
         Raises:
             InvalidInputError: As `WeightView.describe`.
         """
         if interpreting():
-            return view.describe(weight)  # the interpreter reads the tensor itself
-        key = (weight.data_ptr(), weight.dtype, weight.shape, weight.stride(), view)
+            return view.describe(tensor)  # the interpreter reads the tensor itself
+        key = (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride(), view)
         descriptor = self._kept.get(key)
         if descriptor is None:
-            descriptor = _keep(view.describe(weight), view)
+            descriptor = _keep(view.describe(tensor), view)
             if len(self._kept) >= MAX_DESCRIPTORS:
                 self._kept.clear()
             self._kept[key] = descriptor
@@ -110,10 +118,10 @@ class Kept:
 
     Attributes:
         kind: All that a kernel's code may depend on: everything but address, shape and strides.
-        view: How the descriptor sees its weight.
+        view: How the descriptor sees its tensor.
     """
 
-    def __init__(self, descriptor: Any, view: WeightView) -> None:
+    def __init__(self, descriptor: Any, view: View) -> None:
         fields = [field.name for field in dataclasses.fields(descriptor)]
         options = [repr(getattr(descriptor, name)) for name in fields if name not in ("base", "shape", "strides")]
         self.kind = (type(descriptor), descriptor.base.dtype, len(descriptor.shape), *options)
@@ -131,18 +139,18 @@ class Kept:
 
 
 def kept_on(argument: object) -> Kept | None:
-    """What is kept on a kernel's argument; None if it is no descriptor of `WeightDescriptors`."""
+    """What is kept on a kernel's argument; None if it is no descriptor of `Descriptors`."""
     kept: Kept | None = getattr(argument, _KEPT, None)
     return kept
 
 
 def encoded(descriptor: Any, encoding: "Encoding") -> list[Any]:
-    """The kernel's arguments for a descriptor of `WeightDescriptors`: the CUtensorMap, sizes, strides."""
+    """The kernel's arguments for a descriptor of `Descriptors`: the CUtensorMap, sizes, strides."""
     kept: Kept = getattr(descriptor, _KEPT)
     return kept.encoded(descriptor, encoding)
 
 
-def _keep(descriptor: Any, view: WeightView) -> Any:
+def _keep(descriptor: Any, view: View) -> Any:
     kept = Kept(descriptor, view)
     descriptor.base = _Memory(descriptor.base.data_ptr(), descriptor.base.dtype)
     setattr(descriptor, _KEPT, kept)

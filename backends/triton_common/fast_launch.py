@@ -38,7 +38,7 @@ def fast_launch(kernel: Any) -> Any:
     The first launch of a combination is Triton's own, and compiles. Later ones are found by names and values of the
     keyword arguments, and for each positional argument by its dtype and the last four bits of its address (a tensor on
     the current GPU), whether it is 1 or a multiple of 16 and how large it is (an int), that it is None, or what a block
-    of it is (a tensor descriptor of `WeightDescriptors`). These decide all that Triton specialises on, so a kernel
+    of it is (a tensor descriptor of `Descriptors`). These decide all that Triton specialises on, so a kernel
     never runs on arguments that it was not compiled for, and a new token count is launched by what others left.
     Constants must be keyword arguments.
 

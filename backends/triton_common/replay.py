@@ -30,8 +30,8 @@ from moe_dispatch.backend import Backend, BackendConfig, Inputs
 from moe_dispatch.backends.triton_common import internals
 from moe_dispatch.backends.triton_common.descriptors import (
     MAX_DESCRIPTORS,
-    WeightDescriptors,
-    WeightView,
+    Descriptors,
+    View,
     encoded,
     kept_on,
 )
@@ -54,7 +54,7 @@ class NotReplayableError(Exception):
     """Why a run cannot be repeated as a replay."""
 
 
-def record(backend: Backend, inputs: Inputs, config: BackendConfig, descriptors: WeightDescriptors) -> "Replay":
+def record(backend: Backend, inputs: Inputs, config: BackendConfig, descriptors: Descriptors) -> "Replay":
     """Run a backend once more on a kind of call that it has run before, and make a replay of it.
 
     Args:
@@ -138,7 +138,7 @@ class _TensorMap:
     place: int
     base: int
     weight: str
-    view: WeightView
+    view: View
     encoding: Encoding
     by_address: dict[int, Any] = field(default_factory=dict)
 
@@ -179,7 +179,7 @@ class Replay:
     """
 
     backend: Backend
-    descriptors: WeightDescriptors
+    descriptors: Descriptors
     device: int
     weights: tuple[Weight, ...]
     scratch: int
@@ -287,7 +287,7 @@ class _Writer:
         self._bases = [_Span(tensor.data_ptr(), tensor.nbytes, base, 0) for base, tensor in enumerate(tensors)]
         self._place_allocations()
 
-    def build(self, backend: Backend, descriptors: WeightDescriptors) -> Replay:
+    def build(self, backend: Backend, descriptors: Descriptors) -> Replay:
         device = self._hidden_states.get_device()
         tensors = [getattr(self._experts, name) for name in self._names]
         weights = tuple(

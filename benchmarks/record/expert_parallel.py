@@ -284,7 +284,7 @@ def main() -> None:
     """Measure and print rows; rank 0 writes them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tiny", action="store_true", help="a tiny layer and few tokens: that it runs, not how fast")
-    parser.add_argument("--tokens", default=",".join(map(str, TOKENS)), help="token counts of a rank")
+    parser.add_argument("--tokens", default=",".join(map(str, TOKENS)), help="token counts of a rank, in their order")
     parser.add_argument("--layer", action="append", help="a named layer; repeatable")
     parser.add_argument("--exchange", action="append", help="an exchange; repeatable. All that are available if none")
     parser.add_argument("--routing", default="uniform", choices=list(ROUTINGS), help="how tokens choose experts")
@@ -330,7 +330,7 @@ def _run(
     """Measure one layer, and return how many rows are wrong."""
     wrong = 0
     recorder = Recorder(layer, dtype, options, device, clock, patience)
-    for M in sorted(tokens, reverse=True):  # memory for many tokens serves few as well
+    for M in tokens:
         for row in recorder.rows(M):
             wrong += not is_right(row)
             if dist.get_rank():

@@ -75,20 +75,22 @@ def main() -> None:
     """Measure and print rows."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tiny", action="store_true", help="a tiny layer and few tokens: that it runs, not how fast")
+    parser.add_argument("--layer", action="append", help="a named layer; repeatable. All if none")
+    parser.add_argument("--tokens", default=",".join(map(str, TOKENS)), help="token counts of all ranks together")
     parser.add_argument("--out", help="append rows to this file as JSON lines")
     options = parser.parse_args()
     device = present_device()
     mode: Mode = "graph" if device.type == "cuda" else "eager"
     layers: list[tuple[Workload, DType]] = [(TINY, "fp32")]
     if not options.tiny:
-        layers = [(WORKLOADS[name], dtype) for name, dtype in LAYERS]
+        layers = [(WORKLOADS[name], dtype) for name, dtype in LAYERS if name in (options.layer or [name])]
     if options.out:
         json_lines.append(options.out, {"origin": json_lines.origin(Machine.inspect(device.type))})
     for layer, dtype in layers:
         half = dataclasses.replace(layer, E=layer.E // 2)
         whole = make_experts(half, dtype, device, torch.Generator(device).manual_seed(0))
         part = whole.among(layer.E)
-        for M in (2, 8) if options.tiny else TOKENS:
+        for M in (2, 8) if options.tiny else map(int, options.tokens.split(",")):
             row = measured(layer, dtype, M, part, mode)
             print(
                 f"{row['layer']} {dtype} M={M}: {row['chosen']} {row['us'][row['chosen']]:.1f} µs, regret "

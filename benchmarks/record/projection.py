@@ -9,7 +9,7 @@ from moe_dispatch.machine import Machine
 from moe_dispatch.parallel.exchange_times import ParallelCalibration
 from moe_dispatch.parallel.links import CLUSTERS
 from moe_dispatch.parallel.projection import Projection
-from moe_dispatch.workloads import WORKLOADS, Workload
+from moe_dispatch.workloads import WORKLOADS
 
 CLUSTER: Final = CLUSTERS["hgx-h200"]
 RANKS: Final = (2, 8, 64)
@@ -38,19 +38,8 @@ def lines(calibration: ParallelCalibration) -> dict[str, tuple[float, float]]:
     return {name: measured[exchange] for name, exchange in LINES.items()}
 
 
-def measured_calls(calibration: ParallelCalibration, rows: Iterable[Row]) -> Iterator[Row]:
-    """Replays of named layers on two GPUs under uniform routing, as rows of the record.
-
-    Those of the calibration lack `speedup`.
-    """
-    names = {(each.E, each.topk, each.K, each.N): name for name, each in WORKLOADS.items()}
-    for point in calibration.layers:
-        kind = point.kind
-        name = names.get((kind.E, kind.topk, kind.K, kind.N))
-        if name and (kind.tokens, kind.mode, kind.ranks) == ("sharded", "graph", 2):
-            head = {"layer": name, "dtype": kind.dtype, "M": kind.M}
-            for exchange, split in point.splits.items():
-                yield {**head, "exchange": exchange, "us": split.us, "experts_us": split.experts_us}
+def measured_calls(rows: Iterable[Row]) -> Iterator[Row]:
+    """Replays of named layers on two GPUs under uniform routing, of the rows of the record."""
     for row in rows:
         wanted = (row.get("mode"), row.get("routing"), row.get("ranks")) == ("graph", "uniform", 2)
         if wanted and "us" in row and row["layer"] in WORKLOADS:
@@ -67,23 +56,19 @@ def markdown(calibration: ParallelCalibration, rows: Iterable[Row]) -> str:
     text += [f"| {far.name} | {far.latency_us:.0f} | {far.bytes_per_us / 1e3:.0f} | {far.source} |", ""]
     text += ["| layer, M a rank | two GPUs, µs | projected | off | experts, µs | projected | speed-up | projected |"]
     text += ["|---|---:|---:|---:|---:|---:|---:|---:|"]
-    for row in measured_calls(calibration, rows):
-        each = projection.project(WORKLOADS[row["layer"]], row["dtype"], row["M"], 2)
-        if row["exchange"] == each.exchange:
+    for row in measured_calls(rows):
+        codes = row["exchange"] == "direct_fp8"
+        each = projection.project(WORKLOADS[row["layer"]], row["dtype"], row["M"], 2, wire_fp8=codes)
+        if row["exchange"].removesuffix("_fp8") == each.exchange:
             two = each.experts_us + each.transfer_us
-            speedup = f"{row['speedup']:.2f}" if "speedup" in row else "–"
             times = f"{row['us']:.0f} | {two:.0f} | {two / row['us'] - 1:+.0%}"
-            parts = f"{row['experts_us']:.0f} | {each.experts_us:.0f} | {speedup} | {each.serial:.2f}"
+            parts = f"{row['experts_us']:.0f} | {each.experts_us:.0f} | {row['speedup']:.2f} | {each.serial:.2f}"
             text.append(f"| {row['layer']} {row['dtype']}, {row['M']} | {times} | {parts} |")
+    text += ["", "| layer, M a rank | " + " | ".join(f"{ranks} GPUs" for ranks in RANKS) + " |"]
+    text += ["|---|" + "---|" * len(RANKS)]
     for name, dtype in LAYERS:
-        text += ["", f"| {name} {dtype}, M a rank | GPUs | 1 GPU, µs | experts, µs | transfers, µs | by "]
-        text[-1] += "| serial × | hidden × |"
-        text += ["|---:|---:|---:|---:|---:|---|---:|---:|"]
-        text += [_projected(projection, WORKLOADS[name], dtype, M, ranks) for M in TOKENS for ranks in RANKS]
+        for M in TOKENS:
+            every = [projection.project(WORKLOADS[name], dtype, M, n, wire_fp8=dtype == "fp8") for n in RANKS]
+            cells = " | ".join(f"{each.serial:.2f} to {each.overlapped:.2f}, {each.exchange}" for each in every)
+            text.append(f"| {name} {dtype}, {M} | {cells} |")
     return "\n".join(text)
-
-
-def _projected(projection: Projection, layer: Workload, dtype: Any, M: int, ranks: int) -> str:
-    each = projection.project(layer, dtype, M, ranks)
-    times = f"{each.one_gpu_us:.0f} | {each.experts_us:.0f} | {each.transfer_us:.0f} | {each.exchange}"
-    return f"| {M} | {ranks} | {times} | {each.serial:.2f} | {each.overlapped:.2f} |"

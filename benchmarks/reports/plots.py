@@ -154,7 +154,9 @@ def _save(figure: Any, path: Path) -> None:
 
     picture = io.BytesIO()
     figure.savefig(picture, dpi=110)
-    Image.open(picture).convert("RGB").quantize(16).convert("RGB").save(path, lossless=True, method=6)
+    Image.open(picture).convert("RGB").quantize(12, dither=Image.Dither.NONE).convert("RGB").save(
+        path, lossless=True, quality=100, method=6
+    )
 
 
 def _file_name(text: str) -> str:

@@ -17,11 +17,13 @@ from moe_dispatch.commands.options import (
     mode_of,
     tokens_of,
 )
+from moe_dispatch.errors import InvalidInputError
 
 if TYPE_CHECKING:
     from moe_dispatch.dispatch.explanation import Explanation
     from moe_dispatch.workloads import Workload
 
+EAGER: Final = "eager"
 _CANNOT: Final = "–"
 _LEGEND: Final = (
     f"*: runs; ok: can run, no time known; {_CANNOT}: cannot run. Measured times are geometric means over the "
@@ -34,7 +36,7 @@ def explain(
     dtype: Dtype = "bf16",
     tp: TensorParallel = 1,
     tokens: Annotated[str, typer.Option("--tokens", help="Token counts M, comma-separated.")] = "1,16,64,256,1024,4096",
-    mode: Annotated[str, typer.Option("--mode", help="eager, or graph: while a CUDA graph is captured.")] = "eager",
+    mode: Annotated[str, typer.Option("--mode", help="eager, or graph: while a CUDA graph is captured.")] = EAGER,
     machine: MachineName = None,
     full: Annotated[bool, typer.Option("--full", help="Print the whole ranking at every token count.")] = False,
     parallel: Annotated[
@@ -60,8 +62,12 @@ def explain(
     if parallel is not None:
         from moe_dispatch.commands.parallel import print_projection
 
-        print_projection(layer, weights, counts, parallel, dispatcher.machine, wire_fp8=wire_fp8)
+        if mode != EAGER or full:
+            raise InvalidInputError("--parallel projects times of replayed graphs; leave out --mode and --full")
+        print_projection(layer, weights, counts, parallel, dispatcher.machine, wire_fp8=wire_fp8, as_json=as_json)
         return
+    if wire_fp8:
+        raise InvalidInputError("--wire-fp8 is about rows between GPUs; give --parallel GPUS, too")
     problems = [layer.problem(M, weights, dispatcher.machine, captured) for M in dict.fromkeys(counts)]
     explanations = [dispatcher.planner.explain(problem) for problem in problems]
     if as_json:

@@ -61,7 +61,7 @@ MachineName = Annotated[
     str | None,
     typer.Option(
         "--machine",
-        help="Answer for this machine instead of the one at hand: a shipped name such as h200, or a JSON file of "
+        help="A machine other than the one at hand: a shipped name such as h200, or a JSON file of "
         "`moe-dispatch doctor --json`.",
         autocompletion=_complete_machine,
     ),

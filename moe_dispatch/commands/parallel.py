@@ -1,5 +1,6 @@
 """`--parallel` of `moe-dispatch explain` and `calibrate`: a layer on more GPUs, projected or measured."""
 
+import dataclasses
 import json
 import os
 from collections.abc import Sequence
@@ -25,9 +26,10 @@ _LEGEND = (
 
 
 def print_projection(
-    layer: "Workload", dtype: "DType", tokens: Sequence[int], ranks: str, machine: "Machine", *, wire_fp8: bool
-) -> None:
-    """Print a table of a layer over token counts of a rank and numbers of GPUs.
+    layer: "Workload", dtype: "DType", tokens: Sequence[int], ranks: str, machine: "Machine", *, wire_fp8: bool,
+    as_json: bool = False,
+) -> None:  # fmt: skip
+    """Print a table, or JSON, of a layer over token counts of a rank and numbers of GPUs.
 
     Args:
         layer: The layer.
@@ -36,19 +38,31 @@ def print_projection(
         ranks: Numbers of GPUs, comma-separated.
         machine: The GPU.
         wire_fp8: Whether rows cross as FP8.
+        as_json: Whether to print JSON.
     """
     from moe_dispatch.parallel.links import CLUSTERS
     from moe_dispatch.parallel.projection import Projection
 
     cluster = CLUSTERS["hgx-h200"]
     projection = Projection(machine, cluster)
+    every = [
+        projection.project(layer, dtype, M, size, wire_fp8=wire_fp8)
+        for M in dict.fromkeys(tokens)
+        for size in dict.fromkeys(tokens_of(ranks))
+    ]
+    if as_json:
+        lines = [
+            dataclasses.asdict(projected) | {"serial": projected.serial, "hidden": projected.overlapped}
+            for projected in every
+        ]
+        head = {"layer": layer.name, "dtype": dtype, "cluster": cluster.name, "projection": True}
+        typer.echo(json.dumps(head | {"rows": lines}, indent=1))
+        return
     rows = table("M a rank", "GPUs", "1 GPU", "experts", "dispatch", "combine", "by", "serial", "hidden")
-    for M in dict.fromkeys(tokens):
-        for size in dict.fromkeys(tokens_of(ranks)):
-            projected = projection.project(layer, dtype, M, size, wire_fp8=wire_fp8)
-            times = (projected.one_gpu_us, projected.experts_us, projected.dispatch_us, projected.combine_us)
-            factors = (f"{projected.serial:.2f}", f"{projected.overlapped:.2f}")
-            rows.add_row(str(M), str(size), *map(microseconds, times), projected.exchange, *factors)
+    for projected in every:
+        times = (projected.one_gpu_us, projected.experts_us, projected.dispatch_us, projected.combine_us)
+        factors = (f"{projected.serial:.2f}", f"{projected.overlapped:.2f}")
+        rows.add_row(str(projected.M), str(projected.ranks), *map(microseconds, times), projected.exchange, *factors)
     line(f"[bold]{plain(layer.name)}[/bold]  {dtype} on {cluster.name}: {cluster.node} GPUs a host")
     line(plain(machine_line(machine)), style="dim")
     for link in (cluster.direct, cluster.inside, cluster.between):

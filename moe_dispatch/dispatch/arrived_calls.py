@@ -8,7 +8,7 @@ from torch import Tensor
 
 from moe_dispatch.backend import FAST_PATH_TOKENS, ArrivedInputs, PeerRows, TravellingRows
 from moe_dispatch.dispatch.counters import Counters
-from moe_dispatch.dispatch.errors import BackendFailedError
+from moe_dispatch.dispatch.errors import BackendFailedError, DeviceLostError
 from moe_dispatch.dispatch.first_calls import FIRST_CALLS
 from moe_dispatch.dispatch.plan import Plan
 from moe_dispatch.dispatch.planner import Planner
@@ -61,9 +61,13 @@ class ArrivedCalls:
             DeviceLostError: The CUDA context is gone.
         """
         experts = inputs.experts
-        if experts.gate_up.data_ptr() != experts.gate_up_address or experts.down.data_ptr() != experts.down_address:
+        if experts.moved:
             experts.check_unchanged()
-        capturing = experts.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+        try:
+            capturing = experts.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+        except RuntimeError as error:
+            self._recovery.raise_if_lost(error)
+            raise
         plan = self._plan(inputs, backend, "graph" if capturing else "eager")
         if plan is None:
             return self._ordinary(inputs, backend)
@@ -72,6 +76,7 @@ class ArrivedCalls:
         except FOREIGN_ERRORS as error:
             self._book(plan, error, capturing=capturing)
             return self._ordinary(inputs, backend)
+        self._runner.last_plan = plan
         self._counters.count(plan.choice.backend, ran=1)
         return out
 
@@ -95,8 +100,10 @@ class ArrivedCalls:
 
     def _book(self, plan: Plan, error: BaseException, *, capturing: bool) -> None:
         """Bar the backend of a failed plan, unless memory was short; raise where no other may run the call."""
+        if isinstance(error, DeviceLostError):
+            raise error
         if failures.lost_device(error):
-            raise self._recovery.device_lost(plan, error) from error
+            raise self._recovery.device_lost(None if capturing else plan, error) from error
         if plan.explicit or capturing:
             raise BackendFailedError(plan.choice.backend, plan.problem, error, plan.remedy) from error
         if not failures.out_of_memory(error):
@@ -142,8 +149,9 @@ class ArrivedCalls:
         run: Any = plan.backend.run_into
         kind = (plan.kind, type(rows), type(out))
         with contextlib.ExitStack() as first:
-            if not capturing and kind not in self._proven:
-                self._wait(experts.device)  # an error of earlier work surfaces here
+            plan.proven = kind in self._proven
+            if not capturing and not plan.proven:
+                self._recovery.wait_for_earlier_work(experts.device)
                 first.enter_context(FIRST_CALLS.running(plan.choice.backend))
                 first.enter_context(self._quarantine.first_run(plan.choice.backend, plan.problem))
                 first.callback(self._wait, experts.device)

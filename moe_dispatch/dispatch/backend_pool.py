@@ -8,7 +8,7 @@ import torch
 
 from moe_dispatch.backend import Backend
 from moe_dispatch.dispatch.errors import DeviceLostError
-from moe_dispatch.dispatch.first_calls import FIRST_CALLS
+from moe_dispatch.dispatch.first_calls import FIRST_CALLS, wait_for_earlier_work
 from moe_dispatch.dispatch.probe import probe
 from moe_dispatch.dispatch.quarantine import Quarantine
 from moe_dispatch.guard import FOREIGN_ERRORS
@@ -98,8 +98,9 @@ class BackendPool:
         kind = _kind(problem)
         verdict = self._probe_failures.get((name, kind))
         if verdict is None:
-            if problem.mode == "graph":
+            if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
                 return "not probed yet, which a graph capture does not allow; call it once before capturing"
+            wait_for_earlier_work(device)
             try:
                 verdict = self._probe(backend, problem, kind, device)
             except FOREIGN_ERRORS as error:
@@ -126,8 +127,6 @@ class BackendPool:
     def _probe(self, backend: Backend, problem: MoEProblem, kind: MoEProblem, device: torch.device) -> str:
         if cause := self._quarantine.cause(backend.name, kind):
             return f"its probe is quarantined: {cause}"
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)  # an error of earlier work surfaces here, and not in the probe
         with FIRST_CALLS.running(backend.name), self._quarantine.first_run(backend.name, kind):
             return probe(backend, problem, device)
 

@@ -60,8 +60,10 @@ def call_eagerly(
         inputs = (hidden_states, experts, topk_weights, topk_ids)
         # Inside of a transform of torch.func there is no memory to read, and only the reference can run.
         if not forward_mode_entered(hidden_states, topk_weights) and have_memory(inputs):
-            check(*inputs, backend)
-            return torch_operator.call(*inputs, backend)
+            on_one_device = hidden_states.device == topk_weights.device == topk_ids.device == device
+            if backend is not None or not on_one_device or experts.moved:
+                check(*inputs, backend)  # the rest is checked when the operator runs
+            return torch_operator.record(*inputs, backend)
     dispatcher = dispatcher or get_dispatcher(device)
     # Triton and DeepGEMM launch on the current GPU, wherever the tensors are.
     if dispatcher.one_of_several_gpus and torch.cuda.current_device() != device.index:
@@ -147,8 +149,9 @@ def warm_up(
         raise InvalidInputError(f"backend must be a registered name or None, got {type(backend).__name__}")
     dtype = act_dtype or (torch.bfloat16 if experts.quantized else experts.gate_up.dtype)
     device = experts.device
+    dispatcher = get_dispatcher(device)
+    dispatcher.planner.named(backend)
     if up_to:
-        dispatcher = get_dispatcher(device)
         capability = dispatcher.machine.capability
         others = representative_token_counts(dispatcher.planner, experts, topk, dtype, capability, up_to, backend)
         counts = (*counts, *(M for M in others if M not in counts))
@@ -162,7 +165,7 @@ def warm_up(
         weights, ids = ROUTINGS["uniform"].sample(M, choices, topk, device, on_cpu)
         with torch.no_grad(), on_device(device):
             out = torch.empty_like(hidden) if into_out else None
-            get_dispatcher(device).warm_up((hidden, experts, weights, ids), backend, out)
+            dispatcher.warm_up((hidden, experts, weights, ids), backend, out)
 
 
 def explain(arguments: Sequence[object], machine: Machine | None) -> Explanation:

@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import operator
 import threading
 from collections.abc import Mapping
 from typing import Any, Final
@@ -20,6 +21,7 @@ from moe_dispatch.dispatch.plan import Plan
 from moe_dispatch.dispatch.planner import Planner
 from moe_dispatch.dispatch.quarantine import Quarantine
 from moe_dispatch.dispatch.recovery import Recovery
+from moe_dispatch.dispatch.settled_plans import SettledPlans
 from moe_dispatch.experts import ExpertWeights
 from moe_dispatch.guard import FOREIGN_ERRORS
 from moe_dispatch.machine import Machine
@@ -74,6 +76,7 @@ class Dispatcher:
         self._recovery = Recovery(self, self.planner, self.quarantine, self._counters)
         self.arrived = ArrivedCalls(self, self.planner, self.quarantine, self._counters, self._recovery)
         self._plans: dict[PlanKey, Plan] = {}
+        self._settled = SettledPlans(on_cuda=self._on_cuda)
         self.last_plan: Plan | None = None
         self._lock = threading.RLock()
 
@@ -97,6 +100,33 @@ class Dispatcher:
             backend: The backend to run; None to choose.
             out: ``[M, K]`` in hidden_states' dtype, for the output; None for fresh memory.
             grad: Whether the backend's operations have to be differentiable one by one (`gradients.needs_grad`).
+        """
+        plan = None
+        if out is None and not grad:
+            plan = self._settled.find(hidden_states, experts, topk_weights, topk_ids, backend)
+        if plan is None:
+            return self._forward(hidden_states, experts, topk_weights, topk_ids, backend, out, grad=grad)
+        try:
+            result = plan.run(hidden_states, experts, topk_weights, topk_ids, plan.config)
+        except FOREIGN_ERRORS as error:
+            return self._recovery.recover(plan, error, (hidden_states, experts, topk_weights, topk_ids))
+        self.last_plan = plan
+        with plan.lock:
+            plan.calls += 1
+        return result
+
+    def _forward(
+        self,
+        hidden_states: Tensor,
+        experts: ExpertWeights,
+        topk_weights: Tensor,
+        topk_ids: Tensor,
+        backend: str | None,
+        out: Tensor | None,
+        *,
+        grad: bool,
+    ) -> Tensor:
+        """`forward` of a call of any kind.
 
         The key holds everything that a check, a policy or a backend may ask of a call, so a kind of call that is known
         needs none of them. Weights at another address than before are checked again.
@@ -117,9 +147,10 @@ class Dispatcher:
                 None if out is None else (type(out), out.shape, out.stride(), out.dtype, out.device, out.requires_grad),
             )
             plan = self._plans.get(key)
-            if experts.gate_up.data_ptr() != experts.gate_up_address or experts.down.data_ptr() != experts.down_address:
+            if experts.moved:
                 experts.check_unchanged()
-        except (AttributeError, RuntimeError, TypeError, ValueError):
+        except (AttributeError, RuntimeError, TypeError, ValueError) as error:
+            self._recovery.raise_if_lost(error)
             # No tensors, or tensors without a shape or an address; check() says which.
             arguments = (hidden_states, experts, topk_weights, topk_ids)
             check(*arguments, backend)
@@ -132,6 +163,7 @@ class Dispatcher:
             if out is not None:
                 check_out(out, arguments, needs_grad=grad)
             if not hidden_states.shape[0] and not grad:
+                self.planner.named(backend)
                 return hidden_states.clone() if out is None else out
             if not have_memory(arguments):
                 return self._recovery.run_transformed(arguments, backend, out)
@@ -141,7 +173,8 @@ class Dispatcher:
             if plan.widens:
                 topk_weights = topk_weights.float()
             inputs = (hidden_states.contiguous(), experts, topk_weights.contiguous(), topk_ids.contiguous())
-        except RuntimeError:
+        except RuntimeError as error:
+            self._recovery.raise_if_lost(error)
             check(hidden_states, experts, topk_weights, topk_ids, backend)  # such as sparse tensors
             raise
         # Addresses may differ from call to call. Outside of the next try, for it is the caller's fault.
@@ -157,10 +190,7 @@ class Dispatcher:
             return result if out is None else out.copy_(result)
         self.last_plan = plan
         if plan.kept:
-            with plan.lock:
-                plan.calls = calls = plan.calls + 1
-            if calls == FAST_PATH_CALLS:
-                self._prepare_fast_path(plan, inputs)
+            self._settle(key, plan, inputs, (hidden_states, experts, topk_weights, topk_ids))
         else:
             self._counters.count(plan.choice.backend, ran=1)
         return result
@@ -188,6 +218,7 @@ class Dispatcher:
         M, topk = topk_ids.shape
         problem = experts.problem(M, topk, hidden_states.dtype, self.machine.capability, "graph")
         for plan in self.planner.eligible(problem, experts, backend, into=out is not None):
+            self._recovery.wait_for_earlier_work(experts.device)
             try:
                 self.first_run(plan, inputs, out)
             except FOREIGN_ERRORS as error:
@@ -220,14 +251,34 @@ class Dispatcher:
                 if len(self._plans) >= MAX_PLANS:
                     self._forget(next(iter(self._plans)))
                 plan = self._plans.setdefault(key, plan)  # another thread may have been faster
-        if not plan.proven and problem.device == "cuda" and problem.mode == "eager":
-            # An error of earlier work surfaces here, and is not booked on the backend that runs next.
-            torch.cuda.synchronize(experts.device)
+        if not plan.proven and problem.mode == "eager":
+            self._recovery.wait_for_earlier_work(experts.device)
         return plan
 
     def _forget(self, key: PlanKey) -> None:
         if plan := self._plans.pop(key, None):
+            self._settled.forget(plan, key[0], key[1], key[-2])
             self._counters.count(plan.choice.backend, ran=plan.calls)
+
+    def _settle(self, key: PlanKey, plan: Plan, inputs: Inputs, arguments: Inputs) -> None:
+        """Count a call, and make a kind that comes often cheap: by the backend's fast path, then by settling its plan.
+
+        Args:
+            key: The plan's.
+            plan: Has just run.
+            inputs: What it ran.
+            arguments: The same as the caller gave it.
+        """
+        with plan.lock:
+            plan.calls = calls = plan.calls + 1
+        if calls == FAST_PATH_CALLS:
+            self._prepare_fast_path(plan, inputs)
+            return
+        unconverted = all(map(operator.is_, inputs, arguments))
+        if calls > FAST_PATH_CALLS and unconverted and not plan.into and plan.problem.mode == "eager":
+            with self._lock:
+                if self._plans.get(key) is plan:
+                    self._settled.keep(plan, inputs, key[-2])
 
     def drop_plans(self, backend: str, bucket: MoEProblem) -> None:
         """Drop the plans that a policy made for a backend, for problems of one bucket."""

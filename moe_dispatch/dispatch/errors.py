@@ -59,20 +59,20 @@ class DeviceLostError(MoEDispatchError):
     """The CUDA context is lost (illegal access, device-side assert): only a new process can go on.
 
     Args:
-        suspects: Names of the backends that may have caused it.
+        suspects: Names of the backends that may have caused it; empty if none is known.
         cause: The error that CUDA reported.
         certain: Whether they did: it was the awaited first run of a backend.
     """
 
     def __init__(self, suspects: Sequence[str], cause: BaseException, *, certain: bool = True) -> None:
         self.suspects = tuple(suspects)
-        names = " or ".join(repr(name) for name in suspects) or "unknown"
+        names = " or ".join(repr(name) for name in suspects)
+        ran = f"the last MoE backend to run was {names}, which is only a suspect and not quarantined; " if names else ""
         blame = (
             f"Culprit: {names}; it is quarantined for this problem and will be avoided after a restart. "
             "`moe-dispatch doctor` lists the quarantine, `moe-dispatch doctor --reset` lifts it."
             if certain
-            else f"CUDA reports such errors late: the last MoE backend to run was {names}, which had run well before, "
-            "so it is only a suspect and not quarantined; CUDA_LAUNCH_BLOCKING=1 finds the culprit."
+            else f"CUDA reports such errors late: {ran}CUDA_LAUNCH_BLOCKING=1 finds the culprit."
         )
         first = (str(cause).splitlines() or ["no message"])[0]
         super().__init__(

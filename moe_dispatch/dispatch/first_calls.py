@@ -1,5 +1,7 @@
 """First calls in flight: a fork waits for those of other threads, and a backend that calls itself is stopped.
 
+They are watched, and so they begin on a GPU that has nothing else to do.
+
 A first call imports modules, reads files and compiles kernels. A child forked in the middle of that would find locks
 held (those of Python's import system among them) by a thread that it does not have, and wait for ever.
 """
@@ -7,8 +9,13 @@ held (those of Python's import system among them) by a thread that it does not h
 import contextlib
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Final
+
+import torch
+
+from moe_dispatch.dispatch.errors import DeviceLostError
+from moe_dispatch.system import failures
 
 FORK_WAIT_SECONDS: Final = 30.0  # After this a fork goes ahead: the first call may itself be waiting for it.
 # First runs of one backend at a time. More are no crowd of threads but a backend that calls itself in new threads.
@@ -77,6 +84,27 @@ class FirstCalls:
 
 
 FIRST_CALLS: Final = FirstCalls()
+
+
+def wait_for_earlier_work(device: torch.device, suspects: Sequence[str] = ()) -> None:
+    """Wait for a GPU, so that an error of earlier work surfaces here and is not booked on the backend that runs next.
+
+    Args:
+        device: The GPU; a CPU has nothing to wait for.
+        suspects: Names of the backends that ran last.
+
+    Raises:
+        DeviceLostError: The CUDA context is gone.
+    """
+    if device.type != "cuda":
+        return
+    try:
+        torch.cuda.synchronize(device)
+    except RuntimeError as error:
+        if failures.lost_device(error):
+            raise DeviceLostError(suspects, error, certain=False) from error
+        raise
+
 
 os.register_at_fork(
     before=FIRST_CALLS.before_fork,

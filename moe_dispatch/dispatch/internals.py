@@ -5,8 +5,8 @@ torch in which the names were read; tests/core/test_internals.py fails where ano
 calls go on by the public question.
 """
 
-from collections.abc import Callable
-from typing import Final
+from collections.abc import Callable, Sequence
+from typing import Any, Final
 
 import torch
 from torch import Tensor
@@ -22,6 +22,14 @@ READ_IN: Final = ("2.11", "2.13")
 # Whether autocast is enabled for any device type. The reserve leaves the answer to the question that follows it:
 # `torch.is_autocast_enabled` for the layer's device type.
 any_autocast_enabled: Final[Callable[[], bool]] = getattr(torch._C, "_is_any_autocast_enabled", lambda: True)
+
+# Whether the current stream is being captured into a CUDA graph.
+is_capturing: Final[Callable[[], bool]] = getattr(
+    torch._C, "_cuda_isCurrentStreamCapturing", torch.cuda.is_current_stream_capturing
+)
+
+# Whether a transform of torch.func is at work. The reserve leaves it open.
+transforms_active: Final[Callable[[], bool]] = getattr(torch._C, "_are_functorch_transforms_active", lambda: True)
 
 _LEVEL_IS_KNOWN: Final = isinstance(getattr(forward_ad, "_current_level", None), int)
 
@@ -41,3 +49,19 @@ def forward_mode_entered(*tensors: Tensor) -> bool:
 def is_fake(tensor: object) -> bool:
     """Whether a tensor has shape, dtype and device but no memory, like those that trace a model or size its memory."""
     return hasattr(tensor, "fake_mode") if FakeTensor is None else isinstance(tensor, FakeTensor)
+
+
+def kind_check(tensors: Sequence[Tensor]) -> Callable[..., bool] | None:
+    """A function that says whether other tensors are of the same kind as these; None where torch has none to offer.
+
+    torch.compile guards its graphs by it. Of one kind are different tensors of the same class, shape, strides, dtype,
+    device and `requires_grad`, met in the same state of autocast, inference mode and torch.func's transforms.
+    """
+    try:
+        guards: Any = torch._C._dynamo.guards
+        sizes, strides = [list(tensor.shape) for tensor in tensors], [list(tensor.stride()) for tensor in tensors]
+        kind = guards.TensorGuards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides)
+        check: Callable[..., bool] = kind.check
+        return check if check(*tensors) else None
+    except (AttributeError, RuntimeError, SystemError, TypeError):
+        return None

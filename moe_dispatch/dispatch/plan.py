@@ -1,6 +1,5 @@
 """The plan for one kind of call: which backend runs it, and how."""
 
-import dataclasses
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -56,9 +55,7 @@ class Plan:
     @property
     def kind(self) -> "PlanKind":
         """What a first run proves: this backend in this configuration, at about this many tokens."""
-        bucket = self.problem.bucket
-        eager = bucket if bucket.mode == "eager" else dataclasses.replace(bucket, mode="eager")
-        return self.choice.backend, self.config, eager, self.into
+        return self.choice.backend, self.config, self.problem.eager_bucket, self.into
 
 
 PlanKind = tuple[str, BackendConfig, MoEProblem, bool]

@@ -135,6 +135,18 @@ class Planner:
         """
         return self._pool.made(name).require()
 
+    def named(self, backend: str | None) -> tuple[str, str]:
+        """The name of the backend that the caller gives, or else the environment, and its variable; empty if none does.
+
+        Raises:
+            UnknownNameError: Nothing is registered under it.
+            BackendUnavailableError: It does not import, or its libraries are missing.
+        """
+        name, variable = (backend, "") if backend else (self._settings.backend, BACKEND_VARIABLE)
+        if name:
+            self._pool.made(name).require(variable)
+        return name, variable
+
     def statuses(self) -> tuple[BackendStatus, ...]:
         """Every registered backend on this machine."""
         return self._pool.statuses()
@@ -159,8 +171,7 @@ class Planner:
 
     def _named_plan(self, backend: str | None, problem: MoEProblem, experts: ExpertWeights, *, into: bool) -> Plan:
         """The plan of the backend that the caller names, or else the environment."""
-        name, variable = (backend, "") if backend else (self._settings.backend, BACKEND_VARIABLE)
-        self._pool.made(name).require(variable)
+        name, variable = self.named(backend)
         if reasons := self._pool.reasons_against(name, problem, chosen_by_name=True):
             raise BackendUnsupportedError(name, problem, reasons, variable)
         choice = self._named_choice(backend, problem)
@@ -280,7 +291,8 @@ class Planner:
             backend = self._pool.made(choice.backend).require()
             if choice.config is None:
                 return backend.default_config(problem)
-            return _validated(backend.config_type, tuple(choice.config.items()))
+            typed = tuple((name, value, type(value)) for name, value in choice.config.items())
+            return _validated(backend.config_type, typed)
         except pydantic.ValidationError as error:
             return (f"does not know the configuration {dict(choice.config or {})}: {error.errors()[0]['msg']}",)
         except BackendUnavailableError as error:
@@ -293,10 +305,10 @@ class Planner:
         return self._pool.probe_failure(choice.backend, problem, device)
 
 
-# Bounded, as a policy may name ever new ones; `typed`, as a strict type tells 1 from True.
-@functools.lru_cache(maxsize=4096, typed=True)
-def _validated(config_type: type[BackendConfig], values: tuple[tuple[str, int | str], ...]) -> BackendConfig:
-    return config_type.model_validate(dict(values))
+# Bounded, as a policy may name ever new ones; by the types too, as 1 equals True and a strict type tells them apart.
+@functools.lru_cache(maxsize=4096)
+def _validated(config_type: type[BackendConfig], values: tuple[tuple[str, int | str, type], ...]) -> BackendConfig:
+    return config_type.model_validate({name: value for name, value, _ in values})
 
 
 def warn_of_successor(name: str, problem: MoEProblem, cause: str, successor: Plan) -> None:

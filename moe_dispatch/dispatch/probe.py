@@ -1,4 +1,4 @@
-"""Trust in foreign code, earned: a tiny layer is run and compared with the reference before anything real is."""
+"""Probes of foreign backends: a tiny layer is run and compared with the reference before anything real is."""
 
 import dataclasses
 from dataclasses import dataclass

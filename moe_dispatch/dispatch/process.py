@@ -24,14 +24,16 @@ def get_dispatcher(device: torch.device | str | None = None) -> Dispatcher:
 def _make_dispatcher(device: torch.device | str | None) -> Dispatcher:
     wanted = present_device(device)
     with _dispatchers_lock:
-        if wanted not in _dispatchers:
-            _dispatchers[wanted] = Dispatcher(current_machine(wanted.type, wanted.index))
-        return _dispatchers[wanted]
+        known = _dispatchers.get(wanted)
+        if known is None:
+            known = _dispatchers[wanted] = Dispatcher(current_machine(wanted.type, wanted.index))
+        return known
 
 
 def reset_dispatchers() -> None:
     """Drop every plan, policy and in-process quarantine, as after a calibration or in a forked child."""
-    _dispatchers.clear()
+    with _dispatchers_lock:  # else one that is being made with what was known before would be kept
+        _dispatchers.clear()
 
 
 def stats() -> dict[str, dict[str, int]]:

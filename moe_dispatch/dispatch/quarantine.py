@@ -1,7 +1,8 @@
 """Which backends failed at which problems: avoided in this process, and in later ones after a failure that killed one.
 
 A failure that a process survives may have been of the moment: it is recorded for `doctor`, and obeyed by that process
-only. A failure that kills (illegal access, a hang, a crash) is obeyed by every process: `QuarantineEntry.is_obeyed`.
+only. A failure that kills (illegal access, a hang, a crash) is obeyed by every process: `QuarantineEntry.is_obeyed`. It
+bars the backend from eager calls and CUDA graphs alike, as `warm_up` runs eagerly what a capture will want.
 A process that dies cannot record anything, so the first run of a backend on a kind of problem leaves a marker that its
 success removes; a marker whose process is gone says what that process died of.
 
@@ -10,6 +11,7 @@ is logged and never breaks a call.
 """
 
 import contextlib
+import dataclasses
 import datetime
 import fcntl
 import itertools
@@ -17,12 +19,12 @@ import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Final, Literal
+from typing import Final, Literal, get_args
 
 import pydantic
 
 from moe_dispatch.machine import Machine
-from moe_dispatch.problem import MoEProblem
+from moe_dispatch.problem import Mode, MoEProblem
 from moe_dispatch.registry import LAST_RESORT
 from moe_dispatch.settings import cache_dir
 from moe_dispatch.system.files import (
@@ -55,7 +57,8 @@ class QuarantineEntry(pydantic.BaseModel):
 
     Attributes:
         backend: The backend's name.
-        problem: repr of the problem with M rounded up to a power of two (`MoEProblem.bucket`).
+        problem: repr of the problem with M rounded up to a power of two (`MoEProblem.bucket`), eager if the entry is
+            fatal.
         cause: What happened, one line.
         fatal: Whether it killed a process or its CUDA context. Entries of schema 1 may say ``lethal``.
         when: The last time, in UTC, ISO 8601.
@@ -121,7 +124,7 @@ class Quarantine:
         """The entry of an earlier process that this one obeys for `backend` and problems like this one, if any."""
         if self._recorded is None:
             self._recorded = {(entry.backend, entry.problem): entry for entry in self.entries() if entry.is_obeyed}
-        return self._recorded.get((backend, repr(problem.bucket))) if self._recorded else None
+        return self._recorded.get((backend, repr(problem.eager_bucket))) if self._recorded else None
 
     def bar(self, backend: str, problem: MoEProblem, cause: str, *, fatal: bool) -> None:
         """Avoid `backend` for problems like this one, in this process at once and on disk for `doctor`.
@@ -129,7 +132,8 @@ class Quarantine:
         The last resort is never barred: without it nothing would be left to run.
         """
         if backend != LAST_RESORT:
-            self._barred[backend, problem.bucket] = cause
+            modes = get_args(Mode) if fatal else (problem.mode,)
+            self._barred |= {(backend, dataclasses.replace(problem.bucket, mode=mode)): cause for mode in modes}
             self._add(self._entry(backend, problem, cause, fatal=fatal))
 
     def entries(self) -> tuple[QuarantineEntry, ...]:
@@ -292,7 +296,7 @@ class Quarantine:
     def _entry(self, backend: str, problem: MoEProblem, cause: str, *, fatal: bool) -> QuarantineEntry:
         return QuarantineEntry(
             backend=backend,
-            problem=repr(problem.bucket),
+            problem=repr(problem.eager_bucket if fatal else problem.bucket),
             cause=cause,
             fatal=fatal,
             when=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),

@@ -11,6 +11,7 @@ from moe_dispatch.backend import Inputs
 from moe_dispatch.dispatch.checks import check, have_memory
 from moe_dispatch.dispatch.counters import Counters
 from moe_dispatch.dispatch.errors import BackendFailedError, DeviceLostError
+from moe_dispatch.dispatch.first_calls import wait_for_earlier_work
 from moe_dispatch.dispatch.plan import Plan
 from moe_dispatch.dispatch.planner import Planner, warn_of_successor
 from moe_dispatch.dispatch.quarantine import Quarantine
@@ -33,7 +34,7 @@ class Runner(Protocol):
 
     def forward(
         self, hidden_states: Tensor, experts: ExpertWeights, topk_weights: Tensor, topk_ids: Tensor,
-        backend: str | None = None, /,
+        backend: str | None = None, out: Tensor | None = None, grad: bool = False, /,
     ) -> Tensor:  # fmt: skip
         """Run a call."""
 
@@ -70,7 +71,8 @@ class Recovery:
         """
         name, problem, experts = plan.choice.backend, plan.problem, inputs[1]
         if failures.lost_device(error):
-            raise self.device_lost(plan, error) from error
+            # A capture awaits nothing, so that what it reports may be the error of any work before it.
+            raise self.device_lost(None if problem.mode == "graph" else plan, error) from error
         try:
             check(*inputs)
         except InvalidInputError as invalid:
@@ -128,6 +130,7 @@ class Recovery:
         try:
             return plan.run(hidden_states, experts, topk_weights.float(), topk_ids, plan.config)
         except FOREIGN_ERRORS as error:
+            self.raise_if_lost(error)
             raise _callers_fault(error) from error
 
     def bar(self, plan: Plan, cause: str) -> None:
@@ -137,17 +140,31 @@ class Recovery:
         self._counters.count(name, fell_back=1, quarantined=1)
         self._runner.drop_plans(name, plan.problem.bucket)
 
-    def device_lost(self, plan: Plan, error: BaseException) -> DeviceLostError:
+    def device_lost(self, plan: Plan | None, error: BaseException) -> DeviceLostError:
         """The error for a lost CUDA context. A plan in its first run is the culprit, which was awaited and watched.
 
-        Otherwise CUDA reports the error of some earlier run, and the plan that ran last is only a suspect.
+        Otherwise, or outside of any run (None), CUDA reports the error of some earlier run, and the plan that ran last
+        is only a suspect.
         """
-        suspect = plan if not plan.proven else self._runner.last_plan or plan
-        name = suspect.choice.backend
-        certain = not suspect.proven and name != LAST_RESORT
-        if certain:
-            self._quarantine.bar(name, suspect.problem, failures.summary(error), fatal=True)
-        return DeviceLostError([name], error, certain=certain)
+        if plan is not None and not plan.proven and plan.choice.backend != LAST_RESORT:
+            name = plan.choice.backend
+            self._quarantine.bar(name, plan.problem, failures.summary(error), fatal=True)
+            return DeviceLostError([name], error)
+        return DeviceLostError(self._last_backend(plan), error, certain=False)
+
+    def raise_if_lost(self, error: BaseException) -> None:
+        """Raise DeviceLostError where an error that came up outside of any run says that the CUDA context is gone."""
+        if failures.lost_device(error):
+            raise self.device_lost(None, error) from error
+
+    def wait_for_earlier_work(self, device: torch.device) -> None:
+        """See `first_calls.wait_for_earlier_work`."""
+        wait_for_earlier_work(device, self._last_backend())
+
+    def _last_backend(self, otherwise: Plan | None = None) -> list[str]:
+        """The name of the backend that ran last, else that of a plan, if any."""
+        last = self._runner.last_plan or otherwise
+        return [last.choice.backend] if last else []
 
     def _failed_capture(self, plan: Plan, error: BaseException) -> BackendFailedError:
         """The capture is void whatever would run now; the next one finds the culprit barred."""
@@ -194,9 +211,11 @@ class Recovery:
             half = M // 2
             self._warn_of_memory(plan, error, f"the call is split along M into {half} and {M - half} tokens")
             parts = (slice(None, half), slice(half, None))
-            return torch.cat(
-                [self._runner.forward(hidden_states[p], experts, topk_weights[p], topk_ids[p]) for p in parts]
-            )
+            grad = plan.problem.needs_grad
+            return torch.cat([
+                self._runner.forward(hidden_states[p], experts, topk_weights[p], topk_ids[p], None, None, grad)
+                for p in parts
+            ])  # fmt: skip
         if failures.out_of_memory(error):
             raise error
         last, cause = failed[-1]

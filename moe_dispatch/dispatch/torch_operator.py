@@ -17,6 +17,7 @@ from torch import Tensor
 
 from moe_dispatch.activations import Activation
 from moe_dispatch.dispatch.gradients import Gradients, Wanted, is_any_recorded
+from moe_dispatch.dispatch.internals import transforms_active
 from moe_dispatch.experts import ExpertWeights
 
 Run = Callable[[Tensor, ExpertWeights, Tensor, Tensor, str | None, Tensor | None], Tensor]
@@ -49,6 +50,20 @@ def call(
         backend=backend,
         out=out,
     )
+
+
+def record(
+    hidden_states: Tensor, experts: ExpertWeights, topk_weights: Tensor, topk_ids: Tensor, backend: str | None
+) -> Tensor:
+    """Run a call of tensors that have memory, outside of a trace, and have autograd record it."""
+    if transforms_active():
+        return call(hidden_states, experts, topk_weights, topk_ids, backend)
+    recorded: Tensor = _Recorded.apply(  # type: ignore[no-untyped-call] # torch does not annotate it
+        hidden_states, topk_weights, topk_ids, experts.gate_up, experts.down, experts.gate_up_scale, experts.down_scale,
+        experts.gate_up_bias, experts.down_bias, experts.activation, experts.interleaved, experts.routed_experts,
+        backend or "",
+    )  # fmt: skip
+    return recorded
 
 
 def call_tensors(
@@ -222,7 +237,7 @@ def _six(tensors: Iterable[Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor, Ten
     return first, second, third, fourth, fifth, sixth
 
 
-def _keep_inputs(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG001 - torch's signature
+def _keep_inputs(ctx: Any, inputs: tuple[Any, ...], output: Tensor | None = None) -> None:  # noqa: ARG001 - torch's
     *tensors, activation, interleaved, routed_experts, _ = inputs
     ctx.layer_kind = activation, interleaved, routed_experts
     # Autograd saves no tensor that was made in inference mode: it has no version that a backward could check.
@@ -270,6 +285,17 @@ def _differentiate_differentiably(ctx: Any, gradient: Tensor, wanted: Wanted) ->
 torch.library.register_autograd(
     "moe_dispatch::recorded_forward", _differentiate, setup_context=_keep_inputs, lib=_library
 )
+
+
+class _Recorded(torch.autograd.Function):
+    """`recorded_forward` outside of a trace: torch.library's wrapper around that takes the host five times as long."""
+
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> Tensor:
+        _keep_inputs(ctx, arguments)
+        return cast("Tensor", torch.ops.moe_dispatch.forward(*arguments))
+
+    backward = staticmethod(_differentiate)
 
 
 class _Layer(NamedTuple):

@@ -14,7 +14,7 @@ from moe_dispatch.parallel.exchange import CallKind, Tokens
 from moe_dispatch.parallel.links import fitted
 from moe_dispatch.parallel.topology import Topology
 from moe_dispatch.problem import Mode
-from moe_dispatch.settings import cache_dir, calibration_search_path
+from moe_dispatch.settings import cache_dir, calibration_search_path, is_file_name
 from moe_dispatch.system.files import read_bytes
 
 # Above this ratio of two neighbouring measured token counts nothing is interpolated, because times bend too much.
@@ -151,19 +151,25 @@ def read(path: Path, topology: Topology) -> ParallelCalibration:
     return file
 
 
-def find(topology: Topology) -> ParallelCalibration | None:
-    """The calibration of a topology: this machine's own file, or that of a folder in ``MOE_DISPATCH_CALIBRATION_PATH``.
+def find(topology: Topology, versions: Mapping[str, str]) -> tuple[ParallelCalibration | None, list[str]]:
+    """The calibration of a topology by these versions, and the reasons against files that come before it.
 
-    Raises:
-        PolicyFileError: The first file that exists cannot be used.
+    This machine's own file comes first, then those of the folders in ``MOE_DISPATCH_CALIBRATION_PATH``.
     """
-    shared = (entry / f"{topology.key}.json" for entry in calibration_search_path() if entry.suffix != ".json")
+    reasons: list[str] = []
+    shared = (entry / f"{topology.key}.json" for entry in calibration_search_path() if not is_file_name(entry))
     for path in (calibration_path(topology), *shared):
         try:
-            return read(path, topology)
+            file = read(path, topology)
         except FileNotFoundError:
             continue
-    return None
+        except PolicyFileError as error:
+            reasons.append(str(error))
+            continue
+        if file.versions == versions:
+            return file, reasons
+        reasons.append(f"{path} was measured with {file.versions}, not {dict(versions)}; calibrate again")
+    return None, reasons
 
 
 @dataclasses.dataclass(frozen=True)

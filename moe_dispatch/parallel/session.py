@@ -14,7 +14,7 @@ from moe_dispatch.backend import ArrivedInputs, PeerRows
 from moe_dispatch.dispatch.call import call_eagerly
 from moe_dispatch.dispatch.dispatcher import Dispatcher
 from moe_dispatch.dispatch.internals import any_autocast_enabled
-from moe_dispatch.errors import InvalidInputError, PolicyFileError, UnknownNameError, warn
+from moe_dispatch.errors import InvalidInputError, UnknownNameError, warn
 from moe_dispatch.machine import current_machine
 from moe_dispatch.parallel import agreement
 from moe_dispatch.parallel.collectives import Collectives
@@ -151,19 +151,10 @@ class Session:
 
     def _agreed_table(self) -> ExchangeTable | None:
         """What rank 0 has of a calibration of these ranks; files of the others are not read, and so cannot differ."""
-        text, unused = "", ""
-        if self.control.rank == 0:
-            try:
-                calibration = find(self.topology)
-                if calibration is not None and calibration.versions == self.versions:
-                    text = calibration.model_dump_json()
-                elif calibration is not None:
-                    unused = f"it was measured with {calibration.versions}, not {self.versions}; calibrate again"
-            except PolicyFileError as error:
-                unused = str(error)
-        text = self.control.gather_objects(text)[0]
+        calibration, unused = find(self.topology, self.versions) if self.control.rank == 0 else (None, [])
+        text = self.control.gather_objects(calibration.model_dump_json() if calibration else "")[0]
         if unused:  # a warning that a program turns into an error does not leave the other ranks waiting
-            warn(f"the calibration of {self.topology} is not used: {unused}")
+            warn(f"not every calibration of {self.topology} is used: {'; '.join(unused)}")
         return ExchangeTable(ParallelCalibration.model_validate_json(text)) if text else None
 
     def _merged(self, every: list[dict[str, tuple[str, ...]]]) -> dict[str, tuple[str, ...]]:

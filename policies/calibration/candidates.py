@@ -96,21 +96,27 @@ class CandidateSource:
         return self._behind.get((layer.key, mode), {})
 
     def known(self) -> set[PointKey]:
-        """Points of the file that were measured with today's versions; their lags count as if measured now."""
-        candidates = self._file.candidates
+        """Points of the file at which today's versions of every backend were measured; their lags count as if now.
+
+        Backends that do not take part now have no say.
+        """
+        stored = self._file.candidates
         current = [
             (backend := self._backends.get(candidate.backend)) is not None
             and not changes(candidate.versions, relevant_versions(backend))
-            for candidate in candidates
+            for candidate in stored
         ]
         known: set[PointKey] = set()
         for point in self._file.points:
             layer = self._file.layers[point.layer]
-            if point.measurements and all(current[stored.candidate] for stored in point.measurements):
+            candidates = self.candidates(layer, point.M, point.mode)
+            measured = [each for each in point.measurements if stored[each.candidate].backend in self._backends]
+            missing = {each.backend for each in candidates} - {stored[each.candidate].backend for each in measured}
+            if measured and not missing and all(current[each.candidate] for each in measured):
                 known.add((layer.key, point.M, point.mode))
                 if point.M in self._request.tokens:
-                    scores = {candidates[stored.candidate].identity: stored.score for stored in point.measurements}
-                    self.remember(layer, point.M, point.mode, self.candidates(layer, point.M, point.mode), scores)
+                    scores = {stored[each.candidate].identity: each.score for each in measured}
+                    self.remember(layer, point.M, point.mode, candidates, scores)
         return known
 
     def candidates(self, layer: LayerShape, M: int, mode: Mode) -> list[Candidate]:

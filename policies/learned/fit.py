@@ -150,7 +150,7 @@ def save_model(model: ModelFile, path: Path) -> None:
     """
     try:
         with locked(path):
-            write_atomically(path, model.model_dump_json(indent=1, by_alias=True) + "\n")
+            write_atomically(path, model.model_dump_json(indent=1) + "\n")
     except OSError as error:
         raise PolicyFileError(
             f"the model cannot be written to {path} ({error.strerror or error}); make room or make it writable, or set "

@@ -70,15 +70,13 @@ class ModelFile(Strict):
         schema_version: Version of this format.
         fingerprint: Fingerprint of the machine that it was fitted for.
         sms: Streaming multiprocessors of that machine.
-        cost_models: One for each backend, dtype and mode; ``laws`` in the file.
+        cost_models: One for each backend, dtype and mode.
     """
-
-    model_config = pydantic.ConfigDict(populate_by_name=True)
 
     schema_version: Literal[4] = SCHEMA
     fingerprint: Annotated[str, pydantic.Field(max_length=200)]
     sms: Annotated[int, pydantic.Field(ge=1)]
-    cost_models: list[CostModel] = pydantic.Field(alias="laws", min_length=1, max_length=1000)
+    cost_models: Annotated[list[CostModel], pydantic.Field(min_length=1, max_length=1000)]
 
 
 def model_path(machine: Machine, directory: Path | None = None) -> Path:
@@ -151,8 +149,10 @@ class LearnedPolicy(Policy):
             self._cost_models.setdefault((cost_model.dtype, cost_model.mode), {})[cost_model.backend] = cost_model
 
     def rank(self, problem: MoEProblem) -> tuple[Choice, ...]:
-        """See `Policy.rank`."""
-        cost_models = self._cost_models.get((problem.dtype, problem.mode))
+        """See `Policy.rank`. Without cost models of the problem's mode, those of the other mode rank."""
+        other: Mode = "eager" if problem.mode == "graph" else "graph"
+        kinds = (self._cost_models.get((problem.dtype, mode)) for mode in (problem.mode, other))
+        cost_models = next(filter(None, kinds), None)
         if cost_models is None or problem.needs_grad or problem.M < 1:
             return ()
         rows = rows_per_expert(problem)
@@ -164,7 +164,7 @@ class LearnedPolicy(Policy):
         bandwidth, rate = (self._source.bandwidth, self._source.rate) if self._source else (1.0, 1.0)
         parts = terms(problem, bandwidth, rate)
         choices = {
-            name: self._choice(cost_model, backend.name, parts)
+            name: self._choice(cost_model, backend.name, problem.mode, parts)
             for name, cost_model in applicable.items()
             if (backend := members.get(name) or self._backends.without_library(name, problem))
         }
@@ -184,12 +184,13 @@ class LearnedPolicy(Policy):
         models = [model.model_dump_json() for by_name in self._cost_models.values() for model in by_name.values()]
         return hashlib.sha256("\n".join(models).encode()).hexdigest()[:16] if models else ""
 
-    def _choice(self, cost_model: CostModel, backend: str, parts: Mapping[Term, float]) -> Choice:
+    def _choice(self, cost_model: CostModel, backend: str, mode: Mode, parts: Mapping[Term, float]) -> Choice:
         us = cost_model.us(parts)
         where = ""
         if self._source and self._source.slug != self.machine.slug:
             where = f" on {self._source.name}, with this device's rates"
-        fitted = f"a cost model fitted to {cost_model.layers} layers ({cost_model.mode}){where}"
+        kind = mode if mode == cost_model.mode else f"{cost_model.mode}; {mode} was not measured"
+        fitted = f"a cost model fitted to {cost_model.layers} layers ({kind}){where}"
         return Choice(backend, f"about {rough_us(us)} µs by {fitted}", None, us)
 
     def _read_shipped(self) -> ModelFile | None:

@@ -17,7 +17,7 @@ from tests.support.stub_kernels import StubKernel, cpu_is_the_device, floats
 pytest.importorskip("triton")
 import triton.language as tl
 
-from moe_dispatch.backends.triton_common.descriptors import WeightDescriptors
+from moe_dispatch.backends.triton_common.descriptors import Descriptors
 from moe_dispatch.backends.triton_common.fast_launch import FastKernel
 from moe_dispatch.backends.triton_common.replay import NotReplayableError, Replay, record
 
@@ -51,7 +51,7 @@ class Adding(Honest):
         self.double = FastKernel(StubKernel(double_signature, double))
         self.add = FastKernel(StubKernel(add_signature, add))
         self.between = between or (lambda *_: None)
-        self.descriptors = WeightDescriptors()
+        self.descriptors = Descriptors()
         self.kept = torch.zeros(SIZE)
         self.runs = 0
 

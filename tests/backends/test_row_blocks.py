@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from moe_dispatch.backends.gluon_hopper.row_blocks import row_blocks
-from moe_dispatch.backends.gluon_hopper.windows import rows_after_window, window_descriptor
+from moe_dispatch.backends.gluon_hopper.windows import Windows, rows_after_window
 from moe_dispatch.backends.stages.route import route_torch
 
 pytest.importorskip("triton")
@@ -66,7 +66,7 @@ def test_a_group_is_of_one_expert_and_no_group_is_larger_than_asked() -> None:
 def test_a_window_of_rows_ends_where_an_expert_does(height: int, row: int, end: int) -> None:
     rows = rows_after_window(torch.empty(0).bfloat16(), 100, 128)
     rows[:] = torch.arange(100)[:, None]
-    descriptor = window_descriptor(rows, height)
+    descriptor = Windows(height).describe(rows)
     assert list(descriptor.block_shape) == [1, height, 64]
     # What `_load_rows` has TMA read; out of bounds it fills in zeros.
     window = min(row + 64, end)

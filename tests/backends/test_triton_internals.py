@@ -19,10 +19,15 @@ import torch
 pytest.importorskip("triton")
 import triton
 import triton.language as tl
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon._runtime import GluonJITFunction
+from triton.experimental.gluon.language.nvidia.hopper import tma
 from triton.runtime.jit import JITFunction
 
+from moe_dispatch.backends.gluon_hopper.windows import Windows, rows_after_window
 from moe_dispatch.backends.triton_common import fast_launch as fast_launch_module
 from moe_dispatch.backends.triton_common import internals
+from moe_dispatch.backends.triton_common.descriptors import Descriptors
 from moe_dispatch.backends.triton_common.features import READ_TRITON_RELEASES, unread_triton_reason
 from tests.support.triton_compile import Launch, compile_launches
 
@@ -52,6 +57,12 @@ def copy_block(x, out_ptr, n, BLOCK: tl.constexpr):  # type: ignore[no-untyped-d
     """Copies a block through a tensor descriptor."""
     offs = tl.arange(0, BLOCK)
     tl.store(out_ptr + offs[:, None] * n + offs[None, :], x.load([0, 0]))
+
+
+def store_block(x, out_ptr, n, BLOCK: gl.constexpr):  # type: ignore[no-untyped-def] # a kernel's
+    """Stores a block through a tensor descriptor, in Gluon."""
+    tma.async_copy_shared_to_global(x, [0, 0, 0], gl.allocate_shared_memory(x.dtype, x.block_shape, x.layout))
+    gl.store(out_ptr, n)
 
 
 def launched(kernel: Any, args: tuple[Any, ...], values: Callable[[internals.Launch], list[Any]]) -> None:
@@ -102,20 +113,26 @@ def launch_both_ways(_capability: int) -> Iterator[Launch]:
     from triton.tools.tensor_descriptor import TensorDescriptor
 
     x, out = torch.empty(64, 64, dtype=torch.bfloat16), torch.empty(64, 64, dtype=torch.bfloat16)
-    descriptor = TensorDescriptor.from_tensor(x, [32, 32])
     yield Launch(partial(launched, JITFunction(copy), (x, out, 24), lambda _: [0, 0, 24]))
 
-    def encoded(launch: internals.Launch) -> list[Any]:
+    def encoded(descriptor: Any, launch: internals.Launch) -> list[Any]:
         ((place, encoding),) = launch.descriptors
         assert place == 0
         return [*internals.encode(descriptor, encoding), 0, 64]
 
-    yield Launch(partial(launched, JITFunction(copy_block), (descriptor, out, 64), encoded))
+    # Those that are kept have no tensor any more, which Triton does not miss.
+    windows = Descriptors().get(rows_after_window(x, 64, 64), Windows(32))
+    assert not isinstance(windows.base, torch.Tensor)
+    for kernel, descriptor in (
+        (JITFunction(copy_block), TensorDescriptor.from_tensor(x, [32, 32])),
+        (GluonJITFunction(store_block), windows),
+    ):
+        yield Launch(partial(launched, kernel, (descriptor, out, 64), partial(encoded, descriptor)))
 
 
 def test_the_launcher_in_c_is_passed_what_triton_passes() -> None:
     kernels = compile_launches(launch_both_ways, 90)
-    assert [built.tma for built in kernels] == [False, True]
+    assert [built.tma for built in kernels] == [False, True, True]
 
 
 def test_a_kernel_that_needs_more_of_a_launch_is_triton_s() -> None:

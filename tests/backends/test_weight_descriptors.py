@@ -23,7 +23,7 @@ from tests.support.stub_kernels import StubKernel, cpu_is_the_device, floats
 pytest.importorskip("triton")
 from moe_dispatch.backends.triton_common import descriptors as descriptors_module
 from moe_dispatch.backends.triton_common.backend import TritonBackend
-from moe_dispatch.backends.triton_common.descriptors import WeightDescriptors, WeightView
+from moe_dispatch.backends.triton_common.descriptors import Descriptors, WeightView
 from moe_dispatch.backends.triton_common.fast_launch import FastKernel
 from moe_dispatch.backends.triton_common.replay import NotReplayableError, Replay, record
 
@@ -115,7 +115,7 @@ def test_weights_that_take_turns_at_two_places_are_both_kept() -> None:
 
 
 def test_other_weights_at_the_same_address_have_another_descriptor() -> None:
-    kept = WeightDescriptors()
+    kept = Descriptors()
     weight = make_experts(LAYER, "bf16", "cpu", torch.Generator().manual_seed(0)).down
     first = kept.get(weight, VIEW)
     assert kept.get(weight, VIEW) is first

@@ -24,15 +24,6 @@ def test_a_row_has_a_time_or_a_reason() -> None:
             BenchRow.model_validate(row.model_dump() | change)
 
 
-@pytest.mark.parametrize("source", ["baselines", "peers"])
-def test_rows_with_earlier_names_are_read(source: str) -> None:
-    row = bench_row("vllm", "deepseek-v3", "bf16", 1, 200.0)
-    earlier = json.loads(row.model_dump_json())
-    earlier["floor_us"], earlier["floor_from"] = earlier.pop("roofline_us"), source
-    del earlier["roofline_from"]
-    assert BenchRow.model_validate_json(json.dumps(earlier)) == row
-
-
 def test_recorded_files_are_read_and_other_records_beside_them_passed_over() -> None:
     assert (RESULTS / "options.jsonl.xz").exists()
     rows = row_files.load([RESULTS])

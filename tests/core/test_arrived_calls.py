@@ -6,12 +6,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from moe_dispatch import DeviceLostError
 from moe_dispatch.backend import ArrivedInputs, Backend, PeerRows
 from moe_dispatch.dispatch.process import get_dispatcher
 from moe_dispatch.numerics import QuantizedRows, quantize_rows_torch
 from moe_dispatch.problem import MoEProblem
 from moe_dispatch.testing import Case, Precision, make_inputs, relative_error
-from tests.core.test_dispatcher import ran
+from tests.core.test_dispatcher import lose_context, ran
 from tests.support.fakes import Honest, ranked
 
 pytestmark = pytest.mark.usefixtures("fixed_policy", "no_grad")
@@ -98,6 +99,17 @@ def test_a_backend_that_is_barred_runs_no_more() -> None:
         dispatcher._recovery.bar(plans["eager"], "it failed in an ordinary call")
         dispatcher.arrived.forward(inputs)
         assert ran() == {"taking": 2, "reference": 1}
+
+
+def test_a_backend_that_ran_before_is_not_blamed_for_a_lost_context(monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs, _ = arrived()
+    with ranked(Taking):
+        dispatcher = get_dispatcher("cpu")
+        dispatcher.arrived.forward(inputs)
+        monkeypatch.setattr(QuantizedRows, "dequantized", lose_context)
+        with pytest.raises(DeviceLostError, match="only a suspect"):
+            dispatcher.arrived.forward(inputs)
+        assert not dispatcher.quarantine.entries()
 
 
 @pytest.mark.parametrize(("M", "stores"), [(3, False), (300, True)])

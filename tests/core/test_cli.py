@@ -414,6 +414,8 @@ class Mistake:
         Mistake(("explain", "--tokens", "9" * 5000), "positive numbers"),
         Mistake(("explain", "--machine", "h100"), "did you mean h100-nvl or h100-pcie or h100-sxm?"),
         Mistake(("explain", "--model", "x" * 300), "no workload is called"),
+        Mistake(("explain", "--parallel", "2", "--mode", "graph"), "leave out --mode"),
+        Mistake(("explain", "--wire-fp8"), "give --parallel GPUS"),
         Mistake(("calibrate", "--model", "8,2,64,32", "--timeout", "nan"), "--timeout must be a number"),
         Mistake(("calibrate", "--model", "8,2,64,32", "--timeout", "0"), "--timeout must be a number"),
         Mistake(("calibrate", "--model", "8,2,64,32", "--budget", "-1"), "--budget must be a number"),

@@ -63,15 +63,15 @@ def raising(error: BaseException) -> Callable[..., Any]:
     return method
 
 
-def test_the_door_asks_the_backend_itself_for_everything() -> None:
+def test_the_wrapper_asks_the_backend_itself_for_everything() -> None:
     """A method that it inherits asks no backend: triton_splitk on an A100 seemed to quantise activations."""
-    door = make_backend("triton_splitk", Machine.load("a100-80gb")).backend
-    assert door is not None
+    wrapper = make_backend("triton_splitk", Machine.load("a100-80gb")).backend
+    assert wrapper is not None
     methods = {name for name, member in vars(Backend).items() if name[0] != "_" and inspect.isfunction(member)}
-    own = vars(GuardedBackend).keys() | vars(door).keys()
+    own = vars(GuardedBackend).keys() | vars(wrapper).keys()
     assert methods - own == {"further_reasons"}, "which unsupported_reasons asks for"
     problem = MoEProblem(M=1, K=128, N=128, E=2, topk=1, dtype="fp8", capability=(8, 0))
-    assert not door.quantizes_activations(problem)
+    assert not wrapper.quantizes_activations(problem)
 
 
 class UnprintableError(Exception):
@@ -232,17 +232,26 @@ def test_a_configuration_that_cannot_be_hashed_is_a_reason(call: Call) -> None:
         assert torch.equal(moe_forward(*call), expected(call))
 
 
-def test_a_validator_that_raises_is_a_reason(call: Call) -> None:
+class Strict(BackendConfig):
+    x: pydantic.StrictBool = False
+
+
+@pytest.mark.parametrize(
+    ("kind", "says"), [(Validating, "cannot read the configuration"), (Strict, "valid boolean")], ids=str
+)
+def test_a_configuration_that_its_type_refuses_is_a_reason(kind: type[BackendConfig], says: str, call: Call) -> None:
+    """Also after an equal one of another type was accepted, as 1 equals True."""
+
     class Fixed(Policy):
         name = "fixed"
 
         def rank(self, problem: MoEProblem) -> tuple[Choice, ...]:
-            return Choice("foreign", "because", {"x": 1}), Choice("honest", "because")
+            return *(Choice("foreign", "because", {"x": x}) for x in (True, 1)), Choice("honest", "because")
 
-    with ranked(foreign(config_type=Validating, default_config=lambda *_: Validating.model_construct()), Honest):
+    with ranked(foreign(config_type=kind, default_config=lambda *_: kind.model_construct()), Honest):
         POLICIES.register("fixed", Fixed)
         assert torch.equal(moe_forward(*call), expected(call))
-        assert "cannot read the configuration" in explain(*call).candidates[0].against[0]
+        assert says in explain(*call).candidates[1].against[0]
 
 
 def test_damaged_metadata_cost_their_package_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

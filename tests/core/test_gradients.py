@@ -12,7 +12,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
-from moe_dispatch import ExpertWeights, MoEDispatchWarning, explain, moe_forward, stats
+from moe_dispatch import ExpertWeights, InvalidInputError, MoEDispatchWarning, explain, moe_forward, stats
 from moe_dispatch.activations import Activation
 from moe_dispatch.backends import backward as backward_module
 from moe_dispatch.backends.backward import by_expert, grouped
@@ -308,6 +308,28 @@ def test_the_operator_keeps_what_it_promises() -> None:
                  tensors["down_bias"], "silu", False, None, "")  # fmt: skip
     checks = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_static")
     torch.library.opcheck(torch.ops.moe_dispatch.recorded_forward.default, arguments, test_utils=checks)
+
+
+def test_a_recorded_call_is_checked_as_any_other() -> None:
+    layer = Layer()
+    hidden, (weights, ids) = torch.randn(M, K), routing()
+    experts = layer.wrap({name: tensor.requires_grad_() for name, tensor in layer.tensors().items()})
+    bad: list[tuple[Any, ...]] = [
+        (hidden.to("meta"), experts, weights, ids), (hidden, experts, weights.to("meta"), ids),
+        (hidden[:, 1:], experts, weights, ids), (hidden, experts, weights, ids.float()),
+        (hidden[0], experts, weights, ids), (hidden, experts, ids, weights),
+    ]  # fmt: skip
+    node = moe_forward(hidden, experts, weights, ids).grad_fn
+    assert node is not None
+    assert node.name() == "_RecordedBackward", "torch.library's own takes the host longer than many a call"
+    for arguments in bad:
+        with pytest.raises(InvalidInputError):
+            moe_forward(*arguments)
+    with pytest.raises(InvalidInputError, match="backend must be"):
+        moe_forward(hidden, experts, weights, ids, backend=3)  # type: ignore[arg-type]
+    experts.down.data = experts.down.double()
+    with pytest.raises(InvalidInputError, match="changed since they were wrapped"):
+        moe_forward(hidden, experts, weights, ids)
 
 
 def test_fake_tensors_are_recorded_too() -> None:

@@ -23,6 +23,8 @@ def test_the_names_are_there() -> None:
     if version not in internals.READ_IN:
         pytest.skip(f"torch {version} was not read; it has what the other tests here and in test_dispatcher need")
     assert callable(torch._C._is_any_autocast_enabled)
+    assert callable(torch._C._dynamo.guards.TensorGuards)
+    assert torch.version.cuda is None or callable(torch._C._cuda_isCurrentStreamCapturing)
     assert isinstance(forward_ad._current_level, int)
     assert vars(internals)["FakeTensor"] is not None
 
@@ -34,6 +36,8 @@ def test_without_them_the_public_questions_answer(monkeypatch: pytest.MonkeyPatc
         renamed.setattr(forward_ad, "_current_level", None)
         importlib.reload(internals)
     monkeypatch.setattr(internals, "FakeTensor", None)
+    monkeypatch.delattr(torch._C._dynamo.guards, "TensorGuards")
+    assert internals.kind_check([torch.ones(3)]) is None
     assert internals.any_autocast_enabled()
     plain = torch.ones(3)
     assert not internals.forward_mode_entered(plain, plain)
@@ -53,3 +57,15 @@ def test_with_them_the_private_ones_do() -> None:
     assert not internals.any_autocast_enabled()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert internals.any_autocast_enabled()
+    fits = internals.kind_check([plain])
+    assert fits is not None
+    others = [
+        plain.double(), plain.to("meta"), torch.nn.Parameter(plain), plain.clone().requires_grad_(),
+        plain.expand(1, 3), torch.ones(6)[::2], torch.ones(1).expand(3),
+    ]  # fmt: skip
+    assert fits(torch.zeros(3))
+    assert not any(map(fits, others))
+    for state in (torch.inference_mode(), torch.autocast("cpu")):
+        with state:
+            assert not fits(plain)
+    assert not torch.func.vmap(lambda row: torch.tensor(fits(row)))(torch.ones(2, 3)).any()

@@ -1,5 +1,6 @@
 """The quarantine: the last resort is never in it, one death is forgiven, nothing on disk breaks a call or is lost."""
 
+import dataclasses
 import datetime
 import json
 import os
@@ -96,6 +97,17 @@ class TestObeying:
     def test_a_time_that_tells_nothing_is_obeyed(self, when: str, path: Path) -> None:
         change(path, when=when)
         assert cause(path) == "crashed"
+
+    @pytest.mark.parametrize("fatal", [True, False])
+    def test_what_kills_eagerly_is_not_run_to_prepare_for_graphs(self, fatal: bool, tmp_path: Path) -> None:
+        """And the other way round. What raises in a capture may run eagerly."""
+        for problem in (PROBLEM, dataclasses.replace(PROBLEM, mode="graph")):
+            other = dataclasses.replace(PROBLEM, mode="eager" if problem.mode == "graph" else "graph")
+            quarantine = Quarantine(MACHINE, tmp_path / problem.mode)
+            quarantine.bar("deep_gemm", problem, "crashed", fatal=fatal)
+            for each in (quarantine, Quarantine(MACHINE, tmp_path / problem.mode)):
+                assert bool(each.cause("deep_gemm", other)) == fatal
+            assert quarantine.cause("deep_gemm", problem)
 
     def test_a_survived_failure_does_not_replace_a_fatal_one(self, path: Path) -> None:
         Quarantine(MACHINE, path.parents[1]).bar("deep_gemm", PROBLEM, "raised", fatal=False)

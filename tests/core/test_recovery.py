@@ -5,12 +5,22 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
-from moe_dispatch import InvalidInputError, MoEDispatchWarning, MoEProblem, NoBackendError, moe_forward, stats
+from moe_dispatch import (
+    DeviceLostError,
+    InvalidInputError,
+    MoEDispatchWarning,
+    MoEProblem,
+    NoBackendError,
+    moe_forward,
+    stats,
+)
 from moe_dispatch.backend import BackendConfig
+from moe_dispatch.backends.reference import ReferenceBackend
 from moe_dispatch.dispatch.process import get_dispatcher
 from moe_dispatch.settings import settings
-from tests.core.test_dispatcher import Call, expected, make_call, ran
+from tests.core.test_dispatcher import Call, expected, lose_context, make_call, ran
 from tests.support.fakes import Greedy, Honest, Raising, ranked
 
 pytestmark = pytest.mark.usefixtures("fixed_policy", "no_grad")
@@ -52,6 +62,37 @@ class TestOutOfMemory:
             assert any("'hungry' ran out of memory" in text for text in texts)
             assert any("'raising' failed" in text for text in texts)
             assert [entry.backend for entry in get_dispatcher("cpu").quarantine.entries()] == ["raising"]
+
+    def test_a_split_call_is_differentiated_as_a_whole_one(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """In forward mode its halves run on the reference too: a kernel's output has no tangent."""
+
+        class Kernel(Honest):
+            name = "kernel"
+
+            def run(self, *arguments: Any) -> Tensor:
+                return super().run(*arguments).detach()
+
+        def run(self: ReferenceBackend, hidden_states: Tensor, *others: Any) -> Tensor:
+            if hidden_states.shape[0] > most_tokens:
+                raise torch.OutOfMemoryError("tried to allocate")
+            return whole(self, hidden_states, *others)
+
+        def tangent() -> Tensor:
+            with forward_ad.dual_level():
+                dual = forward_ad.make_dual(hidden, hidden)  # type: ignore[no-untyped-call]  # torch's
+                out = moe_forward(dual, experts, weights, ids)
+                tangent = forward_ad.unpack_dual(out).tangent  # type: ignore[no-untyped-call]  # torch's
+                assert isinstance(tangent, Tensor)
+                return tangent
+
+        hidden, experts, weights, ids = make_call(6)
+        whole, most_tokens = ReferenceBackend.run, 6
+        monkeypatch.setattr(ReferenceBackend, "run", run)
+        with ranked(Kernel):
+            at_once = tangent()
+            most_tokens = 3
+            with pytest.warns(MoEDispatchWarning, match="split along M into 3 and 3"):
+                assert torch.allclose(tangent(), at_once, atol=1e-6)
 
 
 class Mapped:
@@ -114,6 +155,11 @@ class TestCallersFault:
                 moe_forward(*call)
             assert not get_dispatcher("cpu").quarantine.entries()
             assert not ran()
+
+    def test_a_lost_context_is_not_the_callers_fault(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("moe_dispatch.backends.reference.ReferenceBackend.run", lose_context)
+        with ranked(Honest), pytest.raises(DeviceLostError, match="Restart the process"):
+            Mapped(make_call(6)).over_tokens()
 
     def test_without_a_last_resort_the_reasons_are_listed(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("MOE_DISPATCH_DISABLE", "reference")

@@ -16,12 +16,14 @@ import torch
 import torch.distributed as dist
 
 from moe_dispatch import moe_forward
+from moe_dispatch.backend import FAST_PATH_TOKENS
 from moe_dispatch.backends.exchange import push
 from moe_dispatch.benchmarks.record import expert_parallel
 from moe_dispatch.benchmarks.record.rank_clock import Clock
+from moe_dispatch.dispatch import arrived_calls
 from moe_dispatch.errors import InvalidInputError
 from moe_dispatch.experts import ExpertWeights
-from moe_dispatch.parallel import watch
+from moe_dispatch.parallel import direct, watch
 from moe_dispatch.parallel.exchange import Arrived, LocalTokens, Tokens
 from moe_dispatch.parallel.expert_parallel import ExpertParallel
 from moe_dispatch.parallel.gather import GatherExchange
@@ -65,11 +67,12 @@ def tokens_of(M: int, spread: str) -> list[int]:
 
 def conformance(
     names: list[str], precision: Precision, tokens: str, exchange: str, spread: str, backend: str | None = None,
-    rows_aside: int = push.ROWS_ASIDE,
+    rows_aside: int = push.ROWS_ASIDE, own_first: int = direct.OWN_FIRST, fast_path: int = FAST_PATH_TOKENS,
 ) -> list[str]:  # fmt: skip
     """Run cases of the conformance suite through a layer that is spread over the ranks; returns what is wrong."""
     rank, faults = dist.get_rank(), []
     ep = parallel(tokens=tokens, exchange=exchange)
+    ep._session.dispatcher.arrived.forget_plans()  # which follow from `fast_path`
     for name in names:
         inputs = make_inputs(CASES[name], precision, "cpu")
         layer = ep.split(inputs.experts)
@@ -77,7 +80,11 @@ def conformance(
         if tokens == "sharded":
             counts = tokens_of(CASES[name].M, spread)
             mine = slice(sum(counts[:rank]), sum(counts[: rank + 1]))
-        with mock.patch.object(push, "ROWS_ASIDE", rows_aside):
+        with (
+            mock.patch.object(push, "ROWS_ASIDE", rows_aside),
+            mock.patch.object(direct, "OWN_FIRST", own_first),
+            mock.patch.object(arrived_calls, "FAST_PATH_TOKENS", fast_path),
+        ):
             if fault := _fault(inputs, layer, mine, TOLERANCE[precision.dtype], backend):
                 faults.append(f"{name}: {fault}")
     return faults
@@ -386,7 +393,7 @@ def recorded(folder: str) -> tuple[int, list[dict[str, Any]]]:
     device = torch.device("cpu")
     with torch.no_grad():
         wrong = expert_parallel._run(
-            dataclasses.replace(expert_parallel.TINY, E=18), "fp32", [1, 4], options, device,
+            dataclasses.replace(expert_parallel.TINY, E=18), "fp32", [4, 1], options, device,
             Clock(device, 2), lambda: None,
         )  # fmt: skip
     return wrong, [json.loads(line) for line in out.read_text().splitlines()] if out.exists() else []

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from typer.testing import CliRunner
 
 from moe_dispatch.commands.app import app
-from moe_dispatch.parallel.exchange_times import ExchangeTable, ParallelCalibration, Split
+from moe_dispatch.parallel.exchange_times import ExchangeTable, ParallelCalibration, Split, calibration_path, find
 from moe_dispatch.parallel.expert_parallel import ExpertParallel
 from moe_dispatch.parallel.links import fitted
 from moe_dispatch.testing import make_inputs
@@ -120,6 +120,24 @@ def test_a_later_calibration_keeps_other_layers(calibrated: dict[str, Any]) -> N
     newer = older.model_copy(update={"layers": (fresh, other)})
     assert newer.with_layers_of(older).layers == (fresh, other, *older.layers[1:])
     assert newer.with_layers_of(older.model_copy(update={"versions": {}})) == newer
+
+
+@pytest.mark.parametrize("own", ["{", '{"versions": {}}'], ids=["damaged", "of other versions"])
+def test_an_own_file_without_use_does_not_hide_a_shared_one(
+    calibrated: dict[str, Any], own: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shared = ParallelCalibration.model_validate({key: calibrated[key] for key in ParallelCalibration.model_fields})
+    monkeypatch.setenv("MOE_DISPATCH_CACHE_DIR", str(tmp_path / "own"))
+    monkeypatch.setenv("MOE_DISPATCH_CALIBRATION_PATH", str(tmp_path))
+    (tmp_path / f"{shared.topology.key}.json").write_text(shared.model_dump_json(), encoding="utf-8")
+    path = calibration_path(shared.topology)
+    path.parent.mkdir(parents=True)
+    path.write_text(
+        own if own == "{" else shared.model_copy(update=json.loads(own)).model_dump_json(), encoding="utf-8"
+    )
+    calibration, (reason,) = find(shared.topology, shared.versions)
+    assert calibration == shared
+    assert str(path) in reason
 
 
 def test_nothing_is_interpolated_over_a_wide_gap(calibrated: dict[str, Any]) -> None:

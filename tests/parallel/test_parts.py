@@ -1,15 +1,18 @@
 """What expert parallelism is made of, each by itself."""
 
+import dataclasses
 import os
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from moe_dispatch.errors import InvalidInputError
+from moe_dispatch.parallel import libraries
 from moe_dispatch.parallel.all_to_all import rounded_rows
 from moe_dispatch.parallel.exchange import CallKind, Exchange
 from moe_dispatch.parallel.expert_parallel import ExpertParallel
@@ -56,6 +59,33 @@ def test_every_exchange_says_what_speaks_against_it() -> None:
         "takes a layer divided by experts, got columns", "cannot be captured in a CUDA graph",
     ]  # fmt: skip
     assert exchanges["gather"].requirements.reasons_against(captured) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("deep_ep", ["needs sgl-deep-ep 0.1.0, got none", "needs torch 2.13, for which its wheels are built"]),
+        ("nccl_ep", ["needs nccl-extensions 0.1.0, got none", "needs NCCL 2.30.7, got 2.28.9"]),
+    ],
+)
+def test_an_exchange_of_a_library_says_what_it_lacks(
+    name: str, said: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    exchange = EXCHANGES.load(name)(SimpleNamespace(library="gloo", device=None))  # type: ignore[arg-type]
+    monkeypatch.setattr(libraries, "torch_version", "2.11.0+cu130")
+    monkeypatch.setattr(libraries, "library_versions", lambda _: {"NCCL": "2.28.9"})
+    transport, *lacking, uncalled = exchange.unavailable_reasons()
+    assert transport == "takes a process group on nccl, got gloo"
+    assert [reason.partition(", got 2.11.0")[0] for reason in lacking] == said
+    assert "no code calls it yet" in uncalled
+    monkeypatch.setattr(libraries, "torch_version", "2.130.0")
+    assert ("2.130.0" in str(exchange.unavailable_reasons())) == (name == "deep_ep"), "2.130 is not 2.13"
+    monkeypatch.setattr(libraries, "torch_version", "2.13.1")
+    monkeypatch.setattr(libraries, "library_version", lambda _: "0.1.0")
+    monkeypatch.setattr(libraries, "library_versions", lambda _: {"NCCL": "2.31.0"})
+    assert exchange.unavailable_reasons() == (transport, uncalled)
+    fp16 = dataclasses.replace(KIND, act_dtype="fp16")
+    assert exchange.unsupported_reasons(fp16) == ("takes hidden_states in bf16, got fp16",)
 
 
 def test_a_process_that_ended_is_gone() -> None:

@@ -150,6 +150,13 @@ def test_a_resumed_calibration_measures_nothing_again(simulate: Calibrating) -> 
     assert not simulate((2,), "right", resume=True).measured
 
 
+def test_a_resumed_calibration_measures_the_backends_that_an_earlier_one_left_out(simulate: Calibrating) -> None:
+    simulate((2,), "right")
+    resumed = simulate((2,), "right", "reference", resume=True)
+    assert {one.candidate.backend for one in resumed.measured} == {"right", "reference"}
+    assert not simulate((2,), "right", resume=True).measured
+
+
 def test_a_resumed_calibration_knows_which_candidates_were_far_behind(simulate: Calibrating) -> None:
     simulate((1, 4), "tuned")
     resumed = simulate((1, 2, 4), "tuned", resume=True)

@@ -1,6 +1,7 @@
 """Calibrations that are carried to other machines: the search path, and the commands that write and merge files."""
 
 import json
+import lzma
 from pathlib import Path
 
 import pytest
@@ -59,6 +60,10 @@ def test_a_folder_on_the_search_path_is_read(own: Path, tmp_path: Path, monkeypa
     assert path.read_bytes() == content
     assert not own.exists()
     monkeypatch.setenv("MOE_DISPATCH_CALIBRATION_PATH", f"/nowhere:{path}")
+    assert ranked() == ["reference"]
+    compressed = tmp_path / "any-name.json.xz"
+    compressed.write_bytes(lzma.compress(content))
+    monkeypatch.setenv("MOE_DISPATCH_CALIBRATION_PATH", str(compressed))
     assert ranked() == ["reference"]
 
 

@@ -310,7 +310,9 @@ def test_a_saved_model_ranks_shapes_that_were_not_measured(tmp_path: Path, monke
     assert first.us == pytest.approx(truth, rel=0.05)
     assert "by a cost model fitted to 6 layers (graph)" in first.reason
     assert policy.rank(layer.problem(2, "bf16", H200, "graph")) == ()
-    assert policy.rank(layer.problem(2, "fp8", H200, "eager")) == ()  # where other launches count
+    eager = policy.rank(layer.problem(16384, "fp8", H200, "eager"))[0]
+    assert (eager.backend, eager.us) == (first.backend, first.us)
+    assert "(graph; eager was not measured)" in eager.reason
 
 
 def cost_model(backend: str, launch: float, most_rows: float = 1000.0) -> CostModel:
@@ -441,14 +443,16 @@ def test_another_token_count_makes_no_backend_again(monkeypatch: pytest.MonkeyPa
     ("content", "says"),
     [
         ("{", "is damaged"),
-        ('{"schema_version": 9, "fingerprint": "x", "sms": 1, "laws": []}', "schema version 9"),
+        ('{"schema_version": 9, "fingerprint": "x", "sms": 1, "cost_models": []}', "schema version 9"),
         (
-            '{"fingerprint": "x", "sms": 1, "laws": [{"dtype": "fp8", "mode": "graph", "backend": "x", "layers": 5, '
+            '{"fingerprint": "x", "sms": 1, "cost_models": [{"dtype": "fp8", "mode": "graph", "backend": "x", '
+            '"layers": 5, '
             '"points": 9, "most_rows": 1.0, "error": 0.1, "coefficients": {"launch": 1.0}}]}',
             "no coefficient for search, weights",
         ),
         (
-            '{"fingerprint": "x", "sms": 1, "laws": [{"dtype": "fp8", "mode": "graph", "backend": "x", "layers": 5, '
+            '{"fingerprint": "x", "sms": 1, "cost_models": [{"dtype": "fp8", "mode": "graph", "backend": "x", '
+            '"layers": 5, '
             '"points": 9, "most_rows": 1.0, "error": 0.1, "coefficients": {"launch": -1.0}}]}',
             "greater than or equal to 0",
         ),
