@@ -76,9 +76,9 @@ class TorchGroupedBackend(WritingBackend):
         widths = (problem.K, problem.gate_up_rows, problem.N, problem.K)
         widest = max(a + b for a, b in itertools.pairwise(widths))
         element = ELEMENT_BYTES[problem.act_dtype]
-        # In fp32 first: of one expert, and of both projections of all.
-        dequantized = (problem.gate_up_rows + problem.N) * problem.K * (problem.E * element + 8)
-        return problem.slots * widest * element + dequantized * (problem.dtype == "mxfp4")
+        dequantized = (problem.gate_up_rows + problem.N) * problem.K * problem.E if problem.dtype == "mxfp4" else 0
+        # Experts are held twice while those of a projection are stacked.
+        return (problem.slots * widest + 2 * dequantized) * element
 
     def measured_versions(self) -> dict[str, str]:
         """See `Backend.measured_versions`."""
@@ -96,12 +96,11 @@ class TorchGroupedBackend(WritingBackend):
         """See `Backend.run_into`."""
         # grouped_mm stores rows in the dtype of its operands, so FP16 ones have to be weighted before; see `activate`.
         weighted = hidden_states.dtype == torch.float16
-        weights = (experts.gate_up, experts.down)
-        if experts.dtype == "mxfp4":
-            weights = _dequantized(experts, hidden_states.dtype)
+        gate_up_weight = _dequantized(experts.gate_up, experts.gate_up_scale, hidden_states.dtype)
+        down = _dequantized(experts.down, experts.down_scale, hidden_states.dtype)
         routing = route(topk_ids, experts.E, by_row=False)
         gate_up = F.grouped_mm(
-            gather(hidden_states, routing, topk_ids.shape[1]), weights[0].transpose(1, 2), offs=routing.ends
+            gather(hidden_states, routing, topk_ids.shape[1]), gate_up_weight.transpose(1, 2), offs=routing.ends
         )
         inner = activate(
             gate_up,
@@ -113,7 +112,7 @@ class TorchGroupedBackend(WritingBackend):
             topk_weights=topk_weights if weighted else None,
         )
         del gate_up  # so that the allocator can hand its memory to the product that follows
-        y = F.grouped_mm(inner, weights[1].transpose(1, 2), offs=routing.ends)
+        y = F.grouped_mm(inner, down.transpose(1, 2), offs=routing.ends)
         return combine(
             y,
             routing.row_of_slot,
@@ -130,13 +129,8 @@ def _fused(problem: MoEProblem) -> bool:
     return problem.act_dtype == "bf16" and capability is not None and capability[0] in _FUSED_MAJORS
 
 
-def _dequantized(experts: ExpertWeights, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """gate_up and down in the activations' dtype, one expert after another."""
-    gate_up = torch.empty(experts.E, experts.gate_up.shape[1], experts.K, dtype=dtype, device=experts.device)
-    down = torch.empty(experts.E, experts.K, experts.N, dtype=dtype, device=experts.device)
-    assert experts.gate_up_scale is not None  # noqa: S101 - `ExpertWeights` has refused codes without scales
-    assert experts.down_scale is not None  # noqa: S101 - likewise
-    for e in range(experts.E):
-        gate_up[e] = dequantize(experts.gate_up[e], experts.gate_up_scale[e])
-        down[e] = dequantize(experts.down[e], experts.down_scale[e])
-    return gate_up, down
+def _dequantized(codes: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """A weight in the activations' dtype, one expert after another; itself where it has no scales."""
+    if scale is None:
+        return codes
+    return torch.stack([dequantize(*of_expert).to(dtype) for of_expert in zip(codes, scale, strict=True)])

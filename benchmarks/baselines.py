@@ -228,11 +228,7 @@ class VllmTritonKernels(Baseline):
 
 
 class VllmMxfp4(Baseline):
-    """The `triton_kernels` that vLLM bundles, as it runs gpt-oss: MXFP4 weights in a layout for the device.
-
-    That is vLLM's `OAITritonExperts` on weights that its `_swizzle_mxfp4` has copied, once, into the order in which
-    tensor cores of the device take them.
-    """
+    """The `triton_kernels` that vLLM bundles, as it runs gpt-oss: MXFP4 weights, copied once into its layout."""
 
     name = "vllm_mxfp4"
     requirements = Requirements(
@@ -246,28 +242,26 @@ class VllmMxfp4(Baseline):
         max_capability={"mxfp4": (11, 0)},
     )
 
-    def unsupported_reasons(self, problem: MoEProblem) -> tuple[str, ...]:
-        """See `Baseline.unsupported_reasons`."""
-        reasons = super().unsupported_reasons(problem)
-        fits = problem.interleaved and problem.bias
-        return reasons if fits else (*reasons, "takes layers as gpt-oss has them: alternating rows, and biases")
-
     def prepare(self, experts: ExpertWeights, problem: MoEProblem) -> Call:
-        """See `Baseline.prepare`."""
+        """See `Baseline.prepare`.
+
+        Raises:
+            ValueError: The layer has no biases, or gate rows first.
+        """
+        if not (experts.interleaved and experts.gate_up_bias is not None and experts.down_bias is not None):
+            raise ValueError("takes layers as gpt-oss has them, with alternating rows and biases")
         config = importlib.import_module(f"{vllm.PACKAGE}.config")
         kernels = importlib.import_module(f"{vllm.PACKAGE}.experts.gpt_oss_triton_kernels_moe")
         utils = importlib.import_module("vllm.model_executor.layers.quantization.utils.mxfp4_utils")
-        prepared: list[Any] = []
-        for name in ("gate_up", "down"):
-            weight, flex, scale = utils._swizzle_mxfp4(getattr(experts, name), getattr(experts, f"{name}_scale"))
-            matmul = importlib.import_module("triton_kernels.matmul_ogs")
-            prepared += [
-                weight, matmul.PrecisionConfig(weight_scale=scale, flex_ctx=matmul.FlexCtx(rhs_data=flex)),
-                getattr(experts, f"{name}_bias").float(),
-            ]  # fmt: skip
-        gate_up, gate_up_precision, gate_up_bias, down, down_precision, down_bias = prepared
+        gate_up, gate_up_flex, gate_up_scale = utils._swizzle_mxfp4(experts.gate_up, experts.gate_up_scale)
+        down, down_flex, down_scale = utils._swizzle_mxfp4(experts.down, experts.down_scale)
+        matmul = importlib.import_module("triton_kernels.matmul_ogs")
+        precision = [
+            matmul.PrecisionConfig(weight_scale=scale, flex_ctx=matmul.FlexCtx(rhs_data=flex))
+            for scale, flex in ((gate_up_scale, gate_up_flex), (down_scale, down_flex))
+        ]
         quant_config = config.mxfp4_w4a16_moe_quant_config(
-            w1_scale=gate_up_precision, w2_scale=down_precision, w1_bias=gate_up_bias, w2_bias=down_bias
+            *precision, w1_bias=experts.gate_up_bias.float(), w2_bias=experts.down_bias.float()
         )
         moe_config = vllm.moe_config(experts, problem.topk, vllm.load().activation("swigluoai"))
         layer = kernels.OAITritonExperts(moe_config, quant_config)

@@ -1,7 +1,7 @@
 """Fused MXFP4 experts as gpt-oss is published: blocks of 16 bytes, and an exponent for each.
 
 ``gate_up_proj_blocks`` is uint8 ``[E, 2N, K/32, 16]`` and ``gate_up_proj_scales`` ``[E, 2N, K/32]``; ``down_proj_…``
-are ``[E, K, N/32, 16]`` and ``[E, K, N/32]``. Biases are ``[E, 2N]`` and ``[E, K]``.
+are ``[E, K, N/32, 16]`` and ``[E, K, N/32]``.
 """
 
 from collections.abc import Mapping
@@ -25,7 +25,7 @@ def stack_mxfp4(
     """The tensors of `ExpertWeights` by the names of its arguments; arguments as of `moe_dispatch.checkpoints.stack`.
 
     Raises:
-        InvalidInputError: Blocks or scales are missing, or their shapes do not belong together.
+        InvalidInputError: Blocks or scales are missing, or shapes do not belong together.
     """
     required = [(projection, kind) for projection in ("gate_up", "down") for kind in ("blocks", "exponents")]
     if missing := [f"{projection}_proj's {kind}" for projection, kind in required if (projection, kind) not in names]:
@@ -34,32 +34,24 @@ def stack_mxfp4(
         )
     E, K, groups = source.shape(names["down", "exponents"])[:3]
     N = groups * MX_BLOCK
-    shapes = {
-        "gate_up": (E, 2 * N, K // MX_BLOCK),
-        "down": (E, K, groups),
-    }
-    biases = {"gate_up": (E, 2 * N), "down": (E, K)}
     columns = part.of(N, block=MX_BLOCK, origin=source.origin)
+    rows = [columns, slice(columns.start + N, columns.stop + N)]
     if interleaved:
-        spans = [slice(2 * columns.start, 2 * columns.stop)]
-    else:
-        spans = [columns, slice(columns.start + N, columns.stop + N)]
-    share = slice(columns.start // MX_BLOCK, columns.stop // MX_BLOCK)
+        rows = [slice(2 * columns.start, 2 * columns.stop)]
+    share = (slice(None), slice(columns.start // MX_BLOCK, columns.stop // MX_BLOCK))
     stacked: dict[str, Tensor] = {}
     for (target, kind), name in names.items():
-        shape = {"blocks": (*shapes[target], MX_BLOCK // 2), "exponents": shapes[target], "bias": biases[target]}
-        if kind not in shape or source.shape(name) != shape[kind]:
+        shape: tuple[int, ...] = (E, 2 * N, K // MX_BLOCK) if target == "gate_up" else (E, K, groups)
+        shape = {"blocks": (*shape, MX_BLOCK // 2), "exponents": shape, "bias": shape[:2]}.get(kind, ())
+        if source.shape(name) != shape:
             raise InvalidInputError(
-                f"{source.origin}: {name} must be {list(shape.get(kind, ()))} beside MXFP4 experts with N={N} and "
-                f"K={K}, got {list(source.shape(name))}"
+                f"{source.origin}: {name} must be {list(shape)} beside MXFP4 experts with N={N} and K={K}, "
+                f"got {list(source.shape(name))}"
             )
-        whole = slice(None)
         if target == "gate_up":
-            tensor = torch.cat([source.read(name, whole, span) for span in spans], dim=1)
+            tensor = torch.cat([source.read(name, slice(None), span) for span in rows], dim=1)
         else:
-            tensor = source.read(name) if kind == "bias" else source.read(name, whole, whole, share)
-        if kind != "bias" and tensor.dtype not in (torch.uint8, torch.float8_e8m0fnu):
-            raise InvalidInputError(f"{source.origin}: {name} must be uint8, got {tensor.dtype}")
-        argument = {"blocks": target, "exponents": f"{target}_scale", "bias": f"{target}_bias"}[kind]
+            tensor = source.read(name) if kind == "bias" else source.read(name, slice(None), *share)
+        argument = target + {"blocks": "", "exponents": "_scale", "bias": "_bias"}[kind]
         stacked[argument] = (tensor.flatten(2) if kind == "blocks" else tensor).to(device or tensor.device).contiguous()
     return stacked
