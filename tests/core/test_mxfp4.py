@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -56,8 +57,8 @@ def test_blocks_have_their_own_scale_and_spoil_no_other() -> None:
 
 def test_a_layer_knows_its_form() -> None:
     made = dict(layer().tensors())
-    e8m0 = {name: made[name].view(torch.float8_e8m0fnu) for name in ("gate_up_scale", "down_scale")}
-    experts = ExpertWeights(**{**made, **e8m0})
+    e8m0: dict[str, Any] = {name: made[name].view(torch.float8_e8m0fnu) for name in ("gate_up_scale", "down_scale")}
+    experts = ExpertWeights(**(made | e8m0))
     assert (experts.dtype, experts.E, experts.K, experts.N) == ("mxfp4", E, K, N)
     problem = experts.problem(4, 2, torch.bfloat16, None)
     assert problem.expert_bytes == 3 * K * N // 2 + 3 * K * N // 32
@@ -141,7 +142,7 @@ def test_reads_gpt_oss_as_it_is_published(tmp_path: Path) -> None:
 def test_refuses_by_name_what_is_not_so(
     change: dict[str, Tensor | None], tp: tuple[int, int], says: str, tmp_path: Path
 ) -> None:
-    tensors = published(layer()) | {PREFIX + name: tensor for name, tensor in change.items()}  # type: ignore[operator]
+    tensors = published(layer()) | {PREFIX + name: tensor for name, tensor in change.items()}
     folder = save(tmp_path, {name: tensor for name, tensor in tensors.items() if tensor is not None})
     with pytest.raises(InvalidInputError, match=says):
         ExpertWeights.from_safetensors(folder, 1, activation="swiglu_oai", tp=tp)
