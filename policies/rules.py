@@ -125,6 +125,8 @@ def vector_suits(problem: MoEProblem) -> bool:
     """Whether the vector kernels are likelier to be fastest than split-K on tensor cores."""
     if problem.expected_slots > VECTOR_SHARING * problem.expected_experts:
         return False
+    if problem.dtype == "mxfp4":
+        return False  # which they do not read
     if problem.fp8 and problem.capability is not None and problem.capability < (8, 9):
         return False  # without an instruction that converts e4m3, which takes longer still; nothing was measured there
     read = problem.expected_experts * problem.expert_bytes
