@@ -9,9 +9,10 @@ import torch
 
 from moe_dispatch import testing as conformance
 from moe_dispatch.backends.reference import ReferenceBackend, ReferenceConfig
-from moe_dispatch.backends.triton_common.features import features, interpreting
+from moe_dispatch.backends.triton_common.features import features, interpreting, on_triton
 from moe_dispatch.backends.triton_persistent.backend import TritonPersistentBackend
 from moe_dispatch.backends.triton_persistent.config import TritonPersistentConfig, persistent_configs, tma_fits
+from moe_dispatch.backends.triton_persistent.order_columns import order_columns, order_columns_torch
 from moe_dispatch.machine import Machine
 from moe_dispatch.problem import DType
 from moe_dispatch.workloads import ROUTINGS, WORKLOADS, make_experts, torch_dtype
@@ -38,6 +39,7 @@ class Case(conformance.Case):
 
 BOTH: tuple[DType, ...] = ("fp16", "fp8")
 ALL: tuple[DType, ...] = (*BOTH, "fp8_channel")
+MX: tuple[DType, ...] = ("mxfp4",)
 CASES = (
     # How tiles are walked and shaped.
     Case("row major", M=40, config=SMALL | {"order": "row_major"}),
@@ -53,8 +55,11 @@ CASES = (
     Case("a scale for each row", M=45, K=136, N=72, dtypes=("fp8_channel",), config={"block_m": 32}),
     Case("gpt-oss", topk=3, activation="swiglu_oai", bias=True, interleaved=True, dtypes=ALL),
     Case("no gate", activation="relu2", bias=True, N=130, dtypes=ALL),
+    Case("codes of four bits", K=288, N=96, bias=True, dtypes=MX, config={"block_k": 64, "block_m": 16}),
+    Case("codes of four bits, no gate", K=96, N=160, activation="relu2", dtypes=MX, config={"block_k": 256}),
 )
 
+MX_LAYER = {"K": 160, "N": 96, "activation": "swiglu_oai", "bias": True}
 TMA = {"block_m": 16, "block_n": 64, "tma": True}
 
 # Rows that are whole multiples of 16 bytes, and of no tile: boxes reach into the next expert and past the last.
@@ -64,6 +69,8 @@ TMA_CASES = (
         "tma, gpt-oss", M=20, K=144, N=96, activation="swiglu_oai", bias=True, interleaved=True, dtypes=BOTH,
         config=TMA,
     ),
+    Case("tma, gate rows first", M=20, **MX_LAYER, dtypes=MX, config=TMA),
+    Case("tma, alternating rows", M=20, **MX_LAYER, interleaved=True, dtypes=MX, config=TMA),
     Case("tma, no gate", M=20, K=144, N=96, activation="relu2", bias=True, dtypes=BOTH, config=TMA),
 )  # fmt: skip
 
@@ -130,6 +137,16 @@ def _equals_the_reference(backend: TritonPersistentBackend, case: Case, dtype: D
     assert error <= tolerance, float(error)
     if DEVICE == "cuda":  # the interpreter runs programs one after another
         assert torch.equal(out, backend.run(x, experts, weights, ids, config)), "does not repeat bit for bit"
+
+
+@pytest.mark.skipif(not on_triton(torch.empty(0, device=DEVICE)), reason="a kernel")
+def test_columns_are_ordered_by_their_number_modulo_four() -> None:
+    x = torch.randn(3, 2880, device=DEVICE).half()
+    ordered, expected = order_columns(x, 128), order_columns_torch(x, 128)
+    assert ordered.shape == (3, 2944)
+    kept = order_columns_torch(torch.ones_like(x), 128) == 1
+    assert torch.equal(ordered[kept], expected[kept])
+    assert torch.equal(expected[0, :32], x[0, :128:4])
 
 
 @pytest.mark.skipif(not interpreting(), reason="about the interpreter")
