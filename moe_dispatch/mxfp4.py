@@ -1,8 +1,8 @@
 """MXFP4 in torch: E2M1 codes with a power of two for every 32 of them along a row.
 
-The form is that of the OCP Microscaling Formats specification, v1.0 (2023), as gpt-oss is published in it. A code has a
-sign, two bits of exponent and one of mantissa: ±{0, .5, 1, 1.5, 2, 3, 4, 6}. A byte holds two codes, that of the even
-column in its low half. A scale is an exponent of eight bits (E8M0): s stands for 2^(s - 127), and 255 for NaN.
+The form is that of the OCP Microscaling Formats specification, v1.0 (2023), in which gpt-oss is published. A byte holds
+two codes, that of the even column in its low half: a sign, two bits of exponent, one of mantissa. A scale is an
+exponent of eight bits (E8M0): s stands for 2^(s - 127), and 255 for NaN.
 """
 
 import itertools
@@ -22,9 +22,9 @@ _NAN: Final = 255
 def quantize_mxfp4(weight: Tensor) -> tuple[Tensor, Tensor]:
     """Quantise weights by the specification's conversion (its section 6.3).
 
-    The scale of 32 weights is the greatest power of two that is not above their greatest magnitude, divided by 4, so
-    that 6 stands for magnitudes of up to 8. Codes are rounded to the nearest, ties to even. Where one of the 32 is
-    NaN or infinite, for which there are no codes, all of them become NaN.
+    The scale of 32 weights is a quarter of the greatest power of two that is not above their greatest magnitude, so
+    that 6 stands for up to 8 times the scale. Codes are the nearest, ties to even. Where one of the 32 is NaN or
+    infinite, for which there are no codes, all of them become NaN.
 
     Args:
         weight: ``[E, R, C]`` of any float dtype; C is a multiple of 32.
@@ -64,10 +64,7 @@ def dequantize_mxfp4(codes: Tensor, scale: Tensor) -> Tensor:
 
 
 def _nearest(magnitudes: Tensor) -> Tensor:
-    """The codes, without sign, whose values are nearest: one for each midpoint that is passed, uint8.
-
-    A midpoint itself goes to the even code, which lies above it where the midpoint's number is odd.
-    """
+    """The nearest codes, without sign: the number of midpoints that are passed. A midpoint goes to the even code."""
     code = torch.zeros_like(magnitudes, dtype=torch.uint8)
     for number, (low, high) in enumerate(itertools.pairwise(MAGNITUDES)):
         middle = (low + high) / 2

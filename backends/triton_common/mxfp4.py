@@ -1,10 +1,9 @@
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"
 """Device functions for MXFP4 weights beside BF16 activations (see `moe_dispatch.mxfp4`). Needs Triton.
 
-A product does not depend on the order in which its columns are added. So the columns of a block are taken in four
-groups, each of every fourth column: four codes lie in 16 bits, and four activations in 64, so that shifts and masks
-separate the groups, where codes in the order of memory would have to change places between registers. A block of
-columns is then four products of a quarter of its depth.
+A product may add its columns in any order. A block of them is taken as four products, each of every fourth column:
+four codes lie in 16 bits and four activations in 64, so that shifts and masks separate them, where codes in the order
+of memory would have to change places between registers.
 """
 
 import triton
@@ -18,9 +17,9 @@ _BLOCK = tl.constexpr(MX_BLOCK)
 # What `moe_mxfp4_values` leaves out of every value, and the result of a product has to be multiplied by.
 MOE_MXFP4_UNIT = tl.constexpr(1.0 if interpreting() else 2.0**32)
 
-# Two words of four codes each become four pairs of BF16, without the bias of 126 between the exponents of E2M1 and
-# BF16. A code is isolated; one product, as whose two terms do not overlap, moves a copy of it to where BF16 has its
-# sign and another to where it has the exponent's last two bits and the first of the mantissa; a mask keeps those.
+# Two words of four codes each become four pairs of BF16, but for the 126 between the biases of both exponents. A code
+# is isolated; one product moves a copy of it to where BF16 has its sign, and another to where it has the last two bits
+# of the exponent and the first of the mantissa; a mask keeps those.
 _CODES_TO_BF16 = tl.constexpr("""{
     .reg .b32 upper, code;
     shr.u32 upper, $4, 8;
@@ -41,17 +40,17 @@ _CODES_TO_BF16 = tl.constexpr("""{
 
 @triton.jit
 def moe_mxfp4_values(words, exponents, dtype: tl.constexpr, ROWS: tl.constexpr, BLOCK_K: tl.constexpr):
-    """The values of a block of weights, divided by MOE_MXFP4_UNIT, by column modulo 4: four of ``[ROWS, BLOCK_K/4]``.
+    """The values of weights, divided by MOE_MXFP4_UNIT, by column modulo 4: four tiles ``[ROWS, BLOCK_K/4]``.
 
-    The bias that codes lack and their scale are one factor, so that a value takes one multiplication. It is exact for
-    scales from 2^-100 to 2^33; greater ones give NaN, as the exponent 255 does, and smaller ones round towards zero.
+    The difference of the biases and the scale are one factor, so that a value takes one multiplication. That is exact
+    for scales from 2^-100 to 2^33; greater ones give NaN, as the exponent 255 does, and smaller ones lose bits.
 
     Args:
         words: int16 ``[ROWS, BLOCK_K/4]``, four codes each.
         exponents: uint8 ``[ROWS, BLOCK_K/32]``.
         dtype: BF16; in the interpreter, which computes BF16 wrongly, FP16.
-        ROWS: Rows of the block.
-        BLOCK_K: Columns of the block.
+        ROWS: Rows.
+        BLOCK_K: Columns.
     """
     bits = exponents.to(tl.int32)
     if _INTERPRETED:

@@ -59,7 +59,6 @@ CASES = (
     Case("codes of four bits, no gate", K=96, N=160, activation="relu2", dtypes=MX, config={"block_k": 256}),
 )
 
-MX_LAYER = {"K": 160, "N": 96, "activation": "swiglu_oai", "bias": True}
 TMA = {"block_m": 16, "block_n": 64, "tma": True}
 
 # Rows that are whole multiples of 16 bytes, and of no tile: boxes reach into the next expert and past the last.
@@ -69,8 +68,8 @@ TMA_CASES = (
         "tma, gpt-oss", M=20, K=144, N=96, activation="swiglu_oai", bias=True, interleaved=True, dtypes=BOTH,
         config=TMA,
     ),
-    Case("tma, gate rows first", M=20, **MX_LAYER, dtypes=MX, config=TMA),
-    Case("tma, alternating rows", M=20, **MX_LAYER, interleaved=True, dtypes=MX, config=TMA),
+    Case("tma, codes of four bits", M=20, K=160, N=96, bias=True, dtypes=MX, config=TMA),
+    Case("tma, codes of alternating rows", M=20, K=160, N=96, interleaved=True, dtypes=MX, config=TMA),
     Case("tma, no gate", M=20, K=144, N=96, activation="relu2", bias=True, dtypes=BOTH, config=TMA),
 )  # fmt: skip
 
