@@ -506,6 +506,7 @@ class TestFaults:
     def test_a_probe_is_not_blamed_for_an_older_error(self, call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
         problem = call[1].problem(6, 2, torch.float32, None)
         monkeypatch.setattr("torch.cuda.synchronize", lose_context)
+        monkeypatch.setattr("torch.cuda.is_current_stream_capturing", lambda: False)
         with ranked(Lying), pytest.raises(DeviceLostError, match="CUDA_LAUNCH_BLOCKING=1"):
             get_dispatcher("cpu").planner._pool.probe_failure("lying", problem, torch.device("cuda"))
         assert not get_dispatcher("cpu").quarantine.entries()
@@ -669,9 +670,11 @@ class TestCost:
         assert choosing < 3.0
         assert whole < 6.0
 
-    @pytest.mark.parametrize("name", ["qwen3-30b-a3b", "64,8,2048,1024"])  # measured for the shipped table, and not
-    def test_a_new_token_count_is_not_planned_from_scratch(self, name: str) -> None:
-        """Counted in calls of Python functions: about 1600 and 1950 where each count ranks and checks everything."""
+    @pytest.mark.parametrize(
+        ("name", "most"), [("qwen3-30b-a3b", 1000), ("64,8,2048,1024", 2000)], ids=["shipped", "learned"]
+    )
+    def test_a_new_token_count_is_not_planned_from_scratch(self, name: str, most: int) -> None:
+        """Counted in calls of Python functions: about 1600 and 2900 where each count ranks and checks everything."""
         plan = _planning(name)
         for M in (24, 96, 150, 1500, 12000):
             plan(M)
@@ -685,7 +688,7 @@ class TestCost:
         for M in (17, 65, 130, 1100, 9000):
             plan(M)
         sys.setprofile(None)
-        assert calls < 1000
+        assert calls < most
 
     @pytest.mark.timing
     def test_a_new_token_count_is_planned_within_a_fifth_of_a_millisecond(self) -> None:
