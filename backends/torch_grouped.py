@@ -10,11 +10,11 @@ from torch import Tensor
 from moe_dispatch.backend import BackendConfig, Requirements, WritingBackend
 from moe_dispatch.backends.stages.activate import activate
 from moe_dispatch.backends.stages.combine import combine
+from moe_dispatch.backends.stages.dequantize import dequantized
 from moe_dispatch.backends.stages.quantize import gather
 from moe_dispatch.backends.stages.route import route
 from moe_dispatch.backends.triton_common.features import stage_reasons
 from moe_dispatch.experts import ExpertWeights
-from moe_dispatch.numerics import dequantize
 from moe_dispatch.problem import ELEMENT_BYTES, MX_BLOCK, MoEProblem
 
 # Where torch has a grouped kernel (compute capability 9.x and 10.x), for BF16 only. Elsewhere it copies the offsets to
@@ -32,7 +32,7 @@ class TorchGroupedBackend(WritingBackend):
     torch computes expert by expert, after it has waited for the offsets: correct, but not to be captured in a CUDA
     graph. That includes the CPU, where this is still the fastest that torch offers.
 
-    MXFP4 weights are dequantised in every call, all of them: a last resort, for which the memory must be there.
+    MXFP4 weights are dequantised in every call, all of them.
 
     Slots with an id outside 0…E-1 leave rows past the last expert's end, which torch neither computes nor initialises
     and no stage reads.
@@ -76,9 +76,8 @@ class TorchGroupedBackend(WritingBackend):
         widths = (problem.K, problem.gate_up_rows, problem.N, problem.K)
         widest = max(a + b for a, b in itertools.pairwise(widths))
         element = ELEMENT_BYTES[problem.act_dtype]
-        dequantized = (problem.gate_up_rows + problem.N) * problem.K * problem.E if problem.dtype == "mxfp4" else 0
-        # Experts are held twice while those of a projection are stacked.
-        return (problem.slots * widest + 2 * dequantized) * element
+        copied = (problem.gate_up_rows + problem.N) * problem.K * problem.E if problem.dtype == "mxfp4" else 0
+        return (problem.slots * widest + copied) * element
 
     def measured_versions(self) -> dict[str, str]:
         """See `Backend.measured_versions`."""
@@ -96,11 +95,10 @@ class TorchGroupedBackend(WritingBackend):
         """See `Backend.run_into`."""
         # grouped_mm stores rows in the dtype of its operands, so FP16 ones have to be weighted before; see `activate`.
         weighted = hidden_states.dtype == torch.float16
-        gate_up_weight = _dequantized(experts.gate_up, experts.gate_up_scale, hidden_states.dtype)
-        down = _dequantized(experts.down, experts.down_scale, hidden_states.dtype)
+        experts = dequantized(experts, hidden_states.dtype)
         routing = route(topk_ids, experts.E, by_row=False)
         gate_up = F.grouped_mm(
-            gather(hidden_states, routing, topk_ids.shape[1]), gate_up_weight.transpose(1, 2), offs=routing.ends
+            gather(hidden_states, routing, topk_ids.shape[1]), experts.gate_up.transpose(1, 2), offs=routing.ends
         )
         inner = activate(
             gate_up,
@@ -112,7 +110,7 @@ class TorchGroupedBackend(WritingBackend):
             topk_weights=topk_weights if weighted else None,
         )
         del gate_up  # so that the allocator can hand its memory to the product that follows
-        y = F.grouped_mm(inner, down.transpose(1, 2), offs=routing.ends)
+        y = F.grouped_mm(inner, experts.down.transpose(1, 2), offs=routing.ends)
         return combine(
             y,
             routing.row_of_slot,
@@ -127,10 +125,3 @@ class TorchGroupedBackend(WritingBackend):
 def _fused(problem: MoEProblem) -> bool:
     capability = problem.capability
     return problem.act_dtype == "bf16" and capability is not None and capability[0] in _FUSED_MAJORS
-
-
-def _dequantized(codes: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """A weight in the activations' dtype, one expert after another; itself where it has no scales."""
-    if scale is None:
-        return codes
-    return torch.stack([dequantize(*of_expert).to(dtype) for of_expert in zip(codes, scale, strict=True)])

@@ -97,7 +97,8 @@ def test_defaults_compile_and_fit(capability: int, dtype: DType, every: bool) ->
         assert built.stack <= (3 * FEW_SPILLS if capability in (100, 103) else FEW_SPILLS), built
         assert built.tma == built.note["tma"], built
         assert built.wgmma == (capability == 90), built
-        assert not built.serialised, built
+        # With MXFP4 the operand in registers is waited for.
+        assert not built.serialised or dtype == "mxfp4", built
 
 
 @pytest.mark.parametrize("device", DEVICES, ids=str)

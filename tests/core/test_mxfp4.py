@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from moe_dispatch import ExpertWeights, InvalidInputError, moe_forward
+from moe_dispatch.backends.stages.dequantize import dequantize_mxfp4_into, dequantize_mxfp4_into_torch
+from moe_dispatch.backends.triton_common.features import interpreting
 from moe_dispatch.modules.layer import MoELayer
 from moe_dispatch.mxfp4 import MAGNITUDES, dequantize_mxfp4, quantize_mxfp4
 from moe_dispatch.testing import Case, Precision, make_inputs, relative_error
@@ -63,6 +65,15 @@ def test_a_layer_knows_its_form() -> None:
     problem = experts.problem(4, 2, torch.bfloat16, None)
     assert problem.expert_bytes == 3 * K * N // 2 + 3 * K * N // 32
     assert problem.scale_shapes == ((2 * N, K // 32), (K, N // 32))
+
+
+@pytest.mark.skipif(not interpreting(), reason="on a GPU, gluon_hopper runs it")
+def test_the_kernel_writes_what_torch_does() -> None:
+    experts = layer()
+    written, expected = torch.empty(2, E, K, N, dtype=torch.float16)
+    dequantize_mxfp4_into(experts.down, dict(experts.tensors())["down_scale"], written)
+    dequantize_mxfp4_into_torch(experts.down, dict(experts.tensors())["down_scale"], expected)
+    assert torch.equal(written, expected)
 
 
 def given(**changed: Tensor | None) -> ExpertWeights:
