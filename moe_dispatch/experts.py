@@ -20,7 +20,6 @@ from moe_dispatch.weight_checks import (
     check_alike,
     check_bias,
     check_weight,
-    checked_mx_scale,
     checked_scales,
     columns_of,
     scales_of_rows,
@@ -120,10 +119,6 @@ class ExpertWeights:
                 raise InvalidInputError("quantised weights cannot be read transposed; call .contiguous() once at load")
             if gate_up.requires_grad or down.requires_grad:
                 raise InvalidInputError("quantised weights cannot require a gradient; train in BF16 and quantize after")
-        if self.dtype == "mxfp4":
-            gate_up_scale = checked_mx_scale("gate_up_scale", gate_up_scale, gate_up)
-            down_scale = checked_mx_scale("down_scale", down_scale, down)
-        elif gate_up.dtype == FP8:
             self.dtype, gate_up_scale, down_scale = checked_scales(
                 gate_up, down, gate_up_scale, down_scale, 2 if gated else 1
             )

@@ -87,7 +87,7 @@ def check_alike(name: str, tensor: Tensor, first: Tensor) -> None:
 def checked_scales(
     gate_up: Tensor, down: Tensor, gate_up_scale: Tensor | None, down_scale: Tensor | None, parts: int
 ) -> tuple[DType, Tensor, Tensor]:
-    """The form of FP8 weights, and their scales as every backend reads them; see `ExpertWeights`.
+    """The form of quantised weights, and their scales as every backend reads them; see `ExpertWeights`.
 
     Args:
         gate_up: ``[E, rows, K]``.
@@ -96,8 +96,8 @@ def checked_scales(
         down_scale: As it was given.
         parts: 2, or 1 for an activation without a gate.
     """
-    dtype: DType = "fp8"
-    if gate_up_scale is not None:
+    dtype = DTYPE_NAMES[gate_up.dtype]
+    if gate_up_scale is not None and dtype == "fp8":
         _check_memory("gate_up_scale", gate_up_scale)  # before its shape is asked, which may have to be initialised
         blocks = (gate_up.shape[0], *scale_shape("fp8", *gate_up.shape[1:]))
         if tuple(gate_up_scale.shape) != blocks and tuple(gate_up_scale.shape) in _row_shapes(gate_up, parts):
@@ -107,26 +107,6 @@ def checked_scales(
         _checked_scale("down_scale", down_scale, down, dtype, 1),
     )
     return dtype, *scales
-
-
-def checked_mx_scale(name: str, scale: Tensor | None, weight: Tensor) -> Tensor:
-    """The scales of a checked MXFP4 weight as uint8; see `ExpertWeights`."""
-    shape = (*weight.shape[:2], 2 * weight.shape[2] // MX_BLOCK)
-    if scale is None:
-        raise InvalidInputError(
-            f"uint8 weights are read as MXFP4 and need {name} {list(shape)}, the exponents of their scales, in uint8; "
-            "ExpertWeights.quantize(form='mxfp4') makes both from BF16 weights"
-        )
-    _check_memory(name, scale)
-    if scale.dtype == torch.float8_e8m0fnu:
-        scale = scale.view(torch.uint8)
-    if scale.dtype != torch.uint8 or tuple(scale.shape) != shape:
-        raise InvalidInputError(
-            f"{name} of MXFP4 weights must be a uint8 or float8_e8m0fnu tensor {list(shape)}, one exponent for every "
-            f"{MX_BLOCK} columns, got {scale.dtype} {list(scale.shape)}"
-        )
-    _check_place(name, scale, weight.device)
-    return scale
 
 
 def _check_place(name: str, tensor: Tensor, device: torch.device) -> None:
@@ -144,23 +124,29 @@ def _row_shapes(weight: Tensor, parts: int) -> dict[tuple[int, ...], str]:
 
 
 def _checked_scale(name: str, scale: Tensor | None, weight: Tensor, dtype: DType, parts: int) -> Tensor:
-    E, rows, columns = weight.shape
-    shape = (E, *scale_shape(dtype, rows, columns))
+    E, rows = weight.shape[:2]
+    shape = (E, *scale_shape(dtype, rows, columns_of(name, weight)))
     if scale is None:
+        kind = "uint8 weights are MXFP4, and" if dtype == "mxfp4" else "float8_e4m3fn weights"
         raise InvalidInputError(
-            f"float8_e4m3fn weights need {name} [{', '.join(map(str, shape))}] in fp32; "
+            f"{kind} need {name} [{', '.join(map(str, shape))}] in {'uint8' if dtype == 'mxfp4' else 'fp32'}; "
             "ExpertWeights.quantize makes both from BF16 weights"
         )
     _check_memory(name, scale)
-    if scale.dtype in _EXACT_IN_FP32:
-        scale = scale.to(torch.float32)
-    if scale.dtype != torch.float32:
-        raise InvalidInputError(
-            f"{name} must be a float32 tensor of multipliers, or a bfloat16 or float8_e8m0fnu one, which is converted, "
-            f"got {scale.dtype}"
-        )
-    allowed = {shape: f"{QUANT_BLOCK}×{QUANT_BLOCK} block"} if dtype == "fp8" else {}
-    if dtype == "fp8_channel" or name == "gate_up_scale":  # whose form down's scales follow
+    if dtype == "mxfp4":
+        scale = scale.view(torch.uint8) if scale.dtype == torch.float8_e8m0fnu else scale
+        if scale.dtype != torch.uint8:
+            raise InvalidInputError(f"{name} of MXFP4 must be a uint8 or float8_e8m0fnu tensor, got {scale.dtype}")
+    else:
+        scale = scale.to(torch.float32) if scale.dtype in _EXACT_IN_FP32 else scale
+        if scale.dtype != torch.float32:
+            raise InvalidInputError(
+                f"{name} must be a float32 tensor of multipliers, or a bfloat16 or float8_e8m0fnu one, which is "
+                f"converted, got {scale.dtype}"
+            )
+    shares = {"fp8": f"{QUANT_BLOCK}×{QUANT_BLOCK} block", "mxfp4": f"{MX_BLOCK} columns"}
+    allowed = {shape: shares[dtype]} if dtype in shares else {}
+    if dtype == "fp8_channel" or (dtype == "fp8" and name == "gate_up_scale"):  # whose form down's scales follow
         allowed |= _row_shapes(weight, parts)
     if tuple(scale.shape) not in allowed:
         shapes = " or ".join(f"{list(shape)}, one multiplier per {share}," for shape, share in allowed.items())
