@@ -65,6 +65,7 @@ def serve(dtype: Literal["bf16", "fp8"], layers: int, memory: float, kv_gib: flo
         max_num_seqs=256, max_num_batched_tokens=8192, enable_prefix_caching=False, seed=0, disable_log_stats=True,
         compilation_config={"cudagraph_capture_sizes": list(CAPTURED)},
     )  # fmt: skip
+    llm.apply_model(_draw_weights)
     engine = _Engine(llm, dtype)
     with os.fdopen(answer, "w") as answers:
         started = {
@@ -75,6 +76,28 @@ def serve(dtype: Literal["bf16", "fp8"], layers: int, memory: float, kv_gib: flo
         for line in sys.stdin:
             request = json.loads(line)
             print(json.dumps(engine.answer(request.pop("what"), **request)), file=answers, flush=True)
+
+
+def _draw_weights(model: Any) -> None:
+    """Replace vLLM's dummy weights in place by random ones that spread tokens over all experts.
+
+    vLLM draws each weight from the same seed and between -1e-3 and 1e-3. Layers are then alike, and FP8 scales that
+    should be positive are not: results that are not numbers send all tokens to the same few experts.
+    """
+    import torch
+
+    with torch.no_grad():
+        for seed, (name, weight) in enumerate(model.named_parameters()):
+            generator = torch.Generator(weight.device).manual_seed(seed)
+            if "scale" in name:
+                weight.fill_(2.0**-6)  # about 1/sqrt(K), where codes have unit variance
+            elif "norm" in name:
+                weight.fill_(1.0)
+            elif weight.dtype == torch.float8_e4m3fn:
+                for part in weight:  # one expert, or one row, at a time: the draw takes four times the memory
+                    part.copy_(torch.randn(part.shape, generator=generator, device=weight.device))
+            elif weight.is_floating_point():
+                weight.normal_(std=weight.shape[-1] ** -0.5, generator=generator)
 
 
 class _Engine:

@@ -3,7 +3,7 @@
     python -m moe_dispatch.benchmarks.record.engine_vllm --dtype bf16 --layers 40 --out engine.jsonl
     python -m moe_dispatch.benchmarks.record.engine_vllm --profile 256 --layers 16 --out profile.jsonl
 
-Two engines with dummy weights start side by side and stay alive in two processes on one GPU, one with
+Two engines with random weights start side by side and stay alive in two processes on one GPU, one with
 ``MOE_DISPATCH_VLLM=1``. Each workload is measured on both before the next one, and all of them as often as ``--rounds``
 says. Rows are written as they come, so a run that is ended leaves what it has. With ``--profile`` each engine says
 instead which kernels a decode step consists of. Needs vLLM and a GPU that holds both.
@@ -48,6 +48,7 @@ class Engine:
         environment = os.environ | {"MOE_DISPATCH_VLLM": str(int(plugin))}
         environment |= {
             "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+            "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",  # a function of ours runs on the model
             # Engines that start at the same time must not write to one cache.
             "VLLM_CACHE_ROOT": str(Path(tempfile.gettempdir()) / f"vllm-cache-{name}"),
         }

@@ -142,8 +142,9 @@ def judge(observations: Sequence[Observation], machine: Machine) -> dict[str, di
 def by_routing(rows: Iterable[BenchRow]) -> dict[str, list[Judged]]:
     """What a choice that does not know the routing loses under each routing distribution: a bound for one that does.
 
-    The choice is the candidate with the least geometric mean over the distributions that a calibration measures by
-    default. Candidates count that were timed under every distribution of their point, and points with those two.
+    The choice is the candidate with the least geometric mean over those distributions that a calibration measures by
+    default, or the one of them that the rows have. Candidates count that were timed under every distribution of their
+    point.
     """
     points: dict[tuple[str, str, int, str], dict[Identity, dict[str, float]]] = {}
     for row in rows:
@@ -155,8 +156,9 @@ def by_routing(rows: Iterable[BenchRow]) -> dict[str, list[Judged]]:
     for at in points.values():
         routings = set().union(*at.values())
         complete = [times for times in at.values() if set(times) == routings]
-        if complete and routings.issuperset(DEFAULT_ROUTINGS):
-            chosen = min(complete, key=lambda times: geometric_mean([times[name] for name in DEFAULT_ROUTINGS]))
+        default = [name for name in DEFAULT_ROUTINGS if name in routings]
+        if complete and default:
+            chosen = min(complete, key=lambda times: geometric_mean([times[name] for name in default]))
             for name in sorted(routings):
                 least = min(times[name] for times in complete)
                 judged.setdefault(name, []).append(Judged(chosen[name] / least - 1, unmeasured=False))
