@@ -43,6 +43,8 @@ class TritonBackend(WritingBackend):
     def further_reasons(self, problem: MoEProblem) -> tuple[str, ...]:
         """See `Backend.further_reasons`."""
         reasons = triton_reasons(self.machine, problem)
+        if problem.dtype not in self.requirements.dtypes:
+            return reasons  # there are no configurations to ask for their memory
         needed, available = self.least_shared_memory(problem), self._features.shared_memory
         if needed > available:
             reasons += (f"needs {needed} bytes of shared memory for a block, got {available}",)

@@ -6,7 +6,7 @@ from typing import Final, Literal
 from moe_dispatch.backend import BackendConfig
 from moe_dispatch.backends.triton_common.features import Features
 from moe_dispatch.backends.triton_common.launch_options import next_power_of_2
-from moe_dispatch.problem import QUANT_BLOCK, MoEProblem, stored_bytes
+from moe_dispatch.problem import ELEMENT_BYTES, QUANT_BLOCK, MoEProblem
 
 # Limits of the default tiles. Device of all evidence: one H200 (sm_90), Triton 3.6, whole layers under CUDA graphs, µs
 # at M=1, 2 and 4. Tiles are rows × columns (× experts) / warps. olmoe has E=64, topk=8, K=2048, N=1024, and qwen3-next
@@ -72,7 +72,7 @@ def _of_layer(problem: MoEProblem, device: Features) -> TritonVectorConfig:
     experts = min(_MOST_EXPERTS, problem.topk & -problem.topk)  # the greatest power of two that divides topk
     # Where a CTA takes turns, the next experts' weights are on their way while these are multiplied.
     turns = experts < problem.topk
-    row = stored_bytes(problem.dtype, experts * down_columns)
+    row = experts * down_columns * ELEMENT_BYTES[problem.dtype]
     down_rows = max(1, min(_ROWS, _CHUNK // (2 * row if turns else row)))
     down_warps = _WARPS if turns else max(1, min(_WARPS, down_rows * row // (32 * _BYTES_PER_THREAD)))
     whole = columns <= _WHOLE_ROW
