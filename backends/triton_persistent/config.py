@@ -79,10 +79,11 @@ class TritonPersistentConfig(BackendConfig):
         wide = max((2 if problem.gated else 1) * self.block_n, self.down_block_n)
         activations = self.block_m * quantization_of(problem).activation_bytes(problem.act_dtype)
         stage = activations * self.block_k + stored_bytes(problem.dtype, wide * self.block_k)
-        # Without wgmma, which reads shared memory while it runs, the stage being multiplied is in registers.
-        stages = stage * (self.num_stages if wgmma else self.num_stages - 1)
-        if problem.dtype == "mxfp4":  # from Triton 3.7 on values pass through shared memory
-            stages += 2 * wide * self.block_k
+        # Without wgmma, which reads shared memory while it runs, the stage being multiplied is in registers; with MXFP4
+        # too, whose values pass through shared memory from Triton 3.7 on.
+        in_registers = not wgmma or problem.dtype == "mxfp4"
+        stages = stage * (self.num_stages - 1 if in_registers else self.num_stages)
+        stages += 2 * wide * self.block_k if problem.dtype == "mxfp4" else 0
         row_bytes = rows_dtype(torch_dtype(problem.act_dtype)).itemsize
         epilogue = self.block_m * max(2 * self.block_n, row_bytes * self.down_block_n)
         if not self.flatten_steps:
