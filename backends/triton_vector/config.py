@@ -17,13 +17,11 @@ _CHUNK: Final = 32 << 10  #            bytes           that a CTA of down has in
 _BYTES_PER_THREAD: Final = 256  #      bytes           of down in flight, where no block follows. qwen3-30b-a3b in FP8
 #                                                      2×1024×8/2 14.7, 24.5, 42.0, /4 15.2, 25.9, 46.1
 _WARPS: Final = 4  #                   warps           down in FP8: olmoe 4×1024×8/4 16.3, 28.5, 47.0, /8 17.9, 29.0,
-#                                                      49.5; qwen3-next 4×512×8/4 16.6, 29.5, 54.7, /2 31.9, 54.0, 96.9
+#                                                      49.5. gate_up is as fast with 2 in FP8 and 8 in BF16
 _ROWS: Final = 8  #                    weight rows     gate_up of olmoe in FP8, rows×2048/4: 8 16.3, 28.5, 47.0, 4 17.1,
 #                                                      30.7, 53.5, 16 16.4, 28.4, 46.8; in BF16 within .5 %
-_MOST_EXPERTS: Final = 8  #            experts         of a token at once. qwen3-30b-a3b in FP8 4×1024×8/4 13.4, 23.5,
-#                                                      40.0, 8×1024×2/4 16.7, 29.6, 53.3. Fewer where 8 does not divide
-#                                                      topk: qwen3-next in FP8 8×512×2/4 15.3, 21.8, 39.6, 4×512×8/4
-#                                                      16.7, 29.6, 54.8
+_MOST_EXPERTS: Final = 8  #            experts         of a token at once; fewer where 8 does not divide topk: qwen3-next
+#                                                      in FP8 8×512×2/4 15.3, 21.8, 39.6, 4×512×8/4 16.7, 29.6, 54.8
 _ROWS_OF_CHUNKS: Final = 2  #          weight rows     of down where columns past N are left out. qwen3-30b-a3b in FP8
 #                                                      2×1024×8/4 12.7, 21.6, 36.6, 4×1024×8/4 13.2, 21.9, 37.6; in
 #                                                      BF16 21.2, 36.1, 62.2 and 20.4, 36.4, 62.7
