@@ -17,7 +17,7 @@ from moe_dispatch.problem import MoEProblem
 from moe_dispatch.system.libraries import library_version
 
 if TYPE_CHECKING:
-    from moe_dispatch.backends.triton_common.replay import Replay
+    from moe_dispatch.backends.triton_common.replay import Replay, Tried
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +37,7 @@ class TritonBackend(WritingBackend):
         super().__init__(machine)
         self._features = features(machine)
         self._descriptors = Descriptors()
+        self._tried: Tried = {}
 
     def further_reasons(self, problem: MoEProblem) -> tuple[str, ...]:
         """See `Backend.further_reasons`."""
@@ -73,7 +74,7 @@ class TritonBackend(WritingBackend):
         from moe_dispatch.backends.triton_common.replay import NotReplayableError, record
 
         try:
-            return record(self, inputs, config, self._descriptors)
+            return record(self, inputs, config, self._descriptors, self._tried)
         except NotReplayableError as reason:
             logger.info("%s with %s stays without a replay: %s", self.name, config.label, reason)
             return None
@@ -96,8 +97,8 @@ class TritonBackend(WritingBackend):
         Args:
             experts: The layer.
             name: The weight's name.
-            shape: As for `WeightView`.
+            shape: As for `WeightView`, of the memory where weights are stored by columns.
             block: As for `WeightView`.
             swapped: As for `WeightView`.
         """
-        return self._descriptors.get(getattr(experts, name), WeightView(shape, block, swapped))
+        return self._descriptors.get(getattr(experts, name), WeightView(shape, block, swapped, experts.transposed))

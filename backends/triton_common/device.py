@@ -196,7 +196,7 @@ def _moe_round_to_e4m3(values):
     return tl.where(values == values, rounded, values)  # noqa: PLR0124 - a NaN is not itself
 
 
-def _four_values(dtype: str, shift: int, exponent: int, overflow: int) -> tl.constexpr:
+def _four_values(dtype: str, shift: int, exponent: int, overflow: int | None) -> tl.constexpr:
     """PTX that turns four e4m3 codes in one register into two registers of two values each.
 
     Sign and magnitude of a code are moved to where the wider type has them, which leaves an exponent that is too small
@@ -208,17 +208,19 @@ def _four_values(dtype: str, shift: int, exponent: int, overflow: int) -> tl.con
     Args:
         dtype: ``"bf16"`` or ``"f16"``.
         shift: Bits by which a magnitude moves from the upper byte of a half to the right.
-        exponent: Bits of the power of two: 2^120 in BF16, 2^8 in FP16.
-        overflow: Bits of the factor that overflows.
+        exponent: Bits of the first factor.
+        overflow: Bits of the factor that overflows; None if that is the first one.
     """
     magnitude = 0x7F00 >> shift
     halves = """
         and.b32 sign, {half}, 0x80008000;
         shr.b32 {half}, {half}, {shift};
         lop3.b32 {half}, {half}, 0x{magnitude:04x}{magnitude:04x}, sign, 0xEA;
-        fma.rn.{dtype}x2 {half}, {half}, power, minus_zero;
-        fma.rn.{dtype}x2 sign, {half}, overflow, minus_zero;
-        fma.rn.{dtype}x2 {result}, sign, zero, {half};"""
+        fma.rn.{dtype}x2 {result}, {half}, power, minus_zero;"""
+    if overflow is not None:
+        halves += """
+        fma.rn.{dtype}x2 sign, {result}, overflow, minus_zero;
+        fma.rn.{dtype}x2 {result}, sign, zero, {result};"""
     each = [
         halves.format(half=half, result=result, shift=shift, magnitude=magnitude, dtype=dtype)
         for half, result in (("low", "$0"), ("high", "$1"))
@@ -228,7 +230,7 @@ def _four_values(dtype: str, shift: int, exponent: int, overflow: int) -> tl.con
         mov.b32 zero, 0;
         mov.b32 minus_zero, 0x80008000;
         mov.b32 power, 0x{exponent:04x}{exponent:04x};
-        mov.b32 overflow, 0x{overflow:04x}{overflow:04x};
+        mov.b32 overflow, 0x{overflow or 0:04x}{overflow or 0:04x};
         prmt.b32 low, $2, 0, 0x1404;
         prmt.b32 high, $2, 0, 0x3424;{"".join(each)}
     }}""")
@@ -236,6 +238,9 @@ def _four_values(dtype: str, shift: int, exponent: int, overflow: int) -> tl.con
 
 _TO_BF16 = _four_values("bf16", 4, 0x7B80, 0x7B0D)  # 2^120; 1.1015625 · 2^119
 _TO_FP16 = _four_values("f16", 1, 0x5C00, 0x5860)  # 2^8; 140
+# 144 · 2^8: 448 · 144 is an FP16 number, and 480 · 144 overflows.
+_TO_MULTIPLES = _four_values("f16", 1, 0x7880, None)
+_MULTIPLE = tl.constexpr(144.0)
 
 
 @triton.jit
@@ -259,12 +264,26 @@ def moe_fp8_values(codes, dtype: tl.constexpr):
 
 @triton.jit
 def moe_e4m3_to_fp32(codes):
-    """The values, exact, of e4m3 codes that are given as bytes; also where a device or Triton lacks the type."""
-    if _LACKS_E4M3 or not tl.target_info.cuda_capability_geq(8, 9):
-        values = moe_fp8_values(codes, tl.float16).to(tl.float32)
+    """The values, exact, of e4m3 codes that are given as bytes; `moe_e4m3_sums` takes sums of their products.
+
+    Where a device or Triton lacks the type they are multiples, infinite for NaN, which take fewer instructions.
+    """
+    if _INTERPRETED:
+        values = moe_fp8_values(codes, tl.float16).to(tl.float32) * _MULTIPLE
+    elif _LACKS_E4M3 or not tl.target_info.cuda_capability_geq(8, 9):
+        values = tl.inline_asm_elementwise(_TO_MULTIPLES, "=r,=r,r", [codes], dtype=tl.float16, is_pure=True, pack=4)
+        values = values.to(tl.float32)
     else:
         values = codes.to(tl.float8e4nv, bitcast=True).to(tl.float32)
     return values
+
+
+@triton.jit
+def moe_e4m3_sums(sums):
+    """Sums of products with what `moe_e4m3_to_fp32` returns, as they are with the values; NaN where infinite."""
+    if _LACKS_E4M3 or not tl.target_info.cuda_capability_geq(8, 9):
+        sums = tl.where(tl.abs(sums) < float("inf"), sums / _MULTIPLE, float("nan"))
+    return sums
 
 
 @triton.jit

@@ -8,6 +8,7 @@ from typing import Any, Final, Literal
 from pydantic import Field
 
 from moe_dispatch.backend import BackendConfig
+from moe_dispatch.backends.triton_common.descriptors import boxes_mix_gate_and_up
 from moe_dispatch.backends.triton_common.features import Features
 from moe_dispatch.backends.triton_common.launch_options import next_power_of_2, pdl_option
 from moe_dispatch.backends.triton_common.quantization import Quantization, quantization_of
@@ -80,9 +81,10 @@ _MOST_SPLITS: Final = 8
 _WIDE: Final = 128  #                    weight rows  where tokens share weights
 # Where weights are dequantised, instructions and not memory are the limit, and more CTAs per multiprocessor fill the
 # waits between them. The H200 described as an A100, qwen3-30b-a3b in FP8 at M=8, block_m/stages/registers: 16/6/242
-# 99 µs, 16/6/168 85, 8/6/168 77, 8/4/128 72 (BF16 107). Wider tiles would spill.
+# 99 µs, 16/6/168 85, 8/6/168 77, 8/4/128 72 (BF16 107); at M=64, block_m/block_n/registers: 16/128/none 213, 16/64/168
+# 203, 8/64/128 203, 16/64/128 196 (BF16 254). Wider tiles would spill.
 _DEQUANTIZING_STAGES: Final = 4
-_MOST_REGISTERS: Final = {(8, 64, 4): 128, (16, 64, 4): 168}  # of a thread, by block_m, block_n and num_warps
+_MOST_REGISTERS: Final = {(8, 64, 4): 128, (16, 64, 4): 128}  # of a thread, by block_m, block_n and num_warps
 
 
 def default_config(problem: MoEProblem, device: Features) -> SplitKConfig:
@@ -106,7 +108,7 @@ def _default_and_least(problem: MoEProblem, device: Features) -> tuple[SplitKCon
     by_slot = problem.M == 1 or 8 * problem.expected_slots < problem.E
     short_down = math.ceil(problem.N / _block_k(problem)) <= _SHORT_DOWN_LOOP
     wide = not by_slot if fp8 else problem.expected_slots >= 2 * hit or (short_down and not by_slot)
-    block_n: Literal[64, 128] = _WIDE if wide else 64
+    block_n: Literal[64, 128] = _WIDE if wide and not quantization_of(problem).dequantizes else 64
     lacking = _LEAST_CTAS_PER_SM * device.sms * block_n / (hit * problem.K)
     splits = _splits(lacking, math.ceil(problem.N / _block_k(problem)))
     return _of_layer(problem.layer, device, _block_m(problem), block_n, splits, by_slot=by_slot)
@@ -133,7 +135,7 @@ def _of_layer(
         # Four warps do not have the registers for so many tokens beside dequantised weights.
         num_warps=8 if quantization_of(layer).dequantizes and block_m == 64 else 4,
         grid="slots" if by_slot else "experts",
-        tma=device.tma and rows_allow_tma(layer) and (fp8 or not by_slot),
+        tma=device.tma and rows_allow_tma(layer) and (fp8 or not by_slot) and boxes_mix_gate_and_up(layer),
         pdl=device.pdl,
     )
     narrowed = config.model_copy(update={"block_n": _NARROWEST, "num_stages": _LEAST_STAGES})

@@ -13,22 +13,20 @@ from moe_dispatch.problem import ELEMENT_BYTES, QUANT_BLOCK, MoEProblem
 # E=512, topk=10, K=2048, N=512.
 #
 # constant                           unit            evidence
-_CHUNK: Final = 32 << 10  #            bytes           that a CTA of down has in flight. qwen3-30b-a3b, in FP8
-#                                                      4×1024×8/4 13.4, 23.5, 40.0, 2×1024×8/4 15.2, 25.9,
-#                                                      46.1; in BF16 2×1024×8/4 21.7, 37.6, 66.4,
-#                                                      4×1024×8/8 22.0, 38.8, 68.5
+_CHUNK: Final = 32 << 10  #            bytes           that a CTA of down has in flight (docs/lab-notebook.md)
 _BYTES_PER_THREAD: Final = 256  #      bytes           of down in flight, where no block follows. qwen3-30b-a3b in FP8
 #                                                      2×1024×8/2 14.7, 24.5, 42.0, /4 15.2, 25.9, 46.1
 _WARPS: Final = 4  #                   warps           down in FP8: olmoe 4×1024×8/4 16.3, 28.5, 47.0, /8 17.9, 29.0,
-#                                                      49.5; qwen3-next 4×512×8/4 16.6, 29.5, 54.7, /2 31.9, 54.0,
-#                                                      96.9. gate_up is as fast with 2 in FP8 and 8 in BF16
+#                                                      49.5; qwen3-next 4×512×8/4 16.6, 29.5, 54.7, /2 31.9, 54.0, 96.9
 _ROWS: Final = 8  #                    weight rows     gate_up of olmoe in FP8, rows×2048/4: 8 16.3, 28.5, 47.0, 4 17.1,
 #                                                      30.7, 53.5, 16 16.4, 28.4, 46.8; in BF16 within .5 %
-_MOST_EXPERTS: Final = 8  #            experts         of a token at once. qwen3-30b-a3b in FP8 4×1024×8/4 as above,
-#                                                      8×1024×2/4 16.7, 29.6, 53.3. Fewer where 8 does not divide topk:
-#                                                      qwen3-next in FP8 8×512×2/4 15.3, 21.8, 39.6, 4×512×8/4 16.7,
-#                                                      29.6, 54.8; in BF16 8×512×2/4 20.8, 32.3, 60.3, 2×512×8/4 20.9,
-#                                                      39.0, 72.3
+_MOST_EXPERTS: Final = 8  #            experts         of a token at once. qwen3-30b-a3b in FP8 4×1024×8/4 13.4, 23.5,
+#                                                      40.0, 8×1024×2/4 16.7, 29.6, 53.3. Fewer where 8 does not divide
+#                                                      topk: qwen3-next in FP8 8×512×2/4 15.3, 21.8, 39.6, 4×512×8/4
+#                                                      16.7, 29.6, 54.8
+_ROWS_OF_CHUNKS: Final = 2  #          weight rows     of down where columns past N are left out. qwen3-30b-a3b in FP8
+#                                                      2×1024×8/4 12.7, 21.6, 36.6, 4×1024×8/4 13.2, 21.9, 37.6; in
+#                                                      BF16 21.2, 36.1, 62.2 and 20.4, 36.4, 62.7
 _MOST_COLUMNS: Final = 8192  #         columns         of all experts at once; where they are more, of one expert
 _WHOLE_ROW: Final = 2048  #            columns         longer rows are read in parts
 _PART_OF_ROW: Final = 512  #           columns
@@ -77,6 +75,8 @@ def _of_layer(problem: MoEProblem, device: Features) -> TritonVectorConfig:
     down_warps = _WARPS if turns else max(1, min(_WARPS, down_rows * row // (32 * _BYTES_PER_THREAD)))
     whole = columns <= _WHOLE_ROW
     together = experts * down_columns <= _MOST_COLUMNS and down_columns <= _WHOLE_ROW
+    if not turns and down_columns > problem.N:
+        down_rows = min(_ROWS_OF_CHUNKS, down_rows)
     return TritonVectorConfig.model_validate({
         "rows": _ROWS if whole or not problem.fp8 else _FP8_ROWS_OF_PARTS,
         "columns": columns if whole else _PART_OF_ROW,
@@ -92,13 +92,18 @@ def _of_layer(problem: MoEProblem, device: Features) -> TritonVectorConfig:
 def candidate_configs(problem: MoEProblem, device: Features) -> tuple[TritonVectorConfig, ...]:
     """The default, then one with other CTAs of gate_up: larger where it reads whole rows, smaller where parts of them.
 
+    Where columns past N are left out, one with twice the rows of down, too.
+
     With 16 rows olmoe in FP8 takes 79.9 µs at M=8 and 82.6 with 8; qwen3-30b-a3b in BF16 takes 21.5 and 21.7 at M=1.
     """
     default = default_config(problem, device)
     parts = default.columns < problem.K
     warps = _WARPS if problem.fp8 else 2 * _WARPS
     other = {"rows": 4, "warps": _WARPS_OF_PARTS} if parts else {"rows": 2 * _ROWS, "warps": warps}
-    return tuple(dict.fromkeys((default, default.model_copy(update=other))))
+    twice = {"down_rows": 2 * default.down_rows}
+    chunks = problem.topk <= default.down_experts and default.down_columns > problem.N
+    others = (other, twice, other | twice) if chunks else (other,)
+    return tuple(dict.fromkeys((default, *(default.model_copy(update=update) for update in others))))
 
 
 def shared_memory_bytes(config: TritonVectorConfig) -> int:

@@ -42,8 +42,13 @@ def vector_down(
 
     M, topk = topk_ids.shape
     weights = quantization(experts.dtype, fp8=False)  # of which no device multiplies the codes
-    block_n = min(config.down_columns, max(128, next_power_of_2(experts.N)))
     together = min(config.down_experts, next_power_of_2(topk))
+    chunk, chunks = min(config.down_columns, max(128, next_power_of_2(experts.N))), 1
+    # Where all experts are read at once, columns past N are left out.
+    experts_first = together >= topk and chunk > experts.N
+    if experts_first:
+        chunk = min(chunk, max(128, 512 // experts.down.element_size() * config.down_warps // together))
+        chunks = math.ceil(experts.N / chunk)
     grid = (M, math.ceil(experts.K / config.down_rows))
     _moe_vector_down_kernel[grid](
         # inputs
@@ -53,7 +58,7 @@ def vector_down(
         # shapes
         experts.K, experts.N, experts.E,
         # constants
-        TOPK=topk, ROWS=config.down_rows, EXPERTS=together, BLOCK_N=block_n,
-        BLOCKS_N=math.ceil(experts.N / block_n), SCALES=weights.scales, PDL=config.pdl,
-        num_warps=config.down_warps, **pdl_option(config.pdl),
+        TOPK=topk, ROWS=config.down_rows, EXPERTS=together, CHUNK=chunk, CHUNKS=chunks,
+        STEPS_N=math.ceil(experts.N / (chunk * chunks)), EXPERTS_FIRST=experts_first, SCALES=weights.scales,
+        PDL=config.pdl, num_warps=config.down_warps, **pdl_option(config.pdl),
     )  # fmt: skip

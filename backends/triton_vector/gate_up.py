@@ -40,6 +40,10 @@ def vector_gate_up(
     weights = quantization(experts.dtype, fp8=False)  # of which no device multiplies the codes
     columns = config.rows // parts
     block_k = min(config.columns, max(128, next_power_of_2(experts.K)))
+    # With rows of its own, a warp exchanges the fewest sums, but it multiplies by more scales of blocks.
+    groups = 1 if weights.scales == "block" else min(config.warps, columns)
+    vectors = block_k * experts.gate_up.element_size() // 16
+    chunks = max(1, vectors * groups // (32 * config.warps))
     grid = (topk_ids.numel(), math.ceil(experts.N / columns))
     _moe_vector_gate_up_kernel[grid](
         # inputs
@@ -49,8 +53,8 @@ def vector_gate_up(
         # shapes
         experts.K, experts.N, experts.E,
         # constants
-        TOPK=topk_ids.shape[1], COLUMNS=columns, BLOCK_K=block_k, BLOCKS=math.ceil(experts.K / block_k),
-        EVEN_N=experts.N % columns == 0, SCALES=weights.scales, PDL=config.pdl,
+        TOPK=topk_ids.shape[1], COLUMNS=columns, GROUPS=groups, CHUNKS=chunks, BLOCK_K=block_k,
+        BLOCKS=math.ceil(experts.K / block_k), EVEN_N=experts.N % columns == 0, SCALES=weights.scales, PDL=config.pdl,
         GATED=experts.gated, INTERLEAVED=experts.interleaved, ACTIVATION=experts.activation,
         num_warps=config.warps, **pdl_option(config.pdl),
     )  # fmt: skip

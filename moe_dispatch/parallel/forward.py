@@ -69,6 +69,7 @@ def forward_sharded(
     M, topk = topk_ids.shape
     capacity = session.agreed_capacity(layer.number, M, topk, hidden_states.dtype, backend)
     if not capacity:
+        session.dispatcher.planner.named(backend)
         return torch.empty_like(hidden_states) if out is None else out
     plan = call_plan(layer, capacity, topk, hidden_states.dtype)
     no_grad = torch.no_grad() if torch.is_grad_enabled() else nullcontext()
@@ -128,9 +129,8 @@ def _check_once(
             *[(type(tensor), tensor.shape, tensor.dtype, tensor.device, tensor.layout) for tensor in tensors],
             needs_grad(hidden_states, local, topk_weights),
             backend,
-            not local.moved,
         )
-        known = out is None and key in layer.checked
+        known = out is None and not local.moved and key in layer.checked
     except (AttributeError, RuntimeError, TypeError, ValueError):  # no tensors; the check says which
         known, key = False, None
     if not known:

@@ -180,6 +180,19 @@ def test_no_sum_is_left_to_what_triton_adds_wrongly() -> None:
         compile_launches(launch_reshaped_sum, 90)
 
 
+def launch_columns_past_n(capability: int) -> Iterator[Launch]:
+    backend = TritonVectorBackend(described(capability))
+    problem = WORKLOADS["qwen3-30b-a3b"].problem(1, "fp8_channel", backend.machine)
+    yield Launch(partial(backend.run, *unwritten_layer(problem), backend.default_config(problem)))
+
+
+@pytest.mark.slow
+def test_columns_past_n_are_left_out_and_take_no_registers() -> None:
+    _, down = compile_launches(launch_columns_past_n, 90)
+    assert down.constants["CHUNK"] * down.constants["CHUNKS"] == WORKLOADS["qwen3-30b-a3b"].N
+    assert down.registers <= 72, down  # seven CTAs of a multiprocessor
+
+
 @pytest.mark.gpu
 def test_warps_that_divide_rows_experts_and_vectors_are_added_up() -> None:
     experts = make_experts(QWEN3_NEXT, "bf16", "cuda")

@@ -312,6 +312,11 @@ def call_with(what: str) -> None:
     )  # fmt: skip
 
 
+def call_without_tokens() -> None:
+    """Make a call without a token on any rank, that names no backend there is."""
+    own_call(parallel(timeout=100.0), M=0, backend="no_such")
+
+
 def backends_that_ran() -> list[str]:
     """Which backends run a call where the last rank cannot use torch_grouped."""
     from moe_dispatch.backends.torch_grouped import TorchGroupedBackend
@@ -394,19 +399,31 @@ def recorded(folder: str, replicated: bool) -> tuple[int, list[dict[str, Any]]]:
     return wrong, [json.loads(line) for line in out.read_text().splitlines()] if out.exists() else []
 
 
-def refuse_on_one_rank() -> tuple[str, int]:
-    """A call that is right, one that the last rank refuses, and a right one again."""
+def refuse_on_one_rank(what: str) -> tuple[str, int]:
+    """A call that is right, one that the last rank refuses, and a right one again.
+
+    Args:
+        what: What is wrong on the last rank: ``"hidden_states"``, or ``"weights"`` that were replaced before.
+    """
     ep = ExpertParallel(timeout=100.0)
     inputs = make_inputs(LAYER, FP32, "cpu")
     layer = ep.split(inputs.experts)
     last = dist.get_rank() == dist.get_world_size() - 1
-    hidden = inputs.hidden_states.double() if last else inputs.hidden_states
+    hidden, down = inputs.hidden_states, layer.local.down
     refusal = ""
-    moe_forward(inputs.hidden_states, layer, inputs.topk_weights, inputs.topk_ids)
+    moe_forward(hidden, layer, inputs.topk_weights, inputs.topk_ids)
+    right = down.data
+    if what == "hidden_states" and last:
+        hidden = hidden.double()
+    elif what == "weights":
+        down.data = right = right.clone()
+        moe_forward(hidden, layer, inputs.topk_weights, inputs.topk_ids)
+        down.data = right[:, 1:].contiguous() if last else right
     try:
         moe_forward(hidden, layer, inputs.topk_weights, inputs.topk_ids)
     except InvalidInputError as error:
         refusal = str(error)
+    down.data = right
     out = moe_forward(inputs.hidden_states, layer, inputs.topk_weights, inputs.topk_ids)
     return refusal, out.shape[0]
 
