@@ -12,15 +12,15 @@ from torch import Tensor
 from moe_dispatch.backend import Backend, BackendConfig, Requirements
 from moe_dispatch.experts import ExpertWeights
 from moe_dispatch.numerics import QuantizedRows, activate_torch, dequantize, round_rows_through_fp8
-from moe_dispatch.problem import MoEProblem
+from moe_dispatch.problem import MX_BLOCK, MoEProblem
 
 
 class ReferenceConfig(BackendConfig):
     """Options of the reference.
 
     Attributes:
-        compute_fp32: Multiply in fp32 whatever the dtype of the weights, as is always done on a CPU and for FP16 and
-            FP8. The result is the one that other backends are compared with.
+        compute_fp32: Multiply in fp32 whatever the dtype of the weights, as is always done on a CPU, for FP16 and
+            for quantised weights. The result is the one that other backends are compared with.
         quantize_activations: With FP8 weights, quantise activations as the fast backends do: per token and 128 columns
             with block FP8, per token with per-channel FP8. False keeps them as they are, which shows what that
             quantisation costs in accuracy.
@@ -35,8 +35,9 @@ class ReferenceBackend(Backend):
 
     name = "reference"
     requirements = Requirements(
-        dtypes={"bf16": (0, 0), "fp16": (0, 0), "fp32": (0, 0), "fp8": (0, 0), "fp8_channel": (0, 0)},
+        dtypes={"bf16": (0, 0), "fp16": (0, 0), "fp32": (0, 0), "fp8": (0, 0), "fp8_channel": (0, 0), "mxfp4": (0, 0)},
         act_dtypes=frozenset({"bf16", "fp16", "fp32"}),
+        multiples={"mxfp4": {"K": MX_BLOCK, "N": MX_BLOCK}},
         cpu=True,
         bias=True,
         interleaved=True,
@@ -45,7 +46,7 @@ class ReferenceBackend(Backend):
         capturable=False,  # the host reads which experts were chosen
     )
     config_type = ReferenceConfig
-    tolerance: ClassVar = {"bf16": 1e-2, "fp16": 2e-3, "fp32": 1e-5, "fp8": 1e-2, "fp8_channel": 1e-2}
+    tolerance: ClassVar = {"bf16": 1e-2, "fp16": 2e-3, "fp32": 1e-5, "fp8": 1e-2, "fp8_channel": 1e-2, "mxfp4": 1e-2}
     needs_probe = False
 
     def run(
@@ -116,7 +117,7 @@ def _expert(tokens: Tensor, experts: ExpertWeights, e: int, config: ReferenceCon
     gate_up, down = weights_of_expert(experts, e)
     # FP16 always: what an expert puts out may exceed its range where the weighted sum does not. On a CPU always: this
     # backend must not end the process, as products in BF16 do on virtual machines that announce AMX and lack it.
-    if config.compute_fp32 or experts.fp8 or experts.dtype == "fp16" or tokens.device.type == "cpu":
+    if config.compute_fp32 or experts.quantized or experts.dtype == "fp16" or tokens.device.type == "cpu":
         tokens, gate_up, down = tokens.float(), gate_up.float(), down.float()
     quantize, per_token = experts.fp8 and config.quantize_activations, experts.dtype == "fp8_channel"
     if quantize and not quantized:
@@ -130,7 +131,7 @@ def _expert(tokens: Tensor, experts: ExpertWeights, e: int, config: ReferenceCon
 
 
 def weights_of_expert(experts: ExpertWeights, e: int) -> tuple[Tensor, Tensor]:
-    """gate_up ``[2N, K]`` and down ``[K, N]`` of one expert; FP8 ones are dequantised to fp32."""
+    """gate_up ``[2N, K]`` and down ``[K, N]`` of one expert; quantised ones are dequantised to fp32."""
     if experts.gate_up_scale is None or experts.down_scale is None:
         return experts.gate_up[e], experts.down[e]
     return (

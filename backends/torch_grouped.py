@@ -10,11 +10,12 @@ from torch import Tensor
 from moe_dispatch.backend import BackendConfig, Requirements, WritingBackend
 from moe_dispatch.backends.stages.activate import activate
 from moe_dispatch.backends.stages.combine import combine
+from moe_dispatch.backends.stages.dequantize import dequantized
 from moe_dispatch.backends.stages.quantize import gather
 from moe_dispatch.backends.stages.route import route
 from moe_dispatch.backends.triton_common.features import stage_reasons
 from moe_dispatch.experts import ExpertWeights
-from moe_dispatch.problem import ELEMENT_BYTES, MoEProblem
+from moe_dispatch.problem import ELEMENT_BYTES, MX_BLOCK, MoEProblem
 
 # Where torch has a grouped kernel (compute capability 9.x and 10.x), for BF16 only. Elsewhere it copies the offsets to
 # the host and multiplies expert by expert.
@@ -31,22 +32,29 @@ class TorchGroupedBackend(WritingBackend):
     torch computes expert by expert, after it has waited for the offsets: correct, but not to be captured in a CUDA
     graph. That includes the CPU, where this is still the fastest that torch offers.
 
+    MXFP4 weights are dequantised in every call, all of them.
+
     Slots with an id outside 0…E-1 leave rows past the last expert's end, which torch neither computes nor initialises
     and no stage reads.
     """
 
     name = "torch_grouped"
     requirements = Requirements(
-        dtypes={"bf16": (8, 0), "fp16": (8, 0), "fp32": (8, 0)},
+        dtypes={"bf16": (8, 0), "fp16": (8, 0), "fp32": (8, 0), "mxfp4": (8, 0)},
         act_dtypes=frozenset({"bf16", "fp16", "fp32"}),
         cpu=True,
         bias=True,
         interleaved=True,
         transposed=True,
         # torch refuses operands whose rows do not start on 16 bytes.
-        multiples={"bf16": {"K": 8, "N": 8}, "fp16": {"K": 8, "N": 8}, "fp32": {"K": 4, "N": 4}},
+        multiples={
+            "bf16": {"K": 8, "N": 8},
+            "fp16": {"K": 8, "N": 8},
+            "fp32": {"K": 4, "N": 4},
+            "mxfp4": {"K": MX_BLOCK, "N": MX_BLOCK},
+        },
     )
-    tolerance: ClassVar = {"bf16": 1e-2, "fp16": 2e-3, "fp32": 1e-3}
+    tolerance: ClassVar = {"bf16": 1e-2, "fp16": 2e-3, "fp32": 1e-3, "mxfp4": 1e-2}
 
     def further_reasons(self, problem: MoEProblem) -> tuple[str, ...]:
         """See `Backend.further_reasons`."""
@@ -56,7 +64,7 @@ class TorchGroupedBackend(WritingBackend):
             where = "on a CPU" if problem.capability is None else "on sm_{}{}".format(*problem.capability)
             reasons.append(
                 "can be captured in a CUDA graph for bf16 on compute capability 9.x and 10.x only, got "
-                f"{problem.dtype} {where}, where torch copies the offsets to the host"
+                f"{problem.act_dtype} {where}, where torch copies the offsets to the host"
             )
         if fused and problem.E > MOST_FUSED_EXPERTS:
             reasons.append(f"torch's grouped kernel takes at most {MOST_FUSED_EXPERTS} experts, got E={problem.E}")
@@ -67,7 +75,9 @@ class TorchGroupedBackend(WritingBackend):
         # No more than two of the four buffers are alive at a time.
         widths = (problem.K, problem.gate_up_rows, problem.N, problem.K)
         widest = max(a + b for a, b in itertools.pairwise(widths))
-        return problem.slots * widest * ELEMENT_BYTES[problem.act_dtype]
+        element = ELEMENT_BYTES[problem.act_dtype]
+        copied = (problem.gate_up_rows + problem.N) * problem.K * problem.E if problem.dtype == "mxfp4" else 0
+        return (problem.slots * widest + copied) * element
 
     def measured_versions(self) -> dict[str, str]:
         """See `Backend.measured_versions`."""
@@ -85,6 +95,7 @@ class TorchGroupedBackend(WritingBackend):
         """See `Backend.run_into`."""
         # grouped_mm stores rows in the dtype of its operands, so FP16 ones have to be weighted before; see `activate`.
         weighted = hidden_states.dtype == torch.float16
+        experts = dequantized(experts, hidden_states.dtype)
         routing = route(topk_ids, experts.E, by_row=False)
         gate_up = F.grouped_mm(
             gather(hidden_states, routing, topk_ids.shape[1]), experts.gate_up.transpose(1, 2), offs=routing.ends
@@ -112,4 +123,5 @@ class TorchGroupedBackend(WritingBackend):
 
 
 def _fused(problem: MoEProblem) -> bool:
-    return problem.dtype == "bf16" and problem.capability is not None and problem.capability[0] in _FUSED_MAJORS
+    capability = problem.capability
+    return problem.act_dtype == "bf16" and capability is not None and capability[0] in _FUSED_MAJORS

@@ -46,6 +46,7 @@ class Baseline(ABC):
         "fp32": 1e-3,
         "fp8": 4e-2,
         "fp8_channel": 4e-2,
+        "mxfp4": 2e-2,
     }
 
     def __init__(self, machine: Machine) -> None:
@@ -198,14 +199,14 @@ class VllmDeepGemm(Baseline):
         vllm.require_fp32_scales()
         deep_gemm_moe = importlib.import_module(f"{vllm.PACKAGE}.experts.deep_gemm_moe")
         layer = deep_gemm_moe.DeepGemmExperts(_moe_config(experts, problem), vllm.fp8_config(vllm.load(), experts))
-        return _modular_call(layer, experts.gate_up, experts.down, experts.E, experts.device)
+        return _modular_call(layer, experts.gate_up, experts.down, experts.E, experts.device, "silu")
 
 
 class VllmTritonKernels(Baseline):
     """The `triton_kernels` that vLLM bundles, through its `UnfusedOAITritonExperts`, on BF16 weights.
 
-    vLLM itself gives these kernels only MXFP4 weights (gpt-oss), but the same code takes BF16, which makes it
-    comparable. The kernels take weights ``[E, K, 2N]``; a transposed view of the weights is enough.
+    vLLM itself gives these kernels only MXFP4 weights (gpt-oss, see `VllmMxfp4`), but the same code takes BF16, which
+    makes it comparable. The kernels take weights ``[E, K, 2N]``; a transposed view of the weights is enough.
     """
 
     name = "vllm_triton_kernels"
@@ -223,12 +224,61 @@ class VllmTritonKernels(Baseline):
         kernels = importlib.import_module(f"{vllm.PACKAGE}.experts.gpt_oss_triton_kernels_moe")
         layer = kernels.UnfusedOAITritonExperts(_moe_config(experts, problem), config.FUSED_MOE_UNQUANTIZED_CONFIG)
         gate_up, down = experts.gate_up.transpose(1, 2), experts.down.transpose(1, 2)
-        return _modular_call(layer, gate_up, down, experts.E, experts.device)
+        return _modular_call(layer, gate_up, down, experts.E, experts.device, "silu")
+
+
+class VllmMxfp4(Baseline):
+    """The `triton_kernels` that vLLM bundles, as it runs gpt-oss: MXFP4 weights, copied once into its layout."""
+
+    name = "vllm_mxfp4"
+    requirements = Requirements(
+        dtypes={"mxfp4": (9, 0)},
+        act_dtypes=frozenset({"bf16"}),
+        activations=frozenset({"swiglu_oai"}),
+        bias=True,
+        interleaved=True,
+        libraries=("vllm",),
+        multiples={"mxfp4": {"K": 64, "N": 64}},
+        max_capability={"mxfp4": (11, 0)},
+    )
+
+    def prepare(self, experts: ExpertWeights, problem: MoEProblem) -> Call:
+        """See `Baseline.prepare`.
+
+        Raises:
+            ValueError: The layer has no biases, or gate rows first.
+        """
+        if not (experts.interleaved and experts.gate_up_bias is not None and experts.down_bias is not None):
+            raise ValueError("takes layers as gpt-oss has them, with alternating rows and biases")
+        config = importlib.import_module(f"{vllm.PACKAGE}.config")
+        kernels = importlib.import_module(f"{vllm.PACKAGE}.experts.gpt_oss_triton_kernels_moe")
+        utils = importlib.import_module("vllm.model_executor.layers.quantization.utils.mxfp4_utils")
+        gate_up, gate_up_flex, gate_up_scale = utils._swizzle_mxfp4(experts.gate_up, experts.gate_up_scale)
+        down, down_flex, down_scale = utils._swizzle_mxfp4(experts.down, experts.down_scale)
+        matmul = importlib.import_module("triton_kernels.matmul_ogs")
+        precision = [
+            matmul.PrecisionConfig(weight_scale=scale, flex_ctx=matmul.FlexCtx(rhs_data=flex))
+            for scale, flex in ((gate_up_scale, gate_up_flex), (down_scale, down_flex))
+        ]
+        quant_config = config.mxfp4_w4a16_moe_quant_config(
+            *precision, w1_bias=experts.gate_up_bias.float(), w2_bias=experts.down_bias.float()
+        )
+        moe_config = vllm.moe_config(experts, problem.topk, vllm.load().activation("swigluoai"))
+        layer = kernels.OAITritonExperts(moe_config, quant_config)
+        return _modular_call(layer, gate_up, down, experts.E, experts.device, "swigluoai")
 
 
 BASELINES: Final[dict[str, type[Baseline]]] = {
     baseline.name: baseline
-    for baseline in (Vllm, VllmDeepGemm, VllmTritonKernels, TransformersGroupedMm, TransformersBatchedMm, NaiveLoop)
+    for baseline in (
+        Vllm,
+        VllmDeepGemm,
+        VllmTritonKernels,
+        VllmMxfp4,
+        TransformersGroupedMm,
+        TransformersBatchedMm,
+        NaiveLoop,
+    )
 }
 
 
@@ -236,13 +286,13 @@ def _moe_config(experts: ExpertWeights, problem: MoEProblem) -> Any:
     return vllm.moe_config(experts, problem.topk, vllm.load().activation("silu"))
 
 
-def _modular_call(layer: Any, gate_up: Tensor, down: Tensor, E: int, device: torch.device) -> Call:
+def _modular_call(layer: Any, gate_up: Any, down: Any, E: int, device: torch.device, activation: str) -> Call:
     workspace = importlib.import_module("vllm.v1.worker.workspace")
     if not workspace.is_workspace_manager_initialized():
         workspace.init_workspace_manager(device)
     local = importlib.import_module(f"{vllm.PACKAGE}.prepare_finalize.no_dp_ep")
     modular = importlib.import_module(f"{vllm.PACKAGE}.modular_kernel")
-    silu = vllm.load().activation("silu")
+    member = vllm.load().activation(activation)
     kernel = modular.FusedMoEKernel(local.MoEPrepareAndFinalizeNoDPEPModular(), layer)
 
     def call(inputs: LayerInputs) -> Tensor:
@@ -252,7 +302,7 @@ def _modular_call(layer: Any, gate_up: Tensor, down: Tensor, E: int, device: tor
             w2=down,
             topk_weights=inputs.topk_weights,
             topk_ids=inputs.topk_ids,
-            activation=silu,
+            activation=member,
             global_num_experts=E,
             expert_map=None,
             apply_router_weight_on_input=False,

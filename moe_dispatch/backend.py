@@ -223,6 +223,7 @@ class Backend(ABC):
         "fp32": 1e-3,
         "fp8": 2e-2,
         "fp8_channel": 2e-2,
+        "mxfp4": 1e-2,
     }
     install_hint: ClassVar[str] = ""
     # Whether `run_into` also takes `PeerRows` for `out`, with the same bits as result.

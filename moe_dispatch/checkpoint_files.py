@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from moe_dispatch.activations import Activation, allowed
-from moe_dispatch.checkpoints import Part, expert_names, listed, stack
+from moe_dispatch.checkpoint_sources import Part
+from moe_dispatch.checkpoints import expert_names, listed, stack
 from moe_dispatch.errors import InvalidInputError
 from moe_dispatch.model_config import ConfiguredLayer, configured_layer
 from moe_dispatch.problem import QUANT_BLOCK
@@ -217,6 +218,7 @@ def _check_quantization(config: Mapping[str, Any], origin: str) -> None:
 
 def _check_agreement(tensors: Mapping[str, Tensor], described: ConfiguredLayer, part: Part, origin: str) -> None:
     E, K, n = tensors["down"].shape
+    n = 2 * n if tensors["down"].dtype == torch.uint8 else n  # two codes of MXFP4 in a byte
     read = {"E": E, "K": K, "N": n * part.size}
     expected = {"E": described.E, "K": described.K, "N": described.N}
     if read != expected:

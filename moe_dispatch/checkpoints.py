@@ -5,7 +5,8 @@ Checkpoints store the experts of a layer in one of two ways, and both are read:
 - one by one, ``experts.7.gate_proj.weight`` ``[N, K]``, ``up_proj`` and ``down_proj`` ``[K, N]``; Mixtral's names for
   them are w1, w3 and w2. Experts without a gate have up and down alone.
 - fused, ``experts.gate_up_proj`` and ``experts.down_proj``, as transformers 5 keeps them: ``[E, 2N, K]`` and
-  ``[E, K, N]``, or transposed, ``[E, K, 2N]`` and ``[E, N, K]`` (gpt-oss).
+  ``[E, K, N]``, or transposed, ``[E, K, 2N]`` and ``[E, N, K]`` (gpt-oss in BF16). MXFP4 has ``…_blocks`` and
+  ``…_scales`` in their place (gpt-oss as published; `moe_dispatch.checkpoint_mxfp4`).
 
 FP8 has multipliers beside each weight, and their shape says which of its elements share one: a block of 128×128, a row
 (``[rows, 1]``: llm-compressor's channels), or the whole tensor (a scalar), which then becomes one for each row.
@@ -15,13 +16,14 @@ the multiplier that gives the weight back, as others' ``weight_scale`` is, and i
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Final, Protocol
+from typing import Any, Final
 
 import torch
 from torch import Tensor
 
+from moe_dispatch.checkpoint_mxfp4 import stack_mxfp4
 from moe_dispatch.checkpoint_scales import fused_row_scales, row_scales
+from moe_dispatch.checkpoint_sources import Key, LoadedTensors, Part, TensorSource
 from moe_dispatch.errors import InvalidInputError
 from moe_dispatch.numerics import FP8
 from moe_dispatch.problem import QUANT_BLOCK, scale_shape
@@ -37,86 +39,17 @@ FUSED: Final = {
     "gate_up_proj_bias": ("gate_up", "bias"), "down_proj": ("down", "weight"),
     "down_proj_scale_inv": ("down", "scale"), "down_proj_scale": ("down", "scale"),
     "down_proj.weight_scale": ("down", "scale"), "down_proj_bias": ("down", "bias"),
+    "gate_up_proj_blocks": ("gate_up", "blocks"), "gate_up_proj_scales": ("gate_up", "exponents"),
+    "down_proj_blocks": ("down", "blocks"), "down_proj_scales": ("down", "exponents"),
 }  # fmt: skip
 # Formats that are known and not read, by a part of a tensor's name that tells them.
 _OTHER_FORMATS: Final = {
-    "_blocks": "MXFP4", "_packed": "4-bit integers or NVFP4 (compressed-tensors)",
+    "_packed": "4-bit integers or NVFP4 (compressed-tensors)",
     "qweight": "4-bit integers (GPTQ, AWQ)",
     "input_scale": "FP8 with static activation scales",
     "activation_scale": "FP8 with static activation scales",
 }  # fmt: skip
 _LISTED: Final = 12  # names in a message
-Key = tuple[str, str]  # which projection, and what of it
-
-
-class TensorSource(Protocol):
-    """Tensors that can be looked at, and read in part, by name."""
-
-    origin: str
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """The shape of a tensor."""
-
-    def read(self, name: str, *index: slice) -> Tensor:
-        """A tensor, or the part of it that the slices select."""
-
-
-class LoadedTensors:
-    """Tensors in memory as a `TensorSource`.
-
-    Args:
-        tensors: The tensors by name.
-        origin: Where they are from, for messages.
-    """
-
-    def __init__(self, tensors: Mapping[str, Tensor], origin: str) -> None:
-        self._tensors, self.origin = tensors, origin
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """See `TensorSource.shape`."""
-        return tuple(self._tensors[name].shape)
-
-    def read(self, name: str, *index: slice) -> Tensor:
-        """See `TensorSource.read`."""
-        return self._tensors[name][index] if index else self._tensors[name]
-
-
-@dataclass(frozen=True)
-class Part:
-    """What one process of tensor parallelism holds of every expert: a share of the N columns of its intermediate.
-
-    The outputs of all processes add up to the layer's, so the down projection's bias belongs to the first alone.
-
-    Attributes:
-        rank: Number of the process.
-        size: Number of processes.
-
-    Raises:
-        InvalidInputError: The rank is not in 0…size-1.
-    """
-
-    rank: int = 0
-    size: int = 1
-
-    def __post_init__(self) -> None:
-        if not (type(self.rank) is type(self.size) is int and 0 <= self.rank < self.size):
-            raise InvalidInputError(f"tp must be (rank, size) with 0 ≤ rank < size, got ({self.rank}, {self.size})")
-
-    def of(self, N: int, *, blocks: bool, origin: str) -> slice:
-        """This process's columns of an intermediate of N.
-
-        Raises:
-            InvalidInputError: N cannot be divided so, or not at the boundaries of blocks of scales, if there are such.
-        """
-        step = QUANT_BLOCK * self.size if blocks and self.size > 1 else self.size
-        if N % step:
-            each = f" × {QUANT_BLOCK}, the columns of a block of scales" if step > self.size else ""
-            raise InvalidInputError(
-                f"{origin}: N={N} cannot be divided among {self.size} processes: it must be a multiple of {self.size}"
-                f"{each}; use another size"
-            )
-        n = N // self.size
-        return slice(self.rank * n, (self.rank + 1) * n)
 
 
 def stack_experts(
@@ -190,7 +123,9 @@ def stack(
                 f"{source.origin} has fused experts ({listed(experts[-1].values())}) and single ones ({single}) in one "
                 "layer; keep one kind"
             )
-        return _stack_fused(source, experts[-1], part, interleaved=interleaved, device=device)
+        fused = stack_mxfp4 if any(kind == "blocks" for _, kind in experts[-1]) else _stack_fused
+        stacked = fused(source, experts[-1], part, interleaved=interleaved, device=device)
+        return _with_bias_once(stacked, part)
     _require_alike(source, experts)
     return _stack_single(source, [experts[e] for e in range(len(experts))], part, device)
 
@@ -233,7 +168,7 @@ def _stack_single(
             f"{source.origin}: with N={N} rows of gate and up, which is no multiple of {QUANT_BLOCK}, a block of "
             "scales of gate and up together would cover rows of both; load BF16 weights and use ExpertWeights.quantize"
         )
-    columns = part.of(N, blocks=blocks, origin=source.origin)
+    columns = part.of(N, block=QUANT_BLOCK if blocks else 1, origin=source.origin)
     whole = slice(None)
     stacked: dict[str, Tensor] = {}
     for target, projections in (("gate_up", parts), ("down", ("down",))):
@@ -277,7 +212,7 @@ def _stack_fused(
     _require_scales(source, names, fp8=dtype == FP8)
     scaled = source.shape(names["gate_up", "scale"])[1:] if ("gate_up", "scale") in names else ()
     blocks = scaled == scale_shape("fp8", *gate_up[1:])
-    columns = part.of(N, blocks=blocks, origin=source.origin)
+    columns = part.of(N, block=QUANT_BLOCK if blocks else 1, origin=source.origin)
     stacked = {}
     for (target, kind), name in names.items():
         by_row = kind == "scale" and not blocks
@@ -306,7 +241,7 @@ def _stack_fused(
             raise InvalidInputError(f"{source.origin}: {name} has {tensor.shape[0]} experts, and {E} are expected")
         tensor = tensor.to(device or tensor.device, torch.float32 if kind == "scale" else tensor.dtype)
         stacked[_argument(target, kind)] = tensor.contiguous()
-    return _with_bias_once(stacked, part)
+    return stacked
 
 
 def _transposed(source: TensorSource, gate_up: tuple[int, ...], down: tuple[int, ...]) -> bool:

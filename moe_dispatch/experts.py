@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from moe_dispatch.activations import UNGATED, Activation, canonical
 from moe_dispatch.checkpoints import stack_experts
 from moe_dispatch.errors import InvalidInputError
+from moe_dispatch.mxfp4 import quantize_mxfp4
 from moe_dispatch.numerics import FP8, quantize_blocks, quantize_channels
-from moe_dispatch.problem import FP8_DTYPES, DType, Mode, MoEProblem
+from moe_dispatch.problem import FP8_DTYPES, MX_BLOCK, QUANTIZED_DTYPES, DType, Mode, MoEProblem
 from moe_dispatch.tensor_memory import address
 from moe_dispatch.weight_checks import (
     DTYPE_NAMES,
@@ -21,8 +22,11 @@ from moe_dispatch.weight_checks import (
     check_bias,
     check_weight,
     checked_scales,
+    columns_of,
     scales_of_rows,
 )
+
+_QUANTIZE: Final = {"block": quantize_blocks, "channel": quantize_channels, "mxfp4": quantize_mxfp4}
 
 
 class LayerSpec:
@@ -46,21 +50,23 @@ class ExpertWeights:
 
     Args:
         gate_up: ``[E, 2N, K]``, gate rows first (alternating if ``interleaved``); ``[E, N, K]`` for an ungated
-            activation. BF16, FP16, FP32, or e4m3 with scales.
-        down: ``[E, K, N]``, same dtype.
-        gate_up_scale: fp32 multipliers; with e4m3 weights only. Block FP8 has ``[E, ⌈2N/128⌉, ⌈K/128⌉]``, per-channel
+            activation. BF16, FP16, FP32, or e4m3 with scales. MXFP4 is uint8 ``[E, 2N, K/2]`` with scales: two E2M1
+            codes in a byte, that of the even column in its low half (`moe_dispatch.mxfp4`).
+        down: ``[E, K, N]``, same dtype; uint8 ``[E, K, N/2]`` in MXFP4.
+        gate_up_scale: With e4m3 and MXFP4 weights only. MXFP4 has exponents in uint8 or float8_e8m0fnu, ``[E, 2N,
+            K/32]``. FP8 has fp32 multipliers: block FP8 has ``[E, ⌈2N/128⌉, ⌈K/128⌉]``, per-channel
             FP8 one for each row, ``[E, 2N]`` or ``[E, 2N, 1]``. Per-tensor scales, ``[E]``, ``[E, 1]`` or ``[E, 2]``
             (of gate and of up), become those of rows by a copy, and BF16 and UE8M0 (float8_e8m0fnu) ones fp32;
             neither copy follows later changes of the values.
-        down_scale: fp32 multipliers likewise: ``[E, ⌈K/128⌉, ⌈N/128⌉]``; or ``[E, K]``, ``[E, K, 1]``, ``[E]``,
-            ``[E, 1]``.
+        down_scale: Likewise ``[E, K, N/32]`` in MXFP4; in FP8 ``[E, ⌈K/128⌉, ⌈N/128⌉]``; or ``[E, K]``, ``[E, K,
+            1]``, ``[E]``, ``[E, 1]``.
         gate_up_bias: ``[E, 2N]`` (``[E, N]`` ungated), in the same order as gate_up's rows.
         down_bias: ``[E, K]``. Both biases or neither.
         activation: See `MoEProblem`.
         interleaved: Whether gate and up rows alternate.
         transposed: Whether gate_up and down are views, by ``.transpose(1, 2)``, of contiguous ``[E, K, 2N]`` and
             ``[E, N, K]``. They are read in place: by our own kernels but triton_vector, torch_grouped and reference.
-            Not for FP8.
+            Not for FP8 and MXFP4.
         routed_experts: Experts among which the router chooses, where these are a part of them and the other ids of a
             call are of experts elsewhere; None where they are all. It changes the expected load and so the choice of
             the backend, never the result.
@@ -98,29 +104,31 @@ class ExpertWeights:
             raise InvalidInputError(f"interleaved rows need a gate, and activation {activation!r} has none")
         check_weight("gate_up", gate_up, transposed=transposed)
         check_weight("down", down, transposed=transposed)
-        E, rows, K = gate_up.shape
-        N = down.shape[2]
-        if tuple(down.shape) != (E, K, N) or rows != (2 * N if gated else N):
+        E, rows, K = *gate_up.shape[:2], columns_of("gate_up", gate_up)
+        N = columns_of("down", down)
+        if tuple(down.shape[:2]) != (E, K) or rows != (2 * N if gated else N):
             raise InvalidInputError(
                 f"gate_up {list(gate_up.shape)} and down {list(down.shape)} do not belong together: activation "
-                f"{activation!r} takes gate_up [E, {'2N' if gated else 'N'}, K] and down [E, K, N]; "
-                "a transposed checkpoint needs .transpose(1, 2).contiguous() once at load"
+                f"{activation!r} takes gate_up [E, {'2N' if gated else 'N'}, K] and down [E, K, N], in MXFP4 with K/2 "
+                "and N/2 bytes in a row; a transposed checkpoint needs .transpose(1, 2).contiguous() once at load"
             )
         check_alike("down", down, gate_up)
         self.dtype: DType = DTYPE_NAMES[gate_up.dtype]
-        if gate_up.dtype == FP8:
+        if self.quantized:
             if transposed:
-                raise InvalidInputError("FP8 weights cannot be read transposed; call .contiguous() once at load")
+                raise InvalidInputError("quantised weights cannot be read transposed; call .contiguous() once at load")
+            if gate_up.requires_grad or down.requires_grad:
+                raise InvalidInputError("quantised weights cannot require a gradient; train in BF16 and quantize after")
             self.dtype, gate_up_scale, down_scale = checked_scales(
                 gate_up, down, gate_up_scale, down_scale, 2 if gated else 1
             )
             if self.dtype == "fp8_channel":
                 gate_up_scale = scales_of_rows(gate_up_scale, rows, interleaved=interleaved)
                 down_scale = scales_of_rows(down_scale, K)
-            if gate_up.requires_grad or down.requires_grad:
-                raise InvalidInputError("FP8 weights cannot require a gradient; train in BF16 and quantize after")
         elif gate_up_scale is not None or down_scale is not None:
-            raise InvalidInputError(f"scales belong to float8_e4m3fn weights, and these are {gate_up.dtype}; drop them")
+            raise InvalidInputError(
+                f"scales belong to float8_e4m3fn and MXFP4 weights, and these are {gate_up.dtype}; drop them"
+            )
         if (gate_up_bias is None) != (down_bias is None):
             present = "gate_up_bias" if down_bias is None else "down_bias"
             raise InvalidInputError(f"only {present} was given; give both biases (zeros serve) or neither")
@@ -199,12 +207,13 @@ class ExpertWeights:
         down_bias: Tensor | None = None,
         activation: Activation = "silu",
         interleaved: bool = False,
-        form: Literal["block", "channel"] = "block",
+        form: Literal["block", "channel", "mxfp4"] = "block",
     ) -> Self:
-        """Quantise BF16, FP16 or FP32 weights to FP8, by default to DeepSeek's block FP8.
+        """Quantise BF16, FP16 or FP32 weights to MXFP4 or FP8, by default to DeepSeek's block FP8.
 
-        Each 128×128 block (blocks at the edge cover what is left), or each row, gets the fp32 scale amax/448. One of
-        zeros gets a tiny scale and stays exactly zero; a NaN or infinite element becomes NaN and spoils no other.
+        In FP8 each 128×128 block (blocks at the edge cover what is left), or each row, gets the fp32 scale amax/448.
+        One of zeros gets a tiny scale and stays exactly zero; a NaN or infinite element becomes NaN and spoils no
+        other. MXFP4 is made as `moe_dispatch.mxfp4.quantize_mxfp4` says, of K and N that are multiples of 32.
 
         Args:
             gate_up: ``[E, 2N, K]`` or ungated ``[E, N, K]``.
@@ -213,20 +222,23 @@ class ExpertWeights:
             down_bias: As for `ExpertWeights`.
             activation: As for `ExpertWeights`.
             interleaved: As for `ExpertWeights`.
-            form: ``"block"``, or ``"channel"`` for a scale per row, llm-compressor's.
+            form: ``"block"``, ``"channel"`` for a scale per row, llm-compressor's, or ``"mxfp4"``.
         """
-        if form not in ("block", "channel"):
-            raise InvalidInputError(f"form must be 'block' or 'channel', got {form!r}")
+        if form not in _QUANTIZE:
+            raise InvalidInputError(f"form must be one of {', '.join(map(repr, _QUANTIZE))}, got {form!r}")
         for name, tensor in (("gate_up", gate_up), ("down", down)):
             check_weight(name, tensor)
-            if tensor.dtype == FP8:
-                raise InvalidInputError(f"{name} is float8_e4m3fn already; give its scales to ExpertWeights instead")
-        quantize = quantize_blocks if form == "block" else quantize_channels
-        gate_up_fp8, gate_up_scale = quantize(gate_up.detach())
-        down_fp8, down_scale = quantize(down.detach())
+            if not tensor.is_floating_point() or tensor.dtype == FP8:
+                raise InvalidInputError(f"{name} is {tensor.dtype} already; give its scales to ExpertWeights instead")
+            if form == "mxfp4" and tensor.shape[2] % MX_BLOCK:
+                raise InvalidInputError(
+                    f"MXFP4 has one scale for every {MX_BLOCK} columns, and {name} has {tensor.shape[2]}; keep BF16"
+                )
+        gate_up_codes, gate_up_scale = _QUANTIZE[form](gate_up.detach())
+        down_codes, down_scale = _QUANTIZE[form](down.detach())
         return cls(
-            gate_up_fp8,
-            down_fp8,
+            gate_up_codes,
+            down_codes,
             gate_up_scale=gate_up_scale,
             down_scale=down_scale,
             gate_up_bias=gate_up_bias,
@@ -348,6 +360,11 @@ class ExpertWeights:
     def fp8(self) -> bool:
         """Whether the weights are FP8 in any form."""
         return self.dtype in FP8_DTYPES
+
+    @property
+    def quantized(self) -> bool:
+        """Whether the weights are codes with multipliers: FP8 or MXFP4."""
+        return self.dtype in QUANTIZED_DTYPES
 
     @property
     def gated(self) -> bool:

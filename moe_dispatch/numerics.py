@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moe_dispatch.activations import UNGATED, Activation, SwiGLU, swiglu
+from moe_dispatch.mxfp4 import dequantize_mxfp4
 from moe_dispatch.problem import QUANT_BLOCK
 
 FP8: Final = torch.float8_e4m3fn
@@ -172,15 +173,17 @@ def quantize_channels(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def dequantize(quantized: Tensor, scale: Tensor) -> Tensor:
-    """Undo `quantize_blocks` or `quantize_channels`, as the shape of the scales says, for one expert or all.
+    """Undo `quantize_blocks`, `quantize_channels` or `quantize_mxfp4`, for one expert or all.
 
     Args:
-        quantized: e4m3 ``[…, R, C]``.
-        scale: fp32 multipliers ``[…, ⌈R/128⌉, ⌈C/128⌉]`` or ``[…, R]``.
+        quantized: e4m3 ``[…, R, C]``, or the bytes of MXFP4.
+        scale: fp32 multipliers ``[…, ⌈R/128⌉, ⌈C/128⌉]`` or ``[…, R]``, whose shape says the form, or those of MXFP4.
 
     Returns:
         fp32 ``[…, R, C]``.
     """
+    if quantized.dtype == torch.uint8:
+        return dequantize_mxfp4(quantized, scale)
     if scale.dim() == quantized.dim():
         return dequantize_blocks(quantized, scale)
     return quantized.float() * scale.unsqueeze(-1)

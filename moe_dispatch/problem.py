@@ -19,13 +19,20 @@ from typing import Final, Literal, get_args
 from moe_dispatch.activations import UNGATED, Activation, canonical
 from moe_dispatch.errors import InvalidInputError
 
-DType = Literal["bf16", "fp16", "fp32", "fp8", "fp8_channel"]
+DType = Literal["bf16", "fp16", "fp32", "fp8", "fp8_channel", "mxfp4"]
 Mode = Literal["eager", "graph"]
 
 DTYPES: Final[tuple[DType, ...]] = get_args(DType)
 FP8_DTYPES: Final[frozenset[DType]] = frozenset({"fp8", "fp8_channel"})  # e4m3 weights with multipliers
+QUANTIZED_DTYPES: Final[frozenset[DType]] = FP8_DTYPES | {"mxfp4"}  # weights that are codes with multipliers
 QUANT_BLOCK: Final = 128  # DeepSeek's block FP8: one scale per 128×128 weights, per 1×128 activations
+MX_BLOCK: Final = 32  # MXFP4: one scale per 32 weights of a row
 ELEMENT_BYTES: Final[dict[DType, int]] = {"bf16": 2, "fp16": 2, "fp32": 4, "fp8": 1, "fp8_channel": 1}
+
+
+def stored_bytes(dtype: DType, elements: int) -> int:
+    """Bytes of weights; with their scales in MXFP4, where those are a byte for 32 weights, and without elsewhere."""
+    return elements * (MX_BLOCK // 2 + 1) // MX_BLOCK if dtype == "mxfp4" else elements * ELEMENT_BYTES[dtype]
 
 
 @dataclass(frozen=True)
@@ -40,8 +47,9 @@ class MoEProblem:
         topk: Experts per token.
         dtype: The weights' dtype. ``"fp8"`` is DeepSeek's block FP8: e4m3 with a scale per 128×128 weights, and per
             token and 128 columns of activations. ``"fp8_channel"`` is e4m3 with a scale per output row of a weight, and
-            per token of activations.
-        act_dtype: The dtype of ``hidden_states`` and the output. Equal to ``dtype`` unless that is FP8.
+            per token of activations. ``"mxfp4"`` is the OCP's: E2M1 codes of four bits with a power of two per 32
+            weights of a row, and activations that are not quantised.
+        act_dtype: The dtype of ``hidden_states`` and the output. Equal to ``dtype`` unless the weights are quantised.
         activation: ``"silu"``, ``"gelu"`` and ``"gelu_tanh"`` gate as act(gate) * up; ``"swiglu_oai"`` is gpt-oss's
             clamped (up + 1) * gate * sigmoid(1.702 * gate); ``"relu2"`` has no gate (Nemotron). A gate with parameters
             of its own is a string such as ``"swiglu(limit=10)"``, see `moe_dispatch.activations.SwiGLU`.
@@ -83,12 +91,12 @@ class MoEProblem:
                 raise InvalidInputError(f"{letter} must be an integer of at least {least}, got {letter}={value!r}")
         if self.dtype not in DTYPES:
             raise InvalidInputError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
-        if self.act_dtype not in DTYPES or self.act_dtype in FP8_DTYPES:
+        if self.act_dtype not in DTYPES or self.act_dtype in QUANTIZED_DTYPES:
             raise InvalidInputError(f"act_dtype must be bf16, fp16 or fp32, got {self.act_dtype!r}")
-        if self.dtype != self.act_dtype and not self.fp8:
+        if self.dtype != self.act_dtype and not self.quantized:
             raise InvalidInputError(
                 f"hidden_states ({self.act_dtype}) and weights ({self.dtype}) must share a dtype unless the weights "
-                "are FP8; convert one of them"
+                "are FP8 or MXFP4; convert one of them"
             )
         object.__setattr__(self, "activation", canonical(self.activation))
         for name in ("bias", "interleaved", "transposed", "needs_grad"):
@@ -111,6 +119,11 @@ class MoEProblem:
     def fp8(self) -> bool:
         """Whether the weights are FP8 in any form."""
         return self.dtype in FP8_DTYPES
+
+    @property
+    def quantized(self) -> bool:
+        """Whether the weights are codes with multipliers: FP8 or MXFP4."""
+        return self.dtype in QUANTIZED_DTYPES
 
     @property
     def gated(self) -> bool:
@@ -169,8 +182,8 @@ class MoEProblem:
 
     @property
     def expert_bytes(self) -> int:
-        """Bytes of one expert's weights, scales not counted."""
-        return (self.gate_up_rows + self.N) * self.K * ELEMENT_BYTES[self.dtype]
+        """Bytes of one expert's weights as `stored_bytes` counts them."""
+        return stored_bytes(self.dtype, (self.gate_up_rows + self.N) * self.K)
 
     @property
     def flops(self) -> float:
@@ -196,7 +209,7 @@ class MoEProblem:
 
     @property
     def scale_shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Shapes of one expert's FP8 scales: (gate_up, down)."""
+        """Shapes of one expert's scales where the weights are quantised: (gate_up, down)."""
         return scale_shape(self.dtype, self.gate_up_rows, self.K), scale_shape(self.dtype, self.K, self.N)
 
 
@@ -205,7 +218,9 @@ _values: Final = operator.attrgetter(*_FIELDS)
 
 
 def scale_shape(dtype: DType, rows: int, columns: int) -> tuple[int, ...]:
-    """Shape of the scales of one expert's FP8 weight ``[rows, columns]``."""
+    """Shape of the scales of one expert's quantised weight of so many rows and columns."""
+    if dtype == "mxfp4":
+        return rows, columns // MX_BLOCK
     if dtype == "fp8_channel":
         return (rows,)
     return math.ceil(rows / QUANT_BLOCK), math.ceil(columns / QUANT_BLOCK)

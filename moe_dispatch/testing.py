@@ -153,6 +153,7 @@ MODEL_PRECISIONS = (
     Precision("fp32", "fp32"),
     Precision("fp8", "bf16"),
     Precision("fp8_channel", "bf16"),
+    Precision("mxfp4", "bf16"),
 )
 
 PRECISIONS = (
@@ -163,6 +164,8 @@ PRECISIONS = (
     Precision("fp8", "fp16"),
     Precision("fp8_channel", "bf16"),
     Precision("fp8_channel", "fp16"),
+    Precision("mxfp4", "bf16"),
+    Precision("mxfp4", "fp16"),
 )
 
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from moe_dispatch.errors import InvalidInputError
 from moe_dispatch.numerics import FP8
-from moe_dispatch.problem import QUANT_BLOCK, DType, scale_shape
+from moe_dispatch.problem import MX_BLOCK, QUANT_BLOCK, DType, scale_shape
 from moe_dispatch.tensor_memory import address, tensor_fault
 
 DTYPE_NAMES: Final[dict[torch.dtype, DType]] = {
@@ -15,6 +15,7 @@ DTYPE_NAMES: Final[dict[torch.dtype, DType]] = {
     torch.float16: "fp16",
     torch.float32: "fp32",
     FP8: "fp8",
+    torch.uint8: "mxfp4",
 }
 # Dtypes of scales that checkpoints have beside fp32; float8_e8m0fnu is UE8M0, a power of two.
 _EXACT_IN_FP32: Final = (torch.bfloat16, torch.float8_e8m0fnu)
@@ -58,6 +59,23 @@ def check_weight(name: str, tensor: Tensor, *, transposed: bool = False) -> None
         )
 
 
+def columns_of(name: str, weight: Tensor) -> int:
+    """The columns of a checked weight: twice those of the tensor where each byte holds two codes.
+
+    Raises:
+        InvalidInputError: They are no whole number of blocks of MXFP4.
+    """
+    if weight.dtype != torch.uint8:
+        return weight.shape[2]
+    columns = 2 * weight.shape[2]
+    if columns % MX_BLOCK:
+        raise InvalidInputError(
+            f"{name} has {columns} columns, and MXFP4 has one scale for every {MX_BLOCK}: give a multiple of "
+            f"{MX_BLOCK // 2} bytes in each row"
+        )
+    return columns
+
+
 def check_alike(name: str, tensor: Tensor, first: Tensor) -> None:
     """Refuse weights of two dtypes, or on two devices."""
     if tensor.dtype != first.dtype:
@@ -69,7 +87,7 @@ def check_alike(name: str, tensor: Tensor, first: Tensor) -> None:
 def checked_scales(
     gate_up: Tensor, down: Tensor, gate_up_scale: Tensor | None, down_scale: Tensor | None, parts: int
 ) -> tuple[DType, Tensor, Tensor]:
-    """The form of FP8 weights, and their scales as every backend reads them; see `ExpertWeights`.
+    """The form of quantised weights, and their scales as every backend reads them; see `ExpertWeights`.
 
     Args:
         gate_up: ``[E, rows, K]``.
@@ -78,8 +96,8 @@ def checked_scales(
         down_scale: As it was given.
         parts: 2, or 1 for an activation without a gate.
     """
-    dtype: DType = "fp8"
-    if gate_up_scale is not None:
+    dtype = DTYPE_NAMES[gate_up.dtype]
+    if gate_up_scale is not None and dtype == "fp8":
         _check_memory("gate_up_scale", gate_up_scale)  # before its shape is asked, which may have to be initialised
         blocks = (gate_up.shape[0], *scale_shape("fp8", *gate_up.shape[1:]))
         if tuple(gate_up_scale.shape) != blocks and tuple(gate_up_scale.shape) in _row_shapes(gate_up, parts):
@@ -91,6 +109,13 @@ def checked_scales(
     return dtype, *scales
 
 
+def _check_place(name: str, tensor: Tensor, device: torch.device) -> None:
+    if tensor.device != device:
+        raise InvalidInputError(f"{name} is on {tensor.device} and gate_up on {device}; move them together")
+    if not tensor.is_contiguous():
+        raise InvalidInputError(f"{name} must be contiguous, got strides {list(tensor.stride())}; call .contiguous()")
+
+
 def _row_shapes(weight: Tensor, parts: int) -> dict[tuple[int, ...], str]:
     """The shapes in which scales of rows are given, and how many rows share one."""
     E, rows, _ = weight.shape
@@ -99,33 +124,36 @@ def _row_shapes(weight: Tensor, parts: int) -> dict[tuple[int, ...], str]:
 
 
 def _checked_scale(name: str, scale: Tensor | None, weight: Tensor, dtype: DType, parts: int) -> Tensor:
-    E, rows, columns = weight.shape
-    shape = (E, *scale_shape(dtype, rows, columns))
+    E, rows = weight.shape[:2]
+    shape = (E, *scale_shape(dtype, rows, columns_of(name, weight)))
     if scale is None:
+        kind = "uint8 weights are MXFP4, and" if dtype == "mxfp4" else "float8_e4m3fn weights"
         raise InvalidInputError(
-            f"float8_e4m3fn weights need {name} [{', '.join(map(str, shape))}] in fp32; "
+            f"{kind} need {name} [{', '.join(map(str, shape))}] in {'uint8' if dtype == 'mxfp4' else 'fp32'}; "
             "ExpertWeights.quantize makes both from BF16 weights"
         )
     _check_memory(name, scale)
-    if scale.dtype in _EXACT_IN_FP32:
-        scale = scale.to(torch.float32)
-    if scale.dtype != torch.float32:
-        raise InvalidInputError(
-            f"{name} must be a float32 tensor of multipliers, or a bfloat16 or float8_e8m0fnu one, which is converted, "
-            f"got {scale.dtype}"
-        )
-    allowed = {shape: f"{QUANT_BLOCK}×{QUANT_BLOCK} block"} if dtype == "fp8" else {}
-    if dtype == "fp8_channel" or name == "gate_up_scale":  # whose form down's scales follow
+    if dtype == "mxfp4":
+        scale = scale.view(torch.uint8) if scale.dtype == torch.float8_e8m0fnu else scale
+        if scale.dtype != torch.uint8:
+            raise InvalidInputError(f"{name} of MXFP4 must be a uint8 or float8_e8m0fnu tensor, got {scale.dtype}")
+    else:
+        scale = scale.to(torch.float32) if scale.dtype in _EXACT_IN_FP32 else scale
+        if scale.dtype != torch.float32:
+            raise InvalidInputError(
+                f"{name} must be a float32 tensor of multipliers, or a bfloat16 or float8_e8m0fnu one, which is "
+                f"converted, got {scale.dtype}"
+            )
+    shares = {"fp8": f"{QUANT_BLOCK}×{QUANT_BLOCK} block", "mxfp4": f"{MX_BLOCK} columns"}
+    allowed = {shape: shares[dtype]} if dtype in shares else {}
+    if dtype == "fp8_channel" or (dtype == "fp8" and name == "gate_up_scale"):  # whose form down's scales follow
         allowed |= _row_shapes(weight, parts)
     if tuple(scale.shape) not in allowed:
         shapes = " or ".join(f"{list(shape)}, one multiplier per {share}," for shape, share in allowed.items())
         raise InvalidInputError(
             f"{name} must be {shapes} got {list(scale.shape)}; both weights have scales of one form"
         )
-    if scale.device != weight.device:
-        raise InvalidInputError(f"{name} is on {scale.device} and gate_up on {weight.device}; move them together")
-    if not scale.is_contiguous():
-        raise InvalidInputError(f"{name} must be contiguous, got strides {list(scale.stride())}; call .contiguous()")
+    _check_place(name, scale, weight.device)
     return scale
 
 
@@ -138,10 +166,7 @@ def check_bias(name: str, bias: Tensor | None, shape: tuple[int, int], device: t
         raise InvalidInputError(f"{name} must be a bfloat16, float16 or float32 tensor, got {bias.dtype}")
     if tuple(bias.shape) != shape:
         raise InvalidInputError(f"{name} must be {list(shape)}, one value per output row, got {list(bias.shape)}")
-    if bias.device != device:
-        raise InvalidInputError(f"{name} is on {bias.device} and gate_up on {device}; move them together")
-    if not bias.is_contiguous():
-        raise InvalidInputError(f"{name} must be contiguous, got strides {list(bias.stride())}; call .contiguous()")
+    _check_place(name, bias, device)
 
 
 def scales_of_rows(scale: Tensor, rows: int, *, interleaved: bool = False) -> Tensor:

@@ -3,12 +3,12 @@
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 from moe_dispatch.activations import UNGATED, Activation
 from moe_dispatch.errors import InvalidInputError, UnknownNameError
 from moe_dispatch.model_config import configured_layer
-from moe_dispatch.problem import FP8_DTYPES, DType, Mode, MoEProblem
+from moe_dispatch.problem import QUANTIZED_DTYPES, DType, Mode, MoEProblem
 from moe_dispatch.system.files import read_json
 
 if TYPE_CHECKING:
@@ -33,10 +33,10 @@ class Workload:
     interleaved: bool = False
 
     def problem(self, M: int, dtype: DType, machine: "Machine", mode: Mode = "eager") -> MoEProblem:
-        """The problem of M tokens through this layer on a machine; activations are BF16 where the weights are FP8."""
+        """The problem of M tokens through this layer on a machine; activations are BF16 where weights are quantised."""
         return MoEProblem(
             M=M, K=self.K, N=self.N, E=self.E, topk=self.topk, dtype=dtype,
-            act_dtype="bf16" if dtype in FP8_DTYPES else dtype, activation=self.activation, bias=self.bias,
+            act_dtype="bf16" if dtype in QUANTIZED_DTYPES else dtype, activation=self.activation, bias=self.bias,
             interleaved=self.interleaved, device=machine.device, capability=machine.capability, mode=mode,
         )  # fmt: skip
 
@@ -64,6 +64,10 @@ WORKLOADS: Final[dict[str, Workload]] = {
     )
 }
 
+# The form of `ExpertWeights.quantize` that makes weights of a dtype.
+_FORMS: Final[dict[DType, Literal["block", "channel", "mxfp4"]]] = {
+    "fp8": "block", "fp8_channel": "channel", "mxfp4": "mxfp4",
+}  # fmt: skip
 LARGEST: Final = 1 << 31  # No number of a layer is as large.
 
 
@@ -143,17 +147,17 @@ def make_experts(
 
     Args:
         layer: The layer, whose shape, activation and biases count.
-        dtype: Dtype of the weights; FP8 quantises them.
+        dtype: Dtype of the weights, which may be a quantised one.
         device: Device of the weights.
         generator: A generator on `device`; torch's default if None.
-        act_dtype: Dtype of the biases where the weights are FP8; BF16 if None.
-        transposed: Whether to store them by columns, see `ExpertWeights`; FP8 weights never are.
+        act_dtype: Dtype of the biases where the weights are quantised; BF16 if None.
+        transposed: Whether to store them by columns, see `ExpertWeights`; quantised ones never are.
     """
     import torch
 
     from moe_dispatch.experts import ExpertWeights
 
-    plain = torch_dtype((act_dtype or "bf16") if dtype in FP8_DTYPES else dtype)
+    plain = torch_dtype((act_dtype or "bf16") if dtype in QUANTIZED_DTYPES else dtype)
     rows = layer.N if layer.activation in UNGATED else 2 * layer.N
 
     def draw(*shape: int, scale: float) -> "Tensor":
@@ -171,20 +175,20 @@ def make_experts(
         "gate_up_bias": biases[0], "down_bias": biases[1], "activation": layer.activation,
         "interleaved": layer.interleaved,
     }  # fmt: skip
-    if dtype in FP8_DTYPES:
-        return ExpertWeights.quantize(gate_up, down, **kind, form="channel" if dtype == "fp8_channel" else "block")
+    if form := _FORMS.get(dtype):
+        return ExpertWeights.quantize(gate_up, down, **kind, form=form)
     if transposed:
         gate_up, down = (weight.mT.contiguous().mT for weight in (gate_up, down))
     return ExpertWeights(gate_up, down, **kind, transposed=transposed)
 
 
 def torch_dtype(name: DType) -> "torch.dtype":
-    """``"bf16"`` -> ``torch.bfloat16``."""
+    """``"bf16"`` -> ``torch.bfloat16``; of MXFP4 that of the bytes."""
     import torch
 
     dtypes: dict[DType, torch.dtype] = {
         "bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp8": torch.float8_e4m3fn,
-        "fp8_channel": torch.float8_e4m3fn,
+        "fp8_channel": torch.float8_e4m3fn, "mxfp4": torch.uint8,
     }  # fmt: skip
     return dtypes[name]
 

@@ -22,6 +22,8 @@ GLUON_ROWS: Final = 16
 GLUON_FP8_ROWS: Final = 56
 GLUON_FP8_ROWS_FROM_LONG_N: Final = 2
 GLUON_LONG_N: Final = 2048
+# In MXFP4 it copies the layer to BF16 in every call.
+GLUON_MXFP4_ROWS: Final = 128
 # From this many rows per expert on DeepGEMM's products are about as fast as ours, or faster.
 PREFILL_ROWS: Final = 256
 # From this many rows per expert on they are faster in FP8: mixtral-8x7b at 4096 tokens (2414 µs, ours 2453) and at
@@ -130,6 +132,8 @@ def vector_suits(problem: MoEProblem) -> bool:
     """Whether the vector kernels are likelier to be fastest than split-K on tensor cores."""
     if problem.expected_slots > VECTOR_SHARING * problem.expected_experts:
         return False
+    if problem.dtype == "mxfp4":
+        return False  # which they do not read
     if problem.fp8 and problem.capability is not None and problem.capability < (8, 9):
         return False  # without an instruction that converts e4m3, which takes longer still; nothing was measured there
     read = problem.expected_experts * problem.expert_bytes
@@ -144,7 +148,9 @@ def vector_suits(problem: MoEProblem) -> bool:
 
 def _many_rows(problem: MoEProblem) -> bool:
     """Whether tiles of 128 rows are likelier to be faster than tiles of 64."""
-    if not problem.fp8:
+    if problem.dtype == "mxfp4":
+        least = GLUON_MXFP4_ROWS
+    elif not problem.fp8:
         least = GLUON_ROWS
     else:
         least = GLUON_FP8_ROWS_FROM_LONG_N if problem.N >= GLUON_LONG_N else GLUON_FP8_ROWS

@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 from typing import Final
 
+import torch
 from torch import Tensor
 
 from moe_dispatch.activations import KINDS, UNGATED
@@ -14,12 +15,13 @@ from moe_dispatch.backends.gluon_hopper.config import GluonHopperConfig
 from moe_dispatch.backends.gluon_hopper.products import hopper_products
 from moe_dispatch.backends.gluon_hopper.tiles import SHARED_MEMORY, WINDOW_ROWS, permutes_rows
 from moe_dispatch.backends.stages.combine import Out, combine
+from moe_dispatch.backends.stages.dequantize import dequantized
 from moe_dispatch.backends.stages.route import route
 from moe_dispatch.backends.triton_common.backend import TritonBackend
 from moe_dispatch.experts import ExpertWeights
 from moe_dispatch.machine import Machine
 from moe_dispatch.numerics import QuantizedRows
-from moe_dispatch.problem import ELEMENT_BYTES, MoEProblem
+from moe_dispatch.problem import MoEProblem
 from moe_dispatch.system.libraries import library_version
 
 # Gluon is experimental and changes with every Triton. The kernels were compiled under each of these releases.
@@ -33,7 +35,7 @@ class GluonHopperBackend(TritonBackend):
     The stages: route, [permute or quantise], gate-up with the activation inside, down, combine. In a product one
     program runs on every multiprocessor: a scheduler warp takes tiles from a counter, loader warps fill a ring of
     stages, two warp groups multiply. Deterministic: rows are placed in the order of their slots, and nothing is added
-    atomically.
+    atomically. MXFP4 weights are dequantised in every call, all of them, which many rows repay.
     """
 
     name = "gluon_hopper"
@@ -43,14 +45,14 @@ class GluonHopperBackend(TritonBackend):
     # blocks of scales: 128 columns of h, 256 of the output. Not FP16: experts' rows are stored before they are weighted
     # and summed, and above 65504 they would be infinite where their sum is not.
     requirements = Requirements(
-        dtypes=dict.fromkeys(("bf16", "fp8"), (9, 0)),
+        dtypes=dict.fromkeys(("bf16", "fp8", "mxfp4"), (9, 0)),
         act_dtypes=frozenset({"bf16"}),
         activations=KINDS - UNGATED,
         bias=True,
         interleaved=True,
         transposed=True,
-        multiples={"bf16": {"K": 64, "N": 8}, "fp8": {"K": 256, "N": 128}},
-        max_capability=dict.fromkeys(("bf16", "fp8"), (9, 1)),
+        multiples={"bf16": {"K": 64, "N": 8}, "fp8": {"K": 256, "N": 128}, "mxfp4": {"K": 64, "N": 32}},
+        max_capability=dict.fromkeys(("bf16", "fp8", "mxfp4"), (9, 1)),
     )
 
     def further_reasons(self, problem: MoEProblem) -> tuple[str, ...]:
@@ -64,10 +66,11 @@ class GluonHopperBackend(TritonBackend):
 
     def workspace_bytes(self, problem: MoEProblem, config: BackendConfig) -> int:  # noqa: ARG002
         """See `Backend.workspace_bytes`."""
-        element = ELEMENT_BYTES[problem.dtype]
+        element = 1 if problem.fp8 else 2
+        copied = 2 * (problem.gate_up_rows + problem.N) * problem.K * problem.E if problem.dtype == "mxfp4" else 0
         rows = problem.slots + WINDOW_ROWS
         permuted = rows * problem.K * element if permutes_rows(problem.dtype, problem.N) else 0
-        return permuted + rows * problem.N * element + problem.slots * (problem.K * 2 + 8)
+        return copied + permuted + rows * problem.N * element + problem.slots * (problem.K * 2 + 8)
 
     def takes_quantized_rows(self, problem: MoEProblem) -> bool:  # noqa: ARG002
         """See `Backend.takes_quantized_rows`."""
@@ -88,6 +91,7 @@ class GluonHopperBackend(TritonBackend):
         on 16 bytes (a view into a flat buffer) are copied to fresh memory first.
         """
         assert isinstance(config, GluonHopperConfig)  # noqa: S101 - the dispatcher made it from config_type
+        experts = dequantized(experts, torch.bfloat16)
         gathers = not permutes_rows(experts.dtype, experts.N)
         if gathers and isinstance(hidden_states, Tensor) and hidden_states.data_ptr() % 16:
             hidden_states = hidden_states.clone()

@@ -48,7 +48,7 @@ STAGE_BYTES: Final = 128
 WINDOW_ROWS: Final = 64
 
 # A bound, in bytes, of the shared memory that a block of either product takes; a compile test holds it to that.
-SHARED_MEMORY: Final[dict[DType, int]] = {"bf16": 225 << 10, "fp8": 221 << 10}
+SHARED_MEMORY: Final[dict[DType, int]] = {"bf16": 225 << 10, "fp8": 221 << 10, "mxfp4": 225 << 10}
 
 
 def permutes_rows(dtype: DType, N: int) -> bool:

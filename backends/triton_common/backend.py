@@ -7,6 +7,8 @@ import logging
 from abc import abstractmethod
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from moe_dispatch.backend import BackendConfig, Inputs, RunInto, WritingBackend
 from moe_dispatch.backends.triton_common.descriptors import Descriptors, WeightView
 from moe_dispatch.backends.triton_common.features import features, triton_reasons, triton_requirements
@@ -42,6 +44,8 @@ class TritonBackend(WritingBackend):
     def further_reasons(self, problem: MoEProblem) -> tuple[str, ...]:
         """See `Backend.further_reasons`."""
         reasons = triton_reasons(self.machine, problem)
+        if problem.dtype not in self.requirements.dtypes:
+            return reasons  # there are no configurations to ask for their memory
         needed, available = self.least_shared_memory(problem), self._features.shared_memory
         if needed > available:
             reasons += (f"needs {needed} bytes of shared memory for a block, got {available}",)
@@ -97,8 +101,12 @@ class TritonBackend(WritingBackend):
         Args:
             experts: The layer.
             name: The weight's name.
-            shape: As for `WeightView`, of the memory where weights are stored by columns.
-            block: As for `WeightView`.
+            shape: As for `WeightView`, counted in weights, of the memory where weights are stored by columns.
+            block: Likewise.
             swapped: As for `WeightView`.
         """
-        return self._descriptors.get(getattr(experts, name), WeightView(shape, block, swapped, experts.transposed))
+        view = WeightView(shape, block, swapped, experts.transposed)
+        if experts.dtype == "mxfp4":  # an element of the view has four columns
+            columns, width = shape[-1] // 4, block[-1] // 4
+            view = WeightView((*shape[:-1], columns), (*block[:-1], width), swapped, element=torch.int16)
+        return self._descriptors.get(getattr(experts, name), view)

@@ -45,12 +45,14 @@ class WeightView(NamedTuple):
         block: The blocks that are loaded, in the view's dimensions after they are swapped.
         swapped: Two dimensions of the view that change places, if any.
         transposed: Whether the weight is stored by columns, so that the view is one of ``weight.mT``.
+        element: The dtype of the view, if another than the weight's.
     """
 
     shape: tuple[int, ...]
     block: tuple[int, ...]
     swapped: tuple[int, int] | None = None
     transposed: bool = False
+    element: torch.dtype | None = None
 
     def describe(self, weight: Tensor) -> Any:
         """A tensor descriptor of the weight, which holds the weight.
@@ -60,15 +62,17 @@ class WeightView(NamedTuple):
         """
         from triton.tools.tensor_descriptor import TensorDescriptor
 
-        memory = weight.mT if self.transposed else weight
-        if weight.numel() != math.prod(self.shape) or not memory.is_contiguous() or not _is_there(weight):
+        memory, element = weight.mT if self.transposed else weight, self.element or weight.dtype
+        elements = weight.numel() * weight.element_size() // element.itemsize
+        if elements != math.prod(self.shape) or not memory.is_contiguous() or not _is_there(weight):
             layout = ".transpose(1, 2) of a contiguous tensor" if self.transposed else "contiguous"
             raise InvalidInputError(
                 f"an expert weight was replaced after ExpertWeights checked it: it must be {layout} with "
-                f"{math.prod(self.shape)} elements, got {list(weight.shape)} with strides {list(weight.stride())}"
-                f"{'' if _is_there(weight) else ' and its memory is freed'}; wrap it in a new ExpertWeights"
+                f"{math.prod(self.shape)} elements of {element}, got {list(weight.shape)} with strides "
+                f"{list(weight.stride())}{'' if _is_there(weight) else ' and its memory is freed'}; wrap it in a new "
+                "ExpertWeights"
             )
-        view = memory.view(self.shape)
+        view = memory.view(element).view(self.shape)
         view = view.transpose(*self.swapped) if self.swapped else view
         return TensorDescriptor.from_tensor(view, list(self.block))
 

@@ -13,7 +13,7 @@ import torch
 
 from moe_dispatch.backend import Requirements
 from moe_dispatch.machine import Machine
-from moe_dispatch.problem import DType, MoEProblem
+from moe_dispatch.problem import MX_BLOCK, DType, MoEProblem
 
 # The Triton releases whose insides `internals` was written for; kernels of others are launched by Triton's own path.
 READ_TRITON_RELEASES: Final = ((3, 6), (3, 7), (3, 8), (3, 9))
@@ -115,7 +115,7 @@ def _device_class(capability: tuple[int, int]) -> _DeviceClass:
     return _DEVICE_CLASSES.get(capability, _DeviceClass(fp8=capability >= (8, 9)))
 
 
-def triton_requirements(*, fp8_forms: bool = False, transposed: bool = False) -> Requirements:
+def triton_requirements(*, fp8_forms: bool = False, mxfp4: bool = False, transposed: bool = False) -> Requirements:
     """What our Triton backends take: every activation, bias and row order, on sm_80 and newer.
 
     In the interpreter they take CPU tensors and fp32 weights too.
@@ -123,11 +123,14 @@ def triton_requirements(*, fp8_forms: bool = False, transposed: bool = False) ->
     Args:
         fp8_forms: Whether the kernels take FP8 weights in every form, and turn them into the activations' dtype where
             the device has no products of e4m3; without, they take block FP8 from sm_89 on.
+        mxfp4: Whether the kernels take MXFP4 weights.
         transposed: Whether the kernels read weights stored by columns, too.
     """
     dtypes: dict[DType, tuple[int, int]] = {"bf16": (8, 0), "fp16": (8, 0), "fp8": (8, 9)}
     if fp8_forms:
         dtypes |= {"fp8": (8, 0), "fp8_channel": (8, 0)}
+    if mxfp4:
+        dtypes["mxfp4"] = (8, 0)
     act_dtypes: set[DType] = {"bf16", "fp16"}
     if interpreting():
         dtypes["fp32"] = (8, 0)
@@ -135,6 +138,7 @@ def triton_requirements(*, fp8_forms: bool = False, transposed: bool = False) ->
     return Requirements(
         dtypes=dtypes, act_dtypes=frozenset(act_dtypes), cpu=interpreting(), bias=True, interleaved=True,
         transposed=transposed,
+        multiples={"mxfp4": {"K": MX_BLOCK, "N": MX_BLOCK}},
     )  # fmt: skip
 
 
@@ -145,6 +149,9 @@ def triton_reasons(machine: Machine, problem: MoEProblem) -> tuple[str, ...]:
         reasons.append(_NO_TRITON)
     if interpreting() and problem.dtype == "bf16":
         reasons.append("Triton's interpreter computes bf16 products wrongly; use fp16 or fp32 there")
+    multiplied = "fp16" if interpreting() else "bf16"  # four values of which are one word
+    if problem.dtype == "mxfp4" and problem.act_dtype != multiplied:
+        reasons.append(f"multiplies MXFP4 weights by {multiplied} hidden_states, got {problem.act_dtype}")
     return tuple(reasons)
 
 

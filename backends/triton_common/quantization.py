@@ -1,4 +1,4 @@
-"""What a product with FP8 weights reads on a device: e4m3 codes on both sides, or codes and plain activations.
+"""What a product with quantised weights reads on a device: codes on both sides, or codes and plain activations.
 
 Imports no Triton, so that a machine without it can still ask.
 """
@@ -14,7 +14,7 @@ from moe_dispatch.backends.triton_common.features import fp8_products
 from moe_dispatch.numerics import FP8
 from moe_dispatch.problem import ELEMENT_BYTES, DType, MoEProblem
 
-Scales = Literal["none", "block", "channel"]
+Scales = Literal["none", "block", "channel", "mx"]
 
 
 @dataclass(frozen=True)
@@ -23,8 +23,9 @@ class Quantization:
 
     Attributes:
         scales: Which weights share a multiplier: ``"block"`` for 128×128 of them, ``"channel"`` for an output row,
-            ``"none"`` where the weights are not quantised. Activations share one alike, where they are quantised: per
-            token and 128 columns, or per token.
+            ``"mx"`` for 32 of a row (MXFP4, whose activations are never quantised), ``"none"`` where the weights are
+            not quantised. Activations share one alike, where they are quantised: per token and 128 columns, or per
+            token.
         activations: Whether activations are quantised too, so that the product itself is one of e4m3 codes (W8A8).
             Where they are not (W8A16), the kernel turns codes of weights into the activations' dtype, which is exact.
     """
@@ -51,16 +52,24 @@ class Quantization:
         return 1 if self.activations else ELEMENT_BYTES[act_dtype]
 
     def readable(self, weight: Tensor) -> Tensor:
-        """The weight as a kernel reads it: as bytes where it dequantises, for Triton has no e4m3 before sm_89."""
+        """The weight as a kernel reads it: FP8 as bytes where it dequantises, for Triton has no e4m3 before sm_89.
+
+        MXFP4 is read as int16, four codes in each.
+        """
+        if self.scales == "mx":
+            return weight.view(torch.int16)
         return weight.view(torch.uint8) if self.dequantizes else weight
 
 
 _PLAIN: Final = Quantization()
+_MXFP4: Final = Quantization("mx")
 
 
 @functools.cache
 def quantization(dtype: DType, *, fp8: bool) -> Quantization:
     """How weights of a dtype are multiplied, on a device with products of e4m3 or without."""
+    if dtype == "mxfp4":
+        return _MXFP4
     scales: dict[DType, Scales] = {"fp8": "block", "fp8_channel": "channel"}
     return Quantization(scales[dtype], activations=fp8) if dtype in scales else _PLAIN
 

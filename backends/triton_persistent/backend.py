@@ -1,6 +1,6 @@
 """Our Triton backend for middle and large token counts, on every device that Triton compiles for."""
 
-from typing import ClassVar
+from typing import ClassVar, Final
 
 from torch import Tensor
 
@@ -16,11 +16,14 @@ from moe_dispatch.backends.triton_persistent.config import (
     least_shared_memory,
     persistent_configs,
 )
+from moe_dispatch.backends.triton_persistent.order_columns import order_columns, ordered_width
 from moe_dispatch.backends.triton_persistent.product import product
 from moe_dispatch.experts import ExpertWeights
 from moe_dispatch.numerics import QuantizedRows
 from moe_dispatch.problem import MoEProblem
 from moe_dispatch.workloads import torch_dtype
+
+_MOST_BLOCK: Final = 256  # columns of a block of ordered rows
 
 
 class TritonPersistentBackend(TritonBackend):
@@ -33,7 +36,7 @@ class TritonPersistentBackend(TritonBackend):
     """
 
     name = "triton_persistent"
-    requirements = triton_requirements(fp8_forms=True, transposed=True)
+    requirements = triton_requirements(fp8_forms=True, mxfp4=True, transposed=True)
     config_type = TritonPersistentConfig
     stores_to_peers = True
     # Per-channel FP8: the intermediate is rounded to BF16 before it is quantised, so some codes fall on the other side,
@@ -56,6 +59,8 @@ class TritonPersistentBackend(TritonBackend):
         row = problem.N * quantization.activation_bytes(problem.act_dtype) + problem.K * element + 8
         if quantization.per_token:
             row += problem.N * element
+        if problem.dtype == "mxfp4":  # rows in whole blocks, of the tokens too
+            codes += (problem.M * (problem.K + _MOST_BLOCK) + problem.slots * _MOST_BLOCK) * element
         return codes + problem.slots * row
 
     def takes_quantized_rows(self, problem: MoEProblem) -> bool:
@@ -80,9 +85,12 @@ class TritonPersistentBackend(TritonBackend):
         routing = route(topk_ids, experts.E, pdl=pdl)
         rows = routing.slot_of_row.shape[0]
         x, x_scale = activations(hidden_states, quantization, pdl=pdl)
+        inner = N
+        if quantization.scales == "mx":
+            x, inner = order_columns(x, config.block_k, pdl=pdl), ordered_width(N, config.block_k)
         # Where the product does not quantise, its rows are stored as those of the second product are.
         stored = rows_dtype(out.dtype) if per_token else quantization.stored(out.dtype)
-        h = x.new_empty(rows, N, dtype=stored)
+        h = x.new_empty(rows, inner, dtype=stored)
         h_scale = empty_scales(rows, N, h.device, column_major=False) if in_product else None
         product(
             experts, "gate_up", quantization, x, x_scale, routing, topk_ids.shape[1], h, h_scale, config,

@@ -36,11 +36,12 @@ def product(
         experts: The layer.
         name: Which of its weights. The activation belongs to ``"gate_up"``.
         quantization: How they are multiplied.
-        x: ``[rows, K]`` in the order of experts, or with `topk` ``[M, K]`` in the order of tokens.
+        x: ``[rows, K]`` in the order of experts, or with `topk` ``[M, K]`` in the order of tokens; with MXFP4 weights
+            as `order_columns` writes it.
         x_scale: fp32 multipliers of `x` where it is FP8 codes, ``[…, ⌈K/128⌉]`` or ``[…, 1]``.
         routing: From `route`, without padding between experts.
         topk: Experts per token if `x` is in the order of tokens, else 0.
-        y: Written, ``[rows, N]``.
+        y: Written, ``[rows, N]``; with MXFP4 weights and an activation as `order_columns` would.
         y_scale: Written with multipliers where `y` is FP8 codes of block FP8, ``[rows, ⌈N/128⌉]``.
         config: Tiles.
         features: Of the device.
@@ -49,7 +50,7 @@ def product(
     from moe_dispatch.backends.triton_persistent.product_kernel import _moe_product_kernel
 
     first = name == "gate_up"
-    N, K = y.shape[1], x.shape[1]
+    N, K = (experts.N, experts.K) if first else (experts.K, experts.N)
     block_n = config.block_n if first else config.down_block_n
     block_k = QUANT_BLOCK if quantization.scales == "block" else config.block_k
     halves = 2 if first and experts.gated else 1
@@ -57,9 +58,11 @@ def product(
     # Rows of gate and of up take turns in a tile's operand, half a tile at a time: each of two warp groups then has
     # gate and up of the same columns.
     run = block_n // 2 if halves == 2 and not interleaved else 1
+    if quantization.scales == "mx" and halves == 2:
+        run = 8  # one thread of a transposed product has rows that are 8 apart
     weight: Tensor = getattr(experts, name)
     transposed = experts.transposed
-    fits = tma_fits(halves * N if transposed else K, weight.element_size()) and N % run == 0
+    fits = tma_fits(halves * N if transposed else weight.shape[2], weight.element_size()) and N % run == 0
     tma = config.tma and features.tma and fits and (not first or boxes_mix_gate_and_up(experts))
     pdl = config.pdl and features.pdl
     # Where a group of quantised columns is two tiles, the loop carries the first one's result, and Triton does not
@@ -68,11 +71,17 @@ def product(
     # Each half of a tile's operand lies in one 128×128 block of weights, and so has one multiplier a step.
     scalar = block_n <= QUANT_BLOCK and not interleaved and (halves == 1 or N % QUANT_BLOCK == 0)
     # The weight seen as [E, N / run, halves, run, K], or by columns as [E, K, halves·N]: a box is a tile's operand.
-    shape: tuple[int, ...] = (experts.E, halves, N // run, run, K) if run > 1 else (experts.E, N, halves, 1, K)
-    swapped = (1, 2) if run > 1 else None
+    shape: tuple[int, ...]
+    swapped: tuple[int, int] | None = None
     box: tuple[int, ...] = (1, block_n // run, halves, run, block_k)
     if transposed:
-        shape, swapped, box = (experts.E, K, halves * N), None, (1, block_k, halves * block_n)
+        shape, box = (experts.E, K, halves * N), (1, block_k, halves * block_n)
+    elif run == 1:
+        shape = (experts.E, N, halves, 1, K)
+    elif interleaved:
+        shape, swapped = (experts.E, N // run, run, halves, K), (2, 3)
+    else:
+        shape, swapped = (experts.E, halves, N // run, run, K), (1, 2)
     _moe_product_kernel[(features.sms * config.ctas_per_sm,)](
         # inputs
         x, x_scale,
@@ -90,5 +99,11 @@ def product(
         BLOCK_M=config.block_m, BLOCK_N=block_n, BLOCK_K=block_k,
         ORDER=config.order, GROUP_M=config.group_m, E_POW2=next_power_of_2(experts.E),
         FLATTEN=not carries and math.ceil(K / block_k) <= config.flatten_steps, PDL=pdl,
-        num_warps=config.num_warps, num_stages=config.num_stages, **pdl_option(pdl),
+        num_warps=config.num_warps, num_stages=config.num_stages, **pdl_option(pdl), **_registers(config, quantization),
     )  # fmt: skip
+
+
+def _registers(config: TritonPersistentConfig, quantization: Quantization) -> dict[str, int]:
+    """With MXFP4 weights, a limit that lets as many programs run on a multiprocessor as are launched."""
+    share = 65536 // (32 * config.num_warps * config.ctas_per_sm)
+    return {"maxnreg": share} if quantization.scales == "mx" and share < 255 else {}

@@ -16,6 +16,7 @@ from moe_dispatch.backends.triton_common.device import (
     moe_fp8_values,
 )
 from moe_dispatch.backends.triton_common.fast_launch import fast_launch
+from moe_dispatch.backends.triton_common.mxfp4 import MOE_MXFP4_UNIT, moe_mxfp4_values
 from moe_dispatch.backends.triton_common.pdl import moe_pdl_wait_and_release
 
 
@@ -86,18 +87,26 @@ def _moe_product_kernel(
         source = offs_m
         if slot_of_row_ptr is not None:
             source = tl.load(slot_of_row_ptr + offs_m, mask=mask_m, other=0) // TOPK
-        x_ptrs = x_ptr + source.to(tl.int64)[:, None] * K
+        x_ptrs = x_ptr + source.to(tl.int64)[:, None] * (tl.cdiv(K, BLOCK_K) * BLOCK_K if SCALES == "mx" else K)
         w_row, column = _weight_rows(first_n, N, HALVES, RUN, INTERLEAVED, WIDE)
         w_rows = e.to(tl.int64) * (HALVES * N) + w_row
-        acc = _multiply(
-            x_ptrs, x_scale_ptr, w, w_scale_ptr, e, source, mask_m, w_row, w_rows, column, first_n, N, K,
-            HALVES, RUN, INTERLEAVED, TRANSPOSED, SCALES, SCALAR_SCALE, EVEN_K, TMA, BLOCK_M, WIDE, BLOCK_K,
-        )  # fmt: skip
+        if SCALES == "mx":
+            acc = _multiply_mxfp4(
+                x_ptrs, w, w_scale_ptr, e, mask_m, w_rows, column, first_n, N, K,
+                RUN, EVEN_K, TMA, BLOCK_M, WIDE, BLOCK_K,
+            )  # fmt: skip
+        else:
+            acc = _multiply(
+                x_ptrs, x_scale_ptr, w, w_scale_ptr, e, source, mask_m, w_row, w_rows, column, first_n, N, K,
+                HALVES, RUN, INTERLEAVED, TRANSPOSED, SCALES, SCALAR_SCALE, EVEN_K, TMA, BLOCK_M, WIDE, BLOCK_K,
+            )  # fmt: skip
         if bias_ptr is not None:
             acc += tl.load(bias_ptr + w_rows, mask=column < N, other=0.0).to(tl.float32)[None, :]
         # Columns past N are zeros, as their weights and biases were read: no group's multiplier is raised by them.
         y = _activate(acc, ACTIVATION, HALVES, RUN, BLOCK_M, BLOCK_N)
-        if y_scale_ptr is None:
+        if SCALES == "mx" and ACTIVATION is not None:
+            _store_ordered(y, y_ptr, offs_m, mask_m, first_n, N, BLOCK_M, BLOCK_N, BLOCK_K)
+        elif y_scale_ptr is None:
             _store(y, y_ptr, offs_m, mask_m, first_n, N, BLOCK_N)
         elif GROUP_TILES == 1:
             _store_group(y, y, y_ptr, y_scale_ptr, offs_m, mask_m, first_n, N, 1, BLOCK_M, BLOCK_N)
@@ -163,6 +172,44 @@ def _multiply(
         if x_scale_ptr is not None:
             acc *= tl.load(x_scale_ptr + source, mask=mask_m, other=0.0)[:, None]
     return acc
+
+
+@triton.jit
+def _multiply_mxfp4(
+    x_ptrs, w, exponent_ptr, e, mask_m, w_rows, column, first_n, N, K,
+    RUN: tl.constexpr, EVEN_K: tl.constexpr, TMA: tl.constexpr, BLOCK_M: tl.constexpr, WIDE: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """As `_multiply`, of MXFP4 weights, four codes in an int16, and rows of x as `order_columns` writes them.
+
+    The product is transposed: dequantised weights are the operand that tensor cores of sm_90 read from registers.
+    """
+    # Rows past N and columns past K repeat others' exponents, and meet codes of zero.
+    exponent_ptrs = exponent_ptr + tl.where(column < N, w_rows, 0)[:, None] * (K // 32)
+    offs_s = tl.arange(0, BLOCK_K // 32)
+    following = tl.load(exponent_ptrs + tl.minimum(offs_s, K // 32 - 1)[None, :])
+    acc = tl.zeros([WIDE, BLOCK_M], tl.float32)
+    for k in range(0, K, BLOCK_K):
+        # Loaded one step ahead, as Triton's pipeline leaves loads of bytes out.
+        exponents = following
+        following = tl.load(exponent_ptrs + tl.minimum(offs_s + (k + BLOCK_K) // 32, K // 32 - 1)[None, :])
+        if TMA:
+            w_tile = tl.reshape(w.load([e, first_n // RUN, 0, 0, k // 4]), [WIDE, BLOCK_K // 4])
+        else:
+            w_tile = _load_rows(w + w_rows[:, None] * (K // 4), column < N, k // 4, K // 4, EVEN_K, BLOCK_K // 4)
+        w0, w1, w2, w3 = moe_mxfp4_values(w_tile, exponents, x_ptrs.dtype.element_ty, WIDE, BLOCK_K)
+        mask_k = (k // 4 + tl.arange(0, BLOCK_K // 4) < K // 4)[None, :]
+        mask = mask_m[:, None] if EVEN_K else mask_m[:, None] & mask_k
+        x_quarter = x_ptrs + k + tl.arange(0, BLOCK_K // 4)[None, :]
+        x0 = tl.load(x_quarter, mask=mask, other=0.0)
+        x1 = tl.load(x_quarter + BLOCK_K // 4, mask=mask, other=0.0)
+        x2 = tl.load(x_quarter + BLOCK_K // 2, mask=mask, other=0.0)
+        x3 = tl.load(x_quarter + 3 * BLOCK_K // 4, mask=mask, other=0.0)
+        acc = tl.dot(w0, tl.trans(x0), acc)
+        acc = tl.dot(w1, tl.trans(x1), acc)
+        acc = tl.dot(w2, tl.trans(x2), acc)
+        acc = tl.dot(w3, tl.trans(x3), acc)
+    return tl.trans(acc) * MOE_MXFP4_UNIT
 
 
 @triton.jit
@@ -274,6 +321,19 @@ def _store(y, y_ptr, offs_m, mask_m, first_n, N, BLOCK_N: tl.constexpr):
     offs_n = first_n + tl.arange(0, BLOCK_N)
     y_ptrs = y_ptr + offs_m.to(tl.int64)[:, None] * N + offs_n[None, :]
     tl.store(y_ptrs, y.to(y_ptr.dtype.element_ty), mask=mask_m[:, None] & (offs_n < N)[None, :])
+
+
+@triton.jit
+def _store_ordered(
+    y, y_ptr, offs_m, mask_m, first_n, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr
+):  # fmt: skip
+    """Store a tile's columns where `order_columns` would put them; the second product reads none past N."""
+    y = tl.reshape(tl.permute(tl.reshape(y, [BLOCK_M, BLOCK_N // 4, 4]), (0, 2, 1)), [BLOCK_M, BLOCK_N])
+    offs = tl.arange(0, BLOCK_N)
+    word = first_n // 4 + offs % (BLOCK_N // 4)
+    place = word // (BLOCK_K // 4) * BLOCK_K + offs // (BLOCK_N // 4) * (BLOCK_K // 4) + word % (BLOCK_K // 4)
+    y_ptrs = y_ptr + offs_m.to(tl.int64)[:, None] * (tl.cdiv(N, BLOCK_K) * BLOCK_K) + place[None, :]
+    tl.store(y_ptrs, y.to(y_ptr.dtype.element_ty), mask=mask_m[:, None] & (word < N // 4)[None, :])
 
 
 @triton.jit

@@ -44,7 +44,7 @@ class TritonSplitKBackend(TritonBackend):
     """
 
     name = "triton_splitk"
-    requirements = triton_requirements(fp8_forms=True, transposed=True)
+    requirements = triton_requirements(fp8_forms=True, mxfp4=True, transposed=True)
     config_type = SplitKConfig
     stores_to_peers = True
 

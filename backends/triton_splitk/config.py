@@ -12,7 +12,7 @@ from moe_dispatch.backends.triton_common.descriptors import boxes_mix_gate_and_u
 from moe_dispatch.backends.triton_common.features import Features
 from moe_dispatch.backends.triton_common.launch_options import next_power_of_2, pdl_option
 from moe_dispatch.backends.triton_common.quantization import Quantization, quantization_of
-from moe_dispatch.problem import ELEMENT_BYTES, QUANT_BLOCK, MoEProblem
+from moe_dispatch.problem import ELEMENT_BYTES, QUANT_BLOCK, MoEProblem, stored_bytes
 
 
 class SplitKConfig(BackendConfig):
@@ -83,6 +83,8 @@ _WIDE: Final = 128  #                    weight rows  where tokens share weights
 # waits between them. The H200 described as an A100, qwen3-30b-a3b in FP8 at M=8, block_m/stages/registers: 16/6/242
 # 99 µs, 16/6/168 85, 8/6/168 77, 8/4/128 72 (BF16 107); at M=64, block_m/block_n/registers: 16/128/none 213, 16/64/168
 # 203, 8/64/128 203, 16/64/128 196 (BF16 254). Wider tiles would spill.
+# MXFP4 of gpt-oss-120b at M=64, block_n×block_k/warps with TMA and without: 128×128/4 583 µs, 755; 64×256/4 670, 867;
+# 64×128/2 589, 734; 256×128/8 625.
 _DEQUANTIZING_STAGES: Final = 4
 _MOST_REGISTERS: Final = {(8, 64, 4): 128, (16, 64, 4): 128}  # of a thread, by block_m, block_n and num_warps
 
@@ -104,11 +106,13 @@ def _default_and_least(problem: MoEProblem, device: Features) -> tuple[SplitKCon
     hit = max(problem.expected_experts, 1.0)
     # A product of e4m3 codes; with dequantised weights it is one of 16 bits, and tiles are those of 16 bits.
     fp8 = quantization_of(problem).activations
+    mxfp4 = problem.dtype == "mxfp4"
     # Most CTAs of a grid of experts would find nothing to do.
     by_slot = problem.M == 1 or 8 * problem.expected_slots < problem.E
     short_down = math.ceil(problem.N / _block_k(problem)) <= _SHORT_DOWN_LOOP
     wide = not by_slot if fp8 else problem.expected_slots >= 2 * hit or (short_down and not by_slot)
-    block_n: Literal[64, 128] = _WIDE if wide and not quantization_of(problem).dequantizes else 64
+    narrow = quantization_of(problem).dequantizes and not mxfp4
+    block_n: Literal[64, 128] = _WIDE if mxfp4 or (wide and not narrow) else 64
     lacking = _LEAST_CTAS_PER_SM * device.sms * block_n / (hit * problem.K)
     splits = _splits(lacking, math.ceil(problem.N / _block_k(problem)))
     return _of_layer(problem.layer, device, _block_m(problem), block_n, splits, by_slot=by_slot)
@@ -135,7 +139,10 @@ def _of_layer(
         # Four warps do not have the registers for so many tokens beside dequantised weights.
         num_warps=8 if quantization_of(layer).dequantizes and block_m == 64 else 4,
         grid="slots" if by_slot else "experts",
-        tma=device.tma and rows_allow_tma(layer) and (fp8 or not by_slot) and boxes_mix_gate_and_up(layer),
+        tma=device.tma
+        and rows_allow_tma(layer)
+        and (fp8 or layer.dtype == "mxfp4" or not by_slot)
+        and boxes_mix_gate_and_up(layer),
         pdl=device.pdl,
     )
     narrowed = config.model_copy(update={"block_n": _NARROWEST, "num_stages": _LEAST_STAGES})
@@ -173,11 +180,13 @@ def candidate_configs(problem: MoEProblem, device: Features) -> tuple[SplitKConf
 def shared_memory_bytes(problem: MoEProblem, config: SplitKConfig) -> int:
     """An upper bound of what one CTA of any of the products takes; a compile test holds it to that."""
     tokens = config.block_m * config.block_k
-    weights = config.block_n * config.block_k * ELEMENT_BYTES[problem.dtype]
+    weights = stored_bytes(problem.dtype, config.block_n * config.block_k)
     stage = weights + tokens * quantization_of(problem).activation_bytes(problem.act_dtype)
+    # MXFP4 has a block of activations once more, taken apart by column, and from Triton 3.7 on one of values.
+    apart = 2 * (tokens + config.block_n * config.block_k) if problem.dtype == "mxfp4" else 0
     epilogue = config.block_n * config.block_m * 4 + tokens * 4
     # The epilogue takes the pipeline's memory over.
-    return max(config.num_stages * stage, epilogue) + 1024
+    return max(config.num_stages * stage + apart, epilogue) + 1024
 
 
 def with_stages(problem: MoEProblem, config: SplitKConfig, budget: int) -> SplitKConfig:
@@ -191,12 +200,14 @@ def with_stages(problem: MoEProblem, config: SplitKConfig, budget: int) -> Split
 
 def rows_allow_tma(problem: MoEProblem) -> bool:
     """Whether the rows of both weights start at multiples of 16 bytes, as tensor descriptors ask."""
+    if problem.dtype == "mxfp4":
+        return True  # whole blocks of 32 codes take 16 bytes each
     size = ELEMENT_BYTES[problem.dtype]
     return problem.K * size % 16 == 0 and problem.N * size % 16 == 0
 
 
 def _block_k(problem: MoEProblem) -> Literal[64, 128]:
-    if problem.fp8:
+    if problem.quantized:
         return QUANT_BLOCK
     # Whole blocks need no mask; gpt-oss's 2880 is a multiple of 64 and not of 128.
     return 128 if problem.dtype != "fp32" and problem.K % 128 == 0 and problem.N % 128 == 0 else 64
@@ -204,8 +215,9 @@ def _block_k(problem: MoEProblem) -> Literal[64, 128]:
 
 def _block_m(problem: MoEProblem) -> Literal[8, 16, 32, 64]:
     mean = problem.expected_slots / problem.E
-    # Three deviations above the mean of a Poisson load: few experts read their weights twice.
-    usual = mean + 3 * math.sqrt(mean)
+    # Three deviations above the mean of a Poisson load: few experts read their weights twice. With MXFP4 a wider block
+    # costs more than a second pass: gpt-oss-20b at M=64 takes 205 µs with 16 tokens, 242 with 32 and 290 with 8.
+    usual = mean + (2 if problem.dtype == "mxfp4" else 3) * math.sqrt(mean)
     if usual <= 8 and quantization_of(problem).dequantizes:
         return 8
     return 16 if usual <= 16 else 32 if usual <= 32 else 64

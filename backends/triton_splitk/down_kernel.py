@@ -11,6 +11,7 @@ from moe_dispatch.backends.triton_splitk.stream import (
     moe_prefetch,
     moe_slots_to_serve,
     moe_stream,
+    moe_stream_mxfp4,
     moe_take_slots,
 )
 
@@ -34,13 +35,14 @@ def _moe_splitk_down_kernel(
     expert = e.to(tl.int64)
     offs_r = tile * ROWS + tl.arange(0, ROWS)
     mask_r = offs_r < K
+    PACKED: tl.constexpr = 4 if SCALES == "mx" else 1  # columns in an element of the weights
     if TRANSPOSED:
         expert_ptr = weight_ptr + expert * K * N
         w_rows = expert_ptr + offs_r
         w_lines = expert_ptr + tl.minimum(tile * ROWS + moe_line_rows(weight_ptr, ROWS, ROWS), K - 1)
     else:
         row = tl.minimum(offs_r, K - 1)
-        w_rows = weight_ptr + (expert * K + row) * N
+        w_rows = weight_ptr + (expert * K + row) * (N // PACKED)
         w_lines = w_rows
     blocks = tl.cdiv(N, BLOCK_K)
     share = tl.cdiv(blocks, SPLITS)
@@ -49,15 +51,17 @@ def _moe_splitk_down_kernel(
     moe_pdl_release(PDL)
     # Ids and weights were complete before gate_up started: fetch the first blocks while its last wave drains, or while
     # this kernel looks for its slots.
-    moe_prefetch(w_lines, K, first_block, tl.where(count > 0, blocks, 0), N, BLOCK_K, TRANSPOSED)
+    moe_prefetch(
+        w_lines, K, first_block, tl.where(count > 0, blocks, 0), N // PACKED, BLOCK_K // PACKED, TRANSPOSED
+    )  # fmt: skip
     # Idle CTAs wait too: a kernel that ends before its predecessor would release its successor too early.
     moe_pdl_wait(PDL)
     if count == 0:
         return
 
     w_scales = scale_ptr
-    if SCALES == "channel":
-        w_scales = scale_ptr + expert * K + row
+    if scale_ptr is not None and SCALES != "block":
+        w_scales = scale_ptr + (expert * K + row) * (N // 32 if SCALES == "mx" else 1)
     if SCALES == "block":
         expert_scales = scale_ptr + expert * tl.cdiv(K, BLOCK_K) * tl.cdiv(N, BLOCK_K)
         first_row = tile * ROWS if ROWS <= BLOCK_K else row
@@ -67,10 +71,17 @@ def _moe_splitk_down_kernel(
         x_scales = inner_scale_ptr
         if inner_scale_ptr is not None:
             x_scales = inner_scale_ptr + slots.to(tl.int64) * (blocks if SCALES == "block" else 1)
-        acc = moe_stream(
-            w_rows, mask_r, K, weight_descriptor, e.to(tl.int32), tile * ROWS, w_scales, w_scales, offs_r < 0,
-            inner_ptr + slots.to(tl.int64) * N, x_scales, mask_m, first_block, last_block, N,
-            ROWS, BLOCK_M, BLOCK_K, EVEN_N, TMA, TRANSPOSED, SCALES, ROWS <= BLOCK_K,
-        )  # fmt: skip
+        x_rows = inner_ptr + slots.to(tl.int64) * N
+        if SCALES == "mx":
+            acc = moe_stream_mxfp4(
+                w_rows, weight_descriptor, e.to(tl.int32), tile * ROWS, w_scales, x_rows, mask_m,
+                first_block, last_block, N, ROWS, BLOCK_M, BLOCK_K, EVEN_N, TMA,
+            )  # fmt: skip
+        else:
+            acc = moe_stream(
+                w_rows, mask_r, K, weight_descriptor, e.to(tl.int32), tile * ROWS, w_scales, w_scales, offs_r < 0,
+                x_rows, x_scales, mask_m, first_block, last_block, N,
+                ROWS, BLOCK_M, BLOCK_K, EVEN_N, TMA, TRANSPOSED, SCALES, ROWS <= BLOCK_K,
+            )  # fmt: skip
         partial = partial_ptr + (split * S + slots).to(tl.int64)[None, :] * K + offs_r[:, None]
         tl.store(partial, acc, mask=mask_r[:, None] & mask_m[None, :])

@@ -12,6 +12,7 @@ from moe_dispatch.backends.triton_splitk.stream import (
     moe_prefetch,
     moe_slots_to_serve,
     moe_stream,
+    moe_stream_mxfp4,
     moe_take_slots,
 )
 
@@ -75,6 +76,7 @@ def _moe_splitk_gate_up_kernel(
     offs_r = tl.arange(0, ROWS)
     part = offs_r % parts if INTERLEAVED else offs_r // columns
     column = tile * columns + (offs_r // parts if INTERLEAVED else offs_r % columns)
+    PACKED: tl.constexpr = 4 if SCALES == "mx" else 1  # columns in an element of the weights
     w_step = parts * N
     mask_r = column < N
     if TRANSPOSED:
@@ -91,15 +93,15 @@ def _moe_splitk_gate_up_kernel(
     else:
         column = tl.minimum(column, N - 1)
         row = column * parts + part if INTERLEAVED else part * N + column  # [ROWS]
-        w_rows = weight_ptr + (expert * parts * N + row) * K
+        w_rows = weight_ptr + (expert * parts * N + row) * (K // PACKED)
         w_lines = w_rows
         # [E·N, 2, K] where rows alternate, [E·parts, N, K] where they do not.
         w_first = (expert * N + tile * columns if INTERLEAVED else expert * parts).to(tl.int32)
         w_second = 0 if INTERLEAVED else tile * columns
     w_scales = scale_ptr
     up_scales = scale_ptr
-    if SCALES == "channel":
-        w_scales = scale_ptr + expert * parts * N + row
+    if scale_ptr is not None and SCALES != "block":
+        w_scales = scale_ptr + (expert * parts * N + row) * (K // 32 if SCALES == "mx" else 1)
     if SCALES == "block":
         expert_scales = scale_ptr + expert * tl.cdiv(parts * N, BLOCK_K) * tl.cdiv(K, BLOCK_K)
         first = tile * ROWS if INTERLEAVED else tile * columns
@@ -111,7 +113,9 @@ def _moe_splitk_gate_up_kernel(
     share = tl.cdiv(blocks, SPLITS)
     first_block = split * share
     last_block = tl.minimum(first_block + share, blocks)
-    moe_prefetch(w_lines, w_step, first_block, tl.where(count > 0, blocks, 0), K, BLOCK_K, TRANSPOSED)
+    moe_prefetch(
+        w_lines, w_step, first_block, tl.where(count > 0, blocks, 0), K // PACKED, BLOCK_K // PACKED, TRANSPOSED
+    )  # fmt: skip
     if IDS_READY:
         moe_pdl_wait(PDL)
     if count == 0:
@@ -126,11 +130,17 @@ def _moe_splitk_gate_up_kernel(
         x_scales = x_scale_ptr
         if QUANTIZED:
             x_scales = x_scale_ptr + tokens * (blocks if SCALES == "block" else 1)
-        acc = moe_stream(
-            w_rows, mask_r, w_step, weight_descriptor, w_first, w_second, w_scales, up_scales, part == 1,
-            x_ptr + tokens * K, x_scales, mask_m, first_block, last_block, K,
-            ROWS, BLOCK_M, BLOCK_K, EVEN_K, TMA, TRANSPOSED, SCALES, TWO_SCALES,
-        )  # fmt: skip
+        if SCALES == "mx":
+            acc = moe_stream_mxfp4(
+                w_rows, weight_descriptor, w_first, w_second, w_scales, x_ptr + tokens * K, mask_m,
+                first_block, last_block, K, ROWS, BLOCK_M, BLOCK_K, EVEN_K, TMA,
+            )  # fmt: skip
+        else:
+            acc = moe_stream(
+                w_rows, mask_r, w_step, weight_descriptor, w_first, w_second, w_scales, up_scales, part == 1,
+                x_ptr + tokens * K, x_scales, mask_m, first_block, last_block, K,
+                ROWS, BLOCK_M, BLOCK_K, EVEN_K, TMA, TRANSPOSED, SCALES, TWO_SCALES,
+            )  # fmt: skip
         gate = acc  # [columns, BLOCK_M]
         up = acc
         if GATED:

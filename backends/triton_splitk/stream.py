@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 from moe_dispatch.backends.triton_common.device import moe_fp8_values, moe_prefetch_lines
+from moe_dispatch.backends.triton_common.mxfp4 import MOE_MXFP4_UNIT, moe_every_fourth, moe_mxfp4_values
 
 _LINE_BYTES = tl.constexpr(128)
 
@@ -164,3 +165,44 @@ def moe_stream(
         if x_scales is not None:
             acc *= x_scale[None, :]
     return acc
+
+
+@triton.jit
+def moe_stream_mxfp4(
+    # weights: row pointers or a descriptor with the tile's place in it, and pointers to the rows' exponents
+    w_rows, w_descriptor, w_first, w_second, w_exponents,
+    # token operand: row pointers
+    x_rows, mask_m,
+    # shapes
+    first_block, last_block, K,
+    # constants
+    ROWS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr, TMA: tl.constexpr,
+):  # fmt: skip
+    """As `moe_stream`, of MXFP4 weights, four codes in an int16, and activations that are not quantised."""
+    dtype: tl.constexpr = x_rows.dtype.element_ty
+    x_words = x_rows.to(tl.pointer_type(tl.int64))
+    acc = tl.zeros([ROWS, BLOCK_M], dtype=tl.float32)
+    # Past K they repeat the last exponent, and meet codes of zero.
+    offs_s = first_block * (BLOCK_K // 32) + tl.arange(0, BLOCK_K // 32)
+    following = tl.load(w_exponents[:, None] + tl.minimum(offs_s, K // 32 - 1)[None, :])
+    for block in range(first_block, last_block):
+        offs_w = block * (BLOCK_K // 4) + tl.arange(0, BLOCK_K // 4)
+        mask = mask_m[:, None] if EVEN_K else mask_m[:, None] & (offs_w < K // 4)[None, :]
+        x = tl.load(x_words[:, None] + offs_w[None, :], mask=mask, other=0)
+        # The next block's exponents are on their way while this one is multiplied: Triton's pipeline leaves bytes out.
+        exponents = following
+        offs_s += BLOCK_K // 32
+        following = tl.load(w_exponents[:, None] + tl.minimum(offs_s, K // 32 - 1)[None, :])
+        if TMA:
+            w = w_descriptor.load([w_first, w_second, block * (BLOCK_K // 4)]).reshape(ROWS, BLOCK_K // 4)
+        elif EVEN_K:
+            w = tl.load(w_rows[:, None] + offs_w[None, :])
+        else:
+            w = tl.load(w_rows[:, None] + offs_w[None, :], mask=(offs_w < K // 4)[None, :], other=0)
+        w0, w1, w2, w3 = moe_mxfp4_values(w, exponents, dtype, ROWS, BLOCK_K)
+        x0, x1, x2, x3 = moe_every_fourth(x, dtype)
+        acc = tl.dot(w0, x0.trans(), acc)
+        acc = tl.dot(w1, x1.trans(), acc)
+        acc = tl.dot(w2, x2.trans(), acc)
+        acc = tl.dot(w3, x3.trans(), acc)
+    return acc * MOE_MXFP4_UNIT

@@ -11,7 +11,10 @@ from moe_dispatch.problem import DTYPES, DType, Mode
 
 MAX_TOKENS: Final = 1 << 24  # More tokens in one call than any model serves; costs are computed tile by tile.
 _MODES: Final[tuple[Mode, ...]] = ("graph", "eager")
-_DTYPE_HELP: Final = f"Weight dtype: {', '.join(DTYPES)} (fp8 has a scale per 128×128 weights, fp8_channel per row)"
+_DTYPE_HELP: Final = (
+    f"Weight dtype: {', '.join(DTYPES)} (fp8 has a scale per 128×128 weights, "
+    "fp8_channel per row, mxfp4 per 32 of a row)"
+)
 _MODEL_HELP: Final = "A named model such as deepseek-v3 or Qwen/Qwen3-30B-A3B, E,topk,K,N, or a path of a config.json"
 
 

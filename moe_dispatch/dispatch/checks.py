@@ -56,10 +56,10 @@ def _complaint(hidden_states: object, experts: object, topk_weights: object, top
         )
     if topk_ids.shape[1] == 0:
         return "topk_ids must be [M, topk] with topk at least 1, got topk=0"
-    if hidden_states.dtype not in (_ACTIVATIONS if experts.fp8 else (experts.gate_up.dtype,)):
+    if hidden_states.dtype not in (_ACTIVATIONS if experts.quantized else (experts.gate_up.dtype,)):
         return (
             f"hidden_states is {hidden_states.dtype} and the experts are {experts.dtype}; they must share a dtype, "
-            "except that FP8 experts take bfloat16, float16 or float32 activations"
+            "except that FP8 and MXFP4 experts take bfloat16, float16 or float32 activations"
         )
     return ""
 

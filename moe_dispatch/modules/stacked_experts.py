@@ -117,7 +117,7 @@ class StackedExperts(nn.Module):
         tensors = dict(weights.tensors())
         for name, attribute in NAMES.items():
             tensor = tensors.get(name)
-            trainable = name.endswith("bias") or (not name.endswith("scale") and not weights.fp8)
+            trainable = name.endswith("bias") or (not name.endswith("scale") and not weights.quantized)
             parameter = None if tensor is None else nn.Parameter(tensor.detach(), requires_grad=trainable)
             self.register_parameter(attribute, parameter)
 
@@ -130,6 +130,7 @@ class StackedExperts(nn.Module):
     def extra_repr(self) -> str:
         """Shapes, dtype and activation."""
         E, K, N = self.down_proj.shape
+        N = 2 * N if self.down_proj.dtype == torch.uint8 else N  # two codes of MXFP4 in a byte
         return f"E={E}, K={K}, N={N}, dtype={self.down_proj.dtype}, activation={self.activation!r}"
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
@@ -153,6 +154,11 @@ def _adopt_scales(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_
     assert isinstance(module, StackedExperts)  # noqa: S101 - it registers this for itself
     loaded = {name: state_dict.get(prefix + attribute) for name, attribute in NAMES.items()}
     gate_up, down = loaded["gate_up"], loaded["down"]
+    if gate_up is not None and gate_up.dtype == torch.uint8 != module.gate_up_proj.dtype:
+        raise InvalidInputError(
+            f"the state dict's {prefix}{NAMES['gate_up']} is MXFP4, and a layer takes that by layer.experts.assign("
+            "ExpertWeights.from_safetensors(…))"
+        )
     if gate_up is None or down is None or gate_up.dtype != FP8 or gate_up.is_meta:
         return
     if module.down_proj.dtype != FP8:

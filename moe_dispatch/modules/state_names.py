@@ -5,7 +5,8 @@ from typing import Any, Final
 
 from torch import Tensor
 
-from moe_dispatch.checkpoints import FUSED, LoadedTensors, Part, expert_names, stack
+from moe_dispatch.checkpoint_sources import LoadedTensors, Part
+from moe_dispatch.checkpoints import FUSED, expert_names, stack
 from moe_dispatch.modules.stacked_experts import NAMES
 
 # What a submodule is called elsewhere.

@@ -23,7 +23,7 @@ from moe_dispatch.parallel.placement import Placement
 from moe_dispatch.parallel.session import Options, Session
 from moe_dispatch.parallel.sharded_experts import ShardedExperts
 from moe_dispatch.parallel.trial import ExchangeFailedError, Trial, drawn_inputs, stage
-from moe_dispatch.problem import FP8_DTYPES, DType, Mode
+from moe_dispatch.problem import QUANTIZED_DTYPES, DType, Mode
 from moe_dispatch.system.files import check_writable, locked, write_atomically
 from moe_dispatch.workloads import Workload, make_experts, torch_dtype
 
@@ -160,7 +160,7 @@ def _links(session: Session) -> Iterator[LinkTimes]:
 
 
 def _whole_calls(layer: ShardedExperts, topk: int, M: int, dtype: DType) -> Iterator[LayerTimes]:
-    kind, inputs = _call(layer, topk, M, torch_dtype("bf16" if dtype in FP8_DTYPES else dtype))
+    kind, inputs = _call(layer, topk, M, torch_dtype("bf16" if dtype in QUANTIZED_DTYPES else dtype))
     for mode, splits in compare_exchanges(layer, kind, inputs).splits.items():
         yield LayerTimes(kind=dataclasses.replace(kind, mode=mode), splits=splits)
 

@@ -48,7 +48,7 @@ class ParallelExplanation:
 def explain_call(layer: ShardedExperts, topk: int, M: int, mode: Mode = "eager") -> ParallelExplanation:
     """Explain the calls of a layer with up to M tokens on a rank."""
     session = layer.session
-    dtype = torch.bfloat16 if layer.local.fp8 else layer.local.gate_up.dtype
+    dtype = torch.bfloat16 if layer.local.quantized else layer.local.gate_up.dtype
     kind = dataclasses.replace(session.kind(layer.placement, layer.local, M, topk, dtype), mode=mode)
     exchange = session.exchanges[session.name_of_choice(kind)]
     expected, kept = session.expected(kind), session.kept_splits(kind)

@@ -5,7 +5,7 @@ from typing import Final
 
 import torch
 
-from moe_dispatch.problem import ELEMENT_BYTES, MoEProblem
+from moe_dispatch.problem import ELEMENT_BYTES, MoEProblem, stored_bytes
 from moe_dispatch.system.files import read_bytes
 
 _CGROUP: Final = Path("/sys/fs/cgroup")
@@ -18,7 +18,9 @@ def weight_bytes(problem: MoEProblem) -> int:
     """Peak memory of making a layer's random weights (`make_experts`), in bytes."""
     elements = (problem.gate_up_rows + problem.N) * problem.K
     plain = ELEMENT_BYTES[problem.act_dtype] * elements * problem.E
-    codes = elements * problem.E if problem.fp8 else 0  # beside what they are quantised from
+    codes = (
+        stored_bytes(problem.dtype, elements * problem.E) if problem.quantized else 0
+    )  # beside what they are quantised from
     return plain + codes + 4 * _EXPERT_COPIES * elements
 
 

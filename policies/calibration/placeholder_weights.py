@@ -22,12 +22,13 @@ def placeholder_weights(problem: MoEProblem, device: torch.device) -> ExpertWeig
     """
     rows, K, N, E = problem.gate_up_rows, problem.K, problem.N, problem.E
     of_gate_up, of_down = problem.scale_shapes
+    packed, of_scales = (2, torch.uint8) if problem.dtype == "mxfp4" else (1, torch.float32)
     scales: dict[str, Any] = (
         {
-            "gate_up_scale": torch.ones(E, *of_gate_up, dtype=torch.float32, device=device),
-            "down_scale": torch.ones(E, *of_down, dtype=torch.float32, device=device),
+            "gate_up_scale": torch.ones(E, *of_gate_up, dtype=of_scales, device=device),
+            "down_scale": torch.ones(E, *of_down, dtype=of_scales, device=device),
         }
-        if problem.fp8
+        if problem.quantized
         else {}
     )
     biases: dict[str, Any] = (
@@ -39,8 +40,8 @@ def placeholder_weights(problem: MoEProblem, device: torch.device) -> ExpertWeig
         else {}
     )
     return ExpertWeights(
-        _placeholder((E, rows, K), problem.dtype, device),
-        _placeholder((E, K, N), problem.dtype, device),
+        _placeholder((E, rows, K // packed), problem.dtype, device),
+        _placeholder((E, K, N // packed), problem.dtype, device),
         activation=problem.activation,
         interleaved=problem.interleaved,
         routed_experts=problem.routed_experts,

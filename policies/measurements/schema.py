@@ -14,7 +14,7 @@ import pydantic
 from moe_dispatch.activations import Activation, canonical
 from moe_dispatch.errors import InvalidInputError, PolicyFileError
 from moe_dispatch.machine import Machine
-from moe_dispatch.problem import FP8_DTYPES, DType, Mode, MoEProblem
+from moe_dispatch.problem import QUANTIZED_DTYPES, DType, Mode, MoEProblem
 from moe_dispatch.system import compression, files
 
 SCHEMA: Final = 1
@@ -68,7 +68,7 @@ class LayerShape(Strict):
 
     def __str__(self) -> str:
         text = f"E={self.E} topk={self.topk} K={self.K} N={self.N} {self.dtype}"
-        text += f"/{self.act_dtype}" if self.dtype in FP8_DTYPES else ""
+        text += f"/{self.act_dtype}" if self.dtype in QUANTIZED_DTYPES else ""
         text += f" {self.activation}" if self.activation != "silu" else ""
         return text + " bias" * self.bias + " interleaved" * self.interleaved
 

@@ -85,7 +85,7 @@ def launch_defaults(capability: int, dtype: DType, *, every: bool) -> Iterator[L
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-@pytest.mark.parametrize(("capability", "dtype", "every"), devices(fp16=True, fp8_forms=True))
+@pytest.mark.parametrize(("capability", "dtype", "every"), devices(fp16=True, fp8_forms=True, mxfp4=True))
 def test_defaults_compile_and_fit(capability: int, dtype: DType, every: bool) -> None:
     kernels = compile_launches(launch_defaults, capability, dtype=dtype, every=every)
     for built in kernels:
@@ -100,7 +100,8 @@ def test_defaults_compile_and_fit(capability: int, dtype: DType, every: bool) ->
         assert built.stack <= (3 * FEW_SPILLS if capability in (100, 103) else FEW_SPILLS), built
         assert built.tma == built.note["tma"], built
         assert built.wgmma == (capability == 90), built
-        assert not built.serialised, built
+        # With MXFP4 the operand in registers is waited for.
+        assert not built.serialised or dtype == "mxfp4", built
 
 
 @pytest.mark.parametrize("device", DEVICES, ids=str)

@@ -47,6 +47,11 @@ PER_CHANNEL = (
     INPUTS["a NaN in one token, gpt-oss"], SHAPES["neither of 128, several blocks"], SHAPES["odd"],
     ACTIVATIONS["relu2 with biases, odd shape"],
 )  # fmt: skip
+# What runs with MXFP4 without a GPU.
+MXFP4 = (
+    TOKENS["M=17"], INPUTS["a NaN in one token, gpt-oss"], SHAPES["N not of 128"], SHAPES["odd"],
+    ACTIVATIONS["relu2, no gate"], ACTIVATIONS["gpt-oss"],
+)  # fmt: skip
 # Their results are copied: a loop in torch, and a library whose function returns memory of its own.
 COPYING = ("reference", "vllm_fused_moe")
 
@@ -83,6 +88,8 @@ def worth_interpreting(case: Case, name: str, precision: Precision) -> bool:
     sample: it differs in the multipliers alone. The other precisions are a matter of the first load and the last store:
     one token count each.
     """
+    if precision.dtype == "mxfp4":
+        return precision.act_dtype == "fp16" and case in MXFP4
     if not name.startswith("triton") or case is TOKENS["M=3"]:
         return True
     if precision.dtype == "fp8_channel":

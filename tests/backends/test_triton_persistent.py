@@ -9,9 +9,10 @@ import torch
 
 from moe_dispatch import testing as conformance
 from moe_dispatch.backends.reference import ReferenceBackend, ReferenceConfig
-from moe_dispatch.backends.triton_common.features import features, interpreting
+from moe_dispatch.backends.triton_common.features import features, interpreting, on_triton
 from moe_dispatch.backends.triton_persistent.backend import TritonPersistentBackend
 from moe_dispatch.backends.triton_persistent.config import TritonPersistentConfig, persistent_configs, tma_fits
+from moe_dispatch.backends.triton_persistent.order_columns import order_columns, order_columns_torch
 from moe_dispatch.machine import Machine
 from moe_dispatch.problem import DType
 from moe_dispatch.workloads import ROUTINGS, WORKLOADS, make_experts, torch_dtype
@@ -38,6 +39,7 @@ class Case(conformance.Case):
 
 BOTH: tuple[DType, ...] = ("fp16", "fp8")
 ALL: tuple[DType, ...] = (*BOTH, "fp8_channel")
+MX: tuple[DType, ...] = ("mxfp4",)
 CASES = (
     # How tiles are walked and shaped.
     Case("row major", M=40, config=SMALL | {"order": "row_major"}),
@@ -55,6 +57,8 @@ CASES = (
     Case("no gate", activation="relu2", bias=True, N=130, dtypes=ALL),
     Case("by columns", transposed=True, config=SMALL),
     Case("by columns, gpt-oss", activation="swiglu_oai", bias=True, interleaved=True, transposed=True, config=SMALL),
+    Case("codes of four bits", K=288, N=96, bias=True, dtypes=MX, config={"block_k": 64, "block_m": 16}),
+    Case("codes of four bits, no gate", K=96, N=160, activation="relu2", dtypes=MX, config={"block_k": 256}),
 )
 
 TMA = {"block_m": 16, "block_n": 64, "tma": True}
@@ -66,6 +70,8 @@ TMA_CASES = (
         "tma, gpt-oss", M=20, K=144, N=96, activation="swiglu_oai", bias=True, interleaved=True, dtypes=BOTH,
         config=TMA,
     ),
+    Case("tma, codes of four bits", M=20, K=160, N=96, bias=True, dtypes=MX, config=TMA),
+    Case("tma, codes of alternating rows", M=20, K=160, N=96, interleaved=True, dtypes=MX, config=TMA),
     Case("tma, no gate", M=20, K=144, N=96, activation="relu2", bias=True, dtypes=BOTH, config=TMA),
     Case("tma, by columns", M=20, K=144, N=96, interleaved=True, transposed=True, config=TMA),
     Case("tma, by columns, no gate", M=20, K=136, N=72, activation="relu2", transposed=True, config=TMA),
@@ -134,6 +140,16 @@ def _equals_the_reference(backend: TritonPersistentBackend, case: Case, dtype: D
     assert error <= tolerance, float(error)
     if DEVICE == "cuda":  # the interpreter runs programs one after another
         assert torch.equal(out, backend.run(x, experts, weights, ids, config)), "does not repeat bit for bit"
+
+
+@pytest.mark.skipif(not on_triton(torch.empty(0, device=DEVICE)), reason="a kernel")
+def test_columns_are_ordered_by_their_number_modulo_four() -> None:
+    x = torch.randn(3, 2880, device=DEVICE).half()
+    ordered, expected = order_columns(x, 128), order_columns_torch(x, 128)
+    assert ordered.shape == (3, 2944)
+    kept = order_columns_torch(torch.ones_like(x), 128) == 1
+    assert torch.equal(ordered[kept], expected[kept])
+    assert torch.equal(expected[0, :32], x[0, :128:4])
 
 
 @pytest.mark.skipif(not interpreting(), reason="about the interpreter")

@@ -31,6 +31,7 @@ from tests.support.triton_compile import (
 
 ACTIVATIONS = ("gelu", "gelu_tanh", "swiglu_oai", "relu2", "swiglu(limit=.5)", "swiglu(gate_cap=2,up_cap=3)")
 SMALL = {"block_n": 32, "block_k": 32, "num_stages": 2}
+MX = {"block_k": 64, "block_m": 8}
 FEW_SPILLS = 80  # bytes of a thread; most are 72, FP8 beside 64 tokens on sm_89 with Triton 3.9
 EXPERTS = {"grid": "experts"}
 CASES = [
@@ -78,6 +79,10 @@ CASES = [
     Case("fp8_channel, interleaved", dtype="fp8_channel", activation="swiglu_oai", interleaved=True),
     Case("fp8_channel, splits", dtype="fp8_channel", K=256, N=272, config={"splits_gate_up": 2, "splits_down": 2}),
     Case("fp8_channel, wide tiles, ungated", dtype="fp8_channel", activation="relu2", config={"block_n": 128}),
+    # a scale for every 32 columns, which no block of columns need hold
+    Case("mxfp4", dtype="mxfp4", K=288, N=96, activation="swiglu_oai", bias=True, interleaved=True, config=MX),
+    Case("mxfp4, splits", dtype="mxfp4", K=256, N=160, config=MX | {"splits_gate_up": 2, "splits_down": 2}),
+    Case("mxfp4, tma", dtype="mxfp4", K=160, N=96, interleaved=True, config=MX | {"tma": True, "block_k": 128}),
     # tensor descriptors in each row order
     Case("tma", dtype="fp16", config={"tma": True}),
     Case("tma, cut tiles", dtype="fp16", K=80, N=40, bias=True, config={"tma": True}),
@@ -242,7 +247,7 @@ def launch_defaults(capability: int, dtype: DType, *, every: bool) -> Iterator[L
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-@pytest.mark.parametrize(("capability", "dtype", "every"), devices(fp16=True, fp8_forms=True))
+@pytest.mark.parametrize(("capability", "dtype", "every"), devices(fp16=True, fp8_forms=True, mxfp4=True))
 def test_defaults_compile(capability: int, dtype: DType, every: bool) -> None:
     kernels = compile_launches(launch_defaults, capability, dtype=dtype, every=every)
     products = [built for built in kernels if built.name in {"_moe_splitk_gate_up_kernel", "_moe_splitk_down_kernel"}]
@@ -252,6 +257,7 @@ def test_defaults_compile(capability: int, dtype: DType, every: bool) -> None:
         assert built.stack <= FEW_SPILLS, built
     for built in products:
         assert built.shared <= built.note["bound"] <= SHARED_MEMORY[capability], built
-        assert built.wgmma == (capability == 90 and built.constants["ROWS"] >= 64), built
+        wide = built.constants["ROWS"] >= 64 and built.constants["BLOCK_M"] >= 16
+        assert built.wgmma == (capability == 90 and wide), built
         # Weights arrive 16 bytes at a time, by asynchronous copy or by TMA.
         assert built.tma if built.note["tma"] else built.wide_copies, built

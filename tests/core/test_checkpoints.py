@@ -229,7 +229,10 @@ WRONG: dict[str, tuple[Tensors, str]] = {
         {**separate(), "model.layers.1.mlp.experts.0.up_proj.input_scale": random(1)},
         "that is FP8 with static activation scales, which is not read",
     ),
-    "MXFP4": ({"model.layers.1.mlp.experts.gate_up_proj_blocks": random(1)}, "that is MXFP4, which is not read"),
+    "MXFP4 without scales": (
+        {"model.layers.1.mlp.experts.gate_up_proj_blocks": random(1)},
+        "lacks gate_up_proj's exponents, down_proj's blocks, down_proj's exponents of MXFP4 experts",
+    ),
     "another shape": (
         {**separate(), "model.layers.1.mlp.experts.2.up_proj.weight": random(5, 6)},
         r"experts\.2\.up_proj\.weight must be \[4, 6\] to go with the others, got \[5, 6\]",

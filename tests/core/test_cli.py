@@ -257,7 +257,7 @@ def test_doctor_probes_against_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
     leave_out_the_interpreter(monkeypatch)  # which takes a minute for the layers that the probe runs
     report = json.loads(RUNNER.invoke(app, ["doctor", "--json", "--probe"]).stdout)
     reference = next(backend for backend in report["backends"] if backend["name"] == "reference")
-    assert set(reference["probe"]) == {"bf16", "fp16", "fp32", "fp8", "fp8_channel"}
+    assert set(reference["probe"]) == {"bf16", "fp16", "fp32", "fp8", "fp8_channel", "mxfp4"}
     assert all(text.startswith("ok, error") for text in reference["probe"].values()), reference["probe"]
 
 

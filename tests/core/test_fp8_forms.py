@@ -106,7 +106,7 @@ def test_scales_without_a_shape_are_refused_by_name() -> None:
 
 
 def test_an_unknown_form_is_refused() -> None:
-    with pytest.raises(InvalidInputError, match="'block' or 'channel', got 'tensor'"):
+    with pytest.raises(InvalidInputError, match="'block', 'channel', 'mxfp4', got 'tensor'"):
         ExpertWeights.quantize(torch.ones(1, 2, 2), torch.ones(1, 2, 1), form="tensor")  # type: ignore[arg-type] # wrong
 
 

@@ -3,8 +3,8 @@
 Floors, lowest first. Within a floor modules may import each other, as long as there is no circle.
 
     system                                              the operating system; knows nothing of this package
-    errors settings activations problem numerics routers machine model_config experts weight_checks tensor_memory
-    checkpoints checkpoint_files checkpoint_scales workloads
+    errors settings activations problem mxfp4 numerics routers machine model_config experts weight_checks
+    tensor_memory workloads checkpoints checkpoint_files checkpoint_scales checkpoint_sources checkpoint_mxfp4
                                                         what a layer is, how it is stored, and where it runs
     backend guard policy registry                       what a backend and a policy are, and where they are found
     measure                                             inputs, timing, verification
@@ -30,8 +30,9 @@ PACKAGE: Final = "moe_dispatch"
 FLOORS: Final = (
     ("system",),
     (
-        "errors", "settings", "activations", "problem", "numerics", "routers", "machine", "model_config", "checkpoints",
-        "checkpoint_files", "checkpoint_scales", "tensor_memory", "weight_checks", "experts", "workloads",
+        "errors", "settings", "activations", "problem", "mxfp4", "numerics", "routers", "machine", "model_config",
+        "checkpoints", "checkpoint_files", "checkpoint_scales", "checkpoint_sources", "checkpoint_mxfp4",
+        "tensor_memory", "weight_checks", "experts", "workloads",
     ),
     ("backend", "guard", "policy", "registry"),
     ("measure",),

@@ -13,14 +13,14 @@ from moe_dispatch.problem import DType
 from moe_dispatch.workloads import make_experts, torch_dtype
 
 SPREAD = "spread"  # ids from -1 to E: sentinels of both kinds, duplicates within a row
-TOLERANCE = {"fp32": 2e-6, "fp16": 1e-3, "fp8": 2e-3, "fp8_channel": 2e-3}
+TOLERANCE = {"fp32": 2e-6, "fp16": 1e-3, "fp8": 2e-3, "fp8_channel": 2e-3, "mxfp4": 1e-3}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Case(conformance.Case):
     """A layer, a routing (`SPREAD`, or the expert of every slot) and configuration fields; `why` names the test.
 
-    `act` is the dtype of activations where the weights are FP8.
+    `act` is the dtype of activations where the weights are FP8; with MXFP4 it is FP16.
     """
 
     why: str = field(kw_only=False)
@@ -35,6 +35,8 @@ class Case(conformance.Case):
 
     @property
     def act_dtype(self) -> DType:
+        if self.dtype == "mxfp4":
+            return "fp16"
         return self.act if self.dtype.startswith("fp8") else self.dtype
 
     def __str__(self) -> str:

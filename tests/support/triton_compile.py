@@ -96,16 +96,19 @@ class Built:
     system_scope: int
 
 
-def devices(*, fp16: bool = False, fp8_forms: bool = False) -> list[Any]:
+def devices(*, fp16: bool = False, fp8_forms: bool = False, mxfp4: bool = False) -> list[Any]:
     """Parameters ``capability, dtype, every`` of a compile test: the sample, and under the marker `matrix` all of them.
 
     Args:
         fp16: Whether the backend takes it. It chooses as BF16 does and differs in one type: one device suffices.
         fp8_forms: Whether it takes per-channel FP8, and FP8 on devices without products of e4m3.
+        mxfp4: Whether it takes MXFP4.
     """
     sample = (*SAMPLED, (80, "fp8"), (80, "fp8_channel"), (90, "fp8_channel")) if fp8_forms else SAMPLED
+    sample = (*sample, (90, "mxfp4")) if mxfp4 else sample
     sampled = [pytest.param(capability, dtype, False, id=f"sm_{capability}-{dtype}") for capability, dtype in sample]
     dtypes: tuple[DType, ...] = ("bf16", "fp8", "fp8_channel") if fp8_forms else ("bf16", "fp8")
+    dtypes = (*dtypes, "mxfp4") if mxfp4 else dtypes
     every: list[tuple[int, DType]] = [(capability, dtype) for capability in SHARED_MEMORY for dtype in dtypes]
     every += [(90, "fp16")] if fp16 else []
     return sampled + [
@@ -130,12 +133,14 @@ def unwritten_layer(problem: MoEProblem) -> tuple[Tensor, ExpertWeights, Tensor,
     dtype, plain = torch_dtype(problem.dtype), torch_dtype(problem.act_dtype)
     M, E, rows, K, N = problem.M, problem.E, problem.gate_up_rows, problem.K, problem.N
     optional: dict[str, Any] = {}
-    if problem.fp8:
+    packed = 2 if problem.dtype == "mxfp4" else 1  # weights in an element
+    if problem.quantized:
         gate_up, down = problem.scale_shapes
-        optional |= {"gate_up_scale": empty(E, *gate_up), "down_scale": empty(E, *down)}
+        scales = torch.uint8 if problem.dtype == "mxfp4" else torch.float32
+        optional |= {"gate_up_scale": empty(E, *gate_up, dtype=scales), "down_scale": empty(E, *down, dtype=scales)}
     if problem.bias:
         optional |= {"gate_up_bias": empty(E, rows, dtype=plain), "down_bias": empty(E, K, dtype=plain)}
-    weights = [empty(E, R, C, dtype=dtype) for R, C in ((rows, K), (K, N))]
+    weights = [empty(E, R, C // packed, dtype=dtype) for R, C in ((rows, K), (K, N))]
     if problem.transposed:
         weights = [empty(E, C, R, dtype=dtype).mT for R, C in ((rows, K), (K, N))]
     experts = ExpertWeights(
