@@ -138,7 +138,7 @@ class Requirements:
         cpu: Whether it runs on CPU tensors.
         bias: Whether the projections may add a bias.
         interleaved: Whether gate and up rows may alternate.
-        transposed: Whether the experts may be stored by columns.
+        transposed: Whether the experts may be stored by columns; FP8 weights never are, see `ExpertWeights`.
         grad: Whether torch can differentiate its operations one by one, see `MoEProblem.needs_grad`. A call that is
             recorded for a backward does not need it.
         capturable: Whether it may run while a CUDA graph is captured.
@@ -162,13 +162,14 @@ class Requirements:
 
     def reasons_against(self, problem: MoEProblem) -> list[str]:
         """Every declared requirement that the problem misses, each with the limit and the value."""
+        by_columns = self.transposed and not problem.fp8
         checks = (
             self._device_reason(problem),
             self._dtype_reason(problem),
             self._activation_reason(problem),
             "adds no bias" if problem.bias and not self.bias else "",
             "needs gate rows first, got interleaved rows" if problem.interleaved and not self.interleaved else "",
-            "reads weights stored [out, in], got [in, out]" if problem.transposed and not self.transposed else "",
+            "reads weights stored [out, in], got [in, out]" if problem.transposed and not by_columns else "",
             "has no gradient of its own; only 'reference' has one" if problem.needs_grad and not self.grad else "",
             "cannot be captured in a CUDA graph" if problem.mode == "graph" and not self.capturable else "",
         )
@@ -343,8 +344,8 @@ class Backend(ABC):
     def fast_path(self, inputs: Inputs, config: BackendConfig) -> "Run | None":  # noqa: ARG002
         """What to call from now on in place of `run`, for calls of this very kind; None if there is nothing faster.
 
-        Called at the third run of a kind of call (kind of layer, token count, dtypes, configuration) with the inputs of
-        that run, for at most `FAST_PATH_TOKENS` tokens. It may run them again and wait for the device.
+        Called after the second run of a kind of call (kind of layer, token count, dtypes, configuration) with its
+        inputs, for at most `FAST_PATH_TOKENS` tokens. It may run them again and wait for the device.
         """
         return None
 

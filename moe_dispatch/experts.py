@@ -1,5 +1,6 @@
 """The weights of one MoE layer, checked once when they are wrapped and again when they lie at another address."""
 
+import contextlib
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -64,9 +65,8 @@ class ExpertWeights:
         activation: See `MoEProblem`.
         interleaved: Whether gate and up rows alternate.
         transposed: Whether gate_up and down are views, by ``.transpose(1, 2)``, of contiguous ``[E, K, 2N]`` and
-            ``[E, N, K]``. They are read in place, but by few backends, torch_grouped and reference among them: where
-            the weights do not change, ``.transpose(1, 2).contiguous()`` once at load is faster in every call. Not for
-            FP8 and MXFP4.
+            ``[E, N, K]``. They are read in place: by our own kernels but triton_vector, torch_grouped and reference.
+            Not for FP8 and MXFP4.
         routed_experts: Experts among which the router chooses, where these are a part of them and the other ids of a
             call are of experts elsewhere; None where they are all. It changes the expected load and so the choice of
             the backend, never the result.
@@ -76,9 +76,9 @@ class ExpertWeights:
     """
 
     __slots__ = (
-        "E", "K", "N", "__weakref__", "activation", "device", "down", "down_address", "down_bias", "down_scale",
-        "dtype", "gate_up", "gate_up_address", "gate_up_bias", "gate_up_scale", "interleaved", "routed_experts", "spec",
-        "transposed",
+        "E", "K", "N", "__weakref__", "_checked", "activation", "device", "down", "down_address", "down_bias",
+        "down_scale", "dtype", "gate_up", "gate_up_address", "gate_up_bias", "gate_up_scale", "interleaved",
+        "routed_experts", "spec", "transposed",
     )  # fmt: skip
 
     def __init__(
@@ -156,6 +156,7 @@ class ExpertWeights:
         self.spec: Final = LayerSpec(facts) if tracing else _SPECS.setdefault(facts, LayerSpec(facts))
         # By the addresses a call sees that the weights lie elsewhere than when they were checked.
         self.gate_up_address, self.down_address = (None, None) if tracing else (address(gate_up), address(down))
+        self._checked = None if tracing else self._facts()
 
     @property
     def moved(self) -> bool:
@@ -168,6 +169,9 @@ class ExpertWeights:
         Raises:
             InvalidInputError: A tensor was freed, moved to another device, or changed in dtype or shape.
         """
+        with contextlib.suppress(AttributeError, RuntimeError):  # no tensor, or one without strides
+            if self._checked == self._facts():
+                return
         try:
             now = self.among(self.routed_experts)
             if now.spec is not self.spec:
@@ -178,6 +182,14 @@ class ExpertWeights:
                 "device, dtype or shape"
             ) from error
         self.gate_up_address, self.down_address = now.gate_up_address, now.down_address
+        self._checked = self._facts()
+
+    def _facts(self) -> list[tuple[object, ...]]:
+        """All that the checks ask of the tensors: the same facts need no second check."""
+        return [
+            (name, type(each), each.dtype, each.shape, each.stride(), each.device, each.requires_grad, address(each))
+            for name, each in self.tensors()
+        ]
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """The layer's tensors by name, those that are given."""

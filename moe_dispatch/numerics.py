@@ -38,10 +38,6 @@ class QuantizedRows(NamedTuple):
     scale: Tensor
     act_dtype: torch.dtype
 
-    def part(self, rows: slice) -> "QuantizedRows":
-        """Some of the rows."""
-        return QuantizedRows(self.codes[rows], self.scale[rows], self.act_dtype)
-
     def dequantized(self) -> Tensor:
         """The values in fp32, ``[M, K]``."""
         return self.codes.float() * self.scale.repeat_interleave(QUANT_BLOCK, dim=1)[:, : self.codes.shape[1]]

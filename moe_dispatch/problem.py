@@ -11,6 +11,7 @@ The shape letters, used everywhere and defined here:
 
 import dataclasses
 import math
+import operator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Final, Literal, get_args
@@ -142,7 +143,8 @@ class MoEProblem:
     @property
     def expected_slots(self) -> float:
         """Slots whose expert is one of the E under uniform routing: M·topk·E / routed_experts."""
-        return self.slots if self.routed_experts is None else self.slots * self.E / self.routed_experts
+        slots = self.M * self.topk
+        return slots if self.routed_experts is None else slots * self.E / self.routed_experts
 
     @cached_property
     def layer(self) -> "MoEProblem":
@@ -157,7 +159,7 @@ class MoEProblem:
     @cached_property
     def eager_bucket(self) -> "MoEProblem":
         """The bucket of eager calls. A first run is one, so what it proves or kills holds for CUDA graphs as well."""
-        return self.bucket._with(mode="eager")
+        return self.bucket if self.mode == "eager" else self.bucket._with(mode="eager")
 
     @cached_property
     def whole_layer(self) -> "MoEProblem":
@@ -175,7 +177,7 @@ class MoEProblem:
     def _with(self, **values: object) -> "MoEProblem":
         """A copy with other valid values of some fields: they are not checked again, which `replace` would do."""
         other = object.__new__(MoEProblem)
-        vars(other).update({name: vars(self)[name] for name in _FIELDS}, **values)
+        vars(other).update(zip(_FIELDS, _values(self), strict=True), **values)
         return other
 
     @property
@@ -212,6 +214,7 @@ class MoEProblem:
 
 
 _FIELDS: Final = tuple(field.name for field in dataclasses.fields(MoEProblem))
+_values: Final = operator.attrgetter(*_FIELDS)
 
 
 def scale_shape(dtype: DType, rows: int, columns: int) -> tuple[int, ...]:

@@ -75,6 +75,11 @@ class RulesPolicy(Policy):
         return tuple(Choice(backend, reason) for backend, reason in (*ranked, ("reference", "runs anywhere")))
 
 
+def order(problem: MoEProblem) -> list[str]:
+    """The names of the backends that the rules rank before the reference, best first."""
+    return [backend for backend, _ in _ranked(problem)]
+
+
 def _ranked(problem: MoEProblem) -> Ranked:
     if problem.needs_grad:
         return ()

@@ -49,11 +49,7 @@ LOOKS_PER_SECOND: Final = (
     2_000_000  # at a flag; a look takes an H200 0.4 to 0.8 µs, so that waits last longer than said
 )
 ROWS_ASIDE: Final = 8 << 20  # bytes of a rank's rows, which NVLink 4 carries in 25 µs
-AHEAD: Final = 128  # programs that ask for weights
-AHEAD_BYTES: Final = 16 << 20  # of weights: what an H200's memory delivers in 4 µs, the time of one way
-_CROWDED: Final = 2  # slots for each expert, from which on nearly all have some
 _ALIGNMENT: Final = 128
-_LEAST_SPAN: Final = 32 << 10  # bytes of a half of an expert's weights; with more slots there is little to gain
 _Widths = tuple[tuple[int, torch.dtype], ...]  # columns and dtype of each thing that a token has
 _WORD_LIMIT: Final = 1 << 16  # up to so many words programs take 4 KiB at a time, to be more
 
@@ -123,7 +119,7 @@ class PeerMemory:
 
     def push_tokens(
         self, hidden_states: Tensor, topk_weights: Tensor, topk_ids: Tensor, *, capacity: int, first_experts: Tensor,
-        E: int, seconds: float, quantize: bool = False, weights: Tensor | None = None,
+        E: int, seconds: float, quantize: bool = False,
     ) -> tuple[Tensor | QuantizedRows | TravellingRows, Tensor, Tensor]:  # fmt: skip
         """Give this rank's tokens to every rank, and get those of all.
 
@@ -137,8 +133,6 @@ class PeerMemory:
             seconds: How long to wait for the others.
             quantize: Whether to send e4m3 codes with one fp32 multiplier per 128 columns instead of rows as they are; K
                 is a multiple of 128 then.
-            weights: uint8 ``[experts of this rank, …]``, contiguous: what its experts read first. A part of it is
-                brought to the L2 cache while few tokens travel. None for nothing.
 
         Returns:
             Rows ``[ranks·capacity, K]``, fp32 weights and int32 ids ``[ranks·capacity, topk]``, in this object's memory
@@ -154,12 +148,9 @@ class PeerMemory:
         places = self._places(capacity, widths)
         row_bytes = K * dtype.itemsize
         hidden_states = aligned(hidden_states)
-        aside = capacity * row_bytes >= ROWS_ASIDE
-        by_slot, ahead = _ahead(None if aside else weights, M * topk, self._ranks)
-        asking = AHEAD if ahead[-1] else 0
 
         def launch(which: int, block: int, programs: int, *, slots: bool, rows: bool, pdl: bool) -> None:
-            _moe_push_tokens_kernel[(programs + asking,)](
+            _moe_push_tokens_kernel[(programs,)](
                 # inputs
                 hidden_states, topk_weights, topk_ids, first_experts,
                 # the memory of all ranks
@@ -167,17 +158,15 @@ class PeerMemory:
                 # shapes
                 M, capacity, row_bytes // WORD, topk, E, self._rank, self._flags[which], self._counts, *places,
                 _looks(seconds),
-                # weights for the L2 cache
-                topk_ids if by_slot else None, *ahead,
                 # constants
-                RANKS=self._ranks, PROGRAMS=FLAGS, BLOCK=block, SLOTS=slots, ROWS=rows, QUANTIZE=quantize, AHEAD=asking,
-                PDL=pdl, num_warps=8 if block == 512 else 16, **pdl_option(pdl),
+                RANKS=self._ranks, PROGRAMS=FLAGS, BLOCK=block, SLOTS=slots, ROWS=rows, QUANTIZE=quantize, PDL=pdl,
+                num_warps=8 if block == 512 else 16, **pdl_option(pdl),
             )  # fmt: skip
 
         block, programs = self._launch(capacity, row_bytes)
         codes, ids, weights, scale = self._arrived(capacity, widths, places)
         arrived = QuantizedRows(codes, scale, hidden_states.dtype) if quantize else codes
-        if not aside:
+        if capacity * row_bytes < ROWS_ASIDE:
             launch(0, block, programs, slots=True, rows=True, pdl=self._pdl)
             return arrived, weights, ids
         launch(0, 512, min(self._programs, math.ceil(capacity * topk / 512)), slots=True, rows=False, pdl=self._pdl)
@@ -268,23 +257,6 @@ class PeerMemory:
                 for place, (width, dtype) in zip(places, widths, strict=True)
             ]
         return self._views[key]
-
-
-def _ahead(weights: Tensor | None, slots: int, ranks: int) -> tuple[bool, tuple[Tensor | None, int, int, int, int]]:
-    """What to bring to the L2 cache.
-
-    Returns:
-        Whether of the experts of this rank's slots; else of its first ones, as nearly all have tokens. The weights, how
-        many slots or experts, experts held, bytes of each, and bytes to bring of each half of those; 0 for nothing.
-    """
-    here = math.ceil(slots / ranks)
-    if weights is None or not slots:
-        return True, (None, 0, 0, 0, 0)
-    held, nbytes = weights.shape[0], weights.stride(0)
-    by_slot = here < _CROWDED * held
-    count = here if by_slot else min(held, max(1, AHEAD_BYTES // nbytes))
-    span = min(nbytes // 2, AHEAD_BYTES // (2 * count)) & -_ALIGNMENT
-    return by_slot, (weights, slots if by_slot else count, held, nbytes, span if span >= _LEAST_SPAN else 0)
 
 
 def _looks(seconds: float) -> int:

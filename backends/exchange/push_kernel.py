@@ -11,20 +11,13 @@ import triton
 import triton.language as tl
 
 from moe_dispatch.backends.exchange.wire_kernel import moe_travelling_id, moe_words
-from moe_dispatch.backends.triton_common.device import (
-    moe_fp8_amax,
-    moe_fp8_codes,
-    moe_fp8_scale,
-    moe_prefetch_lines,
-)
+from moe_dispatch.backends.triton_common.device import moe_fp8_amax, moe_fp8_codes, moe_fp8_scale
 from moe_dispatch.backends.triton_common.fast_launch import fast_launch
 from moe_dispatch.backends.triton_common.pdl import moe_pdl_wait_and_release
 
-_AHEAD = ("slots_ahead", "held", "expert_bytes", "span")
-
 
 @fast_launch
-@triton.jit(do_not_specialize=["M", "capacity", "rank", "polls", *_AHEAD])
+@triton.jit(do_not_specialize=["M", "capacity", "rank", "polls"])
 def _moe_push_tokens_kernel(
     # inputs
     hidden_ptr,
@@ -50,13 +43,6 @@ def _moe_push_tokens_kernel(
     weights_at,
     scales_at,
     polls,
-    # weights for the L2 cache
-    ids_ahead_ptr,
-    ahead_ptr,
-    slots_ahead,
-    held,
-    expert_bytes,
-    span,
     # constants
     RANKS: tl.constexpr,
     PROGRAMS: tl.constexpr,
@@ -64,26 +50,16 @@ def _moe_push_tokens_kernel(
     SLOTS: tl.constexpr,
     ROWS: tl.constexpr,
     QUANTIZE: tl.constexpr,
-    AHEAD: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """Sends ids and weights (SLOTS), rows (ROWS), or both.
 
-    A row is `row_words` words as it travels; with QUANTIZE those are e4m3 codes of as many elements as bytes. The last
-    AHEAD programs send nothing: they ask for weights that this rank's experts will read, while memory is idle.
+    A row is `row_words` words as it travels; with QUANTIZE those are e4m3 codes of as many elements as bytes.
     """
     program = tl.program_id(0)
-    senders = tl.num_programs(0) - AHEAD
     first = program.to(tl.int64) * BLOCK
-    step = senders * BLOCK
+    step = tl.num_programs(0) * BLOCK
     moe_pdl_wait_and_release(PDL)
-    if AHEAD > 0:  # noqa: SIM102 - decided when compiled: without them there are no weights
-        if program >= senders:
-            _moe_ask_for_weights(
-                ids_ahead_ptr, slots_ahead, tl.load(first_experts_ptr + rank), ahead_ptr, held, expert_bytes, span,
-                program - senders, AHEAD,
-            )  # fmt: skip
-            return
     epoch = tl.load(epochs_ptr + program) + 1
     words = M.to(tl.int64) * row_words
     slots = capacity.to(tl.int64) * topk
@@ -215,25 +191,6 @@ def _moe_push_slots(
         local = tl.where(ids < 0, -1, ids - tl.load(first_experts_ptr + peer))
         tl.store((base + ids_at).to(tl.pointer_type(tl.int32)) + offs, local, mask=mask)
         tl.store((base + weights_at).to(tl.pointer_type(tl.float32)) + offs, weights, mask=mask)
-
-
-@triton.jit
-def _moe_ask_for_weights(
-    ids_ptr, slots, first_expert, weights_ptr, held, expert_bytes, span, program, PROGRAMS: tl.constexpr
-):
-    """Bring the first `span` bytes of both halves of the weights of these slots' experts to the L2 cache.
-
-    Without ids a slot is an expert.
-    """
-    LINES: tl.constexpr = 1024
-    pieces = tl.cdiv(span, LINES * 128)
-    for item in range(program, slots * 2 * pieces, PROGRAMS):
-        slot = item // (2 * pieces)
-        expert = slot if ids_ptr is None else tl.load(ids_ptr + slot) - first_expert
-        if (expert >= 0) & (expert < held):
-            offs = item % pieces * (LINES * 128) + tl.arange(0, LINES) * 128
-            start = weights_ptr + expert.to(tl.int64) * expert_bytes + item // pieces % 2 * (expert_bytes // 2)
-            moe_prefetch_lines(start + tl.minimum(offs, span - 128))
 
 
 @triton.jit

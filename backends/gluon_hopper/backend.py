@@ -50,6 +50,7 @@ class GluonHopperBackend(TritonBackend):
         activations=KINDS - UNGATED,
         bias=True,
         interleaved=True,
+        transposed=True,
         multiples={"bf16": {"K": 64, "N": 8}, "fp8": {"K": 256, "N": 128}, "mxfp4": {"K": 64, "N": 32}},
         max_capability=dict.fromkeys(("bf16", "fp8", "mxfp4"), (9, 1)),
     )

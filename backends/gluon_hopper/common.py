@@ -7,6 +7,8 @@ first product and N in the second, arrives in stages of 128 bytes of each row.
 
 A stage holds 128 rows of gate and then 128 of up. Where gate and up rows alternate in the layer (INTERLEAVED), it holds
 64 of each in turn, so that each half of its weights has one FP8 scale. Where the layer has biases, sums start at them.
+Of weights stored by columns (TRANSPOSED, BF16) it holds 64 columns of each 64 rows, in which gate and up rows that
+alternate in the layer still do (ALTERNATING).
 
 Roles:
 
@@ -142,6 +144,7 @@ class TileStrides:
         tile: Rows (pairs) from one tile to the next.
         depth: Blocks of BLOCK_K columns, which are summed over.
         INTERLEAVED: Whether the weights' descriptor sees pairs of a gate row and an up row.
+        TRANSPOSED: Whether the weights are stored by columns, and rows are counted within an expert.
     """
 
     expert: gl.tensor | gl.constexpr
@@ -149,14 +152,16 @@ class TileStrides:
     tile: gl.tensor | gl.constexpr
     depth: gl.tensor | gl.constexpr
     INTERLEAVED: gl.constexpr
+    TRANSPOSED: gl.constexpr
 
     @gluon.constexpr_function
-    def __init__(self, expert, second, tile, depth, INTERLEAVED):
+    def __init__(self, expert, second, tile, depth, INTERLEAVED, TRANSPOSED):
         self.expert = field(expert)
         self.second = field(second)
         self.tile = field(tile)
         self.depth = field(depth)
         self.INTERLEAVED = gl.constexpr(INTERLEAVED)
+        self.TRANSPOSED = gl.constexpr(TRANSPOSED)
 
 
 @gluon.jit
@@ -265,7 +270,7 @@ def load_stage(operands, ring, stage, bar, tile, w_row, column):
     mbarrier.expect(bar, (256 + 64) * _STAGE_BYTES, pred=not lower)
     mbarrier.expect(bar, (256 + 128) * _STAGE_BYTES, pred=lower & (not tail))
     mbarrier.expect(bar, (256 + 128 + ring.tails.shape[1]) * _STAGE_BYTES, pred=tail)
-    load_weights(operands, ring, stage, bar, w_row, column)
+    load_weights(operands, ring, stage, bar, tile, w_row, column)
     _load_rows(operands.rows, ring.rows.index(2 * stage), bar, tile.row, tile.end, column, True)
     _load_rows(operands.rows, ring.rows.index(2 * stage + 1), bar, tile.row + 64, tile.end, column, lower)
     _load_rows(operands.tails, ring.tails.index(stage), bar, tile.row + 128, tile.end, column, tail)
@@ -284,17 +289,24 @@ def _load_rows(desc, buf, bar, row, end, column, pred):
 
 
 @gluon.jit
-def load_weights(operands, ring, stage, bar, w_row, column):
+def load_weights(operands, ring, stage, bar, tile, w_row, column):
     """Have TMA copy a stage's weights alone."""
-    _load_half(operands, ring.weights.index(2 * stage), bar, w_row, column)
-    _load_half(operands, ring.weights.index(2 * stage + 1), bar, w_row + operands.strides.second, column)
+    _load_half(operands, ring.weights.index(2 * stage), bar, tile.e, w_row, column)
+    _load_half(operands, ring.weights.index(2 * stage + 1), bar, tile.e, w_row + operands.strides.second, column)
 
 
 @gluon.jit
-def _load_half(operands, buf, bar, w_row, column):
-    """Load 128 rows of weights, or with INTERLEAVED the gate rows of 64 pairs and then their up rows."""
+def _load_half(operands, buf, bar, e, w_row, column):
+    """Load 128 rows of weights, or with INTERLEAVED the gate rows of 64 pairs and then their up rows.
+
+    Where TRANSPOSED, each half of `buf` becomes the columns of 64 rows, one after the other.
+    """
     desc = operands.weights
-    if operands.strides.INTERLEAVED:
+    if operands.strides.TRANSPOSED:
+        views = reinterpret(buf, buf.dtype, [2, 1, 64, buf.shape[1]], desc.layout)
+        tma_load(desc, [e, column, w_row], bar, views.index(0))
+        tma_load(desc, [e, column, w_row + 64], bar, views.index(1))
+    elif operands.strides.INTERLEAVED:
         view = reinterpret(buf, buf.dtype, desc.block_type.shape, desc.layout)
         tma_load(desc, [0, w_row, column], bar, view)
     else:
@@ -316,6 +328,9 @@ def add_biases(
         if ACTIVATION is None:
             column = tile.block_n * 256 + row
             part = 0
+        elif outputs.ALTERNATING:
+            column = tile.block_n * 128 + row // 2
+            part = row % 2
         elif outputs.INTERLEAVED:
             column = tile.block_n * 128 + row // 128 * 64 + row % 64
             part = row // 64 % 2

@@ -57,6 +57,7 @@ class Fp8Outputs:
         amax_bufs: Shared memory, fp32 ``[4, 64]``: two pairs of maxima that the consumers exchange.
         exchange: Barrier of that exchange.
         INTERLEAVED: Whether gate and up rows of the weights, and of their biases, alternate.
+        ALTERNATING: False: in a stage they do not.
     """
 
     ptr: gl.tensor
@@ -69,6 +70,7 @@ class Fp8Outputs:
     amax_bufs: gl.shared_memory_descriptor
     exchange: gl.shared_memory_descriptor
     INTERLEAVED: gl.constexpr
+    ALTERNATING: gl.constexpr
 
     @gluon.constexpr_function
     def __init__(
@@ -84,6 +86,7 @@ class Fp8Outputs:
         self.amax_bufs = amax_bufs
         self.exchange = exchange
         self.INTERLEAVED = gl.constexpr(INTERLEAVED)
+        self.ALTERNATING = gl.constexpr(False)
 
 
 @fast_launch
@@ -142,7 +145,7 @@ def _moe_hopper_fp8_product_kernel(
     queue, full, empty = make_barriers(STAGES, _LOADER_WARPS, True)
     ring = Ring(rows, tails, weights, full, empty, STAGES)
     moe_pdl_wait_and_release(True)
-    strides = TileStrides(w_rows, w_second, w_step, depth, INTERLEAVED)
+    strides = TileStrides(w_rows, w_second, w_step, depth, INTERLEAVED, False)
     operands = Fp8Operands(
         a_desc, tail_desc, a_scale_ptr, a_scale_row, a_scale_column, w_desc, w_scale_ptr, strides
     )  # fmt: skip

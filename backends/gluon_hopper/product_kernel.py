@@ -44,6 +44,8 @@ class Outputs:
         columns: Columns of the result.
         bufs: Shared memory ``[2, 64, 64]`` through which each consumer stores.
         INTERLEAVED: Whether gate and up rows of the weights, and of their biases, alternate.
+        TRANSPOSED: Whether the weights are stored by columns.
+        ALTERNATING: Whether gate and up rows alternate in a stage, too.
     """
 
     ptr: gl.tensor
@@ -51,14 +53,18 @@ class Outputs:
     columns: gl.tensor | gl.constexpr
     bufs: gl.shared_memory_descriptor
     INTERLEAVED: gl.constexpr
+    TRANSPOSED: gl.constexpr
+    ALTERNATING: gl.constexpr
 
     @gluon.constexpr_function
-    def __init__(self, ptr, biases, columns, bufs, INTERLEAVED):
+    def __init__(self, ptr, biases, columns, bufs, INTERLEAVED, TRANSPOSED):
         self.ptr = ptr
         self.biases = field(biases)
         self.columns = field(columns)
         self.bufs = bufs
         self.INTERLEAVED = gl.constexpr(INTERLEAVED)
+        self.TRANSPOSED = gl.constexpr(TRANSPOSED)
+        self.ALTERNATING = gl.constexpr(INTERLEAVED and TRANSPOSED)
 
 
 @fast_launch
@@ -87,6 +93,7 @@ def _moe_hopper_product_kernel(
     TOPK: gl.constexpr,
     ACTIVATION: gl.constexpr,
     INTERLEAVED: gl.constexpr,
+    TRANSPOSED: gl.constexpr,
     STAGES: gl.constexpr,
 ):
     """`a` is a descriptor of rows in expert order, or with TOPK > 0 hidden_states, whose rows the loader gathers.
@@ -105,9 +112,9 @@ def _moe_hopper_product_kernel(
     queue, full, empty = make_barriers(STAGES, LOADER_WARPS, GATHER)
     ring = Ring(rows, tails, weights, full, empty, STAGES)
     moe_pdl_wait_and_release(True)
-    strides = TileStrides(w_rows, w_second, w_step, depth, INTERLEAVED)
+    strides = TileStrides(w_rows, w_second, w_step, depth, INTERLEAVED, TRANSPOSED)
     operands = Operands(a, tail_desc, w_desc, slot_of_row_ptr, strides, a_columns)
-    outputs = Outputs(out_ptr, bias_ptr, columns, out_bufs, INTERLEAVED)
+    outputs = Outputs(out_ptr, bias_ptr, columns, out_bufs, INTERLEAVED, TRANSPOSED)
     gl.warp_specialize(
         [
             (_consume, (queue, ring, outputs, depth, 0, ACTIVATION, GATHER)),
@@ -157,10 +164,7 @@ def _multiply(
     WIDE: gl.constexpr = HEIGHT >= 128
     FEW: gl.constexpr = HEIGHT % 128  # rows that are multiplied transposed
     STAGES: gl.constexpr = ring.STAGES
-    BLOCK_K: gl.constexpr = ring.rows.shape[2]
-    LAYOUT: gl.constexpr = ring.rows.layout
-    w_pairs = reinterpret(ring.weights, ring.weights.dtype, [STAGES, 256, BLOCK_K], LAYOUT)
-    w_halves = reinterpret(ring.weights, ring.weights.dtype, [4 * STAGES, 64, BLOCK_K], LAYOUT)
+    w_pairs, w_halves = _weight_views(ring, outputs.TRANSPOSED)
     # Which quarters of a stage's weights this consumer multiplies, where both multiply all rows.
     FIRST: gl.constexpr = 2 * CONSUMER if outputs.INTERLEAVED else CONSUMER
     SECOND: gl.constexpr = FIRST + (1 if outputs.INTERLEAVED else 2)
@@ -180,11 +184,13 @@ def _multiply(
             fence_async_shared()
         if WIDE:
             wide = ring.rows.index(2 * stage + CONSUMER)
-            acc = warpgroup_mma(wide, w_pairs.index(stage).permute((1, 0)), acc, is_async=True)
+            acc = warpgroup_mma(wide, _turned(w_pairs.index(stage), not outputs.TRANSPOSED), acc, is_async=True)
         if FEW:
             few = _few_rows(ring, stage, HEIGHT).permute((1, 0))
-            first = warpgroup_mma(w_halves.index(4 * stage + FIRST), few, first, is_async=True)
-            second = warpgroup_mma(w_halves.index(4 * stage + SECOND), few, second, is_async=True)
+            w_first = _turned(w_halves.index(4 * stage + FIRST), outputs.TRANSPOSED)
+            first = warpgroup_mma(w_first, few, first, is_async=True)
+            w_second = _turned(w_halves.index(4 * stage + SECOND), outputs.TRANSPOSED)
+            second = warpgroup_mma(w_second, few, second, is_async=True)
         # The products before these have read their stage.
         if WIDE and FEW:
             acc, first, second = warpgroup_mma_wait(3, deps=(acc, first, second))
@@ -202,7 +208,9 @@ def _multiply(
         first, second = warpgroup_mma_wait(0, deps=(first, second))
     mbarrier.arrive(ring.empty.index((step + STAGES - 1) % STAGES))
     if WIDE:
-        if outputs.INTERLEAVED:
+        if outputs.ALTERNATING:
+            left, right = gl.split(gl.reshape(acc, [64, 128, 2]))
+        elif outputs.INTERLEAVED:
             left, right = gl.split(gl.permute(gl.reshape(acc, [64, 2, 2, 64]), [0, 1, 3, 2]))
             left = gl.reshape(left, [64, 128])
             right = gl.reshape(right, [64, 128])
@@ -210,8 +218,66 @@ def _multiply(
             left, right = gl.split(gl.permute(gl.reshape(acc, [64, 2, 128]), [0, 2, 1]))
         _finish(left, right, 0, outputs, tile, 64 * CONSUMER, 0, CONSUMER, ACTIVATION)
     if FEW:
-        _finish(first, second, 1, outputs, tile, 128 if WIDE else 0, 64 * CONSUMER, CONSUMER, ACTIVATION)
+        _finish_few(first, second, outputs, tile, 128 if WIDE else 0, CONSUMER, ACTIVATION)
     return step
+
+
+@gluon.jit
+def _weight_views(ring, TRANSPOSED: gl.constexpr):
+    """A ring's weights by stages, 256 rows each, and by quarters of stages; by columns where TRANSPOSED."""
+    BLOCK_K: gl.constexpr = ring.rows.shape[2]
+    LAYOUT: gl.constexpr = ring.rows.layout
+    if TRANSPOSED:
+        pairs = reinterpret(ring.weights, ring.weights.dtype, [ring.STAGES, BLOCK_K, 256], LAYOUT)
+        halves = reinterpret(ring.weights, ring.weights.dtype, [4 * ring.STAGES, BLOCK_K, 64], LAYOUT)
+    else:
+        pairs = reinterpret(ring.weights, ring.weights.dtype, [ring.STAGES, 256, BLOCK_K], LAYOUT)
+        halves = reinterpret(ring.weights, ring.weights.dtype, [4 * ring.STAGES, 64, BLOCK_K], LAYOUT)
+    return pairs, halves
+
+
+@gluon.jit
+def _turned(buf, TURNED: gl.constexpr):
+    """A matrix in shared memory, transposed or as it is."""
+    if TURNED:
+        buf = buf.permute((1, 0))
+    return buf
+
+
+@gluon.jit
+def _finish_few(
+    first, second, outputs, tile, ROW: gl.constexpr, CONSUMER: gl.constexpr, ACTIVATION: gl.constexpr
+):  # fmt: skip
+    """`_finish` of rows that were multiplied transposed."""
+    if outputs.ALTERNATING:
+        gate, up = _split_rows(first)
+        _finish(gate, up, 1, outputs, tile, ROW, 64 * CONSUMER, CONSUMER, ACTIVATION)
+        gate, up = _split_rows(second)
+        _finish(gate, up, 1, outputs, tile, ROW, 64 * CONSUMER + 32, CONSUMER, ACTIVATION)
+    else:
+        _finish(first, second, 1, outputs, tile, ROW, 64 * CONSUMER, CONSUMER, ACTIVATION)
+
+
+@gluon.constexpr_function
+def _pairs_of_rows(columns):
+    """A layout of ``[64, columns]`` with rows 2i and 2i + 1 in one thread.
+
+    It is that of a product, but for the lowest bits of row and column, which register and lane have exchanged: threads
+    of one warp can bring it about.
+    """
+    wide = [[0, 8 << bit] for bit in range((columns // 8).bit_length() - 1)]
+    lanes = [[0, 2], [0, 4], [0, 1], [2, 0], [4, 0]]
+    return gl.DistributedLinearLayout([[1, 0], [8, 0], *wide], lanes, [[16, 0], [32, 0]], [], [64, columns])
+
+
+@gluon.jit
+def _split_rows(sums):
+    """The even and the odd rows of ``[64, columns]``: two times ``[32, columns]``."""
+    COLUMNS: gl.constexpr = sums.shape[1]
+    LAYOUT: gl.constexpr = _pairs_of_rows(COLUMNS)
+    pairs = gl.reshape(gl.convert_layout(sums, LAYOUT), [32, 2, COLUMNS])
+    even, odd = gl.split(gl.permute(pairs, [0, 2, 1]))
+    return even, odd
 
 
 @gluon.jit

@@ -70,7 +70,7 @@ def load_tiles(queue, ring, operands, TOPK: gl.constexpr):
             column = k * BLOCK_K
             if GATHER:
                 mbarrier.expect(bar, 256 * _STAGE_BYTES)
-                load_weights(operands, ring, stage, bar, w_row, column)
+                load_weights(operands, ring, stage, bar, tile, w_row, column)
                 _copy_tokens(operands, upper_rows, k, ring.rows.index(2 * stage))
                 if lower:
                     _copy_tokens(operands, lower_rows, k, ring.rows.index(2 * stage + 1))

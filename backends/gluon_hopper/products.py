@@ -76,20 +76,20 @@ def hopper_products(
         math.ceil(N / 128), *_gate_up_strides(experts), K // block_k, K, N,
         # constants
         COUNTER=1, TOPK=topk, ACTIVATION=experts.activation, INTERLEAVED=experts.interleaved,
-        **{**_LAUNCH, "launch_pdl": pdl},
+        TRANSPOSED=experts.transposed, **{**_LAUNCH, "launch_pdl": pdl},
     )  # fmt: skip
     y = hidden_states.new_empty(rows, K)
     _moe_hopper_product_kernel[(sms,)](
         # inputs
         descriptors.get(h, Windows(WINDOW_ROWS)), descriptors.get(h, Windows(TAIL_M)),
-        descriptors.get(experts.down, ExpertRows("rows")),
+        descriptors.get(experts.down, ExpertRows("columns" if experts.transposed else "rows")),
         experts.down_bias, None, blocks, counts,
         # outputs
         y,
         # shapes
-        math.ceil(K / 256), K, 128, 256, math.ceil(N / block_k), N, K,
+        math.ceil(K / 256), 0 if experts.transposed else K, 128, 256, math.ceil(N / block_k), N, K,
         # constants
-        COUNTER=2, TOPK=0, ACTIVATION=None, INTERLEAVED=False, **_LAUNCH,
+        COUNTER=2, TOPK=0, ACTIVATION=None, INTERLEAVED=False, TRANSPOSED=experts.transposed, **_LAUNCH,
     )  # fmt: skip
     return y
 
@@ -136,9 +136,11 @@ def _fp8_products(
 
 
 def _expert_rows(experts: ExpertWeights) -> ExpertRows:
-    return ExpertRows("pairs" if experts.interleaved else "rows")
+    return ExpertRows("columns" if experts.transposed else "pairs" if experts.interleaved else "rows")
 
 
 def _gate_up_strides(experts: ExpertWeights) -> tuple[int, int, int]:
     """`TileStrides` of gate_up: its rows or pairs of an expert, from half to half of a tile, and from tile to tile."""
+    if experts.transposed:
+        return (0, 128, 256) if experts.interleaved else (0, experts.N, 128)
     return (experts.N, 64, 128) if experts.interleaved else (2 * experts.N, experts.N, 128)

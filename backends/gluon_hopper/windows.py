@@ -43,16 +43,18 @@ class ExpertRows(NamedTuple):
 
     If gate and up rows are interleaved, element ``[h, p, c]`` of the tensor that the descriptor describes is column c
     of the gate row (h = 0) or the up row (h = 1) of pair p, and a block is the gate rows of 64 pairs followed by their
-    up rows.
+    up rows. If they are stored by columns, it describes ``[E, columns, rows]``, in blocks of 64 by 64.
 
     Attributes:
-        layout: ``"rows"``, or ``"pairs"`` of interleaved gate and up rows.
+        layout: ``"rows"``, or ``"pairs"`` of interleaved gate and up rows, or ``"columns"``.
     """
 
-    layout: Literal["rows", "pairs"]
+    layout: Literal["rows", "pairs", "columns"]
 
     def describe(self, weights: Tensor) -> Any:
         """The tensor descriptor of the weights."""
+        if self.layout == "columns":
+            return _descriptor(weights.mT, [1, 64])
         if self.layout == "pairs":
             return _descriptor(weights.view(-1, 2, weights.shape[2]).transpose(0, 1), [2, 64])
         return _descriptor(weights.view(-1, weights.shape[2]), [128])

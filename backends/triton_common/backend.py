@@ -19,7 +19,7 @@ from moe_dispatch.problem import MoEProblem
 from moe_dispatch.system.libraries import library_version
 
 if TYPE_CHECKING:
-    from moe_dispatch.backends.triton_common.replay import Replay
+    from moe_dispatch.backends.triton_common.replay import Replay, Tried
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +39,7 @@ class TritonBackend(WritingBackend):
         super().__init__(machine)
         self._features = features(machine)
         self._descriptors = Descriptors()
+        self._tried: Tried = {}
 
     def further_reasons(self, problem: MoEProblem) -> tuple[str, ...]:
         """See `Backend.further_reasons`."""
@@ -77,7 +78,7 @@ class TritonBackend(WritingBackend):
         from moe_dispatch.backends.triton_common.replay import NotReplayableError, record
 
         try:
-            return record(self, inputs, config, self._descriptors)
+            return record(self, inputs, config, self._descriptors, self._tried)
         except NotReplayableError as reason:
             logger.info("%s with %s stays without a replay: %s", self.name, config.label, reason)
             return None
@@ -100,12 +101,12 @@ class TritonBackend(WritingBackend):
         Args:
             experts: The layer.
             name: The weight's name.
-            shape: As for `WeightView`, counted in weights.
-            block: Likewise.
+            shape: As for `WeightView`, counted in weights; of the memory where weights are stored by columns.
+            block: Likewise, counted in weights.
             swapped: As for `WeightView`.
         """
-        view = WeightView(shape, block, swapped)
+        view = WeightView(shape, block, swapped, experts.transposed)
         if experts.dtype == "mxfp4":  # an element of the view has four columns
             columns, width = shape[-1] // 4, block[-1] // 4
-            view = WeightView((*shape[:-1], columns), (*block[:-1], width), swapped, torch.int16)
+            view = WeightView((*shape[:-1], columns), (*block[:-1], width), swapped, element=torch.int16)
         return self._descriptors.get(getattr(experts, name), view)

@@ -22,6 +22,8 @@ from moe_dispatch.errors import InvalidInputError
 
 if TYPE_CHECKING:
     from moe_dispatch.backends.triton_common.internals import Encoding
+    from moe_dispatch.experts import ExpertWeights
+    from moe_dispatch.problem import MoEProblem
 
 # Descriptors kept by a backend, and encodings kept by a step of a replay; when full, all are dropped and made again.
 MAX_DESCRIPTORS: Final = 4096
@@ -42,12 +44,14 @@ class WeightView(NamedTuple):
         shape: What the contiguous weight is viewed as.
         block: The blocks that are loaded, in the view's dimensions after they are swapped.
         swapped: Two dimensions of the view that change places, if any.
+        transposed: Whether the weight is stored by columns, so that the view is one of ``weight.mT``.
         element: The dtype of the view, if another than the weight's.
     """
 
     shape: tuple[int, ...]
     block: tuple[int, ...]
     swapped: tuple[int, int] | None = None
+    transposed: bool = False
     element: torch.dtype | None = None
 
     def describe(self, weight: Tensor) -> Any:
@@ -58,18 +62,29 @@ class WeightView(NamedTuple):
         """
         from triton.tools.tensor_descriptor import TensorDescriptor
 
+        memory = weight.mT if self.transposed else weight
         element = self.element or weight.dtype
         elements = weight.numel() * weight.element_size() // element.itemsize
-        if elements != math.prod(self.shape) or not weight.is_contiguous() or not _is_there(weight):
+        if elements != math.prod(self.shape) or not memory.is_contiguous() or not _is_there(weight):
+            layout = ".transpose(1, 2) of a contiguous tensor" if self.transposed else "contiguous"
             raise InvalidInputError(
-                f"an expert weight was replaced after ExpertWeights checked it: it must be contiguous with "
+                f"an expert weight was replaced after ExpertWeights checked it: it must be {layout} with "
                 f"{math.prod(self.shape)} elements of {element}, got {list(weight.shape)} with strides "
                 f"{list(weight.stride())}"
                 f"{'' if _is_there(weight) else ' and its memory is freed'}; wrap it in a new ExpertWeights"
             )
-        view = weight.view(element).view(self.shape)
+        view = memory.view(element).view(self.shape)
         view = view.transpose(*self.swapped) if self.swapped else view
         return TensorDescriptor.from_tensor(view, list(self.block))
+
+
+def boxes_mix_gate_and_up(layer: "ExpertWeights | MoEProblem") -> bool:
+    """Whether a box of gate_up's memory can hold as many gate rows as up rows, in an order that a product can read.
+
+    Not where weights are stored by columns and each column has its gate rows first: the two runs of a box then lie
+    within its innermost dimension, and no layout of shared memory that tensor cores read has them side by side.
+    """
+    return not layer.transposed or layer.interleaved or not layer.gated
 
 
 def _is_there(weight: Tensor) -> bool:

@@ -115,7 +115,7 @@ def _device_class(capability: tuple[int, int]) -> _DeviceClass:
     return _DEVICE_CLASSES.get(capability, _DeviceClass(fp8=capability >= (8, 9)))
 
 
-def triton_requirements(*, fp8_forms: bool = False, mxfp4: bool = False) -> Requirements:
+def triton_requirements(*, fp8_forms: bool = False, transposed: bool = False, mxfp4: bool = False) -> Requirements:
     """What our Triton backends take: every activation, bias and row order, on sm_80 and newer.
 
     In the interpreter they take CPU tensors and fp32 weights too.
@@ -123,6 +123,7 @@ def triton_requirements(*, fp8_forms: bool = False, mxfp4: bool = False) -> Requ
     Args:
         fp8_forms: Whether the kernels take FP8 weights in every form, and turn them into the activations' dtype where
             the device has no products of e4m3; without, they take block FP8 from sm_89 on.
+        transposed: Whether the kernels read weights stored by columns, too.
         mxfp4: Whether the kernels take MXFP4 weights.
     """
     dtypes: dict[DType, tuple[int, int]] = {"bf16": (8, 0), "fp16": (8, 0), "fp8": (8, 9)}
@@ -136,7 +137,7 @@ def triton_requirements(*, fp8_forms: bool = False, mxfp4: bool = False) -> Requ
         act_dtypes.add("fp32")
     return Requirements(
         dtypes=dtypes, act_dtypes=frozenset(act_dtypes), cpu=interpreting(), bias=True, interleaved=True,
-        multiples={"mxfp4": {"K": MX_BLOCK, "N": MX_BLOCK}},
+        transposed=transposed, multiples={"mxfp4": {"K": MX_BLOCK, "N": MX_BLOCK}},
     )  # fmt: skip
 
 

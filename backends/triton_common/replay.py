@@ -8,7 +8,8 @@ How one is made: `record` runs the backend once more, on a kind of call that it 
 and every allocation. Each address in a launch is then traced to its base: an input, a weight, an intermediate, the
 output. Intermediates become places in one block of scratch memory. Last, the replay runs over poisoned memory and has
 to give what the run gave; whatever it did not see, like work on the device that is no launch of a `fast_launch` kernel,
-shows as another result or was refused before.
+shows as another result or was refused before. Another token count whose launches are the same code over the same bases
+is not tried so again, since that takes the host longer than all else.
 
 When one is valid: for calls of the kind that it was recorded for, of any layer of that kind, with any tensors. It takes
 the address of each tensor, weights included, anew on every call, and the tensor map of a weight by that address; so
@@ -42,6 +43,7 @@ from moe_dispatch.experts import ExpertWeights
 _WEIGHTS: Final = ("gate_up", "down", "gate_up_scale", "down_scale", "gate_up_bias", "down_bias")
 _FIRST_WEIGHT: Final = 3  # the number of the first weight among the bases of addresses, see `Replay`
 _ALIGNMENT: Final = 256  # bytes on which each intermediate starts in the block of scratch memory
+MAX_TRIED: Final = 1024  # replays kept by their structure; when full, all are dropped and later ones tried again
 _POISON: Final = 0xFF  # a byte; floats of such bytes are NaN
 _aten: Final = torch.ops.aten
 _ALLOCATIONS: Final = frozenset({
@@ -54,7 +56,11 @@ class NotReplayableError(Exception):
     """Why a run cannot be repeated as a replay."""
 
 
-def record(backend: Backend, inputs: Inputs, config: BackendConfig, descriptors: Descriptors) -> "Replay":
+# Replays by their structure, see `Replay.structure`.
+Tried = dict[tuple[object, ...], "Replay"]
+
+
+def record(backend: Backend, inputs: Inputs, config: BackendConfig, descriptors: Descriptors, tried: Tried) -> "Replay":
     """Run a backend once more on a kind of call that it has run before, and make a replay of it.
 
     Args:
@@ -62,6 +68,7 @@ def record(backend: Backend, inputs: Inputs, config: BackendConfig, descriptors:
         inputs: hidden_states, experts, topk_weights, topk_ids.
         config: The configuration of the run.
         descriptors: Where the backend takes tensor descriptors of weights from.
+        tried: The backend's replays that gave what the run gave; this one is added.
 
     Raises:
         NotReplayableError: A launch took Triton's own path, torch computed something, a launch has an address of
@@ -71,9 +78,13 @@ def record(backend: Backend, inputs: Inputs, config: BackendConfig, descriptors:
     with observed(recording.launched), recording:
         expected = backend.run(*inputs, config)
     replay = _Writer(recording, inputs, expected).build(backend, descriptors)
-    replayed = replay.replay(*inputs, poison=True)
-    if replayed is None or not _agree(replayed, expected, backend, config, inputs[1]):
-        raise NotReplayableError("the replay's result is not the run's")
+    if (structure := replay.structure()) not in tried:
+        replayed = replay.replay(*inputs, poison=True)
+        if replayed is None or not _agree(replayed, expected, backend, config, inputs[1]):
+            raise NotReplayableError("the replay's result is not the run's")
+        if len(tried) >= MAX_TRIED:
+            tried.clear()
+        tried[structure] = replay
     return replay
 
 
@@ -267,6 +278,21 @@ class Replay:
             step.launch.start(step.grid, stream, values)
         return out
 
+    def structure(self) -> tuple[object, ...]:
+        """What replays of other token counts share: the code of each launch, and the base of each of its addresses."""
+        return (
+            self.device,
+            self.weights,
+            *[
+                (
+                    id(step.launch),
+                    *[address[:2] for address in step.addresses],
+                    *[(each.place, each.base) for each in step.maps],
+                )
+                for step in self.steps
+            ],
+        )
+
     def _encode(self, each: _TensorMap, experts: ExpertWeights, address: int) -> Any:
         descriptor = self.descriptors.get(getattr(experts, each.weight), each.view)
         if len(each.by_address) >= MAX_DESCRIPTORS:
@@ -284,8 +310,12 @@ class _Writer:
         self._names = [name for name in _WEIGHTS if getattr(self._experts, name) is not None]
         weights = [getattr(self._experts, name) for name in self._names]
         tensors = (hidden_states, topk_weights, topk_ids, *weights)
-        self._bases = [_Span(tensor.data_ptr(), tensor.nbytes, base, 0) for base, tensor in enumerate(tensors)]
-        self._place_allocations()
+        # Memory of known origin: its first address and its end, the number of its base, and the distance from the one
+        # address to the other.
+        self._origins: list[tuple[int, int, int, int]] = []
+        for base, tensor in enumerate(tensors):
+            self._add_origin(tensor.data_ptr(), tensor.nbytes, base, 0)
+        self._place_allocations(scratch=len(tensors))
 
     def build(self, backend: Backend, descriptors: Descriptors) -> Replay:
         device = self._hidden_states.get_device()
@@ -300,19 +330,22 @@ class _Writer:
         scratch = math.ceil(self._scratch / self._hidden_states.element_size())
         return Replay(backend, descriptors, device, weights, scratch, steps)
 
-    def _place_allocations(self) -> None:
+    def _add_origin(self, address: int, size: int, base: int, start: int) -> None:
+        self._origins.append((address, address + size, base, start - address))
+
+    def _place_allocations(self, scratch: int) -> None:
         """One block of scratch memory for every allocation but the output, which stays one of its own."""
-        scratch = len(self._bases)
         self._scratch = 0
         output_is_fresh = False
         like = self._hidden_states
         for tensor in self._recording.allocations:
-            address, size = tensor.untyped_storage().data_ptr(), tensor.untyped_storage().nbytes()
+            storage = tensor.untyped_storage()
+            address, size = storage.data_ptr(), storage.nbytes()
             if address == self._out.data_ptr() and (self._out.shape, self._out.dtype) == (like.shape, like.dtype):
                 output_is_fresh = self._out.is_contiguous()
-                self._bases.append(_Span(address, size, scratch + 1, 0))
+                self._add_origin(address, size, scratch + 1, 0)
             else:
-                self._bases.append(_Span(address, size, scratch, self._scratch))
+                self._add_origin(address, size, scratch, self._scratch)
                 self._scratch += math.ceil(size / _ALIGNMENT) * _ALIGNMENT
         if not output_is_fresh:
             raise NotReplayableError("the output is not fresh memory of its own")
@@ -344,20 +377,7 @@ class _Writer:
 
     def _origin(self, address: int) -> tuple[int, int]:
         """The base that an address counts from, and its distance."""
-        origins = {(span.base, span.start + address - span.address) for span in self._bases if address in span}
+        origins = {(base, address + shift) for first, end, base, shift in self._origins if first <= address < end}
         if len(origins) != 1:
             raise NotReplayableError("memory of unknown origin" if not origins else "two inputs share memory")
         return origins.pop()
-
-
-@dataclass(frozen=True)
-class _Span:
-    """Memory of known origin: `size` bytes from `address`, which lie `start` bytes after a base."""
-
-    address: int
-    size: int
-    base: int
-    start: int
-
-    def __contains__(self, address: int) -> bool:
-        return self.address <= address < self.address + self.size

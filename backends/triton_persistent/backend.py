@@ -36,7 +36,7 @@ class TritonPersistentBackend(TritonBackend):
     """
 
     name = "triton_persistent"
-    requirements = triton_requirements(fp8_forms=True, mxfp4=True)
+    requirements = triton_requirements(fp8_forms=True, transposed=True, mxfp4=True)
     config_type = TritonPersistentConfig
     stores_to_peers = True
     # Per-channel FP8: the intermediate is rounded to BF16 before it is quantised, so some codes fall on the other side,

@@ -7,6 +7,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from moe_dispatch.backends.stages.route import Routing
+from moe_dispatch.backends.triton_common.descriptors import boxes_mix_gate_and_up
 from moe_dispatch.backends.triton_common.features import Features
 from moe_dispatch.backends.triton_common.launch_options import next_power_of_2, pdl_option
 from moe_dispatch.backends.triton_common.quantization import Quantization
@@ -60,23 +61,27 @@ def product(
     if quantization.scales == "mx" and halves == 2:
         run = 8  # one thread of a transposed product has rows that are 8 apart
     weight: Tensor = getattr(experts, name)
-    tma = config.tma and features.tma and tma_fits(weight.shape[2], weight.element_size()) and N % run == 0
+    transposed = experts.transposed
+    fits = tma_fits(halves * N if transposed else weight.shape[2], weight.element_size()) and N % run == 0
+    tma = config.tma and features.tma and fits and (not first or boxes_mix_gate_and_up(experts))
     pdl = config.pdl and features.pdl
     # Where a group of quantised columns is two tiles, the loop carries the first one's result, and Triton does not
     # flatten such a loop.
     carries = y_scale is not None and block_n < QUANT_BLOCK
     # Each half of a tile's operand lies in one 128×128 block of weights, and so has one multiplier a step.
     scalar = block_n <= QUANT_BLOCK and not interleaved and (halves == 1 or N % QUANT_BLOCK == 0)
-    # The weight seen as [E, N / run, halves, run, K]: one box of it is a tile's operand.
+    # The weight seen as [E, N / run, halves, run, K], or by columns as [E, K, halves·N]: a box is a tile's operand.
     shape: tuple[int, ...]
     swapped: tuple[int, int] | None
-    if run == 1:
+    box: tuple[int, ...] = (1, block_n // run, halves, run, block_k)
+    if transposed:
+        shape, swapped, box = (experts.E, K, halves * N), None, (1, block_k, halves * block_n)
+    elif run == 1:
         shape, swapped = (experts.E, N, halves, 1, K), None
     elif interleaved:
         shape, swapped = (experts.E, N // run, run, halves, K), (2, 3)
     else:
         shape, swapped = (experts.E, halves, N // run, run, K), (1, 2)
-    box = (1, block_n // run, halves, run, block_k)
     _moe_product_kernel[(features.sms * config.ctas_per_sm,)](
         # inputs
         x, x_scale,
@@ -89,7 +94,8 @@ def product(
         N, K, experts.E,
         # constants
         TOPK=topk, ACTIVATION=experts.activation if first else None, HALVES=halves, RUN=run,
-        INTERLEAVED=interleaved, SCALES=quantization.scales, SCALAR_SCALE=scalar, EVEN_K=K % block_k == 0, TMA=tma,
+        INTERLEAVED=interleaved, TRANSPOSED=transposed, SCALES=quantization.scales, SCALAR_SCALE=scalar,
+        EVEN_K=K % block_k == 0, TMA=tma,
         BLOCK_M=config.block_m, BLOCK_N=block_n, BLOCK_K=block_k,
         ORDER=config.order, GROUP_M=config.group_m, E_POW2=next_power_of_2(experts.E),
         FLATTEN=not carries and math.ceil(K / block_k) <= config.flatten_steps, PDL=pdl,

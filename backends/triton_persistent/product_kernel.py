@@ -45,6 +45,7 @@ def _moe_product_kernel(
     HALVES: tl.constexpr,
     RUN: tl.constexpr,
     INTERLEAVED: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
     SCALES: tl.constexpr,
     SCALAR_SCALE: tl.constexpr,
     EVEN_K: tl.constexpr,
@@ -97,7 +98,7 @@ def _moe_product_kernel(
         else:
             acc = _multiply(
                 x_ptrs, x_scale_ptr, w, w_scale_ptr, e, source, mask_m, w_row, w_rows, column, first_n, N, K,
-                HALVES, RUN, SCALES, SCALAR_SCALE, EVEN_K, TMA, BLOCK_M, WIDE, BLOCK_K,
+                HALVES, RUN, INTERLEAVED, TRANSPOSED, SCALES, SCALAR_SCALE, EVEN_K, TMA, BLOCK_M, WIDE, BLOCK_K,
             )  # fmt: skip
         if bias_ptr is not None:
             acc += tl.load(bias_ptr + w_rows, mask=column < N, other=0.0).to(tl.float32)[None, :]
@@ -118,8 +119,9 @@ def _moe_product_kernel(
 @triton.jit
 def _multiply(
     x_ptrs, x_scale_ptr, w, w_scale_ptr, e, source, mask_m, w_row, w_rows, column, first_n, N, K,
-    HALVES: tl.constexpr, RUN: tl.constexpr, SCALES: tl.constexpr, SCALAR_SCALE: tl.constexpr, EVEN_K: tl.constexpr,
-    TMA: tl.constexpr, BLOCK_M: tl.constexpr, WIDE: tl.constexpr, BLOCK_K: tl.constexpr,
+    HALVES: tl.constexpr, RUN: tl.constexpr, INTERLEAVED: tl.constexpr, TRANSPOSED: tl.constexpr,
+    SCALES: tl.constexpr, SCALAR_SCALE: tl.constexpr, EVEN_K: tl.constexpr, TMA: tl.constexpr,
+    BLOCK_M: tl.constexpr, WIDE: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """The fp32 product of a tile's rows of x with its rows of w: ``[BLOCK_M, WIDE]``.
 
@@ -138,7 +140,14 @@ def _multiply(
     acc = tl.zeros([BLOCK_M, WIDE], tl.float32)
     for k in range(0, K, BLOCK_K):
         x_tile = _load_rows(x_ptrs, mask_m, k, K, EVEN_K, BLOCK_K)
-        if TMA:
+        if TMA and TRANSPOSED:
+            w_tile = tl.trans(tl.reshape(w.load([e, k, first_n * HALVES]), [BLOCK_K, WIDE]))
+        elif TRANSPOSED:
+            w_tile = _load_columns(
+                w + e.to(tl.int64) * (HALVES * N) * K, w_row, column < N, first_n * HALVES, k, N, K,
+                HALVES, INTERLEAVED, EVEN_K, WIDE, BLOCK_K,
+            )  # fmt: skip
+        elif TMA:
             w_tile = tl.reshape(w.load([e, first_n // RUN, 0, 0, k]), [WIDE, BLOCK_K])
         else:
             w_tile = _load_rows(w + w_rows[:, None] * K, column < N, k, K, EVEN_K, BLOCK_K)
@@ -259,6 +268,21 @@ def _load_rows(row_ptrs, mask, k, K, EVEN_K: tl.constexpr, BLOCK_K: tl.constexpr
     else:
         tile = tl.load(row_ptrs + offs_k[None, :], mask=mask[:, None] & (offs_k < K)[None, :], other=0.0)
     return tile
+
+
+@triton.jit
+def _load_columns(
+    w_ptr, w_row, mask, first_row, k, N, K,
+    HALVES: tl.constexpr, INTERLEAVED: tl.constexpr, EVEN_K: tl.constexpr, WIDE: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """A step's columns of an expert's weights, stored one after the other: ``[WIDE, BLOCK_K]``."""
+    if INTERLEAVED:  # written so that the compiler sees rows side by side and loads several at once
+        w_row = first_row + tl.arange(0, WIDE)
+        mask = w_row < HALVES * N
+    offs_k = k + tl.arange(0, BLOCK_K)
+    mask_w = mask[None, :] if EVEN_K else mask[None, :] & (offs_k < K)[:, None]
+    tile = tl.load(w_ptr + w_row[None, :] + offs_k[:, None] * (HALVES * N), mask=mask_w, other=0.0)
+    return tl.trans(tile)
 
 
 @triton.jit

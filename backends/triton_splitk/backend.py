@@ -11,6 +11,7 @@ from moe_dispatch.backends.stages.activate_partial import activate_partial
 from moe_dispatch.backends.stages.combine import Out
 from moe_dispatch.backends.stages.quantize import activations
 from moe_dispatch.backends.triton_common.backend import TritonBackend
+from moe_dispatch.backends.triton_common.descriptors import boxes_mix_gate_and_up
 from moe_dispatch.backends.triton_common.features import triton_requirements
 from moe_dispatch.backends.triton_common.quantization import Quantization, quantization_of
 from moe_dispatch.backends.triton_splitk.config import (
@@ -43,7 +44,7 @@ class TritonSplitKBackend(TritonBackend):
     """
 
     name = "triton_splitk"
-    requirements = triton_requirements(fp8_forms=True, mxfp4=True)
+    requirements = triton_requirements(fp8_forms=True, transposed=True, mxfp4=True)
     config_type = SplitKConfig
     stores_to_peers = True
 
@@ -96,7 +97,7 @@ class TritonSplitKBackend(TritonBackend):
         inner, inner_scale = self._intermediate(hidden_states, experts, quantization, topk_ids, config, out.dtype)
         shape = (config.splits_down, topk_ids.numel(), experts.K)
         partial = torch.empty(shape, dtype=torch.float32, device=topk_ids.device)
-        descriptor = self._down_descriptor(experts, config) if config.tma else None
+        descriptor = self._down_descriptor(experts, config)
         splitk_down(inner, inner_scale, experts, quantization, topk_ids, partial, config, descriptor)
         splitk_reduce(partial, experts, topk_weights, topk_ids, out, config)
         return out
@@ -115,7 +116,7 @@ class TritonSplitKBackend(TritonBackend):
         x, x_scale = activations(hidden_states, quantization, pdl=config.pdl)
         ids_ready = quantization.activations and isinstance(hidden_states, Tensor)  # quantised by a launch of its own
         stored = quantization.stored(act_dtype)
-        descriptor = self._gate_up_descriptor(experts, config) if config.tma else None
+        descriptor = self._gate_up_descriptor(experts, config)
         if config.partial_sums(quantization, gated=experts.gated):
             parts = 2 if experts.gated else 1
             partial = torch.empty(config.splits_gate_up, parts, S, N, dtype=torch.float32, device=device)
@@ -135,19 +136,28 @@ class TritonSplitKBackend(TritonBackend):
     def _gate_up_descriptor(self, experts: ExpertWeights, config: SplitKConfig) -> Any:
         """The tensor descriptor of gate_up, whose boxes hold as many gate rows as up rows, in the order of memory.
 
-        It is ``[E·2, N, K]`` in boxes of two blocks of rows, or ``[E·N, 2, K]`` in boxes of alternating rows.
+        It is ``[E·2, N, K]`` in boxes of two blocks of rows, or ``[E·N, 2, K]`` in boxes of alternating rows. Of
+        weights stored by columns it is ``[E, K, 2N]``, and None where gate and up do not alternate.
         """
+        if not config.tma or not boxes_mix_gate_and_up(experts):
+            return None
         E, N, K = experts.E, experts.N, experts.K
         parts = 2 if experts.gated else 1
         columns = config.block_n // parts
+        if experts.transposed:
+            return self._descriptor(experts, "gate_up", (E, K, parts * N), (1, config.block_k, config.block_n))
         if experts.interleaved:
             return self._descriptor(experts, "gate_up", (E * N, parts, K), (columns, parts, config.block_k))
         return self._descriptor(experts, "gate_up", (E * parts, N, K), (parts, columns, config.block_k))
 
     def _down_descriptor(self, experts: ExpertWeights, config: SplitKConfig) -> Any:
-        """The tensor descriptor of down, whose boxes are rows of one expert."""
-        shape, block = (experts.E, experts.K, experts.N), (1, config.block_n, config.block_k)
-        return self._descriptor(experts, "down", shape, block)
+        """The tensor descriptor of down, whose boxes are rows of one expert, or parts of its columns."""
+        if not config.tma:
+            return None
+        E, K, N = experts.E, experts.K, experts.N
+        if experts.transposed:
+            return self._descriptor(experts, "down", (E, N, K), (1, config.block_k, config.block_n))
+        return self._descriptor(experts, "down", (E, K, N), (1, config.block_n, config.block_k))
 
 
 def _checked(config: BackendConfig, quantization: Quantization) -> SplitKConfig:

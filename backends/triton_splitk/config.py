@@ -8,6 +8,7 @@ from typing import Any, Final, Literal
 from pydantic import Field
 
 from moe_dispatch.backend import BackendConfig
+from moe_dispatch.backends.triton_common.descriptors import boxes_mix_gate_and_up
 from moe_dispatch.backends.triton_common.features import Features
 from moe_dispatch.backends.triton_common.launch_options import next_power_of_2, pdl_option
 from moe_dispatch.backends.triton_common.quantization import Quantization, quantization_of
@@ -136,7 +137,10 @@ def _of_layer(
         # Four warps do not have the registers for so many tokens beside dequantised weights.
         num_warps=8 if quantization_of(layer).dequantizes and block_m == 64 else 4,
         grid="slots" if by_slot else "experts",
-        tma=device.tma and rows_allow_tma(layer) and (fp8 or layer.dtype == "mxfp4" or not by_slot),
+        tma=device.tma
+        and rows_allow_tma(layer)
+        and boxes_mix_gate_and_up(layer)
+        and (fp8 or layer.dtype == "mxfp4" or not by_slot),
         pdl=device.pdl,
     )
     narrowed = config.model_copy(update={"block_n": _NARROWEST, "num_stages": _LEAST_STAGES})

@@ -33,7 +33,7 @@ def splitk_down(
         topk_ids: int32 or int64 ``[M, topk]``.
         partial: fp32 ``[splits, M·topk, K]`` without bias and weight, written where the slot's id is valid.
         config: Tile sizes.
-        descriptor: The weights' tensor descriptor where `config.tma`, else None.
+        descriptor: The weights' tensor descriptor; None where they are read by addresses.
     """
     from moe_dispatch.backends.triton_splitk.down_kernel import _moe_splitk_down_kernel
 
@@ -53,5 +53,6 @@ def splitk_down(
         # constants
         ROWS=config.block_n, BLOCK_M=config.block_m, BLOCK_K=config.block_k, SCAN=slots_per_scan(S),
         EVEN_N=experts.N % config.block_k == 0, SPLITS=config.splits_down, BY_SLOT=config.grid == "slots",
-        TMA=config.tma, PDL=config.pdl, SCALES=quantization.scales, **config.launch(quantization),
+        TMA=descriptor is not None, PDL=config.pdl, SCALES=quantization.scales, TRANSPOSED=experts.transposed,
+        **config.launch(quantization),
     )  # fmt: skip

@@ -7,6 +7,7 @@ import triton.language as tl
 from moe_dispatch.backends.triton_common.fast_launch import fast_launch
 from moe_dispatch.backends.triton_common.pdl import moe_pdl_release, moe_pdl_wait
 from moe_dispatch.backends.triton_splitk.stream import (
+    moe_line_rows,
     moe_prefetch,
     moe_slots_to_serve,
     moe_stream,
@@ -27,16 +28,22 @@ def _moe_splitk_down_kernel(
     # constants
     ROWS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, SCAN: tl.constexpr, EVEN_N: tl.constexpr,
     SPLITS: tl.constexpr, BY_SLOT: tl.constexpr, TMA: tl.constexpr, PDL: tl.constexpr,
-    SCALES: tl.constexpr,
+    SCALES: tl.constexpr, TRANSPOSED: tl.constexpr,
 ):  # fmt: skip
     owner, tile, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     e, count = moe_slots_to_serve(ids_ptr, owner, S, E, BLOCK_M, SCAN, BY_SLOT)
     expert = e.to(tl.int64)
     offs_r = tile * ROWS + tl.arange(0, ROWS)
     mask_r = offs_r < K
-    row = tl.minimum(offs_r, K - 1)
     PACKED: tl.constexpr = 4 if SCALES == "mx" else 1  # columns in an element of the weights
-    w_rows = weight_ptr + (expert * K + row) * (N // PACKED)
+    if TRANSPOSED:
+        expert_ptr = weight_ptr + expert * K * N
+        w_rows = expert_ptr + offs_r
+        w_lines = expert_ptr + tl.minimum(tile * ROWS + moe_line_rows(weight_ptr, ROWS, ROWS), K - 1)
+    else:
+        row = tl.minimum(offs_r, K - 1)
+        w_rows = weight_ptr + (expert * K + row) * (N // PACKED)
+        w_lines = w_rows
     blocks = tl.cdiv(N, BLOCK_K)
     share = tl.cdiv(blocks, SPLITS)
     first_block = split * share
@@ -44,7 +51,9 @@ def _moe_splitk_down_kernel(
     moe_pdl_release(PDL)
     if PDL:
         # Ids and weights were complete before gate_up started: fetch the first blocks while its last wave drains.
-        moe_prefetch(w_rows, first_block, tl.where(count > 0, blocks, 0), N // PACKED, BLOCK_K // PACKED)
+        moe_prefetch(
+            w_lines, K, first_block, tl.where(count > 0, blocks, 0), N // PACKED, BLOCK_K // PACKED, TRANSPOSED
+        )  # fmt: skip
     # Idle CTAs wait too: a kernel that ends before its predecessor would release its successor too early.
     moe_pdl_wait(PDL)
     if count == 0:
@@ -70,9 +79,9 @@ def _moe_splitk_down_kernel(
             )  # fmt: skip
         else:
             acc = moe_stream(
-                w_rows, weight_descriptor, e.to(tl.int32), tile * ROWS, w_scales, w_scales, offs_r < 0,
+                w_rows, mask_r, K, weight_descriptor, e.to(tl.int32), tile * ROWS, w_scales, w_scales, offs_r < 0,
                 x_rows, x_scales, mask_m, first_block, last_block, N,
-                ROWS, BLOCK_M, BLOCK_K, EVEN_N, TMA, SCALES, ROWS <= BLOCK_K,
+                ROWS, BLOCK_M, BLOCK_K, EVEN_N, TMA, TRANSPOSED, SCALES, ROWS <= BLOCK_K,
             )  # fmt: skip
         partial = partial_ptr + (split * S + slots).to(tl.int64)[None, :] * K + offs_r[:, None]
         tl.store(partial, acc, mask=mask_r[:, None] & mask_m[None, :])

@@ -40,7 +40,7 @@ def splitk_gate_up(
             bias and activation, which `activate_partial` applies.
         inner_scale: fp32 multipliers of inner's codes ``[M·topk, ⌈N/128⌉]``, written; else None.
         config: Tile sizes.
-        descriptor: The weights' tensor descriptor where `config.tma`, else None.
+        descriptor: The weights' tensor descriptor; None where they are read by addresses.
         ids_ready: Whether the kernel before this one has waited for the one that writes `topk_ids`.
     """
     from moe_dispatch.backends.triton_splitk.gate_up_kernel import _moe_splitk_gate_up_kernel
@@ -67,8 +67,8 @@ def splitk_gate_up(
         # constants
         ROWS=config.block_n, BLOCK_M=config.block_m, BLOCK_K=config.block_k, SCAN=slots_per_scan(S),
         EVEN_K=experts.K % config.block_k == 0, SPLITS=config.splits_gate_up, BY_SLOT=config.grid == "slots",
-        TMA=config.tma, PDL=config.pdl, SCALES=quantization.scales, TWO_SCALES=two_scales,
+        TMA=descriptor is not None, PDL=config.pdl, SCALES=quantization.scales, TWO_SCALES=two_scales,
         PARTIAL=config.partial_sums(quantization, gated=experts.gated), GATED=experts.gated,
-        INTERLEAVED=experts.interleaved, HAS_BIAS=experts.gate_up_bias is not None, ACTIVATION=experts.activation,
-        IDS_READY=ids_ready, **config.launch(quantization),
+        INTERLEAVED=experts.interleaved, TRANSPOSED=experts.transposed, HAS_BIAS=experts.gate_up_bias is not None,
+        ACTIVATION=experts.activation, IDS_READY=ids_ready, **config.launch(quantization),
     )  # fmt: skip

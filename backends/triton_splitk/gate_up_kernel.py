@@ -8,6 +8,7 @@ from moe_dispatch.backends.triton_common.device import moe_activate, moe_fp8_ama
 from moe_dispatch.backends.triton_common.fast_launch import fast_launch
 from moe_dispatch.backends.triton_common.pdl import moe_pdl_release, moe_pdl_wait
 from moe_dispatch.backends.triton_splitk.stream import (
+    moe_line_rows,
     moe_prefetch,
     moe_slots_to_serve,
     moe_stream,
@@ -33,6 +34,16 @@ def _moe_add_bias_activate(
     return moe_activate(gate, up, ACTIVATION)
 
 
+@triton.jit
+def _moe_rows_by_columns(offs_r, tile, N, RUN: tl.constexpr):
+    """Rows of a tile of gate_up stored by columns, RUN of them side by side, and whether each exists.
+
+    Written so that the compiler sees that they are side by side, and loads several at once.
+    """
+    column = tile * RUN + offs_r % RUN
+    return offs_r // RUN * N + column, column < N
+
+
 @fast_launch
 @triton.jit(do_not_specialize=["S"])
 def _moe_splitk_gate_up_kernel(
@@ -46,6 +57,7 @@ def _moe_splitk_gate_up_kernel(
     ROWS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, SCAN: tl.constexpr, EVEN_K: tl.constexpr,
     SPLITS: tl.constexpr, BY_SLOT: tl.constexpr, TMA: tl.constexpr, PDL: tl.constexpr, SCALES: tl.constexpr,
     TWO_SCALES: tl.constexpr, PARTIAL: tl.constexpr, GATED: tl.constexpr, INTERLEAVED: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
     HAS_BIAS: tl.constexpr, ACTIVATION: tl.constexpr, IDS_READY: tl.constexpr,
 ):  # fmt: skip
     parts: tl.constexpr = 2 if GATED else 1
@@ -64,10 +76,28 @@ def _moe_splitk_gate_up_kernel(
     offs_r = tl.arange(0, ROWS)
     part = offs_r % parts if INTERLEAVED else offs_r // columns
     column = tile * columns + (offs_r // parts if INTERLEAVED else offs_r % columns)
-    column = tl.minimum(column, N - 1)
-    row = column * parts + part if INTERLEAVED else part * N + column  # [ROWS]
+    w_step = parts * N
+    mask_r = column < N
     PACKED: tl.constexpr = 4 if SCALES == "mx" else 1  # columns in an element of the weights
-    w_rows = weight_ptr + (expert * parts * N + row) * (K // PACKED)
+    if TRANSPOSED:
+        # Gate and up that alternate in each column are one run.
+        run: tl.constexpr = ROWS if INTERLEAVED else columns
+        run_rows = parts * N if INTERLEAVED else N
+        row, mask_r = _moe_rows_by_columns(offs_r, tile, run_rows, run)
+        line_row, _ = _moe_rows_by_columns(moe_line_rows(weight_ptr, ROWS, run), tile, run_rows, run)
+        expert_ptr = weight_ptr + expert * parts * N * K
+        w_rows = expert_ptr + row
+        w_lines = expert_ptr + tl.minimum(line_row, parts * N - 1)
+        w_first = e.to(tl.int32)
+        w_second = tile * ROWS
+    else:
+        column = tl.minimum(column, N - 1)
+        row = column * parts + part if INTERLEAVED else part * N + column  # [ROWS]
+        w_rows = weight_ptr + (expert * parts * N + row) * (K // PACKED)
+        w_lines = w_rows
+        # [E·N, 2, K] where rows alternate, [E·parts, N, K] where they do not.
+        w_first = (expert * N + tile * columns if INTERLEAVED else expert * parts).to(tl.int32)
+        w_second = 0 if INTERLEAVED else tile * columns
     w_scales = scale_ptr
     up_scales = scale_ptr
     if scale_ptr is not None and SCALES != "block":
@@ -79,15 +109,14 @@ def _moe_splitk_gate_up_kernel(
         w_scales = expert_scales + gate_row // BLOCK_K * tl.cdiv(K, BLOCK_K)
         up_row = first if INTERLEAVED else (parts - 1) * N + first
         up_scales = expert_scales + up_row // BLOCK_K * tl.cdiv(K, BLOCK_K)
-    # [E·N, 2, K] where rows alternate, [E·parts, N, K] where they do not.
-    w_first = (expert * N + tile * columns if INTERLEAVED else expert * parts).to(tl.int32)
-    w_second = 0 if INTERLEAVED else tile * columns
     blocks = tl.cdiv(K, BLOCK_K)
     share = tl.cdiv(blocks, SPLITS)
     first_block = split * share
     last_block = tl.minimum(first_block + share, blocks)
     if PDL:
-        moe_prefetch(w_rows, first_block, tl.where(count > 0, blocks, 0), K // PACKED, BLOCK_K // PACKED)
+        moe_prefetch(
+            w_lines, w_step, first_block, tl.where(count > 0, blocks, 0), K // PACKED, BLOCK_K // PACKED, TRANSPOSED
+        )  # fmt: skip
     if IDS_READY:
         moe_pdl_wait(PDL)
     if count == 0:
@@ -99,9 +128,7 @@ def _moe_splitk_gate_up_kernel(
     for skip in range(0, count, BLOCK_M):
         slots, mask_m = moe_take_slots(ids_ptr, owner if BY_SLOT else 0, S, e, skip, BLOCK_M, SCAN)
         tokens = (slots // TOPK).to(tl.int64)
-        x_scales = x_scale_ptr
-        if QUANTIZED:
-            x_scales = x_scale_ptr + tokens * (blocks if SCALES == "block" else 1)
+        x_scales = x_scale_ptr + tokens * (blocks if SCALES == "block" else 1) if QUANTIZED else x_scale_ptr
         if SCALES == "mx":
             acc = moe_stream_mxfp4(
                 w_rows, weight_descriptor, w_first, w_second, w_scales, x_ptr + tokens * K, mask_m,
@@ -109,9 +136,9 @@ def _moe_splitk_gate_up_kernel(
             )  # fmt: skip
         else:
             acc = moe_stream(
-                w_rows, weight_descriptor, w_first, w_second, w_scales, up_scales, part == 1,
+                w_rows, mask_r, w_step, weight_descriptor, w_first, w_second, w_scales, up_scales, part == 1,
                 x_ptr + tokens * K, x_scales, mask_m, first_block, last_block, K,
-                ROWS, BLOCK_M, BLOCK_K, EVEN_K, TMA, SCALES, TWO_SCALES,
+                ROWS, BLOCK_M, BLOCK_K, EVEN_K, TMA, TRANSPOSED, SCALES, TWO_SCALES,
             )  # fmt: skip
         gate = acc  # [columns, BLOCK_M]
         up = acc

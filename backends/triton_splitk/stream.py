@@ -56,27 +56,63 @@ def moe_take_slots(ids_ptr, start, S, e, skip, BLOCK_M: tl.constexpr, SCAN: tl.c
 
 
 @triton.jit
-def moe_prefetch(w_rows, first_block, blocks, K, BLOCK_K: tl.constexpr):
-    """Bring the first two blocks of each weight row to the L2 without waiting for them, if there are any."""
+def moe_prefetch(w_rows, w_step, first_block, blocks, K, BLOCK_K: tl.constexpr, TRANSPOSED: tl.constexpr):
+    """Bring the first two blocks of each weight row to the L2 without waiting for them, if there are any.
+
+    Where TRANSPOSED, `w_rows` holds those of `moe_line_rows`, whose cache lines have the rows after them, too.
+    """
     if first_block < blocks:
-        bits: tl.constexpr = w_rows.dtype.element_ty.primitive_bitwidth
-        step: tl.constexpr = _LINE_BYTES * 8 // bits
-        lines: tl.constexpr = 2 * BLOCK_K // step if step < 2 * BLOCK_K else 1
-        columns = tl.minimum(first_block * BLOCK_K + tl.arange(0, lines) * step, K - 1)
+        if TRANSPOSED:
+            columns = tl.minimum(first_block * BLOCK_K + tl.arange(0, 2 * BLOCK_K), K - 1) * w_step
+        else:
+            bits: tl.constexpr = w_rows.dtype.element_ty.primitive_bitwidth
+            step: tl.constexpr = _LINE_BYTES * 8 // bits
+            lines: tl.constexpr = 2 * BLOCK_K // step if step < 2 * BLOCK_K else 1
+            columns = tl.minimum(first_block * BLOCK_K + tl.arange(0, lines) * step, K - 1)
         moe_prefetch_lines(w_rows[:, None] + columns[None, :])  # [ROWS, lines]
 
 
 @triton.jit
+def moe_line_rows(weight_ptr, ROWS: tl.constexpr, RUN: tl.constexpr):
+    """Of a tile's rows, RUN of which lie side by side in a column, those with which a cache line may begin."""
+    line: tl.constexpr = _LINE_BYTES * 8 // weight_ptr.dtype.element_ty.primitive_bitwidth
+    step: tl.constexpr = line if line < RUN else RUN  # noqa: FURB136 - Triton has no min of constants
+    return tl.arange(0, ROWS // step) * step
+
+
+@triton.jit
+def _moe_weights(
+    w_rows, mask_r, w_step, w_descriptor, w_first, w_second, block, offs_k, K,
+    ROWS: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr, TMA: tl.constexpr, TRANSPOSED: tl.constexpr,
+):  # fmt: skip
+    """A block of a tile's weights ``[ROWS, BLOCK_K]``: those at the columns `offs_k`."""
+    if TMA and TRANSPOSED:
+        w = w_descriptor.load([w_first, block * BLOCK_K, w_second]).reshape(BLOCK_K, ROWS).trans()
+    elif TMA:
+        w = w_descriptor.load([w_first, w_second, block * BLOCK_K]).reshape(ROWS, BLOCK_K)
+    elif TRANSPOSED:
+        mask = mask_r[:, None] if EVEN_K else mask_r[:, None] & (offs_k < K)[None, :]
+        w = tl.load(w_rows[:, None] + (offs_k * w_step)[None, :], mask=mask, other=0.0)
+    elif EVEN_K:
+        w = tl.load(w_rows[:, None] + offs_k[None, :])
+    else:
+        # Columns past K belong to the next row, and a NaN there would survive the product with zero.
+        w = tl.load(w_rows[:, None] + offs_k[None, :], mask=(offs_k < K)[None, :], other=0.0)
+    return w
+
+
+@triton.jit
 def moe_stream(
-    # weights: row pointers or a descriptor with the tile's place in it, and where the scales of rows begin
-    w_rows, w_descriptor, w_first, w_second, w_scales, up_scales, is_up,
+    # weights: row pointers (if TRANSPOSED with a mask and the stride of columns) or a descriptor with the tile's place
+    # in it, and where the scales of rows begin
+    w_rows, mask_r, w_step, w_descriptor, w_first, w_second, w_scales, up_scales, is_up,
     # token operand: row pointers, and where its multipliers begin; None where it is not quantised
     x_rows, x_scales, mask_m,
     # shapes
     first_block, last_block, K,
     # constants
     ROWS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr, TMA: tl.constexpr,
-    SCALES: tl.constexpr, TWO_SCALES: tl.constexpr,
+    TRANSPOSED: tl.constexpr, SCALES: tl.constexpr, TWO_SCALES: tl.constexpr,
 ):  # fmt: skip
     """The fp32 product ``[ROWS, BLOCK_M]`` of a tile's weights and the token operand over blocks of K.
 
@@ -101,13 +137,10 @@ def moe_stream(
         offs_k = block * BLOCK_K + tl.arange(0, BLOCK_K)
         mask = mask_m[:, None] if EVEN_K else mask_m[:, None] & (offs_k < K)[None, :]
         x = tl.load(x_rows[:, None] + offs_k[None, :], mask=mask, other=0.0)
-        if TMA:
-            w = w_descriptor.load([w_first, w_second, block * BLOCK_K]).reshape(ROWS, BLOCK_K)
-        elif EVEN_K:
-            w = tl.load(w_rows[:, None] + offs_k[None, :])
-        else:
-            # Columns past K belong to the next row, and a NaN there would survive the product with zero.
-            w = tl.load(w_rows[:, None] + offs_k[None, :], mask=(offs_k < K)[None, :], other=0.0)
+        w = _moe_weights(
+            w_rows, mask_r, w_step, w_descriptor, w_first, w_second, block, offs_k, K,
+            ROWS, BLOCK_K, EVEN_K, TMA, TRANSPOSED,
+        )  # fmt: skip
         if w.dtype == tl.uint8:
             w = moe_fp8_values(w, x.dtype)
         if SCALES == "block":

@@ -6,11 +6,12 @@
 
 For each layer and token count M of a rank: the time of one rank that runs the tokens of all ranks with all experts, the
 time of a rank's share of the experts without any exchange, and the time of all ranks together with each exchange,
-eagerly with stated counts and in a replayed CUDA graph. A time is the median over bursts of the slowest rank's time per
-call, in µs; a burst is calls in a row after one that is not timed, so that all ranks are in step when it begins. A
-graph that is timed holds several calls with inputs of their own, as a model's graph holds its layers. `speedup` is the
-first time over the last, and `host_us` what an eager call takes the host. The exchange ``by hand`` is the baseline:
-three all-gathers, the experts and a reduce-scatter, written with torch.distributed alone.
+eagerly with stated counts and in a replayed CUDA graph. With --replicated all ranks have the same M tokens. A time is
+the median over bursts of the slowest rank's time per call, in µs; a burst is calls in a row after one that is not
+timed, so that all ranks are in step when it begins. A graph that is timed holds several calls with inputs of their own,
+as a model's graph holds its layers. `speedup` is the first time over the last, and `host_us` what an eager call takes
+the host. The exchange ``by hand`` is the baseline: three all-gathers, the experts and a reduce-scatter, written with
+torch.distributed alone.
 
 Rows of the exchange ``chosen`` say which one a group that names none chooses: `regret` is how much longer that one's
 time is than the shortest of all exchanges' times in the rows above, and `alike` whether all ranks choose it.
@@ -151,33 +152,41 @@ class Recorder:
         self._device, self._patience = device, patience
         self._act_dtype = torch_dtype("bf16" if dtype == "fp8" else dtype)
         self._whole = make_experts(layer, dtype, device, torch.Generator(device).manual_seed(0))
-        self._choosing = ExpertParallel(device=device, timeout=10.0)
+        self._origins = 1 if options.replicated else dist.get_world_size()  # ranks with tokens of their own
+        tokens: Any = "replicated" if options.replicated else "sharded"
+        self._choosing = ExpertParallel(tokens=tokens, device=device, timeout=10.0)
         self._own = self._choosing.split(self._whole)
         against = self._choosing.explain(self._own, layer.topk, 1).against
         names = options.exchange or [name for name, reasons in against.items() if not reasons]
-        self._groups = {name: ExpertParallel(exchange=name, device=device, timeout=10.0) for name in names}
+        self._groups = {
+            name: ExpertParallel(tokens=tokens, exchange=name, device=device, timeout=10.0) for name in names
+        }
         self._parts = {name: ep.shard(self._own.local, experts=layer.E) for name, ep in self._groups.items()}
 
     def rows(self, M: int) -> Iterator[dict[str, Any]]:
         """The rows of one token count of a rank."""
-        layer, rank, size = self._layer, dist.get_rank(), dist.get_world_size()
-        head = {"layer": layer.name, "dtype": self._dtype, "routing": self._options.routing, "M": M, "ranks": size}
-        mine, place = slice(rank * M, (rank + 1) * M), self._own.placement
+        layer, options, size = self._layer, self._options, dist.get_world_size()
+        head = {"layer": layer.name, "dtype": self._dtype, "routing": options.routing, "M": M, "ranks": size}
+        if options.replicated:
+            head["tokens"] = "replicated"
+        place, rank = self._own.placement, dist.get_rank() % self._origins
+        mine, every_M = slice(rank * M, (rank + 1) * M), self._origins * M
         every = [self._drawn(M, M + seed) for seed in range(INPUTS)]
-        warm_up(self._whole, layer.topk, [size * M], self._act_dtype)
+        warm_up(self._whole, layer.topk, [every_M], self._act_dtype)
         single = self._times(lambda hidden, weights, ids: moe_forward(hidden, self._whole, weights, ids), every)
         hidden, weights, ids = every[0]
         expected = moe_forward(hidden, self._whole, weights, ids)[mine].clone()
         share = self._own.weights_expecting(1.0)
-        warm_up(share, layer.topk, [size * M], self._act_dtype)
+        warm_up(share, layer.topk, [every_M], self._act_dtype)
         experts = self._times(
             lambda hidden, weights, ids: moe_forward(hidden, share, weights, ids),
             [(hidden, weights, place.local_ids(ids)) for hidden, weights, ids in every],
         )
         sets = [tuple(each[mine].clone() for each in inputs) for inputs in every]
         times: dict[Mode, dict[str, float]] = {"eager": {}, "graph": {}}
-        compares = not self._options.brief
-        for name in (*self._groups, *([BY_HAND] if self._device.type == "cuda" and compares else [])):
+        compares = not options.brief
+        by_hand_too = self._device.type == "cuda" and compares and not options.replicated
+        for name in (*self._groups, *([BY_HAND] if by_hand_too else [])):
             try:
                 measured = self._measured(name, M, sets, expected, share)
             except (ExchangeFailedError, InvalidInputError) as error:  # on all ranks
@@ -194,8 +203,8 @@ class Recorder:
                 yield {**head, "exchange": "chosen", "mode": mode, **self._choice(M, mode, able)}
 
     def _drawn(self, M: int, seed: int) -> Inputs:
-        """Tokens of all ranks in rank order, the same on each: ``[ranks·M, …]``."""
-        layer, count = self._layer, dist.get_world_size() * M
+        """Tokens of all ranks in rank order, equal on each: ``[ranks·M, …]``, or ``[M, …]`` replicated."""
+        layer, count = self._layer, self._origins * M
         on_device, on_host = (torch.Generator(each).manual_seed(seed) for each in (self._device, "cpu"))
         hidden = torch.randn(count, layer.K, generator=on_device, device=self._device).to(self._act_dtype)
         routing = ROUTINGS[self._options.routing]
@@ -288,6 +297,9 @@ def main() -> None:
     parser.add_argument("--layer", action="append", help="a named layer; repeatable")
     parser.add_argument("--exchange", action="append", help="an exchange; repeatable. All that are available if none")
     parser.add_argument("--routing", default="uniform", choices=list(ROUTINGS), help="how tokens choose experts")
+    parser.add_argument(
+        "--replicated", action="store_true", help="the same tokens on all ranks, in place of sharded ones"
+    )
     parser.add_argument("--replays", type=int, default=REPLAYS, help="replays of each graph that are compared")
     parser.add_argument("--brief", action="store_true", help="neither the layer by hand nor the choice of an exchange")
     parser.add_argument("--patience", type=float, default=40.0, help="seconds of one step, after which processes end")

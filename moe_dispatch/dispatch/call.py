@@ -60,9 +60,7 @@ def call_eagerly(
         inputs = (hidden_states, experts, topk_weights, topk_ids)
         # Inside of a transform of torch.func there is no memory to read, and only the reference can run.
         if not forward_mode_entered(hidden_states, topk_weights) and have_memory(inputs):
-            on_one_device = hidden_states.device == topk_weights.device == topk_ids.device == device
-            if backend is not None or not on_one_device or experts.moved:
-                check(*inputs, backend)  # the rest is checked when the operator runs
+            check(*inputs, backend)
             return torch_operator.record(*inputs, backend)
     dispatcher = dispatcher or get_dispatcher(device)
     # Triton and DeepGEMM launch on the current GPU, wherever the tensors are.

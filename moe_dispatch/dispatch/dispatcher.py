@@ -33,7 +33,8 @@ from moe_dispatch.system import failures
 logger = logging.getLogger("moe_dispatch")
 
 MAX_PLANS: Final = 65536  # Plan-cache bound; when full, the oldest plan is dropped.
-FAST_PATH_CALLS: Final = 3  # A backend may prepare for a kind of call (`Backend.fast_path`) at its third run.
+FAST_PATH_CALLS: Final = 2  # A backend may prepare for a kind of call (`Backend.fast_path`) after as many runs.
+SETTLING_CALLS: Final = 16  # To settle a plan costs as much as 15 calls of a settled plan save.
 PlanKey = tuple[Any, ...]
 
 
@@ -275,7 +276,7 @@ class Dispatcher:
             self._prepare_fast_path(plan, inputs)
             return
         unconverted = all(map(operator.is_, inputs, arguments))
-        if calls > FAST_PATH_CALLS and unconverted and not plan.into and plan.problem.mode == "eager":
+        if calls >= SETTLING_CALLS and unconverted and not plan.into and plan.problem.mode == "eager":
             with self._lock:
                 if self._plans.get(key) is plan:
                     self._settled.keep(plan, inputs, key[-2])

@@ -11,14 +11,16 @@ from moe_dispatch.dispatch.dispatcher import Dispatcher
 from moe_dispatch.machine import current_machine, present_device
 from moe_dispatch.registry import BACKENDS, POLICIES
 
-_dispatchers: dict[torch.device, Dispatcher] = {}
+_dispatchers: dict[torch.device | str | None, Dispatcher] = {}  # by complete torch.device
 _dispatchers_lock = threading.Lock()
 
 
 def get_dispatcher(device: torch.device | str | None = None) -> Dispatcher:
     """The process's dispatcher for a device: the current CUDA device if None, else the CPU."""
-    known = _dispatchers.get(device) if isinstance(device, torch.device) else None
-    return known or _make_dispatcher(device)
+    try:
+        return _dispatchers[device]
+    except KeyError:
+        return _make_dispatcher(device)
 
 
 def _make_dispatcher(device: torch.device | str | None) -> Dispatcher:

@@ -11,25 +11,23 @@ from moe_dispatch.dispatch.internals import is_capturing, kind_check
 from moe_dispatch.dispatch.plan import Plan
 from moe_dispatch.experts import ExpertWeights, LayerSpec
 
-# Kinds of call of one layer kind and shape that are settled, such as inside and outside of inference mode. They are
-# compared one by one, so those that come after as many go by the dispatcher's key.
+# Kinds of call of one layer kind and shape that are settled, such as inside and outside of inference mode; others go by
+# the dispatcher's key.
 MOST_KINDS: Final = 4
 _Key = tuple[LayerSpec, torch.Size, str | None]  # the shape of hidden_states; the backend that the caller names
 
 
 class _Settled(NamedTuple):
     plan: Plan
-    fits: Callable[..., bool]  # whether hidden_states, topk_weights, topk_ids are of the kind that the plan serves
+    fits: Callable[..., bool]  # of hidden_states, topk_weights, topk_ids
 
 
 class SettledPlans:
-    """Plans that later calls of their kind run without a check, a conversion or a complete key.
+    """Plans that calls of their kind run without a check, a conversion or a complete key.
 
     The dispatcher's key asks torch for shape, dtype and device of each tensor, which takes twice as long as all else
-    that it does for a call. Here one function of torch in C compares all of that with the tensors of an earlier call,
-    and more: class, strides and `requires_grad`. A call that differs in any of it goes by the dispatcher's key.
-
-    Calls may look for plans from any thread; the dispatcher's lock is held where one is kept or forgotten.
+    that it does. Here one function in C compares all of that with an earlier call's, and class, strides and
+    `requires_grad`. The dispatcher's lock is held where a plan is kept or forgotten.
 
     Args:
         on_cuda: Whether calls may be captured in a CUDA graph; the plans of captured calls are others.
@@ -42,17 +40,11 @@ class SettledPlans:
     def find(
         self, hidden_states: Tensor, experts: ExpertWeights, topk_weights: Tensor, topk_ids: Tensor, backend: str | None
     ) -> Plan | None:
-        """The plan for a call without `out` that needs no gradient; None if none is settled, or the call is at fault.
-
-        Weights at another address than before are to be checked again, which is not done here.
-        """
+        """The plan for a call without `out` that needs no gradient; None if none is settled or the call is at fault."""
         try:
             for plan, fits in self._plans.get((experts.spec, hidden_states.shape, backend), ()):
-                if (
-                    fits(hidden_states, topk_weights, topk_ids)
-                    and not experts.moved
-                    and not (self._on_cuda and is_capturing())
-                ):
+                fit = fits(hidden_states, topk_weights, topk_ids) and not experts.moved
+                if fit and not (self._on_cuda and is_capturing()):
                     return plan
         except (AttributeError, RuntimeError, TypeError, ValueError):  # no tensors, or tensors without an address
             pass
@@ -60,17 +52,15 @@ class SettledPlans:
 
     def keep(self, plan: Plan, inputs: Inputs, backend: str | None) -> None:
         """Give calls like this one to its plan, which has run it outside of a capture and as it came."""
-        hidden_states, experts, topk_weights, topk_ids = inputs
-        key, tensors = (experts.spec, hidden_states.shape, backend), (hidden_states, topk_weights, topk_ids)
+        hidden_states, experts, *rest = inputs
+        key, tensors = (experts.spec, hidden_states.shape, backend), (hidden_states, *rest)
         settled = self._plans.get(key, ())
-        if len(settled) >= MOST_KINDS or any(fits(*tensors) for _, fits in settled):
-            return
-        if fits := kind_check(tensors):
+        known = len(settled) >= MOST_KINDS or any(fits(*tensors) for _, fits in settled)
+        if not known and (fits := kind_check(tensors)):
             self._plans[key] = (*settled, _Settled(plan, fits))
 
     def forget(self, plan: Plan, spec: LayerSpec, shape: torch.Size, backend: str | None) -> None:
         """Give no further call to a plan."""
-        key = (spec, shape, backend)
-        remaining = tuple(settled for settled in self._plans.pop(key, ()) if settled.plan is not plan)
-        if remaining:
+        key = spec, shape, backend
+        if remaining := tuple(settled for settled in self._plans.pop(key, ()) if settled.plan is not plan):
             self._plans[key] = remaining

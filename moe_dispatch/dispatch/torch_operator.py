@@ -10,16 +10,18 @@ of the process that compiled it.
 
 import weakref
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Final, NamedTuple, cast
+from typing import Any, Final, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor
 
 from moe_dispatch.activations import Activation
+from moe_dispatch.dispatch.borrowed_experts import BorrowedExperts
 from moe_dispatch.dispatch.gradients import Gradients, Wanted, is_any_recorded
 from moe_dispatch.dispatch.internals import transforms_active
 from moe_dispatch.experts import ExpertWeights
 
+Weights = TypeVar("Weights", bound=ExpertWeights)
 Run = Callable[[Tensor, ExpertWeights, Tensor, Tensor, str | None, Tensor | None], Tensor]
 RunDifferentiable = Callable[[Tensor, ExpertWeights, Tensor, Tensor], Tensor]
 ComputeGradients = Callable[[Tensor, Tensor, ExpertWeights, Tensor, Tensor, Wanted], Gradients]
@@ -34,36 +36,25 @@ def call(
     out: Tensor | None = None,
 ) -> Tensor:
     """Run a call through the operator; see `call_tensors`."""
-    return call_tensors(
-        hidden_states,
-        topk_weights,
-        topk_ids,
-        experts.gate_up,
-        experts.down,
-        gate_up_scale=experts.gate_up_scale,
-        down_scale=experts.down_scale,
-        gate_up_bias=experts.gate_up_bias,
-        down_bias=experts.down_bias,
-        activation=experts.activation,
-        interleaved=experts.interleaved,
-        routed_experts=experts.routed_experts,
-        backend=backend,
-        out=out,
-    )
+    return _call((hidden_states, topk_weights, topk_ids, *_layer_arguments(experts), backend or ""), out)
 
 
 def record(
     hidden_states: Tensor, experts: ExpertWeights, topk_weights: Tensor, topk_ids: Tensor, backend: str | None
 ) -> Tensor:
     """Run a call of tensors that have memory, outside of a trace, and have autograd record it."""
+    arguments = (hidden_states, topk_weights, topk_ids, *_layer_arguments(experts), backend or "")
     if transforms_active():
-        return call(hidden_states, experts, topk_weights, topk_ids, backend)
-    recorded: Tensor = _Recorded.apply(  # type: ignore[no-untyped-call] # torch does not annotate it
-        hidden_states, topk_weights, topk_ids, experts.gate_up, experts.down, experts.gate_up_scale, experts.down_scale,
-        experts.gate_up_bias, experts.down_bias, experts.activation, experts.interleaved, experts.routed_experts,
-        backend or "",
+        return _call(arguments)
+    return cast("Tensor", _Recorded.apply(*arguments))  # type: ignore[no-untyped-call] # torch does not annotate it
+
+
+def _layer_arguments(experts: ExpertWeights) -> tuple[Any, ...]:
+    """The operators' arguments between topk_ids and backend."""
+    return (
+        experts.gate_up, experts.down, experts.gate_up_scale, experts.down_scale, experts.gate_up_bias,
+        experts.down_bias, experts.activation, experts.interleaved, experts.routed_experts,
     )  # fmt: skip
-    return recorded
 
 
 def call_tensors(
@@ -84,21 +75,11 @@ def call_tensors(
     out: Tensor | None = None,
 ) -> Tensor:
     """Run a call given the layer's tensors one by one. They are checked when the operator runs; see `ExpertWeights`."""
-    arguments = (
-        hidden_states,
-        topk_weights,
-        topk_ids,
-        gate_up,
-        down,
-        gate_up_scale,
-        down_scale,
-        gate_up_bias,
-        down_bias,
-        activation,
-        interleaved,
-        routed_experts,
-        backend or "",
-    )
+    layer = (gate_up, down, gate_up_scale, down_scale, gate_up_bias, down_bias, activation, interleaved, routed_experts)
+    return _call((hidden_states, topk_weights, topk_ids, *layer, backend or ""), out)
+
+
+def _call(arguments: tuple[Any, ...], out: Tensor | None = None) -> Tensor:
     if out is None:
         recorded = is_any_recorded([argument for argument in arguments if isinstance(argument, Tensor)])
         operator = torch.ops.moe_dispatch.recorded_forward if recorded else torch.ops.moe_dispatch.forward
@@ -107,67 +88,23 @@ def call_tensors(
     return out
 
 
-def _forward(
-    hidden_states: Tensor,
-    topk_weights: Tensor,
-    topk_ids: Tensor,
-    gate_up: Tensor,
-    down: Tensor,
-    gate_up_scale: Tensor | None,
-    down_scale: Tensor | None,
-    gate_up_bias: Tensor | None,
-    down_bias: Tensor | None,
-    activation: str,
-    interleaved: bool,
-    routed_experts: int | None,
-    backend: str,
-) -> Tensor:
-    tensors = (gate_up, down, gate_up_scale, down_scale, gate_up_bias, down_bias)
-    experts = _layer(tensors, activation, interleaved=interleaved, routed_experts=routed_experts)
-    return _run(hidden_states, experts, topk_weights, topk_ids, backend or None, None)
+# The implementations of the operators, whose arguments `_define` names.
 
 
-def _forward_into(
-    hidden_states: Tensor,
-    topk_weights: Tensor,
-    topk_ids: Tensor,
-    gate_up: Tensor,
-    down: Tensor,
-    gate_up_scale: Tensor | None,
-    down_scale: Tensor | None,
-    gate_up_bias: Tensor | None,
-    down_bias: Tensor | None,
-    activation: str,
-    interleaved: bool,
-    routed_experts: int | None,
-    backend: str,
-    out: Tensor,
-) -> None:
-    tensors = (gate_up, down, gate_up_scale, down_scale, gate_up_bias, down_bias)
-    experts = _layer(tensors, activation, interleaved=interleaved, routed_experts=routed_experts)
-    _run(hidden_states, experts, topk_weights, topk_ids, backend or None, out)
+def _forward(*arguments: Any, out: Tensor | None = None) -> Tensor:
+    hidden_states, topk_weights, topk_ids, *layer, backend = arguments
+    return _run(hidden_states, _layer(*layer), topk_weights, topk_ids, backend or None, out)
 
 
-def _backward(
-    gradient: Tensor,
-    hidden_states: Tensor,
-    topk_weights: Tensor,
-    topk_ids: Tensor,
-    gate_up: Tensor,
-    down: Tensor,
-    gate_up_scale: Tensor | None,
-    down_scale: Tensor | None,
-    gate_up_bias: Tensor | None,
-    down_bias: Tensor | None,
-    activation: str,
-    interleaved: bool,
-    routed_experts: int | None,
-    wanted: list[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _forward_into(*arguments: Any) -> None:
+    *others, out = arguments
+    _forward(*others, out=out)
+
+
+def _backward(gradient: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The gradients in the order of `Wanted`; an empty tensor for each that is not wanted."""
-    tensors = (gate_up, down, gate_up_scale, down_scale, gate_up_bias, down_bias)
-    experts = _layer(tensors, activation, interleaved=interleaved, routed_experts=routed_experts)
-    gradients = _compute_gradients(gradient, hidden_states, experts, topk_weights, topk_ids, Wanted(*wanted))
+    hidden_states, topk_weights, topk_ids, *layer, wanted = arguments
+    gradients = _compute_gradients(gradient, hidden_states, _layer(*layer), topk_weights, topk_ids, Wanted(*wanted))
     return _six(gradient.new_empty(0) if tensor is None else tensor for tensor in gradients)
 
 
@@ -192,16 +129,20 @@ _compute_gradients: ComputeGradients
 _library: Final = torch.library.Library("moe_dispatch", "DEF")  # type: ignore[no-untyped-call]
 
 
-def _define(name: str, implementation: Callable[..., object], mutates: tuple[str, ...]) -> None:
-    schema = torch.library.infer_schema(implementation, mutates_args=mutates)
+def _define(name: str, implementation: Callable[..., object], before: str = "", after: str = "", to: str = "") -> None:
+    schema = (
+        f"({before}Tensor hidden_states, Tensor topk_weights, Tensor topk_ids, Tensor gate_up, Tensor down, Tensor? "
+        "gate_up_scale, Tensor? down_scale, Tensor? gate_up_bias, Tensor? down_bias, str activation, bool interleaved, "
+        f"SymInt? routed_experts, {after}) -> {to}"
+    )
     _library.define(f"{name}{schema}", tags=(torch.Tag.pt2_compliant_tag,))  # type: ignore[no-untyped-call]
     _library.impl(name, implementation, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
 
 
-_define("forward", _forward, ())
-_define("forward_into", _forward_into, ("out",))
-_define("recorded_forward", _forward, ())
-_define("backward", _backward, ())
+_define("forward", _forward, after="str backend", to="Tensor")
+_define("forward_into", _forward_into, after="str backend, Tensor(a!) out", to="()")
+_define("recorded_forward", _forward, after="str backend", to="Tensor")
+_define("backward", _backward, "Tensor gradient, ", "bool[] wanted", f"({', '.join(['Tensor'] * 6)})")
 
 
 @torch.library.register_fake("moe_dispatch::forward", lib=_library)  # type: ignore[untyped-decorator]
@@ -274,7 +215,7 @@ def _differentiate_differentiably(ctx: Any, gradient: Tensor, wanted: Wanted) ->
     kept = _kept_inputs(ctx)
     hidden_states, topk_weights, topk_ids, *layer = kept
     activation, interleaved, routed_experts = ctx.layer_kind
-    experts = _wrap(layer, activation, interleaved=interleaved, routed_experts=routed_experts)
+    experts = _wrap(ExpertWeights, layer, activation, interleaved=interleaved, routed_experts=routed_experts)
     out = _run_differentiable(hidden_states, experts, topk_weights, topk_ids)
     tensors = _differentiable(kept)
     of = [tensor for tensor, is_wanted in zip(tensors, wanted, strict=True) if is_wanted]
@@ -298,47 +239,57 @@ class _Recorded(torch.autograd.Function):
     backward = staticmethod(_differentiate)
 
 
+_NAMES: Final = ("gate_up", "down", "gate_up_scale", "down_scale", "gate_up_bias", "down_bias")
+
+
 class _Layer(NamedTuple):
-    gate_up: "weakref.ref[Tensor]"
+    tensors: tuple["weakref.ref[Tensor]", ...]
     signature: tuple[object, ...]
     experts: ExpertWeights
 
 
-# By the id of gate_up, while that lives. Backends keep what they prepare for a layer by its ExpertWeights, so the same
-# tensors must give the same object.
+# By the id of gate_up, while all tensors of the layer live. Backends keep what they prepare for a layer by its
+# ExpertWeights, so the same tensors must give the same object.
 _layers: Final[dict[int, _Layer]] = {}
 
 
-def _layer(
-    tensors: Sequence[Tensor | None], activation: str, *, interleaved: bool, routed_experts: int | None
-) -> ExpertWeights:
-    """The layer of these tensors, made anew where a tensor was replaced or lies at another address."""
-    gate_up = cast("Tensor", tensors[0])
+def _layer(*layer: Any) -> ExpertWeights:
+    """The layer of these tensors, held weakly and made anew where one was replaced or lies at another address."""
+    *tensors, activation, interleaved, routed_experts = layer
+    gate_up = tensors[0]
     versions = tuple([_version(scale) for scale in tensors[2:4]])  # ExpertWeights may hold a converted copy
     signature = (*map(_identity, tensors), versions, activation, interleaved, routed_experts)
     key = id(gate_up)
     known = _layers.get(key)
-    if known is not None and known.gate_up() is gate_up and known.signature == signature:
+    if known is not None and known.signature == signature:
         return known.experts
-    detached = [None if tensor is None else tensor.detach() for tensor in tensors]
-    experts = _wrap(detached, activation, interleaved=interleaved, routed_experts=routed_experts)
+    aliases = [None if tensor is None else tensor.detach() for tensor in tensors]
+    experts = _wrap(BorrowedExperts, aliases, activation, interleaved=interleaved, routed_experts=routed_experts)
 
     def forget(dead: "weakref.ref[Tensor]") -> None:
         known = _layers.get(key)
-        if known is not None and known.gate_up is dead:
+        if known is not None and dead in known.tensors:
             del _layers[key]
 
-    _layers[key] = _Layer(weakref.ref(gate_up, forget), signature, experts)
+    for name, tensor, alias in zip(_NAMES, tensors, aliases, strict=True):
+        if tensor is not None and getattr(experts, name) is alias:  # else it is a converted copy of scales
+            experts.lend(name, tensor)
+    _layers[key] = _Layer(tuple(weakref.ref(each, forget) for each in tensors if each is not None), signature, experts)
     return experts
 
 
 def _wrap(
-    tensors: Sequence[Tensor | None], activation: str, *, interleaved: bool, routed_experts: int | None
-) -> ExpertWeights:
+    kind: type[Weights],
+    tensors: Sequence[Tensor | None],
+    activation: str,
+    *,
+    interleaved: bool,
+    routed_experts: int | None,
+) -> Weights:
     """The layer of gate_up, down, their scales and their biases."""
     gate_up, down, gate_up_scale, down_scale, gate_up_bias, down_bias = tensors
     gate_up = cast("Tensor", gate_up)
-    return ExpertWeights(
+    return kind(
         gate_up,
         cast("Tensor", down),
         gate_up_scale=gate_up_scale,
@@ -358,7 +309,7 @@ def _version(tensor: Tensor | None) -> int | None:
 
 
 def _identity(tensor: Tensor | None) -> tuple[object, ...] | None:
-    """What changes with the tensor, and with the memory below the same tensor (``.data = …``)."""
+    """What changes with the tensor, and with the memory below the same tensor (``.data = …``), while it lives."""
     if tensor is None:
         return None
-    return tensor.data_ptr(), tensor.shape, tensor.dtype, tensor.stride()
+    return id(tensor), tensor.data_ptr(), tensor.shape, tensor.dtype, tensor.stride()

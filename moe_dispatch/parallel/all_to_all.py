@@ -46,7 +46,9 @@ class AllToAllExchange(Exchange):
         needed = place.destinations(tokens.wire_ids)
         every = self.collectives.all_gather(needed.sum(dim=0, keepdim=True)).tolist()  # [origin][destination]
         sent, received = every[place.rank], [row[place.rank] for row in every]
-        token = needed.t().nonzero()[:, 1]
+        # As nonzero, which would wait for the device to tell their number: the needed ones first, in their order.
+        needless = needed.logical_not().t().flatten().byte()
+        token = needless.sort(stable=True).indices[: sum(sent)] % max(1, needed.shape[0])
         room = rounded_rows(sum(received))
         rows = self.collectives.all_to_all(tokens.hidden_states[token], sent, received, room)
         slots = torch.cat((tokens.wire_ids, tokens.topk_weights.view(torch.int32)), dim=1)

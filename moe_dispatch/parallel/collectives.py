@@ -1,6 +1,7 @@
 """The collectives that exchanges are made of, on NCCL and on gloo, with a failure told as the rank that is lost."""
 
 import datetime
+import time
 from typing import Any
 
 import torch
@@ -55,9 +56,9 @@ class Collectives:
         self._finish(all_gather_flat, out, rows)
         return out
 
-    def all_gather_in_place(self, rows: Tensor) -> None:
-        """Fill ``[ranks·C, …]``, of which every rank has written its own block of C."""
-        self._finish(all_gather_flat, rows, rows.view(self.size, -1, *rows.shape[1:])[self.rank])
+    def all_gather_in_place(self, rows: Tensor, own: Tensor) -> None:
+        """Fill ``[ranks·C, …]``, of which every rank has written its own block of C: `own`, a view of `rows`."""
+        self._finish(all_gather_flat, rows, own)
 
     def reduce_scatter(self, rows: Tensor) -> Tensor:
         """The sum over ranks of this rank's block of ``[ranks·C, K]``: ``[C, K]``.
@@ -100,12 +101,15 @@ class Collectives:
         return out
 
     def _finish(self, collective: Any, *arguments: Any) -> None:
-        with self.watch.waiting(self.watch.timeout):
+        begun, timeout = time.monotonic(), self.watch.timeout
+        try:  # as `Watch.waiting`, without what a context manager costs the host
             if self.library == "nccl":
                 collective(*arguments, group=self.group)
                 return
             work = collective(*arguments, group=self.group, async_op=True)
-            work.wait(datetime.timedelta(seconds=self.watch.timeout))
+            work.wait(datetime.timedelta(seconds=timeout))
+        except RuntimeError as error:
+            raise self.watch.lost_in(error, begun + timeout) from error
 
 
 def _library(group: dist.ProcessGroup, device: torch.device) -> str:

@@ -36,7 +36,7 @@ class PeerMemory(Protocol):
 
     def push_tokens(  # noqa: D102
         self, hidden_states: Tensor, topk_weights: Tensor, topk_ids: Tensor, *, capacity: int, first_experts: Tensor,
-        E: int, seconds: float, quantize: bool, weights: Tensor | None,
+        E: int, seconds: float, quantize: bool,
     ) -> tuple[Tensor | QuantizedRows | TravellingRows, Tensor, Tensor]: ...  # fmt: skip
 
     def peer_rows(self, capacity: int, K: int, dtype: torch.dtype) -> PeerRows: ...  # noqa: D102

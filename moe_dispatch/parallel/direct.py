@@ -18,7 +18,6 @@ from moe_dispatch.parallel.symmetric_memory import SymmetricMemory
 from moe_dispatch.problem import QUANT_BLOCK
 from moe_dispatch.system.libraries import library_version
 
-OWN_FIRST: Final = 512  # slots of a rank for each expert, from which on its own rows run by themselves
 _PAIR: Final = 16  # Bytes of one access: rows are whole ones.
 
 
@@ -90,12 +89,9 @@ class DirectExchange(Exchange):
         rows, weights, ids = memory.push_tokens(
             tokens.hidden_states, tokens.topk_weights, tokens.topk_ids, capacity=tokens.capacity,
             first_experts=self._first_of(place), E=place.experts, seconds=watch.timeout, quantize=self._quantizes,
-            weights=tokens.weights,
         )  # fmt: skip
         out = memory.peer_rows(tokens.capacity, K, tokens.hidden_states.dtype)
-        M = tokens.hidden_states.shape[0]
-        own_first = tokens.capacity == M and M * topk >= OWN_FIRST * place.experts and isinstance(rows, TravellingRows)
-        return Arrived(rows, weights, ids, memory, out, own_first)
+        return Arrived(rows, weights, ids, memory, out)
 
     def combine(self, partial: Tensor | PeerRows, arrived: Arrived, tokens: LocalTokens) -> Tensor:
         """See `Exchange.combine`."""

@@ -113,8 +113,6 @@ class LocalTokens:
         placement: Which rank holds which experts.
         capacity: Greatest M of any rank, equal on all of them.
         replicated: Whether the other ranks have the same tokens.
-        weights: uint8 ``[E, …]``, contiguous: what this rank's experts will read first, for an exchange that brings it
-            closer while tokens travel; None if there is no such tensor.
     """
 
     hidden_states: Tensor
@@ -123,7 +121,6 @@ class LocalTokens:
     placement: Placement
     capacity: int
     replicated: bool
-    weights: Tensor | None = None
 
     @cached_property
     def wire_ids(self) -> Tensor:
@@ -143,8 +140,6 @@ class Arrived:
             ids, and any values in hidden_states.
         route: Whatever `Exchange.combine` needs of the dispatch.
         out: Memory of the ranks that the rows came from, where a backend may store its results; None if there is none.
-        own_first: Whether the experts are to run this rank's own rows by themselves, while those of others travel. Rows
-            are `TravellingRows` then, this rank has as many as there is place for, and there is `out`.
     """
 
     hidden_states: Tensor | QuantizedRows | TravellingRows
@@ -152,7 +147,6 @@ class Arrived:
     topk_ids: Tensor
     route: Any = None
     out: PeerRows | None = None
-    own_first: bool = False
 
 
 class Exchange(ABC):

@@ -1,22 +1,19 @@
 """One call of a layer that is spread over ranks: agree, dispatch, run this rank's experts, combine."""
 
-import dataclasses
-from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Final
 
 import torch
 from torch import Tensor
 
-from moe_dispatch.backend import ArrivedInputs, PeerRows, TravellingRows
+from moe_dispatch.backend import ArrivedInputs
 from moe_dispatch.dispatch.call import on_device
 from moe_dispatch.dispatch.checks import check, check_out
 from moe_dispatch.dispatch.gradients import needs_grad
 from moe_dispatch.errors import InvalidInputError
 from moe_dispatch.experts import ExpertWeights
-from moe_dispatch.numerics import QuantizedRows
 from moe_dispatch.parallel.exchange import Arrived, Exchange, LocalTokens
-from moe_dispatch.parallel.session import Session
 from moe_dispatch.parallel.sharded_experts import ShardedExperts
 
 _MAX_KINDS: Final = 4096  # Kinds of calls that a layer remembers; when full, all are forgotten.
@@ -72,12 +69,14 @@ def forward_sharded(
     M, topk = topk_ids.shape
     capacity = session.agreed_capacity(layer.number, M, topk, hidden_states.dtype, backend)
     if not capacity:
+        session.dispatcher.planner.named(backend)
         return torch.empty_like(hidden_states) if out is None else out
     plan = call_plan(layer, capacity, topk, hidden_states.dtype)
-    with session.watch.committed(), torch.no_grad(), on_device(layer.device):
+    no_grad = torch.no_grad() if torch.is_grad_enabled() else nullcontext()
+    with session.watch.committed(), no_grad, on_device(layer.device):
         tokens = local_tokens(hidden_states, layer, topk_weights, topk_ids, capacity)
         arrived = plan.exchange.dispatch(tokens)
-        partial = run_experts(session, plan.experts, arrived, backend)
+        partial = session.run_local(arrived_inputs(plan.experts, arrived), backend)
         result = plan.exchange.combine(partial, arrived, tokens)
         return result if out is None else out.copy_(result)
 
@@ -105,52 +104,13 @@ def local_tokens(
         layer.placement,
         capacity,
         replicated=layer.session.options.tokens == "replicated",
-        weights=layer.read_first,
     )
 
 
-def arrived_inputs(experts: ExpertWeights, arrived: Arrived) -> Iterator[ArrivedInputs]:
-    """The rows that arrived as the dispatcher takes them, with this rank's weights.
-
-    With `Arrived.own_first` this rank's rows are one part, and those of the ranks before and after it two more. Taking
-    the second one waits for rows that travel.
-    """
-    rows, out = arrived.hidden_states, arrived.out
+def arrived_inputs(experts: ExpertWeights, arrived: Arrived) -> ArrivedInputs:
+    """The rows that arrived as the dispatcher takes them, with this rank's weights."""
     weights, ids = arrived.topk_weights.contiguous(), arrived.topk_ids.contiguous()
-    if not arrived.own_first or not isinstance(rows, TravellingRows) or out is None:
-        yield ArrivedInputs(rows, experts, weights, ids, out)
-        return
-    rank, ranks, count = rows.first // out.rows, len(out.addresses), out.rows
-    every: Tensor | QuantizedRows | None = None
-    part: Tensor | QuantizedRows
-    for first, last in ((rank, rank + 1), (0, rank), (rank + 1, ranks)):
-        these = slice(first * count, last * count)
-        if first == rank:
-            part = rows.own
-        elif first == last:
-            continue
-        else:
-            every = rows.wait() if every is None else every
-            part = every.part(these) if isinstance(every, QuantizedRows) else every[these]
-        to = dataclasses.replace(out, addresses=out.addresses[first:last])
-        yield ArrivedInputs(part, experts, weights[these], ids[these], to)
-
-
-def run_experts(
-    session: Session, experts: ExpertWeights, arrived: Arrived, backend: str | None = None
-) -> Tensor | PeerRows:
-    """Run this rank's experts over the rows that arrived; what is returned is for `Exchange.combine`."""
-    results = [session.run_local(inputs, backend) for inputs in arrived_inputs(experts, arrived)]
-    if len(results) == 1:
-        return results[0]
-    if arrived.out is not None and all(isinstance(result, PeerRows) for result in results):
-        return arrived.out
-    # A backend returned its results. Then each is to, as the exchange moves all results or none.
-    parts: list[Any] = [
-        session.run_local(inputs._replace(out=None), backend) for inputs in arrived_inputs(experts, arrived)
-    ]
-    parts.insert(min(session.collectives.rank, 1), parts.pop(0))  # rows of ranks before this one came second
-    return torch.cat(parts)
+    return ArrivedInputs(arrived.hidden_states, experts, weights, ids, arrived.out)
 
 
 def _check_once(
@@ -169,9 +129,8 @@ def _check_once(
             *[(type(tensor), tensor.shape, tensor.dtype, tensor.device, tensor.layout) for tensor in tensors],
             needs_grad(hidden_states, local, topk_weights),
             backend,
-            not local.moved,
         )
-        known = out is None and key in layer.checked
+        known = out is None and not local.moved and key in layer.checked
     except (AttributeError, RuntimeError, TypeError, ValueError):  # no tensors; the check says which
         known, key = False, None
     if not known:

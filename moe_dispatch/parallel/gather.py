@@ -54,11 +54,11 @@ class GatherExchange(Exchange):
         K, capacity, ranks = hidden.shape[1], tokens.capacity, self.collectives.size
         segment = capacity + pack.spare_rows(capacity, topk, K * hidden.element_size())
         wire = hidden.new_empty(ranks * segment, K)
+        own = wire[place.rank * segment : (place.rank + 1) * segment]
         pack.pack_tokens(
-            hidden, tokens.topk_weights, tokens.topk_ids, wire[place.rank * segment : (place.rank + 1) * segment],
-            capacity=capacity, E=place.experts,
+            hidden, tokens.topk_weights, tokens.topk_ids, own, capacity=capacity, E=place.experts
         )  # fmt: skip
-        self.collectives.all_gather_in_place(wire)
+        self.collectives.all_gather_in_place(wire, own)
         weights, ids = pack.unpack_slots(
             wire, ranks=ranks, capacity=capacity, topk=topk, first_expert=place.first
         )  # fmt: skip
@@ -68,7 +68,8 @@ class GatherExchange(Exchange):
         """See `Exchange.combine`."""
         M, ranks = tokens.hidden_states.shape[0], self.collectives.size
         if not tokens.replicated:
-            return self.collectives.reduce_scatter(partial)[:M]
+            out = self.collectives.reduce_scatter(partial)
+            return out if len(out) == M else out[:M]
         block = self.collectives.reduce_scatter(padded(partial, -(-M // ranks) * ranks, fill=0))
         return self.collectives.all_gather(block)[:M]
 

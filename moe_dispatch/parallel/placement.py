@@ -1,8 +1,8 @@
 """Which rank holds which experts of a layer, and the ids of a call as this rank's experts know them."""
 
 import bisect
+import functools
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Literal
 
 import torch
@@ -26,17 +26,17 @@ class Placement:
     held: tuple[int, ...]
     division: Division = "experts"
 
-    @cached_property
+    @functools.cached_property
     def experts(self) -> int:
         """Experts of the whole layer."""
         return self.held[0] if self.division == "columns" else sum(self.held)
 
-    @cached_property
+    @functools.cached_property
     def first(self) -> int:
         """The global id of this rank's first expert."""
         return 0 if self.division == "columns" else sum(self.held[: self.rank])
 
-    @cached_property
+    @functools.cached_property
     def ends(self) -> tuple[int, ...]:
         """For each rank the global id after its last expert."""
         ends = [0]
@@ -58,8 +58,14 @@ class Placement:
 
     def destinations(self, wire_ids: Tensor) -> Tensor:
         """Which ranks each token needs: bool ``[M, ranks]`` for ids ``[M, topk]``."""
-        ends = torch.tensor(self.ends, dtype=torch.int32, device=wire_ids.device)
+        ends = _on_device(self.ends, wire_ids.device)
         # Ids outside 0…E-1 go to a further column, which is cut off.
         owners = torch.where(wire_ids < 0, len(self.held), torch.bucketize(wire_ids, ends, right=True))
         needed = torch.zeros(wire_ids.shape[0], len(self.held) + 1, dtype=torch.bool, device=wire_ids.device)
         return needed.scatter_(1, owners, value=True)[:, :-1]
+
+
+@functools.lru_cache(maxsize=64)
+def _on_device(ends: tuple[int, ...], device: torch.device) -> torch.Tensor:
+    """The tensor of `Placement.ends`, kept: to copy it in each call would make the host wait for the device."""
+    return torch.tensor(ends, dtype=torch.int32, device=device)

@@ -2,8 +2,6 @@
 
 from typing import Any
 
-import torch
-
 from moe_dispatch.experts import ExpertWeights
 from moe_dispatch.parallel.placement import Placement
 from moe_dispatch.parallel.session import Session
@@ -27,7 +25,6 @@ class ShardedExperts:
         N: Intermediate size of an expert on this rank.
         dtype: The weights' dtype.
         device: This rank's device.
-        read_first: The bytes of the first product's weights, ``[E, …]``; None where they are not contiguous.
         checked: Kinds of arguments that were checked; `forward` keeps it.
         plans: What serves a kind of call; `forward` keeps it.
     """
@@ -37,8 +34,6 @@ class ShardedExperts:
         self.number = session.number_of_layer()
         self.E, self.K, self.N = placement.experts, local.K, local.N
         self.dtype, self.device = local.dtype, local.device
-        gate_up = local.gate_up
-        self.read_first = gate_up.view(torch.uint8) if gate_up.is_contiguous() else None
         self.checked: dict[Any, None] = {}
         self.plans: dict[Any, Any] = {}
         self._expecting: dict[int, ExpertWeights] = {}

@@ -12,7 +12,7 @@ from torch import Tensor
 from moe_dispatch.measure.inputs import synchronize, timing_events
 from moe_dispatch.parallel.exchange import CallKind, Exchange
 from moe_dispatch.parallel.exchange_times import Split
-from moe_dispatch.parallel.forward import arrived_inputs, local_tokens, run_experts
+from moe_dispatch.parallel.forward import arrived_inputs, local_tokens
 from moe_dispatch.parallel.session import Session
 from moe_dispatch.parallel.sharded_experts import ShardedExperts
 from moe_dispatch.system import failures
@@ -59,7 +59,8 @@ class Trial:
         """Run this rank's experts over the rows that arrived; on a GPU also what a captured call will run."""
         stage(self._session, self._run_local)
         if self._session.device.type == "cuda" and self._exchange.requirements.capturable:
-            stage(self._session, self._warm_up)
+            inputs = arrived_inputs(self._experts, self._arrived)
+            stage(self._session, lambda: self._session.dispatcher.warm_up(inputs))
 
     def split(self, *, graph: bool = False) -> Split:
         """Times of whole calls, of the experts and of the transfers; with `graph`, of replays of a CUDA graph."""
@@ -73,15 +74,11 @@ class Trial:
 
     def _call(self) -> Tensor:
         arrived = self._exchange.dispatch(self._tokens)
-        partial = run_experts(self._session, self._experts, arrived)
+        partial: Any = self._session.run_local(arrived_inputs(self._experts, arrived), None)
         return self._exchange.combine(partial, arrived, self._tokens)
 
     def _run_local(self) -> Any:
-        return run_experts(self._session, self._experts, self._arrived)
-
-    def _warm_up(self) -> None:
-        for inputs in arrived_inputs(self._experts, self._arrived):
-            self._session.dispatcher.warm_up(inputs)
+        return self._session.run_local(arrived_inputs(self._experts, self._arrived), None)
 
     def _transfers(self) -> Tensor:
         return self._exchange.combine(self._partial, self._exchange.dispatch(self._tokens), self._tokens)

@@ -1,13 +1,13 @@
 """What each backend runs by default, and which backend of a family the rules choose."""
 
-from collections.abc import Container
+from collections.abc import Iterator, Sequence
 
 from moe_dispatch.backend import Backend
 from moe_dispatch.machine import Machine
 from moe_dispatch.policies.measurements.schema import Identity
-from moe_dispatch.policies.rules import FAMILIES, RulesPolicy
+from moe_dispatch.policies.rules import FAMILIES, order
 from moe_dispatch.problem import MoEProblem
-from moe_dispatch.registry import MadeBackend, make_backend
+from moe_dispatch.registry import LAST_RESORT, MadeBackend, make_backend
 
 
 def find_backend(name: str, machine: Machine) -> Backend | None:
@@ -28,32 +28,22 @@ class MachineBackends:
     """
 
     def __init__(self, machine: Machine) -> None:
-        self._machine, self._rules = machine, RulesPolicy(machine)
+        self._machine = machine
         self._made: dict[str, MadeBackend] = {}
 
     def find(self, name: str) -> Backend | None:
         """The backend of this name; None if it cannot be made here."""
         return self._make(name).backend
 
-    def family_members(self, problem: MoEProblem, families: Container[str] | None = None) -> dict[str, Backend]:
-        """The backend that the rules choose of each family, among those that are here and can run the problem.
+    def members(self, problem: MoEProblem) -> "Members":
+        """The backend that the rules choose of each family, among those that are here and can run the problem."""
+        return Members(self, [*order(problem), LAST_RESORT], problem)
 
-        Args:
-            problem: The problem to run.
-            families: Families beyond the first one that can run it; all if None.
-
-        Returns:
-            Backends by the name of their family (their own, where they have none), in the order of the rules.
-        """
-        members: dict[str, Backend] = {}
-        for choice in self._rules.rank(problem):
-            family = FAMILIES.get(choice.backend, choice.backend)
-            if family in members or (members and families is not None and family not in families):
-                continue
-            made = self._make(choice.backend)
-            if made.backend and not made.reasons and not made.backend.unsupported_reasons(problem):
-                members[family] = made.backend
-        return members
+    def able(self, name: str, problem: MoEProblem) -> Backend | None:
+        """The backend of this name; None if it is not here or cannot run the problem."""
+        made = self._make(name)
+        able = made.backend and not made.reasons and not made.backend.unsupported_reasons(problem)
+        return made.backend if able else None
 
     def without_library(self, name: str, problem: MoEProblem) -> Backend | None:
         """A backend that could run a problem but for a library that is missing here; None for any other.
@@ -69,3 +59,36 @@ class MachineBackends:
         if name not in self._made:
             self._made[name] = make_backend(name, self._machine)
         return self._made[name]
+
+
+class Members:
+    """Families of backends by name (a backend's own, where it has none), asked when their turn comes, and once.
+
+    Args:
+        backends: Of the machine.
+        names: Backends in the order of the rules.
+        problem: The problem to run.
+    """
+
+    def __init__(self, backends: MachineBackends, names: Sequence[str], problem: MoEProblem) -> None:
+        self._backends, self._names, self._problem = backends, names, problem
+        self._asked: dict[str, Backend | None] = {}
+
+    def __iter__(self) -> Iterator[str]:
+        """The families that can run the problem, in the order of the rules."""
+        seen: set[str] = set()
+        for name in self._names:
+            family = FAMILIES.get(name, name)
+            if family not in seen and self._able(name):
+                seen.add(family)
+                yield family
+
+    def get(self, family: str) -> Backend | None:
+        """The backend that the rules choose of a family; None if none of it can run the problem."""
+        members = (name for name in self._names if FAMILIES.get(name, name) == family)
+        return next(filter(None, map(self._able, members)), None)
+
+    def _able(self, name: str) -> Backend | None:
+        if name not in self._asked:
+            self._asked[name] = self._backends.able(name, self._problem)
+        return self._asked[name]

@@ -165,7 +165,7 @@ def _defaults(
     defaults: dict[str, dict[MoEProblem, float]] = {}
     backends = MachineBackends(machine)
     for problem, times in points.items():
-        members = backends.family_members(problem)
+        members = backends.members(problem)
         for name in {FAMILIES.get(backend, backend) for backend, _ in times}:
             backend = members.get(name) or backends.find(name)
             if backend is not None and (us := times.get(default_identity(backend, problem))) is not None:

@@ -1,16 +1,17 @@
 """Ranks backends for shapes that were not measured, by a cost model of each backend (see `cost_model`)."""
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Final, Literal
 
 import pydantic
 
+from moe_dispatch.backend import Backend
 from moe_dispatch.errors import PolicyFileError, warn
 from moe_dispatch.machine import Machine
 from moe_dispatch.policies.learned.cost_model import TERMS, Term, rows_per_expert, terms
-from moe_dispatch.policies.learned.defaults import MachineBackends
+from moe_dispatch.policies.learned.defaults import MachineBackends, Members
 from moe_dispatch.policies.measurements.schema import Count, Name, Positive, Strict, damage, read_bytes
 from moe_dispatch.policies.measurements.table import rough_us
 from moe_dispatch.policies.nearest import Nearest, nearest, read_shipped
@@ -60,7 +61,7 @@ class CostModel(Strict):
 
     def us(self, parts: Mapping[Term, float]) -> float:
         """Predicted time, in µs, of a problem with these terms."""
-        return sum(self.coefficients[term] * part for term, part in parts.items())
+        return sum([self.coefficients[term] * part for term, part in parts.items()])
 
 
 class ModelFile(Strict):
@@ -150,30 +151,31 @@ class LearnedPolicy(Policy):
 
     def rank(self, problem: MoEProblem) -> tuple[Choice, ...]:
         """See `Policy.rank`. Without cost models of the problem's mode, those of the other mode rank."""
+        return tuple(self.ranked(problem))
+
+    def ranked(self, problem: MoEProblem) -> Iterator[Choice]:
+        """See `Policy.ranked`."""
         other: Mode = "eager" if problem.mode == "graph" else "graph"
         kinds = (self._cost_models.get((problem.dtype, mode)) for mode in (problem.mode, other))
         cost_models = next(filter(None, kinds), None)
         if cost_models is None or problem.needs_grad or problem.M < 1:
-            return ()
+            return
         rows = rows_per_expert(problem)
         applicable = {name: model for name, model in cost_models.items() if rows <= BEYOND * model.most_rows}
-        members = self._backends.family_members(problem, applicable)
+        members = self._backends.members(problem)
         first = next(iter(members), "")  # family of the rules' choice
         if first not in applicable:
-            return ()
+            return
         bandwidth, rate = (self._source.bandwidth, self._source.rate) if self._source else (1.0, 1.0)
         parts = terms(problem, bandwidth, rate)
-        choices = {
-            name: self._choice(cost_model, backend.name, problem.mode, parts)
-            for name, cost_model in applicable.items()
-            if (backend := members.get(name) or self._backends.without_library(name, problem))
-        }
-        ranked = sorted(choices.values(), key=lambda choice: choice.us or 0.0)
-        by_rules = choices[first]
-        if (by_rules.us or 0.0) <= (ranked[0].us or 0.0) * (1 + CLOSE):
-            ranked.remove(by_rules)
-            ranked.insert(0, by_rules)
-        return tuple(ranked)
+        predicted = {name: cost_model.us(parts) for name, cost_model in applicable.items()}
+        by_time = sorted(predicted, key=predicted.__getitem__)
+        fastest = next(name for name in by_time if self._backend(name, members, problem))
+        leading = first if predicted[first] <= predicted[fastest] * (1 + CLOSE) else fastest
+        by_time.remove(leading)
+        for name in (leading, *by_time):
+            if backend := self._backend(name, members, problem):
+                yield self._choice(applicable[name], backend.name, problem.mode, predicted[name])
 
     def notes(self) -> tuple[str, ...]:
         """The reason for which the file is refused, or the device whose model serves this one."""
@@ -184,8 +186,10 @@ class LearnedPolicy(Policy):
         models = [model.model_dump_json() for by_name in self._cost_models.values() for model in by_name.values()]
         return hashlib.sha256("\n".join(models).encode()).hexdigest()[:16] if models else ""
 
-    def _choice(self, cost_model: CostModel, backend: str, mode: Mode, parts: Mapping[Term, float]) -> Choice:
-        us = cost_model.us(parts)
+    def _backend(self, name: str, members: Members, problem: MoEProblem) -> Backend | None:
+        return members.get(name) or self._backends.without_library(name, problem)
+
+    def _choice(self, cost_model: CostModel, backend: str, mode: Mode, us: float) -> Choice:
         where = ""
         if self._source and self._source.slug != self.machine.slug:
             where = f" on {self._source.name}, with this device's rates"

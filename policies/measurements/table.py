@@ -78,7 +78,7 @@ class LayerTable:
         self.scores = {M: dict(at) for M, at in sorted(scores.items()) if any(us for us in at.values())}
         self.tokens = tuple(self.scores)
         self._curves = tuple(curves(self.scores))
-        self._counting: dict[tuple[int, ...], list[Curve]] = {}
+        self._counting: dict[tuple[int, ...], list[tuple[Identity, tuple[float, ...], tuple[float, ...]]]] = {}
         self.winners = stable_winners(self.scores, incumbents)
 
     def rank(self, M: int) -> tuple[tuple[Identity, float], ...]:
@@ -96,7 +96,7 @@ class LayerTable:
         won = {self.winners[near] for near in around}
         # At a measured M the winner is decided; between two, a neighbour's winner comes first within noise of the best.
         limit = math.inf if measured else min(us for _, us in timed) * (1 + NOISE)
-        timed.sort(key=lambda pair: (not (pair[0] in won and pair[1] <= limit), pair[1]))
+        timed.sort(key=lambda pair: (not (pair[1] <= limit and pair[0] in won), pair[1]))
         best: dict[str, tuple[Identity, float]] = {}
         for identity, us in timed:
             best.setdefault(identity[0], (identity, us))
@@ -109,11 +109,17 @@ class LayerTable:
             barred = {identity for near in around for identity, us in self.scores[near].items() if us is None}
             # A candidate that was eliminated at a neighbour was behind there; its times further away say nothing of M.
             counting = self._counting[around] = [
-                curve
+                (curve.identity, us, tuple(map(math.log, us)))
                 for curve in self._curves
                 if curve.identity not in barred and all(near in curve.tokens for near in around)
+                for us in [tuple(map(curve.at, around))]
             ]
-        return [(curve.identity, curve.at(M)) for curve in counting]
+        # As `Curve.at`, with what all curves share computed once.
+        if len(around) == 1:
+            return [(identity, us * M / around[0] if around[0] < M else us) for identity, (us,), _ in counting]
+        lower, upper = around
+        share = math.log(M / lower) / math.log(upper / lower)
+        return [(identity, math.exp((1 - share) * low + share * up)) for identity, _, (low, up) in counting]
 
     def choices(self, M: int, mode: str) -> Iterator[Choice]:
         """The ranking as choices with their reasons; `mode` is the part of the reason that names the mode."""

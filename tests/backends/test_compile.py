@@ -1,7 +1,7 @@
 """The persistent kernels and the shared stages compile, without a GPU, for every device that runs them."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -78,6 +78,9 @@ def launch_defaults(capability: int, dtype: DType, *, every: bool) -> Iterator[L
         bound = config.shared_memory(problem, wgmma=able.wgmma)
         note = {"bound": bound, "tma": config.tma, "pdl": config.pdl}
         yield Launch(partial(backend.run, *unwritten_layer(problem), config), note)
+        if dtype == "bf16":
+            by_columns = replace(problem, transposed=True, interleaved=problem.gated)
+            yield Launch(partial(backend.run, *unwritten_layer(by_columns), config), note)
 
 
 @pytest.mark.slow

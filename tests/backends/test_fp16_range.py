@@ -14,6 +14,7 @@ from moe_dispatch.machine import Machine
 from moe_dispatch.registry import BACKENDS
 from moe_dispatch.testing import Case, Inputs, Precision, conform, make_inputs, truth
 
+DEVICES = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 FP16_MAX = 65504.0
 FP16 = Precision("fp16", "fp16")
 CASES = {
@@ -56,16 +57,18 @@ def heavy(device: str) -> Inputs:
     return Inputs(hidden, experts, weights, ids, truth(hidden, experts, weights, ids))
 
 
+@DEVICES
 @pytest.mark.parametrize("name", BACKENDS.names())
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-def test_experts_may_exceed_the_range_of_fp16(name: str, case: Case) -> None:
-    check_finite(name, overflowing(case, "cpu"))
+def test_experts_may_exceed_the_range_of_fp16(name: str, case: Case, device: str) -> None:
+    check_finite(name, overflowing(case, device))
 
 
+@DEVICES
 @pytest.mark.parametrize("name", BACKENDS.names())
-def test_weights_above_one_carry_nothing_beyond_the_range_of_fp16(name: str) -> None:
+def test_weights_above_one_carry_nothing_beyond_the_range_of_fp16(name: str, device: str) -> None:
     """torch_grouped weights rows before the second product."""
-    check_finite(name, heavy("cpu"))
+    check_finite(name, heavy(device))
 
 
 def check_finite(name: str, inputs: Inputs) -> None:

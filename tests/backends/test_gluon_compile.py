@@ -1,7 +1,7 @@
 """The kernels for Hopper compile without a GPU and fit, and are refused with every reason where they cannot run."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import pytest
@@ -35,9 +35,9 @@ def launch_products(capability: int, dtype: DType, activation: Activation) -> It
     machine = described(capability)
     backend = GluonHopperBackend(machine)
     oai = activation == "swiglu_oai"
-    for K, N in ((512, 256), (576, 200)):
+    for K, N, transposed in ((512, 256, False), (576, 200, False), (576, 200, True)):
         layer = Workload("", 8, 2, K, N, activation, bias=oai, interleaved=oai)
-        problem = layer.problem(4096, dtype, machine)
+        problem = replace(layer.problem(4096, dtype, machine), transposed=transposed)
         if not backend.unsupported_reasons(problem):  # as FP8 is for the uneven layer
             yield Launch(partial(backend.run, *unwritten_layer(problem), GluonHopperConfig()))
 
@@ -151,8 +151,11 @@ def test_blocks_hold_every_row_once_and_experts_with_a_tall_one_come_first() -> 
 @pytest.mark.gpu
 @pytest.mark.usefixtures("poisoned_memory")
 @pytest.mark.parametrize("like_gpt_oss", [False, True], ids=["silu", "gpt-oss"])
-@pytest.mark.parametrize(("dtype", "K", "N"), [("bf16", 192, 256), ("bf16", 192, 200), ("fp8", 256, 384)])
-def test_blocks_of_every_height(dtype: DType, K: int, N: int, like_gpt_oss: bool) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "K", "N", "transposed"),
+    [("bf16", 192, 256, False), ("bf16", 192, 200, False), ("bf16", 192, 200, True), ("fp8", 256, 384, False)],
+)
+def test_blocks_of_every_height(dtype: DType, K: int, N: int, transposed: bool, like_gpt_oss: bool) -> None:
     """One expert for each count of rows around the heights of tiles, one without rows, and slots of no expert."""
     machine = Machine.inspect("cuda")
     counts = [1, 31, 33, 64, 65, 95, 96, 97, 127, 128, 129, 144, 145, 160, 161, 192, 257, 272, 288, 289, 0, 700]
@@ -166,7 +169,7 @@ def test_blocks_of_every_height(dtype: DType, K: int, N: int, like_gpt_oss: bool
     ids = ids[torch.randperm(len(ids), generator=torch.Generator().manual_seed(0))].int().cuda()[:, None]
     generator = torch.Generator("cuda").manual_seed(0)
     act_dtype: DType = "bf16" if dtype == "fp8" else dtype
-    experts = make_experts(layer, dtype, "cuda", generator, act_dtype=act_dtype)
+    experts = make_experts(layer, dtype, "cuda", generator, act_dtype=act_dtype, transposed=transposed)
     x = torch.randn(len(ids), layer.K, generator=generator, device="cuda").to(torch_dtype(act_dtype))
     weights = torch.rand(len(ids), 1, generator=generator, device="cuda")
     truth = ReferenceBackend(machine).run(x.float(), experts, weights, ids, ReferenceConfig(compute_fp32=True))

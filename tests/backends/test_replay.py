@@ -19,7 +19,7 @@ import triton.language as tl
 
 from moe_dispatch.backends.triton_common.descriptors import Descriptors
 from moe_dispatch.backends.triton_common.fast_launch import FastKernel
-from moe_dispatch.backends.triton_common.replay import NotReplayableError, Replay, record
+from moe_dispatch.backends.triton_common.replay import NotReplayableError, Replay, Tried, record
 
 LAYER = Workload("tiny", E=4, topk=2, K=64, N=32)
 SIZE = 3 * LAYER.K
@@ -52,6 +52,7 @@ class Adding(Honest):
         self.add = FastKernel(StubKernel(add_signature, add))
         self.between = between or (lambda *_: None)
         self.descriptors = Descriptors()
+        self.tried: Tried = {}
         self.kept = torch.zeros(SIZE)
         self.runs = 0
 
@@ -64,10 +65,11 @@ class Adding(Honest):
         config: BackendConfig,
     ) -> Tensor:
         self.runs += 1
-        inner, out = torch.empty(2, SIZE)[0], torch.empty_like(hidden_states)
-        self.double[1,](hidden_states, inner, SIZE, BLOCK=16)
+        size = hidden_states.numel()
+        inner, out = torch.empty(2, size)[0], torch.empty_like(hidden_states)
+        self.double[1,](hidden_states, inner, size, BLOCK=16)
         replaced = self.between(self, inner, out)
-        self.add[1,](inner, experts.down, topk_weights, out, SIZE)
+        self.add[1,](inner, experts.down, topk_weights, out, size)
         return replaced if isinstance(replaced, Tensor) else out
 
 
@@ -80,16 +82,27 @@ def on_cpu() -> Iterator[None]:
         yield
 
 
-def inputs(seed: int) -> Inputs:
+def inputs(seed: int, M: int = 3) -> Inputs:
     generator = torch.Generator().manual_seed(seed)
-    weights, ids = ROUTINGS["uniform"].sample(3, LAYER.E, LAYER.topk, "cpu", generator)
-    return torch.randn(3, LAYER.K, generator=generator), make_experts(LAYER, "fp32", "cpu", generator), weights, ids
+    weights, ids = ROUTINGS["uniform"].sample(M, LAYER.E, LAYER.topk, "cpu", generator)
+    return torch.randn(M, LAYER.K, generator=generator), make_experts(LAYER, "fp32", "cpu", generator), weights, ids
 
 
 def recorded(backend: Adding, *, before: int = 2) -> Replay:
     for _ in range(before):
         backend.run(*inputs(0), CONFIG)
-    return record(backend, inputs(0), CONFIG, backend.descriptors)
+    return record(backend, inputs(0), CONFIG, backend.descriptors, backend.tried)
+
+
+def test_another_token_count_of_the_same_launches_is_not_tried_again() -> None:
+    backend = Adding()
+    recorded(backend)
+    for M in (5, 7):
+        before = len(backend.double.kernel.started)
+        replay = record(backend, inputs(0, M), CONFIG, backend.descriptors, backend.tried)
+        assert len(backend.double.kernel.started) - before == 1, "the recorded run, and no replay beside it"
+        assert torch.equal(replay(*inputs(1, M), CONFIG), backend.run(*inputs(1, M), CONFIG))
+    assert len(backend.tried) == 1
 
 
 def test_it_does_what_the_run_does_on_other_tensors_and_another_layer() -> None:
@@ -206,4 +219,4 @@ def test_inputs_that_share_memory_leave_an_address_in_doubt() -> None:
     shared = (hidden, experts, hidden.flatten()[:6].view(3, 2), ids)
     backend.run(*shared, CONFIG)
     with pytest.raises(NotReplayableError, match="two inputs share memory"):
-        record(backend, shared, CONFIG, backend.descriptors)
+        record(backend, shared, CONFIG, backend.descriptors, {})

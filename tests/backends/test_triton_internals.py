@@ -21,9 +21,10 @@ import triton
 import triton.language as tl
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon._runtime import GluonJITFunction
-from triton.experimental.gluon.language.nvidia.hopper import tma
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 from triton.runtime.jit import JITFunction
 
+from moe_dispatch.backends.gluon_hopper.gluon_api import tma_load
 from moe_dispatch.backends.gluon_hopper.windows import Windows, rows_after_window
 from moe_dispatch.backends.triton_common import fast_launch as fast_launch_module
 from moe_dispatch.backends.triton_common import internals
@@ -59,9 +60,10 @@ def copy_block(x, out_ptr, n, BLOCK: tl.constexpr):  # type: ignore[no-untyped-d
     tl.store(out_ptr + offs[:, None] * n + offs[None, :], x.load([0, 0]))
 
 
-def store_block(x, out_ptr, n, BLOCK: gl.constexpr):  # type: ignore[no-untyped-def] # a kernel's
-    """Stores a block through a tensor descriptor, in Gluon."""
-    tma.async_copy_shared_to_global(x, [0, 0, 0], gl.allocate_shared_memory(x.dtype, x.block_shape, x.layout))
+def load_block(x, out_ptr, n, BLOCK: gl.constexpr):  # type: ignore[no-untyped-def] # a kernel's
+    """Loads a block through a tensor descriptor, in Gluon."""
+    bar = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    tma_load(x, [0, 0, 0], bar, gl.allocate_shared_memory(x.dtype, x.block_shape, x.layout))
     gl.store(out_ptr, n)
 
 
@@ -125,7 +127,7 @@ def launch_both_ways(_capability: int) -> Iterator[Launch]:
     assert not isinstance(windows.base, torch.Tensor)
     for kernel, descriptor in (
         (JITFunction(copy_block), TensorDescriptor.from_tensor(x, [32, 32])),
-        (GluonJITFunction(store_block), windows),
+        (GluonJITFunction(load_block), windows),
     ):
         yield Launch(partial(launched, kernel, (descriptor, out, 64), partial(encoded, descriptor)))
 

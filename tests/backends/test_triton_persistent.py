@@ -55,6 +55,8 @@ CASES = (
     Case("a scale for each row", M=45, K=136, N=72, dtypes=("fp8_channel",), config={"block_m": 32}),
     Case("gpt-oss", topk=3, activation="swiglu_oai", bias=True, interleaved=True, dtypes=ALL),
     Case("no gate", activation="relu2", bias=True, N=130, dtypes=ALL),
+    Case("by columns", transposed=True, config=SMALL),
+    Case("by columns, gpt-oss", activation="swiglu_oai", bias=True, interleaved=True, transposed=True, config=SMALL),
     Case("codes of four bits", K=288, N=96, bias=True, dtypes=MX, config={"block_k": 64, "block_m": 16}),
     Case("codes of four bits, no gate", K=96, N=160, activation="relu2", dtypes=MX, config={"block_k": 256}),
 )
@@ -71,6 +73,8 @@ TMA_CASES = (
     Case("tma, codes of four bits", M=20, K=160, N=96, bias=True, dtypes=MX, config=TMA),
     Case("tma, codes of alternating rows", M=20, K=160, N=96, interleaved=True, dtypes=MX, config=TMA),
     Case("tma, no gate", M=20, K=144, N=96, activation="relu2", bias=True, dtypes=BOTH, config=TMA),
+    Case("tma, by columns", M=20, K=144, N=96, interleaved=True, transposed=True, config=TMA),
+    Case("tma, by columns, no gate", M=20, K=136, N=72, activation="relu2", transposed=True, config=TMA),
 )  # fmt: skip
 
 
@@ -119,7 +123,7 @@ def test_weights_through_descriptors(case: Case, dtype: DType) -> None:
 def _equals_the_reference(backend: TritonPersistentBackend, case: Case, dtype: DType) -> None:
     machine = Machine.inspect(DEVICE)
     generator = torch.Generator(DEVICE).manual_seed(0)
-    experts = make_experts(case.layer, dtype, DEVICE, generator, act_dtype="fp16")
+    experts = make_experts(case.layer, dtype, DEVICE, generator, act_dtype="fp16", transposed=case.transposed)
     x = torch.randn(case.M, case.K, generator=generator, device=DEVICE).to(torch_dtype("fp16"))
     weights, ids = ROUTINGS["uniform"].sample(case.M, case.E, case.topk, DEVICE, torch.Generator().manual_seed(0))
     ids[0, 0], ids[1, 0] = -1, case.E

@@ -88,6 +88,12 @@ CASES = [
     Case("tma, cut tiles", dtype="fp16", K=80, N=40, bias=True, config={"tma": True}),
     Case("tma, interleaved, cut tiles", dtype="fp16", K=80, N=40, interleaved=True, config={"tma": True}),
     Case("tma, ungated", dtype="fp16", activation="relu2", config={"tma": True}),
+    # weights stored by columns, whose tiles reach past the last row and column
+    Case("by columns, gpt-oss", K=40, N=24, activation="swiglu_oai", bias=True, interleaved=True, transposed=True),
+    Case("by columns, odd K and N", K=70, N=45, transposed=True, config={"splits_gate_up": 2, "splits_down": 2}),
+    Case("by columns, ungated", K=70, N=45, activation="relu2", transposed=True, config=EXPERTS),
+    Case("by columns, tma", dtype="fp16", K=80, N=40, interleaved=True, transposed=True, config={"tma": True}),
+    Case("by columns, tma of down only", dtype="fp16", K=80, N=40, transposed=True, config={"tma": True}),
     # narrow and wide token tiles
     Case("block_m 8", M=17, config={"block_m": 8}),
     Case("block_m 32", M=17, routing="1", config={"block_m": 32}),
@@ -232,6 +238,9 @@ def launch_defaults(capability: int, dtype: DType, *, every: bool) -> Iterator[L
                 bound = shared_memory_bytes(problem, config)
                 note = {"bound": bound, "tma": config.tma, "config": config.label}
                 yield Launch(partial(backend.run, *unwritten_layer(problem), config), note)
+                if dtype == "bf16":
+                    by_columns = replace(problem, transposed=True, interleaved=problem.gated)
+                    yield Launch(partial(backend.run, *unwritten_layer(by_columns), config), note)
                 if not every:
                     return
 

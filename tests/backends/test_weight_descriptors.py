@@ -84,7 +84,7 @@ def inputs(seed: int = 0) -> Inputs:
 def recorded(backend: Described) -> Replay:
     for _ in range(2):
         backend.run(*inputs(), CONFIG)
-    return record(backend, inputs(), CONFIG, backend._descriptors)
+    return record(backend, inputs(), CONFIG, backend._descriptors, {})
 
 
 def running(backend: Described) -> Callable[..., Tensor]:

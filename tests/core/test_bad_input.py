@@ -72,9 +72,9 @@ def fake(**changes: torch.Tensor) -> torch.Tensor:
         return call(**{name: mode.from_tensor(tensor) for name, tensor in arguments.items()})
 
 
-def changed(change: Callable[[torch.Tensor], object]) -> ExpertWeights:
+def changed(change: Callable[[torch.Tensor], object], layer: ExpertWeights | None = None) -> ExpertWeights:
     """A layer whose gate_up was changed after it was wrapped."""
-    layer = experts()
+    layer = layer or experts()
     change(layer.gate_up)
     return layer
 
@@ -238,42 +238,52 @@ CALLS = {
     "weights of another shape now": Bad(
         lambda: call(experts=changed(lambda t: set_data(t, torch.randn(E + 1, 2 * N, K)))), ("[5, 96, 64]",)
     ),
+    "weights that want a gradient now": Bad(
+        lambda: call(experts=changed(lambda t: t.requires_grad_(), quantized())), ("changed since", "gradient")
+    ),
     "integer tokens for fp8": Bad(
         lambda: call(experts=quantized(), hidden_states=torch.ones(M, K, dtype=torch.int32)), ("int32", "bfloat16")
     ),
 }
+
+
+def described(**changes: Any) -> MoEProblem:
+    return MoEProblem(**{"M": 1, "K": 1, "N": 1, "E": 1, "topk": 1, **changes})
+
+
+def prepare(*arguments: Any, **options: Any) -> None:
+    warm_up(experts(), *arguments, **options)
+
+
 DESCRIPTIONS = {
-    "negative M": Bad(lambda: MoEProblem(M=-1, K=1, N=1, E=1, topk=1), ("M=-1",)),
-    "no topk": Bad(lambda: MoEProblem(M=1, K=1, N=1, E=1, topk=0), ("topk=0",)),
-    "topk that is None": Bad(lambda: MoEProblem(M=1, K=1, N=1, E=1, topk=None), ("topk=None", "integer")),  # type: ignore[arg-type]
-    "M that is a float": Bad(lambda: MoEProblem(M=1.5, K=1, N=1, E=1, topk=1), ("M=1.5", "integer")),  # type: ignore[arg-type]
-    "E that is a text": Bad(lambda: MoEProblem(M=1, K=1, N=1, E="8", topk=1), ("E='8'", "integer")),  # type: ignore[arg-type]
-    "a list for a dtype": Bad(lambda: MoEProblem(M=1, K=1, N=1, E=1, topk=1, dtype=["bf16"]), ("dtype",)),  # type: ignore[arg-type]
-    "unknown device": Bad(lambda: MoEProblem(M=1, K=1, N=1, E=1, topk=1, device="tpu"), ("tpu", "cuda")),
-    "capability that is a float": Bad(lambda: MoEProblem(M=1, K=1, N=1, E=1, topk=1, capability=9.0), ("(9, 0)",)),  # type: ignore[arg-type]
+    "negative M": Bad(lambda: described(M=-1), ("M=-1",)),
+    "no topk": Bad(lambda: described(topk=0), ("topk=0",)),
+    "topk that is None": Bad(lambda: described(topk=None), ("topk=None", "integer")),
+    "M that is a float": Bad(lambda: described(M=1.5), ("M=1.5", "integer")),
+    "E that is a text": Bad(lambda: described(E="8"), ("E='8'", "integer")),
+    "a list for a dtype": Bad(lambda: described(dtype=["bf16"]), ("dtype",)),
+    "unknown device": Bad(lambda: described(device="tpu"), ("tpu", "cuda")),
+    "capability that is a float": Bad(lambda: described(capability=9.0), ("(9, 0)",)),
     "a list for an activation": Bad(lambda: experts(activation=["silu"]), ("silu", "relu2")),
-    "warm_up of negative tokens": Bad(lambda: warm_up(experts(), 2, [-1]), ("tokens", "-1")),
-    "warm_up of a number": Bad(lambda: warm_up(experts(), 2, 1.5), ("tokens", "1.5")),  # type: ignore[arg-type]
-    "warm_up of texts": Bad(lambda: warm_up(experts(), 2, ["a"]), ("tokens", "'a'")),  # type: ignore[list-item]
-    "warm_up without topk": Bad(lambda: warm_up(experts(), None, [1]), ("topk", "None")),  # type: ignore[arg-type]
-    "warm_up of more experts than there are": Bad(lambda: warm_up(experts(), 9, [1]), ("topk=9", "E=4")),
-    "warm_up in no dtype": Bad(lambda: warm_up(experts(), 2, [1], "fp32"), ("act_dtype", "'fp32'")),  # type: ignore[arg-type]
-    "warm_up in integers": Bad(lambda: warm_up(experts(), 2, [], torch.int32, up_to=4), ("act_dtype", "int32")),
-    "warm_up of a list for backend": Bad(
-        lambda: warm_up(experts(), 2, [], up_to=4, backend=["reference"]),  # type: ignore[arg-type]
-        ("backend", "list"),
-    ),
-    "warm_up up to nothing": Bad(lambda: warm_up(experts(), 2, [], up_to=""), ("up_to", "''")),  # type: ignore[arg-type]
+    "warm_up of negative tokens": Bad(lambda: prepare(2, [-1]), ("tokens", "-1")),
+    "warm_up of a number": Bad(lambda: prepare(2, 1.5), ("tokens", "1.5")),
+    "warm_up of texts": Bad(lambda: prepare(2, ["a"]), ("tokens", "'a'")),
+    "warm_up without topk": Bad(lambda: prepare(None, [1]), ("topk", "None")),
+    "warm_up of more experts than there are": Bad(lambda: prepare(9, [1]), ("topk=9", "E=4")),
+    "warm_up in no dtype": Bad(lambda: prepare(2, [1], "fp32"), ("act_dtype", "'fp32'")),
+    "warm_up in integers": Bad(lambda: prepare(2, [], torch.int32, up_to=4), ("act_dtype", "int32")),
+    "warm_up of a list for backend": Bad(lambda: prepare(2, [], up_to=4, backend=["reference"]), ("backend", "list")),
+    "warm_up up to nothing": Bad(lambda: prepare(2, [], up_to=""), ("up_to", "''")),
     "a list for interleaved": Bad(lambda: experts(interleaved=[]), ("interleaved", "list")),
-    "a list for bias": Bad(lambda: MoEProblem(M=1, K=1, N=1, E=1, topk=1, bias=[]), ("bias", "[]")),  # type: ignore[arg-type]
+    "a list for bias": Bad(lambda: described(bias=[]), ("bias", "[]")),
     "warm_up of a tensor": Bad(lambda: warm_up(weights()[0], 2, [1]), ("ExpertWeights", "Tensor")),  # type: ignore[arg-type]
-    "warm_up in another dtype": Bad(lambda: warm_up(experts(), 2, [1], torch.float64), ("float64",)),
+    "warm_up in another dtype": Bad(lambda: prepare(2, [1], torch.float64), ("float64",)),
     "explain on a number": Bad(lambda: explain(problem(), machine=5), ("Machine", "int")),  # type: ignore[arg-type]
     "explain of nothing": Bad(explain, ("MoEProblem", "0 arguments")),
-    "unknown dtype": Bad(lambda: MoEProblem(M=1, K=1, N=1, E=1, topk=1, dtype="int4"), ("int4", "fp8")),  # type: ignore[arg-type]
-    "fp8 tokens": Bad(lambda: MoEProblem(M=1, K=1, N=1, E=1, topk=1, act_dtype="fp8"), ("act_dtype",)),
-    "mixed problem": Bad(lambda: MoEProblem(M=1, K=1, N=1, E=1, topk=1, dtype="fp16"), ("share a dtype",)),
-    "unknown mode": Bad(lambda: MoEProblem(M=1, K=1, N=1, E=1, topk=1, mode="lazy"), ("lazy", "graph")),  # type: ignore[arg-type]
+    "unknown dtype": Bad(lambda: described(dtype="int4"), ("int4", "fp8")),
+    "fp8 tokens": Bad(lambda: described(act_dtype="fp8"), ("act_dtype",)),
+    "mixed problem": Bad(lambda: described(dtype="fp16"), ("share a dtype",)),
+    "unknown mode": Bad(lambda: described(mode="lazy"), ("lazy", "graph")),
     "more experts per token than there are": Bad(lambda: workload("4,8,64,64"), ("topk ≤ E", "4,8,64,64")),
     "routing beyond E": Bad(lambda: ROUTINGS["uniform"].sample(2, 2, 3, "cpu"), ("topk=3", "E=2")),
     "explain of three tensors": Bad(lambda: explain(1, 2, 3), ("MoEProblem", "3 arguments")),

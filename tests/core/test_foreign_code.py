@@ -18,13 +18,13 @@ from moe_dispatch import (
     BackendUnavailableError,
     BackendUnsupportedError,
     Choice,
+    InvalidInputError,
     Machine,
     MoEDispatchWarning,
     MoEProblem,
     Policy,
     explain,
     moe_forward,
-    stats,
 )
 from moe_dispatch.backend import Backend, BackendConfig, Inputs, Run
 from moe_dispatch.dispatch.dispatcher import FAST_PATH_CALLS
@@ -95,6 +95,7 @@ QUESTIONS = {
     "the constructor exits": foreign(__init__=raising(SystemExit("bye"))),
     "config_type is none": foreign(config_type=dict),
     "tolerance is a number": foreign(tolerance=1e-2),
+    "tolerance is of another dtype": foreign(tolerance={"bf16": 1e-2}),
     "tolerance raises": foreign(tolerance=property(raising(KeyError("bf16")))),
     "needs_probe is a string": foreign(needs_probe="yes"),
 }
@@ -126,13 +127,6 @@ def test_an_estimate_that_fails_is_replaced(method: str) -> None:
         assert backend.quantizes_activations(problem)
 
 
-def test_whether_activations_are_quantised_is_asked_of_the_backend_itself() -> None:
-    with registered(foreign(quantizes_activations=lambda *_: False)):
-        backend = make_backend("foreign", Machine.inspect("cpu")).require()
-        problem = MoEProblem(M=2, K=8, N=8, E=2, topk=1, dtype="fp8", act_dtype="fp32", device="cpu", capability=None)
-        assert not backend.quantizes_activations(problem)
-
-
 @pytest.mark.parametrize("code", ["import sys; sys.exit(3)", "raise SystemExit", "raise KeyError('x')", "1 +"])
 def test_a_module_that_ends_at_import(code: str, call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "ends_at_import.py").write_text(code)
@@ -141,6 +135,11 @@ def test_a_module_that_ends_at_import(code: str, call: Call, tmp_path: Path, mon
         with pytest.warns(MoEDispatchWarning, match=r"'ends'.*does not import.*'honest' runs instead"):
             assert torch.equal(moe_forward(*call), expected(call))
         assert "does not import" in explain(*call).candidates[0].against[0]
+        status = next(each for each in get_dispatcher("cpu").planner.statuses() if each.name == "ends")
+        assert not status.available
+        assert "does not import" in status.reasons[0]
+        with pytest.raises(BackendUnavailableError, match="does not import"):
+            moe_forward(*call, backend="ends")
 
 
 def test_ctrl_c_is_not_caught(call: Call) -> None:
@@ -159,12 +158,17 @@ def test_a_run_may_raise_anything(error: BaseException, needs_probe: bool, call:
         assert torch.equal(moe_forward(*call), expected(call))
 
 
-def test_a_policy_that_fails_is_passed_over(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("error", "says"), [(KeyError(6), "KeyError: 6"), (InvalidInputError("the table is gone"), "the table is gone")]
+)
+def test_a_policy_that_fails_is_passed_over(
+    error: Exception, says: str, call: Call, monkeypatch: pytest.MonkeyPatch
+) -> None:
     class Failing(Policy):
         name = "failing"
 
         def rank(self, problem: MoEProblem) -> tuple[Choice, ...]:
-            raise KeyError(problem.M)
+            raise error
 
         def notes(self) -> tuple[str, ...]:
             raise SystemExit
@@ -174,7 +178,7 @@ def test_a_policy_that_fails_is_passed_over(call: Call, monkeypatch: pytest.Monk
     settings.cache_clear()
     try:
         with ranked(Honest):
-            with pytest.warns(MoEDispatchWarning, match="policy 'failing' is passed over: KeyError: 6"):
+            with pytest.warns(MoEDispatchWarning, match=f"policy 'failing' is passed over: {says}"):
                 assert torch.equal(moe_forward(*call), expected(call))
             with pytest.warns(MoEDispatchWarning, match="policy 'failing' is passed over: SystemExit"):
                 notes = explain(*call).notes
@@ -326,7 +330,10 @@ class CountingOnce(Foreign):
 PROBED = {
     "None": (foreign(run=_returning(lambda out, _: None)), "NoneType"),
     "a list": (foreign(run=_returning(lambda out, _: out.tolist())), "list"),
-    "another shape": (foreign(run=_returning(lambda out, _: out[:, :10])), "must be the same"),
+    "another shape": (
+        foreign(run=_returning(lambda out, _: out[:, :10])),
+        r", 10\] on cpu for hidden_states of .* must be the same",
+    ),
     "another dtype": (foreign(run=_returning(lambda out, _: out.double())), "float64"),
     "another device": (foreign(run=_returning(lambda out, _: out.to("meta"))), "meta"),
     "NaN": (foreign(run=_returning(lambda out, _: out * torch.nan)), "relative error"),
@@ -488,12 +495,3 @@ with ranked(Slow), torch.no_grad():
         env={**__import__("os").environ, "MOE_DISPATCH_POLICY": "fixed"},
     )  # fmt: skip
     assert "exit 7" in done.stdout, done.stdout + done.stderr
-
-
-def test_statistics_count_each_fault_once(call: Call) -> None:
-    with ranked(foreign(run=raising(RuntimeError("no")), needs_probe=False), Honest):
-        with pytest.warns(MoEDispatchWarning):
-            moe_forward(*call)
-        moe_forward(*call)
-        assert stats()["foreign"] == {"ran": 0, "fell_back": 1, "quarantined": 1}
-        assert stats()["honest"]["ran"] == 2

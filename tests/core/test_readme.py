@@ -8,7 +8,6 @@ from pathlib import Path
 from moe_dispatch.machine import Machine
 from moe_dispatch.problem import DTYPES
 from moe_dispatch.registry import BACKENDS
-from moe_dispatch.settings import VARIABLES
 from moe_dispatch.workloads import Workload
 
 README = Path(__file__).parents[2] / "README.md"
@@ -61,8 +60,3 @@ def test_the_support_matrix_is_what_the_backends_declare() -> None:
     )
     table = done.stdout.strip()
     assert table in README.read_text(encoding="utf-8"), f"README.md must hold this table:\n{table}"
-
-
-def test_every_environment_variable_is_described() -> None:
-    text = README.read_text(encoding="utf-8")
-    assert [name for name in VARIABLES if f"`{name}`" not in text] == []

@@ -5,7 +5,6 @@
 3. Tensors may start where only their element size divides the address.
 4. Weights that no kernel can read are refused: distributed, freed, moved, or of another dtype than before.
 5. A NaN stays in its token, and is not lost.
-6. FP16 experts may exceed FP16's range where the weighted sum does not.
 
 What can cost the CUDA context (2 with a library, 3 and 4) runs in a process of its own for each backend:
 ``python -m tests.gpu.test_faults FUNCTION BACKEND``.
@@ -29,7 +28,6 @@ from moe_dispatch.errors import BackendUnavailableError
 from moe_dispatch.registry import BACKENDS, make_backend
 from moe_dispatch.settings import settings
 from moe_dispatch.testing import Case, Inputs, Precision, conform, make_inputs, relative_error
-from tests.backends import test_fp16_range as fp16_range
 
 pytestmark = pytest.mark.gpu
 
@@ -344,20 +342,6 @@ def test_a_nan_stays_in_its_token(name: str, dtype: str, M: int) -> None:
     problem = case.problem(PRECISIONS[dtype], made.machine)
     for config in made.configs(problem) if name in LIBRARIES else [made.default_config(problem)]:
         conform(made, config, inputs)
-
-
-# 6. The range of FP16.
-
-
-@pytest.mark.parametrize("case", fp16_range.CASES.values(), ids=fp16_range.CASES)
-@NAMES
-def test_experts_may_exceed_the_range_of_fp16(name: str, case: Case) -> None:
-    fp16_range.check_finite(name, fp16_range.overflowing(case, "cuda"))
-
-
-@NAMES
-def test_weights_above_one_carry_nothing_beyond_the_range_of_fp16(name: str) -> None:
-    fp16_range.check_finite(name, fp16_range.heavy("cuda"))
 
 
 if __name__ == "__main__":

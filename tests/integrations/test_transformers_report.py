@@ -6,7 +6,7 @@ import torch
 transformers = pytest.importorskip("transformers", minversion="5.17")
 
 from moe_dispatch.integrations.transformers import register, report  # noqa: E402
-from tests.integrations.transformers_models import build, calls, experts_of, gpt_oss, qwen3  # noqa: E402
+from tests.integrations.transformers_models import build, calls, experts_of, qwen3  # noqa: E402
 
 
 def test_each_layer_has_a_line_with_its_reason() -> None:
@@ -31,13 +31,6 @@ def test_a_model_that_did_not_ask_is_told_how() -> None:
     (line, _) = report(build(qwen3())).layers
     assert line.state == "own"
     assert 'set_experts_implementation("moe_dispatch")' in line.reason
-
-
-def test_transposed_weights_are_mentioned() -> None:
-    register()
-    model = build(gpt_oss())
-    model.set_experts_implementation("moe_dispatch")
-    assert "a copy of them, in compiled graphs in place" in report(model).layers[0].reason
 
 
 def test_families_without_an_interface_are_out_of_reach() -> None:

@@ -1,4 +1,4 @@
-"""The weights of transformers' layers: what is read in place, what is copied, and that nothing outlives its model."""
+"""The weights of transformers' layers: that they are read in place, and that nothing outlives its model."""
 
 import gc
 import weakref
@@ -15,7 +15,7 @@ from moe_dispatch.integrations.transformers import own, register  # noqa: E402
 from moe_dispatch.integrations.transformers.takeover import take_over  # noqa: E402
 from tests.integrations.transformers_models import call_of, calls, gpt_oss, layer, qwen3  # noqa: E402
 
-BOTH = pytest.mark.parametrize("config", [qwen3, gpt_oss], ids=["in place", "copied"])
+BOTH = pytest.mark.parametrize("config", [qwen3, gpt_oss], ids=["straight", "transposed"])
 
 
 @pytest.fixture(autouse=True)
@@ -81,9 +81,18 @@ def test_unchanged_weights_are_wrapped_once(config: Callable[[], Any]) -> None:
     assert weights_of(module) is kept
 
 
-def test_plain_weights_are_not_copied() -> None:
-    module = layer(qwen3())
-    assert weights_of(module).gate_up.data_ptr() == module.gate_up_proj.data_ptr()
+@BOTH
+def test_weights_are_not_copied(config: Callable[[], Any]) -> None:
+    module = layer(config())
+    experts = weights_of(module)
+    assert experts.gate_up.data_ptr() == module.gate_up_proj.data_ptr()
+    assert experts.down.data_ptr() == module.down_proj.data_ptr()
+
+
+def test_weights_that_no_backend_reads_in_place_keep_the_own_forward() -> None:
+    module = layer(gpt_oss())
+    module.down_proj.data = module.down_proj.data.mT.contiguous().mT
+    assert "not contiguous" in take_over(module, torch.float32).reason
 
 
 def storages(module: Any) -> list["weakref.ref[torch.UntypedStorage]"]:
@@ -117,23 +126,13 @@ def test_weights_that_moved_leave_no_memory_behind(config: Callable[[], Any], mo
     module = layer(config())
     dispatched(module)
     memory = storages(module)
+    gc.collect()  # what Triton's interpreter has left of a launch
     gc.disable()  # what is read in place may not wait for a collection
     try:
         move(module)
-        if config is gpt_oss:
-            gc.collect()
         assert [each() for each in memory] == [None] * len(memory)
     finally:
         gc.enable()
-
-
-def test_a_copy_is_dropped_when_the_weights_move() -> None:
-    module = layer(gpt_oss())
-    dispatched(module)
-    copy = weakref.ref(weights_of(module))
-    module.to(torch.float64)
-    gc.collect()
-    assert copy() is None
 
 
 @BOTH
@@ -147,34 +146,6 @@ def test_a_deleted_model_leaves_nothing_behind(config: Callable[[], Any]) -> Non
     assert alive() is None
     assert kept() is None
     assert not any(each() for each in memory)
-
-
-def test_weights_that_are_freed_between_calls_are_not_copied_forever() -> None:
-    module = layer(gpt_oss())
-    for _ in range(3):
-        dispatched(module)
-        for name, weight in list(module.named_parameters()):
-            setattr(module, name, torch.nn.Parameter(weight.detach().clone()))
-    torch.testing.assert_close(dispatched(module), eager(module), rtol=1e-4, atol=1e-5)
-    assert is_in_place(module)
-
-
-def is_in_place(module: Any) -> bool:
-    """Whether the backends read the module's own memory."""
-    return bool(weights_of(module).gate_up.data_ptr() == module.gate_up_proj.data_ptr())
-
-
-@BOTH
-def test_inference_tensors_are_read_in_place(config: Callable[[], Any]) -> None:
-    """They do not count their changes, so that a copy could go stale."""
-    with torch.inference_mode():
-        module = layer(config())
-        first = dispatched(module)
-        assert is_in_place(module)
-        module.down_proj.mul_(3.0)
-        second = dispatched(module)
-        assert not torch.allclose(first, second)
-        torch.testing.assert_close(second, eager(module), rtol=1e-4, atol=1e-4)
 
 
 def test_transposed_weights_of_any_shape_are_read_in_place() -> None:

@@ -16,14 +16,12 @@ import torch
 import torch.distributed as dist
 
 from moe_dispatch import moe_forward
-from moe_dispatch.backend import FAST_PATH_TOKENS
 from moe_dispatch.backends.exchange import push
 from moe_dispatch.benchmarks.record import expert_parallel
 from moe_dispatch.benchmarks.record.rank_clock import Clock
-from moe_dispatch.dispatch import arrived_calls
 from moe_dispatch.errors import InvalidInputError
 from moe_dispatch.experts import ExpertWeights
-from moe_dispatch.parallel import direct, watch
+from moe_dispatch.parallel import watch
 from moe_dispatch.parallel.exchange import Arrived, LocalTokens, Tokens
 from moe_dispatch.parallel.expert_parallel import ExpertParallel
 from moe_dispatch.parallel.gather import GatherExchange
@@ -67,12 +65,11 @@ def tokens_of(M: int, spread: str) -> list[int]:
 
 def conformance(
     names: list[str], precision: Precision, tokens: str, exchange: str, spread: str, backend: str | None = None,
-    rows_aside: int = push.ROWS_ASIDE, own_first: int = direct.OWN_FIRST, fast_path: int = FAST_PATH_TOKENS,
+    rows_aside: int = push.ROWS_ASIDE,
 ) -> list[str]:  # fmt: skip
     """Run cases of the conformance suite through a layer that is spread over the ranks; returns what is wrong."""
     rank, faults = dist.get_rank(), []
     ep = parallel(tokens=tokens, exchange=exchange)
-    ep._session.dispatcher.arrived.forget_plans()  # which follow from `fast_path`
     for name in names:
         inputs = make_inputs(CASES[name], precision, "cpu")
         layer = ep.split(inputs.experts)
@@ -80,11 +77,7 @@ def conformance(
         if tokens == "sharded":
             counts = tokens_of(CASES[name].M, spread)
             mine = slice(sum(counts[:rank]), sum(counts[: rank + 1]))
-        with (
-            mock.patch.object(push, "ROWS_ASIDE", rows_aside),
-            mock.patch.object(direct, "OWN_FIRST", own_first),
-            mock.patch.object(arrived_calls, "FAST_PATH_TOKENS", fast_path),
-        ):
+        with mock.patch.object(push, "ROWS_ASIDE", rows_aside):
             if fault := _fault(inputs, layer, mine, TOLERANCE[precision.dtype], backend):
                 faults.append(f"{name}: {fault}")
     return faults
@@ -319,6 +312,11 @@ def call_with(what: str) -> None:
     )  # fmt: skip
 
 
+def call_without_tokens() -> None:
+    """Make a call without a token on any rank, that names no backend there is."""
+    own_call(parallel(timeout=100.0), M=0, backend="no_such")
+
+
 def backends_that_ran() -> list[str]:
     """Which backends run a call where the last rank cannot use torch_grouped."""
     from moe_dispatch.backends.torch_grouped import TorchGroupedBackend
@@ -386,10 +384,12 @@ def lose_a_rank(how: str, victim: int, timeout: float) -> Any:
     return None
 
 
-def recorded(folder: str) -> tuple[int, list[dict[str, Any]]]:
+def recorded(folder: str, replicated: bool) -> tuple[int, list[dict[str, Any]]]:
     """Run the benchmark's record for a tiny layer: how many results were wrong, and the rows that rank 0 wrote."""
     out = Path(folder) / "rows.jsonl"
-    options = argparse.Namespace(exchange=None, out=str(out), routing="uniform", replays=1, brief=False)
+    options = argparse.Namespace(
+        exchange=None, out=str(out), routing="uniform", replays=1, brief=False, replicated=replicated
+    )
     device = torch.device("cpu")
     with torch.no_grad():
         wrong = expert_parallel._run(
@@ -399,19 +399,31 @@ def recorded(folder: str) -> tuple[int, list[dict[str, Any]]]:
     return wrong, [json.loads(line) for line in out.read_text().splitlines()] if out.exists() else []
 
 
-def refuse_on_one_rank() -> tuple[str, int]:
-    """A call that is right, one that the last rank refuses, and a right one again."""
+def refuse_on_one_rank(what: str) -> tuple[str, int]:
+    """A call that is right, one that the last rank refuses, and a right one again.
+
+    Args:
+        what: What is wrong on the last rank: ``"hidden_states"``, or ``"weights"`` that were replaced before.
+    """
     ep = ExpertParallel(timeout=100.0)
     inputs = make_inputs(LAYER, FP32, "cpu")
     layer = ep.split(inputs.experts)
     last = dist.get_rank() == dist.get_world_size() - 1
-    hidden = inputs.hidden_states.double() if last else inputs.hidden_states
+    hidden, down = inputs.hidden_states, layer.local.down
     refusal = ""
-    moe_forward(inputs.hidden_states, layer, inputs.topk_weights, inputs.topk_ids)
+    moe_forward(hidden, layer, inputs.topk_weights, inputs.topk_ids)
+    right = down.data
+    if what == "hidden_states" and last:
+        hidden = hidden.double()
+    elif what == "weights":
+        down.data = right = right.clone()
+        moe_forward(hidden, layer, inputs.topk_weights, inputs.topk_ids)
+        down.data = right[:, 1:].contiguous() if last else right
     try:
         moe_forward(hidden, layer, inputs.topk_weights, inputs.topk_ids)
     except InvalidInputError as error:
         refusal = str(error)
+    down.data = right
     out = moe_forward(inputs.hidden_states, layer, inputs.topk_weights, inputs.topk_ids)
     return refusal, out.shape[0]
 

@@ -61,22 +61,6 @@ def test_layers_in_fp8_conform_where_codes_travel(three: Ranks) -> None:
     assert three.run(stores, ["M=3"], precision, "sharded", "direct_fp8_twin", "uneven") == [[], [], []]
 
 
-@pytest.mark.parametrize(
-    ("exchange", "precision", "fast_path"),
-    [
-        ("direct_twin", programs.FP32, 256),  # all results are tensors
-        ("direct_twin", programs.FP32, 0),  # all are stored
-        ("direct_fp8_twin", Precision("fp8", "fp16"), 256),  # own ones are tensors, others are stored
-    ],
-)
-def test_own_rows_may_run_before_others_have_arrived(
-    three: Ranks, exchange: str, precision: Precision, fast_path: int
-) -> None:
-    options: dict[str, Any] = {"backend": "triton_persistent", "rows_aside": 0, "own_first": 0}
-    split = partial(programs.conformance, **options, fast_path=fast_path)
-    assert three.run(split, ["M=17"], precision, "sharded", exchange, "even") == [[], [], []]
-
-
 def test_timed_transfers_carry_results_also_where_experts_store_them(three: Ranks) -> None:
     assert three.run(programs.what_transfers_send, "direct_twin") == [["Tensor"]] * 3
 

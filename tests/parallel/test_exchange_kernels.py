@@ -20,12 +20,9 @@ def launches(capability: int, M: int) -> Iterator[Launch]:
     hidden, weights = torch.empty(M, K, dtype=torch.bfloat16), torch.empty(M, topk)
     ids = torch.empty(M, topk, dtype=torch.int64)
     first = torch.empty(ranks, dtype=torch.int32)
-    weights_ahead = torch.empty(64, 1536, row_bytes, dtype=torch.uint8)
-    facts: dict[str, Any] = {"first_experts": first, "capacity": M, "E": 128, "seconds": 60.0, "weights": weights_ahead}
+    facts: dict[str, Any] = {"first_experts": first, "capacity": M, "E": 128, "seconds": 60.0}
     yield Launch(lambda: memory.push_tokens(hidden, weights, ids, **facts))
-    yield Launch(
-        lambda: memory.push_tokens(hidden, weights, ids, **{**facts, "weights": weights_ahead[:8]}, quantize=True)
-    )
+    yield Launch(lambda: memory.push_tokens(hidden, weights, ids, **facts, quantize=True))
     partial = torch.empty(ranks * M, K, dtype=torch.bfloat16)
     for results in (partial, memory.peer_rows(M, K, torch.bfloat16)):
         yield Launch(partial_of(memory.push_results, results, M, K, capacity=M, seconds=60.0))

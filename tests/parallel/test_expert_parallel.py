@@ -79,10 +79,11 @@ def test_every_rank_chooses_the_exchange_that_was_fastest(three: Ranks, tokens: 
         assert not failed
 
 
-def test_the_record_checks_what_it_measures(three: Ranks, tmp_path: Any) -> None:
-    (wrong, rows), *_ = three.run(programs.recorded, str(tmp_path))
+@pytest.mark.parametrize("other", ["alltoall", "replicated"])
+def test_the_record_checks_what_it_measures(three: Ranks, tmp_path: Any, other: str) -> None:
+    (wrong, rows), *_ = three.run(programs.recorded, str(tmp_path), other == "replicated")
     assert wrong == 0
-    names = ("gather", "alltoall", "chosen")
+    names = ("gather", other, "chosen")
     assert [(row["M"], row["exchange"]) for row in rows] == [(M, name) for M in (4, 1) for name in names]
     for first, second, choice in (rows[:3], rows[3:]):
         times = {row["exchange"]: row["us"] for row in (first, second)}
@@ -154,10 +155,18 @@ def test_ranks_in_another_call_are_refused(three: Ranks, what: str, said: str) -
     assert all(said in text for text in mismatches(three, programs.call_with, what))
 
 
-def test_arguments_that_one_rank_refuses_are_refused_by_all(three: Ranks) -> None:
-    (first, M), (second, _), (third, _) = three.run(programs.refuse_on_one_rank)
-    assert first == second == "rank 2 refuses the arguments of call 2, as its own error says; nothing was run"
-    assert third.startswith("hidden_states is torch.float64")
+def test_a_name_is_checked_where_nothing_runs(three: Ranks) -> None:
+    assert [each.name for each in three.outcomes(programs.call_without_tokens)] == ["UnknownNameError"] * 3
+
+
+@pytest.mark.parametrize(
+    ("what", "number", "said"),
+    [("hidden_states", 2, "hidden_states is torch.float64"), ("weights", 3, "the weights changed since")],
+)
+def test_arguments_that_one_rank_refuses_are_refused_by_all(three: Ranks, what: str, number: int, said: str) -> None:
+    (first, M), (second, _), (third, _) = three.run(programs.refuse_on_one_rank, what)
+    assert first == second == f"rank 2 refuses the arguments of call {number}, as its own error says; nothing was run"
+    assert third.startswith(said)
     assert M == programs.LAYER.M, "the next call works"
 
 

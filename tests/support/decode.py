@@ -44,7 +44,9 @@ class Case(conformance.Case):
 
     def experts(self) -> ExpertWeights:
         generator = torch.Generator().manual_seed(1)
-        return make_experts(self.layer, self.dtype, "cpu", generator, act_dtype=self.act_dtype)
+        return make_experts(
+            self.layer, self.dtype, "cpu", generator, act_dtype=self.act_dtype, transposed=self.transposed
+        )
 
     def tokens(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         generator = torch.Generator().manual_seed(2)

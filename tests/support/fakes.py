@@ -68,16 +68,6 @@ class Lying(Honest):
         return super().run(hidden_states, experts, topk_weights, topk_ids, config) * 1.5
 
 
-class NaN(Honest):
-    """Returns NaN; foreign."""
-
-    name = "nan"
-    needs_probe = True
-
-    def run(self, hidden_states: Tensor, *_: object, **__: object) -> Tensor:
-        return torch.full_like(hidden_states, torch.nan)
-
-
 class Greedy(Honest):
     """Runs out of memory above a number of tokens."""
 

@@ -140,9 +140,12 @@ def unwritten_layer(problem: MoEProblem) -> tuple[Tensor, ExpertWeights, Tensor,
         optional |= {"gate_up_scale": empty(E, *gate_up, dtype=scales), "down_scale": empty(E, *down, dtype=scales)}
     if problem.bias:
         optional |= {"gate_up_bias": empty(E, rows, dtype=plain), "down_bias": empty(E, K, dtype=plain)}
+    weights = [empty(E, R, C, dtype=dtype) for R, C in ((rows, K // packed), (K, N // packed))]
+    if problem.transposed:
+        weights = [empty(E, C, R, dtype=dtype).mT for R, C in ((rows, K), (K, N))]
     experts = ExpertWeights(
-        empty(E, rows, K // packed, dtype=dtype), empty(E, K, N // packed, dtype=dtype), **optional,
-        activation=problem.activation, interleaved=problem.interleaved,
+        *weights, **optional, activation=problem.activation, interleaved=problem.interleaved,
+        transposed=problem.transposed,
     )  # fmt: skip
     ids = empty(M, problem.topk, dtype=torch.int32)
     return empty(M, K, dtype=plain), experts, empty(M, problem.topk), ids

@@ -11,12 +11,8 @@ the model does keeps what transformers would have run by default (``grouped_mm``
 `report` lists the decision for every layer. At its first eager call a layer is compared with the model's own forward on
 two tokens, and keeps that forward if the two disagree.
 
-Memory: a layer's tensors are read in place and nothing is held of them between calls. Layers that store their experts
-transposed (gpt-oss, aria) get one contiguous copy at their first eager inference call, because the fastest backends
-read no other; it is dropped when the weights are freed, moved or replaced, and made anew when they change in place. A
-change through ``.data`` cannot be seen: write ``weight.copy_(…)`` under ``torch.no_grad()`` there. Where weights change
-without a trace (under torch.distributed, which FSDP and expert parallelism need, and with offloading), where a gradient
-is recorded for them, and in compiled graphs, they are read in place, by torch_grouped.
+Memory: a layer's tensors are read in place, transposed ones (gpt-oss, aria) too, and nothing is held of them between
+calls, so that whatever moves or changes them is seen by the next call.
 
 Under torch.compile and torch.export a layer stays in the graph, ``fullgraph=True`` included. Two things break the
 graph: forward-mode differentiation, and a layer that is offloaded by a hook of its own. Compiling the blocks of a

@@ -126,6 +126,8 @@ def model_forward(module: nn.Module) -> Any:
 def _unfit_fp8(module: Any) -> str:
     if not hasattr(module, "block_size"):
         return "its weights are FP8 without scales; load the model with transformers' FP8 quantisation"
+    if getattr(module, "is_transposed", False):
+        return "its FP8 weights are stored transposed, which no backend reads"
     block = module.block_size
     if block is not None and tuple(block) != (QUANT_BLOCK, QUANT_BLOCK):
         return f"its FP8 blocks are {block}, and {QUANT_BLOCK}×{QUANT_BLOCK} is what the backends take"

@@ -89,8 +89,4 @@ def _state(module: nn.Module) -> tuple[State, str]:
     dtype = weight.dtype if weight.dtype.itemsize > 1 else torch.bfloat16
     with torch.no_grad():
         taken = take_over(module, dtype)
-    if taken.experts is None:
-        return "own", taken.reason
-    if taken.experts.transposed or not layout.transposed:
-        return "dispatched", ""
-    return "dispatched", "its weights are stored transposed: by a copy of them, in compiled graphs in place"
+    return ("own", taken.reason) if taken.experts is None else ("dispatched", "")

@@ -11,13 +11,7 @@ from moe_dispatch.errors import InvalidInputError
 from moe_dispatch.experts import ExpertWeights
 from moe_dispatch.integrations.transformers.comparison import disagreement
 from moe_dispatch.integrations.transformers.layout import LAYOUT, layout_of
-from moe_dispatch.integrations.transformers.weights import (
-    experts_of,
-    is_straight,
-    is_transposed,
-    sources_of,
-    why_no_copy,
-)
+from moe_dispatch.integrations.transformers.weights import experts_of, sources_of
 from moe_dispatch.numerics import FP8
 from moe_dispatch.tensor_memory import tensor_fault
 from moe_dispatch.weight_checks import DTYPE_NAMES
@@ -51,13 +45,8 @@ def take_over(module: nn.Module, dtype: torch.dtype, others: Sequence[str] = ())
     sources = sources_of(module, layout)
     if reason := unfit_tensors(sources, dtype):
         return Taken(None, reason)
-    copied = not is_straight(layout, sources)
-    if copied and (reason := why_no_copy(module, sources)):
-        if not is_transposed(layout, sources):
-            return Taken(None, reason)
-        copied = False
     try:
-        experts = experts_of(module, layout, sources, copied=copied)
+        experts = experts_of(module, layout, sources)
     except InvalidInputError as error:
         return Taken(None, str(error))
     if reason := disagreement(module, experts, dtype):
@@ -77,6 +66,8 @@ def unfit_tensors(sources: Sequence[Tensor], dtype: torch.dtype) -> str:
     for source in sources:
         if fault := tensor_fault("its weight", source):
             return fault
+    if not all(source.is_contiguous() for source in sources):
+        return "its weights are not contiguous, and a copy of them could be stale"
     if weight.dtype not in DTYPE_NAMES or weight.device.type not in ("cpu", "cuda"):
         return f"its weights are {weight.dtype} on {weight.device}"
     if weight.dtype not in (FP8, dtype):

@@ -1,13 +1,10 @@
 """The forward while torch.compile or torch.export traces it. Imported then only: it imports all of torch's compiler."""
 
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import Tensor, nn
 
-from moe_dispatch.activations import Activation
-from moe_dispatch.api import explain
 from moe_dispatch.dispatch import torch_operator
 from moe_dispatch.dispatch.internals import forward_mode_entered
 from moe_dispatch.dispatch.uncompiled import call_uncompiled
@@ -18,16 +15,11 @@ from moe_dispatch.integrations.transformers.own import own_forward, warn_once
 from moe_dispatch.integrations.transformers.takeover import unfit_tensors, unknown_arguments
 from moe_dispatch.integrations.transformers.weights import (
     as_indexed,
-    is_straight,
-    is_transposed,
     offloaded,
     others_by_name,
     sources_of,
 )
 from moe_dispatch.numerics import FP8
-from moe_dispatch.problem import MoEProblem
-from moe_dispatch.registry import LAST_RESORT
-from moe_dispatch.weight_checks import DTYPE_NAMES
 
 
 def traced_forward(
@@ -45,7 +37,7 @@ def traced_forward(
     own = bool(layout.unfit or unknown_arguments(tuple(others)))
     if not own:
         sources = sources_of(module, layout)
-        own = bool(unfit_tensors(sources, hidden_states.dtype)) or not _is_readable(layout, sources)
+        own = bool(unfit_tensors(sources, hidden_states.dtype))
     if own:
         return own_forward(module, hidden_states, top_k_index, top_k_weights, **others)
     if offloaded(module) or forward_mode_entered(hidden_states, top_k_weights, *sources):
@@ -60,42 +52,6 @@ def traced_forward(
         hidden_states, top_k_weights, top_k_index, gate_up, down, **others_by_name(gate_up, rest),
         activation=layout.activation, interleaved=layout.interleaved, backend=None,
     )  # fmt: skip
-
-
-def _is_readable(layout: Layout, sources: Sequence[Tensor]) -> bool:
-    """Whether backends can read the tensors where they lie; nothing can be copied once for all runs of a graph."""
-    if is_straight(layout, sources):
-        return True
-    if not is_transposed(layout, sources):
-        return False
-    gate_up, down, *biases = sources
-    E, N, K = down.shape
-    readable: bool = is_read_in_graphs(
-        E, K, N, gate_up.dtype, gate_up.device, layout.activation, bool(biases),
-        layout.interleaved,
-    )  # fmt: skip
-    return readable
-
-
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def is_read_in_graphs(
-    E: int, K: int, N: int, dtype: torch.dtype, device: torch.device, activation: Activation, bias: bool,
-    interleaved: bool,
-) -> bool:  # fmt: skip
-    """Whether a backend reads such experts stored transposed, even where the graph becomes a CUDA graph.
-
-    The last resort, a loop over experts, does not count. A constant of the graph, as its arguments are; in a thread of
-    its own for the reasons that `inspect_in_trace` has.
-    """
-    on_gpu = device.type == "cuda"
-    problem = MoEProblem(
-        M=1, K=K, N=N, E=E, topk=1, dtype=DTYPE_NAMES[dtype], act_dtype=DTYPE_NAMES[dtype], activation=activation,
-        bias=bias, interleaved=interleaved, transposed=True, device=device.type,
-        capability=torch.cuda.get_device_capability(device) if on_gpu else None, mode="graph" if on_gpu else "eager",
-    )  # fmt: skip
-    with ThreadPoolExecutor(1) as pool:
-        chosen = pool.submit(explain, problem).result().chosen
-    return chosen is not None and chosen.choice.backend != LAST_RESORT
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]

@@ -1,0 +1,52 @@
+"""The weights of a layer whose tensors belong to the caller, who may free or replace them at any time."""
+
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moe_dispatch.experts import ExpertWeights
+from moe_dispatch.numerics import FP8
+
+
+def _borrowed(name: str) -> Any:
+    """An attribute that holds a lent tensor weakly and hands it out without its gradient, as backends index it."""
+    attribute = f"_{name}"
+
+    def get(experts: "BorrowedExperts") -> Tensor | None:
+        held: Tensor | weakref.ref[Tensor] | None = getattr(experts, attribute)
+        tensor = held() if isinstance(held, weakref.ref) else held
+        if tensor is None:
+            return None
+        if tensor.requires_grad and (torch.is_grad_enabled() or tensor.dtype == FP8):
+            tensor = tensor.detach()  # transformers' FP8 parameters claim to require a gradient
+        return experts.as_indexed(name, tensor)
+
+    def put(experts: "BorrowedExperts", tensor: Tensor | None) -> None:
+        setattr(experts, attribute, tensor)
+
+    return property(get, put)
+
+
+class BorrowedExperts(ExpertWeights):
+    """Weights that keep no memory of a model that moved, was offloaded, or got other weights.
+
+    Backends keep what they prepare for a layer by its `ExpertWeights`, so one object serves all calls of a layer. It is
+    made of aliases without a gradient, and then the tensors themselves are lent to it. Hold those during a call.
+    """
+
+    gate_up: Tensor = _borrowed("gate_up")
+    down: Tensor = _borrowed("down")
+    gate_up_scale: Tensor | None = _borrowed("gate_up_scale")
+    down_scale: Tensor | None = _borrowed("down_scale")
+    gate_up_bias: Tensor | None = _borrowed("gate_up_bias")
+    down_bias: Tensor | None = _borrowed("down_bias")
+
+    def lend(self, name: str, tensor: Tensor) -> None:
+        """Hold a tensor weakly from now on, in place of an alias of it."""
+        setattr(self, f"_{name}", weakref.ref(tensor))
+
+    def as_indexed(self, name: str, tensor: Tensor) -> Tensor:  # noqa: ARG002 - for subclasses
+        """A lent tensor as backends index it."""
+        return tensor
