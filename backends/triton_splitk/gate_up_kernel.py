@@ -76,9 +76,9 @@ def _moe_splitk_gate_up_kernel(
     offs_r = tl.arange(0, ROWS)
     part = offs_r % parts if INTERLEAVED else offs_r // columns
     column = tile * columns + (offs_r // parts if INTERLEAVED else offs_r % columns)
-    PACKED: tl.constexpr = 4 if SCALES == "mx" else 1  # columns in an element of the weights
     w_step = parts * N
     mask_r = column < N
+    PACKED: tl.constexpr = 4 if SCALES == "mx" else 1  # columns in an element of the weights
     if TRANSPOSED:
         # Gate and up that alternate in each column are one run.
         run: tl.constexpr = ROWS if INTERLEAVED else columns
