@@ -14,6 +14,12 @@ from moe_dispatch.problem import MoEProblem
 # Up to this many tokens a layer is bound by reading weights. At 1, 4, 16 and 64 tokens split-K reached 1.01 of the
 # roofline in BF16 and .88 in FP8 (geometric means), the best baseline of each point .90 and .71.
 DECODE_TOKENS: Final = 64
+# Above so many tokens with so many rows per expert, uneven routing gives some experts more rows than a split-K tile
+# has, and it reads their weights again. At 64 tokens under uniform and Dirichlet-4 routing: mixtral-8x7b in BF16 653 and
+# 548 µs, by triton_persistent 680 and 320; qwen3-30b-a3b 283 and 196, 288 and 180. At deepseek-v3, with two rows, split-K
+# is ahead (4304 µs), and so it is at 32 tokens in the mean of both.
+EVEN_DECODE_TOKENS: Final = 40
+EVEN_DECODE_ROWS: Final = 4
 # From this many rows per hit expert on, gluon_hopper's tiles of 128 rows are ahead of triton_persistent's of 64, two
 # programs of which share a multiprocessor. In FP8 two programs hide their epilogues better where loops are short: with
 # N of 768 to 1536 they are ahead by 1 to 3 % at 32 to 48 rows. At deepseek-v3 (N=2048) gluon_hopper is ahead by 3 % at
@@ -94,7 +100,7 @@ def _ranked(problem: MoEProblem) -> Ranked:
 
 def _hopper(problem: MoEProblem) -> Ranked:
     decode, grouped = _decode(problem), _grouped(problem)
-    if problem.M <= DECODE_TOKENS:
+    if _is_decode(problem):
         return (*decode, *grouped, _vllm("next at decode"), *_torch(problem), ("deep_gemm", "pads every expert"))
     rows = problem.expected_slots / problem.E
     work = problem.K * problem.N / (problem.K + problem.N)
@@ -110,7 +116,13 @@ def _hopper(problem: MoEProblem) -> Ranked:
 
 def _ours(problem: MoEProblem) -> Ranked:
     decode, grouped = _decode(problem), _grouped(problem)
-    return (*decode, *grouped) if problem.M <= DECODE_TOKENS else (*grouped, *decode)
+    return (*decode, *grouped) if _is_decode(problem) else (*grouped, *decode)
+
+
+def _is_decode(problem: MoEProblem) -> bool:
+    few_rows = problem.expected_slots < EVEN_DECODE_ROWS * problem.E
+    most = DECODE_TOKENS if few_rows else EVEN_DECODE_TOKENS
+    return most >= problem.M
 
 
 def _decode(problem: MoEProblem) -> Ranked:
