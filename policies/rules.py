@@ -15,9 +15,9 @@ from moe_dispatch.problem import MoEProblem
 # roofline in BF16 and .88 in FP8 (geometric means), the best baseline of each point .90 and .71.
 DECODE_TOKENS: Final = 64
 # Above so many tokens with so many rows per expert, uneven routing gives some experts more rows than a split-K tile
-# has, and it reads their weights again. At 64 tokens under uniform and Dirichlet-4 routing: mixtral-8x7b in BF16 653 and
-# 548 µs, by triton_persistent 680 and 320; qwen3-30b-a3b 283 and 196, 288 and 180. At deepseek-v3, with two rows, split-K
-# is ahead (4304 µs), and so it is at 32 tokens in the mean of both.
+# has, and it reads their weights again. At 64 tokens under uniform and Dirichlet-4 routing: mixtral-8x7b in BF16 653
+# and 548 µs, by triton_persistent 680 and 320; qwen3-30b-a3b 283 and 196, 288 and 180. At deepseek-v3, with two rows,
+# split-K is ahead (4304 µs), and so it is at 32 tokens in the mean of both.
 EVEN_DECODE_TOKENS: Final = 40
 EVEN_DECODE_ROWS: Final = 4
 # From this many rows per hit expert on, gluon_hopper's tiles of 128 rows are ahead of triton_persistent's of 64, two

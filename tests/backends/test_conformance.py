@@ -244,7 +244,9 @@ def interpreter_unseen(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("precision", PRECISIONS, ids=str)
 @pytest.mark.parametrize("name", [name for name in BUILT_IN if name not in COPYING])
 def test_memory_of_the_caller_is_written_once(name: str, precision: Precision) -> None:
-    case = Case(M=3, E=2, K=256) if DEVICE == "cuda" else Case(M=3, E=2, K=64, N=32)
+    # In MXFP4 rows may be ordered anew, and padded: to another width than the output's.
+    K = 320 if precision.dtype == "mxfp4" else 256
+    case = Case(M=3, E=2, K=K) if DEVICE == "cuda" else Case(M=3, E=2, K=64, N=32)
     if DEVICE == "cpu" and precision.act_dtype == "bf16" and name != "torch_grouped":
         pytest.skip("on a GPU only")
     backend, problem = eligible(name, case, precision)
