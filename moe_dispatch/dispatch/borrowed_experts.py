@@ -1,4 +1,4 @@
-"""The weights of a layer whose tensors belong to the caller, who may free or replace them at any time."""
+"""The weights of a layer whose tensors belong to the caller and may be freed or replaced at any time."""
 
 import weakref
 from typing import Any
