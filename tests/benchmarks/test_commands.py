@@ -6,35 +6,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from typer.testing import CliRunner
 
 from moe_dispatch.benchmarks import row_files
 from moe_dispatch.benchmarks.__main__ import app
 from moe_dispatch.benchmarks.rows import BenchRow
 from moe_dispatch.commands.app import app as main_app
 from moe_dispatch.machine import current_machine
-from tests.benchmarks.helpers import LAYER, ROOT, calibration, full_board, reference
+from tests.benchmarks.helpers import LAYER, ROOT, calibration, full_board, reference, run
 
 SMALL = ("--model", "4,2,64,32", "--dtype", "fp32", "--mode", "eager", "--seconds", "0")
 
 
-def run(*arguments: str | Path, status: int = 0) -> str:
-    """Output of a command of ``python -m moe_dispatch.benchmarks``, both streams."""
-    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    assert result.exit_code == status, result.output
-    return result.output
-
-
 def test_the_entry_point_lists_its_commands() -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "moe_dispatch.benchmarks", "--help"],
-        capture_output=True,
-        text=True,
-        check=True,
-        cwd=ROOT,
-    )
+    command = [sys.executable, "-m", "moe_dispatch.benchmarks", "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
     for name in ("run", "score", "regret", "agree", "plot", "pack", "ship"):
         assert name in done.stdout
 

@@ -69,11 +69,6 @@ ROOT = Path(__file__).parents[2]
 Call = tuple[Tensor, ExpertWeights, Tensor, Tensor]
 
 
-@pytest.fixture
-def call() -> Call:
-    return make_call(6)
-
-
 def make_call(M: int) -> Call:
     generator = torch.Generator().manual_seed(M)
     weights, ids = ROUTINGS["uniform"].sample(M, LAYER.E, LAYER.topk, "cpu", generator)

@@ -77,9 +77,16 @@ def routing(tokens: int = M) -> tuple[Tensor, Tensor]:
     return weights, ids
 
 
+def plain(layer: Layer) -> tuple[Tensor, ExpertWeights, Tensor, Tensor]:
+    """The arguments of a call."""
+    return torch.randn(M, K), layer.wrap(layer.tensors()), *routing()
+
+
 def recorded(layer: Layer) -> tuple[Tensor, ExpertWeights, Tensor, Tensor]:
-    """The arguments of a call whose hidden_states want a gradient."""
-    return torch.randn(M, K, requires_grad=True), layer.wrap(layer.tensors()), *routing()
+    """The same, with hidden_states that want a gradient."""
+    call = plain(layer)
+    call[0].requires_grad_()
+    return call
 
 
 def reference(hidden: Tensor, experts: ExpertWeights, weights: Tensor, ids: Tensor) -> Tensor:
@@ -133,7 +140,7 @@ def test_grouped_products_give_the_same(layer: Layer, poisoned_memory: None) -> 
 
 @pytest.mark.parametrize("module", [by_expert, grouped])
 def test_what_is_frozen_costs_nothing(module: Any) -> None:
-    inputs, gradient = recorded(LAYERS[1]), torch.randn(M, K)
+    inputs, gradient = plain(LAYERS[1]), torch.randn(M, K)
     whole = module.backward(gradient, inputs, EVERYTHING)
     for i, name in enumerate(Wanted._fields):
         alone = module.backward(gradient, inputs, Wanted(*(j == i for j in range(len(EVERYTHING)))))
@@ -193,7 +200,7 @@ def test_where_grouped_products_fail_the_loop_takes_over(monkeypatch: pytest.Mon
     def fail(*_: Any) -> Gradients:
         raise RuntimeError("no kernel image")
 
-    inputs, gradient = recorded(Layer()), torch.randn(M, K)
+    inputs, gradient = plain(Layer()), torch.randn(M, K)
     machine = Machine.inspect("cpu")
     monkeypatch.setattr(backward_module, "_failed", [])
     monkeypatch.setattr(grouped, "reasons_against", lambda *_: ())
@@ -349,8 +356,8 @@ def test_what_was_made_in_inference_mode_may_stand_beside_a_gradient(made_so: st
 
 
 def test_torch_func_takes_the_reference() -> None:
-    hidden, *others = recorded(Layer())
-    moe_forward(hidden.detach(), *others)  # of a kind that is known then
-    (expected,) = torch.autograd.grad(moe_forward(hidden, *others).sum(), hidden)
-    got = torch.func.grad(lambda h: moe_forward(h, *others).sum())(hidden.detach())
+    call = hidden, *_ = recorded(Layer())
+    moe_forward(hidden.detach(), *call[1:])  # of a kind that is known then
+    (expected,) = torch.autograd.grad(moe_forward(*call).sum(), hidden)
+    got = torch.func.grad(lambda h: moe_forward(h, *call[1:]).sum())(hidden.detach())
     torch.testing.assert_close(got, expected)

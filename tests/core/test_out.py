@@ -18,11 +18,6 @@ from tests.support.fakes import Greedy, Honest, Raising, ranked
 pytestmark = pytest.mark.usefixtures("fixed_policy", "no_grad")
 
 
-@pytest.fixture
-def call() -> Call:
-    return make_call(6)
-
-
 def memory(call: Call) -> Tensor:
     return torch.full_like(call[0], torch.nan)
 

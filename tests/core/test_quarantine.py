@@ -26,11 +26,6 @@ PROBLEM = MoEProblem(M=4, K=64, N=32, E=4, topk=2)
 
 
 @pytest.fixture
-def call() -> Call:
-    return make_call(6)
-
-
-@pytest.fixture
 def path(tmp_path: Path) -> Path:
     """The file of a quarantine that holds one fatal entry."""
     Quarantine(MACHINE, tmp_path).bar("deep_gemm", PROBLEM, "crashed", fatal=True)

@@ -79,21 +79,11 @@ def test_a_split_call_is_differentiated_as_a_whole_one(monkeypatch: pytest.Monke
     assert ran() == {"reference": 2}
 
 
-class Mapped:
+def mapped_over_tokens(call: Call, **options: Any) -> Tensor:
     """A layer under vmap, as ensembles and per-sample gradients write it."""
-
-    def __init__(self, call: Call) -> None:
-        self.hidden, self.experts, self.weights, self.ids = call
-
-    def over_tokens(self) -> Tensor:
-        stacked = torch.stack([self.hidden, -self.hidden])
-        out: Tensor = torch.func.vmap(lambda h: moe_forward(h, self.experts, self.weights, self.ids))(stacked)
-        return out
-
-    def over_ids(self) -> Tensor:
-        stacked = torch.stack([self.ids, self.ids.flip(0)])
-        out: Tensor = torch.func.vmap(lambda i: moe_forward(self.hidden, self.experts, self.weights, i))(stacked)
-        return out
+    stacked = torch.stack([call[0], -call[0]])
+    out: Tensor = torch.func.vmap(lambda hidden: moe_forward(hidden, *call[1:], **options))(stacked)
+    return out
 
 
 @pytest.mark.parametrize("known", [False, True])
@@ -103,7 +93,7 @@ def test_vmap_over_ids_bars_nothing(known: bool) -> None:
         if known:
             moe_forward(*call)
         with pytest.raises(InvalidInputError, match="vmap"):
-            Mapped(call).over_ids()
+            torch.func.vmap(lambda ids: moe_forward(*call[:3], ids))(torch.stack([call[3], call[3].flip(0)]))
         assert not get_dispatcher("cpu").quarantine.entries()
         before = stats().get("torch_grouped", {}).get("ran", 0)
         assert torch.allclose(moe_forward(*call), expected(call), atol=1e-5)
@@ -117,17 +107,15 @@ def test_vmap_over_tokens_takes_the_reference(known: bool) -> None:
     with ranked("torch_grouped"):
         if known:
             moe_forward(*call)
-        out = Mapped(call).over_tokens()
+        out = mapped_over_tokens(call)
         assert torch.allclose(out[0], expected(call), atol=1e-5)
         assert torch.allclose(out[1], expected((-hidden, *rest)), atol=1e-5)  # type: ignore[arg-type]  # a Call
         assert not get_dispatcher("cpu").quarantine.entries()
 
 
 def test_vmap_with_a_backend_by_name_is_refused() -> None:
-    hidden, experts, weights, ids = make_call(6)
-    stacked = torch.stack([hidden, hidden])
     with pytest.raises(InvalidInputError, match=r"'torch_grouped'.*torch.func"):
-        torch.func.vmap(lambda h: moe_forward(h, experts, weights, ids, backend="torch_grouped"))(stacked)
+        mapped_over_tokens(make_call(6), backend="torch_grouped")
 
 
 def test_what_the_reference_cannot_run_either_is_bad_input(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -146,7 +134,7 @@ def test_what_the_reference_cannot_run_either_is_bad_input(monkeypatch: pytest.M
 def test_a_lost_context_is_not_the_callers_fault(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("moe_dispatch.backends.reference.ReferenceBackend.run", lose_context)
     with ranked(Honest), pytest.raises(DeviceLostError, match="Restart the process"):
-        Mapped(make_call(6)).over_tokens()
+        mapped_over_tokens(make_call(6))
 
 
 def test_without_a_last_resort_the_reasons_are_listed(monkeypatch: pytest.MonkeyPatch) -> None:
