@@ -22,7 +22,7 @@ from moe_dispatch.workloads import WORKLOADS, Workload
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results" / "nvidia_h200"
-H200 = Machine.load(ROOT / "tests" / "machines" / "h200.json")
+H200 = Machine.load("h200")
 LAYER = Workload("4,2,64,32", E=4, topk=2, K=64, N=32)
 
 
@@ -50,7 +50,7 @@ class Faulty(Backend):
 
     def run(self, *arguments: Any) -> Tensor:
         self.calls += 1
-        correct = reference()
+        correct: Any = reference()
         return self.fault(correct.run(*arguments[:4], correct.config_type()))
 
 

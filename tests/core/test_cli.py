@@ -7,7 +7,6 @@ import os
 import re
 import subprocess
 import sys
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,6 @@ from typer.testing import CliRunner
 import moe_dispatch
 from moe_dispatch.commands.app import app
 from moe_dispatch.dispatch.quarantine import Quarantine
-from moe_dispatch.errors import MoEDispatchWarning
 from moe_dispatch.machine import Machine
 from moe_dispatch.policies.calibrated import calibration_path
 from moe_dispatch.policies.measurements.merge import save
@@ -137,6 +135,7 @@ def test_doctor_says_for_each_library_what_works_and_how_to_get_it() -> None:
     assert libraries["vllm"]["known"] in text
 
 
+@pytest.mark.filterwarnings("ignore::moe_dispatch.MoEDispatchWarning")
 @pytest.mark.parametrize(
     ("variable", "value", "says"),
     [
@@ -151,22 +150,19 @@ def test_doctor_fails_where_calls_would_or_nothing_is_kept(
     variable: str, value: str, says: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(f"MOE_DISPATCH_{variable}", value)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", MoEDispatchWarning)
-        result = invoke("doctor")
-        report = json.loads(invoke("doctor", "--json").stdout)
+    result = invoke("doctor")
+    report = json.loads(invoke("doctor", "--json").stdout)
     assert result.exit_code == 1, result.output
     assert says in result.output
     assert any(says in problem for problem in report["problems"])
 
 
+@pytest.mark.filterwarnings("ignore::moe_dispatch.MoEDispatchWarning")
 def test_doctor_reports_a_damaged_calibration() -> None:
     path = calibration_path(Machine.inspect("cpu"))
     path.parent.mkdir(parents=True)
     path.write_text("[" * 1000)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", MoEDispatchWarning)
-        result = invoke("doctor")
+    result = invoke("doctor")
     assert result.exit_code == 1
     assert "this machine's calibration is not used" in result.output
 

@@ -23,8 +23,6 @@ from moe_dispatch.system.libraries import deep_gemm_package, library_version
 from moe_dispatch.workloads import ROUTINGS, Workload
 from tests.support.fakes import ANYTHING, Honest, registered
 
-H200 = Path(__file__).parents[1] / "machines" / "h200.json"
-
 
 @pytest.mark.parametrize("shape", [(2, 256, 384), (1, 200, 136), (3, 1, 1)])
 def test_each_quantised_block_keeps_its_own_scale(shape: tuple[int, int, int]) -> None:
@@ -73,23 +71,15 @@ def test_a_machine_is_read_from_json_as_it_was_written(tmp_path: Path) -> None:
     assert Machine.load(alone) == Machine.load(report) == machine
 
 
-@pytest.mark.parametrize("content", ["", "[]", "{}", '{"device": "tpu"}', '{"device": "cuda", "name": "x"}'])
-def test_json_that_is_no_machine_is_refused(tmp_path: Path, content: str) -> None:
-    path = tmp_path / "machine.json"
-    path.write_text(content)
-    with pytest.raises(InvalidInputError, match=r"not a machine description.*doctor --json"):
-        Machine.load(path)
-
-
 def test_a_described_machine_replaces_the_real_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("MOE_DISPATCH_MACHINE", str(H200))
+    monkeypatch.setenv("MOE_DISPATCH_MACHINE", "h200")
     assert Machine.inspect().name == "NVIDIA H200"
     with pytest.raises(InvalidInputError, match="describes a cuda machine"):
         Machine.inspect("cpu")
 
 
 def test_a_fingerprint_is_of_the_hardware() -> None:
-    machine = Machine.load(H200)
+    machine = Machine.load("h200")
     assert machine.slug == "nvidia_h200"
     assert machine.model_copy(update={"torch": "9", "driver": "1"}).fingerprint == machine.fingerprint
     assert machine.model_copy(update={"sms": 114}).fingerprint != machine.fingerprint

@@ -6,12 +6,10 @@ import gc
 import itertools
 import json
 import multiprocessing
-import os
 import subprocess
 import sys
 import threading
 import time
-import warnings
 import weakref
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -64,7 +62,6 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.usefixtures("fixed_policy", "no_grad")
 
 LAYER = Workload("tiny", E=4, topk=2, K=64, N=32)
-MACHINES = Path(__file__).parents[1] / "machines"
 ROOT = Path(__file__).parents[2]
 Call = tuple[Tensor, ExpertWeights, Tensor, Tensor]
 
@@ -84,8 +81,23 @@ def lose_context(*_: object, **__: object) -> None:
     raise torch.AcceleratorError("CUDA error: device-side assert triggered")
 
 
+def barred() -> list[str]:
+    """The backends in the quarantine."""
+    return [entry.backend for entry in get_dispatcher("cpu").quarantine.entries()]
+
+
 def ran() -> dict[str, int]:
     return {name: counts["ran"] for name, counts in stats().items() if counts["ran"]}
+
+
+def process_that_calls(backends: str, before: str = "") -> "subprocess.CompletedProcess[str]":
+    """A process of its own that ranks some backends of `tests.support.fakes` and makes a call."""
+    code = (
+        f"{before}\nfrom tests.core.test_dispatcher import *\nfrom tests.support.fakes import *\n"
+        f"with ranked({backends}), torch.no_grad():\n    moe_forward(*make_call(6))\n"
+    )
+    command = [sys.executable, "-c", code]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=250)
 
 
 def test_the_first_backend_that_can_runs(call: Call) -> None:
@@ -137,6 +149,7 @@ def test_the_environment_names_disables_and_orders(call: Call, monkeypatch: pyte
         assert ran() == {"reference": 1}
 
 
+@pytest.mark.filterwarnings("ignore::moe_dispatch.MoEDispatchWarning")
 def test_a_backend_that_the_environment_names_is_replaced_by_none(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
     """And `explain` says what the call does, the error which variable asked for it."""
     for name, refusal in (
@@ -151,9 +164,7 @@ def test_a_backend_that_the_environment_names_is_replaced_by_none(call: Call, mo
             with pytest.raises(refusal, match="MOE_DISPATCH_BACKEND") as raised:
                 moe_forward(*call)
             assert "Leave `backend` out" not in str(raised.value)
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", MoEDispatchWarning)
-                explanation = explain(*call)
+            explanation = explain(*call)
         first, *others = explanation.candidates
         assert first.choice.backend == name
         assert explanation.chosen == (first if name == "raising" else None)
@@ -190,16 +201,10 @@ def test_a_name_in_the_environment_that_is_not_registered_is_said(call: Call, mo
 
 
 @pytest.mark.parametrize("configured", ["", "logging.basicConfig(format='mine %(message)s'); "])
-def test_a_log_level_shows_the_choice_once(configured: str) -> None:
-    code = (
-        f"import logging; {configured}from tests.core.test_dispatcher import *\n"
-        "with ranked(Honest), torch.no_grad():\n"
-        "    moe_forward(*make_call(6))\n"
-    )
-    environment = os.environ | {"MOE_DISPATCH_LOG_LEVEL": "info"}
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, check=True
-    )
+def test_a_log_level_shows_the_choice_once(configured: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MOE_DISPATCH_LOG_LEVEL", "info")
+    done = process_that_calls("Honest", f"import logging; {configured}")
+    assert done.returncode == 0, done.stderr
     (line,) = (line for line in done.stderr.splitlines() if "honest runs MoEProblem(M=6" in line)
     assert line.startswith("mine" if configured else "moe_dispatch INFO: ")
 
@@ -237,7 +242,7 @@ def test_explain_says_what_a_call_would_do(call: Call) -> None:
 def test_a_described_machine_is_asked_on_this_one(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MOE_DISPATCH_POLICY", "rules")
     settings.cache_clear()
-    h200 = Machine.load(MACHINES / "h200.json")
+    h200 = Machine.load("h200")
     problem = WORKLOADS["deepseek-v3"].problem(4096, "fp8", h200)
     explanation = explain(problem, machine=h200)
     assert explanation.chosen is not None
@@ -277,7 +282,7 @@ def test_trouble_with_a_fast_path_costs_nothing(call: Call) -> None:
         for _ in range(FAST_PATH_CALLS + 1):
             assert torch.equal(moe_forward(*call), expected(call))
         assert ran()["stumbling"] == FAST_PATH_CALLS + 1
-        assert not get_dispatcher("cpu").quarantine.entries()
+        assert not barred()
 
 
 def test_a_settled_kind_of_call_is_not_looked_up(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -316,6 +321,7 @@ def test_a_settled_kind_of_call_is_not_looked_up(monkeypatch: pytest.MonkeyPatch
             moe_forward(*call)
 
 
+@pytest.mark.filterwarnings("ignore::moe_dispatch.MoEDispatchWarning")
 def test_a_settled_plan_that_fails_is_replaced(call: Call) -> None:
     class Tiring(Honest):
         name = "tiring"
@@ -325,8 +331,7 @@ def test_a_settled_plan_that_fails_is_replaced(call: Call) -> None:
                 raise RuntimeError("tired")
             return super().run(*given, **named)
 
-    with ranked(Tiring, Honest), warnings.catch_warnings():
-        warnings.simplefilter("ignore", MoEDispatchWarning)
+    with ranked(Tiring, Honest):
         for _ in range(20):
             assert torch.equal(moe_forward(*call), expected(call))
         assert ran() == {"tiring": 18, "honest": 2, "reference": 20}
@@ -452,7 +457,7 @@ def test_a_context_that_was_lost_before_a_call_blames_no_backend(
         with pytest.raises(DeviceLostError, match="CUDA_LAUNCH_BLOCKING=1") as lost:
             moe_forward(*call, **options)
         assert lost.value.suspects == ("honest",) * known
-        assert not get_dispatcher("cpu").quarantine.entries()
+        assert not barred()
 
 
 def test_a_probe_is_not_blamed_for_an_older_error(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -461,41 +466,27 @@ def test_a_probe_is_not_blamed_for_an_older_error(call: Call, monkeypatch: pytes
     monkeypatch.setattr("torch.cuda.is_current_stream_capturing", lambda: False)
     with ranked(Lying), pytest.raises(DeviceLostError, match="CUDA_LAUNCH_BLOCKING=1"):
         get_dispatcher("cpu").planner._pool.probe_failure("lying", problem, torch.device("cuda"))
-    assert not get_dispatcher("cpu").quarantine.entries()
+    assert not barred()
 
 
+@pytest.mark.filterwarnings("ignore::moe_dispatch.MoEDispatchWarning")
 @pytest.mark.parametrize("killer", ["Killing", "KillingInItsProbe"])
 def test_a_killed_process_is_remembered(killer: str, call: Call) -> None:
-    code = (
-        "from tests.core.test_dispatcher import *\n"
-        f"with ranked({killer}, Honest), torch.no_grad():\n"
-        "    moe_forward(*make_call(6))\n"
-    )
-    killed = subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False, capture_output=True)
-    assert killed.returncode == -9
+    assert process_that_calls(f"{killer}, Honest").returncode == -9
     (entry,) = get_dispatcher("cpu").quarantine.entries()
     assert (entry.backend, entry.fatal) == ("killing", True)
     assert "died" in entry.cause
-    with ranked(KillingInItsProbe if "Probe" in killer else Killing, Honest), warnings.catch_warnings():
-        warnings.simplefilter("ignore", MoEDispatchWarning)
+    with ranked(KillingInItsProbe if "Probe" in killer else Killing, Honest):
         assert torch.equal(moe_forward(*call), expected(call))
         assert ran()["honest"] == 1
 
 
 @pytest.mark.parametrize(("victim", "status"), [("Interrupted", -15), ("InterruptedByCtrlC", -2)])
 def test_ending_a_process_on_purpose_blames_no_backend(victim: str, status: int) -> None:
-    code = (
-        "import signal\n"
-        "from tests.core.test_dispatcher import *\n"
-        "from tests.support.fakes import *\n"
-        # A shell lets its background jobs ignore Ctrl-C, and their processes inherit that.
-        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
-        f"with ranked({victim}), torch.no_grad():\n"
-        "    moe_forward(*make_call(6))\n"
-    )
-    ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False, capture_output=True, timeout=250)
-    assert ended.returncode == status
-    assert not get_dispatcher("cpu").quarantine.entries()
+    # A shell lets its background jobs ignore Ctrl-C, and their processes inherit that.
+    before = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
+    assert process_that_calls(victim, before).returncode == status
+    assert not barred()
 
 
 def test_ten_threads_call_at_once() -> None:
@@ -642,7 +633,7 @@ def test_warm_up_runs_each_token_count(topk: int) -> None:
 
 def _planning(name: str) -> "Callable[[int], Plan]":
     """What plans a call of M tokens through a layer in block FP8 on a described H200."""
-    machine = Machine.load(MACHINES / "h200.json")
+    machine = Machine.load("h200")
     planner = Dispatcher(machine, Settings(), live=False).planner
     experts = make_experts(Workload("any", E=1, topk=1, K=128, N=128), "fp8", "cpu")  # asked for their device only
     return lambda M: planner.plan(workload(name).problem(M, "fp8", machine), experts)
@@ -677,7 +668,7 @@ def test_a_bad_compiled_call_is_refused_and_spoils_no_later_one(fullgraph: bool,
                 compiled(*arguments)
         assert torch.allclose(compiled(hidden, weights, ids), expected(call), atol=1e-5)
         assert ran()["torch_grouped"] == 1
-        assert not get_dispatcher("cpu").quarantine.entries()
+        assert not barred()
 
 
 def test_fake_tensors_run_nothing_and_blame_no_backend(call: Call) -> None:
@@ -691,7 +682,7 @@ def test_fake_tensors_run_nothing_and_blame_no_backend(call: Call) -> None:
         assert (out.shape, out.dtype) == (hidden.shape, hidden.dtype)
         moe_forward(*call)
         assert ran() == {"torch_grouped": 2}
-        assert not get_dispatcher("cpu").quarantine.entries()
+        assert not barred()
 
 
 def test_a_compiled_layer_stays_the_same_object_while_its_tensors_do() -> None:

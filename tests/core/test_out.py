@@ -166,16 +166,15 @@ def test_memory_that_will_not_do_is_refused(make: Any, says: str, known: bool, c
         assert stats() == before
 
 
-def test_memory_that_overlaps_at_a_later_call_is_refused() -> None:
+def test_memory_that_overlaps_at_a_later_call_is_refused(call: Call) -> None:
     """As views of one workspace may."""
-    hidden, experts, weights, ids = make_call(6)
     workspace = torch.zeros(12, 64)
-    workspace[:6] = hidden
+    workspace[:6] = call[0]
     with ranked(Honest):
-        moe_forward(workspace[:6], experts, weights, ids, out=workspace[6:])
-        assert torch.equal(workspace[6:], expected((hidden, experts, weights, ids)))
+        moe_forward(workspace[:6], *call[1:], out=workspace[6:])
+        assert torch.equal(workspace[6:], expected(call))
         with pytest.raises(InvalidInputError, match="shares memory with hidden_states"):
-            moe_forward(workspace[:6], experts, weights, ids, out=workspace[5:11])
+            moe_forward(workspace[:6], *call[1:], out=workspace[5:11])
 
 
 def test_memory_of_the_layers_weights_is_refused(call: Call) -> None:
@@ -184,16 +183,14 @@ def test_memory_of_the_layers_weights_is_refused(call: Call) -> None:
 
 
 def test_a_recorded_call_is_refused(call: Call) -> None:
-    hidden, experts, weights, ids = call
     with torch.enable_grad(), pytest.raises(InvalidInputError, match=r"gradient.*no_grad"):
-        moe_forward(hidden.clone().requires_grad_(), experts, weights, ids, out=memory(call))
+        moe_forward(call[0].clone().requires_grad_(), *call[1:], out=memory(call))
 
 
 def test_a_call_under_vmap_is_refused(call: Call) -> None:
-    hidden, experts, weights, ids = call
-    stacked = torch.stack([hidden, hidden])
+    stacked = torch.stack([call[0], call[0]])
     with ranked(Honest), pytest.raises(InvalidInputError, match=r"out.*torch.func"):
-        torch.func.vmap(lambda h: moe_forward(h, experts, weights, ids, out=memory(call)))(stacked)
+        torch.func.vmap(lambda h: moe_forward(h, *call[1:], out=memory(call)))(stacked)
 
 
 def test_compiles_as_a_full_graph(call: Call) -> None:
@@ -221,10 +218,9 @@ def test_memory_made_in_a_compiled_graph(call: Call) -> None:
 
 
 def test_a_recorded_compiled_call_is_refused(call: Call) -> None:
-    hidden, experts, weights, ids = call
-    compiled = torch.compile(lambda h, out: moe_forward(h, experts, weights, ids, out=out), backend="aot_eager")
+    compiled = torch.compile(lambda h, out: moe_forward(h, *call[1:], out=out), backend="aot_eager")
     with torch.enable_grad(), pytest.raises(InvalidInputError, match="gradient"):
-        compiled(hidden.clone().requires_grad_(), memory(call))
+        compiled(call[0].clone().requires_grad_(), memory(call))
 
 
 def test_fake_tensors_are_checked_and_returned(call: Call) -> None:

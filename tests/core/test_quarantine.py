@@ -21,7 +21,7 @@ from tests.support.fakes import Honest, ranked
 
 pytestmark = pytest.mark.usefixtures("fixed_policy", "no_grad")
 ROOT = Path(__file__).parents[2]
-MACHINE = Machine.load(Path(__file__).parents[1] / "machines" / "h200.json")
+MACHINE = Machine.load("h200")
 PROBLEM = MoEProblem(M=4, K=64, N=32, E=4, topk=2)
 
 
@@ -33,9 +33,14 @@ def path(tmp_path: Path) -> Path:
     return path
 
 
+def of_file(path: Path) -> Quarantine:
+    """The quarantine of a later process."""
+    return Quarantine(MACHINE, path.parents[1])
+
+
 def cause(path: Path) -> str:
     """What a later process finds."""
-    return Quarantine(MACHINE, path.parents[1]).cause("deep_gemm", PROBLEM)
+    return of_file(path).cause("deep_gemm", PROBLEM)
 
 
 def change(path: Path, **changes: Any) -> None:
@@ -81,8 +86,8 @@ def test_one_death_is_obeyed_for_a_day(path: Path) -> None:
 
 def test_two_deaths_are_obeyed_until_a_version_changes(path: Path) -> None:
     change(path, when=aged(30))
-    Quarantine(MACHINE, path.parents[1]).bar("deep_gemm", PROBLEM, "crashed again", fatal=True)
-    (entry,) = Quarantine(MACHINE, path.parents[1]).entries()
+    of_file(path).bar("deep_gemm", PROBLEM, "crashed again", fatal=True)
+    (entry,) = of_file(path).entries()
     assert entry.strikes == 2
     change(path, when=aged(300))
     assert cause(path) == "crashed again"
@@ -112,7 +117,7 @@ def test_what_kills_eagerly_is_not_run_to_prepare_for_graphs(fatal: bool, tmp_pa
 
 
 def test_a_survived_failure_does_not_replace_a_fatal_one(path: Path) -> None:
-    Quarantine(MACHINE, path.parents[1]).bar("deep_gemm", PROBLEM, "raised", fatal=False)
+    of_file(path).bar("deep_gemm", PROBLEM, "raised", fatal=False)
     assert cause(path) == "crashed"
 
 
@@ -167,14 +172,14 @@ def test_a_damaged_file_is_set_aside(damage: Callable[[Path], object], path: Pat
         assert not cause(path)
         assert os.path.lexists(path.with_name(f"{path.name}.damaged-{number}"))
         assert not os.path.lexists(path)
-        Quarantine(MACHINE, path.parents[1]).bar("deep_gemm", PROBLEM, "crashed", fatal=True)
+        of_file(path).bar("deep_gemm", PROBLEM, "crashed", fatal=True)
         assert cause(path) == "crashed"
 
 
 def test_a_newer_schema_is_left_as_it_is(path: Path) -> None:
     newer = json.dumps({"schema_version": SCHEMA + 1, "entries": [], "more": 1})
     path.write_text(newer)
-    quarantine = Quarantine(MACHINE, path.parents[1])
+    quarantine = of_file(path)
     quarantine.bar("deep_gemm", PROBLEM, "crashed", fatal=True)
     assert quarantine.cause("deep_gemm", PROBLEM) == "crashed", "this process remembers by itself"
     assert path.read_text() == newer
@@ -197,7 +202,7 @@ def test_files_of_other_users_are_not_read(path: Path) -> None:
 def test_the_folder_is_this_users_alone(path: Path) -> None:
     assert path.parent.stat().st_mode & 0o777 == 0o700
     path.parent.chmod(0o755)  # as earlier versions left it
-    Quarantine(MACHINE, path.parents[1]).bar("deep_gemm", PROBLEM, "crashed", fatal=True)
+    of_file(path).bar("deep_gemm", PROBLEM, "crashed", fatal=True)
     assert path.parent.stat().st_mode & 0o777 == 0o700
 
 
@@ -207,7 +212,7 @@ def test_a_folder_that_may_not_be_searched_breaks_no_call(tmp_path: Path) -> Non
     folder.mkdir(mode=0o000)
     tmp_path.chmod(0o755)
     code = (
-        "from tests.core.test_dispatcher import *\n"
+        "import os; from tests.core.test_dispatcher import *\n"
         "with ranked(Honest), torch.no_grad():\n"
         "    moe_forward(*make_call(6))\n"  # imports everything while this is another user
         f"    os.environ['MOE_DISPATCH_CACHE_DIR'] = {str(folder / 'cache')!r}\n"
@@ -232,9 +237,9 @@ def test_a_folder_that_cannot_exist_breaks_no_call(name: str, tmp_path: Path) ->
 
 
 def test_reset_lifts_what_it_can_read_and_sets_the_rest_aside(path: Path) -> None:
-    assert Quarantine(MACHINE, path.parents[1]).reset() == 1
+    assert of_file(path).reset() == 1
     path.write_text(json.dumps({"schema_version": SCHEMA + 1}))
-    assert Quarantine(MACHINE, path.parents[1]).reset() == 0
+    assert of_file(path).reset() == 0
     assert not cause(path)
     assert path.with_name(f"{path.name}.damaged-1").exists()
 
@@ -270,7 +275,7 @@ def test_a_damaged_marker_is_set_aside(content: bytes | None, path: Path) -> Non
 
 
 def test_a_marker_that_the_file_cannot_take_is_obeyed_and_stays(path: Path) -> None:
-    entry = Quarantine(MACHINE, path.parents[1]).entries()[0]
+    entry = of_file(path).entries()[0]
     path.write_text(json.dumps({"schema_version": SCHEMA + 1}))
     marker = path.with_name(f"{path.stem}.1-1.running")
     marker.write_text(entry.model_dump_json())

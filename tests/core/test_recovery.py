@@ -19,11 +19,10 @@ from moe_dispatch import (
 )
 from moe_dispatch.backend import BackendConfig
 from moe_dispatch.backends.reference import ReferenceBackend
-from moe_dispatch.dispatch.process import get_dispatcher
 from moe_dispatch.problem import DType
 from moe_dispatch.settings import settings
 from moe_dispatch.workloads import make_experts
-from tests.core.test_dispatcher import LAYER, Call, expected, lose_context, make_call, ran
+from tests.core.test_dispatcher import LAYER, Call, barred, expected, lose_context, make_call, ran
 from tests.support.fakes import Greedy, Honest, Raising, ranked
 
 pytestmark = pytest.mark.usefixtures("fixed_policy", "no_grad")
@@ -51,8 +50,7 @@ def test_out_of_memory_takes_one_token_to_every_backend() -> None:
         assert any("'raising' failed" in text for text in texts)
         assert ran()["honest"] == 1
         assert stats()["hungry"]["fell_back"] == 1
-        barred = [entry.backend for entry in get_dispatcher("cpu").quarantine.entries()]
-        assert barred == ["raising"], "memory may be there the next time"
+        assert barred() == ["raising"], "memory may be there the next time"
 
 
 def test_out_of_memory_takes_one_token_to_the_reference_last() -> None:
@@ -87,22 +85,20 @@ def mapped_over_tokens(call: Call, **options: Any) -> Tensor:
 
 
 @pytest.mark.parametrize("known", [False, True])
-def test_vmap_over_ids_bars_nothing(known: bool) -> None:
-    call = make_call(6)
+def test_vmap_over_ids_bars_nothing(known: bool, call: Call) -> None:
     with ranked("torch_grouped"):
         if known:
             moe_forward(*call)
-        with pytest.raises(InvalidInputError, match="vmap"):
+        with pytest.raises(InvalidInputError, match="vmap, topk_ids cannot be mapped"):
             torch.func.vmap(lambda ids: moe_forward(*call[:3], ids))(torch.stack([call[3], call[3].flip(0)]))
-        assert not get_dispatcher("cpu").quarantine.entries()
+        assert not barred()
         before = stats().get("torch_grouped", {}).get("ran", 0)
         assert torch.allclose(moe_forward(*call), expected(call), atol=1e-5)
         assert stats()["torch_grouped"]["ran"] == before + 1
 
 
 @pytest.mark.parametrize("known", [False, True])
-def test_vmap_over_tokens_takes_the_reference(known: bool) -> None:
-    call = make_call(6)
+def test_vmap_over_tokens_takes_the_reference(known: bool, call: Call) -> None:
     hidden, *rest = call
     with ranked("torch_grouped"):
         if known:
@@ -110,7 +106,7 @@ def test_vmap_over_tokens_takes_the_reference(known: bool) -> None:
         out = mapped_over_tokens(call)
         assert torch.allclose(out[0], expected(call), atol=1e-5)
         assert torch.allclose(out[1], expected((-hidden, *rest)), atol=1e-5)  # type: ignore[arg-type]  # a Call
-        assert not get_dispatcher("cpu").quarantine.entries()
+        assert not barred()
 
 
 def test_vmap_with_a_backend_by_name_is_refused() -> None:
@@ -118,16 +114,15 @@ def test_vmap_with_a_backend_by_name_is_refused() -> None:
         mapped_over_tokens(make_call(6), backend="torch_grouped")
 
 
-def test_what_the_reference_cannot_run_either_is_bad_input(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_the_reference_cannot_run_either_is_bad_input(monkeypatch: pytest.MonkeyPatch, call: Call) -> None:
     def fail(*_: Any) -> Tensor:
         raise IndexError("out of range")
 
-    call = make_call(6)
     with ranked(Raising):
         monkeypatch.setattr("moe_dispatch.backends.reference.ReferenceBackend.run", fail)
         with pytest.raises(InvalidInputError, match=r"even 'reference'.*out of range"):
             moe_forward(*call)
-        assert not get_dispatcher("cpu").quarantine.entries()
+        assert not barred()
         assert not ran()
 
 
@@ -144,9 +139,8 @@ def test_without_a_last_resort_the_reasons_are_listed(monkeypatch: pytest.Monkey
         moe_forward(*make_call(6))
 
 
-def test_weights_that_change_under_a_call_are_the_callers() -> None:
+def test_weights_that_change_under_a_call_are_the_callers(call: Call) -> None:
     """Freed by another thread between the check and the run."""
-    call = make_call(6)
 
     class Late(Honest):
         name = "late"
@@ -157,12 +151,11 @@ def test_weights_that_change_under_a_call_are_the_callers() -> None:
 
     with ranked(Late, Honest), pytest.raises(InvalidInputError, match=r"changed since.*freed"):
         moe_forward(*call)
-    assert not get_dispatcher("cpu").quarantine.entries()
+    assert not barred()
 
 
-def test_weights_in_other_memory_are_taken() -> None:
+def test_weights_in_other_memory_are_taken(call: Call) -> None:
     """As RL weight sync and sleep modes do."""
-    call = make_call(6)
     other = make_call(7)[1]
     with ranked("torch_grouped"):
         moe_forward(*call)

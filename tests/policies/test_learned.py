@@ -39,8 +39,7 @@ from moe_dispatch.policies.rules import vector_suits
 from moe_dispatch.problem import DType, MoEProblem
 from moe_dispatch.workloads import WORKLOADS, Workload
 
-MACHINE = Path(__file__).parents[1] / "machines" / "h200.json"
-H200 = Machine.load(MACHINE)
+H200 = Machine.load("h200")
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results" / "nvidia_h200"
 TOKENS = tuple(2**i for i in range(15))
 NOISE = 0.02
@@ -468,7 +467,7 @@ def test_fit_prints_what_it_learned_and_what_that_loses(tmp_path: Path) -> None:
     seen = synthetic()
     for observation in seen:
         append(rows, as_row(observation))
-    result = CliRunner().invoke(app, ["fit", str(rows), "--machine", str(MACHINE), "--out", str(out)])
+    result = CliRunner().invoke(app, ["fit", str(rows), "--machine", "h200", "--out", str(out)])
     assert result.exit_code == 0, result.output
     learned, _, lost = result.output.partition("loss against")
     model = parse_model(out.read_bytes(), str(out))
@@ -495,7 +494,7 @@ def test_rows_of_another_machine_are_not_taken_for_this_ones(tmp_path: Path) -> 
 
 
 def test_choices_on_the_recorded_sweep_meet_the_targets() -> None:
-    arguments = ["regret", str(RESULTS / "sweep.jsonl.xz"), "--machine", str(MACHINE), "--json"]
+    arguments = ["regret", str(RESULTS / "sweep.jsonl.xz"), "--machine", "h200", "--json"]
     result = CliRunner().invoke(benchmarks, arguments)
     assert result.exit_code == 0, result.output
     found = json.loads(result.stdout)
