@@ -2,15 +2,16 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from typer.testing import CliRunner
 
-from moe_dispatch.backend import Backend, BackendConfig, Requirements
+from moe_dispatch.backend import Backend, Requirements
+from moe_dispatch.benchmarks.__main__ import app
 from moe_dispatch.benchmarks.rows import BenchRow
 from moe_dispatch.benchmarks.suites import MODELS, TOKENS
-from moe_dispatch.experts import ExpertWeights
 from moe_dispatch.machine import Machine, current_machine
 from moe_dispatch.measure import H200_CEILINGS
 from moe_dispatch.policies.measurements.merge import merge
@@ -21,8 +22,15 @@ from moe_dispatch.workloads import WORKLOADS, Workload
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results" / "nvidia_h200"
-H200 = Machine.load(ROOT / "tests" / "machines" / "h200.json")
+H200 = Machine.load("h200")
 LAYER = Workload("4,2,64,32", E=4, topk=2, K=64, N=32)
+
+
+def run(*arguments: str | Path, status: int = 0) -> str:
+    """Output of a command of ``python -m moe_dispatch.benchmarks``, both streams."""
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments], catch_exceptions=False)
+    assert result.exit_code == status, result.output
+    return result.output
 
 
 def reference() -> Backend:
@@ -40,17 +48,10 @@ class Faulty(Backend):
         self.fault = fault
         self.calls = 0
 
-    def run(
-        self,
-        hidden_states: Tensor,
-        experts: ExpertWeights,
-        topk_weights: Tensor,
-        topk_ids: Tensor,
-        config: BackendConfig,
-    ) -> Tensor:
+    def run(self, *arguments: Any) -> Tensor:
         self.calls += 1
-        correct = reference()
-        return self.fault(correct.run(hidden_states, experts, topk_weights, topk_ids, correct.config_type()))
+        correct: Any = reference()
+        return self.fault(correct.run(*arguments[:4], correct.config_type()))
 
 
 def out_of_memory_at(tokens: int) -> Callable[[Tensor], Tensor]:

@@ -6,35 +6,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from typer.testing import CliRunner
 
 from moe_dispatch.benchmarks import row_files
 from moe_dispatch.benchmarks.__main__ import app
 from moe_dispatch.benchmarks.rows import BenchRow
 from moe_dispatch.commands.app import app as main_app
 from moe_dispatch.machine import current_machine
-from tests.benchmarks.helpers import LAYER, ROOT, calibration, full_board, reference
+from tests.benchmarks.helpers import LAYER, ROOT, calibration, full_board, reference, run
 
 SMALL = ("--model", "4,2,64,32", "--dtype", "fp32", "--mode", "eager", "--seconds", "0")
 
 
-def run(*arguments: str | Path, status: int = 0) -> str:
-    """Output of a command of ``python -m moe_dispatch.benchmarks``, both streams."""
-    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    assert result.exit_code == status, result.output
-    return result.output
-
-
 def test_the_entry_point_lists_its_commands() -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "moe_dispatch.benchmarks", "--help"],
-        capture_output=True,
-        text=True,
-        check=True,
-        cwd=ROOT,
-    )
+    command = [sys.executable, "-m", "moe_dispatch.benchmarks", "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
     for name in ("run", "score", "regret", "agree", "plot", "pack", "ship"):
         assert name in done.stdout
 
@@ -44,8 +29,7 @@ def test_run_and_bench_are_one_command() -> None:
     assert run_command in [command.callback for command in main_app.registered_commands]
 
 
-def test_rows_are_written_validate_and_are_shown(tmp_path: Path) -> None:
-    path = tmp_path / "rows.jsonl"
+def test_rows_are_written_validate_and_are_shown(path: Path) -> None:
     output = run("run", *SMALL, "--tokens", "1,4", "--backend", "reference", "--backend", "naive_loop", "--out", path)
     rows = [BenchRow.model_validate_json(line) for line in path.read_text().splitlines()]
     assert {(row.M, row.backend) for row in rows} == {(M, name) for M in (1, 4) for name in ("reference", "naive_loop")}
@@ -66,17 +50,15 @@ def test_rows_are_written_validate_and_are_shown(tmp_path: Path) -> None:
     assert "4,2,64,32 fp32 M=4 eager" in output  # progress, one line a point where there is no terminal
 
 
-def test_energy_without_a_counter_is_a_note_and_an_empty_column(tmp_path: Path) -> None:
+def test_energy_without_a_counter_is_a_note_and_an_empty_column(path: Path) -> None:
     if torch.cuda.is_available():
         pytest.skip("a GPU has a counter")
-    path = tmp_path / "rows.jsonl"
     output = run("run", *SMALL, "--tokens", "1", "--backend", "reference", "--energy", "1", "--out", path)
     assert "energy is measured on NVIDIA GPUs only" in output
     assert [row.joules_per_token for row in row_files.load([path])] == [None]
 
 
-def test_resume_skips_rows_and_an_old_file_is_not_overwritten(tmp_path: Path) -> None:
-    path = tmp_path / "rows.jsonl"
+def test_resume_skips_rows_and_an_old_file_is_not_overwritten(path: Path) -> None:
     call = ("run", *SMALL, "--backend", "reference", "--out", path)
     run(*call, "--tokens", "1")
     assert "exists already; --resume" in run(*call, "--tokens", "1", status=2)
@@ -84,15 +66,14 @@ def test_resume_skips_rows_and_an_old_file_is_not_overwritten(tmp_path: Path) ->
     assert [BenchRow.model_validate_json(line).M for line in path.read_text().splitlines()] == [1, 2]
 
 
-def test_the_budget_stops_before_the_next_point(tmp_path: Path) -> None:
-    path = tmp_path / "rows.jsonl"
+def test_the_budget_stops_before_the_next_point(path: Path) -> None:
     output = run("run", *SMALL, "--tokens", "1,2,3", "--backend", "reference", "--budget", "0", "--out", path)
     assert not path.exists()
     assert "the budget is spent" in output
 
 
-def test_json_prints_the_rows(tmp_path: Path) -> None:
-    output = run("run", *SMALL, "--tokens", "1", "--backend", "reference", "--out", tmp_path / "rows.jsonl", "--json")
+def test_json_prints_the_rows(path: Path) -> None:
+    output = run("run", *SMALL, "--tokens", "1", "--backend", "reference", "--out", path, "--json")
     printed = [line for line in output.splitlines() if line.startswith("{")]
     assert [BenchRow.model_validate_json(line).backend for line in printed] == ["reference"]
 
@@ -112,8 +93,8 @@ def test_json_prints_the_rows(tmp_path: Path) -> None:
         (("--suite", "scoreboard"), "--mode cannot be combined with --suite scoreboard"),
     ],
 )
-def test_bad_options_say_what_is_allowed(arguments: tuple[str, str], message: str, tmp_path: Path) -> None:
-    assert message in run("run", *SMALL, "--out", tmp_path / "rows.jsonl", *arguments, status=2)
+def test_bad_options_say_what_is_allowed(arguments: tuple[str, str], message: str, path: Path) -> None:
+    assert message in run("run", *SMALL, "--out", path, *arguments, status=2)
 
 
 def test_an_unknown_suite_is_named() -> None:
@@ -121,34 +102,28 @@ def test_an_unknown_suite_is_named() -> None:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU captures graphs")
-def test_graphs_need_a_gpu(tmp_path: Path) -> None:
-    path = tmp_path / "rows.jsonl"
+def test_graphs_need_a_gpu(path: Path) -> None:
     assert "needs a CUDA device" in run("run", *SMALL, "--mode", "both", "--out", path, status=2)
     assert "need a CUDA device" in run("run", "--suite", "scoreboard", "--out", path, status=2)
 
 
-def test_the_chosen_configuration_is_what_the_calibration_found(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_chosen_configuration_is_what_the_calibration_found(path: Path) -> None:
     from moe_dispatch.policies.calibrated import calibration_path
     from moe_dispatch.policies.measurements.merge import save
     from moe_dispatch.policies.measurements.schema import Candidate, LayerShape, Measurement
     from moe_dispatch.policies.measurements.versions import relevant_versions
 
-    monkeypatch.setenv("MOE_DISPATCH_CACHE_DIR", str(tmp_path))
     machine = current_machine("cpu")
     config: dict[str, int | bool | str] = {"compute_fp32": True, "quantize_activations": False}  # not the default
     candidate = Candidate(backend="reference", config=config, versions=relevant_versions(reference()))
     layer = LayerShape.of(LAYER.problem(1, "fp32", machine))
     save(calibration_path(machine), [Measurement(layer, 1, "eager", candidate, score=5.0)], machine)
-    path = tmp_path / "rows.jsonl"
     run("run", *SMALL, "--tokens", "1", "--backend", "reference", "--config", "chosen", "--out", path)
     (row,) = row_files.load([path])
     assert row.config == config
 
 
-def test_score_exits_by_the_verdicts(tmp_path: Path) -> None:
-    path = tmp_path / "rows.jsonl"
+def test_score_exits_by_the_verdicts(path: Path) -> None:
     rows = full_board(fraction=0.95, vllm=1.4)
     for row in rows:
         row_files.append(path, row)

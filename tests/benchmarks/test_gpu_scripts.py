@@ -31,15 +31,11 @@ def test_reports_of_a_suite_become_one_record(tmp_path: Path, capsys: pytest.Cap
     assert seconds > 0
     assert record["runs"] == {
         "h200": {
-            "complete": True,
-            "passed": 1,
-            "failed": 1,
-            "skipped": 2,
-            "failures": ["test_some::test_bad"],
+            "complete": True, "passed": 1, "failed": 1, "skipped": 2, "failures": ["test_some::test_bad"],
             "skip_reasons": {"bf16 needs K % … == …, got K=…": 2},
         },
         "a100": {"complete": False},
-    }
+    }  # fmt: skip
     assert {"torch", "triton", "driver"} <= set(record["versions"])
     assert "h200" in capsys.readouterr().out
 

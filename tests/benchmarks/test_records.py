@@ -3,22 +3,14 @@
 from pathlib import Path
 
 import pytest
-from typer.testing import CliRunner
 
 from moe_dispatch.benchmarks import row_files
-from moe_dispatch.benchmarks.__main__ import app
 from moe_dispatch.benchmarks.record import agreement, ship
 from moe_dispatch.benchmarks.record.calibration_rows import calibration_rows
 from moe_dispatch.policies.measurements.merge import merge
 from moe_dispatch.policies.measurements.schema import CalibrationFile, Candidate, LayerShape, Measurement
 from moe_dispatch.workloads import WORKLOADS
-from tests.benchmarks.helpers import H200, calibration
-
-
-def run(*arguments: str | Path) -> str:
-    result = CliRunner().invoke(app, [str(argument) for argument in arguments], catch_exceptions=False)
-    assert result.exit_code == 0, result.output
-    return result.output
+from tests.benchmarks.helpers import H200, calibration, run
 
 
 def test_a_calibration_becomes_rows(tmp_path: Path) -> None:

@@ -40,8 +40,7 @@ def test_another_record_is_refused_where_it_is_named() -> None:
         row_files.load([RESULTS / "options.jsonl.xz"])
 
 
-def test_a_half_written_line_spoils_no_other(tmp_path: Path) -> None:
-    path = tmp_path / "rows.jsonl"
+def test_a_half_written_line_spoils_no_other(path: Path) -> None:
     first, second = (bench_row("vllm", "deepseek-v3", "bf16", M, 200.0) for M in (1, 4))
     row_files.append(path, first)
     with path.open("a") as file:
@@ -54,8 +53,7 @@ def test_a_half_written_line_spoils_no_other(tmp_path: Path) -> None:
     "line",
     ['{"workload": "x"}', "workload,M,us", '{"workload": "x",,', "[1]", '{"workload": "x", "roofline_from": []}'],
 )
-def test_a_foreign_line_is_refused(line: str, tmp_path: Path) -> None:
-    path = tmp_path / "rows.jsonl"
+def test_a_foreign_line_is_refused(line: str, path: Path) -> None:
     path.write_text(f"{line}\n")
     with pytest.raises(InvalidInputError, match=r"rows.jsonl:1 is not a benchmark row"):
         row_files.load([path])
@@ -139,9 +137,8 @@ def test_compressed_rows_are_the_rows_and_damaged_ones_are_refused(
 
 
 @pytest.mark.parametrize("make", [os.mkfifo, lambda path: path.symlink_to("/dev/zero")], ids=["a FIFO", "/dev/zero"])
-def test_what_is_no_regular_file_is_refused_at_once(make: Callable[[Path], object], tmp_path: Path) -> None:
+def test_what_is_no_regular_file_is_refused_at_once(make: Callable[[Path], object], path: Path) -> None:
     """Neither is waited for, nor read until the memory is full."""
-    path = tmp_path / "rows.jsonl"
     make(path)
     for read in (lambda: row_files.load([path]), lambda: row_files.timed_keys(path)):
         with pytest.raises(InvalidInputError, match=r"rows\.jsonl cannot be read.*not a regular file"):

@@ -45,9 +45,9 @@ def run(path: Path, *backends: Backend, tokens: Sequence[int] = (1, 3)) -> list[
     return Sweep(path, provenance()).run([plan(*backends, tokens=tokens)])
 
 
-def test_a_wrong_result_gets_no_time(tmp_path: Path) -> None:
+def test_a_wrong_result_gets_no_time(path: Path) -> None:
     wrong = Faulty(lambda out: out * 1.5)
-    rows = run(tmp_path / "rows.jsonl", wrong, reference())
+    rows = run(path, wrong, reference())
     by_name = {row.backend: row for row in rows if row.M == 1}
     assert by_name["faulty"].us is None
     assert by_name["faulty"].fraction is None
@@ -57,9 +57,9 @@ def test_a_wrong_result_gets_no_time(tmp_path: Path) -> None:
     assert wrong.calls == 2  # checked once per point, and never timed
 
 
-def test_nan_is_wrong_and_still_json(tmp_path: Path) -> None:
-    run(tmp_path / "rows.jsonl", Faulty(lambda out: out * torch.nan), tokens=(1,))
-    (row,) = row_files.load([tmp_path / "rows.jsonl"])
+def test_nan_is_wrong_and_still_json(path: Path) -> None:
+    run(path, Faulty(lambda out: out * torch.nan), tokens=(1,))
+    (row,) = row_files.load([path])
     assert row.us is None
     assert row.error is None
     assert "relative error inf" in row.reason
@@ -71,8 +71,8 @@ def test_the_roofline_is_by_the_ceilings_of_a_known_device_else_by_measured_ones
     assert provenance(other).roofline == (MEASURED, "measured")
 
 
-def test_distributions_that_are_compared_are_timed_in_turns(tmp_path: Path) -> None:
-    made = Sweep(tmp_path / "rows.jsonl", provenance())
+def test_distributions_that_are_compared_are_timed_in_turns(path: Path) -> None:
+    made = Sweep(path, provenance())
     with mock.patch("moe_dispatch.benchmarks.point.time_interleaved", wraps=time_interleaved) as timed:
         made.run([plan(reference(), tokens=(2,), routings=("uniform", "dirichlet-4"))])
     (call,) = timed.call_args_list
@@ -82,67 +82,58 @@ def test_distributions_that_are_compared_are_timed_in_turns(tmp_path: Path) -> N
     assert sorted(row.routing for row in made.written if row.us) == ["dirichlet-4", "uniform"]
 
 
-def visits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, share: float) -> list[str]:
-    """What a sweep over two dtypes at three token counts, then at one more, visits in order, weights included."""
+@pytest.mark.parametrize(
+    ("share", "visits"),
+    [
+        (0.4, "fp32: weights, fp32 M=1, bf16: weights, bf16 M=1, fp32 M=3, bf16 M=3, fp32 M=2, bf16 M=2, fp32 M=5, "
+              "bf16 M=5"),
+        (0.0, "fp32: weights, fp32 M=1, fp32 M=3, fp32 M=2, bf16: weights, bf16 M=1, bf16 M=3, bf16 M=2, "
+              "fp32: weights, fp32 M=5, bf16: weights, bf16 M=5"),
+    ],
+    ids=["they fit: in turn, made once", "they do not fit together: one after another"],
+)  # fmt: skip
+def test_layers_of_two_dtypes_are_visited(
+    share: float, visits: str, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At three token counts, then at one more."""
     monkeypatch.setattr("moe_dispatch.benchmarks.sweep.WEIGHTS_SHARE", share)
-    visited: list[str] = []
-    made = Sweep(
-        tmp_path / "rows.jsonl",
-        provenance(),
-        advance=lambda what: visited.append(what.removeprefix("4,2,64,32 ")) if what else None,
-    )
+    visited: list[str | None] = []
+    made = Sweep(path, provenance(), advance=visited.append)
     made.run([plan(reference(), tokens=tokens, dtypes=("fp32", "bf16")) for tokens in ((1, 2, 3), (5,))])
-    return [what.removesuffix(" eager") for what in visited]
+    shown = [what.removeprefix("4,2,64,32 ").removesuffix(" eager") for what in visited if what]
+    assert ", ".join(shown) == visits
 
 
-def test_layers_that_fit_in_memory_are_visited_in_turn_and_made_once(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    assert visits(tmp_path, monkeypatch, 0.4) == [
-        "fp32: weights", "fp32 M=1", "bf16: weights", "bf16 M=1", "fp32 M=3", "bf16 M=3", "fp32 M=2", "bf16 M=2",
-        "fp32 M=5", "bf16 M=5",
-    ]  # fmt: skip
-
-
-def test_layers_that_do_not_fit_together_are_visited_one_after_another(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    assert visits(tmp_path, monkeypatch, 0.0)[:8] == [
-        "fp32: weights", "fp32 M=1", "fp32 M=3", "fp32 M=2", "bf16: weights", "bf16 M=1", "bf16 M=3", "bf16 M=2",
-    ]  # fmt: skip
-
-
-def test_lack_of_memory_costs_its_own_row(tmp_path: Path) -> None:
-    rows = run(tmp_path / "rows.jsonl", Faulty(out_of_memory_at(3)), reference())
+def test_lack_of_memory_costs_its_own_row(path: Path) -> None:
+    rows = run(path, Faulty(out_of_memory_at(3)), reference())
     timed = {(row.M, row.backend): row.us is not None for row in rows}
     assert timed == {(1, "faulty"): True, (1, "reference"): True, (3, "faulty"): False, (3, "reference"): True}
     (row,) = [row for row in rows if row.us is None]
     assert row.reason.startswith("out of memory: ")
 
 
-def test_weights_that_do_not_fit_are_skipped_with_the_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_weights_that_do_not_fit_are_skipped_with_the_reason(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object) -> ExpertWeights:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr("moe_dispatch.benchmarks.sweep.make_experts", refuse)
-    made = Sweep(tmp_path / "rows.jsonl", provenance())
+    made = Sweep(path, provenance())
     assert made.run([plan(reference())]) == []
     assert made.notes == ["4,2,64,32 fp32: the weights do not fit in memory (OutOfMemoryError: CUDA out of memory)"]
 
 
-def test_a_lost_device_ends_the_run_with_its_rows_kept(tmp_path: Path) -> None:
+def test_a_lost_device_ends_the_run_with_its_rows_kept(path: Path) -> None:
     def lose(out: torch.Tensor) -> torch.Tensor:
         if out.shape[0] == 3:
             raise RuntimeError("CUDA error: an illegal memory access was encountered")
         return out
 
     with pytest.raises(RuntimeError, match="illegal memory access"):
-        run(tmp_path / "rows.jsonl", Faulty(lose))
-    assert [row.M for row in row_files.load([tmp_path / "rows.jsonl"])] == [1]
+        run(path, Faulty(lose))
+    assert [row.M for row in row_files.load([path])] == [1]
 
 
-def test_an_interrupted_run_keeps_its_rows_and_goes_on(tmp_path: Path) -> None:
-    path = tmp_path / "rows.jsonl"
+def test_an_interrupted_run_keeps_its_rows_and_goes_on(path: Path) -> None:
 
     def interrupt(out: torch.Tensor) -> torch.Tensor:
         if out.shape[0] == 3:
@@ -158,16 +149,15 @@ def test_an_interrupted_run_keeps_its_rows_and_goes_on(tmp_path: Path) -> None:
     assert [row.M for row in row_files.load([path])] == [1, 3]
 
 
-def test_a_row_without_a_time_is_tried_again(tmp_path: Path) -> None:
-    path = tmp_path / "rows.jsonl"
+def test_a_row_without_a_time_is_tried_again(path: Path) -> None:
     run(path, Faulty(lambda out: out * 2), tokens=(1,))
     Sweep(path, provenance(), row_files.timed_keys(path)).run([plan(Faulty(lambda out: out), tokens=(1,))])
     (row,) = row_files.load([path])
     assert row.us is not None
 
 
-def test_the_deadline_stops_before_the_next_point(tmp_path: Path) -> None:
-    made = Sweep(tmp_path / "rows.jsonl", provenance(), deadline=time.perf_counter())
+def test_the_deadline_stops_before_the_next_point(path: Path) -> None:
+    made = Sweep(path, provenance(), deadline=time.perf_counter())
     assert made.run([plan(reference())]) == []
     assert made.notes == ["stopped: the budget is spent; --resume goes on"]
 

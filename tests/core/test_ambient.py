@@ -100,29 +100,30 @@ def test_warm_up_draws_nothing_from_the_programs_generator() -> None:
         assert torch.equal(torch.get_rng_state(), before)
 
 
-class TestMemory:
-    def test_kinds_of_layers_are_forgotten_with_them(self) -> None:
-        gc.collect()
-        before = len(_SPECS)
-        for K in range(8, 40, 8):
-            ExpertWeights(torch.randn(2, 16, K), torch.randn(2, K, 8))
-        gc.collect()
-        assert len(_SPECS) == before
+def test_kinds_of_layers_are_forgotten_with_them() -> None:
+    gc.collect()
+    before = len(_SPECS)
+    for K in range(8, 40, 8):
+        ExpertWeights(torch.randn(2, 16, K), torch.randn(2, K, 8))
+    gc.collect()
+    assert len(_SPECS) == before
 
-    def test_alike_layers_share_their_plans(self) -> None:
-        first, second = make_call(3)[1], make_call(4)[1]
-        assert first.spec is second.spec
 
-    def test_a_full_plan_cache_drops_the_oldest_plan(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(dispatcher_module, "MAX_PLANS", 3)
-        with ranked(Honest):
-            for M in range(1, 6):
-                call = make_call(M)
-                moe_forward(*call)
-            plans = get_dispatcher("cpu")._plans
-            assert [plan.problem.M for plan in plans.values()] == [3, 4, 5]
-            assert ran() == {"honest": 5}, "what was counted is not forgotten"
-            assert torch.equal(moe_forward(*make_call(1)), expected(make_call(1)))
+def test_alike_layers_share_their_plans() -> None:
+    first, second = make_call(3)[1], make_call(4)[1]
+    assert first.spec is second.spec
+
+
+def test_a_full_plan_cache_drops_the_oldest_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatcher_module, "MAX_PLANS", 3)
+    with ranked(Honest):
+        for M in range(1, 6):
+            call = make_call(M)
+            moe_forward(*call)
+        plans = get_dispatcher("cpu")._plans
+        assert [plan.problem.M for plan in plans.values()] == [3, 4, 5]
+        assert ran() == {"honest": 5}, "what was counted is not forgotten"
+        assert torch.equal(moe_forward(*make_call(1)), expected(make_call(1)))
 
 
 # Torch functions that make a tensor of the default device, and those of them that make one of the default dtype.

@@ -12,7 +12,7 @@ from moe_dispatch.dispatch.process import get_dispatcher
 from moe_dispatch.numerics import QuantizedRows, quantize_rows_torch
 from moe_dispatch.problem import MoEProblem
 from moe_dispatch.testing import Case, Precision, make_inputs, relative_error
-from tests.core.test_dispatcher import lose_context, ran
+from tests.core.test_dispatcher import barred, lose_context, ran
 from tests.support.fakes import Honest, ranked
 
 pytestmark = pytest.mark.usefixtures("fixed_policy", "no_grad")
@@ -67,7 +67,7 @@ def arrived(M: int = 3) -> tuple[ArrivedInputs, Tensor]:
 
 
 @pytest.mark.parametrize(
-    ("order", "named", "runs", "barred"),
+    ("order", "named", "runs", "bars"),
     [
         ((Honest, Taking), None, "taking", []),
         ((Taking, Honest), "honest", "honest", []),
@@ -75,14 +75,12 @@ def arrived(M: int = 3) -> tuple[ArrivedInputs, Tensor]:
     ],
     ids=["the first that takes them", "named, and takes dequantised ones", "in place of one that fails"],
 )
-def test_quantised_rows_go_to(
-    order: tuple[type[Backend], ...], named: str | None, runs: str, barred: list[str]
-) -> None:
+def test_quantised_rows_go_to(order: tuple[type[Backend], ...], named: str | None, runs: str, bars: list[str]) -> None:
     inputs, truth = arrived()
     with ranked(*order):
         out = get_dispatcher("cpu").arrived.forward(inputs, named)
         assert ran() == {runs: 1}
-        assert [entry.backend for entry in get_dispatcher("cpu").quarantine.entries()] == barred
+        assert barred() == bars
     assert isinstance(out, Tensor)
     assert out.dtype == torch.float16
     assert relative_error(out, truth) < 2e-2

@@ -15,7 +15,7 @@ from moe_dispatch.numerics import FP8, dequantize_blocks, quantize_blocks
 from tests.integrations.transformers_models import deepseek_v3, gpt_oss, mixtral, qwen3, transformers
 
 safetensors_torch = pytest.importorskip("safetensors.torch")
-CPU = torch.device("cpu")
+PREFIX = "model.layers.1.mlp.experts."
 Tensors = dict[str, Tensor]
 
 
@@ -34,13 +34,18 @@ def save(folder: Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any] 
     return folder
 
 
+def load(path: Path, **options: Any) -> ExpertWeights:
+    """The experts of layer 1, with SiLU unless another activation is named."""
+    return ExpertWeights.from_safetensors(path, **{"layer": 1, "activation": "silu", **options})
+
+
 def separate(
     E: int = 3, N: int = 4, K: int = 6, names: tuple[str, ...] = ("gate_proj", "up_proj", "down_proj")
 ) -> Tensors:
     """Separate experts of a layer 1."""
     shapes = [(N, K)] * (len(names) - 1) + [(K, N)]
     return {
-        f"model.layers.1.mlp.experts.{e}.{name}.weight": random(*shape, seed=10 * e + i)
+        f"{PREFIX}{e}.{name}.weight": random(*shape, seed=10 * e + i)
         for e in range(E)
         for i, (name, shape) in enumerate(zip(names, shapes, strict=True))
     }
@@ -92,50 +97,45 @@ def test_reads_block_fp8_that_transformers_saved(tmp_path: Path) -> None:
 @pytest.mark.parametrize("names", [("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2")], ids=str)
 def test_separate_experts_are_stacked_gate_first(names: tuple[str, ...], tmp_path: Path) -> None:
     tensors = separate(names=names)
-    read = ExpertWeights.from_safetensors(save(tmp_path, tensors), layer=1, activation="silu")
-    prefix = "model.layers.1.mlp.experts."
+    read = load(save(tmp_path, tensors))
     for e in range(3):
-        gate, up, down = (tensors[f"{prefix}{e}.{name}.weight"] for name in names)
+        gate, up, down = (tensors[f"{PREFIX}{e}.{name}.weight"] for name in names)
         assert torch.equal(read.gate_up[e], torch.cat([gate, up]))
         assert torch.equal(read.down[e], down)
 
 
 def test_experts_of_an_ungated_activation(tmp_path: Path) -> None:
     tensors = separate(names=("up_proj", "down_proj"))
-    read = ExpertWeights.from_safetensors(save(tmp_path, tensors), layer=1, activation="relu2")
-    assert torch.equal(read.gate_up[2], tensors["model.layers.1.mlp.experts.2.up_proj.weight"])
+    read = load(save(tmp_path, tensors), activation="relu2")
+    assert torch.equal(read.gate_up[2], tensors[f"{PREFIX}2.up_proj.weight"])
 
 
 @pytest.mark.parametrize("scale_dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_weight_scale_inv_is_the_multiplier(scale_dtype: torch.dtype, tmp_path: Path) -> None:
-    read = ExpertWeights.from_safetensors(
-        save(tmp_path, separate_fp8(scale_dtype=scale_dtype)), layer=1, activation="silu"
-    )
+    read = load(save(tmp_path, separate_fp8(scale_dtype=scale_dtype)))
     assert read.dtype == "fp8"
     assert read.gate_up_scale is not None
     assert read.gate_up_scale.dtype == torch.float32
     back = dequantize_blocks(read.gate_up, read.gate_up_scale)
     plain = separate(2, 256, 128)
-    expected = torch.cat([plain[f"model.layers.1.mlp.experts.1.{name}.weight"] for name in ("gate_proj", "up_proj")])
+    expected = torch.cat([plain[f"{PREFIX}1.{name}.weight"] for name in ("gate_proj", "up_proj")])
     assert (back[1] - expected).norm() / expected.norm() < 0.04
 
 
 def test_fused_block_fp8_whose_rows_end_within_a_block(tmp_path: Path) -> None:
     quantized = ExpertWeights.quantize(random(2, 2 * 192, 128), random(2, 128, 192, seed=1))
-    prefix = "model.layers.1.mlp.experts."
     tensors: Tensors = {}
     for name, tensor in quantized.tensors():
-        tensors[f"{prefix}{name.removesuffix('_scale')}_proj" + "_scale_inv" * name.endswith("_scale")] = tensor
-    read = ExpertWeights.from_safetensors(save(tmp_path, tensors), layer=1, activation="silu")
+        tensors[f"{PREFIX}{name.removesuffix('_scale')}_proj" + "_scale_inv" * name.endswith("_scale")] = tensor
+    read = load(save(tmp_path, tensors))
     for name, tensor in read.tensors():
         assert torch.equal(tensor.float(), getattr(quantized, name).float()), name
 
 
 def fused(E: int = 2, N: int = 4, K: int = 6) -> Tensors:
-    prefix = "model.layers.1.mlp.experts."
     return {
-        f"{prefix}gate_up_proj": random(E, 2 * N, K), f"{prefix}gate_up_proj_bias": random(E, 2 * N, seed=1),
-        f"{prefix}down_proj": random(E, K, N, seed=2), f"{prefix}down_proj_bias": random(E, K, seed=3),
+        f"{PREFIX}gate_up_proj": random(E, 2 * N, K), f"{PREFIX}gate_up_proj_bias": random(E, 2 * N, seed=1),
+        f"{PREFIX}down_proj": random(E, K, N, seed=2), f"{PREFIX}down_proj_bias": random(E, K, seed=3),
     }  # fmt: skip
 
 
@@ -143,22 +143,22 @@ def transposed(tensors: Tensors) -> Tensors:
     return {name: tensor.mT if tensor.dim() == 3 else tensor for name, tensor in tensors.items()}
 
 
+INTERLEAVED = {"activation": "swiglu_oai", "interleaved": True}
 LAYOUTS: dict[str, tuple[Tensors, dict[str, Any]]] = {
-    "separate": (separate(2, 4, 6), {"activation": "silu"}),
-    "fused": (fused(), {"activation": "silu"}),
-    "fused, interleaved": (fused(), {"activation": "swiglu_oai", "interleaved": True}),
-    "fused, transposed": (transposed(fused()), {"activation": "silu"}),
-    "fused, transposed, interleaved": (transposed(fused()), {"activation": "swiglu_oai", "interleaved": True}),
-    "block FP8": (separate_fp8(), {"activation": "silu"}),
+    "separate": (separate(2, 4, 6), {}),
+    "fused": (fused(), {}),
+    "fused, interleaved": (fused(), INTERLEAVED),
+    "fused, transposed": (transposed(fused()), {}),
+    "fused, transposed, interleaved": (transposed(fused()), INTERLEAVED),
+    "block FP8": (separate_fp8(), {}),
 }
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_shares_of_tensor_parallelism_add_up(layout: str, tmp_path: Path) -> None:
-    tensors, options = LAYOUTS[layout]
+@pytest.mark.parametrize(("tensors", "options"), LAYOUTS.values(), ids=LAYOUTS)
+def test_shares_of_tensor_parallelism_add_up(tensors: Tensors, options: dict[str, Any], tmp_path: Path) -> None:
     path = save(tmp_path, tensors)
-    whole = ExpertWeights.from_safetensors(path, layer=1, **options)
-    shares = [ExpertWeights.from_safetensors(path, layer=1, tp=(rank, 2), **options) for rank in range(2)]
+    whole = load(path, **options)
+    shares = [load(path, tp=(rank, 2), **options) for rank in range(2)]
     assert [share.N for share in shares] == [whole.N // 2] * 2
     hidden, weights, ids = random(5, whole.K), random(5, 2).softmax(1), torch.tensor([[0, 1]] * 5)
     expected = moe_forward(hidden, whole, weights, ids)
@@ -177,7 +177,7 @@ def test_only_the_share_of_the_layer_is_read(tmp_path: Path, monkeypatch: pytest
         return part
 
     monkeypatch.setattr(Checkpoint, "read", recording)
-    ExpertWeights.from_safetensors(path, layer=1, tp=(1, 2), activation="silu")
+    load(path, tp=(1, 2))
     assert set(read) == set(separate())
     assert {shape for name, shape in read.items() if "down" in name} == {(6, 2)}
     assert {shape for name, shape in read.items() if "down" not in name} == {(2, 6)}
@@ -188,20 +188,18 @@ def test_an_index_names_the_files(tmp_path: Path) -> None:
     names = sorted(tensors)
     for file, part in (("x.safetensors", names[:4]), ("y.safetensors", names[4:])):
         safetensors_torch.save_file({name: tensors[name] for name in part}, tmp_path / file)
-    safetensors_torch.save_file(
-        {"model.layers.1.mlp.experts.0.w9.weight": random(1)}, tmp_path / "not_in_the_index.safetensors"
-    )
+    safetensors_torch.save_file({f"{PREFIX}0.w9.weight": random(1)}, tmp_path / "not_in_the_index.safetensors")
     weight_map = {name: "x.safetensors" if i < 4 else "y.safetensors" for i, name in enumerate(names)}
     index = tmp_path / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": weight_map}))
     for path in (tmp_path, index):
-        assert ExpertWeights.from_safetensors(path, layer=1, activation="silu").E == 3
+        assert load(path).E == 3
     (tmp_path / "y.safetensors").unlink()
     with pytest.raises(InvalidInputError, match=r"names files that are missing: y\.safetensors"):
-        ExpertWeights.from_safetensors(tmp_path, layer=1, activation="silu")
+        load(tmp_path)
     index.write_text("[]")
     with pytest.raises(InvalidInputError, match="is no index of safetensors files"):
-        ExpertWeights.from_safetensors(tmp_path, layer=1, activation="silu")
+        load(tmp_path)
 
 
 def without(name: str) -> Tensors:
@@ -218,7 +216,7 @@ WRONG: dict[str, tuple[Tensors, str]] = {
         "lacks expert 1: down weight, expert 1: gate weight, expert 1: up weight",
     ),
     "an unknown name": (
-        {**separate(), "model.layers.1.mlp.experts.0.middle.weight": random(1)},
+        {**separate(), f"{PREFIX}0.middle.weight": random(1)},
         r"unknown names: model\.layers\.1\.mlp\.experts\.0\.middle\.weight; known are EXPERT\.NAME\.KIND",
     ),
     "scales of weights that are not FP8": (
@@ -226,28 +224,28 @@ WRONG: dict[str, tuple[Tensors, str]] = {
         r"has .*weight_scale.* beside weights that are not float8_e4m3fn",
     ),
     "static scales of activations": (
-        {**separate(), "model.layers.1.mlp.experts.0.up_proj.input_scale": random(1)},
+        {**separate(), f"{PREFIX}0.up_proj.input_scale": random(1)},
         "that is FP8 with static activation scales, which is not read",
     ),
     "MXFP4 without scales": (
-        {"model.layers.1.mlp.experts.gate_up_proj_blocks": random(1)},
+        {f"{PREFIX}gate_up_proj_blocks": random(1)},
         "lacks gate_up_proj's exponents, down_proj's blocks, down_proj's exponents of MXFP4 experts",
     ),
     "another shape": (
-        {**separate(), "model.layers.1.mlp.experts.2.up_proj.weight": random(5, 6)},
+        {**separate(), f"{PREFIX}2.up_proj.weight": random(5, 6)},
         r"experts\.2\.up_proj\.weight must be \[4, 6\] to go with the others, got \[5, 6\]",
     ),
     "another dtype": (
-        {**separate(), "model.layers.1.mlp.experts.2.up_proj.weight": random(4, 6).half()},
+        {**separate(), f"{PREFIX}2.up_proj.weight": random(4, 6).half()},
         r"experts\.2\.up_proj\.weight is torch\.float16 and others are torch\.float32",
     ),
     "both layouts": ({**separate(2), **fused()}, r"has fused experts \(.*gate_up_proj.*\) and single ones \(.*0\.down"),
     "fused without down": (
-        {"model.layers.1.mlp.experts.gate_up_proj": random(2, 8, 6)},
+        {f"{PREFIX}gate_up_proj": random(2, 8, 6)},
         r"lacks down weight; there is model\.layers\.1\.mlp\.experts\.gate_up_proj",
     ),
     "fused of other shapes": (
-        {**fused(), "model.layers.1.mlp.experts.down_proj": random(2, 6, 5)},
+        {**fused(), f"{PREFIX}down_proj": random(2, 6, 5)},
         r"gate_up_proj \[2, 8, 6\] and down_proj \[2, 6, 5\], which do not belong together",
     ),
     "FP8 without scales": (
@@ -266,11 +264,10 @@ WRONG: dict[str, tuple[Tensors, str]] = {
 }
 
 
-@pytest.mark.parametrize("case", WRONG)
-def test_refuses_a_wrong_checkpoint_by_name(case: str, tmp_path: Path) -> None:
-    tensors, message = WRONG[case]
+@pytest.mark.parametrize(("tensors", "message"), WRONG.values(), ids=WRONG)
+def test_refuses_a_wrong_checkpoint_by_name(tensors: Tensors, message: str, tmp_path: Path) -> None:
     with pytest.raises(InvalidInputError, match=message):
-        ExpertWeights.from_safetensors(save(tmp_path, tensors), layer=1, activation="silu")
+        load(save(tmp_path, tensors))
 
 
 def test_refuses_what_is_no_checkpoint(tmp_path: Path) -> None:
@@ -288,13 +285,8 @@ def test_the_config_beside_the_weights_is_held_against_them(tmp_path: Path) -> N
     tensors = separate()
     with pytest.raises(InvalidInputError, match=r"has no config\.json beside it.*activation= one of silu"):
         ExpertWeights.from_safetensors(save(tmp_path, tensors), layer=1)
-    config = {
-        **qwen3().to_dict(),
-        "hidden_size": 6,
-        "moe_intermediate_size": 4,
-        "num_local_experts": 4,
-        "num_experts": 4,
-    }
+    sizes = {"hidden_size": 6, "moe_intermediate_size": 4, "num_local_experts": 4, "num_experts": 4}
+    config = {**qwen3().to_dict(), **sizes}
     save(tmp_path, tensors, config)
     with pytest.raises(InvalidInputError, match=r"experts of \{'E': 3, .*its config\.json describes \{'E': 4"):
         ExpertWeights.from_safetensors(tmp_path, layer=1)
@@ -308,19 +300,17 @@ def test_the_config_beside_the_weights_is_held_against_them(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize(
-    ("tp", "message"),
-    [((2, 2), r"0 ≤ rank < size, got \(2, 2\)"), ((0, 3), "N=4 cannot be divided among 3 processes")],
+    ("tensors", "tp", "message"),
+    [
+        (separate(), (2, 2), r"0 ≤ rank < size, got \(2, 2\)"),
+        (separate(), (0, 3), "N=4 cannot be divided among 3 processes"),
+        (separate_fp8(), (0, 4), r"N=256 cannot be divided among 4 processes.*4 × 128"),
+    ],
+    ids=["rank", "columns", "blocks"],
 )
-def test_refuses_a_share_that_cannot_be(tp: tuple[int, int], message: str, tmp_path: Path) -> None:
-    path = save(tmp_path, separate())
+def test_refuses_a_share_that_cannot_be(tensors: Tensors, tp: tuple[int, int], message: str, tmp_path: Path) -> None:
     with pytest.raises(InvalidInputError, match=message):
-        ExpertWeights.from_safetensors(path, layer=1, activation="silu", tp=tp)
-
-
-def test_shares_of_block_fp8_end_at_blocks(tmp_path: Path) -> None:
-    path = save(tmp_path, separate_fp8())
-    with pytest.raises(InvalidInputError, match=r"N=256 cannot be divided among 4 processes.*4 × 128"):
-        ExpertWeights.from_safetensors(path, layer=1, activation="silu", tp=(0, 4))
+        load(save(tmp_path, tensors), tp=tp)
 
 
 class Expert(nn.Module):
@@ -347,7 +337,7 @@ def test_experts_from_modules_with_biases() -> None:
 def test_to_a_device_is_itself_or_a_copy_there() -> None:
     experts = ExpertWeights.from_experts([Expert()], activation="gelu")
     assert experts.to("cpu") is experts
-    assert experts.to(CPU) is experts
+    assert experts.to(torch.device("cpu")) is experts
     codes = ExpertWeights.quantize(random(1, 256, 128), random(1, 128, 128))
     assert codes.gate_up.dtype == FP8
     with pytest.raises(InvalidInputError, match="must be on cpu or cuda, got meta"):

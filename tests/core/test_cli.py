@@ -1,72 +1,41 @@
 """The command line as a user meets it: real commands, on this machine and on described ones."""
 
+import importlib.metadata
 import itertools
 import json
 import os
+import re
 import subprocess
 import sys
-import warnings
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner
 
+import moe_dispatch
 from moe_dispatch.commands.app import app
-from moe_dispatch.dispatch.process import reset_dispatchers
 from moe_dispatch.dispatch.quarantine import Quarantine
-from moe_dispatch.errors import MoEDispatchWarning
 from moe_dispatch.machine import Machine
 from moe_dispatch.policies.calibrated import calibration_path
-from moe_dispatch.policies.measurements.schema import (
-    CalibrationFile,
-    Candidate,
-    LayerShape,
-    Point,
-    StoredMeasurement,
-)
+from moe_dispatch.policies.measurements.merge import save
+from moe_dispatch.policies.measurements.schema import Candidate, LayerShape, Measurement
 from moe_dispatch.policy import Choice, Policy
 from moe_dispatch.problem import MoEProblem
 from moe_dispatch.registry import BACKENDS, POLICIES
-from moe_dispatch.settings import VARIABLES, settings, variables_table
+from moe_dispatch.settings import VARIABLES, cache_dir, settings, variables_table
 from tests.support.fakes import Honest, ranked
 from tests.support.interpreter import leave_out_the_interpreter
 
-RUNNER = CliRunner()
-H200 = Machine(
-    device="cuda",
-    name="NVIDIA H200",
-    capability=(9, 0),
-    sms=132,
-    memory_bytes=150_000_000_000,
-    l2_bytes=62_914_560,
-    shared_memory_per_block=232_448,
-    driver="580.1",
-    cuda="13.0",
-    torch="2.11.0+cu130",
-    triton="3.6.0",
-    libraries={"vllm": "0.20.2", "deep_gemm": "2.5.0"},
-)
+
+def invoke(*words: str, columns: int | str = 80) -> Any:
+    """The command line, in a terminal of some width."""
+    return CliRunner().invoke(app, words, env={"COLUMNS": str(columns)})
 
 
 @pytest.fixture
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("MOE_DISPATCH_CACHE_DIR", str(tmp_path))
-    reset_dispatchers()
-    return tmp_path
-
-
-@pytest.fixture
-def h200(tmp_path: Path) -> Path:
-    path = tmp_path / "h200.json"
-    path.write_text(H200.model_dump_json(), encoding="utf-8")
-    return path
-
-
-def test_version() -> None:
-    result = RUNNER.invoke(app, ["--version"])
-    assert result.exit_code == 0
-    assert result.output.startswith("moe-dispatch ")
+def cache() -> Path:
+    return cache_dir()
 
 
 def test_the_installed_command_lists_its_commands() -> None:
@@ -104,7 +73,7 @@ def test_what_needs_no_torch_does_not_import_it(arguments: list[str]) -> None:
 def test_the_shell_completes_names(words: str, completed: str) -> None:
     line = f"moe-dispatch {words}"
     variables = {"_MOE_DISPATCH_COMPLETE": "complete_bash", "COMP_WORDS": line, "COMP_CWORD": "3"}
-    result = RUNNER.invoke(app, [], prog_name="moe-dispatch", env=variables)
+    result = CliRunner().invoke(app, [], prog_name="moe-dispatch", env=variables)
     assert completed in result.output.split()
 
 
@@ -112,14 +81,10 @@ def test_the_shell_completes_names(words: str, completed: str) -> None:
     "command", ["demo", "doctor", "explain", "calibrate", "fit", "bench", "calibration show"], ids=str
 )
 def test_every_command_that_reports_prints_json_on_request(command: str) -> None:
-    assert "--json" in RUNNER.invoke(app, [*command.split(), "--help"], env={"COLUMNS": "100"}).output
+    assert "--json" in invoke(*command.split(), "--help", columns=100).output
 
 
 def test_the_version_is_that_of_the_distribution() -> None:
-    import importlib.metadata
-
-    import moe_dispatch
-
     assert moe_dispatch.__version__ == importlib.metadata.version("moe-dispatch")
     done = subprocess.run(
         [sys.executable, "-c", "from moe_dispatch.cli import app; app()", "--version"],
@@ -129,8 +94,6 @@ def test_the_version_is_that_of_the_distribution() -> None:
 
 
 def test_every_public_name_is_there() -> None:
-    import moe_dispatch
-
     assert set(moe_dispatch.__all__) <= set(dir(moe_dispatch))
     for name in moe_dispatch.__all__:
         assert getattr(moe_dispatch, name) is not None
@@ -145,9 +108,8 @@ def _tables(text: str) -> list[str]:
     return [each for rule in rules for each in itertools.takewhile(lambda row: "  " in row, lines[rule + 1 :])]
 
 
-@pytest.mark.usefixtures("cache")
 def test_doctor_names_every_backend_in_tables_of_80_columns() -> None:
-    result = RUNNER.invoke(app, ["doctor"], env={"COLUMNS": "80"})
+    result = invoke("doctor")
     assert result.exit_code == 0, result.output
     tables = _tables(result.output)
     for name in BACKENDS.names():
@@ -156,95 +118,71 @@ def test_doctor_names_every_backend_in_tables_of_80_columns() -> None:
 
 
 @pytest.mark.parametrize("columns", ["9" * 5000, "²", "-1", "wide", ""])
-def test_a_width_that_is_none_is_ignored(columns: str, tmp_path: Path) -> None:
+def test_a_width_that_is_none_is_ignored(columns: str) -> None:
     for arguments in (["explain", "--machine", "h200"], ["no-such-command"], ["explain", "-h"]):
-        result = RUNNER.invoke(app, arguments, env={"COLUMNS": columns, "MOE_DISPATCH_CACHE_DIR": str(tmp_path)})
+        result = invoke(*arguments, columns=columns)
         assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
         assert result.exit_code == (2 if arguments == ["no-such-command"] else 0)
 
 
-@pytest.mark.usefixtures("cache")
 def test_doctor_says_for_each_library_what_works_and_how_to_get_it() -> None:
-    report = json.loads(RUNNER.invoke(app, ["doctor", "--json"]).stdout)
+    report = json.loads(invoke("doctor", "--json").stdout)
     libraries = {library["library"]: library for library in report["libraries"]}
     assert {"torch", "triton", "vllm", "deep_gemm", "transformers"} <= set(libraries)
     assert libraries["torch"]["installed"] == report["machine"]["torch"]
     assert all(library["known"] for library in libraries.values())
-    text = RUNNER.invoke(app, ["doctor"], env={"COLUMNS": "250"}).output
+    text = invoke("doctor", columns=250).output
     assert libraries["vllm"]["known"] in text
 
 
-@dataclass(frozen=True)
-class Trouble:
-    """An environment in which `doctor` has to fail, and what it must say."""
-
-    name: str
-    variable: str
-    value: str
-    says: str
-
-    def __str__(self) -> str:
-        return self.name
-
-
+@pytest.mark.filterwarnings("ignore::moe_dispatch.MoEDispatchWarning")
 @pytest.mark.parametrize(
-    "trouble",
+    ("variable", "value", "says"),
     [
-        Trouble(
-            "backend that runs nothing here", "MOE_DISPATCH_BACKEND", "deep_gemm", "every call that names no backend"
-        ),
-        Trouble("backend that does not exist", "MOE_DISPATCH_BACKEND", "deepgemm", "'deepgemm', which is no backend"),
-        Trouble("cache path that is too long", "MOE_DISPATCH_CACHE_DIR", "/" + "x" * 300, "cannot be written"),
-        Trouble("cache below a file", "MOE_DISPATCH_CACHE_DIR", "/proc/version/cache", "cannot be written"),
+        ("BACKEND", "deep_gemm", "every call that names no backend"),
+        ("BACKEND", "deepgemm", "'deepgemm', which is no backend"),
+        ("CACHE_DIR", "/" + "x" * 300, "cannot be written"),
+        ("CACHE_DIR", "/proc/version/cache", "cannot be written"),
     ],
-    ids=str,
+    ids=["backend that runs nothing here", "no such backend", "path that is too long", "cache below a file"],
 )
-def test_doctor_fails_where_calls_would_or_nothing_is_kept(trouble: Trouble, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(trouble.variable, trouble.value)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", MoEDispatchWarning)
-        result = RUNNER.invoke(app, ["doctor"])
-        report = json.loads(RUNNER.invoke(app, ["doctor", "--json"]).stdout)
+def test_doctor_fails_where_calls_would_or_nothing_is_kept(
+    variable: str, value: str, says: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(f"MOE_DISPATCH_{variable}", value)
+    result = invoke("doctor")
+    report = json.loads(invoke("doctor", "--json").stdout)
     assert result.exit_code == 1, result.output
-    assert trouble.says in result.output
-    assert any(trouble.says in problem for problem in report["problems"])
+    assert says in result.output
+    assert any(says in problem for problem in report["problems"])
 
 
-def test_doctor_reports_a_damaged_calibration(cache: Path) -> None:
+@pytest.mark.filterwarnings("ignore::moe_dispatch.MoEDispatchWarning")
+def test_doctor_reports_a_damaged_calibration() -> None:
     path = calibration_path(Machine.inspect("cpu"))
     path.parent.mkdir(parents=True)
     path.write_text("[" * 1000)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", MoEDispatchWarning)
-        result = RUNNER.invoke(app, ["doctor"])
+    result = invoke("doctor")
     assert result.exit_code == 1
     assert "this machine's calibration is not used" in result.output
 
 
-def test_doctor_shows_what_was_calibrated(cache: Path) -> None:
+def test_doctor_shows_what_was_calibrated() -> None:
     machine = Machine.inspect("cpu")
     layer = LayerShape(K=64, N=32, E=4, topk=2, dtype="fp32", act_dtype="fp32")
     versions = {"torch": machine.torch}
     candidate = Candidate(backend="torch_grouped", versions=versions, measured="2026-11-25T10:00:00+00:00")
-    points = [
-        Point(layer=0, M=M, mode="eager", measurements=[
-            StoredMeasurement(candidate=0, us={"uniform": (1.0, 2.0, 3.0)}, score=2.0)
-        ])
-        for M in (1, 64)
-    ]  # fmt: skip
-    file = CalibrationFile(machine=machine, layers=[layer], candidates=[candidate], points=points)
-    path = calibration_path(machine)
-    path.parent.mkdir(parents=True)
-    path.write_text(file.model_dump_json())
-    text = RUNNER.invoke(app, ["doctor"], env={"COLUMNS": "250"}).output
+    times = {"uniform": (1.0, 2.0, 3.0)}
+    measured = [Measurement(layer, M, "eager", candidate, us=times, score=2.0) for M in (1, 64)]
+    save(calibration_path(machine), measured, machine)
+    text = invoke("doctor", columns=250).output
     (row,) = (each for each in _tables(text) if each.startswith("E=4 topk=2 K=64 N=32 fp32"))
     for shown in ("eager", "2 from 1 to 64", "uniform", "2026-11-25", f"torch {machine.torch}"):
         assert shown in row
 
 
-@pytest.mark.usefixtures("cache")
 def test_doctors_machine_can_be_read_back(tmp_path: Path) -> None:
-    report = json.loads(RUNNER.invoke(app, ["doctor", "--json"]).stdout)
+    report = json.loads(invoke("doctor", "--json").stdout)
     path = tmp_path / "here.json"
     path.write_text(json.dumps(report["machine"]), encoding="utf-8")
     assert Machine.load(path).fingerprint == report["fingerprint"]
@@ -252,59 +190,59 @@ def test_doctors_machine_can_be_read_back(tmp_path: Path) -> None:
     assert "fp8" in by_name["reference"]["dtypes"]
 
 
-@pytest.mark.usefixtures("cache")
 def test_doctor_probes_against_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
     leave_out_the_interpreter(monkeypatch)  # which takes a minute for the layers that the probe runs
-    report = json.loads(RUNNER.invoke(app, ["doctor", "--json", "--probe"]).stdout)
+    report = json.loads(invoke("doctor", "--json", "--probe").stdout)
     reference = next(backend for backend in report["backends"] if backend["name"] == "reference")
     assert set(reference["probe"]) == {"bf16", "fp16", "fp32", "fp8", "fp8_channel", "mxfp4"}
     assert all(text.startswith("ok, error") for text in reference["probe"].values()), reference["probe"]
 
 
-def test_doctor_shows_and_lifts_the_quarantine(cache: Path) -> None:
-    machine = Machine.inspect("cpu")
+@pytest.fixture
+def quarantine(cache: Path) -> Quarantine:
+    """A quarantine with an entry."""
+    quarantine = Quarantine(Machine.inspect("cpu"), cache)
     problem = MoEProblem(M=4, K=64, N=64, E=4, topk=2, device="cpu", capability=None)
-    Quarantine(machine, cache).bar("torch_grouped", problem, "it fell over", fatal=True)
-    assert "it fell over" in RUNNER.invoke(app, ["doctor"], env={"COLUMNS": "200"}).output
-    assert "lifted: 1 entry" in RUNNER.invoke(app, ["doctor", "--reset"]).output
-    assert Quarantine(machine, cache).entries() == ()
+    quarantine.bar("torch_grouped", problem, "it fell over", fatal=True)
+    return quarantine
 
 
-def test_a_quarantine_that_cannot_be_lifted_is_one_message(cache: Path) -> None:
-    machine = Machine.inspect("cpu")
-    problem = MoEProblem(M=4, K=64, N=64, E=4, topk=2, device="cpu", capability=None)
-    Quarantine(machine, cache).bar("torch_grouped", problem, "it fell over", fatal=True)
+def test_doctor_shows_and_lifts_the_quarantine(quarantine: Quarantine, cache: Path) -> None:
+    assert "it fell over" in invoke("doctor", columns=200).output
+    assert "lifted: 1 entry" in invoke("doctor", "--reset").output
+    assert Quarantine(Machine.inspect("cpu"), cache).entries() == ()
+
+
+def test_a_quarantine_that_cannot_be_lifted_is_one_message(quarantine: Quarantine, cache: Path) -> None:
     lock = next(cache.rglob("*.lock"))
     lock.unlink()
     lock.mkdir()  # root, who may write anywhere, cannot open it either
-    result = RUNNER.invoke(app, ["doctor", "--reset"])
+    result = invoke("doctor", "--reset")
     assert result.exit_code == 2
     assert result.stderr.startswith("error: the quarantine cannot be lifted")
     assert str(cache) in result.stderr
 
 
-@pytest.mark.usefixtures("cache")
 @pytest.mark.parametrize("dtype", ["bf16", "fp8"])
-def test_explain_answers_for_a_described_machine(h200: Path, dtype: str) -> None:
-    asked = ["explain", "--model", "deepseek-v3", "--dtype", dtype, "--tokens", "1,64,4096", "--machine", str(h200)]
-    answers = json.loads(RUNNER.invoke(app, [*asked, "--json"]).stdout)
+def test_explain_answers_for_a_described_machine(dtype: str) -> None:
+    asked = ["explain", "--model", "deepseek-v3", "--dtype", dtype, "--tokens", "1,64,4096", "--machine", "h200"]
+    answers = json.loads(invoke(*asked, "--json").stdout)
     assert [answer["problem"]["M"] for answer in answers] == [1, 64, 4096]
     for answer in answers:
         assert answer["machine"]["name"] == "NVIDIA H200"
         assert answer["problem"]["capability"] == [9, 0]
         assert answer["chosen"]["choice"]["backend"] != "reference"
-    text = RUNNER.invoke(app, asked, env={"COLUMNS": "80"}).output
+    text = invoke(*asked).output
     assert "NVIDIA H200" in text
     assert "means over the routings" in text, "a time that blends two routings says so"
     assert max(map(len, _tables(text))) <= 80
 
 
-@pytest.mark.usefixtures("cache")
 @pytest.mark.parametrize("name", ["a100-80gb", "b200", "h200", "rtx-5090"])
 def test_explain_says_of_each_backend_either_a_time_or_why_not(name: str) -> None:
     tokens = ["1", "64", "4096"]
     options = ["--tokens", ",".join(tokens), "--machine", name]
-    text = RUNNER.invoke(app, ["explain", *options], env={"COLUMNS": "80"}).output
+    text = invoke("explain", *options).output
     rows = {row.split()[0]: row.split("  ")[1:] for row in _tables(text)}
     assert set(rows) == set(BACKENDS.names())
     cells = {backend: [cell.strip() for cell in row if cell.strip()] for backend, row in rows.items()}
@@ -318,7 +256,6 @@ def test_explain_says_of_each_backend_either_a_time_or_why_not(name: str) -> Non
         assert bool(lines) == ("–" in row), f"{backend}: {row}, {lines}"
 
 
-@pytest.mark.usefixtures("cache")
 def test_a_backend_that_runs_is_not_listed_as_one_that_cannot(monkeypatch: pytest.MonkeyPatch) -> None:
     """As where one of its configurations cannot be read, and another one runs."""
 
@@ -332,32 +269,23 @@ def test_a_backend_that_runs_is_not_listed_as_one_that_cannot(monkeypatch: pytes
     settings.cache_clear()
     with ranked(Honest):
         POLICIES.register("fixed", Fixed)
-        text = RUNNER.invoke(app, ["explain", "--model", "4,2,64,32", "--dtype", "fp32", "--tokens", "1"]).output
+        text = invoke("explain", "--model", "4,2,64,32", "--dtype", "fp32", "--tokens", "1").output
     able, _, refused = text.partition("cannot run\n")
     assert "honest: by default" in able
     assert "honest" not in refused
 
 
-@pytest.mark.usefixtures("cache")
-def test_explain_full_prints_the_ranking(h200: Path) -> None:
-    result = RUNNER.invoke(app, ["explain", "--tokens", "64", "--machine", str(h200), "--full"])
-    assert "-> " in result.output
-    assert "MoEProblem(M=64" in result.output
+def test_explain_full_prints_the_ranking() -> None:
+    text = invoke("explain", "--tokens", "64", "--machine", "h200", "--full").output
+    assert "-> " in text
+    assert "MoEProblem(M=64" in text
 
 
-@pytest.mark.usefixtures("cache")
-def test_tensor_parallelism_asks_for_a_share_of_the_columns(h200: Path) -> None:
-    asked = ["explain", "--tokens", "64", "--machine", str(h200), "--json", "--tp", "4"]
-    (answer,) = json.loads(RUNNER.invoke(app, asked).stdout)
-    shape = {letter: answer["problem"][letter] for letter in ("E", "topk", "K", "N")}
-    assert shape == {"E": 128, "topk": 8, "K": 2048, "N": 192}
-
-
-@pytest.mark.usefixtures("cache")
-def test_graph_mode_reaches_the_problem(h200: Path) -> None:
-    asked = ["explain", "--tokens", "1", "--mode", "graph", "--machine", str(h200), "--json"]
-    (answer,) = json.loads(RUNNER.invoke(app, asked).stdout)
-    assert answer["problem"]["mode"] == "graph"
+def test_tensor_parallelism_and_the_mode_reach_the_problem() -> None:
+    asked = ("explain", "--tokens", "1", "--mode", "graph", "--machine", "h200", "--json", "--tp", "4")
+    (answer,) = json.loads(invoke(*asked).stdout)
+    problem = {name: answer["problem"][name] for name in ("E", "topk", "K", "N", "mode")}
+    assert problem == {"E": 128, "topk": 8, "K": 2048, "N": 192, "mode": "graph"}, "a share of the 768 columns"
     assert answer["chosen"]["choice"]["backend"] != "reference"  # which cannot be captured
 
 
@@ -379,98 +307,85 @@ def test_ascii_is_encoding_enough_for_stdout() -> None:
 
 def test_markup_and_escape_sequences_in_files_do_not_reach_the_terminal(tmp_path: Path) -> None:
     hostile = "[red]GPU[/red]\x1b]0;title\x07\u202e[link=http://x]:warning:\x9b31m"
-    machine = H200.model_copy(update={"name": hostile, "torch": hostile, "libraries": {"vllm": hostile}})
+    machine = Machine.load("h200").model_copy(
+        update={"name": hostile, "torch": hostile, "libraries": {"vllm": hostile}}
+    )
     path = tmp_path / "[bold]\x1b[2J.json"
     path.write_text(machine.model_dump_json(), encoding="utf-8")
-    text = RUNNER.invoke(app, ["explain", "--machine", str(path), "--tokens", "1"]).output
+    text = invoke("explain", "--machine", str(path), "--tokens", "1").output
     assert "[red]GPU[/red]" in text
     assert ":warning:" in text
     path.write_text("{", encoding="utf-8")
-    broken = RUNNER.invoke(app, ["explain", "--machine", str(path)])
+    broken = invoke("explain", "--machine", str(path))
     assert broken.exit_code == 2
     for shown in (text, broken.output):
         assert not {"\x1b", "\x07", "\x9b", "\u202e"} & set(shown)
 
 
-@dataclass(frozen=True)
-class Mistake:
-    """A command line that cannot work, and what its message must name."""
-
-    arguments: tuple[str, ...]
-    named: str
-
-    def __str__(self) -> str:
-        return " ".join(self.arguments)
+CALIBRATE = ("calibrate", "--model", "8,2,64,32")
 
 
 @pytest.mark.parametrize(
-    "mistake",
+    ("arguments", "named"),
     [
-        Mistake(("explain", "--model", "no-such-model"), "no-such-model"),
-        Mistake(("explain", "--tokens", "1,many"), "1,many"),
-        Mistake(("explain", "--tokens", "0"), "positive numbers"),
-        Mistake(("explain", "--tokens", str(1 << 36)), "up to 16777216"),
-        Mistake(("explain", "--tokens", "²"), "positive numbers"),
-        Mistake(("explain", "--tokens", "9" * 5000), "positive numbers"),
-        Mistake(("explain", "--machine", "h100"), "did you mean h100-nvl or h100-pcie or h100-sxm?"),
-        Mistake(("explain", "--model", "x" * 300), "no workload is called"),
-        Mistake(("explain", "--parallel", "2", "--mode", "graph"), "leave out --mode"),
-        Mistake(("explain", "--wire-fp8"), "give --parallel GPUS"),
-        Mistake(("calibrate", "--model", "8,2,64,32", "--timeout", "nan"), "--timeout must be a number"),
-        Mistake(("calibrate", "--model", "8,2,64,32", "--timeout", "0"), "--timeout must be a number"),
-        Mistake(("calibrate", "--model", "8,2,64,32", "--budget", "-1"), "--budget must be a number"),
-        Mistake(
-            ("calibrate", "--model", "8,2,64,32", "--routing", "skewed"), "routing distribution is called 'skewed'"
-        ),
-        Mistake(("calibrate",), "needs --model"),
-        Mistake(("calibrate", "--model", "8,2,64,32", "--parallel"), "start them by `torchrun"),
-        Mistake(("calibrate", "--model", "8,2,64,32", "--parallel", "--quick"), "--parallel goes with"),
-        Mistake(("bench", "--seconds", "nan"), "--seconds must be a number"),
-        Mistake(("bench", "--budget", "-1"), "--budget must be a number"),
-        Mistake(("bench", "--energy", "inf"), "--energy must be a number"),
-        Mistake(("explain", "--tp", "5"), "must divide the 768 columns of qwen3-30b-a3b, got tp=5"),
-        Mistake(("bench", "--suite", "scoreboard", "--tp", "2"), "--tp cannot be combined with --suite"),
-        Mistake(("explain", "--dtype", "int4"), "int4"),
-        Mistake(("explain", "--mode", "lazy"), "lazy"),
-        Mistake(("explain", "--machine", "/no/such/file.json"), "/no/such/file.json"),
-        Mistake(("calibrate", "--model", "8,2,64,32", "--device", "gpu"), "cpu, cuda or cuda:N, got 'gpu'"),
-        Mistake(("calibrate", "--model", "8,2,64,32", "--device", "cuda:99"), "'cuda:99' was asked for"),
-        Mistake(("calibrate", "--model", "8,2,64,32", "--backend", "cutlass"), "no backend is called 'cutlass'"),
+        (("explain", "--model", "no-such-model"), "no-such-model"),
+        (("explain", "--tokens", "1,many"), "1,many"),
+        (("explain", "--tokens", "0"), "positive numbers"),
+        (("explain", "--tokens", str(1 << 36)), "up to 16777216"),
+        (("explain", "--tokens", "²"), "positive numbers"),
+        (("explain", "--tokens", "9" * 5000), "positive numbers"),
+        (("explain", "--machine", "h100"), "did you mean h100-nvl or h100-pcie or h100-sxm?"),
+        (("explain", "--model", "x" * 300), "no workload is called"),
+        (("explain", "--parallel", "2", "--mode", "graph"), "leave out --mode"),
+        (("explain", "--wire-fp8"), "give --parallel GPUS"),
+        ((*CALIBRATE, "--timeout", "nan"), "--timeout must be a number"),
+        ((*CALIBRATE, "--timeout", "0"), "--timeout must be a number"),
+        ((*CALIBRATE, "--budget", "-1"), "--budget must be a number"),
+        ((*CALIBRATE, "--routing", "skewed"), "routing distribution is called 'skewed'"),
+        (("calibrate",), "needs --model"),
+        ((*CALIBRATE, "--parallel"), "start them by `torchrun"),
+        ((*CALIBRATE, "--parallel", "--quick"), "--parallel goes with"),
+        (("bench", "--seconds", "nan"), "--seconds must be a number"),
+        (("bench", "--budget", "-1"), "--budget must be a number"),
+        (("bench", "--energy", "inf"), "--energy must be a number"),
+        (("explain", "--tp", "5"), "must divide the 768 columns of qwen3-30b-a3b, got tp=5"),
+        (("bench", "--suite", "scoreboard", "--tp", "2"), "--tp cannot be combined with --suite"),
+        (("explain", "--dtype", "int4"), "int4"),
+        (("explain", "--mode", "lazy"), "lazy"),
+        (("explain", "--machine", "/no/such/file.json"), "/no/such/file.json"),
+        ((*CALIBRATE, "--device", "gpu"), "cpu, cuda or cuda:N, got 'gpu'"),
+        ((*CALIBRATE, "--device", "cuda:99"), "'cuda:99' was asked for"),
+        ((*CALIBRATE, "--backend", "cutlass"), "no backend is called 'cutlass'"),
     ],
-    ids=str,
+    ids=lambda value: " ".join(value)[:40] if isinstance(value, tuple) else "",
 )
-def test_mistakes_are_one_message_and_exit_2(mistake: Mistake) -> None:
-    result = RUNNER.invoke(app, mistake.arguments)
+def test_mistakes_are_one_message_and_exit_2(arguments: tuple[str, ...], named: str) -> None:
+    result = invoke(*arguments)
     assert result.exit_code == 2
     assert "error:" in result.stderr
-    assert mistake.named in result.stderr
+    assert named in result.stderr
     assert "Traceback" not in result.stderr
 
 
 def test_a_calibration_without_candidates_fails_and_says_so(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("moe_dispatch.system.libraries.library_version", lambda _: "")  # nothing is installed
     asked = ["calibrate", "--model", "4,2,64,32", "--device", "cpu", "--tokens", "1", "--backend", "vllm_fused_moe"]
-    result = RUNNER.invoke(app, asked, env={"COLUMNS": "200"})
+    result = invoke(*asked, columns=200)
     assert result.exit_code == 1, result.output
     assert "cannot run: vllm_fused_moe: vllm is not installed" in result.output
     assert "no backend here can run it" in result.stderr
     assert not list(cache.glob("calibration/*.json"))
 
 
-def test_a_described_machine_is_not_calibrated(h200: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("MOE_DISPATCH_MACHINE", str(h200))
-    asked = ["calibrate", "--model", "4,2,64,32", "--device", "cpu", "--tokens", "1"]
-    result = RUNNER.invoke(app, asked)
+def test_a_described_machine_is_not_calibrated(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MOE_DISPATCH_MACHINE", "h200")
+    result = invoke("calibrate", "--model", "4,2,64,32", "--device", "cpu", "--tokens", "1")
     assert result.exit_code == 2
     assert "describes a cuda machine" in result.stderr
     assert "--machine" in result.stderr
 
 
 def test_the_table_of_variables_holds_every_variable_in_the_sources() -> None:
-    import re
-
-    import moe_dispatch
-
     package = Path(moe_dispatch.__file__).parent
     rooms = (package, *(package / name for name in ("backends", "policies", "benchmarks")))  # rglob follows no links
     sources = [source for room in rooms for source in room.rglob("*.py")]

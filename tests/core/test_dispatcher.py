@@ -6,12 +6,10 @@ import gc
 import itertools
 import json
 import multiprocessing
-import os
 import subprocess
 import sys
 import threading
 import time
-import warnings
 import weakref
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -64,14 +62,8 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.usefixtures("fixed_policy", "no_grad")
 
 LAYER = Workload("tiny", E=4, topk=2, K=64, N=32)
-MACHINES = Path(__file__).parents[1] / "machines"
 ROOT = Path(__file__).parents[2]
 Call = tuple[Tensor, ExpertWeights, Tensor, Tensor]
-
-
-@pytest.fixture
-def call() -> Call:
-    return make_call(6)
 
 
 def make_call(M: int) -> Call:
@@ -89,469 +81,475 @@ def lose_context(*_: object, **__: object) -> None:
     raise torch.AcceleratorError("CUDA error: device-side assert triggered")
 
 
+def barred() -> list[str]:
+    """The backends in the quarantine."""
+    return [entry.backend for entry in get_dispatcher("cpu").quarantine.entries()]
+
+
 def ran() -> dict[str, int]:
     return {name: counts["ran"] for name, counts in stats().items() if counts["ran"]}
 
 
-class TestChoosing:
-    def test_the_first_that_can_runs(self, call: Call) -> None:
-        with ranked("deep_gemm", Honest):
-            assert torch.equal(moe_forward(*call), expected(call))
-            assert ran() == {"honest": 1, "reference": 1}
+def process_that_calls(backends: str, before: str = "") -> "subprocess.CompletedProcess[str]":
+    """A process of its own that ranks some backends of `tests.support.fakes` and makes a call."""
+    code = (
+        f"{before}\nfrom tests.core.test_dispatcher import *\nfrom tests.support.fakes import *\n"
+        f"with ranked({backends}), torch.no_grad():\n    moe_forward(*make_call(6))\n"
+    )
+    command = [sys.executable, "-c", code]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=250)
 
-    def test_a_named_backend_never_falls_back(self, call: Call) -> None:
-        with ranked(Raising, Honest):
-            with pytest.raises(BackendFailedError, match=r"'raising' failed.*the launch failed"):
-                moe_forward(*call, backend="raising")
-            with pytest.raises(BackendUnavailableError, match="deep_gemm is not installed"):
-                moe_forward(*call, backend="deep_gemm")
-            double = (call[0], call[1], *ROUTINGS["uniform"].sample(6, 4, 2, "cpu"))
 
-            class Picky(Honest):
-                name = "picky"
-                requirements = dataclasses.replace(
-                    Honest.requirements, dtypes={"fp8": (0, 0)}, activations=frozenset({"gelu"})
-                )
+def test_the_first_backend_that_can_runs(call: Call) -> None:
+    with ranked("deep_gemm", Honest):
+        assert torch.equal(moe_forward(*call), expected(call))
+        assert ran() == {"honest": 1, "reference": 1}
 
-            with registered(Picky), pytest.raises(BackendUnsupportedError) as refusal:
-                moe_forward(*double, backend="picky")
-            assert "takes weights in fp8, got fp32" in str(refusal.value)
-            assert "computes gelu, got activation silu" in str(refusal.value)
 
-    def test_a_name_is_checked_where_nothing_runs(self) -> None:
-        call = make_call(0)
-        for run in (lambda name: moe_forward(*call, backend=name), lambda name: warm_up(call[1], 2, [], backend=name)):
-            with pytest.raises(UnknownNameError, match="'no_such'"):
-                run("no_such")
-            with pytest.raises(BackendUnavailableError, match="deep_gemm is not installed"):
-                run("deep_gemm")
+def test_a_named_backend_never_falls_back(call: Call) -> None:
+    with ranked(Raising, Honest):
+        with pytest.raises(BackendFailedError, match=r"'raising' failed.*the launch failed"):
+            moe_forward(*call, backend="raising")
+        with pytest.raises(BackendUnavailableError, match="deep_gemm is not installed"):
+            moe_forward(*call, backend="deep_gemm")
+        double = (call[0], call[1], *ROUTINGS["uniform"].sample(6, 4, 2, "cpu"))
 
-    def test_the_environment_names_disables_and_orders(self, call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
-        with ranked(Honest):
-            dispatcher = Dispatcher(
-                Machine.inspect("cpu"), Settings(policies=("fixed",), disabled=frozenset({"honest"}))
+        class Picky(Honest):
+            name = "picky"
+            requirements = dataclasses.replace(
+                Honest.requirements, dtypes={"fp8": (0, 0)}, activations=frozenset({"gelu"})
             )
-            problem = LAYER.problem(1, "fp32", dispatcher.machine)
-            explanation = dispatcher.planner.explain(problem)
-            assert explanation.candidates[0].against == ("disabled by MOE_DISPATCH_DISABLE",)
-            assert explanation.chosen is not None
-            assert explanation.chosen.choice.backend == "reference"
-            monkeypatch.setenv("MOE_DISPATCH_BACKEND", "reference")
-            settings.cache_clear()
-            moe_forward(*call)
-            assert ran() == {"reference": 1}
 
-    def test_a_backend_that_the_environment_names_is_replaced_by_none(
-        self, call: Call, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        """And `explain` says what the call does, the error which variable asked for it."""
-        for name, refusal in (
-            ("raising", BackendFailedError),
-            ("deep_gemm", BackendUnavailableError),
-            ("cutlass", UnknownNameError),
-        ):
-            monkeypatch.setenv("MOE_DISPATCH_BACKEND", name)
-            settings.cache_clear()
-            reset_dispatchers()
-            with ranked(Raising, Honest):
-                with pytest.raises(refusal, match="MOE_DISPATCH_BACKEND") as raised:
-                    moe_forward(*call)
-                assert "Leave `backend` out" not in str(raised.value)
-                with warnings.catch_warnings():
-                    warnings.simplefilter("ignore", MoEDispatchWarning)
-                    explanation = explain(*call)
-            first, *others = explanation.candidates
-            assert first.choice.backend == name
-            assert explanation.chosen == (first if name == "raising" else None)
-            assert all("MOE_DISPATCH_BACKEND names" in other.against[0] for other in others)
-            assert others
+        with registered(Picky), pytest.raises(BackendUnsupportedError) as refusal:
+            moe_forward(*double, backend="picky")
+        assert "takes weights in fp8, got fp32" in str(refusal.value)
+        assert "computes gelu, got activation silu" in str(refusal.value)
 
-    def test_a_named_backend_is_explained_as_it_runs(self, call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
-        """Named, it runs though it is disabled, in the configuration that is ranked for it."""
-        monkeypatch.setenv("MOE_DISPATCH_BACKEND", "honest")
-        monkeypatch.setenv("MOE_DISPATCH_DISABLE", "honest")
+
+def test_a_name_is_checked_where_nothing_runs() -> None:
+    call = make_call(0)
+    for run in (lambda name: moe_forward(*call, backend=name), lambda name: warm_up(call[1], 2, [], backend=name)):
+        with pytest.raises(UnknownNameError, match="'no_such'"):
+            run("no_such")
+        with pytest.raises(BackendUnavailableError, match="deep_gemm is not installed"):
+            run("deep_gemm")
+
+
+def test_the_environment_names_disables_and_orders(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    with ranked(Honest):
+        dispatcher = Dispatcher(Machine.inspect("cpu"), Settings(policies=("fixed",), disabled=frozenset({"honest"})))
+        problem = LAYER.problem(1, "fp32", dispatcher.machine)
+        explanation = dispatcher.planner.explain(problem)
+        assert explanation.candidates[0].against == ("disabled by MOE_DISPATCH_DISABLE",)
+        assert explanation.chosen is not None
+        assert explanation.chosen.choice.backend == "reference"
+        monkeypatch.setenv("MOE_DISPATCH_BACKEND", "reference")
         settings.cache_clear()
-        with ranked(Honest):
-            moe_forward(*call)
-            chosen = explain(*call).chosen
-            assert chosen is not None
-            (plan,) = get_dispatcher("cpu")._plans.values()
-            assert chosen.choice == plan.choice
+        moe_forward(*call)
+        assert ran() == {"reference": 1}
 
-    def test_a_name_in_the_environment_that_is_not_registered_is_said(
-        self, call: Call, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        monkeypatch.setenv("MOE_DISPATCH_DISABLE", "vllm,honest")
-        settings.cache_clear()
-        with ranked(Honest):
-            with pytest.warns(MoEDispatchWarning, match=r"MOE_DISPATCH_DISABLE names 'vllm'.*known: .*vllm_fused_moe"):
-                moe_forward(*call)
-            assert any("names 'vllm'" in note for note in explain(*call).notes)
-        monkeypatch.delenv("MOE_DISPATCH_DISABLE")
-        monkeypatch.setenv("MOE_DISPATCH_POLICY", "best")
+
+@pytest.mark.filterwarnings("ignore::moe_dispatch.MoEDispatchWarning")
+def test_a_backend_that_the_environment_names_is_replaced_by_none(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And `explain` says what the call does, the error which variable asked for it."""
+    for name, refusal in (
+        ("raising", BackendFailedError),
+        ("deep_gemm", BackendUnavailableError),
+        ("cutlass", UnknownNameError),
+    ):
+        monkeypatch.setenv("MOE_DISPATCH_BACKEND", name)
         settings.cache_clear()
         reset_dispatchers()
-        with pytest.raises(UnknownNameError, match="MOE_DISPATCH_POLICY names 'best'"):
-            moe_forward(*call)
-
-    @pytest.mark.parametrize("configured", ["", "logging.basicConfig(format='mine %(message)s'); "])
-    def test_a_log_level_shows_the_choice_once(self, configured: str) -> None:
-        code = (
-            f"import logging; {configured}from tests.core.test_dispatcher import *\n"
-            "with ranked(Honest), torch.no_grad():\n"
-            "    moe_forward(*make_call(6))\n"
-        )
-        environment = os.environ | {"MOE_DISPATCH_LOG_LEVEL": "info"}
-        done = subprocess.run(
-            [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, check=True
-        )
-        (line,) = (line for line in done.stderr.splitlines() if "honest runs MoEProblem(M=6" in line)
-        assert line.startswith("mine" if configured else "moe_dispatch INFO: ")
-
-    @pytest.mark.parametrize("backend", ["reference", "torch_grouped"])
-    @pytest.mark.parametrize("compiling", [False, True])
-    def test_autocast_changes_nothing(self, backend: str, compiling: bool, call: Call) -> None:
-        """Not even the verdict of a probe, which holds for as long as the process lives."""
-
-        def layer(*given: Any) -> Tensor:
-            return moe_forward(*given, backend=backend)
-
-        run: Callable[..., Tensor] = torch.compile(layer, fullgraph=True, backend="aot_eager") if compiling else layer
-        with ranked("torch_grouped"):
-            with torch.autocast("cpu", dtype=torch.bfloat16):
-                assert not explain(*call).candidates[0].against
-                out = run(*call)
-            assert torch.equal(out, layer(*call))
-
-    def test_explain_says_what_a_call_would_do(self, call: Call) -> None:
-        with ranked("deep_gemm", Honest):
+        with ranked(Raising, Honest):
+            with pytest.raises(refusal, match="MOE_DISPATCH_BACKEND") as raised:
+                moe_forward(*call)
+            assert "Leave `backend` out" not in str(raised.value)
             explanation = explain(*call)
-            assert explanation.chosen is not None
-            assert explanation.chosen.choice == dataclasses.replace(
-                explanation.chosen.choice, backend="honest", reason="number 2 of this test", policy="fixed"
-            )
-            assert any("not installed" in reason for reason in explanation.candidates[0].against)
-            assert "triton_splitk" in explanation.unranked
-            assert json.loads(json.dumps(explanation.to_dict()))["chosen"]["choice"]["backend"] == "honest"
-            assert "-> honest: number 2 of this test [fixed]" in str(explanation)
-            assert not stats(), "explaining runs nothing"
+        first, *others = explanation.candidates
+        assert first.choice.backend == name
+        assert explanation.chosen == (first if name == "raising" else None)
+        assert all("MOE_DISPATCH_BACKEND names" in other.against[0] for other in others)
+        assert others
 
-    def test_a_described_machine_is_asked_on_this_one(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setenv("MOE_DISPATCH_POLICY", "rules")
-        settings.cache_clear()
-        h200 = Machine.load(MACHINES / "h200.json")
-        problem = WORKLOADS["deepseek-v3"].problem(4096, "fp8", h200)
-        explanation = explain(problem, machine=h200)
+
+def test_a_named_backend_is_explained_as_it_runs(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Named, it runs though it is disabled, in the configuration that is ranked for it."""
+    monkeypatch.setenv("MOE_DISPATCH_BACKEND", "honest")
+    monkeypatch.setenv("MOE_DISPATCH_DISABLE", "honest")
+    settings.cache_clear()
+    with ranked(Honest):
+        moe_forward(*call)
+        chosen = explain(*call).chosen
+        assert chosen is not None
+        (plan,) = get_dispatcher("cpu")._plans.values()
+        assert chosen.choice == plan.choice
+
+
+def test_a_name_in_the_environment_that_is_not_registered_is_said(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MOE_DISPATCH_DISABLE", "vllm,honest")
+    settings.cache_clear()
+    with ranked(Honest):
+        with pytest.warns(MoEDispatchWarning, match=r"MOE_DISPATCH_DISABLE names 'vllm'.*known: .*vllm_fused_moe"):
+            moe_forward(*call)
+        assert any("names 'vllm'" in note for note in explain(*call).notes)
+    monkeypatch.delenv("MOE_DISPATCH_DISABLE")
+    monkeypatch.setenv("MOE_DISPATCH_POLICY", "best")
+    settings.cache_clear()
+    reset_dispatchers()
+    with pytest.raises(UnknownNameError, match="MOE_DISPATCH_POLICY names 'best'"):
+        moe_forward(*call)
+
+
+@pytest.mark.parametrize("configured", ["", "logging.basicConfig(format='mine %(message)s'); "])
+def test_a_log_level_shows_the_choice_once(configured: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MOE_DISPATCH_LOG_LEVEL", "info")
+    done = process_that_calls("Honest", f"import logging; {configured}")
+    assert done.returncode == 0, done.stderr
+    (line,) = (line for line in done.stderr.splitlines() if "honest runs MoEProblem(M=6" in line)
+    assert line.startswith("mine" if configured else "moe_dispatch INFO: ")
+
+
+@pytest.mark.parametrize("backend", ["reference", "torch_grouped"])
+@pytest.mark.parametrize("compiling", [False, True])
+def test_autocast_changes_nothing(backend: str, compiling: bool, call: Call) -> None:
+    """Not even the verdict of a probe, which holds for as long as the process lives."""
+
+    def layer(*given: Any) -> Tensor:
+        return moe_forward(*given, backend=backend)
+
+    run: Callable[..., Tensor] = torch.compile(layer, fullgraph=True, backend="aot_eager") if compiling else layer
+    with ranked("torch_grouped"):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert not explain(*call).candidates[0].against
+            out = run(*call)
+        assert torch.equal(out, layer(*call))
+
+
+def test_explain_says_what_a_call_would_do(call: Call) -> None:
+    with ranked("deep_gemm", Honest):
+        explanation = explain(*call)
         assert explanation.chosen is not None
-        assert not explanation.chosen.against
-        assert "vllm" not in sys.modules
+        assert explanation.chosen.choice == dataclasses.replace(
+            explanation.chosen.choice, backend="honest", reason="number 2 of this test", policy="fixed"
+        )
+        assert any("not installed" in reason for reason in explanation.candidates[0].against)
+        assert "triton_splitk" in explanation.unranked
+        assert json.loads(json.dumps(explanation.to_dict()))["chosen"]["choice"]["backend"] == "honest"
+        assert "-> honest: number 2 of this test [fixed]" in str(explanation)
+        assert not stats(), "explaining runs nothing"
 
 
-class TestSettling:
-    def test_a_kind_of_call_that_comes_back_is_prepared_for(self) -> None:
-        prepared: list[int] = []
+def test_a_described_machine_is_asked_on_this_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MOE_DISPATCH_POLICY", "rules")
+    settings.cache_clear()
+    h200 = Machine.load("h200")
+    problem = WORKLOADS["deepseek-v3"].problem(4096, "fp8", h200)
+    explanation = explain(problem, machine=h200)
+    assert explanation.chosen is not None
+    assert not explanation.chosen.against
+    assert "vllm" not in sys.modules
 
-        class Preparing(Honest):
-            name = "preparing"
 
-            def fast_path(self, inputs: Inputs, config: BackendConfig) -> Run:
-                prepared.append(inputs[0].shape[0])
-                return lambda hidden_states, *_: torch.full_like(hidden_states, 7.0)
+def test_a_kind_of_call_that_comes_back_gets_a_fast_path() -> None:
+    prepared: list[int] = []
 
-        few, many = make_call(6), make_call(FAST_PATH_TOKENS + 1)
-        with ranked(Preparing):
-            for _ in range(FAST_PATH_CALLS):
-                assert torch.equal(moe_forward(*few), expected(few))
-                moe_forward(*many)
-            assert (moe_forward(*few) == 7.0).all()
-            assert (moe_forward(*few) == 7.0).all()
+    class Preparing(Honest):
+        name = "preparing"
+
+        def fast_path(self, inputs: Inputs, config: BackendConfig) -> Run:
+            prepared.append(inputs[0].shape[0])
+            return lambda hidden_states, *_: torch.full_like(hidden_states, 7.0)
+
+    few, many = make_call(6), make_call(FAST_PATH_TOKENS + 1)
+    with ranked(Preparing):
+        for _ in range(FAST_PATH_CALLS):
+            assert torch.equal(moe_forward(*few), expected(few))
             moe_forward(*many)
-        assert prepared == [6]
-
-    def test_trouble_with_it_costs_nothing(self, call: Call) -> None:
-        class Stumbling(Honest):
-            name = "stumbling"
-
-            def fast_path(self, inputs: Inputs, config: BackendConfig) -> Run:
-                raise RuntimeError("cannot")
-
-        with ranked(Stumbling):
-            for _ in range(FAST_PATH_CALLS + 1):
-                assert torch.equal(moe_forward(*call), expected(call))
-            assert ran()["stumbling"] == FAST_PATH_CALLS + 1
-            assert not get_dispatcher("cpu").quarantine.entries()
-
-    def test_a_settled_kind_of_call_is_not_looked_up(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """And whatever differs from it is, though shape and layer are the same."""
-        call = hidden, experts, weights, ids = make_call(6)
-        looked_up: list[Tensor] = []
-
-        def look_up(*given: Any, **named: Any) -> Tensor:
-            looked_up.append(given[0])
-            return long_way(*given, **named)
-
-        def look_ups(*given: Any, **named: Any) -> int:
-            looked_up.clear()
-            assert torch.equal(moe_forward(*given, **named), truth)
-            return len(looked_up)
-
-        with ranked(Honest):
-            dispatcher, truth = get_dispatcher("cpu"), expected(call)
-            long_way = dispatcher._forward
-            monkeypatch.setattr(dispatcher, "_forward", look_up)
-            assert sum(look_ups(*call) for _ in range(20)) == SETTLING_CALLS
-            assert look_ups(hidden.t().contiguous().t(), experts, weights, ids) == 1
-            assert look_ups(hidden, experts, weights, ids.long()) == 1
-            assert look_ups(hidden.clone().requires_grad_(), experts, weights, ids) == 1
-            assert look_ups(*call, out=torch.empty_like(hidden)) == 1
-            with torch.inference_mode():  # a second kind is settled beside the first one
-                assert sum(look_ups(*call) for _ in range(3)) == 1
-            assert not torch.equal(moe_forward(hidden, experts, weights.bfloat16(), ids), truth)
-            assert look_ups(*call) == 0
-            assert ran()["honest"] == 29, "each call counts, whichever way it went"
-            for bad in (ids[:, :1], ids.float(), None):
-                with pytest.raises(InvalidInputError):
-                    moe_forward(hidden, experts, weights, bad)  # type: ignore[arg-type]
-            experts.down.data = experts.down.double()
-            with pytest.raises(InvalidInputError, match="changed since they were wrapped"):
-                moe_forward(*call)
-
-    def test_a_settled_plan_that_fails_is_replaced(self, call: Call) -> None:
-        class Tiring(Honest):
-            name = "tiring"
-
-            def run(self, *given: Any, **named: Any) -> Tensor:
-                if ran().get("tiring", 0) >= 18:
-                    raise RuntimeError("tired")
-                return super().run(*given, **named)
-
-        with ranked(Tiring, Honest), warnings.catch_warnings():
-            warnings.simplefilter("ignore", MoEDispatchWarning)
-            for _ in range(20):
-                assert torch.equal(moe_forward(*call), expected(call))
-            assert ran() == {"tiring": 18, "honest": 2, "reference": 20}
+        assert (moe_forward(*few) == 7.0).all()
+        assert (moe_forward(*few) == 7.0).all()
+        moe_forward(*many)
+    assert prepared == [6]
 
 
-class TestFaults:
-    def test_a_launch_that_raises(self, call: Call) -> None:
-        with ranked(Raising, Honest):
-            with pytest.warns(MoEDispatchWarning, match="'raising' failed.*'honest' runs instead") as warned:
-                assert torch.equal(moe_forward(*call), expected(call))
-            moe_forward(*call)
-            assert len(warned) == 1
-            assert warned[0].filename == __file__, "the line that called, not one of ours"
-            assert stats()["raising"] == {"ran": 0, "fell_back": 1, "quarantined": 1}
-            assert stats()["honest"]["ran"] == 2
-            (entry,) = get_dispatcher("cpu").quarantine.entries()
-            assert (entry.backend, entry.fatal) == ("raising", False)
-            assert entry.cause == "RuntimeError: the launch failed"
+def test_trouble_with_a_fast_path_costs_nothing(call: Call) -> None:
+    class Stumbling(Honest):
+        name = "stumbling"
 
-    def test_a_failure_in_a_capture_says_how_to_capture_again(
-        self, call: Call, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        dispatcher = get_dispatcher("cpu")
-        monkeypatch.setattr(dispatcher, "_on_cuda", True)
-        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-        with ranked(Raising, Honest):
-            with pytest.raises(BackendFailedError, match=r"warm_up.*then capture again") as refusal:
-                moe_forward(*call)
-            assert "Leave `backend` out" not in str(refusal.value)
-            moe_forward(*call)
-            assert ran() == {"honest": 1}, "the culprit is barred, and the next one is captured"
+        def fast_path(self, inputs: Inputs, config: BackendConfig) -> Run:
+            raise RuntimeError("cannot")
 
-    def test_a_capture_and_no_problem_of_one_forbids_a_probe(self, call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
-        class Foreign(Honest):
-            name = "foreign"
-            needs_probe = True
-
-        problem = call[1].problem(6, 2, torch.float32, None, "graph")
-        with ranked(Foreign):
-            monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-            refusal = get_dispatcher("cpu").planner._pool.probe_failure("foreign", problem, torch.device("cuda"))
-            assert refusal.startswith("not probed yet")
-            (foreign, _) = explain(problem).candidates
-            assert not foreign.against
-
-    def test_quarantine_is_for_such_problems_only(self) -> None:
-        class Small(Honest):
-            name = "small"
-
-            def run(self, hidden_states: Tensor, *rest: Any, **named: Any) -> Tensor:
-                if hidden_states.shape[0] > 8:
-                    raise RuntimeError("too many")
-                return super().run(hidden_states, *rest, **named)
-
-        with ranked(Small, Honest):
-            with pytest.warns(MoEDispatchWarning):
-                moe_forward(*make_call(12))
-            moe_forward(*make_call(16))  # the same power of two: not tried again
-            moe_forward(*make_call(8))
-            assert ran() == {"honest": 2, "small": 1}
-
-    def test_a_probe_that_is_wrong(self, call: Call) -> None:
-        with ranked(Lying, Honest):
-            with pytest.warns(MoEDispatchWarning, match=r"probe was wrong.*'honest' runs instead") as warned:
-                assert torch.equal(moe_forward(*call), expected(call))
-            moe_forward(*make_call(40))
-            assert len(warned) == 1
-            assert warned[0].filename == __file__
-            explanation = explain(*call)
-            assert "its probe was wrong: relative error" in explanation.candidates[0].against[0]
-            assert stats()["lying"] == {"ran": 0, "fell_back": 1, "quarantined": 1}
-            with pytest.raises(BackendUnavailableError, match="probe was wrong"):
-                moe_forward(*call, backend="lying")
-
-    def test_out_of_memory_goes_to_the_backend_that_needs_less(self, call: Call) -> None:
-        with ranked(Greedy, Honest):
-            with pytest.warns(MoEDispatchWarning, match="'greedy' ran out of memory.*'honest', which needs less"):
-                assert torch.equal(moe_forward(*call), expected(call))
-            assert moe_forward(*call).isfinite().all()
-            assert ran()["honest"] == 2
-            assert stats()["greedy"]["fell_back"] == 2, "memory may be there the next time"
-
-    def test_out_of_memory_splits_along_m(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(Greedy, "most_tokens", 3)
-        monkeypatch.setattr(Greedy, "workspace_bytes", lambda *_: 0)  # none needs less
-        call = make_call(11)
-        with ranked(Greedy), pytest.warns(MoEDispatchWarning, match="split along M into 5 and 6"):
-            assert torch.allclose(moe_forward(*call), expected(call), atol=1e-6)
-
-    def test_a_lost_context_is_said_and_remembered(self, call: Call) -> None:
-        with ranked(Losing, Honest):
-            with pytest.raises(DeviceLostError, match="Restart the process") as lost:
-                moe_forward(*call)
-            assert lost.value.suspects == ("losing",)
-            afresh = Dispatcher(Machine.inspect("cpu"))  # the next start
-            explanation = afresh.planner.explain(explain(*call).problem)
-            assert "quarantined for such problems" in explanation.candidates[0].against[0]
-            assert afresh.quarantine.reset() == 1
-            assert not Dispatcher(Machine.inspect("cpu")).planner.explain(explanation.problem).candidates[0].against
-
-    @pytest.mark.parametrize(
-        "options", [{}, {"backend": "honest"}, {"out": torch.empty(6, 64)}], ids=["", "name", "out"]
-    )
-    @pytest.mark.parametrize(
-        ("place", "known"),
-        [
-            *itertools.product(["torch.cuda.is_current_stream_capturing", "torch.Tensor.contiguous"], [False, True]),
-            ("moe_dispatch.backends.reference.ReferenceBackend.run", True),
-        ],
-    )
-    def test_a_context_that_was_lost_before_a_call(
-        self, place: str, known: bool, options: dict[str, Any], call: Call, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        """CUDA says so at the first question, copy or run, and neither the arguments nor a backend are to blame."""
-        with ranked(Honest):
-            if known:
-                moe_forward(*call, **options)
-            monkeypatch.setattr(get_dispatcher("cpu"), "_on_cuda", "cuda" in place)
-            monkeypatch.setattr(place, lose_context)
-            with pytest.raises(DeviceLostError, match="CUDA_LAUNCH_BLOCKING=1") as lost:
-                moe_forward(*call, **options)
-            assert lost.value.suspects == ("honest",) * known
-            assert not get_dispatcher("cpu").quarantine.entries()
-
-    def test_a_probe_is_not_blamed_for_an_older_error(self, call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
-        problem = call[1].problem(6, 2, torch.float32, None)
-        monkeypatch.setattr("torch.cuda.synchronize", lose_context)
-        monkeypatch.setattr("torch.cuda.is_current_stream_capturing", lambda: False)
-        with ranked(Lying), pytest.raises(DeviceLostError, match="CUDA_LAUNCH_BLOCKING=1"):
-            get_dispatcher("cpu").planner._pool.probe_failure("lying", problem, torch.device("cuda"))
-        assert not get_dispatcher("cpu").quarantine.entries()
-
-    @pytest.mark.parametrize("killer", ["Killing", "KillingInItsProbe"])
-    def test_a_killed_process_is_remembered(self, killer: str, call: Call) -> None:
-        code = (
-            "from tests.core.test_dispatcher import *\n"
-            f"with ranked({killer}, Honest), torch.no_grad():\n"
-            "    moe_forward(*make_call(6))\n"
-        )
-        killed = subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False, capture_output=True)
-        assert killed.returncode == -9
-        (entry,) = get_dispatcher("cpu").quarantine.entries()
-        assert (entry.backend, entry.fatal) == ("killing", True)
-        assert "died" in entry.cause
-        with ranked(KillingInItsProbe if "Probe" in killer else Killing, Honest), warnings.catch_warnings():
-            warnings.simplefilter("ignore", MoEDispatchWarning)
+    with ranked(Stumbling):
+        for _ in range(FAST_PATH_CALLS + 1):
             assert torch.equal(moe_forward(*call), expected(call))
-            assert ran()["honest"] == 1
-
-    @pytest.mark.parametrize(("victim", "status"), [("Interrupted", -15), ("InterruptedByCtrlC", -2)])
-    def test_ending_a_process_on_purpose_blames_no_backend(self, victim: str, status: int) -> None:
-        code = (
-            "import signal\n"
-            "from tests.core.test_dispatcher import *\n"
-            "from tests.support.fakes import *\n"
-            # A shell lets its background jobs ignore Ctrl-C, and their processes inherit that.
-            "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
-            f"with ranked({victim}), torch.no_grad():\n"
-            "    moe_forward(*make_call(6))\n"
-        )
-        ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False, capture_output=True, timeout=250)
-        assert ended.returncode == status
-        assert not get_dispatcher("cpu").quarantine.entries()
+        assert ran()["stumbling"] == FAST_PATH_CALLS + 1
+        assert not barred()
 
 
-class TestConcurrency:
-    def test_ten_threads_at_once(self) -> None:
-        calls = [make_call(M) for M in range(1, 11)]
-        with ranked(Honest):
-            truths = [expected(call) for call in calls]
-        wrong: list[int] = []
-        start = threading.Barrier(10)
+def test_a_settled_kind_of_call_is_not_looked_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And whatever differs from it is, though shape and layer are the same."""
+    call = hidden, experts, weights, ids = make_call(6)
+    looked_up: list[Tensor] = []
 
-        def work(mine: int) -> None:
-            with torch.no_grad():
-                start.wait()
-                for turn in range(30):
-                    which = (mine + turn) % 10
-                    if not torch.equal(moe_forward(*calls[which]), truths[which]):
-                        wrong.append(which)
+    def look_up(*given: Any, **named: Any) -> Tensor:
+        looked_up.append(given[0])
+        return long_way(*given, **named)
 
-        with ranked(Honest):
-            threads = [threading.Thread(target=work, args=(mine,)) for mine in range(10)]
-            for thread in threads:
-                thread.start()
-            for thread in threads:
-                thread.join()
-            assert not wrong
-            assert ran()["honest"] == 300
+    def look_ups(*given: Any, **named: Any) -> int:
+        looked_up.clear()
+        assert torch.equal(moe_forward(*given, **named), truth)
+        return len(looked_up)
 
-    def test_a_reset_in_between_costs_no_call(self, call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
-        """And keeps no dispatcher that was being made before it."""
-        resetting = threading.Thread(target=reset_dispatchers)
-
-        class Emptied(dict[torch.device, Dispatcher]):
-            def __setitem__(self, *item: Any) -> None:
-                super().__setitem__(*item)
-                resetting.start()
-                resetting.join(0.1)
-
-        monkeypatch.setattr(process, "_dispatchers", Emptied())
-        with ranked(Honest):
+    with ranked(Honest):
+        dispatcher, truth = get_dispatcher("cpu"), expected(call)
+        long_way = dispatcher._forward
+        monkeypatch.setattr(dispatcher, "_forward", look_up)
+        assert sum(look_ups(*call) for _ in range(20)) == SETTLING_CALLS
+        assert look_ups(hidden.t().contiguous().t(), experts, weights, ids) == 1
+        assert look_ups(hidden, experts, weights, ids.long()) == 1
+        assert look_ups(hidden.clone().requires_grad_(), experts, weights, ids) == 1
+        assert look_ups(*call, out=torch.empty_like(hidden)) == 1
+        with torch.inference_mode():  # a second kind is settled beside the first one
+            assert sum(look_ups(*call) for _ in range(3)) == 1
+        assert not torch.equal(moe_forward(hidden, experts, weights.bfloat16(), ids), truth)
+        assert look_ups(*call) == 0
+        assert ran()["honest"] == 29, "each call counts, whichever way it went"
+        for bad in (ids[:, :1], ids.float(), None):
+            with pytest.raises(InvalidInputError):
+                moe_forward(hidden, experts, weights, bad)  # type: ignore[arg-type]
+        experts.down.data = experts.down.double()
+        with pytest.raises(InvalidInputError, match="changed since they were wrapped"):
             moe_forward(*call)
-        resetting.join()
-        assert not process._dispatchers
 
-    @pytest.mark.parametrize("method", ["fork", "spawn"])
-    @pytest.mark.filterwarnings("ignore:This process.*multi-threaded:DeprecationWarning")
-    def test_workers(self, method: str, call: Call) -> None:
-        """A fork while another thread holds each of our locks: the child has no thread that would release them."""
-        context: Any = multiprocessing.get_context(method)
-        queue = context.SimpleQueue()
-        with ranked(Honest):
-            expected(call)
-            held, free = threading.Event(), threading.Event()
-            holder = threading.Thread(target=_hold, args=(held, free))  # while the fork happens
-            holder.start()
-            held.wait()
-            worker = context.Process(target=_work, args=(queue,))
-            worker.start()
-            free.set()
-            holder.join()
-        worker.join(60)
-        assert worker.exitcode == 0
-        assert queue.get() == {"honest": 1}
+
+@pytest.mark.filterwarnings("ignore::moe_dispatch.MoEDispatchWarning")
+def test_a_settled_plan_that_fails_is_replaced(call: Call) -> None:
+    class Tiring(Honest):
+        name = "tiring"
+
+        def run(self, *given: Any, **named: Any) -> Tensor:
+            if ran().get("tiring", 0) >= 18:
+                raise RuntimeError("tired")
+            return super().run(*given, **named)
+
+    with ranked(Tiring, Honest):
+        for _ in range(20):
+            assert torch.equal(moe_forward(*call), expected(call))
+        assert ran() == {"tiring": 18, "honest": 2, "reference": 20}
+
+
+def test_a_launch_that_raises_falls_back(call: Call) -> None:
+    with ranked(Raising, Honest):
+        with pytest.warns(MoEDispatchWarning, match="'raising' failed.*'honest' runs instead") as warned:
+            assert torch.equal(moe_forward(*call), expected(call))
+        moe_forward(*call)
+        assert len(warned) == 1
+        assert warned[0].filename == __file__, "the line that called, not one of ours"
+        assert stats()["raising"] == {"ran": 0, "fell_back": 1, "quarantined": 1}
+        assert stats()["honest"]["ran"] == 2
+        (entry,) = get_dispatcher("cpu").quarantine.entries()
+        assert (entry.backend, entry.fatal) == ("raising", False)
+        assert entry.cause == "RuntimeError: the launch failed"
+
+
+def test_a_failure_in_a_capture_says_how_to_capture_again(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    dispatcher = get_dispatcher("cpu")
+    monkeypatch.setattr(dispatcher, "_on_cuda", True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with ranked(Raising, Honest):
+        with pytest.raises(BackendFailedError, match=r"warm_up.*then capture again") as refusal:
+            moe_forward(*call)
+        assert "Leave `backend` out" not in str(refusal.value)
+        moe_forward(*call)
+        assert ran() == {"honest": 1}, "the culprit is barred, and the next one is captured"
+
+
+def test_a_capture_and_no_problem_of_one_forbids_a_probe(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Foreign(Honest):
+        name = "foreign"
+        needs_probe = True
+
+    problem = call[1].problem(6, 2, torch.float32, None, "graph")
+    with ranked(Foreign):
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+        refusal = get_dispatcher("cpu").planner._pool.probe_failure("foreign", problem, torch.device("cuda"))
+        assert refusal.startswith("not probed yet")
+        (foreign, _) = explain(problem).candidates
+        assert not foreign.against
+
+
+def test_quarantine_is_for_such_problems_only() -> None:
+    class Small(Honest):
+        name = "small"
+
+        def run(self, hidden_states: Tensor, *rest: Any, **named: Any) -> Tensor:
+            if hidden_states.shape[0] > 8:
+                raise RuntimeError("too many")
+            return super().run(hidden_states, *rest, **named)
+
+    with ranked(Small, Honest):
+        with pytest.warns(MoEDispatchWarning):
+            moe_forward(*make_call(12))
+        moe_forward(*make_call(16))  # the same power of two: not tried again
+        moe_forward(*make_call(8))
+        assert ran() == {"honest": 2, "small": 1}
+
+
+def test_a_backend_whose_probe_is_wrong_is_passed_over(call: Call) -> None:
+    with ranked(Lying, Honest):
+        with pytest.warns(MoEDispatchWarning, match=r"probe was wrong.*'honest' runs instead") as warned:
+            assert torch.equal(moe_forward(*call), expected(call))
+        moe_forward(*make_call(40))
+        assert len(warned) == 1
+        assert warned[0].filename == __file__
+        explanation = explain(*call)
+        assert "its probe was wrong: relative error" in explanation.candidates[0].against[0]
+        assert stats()["lying"] == {"ran": 0, "fell_back": 1, "quarantined": 1}
+        with pytest.raises(BackendUnavailableError, match="probe was wrong"):
+            moe_forward(*call, backend="lying")
+
+
+def test_out_of_memory_goes_to_the_backend_that_needs_less(call: Call) -> None:
+    with ranked(Greedy, Honest):
+        with pytest.warns(MoEDispatchWarning, match="'greedy' ran out of memory.*'honest', which needs less"):
+            assert torch.equal(moe_forward(*call), expected(call))
+        assert moe_forward(*call).isfinite().all()
+        assert ran()["honest"] == 2
+        assert stats()["greedy"]["fell_back"] == 2, "memory may be there the next time"
+
+
+def test_out_of_memory_splits_along_m(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Greedy, "most_tokens", 3)
+    monkeypatch.setattr(Greedy, "workspace_bytes", lambda *_: 0)  # none needs less
+    call = make_call(11)
+    with ranked(Greedy), pytest.warns(MoEDispatchWarning, match="split along M into 5 and 6"):
+        assert torch.allclose(moe_forward(*call), expected(call), atol=1e-6)
+
+
+def test_a_lost_context_is_said_and_remembered(call: Call) -> None:
+    with ranked(Losing, Honest):
+        with pytest.raises(DeviceLostError, match="Restart the process") as lost:
+            moe_forward(*call)
+        assert lost.value.suspects == ("losing",)
+        afresh = Dispatcher(Machine.inspect("cpu"))  # the next start
+        explanation = afresh.planner.explain(explain(*call).problem)
+        assert "quarantined for such problems" in explanation.candidates[0].against[0]
+        assert afresh.quarantine.reset() == 1
+        assert not Dispatcher(Machine.inspect("cpu")).planner.explain(explanation.problem).candidates[0].against
+
+
+@pytest.mark.parametrize("options", [{}, {"backend": "honest"}, {"out": torch.empty(6, 64)}], ids=["", "name", "out"])
+@pytest.mark.parametrize(
+    ("place", "known"),
+    [
+        *itertools.product(["torch.cuda.is_current_stream_capturing", "torch.Tensor.contiguous"], [False, True]),
+        ("moe_dispatch.backends.reference.ReferenceBackend.run", True),
+    ],
+)
+def test_a_context_that_was_lost_before_a_call_blames_no_backend(
+    place: str, known: bool, options: dict[str, Any], call: Call, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """CUDA says so at the first question, copy or run, and neither the arguments nor a backend are to blame."""
+    with ranked(Honest):
+        if known:
+            moe_forward(*call, **options)
+        monkeypatch.setattr(get_dispatcher("cpu"), "_on_cuda", "cuda" in place)
+        monkeypatch.setattr(place, lose_context)
+        with pytest.raises(DeviceLostError, match="CUDA_LAUNCH_BLOCKING=1") as lost:
+            moe_forward(*call, **options)
+        assert lost.value.suspects == ("honest",) * known
+        assert not barred()
+
+
+def test_a_probe_is_not_blamed_for_an_older_error(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = call[1].problem(6, 2, torch.float32, None)
+    monkeypatch.setattr("torch.cuda.synchronize", lose_context)
+    monkeypatch.setattr("torch.cuda.is_current_stream_capturing", lambda: False)
+    with ranked(Lying), pytest.raises(DeviceLostError, match="CUDA_LAUNCH_BLOCKING=1"):
+        get_dispatcher("cpu").planner._pool.probe_failure("lying", problem, torch.device("cuda"))
+    assert not barred()
+
+
+@pytest.mark.filterwarnings("ignore::moe_dispatch.MoEDispatchWarning")
+@pytest.mark.parametrize("killer", ["Killing", "KillingInItsProbe"])
+def test_a_killed_process_is_remembered(killer: str, call: Call) -> None:
+    assert process_that_calls(f"{killer}, Honest").returncode == -9
+    (entry,) = get_dispatcher("cpu").quarantine.entries()
+    assert (entry.backend, entry.fatal) == ("killing", True)
+    assert "died" in entry.cause
+    with ranked(KillingInItsProbe if "Probe" in killer else Killing, Honest):
+        assert torch.equal(moe_forward(*call), expected(call))
+        assert ran()["honest"] == 1
+
+
+@pytest.mark.parametrize(("victim", "status"), [("Interrupted", -15), ("InterruptedByCtrlC", -2)])
+def test_ending_a_process_on_purpose_blames_no_backend(victim: str, status: int) -> None:
+    # A shell lets its background jobs ignore Ctrl-C, and their processes inherit that.
+    before = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
+    assert process_that_calls(victim, before).returncode == status
+    assert not barred()
+
+
+def test_ten_threads_call_at_once() -> None:
+    calls = [make_call(M) for M in range(1, 11)]
+    with ranked(Honest):
+        truths = [expected(call) for call in calls]
+    wrong: list[int] = []
+    start = threading.Barrier(10)
+
+    def work(mine: int) -> None:
+        with torch.no_grad():
+            start.wait()
+            for turn in range(30):
+                which = (mine + turn) % 10
+                if not torch.equal(moe_forward(*calls[which]), truths[which]):
+                    wrong.append(which)
+
+    with ranked(Honest):
+        threads = [threading.Thread(target=work, args=(mine,)) for mine in range(10)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert not wrong
+        assert ran()["honest"] == 300
+
+
+def test_a_reset_during_a_call_costs_no_call(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And keeps no dispatcher that was being made before it."""
+    resetting = threading.Thread(target=reset_dispatchers)
+
+    class Emptied(dict[torch.device, Dispatcher]):
+        def __setitem__(self, *item: Any) -> None:
+            super().__setitem__(*item)
+            resetting.start()
+            resetting.join(0.1)
+
+    monkeypatch.setattr(process, "_dispatchers", Emptied())
+    with ranked(Honest):
+        moe_forward(*call)
+    resetting.join()
+    assert not process._dispatchers
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+@pytest.mark.filterwarnings("ignore:This process.*multi-threaded:DeprecationWarning")
+def test_worker_processes_call(method: str, call: Call) -> None:
+    """A fork while another thread holds each of our locks: the child has no thread that would release them."""
+    context: Any = multiprocessing.get_context(method)
+    queue = context.SimpleQueue()
+    with ranked(Honest):
+        expected(call)
+        held, free = threading.Event(), threading.Event()
+        holder = threading.Thread(target=_hold, args=(held, free))  # while the fork happens
+        holder.start()
+        held.wait()
+        worker = context.Process(target=_work, args=(queue,))
+        worker.start()
+        free.set()
+        holder.join()
+    worker.join(60)
+    assert worker.exitcode == 0
+    assert queue.get() == {"honest": 1}
 
 
 def _hold(held: threading.Event, free: threading.Event) -> None:
@@ -570,70 +568,72 @@ def _work(queue: "multiprocessing.SimpleQueue[dict[str, int]]") -> None:
     queue.put(ran())
 
 
-class TestCost:
-    @pytest.mark.timing
-    @pytest.mark.parametrize("recording", [False, True])
-    def test_a_known_kind_of_call_is_one_look_up(self, recording: bool, call: Call) -> None:
-        """A call without its backend costs microseconds at most, also where autograd is on and nothing needs it."""
+@pytest.mark.timing
+@pytest.mark.parametrize("recording", [False, True])
+def test_a_known_kind_of_call_is_one_look_up(recording: bool, call: Call) -> None:
+    """A call without its backend costs microseconds at most, also where autograd is on and nothing needs it."""
 
-        out = torch.empty_like(call[0])
+    out = torch.empty_like(call[0])
 
-        class Instant(Honest):
-            name = "instant"
+    class Instant(Honest):
+        name = "instant"
 
-            def run(self, *_: object, **__: object) -> Tensor:
-                return out
+        def run(self, *_: object, **__: object) -> Tensor:
+            return out
 
-        with ranked(Instant), torch.set_grad_enabled(recording):
-            dispatcher = get_dispatcher("cpu")
-            for _ in range(SETTLING_CALLS):
-                moe_forward(*call)
-            (plan,) = dispatcher._plans.values()
-            called = min(_seconds(lambda: moe_forward(*call)) for _ in range(15))
-            dispatched = min(_seconds(lambda: dispatcher.forward(*call)) for _ in range(15))
-            direct = min(_seconds(lambda: plan.run(*call, plan.config)) for _ in range(15))
-        choosing, whole = (1e6 * (seconds - direct) for seconds in (dispatched, called))
-        print(f"recording {recording}: choosing takes {choosing:.2f} µs, all of a call without its backend {whole:.2f}")
-        # 1 and 2 µs on a quiet core of a server; a virtual machine's is slower.
-        assert choosing < 3.0
-        assert whole < 6.0
+    with ranked(Instant), torch.set_grad_enabled(recording):
+        dispatcher = get_dispatcher("cpu")
+        for _ in range(SETTLING_CALLS):
+            moe_forward(*call)
+        (plan,) = dispatcher._plans.values()
+        called = min(_seconds(lambda: moe_forward(*call)) for _ in range(15))
+        dispatched = min(_seconds(lambda: dispatcher.forward(*call)) for _ in range(15))
+        direct = min(_seconds(lambda: plan.run(*call, plan.config)) for _ in range(15))
+    choosing, whole = (1e6 * (seconds - direct) for seconds in (dispatched, called))
+    print(f"recording {recording}: choosing takes {choosing:.2f} µs, all of a call without its backend {whole:.2f}")
+    # 1 and 2 µs on a quiet core of a server; a virtual machine's is slower.
+    assert choosing < 3.0
+    assert whole < 6.0
 
-    @pytest.mark.parametrize(
-        ("name", "most"), [("qwen3-30b-a3b", 1000), ("64,8,2048,1024", 1400)], ids=["shipped", "learned"]
-    )
-    def test_a_new_token_count_is_not_planned_from_scratch(self, name: str, most: int) -> None:
-        """Counted in calls of Python functions: about 1600 and 2900 where each count ranks and checks everything."""
-        plan = _planning(name)
-        for M in (24, 96, 150, 1500, 12000):
-            plan(M)
-        calls = 0
 
-        def count(_frame: object, event: str, _argument: object) -> None:
-            nonlocal calls
-            calls += event == "call"
+@pytest.mark.parametrize(
+    ("name", "most"), [("qwen3-30b-a3b", 1000), ("64,8,2048,1024", 1400)], ids=["shipped", "learned"]
+)
+def test_a_new_token_count_is_not_planned_from_scratch(name: str, most: int) -> None:
+    """Counted in calls of Python functions: about 1600 and 2900 where each count ranks and checks everything."""
+    plan = _planning(name)
+    for M in (24, 96, 150, 1500, 12000):
+        plan(M)
+    calls = 0
 
-        sys.setprofile(count)
-        for M in (17, 65, 130, 1100, 9000):
-            plan(M)
-        sys.setprofile(None)
-        assert calls < most
+    def count(_frame: object, event: str, _argument: object) -> None:
+        nonlocal calls
+        calls += event == "call"
 
-    @pytest.mark.timing
-    def test_a_new_token_count_is_planned_within_a_fifth_of_a_millisecond(self) -> None:
-        plan = _planning("qwen3-30b-a3b")
-        counts = iter(range(129, 256))
-        assert min(_seconds(lambda: plan(next(counts)), 1) for _ in range(100)) < 0.2e-3
+    sys.setprofile(count)
+    for M in (17, 65, 130, 1100, 9000):
+        plan(M)
+    sys.setprofile(None)
+    assert calls < most
 
-    @pytest.mark.parametrize("topk", [2, 6])  # of 4 experts, which may be a part of 8
-    def test_warm_up_runs_each_token_count(self, topk: int) -> None:
-        with ranked(Honest):
-            warm_up(make_call(1)[1].among(8), topk=topk, tokens=[1, 4])
-            assert ran() == {"honest": 2}
+
+@pytest.mark.timing
+def test_a_new_token_count_is_planned_within_a_fifth_of_a_millisecond() -> None:
+    plan = _planning("qwen3-30b-a3b")
+    counts = iter(range(129, 256))
+    assert min(_seconds(lambda: plan(next(counts)), 1) for _ in range(100)) < 0.2e-3
+
+
+@pytest.mark.parametrize("topk", [2, 6])  # of 4 experts, which may be a part of 8
+def test_warm_up_runs_each_token_count(topk: int) -> None:
+    with ranked(Honest):
+        warm_up(make_call(1)[1].among(8), topk=topk, tokens=[1, 4])
+        assert ran() == {"honest": 2}
 
 
 def _planning(name: str) -> "Callable[[int], Plan]":
     """What plans a call of M tokens through a layer in block FP8 on a described H200."""
-    machine = Machine.load(MACHINES / "h200.json")
+    machine = Machine.load("h200")
     planner = Dispatcher(machine, Settings(), live=False).planner
     experts = make_experts(Workload("any", E=1, topk=1, K=128, N=128), "fp8", "cpu")  # asked for their device only
     return lambda M: planner.plan(workload(name).problem(M, "fp8", machine), experts)
@@ -647,79 +647,79 @@ def _seconds(call: object, times: int = 2000) -> float:
     return (time.perf_counter() - begun) / times
 
 
-class TestCompile:
-    def test_fullgraph(self, call: Call) -> None:
-        hidden, experts, weights, ids = call
-        compiled = torch.compile(lambda h, w, i: moe_forward(h, experts, w, i), fullgraph=True, backend="aot_eager")
-        with ranked(Honest):
-            assert torch.equal(compiled(hidden, weights, ids), expected(call))
-            assert ran()["honest"] == 1
+def test_compiles_as_a_full_graph(call: Call) -> None:
+    hidden, experts, weights, ids = call
+    compiled = torch.compile(lambda h, w, i: moe_forward(h, experts, w, i), fullgraph=True, backend="aot_eager")
+    with ranked(Honest):
+        assert torch.equal(compiled(hidden, weights, ids), expected(call))
+        assert ran()["honest"] == 1
 
-    @pytest.mark.parametrize("fullgraph", [False, True])
-    def test_a_bad_call_is_refused_and_spoils_no_later_one(self, fullgraph: bool, call: Call) -> None:
-        """An exception in a trace had torch.compile trace into the backends from then on."""
-        hidden, experts, weights, ids = call
-        torch.compiler.reset()
-        compiled = torch.compile(
-            lambda h, w, i: moe_forward(h, experts, w, i), fullgraph=fullgraph, backend="aot_eager"
-        )
-        bad = [(hidden.double(), weights, ids), (hidden, ids, weights), (hidden[:3], weights, ids)]
-        with ranked("torch_grouped"):
-            for arguments in [*bad, *([] if fullgraph else [(hidden, None, ids)])]:
-                with pytest.raises(InvalidInputError):
-                    compiled(*arguments)
-            assert torch.allclose(compiled(hidden, weights, ids), expected(call), atol=1e-5)
-            assert ran()["torch_grouped"] == 1
-            assert not get_dispatcher("cpu").quarantine.entries()
 
-    def test_fake_tensors_run_nothing_and_blame_no_backend(self, call: Call) -> None:
-        """As those run a model who want to know its memory; a real call of the same kind may have been made."""
-        with ranked("torch_grouped"):
-            moe_forward(*call)
-            with FakeTensorMode(allow_non_fake_inputs=True) as mode:
-                hidden, experts, weights, ids = call
-                out = moe_forward(mode.from_tensor(hidden), experts, mode.from_tensor(weights), mode.from_tensor(ids))
-            assert isinstance(out, FakeTensor)
-            assert (out.shape, out.dtype) == (hidden.shape, hidden.dtype)
-            moe_forward(*call)
-            assert ran() == {"torch_grouped": 2}
-            assert not get_dispatcher("cpu").quarantine.entries()
+@pytest.mark.parametrize("fullgraph", [False, True])
+def test_a_bad_compiled_call_is_refused_and_spoils_no_later_one(fullgraph: bool, call: Call) -> None:
+    """An exception in a trace had torch.compile trace into the backends from then on."""
+    hidden, experts, weights, ids = call
+    torch.compiler.reset()
+    compiled = torch.compile(lambda h, w, i: moe_forward(h, experts, w, i), fullgraph=fullgraph, backend="aot_eager")
+    bad = [(hidden.double(), weights, ids), (hidden, ids, weights), (hidden[:3], weights, ids)]
+    with ranked("torch_grouped"):
+        for arguments in [*bad, *([] if fullgraph else [(hidden, None, ids)])]:
+            with pytest.raises(InvalidInputError):
+                compiled(*arguments)
+        assert torch.allclose(compiled(hidden, weights, ids), expected(call), atol=1e-5)
+        assert ran()["torch_grouped"] == 1
+        assert not barred()
 
-    def test_a_layer_stays_the_same_object_while_its_tensors_do(self) -> None:
-        """Backends keep what they made of a layer by its ExpertWeights."""
-        seen: list[ExpertWeights] = []
 
-        class Looking(Honest):
-            name = "looking"
+def test_fake_tensors_run_nothing_and_blame_no_backend(call: Call) -> None:
+    """As those run a model who want to know its memory; a real call of the same kind may have been made."""
+    with ranked("torch_grouped"):
+        moe_forward(*call)
+        with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+            hidden, experts, weights, ids = call
+            out = moe_forward(mode.from_tensor(hidden), experts, mode.from_tensor(weights), mode.from_tensor(ids))
+        assert isinstance(out, FakeTensor)
+        assert (out.shape, out.dtype) == (hidden.shape, hidden.dtype)
+        moe_forward(*call)
+        assert ran() == {"torch_grouped": 2}
+        assert not barred()
 
-            def run(self, hidden_states: Tensor, experts: ExpertWeights, *rest: Any) -> Tensor:
-                seen.append(experts)
-                return super().run(hidden_states, experts, *rest)
 
-        def run(experts: ExpertWeights) -> Tensor:
-            out: Tensor = compiled(hidden, experts.gate_up, experts.down, weights, ids)
-            assert torch.equal(out, moe_forward(hidden, experts, weights, ids, backend="reference"))
-            return out
+def test_a_compiled_layer_stays_the_same_object_while_its_tensors_do() -> None:
+    """Backends keep what they made of a layer by its ExpertWeights."""
+    seen: list[ExpertWeights] = []
 
-        hidden, experts, weights, ids = make_call(6)
-        compiled = torch.compile(
-            lambda h, g, d, w, i: moe_forward(h, ExpertWeights(g, d), w, i), fullgraph=True, backend="aot_eager"
-        )
-        other = make_call(7)[1]
-        with ranked(Looking):
-            for layer in (experts, other, experts, other):
-                run(layer)
-            assert seen[0] is seen[2]
-            assert seen[1] is seen[3]
-            assert seen[0] is not seen[1]
-            experts.down.data = other.down.clone()
-            run(experts)
-            assert seen[4] is not seen[0]
-        gone = weakref.ref(seen[3])
-        seen.clear()
-        del other, layer
-        gc.collect()
-        assert gone() is None
+    class Looking(Honest):
+        name = "looking"
+
+        def run(self, hidden_states: Tensor, experts: ExpertWeights, *rest: Any) -> Tensor:
+            seen.append(experts)
+            return super().run(hidden_states, experts, *rest)
+
+    def run(experts: ExpertWeights) -> Tensor:
+        out: Tensor = compiled(hidden, experts.gate_up, experts.down, weights, ids)
+        assert torch.equal(out, moe_forward(hidden, experts, weights, ids, backend="reference"))
+        return out
+
+    hidden, experts, weights, ids = make_call(6)
+    compiled = torch.compile(
+        lambda h, g, d, w, i: moe_forward(h, ExpertWeights(g, d), w, i), fullgraph=True, backend="aot_eager"
+    )
+    other = make_call(7)[1]
+    with ranked(Looking):
+        for layer in (experts, other, experts, other):
+            run(layer)
+        assert seen[0] is seen[2]
+        assert seen[1] is seen[3]
+        assert seen[0] is not seen[1]
+        experts.down.data = other.down.clone()
+        run(experts)
+        assert seen[4] is not seen[0]
+    gone = weakref.ref(seen[3])
+    seen.clear()
+    del other, layer
+    gc.collect()
+    assert gone() is None
 
 
 def test_the_problem_prints_itself_back() -> None:

@@ -2,7 +2,6 @@
 
 import errno
 import fcntl
-import json
 import os
 import socket
 import subprocess
@@ -100,8 +99,8 @@ def test_a_disk_that_cannot_be_read_is_an_os_error() -> None:
 
 def test_json_may_begin_with_a_byte_order_mark(tmp_path: Path) -> None:
     path = tmp_path / "file.json"
-    path.write_bytes(b'\xef\xbb\xbf{"a": "\xc3\xa9"}')
-    assert read_json(path) == {"a": "é"}
+    path.write_bytes(b'\xef\xbb\xbf{"a": ["\xc3\xa9", 2.5, null]}')
+    assert read_json(path) == {"a": ["é", 2.5, None]}
 
 
 def test_a_read_is_bounded_whatever_size_is_announced(tmp_path: Path) -> None:
@@ -236,44 +235,38 @@ def test_a_lock_file_of_another_kind_blocks_nothing(make: Callable[[Path], None]
         pass
 
 
-class TestCacheDir:
-    def test_a_relative_folder_is_refused(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setenv("MOE_DISPATCH_CACHE_DIR", "cache")
-        with pytest.raises(InvalidInputError, match="must be an absolute path, got 'cache'"):
-            cache_dir()
-
-    def test_a_relative_xdg_folder_is_ignored(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.delenv("MOE_DISPATCH_CACHE_DIR")
-        monkeypatch.setenv("XDG_CACHE_HOME", "cache")
-        monkeypatch.setenv("HOME", str(tmp_path))
-        assert cache_dir() == tmp_path / ".cache" / "moe_dispatch"
-        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-        assert cache_dir() == tmp_path / "xdg" / "moe_dispatch"
-
-    def test_a_relative_home_is_no_home(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.delenv("MOE_DISPATCH_CACHE_DIR")
-        monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
-        monkeypatch.setenv("HOME", "somewhere")
-        assert cache_dir() == private_temporary_folder()
-
-    def test_a_temporary_folder_that_others_can_enter_is_not_used(
-        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-        private_temporary_folder.cache_clear()
-        expected = tmp_path / f"moe_dispatch-{os.geteuid()}"
-        expected.mkdir()
-        expected.chmod(0o777)
-        made = private_temporary_folder()
-        assert made != expected
-        assert made.stat().st_mode & 0o777 == 0o700
-        private_temporary_folder.cache_clear()
-        expected.chmod(0o700)
-        assert private_temporary_folder() == expected
-        private_temporary_folder.cache_clear()
+def test_a_relative_cache_folder_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MOE_DISPATCH_CACHE_DIR", "cache")
+    with pytest.raises(InvalidInputError, match="must be an absolute path, got 'cache'"):
+        cache_dir()
 
 
-def test_json_of_this_reader_is_json(tmp_path: Path) -> None:
-    path = tmp_path / "file.json"
-    path.write_text(json.dumps({"E": [1, 2.5, None]}))
-    assert read_json(path) == {"E": [1, 2.5, None]}
+def test_a_relative_xdg_folder_is_ignored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MOE_DISPATCH_CACHE_DIR")
+    monkeypatch.setenv("XDG_CACHE_HOME", "cache")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert cache_dir() == tmp_path / ".cache" / "moe_dispatch"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    assert cache_dir() == tmp_path / "xdg" / "moe_dispatch"
+
+
+def test_a_relative_home_is_no_home(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MOE_DISPATCH_CACHE_DIR")
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setenv("HOME", "somewhere")
+    assert cache_dir() == private_temporary_folder()
+
+
+def test_a_temporary_folder_that_others_can_enter_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    private_temporary_folder.cache_clear()
+    expected = tmp_path / f"moe_dispatch-{os.geteuid()}"
+    expected.mkdir()
+    expected.chmod(0o777)
+    made = private_temporary_folder()
+    assert made != expected
+    assert made.stat().st_mode & 0o777 == 0o700
+    private_temporary_folder.cache_clear()
+    expected.chmod(0o700)
+    assert private_temporary_folder() == expected
+    private_temporary_folder.cache_clear()

@@ -33,15 +33,10 @@ from moe_dispatch.guard import GuardedBackend
 from moe_dispatch.registry import ENTRY_POINT_GROUP, POLICIES, Registry, make_backend
 from moe_dispatch.settings import settings
 from tests.core.test_dispatcher import Call, expected, make_call, ran
-from tests.support.fakes import Honest, ranked, registered
+from tests.support.fakes import Honest, ranked, registered, registered_policy
 
 pytestmark = pytest.mark.usefixtures("fixed_policy", "no_grad")
 ROOT = Path(__file__).parents[2]
-
-
-@pytest.fixture
-def call() -> Call:
-    return make_call(6)
 
 
 class Foreign(Honest):
@@ -173,18 +168,14 @@ def test_a_policy_that_fails_is_passed_over(
         def notes(self) -> tuple[str, ...]:
             raise SystemExit
 
-    POLICIES.register("failing", Failing)
     monkeypatch.setenv("MOE_DISPATCH_POLICY", "failing,fixed")
     settings.cache_clear()
-    try:
-        with ranked(Honest):
-            with pytest.warns(MoEDispatchWarning, match=f"policy 'failing' is passed over: {says}"):
-                assert torch.equal(moe_forward(*call), expected(call))
-            with pytest.warns(MoEDispatchWarning, match="policy 'failing' is passed over: SystemExit"):
-                notes = explain(*call).notes
-            assert sum("'failing' is passed over" in note for note in notes) == 2
-    finally:
-        POLICIES.unregister("failing")
+    with registered_policy(Failing), ranked(Honest):
+        with pytest.warns(MoEDispatchWarning, match=f"policy 'failing' is passed over: {says}"):
+            assert torch.equal(moe_forward(*call), expected(call))
+        with pytest.warns(MoEDispatchWarning, match="policy 'failing' is passed over: SystemExit"):
+            notes = explain(*call).notes
+        assert sum("'failing' is passed over" in note for note in notes) == 2
 
 
 UNFIT = {
@@ -207,13 +198,11 @@ def test_a_ranking_that_is_none_is_passed_over(answer: Any, call: Call) -> None:
         def rank(self, problem: MoEProblem) -> tuple[Choice, ...]:
             return cast("tuple[Choice, ...]", answer)
 
-    POLICIES.register("fixed", Fixed)
-    try:
-        with registered(Honest), pytest.warns(MoEDispatchWarning, match="policy 'fixed' is passed over: TypeError"):
+    with ranked(Honest):
+        POLICIES.register("fixed", Fixed)
+        with pytest.warns(MoEDispatchWarning, match="policy 'fixed' is passed over: TypeError"):
             assert torch.equal(moe_forward(*call), expected(call))
         assert "'fixed' is passed over" in str(explain(*call))
-    finally:
-        POLICIES.unregister("fixed")
 
 
 class Unhashable(BackendConfig):
@@ -273,13 +262,13 @@ def test_damaged_metadata_cost_their_package_alone(tmp_path: Path, monkeypatch: 
 # What a backend returns.
 
 
-def _returning(spoil: Callable[[Tensor, Inputs], object]) -> Callable[..., object]:
-    def run(self: Backend, *arguments: Any) -> object:
-        hidden_states, experts, topk_weights, topk_ids, config = arguments
-        inputs = hidden_states, experts, topk_weights, topk_ids
-        return spoil(Honest.run(cast("Honest", self), *inputs, config), inputs)
+def returning(spoil: Callable[[Tensor, Inputs], object], **members: Any) -> type[Backend]:
+    """A foreign backend that returns what a function makes of the right answer and of the inputs."""
 
-    return run
+    def run(self: Honest, *arguments: Any) -> object:
+        return spoil(Honest.run(self, *arguments), arguments[:4])
+
+    return foreign(run=run, **members)
 
 
 def _write_to(tensor: Tensor, out: Tensor) -> Tensor:
@@ -292,60 +281,56 @@ class OneBuffer(Foreign):
 
     buffers: ClassVar[dict[torch.Size, Tensor]] = {}
 
-    def run(self, hidden_states: Tensor, *rest: Any) -> Tensor:
-        out = super().run(hidden_states, *rest)
+    def run(self, *arguments: Any) -> Tensor:
+        out = super().run(*arguments)
         return self.buffers.setdefault(out.shape, torch.empty_like(out)).copy_(out)
 
 
 class IgnoringSentinels(Foreign):
     """Takes an id outside 0…E-1 for the last expert."""
 
-    def run(
-        self, hidden_states: Tensor, experts: Any, topk_weights: Tensor, topk_ids: Tensor, config: BackendConfig
-    ) -> Tensor:
-        return super().run(hidden_states, experts, topk_weights, topk_ids.clamp(0, experts.E - 1), config)
+    def run(self, *arguments: Any) -> Tensor:
+        hidden, experts, weights, ids, config = arguments
+        return super().run(hidden, experts, weights, ids.clamp(0, experts.E - 1), config)
 
 
 class MultiplyingSentinels(Foreign):
     """Multiplies what an id outside 0…E-1 adds by zero, which leaves NaN where its weight is NaN."""
 
-    def run(
-        self, hidden_states: Tensor, experts: Any, topk_weights: Tensor, topk_ids: Tensor, config: BackendConfig
-    ) -> Tensor:
-        out = super().run(hidden_states, experts, topk_weights, topk_ids, config)
-        return out + ((topk_ids < 0) * topk_weights).sum(dim=1, keepdim=True) * 0
+    def run(self, *arguments: Any) -> Tensor:
+        _, _, weights, ids, _ = arguments
+        return super().run(*arguments).add(((ids < 0) * weights).sum(dim=1, keepdim=True) * 0)
 
 
 class CountingOnce(Foreign):
     """Counts the same expert twice in a row once."""
 
-    def run(
-        self, hidden_states: Tensor, experts: Any, topk_weights: Tensor, topk_ids: Tensor, config: BackendConfig
-    ) -> Tensor:
-        ids = topk_ids.clone()
+    def run(self, *arguments: Any) -> Tensor:
+        hidden, experts, weights, ids, config = arguments
+        ids = ids.clone()
         ids[:, 1:][ids[:, 1:] == ids[:, :1]] = -1
-        return super().run(hidden_states, experts, topk_weights, ids, config)
+        return super().run(hidden, experts, weights, ids, config)
 
 
 PROBED = {
-    "None": (foreign(run=_returning(lambda out, _: None)), "NoneType"),
-    "a list": (foreign(run=_returning(lambda out, _: out.tolist())), "list"),
+    "None": (returning(lambda out, _: None), "NoneType"),
+    "a list": (returning(lambda out, _: out.tolist()), "list"),
     "another shape": (
-        foreign(run=_returning(lambda out, _: out[:, :10])),
+        returning(lambda out, _: out[:, :10]),
         r", 10\] on cpu for hidden_states of .* must be the same",
     ),
-    "another dtype": (foreign(run=_returning(lambda out, _: out.double())), "float64"),
-    "another device": (foreign(run=_returning(lambda out, _: out.to("meta"))), "meta"),
-    "NaN": (foreign(run=_returning(lambda out, _: out * torch.nan)), "relative error"),
-    "its input": (foreign(run=_returning(lambda out, inputs: inputs[0].copy_(out))), "memory of hidden_states"),
+    "another dtype": (returning(lambda out, _: out.double()), "float64"),
+    "another device": (returning(lambda out, _: out.to("meta")), "meta"),
+    "NaN": (returning(lambda out, _: out * torch.nan), "relative error"),
+    "its input": (returning(lambda out, inputs: inputs[0].copy_(out)), "memory of hidden_states"),
     "memory of the weights": (
-        foreign(run=_returning(lambda out, i: i[1].gate_up.view(-1)[: out.numel()].view(out.shape))),
+        returning(lambda out, i: i[1].gate_up.view(-1)[: out.numel()].view(out.shape)),
         "memory of gate_up",
     ),
-    "strides": (foreign(run=_returning(lambda out, _: out.T.contiguous().T)), "not contiguous"),
-    "writes to hidden_states": (foreign(run=_returning(lambda out, i: _write_to(i[0], out))), "wrote to its inputs"),
-    "writes to topk_ids": (foreign(run=_returning(lambda out, i: _write_to(i[3], out))), "wrote to its inputs"),
-    "writes to the weights": (foreign(run=_returning(lambda out, i: _write_to(i[1].down, out))), "wrote to its inputs"),
+    "strides": (returning(lambda out, _: out.T.contiguous().T), "not contiguous"),
+    "writes to hidden_states": (returning(lambda out, i: _write_to(i[0], out)), "wrote to its inputs"),
+    "writes to topk_ids": (returning(lambda out, i: _write_to(i[3], out)), "wrote to its inputs"),
+    "writes to the weights": (returning(lambda out, i: _write_to(i[1].down, out)), "wrote to its inputs"),
     "one buffer": (OneBuffer, "same memory for two calls"),
     "foreign ids": (IgnoringSentinels, "relative error"),
     "NaN beside a foreign id": (MultiplyingSentinels, "relative error"),
@@ -387,7 +372,7 @@ def test_what_a_first_run_writes_to_its_inputs_is_undone(place: int, raises: boo
 
     before = [tensor.clone() for tensor in call if isinstance(tensor, Tensor)]
     warned = pytest.warns(MoEDispatchWarning, match="'foreign' failed.*wrote to.*'honest' runs instead")
-    with ranked(foreign(run=_returning(write), needs_probe=False), Honest), warned:
+    with ranked(returning(write, needs_probe=False), Honest), warned:
         assert torch.equal(moe_forward(*call), expected(call))
     assert all(map(torch.equal, before, (tensor for tensor in call if isinstance(tensor, Tensor))))
 
@@ -407,24 +392,24 @@ def test_a_fast_path_is_looked_at_before_it_is_used(call: Call) -> None:
 class Calling(Foreign):
     """Calls moe_forward, naming no backend: the policy chooses this one again."""
 
-    def run(self, hidden_states: Tensor, experts: Any, *rest: Any) -> Tensor:
-        return moe_forward(hidden_states, experts, *rest[:2])
+    def run(self, *arguments: Any) -> Tensor:
+        return moe_forward(*arguments[:4])
 
 
 class CallingFromAThread(Foreign):
     """The same from a thread of its own, which knows nothing of the call that it belongs to."""
 
-    def run(self, hidden_states: Tensor, experts: Any, *rest: Any) -> Tensor:
+    named: ClassVar[str | None] = None
+
+    def run(self, *arguments: Any) -> Tensor:
         with concurrent.futures.ThreadPoolExecutor(1) as pool:
-            return pool.submit(moe_forward, hidden_states, experts, *rest[:2]).result()
+            return pool.submit(moe_forward, *arguments[:4], backend=self.named).result()
 
 
-class Wrapping(Foreign):
+class Wrapping(CallingFromAThread):
     """Runs another backend by name, from a thread."""
 
-    def run(self, hidden_states: Tensor, experts: Any, *rest: Any) -> Tensor:
-        with concurrent.futures.ThreadPoolExecutor(1) as pool:
-            return pool.submit(moe_forward, hidden_states, experts, *rest[:2], backend="honest").result()
+    named = "honest"
 
 
 @pytest.mark.parametrize("needs_probe", [False, True])
@@ -492,6 +477,5 @@ with ranked(Slow), torch.no_grad():
 """
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False, timeout=250,
-        env={**__import__("os").environ, "MOE_DISPATCH_POLICY": "fixed"},
     )  # fmt: skip
     assert "exit 7" in done.stdout, done.stdout + done.stderr

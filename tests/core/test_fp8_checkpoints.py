@@ -9,12 +9,10 @@ from torch import Tensor
 
 from moe_dispatch import ExpertWeights, InvalidInputError
 from moe_dispatch.numerics import dequantize, quantize_channels
-from tests.core.test_checkpoints import random, save, separate
+from tests.core.test_checkpoints import PREFIX, Tensors, load, random, save, separate
 
 pytest.importorskip("safetensors.torch")
-Tensors = dict[str, Tensor]
 E, N, K = 2, 20, 12
-PREFIX = "model.layers.1.mlp.experts."
 
 
 def single(form: str, scale_dtype: torch.dtype = torch.float32) -> tuple[Tensors, Tensors]:
@@ -45,7 +43,7 @@ def weights_of(experts: ExpertWeights) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize("form", ["channel", "tensor", "tensor [1]"])
 def test_scales_of_rows_and_of_tensors_are_read(form: str, scale_dtype: torch.dtype, tmp_path: Path) -> None:
     tensors, exact = single(form, scale_dtype)
-    read = ExpertWeights.from_safetensors(save(tmp_path, tensors), 1, activation="silu")
+    read = load(save(tmp_path, tensors))
     assert read.dtype == "fp8_channel"
     gate_up, down = weights_of(read)
     assert torch.equal(gate_up, of_projections(exact, "gate_proj", "up_proj"))
@@ -62,7 +60,7 @@ def test_scales_of_rows_and_of_tensors_are_read(form: str, scale_dtype: torch.dt
 def test_shares_of_all_processes_are_the_whole(form: str, tmp_path: Path) -> None:
     tensors, exact = single(form)
     folder = save(tmp_path, tensors)
-    parts = [weights_of(ExpertWeights.from_safetensors(folder, 1, tp=(rank, 2), activation="silu")) for rank in (0, 1)]
+    parts = [weights_of(load(folder, tp=(rank, 2))) for rank in (0, 1)]
     half = N // 2
     gates, ups = ([gate_up[:, rows] for gate_up, _ in parts] for rows in (slice(0, half), slice(half, None)))
     assert torch.equal(torch.cat([*gates, *ups], 1), of_projections(exact, "gate_proj", "up_proj"))
@@ -87,7 +85,7 @@ def test_fused_experts_with_scales_of_rows(shape: str, tp: tuple[int, int], tmp_
         "gate_up_proj_scale": stored(gate_up_scale), "down_proj.weight_scale": stored(down_scale),
     }  # fmt: skip
     folder = save(tmp_path, {PREFIX + name: tensor for name, tensor in tensors.items()})
-    read = ExpertWeights.from_safetensors(folder, 1, tp=tp, activation="silu")
+    read = load(folder, tp=tp)
     if shape == "[E]":
         gate_up_scale, down_scale = (stored(scale)[:, None].expand_as(scale) for scale in (gate_up_scale, down_scale))
     whole_gate_up, whole_down = dequantize(gate_up_codes, gate_up_scale), dequantize(down_codes, down_scale)
@@ -101,10 +99,9 @@ def test_fused_experts_with_scales_of_rows(shape: str, tp: tuple[int, int], tmp_
 def test_a_scale_of_another_shape_is_refused_by_name(tmp_path: Path) -> None:
     tensors, _ = single("channel")
     tensors[f"{PREFIX}1.up_proj.weight_scale"] = torch.ones(N // 2, 1)
-    with pytest.raises(
-        InvalidInputError, match=rf"1\.up_proj\.weight_scale must be \[{N}, 1\], .* got \[{N // 2}, 1\]"
-    ):
-        ExpertWeights.from_safetensors(save(tmp_path, tensors), 1, activation="silu")
+    message = rf"1\.up_proj\.weight_scale must be \[{N}, 1\], .* got \[{N // 2}, 1\]"
+    with pytest.raises(InvalidInputError, match=message):
+        load(save(tmp_path, tensors))
 
 
 def test_a_config_with_static_scales_of_activations_is_refused(tmp_path: Path) -> None:

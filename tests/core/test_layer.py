@@ -71,7 +71,8 @@ def tokens(M: int = 5, K: int = 64) -> Tensor:
 def test_equals_the_block_of_transformers_from_its_state_dict(config: Callable[[], Any]) -> None:
     described, block = block_of(config)
     layer = MoELayer.from_config(described)
-    layer.load_state_dict(block.state_dict())
+    model = nn.ModuleDict({"mlp": layer})  # as a part of a model
+    model.load_state_dict({f"mlp.{name}": tensor for name, tensor in block.state_dict().items()})
     hidden = tokens(6).view(2, 3, 64)
     with torch.no_grad():
         expected = block(hidden)
@@ -95,17 +96,9 @@ def test_takes_experts_one_by_one_as_checkpoints_have_them() -> None:
     assert torch.equal(layer(tokens()), fused(tokens()))
 
 
-def test_loads_as_a_part_of_a_model() -> None:
-    described, block = block_of(deepseek_v3)
-    layer = MoELayer.from_config(described)
-    model = nn.ModuleDict({"mlp": layer})
-    model.load_state_dict({f"mlp.{name}": tensor for name, tensor in block.state_dict().items()})
-    assert torch.equal(layer.gate.weight, block.state_dict()["gate.weight"])
-
-
 def test_its_own_state_dict_loads() -> None:
-    layer = small_layer(router=Router(2, "sigmoid", correction_bias=True, bias=True), bias=True, shared_N=16)
-    other = small_layer(router=Router(2, "sigmoid", correction_bias=True, bias=True), bias=True, shared_N=16)
+    router = Router(2, "sigmoid", correction_bias=True, bias=True)
+    layer, other = (small_layer(router=router, bias=True, shared_N=16) for _ in range(2))
     nn.init.ones_(layer.gate.weight)
     other.load_state_dict(layer.state_dict())
     for name, tensor in other.state_dict().items():
@@ -178,9 +171,10 @@ def test_fp8_checkpoints_load_in_the_form_that_they_have(form: Any, scale_dtype:
         weight_scale = "weight_scale_inv" if form == "block" else "weight_scale"
         state = one_by_one(expected, "experts.", weight_scale)
     else:
-        fused = {"gate_up_proj": "gate_up", "down_proj": "down", "gate_up_proj_scale": "gate_up_scale",
-                 "down_proj_scale": "down_scale"}  # fmt: skip
-        state = {f"experts.{name}": getattr(expected, tensor) for name, tensor in fused.items()}
+        state = {
+            f"experts.{name.removesuffix('_scale')}_proj" + "_scale" * name.endswith("_scale"): tensor
+            for name, tensor in expected.tensors()
+        }
     state = {name: tensor.to(scale_dtype) if "scale" in name else tensor for name, tensor in state.items()}
     layer = MoELayer(128, 128, 4, 2, dtype=FP8).float()
     missing = layer.load_state_dict({"gate.weight": layer.gate.weight.detach(), **state})
@@ -304,10 +298,6 @@ def test_autocast_does_not_reach_the_router() -> None:
             assert torch.equal(layer(tokens()), expected)
 
 
-def test_no_tokens() -> None:
-    assert small_layer(shared_N=16)(torch.empty(0, 3, 64)).shape == (0, 3, 64)
-
-
 def test_warm_up_runs_the_layer() -> None:
     from moe_dispatch.dispatch.process import stats
 
@@ -330,7 +320,8 @@ def test_refuses_what_does_not_fit(options: dict[str, Any], message: str) -> Non
         MoELayer(**{"K": 64, "N": 32, "E": 8, "router": 2, **options})
 
 
-def test_refuses_hidden_states_of_another_size() -> None:
+def test_takes_no_tokens_and_refuses_those_of_another_size() -> None:
+    assert small_layer(shared_N=16)(torch.empty(0, 3, 64)).shape == (0, 3, 64)
     with pytest.raises(InvalidInputError, match=r"\[…, K=64\], got \[2, 32\]"):
         small_layer()(torch.randn(2, 32))
 

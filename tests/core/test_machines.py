@@ -89,13 +89,14 @@ def test_a_fifo_as_machine_is_an_error_at_once(tmp_path: Path, monkeypatch: pyte
 
 @pytest.mark.parametrize(
     "content",
-    ["[" * 100_000, '{"machine": ' * 100_000, '{"device": "cuda", "name": "' + "x" * 100_000 + '"}', "1" * 10_000],
-    ids=["nested arrays", "nested objects", "long name", "long number"],
-)
-def test_hostile_descriptions_are_refused(content: str, tmp_path: Path) -> None:
+    ["", "[]", "{}", '{"device": "tpu"}', '{"device": "cuda", "name": "x"}', "[" * 100_000, '{"machine": ' * 100_000,
+     '{"device": "cuda", "name": "' + "x" * 100_000 + '"}', "1" * 10_000],
+    ids=lambda content: f"{content[:30]}… of {len(content)}",
+)  # fmt: skip
+def test_what_describes_no_machine_is_refused(content: str, tmp_path: Path) -> None:
     path = tmp_path / "machine.json"
     path.write_text(content)
-    with pytest.raises(InvalidInputError, match="is not a machine description") as caught:
+    with pytest.raises(InvalidInputError, match=r"not a machine description.*doctor --json") as caught:
         Machine.load(path)
     assert len(str(caught.value)) < 1000
 
@@ -117,15 +118,8 @@ def test_explain_takes_no_longer_for_more_tokens(M: int) -> None:
 
 
 def test_explain_answers_by_name_where_nothing_is_set_up(tmp_path: Path) -> None:
-    command = [
-        sys.executable,
-        "-c",
-        "from moe_dispatch.cli import app; app()",
-        "explain",
-        "--machine",
-        "h200",
-        "--json",
-    ]
+    code = "from moe_dispatch.cli import app; app()"
+    command = [sys.executable, "-c", code, "explain", "--machine", "h200", "--json"]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("MOE_DISPATCH_")}
     done = subprocess.run(
         command, cwd=tmp_path, env=environment | {"HOME": str(tmp_path)}, capture_output=True, text=True, check=True

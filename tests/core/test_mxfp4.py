@@ -14,11 +14,10 @@ from moe_dispatch.backends.triton_common.features import interpreting
 from moe_dispatch.modules.layer import MoELayer
 from moe_dispatch.mxfp4 import MAGNITUDES, dequantize_mxfp4, quantize_mxfp4
 from moe_dispatch.testing import relative_error
-from tests.core.test_checkpoints import save
+from tests.core.test_checkpoints import PREFIX, load, save
 from tests.integrations.transformers_models import gpt_oss
 
 E, K, N = 3, 64, 96
-PREFIX = "model.layers.1.mlp.experts."
 
 
 def layer() -> ExpertWeights:
@@ -143,7 +142,7 @@ def test_refuses_by_name_what_is_not_so(
     tensors = published(layer()) | {PREFIX + name: tensor for name, tensor in change.items()}
     folder = save(tmp_path, {name: tensor for name, tensor in tensors.items() if tensor is not None})
     with pytest.raises(InvalidInputError, match=says):
-        ExpertWeights.from_safetensors(folder, 1, activation="swiglu_oai", tp=tp)
+        load(folder, activation="swiglu_oai", tp=tp)
 
 
 def test_a_layer_takes_them_by_assignment_and_says_so() -> None:

@@ -21,13 +21,8 @@ from tests.support.fakes import Honest, ranked
 
 pytestmark = pytest.mark.usefixtures("fixed_policy", "no_grad")
 ROOT = Path(__file__).parents[2]
-MACHINE = Machine.load(Path(__file__).parents[1] / "machines" / "h200.json")
+MACHINE = Machine.load("h200")
 PROBLEM = MoEProblem(M=4, K=64, N=32, E=4, topk=2)
-
-
-@pytest.fixture
-def call() -> Call:
-    return make_call(6)
 
 
 @pytest.fixture
@@ -38,9 +33,14 @@ def path(tmp_path: Path) -> Path:
     return path
 
 
+def of_file(path: Path) -> Quarantine:
+    """The quarantine of a later process."""
+    return Quarantine(MACHINE, path.parents[1])
+
+
 def cause(path: Path) -> str:
     """What a later process finds."""
-    return Quarantine(MACHINE, path.parents[1]).cause("deep_gemm", PROBLEM)
+    return of_file(path).cause("deep_gemm", PROBLEM)
 
 
 def change(path: Path, **changes: Any) -> None:
@@ -55,88 +55,94 @@ def aged(days: float) -> str:
     return (datetime.datetime.now(datetime.UTC) - datetime.timedelta(days=days)).isoformat(timespec="seconds")
 
 
-class TestLastResort:
-    def test_it_is_never_barred(self, call: Call, tmp_path: Path) -> None:
-        quarantine = Quarantine(MACHINE, tmp_path)
-        quarantine.bar("reference", PROBLEM, "too slow", fatal=True)
-        assert not quarantine.cause("reference", PROBLEM)
-        assert not quarantine.entries()
+def test_the_last_resort_is_never_barred(call: Call, tmp_path: Path) -> None:
+    quarantine = Quarantine(MACHINE, tmp_path)
+    quarantine.bar("reference", PROBLEM, "too slow", fatal=True)
+    assert not quarantine.cause("reference", PROBLEM)
+    assert not quarantine.entries()
 
-    def test_an_entry_that_bars_it_is_not_obeyed(self, call: Call) -> None:
-        """As calibrations before this one wrote, which barred whatever exceeded their --timeout."""
-        quarantine = get_dispatcher("cpu").quarantine
-        problem = call[1].problem(6, 2, torch.float32, None)
-        quarantine.bar("honest", problem, "too slow", fatal=True)
-        (path,) = Path(os.environ["MOE_DISPATCH_CACHE_DIR"]).rglob("quarantine/*.json")
-        change(path, backend="reference")
-        reset_dispatchers()
-        with ranked():
+
+def test_an_entry_that_bars_the_last_resort_is_not_obeyed(call: Call) -> None:
+    """As calibrations before this one wrote, which barred whatever exceeded their --timeout."""
+    quarantine = get_dispatcher("cpu").quarantine
+    problem = call[1].problem(6, 2, torch.float32, None)
+    quarantine.bar("honest", problem, "too slow", fatal=True)
+    (path,) = Path(os.environ["MOE_DISPATCH_CACHE_DIR"]).rglob("quarantine/*.json")
+    change(path, backend="reference")
+    reset_dispatchers()
+    with ranked():
+        moe_forward(*call)
+        assert ran() == {"reference": 1}
+
+
+def test_one_death_is_obeyed_for_a_day(path: Path) -> None:
+    assert cause(path) == "crashed"
+    day = OBEYED_FOR / datetime.timedelta(days=1)
+    change(path, when=aged(0.9 * day))
+    assert cause(path) == "crashed"
+    change(path, when=aged(1.1 * day))
+    assert not cause(path)
+
+
+def test_two_deaths_are_obeyed_until_a_version_changes(path: Path) -> None:
+    change(path, when=aged(30))
+    of_file(path).bar("deep_gemm", PROBLEM, "crashed again", fatal=True)
+    (entry,) = of_file(path).entries()
+    assert entry.strikes == 2
+    change(path, when=aged(300))
+    assert cause(path) == "crashed again"
+
+
+def test_another_version_ends_a_quarantine(path: Path) -> None:
+    upgraded = MACHINE.model_copy(update={"triton": "99"})
+    assert not Quarantine(upgraded, path.parents[1]).cause("deep_gemm", PROBLEM)
+
+
+@pytest.mark.parametrize("when", ["yesterday", "", "2026-01-01T00:00:00", "9999-12-31T23:59:59+00:00"])
+def test_a_time_that_tells_nothing_is_obeyed(when: str, path: Path) -> None:
+    change(path, when=when)
+    assert cause(path) == "crashed"
+
+
+@pytest.mark.parametrize("fatal", [True, False])
+def test_what_kills_eagerly_is_not_run_to_prepare_for_graphs(fatal: bool, tmp_path: Path) -> None:
+    """And the other way round. What raises in a capture may run eagerly."""
+    for problem in (PROBLEM, dataclasses.replace(PROBLEM, mode="graph")):
+        other = dataclasses.replace(PROBLEM, mode="eager" if problem.mode == "graph" else "graph")
+        quarantine = Quarantine(MACHINE, tmp_path / problem.mode)
+        quarantine.bar("deep_gemm", problem, "crashed", fatal=fatal)
+        for each in (quarantine, Quarantine(MACHINE, tmp_path / problem.mode)):
+            assert bool(each.cause("deep_gemm", other)) == fatal
+        assert quarantine.cause("deep_gemm", problem)
+
+
+def test_a_survived_failure_does_not_replace_a_fatal_one(path: Path) -> None:
+    of_file(path).bar("deep_gemm", PROBLEM, "raised", fatal=False)
+    assert cause(path) == "crashed"
+
+
+def test_a_quarantine_is_said_once(call: Call) -> None:
+    problem = call[1].problem(6, 2, torch.float32, None)
+    with ranked(Honest, "torch_grouped"):
+        get_dispatcher("cpu").quarantine.bar("honest", problem, "crashed", fatal=True)
+        reset_dispatchers()  # a later process
+        with pytest.warns(MoEDispatchWarning, match="'honest' is avoided.*crashed.*--reset") as warned:
             moe_forward(*call)
-            assert ran() == {"reference": 1}
+        moe_forward(*call)
+        moe_forward(*make_call(7))
+        assert len(warned) == 1
+        assert ran() == {"torch_grouped": 3}
 
 
-class TestObeying:
-    def test_one_death_is_obeyed_for_a_day(self, path: Path) -> None:
+def test_entries_of_schema_1_are_read(path: Path) -> None:
+    """They have no strikes, and the oldest say "lethal" for "fatal"."""
+    data = json.loads(path.read_text())
+    (entry,) = data["entries"]
+    del entry["strikes"]
+    for key in ("fatal", "lethal"):
+        old = {key if name == "fatal" else name: value for name, value in entry.items()}
+        path.write_text(json.dumps({"schema_version": 1, "entries": [old]}))
         assert cause(path) == "crashed"
-        day = OBEYED_FOR / datetime.timedelta(days=1)
-        change(path, when=aged(0.9 * day))
-        assert cause(path) == "crashed"
-        change(path, when=aged(1.1 * day))
-        assert not cause(path)
-
-    def test_two_deaths_are_obeyed_until_a_version_changes(self, path: Path) -> None:
-        change(path, when=aged(30))
-        Quarantine(MACHINE, path.parents[1]).bar("deep_gemm", PROBLEM, "crashed again", fatal=True)
-        (entry,) = Quarantine(MACHINE, path.parents[1]).entries()
-        assert entry.strikes == 2
-        change(path, when=aged(300))
-        assert cause(path) == "crashed again"
-
-    def test_another_version_ends_it(self, path: Path) -> None:
-        upgraded = MACHINE.model_copy(update={"triton": "99"})
-        assert not Quarantine(upgraded, path.parents[1]).cause("deep_gemm", PROBLEM)
-
-    @pytest.mark.parametrize("when", ["yesterday", "", "2026-01-01T00:00:00", "9999-12-31T23:59:59+00:00"])
-    def test_a_time_that_tells_nothing_is_obeyed(self, when: str, path: Path) -> None:
-        change(path, when=when)
-        assert cause(path) == "crashed"
-
-    @pytest.mark.parametrize("fatal", [True, False])
-    def test_what_kills_eagerly_is_not_run_to_prepare_for_graphs(self, fatal: bool, tmp_path: Path) -> None:
-        """And the other way round. What raises in a capture may run eagerly."""
-        for problem in (PROBLEM, dataclasses.replace(PROBLEM, mode="graph")):
-            other = dataclasses.replace(PROBLEM, mode="eager" if problem.mode == "graph" else "graph")
-            quarantine = Quarantine(MACHINE, tmp_path / problem.mode)
-            quarantine.bar("deep_gemm", problem, "crashed", fatal=fatal)
-            for each in (quarantine, Quarantine(MACHINE, tmp_path / problem.mode)):
-                assert bool(each.cause("deep_gemm", other)) == fatal
-            assert quarantine.cause("deep_gemm", problem)
-
-    def test_a_survived_failure_does_not_replace_a_fatal_one(self, path: Path) -> None:
-        Quarantine(MACHINE, path.parents[1]).bar("deep_gemm", PROBLEM, "raised", fatal=False)
-        assert cause(path) == "crashed"
-
-    def test_it_is_said_once(self, call: Call) -> None:
-        problem = call[1].problem(6, 2, torch.float32, None)
-        with ranked(Honest, "torch_grouped"):
-            get_dispatcher("cpu").quarantine.bar("honest", problem, "crashed", fatal=True)
-            reset_dispatchers()  # a later process
-            with pytest.warns(MoEDispatchWarning, match="'honest' is avoided.*crashed.*--reset") as warned:
-                moe_forward(*call)
-            moe_forward(*call)
-            moe_forward(*make_call(7))
-            assert len(warned) == 1
-            assert ran() == {"torch_grouped": 3}
-
-    def test_entries_of_schema_1_are_read(self, path: Path) -> None:
-        """They have no strikes, and the oldest say "lethal" for "fatal"."""
-        data = json.loads(path.read_text())
-        (entry,) = data["entries"]
-        del entry["strikes"]
-        for key in ("fatal", "lethal"):
-            old = {key if name == "fatal" else name: value for name, value in entry.items()}
-            path.write_text(json.dumps({"schema_version": 1, "entries": [old]}))
-            assert cause(path) == "crashed"
 
 
 def in_place_of(path: Path, make: Callable[[], object]) -> None:
@@ -159,112 +165,119 @@ DAMAGE: dict[str, Callable[[Path], object]] = {
 }
 
 
-class TestFiles:
-    @pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE.keys())
-    def test_a_damaged_file_is_set_aside(self, damage: Callable[[Path], object], path: Path) -> None:
-        for number in (1, 2):
-            damage(path)
-            assert not cause(path)
-            assert os.path.lexists(path.with_name(f"{path.name}.damaged-{number}"))
-            assert not os.path.lexists(path)
-            Quarantine(MACHINE, path.parents[1]).bar("deep_gemm", PROBLEM, "crashed", fatal=True)
-            assert cause(path) == "crashed"
-
-    def test_a_newer_schema_is_left_as_it_is(self, path: Path) -> None:
-        newer = json.dumps({"schema_version": SCHEMA + 1, "entries": [], "more": 1})
-        path.write_text(newer)
-        quarantine = Quarantine(MACHINE, path.parents[1])
-        quarantine.bar("deep_gemm", PROBLEM, "crashed", fatal=True)
-        assert quarantine.cause("deep_gemm", PROBLEM) == "crashed", "this process remembers by itself"
-        assert path.read_text() == newer
-        assert [entry.name for entry in path.parent.iterdir() if "damaged" in entry.name] == []
-
-    @pytest.mark.skipif(os.geteuid() != 0, reason="giving files away needs root")
-    def test_files_of_other_users_are_not_read(self, path: Path) -> None:
-        os.chown(path, 12345, -1)
+@pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE.keys())
+def test_a_damaged_file_is_set_aside(damage: Callable[[Path], object], path: Path) -> None:
+    for number in (1, 2):
+        damage(path)
         assert not cause(path)
-        marker = path.with_name(f"{path.stem}.1-1.running")
-        entry = QuarantineEntry(
-            backend="deep_gemm", problem=repr(PROBLEM.bucket), cause="planted", fatal=True, when=aged(0), versions={}
-        )
-        marker.write_text(entry.model_dump_json())
-        os.chown(marker, 12345, -1)
-        assert not cause(path)
-
-    def test_the_folder_is_this_users_alone(self, path: Path) -> None:
-        assert path.parent.stat().st_mode & 0o777 == 0o700
-        path.parent.chmod(0o755)  # as earlier versions left it
-        Quarantine(MACHINE, path.parents[1]).bar("deep_gemm", PROBLEM, "crashed", fatal=True)
-        assert path.parent.stat().st_mode & 0o777 == 0o700
-
-    def test_a_folder_that_may_not_be_searched_breaks_no_call(self, tmp_path: Path) -> None:
-        """A container run as another user, whose home is another user's, of mode 0700."""
-        folder = tmp_path / "closed"
-        folder.mkdir(mode=0o000)
-        tmp_path.chmod(0o755)
-        code = (
-            "from tests.core.test_dispatcher import *\n"
-            "with ranked(Honest), torch.no_grad():\n"
-            "    moe_forward(*make_call(6))\n"  # imports everything while this is another user
-            f"    os.environ['MOE_DISPATCH_CACHE_DIR'] = {str(folder / 'cache')!r}\n"
-            "    reset_dispatchers()\n"
-            "    os.geteuid() or os.setuid(12345)\n"
-            "    moe_forward(*make_call(6))\n"
-            "    assert ran() == {'honest': 1}\n"
-        )
-        done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
-        folder.chmod(0o700)
-        assert done.returncode == 0, done.stderr
-
-    @pytest.mark.parametrize("name", ["x" * 300, "file"])
-    def test_a_folder_that_cannot_exist_breaks_no_call(self, name: str, tmp_path: Path) -> None:
-        (tmp_path / "file").touch()
-        quarantine = Quarantine(MACHINE, tmp_path / name)
-        with quarantine.first_run("deep_gemm", PROBLEM):
-            pass
-        quarantine.bar("deep_gemm", PROBLEM, "crashed", fatal=True)
-        assert quarantine.cause("deep_gemm", PROBLEM) == "crashed"
-
-    def test_reset_lifts_what_it_can_read_and_sets_the_rest_aside(self, path: Path) -> None:
-        assert Quarantine(MACHINE, path.parents[1]).reset() == 1
-        path.write_text(json.dumps({"schema_version": SCHEMA + 1}))
-        assert Quarantine(MACHINE, path.parents[1]).reset() == 0
-        assert not cause(path)
-        assert path.with_name(f"{path.name}.damaged-1").exists()
-
-
-class TestMarkers:
-    def test_one_inside_another_has_a_name_of_its_own(self, tmp_path: Path) -> None:
-        """A backend that runs another one; in one thread, or in the next one that gets its number."""
-        quarantine = Quarantine(MACHINE, tmp_path)
-        with quarantine.first_run("deep_gemm", PROBLEM), quarantine.first_run("honest", PROBLEM):
-            assert len(list(tmp_path.rglob("*.running"))) == 2
-        assert not list(tmp_path.rglob("*.running"))
-
-    def test_a_name_that_is_taken_is_passed_over(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        """As after a reboot, when process numbers start again."""
-        monkeypatch.setattr("moe_dispatch.dispatch.quarantine._marker_numbers", iter([5, 6]))
-        stale = tmp_path / "quarantine" / f"{MACHINE.fingerprint}.{os.getpid()}-5.running"
-        stale.parent.mkdir()
-        stale.write_text("of a dead process")
-        with Quarantine(MACHINE, tmp_path).first_run("deep_gemm", PROBLEM):
-            assert stale.read_text() == "of a dead process"
-
-    @pytest.mark.parametrize("content", [b"", b"\xff\xfe", b"{}", b" " * (1 << 20), None], ids=repr)
-    def test_a_damaged_one_is_set_aside(self, content: bytes | None, path: Path) -> None:
-        marker = path.with_name(f"{path.stem}.1-1.running")
-        if content is None:
-            os.mkfifo(marker)
-        else:
-            marker.write_bytes(content)
+        assert os.path.lexists(path.with_name(f"{path.name}.damaged-{number}"))
+        assert not os.path.lexists(path)
+        of_file(path).bar("deep_gemm", PROBLEM, "crashed", fatal=True)
         assert cause(path) == "crashed"
-        assert not os.path.lexists(marker)
-        assert os.path.lexists(f"{marker}.damaged-1") is (content != b"")
 
-    def test_one_that_the_file_cannot_take_is_obeyed_and_stays(self, path: Path) -> None:
-        entry = Quarantine(MACHINE, path.parents[1]).entries()[0]
-        path.write_text(json.dumps({"schema_version": SCHEMA + 1}))
-        marker = path.with_name(f"{path.stem}.1-1.running")
-        marker.write_text(entry.model_dump_json())
-        assert cause(path) == "crashed"
-        assert marker.exists()
+
+def test_a_newer_schema_is_left_as_it_is(path: Path) -> None:
+    newer = json.dumps({"schema_version": SCHEMA + 1, "entries": [], "more": 1})
+    path.write_text(newer)
+    quarantine = of_file(path)
+    quarantine.bar("deep_gemm", PROBLEM, "crashed", fatal=True)
+    assert quarantine.cause("deep_gemm", PROBLEM) == "crashed", "this process remembers by itself"
+    assert path.read_text() == newer
+    assert [entry.name for entry in path.parent.iterdir() if "damaged" in entry.name] == []
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="giving files away needs root")
+def test_files_of_other_users_are_not_read(path: Path) -> None:
+    os.chown(path, 12345, -1)
+    assert not cause(path)
+    marker = path.with_name(f"{path.stem}.1-1.running")
+    entry = QuarantineEntry(
+        backend="deep_gemm", problem=repr(PROBLEM.bucket), cause="planted", fatal=True, when=aged(0), versions={}
+    )
+    marker.write_text(entry.model_dump_json())
+    os.chown(marker, 12345, -1)
+    assert not cause(path)
+
+
+def test_the_folder_is_this_users_alone(path: Path) -> None:
+    assert path.parent.stat().st_mode & 0o777 == 0o700
+    path.parent.chmod(0o755)  # as earlier versions left it
+    of_file(path).bar("deep_gemm", PROBLEM, "crashed", fatal=True)
+    assert path.parent.stat().st_mode & 0o777 == 0o700
+
+
+def test_a_folder_that_may_not_be_searched_breaks_no_call(tmp_path: Path) -> None:
+    """A container run as another user, whose home is another user's, of mode 0700."""
+    folder = tmp_path / "closed"
+    folder.mkdir(mode=0o000)
+    tmp_path.chmod(0o755)
+    code = (
+        "import os; from tests.core.test_dispatcher import *\n"
+        "with ranked(Honest), torch.no_grad():\n"
+        "    moe_forward(*make_call(6))\n"  # imports everything while this is another user
+        f"    os.environ['MOE_DISPATCH_CACHE_DIR'] = {str(folder / 'cache')!r}\n"
+        "    reset_dispatchers()\n"
+        "    os.geteuid() or os.setuid(12345)\n"
+        "    moe_forward(*make_call(6))\n"
+        "    assert ran() == {'honest': 1}\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    folder.chmod(0o700)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "file"])
+def test_a_folder_that_cannot_exist_breaks_no_call(name: str, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    quarantine = Quarantine(MACHINE, tmp_path / name)
+    with quarantine.first_run("deep_gemm", PROBLEM):
+        pass
+    quarantine.bar("deep_gemm", PROBLEM, "crashed", fatal=True)
+    assert quarantine.cause("deep_gemm", PROBLEM) == "crashed"
+
+
+def test_reset_lifts_what_it_can_read_and_sets_the_rest_aside(path: Path) -> None:
+    assert of_file(path).reset() == 1
+    path.write_text(json.dumps({"schema_version": SCHEMA + 1}))
+    assert of_file(path).reset() == 0
+    assert not cause(path)
+    assert path.with_name(f"{path.name}.damaged-1").exists()
+
+
+def test_a_marker_inside_another_has_a_name_of_its_own(tmp_path: Path) -> None:
+    """A backend that runs another one; in one thread, or in the next one that gets its number."""
+    quarantine = Quarantine(MACHINE, tmp_path)
+    with quarantine.first_run("deep_gemm", PROBLEM), quarantine.first_run("honest", PROBLEM):
+        assert len(list(tmp_path.rglob("*.running"))) == 2
+    assert not list(tmp_path.rglob("*.running"))
+
+
+def test_a_markers_name_that_is_taken_is_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As after a reboot, when process numbers start again."""
+    monkeypatch.setattr("moe_dispatch.dispatch.quarantine._marker_numbers", iter([5, 6]))
+    stale = tmp_path / "quarantine" / f"{MACHINE.fingerprint}.{os.getpid()}-5.running"
+    stale.parent.mkdir()
+    stale.write_text("of a dead process")
+    with Quarantine(MACHINE, tmp_path).first_run("deep_gemm", PROBLEM):
+        assert stale.read_text() == "of a dead process"
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff\xfe", b"{}", b" " * (1 << 20), None], ids=repr)
+def test_a_damaged_marker_is_set_aside(content: bytes | None, path: Path) -> None:
+    marker = path.with_name(f"{path.stem}.1-1.running")
+    if content is None:
+        os.mkfifo(marker)
+    else:
+        marker.write_bytes(content)
+    assert cause(path) == "crashed"
+    assert not os.path.lexists(marker)
+    assert os.path.lexists(f"{marker}.damaged-1") is (content != b"")
+
+
+def test_a_marker_that_the_file_cannot_take_is_obeyed_and_stays(path: Path) -> None:
+    entry = of_file(path).entries()[0]
+    path.write_text(json.dumps({"schema_version": SCHEMA + 1}))
+    marker = path.with_name(f"{path.stem}.1-1.running")
+    marker.write_text(entry.model_dump_json())
+    assert cause(path) == "crashed"
+    assert marker.exists()

@@ -11,39 +11,23 @@ from moe_dispatch.registry import BACKENDS
 from moe_dispatch.workloads import Workload
 
 README = Path(__file__).parents[2] / "README.md"
-DEVICES: dict[str, tuple[int, int] | None] = {
-    "CPU": None,
-    "A100 (sm_80)": (8, 0),
-    "L40S (sm_89)": (8, 9),
-    "H100, H200 (sm_90)": (9, 0),
-    "B200 (sm_100)": (10, 0),
+DEVICES = {
+    "CPU": Machine(device="cpu", name="described", sms=100, memory_bytes=80 << 30, torch="2.11.0", triton="3.6.0"),
+    "A100 (sm_80)": Machine.load("a100-80gb"),
+    "L40S (sm_89)": Machine.load("l40s"),
+    "H100, H200 (sm_90)": Machine.load("h200"),
+    "B200 (sm_100)": Machine.load("b200"),
 }
-SHARED_MEMORY = {(8, 0): 166_912, (8, 9): 101_376, (9, 0): 232_448, (10, 0): 232_448}  # bytes for a block
 # A decode layer that no backend refuses for its shape.
 LAYER = Workload("aligned", E=8, topk=2, K=1024, N=512)
 
 
 def support_matrix() -> list[str]:
     """The README's table, from what the backends declare."""
-    lines = [
-        "| | " + " | ".join(DEVICES) + " |",
-        "|---|" + "---|" * len(DEVICES),
-    ]
+    lines = ["| | " + " | ".join(DEVICES) + " |", "|---|" + "---|" * len(DEVICES)]
     for name in BACKENDS.names():
         cells = []
-        for capability in DEVICES.values():
-            machine = Machine(
-                device="cuda" if capability else "cpu",
-                name="described",
-                capability=capability,
-                sms=100,
-                memory_bytes=80 << 30,
-                shared_memory_per_block=SHARED_MEMORY[capability] if capability else 0,
-                cuda="13.0" if capability else "",
-                torch="2.11.0",
-                triton="3.6.0",
-                libraries={"vllm": "0.20.2", "deep_gemm": "2.5.0"},
-            )
+        for machine in DEVICES.values():
             backend = BACKENDS.load(name)(machine)
             taken = [dtype for dtype in DTYPES if not backend.unsupported_reasons(LAYER.problem(8, dtype, machine))]
             cells.append(", ".join(taken) or "–")

@@ -19,11 +19,10 @@ from moe_dispatch import (
 )
 from moe_dispatch.backend import BackendConfig
 from moe_dispatch.backends.reference import ReferenceBackend
-from moe_dispatch.dispatch.process import get_dispatcher
 from moe_dispatch.problem import DType
 from moe_dispatch.settings import settings
 from moe_dispatch.workloads import make_experts
-from tests.core.test_dispatcher import LAYER, Call, expected, lose_context, make_call, ran
+from tests.core.test_dispatcher import LAYER, Call, barred, expected, lose_context, make_call, ran
 from tests.support.fakes import Greedy, Honest, Raising, ranked
 
 pytestmark = pytest.mark.usefixtures("fixed_policy", "no_grad")
@@ -38,157 +37,145 @@ class Hungry(Greedy):
         return 0
 
 
-class TestOutOfMemory:
-    def test_one_token_goes_to_every_backend(self) -> None:
-        """None of them declares less workspace, and a token cannot be split. A failure on the way is booked as such."""
-        call = make_call(1)
-        with ranked(Hungry, Greedy, Raising, Honest):
-            with pytest.warns(MoEDispatchWarning) as warned:
-                assert torch.equal(moe_forward(*call), expected(call))
-            texts = [str(warning.message) for warning in warned]
-            assert len(texts) == 2
-            assert all("'honest' runs instead" in text for text in texts)
-            assert any("'hungry' ran out of memory" in text for text in texts)
-            assert any("'raising' failed" in text for text in texts)
-            assert ran()["honest"] == 1
-            assert stats()["hungry"]["fell_back"] == 1
-            barred = [entry.backend for entry in get_dispatcher("cpu").quarantine.entries()]
-            assert barred == ["raising"], "memory may be there the next time"
-
-    def test_one_token_goes_to_the_reference_last(self) -> None:
-        call = make_call(1)
-        with ranked(Hungry), pytest.warns(MoEDispatchWarning, match="'hungry' ran out of memory.*'reference' runs"):
+def test_out_of_memory_takes_one_token_to_every_backend() -> None:
+    """None of them declares less workspace, and a token cannot be split. A failure on the way is booked as such."""
+    call = make_call(1)
+    with ranked(Hungry, Greedy, Raising, Honest):
+        with pytest.warns(MoEDispatchWarning) as warned:
             assert torch.equal(moe_forward(*call), expected(call))
-
-    def test_a_split_call_is_differentiated_as_a_whole_one(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """In forward mode its halves run on the reference too: a kernel's output has no tangent."""
-
-        def run(self: ReferenceBackend, hidden_states: Tensor, *others: Any) -> Tensor:
-            if hidden_states.shape[0] > 3:
-                raise torch.OutOfMemoryError("tried to allocate")
-            return whole(self, hidden_states, *others)
-
-        hidden, experts, weights, ids = make_call(6)
-        whole = ReferenceBackend.run
-        monkeypatch.setattr(ReferenceBackend, "run", run)
-        with ranked("torch_grouped"), forward_ad.dual_level():
-            dual = forward_ad.make_dual(hidden, hidden)  # type: ignore[no-untyped-call]  # torch's
-            with pytest.warns(MoEDispatchWarning, match="split along M into 3 and 3"):
-                moe_forward(dual, experts, weights, ids)
-        assert ran() == {"reference": 2}
+        texts = [str(warning.message) for warning in warned]
+        assert len(texts) == 2
+        assert all("'honest' runs instead" in text for text in texts)
+        assert any("'hungry' ran out of memory" in text for text in texts)
+        assert any("'raising' failed" in text for text in texts)
+        assert ran()["honest"] == 1
+        assert stats()["hungry"]["fell_back"] == 1
+        assert barred() == ["raising"], "memory may be there the next time"
 
 
-class Mapped:
+def test_out_of_memory_takes_one_token_to_the_reference_last() -> None:
+    call = make_call(1)
+    with ranked(Hungry), pytest.warns(MoEDispatchWarning, match="'hungry' ran out of memory.*'reference' runs"):
+        assert torch.equal(moe_forward(*call), expected(call))
+
+
+def test_a_split_call_is_differentiated_as_a_whole_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In forward mode its halves run on the reference too: a kernel's output has no tangent."""
+
+    def run(self: ReferenceBackend, hidden_states: Tensor, *others: Any) -> Tensor:
+        if hidden_states.shape[0] > 3:
+            raise torch.OutOfMemoryError("tried to allocate")
+        return whole(self, hidden_states, *others)
+
+    hidden, experts, weights, ids = make_call(6)
+    whole = ReferenceBackend.run
+    monkeypatch.setattr(ReferenceBackend, "run", run)
+    with ranked("torch_grouped"), forward_ad.dual_level():
+        dual = forward_ad.make_dual(hidden, hidden)  # type: ignore[no-untyped-call]  # torch's
+        with pytest.warns(MoEDispatchWarning, match="split along M into 3 and 3"):
+            moe_forward(dual, experts, weights, ids)
+    assert ran() == {"reference": 2}
+
+
+def mapped_over_tokens(call: Call, **options: Any) -> Tensor:
     """A layer under vmap, as ensembles and per-sample gradients write it."""
-
-    def __init__(self, call: Call) -> None:
-        self.hidden, self.experts, self.weights, self.ids = call
-
-    def over_tokens(self) -> Tensor:
-        stacked = torch.stack([self.hidden, -self.hidden])
-        out: Tensor = torch.func.vmap(lambda h: moe_forward(h, self.experts, self.weights, self.ids))(stacked)
-        return out
-
-    def over_ids(self) -> Tensor:
-        stacked = torch.stack([self.ids, self.ids.flip(0)])
-        out: Tensor = torch.func.vmap(lambda i: moe_forward(self.hidden, self.experts, self.weights, i))(stacked)
-        return out
+    stacked = torch.stack([call[0], -call[0]])
+    out: Tensor = torch.func.vmap(lambda hidden: moe_forward(hidden, *call[1:], **options))(stacked)
+    return out
 
 
-class TestCallersFault:
-    @pytest.mark.parametrize("known", [False, True])
-    def test_vmap_over_ids_bars_nothing(self, known: bool) -> None:
-        call = make_call(6)
-        with ranked("torch_grouped"):
-            if known:
-                moe_forward(*call)
-            with pytest.raises(InvalidInputError, match="vmap"):
-                Mapped(call).over_ids()
-            assert not get_dispatcher("cpu").quarantine.entries()
-            before = stats().get("torch_grouped", {}).get("ran", 0)
-            assert torch.allclose(moe_forward(*call), expected(call), atol=1e-5)
-            assert stats()["torch_grouped"]["ran"] == before + 1
-
-    @pytest.mark.parametrize("known", [False, True])
-    def test_vmap_over_tokens_takes_the_reference(self, known: bool) -> None:
-        call = make_call(6)
-        hidden, *rest = call
-        with ranked("torch_grouped"):
-            if known:
-                moe_forward(*call)
-            out = Mapped(call).over_tokens()
-            assert torch.allclose(out[0], expected(call), atol=1e-5)
-            assert torch.allclose(out[1], expected((-hidden, *rest)), atol=1e-5)  # type: ignore[arg-type]  # a Call
-            assert not get_dispatcher("cpu").quarantine.entries()
-
-    def test_vmap_with_a_backend_by_name_is_refused(self) -> None:
-        hidden, experts, weights, ids = make_call(6)
-        stacked = torch.stack([hidden, hidden])
-        with pytest.raises(InvalidInputError, match=r"'torch_grouped'.*torch.func"):
-            torch.func.vmap(lambda h: moe_forward(h, experts, weights, ids, backend="torch_grouped"))(stacked)
-
-    def test_what_the_reference_cannot_run_either(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        def fail(*_: Any) -> Tensor:
-            raise IndexError("out of range")
-
-        call = make_call(6)
-        with ranked(Raising):
-            monkeypatch.setattr("moe_dispatch.backends.reference.ReferenceBackend.run", fail)
-            with pytest.raises(InvalidInputError, match=r"even 'reference'.*out of range"):
-                moe_forward(*call)
-            assert not get_dispatcher("cpu").quarantine.entries()
-            assert not ran()
-
-    def test_a_lost_context_is_not_the_callers_fault(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("moe_dispatch.backends.reference.ReferenceBackend.run", lose_context)
-        with ranked(Honest), pytest.raises(DeviceLostError, match="Restart the process"):
-            Mapped(make_call(6)).over_tokens()
-
-    def test_without_a_last_resort_the_reasons_are_listed(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setenv("MOE_DISPATCH_DISABLE", "reference")
-        settings.cache_clear()
-        with ranked(Raising), pytest.raises(NoBackendError, match="RuntimeError: the launch failed"):
-            moe_forward(*make_call(6))
-
-    def test_weights_that_change_under_a_call_are_the_callers(self) -> None:
-        """Freed by another thread between the check and the run."""
-        call = make_call(6)
-
-        class Late(Honest):
-            name = "late"
-
-            def run(self, hidden_states: Tensor, experts: Any, *rest: Any) -> Tensor:
-                experts.down.untyped_storage().resize_(0)
-                raise RuntimeError("setStorage: out of bounds")
-
-        with ranked(Late, Honest), pytest.raises(InvalidInputError, match=r"changed since.*freed"):
+@pytest.mark.parametrize("known", [False, True])
+def test_vmap_over_ids_bars_nothing(known: bool, call: Call) -> None:
+    with ranked("torch_grouped"):
+        if known:
             moe_forward(*call)
-        assert not get_dispatcher("cpu").quarantine.entries()
+        with pytest.raises(InvalidInputError, match="vmap, topk_ids cannot be mapped"):
+            torch.func.vmap(lambda ids: moe_forward(*call[:3], ids))(torch.stack([call[3], call[3].flip(0)]))
+        assert not barred()
+        before = stats().get("torch_grouped", {}).get("ran", 0)
+        assert torch.allclose(moe_forward(*call), expected(call), atol=1e-5)
+        assert stats()["torch_grouped"]["ran"] == before + 1
 
 
-class TestReplacedWeights:
-    def test_other_memory_of_the_same_kind_is_taken(self) -> None:
-        """As RL weight sync and sleep modes do."""
-        call = make_call(6)
-        other = make_call(7)[1]
-        with ranked("torch_grouped"):
+@pytest.mark.parametrize("known", [False, True])
+def test_vmap_over_tokens_takes_the_reference(known: bool, call: Call) -> None:
+    hidden, *rest = call
+    with ranked("torch_grouped"):
+        if known:
             moe_forward(*call)
-            call[1].gate_up.data, call[1].down.data = other.gate_up.data.clone(), other.down.data.clone()
-            assert torch.allclose(moe_forward(*call), expected((call[0], other, *call[2:])), atol=1e-5)
+        out = mapped_over_tokens(call)
+        assert torch.allclose(out[0], expected(call), atol=1e-5)
+        assert torch.allclose(out[1], expected((-hidden, *rest)), atol=1e-5)  # type: ignore[arg-type]  # a Call
+        assert not barred()
 
-    @pytest.mark.parametrize("dtype", ["fp32", "fp8"])
-    def test_the_old_memory_is_freed_at_once(self, dtype: DType) -> None:
-        """Also after a call through torch's operator, which a recorded one is."""
-        hidden, _, weights, ids = make_call(6)
-        experts = make_experts(LAYER, dtype, "cpu", act_dtype="fp32")
-        tensors = [tensor for _, tensor in experts.tensors()]
-        with ranked(Honest), torch.enable_grad():
-            for _ in range(2):
-                out = moe_forward(hidden.requires_grad_(), experts, weights, ids)
-                assert torch.allclose(out, expected((hidden, experts, weights, ids)), atol=1e-5)
-                torch.autograd.grad(out.sum(), hidden)
-                del out
-                old = [weakref.ref(tensor.untyped_storage()) for tensor in tensors]
-                for tensor in tensors:
-                    tensor.data = tensor.data.flip(0)
-                assert [memory() for memory in old] == [None] * len(old)
+
+def test_vmap_with_a_backend_by_name_is_refused() -> None:
+    with pytest.raises(InvalidInputError, match=r"'torch_grouped'.*torch.func"):
+        mapped_over_tokens(make_call(6), backend="torch_grouped")
+
+
+def test_what_the_reference_cannot_run_either_is_bad_input(monkeypatch: pytest.MonkeyPatch, call: Call) -> None:
+    def fail(*_: Any) -> Tensor:
+        raise IndexError("out of range")
+
+    with ranked(Raising):
+        monkeypatch.setattr("moe_dispatch.backends.reference.ReferenceBackend.run", fail)
+        with pytest.raises(InvalidInputError, match=r"even 'reference'.*out of range"):
+            moe_forward(*call)
+        assert not barred()
+        assert not ran()
+
+
+def test_a_lost_context_is_not_the_callers_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("moe_dispatch.backends.reference.ReferenceBackend.run", lose_context)
+    with ranked(Honest), pytest.raises(DeviceLostError, match="Restart the process"):
+        mapped_over_tokens(make_call(6))
+
+
+def test_without_a_last_resort_the_reasons_are_listed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MOE_DISPATCH_DISABLE", "reference")
+    settings.cache_clear()
+    with ranked(Raising), pytest.raises(NoBackendError, match="RuntimeError: the launch failed"):
+        moe_forward(*make_call(6))
+
+
+def test_weights_that_change_under_a_call_are_the_callers(call: Call) -> None:
+    """Freed by another thread between the check and the run."""
+
+    class Late(Honest):
+        name = "late"
+
+        def run(self, hidden_states: Tensor, experts: Any, *rest: Any) -> Tensor:
+            experts.down.untyped_storage().resize_(0)
+            raise RuntimeError("setStorage: out of bounds")
+
+    with ranked(Late, Honest), pytest.raises(InvalidInputError, match=r"changed since.*freed"):
+        moe_forward(*call)
+    assert not barred()
+
+
+def test_weights_in_other_memory_are_taken(call: Call) -> None:
+    """As RL weight sync and sleep modes do."""
+    other = make_call(7)[1]
+    with ranked("torch_grouped"):
+        moe_forward(*call)
+        call[1].gate_up.data, call[1].down.data = other.gate_up.data.clone(), other.down.data.clone()
+        assert torch.allclose(moe_forward(*call), expected((call[0], other, *call[2:])), atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "fp8"])
+def test_the_memory_of_replaced_weights_is_freed_at_once(dtype: DType) -> None:
+    """Also after a call through torch's operator, which a recorded one is."""
+    hidden, _, weights, ids = make_call(6)
+    experts = make_experts(LAYER, dtype, "cpu", act_dtype="fp32")
+    tensors = [tensor for _, tensor in experts.tensors()]
+    with ranked(Honest), torch.enable_grad():
+        for _ in range(2):
+            out = moe_forward(hidden.requires_grad_(), experts, weights, ids)
+            assert torch.allclose(out, expected((hidden, experts, weights, ids)), atol=1e-5)
+            torch.autograd.grad(out.sum(), hidden)
+            del out
+            old = [weakref.ref(tensor.untyped_storage()) for tensor in tensors]
+            for tensor in tensors:
+                tensor.data = tensor.data.flip(0)
+            assert [memory() for memory in old] == [None] * len(old)

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from moe_dispatch.backend import BackendConfig
 from moe_dispatch.commands.app import app
-from moe_dispatch.dispatch.process import get_dispatcher, reset_dispatchers
+from moe_dispatch.dispatch.process import get_dispatcher
 from moe_dispatch.dispatch.quarantine import Quarantine
 from moe_dispatch.errors import InvalidInputError, PolicyFileError
 from moe_dispatch.machine import Machine
@@ -95,6 +95,11 @@ def layer(N: int = 16) -> LayerShape:
     return LayerShape.of(workload(f"4,2,32,{N}").problem(1, "fp32", CPU))
 
 
+def request(**changes: Any) -> CalibrationRequest:
+    """A request for `layer` on the CPU."""
+    return CalibrationRequest(**{"machine": CPU, "device": torch.device("cpu"), "layers": (layer(),), **changes})
+
+
 def worker() -> SimulatedWorker:
     return SimulatedWorker(time_of, error_of=error_of)
 
@@ -122,9 +127,9 @@ class Calibrating:
         resume: bool = False,
         budget_s: float | None = None,
     ) -> CalibrationReport:
-        request = CalibrationRequest(
-            machine=CPU, device=torch.device("cpu"), layers=layers, tokens=tokens, routings=routings,
-            backends=backends, directory=self.directory, resume=resume, budget_s=budget_s,
+        wanted = request(
+            layers=layers, tokens=tokens, routings=routings, backends=backends, directory=self.directory,
+            resume=resume, budget_s=budget_s,
         )  # fmt: skip
         simulated = self.worker
 
@@ -132,7 +137,7 @@ class Calibrating:
             simulated.timeout_s, simulated.deadline = timeout_s, deadline
             return simulated
 
-        return CalibrationRun(request, self.seen.append, start_worker=start, clock=simulated.clock).measure()
+        return CalibrationRun(wanted, self.seen.append, start_worker=start, clock=simulated.clock).measure()
 
 
 @pytest.fixture
@@ -145,13 +150,8 @@ def paces(report: CalibrationReport, M: int | None = None) -> set[int]:
     return {pace_of(one.candidate.config) for one in report.measured if M in (None, one.M)}
 
 
-def test_a_resumed_calibration_measures_nothing_again(simulate: Calibrating) -> None:
-    assert len(simulate((2,), "right").measured) == 1
-    assert not simulate((2,), "right", resume=True).measured
-
-
 def test_a_resumed_calibration_measures_the_backends_that_an_earlier_one_left_out(simulate: Calibrating) -> None:
-    simulate((2,), "right")
+    assert len(simulate((2,), "right").measured) == 1
     resumed = simulate((2,), "right", "reference", resume=True)
     assert {one.candidate.backend for one in resumed.measured} == {"right", "reference"}
     assert not simulate((2,), "right", resume=True).measured
@@ -184,29 +184,20 @@ def test_where_a_run_is_long_hopeless_candidates_run_twice_only(
 
 
 def test_an_interruption_keeps_what_is_measured(tmp_path: Path) -> None:
-    request = CalibrationRequest(
-        machine=CPU, device=torch.device("cpu"), layers=(layer(),), tokens=(1, 8), backends=("right",),
-        directory=tmp_path,
-    )  # fmt: skip
-
     def stop_at_the_second(progress: Progress) -> None:
         if progress.done == 1 and progress.what != "done":
             raise KeyboardInterrupt
 
-    report = CalibrationRun(request, stop_at_the_second, start_worker=lambda *_: worker()).measure()
+    wanted = request(tokens=(1, 8), backends=("right",), directory=tmp_path)
+    report = CalibrationRun(wanted, stop_at_the_second, start_worker=lambda *_: worker()).measure()
     assert report.interrupted
     assert [point.M for point in read_calibration(report.path, CPU).points] == [1]
 
 
 def test_where_the_winner_changes_the_tokens_between_are_measured(simulate: Calibrating) -> None:
     (winners,) = simulate((1, 16), "constant", "growing").winners().values()
-    assert {M: winner[0] for M, (winner, _) in winners.items()} == {
-        1: "growing",
-        4: "growing",
-        6: "growing",
-        8: "constant",
-        16: "constant",
-    }
+    ahead = {M: winner[0] for M, (winner, _) in winners.items()}
+    assert ahead == {1: "growing", 4: "growing", 6: "growing", 8: "constant", 16: "constant"}
 
 
 def test_no_candidate_wins_unchecked_and_the_best_are_timed_for_longest(simulate: Calibrating) -> None:
@@ -256,12 +247,14 @@ def test_a_backend_that_cannot_be_made_does_not_end_the_calibration(simulate: Ca
     assert [one.candidate.backend for one in report.measured] == ["right"]
 
 
-def test_a_process_chooses_by_its_own_calibration_from_then_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("MOE_DISPATCH_CACHE_DIR", str(tmp_path))
-    simulated = functools.partial(CalibrationRun, start_worker=lambda *_: worker())
-    monkeypatch.setattr(calibrate_module, "CalibrationRun", simulated)
-    reset_dispatchers()
+@pytest.fixture
+def simulated(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`calibrate` measures on a simulated worker."""
+    run = functools.partial(CalibrationRun, start_worker=lambda *_: worker())
+    monkeypatch.setattr(calibrate_module, "CalibrationRun", run)
 
+
+def test_a_process_chooses_by_its_own_calibration_from_then_on(tmp_path: Path, simulated: None) -> None:
     def policy() -> str:
         chosen = get_dispatcher("cpu").planner.explain(workload(TINY).problem(5, "fp32", CPU)).chosen
         assert chosen is not None
@@ -275,17 +268,6 @@ def test_a_process_chooses_by_its_own_calibration_from_then_on(tmp_path: Path, m
     assert policy() == "rules"
     measure()
     assert policy() == "calibrated"
-    reset_dispatchers()
-
-
-def test_a_described_machine_of_another_kind_is_refused_before_anything_starts(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    if torch.cuda.is_available():
-        pytest.skip("the described machine is of the kind that is here")
-    monkeypatch.setenv("MOE_DISPATCH_MACHINE", str(Path(__file__).parents[1] / "machines" / "h200.json"))
-    with pytest.raises(InvalidInputError, match=r"describes a cuda machine, and what runs here is on cpu"):
-        calibrate([TINY], ["bf16"], tokens=[1], directory=tmp_path)
 
 
 def test_the_current_gpu_is_the_one_that_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -421,7 +403,7 @@ def test_the_last_resort_is_never_barred_and_a_bar_on_it_is_not_obeyed(simulate:
 def test_slow_is_not_fatal_on_a_cpu(tmp_path: Path, machine: Machine, *, barred: bool) -> None:
     device = torch.device("cuda:0" if machine is H200 else "cpu")
     shape = LayerShape.of(workload(TINY).problem(1, "bf16", machine))
-    request = CalibrationRequest(
+    wanted = request(
         machine=machine, device=device, layers=(shape,), tokens=(1,), backends=("slow",), directory=tmp_path
     )
 
@@ -430,7 +412,7 @@ def test_slow_is_not_fatal_on_a_cpu(tmp_path: Path, machine: Machine, *, barred:
 
     slow = SimulatedWorker(time_of, dies=lambda _: WorkerDiedError("no answer within 60 s", timed_out=True))
     with registered(Slow):
-        report = CalibrationRun(request, start_worker=lambda *_: slow).measure()
+        report = CalibrationRun(wanted, start_worker=lambda *_: slow).measure()
         assert [one.disqualified for one in report.measured] == ["no answer within 60 s"]
         assert bool(Quarantine(machine, tmp_path).entries()) == barred
 
@@ -456,67 +438,42 @@ def test_coarse_to_fine_spans_the_range_first() -> None:
         ({"routings": ("round-robin",)}, "routings must be among uniform.*got round-robin"),
         ({"modes": ("graph",)}, "modes must be among eager on this machine"),
         ({"most_configs": 0}, "most_configs must be at least 1, got 0"),
+        *(
+            ({"timeout_s": seconds}, "timeout_s must be a positive number of seconds")
+            for seconds in (0.0, -1.0, math.nan, math.inf)
+        ),
+        *(
+            ({"budget_s": seconds}, "budget_s must be a number of seconds, at least 0")
+            for seconds in (-1.0, math.nan, math.inf)
+        ),
     ],
     ids=str,
 )
 def test_a_request_is_checked_once(change: dict[str, Any], says: str) -> None:
     with pytest.raises(InvalidInputError, match=says):
-        CalibrationRequest(**{"machine": CPU, "device": torch.device("cpu"), "layers": (layer(),), **change})
+        request(**change)
 
 
-@pytest.mark.parametrize("seconds", [0.0, -1.0, math.nan, math.inf])
-def test_a_timeout_is_a_positive_number(seconds: float) -> None:
-    with pytest.raises(InvalidInputError, match="timeout_s must be a positive number of seconds"):
-        CalibrationRequest(machine=CPU, device=torch.device("cpu"), layers=(layer(),), timeout_s=seconds)
+def command(*options: str, status: int = 0) -> Any:
+    """`moe-dispatch calibrate` of the tiny layer."""
+    result = CliRunner().invoke(app, ["calibrate", "--model", TINY, "--dtype", "fp32", "--device", "cpu", *options])
+    assert result.exit_code == status, result.output
+    return result
 
 
-@pytest.mark.parametrize("seconds", [-1.0, math.nan, math.inf])
-def test_a_budget_is_a_number_of_seconds(seconds: float) -> None:
-    with pytest.raises(InvalidInputError, match="budget_s must be a number of seconds, at least 0"):
-        CalibrationRequest(machine=CPU, device=torch.device("cpu"), layers=(layer(),), budget_s=seconds)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "code", "says"),
-    [
-        (("--budget", "0.001"), 1, "give a larger --budget"),
-        (("--timeout", "nan"), 2, "--timeout must be a number of seconds above 0, got nan"),
-        (("--timeout", "0"), 2, "--timeout must be a number of seconds above 0, got 0"),
-        (("--budget", "-3"), 2, "--budget must be a number of seconds above 0, got -3"),
-    ],
-    ids=str,
-)
-def test_the_command_fails_where_nothing_is_measured(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...], code: int, says: str
-) -> None:
-    monkeypatch.setenv("MOE_DISPATCH_CACHE_DIR", str(tmp_path))
-    result = CliRunner().invoke(app, ["calibrate", "--model", TINY, "--dtype", "fp32", "--device", "cpu", *arguments])
-    assert result.exit_code == code, result.output
-    assert says in " ".join(result.stderr.split())
+def test_the_command_fails_where_nothing_is_measured() -> None:
+    result = command("--budget", "0.001", status=1)
+    assert "give a larger --budget" in " ".join(result.stderr.split())
     assert "calibrated:" not in result.stdout
 
 
-def test_the_layer_of_one_gpu_is_calibrated_under_tensor_parallelism(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("MOE_DISPATCH_CACHE_DIR", str(tmp_path))
-    simulated = functools.partial(CalibrationRun, start_worker=lambda *_: worker())
-    monkeypatch.setattr(calibrate_module, "CalibrationRun", simulated)
-    layer_options = ("--model", TINY, "--tp", "2", "--dtype", "fp32", "--device", "cpu")
-    result = CliRunner().invoke(app, ["calibrate", *layer_options, "--tokens", "4", "--backend", "right", "--json"])
-    assert result.exit_code == 0, result.output
+def test_the_layer_of_one_gpu_is_calibrated_under_tensor_parallelism(simulated: None) -> None:
+    result = command("--tp", "2", "--tokens", "4", "--backend", "right", "--json")
     (winner,) = json.loads(result.stdout)["winners"]
     assert "N=8" in winner["layer"]  # of 16
 
 
-def test_the_command_prints_lines_of_progress_where_no_terminal_is(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("MOE_DISPATCH_CACHE_DIR", str(tmp_path))
-    simulated = functools.partial(CalibrationRun, start_worker=lambda *_: worker())
-    monkeypatch.setattr(calibrate_module, "CalibrationRun", simulated)
-    layer_options = ("--model", TINY, "--dtype", "fp32", "--device", "cpu")
-    result = CliRunner().invoke(app, ["calibrate", *layer_options, "--tokens", "1,4", "--backend", "right"])
-    assert result.exit_code == 0, result.output
+def test_the_command_prints_lines_of_progress_where_no_terminal_is(simulated: None) -> None:
+    result = command("--tokens", "1,4", "--backend", "right")
     assert "0/2 E=4 topk=2 K=32 N=16 fp32 M=1" in " ".join(result.stderr.split())
     assert "calibrated: 2 measurements at 2 points" in " ".join(result.stdout.split())

@@ -16,14 +16,12 @@ from moe_dispatch.workloads import Workload
 from tests.policies.test_policy_files import LAYER, MACHINE, measured
 from tests.support.fakes import Honest, registered
 
-RUNNER = CliRunner()
 OTHER_LAYER = Workload("other", E=4, topk=2, K=64, N=32)
 
 
 @pytest.fixture
-def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def own() -> Path:
     """The path of this machine's own calibration, in an empty cache."""
-    monkeypatch.setenv("MOE_DISPATCH_CACHE_DIR", str(tmp_path / "cache"))
     return calibration_path(MACHINE)
 
 
@@ -39,16 +37,14 @@ def ranked(layer: Workload = LAYER, M: int = 1) -> list[str]:
     return [choice.backend for choice in CalibratedPolicy(MACHINE).rank(layer.problem(M, "fp32", MACHINE))]
 
 
-def run(*arguments: str | Path) -> str:
-    result = RUNNER.invoke(app, ["calibration", *map(str, arguments)])
-    assert result.exit_code == 0, result.output
+def run(*arguments: str | Path, status: int = 0) -> str:
+    result = CliRunner().invoke(app, ["calibration", *map(str, arguments)])
+    assert result.exit_code == status, result.output
     return result.output
 
 
 def refusal(*arguments: str | Path) -> str:
-    result = RUNNER.invoke(app, ["calibration", *map(str, arguments)])
-    assert result.exit_code == 2, result.output
-    return " ".join(result.output.split())
+    return " ".join(run(*arguments, status=2).split())
 
 
 def test_a_folder_on_the_search_path_is_read(own: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -133,8 +129,7 @@ def test_export_and_import_carry_a_calibration(own: Path, tmp_path: Path, monkey
 
 def foreign(path: Path) -> Path:
     """A calibration of another machine."""
-    machine = MACHINE.model_copy(update={"name": "another CPU"})
-    save(path, [measured(1, 5.0)], machine)
+    save(path, [measured(1, 5.0)], MACHINE.model_copy(update={"name": "another CPU"}))
     return path
 
 

@@ -1,5 +1,6 @@
 """Compiling ahead, on a CPU, where there is nothing to compile but the processes are the same."""
 
+import contextlib
 import time
 from pathlib import Path
 
@@ -82,13 +83,10 @@ def test_what_was_compiled_is_remembered_and_failures_cost_themselves(tmp_path: 
 @pytest.mark.slow
 def test_the_measuring_worker_outlives_the_compilation(tmp_path: Path) -> None:
     # Linux kills a worker when the thread that started it ends, not only when the process does.
-    measuring = start()
-    try:
+    with contextlib.closing(start()) as measuring:
         assert not compile_ahead(jobs("reference"), start, tmp_path / "machine.txt", measuring_worker=measuring)
         measuring.layer(LAYER)
         assert measuring.restarts == 1
-    finally:
-        measuring.close()
 
 
 def test_another_version_is_another_job() -> None:

@@ -39,8 +39,7 @@ from moe_dispatch.policies.rules import vector_suits
 from moe_dispatch.problem import DType, MoEProblem
 from moe_dispatch.workloads import WORKLOADS, Workload
 
-MACHINE = Path(__file__).parents[1] / "machines" / "h200.json"
-H200 = Machine.load(MACHINE)
+H200 = Machine.load("h200")
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results" / "nvidia_h200"
 TOKENS = tuple(2**i for i in range(15))
 NOISE = 0.02
@@ -70,6 +69,11 @@ def made(backend: str) -> Backend:
     found = find_backend(backend, H200)
     assert found is not None
     return found
+
+
+def on_h200(M: int, dtype: DType, model: str = "deepseek-v3") -> MoEProblem:
+    """A call through a layer of a model in a CUDA graph of the H200."""
+    return WORKLOADS[model].problem(M, dtype, H200, "graph")
 
 
 def as_row(one: Observation, routing: str = "uniform") -> BenchRow:
@@ -199,7 +203,7 @@ def test_a_model_is_judged_without_what_was_measured_on_it() -> None:
         for row in synthetic()
     ]
     judged = judge(seen, H200)["learned"]
-    last = WORKLOADS["mixtral-8x7b"].problem(16384, "fp8", H200, "graph")
+    last = on_h200(16384, "fp8", "mixtral-8x7b")
     regret = judged[last].regret
     assert regret is not None
     assert regret > 1.0
@@ -246,7 +250,7 @@ def test_a_choice_that_was_not_measured_is_counted() -> None:
 
 def test_what_a_backend_cannot_run_is_not_held_against_a_policy_that_names_it() -> None:
     # DeepGEMM's blocks do not divide gpt-oss's 2880.
-    problem = WORKLOADS["gpt-oss-120b"].problem(4096, "fp8", H200, "graph")
+    problem = on_h200(4096, "fp8", "gpt-oss-120b")
     ours = Observation(problem, ("triton_persistent", ()), 5.0)
     judged = judge([*synthetic(("deepseek-v3",)), ours], H200)
     assert judged["always_deep_gemm"][problem] == Judged(None, unmeasured=False)
@@ -254,7 +258,7 @@ def test_what_a_backend_cannot_run_is_not_held_against_a_policy_that_names_it() 
 
 
 def test_a_candidate_that_was_eliminated_early_does_not_pass_the_winner() -> None:
-    problem = WORKLOADS["deepseek-v3"].problem(4, "fp8", H200, "graph")
+    problem = on_h200(4, "fp8")
 
     def row(backend: str, routing: str, us: float) -> BenchRow:
         return as_row(Observation(problem, (backend, ()), us), routing)
@@ -293,8 +297,7 @@ def test_too_few_measurements_are_refused() -> None:
         fit_model(synthetic(("deepseek-v3", "mixtral-8x7b", "qwen3-235b")), H200)
 
 
-def test_a_saved_model_ranks_shapes_that_were_not_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("MOE_DISPATCH_CACHE_DIR", str(tmp_path))
+def test_a_saved_model_ranks_shapes_that_were_not_measured() -> None:
     model = fit_model(synthetic(), H200)
     save_model(model, model_path(H200))
     assert parse_model(model_path(H200).read_bytes(), "") == model
@@ -315,19 +318,22 @@ def test_a_saved_model_ranks_shapes_that_were_not_measured(tmp_path: Path, monke
     assert "(graph; eager was not measured)" in eager.reason
 
 
-def cost_model(backend: str, launch: float, most_rows: float = 1000.0) -> CostModel:
+def cost_model(backend: str, launch: float, most_rows: float = 1000.0, dtype: DType = "bf16") -> CostModel:
     return CostModel(
-        dtype="bf16", mode="graph", backend=backend, layers=7, points=100, most_rows=most_rows, error=0.02,
+        dtype=dtype, mode="graph", backend=backend, layers=7, points=100, most_rows=most_rows, error=0.02,
         coefficients={term: launch if term == "launch" else 0.0 for term in TERMS},
     )  # fmt: skip
 
 
+def learned(*cost_models: CostModel, machine: Machine = H200) -> LearnedPolicy:
+    return LearnedPolicy(machine, ModelFile(fingerprint="", sms=132, cost_models=list(cost_models)))
+
+
 @pytest.mark.parametrize(("us", "first"), [(98.0, "triton_vector"), (96.0, "vllm_fused_moe")])
 def test_the_rules_stand_unless_another_is_clearly_faster(us: float, first: str) -> None:
-    problem = WORKLOADS["deepseek-v3"].problem(1, "bf16", H200, "graph")
-    cost_models = [cost_model("triton_splitk", 100.0), cost_model("vllm_fused_moe", us), cost_model("deep_gemm", 150.0)]
-    policy = LearnedPolicy(H200, ModelFile(fingerprint="", sms=132, cost_models=cost_models))
-    ranked = policy.rank(problem)
+    problem = on_h200(1, "bf16")
+    times = {"triton_splitk": 100.0, "vllm_fused_moe": us, "deep_gemm": 150.0}
+    ranked = learned(*(cost_model(*each) for each in times.items())).rank(problem)
     assert ranked[0].backend == first
     # Of split-K's family the rules choose the vector kernels here.
     assert sorted(choice.backend for choice in ranked) == ["deep_gemm", "triton_vector", "vllm_fused_moe"]
@@ -335,24 +341,22 @@ def test_the_rules_stand_unless_another_is_clearly_faster(us: float, first: str)
 
 
 def test_the_rules_decide_where_their_choice_has_no_cost_model() -> None:
-    policy = LearnedPolicy(H200, ModelFile(fingerprint="", sms=132, cost_models=[cost_model("vllm_fused_moe", 1.0)]))
-    assert policy.rank(WORKLOADS["deepseek-v3"].problem(1, "bf16", H200, "graph")) == ()
+    policy = learned(cost_model("vllm_fused_moe", 1.0))
+    assert policy.rank(on_h200(1, "bf16")) == ()
 
 
 def test_the_rules_choice_is_one_that_is_there() -> None:
     # The rules name DeepGEMM here; where it is missing, their choice is our kernel.
     bare = H200.model_copy(update={"libraries": {}})
-    cost_models = [cost_model("triton_persistent", 100.0), cost_model("triton_splitk", 99.0)]
-    problem = WORKLOADS["mixtral-8x7b"].problem(4096, "fp8", H200, "graph")
-    cost_models = [one.model_copy(update={"dtype": "fp8"}) for one in cost_models]
-    model = ModelFile(fingerprint="", sms=132, cost_models=cost_models)
-    assert LearnedPolicy(H200, model).rank(problem) == ()
-    assert LearnedPolicy(bare, model).rank(problem)[0].backend == "gluon_hopper"
+    times = {"triton_persistent": 100.0, "triton_splitk": 99.0}
+    cost_models = [cost_model(*each, dtype="fp8") for each in times.items()]
+    problem = on_h200(4096, "fp8", "mixtral-8x7b")
+    assert learned(*cost_models).rank(problem) == ()
+    assert learned(*cost_models, machine=bare).rank(problem)[0].backend == "gluon_hopper"
 
 
 def test_a_cost_model_is_not_used_far_beyond_what_was_measured() -> None:
-    cost_models = [cost_model("triton_splitk", 1.0, most_rows=16.0), cost_model("triton_persistent", 100.0)]
-    policy = LearnedPolicy(H200, ModelFile(fingerprint="", sms=132, cost_models=cost_models))
+    policy = learned(cost_model("triton_splitk", 1.0, most_rows=16.0), cost_model("triton_persistent", 100.0))
     layer = WORKLOADS["mixtral-8x7b"]  # of 8 experts, of which 2 get each token
     assert policy.rank(layer.problem(128, "bf16", H200, "graph"))[0].backend == "triton_splitk"
     assert [one.backend for one in policy.rank(layer.problem(129, "bf16", H200, "graph"))] == ["gluon_hopper"]
@@ -363,9 +367,8 @@ def test_a_cost_model_is_not_used_far_beyond_what_was_measured() -> None:
     (64, "triton_splitk", "gluon_hopper"),
 ])  # fmt: skip
 def test_one_cost_model_serves_a_family_by_the_member_that_the_rules_choose(M: int, first: str, second: str) -> None:
-    cost_models = [cost_model("triton_splitk", 90.0), cost_model("triton_persistent", 100.0)]
-    policy = LearnedPolicy(H200, ModelFile(fingerprint="", sms=132, cost_models=cost_models))
-    ranked = policy.rank(WORKLOADS["mixtral-8x7b"].problem(M, "bf16", H200, "graph"))
+    policy = learned(cost_model("triton_splitk", 90.0), cost_model("triton_persistent", 100.0))
+    ranked = policy.rank(on_h200(M, "bf16", "mixtral-8x7b"))
     assert [(choice.backend, choice.us) for choice in ranked] == [(first, 90.0), (second, 100.0)]
 
 
@@ -384,35 +387,29 @@ def test_a_family_is_fitted_to_the_members_that_the_rules_choose() -> None:
 
 
 def test_a_backend_that_cannot_run_the_layer_is_not_ranked() -> None:
-    cost_models = [cost_model("deep_gemm", 1.0), cost_model("triton_persistent", 100.0)]
-    cost_models = [one.model_copy(update={"dtype": "fp8"}) for one in cost_models]
-    problem = WORKLOADS["gpt-oss-120b"].problem(4096, "fp8", H200, "graph")
-    ranked = LearnedPolicy(H200, ModelFile(fingerprint="", sms=132, cost_models=cost_models)).rank(problem)
-    assert [one.backend for one in ranked] == ["triton_persistent"]
+    policy = learned(cost_model("deep_gemm", 1.0, dtype="fp8"), cost_model("triton_persistent", 100.0, dtype="fp8"))
+    problem = on_h200(4096, "fp8", "gpt-oss-120b")
+    assert [choice.backend for choice in policy.rank(problem)] == ["triton_persistent"]
 
 
-def test_a_model_is_of_its_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("MOE_DISPATCH_CACHE_DIR", str(tmp_path))
+def test_a_model_is_of_its_machine() -> None:
     model = ModelFile(fingerprint="another", sms=132, cost_models=[cost_model("triton_splitk", 1.0)])
     save_model(model, model_path(H200))
     with pytest.warns(MoEDispatchWarning, match="fitted for another"):
-        assert LearnedPolicy(H200).rank(WORKLOADS["deepseek-v3"].problem(1, "bf16", H200, "graph")) == ()
+        assert LearnedPolicy(H200).rank(on_h200(1, "bf16")) == ()
 
 
 def test_what_ships_serves_devices_of_its_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(resources, "files", lambda _: tmp_path)
     model = ModelFile(fingerprint="where it was measured", sms=132, cost_models=[cost_model("triton_splitk", 1.0)])
     save_model(model, tmp_path / "tables" / f"{H200.slug}.model.json")
-    problem = WORKLOADS["deepseek-v3"].problem(1, "bf16", H200, "graph")
+    problem = on_h200(1, "bf16")
     assert LearnedPolicy(H200).rank(problem)[0].backend == "triton_vector"
     assert LearnedPolicy(H200.model_copy(update={"sms": 114})).rank(problem) == ()
 
 
 @pytest.mark.timing
-def test_a_model_loads_within_50_ms_and_ranks_a_new_token_count_within_200_us(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("MOE_DISPATCH_CACHE_DIR", str(tmp_path))
+def test_a_model_loads_within_50_ms_and_ranks_a_new_token_count_within_200_us() -> None:
     names = ("triton_splitk", "triton_persistent", "deep_gemm", "vllm_fused_moe", "torch_grouped")
     model = ModelFile(fingerprint=H200.fingerprint, sms=132, cost_models=[cost_model(name, 100.0) for name in names])
     save_model(model, model_path(H200))
@@ -420,10 +417,10 @@ def test_a_model_loads_within_50_ms_and_ranks_a_new_token_count_within_200_us(
     for _ in range(5):
         begin = time.process_time()
         policy = LearnedPolicy(H200)
-        assert policy.rank(WORKLOADS["deepseek-v3"].problem(16384, "bf16", H200, "graph"))
+        assert policy.rank(on_h200(16384, "bf16"))
         loading.append(time.process_time() - begin)
     for M in range(1, 101):
-        problem = WORKLOADS["deepseek-v3"].problem(M, "bf16", H200, "graph")
+        problem = on_h200(M, "bf16")
         begin = time.process_time()
         assert policy.rank(problem)
         ranking.append(time.process_time() - begin)
@@ -433,10 +430,17 @@ def test_a_model_loads_within_50_ms_and_ranks_a_new_token_count_within_200_us(
 
 def test_another_token_count_makes_no_backend_again(monkeypatch: pytest.MonkeyPatch) -> None:
     """A new M cost 2 ms on a host, most of it for backends that were made, and their versions looked up, each time."""
-    policy = LearnedPolicy(H200, ModelFile(fingerprint="", sms=132, cost_models=[cost_model("triton_splitk", 1.0)]))
-    assert policy.rank(WORKLOADS["deepseek-v3"].problem(40, "bf16", H200, "graph"))
+    policy = learned(cost_model("triton_splitk", 1.0))
+    assert policy.rank(on_h200(40, "bf16"))
     monkeypatch.setattr(defaults, "make_backend", lambda *_: pytest.fail("a backend was made"))
-    assert policy.rank(WORKLOADS["deepseek-v3"].problem(41, "bf16", H200, "graph"))
+    assert policy.rank(on_h200(41, "bf16"))
+
+
+def with_launch(launch: float) -> str:
+    """A model file that has one coefficient."""
+    data = ModelFile(fingerprint="x", sms=1, cost_models=[cost_model("x", 1.0)]).model_dump(mode="json", by_alias=True)
+    data["cost_models"][0]["coefficients"] = {"launch": launch}
+    return json.dumps(data)
 
 
 @pytest.mark.parametrize(
@@ -444,24 +448,11 @@ def test_another_token_count_makes_no_backend_again(monkeypatch: pytest.MonkeyPa
     [
         ("{", "is damaged"),
         ('{"schema_version": 9, "fingerprint": "x", "sms": 1, "cost_models": []}', "schema version 9"),
-        (
-            '{"fingerprint": "x", "sms": 1, "cost_models": [{"dtype": "fp8", "mode": "graph", "backend": "x", '
-            '"layers": 5, '
-            '"points": 9, "most_rows": 1.0, "error": 0.1, "coefficients": {"launch": 1.0}}]}',
-            "no coefficient for search, weights",
-        ),
-        (
-            '{"fingerprint": "x", "sms": 1, "cost_models": [{"dtype": "fp8", "mode": "graph", "backend": "x", '
-            '"layers": 5, '
-            '"points": 9, "most_rows": 1.0, "error": 0.1, "coefficients": {"launch": -1.0}}]}',
-            "greater than or equal to 0",
-        ),
+        (with_launch(1.0), "no coefficient for search, weights"),
+        (with_launch(-1.0), "greater than or equal to 0"),
     ],
 )
-def test_a_model_that_cannot_be_trusted_is_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: str, says: str
-) -> None:
-    monkeypatch.setenv("MOE_DISPATCH_CACHE_DIR", str(tmp_path))
+def test_a_model_that_cannot_be_trusted_is_refused(content: str, says: str) -> None:
     path = model_path(H200)
     path.parent.mkdir(parents=True)
     path.write_text(content, encoding="utf-8")
@@ -476,7 +467,7 @@ def test_fit_prints_what_it_learned_and_what_that_loses(tmp_path: Path) -> None:
     seen = synthetic()
     for observation in seen:
         append(rows, as_row(observation))
-    result = CliRunner().invoke(app, ["fit", str(rows), "--machine", str(MACHINE), "--out", str(out)])
+    result = CliRunner().invoke(app, ["fit", str(rows), "--machine", "h200", "--out", str(out)])
     assert result.exit_code == 0, result.output
     learned, _, lost = result.output.partition("loss against")
     model = parse_model(out.read_bytes(), str(out))
@@ -489,8 +480,7 @@ def test_fit_prints_what_it_learned_and_what_that_loses(tmp_path: Path) -> None:
         assert row.split()[3] == f"{summary(judged[name].values())['mean']:.1%}"
 
 
-def test_rows_of_another_machine_are_not_taken_for_this_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("MOE_DISPATCH_CACHE_DIR", str(tmp_path / "cache"))
+def test_rows_of_another_machine_are_not_taken_for_this_ones(tmp_path: Path) -> None:
     rows = tmp_path / "rows.jsonl"
     append(rows, as_row(synthetic()[0]))
     for result in (
@@ -504,7 +494,7 @@ def test_rows_of_another_machine_are_not_taken_for_this_ones(tmp_path: Path, mon
 
 
 def test_choices_on_the_recorded_sweep_meet_the_targets() -> None:
-    arguments = ["regret", str(RESULTS / "sweep.jsonl.xz"), "--machine", str(MACHINE), "--json"]
+    arguments = ["regret", str(RESULTS / "sweep.jsonl.xz"), "--machine", "h200", "--json"]
     result = CliRunner().invoke(benchmarks, arguments)
     assert result.exit_code == 0, result.output
     found = json.loads(result.stdout)

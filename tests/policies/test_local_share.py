@@ -1,7 +1,6 @@
 """A part of a layer's experts is ranked by the load that it expects, not by all slots of the call."""
 
 import dataclasses
-from pathlib import Path
 
 import pytest
 import torch
@@ -20,7 +19,7 @@ from moe_dispatch.problem import DType, MoEProblem
 from moe_dispatch.registry import make_backend
 from moe_dispatch.workloads import WORKLOADS
 
-H200 = Machine.load(Path(__file__).parents[1] / "machines" / "h200.json")
+H200 = Machine.load("h200")
 LAYERS: tuple[tuple[str, DType], ...] = (("deepseek-v3", "fp8"), ("qwen3-30b-a3b", "bf16"))
 TOKENS = tuple(4**power for power in range(8))
 

@@ -6,7 +6,6 @@ import os
 import resource
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -42,15 +41,11 @@ def measured(
     """A measurement of a backend under today's versions, unless others are given."""
     if versions is None:
         versions = relevant_versions(BACKENDS.load(backend)(MACHINE)) if backend in BACKENDS.names() else {}
-    return Measurement(
-        LayerShape.of(layer.problem(1, "fp32", MACHINE)),
-        M,
-        mode,
-        Candidate(backend=backend, config=config or {}, versions=versions),
-        us={"uniform": (us, us, us)} if us else {},
-        score=us,
-        disqualified=None if us else "x",
-    )
+    shape = LayerShape.of(layer.problem(1, "fp32", MACHINE))
+    candidate = Candidate(backend=backend, config=config or {}, versions=versions)
+    if us is None:
+        return Measurement(shape, M, mode, candidate, disqualified="x")
+    return Measurement(shape, M, mode, candidate, us={"uniform": (us, us, us)}, score=us)
 
 
 def ids(letters: str) -> list[Identity]:
@@ -59,22 +54,13 @@ def ids(letters: str) -> list[Identity]:
 
 
 @pytest.fixture
-def path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("MOE_DISPATCH_CACHE_DIR", str(tmp_path))
+def path() -> Path:
     return Path(calibration_path(MACHINE))
 
 
-def ranked(M: int, mode: Mode = "eager") -> list[str]:
-    return [choice.backend for choice in CalibratedPolicy(MACHINE).rank(LAYER.problem(M, "fp32", MACHINE, mode))]
-
-
-@dataclass(frozen=True)
-class Damage:
-    """A way to spoil a good file, and what the refusal must say."""
-
-    name: str
-    spoil: Callable[[dict[str, Any]], object]
-    says: str
+def ranked(M: int, policy: CalibratedPolicy | None = None) -> list[str]:
+    policy = policy or CalibratedPolicy(MACHINE)
+    return [choice.backend for choice in policy.rank(LAYER.problem(M, "fp32", MACHINE))]
 
 
 def _edit(*keys: Any, value: Any) -> Callable[[dict[str, Any]], object]:
@@ -89,35 +75,38 @@ def _edit(*keys: Any, value: Any) -> Callable[[dict[str, Any]], object]:
 
 
 MEASUREMENT = ("points", 0, "measurements", 0)
-DAMAGES = (
-    Damage("truncated", lambda data: json.dumps(data)[:-40], "is damaged"),
-    Damage("empty", lambda _: "", "is damaged"),
-    Damage("not-utf8", lambda _: b"\xff\xfe\x00", "is damaged"),
-    Damage("other-schema", _edit("schema_version", value=2), "has schema version 2"),
-    Damage("other-machine", _edit("machine", "name", value="NVIDIA H200"), "was measured on 'NVIDIA H200'"),
-    Damage("no-machine", _edit("machine", "device", value="tpu"), "is damaged: machine.device"),
-    Damage("unknown-field", _edit("run_me", value="rm -rf"), "is damaged: run_me"),
-    Damage("nan", lambda data: json.dumps(_edit(*MEASUREMENT, "score", value=float("nan"))(data)), "is damaged"),
-    Damage("negative", _edit(*MEASUREMENT, "score", value=-1.0), "is damaged"),
-    Damage("score-as-text", _edit(*MEASUREMENT, "score", value="1.0"), "is damaged"),
-    Damage("index-out-of-range", _edit(*MEASUREMENT, "candidate", value=9), "refers to candidate 9"),
-    Damage("origin-out-of-range", _edit("candidates", 0, "origin", value=9), "refers to origin 9"),
-    Damage("path-as-backend", _edit("candidates", 0, "backend", value="../../x:Y"), "candidates.0.backend"),
-    Damage("deep", lambda _: "[" * 100_000, "is damaged"),
-    Damage("huge", lambda _: " " * ((32 << 20) + 1), "at most"),
-)
+# Ways to spoil a good file, and what the refusal must say.
+DAMAGES: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
+    "truncated": (lambda data: json.dumps(data)[:-40], "is damaged"),
+    "empty": (lambda _: "", "is damaged"),
+    "not-utf8": (lambda _: b"\xff\xfe\x00", "is damaged"),
+    "other-schema": (_edit("schema_version", value=2), "has schema version 2"),
+    "other-machine": (_edit("machine", "name", value="NVIDIA H200"), "was measured on 'NVIDIA H200'"),
+    "no-machine": (_edit("machine", "device", value="tpu"), "is damaged: machine.device"),
+    "unknown-field": (_edit("run_me", value="rm -rf"), "is damaged: run_me"),
+    "nan": (lambda data: json.dumps(_edit(*MEASUREMENT, "score", value=float("nan"))(data)), "is damaged"),
+    "negative": (_edit(*MEASUREMENT, "score", value=-1.0), "is damaged"),
+    "score-as-text": (_edit(*MEASUREMENT, "score", value="1.0"), "is damaged"),
+    "index-out-of-range": (_edit(*MEASUREMENT, "candidate", value=9), "refers to candidate 9"),
+    "origin-out-of-range": (_edit("candidates", 0, "origin", value=9), "refers to origin 9"),
+    "path-as-backend": (_edit("candidates", 0, "backend", value="../../x:Y"), "candidates.0.backend"),
+    "deep": (lambda _: "[" * 100_000, "is damaged"),
+    "huge": (lambda _: " " * ((32 << 20) + 1), "at most"),
+}
 
 
-@pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: damage.name)
-def test_a_file_that_cannot_be_trusted_is_refused_with_the_reason(path: Path, damage: Damage) -> None:
+@pytest.mark.parametrize(("spoil", "says"), DAMAGES.values(), ids=DAMAGES)
+def test_a_file_that_cannot_be_trusted_is_refused_with_the_reason(
+    path: Path, spoil: Callable[[dict[str, Any]], object], says: str
+) -> None:
     save(path, [measured(1, 5.0)], MACHINE)
-    spoilt = damage.spoil(json.loads(path.read_text(encoding="utf-8")))
+    spoilt = spoil(json.loads(path.read_text(encoding="utf-8")))
     content = spoilt if isinstance(spoilt, (str, bytes)) else json.dumps(spoilt)
     path.write_bytes(content.encode() if isinstance(content, str) else content)
     with pytest.warns(MoEDispatchWarning, match="calibrated"):
         policy = CalibratedPolicy(MACHINE)
-    assert policy.rank(LAYER.problem(1, "fp32", MACHINE)) == ()
-    assert damage.says in policy.notes()[0]
+    assert ranked(1, policy) == []
+    assert says in policy.notes()[0]
 
 
 def test_a_fifo_in_its_place_does_not_hang(path: Path) -> None:
@@ -133,7 +122,7 @@ def test_a_disk_that_cannot_be_read_costs_the_file_alone(path: Path) -> None:
     path.symlink_to("/proc/self/mem")
     with pytest.warns(MoEDispatchWarning, match="Input/output error"):
         policy = CalibratedPolicy(MACHINE)
-    assert policy.rank(LAYER.problem(1, "fp32", MACHINE)) == ()
+    assert ranked(1, policy) == []
 
 
 def test_every_damaged_file_is_set_aside_and_none_overwritten(path: Path) -> None:
@@ -154,7 +143,7 @@ def test_an_unknown_backend_and_an_unknown_configuration_are_ignored_with_a_note
     ]
     save(path, rows, MACHINE)
     policy = CalibratedPolicy(MACHINE)
-    assert [choice.backend for choice in policy.rank(LAYER.problem(1, "fp32", MACHINE))] == ["reference"]
+    assert ranked(1, policy) == ["reference"]
     assert any("from_the_future: no such backend" in note for note in policy.notes())
     assert any("torch_grouped: its configuration is unknown here (warp_drive" in note for note in policy.notes())
 
@@ -176,7 +165,7 @@ def test_another_version_retires_what_depends_on_it_and_nothing_else(path: Path)
     old = {**relevant_versions(BACKENDS.load("torch_grouped")(MACHINE)), "torch": "1.0"}
     save(path, [measured(1, 5.0), measured(1, 1.0, "torch_grouped", versions=old)], MACHINE)
     policy = CalibratedPolicy(MACHINE)
-    assert [choice.backend for choice in policy.rank(LAYER.problem(1, "fp32", MACHINE))] == ["reference"]
+    assert ranked(1, policy) == ["reference"]
     assert f"torch_grouped: retired by torch 1.0 -> {MACHINE.torch}" in policy.notes()[0]
 
 

@@ -1,5 +1,6 @@
 """Merging, winners and policy files, for any measurements and any damage."""
 
+import functools
 from pathlib import Path
 
 import pytest
@@ -23,21 +24,14 @@ from moe_dispatch.policies.measurements.schema import (
 from moe_dispatch.policies.measurements.table import NOISE, STAYS, LayerTable, stable_winners, tables
 from moe_dispatch.problem import Mode
 
-MACHINE = Machine.load(Path(__file__).parents[1] / "machines" / "h200.json")
+MACHINE = Machine.load("h200")
 ANY_CLOCK = settings(deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 EMPTY = CalibrationFile(machine=MACHINE)
 
 times = st.floats(0.5, 1e6)
 tokens = st.sampled_from([1, 2, 3, 8, 64, 4096, 1 << 30])
-layers = st.builds(
-    LayerShape,
-    K=st.sampled_from([128, 4096]),
-    N=st.just(64),
-    E=st.just(8),
-    topk=st.just(2),
-    dtype=st.sampled_from(["bf16", "fp8"]),
-    act_dtype=st.just("bf16"),
-)
+layer = functools.partial(LayerShape, N=64, E=8, topk=2, act_dtype="bf16")
+layers = st.builds(layer, K=st.sampled_from([128, 4096]), dtype=st.sampled_from(["bf16", "fp8"]))
 candidates = st.builds(
     Candidate,
     backend=st.sampled_from(["reference", "torch_grouped", "from_the_future"]),

@@ -17,8 +17,8 @@ from moe_dispatch.policies.nearest import TABLE, nearest
 from moe_dispatch.policies.shipped import ShippedPolicy
 from moe_dispatch.system.compression import compressed
 from moe_dispatch.workloads import WORKLOADS
+from tests.support.simulated import H200
 
-H200 = Machine.load(Path(__file__).parents[1] / "machines" / "h200.json")
 LAYER = WORKLOADS["deepseek-v3"]
 
 
@@ -27,17 +27,10 @@ def table(machine: Machine, M: int = 64) -> CalibrationFile:
     layer = LayerShape.of(LAYER.problem(1, "bf16", machine))
     times = {"torch_grouped": 100.0, "reference": 900.0}
     configs: dict[str, dict[str, int | bool | str]] = {"torch_grouped": {}, "reference": {"compute_fp32": False}}
-    rows = [
-        Measurement(
-            layer,
-            M,
-            "graph",
-            Candidate(backend=backend, config=configs[backend], versions={"torch": "0.1"}),
-            us={"uniform": (us, us, us)},
-            score=us,
-        )
-        for backend, us in times.items()
-    ]
+    rows = []
+    for backend, us in times.items():
+        candidate = Candidate(backend=backend, config=configs[backend], versions={"torch": "0.1"})
+        rows.append(Measurement(layer, M, "graph", candidate, us={"uniform": (us, us, us)}, score=us))
     return merge(CalibrationFile(machine=machine), rows, machine)
 
 
@@ -49,12 +42,19 @@ def tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "tables"
 
 
+@pytest.fixture
+def of_h200(tables: Path) -> Path:
+    """The H200's table among them."""
+    path = tables / "nvidia_h200.json.xz"
+    path.write_bytes(compressed(table(H200).model_dump_json()))
+    return path
+
+
 def ranked(policy: ShippedPolicy, machine: Machine) -> list[str]:
     return [choice.backend for choice in policy.rank(LAYER.problem(64, "bf16", machine, "graph"))]
 
 
-def test_it_serves_a_machine_of_that_name(tables: Path) -> None:
-    (tables / "nvidia_h200.json.xz").write_bytes(compressed(table(H200).model_dump_json()))
+def test_it_serves_a_machine_of_that_name(of_h200: Path) -> None:
     policy = ShippedPolicy(H200)
     # Measured with another torch, which retires a calibration and not a table.
     assert ranked(policy, H200) == ["torch_grouped", "reference"]
@@ -68,8 +68,7 @@ def test_where_no_table_ships_it_knows_nothing(tables: Path) -> None:
 
 
 @pytest.mark.parametrize("change", [{"name": "NVIDIA-H200"}, {"sms": 66}, {"capability": (9, 1)}], ids=str)
-def test_another_device_under_the_same_file_name_is_refused(tables: Path, change: dict[str, object]) -> None:
-    (tables / "nvidia_h200.json.xz").write_bytes(compressed(table(H200).model_dump_json()))
+def test_another_device_under_the_same_file_name_is_refused(of_h200: Path, change: dict[str, object]) -> None:
     other = H200.model_copy(update=change)
     with pytest.warns(MoEDispatchWarning, match="was measured on 'NVIDIA H200'"):
         policy = ShippedPolicy(other)
@@ -78,8 +77,7 @@ def test_another_device_under_the_same_file_name_is_refused(tables: Path, change
 
 
 @pytest.mark.parametrize("change", [{"torch": "9.9.9"}, {"driver": "999.1"}, {"triton": "3.9.0"}], ids=str)
-def test_other_versions_are_noted_and_it_still_serves(tables: Path, change: dict[str, str]) -> None:
-    (tables / "nvidia_h200.json.xz").write_bytes(compressed(table(H200).model_dump_json()))
+def test_other_versions_are_noted_and_it_still_serves(of_h200: Path, change: dict[str, str]) -> None:
     other = H200.model_copy(update=change)
     policy = ShippedPolicy(other)
     assert ranked(policy, other) == ["torch_grouped", "reference"]
@@ -92,15 +90,14 @@ def test_other_versions_are_noted_and_it_still_serves(tables: Path, change: dict
     [compressed(table(H200).model_dump_json()[:-30]), compressed(table(H200).model_dump_json())[:-30], b"{}"],
     ids=["cut off", "cut off after compression", "not compressed"],
 )
-def test_a_damaged_table_is_refused(tables: Path, content: bytes) -> None:
-    (tables / "nvidia_h200.json.xz").write_bytes(content)
+def test_a_damaged_table_is_refused(of_h200: Path, content: bytes) -> None:
+    of_h200.write_bytes(content)
     with pytest.warns(MoEDispatchWarning, match="is damaged"):
         policy = ShippedPolicy(H200)
     assert ranked(policy, H200) == []
 
 
-def test_a_python_without_lzma_goes_without_the_table(tables: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tables / "nvidia_h200.json.xz").write_bytes(compressed(table(H200).model_dump_json()))
+def test_a_python_without_lzma_goes_without_the_table(of_h200: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "lzma", None)
     with pytest.warns(MoEDispatchWarning, match="built without lzma"):
         policy = ShippedPolicy(H200)
@@ -110,8 +107,7 @@ def test_a_python_without_lzma_goes_without_the_table(tables: Path, monkeypatch:
 H100 = H200.model_copy(update={"name": "NVIDIA H100 80GB HBM3"})
 
 
-def test_a_device_without_a_table_uses_the_nearest_one_scaled_and_says_so(tables: Path) -> None:
-    (tables / "nvidia_h200.json.xz").write_bytes(compressed(table(H200).model_dump_json()))
+def test_a_device_without_a_table_uses_the_nearest_one_scaled_and_says_so(of_h200: Path) -> None:
     policy = ShippedPolicy(H100)
     assert ranked(policy, H100) == ["torch_grouped", "reference"]
     choice = policy.rank(LAYER.problem(64, "bf16", H100, "graph"))[0]
@@ -123,8 +119,8 @@ def test_a_device_without_a_table_uses_the_nearest_one_scaled_and_says_so(tables
     assert "that of NVIDIA H200 serves it, scaled by 0.70 in bandwidth and 1.00 in matrix rate" in note
 
 
-def test_a_device_without_a_data_sheet_is_scaled_by_its_multiprocessors(tables: Path) -> None:
-    (tables / "nvidia_h200.json.xz").write_bytes(compressed(table(H200, 16384).model_dump_json()))
+def test_a_device_without_a_data_sheet_is_scaled_by_its_multiprocessors(of_h200: Path) -> None:
+    of_h200.write_bytes(compressed(table(H200, 16384).model_dump_json()))
     other = H200.model_copy(update={"name": "NVIDIA H3000", "sms": 99})
     policy = ShippedPolicy(other)
     assert "scaled by 1.00 in bandwidth and 0.75 in matrix rate (99 multiprocessors against 132" in policy.notes()[0]
@@ -135,9 +131,8 @@ def test_a_device_without_a_data_sheet_is_scaled_by_its_multiprocessors(tables: 
 
 @pytest.mark.parametrize("change", [{"sms": 16}, {"capability": (10, 0)}, {"capability": (8, 9)}], ids=str)
 def test_a_slice_of_a_device_and_other_capabilities_are_left_to_the_rules(
-    tables: Path, change: dict[str, object]
+    of_h200: Path, change: dict[str, object]
 ) -> None:
-    (tables / "nvidia_h200.json.xz").write_bytes(compressed(table(H200).model_dump_json()))
     other = H100.model_copy(update=change)
     policy = ShippedPolicy(other)
     assert (ranked(policy, other), policy.notes()) == ([], ())
@@ -156,10 +151,7 @@ def test_the_nearest_of_several_tables_serves(tables: Path, name: str, sms: int,
 
 
 @pytest.mark.parametrize(("M", "slower"), [(16, 4.8 / 3.35), (16384, 1.0)])
-def test_the_learned_model_of_the_nearest_device_is_scaled_by_what_bounds_a_call(
-    M: int, slower: float, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    monkeypatch.setenv("MOE_DISPATCH_CACHE_DIR", str(tmp_path))
+def test_the_learned_model_of_the_nearest_device_is_scaled_by_what_bounds_a_call(M: int, slower: float) -> None:
     policy = LearnedPolicy(H100)
     assert "no learned model ships for this device; that of NVIDIA H200 serves it" in policy.notes()[0]
     problem = WORKLOADS["deepseek-v3"].problem(M, "fp8", H100, "graph")

@@ -1,5 +1,6 @@
 """Real worker processes, and backends of which most fail in them."""
 
+import contextlib
 import os
 import sys
 import time
@@ -31,25 +32,17 @@ CPU = Machine.inspect("cpu")
 PROBLEM = workload(TINY).problem(5, "fp32", CPU)
 
 
-@dataclass(frozen=True)
-class Fault:
-    """A backend that fails, what the report must say, and whether it takes its process down."""
-
-    name: str
-    target: str
-    says: str
-    fatal: bool = False
-
-
-FAULTS = (
-    Fault("wrong", "WrongBackend", "relative error 0.5"),
-    Fault("nan", "NanBackend", "relative error inf"),
-    Fault("unstable", "UnstableBackend", "promised the same bits"),
-    Fault("raising", "RaisingBackend", "no kernel image is available"),
-    Fault("hungry", "HungryBackend", "out of memory"),
-    Fault("exiting", "ExitingBackend", "exited with status 7", fatal=True),
-    Fault("lost", "LostContextBackend", "lost the CUDA context", fatal=True),
-)
+# Backends that fail, and what the report must say of each; those that take their process down.
+FAULTS = {
+    "wrong": ("WrongBackend", "relative error 0.5"),
+    "nan": ("NanBackend", "relative error inf"),
+    "unstable": ("UnstableBackend", "promised the same bits"),
+    "raising": ("RaisingBackend", "no kernel image is available"),
+    "hungry": ("HungryBackend", "out of memory"),
+    "exiting": ("ExitingBackend", "exited with status 7"),
+    "lost": ("LostContextBackend", "lost the CUDA context"),
+}
+FATAL = {"exiting", "lost"}
 
 
 @dataclass(frozen=True)
@@ -63,7 +56,7 @@ class Ran:
 @pytest.fixture(scope="module")
 def ran(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ran]:
     directory = tmp_path_factory.mktemp("cache")
-    targets = {fault.name: f"tests.support.calibration_faults:{fault.target}" for fault in FAULTS}
+    targets = {name: f"tests.support.calibration_faults:{target}" for name, (target, _) in FAULTS.items()}
     targets["unimportable"] = "tests.no_such_module:Nothing"
     with registered(**targets), pytest.MonkeyPatch.context() as patch:
         # Workers inherit it: threads that wait for each other take seconds where other processes hold the cores.
@@ -82,10 +75,8 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ran]:
 @pytest.mark.slow
 def test_a_fault_costs_its_candidate_only(ran: Ran) -> None:
     reasons = {one.candidate.backend: one.disqualified or "" for one in ran.report.measured if one.score is None}
-    assert {fault.name: fault.says in reasons.pop(fault.name, "") for fault in FAULTS} == dict.fromkeys(
-        (fault.name for fault in FAULTS), True
-    )
-    assert not reasons
+    assert set(reasons) == set(FAULTS)
+    assert not {name: reason for name, reason in reasons.items() if FAULTS[name][1] not in reason}
 
 
 @pytest.mark.slow
@@ -128,9 +119,9 @@ def test_a_candidate_that_hangs_is_given_up(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_only_a_fault_that_takes_the_process_down_is_quarantined(ran: Ran) -> None:
     quarantine = Quarantine(CPU, ran.directory)
-    for fault in FAULTS:
-        cause = quarantine.cause(fault.name, PROBLEM)
-        assert (fault.says in cause) if fault.fatal else not cause, fault.name
+    for name, (_, says) in FAULTS.items():
+        cause = quarantine.cause(name, PROBLEM)
+        assert (says in cause) if name in FATAL else not cause, name
 
 
 @pytest.mark.slow
@@ -158,20 +149,16 @@ def test_a_calibration_leaves_no_process(ran: Ran) -> None:
 
 
 def test_a_worker_that_cannot_start_says_so() -> None:
-    layer = LayerShape.of(PROBLEM)
     with pytest.raises(NotPreparedError, match=r"could not start on cuda:99: InvalidInputError: device 'cuda:99'"):
-        WorkerProcess("cuda:99", {}, TIMEOUT_S).layer(layer)
+        WorkerProcess("cuda:99", {}, TIMEOUT_S).layer(LayerShape.of(PROBLEM))
 
 
 def test_a_module_in_the_working_directory_is_not_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     executed = tmp_path / "executed"
     (tmp_path / "json.py").write_text(f"open({str(executed)!r}, 'w').close()\nfrom _json import *\n", encoding="utf-8")
     monkeypatch.chdir(tmp_path)
-    worker = WorkerProcess("cpu", {}, TIMEOUT_S)
-    try:
+    with contextlib.closing(WorkerProcess("cpu", {}, TIMEOUT_S)) as worker:
         worker.layer(LayerShape.of(PROBLEM))
-    finally:
-        worker.close()
     assert not executed.exists()
 
 
@@ -203,9 +190,8 @@ def test_the_budget_ends_a_worker_while_it_starts() -> None:
 def test_weights_that_do_not_fit_are_not_allocated() -> None:
     """On a CPU the system would kill the process, or other ones, in the middle of it."""
     layer = LayerShape.of(workload("100000,8,7168,2048").problem(1, "bf16", CPU))
-    worker = WorkerProcess("cpu", {}, TIMEOUT_S)
-    try:
-        with pytest.raises(NotPreparedError, match=r"out of memory: MemoryError: the weights need \d+\.\d GiB, and"):
-            worker.layer(layer)
-    finally:
-        worker.close()
+    with (
+        contextlib.closing(WorkerProcess("cpu", {}, TIMEOUT_S)) as worker,
+        pytest.raises(NotPreparedError, match=r"out of memory: MemoryError: the weights need \d+\.\d GiB, and"),
+    ):
+        worker.layer(layer)

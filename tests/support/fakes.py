@@ -5,11 +5,12 @@ import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from moe_dispatch import Backend, BackendConfig, Choice, ExpertWeights, Machine, MoEProblem, Policy, Requirements
+from moe_dispatch import Backend, BackendConfig, Choice, ExpertWeights, MoEProblem, Policy, Requirements
 from moe_dispatch.backends.reference import ReferenceBackend, ReferenceConfig
 from moe_dispatch.registry import BACKENDS, POLICIES
 
@@ -57,15 +58,8 @@ class Lying(Honest):
     name = "lying"
     needs_probe = True
 
-    def run(
-        self,
-        hidden_states: Tensor,
-        experts: ExpertWeights,
-        topk_weights: Tensor,
-        topk_ids: Tensor,
-        config: BackendConfig,
-    ) -> Tensor:
-        return super().run(hidden_states, experts, topk_weights, topk_ids, config) * 1.5
+    def run(self, *arguments: Any) -> Tensor:
+        return super().run(*arguments) * 1.5
 
 
 class Greedy(Honest):
@@ -77,17 +71,10 @@ class Greedy(Honest):
     def workspace_bytes(self, problem: MoEProblem, config: BackendConfig) -> int:
         return 1 << 40
 
-    def run(
-        self,
-        hidden_states: Tensor,
-        experts: ExpertWeights,
-        topk_weights: Tensor,
-        topk_ids: Tensor,
-        config: BackendConfig,
-    ) -> Tensor:
+    def run(self, hidden_states: Tensor, *others: Any) -> Tensor:
         if hidden_states.shape[0] > self.most_tokens:
             raise torch.OutOfMemoryError(f"tried to allocate for {hidden_states.shape[0]} tokens")
-        return super().run(hidden_states, experts, topk_weights, topk_ids, config)
+        return super().run(hidden_states, *others)
 
 
 class Losing(Honest):
@@ -148,6 +135,16 @@ def registered(*backends: type[Backend], **targets: str) -> Iterator[None]:
 
 
 @contextmanager
+def registered_policy(policy: type[Policy]) -> Iterator[None]:
+    """A policy known for a while."""
+    POLICIES.register(policy.name, policy)
+    try:
+        yield
+    finally:
+        POLICIES.unregister(policy.name)
+
+
+@contextmanager
 def ranked(*backends: type[Backend] | str) -> Iterator[None]:
     """Register fake backends and a policy ``fixed`` that ranks just these, in this order."""
     names = [one if isinstance(one, str) else one.name for one in backends]
@@ -155,15 +152,8 @@ def ranked(*backends: type[Backend] | str) -> Iterator[None]:
     class Fixed(Policy):
         name = "fixed"
 
-        def __init__(self, machine: Machine) -> None:
-            super().__init__(machine)
-
         def rank(self, problem: MoEProblem) -> tuple[Choice, ...]:
             return tuple(Choice(name, f"number {place} of this test") for place, name in enumerate(names, 1))
 
-    with registered(*(one for one in backends if not isinstance(one, str))):
-        POLICIES.register("fixed", Fixed)
-        try:
-            yield
-        finally:
-            POLICIES.unregister("fixed")
+    with registered(*(one for one in backends if not isinstance(one, str))), registered_policy(Fixed):
+        yield

@@ -6,7 +6,6 @@ import math
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from moe_dispatch.machine import Machine
@@ -22,7 +21,7 @@ from moe_dispatch.policies.calibration.worker_process import (
 from moe_dispatch.policies.measurements.schema import Candidate, LayerShape
 from moe_dispatch.problem import Mode
 
-H200 = Machine.load(Path(__file__).parents[1] / "machines" / "h200.json")
+H200 = Machine.load("h200")
 
 Config = Mapping[str, int | bool | str]
 
