@@ -4,7 +4,7 @@ The default device is ``meta`` here, so that a tensor made without a device fail
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import pytest
 import torch
@@ -13,6 +13,7 @@ from moe_dispatch.dispatch.process import get_dispatcher
 from moe_dispatch.numerics import dequantize_blocks, quantize_blocks, quantize_rows_torch
 from moe_dispatch.registry import BACKENDS
 from moe_dispatch.testing import Case, Precision, make_inputs
+from tests.support.ambient import default_dtype
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ON_GPU = [pytest.mark.gpu] if DEVICE == "cuda" else []
@@ -28,14 +29,8 @@ PRECISIONS = (Precision("fp32", "fp32"), Precision("fp16", "fp16"), Precision("f
 
 @contextmanager
 def ambient(dtype: torch.dtype, device: str | None) -> Iterator[None]:
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    torch.set_default_device(device)
-    try:
+    with default_dtype(dtype), torch.device(device) if device else nullcontext():
         yield
-    finally:
-        torch.set_default_device(None)
-        torch.set_default_dtype(before)
 
 
 @pytest.mark.parametrize("precision", PRECISIONS, ids=str)

@@ -1,6 +1,6 @@
 """A replay does what the recorded run did, on other tensors too; a run that it could not repeat is refused."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -8,11 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from moe_dispatch import BackendConfig, ExpertWeights, Machine
-from moe_dispatch.backend import Inputs
-from moe_dispatch.workloads import ROUTINGS, Workload, make_experts
+from moe_dispatch import BackendConfig, Machine
 from tests.support.fakes import Honest
-from tests.support.stub_kernels import StubKernel, cpu_is_the_device, floats
+from tests.support.stub_kernels import LAYER, StubKernel, floats, inputs
 
 pytest.importorskip("triton")
 import triton.language as tl
@@ -21,7 +19,6 @@ from moe_dispatch.backends.triton_common.descriptors import Descriptors
 from moe_dispatch.backends.triton_common.fast_launch import FastKernel
 from moe_dispatch.backends.triton_common.replay import NotReplayableError, Replay, Tried, record
 
-LAYER = Workload("tiny", E=4, topk=2, K=64, N=32)
 SIZE = 3 * LAYER.K
 
 
@@ -56,14 +53,7 @@ class Adding(Honest):
         self.kept = torch.zeros(SIZE)
         self.runs = 0
 
-    def run(
-        self,
-        hidden_states: Tensor,
-        experts: ExpertWeights,
-        topk_weights: Tensor,
-        topk_ids: Tensor,
-        config: BackendConfig,
-    ) -> Tensor:
+    def run(self, hidden_states: Tensor, experts: Any, topk_weights: Tensor, *_: object) -> Tensor:
         self.runs += 1
         size = hidden_states.numel()
         inner, out = torch.empty(2, size)[0], torch.empty_like(hidden_states)
@@ -75,17 +65,7 @@ class Adding(Honest):
 
 CONFIG = BackendConfig()
 
-
-@pytest.fixture(autouse=True)
-def on_cpu() -> Iterator[None]:
-    with cpu_is_the_device(), torch.no_grad():
-        yield
-
-
-def inputs(seed: int, M: int = 3) -> Inputs:
-    generator = torch.Generator().manual_seed(seed)
-    weights, ids = ROUTINGS["uniform"].sample(M, LAYER.E, LAYER.topk, "cpu", generator)
-    return torch.randn(M, LAYER.K, generator=generator), make_experts(LAYER, "fp32", "cpu", generator), weights, ids
+pytestmark = pytest.mark.usefixtures("cpu_launches_stubs")
 
 
 def recorded(backend: Adding, *, before: int = 2) -> Replay:

@@ -16,6 +16,7 @@ from moe_dispatch.backends.triton_persistent.order_columns import order_columns,
 from moe_dispatch.machine import Machine
 from moe_dispatch.problem import DType
 from moe_dispatch.workloads import ROUTINGS, WORKLOADS, make_experts, torch_dtype
+from tests.support.described import gpu
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SMALL = {"block_m": 16, "block_n": 32, "block_k": 32, "down_block_n": 32}
@@ -160,33 +161,13 @@ def test_the_interpreter_refuses_bf16_with_its_reason() -> None:
 
 
 def _machine(capability: tuple[int, int], shared_memory: int, sms: int = 108) -> Machine:
-    return Machine(
-        device="cuda", name="described", capability=capability, sms=sms, memory_bytes=40 << 30,
-        shared_memory_per_block=shared_memory, torch="2.11", cuda="13.0", triton="3.6",
-    )  # fmt: skip
-
-
-@pytest.mark.parametrize(("capability", "shared_memory"), [((8, 0), 16384), ((9, 0), 49152)], ids=str)
-def test_shared_memory_too_small_for_any_tile_is_a_reason(capability: tuple[int, int], shared_memory: int) -> None:
-    machine = _machine(capability, shared_memory)
-    backend = TritonPersistentBackend(machine)
-    problem = WORKLOADS["mixtral-8x7b"].problem(64, "fp16", machine)
-    (reason,) = backend.unsupported_reasons(problem)
-    assert "bytes of shared memory" in reason
-    assert str(shared_memory) in reason
-    assert backend.configs(problem) == ()
+    return gpu(capability, sms=sms, shared_memory_per_block=shared_memory)
 
 
 def test_where_two_programs_do_not_fit_on_a_multiprocessor_one_does() -> None:
     machine = _machine((9, 0), 101376)
     problem = WORKLOADS["mixtral-8x7b"].problem(64, "fp16", machine)
     assert {config.ctas_per_sm for config in persistent_configs(problem, features(machine))} == {1}
-
-
-def test_devices_without_tma_get_none() -> None:
-    machine = _machine((8, 0), 166912)
-    problem = WORKLOADS["mixtral-8x7b"].problem(4096, "bf16", machine)
-    assert not any(c.tma or c.pdl for c in persistent_configs(problem, features(machine)))
 
 
 def test_tiles_grow_with_the_load() -> None:

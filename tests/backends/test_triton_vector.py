@@ -3,7 +3,6 @@
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
-from typing import cast
 
 import pytest
 import torch
@@ -22,7 +21,6 @@ from moe_dispatch.testing import relative_error, truth
 from moe_dispatch.workloads import ROUTINGS, WORKLOADS, Workload, make_experts
 from tests.support.decode import Case, check_against_the_reference
 from tests.support.triton_compile import (
-    SHARED_MEMORY,
     Launch,
     compile_launches,
     described,
@@ -79,21 +77,6 @@ def test_every_e4m3_code_is_converted_exactly() -> None:
 def test_equals_the_reference(case: Case) -> None:
     config = TritonVectorConfig.model_validate(case.config)
     check_against_the_reference(case, TritonVectorBackend(Machine.inspect("cpu")), config)
-
-
-@pytest.mark.parametrize("name", WORKLOADS)
-@pytest.mark.parametrize("capability", SHARED_MEMORY)
-def test_configs_fit_the_device(name: str, capability: int) -> None:
-    backend = TritonVectorBackend(described(capability))
-    for M in (1, 4, 16, 64):
-        for dtype in cast("tuple[DType, ...]", ("bf16", "fp8", "fp8_channel")):
-            problem = WORKLOADS[name].problem(M, dtype, backend.machine)
-            configs = backend.configs(problem)
-            assert configs[0] == backend.default_config(problem)
-            assert len(set(configs)) == len(configs)
-            for config in configs:
-                assert shared_memory_bytes(config) <= backend.machine.shared_memory_per_block
-                assert capability >= 90 or not config.pdl
 
 
 QWEN3_NEXT = Workload("qwen3-next", E=512, topk=10, K=2048, N=512)

@@ -229,7 +229,6 @@ class SlowGather(GatherExchange):
     name = "slow"
 
     def dispatch(self, tokens: LocalTokens) -> Arrived:
-        """See `Exchange.dispatch`."""
         if self.collectives.rank != self.collectives.size - 1:
             time.sleep(0.05)
         return super().dispatch(tokens)
@@ -241,7 +240,6 @@ class BrokenGather(GatherExchange):
     name = "broken"
 
     def dispatch(self, tokens: LocalTokens) -> Arrived:
-        """See `Exchange.dispatch`."""
         if self.collectives.rank == self.collectives.size - 1:
             raise RuntimeError("no such luck")
         return Arrived(tokens.hidden_states, tokens.topk_weights, tokens.wire_ids)

@@ -36,7 +36,6 @@ class PackedGather(GatherExchange):
     name = "packed_twin"
 
     def packs(self, row_bytes: int) -> bool:
-        """See `GatherExchange.packs`."""
         return row_bytes % 16 == 0
 
 

@@ -8,29 +8,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe_dispatch.backend import Backend, BackendConfig, Requirements
-from moe_dispatch.experts import ExpertWeights
-from moe_dispatch.registry import BACKENDS
+from moe_dispatch.backend import Requirements
+from tests.support.fakes import Honest
 
 
-class RightBackend(Backend):
+class RightBackend(Honest):
     """The reference under another name."""
 
     name = "right"
     requirements = Requirements(dtypes={"fp32": (0, 0)}, act_dtypes=frozenset({"fp32"}), cpu=True)
+    needs_probe = True
 
-    def run(
-        self,
-        hidden_states: Tensor,
-        experts: ExpertWeights,
-        topk_weights: Tensor,
-        topk_ids: Tensor,
-        config: BackendConfig,
-    ) -> Tensor:
-        """See `Backend.run`."""
-        reference: Any = BACKENDS.load("reference")(self.machine)
-        out: Tensor = reference.run(hidden_states, experts, topk_weights, topk_ids, reference.config_type())
-        return self.spoil(out)
+    def run(self, *call: Any, **named: Any) -> Tensor:
+        return self.spoil(super().run(*call, **named))
 
     def spoil(self, out: Tensor) -> Tensor:
         """What this backend does to the right answer."""

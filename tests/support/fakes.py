@@ -5,6 +5,7 @@ import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -57,15 +58,8 @@ class Lying(Honest):
     name = "lying"
     needs_probe = True
 
-    def run(
-        self,
-        hidden_states: Tensor,
-        experts: ExpertWeights,
-        topk_weights: Tensor,
-        topk_ids: Tensor,
-        config: BackendConfig,
-    ) -> Tensor:
-        return super().run(hidden_states, experts, topk_weights, topk_ids, config) * 1.5
+    def run(self, *call: Any, **named: Any) -> Tensor:
+        return super().run(*call, **named) * 1.5
 
 
 class Greedy(Honest):
@@ -77,17 +71,10 @@ class Greedy(Honest):
     def workspace_bytes(self, problem: MoEProblem, config: BackendConfig) -> int:
         return 1 << 40
 
-    def run(
-        self,
-        hidden_states: Tensor,
-        experts: ExpertWeights,
-        topk_weights: Tensor,
-        topk_ids: Tensor,
-        config: BackendConfig,
-    ) -> Tensor:
+    def run(self, hidden_states: Tensor, *others: Any) -> Tensor:
         if hidden_states.shape[0] > self.most_tokens:
             raise torch.OutOfMemoryError(f"tried to allocate for {hidden_states.shape[0]} tokens")
-        return super().run(hidden_states, experts, topk_weights, topk_ids, config)
+        return super().run(hidden_states, *others)
 
 
 class Losing(Honest):

@@ -109,12 +109,10 @@ class SimulatedWorker:
         self.spent: dict[str, float] = {}
 
     def layer(self, layer: LayerShape) -> None:
-        """See `Worker.layer`."""
         self._layer, self._setup = layer, None
         self._pass(self.prepare_s)
 
     def point(self, setup: PointSetup) -> None:
-        """See `Worker.point`."""
         if self.memory_tokens < setup.M:
             raise NotPreparedError(f"out of memory: {setup.M} tokens")
         assert self._layer is not None
@@ -126,13 +124,11 @@ class SimulatedWorker:
         """See `Worker.compile`."""
 
     def launch(self, candidate: int) -> float:
-        """See `Worker.launch`."""
         run = self._run(candidate)
         self._live(run)
         return self._sample(run)
 
     def check(self, candidate: int, tolerance: float, *, briefly: bool) -> float:
-        """See `Worker.check`."""
         run = self._run(candidate)
         self._live(run)
         if (error := self.error_of(run)) > tolerance:
@@ -140,7 +136,6 @@ class SimulatedWorker:
         return error
 
     def time(self, candidates: Sequence[int], routing: str, budget_s: float, rounds: int) -> list[Samples]:
-        """See `Worker.time`."""
         runs = [self._run(candidate, routing) for candidate in candidates]
         for run in runs:
             self._live(run)

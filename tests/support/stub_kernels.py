@@ -13,9 +13,21 @@ from unittest import mock
 
 import numpy as np
 import pytest
+import torch
 from torch import Tensor
 
+from moe_dispatch.backend import Inputs
+from moe_dispatch.workloads import ROUTINGS, Workload, make_experts
+
 ON_CPU = -1  # what a CPU tensor says that its device's number is
+LAYER = Workload("tiny", E=4, topk=2, K=64, N=32)  # for the backends that launch stubs
+
+
+def inputs(seed: int = 0, M: int = 3) -> Inputs:
+    """A call of LAYER."""
+    generator = torch.Generator().manual_seed(seed)
+    weights, ids = ROUTINGS["uniform"].sample(M, LAYER.E, LAYER.topk, "cpu", generator)
+    return torch.randn(M, LAYER.K, generator=generator), make_experts(LAYER, "fp32", "cpu", generator), weights, ids
 
 
 class StubKernel:
