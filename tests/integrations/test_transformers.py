@@ -1,6 +1,5 @@
 """The transformers integration: models and layers with random weights, against their own implementation."""
 
-import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -8,13 +7,14 @@ from typing import Any
 import pytest
 import torch
 
-transformers = pytest.importorskip("transformers", minversion="5.17")
+pytest.importorskip("transformers", minversion="5.17")
 
-from moe_dispatch.errors import MoEDispatchWarning  # noqa: E402
-from moe_dispatch.integrations.transformers import register  # noqa: E402
-from moe_dispatch.integrations.transformers.layout import layout_of, model_forward  # noqa: E402
-from moe_dispatch.numerics import dequantize_blocks  # noqa: E402
-from tests.integrations.transformers_models import (  # noqa: E402
+from moe_dispatch.errors import MoEDispatchWarning
+from moe_dispatch.integrations.transformers import register
+from moe_dispatch.integrations.transformers.layout import layout_of, model_forward
+from moe_dispatch.numerics import dequantize_blocks
+from tests.attack.oracle import Layer, truth
+from tests.integrations.transformers_models import (
     TOLERANCE,
     build,
     call_of,
@@ -138,23 +138,13 @@ FP8_FORMS: dict[str, dict[str, Any]] = {
 
 
 def fp8_output(module: Any, call: tuple[torch.Tensor, ...]) -> torch.Tensor:
-    """What the codes and scales of an FP8 layer give, in fp32 and with activations that are not quantised."""
+    """What the codes and scales of an FP8 layer give, in fp64 and with activations that are not quantised."""
     rows, ids, weights = call
-    scales = [getattr(module, f"{name}_scale_inv").detach().float() for name in ("gate_up_proj", "down_proj")]
-    if module.block_size is None:
-        up = module.gate_up_proj.detach().float() * scales[0].repeat_interleave(128, 1)
-        down = module.down_proj.detach().float() * scales[1]
-    else:
-        up, down = (
-            dequantize_blocks(weight.detach(), scale)
-            for weight, scale in zip((module.gate_up_proj, module.down_proj), scales, strict=True)
-        )
-    out = torch.zeros(rows.shape[0], 256)
-    for m, slot in itertools.product(range(rows.shape[0]), range(ids.shape[1])):
-        if (e := int(ids[m, slot])) < 4:
-            gate, value = (up[e] @ rows[m].float()).chunk(2)
-            out[m] += weights[m, slot].float() * (down[e] @ (torch.nn.functional.silu(gate) * value))
-    return out
+    up_scale, down_scale = (getattr(module, f"{name}_scale_inv").detach() for name in ("gate_up_proj", "down_proj"))
+    if module.block_size is None:  # each tensor's scale, as a scale for each row
+        up_scale, down_scale = up_scale.repeat_interleave(128, 1)[..., 0], down_scale.expand(-1, 256, 1)[..., 0]
+    layer = Layer(module.gate_up_proj.detach(), module.down_proj.detach(), (up_scale.float(), down_scale.float()))
+    return truth(rows, layer, weights, ids).out
 
 
 @pytest.mark.parametrize("form", FP8_FORMS)

@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 import torch
 
-transformers = pytest.importorskip("transformers", minversion="5.17")
+pytest.importorskip("transformers", minversion="5.17")
 
-from moe_dispatch.experts import ExpertWeights  # noqa: E402
-from moe_dispatch.integrations.transformers import own, register  # noqa: E402
-from moe_dispatch.integrations.transformers.takeover import take_over  # noqa: E402
-from tests.integrations.transformers_models import call_of, calls, gpt_oss, layer, qwen3  # noqa: E402
+from moe_dispatch.experts import ExpertWeights
+from moe_dispatch.integrations.transformers import own, register
+from moe_dispatch.integrations.transformers.takeover import take_over
+from tests.integrations.transformers_models import call_of, calls, gpt_oss, layer, qwen3
 
 BOTH = pytest.mark.parametrize("config", [qwen3, gpt_oss], ids=["straight", "transposed"])
 

@@ -1,32 +1,31 @@
 """Layers that are spread over the ranks of a gloo group: results, agreement, and the choice of the exchange."""
 
 import functools
-from collections.abc import Iterator
+import importlib.util
 from typing import Any
 
 import pytest
 
 from moe_dispatch.testing import CASES, Precision
-from tests.parallel import programs
+from tests.parallel import programs, twins
 from tests.support.ranks import Raised, Ranks, ranks
 
 # Of 8 experts three ranks hold 2, 3 and 3.
 NAMES = [name for name, case in CASES.items() if case.E >= 3]
-FEW = ["M=17", "ids outside 0…E-1", "a NaN in one of many tokens", "gpt-oss", "neither of 128, several blocks"]
+FEWEST = ["M=17", "ids outside 0…E-1", "a NaN in one of many tokens"]
+FEW = [*FEWEST, "gpt-oss", "neither of 128, several blocks"]
 SERVES = (("sharded", "gather"), ("sharded", "alltoall"), ("replicated", "gather"), ("replicated", "replicated"))
-
-
-@pytest.fixture(scope="module")
-def three(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
-    with ranks(3, tmp_path_factory.mktemp("three")) as started:
-        yield started
+# Exchanges for GPUs, whose kernels are interpreted here.
+WITHOUT_TRITON = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")
+TWINS = [pytest.param("sharded", name, marks=WITHOUT_TRITON) for name in twins.TWINS]
+SHARDED = pytest.mark.parametrize(("tokens", "exchange"), [*SERVES[:2], *TWINS])
 
 
 @pytest.mark.parametrize("spread", ["even", "uneven", "none on the last"])
-@pytest.mark.parametrize("exchange", ["gather", "alltoall"])
-def test_sharded_tokens_conform(three: Ranks, exchange: str, spread: str) -> None:
-    names = NAMES if spread == "uneven" else FEW
-    assert three.run(programs.conformance, names, programs.FP32, "sharded", exchange, spread) == [[], [], []]
+@SHARDED
+def test_sharded_tokens_conform(three: Ranks, tokens: str, exchange: str, spread: str) -> None:
+    names = FEWEST if exchange in twins.TWINS else NAMES if spread == "uneven" else FEW
+    assert three.run(programs.conformance, names, programs.FP32, tokens, exchange, spread) == [[], [], []]
 
 
 @pytest.mark.parametrize("exchange", ["gather", "replicated"])
@@ -40,7 +39,7 @@ def test_other_dtypes_conform(three: Ranks, tokens: str, exchange: str, precisio
     assert three.run(programs.conformance, FEW, precision, tokens, exchange, "uneven") == [[], [], []]
 
 
-@pytest.mark.parametrize(("tokens", "exchange"), SERVES)
+@pytest.mark.parametrize(("tokens", "exchange"), [*SERVES, *TWINS])
 def test_all_tokens_may_need_one_rank(three: Ranks, tokens: str, exchange: str) -> None:
     assert max(three.run(programs.all_to_one_rank, tokens, exchange)) < 1e-6
 
@@ -57,14 +56,14 @@ def test_four_ranks(tmp_path: Any) -> None:
             assert others == [first] * 3, "all ranks choose alike"
 
 
-@pytest.mark.parametrize("exchange", ["gather", "alltoall"])
-def test_padding_rows_run_no_expert(three: Ranks, exchange: str) -> None:
+@SHARDED
+def test_padding_rows_run_no_expert(three: Ranks, tokens: str, exchange: str) -> None:
     every = three.run(programs.slots_that_run, exchange, [1, 0, 9])
     assert sum(ran for ran, _ in every) == sum(own for _, own in every) == 20
 
 
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize(("tokens", "exchange"), [case for case in SERVES if case[1] != "alltoall"])
+@pytest.mark.parametrize(("tokens", "exchange"), [*(case for case in SERVES if case[1] != "alltoall"), *TWINS])
 def test_columns_may_be_divided(three: Ranks, tokens: str, exchange: str, *, bias: bool) -> None:
     assert max(three.run(functools.partial(programs.columns, tokens, exchange, bias=bias))) < 1e-5
 
