@@ -25,7 +25,6 @@ from moe_dispatch.parallel import watch
 from moe_dispatch.parallel.exchange import Arrived, LocalTokens, Tokens
 from moe_dispatch.parallel.expert_parallel import ExpertParallel
 from moe_dispatch.parallel.gather import GatherExchange
-from moe_dispatch.parallel.registry import EXCHANGES
 from moe_dispatch.parallel.sharded_experts import ShardedExperts
 from moe_dispatch.parallel.trial import Trial, drawn_inputs
 from moe_dispatch.registry import BACKENDS
@@ -257,16 +256,11 @@ class BrokenGather(GatherExchange):
 
 def race_with_others() -> tuple[Any, ...]:
     """Warm up with an exchange that is slow on some ranks and one that is broken on another."""
-    for exchange in (SlowGather, BrokenGather):
-        EXCHANGES.register(exchange.name, exchange)
-    try:
+    with twins.registered(SlowGather, BrokenGather):
         ep = ExpertParallel()
-        layer = ep.split(make_inputs(LAYER, FP32, "cpu").experts)
+        layer = split_call(ep)[1]
         (compared,) = ep.warm_up(layer, topk=2, tokens=[4])
         reasons = ep.explain(layer, 2, 4).against["broken"]
-    finally:
-        for exchange in (SlowGather, BrokenGather):
-            EXCHANGES.unregister(exchange.name)
     return compared.chosen, compared.us, compared.failed, reasons
 
 

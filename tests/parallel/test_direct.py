@@ -9,7 +9,6 @@ import torch
 
 from moe_dispatch.backends.exchange import pack
 from moe_dispatch.parallel.direct import DirectExchange
-from moe_dispatch.parallel.exchange import CallKind
 from moe_dispatch.testing import Precision
 from tests.parallel import programs, twins
 from tests.support.ranks import Ranks
@@ -53,12 +52,9 @@ def test_timed_transfers_carry_results_also_where_experts_store_them(three: Rank
 
 def test_what_direct_cannot_serve_is_said() -> None:
     exchange = DirectExchange.__new__(DirectExchange)  # pure questions, which need no group
-    kind = CallKind(
-        M=4, K=64, N=32, E=8, topk=2, dtype="bf16", act_dtype="bf16", tokens="sharded", division="experts", ranks=2
-    )
-    assert exchange.unsupported_reasons(kind) == ()
+    assert exchange.unsupported_reasons(twins.KIND) == ()
     others: list[dict[str, Any]] = [{"hosts": 2}, {"K": 60}, {"tokens": "replicated"}]
-    reasons = [exchange.unsupported_reasons(dataclasses.replace(kind, **other)) for other in others]
+    reasons = [exchange.unsupported_reasons(dataclasses.replace(twins.KIND, **other)) for other in others]
     assert reasons == [
         ("needs all ranks on one host, got 2 hosts",),
         ("needs rows of a multiple of 16 bytes, got 120",),

@@ -1,7 +1,8 @@
 """Layers that are spread over the ranks of a gloo group: results, agreement, and the choice of the exchange."""
 
-import functools
 import importlib.util
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -65,7 +66,7 @@ def test_padding_rows_run_no_expert(three: Ranks, tokens: str, exchange: str) ->
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize(("tokens", "exchange"), [*(case for case in SERVES if case[1] != "alltoall"), *TWINS])
 def test_columns_may_be_divided(three: Ranks, tokens: str, exchange: str, *, bias: bool) -> None:
-    assert max(three.run(functools.partial(programs.columns, tokens, exchange, bias=bias))) < 1e-5
+    assert max(three.run(partial(programs.columns, tokens, exchange, bias=bias))) < 1e-5
 
 
 @pytest.mark.parametrize("tokens", ["sharded", "replicated"])
@@ -117,41 +118,31 @@ def test_a_backend_that_one_rank_lacks_runs_on_none(three: Ranks) -> None:
     assert three.run(programs.backends_that_ran) == [["reference"]] * 3
 
 
-def mismatches(three: Ranks, program: Any, *arguments: Any) -> list[str]:
-    """The messages of the ranks, all of which refuse."""
-    every = three.outcomes(program, *arguments)
+MISMATCHES: dict[str, tuple[Callable[..., None], tuple[str, ...]]] = {
+    "policy": (
+        partial(programs.create_with, "MOE_DISPATCH_POLICY", "rules"), ("MOE_DISPATCH_POLICY", "('rules',) on rank 2")
+    ),
+    "max_tokens": (
+        partial(programs.create_with, "", "", max_tokens=(4, 8)), ("max_tokens: 4 on rank 0, 4 on rank 1, 8 on rank 2",)
+    ),
+    "calibration": (
+        programs.with_another_calibration, ("digest of the policies' tables", "one MOE_DISPATCH_CACHE_DIR serves")
+    ),
+    "N": (partial(programs.layer_with, "N"), ("N: 16 on rank 0, 16 on rank 1, 32 on rank 2",)),
+    "experts": (partial(programs.layer_with, "experts"), ("2 + 2 + 2 experts, and experts=7",)),
+    "topk": (partial(programs.call_with, "topk"), ("topk: 2 on rank 0",)),
+    "tokens": (partial(programs.call_with, "tokens"), ("tokens: 4 on rank 0",)),
+    "backend": (partial(programs.call_with, "backend"), ("named backend: ",)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("other", MISMATCHES)
+def test_ranks_that_do_not_agree_are_all_refused(three: Ranks, other: str) -> None:
+    program, words = MISMATCHES[other]
+    every = three.outcomes(program)
     assert [type(each) for each in every] == [Raised] * 3, every
     assert {each.name for each in every} <= {"ExpertParallelMismatchError", "InvalidInputError"}, every
-    return [each.text for each in every]
-
-
-def test_ranks_with_other_settings_are_refused(three: Ranks) -> None:
-    for text in mismatches(three, programs.create_with, "MOE_DISPATCH_POLICY", "rules"):
-        assert "MOE_DISPATCH_POLICY" in text
-        assert "('rules',) on rank 2" in text
-    for text in mismatches(three, functools.partial(programs.create_with, "", "", max_tokens=(4, 8))):
-        assert "max_tokens: 4 on rank 0, 4 on rank 1, 8 on rank 2" in text
-
-
-def test_ranks_with_other_calibrations_are_refused(three: Ranks) -> None:
-    for text in mismatches(three, programs.with_another_calibration):
-        assert "digest of the policies' tables" in text
-        assert "one MOE_DISPATCH_CACHE_DIR serves" in text
-
-
-def test_parts_that_do_not_belong_together_are_refused(three: Ranks) -> None:
-    for text in mismatches(three, programs.layer_with, "N"):
-        assert "N: 16 on rank 0, 16 on rank 1, 32 on rank 2" in text
-    for text in mismatches(three, programs.layer_with, "experts"):
-        assert "2 + 2 + 2 experts, and experts=7" in text
-
-
-@pytest.mark.parametrize(
-    ("what", "said"),
-    [("topk", "topk: 2 on rank 0"), ("tokens", "tokens: 4 on rank 0"), ("backend", "named backend: ")],
-)
-def test_ranks_in_another_call_are_refused(three: Ranks, what: str, said: str) -> None:
-    assert all(said in text for text in mismatches(three, programs.call_with, what))
+    assert all(word in each.text for each in every for word in words), every
 
 
 def test_a_name_is_checked_where_nothing_runs(three: Ranks) -> None:
