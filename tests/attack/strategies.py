@@ -70,6 +70,10 @@ class Call:
     topk_ids: Any
     layer: Layer
 
+    @property
+    def arguments(self) -> tuple[Any, Any, Any, Any]:
+        return self.hidden_states, self.experts, self.topk_weights, self.topk_ids
+
 
 seeds = st.integers(0, 1 << 16)
 

@@ -90,7 +90,7 @@ def place(folder: Path, path: Path, content: str, damage: Damage) -> list[bytes]
 
 def assert_the_layer_is_computed() -> None:
     call = make_call(SMALL_CALL)
-    out = moe_forward(call.hidden_states, call.experts, call.topk_weights, call.topk_ids)
+    out = moe_forward(*call.arguments)
     assert_right(out, truth(call.hidden_states, call.layer, call.topk_weights, call.topk_ids), "fp32")
 
 

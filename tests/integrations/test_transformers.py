@@ -11,7 +11,7 @@ pytest.importorskip("transformers", minversion="5.17")
 
 from moe_dispatch.errors import MoEDispatchWarning
 from moe_dispatch.integrations.transformers import register
-from moe_dispatch.integrations.transformers.layout import layout_of, model_forward
+from moe_dispatch.integrations.transformers.layout import layout_of
 from moe_dispatch.numerics import dequantize_blocks
 from tests.attack.oracle import Layer, truth
 from tests.integrations.transformers_models import (
@@ -68,28 +68,9 @@ def test_dispatched_models_agree_with_their_own_forward(case: ModelCase) -> None
         dispatched = logits(model, "moe_dispatch")
     assert calls() > before, "moe_forward did not run"
     assert (dispatched - own).norm() / own.norm() <= TOLERANCE[torch.float32]
-
-
-@pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
-@pytest.mark.parametrize("case", FUSED, ids=str)
-def test_dispatched_layers_agree_with_their_own_forward(case: ModelCase, dtype: torch.dtype) -> None:
-    # One layer under one routing: through a whole BF16 model, rounding may turn a later router's near tie.
-    model = build(case.config(), dtype)
-    model.set_experts_implementation("moe_dispatch")
-    module = experts_of(model)
-    call = call_of(module, M=11)
-    before = calls()
-    with torch.no_grad():
-        own = model_forward(module)(module, *call).float()
-        dispatched = module(*call).float()
-    assert calls() == before + 1
-    layout = layout_of(module)
-    assert (layout.activation, layout.interleaved, layout.transposed) == (
-        case.activation,
-        case.interleaved,
-        case.transposed,
-    )
-    assert (dispatched - own).norm() / own.norm() <= TOLERANCE[dtype]
+    layout = layout_of(experts_of(model))
+    understood = layout.activation, layout.interleaved, layout.transposed
+    assert understood == (case.activation, case.interleaved, case.transposed)
 
 
 def test_generate_gives_the_models_own_tokens() -> None:
