@@ -23,22 +23,17 @@ from moe_dispatch.backends.deep_gemm.layouts import expected_rows, layout_rows, 
 from moe_dispatch.backends.stages.route import route
 from moe_dispatch.errors import BackendUnavailableError
 from moe_dispatch.experts import ExpertWeights
-from moe_dispatch.machine import Machine
 from moe_dispatch.numerics import dequantize_blocks
 from moe_dispatch.problem import DType, MoEProblem
 from moe_dispatch.testing import relative_error, truth
 from moe_dispatch.workloads import WORKLOADS
 from tests.support.deep_gemm_releases import RELEASES
 from tests.support.described import H200, small_layer
+from tests.support.packages import forgotten, write_package
 from tests.support.refusals import Refusal, on_hopper
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TILE = 128
-
-
-def hopper(deep_gemm: str = "2.5.0", torch_version: str = "2.11.0+cu130") -> Machine:
-    libraries = {"deep_gemm": deep_gemm} if deep_gemm else {}
-    return H200.model_copy(update={"torch": torch_version, "libraries": libraries})
 
 
 # Reasons.
@@ -59,7 +54,7 @@ REFUSALS = {
 
 @pytest.mark.parametrize("refusal", REFUSALS.values(), ids=REFUSALS)
 def test_refuses_with_limit_and_value(refusal: Refusal) -> None:
-    refusal.check(DeepGemmBackend(hopper()))
+    refusal.check(DeepGemmBackend(H200))
 
 
 @pytest.mark.parametrize(
@@ -75,7 +70,7 @@ def test_refuses_with_limit_and_value(refusal: Refusal) -> None:
     ids=str,
 )
 def test_takes(taken: MoEProblem) -> None:
-    assert DeepGemmBackend(hopper()).unsupported_reasons(taken) == ()
+    assert DeepGemmBackend(H200).unsupported_reasons(taken) == ()
 
 
 @pytest.mark.parametrize(
@@ -84,18 +79,17 @@ def test_takes(taken: MoEProblem) -> None:
         ("", "2.11.0", ("not installed", "sgl-deep-gemm", "nvcc")),
         ("1.0.0 (deep-gemm)", "2.11.0", ("CUDA headers", "uninstall")),
         ("0.2.1 (sgl-deep-gemm)", "2.11.0+cu130", ("for torch 2.13", "this is torch 2.11", "sgl-deep-gemm==0.1.3")),
-        ("0.1.5.post2 (sgl-deep-gemm)", "2.14.0", ("built for torch 2.13", "sgl-deep-gemm==0.2.5")),
         ("0.1.3 (sgl-deep-gemm)", "2.12.1", ("built for torch 2.11", "no release for torch 2.12")),
         ("2.5.0", "2.11.0+cu130", ()),
-        ("0.1.3 (sgl-deep-gemm)", "2.11.0", ()),
         ("0.1.5.post2 (sgl-deep-gemm)", "2.13.0", ()),
-        ("0.2.5 (sgl-deep-gemm)", "2.14.0", ()),
         ("2.8.1", "2.11.0+cu130", ()),  # vLLM's copies use torch's stable ABI from here on
         ("9.9.9 (sgl-deep-gemm)", "2.14.0", ()),  # nothing is known against it
     ],
 )
 def test_unusable_wheels_name_the_right_one(deep_gemm: str, torch_version: str, words: tuple[str, ...]) -> None:
-    reasons = DeepGemmBackend(hopper(deep_gemm, torch_version)).unavailable_reasons()
+    libraries = {"deep_gemm": deep_gemm} if deep_gemm else {}
+    machine = H200.model_copy(update={"torch": torch_version, "libraries": libraries})
+    reasons = DeepGemmBackend(machine).unavailable_reasons()
     assert len(reasons) == bool(words), reasons
     assert all(word in reasons[0] for word in words), reasons
 
@@ -104,9 +98,8 @@ def test_unusable_wheels_name_the_right_one(deep_gemm: str, torch_version: str, 
 
 
 def layouts_for(workload: str, M: int, dtype: DType) -> list[str]:
-    machine = hopper()
-    problem = WORKLOADS[workload].problem(M, dtype, machine)
-    return [config.layout for config in DeepGemmBackend(machine).configs(problem)]
+    problem = WORKLOADS[workload].problem(M, dtype, H200)
+    return [config.layout for config in DeepGemmBackend(H200).configs(problem)]
 
 
 @pytest.mark.parametrize(
@@ -168,7 +161,7 @@ def test_workspace_covers_the_widest_pair_of_buffers(layout: Any, dtype: DType) 
     problem = on_hopper(dtype, M=64, K=256, N=512)
     rows = layout_rows(layout, problem.M, problem.topk, problem.E)
     second = rows * (512 * (1 if dtype == "fp8" else 2))
-    assert DeepGemmBackend(hopper()).workspace_bytes(problem, DeepGemmConfig(layout=layout)) >= rows * 1024 * 2 + second
+    assert DeepGemmBackend(H200).workspace_bytes(problem, DeepGemmConfig(layout=layout)) >= rows * 1024 * 2 + second
 
 
 # The calls, against a stand-in.
@@ -183,7 +176,7 @@ class StandIn:
     calls: list[dict[str, Any]] = field(default_factory=list)
 
     def bf16_contiguous(
-        self, a: Tensor, b: Tensor, d: Tensor, grouped_layout: Tensor, compiled_dims: str = "nk",
+        self, a: Tensor, b: Tensor, d: Tensor, grouped_layout: Tensor,
         use_psum_layout: bool = False, expected_m_for_psum_layout: int | None = None,
     ) -> None:  # fmt: skip
         assert a.shape[1] % 64 == 0
@@ -192,8 +185,7 @@ class StandIn:
 
     def fp8_contiguous(
         self, a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor], d: Tensor, grouped_layout: Tensor,
-        recipe: Any = None, compiled_dims: str = "nk", disable_ue8m0_cast: bool = False,
-        use_psum_layout: bool = False, expected_m_for_psum_layout: int | None = None,
+        disable_ue8m0_cast: bool = False, use_psum_layout: bool = False, expected_m_for_psum_layout: int | None = None,
     ) -> None:  # fmt: skip
         assert disable_ue8m0_cast
         rows, groups = a[1].shape
@@ -203,16 +195,14 @@ class StandIn:
         wide_a, wide_b = self.widen(*a), self.widen_weight(*b)
         self.contiguous(wide_a, wide_b, d, grouped_layout, use_psum_layout, expected_m_for_psum_layout)
 
-    def bf16_masked(
-        self, a: Tensor, b: Tensor, d: Tensor, masked_m: Tensor, expected_m: int, compiled_dims: str = "nk"
-    ) -> None:
+    def bf16_masked(self, a: Tensor, b: Tensor, d: Tensor, masked_m: Tensor, expected_m: int) -> None:
         assert a.shape[2] % 64 == 0
         assert a.dtype == b.dtype == torch.bfloat16
         self.masked(a.float(), b.float(), d, masked_m, expected_m)
 
     def fp8_masked(
         self, a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor], d: Tensor, masked_m: Tensor, expected_m: int,
-        recipe: Any = None, compiled_dims: str = "nk", disable_ue8m0_cast: bool = False,
+        disable_ue8m0_cast: bool = False,
     ) -> None:  # fmt: skip
         assert disable_ue8m0_cast
         E, rows, K = a[0].shape
@@ -272,20 +262,14 @@ class StandIn:
 
 @pytest.fixture
 def no_deep_gemm(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
-    """Hide whatever DeepGEMM and vLLM this process has loaded, and name an nvcc in the environment."""
-    roots = {"deep_gemm", "vllm"}
-    hidden = {name: module for name, module in sys.modules.items() if name.split(".")[0] in roots}
-    for name in hidden:
-        del sys.modules[name]
+    """Hide DeepGEMM and vLLM, and name an nvcc in the environment."""
     monkeypatch.setattr(library, "_library", None)
     nvcc = tmp_path / "nvcc"
     nvcc.touch()
     monkeypatch.setenv("DG_JIT_NVCC_COMPILER", str(nvcc))
     monkeypatch.delenv("DG_JIT_USE_NVRTC", raising=False)
-    yield
-    for name in [name for name in sys.modules if name.split(".")[0] in roots]:
-        del sys.modules[name]
-    sys.modules.update(hidden)
+    with forgotten("deep_gemm", "vllm"):
+        yield
 
 
 @pytest.fixture
@@ -303,7 +287,7 @@ def error_of(
     experts: ExpertWeights, weights: Tensor, ids: Tensor, layout: Any, act_dtype: torch.dtype = torch.bfloat16
 ) -> float:
     hidden = torch.randn(ids.shape[0], experts.K, generator=torch.Generator().manual_seed(2)).to(act_dtype)
-    out = DeepGemmBackend(hopper()).run(hidden, experts, weights, ids, DeepGemmConfig(layout=layout))
+    out = DeepGemmBackend(H200).run(hidden, experts, weights, ids, DeepGemmConfig(layout=layout))
     assert out.dtype == hidden.dtype
     assert out.shape == hidden.shape
     return relative_error(out, truth(hidden, experts, weights, ids))
@@ -317,7 +301,7 @@ def test_the_sum_is_written_to_memory_of_the_caller(monkeypatch: pytest.MonkeyPa
     experts, ids = layer("bf16"), torch.tensor([[0, 1], [2, -1], [3, 3]])
     weights = torch.rand(3, 2, generator=torch.Generator().manual_seed(3))
     inputs = (torch.randn(3, experts.K).bfloat16(), experts, weights, ids, DeepGemmConfig())
-    backend = DeepGemmBackend(hopper())
+    backend = DeepGemmBackend(H200)
     expected = backend.run(*inputs)
     monkeypatch.setattr(DeepGemmBackend, "run", None)  # nothing is computed elsewhere and copied
     out = torch.full_like(inputs[0], torch.nan)
@@ -414,14 +398,6 @@ def m_grouped_fp8_gemm_nt_contiguous(
 def m_grouped_fp8_gemm_nt_masked(*, a, b, d, masked_m, expected_m, disable_ue8m0_cast=False): ...
 def get_mk_alignment_for_contiguous_layout(): return 128
 """
-
-
-def write_package(root: Path, name: str, init: str) -> None:
-    package = root.joinpath(*name.split("."))
-    package.mkdir(parents=True)
-    for folder in package.relative_to(root).parents:
-        root.joinpath(folder, "__init__.py").touch()
-    package.joinpath("__init__.py").write_text(init)
 
 
 @dataclass(frozen=True)

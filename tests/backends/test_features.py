@@ -9,15 +9,17 @@ from moe_dispatch.backend import BackendConfig
 from moe_dispatch.backends.gluon_hopper import tiles as hopper_tiles
 from moe_dispatch.backends.triton_common.features import TensorCores, features, stage_reasons
 from moe_dispatch.backends.triton_persistent.config import TritonPersistentConfig
+from moe_dispatch.backends.triton_splitk.backend import MOST_SLOTS as splitk_slots  # noqa: N811
 from moe_dispatch.backends.triton_splitk.config import SplitKConfig
 from moe_dispatch.backends.triton_splitk.config import shared_memory_bytes as splitk_memory
+from moe_dispatch.backends.triton_vector.backend import MOST_SLOTS as vector_slots  # noqa: N811
 from moe_dispatch.backends.triton_vector.config import TritonVectorConfig
 from moe_dispatch.backends.triton_vector.config import shared_memory_bytes as vector_memory
 from moe_dispatch.dispatch.dispatcher import Dispatcher
 from moe_dispatch.machine import Machine
 from moe_dispatch.problem import DTYPES, MoEProblem
 from moe_dispatch.registry import BACKENDS
-from moe_dispatch.workloads import WORKLOADS
+from moe_dispatch.workloads import WORKLOADS, torch_dtype
 from tests.support.described import CPU, gpu
 
 OURS = ("triton_splitk", "triton_vector", "triton_persistent", "gluon_hopper")
@@ -53,21 +55,22 @@ def test_features_by_device_class(
     assert features(gpu(capability, shared_memory_per_block=65536)).shared_memory == 65536
 
 
-@pytest.mark.parametrize("name", NEEDS_STAGES)
-@pytest.mark.parametrize("capability", [(9, 4), (9, 0), (11, 0)])
-def test_rocm_is_a_reason_whatever_its_capability_looks_like(name: str, capability: tuple[int, int]) -> None:
-    amd = gpu(capability, name="AMD Instinct", cuda="", torch="2.11.0+rocm7.0")
-    problem = WORKLOADS["qwen3-30b-a3b"].problem(64, "bf16", amd)
-    reasons = BACKENDS.load(name)(amd).unsupported_reasons(problem)
-    assert sum("never run on ROCm" in reason for reason in reasons) == 1, reasons
+# Capabilities of AMD's devices look like NVIDIA's.
+ROCM = {"name": "AMD Instinct", "cuda": "", "torch": "2.11.0+rocm7.0"}
 
 
 @pytest.mark.parametrize("name", NEEDS_STAGES)
-def test_a_gpu_without_triton_is_a_reason(name: str) -> None:
-    without = gpu((9, 0), triton="")
-    problem = WORKLOADS["qwen3-30b-a3b"].problem(64, "bf16", without)
-    reasons = BACKENDS.load(name)(without).unsupported_reasons(problem)
-    assert sum("triton is not installed" in reason for reason in reasons) == 1, reasons
+@pytest.mark.parametrize(
+    ("capability", "changes", "words"),
+    [*(((major, minor), ROCM, "never run on ROCm") for major, minor in ((9, 4), (9, 0), (11, 0))),
+     ((9, 0), {"triton": ""}, "triton is not installed")],
+)  # fmt: skip
+def test_a_gpu_without_triton_for_cuda_is_a_reason(
+    name: str, capability: tuple[int, int], changes: dict[str, object], words: str
+) -> None:
+    machine = gpu(capability, **changes)
+    reasons = BACKENDS.load(name)(machine).unsupported_reasons(WORKLOADS["qwen3-30b-a3b"].problem(64, "bf16", machine))
+    assert sum(words in reason for reason in reasons) == 1, reasons
 
 
 def test_stages_on_a_cpu_need_nothing() -> None:
@@ -76,7 +79,7 @@ def test_stages_on_a_cpu_need_nothing() -> None:
 
 @pytest.mark.parametrize("name", OURS)
 @pytest.mark.parametrize("capability", [(8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (10, 3), (12, 0), (12, 1), (13, 0)])
-@pytest.mark.parametrize("kibibytes", [0, 64, 48, 32, 8], ids=lambda size: f"{size} KiB" if size else "its own")
+@pytest.mark.parametrize("kibibytes", [0, 99, 64, 48, 32, 8], ids=lambda size: f"{size} KiB" if size else "its own")
 def test_every_device_has_configurations_that_fit_or_a_reason(
     name: str, capability: tuple[int, int], kibibytes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -102,7 +105,10 @@ def test_every_device_has_configurations_that_fit_or_a_reason(
             assert able.pdl or not getattr(config, "pdl", False), config
             if dtype.startswith("fp8") and isinstance(config, SplitKConfig):
                 assert config.block_k == 128
-    if not kibibytes and (name != "gluon_hopper" or capability == (9, 0)):
+            if name == "triton_vector":  # whose one intermediate has the dtype of activations
+                kept = M * problem.topk * problem.N * torch_dtype(problem.act_dtype).itemsize
+                assert backend.workspace_bytes(problem, config) == kept
+    if kibibytes in (0, 99) if name != "gluon_hopper" else not kibibytes and capability == (9, 0):
         assert served >= {"bf16", "fp8"}
 
 
@@ -134,6 +140,16 @@ def test_too_little_shared_memory_is_a_reason_with_limit_and_value(name: str) ->
     reasons = BACKENDS.load(name)(small).unsupported_reasons(WORKLOADS["qwen3-30b-a3b"].problem(8, "fp16", small))
     assert len(reasons) == 1
     assert "of shared memory for a block, got 2048" in reasons[0]
+
+
+@pytest.mark.parametrize(("name", "most"), [("triton_splitk", splitk_slots), ("triton_vector", vector_slots)])
+def test_many_slots_are_declined_with_the_limit(name: str, most: int) -> None:
+    device, layer = gpu((9, 0)), WORKLOADS["qwen3-30b-a3b"]
+    backend = BACKENDS.load(name)(device)
+    fits = most // layer.topk
+    assert backend.further_reasons(layer.problem(fits, "fp16", device)) == ()
+    (reason,) = backend.further_reasons(layer.problem(fits + 1, "fp16", device))
+    assert f"M·topk ≤ {most}, got {(fits + 1) * layer.topk}" in reason
 
 
 def test_a_device_with_48_kibibytes_takes_narrower_tiles() -> None:

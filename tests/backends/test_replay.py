@@ -74,6 +74,12 @@ def recorded(backend: Adding, *, before: int = 2) -> Replay:
     return record(backend, inputs(0), CONFIG, backend.descriptors, backend.tried)
 
 
+def replayed() -> tuple[Adding, Replay, int]:
+    """A backend, the replay of one of its runs, and how often it has run."""
+    backend = Adding()
+    return backend, recorded(backend), backend.runs
+
+
 def test_another_token_count_of_the_same_launches_is_not_tried_again() -> None:
     backend = Adding()
     recorded(backend)
@@ -86,9 +92,7 @@ def test_another_token_count_of_the_same_launches_is_not_tried_again() -> None:
 
 
 def test_it_does_what_the_run_does_on_other_tensors_and_another_layer() -> None:
-    backend = Adding()
-    replay = recorded(backend)
-    runs = backend.runs
+    backend, replay, runs = replayed()
     outs = [replay(*inputs(seed), CONFIG) for seed in (1, 2, 1)]
     assert backend.runs == runs, "only the replay ran"
     for seed, out in zip((1, 2, 1), outs, strict=True):
@@ -96,29 +100,18 @@ def test_it_does_what_the_run_does_on_other_tensors_and_another_layer() -> None:
     assert len({out.data_ptr() for out in outs}) == 3, "the output is fresh memory"
 
 
-def test_the_caller_may_bring_memory_for_the_output() -> None:
-    backend = Adding()
-    replay = recorded(backend)
-    runs = backend.runs
+@pytest.mark.parametrize("off_the_boundary", [False, True])
+def test_the_caller_may_bring_memory_for_the_output(off_the_boundary: bool) -> None:
+    backend, replay, runs = replayed()
     out = torch.full((3, LAYER.K), torch.nan)
+    out = shifted(out) if off_the_boundary else out
     assert replay.into(*inputs(1), CONFIG, out) is out
-    assert backend.runs == runs, "only the replay ran"
-    assert torch.equal(out, backend.run(*inputs(1), CONFIG))
-
-
-def test_memory_of_the_caller_off_the_boundary_goes_the_long_way() -> None:
-    backend = Adding()
-    replay = recorded(backend)
-    runs = backend.runs
-    out = shifted(torch.full((3, LAYER.K), torch.nan))
-    assert replay.into(*inputs(1), CONFIG, out) is out
-    assert backend.runs == runs + 1
+    assert backend.runs == runs + off_the_boundary, "it goes the long way only where memory is off the boundary"
     assert torch.equal(out, backend.run(*inputs(1), CONFIG))
 
 
 def test_weights_that_move_are_found_where_they_are() -> None:
-    backend = Adding()
-    replay = recorded(backend)
+    _, replay, _ = replayed()
     hidden, experts, weights, ids = inputs(1)
     experts.down.data = torch.full_like(experts.down, 5.0)
     assert torch.equal(replay(hidden, experts, weights, ids, CONFIG), 2 * hidden + 5 + weights[0, 0])
@@ -130,10 +123,8 @@ def shifted(tensor: Tensor) -> Tensor:
 
 
 def test_a_misaligned_tensor_goes_the_long_way() -> None:
-    backend = Adding()
-    replay = recorded(backend)
+    backend, replay, runs = replayed()
     hidden, experts, weights, ids = inputs(1)
-    runs = backend.runs
     for arguments in ((shifted(hidden), experts, weights, ids), (hidden, experts, shifted(weights), ids)):
         assert torch.equal(replay(*arguments, CONFIG), 2 * hidden + experts.down[0, 0, 0] + weights[0, 0])
     assert backend.runs == runs + 2
@@ -142,9 +133,7 @@ def test_a_misaligned_tensor_goes_the_long_way() -> None:
 def test_a_profiler_sees_the_launches() -> None:
     from triton import knobs
 
-    backend = Adding()
-    replay = recorded(backend)
-    runs = backend.runs
+    backend, replay, runs = replayed()
     knobs.runtime.launch_exit_hook.add(print)
     try:
         replay(*inputs(1), CONFIG)

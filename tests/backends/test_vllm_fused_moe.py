@@ -1,6 +1,6 @@
 """The vllm_fused_moe backend: its reasons, and the contract with vLLM held against a stand-in that really computes.
 
-The stand-in has the signatures of three releases of vLLM, and does with ids what all of them do: it skips its sorting
+The stand-in has the signatures of an old and a new release, and does with ids what all of them do: it skips its sorting
 where M·topk·4 ≤ E, and there writes zeros for -1 and reads the weights of any other id; where it sorts, it indexes with
 the id and drops what expert_map maps to -1.
 The real one runs in the conformance suite, on a GPU.
@@ -8,7 +8,6 @@ The real one runs in the conformance suite, on a GPU.
 
 import dataclasses
 import enum
-import functools
 import gc
 import os
 import sys
@@ -37,8 +36,8 @@ from moe_dispatch.testing import relative_error, truth
 from moe_dispatch.workloads import Workload, make_experts
 from tests.support.ambient import default_dtype
 from tests.support.described import CPU, H200, small_layer
+from tests.support.packages import forgotten, write_package
 from tests.support.refusals import Refusal, on_hopper
-from tests.support.triton_compile import Launch, compile_launches
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 PACKAGE = "vllm.model_executor.layers.fused_moe"
@@ -143,7 +142,7 @@ ConfigOf0202 = dataclasses.make_dataclass("ConfigOf0202", (*FIELDS, "intermediat
 ConfigOf0260 = dataclasses.make_dataclass(
     "ConfigOf0260", (*FIELDS, "intermediate_size", ("intermediate_size_per_partition", int, -1))
 )
-RELEASES: Final = ("0.20.2", "0.26.0", "0.33.0")
+RELEASES: Final = ("0.20.2", "0.33.0")
 
 
 @dataclass
@@ -157,17 +156,10 @@ class StandIn:
     platform_is_cuda: bool = True
 
     def fp8_w8a8_moe_quant_config(
-        self,
-        w1_scale: Tensor,
-        w2_scale: Tensor,
-        a1_scale: Tensor | None = None,
-        a2_scale: Tensor | None = None,
-        w1_bias: Tensor | None = None,
-        w2_bias: Tensor | None = None,
-        per_act_token_quant: bool = False,
-        per_out_ch_quant: bool = False,
-        block_shape: list[int] | None = None,
-    ) -> Description:
+        self, w1_scale: Tensor, w2_scale: Tensor,
+        w1_bias: Tensor | None = None, w2_bias: Tensor | None = None, per_act_token_quant: bool = False,
+        per_out_ch_quant: bool = False, block_shape: list[int] | None = None,
+    ) -> Description:  # fmt: skip
         assert (block_shape == [128, 128]) != (per_act_token_quant and per_out_ch_quant)
         assert all(scale.dim() == 3 for scale in (w1_scale, w2_scale))
         self.configs += 1
@@ -178,16 +170,9 @@ class StandIn:
         return Description(w1_bias=w1_bias, w2_bias=w2_bias)
 
     def assign(
-        self,
-        topk_ids: Tensor,
-        config: dict[str, Any],
-        num_tokens: int,
-        top_k_num: int,
-        global_num_experts: int,
-        expert_map: Tensor | None,
-        *,
-        ignore_invalid_experts: bool = False,
-    ) -> tuple[Any, ...]:
+        self, topk_ids: Tensor, config: dict[str, Any], num_tokens: int, top_k_num: int, global_num_experts: int,
+        expert_map: Tensor | None, *, ignore_invalid_experts: bool = False,
+    ) -> tuple[Any, ...]:  # fmt: skip
         assert topk_ids.device.type == "cpu"
         if expert_map is None and num_tokens * top_k_num * 4 <= global_num_experts:
             return None, topk_ids.view(-1), torch.full((1,), topk_ids.numel() * config["BLOCK_SIZE_M"])
@@ -204,19 +189,11 @@ class StandIn:
         return [int(expert_map[e]) for e in ids.flatten()]
 
     def fused_experts_of_0202(
-        self,
-        hidden_states: Tensor,
-        w1: Tensor,
-        w2: Tensor,
-        topk_weights: Tensor,
-        topk_ids: Tensor,
-        inplace: bool = False,
-        activation: MoEActivation = MoEActivation.SILU,
-        apply_router_weight_on_input: bool = False,
-        global_num_experts: int = -1,
-        expert_map: Tensor | None = None,
+        self, hidden_states: Tensor, w1: Tensor, w2: Tensor, topk_weights: Tensor, topk_ids: Tensor,
+        inplace: bool = False, activation: MoEActivation = MoEActivation.SILU,
+        apply_router_weight_on_input: bool = False, global_num_experts: int = -1, expert_map: Tensor | None = None,
         quant_config: Any = None,
-    ) -> Tensor:
+    ) -> Tensor:  # fmt: skip
         assert not inplace
         return self.fused_experts(
             hidden_states, w1, w2, topk_weights, topk_ids, activation, apply_router_weight_on_input,
@@ -224,18 +201,10 @@ class StandIn:
         )  # fmt: skip
 
     def fused_experts(
-        self,
-        hidden_states: Tensor,
-        w1: Tensor,
-        w2: Tensor,
-        topk_weights: Tensor,
-        topk_ids: Tensor,
-        activation: MoEActivation = MoEActivation.SILU,
-        apply_router_weight_on_input: bool = False,
-        global_num_experts: int = -1,
-        expert_map: Tensor | None = None,
-        quant_config: Any = None,
-    ) -> Tensor:
+        self, hidden_states: Tensor, w1: Tensor, w2: Tensor, topk_weights: Tensor, topk_ids: Tensor,
+        activation: MoEActivation = MoEActivation.SILU, apply_router_weight_on_input: bool = False,
+        global_num_experts: int = -1, expert_map: Tensor | None = None, quant_config: Any = None,
+    ) -> Tensor:  # fmt: skip
         self.calls.append(
             {"by_slot": expert_map is None, "ids": topk_ids, "quant_config": quant_config, "expert_map": expert_map}
         )
@@ -304,18 +273,13 @@ class StandIn:
 
 @pytest.fixture
 def no_vllm(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Hide whatever vLLM this process has loaded, and make the backend forget it."""
-    hidden = {name: module for name, module in sys.modules.items() if name.split(".")[0] == "vllm"}
-    for name in hidden:
-        del sys.modules[name]
+    """Hide vLLM, and make the backend forget it."""
     monkeypatch.setattr(library, "_library", None)
     monkeypatch.setattr(library, "_keeps_fp32_scales", False)
     monkeypatch.setenv(E8M0, "")  # so that the fixture restores it, whatever the backend sets
     monkeypatch.delenv(E8M0)
-    yield
-    for name in [name for name in sys.modules if name.split(".")[0] == "vllm"]:
-        del sys.modules[name]
-    sys.modules.update(hidden)
+    with forgotten("vllm"):
+        yield
 
 
 @pytest.fixture(params=RELEASES)
@@ -522,14 +486,6 @@ def test_the_installed_vllm_has_the_interface() -> None:
     assert config.intermediate_size_per_partition == experts.N
 
 
-def write_package(root: Path, init: str) -> None:
-    package = root.joinpath(*PACKAGE.split("."))
-    package.mkdir(parents=True)
-    for folder in (package, *package.relative_to(root).parents):
-        root.joinpath(folder, "__init__.py").write_text("")
-    package.joinpath("config.py").write_text(init)
-
-
 @pytest.mark.parametrize(
     ("init", "word"),
     [
@@ -542,7 +498,7 @@ def write_package(root: Path, init: str) -> None:
 def test_a_vllm_that_does_not_load(
     no_vllm: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, init: str, word: str
 ) -> None:
-    write_package(tmp_path, init)
+    write_package(tmp_path, f"{PACKAGE}.config", init)
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(BackendUnavailableError, match="does not load") as caught:
         error_of(small_layer("bf16"), torch.ones(1, 2), torch.tensor([[0, 1]]))
@@ -587,15 +543,3 @@ def test_mark_nan_tokens(dtype: torch.dtype, K: int, infinite: bool) -> None:
     assert torch.equal(marked[1], expected[1])
     assert torch.equal(marked[0].nan_to_num(-1.0), expected[0].nan_to_num(-1.0))
     assert marked[0].isnan().any(dim=1).tolist() == [False, True, infinite, infinite, False]
-
-
-def launch_mark_nan_tokens(_capability: int) -> Iterator[Launch]:
-    for K, infinite in ((128, True), (7168, False)):
-        tensors = torch.empty(4, K, dtype=torch.bfloat16), torch.empty(4, 8), torch.empty(4, 8, dtype=torch.int64)
-        yield Launch(functools.partial(mark_nan_tokens, *tensors, 256, 256, infinite=infinite))
-
-
-def test_mark_nan_tokens_compiles() -> None:
-    kernels = compile_launches(launch_mark_nan_tokens, 80, 90, 100)
-    assert len(kernels) == 6
-    assert all(built.stack == 0 and built.shared <= 1024 for built in kernels)

@@ -40,13 +40,7 @@ class Release:
     pdl: Literal["package", "extension"] = "package"
 
     def module(self, implementations: Implementations, name: str = "deep_gemm") -> types.ModuleType:
-        """The release as a module, doing what the implementations do.
-
-        Args:
-            implementations: By ``"bf16_contiguous"``, ``"bf16_masked"``, ``"fp8_contiguous"``, ``"fp8_masked"``,
-                ``"alignment"`` and ``"set_pdl"``.
-            name: Of the module.
-        """
+        """The release as a module, doing what the implementations of `_kind`, "alignment" and "set_pdl" do."""
         made, extension = types.ModuleType(name), types.ModuleType(f"{name}._C")
         contents: dict[str, Any] = {
             function: _Bound(self.form, function, parameters.split(), implementations[_kind(function)])

@@ -54,13 +54,7 @@ class Clock:
 
 @dataclass(frozen=True)
 class Noise:
-    """Relative errors of measured times, as standard deviations.
-
-    Attributes:
-        sample: Of one sample.
-        drift: Of the clock, which all candidates of a moment share.
-        session: Of a candidate at a point for as long as a process lives: where its memory lies, how it is scheduled.
-    """
+    """Standard deviations of relative errors: of one sample, of the clock, and of a candidate within a process."""
 
     sample: float = 0.0
     drift: float = 0.0
@@ -76,16 +70,13 @@ class SimulatedWorker:
 
     Attributes:
         time_of: Time of one run of a candidate, in µs.
-        noise: Errors of what is measured.
         session: Names the process: each has noise of its own.
         clock: Advances by what runs, and by `prepare_s` for each layer and point.
         error_of: Relative error of a candidate; above the tolerance it is wrong.
         raises: What a candidate raises, or None.
         dies: How a candidate takes the worker down, or None.
         memory_tokens: Points with more tokens cannot be prepared.
-        prepare_s: Seconds to make weights or inputs.
         deadline: Time of the clock at which the worker is killed.
-        points: The points that were prepared, in order.
     """
 
     time_of: TimeOf
