@@ -22,17 +22,10 @@ JSON_VALUES: Final = st.one_of(
 
 @dataclass(frozen=True)
 class Damage:
-    """One thing that happens to a file.
-
-    Attributes:
-        name: What it is.
-        apply: Does it to the file at a path, whose valid content is there.
-        spoils_content: Whether the entry is still a regular file, with other bytes.
-    """
+    """One thing that happens to a file; `apply` gets its path, where the valid content is."""
 
     name: str
-    apply: Callable[[Path], None]
-    spoils_content: bool = True
+    apply: Callable[[Path], object]
 
     def __repr__(self) -> str:
         return f"Damage({self.name})"
@@ -109,11 +102,7 @@ def newer_schema(content: bytes) -> bytes:
 
 
 def _content(spoil: Callable[[bytes], bytes], name: str) -> Damage:
-    return Damage(name, lambda path: _write(path, spoil(path.read_bytes())))
-
-
-def _write(path: Path, content: bytes) -> None:
-    path.write_bytes(content)
+    return Damage(name, lambda path: path.write_bytes(spoil(path.read_bytes())))
 
 
 contents: st.SearchStrategy[Damage] = st.one_of(
@@ -187,7 +176,5 @@ ENTRIES: Final[Mapping[str, Callable[[Path], None]]] = {
     "read-only": _read_only,
 } | ({"another user's": lambda path: os.chown(path, FOREIGN_USER, -1)} if os.geteuid() == 0 else {})
 
-entries: st.SearchStrategy[Damage] = st.sampled_from(sorted(ENTRIES)).map(
-    lambda name: Damage(name, ENTRIES[name], spoils_content=False)
-)
+entries: st.SearchStrategy[Damage] = st.sampled_from(sorted(ENTRIES)).map(lambda name: Damage(name, ENTRIES[name]))
 damages: st.SearchStrategy[Damage] = st.one_of(contents, contents, contents, entries)

@@ -23,13 +23,7 @@ SWIGLU: Final = {"swiglu_oai": (1.702, 7.0, 1.0), "swiglu(alpha=1.5,limit=2,shif
 class Layer:
     """The tensors of a layer, as `ExpertWeights` takes them.
 
-    Attributes:
-        gate_up: ``[E, 2N, K]``, or ``[E, N, K]`` for ``relu2``.
-        down: ``[E, K, N]``.
-        scales: Multipliers of both where they are e4m3: per block of 128×128, or per row.
-        biases: Biases of both, where there are any.
-        activation: The activation: a name, or of `SWIGLU`.
-        interleaved: Whether rows of gate and up alternate.
+    `scales` and `biases` are of gate_up and of down; scales are per block of 128×128, or per row.
     """
 
     gate_up: Tensor

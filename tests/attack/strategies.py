@@ -18,6 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from moe_dispatch import ExpertWeights
 from moe_dispatch.workloads import torch_dtype
 from tests.attack.oracle import SWIGLU, Layer
+from tests.support.ambient import default_dtype
 
 FP8_FORMS: Final = ("fp8", "fp8_channel")
 DTYPES: Final = ("fp32", "fp16", "bf16", *FP8_FORMS)
@@ -45,20 +46,7 @@ class LayerShape:
 
 @dataclass(frozen=True)
 class CallShape:
-    """A call to be made.
-
-    Attributes:
-        layer: The layer.
-        M: Tokens.
-        topk: Experts per token.
-        act_dtype: Dtype of hidden_states.
-        weights_dtype: Dtype of topk_weights.
-        ids_dtype: Dtype of topk_ids.
-        ids: Name of a routing in `IDS`.
-        scale: Size of hidden_states.
-        spoilt: Name of an entry of `SPOILT`: values that no sum survives.
-        seed: Seed of the values.
-    """
+    """A call to be made; `ids`, `spoilt` are names of entries of `IDS`, `SPOILT`, and `scale` is of hidden_states."""
 
     layer: LayerShape
     M: int
@@ -81,6 +69,10 @@ class Call:
     topk_weights: Any
     topk_ids: Any
     layer: Layer
+
+    @property
+    def arguments(self) -> tuple[Any, Any, Any, Any]:
+        return self.hidden_states, self.experts, self.topk_weights, self.topk_ids
 
 
 seeds = st.integers(0, 1 << 16)
@@ -304,20 +296,6 @@ FOREIGN: Final[Mapping[str, Make]] = {
 # The state that a program has set torch to.
 
 
-class _Default(AbstractContextManager[object]):
-    """A default dtype for a while."""
-
-    def __init__(self, dtype: torch.dtype) -> None:
-        self._dtype = dtype
-
-    def __enter__(self) -> None:
-        self._before = torch.get_default_dtype()
-        torch.set_default_dtype(self._dtype)
-
-    def __exit__(self, *_: object) -> None:
-        torch.set_default_dtype(self._before)
-
-
 class _Deterministic(AbstractContextManager[object]):
     """Deterministic algorithms alone, and uninitialised memory filled with NaN, for a while."""
 
@@ -335,8 +313,8 @@ AMBIENT: Final[Mapping[str, Callable[[], AbstractContextManager[object]]]] = {
     "inference mode": torch.inference_mode,
     "autocast": lambda: torch.autocast("cpu", dtype=torch.bfloat16),
     "a default device": lambda: torch.device("meta"),
-    "double by default": lambda: _Default(torch.float64),
-    "BF16 by default": lambda: _Default(torch.bfloat16),
+    "double by default": lambda: default_dtype(torch.float64),
+    "BF16 by default": lambda: default_dtype(torch.bfloat16),
     "deterministic": _Deterministic,
 }
 

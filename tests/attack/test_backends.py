@@ -38,18 +38,20 @@ pytestmark = pytest.mark.usefixtures("fixed_policy", "no_grad")
 AREA = "backends"
 
 
-def ask(call: Call, **options: Any) -> Any:
-    return moe_forward(call.hidden_states, call.experts, call.topk_weights, call.topk_ids, **options)
-
-
 def assert_computed(call: Call, **options: Any) -> None:
     """The answer is right, and the call's tensors are what they were; or the device is lost, as the backend says."""
     before = [tensor.clone() for tensor in (call.hidden_states, call.topk_weights, call.topk_ids)]
-    result = answer_or_refusal(AREA, lambda: ask(call, **options))
+    result = answer_or_refusal(AREA, lambda: moe_forward(*call.arguments, **options))
     if isinstance(result, MoEDispatchError):
         assert options.get("backend") or isinstance(result, DeviceLostError), f"a valid call was refused: {result}"
         return
     assert_right(result, truth(before[0], call.layer, before[1], before[2]), "fp32")
+
+
+def assert_explained(call: Call) -> None:
+    explanation = explain(*call.arguments)
+    assert explanation.chosen is not None
+    assert str(explanation)
 
 
 def assert_all_goes_on(call: Call) -> None:
@@ -59,9 +61,7 @@ def assert_all_goes_on(call: Call) -> None:
     out = torch.empty_like(call.hidden_states)
     assert_computed(call, out=out)
     assert_computed(call, backend=NAME)
-    explanation = explain(call.hidden_states, call.experts, call.topk_weights, call.topk_ids)
-    assert explanation.chosen is not None
-    assert str(explanation)
+    assert_explained(call)
     get_dispatcher("cpu").planner.statuses()
     answer_or_refusal(AREA, lambda: warm_up(call.experts, 2, [2]))
     assert not [entry for entry in get_dispatcher("cpu").quarantine.entries() if entry.backend == "reference"]
@@ -184,9 +184,7 @@ def test_a_policy_that_misbehaves(rank: Any, notes: Any) -> None:
             for _ in range(2):
                 assert_computed(call)
             assert_computed(call, backend="honest")
-            explanation = explain(call.hidden_states, call.experts, call.topk_weights, call.topk_ids)
-            assert explanation.chosen is not None
-            assert str(explanation)
+            assert_explained(call)
             answer_or_refusal(AREA, lambda: warm_up(call.experts, 2, [2]))
     finally:
         POLICIES.unregister("fixed")

@@ -80,27 +80,23 @@ def contents(folder: Path) -> list[bytes]:
     return [path.read_bytes() for path in files]
 
 
-def entry_kinds(folder: Path) -> int:
-    """The number of entries below a folder that are no folders of the package's own and no locks."""
-    return sum(not path.name.endswith((".lock", ".tmp")) for path in folder.rglob("*"))
+def place(folder: Path, path: Path, content: str, damage: Damage) -> list[bytes]:
+    """Write a file below a folder and damage it; returns what files are there then."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(content, encoding="utf-8")
+    damage.apply(path)
+    return contents(folder)
 
 
 def assert_the_layer_is_computed() -> None:
     call = make_call(SMALL_CALL)
-    out = moe_forward(call.hidden_states, call.experts, call.topk_weights, call.topk_ids)
+    out = moe_forward(*call.arguments)
     assert_right(out, truth(call.hidden_states, call.layer, call.topk_weights, call.topk_ids), "fp32")
 
 
 def measurement(us: float, M: int = 3, backend: str = "torch_grouped") -> Measurement:
-    return Measurement(
-        LayerShape.of(PROBLEM),
-        M,
-        "eager",
-        Candidate(backend=backend),
-        us={"uniform": (us, us, us)},
-        score=us,
-        error=0.0,
-    )
+    candidate, times = Candidate(backend=backend), {"uniform": (us, us, us)}
+    return Measurement(LayerShape.of(PROBLEM), M, "eager", candidate, us=times, score=us, error=0.0)
 
 
 CALIBRATION = merge(
@@ -116,10 +112,7 @@ def test_calibrations(damage: Damage) -> None:
     """A call is computed whatever the file is; a new measurement is saved, and what was there is kept."""
     with fresh_cache() as folder:
         path = calibration_path(MACHINE)
-        path.parent.mkdir(parents=True)
-        path.write_text(CALIBRATION.model_dump_json(), encoding="utf-8")
-        damage.apply(path)
-        before = contents(folder)
+        before = place(folder, path, CALIBRATION.model_dump_json(), damage)
         try:
             valid = read_calibration(path, MACHINE)
         except (OSError, PolicyFileError):
@@ -143,14 +136,14 @@ def test_calibrations(damage: Damage) -> None:
             assert len(lost) <= (valid is not None), "a file that was no calibration is lost"
 
 
-def entry(backend: str, cause: str = "crashed", **changes: object) -> QuarantineEntry:
-    software = {"driver": MACHINE.driver, "cuda": MACHINE.cuda, "torch": MACHINE.torch, "triton": MACHINE.triton}
-    arguments = {
-        "backend": backend, "problem": repr(PROBLEM.bucket), "cause": cause, "fatal": True,
-        "when": "2099-01-01T00:00:00+00:00",
-        "versions": {"moe_dispatch": library_version("moe_dispatch"), **software, **MACHINE.libraries},
-    }  # fmt: skip
-    return QuarantineEntry.model_validate(arguments | changes)
+CRASHED = QuarantineEntry(
+    backend="torch_grouped", problem=repr(PROBLEM.bucket), cause="crashed", fatal=True,
+    when="2099-01-01T00:00:00+00:00",
+    versions={
+        "moe_dispatch": library_version("moe_dispatch"), "driver": MACHINE.driver, "cuda": MACHINE.cuda,
+        "torch": MACHINE.torch, "triton": MACHINE.triton, **MACHINE.libraries,
+    },
+)  # fmt: skip
 
 
 @attack(900)
@@ -193,9 +186,7 @@ def test_markers(damage: Damage) -> None:
         quarantine.bar("honest", PROBLEM, "crashed", fatal=True)
         (path,) = folder.rglob("*.json")
         marker = path.with_name(f"{path.stem}.1-1.running")
-        marker.write_text(entry("torch_grouped").model_dump_json())
-        damage.apply(marker)
-        before = contents(folder)
+        before = place(folder, marker, CRASHED.model_dump_json(), damage)
         with watched(AREA):
             assert_the_layer_is_computed()
             entries = {each.backend for each in Quarantine(MACHINE).entries()}
@@ -248,9 +239,8 @@ def test_learned_models(damage: Damage) -> None:
 def test_machine_descriptions(damage: Damage, *, by_variable: bool) -> None:
     with fresh_cache() as folder:
         path = folder / "machine.json"
-        path.write_text(json.dumps({"version": "0", "machine": Machine.load("h200").model_dump(mode="json")}))
-        damage.apply(path)
-        before = contents(folder)
+        described = {"version": "0", "machine": Machine.load("h200").model_dump(mode="json")}
+        before = place(folder, path, json.dumps(described), damage)
         with watched(AREA):
             if by_variable:
                 os.environ["MOE_DISPATCH_MACHINE"] = str(path)
@@ -268,16 +258,9 @@ def test_machine_descriptions(damage: Damage, *, by_variable: bool) -> None:
 @st.composite
 def configurations(draw: st.DrawFn) -> tuple[dict[str, object], tuple[int, int, int, int]]:
     """A config as some family writes it, and its E, topk, K and N."""
-    E, topk, K, N = (
-        draw(st.integers(2, 300)),
-        draw(st.integers(1, 2)),
-        draw(st.integers(1, 9000)),
-        draw(st.integers(1, 9000)),
-    )
-    experts, chosen = (
-        draw(st.sampled_from(["num_experts", "n_routed_experts", "moe_num_experts"])),
-        draw(st.sampled_from(["num_experts_per_tok", "moe_k", "top_k_experts"])),
-    )
+    E, topk, K, N = (draw(st.integers(*bounds)) for bounds in ((2, 300), (1, 2), (1, 9000), (1, 9000)))
+    experts = draw(st.sampled_from(["num_experts", "n_routed_experts", "moe_num_experts"]))
+    chosen = draw(st.sampled_from(["num_experts_per_tok", "moe_k", "top_k_experts"]))
     section: dict[str, object] = {
         "model_type": draw(st.sampled_from(["qwen3_moe", "deepseek_v3", "kimi_linear", "new_moe"])),
         experts: E, chosen: topk, "hidden_size": K, "moe_intermediate_size": N, "intermediate_size": N + 1,
@@ -295,9 +278,7 @@ def test_configs(
     data, letters = config
     with fresh_cache() as folder:
         path = folder / "config.json"
-        path.write_text(json.dumps(data))
-        damage.apply(path)
-        before = contents(folder)
+        before = place(folder, path, json.dumps(data), damage)
         with watched(AREA):
             layer = answer_or_refusal(AREA, lambda: workload(str(folder if as_folder else path)))
             if isinstance(layer, Workload):
@@ -322,8 +303,7 @@ def row() -> str:
 def test_rows_of_benchmarks(row: str, damage: Damage, *, resumed: bool) -> None:
     with fresh_cache() as folder:
         path = folder / "rows.jsonl"
-        path.write_text(row)
-        damage.apply(path)
+        place(folder, path, row, damage)
         with watched(AREA):
             rows = answer_or_refusal(AREA, lambda: list(timed_keys(path)) if resumed else load([path]))
             if isinstance(rows, MoEDispatchError):

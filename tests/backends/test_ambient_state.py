@@ -4,15 +4,16 @@ The default device is ``meta`` here, so that a tensor made without a device fail
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import pytest
 import torch
 
-from moe_dispatch.dispatch.process import get_dispatcher
 from moe_dispatch.numerics import dequantize_blocks, quantize_blocks, quantize_rows_torch
 from moe_dispatch.registry import BACKENDS
 from moe_dispatch.testing import Case, Precision, make_inputs
+from tests.support.ambient import default_dtype
+from tests.support.refusals import available, require
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ON_GPU = [pytest.mark.gpu] if DEVICE == "cuda" else []
@@ -28,29 +29,19 @@ PRECISIONS = (Precision("fp32", "fp32"), Precision("fp16", "fp16"), Precision("f
 
 @contextmanager
 def ambient(dtype: torch.dtype, device: str | None) -> Iterator[None]:
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    torch.set_default_device(device)
-    try:
+    with default_dtype(dtype), torch.device(device) if device else nullcontext():
         yield
-    finally:
-        torch.set_default_device(None)
-        torch.set_default_dtype(before)
 
 
 @pytest.mark.parametrize("precision", PRECISIONS, ids=str)
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 @pytest.mark.parametrize("name", [pytest.param(name, marks=ON_GPU) for name in BACKENDS.names()])
 def test_a_backend_gives_the_same_under_every_default(name: str, case: Case, precision: Precision) -> None:
-    planner = get_dispatcher().planner
-    if name not in {status.name for status in planner.statuses() if status.available}:
-        pytest.skip(f"{name} is not here")
-    backend = planner.backend(name)
+    backend = available(name)
     inputs = make_inputs(case, precision, DEVICE)
     hidden = inputs.hidden_states
     problem = inputs.experts.problem(case.M, case.topk, hidden.dtype, backend.machine.capability)
-    if reasons := backend.unsupported_reasons(problem):
-        pytest.skip("; ".join(reasons))
+    require(backend, problem)
     config = backend.default_config(problem)
     expected = backend.run(*inputs.arguments, config)
     for state in STATES:

@@ -1,7 +1,7 @@
 """The persistent kernels and the shared stages compile, without a GPU, for every device that runs them."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -13,55 +13,20 @@ from moe_dispatch.backends.triton_persistent.backend import TritonPersistentBack
 from moe_dispatch.backends.triton_persistent.config import TritonPersistentConfig, persistent_configs
 from moe_dispatch.machine import Machine
 from moe_dispatch.problem import DType, MoEProblem
-from moe_dispatch.workloads import WORKLOADS, Workload
+from moe_dispatch.workloads import WORKLOADS
 from tests.support.triton_compile import SHARED_MEMORY, Launch, compile_launches, described, devices, unwritten_layer
 
 FEW_SPILLS = 64  # bytes of a thread
 TOKENS = tuple(1 << power for power in range(15))
 
 
-@dataclass(frozen=True)
-class Device:
-    capability: int
-    dtype: DType
-
-    def __str__(self) -> str:
-        return f"sm_{self.capability}-{self.dtype}"
-
-    @property
-    def machine(self) -> Machine:
-        return described(self.capability)
-
-
-DEVICES = [
-    Device(80, "bf16"),
-    Device(80, "fp8"),
-    Device(86, "bf16"),
-    Device(86, "fp8"),
-    Device(89, "fp8"),
-    Device(89, "bf16"),
-    Device(90, "bf16"),
-    Device(90, "fp16"),
-    Device(90, "fp8"),
-    Device(90, "fp8_channel"),
-    Device(100, "bf16"),
-    Device(100, "fp8"),
-    Device(103, "bf16"),
-    Device(103, "fp8"),
-    Device(120, "bf16"),
-    Device(120, "fp8"),
-    Device(121, "bf16"),
-    Device(121, "fp8"),
-]
-
-
-def _defaults(device: Device) -> list[tuple[MoEProblem, TritonPersistentConfig]]:
+def _defaults(machine: Machine, dtype: DType) -> list[tuple[MoEProblem, TritonPersistentConfig]]:
     """One problem for each default that the named workloads can meet; E and topk hardly change what is compiled."""
     distinct: dict[tuple[object, ...], tuple[MoEProblem, TritonPersistentConfig]] = {}
     for workload in WORKLOADS.values():
         for M in TOKENS:
-            problem = workload.problem(M, device.dtype, device.machine)
-            config = persistent_configs(problem, features(device.machine))[0]
+            problem = workload.problem(M, dtype, machine)
+            config = persistent_configs(problem, features(machine))[0]
             uneven = bool(problem.K % config.block_k or problem.N % 128)
             flat = (
                 problem.K // config.block_k <= config.flatten_steps,
@@ -74,7 +39,7 @@ def _defaults(device: Device) -> list[tuple[MoEProblem, TritonPersistentConfig]]
 def launch_defaults(capability: int, dtype: DType, *, every: bool) -> Iterator[Launch]:
     backend = TritonPersistentBackend(described(capability))
     able = features(backend.machine)
-    for problem, config in _defaults(Device(capability, dtype))[: None if every else 1]:
+    for problem, config in _defaults(backend.machine, dtype)[: None if every else 1]:
         bound = config.shared_memory(problem, wgmma=able.wgmma)
         note = {"bound": bound, "tma": config.tma, "pdl": config.pdl}
         yield Launch(partial(backend.run, *unwritten_layer(problem), config), note)
@@ -102,21 +67,6 @@ def test_defaults_compile_and_fit(capability: int, dtype: DType, every: bool) ->
         assert built.wgmma == (capability == 90), built
         # With MXFP4 the operand in registers is waited for.
         assert not built.serialised or dtype == "mxfp4", built
-
-
-@pytest.mark.parametrize("device", DEVICES, ids=str)
-@pytest.mark.parametrize("workload", WORKLOADS.values(), ids=lambda workload: workload.name)
-def test_what_is_worth_measuring_is_estimated_to_fit(device: Device, workload: Workload) -> None:
-    able = features(device.machine)
-    for M in TOKENS:
-        problem = workload.problem(M, device.dtype, device.machine)
-        configs = persistent_configs(problem, able)
-        assert 1 <= len(configs) <= 24
-        assert len({config.label for config in configs}) == len(configs)
-        for config in configs:
-            needed = config.shared_memory(problem, wgmma=able.wgmma)
-            assert needed * config.ctas_per_sm <= able.shared_memory
-            assert able.tma or not config.tma
 
 
 def launch_stages(capability: int) -> Iterator[Launch]:

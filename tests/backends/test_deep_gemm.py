@@ -20,27 +20,20 @@ from torch import Tensor
 from moe_dispatch.activations import ACTIVATIONS, Activation
 from moe_dispatch.backends.deep_gemm import DeepGemmBackend, DeepGemmConfig, library
 from moe_dispatch.backends.deep_gemm.layouts import expected_rows, layout_rows, masked_capacity
-from moe_dispatch.backends.reference import ReferenceBackend, ReferenceConfig
 from moe_dispatch.backends.stages.route import route
 from moe_dispatch.errors import BackendUnavailableError
 from moe_dispatch.experts import ExpertWeights
-from moe_dispatch.machine import Machine
 from moe_dispatch.numerics import dequantize_blocks
 from moe_dispatch.problem import DType, MoEProblem
-from moe_dispatch.workloads import WORKLOADS, Workload, make_experts
+from moe_dispatch.testing import relative_error, truth
+from moe_dispatch.workloads import WORKLOADS
 from tests.support.deep_gemm_releases import RELEASES
+from tests.support.described import H200, small_layer
+from tests.support.packages import forgotten, write_package
 from tests.support.refusals import Refusal, on_hopper
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TILE = 128
-CPU = Machine(device="cpu", name="a cpu", sms=4, memory_bytes=1 << 34, torch="2.13.0+cpu")
-
-
-def hopper(deep_gemm: str = "2.5.0", torch_version: str = "2.11.0+cu130") -> Machine:
-    return Machine(
-        device="cuda", name="NVIDIA H200", capability=(9, 0), sms=132, memory_bytes=141 << 30, torch=torch_version,
-        cuda="13.0", triton="3.6.0", libraries={"deep_gemm": deep_gemm} if deep_gemm else {},
-    )  # fmt: skip
 
 
 # Reasons.
@@ -61,7 +54,7 @@ REFUSALS = {
 
 @pytest.mark.parametrize("refusal", REFUSALS.values(), ids=REFUSALS)
 def test_refuses_with_limit_and_value(refusal: Refusal) -> None:
-    refusal.check(DeepGemmBackend(hopper()))
+    refusal.check(DeepGemmBackend(H200))
 
 
 @pytest.mark.parametrize(
@@ -77,7 +70,7 @@ def test_refuses_with_limit_and_value(refusal: Refusal) -> None:
     ids=str,
 )
 def test_takes(taken: MoEProblem) -> None:
-    assert DeepGemmBackend(hopper()).unsupported_reasons(taken) == ()
+    assert DeepGemmBackend(H200).unsupported_reasons(taken) == ()
 
 
 @pytest.mark.parametrize(
@@ -85,42 +78,28 @@ def test_takes(taken: MoEProblem) -> None:
     [
         ("", "2.11.0", ("not installed", "sgl-deep-gemm", "nvcc")),
         ("1.0.0 (deep-gemm)", "2.11.0", ("CUDA headers", "uninstall")),
-        (
-            "0.2.1 (sgl-deep-gemm)",
-            "2.11.0+cu130",
-            ("built for torch 2.13", "this is torch 2.11", "sgl-deep-gemm==0.1.3"),
-        ),
-        ("0.1.5.post2 (sgl-deep-gemm)", "2.14.0", ("built for torch 2.13", "sgl-deep-gemm==0.2.5")),
+        ("0.2.1 (sgl-deep-gemm)", "2.11.0+cu130", ("for torch 2.13", "this is torch 2.11", "sgl-deep-gemm==0.1.3")),
         ("0.1.3 (sgl-deep-gemm)", "2.12.1", ("built for torch 2.11", "no release for torch 2.12")),
+        ("2.5.0", "2.11.0+cu130", ()),
+        ("0.1.5.post2 (sgl-deep-gemm)", "2.13.0", ()),
+        ("2.8.1", "2.11.0+cu130", ()),  # vLLM's copies use torch's stable ABI from here on
+        ("9.9.9 (sgl-deep-gemm)", "2.14.0", ()),  # nothing is known against it
     ],
 )
 def test_unusable_wheels_name_the_right_one(deep_gemm: str, torch_version: str, words: tuple[str, ...]) -> None:
-    (reason,) = DeepGemmBackend(hopper(deep_gemm, torch_version)).unavailable_reasons()
-    assert all(word in reason for word in words), reason
-
-
-@pytest.mark.parametrize(
-    ("deep_gemm", "torch_version"),
-    [
-        ("2.5.0", "2.11.0+cu130"),
-        ("0.1.3 (sgl-deep-gemm)", "2.11.0"),
-        ("0.1.5.post2 (sgl-deep-gemm)", "2.13.0"),
-        ("0.2.5 (sgl-deep-gemm)", "2.14.0"),
-        ("2.8.1", "2.11.0+cu130"),  # vLLM's copies use torch's stable ABI from here on
-        ("9.9.9 (sgl-deep-gemm)", "2.14.0"),  # nothing is known against it
-    ],
-)
-def test_usable_wheels(deep_gemm: str, torch_version: str) -> None:
-    assert DeepGemmBackend(hopper(deep_gemm, torch_version)).unavailable_reasons() == ()
+    libraries = {"deep_gemm": deep_gemm} if deep_gemm else {}
+    machine = H200.model_copy(update={"torch": torch_version, "libraries": libraries})
+    reasons = DeepGemmBackend(machine).unavailable_reasons()
+    assert len(reasons) == bool(words), reasons
+    assert all(word in reasons[0] for word in words), reasons
 
 
 # Layouts.
 
 
 def layouts_for(workload: str, M: int, dtype: DType) -> list[str]:
-    machine = hopper()
-    problem = WORKLOADS[workload].problem(M, dtype, machine)
-    return [config.layout for config in DeepGemmBackend(machine).configs(problem)]
+    problem = WORKLOADS[workload].problem(M, dtype, H200)
+    return [config.layout for config in DeepGemmBackend(H200).configs(problem)]
 
 
 @pytest.mark.parametrize(
@@ -182,7 +161,7 @@ def test_workspace_covers_the_widest_pair_of_buffers(layout: Any, dtype: DType) 
     problem = on_hopper(dtype, M=64, K=256, N=512)
     rows = layout_rows(layout, problem.M, problem.topk, problem.E)
     second = rows * (512 * (1 if dtype == "fp8" else 2))
-    assert DeepGemmBackend(hopper()).workspace_bytes(problem, DeepGemmConfig(layout=layout)) >= rows * 1024 * 2 + second
+    assert DeepGemmBackend(H200).workspace_bytes(problem, DeepGemmConfig(layout=layout)) >= rows * 1024 * 2 + second
 
 
 # The calls, against a stand-in.
@@ -197,31 +176,17 @@ class StandIn:
     calls: list[dict[str, Any]] = field(default_factory=list)
 
     def bf16_contiguous(
-        self,
-        a: Tensor,
-        b: Tensor,
-        d: Tensor,
-        grouped_layout: Tensor,
-        compiled_dims: str = "nk",
-        use_psum_layout: bool = False,
-        expected_m_for_psum_layout: int | None = None,
-    ) -> None:
+        self, a: Tensor, b: Tensor, d: Tensor, grouped_layout: Tensor,
+        use_psum_layout: bool = False, expected_m_for_psum_layout: int | None = None,
+    ) -> None:  # fmt: skip
         assert a.shape[1] % 64 == 0
         assert a.dtype == b.dtype == torch.bfloat16
         self.contiguous(a.float(), b.float(), d, grouped_layout, use_psum_layout, expected_m_for_psum_layout)
 
     def fp8_contiguous(
-        self,
-        a: tuple[Tensor, Tensor],
-        b: tuple[Tensor, Tensor],
-        d: Tensor,
-        grouped_layout: Tensor,
-        recipe: Any = None,
-        compiled_dims: str = "nk",
-        disable_ue8m0_cast: bool = False,
-        use_psum_layout: bool = False,
-        expected_m_for_psum_layout: int | None = None,
-    ) -> None:
+        self, a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor], d: Tensor, grouped_layout: Tensor,
+        disable_ue8m0_cast: bool = False, use_psum_layout: bool = False, expected_m_for_psum_layout: int | None = None,
+    ) -> None:  # fmt: skip
         assert disable_ue8m0_cast
         rows, groups = a[1].shape
         # Anything else would be converted on every call.
@@ -230,24 +195,15 @@ class StandIn:
         wide_a, wide_b = self.widen(*a), self.widen_weight(*b)
         self.contiguous(wide_a, wide_b, d, grouped_layout, use_psum_layout, expected_m_for_psum_layout)
 
-    def bf16_masked(
-        self, a: Tensor, b: Tensor, d: Tensor, masked_m: Tensor, expected_m: int, compiled_dims: str = "nk"
-    ) -> None:
+    def bf16_masked(self, a: Tensor, b: Tensor, d: Tensor, masked_m: Tensor, expected_m: int) -> None:
         assert a.shape[2] % 64 == 0
         assert a.dtype == b.dtype == torch.bfloat16
         self.masked(a.float(), b.float(), d, masked_m, expected_m)
 
     def fp8_masked(
-        self,
-        a: tuple[Tensor, Tensor],
-        b: tuple[Tensor, Tensor],
-        d: Tensor,
-        masked_m: Tensor,
-        expected_m: int,
-        recipe: Any = None,
-        compiled_dims: str = "nk",
+        self, a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor], d: Tensor, masked_m: Tensor, expected_m: int,
         disable_ue8m0_cast: bool = False,
-    ) -> None:
+    ) -> None:  # fmt: skip
         assert disable_ue8m0_cast
         E, rows, K = a[0].shape
         groups = math.ceil(K / 128)
@@ -299,34 +255,21 @@ class StandIn:
         self.pdl = enable
 
     def module(self, release: str = "vLLM's 2.8.1") -> types.ModuleType:
-        return RELEASES[release].module(
-            {
-                "bf16_contiguous": self.bf16_contiguous,
-                "bf16_masked": self.bf16_masked,
-                "fp8_contiguous": self.fp8_contiguous,
-                "fp8_masked": self.fp8_masked,
-                "alignment": lambda: self.alignment,
-                "set_pdl": self.set_pdl,
-            }
-        )
+        names = ("bf16_contiguous", "bf16_masked", "fp8_contiguous", "fp8_masked", "set_pdl")
+        functions = {name: getattr(self, name) for name in names}
+        return RELEASES[release].module(functions | {"alignment": lambda: self.alignment})
 
 
 @pytest.fixture
 def no_deep_gemm(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
-    """Hide whatever DeepGEMM and vLLM this process has loaded, and name an nvcc in the environment."""
-    roots = {"deep_gemm", "vllm"}
-    hidden = {name: module for name, module in sys.modules.items() if name.split(".")[0] in roots}
-    for name in hidden:
-        del sys.modules[name]
+    """Hide DeepGEMM and vLLM, and name an nvcc in the environment."""
     monkeypatch.setattr(library, "_library", None)
     nvcc = tmp_path / "nvcc"
     nvcc.touch()
     monkeypatch.setenv("DG_JIT_NVCC_COMPILER", str(nvcc))
     monkeypatch.delenv("DG_JIT_USE_NVRTC", raising=False)
-    yield
-    for name in [name for name in sys.modules if name.split(".")[0] in roots]:
-        del sys.modules[name]
-    sys.modules.update(hidden)
+    with forgotten("deep_gemm", "vllm"):
+        yield
 
 
 @pytest.fixture
@@ -336,21 +279,18 @@ def deep_gemm(no_deep_gemm: None, monkeypatch: pytest.MonkeyPatch) -> StandIn:
     return stand_in
 
 
-def layer(dtype: DType, activation: Activation = "silu", *, bias: bool = False, E: int = 4) -> ExpertWeights:
-    interleaved = activation == "swiglu_oai"
-    shape = Workload("tiny", E=E, topk=2, K=256, N=128, activation=activation, bias=bias, interleaved=interleaved)
-    return make_experts(shape, dtype, "cpu", torch.Generator().manual_seed(1))
+def layer(dtype: DType, activation: Activation = "silu", *, bias: bool = False) -> ExpertWeights:
+    return small_layer(dtype, activation, bias=bias, E=4, K=256)
 
 
-def relative_error(
+def error_of(
     experts: ExpertWeights, weights: Tensor, ids: Tensor, layout: Any, act_dtype: torch.dtype = torch.bfloat16
 ) -> float:
     hidden = torch.randn(ids.shape[0], experts.K, generator=torch.Generator().manual_seed(2)).to(act_dtype)
-    out = DeepGemmBackend(hopper()).run(hidden, experts, weights, ids, DeepGemmConfig(layout=layout))
+    out = DeepGemmBackend(H200).run(hidden, experts, weights, ids, DeepGemmConfig(layout=layout))
     assert out.dtype == hidden.dtype
     assert out.shape == hidden.shape
-    truth = ReferenceBackend(CPU).run(hidden, experts, weights, ids, ReferenceConfig(compute_fp32=True)).float()
-    return float((out.float() - truth).norm() / truth.norm().clamp(min=1e-20))
+    return relative_error(out, truth(hidden, experts, weights, ids))
 
 
 LAYOUTS = pytest.mark.parametrize("layout", ["masked", "psum"])
@@ -361,7 +301,7 @@ def test_the_sum_is_written_to_memory_of_the_caller(monkeypatch: pytest.MonkeyPa
     experts, ids = layer("bf16"), torch.tensor([[0, 1], [2, -1], [3, 3]])
     weights = torch.rand(3, 2, generator=torch.Generator().manual_seed(3))
     inputs = (torch.randn(3, experts.K).bfloat16(), experts, weights, ids, DeepGemmConfig())
-    backend = DeepGemmBackend(hopper())
+    backend = DeepGemmBackend(H200)
     expected = backend.run(*inputs)
     monkeypatch.setattr(DeepGemmBackend, "run", None)  # nothing is computed elsewhere and copied
     out = torch.full_like(inputs[0], torch.nan)
@@ -375,7 +315,7 @@ def test_the_sum_is_written_to_memory_of_the_caller(monkeypatch: pytest.MonkeyPa
 def test_hands_the_layer_over_whole(deep_gemm: StandIn, dtype: DType, activation: Activation, layout: str) -> None:
     generator = torch.Generator().manual_seed(3)
     weights, ids = torch.rand(9, 2, generator=generator), torch.randint(0, 4, (9, 2), generator=generator)
-    error = relative_error(layer(dtype, activation, bias=True), weights, ids, layout)
+    error = error_of(layer(dtype, activation, bias=True), weights, ids, layout)
     assert error <= DeepGemmBackend.tolerance[dtype]
     assert len(deep_gemm.calls) == 2
 
@@ -394,44 +334,38 @@ def test_every_release_is_called_as_it_wants(
         experts.down.requires_grad_()
     weights, ids = torch.rand(3, 2, generator=torch.Generator().manual_seed(5)), torch.tensor([[0, 1], [2, -1], [1, 3]])
     with torch.no_grad():
-        assert relative_error(experts, weights, ids, layout) <= DeepGemmBackend.tolerance[dtype]
+        assert error_of(experts, weights, ids, layout) <= DeepGemmBackend.tolerance[dtype]
     assert len(stand_in.calls) == 2
     assert stand_in.pdl
 
 
-@dataclass(frozen=True)
-class Routed:
-    """Ids at the limits of what a layout takes."""
-
-    ids: Tensor
-
-
+# Ids at the limits of what a layout takes.
 ROUTED = {
-    "sentinels": Routed(torch.tensor([[-1, 2], [4, 0], [99, -7]])),
-    "no slot is ours": Routed(torch.tensor([[-1, 4], [-1, -1]])),
-    "first and last experts are empty": Routed(torch.tensor([[1, 2], [2, 1]])),
-    "only the last expert": Routed(torch.tensor([[3, -1]])),
-    "the same expert twice": Routed(torch.tensor([[2, 2], [0, 2]])),
+    "sentinels": torch.tensor([[-1, 2], [4, 0], [99, -7]]),
+    "no slot is ours": torch.tensor([[-1, 4], [-1, -1]]),
+    "first and last experts are empty": torch.tensor([[1, 2], [2, 1]]),
+    "only the last expert": torch.tensor([[3, -1]]),
+    "the same expert twice": torch.tensor([[2, 2], [0, 2]]),
     # More slots of one expert than the masked layout has rows for it.
-    "every slot to one expert": Routed(torch.full((70, 2), 1)),
-    "more than a tile for one expert": Routed(torch.tensor([[1, 3]]).repeat(150, 1)),
-    "int32": Routed(torch.tensor([[0, 3], [1, -1]], dtype=torch.int32)),
+    "every slot to one expert": torch.full((70, 2), 1),
+    "more than a tile for one expert": torch.tensor([[1, 3]]).repeat(150, 1),
+    "int32": torch.tensor([[0, 3], [1, -1]], dtype=torch.int32),
 }
 
 
 @LAYOUTS
 @pytest.mark.parametrize("dtype", ["bf16", "fp8"])
-@pytest.mark.parametrize("case", ROUTED.values(), ids=ROUTED)
-def test_routing_edges(deep_gemm: StandIn, case: Routed, dtype: DType, layout: str) -> None:
-    weights = torch.rand(case.ids.shape, generator=torch.Generator().manual_seed(4)) + 0.1
-    weights[(case.ids < 0) | (case.ids >= 4)] = torch.nan
-    assert relative_error(layer(dtype), weights, case.ids, layout) <= DeepGemmBackend.tolerance[dtype]
+@pytest.mark.parametrize("ids", ROUTED.values(), ids=ROUTED)
+def test_routing_edges(deep_gemm: StandIn, ids: Tensor, dtype: DType, layout: str) -> None:
+    weights = torch.rand(ids.shape, generator=torch.Generator().manual_seed(4)) + 0.1
+    weights[(ids < 0) | (ids >= 4)] = torch.nan
+    assert error_of(layer(dtype), weights, ids, layout) <= DeepGemmBackend.tolerance[dtype]
 
 
 @LAYOUTS
 def test_fp16_tokens_stay_fp16(deep_gemm: StandIn, layout: str) -> None:
     weights, ids = torch.rand(3, 2, generator=torch.Generator().manual_seed(5)), torch.tensor([[0, 1], [2, 3], [1, 3]])
-    assert relative_error(layer("fp8"), weights, ids, layout, torch.float16) <= DeepGemmBackend.tolerance["fp8"]
+    assert error_of(layer("fp8"), weights, ids, layout, torch.float16) <= DeepGemmBackend.tolerance["fp8"]
 
 
 def test_alignment_is_asked_on_every_call(deep_gemm: StandIn) -> None:
@@ -439,7 +373,7 @@ def test_alignment_is_asked_on_every_call(deep_gemm: StandIn) -> None:
     rows = []
     for alignment in (128, 64):  # it is process-global, and another library in the process may set it
         deep_gemm.alignment = alignment
-        assert relative_error(layer("bf16"), weights, ids, "psum") <= 1e-2
+        assert error_of(layer("bf16"), weights, ids, "psum") <= 1e-2
         rows.append(deep_gemm.calls[-1]["rows"])
     assert rows[0] > rows[1]
 
@@ -447,7 +381,7 @@ def test_alignment_is_asked_on_every_call(deep_gemm: StandIn) -> None:
 def test_expected_rows_reach_the_library(deep_gemm: StandIn) -> None:
     weights, ids = torch.ones(5, 2), torch.zeros(5, 2, dtype=torch.int32)
     for layout in ("psum", "masked"):
-        relative_error(layer("bf16"), weights, ids, layout)
+        error_of(layer("bf16"), weights, ids, layout)
         assert deep_gemm.calls[-1]["expected_m"] == 3  # ⌈5·2 / 4⌉, whatever the routing
 
 
@@ -464,14 +398,6 @@ def m_grouped_fp8_gemm_nt_contiguous(
 def m_grouped_fp8_gemm_nt_masked(*, a, b, d, masked_m, expected_m, disable_ue8m0_cast=False): ...
 def get_mk_alignment_for_contiguous_layout(): return 128
 """
-
-
-def write_package(root: Path, name: str, init: str) -> None:
-    package = root.joinpath(*name.split("."))
-    package.mkdir(parents=True)
-    for folder in package.relative_to(root).parents:
-        root.joinpath(folder, "__init__.py").touch()
-    package.joinpath("__init__.py").write_text(init)
 
 
 @dataclass(frozen=True)

@@ -42,6 +42,10 @@ def memory(dtype: torch.dtype, skipped: int = 0) -> torch.Tensor:
     return raw[start : start + 128].view(dtype)
 
 
+def launch(kernel: FastKernel, x: torch.Tensor) -> None:
+    kernel[1,](x, x, 24, 7, BLOCK=16, EVEN=True)
+
+
 ALIGNED = {
     "bf16": memory(torch.bfloat16),
     "fp16": memory(torch.float16),
@@ -130,13 +134,13 @@ def test_a_profiler_sees_every_launch() -> None:
 
     stub, kernel = pair()
     x = memory(torch.bfloat16)
-    kernel[1,](x, x, 24, 7, BLOCK=16, EVEN=True)
+    launch(kernel, x)
     knobs.runtime.launch_enter_hook.add(print)
     try:
-        kernel[1,](x, x, 24, 7, BLOCK=16, EVEN=True)
+        launch(kernel, x)
     finally:
         knobs.runtime.launch_enter_hook.remove(print)
-    kernel[1,](x, x, 24, 7, BLOCK=16, EVEN=True)
+    launch(kernel, x)
     assert (stub.compiled, len(stub.started)) == (2, 1)
 
 
@@ -163,8 +167,8 @@ def test_an_observer_is_told_of_its_own_thread_s_launches() -> None:
     seen: list[bool] = []
     with observed(lambda launch, _grid, _args: seen.append(launch is not None)):
         for _ in range(2):
-            kernel[1,](x, x, 24, 7, BLOCK=16, EVEN=True)
-    kernel[1,](x, x, 24, 7, BLOCK=16, EVEN=True)
+            launch(kernel, x)
+    launch(kernel, x)
     assert seen == [False, True]
 
 

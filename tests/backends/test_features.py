@@ -9,26 +9,22 @@ from moe_dispatch.backend import BackendConfig
 from moe_dispatch.backends.gluon_hopper import tiles as hopper_tiles
 from moe_dispatch.backends.triton_common.features import TensorCores, features, stage_reasons
 from moe_dispatch.backends.triton_persistent.config import TritonPersistentConfig
+from moe_dispatch.backends.triton_splitk.backend import MOST_SLOTS as splitk_slots  # noqa: N811
 from moe_dispatch.backends.triton_splitk.config import SplitKConfig
 from moe_dispatch.backends.triton_splitk.config import shared_memory_bytes as splitk_memory
+from moe_dispatch.backends.triton_vector.backend import MOST_SLOTS as vector_slots  # noqa: N811
 from moe_dispatch.backends.triton_vector.config import TritonVectorConfig
 from moe_dispatch.backends.triton_vector.config import shared_memory_bytes as vector_memory
 from moe_dispatch.dispatch.dispatcher import Dispatcher
 from moe_dispatch.machine import Machine
 from moe_dispatch.problem import DTYPES, MoEProblem
 from moe_dispatch.registry import BACKENDS
-from moe_dispatch.workloads import WORKLOADS
+from moe_dispatch.workloads import WORKLOADS, torch_dtype
+from tests.support.described import CPU, gpu
 
 OURS = ("triton_splitk", "triton_vector", "triton_persistent", "gluon_hopper")
+TOKENS = (1, 4, 16, 64, 512, 4096, 16384)
 NEEDS_STAGES = (*OURS, "torch_grouped", "deep_gemm")
-
-
-def machine(capability: tuple[int, int], **changes: object) -> Machine:
-    plain = Machine(
-        device="cuda", name="described", capability=capability, sms=100, memory_bytes=80 << 30, torch="2.11.0+cu130",
-        cuda="13.0", triton="3.6.0", libraries={"deep_gemm": "2.5.0", "vllm": "0.20.2"},
-    )  # fmt: skip
-    return plain.model_copy(update=changes)
 
 
 @pytest.mark.parametrize(
@@ -52,53 +48,68 @@ def machine(capability: tuple[int, int], **changes: object) -> Machine:
 def test_features_by_device_class(
     capability: tuple[int, int], tensor_cores: TensorCores, tma: bool, fp8: bool, pdl: bool, kibibytes: int
 ) -> None:
-    able = features(machine(capability))
+    able = features(gpu(capability))
     assert (able.tensor_cores, able.tma, able.fp8, able.pdl) == (tensor_cores, tma, fp8, pdl)
     assert able.shared_memory == kibibytes << 10
     assert able.wgmma == (tensor_cores != "mma")
-    assert features(machine(capability, shared_memory_per_block=65536)).shared_memory == 65536
+    assert features(gpu(capability, shared_memory_per_block=65536)).shared_memory == 65536
+
+
+# Capabilities of AMD's devices look like NVIDIA's.
+ROCM = {"name": "AMD Instinct", "cuda": "", "torch": "2.11.0+rocm7.0"}
 
 
 @pytest.mark.parametrize("name", NEEDS_STAGES)
-@pytest.mark.parametrize("capability", [(9, 4), (9, 0), (11, 0)])
-def test_rocm_is_a_reason_whatever_its_capability_looks_like(name: str, capability: tuple[int, int]) -> None:
-    amd = machine(capability, name="AMD Instinct", cuda="", torch="2.11.0+rocm7.0")
-    problem = WORKLOADS["qwen3-30b-a3b"].problem(64, "bf16", amd)
-    reasons = BACKENDS.load(name)(amd).unsupported_reasons(problem)
-    assert any("ROCm" in reason for reason in reasons), reasons
-
-
-@pytest.mark.parametrize("name", NEEDS_STAGES)
-def test_a_gpu_without_triton_is_a_reason(name: str) -> None:
-    without = machine((9, 0), triton="")
-    problem = WORKLOADS["qwen3-30b-a3b"].problem(64, "bf16", without)
-    reasons = BACKENDS.load(name)(without).unsupported_reasons(problem)
-    assert sum("triton is not installed" in reason for reason in reasons) == 1, reasons
+@pytest.mark.parametrize(
+    ("capability", "changes", "words"),
+    [*(((major, minor), ROCM, "never run on ROCm") for major, minor in ((9, 4), (9, 0), (11, 0))),
+     ((9, 0), {"triton": ""}, "triton is not installed")],
+)  # fmt: skip
+def test_a_gpu_without_triton_for_cuda_is_a_reason(
+    name: str, capability: tuple[int, int], changes: dict[str, object], words: str
+) -> None:
+    machine = gpu(capability, **changes)
+    reasons = BACKENDS.load(name)(machine).unsupported_reasons(WORKLOADS["qwen3-30b-a3b"].problem(64, "bf16", machine))
+    assert sum(words in reason for reason in reasons) == 1, reasons
 
 
 def test_stages_on_a_cpu_need_nothing() -> None:
-    cpu = Machine(device="cpu", name="a cpu", sms=4, memory_bytes=1 << 34, torch="2.13.0+cpu")
-    assert stage_reasons(cpu) == ()
+    assert stage_reasons(CPU) == ()
 
 
 @pytest.mark.parametrize("name", OURS)
 @pytest.mark.parametrize("capability", [(8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (10, 3), (12, 0), (12, 1), (13, 0)])
-@pytest.mark.parametrize("kibibytes", [0, 64, 48, 32, 8], ids=lambda size: f"{size} KiB" if size else "its own")
+@pytest.mark.parametrize("kibibytes", [0, 99, 64, 48, 32, 8], ids=lambda size: f"{size} KiB" if size else "its own")
 def test_every_device_has_configurations_that_fit_or_a_reason(
-    name: str, capability: tuple[int, int], kibibytes: int
+    name: str, capability: tuple[int, int], kibibytes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of the shared memory that such a device has, and of less, as a device to come may have."""
-    device = machine(capability, shared_memory_per_block=kibibytes << 10)
-    backend = BACKENDS.load(name)(device)
-    for workload, M, dtype in itertools.product(("qwen3-30b-a3b", "gpt-oss-120b"), (1, 64, 4096), DTYPES):
+    monkeypatch.setattr("moe_dispatch.backends.triton_common.features.interpreting", lambda: False)  # it refuses BF16
+    device = gpu(capability, shared_memory_per_block=kibibytes << 10)
+    served = set()
+    able, backend = features(device), BACKENDS.load(name)(device)
+    workloads = ("qwen3-30b-a3b", "gpt-oss-120b") if kibibytes else WORKLOADS
+    for workload, M, dtype in itertools.product(workloads, (1, 64, 4096) if kibibytes else TOKENS, DTYPES):
         problem = WORKLOADS[workload].problem(M, dtype, device)
         if reasons := backend.unsupported_reasons(problem):
             assert all(reasons)
             continue
+        served.add(dtype)
         configs = backend.configs(problem)
         assert configs[0] == backend.default_config(problem)
+        assert len({config.label for config in configs}) == len(configs) <= (16 if name == "triton_splitk" else 24)
         for config in configs:
-            assert shared_memory(problem, config, device) <= features(device).shared_memory, config
+            assert shared_memory(problem, config, device) <= able.shared_memory, config
+            assert backend.workspace_bytes(problem, config) > 0
+            assert able.tma or not getattr(config, "tma", False), config
+            assert able.pdl or not getattr(config, "pdl", False), config
+            if dtype.startswith("fp8") and isinstance(config, SplitKConfig):
+                assert config.block_k == 128
+            if name == "triton_vector":  # whose one intermediate has the dtype of activations
+                kept = M * problem.topk * problem.N * torch_dtype(problem.act_dtype).itemsize
+                assert backend.workspace_bytes(problem, config) == kept
+    if kibibytes in (0, 99) if name != "gluon_hopper" else not kibibytes and capability == (9, 0):
+        assert served >= {"bf16", "fp8"}
 
 
 def shared_memory(problem: MoEProblem, config: BackendConfig, device: Machine) -> int:
@@ -115,7 +126,7 @@ def shared_memory(problem: MoEProblem, config: BackendConfig, device: Machine) -
 @pytest.mark.parametrize(("M", "name"), [(1, "triton_splitk"), (64, "triton_splitk"), (4096, "triton_persistent")])
 @pytest.mark.parametrize("capability", [(8, 0), (8, 6)], ids=str)
 def test_fp8_weights_do_not_need_products_of_e4m3(capability: tuple[int, int], M: int, name: str) -> None:
-    device = machine(capability)
+    device = gpu(capability)
     problem = WORKLOADS["qwen3-30b-a3b"].problem(M, "fp8", device)
     chosen = Dispatcher(device, live=False).planner.explain(problem).chosen
     assert chosen is not None
@@ -125,16 +136,26 @@ def test_fp8_weights_do_not_need_products_of_e4m3(capability: tuple[int, int], M
 
 @pytest.mark.parametrize("name", ["triton_splitk", "triton_vector", "triton_persistent"])
 def test_too_little_shared_memory_is_a_reason_with_limit_and_value(name: str) -> None:
-    small = machine((12, 0), shared_memory_per_block=2048)
+    small = gpu((12, 0), shared_memory_per_block=2048)
     reasons = BACKENDS.load(name)(small).unsupported_reasons(WORKLOADS["qwen3-30b-a3b"].problem(8, "fp16", small))
     assert len(reasons) == 1
     assert "of shared memory for a block, got 2048" in reasons[0]
 
 
+@pytest.mark.parametrize(("name", "most"), [("triton_splitk", splitk_slots), ("triton_vector", vector_slots)])
+def test_many_slots_are_declined_with_the_limit(name: str, most: int) -> None:
+    device, layer = gpu((9, 0)), WORKLOADS["qwen3-30b-a3b"]
+    backend = BACKENDS.load(name)(device)
+    fits = most // layer.topk
+    assert backend.further_reasons(layer.problem(fits, "fp16", device)) == ()
+    (reason,) = backend.further_reasons(layer.problem(fits + 1, "fp16", device))
+    assert f"M·topk ≤ {most}, got {(fits + 1) * layer.topk}" in reason
+
+
 def test_a_device_with_48_kibibytes_takes_narrower_tiles() -> None:
-    small = machine((8, 6), shared_memory_per_block=48 << 10)
+    small = gpu((8, 6), shared_memory_per_block=48 << 10)
     layer, backend = WORKLOADS["qwen3-30b-a3b"], BACKENDS.load("triton_splitk")
-    configs = [backend(device).default_config(layer.problem(64, "fp16", device)) for device in (machine((8, 6)), small)]
+    configs = [backend(device).default_config(layer.problem(64, "fp16", device)) for device in (gpu((8, 6)), small)]
     assert all(isinstance(config, SplitKConfig) for config in configs)
     usual, narrow = cast("list[SplitKConfig]", configs)
     assert narrow.block_n < usual.block_n

@@ -3,16 +3,17 @@
 Whether such a layer is finite must not depend on which backend was chosen, so on how many tokens there are.
 """
 
+from typing import Any
+
 import pytest
 import torch
 
 from moe_dispatch.backends.reference import ReferenceBackend, ReferenceConfig
-from moe_dispatch.dispatch.process import get_dispatcher
-from moe_dispatch.errors import BackendUnavailableError
 from moe_dispatch.experts import ExpertWeights
 from moe_dispatch.machine import Machine
 from moe_dispatch.registry import BACKENDS
 from moe_dispatch.testing import Case, Inputs, Precision, conform, make_inputs, truth
+from tests.support.refusals import available, require
 
 DEVICES = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 FP16_MAX = 65504.0
@@ -31,14 +32,8 @@ def overflowing(case: Case, device: str) -> Inputs:
     everything = torch.ones_like(weights)
     largest = float(truth(hidden, experts, everything, ids).abs().max())
     down = (experts.down.float() * (3 * FP16_MAX / largest)).to(experts.down.dtype)
-    experts = ExpertWeights(
-        experts.gate_up,
-        down,
-        gate_up_bias=experts.gate_up_bias,
-        down_bias=experts.down_bias,
-        activation=experts.activation,
-        interleaved=experts.interleaved,
-    )
+    tensors: dict[str, Any] = dict(experts.tensors()) | {"down": down}
+    experts = ExpertWeights(**tensors, activation=experts.activation, interleaved=experts.interleaved)
     weights = weights * (1500 / (3 * FP16_MAX))
     expected = truth(hidden, experts, weights, ids)
     assert float(truth(hidden, experts, torch.ones_like(weights), ids).abs().max()) > FP16_MAX
@@ -73,15 +68,10 @@ def test_weights_above_one_carry_nothing_beyond_the_range_of_fp16(name: str, dev
 
 def check_finite(name: str, inputs: Inputs) -> None:
     """A backend's result is right, which is finite."""
-    dispatcher = get_dispatcher(inputs.hidden_states.device)
-    try:
-        backend = dispatcher.planner.backend(name)
-    except BackendUnavailableError as error:
-        pytest.skip(str(error))
+    backend = available(name, inputs.hidden_states.device)
     M, topk = inputs.topk_ids.shape
-    problem = inputs.experts.problem(M, topk, torch.float16, dispatcher.machine.capability)
-    if reasons := backend.unsupported_reasons(problem):
-        pytest.skip("; ".join(reasons))
+    problem = inputs.experts.problem(M, topk, torch.float16, backend.machine.capability)
+    require(backend, problem)
     for config in backend.configs(problem)[: 2 if inputs.hidden_states.is_cuda else 1]:
         conform(backend, config, inputs)
 

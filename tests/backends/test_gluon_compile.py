@@ -10,10 +10,8 @@ import torch
 from moe_dispatch.activations import Activation
 from moe_dispatch.backends.gluon_hopper.backend import FIRST_TRITON, LAST_TRITON, GluonHopperBackend
 from moe_dispatch.backends.gluon_hopper.config import GluonHopperConfig
-from moe_dispatch.backends.gluon_hopper.row_blocks import row_blocks
 from moe_dispatch.backends.gluon_hopper.tiles import SHARED_MEMORY
 from moe_dispatch.backends.reference import ReferenceBackend, ReferenceConfig
-from moe_dispatch.backends.stages.route import Routing
 from moe_dispatch.backends.triton_common import features
 from moe_dispatch.machine import Machine
 from moe_dispatch.problem import DType, MoEProblem
@@ -93,8 +91,6 @@ REFUSED = {
     "sm_100": Refused((("below 9.1", "10.0"),), machine=described(100)),
     "an older Triton": Refused(((KNOWN, "3.5.1"),), machine=_with_triton("3.5.1")),
     "a newer Triton": Refused(((KNOWN, "3.99.0"),), machine=_with_triton("3.99.0")),
-    "ROCm, whose gfx90a says 9.0 too": Refused((("CUDA",),), machine=HOPPER.model_copy(update={"cuda": ""})),
-    "no Triton": Refused((("triton is not installed",),), machine=_with_triton("")),
     "a Hopper device with less shared memory": Refused(
         (("230400", "101376"),), machine=HOPPER.model_copy(update={"shared_memory_per_block": 101376})
     ),
@@ -131,21 +127,6 @@ def test_every_known_triton_is_taken(version: tuple[int, ...]) -> None:
         problem = QWEN.problem(4096, dtype, machine)
         assert backend.unsupported_reasons(problem) == ()
         assert backend.configs(problem) == (GluonHopperConfig(group_m=8),)
-
-
-@pytest.mark.gpu
-def test_blocks_hold_every_row_once_and_experts_with_a_tall_one_come_first() -> None:
-    if Machine.inspect("cuda").capability != (9, 0):
-        pytest.skip("needs sm_90")
-    counts = torch.tensor([5, 0, 143, 128, 271, 300], device="cuda", dtype=torch.int32)
-    ends = counts.cumsum(0).int()
-    slots = torch.arange(int(ends[-1]), device="cuda", dtype=torch.int32)
-    blocks, totals = row_blocks(Routing(slots, slots, ends - counts, ends), 8, fp8=False)
-    listed = blocks[: int(totals[0]), :3].tolist()
-    assert totals[1:].tolist() == [0, 0]
-    assert [e for e, *_ in listed] == [2, 4, 4, 0, 3, 5, 5, 5]
-    assert [end - row for _, row, end in listed] == [143, 128, 143, 5, 128, 128, 128, 44]
-    assert sorted(row for _, first, end in listed for row in range(first, end)) == slots.tolist()
 
 
 @pytest.mark.gpu

@@ -1,6 +1,6 @@
 """A replay does what the recorded run did, on other tensors too; a run that it could not repeat is refused."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -8,11 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from moe_dispatch import BackendConfig, ExpertWeights, Machine
-from moe_dispatch.backend import Inputs
-from moe_dispatch.workloads import ROUTINGS, Workload, make_experts
+from moe_dispatch import BackendConfig, Machine
 from tests.support.fakes import Honest
-from tests.support.stub_kernels import StubKernel, cpu_is_the_device, floats
+from tests.support.stub_kernels import LAYER, StubKernel, floats, inputs
 
 pytest.importorskip("triton")
 import triton.language as tl
@@ -21,7 +19,6 @@ from moe_dispatch.backends.triton_common.descriptors import Descriptors
 from moe_dispatch.backends.triton_common.fast_launch import FastKernel
 from moe_dispatch.backends.triton_common.replay import NotReplayableError, Replay, Tried, record
 
-LAYER = Workload("tiny", E=4, topk=2, K=64, N=32)
 SIZE = 3 * LAYER.K
 
 
@@ -56,14 +53,7 @@ class Adding(Honest):
         self.kept = torch.zeros(SIZE)
         self.runs = 0
 
-    def run(
-        self,
-        hidden_states: Tensor,
-        experts: ExpertWeights,
-        topk_weights: Tensor,
-        topk_ids: Tensor,
-        config: BackendConfig,
-    ) -> Tensor:
+    def run(self, hidden_states: Tensor, experts: Any, topk_weights: Tensor, *_: object) -> Tensor:
         self.runs += 1
         size = hidden_states.numel()
         inner, out = torch.empty(2, size)[0], torch.empty_like(hidden_states)
@@ -75,23 +65,19 @@ class Adding(Honest):
 
 CONFIG = BackendConfig()
 
-
-@pytest.fixture(autouse=True)
-def on_cpu() -> Iterator[None]:
-    with cpu_is_the_device(), torch.no_grad():
-        yield
-
-
-def inputs(seed: int, M: int = 3) -> Inputs:
-    generator = torch.Generator().manual_seed(seed)
-    weights, ids = ROUTINGS["uniform"].sample(M, LAYER.E, LAYER.topk, "cpu", generator)
-    return torch.randn(M, LAYER.K, generator=generator), make_experts(LAYER, "fp32", "cpu", generator), weights, ids
+pytestmark = pytest.mark.usefixtures("cpu_launches_stubs")
 
 
 def recorded(backend: Adding, *, before: int = 2) -> Replay:
     for _ in range(before):
         backend.run(*inputs(0), CONFIG)
     return record(backend, inputs(0), CONFIG, backend.descriptors, backend.tried)
+
+
+def replayed() -> tuple[Adding, Replay, int]:
+    """A backend, the replay of one of its runs, and how often it has run."""
+    backend = Adding()
+    return backend, recorded(backend), backend.runs
 
 
 def test_another_token_count_of_the_same_launches_is_not_tried_again() -> None:
@@ -106,9 +92,7 @@ def test_another_token_count_of_the_same_launches_is_not_tried_again() -> None:
 
 
 def test_it_does_what_the_run_does_on_other_tensors_and_another_layer() -> None:
-    backend = Adding()
-    replay = recorded(backend)
-    runs = backend.runs
+    backend, replay, runs = replayed()
     outs = [replay(*inputs(seed), CONFIG) for seed in (1, 2, 1)]
     assert backend.runs == runs, "only the replay ran"
     for seed, out in zip((1, 2, 1), outs, strict=True):
@@ -116,29 +100,18 @@ def test_it_does_what_the_run_does_on_other_tensors_and_another_layer() -> None:
     assert len({out.data_ptr() for out in outs}) == 3, "the output is fresh memory"
 
 
-def test_the_caller_may_bring_memory_for_the_output() -> None:
-    backend = Adding()
-    replay = recorded(backend)
-    runs = backend.runs
+@pytest.mark.parametrize("off_the_boundary", [False, True])
+def test_the_caller_may_bring_memory_for_the_output(off_the_boundary: bool) -> None:
+    backend, replay, runs = replayed()
     out = torch.full((3, LAYER.K), torch.nan)
+    out = shifted(out) if off_the_boundary else out
     assert replay.into(*inputs(1), CONFIG, out) is out
-    assert backend.runs == runs, "only the replay ran"
-    assert torch.equal(out, backend.run(*inputs(1), CONFIG))
-
-
-def test_memory_of_the_caller_off_the_boundary_goes_the_long_way() -> None:
-    backend = Adding()
-    replay = recorded(backend)
-    runs = backend.runs
-    out = shifted(torch.full((3, LAYER.K), torch.nan))
-    assert replay.into(*inputs(1), CONFIG, out) is out
-    assert backend.runs == runs + 1
+    assert backend.runs == runs + off_the_boundary, "it goes the long way only where memory is off the boundary"
     assert torch.equal(out, backend.run(*inputs(1), CONFIG))
 
 
 def test_weights_that_move_are_found_where_they_are() -> None:
-    backend = Adding()
-    replay = recorded(backend)
+    _, replay, _ = replayed()
     hidden, experts, weights, ids = inputs(1)
     experts.down.data = torch.full_like(experts.down, 5.0)
     assert torch.equal(replay(hidden, experts, weights, ids, CONFIG), 2 * hidden + 5 + weights[0, 0])
@@ -150,10 +123,8 @@ def shifted(tensor: Tensor) -> Tensor:
 
 
 def test_a_misaligned_tensor_goes_the_long_way() -> None:
-    backend = Adding()
-    replay = recorded(backend)
+    backend, replay, runs = replayed()
     hidden, experts, weights, ids = inputs(1)
-    runs = backend.runs
     for arguments in ((shifted(hidden), experts, weights, ids), (hidden, experts, shifted(weights), ids)):
         assert torch.equal(replay(*arguments, CONFIG), 2 * hidden + experts.down[0, 0, 0] + weights[0, 0])
     assert backend.runs == runs + 2
@@ -162,9 +133,7 @@ def test_a_misaligned_tensor_goes_the_long_way() -> None:
 def test_a_profiler_sees_the_launches() -> None:
     from triton import knobs
 
-    backend = Adding()
-    replay = recorded(backend)
-    runs = backend.runs
+    backend, replay, runs = replayed()
     knobs.runtime.launch_exit_hook.add(print)
     try:
         replay(*inputs(1), CONFIG)

@@ -5,10 +5,11 @@ import torch
 
 from moe_dispatch.backends.gluon_hopper.row_blocks import row_blocks
 from moe_dispatch.backends.gluon_hopper.windows import Windows, rows_after_window
-from moe_dispatch.backends.stages.route import route_torch
+from moe_dispatch.backends.stages.route import Routing, route_torch
 
 pytest.importorskip("triton")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []
 COUNTS = [1, 0, 64, 127, 128, 129, 144, 145, 160, 161, 256, 257, 272, 288, 289, 384, 385, 433, 0, 700]
 
 
@@ -25,6 +26,12 @@ def _any_device(monkeypatch: pytest.MonkeyPatch) -> None:
             monkeypatch.setattr(cuda, name, lambda **_: None)
 
 
+def routed(counts: list[int]) -> Routing:
+    """Routing of so many rows to each expert."""
+    ids = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))[:, None].to(DEVICE)
+    return route_torch(ids, len(counts))
+
+
 @pytest.mark.parametrize(
     ("fp8", "heights"),
     [
@@ -34,8 +41,7 @@ def _any_device(monkeypatch: pytest.MonkeyPatch) -> None:
     ids=["bf16", "fp8"],
 )  # fmt: skip
 def test_every_row_is_in_one_block_and_few_left_over_rows_join_others(fp8: bool, heights: dict[int, list[int]]) -> None:
-    ids = torch.repeat_interleave(torch.arange(len(COUNTS)), torch.tensor(COUNTS))[:, None].to(DEVICE)
-    routing = route_torch(ids, len(COUNTS))
+    routing = routed(COUNTS)
     blocks, counts = row_blocks(routing, 3, fp8=fp8)
     listed = blocks[: counts[0], :3].tolist()
     assert counts[1:].tolist() == [0, 0]
@@ -48,10 +54,15 @@ def test_every_row_is_in_one_block_and_few_left_over_rows_join_others(fp8: bool,
         assert all(0 < height <= (144 if fp8 else 160) for height in cut)
 
 
+def test_experts_with_a_tall_block_come_first() -> None:
+    blocks, counts = row_blocks(routed([5, 0, 143, 128, 271, 300]), 8, fp8=False)
+    listed = blocks[: counts[0], :3].tolist()
+    assert [e for e, *_ in listed] == [2, 4, 4, 0, 3, 5, 5, 5]
+    assert [end - row for _, row, end in listed] == [143, 128, 143, 5, 128, 128, 128, 44]
+
+
 def test_a_group_is_of_one_expert_and_no_group_is_larger_than_asked() -> None:
-    loads = [128 * 7, 0, 128, 128 * 4 + 16, 128 * 3]
-    ids = torch.repeat_interleave(torch.arange(len(loads)), torch.tensor(loads))[:, None].to(DEVICE)
-    blocks, counts = row_blocks(route_torch(ids, len(loads)), 3, fp8=False)
+    blocks, counts = row_blocks(routed([128 * 7, 0, 128, 128 * 4 + 16, 128 * 3]), 3, fp8=False)
     groups: dict[int, list[int]] = {}
     for place, (expert, _, _, first, size) in enumerate(blocks[: counts[0]].tolist()):
         assert first <= place < first + size

@@ -56,25 +56,30 @@ def launch_activate_backward(_capability: int) -> Iterator[Launch]:
         yield Launch(partial(activate_backward, rows, inner, routing, weights, activation, **options, bias=bias))
 
 
-def test_mask_slots_compiles() -> None:
+def launch_mark_nan_tokens(_capability: int) -> Iterator[Launch]:
+    from moe_dispatch.backends.vllm_fused_moe.nan_tokens import mark_nan_tokens
+
+    for K, infinite in ((128, True), (7168, False)):
+        tensors = torch.empty(4, K, dtype=torch.bfloat16), torch.empty(4, 8), torch.empty(4, 8, dtype=torch.int64)
+        yield Launch(partial(mark_nan_tokens, *tensors, 256, 256, infinite=infinite))
+
+
+def test_small_stages_compile() -> None:
     kernels = compile_launches(launch_mask_slots, 80, 90, 100)
     assert len({(built.capability, built.constants["BLOCK"]) for built in kernels}) == 6
     assert max(built.shared for built in kernels) <= SMALL_MEMORY
+    kernels = compile_launches(launch_mark_nan_tokens, 80, 90, 100)
+    assert len(kernels) == 6
+    assert all(built.stack == 0 and built.shared <= 1024 for built in kernels)
 
 
 @pytest.mark.slow
-def test_activations_compile_without_spills() -> None:
-    kernels = [built for built in compile_launches(launch_activate, 90) if built.name == "_moe_activate_kernel"]
-    assert {built.constants["ACTIVATION"] for built in kernels} == {*ACTIVATIONS, *PARAMETRISED}
-    for built in kernels:
-        assert built.shared <= SMALL_MEMORY, built
-        assert built.stack == 0, built
-
-
-@pytest.mark.slow
-def test_derivatives_of_activations_compile_without_spills() -> None:
-    launched = compile_launches(launch_activate_backward, 90)
-    kernels = [built for built in launched if built.name == "_moe_activate_backward_kernel"]
+@pytest.mark.parametrize(
+    ("launches", "name"),
+    [(launch_activate, "_moe_activate_kernel"), (launch_activate_backward, "_moe_activate_backward_kernel")],
+)
+def test_activations_and_derivatives_compile_without_spills(launches: Any, name: str) -> None:
+    kernels = [built for built in compile_launches(launches, 90) if built.name == name]
     assert {built.constants["ACTIVATION"] for built in kernels} == {*ACTIVATIONS, *PARAMETRISED}
     for built in kernels:
         assert built.shared <= SMALL_MEMORY, built

@@ -78,18 +78,6 @@ def test_route(
         assert torch.equal(getattr(unread, name), getattr(expected, name)), name
 
 
-@pytest.mark.parametrize("few_slots", [4096, 0], ids=["one launch", "three launches"])
-def test_with_a_capacity_slots_of_a_token_share_their_experts_row(
-    few_slots: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(route_module, "FEW_SLOTS", few_slots)
-    ids = torch.tensor([[1, 0, 1, 1], [1, -1, -1, 0], [2, 2, 0, 7]], device=DEVICE)
-    routing = route(ids, 3, capacity=4)
-    assert routing.row_of_slot.tolist() == [4, 0, 4, 4, 5, -1, -1, 1, 8, 8, 2, -1]
-    assert routing.slot_of_row.tolist() == [1, 7, 10, -1, 0, 4, -1, -1, 8, -1, -1, -1]
-    assert (routing.ends - routing.starts).tolist() == [3, 2, 1]
-
-
 def test_route_compares_wide_ids_before_it_narrows_them() -> None:
     ids = torch.tensor([[2**32 + 1, 0]], dtype=torch.int64, device=DEVICE)
     assert route(ids, 4).row_of_slot.tolist() == [-1, 0]
@@ -107,23 +95,20 @@ def test_quantize_rows(dtype: torch.dtype, columns: int, column_major: bool) -> 
     x = torch.randn(5, columns, generator=torch.Generator().manual_seed(0)).to(DEVICE, dtype)
     x[2] = 0.0
     codes, scale = quantize_rows(x, column_major_scales=column_major)
-    expected_codes, expected_scale = quantize_rows_torch(x)
+    _same_rows(codes, scale, *quantize_rows_torch(x))
+    assert scale.stride() == ((1, 8) if column_major else (scale.shape[1], 1))
+    if not column_major:
+        x[4, 0] = torch.nan
+        codes, scale = quantize_rows(x, per_token=True)
+        expected_codes, expected_scale = quantize_rows_torch(x, per_token=True)
+        assert scale.shape == (5, 1)
+        assert (codes.float() * scale)[4].isnan().all()
+        _same_rows(codes[:4], scale[:4], expected_codes[:4], expected_scale[:4])
+
+
+def _same_rows(codes: Tensor, scale: Tensor, expected_codes: Tensor, expected_scale: Tensor) -> None:
     assert torch.equal(codes.float(), expected_codes.float())
     assert torch.equal(scale, expected_scale)
-    assert scale.stride() == ((1, 8) if column_major else (scale.shape[1], 1))
-
-
-@pytest.mark.parametrize("columns", [1, 128, 300, 1200])
-@pytest.mark.parametrize("dtype", FLOATS, ids=str)
-def test_quantize_rows_per_token(dtype: torch.dtype, columns: int) -> None:
-    x = torch.randn(5, columns, generator=torch.Generator().manual_seed(0)).to(DEVICE, dtype)
-    x[2], x[4, 0] = 0.0, torch.nan
-    codes, scale = quantize_rows(x, per_token=True)
-    expected_codes, expected_scale = quantize_rows_torch(x, per_token=True)
-    assert scale.shape == (5, 1)
-    assert (codes.float() * scale)[4].isnan().all()
-    assert torch.equal(codes[:4].float(), expected_codes[:4].float())
-    assert torch.equal(scale[:4], expected_scale[:4])
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
@@ -143,25 +128,21 @@ def test_gather_and_gather_quantize_skip_rows_without_a_slot(
     alignment: int, spread_from: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(quantize_module, "_SPREAD_FROM", spread_from)
-    ids = Ids("", 6, 2, 4).make()
-    routing = route(ids, 4, alignment=alignment)
-    x = torch.randn(6, 200, generator=torch.Generator().manual_seed(1)).to(DEVICE)
-    used = routing.slot_of_row >= 0
+    _, routing, used, generator = _routed(6, 4, alignment)
+    x = torch.randn(6, 200, generator=generator).to(DEVICE)
     expected = x[routing.slot_of_row[used].long() // 2]
     copied = gather(x, routing, 2)
     assert torch.equal(copied[used], expected)
     assert copied[~used].isnan().all(), "padding was written"
     codes, scale = gather_quantize(x, routing, 2, column_major_scales=True)
     expected_codes, expected_scale = quantize_rows_torch(expected)
-    assert torch.equal(codes[used].float(), expected_codes.float())
-    assert torch.equal(scale[used], expected_scale)
+    _same_rows(codes[used], scale[used], expected_codes, expected_scale)
     assert scale[~used].isnan().all(), "padding's multipliers were written"
     sent = QuantizedRows(*quantize_rows_torch(x), x.dtype)
     on_their_way: list[Any] = [TravellingRows(rows, x[2:4], 2, None, captured=False) for rows in (sent, x)]
     for arriving in (sent, *on_their_way):
         again, its_scale = gather_quantize(arriving, routing, 2, column_major_scales=True)
-        assert torch.equal(again[used].float(), expected_codes.float())
-        assert torch.equal(its_scale[used], expected_scale)
+        _same_rows(again[used], its_scale[used], expected_codes, expected_scale)
     rows, row_codes = torch.zeros_like(copied), torch.zeros_like(codes)
     assert gather(x, routing, 2, out=rows) is rows
     assert gather_quantize(x, routing, 2, column_major_scales=True, out=row_codes)[0] is row_codes
@@ -190,9 +171,15 @@ def test_with_a_capacity_multipliers_lie_expert_by_expert(columns: int) -> None:
         groups = math.ceil(columns / 128)
         assert scale.shape == (E, capacity, groups)
         assert scale.stride() == (groups * capacity, 1, capacity)
-        assert torch.equal(codes[used].float(), expected[0].float())
-        assert torch.equal(scale[used.view(E, capacity)], expected[1])
+        _same_rows(codes[used], scale[used.view(E, capacity)], *expected)
         assert scale[~used.view(E, capacity)].isnan().all(), "padding's multipliers were written"
+
+
+def _routed(M: int, E: int, alignment: int = 1) -> tuple[Tensor, Routing, Tensor, torch.Generator]:
+    """Ids of two experts a token, where their slots go, which rows are used, and a generator for their values."""
+    ids = Ids("", M, 2, E).make()
+    routing = route(ids, E, alignment=alignment)
+    return ids, routing, routing.slot_of_row >= 0, torch.Generator().manual_seed(2)
 
 
 @pytest.mark.parametrize("interleaved", [False, True])
@@ -201,10 +188,7 @@ def test_activate(activation: Activation, interleaved: bool) -> None:
     if interleaved and activation in UNGATED:
         interleaved = False
     N, width = 150, 150 if activation in UNGATED else 300
-    ids = Ids("", 5, 2, 3).make()
-    routing = route(ids, 3, alignment=4)
-    used = routing.slot_of_row >= 0
-    generator = torch.Generator().manual_seed(2)
+    ids, routing, used, generator = _routed(5, 3, alignment=4)
     gate_up = (5 * torch.randn(used.shape[0], width, generator=generator)).to(DEVICE)
     gate_up[~used] = torch.nan
     bias = torch.randn(3, width, generator=generator).to(DEVICE)
@@ -227,10 +211,7 @@ def test_activate(activation: Activation, interleaved: bool) -> None:
 def test_activate_backward(activation: Activation) -> None:
     """By the derivative that autograd takes of `activate_torch`, from values small and beyond every clamp."""
     N, width = 40, 40 if activation in UNGATED else 80
-    ids = Ids("", 5, 2, 3).make()
-    routing = route(ids, 3)
-    used = routing.slot_of_row >= 0
-    generator = torch.Generator().manual_seed(3)
+    _, routing, used, generator = _routed(5, 3)
     gate_up = (5 * torch.randn(used.shape[0], width, generator=generator)).to(DEVICE)
     d_inner = torch.randn(used.shape[0], N, generator=generator).to(DEVICE)
     weights = torch.rand(5, 2, generator=generator).to(DEVICE)
@@ -245,10 +226,7 @@ def test_activate_backward(activation: Activation) -> None:
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 def test_activate_weights_rows(dtype: torch.dtype) -> None:
-    ids = Ids("", 9, 2, 3).make()
-    routing = route(ids, 3)
-    used = routing.slot_of_row >= 0
-    generator = torch.Generator().manual_seed(2)
+    _, routing, used, generator = _routed(9, 3)
     gate_up = torch.randn(used.shape[0], 300, generator=generator).to(DEVICE, dtype)
     gate_up[~used] = torch.nan
     weights = 3 * torch.randn(9, 2, generator=generator).to(DEVICE)  # of which the part up to 1 is meant

@@ -1,40 +1,35 @@
 """The persistent backend beyond the conformance suite: its configurations, shapes that straddle, and its plans."""
 
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, replace
 from unittest import mock
 
 import pytest
 import torch
 
-from moe_dispatch import testing as conformance
-from moe_dispatch.backends.reference import ReferenceBackend, ReferenceConfig
 from moe_dispatch.backends.triton_common.features import features, interpreting, on_triton
 from moe_dispatch.backends.triton_persistent.backend import TritonPersistentBackend
 from moe_dispatch.backends.triton_persistent.config import TritonPersistentConfig, persistent_configs, tma_fits
 from moe_dispatch.backends.triton_persistent.order_columns import order_columns, order_columns_torch
 from moe_dispatch.machine import Machine
 from moe_dispatch.problem import DType
-from moe_dispatch.workloads import ROUTINGS, WORKLOADS, make_experts, torch_dtype
+from moe_dispatch.workloads import WORKLOADS
+from tests.support import decode
+from tests.support.described import gpu
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SMALL = {"block_m": 16, "block_n": 32, "block_k": 32, "down_block_n": 32}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Case(conformance.Case):
-    """A layer and a configuration; `why` names the test."""
+class Case(decode.Case):
+    """A layer and a configuration, with weights of several dtypes."""
 
-    why: str = field(kw_only=False)
     M: int = 7
     E: int = 3
     K: int = 72
     N: int = 40
+    act: DType = "fp16"
     dtypes: tuple[DType, ...] = ("fp16",)
-    config: dict[str, Any] = field(default_factory=dict)
-
-    def __str__(self) -> str:
-        return self.why
 
 
 BOTH: tuple[DType, ...] = ("fp16", "fp8")
@@ -53,10 +48,10 @@ CASES = (
     Case("a group of columns in one tile", M=45, K=136, N=320, dtypes=("fp8",), config={"block_n": 128, "block_m": 32}),
     Case("a wide second tile", K=300, N=136, dtypes=BOTH, config={"down_block_n": 256}),
     Case("a scale for each row", M=45, K=136, N=72, dtypes=("fp8_channel",), config={"block_m": 32}),
-    Case("gpt-oss", topk=3, activation="swiglu_oai", bias=True, interleaved=True, dtypes=ALL),
+    Case("gpt-oss", topk=3, **decode.GPT_OSS, dtypes=ALL),
     Case("no gate", activation="relu2", bias=True, N=130, dtypes=ALL),
     Case("by columns", transposed=True, config=SMALL),
-    Case("by columns, gpt-oss", activation="swiglu_oai", bias=True, interleaved=True, transposed=True, config=SMALL),
+    Case("by columns, gpt-oss", **decode.GPT_OSS, transposed=True, config=SMALL),
     Case("codes of four bits", K=288, N=96, bias=True, dtypes=MX, config={"block_k": 64, "block_m": 16}),
     Case("codes of four bits, no gate", K=96, N=160, activation="relu2", dtypes=MX, config={"block_k": 256}),
 )
@@ -67,7 +62,7 @@ TMA = {"block_m": 16, "block_n": 64, "tma": True}
 TMA_CASES = (
     Case("tma", M=20, K=144, N=96, dtypes=ALL, config=TMA),
     Case(
-        "tma, gpt-oss", M=20, K=144, N=96, activation="swiglu_oai", bias=True, interleaved=True, dtypes=BOTH,
+        "tma, gpt-oss", M=20, K=144, N=96, **decode.GPT_OSS, dtypes=BOTH,
         config=TMA,
     ),
     Case("tma, codes of four bits", M=20, K=160, N=96, bias=True, dtypes=MX, config=TMA),
@@ -121,25 +116,13 @@ def test_weights_through_descriptors(case: Case, dtype: DType) -> None:
 
 
 def _equals_the_reference(backend: TritonPersistentBackend, case: Case, dtype: DType) -> None:
-    machine = Machine.inspect(DEVICE)
-    generator = torch.Generator(DEVICE).manual_seed(0)
-    experts = make_experts(case.layer, dtype, DEVICE, generator, act_dtype="fp16", transposed=case.transposed)
-    x = torch.randn(case.M, case.K, generator=generator, device=DEVICE).to(torch_dtype("fp16"))
-    weights, ids = ROUTINGS["uniform"].sample(case.M, case.E, case.topk, DEVICE, torch.Generator().manual_seed(0))
-    ids[0, 0], ids[1, 0] = -1, case.E
-    weights[:2, 0] = torch.nan
-    problem = experts.problem(case.M, case.topk, x.dtype, backend.machine.capability)
-    judged = ReferenceConfig(compute_fp32=True, quantize_activations=backend.quantizes_activations(problem))
-    truth = ReferenceBackend(machine).run(x.float(), experts, weights, ids, judged)
+    case = replace(case, dtype=dtype)
     config = TritonPersistentConfig.model_validate(case.config)
-    out = backend.run(x, experts, weights, ids, config)
-    assert out.dtype == x.dtype
-    error = (out.float() - truth).norm() / truth.norm()
-    # An eighth of what e4m3 activations cost: a kernel that quantised them all the same would not pass.
-    tolerance = backend.tolerance[dtype] if judged.quantize_activations else 2e-3
-    assert error <= tolerance, float(error)
+    decode.check_against_the_reference(case, backend, config, backend.tolerance[dtype], DEVICE)
     if DEVICE == "cuda":  # the interpreter runs programs one after another
-        assert torch.equal(out, backend.run(x, experts, weights, ids, config)), "does not repeat bit for bit"
+        x, weights, ids = (tensor.cuda() for tensor in case.tokens())
+        first, again = (backend.run(x, case.experts(DEVICE), weights, ids, config) for _ in range(2))
+        assert torch.equal(first, again), "does not repeat bit for bit"
 
 
 @pytest.mark.skipif(not on_triton(torch.empty(0, device=DEVICE)), reason="a kernel")
@@ -160,33 +143,7 @@ def test_the_interpreter_refuses_bf16_with_its_reason() -> None:
 
 
 def _machine(capability: tuple[int, int], shared_memory: int, sms: int = 108) -> Machine:
-    return Machine(
-        device="cuda", name="described", capability=capability, sms=sms, memory_bytes=40 << 30,
-        shared_memory_per_block=shared_memory, torch="2.11", cuda="13.0", triton="3.6",
-    )  # fmt: skip
-
-
-@pytest.mark.parametrize(("capability", "shared_memory"), [((8, 0), 16384), ((9, 0), 49152)], ids=str)
-def test_shared_memory_too_small_for_any_tile_is_a_reason(capability: tuple[int, int], shared_memory: int) -> None:
-    machine = _machine(capability, shared_memory)
-    backend = TritonPersistentBackend(machine)
-    problem = WORKLOADS["mixtral-8x7b"].problem(64, "fp16", machine)
-    (reason,) = backend.unsupported_reasons(problem)
-    assert "bytes of shared memory" in reason
-    assert str(shared_memory) in reason
-    assert backend.configs(problem) == ()
-
-
-def test_where_two_programs_do_not_fit_on_a_multiprocessor_one_does() -> None:
-    machine = _machine((9, 0), 101376)
-    problem = WORKLOADS["mixtral-8x7b"].problem(64, "fp16", machine)
-    assert {config.ctas_per_sm for config in persistent_configs(problem, features(machine))} == {1}
-
-
-def test_devices_without_tma_get_none() -> None:
-    machine = _machine((8, 0), 166912)
-    problem = WORKLOADS["mixtral-8x7b"].problem(4096, "bf16", machine)
-    assert not any(c.tma or c.pdl for c in persistent_configs(problem, features(machine)))
+    return gpu(capability, sms=sms, shared_memory_per_block=shared_memory)
 
 
 def test_tiles_grow_with_the_load() -> None:

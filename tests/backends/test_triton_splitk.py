@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ import torch
 from moe_dispatch import testing
 from moe_dispatch.backends.triton_splitk import backend as backend_module
 from moe_dispatch.backends.triton_splitk import gate_up
-from moe_dispatch.backends.triton_splitk.backend import MOST_SLOTS, TritonSplitKBackend
+from moe_dispatch.backends.triton_splitk.backend import TritonSplitKBackend
 from moe_dispatch.backends.triton_splitk.config import SplitKConfig, shared_memory_bytes
 from moe_dispatch.errors import InvalidInputError
 from moe_dispatch.machine import Machine
@@ -19,7 +19,7 @@ from moe_dispatch.numerics import QuantizedRows, quantize_rows_torch
 from moe_dispatch.problem import DType, MoEProblem
 from moe_dispatch.testing import Precision, make_inputs
 from moe_dispatch.workloads import WORKLOADS
-from tests.support.decode import Case, check_against_the_reference
+from tests.support.decode import GPT_OSS, INTERPRETED, Case, check_against_the_reference
 from tests.support.triton_compile import (
     SHARED_MEMORY,
     Launch,
@@ -62,9 +62,9 @@ CASES = [
         Case(f"{name}, partial sums", activation=name, bias=True, config={"splits_gate_up": 2})
         for name in ACTIVATIONS
     ],
-    Case("gpt-oss", K=40, N=24, activation="swiglu_oai", bias=True, interleaved=True),
+    Case("gpt-oss", K=40, N=24, **GPT_OSS),
     Case(
-        "gpt-oss, partial sums", K=40, N=24, activation="swiglu_oai", bias=True, interleaved=True,
+        "gpt-oss, partial sums", K=40, N=24, **GPT_OSS,
         config={"splits_gate_up": 2},
     ),
     # dtypes
@@ -80,7 +80,7 @@ CASES = [
     Case("fp8_channel, splits", dtype="fp8_channel", K=256, N=272, config={"splits_gate_up": 2, "splits_down": 2}),
     Case("fp8_channel, wide tiles, ungated", dtype="fp8_channel", activation="relu2", config={"block_n": 128}),
     # a scale for every 32 columns, which no block of columns need hold
-    Case("mxfp4", dtype="mxfp4", K=288, N=96, activation="swiglu_oai", bias=True, interleaved=True, config=MX),
+    Case("mxfp4", dtype="mxfp4", K=288, N=96, **GPT_OSS, config=MX),
     Case("mxfp4, splits", dtype="mxfp4", K=256, N=160, config=MX | {"splits_gate_up": 2, "splits_down": 2}),
     Case("mxfp4, tma", dtype="mxfp4", K=160, N=96, interleaved=True, config=MX | {"tma": True, "block_k": 128}),
     # tensor descriptors in each row order
@@ -89,7 +89,7 @@ CASES = [
     Case("tma, interleaved, cut tiles", dtype="fp16", K=80, N=40, interleaved=True, config={"tma": True}),
     Case("tma, ungated", dtype="fp16", activation="relu2", config={"tma": True}),
     # weights stored by columns, whose tiles reach past the last row and column
-    Case("by columns, gpt-oss", K=40, N=24, activation="swiglu_oai", bias=True, interleaved=True, transposed=True),
+    Case("by columns, gpt-oss", K=40, N=24, **GPT_OSS, transposed=True),
     Case("by columns, odd K and N", K=70, N=45, transposed=True, config={"splits_gate_up": 2, "splits_down": 2}),
     Case("by columns, ungated", K=70, N=45, activation="relu2", transposed=True, config=EXPERTS),
     Case("by columns, tma", dtype="fp16", K=80, N=40, interleaved=True, transposed=True, config={"tma": True}),
@@ -115,7 +115,7 @@ def machine() -> Machine:
     return Machine.inspect("cpu")
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="runs in Triton's interpreter")
+@INTERPRETED
 @pytest.mark.usefixtures("poisoned_memory")
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_equals_the_reference(case: Case, machine: Machine) -> None:
@@ -124,7 +124,7 @@ def test_equals_the_reference(case: Case, machine: Machine) -> None:
     check_against_the_reference(case, TritonSplitKBackend(machine), config)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="runs in Triton's interpreter")
+@INTERPRETED
 @pytest.mark.usefixtures("poisoned_memory")
 @pytest.mark.parametrize("case", DEQUANTIZED, ids=str)
 def test_dequantised_weights_meet_activations_as_they_are(case: Case) -> None:
@@ -134,23 +134,6 @@ def test_dequantised_weights_meet_activations_as_they_are(case: Case) -> None:
 
 def _problem(machine: Machine, M: int, dtype: DType = "fp16", name: str = "qwen3-30b-a3b") -> MoEProblem:
     return WORKLOADS[name].problem(M, dtype, machine)
-
-
-@pytest.mark.parametrize("name", WORKLOADS)
-@pytest.mark.parametrize("capability", SHARED_MEMORY)
-def test_configs_fit_the_device(name: str, capability: int) -> None:
-    backend = TritonSplitKBackend(described(capability))
-    for M in (1, 4, 16, 64):
-        for dtype in cast("tuple[DType, ...]", ("bf16", "fp8", "fp8_channel")):
-            problem = _problem(backend.machine, M, dtype, name)
-            configs = backend.configs(problem)
-            assert configs[0] == backend.default_config(problem)
-            assert len(set(configs)) == len(configs) <= 16
-            for config in configs:
-                assert shared_memory_bytes(problem, config) <= backend.machine.shared_memory_per_block
-                assert backend.workspace_bytes(problem, config) > 0
-                assert capability >= 90 or not (config.tma or config.pdl)
-                assert dtype == "bf16" or config.block_k == 128
 
 
 @pytest.mark.parametrize(("name", "ctas"), [("kimi-k2-tp8", 3), ("qwen3-235b", 2)])
@@ -202,15 +185,6 @@ def test_grid_follows_how_many_experts_are_hit(name: str, M: int, grid: str) -> 
     config = backend.default_config(_problem(backend.machine, M, "bf16", name))
     assert isinstance(config, SplitKConfig)
     assert config.grid == grid
-
-
-def test_many_slots_are_declined_with_the_limit() -> None:
-    backend = TritonSplitKBackend(described(90))
-    fits, exceeds = MOST_SLOTS // 8, MOST_SLOTS // 8 + 1
-    assert not [why for why in backend.unsupported_reasons(_problem(backend.machine, fits)) if "M·topk" in why]
-    assert f"M·topk ≤ {MOST_SLOTS}, got {exceeds * 8}" in str(
-        backend.unsupported_reasons(_problem(backend.machine, exceeds))
-    )
 
 
 def test_fp8_refuses_blocks_that_straddle_scales(machine: Machine) -> None:

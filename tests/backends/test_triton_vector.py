@@ -3,13 +3,12 @@
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
-from typing import cast
 
 import pytest
 import torch
 
 from moe_dispatch.backend import BackendConfig
-from moe_dispatch.backends.triton_vector.backend import MOST_SLOTS, TritonVectorBackend
+from moe_dispatch.backends.triton_vector.backend import TritonVectorBackend
 from moe_dispatch.backends.triton_vector.config import TritonVectorConfig, shared_memory_bytes
 from moe_dispatch.backends.triton_vector.down import vector_down
 from moe_dispatch.errors import InvalidInputError
@@ -20,9 +19,8 @@ from moe_dispatch.problem import DType
 from moe_dispatch.system.libraries import library_version
 from moe_dispatch.testing import relative_error, truth
 from moe_dispatch.workloads import ROUTINGS, WORKLOADS, Workload, make_experts
-from tests.support.decode import Case, check_against_the_reference
+from tests.support.decode import GPT_OSS, INTERPRETED, Case, check_against_the_reference
 from tests.support.triton_compile import (
-    SHARED_MEMORY,
     Launch,
     compile_launches,
     described,
@@ -47,7 +45,7 @@ CASES = [
         Case("gelu_tanh", activation="gelu_tanh", bias=True),
         Case("swiglu_oai", activation="swiglu_oai", bias=True),
         Case("relu2", activation="relu2", bias=True),
-        Case("gpt-oss", K=400, N=240, activation="swiglu_oai", bias=True, interleaved=True),
+        Case("gpt-oss", K=400, N=240, **GPT_OSS),
         Case("fp16", dtype="fp16", bias=True, K=256, N=256, topk=3),
         Case("fp8", M=2, dtype="fp8", K=256, N=256),
         Case("fp8, cut blocks", dtype="fp8", K=200, N=72, bias=True, activation="swiglu_oai", interleaved=True),
@@ -60,7 +58,7 @@ CASES = [
 ]
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="runs in Triton's interpreter")
+@INTERPRETED
 def test_every_e4m3_code_is_converted_exactly() -> None:
     """Each is a weight of a down projection with one column, so that the output is its value."""
     codes = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn)
@@ -73,27 +71,12 @@ def test_every_e4m3_code_is_converted_exactly() -> None:
     torch.testing.assert_close(out[0], codes.float(), rtol=0, atol=0, equal_nan=True)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="runs in Triton's interpreter")
+@INTERPRETED
 @pytest.mark.usefixtures("poisoned_memory")
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_equals_the_reference(case: Case) -> None:
     config = TritonVectorConfig.model_validate(case.config)
     check_against_the_reference(case, TritonVectorBackend(Machine.inspect("cpu")), config)
-
-
-@pytest.mark.parametrize("name", WORKLOADS)
-@pytest.mark.parametrize("capability", SHARED_MEMORY)
-def test_configs_fit_the_device(name: str, capability: int) -> None:
-    backend = TritonVectorBackend(described(capability))
-    for M in (1, 4, 16, 64):
-        for dtype in cast("tuple[DType, ...]", ("bf16", "fp8", "fp8_channel")):
-            problem = WORKLOADS[name].problem(M, dtype, backend.machine)
-            configs = backend.configs(problem)
-            assert configs[0] == backend.default_config(problem)
-            assert len(set(configs)) == len(configs)
-            for config in configs:
-                assert shared_memory_bytes(config) <= backend.machine.shared_memory_per_block
-                assert capability >= 90 or not config.pdl
 
 
 QWEN3_NEXT = Workload("qwen3-next", E=512, topk=10, K=2048, N=512)
@@ -111,23 +94,6 @@ def test_the_rules_know_where_down_reads_whole_rows_and_every_lane_has_an_expert
     if vector_suits(problem):
         assert config.down_columns >= N or topk == 1
         assert topk % (2 * config.down_experts) or config.down_experts == 8
-
-
-def test_workspace_is_what_the_launches_leave_behind() -> None:
-    backend = TritonVectorBackend(described(90))
-    bf16, fp8 = (WORKLOADS["qwen3-30b-a3b"].problem(2, dtype, backend.machine) for dtype in ("bf16", "fp8"))
-    S, N = 16, bf16.N
-    for problem in (bf16, fp8):
-        assert backend.workspace_bytes(problem, TritonVectorConfig()) == S * N * 2
-
-
-def test_many_slots_are_declined_with_the_limit() -> None:
-    backend = TritonVectorBackend(described(90))
-    layer = WORKLOADS["qwen3-30b-a3b"]
-    fits, exceeds = MOST_SLOTS // layer.topk, MOST_SLOTS // layer.topk + 1
-    assert backend.further_reasons(layer.problem(fits, "fp16", backend.machine)) == ()
-    (reason,) = backend.further_reasons(layer.problem(exceeds, "fp16", backend.machine))
-    assert f"M·topk ≤ {MOST_SLOTS}, got {exceeds * layer.topk}" in reason
 
 
 def test_another_backends_configuration_is_refused() -> None:

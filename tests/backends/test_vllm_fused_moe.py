@@ -1,13 +1,13 @@
 """The vllm_fused_moe backend: its reasons, and the contract with vLLM held against a stand-in that really computes.
 
-The stand-in has the signatures of three releases of vLLM, and does with ids what all of them do: it skips its sorting
+The stand-in has the signatures of an old and a new release, and does with ids what all of them do: it skips its sorting
 where M·topk·4 ≤ E, and there writes zeros for -1 and reads the weights of any other id; where it sorts, it indexes with
 the id and drops what expert_map maps to -1.
 The real one runs in the conformance suite, on a GPU.
 """
 
+import dataclasses
 import enum
-import functools
 import gc
 import os
 import sys
@@ -24,28 +24,24 @@ from torch import Tensor
 
 from moe_dispatch.activations import Activation
 from moe_dispatch.backend import BackendConfig
-from moe_dispatch.backends.reference import ReferenceBackend, ReferenceConfig
 from moe_dispatch.backends.stages.mask_slots import mask_slots
 from moe_dispatch.backends.vllm_fused_moe import VllmFusedMoEBackend, library
 from moe_dispatch.backends.vllm_fused_moe.layers import ACTIVATIONS
 from moe_dispatch.backends.vllm_fused_moe.nan_tokens import mark_nan_tokens, mark_nan_tokens_torch
 from moe_dispatch.errors import BackendUnavailableError
 from moe_dispatch.experts import ExpertWeights
-from moe_dispatch.machine import Machine
 from moe_dispatch.numerics import activate_torch, dequantize, quantize_rows_torch
 from moe_dispatch.problem import DType, MoEProblem
+from moe_dispatch.testing import relative_error, truth
 from moe_dispatch.workloads import Workload, make_experts
+from tests.support.ambient import default_dtype
+from tests.support.described import CPU, H200, small_layer
+from tests.support.packages import forgotten, write_package
 from tests.support.refusals import Refusal, on_hopper
-from tests.support.triton_compile import Launch, compile_launches
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 PACKAGE = "vllm.model_executor.layers.fused_moe"
 E8M0 = "VLLM_USE_DEEP_GEMM_E8M0"
-H200 = Machine(
-    device="cuda", name="NVIDIA H200", capability=(9, 0), sms=132, memory_bytes=141 << 30, torch="2.11.0+cu130",
-    triton="3.6.0", libraries={"vllm": "0.20.2"},
-)  # fmt: skip
-CPU = Machine(device="cpu", name="a cpu", sms=4, memory_bytes=1 << 34, torch="2.13.0+cpu")
 
 
 # Reasons.
@@ -136,42 +132,17 @@ class Parallelism:
         return cls()
 
 
-@dataclass
-class ConfigOf0202:
-    """The fields of `FusedMoEConfig` without a default, in releases that shard the layer themselves."""
-
-    num_experts: int
-    experts_per_token: int
-    hidden_dim: int
-    intermediate_size_per_partition: int
-    num_local_experts: int
-    num_logical_experts: int
-    activation: Any
-    device: Any
-    routing_method: Any
-    moe_parallel_config: Parallelism
-    in_dtype: torch.dtype
-
-
-@dataclass
-class ConfigOf0260:
-    """The same from 0.24.0 on, where the size per partition is computed and has a default."""
-
-    num_experts: int
-    experts_per_token: int
-    hidden_dim: int
-    intermediate_size: int
-    num_local_experts: int
-    num_logical_experts: int
-    activation: Any
-    device: Any
-    routing_method: Any
-    moe_parallel_config: Parallelism
-    in_dtype: torch.dtype
-    intermediate_size_per_partition: int = -1
-
-
-RELEASES: Final = ("0.20.2", "0.26.0", "0.33.0")
+# The fields of `FusedMoEConfig` without a default that all releases have.
+FIELDS = (
+    "num_experts", "experts_per_token", "hidden_dim", "num_local_experts", "num_logical_experts", "activation",
+    "device", "routing_method", "moe_parallel_config", "in_dtype",
+)  # fmt: skip
+# Up to 0.22.1 the caller divides the layer; from 0.24.0 on the size per partition is computed and has a default.
+ConfigOf0202 = dataclasses.make_dataclass("ConfigOf0202", (*FIELDS, "intermediate_size_per_partition"))
+ConfigOf0260 = dataclasses.make_dataclass(
+    "ConfigOf0260", (*FIELDS, "intermediate_size", ("intermediate_size_per_partition", int, -1))
+)
+RELEASES: Final = ("0.20.2", "0.33.0")
 
 
 @dataclass
@@ -185,17 +156,10 @@ class StandIn:
     platform_is_cuda: bool = True
 
     def fp8_w8a8_moe_quant_config(
-        self,
-        w1_scale: Tensor,
-        w2_scale: Tensor,
-        a1_scale: Tensor | None = None,
-        a2_scale: Tensor | None = None,
-        w1_bias: Tensor | None = None,
-        w2_bias: Tensor | None = None,
-        per_act_token_quant: bool = False,
-        per_out_ch_quant: bool = False,
-        block_shape: list[int] | None = None,
-    ) -> Description:
+        self, w1_scale: Tensor, w2_scale: Tensor,
+        w1_bias: Tensor | None = None, w2_bias: Tensor | None = None, per_act_token_quant: bool = False,
+        per_out_ch_quant: bool = False, block_shape: list[int] | None = None,
+    ) -> Description:  # fmt: skip
         assert (block_shape == [128, 128]) != (per_act_token_quant and per_out_ch_quant)
         assert all(scale.dim() == 3 for scale in (w1_scale, w2_scale))
         self.configs += 1
@@ -206,35 +170,13 @@ class StandIn:
         return Description(w1_bias=w1_bias, w2_bias=w2_bias)
 
     def assign(
-        self,
-        topk_ids: Tensor,
-        config: dict[str, Any],
-        num_tokens: int,
-        top_k_num: int,
-        global_num_experts: int,
-        expert_map: Tensor | None,
-        *,
-        ignore_invalid_experts: bool = False,
-    ) -> tuple[Any, ...]:
+        self, topk_ids: Tensor, config: dict[str, Any], num_tokens: int, top_k_num: int, global_num_experts: int,
+        expert_map: Tensor | None, *, ignore_invalid_experts: bool = False,
+    ) -> tuple[Any, ...]:  # fmt: skip
         assert topk_ids.device.type == "cpu"
         if expert_map is None and num_tokens * top_k_num * 4 <= global_num_experts:
             return None, topk_ids.view(-1), torch.full((1,), topk_ids.numel() * config["BLOCK_SIZE_M"])
         raise NotImplementedError("Could not run '_moe_C::moe_align_block_size' with arguments from the 'CPU' backend")
-
-    def assign_of_0330(
-        self,
-        topk_ids: Tensor,
-        config: dict[str, Any],
-        num_tokens: int,
-        top_k_num: int,
-        global_num_experts: int,
-        expert_map: Tensor | None,
-        *,
-        ignore_invalid_experts: bool = False,
-        weights_host_resident: bool = False,
-    ) -> tuple[Any, ...]:
-        assert not weights_host_resident
-        return self.assign(topk_ids, config, num_tokens, top_k_num, global_num_experts, expert_map)
 
     def expert_of_slot(self, ids: Tensor, E: int, global_num_experts: int, expert_map: Tensor | None) -> list[int]:
         if expert_map is None and ids.numel() * 4 <= global_num_experts:
@@ -247,19 +189,11 @@ class StandIn:
         return [int(expert_map[e]) for e in ids.flatten()]
 
     def fused_experts_of_0202(
-        self,
-        hidden_states: Tensor,
-        w1: Tensor,
-        w2: Tensor,
-        topk_weights: Tensor,
-        topk_ids: Tensor,
-        inplace: bool = False,
-        activation: MoEActivation = MoEActivation.SILU,
-        apply_router_weight_on_input: bool = False,
-        global_num_experts: int = -1,
-        expert_map: Tensor | None = None,
+        self, hidden_states: Tensor, w1: Tensor, w2: Tensor, topk_weights: Tensor, topk_ids: Tensor,
+        inplace: bool = False, activation: MoEActivation = MoEActivation.SILU,
+        apply_router_weight_on_input: bool = False, global_num_experts: int = -1, expert_map: Tensor | None = None,
         quant_config: Any = None,
-    ) -> Tensor:
+    ) -> Tensor:  # fmt: skip
         assert not inplace
         return self.fused_experts(
             hidden_states, w1, w2, topk_weights, topk_ids, activation, apply_router_weight_on_input,
@@ -267,18 +201,10 @@ class StandIn:
         )  # fmt: skip
 
     def fused_experts(
-        self,
-        hidden_states: Tensor,
-        w1: Tensor,
-        w2: Tensor,
-        topk_weights: Tensor,
-        topk_ids: Tensor,
-        activation: MoEActivation = MoEActivation.SILU,
-        apply_router_weight_on_input: bool = False,
-        global_num_experts: int = -1,
-        expert_map: Tensor | None = None,
-        quant_config: Any = None,
-    ) -> Tensor:
+        self, hidden_states: Tensor, w1: Tensor, w2: Tensor, topk_weights: Tensor, topk_ids: Tensor,
+        activation: MoEActivation = MoEActivation.SILU, apply_router_weight_on_input: bool = False,
+        global_num_experts: int = -1, expert_map: Tensor | None = None, quant_config: Any = None,
+    ) -> Tensor:  # fmt: skip
         self.calls.append(
             {"by_slot": expert_map is None, "ids": topk_ids, "quant_config": quant_config, "expert_map": expert_map}
         )
@@ -319,7 +245,7 @@ class StandIn:
         return torch.nn.functional.linear(x, wide, None if bias is None else bias[e].float())
 
     def modules(self) -> dict[str, types.ModuleType]:
-        old, newest = self.release == "0.20.2", self.release == "0.33.0"
+        old = self.release == "0.20.2"
         contents: dict[str, dict[str, Any]] = {
             "vllm.platforms": {
                 "current_platform": types.SimpleNamespace(is_cuda=lambda: self.platform_is_cuda),
@@ -335,7 +261,7 @@ class StandIn:
             },
             f"{PACKAGE}.fused_moe": {
                 "fused_experts": self.fused_experts_of_0202 if old else self.fused_experts,
-                "_prepare_expert_assignment": self.assign_of_0330 if newest else self.assign,
+                "_prepare_expert_assignment": self.assign,
             },
         }
         made = {}
@@ -347,18 +273,13 @@ class StandIn:
 
 @pytest.fixture
 def no_vllm(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Hide whatever vLLM this process has loaded, and make the backend forget it."""
-    hidden = {name: module for name, module in sys.modules.items() if name.split(".")[0] == "vllm"}
-    for name in hidden:
-        del sys.modules[name]
+    """Hide vLLM, and make the backend forget it."""
     monkeypatch.setattr(library, "_library", None)
     monkeypatch.setattr(library, "_keeps_fp32_scales", False)
     monkeypatch.setenv(E8M0, "")  # so that the fixture restores it, whatever the backend sets
     monkeypatch.delenv(E8M0)
-    yield
-    for name in [name for name in sys.modules if name.split(".")[0] == "vllm"]:
-        del sys.modules[name]
-    sys.modules.update(hidden)
+    with forgotten("vllm"):
+        yield
 
 
 @pytest.fixture(params=RELEASES)
@@ -369,23 +290,19 @@ def vllm(no_vllm: None, monkeypatch: pytest.MonkeyPatch, request: pytest.Fixture
     return stand_in
 
 
-def layer(dtype: DType, activation: Activation = "silu", *, bias: bool = False, E: int = 8) -> ExpertWeights:
-    interleaved = activation == "swiglu_oai"
-    shape = Workload("tiny", E=E, topk=2, K=128, N=128, activation=activation, bias=bias, interleaved=interleaved)
-    return make_experts(shape, dtype, "cpu", torch.Generator().manual_seed(1))
-
-
 def hidden_for(ids: Tensor, experts: ExpertWeights) -> Tensor:
     hidden = torch.randn(ids.shape[0], experts.K, generator=torch.Generator().manual_seed(2))
     return hidden.to(torch.float16 if experts.dtype == "fp16" else torch.bfloat16)
 
 
-def relative_error(experts: ExpertWeights, weights: Tensor, ids: Tensor) -> float:
-    hidden = hidden_for(ids, experts)
-    backend = VllmFusedMoEBackend(H200)
-    out = backend.run(hidden, experts, weights, ids, backend.config_type()).float()
-    truth = ReferenceBackend(CPU).run(hidden, experts, weights, ids, ReferenceConfig(compute_fp32=True)).float()
-    return float((out - truth).norm() / truth.norm().clamp(min=1e-20))
+def run(hidden: Tensor, experts: ExpertWeights, weights: Tensor, ids: Tensor) -> Tensor:
+    """What a new backend returns."""
+    return VllmFusedMoEBackend(H200).run(hidden, experts, weights, ids, BackendConfig())
+
+
+def error_of(experts: ExpertWeights, weights: Tensor, ids: Tensor) -> float:
+    inputs = hidden_for(ids, experts), experts, weights, ids
+    return relative_error(run(*inputs), truth(*inputs))
 
 
 @pytest.mark.parametrize("activation", ["silu", "gelu", "swiglu_oai", "relu2"])
@@ -393,7 +310,7 @@ def relative_error(experts: ExpertWeights, weights: Tensor, ids: Tensor) -> floa
 def test_hands_the_layer_over_whole(vllm: StandIn, dtype: DType, activation: Activation) -> None:
     ids = torch.tensor([[0, 3], [7, 7], [5, 1]], dtype=torch.int32)
     weights = torch.rand(3, 2, generator=torch.Generator().manual_seed(3))
-    error = relative_error(layer(dtype, activation, bias=True), weights, ids)
+    error = error_of(small_layer(dtype, activation, bias=True), weights, ids)
     assert error <= VllmFusedMoEBackend.tolerance[dtype]
 
 
@@ -409,23 +326,21 @@ def test_ids_that_are_not_ours_add_nothing(vllm: StandIn, dtype: torch.dtype, E:
         ids[0, 0] = 2**32 + 1  # expert 1, if its upper half is lost
     weights = torch.ones(ids.shape)
     weights[(ids < 0) | (ids >= E)] = torch.nan
-    assert relative_error(layer("bf16", E=E), weights, ids) <= 1e-2
+    assert error_of(small_layer("bf16", E=E), weights, ids) <= 1e-2
     assert [call["by_slot"] for call in vllm.calls] == [E == 256]
     assert vllm.calls[0]["ids"].dtype == torch.int32
 
 
 def test_a_vllm_that_cannot_be_asked_always_sorts(vllm: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(sys.modules[f"{PACKAGE}.fused_moe"], "_prepare_expert_assignment")
-    assert relative_error(layer("bf16", E=256), torch.ones(1, 2), torch.tensor([[3, -1]])) <= 1e-2
+    assert error_of(small_layer("bf16", E=256), torch.ones(1, 2), torch.tensor([[3, -1]])) <= 1e-2
     assert not vllm.calls[0]["by_slot"]
 
 
 def test_description_is_made_once_and_dies_with_the_weights(vllm: StandIn) -> None:
-    backend, experts = VllmFusedMoEBackend(H200), layer("fp8")
-    ids, weights = torch.tensor([[0, 1]]), torch.ones(1, 2)
-    hidden = hidden_for(ids, experts)
+    experts, ids = small_layer("fp8"), torch.tensor([[0, 1]])
     for _ in range(3):
-        backend.run(hidden, experts, weights, ids, backend.config_type())
+        run(hidden_for(ids, experts), experts, torch.ones(1, 2), ids)
     assert vllm.configs == 1
     description = vllm.calls[-1]["quant_config"]
     assert all(call["quant_config"] is description for call in vllm.calls)
@@ -436,37 +351,27 @@ def test_description_is_made_once_and_dies_with_the_weights(vllm: StandIn) -> No
     assert gone() is None
 
 
-def test_what_a_captured_graph_reads_outlives_the_backend(vllm: StandIn) -> None:
-    """`reset_dispatchers` drops the backends; a graph that was captured before is replayed all the same."""
-    experts, ids = layer("bf16", E=4), torch.zeros(8, 2, dtype=torch.int64)
-    for _ in range(2):
-        backend = VllmFusedMoEBackend(H200)
-        backend.run(hidden_for(ids, experts), experts, torch.ones(8, 2), ids, backend.config_type())
-    first, second = (call["expert_map"] for call in vllm.calls)
-    assert first is not None
-    assert second is first
-
-
 def test_a_description_follows_tensors_that_are_replaced(vllm: StandIn) -> None:
     """Weight synchronisation gives a tensor other memory; a description of tensors that are gone would be stale."""
-    experts, ids, weights = layer("fp8", bias=True), torch.tensor([[0, 1], [2, 3]]), torch.ones(2, 2)
-    assert relative_error(experts, weights, ids) <= 3e-2
+    experts, ids, weights = small_layer("fp8", bias=True), torch.tensor([[0, 1], [2, 3]]), torch.ones(2, 2)
+    assert error_of(experts, weights, ids) <= 3e-2
     assert experts.gate_up_scale is not None
     assert experts.down_bias is not None
     experts.gate_up_scale.data = experts.gate_up_scale * 3
     experts.down_bias.data = experts.down_bias + 1
-    assert relative_error(experts, weights, ids) <= 3e-2
+    assert error_of(experts, weights, ids) <= 3e-2
     assert vllm.configs == 1
     experts.gate_up_scale = experts.gate_up_scale / 3
-    assert relative_error(experts, weights, ids) <= 3e-2
+    assert error_of(experts, weights, ids) <= 3e-2
     assert vllm.configs == 2
 
 
-def test_layers_alike_share_an_expert_map(vllm: StandIn) -> None:
+def test_layers_alike_share_an_expert_map_which_outlives_the_backend(vllm: StandIn) -> None:
+    """`reset_dispatchers` drops the backends; a graph that was captured before is replayed all the same."""
     ids = torch.zeros(8, 2, dtype=torch.int64)
     for _ in range(2):
-        experts = layer("bf16", E=4)
-        VllmFusedMoEBackend(H200).run(hidden_for(ids, experts), experts, torch.ones(8, 2), ids, BackendConfig())
+        experts = small_layer("bf16", E=4)
+        run(hidden_for(ids, experts), experts, torch.ones(8, 2), ids)
     first, second = (call["expert_map"] for call in vllm.calls)
     assert second is first
     assert first.tolist() == [0, 1, 2, 3, -1]
@@ -474,19 +379,14 @@ def test_layers_alike_share_an_expert_map(vllm: StandIn) -> None:
 
 @pytest.mark.parametrize("default", [torch.float64, torch.bfloat16])
 def test_ambient_defaults_change_nothing(vllm: StandIn, default: torch.dtype) -> None:
-    experts, weights, ids = layer("fp8", E=256), torch.ones(1, 2), torch.tensor([[3, -1]])
-    hidden = hidden_for(ids, experts)
-    backend = VllmFusedMoEBackend(H200)
-    expected = backend.run(hidden, experts, weights, ids, BackendConfig())
+    experts, weights, ids = small_layer("fp8", E=256), torch.ones(1, 2), torch.tensor([[3, -1]])
+    inputs = hidden_for(ids, experts), experts, weights, ids
+    expected = run(*inputs)
     library.load().assigns_by_slot.clear()
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(default)
-    try:
+    with default_dtype(default):
         with torch.device("meta"):
             assert library.assigns_by_slot(library.load(), 1, 2, 256)
-        assert torch.equal(backend.run(hidden, experts, weights, ids, BackendConfig()), expected)
-    finally:
-        torch.set_default_dtype(before)
+        assert torch.equal(run(*inputs), expected)
     assert vllm.calls[-1]["by_slot"]
 
 
@@ -497,35 +397,34 @@ def test_ambient_defaults_change_nothing(vllm: StandIn, default: torch.dtype) ->
 def test_a_nan_in_a_token_stays_in_it(
     vllm: StandIn, dtype: DType, activation: Activation, E: int, value: float
 ) -> None:
-    experts, ids = layer(dtype, activation, E=E), torch.tensor([[0, 3], [7, 1], [5, -1]])
+    experts, ids = small_layer(dtype, activation, E=E), torch.tensor([[0, 3], [7, 1], [5, -1]])
     hidden, weights = hidden_for(ids, experts), torch.ones(3, 2)
     hidden[2, 5] = value
-    out = VllmFusedMoEBackend(H200).run(hidden, experts, weights, ids, BackendConfig()).float()
-    truth = ReferenceBackend(CPU).run(hidden, experts, weights, ids, ReferenceConfig(compute_fp32=True)).float()
-    assert torch.equal(out[2].isnan(), truth[2].isnan())
-    assert ((out - truth)[:2].norm() / truth[:2].norm()).item() <= VllmFusedMoEBackend.tolerance[dtype]
+    inputs = hidden, experts, weights, ids
+    out, expected = run(*inputs).float(), truth(*inputs)
+    assert torch.equal(out[2].isnan(), expected[2].isnan())
+    assert ((out - expected)[:2].norm() / expected[:2].norm()).item() <= VllmFusedMoEBackend.tolerance[dtype]
     assert torch.equal(weights, torch.ones(3, 2))
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp8"])
 def test_tokens_that_start_anywhere(vllm: StandIn, dtype: DType) -> None:
     """As a view into a flat buffer does; vLLM quantises tokens to FP8 in whole vectors, at any address."""
-    experts, ids = layer(dtype), torch.tensor([[0, 3], [7, 7]])
+    experts, ids = small_layer(dtype), torch.tensor([[0, 3], [7, 7]])
     hidden = hidden_for(ids, experts)
     flat = torch.empty(hidden.numel() + 1, dtype=hidden.dtype)
     view = flat[1:].view(hidden.shape).copy_(hidden)
     assert view.data_ptr() % 16
-    backend, weights = VllmFusedMoEBackend(H200), torch.ones(2, 2)
-    out = backend.run(view, experts, weights, ids, BackendConfig())
-    assert torch.equal(out, backend.run(hidden, experts, weights, ids, BackendConfig()))
+    call = experts, torch.ones(2, 2), ids
+    assert torch.equal(run(view, *call), run(hidden, *call))
 
 
 def test_plain_scales_are_asked_for_by_fp8_only(vllm: StandIn) -> None:
     ids, weights = torch.tensor([[0, 1]]), torch.ones(1, 2)
     for dtype in ("bf16", "fp8_channel"):
-        relative_error(layer(dtype), weights, ids)
+        error_of(small_layer(dtype), weights, ids)
     assert E8M0 not in os.environ
-    relative_error(layer("fp8"), weights, ids)
+    error_of(small_layer("fp8"), weights, ids)
     assert os.environ[E8M0] == "0"
 
 
@@ -536,10 +435,10 @@ def test_refuses_rounded_scales(vllm: StandIn, monkeypatch: pytest.MonkeyPatch, 
         monkeypatch.setenv(E8M0, value)
     ids, weights = torch.tensor([[0, 1]]), torch.ones(1, 2)
     with pytest.raises(BackendUnavailableError, match=word):
-        relative_error(layer("fp8"), weights, ids)
+        error_of(small_layer("fp8"), weights, ids)
     assert os.environ.get(E8M0) == value  # a variable that did not help is removed again
     assert vllm.calls == []
-    assert relative_error(layer("bf16"), weights, ids) <= 1e-2  # which has no multipliers to round
+    assert error_of(small_layer("bf16"), weights, ids) <= 1e-2  # which has no multipliers to round
 
 
 def test_a_failing_question_about_scales_is_a_reason(vllm: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -548,12 +447,12 @@ def test_a_failing_question_about_scales_is_a_reason(vllm: StandIn, monkeypatch:
 
     monkeypatch.setattr(sys.modules["vllm.utils.deep_gemm"], "is_deep_gemm_e8m0_used", ask)
     with pytest.raises(BackendUnavailableError, match="CUDA_HOME"):
-        relative_error(layer("fp8"), torch.ones(1, 2), torch.tensor([[0, 1]]))
+        error_of(small_layer("fp8"), torch.ones(1, 2), torch.tensor([[0, 1]]))
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp8", "fp8_channel"])
 def test_the_configuration_of_modular_experts(vllm: StandIn, dtype: DType) -> None:
-    experts = layer(dtype)
+    experts = small_layer(dtype)
     config = library.moe_config(experts, 2, library.load().activation("silu"))
     size = "intermediate_size_per_partition" if vllm.release == "0.20.2" else "intermediate_size"
     assert (getattr(config, size), config.hidden_dim, config.num_local_experts) == (experts.N, experts.K, experts.E)
@@ -587,14 +486,6 @@ def test_the_installed_vllm_has_the_interface() -> None:
     assert config.intermediate_size_per_partition == experts.N
 
 
-def write_package(root: Path, init: str) -> None:
-    package = root.joinpath(*PACKAGE.split("."))
-    package.mkdir(parents=True)
-    for folder in (package, *package.relative_to(root).parents):
-        root.joinpath(folder, "__init__.py").write_text("")
-    package.joinpath("config.py").write_text(init)
-
-
 @pytest.mark.parametrize(
     ("init", "word"),
     [
@@ -607,10 +498,10 @@ def write_package(root: Path, init: str) -> None:
 def test_a_vllm_that_does_not_load(
     no_vllm: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, init: str, word: str
 ) -> None:
-    write_package(tmp_path, init)
+    write_package(tmp_path, f"{PACKAGE}.config", init)
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(BackendUnavailableError, match="does not load") as caught:
-        relative_error(layer("bf16"), torch.ones(1, 2), torch.tensor([[0, 1]]))
+        error_of(small_layer("bf16"), torch.ones(1, 2), torch.tensor([[0, 1]]))
     assert word in str(caught.value)
     assert "pip install" in str(caught.value)
     assert caught.value.__cause__ is not None
@@ -619,7 +510,7 @@ def test_a_vllm_that_does_not_load(
 def test_a_vllm_without_its_metadata_sees_no_cuda(vllm: StandIn) -> None:
     vllm.platform_is_cuda = False
     with pytest.raises(BackendUnavailableError, match="not for CUDA"):
-        relative_error(layer("bf16"), torch.ones(1, 2), torch.tensor([[0, 1]]))
+        error_of(small_layer("bf16"), torch.ones(1, 2), torch.tensor([[0, 1]]))
 
 
 # The stages.
@@ -652,15 +543,3 @@ def test_mark_nan_tokens(dtype: torch.dtype, K: int, infinite: bool) -> None:
     assert torch.equal(marked[1], expected[1])
     assert torch.equal(marked[0].nan_to_num(-1.0), expected[0].nan_to_num(-1.0))
     assert marked[0].isnan().any(dim=1).tolist() == [False, True, infinite, infinite, False]
-
-
-def launch_mark_nan_tokens(_capability: int) -> Iterator[Launch]:
-    for K, infinite in ((128, True), (7168, False)):
-        tensors = torch.empty(4, K, dtype=torch.bfloat16), torch.empty(4, 8), torch.empty(4, 8, dtype=torch.int64)
-        yield Launch(functools.partial(mark_nan_tokens, *tensors, 256, 256, infinite=infinite))
-
-
-def test_mark_nan_tokens_compiles() -> None:
-    kernels = compile_launches(launch_mark_nan_tokens, 80, 90, 100)
-    assert len(kernels) == 6
-    assert all(built.stack == 0 and built.shared <= 1024 for built in kernels)

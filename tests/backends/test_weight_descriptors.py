@@ -4,7 +4,7 @@ Memory is replaced by weight updates (``weight.data = …``), by sleep modes, an
 """
 
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -13,12 +13,11 @@ import torch
 from torch import Tensor
 
 from moe_dispatch import BackendConfig, ExpertWeights
-from moe_dispatch.backend import Inputs
 from moe_dispatch.errors import InvalidInputError
 from moe_dispatch.machine import Machine
 from moe_dispatch.problem import MoEProblem
-from moe_dispatch.workloads import ROUTINGS, Workload, make_experts
-from tests.support.stub_kernels import StubKernel, cpu_is_the_device, floats
+from moe_dispatch.workloads import make_experts
+from tests.support.stub_kernels import LAYER, StubKernel, floats, inputs
 
 pytest.importorskip("triton")
 from moe_dispatch.backends.triton_common import descriptors as descriptors_module
@@ -27,10 +26,11 @@ from moe_dispatch.backends.triton_common.descriptors import Descriptors, WeightV
 from moe_dispatch.backends.triton_common.fast_launch import FastKernel
 from moe_dispatch.backends.triton_common.replay import NotReplayableError, Replay, record
 
-LAYER = Workload("tiny", E=4, topk=2, K=64, N=32)
 SIZE = 3 * LAYER.K
 VIEW = WeightView((LAYER.E, LAYER.K, LAYER.N), (1, 16, 16))
 CONFIG = BackendConfig()
+
+pytestmark = pytest.mark.usefixtures("cpu_launches_stubs")
 
 
 def add_signature(x_ptr, down, out_ptr, n):  # type: ignore[no-untyped-def] # a kernel's
@@ -55,30 +55,11 @@ class Described(TritonBackend):
     def least_shared_memory(self, problem: MoEProblem) -> int:
         return 0
 
-    def run_into(
-        self,
-        hidden_states: Tensor,
-        experts: ExpertWeights,
-        topk_weights: Tensor,
-        topk_ids: Tensor,
-        config: BackendConfig,
-        out: Tensor,
-    ) -> Tensor:
+    def run_into(self, hidden_states: Tensor, experts: ExpertWeights, *others: Any) -> Tensor:
+        out: Tensor = others[-1]
         down = self._descriptor(experts, "down", VIEW.shape, VIEW.block)
         self.kernel[1,](hidden_states, down, out, SIZE)
         return out
-
-
-@pytest.fixture(autouse=True)
-def on_cpu() -> Iterator[None]:
-    with cpu_is_the_device(), torch.no_grad():
-        yield
-
-
-def inputs(seed: int = 0) -> Inputs:
-    generator = torch.Generator().manual_seed(seed)
-    weights, ids = ROUTINGS["uniform"].sample(3, LAYER.E, LAYER.topk, "cpu", generator)
-    return torch.randn(3, LAYER.K, generator=generator), make_experts(LAYER, "fp32", "cpu", generator), weights, ids
 
 
 def recorded(backend: Described) -> Replay:
@@ -143,33 +124,22 @@ def test_memory_that_was_replaced_is_freed(prepared: Callable[[Described], Calla
     assert alive() is None
 
 
-def freed(experts: ExpertWeights) -> None:
-    experts.down.untyped_storage().resize_(0)
-
-
-def smaller(experts: ExpertWeights) -> None:
-    experts.down.data = torch.zeros(2, LAYER.K, LAYER.N)
-
-
-def transposed(experts: ExpertWeights) -> None:
-    experts.down.data = experts.down.data.transpose(1, 2)
-
-
-def fewer(experts: ExpertWeights) -> None:
-    experts.down.data = experts.down.data[:2]
+CHANGES: dict[str, Callable[[Tensor], object]] = {
+    "memory is freed": lambda down: down.untyped_storage().resize_(0),
+    r"got \[2, 64, 32\]": lambda down: setattr(down, "data", torch.zeros(2, LAYER.K, LAYER.N)),
+    r"got \[2": lambda down: setattr(down, "data", down.data[:2]),
+    "with strides": lambda down: setattr(down, "data", down.data.transpose(1, 2)),
+}
 
 
 @pytest.mark.parametrize("prepared", [running, recorded])
-@pytest.mark.parametrize(
-    ("replace", "reason"),
-    [(freed, "memory is freed"), (smaller, r"got \[2, 64, 32\]"), (fewer, r"got \[2"), (transposed, "with strides")],
-)
+@pytest.mark.parametrize("reason", CHANGES)
 def test_weights_that_cannot_be_described_any_more_are_the_callers_fault(
-    replace: Callable[[ExpertWeights], None], reason: str, prepared: Callable[[Described], Callable[..., Tensor]]
+    reason: str, prepared: Callable[[Described], Callable[..., Tensor]]
 ) -> None:
     run = prepared(Described())
     hidden, experts, weights, ids = inputs()
-    replace(experts)
+    CHANGES[reason](experts.down)
     with pytest.raises(InvalidInputError, match=reason):
         run(hidden, experts, weights, ids, CONFIG)
 

@@ -5,7 +5,7 @@
 
 A folder on PYTHONPATH holds unpacked wheels: vLLM with all that it imports, or sgl-deep-gemm with the release of
 apache-tvm-ffi that it requires. Needs a Hopper GPU, nvcc and pytest-xdist, and takes under three minutes on 16 cores.
-Prints one line a case at the end, and writes versions, commit, counts and failures to
+Prints one line a case at the end, and writes what suite_record.py writes, and where the libraries lie, to
 ``$OUT/library-conformance-<label>.json``. Fails if a case fails, or if a backend passes none, as it does where its
 library does not load.
 """
@@ -15,8 +15,6 @@ import importlib.util
 import json
 import os
 import sys
-import time
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -28,24 +26,6 @@ TESTS = (
     "tests/backends/test_conformance.py", "tests/backends/test_vllm_fused_moe.py", "tests/gpu/test_faults.py",
     "tests/gpu/test_libraries.py",
 )  # fmt: skip
-
-
-class Recorder:
-    """Collects the outcome of every case; with xdist it sees the reports of all workers."""
-
-    def __init__(self) -> None:
-        self.cases: dict[str, dict[str, object]] = {}
-
-    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        """Keep the call of a test, or the phase that kept it from being called or spoilt it afterwards."""
-        if report.when != "call" and report.outcome == "passed":
-            return
-        why = ""
-        if report.outcome == "skipped" and isinstance(report.longrepr, tuple):
-            why = str(report.longrepr[2]).removeprefix("Skipped: ")
-        elif report.outcome == "failed":
-            why = next((line for line in reversed(report.longreprtext.splitlines()) if line.strip()), "")
-        self.cases[report.nodeid] = {"outcome": report.outcome, "seconds": round(report.duration, 2), "why": why}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -63,51 +43,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # Kernels of another release must not be found.
     os.environ.setdefault("DG_JIT_CACHE_DIR", str(Path.home() / ".cache" / f"deep_gemm-{options.label}"))
 
-    recorder, begun = Recorder(), time.monotonic()
-    pytest_options = ["-q", "-m", "gpu", "-k", " or ".join(backends), "-n", options.workers, "--dist", "worksteal"]
-    pytest.main([*pytest_options, "--tb=short", *TESTS], plugins=[recorder])
-    record = describe(options.label) | count(recorder, backends) | {"seconds": round(time.monotonic() - begun)}
+    from moe_dispatch.system.libraries import deep_gemm_package
+    from tests.gpu import suite_record
+
     out = Path(os.environ.get("OUT", ROOT / "out")) / f"library-conformance-{options.label}.json"
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    for name, case in sorted(recorder.cases.items()):
-        print(f"{case['outcome']:7} {name.partition('::')[2]} {case['seconds']} s {case['why']}")
-    print(json.dumps(record, indent=1))
-    return 1 if record["failed"] or record["without_a_pass"] else 0
-
-
-def describe(label: str) -> dict[str, object]:
-    """What ran: versions, where DeepGEMM comes from, and the commit."""
-    from moe_dispatch.machine import Machine
-    from moe_dispatch.measure.provenance import commit, versions
-    from moe_dispatch.system.libraries import deep_gemm_package
-
-    machine = Machine.inspect()
+    report = out.with_suffix(".xml")
+    selected = ["-m", "gpu", "-k", " or ".join(backends), "-n", options.workers, "--dist", "worksteal"]
+    pytest.main(["-q", "-rpfEs", "--tb=short", "--junitxml", str(report), *selected, *TESTS])
+    passed = [name for name, outcome, _ in suite_record.outcomes(report) if outcome == "passed"]
+    without_a_pass = [backend for backend in backends if not any(f"[{backend}" in name for name in passed)]
     vllm = importlib.util.find_spec("vllm")
-    return {
-        "label": label,
-        "machine": machine.name,
-        "versions": versions(machine),
+    record = suite_record.record([report]) | {
+        "without_a_pass": without_a_pass,
         "vllm_at": vllm.origin if vllm else "",
         "deep_gemm_at": str(deep_gemm_package() or ""),
-        "commit": commit(ROOT),
     }
-
-
-def count(recorder: Recorder, backends: Sequence[str]) -> dict[str, object]:
-    """Cases by outcome, and the backends that passed none."""
-    outcomes = Counter(str(case["outcome"]) for case in recorder.cases.values())
-    passed = [name for name, case in recorder.cases.items() if case["outcome"] == "passed"]
-    lacking = [backend for backend in backends if not any(f"[{backend}" in name for name in passed)]
-    skips = Counter(str(case["why"]) for case in recorder.cases.values() if case["outcome"] == "skipped")
-    return {
-        "passed": outcomes["passed"],
-        "failed": outcomes["failed"],
-        "skipped": outcomes["skipped"],
-        "without_a_pass": lacking,
-        "why_skipped": dict(skips.most_common(20)),
-        "failures": {name: case["why"] for name, case in recorder.cases.items() if case["outcome"] == "failed"},
-    }
+    out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    print(json.dumps(record, indent=1))
+    return 1 if record["runs"][report.stem]["failed"] or without_a_pass else 0
 
 
 if __name__ == "__main__":

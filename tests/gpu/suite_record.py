@@ -11,7 +11,7 @@ import argparse
 import json
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree as ET
@@ -20,28 +20,35 @@ from xml.etree import ElementTree as ET
 _NUMBER = re.compile(r"(?<![\w.])\d+(?:\.\d+)?")
 
 
+def outcomes(path: Path) -> Iterator[tuple[str, str, str]]:
+    """For each test of a report its name, ``"passed"``, ``"failed"`` or ``"skipped"``, and why it was skipped."""
+    for case in ET.parse(path).getroot().iter("testcase"):  # noqa: S314 - written by pytest a moment ago
+        name, skip = f"{case.get('classname')}::{case.get('name')}", case.find("skipped")
+        if case.find("failure") is not None or case.find("error") is not None:
+            yield name, "failed", ""
+        elif skip is not None:
+            yield name, "skipped", skip.get("message") or "no reason"
+        else:
+            yield name, "passed", ""
+
+
 def summarize(path: Path) -> dict[str, Any]:
     """One report as counts and names."""
     try:
-        suites = ET.parse(path).getroot().findall("testsuite")  # noqa: S314 - written by pytest a moment ago
+        tests = list(outcomes(path))
+        suites = ET.parse(path).getroot().findall("testsuite")  # noqa: S314
     except (OSError, ET.ParseError):
         return {"complete": False}
-    failed, skipped, passed = [], Counter[str](), 0
-    for case in (case for suite in suites for case in suite.iter("testcase")):
-        if case.find("failure") is not None or case.find("error") is not None:
-            failed.append(f"{case.get('classname')}::{case.get('name')}")
-        elif (skip := case.find("skipped")) is not None:
-            skipped[_NUMBER.sub("…", skip.get("message") or "no reason")] += 1
-        else:
-            passed += 1
+    failures = sorted(name for name, outcome, _ in tests if outcome == "failed")
+    skipped = Counter(_NUMBER.sub("…", why) for _, outcome, why in tests if outcome == "skipped")
     seconds = sum(float(suite.get("time") or 0.0) for suite in suites)
     return {
         "complete": True,
-        "passed": passed,
-        "failed": len(failed),
+        "passed": sum(outcome == "passed" for _, outcome, _ in tests),
+        "failed": len(failures),
         "skipped": sum(skipped.values()),
         "seconds": round(seconds, 1),
-        "failures": sorted(failed),
+        "failures": failures,
         "skip_reasons": dict(skipped.most_common()),
     }
 

@@ -4,7 +4,6 @@
 2. What a first call makes on one stream is not read too early from another.
 3. Tensors may start where only their element size divides the address.
 4. Weights that no kernel can read are refused: distributed, freed, moved, or of another dtype than before.
-5. A NaN stays in its token, and is not lost.
 
 What can cost the CUDA context (2 with a library, 3 and 4) runs in a process of its own for each backend:
 ``python -m tests.gpu.test_faults FUNCTION BACKEND``.
@@ -328,20 +327,6 @@ def make_unreadable(name: str, dtype: str) -> None:
 @NAMES
 def test_weights_that_no_kernel_can_read(name: str) -> None:
     alone(unreadable_weights, name)
-
-
-# 5. NaN.
-
-
-@pytest.mark.parametrize("M", [2, 33, 300])
-@DTYPES
-@NAMES
-def test_a_nan_stays_in_its_token(name: str, dtype: str, M: int) -> None:
-    made, case = taken(name, dtype, case_of(M, nan=True))
-    inputs = make_inputs(case, PRECISIONS[dtype], "cuda")
-    problem = case.problem(PRECISIONS[dtype], made.machine)
-    for config in made.configs(problem) if name in LIBRARIES else [made.default_config(problem)]:
-        conform(made, config, inputs)
 
 
 if __name__ == "__main__":

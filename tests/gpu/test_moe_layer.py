@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from moe_dispatch import ExpertWeights, MoELayer, Router
-from moe_dispatch.backends.stages.router_logits import router_logits, router_logits_torch
+from moe_dispatch.backends.stages.router_logits import router_logits
 from moe_dispatch.backends.stages.select_experts import select_experts
 from moe_dispatch.dispatch.process import reset_dispatchers
 from moe_dispatch.measure.verify import relative_error
@@ -93,7 +93,7 @@ def test_agrees_with_fp32(M: int, dtype: torch.dtype, tolerance: float) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, FP8], ids=["bf16", "fp8"])
-@pytest.mark.parametrize("M", [1, 64])
+@pytest.mark.parametrize("M", [1, 64, 512])
 @torch.no_grad()
 def test_a_captured_layer_is_right_on_other_tokens(M: int, dtype: torch.dtype) -> None:
     layer, hidden = layer_of(dtype), tokens(M)
@@ -135,34 +135,6 @@ def test_a_fork_waits_on_both_ends() -> None:
         torch.cuda._sleep(50_000_000)  # type: ignore[no-untyped-call]
         out.copy_(value)
     assert (out == 1.0).all()
-
-
-@pytest.mark.parametrize("name", ROUTERS)
-@pytest.mark.parametrize("M", [1, 7, 300])
-@torch.no_grad()
-def test_the_kernel_chooses_as_torch_does(name: str, M: int) -> None:
-    E, _, router = ROUTERS[name]
-    logits = torch.randn(M, E, device="cuda")
-    bias = 0.1 * torch.randn(E, device="cuda") if router.correction_bias else None
-    for pdl in (False, torch.cuda.get_device_capability() >= (9, 0)):
-        weights, ids = select_experts(logits, router, bias, pdl=pdl)
-        expected_weights, expected_ids = select_experts_torch(logits, router, bias)
-        # Scores that differ in their last bit may change places; their weights are then equal.
-        assert (ids == expected_ids).float().mean() > 0.999
-        torch.testing.assert_close(weights, expected_weights, rtol=1e-5, atol=1e-6)
-
-
-@pytest.mark.parametrize("name", ROUTERS)
-@pytest.mark.parametrize("M", [1, 8, 9, 300])
-@torch.no_grad()
-def test_logits_are_sums_in_fp32(name: str, M: int) -> None:
-    E, K, router = ROUTERS[name]
-    hidden, weight = tokens(M, K), torch.randn(E, K, device="cuda").bfloat16() / K**0.5
-    bias = torch.randn(E, device="cuda").bfloat16() if router.bias else None
-    for pdl in (False, torch.cuda.get_device_capability() >= (9, 0)):
-        logits = router_logits(hidden, weight, bias, pdl=pdl)
-        assert logits.dtype == torch.float32
-        torch.testing.assert_close(logits, router_logits_torch(hidden, weight, bias), rtol=1e-4, atol=1e-4)
 
 
 def graph_us(call: Callable[[], object], repeats: int = 64) -> float:

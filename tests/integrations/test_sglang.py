@@ -71,9 +71,9 @@ def weights(form: str = "bf16") -> tuple[ExpertWeights, dict[str, Any]]:
     return experts, described | {"w13_scale": scales[0], "w2_scale": scales[1]}
 
 
-def call(ids_end: int = E) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def call() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(1)
-    ids = torch.stack([torch.randperm(ids_end, generator=generator)[:TOPK] for _ in range(M)]).int()
+    ids = torch.stack([torch.randperm(E, generator=generator)[:TOPK] for _ in range(M)]).int()
     return torch.randn(M, K, generator=generator).bfloat16(), torch.rand(M, TOPK, generator=generator), ids
 
 

@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-transformers = pytest.importorskip("transformers", minversion="5.17")
+pytest.importorskip("transformers", minversion="5.17")
 
-from moe_dispatch.integrations.transformers import own, register, report  # noqa: E402
-from tests.integrations.transformers_models import (  # noqa: E402
+from moe_dispatch.integrations.transformers import own, register, report
+from tests.integrations.transformers_models import (
     TOLERANCE,
     build,
     call_of,

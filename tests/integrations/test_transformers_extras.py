@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-transformers = pytest.importorskip("transformers", minversion="5.17")
+pytest.importorskip("transformers", minversion="5.17")
 
-from moe_dispatch.integrations.transformers import own, register  # noqa: E402
-from tests.integrations.transformers_models import build, calls, experts_of, gpt_oss, logits, qwen3  # noqa: E402
+from moe_dispatch.integrations.transformers import own, register
+from tests.integrations.transformers_models import build, calls, experts_of, gpt_oss, logits, qwen3
 
 TOKENS = torch.arange(1, 12)[None]
 BOTH = pytest.mark.parametrize("config", [qwen3, gpt_oss], ids=["straight", "transposed"])

@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 import torch
 
-transformers = pytest.importorskip("transformers", minversion="5.17")
+pytest.importorskip("transformers", minversion="5.17")
 
-from moe_dispatch.errors import MoEDispatchWarning  # noqa: E402
-from moe_dispatch.integrations.transformers import register  # noqa: E402
-from moe_dispatch.integrations.transformers.layout import layout_of, model_forward  # noqa: E402
-from tests.integrations.transformers_families import Family, build, families  # noqa: E402
-from tests.integrations.transformers_models import TOLERANCE, call_of, calls  # noqa: E402
+from moe_dispatch.errors import MoEDispatchWarning
+from moe_dispatch.integrations.transformers import register
+from moe_dispatch.integrations.transformers.layout import layout_of, model_forward
+from tests.integrations.transformers_families import Family, build, families
+from tests.integrations.transformers_models import TOLERANCE, call_of, calls
 
 FEWEST = 55  # 5.17 decorates so many and 5.24 decorates 68
 KEPT = {"MuseSparkExperts"}  # it normalises the output of each expert

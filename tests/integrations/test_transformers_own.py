@@ -2,24 +2,22 @@
 
 import copy
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-transformers = pytest.importorskip("transformers", minversion="5.17")
+pytest.importorskip("transformers", minversion="5.17")
 
-from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, use_experts_implementation  # noqa: E402
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, use_experts_implementation
 
-from moe_dispatch.errors import MoEDispatchWarning  # noqa: E402
-from moe_dispatch.integrations.transformers import own, register  # noqa: E402
-from moe_dispatch.integrations.transformers.layout import inspect_module, layout_of  # noqa: E402
-from moe_dispatch.integrations.transformers.takeover import take_over  # noqa: E402
-from tests.integrations.transformers_models import (  # noqa: E402
+from moe_dispatch.errors import MoEDispatchWarning
+from moe_dispatch.integrations.transformers import own, register
+from moe_dispatch.integrations.transformers.layout import inspect_module, layout_of
+from moe_dispatch.integrations.transformers.takeover import take_over
+from tests.integrations.transformers_models import (
     build,
     call_of,
     calls,
@@ -29,6 +27,7 @@ from tests.integrations.transformers_models import (  # noqa: E402
     logits,
     qwen3,
 )
+from tests.support.ambient import default_dtype
 
 
 @pytest.fixture(autouse=True)
@@ -64,56 +63,21 @@ def test_a_gate_is_recognised_under_every_default(default: torch.dtype | None) -
         assert taken.experts is not None, taken.reason
 
 
-@contextmanager
-def default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
+UNKNOWN: dict[str, Callable[[Any], object]] = {
+    "tensor up_proj_norm": lambda module: setattr(module, "up_proj_norm", nn.Parameter(torch.ones(3))),
+    "tensor expert_scale": lambda module: module.register_buffer("expert_scale", torch.ones(8)),
+    "submodule pre_norm": lambda module: setattr(module, "pre_norm", nn.Identity()),
+    "attribute residual_scale=2.0": lambda module: setattr(module, "residual_scale", 2.0),
+    "has_post_expert_norm": lambda module: setattr(module, "has_post_expert_norm", True),
+    "FP8 without scales": lambda module: module.to(torch.float8_e4m3fn),
+}
 
 
-def add_parameter(module: Any) -> None:
-    module.up_proj_norm = nn.Parameter(torch.ones(3))
-
-
-def add_buffer(module: Any) -> None:
-    module.register_buffer("expert_scale", torch.ones(8))
-
-
-def add_submodule(module: Any) -> None:
-    module.pre_norm = nn.Identity()
-
-
-def add_attribute(module: Any) -> None:
-    module.residual_scale = 2.0
-
-
-def normalise_outputs(module: Any) -> None:
-    module.has_post_expert_norm = True
-
-
-def cast_to_fp8(module: Any) -> None:
-    module.to(torch.float8_e4m3fn)
-
-
-@pytest.mark.parametrize(
-    ("change", "reason"),
-    [
-        (add_parameter, "tensor up_proj_norm"),
-        (add_buffer, "tensor expert_scale"),
-        (add_submodule, "submodule pre_norm"),
-        (add_attribute, "attribute residual_scale=2.0"),
-        (normalise_outputs, "has_post_expert_norm"),
-        (cast_to_fp8, "FP8 without scales"),
-    ],
-    ids=lambda value: getattr(value, "__name__", ""),
-)
-def test_what_is_not_known_is_refused_by_name(change: Callable[[Any], None], reason: str) -> None:
+@pytest.mark.parametrize("reason", UNKNOWN)
+def test_what_is_not_known_is_refused_by_name(reason: str) -> None:
     module = qwen3_layer()
     assert not inspect_module(module).unfit
-    change(module)
+    UNKNOWN[reason](module)
     assert reason in inspect_module(module).unfit
 
 
@@ -137,9 +101,8 @@ def test_an_option_that_a_later_decorator_may_have_is_refused_by_name(monkeypatc
     assert "has_latent=True" in inspect_module(module).unfit
 
 
-@use_experts_implementation
-class TakesMore(nn.Module):
-    """Experts whose forward has a fourth argument."""
+class Experts(nn.Module):
+    """The usual attributes."""
 
     def __init__(self, config: Any) -> None:
         super().__init__()
@@ -147,21 +110,19 @@ class TakesMore(nn.Module):
         self.gate_up_proj = nn.Parameter(torch.randn(4, 64, 64))
         self.down_proj = nn.Parameter(torch.randn(4, 64, 32))
         self.act_fn = nn.SiLU()
+
+
+@use_experts_implementation
+class TakesMore(Experts):
+    """Experts whose forward has a fourth argument."""
 
     def forward(self, hidden: Tensor, ids: Tensor, weights: Tensor, expert_scale: Tensor | None = None) -> Tensor:
         return hidden
 
 
 @use_experts_implementation
-class Doubles(nn.Module):
-    """Experts whose attributes say the usual, and whose forward does something else."""
-
-    def __init__(self, config: Any) -> None:
-        super().__init__()
-        self.num_experts = 4
-        self.gate_up_proj = nn.Parameter(torch.randn(4, 64, 64))
-        self.down_proj = nn.Parameter(torch.randn(4, 64, 32))
-        self.act_fn = nn.SiLU()
+class Doubles(Experts):
+    """Experts whose forward does something else."""
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         single: Tensor = ALL_EXPERTS_FUNCTIONS["grouped_mm"](self, hidden_states, top_k_index, top_k_weights)
@@ -232,27 +193,14 @@ def test_ids_of_other_ranks_do_not_break_a_layer_that_keeps_its_own() -> None:
     torch.testing.assert_close(module(rows, ids, weights), own_slots)
 
 
-@dataclass(frozen=True)
-class SchemeCase:
-    """A scheme of FP8 that no backend computes."""
-
-    change: dict[str, Any]
-    reason: str
-
-    def __str__(self) -> str:
-        return self.reason
-
-
 @pytest.mark.parametrize(
-    "case",
-    [SchemeCase({"block_size": (64, 64)}, "blocks"), SchemeCase({"activation_scheme": "static"}, "static")],
-    ids=str,
+    ("change", "reason"), [({"block_size": (64, 64)}, "blocks"), ({"activation_scheme": "static"}, "static")]
 )
-def test_other_fp8_schemes_are_left_alone(case: SchemeCase) -> None:
+def test_other_fp8_schemes_are_left_alone(change: dict[str, Any], reason: str) -> None:
     from transformers.integrations.finegrained_fp8 import FP8Experts
 
-    module = FP8Experts(qwen3(hidden_size=256, moe_intermediate_size=128), **{"block_size": (128, 128), **case.change})
-    assert case.reason in inspect_module(module).unfit
+    module = FP8Experts(qwen3(hidden_size=256, moe_intermediate_size=128), **{"block_size": (128, 128), **change})
+    assert reason in inspect_module(module).unfit
 
 
 def test_plain_fp8_is_understood() -> None:

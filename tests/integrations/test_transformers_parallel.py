@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.multiprocessing.spawn import spawn
 
-transformers = pytest.importorskip("transformers", minversion="5.17")
+pytest.importorskip("transformers", minversion="5.17")
 
-from moe_dispatch.integrations.transformers import register  # noqa: E402
-from moe_dispatch.integrations.transformers.takeover import take_over  # noqa: E402
-from tests.integrations.transformers_models import build, call_of, calls, experts_of, gpt_oss, layer, qwen3  # noqa: E402
+from moe_dispatch.integrations.transformers import register
+from moe_dispatch.integrations.transformers.takeover import take_over
+from tests.integrations.transformers_models import build, call_of, calls, experts_of, gpt_oss, layer, qwen3
 
 WORLD = 2
 TOKENS = torch.arange(1, 12)[None]

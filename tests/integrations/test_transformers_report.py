@@ -3,10 +3,11 @@
 import pytest
 import torch
 
-transformers = pytest.importorskip("transformers", minversion="5.17")
+pytest.importorskip("transformers", minversion="5.17")
+import transformers
 
-from moe_dispatch.integrations.transformers import register, report  # noqa: E402
-from tests.integrations.transformers_models import build, calls, experts_of, qwen3  # noqa: E402
+from moe_dispatch.integrations.transformers import register, report
+from tests.integrations.transformers_models import build, calls, experts_of, qwen3
 
 
 def test_each_layer_has_a_line_with_its_reason() -> None:

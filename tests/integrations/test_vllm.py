@@ -8,7 +8,6 @@ import dataclasses
 import inspect
 import itertools
 import logging
-import os
 import subprocess
 import sys
 import types
@@ -28,7 +27,6 @@ from moe_dispatch.integrations.vllm import VARIABLE, register, takeover
 from moe_dispatch.machine import Machine
 from moe_dispatch.numerics import quantize_blocks, quantize_channels
 from moe_dispatch.problem import MoEProblem
-from moe_dispatch.settings import settings
 from tests.support.fakes import Honest, Raising, ranked
 
 E, TOPK, K, N, M = 8, 2, 256, 128, 5
@@ -119,6 +117,7 @@ def plugin(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
     before = dict(op_registry_oot)
     monkeypatch.setenv(VARIABLE, "1")
+    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
     takeover.TAKEOVER.taken.clear()
     takeover.TAKEOVER.left.clear()
     takeover.TAKEOVER._told = (0, 0)
@@ -136,6 +135,22 @@ def make_layer(quant_config: Any = None, **options: Any) -> Any:
         quant_config=quant_config, prefix=f"layer{next(numbers)}", **options,
     )  # fmt: skip
     return getattr(layer, "routed_experts", layer)
+
+
+def plain_layer(**options: Any) -> Any:
+    """A layer with BF16 weights that are drawn."""
+    layer = make_layer(**options)
+    fill_randomly(layer, 0.05)
+    return layer
+
+
+def fill_randomly(layer: Any, std: float) -> None:
+    for weight in (layer.w13_weight, layer.w2_weight):
+        weight.data.normal_(std=std)
+
+
+def experts_of(layer: Any, activation: Any = "silu") -> ExpertWeights:
+    return ExpertWeights(layer.w13_weight.data, layer.w2_weight.data, activation=activation)
 
 
 def layer_factory() -> Any:
@@ -181,12 +196,10 @@ def draw() -> tuple[Tensor, Tensor, Tensor]:
 
 
 def test_a_bf16_layer_runs_through_moe_forward() -> None:
-    layer = make_layer()
-    for weight in (layer.w13_weight, layer.w2_weight):
-        weight.data.normal_(std=0.05)
+    layer = plain_layer()
     x, weights, ids = draw()
     out = run(layer, x, weights, ids)
-    expected = moe_forward(x, ExpertWeights(layer.w13_weight.data, layer.w2_weight.data), weights, ids)
+    expected = moe_forward(x, experts_of(layer), weights, ids)
     assert torch.equal(out, expected)
     assert takeover.TAKEOVER.taken.total() == 1
     assert not takeover.TAKEOVER.left
@@ -303,38 +316,30 @@ def test_gates_with_parameters_are_taken_over(model: str) -> None:
     if not hasattr(layer.moe_config, "swiglu_limit"):  # 0.20.2 hands it to the layer and does not apply it
         assert "swiglu_limit=10.0" in next(iter(takeover.TAKEOVER.left))
         return
-    for weight in (layer.w13_weight, layer.w2_weight):
-        weight.data.normal_(std=0.5)
+    fill_randomly(layer, 0.5)
     x, weights, ids = draw()
     out = run(layer, x, weights, ids)
-    experts = ExpertWeights(layer.w13_weight.data, layer.w2_weight.data, activation=activation)
-    assert torch.equal(out, moe_forward(x, experts, weights, ids))
+    assert torch.equal(out, moe_forward(x, experts_of(layer, activation), weights, ids))
     if activation.startswith("swiglu("):
-        plain = ExpertWeights(layer.w13_weight.data, layer.w2_weight.data)
-        assert not torch.equal(out, moe_forward(x, plain, weights, ids))
+        assert not torch.equal(out, moe_forward(x, experts_of(layer), weights, ids))
         assert activation in next(iter(takeover.TAKEOVER.taken))
 
 
 def test_tensor_parallelism_leaves_each_gpu_its_columns() -> None:
-    layer = make_layer(tp_size=2)
+    layer = plain_layer(tp_size=2)
     assert f"N={N // 2} " in next(iter(takeover.TAKEOVER.taken))
-    for weight in (layer.w13_weight, layer.w2_weight):
-        weight.data.normal_(std=0.05)
     assert layer.w2_weight.shape == (E, K, N // 2)
     x, weights, ids = draw()
-    expected = moe_forward(x, ExpertWeights(layer.w13_weight.data, layer.w2_weight.data), weights, ids)
+    expected = moe_forward(x, experts_of(layer), weights, ids)
     assert torch.equal(run(layer, x, weights, ids), expected)
 
 
 def test_router_weights_that_were_applied_to_the_input_are_not_applied_again() -> None:
-    layer = make_layer()
-    for weight in (layer.w13_weight, layer.w2_weight):
-        weight.data.normal_(std=0.05)
+    layer = plain_layer()
     x, weights, ids = draw()
     weights, ids = weights[:, :1], ids[:, :1]
     out = run(layer, x, weights, ids, weighted=True)
-    plain = ExpertWeights(layer.w13_weight.data, layer.w2_weight.data)
-    assert torch.equal(out, moe_forward(x * weights.bfloat16(), plain, torch.ones(M, 1), ids))
+    assert torch.equal(out, moe_forward(x * weights.bfloat16(), experts_of(layer), torch.ones(M, 1), ids))
 
 
 def test_the_output_is_written_where_vllm_wants_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -348,34 +353,21 @@ def test_the_output_is_written_where_vllm_wants_it(monkeypatch: pytest.MonkeyPat
         return moe_forward(*arguments, out=out)
 
     monkeypatch.setattr(ours, "moe_forward", watched)
-    layer = make_layer()
-    for weight in (layer.w13_weight, layer.w2_weight):
-        weight.data.normal_(std=0.05)
+    layer = plain_layer()
     out = run(layer, *draw())
     (written,) = outputs
     assert written.data_ptr() == out.data_ptr()
     assert out.isfinite().all()
 
 
-def test_no_tokens_leave_nothing_behind() -> None:
-    layer = make_layer()
-    for weight in (layer.w13_weight, layer.w2_weight):
-        weight.data.normal_(std=0.05)
+def test_no_tokens_leave_nothing_behind_and_a_reloaded_layer_uses_its_new_weights() -> None:
+    layer = plain_layer()
     x, weights, ids = draw()
     first = run(layer, x, weights, ids)
     assert call(layer, x[:0], weights[:0], ids[:0]).shape == (0, K)
     assert torch.equal(call(layer, x, weights, ids), first)
-
-
-def test_a_reloaded_layer_uses_its_new_weights() -> None:
-    layer = make_layer()
-    for weight in (layer.w13_weight, layer.w2_weight):
-        weight.data.normal_(std=0.05)
-    x, weights, ids = draw()
-    first = run(layer, x, weights, ids)
     layer.w2_weight.data = layer.w2_weight.data * 2
-    second = call(layer, x, weights, ids)
-    torch.testing.assert_close(second.float(), 2 * first.float())
+    torch.testing.assert_close(call(layer, x, weights, ids).float(), 2 * first.float())
 
 
 LEFT: dict[str, tuple[dict[str, Any], str]] = {
@@ -398,7 +390,6 @@ def test_a_layer_that_does_not_fit_stays_vllms_own(case: str, caplog: pytest.Log
     options, reason = LEFT[case]
     skip_what_is_unknown(options)
     with caplog.at_level(logging.INFO, logger="vllm.moe_dispatch"):
-        logging.getLogger("vllm").propagate = True
         layer = make_layer(**{name: value() if callable(value) else value for name, value in options.items()})
     assert layer.quant_method.experts_cls.__name__ != "MoeDispatchExperts"
     assert reason in next(iter(takeover.TAKEOVER.left))
@@ -420,11 +411,8 @@ def test_a_gpu_without_kernels_of_ours_leaves_the_layer_to_vllm() -> None:
 def test_what_was_not_calibrated_is_chosen_otherwise_and_the_log_says_how(
     activation: str, model: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    layer = make_layer(activation=activation)
-    for weight in (layer.w13_weight, layer.w2_weight):
-        weight.data.normal_(std=0.05)
+    layer = plain_layer(activation=activation)
     with caplog.at_level(logging.INFO, logger="vllm.moe_dispatch"):
-        logging.getLogger("vllm").propagate = True
         run(layer, *draw())
         call(layer, *draw())
     (line,) = (record.getMessage() for record in caplog.records if "warmed up" in record.getMessage())
@@ -432,14 +420,11 @@ def test_what_was_not_calibrated_is_chosen_otherwise_and_the_log_says_how(
     assert "by rules" in line
 
 
-def test_a_backend_that_fails_in_the_warm_up_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("MOE_DISPATCH_POLICY", "fixed")
-    settings.cache_clear()
-    layer = make_layer()
-    for weight in (layer.w13_weight, layer.w2_weight):
-        weight.data.normal_(std=0.05)
+@pytest.mark.usefixtures("fixed_policy")
+def test_a_backend_that_fails_in_the_warm_up_is_replaced() -> None:
+    layer = plain_layer()
     x, weights, ids = draw()
-    experts = ExpertWeights(layer.w13_weight.data, layer.w2_weight.data)
+    experts = experts_of(layer)
     with ranked(Raising, Honest):
         with pytest.warns(MoEDispatchWarning, match="'honest' runs instead"):
             warm_up.prepare(takeover.TAKEOVER, experts, TOPK, x.dtype, into_out=True)
@@ -474,9 +459,7 @@ def test_another_plugins_layer_is_respected(caplog: pytest.LogCaptureFixture) ->
 
 def test_the_plugin_is_announced_to_vllm() -> None:
     code = "import importlib.metadata as m; print([e.value for e in m.entry_points(group='vllm.general_plugins')])"
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=dict(os.environ)
-    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     if "moe_dispatch" not in done.stdout:
         pytest.skip("moe-dispatch is on the path here, not installed")
     assert "moe_dispatch.integrations.vllm:register" in done.stdout

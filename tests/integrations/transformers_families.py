@@ -15,14 +15,7 @@ HIDDEN, INTERMEDIATE, EXPERTS = 64, 32, 4
 
 @dataclass(frozen=True)
 class Family:
-    """A decorated class.
-
-    Attributes:
-        module: The module that defines it.
-        name: Its name.
-        config: The name of the configuration class that its constructor is annotated with; empty if it is not.
-        reads: The attributes of the configuration that its constructor reads.
-    """
+    """A decorated class, the configuration class that its constructor is annotated with, and what that reads of it."""
 
     module: str
     name: str
@@ -56,14 +49,14 @@ def _family(module: str, node: ast.ClassDef) -> Family:
     return Family(module, node.name, ast.unparse(annotation) if annotation else "", tuple(sorted(reads)))
 
 
-def build(family: Family, dtype: torch.dtype, implementation: str = "moe_dispatch") -> Any:
+def build(family: Family, dtype: torch.dtype) -> Any:
     """A layer of the family with its configuration's defaults, but for the sizes."""
     module = importlib.import_module(family.module)
     config = _config(module, family)
     for name in family.reads:
         if isinstance(getattr(config, name, None), int | None) and (size := _size(name)):
             setattr(config, name, size)
-    config._experts_implementation = implementation
+    config._experts_implementation = "moe_dispatch"
     extra = {"intermediate_size": INTERMEDIATE} if "VLMoe" in family.name and "Ernie" in family.name else {}
     layer = getattr(module, family.name)(config, **extra)
     torch.manual_seed(0)

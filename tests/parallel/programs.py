@@ -25,7 +25,6 @@ from moe_dispatch.parallel import watch
 from moe_dispatch.parallel.exchange import Arrived, LocalTokens, Tokens
 from moe_dispatch.parallel.expert_parallel import ExpertParallel
 from moe_dispatch.parallel.gather import GatherExchange
-from moe_dispatch.parallel.registry import EXCHANGES
 from moe_dispatch.parallel.sharded_experts import ShardedExperts
 from moe_dispatch.parallel.trial import Trial, drawn_inputs
 from moe_dispatch.registry import BACKENDS
@@ -49,6 +48,17 @@ def parallel(**options: Any) -> ExpertParallel:
     if key not in _made:
         _made[key] = twins.group_with(**options)
     return _made[key]
+
+
+def is_last() -> bool:
+    """Whether this is the last rank."""
+    return dist.get_rank() == dist.get_world_size() - 1
+
+
+def split_call(ep: ExpertParallel) -> tuple[torch.Tensor, ShardedExperts, torch.Tensor, torch.Tensor]:
+    """A call of LAYER that is the same on all ranks, its experts divided among them."""
+    hidden, experts, weights, ids = make_inputs(LAYER, FP32, "cpu").arguments
+    return hidden, ep.split(experts), weights, ids
 
 
 def tokens_of(M: int, spread: str) -> list[int]:
@@ -190,14 +200,13 @@ def own_call(ep: ExpertParallel, M: int = 4, topk: int = 2, **options: Any) -> t
 def warmed(tokens: Tokens) -> list[tuple[Any, ...]]:
     """Warm up, and return what was chosen, measured and explained."""
     ep = ExpertParallel(tokens=tokens)
-    inputs = make_inputs(LAYER, FP32, "cpu")
-    layer = ep.split(inputs.experts)
+    hidden, layer, weights, ids = split_call(ep)
     before = ep.explain(layer, 2, 8).chosen
     compared = ep.warm_up(layer, topk=2, tokens=[2, 8])
     assert ep.explain(layer, 2, 8).chosen == compared[1].chosen
     assert ep.explain(layer, 2, 1000).chosen == "gather"
     assert f"-> {compared[1].chosen}: measured as fastest" in str(ep.explain(layer, 2, 7))
-    moe_forward(inputs.hidden_states[:8], layer, inputs.topk_weights[:8], inputs.topk_ids[:8])
+    moe_forward(hidden[:8], layer, weights[:8], ids[:8])
     assert before == "gather"
     return [(each.chosen, each.us, each.failed) for each in compared]
 
@@ -214,10 +223,10 @@ def exchanges_that_ran() -> list[str]:
             return arrived
 
         exchange.dispatch = noted  # type: ignore[method-assign]
-    inputs = make_inputs(LAYER, FP32, "cpu")
-    layer = ep.split(inputs.experts)
+    call = split_call(ep)
+    layer = call[1]
     for _ in range(2):
-        moe_forward(inputs.hidden_states, layer, inputs.topk_weights, inputs.topk_ids)
+        moe_forward(*call)
         kind = session.kind(layer.placement, layer.local, LAYER.M, LAYER.topk, torch.float32)
         session.keep_choice(kind, "alltoall", {})
     return ran
@@ -229,7 +238,6 @@ class SlowGather(GatherExchange):
     name = "slow"
 
     def dispatch(self, tokens: LocalTokens) -> Arrived:
-        """See `Exchange.dispatch`."""
         if self.collectives.rank != self.collectives.size - 1:
             time.sleep(0.05)
         return super().dispatch(tokens)
@@ -241,7 +249,6 @@ class BrokenGather(GatherExchange):
     name = "broken"
 
     def dispatch(self, tokens: LocalTokens) -> Arrived:
-        """See `Exchange.dispatch`."""
         if self.collectives.rank == self.collectives.size - 1:
             raise RuntimeError("no such luck")
         return Arrived(tokens.hidden_states, tokens.topk_weights, tokens.wire_ids)
@@ -249,22 +256,17 @@ class BrokenGather(GatherExchange):
 
 def race_with_others() -> tuple[Any, ...]:
     """Warm up with an exchange that is slow on some ranks and one that is broken on another."""
-    for exchange in (SlowGather, BrokenGather):
-        EXCHANGES.register(exchange.name, exchange)
-    try:
+    with twins.registered(SlowGather, BrokenGather):
         ep = ExpertParallel()
-        layer = ep.split(make_inputs(LAYER, FP32, "cpu").experts)
+        layer = split_call(ep)[1]
         (compared,) = ep.warm_up(layer, topk=2, tokens=[4])
         reasons = ep.explain(layer, 2, 4).against["broken"]
-    finally:
-        for exchange in (SlowGather, BrokenGather):
-            EXCHANGES.unregister(exchange.name)
     return compared.chosen, compared.us, compared.failed, reasons
 
 
 def create_with(variable: str, value: str, **options: Any) -> None:
     """Make a group with an environment variable that only the last rank has."""
-    last = dist.get_rank() == dist.get_world_size() - 1
+    last = is_last()
     if last and variable:
         os.environ[variable] = value
     settings.cache_clear()
@@ -283,7 +285,7 @@ def with_another_calibration() -> None:
 
     machine = current_machine("cpu")
     before = os.environ["MOE_DISPATCH_CACHE_DIR"]
-    if dist.get_rank() == dist.get_world_size() - 1:
+    if is_last():
         os.environ["MOE_DISPATCH_CACHE_DIR"] = f"{before}/another"
         path = calibration_path(machine)
         path.parent.mkdir(parents=True, mode=0o700)
@@ -296,7 +298,7 @@ def with_another_calibration() -> None:
 
 def layer_with(local: str) -> None:
     """Make a layer that is another one on the last rank."""
-    last = dist.get_rank() == dist.get_world_size() - 1
+    last = is_last()
     case = dataclasses.replace(LAYER, E=2, N=32 if last and local == "N" else 16)
     experts = make_inputs(case, FP32, "cpu").experts
     parallel().shard(experts, experts=2 * dist.get_world_size() + (local == "experts"))
@@ -304,7 +306,7 @@ def layer_with(local: str) -> None:
 
 def call_with(what: str) -> None:
     """Make a call that is another one on the last rank."""
-    last = dist.get_rank() == dist.get_world_size() - 1
+    last = is_last()
     ep = parallel(tokens="replicated" if what == "tokens" else "sharded", timeout=100.0)
     own_call(
         ep, M=3 if last and what == "tokens" else 4, topk=3 if last and what == "topk" else 2,
@@ -321,7 +323,7 @@ def backends_that_ran() -> list[str]:
     """Which backends run a call where the last rank cannot use torch_grouped."""
     from moe_dispatch.backends.torch_grouped import TorchGroupedBackend
 
-    last = dist.get_rank() == dist.get_world_size() - 1
+    last = is_last()
     disabled = os.environ.pop("MOE_DISPATCH_DISABLE")
     settings.cache_clear()
     reasons = ("it is broken here",) if last else ()
@@ -336,8 +338,7 @@ def backends_that_ran() -> list[str]:
 def stated_counts() -> tuple[int, int]:
     """Calls with and without stated counts: how often the ranks told each other numbers."""
     ep, rank = ExpertParallel(), dist.get_rank()
-    inputs = make_inputs(LAYER, FP32, "cpu")
-    layer = ep.split(inputs.experts)
+    hidden, layer, weights, ids = split_call(ep)
     control = ep._session.control
     gather, times = control.gather_numbers, []
 
@@ -346,7 +347,7 @@ def stated_counts() -> tuple[int, int]:
         return gather(numbers)
 
     control.gather_numbers = counted  # type: ignore[method-assign]
-    arguments = inputs.hidden_states[:rank], layer, inputs.topk_weights[:rank], inputs.topk_ids[:rank]
+    arguments = hidden[:rank], layer, weights[:rank], ids[:rank]
     exchanged = moe_forward(*arguments)
     told = len(times)
     with ep.tokens_per_rank(range(ep.size)):
@@ -358,11 +359,9 @@ def stated_counts() -> tuple[int, int]:
 def lose_a_rank(how: str, victim: int, timeout: float) -> Any:
     """One rank is lost in the second call."""
     ep = ExpertParallel(timeout=timeout, first_timeout=60.0)
-    inputs = make_inputs(LAYER, FP32, "cpu")
-    layer = ep.split(inputs.experts)
-    hidden, others = inputs.hidden_states, (layer, inputs.topk_weights, inputs.topk_ids)
+    call = split_call(ep)
     with ep._session.watch.patience(60.0):  # the first call imports
-        moe_forward(hidden, *others)
+        moe_forward(*call)
     watch.GRACE = 0.5  # type: ignore[misc]
     if dist.get_rank() == victim:
         if how == "killed":
@@ -373,11 +372,11 @@ def lose_a_rank(how: str, victim: int, timeout: float) -> Any:
             ep._session.dispatcher.forward = _fail  # type: ignore[assignment,method-assign]
     start = time.monotonic()
     try:
-        moe_forward(hidden, *others)
+        moe_forward(*call)
     except Exception as error:  # noqa: BLE001 - the test looks at it
         seconds, again = time.monotonic() - start, ""
         try:
-            moe_forward(hidden, *others)
+            moe_forward(*call)
         except Exception as later:  # noqa: BLE001
             again = type(later).__name__
         return type(error).__name__, str(error), getattr(error, "ranks", ()), getattr(error, "call", 0), seconds, again
@@ -405,27 +404,23 @@ def refuse_on_one_rank(what: str) -> tuple[str, int]:
     Args:
         what: What is wrong on the last rank: ``"hidden_states"``, or ``"weights"`` that were replaced before.
     """
-    ep = ExpertParallel(timeout=100.0)
-    inputs = make_inputs(LAYER, FP32, "cpu")
-    layer = ep.split(inputs.experts)
-    last = dist.get_rank() == dist.get_world_size() - 1
-    hidden, down = inputs.hidden_states, layer.local.down
-    refusal = ""
-    moe_forward(hidden, layer, inputs.topk_weights, inputs.topk_ids)
-    right = down.data
-    if what == "hidden_states" and last:
+    right = split_call(ExpertParallel(timeout=100.0))
+    hidden, *others = right
+    down, refusal = right[1].local.down, ""
+    moe_forward(*right)
+    memory = down.data
+    if what == "hidden_states" and is_last():
         hidden = hidden.double()
     elif what == "weights":
-        down.data = right = right.clone()
-        moe_forward(hidden, layer, inputs.topk_weights, inputs.topk_ids)
-        down.data = right[:, 1:].contiguous() if last else right
+        down.data = memory = memory.clone()
+        moe_forward(*right)
+        down.data = memory[:, 1:].contiguous() if is_last() else memory
     try:
-        moe_forward(hidden, layer, inputs.topk_weights, inputs.topk_ids)
+        moe_forward(hidden, *others)  # type: ignore[arg-type]  # the layer is one of the others
     except InvalidInputError as error:
         refusal = str(error)
-    down.data = right
-    out = moe_forward(inputs.hidden_states, layer, inputs.topk_weights, inputs.topk_ids)
-    return refusal, out.shape[0]
+    down.data = memory
+    return refusal, moe_forward(*right).shape[0]
 
 
 def _fail(*_: object) -> torch.Tensor:

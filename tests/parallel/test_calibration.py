@@ -38,6 +38,11 @@ def calibrated(two: Ranks) -> dict[str, Any]:
     return printed
 
 
+@pytest.fixture(scope="module")
+def stored(calibrated: dict[str, Any]) -> ParallelCalibration:
+    return ParallelCalibration.model_validate({key: calibrated[key] for key in ParallelCalibration.model_fields})
+
+
 def run_command() -> tuple[int, str]:
     arguments = ["--parallel", "--model", MODEL, "--dtype", "fp32", "--tokens", "1,4", "--device", "cpu", "--json"]
     result = CliRunner().invoke(app, ["calibrate", *arguments])
@@ -112,9 +117,8 @@ def test_all_ranks_choose_by_the_calibration_of_rank_0(two: Ranks, calibrated: d
         path.write_text(before, encoding="utf-8")
 
 
-def test_a_later_calibration_keeps_other_layers(calibrated: dict[str, Any]) -> None:
-    stored = {key: calibrated[key] for key in ParallelCalibration.model_fields}
-    older = ParallelCalibration.model_validate(stored)
+def test_a_later_calibration_keeps_other_layers(stored: ParallelCalibration) -> None:
+    older = stored
     fresh = older.layers[0].model_copy(update={"splits": {"gather": Split(us=3, experts_us=2, transfers_us=2)}})
     other = older.layers[1].model_copy(update={"kind": replace(older.layers[1].kind, E=16)})
     newer = older.model_copy(update={"layers": (fresh, other)})
@@ -124,9 +128,9 @@ def test_a_later_calibration_keeps_other_layers(calibrated: dict[str, Any]) -> N
 
 @pytest.mark.parametrize("own", ["{", '{"versions": {}}'], ids=["damaged", "of other versions"])
 def test_an_own_file_without_use_does_not_hide_a_shared_one(
-    calibrated: dict[str, Any], own: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    stored: ParallelCalibration, own: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    shared = ParallelCalibration.model_validate({key: calibrated[key] for key in ParallelCalibration.model_fields})
+    shared = stored
     monkeypatch.setenv("MOE_DISPATCH_CACHE_DIR", str(tmp_path / "own"))
     monkeypatch.setenv("MOE_DISPATCH_CALIBRATION_PATH", str(tmp_path))
     (tmp_path / f"{shared.topology.key}.json").write_text(shared.model_dump_json(), encoding="utf-8")
@@ -140,8 +144,7 @@ def test_an_own_file_without_use_does_not_hide_a_shared_one(
     assert str(path) in reason
 
 
-def test_nothing_is_interpolated_over_a_wide_gap(calibrated: dict[str, Any]) -> None:
-    stored = ParallelCalibration.model_validate({key: calibrated[key] for key in ParallelCalibration.model_fields})
+def test_nothing_is_interpolated_over_a_wide_gap(stored: ParallelCalibration) -> None:
     kind = stored.layers[0].kind
     wide = tuple(stored.layers[0].model_copy(update={"kind": replace(kind, M=M)}) for M in (1, 100))
     table = ExchangeTable(stored.model_copy(update={"layers": wide}))

@@ -1,32 +1,32 @@
 """Layers that are spread over the ranks of a gloo group: results, agreement, and the choice of the exchange."""
 
-import functools
-from collections.abc import Iterator
+import importlib.util
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
 
 from moe_dispatch.testing import CASES, Precision
-from tests.parallel import programs
+from tests.parallel import programs, twins
 from tests.support.ranks import Raised, Ranks, ranks
 
 # Of 8 experts three ranks hold 2, 3 and 3.
 NAMES = [name for name, case in CASES.items() if case.E >= 3]
-FEW = ["M=17", "ids outside 0…E-1", "a NaN in one of many tokens", "gpt-oss", "neither of 128, several blocks"]
+FEWEST = ["M=17", "ids outside 0…E-1", "a NaN in one of many tokens"]
+FEW = [*FEWEST, "gpt-oss", "neither of 128, several blocks"]
 SERVES = (("sharded", "gather"), ("sharded", "alltoall"), ("replicated", "gather"), ("replicated", "replicated"))
-
-
-@pytest.fixture(scope="module")
-def three(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
-    with ranks(3, tmp_path_factory.mktemp("three")) as started:
-        yield started
+# Exchanges for GPUs, whose kernels are interpreted here.
+WITHOUT_TRITON = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")
+TWINS = [pytest.param("sharded", name, marks=WITHOUT_TRITON) for name in twins.TWINS]
+SHARDED = pytest.mark.parametrize(("tokens", "exchange"), [*SERVES[:2], *TWINS])
 
 
 @pytest.mark.parametrize("spread", ["even", "uneven", "none on the last"])
-@pytest.mark.parametrize("exchange", ["gather", "alltoall"])
-def test_sharded_tokens_conform(three: Ranks, exchange: str, spread: str) -> None:
-    names = NAMES if spread == "uneven" else FEW
-    assert three.run(programs.conformance, names, programs.FP32, "sharded", exchange, spread) == [[], [], []]
+@SHARDED
+def test_sharded_tokens_conform(three: Ranks, tokens: str, exchange: str, spread: str) -> None:
+    names = FEWEST if exchange in twins.TWINS else NAMES if spread == "uneven" else FEW
+    assert three.run(programs.conformance, names, programs.FP32, tokens, exchange, spread) == [[], [], []]
 
 
 @pytest.mark.parametrize("exchange", ["gather", "replicated"])
@@ -40,7 +40,7 @@ def test_other_dtypes_conform(three: Ranks, tokens: str, exchange: str, precisio
     assert three.run(programs.conformance, FEW, precision, tokens, exchange, "uneven") == [[], [], []]
 
 
-@pytest.mark.parametrize(("tokens", "exchange"), SERVES)
+@pytest.mark.parametrize(("tokens", "exchange"), [*SERVES, *TWINS])
 def test_all_tokens_may_need_one_rank(three: Ranks, tokens: str, exchange: str) -> None:
     assert max(three.run(programs.all_to_one_rank, tokens, exchange)) < 1e-6
 
@@ -57,16 +57,16 @@ def test_four_ranks(tmp_path: Any) -> None:
             assert others == [first] * 3, "all ranks choose alike"
 
 
-@pytest.mark.parametrize("exchange", ["gather", "alltoall"])
-def test_padding_rows_run_no_expert(three: Ranks, exchange: str) -> None:
+@SHARDED
+def test_padding_rows_run_no_expert(three: Ranks, tokens: str, exchange: str) -> None:
     every = three.run(programs.slots_that_run, exchange, [1, 0, 9])
     assert sum(ran for ran, _ in every) == sum(own for _, own in every) == 20
 
 
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize(("tokens", "exchange"), [case for case in SERVES if case[1] != "alltoall"])
+@pytest.mark.parametrize(("tokens", "exchange"), [*(case for case in SERVES if case[1] != "alltoall"), *TWINS])
 def test_columns_may_be_divided(three: Ranks, tokens: str, exchange: str, *, bias: bool) -> None:
-    assert max(three.run(functools.partial(programs.columns, tokens, exchange, bias=bias))) < 1e-5
+    assert max(three.run(partial(programs.columns, tokens, exchange, bias=bias))) < 1e-5
 
 
 @pytest.mark.parametrize("tokens", ["sharded", "replicated"])
@@ -118,41 +118,31 @@ def test_a_backend_that_one_rank_lacks_runs_on_none(three: Ranks) -> None:
     assert three.run(programs.backends_that_ran) == [["reference"]] * 3
 
 
-def mismatches(three: Ranks, program: Any, *arguments: Any) -> list[str]:
-    """The messages of the ranks, all of which refuse."""
-    every = three.outcomes(program, *arguments)
+MISMATCHES: dict[str, tuple[Callable[..., None], tuple[str, ...]]] = {
+    "policy": (
+        partial(programs.create_with, "MOE_DISPATCH_POLICY", "rules"), ("MOE_DISPATCH_POLICY", "('rules',) on rank 2")
+    ),
+    "max_tokens": (
+        partial(programs.create_with, "", "", max_tokens=(4, 8)), ("max_tokens: 4 on rank 0, 4 on rank 1, 8 on rank 2",)
+    ),
+    "calibration": (
+        programs.with_another_calibration, ("digest of the policies' tables", "one MOE_DISPATCH_CACHE_DIR serves")
+    ),
+    "N": (partial(programs.layer_with, "N"), ("N: 16 on rank 0, 16 on rank 1, 32 on rank 2",)),
+    "experts": (partial(programs.layer_with, "experts"), ("2 + 2 + 2 experts, and experts=7",)),
+    "topk": (partial(programs.call_with, "topk"), ("topk: 2 on rank 0",)),
+    "tokens": (partial(programs.call_with, "tokens"), ("tokens: 4 on rank 0",)),
+    "backend": (partial(programs.call_with, "backend"), ("named backend: ",)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("other", MISMATCHES)
+def test_ranks_that_do_not_agree_are_all_refused(three: Ranks, other: str) -> None:
+    program, words = MISMATCHES[other]
+    every = three.outcomes(program)
     assert [type(each) for each in every] == [Raised] * 3, every
     assert {each.name for each in every} <= {"ExpertParallelMismatchError", "InvalidInputError"}, every
-    return [each.text for each in every]
-
-
-def test_ranks_with_other_settings_are_refused(three: Ranks) -> None:
-    for text in mismatches(three, programs.create_with, "MOE_DISPATCH_POLICY", "rules"):
-        assert "MOE_DISPATCH_POLICY" in text
-        assert "('rules',) on rank 2" in text
-    for text in mismatches(three, functools.partial(programs.create_with, "", "", max_tokens=(4, 8))):
-        assert "max_tokens: 4 on rank 0, 4 on rank 1, 8 on rank 2" in text
-
-
-def test_ranks_with_other_calibrations_are_refused(three: Ranks) -> None:
-    for text in mismatches(three, programs.with_another_calibration):
-        assert "digest of the policies' tables" in text
-        assert "one MOE_DISPATCH_CACHE_DIR serves" in text
-
-
-def test_parts_that_do_not_belong_together_are_refused(three: Ranks) -> None:
-    for text in mismatches(three, programs.layer_with, "N"):
-        assert "N: 16 on rank 0, 16 on rank 1, 32 on rank 2" in text
-    for text in mismatches(three, programs.layer_with, "experts"):
-        assert "2 + 2 + 2 experts, and experts=7" in text
-
-
-@pytest.mark.parametrize(
-    ("what", "said"),
-    [("topk", "topk: 2 on rank 0"), ("tokens", "tokens: 4 on rank 0"), ("backend", "named backend: ")],
-)
-def test_ranks_in_another_call_are_refused(three: Ranks, what: str, said: str) -> None:
-    assert all(said in text for text in mismatches(three, programs.call_with, what))
+    assert all(word in each.text for each in every for word in words), every
 
 
 def test_a_name_is_checked_where_nothing_runs(three: Ranks) -> None:

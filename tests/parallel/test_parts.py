@@ -19,10 +19,7 @@ from moe_dispatch.parallel.expert_parallel import ExpertParallel
 from moe_dispatch.parallel.placement import Placement
 from moe_dispatch.parallel.registry import EXCHANGES
 from moe_dispatch.parallel.watch import ProcessIdentity
-
-KIND = CallKind(
-    M=8, K=64, N=32, E=8, topk=2, dtype="bf16", act_dtype="bf16", tokens="sharded", division="experts", ranks=2
-)
+from tests.parallel.twins import KIND
 
 
 def test_ids_outside_the_layer_belong_to_no_rank() -> None:

@@ -20,13 +20,16 @@ from moe_dispatch.backends.exchange import push
 from moe_dispatch.numerics import quantize_rows_torch
 from moe_dispatch.parallel import device_code
 from moe_dispatch.parallel.direct import DirectExchange, DirectFp8Exchange
-from moe_dispatch.parallel.exchange import Exchange, LocalTokens
+from moe_dispatch.parallel.exchange import CallKind, Exchange, LocalTokens
 from moe_dispatch.parallel.expert_parallel import ExpertParallel
 from moe_dispatch.parallel.gather import GatherExchange
 from moe_dispatch.parallel.placement import Placement
 from moe_dispatch.parallel.registry import EXCHANGES
 from moe_dispatch.parallel.symmetric_memory import SymmetricMemory
 
+KIND: Final = CallKind(
+    M=8, K=64, N=32, E=8, topk=2, dtype="bf16", act_dtype="bf16", tokens="sharded", division="experts", ranks=2
+)
 POISON: Final = 0xA5  # every byte of shared memory but its header
 
 
@@ -36,7 +39,6 @@ class PackedGather(GatherExchange):
     name = "packed_twin"
 
     def packs(self, row_bytes: int) -> bool:
-        """See `GatherExchange.packs`."""
         return row_bytes % 16 == 0
 
 
@@ -73,20 +75,20 @@ class SharedMemoryDirectFp8(SharedMemoryDirect, DirectFp8Exchange):
     requirements = dataclasses.replace(DirectFp8Exchange.requirements, transports=frozenset({"gloo"}))
 
 
-TWINS: Final[dict[str, type[Exchange]]] = {each.name: each for each in (PackedGather, SharedMemoryDirect)}
-ALL: Final[dict[str, type[Exchange]]] = {**TWINS, SharedMemoryDirectFp8.name: SharedMemoryDirectFp8}
+TWINS: Final[tuple[str, ...]] = (PackedGather.name, SharedMemoryDirect.name)
 
 
 @contextlib.contextmanager
-def registered() -> Iterator[None]:
-    """Groups made inside have the twins among their exchanges."""
-    for name, twin in ALL.items():
-        EXCHANGES.register(name, twin)
+def registered(*exchanges: type[Exchange]) -> Iterator[None]:
+    """Groups made inside have these among their exchanges, or the twins."""
+    exchanges = exchanges or (PackedGather, SharedMemoryDirect, SharedMemoryDirectFp8)
+    for exchange in exchanges:
+        EXCHANGES.register(exchange.name, exchange)
     try:
         yield
     finally:
-        for name in ALL:
-            EXCHANGES.unregister(name)
+        for exchange in exchanges:
+            EXCHANGES.unregister(exchange.name)
 
 
 def direct(timeout: float = 60.0, *, quantizes: bool = False) -> SharedMemoryDirect:

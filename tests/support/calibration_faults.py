@@ -8,20 +8,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe_dispatch.backend import Backend, Requirements
-from moe_dispatch.registry import BACKENDS
+from moe_dispatch.backend import Requirements
+from tests.support.fakes import Honest
 
 
-class RightBackend(Backend):
+class RightBackend(Honest):
     """The reference under another name."""
 
     name = "right"
     requirements = Requirements(dtypes={"fp32": (0, 0)}, act_dtypes=frozenset({"fp32"}), cpu=True)
+    needs_probe = True
 
-    def run(self, *arguments: Any) -> Tensor:
-        """See `Backend.run`."""
-        reference: Any = BACKENDS.load("reference")(self.machine)
-        return self.spoil(reference.run(*arguments[:4], reference.config_type()))
+    def run(self, *call: Any, **named: Any) -> Tensor:
+        return self.spoil(super().run(*call, **named))
 
     def spoil(self, out: Tensor) -> Tensor:
         """What this backend does to the right answer."""

@@ -11,9 +11,15 @@ from typing import Any, Final, Literal
 
 Implementations = Mapping[str, Callable[..., Any]]
 
-_CONTIGUOUS: Final = "a b d grouped_layout"
-_MASKED: Final = "a b d masked_m expected_m"
 _RECIPES: Final = "recipe recipe_a recipe_b compiled_dims disable_ue8m0_cast"
+_FP8_NAMES: Final = {
+    "m_grouped_fp8_gemm_nt_contiguous": "m_grouped_fp8_fp4_gemm_nt_contiguous",
+    "m_grouped_fp8_gemm_nt_masked": "m_grouped_fp8_fp4_gemm_nt_masked",
+}
+_ALL_NAMES: Final = _FP8_NAMES | {
+    "fp8_m_grouped_gemm_nt_masked": "m_grouped_fp8_fp4_gemm_nt_masked",
+    "bf16_m_grouped_gemm_nt_masked": "m_grouped_bf16_gemm_nt_masked",
+}
 
 
 @dataclass(frozen=True)
@@ -34,13 +40,7 @@ class Release:
     pdl: Literal["package", "extension"] = "package"
 
     def module(self, implementations: Implementations, name: str = "deep_gemm") -> types.ModuleType:
-        """The release as a module, doing what the implementations do.
-
-        Args:
-            implementations: By ``"bf16_contiguous"``, ``"bf16_masked"``, ``"fp8_contiguous"``, ``"fp8_masked"``,
-                ``"alignment"`` and ``"set_pdl"``.
-            name: Of the module.
-        """
+        """The release as a module, doing what the implementations of `_kind`, "alignment" and "set_pdl" do."""
         made, extension = types.ModuleType(name), types.ModuleType(f"{name}._C")
         contents: dict[str, Any] = {
             function: _Bound(self.form, function, parameters.split(), implementations[_kind(function)])
@@ -88,90 +88,29 @@ def _tensors(arguments: Any) -> Any:
             yield from _tensors(argument)
 
 
+def _functions(*, zero_padding: bool, epilogue: bool) -> dict[str, str]:
+    """The functions of a release, which differ in two parameters."""
+    psum = f"use_psum_layout {'ensure_zero_padding ' if zero_padding else ''}expected_m_for_psum_layout"
+    functions = {
+        "m_grouped_bf16_gemm_nt_contiguous": f"a b d grouped_layout compiled_dims {psum}",
+        "m_grouped_bf16_gemm_nt_masked": "a b d masked_m expected_m compiled_dims",
+        "m_grouped_fp8_fp4_gemm_nt_contiguous": f"a b d grouped_layout {_RECIPES} {psum}",
+        "m_grouped_fp8_fp4_gemm_nt_masked": f"a b d masked_m expected_m {_RECIPES}",
+    }
+    return {name: f"{parameters} epilogue" if epilogue else parameters for name, parameters in functions.items()}
+
+
+_OLD: Final = _functions(zero_padding=False, epilogue=False)
+_NEW: Final = _functions(zero_padding=True, epilogue=True)
 RELEASES: Final[dict[str, Release]] = {
-    # vLLM 0.20.2 and 0.26.0.
-    "vLLM's 2.5.0": Release(
-        "pybind",
-        {
-            "m_grouped_bf16_gemm_nt_contiguous": f"{_CONTIGUOUS} compiled_dims use_psum_layout "
-            "expected_m_for_psum_layout",
-            "m_grouped_bf16_gemm_nt_masked": f"{_MASKED} compiled_dims",
-            "m_grouped_fp8_fp4_gemm_nt_contiguous": f"{_CONTIGUOUS} {_RECIPES} use_psum_layout "
-            "expected_m_for_psum_layout",
-            "m_grouped_fp8_fp4_gemm_nt_masked": f"{_MASKED} {_RECIPES}",
-        },
-        {
-            "m_grouped_fp8_gemm_nt_contiguous": "m_grouped_fp8_fp4_gemm_nt_contiguous",
-            "m_grouped_fp8_gemm_nt_masked": "m_grouped_fp8_fp4_gemm_nt_masked",
-            "fp8_m_grouped_gemm_nt_masked": "m_grouped_fp8_fp4_gemm_nt_masked",
-            "bf16_m_grouped_gemm_nt_masked": "m_grouped_bf16_gemm_nt_masked",
-        },
-    ),
-    # vLLM 0.33.0.
-    "vLLM's 2.8.1": Release(
-        "operators",
-        {
-            "m_grouped_bf16_gemm_nt_contiguous": f"{_CONTIGUOUS} compiled_dims use_psum_layout ensure_zero_padding "
-            "expected_m_for_psum_layout epilogue",
-            "m_grouped_bf16_gemm_nt_masked": f"{_MASKED} compiled_dims epilogue",
-            "m_grouped_fp8_fp4_gemm_nt_contiguous": f"{_CONTIGUOUS} {_RECIPES} use_psum_layout ensure_zero_padding "
-            "expected_m_for_psum_layout epilogue",
-            "m_grouped_fp8_fp4_gemm_nt_masked": f"{_MASKED} {_RECIPES} epilogue",
-        },
-        {
-            "m_grouped_fp8_gemm_nt_contiguous": "m_grouped_fp8_fp4_gemm_nt_contiguous",
-            "m_grouped_fp8_gemm_nt_masked": "m_grouped_fp8_fp4_gemm_nt_masked",
-        },
-    ),
+    "vLLM's 2.5.0": Release("pybind", _OLD, _ALL_NAMES),  # vLLM 0.20.2 and 0.26.0
+    "vLLM's 2.8.1": Release("operators", _NEW, _FP8_NAMES),  # vLLM 0.33.0
     "sgl-deep-gemm 0.1.3": Release(
         "dlpack",
-        {
-            "m_grouped_bf16_gemm_nt_contiguous": f"{_CONTIGUOUS} compiled_dims use_psum_layout "
-            "expected_m_for_psum_layout",
-            "m_grouped_bf16_gemm_nt_masked": f"{_MASKED} compiled_dims",
-            "m_grouped_fp8_fp4_gemm_nt_contiguous": f"{_CONTIGUOUS} {_RECIPES} use_psum_layout "
-            "expected_m_for_psum_layout",
-            "m_grouped_fp8_fp4_gemm_nt_masked": f"{_MASKED} {_RECIPES}",
-        },
-        {
-            "m_grouped_fp8_gemm_nt_contiguous": "m_grouped_fp8_fp4_gemm_nt_contiguous",
-            "fp8_m_grouped_gemm_nt_masked": "m_grouped_fp8_fp4_gemm_nt_masked",
-            "bf16_m_grouped_gemm_nt_masked": "m_grouped_bf16_gemm_nt_masked",
-        },
+        _OLD,
+        {name: function for name, function in _ALL_NAMES.items() if name != "m_grouped_fp8_gemm_nt_masked"},
         pdl="extension",
     ),
-    "sgl-deep-gemm 0.2.1": Release(
-        "dlpack",
-        {
-            "m_grouped_bf16_gemm_nt_contiguous": f"{_CONTIGUOUS} compiled_dims use_psum_layout ensure_zero_padding "
-            "expected_m_for_psum_layout",
-            "m_grouped_bf16_gemm_nt_masked": f"{_MASKED} compiled_dims",
-            "m_grouped_fp8_fp4_gemm_nt_contiguous": f"{_CONTIGUOUS} {_RECIPES} use_psum_layout ensure_zero_padding "
-            "expected_m_for_psum_layout",
-            "m_grouped_fp8_fp4_gemm_nt_masked": f"{_MASKED} {_RECIPES}",
-        },
-        {
-            "m_grouped_fp8_gemm_nt_contiguous": "m_grouped_fp8_fp4_gemm_nt_contiguous",
-            "m_grouped_fp8_gemm_nt_masked": "m_grouped_fp8_fp4_gemm_nt_masked",
-            "fp8_m_grouped_gemm_nt_masked": "m_grouped_fp8_fp4_gemm_nt_masked",
-            "bf16_m_grouped_gemm_nt_masked": "m_grouped_bf16_gemm_nt_masked",
-        },
-    ),
-    "sgl-deep-gemm 0.2.5": Release(
-        "operators",
-        {
-            "m_grouped_bf16_gemm_nt_contiguous": f"{_CONTIGUOUS} compiled_dims use_psum_layout ensure_zero_padding "
-            "expected_m_for_psum_layout epilogue",
-            "m_grouped_bf16_gemm_nt_masked": f"{_MASKED} compiled_dims epilogue",
-            "m_grouped_fp8_fp4_gemm_nt_contiguous": f"{_CONTIGUOUS} {_RECIPES} use_psum_layout ensure_zero_padding "
-            "expected_m_for_psum_layout epilogue",
-            "m_grouped_fp8_fp4_gemm_nt_masked": f"{_MASKED} {_RECIPES} epilogue",
-        },
-        {
-            "m_grouped_fp8_gemm_nt_contiguous": "m_grouped_fp8_fp4_gemm_nt_contiguous",
-            "m_grouped_fp8_gemm_nt_masked": "m_grouped_fp8_fp4_gemm_nt_masked",
-            "fp8_m_grouped_gemm_nt_masked": "m_grouped_fp8_fp4_gemm_nt_masked",
-            "bf16_m_grouped_gemm_nt_masked": "m_grouped_bf16_gemm_nt_masked",
-        },
-    ),
+    "sgl-deep-gemm 0.2.1": Release("dlpack", _functions(zero_padding=True, epilogue=False), _ALL_NAMES),
+    "sgl-deep-gemm 0.2.5": Release("operators", _NEW, _ALL_NAMES),
 }

@@ -58,8 +58,8 @@ class Lying(Honest):
     name = "lying"
     needs_probe = True
 
-    def run(self, *arguments: Any) -> Tensor:
-        return super().run(*arguments) * 1.5
+    def run(self, *call: Any, **named: Any) -> Tensor:
+        return super().run(*call, **named) * 1.5
 
 
 class Greedy(Honest):

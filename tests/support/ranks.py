@@ -27,14 +27,7 @@ PATIENCE = 120.0  # Seconds for one function: the cores may be busy with other t
 
 @dataclass(frozen=True)
 class Raised:
-    """What a function raised on a rank.
-
-    Attributes:
-        name: Type of the exception.
-        text: Its message.
-        seconds: Time from the function's start.
-        trace: Where it was raised.
-    """
+    """What a function raised on a rank, how many seconds after its start, and its traceback."""
 
     name: str
     text: str

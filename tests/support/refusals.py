@@ -3,7 +3,12 @@
 import dataclasses
 from dataclasses import dataclass
 
+import pytest
+import torch
+
 from moe_dispatch.backend import Backend
+from moe_dispatch.dispatch.process import get_dispatcher
+from moe_dispatch.errors import BackendUnavailableError
 from moe_dispatch.problem import DType, MoEProblem
 
 
@@ -23,3 +28,17 @@ def on_hopper(dtype: DType = "bf16", **changes: object) -> MoEProblem:
     """A small problem that the libraries take on an H200, changed."""
     plain = MoEProblem(M=4, K=256, N=128, E=8, topk=2, dtype=dtype, act_dtype="fp16" if dtype == "fp16" else "bf16")
     return dataclasses.replace(plain, **changes)  # type: ignore[arg-type]
+
+
+def available(name: str, device: torch.device | None = None) -> Backend:
+    """A backend by name, or a skip with the reasons why it is not here."""
+    try:
+        return get_dispatcher(device).planner.backend(name)
+    except BackendUnavailableError as error:
+        pytest.skip(str(error))
+
+
+def require(backend: Backend, problem: MoEProblem) -> None:
+    """Skip with the backend's reasons where it does not take a problem."""
+    if reasons := backend.unsupported_reasons(problem):
+        pytest.skip("; ".join(reasons))

@@ -53,13 +53,7 @@ class Clock:
 
 @dataclass(frozen=True)
 class Noise:
-    """Relative errors of measured times, as standard deviations.
-
-    Attributes:
-        sample: Of one sample.
-        drift: Of the clock, which all candidates of a moment share.
-        session: Of a candidate at a point for as long as a process lives: where its memory lies, how it is scheduled.
-    """
+    """Standard deviations of relative errors: of one sample, of the clock, and of a candidate within a process."""
 
     sample: float = 0.0
     drift: float = 0.0
@@ -75,16 +69,13 @@ class SimulatedWorker:
 
     Attributes:
         time_of: Time of one run of a candidate, in µs.
-        noise: Errors of what is measured.
         session: Names the process: each has noise of its own.
         clock: Advances by what runs, and by `prepare_s` for each layer and point.
         error_of: Relative error of a candidate; above the tolerance it is wrong.
         raises: What a candidate raises, or None.
         dies: How a candidate takes the worker down, or None.
         memory_tokens: Points with more tokens cannot be prepared.
-        prepare_s: Seconds to make weights or inputs.
         deadline: Time of the clock at which the worker is killed.
-        points: The points that were prepared, in order.
     """
 
     time_of: TimeOf
@@ -108,12 +99,10 @@ class SimulatedWorker:
         self.spent: dict[str, float] = {}
 
     def layer(self, layer: LayerShape) -> None:
-        """See `Worker.layer`."""
         self._layer, self._setup = layer, None
         self._pass(self.prepare_s)
 
     def point(self, setup: PointSetup) -> None:
-        """See `Worker.point`."""
         if self.memory_tokens < setup.M:
             raise NotPreparedError(f"out of memory: {setup.M} tokens")
         assert self._layer is not None
@@ -125,13 +114,11 @@ class SimulatedWorker:
         """See `Worker.compile`."""
 
     def launch(self, candidate: int) -> float:
-        """See `Worker.launch`."""
         run = self._run(candidate)
         self._live(run)
         return self._sample(run)
 
     def check(self, candidate: int, tolerance: float, *, briefly: bool) -> float:
-        """See `Worker.check`."""
         run = self._run(candidate)
         self._live(run)
         if (error := self.error_of(run)) > tolerance:
@@ -139,7 +126,6 @@ class SimulatedWorker:
         return error
 
     def time(self, candidates: Sequence[int], routing: str, budget_s: float, rounds: int) -> list[Samples]:
-        """See `Worker.time`."""
         runs = [self._run(candidate, routing) for candidate in candidates]
         for run in runs:
             self._live(run)

@@ -13,9 +13,21 @@ from unittest import mock
 
 import numpy as np
 import pytest
+import torch
 from torch import Tensor
 
+from moe_dispatch.backend import Inputs
+from moe_dispatch.workloads import ROUTINGS, Workload, make_experts
+
 ON_CPU = -1  # what a CPU tensor says that its device's number is
+LAYER = Workload("tiny", E=4, topk=2, K=64, N=32)  # for the backends that launch stubs
+
+
+def inputs(seed: int = 0, M: int = 3) -> Inputs:
+    """A call of LAYER."""
+    generator = torch.Generator().manual_seed(seed)
+    weights, ids = ROUTINGS["uniform"].sample(M, LAYER.E, LAYER.topk, "cpu", generator)
+    return torch.randn(M, LAYER.K, generator=generator), make_experts(LAYER, "fp32", "cpu", generator), weights, ids
 
 
 class StubKernel:
@@ -29,12 +41,7 @@ class StubKernel:
     """
 
     def __init__(
-        self,
-        signature: Callable[..., None],
-        compute: Callable[..., None] | None = None,
-        *,
-        packed: bool = True,
-        **options: Any,
+        self, signature: Callable[..., None], compute: Callable[..., None] | None = None, **options: Any
     ) -> None:
         from triton.backends.compiler import GPUTarget
         from triton.backends.nvidia.compiler import CUDABackend
@@ -45,7 +52,6 @@ class StubKernel:
         self.compute = compute or (lambda *_: None)
         self.compiled = 0
         self.started: list[Any] = []
-        self._packed = packed
         self._bind = create_function_from_signature(jit.signature, jit.params, CUDABackend(GPUTarget("cuda", 90, 32)))
 
     def specialization(self, *args: Any, **constants: Any) -> tuple[Any, ...]:
@@ -65,7 +71,7 @@ class StubKernel:
     def _compiled(self, specialization: tuple[Any, ...]) -> Any:
         def launcher(*arguments: Any) -> None:
             width, height, depth, stream, function, *_ = arguments
-            values = tuple(arguments[-1]) if self._packed else arguments[13:]
+            values = tuple(arguments[-1])
             assert function is specialization
             self.started.append(((width, height, depth), stream, specialization, values))
             self.compute(*values)
@@ -75,14 +81,14 @@ class StubKernel:
 
         kinds = [kind for kind, *_ in specialization[0]]
         descriptors = [kind for kind in kinds if str(kind).startswith("tensordesc")]
-        packing = {"kernel_signature": "", "arg_annotations": []} if self._packed else {}
         run = SimpleNamespace(
             launch=encoding if descriptors else launcher,
             launch_cooperative_grid=False,
             launch_pdl=False,
             global_scratch_size=0,
             profile_scratch_size=0,
-            **packing,
+            kernel_signature="",
+            arg_annotations=[],
         )
         return SimpleNamespace(
             run=run,

@@ -58,12 +58,9 @@ class Built:
     """A compiled kernel of a launch: its constants, what it takes of a device, and which instructions it has.
 
     Attributes:
-        name: Name of the kernel.
-        capability: Compute capability that it was compiled for.
         note: The note of its `Launch`.
         constants: Values of its constexprs by name, and its number of warps.
         shared: Bytes of shared memory.
-        registers: Registers of a thread.
         stack: Bytes of stack of a thread: spilled registers.
         spilling: Whether it spills within a loop of asynchronous products.
         wgmma: Whether it has asynchronous products of a warp group.
