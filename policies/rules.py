@@ -17,7 +17,8 @@ DECODE_TOKENS: Final = 64
 # Above so many tokens with so many rows per expert, uneven routing gives some experts more rows than a split-K tile
 # has, and it reads their weights again. At 64 tokens under uniform and Dirichlet-4 routing: mixtral-8x7b in BF16 653
 # and 548 µs, by triton_persistent 680 and 320; qwen3-30b-a3b 283 and 196, 288 and 180. At deepseek-v3, with two rows,
-# split-K is ahead (4304 µs), and so it is at 32 tokens in the mean of both.
+# split-K is ahead (4304 µs), and so it is at 32 tokens in the mean of both, and where kernels have to convert weights
+# (the H200 as an A100, qwen3-30b-a3b in FP8 at 64: 193 µs, 302).
 EVEN_DECODE_TOKENS: Final = 40
 EVEN_DECODE_ROWS: Final = 4
 # From this many rows per hit expert on, gluon_hopper's tiles of 128 rows are ahead of triton_persistent's of 64, two
@@ -121,8 +122,14 @@ def _ours(problem: MoEProblem) -> Ranked:
 
 def _is_decode(problem: MoEProblem) -> bool:
     few_rows = problem.expected_slots < EVEN_DECODE_ROWS * problem.E
-    most = DECODE_TOKENS if few_rows else EVEN_DECODE_TOKENS
+    most = DECODE_TOKENS if few_rows or _converts(problem) else EVEN_DECODE_TOKENS
     return most >= problem.M
+
+
+def _converts(problem: MoEProblem) -> bool:
+    """Whether kernels turn weights into the activations' dtype by arithmetic, without an instruction for it."""
+    old = problem.capability is not None and problem.capability < (8, 9)
+    return problem.dtype == "mxfp4" or (problem.fp8 and old)
 
 
 def _decode(problem: MoEProblem) -> Ranked:
@@ -144,10 +151,8 @@ def vector_suits(problem: MoEProblem) -> bool:
     """Whether the vector kernels are likelier to be fastest than split-K on tensor cores."""
     if problem.expected_slots > VECTOR_SHARING * problem.expected_experts:
         return False
-    if problem.dtype == "mxfp4":
-        return False  # which they do not read
-    if problem.fp8 and problem.capability is not None and problem.capability < (8, 9):
-        return False  # without an instruction that converts e4m3, which takes longer still; nothing was measured there
+    if _converts(problem):
+        return False  # they do not read MXFP4, and converting e4m3 takes them longer still
     read = problem.expected_experts * problem.expert_bytes
     topk, columns = (1 << (length - 1).bit_length() for length in (problem.topk, problem.N))
     fits = topk <= VECTOR_EXPERTS and columns <= VECTOR_N and topk * columns <= VECTOR_COLUMNS
