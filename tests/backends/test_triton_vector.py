@@ -156,8 +156,8 @@ def launch_columns_past_n(capability: int) -> Iterator[Launch]:
 def test_columns_past_n_are_left_out_and_take_no_registers() -> None:
     _, down = compile_launches(launch_columns_past_n, 90)
     assert down.constants["CHUNK"] * down.constants["CHUNKS"] == WORKLOADS["qwen3-30b-a3b"].N
-    # Seven CTAs of a multiprocessor; Triton 3.9 takes 95, which lets five of them in.
-    assert down.registers <= (96 if library_version("triton").startswith("3.9.") else 72), down
+    # Seven CTAs of a multiprocessor with Triton 3.6; later ones take up to 95, which lets five of them in.
+    assert down.registers <= (72 if library_version("triton").startswith("3.6.") else 96), down
 
 
 @pytest.mark.gpu
