@@ -126,6 +126,11 @@ class MoEProblem:
         return self.dtype in QUANTIZED_DTYPES
 
     @property
+    def has_fp8_products(self) -> bool:
+        """Whether the device multiplies e4m3, as from compute capability 8.9 on; True where it is not known."""
+        return self.capability is None or self.capability >= (8, 9)
+
+    @property
     def gated(self) -> bool:
         """Whether ``gate_up`` holds gate and up rows (2N) or up rows only (N)."""
         return self.activation not in UNGATED

@@ -128,8 +128,7 @@ def _is_decode(problem: MoEProblem) -> bool:
 
 def _converts(problem: MoEProblem) -> bool:
     """Whether kernels turn weights into the activations' dtype by arithmetic, without an instruction for it."""
-    old = problem.capability is not None and problem.capability < (8, 9)
-    return problem.dtype == "mxfp4" or (problem.fp8 and old)
+    return problem.dtype == "mxfp4" or (problem.fp8 and not problem.has_fp8_products)
 
 
 def _decode(problem: MoEProblem) -> Ranked:

@@ -96,7 +96,7 @@ class CandidateSource:
         return self._behind.get((layer.key, mode), {})
 
     def known(self) -> set[PointKey]:
-        """Points of the file at which today's versions of every backend were measured; their lags count as if now.
+        """Points of the layers at which today's versions of every backend were measured; their lags count as if now.
 
         Backends that do not take part now have no say.
         """
@@ -106,9 +106,12 @@ class CandidateSource:
             and not changes(candidate.versions, relevant_versions(backend))
             for candidate in stored
         ]
+        requested = {layer.key for layer in self._request.layers}
         known: set[PointKey] = set()
         for point in self._file.points:
             layer = self._file.layers[point.layer]
+            if layer.key not in requested:
+                continue
             candidates = self.candidates(layer, point.M, point.mode)
             measured = [each for each in point.measurements if stored[each.candidate].backend in self._backends]
             missing = {each.backend for each in candidates} - {stored[each.candidate].backend for each in measured}

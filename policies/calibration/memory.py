@@ -18,9 +18,8 @@ def weight_bytes(problem: MoEProblem) -> int:
     """Peak memory of making a layer's random weights (`make_experts`), in bytes."""
     elements = (problem.gate_up_rows + problem.N) * problem.K
     plain = ELEMENT_BYTES[problem.act_dtype] * elements * problem.E
-    codes = (
-        stored_bytes(problem.dtype, elements * problem.E) if problem.quantized else 0
-    )  # beside what they are quantised from
+    # Codes lie beside what they are quantised from.
+    codes = stored_bytes(problem.dtype, elements * problem.E) if problem.quantized else 0
     return plain + codes + 4 * _EXPERT_COPIES * elements
 
 

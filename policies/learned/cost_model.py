@@ -60,8 +60,8 @@ def rows_per_expert(problem: MoEProblem) -> float:
 
 def _matrix_rate(problem: MoEProblem) -> float:
     """Operations per µs."""
-    # Before compute capability 8.9 FP8 weights are dequantised, and multiplied as 16 bits.
-    return _FP8_RATE if problem.fp8 and (problem.capability is None or problem.capability >= (8, 9)) else _RATE
+    # Without FP8 products the weights are dequantised, and multiplied as 16 bits.
+    return _FP8_RATE if problem.fp8 and problem.has_fp8_products else _RATE
 
 
 def _tiles(problem: MoEProblem, rows: int) -> float:
