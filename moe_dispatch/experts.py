@@ -362,6 +362,11 @@ class ExpertWeights:
         return self.dtype in FP8_DTYPES
 
     @property
+    def usual_act_dtype(self) -> torch.dtype:
+        """The dtype of hidden_states where a caller names none: the weights', BF16 where those are quantised."""
+        return torch.bfloat16 if self.quantized else self.gate_up.dtype
+
+    @property
     def quantized(self) -> bool:
         """Whether the weights are codes with multipliers: FP8 or MXFP4."""
         return self.dtype in QUANTIZED_DTYPES

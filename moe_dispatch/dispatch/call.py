@@ -145,7 +145,7 @@ def warm_up(
         raise InvalidInputError(f"act_dtype must be torch.bfloat16, float16, float32 or None, got {act_dtype!r}")
     if backend is not None and not isinstance(backend, str):
         raise InvalidInputError(f"backend must be a registered name or None, got {type(backend).__name__}")
-    dtype = act_dtype or (torch.bfloat16 if experts.quantized else experts.gate_up.dtype)
+    dtype = act_dtype or experts.usual_act_dtype
     device = experts.device
     dispatcher = get_dispatcher(device)
     dispatcher.planner.named(backend)

@@ -1,7 +1,6 @@
 """The collectives that exchanges are made of, on NCCL and on gloo, with a failure told as the rank that is lost."""
 
 import datetime
-import time
 from typing import Any
 
 import torch
@@ -101,15 +100,12 @@ class Collectives:
         return out
 
     def _finish(self, collective: Any, *arguments: Any) -> None:
-        begun, timeout = time.monotonic(), self.watch.timeout
-        try:  # as `Watch.waiting`, without what a context manager costs the host
+        with self.watch.waiting(self.watch.timeout):
             if self.library == "nccl":
                 collective(*arguments, group=self.group)
                 return
             work = collective(*arguments, group=self.group, async_op=True)
-            work.wait(datetime.timedelta(seconds=timeout))
-        except RuntimeError as error:
-            raise self.watch.lost_in(error, begun + timeout) from error
+            work.wait(datetime.timedelta(seconds=self.watch.timeout))
 
 
 def _library(group: dist.ProcessGroup, device: torch.device) -> str:

@@ -183,7 +183,7 @@ class ExpertParallel:
         session = self._session
         if not isinstance(layer, ShardedExperts) or layer.session is not session:
             raise InvalidInputError(f"layer must be one that this group made, got {layer!r}")
-        dtype = act_dtype or (torch.bfloat16 if layer.local.quantized else layer.local.gate_up.dtype)
+        dtype = act_dtype or layer.local.usual_act_dtype
         counts = tuple(tokens)
         if type(topk) is not int or not 1 <= topk <= layer.E or not all(type(M) is int and M > 0 for M in counts):
             raise InvalidInputError(

@@ -4,8 +4,6 @@ import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import torch
-
 from moe_dispatch.dispatch.explanation import Explanation
 from moe_dispatch.parallel.exchange import CallKind
 from moe_dispatch.parallel.exchange_times import Split
@@ -48,7 +46,7 @@ class ParallelExplanation:
 def explain_call(layer: ShardedExperts, topk: int, M: int, mode: Mode = "eager") -> ParallelExplanation:
     """Explain the calls of a layer with up to M tokens on a rank."""
     session = layer.session
-    dtype = torch.bfloat16 if layer.local.quantized else layer.local.gate_up.dtype
+    dtype = layer.local.usual_act_dtype
     kind = dataclasses.replace(session.kind(layer.placement, layer.local, M, topk, dtype), mode=mode)
     exchange = session.exchanges[session.name_of_choice(kind)]
     expected, kept = session.expected(kind), session.kept_splits(kind)

@@ -68,8 +68,7 @@ class GatherExchange(Exchange):
         """See `Exchange.combine`."""
         M, ranks = tokens.hidden_states.shape[0], self.collectives.size
         if not tokens.replicated:
-            out = self.collectives.reduce_scatter(partial)
-            return out if len(out) == M else out[:M]
+            return self.collectives.reduce_scatter(partial)[:M]
         block = self.collectives.reduce_scatter(padded(partial, -(-M // ranks) * ranks, fill=0))
         return self.collectives.all_gather(block)[:M]
 

@@ -104,17 +104,8 @@ class Watch:
         try:
             yield
         except RuntimeError as error:  # what torch.distributed raises; its subclasses tell timeouts from lost peers
-            raise self.lost_in(error, begun + timeout) from error
-
-    def lost_in(self, error: RuntimeError, until: float) -> ExpertParallelLostError:
-        """The error of a rank that was waited for in vain, which ends the group's calls.
-
-        Args:
-            error: What the waiting ended with.
-            until: When, by `time.monotonic`, the other ranks' waiting ends too.
-        """
-        self.lost = self._blame(error, until + GRACE)
-        return self.lost
+            self.lost = self._blame(error, begun + timeout + GRACE)
+            raise self.lost from error
 
     def missing(self, place: int) -> ExpertParallelLostError:
         """The error of a rank that the device waited for in vain in an earlier call, which ends the group's calls."""
