@@ -59,9 +59,9 @@ def markdown(calibration: ParallelCalibration, rows: Iterable[Row]) -> str:
     ]
     text += ["|---|---:|---:|---:|---:|---:|---:|---:|"]
     for row in measured_calls(rows):
-        codes = row["exchange"] == "direct_fp8"
+        codes = row["dtype"] == "fp8"
         each = projection.project(WORKLOADS[row["layer"]], row["dtype"], row["M"], 2, wire_fp8=codes)
-        if row["exchange"].removesuffix("_fp8") == each.exchange:
+        if row["exchange"] == each.exchange + "_fp8" * codes:
             two = each.experts_us + each.transfer_us
             times = f"{row['us']:.0f} | {two:.0f} | {two / row['us'] - 1:+.0%}"
             parts = f"{row['experts_us']:.0f} | {each.experts_us:.0f} | {row['speedup']:.2f} | {each.serial:.2f}"
