@@ -68,7 +68,7 @@ def forward_sharded(
         settled = layer.settled.find(hidden_states, layer.local, topk_weights, topk_ids, backend)
     if settled is None:
         try:
-            _check_once(hidden_states, layer, topk_weights, topk_ids, backend, out)
+            _check_once(layer, (hidden_states, topk_weights, topk_ids), backend, out)
         except InvalidInputError as error:
             session.refuse(error)
             raise
@@ -122,33 +122,40 @@ def arrived_inputs(experts: ExpertWeights, arrived: Arrived) -> ArrivedInputs:
     return ArrivedInputs(arrived.hidden_states, experts, weights, ids, arrived.out)
 
 
-def _check_once(
-    hidden_states: Tensor,
-    layer: ShardedExperts,
-    topk_weights: Tensor,
-    topk_ids: Tensor,
-    backend: str | None,
-    out: Tensor | None,
-) -> None:
+def _check_once(layer: ShardedExperts, tensors: tuple[Tensor, Tensor, Tensor], backend: str | None, out: Any) -> None:
     """Check a call unless one of its kind was checked before. The key has all that a check may ask of a call.
 
     A kind that comes often is settled: later calls of it are known by `SettledPlans`.
+
+    Args:
+        layer: The call's.
+        tensors: Its hidden_states, topk_weights and topk_ids.
+        backend: As the caller gives it.
+        out: Likewise.
     """
     local = layer.local
+    hidden_states, topk_weights, topk_ids = tensors
+    arguments = hidden_states, local, topk_weights, topk_ids
     try:
-        tensors = (hidden_states, topk_weights, topk_ids)
         key: Any = (
             *[(type(tensor), tensor.shape, tensor.dtype, tensor.device, tensor.layout) for tensor in tensors],
-            needs_grad(hidden_states, local, topk_weights),
+            needs_grad(*arguments[:3]),
             backend,
         )
         calls = 0 if out is not None or local.moved else layer.checked.get(key, 0)
     except (AttributeError, RuntimeError, TypeError, ValueError):  # no tensors; the check says which
         calls, key = 0, None
     if not calls:
-        _check(hidden_states, layer, topk_weights, topk_ids, backend, out)
+        check(*arguments, backend)
+        if needs_grad(*arguments[:3]):
+            raise InvalidInputError(
+                "a layer that is spread over ranks has no gradient; call it under torch.no_grad() or "
+                "torch.inference_mode()"
+            )
+        if out is not None:
+            check_out(out, arguments, needs_grad=False)
     elif calls >= SETTLING_CALLS and not (any_autocast_enabled() or layer.session.capturing):
-        layer.settled.keep(True, (hidden_states, local, topk_weights, topk_ids), backend)
+        layer.settled.keep(True, arguments, backend)
         calls = 0
     if _remember(layer.checked, key, calls + 1):
         layer.settled = SettledPlans(on_cuda=layer.device.type == "cuda")
@@ -160,20 +167,3 @@ def _remember(remembered: dict[Any, Any], key: Any, value: Any) -> bool:
         remembered.clear()
     remembered[key] = value
     return full
-
-
-def _check(
-    hidden_states: Tensor,
-    layer: ShardedExperts,
-    topk_weights: Tensor,
-    topk_ids: Tensor,
-    backend: str | None,
-    out: Tensor | None,
-) -> None:
-    check(hidden_states, layer.local, topk_weights, topk_ids, backend)
-    if needs_grad(hidden_states, layer.local, topk_weights):
-        raise InvalidInputError(
-            "a layer that is spread over ranks has no gradient; call it under torch.no_grad() or torch.inference_mode()"
-        )
-    if out is not None:
-        check_out(out, (hidden_states, layer.local, topk_weights, topk_ids), needs_grad=False)
