@@ -5,9 +5,9 @@ GPUs had that this package was measured on, so that no call could be run once. A
 hang every rank or bring wrong rows; a reason cannot.
 """
 
-from torch import Tensor
+from typing import NoReturn
 
-from moe_dispatch.parallel.exchange import Arrived, Exchange, ExchangeRequirements, LocalTokens
+from moe_dispatch.parallel.exchange import Exchange, ExchangeRequirements
 
 
 class LibraryExchange(Exchange):
@@ -18,13 +18,13 @@ class LibraryExchange(Exchange):
         uncalled = "no code calls it yet: no call of it could be run on the GPUs that this package was measured on"
         return (*super().unavailable_reasons(), uncalled)
 
-    def dispatch(self, tokens: LocalTokens) -> Arrived:
+    def dispatch(self, *_: object) -> NoReturn:
         """See `Exchange.dispatch`."""
         raise NotImplementedError("; ".join(self.unavailable_reasons()))
 
-    def combine(self, partial: Tensor, arrived: Arrived, tokens: LocalTokens) -> Tensor:
+    def combine(self, *_: object) -> NoReturn:
         """See `Exchange.combine`."""
-        raise NotImplementedError("; ".join(self.unavailable_reasons()))
+        self.dispatch()
 
 
 class NcclEpExchange(LibraryExchange):
