@@ -25,7 +25,7 @@ from moe_dispatch.problem import DType, Mode, MoEProblem
 from moe_dispatch.workloads import ROUTINGS, WORKLOADS, Workload, make_experts, torch_dtype
 
 LAYERS: Final[tuple[tuple[str, DType], ...]] = (("qwen3-30b-a3b", "bf16"), ("deepseek-v3", "fp8"))
-TOKENS: Final = (2, 8, 32, 128, 512, 2048, 8192)
+TOKENS: Final = (2, 8, 32, 128, 512, 2048, 8192, 32768)
 TINY: Final = Workload("tiny", E=16, topk=4, K=64, N=32)
 
 
