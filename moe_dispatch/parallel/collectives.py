@@ -3,6 +3,7 @@
 import datetime
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -46,8 +47,10 @@ class Collectives:
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
         self.device = device
         self.library = _library(group, device)
-        self._all_gather = _launcher(group, "_allgather_base", AllgatherOptions(), all_gather_flat)
-        self._reduce_scatter = _launcher(group, "_reduce_scatter_base", ReduceScatterOptions(), reduce_scatter_flat)
+        # Private in torch 2.11 to 2.15: without what torch.distributed's functions ask, which is half of their time.
+        gather, scatter = (getattr(group, name, None) for name in ("_allgather_base", "_reduce_scatter_base"))
+        self._all_gather = _launcher(gather, AllgatherOptions()) or partial(all_gather_flat, group=group)
+        self._reduce_scatter = _launcher(scatter, ReduceScatterOptions()) or partial(reduce_scatter_flat, group=group)
 
     @property
     def capturing(self) -> bool:
@@ -122,27 +125,15 @@ class Collectives:
             work.wait(datetime.timedelta(seconds=self.watch.timeout))
 
 
-def _launcher(
-    group: dist.ProcessGroup, name: str, options: Any, public: Callable[..., None]
-) -> Callable[[Tensor, Tensor], None]:
-    """A collective launched on the current stream, without what torch.distributed's function asks in every call.
-
-    Args:
-        group: The process group.
-        name: Its method, which is private in torch 2.11 to 2.15 and takes half the function's time on the host.
-        options: The method's options.
-        public: The function, which serves where this torch has no such method.
-    """
-    launch: Any = getattr(group, name, None)
-    if launch is None:
-        return lambda out, rows: public(out, rows, group=group)
+def _launcher(method: Any, options: Any) -> Callable[[Tensor, Tensor], None] | None:
+    """Calls a process group's method, with results on the current stream; None where this torch has no such method."""
     options.asyncOp = False
 
-    def launched(out: Tensor, rows: Tensor) -> None:
-        if (work := launch(out, rows, options)) is not None:
+    def launch(out: Tensor, rows: Tensor) -> None:
+        if (work := method(out, rows, options)) is not None:
             work.wait()
 
-    return launched
+    return launch if method else None
 
 
 def _library(group: dist.ProcessGroup, device: torch.device) -> str:
