@@ -2,9 +2,8 @@
 
 import concurrent.futures
 import inspect
-import subprocess
-import sys
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar, cast
@@ -27,16 +26,17 @@ from moe_dispatch import (
     moe_forward,
 )
 from moe_dispatch.backend import Backend, BackendConfig, Inputs, Run
+from moe_dispatch.dispatch import first_calls
 from moe_dispatch.dispatch.dispatcher import FAST_PATH_CALLS
 from moe_dispatch.dispatch.process import get_dispatcher
 from moe_dispatch.guard import GuardedBackend
 from moe_dispatch.registry import ENTRY_POINT_GROUP, POLICIES, Registry, make_backend
 from moe_dispatch.settings import settings
-from tests.core.test_dispatcher import Call, expected, make_call, ran
+from tests.core.test_dispatcher import FORKS, Call, expected, make_call, ran
 from tests.support.fakes import Honest, ranked, registered, registered_policy
+from tests.support.processes import exit_code, start_child
 
 pytestmark = pytest.mark.usefixtures("fixed_policy", "no_grad")
-ROOT = Path(__file__).parents[2]
 
 
 class Foreign(Honest):
@@ -415,7 +415,10 @@ class Wrapping(CallingFromAThread):
 @pytest.mark.parametrize("needs_probe", [False, True])
 @pytest.mark.parametrize("calling", [Calling, CallingFromAThread])
 @pytest.mark.filterwarnings("ignore::moe_dispatch.MoEDispatchWarning")
-def test_one_that_calls_itself_is_stopped(calling: type[Backend], needs_probe: bool, call: Call) -> None:
+def test_one_that_calls_itself_is_stopped(
+    calling: type[Backend], needs_probe: bool, call: Call, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(first_calls, "MAX_CONCURRENT", 4)  # threads that may wait for one another before it is
     with ranked(cast("type[Backend]", type("Calling", (calling,), {"needs_probe": needs_probe})), Honest):
         for _ in range(3):
             assert torch.equal(moe_forward(*call), expected(call))
@@ -445,37 +448,25 @@ def test_no_lock_is_held_while_foreign_code_runs(call: Call) -> None:
             assert torch.equal(moe_forward(*call), expected(call))
 
 
+@FORKS
 def test_a_first_call_forks_safely() -> None:
     """A fork while another thread is in its first call, and holds a lock: the child would wait for ever for it."""
-    code = """
-import multiprocessing, sys, threading, time, warnings
-warnings.simplefilter("ignore")
-from tests.core.test_foreign_code import *
-held, lock = threading.Event(), threading.Lock()
-class Slow(Honest):  # as a library that is imported once, under a lock
-    name = "slow"
-    def unavailable_reasons(self):
-        with lock:
-            held.set()
-            time.sleep(1)
-        return ()
-def work():
-    torch.set_num_threads(1)
-    with torch.no_grad():
-        moe_forward(*make_call(2))
-    sys.exit(7)
-with ranked(Slow), torch.no_grad():
-    thread = threading.Thread(target=lambda: moe_forward(*make_call(6)))
-    thread.start()
-    held.wait()
-    child = multiprocessing.get_context("fork").Process(target=work)
-    child.start()
-    child.join(20)
-    print("exit", child.exitcode, flush=True)
-    child.kill()
-    thread.join()
-"""
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False, timeout=250,
-    )  # fmt: skip
-    assert "exit 7" in done.stdout, done.stdout + done.stderr
+    held, lock = threading.Event(), threading.Lock()
+
+    class Slow(Honest):
+        """Holds a lock when it is asked first, as the import of a library does."""
+
+        name = "slow"
+
+        def unavailable_reasons(self) -> tuple[str, ...]:
+            with lock:
+                held.set()
+                time.sleep(0.5)
+            return ()
+
+    with ranked(Slow):
+        thread = threading.Thread(target=lambda: moe_forward(*make_call(6)))
+        thread.start()
+        held.wait()
+        assert exit_code(start_child(lambda: moe_forward(*make_call(2)))) == 0
+        thread.join()
