@@ -33,6 +33,7 @@ from moe_dispatch.testing import (
     make_inputs,
     relative_error,
 )
+from tests.support.interpreter import with_few_programs
 from tests.support.refusals import available, require
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -116,7 +117,7 @@ def test_default_configuration(name: str, case: Case, precision: Precision) -> N
     case = on_gpu(case) if DEVICE == "cuda" else affordable(case, name)
     backend, problem, inputs = eligible(name, case, precision)
     for config in backend.configs(problem) if case.nan and name in LIBRARIES else [backend.default_config(problem)]:
-        conform(backend, config, inputs)
+        conform(backend, with_few_programs(config), inputs)
 
 
 @pytest.mark.parametrize(
@@ -146,7 +147,7 @@ def test_by_name_and_into_memory_of_the_caller(name: str, routing: str, precisio
         pytest.skip("on a GPU only")
     case = Case(M=7, routing=routing) if DEVICE == "cuda" else Case(M=3, E=4, K=64, N=32, routing=routing)
     backend, problem, inputs = eligible(name, case, precision)
-    conform(backend, backend.default_config(problem), inputs, into=True)
+    conform(backend, with_few_programs(backend.default_config(problem)), inputs, into=True)
     buffer = torch.full((case.M + 2, case.K), torch.nan, dtype=inputs.hidden_states.dtype, device=DEVICE)
     truth = inputs.expected(backend)
     with torch.no_grad():
@@ -249,7 +250,7 @@ def test_memory_of_the_caller_is_written_once(name: str, precision: Precision) -
     if DEVICE == "cpu" and precision.act_dtype == "bf16" and name != "torch_grouped":
         pytest.skip("on a GPU only")
     backend, problem, inputs = eligible(name, case, precision)
-    config = backend.default_config(problem)
+    config = with_few_programs(backend.default_config(problem))
     expected = backend.run(*inputs.arguments, config)
     out = torch.full_like(inputs.hidden_states, torch.nan)
     with Outputs(out) as seen:
@@ -265,7 +266,7 @@ def test_deterministic_configurations_repeat_bit_for_bit(name: str, precision: P
     case = Case(M=17, E=8, topk=4) if DEVICE == "cuda" else affordable(Case(M=5, E=4), name)
     backend, problem, inputs = eligible(name, case, precision)
     configs = [config for config in backend.configs(problem) if backend.deterministic(config)]
-    for config in configs if DEVICE == "cuda" else configs[:2]:
+    for config in configs if DEVICE == "cuda" else map(with_few_programs, configs[:2]):
         first, again = (backend.run(*inputs.arguments, config) for _ in range(2))
         assert torch.equal(first, again), config.label
 
