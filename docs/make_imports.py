@@ -23,8 +23,8 @@ BOX_HEIGHT: Final = 22
 SPACING: Final = 105  # between the middles of two boxes
 CROWDED_SPACING: Final = 76
 STYLE: Final = (
-    "text{font:12px sans-serif;text-anchor:middle;fill:#222}.rooms{fill:#e8f0fb;stroke:#44546a;marker:none}.beside{fill:#fff3dd}"
-    "path{stroke:#7a8aa0;marker-end:url(#head)}"
+    "text{font:12px sans-serif;text-anchor:middle;fill:#222}path{stroke:#7a8aa0;marker-end:url(#head)}"
+    ".rooms{fill:#e8f0fb;stroke:#44546a;marker:none}.beside{fill:#fff3dd}"
 )
 HEAD: Final = (
     '<marker id="head" viewBox="0 0 8 8" refX="8" refY="4" markerWidth="8" markerHeight="8" '

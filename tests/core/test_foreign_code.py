@@ -32,6 +32,8 @@ from moe_dispatch.dispatch.process import get_dispatcher
 from moe_dispatch.guard import GuardedBackend
 from moe_dispatch.registry import ENTRY_POINT_GROUP, POLICIES, Registry, make_backend
 from moe_dispatch.settings import settings
+from tests.attack import misbehaviour
+from tests.attack.misbehaviour import Spoil, UnprintableError, raising
 from tests.core.test_dispatcher import FORKS, Call, expected, make_call, ran
 from tests.support.fakes import Honest, ranked, registered, registered_policy
 from tests.support.processes import exit_code, start_child
@@ -51,13 +53,6 @@ def foreign(**members: Any) -> type[Backend]:
     return type("Foreign", (Foreign,), members)
 
 
-def raising(error: BaseException) -> Callable[..., Any]:
-    def method(*_: object, **__: object) -> Any:
-        raise error
-
-    return method
-
-
 def test_the_wrapper_asks_the_backend_itself_for_everything() -> None:
     """A method that it inherits asks no backend: triton_splitk on an A100 seemed to quantise activations."""
     wrapper = make_backend("triton_splitk", Machine.load("a100-80gb")).backend
@@ -67,11 +62,6 @@ def test_the_wrapper_asks_the_backend_itself_for_everything() -> None:
     assert methods - own == {"further_reasons"}, "which unsupported_reasons asks for"
     problem = MoEProblem(M=1, K=128, N=128, E=2, topk=1, dtype="fp8", capability=(8, 0))
     assert not wrapper.quantizes_activations(problem)
-
-
-class UnprintableError(Exception):
-    def __str__(self) -> str:
-        raise RuntimeError("not even this")
 
 
 QUESTIONS = {
@@ -262,28 +252,9 @@ def test_damaged_metadata_cost_their_package_alone(tmp_path: Path, monkeypatch: 
 # What a backend returns.
 
 
-def returning(spoil: Callable[[Tensor, Inputs], object], **members: Any) -> type[Backend]:
+def returning(spoil: Spoil, **members: Any) -> type[Backend]:
     """A foreign backend that returns what a function makes of the right answer and of the inputs."""
-
-    def run(self: Honest, *arguments: Any) -> object:
-        return spoil(Honest.run(self, *arguments), arguments[:4])
-
-    return foreign(run=run, **members)
-
-
-def _write_to(tensor: Tensor, out: Tensor) -> Tensor:
-    tensor.fill_(0)
-    return out
-
-
-class OneBuffer(Foreign):
-    """Returns the same memory at every call of a shape."""
-
-    buffers: ClassVar[dict[torch.Size, Tensor]] = {}
-
-    def run(self, *arguments: Any) -> Tensor:
-        out = super().run(*arguments)
-        return self.buffers.setdefault(out.shape, torch.empty_like(out)).copy_(out)
+    return foreign(run=misbehaviour.returning(spoil), **members)
 
 
 class IgnoringSentinels(Foreign):
@@ -312,26 +283,26 @@ class CountingOnce(Foreign):
         return super().run(hidden, experts, weights, ids, config)
 
 
+# What a backend makes of the right answer, and what is said of it.
+SPOILT = {
+    "None": "NoneType",
+    "a list": "list",
+    "fewer columns": r"\] on cpu for hidden_states of .* must be the same",
+    "double": "float64",
+    "the meta device": "meta",
+    "hidden_states": "memory of hidden_states",
+    "part of a weight": "memory of down",
+    "strided": "not contiguous",
+}
 PROBED = {
-    "None": (returning(lambda out, _: None), "NoneType"),
-    "a list": (returning(lambda out, _: out.tolist()), "list"),
-    "another shape": (
-        returning(lambda out, _: out[:, :10]),
-        r", 10\] on cpu for hidden_states of .* must be the same",
-    ),
-    "another dtype": (returning(lambda out, _: out.double()), "float64"),
-    "another device": (returning(lambda out, _: out.to("meta")), "meta"),
-    "NaN": (returning(lambda out, _: out * torch.nan), "relative error"),
-    "its input": (returning(lambda out, inputs: inputs[0].copy_(out)), "memory of hidden_states"),
-    "memory of the weights": (
-        returning(lambda out, i: i[1].gate_up.view(-1)[: out.numel()].view(out.shape)),
-        "memory of gate_up",
-    ),
-    "strides": (returning(lambda out, _: out.T.contiguous().T), "not contiguous"),
-    "writes to hidden_states": (returning(lambda out, i: _write_to(i[0], out)), "wrote to its inputs"),
-    "writes to topk_ids": (returning(lambda out, i: _write_to(i[3], out)), "wrote to its inputs"),
-    "writes to the weights": (returning(lambda out, i: _write_to(i[1].down, out)), "wrote to its inputs"),
-    "one buffer": (OneBuffer, "same memory for two calls"),
+    kind: (returning((misbehaviour.SEEN | misbehaviour.PROBED)[kind]), says)
+    for kind, says in {
+        **SPOILT,
+        **{f"written to {name}": "wrote to its inputs" for name in ("hidden_states", "topk_ids", "down")},
+        "NaN": "relative error",
+        "one buffer": "same memory for two calls",
+    }.items()
+} | {
     "foreign ids": (IgnoringSentinels, "relative error"),
     "NaN beside a foreign id": (MultiplyingSentinels, "relative error"),
     "duplicates": (CountingOnce, "relative error"),
@@ -347,9 +318,7 @@ def test_the_probe_finds_it(wrong: type[Backend], says: str, call: Call) -> None
             moe_forward(*call, backend="foreign")
 
 
-@pytest.mark.parametrize(
-    "kind", ["None", "a list", "another shape", "another dtype", "another device", "its input", "strides"]
-)
+@pytest.mark.parametrize("kind", [kind for kind in SPOILT if kind != "part of a weight"])
 def test_a_first_run_finds_what_its_probe_did_not_show(kind: str, call: Call) -> None:
     """As where a fault depends on the number of tokens. No layer's values are looked at, so that nothing waits."""
     wrong, says = PROBED[kind]
@@ -365,7 +334,7 @@ def test_what_a_first_run_writes_to_its_inputs_is_undone(place: int, raises: boo
     """As a backend may that is right in its probe, and writes at other numbers of tokens."""
 
     def write(out: Tensor, inputs: Inputs) -> Tensor:
-        _write_to(cast("Tensor", inputs[place]), out)
+        cast("Tensor", inputs[place]).zero_()
         if raises:
             raise RuntimeError("wrote to and failed")
         return out

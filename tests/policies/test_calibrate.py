@@ -419,7 +419,7 @@ def test_slow_is_not_fatal_on_a_cpu(tmp_path: Path, machine: Machine, *, barred:
 
 def test_a_folder_that_cannot_be_written_is_found_before_anything_is_measured(simulate: Calibrating) -> None:
     simulate.directory = Path("/proc/moe_dispatch")
-    with pytest.raises(PolicyFileError, match="cannot be written to /proc/"):
+    with pytest.raises(PolicyFileError, match=r"cannot be written to /proc/.*MOE_DISPATCH_CACHE_DIR"):
         simulate((1,), "right")
     assert not simulate.worker.points
 
