@@ -167,7 +167,7 @@ def test_ids_are_waited_for_unless_this_layer_quantises(machine: Machine, monkey
 
 
 @INTERPRETED
-@pytest.mark.parametrize("dtype", ["fp16", "fp8", "fp8_channel"])
+@pytest.mark.parametrize("dtype", ["fp16", "fp8"])
 @pytest.mark.parametrize(
     "config",
     [{}, {"splits_gate_up": 2}, {"splits_down": 2}, {"block_n": 256}],
@@ -176,7 +176,7 @@ def test_ids_are_waited_for_unless_this_layer_quantises(machine: Machine, monkey
 def test_workspace_is_what_a_run_allocates(
     config: dict[str, Any], dtype: DType, machine: Machine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    case = testing.Case(M=3, E=4, K=256, N=256)
+    case = testing.Case(M=1, E=2)
     inputs = make_inputs(case, Precision(dtype, "fp16"), "cpu")
     backend, checked = TritonSplitKBackend(machine), SplitKConfig.model_validate(SMALL | {"block_k": 128} | config)
     allocated: list[int] = []
