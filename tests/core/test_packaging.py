@@ -26,7 +26,7 @@ def shipped() -> set[str]:
     """Every file of ours that a user runs, by the name that it has in a wheel."""
     files: set[str] = {"moe_dispatch/py.typed"}
     for top in ("moe_dispatch", "backends", "policies", "benchmarks"):
-        for pattern in ("*.py", "machines/*.json", "tables/*.json"):
+        for pattern in ("*.py", "machines.json", "tables/*"):
             for path in (ROOT / top).rglob(pattern):
                 if RECORD not in path.parents:
                     name = path.relative_to(ROOT).as_posix()
