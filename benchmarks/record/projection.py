@@ -12,7 +12,7 @@ from moe_dispatch.parallel.projection import Projection
 from moe_dispatch.workloads import WORKLOADS
 
 CLUSTER: Final = CLUSTERS["hgx-h200"]
-RANKS: Final = (2, 8, 64)
+RANKS: Final = (8, 64)
 # The exchange whose line each kind of link has, in replays with sharded tokens.
 LINES: Final[Mapping[str, str]] = {CLUSTER.direct.name: "direct", CLUSTER.inside.name: "gather"}
 

@@ -81,9 +81,9 @@ def distinct_groups(E: int, topk: int, groups: int) -> float:
 def slots_of_busiest(tokens: int, E: int, topk: int, ranks: int) -> float:
     """Expected slots of the rank that most of all ranks' slots fall on, where the router chooses uniformly.
 
-    Of a token's topk experts, drawn without replacement, a rank holds a hypergeometric number. Summed over tokens these
-    are nearly normal and make up a constant together; the expected greatest of as many normal deviates is Blom's
-    approximation (Statistical Estimates and Transformed Beta-Variables, 1958). With 8 slots of a rank it is 5 % low.
+    A rank holds a hypergeometric number of a token's experts. Summed over tokens these are nearly normal, with a fixed
+    sum over ranks; their expected maximum is Blom's approximation (Statistical Estimates and Transformed
+    Beta-Variables, 1958), 5 % low at 8 slots of a rank.
     """
     mean = tokens * topk / ranks
     deviation = math.sqrt(mean * (E - topk) / (E - 1))  # of independent loads, of which the mean is taken off
