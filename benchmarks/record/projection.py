@@ -1,6 +1,6 @@
 """The projection onto more GPUs as the docs have it: links as calibrated, the check on two GPUs, and the tables."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Final
 
 from moe_dispatch.benchmarks.record.expert_parallel import LAYERS, TOKENS
@@ -38,12 +38,14 @@ def lines(calibration: ParallelCalibration) -> dict[str, tuple[float, float]]:
     return {name: measured[exchange] for name, exchange in LINES.items()}
 
 
-def measured_calls(rows: Iterable[Row]) -> Iterator[Row]:
-    """Replays of named layers on two GPUs under uniform routing, of the rows of the record."""
+def measured_calls(rows: Iterable[Row]) -> Iterable[Row]:
+    """Replays of named layers on two GPUs under uniform routing, of the rows of the record; the latest of each."""
+    latest: dict[object, Row] = {}
     for row in rows:
         wanted = (row.get("mode"), row.get("routing"), row.get("ranks")) == ("graph", "uniform", 2)
         if wanted and "us" in row and row["layer"] in WORKLOADS:
-            yield row
+            latest[row["layer"], row["M"], row["exchange"]] = row
+    return latest.values()
 
 
 def markdown(calibration: ParallelCalibration, rows: Iterable[Row]) -> str:
