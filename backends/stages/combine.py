@@ -48,9 +48,9 @@ def combine(
         M, topk = topk_weights.shape
     if not on_triton(y):
         assert isinstance(out, Tensor)  # noqa: S101 - only kernels write to peers' memory
-        topk_weights = torch.ones(M, topk, device=y.device) if topk_weights is None else topk_weights
+        weights = torch.ones(M, topk, dtype=torch.float32, device=y.device) if topk_weights is None else topk_weights
         combined = combine_torch(
-            y, row_of_slot, topk_weights, out.dtype, down_bias=down_bias, topk_ids=topk_ids, weighted=weighted
+            y, row_of_slot, weights, out.dtype, down_bias=down_bias, topk_ids=topk_ids, weighted=weighted
         )
         out.copy_(combined)
         return out
