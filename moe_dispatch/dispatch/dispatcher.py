@@ -2,7 +2,6 @@
 
 import contextlib
 import logging
-import operator
 import threading
 from collections.abc import Mapping
 from typing import Any, Final
@@ -108,6 +107,8 @@ class Dispatcher:
         if plan is None:
             return self._forward(hidden_states, experts, topk_weights, topk_ids, backend, out, grad=grad)
         try:
+            if plan.widens:
+                topk_weights = topk_weights.float()
             result = plan.run(hidden_states, experts, topk_weights, topk_ids, plan.config)
         except FOREIGN_ERRORS as error:
             return self._recovery.recover(plan, error, (hidden_states, experts, topk_weights, topk_ids))
@@ -171,9 +172,8 @@ class Dispatcher:
             # The reference puts every tensor that requires a gradient into the graph, without a token too.
             plan = self._plan(key, experts)
         try:
-            if plan.widens:
-                topk_weights = topk_weights.float()
-            inputs = (hidden_states.contiguous(), experts, topk_weights.contiguous(), topk_ids.contiguous())
+            weights = topk_weights.float() if plan.widens else topk_weights
+            inputs = (hidden_states.contiguous(), experts, weights.contiguous(), topk_ids.contiguous())
         except RuntimeError as error:
             self._recovery.raise_if_lost(error)
             check(hidden_states, experts, topk_weights, topk_ids, backend)  # such as sparse tensors
@@ -275,11 +275,12 @@ class Dispatcher:
         if calls == FAST_PATH_CALLS:
             self._prepare_fast_path(plan, inputs)
             return
-        unconverted = all(map(operator.is_, inputs, arguments))
-        if calls >= SETTLING_CALLS and unconverted and not plan.into and plan.problem.mode == "eager":
+        hidden_states, _, *rest = arguments
+        settles = calls >= SETTLING_CALLS and not plan.into and plan.problem.mode == "eager"
+        if settles and all(tensor.is_contiguous() for tensor in (hidden_states, *rest)):
             with self._lock:
                 if self._plans.get(key) is plan:
-                    self._settled.keep(plan, inputs, key[-2])
+                    self._settled.keep(plan, arguments, key[-2])
 
     def drop_plans(self, backend: str, bucket: MoEProblem) -> None:
         """Drop the plans that a policy made for a backend, for problems of one bucket."""

@@ -284,7 +284,10 @@ def test_trouble_with_a_fast_path_costs_nothing(call: Call) -> None:
 
 def test_a_settled_kind_of_call_is_not_looked_up(monkeypatch: pytest.MonkeyPatch) -> None:
     """And whatever differs from it is, though shape and layer are the same."""
-    call = hidden, experts, weights, ids = make_call(6)
+    hidden, experts, weights, ids = make_call(6)
+    half = weights.bfloat16()
+    weights = half.float()
+    call = hidden, experts, weights, ids
     looked_up: list[Tensor] = []
 
     def look_up(*given: Any, **named: Any) -> Tensor:
@@ -307,9 +310,10 @@ def test_a_settled_kind_of_call_is_not_looked_up(monkeypatch: pytest.MonkeyPatch
         assert look_ups(*call, out=torch.empty_like(hidden)) == 1
         with torch.inference_mode():  # a second kind is settled beside the first one
             assert sum(look_ups(*call) for _ in range(3)) == 1
-        assert not torch.equal(moe_forward(hidden, experts, weights.bfloat16(), ids), truth)
+        # Routers of transformers give weights in half precision: a third kind, whose plan converts them.
+        assert sum(look_ups(hidden, experts, half, ids) for _ in range(20)) == SETTLING_CALLS
         assert look_ups(*call) == 0
-        assert ran()["honest"] == 29, "each call counts, whichever way it went"
+        assert ran()["honest"] == 48, "each call counts, whichever way it went"
         for bad in (ids[:, :1], ids.float(), None):
             with pytest.raises(InvalidInputError):
                 moe_forward(hidden, experts, weights, bad)  # type: ignore[arg-type]
