@@ -56,6 +56,9 @@ class BackendPool:
         self._machine, self._disabled, self._quarantine, self._barred = machine, disabled, quarantine, barred
         self._made: dict[str, MadeBackend] = {}
         self._probe_failures: dict[tuple[str, MoEProblem], str] = {}
+        # The problem that was asked about last, and the backends that gave no reason against it: policy and planner ask
+        # the same of it.
+        self._supported: tuple[MoEProblem | None, set[str]] = None, set()
 
     def made(self, name: str) -> MadeBackend:
         """The backend behind a name, or why it runs nothing here."""
@@ -77,7 +80,7 @@ class BackendPool:
         made = self.made(name)
         reasons = list(made.reasons)
         if made.backend is not None:
-            reasons += made.backend.unsupported_reasons(problem)
+            reasons += self._unsupported_reasons(made.backend, problem)
             if not chosen_by_name:
                 if name in self._disabled:
                     reasons.append("disabled by MOE_DISPATCH_DISABLE")
@@ -86,6 +89,28 @@ class BackendPool:
                 if cause := self._quarantine.cause(name, problem):
                     reasons.append(f"quarantined for such problems: {cause}")
         return tuple(reasons)
+
+    def able(self, name: str, problem: MoEProblem) -> Backend | None:
+        """The backend of this name; None where anything is known against giving it the problem."""
+        return None if self.reasons_against(name, problem) else self.made(name).backend
+
+    def without_library(self, name: str, problem: MoEProblem) -> Backend | None:
+        """A backend that could run a problem but for a library that is missing here; None for any other."""
+        made = self.made(name)
+        if made.backend is None or self.reasons_against(name, problem) != made.reasons:
+            return None
+        return made.backend if made.reasons else None
+
+    def _unsupported_reasons(self, backend: Backend, problem: MoEProblem) -> tuple[str, ...]:
+        asked, supported = self._supported
+        if asked is not problem:
+            supported = set()
+            self._supported = problem, supported
+        if backend.name in supported:
+            return ()
+        if not (reasons := backend.unsupported_reasons(problem)):
+            supported.add(backend.name)
+        return reasons
 
     def probe_failure(self, name: str, problem: MoEProblem, device: torch.device) -> str:
         """Why a backend's results cannot be trusted, found by its probe; empty if they can. Probes once per dtype.

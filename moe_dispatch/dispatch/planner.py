@@ -274,7 +274,7 @@ class Planner:
         for text in self._unknown_names():
             warn(text)
         try:
-            return PolicyChain(self.machine, self._settings.policies)
+            return PolicyChain(self.machine, self._settings.policies, self._pool)
         except UnknownNameError as error:
             raise UnknownNameError(error.kind, error.name, error.known, POLICY_VARIABLE) from None
 

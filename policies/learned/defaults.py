@@ -1,11 +1,13 @@
 """What each backend runs by default, and which backend of a family the rules choose."""
 
-from collections.abc import Iterator, Sequence
+import itertools
+from collections.abc import Iterator
 
 from moe_dispatch.backend import Backend
 from moe_dispatch.machine import Machine
 from moe_dispatch.policies.measurements.schema import Identity
 from moe_dispatch.policies.rules import FAMILIES, order
+from moe_dispatch.policy import UsableBackends
 from moe_dispatch.problem import MoEProblem
 from moe_dispatch.registry import LAST_RESORT, MadeBackend, make_backend
 
@@ -21,7 +23,7 @@ def default_identity(backend: Backend, problem: MoEProblem) -> Identity:
 
 
 class MachineBackends:
-    """The backends of a machine, each made on its first use and kept.
+    """The backends of a machine, each made on its first use and kept; all that are here and can run a problem may.
 
     Args:
         machine: The machine that they are made for.
@@ -34,10 +36,6 @@ class MachineBackends:
     def find(self, name: str) -> Backend | None:
         """The backend of this name; None if it cannot be made here."""
         return self._make(name).backend
-
-    def members(self, problem: MoEProblem) -> "Members":
-        """The backend that the rules choose of each family, among those that are here and can run the problem."""
-        return Members(self, [*order(problem), LAST_RESORT], problem)
 
     def able(self, name: str, problem: MoEProblem) -> Backend | None:
         """The backend of this name; None if it is not here or cannot run the problem."""
@@ -62,33 +60,30 @@ class MachineBackends:
 
 
 class Members:
-    """Families of backends by name (a backend's own, where it has none), asked when their turn comes, and once.
+    """Families of backends by name (a backend's own, where it has none): what the rules choose of each for a problem.
+
+    A backend is asked when its turn comes, and once. One that the rules rank behind other families (triton_vector where
+    slots share weights) does not stand for its own: it would be slower than the family's cost model says.
 
     Args:
-        backends: Of the machine.
-        names: Backends in the order of the rules.
+        backends: Tells which backends can run the problem; no other is chosen.
         problem: The problem to run.
     """
 
-    def __init__(self, backends: MachineBackends, names: Sequence[str], problem: MoEProblem) -> None:
-        self._backends, self._names, self._problem = backends, names, problem
-        self._asked: dict[str, Backend | None] = {}
+    def __init__(self, backends: UsableBackends, problem: MoEProblem) -> None:
+        self._backends, self._problem = backends, problem
+        self._families: dict[str, tuple[str, ...]] = {}
+        for family, names in itertools.groupby((*order(problem), LAST_RESORT), lambda name: FAMILIES.get(name, name)):
+            self._families.setdefault(family, tuple(names))
+        self._chosen: dict[str, Backend | None] = {}
 
     def __iter__(self) -> Iterator[str]:
         """The families that can run the problem, in the order of the rules."""
-        seen: set[str] = set()
-        for name in self._names:
-            family = FAMILIES.get(name, name)
-            if family not in seen and self._able(name):
-                seen.add(family)
-                yield family
+        return filter(self.get, self._families)
 
     def get(self, family: str) -> Backend | None:
         """The backend that the rules choose of a family; None if none of it can run the problem."""
-        members = (name for name in self._names if FAMILIES.get(name, name) == family)
-        return next(filter(None, map(self._able, members)), None)
-
-    def _able(self, name: str) -> Backend | None:
-        if name not in self._asked:
-            self._asked[name] = self._backends.able(name, self._problem)
-        return self._asked[name]
+        if family not in self._chosen:
+            able = (self._backends.able(name, self._problem) for name in self._families.get(family, ()))
+            self._chosen[family] = next(filter(None, able), None)
+        return self._chosen[family]

@@ -12,7 +12,7 @@ from torch import Tensor
 from moe_dispatch.errors import InvalidInputError, PolicyFileError
 from moe_dispatch.machine import Machine
 from moe_dispatch.policies.learned.cost_model import TERMS, rows_per_expert, terms
-from moe_dispatch.policies.learned.defaults import MachineBackends, default_identity
+from moe_dispatch.policies.learned.defaults import MachineBackends, Members, default_identity
 from moe_dispatch.policies.learned.policy import CostModel, ModelFile
 from moe_dispatch.policies.measurements.schema import CalibrationFile, Identity
 from moe_dispatch.policies.rules import FAMILIES
@@ -165,7 +165,7 @@ def _defaults(
     defaults: dict[str, dict[MoEProblem, float]] = {}
     backends = MachineBackends(machine)
     for problem, times in points.items():
-        members = backends.members(problem)
+        members = Members(backends, problem)
         for name in {FAMILIES.get(backend, backend) for backend, _ in times}:
             backend = members.get(name) or backends.find(name)
             if backend is not None and (us := times.get(default_identity(backend, problem))) is not None:

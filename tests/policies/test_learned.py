@@ -20,6 +20,7 @@ from moe_dispatch.benchmarks.reports.regret import Judged, bench_observations, j
 from moe_dispatch.benchmarks.row_files import append
 from moe_dispatch.benchmarks.rows import BenchRow
 from moe_dispatch.commands.app import app
+from moe_dispatch.dispatch.dispatcher import Dispatcher
 from moe_dispatch.errors import InvalidInputError, MoEDispatchWarning
 from moe_dispatch.machine import Machine
 from moe_dispatch.measure import H200_CEILINGS
@@ -37,6 +38,7 @@ from moe_dispatch.policies.learned.policy import CostModel, LearnedPolicy, Model
 from moe_dispatch.policies.measurements.schema import Identity
 from moe_dispatch.policies.rules import vector_suits
 from moe_dispatch.problem import DType, MoEProblem
+from moe_dispatch.settings import Settings
 from moe_dispatch.workloads import WORKLOADS, Workload
 
 H200 = Machine.load("h200")
@@ -353,6 +355,26 @@ def test_the_rules_choice_is_one_that_is_there() -> None:
     problem = on_h200(4096, "fp8", "mixtral-8x7b")
     assert learned(*cost_models).rank(problem) == ()
     assert learned(*cost_models, machine=bare).rank(problem)[0].backend == "gluon_hopper"
+
+
+@pytest.mark.parametrize("how", ["disabled", "barred"])
+@pytest.mark.parametrize(("left_out", "M"), [("gluon_hopper", 1024), ("triton_splitk", 32)])
+def test_backends_that_may_not_run_here_take_no_part_in_the_choice(left_out: str, M: int, how: str) -> None:
+    """triton_persistent is of gluon_hopper's family; triton_vector is of split-K's, and would read weights again."""
+    machine = H200.model_copy(update={"libraries": {}})
+    settings = Settings(policies=("learned", "rules"), disabled=frozenset({left_out} if how == "disabled" else ()))
+    barred = {left_out: "it hangs"} if how == "barred" else {}
+    planner = Dispatcher(machine, settings, live=False, barred=barred).planner
+    first = planner.explain(Workload("new", E=32, topk=4, K=4096, N=2048).problem(M, "bf16", machine)).chosen
+    assert first is not None
+    assert (first.choice.backend, first.choice.policy) == ("triton_persistent", "learned")
+
+
+def test_the_rules_stand_against_the_fastest_that_is_here() -> None:
+    bare = H200.model_copy(update={"libraries": {}})
+    times = {"vllm_fused_moe": 90.0, "triton_splitk": 100.0, "triton_persistent": 103.0}
+    ranked = learned(*(cost_model(*each) for each in times.items()), machine=bare).rank(on_h200(256, "bf16"))
+    assert [choice.backend for choice in ranked] == ["vllm_fused_moe", "triton_persistent", "triton_splitk"]
 
 
 def test_a_cost_model_is_not_used_far_beyond_what_was_measured() -> None:
