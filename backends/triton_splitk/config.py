@@ -102,6 +102,7 @@ def least_shared_memory(problem: MoEProblem, device: Features) -> int:
     return _default_and_least(problem, device)[1]
 
 
+@functools.lru_cache(maxsize=16)  # a problem's memory is asked for first, then its default
 def _default_and_least(problem: MoEProblem, device: Features) -> tuple[SplitKConfig, int]:
     hit = max(problem.expected_experts, 1.0)
     # A product of e4m3 codes; with dequantised weights it is one of 16 bits, and tiles are those of 16 bits.

@@ -10,6 +10,7 @@ import contextlib
 import os
 import threading
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from typing import Final
 
 import torch
@@ -29,21 +30,17 @@ class FirstCalls:
         self._changed = threading.Condition(threading.Lock())
         self._backends: dict[int, list[str]] = {}
 
-    @contextlib.contextmanager
-    def planning(self) -> Iterator[None]:
+    def planning(self) -> AbstractContextManager[None]:
         """While this thread plans a kind of call."""
-        with self._listed(""):
-            yield
+        return self._listed("")
 
-    @contextlib.contextmanager
-    def running(self, backend: str) -> Iterator[None]:
+    def running(self, backend: str) -> AbstractContextManager[None]:
         """While this thread probes a backend or runs a kind of call on it for the first time.
 
         Raises:
             RecursionError: The backend is calling itself by way of `moe_forward`.
         """
-        with self._listed(backend):
-            yield
+        return self._listed(backend)
 
     @contextlib.contextmanager
     def _listed(self, backend: str) -> Iterator[None]:

@@ -6,10 +6,11 @@ layers bound by bandwidth and for layers bound by arithmetic.
 
 import bisect
 import math
+import operator
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Final
+from typing import Final, NamedTuple
 
 from moe_dispatch.policies.measurements.schema import CalibrationFile, Identity, LayerKey
 from moe_dispatch.policy import Choice
@@ -59,6 +60,38 @@ class Curve:
         return math.exp((1 - share) * self._logs[i - 1] + share * self._logs[i])
 
 
+class _Span(NamedTuple):
+    """A candidate's times at one or two successive token counts.
+
+    Attributes:
+        identity: Backend and configuration.
+        us: The times in µs.
+        logs: Their logarithms.
+        won: Whether it won at one of them.
+    """
+
+    identity: Identity
+    us: tuple[float, ...]
+    logs: tuple[float, ...]
+    won: bool
+
+    def is_behind(self, other: "_Span") -> bool:
+        """Whether another candidate of the same backend is faster at every token count."""
+        return self.identity[0] == other.identity[0] and all(map(operator.gt, self.us, other.us))
+
+
+def _times(spans: Sequence[_Span], around: tuple[int, ...], M: int) -> list[float]:
+    """Times in µs at M, as `Curve.at`, with what all candidates share computed once."""
+    if len(around) == 1:
+        beyond = max(
+            M / around[0], 1.0
+        )  # time in proportion to the tokens above the largest measured M, else unchanged
+        return [us * beyond for _, (us,), _, _ in spans]
+    lower, upper = around
+    share = math.log(M / lower) / math.log(upper / lower)
+    return [math.exp((1 - share) * low + share * up) for _, _, (low, up), _ in spans]
+
+
 class LayerTable:
     """The measurements of one layer in one mode.
 
@@ -78,7 +111,7 @@ class LayerTable:
         self.scores = {M: dict(at) for M, at in sorted(scores.items()) if any(us for us in at.values())}
         self.tokens = tuple(self.scores)
         self._curves = tuple(curves(self.scores))
-        self._counting: dict[tuple[int, ...], list[tuple[Identity, tuple[float, ...], tuple[float, ...]]]] = {}
+        self._between: dict[tuple[int, ...], list[_Span]] = {}
         self.winners = stable_winners(self.scores, incumbents)
 
     def rank(self, M: int) -> tuple[tuple[Identity, float], ...]:
@@ -89,37 +122,39 @@ class LayerTable:
         around = self.tokens[max(i - 1, 0) : i + 1] if i == len(self.tokens) or self.tokens[i] != M else (M,)
         if len(around) == 2 and around[1] > around[0] * APART:
             return ()
-        timed = self._times(around, M)
-        if not timed:
+        if (spans := self._between.get(around)) is None:
+            spans = self._between[around] = self._spans(around)
+        if not spans:
             return ()
-        measured = around == (M,)
-        won = {self.winners[near] for near in around}
+        times = _times(spans, around, M)
+        order = sorted(range(len(spans)), key=times.__getitem__)
         # At a measured M the winner is decided; between two, a neighbour's winner comes first within noise of the best.
-        limit = math.inf if measured else min(us for _, us in timed) * (1 + NOISE)
-        timed.sort(key=lambda pair: (not (pair[1] <= limit and pair[0] in won), pair[1]))
+        limit = math.inf if around == (M,) else times[order[0]] * (1 + NOISE)
+        preferred = [place for place in order if times[place] <= limit and spans[place].won]
         best: dict[str, tuple[Identity, float]] = {}
-        for identity, us in timed:
-            best.setdefault(identity[0], (identity, us))
+        for place in (*preferred, *order):
+            identity = spans[place].identity
+            if identity[0] not in best:
+                best[identity[0]] = identity, times[place]
         return tuple(best.values())
 
-    def _times(self, around: tuple[int, ...], M: int) -> list[tuple[Identity, float]]:
-        """Times at M of the candidates that count there; `around` are the measured token counts next to it."""
-        # The same for every M between two measured ones, so that a new token count is not planned from scratch.
-        if (counting := self._counting.get(around)) is None:
-            barred = {identity for near in around for identity, us in self.scores[near].items() if us is None}
-            # A candidate that was eliminated at a neighbour was behind there; its times further away say nothing of M.
-            counting = self._counting[around] = [
-                (curve.identity, us, tuple(map(math.log, us)))
-                for curve in self._curves
-                if curve.identity not in barred and all(near in curve.tokens for near in around)
-                for us in [tuple(map(curve.at, around))]
-            ]
-        # As `Curve.at`, with what all curves share computed once.
-        if len(around) == 1:
-            return [(identity, us * M / around[0] if around[0] < M else us) for identity, (us,), _ in counting]
-        lower, upper = around
-        share = math.log(M / lower) / math.log(upper / lower)
-        return [(identity, math.exp((1 - share) * low + share * up)) for identity, _, (low, up) in counting]
+    def _spans(self, around: tuple[int, ...]) -> list["_Span"]:
+        """The candidates that can be a backend's best between the token counts `around`, or at the only one.
+
+        They are the same for every M between, so that a new token count is not planned from scratch.
+        """
+        barred = {identity for near in around for identity, us in self.scores[near].items() if us is None}
+        won = {self.winners[near] for near in around}
+        # A candidate that was eliminated at a neighbour was behind there; its times further away say nothing of M.
+        spans = [
+            _Span(curve.identity, us, tuple(map(math.log, us)), won=curve.identity in won)
+            for curve in self._curves
+            if curve.identity not in barred and all(near in curve.tokens for near in around)
+            for us in [tuple(map(curve.at, around))]
+        ]
+        return [
+            span for i, span in enumerate(spans) if span.won or not any(map(span.is_behind, spans[:i] + spans[i + 1 :]))
+        ]
 
     def choices(self, M: int, mode: str) -> Iterator[Choice]:
         """The ranking as choices with their reasons; `mode` is the part of the reason that names the mode."""
