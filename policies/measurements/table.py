@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Final, NamedTuple
 
-from moe_dispatch.policies.measurements.schema import CalibrationFile, Identity, LayerKey
+from moe_dispatch.policies.measurements.schema import CalibrationFile, Identity, LayerKey, Point
 from moe_dispatch.policy import Choice
 from moe_dispatch.problem import Mode
 
@@ -207,19 +207,38 @@ def stable_winners(
     return {M: winners[M] for M in scores}
 
 
+def points_of_layers(file: CalibrationFile) -> dict[tuple[LayerKey, Mode], list[Point]]:
+    """The points of a file by layer and mode."""
+    keys = [layer.key for layer in file.layers]
+    points: dict[tuple[LayerKey, Mode], list[Point]] = {}
+    for point in file.points:
+        points.setdefault((keys[point.layer], point.mode), []).append(point)
+    return points
+
+
+def tabulated(points: Iterable[Point], identities: Sequence[Identity | None]) -> LayerTable:
+    """The table of one layer in one mode.
+
+    Args:
+        points: Its points.
+        identities: Of the file's candidates; None for one that is left out.
+    """
+    scores: dict[int, dict[Identity, float | None]] = {}
+    incumbents: dict[int, Identity] = {}
+    for point in points:
+        at = scores.setdefault(point.M, {})
+        for stored in point.measurements:
+            if (identity := identities[stored.candidate]) is not None:
+                at[identity] = stored.score
+                if stored.incumbent:
+                    incumbents[point.M] = identity
+    return LayerTable(scores, incumbents)
+
+
 def tables(file: CalibrationFile) -> dict[tuple[LayerKey, Mode], LayerTable]:
     """The tables of a file by layer and mode; its candidates are not asked whether they can still run."""
-    scores: dict[tuple[LayerKey, Mode], dict[int, dict[Identity, float | None]]] = {}
-    incumbents: dict[tuple[LayerKey, Mode], dict[int, Identity]] = {}
-    for point in file.points:
-        key = file.layers[point.layer].key, point.mode
-        at = scores.setdefault(key, {}).setdefault(point.M, {})
-        for stored in point.measurements:
-            identity = file.candidates[stored.candidate].identity
-            at[identity] = stored.score
-            if stored.incumbent:
-                incumbents.setdefault(key, {})[point.M] = identity
-    return {key: LayerTable(by_tokens, incumbents.get(key)) for key, by_tokens in scores.items()}
+    identities = [candidate.identity for candidate in file.candidates]
+    return {key: tabulated(points, identities) for key, points in points_of_layers(file).items()}
 
 
 def geometric_mean(values: Sequence[float]) -> float:
