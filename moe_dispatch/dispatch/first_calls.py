@@ -47,8 +47,7 @@ class FirstCalls:
         thread = threading.get_ident()
         with self._changed:
             mine = self._backends.get(thread, [])
-            running = sum(backend in names for names in self._backends.values())
-            if backend and (backend in mine or running >= MAX_CONCURRENT):
+            if backend and (backend in mine or self._running(backend) >= MAX_CONCURRENT):
                 raise RecursionError(
                     f"backend {backend!r} calls moe_forward, which chooses {backend!r} again; a backend that wraps "
                     "another one names it: moe_forward(…, backend=…)"
@@ -62,6 +61,9 @@ class FirstCalls:
                 if not mine:
                     del self._backends[thread]
                 self._changed.notify_all()
+
+    def _running(self, backend: str) -> int:
+        return sum(backend in names for names in self._backends.values())
 
     def before_fork(self) -> None:
         """Wait for the first calls of other threads, and keep new ones from starting until the fork is done."""
