@@ -148,7 +148,7 @@ class MoEProblem:
         """Token-expert pairs, M·topk, those of experts elsewhere included: any of them may have its expert here."""
         return self.M * self.topk
 
-    @property
+    @cached_property
     def expected_slots(self) -> float:
         """Slots whose expert is one of the E under uniform routing: M·topk·E / routed_experts."""
         slots = self.M * self.topk
@@ -178,8 +178,13 @@ class MoEProblem:
 
     @cached_property
     def _buckets(self) -> "dict[tuple[int, Mode, bool], MoEProblem]":
-        """Of a layer: the buckets that calls through it have asked for."""
+        """Of a layer: the buckets of calls through it."""
         return {}
+
+    @cached_property
+    def met(self) -> set[object]:
+        """Of a layer: what its calls are known to meet whatever their M, such as a backend's `Requirements`."""
+        return set()
 
     def with_tokens(self, M: int) -> "MoEProblem":
         """The same call with M tokens. It shares what is the same for every token count, so that this costs little."""
@@ -217,7 +222,7 @@ class MoEProblem:
         """Multiply-adds of the two products, counted as two operations each, for the expected slots."""
         return 2 * self.expected_slots * self.K * (self.gate_up_rows + self.N)
 
-    @property
+    @cached_property
     def expected_experts(self) -> float:
         """Experts that get a token under uniform routing: E·(1 − (1 − topk/routed_experts)^M)."""
         share = min(1.0, self.topk / (self.routed_experts or self.E))

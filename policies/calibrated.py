@@ -66,7 +66,7 @@ class MeasuredPolicy(Policy):
 
     def ranked(self, problem: MoEProblem) -> Iterator[Choice]:
         """See `Policy.ranked`."""
-        if problem.needs_grad or problem.M < 1:
+        if problem.needs_grad or problem.M < 1 or not self._files:
             return iter(())
         problem = problem.whole_layer  # files hold measurements of whole layers
         key = layer_key(problem)

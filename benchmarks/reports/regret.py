@@ -16,6 +16,7 @@ Not every choice has a time:
 """
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -29,7 +30,7 @@ from moe_dispatch.policies.learned.defaults import default_identity, find_backen
 from moe_dispatch.policies.learned.fit import Observation, fit_model
 from moe_dispatch.policies.learned.policy import LearnedPolicy
 from moe_dispatch.policies.measurements.schema import Identity
-from moe_dispatch.policies.measurements.table import curves, geometric_mean
+from moe_dispatch.policies.measurements.table import geometric_mean
 from moe_dispatch.policies.rules import FAMILIES, RulesPolicy
 from moe_dispatch.policy import Choice
 from moe_dispatch.problem import MoEProblem
@@ -190,16 +191,22 @@ def _learned(observations: Sequence[Observation], machine: Machine) -> Rank:
 
 
 def _between(points: Mapping[MoEProblem, Times]) -> dict[MoEProblem, dict[Identity, float]]:
-    """Interpolated times of candidates that were measured below and above a token count and not at it."""
+    """Times of candidates that were measured below and above a token count and not at it, as powers of M."""
     by_layer: dict[MoEProblem, dict[int, Times]] = {}
     for problem, times in points.items():
         by_layer.setdefault(dataclasses.replace(problem, M=1), {})[problem.M] = times
     interpolated: dict[MoEProblem, dict[Identity, float]] = {}
     for layer, by_tokens in by_layer.items():
-        for curve in curves(by_tokens):
-            for M in by_tokens:
-                if curve.tokens[0] < M < curve.tokens[-1] and M not in curve.tokens:
-                    interpolated.setdefault(dataclasses.replace(layer, M=M), {})[curve.identity] = curve.at(M)
+        measured: dict[Identity, list[tuple[int, float]]] = {}
+        for M, times in sorted(by_tokens.items()):
+            for identity, us in times.items():
+                measured.setdefault(identity, []).append((M, math.log(us)))
+        for identity, logs in measured.items():
+            for (lower, log), (upper, upper_log) in itertools.pairwise(logs):
+                for M in filter(range(lower + 1, upper).__contains__, by_tokens):
+                    share = math.log(M / lower) / math.log(upper / lower)
+                    us = math.exp((1 - share) * log + share * upper_log)
+                    interpolated.setdefault(dataclasses.replace(layer, M=M), {})[identity] = us
     return interpolated
 
 

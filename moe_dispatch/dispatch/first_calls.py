@@ -27,7 +27,8 @@ class FirstCalls:
     """The threads that are in a first call, and the backends that they run for the first time."""
 
     def __init__(self) -> None:
-        self._changed = threading.Condition(threading.Lock())
+        self._lock = threading.Lock()
+        self._changed = threading.Condition(self._lock)
         self._backends: dict[int, list[str]] = {}
 
     def planning(self) -> AbstractContextManager[None]:
@@ -45,7 +46,7 @@ class FirstCalls:
     @contextlib.contextmanager
     def _listed(self, backend: str) -> Iterator[None]:
         thread = threading.get_ident()
-        with self._changed:
+        with self._lock:
             mine = self._backends.get(thread, [])
             if backend and (backend in mine or self._running(backend) >= MAX_CONCURRENT):
                 raise RecursionError(
@@ -56,7 +57,7 @@ class FirstCalls:
         try:
             yield
         finally:
-            with self._changed:
+            with self._lock:
                 mine.pop()
                 if not mine:
                     del self._backends[thread]
@@ -78,7 +79,8 @@ class FirstCalls:
     def after_fork_in_child(self) -> None:
         """Forget the other threads, which this process does not have."""
         thread = threading.get_ident()
-        self._changed = threading.Condition(threading.Lock())
+        self._lock = threading.Lock()
+        self._changed = threading.Condition(self._lock)
         self._backends = {other: names for other, names in self._backends.items() if other == thread}
 
 

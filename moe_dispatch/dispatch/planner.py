@@ -256,8 +256,7 @@ class Planner:
     def _made_plan(
         self, problem: MoEProblem, choice: Choice, config: BackendConfig, remedy: str = "", *, into: bool = False
     ) -> Plan:
-        backend = self._pool.made(choice.backend).require()
-        return Plan(problem, backend, config, choice, remedy, into=into, kept=bool(remedy))
+        return Plan(problem, self.backend(choice.backend), config, choice, remedy, into=into, kept=bool(remedy))
 
     def _rank(self, problem: MoEProblem) -> Iterable[Choice]:
         if problem.needs_grad:
@@ -288,7 +287,7 @@ class Planner:
     def _config(self, choice: Choice, problem: MoEProblem) -> BackendConfig | tuple[str, ...]:
         """A choice's configuration as the backend's own type, or why there is none."""
         try:
-            backend = self._pool.made(choice.backend).require()
+            backend = self.backend(choice.backend)
             if choice.config is None:
                 return backend.default_config(problem)
             typed = tuple((name, value, type(value)) for name, value in choice.config.items())

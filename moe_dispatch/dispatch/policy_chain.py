@@ -64,7 +64,7 @@ class PolicyChain:
                     checked = _checked(choice, policy.name)
                     earlier = ranked.setdefault(checked.backend, [])
                     # As text, for 1 equals True and a configuration may tell them apart.
-                    if not any(repr(other.config) == repr(checked.config) for other in earlier):
+                    if not (earlier and any(repr(other.config) == repr(checked.config) for other in earlier)):
                         earlier.append(checked)
                         yield checked
             except FOREIGN_ERRORS as error:

@@ -1,6 +1,5 @@
 """What each backend runs by default, and which backend of a family the rules choose."""
 
-import itertools
 from collections.abc import Iterator
 
 from moe_dispatch.backend import Backend
@@ -72,9 +71,15 @@ class Members:
 
     def __init__(self, backends: UsableBackends, problem: MoEProblem) -> None:
         self._backends, self._problem = backends, problem
-        self._families: dict[str, tuple[str, ...]] = {}
-        for family, names in itertools.groupby((*order(problem), LAST_RESORT), lambda name: FAMILIES.get(name, name)):
-            self._families.setdefault(family, tuple(names))
+        self._families: dict[str, list[str]] = {}
+        previous = ""
+        for name in (*order(problem), LAST_RESORT):
+            family = FAMILIES.get(name, name)
+            if family not in self._families:
+                self._families[family] = [name]
+            elif family == previous:
+                self._families[family].append(name)
+            previous = family
         self._chosen: dict[str, Backend | None] = {}
 
     def __iter__(self) -> Iterator[str]:

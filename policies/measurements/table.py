@@ -1,4 +1,4 @@
-"""Measured times of candidates as curves over M: looked up where M was measured, interpolated between.
+"""Measured times of candidates over M: looked up where M was measured, interpolated between.
 
 Between two measured token counts time is taken as a power of M, that is linear in log M and log time. This holds for
 layers bound by bandwidth and for layers bound by arithmetic.
@@ -6,10 +6,7 @@ layers bound by bandwidth and for layers bound by arithmetic.
 
 import bisect
 import math
-import operator
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
 from typing import Final, NamedTuple
 
 from moe_dispatch.policies.measurements.schema import CalibrationFile, Identity, LayerKey, Point
@@ -29,37 +26,6 @@ FAR: Final = 64
 APART: Final = 16
 
 
-@dataclass(frozen=True)
-class Curve:
-    """One candidate's times over M.
-
-    Attributes:
-        identity: Backend and configuration.
-        tokens: Measured token counts, ascending.
-        us: The score at each, in µs.
-    """
-
-    identity: Identity
-    tokens: tuple[int, ...]
-    us: tuple[float, ...]
-
-    @cached_property
-    def _logs(self) -> tuple[float, ...]:
-        return tuple(map(math.log, self.us))
-
-    def at(self, M: int) -> float:
-        """Time in µs at M tokens, interpolated; `LayerTable.rank` limits how far M may be beyond the ends."""
-        i = bisect.bisect_left(self.tokens, M)
-        if i == len(self.tokens):
-            # Time grows at most in proportion to the tokens, so this is an upper bound.
-            return self.us[-1] * M / self.tokens[-1]
-        if self.tokens[i] == M or i == 0:
-            return self.us[i]
-        lower, upper = self.tokens[i - 1], self.tokens[i]
-        share = math.log(M / lower) / math.log(upper / lower)
-        return math.exp((1 - share) * self._logs[i - 1] + share * self._logs[i])
-
-
 class _Span(NamedTuple):
     """A candidate's times at one or two successive token counts.
 
@@ -75,13 +41,9 @@ class _Span(NamedTuple):
     logs: tuple[float, ...]
     won: bool
 
-    def is_behind(self, other: "_Span") -> bool:
-        """Whether another candidate of the same backend is faster at every token count."""
-        return self.identity[0] == other.identity[0] and all(map(operator.gt, self.us, other.us))
-
 
 def _times(spans: Sequence[_Span], around: tuple[int, ...], M: int) -> list[float]:
-    """Times in µs at M, as `Curve.at`, with what all candidates share computed once."""
+    """Times in µs at M, with what all candidates share computed once."""
     if len(around) == 1:
         beyond = max(
             M / around[0], 1.0
@@ -110,7 +72,8 @@ class LayerTable:
     ) -> None:
         self.scores = {M: dict(at) for M, at in sorted(scores.items()) if any(us for us in at.values())}
         self.tokens = tuple(self.scores)
-        self._curves = tuple(curves(self.scores))
+        timed = (identity for at in self.scores.values() for identity, us in at.items() if us is not None)
+        self._candidates = tuple(dict.fromkeys(timed))
         self._between: dict[tuple[int, ...], list[_Span]] = {}
         self.winners = stable_winners(self.scores, incumbents)
 
@@ -141,20 +104,25 @@ class LayerTable:
     def _spans(self, around: tuple[int, ...]) -> list["_Span"]:
         """The candidates that can be a backend's best between the token counts `around`, or at the only one.
 
-        They are the same for every M between, so that a new token count is not planned from scratch.
+        They are the same for every M between, so that a new token count is not planned from scratch. A candidate that
+        was eliminated at a neighbour was behind there; its times further away say nothing of M.
         """
-        barred = {identity for near in around for identity, us in self.scores[near].items() if us is None}
         won = {self.winners[near] for near in around}
-        # A candidate that was eliminated at a neighbour was behind there; its times further away say nothing of M.
-        spans = [
-            _Span(curve.identity, us, tuple(map(math.log, us)), won=curve.identity in won)
-            for curve in self._curves
-            if curve.identity not in barred and all(near in curve.tokens for near in around)
-            for us in [tuple(map(curve.at, around))]
-        ]
-        return [
-            span for i, span in enumerate(spans) if span.won or not any(map(span.is_behind, spans[:i] + spans[i + 1 :]))
-        ]
+        spans: list[_Span] = []
+        for identity in self._candidates:
+            times = [self.scores[near].get(identity) for near in around]
+            if None not in times:
+                us = tuple(filter(None, times))
+                spans.append(_Span(identity, us, tuple(map(math.log, us)), won=identity in won))
+        # Of a backend's others, those that another one of it is ahead of at every token count are never its best.
+        least: dict[str, float] = {}
+        ahead: set[int] = set()
+        for i in sorted(range(len(spans)), key=lambda i: spans[i].us):
+            backend, last = spans[i].identity[0], spans[i].us[-1]
+            if last <= least.get(backend, math.inf):
+                least[backend] = last
+                ahead.add(i)
+        return [span for i, span in enumerate(spans) if span.won or i in ahead]
 
     def choices(self, M: int, mode: str) -> Iterator[Choice]:
         """The ranking as choices with their reasons; `mode` is the part of the reason that names the mode."""
@@ -249,17 +217,6 @@ def geometric_mean(values: Sequence[float]) -> float:
 def rough_us(us: float) -> str:
     """An estimated time in µs: three significant digits, without an exponent."""
     return f"{us:.3g}" if us < 1000 else f"{us:.0f}"
-
-
-def curves(scores: Mapping[int, Mapping[Identity, float | None]]) -> Iterable[Curve]:
-    """Each candidate's times over the token counts, in ascending order of them."""
-    times: dict[Identity, list[tuple[int, float]]] = {}
-    for M, at in sorted(scores.items()):
-        for identity, us in at.items():
-            if us is not None:
-                times.setdefault(identity, []).append((M, us))
-    for identity, measured in times.items():
-        yield Curve(identity, tuple(M for M, _ in measured), tuple(us for _, us in measured))
 
 
 def _lead(ranked: Sequence[tuple[Identity, float]], place: int) -> str:
