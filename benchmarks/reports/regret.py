@@ -26,7 +26,7 @@ from moe_dispatch.benchmarks.rows import BenchRow
 from moe_dispatch.errors import InvalidInputError
 from moe_dispatch.machine import Machine
 from moe_dispatch.policies.calibration.request import DEFAULT_ROUTINGS
-from moe_dispatch.policies.learned.defaults import default_identity, find_backend
+from moe_dispatch.policies.learned.defaults import default_identity
 from moe_dispatch.policies.learned.fit import Observation, fit_model
 from moe_dispatch.policies.learned.policy import LearnedPolicy
 from moe_dispatch.policies.measurements.schema import Identity
@@ -34,7 +34,7 @@ from moe_dispatch.policies.measurements.table import geometric_mean
 from moe_dispatch.policies.rules import FAMILIES, RulesPolicy
 from moe_dispatch.policy import Choice
 from moe_dispatch.problem import MoEProblem
-from moe_dispatch.registry import BACKENDS
+from moe_dispatch.registry import BACKENDS, make_backend
 from moe_dispatch.workloads import WORKLOADS, Workload
 
 # When vLLM 0.20.2 gives a block FP8 layer to DeepGEMM (`_valid_deep_gemm` in fused_moe/experts/deep_gemm_moe.py, called
@@ -213,7 +213,7 @@ def _between(points: Mapping[MoEProblem, Times]) -> dict[MoEProblem, dict[Identi
 def _judged(ranking: Sequence[Choice], problem: MoEProblem, times: Times, least: float, machine: Machine) -> Judged:
     unmeasured = False
     for choice in ranking:
-        backend = find_backend(choice.backend, machine)
+        backend = make_backend(choice.backend, machine).backend
         if backend is None or backend.unsupported_reasons(problem):
             continue
         default = default_identity(backend, problem)

@@ -14,7 +14,7 @@ from moe_dispatch.dispatch.quarantine import Quarantine
 from moe_dispatch.guard import FOREIGN_ERRORS
 from moe_dispatch.machine import Machine
 from moe_dispatch.problem import MoEProblem
-from moe_dispatch.registry import BACKENDS, MadeBackend, make_backend
+from moe_dispatch.registry import BACKENDS, MadeBackends
 from moe_dispatch.system import failures
 
 
@@ -37,7 +37,7 @@ class BackendStatus:
     install_hint: str
 
 
-class BackendPool:
+class BackendPool(MadeBackends):
     """Backends by name.
 
     No lock is held while a backend's code runs, which may itself call `moe_forward`, here or from a thread of its own.
@@ -53,21 +53,12 @@ class BackendPool:
     def __init__(
         self, machine: Machine, disabled: frozenset[str], quarantine: Quarantine, barred: Mapping[str, str]
     ) -> None:
-        self._machine, self._disabled, self._quarantine, self._barred = machine, disabled, quarantine, barred
-        self._made: dict[str, MadeBackend] = {}
+        super().__init__(machine)
+        self._disabled, self._quarantine, self._barred = disabled, quarantine, barred
         self._probe_failures: dict[tuple[str, MoEProblem], str] = {}
         # The problem that was asked about last, and the backends that gave no reason against it: policy and planner ask
         # the same of it.
         self._supported: tuple[MoEProblem | None, set[str]] = None, set()
-
-    def made(self, name: str) -> MadeBackend:
-        """The backend behind a name, or why it runs nothing here."""
-        made = self._made.get(name)
-        if made is None:
-            made = make_backend(name, self._machine)
-            if made.registered:  # an unknown name may be registered later
-                made = self._made.setdefault(name, made)
-        return made
 
     def reasons_against(self, name: str, problem: MoEProblem, *, chosen_by_name: bool = False) -> tuple[str, ...]:
         """Every reason, known without running anything, against giving `problem` to a backend.
@@ -89,17 +80,6 @@ class BackendPool:
                 if cause := self._quarantine.cause(name, problem):
                     reasons.append(f"quarantined for such problems: {cause}")
         return tuple(reasons)
-
-    def able(self, name: str, problem: MoEProblem) -> Backend | None:
-        """The backend of this name; None where anything is known against giving it the problem."""
-        return None if self.reasons_against(name, problem) else self.made(name).backend
-
-    def without_library(self, name: str, problem: MoEProblem) -> Backend | None:
-        """A backend that could run a problem but for a library that is missing here; None for any other."""
-        made = self.made(name)
-        if made.backend is None or self.reasons_against(name, problem) != made.reasons:
-            return None
-        return made.backend if made.reasons else None
 
     def _unsupported_reasons(self, backend: Backend, problem: MoEProblem) -> tuple[str, ...]:
         asked, supported = self._supported

@@ -3,59 +3,16 @@
 from collections.abc import Iterator
 
 from moe_dispatch.backend import Backend
-from moe_dispatch.machine import Machine
 from moe_dispatch.policies.measurements.schema import Identity
 from moe_dispatch.policies.rules import FAMILIES, order
 from moe_dispatch.policy import UsableBackends
 from moe_dispatch.problem import MoEProblem
-from moe_dispatch.registry import LAST_RESORT, MadeBackend, make_backend
-
-
-def find_backend(name: str, machine: Machine) -> Backend | None:
-    """The backend of this name; None if it cannot be made here."""
-    return make_backend(name, machine).backend
+from moe_dispatch.registry import LAST_RESORT
 
 
 def default_identity(backend: Backend, problem: MoEProblem) -> Identity:
     """The backend with the configuration that it runs for a problem where no measurement names another."""
     return backend.name, tuple(sorted(backend.default_config(problem).model_dump(mode="json").items()))
-
-
-class MachineBackends:
-    """The backends of a machine, each made on its first use and kept; all that are here and can run a problem may.
-
-    Args:
-        machine: The machine that they are made for.
-    """
-
-    def __init__(self, machine: Machine) -> None:
-        self._machine = machine
-        self._made: dict[str, MadeBackend] = {}
-
-    def find(self, name: str) -> Backend | None:
-        """The backend of this name; None if it cannot be made here."""
-        return self._make(name).backend
-
-    def able(self, name: str, problem: MoEProblem) -> Backend | None:
-        """The backend of this name; None if it is not here or cannot run the problem."""
-        made = self._make(name)
-        able = made.backend and not made.reasons and not made.backend.unsupported_reasons(problem)
-        return made.backend if able else None
-
-    def without_library(self, name: str, problem: MoEProblem) -> Backend | None:
-        """A backend that could run a problem but for a library that is missing here; None for any other.
-
-        Policies rank it, so that `explain` shows what installing the library would give.
-        """
-        made = self._make(name)
-        if made.backend is None or not made.reasons or made.backend.unsupported_reasons(problem):
-            return None
-        return made.backend
-
-    def _make(self, name: str) -> MadeBackend:
-        if name not in self._made:
-            self._made[name] = make_backend(name, self._machine)
-        return self._made[name]
 
 
 class Members:

@@ -12,12 +12,13 @@ import pydantic
 from moe_dispatch.errors import PolicyFileError, warn
 from moe_dispatch.machine import Machine
 from moe_dispatch.policies.learned.cost_model import TERMS, Term, rows_per_expert, terms
-from moe_dispatch.policies.learned.defaults import MachineBackends, Members
+from moe_dispatch.policies.learned.defaults import Members
 from moe_dispatch.policies.measurements.schema import Count, Name, Positive, Strict, damage, read_bytes
 from moe_dispatch.policies.measurements.table import rough_us
 from moe_dispatch.policies.nearest import Nearest, nearest, read_shipped
 from moe_dispatch.policy import Choice, Policy, UsableBackends
 from moe_dispatch.problem import DType, Mode, MoEProblem
+from moe_dispatch.registry import MadeBackends
 from moe_dispatch.settings import cache_dir
 
 SCHEMA: Final = 4
@@ -151,7 +152,7 @@ class LearnedPolicy(Policy):
             except PolicyFileError as error:
                 self._notes.append(f"refused, so the next policy decides: {error}")
                 warn(f"policy {self.name!r}: {error}")
-        self._backends: UsableBackends = MachineBackends(machine)
+        self._backends: UsableBackends = MadeBackends(machine)
         self._where = ""
         if self._source and self._source.slug != machine.slug:
             self._where = f" on {self._source.name}, with this device's rates"

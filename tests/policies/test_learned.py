@@ -13,6 +13,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from moe_dispatch import registry
 from moe_dispatch.backend import Backend
 from moe_dispatch.backends.triton_common import features as triton_support
 from moe_dispatch.benchmarks.__main__ import app as benchmarks
@@ -24,9 +25,8 @@ from moe_dispatch.dispatch.dispatcher import Dispatcher
 from moe_dispatch.errors import InvalidInputError, MoEDispatchWarning
 from moe_dispatch.machine import Machine
 from moe_dispatch.measure import H200_CEILINGS
-from moe_dispatch.policies.learned import defaults
 from moe_dispatch.policies.learned.cost_model import TERMS, Term, _tiles, terms
-from moe_dispatch.policies.learned.defaults import default_identity, find_backend
+from moe_dispatch.policies.learned.defaults import default_identity
 from moe_dispatch.policies.learned.fit import (
     Observation,
     fit_cost_model,
@@ -38,6 +38,7 @@ from moe_dispatch.policies.learned.policy import CostModel, LearnedPolicy, Model
 from moe_dispatch.policies.measurements.schema import Identity
 from moe_dispatch.policies.rules import vector_suits
 from moe_dispatch.problem import DType, MoEProblem
+from moe_dispatch.registry import make_backend
 from moe_dispatch.settings import Settings
 from moe_dispatch.workloads import WORKLOADS, Workload
 
@@ -68,7 +69,7 @@ def default(backend: str, problem: MoEProblem) -> Identity:
 
 def made(backend: str) -> Backend:
     """A backend of the H200."""
-    found = find_backend(backend, H200)
+    found = make_backend(backend, H200).backend
     assert found is not None
     return found
 
@@ -454,7 +455,7 @@ def test_another_token_count_makes_no_backend_again(monkeypatch: pytest.MonkeyPa
     """A new M cost 2 ms on a host, most of it for backends that were made, and their versions looked up, each time."""
     policy = learned(cost_model("triton_splitk", 1.0))
     assert policy.rank(on_h200(40, "bf16"))
-    monkeypatch.setattr(defaults, "make_backend", lambda *_: pytest.fail("a backend was made"))
+    monkeypatch.setattr(registry, "make_backend", lambda *_: pytest.fail("a backend was made"))
     assert policy.rank(on_h200(41, "bf16"))
 
 
