@@ -25,8 +25,8 @@ from moe_dispatch.commands.options import (
     TensorParallel,
     dtypes_of,
     modes_of,
-    not_negative,
     routing_names,
+    seconds_of,
     tokens_of,
 )
 from moe_dispatch.errors import InvalidInputError, UnknownNameError
@@ -86,9 +86,9 @@ def bench(
     from moe_dispatch.dispatch.process import get_dispatcher
     from moe_dispatch.workloads import ROUTINGS
 
-    deadline = math.inf if budget is None else time.perf_counter() + not_negative("--budget", budget)
-    not_negative("--seconds", seconds)
-    not_negative("--energy", energy)
+    deadline = math.inf if budget is None else time.perf_counter() + seconds_of("--budget", budget, zero=True)
+    seconds_of("--seconds", seconds, zero=True)
+    seconds_of("--energy", energy, zero=True)
     dispatcher = get_dispatcher()
     machine = dispatcher.machine
     notes: list[str] = []
