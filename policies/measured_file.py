@@ -12,7 +12,7 @@ from moe_dispatch.policies.measurements.schema import CalibrationFile, Candidate
 from moe_dispatch.policies.measurements.table import LayerTable, points_of_layers, tabulated
 from moe_dispatch.policies.measurements.versions import changes, relevant_versions
 from moe_dispatch.problem import Mode
-from moe_dispatch.registry import MadeBackend, make_backend
+from moe_dispatch.registry import MadeBackend, MadeBackends
 from moe_dispatch.system import failures
 
 
@@ -33,12 +33,10 @@ class MeasuredFile:
         self._tables: dict[tuple[LayerKey, Mode], LayerTable | None] = {}
         self._points = points_of_layers(file)
         self._usable: list[Identity | None] = []  # by index of the file's candidates; None for one that is not used
-        backends: dict[str, MadeBackend] = {}
+        backends = MadeBackends(machine)
         unused: Counter[str] = Counter()
         for candidate in file.candidates:
-            if candidate.backend not in backends:
-                backends[candidate.backend] = make_backend(candidate.backend, machine)
-            made = backends[candidate.backend]
+            made = backends.made(candidate.backend)
             reason = _reason_against(candidate, made.backend, retires=retires) if made.backend else _reason(made)
             self._usable.append(None if reason else candidate.identity)
             if reason:
