@@ -76,8 +76,8 @@ def _descriptor(tensor: Tensor, rows: list[int]) -> Any:
 @functools.cache
 def _of_windows(dtype: torch.dtype, columns: int, rows: int) -> Any:
     """The descriptor of one of the windows in a matrix of this dtype and so many columns, without memory."""
-    one = torch.empty(WINDOW_ROWS, columns, dtype=dtype, device="meta")
-    return _descriptor(one.as_strided((1, WINDOW_ROWS, columns), (columns, columns, 1)), [1, rows])
+    window = torch.empty(WINDOW_ROWS, columns, dtype=dtype, device="meta")
+    return _descriptor(window.as_strided((1, WINDOW_ROWS, columns), (columns, columns, 1)), [1, rows])
 
 
 @functools.cache

@@ -262,6 +262,8 @@ class Dispatcher:
                 if len(self._plans) >= MAX_PLANS:
                     self._forget(next(iter(self._plans)))
                 plan = self._plans.setdefault(key, plan)  # another thread may have been faster
+                if len(self._checked) >= MAX_PLANS:
+                    self._checked.clear()
                 if kind:
                     self._checked.add(kind)
         if not plan.proven and problem.mode == "eager":

@@ -45,9 +45,8 @@ class _Span(NamedTuple):
 def _times(spans: Sequence[_Span], around: tuple[int, ...], M: int) -> list[float]:
     """Times in µs at M, with what all candidates share computed once."""
     if len(around) == 1:
-        beyond = max(
-            M / around[0], 1.0
-        )  # time in proportion to the tokens above the largest measured M, else unchanged
+        # Above the largest measured M time grows with the tokens, an upper bound. Below the least it stays.
+        beyond = max(M / around[0], 1.0)
         return [us * beyond for _, (us,), _, _ in spans]
     lower, upper = around
     share = math.log(M / lower) / math.log(upper / lower)
@@ -114,15 +113,15 @@ class LayerTable:
             if None not in times:
                 us = tuple(filter(None, times))
                 spans.append(_Span(identity, us, tuple(map(math.log, us)), won=identity in won))
-        # Of a backend's others, those that another one of it is ahead of at every token count are never its best.
+        # One that did not win and is behind another candidate of its backend everywhere is never the backend's best.
         least: dict[str, float] = {}
-        ahead: set[int] = set()
+        kept: set[int] = set()
         for i in sorted(range(len(spans)), key=lambda i: spans[i].us):
             backend, last = spans[i].identity[0], spans[i].us[-1]
             if last <= least.get(backend, math.inf):
                 least[backend] = last
-                ahead.add(i)
-        return [span for i, span in enumerate(spans) if span.won or i in ahead]
+                kept.add(i)
+        return [span for i, span in enumerate(spans) if span.won or i in kept]
 
     def choices(self, M: int, mode: str) -> Iterator[Choice]:
         """The ranking as choices with their reasons; `mode` is the part of the reason that names the mode."""
