@@ -290,7 +290,8 @@ class Planner:
             backend = self.backend(choice.backend)
             if choice.config is None:
                 return backend.default_config(problem)
-            typed = tuple((name, value, type(value)) for name, value in choice.config.items())
+            values = choice.config.values()
+            typed = tuple(zip(choice.config, values, map(type, values), strict=True))
             return _validated(backend.config_type, typed)
         except pydantic.ValidationError as error:
             return (f"does not know the configuration {dict(choice.config or {})}: {error.errors()[0]['msg']}",)
