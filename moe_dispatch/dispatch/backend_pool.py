@@ -1,8 +1,8 @@
 """The backends of one machine: made once, asked why they cannot run, and probed before they are trusted."""
 
 import dataclasses
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 
 import torch
 
@@ -10,7 +10,7 @@ from moe_dispatch.backend import Backend
 from moe_dispatch.dispatch.errors import DeviceLostError
 from moe_dispatch.dispatch.first_calls import FIRST_CALLS, wait_for_earlier_work
 from moe_dispatch.dispatch.probe import probe
-from moe_dispatch.dispatch.quarantine import Quarantine
+from moe_dispatch.dispatch.quarantine import Quarantine, QuarantineEntry
 from moe_dispatch.guard import FOREIGN_ERRORS
 from moe_dispatch.machine import Machine
 from moe_dispatch.problem import MoEProblem
@@ -37,6 +37,21 @@ class BackendStatus:
     install_hint: str
 
 
+@dataclass
+class _Asked:
+    """What was answered about the problem that was asked about last: policy and planner ask the same of it.
+
+    Attributes:
+        problem: The problem.
+        supported: Backends that gave no reason against it.
+        recorded: By backend, what alone bars it: a failure of an earlier process.
+    """
+
+    problem: MoEProblem | None
+    supported: set[str] = field(default_factory=set)
+    recorded: dict[str, QuarantineEntry] = field(default_factory=dict)
+
+
 class BackendPool(MadeBackends):
     """Backends by name.
 
@@ -56,9 +71,7 @@ class BackendPool(MadeBackends):
         super().__init__(machine)
         self._disabled, self._quarantine, self._barred = disabled, quarantine, barred
         self._probe_failures: dict[tuple[str, MoEProblem], str] = {}
-        # The problem that was asked about last, and the backends that gave no reason against it: policy and planner ask
-        # the same of it.
-        self._supported: tuple[MoEProblem | None, set[str]] = None, set()
+        self._latest = _Asked(None)
 
     def reasons_against(self, name: str, problem: MoEProblem, *, chosen_by_name: bool = False) -> tuple[str, ...]:
         """Every reason, known without running anything, against giving `problem` to a backend.
@@ -71,26 +84,27 @@ class BackendPool(MadeBackends):
         made = self.made(name)
         reasons = list(made.reasons)
         if made.backend is not None:
-            reasons += self._unsupported_reasons(made.backend, problem)
+            asked = self._latest
+            if asked.problem is not problem:
+                asked = self._latest = _Asked(problem)
+            if name not in asked.supported:
+                reasons += made.backend.unsupported_reasons(problem)
+                if reasons == list(made.reasons):
+                    asked.supported.add(name)
             if not chosen_by_name:
                 if name in self._disabled:
                     reasons.append("disabled by MOE_DISPATCH_DISABLE")
                 if name in self._barred:
                     reasons.append(self._barred[name])
                 if cause := self._quarantine.cause(name, problem):
+                    if not reasons and (entry := self._quarantine.recorded(name, problem)):
+                        asked.recorded[name] = entry
                     reasons.append(f"quarantined for such problems: {cause}")
         return tuple(reasons)
 
-    def _unsupported_reasons(self, backend: Backend, problem: MoEProblem) -> tuple[str, ...]:
-        asked, supported = self._supported
-        if asked is not problem:
-            supported = set()
-            self._supported = problem, supported
-        if backend.name in supported:
-            return ()
-        if not (reasons := backend.unsupported_reasons(problem)):
-            supported.add(backend.name)
-        return reasons
+    def recorded(self, problem: MoEProblem) -> Iterable[QuarantineEntry]:
+        """Failures of earlier processes that alone kept backends from the problem that was asked about last."""
+        return self._latest.recorded.values() if self._latest.problem is problem else ()
 
     def probe_failure(self, name: str, problem: MoEProblem, device: torch.device) -> str:
         """Why a backend's results cannot be trusted, found by its probe; empty if they can. Probes once per dtype.

@@ -195,7 +195,6 @@ class Planner:
     def _best_plan(self, problem: MoEProblem, experts: ExpertWeights, *, into: bool) -> Plan:
         against: dict[str, tuple[str, ...]] = {}
         faults: dict[str, str] = {}
-        recorded: dict[str, QuarantineEntry] = {}
         unproven: Plan | None = None
         best: Plan | None = None
         for choice in self._rank(problem):
@@ -209,8 +208,6 @@ class Planner:
                     faults[choice.backend] = failure
             if reasons or isinstance(config, tuple):
                 against.setdefault(choice.backend, reasons)
-                if len(reasons) == 1 and (entry := self._quarantine.recorded(choice.backend, problem)):
-                    recorded[choice.backend] = entry
                 continue
             plan = self._made_plan(problem, choice, config, into=into)
             if problem.mode == "eager" or plan.kind in self._proven:
@@ -228,7 +225,7 @@ class Planner:
             raise NoBackendError(problem, against)
         for name, fault in faults.items():
             self._pass_over(name, problem, fault, best)
-        for entry in recorded.values():
+        for entry in self._pool.recorded(problem):
             self._warn_of_record(entry, best)
         return best
 

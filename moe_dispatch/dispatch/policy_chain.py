@@ -16,7 +16,7 @@ from moe_dispatch.system import failures
 _FIELDS: Final[Mapping[str, type | tuple[type, ...]]] = {
     "backend": str,
     "reason": str,
-    "config": (Mapping, NoneType),
+    "config": (dict, NoneType, Mapping),  # the usual ones first
     "us": (int, float, NoneType),
     "policy": str,
 }

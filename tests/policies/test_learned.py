@@ -21,6 +21,7 @@ from moe_dispatch.benchmarks.row_files import append
 from moe_dispatch.benchmarks.rows import BenchRow
 from moe_dispatch.commands.app import app
 from moe_dispatch.dispatch.dispatcher import Dispatcher
+from moe_dispatch.dispatch.quarantine import Quarantine
 from moe_dispatch.errors import InvalidInputError, MoEDispatchWarning
 from moe_dispatch.machine import Machine
 from moe_dispatch.measure import H200_CEILINGS
@@ -39,7 +40,7 @@ from moe_dispatch.policies.rules import vector_suits
 from moe_dispatch.problem import DType, MoEProblem
 from moe_dispatch.registry import make_backend
 from moe_dispatch.settings import Settings
-from moe_dispatch.workloads import WORKLOADS, Workload
+from moe_dispatch.workloads import WORKLOADS, Workload, make_experts
 
 H200 = Machine.load("h200")
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results" / "nvidia_h200"
@@ -368,6 +369,15 @@ def test_backends_that_may_not_run_here_take_no_part_in_the_choice(left_out: str
     first = planner.explain(Workload("new", E=32, topk=4, K=4096, N=2048).problem(M, "bf16", machine)).chosen
     assert first is not None
     assert (first.choice.backend, first.choice.policy) == ("triton_persistent", "learned")
+
+
+def test_the_family_of_a_backend_that_killed_a_process_goes_on_without_it() -> None:
+    problem = Workload("new", E=32, topk=4, K=4096, N=2048).problem(1024, "bf16", H200)
+    Quarantine(H200).bar("gluon_hopper", problem, "it hung", fatal=True)
+    planner = Dispatcher(H200, Settings(policies=("learned", "rules")), live=False).planner
+    with pytest.warns(MoEDispatchWarning, match="'gluon_hopper' is avoided.*it hung"):
+        plan = planner.plan(problem, make_experts(Workload("any", E=1, topk=1, K=64, N=64), "bf16", "cpu"))
+    assert plan.choice.backend == "triton_persistent"
 
 
 def test_the_rules_stand_against_the_fastest_that_is_here() -> None:
