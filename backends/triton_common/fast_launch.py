@@ -103,32 +103,29 @@ class FastKernel:
 
     def _run(self, grid: tuple[int, ...], *args: Any, **constants: Any) -> None:
         device = internals.current_device()
-        key = [device, *constants, *constants.values()]
-        values: list[Any] = []
-        for arg, specialized in zip(args, self._specialized, strict=False):
+        key = [device, len(constants), *constants, *constants.values()]
+        add, values, specialized = key.append, list(args), self._specialized
+        for place, arg in enumerate(args):
             kind = type(arg)
             if kind in _TENSORS:
                 if arg.get_device() != device:
                     self._run_ordinarily(grid, args, constants)
                     return
                 # The launcher would ask the driver about the address of a tensor; it takes an int as it is.
-                address = arg.data_ptr()
-                values.append(address)
-                key.append((arg.dtype, address & 15) if address & 15 else arg.dtype)
+                values[place] = address = arg.data_ptr()
+                add((arg.dtype, address & 15) if address & 15 else arg.dtype)
             elif kind is int:
-                values.append(arg)
                 # As Triton: 1 is a constant, multiples of 16 are known as such, and larger numbers have more bits.
-                key.append((arg == 1 or (arg & 15 == 0, arg >> 31)) if specialized else arg >> 31)
+                size = arg >> 31
+                add(size if not specialized[place] else "1" if arg == 1 else 2 * size + (not arg & 15))
             elif arg is None:
-                values.append(arg)
-                key.append(arg)
+                add(arg)
             else:
                 kept = kept_on(arg)
                 if kept is None:
                     self._run_ordinarily(grid, args, constants)
                     return
-                values.append(arg)
-                key.append(kept.kind)
+                add(kept.kind)
         launch = self._launches.get(tuple(key))
         if launch is None or internals.launch_hooks():
             self._remember(tuple(key), self._run_ordinarily(grid, args, constants), len(args))

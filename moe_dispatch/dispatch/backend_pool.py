@@ -38,7 +38,7 @@ class BackendStatus:
 
 
 @dataclass
-class _Asked:
+class _Answers:
     """What was answered about the problem that was asked about last: policy and planner ask the same of it.
 
     Attributes:
@@ -71,7 +71,7 @@ class BackendPool(MadeBackends):
         super().__init__(machine)
         self._disabled, self._quarantine, self._barred = disabled, quarantine, barred
         self._probe_failures: dict[tuple[str, MoEProblem], str] = {}
-        self._latest = _Asked(None)
+        self._latest = _Answers(None)
 
     def reasons_against(self, name: str, problem: MoEProblem, *, chosen_by_name: bool = False) -> tuple[str, ...]:
         """Every reason, known without running anything, against giving `problem` to a backend.
@@ -84,13 +84,13 @@ class BackendPool(MadeBackends):
         made = self.made(name)
         reasons = list(made.reasons)
         if made.backend is not None:
-            asked = self._latest
-            if asked.problem is not problem:
-                asked = self._latest = _Asked(problem)
-            if name not in asked.supported:
+            answers = self._latest
+            if answers.problem is not problem:
+                answers = self._latest = _Answers(problem)
+            if name not in answers.supported:
                 reasons += made.backend.unsupported_reasons(problem)
                 if reasons == list(made.reasons):
-                    asked.supported.add(name)
+                    answers.supported.add(name)
             if not chosen_by_name:
                 if name in self._disabled:
                     reasons.append("disabled by MOE_DISPATCH_DISABLE")
@@ -98,7 +98,7 @@ class BackendPool(MadeBackends):
                     reasons.append(self._barred[name])
                 if cause := self._quarantine.cause(name, problem):
                     if not reasons and (entry := self._quarantine.recorded(name, problem)):
-                        asked.recorded[name] = entry
+                        answers.recorded[name] = entry
                     reasons.append(f"quarantined for such problems: {cause}")
         return tuple(reasons)
 
