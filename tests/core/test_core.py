@@ -81,17 +81,17 @@ def test_a_described_machine_replaces_the_real_one(monkeypatch: pytest.MonkeyPat
 
 
 def test_token_counts_of_a_layer_share_what_does_not_depend_on_them() -> None:
-    one = MoEProblem(M=1, K=64, N=64, E=4, topk=2)
-    eight, nine = one.with_tokens(8), one.with_tokens(9)
-    assert eight == dataclasses.replace(one, M=8)
+    call = MoEProblem(M=1, K=64, N=64, E=4, topk=2)
+    eight, nine = call.with_tokens(8), call.with_tokens(9)
+    assert eight == dataclasses.replace(call, M=8)
     assert eight.layer is nine.layer
-    assert nine.bucket is one.with_tokens(16).bucket
+    assert nine.bucket is call.with_tokens(16).bucket
     assert (eight.expected_slots, nine.expected_slots) == (16, 18)
     eights = Requirements({"bf16": (8, 0)}, multiples={"bf16": {"M": 8, "K": 64}})
     assert eights.reasons_against(eight) == []
     assert eights.reasons_against(nine) == ["needs M % 8 == 0 for bf16, got M=9"]
     with pytest.raises(InvalidInputError, match="M must be an integer of at least 0, got M=-1"):
-        one.with_tokens(-1)
+        call.with_tokens(-1)
 
 
 def test_a_fingerprint_is_of_the_hardware() -> None:

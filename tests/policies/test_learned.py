@@ -69,9 +69,7 @@ def default(backend: str, problem: MoEProblem) -> Identity:
 
 def made(backend: str) -> Backend:
     """A backend of the H200."""
-    found = make_backend(backend, H200).backend
-    assert found is not None
-    return found
+    return make_backend(backend, H200).require()
 
 
 def on_h200(M: int, dtype: DType, model: str = "deepseek-v3") -> MoEProblem:
