@@ -12,7 +12,7 @@ with other rates, where each term is scaled by its own.
 import math
 from typing import Final, Literal, get_args
 
-from moe_dispatch.problem import MoEProblem
+from moe_dispatch.problem import MoEProblem, stored_bytes
 
 Term = Literal["launch", "search", "weights", "tiles", "roofline", "slots", "tokens"]
 TERMS: Final[tuple[Term, ...]] = get_args(Term)
@@ -39,10 +39,10 @@ def terms(problem: MoEProblem, bandwidth: float = 1.0, rate: float = 1.0) -> dic
         rate: Its matrix rate over that of the same device.
     """
     bytes_per_us, flops_per_us = bandwidth * _BANDWIDTH, rate * _matrix_rate(problem)
-    slots = problem.expected_slots
-    weights = problem.expected_experts * problem.expert_bytes / bytes_per_us
+    slots, elements = problem.expected_slots, problem.K * (problem.gate_up_rows + problem.N)  # of an expert's weights
+    weights = problem.expected_experts * stored_bytes(problem.dtype, elements) / bytes_per_us
     row = problem.K * 2 / bytes_per_us
-    product = 2 * problem.K * (problem.gate_up_rows + problem.N) / flops_per_us  # of one row
+    product = 2 * elements / flops_per_us  # of one row
     return {
         "launch": 1.0,
         "search": problem.E * _SEARCH_US,

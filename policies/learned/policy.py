@@ -171,8 +171,8 @@ class LearnedPolicy(Policy):
     def ranked(self, problem: MoEProblem) -> Iterator[Choice]:
         """See `Policy.ranked`."""
         other: Mode = "eager" if problem.mode == "graph" else "graph"
-        kinds = (self._cost_models.get((problem.dtype, mode)) for mode in (problem.mode, other))
-        cost_models = next(filter(None, kinds), None)
+        own = self._cost_models.get((problem.dtype, problem.mode))
+        cost_models = own or self._cost_models.get((problem.dtype, other))
         if cost_models is None or problem.needs_grad or problem.M < 1:
             return
         rows = rows_per_expert(problem)
