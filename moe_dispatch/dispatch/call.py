@@ -3,7 +3,6 @@
 import dataclasses
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Final
 
 import torch
 from torch import Tensor
@@ -28,8 +27,6 @@ from moe_dispatch.experts import ExpertWeights
 from moe_dispatch.machine import Machine
 from moe_dispatch.problem import MoEProblem
 from moe_dispatch.workloads import ROUTINGS
-
-_NOTHING: Final = nullcontext()
 
 
 def call_eagerly(
@@ -215,6 +212,6 @@ def _dispatcher_for(problem: MoEProblem) -> Dispatcher:
 
 
 def on_device(device: torch.device) -> AbstractContextManager[object]:
-    """Make a GPU the current one; a CPU, and the GPU that is the current one, need nothing."""
-    here = device.type != "cuda" or torch.cuda.current_device() == device.index
-    return _NOTHING if here else torch.cuda.device(device)
+    """Make a GPU the current one; a CPU, and the current GPU, need nothing."""
+    is_other = device.type == "cuda" and torch.cuda.current_device() != device.index
+    return torch.cuda.device(device) if is_other else nullcontext()

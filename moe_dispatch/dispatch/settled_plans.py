@@ -53,9 +53,15 @@ class SettledPlans(Generic[P]):
             pass
         return None
 
-    def keep(self, plan: P, inputs: Inputs, backend: str | None) -> None:
-        """Give calls like this one to its plan, which has run it outside of a capture and as it came."""
-        hidden_states, experts, *rest = inputs
+    def keep(self, plan: P, arguments: Inputs, backend: str | None) -> None:
+        """Give calls like this one to its plan, which has run it outside of a capture.
+
+        Args:
+            plan: The plan.
+            arguments: What the caller gave, all contiguous; weights in half precision are converted by `Plan.widens`.
+            backend: The backend that the caller named.
+        """
+        hidden_states, experts, *rest = arguments
         key, tensors = (experts.spec, hidden_states.shape, backend), (hidden_states, *rest)
         settled = self._plans.get(key, ())
         known = len(settled) >= MOST_KINDS or any(fits(*tensors) for _, fits in settled)
