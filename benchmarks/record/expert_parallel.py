@@ -7,11 +7,11 @@
 For each layer and token count M of a rank: the time of one rank that runs the tokens of all ranks with all experts, the
 time of a rank's share of the experts without any exchange, and the time of all ranks together with each exchange,
 eagerly with stated counts and in a replayed CUDA graph. With --replicated all ranks have the same M tokens. A time is
-the median over bursts of the slowest rank's time per call, in µs; a burst is calls in a row after one that is not
-timed, so that all ranks are in step when it begins. A graph that is timed holds several calls with inputs of their own,
-as a model's graph holds its layers. `speedup` is the first time over the last, and `host_us` what an eager call takes
-the host. The exchange ``by hand`` is the baseline: three all-gathers, the experts and a reduce-scatter, written with
-torch.distributed alone.
+the median over bursts of the slowest rank's time per call, in µs; a burst is calls in a row after a rest and one that
+is not timed, so that all ranks are in step when it begins. A graph that is timed holds several calls with inputs of
+their own, as a model's graph holds its layers. `speedup` is the first time over the last, and `host_us` what an eager
+call takes the host. The exchange ``by hand`` is the baseline: three all-gathers, the experts and a reduce-scatter,
+written with torch.distributed alone.
 
 Rows of the exchange ``chosen`` say which one a group that names none chooses: `regret` is how much longer that one's
 time is than the shortest of all exchanges' times in the rows above, and `alike` whether all ranks choose it.

@@ -1,5 +1,6 @@
 """Times of calls that all ranks of a process group make together."""
 
+import functools
 import statistics
 import time
 from collections.abc import Callable
@@ -8,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from moe_dispatch.measure.inputs import synchronize
-from moe_dispatch.parallel.trial import burst_us, median_us
+from moe_dispatch.parallel.trial import burst_us, median_us, rested
 
 
 class Clock:
@@ -31,7 +32,8 @@ class Clock:
         """
         for _ in range(2):
             call()
-        return median_us(lambda calls: self._burst(call, calls), self._slowest, self._bursts) / calls_inside
+        burst = functools.partial(self._burst, call)
+        return median_us(burst, self._slowest, self._bursts) / calls_inside
 
     def host_us(self, call: Callable[[], object]) -> float:
         """Median time in µs until a call returns to the host, the device being idle; of the slowest rank."""
@@ -45,8 +47,8 @@ class Clock:
             times.append((time.perf_counter() - start) * 1e6)
         return self._slowest([statistics.median(times)])[0]
 
-    def _burst(self, call: Callable[[], object], calls: int) -> float:
-        synchronize(self._device)
+    def _burst(self, call: Callable[[], object], calls: int, resting_us: float) -> float:
+        rested(self._device, resting_us)
         dist.barrier()
         return burst_us(call, calls, self._device)
 

@@ -20,7 +20,7 @@ from moe_dispatch.dispatch.plan import Plan
 from moe_dispatch.dispatch.planner import Planner
 from moe_dispatch.dispatch.quarantine import Quarantine
 from moe_dispatch.dispatch.recovery import Recovery
-from moe_dispatch.dispatch.settled_plans import SettledPlans
+from moe_dispatch.dispatch.settled_plans import SETTLING_CALLS, SettledPlans
 from moe_dispatch.experts import ExpertWeights
 from moe_dispatch.guard import FOREIGN_ERRORS
 from moe_dispatch.machine import Machine
@@ -33,7 +33,6 @@ logger = logging.getLogger("moe_dispatch")
 
 MAX_PLANS: Final = 65536  # Plan-cache bound; when full, the oldest plan is dropped.
 FAST_PATH_CALLS: Final = 2  # A backend may prepare for a kind of call (`Backend.fast_path`) after as many runs.
-SETTLING_CALLS: Final = 16  # To settle a plan costs as much as 15 calls of a settled plan save.
 PlanKey = tuple[Any, ...]
 
 
@@ -77,7 +76,7 @@ class Dispatcher:
         self.arrived = ArrivedCalls(self, self.planner, self.quarantine, self._counters, self._recovery)
         self._plans: dict[PlanKey, Plan] = {}
         self._checked: set[PlanKey] = set()  # kinds of call that passed every check, whatever their token count
-        self._settled = SettledPlans(on_cuda=self._on_cuda)
+        self._settled = SettledPlans[Plan](on_cuda=self._on_cuda)
         self.last_plan: Plan | None = None
         self._lock = threading.RLock()
 

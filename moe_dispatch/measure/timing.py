@@ -105,7 +105,7 @@ class _EagerPass:
         start, end = timing_events()
         with torch.cuda.device(self._device):
             torch.cuda.synchronize()
-            _rest(resting)
+            rest(resting)
             start.record()
             begin = time.perf_counter()
             self._launch(repeats)
@@ -140,7 +140,7 @@ class _GraphPass:
         start, end = timing_events()
         with torch.cuda.device(self._device):
             # The host enqueues the replays during the rest, so no launch gap is timed.
-            _rest(max(LAUNCH_SECONDS, REST * self._last * repeats))
+            rest(max(LAUNCH_SECONDS, REST * self._last * repeats))
             start.record()
             for _ in range(repeats):
                 self._graph.replay()
@@ -153,7 +153,7 @@ class _GraphPass:
         self._graph.reset()
 
 
-def _rest(seconds: float) -> None:
+def rest(seconds: float) -> None:
     """Keep the current device busy for a while without work; later launches queue behind it."""
     torch.cuda._sleep(math.ceil(CLOCK_HZ * seconds))  # type: ignore[no-untyped-call]
 

@@ -1,11 +1,15 @@
 """The collectives that exchanges are made of, on NCCL and on gloo, with a failure told as the rank that is lost."""
 
 import datetime
+import time
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._C._distributed_c10d import AllgatherOptions, ReduceScatterOptions
 
 from moe_dispatch.errors import InvalidInputError
 from moe_dispatch.parallel.watch import Watch
@@ -43,6 +47,10 @@ class Collectives:
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
         self.device = device
         self.library = _library(group, device)
+        # Private in torch 2.11 to 2.15: without what torch.distributed's functions ask, which is half of their time.
+        gather, scatter = (getattr(group, name, None) for name in ("_allgather_base", "_reduce_scatter_base"))
+        self._all_gather = _launcher(gather, AllgatherOptions()) or partial(all_gather_flat, group=group)
+        self._reduce_scatter = _launcher(scatter, ReduceScatterOptions()) or partial(reduce_scatter_flat, group=group)
 
     @property
     def capturing(self) -> bool:
@@ -52,12 +60,15 @@ class Collectives:
     def all_gather(self, rows: Tensor) -> Tensor:
         """Every rank's ``[C, …]``, one after another: ``[ranks·C, …]``. All ranks give the same shape."""
         out = rows.new_empty(self.size * rows.shape[0], *rows.shape[1:])
-        self._finish(all_gather_flat, out, rows)
+        self.all_gather_in_place(out, rows)
         return out
 
     def all_gather_in_place(self, rows: Tensor, own: Tensor) -> None:
         """Fill ``[ranks·C, …]``, of which every rank has written its own block of C: `own`, a view of `rows`."""
-        self._finish(all_gather_flat, rows, own)
+        if self.library == "nccl":
+            self._launch(self._all_gather, rows, own)
+        else:
+            self._finish(all_gather_flat, rows, own)
 
     def reduce_scatter(self, rows: Tensor) -> Tensor:
         """The sum over ranks of this rank's block of ``[ranks·C, K]``: ``[C, K]``.
@@ -70,7 +81,7 @@ class Collectives:
             self._finish(dist.all_to_all_single, blocks, rows)
             return blocks.view(self.size, -1, *rows.shape[1:]).sum(0, dtype=torch.float32).to(rows.dtype)
         out = rows.new_empty(rows.shape[0] // self.size, *rows.shape[1:])
-        self._finish(reduce_scatter_flat, out, rows)
+        self._launch(self._reduce_scatter, out, rows)
         return out
 
     def all_reduce(self, rows: Tensor) -> Tensor:
@@ -99,6 +110,12 @@ class Collectives:
         self._finish(dist.all_to_all_single, out[:count], rows, received, sent)
         return out
 
+    def _launch(self, collective: Callable[[Tensor, Tensor], None], out: Tensor, rows: Tensor) -> None:
+        try:
+            collective(out, rows)
+        except RuntimeError as error:
+            raise self.watch.blamed(error, time.monotonic() + self.watch.timeout) from error
+
     def _finish(self, collective: Any, *arguments: Any) -> None:
         with self.watch.waiting(self.watch.timeout):
             if self.library == "nccl":
@@ -106,6 +123,17 @@ class Collectives:
                 return
             work = collective(*arguments, group=self.group, async_op=True)
             work.wait(datetime.timedelta(seconds=self.watch.timeout))
+
+
+def _launcher(method: Any, options: Any) -> Callable[[Tensor, Tensor], None] | None:
+    """Calls a process group's method, with results on the current stream; None where this torch has no such method."""
+    options.asyncOp = False
+
+    def launch(out: Tensor, rows: Tensor) -> None:
+        if (work := method(out, rows, options)) is not None:
+            work.wait()
+
+    return launch if method else None
 
 
 def _library(group: dist.ProcessGroup, device: torch.device) -> str:

@@ -1,5 +1,6 @@
 """The kernels that exchanges launch. They stand beside the backends, and are found by name like those."""
 
+import functools
 import importlib
 from collections.abc import Sequence
 from typing import Protocol, cast
@@ -65,11 +66,13 @@ class Push(Protocol):
     ) -> PeerMemory: ...  # fmt: skip
 
 
+@functools.cache
 def pack() -> Pack:
     """The kernels that put a rank's tokens into one block of memory."""
     return cast("Pack", importlib.import_module("moe_dispatch.backends.exchange.pack"))
 
 
+@functools.cache
 def push() -> Push:
     """The kernels that store in the memory of other ranks."""
     return cast("Push", importlib.import_module("moe_dispatch.backends.exchange.push"))

@@ -16,7 +16,6 @@ from moe_dispatch.parallel.exchange import Arrived, CallKind, Exchange, Exchange
 from moe_dispatch.parallel.placement import Placement
 from moe_dispatch.parallel.symmetric_memory import SymmetricMemory
 from moe_dispatch.problem import QUANT_BLOCK
-from moe_dispatch.system.libraries import library_version
 
 _PAIR: Final = 16  # Bytes of one access: rows are whole ones.
 
@@ -54,7 +53,7 @@ class DirectExchange(Exchange):
     name = "direct"
     _quantizes: ClassVar = False
     requirements = ExchangeRequirements(
-        tokens=frozenset({"sharded"}), transports=frozenset({"nccl"}), one_domain=True, capacity=True
+        tokens=frozenset({"sharded"}), transports=frozenset({"nccl"}), libraries=(("triton", ""),), one_domain=True
     )
 
     def __init__(self, collectives: Collectives) -> None:
@@ -64,8 +63,7 @@ class DirectExchange(Exchange):
 
     def unavailable_reasons(self) -> tuple[str, ...]:
         """See `Exchange.unavailable_reasons`."""
-        lacking = "" if library_version("triton") else "needs Triton"
-        return tuple(filter(None, (*super().unavailable_reasons(), lacking, symmetric_memory.missing())))
+        return tuple(filter(None, (*super().unavailable_reasons(), symmetric_memory.missing())))
 
     def unsupported_reasons(self, kind: CallKind) -> tuple[str, ...]:
         """See `Exchange.unsupported_reasons`."""

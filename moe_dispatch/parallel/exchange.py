@@ -11,12 +11,15 @@ from functools import cached_property
 from typing import Any, ClassVar, Literal, get_args
 
 from torch import Tensor
+from torch import __version__ as torch_version
 
 from moe_dispatch.backend import PeerRows, TravellingRows
 from moe_dispatch.numerics import QuantizedRows
+from moe_dispatch.parallel.agreement import library_versions
 from moe_dispatch.parallel.collectives import Collectives
 from moe_dispatch.parallel.placement import Division, Placement
 from moe_dispatch.problem import DTYPES, ELEMENT_BYTES, DType, Mode
+from moe_dispatch.system.libraries import library_version
 
 Tokens = Literal["sharded", "replicated"]
 
@@ -69,12 +72,13 @@ class ExchangeRequirements:
         dtypes: Dtypes of the weights.
         transports: Libraries of the process group that it runs on.
         act_dtypes: Dtypes of hidden_states.
-        libraries: Further libraries that must be installed.
+        libraries: Distributions that must be installed, each with the release whose interface is called; ``""`` stands
+            for any release.
+        torch: The release of torch that its library's wheels are built for; empty where any will do.
+        nccl: The oldest NCCL that it takes; empty where any will do.
         one_domain: Whether all ranks must be GPUs that address each other's memory, which is taken to be a host's.
         capturable: Whether it may run while a CUDA graph is captured.
         host_sync: Whether the host waits for the device in every call.
-        capacity: Whether every rank's rows are padded to the greatest token count.
-        deterministic: Whether the same inputs on the same ranks give the same bits every time.
     """
 
     tokens: frozenset[Tokens] = frozenset(get_args(Tokens))
@@ -82,12 +86,12 @@ class ExchangeRequirements:
     dtypes: frozenset[DType] = frozenset(DTYPES)
     transports: frozenset[str] = frozenset({"gloo", "nccl"})
     act_dtypes: frozenset[DType] = frozenset({"bf16", "fp16", "fp32"})
-    libraries: tuple[str, ...] = ()
+    libraries: tuple[tuple[str, str], ...] = ()
+    torch: str = ""
+    nccl: str = ""
     one_domain: bool = False
     capturable: bool = True
     host_sync: bool = False
-    capacity: bool = False
-    deterministic: bool = True
 
     def reasons_against(self, kind: CallKind) -> list[str]:
         """Every declared requirement that a kind of call misses, each with the limit and the value."""
@@ -98,6 +102,18 @@ class ExchangeRequirements:
             _missed("hidden_states in", self.act_dtypes, kind.act_dtype),
             "cannot be captured in a CUDA graph" if kind.mode == "graph" and not self.capturable else "",
             f"needs all ranks on one host, got {kind.hosts} hosts" if self.one_domain and kind.hosts > 1 else "",
+        )
+        return [reason for reason in checks if reason]
+
+    def reasons_of_rank(self, collectives: Collectives) -> list[str]:
+        """Every declared requirement that this rank misses whatever the call, each with the limit and the value."""
+        nccl = library_versions(collectives.device)["NCCL"] if self.nccl else ""
+        wheels = f"torch {self.torch}, for which its wheels are built"
+        checks = (
+            _missed("a process group on", self.transports, collectives.library),
+            *(_lacks(f"{name} {release}".strip(), release, library_version(name)) for name, release in self.libraries),
+            _lacks(wheels, self.torch, torch_version),
+            f"needs NCCL {self.nccl}, got {nccl}" if nccl and _numbers(nccl) < _numbers(self.nccl) else "",
         )
         return [reason for reason in checks if reason]
 
@@ -167,9 +183,7 @@ class Exchange(ABC):
 
     def unavailable_reasons(self) -> tuple[str, ...]:
         """Why it cannot run on this rank at all, each with its remedy; empty if it can."""
-        library = self.collectives.library
-        missed = _missed("a process group on", self.requirements.transports, library)
-        return (missed,) if missed else ()
+        return tuple(self.requirements.reasons_of_rank(self.collectives))
 
     def unsupported_reasons(self, kind: CallKind) -> tuple[str, ...]:
         """All reasons why it cannot serve a kind of call. Pure: the same on every rank."""
@@ -204,3 +218,13 @@ class Exchange(ABC):
 
 def _missed(what: str, allowed: frozenset[Any], value: str) -> str:
     return "" if value in allowed else f"takes {what} {' or '.join(sorted(allowed))}, got {value}"
+
+
+def _lacks(what: str, wanted: str, version: str) -> str:
+    """Why a version, empty if there is none, is not of the wanted release; empty if it is. An empty one is any."""
+    fits = version.startswith(wanted) and not (wanted and version[len(wanted) :][:1].isdigit())
+    return "" if version and fits else f"needs {what}, got {version or 'none'}"
+
+
+def _numbers(version: str) -> list[int]:
+    return [int(part) for part in version.split(".") if part.isdigit()]

@@ -1,6 +1,5 @@
 """One call of a layer that is spread over ranks: agree, dispatch, run this rank's experts, combine."""
 
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -11,6 +10,8 @@ from moe_dispatch.backend import ArrivedInputs
 from moe_dispatch.dispatch.call import on_device
 from moe_dispatch.dispatch.checks import check, check_out
 from moe_dispatch.dispatch.gradients import needs_grad
+from moe_dispatch.dispatch.internals import any_autocast_enabled
+from moe_dispatch.dispatch.settled_plans import SETTLING_CALLS, SettledPlans
 from moe_dispatch.errors import InvalidInputError
 from moe_dispatch.experts import ExpertWeights
 from moe_dispatch.parallel.exchange import Arrived, Exchange, LocalTokens
@@ -60,31 +61,39 @@ def forward_sharded(
         ExpertParallelLostError: A rank is dead, late or failed, in this call or an earlier one.
     """
     session = layer.session
-    session.watch.begin()
-    try:
-        _check_once(hidden_states, layer, topk_weights, topk_ids, backend, out)
-    except InvalidInputError as error:
-        session.refuse(error)
-        raise
+    watch = session.watch
+    watch.begin()
+    settled = None
+    if out is None:
+        settled = layer.settled.find(hidden_states, layer.local, topk_weights, topk_ids, backend)
+    if settled is None:
+        try:
+            _check_once(layer, (hidden_states, topk_weights, topk_ids), backend, out)
+        except InvalidInputError as error:
+            session.refuse(error)
+            raise
     M, topk = topk_ids.shape
     capacity = session.agreed_capacity(layer.number, M, topk, hidden_states.dtype, backend)
     if not capacity:
         session.dispatcher.planner.named(backend)
         return torch.empty_like(hidden_states) if out is None else out
-    plan = call_plan(layer, capacity, topk, hidden_states.dtype)
-    no_grad = torch.no_grad() if torch.is_grad_enabled() else nullcontext()
-    with session.watch.committed(), no_grad, on_device(layer.device):
-        tokens = local_tokens(hidden_states, layer, topk_weights, topk_ids, capacity)
-        arrived = plan.exchange.dispatch(tokens)
-        partial = session.run_local(arrived_inputs(plan.experts, arrived), backend)
-        result = plan.exchange.combine(partial, arrived, tokens)
-        return result if out is None else out.copy_(result)
+    plan = call_plan(layer, capacity, topk, hidden_states.dtype, capturing=settled is None and session.capturing)
+    try:
+        with on_device(layer.device):
+            tokens = local_tokens(hidden_states, layer, topk_weights, topk_ids, capacity)
+            arrived = plan.exchange.dispatch(tokens)
+            partial = session.run_local(arrived_inputs(plan.experts, arrived), backend)
+            result = plan.exchange.combine(partial, arrived, tokens)
+            return result if out is None else out.copy_(result)
+    except BaseException as error:
+        watch.broken(error)
+        raise
 
 
-def call_plan(layer: ShardedExperts, capacity: int, topk: int, act_dtype: torch.dtype) -> CallPlan:
+def call_plan(layer: ShardedExperts, capacity: int, topk: int, act_dtype: torch.dtype, *, capturing: bool) -> CallPlan:
     """What serves a kind of call; remembered until `warm_up` chooses anew."""
     session = layer.session
-    key = (session.choices, capacity, topk, act_dtype, session.capturing)
+    key = (session.choices, capacity, topk, act_dtype, capturing)
     if (plan := layer.plans.get(key)) is None:
         kind = session.kind(layer.placement, layer.local, capacity, topk, act_dtype)
         exchange = session.choose(kind)
@@ -113,49 +122,48 @@ def arrived_inputs(experts: ExpertWeights, arrived: Arrived) -> ArrivedInputs:
     return ArrivedInputs(arrived.hidden_states, experts, weights, ids, arrived.out)
 
 
-def _check_once(
-    hidden_states: Tensor,
-    layer: ShardedExperts,
-    topk_weights: Tensor,
-    topk_ids: Tensor,
-    backend: str | None,
-    out: Tensor | None,
-) -> None:
-    """Check a call unless one of its kind was checked before. The key has all that a check may ask of a call."""
+def _check_once(layer: ShardedExperts, tensors: tuple[Tensor, Tensor, Tensor], backend: str | None, out: Any) -> None:
+    """Check a call unless one of its kind was checked before. The key has all that a check may ask of a call.
+
+    A kind that comes often is settled: later calls of it are known by `SettledPlans`.
+
+    Args:
+        layer: The call's.
+        tensors: Its hidden_states, topk_weights and topk_ids.
+        backend: As the caller gives it.
+        out: Likewise.
+    """
     local = layer.local
+    hidden_states, topk_weights, topk_ids = tensors
+    arguments = hidden_states, local, topk_weights, topk_ids
     try:
-        tensors = (hidden_states, topk_weights, topk_ids)
         key: Any = (
             *[(type(tensor), tensor.shape, tensor.dtype, tensor.device, tensor.layout) for tensor in tensors],
-            needs_grad(hidden_states, local, topk_weights),
+            needs_grad(*arguments[:3]),
             backend,
         )
-        known = out is None and not local.moved and key in layer.checked
+        calls = 0 if out is not None or local.moved else layer.checked.get(key, 0)
     except (AttributeError, RuntimeError, TypeError, ValueError):  # no tensors; the check says which
-        known, key = False, None
-    if not known:
-        _check(hidden_states, layer, topk_weights, topk_ids, backend, out)
-        _remember(layer.checked, key, None)
+        calls, key = 0, None
+    if not calls:
+        check(*arguments, backend)
+        if needs_grad(*arguments[:3]):
+            raise InvalidInputError(
+                "a layer that is spread over ranks has no gradient; call it under torch.no_grad() or "
+                "torch.inference_mode()"
+            )
+        if out is not None:
+            check_out(out, arguments, needs_grad=False)
+    elif calls >= SETTLING_CALLS and not (any_autocast_enabled() or layer.session.capturing):
+        layer.settled.keep(True, arguments, backend)
+        calls = 0
+    if _remember(layer.checked, key, calls + 1):
+        layer.settled = SettledPlans(on_cuda=layer.device.type == "cuda")
 
 
-def _remember(remembered: dict[Any, Any], key: Any, value: Any) -> None:
-    if len(remembered) >= _MAX_KINDS:
+def _remember(remembered: dict[Any, Any], key: Any, value: Any) -> bool:
+    """Keep a value; returns whether everything before was forgotten to make room."""
+    if full := len(remembered) >= _MAX_KINDS and key not in remembered:
         remembered.clear()
     remembered[key] = value
-
-
-def _check(
-    hidden_states: Tensor,
-    layer: ShardedExperts,
-    topk_weights: Tensor,
-    topk_ids: Tensor,
-    backend: str | None,
-    out: Tensor | None,
-) -> None:
-    check(hidden_states, layer.local, topk_weights, topk_ids, backend)
-    if needs_grad(hidden_states, layer.local, topk_weights):
-        raise InvalidInputError(
-            "a layer that is spread over ranks has no gradient; call it under torch.no_grad() or torch.inference_mode()"
-        )
-    if out is not None:
-        check_out(out, (hidden_states, layer.local, topk_weights, topk_ids), needs_grad=False)
+    return full

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moe_dispatch.parallel import device_code
-from moe_dispatch.parallel.exchange import Arrived, CallKind, Exchange, ExchangeRequirements, LocalTokens
+from moe_dispatch.parallel.exchange import Arrived, CallKind, Exchange, LocalTokens
 
 
 class GatherExchange(Exchange):
@@ -23,7 +23,6 @@ class GatherExchange(Exchange):
     """
 
     name = "gather"
-    requirements = ExchangeRequirements(capacity=True)
 
     def dispatch(self, tokens: LocalTokens) -> Arrived:
         """See `Exchange.dispatch`."""
@@ -68,7 +67,8 @@ class GatherExchange(Exchange):
         """See `Exchange.combine`."""
         M, ranks = tokens.hidden_states.shape[0], self.collectives.size
         if not tokens.replicated:
-            return self.collectives.reduce_scatter(partial)[:M]
+            sums = self.collectives.reduce_scatter(partial)
+            return sums if sums.shape[0] == M else sums[:M]
         block = self.collectives.reduce_scatter(padded(partial, -(-M // ranks) * ranks, fill=0))
         return self.collectives.all_gather(block)[:M]
 

@@ -1,17 +1,18 @@
 """What a layer would take on more GPUs: a projection from cost models of one GPU and figures of the links.
 
 Nothing here was measured on more than one GPU. Experts' times are those that the policies predict for one GPU with the
-load of a rank; transfers are latency plus bytes over bandwidth (`links`). Load is balanced and routing uniform.
+load of the busiest rank; transfers are latency plus bytes over bandwidth (`links`). Routing is uniform.
 """
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from typing import Final
 
 from moe_dispatch.dispatch.dispatcher import Dispatcher
 from moe_dispatch.errors import InvalidInputError
 from moe_dispatch.machine import Machine
-from moe_dispatch.parallel.links import Cluster, crossing
+from moe_dispatch.parallel.links import Cluster, crossing, slots_of_busiest
 from moe_dispatch.problem import ELEMENT_BYTES, DType, MoEProblem
 from moe_dispatch.settings import Settings
 from moe_dispatch.workloads import Workload
@@ -28,7 +29,7 @@ class Projected:
         M: Tokens of each rank.
         ranks: GPUs.
         one_gpu_us: Time of one GPU that holds all experts and gets the tokens of all ranks, in µs.
-        experts_us: Time of a rank's experts.
+        experts_us: Time of the busiest rank's experts.
         dispatch_us: Time of the rows on their way to the experts.
         combine_us: Time of the results on their way back.
         exchange: Which way to send them is fastest: ``direct``, ``gather``, ``alltoall``, or ``alltoall by node``,
@@ -97,25 +98,27 @@ class Projection:
         dispatch, combine = (dataclasses.asdict(way) for way in ways)
         exchange = min(dispatch, key=lambda name: dispatch[name] + combine[name])
         return Projected(
-            M, ranks, self._us(whole), self._us(self._local(whole, ranks)), dispatch[exchange], combine[exchange],
+            M, ranks, self._us(whole), self._busiest_us(whole, ranks), dispatch[exchange], combine[exchange],
             exchange.replace("_", " "),
         )  # fmt: skip
 
-    def _local(self, whole: MoEProblem, ranks: int) -> MoEProblem:
-        """A layer with the slots of a rank: as many of each token as in the layers that cost models are fitted to.
+    def _busiest_us(self, whole: MoEProblem, ranks: int) -> float:
+        """A layer with the slots of the busiest rank: as many of each token as in the layers of the cost models.
 
-        Really more tokens arrive, each with fewer slots here. Copying and quantising those is not counted.
+        Really more tokens arrive, each with fewer slots here. Copying and quantising those is not counted. Between two
+        numbers of tokens time is taken as linear.
         """
         E = whole.E // ranks
         topk = min(whole.topk, E)
-        return dataclasses.replace(whole, E=E, topk=topk, M=max(1, round(whole.slots / ranks / topk)))
+        tokens = slots_of_busiest(whole.M, whole.E, whole.topk, ranks) / topk
+        fewer = max(1, math.floor(tokens))
+        less, more = (self._us(dataclasses.replace(whole, E=E, topk=topk, M=M)) for M in (fewer, fewer + 1))
+        return less + max(0.0, tokens - fewer) * (more - less)
 
     def _us(self, problem: MoEProblem) -> float:
         slices = max(1.0, problem.slots / problem.E / _ROWS)
-        explanation = self._planner.explain(dataclasses.replace(problem, M=round(problem.M / slices)))
-        times = [
-            each.choice.us for each in explanation.candidates if each.choice.us is not None and not each.against
-        ]  # fmt: skip
+        candidates = self._planner.explain(dataclasses.replace(problem, M=round(problem.M / slices))).candidates
+        times = [each.choice.us for each in candidates if each.choice.us is not None and not each.against]
         if not times:
             raise InvalidInputError(
                 f"no cost model for {problem} on {self._machine.name}; `moe-dispatch fit` makes one from a calibration"

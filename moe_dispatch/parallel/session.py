@@ -11,7 +11,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moe_dispatch.backend import ArrivedInputs, PeerRows
-from moe_dispatch.dispatch.call import call_eagerly
 from moe_dispatch.dispatch.dispatcher import Dispatcher
 from moe_dispatch.dispatch.internals import any_autocast_enabled
 from moe_dispatch.errors import InvalidInputError, UnknownNameError, warn
@@ -245,12 +244,13 @@ class Session:
 
     def run_local(self, inputs: ArrivedInputs, backend: str | None) -> Tensor | PeerRows:
         """Run this rank's experts over rows that arrived; what is returned is for `Exchange.combine`."""
+        if any_autocast_enabled() and torch.is_autocast_enabled(self.device.type):
+            with torch.autocast(self.device.type, enabled=False):  # see `call_eagerly`
+                return self.run_local(inputs, backend)
         rows, experts, topk_weights, topk_ids, out = inputs
         if out is not None or not isinstance(rows, Tensor):
-            autocast = any_autocast_enabled()
-            with torch.autocast(self.device.type, enabled=False) if autocast else contextlib.nullcontext():
-                return self.dispatcher.arrived.forward(inputs, backend)  # without autocast, see `call_eagerly`
-        return call_eagerly(rows, experts, topk_weights, topk_ids, backend, dispatcher=self.dispatcher)
+            return self.dispatcher.arrived.forward(inputs, backend)
+        return self.dispatcher.forward(rows, experts, topk_weights, topk_ids, backend)
 
     # The choice of the exchange.
 

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from moe_dispatch.dispatch.settled_plans import SettledPlans
 from moe_dispatch.experts import ExpertWeights
 from moe_dispatch.parallel.placement import Placement
 from moe_dispatch.parallel.session import Session
@@ -25,7 +26,8 @@ class ShardedExperts:
         N: Intermediate size of an expert on this rank.
         dtype: The weights' dtype.
         device: This rank's device.
-        checked: Kinds of arguments that were checked; `forward` keeps it.
+        checked: How often kinds of arguments came since they were checked; `forward` keeps it.
+        settled: Kinds of arguments that came often, which need no check; `forward` keeps it.
         plans: What serves a kind of call; `forward` keeps it.
     """
 
@@ -34,7 +36,8 @@ class ShardedExperts:
         self.number = session.number_of_layer()
         self.E, self.K, self.N = placement.experts, local.K, local.N
         self.dtype, self.device = local.dtype, local.device
-        self.checked: dict[Any, None] = {}
+        self.checked: dict[Any, int] = {}
+        self.settled = SettledPlans[bool](on_cuda=local.device.type == "cuda")
         self.plans: dict[Any, Any] = {}
         self._expecting: dict[int, ExpertWeights] = {}
 

@@ -1,5 +1,6 @@
 """One exchange with one kind of call: its first run in lockstep, and how long its parts take."""
 
+import functools
 import math
 import statistics
 import time
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from moe_dispatch.measure.inputs import synchronize, timing_events
+from moe_dispatch.measure.timing import REST, rest
 from moe_dispatch.parallel.exchange import CallKind, Exchange
 from moe_dispatch.parallel.exchange_times import Split
 from moe_dispatch.parallel.forward import arrived_inputs, local_tokens
@@ -86,16 +88,16 @@ class Trial:
     def _us(self, call: Callable[[], object], *, graph: bool) -> float:
         """Median over bursts of the slowest rank's time per call, in µs; equal on every rank.
 
-        A burst is calls in a row after one that is not timed, so that all ranks are in step when it begins.
+        A burst is calls in a row after a rest and one that is not timed, so that all ranks are in step when it begins.
         """
         stage(self._session, call)
         repeated, inside = call, 1
         if graph:
             repeated, inside = stage(self._session, lambda: _captured(call)).replay, GRAPH_CALLS
-        return median_us(lambda calls: self._burst(repeated, calls), self._slowest, BURSTS) / inside
+        return median_us(functools.partial(self._burst, repeated), self._slowest, BURSTS) / inside
 
-    def _burst(self, call: Callable[[], object], calls: int) -> float:
-        synchronize(self._session.device)
+    def _burst(self, call: Callable[[], object], calls: int, resting_us: float) -> float:
+        rested(self._session.device, resting_us)
         self._session.control.gather_numbers([0])  # no rank starts before all are here
         return burst_us(call, calls, self._session.device)
 
@@ -125,16 +127,28 @@ def stage(session: Session, run: Callable[[], Result]) -> Result:
     return result  # where it is not bound there was a fault
 
 
-def median_us(burst: Callable[[int], float], slowest: Callable[[list[float]], list[float]], bursts: int) -> float:
+def median_us(
+    burst: Callable[[int, float], float], slowest: Callable[[list[float]], list[float]], bursts: int
+) -> float:
     """Median over bursts of the slowest rank's time per call, in µs.
 
     Args:
-        burst: Makes so many calls in a row, and returns this rank's time of each in µs. Collective.
+        burst: Makes so many calls in a row after a rest of so many µs, and returns this rank's time of each in µs.
+            Collective.
         slowest: For times of this rank, each one's greatest value over the ranks. Collective.
         bursts: How many bursts count, after one that tells how many calls a burst takes.
     """
-    calls = min(_MOST_CALLS, math.ceil(_BURST_US / slowest([burst(1)])[0]))
-    return statistics.median(slowest([burst(calls) for _ in range(bursts)]))
+    us = slowest([burst(1, 0.0)])[0]
+    calls = min(_MOST_CALLS, math.ceil(_BURST_US / us))
+    return statistics.median(slowest([burst(calls, REST * (calls + 1) * us) for _ in range(bursts)]))
+
+
+def rested(device: torch.device, us: float) -> None:
+    """Wait until the device has done its work and rested for so many µs; see `REST`."""
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            rest(us / 1e6)
+    synchronize(device)
 
 
 def burst_us(call: Callable[[], object], calls: int, device: torch.device) -> float:

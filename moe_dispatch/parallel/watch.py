@@ -104,8 +104,17 @@ class Watch:
         try:
             yield
         except RuntimeError as error:  # what torch.distributed raises; its subclasses tell timeouts from lost peers
-            self.lost = self._blame(error, begun + timeout + GRACE)
-            raise self.lost from error
+            raise self.blamed(error, begun + timeout) from error
+
+    def blamed(self, error: RuntimeError, deadline: float) -> ExpertParallelLostError:
+        """The error that names the rank because of which torch.distributed failed; it ends the group's calls.
+
+        Args:
+            error: What torch.distributed raised.
+            deadline: The time by `time.monotonic` at which the other ranks' waiting ends too.
+        """
+        self.lost = self._blame(error, deadline + GRACE)
+        return self.lost
 
     def missing(self, place: int) -> ExpertParallelLostError:
         """The error of a rank that the device waited for in vain in an earlier call, which ends the group's calls."""
@@ -118,16 +127,11 @@ class Watch:
         with contextlib.suppress(RuntimeError):
             self._store.set(self._key(self._rank), f"raised {failures.summary(error)}")
 
-    @contextlib.contextmanager
-    def committed(self) -> Iterator[None]:
-        """A call that the other ranks are in as well: any error inside ends the group's calls here, too."""
-        try:
-            yield
-        except BaseException as error:
-            if self.lost is None:
-                self.failed(error)
-                self.lost = self._error([self._rank], f"it raised {failures.summary(error)}")
-            raise
+    def broken(self, error: BaseException) -> None:
+        """End the group's calls because of an error in a call that the other ranks are in as well."""
+        if self.lost is None:
+            self.failed(error)
+            self.lost = self._error([self._rank], f"it raised {failures.summary(error)}")
 
     def _blame(self, error: BaseException, deadline: float) -> ExpertParallelLostError:
         seen = failures.summary(error)

@@ -31,7 +31,10 @@ def terms(problem: MoEProblem, bandwidth: float = 1.0, rate: float = 1.0) -> dic
     ``launch`` is 1. ``search`` grows with E, the number of experts among which every stage looks for work. ``weights``
     reads the weights of the hit experts. ``tiles`` multiplies tiles of 64 rows, the last one of each expert partly
     empty. ``roofline`` is the longer of reading the weights and multiplying the rows that there are. ``slots`` and
-    ``tokens`` move the expected slots and M rows of K columns.
+    ``tokens`` move rows of K columns: one for each expected slot, and one for each topk of them, which are M where the
+    layer has all experts. Measured layers have, and their coefficient of ``tokens`` stands for all that grows with
+    them. Where other ranks hold some experts most of that grows with the slots: half of qwen3-30b-a3b in BF16 takes
+    537 µs for 8192 tokens on an H200, this says 540, and with a row for each of the M tokens it would say 651.
 
     Args:
         problem: The problem.
@@ -50,7 +53,7 @@ def terms(problem: MoEProblem, bandwidth: float = 1.0, rate: float = 1.0) -> dic
         "tiles": _tiles(problem, _ROWS) * _ROWS * product,
         "roofline": max(weights, slots * product),
         "slots": slots * row,
-        "tokens": problem.M * row,
+        "tokens": slots / problem.topk * row,
     }
 
 

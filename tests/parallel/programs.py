@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import dataclasses
+import itertools
 import json
 import os
 import signal
@@ -19,9 +20,10 @@ from moe_dispatch import moe_forward
 from moe_dispatch.backends.exchange import push
 from moe_dispatch.benchmarks.record import expert_parallel
 from moe_dispatch.benchmarks.record.rank_clock import Clock
+from moe_dispatch.dispatch.settled_plans import SETTLING_CALLS
 from moe_dispatch.errors import InvalidInputError
 from moe_dispatch.experts import ExpertWeights
-from moe_dispatch.parallel import watch
+from moe_dispatch.parallel import forward, watch
 from moe_dispatch.parallel.exchange import Arrived, LocalTokens, Tokens
 from moe_dispatch.parallel.expert_parallel import ExpertParallel
 from moe_dispatch.parallel.gather import GatherExchange
@@ -226,10 +228,28 @@ def exchanges_that_ran() -> list[str]:
     call = split_call(ep)
     layer = call[1]
     for _ in range(2):
-        moe_forward(*call)
+        for _ in range(SETTLING_CALLS + 2):
+            moe_forward(*call)
         kind = session.kind(layer.placement, layer.local, LAYER.M, LAYER.topk, torch.float32)
         session.keep_choice(kind, "alltoall", {})
-    return ran
+    return [name for name, _ in itertools.groupby(ran)]
+
+
+def calls_that_are_checked(stated: bool) -> tuple[int, list[int]]:
+    """How many of 20 calls of one kind are checked, and whether each call is that differs from it in something."""
+    ep = ExpertParallel()
+    call = hidden, _, _, ids = split_call(ep)
+    differing: Any = [{"out": hidden.clone()}, {"backend": "reference"}, {}]
+    with (
+        ep.tokens_per_rank(LAYER.M) if stated else contextlib.nullcontext(),
+        mock.patch.object(forward, "_check_once", wraps=forward._check_once) as check,
+    ):
+        first, *_ = [moe_forward(*call) for _ in range(20)]
+        counts = [check.call_count]
+        for arguments, options in ((*call[:3], ids.long()), {}), *((call, each) for each in differing):
+            assert torch.allclose(moe_forward(*arguments, **options), first)
+            counts.append(check.call_count)
+    return counts[0], [after - before for before, after in itertools.pairwise(counts)]
 
 
 class SlowGather(GatherExchange):
@@ -399,7 +419,7 @@ def recorded(folder: str, replicated: bool) -> tuple[int, list[dict[str, Any]]]:
 
 
 def refuse_on_one_rank(what: str) -> tuple[str, int]:
-    """A call that is right, one that the last rank refuses, and a right one again.
+    """Calls that are right, until they are settled, one that the last rank refuses, and a right one again.
 
     Args:
         what: What is wrong on the last rank: ``"hidden_states"``, or ``"weights"`` that were replaced before.
@@ -407,7 +427,8 @@ def refuse_on_one_rank(what: str) -> tuple[str, int]:
     right = split_call(ExpertParallel(timeout=100.0))
     hidden, *others = right
     down, refusal = right[1].local.down, ""
-    moe_forward(*right)
+    for _ in range(SETTLING_CALLS + 2):
+        moe_forward(*right)
     memory = down.data
     if what == "hidden_states" and is_last():
         hidden = hidden.double()

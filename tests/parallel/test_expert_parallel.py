@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from moe_dispatch.dispatch.settled_plans import SETTLING_CALLS
 from moe_dispatch.testing import CASES, Precision
 from tests.parallel import programs, twins
 from tests.support.ranks import Raised, Ranks, ranks
@@ -110,6 +111,12 @@ def test_the_slowest_rank_decides_and_a_failure_on_one_rank_bars_everywhere(thre
     assert "failed in warm_up" in reasons[0]
 
 
+@pytest.mark.parametrize("stated", [True, False])
+def test_a_settled_kind_of_call_is_not_checked(three: Ranks, *, stated: bool) -> None:
+    """And whatever differs from it is."""
+    assert three.run(programs.calls_that_are_checked, stated) == [(SETTLING_CALLS + 1, [1, 1, 1, 0])] * 3
+
+
 def test_counts_that_are_stated_are_not_exchanged(three: Ranks) -> None:
     assert three.run(programs.stated_counts) == [(1, 0)] * 3
 
@@ -151,11 +158,12 @@ def test_a_name_is_checked_where_nothing_runs(three: Ranks) -> None:
 
 @pytest.mark.parametrize(
     ("what", "number", "said"),
-    [("hidden_states", 2, "hidden_states is torch.float64"), ("weights", 3, "the weights changed since")],
+    [("hidden_states", 1, "hidden_states is torch.float64"), ("weights", 2, "the weights changed since")],
 )
 def test_arguments_that_one_rank_refuses_are_refused_by_all(three: Ranks, what: str, number: int, said: str) -> None:
     (first, M), (second, _), (third, _) = three.run(programs.refuse_on_one_rank, what)
-    assert first == second == f"rank 2 refuses the arguments of call {number}, as its own error says; nothing was run"
+    call = SETTLING_CALLS + 2 + number
+    assert first == second == f"rank 2 refuses the arguments of call {call}, as its own error says; nothing was run"
     assert third.startswith(said)
     assert M == programs.LAYER.M, "the next call works"
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from moe_dispatch.errors import InvalidInputError
-from moe_dispatch.parallel import libraries
+from moe_dispatch.parallel import exchange as exchanges
 from moe_dispatch.parallel.all_to_all import rounded_rows
 from moe_dispatch.parallel.exchange import CallKind, Exchange
 from moe_dispatch.parallel.expert_parallel import ExpertParallel
@@ -69,20 +69,23 @@ def test_an_exchange_of_a_library_says_what_it_lacks(
     name: str, said: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     exchange = EXCHANGES.load(name)(SimpleNamespace(library="gloo", device=None))  # type: ignore[arg-type]
-    monkeypatch.setattr(libraries, "torch_version", "2.11.0+cu130")
-    monkeypatch.setattr(libraries, "library_versions", lambda _: {"NCCL": "2.28.9"})
+    monkeypatch.setattr(exchanges, "torch_version", "2.11.0+cu130")
+    monkeypatch.setattr(exchanges, "library_versions", lambda _: {"NCCL": "2.28.9"})
     transport, *lacking, uncalled = exchange.unavailable_reasons()
     assert transport == "takes a process group on nccl, got gloo"
     assert [reason.partition(", got 2.11.0")[0] for reason in lacking] == said
     assert "no code calls it yet" in uncalled
-    monkeypatch.setattr(libraries, "torch_version", "2.130.0")
+    monkeypatch.setattr(exchanges, "torch_version", "2.130.0")
     assert ("2.130.0" in str(exchange.unavailable_reasons())) == (name == "deep_ep"), "2.130 is not 2.13"
-    monkeypatch.setattr(libraries, "torch_version", "2.13.1")
-    monkeypatch.setattr(libraries, "library_version", lambda _: "0.1.0")
-    monkeypatch.setattr(libraries, "library_versions", lambda _: {"NCCL": "2.31.0"})
+    monkeypatch.setattr(exchanges, "torch_version", "2.13.1")
+    monkeypatch.setattr(exchanges, "library_version", lambda _: "0.1.0")
+    monkeypatch.setattr(exchanges, "library_versions", lambda _: {"NCCL": "2.31.0"})
     assert exchange.unavailable_reasons() == (transport, uncalled)
     fp16 = dataclasses.replace(KIND, act_dtype="fp16")
     assert exchange.unsupported_reasons(fp16) == ("takes hidden_states in bf16, got fp16",)
+    monkeypatch.setattr(exchanges, "library_version", lambda _: "")
+    direct = EXCHANGES.load("direct")(exchange.collectives)
+    assert direct.unavailable_reasons()[:2] == (transport, "needs triton, got none")
 
 
 def test_a_process_that_ended_is_gone() -> None:
