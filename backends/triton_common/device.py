@@ -4,6 +4,8 @@
 Imported by kernel modules only: it needs Triton. The arithmetic is that of `moe_dispatch.numerics`.
 """
 
+from typing import Final
+
 import triton
 import triton.language as tl
 
@@ -196,7 +198,9 @@ def _moe_round_to_e4m3(values):
     return tl.where(values == values, rounded, values)  # noqa: PLR0124 - a NaN is not itself
 
 
-def _four_values(dtype: str, shift: int, exponent: int, overflow: int | None) -> tl.constexpr:
+def _four_values(
+    dtype: str, shift: int, exponent: int, overflow: int | None, *, parity: bool = False, widened: bool = False
+) -> tl.constexpr:
     """PTX that turns four e4m3 codes in one register into two registers of two values each.
 
     Sign and magnitude of a code are moved to where the wider type has them, which leaves an exponent that is too small
@@ -210,36 +214,58 @@ def _four_values(dtype: str, shift: int, exponent: int, overflow: int | None) ->
         shift: Bits by which a magnitude moves from the upper byte of a half to the right.
         exponent: Bits of the first factor.
         overflow: Bits of the factor that overflows; None if that is the first one.
+        parity: Whether the first register gets the first and the third value, which takes fewer instructions than the
+            first two.
+        widened: Whether each value gets a register of its own, as fp32.
     """
+    codes = "$4" if widened else "$2"
     magnitude = 0x7F00 >> shift
     halves = """
+        {move}
         and.b32 sign, {half}, 0x80008000;
-        shr.b32 {half}, {half}, {shift};
-        lop3.b32 {half}, {half}, 0x{magnitude:04x}{magnitude:04x}, sign, 0xEA;
+        lop3.b32 {half}, moved, 0x{magnitude:04x}{magnitude:04x}, sign, 0xEA;
         fma.rn.{dtype}x2 {result}, {half}, power, minus_zero;"""
     if overflow is not None:
         halves += """
         fma.rn.{dtype}x2 sign, {result}, overflow, minus_zero;
         fma.rn.{dtype}x2 {result}, sign, zero, {result};"""
+    if widened:
+        halves += """
+        mov.b32 {{lower, upper}}, {result};
+        cvt.f32.{dtype} {first}, lower;
+        cvt.f32.{dtype} {second}, upper;"""
+    step = 2 if parity else 1
+    # What has the first register's codes in its upper bytes, and what the second's; then each code where its magnitude
+    # belongs. Of the even codes, a shift to the left does both at once.
+    first, second = f"prmt.b32 low, {codes}, 0, 0x1404;", f"prmt.b32 high, {codes}, 0, 0x3424;"
+    right = "shr.b32 moved, {half}, {shift};"
+    moves = [first + right, second + right]
+    if parity:
+        left = f"shl.b32 moved, {codes}, {8 - shift};"
+        moves = [f"shl.b32 low, {codes}, 8; {left}", f"mov.b32 high, {codes}; {right}"]
     each = [
-        halves.format(half=half, result=result, shift=shift, magnitude=magnitude, dtype=dtype)
-        for half, result in (("low", "$0"), ("high", "$1"))
-    ]
+        halves.format(
+            move=move.format(half=half, shift=shift), half=half, result=half if widened else f"${index}",
+            first=f"${place}", second=f"${place + step}", magnitude=magnitude, dtype=dtype,
+        )
+        for index, (half, place, move) in enumerate(zip(("low", "high"), (0, 3 - step), moves, strict=True))
+    ]  # fmt: skip
     return tl.constexpr(f"""{{
-        .reg .b32 low, high, sign, power, overflow, zero, minus_zero;
+        .reg .b32 low, high, moved, sign, power, overflow, zero, minus_zero;
+        .reg .b16 lower, upper;
         mov.b32 zero, 0;
         mov.b32 minus_zero, 0x80008000;
         mov.b32 power, 0x{exponent:04x}{exponent:04x};
-        mov.b32 overflow, 0x{overflow or 0:04x}{overflow or 0:04x};
-        prmt.b32 low, $2, 0, 0x1404;
-        prmt.b32 high, $2, 0, 0x3424;{"".join(each)}
+        mov.b32 overflow, 0x{overflow or 0:04x}{overflow or 0:04x};{"".join(each)}
     }}""")
 
 
-_TO_BF16 = _four_values("bf16", 4, 0x7B80, 0x7B0D)  # 2^120; 1.1015625 · 2^119
-_TO_FP16 = _four_values("f16", 1, 0x5C00, 0x5860)  # 2^8; 140
+_BF16: Final = ("bf16", 4, 0x7B80, 0x7B0D)  # 2^120; 1.1015625 · 2^119
+_FP16: Final = ("f16", 1, 0x5C00, 0x5860)  # 2^8; 140
+_TO_BF16, _TO_BF16_BY_PARITY = _four_values(*_BF16), _four_values(*_BF16, parity=True)
+_TO_FP16, _TO_FP16_BY_PARITY = _four_values(*_FP16), _four_values(*_FP16, parity=True)
 # 144 · 2^8: 448 · 144 is an FP16 number, and 480 · 144 overflows.
-_TO_MULTIPLES = _four_values("f16", 1, 0x7880, None)
+_TO_MULTIPLES = _four_values("f16", 1, 0x7880, None, parity=True, widened=True)
 _MULTIPLE = tl.constexpr(144.0)
 
 
@@ -263,6 +289,24 @@ def moe_fp8_values(codes, dtype: tl.constexpr):
 
 
 @triton.jit
+def moe_fp8_values_by_parity(words, dtype: tl.constexpr):
+    """As `moe_fp8_values`, of int16 with two codes each: the values of their lower and of their upper bytes."""
+    if _INTERPRETED:
+        lower = moe_fp8_values((words & 0xFF).to(tl.uint8), dtype)
+        upper = moe_fp8_values(((words >> 8) & 0xFF).to(tl.uint8), dtype)
+    elif dtype == tl.bfloat16:
+        lower, upper = tl.inline_asm_elementwise(
+            _TO_BF16_BY_PARITY, "=r,=r,r", [words], dtype=(tl.bfloat16, tl.bfloat16), is_pure=True, pack=2
+        )
+    else:
+        tl.static_assert(dtype == tl.float16, "values are BF16 or FP16")
+        lower, upper = tl.inline_asm_elementwise(
+            _TO_FP16_BY_PARITY, "=r,=r,r", [words], dtype=(tl.float16, tl.float16), is_pure=True, pack=2
+        )
+    return lower, upper
+
+
+@triton.jit
 def moe_e4m3_to_fp32(codes):
     """The values, exact, of e4m3 codes that are given as bytes; `moe_e4m3_sums` takes sums of their products.
 
@@ -271,8 +315,9 @@ def moe_e4m3_to_fp32(codes):
     if _INTERPRETED:
         values = moe_fp8_values(codes, tl.float16).to(tl.float32) * _MULTIPLE
     elif _LACKS_E4M3 or not tl.target_info.cuda_capability_geq(8, 9):
-        values = tl.inline_asm_elementwise(_TO_MULTIPLES, "=r,=r,r", [codes], dtype=tl.float16, is_pure=True, pack=4)
-        values = values.to(tl.float32)
+        values = tl.inline_asm_elementwise(
+            _TO_MULTIPLES, "=f,=f,=f,=f,r", [codes], dtype=tl.float32, is_pure=True, pack=4
+        )
     else:
         values = codes.to(tl.float8e4nv, bitcast=True).to(tl.float32)
     return values

@@ -45,7 +45,7 @@ def splitk_down(
     )
     _moe_splitk_down_kernel[grid](
         # inputs
-        inner, inner_scale, quantization.readable(experts.down), descriptor, experts.down_scale, topk_ids,
+        inner, inner_scale, quantization.readable(experts.down, inner), descriptor, experts.down_scale, topk_ids,
         # outputs
         partial,
         # shapes
@@ -54,5 +54,5 @@ def splitk_down(
         ROWS=config.block_n, BLOCK_M=config.block_m, BLOCK_K=config.block_k, SCAN=slots_per_scan(S),
         EVEN_N=experts.N % config.block_k == 0, SPLITS=config.splits_down, BY_SLOT=config.grid == "slots",
         TMA=descriptor is not None, PDL=config.pdl, SCALES=quantization.scales, TRANSPOSED=experts.transposed,
-        **config.launch(quantization),
+        EVEN_EXPONENTS=experts.N % 64 == 0, **config.launch(quantization),
     )  # fmt: skip

@@ -9,6 +9,7 @@ from moe_dispatch.backends.triton_common.pdl import moe_pdl_release, moe_pdl_wai
 from moe_dispatch.backends.triton_splitk.stream import (
     moe_line_rows,
     moe_prefetch,
+    moe_row_scales,
     moe_slots_to_serve,
     moe_stream,
     moe_stream_mxfp4,
@@ -28,14 +29,15 @@ def _moe_splitk_down_kernel(
     # constants
     ROWS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, SCAN: tl.constexpr, EVEN_N: tl.constexpr,
     SPLITS: tl.constexpr, BY_SLOT: tl.constexpr, TMA: tl.constexpr, PDL: tl.constexpr,
-    SCALES: tl.constexpr, TRANSPOSED: tl.constexpr,
+    SCALES: tl.constexpr, TRANSPOSED: tl.constexpr, EVEN_EXPONENTS: tl.constexpr,
 ):  # fmt: skip
     owner, tile, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     e, count = moe_slots_to_serve(ids_ptr, owner, S, E, BLOCK_M, SCAN, BY_SLOT)
     expert = e.to(tl.int64)
     offs_r = tile * ROWS + tl.arange(0, ROWS)
     mask_r = offs_r < K
-    PACKED: tl.constexpr = 4 if SCALES == "mx" else 1  # columns in an element of the weights
+    # Columns in an element of the weights.
+    PACKED: tl.constexpr = 4 if SCALES == "mx" else 2 if weight_ptr.dtype.element_ty == tl.int16 else 1
     if TRANSPOSED:
         expert_ptr = weight_ptr + expert * K * N
         w_rows = expert_ptr + offs_r
@@ -61,7 +63,7 @@ def _moe_splitk_down_kernel(
 
     w_scales = scale_ptr
     if scale_ptr is not None and SCALES != "block":
-        w_scales = scale_ptr + (expert * K + row) * (N // 32 if SCALES == "mx" else 1)
+        w_scales = moe_row_scales(scale_ptr, expert * K + row, N, SCALES, EVEN_EXPONENTS)
     if SCALES == "block":
         expert_scales = scale_ptr + expert * tl.cdiv(K, BLOCK_K) * tl.cdiv(N, BLOCK_K)
         first_row = tile * ROWS if ROWS <= BLOCK_K else row
@@ -75,7 +77,7 @@ def _moe_splitk_down_kernel(
         if SCALES == "mx":
             acc = moe_stream_mxfp4(
                 w_rows, weight_descriptor, e.to(tl.int32), tile * ROWS, w_scales, x_rows, mask_m,
-                first_block, last_block, N, ROWS, BLOCK_M, BLOCK_K, EVEN_N, TMA,
+                first_block, last_block, N, ROWS, BLOCK_M, BLOCK_K, EVEN_N, TMA, EVEN_EXPONENTS,
             )  # fmt: skip
         else:
             acc = moe_stream(

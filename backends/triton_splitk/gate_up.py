@@ -58,7 +58,7 @@ def splitk_gate_up(
     )
     _moe_splitk_gate_up_kernel[grid](
         # inputs
-        x, x_scale, quantization.readable(experts.gate_up), descriptor, experts.gate_up_scale, experts.gate_up_bias,
+        x, x_scale, quantization.readable(experts.gate_up, x), descriptor, experts.gate_up_scale, experts.gate_up_bias,
         topk_ids,
         # outputs
         inner, inner_scale,
@@ -69,6 +69,7 @@ def splitk_gate_up(
         EVEN_K=experts.K % config.block_k == 0, SPLITS=config.splits_gate_up, BY_SLOT=config.grid == "slots",
         TMA=descriptor is not None, PDL=config.pdl, SCALES=quantization.scales, TWO_SCALES=two_scales,
         PARTIAL=config.partial_sums(quantization, gated=experts.gated), GATED=experts.gated,
-        INTERLEAVED=experts.interleaved, TRANSPOSED=experts.transposed, HAS_BIAS=experts.gate_up_bias is not None,
-        ACTIVATION=experts.activation, IDS_READY=ids_ready, **config.launch(quantization),
+        INTERLEAVED=experts.interleaved, TRANSPOSED=experts.transposed,
+        EVEN_EXPONENTS=experts.K % 64 == 0, HAS_BIAS=experts.gate_up_bias is not None, ACTIVATION=experts.activation,
+        IDS_READY=ids_ready, **config.launch(quantization),
     )  # fmt: skip

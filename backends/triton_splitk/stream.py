@@ -9,8 +9,13 @@ acc[ROWS, BLOCK_M] = W[ROWS, BLOCK_K] @ xᵀ[BLOCK_K, BLOCK_M].
 import triton
 import triton.language as tl
 
-from moe_dispatch.backends.triton_common.device import moe_fp8_values, moe_prefetch_lines
-from moe_dispatch.backends.triton_common.mxfp4 import MOE_MXFP4_UNIT, moe_every_fourth, moe_mxfp4_values
+from moe_dispatch.backends.triton_common.device import moe_fp8_values, moe_fp8_values_by_parity, moe_prefetch_lines
+from moe_dispatch.backends.triton_common.mxfp4 import (
+    MOE_MXFP4_UNIT,
+    moe_every_fourth,
+    moe_mxfp4_factors,
+    moe_mxfp4_values,
+)
 
 _LINE_BYTES = tl.constexpr(128)
 
@@ -81,6 +86,20 @@ def moe_line_rows(weight_ptr, ROWS: tl.constexpr, RUN: tl.constexpr):
 
 
 @triton.jit
+def _moe_exponents_of_row(K, EVEN: tl.constexpr):
+    """Exponents of a row of MXFP4 weights, written so that the compiler sees where they are EVEN in number."""
+    return K // 64 * 2 if EVEN else K // 32
+
+
+@triton.jit
+def moe_row_scales(scale_ptr, rows, K, SCALES: tl.constexpr, EVEN_EXPONENTS: tl.constexpr):
+    """Where the scales of rows begin: the only one of each, or the first exponent of its MXFP4 weights."""
+    if SCALES == "mx":
+        rows = rows * _moe_exponents_of_row(K, EVEN_EXPONENTS)
+    return scale_ptr + rows
+
+
+@triton.jit
 def _moe_weights(
     w_rows, mask_r, w_step, w_descriptor, w_first, w_second, block, offs_k, K,
     ROWS: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr, TMA: tl.constexpr, TRANSPOSED: tl.constexpr,
@@ -99,6 +118,23 @@ def _moe_weights(
         # Columns past K belong to the next row, and a NaN there would survive the product with zero.
         w = tl.load(w_rows[:, None] + offs_k[None, :], mask=(offs_k < K)[None, :], other=0.0)
     return w
+
+
+@triton.jit
+def _moe_product(w, x, acc, dtype: tl.constexpr):
+    """``acc + w @ xᵀ``; where activations of `dtype` meet codes, with the codes' values.
+
+    A product may add its columns in any order. Where int16 have two codes and int32 two activations, it is one of the
+    even columns and one of the odd ones, whose codes lie apart in a register as the values will.
+    """
+    if w.dtype == tl.int16:
+        w_even, w_odd = moe_fp8_values_by_parity(w, dtype)
+        x_even, x_odd = x.to(tl.int16).to(dtype, bitcast=True), (x >> 16).to(tl.int16).to(dtype, bitcast=True)
+        product = tl.dot(w_odd, x_odd.trans(), tl.dot(w_even, x_even.trans(), acc))
+    else:
+        values = moe_fp8_values(w, dtype) if w.dtype == tl.uint8 else w
+        product = tl.dot(values, x.trans(), acc, input_precision="ieee")
+    return product
 
 
 @triton.jit
@@ -133,16 +169,18 @@ def moe_stream(
         up_scale = tl.load(up_scales + first_block)
         if x_scales is not None:
             x_scale = tl.load(x_scales + first_block, mask=mask_m, other=0.0)
+    dtype: tl.constexpr = x_rows.dtype.element_ty
+    PACKED: tl.constexpr = 2 if w_rows.dtype.element_ty == tl.int16 else 1  # columns in an element of both operands
+    if PACKED == 2:
+        x_rows = x_rows.to(tl.pointer_type(tl.int32))
     for block in range(first_block, last_block):
-        offs_k = block * BLOCK_K + tl.arange(0, BLOCK_K)
-        mask = mask_m[:, None] if EVEN_K else mask_m[:, None] & (offs_k < K)[None, :]
+        offs_k = block * (BLOCK_K // PACKED) + tl.arange(0, BLOCK_K // PACKED)
+        mask = mask_m[:, None] if EVEN_K else mask_m[:, None] & (offs_k < K // PACKED)[None, :]
         x = tl.load(x_rows[:, None] + offs_k[None, :], mask=mask, other=0.0)
         w = _moe_weights(
-            w_rows, mask_r, w_step, w_descriptor, w_first, w_second, block, offs_k, K,
-            ROWS, BLOCK_K, EVEN_K, TMA, TRANSPOSED,
+            w_rows, mask_r, w_step, w_descriptor, w_first, w_second, block, offs_k, K // PACKED,
+            ROWS, BLOCK_K // PACKED, EVEN_K, TMA, TRANSPOSED,
         )  # fmt: skip
-        if w.dtype == tl.uint8:
-            w = moe_fp8_values(w, x.dtype)
         if SCALES == "block":
             # The next block's scales are on their way while this one is multiplied.
             # A scalar needs no exchange between threads.
@@ -154,17 +192,29 @@ def moe_stream(
             if x_scales is not None:
                 scale = scale * x_scale[None, :]
                 x_scale = tl.load(x_scales + following, mask=mask_m, other=0.0)
-            acc += tl.dot(w, x.trans()) * scale
+            acc += _moe_product(w, x, tl.zeros([ROWS, BLOCK_M], dtype=tl.float32), dtype) * scale
         elif x_scales is not None:
             # Added in fp32 after each block: tensor cores of sm_90 keep some 14 bits of a sum of e4m3 products.
-            acc += tl.dot(w, x.trans())
+            acc += _moe_product(w, x, tl.zeros([ROWS, BLOCK_M], dtype=tl.float32), dtype)
         else:
-            acc = tl.dot(w, x.trans(), acc, input_precision="ieee")
+            acc = _moe_product(w, x, acc, dtype)
     if SCALES == "channel":
         acc *= w_scale[:, None]
         if x_scales is not None:
             acc *= x_scale[None, :]
     return acc
+
+
+@triton.jit
+def _moe_exponents(w_exponents, block, K, BLOCK_K: tl.constexpr, EVEN: tl.constexpr):
+    """Exponents of a block of rows, ``[ROWS, BLOCK_K/32]``; 0 past K, where they meet codes of zero.
+
+    Masked rather than clamped: so the compiler sees which bytes lie side by side, and neighbouring lanes read them. If
+    lanes read a row each, a warp would look up 32 cache lines for each byte of a row.
+    """
+    offs_s = block * (BLOCK_K // 32) + tl.arange(0, BLOCK_K // 32)
+    mask = offs_s < _moe_exponents_of_row(K, EVEN)
+    return tl.load(w_exponents[:, None] + offs_s[None, :], mask=mask[None, :], other=0)
 
 
 @triton.jit
@@ -177,29 +227,30 @@ def moe_stream_mxfp4(
     first_block, last_block, K,
     # constants
     ROWS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr, TMA: tl.constexpr,
+    EVEN_EXPONENTS: tl.constexpr,
 ):  # fmt: skip
     """As `moe_stream`, of MXFP4 weights, four codes in an int16, and activations that are not quantised."""
     dtype: tl.constexpr = x_rows.dtype.element_ty
     x_words = x_rows.to(tl.pointer_type(tl.int64))
     acc = tl.zeros([ROWS, BLOCK_M], dtype=tl.float32)
-    # Past K they repeat the last exponent, and meet codes of zero.
-    offs_s = first_block * (BLOCK_K // 32) + tl.arange(0, BLOCK_K // 32)
-    following = tl.load(w_exponents[:, None] + tl.minimum(offs_s, K // 32 - 1)[None, :])
+    factors = moe_mxfp4_factors(_moe_exponents(w_exponents, first_block, K, BLOCK_K, EVEN_EXPONENTS))
+    exponents = _moe_exponents(w_exponents, first_block + 1, K, BLOCK_K, EVEN_EXPONENTS)
     for block in range(first_block, last_block):
         offs_w = block * (BLOCK_K // 4) + tl.arange(0, BLOCK_K // 4)
         mask = mask_m[:, None] if EVEN_K else mask_m[:, None] & (offs_w < K // 4)[None, :]
         x = tl.load(x_words[:, None] + offs_w[None, :], mask=mask, other=0)
-        # The next block's exponents are on their way while this one is multiplied: Triton's pipeline leaves bytes out.
-        exponents = following
-        offs_s += BLOCK_K // 32
-        following = tl.load(w_exponents[:, None] + tl.minimum(offs_s, K // 32 - 1)[None, :])
+        # Triton's pipeline leaves bytes out: those of the block after the next are on their way while this one is
+        # multiplied. Those of the next become factors here, each in one thread, and not in all that need it.
+        now = factors
+        factors = moe_mxfp4_factors(exponents)
+        exponents = _moe_exponents(w_exponents, block + 2, K, BLOCK_K, EVEN_EXPONENTS)
         if TMA:
             w = w_descriptor.load([w_first, w_second, block * (BLOCK_K // 4)]).reshape(ROWS, BLOCK_K // 4)
         elif EVEN_K:
             w = tl.load(w_rows[:, None] + offs_w[None, :])
         else:
             w = tl.load(w_rows[:, None] + offs_w[None, :], mask=(offs_w < K // 4)[None, :], other=0)
-        w0, w1, w2, w3 = moe_mxfp4_values(w, exponents, dtype, ROWS, BLOCK_K)
+        w0, w1, w2, w3 = moe_mxfp4_values(w, now, dtype, ROWS, BLOCK_K)
         x0, x1, x2, x3 = moe_every_fourth(x, dtype)
         acc = tl.dot(w0, x0.trans(), acc)
         acc = tl.dot(w1, x1.trans(), acc)
