@@ -235,3 +235,5 @@ def test_defaults_compile(capability: int, dtype: DType, every: bool) -> None:
         assert built.wgmma == (capability == 90 and wide), built
         # Weights arrive 16 bytes at a time, by asynchronous copy or by TMA.
         assert built.tma if built.note["tma"] else built.wide_copies, built
+        # Exponents come two at a time, which has them read by lanes side by side.
+        assert not built.byte_loads, built
