@@ -241,8 +241,9 @@ def _four_values(
     right = "shr.b32 moved, {half}, {shift};"
     moves = [first + right, second + right]
     if parity:
-        left = f"shl.b32 moved, {codes}, {8 - shift};"
-        moves = [f"shl.b32 low, {codes}, 8; {left}", f"mov.b32 high, {codes}; {right}"]
+        # Rotated, for the compiler makes shifts multiplications, which share a pipe with the products below.
+        left = f"shf.l.wrap.b32 moved, {codes}, {codes}, {8 - shift};"
+        moves = [f"shf.l.wrap.b32 low, {codes}, {codes}, 8; {left}", f"mov.b32 high, {codes}; {right}"]
     each = [
         halves.format(
             move=move.format(half=half, shift=shift), half=half, result=half if widened else f"${index}",

@@ -82,7 +82,7 @@ def _moe_splitk_down_kernel(
         else:
             acc = moe_stream(
                 w_rows, mask_r, K, weight_descriptor, e.to(tl.int32), tile * ROWS, w_scales, w_scales, offs_r < 0,
-                x_rows, x_scales, mask_m, first_block, last_block, N,
+                inner_ptr, slots.to(tl.int64), x_scales, mask_m, first_block, last_block, N,
                 ROWS, BLOCK_M, BLOCK_K, EVEN_N, TMA, TRANSPOSED, SCALES, ROWS <= BLOCK_K,
             )  # fmt: skip
         partial = partial_ptr + (split * S + slots).to(tl.int64)[None, :] * K + offs_r[:, None]

@@ -140,7 +140,7 @@ def _moe_splitk_gate_up_kernel(
         else:
             acc = moe_stream(
                 w_rows, mask_r, w_step, weight_descriptor, w_first, w_second, w_scales, up_scales, part == 1,
-                x_ptr + tokens * K, x_scales, mask_m, first_block, last_block, K,
+                x_ptr, tokens, x_scales, mask_m, first_block, last_block, K,
                 ROWS, BLOCK_M, BLOCK_K, EVEN_K, TMA, TRANSPOSED, SCALES, TWO_SCALES,
             )  # fmt: skip
         gate = acc  # [columns, BLOCK_M]

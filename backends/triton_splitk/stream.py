@@ -138,12 +138,12 @@ def _moe_product(w, x, acc, dtype: tl.constexpr):
 
 
 @triton.jit
-def moe_stream(
+def _moe_stream(
     # weights: row pointers (if TRANSPOSED with a mask and the stride of columns) or a descriptor with the tile's place
     # in it, and where the scales of rows begin
     w_rows, mask_r, w_step, w_descriptor, w_first, w_second, w_scales, up_scales, is_up,
-    # token operand: row pointers, and where its multipliers begin; None where it is not quantised
-    x_rows, x_scales, mask_m,
+    # token operand, which of its rows, int64, and where their multipliers begin; None where it is not quantised
+    x_ptr, offs_x, x_scales, mask_m,
     # shapes
     first_block, last_block, K,
     # constants
@@ -169,7 +169,8 @@ def moe_stream(
         up_scale = tl.load(up_scales + first_block)
         if x_scales is not None:
             x_scale = tl.load(x_scales + first_block, mask=mask_m, other=0.0)
-    dtype: tl.constexpr = x_rows.dtype.element_ty
+    dtype: tl.constexpr = x_ptr.dtype.element_ty
+    x_rows = x_ptr + offs_x * K
     PACKED: tl.constexpr = 2 if w_rows.dtype.element_ty == tl.int16 else 1  # columns in an element of both operands
     if PACKED == 2:
         x_rows = x_rows.to(tl.pointer_type(tl.int32))
@@ -202,6 +203,43 @@ def moe_stream(
         acc *= w_scale[:, None]
         if x_scales is not None:
             acc *= x_scale[None, :]
+    return acc
+
+
+@triton.jit
+def moe_stream(
+    # weights: row pointers (if TRANSPOSED with a mask and the stride of columns) or a descriptor with the tile's place
+    # in it, and where the scales of rows begin
+    w_rows, mask_r, w_step, w_descriptor, w_first, w_second, w_scales, up_scales, is_up,
+    # token operand, which of its rows, int64, and where their multipliers begin; None where it is not quantised
+    x_ptr, offs_x, x_scales, mask_m,
+    # shapes
+    first_block, last_block, K,
+    # constants
+    ROWS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr, TMA: tl.constexpr,
+    TRANSPOSED: tl.constexpr, SCALES: tl.constexpr, TWO_SCALES: tl.constexpr,
+):  # fmt: skip
+    """As `_moe_stream`; where dequantised weights meet no more than half of BLOCK_M tokens, over the first half alone.
+
+    Instructions are the limit of those products, and an eighth of them is for 8 more tokens.
+    """
+    HALF: tl.constexpr = BLOCK_M // 2
+    if w_rows.dtype.element_ty == tl.int16 and BLOCK_M == 16 and tl.sum(mask_m.to(tl.int32), axis=0) <= HALF:
+        offs_half, _ = tl.permute(tl.reshape(offs_x, [2, HALF]), (1, 0)).split()
+        mask_half, _ = tl.permute(tl.reshape(mask_m, [2, HALF]), (1, 0)).split()
+        half = _moe_stream(
+            w_rows, mask_r, w_step, w_descriptor, w_first, w_second, w_scales, up_scales, is_up,
+            x_ptr, offs_half, x_scales, mask_half, first_block, last_block, K,
+            ROWS, HALF, BLOCK_K, EVEN_K, TMA, TRANSPOSED, SCALES, TWO_SCALES,
+        )  # fmt: skip
+        acc = tl.join(half, tl.zeros([ROWS, HALF], dtype=tl.float32))
+        acc = tl.reshape(tl.permute(acc, (0, 2, 1)), [ROWS, BLOCK_M])
+    else:
+        acc = _moe_stream(
+            w_rows, mask_r, w_step, w_descriptor, w_first, w_second, w_scales, up_scales, is_up,
+            x_ptr, offs_x, x_scales, mask_m, first_block, last_block, K,
+            ROWS, BLOCK_M, BLOCK_K, EVEN_K, TMA, TRANSPOSED, SCALES, TWO_SCALES,
+        )  # fmt: skip
     return acc
 
 
