@@ -3,7 +3,8 @@
     compute-sanitizer --tool memcheck python tests/gpu/one_of_each.py --backend triton_splitk
     compute-sanitizer --tool memcheck python tests/gpu/one_of_each.py --backend gluon_hopper --layer 2,1,256,4224
 
-The second layer has so large an N that gluon_hopper permutes rows before its products, in BF16 too.
+The second layer has so large an N that gluon_hopper permutes rows before its products, in BF16 too. BF16 weights run as
+they are and transposed, with gpt-oss's biases, row order and activation too where ``--gpt-oss`` is given.
 
 PyTorch's caching allocator hides overruns inside its blocks, so it is switched off. The machine is described with few
 multiprocessors: a kernel with a program on each then runs few programs, which take several tiles and reuse their
@@ -32,7 +33,10 @@ from moe_dispatch.workloads import ROUTINGS, make_experts, workload
 LAYER = "8,2,512,384"
 TOKENS = (1, 5, 130)
 PROGRAMS = 4
-DTYPES: tuple[DType, ...] = ("bf16", "fp8", "fp8_channel")
+# Dtypes of the weights, and whether they are stored by columns.
+WEIGHTS: tuple[tuple[DType, bool], ...] = (
+    ("bf16", False), ("bf16", True), ("fp8", False), ("fp8_channel", False), ("mxfp4", False),
+)  # fmt: skip
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -50,10 +54,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     layer = workload(options.layer)
     if options.gpt_oss:
         layer = dataclasses.replace(layer, activation="swiglu_oai", bias=True, interleaved=True)
-    for dtype in DTYPES:
-        experts = make_experts(layer, dtype, device, torch.Generator(device).manual_seed(0))
+    for dtype, transposed in WEIGHTS:
+        generator = torch.Generator(device).manual_seed(0)
+        experts = make_experts(layer, dtype, device, generator, transposed=transposed)
         for M in TOKENS:
-            problem = layer.problem(M, dtype, dispatcher.machine)
+            problem = dataclasses.replace(layer.problem(M, dtype, dispatcher.machine), transposed=transposed)
             inputs = make_inputs(problem, ROUTINGS["uniform"], device, count=1)
             truths = {kind: reference_outputs(experts, inputs, quantize_activations=kind)[0] for kind in (True, False)}
             for backend in backends:
@@ -64,7 +69,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     error = relative_error(backend_call(backend, experts, config)(inputs[0]), truth)
                     correct = error <= backend.tolerance[dtype]
                     wrong += not correct
-                    print(f"{'ok' if correct else 'WRONG'} {backend.name} {dtype} M={M} {config.label}: {error:.2g}")
+                    weights = f"{dtype} by columns" if transposed else dtype
+                    print(f"{'ok' if correct else 'WRONG'} {backend.name} {weights} M={M} {config.label}: {error:.2g}")
     return 1 if wrong else 0
 
 
