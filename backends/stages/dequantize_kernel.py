@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 
 from moe_dispatch.backends.triton_common.fast_launch import fast_launch
-from moe_dispatch.backends.triton_common.mxfp4 import MOE_MXFP4_UNIT, moe_mxfp4_factors, moe_mxfp4_values
+from moe_dispatch.backends.triton_common.mxfp4 import MOE_MXFP4_UNIT, moe_mxfp4_values
 
 
 @fast_launch
@@ -20,7 +20,7 @@ def _moe_dequantize_mxfp4_kernel(words_ptr, exponents_ptr, values_ptr, COUNT, WO
     words = tl.load(words_ptr + offs_w, mask=mask, other=0)
     exponents = tl.load(exponents_ptr + offs_s, mask=offs_s < COUNT // 8, other=0)
     dtype: tl.constexpr = values_ptr.dtype.element_ty
-    w0, w1, w2, w3 = moe_mxfp4_values(words, moe_mxfp4_factors(exponents), dtype, WORDS // 64, 256)
+    w0, w1, w2, w3 = moe_mxfp4_values(words, exponents, dtype, WORDS // 64, 256)
     low = _moe_bits(w0) | (_moe_bits(w1) << 16)
     high = _moe_bits(w2) | (_moe_bits(w3) << 16)
     tl.store(values_ptr.to(tl.pointer_type(tl.int64)) + offs_w, low | (high << 32), mask=mask)

@@ -52,17 +52,19 @@ def moe_mxfp4_factors(exponents):
 
 
 @triton.jit
-def moe_mxfp4_values(words, factors, dtype: tl.constexpr, ROWS: tl.constexpr, BLOCK_K: tl.constexpr):
+def moe_mxfp4_values(words, exponents, dtype: tl.constexpr, ROWS: tl.constexpr, BLOCK_K: tl.constexpr):
     """The values of weights, divided by MOE_MXFP4_UNIT, by column modulo 4: four tiles ``[ROWS, BLOCK_K/4]``.
 
     Args:
         words: int16 ``[ROWS, BLOCK_K/4]``, four codes each.
-        factors: ``[ROWS, BLOCK_K/32]`` of `moe_mxfp4_factors`.
+        exponents: uint8 ``[ROWS, BLOCK_K/32]``, or what `moe_mxfp4_factors` made of them.
         dtype: BF16; in the interpreter, which computes BF16 wrongly, FP16.
         ROWS: Rows.
         BLOCK_K: Columns.
     """
-    factor = _moe_for_words(factors, ROWS, BLOCK_K)
+    if exponents.dtype == tl.uint8:
+        exponents = moe_mxfp4_factors(exponents)
+    factor = _moe_for_words(exponents, ROWS, BLOCK_K)
     if _INTERPRETED:
         first = _moe_interpreted_values(words, factor, 0, dtype)
         second = _moe_interpreted_values(words, factor, 4, dtype)
