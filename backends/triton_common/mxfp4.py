@@ -17,22 +17,30 @@ _BLOCK = tl.constexpr(MX_BLOCK)
 # What `moe_mxfp4_values` leaves out of every value, and the result of a product has to be multiplied by.
 MOE_MXFP4_UNIT = tl.constexpr(1.0 if interpreting() else 2.0**32)
 
-# Two words of four codes each become four pairs of BF16. A code is isolated; one product moves a copy of it to where
-# BF16 has its sign, and another to where it has the last two bits of the exponent and the first of the mantissa; a mask
-# keeps those; a factor makes up for the 126 between the biases of both exponents. Words side by side share it.
-_CODES_TO_BF16 = tl.constexpr("""{
-    .reg .b32 upper, code, minus_zero;
-    mov.b32 minus_zero, 0x80008000;
-    shr.u32 upper, $4, 8;"""
-    + "".join(f"""
-    and.b32 code, {words}, {nibble};
-    mul.lo.u32 code, code, {move};
-    and.b32 code, code, 0x81C081C0;
-    fma.rn.bf16x2 ${column}, code, $5, minus_zero;"""
-    for column, (words, nibble, move) in enumerate((
+
+def _codes_to_bf16(*, scaled: bool) -> tl.constexpr:
+    """PTX that makes two words of four codes each four pairs of BF16, but for the 126 between the exponents' biases.
+
+    A code is isolated; one product moves a copy of it to where BF16 has its sign, and another to where it has the last
+    two bits of the exponent and the first of the mantissa; a mask keeps those. Where `scaled`, the factor makes up for
+    the biases and the scale, which words side by side share.
+    """
+    moves = (
         ("$4", "0x000F000F", "0x1040"), ("$4", "0x00F000F0", "0x0104"),
         ("upper", "0x000F000F", "0x1040"), ("upper", "0x00F000F0", "0x0104"),
-    ))) + "}")  # fmt: skip
+    )  # fmt: skip
+    scale = "fma.rn.bf16x2 ${column}, ${column}, $5, minus_zero;" if scaled else ""
+    return tl.constexpr("""{
+    .reg .b32 upper, code, minus_zero;
+    mov.b32 minus_zero, 0x80008000;
+    shr.u32 upper, $4, 8;""" + "".join(f"""
+    and.b32 code, {words}, {nibble};
+    mul.lo.u32 code, code, {move};
+    and.b32 ${column}, code, 0x81C081C0;
+    {scale.format(column=column)}""" for column, (words, nibble, move) in enumerate(moves)) + "}")  # fmt: skip
+
+
+_CODES_TO_BF16, _CODES_TO_SCALED_BF16 = _codes_to_bf16(scaled=False), _codes_to_bf16(scaled=True)
 
 
 @triton.jit
@@ -62,9 +70,8 @@ def moe_mxfp4_values(words, exponents, dtype: tl.constexpr, ROWS: tl.constexpr, 
         ROWS: Rows.
         BLOCK_K: Columns.
     """
-    if exponents.dtype == tl.uint8:
-        exponents = moe_mxfp4_factors(exponents)
-    factor = _moe_for_words(exponents, ROWS, BLOCK_K)
+    GIVEN: tl.constexpr = exponents.dtype != tl.uint8
+    factor = _moe_for_words(exponents if GIVEN else moe_mxfp4_factors(exponents), ROWS, BLOCK_K)
     if _INTERPRETED:
         first = _moe_interpreted_values(words, factor, 0, dtype)
         second = _moe_interpreted_values(words, factor, 4, dtype)
@@ -72,10 +79,18 @@ def moe_mxfp4_values(words, exponents, dtype: tl.constexpr, ROWS: tl.constexpr, 
         fourth = _moe_interpreted_values(words, factor, 12, dtype)
     else:
         tl.static_assert(dtype == tl.bfloat16, "MXFP4 is multiplied in BF16")
-        first, second, third, fourth = tl.inline_asm_elementwise(
-            _CODES_TO_BF16, "=r,=r,=r,=r,r,r,r", [words, factor],
-            dtype=(tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16), is_pure=True, pack=2,
-        )  # fmt: skip
+        if GIVEN:
+            first, second, third, fourth = tl.inline_asm_elementwise(
+                _CODES_TO_SCALED_BF16, "=r,=r,=r,=r,r,r,r", [words, factor],
+                dtype=(tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16), is_pure=True, pack=2,
+            )  # fmt: skip
+        else:
+            first, second, third, fourth = tl.inline_asm_elementwise(
+                _CODES_TO_BF16, "=r,=r,=r,=r,r", [words],
+                dtype=(tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16), is_pure=True, pack=2,
+            )  # fmt: skip
+            factor = factor.to(tl.int16).to(tl.bfloat16, bitcast=True)
+            first, second, third, fourth = first * factor, second * factor, third * factor, fourth * factor
     return first, second, third, fourth
 
 
