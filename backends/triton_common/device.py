@@ -4,8 +4,6 @@
 Imported by kernel modules only: it needs Triton. The arithmetic is that of `moe_dispatch.numerics`.
 """
 
-from typing import Final
-
 import triton
 import triton.language as tl
 
@@ -198,9 +196,7 @@ def _moe_round_to_e4m3(values):
     return tl.where(values == values, rounded, values)  # noqa: PLR0124 - a NaN is not itself
 
 
-def _four_values(
-    dtype: str, shift: int, exponent: int, overflow: int | None, *, parity: bool = False, widened: bool = False
-) -> tl.constexpr:
+def _four_values(dtype: str, shift: int, exponent: int, overflow: int) -> tl.constexpr:
     """PTX that turns four e4m3 codes in one register into two registers of two values each.
 
     Sign and magnitude of a code are moved to where the wider type has them, which leaves an exponent that is too small
@@ -213,60 +209,49 @@ def _four_values(
         dtype: ``"bf16"`` or ``"f16"``.
         shift: Bits by which a magnitude moves from the upper byte of a half to the right.
         exponent: Bits of the first factor.
-        overflow: Bits of the factor that overflows; None if that is the first one.
-        parity: Whether the first register gets the first and the third value, which takes fewer instructions than the
-            first two.
-        widened: Whether each value gets a register of its own, as fp32.
+        overflow: Bits of the factor that overflows.
     """
-    codes = "$4" if widened else "$2"
     magnitude = 0x7F00 >> shift
     halves = """
-        {move}
         and.b32 sign, {half}, 0x80008000;
-        lop3.b32 {half}, moved, 0x{magnitude:04x}{magnitude:04x}, sign, 0xEA;
-        fma.rn.{dtype}x2 {result}, {half}, power, minus_zero;"""
-    if overflow is not None:
-        halves += """
+        shr.b32 {half}, {half}, {shift};
+        lop3.b32 {half}, {half}, 0x{magnitude:04x}{magnitude:04x}, sign, 0xEA;
+        fma.rn.{dtype}x2 {result}, {half}, power, minus_zero;
         fma.rn.{dtype}x2 sign, {result}, overflow, minus_zero;
         fma.rn.{dtype}x2 {result}, sign, zero, {result};"""
-    if widened:
-        halves += """
-        mov.b32 {{lower, upper}}, {result};
-        cvt.f32.{dtype} {first}, lower;
-        cvt.f32.{dtype} {second}, upper;"""
-    step = 2 if parity else 1
-    # What has the first register's codes in its upper bytes, and what the second's; then each code where its magnitude
-    # belongs. Of the even codes, a shift to the left does both at once.
-    first, second = f"prmt.b32 low, {codes}, 0, 0x1404;", f"prmt.b32 high, {codes}, 0, 0x3424;"
-    right = "shr.b32 moved, {half}, {shift};"
-    moves = [first + right, second + right]
-    if parity:
-        # Rotated, for the compiler makes shifts multiplications, which share a pipe with the products below.
-        left = f"shf.l.wrap.b32 moved, {codes}, {codes}, {8 - shift};"
-        moves = [f"shf.l.wrap.b32 low, {codes}, {codes}, 8; {left}", f"mov.b32 high, {codes}; {right}"]
     each = [
-        halves.format(
-            move=move.format(half=half, shift=shift), half=half, result=half if widened else f"${index}",
-            first=f"${place}", second=f"${place + step}", magnitude=magnitude, dtype=dtype,
-        )
-        for index, (half, place, move) in enumerate(zip(("low", "high"), (0, 3 - step), moves, strict=True))
-    ]  # fmt: skip
+        halves.format(half=half, result=result, shift=shift, magnitude=magnitude, dtype=dtype)
+        for half, result in (("low", "$0"), ("high", "$1"))
+    ]
     return tl.constexpr(f"""{{
-        .reg .b32 low, high, moved, sign, power, overflow, zero, minus_zero;
-        .reg .b16 lower, upper;
+        .reg .b32 low, high, sign, power, overflow, zero, minus_zero;
         mov.b32 zero, 0;
         mov.b32 minus_zero, 0x80008000;
         mov.b32 power, 0x{exponent:04x}{exponent:04x};
-        mov.b32 overflow, 0x{overflow or 0:04x}{overflow or 0:04x};{"".join(each)}
+        mov.b32 overflow, 0x{overflow:04x}{overflow:04x};
+        prmt.b32 low, $2, 0, 0x1404;
+        prmt.b32 high, $2, 0, 0x3424;{"".join(each)}
     }}""")
 
 
-_BF16: Final = ("bf16", 4, 0x7B80, 0x7B0D)  # 2^120; 1.1015625 · 2^119
-_FP16: Final = ("f16", 1, 0x5C00, 0x5860)  # 2^8; 140
-_TO_BF16, _TO_BF16_BY_PARITY = _four_values(*_BF16), _four_values(*_BF16, parity=True)
-_TO_FP16, _TO_FP16_BY_PARITY = _four_values(*_FP16), _four_values(*_FP16, parity=True)
-# 144 · 2^8: 448 · 144 is an FP16 number, and 480 · 144 overflows.
-_TO_MULTIPLES = _four_values("f16", 1, 0x7880, None, parity=True, widened=True)
+_TO_BF16 = _four_values("bf16", 4, 0x7B80, 0x7B0D)  # 2^120; 1.1015625 · 2^119
+_TO_FP16 = _four_values("f16", 1, 0x5C00, 0x5860)  # 2^8; 140
+# Four codes become four fp32 by way of FP16, of which a register has every other one, so that no code changes places
+# in it. 144 · 2^8: 448 · 144 is an FP16 number, and 480 · 144 overflows. A rotation moves the magnitudes of even codes,
+# for of shifts the compiler makes multiplications, which share a pipe with the products.
+_TO_MULTIPLES = tl.constexpr("""{
+    .reg .b32 sign, half, factor;
+    .reg .b16 lower, upper;
+    mov.b32 factor, 0x78807880;""" + "".join(f"""
+    {move}
+    lop3.b32 half, half, 0x3F803F80, sign, 0xEA;
+    mul.rn.f16x2 half, half, factor;
+    mov.b32 {{lower, upper}}, half;
+    cvt.f32.f16 ${first}, lower;
+    cvt.f32.f16 ${first + 2}, upper;""" for first, move in enumerate((
+        "shf.l.wrap.b32 sign, $4, $4, 8; and.b32 sign, sign, 0x80008000; shf.l.wrap.b32 half, $4, $4, 7;",
+        "and.b32 sign, $4, 0x80008000; shr.u32 half, $4, 1;",
+    ))) + "}")  # fmt: skip
 _MULTIPLE = tl.constexpr(144.0)
 
 
@@ -287,24 +272,6 @@ def moe_fp8_values(codes, dtype: tl.constexpr):
         tl.static_assert(dtype == tl.float16, "values are BF16 or FP16")
         values = tl.inline_asm_elementwise(_TO_FP16, "=r,=r,r", [codes], dtype=tl.float16, is_pure=True, pack=4)
     return values
-
-
-@triton.jit
-def moe_fp8_values_by_parity(words, dtype: tl.constexpr):
-    """As `moe_fp8_values`, of int16 with two codes each: the values of their lower and of their upper bytes."""
-    if _INTERPRETED:
-        lower = moe_fp8_values((words & 0xFF).to(tl.uint8), dtype)
-        upper = moe_fp8_values(((words >> 8) & 0xFF).to(tl.uint8), dtype)
-    elif dtype == tl.bfloat16:
-        lower, upper = tl.inline_asm_elementwise(
-            _TO_BF16_BY_PARITY, "=r,=r,r", [words], dtype=(tl.bfloat16, tl.bfloat16), is_pure=True, pack=2
-        )
-    else:
-        tl.static_assert(dtype == tl.float16, "values are BF16 or FP16")
-        lower, upper = tl.inline_asm_elementwise(
-            _TO_FP16_BY_PARITY, "=r,=r,r", [words], dtype=(tl.float16, tl.float16), is_pure=True, pack=2
-        )
-    return lower, upper
 
 
 @triton.jit

@@ -51,20 +51,14 @@ class Quantization:
         """Bytes of one element of the activations as they are multiplied."""
         return 1 if self.activations else ELEMENT_BYTES[act_dtype]
 
-    def readable(self, weight: Tensor, activations: Tensor | None = None) -> Tensor:
+    def readable(self, weight: Tensor) -> Tensor:
         """The weight as a kernel reads it: FP8 as bytes where it dequantises, for Triton has no e4m3 before sm_89.
 
-        MXFP4 is read as int16, four codes in each. So is FP8, with two, beside 16-bit `activations` that a kernel can
-        read in pairs as well.
+        MXFP4 is read as int16, four codes in each.
         """
         if self.scales == "mx":
             return weight.view(torch.int16)
-        if not self.dequantizes:
-            return weight
-        wide = activations is not None and activations.element_size() == 2
-        return weight.view(
-            torch.int16 if wide and weight.is_contiguous() and weight.shape[-1] % 2 == 0 else torch.uint8
-        )
+        return weight.view(torch.uint8) if self.dequantizes else weight
 
 
 _PLAIN: Final = Quantization()

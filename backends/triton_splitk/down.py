@@ -45,7 +45,7 @@ def splitk_down(
     )
     _moe_splitk_down_kernel[grid](
         # inputs
-        inner, inner_scale, quantization.readable(experts.down, inner), descriptor, experts.down_scale, topk_ids,
+        inner, inner_scale, quantization.readable(experts.down), descriptor, experts.down_scale, topk_ids,
         # outputs
         partial,
         # shapes

@@ -36,8 +36,7 @@ def _moe_splitk_down_kernel(
     expert = e.to(tl.int64)
     offs_r = tile * ROWS + tl.arange(0, ROWS)
     mask_r = offs_r < K
-    # Columns in an element of the weights.
-    PACKED: tl.constexpr = 4 if SCALES == "mx" else 2 if weight_ptr.dtype.element_ty == tl.int16 else 1
+    PACKED: tl.constexpr = 4 if SCALES == "mx" else 1  # columns in an element of the weights
     if TRANSPOSED:
         expert_ptr = weight_ptr + expert * K * N
         w_rows = expert_ptr + offs_r

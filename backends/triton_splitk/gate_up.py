@@ -58,7 +58,7 @@ def splitk_gate_up(
     )
     _moe_splitk_gate_up_kernel[grid](
         # inputs
-        x, x_scale, quantization.readable(experts.gate_up, x), descriptor, experts.gate_up_scale, experts.gate_up_bias,
+        x, x_scale, quantization.readable(experts.gate_up), descriptor, experts.gate_up_scale, experts.gate_up_bias,
         topk_ids,
         # outputs
         inner, inner_scale,

@@ -79,8 +79,7 @@ def _moe_splitk_gate_up_kernel(
     column = tile * columns + (offs_r // parts if INTERLEAVED else offs_r % columns)
     w_step = parts * N
     mask_r = column < N
-    # Columns in an element of the weights.
-    PACKED: tl.constexpr = 4 if SCALES == "mx" else 2 if weight_ptr.dtype.element_ty == tl.int16 else 1
+    PACKED: tl.constexpr = 4 if SCALES == "mx" else 1  # columns in an element of the weights
     if TRANSPOSED:
         # Gate and up that alternate in each column are one run.
         run: tl.constexpr = ROWS if INTERLEAVED else columns

@@ -9,7 +9,7 @@ acc[ROWS, BLOCK_M] = W[ROWS, BLOCK_K] @ xᵀ[BLOCK_K, BLOCK_M].
 import triton
 import triton.language as tl
 
-from moe_dispatch.backends.triton_common.device import moe_fp8_values, moe_fp8_values_by_parity, moe_prefetch_lines
+from moe_dispatch.backends.triton_common.device import moe_fp8_values, moe_prefetch_lines
 from moe_dispatch.backends.triton_common.mxfp4 import (
     MOE_MXFP4_UNIT,
     moe_every_fourth,
@@ -121,23 +121,6 @@ def _moe_weights(
 
 
 @triton.jit
-def _moe_product(w, x, acc, dtype: tl.constexpr):
-    """``acc + w @ xᵀ``; where activations of `dtype` meet codes, with the codes' values.
-
-    A product may add its columns in any order. Where int16 have two codes and int32 two activations, it is one of the
-    even columns and one of the odd ones, whose codes lie apart in a register as the values will.
-    """
-    if w.dtype == tl.int16:
-        w_even, w_odd = moe_fp8_values_by_parity(w, dtype)
-        x_even, x_odd = x.to(tl.int16).to(dtype, bitcast=True), (x >> 16).to(tl.int16).to(dtype, bitcast=True)
-        product = tl.dot(w_odd, x_odd.trans(), tl.dot(w_even, x_even.trans(), acc))
-    else:
-        values = moe_fp8_values(w, dtype) if w.dtype == tl.uint8 else w
-        product = tl.dot(values, x.trans(), acc, input_precision="ieee")
-    return product
-
-
-@triton.jit
 def _moe_stream(
     # weights: row pointers (if TRANSPOSED with a mask and the stride of columns) or a descriptor with the tile's place
     # in it, and where the scales of rows begin
@@ -169,19 +152,17 @@ def _moe_stream(
         up_scale = tl.load(up_scales + first_block)
         if x_scales is not None:
             x_scale = tl.load(x_scales + first_block, mask=mask_m, other=0.0)
-    dtype: tl.constexpr = x_ptr.dtype.element_ty
     x_rows = x_ptr + offs_x * K
-    PACKED: tl.constexpr = 2 if w_rows.dtype.element_ty == tl.int16 else 1  # columns in an element of both operands
-    if PACKED == 2:
-        x_rows = x_rows.to(tl.pointer_type(tl.int32))
     for block in range(first_block, last_block):
-        offs_k = block * (BLOCK_K // PACKED) + tl.arange(0, BLOCK_K // PACKED)
-        mask = mask_m[:, None] if EVEN_K else mask_m[:, None] & (offs_k < K // PACKED)[None, :]
+        offs_k = block * BLOCK_K + tl.arange(0, BLOCK_K)
+        mask = mask_m[:, None] if EVEN_K else mask_m[:, None] & (offs_k < K)[None, :]
         x = tl.load(x_rows[:, None] + offs_k[None, :], mask=mask, other=0.0)
         w = _moe_weights(
-            w_rows, mask_r, w_step, w_descriptor, w_first, w_second, block, offs_k, K // PACKED,
-            ROWS, BLOCK_K // PACKED, EVEN_K, TMA, TRANSPOSED,
+            w_rows, mask_r, w_step, w_descriptor, w_first, w_second, block, offs_k, K,
+            ROWS, BLOCK_K, EVEN_K, TMA, TRANSPOSED,
         )  # fmt: skip
+        if w.dtype == tl.uint8:
+            w = moe_fp8_values(w, x.dtype)
         if SCALES == "block":
             # The next block's scales are on their way while this one is multiplied.
             # A scalar needs no exchange between threads.
@@ -193,12 +174,12 @@ def _moe_stream(
             if x_scales is not None:
                 scale = scale * x_scale[None, :]
                 x_scale = tl.load(x_scales + following, mask=mask_m, other=0.0)
-            acc += _moe_product(w, x, tl.zeros([ROWS, BLOCK_M], dtype=tl.float32), dtype) * scale
+            acc += tl.dot(w, x.trans()) * scale
         elif x_scales is not None:
             # Added in fp32 after each block: tensor cores of sm_90 keep some 14 bits of a sum of e4m3 products.
-            acc += _moe_product(w, x, tl.zeros([ROWS, BLOCK_M], dtype=tl.float32), dtype)
+            acc += tl.dot(w, x.trans())
         else:
-            acc = _moe_product(w, x, acc, dtype)
+            acc = tl.dot(w, x.trans(), acc, input_precision="ieee")
     if SCALES == "channel":
         acc *= w_scale[:, None]
         if x_scales is not None:
@@ -221,10 +202,10 @@ def moe_stream(
 ):  # fmt: skip
     """As `_moe_stream`; where dequantised weights meet no more than half of BLOCK_M tokens, over the first half alone.
 
-    Instructions are the limit of those products, and an eighth of them is for 8 more tokens.
+    Instructions are the limit there, and a tenth of those of 16 tokens are for the second half.
     """
     HALF: tl.constexpr = BLOCK_M // 2
-    if w_rows.dtype.element_ty == tl.int16 and BLOCK_M == 16 and tl.sum(mask_m.to(tl.int32), axis=0) <= HALF:
+    if w_rows.dtype.element_ty == tl.uint8 and BLOCK_M == 16 and tl.sum(mask_m.to(tl.int32), axis=0) <= HALF:
         offs_half, _ = tl.permute(tl.reshape(offs_x, [2, HALF]), (1, 0)).split()
         mask_half, _ = tl.permute(tl.reshape(mask_m, [2, HALF]), (1, 0)).split()
         half = _moe_stream(
