@@ -72,7 +72,7 @@ def regret(
 
 @app.command()
 def plot(
-    rows: Rows, out: Annotated[Path, typer.Option(help="Folder that the WebP files are written to.")] = Path()
+    rows: Rows, out: Annotated[Path, typer.Option(help="Folder that the pictures are written to.")] = Path()
 ) -> None:
     """Draw time and fraction of the roofline against M, and the fastest backend by layer and M."""
     from moe_dispatch.benchmarks.reports.plots import draw

@@ -1,27 +1,27 @@
-"""Rows packed for the repository: values that many rows share are written once.
+"""Rows packed for the repository, column by column: values of one kind side by side compress to fewer bytes.
 
-There are three kinds of lines: ``run`` (machine, versions, commit, ceilings), ``config`` (a backend and its
-configuration, numbered in order of appearance), and ``point`` with its rows as lists of the columns that ``run`` names.
-Numbers keep `SIGNIFICANT_DIGITS`. A row's ``spread`` has the distances of the lower and the upper quartile from the
-median ``us``, in units of the median's last digit: small whole numbers, which compress well. `row_files.load` reads
-packed files like any others.
+A packed file is one JSON object. `runs` (machine, versions, commit, ceilings) and `configs` (a backend and its
+configuration) hold what many rows share. `points` has one list per field of a point, beside the number of its run and
+the number of its rows; `rows` has one list per field of a row, beside the number of its configuration. Numbers keep
+`SIGNIFICANT_DIGITS`. Quartiles are stored as their distances ``below`` and ``above`` the median ``us`` in units of its
+last digit: small whole numbers. `row_files.load` reads packed files like any others.
 """
 
-import itertools
 import json
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import chain, groupby, islice
 from typing import Any, Final
 
 from moe_dispatch.benchmarks.rows import BenchRow
 
-FORMAT: Final = 2
+FORMAT: Final = 3
 RUN: Final = ("machine", "fingerprint", "versions", "commit", "ceilings", "roofline_from")
 POINT: Final = (
     "workload", "E", "topk", "K", "N", "dtype", "M", "mode", "routing", "inputs", "hit_experts", "roofline_us",
 )  # fmt: skip
-# Columns of a row, after the number of its configuration; trailing empty values are left out.
-COLUMNS: Final = ("us", "spread", "samples", "error", "deterministic", "reason", "joules_per_token")
+CONFIG: Final = ("backend", "config")
+ROW: Final = ("us", "below", "above", "samples", "error", "deterministic", "reason", "joules_per_token")
 SIGNIFICANT_DIGITS: Final = 5
 
 
@@ -42,60 +42,51 @@ def latest(files: Iterable[Iterable[BenchRow]]) -> list[BenchRow]:
             key = (row.workload, row.dtype, row.M, row.mode, row.routing, row.backend)
             measured.setdefault(key, []).append(row)
         kept |= measured
-    return list(itertools.chain.from_iterable(kept.values()))
+    return list(chain.from_iterable(kept.values()))
 
 
-def pack(rows: Iterable[BenchRow]) -> Iterator[str]:
-    """Rows as packed lines, in an order that depends on the rows alone."""
+def pack(rows: Iterable[BenchRow]) -> str:
+    """Rows as the content of a packed file, in an order that depends on the rows alone."""
+    runs: dict[str, int] = {}
     configs: dict[str, int] = {}
-    run: dict[str, Any] = {}
-    point: dict[str, Any] = {}
-    pending: list[list[Any]] = []
-    for row in sorted(rows, key=_order):
-        data = row.model_dump(mode="json")
-        this_run, this_point = ({name: data[name] for name in names} for names in (RUN, POINT))
-        this_point = {name: _rounded(value) for name, value in this_point.items()}
-        if (this_run, this_point) != (run, point) and pending:
-            yield _line({"point": point, "rows": pending})
-            pending = []
-        if this_run != run:
-            configs = {}
-            yield _line({"packed": FORMAT, "columns": COLUMNS, "run": this_run})
-        run, point = this_run, this_point
-        config = _line({"backend": row.backend, "config": row.config})
-        if config not in configs:
-            configs[config] = len(configs)
-            yield f'{{"config":{config}}}'
-        data["us"], data["spread"] = _rounded(row.us), _spread(row)
-        pending.append([configs[config], *_without_trailing_empties([_rounded(data[name]) for name in COLUMNS])])
-    if pending:
-        yield _line({"point": point, "rows": pending})
+    points: list[list[Any]] = []
+    packed_rows: list[list[Any]] = []
+    fields = map(_fields, sorted(rows, key=_order))
+    for (run, *point), members in groupby(fields, lambda row: [_number(runs, row, RUN), *_values(row, POINT)]):
+        before = len(packed_rows)
+        packed_rows += ([_number(configs, row, CONFIG), *_values(row, ROW)] for row in members)
+        points.append([run, len(packed_rows) - before, *point])
+    content = {
+        "packed": FORMAT,
+        "runs": list(map(json.loads, runs)),
+        "configs": list(map(json.loads, configs)),
+        "points": _columns(("run", "rows", *POINT), points),
+        "rows": _columns(("config", *ROW), packed_rows),
+    }
+    return json.dumps(content, separators=(",", ":")) + "\n"
 
 
-def unpack(lines: Iterable[str]) -> Iterator[BenchRow]:
-    """The rows behind packed lines.
+def unpack(text: str) -> Iterator[BenchRow]:
+    """The rows behind the content of a packed file.
 
     Raises:
-        ValueError, TypeError, ArithmeticError, LookupError: A line is damaged (pydantic's and json's errors are
-            ValueErrors).
+        ValueError, TypeError, ArithmeticError, LookupError, AttributeError: The file is damaged (pydantic's and json's
+            errors are ValueErrors).
     """
-    run: dict[str, Any] = {}
-    columns: list[str] = []
-    configs: list[dict[str, Any]] = []
-    for line in lines:
-        data = json.loads(line)
-        if "run" in data:
-            if data["packed"] != FORMAT:
-                raise ValueError(f"packed as format {data['packed']}, and this version reads {FORMAT}")
-            run, columns, configs = data["run"], data["columns"], []
-        elif "config" in data:
-            configs.append(data["config"])
-        else:
-            for number, *values in data["rows"]:
-                of_row = _with_quartiles(dict(zip(columns, values, strict=False)))
-                row = BenchRow.model_validate(run | data["point"] | configs[number] | of_row)
-                fraction = row.roofline_us / row.us if row.roofline_us and row.us else None
-                yield row.model_copy(update={"fraction": fraction})
+    content = json.loads(text)
+    if content["packed"] != FORMAT:
+        raise ValueError(f"packed as format {content['packed']}, and this version reads {FORMAT}")
+    points, rows = _records(content["points"]), _records(content["rows"])
+    if sum(point["rows"] for point in points) != len(rows):
+        raise ValueError(f"its points have another number of rows than the {len(rows)} that are there")
+    remaining = iter(rows)
+    for point in points:
+        shared = content["runs"][point.pop("run")] | point
+        for row in islice(remaining, shared.pop("rows")):
+            config = content["configs"][row.pop("config")]
+            unpacked = BenchRow.model_validate(shared | config | _with_quartiles(row))
+            fraction = unpacked.roofline_us / unpacked.us if unpacked.roofline_us and unpacked.us else None
+            yield unpacked.model_copy(update={"fraction": fraction})
 
 
 def _order(row: BenchRow) -> tuple[str, str, str, str, int, str, str, str, str]:
@@ -105,31 +96,39 @@ def _order(row: BenchRow) -> tuple[str, str, str, str, int, str, str, str, str]:
     )  # fmt: skip
 
 
-def _line(data: Any) -> str:
-    return json.dumps(data, separators=(",", ":"))
+def _fields(row: BenchRow) -> dict[str, Any]:
+    fields = {name: _rounded(value) for name, value in row.model_dump(mode="json").items()}
+    us = fields["us"]
+    if not us or row.us_q1 is None or row.us_q3 is None:
+        return fields | {"below": None, "above": None}
+    unit = 10.0 ** _decimals(us)  # of the rounded median, which is what the reader has
+    return fields | {"below": round((us - row.us_q1) * unit), "above": round((row.us_q3 - us) * unit)}
 
 
-def _without_trailing_empties(values: list[Any]) -> list[Any]:
-    while values and values[-1] in (None, "", 0):
-        values.pop()
-    return values
-
-
-def _spread(row: BenchRow) -> tuple[int, int] | None:
-    if not row.us or row.us_q1 is None or row.us_q3 is None:
-        return None
-    us = _rounded(row.us)
-    decimals = _decimals(us)  # of the rounded median, which is what the reader has
-    return round((us - row.us_q1) * 10.0**decimals), round((row.us_q3 - us) * 10.0**decimals)
-
-
-def _with_quartiles(values: dict[str, Any]) -> dict[str, Any]:
-    if (spread := values.pop("spread", None)) is None:
-        return values
-    us, (below, above) = values["us"], spread
-    decimals = _decimals(us)
+def _with_quartiles(fields: dict[str, Any]) -> dict[str, Any]:
+    below, above = fields.pop("below"), fields.pop("above")
+    if below is None:
+        return fields
+    decimals = _decimals(us := fields["us"])
     quartiles = us - below / 10.0**decimals, us + above / 10.0**decimals
-    return values | dict(zip(("us_q1", "us_q3"), (round(us, decimals) for us in quartiles), strict=True))
+    return fields | dict(zip(("us_q1", "us_q3"), (round(us, decimals) for us in quartiles), strict=True))
+
+
+def _values(fields: Mapping[str, Any], names: Sequence[str]) -> list[Any]:
+    return [fields[name] for name in names]
+
+
+def _number(numbers: dict[str, int], fields: Mapping[str, Any], names: Sequence[str]) -> int:
+    """The number of the object that these fields make, in order of appearance."""
+    return numbers.setdefault(json.dumps({name: fields[name] for name in names}), len(numbers))
+
+
+def _columns(names: Sequence[str], records: Sequence[Sequence[Any]]) -> dict[str, list[Any]]:
+    return {name: [record[column] for record in records] for column, name in enumerate(names)}
+
+
+def _records(columns: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
+    return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
 
 
 def _rounded(value: Any) -> Any:

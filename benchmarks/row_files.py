@@ -89,8 +89,8 @@ def _is_other_record(lines: list[str]) -> bool:
 def _parse(path: Path, lines: list[str]) -> Iterator[BenchRow]:
     if is_packed(lines):
         try:
-            yield from unpack(lines)
-        except (ValueError, TypeError, ArithmeticError, LookupError) as error:
+            yield from unpack("\n".join(lines))
+        except (ValueError, TypeError, ArithmeticError, LookupError, AttributeError) as error:
             raise InvalidInputError(f"{path} is damaged: {error}") from error
         return
     for number, line in enumerate(lines, start=1):

@@ -17,18 +17,18 @@ BESIDE: Final = ("backends", "policies")
 FEWEST: Final = 8  # imports of an arrow: the others hide what matters
 MOST_IN_A_ROW: Final = 9
 # All lengths in pixels.
-WIDTH: Final = 1160
+WIDTH: Final = 1440
 FLOOR_HEIGHT: Final = 64
 BOX_HEIGHT: Final = 22
 SPACING: Final = 105  # between the middles of two boxes
 CROWDED_SPACING: Final = 76
 STYLE: Final = (
-    "text{font:12px sans-serif;text-anchor:middle;fill:#222}rect{fill:#e8f0fb;stroke:#44546a}.beside{fill:#fff3dd}"
-    "line{stroke:#7a8aa0;marker-end:url(#head)}"
+    "text{font:12px sans-serif;text-anchor:middle;fill:#222}path{stroke:#7a8aa0;marker-end:url(#head)}"
+    ".rooms{fill:#e8f0fb;stroke:#44546a;marker:none}.beside{fill:#fff3dd}"
 )
 HEAD: Final = (
     '<marker id="head" viewBox="0 0 8 8" refX="8" refY="4" markerWidth="8" markerHeight="8" '
-    'markerUnits="userSpaceOnUse" orient="auto"><path d="M0 0L8 4L0 8z" fill="#7a8aa0"/></marker>'
+    'markerUnits="userSpaceOnUse" orient="auto"><polygon points="0 0 8 4 0 8" fill="#7a8aa0"/></marker>'
 )
 
 Place = tuple[int, int]
@@ -73,23 +73,20 @@ def main() -> None:
     places = middles()
     height = (len(FLOORS) + 1) * FLOOR_HEIGHT
     lines = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}">',
-        f'<style>{STYLE}</style>{HEAD}<path fill="#fff" d="M0 0H{WIDTH}V{height}H0z"/>',
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" style="background:#fff">',
+        f"<style>{STYLE}</style>{HEAD}",
     ]
     arrows = Counter((room(edge.importer), room(edge.imported)) for edge in imports())
     for (start, end), count in sorted(arrows.items()):
         if start != end and {start, end} <= places.keys() and count >= FEWEST:
             (x1, y1), (x2, y2) = places[start], tip(places[start], places[end], end)
-            lines.append(
-                f'<line x1="{x1}" y1="{y1}" x2="{x2}" y2="{y2}" stroke-width="{0.5 + min(count, 30) / 15:.1f}"/>'
-            )
-    for name, (x, y) in places.items():
-        width, beside = box_width(name), ' class="beside"' if name in (*BESIDE, "benchmarks") else ""
-        corner = f'x="{x - width // 2}" y="{y - BOX_HEIGHT // 2}"'
-        lines += [
-            f'<rect {corner} width="{width}" height="{BOX_HEIGHT}" rx="4"{beside}/>',
-            f'<text x="{x}" y="{y + 4}">{name}</text>',
-        ]
+            lines.append(f'<path d="M{x1} {y1}L{x2} {y2}" stroke-width="{0.5 + min(count, 30) / 15:.1f}"/>')
+    beside = {*BESIDE, "benchmarks"}
+    for style, names in (("rooms", places.keys() - beside), ("rooms beside", beside)):
+        boxes = ((box_width(name), *places[name]) for name in sorted(names))
+        outlines = (f"M{x - w // 2} {y - BOX_HEIGHT // 2}h{w}v{BOX_HEIGHT}h-{w}z" for w, x, y in boxes)
+        lines.append(f'<path class="{style}" d="{"".join(outlines)}"/>')
+    lines += [f'<text x="{x}" y="{y + 4}">{name}</text>' for name, (x, y) in places.items()]
     (ROOT / "docs/images/imports.svg").write_text("\n".join([*lines, "</svg>", ""]), encoding="utf-8")
 
 

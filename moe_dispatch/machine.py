@@ -2,23 +2,26 @@
 
 import functools
 import hashlib
+import json
 import os
 import platform
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Final, Self
+from typing import TYPE_CHECKING, Annotated, Any, Final, Self
 
 import pydantic
 
 from moe_dispatch.errors import InvalidInputError, UnknownNameError
 from moe_dispatch.settings import Settings
-from moe_dispatch.system.files import list_files, read_bytes, read_json
+from moe_dispatch.system.files import read_bytes, read_json
 from moe_dispatch.system.libraries import library_version
 
 if TYPE_CHECKING:
     from torch import device as Device
 
-SHIPPED: Final = Path(__file__).parent / "machines"
+# Common GPUs by short name, each with the source of its figures, and the software that they are described with: that of
+# the run that measured the H200's table, unless a description says otherwise.
+SHIPPED: Final = Path(__file__).with_name("machines.json")
 MAX_BYTES: Final = 1 << 20  # A report of `moe-dispatch doctor --json` has a few KiB.
 
 Text = Annotated[str, pydantic.Field(max_length=200)]
@@ -92,14 +95,14 @@ class Machine(pydantic.BaseModel):
             InvalidInputError: The file is missing or is not a machine.
         """
         text = str(name_or_path)
-        path = Path(name_or_path)
         if not isinstance(name_or_path, Path) and "/" not in text and not text.lower().endswith(".json"):
-            shipped = _shipped_path(text)
-            if shipped is None:
-                raise UnknownNameError("machine", text[:80], (*shipped_machines(), "path/to/machine.json"))
-            path = shipped
+            wanted = _letters(text)
+            for name, machine in _shipped().items():
+                if wanted and wanted in (_letters(name), _letters(machine["name"])):
+                    return cls.model_validate(machine)
+            raise UnknownNameError("machine", text[:80], (*shipped_machines(), "path/to/machine.json"))
         try:
-            described = read_json(path, limit=MAX_BYTES)
+            described = read_json(Path(name_or_path), limit=MAX_BYTES)
             if isinstance(described, dict):
                 described = described.get("machine", described)
             return cls.model_validate(described)
@@ -168,19 +171,16 @@ class Machine(pydantic.BaseModel):
 
 def shipped_machines() -> tuple[str, ...]:
     """Names of the machine descriptions that ship with the package, for `Machine.load`."""
-    return tuple(sorted(path.stem for path in list_files(SHIPPED, "*.json")))
+    return tuple(_shipped())
 
 
-def _shipped_path(name: str) -> Path | None:
-    """The file of a shipped machine by its short name or the name that torch reports, whatever the punctuation."""
-    wanted = _letters(name)
-    for path in list_files(SHIPPED, "*.json"):
-        if _letters(path.stem) == wanted:
-            return path
-    for path in list_files(SHIPPED, "*.json"):
-        if wanted and _letters(Machine.load(path).name) == wanted:
-            return path
-    return None
+@functools.cache
+def _shipped() -> dict[str, dict[str, Any]]:
+    shipped = json.loads(SHIPPED.read_bytes())
+    machines: dict[str, dict[str, Any]] = shipped["machines"]
+    for machine in machines.values():
+        del machine["source"]
+    return {name: {"device": "cuda", **shipped["software"], **machine} for name, machine in machines.items()}
 
 
 def _letters(name: str) -> str:

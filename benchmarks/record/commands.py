@@ -58,7 +58,7 @@ def pack(
     rows = latest(
         calibration_rows(_calibration(path)) if path.name.endswith(calibrations) else load([path]) for path in inputs
     )
-    _write(out, "".join(f"{line}\n" for line in pack_rows(rows)))
+    _write(out, pack_rows(rows))
     typer.echo(f"{len(rows)} rows, {out.stat().st_size:,} bytes: {out}")
 
 

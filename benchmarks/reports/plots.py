@@ -1,11 +1,11 @@
 """Draw recorded rows: time and fraction of the roofline against M, and the fastest backend by layer and M."""
 
-import io
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Final
 
+from moe_dispatch.benchmarks.reports.winners import winners_map
 from moe_dispatch.benchmarks.rows import BenchRow
 from moe_dispatch.errors import MoEDispatchError
 
@@ -37,7 +37,7 @@ def draw(rows: Iterable[BenchRow], folder: Path) -> list[Path]:
 
     Args:
         rows: Rows of one machine.
-        folder: Folder that the WebP files are written to.
+        folder: Folder that the PNG and SVG files are written to.
 
     Returns:
         The files that were written.
@@ -56,7 +56,11 @@ def draw(rows: Iterable[BenchRow], folder: Path) -> list[Path]:
     }
     layers = sorted({(workload, dtype) for workload, dtype, *_ in best})
     files = [_draw_layer(pyplot, best, layer, style, folder) for layer in layers]
-    return files + [_draw_winners(pyplot, best, dtype, style, folder) for dtype in sorted({d for _, d in layers})]
+    colours = {name: look["color"] for name, look in style.items()}
+    for dtype in sorted({dtype for _, dtype in layers}):
+        files.append(folder / f"winners-{dtype}.svg")
+        files[-1].write_text(winners_map(_winners(best, dtype), colours), encoding="utf-8")
+    return files
 
 
 _Best = dict[tuple[str, str, int, str], BenchRow]
@@ -106,57 +110,19 @@ def _draw_layer(
     for axes in (above, below):
         axes.grid(visible=True, which="major", color="#dddddd", linewidth=0.6)
         axes.spines[["top", "right"]].set_visible(False)
-    path = folder / f"{_file_name(layer[0])}-{layer[1]}.webp"
-    _save(figure, path)
+    path = folder / f"{_file_name(layer[0])}-{layer[1]}.png"
+    figure.savefig(path, dpi=110)
     pyplot.close(figure)
     return path
 
 
-def _draw_winners(pyplot: Any, best: _Best, dtype: str, style: dict[str, dict[str, str]], folder: Path) -> Path:
+def _winners(best: _Best, dtype: str) -> dict[tuple[str, int], BenchRow]:
+    """The fastest row of a dtype by workload and M."""
     winners: dict[tuple[str, int], BenchRow] = {}
     for (workload, kind, M, _), row in best.items():
         if kind == dtype and ((workload, M) not in winners or (row.us or 0.0) < (winners[workload, M].us or 0.0)):
             winners[workload, M] = row
-    workloads = sorted({workload for workload, _ in winners}, reverse=True)
-    # A calibration refines a layer's boundaries at token counts that other layers lack; their columns would have holes.
-    measured = Counter(M for _, M in winners)
-    tokens = sorted(M for M in measured if 4 * measured[M] > 3 * len(workloads))
-    winners = {(workload, M): row for (workload, M), row in winners.items() if M in tokens}
-    figure, axes = pyplot.subplots(
-        figsize=(2.6 + 0.62 * len(tokens), 1.9 + 0.46 * len(workloads)), layout="constrained"
-    )
-    for (workload, M), row in winners.items():
-        x, y = tokens.index(M), workloads.index(workload)
-        axes.add_patch(pyplot.Rectangle((x, y), 0.96, 0.94, color=style[row.backend]["color"]))
-        fraction = "" if row.fraction is None else f"{row.fraction:.2f}"
-        axes.text(x + 0.48, y + 0.47, fraction, ha="center", va="center", color="white", fontsize=8)
-    axes.set(xlim=(0, len(tokens)), ylim=(0, len(workloads)), xlabel="tokens M")
-    axes.set_xticks([x + 0.48 for x in range(len(tokens))], [str(M) for M in tokens])
-    axes.set_yticks([y + 0.47 for y in range(len(workloads))], workloads)
-    axes.tick_params(length=0)
-    axes.spines[:].set_visible(False)
-    any_row = next(iter(winners.values()))
-    axes.set_title(
-        f"Fastest in {dtype}, with its fraction of the roofline: {any_row.machine}", loc="left", color=INK, fontsize=10
-    )
-    names = sorted({row.backend for row in winners.values()})
-    handles = [pyplot.Rectangle((0, 0), 1, 1, color=style[name]["color"]) for name in names]
-    figure.legend(handles, names, loc="outside lower left", frameon=False, fontsize=8, ncols=4)
-    path = folder / f"winners-{dtype}.webp"
-    _save(figure, path)
-    pyplot.close(figure)
-    return path
-
-
-def _save(figure: Any, path: Path) -> None:
-    """Write a lossless WebP of few colours: a quarter of a PNG's size, for pictures that are kept in a repository."""
-    from PIL import Image  # which matplotlib needs, too
-
-    picture = io.BytesIO()
-    figure.savefig(picture, dpi=110)
-    Image.open(picture).convert("RGB").quantize(12, dither=Image.Dither.NONE).convert("RGB").save(
-        path, lossless=True, quality=100, method=6
-    )
+    return winners
 
 
 def _file_name(text: str) -> str:

@@ -3,7 +3,7 @@
 from moe_dispatch.measure.ceilings import H200_CEILINGS, Ceilings, known_ceilings, measure_ceilings
 from moe_dispatch.measure.inputs import Call, LayerInputs, backend_call, fast_path_call, make_inputs
 from moe_dispatch.measure.layer import SampleLayer, sample_layer, with_truths
-from moe_dispatch.measure.timing import Timing, Turns, quartiles, time_eager, time_graph, time_interleaved
+from moe_dispatch.measure.timing import Timing, Turns, quartiles, time_interleaved
 from moe_dispatch.measure.verify import Verdict, reference_outputs, relative_error, verify, worst_row_error
 
 __all__ = [
@@ -24,8 +24,6 @@ __all__ = [
     "reference_outputs",
     "relative_error",
     "sample_layer",
-    "time_eager",
-    "time_graph",
     "time_interleaved",
     "verify",
     "with_truths",

@@ -158,16 +158,6 @@ def _rest(seconds: float) -> None:
     torch.cuda._sleep(math.ceil(CLOCK_HZ * seconds))  # type: ignore[no-untyped-call]
 
 
-def time_eager(call: Call, inputs: Sequence[LayerInputs], budget_s: float = 0.3, min_rounds: int = 5) -> Timing:
-    """Time one candidate eagerly; see `time_interleaved`."""
-    return time_interleaved({"": call}, inputs, mode="eager", budget_s=budget_s, min_rounds=min_rounds)[""]
-
-
-def time_graph(call: Call, inputs: Sequence[LayerInputs], budget_s: float = 0.3, min_rounds: int = 5) -> Timing:
-    """Time one candidate as replays of a CUDA graph; see `time_interleaved`."""
-    return time_interleaved({"": call}, inputs, mode="graph", budget_s=budget_s, min_rounds=min_rounds)[""]
-
-
 def time_interleaved(
     candidates: Mapping[Key, Call],
     inputs: Inputs[Key],

@@ -14,7 +14,8 @@ def compressed(text: str) -> bytes:
     """Text as the content of an ``.xz`` file; the same text gives the same bytes."""
     import lzma
 
-    preset = {"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME, "dict_size": _DICTIONARY_BYTES}
+    # pb: text repeats at any position, not at multiples of four bytes.
+    preset = {"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME, "pb": 0, "dict_size": _DICTIONARY_BYTES}
     return lzma.compress(text.encode(), filters=[preset])
 
 

@@ -13,6 +13,7 @@ from moe_dispatch.numerics import dequantize_blocks, quantize_blocks, quantize_r
 from moe_dispatch.registry import BACKENDS
 from moe_dispatch.testing import Case, Precision, make_inputs
 from tests.support.ambient import default_dtype
+from tests.support.interpreter import with_few_programs
 from tests.support.refusals import available, require
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -42,7 +43,7 @@ def test_a_backend_gives_the_same_under_every_default(name: str, case: Case, pre
     hidden = inputs.hidden_states
     problem = inputs.experts.problem(case.M, case.topk, hidden.dtype, backend.machine.capability)
     require(backend, problem)
-    config = backend.default_config(problem)
+    config = with_few_programs(backend.default_config(problem))
     expected = backend.run(*inputs.arguments, config)
     for state in STATES:
         with ambient(*state):

@@ -1,5 +1,6 @@
 """What is made of rows: the scoreboard, plots, and the suites that measure for them."""
 
+import re
 import sys
 from pathlib import Path
 
@@ -91,9 +92,12 @@ def test_plots_are_drawn(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     board = [row for row in full_board(fraction=0.9, vllm=1.2) if (row.workload, row.dtype) == (MODELS[0], "fp8")]
     drawn = plots.draw(board, tmp_path)
-    assert {path.name for path in drawn} == {f"{MODELS[0]}-fp8.webp", "winners-fp8.webp"}
-    for path in drawn:
-        assert path.read_bytes()[8:12] == b"WEBP"
+    layer, winners = drawn
+    assert (layer.name, winners.name) == (f"{MODELS[0]}-fp8.png", "winners-fp8.svg")
+    assert layer.read_bytes()[1:4] == b"PNG"
+    texts = re.findall(r">([^<>]+)</t", winners.read_text(encoding="utf-8"))
+    assert texts.count("0.90") == len(TOKENS)
+    assert {MODELS[0], "triton_splitk", *map(str, TOKENS)} <= set(texts)
     assert plots.draw([], tmp_path / "none") == []
 
 

@@ -82,8 +82,10 @@ def test_packed_rows_are_the_rows(tmp_path: Path) -> None:
         bench_row("vllm", "qwen3-30b-a3b", "fp8", 64, 175.0).model_copy(update={"us_q1": 99.987, "us_q3": 175.26}),
     ]
     path = tmp_path / "packed.jsonl"
-    path.write_text("\n".join(packed.pack(written)) + "\n", encoding="utf-8")
-    assert len(path.read_text().splitlines()) == 1 + 3 + 3  # run, configurations, points
+    path.write_text(packed.pack(written), encoding="utf-8")
+    content = json.loads(path.read_text())
+    assert [len(content[name]) for name in ("runs", "configs")] == [1, 3]
+    assert content["points"]["rows"] == [2, 1, 1]
     by_key = {row.key: row for row in row_files.load([path])}
     assert set(by_key) == {row.key for row in written}
     rounded = {"us", "us_q1", "us_q3", "fraction", "roofline_us", "hit_experts"}
@@ -99,21 +101,22 @@ def test_a_row_without_a_roofline_has_no_fraction_after_packing(tmp_path: Path) 
     none = dict.fromkeys(("roofline_us", "roofline_from", "ceilings", "fraction"))
     row = row.model_copy(update={**none, "hit_experts": 126.0})
     path = tmp_path / "packed.jsonl"
-    path.write_text("\n".join(packed.pack([row])), encoding="utf-8")
+    path.write_text(packed.pack([row]), encoding="utf-8")
     assert row_files.load([path]) == [row]
 
 
 def test_a_damaged_packed_file_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "packed.jsonl"
-    lines = list(packed.pack([bench_row("vllm", "qwen3-30b-a3b", "fp8", 64, 175.0)]))
-    last = lines[-1]
-    damages = (
-        last[:-9], "5", json.dumps({"point": {}, "rows": [[3]]}), last.replace('"M":64', '"M":0'),
-        last.replace("[0,0]", "7"), last.replace("175.0", "Infinity"),
+    text = packed.pack([bench_row("vllm", "qwen3-30b-a3b", "fp8", 64, 175.0)])
+    changes = (
+        (text[-9:], ""), ('"packed":3', '"packed":2'), ('"M":[64]', '"M":[0]'), ('"run":[0]', '"run":[1]'),
+        ('"rows":[1]', '"rows":[2]'), ('"above":[0]', '"above":["7"]'), ('"us":[175.0]', '"us":[Infinity]'),
+        ('"us":[175.0]', '"us":[]'), ('"us":[175.0]', '"us":5'), ('"configs":[', '"configs":[[],'),
+        ('"points":{', '"points":[],"no points":{'), ("}\n", "}\n{}\n"),
     )  # fmt: skip
-    assert last not in damages
-    for damage in damages:
-        path.write_text("\n".join([*lines[:-1], damage]), encoding="utf-8")
+    for old, new in changes:
+        assert old in text
+        path.write_text(text.replace(old, new), encoding="utf-8")
         with pytest.raises(InvalidInputError, match="is damaged"):
             row_files.load([path])
 

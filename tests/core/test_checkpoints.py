@@ -227,10 +227,6 @@ WRONG: dict[str, tuple[Tensors, str]] = {
         {**separate(), f"{PREFIX}0.up_proj.input_scale": random(1)},
         "that is FP8 with static activation scales, which is not read",
     ),
-    "MXFP4 without scales": (
-        {f"{PREFIX}gate_up_proj_blocks": random(1)},
-        "lacks gate_up_proj's exponents, down_proj's blocks, down_proj's exponents of MXFP4 experts",
-    ),
     "another shape": (
         {**separate(), f"{PREFIX}2.up_proj.weight": random(5, 6)},
         r"experts\.2\.up_proj\.weight must be \[4, 6\] to go with the others, got \[5, 6\]",

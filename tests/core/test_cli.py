@@ -184,8 +184,10 @@ def test_doctor_shows_what_was_calibrated() -> None:
 def test_doctors_machine_can_be_read_back(tmp_path: Path) -> None:
     report = json.loads(invoke("doctor", "--json").stdout)
     path = tmp_path / "here.json"
-    path.write_text(json.dumps(report["machine"]), encoding="utf-8")
-    assert Machine.load(path).fingerprint == report["fingerprint"]
+    for content in (report, report["machine"]):
+        path.write_text(json.dumps(content), encoding="utf-8")
+        assert Machine.load(path) == Machine.inspect()
+    assert Machine.inspect().fingerprint == report["fingerprint"]
     by_name = {backend["name"]: backend for backend in report["backends"]}
     assert "fp8" in by_name["reference"]["dtypes"]
 
@@ -289,20 +291,24 @@ def test_tensor_parallelism_and_the_mode_reach_the_problem() -> None:
     assert answer["chosen"]["choice"]["backend"] != "reference"  # which cannot be captured
 
 
-def test_ascii_is_encoding_enough_for_stdout() -> None:
-    encoding = "ascii"
-    for arguments in (
-        ["explain", "--machine", "h200", "--tokens", "1"],
-        ["doctor"],
-        ["explain", "--model", "x\x1b[31m×"],
-    ):
-        done = subprocess.run(
-            [sys.executable, "-c", "from moe_dispatch.cli import app; app()", *arguments],
-            capture_output=True, check=False, env=os.environ | {"PYTHONIOENCODING": encoding},
-        )  # fmt: skip
-        assert b"Traceback" not in done.stderr, done.stderr.decode(encoding)
-        (done.stdout + done.stderr).decode(encoding)
-        assert b"\x1b" not in done.stdout + done.stderr
+def test_commands_run_where_nothing_is_set_up_and_stdout_takes_ascii_alone(tmp_path: Path) -> None:
+    lines = [["explain", "--machine", "h200", "--tokens", "1"], ["doctor"], ["explain", "--model", "x\x1b[31m×"]]
+    code = (
+        "import contextlib, sys; from moe_dispatch.cli import app\n"
+        f"for line in {lines}:\n"
+        "    sys.argv[1:] = line\n"
+        "    with contextlib.suppress(SystemExit): app()\n"
+    )
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("MOE_DISPATCH_")}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, check=False,
+        env=environment | {"HOME": str(tmp_path), "PYTHONIOENCODING": "ascii"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr.decode()
+    printed = (done.stdout + done.stderr).decode("ascii")
+    for word in ("NVIDIA H200", "torch_grouped", "no workload is called"):
+        assert word in printed
+    assert "\x1b" not in printed
 
 
 def test_markup_and_escape_sequences_in_files_do_not_reach_the_terminal(tmp_path: Path) -> None:

@@ -1,6 +1,5 @@
 """Quantised weights, described machines, workloads, and the registry."""
 
-import json
 import math
 import sys
 from pathlib import Path
@@ -61,14 +60,6 @@ def test_quantize_keeps_biases_and_activation() -> None:
     )  # fmt: skip
     assert (experts.dtype, experts.activation, experts.interleaved) == ("fp8", "swiglu_oai", True)
     assert "dtype='fp8'" in repr(experts)
-
-
-def test_a_machine_is_read_from_json_as_it_was_written(tmp_path: Path) -> None:
-    machine = Machine.inspect("cpu")
-    alone, report = tmp_path / "alone.json", tmp_path / "report.json"
-    alone.write_text(machine.model_dump_json())
-    report.write_text(json.dumps({"machine": machine.model_dump(mode="json"), "backends": []}))
-    assert Machine.load(alone) == Machine.load(report) == machine
 
 
 def test_a_described_machine_replaces_the_real_one(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,8 +5,9 @@ import dataclasses
 import gc
 import itertools
 import json
-import multiprocessing
-import subprocess
+import logging
+import os
+import signal
 import sys
 import threading
 import time
@@ -35,13 +36,13 @@ from moe_dispatch import (
     stats,
     warm_up,
 )
-from moe_dispatch.backend import FAST_PATH_TOKENS, BackendConfig, Inputs, Run
+from moe_dispatch.backend import FAST_PATH_TOKENS, Backend, BackendConfig, Inputs, Run
 from moe_dispatch.dispatch import process
 from moe_dispatch.dispatch.dispatcher import FAST_PATH_CALLS, SETTLING_CALLS, Dispatcher
 from moe_dispatch.dispatch.process import get_dispatcher, reset_dispatchers
 from moe_dispatch.registry import BACKENDS, POLICIES
 from moe_dispatch.settings import Settings, settings
-from moe_dispatch.workloads import ROUTINGS, WORKLOADS, Workload, make_experts, workload
+from moe_dispatch.workloads import ROUTINGS, Workload, make_experts, workload
 from tests.support.fakes import (
     Greedy,
     Honest,
@@ -53,6 +54,7 @@ from tests.support.fakes import (
     ranked,
     registered,
 )
+from tests.support.processes import exit_code, start_child
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -62,7 +64,7 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.usefixtures("fixed_policy", "no_grad")
 
 LAYER = Workload("tiny", E=4, topk=2, K=64, N=32)
-ROOT = Path(__file__).parents[2]
+FORKS = pytest.mark.filterwarnings("ignore:This process.*multi-threaded:DeprecationWarning")
 Call = tuple[Tensor, ExpertWeights, Tensor, Tensor]
 
 
@@ -90,14 +92,10 @@ def ran() -> dict[str, int]:
     return {name: counts["ran"] for name, counts in stats().items() if counts["ran"]}
 
 
-def process_that_calls(backends: str, before: str = "") -> "subprocess.CompletedProcess[str]":
-    """A process of its own that ranks some backends of `tests.support.fakes` and makes a call."""
-    code = (
-        f"{before}\nfrom tests.core.test_dispatcher import *\nfrom tests.support.fakes import *\n"
-        f"with ranked({backends}), torch.no_grad():\n    moe_forward(*make_call(6))\n"
-    )
-    command = [sys.executable, "-c", code]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=250)
+def call_on(*backends: type[Backend]) -> None:
+    """Rank some backends and make a call."""
+    with ranked(*backends):
+        moe_forward(*make_call(6))
 
 
 def test_the_first_backend_that_can_runs(call: Call) -> None:
@@ -200,12 +198,22 @@ def test_a_name_in_the_environment_that_is_not_registered_is_said(call: Call, mo
         moe_forward(*call)
 
 
-@pytest.mark.parametrize("configured", ["", "logging.basicConfig(format='mine %(message)s'); "])
-def test_a_log_level_shows_the_choice_once(configured: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@FORKS
+@pytest.mark.parametrize("configured", [False, True])
+def test_a_log_level_shows_the_choice_once(configured: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether or not the program has configured the root logger."""
+
+    def call_with_stderr_in_a_file() -> None:
+        logging.getLogger().handlers.clear()
+        with printed.open("w") as sys.stderr:
+            if configured:
+                logging.basicConfig(format="mine %(message)s")
+            call_on(Honest)
+
+    printed = tmp_path / "stderr"
     monkeypatch.setenv("MOE_DISPATCH_LOG_LEVEL", "info")
-    done = process_that_calls("Honest", f"import logging; {configured}")
-    assert done.returncode == 0, done.stderr
-    (line,) = (line for line in done.stderr.splitlines() if "honest runs MoEProblem(M=6" in line)
+    assert exit_code(start_child(call_with_stderr_in_a_file)) == 0
+    (line,) = (line for line in printed.read_text().splitlines() if "honest runs MoEProblem(M=6" in line)
     assert line.startswith("mine" if configured else "moe_dispatch INFO: ")
 
 
@@ -237,17 +245,6 @@ def test_explain_says_what_a_call_would_do(call: Call) -> None:
         assert json.loads(json.dumps(explanation.to_dict()))["chosen"]["choice"]["backend"] == "honest"
         assert "-> honest: number 2 of this test [fixed]" in str(explanation)
         assert not stats(), "explaining runs nothing"
-
-
-def test_a_described_machine_is_asked_on_this_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("MOE_DISPATCH_POLICY", "rules")
-    settings.cache_clear()
-    h200 = Machine.load("h200")
-    problem = WORKLOADS["deepseek-v3"].problem(4096, "fp8", h200)
-    explanation = explain(problem, machine=h200)
-    assert explanation.chosen is not None
-    assert not explanation.chosen.against
-    assert "vllm" not in sys.modules
 
 
 def test_a_kind_of_call_that_comes_back_gets_a_fast_path() -> None:
@@ -469,23 +466,37 @@ def test_a_probe_is_not_blamed_for_an_older_error(call: Call, monkeypatch: pytes
     assert not barred()
 
 
+@FORKS
 @pytest.mark.filterwarnings("ignore::moe_dispatch.MoEDispatchWarning")
-@pytest.mark.parametrize("killer", ["Killing", "KillingInItsProbe"])
-def test_a_killed_process_is_remembered(killer: str, call: Call) -> None:
-    assert process_that_calls(f"{killer}, Honest").returncode == -9
+@pytest.mark.parametrize("killer", [Killing, KillingInItsProbe])
+def test_a_killed_process_is_remembered(killer: type[Backend], call: Call) -> None:
+    assert exit_code(start_child(call_on, killer, Honest)) == -signal.SIGKILL
     (entry,) = get_dispatcher("cpu").quarantine.entries()
     assert (entry.backend, entry.fatal) == ("killing", True)
     assert "died" in entry.cause
-    with ranked(KillingInItsProbe if "Probe" in killer else Killing, Honest):
+    with ranked(killer, Honest):
         assert torch.equal(moe_forward(*call), expected(call))
         assert ran()["honest"] == 1
 
 
-@pytest.mark.parametrize(("victim", "status"), [("Interrupted", -15), ("InterruptedByCtrlC", -2)])
-def test_ending_a_process_on_purpose_blames_no_backend(victim: str, status: int) -> None:
-    # A shell lets its background jobs ignore Ctrl-C, and their processes inherit that.
-    before = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
-    assert process_that_calls(victim, before).returncode == status
+@FORKS
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_ending_a_process_on_purpose_blames_no_backend(number: signal.Signals) -> None:
+    class Interrupted(Honest):
+        name = "interrupted"
+
+        def run(self, *_: object, **__: object) -> Tensor:
+            os.kill(os.getpid(), number)
+            time.sleep(30)
+            raise AssertionError
+
+    def call_and_be_interrupted() -> None:
+        # A shell lets its background jobs ignore Ctrl-C, and their processes inherit that.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        with pytest.raises(KeyboardInterrupt):
+            call_on(Interrupted)
+
+    assert exit_code(start_child(call_and_be_interrupted)) == (-number if number == signal.SIGTERM else 0)
     assert not barred()
 
 
@@ -531,25 +542,24 @@ def test_a_reset_during_a_call_costs_no_call(call: Call, monkeypatch: pytest.Mon
     assert not process._dispatchers
 
 
-@pytest.mark.parametrize("method", ["fork", "spawn"])
-@pytest.mark.filterwarnings("ignore:This process.*multi-threaded:DeprecationWarning")
-def test_worker_processes_call(method: str, call: Call) -> None:
-    """A fork while another thread holds each of our locks: the child has no thread that would release them."""
-    context: Any = multiprocessing.get_context(method)
-    queue = context.SimpleQueue()
+@FORKS
+def test_a_fork_while_locks_are_held_calls(call: Call) -> None:
+    """The child has no thread that would release them."""
+
+    def work() -> None:
+        call_on(Honest)
+        assert ran() == {"honest": 1}
+
     with ranked(Honest):
         expected(call)
         held, free = threading.Event(), threading.Event()
-        holder = threading.Thread(target=_hold, args=(held, free))  # while the fork happens
+        holder = threading.Thread(target=_hold, args=(held, free))
         holder.start()
         held.wait()
-        worker = context.Process(target=_work, args=(queue,))
-        worker.start()
+        worker = start_child(work)
         free.set()
         holder.join()
-    worker.join(60)
-    assert worker.exitcode == 0
-    assert queue.get() == {"honest": 1}
+    assert exit_code(worker) == 0
 
 
 def _hold(held: threading.Event, free: threading.Event) -> None:
@@ -559,13 +569,6 @@ def _hold(held: threading.Event, free: threading.Event) -> None:
             stack.enter_context(lock)
         held.set()
         free.wait(60)
-
-
-def _work(queue: "multiprocessing.SimpleQueue[dict[str, int]]") -> None:
-    torch.set_num_threads(1)  # OpenMP's threads do not survive a fork
-    with ranked(Honest), torch.no_grad():
-        moe_forward(*make_call(2))
-    queue.put(ran())
 
 
 @pytest.mark.timing
@@ -645,14 +648,6 @@ def _seconds(call: object, times: int = 2000) -> float:
     for _ in range(times):
         call()
     return (time.perf_counter() - begun) / times
-
-
-def test_compiles_as_a_full_graph(call: Call) -> None:
-    hidden, experts, weights, ids = call
-    compiled = torch.compile(lambda h, w, i: moe_forward(h, experts, w, i), fullgraph=True, backend="aot_eager")
-    with ranked(Honest):
-        assert torch.equal(compiled(hidden, weights, ids), expected(call))
-        assert ran()["honest"] == 1
 
 
 @pytest.mark.parametrize("fullgraph", [False, True])

@@ -2,9 +2,8 @@
 
 import concurrent.futures
 import inspect
-import subprocess
-import sys
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar, cast
@@ -27,16 +26,19 @@ from moe_dispatch import (
     moe_forward,
 )
 from moe_dispatch.backend import Backend, BackendConfig, Inputs, Run
+from moe_dispatch.dispatch import first_calls
 from moe_dispatch.dispatch.dispatcher import FAST_PATH_CALLS
 from moe_dispatch.dispatch.process import get_dispatcher
 from moe_dispatch.guard import GuardedBackend
 from moe_dispatch.registry import ENTRY_POINT_GROUP, POLICIES, Registry, make_backend
 from moe_dispatch.settings import settings
-from tests.core.test_dispatcher import Call, expected, make_call, ran
+from tests.attack import misbehaviour
+from tests.attack.misbehaviour import Spoil, UnprintableError, raising
+from tests.core.test_dispatcher import FORKS, Call, expected, make_call, ran
 from tests.support.fakes import Honest, ranked, registered, registered_policy
+from tests.support.processes import exit_code, start_child
 
 pytestmark = pytest.mark.usefixtures("fixed_policy", "no_grad")
-ROOT = Path(__file__).parents[2]
 
 
 class Foreign(Honest):
@@ -51,13 +53,6 @@ def foreign(**members: Any) -> type[Backend]:
     return type("Foreign", (Foreign,), members)
 
 
-def raising(error: BaseException) -> Callable[..., Any]:
-    def method(*_: object, **__: object) -> Any:
-        raise error
-
-    return method
-
-
 def test_the_wrapper_asks_the_backend_itself_for_everything() -> None:
     """A method that it inherits asks no backend: triton_splitk on an A100 seemed to quantise activations."""
     wrapper = make_backend("triton_splitk", Machine.load("a100-80gb")).backend
@@ -67,11 +62,6 @@ def test_the_wrapper_asks_the_backend_itself_for_everything() -> None:
     assert methods - own == {"further_reasons"}, "which unsupported_reasons asks for"
     problem = MoEProblem(M=1, K=128, N=128, E=2, topk=1, dtype="fp8", capability=(8, 0))
     assert not wrapper.quantizes_activations(problem)
-
-
-class UnprintableError(Exception):
-    def __str__(self) -> str:
-        raise RuntimeError("not even this")
 
 
 QUESTIONS = {
@@ -262,28 +252,9 @@ def test_damaged_metadata_cost_their_package_alone(tmp_path: Path, monkeypatch: 
 # What a backend returns.
 
 
-def returning(spoil: Callable[[Tensor, Inputs], object], **members: Any) -> type[Backend]:
+def returning(spoil: Spoil, **members: Any) -> type[Backend]:
     """A foreign backend that returns what a function makes of the right answer and of the inputs."""
-
-    def run(self: Honest, *arguments: Any) -> object:
-        return spoil(Honest.run(self, *arguments), arguments[:4])
-
-    return foreign(run=run, **members)
-
-
-def _write_to(tensor: Tensor, out: Tensor) -> Tensor:
-    tensor.fill_(0)
-    return out
-
-
-class OneBuffer(Foreign):
-    """Returns the same memory at every call of a shape."""
-
-    buffers: ClassVar[dict[torch.Size, Tensor]] = {}
-
-    def run(self, *arguments: Any) -> Tensor:
-        out = super().run(*arguments)
-        return self.buffers.setdefault(out.shape, torch.empty_like(out)).copy_(out)
+    return foreign(run=misbehaviour.returning(spoil), **members)
 
 
 class IgnoringSentinels(Foreign):
@@ -312,26 +283,26 @@ class CountingOnce(Foreign):
         return super().run(hidden, experts, weights, ids, config)
 
 
+# What a backend makes of the right answer, and what is said of it.
+SPOILT = {
+    "None": "NoneType",
+    "a list": "list",
+    "fewer columns": r"\] on cpu for hidden_states of .* must be the same",
+    "double": "float64",
+    "the meta device": "meta",
+    "hidden_states": "memory of hidden_states",
+    "part of a weight": "memory of down",
+    "strided": "not contiguous",
+}
 PROBED = {
-    "None": (returning(lambda out, _: None), "NoneType"),
-    "a list": (returning(lambda out, _: out.tolist()), "list"),
-    "another shape": (
-        returning(lambda out, _: out[:, :10]),
-        r", 10\] on cpu for hidden_states of .* must be the same",
-    ),
-    "another dtype": (returning(lambda out, _: out.double()), "float64"),
-    "another device": (returning(lambda out, _: out.to("meta")), "meta"),
-    "NaN": (returning(lambda out, _: out * torch.nan), "relative error"),
-    "its input": (returning(lambda out, inputs: inputs[0].copy_(out)), "memory of hidden_states"),
-    "memory of the weights": (
-        returning(lambda out, i: i[1].gate_up.view(-1)[: out.numel()].view(out.shape)),
-        "memory of gate_up",
-    ),
-    "strides": (returning(lambda out, _: out.T.contiguous().T), "not contiguous"),
-    "writes to hidden_states": (returning(lambda out, i: _write_to(i[0], out)), "wrote to its inputs"),
-    "writes to topk_ids": (returning(lambda out, i: _write_to(i[3], out)), "wrote to its inputs"),
-    "writes to the weights": (returning(lambda out, i: _write_to(i[1].down, out)), "wrote to its inputs"),
-    "one buffer": (OneBuffer, "same memory for two calls"),
+    kind: (returning((misbehaviour.SEEN | misbehaviour.PROBED)[kind]), says)
+    for kind, says in {
+        **SPOILT,
+        **{f"written to {name}": "wrote to its inputs" for name in ("hidden_states", "topk_ids", "down")},
+        "NaN": "relative error",
+        "one buffer": "same memory for two calls",
+    }.items()
+} | {
     "foreign ids": (IgnoringSentinels, "relative error"),
     "NaN beside a foreign id": (MultiplyingSentinels, "relative error"),
     "duplicates": (CountingOnce, "relative error"),
@@ -347,9 +318,7 @@ def test_the_probe_finds_it(wrong: type[Backend], says: str, call: Call) -> None
             moe_forward(*call, backend="foreign")
 
 
-@pytest.mark.parametrize(
-    "kind", ["None", "a list", "another shape", "another dtype", "another device", "its input", "strides"]
-)
+@pytest.mark.parametrize("kind", [kind for kind in SPOILT if kind != "part of a weight"])
 def test_a_first_run_finds_what_its_probe_did_not_show(kind: str, call: Call) -> None:
     """As where a fault depends on the number of tokens. No layer's values are looked at, so that nothing waits."""
     wrong, says = PROBED[kind]
@@ -365,7 +334,7 @@ def test_what_a_first_run_writes_to_its_inputs_is_undone(place: int, raises: boo
     """As a backend may that is right in its probe, and writes at other numbers of tokens."""
 
     def write(out: Tensor, inputs: Inputs) -> Tensor:
-        _write_to(cast("Tensor", inputs[place]), out)
+        cast("Tensor", inputs[place]).zero_()
         if raises:
             raise RuntimeError("wrote to and failed")
         return out
@@ -415,7 +384,10 @@ class Wrapping(CallingFromAThread):
 @pytest.mark.parametrize("needs_probe", [False, True])
 @pytest.mark.parametrize("calling", [Calling, CallingFromAThread])
 @pytest.mark.filterwarnings("ignore::moe_dispatch.MoEDispatchWarning")
-def test_one_that_calls_itself_is_stopped(calling: type[Backend], needs_probe: bool, call: Call) -> None:
+def test_one_that_calls_itself_is_stopped(
+    calling: type[Backend], needs_probe: bool, call: Call, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(first_calls, "MAX_CONCURRENT", 4)  # threads that may wait for one another before it is
     with ranked(cast("type[Backend]", type("Calling", (calling,), {"needs_probe": needs_probe})), Honest):
         for _ in range(3):
             assert torch.equal(moe_forward(*call), expected(call))
@@ -445,37 +417,25 @@ def test_no_lock_is_held_while_foreign_code_runs(call: Call) -> None:
             assert torch.equal(moe_forward(*call), expected(call))
 
 
+@FORKS
 def test_a_first_call_forks_safely() -> None:
     """A fork while another thread is in its first call, and holds a lock: the child would wait for ever for it."""
-    code = """
-import multiprocessing, sys, threading, time, warnings
-warnings.simplefilter("ignore")
-from tests.core.test_foreign_code import *
-held, lock = threading.Event(), threading.Lock()
-class Slow(Honest):  # as a library that is imported once, under a lock
-    name = "slow"
-    def unavailable_reasons(self):
-        with lock:
-            held.set()
-            time.sleep(1)
-        return ()
-def work():
-    torch.set_num_threads(1)
-    with torch.no_grad():
-        moe_forward(*make_call(2))
-    sys.exit(7)
-with ranked(Slow), torch.no_grad():
-    thread = threading.Thread(target=lambda: moe_forward(*make_call(6)))
-    thread.start()
-    held.wait()
-    child = multiprocessing.get_context("fork").Process(target=work)
-    child.start()
-    child.join(20)
-    print("exit", child.exitcode, flush=True)
-    child.kill()
-    thread.join()
-"""
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False, timeout=250,
-    )  # fmt: skip
-    assert "exit 7" in done.stdout, done.stdout + done.stderr
+    held, lock = threading.Event(), threading.Lock()
+
+    class Slow(Honest):
+        """Holds a lock when it is asked first, as the import of a library does."""
+
+        name = "slow"
+
+        def unavailable_reasons(self) -> tuple[str, ...]:
+            with lock:
+                held.set()
+                time.sleep(0.5)
+            return ()
+
+    with ranked(Slow):
+        thread = threading.Thread(target=lambda: moe_forward(*make_call(6)))
+        thread.start()
+        held.wait()
+        assert exit_code(start_child(lambda: moe_forward(*make_call(2)))) == 0
+        thread.join()

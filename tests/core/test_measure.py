@@ -25,7 +25,6 @@ from moe_dispatch.measure import (
     measure_ceilings,
     reference_outputs,
     relative_error,
-    time_eager,
     time_interleaved,
     verify,
     worst_row_error,
@@ -241,7 +240,9 @@ def _sleeping(call: Call, seconds: float) -> Call:
 
 def test_times_are_those_of_one_call(tiny: Layer) -> None:
     begin = time.perf_counter()
-    timing = time_eager(_sleeping(tiny.right, 0.05), tiny.inputs, budget_s=0.0, min_rounds=2)
+    timing = time_interleaved({"": _sleeping(tiny.right, 0.05)}, tiny.inputs, mode="eager", budget_s=0.0, min_rounds=2)[
+        ""
+    ]
     elapsed_us = 1e6 * (time.perf_counter() - begin)
     assert 50_000 <= timing.us_q1 <= timing.us <= timing.us_q3
     # Two samples of one pass each: their mean is their median, and together they fit into the time that went by.
@@ -269,7 +270,7 @@ def test_a_failing_candidate_costs_only_itself(tiny: Layer) -> None:
     assert list(timings) == ["good"]
     assert failed == {"at once": "MemoryError", "later": "RuntimeError"}
     with pytest.raises(MemoryError):
-        time_eager(fails_at_once, tiny.inputs)
+        time_interleaved({"": fails_at_once}, tiny.inputs, mode="eager")
 
 
 def test_timing_refuses_what_it_cannot_do(tiny: Layer) -> None:

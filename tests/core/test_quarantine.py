@@ -4,8 +4,6 @@ import dataclasses
 import datetime
 import json
 import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,11 +14,11 @@ import torch
 from moe_dispatch import Machine, MoEDispatchWarning, MoEProblem, moe_forward
 from moe_dispatch.dispatch.process import get_dispatcher, reset_dispatchers
 from moe_dispatch.dispatch.quarantine import OBEYED_FOR, SCHEMA, Quarantine, QuarantineEntry
-from tests.core.test_dispatcher import Call, make_call, ran
+from tests.core.test_dispatcher import FORKS, Call, make_call, ran
 from tests.support.fakes import Honest, ranked
+from tests.support.processes import exit_code, start_child
 
 pytestmark = pytest.mark.usefixtures("fixed_policy", "no_grad")
-ROOT = Path(__file__).parents[2]
 MACHINE = Machine.load("h200")
 PROBLEM = MoEProblem(M=4, K=64, N=32, E=4, topk=2)
 
@@ -206,24 +204,24 @@ def test_the_folder_is_this_users_alone(path: Path) -> None:
     assert path.parent.stat().st_mode & 0o777 == 0o700
 
 
+@FORKS
 def test_a_folder_that_may_not_be_searched_breaks_no_call(tmp_path: Path) -> None:
     """A container run as another user, whose home is another user's, of mode 0700."""
     folder = tmp_path / "closed"
     folder.mkdir(mode=0o000)
     tmp_path.chmod(0o755)
-    code = (
-        "import os; from tests.core.test_dispatcher import *\n"
-        "with ranked(Honest), torch.no_grad():\n"
-        "    moe_forward(*make_call(6))\n"  # imports everything while this is another user
-        f"    os.environ['MOE_DISPATCH_CACHE_DIR'] = {str(folder / 'cache')!r}\n"
-        "    reset_dispatchers()\n"
-        "    os.geteuid() or os.setuid(12345)\n"
-        "    moe_forward(*make_call(6))\n"
-        "    assert ran() == {'honest': 1}\n"
-    )
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+
+    def call_as_another_user() -> None:
+        os.environ["MOE_DISPATCH_CACHE_DIR"] = str(folder / "cache")
+        if os.geteuid() == 0:
+            os.setuid(12345)
+        with ranked(Honest):
+            moe_forward(*make_call(6))
+            assert ran() == {"honest": 1}
+
+    code = exit_code(start_child(call_as_another_user))
     folder.chmod(0o700)
-    assert done.returncode == 0, done.stderr
+    assert code == 0
 
 
 @pytest.mark.parametrize("name", ["x" * 300, "file"])

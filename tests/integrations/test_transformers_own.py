@@ -21,7 +21,6 @@ from tests.integrations.transformers_models import (
     build,
     call_of,
     calls,
-    fp8_layer,
     gpt_oss,
     layer,
     logits,
@@ -201,7 +200,3 @@ def test_other_fp8_schemes_are_left_alone(change: dict[str, Any], reason: str) -
 
     module = FP8Experts(qwen3(hidden_size=256, moe_intermediate_size=128), **{"block_size": (128, 128), **change})
     assert reason in inspect_module(module).unfit
-
-
-def test_plain_fp8_is_understood() -> None:
-    assert inspect_module(fp8_layer()).tensors[2:] == ("gate_up_proj_scale_inv", "down_proj_scale_inv")

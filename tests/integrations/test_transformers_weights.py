@@ -2,7 +2,7 @@
 
 import gc
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -16,6 +16,14 @@ from moe_dispatch.integrations.transformers.takeover import take_over
 from tests.integrations.transformers_models import call_of, calls, gpt_oss, layer, qwen3
 
 BOTH = pytest.mark.parametrize("config", [qwen3, gpt_oss], ids=["straight", "transposed"])
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _quick_collections() -> Iterator[None]:
+    """Without what was made before: the modules of transformers take a collection two seconds."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture(autouse=True)

@@ -49,10 +49,10 @@ def outcomes(path: Path = RECORD) -> dict[str, Outcome]:
 
 
 def keep(cell: str, outcome: Outcome, path: Path = RECORD) -> None:
-    """Write the outcome of a cell into the record, in place of an earlier one."""
+    """Write the outcome of a cell into the record, a line each, in place of an earlier one."""
     kept = outcomes(path) | {cell: outcome}
-    text = json.dumps({name: asdict(kept[name]) for name in sorted(kept)}, indent=1)
-    path.write_text(text + "\n", encoding="utf-8")
+    lines = (f"{json.dumps(name)}: {json.dumps(asdict(kept[name]))}" for name in sorted(kept))
+    path.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
 
 
 def pins(name: str) -> dict[str, str]:

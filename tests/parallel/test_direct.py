@@ -21,7 +21,7 @@ pytest.importorskip("triton")
     [(False, False, False), (True, False, False), (True, True, False), (True, False, True), (True, True, True)],
 )
 def test_every_round_carries_what_was_sent(three: Ranks, *, skewed: bool, quantizes: bool, aside: bool) -> None:
-    rounds = partial(twins.rounds_of_the_protocol, 15, skewed=skewed, quantizes=quantizes, aside=aside)
+    rounds = partial(twins.rounds_of_the_protocol, 9, skewed=skewed, quantizes=quantizes, aside=aside)
     assert three.run(rounds) == [[], [], []]
 
 

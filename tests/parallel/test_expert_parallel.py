@@ -49,7 +49,7 @@ def test_four_ranks(tmp_path: Any) -> None:
     with ranks(4, tmp_path) as four:
         for tokens, exchange in SERVES:
             for spread in ("uneven", "none on the last") if tokens == "sharded" else ("",):
-                faults = four.run(programs.conformance, FEW, programs.FP32, tokens, exchange, spread)
+                faults = four.run(programs.conformance, FEWEST, programs.FP32, tokens, exchange, spread)
                 assert faults == [[], [], [], []], (tokens, exchange, spread)
             assert max(four.run(programs.all_to_one_rank, tokens, exchange)) < 1e-6
         for tokens in ("sharded", "replicated"):

@@ -26,7 +26,7 @@ LAYER = WORKLOADS["deepseek-v3"]
 @pytest.fixture
 def projection(monkeypatch: pytest.MonkeyPatch) -> Projection:
     monkeypatch.setattr(features, "interpreting", lambda: False)
-    return Projection(Machine.load(Path(__file__).parents[1] / "machines" / "h200.json"), HGX)
+    return Projection(Machine.load("h200"), HGX)
 
 
 def test_how_many_ranks_a_token_needs() -> None:

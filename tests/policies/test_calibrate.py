@@ -301,7 +301,7 @@ def test_the_workers_gpu_is_its_current_one(monkeypatch: pytest.MonkeyPatch) -> 
 def test_in_fp8_a_candidate_is_compared_with_the_activations_that_its_backend_multiplies() -> None:
     server = WorkerServer()
     server.start("cpu", {})
-    server.layer({"K": 128, "N": 128, "E": 4, "topk": 2, "dtype": "fp8", "act_dtype": "fp16"})
+    server.layer({"K": 64, "N": 32, "E": 2, "topk": 2, "dtype": "fp8", "act_dtype": "fp16"})
     quantizing, other = ("reference", {"compute_fp32": True}), ("triton_vector", {"rows": 32, "down_rows": 32})
     server.point(2, "eager", ["uniform"], [quantizing, other])
     for candidate in (0, 1):
@@ -419,7 +419,7 @@ def test_slow_is_not_fatal_on_a_cpu(tmp_path: Path, machine: Machine, *, barred:
 
 def test_a_folder_that_cannot_be_written_is_found_before_anything_is_measured(simulate: Calibrating) -> None:
     simulate.directory = Path("/proc/moe_dispatch")
-    with pytest.raises(PolicyFileError, match="cannot be written to /proc/"):
+    with pytest.raises(PolicyFileError, match=r"cannot be written to /proc/.*MOE_DISPATCH_CACHE_DIR"):
         simulate((1,), "right")
     assert not simulate.worker.points
 

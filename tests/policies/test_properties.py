@@ -25,7 +25,7 @@ from moe_dispatch.policies.measurements.table import NOISE, STAYS, LayerTable, s
 from moe_dispatch.problem import Mode
 
 MACHINE = Machine.load("h200")
-ANY_CLOCK = settings(deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+ANY_CLOCK = settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 EMPTY = CalibrationFile(machine=MACHINE)
 
 times = st.floats(0.5, 1e6)

@@ -2,7 +2,6 @@
 
 import os
 import signal
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -94,25 +93,6 @@ class Killing(Honest):
     def run(self, *_: object, **__: object) -> Tensor:
         os.kill(os.getpid(), signal.SIGKILL)
         raise AssertionError
-
-
-class Interrupted(Honest):
-    """Gets the signal that ends the process while it runs."""
-
-    name = "interrupted"
-    signal = signal.SIGTERM
-
-    def run(self, *_: object, **__: object) -> Tensor:
-        os.kill(os.getpid(), self.signal)
-        time.sleep(30)
-        raise AssertionError
-
-
-class InterruptedByCtrlC(Interrupted):
-    """The same, from a keyboard."""
-
-    name = "interrupted_by_ctrl_c"
-    signal = signal.SIGINT
 
 
 class KillingInItsProbe(Killing):

@@ -10,7 +10,9 @@ from typing import Any
 
 import pytest
 
+from moe_dispatch.backend import BackendConfig
 from moe_dispatch.backends.triton_common import features
+from moe_dispatch.backends.triton_vector.config import TritonVectorConfig
 from moe_dispatch.errors import MoEDispatchError
 from moe_dispatch.registry import BACKENDS
 from moe_dispatch.system.libraries import library_version
@@ -27,6 +29,13 @@ def leave_out_the_interpreter(patch: pytest.MonkeyPatch) -> None:
             if name.startswith("triton"):
                 patch.setattr(backend, "requirements", dataclasses.replace(backend.requirements, cpu=False))
     patch.setattr(features, "interpreting", lambda: False)
+
+
+def with_few_programs(config: BackendConfig) -> BackendConfig:
+    """The configuration, with the largest tiles where Triton interprets the vector kernels, program by program."""
+    if features.interpreting() and isinstance(config, TritonVectorConfig):
+        return config.model_copy(update={"rows": 32, "down_rows": 32})
+    return config
 
 
 def correct_interpreter() -> None:
