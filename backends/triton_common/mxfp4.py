@@ -6,6 +6,8 @@ four codes lie in 16 bits and four activations in 64, so that shifts and masks s
 of memory would have to change places between registers.
 """
 
+import re
+
 import triton
 import triton.language as tl
 
@@ -18,29 +20,33 @@ _BLOCK = tl.constexpr(MX_BLOCK)
 MOE_MXFP4_UNIT = tl.constexpr(1.0 if interpreting() else 2.0**32)
 
 
-def _codes_to_bf16(*, scaled: bool) -> tl.constexpr:
-    """PTX that makes two words of four codes each four pairs of BF16, but for the 126 between the exponents' biases.
-
-    A code is isolated; one product moves a copy of it to where BF16 has its sign, and another to where it has the last
-    two bits of the exponent and the first of the mantissa; a mask keeps those. Where `scaled`, the factor makes up for
-    the biases and the scale, which words side by side share.
-    """
-    moves = (
-        ("$4", "0x000F000F", "0x1040"), ("$4", "0x00F000F0", "0x0104"),
-        ("upper", "0x000F000F", "0x1040"), ("upper", "0x00F000F0", "0x0104"),
-    )  # fmt: skip
-    scale = "fma.rn.bf16x2 ${column}, ${column}, $5, minus_zero;" if scaled else ""
-    return tl.constexpr("""{
-    .reg .b32 upper, code, minus_zero;
-    mov.b32 minus_zero, 0x80008000;
-    shr.u32 upper, $4, 8;""" + "".join(f"""
-    and.b32 code, {words}, {nibble};
-    mul.lo.u32 code, code, {move};
-    and.b32 ${column}, code, 0x81C081C0;
-    {scale.format(column=column)}""" for column, (words, nibble, move) in enumerate(moves)) + "}")  # fmt: skip
-
-
-_CODES_TO_BF16, _CODES_TO_SCALED_BF16 = _codes_to_bf16(scaled=False), _codes_to_bf16(scaled=True)
+# Two words of four codes each become four pairs of BF16, but for the 126 between the biases of both exponents. A code
+# is isolated; one product moves a copy of it to where BF16 has its sign, and another to where it has the last two bits
+# of the exponent and the first of the mantissa; a mask keeps those.
+_CODES_TO_BF16 = tl.constexpr("""{
+    .reg .b32 upper, code;
+    shr.u32 upper, $4, 8;
+    and.b32 code, $4, 0x000F000F;
+    mul.lo.u32 code, code, 0x1040;
+    and.b32 $0, code, 0x81C081C0;
+    and.b32 code, $4, 0x00F000F0;
+    mul.lo.u32 code, code, 0x0104;
+    and.b32 $1, code, 0x81C081C0;
+    and.b32 code, upper, 0x000F000F;
+    mul.lo.u32 code, code, 0x1040;
+    and.b32 $2, code, 0x81C081C0;
+    and.b32 code, upper, 0x00F000F0;
+    mul.lo.u32 code, code, 0x0104;
+    and.b32 $3, code, 0x81C081C0;
+}""")
+# The same, each pair times the factor that words side by side share.
+_CODES_TO_SCALED_BF16 = tl.constexpr(
+    re.sub(
+        r"and.b32 (\$.), code.*",
+        r"\g<0> fma.rn.bf16x2 \1, \1, $5, minus_zero;",
+        _CODES_TO_BF16.value.replace("code;", "code, minus_zero; mov.b32 minus_zero, 0x80008000;", 1),
+    )
+)
 
 
 @triton.jit
