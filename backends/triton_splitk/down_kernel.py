@@ -9,7 +9,6 @@ from moe_dispatch.backends.triton_common.pdl import moe_pdl_release, moe_pdl_wai
 from moe_dispatch.backends.triton_splitk.stream import (
     moe_line_rows,
     moe_prefetch,
-    moe_row_scales,
     moe_slots_to_serve,
     moe_stream,
     moe_stream_mxfp4,
@@ -29,7 +28,7 @@ def _moe_splitk_down_kernel(
     # constants
     ROWS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, SCAN: tl.constexpr, EVEN_N: tl.constexpr,
     SPLITS: tl.constexpr, BY_SLOT: tl.constexpr, TMA: tl.constexpr, PDL: tl.constexpr,
-    SCALES: tl.constexpr, TRANSPOSED: tl.constexpr, EVEN_EXPONENTS: tl.constexpr,
+    SCALES: tl.constexpr, TRANSPOSED: tl.constexpr, ROW_SCALES: tl.constexpr,
 ):  # fmt: skip
     owner, tile, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     e, count = moe_slots_to_serve(ids_ptr, owner, S, E, BLOCK_M, SCAN, BY_SLOT)
@@ -62,7 +61,7 @@ def _moe_splitk_down_kernel(
 
     w_scales = scale_ptr
     if scale_ptr is not None and SCALES != "block":
-        w_scales = moe_row_scales(scale_ptr, expert * K + row, N, SCALES, EVEN_EXPONENTS)
+        w_scales = scale_ptr + (expert * K + row) * ROW_SCALES
     if SCALES == "block":
         expert_scales = scale_ptr + expert * tl.cdiv(K, BLOCK_K) * tl.cdiv(N, BLOCK_K)
         first_row = tile * ROWS if ROWS <= BLOCK_K else row
@@ -76,7 +75,7 @@ def _moe_splitk_down_kernel(
         if SCALES == "mx":
             acc = moe_stream_mxfp4(
                 w_rows, weight_descriptor, e.to(tl.int32), tile * ROWS, w_scales, x_rows, mask_m,
-                first_block, last_block, N, ROWS, BLOCK_M, BLOCK_K, EVEN_N, TMA, EVEN_EXPONENTS,
+                first_block, last_block, N, ROWS, BLOCK_M, BLOCK_K, EVEN_N, TMA, ROW_SCALES,
             )  # fmt: skip
         else:
             acc = moe_stream(

@@ -70,6 +70,6 @@ def splitk_gate_up(
         TMA=descriptor is not None, PDL=config.pdl, SCALES=quantization.scales, TWO_SCALES=two_scales,
         PARTIAL=config.partial_sums(quantization, gated=experts.gated), GATED=experts.gated,
         INTERLEAVED=experts.interleaved, TRANSPOSED=experts.transposed,
-        EVEN_EXPONENTS=experts.K % 64 == 0, HAS_BIAS=experts.gate_up_bias is not None, ACTIVATION=experts.activation,
-        IDS_READY=ids_ready, **config.launch(quantization),
+        ROW_SCALES=experts.K // 32 if quantization.scales == "mx" else 1,
+        HAS_BIAS=experts.gate_up_bias is not None, ACTIVATION=experts.activation, IDS_READY=ids_ready, **config.launch(quantization),
     )  # fmt: skip

@@ -86,20 +86,6 @@ def moe_line_rows(weight_ptr, ROWS: tl.constexpr, RUN: tl.constexpr):
 
 
 @triton.jit
-def _moe_exponents_of_row(K, EVEN: tl.constexpr):
-    """Exponents of a row of MXFP4 weights, written so that the compiler sees where they are EVEN in number."""
-    return K // 64 * 2 if EVEN else K // 32
-
-
-@triton.jit
-def moe_row_scales(scale_ptr, rows, K, SCALES: tl.constexpr, EVEN_EXPONENTS: tl.constexpr):
-    """Where the scales of rows begin: the only one of each, or the first exponent of its MXFP4 weights."""
-    if SCALES == "mx":
-        rows = rows * _moe_exponents_of_row(K, EVEN_EXPONENTS)
-    return scale_ptr + rows
-
-
-@triton.jit
 def _moe_weights(
     w_rows, mask_r, w_step, w_descriptor, w_first, w_second, block, offs_k, K,
     ROWS: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr, TMA: tl.constexpr, TRANSPOSED: tl.constexpr,
@@ -189,14 +175,10 @@ def _moe_stream(
 
 @triton.jit
 def moe_stream(
-    # weights: row pointers (if TRANSPOSED with a mask and the stride of columns) or a descriptor with the tile's place
-    # in it, and where the scales of rows begin
+    # as those of `_moe_stream`
     w_rows, mask_r, w_step, w_descriptor, w_first, w_second, w_scales, up_scales, is_up,
-    # token operand, which of its rows, int64, and where their multipliers begin; None where it is not quantised
     x_ptr, offs_x, x_scales, mask_m,
-    # shapes
     first_block, last_block, K,
-    # constants
     ROWS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr, TMA: tl.constexpr,
     TRANSPOSED: tl.constexpr, SCALES: tl.constexpr, TWO_SCALES: tl.constexpr,
 ):  # fmt: skip
@@ -225,15 +207,14 @@ def moe_stream(
 
 
 @triton.jit
-def _moe_exponents(w_exponents, block, K, BLOCK_K: tl.constexpr, EVEN: tl.constexpr):
-    """Exponents of a block of rows, ``[ROWS, BLOCK_K/32]``; 0 past K, where they meet codes of zero.
+def _moe_exponents(w_exponents, block, ROW_SCALES: tl.constexpr, BLOCK_K: tl.constexpr):
+    """Exponents of a block of rows, ``[ROWS, BLOCK_K/32]``; 0 past the last one, where they meet codes of zero.
 
-    Masked rather than clamped: so the compiler sees which bytes lie side by side, and neighbouring lanes read them. If
-    lanes read a row each, a warp would look up 32 cache lines for each byte of a row.
+    Masked rather than clamped, by constants: the compiler then sees which bytes lie side by side, and has neighbouring
+    lanes read two each. If lanes read a row each, a warp looks up 32 cache lines for each byte of a row.
     """
     offs_s = block * (BLOCK_K // 32) + tl.arange(0, BLOCK_K // 32)
-    mask = offs_s < _moe_exponents_of_row(K, EVEN)
-    return tl.load(w_exponents[:, None] + offs_s[None, :], mask=mask[None, :], other=0)
+    return tl.load(w_exponents[:, None] + offs_s[None, :], mask=(offs_s < ROW_SCALES)[None, :], other=0)
 
 
 @triton.jit
@@ -246,14 +227,14 @@ def moe_stream_mxfp4(
     first_block, last_block, K,
     # constants
     ROWS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr, TMA: tl.constexpr,
-    EVEN_EXPONENTS: tl.constexpr,
+    ROW_SCALES: tl.constexpr,
 ):  # fmt: skip
     """As `moe_stream`, of MXFP4 weights, four codes in an int16, and activations that are not quantised."""
     dtype: tl.constexpr = x_rows.dtype.element_ty
     x_words = x_rows.to(tl.pointer_type(tl.int64))
     acc = tl.zeros([ROWS, BLOCK_M], dtype=tl.float32)
-    factors = moe_mxfp4_factors(_moe_exponents(w_exponents, first_block, K, BLOCK_K, EVEN_EXPONENTS))
-    exponents = _moe_exponents(w_exponents, first_block + 1, K, BLOCK_K, EVEN_EXPONENTS)
+    factors = moe_mxfp4_factors(_moe_exponents(w_exponents, first_block, ROW_SCALES, BLOCK_K))
+    exponents = _moe_exponents(w_exponents, first_block + 1, ROW_SCALES, BLOCK_K)
     for block in range(first_block, last_block):
         offs_w = block * (BLOCK_K // 4) + tl.arange(0, BLOCK_K // 4)
         mask = mask_m[:, None] if EVEN_K else mask_m[:, None] & (offs_w < K // 4)[None, :]
@@ -262,7 +243,7 @@ def moe_stream_mxfp4(
         # multiplied. Those of the next become factors here, each in one thread, and not in all that need it.
         now = factors
         factors = moe_mxfp4_factors(exponents)
-        exponents = _moe_exponents(w_exponents, block + 2, K, BLOCK_K, EVEN_EXPONENTS)
+        exponents = _moe_exponents(w_exponents, block + 2, ROW_SCALES, BLOCK_K)
         if TMA:
             w = w_descriptor.load([w_first, w_second, block * (BLOCK_K // 4)]).reshape(ROWS, BLOCK_K // 4)
         elif EVEN_K:
