@@ -9,7 +9,7 @@ import typer
 
 from moe_dispatch.commands.bench import bench
 from moe_dispatch.commands.group import CommandGroup
-from moe_dispatch.commands.options import MachineName
+from moe_dispatch.commands.options import AsJson, MachineName
 
 Rows = Annotated[list[Path], typer.Argument(help="JSON Lines files of rows, or folders of them.")]
 
@@ -47,7 +47,7 @@ def regret(
     routing: Annotated[
         bool, typer.Option("--routing", help="Instead: what a choice that does not know the routing loses under each.")
     ] = False,
-    json_: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+    json_: AsJson = False,
 ) -> None:
     """Print what each policy's choices lose against the fastest candidate that was measured."""
     from moe_dispatch.benchmarks.reports.regret import bench_observations, by_routing, judge, summary

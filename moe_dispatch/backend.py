@@ -9,6 +9,7 @@ It is loaded on first use, appears in `moe-dispatch doctor`, and takes part in c
 (moe_dispatch/testing.py) runs over whatever is registered.
 """
 
+import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -127,7 +128,7 @@ class BackendConfig(pydantic.BaseModel):
         return ",".join(f"{name}={value}" for name, value in self.model_dump().items()) or "default"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Requirements:
     """What a backend takes, as data: tests derive their shapes and skips from it, the README its support matrix.
 
@@ -162,6 +163,9 @@ class Requirements:
 
     def reasons_against(self, problem: MoEProblem) -> list[str]:
         """Every declared requirement that the problem misses, each with the limit and the value."""
+        kind = self, problem.mode, problem.needs_grad
+        if kind in problem.layer.met:
+            return []
         by_columns = self.transposed and not problem.fp8
         checks = (
             self._device_reason(problem),
@@ -179,7 +183,10 @@ class Requirements:
             for letter, step in multiples.items()
             if getattr(problem, letter) % step
         ]
-        return [reason for reason in checks if reason] + misaligned
+        reasons = [reason for reason in checks if reason] + misaligned
+        if not reasons and "M" not in multiples:
+            problem.layer.met.add(kind)
+        return reasons
 
     def _device_reason(self, problem: MoEProblem) -> str:
         if problem.device == "cpu":
@@ -257,7 +264,7 @@ class Backend(ABC):
 
     def configs(self, problem: MoEProblem) -> tuple[BackendConfig, ...]:  # noqa: ARG002
         """The configurations worth measuring for this problem, the default first; never empty."""
-        return (self.config_type(),)
+        return _only_defaults(self.config_type)
 
     def default_config(self, problem: MoEProblem) -> BackendConfig:
         """The configuration that runs where no measurement says otherwise."""
@@ -387,6 +394,11 @@ class WritingBackend(Backend):
 
 Run = Callable[[Tensor, ExpertWeights, Tensor, Tensor, BackendConfig], Tensor]
 RunInto = Callable[[Tensor, ExpertWeights, Tensor, Tensor, BackendConfig, Tensor], Tensor]
+
+
+@functools.cache
+def _only_defaults(config_type: type[BackendConfig]) -> tuple[BackendConfig, ...]:
+    return (config_type(),)
 
 
 def _dotted(capability: Capability) -> str:

@@ -32,10 +32,11 @@ _QUANTIZE: Final = {"block": quantize_blocks, "channel": quantize_channels, "mxf
 class LayerSpec:
     """Everything about a layer that a plan depends on. Alike layers share one object while any of them lives."""
 
-    __slots__ = ("__weakref__", "facts")
+    __slots__ = ("__weakref__", "facts", "problems")
 
     def __init__(self, facts: tuple[object, ...]) -> None:
         self.facts = facts
+        self.problems: dict[tuple[object, ...], MoEProblem] = {}  # calls of one token, by all but their token count
 
 
 _SPECS: Final[weakref.WeakValueDictionary[tuple[object, ...], LayerSpec]] = weakref.WeakValueDictionary()
@@ -327,24 +328,15 @@ class ExpertWeights:
         needs_grad: bool = False,
     ) -> MoEProblem:
         """The problem that a call with M tokens poses to this layer on a device of this capability."""
-        return MoEProblem(
-            M=M,
-            K=self.K,
-            N=self.N,
-            E=self.E,
-            topk=topk,
-            dtype=self.dtype,
-            act_dtype=DTYPE_NAMES[act_dtype],
-            activation=self.activation,
-            bias=self.gate_up_bias is not None,
-            interleaved=self.interleaved,
-            transposed=self.transposed,
-            device=self.device.type,
-            capability=capability,
-            mode=mode,
-            needs_grad=needs_grad,
-            routed_experts=self.routed_experts,
-        )
+        kind = topk, act_dtype, capability, mode, needs_grad
+        if (one_token := self.spec.problems.get(kind)) is None:
+            one_token = self.spec.problems[kind] = MoEProblem(
+                M=1, K=self.K, N=self.N, E=self.E, topk=topk, dtype=self.dtype, act_dtype=DTYPE_NAMES[act_dtype],
+                activation=self.activation, bias=self.gate_up_bias is not None, interleaved=self.interleaved,
+                transposed=self.transposed, device=self.device.type, capability=capability, mode=mode,
+                needs_grad=needs_grad, routed_experts=self.routed_experts,
+            )  # fmt: skip
+        return one_token.with_tokens(M)
 
     @property
     def requires_grad(self) -> bool:

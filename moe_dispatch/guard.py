@@ -142,17 +142,18 @@ class GuardedBackend(Backend):
         self, read: Callable[[Any], Answer], method: Callable[..., object], *arguments: object
     ) -> tuple[Answer | None, str]:
         """The method's answer as `read` understands it; or None, and what is wrong."""
-        question = f"{self.name}.{getattr(method, '__name__', 'method')}"
         try:
             answer = method(*arguments)
         except FOREIGN_ERRORS as error:
-            self.fault = f"{question} raised {failures.summary(error)}"
-            return None, self.fault
+            return None, self._faulty(method, "raised", error)
         try:
             return read(answer), ""
         except FOREIGN_ERRORS as error:
-            self.fault = f"{question} answered {reprlib.repr(answer)}: {failures.summary(error)}"
-            return None, self.fault
+            return None, self._faulty(method, f"answered {reprlib.repr(answer)}:", error)
+
+    def _faulty(self, method: Callable[..., object], what: str, error: BaseException) -> str:
+        self.fault = f"{self.name}.{getattr(method, '__name__', 'method')} {what} {failures.summary(error)}"
+        return self.fault
 
     def _demand(self, read: Callable[[Any], Answer], method: Callable[..., object], *arguments: object) -> Answer:
         answer, fault = self._ask(read, method, *arguments)
@@ -175,7 +176,7 @@ class GuardedBackend(Backend):
 
 def _reasons(answer: Any) -> tuple[str, ...]:
     reasons = tuple(answer)
-    if isinstance(answer, str) or not all(isinstance(reason, str) for reason in reasons):
+    if isinstance(answer, str) or (reasons and not all(isinstance(reason, str) for reason in reasons)):
         raise TypeError("a tuple of strings is expected")
     return reasons
 

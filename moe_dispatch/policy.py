@@ -3,8 +3,9 @@
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Protocol
 
+from moe_dispatch.backend import Backend
 from moe_dispatch.machine import Machine
 from moe_dispatch.problem import MoEProblem
 
@@ -30,6 +31,16 @@ class Choice:
     policy: str = ""
 
 
+class UsableBackends(Protocol):
+    """Knows which backends a machine has, and which of them the dispatcher would let run a problem."""
+
+    def able(self, name: str, problem: MoEProblem) -> Backend | None:
+        """The backend of this name; None where anything is known against giving it the problem."""
+
+    def without_library(self, name: str, problem: MoEProblem) -> Backend | None:
+        """A backend that could run the problem but for a library that is missing here; None for any other."""
+
+
 class Policy(ABC):
     """Ranks backends for a problem. Pure: the same problem on the same machine gives the same ranking."""
 
@@ -37,6 +48,9 @@ class Policy(ABC):
 
     def __init__(self, machine: Machine) -> None:
         self.machine = machine
+
+    def consult(self, backends: UsableBackends) -> None:  # noqa: B027 - optional, and most policies need none
+        """Take from `backends` what can run here, where a ranking depends on it. Called before the first ranking."""
 
     @abstractmethod
     def rank(self, problem: MoEProblem) -> tuple[Choice, ...]:

@@ -86,9 +86,7 @@ class MoEProblem:
 
     def __post_init__(self) -> None:
         for letter, least in (("M", 0), ("K", 1), ("N", 1), ("E", 1), ("topk", 1)):
-            value = getattr(self, letter)
-            if type(value) is not int or value < least:
-                raise InvalidInputError(f"{letter} must be an integer of at least {least}, got {letter}={value!r}")
+            self._check_size(letter, least)
         if self.dtype not in DTYPES:
             raise InvalidInputError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
         if self.act_dtype not in DTYPES or self.act_dtype in QUANTIZED_DTYPES:
@@ -114,6 +112,11 @@ class MoEProblem:
             )
         if self.capability is not None and not _is_capability(self.capability):
             raise InvalidInputError(f"capability must be a pair such as (9, 0), or None, got {self.capability!r}")
+
+    def _check_size(self, letter: str, least: int) -> None:
+        value = getattr(self, letter)
+        if type(value) is not int or value < least:
+            raise InvalidInputError(f"{letter} must be an integer of at least {least}, got {letter}={value!r}")
 
     @property
     def fp8(self) -> bool:
@@ -145,7 +148,7 @@ class MoEProblem:
         """Token-expert pairs, M·topk, those of experts elsewhere included: any of them may have its expert here."""
         return self.M * self.topk
 
-    @property
+    @cached_property
     def expected_slots(self) -> float:
         """Slots whose expert is one of the E under uniform routing: M·topk·E / routed_experts."""
         slots = self.M * self.topk
@@ -156,15 +159,39 @@ class MoEProblem:
         """The same layer with M=1, eager, without gradients: the part that is fixed while a model serves."""
         return self._with(M=1, mode="eager", needs_grad=False)
 
-    @cached_property
+    @property
     def bucket(self) -> "MoEProblem":
         """The same problem with M rounded up to a power of two, for which a quarantine holds."""
-        return self._with(M=1 << max(self.M - 1, 0).bit_length())
+        return self._bucket(self.mode)
 
-    @cached_property
+    @property
     def eager_bucket(self) -> "MoEProblem":
         """The bucket of eager calls. A first run is one, so what it proves or kills holds for CUDA graphs as well."""
-        return self.bucket if self.mode == "eager" else self.bucket._with(mode="eager")
+        return self._bucket("eager")
+
+    def _bucket(self, mode: Mode) -> "MoEProblem":
+        rounded = 1 << max(self.M - 1, 0).bit_length()
+        key, buckets = (rounded, mode, self.needs_grad), self.layer._buckets
+        if (bucket := buckets.get(key)) is None:
+            bucket = buckets.setdefault(key, self._with(M=rounded, mode=mode))
+        return bucket
+
+    @cached_property
+    def _buckets(self) -> "dict[tuple[int, Mode, bool], MoEProblem]":
+        """Of a layer: the buckets of calls through it."""
+        return {}
+
+    @cached_property
+    def met(self) -> set[object]:
+        """Of a layer: what its calls are known to meet whatever their M, such as a backend's `Requirements`."""
+        return set()
+
+    def with_tokens(self, M: int) -> "MoEProblem":
+        """The same call with M tokens. It shares what is the same for every token count, so that this costs little."""
+        other = self._with(M=M)
+        other._check_size("M", 0)
+        vars(other)["layer"] = self.layer
+        return other
 
     @cached_property
     def whole_layer(self) -> "MoEProblem":
@@ -195,7 +222,7 @@ class MoEProblem:
         """Multiply-adds of the two products, counted as two operations each, for the expected slots."""
         return 2 * self.expected_slots * self.K * (self.gate_up_rows + self.N)
 
-    @property
+    @cached_property
     def expected_experts(self) -> float:
         """Experts that get a token under uniform routing: E·(1 − (1 − topk/routed_experts)^M)."""
         share = min(1.0, self.topk / (self.routed_experts or self.E))

@@ -12,6 +12,7 @@ from moe_dispatch.errors import BackendUnavailableError, InvalidInputError, Unkn
 from moe_dispatch.guard import FOREIGN_ERRORS, GuardedBackend
 from moe_dispatch.machine import Machine
 from moe_dispatch.policy import Policy
+from moe_dispatch.problem import MoEProblem
 from moe_dispatch.system import failures
 
 ENTRY_POINT_GROUP: Final = "moe_dispatch.backends"
@@ -185,6 +186,43 @@ class MadeBackend:
         if self.backend is None or self.reasons:
             raise BackendUnavailableError(self.name, self.reasons, variable) from self.cause
         return self.backend
+
+
+class MadeBackends:
+    """The backends of a machine, each made on its first use and kept.
+
+    Threads that come first at the same time may make a backend twice; the first one is kept.
+
+    Args:
+        machine: The machine that they are made for.
+    """
+
+    def __init__(self, machine: Machine) -> None:
+        self._machine = machine
+        self._made: dict[str, MadeBackend] = {}
+
+    def made(self, name: str) -> MadeBackend:
+        """The backend behind a name, or why it runs nothing here."""
+        made = self._made.get(name)
+        if made is None:
+            made = make_backend(name, self._machine)
+            if made.registered:  # an unknown name may be registered later
+                made = self._made.setdefault(name, made)
+        return made
+
+    def reasons_against(self, name: str, problem: MoEProblem) -> tuple[str, ...]:
+        """Every reason, known without running anything, against giving a problem to a backend."""
+        made = self.made(name)
+        return made.reasons + (made.backend.unsupported_reasons(problem) if made.backend else ())
+
+    def able(self, name: str, problem: MoEProblem) -> Backend | None:
+        """See `UsableBackends.able`."""
+        return None if self.reasons_against(name, problem) else self.made(name).backend
+
+    def without_library(self, name: str, problem: MoEProblem) -> Backend | None:
+        """See `UsableBackends.without_library`."""
+        missing = self.made(name).reasons
+        return self.made(name).backend if missing and self.reasons_against(name, problem) == missing else None
 
 
 def make_backend(name: str, machine: Machine) -> MadeBackend:

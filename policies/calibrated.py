@@ -6,8 +6,7 @@ from pathlib import Path
 from moe_dispatch.errors import PolicyFileError, warn
 from moe_dispatch.machine import Machine
 from moe_dispatch.policies.measured_file import MeasuredFile
-from moe_dispatch.policies.measurements.schema import CalibrationFile, LayerKey, layer_key, read_calibration
-from moe_dispatch.policies.measurements.table import LayerTable
+from moe_dispatch.policies.measurements.schema import CalibrationFile, layer_key, read_calibration
 from moe_dispatch.policy import Choice, Policy
 from moe_dispatch.problem import Mode, MoEProblem
 from moe_dispatch.settings import cache_dir, calibration_search_path, is_file_name
@@ -66,15 +65,15 @@ class MeasuredPolicy(Policy):
 
     def ranked(self, problem: MoEProblem) -> Iterator[Choice]:
         """See `Policy.ranked`."""
-        if problem.needs_grad or problem.M < 1:
+        if problem.needs_grad or problem.M < 1 or not self._files:
             return iter(())
         problem = problem.whole_layer  # files hold measurements of whole layers
         key = layer_key(problem)
-        if table := self._table(key, problem.mode):
-            return table.choices(problem.M, problem.mode)
         other: Mode = "eager" if problem.mode == "graph" else "graph"
-        if table := self._table(key, other):
-            return table.choices(problem.M, f"{other}; {problem.mode} was not measured")
+        for mode, how in ((problem.mode, problem.mode), (other, f"{other}; {problem.mode} was not measured")):
+            for file in self._files:
+                if table := file.table(key, mode):
+                    return table.choices(problem.M, how)
         return iter(())
 
     def notes(self) -> tuple[str, ...]:
@@ -84,12 +83,6 @@ class MeasuredPolicy(Policy):
     def digest(self) -> str:
         """See `Policy.digest`: one hash of each file, in order of precedence."""
         return ",".join(file.digest() for file in self._files)
-
-    def _table(self, key: LayerKey, mode: Mode) -> LayerTable | None:
-        for file in self._files:
-            if table := file.table(key, mode):
-                return table
-        return None
 
 
 class CalibratedPolicy(MeasuredPolicy):

@@ -2,7 +2,6 @@
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterable
 
 import pydantic
 
@@ -10,10 +9,10 @@ from moe_dispatch.backend import Backend
 from moe_dispatch.guard import FOREIGN_ERRORS
 from moe_dispatch.machine import Machine
 from moe_dispatch.policies.measurements.schema import CalibrationFile, Candidate, Identity, LayerKey
-from moe_dispatch.policies.measurements.table import LayerTable
+from moe_dispatch.policies.measurements.table import LayerTable, points_of_layers, tabulated
 from moe_dispatch.policies.measurements.versions import changes, relevant_versions
 from moe_dispatch.problem import Mode
-from moe_dispatch.registry import MadeBackend, make_backend
+from moe_dispatch.registry import MadeBackend, MadeBackends
 from moe_dispatch.system import failures
 
 
@@ -32,17 +31,12 @@ class MeasuredFile:
     def __init__(self, file: CalibrationFile, machine: Machine, *, retires: bool) -> None:
         self._file = file
         self._tables: dict[tuple[LayerKey, Mode], LayerTable | None] = {}
-        self._points: dict[tuple[LayerKey, Mode], list[int]] = {}
+        self._points = points_of_layers(file)
         self._usable: list[Identity | None] = []  # by index of the file's candidates; None for one that is not used
-        keys = [layer.key for layer in file.layers]
-        for i, point in enumerate(file.points):
-            self._points.setdefault((keys[point.layer], point.mode), []).append(i)
-        backends: dict[str, MadeBackend] = {}
+        backends = MadeBackends(machine)
         unused: Counter[str] = Counter()
         for candidate in file.candidates:
-            if candidate.backend not in backends:
-                backends[candidate.backend] = make_backend(candidate.backend, machine)
-            made = backends[candidate.backend]
+            made = backends.made(candidate.backend)
             reason = _reason_against(candidate, made.backend, retires=retires) if made.backend else _reason(made)
             self._usable.append(None if reason else candidate.identity)
             if reason:
@@ -56,26 +50,13 @@ class MeasuredFile:
         """The table of a layer in a mode; None if the file has nothing usable of it."""
         # Built when a layer is first ranked, so that the time to load does not grow with layers that never are.
         if (key, mode) not in self._tables:
-            self._tables[key, mode] = self._build(self._points.get((key, mode), ()))
+            table = tabulated(self._points.get((key, mode), ()), self._usable)
+            self._tables[key, mode] = table if table.tokens else None
         return self._tables[key, mode]
 
     def digest(self) -> str:
         """A hash of the file's content."""
         return hashlib.sha256(self._file.model_dump_json().encode()).hexdigest()[:16]
-
-    def _build(self, points: Iterable[int]) -> LayerTable | None:
-        scores: dict[int, dict[Identity, float | None]] = {}
-        incumbents: dict[int, Identity] = {}
-        for i in points:
-            point = self._file.points[i]
-            at = scores.setdefault(point.M, {})
-            for stored in point.measurements:
-                if (identity := self._usable[stored.candidate]) is not None:
-                    at[identity] = stored.score
-                    if stored.incumbent:
-                        incumbents[point.M] = identity
-        table = LayerTable(scores, incumbents)
-        return table if table.tokens else None
 
 
 def _reason_against(candidate: Candidate, backend: Backend, *, retires: bool) -> str:

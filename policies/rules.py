@@ -93,31 +93,31 @@ def _ranked(problem: MoEProblem) -> Ranked:
     if problem.device == "cpu":
         return (("torch_grouped", "one product per expert over sorted tokens; the reference searches per expert"),)
     hopper = problem.capability is not None and problem.capability[0] == 9
-    ranked = _hopper(problem) if hopper else (*_ours(problem), *_libraries(problem))
-    if vector_suits(problem):
+    decode: Ranked = (("triton_splitk", "ours for decode: splits the weights until the memory system is full"),)
+    without_sharing = vector_suits(problem)
+    if without_sharing:
+        decode = (("triton_vector", "ours for decode without sharing: weights straight into registers"), *decode)
+    grouped, is_decode = _grouped(problem), _is_decode(problem)
+    ours = (*decode, *grouped) if is_decode else (*grouped, *decode)
+    ranked = _hopper(problem, decode, grouped, is_decode=is_decode) if hopper else (*ours, *_libraries(problem))
+    if without_sharing:
         return ranked
     return (*ranked, ("triton_vector", "reads an expert's weights again for each of its slots"))
 
 
-def _hopper(problem: MoEProblem) -> Ranked:
-    decode, grouped = _decode(problem), _grouped(problem)
-    if _is_decode(problem):
+def _hopper(problem: MoEProblem, decode: Ranked, grouped: Ranked, *, is_decode: bool) -> Ranked:
+    if is_decode:
         return (*decode, *grouped, _vllm("next at decode"), *_torch(problem), ("deep_gemm", "pads every expert"))
     rows = problem.expected_slots / problem.E
     work = problem.K * problem.N / (problem.K + problem.N)
     if problem.fp8 and rows >= FP8_PREFILL_ROWS and work >= FP8_WORK_PER_VALUE:
         why = f"fastest grouped products measured on an H200 at prefill, and this is {rows:.0f} rows per expert"
-        return (("deep_gemm", why), *_ours(problem), *_torch(problem), _vllm("behind all of them at prefill"))
+        return (("deep_gemm", why), *grouped, *decode, *_torch(problem), _vllm("behind all of them at prefill"))
     if rows >= PREFILL_ROWS:
         next_to_it = ("deep_gemm", "next at prefill on an H200: what surrounds its products is not fused")
         return (*grouped, next_to_it, *_torch(problem), _vllm("behind all of them at prefill"), *decode)
     few = ("deep_gemm", "pads every expert, which few rows do not repay")
     return (*grouped, _vllm(f"next on an H200 at {rows:.3g} rows per expert"), few, *_torch(problem), *decode)
-
-
-def _ours(problem: MoEProblem) -> Ranked:
-    decode, grouped = _decode(problem), _grouped(problem)
-    return (*decode, *grouped) if _is_decode(problem) else (*grouped, *decode)
 
 
 def _is_decode(problem: MoEProblem) -> bool:
@@ -129,13 +129,6 @@ def _is_decode(problem: MoEProblem) -> bool:
 def _converts(problem: MoEProblem) -> bool:
     """Whether kernels turn weights into the activations' dtype by arithmetic, without an instruction for it."""
     return problem.dtype == "mxfp4" or (problem.fp8 and not problem.has_fp8_products)
-
-
-def _decode(problem: MoEProblem) -> Ranked:
-    splitk = ("triton_splitk", "ours for decode: splits the weights until the memory system is full")
-    if not vector_suits(problem):
-        return (splitk,)
-    return (("triton_vector", "ours for decode without sharing: weights straight into registers"), splitk)
 
 
 def _grouped(problem: MoEProblem) -> Ranked:

@@ -33,12 +33,12 @@ def backward(gradient: Tensor, inputs: Inputs, wanted: Wanted, machine: Machine)
 
     Args:
         gradient: ``[M, K]``, that of the output; contiguous.
-        inputs: The checked and contiguous inputs of the call, topk_weights in fp32.
+        inputs: The checked and contiguous inputs of the call, topk_weights in any float dtype.
         wanted: Which gradients to compute.
         machine: The layer's machine.
 
     Returns:
-        The wanted gradients; that of topk_weights in fp32.
+        The wanted gradients; that of topk_weights in its dtype or in fp32.
     """
     if not gradient.shape[0]:
         return _zeros(inputs, wanted)

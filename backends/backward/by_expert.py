@@ -27,7 +27,7 @@ def backward(gradient: Tensor, inputs: Inputs, wanted: Wanted) -> Gradients:
     dtype, per_token = _product_dtype(experts), experts.dtype == "fp8_channel"
     routing = route_torch(topk_ids, experts.E)
     slot_of_row = routing.slot_of_row.long()
-    weights = topk_weights.flatten()
+    weights = topk_weights.float().flatten()
     # Gradients: of a weight matrix in its own memory, where its expert's part is written.
     d_rows = torch.empty(M * topk, experts.K, dtype=dtype, device=gradient.device) if wanted.hidden_states else None
     d_weights = torch.zeros_like(weights) if wanted.topk_weights else None
@@ -76,7 +76,7 @@ def backward(gradient: Tensor, inputs: Inputs, wanted: Wanted) -> Gradients:
         start = end
     d_hidden = None
     if d_rows is not None:
-        ones = torch.ones_like(topk_weights)
+        ones = torch.ones_like(weights).view(M, topk)
         d_hidden = combine_torch(d_rows, routing.row_of_slot, ones, hidden_states.dtype, weighted=True)
     d_topk_weights = None if d_weights is None else d_weights.view(M, topk)
     return Gradients(d_hidden, d_topk_weights, d_gate_up, d_down, d_gate_up_bias, d_down_bias)

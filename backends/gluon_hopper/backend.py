@@ -19,7 +19,6 @@ from moe_dispatch.backends.stages.dequantize import dequantized
 from moe_dispatch.backends.stages.route import route
 from moe_dispatch.backends.triton_common.backend import TritonBackend
 from moe_dispatch.experts import ExpertWeights
-from moe_dispatch.machine import Machine
 from moe_dispatch.numerics import QuantizedRows
 from moe_dispatch.problem import MoEProblem
 from moe_dispatch.system.libraries import library_version
@@ -57,7 +56,7 @@ class GluonHopperBackend(TritonBackend):
 
     def further_reasons(self, problem: MoEProblem) -> tuple[str, ...]:
         """See `Backend.further_reasons`."""
-        return (*super().further_reasons(problem), *_gluon_reasons(self.machine))
+        return (*super().further_reasons(problem), *_gluon_reasons(self.machine.triton))
 
     def least_shared_memory(self, problem: MoEProblem) -> int:
         """See `TritonBackend.least_shared_memory`: tiles are fixed, and there are none but for Hopper."""
@@ -105,20 +104,20 @@ class GluonHopperBackend(TritonBackend):
         """None: a replay has tensor descriptors of weights only, and these kernels take them of intermediates too."""
 
 
-def _gluon_reasons(machine: Machine) -> list[str]:
-    """Why a machine's Triton cannot compile the kernels; found without importing it."""
-    if not machine.triton:
-        return []  # a reason of every Triton backend
-    version = tuple(int(part) for part in re.findall(r"\d+", machine.triton)[:2])
+@functools.cache
+def _gluon_reasons(triton: str) -> tuple[str, ...]:
+    """Why a machine's version of Triton cannot compile the kernels; found without importing it."""
+    if not triton:
+        return ()  # a reason of every Triton backend
+    version = tuple(int(part) for part in re.findall(r"\d+", triton)[:2])
     if not FIRST_TRITON <= version <= LAST_TRITON:
         known = f"{_dotted(FIRST_TRITON)} to {_dotted(LAST_TRITON)}"
-        return [f"needs Triton {known}, under whose Gluon its kernels are known to compile, got {machine.triton}"]
-    if machine.triton == library_version("triton") and not _has_gluon():
-        return [f"needs triton.experimental.gluon for Hopper, which the installed Triton {machine.triton} lacks"]
-    return []
+        return (f"needs Triton {known}, under whose Gluon its kernels are known to compile, got {triton}",)
+    if triton == library_version("triton") and not _has_gluon():
+        return (f"needs triton.experimental.gluon for Hopper, which the installed Triton {triton} lacks",)
+    return ()
 
 
-@functools.cache
 def _has_gluon() -> bool:
     """Whether the installed Triton has Gluon's modules for Hopper; some builds of Triton leave them out."""
     spec = importlib.util.find_spec("triton")

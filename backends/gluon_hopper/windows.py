@@ -34,8 +34,13 @@ class Windows(NamedTuple):
         """The tensor descriptor of a matrix from `rows_after_window`."""
         count, columns = matrix.shape
         start = matrix.storage_offset() - WINDOW_ROWS * columns
-        windows = matrix.as_strided((count + 1, WINDOW_ROWS, columns), (columns, columns, 1), start)
-        return _descriptor(windows, [1, self.rows])
+        shape = (count + 1, WINDOW_ROWS, columns)
+        # Every token count has intermediates of its own: what all of them share is made and checked once.
+        common = _of_windows(matrix.dtype, columns, self.rows)
+        descriptor = object.__new__(type(common))
+        windows = matrix.as_strided(shape, (columns, columns, 1), start)
+        vars(descriptor).update(vars(common), base=windows, shape=shape)
+        return descriptor
 
 
 class ExpertRows(NamedTuple):
@@ -66,6 +71,13 @@ def _descriptor(tensor: Tensor, rows: list[int]) -> Any:
 
     block = [*rows, STAGE_BYTES // tensor.element_size()]
     return TensorDescriptor.from_tensor(tensor, block, _layout(tensor.dtype, tuple(block)))
+
+
+@functools.cache
+def _of_windows(dtype: torch.dtype, columns: int, rows: int) -> Any:
+    """The descriptor of one of the windows in a matrix of this dtype and so many columns, without memory."""
+    window = torch.empty(WINDOW_ROWS, columns, dtype=dtype, device="meta")
+    return _descriptor(window.as_strided((1, WINDOW_ROWS, columns), (columns, columns, 1)), [1, rows])
 
 
 @functools.cache

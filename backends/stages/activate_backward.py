@@ -29,7 +29,7 @@ def activate_backward(
             overwritten.
         d_inner: ``[rows, N]``: the gradient of the weighted activation. Contiguous; overwritten.
         routing: From `route`; rows without a slot are neither read nor written.
-        topk_weights: fp32 ``[M, topk]``, contiguous.
+        topk_weights: ``[M, topk]`` in any float dtype, contiguous.
         activation: See `MoEProblem`.
         interleaved: Whether gate and up columns alternate, instead of all gate columns first.
         bias: ``[E, 2N]`` (``[E, N]`` ungated), added before the activation; needs `topk_ids`.
@@ -37,17 +37,17 @@ def activate_backward(
 
     Returns:
         The weighted activation ``[rows, N]`` in the memory of `d_inner`; the gradient of `gate_up` in its memory; and
-        that of topk_weights, fp32 ``[M, topk]``, zero for slots without a row.
+        that of topk_weights ``[M, topk]`` in its dtype, zero for slots without a row.
     """
     slots = routing.row_of_slot.shape[0]
     if not on_triton(gate_up):
         slot_of_row, row_of_slot = routing.slot_of_row.clamp(min=0).long(), routing.row_of_slot
-        share = topk_weights.flatten()[slot_of_row][:, None]
+        share = topk_weights.float().flatten()[slot_of_row][:, None]
         inner, d_gate_up = activate_backward_torch(
             add_bias(gate_up, routing, bias, topk_ids), d_inner, share, activation, interleaved=interleaved
         )
         d_share = (d_inner.float() * inner.float()).sum(dim=1)[row_of_slot.clamp(min=0).long()]
-        d_weights = torch.where(row_of_slot >= 0, d_share, 0.0).view(topk_weights.shape)
+        d_weights = torch.where(row_of_slot >= 0, d_share, 0.0).view(topk_weights.shape).to(topk_weights.dtype)
         return d_inner.copy_(inner * share), gate_up.copy_(d_gate_up), d_weights
     from moe_dispatch.backends.stages.activate_backward_kernel import _moe_activate_backward_kernel
 

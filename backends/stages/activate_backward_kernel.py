@@ -39,7 +39,7 @@ def _moe_activate_backward_kernel(
     row = tl.load(row_of_slot_ptr + slot).to(tl.int64)
     GATED: tl.constexpr = ACTIVATION != "relu2"
     PARTS: tl.constexpr = 2 if GATED else 1
-    weight = tl.load(weights_ptr + slot, mask=row >= 0, other=0.0)
+    weight = tl.load(weights_ptr + slot, mask=row >= 0, other=0.0).to(tl.float32)
     expert = row
     if bias_ptr is not None:
         expert = tl.load(ids_ptr + slot, mask=row >= 0, other=0).to(tl.int64)

@@ -16,7 +16,7 @@ Out = TypeVar("Out", bound=Tensor | PeerRows)
 def combine(
     y: Tensor,
     row_of_slot: Tensor,
-    topk_weights: Tensor,
+    topk_weights: Tensor | None,
     out: Out,
     *,
     down_bias: Tensor | None = None,
@@ -30,7 +30,7 @@ def combine(
         y: ``[rows, K]``, contiguous, in any float dtype. What an expert puts out may exceed FP16's range (65504) where
             the weighted sum does not, so the rows of FP16 layers come in FP32 or weighted.
         row_of_slot: int32 ``[M·topk]``; a slot whose row is -1 adds nothing, whatever its weight, NaN included.
-        topk_weights: fp32 ``[M, topk]``.
+        topk_weights: fp32 ``[M, topk]``; None to sum the rows as they are, into a tensor.
         out: ``[M, K]``, contiguous, in any float dtype, or memory of several ranks; written.
         down_bias: ``[E, K]``, added to each row before it is weighted; needs `topk_ids`.
         topk_ids: int32 or int64 ``[M, topk]``; read only with a bias.
@@ -41,16 +41,21 @@ def combine(
     Returns:
         `out`.
     """
+    if topk_weights is None:
+        assert isinstance(out, Tensor)  # noqa: S101 - see above
+        M, topk = out.shape[0], row_of_slot.shape[0] // max(out.shape[0], 1)
+    else:
+        M, topk = topk_weights.shape
     if not on_triton(y):
         assert isinstance(out, Tensor)  # noqa: S101 - only kernels write to peers' memory
+        weights = torch.ones(M, topk, dtype=torch.float32, device=y.device) if topk_weights is None else topk_weights
         combined = combine_torch(
-            y, row_of_slot, topk_weights, out.dtype, down_bias=down_bias, topk_ids=topk_ids, weighted=weighted
+            y, row_of_slot, weights, out.dtype, down_bias=down_bias, topk_ids=topk_ids, weighted=weighted
         )
         out.copy_(combined)
         return out
     from moe_dispatch.backends.stages.combine_kernel import _moe_combine_kernel
 
-    M, topk = topk_weights.shape
     K = y.shape[1]
     # At few tokens each is spread over several programs, as the device would otherwise be mostly idle.
     block_k = min(1024 if M > 256 else 256, next_power_of_2(K))

@@ -40,7 +40,9 @@ def _moe_combine_kernel(
         slot = token * TOPK + j
         row = tl.load(row_of_slot_ptr + slot).to(tl.int64)
         # Without a row neither is read, so that whatever they hold, NaN included, adds nothing.
-        weight = tl.load(weights_ptr + slot, mask=row >= 0, other=0.0)
+        weight = 1.0
+        if weights_ptr is not None:
+            weight = tl.load(weights_ptr + slot, mask=row >= 0, other=0.0)
         y = tl.load(y_ptr + row * K + offs_k, mask=mask_k & (row >= 0), other=0.0).to(tl.float32)
         if WEIGHTED:
             acc += tl.maximum(tl.abs(weight), 1.0) * y

@@ -44,6 +44,7 @@ def route(
     alignment: int = 1,
     capacity: int | None = None,
     by_row: bool = True,
+    one_launch_up_to: int | None = None,
     pdl: bool = False,
 ) -> Routing:
     """Give every slot a row, rows of one expert side by side and in the order of their slots.
@@ -59,6 +60,8 @@ def route(
         capacity: Instead, expert e owns rows e·capacity … (e + 1)·capacity (DeepGEMM's masked layout). Slots of a token
             that name one expert share a row, so that M rows are always enough; a slot that does not fit gets none.
         by_row: Whether `slot_of_row` will be read; if not, it is left unwritten on a GPU.
+        one_launch_up_to: Slots up to which one launch routes without a capacity, where the host counts more than the
+            device; `FEW_SLOTS` if None.
         pdl: Launch as programmatic dependents of the kernel before (sm_90 and newer).
 
     Raises:
@@ -79,7 +82,8 @@ def route(
     slot_of_row = routing.slot_of_row if by_row else None
     layout = {"TOPK": topk_ids.shape[1], "CAPACITY": capacity or 0, "E_POW2": next_power_of_2(E)}
     launch = {"PDL": pdl, **pdl_option(pdl)}
-    if slots <= (FEW_SLOTS if capacity is None else FEW_SLOTS // 2):
+    few_slots = one_launch_up_to or FEW_SLOTS
+    if slots <= (few_slots if capacity is None else FEW_SLOTS // 2):
         block = max(32, next_power_of_2(slots))
         _moe_route_kernel[(E,)](
             # inputs

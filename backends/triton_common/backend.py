@@ -4,8 +4,9 @@ Imports no Triton, so that a machine without it can still ask.
 """
 
 import logging
+import math
 from abc import abstractmethod
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
@@ -34,6 +35,7 @@ class TritonBackend(WritingBackend):
 
     requirements = triton_requirements()
     needs_probe = False
+    most_slots: ClassVar[float] = math.inf  # M·topk, above which kernels that were made for decode do not run
 
     def __init__(self, machine: Machine) -> None:
         super().__init__(machine)
@@ -44,6 +46,8 @@ class TritonBackend(WritingBackend):
     def further_reasons(self, problem: MoEProblem) -> tuple[str, ...]:
         """See `Backend.further_reasons`."""
         reasons = triton_reasons(self.machine, problem)
+        if problem.slots > self.most_slots:
+            reasons += (f"made for decode: needs M·topk ≤ {self.most_slots}, got {problem.slots}",)
         if problem.dtype not in self.requirements.dtypes:
             return reasons  # there are no configurations to ask for their memory
         needed, available = self.least_shared_memory(problem), self._features.shared_memory

@@ -31,7 +31,7 @@ _KEPT: Final = "_moe_dispatch_kept"
 
 
 class View(Protocol):
-    """How a kernel sees a tensor; hashable."""
+    """How a kernel sees a tensor; hashable. Descriptors of one view and dtype differ in address, shape and strides."""
 
     def describe(self, tensor: Tensor, /) -> Any:
         """A tensor descriptor of the tensor, which holds the tensor."""
@@ -95,6 +95,7 @@ class Descriptors:
 
     def __init__(self) -> None:
         self._kept: dict[tuple[int, torch.dtype, torch.Size, tuple[int, ...], View], Any] = {}
+        self._kinds: dict[tuple[torch.dtype, View], tuple[object, ...]] = {}
 
     def __len__(self) -> int:
         return len(self._kept)
@@ -110,11 +111,25 @@ class Descriptors:
         key = (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride(), view)
         descriptor = self._kept.get(key)
         if descriptor is None:
-            descriptor = _keep(view.describe(tensor), view)
+            descriptor = self._keep(view.describe(tensor), tensor.dtype, view)
             if len(self._kept) >= MAX_DESCRIPTORS:
                 self._kept.clear()
             self._kept[key] = descriptor
         return descriptor
+
+    def _keep(self, descriptor: Any, dtype: torch.dtype, view: View) -> Any:
+        kind = self._kinds.get((dtype, view))
+        if kind is None:
+            kind = self._kinds[dtype, view] = _kind(descriptor)
+        descriptor.base = _Memory(descriptor.base.data_ptr(), descriptor.base.dtype)
+        setattr(descriptor, _KEPT, Kept(kind, view))
+        return descriptor
+
+
+def _kind(descriptor: Any) -> tuple[object, ...]:
+    fields = [field.name for field in dataclasses.fields(descriptor)]
+    options = [repr(getattr(descriptor, name)) for name in fields if name not in ("base", "shape", "strides")]
+    return type(descriptor), descriptor.base.dtype, len(descriptor.shape), *options
 
 
 class _Memory(NamedTuple):
@@ -135,11 +150,8 @@ class Kept:
         view: How the descriptor sees its tensor.
     """
 
-    def __init__(self, descriptor: Any, view: View) -> None:
-        fields = [field.name for field in dataclasses.fields(descriptor)]
-        options = [repr(getattr(descriptor, name)) for name in fields if name not in ("base", "shape", "strides")]
-        self.kind = (type(descriptor), descriptor.base.dtype, len(descriptor.shape), *options)
-        self.view = view
+    def __init__(self, kind: tuple[object, ...], view: View) -> None:
+        self.kind, self.view = kind, view
         self._encoded: dict[str, list[Any]] = {}
 
     def encoded(self, descriptor: Any, encoding: "Encoding") -> list[Any]:
@@ -162,10 +174,3 @@ def encoded(descriptor: Any, encoding: "Encoding") -> list[Any]:
     """The kernel's arguments for a descriptor of `Descriptors`: the CUtensorMap, sizes, strides."""
     kept: Kept = getattr(descriptor, _KEPT)
     return kept.encoded(descriptor, encoding)
-
-
-def _keep(descriptor: Any, view: View) -> Any:
-    kept = Kept(descriptor, view)
-    descriptor.base = _Memory(descriptor.base.data_ptr(), descriptor.base.dtype)
-    setattr(descriptor, _KEPT, kept)
-    return descriptor

@@ -37,9 +37,10 @@ def fast_launch(kernel: Any) -> Any:
 
     The first launch of a combination is Triton's own, and compiles. Later ones are found by names and values of the
     keyword arguments, and for each positional argument by its dtype and the last four bits of its address (a tensor on
-    the current GPU), whether it is 1 or a multiple of 16 and how large it is (an int), that it is None, or what a block
-    of it is (a tensor descriptor of `Descriptors`). These decide all that Triton specialises on, so a kernel
-    never runs on arguments that it was not compiled for, and a new token count is launched by what others left.
+    the current GPU), whether it is 1 or a multiple of 16 and how large it is (an int, of which the size alone counts
+    where the kernel is not specialised on it), that it is None, or what a block of it is (a tensor descriptor of
+    `Descriptors`). These decide all that Triton specialises on, so a kernel never runs on arguments that it was not
+    compiled for, and a new token count is launched by what others left.
     Constants must be keyword arguments.
 
     Every other launch takes Triton's own path too: with floats, bools, other descriptors, tensors elsewhere or of other
@@ -91,6 +92,7 @@ class FastKernel:
 
     def __init__(self, kernel: Any) -> None:
         self.kernel = kernel
+        self._specialized = tuple(not param.do_not_specialize for param in kernel.params)
         self._launches: dict[tuple[Any, ...], Launch] = {}
 
     def __getattr__(self, name: str) -> Any:
@@ -101,33 +103,29 @@ class FastKernel:
 
     def _run(self, grid: tuple[int, ...], *args: Any, **constants: Any) -> None:
         device = internals.current_device()
-        key = [device, tuple(constants), *constants.values()]
-        values: list[Any] = []
-        for arg in args:
+        key = [device, len(constants), *constants, *constants.values()]
+        add, values, specialized = key.append, list(args), self._specialized
+        for place, arg in enumerate(args):
             kind = type(arg)
             if kind in _TENSORS:
                 if arg.get_device() != device:
                     self._run_ordinarily(grid, args, constants)
                     return
                 # The launcher would ask the driver about the address of a tensor; it takes an int as it is.
-                address = arg.data_ptr()
-                values.append(address)
-                key.append(arg.dtype)
-                key.append(address & 15)
+                values[place] = address = arg.data_ptr()
+                add((arg.dtype, address & 15) if address & 15 else arg.dtype)
             elif kind is int:
-                values.append(arg)
                 # As Triton: 1 is a constant, multiples of 16 are known as such, and larger numbers have more bits.
-                key.append(arg == 1 or (arg & 15 == 0, arg >> 31))
+                size = arg >> 31
+                add(size if not specialized[place] else "1" if arg == 1 else 2 * size + (not arg & 15))
             elif arg is None:
-                values.append(arg)
-                key.append(arg)
+                add(arg)
             else:
                 kept = kept_on(arg)
                 if kept is None:
                     self._run_ordinarily(grid, args, constants)
                     return
-                values.append(arg)
-                key.append(kept.kind)
+                add(kept.kind)
         launch = self._launches.get(tuple(key))
         if launch is None or internals.launch_hooks():
             self._remember(tuple(key), self._run_ordinarily(grid, args, constants), len(args))

@@ -107,12 +107,17 @@ def persistent_configs(problem: MoEProblem, features: Features) -> tuple[TritonP
     Returns:
         Nothing where no tile fits, see `least_shared_memory`.
     """
-    return _of_layer(problem.layer, features, _heights(problem, features))[0]
+    return _configs_and_least(problem, features)[0]
 
 
 def least_shared_memory(problem: MoEProblem, features: Features) -> int:
     """Bytes that one block needs for the smallest tiles that `persistent_configs` considers."""
-    return _of_layer(problem.layer, features, _heights(problem, features))[1]
+    return _configs_and_least(problem, features)[1]
+
+
+@functools.lru_cache(maxsize=16)  # a problem's memory is asked for first, then its configurations
+def _configs_and_least(problem: MoEProblem, features: Features) -> tuple[tuple[TritonPersistentConfig, ...], int]:
+    return _of_layer(problem.layer, features, _heights(problem, features))
 
 
 # Token counts ask for few different heights, and a new token count is planned while a model serves.

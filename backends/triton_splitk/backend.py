@@ -28,9 +28,6 @@ from moe_dispatch.experts import ExpertWeights
 from moe_dispatch.numerics import QuantizedRows
 from moe_dispatch.problem import QUANT_BLOCK, MoEProblem
 
-# Every CTA reads all ids to find those of its expert.
-MOST_SLOTS = 4096
-
 
 class TritonSplitKBackend(TritonBackend):
     """Two products and a weighted sum in as few launches as there can be, without sorting or a routing pass.
@@ -47,13 +44,7 @@ class TritonSplitKBackend(TritonBackend):
     requirements = triton_requirements(fp8_forms=True, mxfp4=True, transposed=True)
     config_type = SplitKConfig
     stores_to_peers = True
-
-    def further_reasons(self, problem: MoEProblem) -> tuple[str, ...]:
-        """See `Backend.further_reasons`."""
-        reasons = super().further_reasons(problem)
-        if problem.slots > MOST_SLOTS:
-            reasons += (f"made for decode: needs M·topk ≤ {MOST_SLOTS}, got {problem.slots}",)
-        return reasons
+    most_slots = 4096  # Every CTA reads all ids to find those of its expert.
 
     def least_shared_memory(self, problem: MoEProblem) -> int:
         """See `TritonBackend.least_shared_memory`."""

@@ -102,21 +102,23 @@ def least_shared_memory(problem: MoEProblem, device: Features) -> int:
     return _default_and_least(problem, device)[1]
 
 
+@functools.lru_cache(maxsize=16)  # a problem's memory is asked for first, then its default
 def _default_and_least(problem: MoEProblem, device: Features) -> tuple[SplitKConfig, int]:
-    hit = max(problem.expected_experts, 1.0)
-    # A product of e4m3 codes; with dequantised weights it is one of 16 bits, and tiles are those of 16 bits.
-    fp8 = quantization_of(problem).activations
+    hit, slots = max(problem.expected_experts, 1.0), problem.expected_slots
+    quantization, block_k = quantization_of(problem), _block_k(problem)
     mxfp4 = problem.dtype == "mxfp4"
     # Most CTAs of a grid of experts would find nothing to do.
-    by_slot = problem.M == 1 or 8 * problem.expected_slots < problem.E
-    short_down = math.ceil(problem.N / _block_k(problem)) <= _SHORT_DOWN_LOOP
-    wide = not by_slot if fp8 else problem.expected_slots >= 2 * hit or (short_down and not by_slot)
-    narrow = quantization_of(problem).dequantizes and not mxfp4
+    by_slot = problem.M == 1 or 8 * slots < problem.E
+    blocks = math.ceil(problem.N / block_k)
+    # A product of e4m3 codes; with dequantised weights it is one of 16 bits, and tiles are those of 16 bits.
+    fp8, short_down = quantization.activations, blocks <= _SHORT_DOWN_LOOP
+    wide = not by_slot if fp8 else slots >= 2 * hit or (short_down and not by_slot)
+    narrow = quantization.dequantizes and not mxfp4
     few_warps = mxfp4 and by_slot
     block_n: Literal[64, 128] = _WIDE if (mxfp4 and not by_slot) or (wide and not narrow) else 64
     lacking = _LEAST_CTAS_PER_SM * (2 if few_warps else 1) * device.sms * block_n / (hit * problem.K)
-    splits = _splits(lacking, math.ceil(problem.N / _block_k(problem)))
-    return _of_layer(problem.layer, device, _block_m(problem), block_n, splits, by_slot=by_slot, few_warps=few_warps)
+    splits, block_m = _splits(lacking, blocks), _block_m(problem, quantization)
+    return _of_layer(problem.layer, device, block_m, block_n, splits, by_slot=by_slot, few_warps=few_warps)
 
 
 # Token counts ask for few different ones, and a new token count is planned while a model serves.
@@ -215,12 +217,12 @@ def _block_k(problem: MoEProblem) -> Literal[64, 128]:
     return 128 if problem.dtype != "fp32" and problem.K % 128 == 0 and problem.N % 128 == 0 else 64
 
 
-def _block_m(problem: MoEProblem) -> Literal[8, 16, 32, 64]:
+def _block_m(problem: MoEProblem, quantization: Quantization) -> Literal[8, 16, 32, 64]:
     mean = problem.expected_slots / problem.E
     # Three deviations above the mean of a Poisson load: few experts read their weights twice. With MXFP4 a wider block
     # costs more than a second pass: gpt-oss-20b at M=64 takes 205 µs with 16 tokens, 242 with 32 and 290 with 8.
     usual = mean + (2 if problem.dtype == "mxfp4" else 3) * math.sqrt(mean)
-    if usual <= 8 and quantization_of(problem).dequantizes:
+    if usual <= 8 and quantization.dequantizes:
         return 8
     return 16 if usual <= 16 else 32 if usual <= 32 else 64
 

@@ -71,5 +71,6 @@ def splitk_gate_up(
         PARTIAL=config.partial_sums(quantization, gated=experts.gated), GATED=experts.gated,
         INTERLEAVED=experts.interleaved, TRANSPOSED=experts.transposed,
         ROW_SCALES=experts.K // 32 if quantization.scales == "mx" else 1,
-        HAS_BIAS=experts.gate_up_bias is not None, ACTIVATION=experts.activation, IDS_READY=ids_ready, **config.launch(quantization),
+        HAS_BIAS=experts.gate_up_bias is not None, ACTIVATION=experts.activation,
+        IDS_READY=ids_ready, **config.launch(quantization),
     )  # fmt: skip

@@ -18,9 +18,6 @@ from moe_dispatch.errors import InvalidInputError
 from moe_dispatch.experts import ExpertWeights
 from moe_dispatch.problem import ELEMENT_BYTES, MoEProblem
 
-# Far beyond the few slots for which it is made: each reads its expert's weights by itself.
-MOST_SLOTS = 4096
-
 
 class TritonVectorBackend(TritonBackend):
     """Two products without tensor cores, each slot served by itself; the second sums over a token's experts.
@@ -36,13 +33,7 @@ class TritonVectorBackend(TritonBackend):
     requirements = triton_requirements(fp8_forms=True)
     config_type = TritonVectorConfig
     stores_to_peers = True
-
-    def further_reasons(self, problem: MoEProblem) -> tuple[str, ...]:
-        """See `Backend.further_reasons`."""
-        reasons = super().further_reasons(problem)
-        if problem.slots > MOST_SLOTS:
-            reasons += (f"made for decode: needs M·topk ≤ {MOST_SLOTS}, got {problem.slots}",)
-        return reasons
+    most_slots = 4096  # Far beyond the few slots for which it is made: each reads its expert's weights by itself.
 
     def quantizes_activations(self, problem: MoEProblem) -> bool:
         """See `Backend.quantizes_activations`: not with FP8 weights on any device."""

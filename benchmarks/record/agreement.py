@@ -11,11 +11,12 @@ from typing import Final
 
 from moe_dispatch.benchmarks.targets import Target, TargetResult
 from moe_dispatch.machine import Machine
-from moe_dispatch.policies.learned.defaults import default_identity, find_backend
+from moe_dispatch.policies.learned.defaults import default_identity
 from moe_dispatch.policies.measurements.schema import CalibrationFile, Identity, LayerShape
 from moe_dispatch.policies.measurements.table import tables
 from moe_dispatch.policies.rules import RulesPolicy
 from moe_dispatch.problem import Mode
+from moe_dispatch.registry import make_backend
 
 # What calibrations of one machine have to show.
 SECONDS: Final = Target("seconds of the calibration", 150.0, at_least=False)
@@ -155,7 +156,7 @@ def _rules_time(
     """Time of the backend that the rules would have run, in its default configuration."""
     problem = layer.problem(M, machine, mode)
     for choice in RulesPolicy(machine).rank(problem):
-        backend = find_backend(choice.backend, machine)
+        backend = make_backend(choice.backend, machine).backend
         took_part = any(name == choice.backend for name, _ in timed)
         if backend is not None and took_part and not backend.unsupported_reasons(problem):
             return timed.get(default_identity(backend, problem))

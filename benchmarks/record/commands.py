@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from moe_dispatch.commands.options import AsJson
 from moe_dispatch.errors import InvalidInputError
 from moe_dispatch.policies.measurements.schema import CalibrationFile, parse_calibration, read_bytes
 from moe_dispatch.system.compression import compressed
@@ -19,7 +20,7 @@ def agree(
         list[Path] | None, typer.Option(help="A later calibration of token counts between the first's; repeatable.")
     ] = None,
     seconds: Annotated[float | None, typer.Option(help="Duration of the first calibration in seconds.")] = None,
-    json_: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+    json_: AsJson = False,
 ) -> None:
     """Print whether calibrations of one machine agree, and what the first one's choices lose by the others' times."""
     from moe_dispatch.benchmarks.record import agreement

@@ -16,6 +16,7 @@ Not every choice has a time:
 """
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,15 +26,15 @@ from moe_dispatch.benchmarks.rows import BenchRow
 from moe_dispatch.errors import InvalidInputError
 from moe_dispatch.machine import Machine
 from moe_dispatch.policies.calibration.request import DEFAULT_ROUTINGS
-from moe_dispatch.policies.learned.defaults import default_identity, find_backend
+from moe_dispatch.policies.learned.defaults import default_identity
 from moe_dispatch.policies.learned.fit import Observation, fit_model
 from moe_dispatch.policies.learned.policy import LearnedPolicy
 from moe_dispatch.policies.measurements.schema import Identity
-from moe_dispatch.policies.measurements.table import curves, geometric_mean
+from moe_dispatch.policies.measurements.table import geometric_mean
 from moe_dispatch.policies.rules import FAMILIES, RulesPolicy
 from moe_dispatch.policy import Choice
 from moe_dispatch.problem import MoEProblem
-from moe_dispatch.registry import BACKENDS
+from moe_dispatch.registry import BACKENDS, make_backend
 from moe_dispatch.workloads import WORKLOADS, Workload
 
 # When vLLM 0.20.2 gives a block FP8 layer to DeepGEMM (`_valid_deep_gemm` in fused_moe/experts/deep_gemm_moe.py, called
@@ -190,23 +191,29 @@ def _learned(observations: Sequence[Observation], machine: Machine) -> Rank:
 
 
 def _between(points: Mapping[MoEProblem, Times]) -> dict[MoEProblem, dict[Identity, float]]:
-    """Interpolated times of candidates that were measured below and above a token count and not at it."""
+    """Times of candidates that were measured below and above a token count and not at it, as powers of M."""
     by_layer: dict[MoEProblem, dict[int, Times]] = {}
     for problem, times in points.items():
         by_layer.setdefault(dataclasses.replace(problem, M=1), {})[problem.M] = times
     interpolated: dict[MoEProblem, dict[Identity, float]] = {}
     for layer, by_tokens in by_layer.items():
-        for curve in curves(by_tokens):
-            for M in by_tokens:
-                if curve.tokens[0] < M < curve.tokens[-1] and M not in curve.tokens:
-                    interpolated.setdefault(dataclasses.replace(layer, M=M), {})[curve.identity] = curve.at(M)
+        measured: dict[Identity, list[tuple[int, float]]] = {}
+        for M, times in sorted(by_tokens.items()):
+            for identity, us in times.items():
+                measured.setdefault(identity, []).append((M, math.log(us)))
+        for identity, logs in measured.items():
+            for (lower, log), (upper, upper_log) in itertools.pairwise(logs):
+                for M in filter(range(lower + 1, upper).__contains__, by_tokens):
+                    share = math.log(M / lower) / math.log(upper / lower)
+                    us = math.exp((1 - share) * log + share * upper_log)
+                    interpolated.setdefault(dataclasses.replace(layer, M=M), {})[identity] = us
     return interpolated
 
 
 def _judged(ranking: Sequence[Choice], problem: MoEProblem, times: Times, least: float, machine: Machine) -> Judged:
     unmeasured = False
     for choice in ranking:
-        backend = find_backend(choice.backend, machine)
+        backend = make_backend(choice.backend, machine).backend
         if backend is None or backend.unsupported_reasons(problem):
             continue
         default = default_identity(backend, problem)

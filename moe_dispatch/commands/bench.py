@@ -18,13 +18,15 @@ from rich.table import Table
 
 from moe_dispatch.commands.console import ERR, INTERRUPTED, OUT, heading, machine_line, microseconds, plain, table
 from moe_dispatch.commands.options import (
+    AsJson,
     Dtypes,
     Models,
     Routings,
     TensorParallel,
-    dtype_of,
+    dtypes_of,
     modes_of,
-    not_negative,
+    routing_names,
+    seconds_of,
     tokens_of,
 )
 from moe_dispatch.errors import InvalidInputError, UnknownNameError
@@ -78,22 +80,24 @@ def bench(
     ] = 0.0,
     baselines: Annotated[bool, typer.Option(help="Also run the baselines, as their own users would.")] = True,
     plot: Annotated[bool, typer.Option("--plot", help="Draw the rows next to their file.")] = False,
-    json_: Annotated[bool, typer.Option("--json", help="Print the rows as JSON Lines instead of a table.")] = False,
+    json_: AsJson = False,
 ) -> None:
     """Time whole MoE layers, correct results only, beside the baselines. Runs can be resumed and plotted."""
     from moe_dispatch.dispatch.process import get_dispatcher
+    from moe_dispatch.workloads import ROUTINGS
 
-    deadline = math.inf if budget is None else time.perf_counter() + not_negative("--budget", budget)
-    not_negative("--seconds", seconds)
-    not_negative("--energy", energy)
+    deadline = math.inf if budget is None else time.perf_counter() + seconds_of("--budget", budget, zero=True)
+    seconds_of("--seconds", seconds, zero=True)
+    seconds_of("--energy", energy, zero=True)
     dispatcher = get_dispatcher()
     machine = dispatcher.machine
     notes: list[str] = []
     if suite is None:
         plans = [
             _plan(
-                dispatcher, notes, workloads=_workloads(model or MODELS, tp), dtypes=_dtypes(dtype or DTYPES),
-                tokens=tuple(sorted(set(tokens_of(tokens)))), routings=tuple(map(_routing, routing or ("uniform",))),
+                dispatcher, notes, workloads=_workloads(model or MODELS, tp), dtypes=tuple(dtypes_of(dtype or DTYPES)),
+                tokens=tuple(sorted(set(tokens_of(tokens)))),
+                routings=tuple(ROUTINGS[name] for name in routing_names(routing or ("uniform",))),
                 modes=_modes(mode, machine), names=backend, with_baselines=baselines, configs=_configs(config),
                 point_s=seconds,
             )
@@ -170,7 +174,7 @@ def _suite_plans(
     return list(
         suite.plans(
             _workloads(models or suite.models),
-            _dtypes(dtypes or suite.dtypes),
+            tuple(dtypes_of(dtypes or suite.dtypes)),
             {backend.name: backend for backend in backends},
             {name: BASELINES[name](dispatcher.machine) for name in suite.baselines},
         )
@@ -200,10 +204,6 @@ def _workloads(names: Sequence[str], tp: int = 1) -> "tuple[Workload, ...]":
     return tuple(workload(name).sharded(tp) for name in names)
 
 
-def _dtypes(names: Sequence[str]) -> tuple[DType, ...]:
-    return tuple(dict.fromkeys(map(dtype_of, names)))
-
-
 def _runners(
     names: Sequence[str] | None, backends: tuple[str, ...], baselines: tuple[str, ...], *, with_baselines: bool
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -217,14 +217,6 @@ def _runners(
     if "all" in names:
         wanted |= {*backends, *(baselines if with_baselines else ())}
     return tuple(n for n in backends if n in wanted), tuple(n for n in baselines if n in wanted)
-
-
-def _routing(name: str) -> "RoutingDistribution":
-    from moe_dispatch.workloads import ROUTINGS
-
-    if name not in ROUTINGS:
-        raise UnknownNameError("routing distribution", name, tuple(ROUTINGS))
-    return ROUTINGS[name]
 
 
 def _configs(text: str) -> "Configs":

@@ -17,8 +17,8 @@ from moe_dispatch.commands.options import (
     TensorParallel,
     dtypes_of,
     modes_of,
-    positive,
     routing_names,
+    seconds_of,
     tokens_of,
 )
 from moe_dispatch.commands.progress import progress
@@ -78,8 +78,8 @@ def calibrate(
     counts = tokens_of(tokens) if tokens else None
     modes = None if mode == "both" else modes_of(mode)
     routings = routing_names(routing) if routing else DEFAULT_ROUTINGS
-    budget_s = None if budget is None else positive("--budget", budget)
-    timeout_s = positive("--timeout", timeout)
+    budget_s = None if budget is None else seconds_of("--budget", budget)
+    timeout_s = seconds_of("--timeout", timeout)
     if parallel:
         from moe_dispatch.commands.parallel import calibrate_ranks
 

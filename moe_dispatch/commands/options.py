@@ -154,23 +154,13 @@ def routing_names(names: Iterable[str]) -> list[str]:
     return checked
 
 
-def positive(option: str, value: float) -> float:
-    """A finite number of seconds above 0.
+def seconds_of(option: str, value: float, *, zero: bool = False) -> float:
+    """A finite number of seconds above 0, or at least 0 where zero is allowed.
 
     Raises:
         InvalidInputError: It is not.
     """
-    if not (math.isfinite(value) and value > 0):
-        raise InvalidInputError(f"{option} must be a number of seconds above 0, got {value}")
-    return value
-
-
-def not_negative(option: str, value: float) -> float:
-    """A finite number of seconds, at least 0.
-
-    Raises:
-        InvalidInputError: It is not.
-    """
-    if not (math.isfinite(value) and value >= 0):
-        raise InvalidInputError(f"{option} must be a number of seconds, at least 0, got {value}")
+    if not (math.isfinite(value) and (value > 0 or (zero and value == 0))):
+        allowed = "seconds, at least 0" if zero else "seconds above 0"
+        raise InvalidInputError(f"{option} must be a number of {allowed}, got {value}")
     return value

@@ -1,8 +1,8 @@
 """The backends of one machine: made once, asked why they cannot run, and probed before they are trusted."""
 
 import dataclasses
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 
 import torch
 
@@ -10,11 +10,11 @@ from moe_dispatch.backend import Backend
 from moe_dispatch.dispatch.errors import DeviceLostError
 from moe_dispatch.dispatch.first_calls import FIRST_CALLS, wait_for_earlier_work
 from moe_dispatch.dispatch.probe import probe
-from moe_dispatch.dispatch.quarantine import Quarantine
+from moe_dispatch.dispatch.quarantine import Quarantine, QuarantineEntry
 from moe_dispatch.guard import FOREIGN_ERRORS
 from moe_dispatch.machine import Machine
 from moe_dispatch.problem import MoEProblem
-from moe_dispatch.registry import BACKENDS, MadeBackend, make_backend
+from moe_dispatch.registry import BACKENDS, MadeBackends
 from moe_dispatch.system import failures
 
 
@@ -37,7 +37,22 @@ class BackendStatus:
     install_hint: str
 
 
-class BackendPool:
+@dataclass
+class _Answers:
+    """What was answered about the problem that was asked about last: policy and planner ask the same of it.
+
+    Attributes:
+        problem: The problem.
+        supported: Backends that gave no reason against it.
+        recorded: By backend, what alone bars it: a failure of an earlier process.
+    """
+
+    problem: MoEProblem | None
+    supported: set[str] = field(default_factory=set)
+    recorded: dict[str, QuarantineEntry] = field(default_factory=dict)
+
+
+class BackendPool(MadeBackends):
     """Backends by name.
 
     No lock is held while a backend's code runs, which may itself call `moe_forward`, here or from a thread of its own.
@@ -53,18 +68,10 @@ class BackendPool:
     def __init__(
         self, machine: Machine, disabled: frozenset[str], quarantine: Quarantine, barred: Mapping[str, str]
     ) -> None:
-        self._machine, self._disabled, self._quarantine, self._barred = machine, disabled, quarantine, barred
-        self._made: dict[str, MadeBackend] = {}
+        super().__init__(machine)
+        self._disabled, self._quarantine, self._barred = disabled, quarantine, barred
         self._probe_failures: dict[tuple[str, MoEProblem], str] = {}
-
-    def made(self, name: str) -> MadeBackend:
-        """The backend behind a name, or why it runs nothing here."""
-        made = self._made.get(name)
-        if made is None:
-            made = make_backend(name, self._machine)
-            if made.registered:  # an unknown name may be registered later
-                made = self._made.setdefault(name, made)
-        return made
+        self._latest = _Answers(None)
 
     def reasons_against(self, name: str, problem: MoEProblem, *, chosen_by_name: bool = False) -> tuple[str, ...]:
         """Every reason, known without running anything, against giving `problem` to a backend.
@@ -77,15 +84,27 @@ class BackendPool:
         made = self.made(name)
         reasons = list(made.reasons)
         if made.backend is not None:
-            reasons += made.backend.unsupported_reasons(problem)
+            answers = self._latest
+            if answers.problem is not problem:
+                answers = self._latest = _Answers(problem)
+            if name not in answers.supported:
+                reasons += made.backend.unsupported_reasons(problem)
+                if reasons == list(made.reasons):
+                    answers.supported.add(name)
             if not chosen_by_name:
                 if name in self._disabled:
                     reasons.append("disabled by MOE_DISPATCH_DISABLE")
                 if name in self._barred:
                     reasons.append(self._barred[name])
                 if cause := self._quarantine.cause(name, problem):
+                    if not reasons and (entry := self._quarantine.recorded(name, problem)):
+                        answers.recorded[name] = entry
                     reasons.append(f"quarantined for such problems: {cause}")
         return tuple(reasons)
+
+    def recorded(self, problem: MoEProblem) -> Iterable[QuarantineEntry]:
+        """Failures of earlier processes that alone kept backends from the problem that was asked about last."""
+        return self._latest.recorded.values() if self._latest.problem is problem else ()
 
     def probe_failure(self, name: str, problem: MoEProblem, device: torch.device) -> str:
         """Why a backend's results cannot be trusted, found by its probe; empty if they can. Probes once per dtype.

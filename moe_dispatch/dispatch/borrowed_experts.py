@@ -10,13 +10,18 @@ from moe_dispatch.experts import ExpertWeights
 from moe_dispatch.numerics import FP8
 
 
+def _lent(experts: "BorrowedExperts", attribute: str) -> Tensor | None:
+    """The tensor itself; None where the layer has none, or it was freed."""
+    held: Tensor | weakref.ref[Tensor] | None = getattr(experts, attribute)
+    return held() if isinstance(held, weakref.ref) else held
+
+
 def _borrowed(name: str) -> Any:
     """An attribute that holds a lent tensor weakly and hands it out without its gradient, as backends index it."""
     attribute = f"_{name}"
 
     def get(experts: "BorrowedExperts") -> Tensor | None:
-        held: Tensor | weakref.ref[Tensor] | None = getattr(experts, attribute)
-        tensor = held() if isinstance(held, weakref.ref) else held
+        tensor = _lent(experts, attribute)
         if tensor is None:
             return None
         if tensor.requires_grad and (torch.is_grad_enabled() or tensor.dtype == FP8):
@@ -46,6 +51,13 @@ class BorrowedExperts(ExpertWeights):
     def lend(self, name: str, tensor: Tensor) -> None:
         """Hold a tensor weakly from now on, in place of an alias of it."""
         setattr(self, f"_{name}", weakref.ref(tensor))
+
+    @property
+    def moved(self) -> bool:
+        """See `ExpertWeights.moved`: without views of the lent tensors, which take the host longer than all else."""
+        gate_up, down = _lent(self, "_gate_up"), _lent(self, "_down")
+        # One that was freed has no address, and raises as it does in the base class.
+        return gate_up.data_ptr() != self.gate_up_address or down.data_ptr() != self.down_address  # type: ignore[union-attr]
 
     def as_indexed(self, name: str, tensor: Tensor) -> Tensor:  # noqa: ARG002 - for subclasses
         """A lent tensor as backends index it."""

@@ -212,5 +212,6 @@ def _dispatcher_for(problem: MoEProblem) -> Dispatcher:
 
 
 def on_device(device: torch.device) -> AbstractContextManager[object]:
-    """Make a GPU the current one; a CPU needs nothing."""
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+    """Make a GPU the current one; a CPU, and the current GPU, need nothing."""
+    is_other = device.type == "cuda" and torch.cuda.current_device() != device.index
+    return torch.cuda.device(device) if is_other else nullcontext()

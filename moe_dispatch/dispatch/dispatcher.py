@@ -2,7 +2,6 @@
 
 import contextlib
 import logging
-import operator
 import threading
 from collections.abc import Mapping
 from typing import Any, Final
@@ -77,6 +76,7 @@ class Dispatcher:
         self._recovery = Recovery(self, self.planner, self.quarantine, self._counters)
         self.arrived = ArrivedCalls(self, self.planner, self.quarantine, self._counters, self._recovery)
         self._plans: dict[PlanKey, Plan] = {}
+        self._checked: set[PlanKey] = set()  # kinds of call that passed every check, whatever their token count
         self._settled = SettledPlans(on_cuda=self._on_cuda)
         self.last_plan: Plan | None = None
         self._lock = threading.RLock()
@@ -108,6 +108,8 @@ class Dispatcher:
         if plan is None:
             return self._forward(hidden_states, experts, topk_weights, topk_ids, backend, out, grad=grad)
         try:
+            if plan.widens:
+                topk_weights = topk_weights.float()
             result = plan.run(hidden_states, experts, topk_weights, topk_ids, plan.config)
         except FOREIGN_ERRORS as error:
             return self._recovery.recover(plan, error, (hidden_states, experts, topk_weights, topk_ids))
@@ -130,7 +132,8 @@ class Dispatcher:
         """`forward` of a call of any kind.
 
         The key holds everything that a check, a policy or a backend may ask of a call, so a kind of call that is known
-        needs none of them. Weights at another address than before are checked again.
+        needs none of them, and one that differs from such a kind in its token count alone is planned and not checked.
+        Weights at another address than before are checked again.
         """
         try:
             key = (
@@ -159,21 +162,21 @@ class Dispatcher:
                 check_out(out, arguments, needs_grad=False)  # raises
             return self._recovery.run_transformed(arguments, backend, out)
         if plan is None:
-            check(hidden_states, experts, topk_weights, topk_ids, backend)
             arguments = (hidden_states, experts, topk_weights, topk_ids)
+            kind = _without_tokens(key)
+            has_memory = self._check(kind, arguments, backend)
             if out is not None:
                 check_out(out, arguments, needs_grad=grad)
             if not hidden_states.shape[0] and not grad:
                 self.planner.named(backend)
                 return hidden_states.clone() if out is None else out
-            if not have_memory(arguments):
+            if not has_memory:
                 return self._recovery.run_transformed(arguments, backend, out)
             # The reference puts every tensor that requires a gradient into the graph, without a token too.
-            plan = self._plan(key, experts)
+            plan = self._plan(key, kind, experts)
         try:
-            if plan.widens:
-                topk_weights = topk_weights.float()
-            inputs = (hidden_states.contiguous(), experts, topk_weights.contiguous(), topk_ids.contiguous())
+            weights = topk_weights.float() if plan.widens else topk_weights
+            inputs = (hidden_states.contiguous(), experts, weights.contiguous(), topk_ids.contiguous())
         except RuntimeError as error:
             self._recovery.raise_if_lost(error)
             check(hidden_states, experts, topk_weights, topk_ids, backend)  # such as sparse tensors
@@ -242,7 +245,14 @@ class Dispatcher:
 
     # Plans.
 
-    def _plan(self, key: PlanKey, experts: ExpertWeights) -> Plan:
+    def _check(self, kind: PlanKey, arguments: Inputs, backend: str | None) -> bool:
+        """Refuse a call that is at fault, unless its kind is known to be sound; whether its tensors have memory."""
+        if kind in self._checked and have_memory(arguments):
+            return True
+        check(*arguments, backend)
+        return have_memory(arguments)
+
+    def _plan(self, key: PlanKey, kind: PlanKey, experts: ExpertWeights) -> Plan:
         problem = self._problem(key, experts)
         with FIRST_CALLS.planning():
             plan = self.planner.plan(problem, experts, key[-2], into=key[-1] is not None)
@@ -252,6 +262,10 @@ class Dispatcher:
                 if len(self._plans) >= MAX_PLANS:
                     self._forget(next(iter(self._plans)))
                 plan = self._plans.setdefault(key, plan)  # another thread may have been faster
+                if len(self._checked) >= MAX_PLANS:
+                    self._checked.clear()
+                if kind:
+                    self._checked.add(kind)
         if not plan.proven and problem.mode == "eager":
             self._recovery.wait_for_earlier_work(experts.device)
         return plan
@@ -275,11 +289,12 @@ class Dispatcher:
         if calls == FAST_PATH_CALLS:
             self._prepare_fast_path(plan, inputs)
             return
-        unconverted = all(map(operator.is_, inputs, arguments))
-        if calls >= SETTLING_CALLS and unconverted and not plan.into and plan.problem.mode == "eager":
+        hidden_states, _, *rest = arguments
+        settles = calls >= SETTLING_CALLS and not plan.into and plan.problem.mode == "eager"
+        if settles and all(tensor.is_contiguous() for tensor in (hidden_states, *rest)):
             with self._lock:
                 if self._plans.get(key) is plan:
-                    self._settled.keep(plan, inputs, key[-2])
+                    self._settled.keep(plan, arguments, key[-2])
 
     def drop_plans(self, backend: str, bucket: MoEProblem) -> None:
         """Drop the plans that a policy made for a backend, for problems of one bucket."""
@@ -358,6 +373,16 @@ class Dispatcher:
             logger.info("%s did not prepare for %s: %s", plan.choice.backend, problem, failures.summary(error))
             return
         plan.run = run
+
+
+def _without_tokens(key: PlanKey) -> PlanKey:
+    """What the calls of a key have in common with those of another token count; empty where M is not the same for all.
+
+    Nothing that `check` asks depends on M beside that. Memory for the output is checked in every new kind of call.
+    """
+    spec, rows, weights, ids, *rest, _ = key
+    agree = weights == ids and len(rows) == len(ids) == 2 and rows[0] == ids[0]
+    return (spec, rows[1], ids[1], *rest) if agree else ()
 
 
 def _check_result(result: object, inputs: Inputs, out: Tensor | None) -> None:

@@ -10,6 +10,7 @@ import contextlib
 import os
 import threading
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from typing import Final
 
 import torch
@@ -26,32 +27,28 @@ class FirstCalls:
     """The threads that are in a first call, and the backends that they run for the first time."""
 
     def __init__(self) -> None:
-        self._changed = threading.Condition(threading.Lock())
+        self._lock = threading.Lock()
+        self._changed = threading.Condition(self._lock)
         self._backends: dict[int, list[str]] = {}
 
-    @contextlib.contextmanager
-    def planning(self) -> Iterator[None]:
+    def planning(self) -> AbstractContextManager[None]:
         """While this thread plans a kind of call."""
-        with self._listed(""):
-            yield
+        return self._listed("")
 
-    @contextlib.contextmanager
-    def running(self, backend: str) -> Iterator[None]:
+    def running(self, backend: str) -> AbstractContextManager[None]:
         """While this thread probes a backend or runs a kind of call on it for the first time.
 
         Raises:
             RecursionError: The backend is calling itself by way of `moe_forward`.
         """
-        with self._listed(backend):
-            yield
+        return self._listed(backend)
 
     @contextlib.contextmanager
     def _listed(self, backend: str) -> Iterator[None]:
         thread = threading.get_ident()
-        with self._changed:
+        with self._lock:
             mine = self._backends.get(thread, [])
-            running = sum(backend in names for names in self._backends.values())
-            if backend and (backend in mine or running >= MAX_CONCURRENT):
+            if backend and (backend in mine or self._running(backend) >= MAX_CONCURRENT):
                 raise RecursionError(
                     f"backend {backend!r} calls moe_forward, which chooses {backend!r} again; a backend that wraps "
                     "another one names it: moe_forward(…, backend=…)"
@@ -60,11 +57,14 @@ class FirstCalls:
         try:
             yield
         finally:
-            with self._changed:
+            with self._lock:
                 mine.pop()
                 if not mine:
                     del self._backends[thread]
                 self._changed.notify_all()
+
+    def _running(self, backend: str) -> int:
+        return sum(backend in names for names in self._backends.values())
 
     def before_fork(self) -> None:
         """Wait for the first calls of other threads, and keep new ones from starting until the fork is done."""
@@ -79,7 +79,8 @@ class FirstCalls:
     def after_fork_in_child(self) -> None:
         """Forget the other threads, which this process does not have."""
         thread = threading.get_ident()
-        self._changed = threading.Condition(threading.Lock())
+        self._lock = threading.Lock()
+        self._changed = threading.Condition(self._lock)
         self._backends = {other: names for other, names in self._backends.items() if other == thread}
 
 

@@ -5,6 +5,7 @@ kept, and the module `BACKWARD` computes the gradients from them. Everything els
 of the backend: forward mode, torch.func's transforms, and second derivatives. Only the reference allows that.
 """
 
+import functools
 import importlib
 from collections.abc import Iterable
 from typing import Final, NamedTuple, Protocol, cast
@@ -102,7 +103,7 @@ def compute_gradients(gradient: Tensor, inputs: Inputs, wanted: Wanted, machine:
         machine: The layer's machine; its GPU is the current device.
     """
     hidden_states, experts, topk_weights, topk_ids = inputs
-    contiguous = (hidden_states.contiguous(), experts, topk_weights.float().contiguous(), topk_ids.contiguous())
+    contiguous = (hidden_states.contiguous(), experts, topk_weights.contiguous(), topk_ids.contiguous())
     device = experts.device.type
     if any_autocast_enabled() and torch.is_autocast_enabled(device):
         # A backward started under autocast rounds no more than one started outside.
@@ -120,5 +121,6 @@ def explain_backward(experts: ExpertWeights, machine: Machine) -> str:
     return _backward().explain(experts, machine)
 
 
+@functools.cache
 def _backward() -> _Backward:
     return cast("_Backward", importlib.import_module(BACKWARD))

@@ -31,6 +31,9 @@ is_capturing: Final[Callable[[], bool]] = getattr(
 # Whether a transform of torch.func is at work. The reserve leaves it open.
 transforms_active: Final[Callable[[], bool]] = getattr(torch._C, "_are_functorch_transforms_active", lambda: True)
 
+# How many modes of torch see every operator, such as tracers and counters. The reserve says that one may.
+dispatch_modes: Final[Callable[[], int]] = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 1)
+
 _LEVEL_IS_KNOWN: Final = isinstance(getattr(forward_ad, "_current_level", None), int)
 
 

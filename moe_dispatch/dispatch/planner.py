@@ -195,7 +195,6 @@ class Planner:
     def _best_plan(self, problem: MoEProblem, experts: ExpertWeights, *, into: bool) -> Plan:
         against: dict[str, tuple[str, ...]] = {}
         faults: dict[str, str] = {}
-        recorded: dict[str, QuarantineEntry] = {}
         unproven: Plan | None = None
         best: Plan | None = None
         for choice in self._rank(problem):
@@ -209,8 +208,6 @@ class Planner:
                     faults[choice.backend] = failure
             if reasons or isinstance(config, tuple):
                 against.setdefault(choice.backend, reasons)
-                if len(reasons) == 1 and (entry := self._quarantine.recorded(choice.backend, problem)):
-                    recorded[choice.backend] = entry
                 continue
             plan = self._made_plan(problem, choice, config, into=into)
             if problem.mode == "eager" or plan.kind in self._proven:
@@ -228,7 +225,7 @@ class Planner:
             raise NoBackendError(problem, against)
         for name, fault in faults.items():
             self._pass_over(name, problem, fault, best)
-        for entry in recorded.values():
+        for entry in self._pool.recorded(problem):
             self._warn_of_record(entry, best)
         return best
 
@@ -256,8 +253,7 @@ class Planner:
     def _made_plan(
         self, problem: MoEProblem, choice: Choice, config: BackendConfig, remedy: str = "", *, into: bool = False
     ) -> Plan:
-        backend = self._pool.made(choice.backend).require()
-        return Plan(problem, backend, config, choice, remedy, into=into, kept=bool(remedy))
+        return Plan(problem, self.backend(choice.backend), config, choice, remedy, into=into, kept=bool(remedy))
 
     def _rank(self, problem: MoEProblem) -> Iterable[Choice]:
         if problem.needs_grad:
@@ -274,7 +270,7 @@ class Planner:
         for text in self._unknown_names():
             warn(text)
         try:
-            return PolicyChain(self.machine, self._settings.policies)
+            return PolicyChain(self.machine, self._settings.policies, self._pool)
         except UnknownNameError as error:
             raise UnknownNameError(error.kind, error.name, error.known, POLICY_VARIABLE) from None
 
@@ -288,10 +284,11 @@ class Planner:
     def _config(self, choice: Choice, problem: MoEProblem) -> BackendConfig | tuple[str, ...]:
         """A choice's configuration as the backend's own type, or why there is none."""
         try:
-            backend = self._pool.made(choice.backend).require()
+            backend = self.backend(choice.backend)
             if choice.config is None:
                 return backend.default_config(problem)
-            typed = tuple((name, value, type(value)) for name, value in choice.config.items())
+            values = choice.config.values()
+            typed = tuple(zip(choice.config, values, map(type, values), strict=True))
             return _validated(backend.config_type, typed)
         except pydantic.ValidationError as error:
             return (f"does not know the configuration {dict(choice.config or {})}: {error.errors()[0]['msg']}",)

@@ -8,7 +8,7 @@ from typing import Final
 from moe_dispatch.errors import MoEDispatchError, UnknownNameError, warn
 from moe_dispatch.guard import FOREIGN_ERRORS
 from moe_dispatch.machine import Machine
-from moe_dispatch.policy import Choice, Policy
+from moe_dispatch.policy import Choice, Policy, UsableBackends
 from moe_dispatch.problem import MoEProblem
 from moe_dispatch.registry import LAST_RESORT, POLICIES
 from moe_dispatch.system import failures
@@ -16,7 +16,7 @@ from moe_dispatch.system import failures
 _FIELDS: Final[Mapping[str, type | tuple[type, ...]]] = {
     "backend": str,
     "reason": str,
-    "config": (Mapping, NoneType),
+    "config": (dict, NoneType, Mapping),  # the usual ones first
     "us": (int, float, NoneType),
     "policy": str,
 }
@@ -31,17 +31,21 @@ class PolicyChain:
     Args:
         machine: The machine that the policies rank for.
         names: Registered policy names, in order of precedence.
+        backends: Tells the policies what can run; None where nothing is to run, and the machine's backends count.
 
     Raises:
         UnknownNameError: A name is not registered.
     """
 
-    def __init__(self, machine: Machine, names: Sequence[str]) -> None:
+    def __init__(self, machine: Machine, names: Sequence[str], backends: UsableBackends | None = None) -> None:
         self._policies: list[Policy] = []
         self._refusals: list[str] = []
         for name in names:
             try:
-                self._policies.append(POLICIES.load(name)(machine))
+                policy = POLICIES.load(name)(machine)
+                if backends is not None:
+                    policy.consult(backends)
+                self._policies.append(policy)
             except UnknownNameError:
                 raise
             except FOREIGN_ERRORS as error:
@@ -53,17 +57,19 @@ class PolicyChain:
         A policy is asked when all choices of those before it are taken: most calls run the first choice of the first
         policy that knows the layer, and do not pay for the others.
         """
-        ranked: set[tuple[str, str]] = set()
+        ranked: dict[str, list[Choice]] = {}
         for policy in self._policies:
             try:
                 for choice in policy.ranked(problem):
                     checked = _checked(choice, policy.name)
-                    if (identity := (checked.backend, repr(checked.config))) not in ranked:
-                        ranked.add(identity)
+                    earlier = ranked.setdefault(checked.backend, [])
+                    # As text, for 1 equals True and a configuration may tell them apart.
+                    if not (earlier and any(repr(other.config) == repr(checked.config) for other in earlier)):
+                        earlier.append(checked)
                         yield checked
             except FOREIGN_ERRORS as error:
                 self._refuse(policy.name, error)
-        if not any(backend == LAST_RESORT for backend, _ in ranked):
+        if LAST_RESORT not in ranked:
             yield Choice(LAST_RESORT, "runs anywhere", policy="last resort")
 
     def notes(self) -> tuple[str, ...]:

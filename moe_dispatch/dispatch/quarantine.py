@@ -117,6 +117,8 @@ class Quarantine:
         """Why `backend` is barred from problems like this one; empty if it is not."""
         if self._barred and (cause := self._barred.get((backend, problem.bucket))):
             return cause
+        if self._recorded == {}:  # as nearly always, and asked for every new kind of call
+            return ""
         entry = self.recorded(backend, problem)
         return entry.cause if entry else ""
 

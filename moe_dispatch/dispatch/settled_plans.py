@@ -23,7 +23,7 @@ class _Settled(NamedTuple):
 
 
 class SettledPlans:
-    """Plans that calls of their kind run without a check, a conversion or a complete key.
+    """Plans that calls of their kind run without a check or a complete key.
 
     The dispatcher's key asks torch for shape, dtype and device of each tensor, which takes twice as long as all else
     that it does. Here one function in C compares all of that with an earlier call's, and class, strides and
@@ -50,9 +50,15 @@ class SettledPlans:
             pass
         return None
 
-    def keep(self, plan: Plan, inputs: Inputs, backend: str | None) -> None:
-        """Give calls like this one to its plan, which has run it outside of a capture and as it came."""
-        hidden_states, experts, *rest = inputs
+    def keep(self, plan: Plan, arguments: Inputs, backend: str | None) -> None:
+        """Give calls like this one to its plan, which has run it outside of a capture.
+
+        Args:
+            plan: The plan.
+            arguments: What the caller gave, all contiguous; weights in half precision are converted by `Plan.widens`.
+            backend: The backend that the caller named.
+        """
+        hidden_states, experts, *rest = arguments
         key, tensors = (experts.spec, hidden_states.shape, backend), (hidden_states, *rest)
         settled = self._plans.get(key, ())
         known = len(settled) >= MOST_KINDS or any(fits(*tensors) for _, fits in settled)

@@ -18,8 +18,9 @@ from torch import Tensor
 from moe_dispatch.activations import Activation
 from moe_dispatch.dispatch.borrowed_experts import BorrowedExperts
 from moe_dispatch.dispatch.gradients import Gradients, Wanted, is_any_recorded
-from moe_dispatch.dispatch.internals import transforms_active
+from moe_dispatch.dispatch.internals import dispatch_modes, transforms_active
 from moe_dispatch.experts import ExpertWeights
+from moe_dispatch.tensor_memory import address
 
 Weights = TypeVar("Weights", bound=ExpertWeights)
 Run = Callable[[Tensor, ExpertWeights, Tensor, Tensor, str | None, Tensor | None], Tensor]
@@ -196,12 +197,22 @@ def _kept_inputs(ctx: Any) -> tuple[Any, ...]:
     )
 
 
+def _is_plain(gradient: Tensor) -> bool:
+    """Whether autograd alone sees what is done with a gradient: no trace, no mode, no transform."""
+    seen = torch.compiler.is_compiling() or dispatch_modes()
+    return type(gradient) is Tensor and not seen and address(gradient) is not None
+
+
 def _differentiate(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
     """One gradient, or None, for each argument of `_forward`."""
     tensors = _kept_inputs(ctx)
     wanted = Wanted(*_differentiable(ctx.needs_input_grad))
     if torch.is_grad_enabled():
         gradients = _differentiate_differentiably(ctx, gradient, wanted)
+    elif _is_plain(gradient):  # an operator's arguments alone take the host as long as three launches
+        hidden_states, topk_weights, topk_ids, *of_layer = tensors
+        experts = _layer(*of_layer, *ctx.layer_kind)
+        gradients = _compute_gradients(gradient, hidden_states, experts, topk_weights, topk_ids, wanted)
     else:
         computed = torch.ops.moe_dispatch.backward(gradient, *tensors, *ctx.layer_kind, list(wanted))
         gradients = tuple(tensor if is_wanted else None for tensor, is_wanted in zip(computed, wanted, strict=True))
@@ -234,7 +245,8 @@ class _Recorded(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Tensor:
         _keep_inputs(ctx, arguments)
-        return cast("Tensor", torch.ops.moe_dispatch.forward(*arguments))
+        # A mode may be selective checkpointing, which keeps the results of operators by their names.
+        return cast("Tensor", torch.ops.moe_dispatch.forward(*arguments) if dispatch_modes() else _forward(*arguments))
 
     backward = staticmethod(_differentiate)
 

@@ -3,6 +3,7 @@
 import logging
 import threading
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from moe_dispatch.api import explain
@@ -19,13 +20,25 @@ class Takeover:
         engine: The engine's name.
         taken: Description of a layer -> how many are ours.
         left: Reason -> how many layers stay the engine's.
+        captured: Token counts that the engine is going to capture, ascending.
+        most_tokens: The largest batch that it schedules.
+        warmed: Kinds of layers that `engine_warm_up.prepare` has warmed up for.
+        warming: Held while it does.
     """
 
     engine: str
     taken: Counter[str] = field(default_factory=Counter)
     left: Counter[str] = field(default_factory=Counter)
+    captured: tuple[int, ...] = ()
+    most_tokens: int = 0
+    warmed: set[tuple[object, ...]] = field(default_factory=set)
+    warming: threading.Lock = field(default_factory=threading.Lock)
     _told: tuple[int, int] = (0, 0)
     _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def remember_engine(self, captured: Iterable[int], most_tokens: int) -> None:
+        """Keep the token counts that the engine is going to capture, and the largest batch that it schedules."""
+        self.captured, self.most_tokens = tuple(sorted(captured)), most_tokens
 
     def take(self, description: str) -> None:
         """Count a layer as ours."""

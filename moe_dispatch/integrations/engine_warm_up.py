@@ -5,11 +5,10 @@ graphs are captured, so what is allocated here is accounted for, and a capture m
 share their plans: the first one warms up for all.
 """
 
-import threading
 import time
 from collections import Counter
-from collections.abc import Iterable
-from typing import TYPE_CHECKING, Final
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -20,17 +19,6 @@ from moe_dispatch.integrations.engine_takeover import Takeover
 
 if TYPE_CHECKING:
     from moe_dispatch.problem import Mode
-
-_done: Final[set[tuple[object, ...]]] = set()
-_lock: Final = threading.Lock()
-_captured: tuple[int, ...] = ()
-_most_tokens = 0
-
-
-def remember_engine(captured: Iterable[int], most_tokens: int) -> None:
-    """Keep the token counts that the engine is going to capture, and the largest batch that it schedules."""
-    global _captured, _most_tokens
-    _captured, _most_tokens = tuple(sorted(captured)), most_tokens
 
 
 def prepare(takeover: Takeover, experts: ExpertWeights, topk: int, act_dtype: torch.dtype, *, into_out: bool) -> None:
@@ -49,28 +37,27 @@ def prepare(takeover: Takeover, experts: ExpertWeights, topk: int, act_dtype: to
         return
     takeover.tell()
     kind = (experts.spec, topk, act_dtype)
-    if kind in _done:
+    if kind in takeover.warmed:
         return
-    with _lock:
-        if kind in _done:
+    with takeover.warming:
+        if kind in takeover.warmed:
             return
-        _done.add(kind)  # a failure below must not come again with every call: its backend is barred by then
+        takeover.warmed.add(kind)  # a failure below must not come again with every call: its backend is barred by then
         begin = time.monotonic()
-        warm_up(experts, topk, _captured, act_dtype, up_to=_most_tokens, into_out=into_out)
+        warm_up(experts, topk, takeover.captured, act_dtype, up_to=takeover.most_tokens, into_out=into_out)
         takeover.logger.info(
             "moe_dispatch warmed up for %r, M ≤ %d, in %.1f s; %s",
             experts,
-            _most_tokens,
+            takeover.most_tokens,
             time.monotonic() - begin,
-            _choices(experts, topk, act_dtype),
+            _choices(takeover.captured or (1, takeover.most_tokens), experts, topk, act_dtype),
         )
 
 
-def _choices(experts: ExpertWeights, topk: int, act_dtype: torch.dtype) -> str:
+def _choices(counts: Sequence[int], experts: ExpertWeights, topk: int, act_dtype: torch.dtype) -> str:
     """Which backends run at which token counts, which policies chose them, and what would choose better."""
     capability = get_dispatcher(experts.device).machine.capability
     mode: Mode = "eager" if capability is None else "graph"
-    counts = _captured or (1, _most_tokens)
     runs: dict[str, list[int]] = {}
     policies: Counter[str] = Counter()
     for M in counts:

@@ -12,7 +12,7 @@ with other rates, where each term is scaled by its own.
 import math
 from typing import Final, Literal, get_args
 
-from moe_dispatch.problem import MoEProblem
+from moe_dispatch.problem import MoEProblem, stored_bytes
 
 Term = Literal["launch", "search", "weights", "tiles", "roofline", "slots", "tokens"]
 TERMS: Final[tuple[Term, ...]] = get_args(Term)
@@ -26,7 +26,7 @@ _TAIL: Final = 6  # standard deviations, beyond which a normal load does not lie
 
 
 def terms(problem: MoEProblem, bandwidth: float = 1.0, rate: float = 1.0) -> dict[Term, float]:
-    """Each part of the work, in µs at nominal rates.
+    """Each part of the work, in µs at nominal rates, in the order of `TERMS`.
 
     ``launch`` is 1. ``search`` grows with E, the number of experts among which every stage looks for work. ``weights``
     reads the weights of the hit experts. ``tiles`` multiplies tiles of 64 rows, the last one of each expert partly
@@ -39,16 +39,17 @@ def terms(problem: MoEProblem, bandwidth: float = 1.0, rate: float = 1.0) -> dic
         rate: Its matrix rate over that of the same device.
     """
     bytes_per_us, flops_per_us = bandwidth * _BANDWIDTH, rate * _matrix_rate(problem)
-    weights = problem.expected_experts * problem.expert_bytes / bytes_per_us
+    slots, elements = problem.expected_slots, problem.K * (problem.gate_up_rows + problem.N)  # of an expert's weights
+    weights = problem.expected_experts * stored_bytes(problem.dtype, elements) / bytes_per_us
     row = problem.K * 2 / bytes_per_us
-    tile = 2 * _ROWS * problem.K * (problem.gate_up_rows + problem.N) / flops_per_us
+    product = 2 * elements / flops_per_us  # of one row
     return {
         "launch": 1.0,
         "search": problem.E * _SEARCH_US,
         "weights": weights,
-        "tiles": _tiles(problem, _ROWS) * tile,
-        "roofline": max(weights, problem.flops / flops_per_us),
-        "slots": problem.expected_slots * row,
+        "tiles": _tiles(problem, _ROWS) * _ROWS * product,
+        "roofline": max(weights, slots * product),
+        "slots": slots * row,
         "tokens": problem.M * row,
     }
 
@@ -80,5 +81,5 @@ def _tiles(problem: MoEProblem, rows: int) -> float:
         full = max(0, math.floor((load - _TAIL * deviation) / rows))
         most = math.ceil((load + _TAIL * deviation) / rows)
         scale = math.sqrt(2) * deviation
-        further = full + sum(math.erfc((i * rows + 0.5 - load) / scale) for i in range(full + 1, most + 1)) / 2
+        further = full + sum([math.erfc((i * rows + 0.5 - load) / scale) for i in range(full + 1, most + 1)]) / 2
     return problem.expected_experts + problem.E * further

@@ -1,18 +1,13 @@
 """What each backend runs by default, and which backend of a family the rules choose."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 from moe_dispatch.backend import Backend
-from moe_dispatch.machine import Machine
 from moe_dispatch.policies.measurements.schema import Identity
 from moe_dispatch.policies.rules import FAMILIES, order
+from moe_dispatch.policy import UsableBackends
 from moe_dispatch.problem import MoEProblem
-from moe_dispatch.registry import LAST_RESORT, MadeBackend, make_backend
-
-
-def find_backend(name: str, machine: Machine) -> Backend | None:
-    """The backend of this name; None if it cannot be made here."""
-    return make_backend(name, machine).backend
+from moe_dispatch.registry import LAST_RESORT
 
 
 def default_identity(backend: Backend, problem: MoEProblem) -> Identity:
@@ -20,75 +15,37 @@ def default_identity(backend: Backend, problem: MoEProblem) -> Identity:
     return backend.name, tuple(sorted(backend.default_config(problem).model_dump(mode="json").items()))
 
 
-class MachineBackends:
-    """The backends of a machine, each made on its first use and kept.
-
-    Args:
-        machine: The machine that they are made for.
-    """
-
-    def __init__(self, machine: Machine) -> None:
-        self._machine = machine
-        self._made: dict[str, MadeBackend] = {}
-
-    def find(self, name: str) -> Backend | None:
-        """The backend of this name; None if it cannot be made here."""
-        return self._make(name).backend
-
-    def members(self, problem: MoEProblem) -> "Members":
-        """The backend that the rules choose of each family, among those that are here and can run the problem."""
-        return Members(self, [*order(problem), LAST_RESORT], problem)
-
-    def able(self, name: str, problem: MoEProblem) -> Backend | None:
-        """The backend of this name; None if it is not here or cannot run the problem."""
-        made = self._make(name)
-        able = made.backend and not made.reasons and not made.backend.unsupported_reasons(problem)
-        return made.backend if able else None
-
-    def without_library(self, name: str, problem: MoEProblem) -> Backend | None:
-        """A backend that could run a problem but for a library that is missing here; None for any other.
-
-        Policies rank it, so that `explain` shows what installing the library would give.
-        """
-        made = self._make(name)
-        if made.backend is None or not made.reasons or made.backend.unsupported_reasons(problem):
-            return None
-        return made.backend
-
-    def _make(self, name: str) -> MadeBackend:
-        if name not in self._made:
-            self._made[name] = make_backend(name, self._machine)
-        return self._made[name]
-
-
 class Members:
-    """Families of backends by name (a backend's own, where it has none), asked when their turn comes, and once.
+    """Families of backends by name (a backend's own, where it has none): what the rules choose of each for a problem.
+
+    A backend is asked when its turn comes, and once. One that the rules rank behind other families (triton_vector where
+    slots share weights) does not stand for its own: it would be slower than the family's cost model says.
 
     Args:
-        backends: Of the machine.
-        names: Backends in the order of the rules.
+        backends: Tells which backends can run the problem; no other is chosen.
         problem: The problem to run.
     """
 
-    def __init__(self, backends: MachineBackends, names: Sequence[str], problem: MoEProblem) -> None:
-        self._backends, self._names, self._problem = backends, names, problem
-        self._asked: dict[str, Backend | None] = {}
+    def __init__(self, backends: UsableBackends, problem: MoEProblem) -> None:
+        self._backends, self._problem = backends, problem
+        self._families: dict[str, list[str]] = {}
+        previous = ""
+        for name in (*order(problem), LAST_RESORT):
+            family = FAMILIES.get(name, name)
+            if family not in self._families:
+                self._families[family] = [name]
+            elif family == previous:
+                self._families[family].append(name)
+            previous = family
+        self._chosen: dict[str, Backend | None] = {}
 
     def __iter__(self) -> Iterator[str]:
         """The families that can run the problem, in the order of the rules."""
-        seen: set[str] = set()
-        for name in self._names:
-            family = FAMILIES.get(name, name)
-            if family not in seen and self._able(name):
-                seen.add(family)
-                yield family
+        return filter(self.get, self._families)
 
     def get(self, family: str) -> Backend | None:
         """The backend that the rules choose of a family; None if none of it can run the problem."""
-        members = (name for name in self._names if FAMILIES.get(name, name) == family)
-        return next(filter(None, map(self._able, members)), None)
-
-    def _able(self, name: str) -> Backend | None:
-        if name not in self._asked:
-            self._asked[name] = self._backends.able(name, self._problem)
-        return self._asked[name]
+        if family not in self._chosen:
+            able = (self._backends.able(name, self._problem) for name in self._families.get(family, ()))
+            self._chosen[family] = next(filter(None, able), None)
+        return self._chosen[family]

@@ -12,11 +12,12 @@ from torch import Tensor
 from moe_dispatch.errors import InvalidInputError, PolicyFileError
 from moe_dispatch.machine import Machine
 from moe_dispatch.policies.learned.cost_model import TERMS, rows_per_expert, terms
-from moe_dispatch.policies.learned.defaults import MachineBackends, default_identity
+from moe_dispatch.policies.learned.defaults import Members, default_identity
 from moe_dispatch.policies.learned.policy import CostModel, ModelFile
 from moe_dispatch.policies.measurements.schema import CalibrationFile, Identity
 from moe_dispatch.policies.rules import FAMILIES
 from moe_dispatch.problem import DType, Mode, MoEProblem
+from moe_dispatch.registry import MadeBackends
 from moe_dispatch.system.files import locked, write_atomically
 
 # Cost models fitted to five of the seven named layers chose for the other two at least as well as the rules do; those
@@ -163,11 +164,11 @@ def _defaults(
 ) -> dict[str, dict[MoEProblem, float]]:
     """Times of each backend's default configuration, by backend; of a family, by the member that the rules choose."""
     defaults: dict[str, dict[MoEProblem, float]] = {}
-    backends = MachineBackends(machine)
+    backends = MadeBackends(machine)
     for problem, times in points.items():
-        members = backends.members(problem)
+        members = Members(backends, problem)
         for name in {FAMILIES.get(backend, backend) for backend, _ in times}:
-            backend = members.get(name) or backends.find(name)
+            backend = members.get(name) or backends.made(name).backend
             if backend is not None and (us := times.get(default_identity(backend, problem))) is not None:
                 defaults.setdefault(name, {})[problem] = us
     return defaults

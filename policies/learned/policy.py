@@ -1,22 +1,24 @@
 """Ranks backends for shapes that were not measured, by a cost model of each backend (see `cost_model`)."""
 
 import hashlib
+import operator
 from collections.abc import Iterator, Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Final, Literal
 
 import pydantic
 
-from moe_dispatch.backend import Backend
 from moe_dispatch.errors import PolicyFileError, warn
 from moe_dispatch.machine import Machine
 from moe_dispatch.policies.learned.cost_model import TERMS, Term, rows_per_expert, terms
-from moe_dispatch.policies.learned.defaults import MachineBackends, Members
+from moe_dispatch.policies.learned.defaults import Members
 from moe_dispatch.policies.measurements.schema import Count, Name, Positive, Strict, damage, read_bytes
 from moe_dispatch.policies.measurements.table import rough_us
 from moe_dispatch.policies.nearest import Nearest, nearest, read_shipped
-from moe_dispatch.policy import Choice, Policy
+from moe_dispatch.policy import Choice, Policy, UsableBackends
 from moe_dispatch.problem import DType, Mode, MoEProblem
+from moe_dispatch.registry import MadeBackends
 from moe_dispatch.settings import cache_dir
 
 SCHEMA: Final = 4
@@ -60,8 +62,14 @@ class CostModel(Strict):
         return coefficients
 
     def us(self, parts: Mapping[Term, float]) -> float:
-        """Predicted time, in µs, of a problem with these terms."""
-        return sum([self.coefficients[term] * part for term, part in parts.items()])
+        """Predicted time, in µs, of a problem with these terms, which are in the order of `TERMS`."""
+        us: float = sum(map(operator.mul, self.in_order, parts.values()))
+        return us
+
+    @cached_property
+    def in_order(self) -> tuple[float, ...]:
+        """The coefficients in the order of `TERMS`."""
+        return tuple(self.coefficients[term] for term in TERMS)
 
 
 class ModelFile(Strict):
@@ -144,10 +152,17 @@ class LearnedPolicy(Policy):
             except PolicyFileError as error:
                 self._notes.append(f"refused, so the next policy decides: {error}")
                 warn(f"policy {self.name!r}: {error}")
-        self._backends = MachineBackends(machine)
+        self._backends: UsableBackends = MadeBackends(machine)
+        self._where = ""
+        if self._source and self._source.slug != machine.slug:
+            self._where = f" on {self._source.name}, with this device's rates"
         self._cost_models: dict[tuple[DType, Mode], dict[str, CostModel]] = {}
         for cost_model in model.cost_models if model else ():
             self._cost_models.setdefault((cost_model.dtype, cost_model.mode), {})[cost_model.backend] = cost_model
+
+    def consult(self, backends: UsableBackends) -> None:
+        """See `Policy.consult`: which member of a family runs, and which backend is fastest, depends on what can."""
+        self._backends = backends
 
     def rank(self, problem: MoEProblem) -> tuple[Choice, ...]:
         """See `Policy.rank`. Without cost models of the problem's mode, those of the other mode rank."""
@@ -156,13 +171,13 @@ class LearnedPolicy(Policy):
     def ranked(self, problem: MoEProblem) -> Iterator[Choice]:
         """See `Policy.ranked`."""
         other: Mode = "eager" if problem.mode == "graph" else "graph"
-        kinds = (self._cost_models.get((problem.dtype, mode)) for mode in (problem.mode, other))
-        cost_models = next(filter(None, kinds), None)
+        own = self._cost_models.get((problem.dtype, problem.mode))
+        cost_models = own or self._cost_models.get((problem.dtype, other))
         if cost_models is None or problem.needs_grad or problem.M < 1:
             return
         rows = rows_per_expert(problem)
         applicable = {name: model for name, model in cost_models.items() if rows <= BEYOND * model.most_rows}
-        members = self._backends.members(problem)
+        members = Members(self._backends, problem)
         first = next(iter(members), "")  # family of the rules' choice
         if first not in applicable:
             return
@@ -170,11 +185,14 @@ class LearnedPolicy(Policy):
         parts = terms(problem, bandwidth, rate)
         predicted = {name: cost_model.us(parts) for name, cost_model in applicable.items()}
         by_time = sorted(predicted, key=predicted.__getitem__)
-        fastest = next(name for name in by_time if self._backend(name, members, problem))
+        # A backend whose library is missing is ranked for `explain`, and the lead of the others does not depend on it.
+        fastest = next(name for name in by_time if members.get(name))
         leading = first if predicted[first] <= predicted[fastest] * (1 + CLOSE) else fastest
+        place = by_time.index(fastest)
         by_time.remove(leading)
-        for name in (leading, *by_time):
-            if backend := self._backend(name, members, problem):
+        by_time.insert(place, leading)
+        for name in by_time:
+            if backend := members.get(name) or self._backends.without_library(name, problem):
                 yield self._choice(applicable[name], backend.name, problem.mode, predicted[name])
 
     def notes(self) -> tuple[str, ...]:
@@ -186,15 +204,9 @@ class LearnedPolicy(Policy):
         models = [model.model_dump_json() for by_name in self._cost_models.values() for model in by_name.values()]
         return hashlib.sha256("\n".join(models).encode()).hexdigest()[:16] if models else ""
 
-    def _backend(self, name: str, members: Members, problem: MoEProblem) -> Backend | None:
-        return members.get(name) or self._backends.without_library(name, problem)
-
     def _choice(self, cost_model: CostModel, backend: str, mode: Mode, us: float) -> Choice:
-        where = ""
-        if self._source and self._source.slug != self.machine.slug:
-            where = f" on {self._source.name}, with this device's rates"
         kind = mode if mode == cost_model.mode else f"{cost_model.mode}; {mode} was not measured"
-        fitted = f"a cost model fitted to {cost_model.layers} layers ({kind}){where}"
+        fitted = f"a cost model fitted to {cost_model.layers} layers ({kind}){self._where}"
         return Choice(backend, f"about {rough_us(us)} µs by {fitted}", None, us)
 
     def _read_shipped(self) -> ModelFile | None:

@@ -1,4 +1,4 @@
-"""Measured times of candidates as curves over M: looked up where M was measured, interpolated between.
+"""Measured times of candidates over M: looked up where M was measured, interpolated between.
 
 Between two measured token counts time is taken as a power of M, that is linear in log M and log time. This holds for
 layers bound by bandwidth and for layers bound by arithmetic.
@@ -7,11 +7,9 @@ layers bound by bandwidth and for layers bound by arithmetic.
 import bisect
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
-from typing import Final
+from typing import Final, NamedTuple
 
-from moe_dispatch.policies.measurements.schema import CalibrationFile, Identity, LayerKey
+from moe_dispatch.policies.measurements.schema import CalibrationFile, Identity, LayerKey, Point
 from moe_dispatch.policy import Choice
 from moe_dispatch.problem import Mode
 
@@ -28,35 +26,31 @@ FAR: Final = 64
 APART: Final = 16
 
 
-@dataclass(frozen=True)
-class Curve:
-    """One candidate's times over M.
+class _Span(NamedTuple):
+    """A candidate's times at one or two successive token counts.
 
     Attributes:
         identity: Backend and configuration.
-        tokens: Measured token counts, ascending.
-        us: The score at each, in µs.
+        us: The times in µs.
+        logs: Their logarithms.
+        won: Whether it won at one of them.
     """
 
     identity: Identity
-    tokens: tuple[int, ...]
     us: tuple[float, ...]
+    logs: tuple[float, ...]
+    won: bool
 
-    @cached_property
-    def _logs(self) -> tuple[float, ...]:
-        return tuple(map(math.log, self.us))
 
-    def at(self, M: int) -> float:
-        """Time in µs at M tokens, interpolated; `LayerTable.rank` limits how far M may be beyond the ends."""
-        i = bisect.bisect_left(self.tokens, M)
-        if i == len(self.tokens):
-            # Time grows at most in proportion to the tokens, so this is an upper bound.
-            return self.us[-1] * M / self.tokens[-1]
-        if self.tokens[i] == M or i == 0:
-            return self.us[i]
-        lower, upper = self.tokens[i - 1], self.tokens[i]
-        share = math.log(M / lower) / math.log(upper / lower)
-        return math.exp((1 - share) * self._logs[i - 1] + share * self._logs[i])
+def _times(spans: Sequence[_Span], around: tuple[int, ...], M: int) -> list[float]:
+    """Times in µs at M, with what all candidates share computed once."""
+    if len(around) == 1:
+        # Above the largest measured M time grows with the tokens, an upper bound. Below the least it stays.
+        beyond = max(M / around[0], 1.0)
+        return [us * beyond for _, (us,), _, _ in spans]
+    lower, upper = around
+    share = math.log(M / lower) / math.log(upper / lower)
+    return [math.exp((1 - share) * low + share * up) for _, _, (low, up), _ in spans]
 
 
 class LayerTable:
@@ -77,8 +71,9 @@ class LayerTable:
     ) -> None:
         self.scores = {M: dict(at) for M, at in sorted(scores.items()) if any(us for us in at.values())}
         self.tokens = tuple(self.scores)
-        self._curves = tuple(curves(self.scores))
-        self._counting: dict[tuple[int, ...], list[tuple[Identity, tuple[float, ...], tuple[float, ...]]]] = {}
+        timed = (identity for at in self.scores.values() for identity, us in at.items() if us is not None)
+        self._candidates = tuple(dict.fromkeys(timed))
+        self._between: dict[tuple[int, ...], list[_Span]] = {}
         self.winners = stable_winners(self.scores, incumbents)
 
     def rank(self, M: int) -> tuple[tuple[Identity, float], ...]:
@@ -89,37 +84,44 @@ class LayerTable:
         around = self.tokens[max(i - 1, 0) : i + 1] if i == len(self.tokens) or self.tokens[i] != M else (M,)
         if len(around) == 2 and around[1] > around[0] * APART:
             return ()
-        timed = self._times(around, M)
-        if not timed:
+        if (spans := self._between.get(around)) is None:
+            spans = self._between[around] = self._spans(around)
+        if not spans:
             return ()
-        measured = around == (M,)
-        won = {self.winners[near] for near in around}
+        times = _times(spans, around, M)
+        order = sorted(range(len(spans)), key=times.__getitem__)
         # At a measured M the winner is decided; between two, a neighbour's winner comes first within noise of the best.
-        limit = math.inf if measured else min(us for _, us in timed) * (1 + NOISE)
-        timed.sort(key=lambda pair: (not (pair[1] <= limit and pair[0] in won), pair[1]))
+        limit = math.inf if around == (M,) else times[order[0]] * (1 + NOISE)
+        preferred = [place for place in order if times[place] <= limit and spans[place].won]
         best: dict[str, tuple[Identity, float]] = {}
-        for identity, us in timed:
-            best.setdefault(identity[0], (identity, us))
+        for place in (*preferred, *order):
+            identity = spans[place].identity
+            if identity[0] not in best:
+                best[identity[0]] = identity, times[place]
         return tuple(best.values())
 
-    def _times(self, around: tuple[int, ...], M: int) -> list[tuple[Identity, float]]:
-        """Times at M of the candidates that count there; `around` are the measured token counts next to it."""
-        # The same for every M between two measured ones, so that a new token count is not planned from scratch.
-        if (counting := self._counting.get(around)) is None:
-            barred = {identity for near in around for identity, us in self.scores[near].items() if us is None}
-            # A candidate that was eliminated at a neighbour was behind there; its times further away say nothing of M.
-            counting = self._counting[around] = [
-                (curve.identity, us, tuple(map(math.log, us)))
-                for curve in self._curves
-                if curve.identity not in barred and all(near in curve.tokens for near in around)
-                for us in [tuple(map(curve.at, around))]
-            ]
-        # As `Curve.at`, with what all curves share computed once.
-        if len(around) == 1:
-            return [(identity, us * M / around[0] if around[0] < M else us) for identity, (us,), _ in counting]
-        lower, upper = around
-        share = math.log(M / lower) / math.log(upper / lower)
-        return [(identity, math.exp((1 - share) * low + share * up)) for identity, _, (low, up) in counting]
+    def _spans(self, around: tuple[int, ...]) -> list["_Span"]:
+        """The candidates that can be a backend's best between the token counts `around`, or at the only one.
+
+        They are the same for every M between, so that a new token count is not planned from scratch. A candidate that
+        was eliminated at a neighbour was behind there; its times further away say nothing of M.
+        """
+        won = {self.winners[near] for near in around}
+        spans: list[_Span] = []
+        for identity in self._candidates:
+            times = [self.scores[near].get(identity) for near in around]
+            if None not in times:
+                us = tuple(filter(None, times))
+                spans.append(_Span(identity, us, tuple(map(math.log, us)), won=identity in won))
+        # One that did not win and is behind another candidate of its backend everywhere is never the backend's best.
+        least: dict[str, float] = {}
+        kept: set[int] = set()
+        for i in sorted(range(len(spans)), key=lambda i: spans[i].us):
+            backend, last = spans[i].identity[0], spans[i].us[-1]
+            if last <= least.get(backend, math.inf):
+                least[backend] = last
+                kept.add(i)
+        return [span for i, span in enumerate(spans) if span.won or i in kept]
 
     def choices(self, M: int, mode: str) -> Iterator[Choice]:
         """The ranking as choices with their reasons; `mode` is the part of the reason that names the mode."""
@@ -172,19 +174,38 @@ def stable_winners(
     return {M: winners[M] for M in scores}
 
 
+def points_of_layers(file: CalibrationFile) -> dict[tuple[LayerKey, Mode], list[Point]]:
+    """The points of a file by layer and mode."""
+    keys = [layer.key for layer in file.layers]
+    points: dict[tuple[LayerKey, Mode], list[Point]] = {}
+    for point in file.points:
+        points.setdefault((keys[point.layer], point.mode), []).append(point)
+    return points
+
+
+def tabulated(points: Iterable[Point], identities: Sequence[Identity | None]) -> LayerTable:
+    """The table of one layer in one mode.
+
+    Args:
+        points: Its points.
+        identities: Of the file's candidates; None for one that is left out.
+    """
+    scores: dict[int, dict[Identity, float | None]] = {}
+    incumbents: dict[int, Identity] = {}
+    for point in points:
+        at = scores.setdefault(point.M, {})
+        for stored in point.measurements:
+            if (identity := identities[stored.candidate]) is not None:
+                at[identity] = stored.score
+                if stored.incumbent:
+                    incumbents[point.M] = identity
+    return LayerTable(scores, incumbents)
+
+
 def tables(file: CalibrationFile) -> dict[tuple[LayerKey, Mode], LayerTable]:
     """The tables of a file by layer and mode; its candidates are not asked whether they can still run."""
-    scores: dict[tuple[LayerKey, Mode], dict[int, dict[Identity, float | None]]] = {}
-    incumbents: dict[tuple[LayerKey, Mode], dict[int, Identity]] = {}
-    for point in file.points:
-        key = file.layers[point.layer].key, point.mode
-        at = scores.setdefault(key, {}).setdefault(point.M, {})
-        for stored in point.measurements:
-            identity = file.candidates[stored.candidate].identity
-            at[identity] = stored.score
-            if stored.incumbent:
-                incumbents.setdefault(key, {})[point.M] = identity
-    return {key: LayerTable(by_tokens, incumbents.get(key)) for key, by_tokens in scores.items()}
+    identities = [candidate.identity for candidate in file.candidates]
+    return {key: tabulated(points, identities) for key, points in points_of_layers(file).items()}
 
 
 def geometric_mean(values: Sequence[float]) -> float:
@@ -195,17 +216,6 @@ def geometric_mean(values: Sequence[float]) -> float:
 def rough_us(us: float) -> str:
     """An estimated time in µs: three significant digits, without an exponent."""
     return f"{us:.3g}" if us < 1000 else f"{us:.0f}"
-
-
-def curves(scores: Mapping[int, Mapping[Identity, float | None]]) -> Iterable[Curve]:
-    """Each candidate's times over the token counts, in ascending order of them."""
-    times: dict[Identity, list[tuple[int, float]]] = {}
-    for M, at in sorted(scores.items()):
-        for identity, us in at.items():
-            if us is not None:
-                times.setdefault(identity, []).append((M, us))
-    for identity, measured in times.items():
-        yield Curve(identity, tuple(M for M, _ in measured), tuple(us for _, us in measured))
 
 
 def _lead(ranked: Sequence[tuple[Identity, float]], place: int) -> str:

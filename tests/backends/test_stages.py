@@ -207,21 +207,27 @@ def test_activate(activation: Activation, interleaved: bool) -> None:
     torch.testing.assert_close(codes[used].float(), expected_codes.float(), rtol=0.13, atol=0.01)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("activation", [*ACTIVATIONS, *PARAMETRISED])
-def test_activate_backward(activation: Activation) -> None:
-    """By the derivative that autograd takes of `activate_torch`, from values small and beyond every clamp."""
+def test_activate_backward(activation: Activation, dtype: torch.dtype) -> None:
+    """By the derivative that autograd takes of `activate_torch`, from values small and beyond every clamp.
+
+    The weights may be in half precision, as their gradients then are.
+    """
     N, width = 40, 40 if activation in UNGATED else 80
     _, routing, used, generator = _routed(5, 3)
     gate_up = (5 * torch.randn(used.shape[0], width, generator=generator)).to(DEVICE)
     d_inner = torch.randn(used.shape[0], N, generator=generator).to(DEVICE)
-    weights = torch.rand(5, 2, generator=generator).to(DEVICE)
-    share = weights.flatten()[routing.slot_of_row[used].long()][:, None]
+    weights = torch.rand(5, 2, generator=generator).to(DEVICE, dtype)
+    share = weights.float().flatten()[routing.slot_of_row[used].long()][:, None]
     inner, d_gate_up = activate_backward_torch(gate_up[used], d_inner[used], share, activation)
     d_share = (inner * d_inner[used]).sum(dim=1)
     out, d_rows, d_weights = activate_backward(gate_up, d_inner, routing, weights, activation)
     torch.testing.assert_close(out[used], inner * share, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(d_rows[used], d_gate_up, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(d_weights.flatten()[routing.slot_of_row[used].long()], d_share, rtol=1e-4, atol=1e-4)
+    tolerance = max(1e-4, torch.finfo(dtype).eps)
+    got = d_weights.flatten()[routing.slot_of_row[used].long()]
+    torch.testing.assert_close(got, d_share.to(dtype), rtol=tolerance, atol=1e-4)
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
@@ -263,3 +269,5 @@ def test_combine(M: int, topk: int, K: int, bias: bool, weighted: bool) -> None:
     ):
         assert combined.isfinite().all()
         torch.testing.assert_close(combined, expected, rtol=1e-5, atol=1e-5)
+    sums = combine_torch(y, routing.row_of_slot, torch.ones_like(weights), torch.float32)
+    torch.testing.assert_close(combine(y, routing.row_of_slot, None, out.fill_(torch.nan)), sums, rtol=1e-5, atol=1e-5)

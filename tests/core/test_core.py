@@ -1,5 +1,6 @@
 """Quantised weights, described machines, workloads, and the registry."""
 
+import dataclasses
 import math
 import sys
 from pathlib import Path
@@ -12,9 +13,10 @@ from moe_dispatch import (
     ExpertWeights,
     InvalidInputError,
     Machine,
+    MoEProblem,
     register_backend,
 )
-from moe_dispatch.backend import Backend
+from moe_dispatch.backend import Backend, Requirements
 from moe_dispatch.measure import sample_layer
 from moe_dispatch.numerics import dequantize_blocks, quantize_blocks
 from moe_dispatch.registry import BACKENDS, POLICIES, Registry, make_backend
@@ -67,6 +69,20 @@ def test_a_described_machine_replaces_the_real_one(monkeypatch: pytest.MonkeyPat
     assert Machine.inspect().name == "NVIDIA H200"
     with pytest.raises(InvalidInputError, match="describes a cuda machine"):
         Machine.inspect("cpu")
+
+
+def test_token_counts_of_a_layer_share_what_does_not_depend_on_them() -> None:
+    call = MoEProblem(M=1, K=64, N=64, E=4, topk=2)
+    eight, nine = call.with_tokens(8), call.with_tokens(9)
+    assert eight == dataclasses.replace(call, M=8)
+    assert eight.layer is nine.layer
+    assert nine.bucket is call.with_tokens(16).bucket
+    assert (eight.expected_slots, nine.expected_slots) == (16, 18)
+    eights = Requirements({"bf16": (8, 0)}, multiples={"bf16": {"M": 8, "K": 64}})
+    assert eights.reasons_against(eight) == []
+    assert eights.reasons_against(nine) == ["needs M % 8 == 0 for bf16, got M=9"]
+    with pytest.raises(InvalidInputError, match="M must be an integer of at least 0, got M=-1"):
+        call.with_tokens(-1)
 
 
 def test_a_fingerprint_is_of_the_hardware() -> None:

@@ -284,7 +284,10 @@ def test_trouble_with_a_fast_path_costs_nothing(call: Call) -> None:
 
 def test_a_settled_kind_of_call_is_not_looked_up(monkeypatch: pytest.MonkeyPatch) -> None:
     """And whatever differs from it is, though shape and layer are the same."""
-    call = hidden, experts, weights, ids = make_call(6)
+    hidden, experts, weights, ids = make_call(6)
+    half = weights.bfloat16()
+    weights = half.float()
+    call = hidden, experts, weights, ids
     looked_up: list[Tensor] = []
 
     def look_up(*given: Any, **named: Any) -> Tensor:
@@ -307,9 +310,10 @@ def test_a_settled_kind_of_call_is_not_looked_up(monkeypatch: pytest.MonkeyPatch
         assert look_ups(*call, out=torch.empty_like(hidden)) == 1
         with torch.inference_mode():  # a second kind is settled beside the first one
             assert sum(look_ups(*call) for _ in range(3)) == 1
-        assert not torch.equal(moe_forward(hidden, experts, weights.bfloat16(), ids), truth)
+        # Routers of transformers give weights in half precision: a third kind, whose plan converts them.
+        assert sum(look_ups(hidden, experts, half, ids) for _ in range(20)) == SETTLING_CALLS
         assert look_ups(*call) == 0
-        assert ran()["honest"] == 29, "each call counts, whichever way it went"
+        assert ran()["honest"] == 48, "each call counts, whichever way it went"
         for bad in (ids[:, :1], ids.float(), None):
             with pytest.raises(InvalidInputError):
                 moe_forward(hidden, experts, weights, bad)  # type: ignore[arg-type]
@@ -600,31 +604,35 @@ def test_a_known_kind_of_call_is_one_look_up(recording: bool, call: Call) -> Non
 
 
 @pytest.mark.parametrize(
-    ("name", "most"), [("qwen3-30b-a3b", 1000), ("64,8,2048,1024", 1400)], ids=["shipped", "learned"]
+    ("name", "most"), [("qwen3-30b-a3b", 520), ("64,8,2048,1024", 820)], ids=["shipped", "learned"]
 )
 def test_a_new_token_count_is_not_planned_from_scratch(name: str, most: int) -> None:
-    """Counted in calls of Python functions: about 1600 and 2900 where each count ranks and checks everything."""
+    """Counted in calls of Python functions: 674 and 1141 where token counts of a layer share little."""
     plan = _planning(name)
     for M in (24, 96, 150, 1500, 12000):
         plan(M)
-    calls = 0
+    assert len(_python_calls(lambda: [plan(M) for M in (17, 65, 130, 1100, 9000)])) < most
 
-    def count(_frame: object, event: str, _argument: object) -> None:
-        nonlocal calls
-        calls += event == "call"
 
-    sys.setprofile(count)
-    for M in (17, 65, 130, 1100, 9000):
-        plan(M)
-    sys.setprofile(None)
-    assert calls < most
+def test_a_new_token_count_of_a_known_kind_is_not_checked_again() -> None:
+    with ranked(Honest):
+        hidden, experts, weights, ids = make_call(4)
+        moe_forward(hidden, experts, weights, ids)
+        assert "check" not in _python_calls(lambda: moe_forward(hidden[:2], experts, weights[:2], ids[:2]))
+        # What is wrong with a later call of the kind is seen all the same.
+        for rows, of_weights, of_ids in ((1, 2, 2), (1, 1, 2), (3, 2, 3)):
+            with pytest.raises(InvalidInputError, match="must"):
+                moe_forward(hidden[:rows], experts, weights[:of_weights], ids[:of_ids])
+        with pytest.raises(InvalidInputError, match="strided"):
+            moe_forward(hidden[:1].to_sparse(), experts, weights[:1], ids[:1])
 
 
 @pytest.mark.timing
-def test_a_new_token_count_is_planned_within_a_fifth_of_a_millisecond() -> None:
-    plan = _planning("qwen3-30b-a3b")
+@pytest.mark.parametrize("name", ["qwen3-30b-a3b", "64,8,2048,1024"], ids=["shipped", "learned"])
+def test_a_new_token_count_is_planned_within_a_tenth_of_a_millisecond(name: str) -> None:
+    plan = _planning(name)
     counts = iter(range(129, 256))
-    assert min(_seconds(lambda: plan(next(counts)), 1) for _ in range(100)) < 0.2e-3
+    assert min(_seconds(lambda: plan(next(counts)), 1) for _ in range(100)) < 0.1e-3
 
 
 @pytest.mark.parametrize("topk", [2, 6])  # of 4 experts, which may be a part of 8
@@ -639,7 +647,19 @@ def _planning(name: str) -> "Callable[[int], Plan]":
     machine = Machine.load("h200")
     planner = Dispatcher(machine, Settings(), live=False).planner
     experts = make_experts(Workload("any", E=1, topk=1, K=128, N=128), "fp8", "cpu")  # asked for their device only
-    return lambda M: planner.plan(workload(name).problem(M, "fp8", machine), experts)
+    one_token = workload(name).problem(1, "fp8", machine)
+    return lambda M: planner.plan(one_token.with_tokens(M), experts)
+
+
+def _python_calls(run: "Callable[[], object]") -> list[str]:
+    """The names of all Python functions that a run calls."""
+    calls: list[str] = []
+    sys.setprofile(lambda frame, event, _: calls.append(frame.f_code.co_name) if event == "call" else None)
+    try:
+        run()
+    finally:
+        sys.setprofile(None)
+    return calls
 
 
 def _seconds(call: object, times: int = 2000) -> float:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from moe_dispatch import ExpertWeights, InvalidInputError, MoEDispatchWarning, explain, moe_forward, stats
@@ -300,6 +301,21 @@ def test_the_operator_keeps_what_it_promises() -> None:
                  tensors["down_bias"], "silu", False, None, "")  # fmt: skip
     checks = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_static")
     torch.library.opcheck(torch.ops.moe_dispatch.recorded_forward.default, arguments, test_utils=checks)
+
+
+def test_a_mode_sees_the_operator() -> None:
+    """Without one it is passed by; selective checkpointing is one, and keeps results by the names of operators."""
+    seen: set[str] = set()
+
+    class Seeing(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            seen.add(func.name())
+            return func(*args, **(kwargs or {}))
+
+    call = recorded(Layer())
+    with Seeing():  # type: ignore[no-untyped-call]  # torch's
+        moe_forward(*call)
+    assert "moe_dispatch::forward" in seen
 
 
 def test_a_recorded_call_is_checked_as_any_other() -> None:

@@ -23,7 +23,6 @@ from sglang.srt.plugins.hook_registry import HookRegistry
 from sglang.srt.server_args import ServerArgs
 
 from moe_dispatch import ExpertWeights, moe_forward
-from moe_dispatch.integrations import engine_warm_up
 from moe_dispatch.integrations.sglang import VARIABLE, VERSIONS, register, runner
 
 E, TOPK, K, N, M = 8, 2, 256, 128, 5
@@ -37,10 +36,9 @@ def plugin(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     runner.TAKEOVER.taken.clear()
     runner.TAKEOVER.left.clear()
     runner.TAKEOVER._told = (0, 0)
-    engine_warm_up._done.clear()
-    monkeypatch.setattr(engine_warm_up, "remember_engine", lambda *_: None)
-    monkeypatch.setattr(runner, "remember_engine", lambda *_: None)
-    monkeypatch.setattr(engine_warm_up, "_most_tokens", 16)
+    runner.TAKEOVER.warmed.clear()
+    monkeypatch.setattr(runner.TAKEOVER, "remember_engine", lambda *_: None)
+    monkeypatch.setattr(runner.TAKEOVER, "most_tokens", 16)
     original = MoeRunner.run
     register()
     register()
@@ -174,7 +172,7 @@ def test_token_counts_are_those_that_sglang_resolves(
     declare_resolution(arguments, "test", chunked_prefill_size=chunk, cuda_graph_config=graphs)
     monkeypatch.setattr(runtime_context._CONTEXT, "_config_bags", runtime_context._build_config_bags(arguments))
     remembered: list[tuple[object, ...]] = []
-    monkeypatch.setattr(runner, "remember_engine", lambda *counts: remembered.append(counts))
+    monkeypatch.setattr(runner.TAKEOVER, "remember_engine", lambda *counts: remembered.append(counts))
     runner._remember_engine()
     assert remembered == [({1, 2, 4, 512}, most_tokens)]
 

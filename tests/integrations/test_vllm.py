@@ -121,7 +121,7 @@ def plugin(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     takeover.TAKEOVER.taken.clear()
     takeover.TAKEOVER.left.clear()
     takeover.TAKEOVER._told = (0, 0)
-    warm_up._done.clear()
+    takeover.TAKEOVER.warmed.clear()
     register()
     yield
     op_registry_oot.clear()

@@ -19,7 +19,7 @@ from moe_dispatch.api import moe_forward
 from moe_dispatch.errors import InvalidInputError
 from moe_dispatch.experts import ExpertWeights
 from moe_dispatch.integrations.engine_takeover import Takeover, kernel_reasons
-from moe_dispatch.integrations.engine_warm_up import prepare, remember_engine
+from moe_dispatch.integrations.engine_warm_up import prepare
 from moe_dispatch.integrations.engine_weights import addresses, wrap
 from moe_dispatch.problem import QUANT_BLOCK
 
@@ -173,4 +173,4 @@ def _remember_engine() -> None:
         most_tokens = int(chunk if chunk > 0 else get_schedule().max_prefill_tokens)  # -1: prefills are not cut
     except (AttributeError, TypeError, ValueError):
         captured, most_tokens = {1 << power for power in range(9)}, 8192
-    remember_engine(captured, max((most_tokens, *captured)))
+    TAKEOVER.remember_engine(captured, max((most_tokens, *captured)))

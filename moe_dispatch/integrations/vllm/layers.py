@@ -12,7 +12,6 @@ from vllm.model_executor.custom_op import op_registry_oot
 from vllm.model_executor.layers.fused_moe.oracle.fp8 import Fp8MoeBackend
 from vllm.model_executor.layers.fused_moe.oracle.unquantized import UnquantizedMoeBackend
 
-from moe_dispatch.integrations.engine_warm_up import remember_engine
 from moe_dispatch.integrations.vllm.experts import MoeDispatchExperts
 from moe_dispatch.integrations.vllm.takeover import TAKEOVER, describe, reasons_against
 
@@ -83,7 +82,7 @@ def take(method: Any, moe_config: Any) -> None:
     # The Triton layout is ours, w13 [E, 2N, K] with gate rows first; others swap halves, shuffle or requantise.
     setattr(method, backend, Fp8MoeBackend.TRITON if backend == "fp8_backend" else UnquantizedMoeBackend.TRITON)
     method.experts_cls = MoeDispatchExperts
-    remember_engine(
+    TAKEOVER.remember_engine(
         vllm_config.compilation_config.cudagraph_capture_sizes or (),
         int(vllm_config.scheduler_config.max_num_batched_tokens),
     )
