@@ -196,7 +196,7 @@ def _moe_round_to_e4m3(values):
     return tl.where(values == values, rounded, values)  # noqa: PLR0124 - a NaN is not itself
 
 
-def _four_values(dtype: str, shift: int, exponent: int, overflow: int | None) -> tl.constexpr:
+def _four_values(dtype: str, shift: int, exponent: int, overflow: int) -> tl.constexpr:
     """PTX that turns four e4m3 codes in one register into two registers of two values each.
 
     Sign and magnitude of a code are moved to where the wider type has them, which leaves an exponent that is too small
@@ -209,16 +209,14 @@ def _four_values(dtype: str, shift: int, exponent: int, overflow: int | None) ->
         dtype: ``"bf16"`` or ``"f16"``.
         shift: Bits by which a magnitude moves from the upper byte of a half to the right.
         exponent: Bits of the first factor.
-        overflow: Bits of the factor that overflows; None if that is the first one.
+        overflow: Bits of the factor that overflows.
     """
     magnitude = 0x7F00 >> shift
     halves = """
         and.b32 sign, {half}, 0x80008000;
         shr.b32 {half}, {half}, {shift};
         lop3.b32 {half}, {half}, 0x{magnitude:04x}{magnitude:04x}, sign, 0xEA;
-        fma.rn.{dtype}x2 {result}, {half}, power, minus_zero;"""
-    if overflow is not None:
-        halves += """
+        fma.rn.{dtype}x2 {result}, {half}, power, minus_zero;
         fma.rn.{dtype}x2 sign, {result}, overflow, minus_zero;
         fma.rn.{dtype}x2 {result}, sign, zero, {result};"""
     each = [
@@ -230,7 +228,7 @@ def _four_values(dtype: str, shift: int, exponent: int, overflow: int | None) ->
         mov.b32 zero, 0;
         mov.b32 minus_zero, 0x80008000;
         mov.b32 power, 0x{exponent:04x}{exponent:04x};
-        mov.b32 overflow, 0x{overflow or 0:04x}{overflow or 0:04x};
+        mov.b32 overflow, 0x{overflow:04x}{overflow:04x};
         prmt.b32 low, $2, 0, 0x1404;
         prmt.b32 high, $2, 0, 0x3424;{"".join(each)}
     }}""")
@@ -238,8 +236,22 @@ def _four_values(dtype: str, shift: int, exponent: int, overflow: int | None) ->
 
 _TO_BF16 = _four_values("bf16", 4, 0x7B80, 0x7B0D)  # 2^120; 1.1015625 · 2^119
 _TO_FP16 = _four_values("f16", 1, 0x5C00, 0x5860)  # 2^8; 140
-# 144 · 2^8: 448 · 144 is an FP16 number, and 480 · 144 overflows.
-_TO_MULTIPLES = _four_values("f16", 1, 0x7880, None)
+# Four codes become four fp32 by way of FP16, of which a register has every other one, so that no code changes places
+# in it. 144 · 2^8: 448 · 144 is an FP16 number, and 480 · 144 overflows. A rotation moves the magnitudes of even codes,
+# for of shifts the compiler makes multiplications, which share a pipe with the products.
+_TO_MULTIPLES = tl.constexpr("""{
+    .reg .b32 sign, half, factor;
+    .reg .b16 lower, upper;
+    mov.b32 factor, 0x78807880;""" + "".join(f"""
+    {move}
+    lop3.b32 half, half, 0x3F803F80, sign, 0xEA;
+    mul.rn.f16x2 half, half, factor;
+    mov.b32 {{lower, upper}}, half;
+    cvt.f32.f16 ${first}, lower;
+    cvt.f32.f16 ${first + 2}, upper;""" for first, move in enumerate((
+        "shf.l.wrap.b32 sign, $4, $4, 8; and.b32 sign, sign, 0x80008000; shf.l.wrap.b32 half, $4, $4, 7;",
+        "and.b32 sign, $4, 0x80008000; shr.u32 half, $4, 1;",
+    ))) + "}")  # fmt: skip
 _MULTIPLE = tl.constexpr(144.0)
 
 
@@ -271,8 +283,9 @@ def moe_e4m3_to_fp32(codes):
     if _INTERPRETED:
         values = moe_fp8_values(codes, tl.float16).to(tl.float32) * _MULTIPLE
     elif _LACKS_E4M3 or not tl.target_info.cuda_capability_geq(8, 9):
-        values = tl.inline_asm_elementwise(_TO_MULTIPLES, "=r,=r,r", [codes], dtype=tl.float16, is_pure=True, pack=4)
-        values = values.to(tl.float32)
+        values = tl.inline_asm_elementwise(
+            _TO_MULTIPLES, "=f,=f,=f,=f,r", [codes], dtype=tl.float32, is_pure=True, pack=4
+        )
     else:
         values = codes.to(tl.float8e4nv, bitcast=True).to(tl.float32)
     return values

@@ -6,6 +6,8 @@ four codes lie in 16 bits and four activations in 64, so that shifts and masks s
 of memory would have to change places between registers.
 """
 
+import re
+
 import triton
 import triton.language as tl
 
@@ -16,6 +18,7 @@ _INTERPRETED = tl.constexpr(interpreting())
 _BLOCK = tl.constexpr(MX_BLOCK)
 # What `moe_mxfp4_values` leaves out of every value, and the result of a product has to be multiplied by.
 MOE_MXFP4_UNIT = tl.constexpr(1.0 if interpreting() else 2.0**32)
+
 
 # Two words of four codes each become four pairs of BF16, but for the 126 between the biases of both exponents. A code
 # is isolated; one product moves a copy of it to where BF16 has its sign, and another to where it has the last two bits
@@ -36,40 +39,64 @@ _CODES_TO_BF16 = tl.constexpr("""{
     mul.lo.u32 code, code, 0x0104;
     and.b32 $3, code, 0x81C081C0;
 }""")
+# The same, each pair times the factor that words side by side share.
+_CODES_TO_SCALED_BF16 = tl.constexpr(
+    re.sub(
+        r"and.b32 (\$.), code.*",
+        r"\g<0> fma.rn.bf16x2 \1, \1, $5, minus_zero;",
+        _CODES_TO_BF16.value.replace("code;", "code, minus_zero; mov.b32 minus_zero, 0x80008000;", 1),
+    )
+)
+
+
+@triton.jit
+def moe_mxfp4_factors(exponents):
+    """What the uint8 `exponents` multiply values by: pairs of equal BF16 numbers; fp32 in the interpreter.
+
+    The difference of the biases and the scale are one factor, so that a value takes one multiplication. That is exact
+    for scales from 2^-100 to 2^33; greater ones give NaN, as the exponent 255 does, and smaller ones lose bits.
+    """
+    bits = exponents.to(tl.int32)
+    if _INTERPRETED:
+        factors = tl.where(bits == 255, float("nan"), (bits << 23).to(tl.float32, bitcast=True))
+    else:
+        # 2^(s - 127 + 126 - 32), whose exponent has a bias of 127 in turn.
+        factors = tl.where(bits > 160, 0x7FC0, (bits + 94) << 7) * 0x10001
+    return factors
 
 
 @triton.jit
 def moe_mxfp4_values(words, exponents, dtype: tl.constexpr, ROWS: tl.constexpr, BLOCK_K: tl.constexpr):
     """The values of weights, divided by MOE_MXFP4_UNIT, by column modulo 4: four tiles ``[ROWS, BLOCK_K/4]``.
 
-    The difference of the biases and the scale are one factor, so that a value takes one multiplication. That is exact
-    for scales from 2^-100 to 2^33; greater ones give NaN, as the exponent 255 does, and smaller ones lose bits.
-
     Args:
         words: int16 ``[ROWS, BLOCK_K/4]``, four codes each.
-        exponents: uint8 ``[ROWS, BLOCK_K/32]``.
+        exponents: uint8 ``[ROWS, BLOCK_K/32]``, or what `moe_mxfp4_factors` made of them.
         dtype: BF16; in the interpreter, which computes BF16 wrongly, FP16.
         ROWS: Rows.
         BLOCK_K: Columns.
     """
-    bits = exponents.to(tl.int32)
+    GIVEN: tl.constexpr = exponents.dtype != tl.uint8
+    factor = _moe_for_words(exponents if GIVEN else moe_mxfp4_factors(exponents), ROWS, BLOCK_K)
     if _INTERPRETED:
-        scale = tl.where(bits == 255, float("nan"), (bits << 23).to(tl.float32, bitcast=True))
-        scale = _moe_for_words(scale, ROWS, BLOCK_K)
-        first = _moe_interpreted_values(words, scale, 0, dtype)
-        second = _moe_interpreted_values(words, scale, 4, dtype)
-        third = _moe_interpreted_values(words, scale, 8, dtype)
-        fourth = _moe_interpreted_values(words, scale, 12, dtype)
+        first = _moe_interpreted_values(words, factor, 0, dtype)
+        second = _moe_interpreted_values(words, factor, 4, dtype)
+        third = _moe_interpreted_values(words, factor, 8, dtype)
+        fourth = _moe_interpreted_values(words, factor, 12, dtype)
     else:
         tl.static_assert(dtype == tl.bfloat16, "MXFP4 is multiplied in BF16")
-        # 2^(s - 127 + 126 - 32), whose exponent has a bias of 127 in turn.
-        factor = tl.where(bits > 160, 0x7FC0, (bits + 94) << 7).to(tl.int16).to(tl.bfloat16, bitcast=True)
-        factor = _moe_for_words(factor, ROWS, BLOCK_K)
-        first, second, third, fourth = tl.inline_asm_elementwise(
-            _CODES_TO_BF16, "=r,=r,=r,=r,r", [words], dtype=(tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16),
-            is_pure=True, pack=2,
-        )  # fmt: skip
-        first, second, third, fourth = first * factor, second * factor, third * factor, fourth * factor
+        if GIVEN:
+            first, second, third, fourth = tl.inline_asm_elementwise(
+                _CODES_TO_SCALED_BF16, "=r,=r,=r,=r,r,r,r", [words, factor],
+                dtype=(tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16), is_pure=True, pack=2,
+            )  # fmt: skip
+        else:
+            first, second, third, fourth = tl.inline_asm_elementwise(
+                _CODES_TO_BF16, "=r,=r,=r,=r,r", [words],
+                dtype=(tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16), is_pure=True, pack=2,
+            )  # fmt: skip
+            factor = factor.to(tl.int16).to(tl.bfloat16, bitcast=True)
+            first, second, third, fourth = first * factor, second * factor, third * factor, fourth * factor
     return first, second, third, fourth
 
 

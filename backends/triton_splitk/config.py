@@ -83,8 +83,8 @@ _WIDE: Final = 128  #                    weight rows  where tokens share weights
 # waits between them. The H200 described as an A100, qwen3-30b-a3b in FP8 at M=8, block_m/stages/registers: 16/6/242
 # 99 µs, 16/6/168 85, 8/6/168 77, 8/4/128 72 (BF16 107); at M=64, block_m/block_n/registers: 16/128/none 213, 16/64/168
 # 203, 8/64/128 203, 16/64/128 196 (BF16 254). Wider tiles would spill.
-# MXFP4 of gpt-oss-120b at M=64, block_n×block_k/warps with TMA and without: 128×128/4 583 µs, 755; 64×256/4 670, 867;
-# 64×128/2 589, 734; 256×128/8 625.
+# MXFP4 of gpt-oss-120b with TMA, block_n×block_k/warps: at M=64 128×128/4 518 µs, 64×128/4 583, 64×128/2 571; at M=8
+# 153, 170, 176; at M=1 with two splits 35.7, 36.0, 31.9. Without TMA 128×128/4 took 755 where it took 583 with it.
 _DEQUANTIZING_STAGES: Final = 4
 _MOST_REGISTERS: Final = {(8, 64, 4): 128, (16, 64, 4): 128}  # of a thread, by block_m, block_n and num_warps
 
@@ -114,10 +114,11 @@ def _default_and_least(problem: MoEProblem, device: Features) -> tuple[SplitKCon
     fp8, short_down = quantization.activations, blocks <= _SHORT_DOWN_LOOP
     wide = not by_slot if fp8 else slots >= 2 * hit or (short_down and not by_slot)
     narrow = quantization.dequantizes and not mxfp4
-    block_n: Literal[64, 128] = _WIDE if mxfp4 or (wide and not narrow) else 64
-    lacking = _LEAST_CTAS_PER_SM * device.sms * block_n / (hit * problem.K)
-    block_m = _block_m(problem, quantization)
-    return _of_layer(problem.layer, device, block_m, block_n, _splits(lacking, blocks), by_slot=by_slot)
+    few_warps = mxfp4 and by_slot
+    block_n: Literal[64, 128] = _WIDE if (mxfp4 and not by_slot) or (wide and not narrow) else 64
+    lacking = _LEAST_CTAS_PER_SM * (2 if few_warps else 1) * device.sms * block_n / (hit * problem.K)
+    splits, block_m = _splits(lacking, blocks), _block_m(problem, quantization)
+    return _of_layer(problem.layer, device, block_m, block_n, splits, by_slot=by_slot, few_warps=few_warps)
 
 
 # Token counts ask for few different ones, and a new token count is planned while a model serves.
@@ -130,6 +131,7 @@ def _of_layer(
     splits_down: int,
     *,
     by_slot: bool,
+    few_warps: bool,
 ) -> tuple[SplitKConfig, int]:
     """The default configuration with these tiles, and the bytes that one block needs for its narrowest tiles."""
     fp8 = quantization_of(layer).activations
@@ -139,7 +141,7 @@ def _of_layer(
         block_k=_block_k(layer),
         splits_down=splits_down,
         # Four warps do not have the registers for so many tokens beside dequantised weights.
-        num_warps=8 if quantization_of(layer).dequantizes and block_m == 64 else 4,
+        num_warps=2 if few_warps else 8 if quantization_of(layer).dequantizes and block_m == 64 else 4,
         grid="slots" if by_slot else "experts",
         tma=device.tma
         and rows_allow_tma(layer)

@@ -54,5 +54,5 @@ def splitk_down(
         ROWS=config.block_n, BLOCK_M=config.block_m, BLOCK_K=config.block_k, SCAN=slots_per_scan(S),
         EVEN_N=experts.N % config.block_k == 0, SPLITS=config.splits_down, BY_SLOT=config.grid == "slots",
         TMA=descriptor is not None, PDL=config.pdl, SCALES=quantization.scales, TRANSPOSED=experts.transposed,
-        **config.launch(quantization),
+        ROW_SCALES=experts.N // 32 if quantization.scales == "mx" else 1, **config.launch(quantization),
     )  # fmt: skip

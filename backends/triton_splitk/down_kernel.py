@@ -28,7 +28,7 @@ def _moe_splitk_down_kernel(
     # constants
     ROWS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, SCAN: tl.constexpr, EVEN_N: tl.constexpr,
     SPLITS: tl.constexpr, BY_SLOT: tl.constexpr, TMA: tl.constexpr, PDL: tl.constexpr,
-    SCALES: tl.constexpr, TRANSPOSED: tl.constexpr,
+    SCALES: tl.constexpr, TRANSPOSED: tl.constexpr, ROW_SCALES: tl.constexpr,
 ):  # fmt: skip
     owner, tile, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     e, count = moe_slots_to_serve(ids_ptr, owner, S, E, BLOCK_M, SCAN, BY_SLOT)
@@ -61,7 +61,7 @@ def _moe_splitk_down_kernel(
 
     w_scales = scale_ptr
     if scale_ptr is not None and SCALES != "block":
-        w_scales = scale_ptr + (expert * K + row) * (N // 32 if SCALES == "mx" else 1)
+        w_scales = scale_ptr + (expert * K + row) * ROW_SCALES
     if SCALES == "block":
         expert_scales = scale_ptr + expert * tl.cdiv(K, BLOCK_K) * tl.cdiv(N, BLOCK_K)
         first_row = tile * ROWS if ROWS <= BLOCK_K else row
@@ -75,12 +75,12 @@ def _moe_splitk_down_kernel(
         if SCALES == "mx":
             acc = moe_stream_mxfp4(
                 w_rows, weight_descriptor, e.to(tl.int32), tile * ROWS, w_scales, x_rows, mask_m,
-                first_block, last_block, N, ROWS, BLOCK_M, BLOCK_K, EVEN_N, TMA,
+                first_block, last_block, N, ROWS, BLOCK_M, BLOCK_K, EVEN_N, TMA, ROW_SCALES,
             )  # fmt: skip
         else:
             acc = moe_stream(
                 w_rows, mask_r, K, weight_descriptor, e.to(tl.int32), tile * ROWS, w_scales, w_scales, offs_r < 0,
-                x_rows, x_scales, mask_m, first_block, last_block, N,
+                inner_ptr, slots.to(tl.int64), x_scales, mask_m, first_block, last_block, N,
                 ROWS, BLOCK_M, BLOCK_K, EVEN_N, TMA, TRANSPOSED, SCALES, ROWS <= BLOCK_K,
             )  # fmt: skip
         partial = partial_ptr + (split * S + slots).to(tl.int64)[None, :] * K + offs_r[:, None]

@@ -69,6 +69,8 @@ def splitk_gate_up(
         EVEN_K=experts.K % config.block_k == 0, SPLITS=config.splits_gate_up, BY_SLOT=config.grid == "slots",
         TMA=descriptor is not None, PDL=config.pdl, SCALES=quantization.scales, TWO_SCALES=two_scales,
         PARTIAL=config.partial_sums(quantization, gated=experts.gated), GATED=experts.gated,
-        INTERLEAVED=experts.interleaved, TRANSPOSED=experts.transposed, HAS_BIAS=experts.gate_up_bias is not None,
-        ACTIVATION=experts.activation, IDS_READY=ids_ready, **config.launch(quantization),
+        INTERLEAVED=experts.interleaved, TRANSPOSED=experts.transposed,
+        ROW_SCALES=experts.K // 32 if quantization.scales == "mx" else 1,
+        HAS_BIAS=experts.gate_up_bias is not None, ACTIVATION=experts.activation,
+        IDS_READY=ids_ready, **config.launch(quantization),
     )  # fmt: skip

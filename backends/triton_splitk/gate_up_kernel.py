@@ -57,7 +57,7 @@ def _moe_splitk_gate_up_kernel(
     ROWS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, SCAN: tl.constexpr, EVEN_K: tl.constexpr,
     SPLITS: tl.constexpr, BY_SLOT: tl.constexpr, TMA: tl.constexpr, PDL: tl.constexpr, SCALES: tl.constexpr,
     TWO_SCALES: tl.constexpr, PARTIAL: tl.constexpr, GATED: tl.constexpr, INTERLEAVED: tl.constexpr,
-    TRANSPOSED: tl.constexpr,
+    TRANSPOSED: tl.constexpr, ROW_SCALES: tl.constexpr,
     HAS_BIAS: tl.constexpr, ACTIVATION: tl.constexpr, IDS_READY: tl.constexpr,
 ):  # fmt: skip
     parts: tl.constexpr = 2 if GATED else 1
@@ -101,7 +101,7 @@ def _moe_splitk_gate_up_kernel(
     w_scales = scale_ptr
     up_scales = scale_ptr
     if scale_ptr is not None and SCALES != "block":
-        w_scales = scale_ptr + (expert * parts * N + row) * (K // 32 if SCALES == "mx" else 1)
+        w_scales = scale_ptr + (expert * parts * N + row) * ROW_SCALES
     if SCALES == "block":
         expert_scales = scale_ptr + expert * tl.cdiv(parts * N, BLOCK_K) * tl.cdiv(K, BLOCK_K)
         first = tile * ROWS if INTERLEAVED else tile * columns
@@ -133,12 +133,12 @@ def _moe_splitk_gate_up_kernel(
         if SCALES == "mx":
             acc = moe_stream_mxfp4(
                 w_rows, weight_descriptor, w_first, w_second, w_scales, x_ptr + tokens * K, mask_m,
-                first_block, last_block, K, ROWS, BLOCK_M, BLOCK_K, EVEN_K, TMA,
+                first_block, last_block, K, ROWS, BLOCK_M, BLOCK_K, EVEN_K, TMA, ROW_SCALES,
             )  # fmt: skip
         else:
             acc = moe_stream(
                 w_rows, mask_r, w_step, weight_descriptor, w_first, w_second, w_scales, up_scales, part == 1,
-                x_ptr + tokens * K, x_scales, mask_m, first_block, last_block, K,
+                x_ptr, tokens, x_scales, mask_m, first_block, last_block, K,
                 ROWS, BLOCK_M, BLOCK_K, EVEN_K, TMA, TRANSPOSED, SCALES, TWO_SCALES,
             )  # fmt: skip
         gate = acc  # [columns, BLOCK_M]

@@ -10,7 +10,12 @@ import triton
 import triton.language as tl
 
 from moe_dispatch.backends.triton_common.device import moe_fp8_values, moe_prefetch_lines
-from moe_dispatch.backends.triton_common.mxfp4 import MOE_MXFP4_UNIT, moe_every_fourth, moe_mxfp4_values
+from moe_dispatch.backends.triton_common.mxfp4 import (
+    MOE_MXFP4_UNIT,
+    moe_every_fourth,
+    moe_mxfp4_factors,
+    moe_mxfp4_values,
+)
 
 _LINE_BYTES = tl.constexpr(128)
 
@@ -102,12 +107,12 @@ def _moe_weights(
 
 
 @triton.jit
-def moe_stream(
+def _moe_stream(
     # weights: row pointers (if TRANSPOSED with a mask and the stride of columns) or a descriptor with the tile's place
     # in it, and where the scales of rows begin
     w_rows, mask_r, w_step, w_descriptor, w_first, w_second, w_scales, up_scales, is_up,
-    # token operand: row pointers, and where its multipliers begin; None where it is not quantised
-    x_rows, x_scales, mask_m,
+    # token operand, which of its rows, int64, and where their multipliers begin; None where it is not quantised
+    x_ptr, offs_x, x_scales, mask_m,
     # shapes
     first_block, last_block, K,
     # constants
@@ -133,6 +138,7 @@ def moe_stream(
         up_scale = tl.load(up_scales + first_block)
         if x_scales is not None:
             x_scale = tl.load(x_scales + first_block, mask=mask_m, other=0.0)
+    x_rows = x_ptr + offs_x * K
     for block in range(first_block, last_block):
         offs_k = block * BLOCK_K + tl.arange(0, BLOCK_K)
         mask = mask_m[:, None] if EVEN_K else mask_m[:, None] & (offs_k < K)[None, :]
@@ -168,6 +174,50 @@ def moe_stream(
 
 
 @triton.jit
+def moe_stream(
+    # as those of `_moe_stream`
+    w_rows, mask_r, w_step, w_descriptor, w_first, w_second, w_scales, up_scales, is_up,
+    x_ptr, offs_x, x_scales, mask_m,
+    first_block, last_block, K,
+    ROWS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr, TMA: tl.constexpr,
+    TRANSPOSED: tl.constexpr, SCALES: tl.constexpr, TWO_SCALES: tl.constexpr,
+):  # fmt: skip
+    """As `_moe_stream`; where dequantised weights meet no more than half of BLOCK_M tokens, over the first half alone.
+
+    Instructions are the limit there, and a tenth of those of 16 tokens are for the second half.
+    """
+    HALF: tl.constexpr = BLOCK_M // 2
+    if w_rows.dtype.element_ty == tl.uint8 and BLOCK_M == 16 and tl.sum(mask_m.to(tl.int32), axis=0) <= HALF:
+        offs_half, _ = tl.permute(tl.reshape(offs_x, [2, HALF]), (1, 0)).split()
+        mask_half, _ = tl.permute(tl.reshape(mask_m, [2, HALF]), (1, 0)).split()
+        half = _moe_stream(
+            w_rows, mask_r, w_step, w_descriptor, w_first, w_second, w_scales, up_scales, is_up,
+            x_ptr, offs_half, x_scales, mask_half, first_block, last_block, K,
+            ROWS, HALF, BLOCK_K, EVEN_K, TMA, TRANSPOSED, SCALES, TWO_SCALES,
+        )  # fmt: skip
+        acc = tl.join(half, tl.zeros([ROWS, HALF], dtype=tl.float32))
+        acc = tl.reshape(tl.permute(acc, (0, 2, 1)), [ROWS, BLOCK_M])
+    else:
+        acc = _moe_stream(
+            w_rows, mask_r, w_step, w_descriptor, w_first, w_second, w_scales, up_scales, is_up,
+            x_ptr, offs_x, x_scales, mask_m, first_block, last_block, K,
+            ROWS, BLOCK_M, BLOCK_K, EVEN_K, TMA, TRANSPOSED, SCALES, TWO_SCALES,
+        )  # fmt: skip
+    return acc
+
+
+@triton.jit
+def _moe_exponents(w_exponents, block, ROW_SCALES: tl.constexpr, BLOCK_K: tl.constexpr):
+    """Exponents of a block of rows, ``[ROWS, BLOCK_K/32]``; 0 past the last one, where they meet codes of zero.
+
+    Masked rather than clamped, by constants: the compiler then sees which bytes lie side by side, and has neighbouring
+    lanes read two each. If lanes read a row each, a warp looks up 32 cache lines for each byte of a row.
+    """
+    offs_s = block * (BLOCK_K // 32) + tl.arange(0, BLOCK_K // 32)
+    return tl.load(w_exponents[:, None] + offs_s[None, :], mask=(offs_s < ROW_SCALES)[None, :], other=0)
+
+
+@triton.jit
 def moe_stream_mxfp4(
     # weights: row pointers or a descriptor with the tile's place in it, and pointers to the rows' exponents
     w_rows, w_descriptor, w_first, w_second, w_exponents,
@@ -177,29 +227,30 @@ def moe_stream_mxfp4(
     first_block, last_block, K,
     # constants
     ROWS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr, TMA: tl.constexpr,
+    ROW_SCALES: tl.constexpr,
 ):  # fmt: skip
     """As `moe_stream`, of MXFP4 weights, four codes in an int16, and activations that are not quantised."""
     dtype: tl.constexpr = x_rows.dtype.element_ty
     x_words = x_rows.to(tl.pointer_type(tl.int64))
     acc = tl.zeros([ROWS, BLOCK_M], dtype=tl.float32)
-    # Past K they repeat the last exponent, and meet codes of zero.
-    offs_s = first_block * (BLOCK_K // 32) + tl.arange(0, BLOCK_K // 32)
-    following = tl.load(w_exponents[:, None] + tl.minimum(offs_s, K // 32 - 1)[None, :])
+    factors = moe_mxfp4_factors(_moe_exponents(w_exponents, first_block, ROW_SCALES, BLOCK_K))
+    exponents = _moe_exponents(w_exponents, first_block + 1, ROW_SCALES, BLOCK_K)
     for block in range(first_block, last_block):
         offs_w = block * (BLOCK_K // 4) + tl.arange(0, BLOCK_K // 4)
         mask = mask_m[:, None] if EVEN_K else mask_m[:, None] & (offs_w < K // 4)[None, :]
         x = tl.load(x_words[:, None] + offs_w[None, :], mask=mask, other=0)
-        # The next block's exponents are on their way while this one is multiplied: Triton's pipeline leaves bytes out.
-        exponents = following
-        offs_s += BLOCK_K // 32
-        following = tl.load(w_exponents[:, None] + tl.minimum(offs_s, K // 32 - 1)[None, :])
+        # Triton's pipeline leaves bytes out: those of the block after the next are on their way while this one is
+        # multiplied. Those of the next become factors here, each in one thread, and not in all that need it.
+        now = factors
+        factors = moe_mxfp4_factors(exponents)
+        exponents = _moe_exponents(w_exponents, block + 2, ROW_SCALES, BLOCK_K)
         if TMA:
             w = w_descriptor.load([w_first, w_second, block * (BLOCK_K // 4)]).reshape(ROWS, BLOCK_K // 4)
         elif EVEN_K:
             w = tl.load(w_rows[:, None] + offs_w[None, :])
         else:
             w = tl.load(w_rows[:, None] + offs_w[None, :], mask=(offs_w < K // 4)[None, :], other=0)
-        w0, w1, w2, w3 = moe_mxfp4_values(w, exponents, dtype, ROWS, BLOCK_K)
+        w0, w1, w2, w3 = moe_mxfp4_values(w, now, dtype, ROWS, BLOCK_K)
         x0, x1, x2, x3 = moe_every_fourth(x, dtype)
         acc = tl.dot(w0, x0.trans(), acc)
         acc = tl.dot(w1, x1.trans(), acc)

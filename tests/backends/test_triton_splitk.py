@@ -104,6 +104,7 @@ CASES = [
 DEQUANTIZED = [
     Case("blocks", dtype="fp8", K=256, N=128),
     Case("fp16", dtype="fp8", act="fp16", K=256, N=128, config={"splits_down": 2}),
+    Case("sixteen tokens and fewer", M=21, dtype="fp8", act="fp16", K=256, N=128, routing="1"),
     Case("cut blocks", dtype="fp8", K=200, N=72, bias=True, activation="swiglu_oai", interleaved=True),
     Case("partial sums, a scale for each row", dtype="fp8", K=256, N=136, config={"splits_gate_up": 2, "block_n": 256}),
     Case("rows", dtype="fp8_channel", act="fp16", K=72, N=40, bias=True),
@@ -254,3 +255,5 @@ def test_defaults_compile(capability: int, dtype: DType, every: bool) -> None:
         assert built.wgmma == (capability == 90 and wide), built
         # Weights arrive 16 bytes at a time, by asynchronous copy or by TMA.
         assert built.tma if built.note["tma"] else built.wide_copies, built
+        # Exponents come two at a time, which has them read by lanes side by side.
+        assert not built.byte_loads, built

@@ -70,6 +70,7 @@ class Built:
         pdl: Whether it waits for the kernel before it (programmatic dependent launch).
         wide_copies: Whether it has asynchronous copies of 16 bytes.
         wide_loads: Whether it has loads of 16 bytes into registers.
+        byte_loads: Whether it has loads of single bytes.
         wide_stores: Whether it has stores of 16 bytes from registers.
         system_scope: How many operations order memory for other devices.
     """
@@ -89,6 +90,7 @@ class Built:
     pdl: bool
     wide_copies: bool
     wide_loads: bool
+    byte_loads: bool
     wide_stores: bool
     system_scope: int
 
@@ -275,6 +277,7 @@ def _describe(kernel: Any, capability: int, constants: dict[str, Any]) -> Built:
         tma="cp.async.bulk.tensor" in ptx, fp8="e4m3" in ptx, pdl="griddepcontrol.wait" in ptx,
         wide_copies="cp.async.cg.shared.global" in ptx,
         wide_loads=re.search(r"ld\.global\S*\.v(4\.b32|2\.b64)", ptx) is not None,
+        byte_loads=re.search(r"ld\.global\S*\.[bu]8\b", ptx) is not None,
         wide_stores=re.search(r"st\.global\S*\.v(4\.b32|2\.b64)", ptx) is not None,
         system_scope=len(re.findall(r"\b(?:atom|ld|red|st)\.\S*\bsys\b", ptx)),
     )  # fmt: skip
