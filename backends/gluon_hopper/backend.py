@@ -3,6 +3,7 @@
 import functools
 import importlib.util
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
@@ -13,9 +14,10 @@ from moe_dispatch.activations import KINDS, UNGATED
 from moe_dispatch.backend import BackendConfig, Inputs, Requirements, TravellingRows
 from moe_dispatch.backends.gluon_hopper.config import GluonHopperConfig
 from moe_dispatch.backends.gluon_hopper.products import hopper_products
-from moe_dispatch.backends.gluon_hopper.tiles import SHARED_MEMORY, WINDOW_ROWS, permutes_rows
+from moe_dispatch.backends.gluon_hopper.tiles import MXFP4_COPY_ROWS, SHARED_MEMORY, WINDOW_ROWS, permutes_rows
 from moe_dispatch.backends.stages.combine import Out, combine
 from moe_dispatch.backends.stages.dequantize import dequantized
+from moe_dispatch.backends.stages.order_columns import ordered_width
 from moe_dispatch.backends.stages.route import route
 from moe_dispatch.backends.triton_common.backend import TritonBackend
 from moe_dispatch.experts import ExpertWeights
@@ -34,7 +36,7 @@ class GluonHopperBackend(TritonBackend):
     The stages: route, [permute or quantise], gate-up with the activation inside, down, combine. In a product one
     program runs on every multiprocessor: a scheduler warp takes tiles from a counter, loader warps fill a ring of
     stages, two warp groups multiply. Deterministic: rows are placed in the order of their slots, and nothing is added
-    atomically. MXFP4 weights are dequantised in every call, all of them, which many rows repay.
+    atomically. MXFP4 weights become BF16 in the consumers' registers, or in a copy that many rows repay.
     """
 
     name = "gluon_hopper"
@@ -50,7 +52,7 @@ class GluonHopperBackend(TritonBackend):
         bias=True,
         interleaved=True,
         transposed=True,
-        multiples={"bf16": {"K": 64, "N": 8}, "fp8": {"K": 256, "N": 128}, "mxfp4": {"K": 64, "N": 32}},
+        multiples={"bf16": {"K": 64, "N": 8}, "fp8": {"K": 256, "N": 128}, "mxfp4": {"K": 32, "N": 32}},
         max_capability=dict.fromkeys(("bf16", "fp8", "mxfp4"), (9, 1)),
     )
 
@@ -63,13 +65,17 @@ class GluonHopperBackend(TritonBackend):
         hopper = self.machine.capability is not None and self.machine.capability[0] == 9
         return SHARED_MEMORY.get(problem.dtype, 0) if hopper else 0
 
-    def workspace_bytes(self, problem: MoEProblem, config: BackendConfig) -> int:  # noqa: ARG002
+    def workspace_bytes(self, problem: MoEProblem, config: BackendConfig) -> int:
         """See `Backend.workspace_bytes`."""
         element = 1 if problem.fp8 else 2
-        copied = 2 * (problem.gate_up_rows + problem.N) * problem.K * problem.E if problem.dtype == "mxfp4" else 0
         rows = problem.slots + WINDOW_ROWS
-        permuted = rows * problem.K * element if permutes_rows(problem.dtype, problem.N) else 0
-        return copied + permuted + rows * problem.N * element + problem.slots * (problem.K * 2 + 8)
+        if problem.dtype == "mxfp4" and _copies(problem.slots, problem.E):
+            problem = replace(problem, dtype="bf16")
+            copied = 2 * (problem.gate_up_rows + problem.N) * problem.K * problem.E
+            return copied + self.workspace_bytes(problem, config)
+        K, N = (ordered_width(columns, 128 if problem.dtype == "mxfp4" else 1) for columns in (problem.K, problem.N))
+        permuted = rows * K * element if permutes_rows(problem.dtype, problem.N) else 0
+        return permuted + rows * N * element + problem.slots * (problem.K * 2 + 8)
 
     def takes_quantized_rows(self, problem: MoEProblem) -> bool:  # noqa: ARG002
         """See `Backend.takes_quantized_rows`."""
@@ -90,7 +96,8 @@ class GluonHopperBackend(TritonBackend):
         on 16 bytes (a view into a flat buffer) are copied to fresh memory first.
         """
         assert isinstance(config, GluonHopperConfig)  # noqa: S101 - the dispatcher made it from config_type
-        experts = dequantized(experts, torch.bfloat16)
+        if _copies(topk_ids.numel(), experts.E):
+            experts = dequantized(experts, torch.bfloat16)
         gathers = not permutes_rows(experts.dtype, experts.N)
         if gathers and isinstance(hidden_states, Tensor) and hidden_states.data_ptr() % 16:
             hidden_states = hidden_states.clone()
@@ -102,6 +109,11 @@ class GluonHopperBackend(TritonBackend):
 
     def fast_path(self, inputs: Inputs, config: BackendConfig) -> None:
         """None: a replay has tensor descriptors of weights only, and these kernels take them of intermediates too."""
+
+
+def _copies(slots: int, E: int) -> bool:
+    """Whether MXFP4 weights are copied to BF16 first."""
+    return slots >= MXFP4_COPY_ROWS * E
 
 
 @functools.cache

@@ -271,13 +271,13 @@ def load_stage(operands, ring, stage, bar, tile, w_row, column):
     mbarrier.expect(bar, (256 + 128) * _STAGE_BYTES, pred=lower & (not tail))
     mbarrier.expect(bar, (256 + 128 + ring.tails.shape[1]) * _STAGE_BYTES, pred=tail)
     load_weights(operands, ring, stage, bar, tile, w_row, column)
-    _load_rows(operands.rows, ring.rows.index(2 * stage), bar, tile.row, tile.end, column, True)
-    _load_rows(operands.rows, ring.rows.index(2 * stage + 1), bar, tile.row + 64, tile.end, column, lower)
-    _load_rows(operands.tails, ring.tails.index(stage), bar, tile.row + 128, tile.end, column, tail)
+    load_rows(operands.rows, ring.rows.index(2 * stage), bar, tile.row, tile.end, column, True)
+    load_rows(operands.rows, ring.rows.index(2 * stage + 1), bar, tile.row + 64, tile.end, column, lower)
+    load_rows(operands.tails, ring.tails.index(stage), bar, tile.row + 128, tile.end, column, tail)
 
 
 @gluon.jit
-def _load_rows(desc, buf, bar, row, end, column, pred):
+def load_rows(desc, buf, bar, row, end, column, pred):
     """Load as many rows as `buf` has. Rows from `end` on are not read and become zeros, which cost little power.
 
     `desc` sees memory as overlapping windows of 64 rows, see `windows.Windows`. Rows come from the window

@@ -12,15 +12,21 @@ from torch import Tensor
 from moe_dispatch.backend import TravellingRows
 from moe_dispatch.backends.gluon_hopper.row_blocks import row_blocks
 from moe_dispatch.backends.gluon_hopper.tiles import (
+    BLOCK_M,
     FP8_TAIL_M,
     MAX_REGISTERS,
+    MXFP4_BLOCK_K,
+    MXFP4_LOW_BLOCK_M,
+    MXFP4_LOW_ROWS,
+    MXFP4_STAGES,
     STAGE_BYTES,
     STAGES,
     TAIL_M,
     WINDOW_ROWS,
     permutes_rows,
 )
-from moe_dispatch.backends.gluon_hopper.windows import ExpertRows, Windows, rows_after_window
+from moe_dispatch.backends.gluon_hopper.windows import ExpertCodes, ExpertRows, Windows, rows_after_window
+from moe_dispatch.backends.stages.order_columns import order_columns, ordered_width
 from moe_dispatch.backends.stages.quantize import empty_scales, gather, gather_quantize
 from moe_dispatch.backends.stages.route import Routing
 from moe_dispatch.backends.triton_common.descriptors import Descriptors
@@ -50,6 +56,8 @@ def hopper_products(
     """
     if experts.dtype == "fp8":
         return _fp8_products(hidden_states, experts, routing, topk, group_m, sms, descriptors)
+    if experts.dtype == "mxfp4":
+        return _mxfp4_products(hidden_states, experts, routing, topk, group_m, sms, descriptors)
     from moe_dispatch.backends.gluon_hopper.product_kernel import _moe_hopper_product_kernel
 
     N, K, rows = experts.N, experts.K, routing.slot_of_row.shape[0]
@@ -132,6 +140,45 @@ def _fp8_products(
         # constants
         COUNTER=2, ACTIVATION=None, INTERLEAVED=False, **_LAUNCH,
     )  # fmt: skip
+    return y
+
+
+def _mxfp4_products(
+    hidden_states: Tensor | QuantizedRows | TravellingRows, experts: ExpertWeights, routing: Routing, topk: int,
+    group_m: int, sms: int, descriptors: Descriptors,
+) -> Tensor:  # fmt: skip
+    """`hopper_products` of MXFP4 weights."""
+    from moe_dispatch.backends.gluon_hopper.mxfp4_product_kernel import _moe_hopper_mxfp4_product_kernel
+
+    N, K, rows = experts.N, experts.K, routing.slot_of_row.shape[0]
+    block_m = BLOCK_M if routing.row_of_slot.shape[0] > MXFP4_LOW_ROWS * experts.E else MXFP4_LOW_BLOCK_M
+    blocks, counts = row_blocks(routing, group_m, fp8=False, block_m=block_m)
+    pdl = True
+    if isinstance(hidden_states, TravellingRows):  # what waits for another stream is no programmatic dependent
+        hidden_states, pdl = hidden_states.wait(), False
+    assert isinstance(hidden_states, Tensor)  # noqa: S101 - quantised rows are for block FP8
+    x, h = (rows_after_window(hidden_states, rows, ordered_width(columns, MXFP4_BLOCK_K)) for columns in (K, N))
+    order_columns(hidden_states, MXFP4_BLOCK_K, by_threads=True, routing=routing, topk=topk, out=x, pdl=pdl)
+    gate_up = descriptors.get(experts.gate_up, ExpertCodes("pairs" if experts.interleaved else "rows"))
+    down = descriptors.get(experts.down, ExpertCodes("plain"))
+    y = hidden_states.new_empty(rows, K)
+    products = (
+        (x, gate_up, experts.gate_up_scale, experts.gate_up_bias, h, N, K, math.ceil(N / 128), experts.activation),
+        (h, down, experts.down_scale, experts.down_bias, y, K, N, math.ceil(K / 256), None),
+    )
+    for counter, (a, codes, exponents, biases, out, columns, depth, n_blocks, activation) in enumerate(products, 1):
+        _moe_hopper_mxfp4_product_kernel[(sms,)](
+            # inputs
+            descriptors.get(a, Windows(WINDOW_ROWS)), descriptors.get(a, Windows(TAIL_M)), codes, exponents, biases,
+            blocks, counts,
+            # outputs
+            out,
+            # shapes
+            n_blocks, columns, depth, out.shape[1],
+            # constants
+            COUNTER=counter, ACTIVATION=activation, INTERLEAVED=experts.interleaved, BLOCK_M=block_m,
+            **{**_LAUNCH, "STAGES": MXFP4_STAGES[block_m]},
+        )  # fmt: skip
     return y
 
 

@@ -25,6 +25,11 @@ to `triton_persistent` is a policy's matter: see `policies/rules.py`.
                             a share of the layer that falls with N. qwen3-30b-a3b (N=768): gathering costs 115 µs and
                             saves 221; mixtral (N=14336): the pass wins, 4894 → 4641 µs. In FP8 rows are quantised in
                             that pass, and it always pays: deepseek-v3 4 and 8 %, qwen3-30b-a3b 1 %.
+    MXFP4_LOW_ROWS   64     up to so many rows per expert MXFP4 has blocks of 64 rows and six stages instead of three:
+                            gpt-oss-120b with 8, 32 and 64 rows 771 → 695, 852 → 806, 1188 → 1179 µs, with 128
+                            1556 → 1982.
+    MXFP4_COPY_ROWS  1536   from so many rows per expert on a BF16 copy is multiplied: gpt-oss-20b with 2048 rows
+                            5185 → 4983, with 1024 2724 → 2808; gpt-oss-120b with 512 5471 → 6775.
 """
 
 from typing import Final
@@ -46,11 +51,17 @@ PERMUTE_FROM_N: Final = 4096
 STAGE_BYTES: Final = 128
 # Rows that one load of activations spans, and spare rows in memory before the first; see `windows`.
 WINDOW_ROWS: Final = 64
+# Columns of a stage of MXFP4 weights: the four threads of a row have a block of 32, which shares an exponent, each.
+MXFP4_BLOCK_K: Final = 128
+MXFP4_LOW_BLOCK_M: Final = 64
+MXFP4_LOW_ROWS: Final = 64
+MXFP4_COPY_ROWS: Final = 1536
+MXFP4_STAGES: Final = {MXFP4_LOW_BLOCK_M: 6, BLOCK_M: 3}
 
 # A bound, in bytes, of the shared memory that a block of either product takes; a compile test holds it to that.
-SHARED_MEMORY: Final[dict[DType, int]] = {"bf16": 225 << 10, "fp8": 221 << 10, "mxfp4": 225 << 10}
+SHARED_MEMORY: Final[dict[DType, int]] = {"bf16": 225 << 10, "fp8": 221 << 10, "mxfp4": 209 << 10}
 
 
 def permutes_rows(dtype: DType, N: int) -> bool:
     """Whether a pass brings rows into the order of experts before the first product; else its loader gathers them."""
-    return dtype == "fp8" or N >= PERMUTE_FROM_N
+    return dtype != "bf16" or N >= PERMUTE_FROM_N

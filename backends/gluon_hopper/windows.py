@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from moe_dispatch.backends.gluon_hopper.tiles import STAGE_BYTES, WINDOW_ROWS
+from moe_dispatch.backends.gluon_hopper.tiles import MXFP4_BLOCK_K, STAGE_BYTES, WINDOW_ROWS
 from moe_dispatch.numerics import FP8
 
 
@@ -65,11 +65,34 @@ class ExpertRows(NamedTuple):
         return _descriptor(weights.view(-1, weights.shape[2]), [128])
 
 
-def _descriptor(tensor: Tensor, rows: list[int]) -> Any:
-    """Blocks of `rows` and 128 bytes of columns."""
+class ExpertCodes(NamedTuple):
+    """MXFP4 weights: blocks of 128 bytes of codes, by 64 of each row, as `mxfp4_product_kernel` loads them.
+
+    Of down a block is successive rows. Of gate and up rows it has those whose columns are stored side by side, every
+    other 16: of 128 columns 64, their gate rows followed by their up rows if those alternate, else either.
+
+    Attributes:
+        layout: ``"plain"`` of down, or ``"rows"`` of gate_up, or ``"pairs"`` where gate and up rows alternate.
+    """
+
+    layout: Literal["plain", "rows", "pairs"]
+
+    def describe(self, weights: Tensor) -> Any:
+        """The tensor descriptor of the codes ``[E, rows, columns/2]``."""
+        width = weights.shape[2]
+        if self.layout == "plain":
+            return _descriptor(weights.view(-1, 2, 2, 2, width).transpose(1, 3), [16, 2, 2, 2], MXFP4_BLOCK_K // 2)
+        if self.layout == "rows":
+            return _descriptor(weights.view(-1, 2, 16, width).transpose(0, 1), [1, 4, 16], MXFP4_BLOCK_K // 2)
+        pairs = weights.view(-1, 2, 16, 2, width)
+        return _descriptor(pairs.permute(3, 1, 0, 2, 4), [2, 1, 4, 16], MXFP4_BLOCK_K // 2)
+
+
+def _descriptor(tensor: Tensor, rows: list[int], width: int = STAGE_BYTES) -> Any:
+    """Blocks of `rows` and so many bytes of columns."""
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-    block = [*rows, STAGE_BYTES // tensor.element_size()]
+    block = [*rows, width // tensor.element_size()]
     return TensorDescriptor.from_tensor(tensor, block, _layout(tensor.dtype, tuple(block)))
 
 
@@ -84,5 +107,5 @@ def _of_windows(dtype: torch.dtype, columns: int, rows: int) -> Any:
 def _layout(dtype: torch.dtype, block: tuple[int, ...]) -> Any:
     from triton.experimental.gluon import language as gl
 
-    element = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16, FP8: gl.float8e4nv}[dtype]
+    element = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16, FP8: gl.float8e4nv, torch.uint8: gl.uint8}[dtype]
     return gl.NVMMASharedLayout.get_default_for(list(block), element)

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from moe_dispatch.backend import BackendConfig
 from moe_dispatch.backends.stages.combine import Out, combine, rows_dtype
+from moe_dispatch.backends.stages.order_columns import order_columns, ordered_width
 from moe_dispatch.backends.stages.quantize import activations, empty_scales, quantize_rows
 from moe_dispatch.backends.stages.route import route
 from moe_dispatch.backends.triton_common.backend import TritonBackend
@@ -16,7 +17,6 @@ from moe_dispatch.backends.triton_persistent.config import (
     least_shared_memory,
     persistent_configs,
 )
-from moe_dispatch.backends.triton_persistent.order_columns import order_columns, ordered_width
 from moe_dispatch.backends.triton_persistent.product import product
 from moe_dispatch.experts import ExpertWeights
 from moe_dispatch.numerics import QuantizedRows

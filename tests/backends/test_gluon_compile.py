@@ -1,5 +1,6 @@
 """The kernels for Hopper compile without a GPU and fit, and are refused with every reason where they cannot run."""
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -8,6 +9,7 @@ import pytest
 import torch
 
 from moe_dispatch.activations import Activation
+from moe_dispatch.backends.gluon_hopper import products
 from moe_dispatch.backends.gluon_hopper.backend import FIRST_TRITON, LAST_TRITON, GluonHopperBackend
 from moe_dispatch.backends.gluon_hopper.config import GluonHopperConfig
 from moe_dispatch.backends.gluon_hopper.tiles import SHARED_MEMORY
@@ -16,7 +18,7 @@ from moe_dispatch.backends.triton_common import features
 from moe_dispatch.machine import Machine
 from moe_dispatch.problem import DType, MoEProblem
 from moe_dispatch.system.libraries import library_version
-from moe_dispatch.workloads import WORKLOADS, Workload, make_experts, torch_dtype
+from moe_dispatch.workloads import WORKLOADS, Workload, make_experts
 from tests.support.triton_compile import Launch, compile_launches, described, unwritten_layer
 
 HOPPER = described(90)
@@ -33,9 +35,10 @@ def launch_products(capability: int, dtype: DType, activation: Activation) -> It
     machine = described(capability)
     backend = GluonHopperBackend(machine)
     oai = activation == "swiglu_oai"
-    for K, N, transposed in ((512, 256, False), (576, 200, False), (576, 200, True)):
+    shapes = ((512, 256, False, 4096), (576, 200, False, 1), (576, 200, True, 1), (576, 224, False, 1))
+    for K, N, transposed, M in shapes:  # one token has the low tiles of MXFP4
         layer = Workload("", 8, 2, K, N, activation, bias=oai, interleaved=oai)
-        problem = replace(layer.problem(4096, dtype, machine), transposed=transposed)
+        problem = replace(layer.problem(M, dtype, machine), transposed=transposed)
         if not backend.unsupported_reasons(problem):  # as FP8 is for the uneven layer
             yield Launch(partial(backend.run, *unwritten_layer(problem), GluonHopperConfig()))
 
@@ -43,22 +46,25 @@ def launch_products(capability: int, dtype: DType, activation: Activation) -> It
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("dtype", "activation"),
-    [("bf16", "silu"), ("bf16", "swiglu(limit=10)"), ("bf16", "swiglu_oai"), ("fp8", "silu"), ("fp8", "swiglu_oai")],
-)
+    [
+        ("bf16", "silu"), ("bf16", "swiglu(limit=10)"), ("bf16", "swiglu_oai"), ("fp8", "silu"), ("fp8", "swiglu_oai"),
+        ("mxfp4", "swiglu_oai"),
+    ],
+)  # fmt: skip
 def test_both_products_compile_and_fit(dtype: DType, activation: Activation) -> None:
     kernels = compile_launches(launch_products, 90, dtype=dtype, activation=activation)
-    names = {"_moe_hopper_product_kernel", "_moe_hopper_fp8_product_kernel"}
-    products = [built for built in kernels if built.name in names]
-    assert {built.constants["ACTIVATION"] for built in products} == {activation, None}
-    for built in products:
+    kernels = [built for built in kernels if re.fullmatch("_moe_hopper(_fp8|_mxfp4)?_product_kernel", built.name)]
+    assert {built.constants["ACTIVATION"] for built in kernels} == {activation, None}
+    for built in kernels:
         assert not built.spilling, built
         assert built.stack <= (FP8_STACK if dtype == "fp8" else CLAMPS_STACK if activation != "silu" else 0), built
         assert built.shared <= SHARED_MEMORY[dtype], built
         assert built.wgmma, built
+        assert not built.serialised, built
         assert built.tma, built
         assert built.pdl, built
         # Rows of hidden_states are gathered, unless they have been when they were quantised; h is in order.
-        assert built.wide_copies == (dtype != "fp8" and built.constants["ACTIVATION"] is not None), built
+        assert built.wide_copies == (dtype == "bf16" and built.constants["ACTIVATION"] is not None), built
 
 
 @pytest.fixture(autouse=True)
@@ -134,9 +140,14 @@ def test_every_known_triton_is_taken(version: tuple[int, ...]) -> None:
 @pytest.mark.parametrize("like_gpt_oss", [False, True], ids=["silu", "gpt-oss"])
 @pytest.mark.parametrize(
     ("dtype", "K", "N", "transposed"),
-    [("bf16", 192, 256, False), ("bf16", 192, 200, False), ("bf16", 192, 200, True), ("fp8", 256, 384, False)],
-)
-def test_blocks_of_every_height(dtype: DType, K: int, N: int, transposed: bool, like_gpt_oss: bool) -> None:
+    [
+        ("bf16", 192, 256, False), ("bf16", 192, 200, False), ("bf16", 192, 200, True), ("fp8", 256, 384, False),
+        ("mxfp4", 192, 224, False),
+    ],
+)  # fmt: skip
+def test_blocks_of_every_height(
+    dtype: DType, K: int, N: int, transposed: bool, like_gpt_oss: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """One expert for each count of rows around the heights of tiles, one without rows, and slots of no expert."""
     machine = Machine.inspect("cuda")
     counts = [1, 31, 33, 64, 65, 95, 96, 97, 127, 128, 129, 144, 145, 160, 161, 192, 257, 272, 288, 289, 0, 700]
@@ -149,12 +160,12 @@ def test_blocks_of_every_height(dtype: DType, K: int, N: int, transposed: bool, 
     ids = torch.cat([ids, torch.tensor([-1, len(counts), -1])])
     ids = ids[torch.randperm(len(ids), generator=torch.Generator().manual_seed(0))].int().cuda()[:, None]
     generator = torch.Generator("cuda").manual_seed(0)
-    act_dtype: DType = "bf16" if dtype == "fp8" else dtype
-    experts = make_experts(layer, dtype, "cuda", generator, act_dtype=act_dtype, transposed=transposed)
-    x = torch.randn(len(ids), layer.K, generator=generator, device="cuda").to(torch_dtype(act_dtype))
+    experts = make_experts(layer, dtype, "cuda", generator, act_dtype="bf16", transposed=transposed)
+    x = torch.randn(len(ids), layer.K, generator=generator, device="cuda").bfloat16()
     weights = torch.rand(len(ids), 1, generator=generator, device="cuda")
     truth = ReferenceBackend(machine).run(x.float(), experts, weights, ids, ReferenceConfig(compute_fp32=True))
-    for config in (GluonHopperConfig(), GluonHopperConfig(group_m=1)):
+    for config, low_rows in ((GluonHopperConfig(), 0), (GluonHopperConfig(group_m=1), 1000)):
+        monkeypatch.setattr(products, "MXFP4_LOW_ROWS", low_rows)
         out = backend.run(x, experts, weights, ids, config)
         error = (out.float() - truth).norm(dim=1).max() / truth.norm(dim=1).mean()
         assert error <= 5 * backend.tolerance[dtype], float(error)

@@ -6,10 +6,11 @@ from unittest import mock
 import pytest
 import torch
 
+from moe_dispatch.backends.stages.order_columns import order_columns, order_columns_torch
+from moe_dispatch.backends.stages.route import route
 from moe_dispatch.backends.triton_common.features import features, interpreting, on_triton
 from moe_dispatch.backends.triton_persistent.backend import TritonPersistentBackend
 from moe_dispatch.backends.triton_persistent.config import TritonPersistentConfig, persistent_configs, tma_fits
-from moe_dispatch.backends.triton_persistent.order_columns import order_columns, order_columns_torch
 from moe_dispatch.machine import Machine
 from moe_dispatch.problem import DType
 from moe_dispatch.workloads import WORKLOADS
@@ -126,13 +127,21 @@ def _equals_the_reference(backend: TritonPersistentBackend, case: Case, dtype: D
 
 
 @pytest.mark.skipif(not on_triton(torch.empty(0, device=DEVICE)), reason="a kernel")
-def test_columns_are_ordered_by_their_number_modulo_four() -> None:
+@pytest.mark.parametrize("by_threads", [False, True])
+def test_columns_are_ordered_as_products_read_them(by_threads: bool) -> None:
     x = torch.randn(3, 2880, device=DEVICE).half()
-    ordered, expected = order_columns(x, 128), order_columns_torch(x, 128)
+    ordered = order_columns(x, 128, by_threads=by_threads)
+    assert torch.equal(ordered, order_columns_torch(x, 128, by_threads=by_threads))
     assert ordered.shape == (3, 2944)
-    kept = order_columns_torch(torch.ones_like(x), 128) == 1
-    assert torch.equal(ordered[kept], expected[kept])
-    assert torch.equal(expected[0, :32], x[0, :128:4])
+    if by_threads:  # of every eight places a thread has two, and a thread's columns share an exponent
+        held = ordered[0, :128].view(16, 4, 2).transpose(0, 1).reshape(4, 32)
+        assert torch.equal(held.sort().values, x[0, :128].view(4, 32).sort().values)
+    else:
+        assert torch.equal(ordered[0, :32], x[0, :128:4])
+    routing = route(torch.tensor([[0, 2], [1, -1], [2, 5]], dtype=torch.int32, device=DEVICE), 3)
+    rows = order_columns(x, 128, by_threads=by_threads, routing=routing, topk=2)
+    slots = routing.slot_of_row
+    assert torch.equal(rows[slots >= 0], ordered[slots[slots >= 0].long() // 2])
 
 
 @pytest.mark.skipif(not interpreting(), reason="about the interpreter")

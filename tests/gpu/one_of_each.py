@@ -43,6 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run everything that is supported here; the exit status is 1 if a result is wrong."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--backend", action="append", help="name of a backend to run; all registered ones by default")
+    parser.add_argument("--dtype", action="append", help="a dtype of weights to run; all of them by default")
     parser.add_argument("--configs", type=int, default=3, help="configurations of each backend at each point")
     parser.add_argument("--layer", default=LAYER, help="E,topk,K,N")
     parser.add_argument("--gpt-oss", action="store_true", help="with gpt-oss's biases, row order and activation")
@@ -55,6 +56,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.gpt_oss:
         layer = dataclasses.replace(layer, activation="swiglu_oai", bias=True, interleaved=True)
     for dtype, transposed in WEIGHTS:
+        if dtype not in (options.dtype or [dtype]):
+            continue
         generator = torch.Generator(device).manual_seed(0)
         experts = make_experts(layer, dtype, device, generator, transposed=transposed)
         for M in TOKENS:
