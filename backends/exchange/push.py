@@ -38,7 +38,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from moe_dispatch.backend import PeerRows, TravellingRows
+from moe_dispatch.arrived_rows import PeerRows, TravellingRows
 from moe_dispatch.backends.exchange.pack import WORD, aligned
 from moe_dispatch.backends.triton_common.launch_options import pdl_option
 from moe_dispatch.numerics import FP8, QuantizedRows

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from moe_dispatch.activations import KINDS, UNGATED
-from moe_dispatch.backend import BackendConfig, Inputs, Requirements, TravellingRows
+from moe_dispatch.arrived_rows import TravellingRows
+from moe_dispatch.backend import BackendConfig, Inputs, Requirements
 from moe_dispatch.backends.gluon_hopper.config import GluonHopperConfig
 from moe_dispatch.backends.gluon_hopper.products import hopper_products
 from moe_dispatch.backends.gluon_hopper.tiles import MXFP4_COPY_ROWS, SHARED_MEMORY, WINDOW_ROWS, permutes_rows

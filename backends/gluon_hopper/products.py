@@ -9,7 +9,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from moe_dispatch.backend import TravellingRows
+from moe_dispatch.arrived_rows import TravellingRows
 from moe_dispatch.backends.gluon_hopper.row_blocks import row_blocks
 from moe_dispatch.backends.gluon_hopper.tiles import (
     BLOCK_M,

@@ -6,7 +6,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from moe_dispatch.backend import PeerRows
+from moe_dispatch.arrived_rows import PeerRows
 from moe_dispatch.backends.triton_common.features import on_triton
 from moe_dispatch.backends.triton_common.launch_options import next_power_of_2, pdl_option
 

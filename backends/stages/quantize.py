@@ -11,7 +11,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from moe_dispatch.backend import TravellingRows
+from moe_dispatch.arrived_rows import TravellingRows
 from moe_dispatch.backends.stages.route import Routing
 from moe_dispatch.backends.triton_common.features import on_triton
 from moe_dispatch.backends.triton_common.launch_options import next_power_of_2, pdl_option

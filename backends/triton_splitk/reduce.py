@@ -9,7 +9,7 @@ from moe_dispatch.backends.triton_common.launch_options import pdl_option
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from moe_dispatch.backend import PeerRows
+    from moe_dispatch.arrived_rows import PeerRows
     from moe_dispatch.backends.triton_splitk.config import SplitKConfig
     from moe_dispatch.experts import ExpertWeights
 

@@ -15,7 +15,7 @@ from moe_dispatch.backends.triton_common.quantization import quantization
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from moe_dispatch.backend import PeerRows
+    from moe_dispatch.arrived_rows import PeerRows
     from moe_dispatch.backends.triton_vector.config import TritonVectorConfig
     from moe_dispatch.experts import ExpertWeights
 

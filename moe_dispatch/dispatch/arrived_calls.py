@@ -6,7 +6,8 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from moe_dispatch.backend import FAST_PATH_TOKENS, ArrivedInputs, PeerRows, TravellingRows
+from moe_dispatch.arrived_rows import ArrivedInputs, PeerRows, TravellingRows
+from moe_dispatch.backend import FAST_PATH_TOKENS
 from moe_dispatch.dispatch.counters import Counters
 from moe_dispatch.dispatch.errors import BackendFailedError, DeviceLostError
 from moe_dispatch.dispatch.first_calls import FIRST_CALLS

@@ -9,7 +9,8 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from moe_dispatch.backend import FAST_PATH_TOKENS, ArrivedInputs, Inputs
+from moe_dispatch.arrived_rows import ArrivedInputs
+from moe_dispatch.backend import FAST_PATH_TOKENS, Inputs
 from moe_dispatch.dispatch.arrived_calls import ArrivedCalls
 from moe_dispatch.dispatch.checks import check, check_out, have_memory, overlap, result_fault
 from moe_dispatch.dispatch.counters import BackendStats, Counters

@@ -8,7 +8,7 @@ from typing import Protocol, cast
 import torch
 from torch import Tensor
 
-from moe_dispatch.backend import PeerRows, TravellingRows
+from moe_dispatch.arrived_rows import PeerRows, TravellingRows
 from moe_dispatch.numerics import QuantizedRows
 
 

@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Final
 import torch
 from torch import Tensor
 
-from moe_dispatch.backend import PeerRows, TravellingRows
+from moe_dispatch.arrived_rows import PeerRows, TravellingRows
 from moe_dispatch.errors import InvalidInputError
 from moe_dispatch.parallel import device_code, symmetric_memory
 from moe_dispatch.parallel.collectives import Collectives

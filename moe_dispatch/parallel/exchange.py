@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Literal, get_args
 from torch import Tensor
 from torch import __version__ as torch_version
 
-from moe_dispatch.backend import PeerRows, TravellingRows
+from moe_dispatch.arrived_rows import PeerRows, TravellingRows
 from moe_dispatch.numerics import QuantizedRows
 from moe_dispatch.parallel.agreement import library_versions
 from moe_dispatch.parallel.collectives import Collectives

@@ -6,7 +6,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from moe_dispatch.backend import ArrivedInputs
+from moe_dispatch.arrived_rows import ArrivedInputs
 from moe_dispatch.dispatch.call import on_device
 from moe_dispatch.dispatch.checks import check, check_out
 from moe_dispatch.dispatch.gradients import needs_grad

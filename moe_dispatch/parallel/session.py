@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from moe_dispatch.backend import ArrivedInputs, PeerRows
+from moe_dispatch.arrived_rows import ArrivedInputs, PeerRows
 from moe_dispatch.dispatch.dispatcher import Dispatcher
 from moe_dispatch.dispatch.internals import any_autocast_enabled
 from moe_dispatch.errors import InvalidInputError, UnknownNameError, warn

@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from moe_dispatch import moe_forward, stats, warm_up
-from moe_dispatch.backend import Backend, PeerRows
+from moe_dispatch.arrived_rows import PeerRows
+from moe_dispatch.backend import Backend
 from moe_dispatch.backends.reference import ReferenceBackend, ReferenceConfig
 from moe_dispatch.backends.triton_common.features import on_triton
 from moe_dispatch.machine import Machine

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from moe_dispatch.activations import ACTIVATIONS, UNGATED, Activation
-from moe_dispatch.backend import TravellingRows
+from moe_dispatch.arrived_rows import TravellingRows
 from moe_dispatch.backends.stages import quantize as quantize_module
 from moe_dispatch.backends.stages import route as route_module
 from moe_dispatch.backends.stages.activate import activate, activate_quantize

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from moe_dispatch import DeviceLostError
-from moe_dispatch.backend import ArrivedInputs, Backend, PeerRows
+from moe_dispatch.arrived_rows import ArrivedInputs, PeerRows
+from moe_dispatch.backend import Backend
 from moe_dispatch.dispatch.process import get_dispatcher
 from moe_dispatch.numerics import QuantizedRows, quantize_rows_torch
 from moe_dispatch.problem import MoEProblem

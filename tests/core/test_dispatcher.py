@@ -38,8 +38,9 @@ from moe_dispatch import (
 )
 from moe_dispatch.backend import FAST_PATH_TOKENS, Backend, BackendConfig, Inputs, Run
 from moe_dispatch.dispatch import process
-from moe_dispatch.dispatch.dispatcher import FAST_PATH_CALLS, SETTLING_CALLS, Dispatcher
+from moe_dispatch.dispatch.dispatcher import FAST_PATH_CALLS, Dispatcher
 from moe_dispatch.dispatch.process import get_dispatcher, reset_dispatchers
+from moe_dispatch.dispatch.settled_plans import SETTLING_CALLS
 from moe_dispatch.registry import BACKENDS, POLICIES
 from moe_dispatch.settings import Settings, settings
 from moe_dispatch.workloads import ROUTINGS, Workload, make_experts, workload

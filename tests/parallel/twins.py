@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from moe_dispatch.backend import PeerRows, TravellingRows
+from moe_dispatch.arrived_rows import PeerRows, TravellingRows
 from moe_dispatch.backends.exchange import push
 from moe_dispatch.numerics import quantize_rows_torch
 from moe_dispatch.parallel import device_code
