@@ -67,4 +67,5 @@ def order_columns_torch(x: Tensor, block: int, *, by_threads: bool = False) -> T
     if not by_threads:
         return padded.view(x.shape[0], -1, block // 4, 4).transpose(2, 3).reshape(padded.shape)
     order = [sum((place >> at & 1) << bit for at, bit in enumerate(_THREAD_BITS)) for place in range(block)]
-    return padded.view(x.shape[0], -1, block)[:, :, torch.tensor(order, device=x.device)].reshape(padded.shape)
+    places = torch.tensor(order, dtype=torch.int64, device=x.device)
+    return padded.view(x.shape[0], -1, block)[:, :, places].reshape(padded.shape)

@@ -6,7 +6,7 @@ Floors, lowest first. Within a floor modules may import each other, as long as t
     errors settings activations problem mxfp4 numerics routers machine model_config experts weight_checks
     tensor_memory workloads checkpoints checkpoint_files checkpoint_scales checkpoint_sources checkpoint_mxfp4
                                                         what a layer is, how it is stored, and where it runs
-    backend guard policy registry                       what a backend and a policy are, and where they are found
+    backend arrived_rows guard policy registry          what a backend and a policy are, and where they are found
     measure                                             inputs, timing, verification
     dispatch                                            from a call to a running backend
     parallel                                            a layer whose experts are spread over ranks
@@ -34,7 +34,7 @@ FLOORS: Final = (
         "checkpoints", "checkpoint_files", "checkpoint_scales", "checkpoint_sources", "checkpoint_mxfp4",
         "tensor_memory", "weight_checks", "experts", "workloads",
     ),
-    ("backend", "guard", "policy", "registry"),
+    ("backend", "arrived_rows", "guard", "policy", "registry"),
     ("measure",),
     ("dispatch",),
     ("parallel",),
