@@ -27,13 +27,14 @@ EVEN_DECODE_ROWS: Final = 4
 # 4 rows and by 12 % at 32.
 GLUON_ROWS: Final = 16
 # In BF16 it gains a share of the time and starts a few µs later, so that with fewer bytes to read it is ahead from more
-# rows on only: half of qwen3-30b-a3b's experts (604 MB) at 32 rows 170 µs, 166 with tiles of 64.
+# rows on only: half of qwen3-30b-a3b's experts (604 MB) at 32 rows 170 µs, triton_persistent 166.
 GLUON_BYTES: Final = 1 << 30
 GLUON_ROWS_OF_FEW_BYTES: Final = 48
 GLUON_FP8_ROWS: Final = 56
 GLUON_FP8_ROWS_FROM_LONG_N: Final = 2
 GLUON_LONG_N: Final = 2048
-# In MXFP4 it is ahead of triton_persistent wherever both were measured: gpt-oss-120b with 8 rows 695 µs, 757.
+# In MXFP4 it is ahead of triton_persistent wherever both were measured: gpt-oss-120b with 8 rows takes 695 µs, and 757
+# there.
 GLUON_MXFP4_ROWS: Final = 4
 # From this many rows per expert on DeepGEMM's products are about as fast as ours, or faster.
 PREFILL_ROWS: Final = 256
@@ -138,7 +139,7 @@ def _converts(problem: MoEProblem) -> bool:
 def _grouped(problem: MoEProblem) -> Ranked:
     persistent: Ranked = (("triton_persistent", "ours for more rows: one wave of programs and no padding"),)
     if problem.capability == (9, 0):
-        gluon = ("gluon_hopper", "ours for many rows on Hopper: warp-specialised, with tiles of 128 rows and more")
+        gluon = ("gluon_hopper", "ours for many rows on Hopper: warp-specialised")
         persistent = (gluon, *persistent) if _many_rows(problem) else (*persistent, gluon)
     return persistent
 

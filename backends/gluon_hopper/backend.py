@@ -70,7 +70,7 @@ class GluonHopperBackend(TritonBackend):
         """See `Backend.workspace_bytes`."""
         element = 1 if problem.fp8 else 2
         rows = problem.slots + WINDOW_ROWS
-        if problem.dtype == "mxfp4" and _copies(problem.slots, problem.E):
+        if problem.dtype == "mxfp4" and _copies(problem.slots, problem.K, problem.routed_experts or problem.E):
             problem = replace(problem, dtype="bf16")
             copied = 2 * (problem.gate_up_rows + problem.N) * problem.K * problem.E
             return copied + self.workspace_bytes(problem, config)
@@ -97,7 +97,7 @@ class GluonHopperBackend(TritonBackend):
         on 16 bytes (a view into a flat buffer) are copied to fresh memory first.
         """
         assert isinstance(config, GluonHopperConfig)  # noqa: S101 - the dispatcher made it from config_type
-        if _copies(topk_ids.numel(), experts.E):
+        if experts.dtype == "mxfp4" and _copies(topk_ids.numel(), experts.K, experts.routed_experts or experts.E):
             experts = dequantized(experts, torch.bfloat16)
         gathers = not permutes_rows(experts.dtype, experts.N)
         if gathers and isinstance(hidden_states, Tensor) and hidden_states.data_ptr() % 16:
@@ -112,9 +112,12 @@ class GluonHopperBackend(TritonBackend):
         """None: a replay has tensor descriptors of weights only, and these kernels take them of intermediates too."""
 
 
-def _copies(slots: int, E: int) -> bool:
-    """Whether MXFP4 weights are copied to BF16 first."""
-    return slots >= MXFP4_COPY_ROWS * E
+def _copies(slots: int, K: int, routed_experts: int) -> bool:
+    """Whether MXFP4 weights are copied to BF16 first, whose product needs whole stages of K.
+
+    `routed_experts` are all that the router chooses among, because slots of experts elsewhere are no rows here.
+    """
+    return K % 64 == 0 and slots >= MXFP4_COPY_ROWS * routed_experts
 
 
 @functools.cache

@@ -8,7 +8,8 @@ first product and N in the second, arrives in stages of 128 bytes of each row.
 A stage holds 128 rows of gate and then 128 of up. Where gate and up rows alternate in the layer (INTERLEAVED), it holds
 64 of each in turn, so that each half of its weights has one FP8 scale. Where the layer has biases, sums start at them.
 Of weights stored by columns (TRANSPOSED, BF16) it holds 64 columns of each 64 rows, in which gate and up rows that
-alternate in the layer still do (ALTERNATING).
+alternate in the layer still do (ALTERNATING). Stages of MXFP4 weights are laid out otherwise: see
+`mxfp4_product_kernel`.
 
 Roles:
 

@@ -151,7 +151,8 @@ def _mxfp4_products(
     from moe_dispatch.backends.gluon_hopper.mxfp4_product_kernel import _moe_hopper_mxfp4_product_kernel
 
     N, K, rows = experts.N, experts.K, routing.slot_of_row.shape[0]
-    block_m = BLOCK_M if routing.row_of_slot.shape[0] > MXFP4_LOW_ROWS * experts.E else MXFP4_LOW_BLOCK_M
+    low = routing.row_of_slot.shape[0] <= MXFP4_LOW_ROWS * (experts.routed_experts or experts.E)
+    block_m = MXFP4_LOW_BLOCK_M if low else BLOCK_M
     blocks, counts = row_blocks(routing, group_m, fp8=False, block_m=block_m)
     pdl = True
     if isinstance(hidden_states, TravellingRows):  # what waits for another stream is no programmatic dependent

@@ -10,7 +10,7 @@ from moe_dispatch.backends.triton_common.launch_options import next_power_of_2
 
 
 def row_blocks(routing: Routing, group_m: int, *, fp8: bool, block_m: int = BLOCK_M) -> tuple[Tensor, Tensor]:
-    """Cut every expert's rows into blocks of `block_m`; of 128, or some more where that spares a block.
+    """Cut every expert's rows into blocks of `block_m`. A block of 128 gets some more rows where that spares a block.
 
     Args:
         routing: From `route`, without padding between experts.

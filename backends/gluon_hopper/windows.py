@@ -66,7 +66,7 @@ class ExpertRows(NamedTuple):
 
 
 class ExpertCodes(NamedTuple):
-    """MXFP4 weights: blocks of 128 bytes of codes, by 64 of each row, as `mxfp4_product_kernel` loads them.
+    """MXFP4 weights, as `mxfp4_product_kernel` loads them: 64 bytes of each of 128 rows, or of 64 with ``"rows"``.
 
     Of down a block is successive rows. Of gate and up rows it has those whose columns are stored side by side, every
     other 16: of 128 columns 64, their gate rows followed by their up rows if those alternate, else either.

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from moe_dispatch.activations import Activation
+from moe_dispatch.backends.gluon_hopper import backend as hopper_backend
 from moe_dispatch.backends.gluon_hopper import products
 from moe_dispatch.backends.gluon_hopper.backend import FIRST_TRITON, LAST_TRITON, GluonHopperBackend
 from moe_dispatch.backends.gluon_hopper.config import GluonHopperConfig
@@ -142,7 +143,7 @@ def test_every_known_triton_is_taken(version: tuple[int, ...]) -> None:
     ("dtype", "K", "N", "transposed"),
     [
         ("bf16", 192, 256, False), ("bf16", 192, 200, False), ("bf16", 192, 200, True), ("fp8", 256, 384, False),
-        ("mxfp4", 192, 224, False),
+        ("mxfp4", 192, 224, False), ("mxfp4", 160, 224, False),
     ],
 )  # fmt: skip
 def test_blocks_of_every_height(
@@ -164,8 +165,11 @@ def test_blocks_of_every_height(
     x = torch.randn(len(ids), layer.K, generator=generator, device="cuda").bfloat16()
     weights = torch.rand(len(ids), 1, generator=generator, device="cuda")
     truth = ReferenceBackend(machine).run(x.float(), experts, weights, ids, ReferenceConfig(compute_fp32=True))
-    for config, low_rows in ((GluonHopperConfig(), 0), (GluonHopperConfig(group_m=1), 1000)):
+    for config, low_rows, copy_rows in (
+        (GluonHopperConfig(), 0, 1536), (GluonHopperConfig(group_m=1), 1000, 1536), (GluonHopperConfig(), 0, 0)
+    ):  # fmt: skip
         monkeypatch.setattr(products, "MXFP4_LOW_ROWS", low_rows)
+        monkeypatch.setattr(hopper_backend, "MXFP4_COPY_ROWS", copy_rows)
         out = backend.run(x, experts, weights, ids, config)
         error = (out.float() - truth).norm(dim=1).max() / truth.norm(dim=1).mean()
         assert error <= 5 * backend.tolerance[dtype], float(error)

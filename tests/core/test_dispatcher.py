@@ -560,7 +560,7 @@ def test_a_fork_while_locks_are_held_calls(call: Call) -> None:
         held, free = threading.Event(), threading.Event()
         holder = threading.Thread(target=_hold, args=(held, free))
         holder.start()
-        held.wait()
+        assert held.wait(30)
         worker = start_child(work)
         free.set()
         holder.join()

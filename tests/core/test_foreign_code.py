@@ -436,6 +436,6 @@ def test_a_first_call_forks_safely() -> None:
     with ranked(Slow):
         thread = threading.Thread(target=lambda: moe_forward(*make_call(6)))
         thread.start()
-        held.wait()
+        assert held.wait(30)
         assert exit_code(start_child(lambda: moe_forward(*make_call(2)))) == 0
         thread.join()

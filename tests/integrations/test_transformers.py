@@ -73,6 +73,15 @@ def test_dispatched_models_agree_with_their_own_forward(case: ModelCase) -> None
     assert understood == (case.activation, case.interleaved, case.transposed)
 
 
+def test_generate_gives_the_models_own_tokens() -> None:
+    model = build(qwen3())
+    ids = torch.arange(1, 9)[None]
+    model.set_experts_implementation("eager")
+    own = model.generate(ids, max_new_tokens=8, do_sample=False)
+    model.set_experts_implementation("moe_dispatch")
+    assert torch.equal(model.generate(ids, max_new_tokens=8, do_sample=False), own)
+
+
 @pytest.mark.parametrize("config", [qwen3, gpt_oss], ids=["in place", "transposed"])
 def test_gradients_equal_the_models_own(config: Callable[[], Any]) -> None:
     grads = []

@@ -116,9 +116,9 @@ def check_plan(mesh: Any, config: Any, *, experts: bool) -> None:
 
 
 def run_rank(rank: int, store: str) -> None:
+    torch.set_num_threads(1)  # before anything else: OpenMP's threads do not survive a fork
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=WORLD)
     try:
-        torch.set_num_threads(1)
         register()
         mesh = init_device_mesh("cpu", (WORLD,))
         for check in (check_fsdp, check_expert_parallel):
