@@ -30,7 +30,8 @@ class SettledPlans(Generic[P]):
 
     The dispatcher's key asks torch for shape, dtype and device of each tensor, which takes twice as long as all else
     that it does. Here one function in C compares all of that with an earlier call's, and class, strides and
-    `requires_grad`. The dispatcher's lock is held where a plan is kept or forgotten.
+    `requires_grad`. A dispatcher holds its lock where it keeps or forgets a plan; a
+    layer over ranks is called by one thread.
 
     Args:
         on_cuda: Whether calls may be captured in a CUDA graph; the plans of captured calls are others.
@@ -58,7 +59,8 @@ class SettledPlans(Generic[P]):
 
         Args:
             plan: The plan.
-            arguments: What the caller gave, all contiguous; weights in half precision are converted by `Plan.widens`.
+            arguments: What the caller gave, contiguous where the plan needs that; weights in half precision are
+                converted by `Plan.widens`.
             backend: The backend that the caller named.
         """
         hidden_states, experts, *rest = arguments

@@ -221,7 +221,7 @@ def _missed(what: str, allowed: frozenset[Any], value: str) -> str:
 
 
 def _lacks(what: str, wanted: str, version: str) -> str:
-    """Why a version, empty if there is none, is not of the wanted release; empty if it is. An empty one is any."""
+    """What is missing where `version` (empty: not installed) is not of release `wanted` (empty: any); else empty."""
     fits = version.startswith(wanted) and not (wanted and version[len(wanted) :][:1].isdigit())
     return "" if version and fits else f"needs {what}, got {version or 'none'}"
 

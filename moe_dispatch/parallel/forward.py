@@ -64,7 +64,7 @@ def forward_sharded(
     watch = session.watch
     watch.begin()
     settled = None
-    if out is None:
+    if out is None and not _may_need_grad(hidden_states, layer, topk_weights):
         settled = layer.settled.find(hidden_states, layer.local, topk_weights, topk_ids, backend)
     if settled is None:
         try:
@@ -88,6 +88,13 @@ def forward_sharded(
     except BaseException as error:
         watch.broken(error)
         raise
+
+
+def _may_need_grad(hidden_states: object, layer: ShardedExperts, topk_weights: object) -> bool:
+    """Whether a gradient may be needed, which settled kinds do not tell; True where an argument is no tensor."""
+    if not isinstance(hidden_states, Tensor) or not isinstance(topk_weights, Tensor):
+        return True
+    return needs_grad(hidden_states, layer.local, topk_weights)
 
 
 def call_plan(layer: ShardedExperts, capacity: int, topk: int, act_dtype: torch.dtype, *, capturing: bool) -> CallPlan:
@@ -125,13 +132,13 @@ def arrived_inputs(experts: ExpertWeights, arrived: Arrived) -> ArrivedInputs:
 def _check_once(layer: ShardedExperts, tensors: tuple[Tensor, Tensor, Tensor], backend: str | None, out: Any) -> None:
     """Check a call unless one of its kind was checked before. The key has all that a check may ask of a call.
 
-    A kind that comes often is settled: later calls of it are known by `SettledPlans`.
+    A kind that comes often is settled: later calls of it are recognised by `SettledPlans`.
 
     Args:
         layer: The call's.
         tensors: Its hidden_states, topk_weights and topk_ids.
         backend: As the caller gives it.
-        out: Likewise.
+        out: The caller's memory for the output, if any.
     """
     local = layer.local
     hidden_states, topk_weights, topk_ids = tensors

@@ -15,6 +15,7 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
+from torch.autograd import forward_ad
 
 from moe_dispatch import moe_forward
 from moe_dispatch.backends.exchange import push
@@ -250,6 +251,25 @@ def calls_that_are_checked(stated: bool) -> tuple[int, list[int]]:
             assert torch.allclose(moe_forward(*arguments, **options), first)
             counts.append(check.call_count)
     return counts[0], [after - before for before, after in itertools.pairwise(counts)]
+
+
+def gradients_after_settled_calls() -> list[str]:
+    """What a call raises that needs a gradient, after many of its kind under `no_grad` that needed none."""
+    ep = ExpertParallel()
+    hidden, layer, weights, ids = split_call(ep)
+    leaf = hidden.clone().requires_grad_()
+    for tokens in (hidden, leaf):
+        for _ in range(SETTLING_CALLS + 2):
+            with torch.no_grad():
+                moe_forward(tokens, layer, weights, ids)
+    raised = []
+    for arguments, context in (((leaf, weights), torch.enable_grad()), ((hidden, weights), forward_ad.dual_level())):
+        with context:
+            try:
+                moe_forward(arguments[0], layer, arguments[1], ids)
+            except InvalidInputError as error:
+                raised.append(str(error))
+    return raised
 
 
 class SlowGather(GatherExchange):

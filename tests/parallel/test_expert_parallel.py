@@ -117,6 +117,12 @@ def test_a_settled_kind_of_call_is_not_checked(three: Ranks, *, stated: bool) ->
     assert three.run(programs.calls_that_are_checked, stated) == [(SETTLING_CALLS + 1, [1, 1, 1, 0])] * 3
 
 
+def test_a_gradient_is_refused_after_settled_calls_too(three: Ranks) -> None:
+    for raised in three.run(programs.gradients_after_settled_calls):
+        assert len(raised) == 2
+        assert all("gradient" in reason for reason in raised)
+
+
 def test_counts_that_are_stated_are_not_exchanged(three: Ranks) -> None:
     assert three.run(programs.stated_counts) == [(1, 0)] * 3
 
