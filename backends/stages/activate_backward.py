@@ -8,6 +8,7 @@ from moe_dispatch.backends.stages.activate import add_bias
 from moe_dispatch.backends.stages.route import Routing
 from moe_dispatch.backends.triton_common.features import on_triton
 from moe_dispatch.backends.triton_common.launch_options import next_power_of_2
+from moe_dispatch.dispatch.internals import recording_in_modes
 from moe_dispatch.numerics import activate_torch
 
 
@@ -84,8 +85,8 @@ def activate_backward_torch(
     Returns:
         The unweighted activation, fp32 ``[rows, N]``, and the gradient of `gate_up` in its dtype.
     """
-    with torch.enable_grad():
+    with recording_in_modes(), torch.enable_grad():
         leaf = gate_up.detach().float().requires_grad_()
         inner = activate_torch(leaf, activation, interleaved=interleaved)
-    (d_gate_up,) = torch.autograd.grad(inner, leaf, d_inner.float() * share)
+        (d_gate_up,) = torch.autograd.grad(inner, leaf, d_inner.float() * share)
     return inner.detach(), d_gate_up.to(gate_up.dtype)

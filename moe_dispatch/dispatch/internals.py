@@ -6,6 +6,7 @@ calls go on by the public question.
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Final
 
 import torch
@@ -34,6 +35,16 @@ transforms_active: Final[Callable[[], bool]] = getattr(torch._C, "_are_functorch
 # How many modes of torch see every operator, such as tracers and counters. The reserve says that one may.
 dispatch_modes: Final[Callable[[], int]] = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 1)
 
+
+def recording_in_modes() -> AbstractContextManager[object]:
+    """Autograd records here although a mode of torch, which sees operators below autograd, is at work around."""
+    try:
+        key = torch._C.DispatchKey.AutogradFunctionality
+        return torch._C._SetExcludeDispatchKeyGuard(key, False)
+    except AttributeError:
+        return nullcontext()
+
+
 _LEVEL_IS_KNOWN: Final = isinstance(getattr(forward_ad, "_current_level", None), int)
 
 
@@ -58,7 +69,8 @@ def kind_check(tensors: Sequence[Tensor]) -> Callable[..., bool] | None:
     """A function that says whether other tensors are of the same kind as these; None where torch has none to offer.
 
     torch.compile guards its graphs by it. Of one kind are different tensors of the same class, shape, strides, dtype,
-    device and `requires_grad`, met in the same state of autocast, inference mode and torch.func's transforms.
+    device and `requires_grad` (as it is set, whether or not autograd records), met in the same state of autocast,
+    inference mode and torch.func's transforms.
     """
     try:
         guards: Any = torch._C._dynamo.guards

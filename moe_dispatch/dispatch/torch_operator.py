@@ -246,7 +246,10 @@ class _Recorded(torch.autograd.Function):
     def forward(ctx: Any, *arguments: Any) -> Tensor:
         _keep_inputs(ctx, arguments)
         # A mode may be selective checkpointing, which keeps the results of operators by their names.
-        return cast("Tensor", torch.ops.moe_dispatch.forward(*arguments) if dispatch_modes() else _forward(*arguments))
+        run = torch.ops.moe_dispatch.forward if dispatch_modes() else _forward
+        result = cast("Tensor", run(*arguments))
+        # Autograd forbids the caller to change a view in place.
+        return result.detach() if result._is_view() else result
 
     backward = staticmethod(_differentiate)
 

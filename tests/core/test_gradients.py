@@ -313,9 +313,15 @@ def test_a_mode_sees_the_operator() -> None:
             return func(*args, **(kwargs or {}))
 
     call = recorded(Layer())
+
+    def gradient_of_hidden_states() -> Tensor:
+        (gradient,) = torch.autograd.grad(moe_forward(*call).sum(), [call[0]])
+        return gradient
+
     with Seeing():  # type: ignore[no-untyped-call]  # torch's
-        moe_forward(*call)
-    assert "moe_dispatch::forward" in seen
+        seen_by_a_mode = gradient_of_hidden_states()
+    assert {"moe_dispatch::forward", "moe_dispatch::backward"} <= seen
+    assert torch.equal(gradient_of_hidden_states(), seen_by_a_mode)
 
 
 def test_a_recorded_call_is_checked_as_any_other() -> None:
