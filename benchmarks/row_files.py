@@ -91,7 +91,7 @@ def _parse(path: Path, lines: list[str]) -> Iterator[BenchRow]:
         try:
             yield from unpack("\n".join(lines))
         except (ValueError, TypeError, ArithmeticError, LookupError, AttributeError) as error:
-            raise InvalidInputError(f"{path} is damaged: {error}") from error
+            raise InvalidInputError(f"{path} cannot be read: {error}") from error
         return
     for number, line in enumerate(lines, start=1):
         try:

@@ -42,7 +42,10 @@ class UsableBackends(Protocol):
 
 
 class Policy(ABC):
-    """Ranks backends for a problem. Pure: the same problem on the same machine gives the same ranking."""
+    """Ranks backends for a problem.
+
+    Pure: the same problem, machine and usable backends (`consult`) give the same ranking.
+    """
 
     name: ClassVar[str]
 

@@ -186,6 +186,10 @@ class MoEProblem:
         """Of a layer: what its calls are known to meet whatever their M, such as a backend's `Requirements`."""
         return set()
 
+    def __reduce__(self) -> "tuple[type[MoEProblem], tuple[object, ...]]":
+        """The fields alone: what is known about them stays in this process."""
+        return MoEProblem, _values(self)
+
     def with_tokens(self, M: int) -> "MoEProblem":
         """The same call with M tokens. It shares what is the same for every token count, so that this costs little."""
         other = self._with(M=M)

@@ -1,6 +1,7 @@
 """The backends of one machine: made once, asked why they cannot run, and probed before they are trusted."""
 
 import dataclasses
+import threading
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
@@ -52,6 +53,13 @@ class _Answers:
     recorded: dict[str, QuarantineEntry] = field(default_factory=dict)
 
 
+class _Latest(threading.local):
+    """The answers of each thread."""
+
+    def __init__(self) -> None:
+        self.answers = _Answers(None)
+
+
 class BackendPool(MadeBackends):
     """Backends by name.
 
@@ -71,7 +79,7 @@ class BackendPool(MadeBackends):
         super().__init__(machine)
         self._disabled, self._quarantine, self._barred = disabled, quarantine, barred
         self._probe_failures: dict[tuple[str, MoEProblem], str] = {}
-        self._latest = _Answers(None)
+        self._latest = _Latest()
 
     def reasons_against(self, name: str, problem: MoEProblem, *, chosen_by_name: bool = False) -> tuple[str, ...]:
         """Every reason, known without running anything, against giving `problem` to a backend.
@@ -84,9 +92,9 @@ class BackendPool(MadeBackends):
         made = self.made(name)
         reasons = list(made.reasons)
         if made.backend is not None:
-            answers = self._latest
+            answers = self._latest.answers
             if answers.problem is not problem:
-                answers = self._latest = _Answers(problem)
+                answers = self._latest.answers = _Answers(problem)
             if name not in answers.supported:
                 reasons += made.backend.unsupported_reasons(problem)
                 if reasons == list(made.reasons):
@@ -104,7 +112,8 @@ class BackendPool(MadeBackends):
 
     def recorded(self, problem: MoEProblem) -> Iterable[QuarantineEntry]:
         """Failures of earlier processes that alone kept backends from the problem that was asked about last."""
-        return self._latest.recorded.values() if self._latest.problem is problem else ()
+        answers = self._latest.answers
+        return answers.recorded.values() if answers.problem is problem else ()
 
     def probe_failure(self, name: str, problem: MoEProblem, device: torch.device) -> str:
         """Why a backend's results cannot be trusted, found by its probe; empty if they can. Probes once per dtype.

@@ -378,7 +378,7 @@ class Dispatcher:
 def _without_tokens(key: PlanKey) -> PlanKey:
     """What the calls of a key have in common with those of another token count; empty where M is not the same for all.
 
-    Nothing that `check` asks depends on M beside that. Memory for the output is checked in every new kind of call.
+    Nothing that `check` asks depends on M otherwise. Memory for the output is checked in every new kind of call.
     """
     spec, rows, weights, ids, *rest, _ = key
     agree = weights == ids and len(rows) == len(ids) == 2 and rows[0] == ids[0]

@@ -61,6 +61,12 @@ def test_a_foreign_line_is_refused(line: str, path: Path) -> None:
         row_files.load([path])
 
 
+def test_a_file_packed_by_an_older_version_is_refused_as_such(path: Path) -> None:
+    path.write_text('{"packed":2,"columns":["us"],"run":{}}\n{"config":{}}\n')
+    with pytest.raises(InvalidInputError, match="packed as format 2, and this version reads 3"):
+        row_files.load([path])
+
+
 def test_a_folder_that_goes_away_while_it_is_read_has_no_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     row = bench_row("triton_splitk", "mixtral-8x7b", "bf16", 1, 5.0)
     row_files.append(tmp_path / "rows.jsonl", row)
@@ -119,7 +125,7 @@ def test_a_damaged_packed_file_is_refused(tmp_path: Path) -> None:
     for old, new in changes:
         assert old in text
         path.write_text(text.replace(old, new), encoding="utf-8")
-        with pytest.raises(InvalidInputError, match="is damaged"):
+        with pytest.raises(InvalidInputError, match="cannot be read"):
             row_files.load([path])
 
 

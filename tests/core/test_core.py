@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import pickle
 import sys
 from pathlib import Path
 
@@ -83,6 +84,8 @@ def test_token_counts_of_a_layer_share_what_does_not_depend_on_them() -> None:
     assert eights.reasons_against(nine) == ["needs M % 8 == 0 for bf16, got M=9"]
     with pytest.raises(InvalidInputError, match="M must be an integer of at least 0, got M=-1"):
         call.with_tokens(-1)
+    eight.layer.met.add(lambda: None)  # a requirement of another package may not be pickled
+    assert pickle.loads(pickle.dumps(eight)) == eight  # noqa: S301 - written by this test
 
 
 def test_a_fingerprint_is_of_the_hardware() -> None:
