@@ -25,6 +25,7 @@ def test_the_names_are_there() -> None:
     assert callable(torch._C._is_any_autocast_enabled)
     assert callable(torch._C._dynamo.guards.TensorGuards)
     assert callable(torch._C._len_torch_dispatch_stack)
+    assert callable(torch._C._SetExcludeDispatchKeyGuard)
     assert torch.version.cuda is None or callable(torch._C._cuda_isCurrentStreamCapturing)
     assert isinstance(forward_ad._current_level, int)
     assert vars(internals)["FakeTensor"] is not None
