@@ -30,7 +30,7 @@ from moe_dispatch.policies.learned.defaults import default_identity
 from moe_dispatch.policies.learned.fit import Observation, fit_model
 from moe_dispatch.policies.learned.policy import LearnedPolicy
 from moe_dispatch.policies.measurements.schema import Identity
-from moe_dispatch.policies.measurements.table import geometric_mean
+from moe_dispatch.policies.measurements.table import geometric_mean, share_between
 from moe_dispatch.policies.rules import FAMILIES, RulesPolicy
 from moe_dispatch.policy import Choice
 from moe_dispatch.problem import MoEProblem
@@ -204,7 +204,7 @@ def _between(points: Mapping[MoEProblem, Times]) -> dict[MoEProblem, dict[Identi
         for identity, logs in measured.items():
             for (lower, log), (upper, upper_log) in itertools.pairwise(logs):
                 for M in filter(range(lower + 1, upper).__contains__, by_tokens):
-                    share = math.log(M / lower) / math.log(upper / lower)
+                    share = share_between(lower, M, upper)
                     us = math.exp((1 - share) * log + share * upper_log)
                     interpolated.setdefault(dataclasses.replace(layer, M=M), {})[identity] = us
     return interpolated

@@ -49,8 +49,13 @@ def _times(spans: Sequence[_Span], around: tuple[int, ...], M: int) -> list[floa
         beyond = max(M / around[0], 1.0)
         return [us * beyond for _, (us,), _, _ in spans]
     lower, upper = around
-    share = math.log(M / lower) / math.log(upper / lower)
+    share = share_between(lower, M, upper)
     return [math.exp((1 - share) * low + share * up) for _, _, (low, up), _ in spans]
+
+
+def share_between(lower: int, M: int, upper: int) -> float:
+    """How far M is from one token count to another in log M, and so the logarithm of a time between theirs."""
+    return math.log(M / lower) / math.log(upper / lower)
 
 
 class LayerTable:
