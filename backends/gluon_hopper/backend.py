@@ -15,7 +15,13 @@ from moe_dispatch.arrived_rows import TravellingRows
 from moe_dispatch.backend import BackendConfig, Inputs, Requirements
 from moe_dispatch.backends.gluon_hopper.config import GluonHopperConfig
 from moe_dispatch.backends.gluon_hopper.products import hopper_products
-from moe_dispatch.backends.gluon_hopper.tiles import MXFP4_COPY_ROWS, SHARED_MEMORY, WINDOW_ROWS, permutes_rows
+from moe_dispatch.backends.gluon_hopper.tiles import (
+    MXFP4_BLOCK_K,
+    MXFP4_COPY_ROWS,
+    SHARED_MEMORY,
+    WINDOW_ROWS,
+    permutes_rows,
+)
 from moe_dispatch.backends.stages.combine import Out, combine
 from moe_dispatch.backends.stages.dequantize import dequantized
 from moe_dispatch.backends.stages.order_columns import ordered_width
@@ -70,11 +76,12 @@ class GluonHopperBackend(TritonBackend):
         """See `Backend.workspace_bytes`."""
         element = 1 if problem.fp8 else 2
         rows = problem.slots + WINDOW_ROWS
-        if problem.dtype == "mxfp4" and _copies(problem.slots, problem.K, problem.routed_experts or problem.E):
+        if _copies(problem, problem.slots):
             problem = replace(problem, dtype="bf16")
             copied = 2 * (problem.gate_up_rows + problem.N) * problem.K * problem.E
             return copied + self.workspace_bytes(problem, config)
-        K, N = (ordered_width(columns, 128 if problem.dtype == "mxfp4" else 1) for columns in (problem.K, problem.N))
+        block = MXFP4_BLOCK_K if problem.dtype == "mxfp4" else 1
+        K, N = (ordered_width(columns, block) for columns in (problem.K, problem.N))
         permuted = rows * K * element if permutes_rows(problem.dtype, problem.N) else 0
         return permuted + rows * N * element + problem.slots * (problem.K * 2 + 8)
 
@@ -97,7 +104,7 @@ class GluonHopperBackend(TritonBackend):
         on 16 bytes (a view into a flat buffer) are copied to fresh memory first.
         """
         assert isinstance(config, GluonHopperConfig)  # noqa: S101 - the dispatcher made it from config_type
-        if experts.dtype == "mxfp4" and _copies(topk_ids.numel(), experts.K, experts.routed_experts or experts.E):
+        if _copies(experts, topk_ids.numel()):
             experts = dequantized(experts, torch.bfloat16)
         gathers = not permutes_rows(experts.dtype, experts.N)
         if gathers and isinstance(hidden_states, Tensor) and hidden_states.data_ptr() % 16:
@@ -112,12 +119,13 @@ class GluonHopperBackend(TritonBackend):
         """None: a replay has tensor descriptors of weights only, and these kernels take them of intermediates too."""
 
 
-def _copies(slots: int, K: int, routed_experts: int) -> bool:
+def _copies(layer: MoEProblem | ExpertWeights, slots: int) -> bool:
     """Whether MXFP4 weights are copied to BF16 first, whose product needs whole stages of K.
 
-    `routed_experts` are all that the router chooses among, because slots of experts elsewhere are no rows here.
+    All experts that the router chooses among count, because slots of experts elsewhere are no rows here.
     """
-    return K % 64 == 0 and slots >= MXFP4_COPY_ROWS * routed_experts
+    choices = layer.routed_experts or layer.E
+    return layer.dtype == "mxfp4" and layer.K % 64 == 0 and slots >= MXFP4_COPY_ROWS * choices
 
 
 @functools.cache

@@ -30,8 +30,8 @@ class SettledPlans(Generic[P]):
 
     The dispatcher's key asks torch for shape, dtype and device of each tensor, which takes twice as long as all else
     that it does. Here one function in C compares all of that with an earlier call's, and class, strides and
-    `requires_grad`. A dispatcher holds its lock where it keeps or forgets a plan; a
-    layer over ranks is called by one thread.
+    `requires_grad`. A dispatcher holds its lock where it keeps or forgets a plan; a layer over ranks is called by one
+    thread.
 
     Args:
         on_cuda: Whether calls may be captured in a CUDA graph; the plans of captured calls are others.
