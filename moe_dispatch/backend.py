@@ -13,7 +13,7 @@ import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Final
+from typing import ClassVar
 
 import pydantic
 import torch
@@ -26,8 +26,6 @@ from moe_dispatch.problem import DType, MoEProblem
 
 Capability = tuple[int, int]
 Inputs = tuple[Tensor, ExpertWeights, Tensor, Tensor]  # hidden_states, experts, topk_weights, topk_ids
-# Above this many tokens a call is limited by the device and not by the host, so `Backend.fast_path` is not called.
-FAST_PATH_TOKENS: Final = 256
 
 
 class BackendConfig(pydantic.BaseModel):
@@ -265,7 +263,7 @@ class Backend(ABC):
         """What to call from now on in place of `run`, for calls of this very kind; None if there is nothing faster.
 
         Called after the second run of a kind of call (kind of layer, token count, dtypes, configuration) with its
-        inputs, for at most `FAST_PATH_TOKENS` tokens. It may run them again and wait for the device.
+        inputs. It may run them again and wait for the device.
         """
         return None
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from moe_dispatch.activations import KINDS, UNGATED
 from moe_dispatch.arrived_rows import TravellingRows
-from moe_dispatch.backend import BackendConfig, Inputs, Requirements
+from moe_dispatch.backend import BackendConfig, Requirements
 from moe_dispatch.backends.gluon_hopper.config import GluonHopperConfig
 from moe_dispatch.backends.gluon_hopper.products import hopper_products
 from moe_dispatch.backends.gluon_hopper.tiles import (
@@ -114,9 +114,6 @@ class GluonHopperBackend(TritonBackend):
             hidden_states, experts, routing, topk_ids.shape[1], config.group_m, self._features.sms, self._descriptors
         )
         return combine(y, routing.row_of_slot, topk_weights, out, pdl=True)
-
-    def fast_path(self, inputs: Inputs, config: BackendConfig) -> None:
-        """None: a replay has tensor descriptors of weights only, and these kernels take them of intermediates too."""
 
 
 def _copies(layer: MoEProblem | ExpertWeights, slots: int) -> bool:

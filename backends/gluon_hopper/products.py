@@ -25,13 +25,13 @@ from moe_dispatch.backends.gluon_hopper.tiles import (
     WINDOW_ROWS,
     permutes_rows,
 )
-from moe_dispatch.backends.gluon_hopper.windows import ExpertCodes, ExpertRows, Windows, rows_after_window
+from moe_dispatch.backends.gluon_hopper.windows import ExpertCodes, ExpertRows, Windows, with_window
 from moe_dispatch.backends.stages.order_columns import order_columns, ordered_width
 from moe_dispatch.backends.stages.quantize import empty_scales, gather, gather_quantize
 from moe_dispatch.backends.stages.route import Routing
 from moe_dispatch.backends.triton_common.descriptors import Descriptors
 from moe_dispatch.experts import ExpertWeights
-from moe_dispatch.numerics import QuantizedRows
+from moe_dispatch.numerics import FP8, QuantizedRows
 
 _LAUNCH: Final = {"STAGES": STAGES, "num_warps": 4, "maxnreg": MAX_REGISTERS, "launch_pdl": True}
 
@@ -66,14 +66,15 @@ def hopper_products(
     pdl = True
     if isinstance(hidden_states, TravellingRows):  # what waits for another stream is no programmatic dependent
         hidden_states, pdl = hidden_states.wait(), False
-    assert isinstance(hidden_states, Tensor)  # noqa: S101 - quantised rows are for block FP8
+    assert not isinstance(hidden_states, QuantizedRows)  # noqa: S101 - those are for block FP8
     if permutes_rows(experts.dtype, N):
-        x = gather(hidden_states, routing, topk, out=rows_after_window(hidden_states, rows, K), pdl=pdl)
-        rows_of_x, tails_of_x = descriptors.get(x, Windows(WINDOW_ROWS)), descriptors.get(x, Windows(TAIL_M))
+        memory, x = with_window(hidden_states, rows, K)
+        gather(hidden_states, routing, topk, out=x, pdl=pdl)
+        rows_of_x, tails_of_x = descriptors.get(memory, Windows(WINDOW_ROWS)), descriptors.get(memory, Windows(TAIL_M))
         slot_of_row, topk = None, 0
     else:
         rows_of_x, tails_of_x, slot_of_row = hidden_states, None, routing.slot_of_row
-    h = rows_after_window(hidden_states, rows, N)
+    memory, h = with_window(hidden_states, rows, N)
     _moe_hopper_product_kernel[(sms,)](
         # inputs
         rows_of_x, tails_of_x, descriptors.get(experts.gate_up, _expert_rows(experts)),
@@ -89,7 +90,7 @@ def hopper_products(
     y = hidden_states.new_empty(rows, K)
     _moe_hopper_product_kernel[(sms,)](
         # inputs
-        descriptors.get(h, Windows(WINDOW_ROWS)), descriptors.get(h, Windows(TAIL_M)),
+        descriptors.get(memory, Windows(WINDOW_ROWS)), descriptors.get(memory, Windows(TAIL_M)),
         descriptors.get(experts.down, ExpertRows("columns" if experts.transposed else "rows")),
         experts.down_bias, None, blocks, counts,
         # outputs
@@ -111,14 +112,15 @@ def _fp8_products(
 
     N, K, rows = experts.N, experts.K, routing.slot_of_row.shape[0]
     blocks, counts = row_blocks(routing, group_m, fp8=True)
-    codes = rows_after_window(experts.gate_up, rows, K)
-    x, x_scale = gather_quantize(hidden_states, routing, topk, out=codes, pdl=True)
-    h = rows_after_window(experts.gate_up, rows, N)
+    x_memory, x = with_window(routing.starts, rows, K, FP8)
+    _, x_scale = gather_quantize(hidden_states, routing, topk, out=x, pdl=True)
+    h_memory, h = with_window(x, rows, N)
     # A tile's rows write and read the multipliers of one block of columns.
-    h_scale = empty_scales(rows, N, x.device, column_major=True)
+    h_scale = empty_scales(rows, N, x, column_major=True)
     _moe_hopper_fp8_product_kernel[(sms,)](
         # inputs
-        descriptors.get(x, Windows(WINDOW_ROWS)), descriptors.get(x, Windows(FP8_TAIL_M)), x_scale, *x_scale.stride(),
+        descriptors.get(x_memory, Windows(WINDOW_ROWS)), descriptors.get(x_memory, Windows(FP8_TAIL_M)), x_scale,
+        *x_scale.stride(),
         descriptors.get(experts.gate_up, _expert_rows(experts)), experts.gate_up_scale,
         experts.gate_up_bias, blocks, counts,
         # outputs
@@ -128,10 +130,11 @@ def _fp8_products(
         # constants
         COUNTER=1, ACTIVATION=experts.activation, INTERLEAVED=experts.interleaved, **_LAUNCH,
     )  # fmt: skip
-    y = experts.gate_up.new_empty(rows, K, dtype=torch.bfloat16)
+    y = x.new_empty(rows, K, dtype=torch.bfloat16)
     _moe_hopper_fp8_product_kernel[(sms,)](
         # inputs
-        descriptors.get(h, Windows(WINDOW_ROWS)), descriptors.get(h, Windows(FP8_TAIL_M)), h_scale, *h_scale.stride(),
+        descriptors.get(h_memory, Windows(WINDOW_ROWS)), descriptors.get(h_memory, Windows(FP8_TAIL_M)), h_scale,
+        *h_scale.stride(),
         descriptors.get(experts.down, ExpertRows("rows")), experts.down_scale, experts.down_bias, blocks, counts,
         # outputs
         y, None, 0, 0,
@@ -157,21 +160,25 @@ def _mxfp4_products(
     pdl = True
     if isinstance(hidden_states, TravellingRows):  # what waits for another stream is no programmatic dependent
         hidden_states, pdl = hidden_states.wait(), False
-    assert isinstance(hidden_states, Tensor)  # noqa: S101 - quantised rows are for block FP8
-    x, h = (rows_after_window(hidden_states, rows, ordered_width(columns, MXFP4_BLOCK_K)) for columns in (K, N))
+    assert not isinstance(hidden_states, QuantizedRows)  # noqa: S101 - those are for block FP8
+    (x_memory, x), (h_memory, h) = (
+        with_window(hidden_states, rows, ordered_width(columns, MXFP4_BLOCK_K)) for columns in (K, N)
+    )
     order_columns(hidden_states, MXFP4_BLOCK_K, by_threads=True, routing=routing, topk=topk, out=x, pdl=pdl)
-    gate_up = descriptors.get(experts.gate_up, ExpertCodes("pairs" if experts.interleaved else "rows"))
+    codes = descriptors.get(experts.gate_up, ExpertCodes("pairs" if experts.interleaved else "rows"))
     down = descriptors.get(experts.down, ExpertCodes("plain"))
     y = hidden_states.new_empty(rows, K)
     products = (
-        (x, gate_up, experts.gate_up_scale, experts.gate_up_bias, h, N, K, math.ceil(N / 128), experts.activation),
-        (h, down, experts.down_scale, experts.down_bias, y, K, N, math.ceil(K / 256), None),
+        (x_memory, codes, experts.gate_up_scale, experts.gate_up_bias, h, N, K, math.ceil(N / 128), experts.activation),
+        (h_memory, down, experts.down_scale, experts.down_bias, y, K, N, math.ceil(K / 256), None),
     )
-    for counter, (a, codes, exponents, biases, out, columns, depth, n_blocks, activation) in enumerate(products, 1):
+    for counter, (memory, codes, exponents, biases, out, columns, depth, n_blocks, activation) in enumerate(
+        products, 1
+    ):
         _moe_hopper_mxfp4_product_kernel[(sms,)](
             # inputs
-            descriptors.get(a, Windows(WINDOW_ROWS)), descriptors.get(a, Windows(TAIL_M)), codes, exponents, biases,
-            blocks, counts,
+            descriptors.get(memory, Windows(WINDOW_ROWS)), descriptors.get(memory, Windows(TAIL_M)), codes, exponents,
+            biases, blocks, counts,
             # outputs
             out,
             # shapes

@@ -4,7 +4,7 @@ Imports no Triton until one is made.
 """
 
 import functools
-from typing import Any, Literal, NamedTuple
+from typing import Any, Final, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,10 +12,14 @@ from torch import Tensor
 from moe_dispatch.backends.gluon_hopper.tiles import MXFP4_BLOCK_K, STAGE_BYTES, WINDOW_ROWS
 from moe_dispatch.numerics import FP8
 
+# A size that bounds no load; it is passed to kernels in 32 bits.
+_MOST_WINDOWS: Final = (1 << 31) - 1
 
-def rows_after_window(like: Tensor, rows: int, columns: int) -> Tensor:
-    """Fresh memory ``[rows, columns]`` for `Windows`, which begin one window before it."""
-    return like.new_empty(WINDOW_ROWS + rows, columns)[WINDOW_ROWS:]
+
+def with_window(like: Tensor, rows: int, columns: int, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
+    """Fresh memory for `Windows`, which begins one window before its rows, and its rows ``[rows, columns]``."""
+    memory = like.new_empty(WINDOW_ROWS + rows, columns, dtype=dtype or like.dtype)
+    return memory, memory[WINDOW_ROWS:]
 
 
 class Windows(NamedTuple):
@@ -30,16 +34,11 @@ class Windows(NamedTuple):
 
     rows: int
 
-    def describe(self, matrix: Tensor) -> Any:
-        """The tensor descriptor of a matrix from `rows_after_window`."""
-        count, columns = matrix.shape
-        start = matrix.storage_offset() - WINDOW_ROWS * columns
-        shape = (count + 1, WINDOW_ROWS, columns)
-        # Every token count has intermediates of its own: what all of them share is made and checked once.
-        common = _of_windows(matrix.dtype, columns, self.rows)
+    def describe(self, memory: Tensor) -> Any:
+        """The tensor descriptor of memory from `with_window`, however many rows it has: no load starts past them."""
+        common = _of_windows(memory.dtype, memory.shape[1], self.rows)
         descriptor = object.__new__(type(common))
-        windows = matrix.as_strided(shape, (columns, columns, 1), start)
-        vars(descriptor).update(vars(common), base=windows, shape=shape)
+        vars(descriptor).update(vars(common), base=memory)
         return descriptor
 
 
@@ -98,9 +97,11 @@ def _descriptor(tensor: Tensor, rows: list[int], width: int = STAGE_BYTES) -> An
 
 @functools.cache
 def _of_windows(dtype: torch.dtype, columns: int, rows: int) -> Any:
-    """The descriptor of one of the windows in a matrix of this dtype and so many columns, without memory."""
+    """The descriptor of the windows in a matrix of this dtype and so many columns, without memory."""
     window = torch.empty(WINDOW_ROWS, columns, dtype=dtype, device="meta")
-    return _descriptor(window.as_strided((1, WINDOW_ROWS, columns), (columns, columns, 1)), [1, rows])
+    descriptor = _descriptor(window.as_strided((1, WINDOW_ROWS, columns), (columns, columns, 1)), [1, rows])
+    descriptor.shape = (_MOST_WINDOWS, WINDOW_ROWS, columns)
+    return descriptor
 
 
 @functools.cache

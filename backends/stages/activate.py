@@ -88,7 +88,7 @@ def activate_quantize(
         e4m3 ``[rows, N]`` and fp32 multipliers, laid out as those of `gather_quantize`.
     """
     rows, N = gate_up.shape[0], _columns(gate_up, activation)
-    scale = empty_scales(rows, N, gate_up.device, column_major=column_major_scales, capacity=capacity)
+    scale = empty_scales(rows, N, gate_up, column_major=column_major_scales, capacity=capacity)
     if not on_triton(gate_up):
         wide = add_bias(gate_up, routing, bias, topk_ids).float()
         codes, plain = quantize_rows_torch(activate_torch(wide, activation, interleaved=interleaved))

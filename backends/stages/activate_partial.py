@@ -42,11 +42,11 @@ def activate_partial(
     from moe_dispatch.backends.stages.activate_partial_kernel import _moe_activate_partial_kernel
 
     S, N = topk_ids.numel(), experts.N
-    inner = torch.empty(S, N, dtype=dtype, device=partial.device)
+    inner = partial.new_empty(S, N, dtype=dtype)
     whole = max(QUANT_BLOCK, next_power_of_2(N))
     quantizes = dtype == FP8
     width = whole if quantizes and experts.dtype == "fp8_channel" else QUANT_BLOCK
-    scale = torch.empty(S, math.ceil(N / width), dtype=torch.float32, device=partial.device) if quantizes else None
+    scale = partial.new_empty(S, math.ceil(N / width)) if quantizes else None
     block = max(width, min(_BLOCK, whole))  # a program has all columns that share a multiplier
     _moe_activate_partial_kernel[(S, math.ceil(N / block))](
         # inputs

@@ -42,12 +42,12 @@ def combine(
         `out`.
     """
     if topk_weights is None:
-        assert isinstance(out, Tensor)  # noqa: S101 - see above
+        assert not isinstance(out, PeerRows)  # noqa: S101 - see above
         M, topk = out.shape[0], row_of_slot.shape[0] // max(out.shape[0], 1)
     else:
         M, topk = topk_weights.shape
     if not on_triton(y):
-        assert isinstance(out, Tensor)  # noqa: S101 - only kernels write to peers' memory
+        assert not isinstance(out, PeerRows)  # noqa: S101 - only kernels write to peers' memory
         weights = torch.ones(M, topk, dtype=torch.float32, device=y.device) if topk_weights is None else topk_weights
         combined = combine_torch(
             y, row_of_slot, weights, out.dtype, down_bias=down_bias, topk_ids=topk_ids, weighted=weighted
@@ -76,7 +76,7 @@ def combine(
 
 def destination(out: Tensor | PeerRows) -> tuple[Tensor, Tensor | None, int, int]:
     """The arguments of `moe_output_row`: a tensor of the output's dtype, and peers' addresses, offset and rows."""
-    return (out, None, 0, 0) if isinstance(out, Tensor) else (out.like, out.addresses, out.offset, out.rows)
+    return (out.like, out.addresses, out.offset, out.rows) if isinstance(out, PeerRows) else (out, None, 0, 0)
 
 
 def combine_torch(

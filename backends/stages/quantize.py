@@ -43,13 +43,13 @@ def quantize_rows(
         e4m3 ``[R, C]`` and fp32 multipliers ``[R, ⌈C/128⌉]``, or ``[R, 1]`` per token.
     """
     R, C = rows.shape
-    scale = empty_scales(R, 1 if per_token else C, rows.device, column_major=column_major_scales)
+    scale = empty_scales(R, 1 if per_token else C, rows, column_major=column_major_scales)
     if not on_triton(rows):
         codes, plain = quantize_rows_torch(rows, per_token=per_token)
         return codes, scale.copy_(plain)
     from moe_dispatch.backends.stages.quantize_kernel import _moe_quantize_rows_kernel
 
-    codes = torch.empty(R, C, dtype=FP8, device=rows.device)
+    codes = rows.new_empty(R, C, dtype=FP8)
     if per_token:
         block_r, groups, width = 1, 1, max(QUANT_BLOCK, next_power_of_2(C))
         warps = min(16, max(1, width // 256))
@@ -76,7 +76,7 @@ def activations(
     rows: Tensor | QuantizedRows, quantization: Quantization, *, pdl: bool
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """Rows as the first product reads them, with their multipliers; where it reads FP8, other rows are quantised."""
-    if quantization.activations and isinstance(rows, Tensor):
+    if quantization.activations and not isinstance(rows, QuantizedRows):
         return quantize_rows(rows, per_token=quantization.per_token, pdl=pdl)
     return _values_and_scale(rows)
 
@@ -112,14 +112,14 @@ def gather_quantize(
     all_rows = hidden_states.rows if isinstance(hidden_states, TravellingRows) else hidden_states
     x, x_scale = _values_and_scale(all_rows)
     rows, K = routing.slot_of_row.shape[0], x.shape[1]
-    scale = empty_scales(rows, K, x.device, column_major=column_major_scales, capacity=capacity)
+    scale = empty_scales(rows, K, x, column_major=column_major_scales, capacity=capacity)
     if not on_triton(x):
         gathered = gather(x, routing, topk)
         plain = (gathered, gather(x_scale, routing, topk)) if x_scale is not None else quantize_rows_torch(gathered)
         return plain[0] if out is None else out.copy_(plain[0]), scale.copy_(plain[1].view(scale.shape))
-    codes = torch.empty(rows, K, dtype=FP8, device=x.device) if out is None else out
+    codes = x.new_empty(rows, K, dtype=FP8) if out is None else out
     spreads = column_major_scales and capacity is None and spreads_scales(routing.row_of_slot.shape[0], K)
-    by_token = empty_scales(x.shape[0], K, x.device, column_major=False) if spreads and x_scale is None else x_scale
+    by_token = empty_scales(x.shape[0], K, x, column_major=False) if spreads and x_scale is None else x_scale
     for tokens, part, part_scale in _pieces(hidden_states):
         slots = routing.row_of_slot[tokens.start * topk : tokens.stop * topk]
         if not spreads:
@@ -160,17 +160,15 @@ def gather(
     return out
 
 
-def empty_scales(
-    rows: int, columns: int, device: torch.device, *, column_major: bool, capacity: int | None = None
-) -> Tensor:
-    """Fresh memory for the multipliers of ``[rows, columns]``, see `gather_quantize`."""
+def empty_scales(rows: int, columns: int, like: Tensor, *, column_major: bool, capacity: int | None = None) -> Tensor:
+    """Fresh memory, on the device of `like`, for the multipliers of ``[rows, columns]``; see `gather_quantize`."""
     groups = math.ceil(columns / QUANT_BLOCK)
     if capacity is not None:
-        return torch.empty(rows // capacity, groups, capacity, dtype=torch.float32, device=device).transpose(1, 2)
+        return like.new_empty(rows // capacity, groups, capacity, dtype=torch.float32).transpose(1, 2)
     if not column_major:
-        return torch.empty(rows, groups, dtype=torch.float32, device=device)
+        return like.new_empty(rows, groups, dtype=torch.float32)
     aligned = math.ceil(rows / _SCALE_ROWS) * _SCALE_ROWS
-    return torch.empty(groups, aligned, dtype=torch.float32, device=device).t()[:rows]
+    return like.new_empty(groups, aligned, dtype=torch.float32).t()[:rows]
 
 
 def scale_strides(scale: Tensor | None, rows: int) -> tuple[int, int, int, int]:

@@ -10,7 +10,7 @@ from moe_dispatch.backends.triton_common.pdl import moe_pdl_wait_and_release
 
 
 @fast_launch
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _moe_quantize_rows_kernel(
     # inputs
     x_ptr,
@@ -46,7 +46,7 @@ def _moe_quantize_rows_kernel(
 
 
 @fast_launch
-@triton.jit
+@triton.jit(do_not_specialize=["span"])
 def _moe_gather_kernel(
     # inputs
     x_ptr,

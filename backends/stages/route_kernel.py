@@ -9,7 +9,7 @@ from moe_dispatch.backends.triton_common.pdl import moe_pdl_wait_and_release
 
 
 @fast_launch
-@triton.jit
+@triton.jit(do_not_specialize=["slots", "rows"])
 def _moe_route_kernel(
     # inputs
     ids_ptr,
@@ -74,7 +74,7 @@ def _moe_route_kernel(
 
 
 @fast_launch
-@triton.jit
+@triton.jit(do_not_specialize=["slots", "rows"])
 def _moe_route_count_kernel(
     # inputs
     ids_ptr,
@@ -108,7 +108,7 @@ def _moe_route_count_kernel(
 
 
 @fast_launch
-@triton.jit
+@triton.jit(do_not_specialize=["blocks"])
 def _moe_route_scan_kernel(
     # inputs and outputs
     counts_ptr,
@@ -135,7 +135,7 @@ def _moe_route_scan_kernel(
 
 
 @fast_launch
-@triton.jit
+@triton.jit(do_not_specialize=["slots"])
 def _moe_route_place_kernel(
     # inputs
     ids_ptr,

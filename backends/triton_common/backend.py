@@ -6,9 +6,10 @@ Imports no Triton, so that a machine without it can still ask.
 import logging
 import math
 from abc import abstractmethod
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 import torch
+from torch import Tensor
 
 from moe_dispatch.backend import BackendConfig, Inputs, RunInto, WritingBackend
 from moe_dispatch.backends.triton_common.descriptors import Descriptors, WeightView
@@ -20,9 +21,11 @@ from moe_dispatch.problem import MoEProblem
 from moe_dispatch.system.libraries import library_version
 
 if TYPE_CHECKING:
-    from moe_dispatch.backends.triton_common.replay import Replay, Tried
+    from moe_dispatch.backends.triton_common.replay import Replay
 
 logger = logging.getLogger(__name__)
+
+MAX_KINDS: Final = 1024  # kinds of call of which a backend keeps replays; when full, all are dropped and made again
 
 
 class TritonBackend(WritingBackend):
@@ -41,7 +44,8 @@ class TritonBackend(WritingBackend):
         super().__init__(machine)
         self._features = features(machine)
         self._descriptors = Descriptors()
-        self._tried: Tried = {}
+        # By kind of call, for token counts of ranges that do not overlap.
+        self._replays: dict[tuple[object, ...], list[Replay]] = {}
 
     def further_reasons(self, problem: MoEProblem) -> tuple[str, ...]:
         """See `Backend.further_reasons`."""
@@ -74,18 +78,44 @@ class TritonBackend(WritingBackend):
         """See `Backend.measured_versions`: our source and Triton's compiler make the code that was timed."""
         return {"triton": self.machine.triton, "moe_dispatch": library_version("moe_dispatch")}
 
+    def run(
+        self,
+        hidden_states: Tensor,
+        experts: ExpertWeights,
+        topk_weights: Tensor,
+        topk_ids: Tensor,
+        config: BackendConfig,
+    ) -> Tensor:
+        """See `Backend.run`: by a replay, where calls of another token count have left one."""
+        if replay := self._replay((hidden_states, experts, topk_weights, topk_ids), config):
+            return replay(hidden_states, experts, topk_weights, topk_ids, config)
+        return super().run(hidden_states, experts, topk_weights, topk_ids, config)
+
+    def _replay(self, inputs: Inputs, config: BackendConfig) -> "Replay | None":
+        M = inputs[0].shape[0]
+        for replay in self._replays.get(_kind(inputs, config), ()):
+            if replay.tokens.first <= M <= replay.tokens.last:
+                return replay
+        return None
+
     def fast_path(self, inputs: Inputs, config: BackendConfig) -> "Replay | None":
         """See `Backend.fast_path`: a replay of the launches of `run`, where they can be repeated (see `replay`)."""
-        hidden_states = inputs[0]
-        if not hidden_states.is_cuda:
+        if not inputs[0].is_cuda:
             return None
-        from moe_dispatch.backends.triton_common.replay import NotReplayableError, record
+        from moe_dispatch.backends.triton_common.replay import record
+        from moe_dispatch.backends.triton_common.stand_ins import NotReplayableError
 
-        try:
-            return record(self, inputs, config, self._descriptors, self._tried)
-        except NotReplayableError as reason:
-            logger.info("%s with %s stays without a replay: %s", self.name, config.label, reason)
-            return None
+        replay = self._replay(inputs, config)
+        if replay is None:
+            try:
+                replay = record(self, inputs, config)
+            except NotReplayableError as reason:
+                logger.info("%s with %s stays without a replay: %s", self.name, config.label, reason)
+                return None
+            if len(self._replays) >= MAX_KINDS:
+                self._replays.clear()
+            self._replays.setdefault(_kind(inputs, config), []).append(replay)
+        return replay
 
     def fast_path_into(self, inputs: Inputs, config: BackendConfig) -> RunInto | None:
         """See `Backend.fast_path_into`: the same replay, whose last launch writes to the caller's memory."""
@@ -114,3 +144,9 @@ class TritonBackend(WritingBackend):
             columns, width = shape[-1] // 4, block[-1] // 4
             view = WeightView((*shape[:-1], columns), (*block[:-1], width), swapped, element=torch.int16)
         return self._descriptors.get(getattr(experts, name), view)
+
+
+def _kind(inputs: Inputs, config: BackendConfig) -> tuple[object, ...]:
+    """What calls of one replay have in common, beside what that checks itself."""
+    hidden_states, experts, _, topk_ids = inputs
+    return experts.spec, hidden_states.dtype, topk_ids.dtype, topk_ids.shape[1], config

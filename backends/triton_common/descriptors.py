@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from moe_dispatch.backends.triton_common.features import interpreting
+from moe_dispatch.backends.triton_common.stand_ins import Buffer
 from moe_dispatch.errors import InvalidInputError
 
 if TYPE_CHECKING:
@@ -101,13 +102,15 @@ class Descriptors:
         return len(self._kept)
 
     def get(self, tensor: Tensor, view: View) -> Any:
-        """The descriptor of a tensor where it lies now; made if none is kept.
+        """The descriptor of a tensor where it lies now; made if none is kept. Of a `Buffer` one is made every time.
 
         Raises:
             InvalidInputError: As `WeightView.describe`.
         """
         if interpreting():
             return view.describe(tensor)  # the interpreter reads the tensor itself
+        if isinstance(tensor, Buffer):
+            return self._keep(view.describe(tensor), tensor.dtype, view)
         key = (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride(), view)
         descriptor = self._kept.get(key)
         if descriptor is None:
@@ -121,7 +124,8 @@ class Descriptors:
         kind = self._kinds.get((dtype, view))
         if kind is None:
             kind = self._kinds[dtype, view] = _kind(descriptor)
-        descriptor.base = _Memory(descriptor.base.data_ptr(), descriptor.base.dtype)
+        if not isinstance(descriptor.base, Buffer):
+            descriptor.base = _Memory(descriptor.base.data_ptr(), descriptor.base.dtype)
         setattr(descriptor, _KEPT, Kept(kind, view))
         return descriptor
 
@@ -140,6 +144,13 @@ class _Memory(NamedTuple):
 
     def data_ptr(self) -> int:
         return self.address
+
+
+def moved(descriptor: Any, address: int) -> Any:
+    """The same descriptor of memory at another address."""
+    copy = object.__new__(type(descriptor))
+    vars(copy).update(vars(descriptor), base=_Memory(address, descriptor.base.dtype))
+    return copy
 
 
 class Kept:

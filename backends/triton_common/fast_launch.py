@@ -18,12 +18,14 @@ from torch import Tensor
 from moe_dispatch.backends.triton_common import internals
 from moe_dispatch.backends.triton_common.descriptors import encoded, kept_on
 from moe_dispatch.backends.triton_common.internals import Launch
+from moe_dispatch.backends.triton_common.stand_ins import Buffer, Extent, NotReplayableError
 
 logger = logging.getLogger(__name__)
 
 # Launches remembered by one kernel; when full, all are forgotten and asked of Triton again, which has its own cache.
 MAX_REMEMBERED: Final = 4096
 _TENSORS: Final = frozenset({Tensor, torch.nn.Parameter})
+_LARGEST: Final = (1 << 31) - 1  # number of 32 bits
 
 
 def fast_launch(kernel: Any) -> Any:
@@ -61,26 +63,24 @@ def _log_once(reason: str) -> None:
         logger.warning("kernels are launched by Triton's own path, which takes the host longer: %s", reason)
 
 
-# Observes a thread's launches: it is told what is started (None where Triton's own path is taken), the grid and the
-# positional arguments.
-Observer = Callable[[Launch | None, tuple[int, ...], tuple[Any, ...]], None]
-_observers: dict[int, Observer] = {}  # by thread
+# Is given what would be started, the grid and the positional arguments.
+Writer = Callable[[Launch, tuple[Any, ...], tuple[Any, ...]], None]
+_writers: dict[int, Writer] = {}  # by thread
 
 
 @contextlib.contextmanager
-def observed(observer: Observer) -> Iterator[None]:
-    """Tell `observer` of this thread's launches of `fast_launch` kernels, just before they start."""
+def written_down(writer: Writer) -> Iterator[None]:
+    """Start no `fast_launch` kernel of this thread, and give their launches to `writer`.
+
+    Raises:
+        NotReplayableError: Something is launched that was not compiled yet, or not by the launcher in C.
+    """
     thread = threading.get_ident()
-    _observers[thread] = observer
+    _writers[thread] = writer
     try:
         yield
     finally:
-        del _observers[thread]
-
-
-def _tell(launch: Launch | None, grid: tuple[int, ...], args: tuple[Any, ...]) -> None:
-    if observer := _observers.get(threading.get_ident()):
-        observer(launch, grid, args)
+        del _writers[thread]
 
 
 class FastKernel:
@@ -120,6 +120,13 @@ class FastKernel:
                 add(size if not specialized[place] else "1" if arg == 1 else 2 * size + (not arg & 15))
             elif arg is None:
                 add(arg)
+            elif kind is Buffer:
+                address = arg.data_ptr()
+                add((arg.dtype, address) if address else arg.dtype)
+            elif kind is Extent:
+                if specialized[place] or arg > _LARGEST:
+                    raise NotReplayableError("a kernel is specialised on a number that depends on M")
+                add(0)
             else:
                 kept = kept_on(arg)
                 if kept is None:
@@ -130,16 +137,17 @@ class FastKernel:
         if launch is None or internals.launch_hooks():
             self._remember(tuple(key), self._run_ordinarily(grid, args, constants), len(args))
             return
-        if _observers:
-            _tell(launch, grid, args)
+        if _writers and (writer := _writers.get(threading.get_ident())):
+            writer(launch, grid, args)
+            return
         for place, encoding in launch.descriptors:
             values[place : place + 1] = encoded(values[place], encoding)
         values += launch.padding
         launch.start(grid, internals.current_stream(device), values)
 
     def _run_ordinarily(self, grid: tuple[int, ...], args: tuple[Any, ...], constants: dict[str, Any]) -> Any:
-        if _observers:
-            _tell(None, grid, args)
+        if threading.get_ident() in _writers:
+            raise NotReplayableError("a kernel would be launched by Triton itself")
         return self.kernel[grid](*args, **constants)
 
     def _remember(self, key: tuple[Any, ...], compiled: Any, positional: int) -> None:

@@ -91,7 +91,7 @@ class TritonPersistentBackend(TritonBackend):
         # Where the product does not quantise, its rows are stored as those of the second product are.
         stored = rows_dtype(out.dtype) if per_token else quantization.stored(out.dtype)
         h = x.new_empty(rows, inner, dtype=stored)
-        h_scale = empty_scales(rows, N, h.device, column_major=False) if in_product else None
+        h_scale = empty_scales(rows, N, h, column_major=False) if in_product else None
         product(
             experts, "gate_up", quantization, x, x_scale, routing, topk_ids.shape[1], h, h_scale, config,
             self._features, self._descriptor,

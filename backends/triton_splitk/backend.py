@@ -86,8 +86,7 @@ class TritonSplitKBackend(TritonBackend):
         quantization = self._quantization(experts)
         config = _checked(config, quantization)
         inner, inner_scale = self._intermediate(hidden_states, experts, quantization, topk_ids, config, out.dtype)
-        shape = (config.splits_down, topk_ids.numel(), experts.K)
-        partial = torch.empty(shape, dtype=torch.float32, device=topk_ids.device)
+        partial = topk_weights.new_empty(config.splits_down, topk_ids.numel(), experts.K)
         descriptor = self._down_descriptor(experts, config)
         splitk_down(inner, inner_scale, experts, quantization, topk_ids, partial, config, descriptor)
         splitk_reduce(partial, experts, topk_weights, topk_ids, out, config)
@@ -103,22 +102,23 @@ class TritonSplitKBackend(TritonBackend):
         act_dtype: torch.dtype,
     ) -> tuple[Tensor, Tensor | None]:
         """The input of down: ``[M·topk, N]`` activated; where activations are quantised its codes and multipliers."""
-        S, N, device = topk_ids.numel(), experts.N, topk_ids.device
+        S, N = topk_ids.numel(), experts.N
         x, x_scale = activations(hidden_states, quantization, pdl=config.pdl)
-        ids_ready = quantization.activations and isinstance(hidden_states, Tensor)  # quantised by a launch of its own
+        # Rows that come as they are, are quantised by a launch of its own.
+        ids_ready = quantization.activations and not isinstance(hidden_states, QuantizedRows)
         stored = quantization.stored(act_dtype)
         descriptor = self._gate_up_descriptor(experts, config)
         if config.partial_sums(quantization, gated=experts.gated):
             parts = 2 if experts.gated else 1
-            partial = torch.empty(config.splits_gate_up, parts, S, N, dtype=torch.float32, device=device)
+            partial = x.new_empty(config.splits_gate_up, parts, S, N, dtype=torch.float32)
             splitk_gate_up(
                 x, x_scale, experts, quantization, topk_ids, partial, None, config, descriptor, ids_ready=ids_ready
             )
             return activate_partial(partial, experts, topk_ids, stored, pdl=config.pdl)
-        inner = torch.empty(S, N, dtype=stored, device=device)
+        inner = x.new_empty(S, N, dtype=stored)
         inner_scale = None
         if quantization.activations:
-            inner_scale = torch.empty(S, math.ceil(N / QUANT_BLOCK), dtype=torch.float32, device=device)
+            inner_scale = x.new_empty(S, math.ceil(N / QUANT_BLOCK), dtype=torch.float32)
         splitk_gate_up(
             x, x_scale, experts, quantization, topk_ids, inner, inner_scale, config, descriptor, ids_ready=ids_ready
         )

@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from moe_dispatch.arrived_rows import ArrivedInputs, PeerRows, TravellingRows
-from moe_dispatch.backend import FAST_PATH_TOKENS
 from moe_dispatch.dispatch.counters import Counters
 from moe_dispatch.dispatch.errors import BackendFailedError, DeviceLostError
 from moe_dispatch.dispatch.first_calls import FIRST_CALLS
@@ -20,6 +19,8 @@ from moe_dispatch.problem import Mode
 from moe_dispatch.registry import LAST_RESORT
 from moe_dispatch.system import failures
 
+# Up to so many tokens an eager call takes the time of the host.
+_FEW_TOKENS: Final = 256
 _MAX_KINDS: Final = 4096  # Kinds of calls that are remembered; when full, all are forgotten.
 
 
@@ -125,7 +126,7 @@ class ArrivedCalls:
         plan: Plan | None = None
         with FIRST_CALLS.planning():
             plans = self._planner.eligible(problem, experts, backend, into=True)
-            if not quantized and out is not None and (mode == "graph" or M > FAST_PATH_TOKENS):
+            if not quantized and out is not None and (mode == "graph" or M > _FEW_TOKENS):
                 first = next(iter(plans), None)
                 plan = first if first is not None and first.backend.stores_to_peers else None
             elif quantized and experts.dtype == "fp8":

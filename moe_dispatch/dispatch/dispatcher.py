@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from moe_dispatch.arrived_rows import ArrivedInputs
-from moe_dispatch.backend import FAST_PATH_TOKENS, Inputs
+from moe_dispatch.backend import Inputs
 from moe_dispatch.dispatch.arrived_calls import ArrivedCalls
 from moe_dispatch.dispatch.checks import check, check_out, have_memory, overlap, result_fault
 from moe_dispatch.dispatch.counters import BackendStats, Counters
@@ -216,9 +216,8 @@ class Dispatcher:
         hidden_states, experts, _, topk_ids = inputs
         if experts.device.type != "cuda":
             return
-        if hidden_states.shape[0] <= FAST_PATH_TOKENS:
-            for _ in range(1, FAST_PATH_CALLS):
-                self.forward(*inputs, backend, out)
+        for _ in range(1, FAST_PATH_CALLS):
+            self.forward(*inputs, backend, out)
         M, topk = topk_ids.shape
         problem = experts.problem(M, topk, hidden_states.dtype, self.machine.capability, "graph")
         for plan in self.planner.eligible(problem, experts, backend, into=out is not None):
@@ -356,7 +355,7 @@ class Dispatcher:
     def _prepare_fast_path(self, plan: Plan, inputs: Inputs) -> None:
         """Let the backend prepare for more calls of a kind. It may decline, and a failure leaves things as they are."""
         problem = plan.problem
-        if problem.mode == "graph" or problem.M > FAST_PATH_TOKENS:
+        if problem.mode == "graph":
             return
         try:
             prepare = plan.backend.fast_path_into if plan.into else plan.backend.fast_path

@@ -7,7 +7,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from moe_dispatch.backend import FAST_PATH_TOKENS, Backend, BackendConfig, Run
+from moe_dispatch.backend import Backend, BackendConfig, Run
 from moe_dispatch.errors import InvalidInputError
 from moe_dispatch.experts import ExpertWeights
 from moe_dispatch.problem import MoEProblem
@@ -92,13 +92,12 @@ def fast_path_call(backend: Backend, experts: ExpertWeights, config: BackendConf
         inputs: Inputs of the kind that will be called.
     """
     run: Run = backend.run
-    if inputs.hidden_states.shape[0] <= FAST_PATH_TOKENS:
-        try:
-            arguments = inputs.hidden_states, experts, inputs.topk_weights, inputs.topk_ids
-            run = backend.fast_path(arguments, config) or run
-        except Exception as error:
-            if lost_device(error):
-                raise
+    try:
+        arguments = inputs.hidden_states, experts, inputs.topk_weights, inputs.topk_ids
+        run = backend.fast_path(arguments, config) or run
+    except Exception as error:
+        if lost_device(error):
+            raise
     return lambda each: run(each.hidden_states, experts, each.topk_weights, each.topk_ids, config)
 
 

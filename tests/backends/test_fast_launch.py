@@ -16,8 +16,9 @@ pytest.importorskip("triton")
 import triton
 import triton.language as tl
 
-from moe_dispatch.backends.triton_common.fast_launch import MAX_REMEMBERED, FastKernel, fast_launch, observed
+from moe_dispatch.backends.triton_common.fast_launch import MAX_REMEMBERED, FastKernel, fast_launch, written_down
 from moe_dispatch.backends.triton_common.features import interpreting
+from moe_dispatch.backends.triton_common.stand_ins import NotReplayableError
 
 
 def signature(x_ptr, out_ptr, n, m, BLOCK: tl.constexpr, EVEN: tl.constexpr):  # type: ignore[no-untyped-def]
@@ -162,15 +163,19 @@ def test_memory_of_launches_is_bounded() -> None:
     assert stub.compiled == MAX_REMEMBERED + 10
 
 
-def test_an_observer_is_told_of_its_own_thread_s_launches() -> None:
-    _, kernel = pair()
+def test_launches_are_written_down_in_place_of_being_started() -> None:
+    stub, kernel = pair()
     x = memory(torch.bfloat16)
-    seen: list[bool] = []
-    with observed(lambda launch, _grid, _args: seen.append(launch is not None)):
-        for _ in range(2):
-            launch(kernel, x)
+    grids: list[tuple[Any, ...]] = []
+    with (
+        pytest.raises(NotReplayableError, match="launched by Triton itself"),
+        written_down(lambda _launch, grid, _args: grids.append(grid)),
+    ):
+        launch(kernel, x)
     launch(kernel, x)
-    assert seen == [False, True]
+    with written_down(lambda _launch, grid, _args: grids.append(grid)):
+        launch(kernel, x)
+    assert (grids, stub.compiled, len(stub.started)) == ([(1,)], 1, 0)
 
 
 def test_every_kernel_of_ours_is_launched_fast() -> None:

@@ -1,5 +1,6 @@
-"""A replay does what the recorded run did, on other tensors too; a run that it could not repeat is refused."""
+"""A replay does what the recorded run did, on other tensors and token counts too, or the run is refused."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -9,15 +10,18 @@ import torch
 from torch import Tensor
 
 from moe_dispatch import BackendConfig, Machine
+from moe_dispatch.problem import MoEProblem
 from tests.support.fakes import Honest
 from tests.support.stub_kernels import LAYER, StubKernel, floats, inputs
 
 pytest.importorskip("triton")
 import triton.language as tl
 
-from moe_dispatch.backends.triton_common.descriptors import Descriptors
+from moe_dispatch.backends.triton_common.backend import TritonBackend
 from moe_dispatch.backends.triton_common.fast_launch import FastKernel
-from moe_dispatch.backends.triton_common.replay import NotReplayableError, Replay, Tried, record
+from moe_dispatch.backends.triton_common.launch_options import next_power_of_2
+from moe_dispatch.backends.triton_common.replay import Replay, record
+from moe_dispatch.backends.triton_common.stand_ins import Buffer, Extent, NotReplayableError, TokenRange
 
 SIZE = 3 * LAYER.K
 
@@ -38,29 +42,34 @@ def add(inner: int, down: int, weights: int, out: int, n: int, *_: object) -> No
     floats(out, n)[:] = floats(inner, n) + floats(down, 1) + floats(weights, 1)
 
 
-class Adding(Honest):
+class Adding(TritonBackend):
     """Two launches with an intermediate between them, and what a case does between the launches."""
 
     name = "adding"
+    requirements = Honest.requirements
 
-    def __init__(self, between: "Callable[[Adding, Tensor, Tensor], object] | None" = None) -> None:
+    def __init__(self, between: "Callable[[Adding, Tensor, Tensor], object] | None" = None, **options: Any) -> None:
         super().__init__(Machine.inspect("cpu"))
-        self.double = FastKernel(StubKernel(double_signature, double))
-        self.add = FastKernel(StubKernel(add_signature, add))
+        options = options or {"do_not_specialize": ["n"]}
+        self.double = FastKernel(StubKernel(double_signature, double, **options))
+        self.add = FastKernel(StubKernel(add_signature, add, **options))
         self.between = between or (lambda *_: None)
-        self.descriptors = Descriptors()
-        self.tried: Tried = {}
         self.kept = torch.zeros(SIZE)
         self.runs = 0
 
-    def run(self, hidden_states: Tensor, experts: Any, topk_weights: Tensor, *_: object) -> Tensor:
+    def least_shared_memory(self, problem: MoEProblem) -> int:
+        return 0
+
+    def run_into(self, hidden_states: Tensor, experts: Any, topk_weights: Tensor, *others: Any) -> Tensor:
         self.runs += 1
+        *_, out = others
         size = hidden_states.numel()
-        inner, out = torch.empty(2, size)[0], torch.empty_like(hidden_states)
-        self.double[1,](hidden_states, inner, size, BLOCK=16)
+        unused, inner = hidden_states.new_empty(size), hidden_states.new_empty(2, size)
+        self.double[1,](hidden_states, inner, size, BLOCK=16 if size < 8 * LAYER.K else 32)
+        self.double[1,](hidden_states, unused, size, BLOCK=16)
         replaced = self.between(self, inner, out)
         self.add[1,](inner, experts.down, topk_weights, out, size)
-        return replaced if isinstance(replaced, Tensor) else out
+        return out if replaced is None else replaced  # type: ignore[return-value]
 
 
 CONFIG = BackendConfig()
@@ -71,7 +80,7 @@ pytestmark = pytest.mark.usefixtures("cpu_launches_stubs")
 def recorded(backend: Adding, *, before: int = 2) -> Replay:
     for _ in range(before):
         backend.run(*inputs(0), CONFIG)
-    return record(backend, inputs(0), CONFIG, backend.descriptors, backend.tried)
+    return record(backend, inputs(0), CONFIG)
 
 
 def replayed() -> tuple[Adding, Replay, int]:
@@ -80,15 +89,61 @@ def replayed() -> tuple[Adding, Replay, int]:
     return backend, recorded(backend), backend.runs
 
 
-def test_another_token_count_of_the_same_launches_is_not_tried_again() -> None:
+def test_token_counts_share_a_replay_as_far_as_the_run_does_not_decide_by_them() -> None:
+    backend, replay, runs = replayed()
+    assert (replay.tokens.first, replay.tokens.last) == (1, 7)
+    outs = {M: replay(*inputs(1, M), CONFIG) for M in (1, 2, 7, 3)}
+    assert backend.runs == runs, "only the replay ran"
+    for M, out in outs.items():
+        assert torch.equal(out, backend.run(*inputs(1, M), CONFIG))
+
+
+def test_a_first_call_of_a_token_count_is_played_by_the_replay_of_another(monkeypatch: pytest.MonkeyPatch) -> None:
     backend = Adding()
-    recorded(backend)
-    for M in (5, 7):
-        before = len(backend.double.kernel.started)
-        replay = record(backend, inputs(0, M), CONFIG, backend.descriptors, backend.tried)
-        assert len(backend.double.kernel.started) - before == 1, "the recorded run, and no replay beside it"
-        assert torch.equal(replay(*inputs(1, M), CONFIG), backend.run(*inputs(1, M), CONFIG))
-    assert len(backend.tried) == 1
+    monkeypatch.setattr(Tensor, "is_cuda", True)
+    for M in (3, 9):
+        for _ in range(2):
+            backend.run(*inputs(0, M), CONFIG)
+        replay = backend.fast_path(inputs(0, M), CONFIG)
+        assert replay is backend.fast_path(inputs(0, M + 1), CONFIG)
+    runs = backend.runs
+    outs = {M: backend.run(*inputs(1, M), CONFIG) for M in (5, 11)}
+    assert backend.runs == runs
+    for M, out in outs.items():
+        hidden, experts, weights, _ = inputs(1, M)
+        assert torch.equal(out, 2 * hidden + experts.down[0, 0, 0] + weights[0, 0])
+
+
+def computed(M: Any, K: int) -> list[Any]:
+    """What stages compute of a token count, with comparisons that come out differently for some."""
+    blocks = math.ceil(M * 8 / 128)
+    fewest = min(K, blocks + 3) * 2
+    return [M - 1, 3 + M, blocks * blocks, fewest, (M + M) // 3, 4 if M > 100 else 5, M or 0, max(M - 4, 0) * 1,
+            next_power_of_2(blocks), M == 7, M >= 40]  # fmt: skip
+
+
+@pytest.mark.parametrize("M", [1, 6, 7, 8, 39, 40, 100, 101, 260, 5000])
+def test_extents_are_the_numbers_of_every_token_count_of_their_range(M: int) -> None:
+    tokens = TokenRange(M)
+    extents = computed(Extent(tokens), 40)
+    assert tokens.first <= M <= tokens.last
+    for count in {tokens.first, M, min(tokens.last, 10000), *range(tokens.first, min(tokens.last, tokens.first + 70))}:
+        assert [each.of(count) if isinstance(each, Extent) else each for each in extents] == computed(count, 40)
+
+
+def test_what_falls_as_tokens_grow_is_no_extent() -> None:
+    M: Any = Extent(TokenRange(8))
+    for compute in (
+        lambda: 9 - M,
+        lambda: M - M,
+        lambda: M * -1,
+        lambda: 8 // M,
+        lambda: M % 2,
+        lambda: {M},
+        lambda: range(M),
+    ):
+        with pytest.raises(TypeError):
+            compute()
 
 
 def test_it_does_what_the_run_does_on_other_tensors_and_another_layer() -> None:
@@ -159,16 +214,17 @@ def returning_a_part(_backend: Adding, _inner: Tensor, _out: Tensor) -> Tensor:
 
 
 def hiding_work(_backend: Adding, inner: Tensor, _out: Tensor) -> None:
-    floats(inner.data_ptr(), SIZE)[:] += np.float32(1)
+    if not isinstance(inner, Buffer):
+        floats(inner.data_ptr(), SIZE)[:] += np.float32(1)
 
 
 @pytest.mark.parametrize(
     ("between", "reason"),
     [
-        (computing, "torch runs aten.mul_"),
+        (computing, "does what only tensors can do .*mul_"),
         (keeping, "memory of unknown origin"),
         (launching_by_triton, "launched by Triton itself"),
-        (returning_a_part, "output is not fresh memory of its own"),
+        (returning_a_part, "no launch of a `fast_launch` kernel writes its output"),
         (hiding_work, "the replay's result is not the run's"),
     ],
 )
@@ -182,10 +238,15 @@ def test_a_first_run_is_too_early() -> None:
         recorded(Adding(), before=0)
 
 
-def test_inputs_that_share_memory_leave_an_address_in_doubt() -> None:
-    backend = Adding()
-    hidden, experts, _, ids = inputs(0)
-    shared = (hidden, experts, hidden.flatten()[:6].view(3, 2), ids)
-    backend.run(*shared, CONFIG)
-    with pytest.raises(NotReplayableError, match="two inputs share memory"):
-        record(backend, shared, CONFIG, backend.descriptors, {})
+def test_a_number_that_a_kernel_is_specialised_on_is_the_same_for_all_token_counts() -> None:
+    with pytest.raises(NotReplayableError, match="specialised on a number that depends on M"):
+        recorded(Adding(do_not_specialize=[]))
+
+
+def test_weights_that_share_memory_leave_an_address_in_doubt() -> None:
+    backend, (hidden, experts, weights, ids) = Adding(), inputs(0)
+    experts.down.data = experts.gate_up.data.flatten()[: experts.down.numel()].view(experts.down.shape)
+    for _ in range(2):
+        backend.run(hidden, experts, weights, ids, CONFIG)
+    with pytest.raises(NotReplayableError, match="two weights share memory"):
+        record(backend, (hidden, experts, weights, ids), CONFIG)

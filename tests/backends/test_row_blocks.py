@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from moe_dispatch.backends.gluon_hopper.row_blocks import row_blocks
-from moe_dispatch.backends.gluon_hopper.windows import Windows, rows_after_window
+from moe_dispatch.backends.gluon_hopper.windows import Windows, with_window
 from moe_dispatch.backends.stages.route import Routing, route_torch
 
 pytest.importorskip("triton")
@@ -75,11 +75,12 @@ def test_a_group_is_of_one_expert_and_no_group_is_larger_than_asked() -> None:
 @pytest.mark.parametrize(("row", "end"), [(0, 1), (0, 40), (0, 64), (30, 39), (36, 100), (84, 100), (99, 100)])
 @pytest.mark.parametrize("height", [16, 32, 64])
 def test_a_window_of_rows_ends_where_an_expert_does(height: int, row: int, end: int) -> None:
-    rows = rows_after_window(torch.empty(0).bfloat16(), 100, 128)
+    memory, rows = with_window(torch.empty(0).bfloat16(), 100, 128)
     rows[:] = torch.arange(100)[:, None]
-    descriptor = Windows(height).describe(rows)
+    descriptor = Windows(height).describe(memory)
+    windows = memory.as_strided((101, *descriptor.shape[1:]), descriptor.strides)
     assert list(descriptor.block_shape) == [1, height, 64]
     # What `_load_rows` has TMA read; out of bounds it fills in zeros.
     window = min(row + 64, end)
-    seen = descriptor.base[window, row + 64 - window :][:height]
+    seen = windows[window, row + 64 - window :][:height]
     assert torch.equal(seen, rows[row : min(row + height, end)])

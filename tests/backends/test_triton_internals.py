@@ -25,7 +25,7 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 from triton.runtime.jit import JITFunction
 
 from moe_dispatch.backends.gluon_hopper.gluon_api import tma_load
-from moe_dispatch.backends.gluon_hopper.windows import Windows, rows_after_window
+from moe_dispatch.backends.gluon_hopper.windows import Windows, with_window
 from moe_dispatch.backends.triton_common import fast_launch as fast_launch_module
 from moe_dispatch.backends.triton_common import internals
 from moe_dispatch.backends.triton_common.descriptors import Descriptors
@@ -123,7 +123,7 @@ def launch_both_ways(_capability: int) -> Iterator[Launch]:
         return [*internals.encode(descriptor, encoding), 0, 64]
 
     # Those that are kept have no tensor any more, which Triton does not miss.
-    windows = Descriptors().get(rows_after_window(x, 64, 64), Windows(32))
+    windows = Descriptors().get(with_window(x, 64, 64)[0], Windows(32))
     assert not isinstance(windows.base, torch.Tensor)
     for kernel, descriptor in (
         (JITFunction(copy_block), TensorDescriptor.from_tensor(x, [32, 32])),

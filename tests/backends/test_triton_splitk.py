@@ -181,7 +181,7 @@ def test_workspace_is_what_a_run_allocates(
     inputs = make_inputs(case, Precision(dtype, "fp16"), "cpu")
     backend, checked = TritonSplitKBackend(machine), SplitKConfig.model_validate(SMALL | {"block_k": 128} | config)
     allocated: list[int] = []
-    empty = torch.empty
+    empty = torch.Tensor.new_empty
 
     def counted(*shape: Any, **options: Any) -> torch.Tensor:
         made = empty(*shape, **options)
@@ -189,7 +189,7 @@ def test_workspace_is_what_a_run_allocates(
         return made
 
     out = torch.empty_like(inputs.hidden_states)
-    monkeypatch.setattr(torch, "empty", counted)
+    monkeypatch.setattr(torch.Tensor, "new_empty", counted)
     backend.run_into(*inputs.arguments, checked, out)
     problem = case.problem(Precision(dtype, "fp16"), machine)
     # Beside the rows of FP8 lie their multipliers, one for 128 columns or for all.

@@ -24,7 +24,8 @@ from moe_dispatch.backends.triton_common import descriptors as descriptors_modul
 from moe_dispatch.backends.triton_common.backend import TritonBackend
 from moe_dispatch.backends.triton_common.descriptors import Descriptors, WeightView
 from moe_dispatch.backends.triton_common.fast_launch import FastKernel
-from moe_dispatch.backends.triton_common.replay import NotReplayableError, Replay, record
+from moe_dispatch.backends.triton_common.replay import Replay, record
+from moe_dispatch.backends.triton_common.stand_ins import NotReplayableError
 
 SIZE = 3 * LAYER.K
 VIEW = WeightView((LAYER.E, LAYER.K, LAYER.N), (1, 16, 16))
@@ -65,7 +66,7 @@ class Described(TritonBackend):
 def recorded(backend: Described) -> Replay:
     for _ in range(2):
         backend.run(*inputs(), CONFIG)
-    return record(backend, inputs(), CONFIG, backend._descriptors, {})
+    return record(backend, inputs(), CONFIG)
 
 
 def running(backend: Described) -> Callable[..., Tensor]:

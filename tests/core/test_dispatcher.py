@@ -36,7 +36,7 @@ from moe_dispatch import (
     stats,
     warm_up,
 )
-from moe_dispatch.backend import FAST_PATH_TOKENS, Backend, BackendConfig, Inputs, Run
+from moe_dispatch.backend import Backend, BackendConfig, Inputs, Run
 from moe_dispatch.dispatch import process
 from moe_dispatch.dispatch.dispatcher import FAST_PATH_CALLS, Dispatcher
 from moe_dispatch.dispatch.process import get_dispatcher, reset_dispatchers
@@ -258,15 +258,14 @@ def test_a_kind_of_call_that_comes_back_gets_a_fast_path() -> None:
             prepared.append(inputs[0].shape[0])
             return lambda hidden_states, *_: torch.full_like(hidden_states, 7.0)
 
-    few, many = make_call(6), make_call(FAST_PATH_TOKENS + 1)
+    few, many = make_call(6), make_call(257)
     with ranked(Preparing):
-        for _ in range(FAST_PATH_CALLS):
-            assert torch.equal(moe_forward(*few), expected(few))
-            moe_forward(*many)
-        assert (moe_forward(*few) == 7.0).all()
-        assert (moe_forward(*few) == 7.0).all()
-        moe_forward(*many)
-    assert prepared == [6]
+        for call in (few, many):
+            for _ in range(FAST_PATH_CALLS):
+                assert torch.equal(moe_forward(*call), expected(call))
+            for _ in range(2):
+                assert (moe_forward(*call) == 7.0).all()
+    assert prepared == [6, 257]
 
 
 def test_trouble_with_a_fast_path_costs_nothing(call: Call) -> None:

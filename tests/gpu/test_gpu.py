@@ -1,5 +1,6 @@
 """What only a GPU can show of the dispatcher: its cost on the host, and replays."""
 
+import dataclasses
 import os
 import statistics
 import time
@@ -7,11 +8,12 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from torch import Tensor
 
 from moe_dispatch import moe_forward
 from moe_dispatch.dispatch.dispatcher import FAST_PATH_CALLS
 from moe_dispatch.dispatch.process import get_dispatcher
-from moe_dispatch.testing import Case, Precision, make_inputs, relative_error
+from moe_dispatch.testing import Case, Inputs, Precision, make_inputs, relative_error
 from moe_dispatch.workloads import ROUTINGS, WORKLOADS, make_experts
 
 pytestmark = pytest.mark.gpu
@@ -68,13 +70,14 @@ def test_automatic_choice_costs_the_host_little(dtype: str, recording: bool) -> 
 
 
 @pytest.mark.parametrize("precision", [Precision("bf16", "bf16"), Precision("fp8", "bf16")], ids=str)
-@pytest.mark.parametrize("name", ["triton_splitk", "triton_vector", "triton_persistent"])
-@pytest.mark.parametrize("M", [1, 5, 64])
+@pytest.mark.parametrize("name", ["triton_splitk", "triton_vector", "triton_persistent", "gluon_hopper"])
+@pytest.mark.parametrize("M", [1, 5, 64, 300])
 def test_a_repeated_call_is_a_replay_and_right_on_others(M: int, name: str, precision: Precision) -> None:
+    """On other inputs, and of other token counts."""
     from moe_dispatch.backends.triton_common.replay import Replay
 
     case = Case(M=M, E=32, topk=4, K=512, N=256)
-    calls = [make_inputs(case, precision, "cuda", seed) for seed in range(4)]
+    calls = [make_inputs(case, precision, "cuda", seed) for seed in range(3)]
     dispatcher = get_dispatcher(calls[0].hidden_states.device)
     problem = case.layer.problem(M, precision.dtype, dispatcher.machine)
     if reasons := dispatcher.planner.backend(name).unsupported_reasons(problem):
@@ -83,13 +86,21 @@ def test_a_repeated_call_is_a_replay_and_right_on_others(M: int, name: str, prec
         for _ in range(FAST_PATH_CALLS):
             moe_forward(*calls[0].arguments, backend=name)
         (plan,) = dispatcher._plans.values()
-        assert isinstance(plan.run, Replay)
+        replay, backend, config = plan.run, plan.backend, plan.config
+        assert isinstance(replay, Replay)
+
+        def ordinary(call: Inputs) -> Tensor:
+            out = torch.empty_like(call.hidden_states)
+            return backend.run_into(*call.arguments, config, out)
+
+        others = {replay.tokens.first, min(replay.tokens.last, 2 * M + 1)}
+        calls += [make_inputs(dataclasses.replace(case, M=other), precision, "cuda") for other in others]
         for call in calls:
-            out = moe_forward(*call.arguments, backend=name)
-            assert torch.equal(out, plan.backend.run(*call.arguments, plan.config))
-            assert relative_error(out, call.expected(plan.backend)) <= plan.backend.tolerance[precision.dtype]
-        arguments = (*calls[0].arguments, plan.config)
-        direct, difference = host_us(lambda: plan.backend.run(*arguments), lambda: plan.run(*arguments))
+            out = replay.replay(*call.arguments)
+            assert out is not None
+            assert torch.equal(out, ordinary(call))
+            assert relative_error(out, call.expected(backend)) <= backend.tolerance[precision.dtype]
+        direct, difference = host_us(lambda: ordinary(calls[0]), lambda: replay(*calls[0].arguments, config))
     print(f"{name} {precision} M={M}: {direct:.1f} µs, as a replay {direct + difference:.1f} µs")
     if ALONE:
         assert difference < -0.4 * direct

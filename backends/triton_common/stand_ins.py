@@ -1,0 +1,207 @@
+"""What a run of a backend is given in place of tensors while its launches are written down for any token count.
+
+`Buffer` stands for a tensor and `Extent` for a number that depends on the token count M: the rows of a buffer, the
+programs of a grid. Both know how to become those of a call once its M is known. A run may compute with extents as with
+the numbers themselves, as long as what it computes does not fall when M grows. Where it compares one, the answer is
+that of the M that it runs with, and what is written down holds for those M that have the same answer: `TokenRange`.
+"""
+
+import bisect
+import math
+import operator
+from collections.abc import Callable
+from typing import Any, Final, NamedTuple
+
+import torch
+
+MOST_TOKENS: Final = (1 << 31) - 1
+_OfTokens = Callable[[int], int]
+
+
+class NotReplayableError(Exception):
+    """Why a run cannot be repeated as a replay."""
+
+
+class TokenRange:
+    """The token counts for which every comparison so far has the same answer as for one of them.
+
+    Args:
+        M: That one.
+
+    Attributes:
+        first: The least of them.
+        last: The largest.
+    """
+
+    def __init__(self, M: int) -> None:
+        self.M, self.first, self.last = M, 1, MOST_TOKENS
+
+    def decide(self, holds: Callable[[int], bool]) -> bool:
+        """Whether something holds for M, after the range is narrowed to where the answer is the same.
+
+        Args:
+            holds: Whether it holds for a token count; changes its answer once, at most, as that grows.
+        """
+        answer, counts = holds(self.M), range(self.last + 1)
+        differs = bisect.bisect_left(counts, True, self.M, key=lambda M: holds(M) is not answer)
+        self.first = bisect.bisect_left(counts, True, self.first, self.M, key=lambda M: holds(M) is answer)
+        self.last = differs - 1
+        return answer
+
+
+class Extent:
+    """A number of at least 0 that depends on M and does not fall as M grows.
+
+    Args:
+        tokens: Where comparisons are noted.
+        of: The number for a token count; by default that count itself.
+    """
+
+    __slots__ = ("_tokens", "of")
+    __hash__ = None  # type: ignore[assignment] # no key may hold what differs from call to call
+
+    def __init__(self, tokens: TokenRange, of: _OfTokens = int) -> None:
+        self._tokens, self.of = tokens, of
+
+    def _with(self, operate: Callable[[int, int], int], other: "int | Extent") -> "Extent":
+        of = self.of
+        if isinstance(other, Extent):
+            others = other.of
+            return Extent(self._tokens, lambda M: operate(of(M), others(M)))
+        return Extent(self._tokens, lambda M: operate(of(M), other))
+
+    def __add__(self, other: "int | Extent") -> "Extent":
+        return self._with(operator.add, other)
+
+    def __sub__(self, other: int) -> "Extent":
+        return NotImplemented if isinstance(other, Extent) else self._with(operator.sub, other)
+
+    def __mul__(self, other: "int | Extent") -> "Extent":
+        return NotImplemented if isinstance(other, int) and other < 0 else self._with(operator.mul, other)
+
+    def __floordiv__(self, other: int) -> "Extent":
+        return NotImplemented if isinstance(other, Extent) else self._with(operator.floordiv, other)
+
+    def __truediv__(self, other: int) -> "_Quotient":
+        return NotImplemented if isinstance(other, Extent) else _Quotient(self, other)
+
+    __radd__, __rmul__ = __add__, __mul__
+
+    def __lt__(self, other: int) -> bool:
+        return self._tokens.decide(lambda M: self.of(M) < other)
+
+    def __le__(self, other: int) -> bool:
+        return self < other + 1
+
+    def __gt__(self, other: int) -> bool:
+        return not self <= other
+
+    def __ge__(self, other: int) -> bool:
+        return not self < other
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, int) and self >= other and self <= other
+
+    def __bool__(self) -> bool:
+        return self > 0
+
+    def bit_length(self) -> int:
+        """As that of an int."""
+        bits = 0
+        while self >= 1 << bits:
+            bits += 1
+        return bits
+
+
+class _Quotient(NamedTuple):
+    dividend: Extent
+    divisor: int
+
+    def __ceil__(self) -> Extent:
+        return (self.dividend + (self.divisor - 1)) // self.divisor
+
+
+class Buffer:
+    """What stands for a tensor on the GPU, contiguous unless it was turned.
+
+    Args:
+        bases: Of the launches that are written down.
+        base: The number of the base that its address counts from; see `replay.Replay`.
+        dtype: As of a tensor.
+        shape: As of a tensor; some sizes may be extents.
+        strides: As of a tensor; of a contiguous one if empty.
+        offset: Bytes from the base to the first element.
+    """
+
+    is_cuda = True
+
+    def __init__(
+        self, bases: "Bases", base: int, dtype: torch.dtype, shape: tuple[Any, ...], strides: tuple[Any, ...] = (),
+        offset: int = 0,
+    ) -> None:  # fmt: skip
+        self._bases = bases
+        self.base, self.dtype, self.shape, self.offset = base, dtype, shape, offset
+        self._strides = strides or tuple(math.prod(shape[place:]) for place in range(1, len(shape) + 1))
+
+    def new_empty(self, *shape: Any, dtype: torch.dtype | None = None) -> "Buffer":
+        """As of a tensor."""
+        dtype = dtype or self.dtype
+        return Buffer(self._bases, self._bases.allocate(math.prod(shape) * dtype.itemsize), dtype, shape)
+
+    def dim(self) -> int:
+        """As of a tensor."""
+        return len(self.shape)
+
+    def numel(self) -> Any:
+        """As of a tensor."""
+        return math.prod(self.shape)
+
+    def element_size(self) -> int:
+        """As of a tensor."""
+        return self.dtype.itemsize
+
+    def stride(self, dimension: int | None = None) -> Any:
+        """As of a tensor."""
+        return self._strides if dimension is None else self._strides[dimension]
+
+    def data_ptr(self) -> int:
+        """An address of the same alignment to 16 bytes: the bases of a replay are multiples of 16."""
+        return self.offset % 16
+
+    def view(self, dtype: torch.dtype) -> "Buffer":
+        """As of a tensor, of a dtype of the same size."""
+        if dtype.itemsize != self.dtype.itemsize:
+            raise NotReplayableError(f"a buffer of {self.dtype} is viewed as {dtype}")
+        return Buffer(self._bases, self.base, dtype, self.shape, self._strides, self.offset)
+
+    def t(self) -> "Buffer":
+        """As of a tensor."""
+        return Buffer(self._bases, self.base, self.dtype, self.shape[::-1], self._strides[::-1], self.offset)
+
+    def __getitem__(self, rows: slice) -> "Buffer":
+        start, stop = rows.start or 0, self.shape[0] if rows.stop is None else rows.stop
+        offset = self.offset + start * self._strides[0] * self.dtype.itemsize
+        if not isinstance(offset, int):
+            raise NotReplayableError("a buffer is cut where M decides")
+        shape = (stop - start, *self.shape[1:])
+        return Buffer(self._bases, self.base, self.dtype, shape, self._strides, offset)
+
+
+class Bases:
+    """The intermediates of a run.
+
+    Args:
+        count: Bases of addresses that are none of intermediates.
+
+    Attributes:
+        sizes: The bytes of each intermediate.
+    """
+
+    def __init__(self, count: int) -> None:
+        self._count: Final = count
+        self.sizes: list[int | Extent] = []
+
+    def allocate(self, size: int | Extent) -> int:
+        """The number of the base of an intermediate of so many bytes."""
+        self.sizes.append(size)
+        return self._count + len(self.sizes) - 1
