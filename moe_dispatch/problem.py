@@ -11,10 +11,9 @@ The shape letters, used everywhere and defined here:
 
 import dataclasses
 import math
-import operator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Final, Literal, get_args
+from typing import Any, Final, Literal, get_args
 
 from moe_dispatch.activations import UNGATED, Activation, canonical
 from moe_dispatch.errors import InvalidInputError
@@ -188,7 +187,7 @@ class MoEProblem:
 
     def __reduce__(self) -> "tuple[type[MoEProblem], tuple[object, ...]]":
         """The fields alone: what is known about them stays in this process."""
-        return MoEProblem, _values(self)
+        return MoEProblem, tuple(self._fields.values())
 
     def with_tokens(self, M: int) -> "MoEProblem":
         """The same call with M tokens. It shares what is the same for every token count, so that this costs little."""
@@ -213,8 +212,12 @@ class MoEProblem:
     def _with(self, **values: object) -> "MoEProblem":
         """A copy with other valid values of some fields: they are not checked again, which `replace` would do."""
         other = object.__new__(MoEProblem)
-        vars(other).update(zip(_FIELDS, _values(self), strict=True), **values)
+        vars(other).update(self._fields, **values)
         return other
+
+    @cached_property
+    def _fields(self) -> dict[str, Any]:
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
 
     @property
     def expert_bytes(self) -> int:
@@ -247,10 +250,6 @@ class MoEProblem:
     def scale_shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Shapes of one expert's scales where the weights are quantised: (gate_up, down)."""
         return scale_shape(self.dtype, self.gate_up_rows, self.K), scale_shape(self.dtype, self.K, self.N)
-
-
-_FIELDS: Final = tuple(field.name for field in dataclasses.fields(MoEProblem))
-_values: Final = operator.attrgetter(*_FIELDS)
 
 
 def scale_shape(dtype: DType, rows: int, columns: int) -> tuple[int, ...]:

@@ -18,7 +18,6 @@ or a profiler wants to see the launches, the call is left to the backend. Whethe
 caller's is for each call to say: it is one more address.
 """
 
-import math
 from dataclasses import dataclass, field
 from typing import Any, Final, NamedTuple
 
@@ -68,7 +67,8 @@ def record(backend: WritingBackend, inputs: Inputs, config: BackendConfig) -> "R
         raise NotReplayableError(f"it does what only tensors can do ({error})") from error
     if result is not out or not steps:
         raise NotReplayableError("no launch of a `fast_launch` kernel writes its output")
-    replay = Replay(backend, hidden_states.get_device(), weights, tokens, tuple(bases.sizes), tuple(steps))
+    sizes = tuple(rows * 0 + size for size in bases.sizes)
+    replay = Replay(backend, hidden_states.get_device(), weights, tokens, sizes, tuple(steps))
     replayed, expected = replay.replay(*inputs, poison=True), backend.run(*inputs, config)
     if replayed is None or not _agree(replayed, expected, backend, config, experts):
         raise NotReplayableError("the replay's result is not the run's")
@@ -135,7 +135,7 @@ class _Step:
 
     Attributes:
         launch: What is started.
-        grid: Width, height, depth.
+        grid: Width, which may depend on M, height, depth.
         values: Its arguments, complete but for addresses, numbers that depend on M, and tensor maps.
         addresses: For each address among them its place, the number of its base, and the distance from that in bytes.
         numbers: For each number among them that depends on M its place, and the number.
@@ -143,11 +143,20 @@ class _Step:
     """
 
     launch: Launch
-    grid: tuple[int | Extent, int | Extent, int | Extent]
+    grid: tuple[int | Extent, int, int]
     values: list[Any]
     addresses: tuple[tuple[int, int, int], ...]
     numbers: tuple[tuple[int, Extent], ...]
     maps: tuple[_TensorMap, ...]
+
+    def at(self, M: int) -> "_LaunchAt":
+        """The grid, and its numbers that depend on M with their places, for a token count."""
+        numbers = [(place, number.at(M)) for place, number in self.numbers] if self.numbers else []
+        width, height, depth = self.grid
+        return (width if isinstance(width, int) else width.at(M), height, depth), numbers
+
+
+_LaunchAt = tuple[tuple[int, int, int], list[tuple[int, int]]]
 
 
 class _Sizes(NamedTuple):
@@ -156,12 +165,12 @@ class _Sizes(NamedTuple):
     Attributes:
         scratch: Bytes of scratch memory.
         distances: Where in it each intermediate begins.
-        launches: The grid of each launch, and its numbers that depend on M with their places.
+        launches: `_Step.at` of each launch.
     """
 
     scratch: int
-    distances: tuple[int, ...]
-    launches: tuple[tuple[tuple[int, ...], tuple[tuple[int, int], ...]], ...]
+    distances: list[int]
+    launches: list[_LaunchAt]
 
 
 @dataclass(frozen=True, eq=False)
@@ -184,38 +193,19 @@ class Replay:
     device: int
     weights: tuple[Weight, ...]
     tokens: TokenRange
-    intermediates: tuple[int | Extent, ...]
+    intermediates: tuple[Extent, ...]
     steps: tuple[_Step, ...]
     _sizes: dict[int, _Sizes] = field(default_factory=dict)
 
-    def __call__(
-        self,
-        hidden_states: Tensor,
-        experts: ExpertWeights,
-        topk_weights: Tensor,
-        topk_ids: Tensor,
-        config: BackendConfig,
-    ) -> Tensor:
+    def __call__(self, *call: Any) -> Tensor:
         """As `Backend.run`."""
-        out = self.replay(hidden_states, experts, topk_weights, topk_ids)
-        if out is None:
-            out = torch.empty_like(hidden_states)
-            return self.backend.run_into(hidden_states, experts, topk_weights, topk_ids, config, out)
-        return out
+        out = self.replay(*call[:4])
+        return self.into(*call, torch.empty_like(call[0])) if out is None else out
 
-    def into(
-        self,
-        hidden_states: Tensor,
-        experts: ExpertWeights,
-        topk_weights: Tensor,
-        topk_ids: Tensor,
-        config: BackendConfig,
-        out: Tensor,
-    ) -> Tensor:
+    def into(self, *call: Any) -> Tensor:
         """As `Backend.run_into`."""
-        if self.replay(hidden_states, experts, topk_weights, topk_ids, out) is None:
-            return self.backend.run_into(hidden_states, experts, topk_weights, topk_ids, config, out)
-        return out
+        *inputs, _, out = call
+        return self.backend.run_into(*call) if self.replay(*inputs, out=out) is None else out
 
     def replay(
         self,
@@ -229,13 +219,8 @@ class Replay:
     ) -> Tensor | None:
         """Launch everything; None, with nothing launched, where the replay does not fit.
 
-        Args:
-            hidden_states: As for `Backend.run`.
-            experts: As for `Backend.run`.
-            topk_weights: As for `Backend.run`.
-            topk_ids: As for `Backend.run`.
-            out: As for `Backend.run_into`; None for fresh memory.
-            poison: Fill the scratch memory and the output with NaN before.
+        Args: as for `Backend.run_into`, but for `out`, which is fresh memory if None, and `poison`, which fills scratch
+        memory and output with NaN before.
         """
         bases = [hidden_states.data_ptr(), topk_weights.data_ptr(), topk_ids.data_ptr()]
         for name, dtype, shape, strides in self.weights:
@@ -276,19 +261,11 @@ class Replay:
         distances, scratch = [], 0
         for size in self.intermediates:
             distances.append(scratch)
-            scratch += math.ceil(_at(size, M) / _ALIGNMENT) * _ALIGNMENT
-        launches = tuple(
-            (tuple(_at(size, M) for size in step.grid), tuple((place, number.of(M)) for place, number in step.numbers))
-            for step in self.steps
-        )
+            scratch -= -size.at(M) // _ALIGNMENT * _ALIGNMENT  # rounded up
         if len(self._sizes) >= MAX_SIZES:
             self._sizes.clear()
-        sizes = self._sizes[M] = _Sizes(scratch, tuple(distances), launches)
+        sizes = self._sizes[M] = _Sizes(scratch, distances, [step.at(M) for step in self.steps])
         return sizes
-
-
-def _at(size: int | Extent, M: int) -> int:
-    return size.of(M) if isinstance(size, Extent) else size
 
 
 def _step(launch: Launch, grid: tuple[Any, ...], args: tuple[Any, ...], weights: list[int]) -> _Step:
@@ -311,6 +288,8 @@ def _step(launch: Launch, grid: tuple[Any, ...], args: tuple[Any, ...], weights:
         if place in encodings:
             values += (*arg.shape, *arg.strides)
     width, height, depth = (*grid, 1, 1)[:3]
+    if isinstance(height, Extent) or isinstance(depth, Extent):  # of which CUDA takes 65535 at most
+        raise NotReplayableError("the height of a grid depends on M")
     return _Step(
         launch, (width, height, depth), [*values, *launch.padding], tuple(addresses), tuple(numbers), tuple(maps)
     )

@@ -8,14 +8,12 @@ that of the M that it runs with, and what is written down holds for those M that
 
 import bisect
 import math
-import operator
 from collections.abc import Callable
 from typing import Any, Final, NamedTuple
 
 import torch
 
 MOST_TOKENS: Final = (1 << 31) - 1
-_OfTokens = Callable[[int], int]
 
 
 class NotReplayableError(Exception):
@@ -50,37 +48,42 @@ class TokenRange:
 
 
 class Extent:
-    """A number of at least 0 that depends on M and does not fall as M grows.
+    """A number of at least 0 that depends on M and does not fall as M grows: ``scale * root(M) + shift``.
 
     Args:
         tokens: Where comparisons are noted.
-        of: The number for a token count; by default that count itself.
+        root: A function of the token count; by default that count itself.
+        scale: At least 0.
+        shift: A number.
     """
 
-    __slots__ = ("_tokens", "of")
+    __slots__ = ("_root", "_scale", "_shift", "_tokens")
     __hash__ = None  # type: ignore[assignment] # no key may hold what differs from call to call
 
-    def __init__(self, tokens: TokenRange, of: _OfTokens = int) -> None:
-        self._tokens, self.of = tokens, of
+    def __init__(self, tokens: TokenRange, root: Callable[[int], int] = int, scale: int = 1, shift: int = 0) -> None:
+        self._tokens, self._root, self._scale, self._shift = tokens, root, scale, shift
 
-    def _with(self, operate: Callable[[int, int], int], other: "int | Extent") -> "Extent":
-        of = self.of
-        if isinstance(other, Extent):
-            others = other.of
-            return Extent(self._tokens, lambda M: operate(of(M), others(M)))
-        return Extent(self._tokens, lambda M: operate(of(M), other))
+    def at(self, M: int) -> int:
+        """The number for a token count."""
+        return self._scale * self._root(M) + self._shift
 
     def __add__(self, other: "int | Extent") -> "Extent":
-        return self._with(operator.add, other)
+        if isinstance(other, Extent):
+            return Extent(self._tokens, lambda M: self.at(M) + other.at(M))
+        return Extent(self._tokens, self._root, self._scale, self._shift + other)
 
     def __sub__(self, other: int) -> "Extent":
-        return NotImplemented if isinstance(other, Extent) else self._with(operator.sub, other)
+        return NotImplemented if isinstance(other, Extent) else self + -other
 
     def __mul__(self, other: "int | Extent") -> "Extent":
-        return NotImplemented if isinstance(other, int) and other < 0 else self._with(operator.mul, other)
+        if isinstance(other, Extent):
+            return Extent(self._tokens, lambda M: self.at(M) * other.at(M))
+        return (
+            NotImplemented if other < 0 else Extent(self._tokens, self._root, self._scale * other, self._shift * other)
+        )
 
     def __floordiv__(self, other: int) -> "Extent":
-        return NotImplemented if isinstance(other, Extent) else self._with(operator.floordiv, other)
+        return NotImplemented if isinstance(other, Extent) else Extent(self._tokens, lambda M: self.at(M) // other)
 
     def __truediv__(self, other: int) -> "_Quotient":
         return NotImplemented if isinstance(other, Extent) else _Quotient(self, other)
@@ -88,7 +91,7 @@ class Extent:
     __radd__, __rmul__ = __add__, __mul__
 
     def __lt__(self, other: int) -> bool:
-        return self._tokens.decide(lambda M: self.of(M) < other)
+        return self._tokens.decide(lambda M: self.at(M) < other)
 
     def __le__(self, other: int) -> bool:
         return self < other + 1

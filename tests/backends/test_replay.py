@@ -128,7 +128,7 @@ def test_extents_are_the_numbers_of_every_token_count_of_their_range(M: int) -> 
     extents = computed(Extent(tokens), 40)
     assert tokens.first <= M <= tokens.last
     for count in {tokens.first, M, min(tokens.last, 10000), *range(tokens.first, min(tokens.last, tokens.first + 70))}:
-        assert [each.of(count) if isinstance(each, Extent) else each for each in extents] == computed(count, 40)
+        assert [each.at(count) if isinstance(each, Extent) else each for each in extents] == computed(count, 40)
 
 
 def test_what_falls_as_tokens_grow_is_no_extent() -> None:
