@@ -204,8 +204,9 @@ class Replay:
 
     def into(self, *call: Any) -> Tensor:
         """As `Backend.run_into`."""
-        *inputs, _, out = call
-        return self.backend.run_into(*call) if self.replay(*inputs, out=out) is None else out
+        hidden_states, experts, topk_weights, topk_ids, _, out = call
+        played = self.replay(hidden_states, experts, topk_weights, topk_ids, out)
+        return self.backend.run_into(*call) if played is None else out
 
     def replay(
         self,
