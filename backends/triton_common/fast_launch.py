@@ -121,8 +121,7 @@ class FastKernel:
             elif arg is None:
                 add(arg)
             elif kind is Buffer:
-                address = arg.data_ptr()
-                add((arg.dtype, address) if address else arg.dtype)
+                add((arg.dtype, arg.offset & 15) if arg.offset & 15 else arg.dtype)  # its base is a multiple of 16
             elif kind is Extent:
                 if specialized[place] or arg > _LARGEST:
                     raise NotReplayableError("a kernel is specialised on a number that depends on M")

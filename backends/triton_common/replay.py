@@ -29,7 +29,7 @@ from moe_dispatch.backends.triton_common import internals
 from moe_dispatch.backends.triton_common.descriptors import MAX_DESCRIPTORS, kept_on, moved
 from moe_dispatch.backends.triton_common.fast_launch import written_down
 from moe_dispatch.backends.triton_common.internals import Encoding, Launch
-from moe_dispatch.backends.triton_common.stand_ins import Bases, Buffer, Extent, NotReplayableError, TokenRange
+from moe_dispatch.backends.triton_common.stand_ins import Buffer, Extent, NotReplayableError, TokenRange
 from moe_dispatch.experts import ExpertWeights
 
 _INPUTS: Final = 3  # bases before those of the weights, see `Replay`
@@ -49,11 +49,12 @@ def record(backend: WritingBackend, inputs: Inputs, config: BackendConfig) -> "R
     (M, K), topk = hidden_states.shape, topk_ids.shape[1]
     weights = tuple(Weight(name, tensor.dtype, tensor.shape, tensor.stride()) for name, tensor in experts.tensors())
     addresses = [tensor.data_ptr() for _, tensor in experts.tensors()]
-    tokens, bases = TokenRange(M), Bases(_INPUTS + len(weights) + 1)
+    tokens = TokenRange(M)
     rows = Extent(tokens)
+    sizes: list[int | Extent] = [0] * (_INPUTS + len(weights) + 1)
     shapes = ((hidden_states, (rows, K)), (topk_weights, (rows, topk)), (topk_ids, (rows, topk)))
-    x, scores, ids = (Buffer(bases, base, tensor.dtype, shape) for base, (tensor, shape) in enumerate(shapes))
-    out: Any = Buffer(bases, _INPUTS + len(weights), hidden_states.dtype, (rows, K))
+    x, scores, ids = (Buffer(sizes, base, tensor.dtype, shape) for base, (tensor, shape) in enumerate(shapes))
+    out: Any = Buffer(sizes, _INPUTS + len(weights), hidden_states.dtype, (rows, K))
     steps: list[_Step] = []
 
     def write(launch: Launch, grid: tuple[Any, ...], args: tuple[Any, ...]) -> None:
@@ -67,8 +68,8 @@ def record(backend: WritingBackend, inputs: Inputs, config: BackendConfig) -> "R
         raise NotReplayableError(f"it does what only tensors can do ({error})") from error
     if result is not out or not steps:
         raise NotReplayableError("no launch of a `fast_launch` kernel writes its output")
-    sizes = tuple(rows * 0 + size for size in bases.sizes)
-    replay = Replay(backend, hidden_states.get_device(), weights, tokens, sizes, tuple(steps))
+    scratch = tuple(rows * 0 + size for size in sizes[_INPUTS + len(weights) + 1 :])
+    replay = Replay(backend, hidden_states.get_device(), weights, tokens, scratch, tuple(steps))
     replayed, expected = replay.replay(*inputs, poison=True), backend.run(*inputs, config)
     if replayed is None or not _agree(replayed, expected, backend, config, experts):
         raise NotReplayableError("the replay's result is not the run's")

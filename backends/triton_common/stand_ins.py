@@ -128,8 +128,8 @@ class Buffer:
     """What stands for a tensor on the GPU, contiguous unless it was turned.
 
     Args:
-        bases: Of the launches that are written down.
-        base: The number of the base that its address counts from; see `replay.Replay`.
+        sizes: The bytes of each base of an address (see `replay.Replay`) that is an intermediate; 0 of the others.
+        base: The number of the base that its address counts from.
         dtype: As of a tensor.
         shape: As of a tensor; some sizes may be extents.
         strides: As of a tensor; of a contiguous one if empty.
@@ -139,17 +139,17 @@ class Buffer:
     is_cuda = True
 
     def __init__(
-        self, bases: "Bases", base: int, dtype: torch.dtype, shape: tuple[Any, ...], strides: tuple[Any, ...] = (),
-        offset: int = 0,
+        self, sizes: "list[int | Extent]", base: int, dtype: torch.dtype, shape: tuple[Any, ...],
+        strides: tuple[Any, ...] = (), offset: int = 0,
     ) -> None:  # fmt: skip
-        self._bases = bases
-        self.base, self.dtype, self.shape, self.offset = base, dtype, shape, offset
+        self._sizes, self.base, self.dtype, self.shape, self.offset = sizes, base, dtype, shape, offset
         self._strides = strides or tuple(math.prod(shape[place:]) for place in range(1, len(shape) + 1))
 
     def new_empty(self, *shape: Any, dtype: torch.dtype | None = None) -> "Buffer":
         """As of a tensor."""
         dtype = dtype or self.dtype
-        return Buffer(self._bases, self._bases.allocate(math.prod(shape) * dtype.itemsize), dtype, shape)
+        self._sizes.append(math.prod(shape) * dtype.itemsize)
+        return Buffer(self._sizes, len(self._sizes) - 1, dtype, shape)
 
     def dim(self) -> int:
         """As of a tensor."""
@@ -159,27 +159,19 @@ class Buffer:
         """As of a tensor."""
         return math.prod(self.shape)
 
-    def element_size(self) -> int:
-        """As of a tensor."""
-        return self.dtype.itemsize
-
     def stride(self, dimension: int | None = None) -> Any:
         """As of a tensor."""
         return self._strides if dimension is None else self._strides[dimension]
-
-    def data_ptr(self) -> int:
-        """An address of the same alignment to 16 bytes: the bases of a replay are multiples of 16."""
-        return self.offset % 16
 
     def view(self, dtype: torch.dtype) -> "Buffer":
         """As of a tensor, of a dtype of the same size."""
         if dtype.itemsize != self.dtype.itemsize:
             raise NotReplayableError(f"a buffer of {self.dtype} is viewed as {dtype}")
-        return Buffer(self._bases, self.base, dtype, self.shape, self._strides, self.offset)
+        return Buffer(self._sizes, self.base, dtype, self.shape, self._strides, self.offset)
 
     def t(self) -> "Buffer":
         """As of a tensor."""
-        return Buffer(self._bases, self.base, self.dtype, self.shape[::-1], self._strides[::-1], self.offset)
+        return Buffer(self._sizes, self.base, self.dtype, self.shape[::-1], self._strides[::-1], self.offset)
 
     def __getitem__(self, rows: slice) -> "Buffer":
         start, stop = rows.start or 0, self.shape[0] if rows.stop is None else rows.stop
@@ -187,24 +179,4 @@ class Buffer:
         if not isinstance(offset, int):
             raise NotReplayableError("a buffer is cut where M decides")
         shape = (stop - start, *self.shape[1:])
-        return Buffer(self._bases, self.base, self.dtype, shape, self._strides, offset)
-
-
-class Bases:
-    """The intermediates of a run.
-
-    Args:
-        count: Bases of addresses that are none of intermediates.
-
-    Attributes:
-        sizes: The bytes of each intermediate.
-    """
-
-    def __init__(self, count: int) -> None:
-        self._count: Final = count
-        self.sizes: list[int | Extent] = []
-
-    def allocate(self, size: int | Extent) -> int:
-        """The number of the base of an intermediate of so many bytes."""
-        self.sizes.append(size)
-        return self._count + len(self.sizes) - 1
+        return Buffer(self._sizes, self.base, self.dtype, shape, self._strides, offset)
