@@ -83,6 +83,8 @@ class Extent:
         )
 
     def __floordiv__(self, other: int) -> "Extent":
+        if other == 1:
+            return self
         return NotImplemented if isinstance(other, Extent) else Extent(self._tokens, lambda M: self.at(M) // other)
 
     def __truediv__(self, other: int) -> "_Quotient":
