@@ -221,8 +221,8 @@ class Replay:
     ) -> Tensor | None:
         """Launch everything; None, with nothing launched, where the replay does not fit.
 
-        Args: as for `Backend.run_into`, but for `out`, which is fresh memory if None, and `poison`, which fills scratch
-        memory and output with NaN before.
+        The arguments are those of `Backend.run_into`; without `out` the output is fresh memory. With `poison` scratch
+        memory and output are filled with NaN before.
         """
         bases = [hidden_states.data_ptr(), topk_weights.data_ptr(), topk_ids.data_ptr()]
         for name, dtype, shape, strides in self.weights:

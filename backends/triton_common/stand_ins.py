@@ -78,14 +78,14 @@ class Extent:
     def __mul__(self, other: "int | Extent") -> "Extent":
         if isinstance(other, Extent):
             return Extent(self._tokens, lambda M: self.at(M) * other.at(M))
-        return (
-            NotImplemented if other < 0 else Extent(self._tokens, self._root, self._scale * other, self._shift * other)
-        )
+        if other < 0:
+            return NotImplemented
+        return Extent(self._tokens, self._root, self._scale * other, self._shift * other)
 
     def __floordiv__(self, other: int) -> "Extent":
-        if other == 1:
-            return self
-        return NotImplemented if isinstance(other, Extent) else Extent(self._tokens, lambda M: self.at(M) // other)
+        if isinstance(other, Extent):
+            return NotImplemented
+        return self if other == 1 else Extent(self._tokens, lambda M: self.at(M) // other)
 
     def __truediv__(self, other: int) -> "_Quotient":
         return NotImplemented if isinstance(other, Extent) else _Quotient(self, other)
