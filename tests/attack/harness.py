@@ -60,7 +60,7 @@ def attack(inputs: int) -> settings:
         database=None,
         deadline=None,  # `watched` has a limit that also ends a hang
         print_blob=True,
-        phases=(Phase.generate, Phase.shrink),
+        phases=(Phase.explicit, Phase.generate, Phase.shrink),
         suppress_health_check=list(HealthCheck),
     )
 
