@@ -34,7 +34,6 @@ class Figures:
     slowest_s: dict[str, float] = field(default_factory=dict)
 
     def add(self, other: "Figures") -> None:
-        """Add the figures of another process."""
         for total, part in ((self.inputs, other.inputs), (self.refused, other.refused)):
             for area, count in part.items():
                 total[area] = total.get(area, 0) + count

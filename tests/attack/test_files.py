@@ -302,7 +302,6 @@ def test_configs(
 
 @pytest.fixture(scope="module")
 def row() -> str:
-    """A row of `bench`, of the recorded ones."""
     recorded = Path(__file__).parents[2] / "benchmarks" / "results"
     rows = load(sorted(recorded.rglob("sweep.jsonl.xz"))[:1])
     return rows[0].model_dump_json()

@@ -85,7 +85,6 @@ def lose_context(*_: object, **__: object) -> None:
 
 
 def barred() -> list[str]:
-    """The backends in the quarantine."""
     return [entry.backend for entry in get_dispatcher("cpu").quarantine.entries()]
 
 
@@ -94,7 +93,6 @@ def ran() -> dict[str, int]:
 
 
 def call_on(*backends: type[Backend]) -> None:
-    """Rank some backends and make a call."""
     with ranked(*backends):
         moe_forward(*make_call(6))
 
@@ -645,7 +643,6 @@ def _planning(name: str) -> "Callable[[int], Plan]":
 
 
 def _python_calls(run: "Callable[[], object]") -> list[str]:
-    """The names of all Python functions that a run calls."""
     calls: list[str] = []
     sys.setprofile(lambda frame, event, _: calls.append(frame.f_code.co_name) if event == "call" else None)
     try:

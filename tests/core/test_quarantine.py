@@ -41,7 +41,6 @@ def cause(path: Path) -> str:
 
 
 def change(path: Path, **changes: Any) -> None:
-    """Change the only entry of a file."""
     data = json.loads(path.read_text())
     (entry,) = data["entries"]
     entry |= changes

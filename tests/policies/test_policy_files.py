@@ -49,7 +49,6 @@ def measured(
 
 
 def ids(letters: str) -> list[Identity]:
-    """Candidates without configuration."""
     return [(letter, ()) for letter in letters]
 
 
