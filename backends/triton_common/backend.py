@@ -78,22 +78,14 @@ class TritonBackend(WritingBackend):
         """See `Backend.measured_versions`: our source and Triton's compiler make the code that was timed."""
         return {"triton": self.machine.triton, "moe_dispatch": library_version("moe_dispatch")}
 
-    def run(
-        self,
-        hidden_states: Tensor,
-        experts: ExpertWeights,
-        topk_weights: Tensor,
-        topk_ids: Tensor,
-        config: BackendConfig,
-    ) -> Tensor:
-        """See `Backend.run`: by a replay, where calls of another token count have left one."""
-        if replay := self._replay((hidden_states, experts, topk_weights, topk_ids), config):
-            return replay(hidden_states, experts, topk_weights, topk_ids, config)
-        return super().run(hidden_states, experts, topk_weights, topk_ids, config)
+    def run(self, *call: Any) -> Tensor:
+        """See `Backend.run`: by a replay, where calls of this or another token count have left one."""
+        replay = self._replay(*call)
+        return super().run(*call) if replay is None else replay(*call)
 
-    def _replay(self, inputs: Inputs, config: BackendConfig) -> "Replay | None":
-        M = inputs[0].shape[0]
-        for replay in self._replays.get(_kind(inputs, config), ()):
+    def _replay(self, *call: Any) -> "Replay | None":
+        M = call[0].shape[0]
+        for replay in self._replays.get(_kind(*call), ()):
             if replay.tokens.first <= M <= replay.tokens.last:
                 return replay
         return None
@@ -105,7 +97,7 @@ class TritonBackend(WritingBackend):
         from moe_dispatch.backends.triton_common.replay import record
         from moe_dispatch.backends.triton_common.stand_ins import NotReplayableError
 
-        replay = self._replay(inputs, config)
+        replay = self._replay(*inputs, config)
         if replay is None:
             try:
                 replay = record(self, inputs, config)
@@ -114,7 +106,7 @@ class TritonBackend(WritingBackend):
                 return None
             if len(self._replays) >= MAX_KINDS:
                 self._replays.clear()
-            self._replays.setdefault(_kind(inputs, config), []).append(replay)
+            self._replays.setdefault(_kind(*inputs, config), []).append(replay)
         return replay
 
     def fast_path_into(self, inputs: Inputs, config: BackendConfig) -> RunInto | None:
@@ -146,7 +138,8 @@ class TritonBackend(WritingBackend):
         return self._descriptors.get(getattr(experts, name), view)
 
 
-def _kind(inputs: Inputs, config: BackendConfig) -> tuple[object, ...]:
+def _kind(
+    hidden_states: Tensor, experts: ExpertWeights, _: Tensor, topk_ids: Tensor, config: BackendConfig
+) -> tuple[object, ...]:
     """What calls of one replay have in common, beside what that checks itself."""
-    hidden_states, experts, _, topk_ids = inputs
     return experts.spec, hidden_states.dtype, topk_ids.dtype, topk_ids.shape[1], config

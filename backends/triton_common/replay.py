@@ -47,7 +47,7 @@ def record(backend: WritingBackend, inputs: Inputs, config: BackendConfig) -> "R
     """
     hidden_states, experts, topk_weights, topk_ids = inputs
     (M, K), topk = hidden_states.shape, topk_ids.shape[1]
-    weights = tuple(Weight(name, tensor.dtype, tensor.shape, tensor.stride()) for name, tensor in experts.tensors())
+    weights = tuple((name, tensor.dtype, tensor.shape, tensor.stride()) for name, tensor in experts.tensors())
     addresses = [tensor.data_ptr() for _, tensor in experts.tensors()]
     tokens = TokenRange(M)
     rows = Extent(tokens)
@@ -83,22 +83,6 @@ def _agree(
         return torch.equal(replayed.view(torch.uint8), expected.view(torch.uint8))  # as bytes, NaN equals NaN
     difference = (replayed.float() - expected.float()).norm()
     return bool(difference <= backend.tolerance[experts.dtype] * expected.float().norm())
-
-
-class Weight(NamedTuple):
-    """A tensor of the layer, as the launches need it.
-
-    Attributes:
-        name: An attribute of `ExpertWeights`.
-        dtype: Its dtype.
-        shape: Its shape.
-        strides: Its strides in elements.
-    """
-
-    name: str
-    dtype: torch.dtype
-    shape: torch.Size
-    strides: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -184,7 +168,7 @@ class Replay:
     Attributes:
         backend: The backend, for calls that the replay does not fit.
         device: The GPU's number.
-        weights: The layer's tensors.
+        weights: The layer's tensors, of each the name, the dtype, the shape and the strides.
         tokens: The range.
         intermediates: The bytes of each.
         steps: The launches.
@@ -192,7 +176,7 @@ class Replay:
 
     backend: WritingBackend
     device: int
-    weights: tuple[Weight, ...]
+    weights: tuple[tuple[str, torch.dtype, torch.Size, tuple[int, ...]], ...]
     tokens: TokenRange
     intermediates: tuple[Extent, ...]
     steps: tuple[_Step, ...]
