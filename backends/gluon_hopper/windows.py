@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from moe_dispatch.backends.gluon_hopper.tiles import MXFP4_BLOCK_K, STAGE_BYTES, WINDOW_ROWS
+from moe_dispatch.backends.triton_common.descriptors import with_base
 from moe_dispatch.numerics import FP8
 
 # A size that bounds no load; it is passed to kernels in 32 bits.
@@ -36,10 +37,7 @@ class Windows(NamedTuple):
 
     def describe(self, memory: Tensor) -> Any:
         """The tensor descriptor of memory from `with_window`, however many rows it has: no load starts past them."""
-        common = _of_windows(memory.dtype, memory.shape[1], self.rows)
-        descriptor = object.__new__(type(common))
-        vars(descriptor).update(vars(common), base=memory)
-        return descriptor
+        return with_base(_of_windows(memory.dtype, memory.shape[1], self.rows), memory)
 
 
 class ExpertRows(NamedTuple):

@@ -125,7 +125,7 @@ class Descriptors:
         if kind is None:
             kind = self._kinds[dtype, view] = _kind(descriptor)
         if not isinstance(descriptor.base, Buffer):
-            descriptor.base = _Memory(descriptor.base.data_ptr(), descriptor.base.dtype)
+            descriptor.base = Memory(descriptor.base.data_ptr(), descriptor.base.dtype)
         setattr(descriptor, _KEPT, Kept(kind, view))
         return descriptor
 
@@ -136,20 +136,21 @@ def _kind(descriptor: Any) -> tuple[object, ...]:
     return type(descriptor), descriptor.base.dtype, len(descriptor.shape), *options
 
 
-class _Memory(NamedTuple):
+class Memory(NamedTuple):
     """What a kept descriptor has for a tensor: all that Triton asks of one, without the memory itself."""
 
     address: int
     dtype: torch.dtype
 
     def data_ptr(self) -> int:
+        """As of a tensor."""
         return self.address
 
 
-def moved(descriptor: Any, address: int) -> Any:
-    """The same descriptor of memory at another address."""
+def with_base(descriptor: Any, base: "Tensor | Memory") -> Any:
+    """The same descriptor of other memory, without the checks of its class."""
     copy = object.__new__(type(descriptor))
-    vars(copy).update(vars(descriptor), base=_Memory(address, descriptor.base.dtype))
+    vars(copy).update(vars(descriptor), base=base)
     return copy
 
 

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from moe_dispatch.backend import BackendConfig, Inputs, WritingBackend
 from moe_dispatch.backends.triton_common import internals
-from moe_dispatch.backends.triton_common.descriptors import MAX_DESCRIPTORS, kept_on, moved
+from moe_dispatch.backends.triton_common.descriptors import MAX_DESCRIPTORS, Memory, kept_on, with_base
 from moe_dispatch.backends.triton_common.fast_launch import written_down
 from moe_dispatch.backends.triton_common.internals import Encoding, Launch
 from moe_dispatch.backends.triton_common.stand_ins import Buffer, Extent, NotReplayableError, TokenRange
@@ -109,8 +109,8 @@ class _TensorMap:
         if tensor_map is None:
             if len(self.by_address) >= MAX_DESCRIPTORS:
                 self.by_address.clear()
-            tensor_map = internals.encode(moved(self.descriptor, address), self.encoding)[0]
-            self.by_address[address] = tensor_map
+            descriptor = with_base(self.descriptor, Memory(address, self.descriptor.base.dtype))
+            tensor_map = self.by_address[address] = internals.encode(descriptor, self.encoding)[0]
         return tensor_map
 
 
