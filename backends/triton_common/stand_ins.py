@@ -1,3 +1,4 @@
+# ruff: noqa: D102 - the methods of Extent and Buffer are those of numbers and tensors
 """What a run of a backend is given in place of tensors while its launches are written down for any token count.
 
 `Buffer` stands for a tensor and `Extent` for a number that depends on the token count M: the rows of a buffer, the
@@ -9,6 +10,7 @@ that of the M that it runs with, and what is written down holds for those M that
 import bisect
 import math
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any, Final, NamedTuple
 
 import torch
@@ -126,59 +128,53 @@ class _Quotient(NamedTuple):
         return (self.dividend + (self.divisor - 1)) // self.divisor
 
 
+@dataclass(frozen=True, eq=False)
 class Buffer:
-    """What stands for a tensor on the GPU, contiguous unless it was turned.
+    """What stands for a tensor on the GPU, and knows as much of a tensor's methods as runs ask for.
 
-    Args:
+    Attributes:
         sizes: The bytes of each base of an address (see `replay.Replay`) that is an intermediate; 0 of the others.
         base: The number of the base that its address counts from.
         dtype: As of a tensor.
         shape: As of a tensor; some sizes may be extents.
-        strides: As of a tensor; of a contiguous one if empty.
+        strides: As of a tensor; empty if it is contiguous.
         offset: Bytes from the base to the first element.
     """
 
+    sizes: list[int | Extent]
+    base: int
+    dtype: torch.dtype
+    shape: tuple[Any, ...]
+    strides: tuple[Any, ...] = ()
+    offset: int = 0
     is_cuda = True
 
-    def __init__(
-        self, sizes: "list[int | Extent]", base: int, dtype: torch.dtype, shape: tuple[Any, ...],
-        strides: tuple[Any, ...] = (), offset: int = 0,
-    ) -> None:  # fmt: skip
-        self._sizes, self.base, self.dtype, self.shape, self.offset = sizes, base, dtype, shape, offset
-        self._strides = strides or tuple(math.prod(shape[place:]) for place in range(1, len(shape) + 1))
-
     def new_empty(self, *shape: Any, dtype: torch.dtype | None = None) -> "Buffer":
-        """As of a tensor."""
         dtype = dtype or self.dtype
-        self._sizes.append(math.prod(shape) * dtype.itemsize)
-        return Buffer(self._sizes, len(self._sizes) - 1, dtype, shape)
+        self.sizes.append(math.prod(shape) * dtype.itemsize)
+        return Buffer(self.sizes, len(self.sizes) - 1, dtype, shape)
 
     def dim(self) -> int:
-        """As of a tensor."""
         return len(self.shape)
 
     def numel(self) -> Any:
-        """As of a tensor."""
         return math.prod(self.shape)
 
     def stride(self, dimension: int | None = None) -> Any:
-        """As of a tensor."""
-        return self._strides if dimension is None else self._strides[dimension]
+        strides = self.strides or tuple(math.prod(self.shape[place:]) for place in range(1, len(self.shape) + 1))
+        return strides if dimension is None else strides[dimension]
 
     def view(self, dtype: torch.dtype) -> "Buffer":
-        """As of a tensor, of a dtype of the same size."""
         if dtype.itemsize != self.dtype.itemsize:
             raise NotReplayableError(f"a buffer of {self.dtype} is viewed as {dtype}")
-        return Buffer(self._sizes, self.base, dtype, self.shape, self._strides, self.offset)
+        return replace(self, dtype=dtype)
 
     def t(self) -> "Buffer":
-        """As of a tensor."""
-        return Buffer(self._sizes, self.base, self.dtype, self.shape[::-1], self._strides[::-1], self.offset)
+        return replace(self, shape=self.shape[::-1], strides=self.stride()[::-1])
 
     def __getitem__(self, rows: slice) -> "Buffer":
         start, stop = rows.start or 0, self.shape[0] if rows.stop is None else rows.stop
-        offset = self.offset + start * self._strides[0] * self.dtype.itemsize
+        offset = self.offset + start * self.stride(0) * self.dtype.itemsize
         if not isinstance(offset, int):
             raise NotReplayableError("a buffer is cut where M decides")
-        shape = (stop - start, *self.shape[1:])
-        return Buffer(self._sizes, self.base, self.dtype, shape, self._strides, offset)
+        return replace(self, shape=(stop - start, *self.shape[1:]), strides=self.stride(), offset=offset)
