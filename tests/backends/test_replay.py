@@ -21,7 +21,7 @@ from moe_dispatch.backends.triton_common.backend import TritonBackend
 from moe_dispatch.backends.triton_common.fast_launch import FastKernel
 from moe_dispatch.backends.triton_common.launch_options import next_power_of_2
 from moe_dispatch.backends.triton_common.replay import Replay, record
-from moe_dispatch.backends.triton_common.stand_ins import Buffer, Extent, NotReplayableError, TokenRange
+from moe_dispatch.backends.triton_common.stand_ins import MOST_TOKENS, Buffer, Extent, NotReplayableError, TokenRange
 
 SIZE = 3 * LAYER.K
 
@@ -89,25 +89,19 @@ def replayed() -> tuple[Adding, Replay, int]:
     return backend, recorded(backend), backend.runs
 
 
-def test_token_counts_share_a_replay_as_far_as_the_run_does_not_decide_by_them() -> None:
-    backend, replay, runs = replayed()
-    assert (replay.tokens.first, replay.tokens.last) == (1, 7)
-    outs = {M: replay(*inputs(1, M), CONFIG) for M in (1, 2, 7, 3)}
-    assert backend.runs == runs, "only the replay ran"
-    for M, out in outs.items():
-        assert torch.equal(out, backend.run(*inputs(1, M), CONFIG))
-
-
-def test_a_first_call_of_a_token_count_is_played_by_the_replay_of_another(monkeypatch: pytest.MonkeyPatch) -> None:
-    backend = Adding()
+def test_token_counts_share_a_replay_as_far_as_the_run_does_not_decide_by_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So a first call of a token count is played, too."""
     monkeypatch.setattr(Tensor, "is_cuda", True)
-    for M in (3, 9):
+    backend = Adding()
+    for M, first, last in ((3, 1, 7), (9, 8, MOST_TOKENS // LAYER.K)):
         for _ in range(2):
             backend.run(*inputs(0, M), CONFIG)
         replay = backend.fast_path(inputs(0, M), CONFIG)
-        assert replay is backend.fast_path(inputs(0, M + 1), CONFIG)
+        assert replay is not None
+        assert (replay.tokens.first, replay.tokens.last) == (first, last)
+        assert backend.fast_path(inputs(0, M - 1), CONFIG) is replay
     runs = backend.runs
-    outs = {M: backend.run(*inputs(1, M), CONFIG) for M in (5, 11)}
+    outs = {M: backend.run(*inputs(1, M), CONFIG) for M in (1, 2, 7, 8, 21)}
     assert backend.runs == runs
     for M, out in outs.items():
         hidden, experts, weights, _ = inputs(1, M)
@@ -133,15 +127,8 @@ def test_extents_are_the_numbers_of_every_token_count_of_their_range(M: int) -> 
 
 def test_what_falls_as_tokens_grow_is_no_extent() -> None:
     M: Any = Extent(TokenRange(8))
-    for compute in (
-        lambda: 9 - M,
-        lambda: M - M,
-        lambda: M * -1,
-        lambda: 8 // M,
-        lambda: M % 2,
-        lambda: {M},
-        lambda: range(M),
-    ):
+    falling = (lambda: 9 - M, lambda: M - M, lambda: M * -1, lambda: 8 // M, lambda: M % 2)
+    for compute in (*falling, lambda: {M}, lambda: range(M)):
         with pytest.raises(TypeError):
             compute()
 
