@@ -62,17 +62,14 @@ def as_on_the_h200(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def default(backend: str, problem: MoEProblem) -> Identity:
-    """A backend in its default configuration."""
     return default_identity(made(backend), problem)
 
 
 def made(backend: str) -> Backend:
-    """A backend of the H200."""
     return make_backend(backend, H200).require()
 
 
 def on_h200(M: int, dtype: DType, model: str = "deepseek-v3") -> MoEProblem:
-    """A call through a layer of a model in a CUDA graph of the H200."""
     return WORKLOADS[model].problem(M, dtype, H200, "graph")
 
 
