@@ -89,7 +89,7 @@ class GluonHopperBackend(TritonBackend):
         """See `Backend.takes_quantized_rows`."""
         return True
 
-    def run_into(
+    def launch(
         self,
         hidden_states: Tensor | QuantizedRows | TravellingRows,
         experts: ExpertWeights,
@@ -98,7 +98,7 @@ class GluonHopperBackend(TritonBackend):
         config: BackendConfig,
         out: Out,
     ) -> Out:
-        """See `Backend.run_into`.
+        """See `TritonBackend.launch`.
 
         Where the first product's loader gathers tokens, it copies vectors of 16 bytes: hidden_states that do not start
         on 16 bytes (a view into a flat buffer) are copied to fresh memory first.

@@ -31,9 +31,9 @@ MAX_KINDS: Final = 1024  # kinds of call of which a backend keeps replays; when 
 class TritonBackend(WritingBackend):
     """A backend whose kernels are compiled by Triton.
 
-    Subclasses choose their kernels by `_features`, say by `least_shared_memory` what the smallest of them takes, get
-    tensor descriptors of weights from `_descriptor`, and launch `fast_launch` kernels only, so that calls of few tokens
-    can be repeated as replays.
+    Subclasses write `launch`, choose their kernels by `_features`, say by `least_shared_memory` what the smallest of
+    them takes, get tensor descriptors of weights from `_descriptor`, and launch `fast_launch` kernels only, so that
+    calls can be repeated as replays.
     """
 
     requirements = triton_requirements()
@@ -78,10 +78,14 @@ class TritonBackend(WritingBackend):
         """See `Backend.measured_versions`: our source and Triton's compiler make the code that was timed."""
         return {"triton": self.machine.triton, "moe_dispatch": library_version("moe_dispatch")}
 
-    def run(self, *call: Any) -> Tensor:
-        """See `Backend.run`: by a replay, where calls of this or another token count have left one."""
-        replay = self._replay(*call)
-        return super().run(*call) if replay is None else replay(*call)
+    @abstractmethod
+    def launch(self, *call: Any) -> Any:
+        """Launch the kernels of `Backend.run_into`, whose arguments these are, or what stands for them in a replay."""
+
+    def run_into(self, *call: Any) -> Any:
+        """See `Backend.run_into`: by a replay, where calls of this or another token count have left one."""
+        replay = self._replay(*call) if isinstance(call[0], Tensor) and isinstance(call[-1], Tensor) else None
+        return self.launch(*call) if replay is None else replay.into(*call)
 
     def _replay(self, *call: Any) -> "Replay | None":
         M = call[0].shape[0]
@@ -139,7 +143,7 @@ class TritonBackend(WritingBackend):
 
 
 def _kind(
-    hidden_states: Tensor, experts: ExpertWeights, _: Tensor, topk_ids: Tensor, config: BackendConfig
+    hidden_states: Tensor, experts: ExpertWeights, _: Tensor, topk_ids: Tensor, config: BackendConfig, *_out: Tensor
 ) -> tuple[object, ...]:
     """What calls of one replay have in common, beside what that checks itself."""
     return experts.spec, hidden_states.dtype, topk_ids.dtype, topk_ids.shape[1], config

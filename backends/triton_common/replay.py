@@ -24,8 +24,9 @@ from typing import Any, Final, NamedTuple
 import torch
 from torch import Tensor
 
-from moe_dispatch.backend import BackendConfig, Inputs, WritingBackend
+from moe_dispatch.backend import BackendConfig, Inputs
 from moe_dispatch.backends.triton_common import internals
+from moe_dispatch.backends.triton_common.backend import TritonBackend
 from moe_dispatch.backends.triton_common.descriptors import MAX_DESCRIPTORS, Memory, kept_on, with_base
 from moe_dispatch.backends.triton_common.fast_launch import written_down
 from moe_dispatch.backends.triton_common.internals import Encoding, Launch
@@ -38,7 +39,7 @@ MAX_SIZES: Final = 4096  # token counts whose sizes a replay keeps; when full, a
 _POISON: Final = 0xFF  # a byte; floats of such bytes are NaN
 
 
-def record(backend: WritingBackend, inputs: Inputs, config: BackendConfig) -> "Replay":
+def record(backend: TritonBackend, inputs: Inputs, config: BackendConfig) -> "Replay":
     """Make a replay of a backend's run on a kind of call that it has run before.
 
     Raises:
@@ -54,30 +55,30 @@ def record(backend: WritingBackend, inputs: Inputs, config: BackendConfig) -> "R
     sizes: list[int | Extent] = [0] * (_INPUTS + len(weights) + 1)
     shapes = ((hidden_states, (rows, K)), (topk_weights, (rows, topk)), (topk_ids, (rows, topk)))
     x, scores, ids = (Buffer(sizes, base, tensor.dtype, shape) for base, (tensor, shape) in enumerate(shapes))
-    out: Any = Buffer(sizes, _INPUTS + len(weights), hidden_states.dtype, (rows, K))
+    out = Buffer(sizes, _INPUTS + len(weights), hidden_states.dtype, (rows, K))
     steps: list[_Step] = []
 
     def write(launch: Launch, grid: tuple[Any, ...], args: tuple[Any, ...]) -> None:
         steps.append(_step(launch, grid, args, addresses))
 
-    run_into: Any = backend.run_into
     try:
         with written_down(write):
-            result = run_into(x, experts, scores, ids, config, out)
+            result = backend.launch(x, experts, scores, ids, config, out)
     except (AttributeError, TypeError) as error:
         raise NotReplayableError(f"it does what only tensors can do ({error})") from error
     if result is not out or not steps:
         raise NotReplayableError("no launch of a `fast_launch` kernel writes its output")
     scratch = tuple(rows * 0 + size for size in sizes[_INPUTS + len(weights) + 1 :])
     replay = Replay(backend, hidden_states.get_device(), weights, tokens, scratch, tuple(steps))
-    replayed, expected = replay.replay(*inputs, poison=True), backend.run(*inputs, config)
-    if replayed is None or not _agree(replayed, expected, backend, config, experts):
+    replayed, expected = torch.empty_like(hidden_states), torch.empty_like(hidden_states)
+    backend.launch(*inputs, config, expected)
+    if not replay.play(*inputs, replayed, poison=True) or not _agree(replayed, expected, backend, config, experts):
         raise NotReplayableError("the replay's result is not the run's")
     return replay
 
 
 def _agree(
-    replayed: Tensor, expected: Tensor, backend: WritingBackend, config: BackendConfig, experts: ExpertWeights
+    replayed: Tensor, expected: Tensor, backend: TritonBackend, config: BackendConfig, experts: ExpertWeights
 ) -> bool:
     if backend.deterministic(config):
         return torch.equal(replayed.view(torch.uint8), expected.view(torch.uint8))  # as bytes, NaN equals NaN
@@ -174,7 +175,7 @@ class Replay:
         steps: The launches.
     """
 
-    backend: WritingBackend
+    backend: TritonBackend
     device: int
     weights: tuple[tuple[str, torch.dtype, torch.Size, tuple[int, ...]], ...]
     tokens: TokenRange
@@ -184,51 +185,44 @@ class Replay:
 
     def __call__(self, *call: Any) -> Tensor:
         """As `Backend.run`."""
-        out = self.replay(*call[:4])
-        return self.into(*call, torch.empty_like(call[0])) if out is None else out
+        out = torch.empty_like(call[0])
+        self.into(*call, out)
+        return out
 
-    def into(self, *call: Any) -> Tensor:
+    def into(self, *call: Any) -> Any:
         """As `Backend.run_into`."""
         hidden_states, experts, topk_weights, topk_ids, _, out = call
-        played = self.replay(hidden_states, experts, topk_weights, topk_ids, out)
-        return self.backend.run_into(*call) if played is None else out
+        if not self.play(hidden_states, experts, topk_weights, topk_ids, out):
+            self.backend.launch(*call)
+        return out
 
-    def replay(
-        self,
-        hidden_states: Tensor,
-        experts: ExpertWeights,
-        topk_weights: Tensor,
-        topk_ids: Tensor,
-        out: Tensor | None = None,
-        *,
-        poison: bool = False,
-    ) -> Tensor | None:
-        """Launch everything; None, with nothing launched, where the replay does not fit.
+    def play(
+        self, hidden_states: Tensor, experts: ExpertWeights, topk_weights: Tensor, topk_ids: Tensor, out: Tensor,
+        *, poison: bool = False,
+    ) -> bool:  # fmt: skip
+        """Launch everything; False, with nothing launched, where the replay does not fit.
 
-        The arguments are those of `Backend.run_into`; without `out` the output is fresh memory. With `poison` scratch
-        memory and output are filled with NaN before.
+        The arguments are those of `Backend.run_into`. With `poison` scratch memory and `out` hold NaN before.
         """
         bases = [hidden_states.data_ptr(), topk_weights.data_ptr(), topk_ids.data_ptr()]
         for name, dtype, shape, strides in self.weights:
             tensor = getattr(experts, name)
             if tensor.dtype is not dtype or tensor.shape != shape or tensor.stride() != strides:
-                return None
+                return False
             bases.append(tensor.data_ptr())
-        bits = 0 if out is None else out.data_ptr()
+        bases.append(out.data_ptr())
+        bits = 0
         for base in bases:
             bits |= base
         device = internals.current_device()
         if bits & 15 or not all(bases) or device != self.device or internals.launch_hooks():
-            return None
+            return False
         sizes = self._sizes.get(hidden_states.shape[0]) or self._sizes_of(hidden_states.shape[0])
         scratch = hidden_states.new_empty(sizes.scratch, dtype=torch.uint8)
-        if out is None:
-            out = torch.empty_like(hidden_states)
         if poison:
             for tensor in (scratch, out):
                 tensor.view(torch.uint8).fill_(_POISON)
         start = scratch.data_ptr()
-        bases.append(out.data_ptr())
         bases += [start + distance for distance in sizes.distances]
         stream = internals.current_stream(device)
         for step, (grid, numbers) in zip(self.steps, sizes.launches, strict=True):
@@ -241,7 +235,7 @@ class Replay:
                 address = bases[each.base]
                 values[each.place] = each.by_address.get(address) or each.at(address)
             step.launch.start(grid, stream, values)
-        return out
+        return True
 
     def _sizes_of(self, M: int) -> _Sizes:
         distances, scratch = [], 0

@@ -67,7 +67,7 @@ class TritonPersistentBackend(TritonBackend):
         """See `Backend.takes_quantized_rows`: not where the kernels dequantise the weights."""
         return self.quantizes_activations(problem)
 
-    def run_into(
+    def launch(
         self,
         hidden_states: Tensor | QuantizedRows,
         experts: ExpertWeights,
@@ -76,7 +76,7 @@ class TritonPersistentBackend(TritonBackend):
         config: BackendConfig,
         out: Out,
     ) -> Out:
-        """See `Backend.run_into`."""
+        """See `TritonBackend.launch`."""
         assert isinstance(config, TritonPersistentConfig)  # noqa: S101 - the dispatcher made it from config_type
         quantization, pdl = self._quantization(experts), config.pdl and self._features.pdl
         per_token = quantization.per_token

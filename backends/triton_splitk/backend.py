@@ -73,7 +73,7 @@ class TritonSplitKBackend(TritonBackend):
         """See `Backend.takes_quantized_rows`: not where the kernels dequantise the weights."""
         return self.quantizes_activations(problem)
 
-    def run_into(
+    def launch(
         self,
         hidden_states: Tensor | QuantizedRows,
         experts: ExpertWeights,
@@ -82,7 +82,7 @@ class TritonSplitKBackend(TritonBackend):
         config: BackendConfig,
         out: Out,
     ) -> Out:
-        """See `Backend.run_into`."""
+        """See `TritonBackend.launch`."""
         quantization = self._quantization(experts)
         config = _checked(config, quantization)
         inner, inner_scale = self._intermediate(hidden_states, experts, quantization, topk_ids, config, out.dtype)

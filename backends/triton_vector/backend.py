@@ -51,7 +51,7 @@ class TritonVectorBackend(TritonBackend):
         """See `Backend.workspace_bytes`."""
         return problem.slots * problem.N * ELEMENT_BYTES[problem.act_dtype]
 
-    def run_into(
+    def launch(
         self,
         hidden_states: Tensor,
         experts: ExpertWeights,
@@ -60,7 +60,7 @@ class TritonVectorBackend(TritonBackend):
         config: BackendConfig,
         out: Out,
     ) -> Out:
-        """See `Backend.run_into`."""
+        """See `TritonBackend.launch`."""
         if not isinstance(config, TritonVectorConfig):
             raise InvalidInputError(f"triton_vector takes a TritonVectorConfig, got {type(config).__name__}")
         inner = hidden_states.new_empty(topk_ids.numel(), experts.N)

@@ -56,7 +56,7 @@ class Described(TritonBackend):
     def least_shared_memory(self, problem: MoEProblem) -> int:
         return 0
 
-    def run_into(self, hidden_states: Tensor, experts: ExpertWeights, *others: Any) -> Tensor:
+    def launch(self, hidden_states: Tensor, experts: ExpertWeights, *others: Any) -> Tensor:
         out: Tensor = others[-1]
         down = self._descriptor(experts, "down", VIEW.shape, VIEW.block)
         self.kernel[1,](hidden_states, down, out, SIZE)

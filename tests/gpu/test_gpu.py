@@ -90,14 +90,14 @@ def test_a_repeated_call_is_a_replay_and_right_on_others(M: int, name: str, prec
         assert isinstance(replay, Replay)
 
         def ordinary(call: Inputs) -> Tensor:
-            out = torch.empty_like(call.hidden_states)
-            return backend.run_into(*call.arguments, config, out)
+            out: Tensor = replay.backend.launch(*call.arguments, config, torch.empty_like(call.hidden_states))
+            return out
 
         others = {replay.tokens.first, min(replay.tokens.last, 2 * M + 1)}
         calls += [make_inputs(dataclasses.replace(case, M=other), precision, "cuda") for other in others]
         for call in calls:
-            out = replay.replay(*call.arguments)
-            assert out is not None
+            out = torch.empty_like(call.hidden_states)
+            assert replay.play(*call.arguments, out)
             assert torch.equal(out, ordinary(call))
             assert relative_error(out, call.expected(backend)) <= backend.tolerance[precision.dtype]
         direct, difference = host_us(lambda: ordinary(calls[0]), lambda: replay(*calls[0].arguments, config))
