@@ -126,7 +126,7 @@ class Descriptors:
             kind = self._kinds[dtype, view] = _kind(descriptor)
         if not isinstance(descriptor.base, Buffer):
             descriptor.base = Memory(descriptor.base.data_ptr(), descriptor.base.dtype)
-        setattr(descriptor, _KEPT, Kept(kind, view))
+        setattr(descriptor, _KEPT, Kept(kind, {}))
         return descriptor
 
 
@@ -154,26 +154,16 @@ def with_base(descriptor: Any, base: "Tensor | Memory") -> Any:
     return copy
 
 
-class Kept:
+class Kept(NamedTuple):
     """What is kept on a tensor descriptor that will not change.
 
     Attributes:
         kind: All that a kernel's code may depend on: everything but address, shape and strides.
-        view: How the descriptor sees its tensor.
+        encoded: By `Encoding.key`, the kernel's arguments for the descriptor.
     """
 
-    def __init__(self, kind: tuple[object, ...], view: View) -> None:
-        self.kind, self.view = kind, view
-        self._encoded: dict[str, list[Any]] = {}
-
-    def encoded(self, descriptor: Any, encoding: "Encoding") -> list[Any]:
-        """The kernel's arguments for the descriptor, encoded once; see `internals.encode`."""
-        arguments = self._encoded.get(encoding.key)
-        if arguments is None:
-            from moe_dispatch.backends.triton_common.internals import encode
-
-            arguments = self._encoded[encoding.key] = encode(descriptor, encoding)
-        return arguments
+    kind: tuple[object, ...]
+    encoded: dict[str, list[Any]]
 
 
 def kept_on(argument: object) -> Kept | None:
@@ -183,6 +173,11 @@ def kept_on(argument: object) -> Kept | None:
 
 
 def encoded(descriptor: Any, encoding: "Encoding") -> list[Any]:
-    """The kernel's arguments for a descriptor of `Descriptors`: the CUtensorMap, sizes, strides."""
+    """The kernel's arguments for a descriptor of `Descriptors`, encoded once; see `internals.encode`."""
     kept: Kept = getattr(descriptor, _KEPT)
-    return kept.encoded(descriptor, encoding)
+    arguments = kept.encoded.get(encoding.key)
+    if arguments is None:
+        from moe_dispatch.backends.triton_common.internals import encode
+
+        arguments = kept.encoded[encoding.key] = encode(descriptor, encoding)
+    return arguments

@@ -27,7 +27,7 @@ from torch import Tensor
 from moe_dispatch.backend import BackendConfig, Inputs
 from moe_dispatch.backends.triton_common import internals
 from moe_dispatch.backends.triton_common.backend import TritonBackend
-from moe_dispatch.backends.triton_common.descriptors import MAX_DESCRIPTORS, Memory, kept_on, with_base
+from moe_dispatch.backends.triton_common.descriptors import MAX_DESCRIPTORS, Memory, with_base
 from moe_dispatch.backends.triton_common.fast_launch import written_down
 from moe_dispatch.backends.triton_common.internals import Encoding, Launch
 from moe_dispatch.backends.triton_common.stand_ins import Buffer, Extent, NotReplayableError, TokenRange
@@ -277,10 +277,11 @@ def _step(launch: Launch, grid: tuple[Any, ...], args: tuple[Any, ...], weights:
 
 def _tensor_map(place: int, descriptor: Any, encoding: Encoding, weights: list[int]) -> _TensorMap:
     memory = descriptor.base
-    if kept_on(descriptor) is None or (isinstance(memory, Buffer) and memory.offset):
+    if not isinstance(memory, Buffer):
+        return _TensorMap(place, _base_of(memory.data_ptr(), weights), descriptor, encoding)
+    if memory.offset:
         raise NotReplayableError("a tensor descriptor does not begin where memory does")
-    base = memory.base if isinstance(memory, Buffer) else _base_of(memory.data_ptr(), weights)
-    return _TensorMap(place, base, descriptor, encoding)
+    return _TensorMap(place, memory.base, descriptor, encoding)
 
 
 def _base_of(address: int, weights: list[int]) -> int:
