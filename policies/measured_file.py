@@ -49,10 +49,12 @@ class MeasuredFile:
     def table(self, key: LayerKey, mode: Mode) -> LayerTable | None:
         """The table of a layer in a mode; None if the file has nothing usable of it."""
         # Built when a layer is first ranked, so that the time to load does not grow with layers that never are.
-        if (key, mode) not in self._tables:
-            table = tabulated(self._points.get((key, mode), ()), self._usable)
-            self._tables[key, mode] = table if table.tokens else None
-        return self._tables[key, mode]
+        of = key, mode
+        try:
+            return self._tables[of]
+        except KeyError:
+            table = tabulated(self._points.get(of, ()), self._usable)
+            return self._tables.setdefault(of, table if table.tokens else None)
 
     def digest(self) -> str:
         """A hash of the file's content."""

@@ -173,7 +173,7 @@ class Dispatcher:
             if not has_memory:
                 return self._recovery.run_transformed(arguments, backend, out)
             # The reference puts every tensor that requires a gradient into the graph, without a token too.
-            plan = self._plan(key, kind, experts)
+            plan = self._plan(key, experts)
         try:
             weights = topk_weights.float() if plan.widens else topk_weights
             inputs = (hidden_states.contiguous(), experts, weights.contiguous(), topk_ids.contiguous())
@@ -246,12 +246,18 @@ class Dispatcher:
 
     def _check(self, kind: PlanKey, arguments: Inputs, backend: str | None) -> bool:
         """Refuse a call that is at fault, unless its kind is known to be sound; whether its tensors have memory."""
-        if kind in self._checked and have_memory(arguments):
-            return True
-        check(*arguments, backend)
-        return have_memory(arguments)
+        if kind not in self._checked or not have_memory(arguments):
+            check(*arguments, backend)
+            if not have_memory(arguments):
+                return False
+            with self._lock:
+                if len(self._checked) >= MAX_PLANS:
+                    self._checked.clear()
+                if kind:
+                    self._checked.add(kind)
+        return True
 
-    def _plan(self, key: PlanKey, kind: PlanKey, experts: ExpertWeights) -> Plan:
+    def _plan(self, key: PlanKey, experts: ExpertWeights) -> Plan:
         problem = self._problem(key, experts)
         with FIRST_CALLS.planning():
             plan = self.planner.plan(problem, experts, key[-2], into=key[-1] is not None)
@@ -261,10 +267,6 @@ class Dispatcher:
                 if len(self._plans) >= MAX_PLANS:
                     self._forget(next(iter(self._plans)))
                 plan = self._plans.setdefault(key, plan)  # another thread may have been faster
-                if len(self._checked) >= MAX_PLANS:
-                    self._checked.clear()
-                if kind:
-                    self._checked.add(kind)
         if not plan.proven and problem.mode == "eager":
             self._recovery.wait_for_earlier_work(experts.device)
         return plan

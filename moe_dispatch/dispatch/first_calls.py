@@ -6,11 +6,9 @@ A first call imports modules, reads files and compiles kernels. A child forked i
 held (those of Python's import system among them) by a thread that it does not have, and wait for ever.
 """
 
-import contextlib
 import os
 import threading
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Sequence
 from typing import Final
 
 import torch
@@ -23,6 +21,17 @@ FORK_WAIT_SECONDS: Final = 30.0  # After this a fork goes ahead: the first call 
 MAX_CONCURRENT: Final = 256
 
 
+class _Listed:
+    def __init__(self, first_calls: "FirstCalls", backend: str) -> None:
+        self._first_calls, self._backend = first_calls, backend
+
+    def __enter__(self) -> None:
+        self._first_calls.begin(self._backend)
+
+    def __exit__(self, *_: object) -> None:
+        self._first_calls.end()
+
+
 class FirstCalls:
     """The threads that are in a first call, and the backends that they run for the first time."""
 
@@ -31,20 +40,20 @@ class FirstCalls:
         self._changed = threading.Condition(self._lock)
         self._backends: dict[int, list[str]] = {}
 
-    def planning(self) -> AbstractContextManager[None]:
+    def planning(self) -> "_Listed":
         """While this thread plans a kind of call."""
-        return self._listed("")
+        return _Listed(self, "")
 
-    def running(self, backend: str) -> AbstractContextManager[None]:
+    def running(self, backend: str) -> "_Listed":
         """While this thread probes a backend or runs a kind of call on it for the first time.
 
         Raises:
             RecursionError: The backend is calling itself by way of `moe_forward`.
         """
-        return self._listed(backend)
+        return _Listed(self, backend)
 
-    @contextlib.contextmanager
-    def _listed(self, backend: str) -> Iterator[None]:
+    def begin(self, backend: str) -> None:
+        """List this thread; see `planning` and `running`."""
         thread = threading.get_ident()
         with self._lock:
             mine = self._backends.get(thread, [])
@@ -54,14 +63,16 @@ class FirstCalls:
                     "another one names it: moe_forward(…, backend=…)"
                 )
             self._backends.setdefault(thread, mine).append(backend)
-        try:
-            yield
-        finally:
-            with self._lock:
-                mine.pop()
-                if not mine:
-                    del self._backends[thread]
-                self._changed.notify_all()
+
+    def end(self) -> None:
+        """End what this thread began last."""
+        thread = threading.get_ident()
+        with self._lock:
+            mine = self._backends[thread]
+            mine.pop()
+            if not mine:
+                del self._backends[thread]
+            self._changed.notify_all()
 
     def _running(self, backend: str) -> int:
         return sum(backend in names for names in self._backends.values())
