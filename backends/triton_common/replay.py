@@ -1,21 +1,19 @@
 """Replays: a layer's launches written down once and repeated, which is to the host what a CUDA graph is to the GPU.
 
-Between two calls of one kind of layer the host does the same work again, and only addresses, and the numbers that
-depend on the token count M, differ. A `Replay` holds the launches of a call with everything else filled in, for all
-token counts of a range, so that the host spends its time on two allocations and on the launches themselves.
+Between two calls of one kind of layer the host does the same work again, and only addresses differ, and the numbers
+that depend on the token count M. A `Replay` holds the launches with everything else filled in, for all token counts of
+a range, so that the host spends its time on two allocations and on the launches themselves.
 
 How one is made: `record` runs the backend once more on a kind of call that it has run before, with `stand_ins` in place
-of tensors. Each launch is written down instead of started. Where it has a buffer, an address is left open: a base (an
-input, a weight, an intermediate, the output) and the distance from it; where it has an extent, a number. Intermediates
-become places in one block of scratch memory. A run that decides by M is written down for the token counts that it
-decides alike for. Last, the replay runs over poisoned memory and has to give what a run gives.
+of tensors. Launches are written down instead of started. Where one has a buffer, an address is left open: a base (an
+input, a weight, an intermediate, the output) and the distance from it. Intermediates become places in one block of
+scratch memory. Last, the replay runs over poisoned memory and has to give what a run gives.
 
-When one is valid: for calls of the range that are of the kind that it was recorded for, of any layer of that kind, with
-any tensors. It takes the address of each tensor, weights included, anew on every call, and tensor maps by the address;
-so weights may be replaced (``weight.data = …``) between calls. What code was compiled for is checked on every call:
-addresses that are multiples of 16 bytes, dtype, shape and strides of each weight, the GPU. Where one of these differs,
-or a profiler wants to see the launches, the call is left to the backend. Whether the output is fresh memory or the
-caller's is for each call to say: it is one more address.
+When one is valid: for calls of its range and kind, of any layer of that kind, with any tensors. It takes the address of
+each tensor, weights included, anew on every call, and tensor maps by the address; so weights may be replaced
+(``weight.data = …``) between calls. What code was compiled for is checked on every call: addresses that are multiples of
+16 bytes, dtype, shape and strides of each weight, the GPU. Where one of these differs, or a profiler wants to see the
+launches, the call is left to the backend.
 """
 
 from dataclasses import dataclass, field

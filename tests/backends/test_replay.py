@@ -206,28 +206,20 @@ def hiding_work(_backend: Adding, inner: Tensor, _out: Tensor) -> None:
 
 
 @pytest.mark.parametrize(
-    ("between", "reason"),
+    ("backend", "before", "reason"),
     [
-        (computing, "does what only tensors can do .*mul_"),
-        (keeping, "memory of unknown origin"),
-        (launching_by_triton, "launched by Triton itself"),
-        (returning_a_part, "no launch of a `fast_launch` kernel writes its output"),
-        (hiding_work, "the replay's result is not the run's"),
+        (lambda: Adding(computing), 2, "does what only tensors can do .*mul_"),
+        (lambda: Adding(keeping), 2, "memory of unknown origin"),
+        (lambda: Adding(launching_by_triton), 2, "launched by Triton itself"),
+        (Adding, 0, "launched by Triton itself"),
+        (lambda: Adding(returning_a_part), 2, "no launch of a `fast_launch` kernel writes its output"),
+        (lambda: Adding(hiding_work), 2, "the replay's result is not the run's"),
+        (lambda: Adding(do_not_specialize=[]), 2, "specialised on a number that depends on M"),
     ],
 )
-def test_what_cannot_be_played_back_is_not_recorded(between: Callable[..., Any], reason: str) -> None:
+def test_what_cannot_be_played_back_is_not_recorded(backend: Callable[[], Adding], before: int, reason: str) -> None:
     with pytest.raises(NotReplayableError, match=reason):
-        recorded(Adding(between))
-
-
-def test_a_first_run_is_too_early() -> None:
-    with pytest.raises(NotReplayableError, match="launched by Triton itself"):
-        recorded(Adding(), before=0)
-
-
-def test_a_number_that_a_kernel_is_specialised_on_is_the_same_for_all_token_counts() -> None:
-    with pytest.raises(NotReplayableError, match="specialised on a number that depends on M"):
-        recorded(Adding(do_not_specialize=[]))
+        recorded(backend(), before=before)
 
 
 def test_weights_that_share_memory_leave_an_address_in_doubt() -> None:
