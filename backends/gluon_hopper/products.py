@@ -63,10 +63,7 @@ def hopper_products(
     N, K, rows = experts.N, experts.K, routing.slot_of_row.shape[0]
     block_k = STAGE_BYTES // experts.gate_up.element_size()
     blocks, counts = row_blocks(routing, group_m, fp8=False)
-    pdl = True
-    if isinstance(hidden_states, TravellingRows):  # what waits for another stream is no programmatic dependent
-        hidden_states, pdl = hidden_states.wait(), False
-    assert not isinstance(hidden_states, QuantizedRows)  # noqa: S101 - those are for block FP8
+    hidden_states, pdl = _arrived(hidden_states)
     if permutes_rows(experts.dtype, N):
         memory, x = with_window(hidden_states, rows, K)
         gather(hidden_states, routing, topk, out=x, pdl=pdl)
@@ -157,10 +154,7 @@ def _mxfp4_products(
     low = routing.row_of_slot.shape[0] <= MXFP4_LOW_ROWS * (experts.routed_experts or experts.E)
     block_m = MXFP4_LOW_BLOCK_M if low else BLOCK_M
     blocks, counts = row_blocks(routing, group_m, fp8=False, block_m=block_m)
-    pdl = True
-    if isinstance(hidden_states, TravellingRows):  # what waits for another stream is no programmatic dependent
-        hidden_states, pdl = hidden_states.wait(), False
-    assert not isinstance(hidden_states, QuantizedRows)  # noqa: S101 - those are for block FP8
+    hidden_states, pdl = _arrived(hidden_states)
     (x_memory, x), (h_memory, h) = (
         with_window(hidden_states, rows, ordered_width(columns, MXFP4_BLOCK_K)) for columns in (K, N)
     )
@@ -188,6 +182,13 @@ def _mxfp4_products(
             **{**_LAUNCH, "STAGES": MXFP4_STAGES[block_m]},
         )  # fmt: skip
     return y
+
+
+def _arrived(rows: Tensor | QuantizedRows | TravellingRows) -> tuple[Tensor, bool]:
+    """The rows, and whether what reads them may be a programmatic dependent: not if it waits for another stream."""
+    here = rows.wait() if isinstance(rows, TravellingRows) else rows
+    assert not isinstance(here, QuantizedRows)  # noqa: S101 - those are for block FP8
+    return here, here is rows
 
 
 def _expert_rows(experts: ExpertWeights) -> ExpertRows:

@@ -11,9 +11,9 @@ scratch memory. Last, the replay runs over poisoned memory and has to give what 
 
 When one is valid: for calls of its range and kind, of any layer of that kind, with any tensors. It takes the address of
 each tensor, weights included, anew on every call, and tensor maps by the address; so weights may be replaced
-(``weight.data = …``) between calls. What code was compiled for is checked on every call: addresses that are multiples of
-16 bytes, dtype, shape and strides of each weight, the GPU. Where one of these differs, or a profiler wants to see the
-launches, the call is left to the backend.
+(``weight.data = …``) between calls. What code was compiled for is checked on every call: addresses that are multiples
+of 16 bytes, dtype, shape and strides of each weight, the GPU. Where one of these differs, or a profiler wants to see
+the launches, the call is left to the backend.
 """
 
 from dataclasses import dataclass, field
