@@ -86,7 +86,7 @@ class LayerTable:
         if not self.tokens or not self.tokens[0] / NEAR <= M <= self.tokens[-1] * FAR:
             return ()
         i = bisect.bisect_left(self.tokens, M)
-        around = self.tokens[max(i - 1, 0) : i + 1] if i == len(self.tokens) or self.tokens[i] != M else (M,)
+        around = (M,) if M in self.scores else self.tokens[max(i - 1, 0) : i + 1]
         if len(around) == 2 and around[1] > around[0] * APART:
             return ()
         if (spans := self._between.get(around)) is None:
