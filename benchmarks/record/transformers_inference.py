@@ -9,9 +9,13 @@ implementation cannot be compiled so. Every implementation is measured before th
 one measurement: median and fastest milliseconds of a step, tokens per second, and the peak of allocated memory above
 the model's own weights; or the reason why there is none. First come the differences of the outputs from the eager
 implementation's. Needs transformers and a GPU.
+
+``--implementations deepgemm`` is transformers' implementation by DeepGEMM, with the installed package in place of the
+copy that it would fetch from the hub.
 """
 
 import argparse
+import importlib.util
 import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -22,6 +26,7 @@ from typing import Any, Final, Literal, get_args
 import torch
 from torch import Tensor
 
+from moe_dispatch.backends.deep_gemm.library import MODULES
 from moe_dispatch.benchmarks.record import json_lines
 from moe_dispatch.benchmarks.record.gradients import IMPLEMENTATIONS, MODELS, Row, build, measure
 from moe_dispatch.benchmarks.record.verdicts import verdicts
@@ -30,6 +35,7 @@ from moe_dispatch.machine import Machine
 
 Mode = Literal["eager", "compiled"]
 
+_DEEP_GEMM: Final = "deepgemm"
 _DECODE_STEPS: Final = 16  # between two synchronisations; a model that generates launches ahead of the device, too
 _WARM_UPS: Final = {"eager": 1, "compiled": 3}  # CUDA graphs are recorded at the second run
 _COMPILED_CASES: Final = 64  # implementations × cases: each is another graph of the same code
@@ -146,6 +152,15 @@ def rows(
                 yield row
 
 
+def use_installed_deep_gemm() -> None:
+    """Have transformers find the installed DeepGEMM where it would look on the hub."""
+    from transformers.integrations import deepgemm
+
+    library = importlib.import_module(next(name for name in MODULES if importlib.util.find_spec(name)))
+    deepgemm.is_deepgemm_loadable = lambda raise_error=False: True  # noqa: ARG005 - it asks for the hub's package
+    deepgemm.lazy_load_kernel = lambda _name: library
+
+
 def main() -> None:
     """Measure, print, and write."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -154,12 +169,15 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--modes", nargs="+", choices=get_args(Mode), default=list(get_args(Mode)))
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
-    parser.add_argument("--implementations", nargs="+", choices=IMPLEMENTATIONS, default=list(IMPLEMENTATIONS))
+    every = (*IMPLEMENTATIONS, _DEEP_GEMM)
+    parser.add_argument("--implementations", nargs="+", choices=every, default=list(IMPLEMENTATIONS))
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--seconds", type=float, default=130.0, help="what has not begun by then is left out")
     arguments = parser.parse_args()
     deadline = time.monotonic() + arguments.seconds
     register()
+    if _DEEP_GEMM in arguments.implementations:
+        use_installed_deep_gemm()
     model = build(arguments.model, arguments.layers, "cuda").eval()
     cases = tuple(CASES[name] for name in arguments.cases)
     modes, implementations = tuple(arguments.modes), tuple(arguments.implementations)
