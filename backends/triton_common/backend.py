@@ -104,7 +104,7 @@ class TritonBackend(WritingBackend):
         replay = self._replay(*inputs, config)
         if replay is None:
             try:
-                replay = record(self, inputs, config)
+                replay = record(self, self.launch, inputs, config)
             except NotReplayableError as reason:
                 logger.info("%s with %s stays without a replay: %s", self.name, config.label, reason)
                 return None

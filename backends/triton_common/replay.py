@@ -16,15 +16,15 @@ of 16 bytes, dtype, shape and strides of each weight, the GPU. Where one of thes
 the launches, the call is left to the backend.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Final, NamedTuple
 
 import torch
 from torch import Tensor
 
-from moe_dispatch.backend import BackendConfig, Inputs
+from moe_dispatch.backend import Backend, BackendConfig, Inputs
 from moe_dispatch.backends.triton_common import internals
-from moe_dispatch.backends.triton_common.backend import TritonBackend
 from moe_dispatch.backends.triton_common.descriptors import MAX_DESCRIPTORS, Memory, with_base
 from moe_dispatch.backends.triton_common.fast_launch import written_down
 from moe_dispatch.backends.triton_common.internals import Encoding, Launch
@@ -37,8 +37,8 @@ MAX_SIZES: Final = 4096  # token counts whose sizes a replay keeps; when full, a
 _POISON: Final = 0xFF  # a byte; floats of such bytes are NaN
 
 
-def record(backend: TritonBackend, inputs: Inputs, config: BackendConfig) -> "Replay":
-    """Make a replay of a backend's run on a kind of call that it has run before.
+def record(backend: Backend, launch: Callable[..., Any], inputs: Inputs, config: BackendConfig) -> "Replay":
+    """Make a replay of a backend's `TritonBackend.launch` on a kind of call that it has run before.
 
     Raises:
         NotReplayableError: The run does something that cannot be played back: a launch by Triton itself, an operation
@@ -61,23 +61,21 @@ def record(backend: TritonBackend, inputs: Inputs, config: BackendConfig) -> "Re
 
     try:
         with written_down(write):
-            result = backend.launch(x, experts, scores, ids, config, out)
+            result = launch(x, experts, scores, ids, config, out)
     except (AttributeError, TypeError) as error:
         raise NotReplayableError(f"it does what only tensors can do ({error})") from error
     if result is not out or not steps:
         raise NotReplayableError("no launch of a `fast_launch` kernel writes its output")
     scratch = tuple(rows * 0 + size for size in sizes[_INPUTS + len(weights) + 1 :])
-    replay = Replay(backend, hidden_states.get_device(), weights, tokens, scratch, tuple(steps))
+    replay = Replay(launch, hidden_states.get_device(), weights, tokens, scratch, tuple(steps))
     replayed, expected = torch.empty_like(hidden_states), torch.empty_like(hidden_states)
-    backend.launch(*inputs, config, expected)
+    launch(*inputs, config, expected)
     if not replay.play(*inputs, replayed, poison=True) or not _agree(replayed, expected, backend, config, experts):
         raise NotReplayableError("the replay's result is not the run's")
     return replay
 
 
-def _agree(
-    replayed: Tensor, expected: Tensor, backend: TritonBackend, config: BackendConfig, experts: ExpertWeights
-) -> bool:
+def _agree(replayed: Tensor, expected: Tensor, backend: Backend, config: BackendConfig, experts: ExpertWeights) -> bool:
     if backend.deterministic(config):
         return torch.equal(replayed.view(torch.uint8), expected.view(torch.uint8))  # as bytes, NaN equals NaN
     difference = (replayed.float() - expected.float()).norm()
@@ -165,7 +163,7 @@ class Replay:
     hidden_states, topk_weights, topk_ids, of each weight of `weights`, of the output and of each intermediate.
 
     Attributes:
-        backend: The backend, for calls that the replay does not fit.
+        launch: `TritonBackend.launch`, for calls that the replay does not fit.
         device: The GPU's number.
         weights: The layer's tensors, of each the name, the dtype, the shape and the strides.
         tokens: The range.
@@ -173,7 +171,7 @@ class Replay:
         steps: The launches.
     """
 
-    backend: TritonBackend
+    launch: Callable[..., Any]
     device: int
     weights: tuple[tuple[str, torch.dtype, torch.Size, tuple[int, ...]], ...]
     tokens: TokenRange
@@ -191,7 +189,7 @@ class Replay:
         """As `Backend.run_into`."""
         hidden_states, experts, topk_weights, topk_ids, _, out = call
         if not self.play(hidden_states, experts, topk_weights, topk_ids, out):
-            self.backend.launch(*call)
+            self.launch(*call)
         return out
 
     def play(

@@ -80,7 +80,7 @@ pytestmark = pytest.mark.usefixtures("cpu_launches_stubs")
 def recorded(backend: Adding, *, before: int = 2) -> Replay:
     for _ in range(before):
         backend.run(*inputs(0), CONFIG)
-    return record(backend, inputs(0), CONFIG)
+    return record(backend, backend.launch, inputs(0), CONFIG)
 
 
 def replayed() -> tuple[Adding, Replay, int]:
@@ -228,4 +228,4 @@ def test_weights_that_share_memory_leave_an_address_in_doubt() -> None:
     for _ in range(2):
         backend.run(hidden, experts, weights, ids, CONFIG)
     with pytest.raises(NotReplayableError, match="two weights share memory"):
-        record(backend, (hidden, experts, weights, ids), CONFIG)
+        record(backend, backend.launch, (hidden, experts, weights, ids), CONFIG)

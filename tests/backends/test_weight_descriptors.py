@@ -66,7 +66,7 @@ class Described(TritonBackend):
 def recorded(backend: Described) -> Replay:
     for _ in range(2):
         backend.run(*inputs(), CONFIG)
-    return record(backend, inputs(), CONFIG)
+    return record(backend, backend.launch, inputs(), CONFIG)
 
 
 def running(backend: Described) -> Callable[..., Tensor]:

@@ -90,7 +90,7 @@ def test_a_repeated_call_is_a_replay_and_right_on_others(M: int, name: str, prec
         assert isinstance(replay, Replay)
 
         def ordinary(call: Inputs) -> Tensor:
-            out: Tensor = replay.backend.launch(*call.arguments, config, torch.empty_like(call.hidden_states))
+            out: Tensor = replay.launch(*call.arguments, config, torch.empty_like(call.hidden_states))
             return out
 
         others = {replay.tokens.first, min(replay.tokens.last, 2 * M + 1)}
