@@ -131,15 +131,6 @@ class _Step:
     numbers: tuple[tuple[int, Extent], ...]
     maps: tuple[_TensorMap, ...]
 
-    def at(self, M: int) -> "_LaunchAt":
-        """The grid, and its numbers that depend on M with their places, for a token count."""
-        numbers = [(place, number.at(M)) for place, number in self.numbers] if self.numbers else []
-        width, height, depth = self.grid
-        return (width if isinstance(width, int) else width.at(M), height, depth), numbers
-
-
-_LaunchAt = tuple[tuple[int, int, int], list[tuple[int, int]]]
-
 
 class _Sizes(NamedTuple):
     """What a replay needs to know of a token count.
@@ -147,12 +138,12 @@ class _Sizes(NamedTuple):
     Attributes:
         scratch: Bytes of scratch memory.
         distances: Where in it each intermediate begins.
-        launches: `_Step.at` of each launch.
+        launches: The grid of each launch, and its numbers that depend on M with their places.
     """
 
     scratch: int
     distances: list[int]
-    launches: list[_LaunchAt]
+    launches: list[tuple[tuple[int, int, int], list[tuple[int, int]]]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -238,9 +229,14 @@ class Replay:
         for size in self.intermediates:
             distances.append(scratch)
             scratch -= -size.at(M) // _ALIGNMENT * _ALIGNMENT  # rounded up
+        launches = []
+        for step in self.steps:
+            numbers = [(place, number.at(M)) for place, number in step.numbers] if step.numbers else []
+            width, height, depth = step.grid
+            launches.append(((width if isinstance(width, int) else width.at(M), height, depth), numbers))
         if len(self._sizes) >= MAX_SIZES:
             self._sizes.clear()
-        sizes = self._sizes[M] = _Sizes(scratch, distances, [step.at(M) for step in self.steps])
+        sizes = self._sizes[M] = _Sizes(scratch, distances, launches)
         return sizes
 
 

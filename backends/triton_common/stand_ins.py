@@ -1,10 +1,9 @@
 # ruff: noqa: D102 - the methods of Extent and Buffer are those of numbers and tensors
 """What a run of a backend is given in place of tensors while its launches are written down for any token count.
 
-`Buffer` stands for a tensor and `Extent` for a number that depends on the token count M: the rows of a buffer, the
-programs of a grid. Both know how to become those of a call once its M is known. A run may compute with extents as with
-the numbers themselves, as long as what it computes does not fall when M grows. Where it compares one, the answer is
-that of the M that it runs with, and what is written down holds for those M that have the same answer: `TokenRange`.
+`Buffer` stands for a tensor, and `Extent` for a number that depends on the token count M. A run may compute with
+extents as with numbers, as long as what it computes does not fall when M grows. Where it compares one, the answer is
+that of the M that it runs with, and what is written down holds for the M that have the same answer: `TokenRange`.
 """
 
 import bisect
@@ -164,9 +163,7 @@ class Buffer:
         strides = self.strides or tuple(math.prod(self.shape[place:]) for place in range(1, len(self.shape) + 1))
         return strides if dimension is None else strides[dimension]
 
-    def view(self, dtype: torch.dtype) -> "Buffer":
-        if dtype.itemsize != self.dtype.itemsize:
-            raise NotReplayableError(f"a buffer of {self.dtype} is viewed as {dtype}")
+    def view(self, dtype: torch.dtype) -> "Buffer":  # of the same size
         return replace(self, dtype=dtype)
 
     def t(self) -> "Buffer":

@@ -184,22 +184,6 @@ def test_a_profiler_sees_the_launches() -> None:
     assert backend.runs == runs + 1
 
 
-def computing(_backend: Adding, inner: Tensor, _out: Tensor) -> None:
-    inner.mul_(3.0)
-
-
-def keeping(backend: Adding, inner: Tensor, _out: Tensor) -> None:
-    backend.double[1,](inner, backend.kept, SIZE, BLOCK=16)
-
-
-def launching_by_triton(backend: Adding, inner: Tensor, _out: Tensor) -> None:
-    backend.double[1,](inner, inner, SIZE, BLOCK=16, num_warps=backend.runs)
-
-
-def returning_a_part(_backend: Adding, _inner: Tensor, _out: Tensor) -> Tensor:
-    return torch.empty(4, LAYER.K)[1:]
-
-
 def hiding_work(_backend: Adding, inner: Tensor, _out: Tensor) -> None:
     if not isinstance(inner, Buffer):
         floats(inner.data_ptr(), SIZE)[:] += np.float32(1)
@@ -208,11 +192,23 @@ def hiding_work(_backend: Adding, inner: Tensor, _out: Tensor) -> None:
 @pytest.mark.parametrize(
     ("backend", "before", "reason"),
     [
-        (lambda: Adding(computing), 2, "does what only tensors can do .*mul_"),
-        (lambda: Adding(keeping), 2, "memory of unknown origin"),
-        (lambda: Adding(launching_by_triton), 2, "launched by Triton itself"),
+        (lambda: Adding(lambda _backend, inner, _out: inner.mul_(3.0)), 2, "does what only tensors can do .*mul_"),
+        (
+            lambda: Adding(lambda backend, inner, _out: backend.double[1,](inner, backend.kept, SIZE, BLOCK=16)),
+            2,
+            "memory of unknown origin",
+        ),
+        (
+            lambda: Adding(lambda backend, x, _out: backend.double[1,](x, x, SIZE, BLOCK=16, num_warps=backend.runs)),
+            2,
+            "launched by Triton itself",
+        ),
         (Adding, 0, "launched by Triton itself"),
-        (lambda: Adding(returning_a_part), 2, "no launch of a `fast_launch` kernel writes its output"),
+        (
+            lambda: Adding(lambda *_: torch.empty(4, LAYER.K)[1:]),
+            2,
+            "no launch of a `fast_launch` kernel writes its output",
+        ),
         (lambda: Adding(hiding_work), 2, "the replay's result is not the run's"),
         (lambda: Adding(do_not_specialize=[]), 2, "specialised on a number that depends on M"),
     ],
