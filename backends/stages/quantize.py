@@ -168,7 +168,7 @@ def empty_scales(rows: int, columns: int, like: Tensor, *, column_major: bool, c
     if not column_major:
         return like.new_empty(rows, groups, dtype=torch.float32)
     aligned = math.ceil(rows / _SCALE_ROWS) * _SCALE_ROWS
-    return like.new_empty(groups, aligned, dtype=torch.float32).t()[:rows]
+    return like.new_empty(groups, aligned, dtype=torch.float32).t().narrow(0, 0, rows)
 
 
 def scale_strides(scale: Tensor | None, rows: int) -> tuple[int, int, int, int]:

@@ -10,7 +10,7 @@ import bisect
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, Literal, NamedTuple
 
 import torch
 
@@ -93,20 +93,24 @@ class Extent:
 
     __radd__, __rmul__ = __add__, __mul__
 
-    def __lt__(self, other: int) -> bool:
+    def __lt__(self, other: "int | Extent") -> bool:
+        if isinstance(other, Extent) and other._root is self._root:  # so that their difference falls or grows with M
+            return self._tokens.decide(lambda M: self.at(M) < other.at(M))
+        if not isinstance(other, int):
+            raise TypeError(f"a number that depends on M is compared with {type(other).__name__}")
         return self._tokens.decide(lambda M: self.at(M) < other)
 
-    def __le__(self, other: int) -> bool:
+    def __le__(self, other: "int | Extent") -> bool:
         return self < other + 1
 
-    def __gt__(self, other: int) -> bool:
+    def __gt__(self, other: "int | Extent") -> bool:
         return not self <= other
 
-    def __ge__(self, other: int) -> bool:
+    def __ge__(self, other: "int | Extent") -> bool:
         return not self < other
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, int) and self >= other and self <= other
+        return other is not None and self >= other and self <= other  # type: ignore[operator] # refused by `<`
 
     def __bool__(self) -> bool:
         return self > 0
@@ -169,9 +173,15 @@ class Buffer:
     def t(self) -> "Buffer":
         return replace(self, shape=self.shape[::-1], strides=self.stride()[::-1])
 
-    def __getitem__(self, rows: slice) -> "Buffer":
-        start, stop = rows.start or 0, self.shape[0] if rows.stop is None else rows.stop
+    def __getitem__(self, rows: slice) -> "Buffer":  # clipped as torch does
+        count = self.shape[0]
+        start, stop = min(rows.start or 0, count), count if rows.stop is None else min(rows.stop, count)
+        if rows.step not in (None, 1) or start < 0 or stop < 0:
+            raise NotReplayableError("a buffer is cut from its end or in steps")
+        return self.narrow(0, start, max(stop - start, 0))
+
+    def narrow(self, _dimension: Literal[0], start: int, length: Any) -> "Buffer":
         offset = self.offset + start * self.stride(0) * self.dtype.itemsize
         if not isinstance(offset, int):
             raise NotReplayableError("a buffer is cut where M decides")
-        return replace(self, shape=(stop - start, *self.shape[1:]), strides=self.stride(), offset=offset)
+        return replace(self, shape=(length, *self.shape[1:]), strides=self.stride(), offset=offset)
