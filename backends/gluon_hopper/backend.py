@@ -5,14 +5,14 @@ import importlib.util
 import re
 from dataclasses import replace
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import torch
 from torch import Tensor
 
 from moe_dispatch.activations import KINDS, UNGATED
 from moe_dispatch.arrived_rows import TravellingRows
-from moe_dispatch.backend import BackendConfig, Requirements
+from moe_dispatch.backend import BackendConfig, Inputs, Requirements
 from moe_dispatch.backends.gluon_hopper.config import GluonHopperConfig
 from moe_dispatch.backends.gluon_hopper.products import hopper_products
 from moe_dispatch.backends.gluon_hopper.tiles import (
@@ -31,6 +31,9 @@ from moe_dispatch.experts import ExpertWeights
 from moe_dispatch.numerics import QuantizedRows
 from moe_dispatch.problem import MoEProblem
 from moe_dispatch.system.libraries import library_version
+
+if TYPE_CHECKING:
+    from moe_dispatch.backends.triton_common.replay import Replay
 
 # Gluon is experimental and changes with every Triton. The kernels were compiled under each of these releases.
 FIRST_TRITON: Final = (3, 6)
@@ -114,6 +117,10 @@ class GluonHopperBackend(TritonBackend):
             hidden_states, experts, routing, topk_ids.shape[1], config.group_m, self._features.sms, self._descriptors
         )
         return combine(y, routing.row_of_slot, topk_weights, out, pdl=True)
+
+    def fast_path(self, inputs: Inputs, config: BackendConfig) -> "Replay | None":
+        """See `Backend.fast_path`: None where weights are copied, of which a replay knows no address."""
+        return None if _copies(inputs[1], inputs[3].numel()) else super().fast_path(inputs, config)
 
 
 def _copies(layer: MoEProblem | ExpertWeights, slots: int) -> bool:

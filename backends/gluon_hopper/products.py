@@ -65,13 +65,13 @@ def hopper_products(
     blocks, counts = row_blocks(routing, group_m, fp8=False)
     hidden_states, pdl = _arrived(hidden_states)
     if permutes_rows(experts.dtype, N):
-        memory, x = with_window(hidden_states, rows, K)
+        window, x = with_window(hidden_states, rows, K)
         gather(hidden_states, routing, topk, out=x, pdl=pdl)
-        rows_of_x, tails_of_x = descriptors.get(memory, Windows(WINDOW_ROWS)), descriptors.get(memory, Windows(TAIL_M))
+        rows_of_x, tails_of_x = descriptors.get(window, Windows(WINDOW_ROWS)), descriptors.get(window, Windows(TAIL_M))
         slot_of_row, topk = None, 0
     else:
         rows_of_x, tails_of_x, slot_of_row = hidden_states, None, routing.slot_of_row
-    memory, h = with_window(hidden_states, rows, N)
+    window, h = with_window(hidden_states, rows, N)
     _moe_hopper_product_kernel[(sms,)](
         # inputs
         rows_of_x, tails_of_x, descriptors.get(experts.gate_up, _expert_rows(experts)),
@@ -87,7 +87,7 @@ def hopper_products(
     y = hidden_states.new_empty(rows, K)
     _moe_hopper_product_kernel[(sms,)](
         # inputs
-        descriptors.get(memory, Windows(WINDOW_ROWS)), descriptors.get(memory, Windows(TAIL_M)),
+        descriptors.get(window, Windows(WINDOW_ROWS)), descriptors.get(window, Windows(TAIL_M)),
         descriptors.get(experts.down, ExpertRows("columns" if experts.transposed else "rows")),
         experts.down_bias, None, blocks, counts,
         # outputs
@@ -109,14 +109,14 @@ def _fp8_products(
 
     N, K, rows = experts.N, experts.K, routing.slot_of_row.shape[0]
     blocks, counts = row_blocks(routing, group_m, fp8=True)
-    x_memory, x = with_window(routing.starts, rows, K, FP8)
+    x_window, x = with_window(routing.starts, rows, K, FP8)
     _, x_scale = gather_quantize(hidden_states, routing, topk, out=x, pdl=True)
-    h_memory, h = with_window(x, rows, N)
+    h_window, h = with_window(x, rows, N)
     # A tile's rows write and read the multipliers of one block of columns.
     h_scale = empty_scales(rows, N, x, column_major=True)
     _moe_hopper_fp8_product_kernel[(sms,)](
         # inputs
-        descriptors.get(x_memory, Windows(WINDOW_ROWS)), descriptors.get(x_memory, Windows(FP8_TAIL_M)), x_scale,
+        descriptors.get(x_window, Windows(WINDOW_ROWS)), descriptors.get(x_window, Windows(FP8_TAIL_M)), x_scale,
         *x_scale.stride(),
         descriptors.get(experts.gate_up, _expert_rows(experts)), experts.gate_up_scale,
         experts.gate_up_bias, blocks, counts,
@@ -130,7 +130,7 @@ def _fp8_products(
     y = x.new_empty(rows, K, dtype=torch.bfloat16)
     _moe_hopper_fp8_product_kernel[(sms,)](
         # inputs
-        descriptors.get(h_memory, Windows(WINDOW_ROWS)), descriptors.get(h_memory, Windows(FP8_TAIL_M)), h_scale,
+        descriptors.get(h_window, Windows(WINDOW_ROWS)), descriptors.get(h_window, Windows(FP8_TAIL_M)), h_scale,
         *h_scale.stride(),
         descriptors.get(experts.down, ExpertRows("rows")), experts.down_scale, experts.down_bias, blocks, counts,
         # outputs
@@ -155,7 +155,7 @@ def _mxfp4_products(
     block_m = MXFP4_LOW_BLOCK_M if low else BLOCK_M
     blocks, counts = row_blocks(routing, group_m, fp8=False, block_m=block_m)
     hidden_states, pdl = _arrived(hidden_states)
-    (x_memory, x), (h_memory, h) = (
+    (x_window, x), (h_window, h) = (
         with_window(hidden_states, rows, ordered_width(columns, MXFP4_BLOCK_K)) for columns in (K, N)
     )
     order_columns(hidden_states, MXFP4_BLOCK_K, by_threads=True, routing=routing, topk=topk, out=x, pdl=pdl)
@@ -163,15 +163,15 @@ def _mxfp4_products(
     down = descriptors.get(experts.down, ExpertCodes("plain"))
     y = hidden_states.new_empty(rows, K)
     products = (
-        (x_memory, codes, experts.gate_up_scale, experts.gate_up_bias, h, N, K, math.ceil(N / 128), experts.activation),
-        (h_memory, down, experts.down_scale, experts.down_bias, y, K, N, math.ceil(K / 256), None),
+        (x_window, codes, experts.gate_up_scale, experts.gate_up_bias, h, N, K, math.ceil(N / 128), experts.activation),
+        (h_window, down, experts.down_scale, experts.down_bias, y, K, N, math.ceil(K / 256), None),
     )
-    for counter, (memory, codes, exponents, biases, out, columns, depth, n_blocks, activation) in enumerate(
+    for counter, (window, codes, exponents, biases, out, columns, depth, n_blocks, activation) in enumerate(
         products, 1
     ):
         _moe_hopper_mxfp4_product_kernel[(sms,)](
             # inputs
-            descriptors.get(memory, Windows(WINDOW_ROWS)), descriptors.get(memory, Windows(TAIL_M)), codes, exponents,
+            descriptors.get(window, Windows(WINDOW_ROWS)), descriptors.get(window, Windows(TAIL_M)), codes, exponents,
             biases, blocks, counts,
             # outputs
             out,

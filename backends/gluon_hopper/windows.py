@@ -18,9 +18,9 @@ _MOST_WINDOWS: Final = (1 << 31) - 1
 
 
 def with_window(like: Tensor, rows: int, columns: int, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
-    """Fresh memory for `Windows`, which begins one window before its rows, and its rows ``[rows, columns]``."""
+    """Fresh memory ``[rows, columns]``, and the window before its rows, from which `Windows` describes it."""
     memory = like.new_empty(WINDOW_ROWS + rows, columns, dtype=dtype or like.dtype)
-    return memory, memory[WINDOW_ROWS:]
+    return memory[:WINDOW_ROWS], memory[WINDOW_ROWS:]
 
 
 class Windows(NamedTuple):
@@ -35,9 +35,9 @@ class Windows(NamedTuple):
 
     rows: int
 
-    def describe(self, memory: Tensor) -> Any:
+    def describe(self, window: Tensor) -> Any:
         """The tensor descriptor of memory from `with_window`, however many rows it has: no load starts past them."""
-        return with_base(_of_windows(memory.dtype, memory.shape[1], self.rows), memory)
+        return with_base(_of_windows(window.dtype, window.shape[1], self.rows), window)
 
 
 class ExpertRows(NamedTuple):
