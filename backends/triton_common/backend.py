@@ -89,7 +89,7 @@ class TritonBackend(WritingBackend):
 
     def _replay(self, *call: Any) -> "Replay | None":
         M = call[0].shape[0]
-        for replay in self._replays.get(_kind(*call), ()):
+        for replay in self._replays.get(_kind_of_call(*call), ()):
             if replay.tokens.first <= M <= replay.tokens.last:
                 return replay
         return None
@@ -110,7 +110,8 @@ class TritonBackend(WritingBackend):
                 return None
             if len(self._replays) >= MAX_KINDS:
                 self._replays.clear()
-            self._replays.setdefault(_kind(*inputs, config), []).append(replay)
+            replays = self._replays.setdefault(_kind_of_call(*inputs, config), [])
+            replays[:] = [*(each for each in replays if each.tokens.last), replay]  # without those that failed
         return replay
 
     def fast_path_into(self, inputs: Inputs, config: BackendConfig) -> RunInto | None:
@@ -142,7 +143,7 @@ class TritonBackend(WritingBackend):
         return self._descriptors.get(getattr(experts, name), view)
 
 
-def _kind(
+def _kind_of_call(
     hidden_states: Tensor, experts: ExpertWeights, _: Tensor, topk_ids: Tensor, config: BackendConfig, *_out: Tensor
 ) -> tuple[object, ...]:
     """What calls of one replay have in common, beside what that checks itself."""

@@ -137,6 +137,16 @@ def encode(descriptor: Any, encoding: Encoding) -> list[Any]:
     return arguments
 
 
+def tensor_map(descriptor: Any, encoding: Encoding) -> Any:
+    """The first of the arguments that `encode` gives, which alone depends on the address."""
+    return encode(descriptor, encoding)[0]
+
+
+def after_map(descriptor: Any) -> tuple[int, ...]:
+    """The other arguments that `encode` gives."""
+    return (*descriptor.shape, *descriptor.strides)
+
+
 @functools.cache
 def _encoder() -> Callable[[Any, dict[str, Any]], list[Any]]:
     from triton.backends.nvidia.driver import make_tensordesc_arg

@@ -7,7 +7,8 @@ a range, so that the host spends its time on two allocations and on the launches
 How one is made: `record` runs the backend once more on a kind of call that it has run before, with `stand_ins` in place
 of tensors. Launches are written down instead of started. Where one has a buffer, an address is left open: a base (an
 input, a weight, an intermediate, the output) and the distance from it. Intermediates become places in one block of
-scratch memory. Last, the replay runs over poisoned memory and has to give what a run gives.
+scratch memory. Last, the replay runs over poisoned memory and has to give what a run gives, on as few rows of the call
+as its range has, so that a first call with many tokens needs no more memory than others.
 
 When one is valid: for calls of its range and kind, of any layer of that kind, with any tensors. It takes the address of
 each tensor, weights included, anew on every call, and tensor maps by the address; so weights may be replaced
@@ -16,6 +17,7 @@ of 16 bytes, dtype, shape and strides of each weight, the GPU. Where one of thes
 the launches, the call is left to the backend.
 """
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Final, NamedTuple
@@ -30,10 +32,15 @@ from moe_dispatch.backends.triton_common.fast_launch import written_down
 from moe_dispatch.backends.triton_common.internals import Encoding, Launch
 from moe_dispatch.backends.triton_common.stand_ins import Buffer, Extent, NotReplayableError, TokenRange
 from moe_dispatch.experts import ExpertWeights
+from moe_dispatch.guard import FOREIGN_ERRORS
+from moe_dispatch.system import failures
+
+logger = logging.getLogger(__name__)
 
 _INPUTS: Final = 3  # bases before those of the weights, see `Replay`
 _ALIGNMENT: Final = 256  # bytes on which each intermediate starts in the block of scratch memory
 MAX_SIZES: Final = 4096  # token counts whose sizes a replay keeps; when full, all are dropped and computed again
+_VERIFIED_ROWS: Final = 256  # rows on which a replay is verified, where its range has such token counts
 _POISON: Final = 0xFF  # a byte; floats of such bytes are NaN
 
 
@@ -56,8 +63,8 @@ def record(backend: Backend, launch: Callable[..., Any], inputs: Inputs, config:
     out = Buffer(sizes, _INPUTS + len(weights), hidden_states.dtype, (rows, K))
     steps: list[_Step] = []
 
-    def write(launch: Launch, grid: tuple[Any, ...], args: tuple[Any, ...]) -> None:
-        steps.append(_step(launch, grid, args, addresses))
+    def write(kernel: Launch, grid: tuple[Any, ...], args: tuple[Any, ...]) -> None:
+        steps.append(_step(kernel, grid, args, addresses))
 
     try:
         with written_down(write):
@@ -68,9 +75,12 @@ def record(backend: Backend, launch: Callable[..., Any], inputs: Inputs, config:
         raise NotReplayableError("no launch of a `fast_launch` kernel writes its output")
     scratch = tuple(rows * 0 + size for size in sizes[_INPUTS + len(weights) + 1 :])
     replay = Replay(launch, hidden_states.get_device(), weights, tokens, scratch, tuple(steps))
+    count = min(M, max(tokens.first, _VERIFIED_ROWS))
+    hidden_states, topk_weights, topk_ids = hidden_states[:count], topk_weights[:count], topk_ids[:count]
     replayed, expected = torch.empty_like(hidden_states), torch.empty_like(hidden_states)
-    launch(*inputs, config, expected)
-    if not replay.play(*inputs, replayed, poison=True) or not _agree(replayed, expected, backend, config, experts):
+    few = hidden_states, experts, topk_weights, topk_ids
+    launch(*few, config, expected)
+    if not replay.play(*few, replayed, poison=True) or not _agree(replayed, expected, backend, config, experts):
         raise NotReplayableError("the replay's result is not the run's")
     return replay
 
@@ -87,7 +97,7 @@ class _TensorMap:
     """An encoded tensor descriptor among a launch's arguments.
 
     Attributes:
-        place: Its place among the arguments. The sizes and strides that follow it depend on the kind of call alone.
+        place: Its place among the arguments.
         base: The number of the base of the memory that it describes from its start.
         descriptor: The descriptor, of whatever memory.
         encoding: How the kernel wants it.
@@ -107,7 +117,7 @@ class _TensorMap:
             if len(self.by_address) >= MAX_DESCRIPTORS:
                 self.by_address.clear()
             descriptor = with_base(self.descriptor, Memory(address, self.descriptor.base.dtype))
-            tensor_map = self.by_address[address] = internals.encode(descriptor, self.encoding)[0]
+            tensor_map = self.by_address[address] = internals.tensor_map(descriptor, self.encoding)
         return tensor_map
 
 
@@ -116,7 +126,7 @@ class _Step:
     """One launch.
 
     Attributes:
-        launch: What is started.
+        kernel: What is started.
         grid: Width, which may depend on M, height, depth.
         values: Its arguments, complete but for addresses, numbers that depend on M, and tensor maps.
         addresses: For each address among them its place, the number of its base, and the distance from that in bytes.
@@ -124,7 +134,7 @@ class _Step:
         maps: The tensor maps among them.
     """
 
-    launch: Launch
+    kernel: Launch
     grid: tuple[int | Extent, int, int]
     values: list[Any]
     addresses: tuple[tuple[int, int, int], ...]
@@ -157,7 +167,7 @@ class Replay:
         launch: `TritonBackend.launch`, for calls that the replay does not fit.
         device: The GPU's number.
         weights: The layer's tensors, of each the name, the dtype, the shape and the strides.
-        tokens: The range.
+        tokens: The range; empty once a launch has failed, which leaves every call to `launch`.
         intermediates: The bytes of each.
         steps: The launches.
     """
@@ -179,7 +189,15 @@ class Replay:
     def into(self, *call: Any) -> Any:
         """As `Backend.run_into`."""
         hidden_states, experts, topk_weights, topk_ids, _, out = call
-        if not self.play(hidden_states, experts, topk_weights, topk_ids, out):
+        try:
+            played = self.play(hidden_states, experts, topk_weights, topk_ids, out)
+        except FOREIGN_ERRORS as error:
+            if failures.lost_device(error):
+                raise
+            logger.warning("a replay is dropped, and its launches made in full: %s", failures.summary(error))
+            self.tokens.last = 0
+            played = False
+        if not played:
             self.launch(*call)
         return out
 
@@ -187,7 +205,7 @@ class Replay:
         self, hidden_states: Tensor, experts: ExpertWeights, topk_weights: Tensor, topk_ids: Tensor, out: Tensor,
         *, poison: bool = False,
     ) -> bool:  # fmt: skip
-        """Launch everything; False, with nothing launched, where the replay does not fit.
+        """Launch everything; False, with nothing launched, where the replay does not fit or its memory is not there.
 
         The arguments are those of `Backend.run_into`. With `poison` scratch memory and `out` hold NaN before.
         """
@@ -204,8 +222,13 @@ class Replay:
         device = internals.current_device()
         if bits & 15 or not all(bases) or device != self.device or internals.launch_hooks():
             return False
-        sizes = self._sizes.get(hidden_states.shape[0]) or self._sizes_of(hidden_states.shape[0])
-        scratch = hidden_states.new_empty(sizes.scratch, dtype=torch.uint8)
+        M = hidden_states.shape[0]
+        if self.tokens.last < M or (sizes := self._sizes.get(M) or self._sizes_of(M)) is None:
+            return False
+        try:
+            scratch = hidden_states.new_empty(sizes.scratch, dtype=torch.uint8)
+        except torch.OutOfMemoryError:  # a run needs less: it frees an intermediate after its last use
+            return False
         if poison:
             for tensor in (scratch, out):
                 tensor.view(torch.uint8).fill_(_POISON)
@@ -221,10 +244,12 @@ class Replay:
             for each in step.maps:
                 address = bases[each.base]
                 values[each.place] = each.by_address.get(address) or each.at(address)
-            step.launch.start(grid, stream, values)
+            step.kernel.start(grid, stream, values)
         return True
 
-    def _sizes_of(self, M: int) -> _Sizes:
+    def _sizes_of(self, M: int) -> _Sizes | None:
+        if self.tokens.first > M:
+            return None
         distances, scratch = [], 0
         for size in self.intermediates:
             distances.append(scratch)
@@ -240,9 +265,9 @@ class Replay:
         return sizes
 
 
-def _step(launch: Launch, grid: tuple[Any, ...], args: tuple[Any, ...], weights: list[int]) -> _Step:
+def _step(kernel: Launch, grid: tuple[Any, ...], args: tuple[Any, ...], weights: list[int]) -> _Step:
     """A launch written down; `weights` are the addresses of the layer's tensors."""
-    encodings = dict(launch.descriptors)
+    encodings = dict(kernel.descriptors)
     values: list[Any] = []
     addresses: list[tuple[int, int, int]] = []
     numbers: list[tuple[int, Extent]] = []
@@ -258,12 +283,12 @@ def _step(launch: Launch, grid: tuple[Any, ...], args: tuple[Any, ...], weights:
             maps.append(_tensor_map(len(values), arg, encodings[place], weights))
         values += [arg] if arg is None or isinstance(arg, int) else [0]
         if place in encodings:
-            values += (*arg.shape, *arg.strides)
+            values += internals.after_map(arg)
     width, height, depth = (*grid, 1, 1)[:3]
     if isinstance(height, Extent) or isinstance(depth, Extent):  # of which CUDA takes 65535 at most
         raise NotReplayableError("the height of a grid depends on M")
     return _Step(
-        launch, (width, height, depth), [*values, *launch.padding], tuple(addresses), tuple(numbers), tuple(maps)
+        kernel, (width, height, depth), [*values, *kernel.padding], tuple(addresses), tuple(numbers), tuple(maps)
     )
 
 

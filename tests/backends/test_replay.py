@@ -1,5 +1,6 @@
 """A replay does what the recorded run did, on other tensors and token counts too, or the run is refused."""
 
+import dataclasses
 import math
 from collections.abc import Callable
 from typing import Any
@@ -11,12 +12,15 @@ from torch import Tensor
 
 from moe_dispatch import BackendConfig, Machine
 from moe_dispatch.problem import MoEProblem
+from moe_dispatch.workloads import make_experts
 from tests.support.fakes import Honest
 from tests.support.stub_kernels import LAYER, StubKernel, floats, inputs
 
 pytest.importorskip("triton")
 import triton.language as tl
 
+from moe_dispatch.backends.triton_common import backend as backend_module
+from moe_dispatch.backends.triton_common import replay as replay_module
 from moe_dispatch.backends.triton_common.backend import TritonBackend
 from moe_dispatch.backends.triton_common.fast_launch import FastKernel
 from moe_dispatch.backends.triton_common.launch_options import next_power_of_2
@@ -113,7 +117,7 @@ def computed(M: Any, K: int) -> list[Any]:
     blocks = math.ceil(M * 8 / 128)
     fewest = min(K, blocks + 3) * 2
     return [M - 1, 3 + M, blocks * blocks, fewest, (M + M) // 3, 4 if M > 100 else 5, M or 0, max(M - 4, 0) * 1,
-            next_power_of_2(blocks), M == 7, M >= 40]  # fmt: skip
+            next_power_of_2(blocks), M == 7, M >= 40, 2 * M < M + 9, M * 3 == M + 14]  # fmt: skip
 
 
 @pytest.mark.parametrize("M", [1, 6, 7, 8, 39, 40, 100, 101, 260, 5000])
@@ -128,9 +132,95 @@ def test_extents_are_the_numbers_of_every_token_count_of_their_range(M: int) -> 
 def test_what_falls_as_tokens_grow_is_no_extent() -> None:
     M: Any = Extent(TokenRange(8))
     falling = (lambda: 9 - M, lambda: M - M, lambda: M * -1, lambda: 8 // M, lambda: M % 2)
-    for compute in (*falling, lambda: {M}, lambda: range(M)):
+    undecided = (lambda: M == M // 2, lambda: M < M * M, lambda: max(M * M, M + 5), lambda: M > 1.5, lambda: M == "8")
+    for compute in (*falling, *undecided, lambda: {M}, lambda: range(M)):
         with pytest.raises(TypeError):
             compute()
+
+
+@pytest.mark.parametrize("M", [3, 64, 65])
+def test_a_buffer_is_cut_as_a_tensor_is(M: int) -> None:
+    tokens = TokenRange(M)
+    buffer = Buffer([0], 0, torch.float32, (Extent(tokens), 4))
+    cuts: list[Any] = [buffer[:64], buffer[2:], buffer[1:5], buffer[:64][:100]]
+    for count in {tokens.first, M, min(tokens.last, 200)}:
+        tensor = torch.empty(count, 4)
+        for cut, real in zip(cuts, (tensor[:64], tensor[2:], tensor[1:5], tensor[:64][:100]), strict=True):
+            rows = cut.shape[0].at(count) if isinstance(cut.shape[0], Extent) else cut.shape[0]
+            assert (rows, cut.offset) == (real.shape[0], 4 * real.storage_offset())
+    for refused in (slice(-2, None), slice(None, -1), slice(None, None, 2)):
+        with pytest.raises(NotReplayableError):
+            buffer[refused]
+
+
+class Tuned(BackendConfig):
+    blocks: int = 1
+
+
+def test_calls_that_differ_in_what_launches_depend_on_share_no_replay(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Tensor, "is_cuda", True)
+    monkeypatch.setattr(backend_module, "MAX_KINDS", 2)
+    backend, (hidden, experts, weights, ids) = Adding(), inputs(0)
+    base: tuple[Any, ...] = (hidden, experts, weights, ids, Tuned())
+    for _ in range(2):
+        backend.run(*base)
+    replay = backend.fast_path(base[:-1], base[-1])
+    assert replay is not None
+    other = make_experts(dataclasses.replace(LAYER, activation="gelu"), "fp32", "cpu", torch.Generator().manual_seed(0))
+    changes: dict[int, Any] = {0: hidden.half(), 1: other, 3: ids.long(), 4: Tuned(blocks=2)}
+    for place, value in changes.items():
+        assert backend._replay(*base[:place], value, *base[place + 1 :]) is None
+    assert backend._replay(hidden, experts, weights[:, :1], ids[:, :1], Tuned()) is None
+    assert backend._replay(*base) is replay
+    for blocks in range(2, 5):
+        backend.fast_path(base[:-1], Tuned(blocks=blocks))
+    assert len(backend._replays) == 2
+
+
+def test_sizes_are_bounded_and_only_of_the_range(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(replay_module, "MAX_SIZES", 2)
+    backend, replay, runs = replayed()
+    for M in range(1, 8):
+        assert torch.equal(replay(*inputs(1, M), CONFIG)[0], replay(*inputs(1, M), CONFIG)[0])
+    assert (len(replay._sizes) <= 2, backend.runs) == (True, runs)
+    hidden, experts, weights, _ = inputs(1, 8)
+    assert torch.equal(replay(*inputs(1, 8), CONFIG), 2 * hidden + experts.down[0, 0, 0] + weights[0, 0])
+    assert backend.runs == runs + 1
+
+
+def test_a_replay_of_many_tokens_is_verified_on_few(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On as few as its range has, so that it takes no memory that a profile of the peak would count."""
+    monkeypatch.setattr(replay_module, "_VERIFIED_ROWS", 4)
+    backend, counts = Adding(), list[int]()
+    backend.between = lambda _backend, _inner, out: counts.append(out.shape[0])
+    for _ in range(2):
+        backend.run(*inputs(0, 40), CONFIG)
+    replay = record(backend, backend.launch, inputs(0, 40), CONFIG)
+    assert [count for count in counts if isinstance(count, int)] == [40, 40, 8]
+    assert list(replay._sizes) == [8]
+
+
+@pytest.mark.parametrize("failing", ["allocation", "launch"])
+def test_a_replay_that_fails_leaves_the_call_to_the_backend(failing: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    backend, replay, runs = replayed()
+    hidden, experts, weights, ids = inputs(1)
+    expected = 2 * hidden + experts.down[0, 0, 0] + weights[0, 0]
+    with monkeypatch.context() as patches:
+        if failing == "allocation":
+            new_empty = Tensor.new_empty
+
+            def full(tensor: Tensor, *shape: Any, **options: Any) -> Tensor:
+                if options:
+                    raise torch.OutOfMemoryError
+                return new_empty(tensor, *shape)
+
+            patches.setattr(Tensor, "new_empty", full)
+        else:
+            patches.setitem(vars(replay), "steps", (replay.steps[0], None))
+        assert torch.equal(replay(hidden, experts, weights, ids, CONFIG), expected)
+    assert backend.runs == runs + 1
+    assert torch.equal(replay(hidden, experts, weights, ids, CONFIG), expected)
+    assert backend.runs == runs + 1 + (failing == "launch"), "what raised is not tried again"
 
 
 def test_it_does_what_the_run_does_on_other_tensors_and_another_layer() -> None:
@@ -189,31 +279,36 @@ def hiding_work(_backend: Adding, inner: Tensor, _out: Tensor) -> None:
         floats(inner.data_ptr(), SIZE)[:] += np.float32(1)
 
 
-@pytest.mark.parametrize(
-    ("backend", "before", "reason"),
-    [
-        (lambda: Adding(lambda _backend, inner, _out: inner.mul_(3.0)), 2, "does what only tensors can do .*mul_"),
-        (
-            lambda: Adding(lambda backend, inner, _out: backend.double[1,](inner, backend.kept, SIZE, BLOCK=16)),
-            2,
-            "memory of unknown origin",
-        ),
-        (
-            lambda: Adding(lambda backend, x, _out: backend.double[1,](x, x, SIZE, BLOCK=16, num_warps=backend.runs)),
-            2,
-            "launched by Triton itself",
-        ),
-        (Adding, 0, "launched by Triton itself"),
-        (
-            lambda: Adding(lambda *_: torch.empty(4, LAYER.K)[1:]),
-            2,
-            "no launch of a `fast_launch` kernel writes its output",
-        ),
-        (lambda: Adding(hiding_work), 2, "the replay's result is not the run's"),
-        (lambda: Adding(do_not_specialize=[]), 2, "specialised on a number that depends on M"),
-    ],
-)
-def test_what_cannot_be_played_back_is_not_recorded(backend: Callable[[], Adding], before: int, reason: str) -> None:
+def misaligning(backend: Adding, inner: Tensor, _out: Tensor) -> None:
+    backend.double[1,](inner, inner.new_empty(SIZE + 4)[int(isinstance(inner, Buffer)) :], SIZE, BLOCK=16)
+
+
+UNREPLAYABLE: dict[str, tuple[Callable[[], Adding], int, str]] = {
+    "torch's operation": (
+        lambda: Adding(lambda _backend, inner, _out: inner.mul_(3.0)), 2, "does what only tensors can do .*mul_"
+    ),
+    "other memory": (
+        lambda: Adding(lambda backend, inner, _out: backend.double[1,](inner, backend.kept, SIZE, BLOCK=16)),
+        2, "memory of unknown origin",
+    ),
+    "other constants": (
+        lambda: Adding(lambda backend, x, _out: backend.double[1,](x, x, SIZE, BLOCK=16, num_warps=backend.runs)),
+        2, "launched by Triton itself",
+    ),
+    "another alignment": (lambda: Adding(misaligning), 2, "launched by Triton itself"),
+    "first run": (Adding, 0, "launched by Triton itself"),
+    "other output": (
+        lambda: Adding(lambda *_: torch.empty(4, LAYER.K)[1:]), 2,
+        "no launch of a `fast_launch` kernel writes its output",
+    ),
+    "hidden work": (lambda: Adding(hiding_work), 2, "the replay's result is not the run's"),
+    "specialised": (lambda: Adding(do_not_specialize=[]), 2, "specialised on a number that depends on M"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("why", UNREPLAYABLE)
+def test_what_cannot_be_played_back_is_not_recorded(why: str) -> None:
+    backend, before, reason = UNREPLAYABLE[why]
     with pytest.raises(NotReplayableError, match=reason):
         recorded(backend(), before=before)
 

@@ -117,7 +117,9 @@ def launch_both_ways(_capability: int) -> Iterator[Launch]:
     def encoded(descriptor: Any, launch: internals.Launch) -> list[Any]:
         ((place, encoding),) = launch.descriptors
         assert place == 0
-        return [*internals.encode(descriptor, encoding), 0, 64]
+        arguments = internals.encode(descriptor, encoding)
+        assert arguments == [internals.tensor_map(descriptor, encoding), *internals.after_map(descriptor)]
+        return [*arguments, 0, 64]
 
     # Those that are kept have no tensor any more, which Triton does not miss.
     windows = Descriptors().get(with_window(x, 64, 64)[0], Windows(32))
