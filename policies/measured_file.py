@@ -49,12 +49,12 @@ class MeasuredFile:
     def table(self, key: LayerKey, mode: Mode) -> LayerTable | None:
         """The table of a layer in a mode; None if the file has nothing usable of it."""
         # Built when a layer is first ranked, so that the time to load does not grow with layers that never are.
-        of = key, mode
+        table_key = key, mode
         try:
-            return self._tables[of]
+            return self._tables[table_key]
         except KeyError:
-            table = tabulated(self._points.get(of, ()), self._usable)
-            return self._tables.setdefault(of, table if table.tokens else None)
+            table = tabulated(self._points.get(table_key, ()), self._usable)
+            return self._tables.setdefault(table_key, table if table.tokens else None)
 
     def digest(self) -> str:
         """A hash of the file's content."""

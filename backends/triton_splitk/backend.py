@@ -86,7 +86,7 @@ class TritonSplitKBackend(TritonBackend):
         quantization = self._quantization(experts)
         config = _checked(config, quantization)
         inner, inner_scale = self._intermediate(hidden_states, experts, quantization, topk_ids, config, out.dtype)
-        partial = topk_weights.new_empty(config.splits_down, topk_ids.numel(), experts.K)
+        partial = topk_weights.new_empty(config.splits_down, topk_ids.numel(), experts.K, dtype=torch.float32)
         descriptor = self._down_descriptor(experts, config)
         splitk_down(inner, inner_scale, experts, quantization, topk_ids, partial, config, descriptor)
         splitk_reduce(partial, experts, topk_weights, topk_ids, out, config)
