@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from moe_dispatch import BackendConfig, Machine
+from moe_dispatch import BackendConfig, ExpertWeights, Machine
 from moe_dispatch.problem import MoEProblem
 from moe_dispatch.workloads import make_experts
 from tests.support.fakes import Honest
@@ -81,10 +81,14 @@ CONFIG = BackendConfig()
 pytestmark = pytest.mark.usefixtures("cpu_launches_stubs")
 
 
-def recorded(backend: Adding, *, before: int = 2) -> Replay:
-    for _ in range(before):
-        backend.run(*inputs(0), CONFIG)
-    return record(backend, backend.launch, inputs(0), CONFIG)
+def recorded(backend: Adding, M: int = 3) -> Replay:
+    for _ in range(2):
+        backend.run(*inputs(0, M), CONFIG)
+    return record(backend, backend.launch, inputs(0, M), CONFIG)
+
+
+def expected(hidden: Tensor, experts: ExpertWeights, weights: Tensor, _ids: Tensor) -> Tensor:
+    return 2 * hidden + experts.down[0, 0, 0] + weights[0, 0]
 
 
 def replayed() -> tuple[Adding, Replay, int]:
@@ -108,8 +112,7 @@ def test_token_counts_share_a_replay_as_far_as_the_run_does_not_decide_by_them(m
     outs = {M: backend.run(*inputs(1, M), CONFIG) for M in (1, 2, 7, 8, 21)}
     assert backend.runs == runs
     for M, out in outs.items():
-        hidden, experts, weights, _ = inputs(1, M)
-        assert torch.equal(out, 2 * hidden + experts.down[0, 0, 0] + weights[0, 0])
+        assert torch.equal(out, expected(*inputs(1, M)))
 
 
 def computed(M: Any, K: int) -> list[Any]:
@@ -142,12 +145,12 @@ def test_what_falls_as_tokens_grow_is_no_extent() -> None:
 def test_a_buffer_is_cut_as_a_tensor_is(M: int) -> None:
     tokens = TokenRange(M)
     buffer = Buffer([0], 0, torch.float32, (Extent(tokens), 4))
-    cuts: list[Any] = [buffer[:64], buffer[2:], buffer[1:5], buffer[:64][:100]]
+    slices = slice(64), slice(2, None), slice(1, 5), slice(100)
+    cuts = [buffer[rows] for rows in slices]
     for count in {tokens.first, M, min(tokens.last, 200)}:
-        tensor = torch.empty(count, 4)
-        for cut, real in zip(cuts, (tensor[:64], tensor[2:], tensor[1:5], tensor[:64][:100]), strict=True):
-            rows = cut.shape[0].at(count) if isinstance(cut.shape[0], Extent) else cut.shape[0]
-            assert (rows, cut.offset) == (real.shape[0], 4 * real.storage_offset())
+        for cut, tensor in zip(cuts, [torch.empty(count, 4)[rows] for rows in slices], strict=True):
+            assert cut.offset == 4 * tensor.storage_offset()
+            assert (Extent(tokens) * 0 + cut.shape[0]).at(count) == len(tensor)
     for refused in (slice(-2, None), slice(None, -1), slice(None, None, 2)):
         with pytest.raises(NotReplayableError):
             buffer[refused]
@@ -160,32 +163,28 @@ class Tuned(BackendConfig):
 def test_calls_that_differ_in_what_launches_depend_on_share_no_replay(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Tensor, "is_cuda", True)
     monkeypatch.setattr(backend_module, "MAX_KINDS", 2)
-    backend, (hidden, experts, weights, ids) = Adding(), inputs(0)
-    base: tuple[Any, ...] = (hidden, experts, weights, ids, Tuned())
-    for _ in range(2):
-        backend.run(*base)
-    replay = backend.fast_path(base[:-1], base[-1])
+    backend, call = Adding(), inputs(0)
+    recorded(backend)
+    replay = backend.fast_path(call, Tuned())
     assert replay is not None
-    other = make_experts(dataclasses.replace(LAYER, activation="gelu"), "fp32", "cpu", torch.Generator().manual_seed(0))
-    changes: dict[int, Any] = {0: hidden.half(), 1: other, 3: ids.long(), 4: Tuned(blocks=2)}
-    for place, value in changes.items():
-        assert backend._replay(*base[:place], value, *base[place + 1 :]) is None
-    assert backend._replay(hidden, experts, weights[:, :1], ids[:, :1], Tuned()) is None
-    assert backend._replay(*base) is replay
+    same = (*call, Tuned())
+    other = make_experts(dataclasses.replace(LAYER, activation="gelu"), "fp32", "cpu")
+    changes = (0, call[0].half()), (1, other), (3, call[3][:, :1]), (3, call[3].long()), (4, Tuned(blocks=2))
+    for place, value in changes:
+        assert backend._replay(*same[:place], value, *same[place + 1 :]) is None
+    assert backend._replay(*same) is replay
     for blocks in range(2, 5):
-        backend.fast_path(base[:-1], Tuned(blocks=blocks))
+        backend.fast_path(call, Tuned(blocks=blocks))
     assert len(backend._replays) == 2
 
 
 def test_sizes_are_bounded_and_only_of_the_range(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(replay_module, "MAX_SIZES", 2)
     backend, replay, runs = replayed()
-    for M in range(1, 8):
-        assert torch.equal(replay(*inputs(1, M), CONFIG)[0], replay(*inputs(1, M), CONFIG)[0])
-    assert (len(replay._sizes) <= 2, backend.runs) == (True, runs)
-    hidden, experts, weights, _ = inputs(1, 8)
-    assert torch.equal(replay(*inputs(1, 8), CONFIG), 2 * hidden + experts.down[0, 0, 0] + weights[0, 0])
-    assert backend.runs == runs + 1
+    for M in range(1, 9):
+        assert torch.equal(replay(*inputs(1, M), CONFIG), expected(*inputs(1, M)))
+        assert len(replay._sizes) <= 2
+        assert backend.runs == runs + (M == 8)
 
 
 def test_a_replay_of_many_tokens_is_verified_on_few(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -193,33 +192,28 @@ def test_a_replay_of_many_tokens_is_verified_on_few(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(replay_module, "_VERIFIED_ROWS", 4)
     backend, counts = Adding(), list[int]()
     backend.between = lambda _backend, _inner, out: counts.append(out.shape[0])
-    for _ in range(2):
-        backend.run(*inputs(0, 40), CONFIG)
-    replay = record(backend, backend.launch, inputs(0, 40), CONFIG)
+    assert list(recorded(backend, 40)._sizes) == [8]
     assert [count for count in counts if isinstance(count, int)] == [40, 40, 8]
-    assert list(replay._sizes) == [8]
 
 
 @pytest.mark.parametrize("failing", ["allocation", "launch"])
 def test_a_replay_that_fails_leaves_the_call_to_the_backend(failing: str, monkeypatch: pytest.MonkeyPatch) -> None:
     backend, replay, runs = replayed()
-    hidden, experts, weights, ids = inputs(1)
-    expected = 2 * hidden + experts.down[0, 0, 0] + weights[0, 0]
+    new_empty = Tensor.new_empty
+
+    def without_memory(tensor: Tensor, *shape: Any, dtype: torch.dtype | None = None) -> Tensor:
+        if dtype is torch.uint8:
+            raise torch.OutOfMemoryError
+        return new_empty(tensor, *shape)
+
     with monkeypatch.context() as patches:
         if failing == "allocation":
-            new_empty = Tensor.new_empty
-
-            def full(tensor: Tensor, *shape: Any, **options: Any) -> Tensor:
-                if options:
-                    raise torch.OutOfMemoryError
-                return new_empty(tensor, *shape)
-
-            patches.setattr(Tensor, "new_empty", full)
+            patches.setattr(Tensor, "new_empty", without_memory)
         else:
             patches.setitem(vars(replay), "steps", (replay.steps[0], None))
-        assert torch.equal(replay(hidden, experts, weights, ids, CONFIG), expected)
+        assert torch.equal(replay(*inputs(1), CONFIG), expected(*inputs(1)))
     assert backend.runs == runs + 1
-    assert torch.equal(replay(hidden, experts, weights, ids, CONFIG), expected)
+    assert torch.equal(replay(*inputs(1), CONFIG), expected(*inputs(1)))
     assert backend.runs == runs + 1 + (failing == "launch"), "what raised is not tried again"
 
 
@@ -244,9 +238,9 @@ def test_the_caller_may_bring_memory_for_the_output(off_the_boundary: bool) -> N
 
 def test_weights_that_move_are_found_where_they_are() -> None:
     _, replay, _ = replayed()
-    hidden, experts, weights, ids = inputs(1)
-    experts.down.data = torch.full_like(experts.down, 5.0)
-    assert torch.equal(replay(hidden, experts, weights, ids, CONFIG), 2 * hidden + 5 + weights[0, 0])
+    call = inputs(1)
+    call[1].down.data = torch.full_like(call[1].down, 5.0)
+    assert torch.equal(replay(*call, CONFIG), expected(*call))
 
 
 def shifted(tensor: Tensor) -> Tensor:
@@ -258,7 +252,7 @@ def test_a_misaligned_tensor_goes_the_long_way() -> None:
     backend, replay, runs = replayed()
     hidden, experts, weights, ids = inputs(1)
     for arguments in ((shifted(hidden), experts, weights, ids), (hidden, experts, shifted(weights), ids)):
-        assert torch.equal(replay(*arguments, CONFIG), 2 * hidden + experts.down[0, 0, 0] + weights[0, 0])
+        assert torch.equal(replay(*arguments, CONFIG), expected(*arguments))
     assert backend.runs == runs + 2
 
 
@@ -283,34 +277,25 @@ def misaligning(backend: Adding, inner: Tensor, _out: Tensor) -> None:
     backend.double[1,](inner, inner.new_empty(SIZE + 4)[int(isinstance(inner, Buffer)) :], SIZE, BLOCK=16)
 
 
-UNREPLAYABLE: dict[str, tuple[Callable[[], Adding], int, str]] = {
-    "torch's operation": (
-        lambda: Adding(lambda _backend, inner, _out: inner.mul_(3.0)), 2, "does what only tensors can do .*mul_"
+UNREPLAYABLE: dict[str, Callable[[], Adding]] = {
+    "does what only tensors can do .*mul_": lambda: Adding(lambda _backend, inner, _out: inner.mul_(3.0)),
+    "memory of unknown origin": lambda: Adding(
+        lambda backend, inner, _out: backend.double[1,](inner, backend.kept, SIZE, BLOCK=16)
     ),
-    "other memory": (
-        lambda: Adding(lambda backend, inner, _out: backend.double[1,](inner, backend.kept, SIZE, BLOCK=16)),
-        2, "memory of unknown origin",
+    "launched by Triton itself": lambda: Adding(
+        lambda backend, x, _out: backend.double[1,](x, x, SIZE, BLOCK=16, num_warps=backend.runs)
     ),
-    "other constants": (
-        lambda: Adding(lambda backend, x, _out: backend.double[1,](x, x, SIZE, BLOCK=16, num_warps=backend.runs)),
-        2, "launched by Triton itself",
-    ),
-    "another alignment": (lambda: Adding(misaligning), 2, "launched by Triton itself"),
-    "first run": (Adding, 0, "launched by Triton itself"),
-    "other output": (
-        lambda: Adding(lambda *_: torch.empty(4, LAYER.K)[1:]), 2,
-        "no launch of a `fast_launch` kernel writes its output",
-    ),
-    "hidden work": (lambda: Adding(hiding_work), 2, "the replay's result is not the run's"),
-    "specialised": (lambda: Adding(do_not_specialize=[]), 2, "specialised on a number that depends on M"),
-}  # fmt: skip
+    "(?#alignment)launched by Triton itself": lambda: Adding(misaligning),
+    "no launch of a `fast_launch` kernel writes its output": lambda: Adding(lambda *_: torch.empty(4, LAYER.K)[1:]),
+    "the replay's result is not the run's": lambda: Adding(hiding_work),
+    "specialised on a number that depends on M": lambda: Adding(do_not_specialize=[]),
+}
 
 
-@pytest.mark.parametrize("why", UNREPLAYABLE)
-def test_what_cannot_be_played_back_is_not_recorded(why: str) -> None:
-    backend, before, reason = UNREPLAYABLE[why]
+@pytest.mark.parametrize("reason", UNREPLAYABLE)
+def test_what_cannot_be_played_back_is_not_recorded(reason: str) -> None:
     with pytest.raises(NotReplayableError, match=reason):
-        recorded(backend(), before=before)
+        recorded(UNREPLAYABLE[reason]())
 
 
 def test_weights_that_share_memory_leave_an_address_in_doubt() -> None:

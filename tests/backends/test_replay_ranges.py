@@ -1,7 +1,7 @@
 """A replay launches at every token count of its range what an ordinary call of that token count launches.
 
-Of the real launchers of each backend, with kernels that are noted instead of started: the same compiled kernels (by the
-key of `fast_launch`), grids and numbers, and addresses in the same places of as many bytes.
+Of each backend's real launchers, with kernels that are noted in place of started: the same variants of kernels (by the
+key of `fast_launch`), grids and numbers, and addresses at the same places of as many bytes.
 """
 
 import importlib
@@ -9,7 +9,7 @@ import itertools
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from moe_dispatch.machine import Machine
 from moe_dispatch.problem import DType
+from moe_dispatch.registry import BACKENDS
 from moe_dispatch.testing import Case, Precision
 from moe_dispatch.workloads import make_experts
 from tests.support.decode import GPT_OSS, INTERPRETED
@@ -25,140 +26,99 @@ from tests.support.stub_kernels import cpu_is_the_device
 pytest.importorskip("triton")
 from triton.runtime.jit import JITFunction
 
-from moe_dispatch.backends.gluon_hopper.backend import GluonHopperBackend
 from moe_dispatch.backends.triton_common import features
 from moe_dispatch.backends.triton_common import replay as replay_module
-from moe_dispatch.backends.triton_common.backend import TritonBackend
 from moe_dispatch.backends.triton_common.fast_launch import FastKernel
-from moe_dispatch.backends.triton_common.internals import Encoding
-from moe_dispatch.backends.triton_common.replay import Replay, record
-from moe_dispatch.backends.triton_persistent.backend import TritonPersistentBackend
-from moe_dispatch.backends.triton_splitk.backend import TritonSplitKBackend
-from moe_dispatch.backends.triton_vector.backend import TritonVectorBackend
+from moe_dispatch.backends.triton_common.internals import Encoding, Launch
 
 pytestmark = INTERPRETED
-MOST = 2000  # tokens of an ordinary call here
-Started = tuple[tuple[Any, ...], tuple[int, ...], list[Any]]  # kernel and key, grid, arguments
-started: list[Started] = []
+LAYERS: tuple[dict[str, Any], ...] = (
+    {"E": 8, "topk": 2, "K": 256, "N": 256},
+    {"E": 5, "topk": 3, "K": 512, "N": 128, **GPT_OSS},
+    {"E": 8, "topk": 2, "K": 256, "N": 256, "transposed": True},
+)
+UNSUPPORTED = {("gluon_hopper", "fp8_channel"), ("triton_vector", "mxfp4")}
+started: list[tuple[Any, tuple[int, ...], list[Any]]] = []  # variant of a kernel, grid, arguments
 allocated: list[Tensor] = []
 
 
-class Noted(NamedTuple):
-    """What stands for a compiled kernel."""
-
-    key: tuple[Any, ...]
-    descriptors: tuple[tuple[int, Encoding], ...]
-    padding: tuple[None, ...] = ()
-
-    def start(self, grid: tuple[int, ...], _stream: int, values: list[Any]) -> None:
-        started.append((self.key, (*grid, 1, 1)[:3], values))
-
-
-class Compiled(dict[Any, Any]):
+class Variants(dict[Any, Any]):
     """Has every variant of a kernel."""
 
-    def __init__(self, kernel: str) -> None:
-        super().__init__()
-        self.kernel = kernel
+    def get(self, key: Any, _default: Any = None) -> Launch:
+        kinds = key[2 + 2 * key[1] :]  # of arguments, after the device and the constants
+        described = [place for place, kind in enumerate(kinds) if isinstance(kind, tuple) and isinstance(kind[0], type)]
 
-    def get(self, key: Any, _default: Any = None) -> Any:
-        arguments = key[2 + 2 * key[1] :]  # after the device and the constants
-        kinds = [isinstance(each, tuple) and isinstance(each[0], type) for each in arguments]
-        places = [place for place, descriptor in enumerate(kinds) if descriptor]
-        return Noted((self.kernel, *key), tuple((place, Encoding({}, "")) for place in reversed(places)))
+        def launcher(*passed: Any) -> None:
+            started.append(((id(self), key), passed[:3], passed[-1]))
+
+        return Launch(launcher, (), True, tuple((place, Encoding({}, "")) for place in described[::-1]), (), None)
 
 
 @pytest.fixture(autouse=True)
 def noting(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Kernels and allocations are noted; a replay that starts nothing cannot be verified by its output."""
-    backends, new_empty = Path(__file__).parents[2] / "backends", Tensor.new_empty
-    for path in backends.glob("*/*_kernel.py"):
-        if path.parent.name not in ("exchange", "vllm_fused_moe"):
-            module = importlib.import_module(f"moe_dispatch.backends.{path.parent.name}.{path.stem}")
-            for name, kernel in vars(module).items():
-                if re.fullmatch(r"_moe_\w+_kernel", name):
-                    noted = kernel
-                    if not isinstance(kernel, FastKernel):  # of torch for CUDA Gluon's are that, in the interpreter too
-                        compiled = isinstance(kernel, JITFunction)
-                        noted = FastKernel(kernel if compiled else JITFunction(kernel.fn, **kernel.kwargs))
-                    monkeypatch.setattr(noted, "_launches", Compiled(name))
-                    monkeypatch.setattr(module, name, noted)
+    for path in (Path(__file__).parents[2] / "backends").glob("[gst]*/*_kernel.py"):
+        module = importlib.import_module(f"moe_dispatch.backends.{path.parent.name}.{path.stem}")
+        for name, kernel in vars(module).items():
+            if re.fullmatch(r"_moe_\w+_kernel", name):
+                noted = kernel
+                if not isinstance(kernel, FastKernel):
+                    jit = kernel if isinstance(kernel, JITFunction) else JITFunction(kernel.fn, **kernel.kwargs)
+                    noted = FastKernel(jit)
+                monkeypatch.setattr(noted, "_launches", Variants())
+                monkeypatch.setattr(module, name, noted)
+    new_empty = Tensor.new_empty
 
     def noted_empty(like: Tensor, *shape: Any, **options: Any) -> Tensor:
         allocated.append(new_empty(like, *shape, **options))
         return allocated[-1]
 
     monkeypatch.setattr(Tensor, "new_empty", noted_empty)
-    monkeypatch.setattr(replay_module, "_agree", lambda *_: True)
+    monkeypatch.setattr(replay_module, "_agree", lambda *_: True)  # nothing is computed
+    monkeypatch.setattr(features, "interpreting", lambda: False)  # backends take what they take on the machine
     with cpu_is_the_device():
         yield
 
 
-def call(M: int, K: int, topk: int, ids: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.empty(M, K, dtype=torch.bfloat16), torch.empty(M, topk), torch.empty(M, topk, dtype=ids)
-
-
-def check(replay: Replay, experts: Any, config: Any, M: int, topk: int, ids: torch.dtype) -> None:
-    x, weights, topk_ids = call(M, experts.K, topk, ids)
-    out = torch.empty_like(x)
+def check(replay: replay_module.Replay, call: Any, config: Any) -> None:
+    M, out = len(call[0]), torch.empty_like(call[0])
     started.clear()
     allocated.clear()
-    replay.launch(x, experts, weights, topk_ids, config, out)
+    replay.launch(*call, config, out)
     ordinary, memories = started.copy(), allocated.copy()
     assert [memory.nbytes for memory in memories] == [size.at(M) for size in replay.intermediates]
     started.clear()
-    allocated.clear()
-    assert replay.play(x, experts, weights, topk_ids, out)
-    (scratch,), distances = allocated, replay._sizes[M].distances
-    assert [grid for _, grid, _ in started] == [grid for _, grid, _ in ordinary]
-    for step, (key, _, values), (real_key, _, real) in zip(replay.steps, started, ordinary, strict=True):
-        assert key == real_key
-        assert len(values) == len(real)
-        addresses = {place: base for place, base, _ in step.addresses} | {each.place: each.base for each in step.maps}
-        first = len(replay.weights) + 4  # of the bases of intermediates
-        for place, (value, wanted) in enumerate(zip(values, real, strict=True)):
-            number = addresses.get(place, 0) - first
-            if number < 0:
-                assert value == wanted
-            else:
-                distance = value - scratch.data_ptr() - distances[number]
-                assert distance == wanted - memories[number].data_ptr()
-
-
-BACKENDS: tuple[type[TritonBackend], ...] = (
-    TritonSplitKBackend, TritonVectorBackend, TritonPersistentBackend, GluonHopperBackend,
-)  # fmt: skip
-UNSUPPORTED = {("gluon_hopper", "fp8_channel"), ("triton_vector", "mxfp4")}
-LAYERS: tuple[dict[str, Any], ...] = (
-    {"E": 8, "topk": 2, "K": 256, "N": 256},
-    {"E": 5, "topk": 3, "K": 512, "N": 128, **GPT_OSS},
-    {"E": 8, "topk": 2, "K": 256, "N": 256, "transposed": True},
-)
+    assert replay.play(*call, out)
+    scratch, distances = allocated[-1].data_ptr(), replay._sizes[M].distances
+    moved = [scratch + distances[number] - memory.data_ptr() for number, memory in enumerate(memories)]
+    moved = [0] * (len(replay.weights) + 4) + moved  # by base
+    for step, played, (variant, grid, values) in zip(replay.steps, started, ordinary, strict=True):
+        maps = ((each.place, each.base, 0) for each in step.maps)
+        for place, base, _ in (*step.addresses, *maps):
+            values[place] += moved[base]
+        assert played == (variant, grid, values)
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp8", "fp8_channel", "mxfp4"])
-@pytest.mark.parametrize("cls", BACKENDS, ids=lambda cls: cls.name)
-def test_launches_are_those_of_an_ordinary_call(
-    cls: type[TritonBackend], dtype: DType, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    machine = Machine.load("h200")
-    monkeypatch.setattr(features, "interpreting", lambda: False)  # backends take what they take on the machine
-    backend = cls(machine)
-    layers = itertools.cycle(itertools.product(LAYERS, (torch.int32, torch.int64)))
-    checked = 0
-    for M, (layer, ids) in zip((1, 3, 16, 33, 128, 300, 1000), layers, strict=False):
+@pytest.mark.parametrize("name", ["triton_splitk", "triton_vector", "triton_persistent", "gluon_hopper"])
+def test_launches_are_those_of_an_ordinary_call(name: str, dtype: DType, monkeypatch: pytest.MonkeyPatch) -> None:
+    machine, checked = Machine.load("h200"), 0
+    backend: Any = BACKENDS.load(name)(machine)
+    kinds = itertools.cycle(itertools.product(LAYERS, (torch.int32, torch.int64)))
+    for M, (layer, ids) in zip((1, 3, 16, 33, 128, 300, 1000), kinds, strict=False):
         case = Case(M=M, **layer)
         problem = case.problem(Precision(dtype, "bf16"), machine)
         if backend.unsupported_reasons(problem):
             continue
         experts = make_experts(case.layer, dtype, "cpu", act_dtype="bf16", transposed=case.transposed)
-        x, weights, topk_ids = call(M, case.K, case.topk, ids)
         config = backend.configs(problem)[-1]
+        x, weights = torch.empty(2000, case.K, dtype=torch.bfloat16), torch.empty(2000, case.topk)
         with monkeypatch.context() as patches:
             patches.setattr(Tensor, "is_cuda", True)
-            replay = record(backend, backend.launch, (x, experts, weights, topk_ids), config)
-            first, last = replay.tokens.first, min(replay.tokens.last, MOST)
+            call = x[:M], experts, weights[:M], weights[:M].to(ids)
+            replay = replay_module.record(backend, backend.launch, call, config)
+            first, last = replay.tokens.first, min(replay.tokens.last, len(x))
             for count in {first, (first + last) // 2, last, M}:
-                check(replay, experts, config, count, case.topk, ids)
+                check(replay, (x[:count], experts, weights[:count], weights[:count].to(ids)), config)
                 checked += 1
-    assert checked >= 4 or (cls.name, dtype) in UNSUPPORTED
+    assert checked >= 4 or (name, dtype) in UNSUPPORTED
