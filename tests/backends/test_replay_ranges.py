@@ -26,6 +26,8 @@ from tests.support.stub_kernels import cpu_is_the_device
 pytest.importorskip("triton")
 from triton.runtime.jit import JITFunction
 
+from moe_dispatch.backends.gluon_hopper.backend import GluonHopperBackend
+from moe_dispatch.backends.gluon_hopper.config import GluonHopperConfig
 from moe_dispatch.backends.triton_common import features
 from moe_dispatch.backends.triton_common import replay as replay_module
 from moe_dispatch.backends.triton_common.fast_launch import FastKernel
@@ -122,3 +124,14 @@ def test_launches_are_those_of_an_ordinary_call(name: str, dtype: DType, monkeyp
                 check(replay, (x[:count], experts, weights[:count], weights[:count].to(ids)), config)
                 checked += 1
     assert checked >= 4 or (name, dtype) in UNSUPPORTED
+
+
+def test_weights_that_are_copied_are_not_copied_for_a_replay(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = Case(M=1536, E=2, topk=2, K=64, N=64)
+    experts = make_experts(case.layer, "mxfp4", "cpu", act_dtype="bf16")
+    weights = torch.empty(case.M, case.topk)
+    backend = GluonHopperBackend(Machine.load("h200"))
+    monkeypatch.setattr(Tensor, "is_cuda", True)
+    monkeypatch.delattr(replay_module, "record")
+    call = torch.empty(case.M, case.K, dtype=torch.bfloat16), experts, weights, weights.int()
+    assert backend.fast_path(call, GluonHopperConfig()) is None

@@ -75,25 +75,16 @@ def running(backend: Described) -> Callable[..., Tensor]:
 
 
 @pytest.mark.parametrize("prepared", [running, recorded])
-def test_replaced_weights_are_used_on_the_next_call(prepared: Callable[[Described], Callable[..., Tensor]]) -> None:
+def test_weights_are_used_where_they_are_on_each_call(prepared: Callable[[Described], Callable[..., Tensor]]) -> None:
     backend = Described()
     run = prepared(backend)
-    hidden, experts, weights, ids = inputs()
-    for value in (1.0, 2.0, 3.0):
-        experts.down.data = torch.full_like(experts.down, value)
-        compiled = backend.stub.compiled
-        assert torch.equal(run(hidden, experts, weights, ids, CONFIG), hidden + value)
-        assert backend.stub.compiled == compiled, "and without Triton's own path"
-
-
-def test_weights_that_take_turns_at_two_places_are_both_kept() -> None:
-    backend = Described()
-    run = recorded(backend)
     hidden, experts, weights, ids = inputs()
     first, second = torch.full_like(experts.down, 1.0), torch.full_like(experts.down, 2.0)
     for value, memory in ((1.0, first), (2.0, second), (1.0, first)):
         experts.down.data = memory
+        compiled = backend.stub.compiled
         assert torch.equal(run(hidden, experts, weights, ids, CONFIG), hidden + value)
+        assert backend.stub.compiled == compiled, "and without Triton's own path"
 
 
 def test_other_weights_at_the_same_address_have_another_descriptor() -> None:
