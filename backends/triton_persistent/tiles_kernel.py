@@ -1,5 +1,5 @@
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"
-"""Which tiles a grouped product has, and in which order they are computed: device functions of `product_kernel`."""
+"""Which tiles a grouped product has, and in which order they are computed."""
 
 import triton
 import triton.language as tl
