@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from moe_dispatch.benchmarks.candidates import BenchCandidate
-from moe_dispatch.benchmarks.energy import EnergyMeasurement, joules_per_call
 from moe_dispatch.benchmarks.stopwatch import Stopwatch
 from moe_dispatch.experts import ExpertWeights
 from moe_dispatch.measure import LayerInputs, Timing, Verdict, make_inputs, reference_outputs, time_interleaved, verify
+from moe_dispatch.measure.energy import EnergyMeasurement, joules_per_call
 from moe_dispatch.problem import Mode, MoEProblem
 from moe_dispatch.system.failures import lost_device, out_of_memory, summary
 from moe_dispatch.workloads import RoutingDistribution

@@ -16,13 +16,13 @@ from typing import Final
 import torch
 
 from moe_dispatch.benchmarks.candidates import BenchCandidate, CandidateFactory, LoadedLayer
-from moe_dispatch.benchmarks.energy import EnergyMeasurement
 from moe_dispatch.benchmarks.plan import BenchPlan
 from moe_dispatch.benchmarks.point import SEED, Outcome, PointInputs, check_and_time, release_memory
 from moe_dispatch.benchmarks.provenance import Provenance
 from moe_dispatch.benchmarks.row_files import append
 from moe_dispatch.benchmarks.rows import BenchRow, RowKey
 from moe_dispatch.benchmarks.stopwatch import Stopwatch
+from moe_dispatch.measure.energy import EnergyMeasurement
 from moe_dispatch.policies.calibration.schedule import coarse_to_fine
 from moe_dispatch.problem import DType, MoEProblem
 from moe_dispatch.system.failures import out_of_memory, summary

@@ -8,6 +8,7 @@ import pydantic
 from moe_dispatch.backend import Backend
 from moe_dispatch.guard import FOREIGN_ERRORS
 from moe_dispatch.machine import Machine
+from moe_dispatch.policies.measurements.energy_table import EnergyTable
 from moe_dispatch.policies.measurements.schema import CalibrationFile, Candidate, Identity, LayerKey
 from moe_dispatch.policies.measurements.table import LayerTable, points_of_layers, tabulated
 from moe_dispatch.policies.measurements.versions import changes, relevant_versions
@@ -23,14 +24,15 @@ class MeasuredFile:
         file: The file's content.
         machine: The machine that asks.
         retires: Whether a change of a version that a measurement depends on retires it.
+        minimize: ``"time"`` or ``"energy"``.
 
     Attributes:
         notes: Sentences about measurements that are not used.
     """
 
-    def __init__(self, file: CalibrationFile, machine: Machine, *, retires: bool) -> None:
-        self._file = file
-        self._tables: dict[tuple[LayerKey, Mode], LayerTable | None] = {}
+    def __init__(self, file: CalibrationFile, machine: Machine, *, retires: bool, minimize: str = "time") -> None:
+        self._file, self._minimize = file, minimize
+        self._tables: dict[tuple[LayerKey, Mode], LayerTable | EnergyTable | None] = {}
         self._points = points_of_layers(file)
         self._usable: list[Identity | None] = []  # by index of the file's candidates; None for one that is not used
         backends = MadeBackends(machine)
@@ -46,13 +48,21 @@ class MeasuredFile:
             for reason, count in unused.items()
         )
 
-    def table(self, key: LayerKey, mode: Mode) -> LayerTable | None:
+    def table(self, key: LayerKey, mode: Mode) -> LayerTable | EnergyTable | None:
         """The table of a layer in a mode; None if the file has nothing usable of it."""
         # Built when a layer is first ranked, so that the time to load does not grow with layers that never are.
         if (key, mode) not in self._tables:
-            table = tabulated(self._points.get((key, mode), ()), self._usable)
-            self._tables[key, mode] = table if table.tokens else None
+            points = self._points.get((key, mode), ())
+            times = tabulated(points, self._usable)
+            by_energy = self._minimize == "energy" and times.tokens
+            table = EnergyTable(times, tabulated(points, self._usable, "joules")) if by_energy else times
+            self._tables[key, mode] = table if times.tokens else None
         return self._tables[key, mode]
+
+    @property
+    def has_energies(self) -> bool:
+        """Whether the energy of any candidate was measured."""
+        return any(measurement.joules for point in self._file.points for measurement in point.measurements)
 
     def digest(self) -> str:
         """A hash of the file's content."""

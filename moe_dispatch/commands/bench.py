@@ -16,7 +16,17 @@ import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from moe_dispatch.commands.console import ERR, INTERRUPTED, OUT, heading, machine_line, microseconds, plain, table
+from moe_dispatch.commands.console import (
+    ERR,
+    INTERRUPTED,
+    OUT,
+    heading,
+    machine_line,
+    microseconds,
+    millijoules,
+    plain,
+    table,
+)
 from moe_dispatch.commands.options import (
     AsJson,
     Dtypes,
@@ -260,10 +270,10 @@ def _sweep(
 ) -> "Sweep":
     import torch
 
-    from moe_dispatch.benchmarks.energy import EnergyMeasurement, energy_meter
     from moe_dispatch.benchmarks.provenance import Provenance
     from moe_dispatch.benchmarks.row_files import timed_keys
     from moe_dispatch.benchmarks.sweep import Sweep
+    from moe_dispatch.measure.energy import EnergyMeasurement, energy_meter
 
     with ERR.status("measuring the ceilings"):
         provenance = Provenance.here(machine)
@@ -343,7 +353,7 @@ def _table(rows: "Sequence[BenchRow]") -> Table:
             plain(_label(row) if names[row.backend] > 1 else row.backend),
             microseconds(row.us) if row.us is not None else f"[red]{plain(row.reason)}[/red]",
             f"{row.fraction:.2f}" if row.fraction is not None else "–",
-            *([f"{1e3 * row.joules_per_token:.3g} mJ" if row.joules_per_token is not None else "–"] * len(energy)),
+            *([millijoules(row.joules_per_token)] * len(energy)),
             f"{row.error:.1e}" if row.error is not None else "–",
         )
     return shown

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 
-from moe_dispatch.commands.console import ERR, INTERRUPTED, OUT, heading, line, microseconds, plain, table
+from moe_dispatch.commands.console import ERR, INTERRUPTED, OUT, heading, line, microseconds, millijoules, plain, table
 from moe_dispatch.commands.options import (
     AsJson,
     Backends,
@@ -48,6 +48,9 @@ def calibrate(
     device: Device = None,
     budget: Budget = None,
     timeout: Annotated[float, typer.Option("--timeout", help="Seconds after which a candidate counts as hung.")] = 60.0,
+    energy: Annotated[
+        float, typer.Option("--energy", help="Also measure each finalist's energy for so many seconds; 0 not to.")
+    ] = 0.0,
     max_configs: Annotated[
         int | None,
         typer.Option("--max-configs", min=1, help="Measure at most this many configurations of a backend."),
@@ -80,10 +83,11 @@ def calibrate(
     routings = routing_names(routing) if routing else DEFAULT_ROUTINGS
     budget_s = None if budget is None else seconds_of("--budget", budget)
     timeout_s = seconds_of("--timeout", timeout)
+    seconds_of("--energy", energy, zero=True)
     if parallel:
         from moe_dispatch.commands.parallel import calibrate_ranks
 
-        if mode != "both" or backend or routing or max_configs or quick or resume or compile_only:
+        if mode != "both" or backend or routing or max_configs or quick or resume or compile_only or energy:
             raise InvalidInputError(
                 "--parallel goes with --model, --dtype, --tp, --tokens, --device, --budget, --timeout and --json alone"
             )
@@ -98,7 +102,7 @@ def calibrate(
         report = measure(
             layers, dtypes, tokens=counts, budget_s=budget_s, quick=quick, resume=resume,
             device=device, backends=backend, timeout_s=timeout_s, most_configs=max_configs,
-            on_progress=on_progress, modes=modes, routings=routings, compile_only=compile_only,
+            on_progress=on_progress, modes=modes, routings=routings, compile_only=compile_only, energy_s=energy,
         )  # fmt: skip
     if as_json:
         typer.echo(json.dumps(_to_dict(report), indent=1))
@@ -112,8 +116,17 @@ def calibrate(
 
 
 def _to_dict(report: "CalibrationReport") -> dict[str, Any]:
+    joules = report.joules_per_token()
     winners = [
-        {"layer": layer, "mode": mode, "M": M, "backend": backend, "config": dict(config), "us": us}
+        {
+            "layer": layer,
+            "mode": mode,
+            "M": M,
+            "backend": backend,
+            "config": dict(config),
+            "us": us,
+            "joules_per_token": joules.get((layer, mode, M, (backend, config))),
+        }
         for (layer, mode), by_tokens in report.winners().items()
         for M, ((backend, config), us) in by_tokens.items()
     ]
@@ -141,12 +154,15 @@ def _to_dict(report: "CalibrationReport") -> dict[str, Any]:
 
 
 def _print(report: "CalibrationReport", *, compile_only: bool) -> None:
+    joules = report.joules_per_token()
+    energy = ("energy per token",) if joules else ()
     for (layer, mode), winners in report.winners().items():
         heading(f"{layer} ({mode})")
-        rows = table("M", "fastest", "time", "configuration", numbers=("M", "time"))
+        rows = table("M", "fastest", "time", *energy, "configuration", numbers=("M", "time", *energy))
         for M, ((backend, config), us) in winners.items():
             options = ", ".join(f"{name}={value}" for name, value in config)
-            rows.add_row(str(M), plain(backend), microseconds(us), plain(options))
+            shown = [millijoules(joules.get((layer, mode, M, (backend, config))))] * len(energy)
+            rows.add_row(str(M), plain(backend), microseconds(us), *shown, plain(options))
         OUT.print(rows)
     if disqualified := report.disqualified():
         heading("disqualified")

@@ -37,6 +37,7 @@ class CalibrationRequest:
         compile_only: Whether to stop after compiling what would be measured.
         budget_s: Stop after this many seconds; None for no limit.
         timeout_s: Seconds after which a candidate counts as hung.
+        energy_s: Seconds for which the energy of each finalist of a point is measured; 0 not to measure it.
         directory: Folder in place of the cache directory.
 
     Raises:
@@ -56,6 +57,7 @@ class CalibrationRequest:
     compile_only: bool = False
     budget_s: float | None = None
     timeout_s: float = DEFAULT_TIMEOUT_S
+    energy_s: float = 0.0
     directory: Path | None = None
 
     def __post_init__(self) -> None:
@@ -75,8 +77,10 @@ class CalibrationRequest:
             raise InvalidInputError(f"most_configs must be at least 1, got {self.most_configs}")
         if not (math.isfinite(self.timeout_s) and self.timeout_s > 0):
             raise InvalidInputError(f"timeout_s must be a positive number of seconds, got {self.timeout_s}")
-        if self.budget_s is not None and not (math.isfinite(self.budget_s) and self.budget_s >= 0):
-            raise InvalidInputError(f"budget_s must be a number of seconds, at least 0, got {self.budget_s}")
+        for name in ("budget_s", "energy_s"):
+            seconds = getattr(self, name)
+            if seconds is not None and not (math.isfinite(seconds) and seconds >= 0):
+                raise InvalidInputError(f"{name} must be a number of seconds, at least 0, got {seconds}")
 
     @property
     def path(self) -> Path:

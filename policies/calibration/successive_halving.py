@@ -54,12 +54,16 @@ class MeasurementContext:
         routings: Names of the routing distributions; the first one screens.
         tolerance: Gives the relative error that a backend promises for a layer.
         on_death: Called with backend, layer, M, mode and error when a candidate took its worker down.
+        energy_s: Seconds for which each finalist's energy is measured; 0 not to measure it.
+        on_skip: Called with a sentence about an energy that could not be measured.
     """
 
     worker: Worker
     routings: tuple[str, ...]
     tolerance: Callable[[str, LayerShape], float]
     on_death: Callable[[str, LayerShape, int, Mode, WorkerDiedError], None]
+    energy_s: float = 0.0
+    on_skip: Callable[[str], None] = lambda _: None
 
 
 class SuccessiveHalving:
@@ -101,6 +105,7 @@ class SuccessiveHalving:
         self._disqualified: dict[int, str] = {}
         self._dropped: set[str] = set()  # backends that are too far behind to be a fallback
         self._finalists: list[int] = []
+        self._joules: dict[int, float] = {}  # of one call
 
     @property
     def finalists(self) -> dict[Identity, float]:
@@ -127,6 +132,8 @@ class SuccessiveHalving:
             keep, budget_s = max(FINALISTS, math.ceil(keep / 2)), 2 * budget_s
             alive = self._kept(keep)
         self._final([index for index in alive if self._right(index)], *(FINAL_LONG if long else FINAL))
+        if self._context.energy_s:
+            self._measure_energy()
         self._check_fallbacks()
         return self._measurements()
 
@@ -222,6 +229,18 @@ class SuccessiveHalving:
         """Quartiles of a candidate's samples, on the first distribution if none is named."""
         return quartiles(self._samples[candidate][routing or self._context.routings[0]])
 
+    def _measure_energy(self) -> None:
+        """Measure the finalists' energy, one after another; the time of a candidate that raises meanwhile stands."""
+        for index in self._finalists:
+            try:
+                self._joules[index] = self._context.worker.energy(index, self._context.energy_s)
+            except CandidateFailedError as error:
+                point = f"{self._layer} M={self._M} ({self._mode})"
+                self._context.on_skip(f"{point}: the energy of {self._candidates[index].backend}: {error.cause}")
+            except WorkerDiedError as error:
+                self._died(index, error)
+        self._finalists = [index for index in self._finalists if self._may_win(index)]
+
     def _check_fallbacks(self) -> None:
         """Check one candidate of each backend that has no finalist, as a fallback, or drop the backend."""
         if not self._finalists:
@@ -309,6 +328,7 @@ class SuccessiveHalving:
                     score=score,
                     error=self._errors.get(index),
                     disqualified=reason[:1000] if reason else None,
+                    joules=None if reason else self._joules.get(index),
                 )
             )
         return measurements

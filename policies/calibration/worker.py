@@ -26,6 +26,7 @@ from moe_dispatch.measure import (
     reference_outputs,
     verify,
 )
+from moe_dispatch.measure.energy import NvmlMeter, joules_per_call
 from moe_dispatch.measure.inputs import synchronize
 from moe_dispatch.policies.calibration.memory import input_bytes, require, weight_bytes
 from moe_dispatch.policies.calibration.placeholder_weights import placeholder_weights
@@ -223,6 +224,12 @@ class WorkerServer:
             "failed": [failed.get(candidate) for candidate in candidates],
         }
 
+    def energy(self, candidate: int, seconds: float) -> dict[str, Any]:
+        """Energy of one call of a candidate in joules, averaged over the inputs of all the point's distributions."""
+        inputs = [each for routing in self._routings for each in self._inputs[routing]]
+        call = self._timed_call(candidate, inputs[0])
+        return {"joules": joules_per_call(call, inputs, NvmlMeter(self._device), mode=self._mode, seconds=seconds)}
+
     def _call(self, candidate: int) -> tuple[Backend, BackendConfig, Call]:
         assert self._experts is not None  # noqa: S101 - `layer` comes first
         backend, config = self._made(*self._candidates[candidate])
@@ -274,6 +281,7 @@ def serve(read: int, write: int) -> None:
     operations: dict[str, Callable[..., dict[str, Any]]] = {
         "start": worker.start, "layer": worker.layer, "point": worker.point,
         "compile": worker.compile, "launch": worker.launch, "check": worker.check, "time": worker.time,
+        "energy": worker.energy,
     }  # fmt: skip
     with os.fdopen(read, encoding="utf-8") as requests, os.fdopen(write, "w", encoding="utf-8") as answers:
         for line in requests:

@@ -166,6 +166,19 @@ class Worker(Protocol):
             NotPreparedError: After a death, layer and point could not be made again.
         """
 
+    def energy(self, candidate: int, seconds: float) -> float:
+        """Energy of one call of a candidate in joules, averaged over the inputs of all distributions.
+
+        Args:
+            candidate: Index in the point's candidates.
+            seconds: Duration of the calls in a row.
+
+        Raises:
+            WorkerDiedError: It crashed, hung or lost the device.
+            CandidateFailedError: The candidate raised, or the energy counter could not be read.
+            NotPreparedError: After a death, layer and point could not be made again.
+        """
+
     def close(self) -> None:
         """End the worker, whatever it does."""
 
@@ -238,6 +251,11 @@ class WorkerProcess:
             for us, failed in zip(answer["us"], answer["failed"], strict=True)
         ]
 
+    def energy(self, candidate: int, seconds: float) -> float:
+        """See `Worker.energy`."""
+        answer = self._ask_about_point("energy", 1, seconds, candidate=candidate, seconds=seconds)
+        return float(answer["joules"])
+
     def close(self) -> None:
         """See `Worker.close`."""
         if self._process is not None:
@@ -262,11 +280,11 @@ class WorkerProcess:
         except WorkerDiedError as error:
             raise NotPreparedError(error.cause) from error
 
-    def _ask_about_point(self, op: str, count: int, **request: Any) -> dict[str, Any]:
+    def _ask_about_point(self, op: str, count: int, longer_s: float = 0.0, **request: Any) -> dict[str, Any]:
         """Ask about `count` candidates; after a death, layer and point are made again first."""
         if self._process is None and self._setup is not None:
             self.point(self._setup)
-        return self._ask(op, self._timeout_s * count, **request)
+        return self._ask(op, self._timeout_s * count + longer_s, **request)
 
     def _ask(self, op: str, timeout_s: float, **request: Any) -> dict[str, Any]:
         if self._process is None:

@@ -130,6 +130,7 @@ class Measurement:
             that was eliminated before its check.
         disqualified: Why it may not win: wrong, unstable, crashed, hung or out of memory. None if it has a score.
         incumbent: Whether it won here in the calibration before, and so wins again within noise.
+        joules: Energy of one call in joules, averaged over the distributions; None if it was not measured.
     """
 
     layer: LayerShape
@@ -141,6 +142,7 @@ class Measurement:
     error: float | None = None
     disqualified: str | None = None
     incumbent: bool = False
+    joules: float | None = None
 
     @property
     def point(self) -> PointKey:
@@ -158,6 +160,7 @@ class StoredMeasurement(Strict):
         error: Relative error.
         disqualified: Reason.
         incumbent: Whether it won in the calibration before.
+        joules: Energy of one call.
     """
 
     candidate: Index
@@ -166,11 +169,14 @@ class StoredMeasurement(Strict):
     error: Annotated[float, pydantic.Field(ge=0, allow_inf_nan=False)] | None = None
     disqualified: Text | None = None
     incumbent: bool = False
+    joules: Positive | None = None
 
     @pydantic.model_validator(mode="after")
     def _scored_or_disqualified(self) -> Self:
         if (self.score is None) == (self.disqualified is None):
             raise ValueError("a measurement has either a score or the reason of its disqualification")
+        if self.disqualified and self.joules:
+            raise ValueError("a candidate that is disqualified has no energy")
         return self
 
     @classmethod
@@ -183,6 +189,7 @@ class StoredMeasurement(Strict):
             error=measurement.error,
             disqualified=measurement.disqualified,
             incumbent=measurement.incumbent,
+            joules=measurement.joules,
         )
 
 
@@ -254,6 +261,10 @@ class CalibrationFile(Strict):
                     )
         return self
 
+    def text(self) -> str:
+        """The content of a file, without what was not measured: a version that does not know of it reads the rest."""
+        return self.model_dump_json(exclude_none=True)
+
     def measurements(self) -> Iterator[Measurement]:
         """Every measurement with its layer and candidate in place of their indices."""
         for point in self.points:
@@ -268,6 +279,7 @@ class CalibrationFile(Strict):
                     error=stored.error,
                     disqualified=stored.disqualified,
                     incumbent=stored.incumbent,
+                    joules=stored.joules,
                 )
 
 

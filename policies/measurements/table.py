@@ -7,7 +7,7 @@ layers bound by bandwidth and for layers bound by arithmetic.
 import bisect
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Final, NamedTuple
+from typing import Final, Literal, NamedTuple
 
 from moe_dispatch.policies.measurements.schema import CalibrationFile, Identity, LayerKey, Point
 from moe_dispatch.policy import Choice
@@ -83,12 +83,7 @@ class LayerTable:
 
     def rank(self, M: int) -> tuple[tuple[Identity, float], ...]:
         """Each backend's best configuration with its time in µs, the fastest first; empty if M is out of range."""
-        if not self.tokens or not self.tokens[0] / NEAR <= M <= self.tokens[-1] * FAR:
-            return ()
-        i = bisect.bisect_left(self.tokens, M)
-        around = self.tokens[max(i - 1, 0) : i + 1] if i == len(self.tokens) or self.tokens[i] != M else (M,)
-        if len(around) == 2 and around[1] > around[0] * APART:
-            return ()
+        around = self.around(M)
         if (spans := self._between.get(around)) is None:
             spans = self._between[around] = self._spans(around)
         if not spans:
@@ -105,19 +100,45 @@ class LayerTable:
                 best[identity[0]] = identity, times[place]
         return tuple(best.values())
 
-    def _spans(self, around: tuple[int, ...]) -> list["_Span"]:
+    def around(self, M: int) -> tuple[int, ...]:
+        """The measured token counts that decide about M: M itself, or its neighbours; none if M is out of range."""
+        if not self.tokens or not self.tokens[0] / NEAR <= M <= self.tokens[-1] * FAR:
+            return ()
+        i = bisect.bisect_left(self.tokens, M)
+        around = self.tokens[max(i - 1, 0) : i + 1] if i == len(self.tokens) or self.tokens[i] != M else (M,)
+        return () if len(around) == 2 and around[1] > around[0] * APART else around
+
+    def us(self, identity: Identity, M: int) -> float:
+        """A candidate's time in µs at M, measured or interpolated.
+
+        Raises:
+            KeyError: It was not timed at each token count that decides about M.
+        """
+        around = self.around(M)
+        span = self._span(identity, around, won=False) if around else None
+        if span is None:
+            raise KeyError(identity)
+        return _times([span], around, M)[0]
+
+    def _span(self, identity: Identity, around: tuple[int, ...], *, won: bool) -> _Span | None:
+        """A candidate's times at the token counts `around`; None unless it has one at each."""
+        times = [self.scores[near].get(identity) for near in around]
+        if None in times:
+            return None
+        us = tuple(filter(None, times))
+        return _Span(identity, us, tuple(map(math.log, us)), won=won)
+
+    def _spans(self, around: tuple[int, ...]) -> list[_Span]:
         """The candidates that can be a backend's best between the token counts `around`, or at the only one.
 
         They are the same for every M between, so that a new token count is not planned from scratch. A candidate that
         was eliminated at a neighbour was behind there; its times further away say nothing of M.
         """
+        if not around:
+            return []
         won = {self.winners[near] for near in around}
-        spans: list[_Span] = []
-        for identity in self._candidates:
-            times = [self.scores[near].get(identity) for near in around]
-            if None not in times:
-                us = tuple(filter(None, times))
-                spans.append(_Span(identity, us, tuple(map(math.log, us)), won=identity in won))
+        timed = (self._span(identity, around, won=identity in won) for identity in self._candidates)
+        spans = [span for span in timed if span]
         # One that did not win and is behind another candidate of its backend everywhere is never the backend's best.
         least: dict[str, float] = {}
         kept: set[int] = set()
@@ -131,11 +152,12 @@ class LayerTable:
     def choices(self, M: int, mode: str) -> Iterator[Choice]:
         """The ranking as choices with their reasons; `mode` is the part of the reason that names the mode."""
         ranked = self.rank(M)
-        where = self._where(M, mode)
+        where = self.where(M, mode)
         for place, ((backend, config), us) in enumerate(ranked):
-            yield Choice(backend, f"{us:.1f} µs {where}{_lead(ranked, place)}", dict(config), us)
+            yield Choice(backend, f"{us:.1f} µs {where}{lead(ranked, place)}", dict(config), us)
 
-    def _where(self, M: int, mode: str) -> str:
+    def where(self, M: int, mode: str) -> str:
+        """The part of a reason that says which token counts it rests on; M is in range."""
         if M in self.scores:
             return f"at M={M} ({mode})"
         i = bisect.bisect_left(self.tokens, M)
@@ -188,12 +210,15 @@ def points_of_layers(file: CalibrationFile) -> dict[tuple[LayerKey, Mode], list[
     return points
 
 
-def tabulated(points: Iterable[Point], identities: Sequence[Identity | None]) -> LayerTable:
+def tabulated(
+    points: Iterable[Point], identities: Sequence[Identity | None], of: Literal["score", "joules"] = "score"
+) -> LayerTable:
     """The table of one layer in one mode.
 
     Args:
         points: Its points.
         identities: Of the file's candidates; None for one that is left out.
+        of: What is tabulated: times in µs, or energies of a call in joules where they were measured.
     """
     scores: dict[int, dict[Identity, float | None]] = {}
     incumbents: dict[int, Identity] = {}
@@ -201,7 +226,7 @@ def tabulated(points: Iterable[Point], identities: Sequence[Identity | None]) ->
         at = scores.setdefault(point.M, {})
         for stored in point.measurements:
             if (identity := identities[stored.candidate]) is not None:
-                at[identity] = stored.score
+                at[identity] = getattr(stored, of)
                 if stored.incumbent:
                     incumbents[point.M] = identity
     return LayerTable(scores, incumbents)
@@ -223,12 +248,19 @@ def rough_us(us: float) -> str:
     return f"{us:.3g}" if us < 1000 else f"{us:.0f}"
 
 
-def _lead(ranked: Sequence[tuple[Identity, float]], place: int) -> str:
+def lead(ranked: Sequence[tuple[Identity, float]], place: int, best: str = "fastest") -> str:
+    """The part of a reason that compares a ranked candidate with the winner, and the winner with the second.
+
+    Args:
+        ranked: Candidates with their times or energies, the winner first.
+        place: Index of the candidate.
+        best: The adjective for a winner.
+    """
     if len(ranked) == 1:
         return ""
     (_, us), (winner, winner_us), (second, second_us) = ranked[place], ranked[0], ranked[1]
     if place:
         return f", {us / winner_us - 1:.0%} behind {winner[0]}".replace("%", " %")
     if second_us <= us * (1 + NOISE):
-        return f", within noise of {second[0]} and fastest at more token counts"
+        return f", within noise of {second[0]} and {best} at more token counts"
     return f", {second_us / us - 1:.0%} ahead of {second[0]}".replace("%", " %")

@@ -7,19 +7,24 @@ import pytest
 import torch
 from torch import Tensor
 
-from moe_dispatch.benchmarks.energy import EnergyMeasurement, EnergyMeter, energy_meter, joules_per_call
 from moe_dispatch.measure import LayerInputs, make_inputs
+from moe_dispatch.measure.energy import EnergyMeasurement, EnergyMeter, energy_meter, joules_per_call
 from moe_dispatch.workloads import ROUTINGS
 from tests.benchmarks.helpers import LAYER, reference
 from tests.benchmarks.test_sweep import plan, provenance
 
 
 class DescribedDevice:
-    """A device that takes 10 ms and 3 joules for each call, and 5 watts besides; it is its own clock and counter."""
+    """A device that takes 10 ms and 3.05 joules for each call; it is its own clock and counter.
 
-    def __init__(self) -> None:
+    Args:
+        update: Calls between two updates of the counter.
+    """
+
+    def __init__(self, update: int = 1) -> None:
         self.now = 0.0
         self.calls = 0
+        self.update = update
 
     def call(self, inputs: LayerInputs) -> Tensor:
         self.now += 0.01
@@ -27,18 +32,25 @@ class DescribedDevice:
         return inputs.hidden_states
 
     def joules(self) -> float:
-        return 3.0 * self.calls + 5.0 * self.now
+        return 3.05 * (self.calls - self.calls % self.update)
 
 
 def inputs(count: int = 4) -> tuple[LayerInputs, ...]:
     return make_inputs(LAYER.problem(2, "fp32", reference().machine), ROUTINGS["uniform"], "cpu", count)
 
 
-def test_energy_is_that_of_the_calls_and_of_the_time_that_they_take() -> None:
-    device = DescribedDevice()
+@pytest.mark.parametrize("update", [1, 20])
+def test_energy_is_that_of_the_calls_between_two_updates_of_the_counter(update: int) -> None:
+    device = DescribedDevice(update)
     joules = joules_per_call(device.call, inputs(), device, mode="eager", seconds=1.0, clock=lambda: device.now)
     assert joules == pytest.approx(3.05)
-    assert 100 <= device.calls <= 120  # a second of calls, after two passes that do not count
+    assert 100 <= device.calls <= 120 + 2 * update  # a second of calls, after passes that do not count
+
+
+def test_a_counter_that_stands_still_is_given_up() -> None:
+    device = DescribedDevice(update=1 << 30)
+    with pytest.raises(RuntimeError, match="did not advance within 2 s"):
+        joules_per_call(device.call, inputs(), device, mode="eager", seconds=1.0, clock=lambda: device.now)
 
 
 def test_rows_have_energy_per_token_if_it_is_measured(tmp_path: Path) -> None:
@@ -55,7 +67,7 @@ def test_rows_have_energy_per_token_if_it_is_measured(tmp_path: Path) -> None:
     measured = Sweep(tmp_path / "a.jsonl", provenance(), energy=EnergyMeasurement(meter, 0.01))
     (row,) = measured.run([plan(reference(), tokens=(2,))])
     assert row.joules_per_token is not None
-    assert 0 < row.joules_per_token <= 3.0 / 2 / 2  # two inputs of two tokens; at least one pass
+    assert 0 < row.joules_per_token <= 3.05 / 2 / 2  # two inputs of two tokens; at least one pass
     (row,) = Sweep(tmp_path / "b.jsonl", provenance()).run([plan(reference(), tokens=(2,))])
     assert row.joules_per_token is None
 

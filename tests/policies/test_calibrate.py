@@ -1,11 +1,13 @@
 """What a calibration decides, on a simulated clock: which candidates start, which win, and what is kept."""
 
 import functools
+import itertools
 import json
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,13 +24,14 @@ from moe_dispatch.policies.calibration import calibrate as calibrate_module
 from moe_dispatch.policies.calibration import run as run_module
 from moe_dispatch.policies.calibration import schedule as schedule_module
 from moe_dispatch.policies.calibration import successive_halving
+from moe_dispatch.policies.calibration import worker as worker_module
 from moe_dispatch.policies.calibration.calibrate import calibrate
 from moe_dispatch.policies.calibration.report import CalibrationReport, Progress
 from moe_dispatch.policies.calibration.request import CalibrationRequest
 from moe_dispatch.policies.calibration.run import CalibrationRun
 from moe_dispatch.policies.calibration.schedule import coarse_to_fine
 from moe_dispatch.policies.calibration.worker import WorkerServer
-from moe_dispatch.policies.calibration.worker_process import Worker, WorkerDiedError
+from moe_dispatch.policies.calibration.worker_process import CandidateFailedError, Worker, WorkerDiedError
 from moe_dispatch.policies.measurements.schema import LayerShape, read_calibration
 from moe_dispatch.problem import MoEProblem
 from moe_dispatch.workloads import workload
@@ -126,10 +129,11 @@ class Calibrating:
         layers: tuple[LayerShape, ...] = (layer(),),
         resume: bool = False,
         budget_s: float | None = None,
+        energy_s: float = 0.0,
     ) -> CalibrationReport:
         wanted = request(
             layers=layers, tokens=tokens, routings=routings, backends=backends, directory=self.directory,
-            resume=resume, budget_s=budget_s,
+            resume=resume, budget_s=budget_s, energy_s=energy_s,
         )  # fmt: skip
         simulated = self.worker
 
@@ -424,6 +428,43 @@ def test_a_folder_that_cannot_be_written_is_found_before_anything_is_measured(si
     assert not simulate.worker.points
 
 
+@pytest.mark.parametrize("failure", [CandidateFailedError("raised NVMLError"), WorkerDiedError("killed by SIGKILL")])
+def test_a_finalist_without_an_energy_costs_no_other_its_own(
+    simulate: Calibrating, failure: CandidateFailedError | WorkerDiedError
+) -> None:
+    def joules(run: Run) -> float:
+        if run.backend == "growing":
+            raise failure
+        return 2.0 if run.backend == "right" else 8.0 * pace_of(run.config)
+
+    simulate.worker.joules_of = joules
+    report = simulate((2,), "growing", "right", "tuned", energy_s=1.0)
+    measured = {(one.candidate.backend, pace_of(one.candidate.config)): one for one in report.measured}
+    assert [measured[each].joules for each in (("growing", 0), ("right", 0), ("tuned", 1))] == [None, 2.0, 8.0]
+    assert measured["tuned", 11].joules is None  # eliminated before the final
+    died = isinstance(failure, WorkerDiedError)
+    assert (measured["growing", 0].score is None) == died
+    assert any("the energy of growing: raised NVMLError" in note for note in report.skipped) != died
+    kept = {one.joules for one in read_calibration(report.path, CPU).measurements()}
+    assert kept == {one.joules for one in report.measured}
+
+
+def test_a_resumed_calibration_measures_energies_that_are_missing(simulate: Calibrating) -> None:
+    simulate((2,), "right")
+    assert [one.joules for one in simulate((2,), "right", resume=True, energy_s=1.0).measured] == [1.0]
+    assert not simulate((2,), "right", resume=True, energy_s=1.0).measured
+
+
+def test_a_worker_measures_energy_by_the_counter(monkeypatch: pytest.MonkeyPatch) -> None:
+    ticks = itertools.count()
+    monkeypatch.setattr(worker_module, "NvmlMeter", lambda _device: SimpleNamespace(joules=lambda: float(next(ticks))))
+    server = WorkerServer()
+    server.start("cpu", {})
+    server.layer(layer().model_dump())
+    server.point(2, "eager", ["uniform", "dirichlet-4"], [("reference", {})])
+    assert 0 < server.energy(0, 1e-3)["joules"] <= 1 / 4  # a tick per reading; two inputs of each distribution a pass
+
+
 def test_coarse_to_fine_spans_the_range_first() -> None:
     order = coarse_to_fine([1, 2, 4, 8, 16])
     assert order[:3] == [1, 16, 4]
@@ -443,7 +484,8 @@ def test_coarse_to_fine_spans_the_range_first() -> None:
             for seconds in (0.0, -1.0, math.nan, math.inf)
         ),
         *(
-            ({"budget_s": seconds}, "budget_s must be a number of seconds, at least 0")
+            ({name: seconds}, f"{name} must be a number of seconds, at least 0")
+            for name in ("budget_s", "energy_s")
             for seconds in (-1.0, math.nan, math.inf)
         ),
     ],
@@ -477,3 +519,15 @@ def test_the_command_prints_lines_of_progress_where_no_terminal_is(simulated: No
     result = command("--tokens", "1,4", "--backend", "right")
     assert "0/2 E=4 topk=2 K=32 N=16 fp32 M=1" in " ".join(result.stderr.split())
     assert "calibrated: 2 measurements at 2 points" in " ".join(result.stdout.split())
+
+
+def test_the_command_prints_energies_where_a_counter_is(simulated: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    measure = ("--tokens", "4", "--backend", "right", "--energy", "1")
+    refused = " ".join(command(*measure, status=2).stderr.split())
+    assert "energy is measured on NVIDIA GPUs only, and this is cpu; leave out --energy" in refused
+    monkeypatch.setattr(calibrate_module, "energy_meter", lambda _: SimpleNamespace(joules=lambda: 0.0))
+    printed = command(*measure).stdout
+    assert "energy per token" in printed
+    assert "250 mJ" in printed
+    (winner,) = json.loads(command(*measure, "--json").stdout)["winners"]
+    assert winner["joules_per_token"] == 0.25

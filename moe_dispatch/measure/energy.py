@@ -9,13 +9,14 @@ from typing import Final, Protocol
 
 import torch
 
-from moe_dispatch.measure import Call, LayerInputs
-from moe_dispatch.measure.inputs import synchronize
+from moe_dispatch.measure.inputs import Call, LayerInputs, synchronize
 from moe_dispatch.problem import Mode
 
-# The host waits for the device once per batch of passes, so that the device is hardly ever idle.
-BATCH_SECONDS: Final = 0.05
+# The counter is read after each batch of passes, which is short beside the interval of the counter's updates.
+BATCH_SECONDS: Final = 0.005
 MOST_PASSES: Final = 10_000
+# A counter that does not advance for this long, or for ten batches where they are longer, does not count.
+STALE_SECONDS: Final = 2.0
 
 
 class EnergyMeter(Protocol):
@@ -84,39 +85,61 @@ def joules_per_call(
     """Energy of one layer call in joules, averaged over calls in a row for at least `seconds`.
 
     The calls follow each other without rests, so a layer at full power runs at the clock that the device sustains: a
-    lower one than in the timings. Other processes on the device count too.
+    lower one than in the timings. The average begins and ends at an update of the counter, whose interval would be an
+    error of several per cent of a second otherwise. Other processes on the device count too.
 
     Args:
         call: The layer; has run on the inputs before.
         inputs: Distinct inputs, taken in turn.
         meter: Energy counter of their device.
         mode: ``"graph"`` replays a CUDA graph of all inputs, ``"eager"`` calls.
-        seconds: Least duration, above 0; one second or more makes the counter's update interval a small error.
+        seconds: Least duration, above 0.
         clock: Monotonic seconds.
+
+    Raises:
+        RuntimeError: The counter does not advance.
     """
     device = inputs[0].hidden_states.device
     with torch.no_grad():
         graph = _captured(call, inputs) if mode == "graph" else None
 
-        def run(passes: int) -> None:
+        def launch(passes: int) -> Callable[[], None]:
+            """Enqueue passes, and return what waits for their end."""
             for _ in range(passes):
                 if graph is not None:
                     graph.replay()
                 else:
                     for layer_inputs in inputs:
                         call(layer_inputs)
-            synchronize(device)
+            if device.type != "cuda":
+                return lambda: None
+            return torch.cuda.current_stream(device).record_event().synchronize
 
-        run(1)
+        launch(1)()
         begin = clock()
-        run(1)
-        batch = max(1, min(MOST_PASSES, math.ceil(BATCH_SECONDS / max(clock() - begin, 1e-6))))
-        passes = 0
-        begin, before = clock(), meter.joules()
-        while clock() - begin < seconds:
-            run(batch)
+        launch(1)()
+        once = clock() - begin
+        batch = max(1, min(MOST_PASSES, math.ceil(BATCH_SECONDS / max(once, 1e-6))))
+        stale_s = max(STALE_SECONDS, 10 * batch * once)
+        start: tuple[float, float, int] | None = None
+        passes, reading, advanced = 0, meter.joules(), clock()
+        wait = launch(batch)
+        while True:
+            following = launch(batch)  # The device has work while the host reads the counter.
+            wait()
+            wait = following
             passes += batch
-        return (meter.joules() - before) / passes / len(inputs)
+            before, reading, now = reading, meter.joules(), clock()
+            if reading <= before:
+                if now - advanced > stale_s:
+                    raise RuntimeError(f"the energy counter did not advance within {stale_s:.0f} s of calls")
+                continue
+            advanced = now
+            if start is None:
+                start = now, reading, passes
+            elif now - start[0] >= seconds:
+                synchronize(device)
+                return (reading - start[1]) / (passes - start[2]) / len(inputs)
 
 
 def _captured(call: Call, inputs: Sequence[LayerInputs]) -> torch.cuda.CUDAGraph:
