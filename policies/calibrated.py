@@ -9,7 +9,7 @@ from moe_dispatch.policies.measured_file import MeasuredFile
 from moe_dispatch.policies.measurements.schema import CalibrationFile, layer_key, read_calibration
 from moe_dispatch.policy import Choice, Policy
 from moe_dispatch.problem import Mode, MoEProblem
-from moe_dispatch.settings import cache_dir, calibration_search_path, is_file_name, settings
+from moe_dispatch.settings import cache_dir, calibration_search_path, is_file_name
 
 
 def calibration_path(machine: Machine, directory: Path | None = None) -> Path:
@@ -46,7 +46,7 @@ class MeasuredPolicy(Policy):
         self._notes: list[str] = []
         self._files: list[MeasuredFile] = []
         for file in self._read():
-            measured = MeasuredFile(file, machine, retires=self.retires, minimize=settings().minimize)
+            measured = MeasuredFile(file, machine, retires=self.retires)
             self._files.append(measured)
             self._notes += measured.notes
 
@@ -89,14 +89,6 @@ class CalibratedPolicy(MeasuredPolicy):
     """Ranks by what `moe-dispatch calibrate` measured, on this machine or on another one of the same hardware."""
 
     name = "calibrated"
-
-    def __init__(self, machine: Machine) -> None:
-        super().__init__(machine)
-        if settings().minimize == "energy" and not any(file.has_energies for file in self._files):
-            self._notes.append(
-                "MOE_DISPATCH_MINIMIZE=energy, and no energy was measured, so times decide: `moe-dispatch calibrate "
-                "--energy 1` measures energies"
-            )
 
     def _read(self) -> Iterator[CalibrationFile]:
         for path in calibration_paths(self.machine):

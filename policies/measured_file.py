@@ -8,12 +8,12 @@ import pydantic
 from moe_dispatch.backend import Backend
 from moe_dispatch.guard import FOREIGN_ERRORS
 from moe_dispatch.machine import Machine
-from moe_dispatch.policies.measurements.energy_table import EnergyTable
 from moe_dispatch.policies.measurements.schema import CalibrationFile, Candidate, Identity, LayerKey
-from moe_dispatch.policies.measurements.table import LayerTable, points_of_layers, tabulated
+from moe_dispatch.policies.measurements.table import EnergyTable, LayerTable, points_of_layers, tabulated
 from moe_dispatch.policies.measurements.versions import changes, relevant_versions
 from moe_dispatch.problem import Mode
 from moe_dispatch.registry import MadeBackend, MadeBackends
+from moe_dispatch.settings import settings
 from moe_dispatch.system import failures
 
 
@@ -24,14 +24,13 @@ class MeasuredFile:
         file: The file's content.
         machine: The machine that asks.
         retires: Whether a change of a version that a measurement depends on retires it.
-        minimize: ``"time"`` or ``"energy"``.
 
     Attributes:
         notes: Sentences about measurements that are not used.
     """
 
-    def __init__(self, file: CalibrationFile, machine: Machine, *, retires: bool, minimize: str = "time") -> None:
-        self._file, self._minimize = file, minimize
+    def __init__(self, file: CalibrationFile, machine: Machine, *, retires: bool) -> None:
+        self._file = file
         self._tables: dict[tuple[LayerKey, Mode], LayerTable | EnergyTable | None] = {}
         self._points = points_of_layers(file)
         self._usable: list[Identity | None] = []  # by index of the file's candidates; None for one that is not used
@@ -54,15 +53,10 @@ class MeasuredFile:
         if (key, mode) not in self._tables:
             points = self._points.get((key, mode), ())
             times = tabulated(points, self._usable)
-            by_energy = self._minimize == "energy" and times.tokens
+            by_energy = settings().minimize == "energy"
             table = EnergyTable(times, tabulated(points, self._usable, "joules")) if by_energy else times
             self._tables[key, mode] = table if times.tokens else None
         return self._tables[key, mode]
-
-    @property
-    def has_energies(self) -> bool:
-        """Whether the energy of any candidate was measured."""
-        return any(measurement.joules for point in self._file.points for measurement in point.measurements)
 
     def digest(self) -> str:
         """A hash of the file's content."""

@@ -116,17 +116,8 @@ def calibrate(
 
 
 def _to_dict(report: "CalibrationReport") -> dict[str, Any]:
-    joules = report.joules_per_token()
     winners = [
-        {
-            "layer": layer,
-            "mode": mode,
-            "M": M,
-            "backend": backend,
-            "config": dict(config),
-            "us": us,
-            "joules_per_token": joules.get((layer, mode, M, (backend, config))),
-        }
+        {"layer": layer, "mode": mode, "M": M, "backend": backend, "config": dict(config), "us": us}
         for (layer, mode), by_tokens in report.winners().items()
         for M, ((backend, config), us) in by_tokens.items()
     ]
@@ -154,15 +145,15 @@ def _to_dict(report: "CalibrationReport") -> dict[str, Any]:
 
 
 def _print(report: "CalibrationReport", *, compile_only: bool) -> None:
-    joules = report.joules_per_token()
-    energy = ("energy per token",) if joules else ()
+    joules = {(str(one.layer), one.mode, one.M, one.candidate.identity): one.joules for one in report.measured}
+    energy = ("energy per token",) if any(joules.values()) else ()
     for (layer, mode), winners in report.winners().items():
         heading(f"{layer} ({mode})")
         rows = table("M", "fastest", "time", *energy, "configuration", numbers=("M", "time", *energy))
         for M, ((backend, config), us) in winners.items():
             options = ", ".join(f"{name}={value}" for name, value in config)
-            shown = [millijoules(joules.get((layer, mode, M, (backend, config))))] * len(energy)
-            rows.add_row(str(M), plain(backend), microseconds(us), *shown, plain(options))
+            per_token = [millijoules(joules[layer, mode, M, (backend, config)], M)] * len(energy)
+            rows.add_row(str(M), plain(backend), microseconds(us), *per_token, plain(options))
         OUT.print(rows)
     if disqualified := report.disqualified():
         heading("disqualified")

@@ -4,63 +4,41 @@ import importlib
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Final, Protocol
+from typing import Final
 
 import torch
 
 from moe_dispatch.measure.inputs import Call, LayerInputs, synchronize
 from moe_dispatch.problem import Mode
 
-# The counter is read after each batch of passes, which is short beside the interval of the counter's updates.
+# The counter is read after batches of passes that are short beside the interval of its updates.
 BATCH_SECONDS: Final = 0.005
 MOST_PASSES: Final = 10_000
-# A counter that does not advance for this long, or for ten batches where they are longer, does not count.
-STALE_SECONDS: Final = 2.0
+STALE_SECONDS: Final = 2.0  # A counter that does not advance for so long does not count.
+
+# Joules that a device has consumed since some fixed time, idle power included.
+EnergyMeter = Callable[[], float]
+# `joules_per_call` by a meter.
+EnergyOf = Callable[[Call, Sequence[LayerInputs], Mode], float]
 
 
-class EnergyMeter(Protocol):
-    """An energy counter."""
-
-    def joules(self) -> float:
-        """Joules that the device has consumed since some fixed time, idle power included."""
-
-
-@dataclass(frozen=True)
-class EnergyMeasurement:
-    """How the energy of every candidate is measured.
-
-    Attributes:
-        meter: Energy counter of the device.
-        seconds: Seconds of calls per candidate.
-    """
-
-    meter: EnergyMeter
-    seconds: float
-
-
-class NvmlMeter:
+def nvml_meter(device: torch.device) -> EnergyMeter:
     """The energy counter of an NVIDIA GPU (Volta and newer), which NVML updates every 20 to 100 ms.
-
-    Args:
-        device: The CUDA device.
 
     Raises:
         ImportError: pynvml (nvidia-ml-py) is not installed.
         Exception: NVML does not load, or the GPU has no energy counter.
     """
+    nvml = importlib.import_module("pynvml")
+    nvml.nvmlInit()
+    # By UUID, because NVML does not renumber devices by CUDA_VISIBLE_DEVICES.
+    handle = nvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(device).uuid}")
 
-    def __init__(self, device: torch.device) -> None:
-        self._nvml = importlib.import_module("pynvml")
-        self._nvml.nvmlInit()
-        # By UUID, because NVML does not renumber devices by CUDA_VISIBLE_DEVICES.
-        uuid = torch.cuda.get_device_properties(device).uuid
-        self._handle = self._nvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}")
-        self.joules()
+    def joules() -> float:
+        return float(nvml.nvmlDeviceGetTotalEnergyConsumption(handle)) / 1e3
 
-    def joules(self) -> float:
-        """See `EnergyMeter.joules`."""
-        return float(self._nvml.nvmlDeviceGetTotalEnergyConsumption(self._handle)) / 1e3
+    joules()
+    return joules
 
 
 def energy_meter(device: torch.device) -> EnergyMeter | str:
@@ -68,7 +46,7 @@ def energy_meter(device: torch.device) -> EnergyMeter | str:
     if device.type != "cuda":
         return f"energy is measured on NVIDIA GPUs only, and this is {device.type}"
     try:
-        return NvmlMeter(device)
+        return nvml_meter(device)
     except Exception as error:  # noqa: BLE001 - NVML has an exception of its own for each of its errors
         return f"energy is not measured: {type(error).__name__}: {error} (it needs nvidia-ml-py and NVML's counter)"
 
@@ -76,23 +54,23 @@ def energy_meter(device: torch.device) -> EnergyMeter | str:
 def joules_per_call(
     call: Call,
     inputs: Sequence[LayerInputs],
-    meter: EnergyMeter,
-    *,
     mode: Mode,
+    *,
+    meter: EnergyMeter,
     seconds: float,
     clock: Callable[[], float] = time.perf_counter,
 ) -> float:
     """Energy of one layer call in joules, averaged over calls in a row for at least `seconds`.
 
     The calls follow each other without rests, so a layer at full power runs at the clock that the device sustains: a
-    lower one than in the timings. The average begins and ends at an update of the counter, whose interval would be an
-    error of several per cent of a second otherwise. Other processes on the device count too.
+    lower one than in the timings. The average begins and ends at updates of the counter, between which the energy of
+    up to 100 ms is not counted yet. Other processes on the device count too.
 
     Args:
         call: The layer; has run on the inputs before.
         inputs: Distinct inputs, taken in turn.
-        meter: Energy counter of their device.
         mode: ``"graph"`` replays a CUDA graph of all inputs, ``"eager"`` calls.
+        meter: Energy counter of their device.
         seconds: Least duration, above 0.
         clock: Monotonic seconds.
 
@@ -113,26 +91,25 @@ def joules_per_call(
                         call(layer_inputs)
             if device.type != "cuda":
                 return lambda: None
-            return torch.cuda.current_stream(device).record_event().synchronize
+            wait: Callable[[], None] = torch.cuda.current_stream(device).record_event().synchronize
+            return wait
 
         launch(1)()
         begin = clock()
         launch(1)()
-        once = clock() - begin
-        batch = max(1, min(MOST_PASSES, math.ceil(BATCH_SECONDS / max(once, 1e-6))))
-        stale_s = max(STALE_SECONDS, 10 * batch * once)
+        batch = max(1, min(MOST_PASSES, math.ceil(BATCH_SECONDS / max(clock() - begin, 1e-6))))
         start: tuple[float, float, int] | None = None
-        passes, reading, advanced = 0, meter.joules(), clock()
+        passes, reading, advanced = 0, meter(), clock()
         wait = launch(batch)
         while True:
             following = launch(batch)  # The device has work while the host reads the counter.
             wait()
             wait = following
             passes += batch
-            before, reading, now = reading, meter.joules(), clock()
+            before, reading, now = reading, meter(), clock()
             if reading <= before:
-                if now - advanced > stale_s:
-                    raise RuntimeError(f"the energy counter did not advance within {stale_s:.0f} s of calls")
+                if now - advanced > STALE_SECONDS:
+                    raise RuntimeError(f"the energy counter did not advance within {STALE_SECONDS:g} s of calls")
                 continue
             advanced = now
             if start is None:

@@ -98,7 +98,7 @@ class CandidateSource:
     def known(self) -> set[PointKey]:
         """Points of the layers at which today's versions of every backend were measured; their lags count as if now.
 
-        Backends that do not take part now have no say. Where energy is asked for, a point without one is not known.
+        Backends that do not take part now have no say.
         """
         stored = self._file.candidates
         current = [
@@ -115,8 +115,7 @@ class CandidateSource:
             candidates = self.candidates(layer, point.M, point.mode)
             measured = [each for each in point.measurements if stored[each.candidate].backend in self._backends]
             missing = {each.backend for each in candidates} - {stored[each.candidate].backend for each in measured}
-            enough = not self._request.energy_s or any(each.joules for each in measured)
-            if measured and enough and not missing and all(current[each.candidate] for each in measured):
+            if measured and not missing and all(current[each.candidate] for each in measured):
                 known.add((layer.key, point.M, point.mode))
                 if point.M in self._request.tokens:
                     scores = {stored[each.candidate].identity: each.score for each in measured}

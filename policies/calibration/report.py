@@ -70,14 +70,6 @@ class CalibrationReport:
             winners[key] = {M: (winner, timed[M][winner] or math.nan) for M, winner in stable.items()}
         return winners
 
-    def joules_per_token(self) -> dict[tuple[str, Mode, int, Identity], float]:
-        """Energy by layer (as text), mode, token count and candidate, where it was measured."""
-        return {
-            (str(one.layer), one.mode, one.M, one.candidate.identity): one.joules / one.M
-            for one in self.measured
-            if one.joules is not None
-        }
-
     def failure(self) -> str:
         """Why no candidate has a time, and what to do; empty if one has, or if there was nothing left to measure."""
         nothing_left = bool(self.known) and not (self.measured or self.late or self.unprepared)

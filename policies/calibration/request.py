@@ -30,15 +30,8 @@ class CalibrationRequest:
         tokens: Token counts, ascending and distinct.
         modes: Graph, eager or both; the first starts with all candidates, the second with the finalists of the first.
         routings: Names of routing distributions; successive halving runs on the first one, the final on all.
-        backends: Names of the backends that take part; all registered ones if None.
-        most_configs: Largest number of configurations per backend, the likeliest first; all that it offers if None.
         refine: Whether to measure between token counts where the winner changes.
-        resume: Whether to leave out points that were measured with today's versions.
-        compile_only: Whether to stop after compiling what would be measured.
-        budget_s: Stop after this many seconds; None for no limit.
-        timeout_s: Seconds after which a candidate counts as hung.
-        energy_s: Seconds for which the energy of each finalist of a point is measured; 0 not to measure it.
-        directory: Folder in place of the cache directory.
+        backends: See `calibrate`, as for all that are not listed.
 
     Raises:
         InvalidInputError: A value is out of its range; the message says which and what is allowed.

@@ -78,9 +78,8 @@ class CalibrationRun:
         self._start_worker = start_worker
         self._worker = self._new_worker()
         self._context = MeasurementContext(
-            self._worker, request.routings, self._tolerance, self._on_death, request.energy_s,
-            self.report.skipped.append,
-        )  # fmt: skip
+            self._worker, request.routings, self._tolerance, self._on_death, request.energy_s
+        )
         self._known: set[PointKey] = set()
         # Points to measure, layer by layer; the worker holds the weights of one layer at a time.
         self._waiting: deque[tuple[LayerShape, int]] = deque()

@@ -11,6 +11,7 @@ Before the first round every candidate runs twice, alone. One that takes so long
 twice the leader's time, is out already: each further run of such a loser costs as much as the winner's whole timing.
 """
 
+import logging
 import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
@@ -22,6 +23,8 @@ from moe_dispatch.policies.calibration.worker_process import CandidateFailedErro
 from moe_dispatch.policies.measurements.schema import Candidate, Identity, LayerShape, Measurement, Quartiles
 from moe_dispatch.policies.measurements.table import NOISE, geometric_mean
 from moe_dispatch.problem import Mode
+
+logger = logging.getLogger(__name__)
 
 # Seconds of sampling per candidate, and the smallest number of samples, in the first round and in the final; with fewer
 # samples where a run is long, since long runs differ less from each other.
@@ -55,7 +58,6 @@ class MeasurementContext:
         tolerance: Gives the relative error that a backend promises for a layer.
         on_death: Called with backend, layer, M, mode and error when a candidate took its worker down.
         energy_s: Seconds for which each finalist's energy is measured; 0 not to measure it.
-        on_skip: Called with a sentence about an energy that could not be measured.
     """
 
     worker: Worker
@@ -63,7 +65,6 @@ class MeasurementContext:
     tolerance: Callable[[str, LayerShape], float]
     on_death: Callable[[str, LayerShape, int, Mode, WorkerDiedError], None]
     energy_s: float = 0.0
-    on_skip: Callable[[str], None] = lambda _: None
 
 
 class SuccessiveHalving:
@@ -132,8 +133,7 @@ class SuccessiveHalving:
             keep, budget_s = max(FINALISTS, math.ceil(keep / 2)), 2 * budget_s
             alive = self._kept(keep)
         self._final([index for index in alive if self._right(index)], *(FINAL_LONG if long else FINAL))
-        if self._context.energy_s:
-            self._measure_energy()
+        self._measure_energy()
         self._check_fallbacks()
         return self._measurements()
 
@@ -230,13 +230,12 @@ class SuccessiveHalving:
         return quartiles(self._samples[candidate][routing or self._context.routings[0]])
 
     def _measure_energy(self) -> None:
-        """Measure the finalists' energy, one after another; the time of a candidate that raises meanwhile stands."""
-        for index in self._finalists:
+        """Measure each finalist's energy, if it is asked for; the time of one that raises meanwhile stands."""
+        for index in self._finalists if self._context.energy_s else ():
             try:
                 self._joules[index] = self._context.worker.energy(index, self._context.energy_s)
             except CandidateFailedError as error:
-                point = f"{self._layer} M={self._M} ({self._mode})"
-                self._context.on_skip(f"{point}: the energy of {self._candidates[index].backend}: {error.cause}")
+                logger.warning("no energy of %s at M=%d: %s", self._candidates[index].backend, self._M, error.cause)
             except WorkerDiedError as error:
                 self._died(index, error)
         self._finalists = [index for index in self._finalists if self._may_win(index)]
@@ -328,7 +327,7 @@ class SuccessiveHalving:
                     score=score,
                     error=self._errors.get(index),
                     disqualified=reason[:1000] if reason else None,
-                    joules=None if reason else self._joules.get(index),
+                    joules=self._joules.get(index),
                 )
             )
         return measurements

@@ -26,7 +26,7 @@ from moe_dispatch.measure import (
     reference_outputs,
     verify,
 )
-from moe_dispatch.measure.energy import NvmlMeter, joules_per_call
+from moe_dispatch.measure.energy import joules_per_call, nvml_meter
 from moe_dispatch.measure.inputs import synchronize
 from moe_dispatch.policies.calibration.memory import input_bytes, require, weight_bytes
 from moe_dispatch.policies.calibration.placeholder_weights import placeholder_weights
@@ -156,13 +156,7 @@ class WorkerServer:
         return {"us": 1e6 * (time.perf_counter() - begin)}
 
     def check(self, candidate: int, tolerance: float, *, briefly: bool) -> dict[str, Any]:
-        """Compare a candidate with the fp32 reference, and its runs with each other.
-
-        Args:
-            candidate: Index in the point's list.
-            tolerance: Largest relative error that is allowed.
-            briefly: Eagerly and on the first routing distribution only.
-        """
+        """Compare a candidate with the fp32 reference, and its runs with each other; see `Worker.check`."""
         backend, config, call = self._call(candidate)
         assert self._machine is not None and self._layer is not None  # noqa: S101, PT018
         routings = self._routings[:1] if briefly else self._routings
@@ -195,13 +189,7 @@ class WorkerServer:
         return [self._references[routing, quantized] for routing in routings]
 
     def time(self, candidates: list[int], routing: str, budget_s: float, rounds: int) -> dict[str, Any]:
-        """Time candidates that take turns.
-
-        Args:
-            candidates: Indices in the point's list.
-            routing: Name of the routing distribution.
-            budget_s: Seconds for each candidate.
-            rounds: Smallest number of samples.
+        """Time candidates that take turns; see `Worker.time`.
 
         Returns:
             ``us``: for each candidate its time in each round in µs, or None if it failed; ``failed``: the reasons.
@@ -225,10 +213,10 @@ class WorkerServer:
         }
 
     def energy(self, candidate: int, seconds: float) -> dict[str, Any]:
-        """Energy of one call of a candidate in joules, averaged over the inputs of all the point's distributions."""
+        """Measure the energy of a call; see `Worker.energy`."""
         inputs = [each for routing in self._routings for each in self._inputs[routing]]
         call = self._timed_call(candidate, inputs[0])
-        return {"joules": joules_per_call(call, inputs, NvmlMeter(self._device), mode=self._mode, seconds=seconds)}
+        return {"joules": joules_per_call(call, inputs, self._mode, meter=nvml_meter(self._device), seconds=seconds)}
 
     def _call(self, candidate: int) -> tuple[Backend, BackendConfig, Call]:
         assert self._experts is not None  # noqa: S101 - `layer` comes first

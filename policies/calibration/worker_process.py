@@ -98,7 +98,9 @@ class Samples:
 class Worker(Protocol):
     """What a calibration asks of the process in which candidates run.
 
-    Every method may also raise `BudgetSpentError`.
+    Every method may also raise `BudgetSpentError`. Those that run a point's candidates, which they know by their index,
+    raise `CandidateFailedError` where one raised or is wrong, `WorkerDiedError` where it crashed, hung or lost the
+    device, and `NotPreparedError` where layer and point could not be made again after that.
 
     Attributes:
         spent: Seconds that answers took, by operation.
@@ -129,55 +131,29 @@ class Worker(Protocol):
         """
 
     def launch(self, candidate: int) -> float:
-        """Run a candidate twice, alone: µs of the second run.
-
-        Raises:
-            WorkerDiedError: It crashed, hung or lost the device.
-            CandidateFailedError: The candidate raised.
-            NotPreparedError: After a death, layer and point could not be made again.
-        """
+        """Run a candidate twice, alone: µs of the second run."""
 
     def check(self, candidate: int, tolerance: float, *, briefly: bool) -> float:
         """Compare a candidate with the fp32 reference: its relative error.
 
         Args:
-            candidate: Index in the point's candidates.
+            candidate: Its index.
             tolerance: Largest relative error that is allowed.
             briefly: Eagerly and on the first routing distribution only.
-
-        Raises:
-            WorkerDiedError: It crashed, hung or lost the device.
-            CandidateFailedError: The candidate raised, or is wrong.
-            NotPreparedError: After a death, layer and point could not be made again.
         """
 
     def time(self, candidates: Sequence[int], routing: str, budget_s: float, rounds: int) -> list[Samples]:
         """Time candidates that take turns.
 
         Args:
-            candidates: Indices in the point's candidates.
+            candidates: Their indices.
             routing: Name of the routing distribution.
             budget_s: Seconds for each candidate.
             rounds: Smallest number of samples.
-
-        Raises:
-            WorkerDiedError: It crashed, hung or lost the device.
-            CandidateFailedError: A candidate raised outside its own run.
-            NotPreparedError: After a death, layer and point could not be made again.
         """
 
     def energy(self, candidate: int, seconds: float) -> float:
-        """Energy of one call of a candidate in joules, averaged over the inputs of all distributions.
-
-        Args:
-            candidate: Index in the point's candidates.
-            seconds: Duration of the calls in a row.
-
-        Raises:
-            WorkerDiedError: It crashed, hung or lost the device.
-            CandidateFailedError: The candidate raised, or the energy counter could not be read.
-            NotPreparedError: After a death, layer and point could not be made again.
-        """
+        """Energy of one call in joules, averaged over `seconds` of calls on the inputs of all distributions."""
 
     def close(self) -> None:
         """End the worker, whatever it does."""

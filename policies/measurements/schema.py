@@ -175,22 +175,13 @@ class StoredMeasurement(Strict):
     def _scored_or_disqualified(self) -> Self:
         if (self.score is None) == (self.disqualified is None):
             raise ValueError("a measurement has either a score or the reason of its disqualification")
-        if self.disqualified and self.joules:
-            raise ValueError("a candidate that is disqualified has no energy")
         return self
 
     @classmethod
     def of(cls, measurement: Measurement, candidate: int) -> Self:
         """The stored form of a measurement, whose candidate has this index."""
-        return cls(
-            candidate=candidate,
-            us=dict(measurement.us),
-            score=measurement.score,
-            error=measurement.error,
-            disqualified=measurement.disqualified,
-            incumbent=measurement.incumbent,
-            joules=measurement.joules,
-        )
+        fields = {name: getattr(measurement, name) for name in cls.model_fields}
+        return cls(**{**fields, "candidate": candidate})
 
 
 class Point(Strict):
@@ -261,26 +252,12 @@ class CalibrationFile(Strict):
                     )
         return self
 
-    def text(self) -> str:
-        """The content of a file, without what was not measured: a version that does not know of it reads the rest."""
-        return self.model_dump_json(exclude_none=True)
-
     def measurements(self) -> Iterator[Measurement]:
         """Every measurement with its layer and candidate in place of their indices."""
         for point in self.points:
             for stored in point.measurements:
-                yield Measurement(
-                    self.layers[point.layer],
-                    point.M,
-                    point.mode,
-                    self.candidates[stored.candidate],
-                    us=stored.us,
-                    score=stored.score,
-                    error=stored.error,
-                    disqualified=stored.disqualified,
-                    incumbent=stored.incumbent,
-                    joules=stored.joules,
-                )
+                fields = {**dict(stored), "candidate": self.candidates[stored.candidate]}
+                yield Measurement(self.layers[point.layer], point.M, point.mode, **fields)
 
 
 def read_bytes(path: Path) -> bytes:

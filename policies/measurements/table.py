@@ -83,7 +83,8 @@ class LayerTable:
 
     def rank(self, M: int) -> tuple[tuple[Identity, float], ...]:
         """Each backend's best configuration with its time in µs, the fastest first; empty if M is out of range."""
-        around = self.around(M)
+        if not (around := self.around(M)):
+            return ()
         if (spans := self._between.get(around)) is None:
             spans = self._between[around] = self._spans(around)
         if not spans:
@@ -109,36 +110,24 @@ class LayerTable:
         return () if len(around) == 2 and around[1] > around[0] * APART else around
 
     def us(self, identity: Identity, M: int) -> float:
-        """A candidate's time in µs at M, measured or interpolated.
-
-        Raises:
-            KeyError: It was not timed at each token count that decides about M.
-        """
+        """The time in µs at M of a candidate that was timed at each token count of `around(M)`."""
         around = self.around(M)
-        span = self._span(identity, around, won=False) if around else None
-        if span is None:
-            raise KeyError(identity)
-        return _times([span], around, M)[0]
+        us = tuple(self.scores[near][identity] or math.nan for near in around)
+        return _times([_Span(identity, us, tuple(map(math.log, us)), won=False)], around, M)[0]
 
-    def _span(self, identity: Identity, around: tuple[int, ...], *, won: bool) -> _Span | None:
-        """A candidate's times at the token counts `around`; None unless it has one at each."""
-        times = [self.scores[near].get(identity) for near in around]
-        if None in times:
-            return None
-        us = tuple(filter(None, times))
-        return _Span(identity, us, tuple(map(math.log, us)), won=won)
-
-    def _spans(self, around: tuple[int, ...]) -> list[_Span]:
+    def _spans(self, around: tuple[int, ...]) -> list["_Span"]:
         """The candidates that can be a backend's best between the token counts `around`, or at the only one.
 
         They are the same for every M between, so that a new token count is not planned from scratch. A candidate that
         was eliminated at a neighbour was behind there; its times further away say nothing of M.
         """
-        if not around:
-            return []
         won = {self.winners[near] for near in around}
-        timed = (self._span(identity, around, won=identity in won) for identity in self._candidates)
-        spans = [span for span in timed if span]
+        spans: list[_Span] = []
+        for identity in self._candidates:
+            times = [self.scores[near].get(identity) for near in around]
+            if None not in times:
+                us = tuple(filter(None, times))
+                spans.append(_Span(identity, us, tuple(map(math.log, us)), won=identity in won))
         # One that did not win and is behind another candidate of its backend everywhere is never the backend's best.
         least: dict[str, float] = {}
         kept: set[int] = set()
@@ -154,10 +143,10 @@ class LayerTable:
         ranked = self.rank(M)
         where = self.where(M, mode)
         for place, ((backend, config), us) in enumerate(ranked):
-            yield Choice(backend, f"{us:.1f} µs {where}{lead(ranked, place)}", dict(config), us)
+            yield Choice(backend, f"{us:.1f} µs {where}{_lead(ranked, place)}", dict(config), us)
 
     def where(self, M: int, mode: str) -> str:
-        """The part of a reason that says which token counts it rests on; M is in range."""
+        """The part of a reason that names the token counts it rests on."""
         if M in self.scores:
             return f"at M={M} ({mode})"
         i = bisect.bisect_left(self.tokens, M)
@@ -167,6 +156,36 @@ class LayerTable:
             how = "nearest measured" if self.tokens[-1] * NEAR >= M else "largest measured, in proportion to the tokens"
             return f"from M={self.tokens[-1]}, the {how} ({mode})"
         return f"between M={self.tokens[i - 1]} and M={self.tokens[i]} ({mode})"
+
+
+class EnergyTable(NamedTuple):
+    """The measurements of one layer in one mode, ranked by energy.
+
+    Attributes:
+        times: Its times in µs.
+        joules: Its energies of a call in joules, of the candidates that have one.
+    """
+
+    times: LayerTable
+    joules: LayerTable
+
+    def choices(self, M: int, mode: str) -> Iterator[Choice]:
+        """Candidates with an energy, the least first, then backends without, by time; see `LayerTable.choices`.
+
+        Energies decide only where all token counts that decide about M have them: none is extrapolated over a token
+        count that was timed, where its candidate may have been wrong.
+        """
+        ranked = self.joules.rank(M) if self.joules.around(M) == self.times.around(M) else ()
+        times = [self.times.us(identity, M) for identity, _ in ranked]
+        for place, ((backend, config), joules) in enumerate(ranked):
+            reason = f"{1e3 * joules / M:.3g} mJ a token and {times[place]:.1f} µs {self.times.where(M, mode)}"
+            reason += _lead(ranked, place, "least")
+            if len(times) > 1:
+                slower = times[place] / times[0 if place else 1] - 1
+                reason += f", {abs(slower):.0%} {'slower' if slower > 0 else 'faster'}".replace("%", " %")
+            yield Choice(backend, reason, dict(config), times[place])
+        with_energy = {backend for (backend, _), _ in ranked}
+        yield from (choice for choice in self.times.choices(M, mode) if choice.backend not in with_energy)
 
 
 def stable_winners(
@@ -218,7 +237,7 @@ def tabulated(
     Args:
         points: Its points.
         identities: Of the file's candidates; None for one that is left out.
-        of: What is tabulated: times in µs, or energies of a call in joules where they were measured.
+        of: Times, or energies where they were measured.
     """
     scores: dict[int, dict[Identity, float | None]] = {}
     incumbents: dict[int, Identity] = {}
@@ -226,7 +245,7 @@ def tabulated(
         at = scores.setdefault(point.M, {})
         for stored in point.measurements:
             if (identity := identities[stored.candidate]) is not None:
-                at[identity] = getattr(stored, of)
+                at[identity] = stored.score and getattr(stored, of)
                 if stored.incumbent:
                     incumbents[point.M] = identity
     return LayerTable(scores, incumbents)
@@ -248,14 +267,7 @@ def rough_us(us: float) -> str:
     return f"{us:.3g}" if us < 1000 else f"{us:.0f}"
 
 
-def lead(ranked: Sequence[tuple[Identity, float]], place: int, best: str = "fastest") -> str:
-    """The part of a reason that compares a ranked candidate with the winner, and the winner with the second.
-
-    Args:
-        ranked: Candidates with their times or energies, the winner first.
-        place: Index of the candidate.
-        best: The adjective for a winner.
-    """
+def _lead(ranked: Sequence[tuple[Identity, float]], place: int, best: str = "fastest") -> str:
     if len(ranked) == 1:
         return ""
     (_, us), (winner, winner_us), (second, second_us) = ranked[place], ranked[0], ranked[1]
