@@ -123,25 +123,15 @@ def _to_dict(report: "CalibrationReport") -> dict[str, Any]:
     ]
     disqualified = [
         {
-            "layer": str(each.layer),
-            "mode": each.mode,
-            "M": each.M,
-            "backend": each.candidate.backend,
-            "config": dict(each.candidate.config),
-            "reason": each.disqualified,
+            "layer": str(each.layer), "mode": each.mode, "M": each.M, "backend": each.candidate.backend,
+            "config": dict(each.candidate.config), "reason": each.disqualified,
         }
         for each in report.disqualified()
-    ]
+    ]  # fmt: skip
     return {
-        "path": str(report.path),
-        "winners": winners,
-        "disqualified": disqualified,
-        "unavailable": report.unavailable,
-        "skipped": report.skipped,
-        "interrupted": report.interrupted,
-        "seconds": report.seconds,
-        "spent": report.spent,
-    }
+        "path": str(report.path), "winners": winners, "disqualified": disqualified, "unavailable": report.unavailable,
+        "skipped": report.skipped, "interrupted": report.interrupted, "seconds": report.seconds, "spent": report.spent,
+    }  # fmt: skip
 
 
 def _print(report: "CalibrationReport", *, compile_only: bool) -> None:

@@ -156,11 +156,6 @@ class StoredMeasurement(Strict):
     Attributes:
         candidate: Index into `CalibrationFile.candidates`.
         us: See `Measurement`, as for all that follow.
-        score: Microseconds.
-        error: Relative error.
-        disqualified: Reason.
-        incumbent: Whether it won in the calibration before.
-        joules: Energy of one call.
     """
 
     candidate: Index

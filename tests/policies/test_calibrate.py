@@ -121,20 +121,8 @@ class Calibrating:
     worker: SimulatedWorker
     seen: list[Progress]
 
-    def __call__(
-        self,
-        tokens: tuple[int, ...],
-        *backends: str,
-        routings: tuple[str, ...] = ("uniform", "dirichlet-4"),
-        layers: tuple[LayerShape, ...] = (layer(),),
-        resume: bool = False,
-        budget_s: float | None = None,
-        energy_s: float = 0.0,
-    ) -> CalibrationReport:
-        wanted = request(
-            layers=layers, tokens=tokens, routings=routings, backends=backends, directory=self.directory,
-            resume=resume, budget_s=budget_s, energy_s=energy_s,
-        )  # fmt: skip
+    def __call__(self, tokens: tuple[int, ...], *backends: str, **changes: Any) -> CalibrationReport:
+        wanted = request(tokens=tokens, backends=backends, directory=self.directory, **changes)
         simulated = self.worker
 
         def start(_device: str, _backends: dict[str, str], timeout_s: float, deadline: float) -> Worker:
