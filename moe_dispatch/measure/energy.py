@@ -9,6 +9,7 @@ from typing import Final
 import torch
 
 from moe_dispatch.measure.inputs import Call, LayerInputs, synchronize
+from moe_dispatch.measure.timing import EagerPass, GraphPass
 from moe_dispatch.problem import Mode
 
 # The counter is read after batches of passes that are short beside the interval of its updates.
@@ -79,16 +80,11 @@ def joules_per_call(
     """
     device = inputs[0].hidden_states.device
     with torch.no_grad():
-        graph = _captured(call, inputs) if mode == "graph" else None
+        run = GraphPass(call, inputs, None) if mode == "graph" else EagerPass(call, inputs)
 
         def launch(passes: int) -> Callable[[], None]:
             """Enqueue passes, and return what waits for their end."""
-            for _ in range(passes):
-                if graph is not None:
-                    graph.replay()
-                else:
-                    for layer_inputs in inputs:
-                        call(layer_inputs)
+            run.launch(passes)
             if device.type != "cuda":
                 return lambda: None
             wait: Callable[[], None] = torch.cuda.current_stream(device).record_event().synchronize
@@ -117,11 +113,3 @@ def joules_per_call(
             elif now - start[0] >= seconds:
                 synchronize(device)
                 return (reading - start[1]) / (passes - start[2]) / len(inputs)
-
-
-def _captured(call: Call, inputs: Sequence[LayerInputs]) -> torch.cuda.CUDAGraph:
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for layer_inputs in inputs:
-            call(layer_inputs)
-    return graph
