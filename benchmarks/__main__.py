@@ -84,9 +84,9 @@ def plot(
 
 # A wheel leaves out the package `record`: these commands make the repository's own record.
 if importlib.util.find_spec("moe_dispatch.benchmarks.record"):
-    from moe_dispatch.benchmarks.record.commands import agree, pack, project, ship
+    from moe_dispatch.benchmarks.record.commands import pack, project, ship
 
-    for command in (agree, pack, ship, project):
+    for command in (pack, ship, project):
         app.command(rich_help_panel="The repository's record")(command)
 
 

@@ -5,7 +5,6 @@ whose layout all of them accept. None of this package's code runs inside its tim
 """
 
 import importlib
-import types
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any, ClassVar, Final
@@ -84,62 +83,6 @@ class NaiveLoop(Baseline):
         """See `Baseline.prepare`."""
         loop = make_backend("reference", self.machine).require()
         return backend_call(loop, experts, loop.config_type())
-
-
-class _Transformers(Baseline):
-    """An experts implementation of Hugging Face transformers, which replaces the forward of an experts module.
-
-    `ExpertsInterface` calls it with the module; here an object with the same attributes takes the module's place. The
-    FP8 implementations download their kernels from the Hub on first use and are therefore left out.
-
-    Attributes:
-        function: Its name in `transformers.integrations.moe`.
-    """
-
-    requirements = Requirements(
-        dtypes={"bf16": (8, 0), "fp16": (8, 0), "fp32": (8, 0)},
-        act_dtypes=frozenset({"bf16", "fp16", "fp32"}),
-        activations=frozenset({"silu"}),
-        cpu=True,
-    )
-    libraries = ("transformers",)
-    function: ClassVar[str]
-
-    def prepare(self, experts: ExpertWeights, problem: MoEProblem) -> Call:  # noqa: ARG002
-        """See `Baseline.prepare`."""
-        moe = importlib.import_module("transformers.integrations.moe")
-        forward = getattr(moe, self.function)
-        module: Any = types.SimpleNamespace(
-            num_experts=experts.E,
-            gate_up_proj=experts.gate_up,
-            down_proj=experts.down,
-            act_fn=torch.nn.functional.silu,
-            has_gate=True,
-            has_bias=False,
-            is_transposed=False,
-            is_concatenated=True,
-        )
-        module._apply_gate = types.MethodType(moe._default_apply_gate, module)
-
-        def call(inputs: LayerInputs) -> Tensor:
-            out: Tensor = forward(module, inputs.hidden_states, inputs.topk_ids, inputs.topk_weights)
-            return out
-
-        return call
-
-
-class TransformersGroupedMm(_Transformers):
-    """transformers' ``experts_implementation="grouped_mm"``: slots sorted by expert, then torch's grouped product."""
-
-    name = "transformers_grouped_mm"
-    function = "grouped_mm_experts_forward"
-
-
-class TransformersBatchedMm(_Transformers):
-    """transformers' ``"batched_mm"``: every slot gets a copy of its expert's weights. Meant for decode."""
-
-    name = "transformers_batched_mm"
-    function = "batched_mm_experts_forward"
 
 
 class Vllm(Baseline):
@@ -269,16 +212,7 @@ class VllmMxfp4(Baseline):
 
 
 BASELINES: Final[dict[str, type[Baseline]]] = {
-    baseline.name: baseline
-    for baseline in (
-        Vllm,
-        VllmDeepGemm,
-        VllmTritonKernels,
-        VllmMxfp4,
-        TransformersGroupedMm,
-        TransformersBatchedMm,
-        NaiveLoop,
-    )
+    baseline.name: baseline for baseline in (Vllm, VllmDeepGemm, VllmTritonKernels, VllmMxfp4, NaiveLoop)
 }
 
 

@@ -3,8 +3,8 @@
 A packed file is one JSON object. `runs` (machine, versions, commit, ceilings) and `configs` (a backend and its
 configuration) hold what many rows share. `points` has one list per field of a point, beside the number of its run and
 the number of its rows; `rows` has one list per field of a row, beside the number of its configuration. Numbers keep
-`SIGNIFICANT_DIGITS`. Quartiles are stored as their distances ``below`` and ``above`` the median ``us`` in units of its
-last digit: small whole numbers. `row_files.load` reads packed files like any others.
+`SIGNIFICANT_DIGITS`, errors `ERROR_DIGITS`. Quartiles are stored as their distances ``below`` and ``above`` the median
+``us`` in units of its last digit: small whole numbers. `row_files.load` reads packed files like any others.
 """
 
 import json
@@ -23,6 +23,7 @@ POINT: Final = (
 CONFIG: Final = ("backend", "config")
 ROW: Final = ("us", "below", "above", "samples", "error", "deterministic", "reason", "joules_per_token")
 SIGNIFICANT_DIGITS: Final = 5
+ERROR_DIGITS: Final = 2
 
 
 def is_packed(lines: Sequence[str]) -> bool:
@@ -100,6 +101,8 @@ def _order(row: BenchRow) -> tuple[str, str, str, str, int, str, str, str, str]:
 
 def _fields(row: BenchRow) -> dict[str, Any]:
     fields = {name: _rounded(value) for name, value in row.model_dump(mode="json").items()}
+    if row.error is not None:
+        fields["error"] = float(f"{row.error:.{ERROR_DIGITS}g}")
     us = fields["us"]
     if not us or row.us_q1 is None or row.us_q3 is None:
         return fields | {"below": None, "above": None}

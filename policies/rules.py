@@ -22,10 +22,12 @@ DECODE_TOKENS: Final = 64
 EVEN_DECODE_TOKENS: Final = 40
 EVEN_DECODE_ROWS: Final = 4
 # From this many rows per hit expert on, gluon_hopper's tiles of 128 rows are ahead of triton_persistent's of 64, two
-# programs of which share a multiprocessor. In FP8 two programs hide their epilogues better where loops are short: with
-# N of 768 to 1536 they are ahead by 1 to 3 % at 32 to 48 rows. At deepseek-v3 (N=2048) gluon_hopper is ahead by 3 % at
-# 4 rows and by 12 % at 32.
-GLUON_ROWS: Final = 16
+# programs of which share a multiprocessor. In BF16 it is ahead by 1 to 4 % at 4 to 16 rows of deepseek-v3,
+# deepseek-v2-lite, kimi-k2-tp8 and qwen3-235b, and behind by 2 % at gpt-oss-120b. In MXFP4 gpt-oss-120b with 8 rows
+# takes 695 µs, and 757 there. In FP8 two programs hide their epilogues better where loops are short: with N of 768 to
+# 1536 they are ahead by 1 to 3 % at 32 to 48 rows. At deepseek-v3 (N=2048) gluon_hopper is ahead by 3 % at 4 rows and
+# by 12 % at 32.
+GLUON_ROWS: Final = 4
 # In BF16 it gains a share of the time and starts a few µs later, so that with fewer bytes to read it is ahead from more
 # rows on only: half of qwen3-30b-a3b's experts (604 MB) at 32 rows 170 µs, triton_persistent 166.
 GLUON_BYTES: Final = 1 << 30
@@ -33,9 +35,6 @@ GLUON_ROWS_OF_FEW_BYTES: Final = 48
 GLUON_FP8_ROWS: Final = 56
 GLUON_FP8_ROWS_FROM_LONG_N: Final = 2
 GLUON_LONG_N: Final = 2048
-# In MXFP4 it is ahead of triton_persistent wherever both were measured: gpt-oss-120b with 8 rows takes 695 µs, and 757
-# there.
-GLUON_MXFP4_ROWS: Final = 4
 # From this many rows per expert on DeepGEMM's products are about as fast as ours, or faster.
 PREFILL_ROWS: Final = 256
 # From this many rows per expert on they are faster in FP8: mixtral-8x7b at 4096 tokens (2414 µs, ours 2453) and at
@@ -49,14 +48,15 @@ FP8_WORK_PER_VALUE: Final = 1000
 
 # The vector kernels read an expert's weights once for each of its slots, so that nearly every slot must have an expert
 # to itself, and they start sooner than tensor cores, which is felt only where reading takes little longer. In FP8
-# converting the codes without tensor cores takes longer than reading them, the more so where a row of K is read in
-# parts (qwen3-30b-a3b, 131 MiB at M=4: 41.5 µs, 43.8 with tensor cores; deepseek-v3, 336 MiB at M=1: 126, 95).
-# Limits are slots per hit expert, and bytes of the hit experts' weights, in FP8 fewer where K is above VECTOR_LONG_K.
+# converting the codes without tensor cores takes longer than reading them, unless N is too short for tensor cores, too
+# (qwen3-30b-a3b, 131 MiB at M=4: 38.3 µs, 43.9 with tensor cores; kimi-k2-tp8, 312 MiB at M=8: 102, 111; deepseek-v3,
+# 336 MiB at M=1: 126, 95). Limits are slots per hit expert, and bytes of the hit experts' weights, in FP8 fewer where N
+# is above VECTOR_LONG_N.
 VECTOR_SHARING: Final = 1.22
 VECTOR_BYTES: Final = 1 << 30
-VECTOR_FP8_BYTES: Final = 192 << 20
-VECTOR_FP8_LONG_K_BYTES: Final = 64 << 20
-VECTOR_LONG_K: Final = 2048
+VECTOR_FP8_BYTES: Final = 320 << 20
+VECTOR_FP8_LONG_N_BYTES: Final = 64 << 20
+VECTOR_LONG_N: Final = 1024
 # Where their second product does not read all of a token's experts at once, one token still gains 1 to 2 % in BF16 with
 # so many bytes to read. With fewer, one layer loses (gpt-oss-120b, 190 MiB: 57.2 µs, 55.2 with tensor cores) and
 # another gains (deepseek-v2-lite, 99 MiB: 29.8, 31.4). More tokens lose 1 to 8 %.
@@ -68,9 +68,8 @@ VECTOR_N: Final = 2048
 VECTOR_COLUMNS: Final = 8192
 
 # Backends that are methods of one family, by the backend that names the family. These rules choose within a family, and
-# the learned policy has one cost model for all of it: apart they would have to resolve less than their own errors.
-# Fitted to the H200's sweep without the judged layer, the learned policy loses .6 % in the mean and 9 % at worst; with
-# a model of gluon_hopper's own .65 to .73 % in the mean, of triton_vector's own .87 % and 30 % at worst.
+# the learned policy has one cost model for all of it: apart they would have to resolve less than their own errors
+# (docs/lab-notebook.md, "Choosing").
 FAMILIES: Final = {"triton_vector": "triton_splitk", "gluon_hopper": "triton_persistent"}
 
 Ranked = tuple[tuple[str, str], ...]
@@ -155,20 +154,18 @@ def vector_suits(problem: MoEProblem) -> bool:
     fits = topk <= VECTOR_EXPERTS and columns <= VECTOR_N and topk * columns <= VECTOR_COLUMNS
     at_once = problem.topk == 1 or fits
     if problem.fp8:
-        return at_once and read <= (VECTOR_FP8_BYTES if problem.K <= VECTOR_LONG_K else VECTOR_FP8_LONG_K_BYTES)
+        return at_once and read <= (VECTOR_FP8_BYTES if problem.N <= VECTOR_LONG_N else VECTOR_FP8_LONG_N_BYTES)
     apart = problem.M == 1 and read >= VECTOR_APART_BYTES
     return (at_once or apart) and read <= VECTOR_BYTES
 
 
 def _many_rows(problem: MoEProblem) -> bool:
     """Whether tiles of 128 rows are likelier to be faster than tiles of 64."""
-    if problem.dtype == "mxfp4":
-        least = GLUON_MXFP4_ROWS
-    elif not problem.fp8:
-        few = problem.expected_experts * problem.expert_bytes < GLUON_BYTES
-        least = GLUON_ROWS_OF_FEW_BYTES if few else GLUON_ROWS
-    else:
+    least = GLUON_ROWS
+    if problem.fp8:
         least = GLUON_FP8_ROWS_FROM_LONG_N if problem.N >= GLUON_LONG_N else GLUON_FP8_ROWS
+    elif problem.dtype != "mxfp4" and problem.expected_experts * problem.expert_bytes < GLUON_BYTES:
+        least = GLUON_ROWS_OF_FEW_BYTES
     return problem.expected_slots >= least * problem.expected_experts
 
 

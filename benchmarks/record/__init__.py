@@ -1,4 +1,1 @@
-"""What makes the repository's own record: shipped tables, packed calibrations, the agreement of calibrations.
-
-Not part of the wheel.
-"""
+"""What makes the repository's own record: shipped tables, packed calibrations, measurements. Not part of the wheel."""

@@ -1,45 +1,14 @@
-"""Commands that make the repository's record: ``python -m moe_dispatch.benchmarks agree|pack|ship``."""
+"""Commands that make the repository's record: ``python -m moe_dispatch.benchmarks pack|ship|project``."""
 
-import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from moe_dispatch.commands.options import AsJson
 from moe_dispatch.errors import InvalidInputError
 from moe_dispatch.policies.measurements.schema import CalibrationFile, parse_calibration, read_bytes
 from moe_dispatch.system.compression import compressed
 from moe_dispatch.system.files import write_atomically
-
-
-def agree(
-    first: Annotated[Path, typer.Argument(help="The calibration that chooses.")],
-    second: Annotated[Path, typer.Argument(help="A later calibration of the same token counts, which judges.")],
-    between: Annotated[
-        list[Path] | None, typer.Option(help="A later calibration of token counts between the first's; repeatable.")
-    ] = None,
-    seconds: Annotated[float | None, typer.Option(help="Duration of the first calibration in seconds.")] = None,
-    json_: AsJson = False,
-) -> None:
-    """Print whether calibrations of one machine agree, and what the first one's choices lose by the others' times."""
-    from moe_dispatch.benchmarks.record import agreement
-    from moe_dispatch.benchmarks.targets import markdown
-    from moe_dispatch.policies.measurements.table import tables
-
-    chooser = _calibration(first)
-    choices = list(agreement.compare(chooser, _calibration(second)))
-    for path in between or ():
-        choices += agreement.compare(chooser, _calibration(path), between=True)
-    if json_:
-        typer.echo(json.dumps(agreement.summary(choices), indent=1))
-        return
-    expected = sum(len(table.tokens) for table in tables(chooser).values())
-    typer.echo(markdown(agreement.results(choices, seconds, expected=expected)))
-    notable = [choice for choice in choices if choice.same is False or (choice.loss or 0.0) > agreement.LOSS.limit]
-    for choice in sorted(notable, key=lambda choice: -(choice.loss or 0.0)):
-        loss = "not timed" if choice.loss is None else f"loses {choice.loss:.2%}"
-        typer.echo(f"- {choice.where}: {loss}{', and the winner differs' if choice.same is False else ''}")
 
 
 def pack(

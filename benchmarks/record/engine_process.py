@@ -12,8 +12,6 @@ import statistics
 import sys
 import tempfile
 import time
-from collections import defaultdict
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final, Literal
 
@@ -34,10 +32,6 @@ PREFILL: Final = (8, 2048)  # prompts, tokens of each
 CAPTURED: Final = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 PROMPT: Final = 32  # tokens before a decode
 WARM_STEPS, STEPS = 16, 96  # decode steps after a prefill: not timed, and timed
-# Generated tokens under a profiler, which takes milliseconds to read a step's thousands of events; the difference is
-# decode alone.
-PROFILED_SHORT, PROFILED_LONG = 4, 12
-MOST_KERNELS: Final = 25
 
 
 def serve(dtype: Literal["bf16", "fp8"], layers: int, memory: float, kv_gib: float, answer: int) -> None:
@@ -114,11 +108,10 @@ class _Engine:
         self._compiled = _count_compilations()
 
     def answer(self, what: str, **request: int) -> dict[str, Any]:
-        workloads: dict[str, Callable[..., dict[str, Any]]] = {
-            "decode": self._decode, "prefill": self._prefill, "tokens": self._tokens, "profile": self._profile,
-            "plans": self._plans,
+        workloads: dict[str, Any] = {
+            "decode": self._decode, "prefill": self._prefill, "tokens": self._tokens, "plans": self._plans,
         }  # fmt: skip
-        result = workloads[what](**request)
+        result: dict[str, Any] = workloads[what](**request)
         return result | {"compiled": len(self._compiled), "compiled_names": sorted(set(self._compiled))[:8]}
 
     def _decode(self, batch: int) -> dict[str, Any]:
@@ -160,31 +153,6 @@ class _Engine:
         chosen = {M: explain(dataclasses.replace(layer, M=M)).chosen for M in (*CAPTURED, 2048, 8192)}
         return {"plans": {M: dataclasses.asdict(best.choice) for M, best in chosen.items() if best}}
 
-    def _profile(self, batch: int) -> dict[str, Any]:
-        """The kernels of one decode step: what a long generation has more than a short one, per step."""
-        self._run(batch, PROMPT, PROFILED_LONG)
-        short = _kernels(lambda: self._run(batch, PROMPT, PROFILED_SHORT))
-        long = _kernels(lambda: self._run(batch, PROMPT, PROFILED_LONG))
-        steps = PROFILED_LONG - PROFILED_SHORT
-        counts: dict[str, int] = defaultdict(int)
-        times: dict[str, float] = defaultdict(float)
-        for sign, kernels in ((-1, short), (1, long)):
-            for name, start, end in kernels:
-                counts[name] += sign
-                times[name] += sign * (end - start)
-        most = sorted(times, key=lambda name: -times[name])
-        return {
-            "kernels_per_step": sum(counts.values()) / steps,
-            "sum_us": sum(times.values()) / steps,
-            # Less than the sum where kernels overlap, as programmatic dependent launches do.
-            "busy_us": (_busy(long) - _busy(short)) / steps,
-            "kernels": [
-                {"name": name[:120], "count": counts[name] / steps, "us": round(times[name] / steps, 1)}
-                for name in most[:MOST_KERNELS]
-            ],
-            "one_layer": _one_layer(long),
-        }
-
     def _run(self, batch: int, prompt: int, tokens: int, *, greedy: bool = False) -> tuple[float, list[Any]]:
         """Seconds and outputs of a generation.
 
@@ -212,44 +180,6 @@ def _sampling(tokens: int, *, greedy: bool = False) -> Any:
         detokenize=False,
         logprobs=1 if greedy else None,
     )
-
-
-Kernel = tuple[str, float, float]  # name, start and end in microseconds
-
-
-def _kernels(run: Callable[[], object]) -> list[Kernel]:
-    """Everything that the GPU does meanwhile, copies included, by start."""
-    import torch
-
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        run()
-        torch.cuda.synchronize()
-    events = [event for event in profile.events() if event.device_type.name == "CUDA"]
-    return sorted(
-        ((event.name, event.time_range.start, event.time_range.end) for event in events), key=lambda kernel: kernel[1]
-    )
-
-
-def _busy(kernels: list[Kernel]) -> float:
-    """Microseconds in which at least one kernel runs."""
-    total, until = 0.0, float("-inf")
-    for _, start, end in kernels:
-        total += max(0.0, end - max(start, until))
-        until = max(until, end)
-    return total
-
-
-def _one_layer(kernels: list[Kernel]) -> list[dict[str, Any]]:
-    """The kernels of the last but one layer of the last step: from one attention to the next."""
-    attention = [place for place, (name, _, _) in enumerate(kernels) if "attention" in name]
-    if len(attention) < 3:
-        return []
-    first, last = attention[-3], attention[-2]
-    begin = kernels[first][1]
-    return [
-        {"name": name[:80], "start_us": round(start - begin, 1), "us": round(end - start, 1)}
-        for name, start, end in kernels[first:last]
-    ]
 
 
 def _plugin_is_on() -> bool:

@@ -1,12 +1,10 @@
 """vLLM's engine with and without the plugin, end to end, by turns: milliseconds of a decode step and of a prefill.
 
     python -m moe_dispatch.benchmarks.record.engine_vllm --dtype bf16 --layers 40 --out engine.jsonl
-    python -m moe_dispatch.benchmarks.record.engine_vllm --profile 256 --layers 16 --out profile.jsonl
 
 Two engines with random weights start side by side and stay alive in two processes on one GPU, one with
 ``MOE_DISPATCH_VLLM=1``. Each workload is measured on both before the next one, and all of them as often as ``--rounds``
-says. Rows are written as they come, so a run that is ended leaves what it has. With ``--profile`` each engine says
-instead which kernels a decode step consists of. Needs vLLM and a GPU that holds both.
+says. Rows are written as they come, so a run that is ended leaves what it has. Needs vLLM and a GPU that holds both.
 """
 
 import argparse
@@ -137,14 +135,6 @@ def compare(engines: list[Engine], report: Report, rounds: int, deadline: float)
             })  # fmt: skip
 
 
-def profile(engines: list[Engine], report: Report, batches: list[int]) -> None:
-    """Write the kernels of a decode step in both engines."""
-    for batch in batches:
-        for engine in engines:
-            answer = engine.ask("profile", batch=batch)
-            report.add({"what": "profile", "batch": batch, "plugin": engine.plugin, **answer})
-
-
 def _agreement(off: dict[str, Any], on: dict[str, Any]) -> dict[str, Any]:
     """How many greedy tokens are equal, and how far log-probabilities differ up to the first token that is not."""
     equal = total = 0
@@ -161,7 +151,7 @@ def _agreement(off: dict[str, Any], on: dict[str, Any]) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Compare or profile."""
+    """Compare."""
     assert __doc__ is not None  # noqa: S101
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--dtype", choices=["bf16", "fp8"], default="bf16")
@@ -172,7 +162,6 @@ def main() -> None:
     parser.add_argument("--logs", default=".")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--budget", type=float, default=540.0, help="seconds, start included; the rest is left out")
-    parser.add_argument("--profile", type=int, nargs="+", metavar="BATCH", help="profile decode steps instead")
     parser.add_argument("--answer", type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.answer is not None:
@@ -189,10 +178,7 @@ def main() -> None:
         seconds = {str(engine.plugin): start["started_s"] for engine, start in zip(engines, started, strict=True)}
         report.add({"start_s": seconds})
         report.add(engines[1].ask("plans"))
-        if arguments.profile:
-            profile(engines, report, arguments.profile)
-        else:
-            compare(engines, report, arguments.rounds, deadline)
+        compare(engines, report, arguments.rounds, deadline)
     except EngineEndedError as error:
         report.add({"ended": str(error)})
         raise SystemExit(str(error)) from error

@@ -6,9 +6,6 @@
 #                                                        table, the recorded rows and the learned policy are made of it.
 #                                                        deepseek-v3 in both modes and on both routing distributions,
 #                                                        the others as graphs on uniform routing
-#     benchmarks/record/gpu_record.sh repeat             calibrate deepseek-v3 on a warm compile cache from nothing,
-#                                                        again in a row, at token counts between, and once more from
-#                                                        nothing, and compare
 #     benchmarks/record/gpu_record.sh bench              the scoreboard suite: what calibration chose, and the baselines
 #
 # Results go to $OUT; state that later calls need goes to $WORK. SECONDS_EACH bounds a call. A later call of sweep or
@@ -18,11 +15,11 @@
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 
-step="${1:?usage: gpu_record.sh sweep|repeat|bench [MODEL...]}"
+step="${1:?usage: gpu_record.sh sweep|bench [MODEL...]}"
 shift
 : "${OUT:=$PWD/out}" "${WORK:=$HOME/.moe_dispatch_record}" "${SECONDS_EACH:=400}" "${CONFIGS:=8}"
 : "${FIRST:=deepseek-v3}" "${BENCH:=deepseek-v3 qwen3-30b-a3b mixtral-8x7b}"
-: "${TOKENS:=1,2,4,8,16,32,64,128,256,512,1024,2048,4096,8192,16384}" "${BETWEEN:=3,12,48,192,768,3072,12288}"
+: "${TOKENS:=1,2,4,8,16,32,64,128,256,512,1024,2048,4096,8192,16384}"
 : "${GRAPHS:=graph}" "${RESUME=--resume}"
 mkdir -p "$OUT" "$WORK"
 export PYTHONUNBUFFERED=1 VLLM_LOGGING_LEVEL=ERROR VLLM_USE_DEEP_GEMM_E8M0=0
@@ -61,54 +58,6 @@ sweep() {
   keep "$WORK/sweep" "calibration-${models[-1]}.json"
 }
 
-repeat() {
-  local seconds begin=$SECONDS
-  rm -rf "${WORK:?}/again" "${WORK:?}/alone"
-  copy_compile_cache again
-  MOE_DISPATCH_CACHE_DIR="$WORK/again" calibrate --model "$FIRST" --tokens "$TOKENS" --budget "$(left)" > "$OUT/again.txt"
-  seconds=$((SECONDS - begin))
-  tail -n 4 "$OUT/again.txt"
-  keep "$WORK/again" again.json
-  (($(left) > 30)) || return 0
-  # At all token counts of the first calibration, refined ones included. Three fifths of the time that is left: the
-  # token counts between come after it.
-  MOE_DISPATCH_CACHE_DIR="$WORK/again" calibrate --model "$FIRST" --tokens "$(tokens_of "$OUT/again.json")" \
-    --budget "$(($(left) * 3 / 5))" > "$OUT/row.txt"
-  keep "$WORK/again" row.json
-  agree "two in a row" again.json row.json --seconds "$seconds"
-  (($(left) > 30)) || return 0
-  # The first calibration's file comes back: what it would choose between its token counts has to take part there, and
-  # the second one's measurements must not be in the file.
-  cp "$OUT/again.json" "$WORK"/again/calibration/*.json
-  MOE_DISPATCH_CACHE_DIR="$WORK/again" calibrate --model "$FIRST" --tokens "$BETWEEN" --budget "$(left)" \
-    --mode "$GRAPHS" > "$OUT/between.txt"
-  keep "$WORK/again" between.json
-  agree "two in a row, and between" again.json row.json --seconds "$seconds" --between "$OUT/between.json"
-  (($(left) > 30)) || return 0
-  copy_compile_cache alone
-  MOE_DISPATCH_CACHE_DIR="$WORK/alone" calibrate --model "$FIRST" --tokens "$TOKENS" --budget "$(left)" \
-    > "$OUT/alone.txt"
-  keep "$WORK/alone" alone.json
-  agree "independent" again.json alone.json
-}
-
-# A cache directory with the compiled kernels of the sweep and none of its measurements.
-copy_compile_cache() {
-  mkdir -p "$WORK/$1"
-  [[ ! -e "$WORK/sweep/compiled" ]] || cp -r "$WORK/sweep/compiled" "$WORK/$1/"
-}
-
-# The token counts of a calibration.
-tokens_of() {
-  python3 -c 'import json, sys; print(*sorted({point["M"] for point in json.load(open(sys.argv[1]))["points"]}), sep=",")' "$1"
-}
-
-agree() {
-  local what="$1" first="$2" second="$3"
-  shift 3
-  { printf '\n%s\n\n' "$what"; "${benchmarks[@]}" agree "$OUT/$first" "$OUT/$second" "$@"; } | tee -a "$OUT/agreement.txt"
-}
-
 bench() {
   local rows="$OUT/bench.jsonl" models=() model
   for model in $BENCH; do models+=(--model "$model"); done
@@ -120,6 +69,6 @@ bench() {
 
 case "$step" in
   sweep) sweep "$@" ;;
-  repeat | bench) "$step" ;;
-  *) echo "gpu_record.sh: unknown step $step; known: sweep, repeat, bench" >&2; exit 2 ;;
+  bench) bench ;;
+  *) echo "gpu_record.sh: unknown step $step; known: sweep, bench" >&2; exit 2 ;;
 esac

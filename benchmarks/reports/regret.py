@@ -94,7 +94,7 @@ def bench_observations(rows: Iterable[BenchRow], machine: Machine) -> list[Obser
             behind = geometric_mean([time / by_candidate[leader][routing] for routing, time in us.items()])
             score = complete.get(identity, max(1.0, behind) * complete[leader])
             once = identity != leader and (problem, identity) not in repeated
-            observations.append(Observation(problem, identity, score, once))
+            observations.append(Observation(problem, identity, score, once, us.get("uniform")))
     return observations
 
 

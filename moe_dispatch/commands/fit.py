@@ -74,9 +74,8 @@ def _show_cost_models(model: "ModelFile") -> None:
         line(f"median errors: {', '.join(errors)}")
     OUT.print()
     OUT.print("launch: 1 µs. search: 10 ns per expert. weights: read at 4.3 TB/s.")
-    OUT.print("tiles: of 64 rows, multiplied at 700 TFLOP/s, in FP8 at 1300.")
-    OUT.print("roofline: the longer of reading the weights and multiplying the rows.")
-    OUT.print("slots, tokens: M·topk and M rows of K columns, moved at 4.3 TB/s.")
+    OUT.print("roofline: √(weights² + products²), products being those of all rows at 700 TFLOP/s, in FP8 at 1300.")
+    OUT.print("tokens: M rows of K columns, moved at 4.3 TB/s.")
 
 
 def _losses(observed: "Sequence[Observation]", machine: "Machine") -> tuple[list[dict[str, Any]], str]:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 _LEGEND = (
     "A projection: nothing here was measured on more than one GPU. 1 GPU: all experts and the tokens of all ranks. "
-    "serial: speed-up where experts wait for all transfers; hidden: where transfers hide behind experts. Routing "
+    "serial: speed-up where experts wait for their rows; hidden: where transfers hide behind experts. Routing "
     "is uniform."
 )
 

@@ -1,7 +1,8 @@
 """What a layer would take on more GPUs: a projection from cost models of one GPU and figures of the links.
 
 Nothing here was measured on more than one GPU. Experts' times are those that the policies predict for one GPU with the
-load of the busiest rank; transfers are latency plus bytes over bandwidth (`links`). Routing is uniform.
+load of the busiest rank, on a card at its power limit; transfers are latency plus bytes over bandwidth (`links`).
+Routing is uniform.
 """
 
 import dataclasses
@@ -12,6 +13,7 @@ from typing import Final
 from moe_dispatch.dispatch.dispatcher import Dispatcher
 from moe_dispatch.errors import InvalidInputError
 from moe_dispatch.machine import Machine
+from moe_dispatch.measure import H200_CEILINGS, known_ceilings
 from moe_dispatch.parallel.links import Cluster, crossing, slots_of_busiest
 from moe_dispatch.problem import ELEMENT_BYTES, DType, MoEProblem
 from moe_dispatch.settings import Settings
@@ -19,6 +21,10 @@ from moe_dispatch.workloads import Workload
 
 # With more rows for each expert a GPU runs its tokens in slices: cost models are fitted to as many at most.
 _ROWS: Final = 4096
+# Share of the matrix rate that is left without the rests by which calibrations stay below a card's power limit. On an
+# H200 deepseek-v3 in FP8 takes 3482 µs for 4096 tokens with rests and 3758 without (docs/performance.md). Reading takes
+# 2632 µs of that and multiplying 2220; with this share √(reading² + multiplying²) grows as much.
+_WITHOUT_RESTS: Final = 0.85
 
 
 @dataclass(frozen=True)
@@ -32,6 +38,7 @@ class Projected:
         experts_us: Time of the busiest rank's experts.
         dispatch_us: Time of the rows on their way to the experts.
         combine_us: Time of the results on their way back.
+        early_us: The part of it in which the experts still run: ``direct`` sends each sum as it is computed.
         exchange: Which way to send them is fastest: ``direct``, ``gather``, ``alltoall``, or ``alltoall by node``,
             which first sends a row once to each host and which no exchange here does.
     """
@@ -42,6 +49,7 @@ class Projected:
     experts_us: float
     dispatch_us: float
     combine_us: float
+    early_us: float
     exchange: str
 
     @property
@@ -50,9 +58,14 @@ class Projected:
         return self.dispatch_us + self.combine_us
 
     @property
+    def us(self) -> float:
+        """Time of all ranks together, where experts wait for all of their rows."""
+        return self.experts_us + self.transfer_us - self.early_us
+
+    @property
     def serial(self) -> float:
-        """Speed-up where experts wait for all transfers."""
-        return self.one_gpu_us / (self.experts_us + self.transfer_us)
+        """Speed-up where experts wait for all of their rows."""
+        return self.one_gpu_us / self.us
 
     @property
     def overlapped(self) -> float:
@@ -70,6 +83,7 @@ class Projection:
 
     def __init__(self, machine: Machine, cluster: Cluster) -> None:
         self._machine, self._cluster = machine, cluster
+        self._ceilings = known_ceilings(machine) or H200_CEILINGS
         # Cost models alone: a ratio of a measured time to a predicted one would mix two kinds of errors.
         self._planner = Dispatcher(machine, Settings(policies=("learned",)), live=False).planner
 
@@ -96,10 +110,14 @@ class Projection:
         out = layer.K * (1 + 4 / 128) if wire_fp8 else row
         ways = [crossing(self._cluster, ranks, M, bytes_, layer.E, layer.topk) for bytes_ in (out, row)]
         dispatch, combine = (dataclasses.asdict(way) for way in ways)
-        exchange = min(dispatch, key=lambda name: dispatch[name] + combine[name])
+        # Summing reads one row for each slot.
+        sums_us = 1e6 * whole.slots / ranks * row / self._ceilings.bandwidth
+        early = dict.fromkeys(dispatch, 0.0)
+        early["direct"] = min(sums_us, combine["direct"] - self._cluster.direct.latency_us)
+        exchange = min(dispatch, key=lambda name: dispatch[name] + combine[name] - early[name])
         return Projected(
             M, ranks, self._us(whole), self._busiest_us(whole, ranks), dispatch[exchange], combine[exchange],
-            exchange.replace("_", " "),
+            early[exchange], exchange.replace("_", " "),
         )  # fmt: skip
 
     def _busiest_us(self, whole: MoEProblem, ranks: int) -> float:
@@ -123,4 +141,6 @@ class Projection:
             raise InvalidInputError(
                 f"no cost model for {problem} on {self._machine.name}; `moe-dispatch fit` makes one from a calibration"
             )
-        return slices * min(times)
+        flops = self._ceilings.flops(problem.dtype) or math.inf
+        read, multiply = problem.roofline_us(self._ceilings.bandwidth, math.inf), problem.roofline_us(math.inf, flops)
+        return slices * min(times) * math.hypot(read, multiply / _WITHOUT_RESTS) / math.hypot(read, multiply)

@@ -31,8 +31,6 @@ _ROUNDS: Final = 4  # of reweighting
 # Weight of squared coefficients, in units of each term's greatest share: it decides only between terms that no
 # measurement tells apart.
 _RIDGE: Final = 1e-6
-# Least coefficient of the roofline. The nominal rates are sustained ones, which the best layers exceed by 6 %.
-_LEAST_ROOFLINE: Final = 0.9
 _DIGITS: Final = 4  # significant digits in the file
 
 
@@ -45,12 +43,14 @@ class Observation:
         candidate: Backend and configuration.
         us: Geometric mean over the routing distributions, in µs.
         once: Whether it was measured by a single run, which showed that it is far behind.
+        uniform_us: Time under uniform routing alone, in µs; None where it is `us` or was not recorded.
     """
 
     problem: MoEProblem
     candidate: Identity
     us: float
     once: bool = False
+    uniform_us: float | None = None
 
 
 def observations(file: CalibrationFile) -> list[Observation]:
@@ -60,6 +60,7 @@ def observations(file: CalibrationFile) -> list[Observation]:
             measurement.layer.problem(measurement.M, file.machine, measurement.mode),
             measurement.candidate.identity,
             measurement.score,
+            uniform_us=measurement.us["uniform"][1] if "uniform" in measurement.us else None,
         )
         for measurement in file.measurements()
         if measurement.score is not None
@@ -69,12 +70,15 @@ def observations(file: CalibrationFile) -> list[Observation]:
 def fit_model(rows: Iterable[Observation], machine: Machine) -> ModelFile:
     """Fit a cost model to the default configuration of each backend, for each dtype and mode.
 
+    Terms are those of uniform routing, and so are times where they were recorded: skewed routing reads fewer weights.
+
     Raises:
         InvalidInputError: In no dtype and mode enough layers were measured.
     """
     kinds: dict[tuple[DType, Mode], dict[MoEProblem, dict[Identity, float]]] = {}
     for row in rows:
-        kinds.setdefault((row.problem.dtype, row.problem.mode), {}).setdefault(row.problem, {})[row.candidate] = row.us
+        points = kinds.setdefault((row.problem.dtype, row.problem.mode), {})
+        points.setdefault(row.problem, {})[row.candidate] = row.uniform_us or row.us
     cost_models = []
     for (dtype, mode), points in kinds.items():
         for name, times in sorted(_defaults(points, machine).items()):
@@ -113,16 +117,14 @@ def fit_cost_model(times: Mapping[MoEProblem, float]) -> tuple[list[float], floa
     on_host: dict[str, Any] = {"dtype": torch.float64, "device": "cpu"}
     parts = torch.tensor([[terms(problem)[term] for term in TERMS] for problem in times], **on_host)
     shares = parts / torch.tensor(list(times.values()), **on_host)[:, None]  # [P, T], parts of the time
-    least = torch.tensor([_LEAST_ROOFLINE * (term == "roofline") for term in TERMS], **on_host)
-    rest = 1 - shares @ least  # [P]
     units = shares.amax(0)
     shares = shares / units
     weights = shares.new_ones(len(times))
     for _ in range(_ROUNDS):
-        coefficients = nonnegative_least_squares(shares * weights[:, None], rest * weights)
-        errors = (rest - shares @ coefficients).abs()
+        coefficients = nonnegative_least_squares(shares * weights[:, None], weights)
+        errors = (1 - shares @ coefficients).abs()
         weights = (1 + (errors / _ROBUST).square()).rsqrt()
-    return (least + coefficients / units).tolist(), float(errors.median())
+    return (coefficients / units).tolist(), float(errors.median())
 
 
 def nonnegative_least_squares(a: Tensor, b: Tensor) -> Tensor:

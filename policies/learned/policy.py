@@ -21,7 +21,7 @@ from moe_dispatch.problem import DType, Mode, MoEProblem
 from moe_dispatch.registry import MadeBackends
 from moe_dispatch.settings import cache_dir
 
-SCHEMA: Final = 4
+SCHEMA: Final = 5
 # A lead below the cost models' own errors of 2 to 4 % does not count, and the rules' choice stands. So it does where it
 # has no cost model to compare with.
 CLOSE: Final = 0.04
@@ -82,7 +82,7 @@ class ModelFile(Strict):
         cost_models: One for each backend, dtype and mode.
     """
 
-    schema_version: Literal[4] = SCHEMA
+    schema_version: Literal[5] = SCHEMA
     fingerprint: Annotated[str, pydantic.Field(max_length=200)]
     sms: Annotated[int, pydantic.Field(ge=1)]
     cost_models: Annotated[list[CostModel], pydantic.Field(min_length=1, max_length=1000)]

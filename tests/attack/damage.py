@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from hypothesis import example
 from hypothesis import strategies as st
 
 FOREIGN_USER: Final = 12345
@@ -34,6 +35,7 @@ class Damage:
 CONTENTS: Final[Mapping[str, Callable[[bytes], bytes]]] = {
     "nothing": lambda content: content,
     "empty": lambda _: b"",
+    "half of it": lambda content: content[: len(content) // 2],
     "blank": lambda _: b" \n" * 100,
     "null": lambda _: b"null",
     "a list": lambda content: b"[" + content + b"]",
@@ -105,6 +107,7 @@ def _content(spoil: Callable[[bytes], bytes], name: str) -> Damage:
     return Damage(name, lambda path: path.write_bytes(spoil(path.read_bytes())))
 
 
+NEWER_SCHEMA: Final = _content(newer_schema, "a newer schema")
 contents: st.SearchStrategy[Damage] = st.one_of(
     st.sampled_from(sorted(CONTENTS)).map(lambda name: _content(CONTENTS[name], name)),
     st.floats(0, 1).map(lambda share: _content(_truncated(share), f"truncated at {share:.3f}")),
@@ -118,7 +121,7 @@ contents: st.SearchStrategy[Damage] = st.one_of(
         ),
         st.lists(st.integers(0, 30), min_size=1, max_size=6), JSON_VALUES, st.booleans(),
     ),
-    st.just(_content(newer_schema, "a newer schema")),
+    st.just(NEWER_SCHEMA),
 )  # fmt: skip
 
 
@@ -171,6 +174,7 @@ ENTRIES: Final[Mapping[str, Callable[[Path], None]]] = {
     "a link to the file": _replaced(lambda path: path.symlink_to("kept-elsewhere")),
     "a link to a folder": _replaced(lambda path: path.symlink_to(path.parent)),
     "a link to /dev/zero": _replaced(lambda path: path.symlink_to("/dev/zero")),
+    "a disk that cannot be read": _replaced(lambda path: path.symlink_to("/proc/self/mem")),  # EIO at address 0
     "a link to /dev/full": _replaced(lambda path: path.symlink_to("/dev/full")),
     "unreadable": lambda path: path.chmod(0),
     "read-only": _read_only,
@@ -178,3 +182,21 @@ ENTRIES: Final[Mapping[str, Callable[[Path], None]]] = {
 
 entries: st.SearchStrategy[Damage] = st.sampled_from(sorted(ENTRIES)).map(lambda name: Damage(name, ENTRIES[name]))
 damages: st.SearchStrategy[Damage] = st.one_of(contents, contents, contents, entries)
+
+
+NAMED: Final = (
+    *(_content(spoil, name) for name, spoil in CONTENTS.items()), NEWER_SCHEMA,
+    *(Damage(name, apply) for name, apply in ENTRIES.items()),
+)  # fmt: skip
+Test = Callable[..., None]
+
+
+def every_named_damage(**others: object) -> Callable[[Test], Test]:
+    """Run a Hypothesis test on each of `NAMED` before drawn damages; `others` are its further arguments."""
+
+    def decorate(test: Test) -> Test:
+        for damage in NAMED:
+            test = example(damage=damage, **others)(test)
+        return test
+
+    return decorate

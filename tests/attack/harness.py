@@ -34,7 +34,6 @@ class Figures:
     slowest_s: dict[str, float] = field(default_factory=dict)
 
     def add(self, other: "Figures") -> None:
-        """Add the figures of another process."""
         for total, part in ((self.inputs, other.inputs), (self.refused, other.refused)):
             for area, count in part.items():
                 total[area] = total.get(area, 0) + count
@@ -60,7 +59,7 @@ def attack(inputs: int) -> settings:
         database=None,
         deadline=None,  # `watched` has a limit that also ends a hang
         print_blob=True,
-        phases=(Phase.generate, Phase.shrink),
+        phases=(Phase.explicit, Phase.generate, Phase.shrink),
         suppress_health_check=list(HealthCheck),
     )
 

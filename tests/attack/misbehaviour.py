@@ -29,8 +29,6 @@ class Right(Backend):
 
 
 class UnprintableError(Exception):
-    """Fails to print itself."""
-
     def __str__(self) -> str:
         raise RuntimeError("not even this")
 
@@ -47,8 +45,6 @@ ERRORS: Final = st.sampled_from([
 
 
 def raising(error: BaseException) -> Callable[..., Any]:
-    """A method that raises."""
-
     def method(*_: object, **__: object) -> Any:
         raise error
 
@@ -56,7 +52,6 @@ def raising(error: BaseException) -> Callable[..., Any]:
 
 
 def answering(value: object) -> Callable[..., Any]:
-    """A method that answers always the same."""
     return lambda *_, **__: value
 
 

@@ -96,7 +96,6 @@ def layer_shapes(draw: st.DrawFn, dtypes: tuple[str, ...] = DTYPES) -> LayerShap
 
 @st.composite
 def call_shapes(draw: st.DrawFn, layers: st.SearchStrategy[LayerShape] | None = None) -> CallShape:
-    """Calls that are valid."""
     layer = draw(layers or layer_shapes())
     return CallShape(
         layer=layer,
@@ -120,7 +119,6 @@ def make_layer(shape: LayerShape) -> tuple[ExpertWeights, Layer]:
 
 
 def draw_layer(shape: LayerShape) -> Layer:
-    """Fresh weights of a layer."""
     generator = torch.Generator().manual_seed(shape.seed)
 
     def normal(*size: int, scale: float) -> Tensor:

@@ -105,39 +105,6 @@ def test_an_argument_that_is_wrong_is_refused_by_name(
     assert not get_dispatcher("cpu").quarantine.entries(), "the caller's fault was booked on a backend"
 
 
-OUTS: dict[str, Any] = {
-    "right": (torch.empty_like, True),
-    "part of a larger buffer": (lambda h: torch.empty(2 * len(h) + 1, h.shape[1], dtype=h.dtype)[: len(h)], True),
-    "a parameter": (lambda h: torch.nn.Parameter(torch.empty_like(h), requires_grad=False), True),
-    "hidden_states": (lambda h: h, False),
-    "another shape": (lambda h: torch.empty(len(h) + 1, h.shape[1], dtype=h.dtype), False),
-    "another dtype": (lambda h: torch.empty(h.shape, dtype=torch.float64), False),
-    "another device": (lambda h: torch.empty(h.shape, dtype=h.dtype, device="meta"), False),
-    "strided": (lambda h: torch.empty(len(h), 2 * h.shape[1], dtype=h.dtype)[:, ::2], False),
-    "with a gradient": (lambda h: torch.empty_like(h).requires_grad_(), False),
-    "sparse": (lambda h: h.to_sparse(), False),
-    "a list": (lambda h: h.tolist(), False),
-    "a number": (lambda _: 3, False),
-}
-
-
-@attack(800)
-@given(shape=call_shapes(), kind=st.sampled_from(sorted(OUTS)), backend=st.sampled_from([None, "reference"]))
-def test_memory_for_the_output(shape: CallShape, kind: str, backend: str | None) -> None:
-    shape = dataclasses.replace(shape, M=max(shape.M, 2), layer=dataclasses.replace(shape.layer, K=8))
-    call = make_call(shape)
-    make, valid = OUTS[kind]
-    out, before = make(call.hidden_states), copies(call)
-    with watched(AREA):
-        result = answer_or_refusal(AREA, lambda: moe_forward(*call.arguments, backend=backend, out=out))
-        if valid:
-            assert result is out
-            right_answer(call, result, before, shape.layer.dtype)
-        else:
-            assert isinstance(result, InvalidInputError)
-            assert "out" in str(result)
-
-
 WEIGHTS = ("gate_up", "down", "gate_up_scale", "down_scale", "gate_up_bias", "down_bias", "activation", "interleaved")
 
 

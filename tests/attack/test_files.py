@@ -35,7 +35,7 @@ from moe_dispatch.policies.measurements.schema import (
 from moe_dispatch.settings import settings
 from moe_dispatch.system.libraries import library_version
 from moe_dispatch.workloads import Workload, workload
-from tests.attack.damage import Damage, damages
+from tests.attack.damage import Damage, damages, every_named_damage
 from tests.attack.harness import answer_or_refusal, attack, watched
 from tests.attack.oracle import assert_right, truth
 from tests.attack.strategies import SMALL_CALL, make_call
@@ -107,6 +107,7 @@ CALIBRATION = merge(
 
 
 @attack(900)
+@every_named_damage()
 @given(damage=damages)
 def test_calibrations(damage: Damage) -> None:
     """A call is computed whatever the file is; a new measurement is saved, and what was there is kept."""
@@ -147,6 +148,7 @@ CRASHED = QuarantineEntry(
 
 
 @attack(900)
+@every_named_damage(reset=False)
 @given(damage=damages, reset=st.booleans())
 def test_quarantines(damage: Damage, *, reset: bool) -> None:
     """A call is computed, a new entry is obeyed by this process, and what was there is kept or set aside."""
@@ -178,6 +180,7 @@ def test_quarantines(damage: Damage, *, reset: bool) -> None:
 
 
 @attack(700)
+@every_named_damage()
 @given(damage=damages)
 def test_markers(damage: Damage) -> None:
     """The marker of a dead process becomes an entry, or is set aside; no call breaks."""
@@ -213,6 +216,7 @@ MODEL = ModelFile(
 
 
 @attack(500)
+@every_named_damage()
 @given(damage=damages)
 def test_learned_models(damage: Damage) -> None:
     """A call is computed whatever the file is; a fit replaces it."""
@@ -235,6 +239,7 @@ def test_learned_models(damage: Damage) -> None:
 
 
 @attack(700)
+@every_named_damage(by_variable=False)
 @given(damage=damages, by_variable=st.booleans())
 def test_machine_descriptions(damage: Damage, *, by_variable: bool) -> None:
     with fresh_cache() as folder:
@@ -270,7 +275,12 @@ def configurations(draw: st.DrawFn) -> tuple[dict[str, object], tuple[int, int, 
     return ({nested: section, "model_type": "many_modes"} if nested else section), (E, topk, K, N)
 
 
+SMALL_LAYER = {"num_experts": 8, "num_experts_per_tok": 2, "hidden_size": 64, "moe_intermediate_size": 32}
+CONFIG = (SMALL_LAYER | {"model_type": "qwen3_moe", "hidden_act": "silu"}, (8, 2, 64, 32))
+
+
 @attack(900)
+@every_named_damage(config=CONFIG, as_folder=False)
 @given(config=configurations(), damage=damages, as_folder=st.booleans())
 def test_configs(
     config: tuple[dict[str, object], tuple[int, int, int, int]], damage: Damage, *, as_folder: bool
@@ -292,13 +302,14 @@ def test_configs(
 
 @pytest.fixture(scope="module")
 def row() -> str:
-    """A row of `bench`, of the recorded ones."""
     recorded = Path(__file__).parents[2] / "benchmarks" / "results"
     rows = load(sorted(recorded.rglob("sweep.jsonl.xz"))[:1])
     return rows[0].model_dump_json()
 
 
 @attack(400)
+@every_named_damage(resumed=False)
+@every_named_damage(resumed=True)
 @given(damage=damages, resumed=st.booleans())
 def test_rows_of_benchmarks(row: str, damage: Damage, *, resumed: bool) -> None:
     with fresh_cache() as folder:

@@ -17,8 +17,6 @@ ANY_CLOCK = settings(deadline=None, derandomize=True, suppress_health_check=[Hea
 
 @dataclass(frozen=True)
 class Case:
-    """A call of `route`."""
-
     ids: Tensor
     E: int
     alignment: int

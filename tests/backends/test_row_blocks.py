@@ -27,7 +27,6 @@ def _any_device(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def routed(counts: list[int]) -> Routing:
-    """Routing of so many rows to each expert."""
     ids = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))[:, None].to(DEVICE)
     return route_torch(ids, len(counts))
 

@@ -49,19 +49,16 @@ def test_a_triton_that_was_not_read_is_named_in_a_reason(version: str) -> None:
 
 
 def copy(x, out_ptr, n, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def] # a kernel's
-    """Copies n values."""
     offs = tl.arange(0, BLOCK)
     tl.store(out_ptr + offs, tl.load(x + offs, mask=offs < n), mask=offs < n)
 
 
 def copy_block(x, out_ptr, n, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def] # a kernel's
-    """Copies a block through a tensor descriptor."""
     offs = tl.arange(0, BLOCK)
     tl.store(out_ptr + offs[:, None] * n + offs[None, :], x.load([0, 0]))
 
 
 def load_block(x, out_ptr, n, BLOCK: gl.constexpr):  # type: ignore[no-untyped-def] # a kernel's
-    """Loads a block through a tensor descriptor, in Gluon."""
     bar = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     tma_load(x, [0, 0, 0], bar, gl.allocate_shared_memory(x.dtype, x.block_shape, x.layout))
     gl.store(out_ptr, n)

@@ -35,18 +35,12 @@ MX = {"block_k": 64, "block_m": 8}
 FEW_SPILLS = 80  # bytes of a thread; most are 72, FP8 beside 64 tokens on sm_89 with Triton 3.9
 EXPERTS = {"grid": "experts"}
 CASES = [
-    # token counts: one, odd, and more than BLOCK_M of one expert, in either grid
-    Case("one token", M=1),
+    # Beyond what the conformance suite runs in the default configuration: tokens that one block or scan does not hold,
+    # and the grid of experts
     Case("one token, grid of experts", M=1, config=EXPERTS),
-    Case("odd count", M=17),
     Case("many slots", M=70, N=16, K=32),
     Case("slots span two scans", M=257, E=2, N=16, K=32, config=EXPERTS | {"block_m": 64}),
-    Case("all slots to one expert", M=17, routing="2"),
     Case("all slots to one expert, grid of experts", M=17, routing="2", config=EXPERTS),
-    Case("no slot is ours", M=2, routing="-1"),
-    Case("one expert", E=1, topk=1),
-    # id dtypes
-    Case("int64 ids", ids=torch.int64),
     Case("int64 ids, grid of experts", ids=torch.int64, config=EXPERTS),
     # sizes that no block divides
     Case("odd K and N", K=70, N=45, bias=True),
@@ -56,21 +50,14 @@ CASES = [
     Case("split down", N=96, config={"splits_down": 2}),
     Case("split gate_up", K=96, config={"splits_gate_up": 2}),
     Case("split both, more than blocks", config={"splits_gate_up": 5, "splits_down": 5}),
-    # activations, fused and after partial sums
-    *[Case(f"{name}, fused", activation=name) for name in ACTIVATIONS],
+    # activations after partial sums
     *[
         Case(f"{name}, partial sums", activation=name, bias=True, config={"splits_gate_up": 2})
         for name in ACTIVATIONS
     ],
-    Case("gpt-oss", K=40, N=24, **GPT_OSS),
-    Case(
-        "gpt-oss, partial sums", K=40, N=24, **GPT_OSS,
-        config={"splits_gate_up": 2},
-    ),
+    Case("gpt-oss, partial sums", K=40, N=24, **GPT_OSS, config={"splits_gate_up": 2}),
     # dtypes
-    Case("fp16", dtype="fp16", bias=True),
     Case("fp16, partial sums", dtype="fp16", config={"splits_gate_up": 2}),
-    Case("fp8", dtype="fp8", K=256, N=128),
     Case("fp8, cut blocks", dtype="fp8", K=200, N=72, bias=True, activation="swiglu_oai", interleaved=True),
     Case("fp8, partial sums", dtype="fp8", K=256, N=136, config={"splits_gate_up": 2, "splits_down": 2}),
     Case("fp8, quantised by gate_up", dtype="fp8", K=128, N=136, bias=True, config={"block_n": 256}),

@@ -55,8 +55,6 @@ class Faulty(Backend):
 
 
 def out_of_memory_at(tokens: int) -> Callable[[Tensor], Tensor]:
-    """A fault: lack of memory at one token count."""
-
     def fault(out: Tensor) -> Tensor:
         if out.shape[0] == tokens:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 900 GiB")

@@ -24,12 +24,9 @@ def assert_correct(name: str, layer: Workload, M: int, dtype: DType, device: str
     assert (out - truth).norm() / truth.norm() < baseline.tolerance[dtype]
 
 
-@pytest.mark.parametrize("name", ["naive_loop", "transformers_grouped_mm", "transformers_batched_mm"])
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-def test_baselines_that_run_on_a_cpu_are_right(name: str, dtype: DType) -> None:
-    if name.startswith("transformers"):
-        pytest.importorskip("transformers")
-    assert_correct(name, LAYER, 5, dtype, "cpu")
+def test_the_baseline_that_runs_on_a_cpu_is_right(dtype: DType) -> None:
+    assert_correct("naive_loop", LAYER, 5, dtype, "cpu")
 
 
 @pytest.mark.parametrize("name", sorted(BASELINES))

@@ -20,7 +20,7 @@ SMALL = ("--model", "4,2,64,32", "--dtype", "fp32", "--mode", "eager", "--second
 def test_the_entry_point_lists_its_commands() -> None:
     command = [sys.executable, "-m", "moe_dispatch.benchmarks", "--help"]
     done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
-    for name in ("run", "score", "regret", "agree", "plot", "pack", "ship"):
+    for name in ("run", "score", "regret", "plot", "pack", "ship"):
         assert name in done.stdout
 
 
@@ -133,16 +133,14 @@ def test_score_exits_by_the_verdicts(path: Path) -> None:
     assert "| open |" in run("score", path, status=1)
 
 
-@pytest.mark.parametrize("command", ["plot", "score", "regret", "pack", "ship", "agree"])
+@pytest.mark.parametrize("command", ["plot", "score", "regret", "pack", "ship"])
 @pytest.mark.parametrize("content", [None, '{"rows": 3}\n', "<html>\n"], ids=["missing", "other JSON", "no JSON"])
 def test_a_file_that_cannot_be_read_is_one_message(command: str, content: str | None, tmp_path: Path) -> None:
     path = tmp_path / "given.json"
     if content is not None:
         path.write_text(content)
     out = tmp_path / "out"
-    options = {"plot": ("--out", out), "pack": ("--out", out), "ship": ("--out", out), "agree": (path,)}.get(
-        command, ()
-    )
+    options = ("--out", out) if command in ("plot", "pack", "ship") else ()
     output = run(command, path, *options, status=2)
     assert output.startswith("error: ")
     assert "given.json" in output

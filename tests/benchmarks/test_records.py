@@ -1,15 +1,11 @@
-"""What the repository records: packed calibrations, tables to ship, the agreement of calibrations."""
+"""What the repository records: packed calibrations and tables to ship."""
 
 from pathlib import Path
 
-import pytest
-
 from moe_dispatch.benchmarks import row_files
-from moe_dispatch.benchmarks.record import agreement, ship
+from moe_dispatch.benchmarks.record import ship
 from moe_dispatch.benchmarks.record.calibration_rows import calibration_rows
-from moe_dispatch.policies.measurements.merge import merge
-from moe_dispatch.policies.measurements.schema import CalibrationFile, Candidate, LayerShape, Measurement
-from moe_dispatch.workloads import WORKLOADS
+from moe_dispatch.policies.measurements.schema import CalibrationFile
 from tests.benchmarks.helpers import H200, calibration, run
 
 
@@ -68,61 +64,3 @@ def test_a_later_calibration_of_some_backends_keeps_the_libraries_of_the_others(
 
 def test_a_layer_measured_at_few_token_counts_is_not_shipped() -> None:
     assert ship.table([calibration((1, 4, 16))]).points == []
-
-
-def with_scores(scores: dict[int, dict[str, float]]) -> CalibrationFile:
-    layer = LayerShape.of(WORKLOADS["deepseek-v3"].problem(1, "fp8", H200))
-    measurements = [
-        Measurement(layer, M, "graph", Candidate(backend=backend), score=us)
-        for M, times in scores.items()
-        for backend, us in times.items()
-    ]
-    return merge(CalibrationFile(machine=H200), measurements, H200)
-
-
-def test_agreement_is_judged_by_the_later_measurements() -> None:
-    first = with_scores({4: {"a": 10.0, "b": 12.0}, 64: {"a": 100.0, "b": 90.0}})
-    again = with_scores({4: {"a": 10.1, "b": 12.0}, 64: {"a": 98.0, "b": 100.0}})
-    between = with_scores({16: {"a": 33.0, "b": 30.0}})
-    points = [point for later in (again, between) for point in agreement.compare(first, later)]
-    summary = agreement.summary(points)
-    assert summary["calibrated"]["points"] == 2
-    assert summary["calibrated"]["agree"] == 0.5
-    assert summary["calibrated"]["worst"] == summary["calibrated"]["apart"] == pytest.approx(100 / 98 - 1)
-    results = agreement.results(points, seconds=151.0)
-    verdicts = {result.target.what: (result.verdict, result.missing) for result in results}
-    assert verdicts == {
-        "seconds of the calibration": ("FAIL", 0),
-        "share of points with the same winner": ("FAIL", 0),
-        "how far apart the winners are where they differ": ("pass", 0),
-        "loss at calibrated token counts, worst point": ("FAIL", 0),
-        "loss between them, mean": ("FAIL", 0),
-        "loss between them, worst point": ("FAIL", 0),
-        "time over the rules' choice less 1, worst point": ("open", 0),
-    }
-    # At 16, half way, a is expected at 31.6 and b at 32.9: a is chosen, and was 10 % slower.
-    assert summary["between"]["mean"] == pytest.approx(0.1)
-
-
-def test_a_choice_that_was_not_timed_leaves_its_targets_open() -> None:
-    first = with_scores({4: {"a": 10.0}, 64: {"a": 90.0}})
-    points = list(agreement.compare(first, with_scores({4: {"a": 10.1}, 16: {"b": 30.0}})))
-    results = {result.target.what: result for result in agreement.results(points)}
-    assert results["share of points with the same winner"].verdict == "pass"
-    assert results["loss between them, mean"].missing == 1
-    assert results["loss between them, worst point"].verdict == "open"
-
-
-def test_between_leaves_out_what_the_first_measured() -> None:
-    first = with_scores({4: {"a": 10.0}, 64: {"a": 90.0}})
-    later = with_scores({4: {"a": 10.1}, 16: {"a": 30.0}})
-    assert [point.calibrated for point in agreement.compare(first, later)] == [True, False]
-    assert [point.calibrated for point in agreement.compare(first, later, between=True)] == [False]
-
-
-def test_a_point_that_was_not_measured_again_is_no_evidence() -> None:
-    first = with_scores({4: {"a": 10.0}, 64: {"a": 90.0}})
-    points = list(agreement.compare(first, with_scores({4: {"a": 10.0}, 64: {"a": 91.0}})))
-    assert [point.where.split()[-2] for point in points] == ["M=64"]
-    (share,) = [result for result in agreement.results(points, expected=2) if result.target is agreement.AGREEMENT]
-    assert (share.value, share.missing, share.verdict) == (1.0, 1, "open")

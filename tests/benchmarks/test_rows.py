@@ -3,7 +3,6 @@
 import errno
 import json
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -145,12 +144,3 @@ def test_compressed_rows_are_the_rows_and_damaged_ones_are_refused(
     monkeypatch.setattr(row_files, "MAX_BYTES", 4999)
     with pytest.raises(InvalidInputError, match="more than 4,999 bytes when decompressed"):
         row_files.load([path])
-
-
-@pytest.mark.parametrize("make", [os.mkfifo, lambda path: path.symlink_to("/dev/zero")], ids=["a FIFO", "/dev/zero"])
-def test_what_is_no_regular_file_is_refused_at_once(make: Callable[[Path], object], path: Path) -> None:
-    """Neither is waited for, nor read until the memory is full."""
-    make(path)
-    for read in (lambda: row_files.load([path]), lambda: row_files.timed_keys(path)):
-        with pytest.raises(InvalidInputError, match=r"rows\.jsonl cannot be read.*not a regular file"):
-            read()

@@ -1,6 +1,5 @@
 """Sweeps on a CPU, with the real backends wherever nothing has to fail."""
 
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from unittest import mock
@@ -154,12 +153,6 @@ def test_a_row_without_a_time_is_tried_again(path: Path) -> None:
     Sweep(path, provenance(), row_files.timed_keys(path)).run([plan(Faulty(lambda out: out), tokens=(1,))])
     (row,) = row_files.load([path])
     assert row.us is not None
-
-
-def test_the_deadline_stops_before_the_next_point(path: Path) -> None:
-    made = Sweep(path, provenance(), deadline=time.perf_counter())
-    assert made.run([plan(reference())]) == []
-    assert made.notes == ["stopped: the budget is spent; --resume goes on"]
 
 
 def test_files_without_their_history_are_told_their_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

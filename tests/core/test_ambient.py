@@ -19,6 +19,7 @@ from moe_dispatch.policies.learned.fit import fit_cost_model
 from moe_dispatch.problem import DType
 from moe_dispatch.workloads import ROUTINGS, Workload, make_experts
 from tests.core.test_dispatcher import LAYER, expected, make_call, ran
+from tests.support import ambient
 from tests.support.fakes import Honest, ranked
 
 pytestmark = pytest.mark.usefixtures("fixed_policy", "no_grad")
@@ -32,10 +33,8 @@ class Probed(Honest):
 
 @pytest.fixture(params=[torch.float64, torch.bfloat16], ids=str)
 def default_dtype(request: pytest.FixtureRequest) -> Iterator[torch.dtype]:
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(request.param)
-    yield request.param
-    torch.set_default_dtype(before)
+    with ambient.default_dtype(request.param):
+        yield request.param
 
 
 AMBIENT: dict[str, Callable[[], AbstractContextManager[object]]] = {
@@ -66,20 +65,6 @@ def test_cold_calls(
         if (backend, dtype) != ("torch_grouped", "fp8"):  # which does not take it
             assert chosen.choice.backend == getattr(backend, "name", backend)
         assert torch.allclose(out, moe_forward(hidden, experts, weights, ids, backend="reference"), atol=1e-4)
-
-
-@pytest.mark.usefixtures("default_dtype")
-@pytest.mark.parametrize("routing", ROUTINGS)
-def test_random_layers_are_the_same_everywhere(routing: str) -> None:
-    """The seed decides, and neither the default dtype nor the default device."""
-    drawn = ROUTINGS[routing].sample(9, 8, 2, "cpu", torch.Generator().manual_seed(1))
-    layer = make_experts(LAYER, "fp32", "cpu", torch.Generator().manual_seed(1))
-    torch.set_default_dtype(torch.float32)
-    with torch.device("meta"):
-        again = ROUTINGS[routing].sample(9, 8, 2, "cpu", torch.Generator().manual_seed(1))
-        same = make_experts(LAYER, "fp32", "cpu", torch.Generator().manual_seed(1))
-    assert all(map(torch.equal, drawn, again))
-    assert torch.equal(layer.gate_up, same.gate_up)
 
 
 @pytest.mark.usefixtures("default_dtype")

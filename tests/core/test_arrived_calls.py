@@ -32,8 +32,6 @@ class Taking(Honest):
 
 
 class Failing(Taking):
-    """Says that it takes them, and raises."""
-
     name = "failing"
 
     def run_into(self, *_: Any) -> Tensor:

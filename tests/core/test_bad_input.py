@@ -1,6 +1,7 @@
 """Bad input is refused before anything is launched, with a message that says what was given and what is allowed."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, cast
 
 import pytest
@@ -107,6 +108,17 @@ def distributed(*shape: int) -> torch.Tensor:
     return distribute_tensor(torch.randn(*(shape or UP)), mesh, [Replicate()])
 
 
+# Tensors that no kernel can read, as they are made of an ordinary one's shape, and the word for them.
+FORMS: dict[str, tuple[Callable[..., torch.Tensor], str]] = {
+    "sparse": (lambda *shape: torch.ones(shape).to_sparse(), "sparse"),
+    "compressed": (lambda *shape: torch.randn(shape).to_sparse_csr(), "csr"),
+    "mkldnn": (lambda *shape: torch.randn(shape).to_mkldnn(), "mkldnn"),
+    "nested": (lambda *_: nested(), "nested"),
+    "jagged": (lambda *_: nested(torch.jagged), "nested"),
+    "distributed": (distributed, ".to_local()"),
+    "masked": (lambda *shape: masked(torch.randn(shape)), "MaskedTensor"),
+}
+
 # Something wrong, and the words that the message must have: what was given, what is allowed or to be done.
 Bad = tuple[Callable[[], object], tuple[str, ...]]
 
@@ -150,12 +162,6 @@ WEIGHTS: dict[str, Bad] = {
         lambda: experts(gate_up_bias=torch.zeros(E, 2 * N).int(), down_bias=torch.zeros(E, K)),
         ("int32", "float32"),
     ),
-    "sparse weights": (lambda: experts(gate_up=torch.randn(UP).to_sparse()), ("gate_up", "sparse", "dense")),
-    "mkldnn weights": (lambda: experts(down=torch.randn(DOWN).to_mkldnn()), ("down", "mkldnn")),
-    "nested weights": (lambda: experts(gate_up=nested()), ("gate_up", "nested")),
-    "jagged weights": (lambda: experts(gate_up=nested(torch.jagged)), ("gate_up", "nested")),
-    "distributed weights": (lambda: experts(gate_up=distributed()), ("gate_up", "DTensor", ".to_local()")),
-    "masked weights": (lambda: experts(down=masked(torch.randn(DOWN))), ("down", "MaskedTensor", "unwrap")),
     "uninitialized weights": (lambda: experts(down=torch.nn.UninitializedParameter()), ("down", "uninitialized")),
     "freed weights": (lambda: experts(down=freed(torch.randn(DOWN))), ("down", "freed")),
     "freed bias": (
@@ -207,15 +213,6 @@ CALLS: dict[str, Bad] = {
         lambda: call(topk_ids=torch.zeros(SLOTS, dtype=torch.int32, device="meta")),
         ("topk_ids", "meta", "move"),
     ),
-    "sparse tokens": (lambda: call(hidden_states=torch.randn(M, K).to_sparse()), ("hidden_states", "sparse")),
-    "compressed tokens": (lambda: call(hidden_states=torch.randn(M, K).to_sparse_csr()), ("hidden_states", "csr")),
-    "mkldnn tokens": (lambda: call(hidden_states=torch.randn(M, K).to_mkldnn()), ("hidden_states", "mkldnn")),
-    "nested tokens": (lambda: call(hidden_states=nested()), ("hidden_states", "nested")),
-    "jagged tokens": (lambda: call(hidden_states=nested(torch.jagged)), ("hidden_states", "nested")),
-    "distributed tokens": (lambda: call(hidden_states=distributed(M, K)), ("hidden_states", ".to_local()")),
-    "distributed weights": (lambda: call(topk_weights=distributed(*SLOTS)), ("topk_weights", ".to_local()")),
-    "masked weights": (lambda: call(topk_weights=masked(torch.rand(SLOTS))), ("topk_weights", "MaskedTensor")),
-    "sparse ids": (lambda: call(topk_ids=torch.ones(SLOTS, dtype=torch.int32).to_sparse()), ("topk_ids", "sparse")),
     "a list for backend": (lambda: call(backend=["reference"]), ("backend", "list")),
     "a number for backend": (lambda: call(backend=5), ("backend", "int")),
     "fake tokens of another hidden size": (lambda: fake(hidden_states=torch.randn(M, K + 1)), ("K=64", "[5, 65]")),
@@ -282,6 +279,22 @@ DESCRIPTIONS: dict[str, Bad] = {
     "routing beyond E": (lambda: ROUTINGS["uniform"].sample(2, 2, 3, "cpu"), ("topk=3", "E=2")),
     "explain of three tensors": (lambda: explain(1, 2, 3), ("MoEProblem", "3 arguments")),
 }
+
+
+def call_with(name: str, make: Callable[..., torch.Tensor], shape: tuple[int, ...]) -> torch.Tensor:
+    return call(**{name: make(*shape)})
+
+
+def experts_with(make: Callable[..., torch.Tensor]) -> ExpertWeights:
+    return experts(down=make(*DOWN))
+
+
+CALLS |= {
+    f"{form} {name}": (partial(call_with, name, make, shape), (name, word))
+    for form, (make, word) in FORMS.items()
+    for name, shape in (("hidden_states", (M, K)), ("topk_weights", SLOTS), ("topk_ids", SLOTS))
+}
+WEIGHTS |= {f"{form} down": (partial(experts_with, make), ("down", word)) for form, (make, word) in FORMS.items()}
 CASES = WEIGHTS | SCALES | CALLS | DESCRIPTIONS
 
 

@@ -202,7 +202,6 @@ def test_doctor_probes_against_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def quarantine(cache: Path) -> Quarantine:
-    """A quarantine with an entry."""
     quarantine = Quarantine(Machine.inspect("cpu"), cache)
     problem = MoEProblem(M=4, K=64, N=64, E=4, topk=2, device="cpu", capability=None)
     quarantine.bar("torch_grouped", problem, "it fell over", fatal=True)

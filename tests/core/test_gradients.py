@@ -27,8 +27,6 @@ EVERYTHING = Wanted(*[True] * len(Wanted._fields))
 
 @dataclass(frozen=True)
 class Layer:
-    """A kind of layer whose gradients are compared."""
-
     activation: Activation = "silu"
     bias: bool = False
     interleaved: bool = False

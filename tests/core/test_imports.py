@@ -1,17 +1,6 @@
 """Imports run one way: every floor of the package imports from the floors below it, and there is no circle.
 
-Floors, lowest first. Within a floor modules may import each other, as long as there is no circle.
-
-    system                                              the operating system; knows nothing of this package
-    errors settings activations problem mxfp4 numerics routers machine model_config experts weight_checks
-    tensor_memory workloads checkpoints checkpoint_files checkpoint_scales checkpoint_sources checkpoint_mxfp4
-                                                        what a layer is, how it is stored, and where it runs
-    backend arrived_rows guard policy registry          what a backend and a policy are, and where they are found
-    measure                                             inputs, timing, verification
-    dispatch                                            from a call to a running backend
-    parallel                                            a layer whose experts are spread over ranks
-    api                                                 the three public functions
-    the package, cli, commands, integrations, modules, testing    what people start
+Within a floor modules may import each other, as long as there is no circle.
 
 Beside the floors stand backends and policies: they import from the floors up to dispatch and never from each other, and
 no floor imports them but the top one: the registry finds them by name. Above everything stands benchmarks. The commands
@@ -27,19 +16,20 @@ from typing import Final
 ROOT = Path(__file__).parents[2]
 PACKAGE: Final = "moe_dispatch"
 
-FLOORS: Final = (
-    ("system",),
+FLOORS: Final = (  # lowest first
+    ("system",),  # the operating system; knows nothing of this package
+    # what a layer is, how it is stored, and where it runs
     (
         "errors", "settings", "activations", "problem", "mxfp4", "numerics", "routers", "machine", "model_config",
         "checkpoints", "checkpoint_files", "checkpoint_scales", "checkpoint_sources", "checkpoint_mxfp4",
         "tensor_memory", "weight_checks", "experts", "workloads",
     ),
-    ("backend", "arrived_rows", "guard", "policy", "registry"),
-    ("measure",),
-    ("dispatch",),
-    ("parallel",),
-    ("api",),
-    ("", "cli", "commands", "integrations", "modules", "testing"),
+    ("backend", "arrived_rows", "guard", "policy", "registry"),  # what those are, and where they are found
+    ("measure",),  # inputs, timing, verification
+    ("dispatch",),  # from a call to a running backend
+    ("parallel",),  # a layer whose experts are spread over ranks
+    ("api",),  # the public functions
+    ("", "cli", "commands", "integrations", "modules", "testing"),  # what people start; "" is the package itself
 )  # fmt: skip
 FLOOR: Final = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 TOP: Final = len(FLOORS) - 1

@@ -1,7 +1,6 @@
 """The machines that ship with the package: found by name, and explained for every model without an exception."""
 
 import json
-import os
 from pathlib import Path
 
 import pytest
@@ -76,18 +75,10 @@ def test_a_file_of_the_working_directory_does_not_replace_a_shipped_machine(
     assert Machine.load("./h200").name == Machine.load(Path("h200")).name == "NVIDIA B200"
 
 
-def test_a_fifo_as_machine_is_an_error_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    fifo = tmp_path / "machine.json"
-    os.mkfifo(fifo)
-    monkeypatch.setenv("MOE_DISPATCH_MACHINE", str(fifo))
-    with pytest.raises(InvalidInputError, match="not a regular file"):
-        Machine.inspect()
-
-
 @pytest.mark.parametrize(
     "content",
-    ["", "[]", "{}", '{"device": "tpu"}', '{"device": "cuda", "name": "x"}', "[" * 100_000, '{"machine": ' * 100_000,
-     '{"device": "cuda", "name": "' + "x" * 100_000 + '"}', "1" * 10_000],
+    ["[]", '{"device": "tpu"}', '{"device": "cuda", "name": "x"}', '{"machine": ' * 100_000,
+     '{"device": "cuda", "name": "' + "x" * 100_000 + '"}'],
     ids=lambda content: f"{content[:30]}… of {len(content)}",
 )  # fmt: skip
 def test_what_describes_no_machine_is_refused(content: str, tmp_path: Path) -> None:

@@ -83,7 +83,6 @@ def counted(llm: Any) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Serve, and write what was counted."""
     begin = time.monotonic()
     from serve_vllm import start_small_model
 

@@ -6,6 +6,8 @@
 #         then tests/gpu/test_gpu.py alone, because it times the host. Ends within SECONDS_EACH and writes one record of
 #         all runs to $OUT/suite.json; the repository keeps that file compressed. DEVICES="h200" leaves the other devices
 #         out.
+#     tests/gpu/session.sh libraries LABEL
+#         The tests of the backends over vLLM and DeepGEMM with the releases in SITE: $OUT/library-conformance-LABEL.json.
 #     tests/gpu/session.sh sanitize [one_of_each.py arguments]
 #         compute-sanitizer over a small case of every backend, about 4 minutes. SANITIZER names the program. Racecheck
 #         needs version 2026.4 or newer (the wheel nvidia-cuda-sanitizer-api 13.5.25 has it as
@@ -18,7 +20,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 
-step="${1:?usage: session.sh suite|sanitize [arguments]}"
+step="${1:?usage: session.sh suite|libraries|sanitize [arguments]}"
 shift
 : "${OUT:=$PWD/out}" "${SECONDS_EACH:=530}" "${WORKERS:=14}" "${DEVICES:=h200 a100 l40s}" "${SITE:=.gpu/site.tar.xz}"
 : "${HOST_SECONDS:=40}" # kept for the tests that time the host
@@ -44,6 +46,16 @@ suite() {
   done
   tests host "$((SECONDS_EACH - SECONDS))" python3 -m pytest -m gpu -q -s tests/gpu/test_gpu.py || failed=1
   python3 tests/gpu/suite_record.py "${reports[@]}" --out "$OUT/suite.json"
+  return "$failed"
+}
+
+libraries() {
+  local label="${1:?usage: session.sh libraries LABEL}" failed=0 reports=()
+  export DG_JIT_CACHE_DIR="$HOME/.cache/deep_gemm-$label" # kernels of another release must not be found
+  tests "$label" "$SECONDS_EACH" python3 -m pytest -m gpu -q -n "$WORKERS" --dist worksteal \
+    -k "vllm_fused_moe or deep_gemm" tests/backends/test_conformance.py tests/backends/test_vllm_fused_moe.py \
+    tests/gpu/test_faults.py tests/gpu/test_libraries.py || failed=1
+  python3 tests/gpu/suite_record.py "${reports[@]}" --out "$OUT/library-conformance-$label.json"
   return "$failed"
 }
 
@@ -83,6 +95,6 @@ checked() {
 }
 
 case "$step" in
-  suite | sanitize) "$step" "$@" ;;
-  *) echo "session.sh: unknown step $step; known: suite, sanitize" >&2; exit 2 ;;
+  suite | libraries | sanitize) "$step" "$@" ;;
+  *) echo "session.sh: unknown step $step; known: suite, libraries, sanitize" >&2; exit 2 ;;
 esac

@@ -68,7 +68,6 @@ def record(paths: Sequence[Path]) -> dict[str, Any]:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Write the record."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("reports", nargs="+", type=Path, help="JUnit XML files of pytest")
     parser.add_argument("--out", type=Path, required=True, help="JSON file to write")

@@ -101,8 +101,6 @@ def test_an_option_that_a_later_decorator_may_have_is_refused_by_name(monkeypatc
 
 
 class Experts(nn.Module):
-    """The usual attributes."""
-
     def __init__(self, config: Any) -> None:
         super().__init__()
         self.num_experts = 4
@@ -113,16 +111,12 @@ class Experts(nn.Module):
 
 @use_experts_implementation
 class TakesMore(Experts):
-    """Experts whose forward has a fourth argument."""
-
     def forward(self, hidden: Tensor, ids: Tensor, weights: Tensor, expert_scale: Tensor | None = None) -> Tensor:
         return hidden
 
 
 @use_experts_implementation
 class Doubles(Experts):
-    """Experts whose forward does something else."""
-
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         single: Tensor = ALL_EXPERTS_FUNCTIONS["grouped_mm"](self, hidden_states, top_k_index, top_k_weights)
         return 2.0 * single

@@ -138,7 +138,6 @@ def make_layer(quant_config: Any = None, **options: Any) -> Any:
 
 
 def plain_layer(**options: Any) -> Any:
-    """A layer with BF16 weights that are drawn."""
     layer = make_layer(**options)
     fill_randomly(layer, 0.05)
     return layer

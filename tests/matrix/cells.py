@@ -42,7 +42,6 @@ class Outcome:
 
 
 def outcomes(path: Path = RECORD) -> dict[str, Outcome]:
-    """The recorded outcomes by cell."""
     if not path.exists():
         return {}
     return {name: Outcome(**fields) for name, fields in json.loads(path.read_text(encoding="utf-8")).items()}

@@ -20,7 +20,6 @@ COMMANDS = (
 
 
 def main() -> None:
-    """Run all of it; an error ends it."""
     readme = Path(sys.argv[1]).read_text(encoding="utf-8")
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)

@@ -54,7 +54,6 @@ def parallel(**options: Any) -> ExpertParallel:
 
 
 def is_last() -> bool:
-    """Whether this is the last rank."""
     return dist.get_rank() == dist.get_world_size() - 1
 
 
@@ -194,7 +193,6 @@ def what_transfers_send(exchange: str) -> list[str]:
 
 
 def own_call(ep: ExpertParallel, M: int = 4, topk: int = 2, **options: Any) -> torch.Tensor:
-    """A call with M tokens of this rank's own."""
     inputs = make_inputs(dataclasses.replace(LAYER, M=max(M, 1), topk=topk), FP32, "cpu", seed=1)
     layer = ep.split(inputs.experts)
     return moe_forward(inputs.hidden_states[:M], layer, inputs.topk_weights[:M], inputs.topk_ids[:M], **options)
@@ -284,8 +282,6 @@ class SlowGather(GatherExchange):
 
 
 class BrokenGather(GatherExchange):
-    """Cannot dispatch on the last rank."""
-
     name = "broken"
 
     def dispatch(self, tokens: LocalTokens) -> Arrived:
@@ -337,7 +333,6 @@ def with_another_calibration() -> None:
 
 
 def layer_with(local: str) -> None:
-    """Make a layer that is another one on the last rank."""
     last = is_last()
     case = dataclasses.replace(LAYER, E=2, N=32 if last and local == "N" else 16)
     experts = make_inputs(case, FP32, "cpu").experts
@@ -345,7 +340,6 @@ def layer_with(local: str) -> None:
 
 
 def call_with(what: str) -> None:
-    """Make a call that is another one on the last rank."""
     last = is_last()
     ep = parallel(tokens="replicated" if what == "tokens" else "sharded", timeout=100.0)
     own_call(

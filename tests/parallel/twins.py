@@ -92,7 +92,6 @@ def registered(*exchanges: type[Exchange]) -> Iterator[None]:
 
 
 def direct(timeout: float = 60.0, *, quantizes: bool = False) -> SharedMemoryDirect:
-    """The exchange of a new group."""
     name = "direct_fp8_twin" if quantizes else "direct_twin"
     with registered():
         exchange = ExpertParallel(timeout=timeout)._session.exchanges[name]
@@ -213,6 +212,5 @@ def a_rank_that_comes_too_late(victim: int, seconds: float, *, stores: bool) -> 
 
 
 def group_with(**options: Any) -> ExpertParallel:
-    """A group that has the twins."""
     with registered():
         return ExpertParallel(**options)

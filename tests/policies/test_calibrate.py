@@ -69,12 +69,10 @@ class Tuned(RightBackend):
     config_type = Pace
 
     def configs(self, problem: MoEProblem) -> tuple[Pace, ...]:
-        """See `Backend.configs`."""
         return tuple(Pace(pace=pace) for pace in range(12))
 
 
 def time_of(run: Run) -> float:
-    """Time of each of these backends, in µs."""
     units = {"constant": 6.0, "growing": float(run.M), "tuned": 1.0 + pace_of(run.config)}
     return UNIT_US * units.get(run.backend, 3.0)
 
@@ -89,7 +87,6 @@ def error_of(run: Run) -> float:
 
 @pytest.fixture(autouse=True)
 def backends() -> Iterator[None]:
-    """Backends whose times are known."""
     with registered(RightBackend, Constant, Growing, Tuned):
         yield
 
@@ -99,7 +96,6 @@ def layer(N: int = 16) -> LayerShape:
 
 
 def request(**changes: Any) -> CalibrationRequest:
-    """A request for `layer` on the CPU."""
     return CalibrationRequest(**{"machine": CPU, "device": torch.device("cpu"), "layers": (layer(),), **changes})
 
 
@@ -477,7 +473,6 @@ def test_a_request_is_checked_once(change: dict[str, Any], says: str) -> None:
 
 
 def command(*options: str, status: int = 0) -> Any:
-    """`moe-dispatch calibrate` of the tiny layer."""
     result = CliRunner().invoke(app, ["calibrate", "--model", TINY, "--dtype", "fp32", "--device", "cpu", *options])
     assert result.exit_code == status, result.output
     return result

@@ -7,10 +7,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from moe_dispatch.errors import PolicyFileError
 from moe_dispatch.machine import Machine
-from moe_dispatch.policies.learned.cost_model import TERMS
-from moe_dispatch.policies.learned.policy import CostModel, ModelFile, parse_model
 from moe_dispatch.policies.measurements.merge import merge, promote_winners, save, with_winners_promoted
 from moe_dispatch.policies.measurements.schema import (
     CalibrationFile,
@@ -149,47 +146,3 @@ def test_a_table_ranks_each_backend_once_and_the_winner_first(scores: dict[int, 
         assert [us for _, us in ranked[1:]] == sorted(us for _, us in ranked[1:])
         if asked in scores:
             assert ranked[0] == (table.winners[asked], scores[asked][table.winners[asked]])
-
-
-def damaged(content: bytes, cut: int, replacement: bytes) -> bytes:
-    place = cut % (len(content) + 1)
-    return content[:place] + replacement + content[place + len(replacement) :]
-
-
-@ANY_CLOCK
-@given(rows=calibrations, cut=st.integers(0, 1 << 16), replacement=st.binary(max_size=4), truncate=st.booleans())
-def test_a_damaged_file_is_refused_by_name_or_still_a_calibration(
-    rows: list[Measurement], cut: int, replacement: bytes, *, truncate: bool
-) -> None:
-    content = merge(EMPTY, rows, MACHINE).model_dump_json().encode()
-    spoilt = content[: cut % len(content)] if truncate else damaged(content, cut, replacement)
-    try:
-        file = parse_calibration(spoilt, "calibration.json")
-    except PolicyFileError as error:
-        assert str(error).startswith("calibration.json ")  # noqa: PT017 - a file that survives its damage is fine
-    else:
-        tables(file)
-        assert len(list(file.measurements())) == sum(len(point.measurements) for point in file.points)
-
-
-@ANY_CLOCK
-@given(
-    coefficients=st.lists(st.floats(0, 1e6), min_size=len(TERMS), max_size=len(TERMS)),
-    mode=modes,
-    cut=st.integers(0, 1 << 12),
-    replacement=st.binary(max_size=4),
-)
-def test_a_model_reads_as_it_was_written_and_damage_is_refused_by_name(
-    coefficients: list[float], mode: Mode, cut: int, replacement: bytes
-) -> None:
-    cost_model = CostModel(
-        dtype="fp8", mode=mode, backend="deep_gemm", layers=5, points=20, most_rows=1.0, error=0.0,
-        coefficients=dict(zip(TERMS, coefficients, strict=True)),
-    )  # fmt: skip
-    model = ModelFile(fingerprint=MACHINE.fingerprint, sms=132, cost_models=[cost_model])
-    content = model.model_dump_json(by_alias=True).encode()
-    assert parse_model(content, "model.json") == model
-    try:
-        parse_model(damaged(content, cut, replacement), "model.json")
-    except PolicyFileError as error:
-        assert str(error).startswith("model.json ")  # noqa: PT017 - a file that survives its damage is fine

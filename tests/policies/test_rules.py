@@ -17,7 +17,7 @@ MEASURED: dict[tuple[str, DType], dict[int, str]] = {
     ("deepseek-v2-lite", "fp8"): {4096: "gluon_hopper"},
     ("kimi-k2-tp8", "fp8"): {16384: "gluon_hopper"},
     ("mixtral-8x7b", "fp8"): {16: "triton_splitk", 4096: "deep_gemm", 16384: "deep_gemm"},
-    ("deepseek-v3", "bf16"): {1: "triton_vector", 1024: "gluon_hopper", 4096: "gluon_hopper"},
+    ("deepseek-v3", "bf16"): {1: "triton_vector", 256: "gluon_hopper", 4096: "gluon_hopper"},
     ("qwen3-30b-a3b", "bf16"): {256: "gluon_hopper", 16384: "gluon_hopper"},
     ("qwen3-235b", "bf16"): {16384: "gluon_hopper"},
     ("gpt-oss-120b", "bf16"): {16384: "gluon_hopper"},
@@ -75,7 +75,7 @@ def test_a_cpu_gets_torch_and_the_reference() -> None:
         ("deepseek-v2-lite", "bf16", {1: False}),
         ("qwen3-235b", "bf16", {1: True, 2: False}),
         ("qwen3-30b-a3b", "fp8", {1: True, 4: True, 8: False}),
-        ("kimi-k2-tp8", "fp8", {1: True, 4: False}),
+        ("kimi-k2-tp8", "fp8", {1: True, 8: True, 16: False}),
         ("deepseek-v3", "fp8", {1: False}),
     ],
 )

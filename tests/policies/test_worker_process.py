@@ -47,8 +47,6 @@ FATAL = {"exiting", "lost"}
 
 @dataclass(frozen=True)
 class Ran:
-    """The calibration that the tests here look at."""
-
     report: CalibrationReport
     directory: Path
 

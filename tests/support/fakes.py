@@ -43,8 +43,6 @@ class Honest(Backend):
 
 
 class Raising(Honest):
-    """Accepts and then raises."""
-
     name = "raising"
 
     def run(self, *_: object, **__: object) -> Tensor:
@@ -77,8 +75,6 @@ class Greedy(Honest):
 
 
 class Losing(Honest):
-    """Loses the CUDA context."""
-
     name = "losing"
 
     def run(self, *_: object, **__: object) -> Tensor:
@@ -116,7 +112,6 @@ def registered(*backends: type[Backend], **targets: str) -> Iterator[None]:
 
 @contextmanager
 def registered_policy(policy: type[Policy]) -> Iterator[None]:
-    """A policy known for a while."""
     POLICIES.register(policy.name, policy)
     try:
         yield

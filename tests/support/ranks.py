@@ -76,7 +76,6 @@ class Ranks:
         return results
 
     def end(self) -> None:
-        """End the processes."""
         for pipe in self._pipes:
             with contextlib.suppress(OSError):
                 pipe.send(None)
