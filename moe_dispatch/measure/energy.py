@@ -24,7 +24,7 @@ EnergyOf = Callable[[Call, Sequence[LayerInputs], Mode], float]
 
 
 def nvml_meter(device: torch.device) -> EnergyMeter:
-    """The energy counter of an NVIDIA GPU (Volta and newer), which NVML updates every 20 to 100 ms.
+    """The energy counter of an NVIDIA GPU (Volta and newer), which an H200 updates every 100 ms and reads in 3.
 
     Raises:
         ImportError: pynvml (nvidia-ml-py) is not installed.
@@ -64,8 +64,8 @@ def joules_per_call(
     """Energy of one layer call in joules, averaged over calls in a row for at least `seconds`.
 
     The calls follow each other without rests, so a layer at full power runs at the clock that the device sustains: a
-    lower one than in the timings. The average begins and ends at updates of the counter, between which the energy of
-    up to 100 ms is not counted yet. Other processes on the device count too.
+    lower one than in the timings. The average begins and ends at updates of the counter, which lags behind by up to the
+    time between two of them. Other processes on the device count too.
 
     Args:
         call: The layer; has run on the inputs before.

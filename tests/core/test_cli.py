@@ -346,7 +346,6 @@ CALIBRATE = ("calibrate", "--model", "8,2,64,32")
         ((*CALIBRATE, "--timeout", "nan"), "--timeout must be a number"),
         ((*CALIBRATE, "--timeout", "0"), "--timeout must be a number"),
         ((*CALIBRATE, "--budget", "-1"), "--budget must be a number"),
-        ((*CALIBRATE, "--energy", "-1"), "--energy must be a number"),
         ((*CALIBRATE, "--routing", "skewed"), "routing distribution is called 'skewed'"),
         (("calibrate",), "needs --model"),
         ((*CALIBRATE, "--parallel"), "start them by `torchrun"),
