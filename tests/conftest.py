@@ -69,7 +69,7 @@ def thin_out(items: list[pytest.Item], every: int) -> None:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if (every := config.getoption("--every")) > 1:
         thin_out(items, every)
-    # Importing vLLM takes 20 s. `--dist worksteal` deals out runs of tests: in one run it is few workers who import it.
+    # Importing vLLM takes 20 s. `--dist worksteal` deals out runs of tests: in one run few workers import it.
     items.sort(key=lambda item: "vllm" in item.nodeid)
     if torch.cuda.is_available():
         return

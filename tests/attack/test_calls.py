@@ -11,9 +11,8 @@ from torch import Tensor
 from moe_dispatch import Machine, MoEProblem, explain, moe_forward, warm_up
 from moe_dispatch.activations import ACTIVATIONS
 from moe_dispatch.dispatch.process import get_dispatcher, reset_dispatchers
-from moe_dispatch.errors import InvalidInputError, MoEDispatchError, UnknownNameError
+from moe_dispatch.errors import InvalidInputError, MoEDispatchError
 from moe_dispatch.registry import BACKENDS
-from moe_dispatch.workloads import Workload, workload
 from tests.attack.harness import answer_or_refusal, attack, watched
 from tests.attack.oracle import assert_right, truth
 from tests.attack.strategies import (
@@ -21,7 +20,6 @@ from tests.attack.strategies import (
     AMBIENT,
     FOREIGN,
     SCALARS,
-    SMALL_CALL,
     Call,
     CallShape,
     call_shapes,
@@ -199,27 +197,3 @@ def test_problems_and_their_explanations(
         assert str(explanation)
         if explanation.chosen is None:
             assert all(candidate.against for candidate in explanation.candidates)
-
-
-@attack(400)
-@given(text=st.text(max_size=30) | st.sampled_from(["4,2,64,32", "0,0,0,0", "1,2,3", ",,,", "²,1,1,1", "./", "x.json"]))
-def test_names_of_workloads_and_machines(text: str) -> None:
-    with watched(AREA):
-        layer = answer_or_refusal(AREA, lambda: workload(text))
-        assert isinstance(layer, Workload | InvalidInputError | UnknownNameError)
-        machine = answer_or_refusal(AREA, lambda: Machine.load(text))
-        assert isinstance(machine, Machine | InvalidInputError | UnknownNameError)
-
-
-@attack(600)
-@given(backend=SCALARS | st.text(max_size=30))
-def test_a_backend_that_is_no_name_is_refused(backend: Any) -> None:
-    assume(backend not in BACKENDS.names())
-    call = make_call(SMALL_CALL)
-    moe_forward(*call.arguments)
-    with watched(AREA):
-        result = answer_or_refusal(AREA, lambda: moe_forward(*call.arguments, backend=backend))
-        if backend is None or backend == "":
-            right_answer(call, result, copies(call), "fp32")
-        else:
-            assert isinstance(result, MoEDispatchError), f"accepted {backend!r}"

@@ -1,15 +1,13 @@
-"""Routing, for any ids: what its result must satisfy, and that the kernels agree with the torch reference."""
+"""Routing, for any ids: what its result must satisfy. test_stages.py holds the kernels to it."""
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
-import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from moe_dispatch.backends.stages import route as route_module
-from moe_dispatch.backends.stages.route import Routing, buffer_rows, route, route_torch
+from moe_dispatch.backends.stages.route import buffer_rows, route_torch
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ANY_CLOCK = settings(deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
@@ -63,15 +61,3 @@ def test_every_row_and_slot_is_where_the_contract_says(case: Case) -> None:
     used = {row for start, end in zip(starts, ends, strict=True) for row in range(start, end)}
     assert len(used) == sum(end - start for start, end in zip(starts, ends, strict=True))  # no two experts share a row
     assert all(slot_of_row[row] == -1 for row in range(len(slot_of_row)) if row not in used)
-
-
-@pytest.mark.slow
-@settings(ANY_CLOCK, max_examples=40)
-@given(case=cases(), one_launch=st.booleans())
-def test_the_kernels_agree_with_the_reference(case: Case, *, one_launch: bool) -> None:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(route_module, "FEW_SLOTS", 4096 if one_launch else 0)
-        result = route(case.ids, case.E, alignment=case.alignment, capacity=case.capacity)
-    expected = route_torch(case.ids, case.E, alignment=case.alignment, capacity=case.capacity)
-    for field in fields(Routing):
-        assert torch.equal(getattr(result, field.name), getattr(expected, field.name)), field.name

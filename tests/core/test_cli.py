@@ -217,7 +217,7 @@ def test_doctor_shows_and_lifts_the_quarantine(quarantine: Quarantine, cache: Pa
 def test_a_quarantine_that_cannot_be_lifted_is_one_message(quarantine: Quarantine, cache: Path) -> None:
     lock = next(cache.rglob("*.lock"))
     lock.unlink()
-    lock.mkdir()  # root, who may write anywhere, cannot open it either
+    lock.mkdir()  # which root cannot open either
     result = invoke("doctor", "--reset")
     assert result.exit_code == 2
     assert result.stderr.startswith("error: the quarantine cannot be lifted")

@@ -677,7 +677,7 @@ def test_a_bad_compiled_call_is_refused_and_spoils_no_later_one(fullgraph: bool,
 
 
 def test_fake_tensors_run_nothing_and_blame_no_backend(call: Call) -> None:
-    """As those run a model who want to know its memory; a real call of the same kind may have been made."""
+    """Fake tensors tell how much memory a model takes; a real call of the same kind may have been made before."""
     with ranked("torch_grouped"):
         moe_forward(*call)
         with FakeTensorMode(allow_non_fake_inputs=True) as mode:

@@ -14,7 +14,7 @@ from moe_dispatch.system.libraries import KNOWN_TO_WORK
 from tests.conftest import thin_out
 from tests.matrix import install
 from tests.matrix.cells import CELLS, FOLDER, Outcome, keep, kind, outcomes, pins
-from tests.matrix.table import BEGIN, END, README, ran_with_pins, table, with_table
+from tests.matrix.table import BEGIN, END, README, ran_with_pins, with_table
 
 ROOT = Path(__file__).parents[2]
 FILES = sorted(set(CELLS.values()) - {"constraints"})
@@ -123,13 +123,6 @@ def test_an_outcome_is_kept_and_counts_for_the_pins_that_it_ran_with(tmp_path: P
     assert outcomes(path) == {"core-torch211": ran, "core-torch213": other}
     assert ran_with_pins(ran, "torch211")
     assert not ran_with_pins(other, "torch211")
-
-
-def test_a_row_tells_each_cells_last_outcome(monkeypatch: pytest.MonkeyPatch) -> None:
-    failed = Outcome(passed=False, seconds=1, cpu_seconds=1, date="2026-01-02", versions={})
-    monkeypatch.setattr("tests.matrix.table.outcomes", lambda: {"core-torch211": failed})
-    row = "| torch 2.11.0, Triton 3.6.0 | `core-torch211`: failed on 2026-01-02; `defaults-torch211`: not run |"
-    assert row in table().splitlines()
 
 
 def test_a_thinned_run_keeps_a_share_of_each_long_list_and_all_of_a_short_one() -> None:

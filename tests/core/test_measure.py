@@ -1,4 +1,4 @@
-"""The measuring itself: what it accepts, what it refuses, and who is timed when."""
+"""The measuring itself: what it accepts, what it refuses, and the order in which candidates are timed."""
 
 import math
 import re

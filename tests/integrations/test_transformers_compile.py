@@ -15,7 +15,6 @@ from tests.integrations.transformers_models import (
     build,
     call_of,
     calls,
-    fp8_layer,
     gpt_oss,
     layer,
     logits,
@@ -144,16 +143,6 @@ def test_blocks_compiled_one_by_one_share_a_graph_after_report() -> None:
             compiled: Any = torch.compile(each, backend=backend, fullgraph=True)
             compiled(*call_of(each))
     assert len(counts) == 1
-
-
-def test_block_fp8_layers_are_compiled_whole() -> None:
-    module = fp8_layer()
-    call = call_of(module)
-    with torch.no_grad():
-        compiled, counts = compiled_whole(module)
-        out = compiled(*call)
-        assert torch.equal(out, module(*call))
-    assert counts == [1]
 
 
 @pytest.mark.parametrize("config", [qwen3, gpt_oss], ids=["straight", "transposed"])

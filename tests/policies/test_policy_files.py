@@ -288,13 +288,6 @@ def test_a_candidate_that_was_eliminated_at_a_neighbour_is_not_chosen_beside_it(
     assert not table.rank(32)
 
 
-def test_the_incumbent_wins_within_noise_and_no_further() -> None:
-    one, other = ids("ab")
-    scores: Scores = {1: {one: 10.0, other: 10.1}, 2: {one: 10.0, other: 10.1}, 4: {one: 10.0, other: 10.2}}
-    assert set(stable_winners(scores).values()) == {one}
-    assert stable_winners(scores, {1: other, 4: other}) == {1: other, 2: one, 4: one}
-
-
 def test_later_measurements_outvote_no_winner_that_was_promoted(path: Path) -> None:
     one, other = {"compute_fp32": True}, {"compute_fp32": False}
 
@@ -315,17 +308,6 @@ def test_later_measurements_outvote_no_winner_that_was_promoted(path: Path) -> N
     promote_winners(path, MACHINE)
     save(path, later, MACHINE)
     assert winners() == {1: True, 4: False, 8: False}
-
-
-def test_what_a_backend_had_is_replaced_as_a_whole(path: Path) -> None:
-    options = [{"compute_fp32": True}, {"compute_fp32": False}]
-    save(path, [measured(1, us, config=c) for us, c in zip((5.0, 7.0), options, strict=True)], MACHINE)
-    save(path, [measured(1, 6.0, "torch_grouped"), measured(2, 8.0)], MACHINE)
-    save(path, [measured(1, 9.0, config=options[1])], MACHINE)
-    kept = read_calibration(path, MACHINE)
-    times = {M: sorted(one.score or 0.0 for one in at) for M, at in ((p.M, p.measurements) for p in kept.points)}
-    # The reference's 5.0 is gone with its 7.0: it did not start again. torch_grouped took no part, nor did M=2.
-    assert times == {1: [6.0, 9.0], 2: [8.0]}
 
 
 @pytest.mark.timing

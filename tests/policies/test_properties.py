@@ -26,9 +26,9 @@ ANY_CLOCK = settings(max_examples=40, deadline=None, derandomize=True, suppress_
 EMPTY = CalibrationFile(machine=MACHINE)
 
 times = st.floats(0.5, 1e6)
-tokens = st.sampled_from([1, 2, 3, 8, 64, 4096, 1 << 30])
+tokens = st.sampled_from([1, 1 << 30])  # few points, so that measurements meet at them
 layer = functools.partial(LayerShape, N=64, E=8, topk=2, act_dtype="bf16")
-layers = st.builds(layer, K=st.sampled_from([128, 4096]), dtype=st.sampled_from(["bf16", "fp8"]))
+layers = st.builds(layer, K=st.just(128), dtype=st.sampled_from(["bf16", "fp8"]))
 candidates = st.builds(
     Candidate,
     backend=st.sampled_from(["reference", "torch_grouped", "from_the_future"]),

@@ -175,8 +175,8 @@ def test_a_worker_imports_what_its_parent_does_from_any_directory(
     assert paths[-1] == str(root)  # after the standard library, which a checkout must not shadow
     assert environment["TRITON_CACHE_DIR"] == str(root / "relative/cache")
     assert environment["MOE_DISPATCH_MACHINE"] == "h200"
-    monkeypatch.setenv("MOE_DISPATCH_MACHINE", "benchmarks/results/nvidia_h200/doctor.json")
-    assert worker_environment()["MOE_DISPATCH_MACHINE"] == str(root / "benchmarks/results/nvidia_h200/doctor.json")
+    monkeypatch.setenv("MOE_DISPATCH_MACHINE", "moe_dispatch/machines.json")
+    assert worker_environment()["MOE_DISPATCH_MACHINE"] == str(root / "moe_dispatch/machines.json")
 
 
 def test_the_budget_ends_a_worker_while_it_starts() -> None:
