@@ -17,17 +17,7 @@ import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from moe_dispatch.commands.console import (
-    ERR,
-    INTERRUPTED,
-    OUT,
-    heading,
-    machine_line,
-    microseconds,
-    millijoules,
-    plain,
-    table,
-)
+from moe_dispatch.commands.console import ERR, INTERRUPTED, OUT, heading, machine_line, microseconds, plain, table
 from moe_dispatch.commands.options import (
     AsJson,
     Dtypes,
@@ -354,7 +344,7 @@ def _table(rows: "Sequence[BenchRow]") -> Table:
             plain(_label(row) if names[row.backend] > 1 else row.backend),
             microseconds(row.us) if row.us is not None else f"[red]{plain(row.reason)}[/red]",
             f"{row.fraction:.2f}" if row.fraction is not None else "–",
-            *([millijoules(row.joules_per_token)] * len(energy)),
+            *([f"{1e3 * row.joules_per_token:.3g} mJ" if row.joules_per_token is not None else "–"] * len(energy)),
             f"{row.error:.1e}" if row.error is not None else "–",
         )
     return shown

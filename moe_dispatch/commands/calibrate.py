@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 
-from moe_dispatch.commands.console import ERR, INTERRUPTED, OUT, heading, line, microseconds, millijoules, plain, table
+from moe_dispatch.commands.console import ERR, INTERRUPTED, OUT, heading, line, microseconds, plain, table
 from moe_dispatch.commands.options import (
     AsJson,
     Backends,
@@ -142,7 +142,8 @@ def _print(report: "CalibrationReport", *, compile_only: bool) -> None:
         rows = table("M", "fastest", "time", *energy, "configuration", numbers=("M", "time", *energy))
         for M, ((backend, config), us) in winners.items():
             options = ", ".join(f"{name}={value}" for name, value in config)
-            per_token = [millijoules(joules[layer, mode, M, (backend, config)], M)] * len(energy)
+            each = joules[layer, mode, M, (backend, config)]
+            per_token = [f"{1e3 * each / M:.3g} mJ" if each else "–"] * len(energy)
             rows.add_row(str(M), plain(backend), microseconds(us), *per_token, plain(options))
         OUT.print(rows)
     if disqualified := report.disqualified():

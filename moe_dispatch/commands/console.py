@@ -117,11 +117,6 @@ def _architecture(machine: "Machine") -> str:
     return f"sm_{major}{minor}" if machine.cuda else f"capability {major}.{minor}"  # an AMD GPU has no sm_ number
 
 
-def millijoules(joules: float | None, tokens: int = 1) -> str:
-    """Three significant digits of an energy per token; a dash for None."""
-    return "–" if joules is None else f"{1e3 * joules / tokens:.3g} mJ"
-
-
 def microseconds(value: float | None) -> str:
     """Three significant digits, in the unit that reads best; a dash for None."""
     if value is None:

@@ -23,33 +23,22 @@ EnergyMeter = Callable[[], float]
 EnergyOf = Callable[[Call, Sequence[LayerInputs], Mode], float]
 
 
-def nvml_meter(device: torch.device) -> EnergyMeter:
-    """The energy counter of an NVIDIA GPU (Volta and newer), which an H200 updates every 100 ms and reads in 3.
-
-    Raises:
-        ImportError: pynvml (nvidia-ml-py) is not installed.
-        Exception: NVML does not load, or the GPU has no energy counter.
-    """
-    nvml = importlib.import_module("pynvml")
-    nvml.nvmlInit()
-    # By UUID, because NVML does not renumber devices by CUDA_VISIBLE_DEVICES.
-    handle = nvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(device).uuid}")
-
-    def joules() -> float:
-        return float(nvml.nvmlDeviceGetTotalEnergyConsumption(handle)) / 1e3
-
-    joules()
-    return joules
-
-
 def energy_meter(device: torch.device) -> EnergyMeter | str:
-    """The meter of a device, or the reason why it has none."""
+    """The energy counter of an NVIDIA GPU (Volta and newer), or the reason why a device has none.
+
+    An H200 updates it every 100 ms, and NVML takes 3 ms to read it.
+    """
     if device.type != "cuda":
         return f"energy is measured on NVIDIA GPUs only, and this is {device.type}"
     try:
-        return nvml_meter(device)
+        nvml = importlib.import_module("pynvml")
+        nvml.nvmlInit()
+        # By UUID, because NVML does not renumber devices by CUDA_VISIBLE_DEVICES.
+        handle = nvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(device).uuid}")
+        nvml.nvmlDeviceGetTotalEnergyConsumption(handle)
     except Exception as error:  # noqa: BLE001 - NVML has an exception of its own for each of its errors
         return f"energy is not measured: {type(error).__name__}: {error} (it needs nvidia-ml-py and NVML's counter)"
+    return lambda: float(nvml.nvmlDeviceGetTotalEnergyConsumption(handle)) / 1e3
 
 
 def joules_per_call(

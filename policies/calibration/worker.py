@@ -26,7 +26,7 @@ from moe_dispatch.measure import (
     reference_outputs,
     verify,
 )
-from moe_dispatch.measure.energy import joules_per_call, nvml_meter
+from moe_dispatch.measure.energy import energy_meter, joules_per_call
 from moe_dispatch.measure.inputs import synchronize
 from moe_dispatch.policies.calibration.memory import input_bytes, require, weight_bytes
 from moe_dispatch.policies.calibration.placeholder_weights import placeholder_weights
@@ -215,8 +215,9 @@ class WorkerServer:
     def energy(self, candidate: int, seconds: float) -> dict[str, Any]:
         """Measure the energy of a call; see `Worker.energy`."""
         inputs = [each for routing in self._routings for each in self._inputs[routing]]
-        call = self._timed_call(candidate, inputs[0])
-        return {"joules": joules_per_call(call, inputs, self._mode, meter=nvml_meter(self._device), seconds=seconds)}
+        meter, call = energy_meter(self._device), self._timed_call(candidate, inputs[0])
+        assert not isinstance(meter, str), meter  # noqa: S101 - the parent has asked for it, too
+        return {"joules": joules_per_call(call, inputs, self._mode, meter=meter, seconds=seconds)}
 
     def _call(self, candidate: int) -> tuple[Backend, BackendConfig, Call]:
         assert self._experts is not None  # noqa: S101 - `layer` comes first

@@ -432,7 +432,7 @@ def test_a_finalist_without_an_energy_costs_no_other_its_own(
 
 
 def test_a_worker_measures_energy_by_the_counter(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(worker_module, "nvml_meter", lambda _device: itertools.count(1.0).__next__)
+    monkeypatch.setattr(worker_module, "energy_meter", lambda _device: itertools.count(1.0).__next__)
     server = WorkerServer()
     server.start("cpu", {})
     server.layer(layer().model_dump())
