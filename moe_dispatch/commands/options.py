@@ -79,8 +79,8 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of tabl
 Budget = Annotated[float | None, typer.Option("--budget", help="Stop after this many seconds.")]
 
 
-def tokens_of(text: str) -> list[int]:
-    """``--tokens``: token counts, in the order of the option.
+def tokens_of(text: str, option: str = "--tokens") -> list[int]:
+    """``--tokens``, or another option of that kind: positive numbers, in the order of the option.
 
     Raises:
         InvalidInputError: It is no such list.
@@ -89,12 +89,12 @@ def tokens_of(text: str) -> list[int]:
     # isascii: "²" is a decimal digit to Python and no number to int; the length bounds what int has to convert.
     if not all(part.isascii() and part.isdecimal() and len(part) < 20 for part in parts):
         raise InvalidInputError(
-            f"--tokens must be positive numbers separated by commas, such as 1,64,4096; got {text[:80]!r}"
+            f"{option} must be positive numbers separated by commas, such as 1,64,4096; got {text[:80]!r}"
         )
     counts = [int(part) for part in parts]
     for M in counts:
         if not 1 <= M <= MAX_TOKENS:
-            raise InvalidInputError(f"--tokens must be positive numbers up to {MAX_TOKENS}, got {M}")
+            raise InvalidInputError(f"{option} must be positive numbers up to {MAX_TOKENS}, got {M}")
     return counts
 
 

@@ -48,7 +48,7 @@ def print_projection(
     every = [
         projection.project(layer, dtype, M, size, wire_fp8=wire_fp8)
         for M in dict.fromkeys(tokens)
-        for size in dict.fromkeys(tokens_of(ranks))
+        for size in dict.fromkeys(tokens_of(ranks, "--parallel"))
     ]
     if as_json:
         lines = [

@@ -9,23 +9,18 @@ from torch import Tensor
 
 from moe_dispatch import Backend, Choice, MoEProblem, Policy, Requirements
 from moe_dispatch.backend import BackendConfig, Inputs
-from moe_dispatch.backends.reference import ReferenceBackend, ReferenceConfig
 from tests.attack.strategies import SCALARS
-from tests.support.fakes import ANYTHING
+from tests.support.fakes import Honest
 
 Spoil = Callable[[Tensor, Inputs], object]
 NAME: Final = "hostile"
 
 
-class Right(Backend):
-    """Right, by way of the reference; foreign, so it is probed."""
+class Right(Honest):
+    """Foreign, so it is probed."""
 
     name = NAME
-    requirements = ANYTHING
-
-    def run(self, hidden_states: Tensor, experts: Any, topk_weights: Tensor, topk_ids: Tensor, config: Any) -> Any:
-        reference = ReferenceBackend(self.machine)
-        return reference.run(hidden_states, experts, topk_weights, topk_ids, ReferenceConfig())
+    needs_probe = True
 
 
 class UnprintableError(Exception):
@@ -118,9 +113,8 @@ def returning(spoil: Spoil) -> Callable[..., Any]:
     """A `run` whose right result is spoilt."""
 
     def run(self: Right, *arguments: Any) -> object:
-        hidden_states, experts, topk_weights, topk_ids, config = arguments
-        out = Right.run(self, hidden_states, experts, topk_weights, topk_ids, config)
-        return spoil(out, (hidden_states, experts, topk_weights, topk_ids))
+        hidden_states, experts, topk_weights, topk_ids, _ = arguments
+        return spoil(Right.run(self, *arguments), (hidden_states, experts, topk_weights, topk_ids))
 
     return run
 

@@ -4,10 +4,12 @@ import itertools
 import json
 import os
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from typer.main import get_command
 from typer.testing import CliRunner
 
 from moe_dispatch.commands.app import app
@@ -31,28 +33,23 @@ JUNK = st.one_of(
     ]),
 )  # fmt: skip
 MODELS = st.sampled_from(["qwen3-30b-a3b", "deepseek-v3", "Qwen/Qwen3-30B-A3B", "8,2,64,32", "gpt-oss-120b"])
-OPTIONS: dict[str, dict[str, st.SearchStrategy[str] | None]] = {
-    "explain": {
-        "--model": MODELS, "--dtype": st.sampled_from(["bf16", "FP8", "fp32"]),
-        "--tokens": st.sampled_from(["1", "1,64", "16777216"]), "--mode": st.sampled_from(["eager", "graph"]),
-        "--machine": st.sampled_from(["h200", "NVIDIA H200", "l40s", "mi300x"]),
-        "--full": None, "--json": None,
-    },
-    "doctor": {"--device": st.sampled_from(["cpu", "cuda", "cuda:7", "mps"]), "--reset": None, "--json": None},
-    # What would measure is refused before it does: each of these lines holds something that is invalid.
-    "calibrate": {
-        "--model": MODELS, "--dtype": st.just("fp32"), "--tokens": st.just("1"), "--budget": st.just("-1"),
-        "--timeout": st.just("0"), "--max-configs": st.just("0"), "--device": st.just("cuda:99"), "--quick": None,
-        "--resume": None, "--compile-only": None, "--json": None, "--routing": st.just("uniform"),
-    },
-    "bench": {
-        "--model": MODELS, "--dtype": st.just("fp32"), "--tokens": st.just("1"), "--budget": st.just("-1"),
-        "--seconds": st.just("-1"), "--energy": st.just("nan"), "--suite": st.just("none"), "--json": None,
-        "--config": st.just("some"),
-    },
-    "fit": {"--machine": st.sampled_from(["h200", "l40s"]), "--out": st.just("/dev/full/x"), "--json": None},
-    "demo": {"--tokens": st.just("0"), "--device": st.just("cuda:99"), "--model": st.just("1,1"), "--json": None},
+# Valid values of options; others get junk alone.
+VALUES_OF: dict[str, st.SearchStrategy[str]] = {
+    "--model": MODELS, "--dtype": st.sampled_from(["bf16", "FP8", "fp32"]),
+    "--tokens": st.sampled_from(["1", "1,64", "16777216"]), "--mode": st.sampled_from(["eager", "graph"]),
+    "--machine": st.sampled_from(["h200", "NVIDIA H200", "l40s", "mi300x"]),
+    "--device": st.sampled_from(["cpu", "cuda", "cuda:7", "mps"]),
 }  # fmt: skip
+# Every option of every command, and whether it takes a value; --probe would run every backend.
+OPTIONS: dict[str, dict[str, bool]] = {
+    name: {
+        param.opts[0]: not param.is_flag
+        for param in command.params
+        if param.param_type_name == "option" and param.opts[0] != "--probe"
+    }
+    for name, command in cast("Any", get_command(app)).commands.items()
+    if name != "calibration"  # a group
+}
 # Options that make a command fail before it measures anything.
 INVALID = {
     "calibrate": ["--device", "cuda:99"], "bench": ["--suite", "none"], "demo": ["--device", "cuda:99"],
@@ -65,10 +62,9 @@ def command_lines(draw: st.DrawFn, names: tuple[str, ...] = (*OPTIONS, "explain"
     name = draw(st.sampled_from(names))
     line = [name]
     for option in draw(st.lists(st.sampled_from(sorted(OPTIONS[name])), max_size=4)):
-        values = OPTIONS[name][option]
         line.append(option)
-        if values is not None:
-            line.append(draw(st.one_of(*[values] * 4, JUNK)))
+        if OPTIONS[name][option]:
+            line.append(draw(st.one_of(*[VALUES_OF.get(option, JUNK)] * 4, JUNK)))
     if draw(st.integers(0, 7)) == 0:
         line.insert(draw(st.integers(1, len(line))), draw(JUNK))
     return line + INVALID.get(name, [])

@@ -1,7 +1,6 @@
 """What a device offers is looked up by device class: a greater compute capability is no superset of a smaller one."""
 
 import itertools
-from typing import cast
 
 import pytest
 
@@ -148,12 +147,3 @@ def test_many_slots_are_declined_with_the_limit(name: str) -> None:
     assert backend.further_reasons(layer.problem(fits, "fp16", device)) == ()
     (reason,) = backend.further_reasons(layer.problem(fits + 1, "fp16", device))
     assert f"M·topk ≤ 4096, got {(fits + 1) * layer.topk}" in reason
-
-
-def test_a_device_with_48_kibibytes_takes_narrower_tiles() -> None:
-    small = gpu((8, 6), shared_memory_per_block=48 << 10)
-    layer, backend = WORKLOADS["qwen3-30b-a3b"], BACKENDS.load("triton_splitk")
-    configs = [backend(device).default_config(layer.problem(64, "fp16", device)) for device in (gpu((8, 6)), small)]
-    assert all(isinstance(config, SplitKConfig) for config in configs)
-    usual, narrow = cast("list[SplitKConfig]", configs)
-    assert narrow.block_n < usual.block_n

@@ -23,7 +23,7 @@ M, K, N, E, TOPK = 6, 64, 48, 5, 3
 def layer(dtype: DType, activation: Activation = "silu", *, bias: bool = False) -> ExpertWeights:
     interleaved = activation == "swiglu_oai"
     shape = Workload("layer", E, TOPK, K, N, activation=activation, bias=bias, interleaved=interleaved)
-    return make_experts(shape, dtype, "cpu", act_dtype="fp32" if dtype == "fp8" else dtype)
+    return make_experts(shape, dtype, "cpu", act_dtype="fp32" if dtype.startswith("fp8") else dtype)
 
 
 def formula(hidden: Tensor, experts: ExpertWeights, weights: Tensor, ids: Tensor) -> Tensor:
@@ -56,14 +56,15 @@ def test_on_a_cpu_it_multiplies_bf16_in_fp32() -> None:
     assert torch.equal(out, backend.run(*inputs, ReferenceConfig(compute_fp32=True)))
 
 
-def test_block_fp8_is_the_formula_up_to_its_rounding() -> None:
-    arguments = torch.randn(M, K), layer("fp8"), *routing()
+@pytest.mark.parametrize("dtype", ["fp8", "fp8_channel"])
+def test_fp8_is_the_formula_up_to_its_rounding(dtype: DType) -> None:
+    arguments = torch.randn(M, K), layer(dtype), *routing()
     expected = formula(*arguments)
     error = float((moe_forward(*arguments, backend="reference") - expected).norm() / expected.norm())
     assert 1e-3 < error < 0.06, "activations are rounded twice to three bits, 1/16 at most each time"
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "fp8"])
+@pytest.mark.parametrize("dtype", ["fp32", "fp8", "fp8_channel"])
 def test_gradients(dtype: DType) -> None:
     others, start, grads = (layer(dtype), *routing()), torch.randn(M, K), []
     for run in (moe_forward, formula):

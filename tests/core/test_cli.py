@@ -342,6 +342,7 @@ CALIBRATE = ("calibrate", "--model", "8,2,64,32")
         (("explain", "--machine", "h100"), "did you mean h100-nvl or h100-pcie or h100-sxm?"),
         (("explain", "--model", "x" * 300), "no workload is called"),
         (("explain", "--parallel", "2", "--mode", "graph"), "leave out --mode"),
+        (("explain", "--parallel", "two"), "--parallel must be positive numbers"),
         (("explain", "--wire-fp8"), "give --parallel GPUS"),
         ((*CALIBRATE, "--timeout", "nan"), "--timeout must be a number"),
         ((*CALIBRATE, "--timeout", "0"), "--timeout must be a number"),
