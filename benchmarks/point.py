@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from moe_dispatch.benchmarks.candidates import BenchCandidate
-from moe_dispatch.benchmarks.energy import EnergyMeasurement, joules_per_call
 from moe_dispatch.benchmarks.stopwatch import Stopwatch
 from moe_dispatch.experts import ExpertWeights
 from moe_dispatch.measure import LayerInputs, Timing, Verdict, make_inputs, reference_outputs, time_interleaved, verify
+from moe_dispatch.measure.energy import EnergyOf
 from moe_dispatch.problem import Mode, MoEProblem
 from moe_dispatch.system.failures import lost_device, out_of_memory, summary
 from moe_dispatch.workloads import RoutingDistribution
@@ -99,7 +99,7 @@ def check_and_time(
     mode: Mode,
     point_s: float,
     stopwatch: Stopwatch,
-    energy: EnergyMeasurement | None = None,
+    energy: EnergyOf | None = None,
 ) -> list[Outcome]:
     """Check every candidate, then time those that are right, taking turns over all routing distributions.
 
@@ -154,9 +154,7 @@ def check_and_time(
             inputs = drawn[candidates[index].routing].inputs
             try:
                 with stopwatch.spending("energy"):
-                    joules[index] = joules_per_call(
-                        calls[index], inputs, energy.meter, mode=mode, seconds=energy.seconds
-                    )
+                    joules[index] = energy(calls[index], inputs, mode)
             except Exception as error:
                 if lost_device(error):
                     raise

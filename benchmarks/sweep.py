@@ -16,13 +16,13 @@ from typing import Final
 import torch
 
 from moe_dispatch.benchmarks.candidates import BenchCandidate, CandidateFactory, LoadedLayer
-from moe_dispatch.benchmarks.energy import EnergyMeasurement
 from moe_dispatch.benchmarks.plan import BenchPlan
 from moe_dispatch.benchmarks.point import SEED, Outcome, PointInputs, check_and_time, release_memory
 from moe_dispatch.benchmarks.provenance import Provenance
 from moe_dispatch.benchmarks.row_files import append
 from moe_dispatch.benchmarks.rows import BenchRow, RowKey
 from moe_dispatch.benchmarks.stopwatch import Stopwatch
+from moe_dispatch.measure.energy import EnergyOf
 from moe_dispatch.policies.calibration.schedule import coarse_to_fine
 from moe_dispatch.problem import DType, MoEProblem
 from moe_dispatch.system.failures import out_of_memory, summary
@@ -46,7 +46,7 @@ class Sweep:
         advance: Called with a description before each point, and with None after it.
         notes: Reasons why something has no row, each once.
         written: Rows of this run.
-        energy: How energy is measured; None not to measure it.
+        energy: Measures the energy of a call; None not to measure it.
         stopwatch: Seconds by kind of work.
     """
 
@@ -57,7 +57,7 @@ class Sweep:
     advance: Callable[[str | None], None] = lambda _: None
     notes: list[str] = field(default_factory=list)
     written: list[BenchRow] = field(default_factory=list)
-    energy: EnergyMeasurement | None = None
+    energy: EnergyOf | None = None
     stopwatch: Stopwatch = field(default_factory=Stopwatch)
 
     def __post_init__(self) -> None:

@@ -15,6 +15,7 @@ from moe_dispatch.system.files import private_temporary_folder
 VARIABLES: Final[Mapping[str, str]] = {
     "MOE_DISPATCH_BACKEND": "the backend of every call that names none",
     "MOE_DISPATCH_POLICY": "the policies to use, comma-separated, in order of precedence",
+    "MOE_DISPATCH_MINIMIZE": "`time` (default) or `energy`: what measured backends are ranked by",
     "MOE_DISPATCH_DISABLE": "backends that are never chosen, comma-separated",
     "MOE_DISPATCH_MACHINE": "a shipped machine (`h200`) or a JSON file that replaces what is seen of this machine",
     "MOE_DISPATCH_CACHE_DIR": "the absolute path under which calibrations and the quarantine are kept",
@@ -35,6 +36,7 @@ class Settings:
     Attributes:
         backend: Backend of every call that names none; empty to let the policies choose.
         policies: Policy names in order of precedence.
+        minimize: What measured backends are ranked by, ``"time"`` or ``"energy"``.
         disabled: Backends that are never chosen.
         machine: Name or file of a machine description; empty to inspect this machine.
         cache_dir: Folder of calibrations, fitted models, records of compilation and the quarantine; see `cache_dir` for
@@ -48,6 +50,7 @@ class Settings:
 
     backend: str = ""
     policies: tuple[str, ...] = DEFAULT_POLICIES
+    minimize: str = "time"
     disabled: frozenset[str] = frozenset()
     machine: str = ""
     cache_dir: Path | None = None
@@ -62,14 +65,18 @@ class Settings:
         """Read the variables.
 
         Raises:
-            InvalidInputError: The log level is unknown, or a path is relative.
+            InvalidInputError: The log level or what to minimise is unknown, or a path is relative.
         """
+        minimize = _text("MINIMIZE").lower() or "time"
+        if minimize not in ("time", "energy"):
+            raise InvalidInputError(f"MOE_DISPATCH_MINIMIZE must be time or energy, got {minimize!r}")
         level = _text("LOG_LEVEL").upper()
         if level and level not in _LEVELS:
             raise InvalidInputError(f"MOE_DISPATCH_LOG_LEVEL must be one of {', '.join(_LEVELS)}, got {level!r}")
         return cls(
             backend=_text("BACKEND"),
             policies=_names("POLICY") or DEFAULT_POLICIES,
+            minimize=minimize,
             disabled=frozenset(_names("DISABLE")),
             machine=_text("MACHINE"),
             cache_dir=_path("CACHE_DIR", _text("CACHE_DIR")) if _text("CACHE_DIR") else None,

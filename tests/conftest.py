@@ -85,7 +85,7 @@ def _in_a_process_group() -> bool:
 
 @pytest.fixture(autouse=True)
 def fresh_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    for variable in ("BACKEND", "POLICY", "DISABLE", "LOG_LEVEL"):
+    for variable in ("BACKEND", "POLICY", "MINIMIZE", "DISABLE", "LOG_LEVEL"):
         monkeypatch.delenv(f"MOE_DISPATCH_{variable}", raising=False)
     monkeypatch.setenv("MOE_DISPATCH_CACHE_DIR", str(tmp_path / "cache"))
     settings.cache_clear()

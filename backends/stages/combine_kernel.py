@@ -43,7 +43,9 @@ def _moe_combine_kernel(
         weight = 1.0
         if weights_ptr is not None:
             weight = tl.load(weights_ptr + slot, mask=row >= 0, other=0.0)
-        y = tl.load(y_ptr + row * K + offs_k, mask=mask_k & (row >= 0), other=0.0).to(tl.float32)
+        # A row is read once, so it makes room first: what the product before left of later rows stays in the L2.
+        y = tl.load(y_ptr + row * K + offs_k, mask=mask_k & (row >= 0), other=0.0, eviction_policy="evict_first")
+        y = y.to(tl.float32)
         if WEIGHTED:
             acc += tl.maximum(tl.abs(weight), 1.0) * y
             y = tl.zeros([BLOCK_K], tl.float32)  # what is still to be weighted: the bias

@@ -65,9 +65,8 @@ def product(
     fits = tma_fits(halves * N if transposed else weight.shape[2], weight.element_size()) and N % run == 0
     tma = config.tma and features.tma and fits and (not first or boxes_mix_gate_and_up(experts))
     pdl = config.pdl and features.pdl
-    # Where a group of quantised columns is two tiles, the loop carries the first one's result, and Triton does not
-    # flatten such a loop.
-    carries = y_scale is not None and block_n < QUANT_BLOCK
+    # Where a group of quantised columns is two tiles, each has a loop over K, which Triton does not flatten into one.
+    two_tiles = y_scale is not None and block_n < QUANT_BLOCK
     # Each half of a tile's operand lies in one 128×128 block of weights, and so has one multiplier a step.
     scalar = block_n <= QUANT_BLOCK and not interleaved and (halves == 1 or N % QUANT_BLOCK == 0)
     # The weight seen as [E, N / run, halves, run, K], or by columns as [E, K, halves·N]: a box is a tile's operand.
@@ -98,7 +97,7 @@ def product(
         EVEN_K=K % block_k == 0, TMA=tma,
         BLOCK_M=config.block_m, BLOCK_N=block_n, BLOCK_K=block_k,
         ORDER=config.order, GROUP_M=config.group_m, E_POW2=next_power_of_2(experts.E),
-        FLATTEN=not carries and math.ceil(K / block_k) <= config.flatten_steps, PDL=pdl,
+        FLATTEN=not two_tiles and math.ceil(K / block_k) <= config.flatten_steps, PDL=pdl,
         num_warps=config.num_warps, num_stages=config.num_stages, **pdl_option(pdl), **_registers(config, quantization),
     )  # fmt: skip
 

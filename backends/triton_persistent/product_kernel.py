@@ -2,7 +2,7 @@
 """The grouped product. A launch is one wave of programs that loop over the tiles of all experts.
 
 Rows lie in the order of experts without padding (see `stages.route`). Which tiles there are depends on the routing, so
-every program computes its share on the device, from the running count of all experts' row blocks, kept in registers.
+every program computes its share on the device (see `tiles_kernel`).
 """
 
 import triton
@@ -18,6 +18,7 @@ from moe_dispatch.backends.triton_common.device import (
 from moe_dispatch.backends.triton_common.fast_launch import fast_launch
 from moe_dispatch.backends.triton_common.mxfp4 import MOE_MXFP4_UNIT, moe_mxfp4_values
 from moe_dispatch.backends.triton_common.pdl import moe_pdl_wait_and_release
+from moe_dispatch.backends.triton_persistent.tiles_kernel import count_blocks, find_tile
 
 
 @fast_launch
@@ -63,57 +64,103 @@ def _moe_product_kernel(
 
     A tile's operand is ``HALVES · BLOCK_N`` rows of w, RUN of gate and RUN of up in turn: one product gives both, and
     the gate and the up of each element are in one thread's registers. Where a group of 128 quantised columns is two
-    tiles, a program computes one after the other and keeps the first one's result.
+    tiles, a program computes one after the other.
 
     With FLATTEN the loops over tiles and over K are one loop, whose software pipeline fetches the next tile's operands
-    while this tile's result is stored.
+    while this tile's result is stored. Without it, the rows of the next tile are looked up before this one's products:
+    its first loads of x would wait for their slots otherwise.
     """
     moe_pdl_wait_and_release(PDL)
-    WIDE: tl.constexpr = HALVES * BLOCK_N
     GROUP_TILES: tl.constexpr = 128 // BLOCK_N if y_scale_ptr is not None else 1
     tl.static_assert(GROUP_TILES <= 2, "a group of 128 columns is one tile or two")
-    blocks, ends_b = _count_blocks(starts_ptr, ends_ptr, E, E_POW2, BLOCK_M)
+    starts, ends, blocks, blocks_up_to = count_blocks(starts_ptr, ends_ptr, E, E_POW2, BLOCK_M)
     m_blocks = tl.sum(blocks, 0)
     n_blocks = tl.cdiv(N, BLOCK_N * GROUP_TILES)
-    mine = tl.cdiv(tl.maximum(m_blocks * n_blocks - tl.program_id(0), 0), tl.num_programs(0)) * GROUP_TILES
-    held = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for i in tl.range(0, mine, flatten=FLATTEN):
-        group = tl.program_id(0) + i // GROUP_TILES * tl.num_programs(0)
-        block_m, block_n = _order(group, m_blocks, n_blocks, ORDER, GROUP_M)
-        e, row = _locate(block_m, blocks, ends_b, starts_ptr, BLOCK_M)
-        first_n = (block_n * GROUP_TILES + i % GROUP_TILES) * BLOCK_N
-        offs_m = row + tl.arange(0, BLOCK_M)
-        mask_m = offs_m < tl.load(ends_ptr + e)
-        source = offs_m
-        if slot_of_row_ptr is not None:
-            source = tl.load(slot_of_row_ptr + offs_m, mask=mask_m, other=0) // TOPK
-        x_ptrs = x_ptr + source.to(tl.int64)[:, None] * (tl.cdiv(K, BLOCK_K) * BLOCK_K if SCALES == "mx" else K)
-        w_row, column = _weight_rows(first_n, N, HALVES, RUN, INTERLEAVED, WIDE)
-        w_rows = e.to(tl.int64) * (HALVES * N) + w_row
-        if SCALES == "mx":
-            acc = _multiply_mxfp4(
-                x_ptrs, w, w_scale_ptr, e, mask_m, w_rows, column, first_n, N, K,
-                RUN, EVEN_K, TMA, BLOCK_M, WIDE, BLOCK_K,
+    mine = tl.cdiv(tl.maximum(m_blocks * n_blocks - tl.program_id(0), 0), tl.num_programs(0))
+    if FLATTEN:
+        for i in tl.range(0, mine, flatten=True):
+            e, block_n, offs_m, mask_m, source = find_tile(
+                tl.program_id(0) + i * tl.num_programs(0), m_blocks, n_blocks, starts, ends, blocks, blocks_up_to,
+                slot_of_row_ptr, ORDER, GROUP_M, BLOCK_M,
             )  # fmt: skip
-        else:
-            acc = _multiply(
-                x_ptrs, x_scale_ptr, w, w_scale_ptr, e, source, mask_m, w_row, w_rows, column, first_n, N, K,
-                HALVES, RUN, INTERLEAVED, TRANSPOSED, SCALES, SCALAR_SCALE, EVEN_K, TMA, BLOCK_M, WIDE, BLOCK_K,
+            _write_tile(
+                x_ptr, x_scale_ptr, w, w_scale_ptr, bias_ptr, y_ptr, y_scale_ptr, e, block_n, offs_m, mask_m, source,
+                N, K, TOPK, ACTIVATION, HALVES, RUN, INTERLEAVED, TRANSPOSED, SCALES, SCALAR_SCALE, EVEN_K, TMA,
+                GROUP_TILES, BLOCK_M, BLOCK_N, BLOCK_K,
             )  # fmt: skip
-        if bias_ptr is not None:
-            acc += tl.load(bias_ptr + w_rows, mask=column < N, other=0.0).to(tl.float32)[None, :]
-        # Columns past N are zeros, as their weights and biases were read: no group's multiplier is raised by them.
-        y = _activate(acc, ACTIVATION, HALVES, RUN, BLOCK_M, BLOCK_N)
-        if SCALES == "mx" and ACTIVATION is not None:
-            _store_ordered(y, y_ptr, offs_m, mask_m, first_n, N, BLOCK_M, BLOCK_N, BLOCK_K)
-        elif y_scale_ptr is None:
-            _store(y, y_ptr, offs_m, mask_m, first_n, N, BLOCK_N)
-        elif GROUP_TILES == 1:
-            _store_group(y, y, y_ptr, y_scale_ptr, offs_m, mask_m, first_n, N, 1, BLOCK_M, BLOCK_N)
-        else:
-            if i % 2 == 1:
-                _store_group(held, y, y_ptr, y_scale_ptr, offs_m, mask_m, first_n - BLOCK_N, N, 2, BLOCK_M, BLOCK_N)
-            held = y
+    else:
+        e, block_n, offs_m, mask_m, source = find_tile(
+            tl.program_id(0), m_blocks, n_blocks, starts, ends, blocks, blocks_up_to,
+            slot_of_row_ptr, ORDER, GROUP_M, BLOCK_M,
+        )  # fmt: skip
+        for i in tl.range(0, mine):
+            next_e, next_block_n, next_offs_m, next_mask_m, next_source = find_tile(
+                tl.program_id(0) + (i + 1) * tl.num_programs(0), m_blocks, n_blocks, starts, ends, blocks, blocks_up_to,
+                slot_of_row_ptr, ORDER, GROUP_M, BLOCK_M,
+            )  # fmt: skip
+            _write_tile(
+                x_ptr, x_scale_ptr, w, w_scale_ptr, bias_ptr, y_ptr, y_scale_ptr, e, block_n, offs_m, mask_m, source,
+                N, K, TOPK, ACTIVATION, HALVES, RUN, INTERLEAVED, TRANSPOSED, SCALES, SCALAR_SCALE, EVEN_K, TMA,
+                GROUP_TILES, BLOCK_M, BLOCK_N, BLOCK_K,
+            )  # fmt: skip
+            e, block_n, offs_m, mask_m, source = next_e, next_block_n, next_offs_m, next_mask_m, next_source
+
+
+@triton.jit
+def _write_tile(
+    x_ptr, x_scale_ptr, w, w_scale_ptr, bias_ptr, y_ptr, y_scale_ptr, e, block_n, offs_m, mask_m, source, N, K,
+    TOPK: tl.constexpr, ACTIVATION: tl.constexpr, HALVES: tl.constexpr, RUN: tl.constexpr, INTERLEAVED: tl.constexpr,
+    TRANSPOSED: tl.constexpr, SCALES: tl.constexpr, SCALAR_SCALE: tl.constexpr, EVEN_K: tl.constexpr,
+    TMA: tl.constexpr, GROUP_TILES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Compute and store a tile, or the two of a group of quantised columns."""
+    if TOPK > 0:
+        source = source // TOPK
+    first_n = block_n * GROUP_TILES * BLOCK_N
+    y = _compute_tile(
+        x_ptr, x_scale_ptr, w, w_scale_ptr, bias_ptr, e, source, mask_m, first_n, N, K, ACTIVATION, HALVES, RUN,
+        INTERLEAVED, TRANSPOSED, SCALES, SCALAR_SCALE, EVEN_K, TMA, BLOCK_M, BLOCK_N, BLOCK_K,
+    )  # fmt: skip
+    if SCALES == "mx" and ACTIVATION is not None:
+        _store_ordered(y, y_ptr, offs_m, mask_m, first_n, N, BLOCK_M, BLOCK_N, BLOCK_K)
+    elif y_scale_ptr is None:
+        _store(y, y_ptr, offs_m, mask_m, first_n, N, BLOCK_N)
+    else:
+        second = y
+        if GROUP_TILES == 2:
+            second = _compute_tile(
+                x_ptr, x_scale_ptr, w, w_scale_ptr, bias_ptr, e, source, mask_m, first_n + BLOCK_N, N, K, ACTIVATION,
+                HALVES, RUN, INTERLEAVED, TRANSPOSED, SCALES, SCALAR_SCALE, EVEN_K, TMA, BLOCK_M, BLOCK_N, BLOCK_K,
+            )  # fmt: skip
+        _store_group(y, second, y_ptr, y_scale_ptr, offs_m, mask_m, first_n, N, GROUP_TILES, BLOCK_M, BLOCK_N)
+
+
+@triton.jit
+def _compute_tile(
+    x_ptr, x_scale_ptr, w, w_scale_ptr, bias_ptr, e, source, mask_m, first_n, N, K,
+    ACTIVATION: tl.constexpr, HALVES: tl.constexpr, RUN: tl.constexpr, INTERLEAVED: tl.constexpr,
+    TRANSPOSED: tl.constexpr, SCALES: tl.constexpr, SCALAR_SCALE: tl.constexpr, EVEN_K: tl.constexpr,
+    TMA: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """A tile of the result in fp32, ``[BLOCK_M, BLOCK_N]``; `source` are its rows in x."""
+    WIDE: tl.constexpr = HALVES * BLOCK_N
+    x_ptrs = x_ptr + source.to(tl.int64)[:, None] * (tl.cdiv(K, BLOCK_K) * BLOCK_K if SCALES == "mx" else K)
+    w_row, column = _weight_rows(first_n, N, HALVES, RUN, INTERLEAVED, WIDE)
+    w_rows = e.to(tl.int64) * (HALVES * N) + w_row
+    if SCALES == "mx":
+        acc = _multiply_mxfp4(
+            x_ptrs, w, w_scale_ptr, e, mask_m, w_rows, column, first_n, N, K,
+            RUN, EVEN_K, TMA, BLOCK_M, WIDE, BLOCK_K,
+        )  # fmt: skip
+    else:
+        acc = _multiply(
+            x_ptrs, x_scale_ptr, w, w_scale_ptr, e, source, mask_m, w_row, w_rows, column, first_n, N, K,
+            HALVES, RUN, INTERLEAVED, TRANSPOSED, SCALES, SCALAR_SCALE, EVEN_K, TMA, BLOCK_M, WIDE, BLOCK_K,
+        )  # fmt: skip
+    if bias_ptr is not None:
+        acc += tl.load(bias_ptr + w_rows, mask=column < N, other=0.0).to(tl.float32)[None, :]
+    # Columns past N are zeros, as their weights and biases were read: no group's multiplier is raised by them.
+    return _activate(acc, ACTIVATION, HALVES, RUN, BLOCK_M, BLOCK_N)
 
 
 @triton.jit
@@ -210,41 +257,6 @@ def _multiply_mxfp4(
         acc = tl.dot(w2, tl.trans(x2), acc)
         acc = tl.dot(w3, tl.trans(x3), acc)
     return tl.trans(acc) * MOE_MXFP4_UNIT
-
-
-@triton.jit
-def _count_blocks(starts_ptr, ends_ptr, E, E_POW2: tl.constexpr, BLOCK_M: tl.constexpr):
-    """Row blocks of each expert, and their running count: ``[E_POW2]`` both."""
-    offs_e = tl.arange(0, E_POW2)
-    start = tl.load(starts_ptr + offs_e, mask=offs_e < E, other=0)
-    end = tl.load(ends_ptr + offs_e, mask=offs_e < E, other=0)
-    blocks = (end - start + BLOCK_M - 1) // BLOCK_M
-    return blocks, tl.cumsum(blocks, 0)
-
-
-@triton.jit
-def _locate(block_m, blocks, ends_b, starts_ptr, BLOCK_M: tl.constexpr):
-    """The expert that a row block belongs to, and the block's first row."""
-    done = ends_b <= block_m
-    e = tl.sum(done.to(tl.int32), 0)
-    row = tl.load(starts_ptr + e) + (block_m - tl.sum(tl.where(done, blocks, 0), 0)) * BLOCK_M
-    return e, row
-
-
-@triton.jit
-def _order(tile, m_blocks, n_blocks, ORDER: tl.constexpr, GROUP_M: tl.constexpr):
-    """The row block and column block of a tile; tiles that run at the same time share inputs in the L2 cache."""
-    if ORDER == "row_major":
-        block_m = tile // n_blocks
-        block_n = tile % n_blocks
-    else:
-        tl.static_assert(ORDER == "grouped", "unknown order")
-        first = tile // (GROUP_M * n_blocks) * GROUP_M
-        height = tl.minimum(m_blocks - first, GROUP_M)
-        inside = tile % (GROUP_M * n_blocks)
-        block_m = first + inside % height
-        block_n = inside // height
-    return block_m, block_n
 
 
 @triton.jit

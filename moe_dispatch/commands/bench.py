@@ -2,6 +2,7 @@
 
 import datetime
 import errno
+import functools
 import itertools
 import math
 import os
@@ -260,10 +261,10 @@ def _sweep(
 ) -> "Sweep":
     import torch
 
-    from moe_dispatch.benchmarks.energy import EnergyMeasurement, energy_meter
     from moe_dispatch.benchmarks.provenance import Provenance
     from moe_dispatch.benchmarks.row_files import timed_keys
     from moe_dispatch.benchmarks.sweep import Sweep
+    from moe_dispatch.measure.energy import energy_meter, joules_per_call
 
     with ERR.status("measuring the ceilings"):
         provenance = Provenance.here(machine)
@@ -273,7 +274,7 @@ def _sweep(
         if isinstance(meter, str):
             notes.append(meter)
         else:
-            energy = EnergyMeasurement(meter, energy_s)
+            energy = functools.partial(joules_per_call, meter=meter, seconds=energy_s)
     done = timed_keys(path) if resume else set()
     return Sweep(path, provenance, done, deadline, notes=notes, energy=energy)
 

@@ -48,6 +48,9 @@ def calibrate(
     device: Device = None,
     budget: Budget = None,
     timeout: Annotated[float, typer.Option("--timeout", help="Seconds after which a candidate counts as hung.")] = 60.0,
+    energy: Annotated[
+        float, typer.Option("--energy", help="Also measure each finalist's energy for so many seconds; 0 not to.")
+    ] = 0.0,
     max_configs: Annotated[
         int | None,
         typer.Option("--max-configs", min=1, help="Measure at most this many configurations of a backend."),
@@ -80,10 +83,11 @@ def calibrate(
     routings = routing_names(routing) if routing else DEFAULT_ROUTINGS
     budget_s = None if budget is None else seconds_of("--budget", budget)
     timeout_s = seconds_of("--timeout", timeout)
+    seconds_of("--energy", energy, zero=True)
     if parallel:
         from moe_dispatch.commands.parallel import calibrate_ranks
 
-        if mode != "both" or backend or routing or max_configs or quick or resume or compile_only:
+        if mode != "both" or backend or routing or max_configs or quick or resume or compile_only or energy:
             raise InvalidInputError(
                 "--parallel goes with --model, --dtype, --tp, --tokens, --device, --budget, --timeout and --json alone"
             )
@@ -98,7 +102,7 @@ def calibrate(
         report = measure(
             layers, dtypes, tokens=counts, budget_s=budget_s, quick=quick, resume=resume,
             device=device, backends=backend, timeout_s=timeout_s, most_configs=max_configs,
-            on_progress=on_progress, modes=modes, routings=routings, compile_only=compile_only,
+            on_progress=on_progress, modes=modes, routings=routings, compile_only=compile_only, energy_s=energy,
         )  # fmt: skip
     if as_json:
         typer.echo(json.dumps(_to_dict(report), indent=1))
@@ -119,34 +123,28 @@ def _to_dict(report: "CalibrationReport") -> dict[str, Any]:
     ]
     disqualified = [
         {
-            "layer": str(each.layer),
-            "mode": each.mode,
-            "M": each.M,
-            "backend": each.candidate.backend,
-            "config": dict(each.candidate.config),
-            "reason": each.disqualified,
+            "layer": str(each.layer), "mode": each.mode, "M": each.M, "backend": each.candidate.backend,
+            "config": dict(each.candidate.config), "reason": each.disqualified,
         }
         for each in report.disqualified()
-    ]
+    ]  # fmt: skip
     return {
-        "path": str(report.path),
-        "winners": winners,
-        "disqualified": disqualified,
-        "unavailable": report.unavailable,
-        "skipped": report.skipped,
-        "interrupted": report.interrupted,
-        "seconds": report.seconds,
-        "spent": report.spent,
-    }
+        "path": str(report.path), "winners": winners, "disqualified": disqualified, "unavailable": report.unavailable,
+        "skipped": report.skipped, "interrupted": report.interrupted, "seconds": report.seconds, "spent": report.spent,
+    }  # fmt: skip
 
 
 def _print(report: "CalibrationReport", *, compile_only: bool) -> None:
+    joules = {(str(one.layer), one.mode, one.M, one.candidate.identity): one.joules for one in report.measured}
+    energy = ("energy per token",) if any(joules.values()) else ()
     for (layer, mode), winners in report.winners().items():
         heading(f"{layer} ({mode})")
-        rows = table("M", "fastest", "time", "configuration", numbers=("M", "time"))
+        rows = table("M", "fastest", "time", *energy, "configuration", numbers=("M", "time", *energy))
         for M, ((backend, config), us) in winners.items():
             options = ", ".join(f"{name}={value}" for name, value in config)
-            rows.add_row(str(M), plain(backend), microseconds(us), plain(options))
+            each = joules[layer, mode, M, (backend, config)]
+            per_token = [f"{1e3 * each / M:.3g} mJ" if each else "–"] * len(energy)
+            rows.add_row(str(M), plain(backend), microseconds(us), *per_token, plain(options))
         OUT.print(rows)
     if disqualified := report.disqualified():
         heading("disqualified")

@@ -139,7 +139,7 @@ def _write(path: Path, file: "CalibrationFile") -> None:
     from moe_dispatch.system.files import write_atomically
 
     try:
-        write_atomically(path, file.model_dump_json())
+        write_atomically(path, file.model_dump_json(exclude_none=True))
     except OSError as error:
         raise PolicyFileError(f"{path} cannot be written: {error.strerror or error}; give another path") from error
     points = len(file.points)

@@ -70,7 +70,7 @@ class Timing:
         return cls(median, q1, q3, len(values), values)
 
 
-class _EagerPass:
+class EagerPass:
     """Back-to-back eager calls, as a model makes them: the host's time or the device's, whichever is longer.
 
     Timed from an idle device, the first launch latency would be part of the result, which it is not in a model. So the
@@ -85,6 +85,7 @@ class _EagerPass:
         self._last = self._host = 0.0
 
     def seconds(self, repeats: int) -> float:
+        """Time of a call, over so many passes after a rest."""
         if self._device.type != "cuda" or not self._last:
             passes = self._by_the_wall(repeats)
         else:
@@ -95,7 +96,7 @@ class _EagerPass:
     def _by_the_wall(self, repeats: int) -> float:
         synchronize(self._device)
         begin = time.perf_counter()
-        self._launch(repeats)
+        self.launch(repeats)
         self._host = (time.perf_counter() - begin) / repeats
         synchronize(self._device)
         return time.perf_counter() - begin
@@ -108,14 +109,15 @@ class _EagerPass:
             rest(resting)
             start.record()
             begin = time.perf_counter()
-            self._launch(repeats)
+            self.launch(repeats)
             host = time.perf_counter() - begin
             end.record()
             end.synchronize()
         device = float(start.elapsed_time(end)) / 1e3
         return max(host, device) if host < resting else device
 
-    def _launch(self, repeats: int) -> None:
+    def launch(self, repeats: int) -> None:
+        """Enqueue passes."""
         for _ in range(repeats):
             for each in self._inputs:
                 self._call(each)
@@ -124,7 +126,7 @@ class _EagerPass:
         """Nothing to free: only graphs hold memory."""
 
 
-class _GraphPass:
+class GraphPass:
     """One CUDA graph that runs the layer on every input in turn, timed with device events."""
 
     def __init__(self, call: Call, inputs: Sequence[LayerInputs], pool: Any) -> None:
@@ -137,19 +139,25 @@ class _GraphPass:
                 call(each)
 
     def seconds(self, repeats: int) -> float:
+        """Time of a call, over so many passes after a rest."""
         start, end = timing_events()
         with torch.cuda.device(self._device):
             # The host enqueues the replays during the rest, so no launch gap is timed.
             rest(max(LAUNCH_SECONDS, REST * self._last * repeats))
             start.record()
-            for _ in range(repeats):
-                self._graph.replay()
+            self.launch(repeats)
             end.record()
             end.synchronize()
         self._last = float(start.elapsed_time(end)) / 1e3 / repeats
         return self._last / self._count
 
+    def launch(self, repeats: int) -> None:
+        """Enqueue passes."""
+        for _ in range(repeats):
+            self._graph.replay()
+
     def close(self) -> None:
+        """Free the graph."""
         self._graph.reset()
 
 
@@ -216,7 +224,7 @@ class Turns(Generic[Key]):
             )
         # Only one graph replays at a time and none of their results is kept, so they may share their memory.
         self.pool = pool or (torch.cuda.graph_pool_handle() if mode == "graph" else None)
-        self._passes: dict[Key, _EagerPass | _GraphPass] = {}
+        self._passes: dict[Key, EagerPass | GraphPass] = {}
         self._repeats: dict[Key, int] = {}
 
     def time(
@@ -273,6 +281,6 @@ class Turns(Generic[Key]):
         call(inputs[0])  # Compile now: a compilation would break the capture.
         synchronize(self._device)
         graph = self._mode == "graph"
-        self._passes[key] = _GraphPass(call, inputs, self.pool) if graph else _EagerPass(call, inputs)
+        self._passes[key] = GraphPass(call, inputs, self.pool) if graph else EagerPass(call, inputs)
         once = self._passes[key].seconds(1) * len(inputs)
         self._repeats[key] = max(1, min(MAX_REPEATS, round(SAMPLE_SECONDS / max(once, 1e-9))))

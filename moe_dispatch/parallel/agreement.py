@@ -27,6 +27,7 @@ def facts(dispatcher: Dispatcher, configured: Settings, device: torch.device) ->
         "libraries": dict(machine.libraries),
         "MOE_DISPATCH_BACKEND": configured.backend,
         "MOE_DISPATCH_POLICY": configured.policies,
+        "MOE_DISPATCH_MINIMIZE": configured.minimize,
         "MOE_DISPATCH_DISABLE": sorted(configured.disabled),
         "digest of the policies' tables": dispatcher.planner.tables_digest(),
     }

@@ -9,6 +9,7 @@ import torch
 from moe_dispatch.dispatch.process import reset_dispatchers
 from moe_dispatch.errors import InvalidInputError
 from moe_dispatch.machine import Machine, present_device
+from moe_dispatch.measure.energy import energy_meter
 from moe_dispatch.policies.calibrated import calibration_path
 from moe_dispatch.policies.calibration.report import CalibrationReport, Progress
 from moe_dispatch.policies.calibration.request import (
@@ -44,6 +45,7 @@ def calibrate(
     modes: Sequence[Mode] | None = None,
     compile_only: bool = False,
     timeout_s: float = DEFAULT_TIMEOUT_S,
+    energy_s: float = 0.0,
     directory: Path | None = None,
     on_progress: Callable[[Progress], None] | None = None,
 ) -> CalibrationReport:
@@ -66,12 +68,13 @@ def calibrate(
         modes: Graph, eager or both; every mode that the device has if None.
         compile_only: Only compile what would be measured, so that a later calibration need not.
         timeout_s: Seconds after which a candidate counts as hung.
+        energy_s: Seconds for which the energy of each finalist of a point is measured too; 0 not to measure it.
         directory: Folder in place of the cache directory.
         on_progress: Called before each point.
 
     Raises:
-        InvalidInputError: An argument is out of its range, the device is not here, or `MOE_DISPATCH_MACHINE` describes
-            a machine of another kind.
+        InvalidInputError: An argument is out of its range, the device is not here or has no energy counter for
+            `energy_s`, or `MOE_DISPATCH_MACHINE` describes a machine of another kind.
         UnknownNameError: A backend or a model of this name is not known.
         PolicyFileError: The result cannot be written.
     """
@@ -102,8 +105,11 @@ def calibrate(
         compile_only=compile_only,
         budget_s=budget_s,
         timeout_s=timeout_s,
+        energy_s=energy_s,
         directory=directory,
     )
+    if energy_s and isinstance(reason := energy_meter(present), str):
+        raise InvalidInputError(f"{reason}; leave out --energy (energy_s=0) to measure times alone")
     run = CalibrationRun(request, on_progress)
     try:
         return run.measure()

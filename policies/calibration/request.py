@@ -30,14 +30,8 @@ class CalibrationRequest:
         tokens: Token counts, ascending and distinct.
         modes: Graph, eager or both; the first starts with all candidates, the second with the finalists of the first.
         routings: Names of routing distributions; successive halving runs on the first one, the final on all.
-        backends: Names of the backends that take part; all registered ones if None.
-        most_configs: Largest number of configurations per backend, the likeliest first; all that it offers if None.
         refine: Whether to measure between token counts where the winner changes.
-        resume: Whether to leave out points that were measured with today's versions.
-        compile_only: Whether to stop after compiling what would be measured.
-        budget_s: Stop after this many seconds; None for no limit.
-        timeout_s: Seconds after which a candidate counts as hung.
-        directory: Folder in place of the cache directory.
+        backends: See `calibrate`, as for all that are not listed.
 
     Raises:
         InvalidInputError: A value is out of its range; the message says which and what is allowed.
@@ -56,6 +50,7 @@ class CalibrationRequest:
     compile_only: bool = False
     budget_s: float | None = None
     timeout_s: float = DEFAULT_TIMEOUT_S
+    energy_s: float = 0.0
     directory: Path | None = None
 
     def __post_init__(self) -> None:
@@ -75,8 +70,10 @@ class CalibrationRequest:
             raise InvalidInputError(f"most_configs must be at least 1, got {self.most_configs}")
         if not (math.isfinite(self.timeout_s) and self.timeout_s > 0):
             raise InvalidInputError(f"timeout_s must be a positive number of seconds, got {self.timeout_s}")
-        if self.budget_s is not None and not (math.isfinite(self.budget_s) and self.budget_s >= 0):
-            raise InvalidInputError(f"budget_s must be a number of seconds, at least 0, got {self.budget_s}")
+        for name in ("budget_s", "energy_s"):
+            seconds = getattr(self, name)
+            if seconds is not None and not (math.isfinite(seconds) and seconds >= 0):
+                raise InvalidInputError(f"{name} must be a number of seconds, at least 0, got {seconds}")
 
     @property
     def path(self) -> Path:

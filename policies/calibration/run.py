@@ -77,7 +77,9 @@ class CalibrationRun:
         self._source = CandidateSource(request, self._backends, self._quarantine, self.report.skipped)
         self._start_worker = start_worker
         self._worker = self._new_worker()
-        self._context = MeasurementContext(self._worker, request.routings, self._tolerance, self._on_death)
+        self._context = MeasurementContext(
+            self._worker, request.routings, self._tolerance, self._on_death, request.energy_s
+        )
         self._known: set[PointKey] = set()
         # Points to measure, layer by layer; the worker holds the weights of one layer at a time.
         self._waiting: deque[tuple[LayerShape, int]] = deque()

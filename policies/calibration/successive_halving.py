@@ -11,6 +11,7 @@ Before the first round every candidate runs twice, alone. One that takes so long
 twice the leader's time, is out already: each further run of such a loser costs as much as the winner's whole timing.
 """
 
+import logging
 import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
@@ -22,6 +23,8 @@ from moe_dispatch.policies.calibration.worker_process import CandidateFailedErro
 from moe_dispatch.policies.measurements.schema import Candidate, Identity, LayerShape, Measurement, Quartiles
 from moe_dispatch.policies.measurements.table import NOISE, geometric_mean
 from moe_dispatch.problem import Mode
+
+logger = logging.getLogger(__name__)
 
 # Seconds of sampling per candidate, and the smallest number of samples, in the first round and in the final; with fewer
 # samples where a run is long, since long runs differ less from each other.
@@ -54,12 +57,14 @@ class MeasurementContext:
         routings: Names of the routing distributions; the first one screens.
         tolerance: Gives the relative error that a backend promises for a layer.
         on_death: Called with backend, layer, M, mode and error when a candidate took its worker down.
+        energy_s: Seconds for which each finalist's energy is measured; 0 not to measure it.
     """
 
     worker: Worker
     routings: tuple[str, ...]
     tolerance: Callable[[str, LayerShape], float]
     on_death: Callable[[str, LayerShape, int, Mode, WorkerDiedError], None]
+    energy_s: float = 0.0
 
 
 class SuccessiveHalving:
@@ -101,6 +106,7 @@ class SuccessiveHalving:
         self._disqualified: dict[int, str] = {}
         self._dropped: set[str] = set()  # backends that are too far behind to be a fallback
         self._finalists: list[int] = []
+        self._joules: dict[int, float] = {}  # of one call
 
     @property
     def finalists(self) -> dict[Identity, float]:
@@ -127,6 +133,7 @@ class SuccessiveHalving:
             keep, budget_s = max(FINALISTS, math.ceil(keep / 2)), 2 * budget_s
             alive = self._kept(keep)
         self._final([index for index in alive if self._right(index)], *(FINAL_LONG if long else FINAL))
+        self._measure_energy()
         self._check_fallbacks()
         return self._measurements()
 
@@ -222,6 +229,17 @@ class SuccessiveHalving:
         """Quartiles of a candidate's samples, on the first distribution if none is named."""
         return quartiles(self._samples[candidate][routing or self._context.routings[0]])
 
+    def _measure_energy(self) -> None:
+        """Measure each finalist's energy, if it is asked for; the time of one that raises meanwhile stands."""
+        for index in self._finalists if self._context.energy_s else ():
+            try:
+                self._joules[index] = self._context.worker.energy(index, self._context.energy_s)
+            except CandidateFailedError as error:
+                logger.warning("no energy of %s at M=%d: %s", self._candidates[index].backend, self._M, error.cause)
+            except WorkerDiedError as error:
+                self._died(index, error)
+        self._finalists = [index for index in self._finalists if self._may_win(index)]
+
     def _check_fallbacks(self) -> None:
         """Check one candidate of each backend that has no finalist, as a fallback, or drop the backend."""
         if not self._finalists:
@@ -309,6 +327,7 @@ class SuccessiveHalving:
                     score=score,
                     error=self._errors.get(index),
                     disqualified=reason[:1000] if reason else None,
+                    joules=self._joules.get(index),
                 )
             )
         return measurements

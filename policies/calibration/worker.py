@@ -26,6 +26,7 @@ from moe_dispatch.measure import (
     reference_outputs,
     verify,
 )
+from moe_dispatch.measure.energy import energy_meter, joules_per_call
 from moe_dispatch.measure.inputs import synchronize
 from moe_dispatch.policies.calibration.memory import input_bytes, require, weight_bytes
 from moe_dispatch.policies.calibration.placeholder_weights import placeholder_weights
@@ -155,13 +156,7 @@ class WorkerServer:
         return {"us": 1e6 * (time.perf_counter() - begin)}
 
     def check(self, candidate: int, tolerance: float, *, briefly: bool) -> dict[str, Any]:
-        """Compare a candidate with the fp32 reference, and its runs with each other.
-
-        Args:
-            candidate: Index in the point's list.
-            tolerance: Largest relative error that is allowed.
-            briefly: Eagerly and on the first routing distribution only.
-        """
+        """Compare a candidate with the fp32 reference, and its runs with each other; see `Worker.check`."""
         backend, config, call = self._call(candidate)
         assert self._machine is not None and self._layer is not None  # noqa: S101, PT018
         routings = self._routings[:1] if briefly else self._routings
@@ -194,13 +189,7 @@ class WorkerServer:
         return [self._references[routing, quantized] for routing in routings]
 
     def time(self, candidates: list[int], routing: str, budget_s: float, rounds: int) -> dict[str, Any]:
-        """Time candidates that take turns.
-
-        Args:
-            candidates: Indices in the point's list.
-            routing: Name of the routing distribution.
-            budget_s: Seconds for each candidate.
-            rounds: Smallest number of samples.
+        """Time candidates that take turns; see `Worker.time`.
 
         Returns:
             ``us``: for each candidate its time in each round in µs, or None if it failed; ``failed``: the reasons.
@@ -222,6 +211,13 @@ class WorkerServer:
             "us": [timings[candidate].rounds if candidate in timings else None for candidate in candidates],
             "failed": [failed.get(candidate) for candidate in candidates],
         }
+
+    def energy(self, candidate: int, seconds: float) -> dict[str, Any]:
+        """Measure the energy of a call; see `Worker.energy`."""
+        inputs = [each for routing in self._routings for each in self._inputs[routing]]
+        meter, call = energy_meter(self._device), self._timed_call(candidate, inputs[0])
+        assert not isinstance(meter, str), meter  # noqa: S101 - the parent has asked for it, too
+        return {"joules": joules_per_call(call, inputs, self._mode, meter=meter, seconds=seconds)}
 
     def _call(self, candidate: int) -> tuple[Backend, BackendConfig, Call]:
         assert self._experts is not None  # noqa: S101 - `layer` comes first
@@ -274,6 +270,7 @@ def serve(read: int, write: int) -> None:
     operations: dict[str, Callable[..., dict[str, Any]]] = {
         "start": worker.start, "layer": worker.layer, "point": worker.point,
         "compile": worker.compile, "launch": worker.launch, "check": worker.check, "time": worker.time,
+        "energy": worker.energy,
     }  # fmt: skip
     with os.fdopen(read, encoding="utf-8") as requests, os.fdopen(write, "w", encoding="utf-8") as answers:
         for line in requests:

@@ -98,7 +98,9 @@ class Samples:
 class Worker(Protocol):
     """What a calibration asks of the process in which candidates run.
 
-    Every method may also raise `BudgetSpentError`.
+    Every method may also raise `BudgetSpentError`. Those that run a point's candidates, which they know by their index,
+    raise `CandidateFailedError` where one raised or is wrong, `WorkerDiedError` where it crashed, hung or lost the
+    device, and `NotPreparedError` where layer and point could not be made again after that.
 
     Attributes:
         spent: Seconds that answers took, by operation.
@@ -129,42 +131,29 @@ class Worker(Protocol):
         """
 
     def launch(self, candidate: int) -> float:
-        """Run a candidate twice, alone: µs of the second run.
-
-        Raises:
-            WorkerDiedError: It crashed, hung or lost the device.
-            CandidateFailedError: The candidate raised.
-            NotPreparedError: After a death, layer and point could not be made again.
-        """
+        """Run a candidate twice, alone: µs of the second run."""
 
     def check(self, candidate: int, tolerance: float, *, briefly: bool) -> float:
         """Compare a candidate with the fp32 reference: its relative error.
 
         Args:
-            candidate: Index in the point's candidates.
+            candidate: Its index.
             tolerance: Largest relative error that is allowed.
             briefly: Eagerly and on the first routing distribution only.
-
-        Raises:
-            WorkerDiedError: It crashed, hung or lost the device.
-            CandidateFailedError: The candidate raised, or is wrong.
-            NotPreparedError: After a death, layer and point could not be made again.
         """
 
     def time(self, candidates: Sequence[int], routing: str, budget_s: float, rounds: int) -> list[Samples]:
         """Time candidates that take turns.
 
         Args:
-            candidates: Indices in the point's candidates.
+            candidates: Their indices.
             routing: Name of the routing distribution.
             budget_s: Seconds for each candidate.
             rounds: Smallest number of samples.
-
-        Raises:
-            WorkerDiedError: It crashed, hung or lost the device.
-            CandidateFailedError: A candidate raised outside its own run.
-            NotPreparedError: After a death, layer and point could not be made again.
         """
+
+    def energy(self, candidate: int, seconds: float) -> float:
+        """Energy of one call in joules, averaged over `seconds` of calls on the inputs of all distributions."""
 
     def close(self) -> None:
         """End the worker, whatever it does."""
@@ -238,6 +227,11 @@ class WorkerProcess:
             for us, failed in zip(answer["us"], answer["failed"], strict=True)
         ]
 
+    def energy(self, candidate: int, seconds: float) -> float:
+        """See `Worker.energy`."""
+        answer = self._ask_about_point("energy", 1, seconds, candidate=candidate, seconds=seconds)
+        return float(answer["joules"])
+
     def close(self) -> None:
         """See `Worker.close`."""
         if self._process is not None:
@@ -262,11 +256,11 @@ class WorkerProcess:
         except WorkerDiedError as error:
             raise NotPreparedError(error.cause) from error
 
-    def _ask_about_point(self, op: str, count: int, **request: Any) -> dict[str, Any]:
+    def _ask_about_point(self, op: str, count: int, longer_s: float = 0.0, **request: Any) -> dict[str, Any]:
         """Ask about `count` candidates; after a death, layer and point are made again first."""
         if self._process is None and self._setup is not None:
             self.point(self._setup)
-        return self._ask(op, self._timeout_s * count, **request)
+        return self._ask(op, self._timeout_s * count + longer_s, **request)
 
     def _ask(self, op: str, timeout_s: float, **request: Any) -> dict[str, Any]:
         if self._process is None:

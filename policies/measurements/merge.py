@@ -117,7 +117,7 @@ def _rewrite(path: Path, machine: Machine, change: Callable[[CalibrationFile], C
         except PolicyFileError as error:
             logger.warning("%s", set_aside(path, error))
             held = CalibrationFile(machine=machine)
-        write_atomically(path, change(held).model_dump_json(exclude_defaults=False))
+        write_atomically(path, change(held).model_dump_json(exclude_none=True))
 
 
 @contextlib.contextmanager

@@ -130,6 +130,7 @@ class Measurement:
             that was eliminated before its check.
         disqualified: Why it may not win: wrong, unstable, crashed, hung or out of memory. None if it has a score.
         incumbent: Whether it won here in the calibration before, and so wins again within noise.
+        joules: Energy of one call in joules, averaged over the distributions; None if it was not measured.
     """
 
     layer: LayerShape
@@ -141,6 +142,7 @@ class Measurement:
     error: float | None = None
     disqualified: str | None = None
     incumbent: bool = False
+    joules: float | None = None
 
     @property
     def point(self) -> PointKey:
@@ -154,10 +156,6 @@ class StoredMeasurement(Strict):
     Attributes:
         candidate: Index into `CalibrationFile.candidates`.
         us: See `Measurement`, as for all that follow.
-        score: Microseconds.
-        error: Relative error.
-        disqualified: Reason.
-        incumbent: Whether it won in the calibration before.
     """
 
     candidate: Index
@@ -166,6 +164,7 @@ class StoredMeasurement(Strict):
     error: Annotated[float, pydantic.Field(ge=0, allow_inf_nan=False)] | None = None
     disqualified: Text | None = None
     incumbent: bool = False
+    joules: Positive | None = None
 
     @pydantic.model_validator(mode="after")
     def _scored_or_disqualified(self) -> Self:
@@ -176,14 +175,8 @@ class StoredMeasurement(Strict):
     @classmethod
     def of(cls, measurement: Measurement, candidate: int) -> Self:
         """The stored form of a measurement, whose candidate has this index."""
-        return cls(
-            candidate=candidate,
-            us=dict(measurement.us),
-            score=measurement.score,
-            error=measurement.error,
-            disqualified=measurement.disqualified,
-            incumbent=measurement.incumbent,
-        )
+        fields = {name: getattr(measurement, name) for name in cls.model_fields}
+        return cls(**{**fields, "candidate": candidate})
 
 
 class Point(Strict):
@@ -258,17 +251,8 @@ class CalibrationFile(Strict):
         """Every measurement with its layer and candidate in place of their indices."""
         for point in self.points:
             for stored in point.measurements:
-                yield Measurement(
-                    self.layers[point.layer],
-                    point.M,
-                    point.mode,
-                    self.candidates[stored.candidate],
-                    us=stored.us,
-                    score=stored.score,
-                    error=stored.error,
-                    disqualified=stored.disqualified,
-                    incumbent=stored.incumbent,
-                )
+                fields = {**dict(stored), "candidate": self.candidates[stored.candidate]}
+                yield Measurement(self.layers[point.layer], point.M, point.mode, **fields)
 
 
 def read_bytes(path: Path) -> bytes:

@@ -7,7 +7,7 @@ layers bound by bandwidth and for layers bound by arithmetic.
 import bisect
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Final, NamedTuple
+from typing import Final, Literal, NamedTuple
 
 from moe_dispatch.policies.measurements.schema import CalibrationFile, Identity, LayerKey, Point
 from moe_dispatch.policy import Choice
@@ -83,11 +83,7 @@ class LayerTable:
 
     def rank(self, M: int) -> tuple[tuple[Identity, float], ...]:
         """Each backend's best configuration with its time in µs, the fastest first; empty if M is out of range."""
-        if not self.tokens or not self.tokens[0] / NEAR <= M <= self.tokens[-1] * FAR:
-            return ()
-        i = bisect.bisect_left(self.tokens, M)
-        around = self.tokens[max(i - 1, 0) : i + 1] if i == len(self.tokens) or self.tokens[i] != M else (M,)
-        if len(around) == 2 and around[1] > around[0] * APART:
+        if not (around := self.around(M)):
             return ()
         if (spans := self._between.get(around)) is None:
             spans = self._between[around] = self._spans(around)
@@ -104,6 +100,20 @@ class LayerTable:
             if identity[0] not in best:
                 best[identity[0]] = identity, times[place]
         return tuple(best.values())
+
+    def around(self, M: int) -> tuple[int, ...]:
+        """The measured token counts that decide about M: M itself, or its neighbours; none if M is out of range."""
+        if not self.tokens or not self.tokens[0] / NEAR <= M <= self.tokens[-1] * FAR:
+            return ()
+        i = bisect.bisect_left(self.tokens, M)
+        around = self.tokens[max(i - 1, 0) : i + 1] if i == len(self.tokens) or self.tokens[i] != M else (M,)
+        return () if len(around) == 2 and around[1] > around[0] * APART else around
+
+    def us(self, identity: Identity, M: int) -> float:
+        """The time in µs at M of a candidate that was timed at each token count of `around(M)`."""
+        around = self.around(M)
+        us = tuple(self.scores[near][identity] or math.nan for near in around)
+        return _times([_Span(identity, us, tuple(map(math.log, us)), won=False)], around, M)[0]
 
     def _spans(self, around: tuple[int, ...]) -> list["_Span"]:
         """The candidates that can be a backend's best between the token counts `around`, or at the only one.
@@ -131,11 +141,12 @@ class LayerTable:
     def choices(self, M: int, mode: str) -> Iterator[Choice]:
         """The ranking as choices with their reasons; `mode` is the part of the reason that names the mode."""
         ranked = self.rank(M)
-        where = self._where(M, mode)
+        where = self.where(M, mode)
         for place, ((backend, config), us) in enumerate(ranked):
             yield Choice(backend, f"{us:.1f} µs {where}{_lead(ranked, place)}", dict(config), us)
 
-    def _where(self, M: int, mode: str) -> str:
+    def where(self, M: int, mode: str) -> str:
+        """The part of a reason that names the token counts it rests on."""
         if M in self.scores:
             return f"at M={M} ({mode})"
         i = bisect.bisect_left(self.tokens, M)
@@ -145,6 +156,36 @@ class LayerTable:
             how = "nearest measured" if self.tokens[-1] * NEAR >= M else "largest measured, in proportion to the tokens"
             return f"from M={self.tokens[-1]}, the {how} ({mode})"
         return f"between M={self.tokens[i - 1]} and M={self.tokens[i]} ({mode})"
+
+
+class EnergyTable(NamedTuple):
+    """The measurements of one layer in one mode, ranked by energy.
+
+    Attributes:
+        times: Its times in µs.
+        joules: Its energies of a call in joules, of the candidates that have one.
+    """
+
+    times: LayerTable
+    joules: LayerTable
+
+    def choices(self, M: int, mode: str) -> Iterator[Choice]:
+        """Candidates with an energy, the least first, then backends without, by time; see `LayerTable.choices`.
+
+        Energies decide only where all token counts that decide about M have them: none is extrapolated over a token
+        count that was timed, where its candidate may have been wrong.
+        """
+        ranked = self.joules.rank(M) if self.joules.around(M) == self.times.around(M) else ()
+        times = [self.times.us(identity, M) for identity, _ in ranked]
+        for place, ((backend, config), joules) in enumerate(ranked):
+            reason = f"{1e3 * joules / M:.3g} mJ a token and {times[place]:.1f} µs {self.times.where(M, mode)}"
+            reason += _lead(ranked, place, "least")
+            if len(times) > 1:
+                slower = times[place] / times[0 if place else 1] - 1
+                reason += f", {abs(slower):.0%} {'slower' if slower > 0 else 'faster'}".replace("%", " %")
+            yield Choice(backend, reason, dict(config), times[place])
+        with_energy = {backend for (backend, _), _ in ranked}
+        yield from (choice for choice in self.times.choices(M, mode) if choice.backend not in with_energy)
 
 
 def stable_winners(
@@ -188,12 +229,15 @@ def points_of_layers(file: CalibrationFile) -> dict[tuple[LayerKey, Mode], list[
     return points
 
 
-def tabulated(points: Iterable[Point], identities: Sequence[Identity | None]) -> LayerTable:
+def tabulated(
+    points: Iterable[Point], identities: Sequence[Identity | None], of: Literal["score", "joules"] = "score"
+) -> LayerTable:
     """The table of one layer in one mode.
 
     Args:
         points: Its points.
         identities: Of the file's candidates; None for one that is left out.
+        of: Times, or energies where they were measured.
     """
     scores: dict[int, dict[Identity, float | None]] = {}
     incumbents: dict[int, Identity] = {}
@@ -201,7 +245,7 @@ def tabulated(points: Iterable[Point], identities: Sequence[Identity | None]) ->
         at = scores.setdefault(point.M, {})
         for stored in point.measurements:
             if (identity := identities[stored.candidate]) is not None:
-                at[identity] = stored.score
+                at[identity] = stored.score and getattr(stored, of)
                 if stored.incumbent:
                     incumbents[point.M] = identity
     return LayerTable(scores, incumbents)
@@ -223,12 +267,12 @@ def rough_us(us: float) -> str:
     return f"{us:.3g}" if us < 1000 else f"{us:.0f}"
 
 
-def _lead(ranked: Sequence[tuple[Identity, float]], place: int) -> str:
+def _lead(ranked: Sequence[tuple[Identity, float]], place: int, best: str = "fastest") -> str:
     if len(ranked) == 1:
         return ""
     (_, us), (winner, winner_us), (second, second_us) = ranked[place], ranked[0], ranked[1]
     if place:
         return f", {us / winner_us - 1:.0%} behind {winner[0]}".replace("%", " %")
     if second_us <= us * (1 + NOISE):
-        return f", within noise of {second[0]} and fastest at more token counts"
+        return f", within noise of {second[0]} and {best} at more token counts"
     return f", {second_us / us - 1:.0%} ahead of {second[0]}".replace("%", " %")

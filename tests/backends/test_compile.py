@@ -115,3 +115,4 @@ def test_stages_compile_without_spills(capability: int) -> None:
         assert built.stack == 0, built
         assert built.shared <= SHARED_MEMORY[89], built
         assert built.fp8 == built.note.get("fp8", False), built
+        assert built.evicts_first == (built.name == "_moe_combine_kernel"), built

@@ -135,6 +135,7 @@ MISMATCHES: dict[str, tuple[Callable[..., None], tuple[str, ...]]] = {
     "policy": (
         partial(programs.create_with, "MOE_DISPATCH_POLICY", "rules"), ("MOE_DISPATCH_POLICY", "('rules',) on rank 2")
     ),
+    "minimize": (partial(programs.create_with, "MOE_DISPATCH_MINIMIZE", "energy"), ("'energy' on rank 2",)),
     "max_tokens": (
         partial(programs.create_with, "", "", max_tokens=(4, 8)), ("max_tokens: 4 on rank 0, 4 on rank 1, 8 on rank 2",)
     ),

@@ -1,8 +1,10 @@
 """What a calibration decides, on a simulated clock: which candidates start, which win, and what is kept."""
 
 import functools
+import itertools
 import json
 import math
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,13 +24,14 @@ from moe_dispatch.policies.calibration import calibrate as calibrate_module
 from moe_dispatch.policies.calibration import run as run_module
 from moe_dispatch.policies.calibration import schedule as schedule_module
 from moe_dispatch.policies.calibration import successive_halving
+from moe_dispatch.policies.calibration import worker as worker_module
 from moe_dispatch.policies.calibration.calibrate import calibrate
 from moe_dispatch.policies.calibration.report import CalibrationReport, Progress
 from moe_dispatch.policies.calibration.request import CalibrationRequest
 from moe_dispatch.policies.calibration.run import CalibrationRun
 from moe_dispatch.policies.calibration.schedule import coarse_to_fine
 from moe_dispatch.policies.calibration.worker import WorkerServer
-from moe_dispatch.policies.calibration.worker_process import Worker, WorkerDiedError
+from moe_dispatch.policies.calibration.worker_process import CandidateFailedError, Worker, WorkerDiedError
 from moe_dispatch.policies.measurements.schema import LayerShape, read_calibration
 from moe_dispatch.problem import MoEProblem
 from moe_dispatch.workloads import workload
@@ -114,19 +117,8 @@ class Calibrating:
     worker: SimulatedWorker
     seen: list[Progress]
 
-    def __call__(
-        self,
-        tokens: tuple[int, ...],
-        *backends: str,
-        routings: tuple[str, ...] = ("uniform", "dirichlet-4"),
-        layers: tuple[LayerShape, ...] = (layer(),),
-        resume: bool = False,
-        budget_s: float | None = None,
-    ) -> CalibrationReport:
-        wanted = request(
-            layers=layers, tokens=tokens, routings=routings, backends=backends, directory=self.directory,
-            resume=resume, budget_s=budget_s,
-        )  # fmt: skip
+    def __call__(self, tokens: tuple[int, ...], *backends: str, **changes: Any) -> CalibrationReport:
+        wanted = request(tokens=tokens, backends=backends, directory=self.directory, **changes)
         simulated = self.worker
 
         def start(_device: str, _backends: dict[str, str], timeout_s: float, deadline: float) -> Worker:
@@ -420,6 +412,34 @@ def test_a_folder_that_cannot_be_written_is_found_before_anything_is_measured(si
     assert not simulate.worker.points
 
 
+@pytest.mark.parametrize("failure", [CandidateFailedError("raised NVMLError"), WorkerDiedError("killed by SIGKILL")])
+def test_a_finalist_without_an_energy_costs_no_other_its_own(
+    simulate: Calibrating, failure: Exception, caplog: pytest.LogCaptureFixture
+) -> None:
+    def joules(run: Run) -> float:
+        if run.backend == "growing":
+            raise failure
+        return 2.0 if run.backend == "right" else 8.0 * pace_of(run.config)
+
+    simulate.worker.joules_of = joules
+    report = simulate((2,), "growing", "right", "tuned", energy_s=1.0)
+    measured = {(one.candidate.backend, pace_of(one.candidate.config)): one for one in report.measured}
+    assert [measured[each].joules for each in (("growing", 0), ("right", 0), ("tuned", 1))] == [None, 2.0, 8.0]
+    died = isinstance(failure, WorkerDiedError)
+    assert (measured["growing", 0].score is None) == died
+    assert ("no energy of growing at M=2" in caplog.text) != died
+    assert {one.joules for one in read_calibration(report.path, CPU).measurements()} == {None, 2.0, 8.0, 16.0}
+
+
+def test_a_worker_measures_energy_by_the_counter(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(worker_module, "energy_meter", lambda _device: itertools.count(1.0).__next__)
+    server = WorkerServer()
+    server.start("cpu", {})
+    server.layer(layer().model_dump())
+    server.point(2, "eager", ["uniform", "dirichlet-4"], [("reference", {})])
+    assert 0 < server.energy(0, 1e-3)["joules"] <= 1 / 4  # a tick per reading; two inputs of each distribution a pass
+
+
 def test_coarse_to_fine_spans_the_range_first() -> None:
     order = coarse_to_fine([1, 2, 4, 8, 16])
     assert order[:3] == [1, 16, 4]
@@ -439,7 +459,8 @@ def test_coarse_to_fine_spans_the_range_first() -> None:
             for seconds in (0.0, -1.0, math.nan, math.inf)
         ),
         *(
-            ({"budget_s": seconds}, "budget_s must be a number of seconds, at least 0")
+            ({name: seconds}, f"{name} must be a number of seconds, at least 0")
+            for name in ("budget_s", "energy_s")
             for seconds in (-1.0, math.nan, math.inf)
         ),
     ],
@@ -472,3 +493,10 @@ def test_the_command_prints_lines_of_progress_where_no_terminal_is(simulated: No
     result = command("--tokens", "1,4", "--backend", "right")
     assert "0/2 E=4 topk=2 K=32 N=16 fp32 M=1" in " ".join(result.stderr.split())
     assert "calibrated: 2 measurements at 2 points" in " ".join(result.stdout.split())
+
+
+def test_the_command_prints_energies_where_a_counter_is(simulated: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    measure = ("--tokens", "4", "--backend", "right", "--energy", "1")
+    assert "energy is measured on NVIDIA GPUs only" in " ".join(command(*measure, status=2).stderr.split())
+    monkeypatch.setattr(calibrate_module, "energy_meter", lambda _: lambda: 0.0)
+    assert re.search(r"energy per token.* 250 mJ", command(*measure).stdout, re.DOTALL)

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from moe_dispatch.errors import MoEDispatchWarning, PolicyFileError
+from moe_dispatch.errors import InvalidInputError, MoEDispatchWarning, PolicyFileError
 from moe_dispatch.machine import Machine
 from moe_dispatch.policies.calibrated import CalibratedPolicy, calibration_path
 from moe_dispatch.policies.measurements.merge import promote_winners, save
@@ -20,6 +20,7 @@ from moe_dispatch.policies.measurements.table import LayerTable, stable_winners,
 from moe_dispatch.policies.measurements.versions import relevant_versions
 from moe_dispatch.problem import Mode
 from moe_dispatch.registry import BACKENDS
+from moe_dispatch.settings import Settings, settings
 from moe_dispatch.workloads import WORKLOADS, Workload
 from tests.support.fakes import Honest, registered
 
@@ -37,6 +38,7 @@ def measured(
     layer: Workload = LAYER,
     config: dict[str, Any] | None = None,
     versions: dict[str, str] | None = None,
+    joules: float | None = None,
 ) -> Measurement:
     """A measurement of a backend under today's versions, unless others are given."""
     if versions is None:
@@ -45,7 +47,7 @@ def measured(
     candidate = Candidate(backend=backend, config=config or {}, versions=versions)
     if us is None:
         return Measurement(shape, M, mode, candidate, disqualified="x")
-    return Measurement(shape, M, mode, candidate, us={"uniform": (us, us, us)}, score=us)
+    return Measurement(shape, M, mode, candidate, us={"uniform": (us, us, us)}, score=us, joules=joules)
 
 
 def ids(letters: str) -> list[Identity]:
@@ -83,6 +85,7 @@ DAMAGES: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "unknown-field": (_edit("run_me", value="rm -rf"), "is damaged: run_me"),
     "nan": (lambda data: json.dumps(_edit(*MEASUREMENT, "score", value=float("nan"))(data)), "is damaged"),
     "negative": (_edit(*MEASUREMENT, "score", value=-1.0), "is damaged"),
+    "no-energy": (_edit(*MEASUREMENT, "joules", value=0.0), "is damaged"),
     "score-as-text": (_edit(*MEASUREMENT, "score", value="1.0"), "is damaged"),
     "index-out-of-range": (_edit(*MEASUREMENT, "candidate", value=9), "refers to candidate 9"),
     "origin-out-of-range": (_edit("candidates", 0, "origin", value=9), "refers to origin 9"),
@@ -203,6 +206,28 @@ def test_a_mode_that_was_not_measured_borrows_and_says_so(path: Path) -> None:
     save(path, [measured(4, 10.0)], MACHINE)
     choice = CalibratedPolicy(MACHINE).rank(LAYER.problem(4, "fp32", MACHINE, "graph"))[0]
     assert choice.reason == "10.0 µs at M=4 (eager; graph was not measured)"
+
+
+def test_energy_decides_where_the_token_counts_around_have_it(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [measured(M, 10.0 * M, joules=0.004 * M) for M in (16, 64)]
+    rows += [measured(M, 10.5 * M, "torch_grouped", joules=0.002 * M) for M in (16, 64)]
+    save(path, [*rows, measured(128, 1000.0), measured(128, 1100.0, "torch_grouped")], MACHINE)
+    save(path, [measured(M, 20.0 * M, "triton_vector") for M in (16, 64)], MACHINE)  # the energies of others are kept
+    by_time = [ranked(M) for M in (16, 32, 64, 100, 128)]
+    assert {names[0] for names in by_time} == {"reference"}
+    monkeypatch.setenv("MOE_DISPATCH_MINIMIZE", "energy")
+    settings.cache_clear()
+    by_energy = ["torch_grouped", "reference", "triton_vector"]
+    assert [ranked(M) for M in (16, 32, 64, 100, 128)] == [by_energy] * 3 + by_time[3:]
+    least, second, _ = CalibratedPolicy(MACHINE).rank(LAYER.problem(32, "fp32", MACHINE))
+    where = "between M=16 and M=64 (eager), 100 %"
+    assert least.reason == f"2 mJ a token and 336.0 µs {where} ahead of reference, 5 % slower"
+    assert second.reason == f"4 mJ a token and 320.0 µs {where} behind torch_grouped, 5 % faster"
+    assert least.us == pytest.approx(336.0)
+    assert path.read_text(encoding="utf-8").count("joules") == 4  # a version without energies reads a file without any
+    monkeypatch.setenv("MOE_DISPATCH_MINIMIZE", "power")
+    with pytest.raises(InvalidInputError, match="MOE_DISPATCH_MINIMIZE must be time or energy, got 'power'"):
+        Settings.from_environment()
 
 
 def test_disqualified_at_a_neighbour_is_not_trusted_between(path: Path) -> None:

@@ -73,6 +73,7 @@ class SimulatedWorker:
         clock: Advances by what runs, and by `prepare_s` for each layer and point.
         error_of: Relative error of a candidate; above the tolerance it is wrong.
         raises: What a candidate raises, or None.
+        joules_of: Energy of one call of a candidate.
         dies: How a candidate takes the worker down, or None.
         memory_tokens: Points with more tokens cannot be prepared.
         deadline: Time of the clock at which the worker is killed.
@@ -84,6 +85,7 @@ class SimulatedWorker:
     clock: Clock = field(default_factory=Clock)
     error_of: Callable[[Run], float] = lambda _: 1e-6
     raises: Callable[[Run], str | None] = lambda _: None
+    joules_of: Callable[[Run], float] = lambda _: 1.0
     dies: Callable[[Run], WorkerDiedError | None] = lambda _: None
     memory_tokens: float = math.inf
     prepare_s: float = 0.0
@@ -136,6 +138,11 @@ class SimulatedWorker:
             for taken, run in zip(samples, runs, strict=True):
                 taken.append(self._sample(run))
         return [Samples(us=tuple(taken)) for taken in samples]
+
+    def energy(self, candidate: int, seconds: float) -> float:
+        run = self._run(candidate)
+        self._pass(seconds)
+        return self.joules_of(run)
 
     def close(self) -> None:
         """See `Worker.close`."""

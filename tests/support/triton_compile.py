@@ -72,6 +72,7 @@ class Built:
         wide_loads: Whether it has loads of 16 bytes into registers.
         byte_loads: Whether it has loads of single bytes.
         wide_stores: Whether it has stores of 16 bytes from registers.
+        evicts_first: Whether what a load or a store has touched leaves the L2 cache before other lines.
         system_scope: How many operations order memory for other devices.
     """
 
@@ -92,6 +93,7 @@ class Built:
     wide_loads: bool
     byte_loads: bool
     wide_stores: bool
+    evicts_first: bool
     system_scope: int
 
 
@@ -279,6 +281,7 @@ def _describe(kernel: Any, capability: int, constants: dict[str, Any]) -> Built:
         wide_loads=re.search(r"ld\.global\S*\.v(4\.b32|2\.b64)", ptx) is not None,
         byte_loads=re.search(r"ld\.global\S*\.[bu]8\b", ptx) is not None,
         wide_stores=re.search(r"st\.global\S*\.v(4\.b32|2\.b64)", ptx) is not None,
+        evicts_first="L2::evict_first" in ptx,
         system_scope=len(re.findall(r"\b(?:atom|ld|red|st)\.\S*\bsys\b", ptx)),
     )  # fmt: skip
 
