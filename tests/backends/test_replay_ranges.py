@@ -90,7 +90,8 @@ def check(replay: replay_module.Replay, call: Any, config: Any) -> None:
     ordinary, memories = started.copy(), allocated.copy()
     assert [memory.nbytes for memory in memories] == [size.at(M) for size in replay.intermediates]
     started.clear()
-    assert replay.play(*call, out)
+    hidden, experts, weights, ids = call
+    assert replay.play(hidden, experts, weights, ids, out)
     scratch, distances = allocated[-1].data_ptr(), replay._sizes[M].distances
     moved = [scratch + distances[number] - memory.data_ptr() for number, memory in enumerate(memories)]
     moved = [0] * (len(replay.weights) + 4) + moved  # by base
