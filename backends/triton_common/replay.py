@@ -273,14 +273,15 @@ def _step(kernel: Launch, grid: tuple[Any, ...], args: tuple[Any, ...], weights:
     numbers: list[tuple[int, Extent]] = []
     maps: list[_TensorMap] = []
     for place, arg in enumerate(args):
-        if isinstance(arg, Buffer):
-            addresses.append((len(values), arg.base, arg.offset))
-        elif isinstance(arg, Tensor):
-            addresses.append((len(values), _base_of(arg.data_ptr(), weights), 0))
+        if isinstance(arg, Buffer | Tensor):
+            addresses.append((len(values), *_base_of(arg, weights)))
         elif isinstance(arg, Extent):
             numbers.append((len(values), arg))
         elif place in encodings:
-            maps.append(_tensor_map(len(values), arg, encodings[place], weights))
+            base, distance = _base_of(arg.base, weights)
+            if distance:
+                raise NotReplayableError("a tensor descriptor does not begin where memory does")
+            maps.append(_TensorMap(len(values), base, arg, encodings[place]))
         values += [arg] if arg is None or isinstance(arg, int) else [0]
         if place in encodings:
             values += internals.after_map(arg)
@@ -292,16 +293,11 @@ def _step(kernel: Launch, grid: tuple[Any, ...], args: tuple[Any, ...], weights:
     )
 
 
-def _tensor_map(place: int, descriptor: Any, encoding: Encoding, weights: list[int]) -> _TensorMap:
-    memory = descriptor.base
-    if not isinstance(memory, Buffer):
-        return _TensorMap(place, _base_of(memory.data_ptr(), weights), descriptor, encoding)
-    if memory.offset:
-        raise NotReplayableError("a tensor descriptor does not begin where memory does")
-    return _TensorMap(place, memory.base, descriptor, encoding)
-
-
-def _base_of(address: int, weights: list[int]) -> int:
+def _base_of(memory: Buffer | Memory | Tensor, weights: list[int]) -> tuple[int, int]:
+    """The number of the base of an address, and the distance from it."""
+    if isinstance(memory, Buffer):
+        return memory.base, memory.offset
+    address = memory.data_ptr()
     if weights.count(address) != 1:
         raise NotReplayableError("two weights share memory" if address in weights else "memory of unknown origin")
-    return _INPUTS + weights.index(address)
+    return _INPUTS + weights.index(address), 0

@@ -15,6 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from moe_dispatch.backend import Inputs
 from moe_dispatch.machine import Machine
 from moe_dispatch.problem import DType
 from moe_dispatch.registry import BACKENDS
@@ -82,7 +83,7 @@ def noting(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         yield
 
 
-def check(replay: replay_module.Replay, call: Any, config: Any) -> None:
+def check(replay: replay_module.Replay, call: Inputs, config: Any) -> None:
     M, out = len(call[0]), torch.empty_like(call[0])
     started.clear()
     allocated.clear()
