@@ -12,7 +12,7 @@ from moe_dispatch.benchmarks.__main__ import app
 from moe_dispatch.benchmarks.rows import BenchRow
 from moe_dispatch.commands.app import app as main_app
 from moe_dispatch.machine import current_machine
-from tests.benchmarks.helpers import LAYER, RESULTS, ROOT, calibration, reference, run
+from tests.benchmarks.helpers import LAYER, RESULTS, ROOT, calibration, full_board, reference, run
 
 SMALL = ("--model", "4,2,64,32", "--dtype", "fp32", "--mode", "eager", "--seconds", "0")
 
@@ -126,11 +126,13 @@ def test_the_chosen_configuration_is_what_the_calibration_found(path: Path) -> N
 def test_score_exits_by_the_verdicts(path: Path) -> None:
     recorded = RESULTS / "bench.jsonl.xz"
     rows = row_files.load([recorded])
-    output = run("score", recorded)
+    output = run("score", recorded, status=1)
     assert output.startswith(f"NVIDIA H200, {len(rows)} rows")
-    assert "| bf16 decode: fraction of the roofline, geometric mean | 0.996 | ≥ 0.93 | pass |" in output
+    assert "| bf16 decode: fraction of the roofline, geometric mean | 0.996 | ≥ 1 | FAIL |" in output
     path.write_text(rows[0].model_dump_json())
     assert "| open |" in run("score", path, status=1)
+    path.write_text("".join(f"{row.model_dump_json()}\n" for row in full_board(fraction=1.05, vllm=1.4)))
+    assert "FAIL" not in run("score", path)
 
 
 @pytest.mark.parametrize("command", ["plot", "score", "regret", "pack", "ship"])
