@@ -1,4 +1,4 @@
-"""Weights with a layer's shapes and mostly next to no memory behind them: kernels can be compiled for them."""
+"""Weights with a layer's shapes and next to no memory behind them: kernels can be compiled for them, not read them."""
 
 from typing import Any, Final
 
@@ -15,8 +15,6 @@ _CARRIERS: Final[dict[int, str]] = {1: "|u1", 2: "<i2", 4: "<i4"}
 
 def placeholder_weights(problem: MoEProblem, device: torch.device) -> ExpertWeights:
     """Weights that have the shapes of a layer's and the memory of one expert; only the first expert may be read.
-
-    MXFP4 weights have all their memory, because some backends dequantise every expert, whatever the ids are.
 
     Args:
         problem: Names the layer; M does not matter.
@@ -67,6 +65,6 @@ class _OneExpertForAll:
 
 def _placeholder(shape: tuple[int, int, int], dtype: DType, device: torch.device) -> Tensor:
     element = torch_dtype(dtype)
-    if device.type != "cuda" or dtype == "mxfp4":
+    if device.type != "cuda":
         return torch.zeros(shape, dtype=element, device=device)
     return torch.as_tensor(_OneExpertForAll(shape, element, device), device=device).view(element)

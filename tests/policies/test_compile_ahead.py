@@ -124,11 +124,3 @@ def test_placeholder_weights_of_a_layer_beyond_the_memory_run_where_every_id_is_
     ids = torch.full((3, 8), -1, dtype=torch.int32, device="cuda")
     out = backend.run(hidden, experts, torch.ones(3, 8, device="cuda"), ids, backend.default_config(problem))
     assert not out.any()
-
-
-@pytest.mark.gpu
-def test_placeholder_weights_in_mxfp4_can_be_read_whole() -> None:
-    machine = Machine.inspect("cuda")
-    experts = placeholder_weights(workload("gpt-oss-120b").problem(1, "mxfp4", machine), torch.device("cuda"))
-    assert not experts.gate_up.any()
-    assert not experts.down.any()
