@@ -76,8 +76,12 @@ class TorchGroupedBackend(WritingBackend):
         widths = (problem.K, problem.gate_up_rows, problem.N, problem.K)
         widest = max(a + b for a, b in itertools.pairwise(widths))
         element = ELEMENT_BYTES[problem.act_dtype]
-        copied = (problem.gate_up_rows + problem.N) * problem.K * problem.E if problem.dtype == "mxfp4" else 0
+        copied = (problem.gate_up_rows + problem.N) * problem.K * problem.E if self.reads_whole_layer(problem) else 0
         return (problem.slots * widest + copied) * element
+
+    def reads_whole_layer(self, problem: MoEProblem) -> bool:
+        """See `Backend.reads_whole_layer`."""
+        return problem.dtype == "mxfp4"
 
     def measured_versions(self) -> dict[str, str]:
         """See `Backend.measured_versions`."""

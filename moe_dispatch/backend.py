@@ -203,6 +203,13 @@ class Backend(ABC):
         """
         return False
 
+    def reads_whole_layer(self, problem: MoEProblem) -> bool:  # noqa: ARG002
+        """Whether a run reads the weights of experts that no id names, too, as where it dequantises them all. Pure.
+
+        A calibration does not compile such a run ahead, on weights without memory behind them.
+        """
+        return False
+
     def measured_versions(self) -> dict[str, str]:
         """The versions that a measurement of this backend depends on. A change of any of them retires it."""
         return {library: self.machine.libraries.get(library, "") for library in self.requirements.libraries}

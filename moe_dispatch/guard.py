@@ -118,6 +118,11 @@ class GuardedBackend(Backend):
         takes, _ = self._ask(bool, self._backend.takes_quantized_rows, problem)
         return bool(takes)
 
+    def reads_whole_layer(self, problem: MoEProblem) -> bool:
+        """See `Backend.reads_whole_layer`. After a failure to answer it may."""
+        reads, _ = self._ask(bool, self._backend.reads_whole_layer, problem)
+        return reads is not False
+
     def measured_versions(self) -> dict[str, str]:
         """See `Backend.measured_versions`. Empty after a failure to answer, which `unavailable_reasons` tells."""
         versions, _ = self._ask(_versions, self._backend.measured_versions)

@@ -24,9 +24,9 @@ EVEN_DECODE_ROWS: Final = 4
 # From this many rows per hit expert on, gluon_hopper's tiles of 128 rows are ahead of triton_persistent's of 64, two
 # programs of which share a multiprocessor. In BF16 it is ahead by 1 to 4 % at 4 to 16 rows of deepseek-v3,
 # deepseek-v2-lite, kimi-k2-tp8 and qwen3-235b, and behind by 2 % at gpt-oss-120b. In MXFP4 gpt-oss-120b with 8 rows
-# takes 695 µs, and 757 there. In FP8 two programs hide their epilogues better where loops are short: with N of 768 to
-# 1536 they are ahead by 1 to 3 % at 32 to 48 rows. At deepseek-v3 (N=2048) gluon_hopper is ahead by 3 % at 4 rows and
-# by 12 % at 32.
+# takes 695 µs, and 757 in triton_persistent. In FP8 two programs hide their epilogues better where loops are short:
+# with N of 768 to 1536 they are ahead by 1 to 3 % at 32 to 48 rows. At deepseek-v3 (N=2048) gluon_hopper is ahead by
+# 3 % at 4 rows and by 12 % at 32.
 GLUON_ROWS: Final = 4
 # In BF16 it gains a share of the time and starts a few µs later, so that with fewer bytes to read it is ahead from more
 # rows on only: half of qwen3-30b-a3b's experts (604 MB) at 32 rows 170 µs, triton_persistent 166.

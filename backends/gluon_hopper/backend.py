@@ -79,7 +79,7 @@ class GluonHopperBackend(TritonBackend):
         """See `Backend.workspace_bytes`."""
         element = 1 if problem.fp8 else 2
         rows = problem.slots + WINDOW_ROWS
-        if _copies(problem, problem.slots):
+        if self.reads_whole_layer(problem):
             problem = replace(problem, dtype="bf16")
             copied = 2 * (problem.gate_up_rows + problem.N) * problem.K * problem.E
             return copied + self.workspace_bytes(problem, config)
@@ -87,6 +87,10 @@ class GluonHopperBackend(TritonBackend):
         K, N = (ordered_width(columns, block) for columns in (problem.K, problem.N))
         permuted = rows * K * element if permutes_rows(problem.dtype, problem.N) else 0
         return permuted + rows * N * element + problem.slots * (problem.K * 2 + 8)
+
+    def reads_whole_layer(self, problem: MoEProblem) -> bool:
+        """See `Backend.reads_whole_layer`."""
+        return _copies(problem, problem.slots)
 
     def takes_quantized_rows(self, problem: MoEProblem) -> bool:  # noqa: ARG002
         """See `Backend.takes_quantized_rows`."""

@@ -56,7 +56,7 @@ def find_tile(
 ):  # fmt: skip
     """A tile's expert, column block, rows, the mask of these, and their slots, or without `slot_of_row_ptr` the rows.
 
-    Past the last tile the mask is all off.
+    Past the last tile, whatever comes out may be loaded and means nothing.
     """
     block_m, block_n = _order(tile, m_blocks, n_blocks, ORDER, GROUP_M)
     e, row, end = _locate(block_m, starts, ends, blocks, blocks_up_to, BLOCK_M)

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
 _LEGEND = (
     "A projection: nothing here was measured on more than one GPU. 1 GPU: all experts and the tokens of all ranks. "
-    "serial: speed-up where experts wait for their rows; hidden: where transfers hide behind experts. Routing "
-    "is uniform."
+    "serial: speed-up where experts wait for their rows, with results of direct, which leave while sums are computed, "
+    "counted only as far as that is longer; hidden: where transfers hide behind experts. Routing is uniform."
 )
 
 

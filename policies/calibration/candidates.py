@@ -115,7 +115,8 @@ class CandidateSource:
             candidates = self.candidates(layer, point.M, point.mode)
             measured = [each for each in point.measurements if stored[each.candidate].backend in self._backends]
             missing = {each.backend for each in candidates} - {stored[each.candidate].backend for each in measured}
-            if measured and not missing and all(current[each.candidate] for each in measured):
+            lacks_energy = self._request.energy_s > 0 and all(each.joules is None for each in measured)
+            if measured and not missing and not lacks_energy and all(current[each.candidate] for each in measured):
                 known.add((layer.key, point.M, point.mode))
                 if point.M in self._request.tokens:
                     scores = {stored[each.candidate].identity: each.score for each in measured}

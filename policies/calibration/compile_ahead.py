@@ -3,6 +3,7 @@
 Triton, vLLM and DeepGEMM compile in the process that first runs a candidate, one kernel after another, and keep the
 result on disk. So several processes each run candidates once on a call whose ids are all -1. Such a call compiles and
 launches the kernels but reads no weights, which is why the weights can be placeholders without memory behind them.
+Candidates of which that is not true (`Backend.reads_whole_layer`) are left to their first runs.
 """
 
 import contextlib

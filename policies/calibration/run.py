@@ -177,7 +177,7 @@ class CalibrationRun:
             self.report.skipped.append(f"{name}: no time left for M of {listed}; --resume measures them")
 
     def _compile_ahead(self, layers: Sequence[LayerShape]) -> None:
-        """Compile every candidate that will start; no-op on a CPU, where nothing compiles."""
+        """Compile the candidates that will start and need no weights for it; no-op on a CPU, where nothing compiles."""
         request = self._request
         if request.machine.device != "cuda":
             return
@@ -188,6 +188,7 @@ class CalibrationRun:
             for M in request.tokens
             if (layer.key, M, mode) not in self._known
             for candidate in self._source.candidates(layer, M, mode)
+            if not self._backends[candidate.backend].reads_whole_layer(layer.problem(M, request.machine))
         ]
 
         def tell(done: int, total: int) -> None:

@@ -25,8 +25,8 @@ def terms(problem: MoEProblem, bandwidth: float = 1.0, rate: float = 1.0) -> dic
     """Each part of the work under uniform routing, in µs at nominal rates, in the order of `TERMS`.
 
     ``launch`` is 1. ``search`` grows with E, the number of experts among which every stage looks for work. ``weights``
-    reads the weights of the hit experts. ``roofline`` reads them and multiplies the rows that there are, each of which
-    hides most of the shorter one: it is the root of the sum of their squares, 1.4 times the longer one where they are
+    reads the weights of the hit experts. ``roofline`` reads them and multiplies the rows that there are; the longer of
+    the two hides most of the shorter: it is the root of the sum of their squares, 1.4 times either where they are
     equal. ``tokens`` moves a row of K columns for each topk of the expected slots, which is one for each of the M
     tokens where the layer has all experts. Measured layers have, and the coefficient stands for all that grows with
     tokens. Where other ranks hold some experts most of that grows with the slots: half of qwen3-30b-a3b in BF16 takes

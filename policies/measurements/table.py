@@ -246,7 +246,7 @@ def tabulated(
         for stored in point.measurements:
             if (identity := identities[stored.candidate]) is not None:
                 at[identity] = stored.score and getattr(stored, of)
-                if stored.incumbent:
+                if stored.incumbent and of == "score":  # by time it won
                     incumbents[point.M] = identity
     return LayerTable(scores, incumbents)
 

@@ -5,7 +5,7 @@ import itertools
 import json
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ import torch
 from typer.testing import CliRunner
 
 from moe_dispatch.backend import BackendConfig
+from moe_dispatch.backends.triton_common import features
 from moe_dispatch.commands.app import app
 from moe_dispatch.dispatch.process import get_dispatcher
 from moe_dispatch.dispatch.quarantine import Quarantine
@@ -26,6 +27,7 @@ from moe_dispatch.policies.calibration import schedule as schedule_module
 from moe_dispatch.policies.calibration import successive_halving
 from moe_dispatch.policies.calibration import worker as worker_module
 from moe_dispatch.policies.calibration.calibrate import calibrate
+from moe_dispatch.policies.calibration.compile_ahead import Job
 from moe_dispatch.policies.calibration.report import CalibrationReport, Progress
 from moe_dispatch.policies.calibration.request import CalibrationRequest
 from moe_dispatch.policies.calibration.run import CalibrationRun
@@ -143,6 +145,9 @@ def test_a_resumed_calibration_measures_the_backends_that_an_earlier_one_left_ou
     resumed = simulate((2,), "right", "reference", resume=True)
     assert {one.candidate.backend for one in resumed.measured} == {"right", "reference"}
     assert not simulate((2,), "right", resume=True).measured
+    simulate.worker.joules_of = lambda _run: 2.0
+    assert [one.joules for one in simulate((2,), "right", resume=True, energy_s=1.0).measured] == [2.0]
+    assert not simulate((2,), "right", resume=True, energy_s=1.0).measured
 
 
 def test_a_resumed_calibration_knows_which_candidates_were_far_behind(simulate: Calibrating) -> None:
@@ -275,6 +280,29 @@ def test_the_current_gpu_is_the_one_that_is_measured(tmp_path: Path, monkeypatch
     for device in (None, "cuda", "cuda:0"):
         calibrate(["mixtral-8x7b"], tokens=[1], directory=tmp_path, device=device, budget_s=0.0)
     assert devices == ["cuda:1", "cuda:1", "cuda:0"]
+
+
+def test_what_reads_the_whole_layer_is_not_compiled_on_placeholders(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    jobs: list[tuple[str, int]] = []
+
+    def noted(ahead: Iterable[Job], *_: object, **__: object) -> list[str]:
+        jobs.extend((job.candidate.backend, job.M) for job in ahead)
+        return []
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(Machine, "inspect", lambda _device=None: H200)
+    monkeypatch.setattr(features, "interpreting", lambda: False)
+    monkeypatch.setattr(run_module, "compile_ahead", noted)
+    start = lambda *_: worker()  # noqa: E731
+    monkeypatch.setattr(calibrate_module, "CalibrationRun", functools.partial(CalibrationRun, start_worker=start))
+    calibrate(["gpt-oss-120b"], ["mxfp4"], tokens=[1024, 65536], directory=tmp_path, budget_s=0.0)
+    assert {M for name, M in jobs if name == "triton_persistent"} == {1024, 65536}
+    assert {M for name, M in jobs if name == "gluon_hopper"} == {1024}  # with more rows it copies the layer
+    assert not [M for name, M in jobs if name == "torch_grouped"]
 
 
 def test_the_workers_gpu_is_its_current_one(monkeypatch: pytest.MonkeyPatch) -> None:

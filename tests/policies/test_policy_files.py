@@ -1,5 +1,6 @@
 """Calibration files as they are found in the wild, and what the policy makes of them."""
 
+import dataclasses
 import json
 import multiprocessing
 import os
@@ -228,6 +229,22 @@ def test_energy_decides_where_the_token_counts_around_have_it(path: Path, monkey
     monkeypatch.setenv("MOE_DISPATCH_MINIMIZE", "power")
     with pytest.raises(InvalidInputError, match="MOE_DISPATCH_MINIMIZE must be time or energy, got 'power'"):
         Settings.from_environment()
+
+
+@pytest.mark.parametrize(("lag", "first"), [(1.015, "torch_grouped"), (1.025, "reference")])
+def test_an_incumbent_stays_while_it_is_near_the_fastest(path: Path, lag: float, first: str) -> None:
+    incumbent = dataclasses.replace(measured(8, 100.0 * lag, "torch_grouped"), incumbent=True)
+    save(path, [measured(8, 100.0), incumbent], MACHINE)
+    assert ranked(8)[0] == first
+
+
+def test_what_won_by_time_has_no_lead_by_energy(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    incumbent = dataclasses.replace(measured(8, 100.0, joules=1.01), incumbent=True)
+    save(path, [incumbent, measured(8, 100.5, "torch_grouped", joules=0.995)], MACHINE)
+    assert ranked(8)[0] == "reference"
+    monkeypatch.setenv("MOE_DISPATCH_MINIMIZE", "energy")
+    settings.cache_clear()
+    assert ranked(8)[0] == "torch_grouped"
 
 
 def test_disqualified_at_a_neighbour_is_not_trusted_between(path: Path) -> None:
