@@ -82,7 +82,7 @@ class Step:
             self.cache.reset()
         with torch.no_grad():
             for _ in range(self.repeats):
-                torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]  # torch's
+                torch.compiler.cudagraph_mark_step_begin()
                 out: Tensor = call(**self.arguments).last_hidden_state
         return out
 

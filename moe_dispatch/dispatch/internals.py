@@ -56,7 +56,7 @@ def forward_mode_entered(*tensors: Tensor) -> bool:
     """
     if _LEVEL_IS_KNOWN:
         return forward_ad._current_level >= 0
-    duals = (forward_ad.unpack_dual(tensor) for tensor in tensors)  # type: ignore[no-untyped-call]  # torch's
+    duals = (forward_ad.unpack_dual(tensor) for tensor in tensors)
     return any(dual.tangent is not None for dual in duals)
 
 

@@ -127,7 +127,7 @@ _compute_gradients: ComputeGradients
 
 # Not by `torch.library.custom_op`: its wrapper for autograd and aliasing, which `forward` does not need, takes the host
 # four times as long as the call.
-_library: Final = torch.library.Library("moe_dispatch", "DEF")  # type: ignore[no-untyped-call]
+_library: Final = torch.library.Library("moe_dispatch", "DEF")
 
 
 def _define(name: str, implementation: Callable[..., object], before: str = "", after: str = "", to: str = "") -> None:
@@ -136,8 +136,8 @@ def _define(name: str, implementation: Callable[..., object], before: str = "", 
         "gate_up_scale, Tensor? down_scale, Tensor? gate_up_bias, Tensor? down_bias, str activation, bool interleaved, "
         f"SymInt? routed_experts, {after}) -> {to}"
     )
-    _library.define(f"{name}{schema}", tags=(torch.Tag.pt2_compliant_tag,))  # type: ignore[no-untyped-call]
-    _library.impl(name, implementation, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
+    _library.define(f"{name}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
+    _library.impl(name, implementation, "CompositeExplicitAutograd")
 
 
 _define("forward", _forward, after="str backend", to="Tensor")

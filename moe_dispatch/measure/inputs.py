@@ -109,4 +109,4 @@ def synchronize(device: torch.device) -> None:
 
 def timing_events() -> tuple[torch.cuda.Event, torch.cuda.Event]:
     """A start and an end for `torch.cuda.Event.elapsed_time`."""
-    return torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+    return torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)

@@ -163,7 +163,7 @@ class GraphPass:
 
 def rest(seconds: float) -> None:
     """Keep the current device busy for a while without work; later launches queue behind it."""
-    torch.cuda._sleep(math.ceil(CLOCK_HZ * seconds))  # type: ignore[no-untyped-call]
+    torch.cuda._sleep(math.ceil(CLOCK_HZ * seconds))
 
 
 def time_interleaved(

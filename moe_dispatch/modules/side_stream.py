@@ -36,5 +36,5 @@ def _side_stream(device: torch.device) -> torch.cuda.Stream:
     streams: dict[int, torch.cuda.Stream] = _streams.__dict__.setdefault("by_device", {})
     index = torch.cuda.current_device() if device.index is None else device.index
     if index not in streams:
-        streams[index] = torch.cuda.Stream(device)  # type: ignore[no-untyped-call] # torch does not annotate it
+        streams[index] = torch.cuda.Stream(device)
     return streams[index]

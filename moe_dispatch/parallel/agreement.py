@@ -46,5 +46,5 @@ def barred_backends(dispatcher: Dispatcher) -> dict[str, tuple[str, ...]]:
 
 def library_versions(device: torch.device) -> dict[str, str]:
     """Versions of what carries tensors between devices."""
-    nccl = torch.cuda.nccl.version() if device.type == "cuda" else ()  # type: ignore[no-untyped-call]
+    nccl = torch.cuda.nccl.version() if device.type == "cuda" else ()
     return {"moe_dispatch": installed_version(), "NCCL": ".".join(map(str, nccl))}

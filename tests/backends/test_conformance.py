@@ -208,7 +208,7 @@ def test_results_go_to_the_memory_of_several_ranks(name: str, precision: Precisi
         assert all(memory[[0, -1]].isnan().all() for memory in memories), "nothing is written beside the output"
 
 
-class Outputs(TorchDispatchMode):  # type: ignore[no-untyped-call] # torch does not annotate it
+class Outputs(TorchDispatchMode):
     """Counts what torch allocates like the output, and what it copies into the output."""
 
     def __init__(self, out: Tensor) -> None:

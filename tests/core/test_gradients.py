@@ -174,7 +174,7 @@ def test_fp8_weights_give_gradients_to_hidden_states_and_weights() -> None:
 def test_the_policys_backend_runs_a_recorded_call() -> None:
     call = recorded(Layer())
     with ranked(Honest):
-        moe_forward(*call).sum().backward()  # type: ignore[no-untyped-call]
+        moe_forward(*call).sum().backward()
         explanation = explain(*call)
         assert {name: counts["ran"] for name, counts in stats().items()} == {"honest": 1}
         assert explanation.chosen is not None
@@ -262,7 +262,7 @@ def parameters_after(model: Experts, forward: Callable[[Tensor], Tensor], steps:
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     for _ in range(steps):
         optimizer.zero_grad()
-        forward(torch.randn(M, K)).square().mean().backward()  # type: ignore[no-untyped-call]
+        forward(torch.randn(M, K)).square().mean().backward()
         optimizer.step()
     return [parameter.detach() for parameter in model.parameters()]
 
@@ -305,7 +305,7 @@ def test_a_mode_sees_the_operator() -> None:
     """Without one it is passed by; selective checkpointing is one, and keeps results by the names of operators."""
     seen: set[str] = set()
 
-    class Seeing(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's
+    class Seeing(TorchDispatchMode):
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             seen.add(func.name())
             return func(*args, **(kwargs or {}))
@@ -351,7 +351,7 @@ def test_fake_tensors_are_recorded_too() -> None:
         hidden = mode.from_tensor(torch.randn(M, K)).requires_grad_()
         leaves = {name: mode.from_tensor(tensor).requires_grad_() for name, tensor in layer.tensors().items()}
         weights, ids = map(mode.from_tensor, routing())
-        moe_forward(hidden, layer.wrap(leaves), weights, ids).sum().backward()  # type: ignore[no-untyped-call]
+        moe_forward(hidden, layer.wrap(leaves), weights, ids).sum().backward()
         assert [tensor.grad.shape for tensor in (hidden, *leaves.values()) if tensor.grad is not None] == [
             (M, K), (E, 2 * N, K), (E, K, N)
         ]  # fmt: skip

@@ -46,7 +46,7 @@ def test_without_them_the_public_questions_answer(monkeypatch: pytest.MonkeyPatc
     assert not internals.is_fake(plain)
     with forward_ad.dual_level():
         assert not internals.forward_mode_entered(plain)
-        assert internals.forward_mode_entered(plain, forward_ad.make_dual(plain, plain))  # type: ignore[no-untyped-call]  # torch's
+        assert internals.forward_mode_entered(plain, forward_ad.make_dual(plain, plain))
     with FakeTensorMode() as mode:
         assert internals.is_fake(mode.from_tensor(plain))
 

@@ -201,13 +201,13 @@ def use_on_two_streams(name: str, dtype: str) -> None:
     layers._expert_maps.clear()
     layers._layers.clear()
     torch.cuda.synchronize()
-    busy, idle = (torch.cuda.Stream() for _ in range(2))  # type: ignore[no-untyped-call]  # torch has no types here
+    busy, idle = (torch.cuda.Stream() for _ in range(2))
     with torch.cuda.stream(busy):
         # The allocator hands this memory to the next tensor of its size here, whose every expert would be the first.
         stale = torch.zeros(case.E + 1, dtype=torch.int32, device="cuda")
         torch.cuda.synchronize()
         del stale
-        torch.cuda._sleep(DELAY_CYCLES)  # type: ignore[no-untyped-call]  # nor here
+        torch.cuda._sleep(DELAY_CYCLES)
         outs = [made.run(*first.arguments, config)]
     with torch.cuda.stream(idle):
         outs += [made.run(*inputs.arguments, config) for inputs in (first, second)]

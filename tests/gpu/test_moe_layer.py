@@ -112,7 +112,7 @@ def test_a_captured_layer_is_right_on_other_tokens(M: int, dtype: torch.dtype) -
 @torch.no_grad()
 def test_eager_calls_on_several_streams_do_not_disturb_each_other() -> None:
     layer = layer_of(torch.bfloat16)
-    streams = [torch.cuda.Stream() for _ in range(3)]  # type: ignore[no-untyped-call]
+    streams = [torch.cuda.Stream() for _ in range(3)]
     inputs = [tokens(M) for M in (1, 8, 64)]
     expected = [layer(hidden) for hidden in inputs]
     torch.cuda.synchronize()
@@ -129,10 +129,10 @@ def test_eager_calls_on_several_streams_do_not_disturb_each_other() -> None:
 @torch.no_grad()
 def test_a_fork_waits_on_both_ends() -> None:
     value, out = torch.zeros(1 << 24, device="cuda"), torch.empty(1 << 24, device="cuda")
-    torch.cuda._sleep(50_000_000)  # type: ignore[no-untyped-call]
+    torch.cuda._sleep(50_000_000)
     value.fill_(1.0)
     with forked(value.device) as side, torch.cuda.stream(side):
-        torch.cuda._sleep(50_000_000)  # type: ignore[no-untyped-call]
+        torch.cuda._sleep(50_000_000)
         out.copy_(value)
     assert (out == 1.0).all()
 
@@ -147,7 +147,7 @@ def graph_us(call: Callable[[], object], repeats: int = 64) -> float:
             call()
     best = float("inf")
     for _ in range(20):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
         graph.replay()
         end.record()

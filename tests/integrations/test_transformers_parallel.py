@@ -133,6 +133,6 @@ def run_rank(rank: int, store: str) -> None:
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:This process.*multi-threaded:DeprecationWarning")
 def test_two_processes_agree_with_the_layers_own_forward(tmp_path: Path) -> None:
-    used = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]  # torch's
+    used = torch.cuda.is_initialized()
     method = "spawn" if used else "fork"  # a fork has transformers imported
-    start_processes(run_rank, (str(tmp_path / "store"),), WORLD, start_method=method)  # type: ignore[no-untyped-call]  # torch's
+    start_processes(run_rank, (str(tmp_path / "store"),), WORLD, start_method=method)
