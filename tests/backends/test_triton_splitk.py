@@ -235,8 +235,7 @@ def test_defaults_compile(capability: int, dtype: DType, every: bool) -> None:
     assert len({built.name for built in products}) == 2
     for built in kernels:
         assert built.pdl == (capability >= 90), built
-        # Tiles of 32 tokens in MXFP4 spill 296 bytes on sm_80 under Triton 3.7, which no measurement has seen.
-        assert built.stack <= (4 * FEW_SPILLS if capability == 80 and dtype == "mxfp4" else FEW_SPILLS), built
+        assert built.stack <= FEW_SPILLS, built
     for built in products:
         assert built.shared <= built.note["bound"] <= SHARED_MEMORY[capability], built
         wide = built.constants["ROWS"] >= 64 and built.constants["BLOCK_M"] >= 16
