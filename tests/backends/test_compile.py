@@ -62,7 +62,7 @@ def test_defaults_compile_and_fit(capability: int, dtype: DType, every: bool) ->
     for built in products:
         assert built.shared <= built.note["bound"], built
         # gpt-oss in FP8 spills on sm_100, for which no tile was chosen by measuring.
-        assert built.stack <= (4 * FEW_SPILLS if capability in (100, 103) else FEW_SPILLS), built
+        assert built.stack <= (3 * FEW_SPILLS if capability in (100, 103) else FEW_SPILLS), built
         assert built.tma == built.note["tma"], built
         assert built.wgmma == (capability == 90), built
         # With MXFP4 the operand in registers is waited for.
