@@ -73,8 +73,11 @@ def record(backend: Backend, launch: Callable[..., Any], inputs: Inputs, config:
         raise NotReplayableError(f"it does what only tensors can do ({error})") from error
     if result is not out or not steps:
         raise NotReplayableError("no launch of a `fast_launch` kernel writes its output")
-    scratch = tuple(rows * 0 + size for size in sizes[_INPUTS + len(weights) + 1 :])
-    replay = Replay(launch, hidden_states.get_device(), weights, tokens, scratch, tuple(steps))
+    intermediates = tuple(
+        size if isinstance(size, Extent) else Extent(tokens, scale=0, shift=size)
+        for size in sizes[_INPUTS + len(weights) + 1 :]
+    )
+    replay = Replay(launch, hidden_states.get_device(), weights, tokens, intermediates, tuple(steps))
     count = min(M, max(tokens.first, _VERIFIED_ROWS))
     hidden_states, topk_weights, topk_ids = hidden_states[:count], topk_weights[:count], topk_ids[:count]
     replayed, expected = torch.empty_like(hidden_states), torch.empty_like(hidden_states)
