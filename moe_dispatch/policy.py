@@ -1,9 +1,9 @@
 """What a policy is: it ranks backends and gives its reasons. Whether a backend can run, the backend itself decides."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, ClassVar, Protocol, Self
 
 from moe_dispatch.backend import Backend
 from moe_dispatch.machine import Machine
@@ -27,8 +27,26 @@ class Choice:
     backend: str
     reason: str
     config: ConfigData | None = None
-    us: float | None = None
+    us: float | None = field(default_factory=lambda: None)  # not an attribute of the class, see `lazily`
     policy: str = ""
+
+    @classmethod
+    def lazily(
+        cls, backend: str, config: ConfigData | None, policy: str, tell: Callable[[], tuple[str, float | None]]
+    ) -> Self:
+        """A choice whose reason and time `tell` gives when one of them is first read, which most calls never do."""
+        choice = object.__new__(cls)
+        vars(choice).update(backend=backend, config=config, policy=policy, _tell=tell)
+        return choice
+
+    if not TYPE_CHECKING:  # or every name would pass for an attribute
+
+        def __getattr__(self, name: str) -> object:
+            values = vars(self)
+            if name not in ("reason", "us") or "_tell" not in values:
+                raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+            values["reason"], values["us"] = values["_tell"]()
+            return values[name]
 
 
 class UsableBackends(Protocol):

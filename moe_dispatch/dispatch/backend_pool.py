@@ -89,7 +89,7 @@ class BackendPool(MadeBackends):
             problem: The problem that it would get.
             chosen_by_name: Whether the caller names this backend; then only what is impossible counts.
         """
-        made = self.made(name)
+        made = self._made.get(name) or self.made(name)
         reasons = list(made.reasons)
         if made.backend is not None:
             answers = self._latest.answers
@@ -120,7 +120,7 @@ class BackendPool(MadeBackends):
 
         While a CUDA graph is captured nothing can be probed, and a backend not probed before is not trusted.
         """
-        backend = self.made(name).require()
+        backend = self.backend(name)
         if not backend.needs_probe:
             return ""
         kind = _kind(problem)

@@ -258,10 +258,15 @@ class Dispatcher:
         return True
 
     def _plan(self, key: PlanKey, experts: ExpertWeights) -> Plan:
-        problem = self._problem(key, experts)
-        with FIRST_CALLS.planning():
-            plan = self.planner.plan(problem, experts, key[-2], into=key[-1] is not None)
-        plan.widens = key[5] is not torch.float32
+        _, _, _, (M, topk), act_dtype, weights_dtype, _, _, grad, capturing, backend, out = key
+        mode: Mode = "graph" if capturing else "eager"
+        problem = experts.problem(M, topk, act_dtype, self.machine.capability, mode, needs_grad=grad)
+        FIRST_CALLS.begin()
+        try:
+            plan = self.planner.plan(problem, experts, backend, into=out is not None)
+        finally:
+            FIRST_CALLS.end()
+        plan.widens = weights_dtype is not torch.float32
         if plan.kept:
             with self._lock:
                 if len(self._plans) >= MAX_PLANS:
@@ -304,11 +309,6 @@ class Dispatcher:
             for key, plan in list(self._plans.items()):
                 if plan.choice.backend == backend and not plan.explicit and plan.problem.bucket == bucket:
                     self._forget(key)
-
-    def _problem(self, key: PlanKey, experts: ExpertWeights) -> MoEProblem:
-        _, _, _, (M, topk), act_dtype, _, _, _, grad, capturing, _, _ = key
-        mode: Mode = "graph" if capturing else "eager"
-        return experts.problem(M, topk, act_dtype, self.machine.capability, mode, needs_grad=grad)
 
     # First runs.
 

@@ -89,7 +89,8 @@ class Planner:
         else:
             plan = self._best_plan(problem, experts, into=into)
         plan.proven = plan.kind in self._proven
-        logger.info("%s runs %s: %s", plan.choice.backend, problem, plan.choice.reason)
+        if logger.isEnabledFor(logging.INFO):  # a reason may be put into words only now
+            logger.info("%s runs %s: %s", plan.choice.backend, problem, plan.choice.reason)
         return plan
 
     def eligible(
@@ -133,7 +134,7 @@ class Planner:
             UnknownNameError: Nothing is registered under it.
             BackendUnavailableError: It does not import, or its libraries are missing.
         """
-        return self._pool.made(name).require()
+        return self._pool.backend(name)
 
     def named(self, backend: str | None) -> tuple[str, str]:
         """The name of the backend that the caller gives, or else the environment, and its variable; empty if none does.
@@ -209,7 +210,7 @@ class Planner:
             if reasons or isinstance(config, tuple):
                 against.setdefault(choice.backend, reasons)
                 continue
-            plan = self._made_plan(problem, choice, config, into=into)
+            plan = Plan(problem, self._pool.backend(choice.backend), config, choice, "", into=into)
             if problem.mode == "eager" or plan.kind in self._proven:
                 best = plan
                 break
@@ -259,7 +260,7 @@ class Planner:
         if problem.needs_grad:
             reason = "torch differentiates the backend itself, which only the reference allows"
             return (Choice(LAST_RESORT, reason, policy="autograd"),)
-        return self._policies().rank(problem)
+        return (self._chain or self._policies()).rank(problem)
 
     def _policies(self) -> PolicyChain:
         if self._chain is None:  # two threads may load it at once; no lock is held while a policy's code runs
@@ -284,7 +285,7 @@ class Planner:
     def _config(self, choice: Choice, problem: MoEProblem) -> BackendConfig | tuple[str, ...]:
         """A choice's configuration as the backend's own type, or why there is none."""
         try:
-            backend = self.backend(choice.backend)
+            backend = self._pool.backend(choice.backend)
             if choice.config is None:
                 return backend.default_config(problem)
             values = choice.config.values()

@@ -108,6 +108,8 @@ def _checked(choice: object, policy: str) -> Choice:
     """
     if not isinstance(choice, Choice):
         raise TypeError(f"it ranks {reprlib.repr(choice)}, which is no Choice")
+    if "_tell" in vars(choice):  # a `Choice.lazily` of this package's tables, which were checked when they were read
+        return choice
     for name, kinds in _FIELDS.items():
         value = getattr(choice, name)
         if not isinstance(value, kinds) or isinstance(value, bool):
