@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Final
 
 from moe_dispatch.errors import PolicyFileError, warn
 from moe_dispatch.machine import Machine
@@ -12,8 +11,6 @@ from moe_dispatch.policies.measurements.table import Table
 from moe_dispatch.policy import Choice, Policy
 from moe_dispatch.problem import Mode, MoEProblem
 from moe_dispatch.settings import cache_dir, calibration_search_path, is_file_name
-
-MAX_LAYERS: Final = 256  # layers whose tables a policy keeps at hand; when full, all are looked up in the files again
 
 
 def calibration_path(machine: Machine, directory: Path | None = None) -> Path:
@@ -49,8 +46,6 @@ class MeasuredPolicy(Policy):
         super().__init__(machine)
         self._notes: list[str] = []
         self._files: list[MeasuredFile] = []
-        # By mode and the layer's object, which token counts share and which is kept here, so that its id stays its own.
-        self._tables: dict[tuple[int, Mode], tuple[MoEProblem, Table | None, str]] = {}
         for file in self._read():
             measured = MeasuredFile(file, machine, retires=self.retires)
             self._files.append(measured)
@@ -73,21 +68,17 @@ class MeasuredPolicy(Policy):
         """See `Policy.ranked`."""
         if problem.needs_grad or problem.M < 1 or not self._files:
             return iter(())
-        layer = problem.layer
-        key = id(layer), problem.mode
-        if (known := self._tables.get(key)) is None:
-            if len(self._tables) >= MAX_LAYERS:
-                self._tables.clear()
-            known = self._tables[key] = layer, *self._table(problem)
-        _, table, how = known
-        if table is None:
-            return iter(())
-        M = problem.M if problem.routed_experts is None else problem.whole_layer.M
-        return table.choices(M, how, self.name)
+        problem = problem.whole_layer  # files hold measurements of whole layers
+        table, how = self._table(problem)
+        return iter(()) if table is None else table.choices(problem.M, how, self.name)
+
+    def knows(self, problem: MoEProblem) -> bool:
+        """See `Policy.knows`."""
+        return self._table(problem.whole_layer)[0] is not None
 
     def _table(self, problem: MoEProblem) -> tuple[Table | None, str]:
         """The table that ranks the calls of a layer in a mode, if any, and what reasons call the mode of its times."""
-        key = layer_key(problem.whole_layer)  # files hold measurements of whole layers
+        key = layer_key(problem)
         other: Mode = "eager" if problem.mode == "graph" else "graph"
         for mode, how in ((problem.mode, problem.mode), (other, f"{other}; {problem.mode} was not measured")):
             for file in self._files:

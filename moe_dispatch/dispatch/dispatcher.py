@@ -261,11 +261,7 @@ class Dispatcher:
         _, _, _, (M, topk), act_dtype, weights_dtype, _, _, grad, capturing, backend, out = key
         mode: Mode = "graph" if capturing else "eager"
         problem = experts.problem(M, topk, act_dtype, self.machine.capability, mode, needs_grad=grad)
-        FIRST_CALLS.begin()
-        try:
-            plan = self.planner.plan(problem, experts, backend, into=out is not None)
-        finally:
-            FIRST_CALLS.end()
+        plan = self.planner.plan(problem, experts, backend, into=out is not None)
         plan.widens = weights_dtype is not torch.float32
         if plan.kept:
             with self._lock:

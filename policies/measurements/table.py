@@ -178,12 +178,13 @@ class LayerTable:
         first = self._interval(around).first
         if first is not None:  # most calls run this choice, and its reason is not told
             backend, config = first
-            yield Choice.lazily(backend, dict(config), policy, functools.partial(self._told, around, M, mode))
+            tell = functools.partial(self._told, around, mode)
+            yield Choice.between((around[0], around[1]), M, backend, dict(config), policy, tell)
         for place, ((backend, config), us) in enumerate(ranked := self._rank(around, M)):
             if place or first is None:
                 yield Choice(backend, _reason(ranked, place, around, M, mode), dict(config), us, policy)
 
-    def _told(self, around: tuple[int, ...], M: int, mode: str) -> tuple[str, float]:
+    def _told(self, around: tuple[int, ...], mode: str, M: int) -> tuple[str, float]:
         """Reason and time of the first choice."""
         ranked = self._rank(around, M)
         return _reason(ranked, 0, around, M, mode), ranked[0][1]
