@@ -128,7 +128,8 @@ class Extent:
         return bits
 
 
-class _Floor(NamedTuple):
+@dataclass(frozen=True)
+class _Floor:
     """A function of the token count: ``(scale * root(M) + shift) // divisor``."""
 
     root: Callable[[int], int]
