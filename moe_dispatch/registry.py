@@ -210,6 +210,13 @@ class MadeBackends:
                 made = self._made.setdefault(name, made)
         return made
 
+    def backend(self, name: str) -> GuardedBackend:
+        """The backend behind a name, if it can run; see `MadeBackend.require` for what is raised otherwise."""
+        made = self._made.get(name)
+        if made is None or made.reasons or made.backend is None:
+            return self.made(name).require()
+        return made.backend
+
     def reasons_against(self, name: str, problem: MoEProblem) -> tuple[str, ...]:
         """Every reason, known without running anything, against giving a problem to a backend."""
         made = self.made(name)
