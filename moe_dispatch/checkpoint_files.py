@@ -19,7 +19,7 @@ from moe_dispatch.system.files import read_json
 
 INDEX: Final = "model.safetensors.index.json"
 # A layer's number, whatever lies between it and "experts.", and what precedes both.
-_EXPERTS: Final = re.compile(r"(?P<prefix>(?:.*\.)?(?:layers|blocks|h)\.(?P<layer>\d+)\.(?:.*\.)?experts\.)")
+_EXPERTS: Final = re.compile(r"(?P<prefix>(?:.*\.)?(?:layers|blocks|h)\.(?P<layer>\d{1,5})\.(?:.*\.)?experts\.)")
 
 
 class Checkpoint:
@@ -73,7 +73,13 @@ class Checkpoint:
 
     def _slice(self, name: str) -> Any:
         path = self._file_of[name]
-        return self._opened(path).get_slice(name)
+        file = self._opened(path)
+        try:
+            return file.get_slice(name)
+        except Exception as error:  # likewise
+            raise InvalidInputError(
+                f"{path} does not have {name}, which the index says it has ({error}); download both again"
+            ) from error
 
     def _opened(self, path: Path) -> Any:
         if path not in self._files:

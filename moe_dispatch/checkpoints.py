@@ -79,7 +79,8 @@ def expert_names(names: Iterable[str], prefix: str, origin: str) -> dict[int, di
         if not name.startswith(prefix):
             continue
         rest = name[len(prefix) :]
-        match = re.fullmatch(r"(\d+)\.(\w+)\.(\w+)", rest)
+        # Five digits, for all experts up to the largest number are looked for.
+        match = re.fullmatch(r"(\d{1,5})\.(\w+)\.(\w+)", rest)
         if match and match[2] in PROJECTIONS and match[3] in KINDS:
             experts.setdefault(int(match[1]), {})[PROJECTIONS[match[2]], KINDS[match[3]]] = name
         elif rest.removesuffix(".weight") in FUSED:

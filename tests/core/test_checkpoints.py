@@ -194,6 +194,15 @@ def test_an_index_names_the_files(tmp_path: Path) -> None:
     index.write_text(json.dumps({"weight_map": weight_map}))
     for path in (tmp_path, index):
         assert load(path).E == 3
+    stray = f"{PREFIX}3.up_proj.weight"
+    index.write_text(
+        json.dumps(
+            {"weight_map": weight_map | {stray.replace("up", p): "x.safetensors" for p in ("gate", "up", "down")}}
+        )
+    )
+    with pytest.raises(InvalidInputError, match=r"x\.safetensors does not have .*experts\.3\.gate_proj\.weight"):
+        load(tmp_path)
+    index.write_text(json.dumps({"weight_map": weight_map}))
     (tmp_path / "y.safetensors").unlink()
     with pytest.raises(InvalidInputError, match=r"names files that are missing: y\.safetensors"):
         load(tmp_path)
@@ -218,6 +227,10 @@ WRONG: dict[str, tuple[Tensors, str]] = {
     "an unknown name": (
         {**separate(), f"{PREFIX}0.middle.weight": random(1)},
         r"unknown names: model\.layers\.1\.mlp\.experts\.0\.middle\.weight; known are EXPERT\.NAME\.KIND",
+    ),
+    "a number that no expert has": (
+        {**separate(), f"{PREFIX}4000000000.up_proj.weight": random(4, 6)},
+        r"unknown names: model\.layers\.1\.mlp\.experts\.4000000000\.up_proj\.weight",
     ),
     "scales of weights that are not FP8": (
         {**separate(), **{name.replace("weight", "weight_scale"): random(1) for name in separate()}},
