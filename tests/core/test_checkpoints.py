@@ -257,6 +257,14 @@ WRONG: dict[str, tuple[Tensors, str]] = {
         {**fused(), f"{PREFIX}down_proj": random(2, 6, 5)},
         r"gate_up_proj \[2, 8, 6\] and down_proj \[2, 6, 5\], which do not belong together",
     ),
+    "fused of other experts": (
+        {**fused(), f"{PREFIX}gate_up_proj": random(3, 8, 6)},
+        r"gate_up_proj must be \[2, 8, 6\] to go with the others, got \[3, 8, 6\]",
+    ),
+    "exponents for multipliers": (
+        separate_fp8(scale_dtype=torch.uint8),
+        r"0\.gate_proj\.weight_scale_inv must hold multipliers .*, got torch\.uint8; exponents of E8M0 must be stored",
+    ),
     "FP8 without scales": (
         {name: tensor for name, tensor in separate_fp8().items() if "0.up_proj.weight_scale" not in name},
         "lacks expert 0: up scale",
@@ -313,9 +321,14 @@ def test_the_config_beside_the_weights_is_held_against_them(tmp_path: Path) -> N
     [
         (separate(), (2, 2), r"0 ≤ rank < size, got \(2, 2\)"),
         (separate(), (0, 3), "N=4 cannot be divided among 3 processes"),
+        (
+            {**fused(N=4), f"{PREFIX}gate_up_proj_bias": random(2, 12)},
+            (0, 2),
+            r"gate_up_proj_bias must be \[2, 8\] to go with the others, got \[2, 12\]",
+        ),
         (separate_fp8(), (0, 4), r"N=256 cannot be divided among 4 processes.*4 × 128"),
     ],
-    ids=["rank", "columns", "blocks"],
+    ids=["rank", "columns", "biases", "blocks"],
 )
 def test_refuses_a_share_that_cannot_be(tensors: Tensors, tp: tuple[int, int], message: str, tmp_path: Path) -> None:
     with pytest.raises(InvalidInputError, match=message):
