@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from moe_dispatch import ExpertWeights, InvalidInputError, MoELayer, Router
+from moe_dispatch import ExpertWeights, InvalidInputError, MoELayer, Router, moe_forward
 from moe_dispatch.measure.verify import relative_error
 from moe_dispatch.modules import layer as layer_module
 from moe_dispatch.numerics import FP8
@@ -252,6 +252,16 @@ def test_copies_have_weights_of_their_own() -> None:
         other.experts.down_proj.zero_()
         assert not other(tokens()).any()
     assert torch.equal(layer(tokens()), expected)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda experts: pickle.loads(pickle.dumps(experts))])  # noqa: S301
+def test_copies_of_expert_weights_run(copied: Callable[[ExpertWeights], ExpertWeights]) -> None:
+    experts = ExpertWeights(torch.randn(2, 8, 6), torch.randn(2, 6, 4))
+    call = torch.randn(3, 6), torch.rand(3, 1), torch.tensor([[0], [1], [1]])
+    other = copied(experts)
+    assert torch.equal(moe_forward(call[0], other, *call[1:]), moe_forward(call[0], experts, *call[1:]))
+    assert other.spec is experts.spec
+    assert other.down is not experts.down
 
 
 def test_moves_from_meta() -> None:
