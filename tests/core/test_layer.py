@@ -141,6 +141,14 @@ def test_block_fp8_runs_and_keeps_its_codes_and_scales() -> None:
     assert torch.equal(layer.experts.gate_up_proj.view(torch.uint8), before.view(torch.uint8))
 
 
+def test_tokens_of_fp8_experts_may_have_another_dtype_than_the_gates() -> None:
+    _, layer = fp8_layer(shared_N=128, shared_gate=True)
+    hidden = tokens(5, 128)
+    with torch.no_grad():
+        expected = layer(hidden)
+        assert relative_error(layer.bfloat16()(hidden), expected) < 0.02  # of gates in BF16
+
+
 def one_by_one(experts: ExpertWeights, prefix: str, scale: str) -> dict[str, Tensor]:
     """Weights and scales as checkpoints name them, an expert at a time."""
     state: dict[str, Tensor] = {}
@@ -323,6 +331,8 @@ def test_warm_up_runs_the_layer() -> None:
         ({"shared_gate": True}, "give shared_N"),
         ({"activation": "tanh"}, "activation must be one of silu"),
         ({"router": 9}, "topk=9 experts cannot be chosen of 8"),
+        ({"router": "softmax"}, "router must be a Router or the number of experts, got str"),
+        ({"dtype": torch.uint8}, r"dtype must be None or one of torch\.bfloat16, .*, got torch\.uint8"),
     ],
 )
 def test_refuses_what_does_not_fit(options: dict[str, Any], message: str) -> None:
