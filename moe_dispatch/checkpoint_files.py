@@ -131,6 +131,9 @@ def read_experts(
     device: torch.device | str | None = None,
 ) -> dict[str, Any]:
     """The arguments of `ExpertWeights` for one layer of a checkpoint; see `ExpertWeights.from_safetensors`."""
+    if type(layer) is not int:
+        raise InvalidInputError(f"layer must be the layer's number, an integer, got {layer!r}")
+    part = Part.named(tp)
     checkpoint = Checkpoint(path)
     prefix = experts_prefix(checkpoint, layer)
     experts = expert_names(checkpoint.names, prefix, checkpoint.origin)
@@ -147,9 +150,9 @@ def read_experts(
         _check_quantization(config, str(checkpoint.folder / "config.json"))
     if interleaved is None:
         interleaved = -1 in experts and described is not None and described.interleaved
-    tensors = stack(checkpoint, experts, Part(*tp), interleaved=interleaved, device=device)
+    tensors = stack(checkpoint, experts, part, interleaved=interleaved, device=device)
     if described:
-        _check_agreement(tensors, described, Part(*tp), checkpoint.origin)
+        _check_agreement(tensors, described, part, checkpoint.origin)
         activation = activation or described.activation
     return {**tensors, "activation": activation, "interleaved": interleaved}
 

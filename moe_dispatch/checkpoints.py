@@ -27,6 +27,7 @@ from moe_dispatch.checkpoint_sources import Key, LoadedTensors, Part, TensorSour
 from moe_dispatch.errors import InvalidInputError
 from moe_dispatch.numerics import FP8
 from moe_dispatch.problem import QUANT_BLOCK, scale_shape
+from moe_dispatch.tensor_memory import tensor_fault
 
 # What a projection is called, and what is stored of it.
 PROJECTIONS: Final = {
@@ -57,9 +58,12 @@ def stack_experts(
 ) -> dict[str, Any]:
     """Separate experts as the tensors of `ExpertWeights`; see `ExpertWeights.from_experts`."""
     tensors = {f"{e}.{name}": tensor for e, expert in enumerate(experts) for name, tensor in expert.items()}
+    for name, tensor in tensors.items():
+        if fault := tensor_fault(f"tensor {name}", tensor):
+            raise InvalidInputError(fault)
     source = LoadedTensors(tensors, f"the list of {len(experts)} experts")
     names = expert_names(tensors, "", source.origin)
-    return stack(source, {e: names.get(e, {}) for e in range(len(experts))}, Part(*tp), device=device)
+    return stack(source, {e: names.get(e, {}) for e in range(len(experts))}, Part.named(tp), device=device)
 
 
 def expert_names(names: Iterable[str], prefix: str, origin: str) -> dict[int, dict[Key, str]]:

@@ -279,6 +279,9 @@ class ExpertWeights:
             InvalidInputError: Names are missing or unknown, or shapes do not fit; the message lists what is there.
         """
         tensors = [expert.state_dict() if isinstance(expert, nn.Module) else expert for expert in experts]
+        for each in tensors:
+            if not isinstance(each, Mapping):
+                raise InvalidInputError(f"each expert must be a module or tensors by name, got {type(each).__name__}")
         return cls(**stack_experts(tensors, tp, device), activation=activation)
 
     @classmethod

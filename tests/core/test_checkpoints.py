@@ -320,6 +320,7 @@ def test_the_config_beside_the_weights_is_held_against_them(tmp_path: Path) -> N
     ("tensors", "tp", "message"),
     [
         (separate(), (2, 2), r"0 ≤ rank < size, got \(2, 2\)"),
+        (separate(), 2, r"tp must be \(rank, size\) with 0 ≤ rank < size, got 2"),
         (separate(), (0, 3), "N=4 cannot be divided among 3 processes"),
         (
             {**fused(N=4), f"{PREFIX}gate_up_proj_bias": random(2, 12)},
@@ -328,11 +329,13 @@ def test_the_config_beside_the_weights_is_held_against_them(tmp_path: Path) -> N
         ),
         (separate_fp8(), (0, 4), r"N=256 cannot be divided among 4 processes.*4 × 128"),
     ],
-    ids=["rank", "columns", "biases", "blocks"],
+    ids=["rank", "number", "columns", "biases", "blocks"],
 )
-def test_refuses_a_share_that_cannot_be(tensors: Tensors, tp: tuple[int, int], message: str, tmp_path: Path) -> None:
+def test_refuses_a_share_that_cannot_be(tensors: Tensors, tp: Any, message: str, tmp_path: Path) -> None:
     with pytest.raises(InvalidInputError, match=message):
         load(save(tmp_path, tensors), tp=tp)
+    with pytest.raises(InvalidInputError, match="layer must be the layer's number, an integer, got '1'"):
+        load(tmp_path, layer="1")
 
 
 class Expert(nn.Module):
@@ -352,8 +355,14 @@ def test_experts_from_modules_with_biases() -> None:
     torch.testing.assert_close(out, expected)
     with pytest.raises(InvalidInputError, match=r"the list of 2 experts lacks expert 1: down bias; there is 0\.down"):
         ExpertWeights.from_experts([modules[0], {n: t for n, t in own.state_dict().items() if "down_proj.b" not in n}])
-    with pytest.raises(InvalidInputError, match="the list of 0 experts holds no experts"):
-        ExpertWeights.from_experts([])
+    wrong: dict[str, Any] = {
+        "the list of 0 experts holds no experts": [],
+        "each expert must be a module or tensors by name, got NoneType": [modules[0], None],
+        r"tensor 0\.up_proj\.weight must be a torch\.Tensor, got list": [{"up_proj.weight": [1.0]}],
+    }
+    for message, experts_list in wrong.items():
+        with pytest.raises(InvalidInputError, match=message):
+            ExpertWeights.from_experts(experts_list)
 
 
 def test_to_a_device_is_itself_or_a_copy_there() -> None:
