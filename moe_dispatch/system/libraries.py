@@ -1,7 +1,6 @@
 """Libraries: which are installed, and which releases are known to work. Nothing here imports any of them."""
 
 import functools
-import importlib.metadata
 import importlib.util
 import re
 import sys
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Final
 
 from moe_dispatch.system.files import read_bytes
+from moe_dispatch.system.version import distribution_version, distributions
 
 
 @dataclass(frozen=True)
@@ -178,7 +178,7 @@ def _read_version(name: str, _search_path: tuple[str, ...]) -> str:
             if version := _installed_at(wheel, package):
                 return f"{version} ({wheel})"
         return _declared_version(package)
-    return _distribution_version(name.replace("_", "-")) if _spec(name) else ""
+    return distribution_version(name.replace("_", "-")) if _spec(name) else ""
 
 
 def deep_gemm_package() -> Path | None:
@@ -234,12 +234,10 @@ def _numbers(version: str) -> tuple[int, ...]:
 
 def _installed_at(wheel: str, package: Path) -> str:
     """The version of a distribution if it is the one that installed this package; empty otherwise."""
-    try:
-        distribution = importlib.metadata.distribution(wheel)
-    except importlib.metadata.PackageNotFoundError:
-        return ""
-    installed = Path(str(distribution.locate_file(package.name)))
-    return distribution.version if installed.resolve() == package.resolve() else ""
+    for distribution, version in distributions(wheel):
+        if Path(str(distribution.locate_file(package.name))).resolve() == package.resolve():
+            return version
+    return ""
 
 
 def _declared_version(package: Path) -> str:
@@ -252,11 +250,4 @@ def _text(path: Path) -> str:
     try:
         return read_bytes(path).decode(errors="replace")
     except OSError:
-        return ""
-
-
-def _distribution_version(name: str) -> str:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
         return ""
