@@ -47,7 +47,7 @@ class Checkpoint:
         self._open = safetensors.safe_open
         self.origin = str(path)[:300]
         path = Path(path).expanduser()
-        self.folder = path if path.is_dir() else path.parent
+        self.folder = path if os.path.isdir(path) else path.parent
         self._files: dict[Path, Any] = {}
         self._file_of = self._index(path)
 
@@ -92,14 +92,14 @@ class Checkpoint:
     def _index(self, path: Path) -> dict[str, Path]:
         if path.name.endswith(".index.json"):
             return self._from_index(path)
-        if path.is_file():
+        if os.path.isfile(path):
             return dict.fromkeys(self._opened(path).keys(), path)
-        if not path.is_dir():
+        if not os.path.isdir(path):
             raise InvalidInputError(
                 f"{self.origin} is neither a file nor a folder; a model of the hub must be downloaded first "
                 "(huggingface_hub.snapshot_download gives its folder)"
             )
-        if (path / INDEX).is_file():
+        if os.path.isfile(path / INDEX):
             return self._from_index(path / INDEX)
         try:
             names = sorted(os.listdir(path))
@@ -116,7 +116,7 @@ class Checkpoint:
             files = {str(name): self.folder / str(file) for name, file in weight_map.items()}
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise InvalidInputError(f"{path} is no index of safetensors files: {error!r}") from error
-        if missing := {file.name for file in set(files.values()) if not file.is_file()}:
+        if missing := {file.name for file in set(files.values()) if not os.path.isfile(file)}:
             raise InvalidInputError(f"{path} names files that are missing: {listed(missing)}; download them")
         return files
 
@@ -192,7 +192,7 @@ def _ranges(numbers: list[int]) -> str:
 
 def _config(checkpoint: Checkpoint) -> Mapping[str, Any] | None:
     path = checkpoint.folder / "config.json"
-    if not path.is_file():
+    if not os.path.isfile(path):
         return None
     try:
         config = read_json(path)

@@ -2,6 +2,7 @@
 
 import functools
 import importlib.util
+import os
 import re
 import sys
 from collections.abc import Mapping
@@ -186,7 +187,7 @@ def deep_gemm_package() -> Path | None:
     for name, inside in (("deep_gemm", "."), ("vllm", "third_party/deep_gemm")):
         spec = _spec(name)
         for location in (spec.submodule_search_locations or ()) if spec else ():
-            if (package := Path(location, inside)).joinpath("__init__.py").is_file():
+            if os.path.isfile((package := Path(location, inside)) / "__init__.py"):
                 return package
     return None
 

@@ -356,6 +356,8 @@ def test_takes_no_tokens_and_refuses_those_of_another_size() -> None:
 def test_from_config_refuses_an_unknown_router(change: dict[str, Any], message: str) -> None:
     with pytest.raises(InvalidInputError, match=message):
         MoELayer.from_config({**qwen3().to_dict(), **change})
+    with pytest.raises(InvalidInputError, match=r"cannot be read as a config: .*File name too long"):
+        MoELayer.from_config("a" * 300)
 
 
 def test_the_second_stream_is_for_few_tokens_without_gradients_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
