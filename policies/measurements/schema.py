@@ -187,20 +187,32 @@ class Point(Strict):
         M: Tokens.
         mode: Eager calls or replays of a CUDA graph.
         measurements: The measurements.
-        scores: Candidate and score of further ones, as shipped tables hold them; read into `measurements`.
+        scores: Empty; earlier versions wrote it.
     """
 
     layer: Index
     M: Count
     mode: Mode
     measurements: list[StoredMeasurement] = pydantic.Field(default_factory=list, max_length=10_000)
-    scores: list[tuple[Index, Positive]] = pydantic.Field(default_factory=list, max_length=10_000)
+    scores: list[float] = pydantic.Field(default_factory=list, max_length=0, exclude=True)
 
-    @pydantic.model_validator(mode="after")
-    def _read_scores(self) -> Self:
-        self.measurements.extend(StoredMeasurement(candidate=index, score=score) for index, score in self.scores)
-        self.scores.clear()
-        return self
+
+class Scores(Strict):
+    """Points of which nothing but scores is stored, one list per field: so they compress to fewest bytes.
+
+    Attributes:
+        layer: See `Point`, as for the next two.
+        M: Tokens.
+        mode: Eager calls or replays of a CUDA graph.
+        candidates: Of each point, indices into `CalibrationFile.candidates`.
+        scores: Their scores, see `Measurement`.
+    """
+
+    layer: list[Index] = pydantic.Field(default_factory=list)
+    M: list[Count] = pydantic.Field(default_factory=list)
+    mode: list[Mode] = pydantic.Field(default_factory=list)
+    candidates: list[list[Index]] = pydantic.Field(default_factory=list)
+    scores: list[list[Positive]] = pydantic.Field(default_factory=list)
 
 
 class CalibrationFile(Strict):
@@ -213,6 +225,7 @@ class CalibrationFile(Strict):
         origins: What several candidates share, referred to by index.
         candidates: Backends and configurations, referred to by index.
         points: The measurements.
+        scores: Further points, as shipped tables hold them; read into `points`, the fastest candidate first.
     """
 
     schema_version: Literal[1] = SCHEMA
@@ -221,6 +234,18 @@ class CalibrationFile(Strict):
     origins: list[Origin] = pydantic.Field(default_factory=list, max_length=100_000)
     candidates: list[Candidate] = pydantic.Field(default_factory=list, max_length=100_000)
     points: list[Point] = pydantic.Field(default_factory=list, max_length=100_000)
+    scores: Scores = pydantic.Field(default_factory=Scores, exclude=True)
+
+    @pydantic.model_validator(mode="after")
+    def _read_scores(self) -> Self:
+        columns = dict(self.scores).values()
+        for layer, M, mode, candidates, scores in zip(*columns, strict=True):
+            ascending = sorted(zip(candidates, scores, strict=True), key=lambda pair: pair[1])
+            stored = [StoredMeasurement(candidate=index, score=score) for index, score in ascending]
+            self.points.append(Point(layer=layer, M=M, mode=mode, measurements=stored))
+        for column in columns:
+            column.clear()
+        return self
 
     @pydantic.model_validator(mode="after")
     def _read_origins(self) -> Self:
