@@ -61,7 +61,7 @@ class BenchRow(pydantic.BaseModel):
     config: dict[str, int | str | bool]
     mode: Mode
     routing: str
-    us: float | None = pydantic.Field(default=None, gt=0)
+    us: float | None = pydantic.Field(default=None, gt=0, allow_inf_nan=False)
     us_q1: float | None = None
     us_q3: float | None = None
     samples: int = 0
