@@ -27,9 +27,9 @@ UNIFORM: Final = "uniform"
 SKEWED: Final = "dirichlet-4"
 SKEWED_TOKENS: Final = tuple(M for M in TOKENS if M >= 1024)
 # All dispatchable backends except `reference`, a naive loop, and `vllm_fused_moe`, which the baseline `vllm` measures.
-BACKENDS: Final = (
-    "triton_splitk", "triton_vector", "triton_persistent", "gluon_hopper", "deep_gemm", "torch_grouped",
-)  # fmt: skip
+# Those of few tokens take up to 80 ms at more, and compiling and checking them half of the suite's time.
+BACKENDS: Final = ("triton_persistent", "gluon_hopper", "deep_gemm", "torch_grouped")
+BACKENDS_OF_FEW_TOKENS: Final = ("triton_splitk", "triton_vector")
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ SUITES: Final[dict[str, Suite]] = {
                     tokens=(M,),
                     routings=(UNIFORM, SKEWED) if M in SKEWED_TOKENS else (UNIFORM,),
                     modes=("graph", "eager") if M == 1 else ("graph",),
-                    backends=BACKENDS,
+                    backends=BACKENDS_OF_FEW_TOKENS + BACKENDS if M in REGIONS["decode"] else BACKENDS,
                     baselines=("vllm",),
                 )
                 for M in coarse_to_fine(TOKENS)
