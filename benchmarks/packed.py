@@ -3,8 +3,8 @@
 A packed file is one JSON object. `runs` (machine, versions, commit, ceilings) and `configs` (a backend and its
 configuration) hold what many rows share. `points` has one list per field of a point, beside the number of its run and
 the number of its rows; `rows` has one list per field of a row, beside the number of its configuration. Numbers keep
-`SIGNIFICANT_DIGITS`, errors `ERROR_DIGITS`. A time ``us`` is a whole number of units of 1e-``decimals`` µs; quartiles are
-its distances ``below`` and ``above`` in these units, small numbers. `row_files.load` reads packed files like any others.
+`SIGNIFICANT_DIGITS`, errors `ERROR_DIGITS`. A time ``us`` is a whole number of units of 1e-``decimals`` µs; quartiles
+are its distances ``below`` and ``above`` in these units, small numbers. `row_files.load` reads packed files as others.
 """
 
 import json
