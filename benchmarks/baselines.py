@@ -26,8 +26,6 @@ class Baseline(ABC):
     """The MoE layer of another library.
 
     Attributes:
-        name: Name in rows and on the command line.
-        requirements: Problems that it supports.
         libraries: Packages that it needs and that `Machine.libraries` does not list.
         tolerance: Greatest relative error that is accepted, by weight dtype.
 

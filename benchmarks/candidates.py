@@ -27,8 +27,6 @@ class LoadedLayer:
     """A layer in memory.
 
     Attributes:
-        workload: Its shape.
-        experts: Its weights.
         prepared: What each baseline made of the weights, by the baseline's name.
     """
 
@@ -42,15 +40,10 @@ class BenchCandidate:
     """A backend in one configuration, or a baseline, on one routing distribution.
 
     Attributes:
-        routing: Distribution of its inputs.
-        backend: Name of the backend or baseline.
-        config: The backend's configuration as JSON data.
         call: Runs the layer; checked, and captured for graph timings.
         eager_call: Given inputs that `call` has run on, the call that is timed eagerly: what `moe_forward` makes of a
             backend once a kind of call has come back a few times.
-        tolerance: Greatest relative error that is accepted.
         deterministic: Whether it promises the same bits for the same inputs.
-        quantizes_activations: See `Backend.quantizes_activations`.
     """
 
     routing: RoutingDistribution

@@ -158,7 +158,6 @@ class MadeBackend:
     """What became of making a backend for a machine: the backend, or the reasons why it cannot run anything there.
 
     Attributes:
-        name: The name that was asked for.
         backend: The backend, in its wrapper; None where the name is unknown, or its module or constructor raised.
         reasons: Why it runs nothing on this machine, each with its remedy; empty if it can run.
         registered: Whether a backend is known by this name.

@@ -36,11 +36,8 @@ class BackendReport:
     """A backend on this machine.
 
     Attributes:
-        name: Registered name.
         dtypes: Weight dtypes that it runs here; empty if it runs none.
         reasons: Why it runs none.
-        versions: Versions of the libraries that it depends on.
-        install_hint: How to install them.
         probe: By dtype, what running a tiny layer showed, beginning with ``ok`` if it is right; empty without a probe.
     """
 
@@ -62,15 +59,12 @@ class DoctorReport:
     """Everything that `moe-dispatch doctor` shows.
 
     Attributes:
-        version: Version of this package.
         machine: The machine, or the one that MOE_DISPATCH_MACHINE describes.
-        backends: Every registered backend.
         libraries: Every library with releases known to work.
         calibrated: Layers that this machine's calibrations cover, its own first.
         quarantine: Entries that hold under today's versions.
         lifted: Number of entries that --reset lifted; None without it.
         notes: What the policies have to say.
-        environment: The variables that are set.
         cache_dir: Folder of calibrations and the quarantine.
         problems: What is wrong, each with its remedy; the command fails if there are any.
     """

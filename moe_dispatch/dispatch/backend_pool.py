@@ -24,11 +24,9 @@ class BackendStatus:
     """A registered backend on this machine.
 
     Attributes:
-        name: Registered name.
         available: Whether it imports and its libraries are installed.
         reasons: Why it is not available, each with its remedy.
         versions: Version by library, for the libraries that its measurements depend on.
-        install_hint: How to install its libraries.
     """
 
     name: str
@@ -43,7 +41,6 @@ class _Answers:
     """What was answered about the problem that was asked about last: policy and planner ask the same of it.
 
     Attributes:
-        problem: The problem.
         supported: Backends that gave no reason against it.
         recorded: By backend, what alone bars it: a failure of an earlier process.
     """

@@ -49,7 +49,6 @@ class Dispatcher:
         barred: Backends that policies may not choose, each with the reason.
 
     Attributes:
-        machine: As given.
         planner: Chooses the backend for a kind of call.
         quarantine: Remembers which backends failed.
         arrived: Runs calls over rows that came from several ranks.

@@ -44,9 +44,6 @@ class Planner:
         counters: Told of the same.
         live: Whether `machine` is this one. A described machine is only explained: nothing is imported or probed.
         barred: Backends that policies may not choose, each with the reason.
-
-    Attributes:
-        machine: As given.
     """
 
     def __init__(

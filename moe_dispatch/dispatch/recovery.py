@@ -24,11 +24,7 @@ from moe_dispatch.system import failures
 
 
 class Runner(Protocol):
-    """What recovery needs of the dispatcher.
-
-    Attributes:
-        last_plan: The plan that ran last.
-    """
+    """What recovery needs of the dispatcher."""
 
     last_plan: Plan | None
 

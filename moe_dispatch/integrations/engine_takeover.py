@@ -17,7 +17,6 @@ class Takeover:
     """What has been decided for the layers of this process's engine, and the log line that says it.
 
     Attributes:
-        engine: The engine's name.
         taken: Description of a layer -> how many are ours.
         left: Reason -> how many layers stay the engine's.
         captured: Token counts that the engine is going to capture, ascending.

@@ -17,7 +17,6 @@ class SampleLayer:
     """A layer to run and what it must give.
 
     Attributes:
-        experts: Random weights.
         inputs: Distinct inputs, each with a routing of its own.
         truths: The fp32 output ``[M, K]`` of each input.
     """

@@ -53,7 +53,6 @@ class MeasurementContext:
     """What all points of a calibration share.
 
     Attributes:
-        worker: Runs the candidates.
         routings: Names of the routing distributions; the first one screens.
         tolerance: Gives the relative error that a backend promises for a layer.
         on_death: Called with backend, layer, M, mode and error when a candidate took its worker down.

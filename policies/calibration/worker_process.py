@@ -54,11 +54,7 @@ class NotPreparedError(MoEDispatchError):
 
 
 class CandidateFailedError(MoEDispatchError):
-    """A candidate raised or was wrong, and the worker lives.
-
-    Attributes:
-        cause: What happened, as a sentence.
-    """
+    """A candidate raised or was wrong, and the worker lives."""
 
     def __init__(self, cause: str) -> None:
         self.cause = cause
@@ -67,14 +63,7 @@ class CandidateFailedError(MoEDispatchError):
 
 @dataclass(frozen=True)
 class PointSetup:
-    """What a worker is told of a point, once; after that it knows the candidates by their index.
-
-    Attributes:
-        M: Tokens.
-        mode: Eager calls, or replays of a CUDA graph.
-        routings: Names of routing distributions.
-        candidates: Backends and configurations.
-    """
+    """What a worker is told of a point, once; after that it knows the candidates by their index."""
 
     M: int
     mode: Mode
@@ -170,7 +159,6 @@ class WorkerProcess:
 
     Attributes:
         restarts: Number of processes started.
-        spent: Seconds that answers took, by operation.
     """
 
     def __init__(self, device: str, backends: dict[str, str], timeout_s: float, deadline: float = math.inf) -> None:

@@ -84,7 +84,6 @@ class Origin(Strict):
     Attributes:
         versions: Versions that the measurement depends on; a change of any of them retires it.
         measured: Time of the measurement, UTC, ISO 8601.
-        package: Version of moe_dispatch.
         commit: Commit of the checkout that measured; empty for an installed package.
     """
 
@@ -98,7 +97,6 @@ class Candidate(Origin):
     """A backend in one configuration, with the origin of its measurements.
 
     Attributes:
-        backend: Registered name.
         config: The configuration as JSON data; empty for a backend without options.
         origin: Index into `CalibrationFile.origins`, as shipped tables hold it; read into the fields of `Origin`.
     """
@@ -118,10 +116,6 @@ class Measurement:
     """One candidate, measured on one layer at one token count in one mode.
 
     Attributes:
-        layer: The layer.
-        M: Tokens.
-        mode: Eager calls or replays of a CUDA graph.
-        candidate: Backend and configuration.
         us: Per routing distribution: lower quartile, median and upper quartile, in µs.
         score: Geometric mean of the medians over the distributions, in µs. A candidate that was eliminated before the
             final has its ratio to the later winner in its last round times the winner's score, and at least the
@@ -184,9 +178,6 @@ class Point(Strict):
 
     Attributes:
         layer: Index into `CalibrationFile.layers`.
-        M: Tokens.
-        mode: Eager calls or replays of a CUDA graph.
-        measurements: The measurements.
         scores: Empty; earlier versions wrote it.
     """
 
@@ -201,9 +192,7 @@ class Scores(Strict):
     """Points of which nothing but scores is stored, one list per field: so they compress to fewest bytes.
 
     Attributes:
-        layer: See `Point`, as for the next two.
-        M: Tokens.
-        mode: Eager calls or replays of a CUDA graph.
+        layer: See `Point`, as for M and mode.
         candidates: Of each point, indices into `CalibrationFile.candidates`.
         scores: Their scores, see `Measurement`.
     """
@@ -219,12 +208,8 @@ class CalibrationFile(Strict):
     """A machine's measurements.
 
     Attributes:
-        schema_version: Version of this format.
-        machine: The machine that was measured.
-        layers: Layers, referred to by index.
         origins: What several candidates share, referred to by index.
         candidates: Backends and configurations, referred to by index.
-        points: The measurements.
         scores: Further points, as shipped tables hold them; read into `points`, the fastest candidate first.
     """
 

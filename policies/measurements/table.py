@@ -30,9 +30,6 @@ class _Span(NamedTuple):
     """A candidate's times at one or two successive token counts.
 
     Attributes:
-        identity: Backend and configuration.
-        us: The times in µs.
-        logs: Their logarithms.
         won: Whether it won at one of them.
     """
 
@@ -67,7 +64,6 @@ class LayerTable:
 
     Attributes:
         scores: As given, without token counts at which every candidate was disqualified, in ascending order.
-        tokens: Measured token counts, ascending.
         winners: Token count -> winner there (see `stable_winners`).
     """
 
