@@ -28,9 +28,6 @@ class Baseline(ABC):
     Attributes:
         libraries: Packages that it needs and that `Machine.libraries` does not list.
         tolerance: Greatest relative error that is accepted, by weight dtype.
-
-    Args:
-        machine: Machine that it runs on.
     """
 
     name: ClassVar[str]

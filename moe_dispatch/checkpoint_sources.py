@@ -24,12 +24,7 @@ class TensorSource(Protocol):
 
 
 class LoadedTensors:
-    """Tensors in memory as a `TensorSource`.
-
-    Args:
-        tensors: The tensors by name.
-        origin: Where they are from, for messages.
-    """
+    """Tensors in memory as a `TensorSource`."""
 
     def __init__(self, tensors: Mapping[str, Tensor], origin: str) -> None:
         self._tensors, self.origin = tensors, origin

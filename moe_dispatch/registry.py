@@ -191,9 +191,6 @@ class MadeBackends:
     """The backends of a machine, each made on its first use and kept.
 
     Threads that come first at the same time may make a backend twice; the first one is kept.
-
-    Args:
-        machine: The machine that they are made for.
     """
 
     def __init__(self, machine: Machine) -> None:

@@ -25,11 +25,7 @@ Point = tuple[str, int]
 
 
 class Scores:
-    """Times by point: the fastest configuration of each backend and baseline.
-
-    Args:
-        rows: Rows of one machine.
-    """
+    """Times by point: the fastest configuration of each backend and baseline."""
 
     def __init__(self, rows: Iterable[BenchRow]) -> None:
         self._best: dict[tuple[str, str, int, str, str, str], BenchRow] = {}
@@ -51,10 +47,7 @@ class Scores:
 
 
 def scoreboard(rows: Iterable[BenchRow]) -> list[TargetResult]:
-    """The result of every target.
-
-    Args:
-        rows: Rows of one machine.
+    """The result of every target by the rows of one machine.
 
     Raises:
         InvalidInputError: The rows are of several machines.

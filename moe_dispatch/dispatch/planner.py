@@ -70,12 +70,6 @@ class Planner:
     ) -> Plan:
         """The best plan for a problem, or the one of the backend that the caller or the environment names.
 
-        Args:
-            problem: The kind of call.
-            experts: The layer's weights.
-            backend: The name that the caller gives, if any.
-            into: Whether the calls bring the memory for their output.
-
         Raises:
             BackendUnsupportedError: The named backend cannot run this.
             BackendUnavailableError: The named backend is missing or broken.
