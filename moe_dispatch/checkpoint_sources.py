@@ -44,10 +44,6 @@ class Part:
 
     The outputs of all processes add up to the layer's, so the down projection's bias belongs to the first alone.
 
-    Attributes:
-        rank: Number of the process.
-        size: Number of processes.
-
     Raises:
         InvalidInputError: The rank is not in 0…size-1.
     """

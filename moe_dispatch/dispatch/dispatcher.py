@@ -92,14 +92,7 @@ class Dispatcher:
     ) -> Tensor:
         """See `moe_dispatch.moe_forward`; the layer's GPU is the current device.
 
-        Args:
-            hidden_states: ``[M, K]``, as for `moe_forward`.
-            experts: The layer's weights.
-            topk_weights: ``[M, topk]``, any float dtype.
-            topk_ids: ``[M, topk]``, int32 or int64.
-            backend: The backend to run; None to choose.
-            out: ``[M, K]`` in hidden_states' dtype, for the output; None for fresh memory.
-            grad: Whether the backend's operations have to be differentiable one by one (`gradients.needs_grad`).
+        With `grad` the backend's operations have to be differentiable one by one (`gradients.needs_grad`).
         """
         plan = None
         if out is None and not grad:
