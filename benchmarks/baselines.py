@@ -57,15 +57,7 @@ class Baseline(ABC):
 
     @abstractmethod
     def prepare(self, experts: ExpertWeights, problem: MoEProblem) -> Call:
-        """Do what its users do once when a model is loaded.
-
-        Args:
-            experts: The weights.
-            problem: A problem of the layer; the call may be used at any token count.
-
-        Returns:
-            The call that runs the layer.
-        """
+        """Do what its users do once when a model is loaded, for the call that runs the layer at any token count."""
 
 
 class NaiveLoop(Baseline):

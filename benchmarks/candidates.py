@@ -65,10 +65,8 @@ class BenchCandidate:
 class CandidateFactory:
     """Makes the candidates of points.
 
-    Args:
-        machine: The machine that measures; the policies of ``configs="chosen"`` rank for it.
-        note: Takes the reason of each backend or baseline that is left out.
-        stopwatch: Counts the time that baselines take to prepare their weights.
+    The policies of ``configs="chosen"`` rank for the machine, which measures. `note` takes the reason of each backend
+    or baseline that is left out, and the stopwatch counts the time that baselines take to prepare their weights.
     """
 
     def __init__(self, machine: Machine, note: Note, stopwatch: Stopwatch) -> None:
@@ -117,12 +115,7 @@ class CandidateFactory:
 
 
 def available_backends(names: Sequence[str], machine: Machine, note: Note) -> tuple[Backend, ...]:
-    """The backends that a machine has.
-
-    Args:
-        names: Registered names.
-        machine: The machine.
-        note: Takes the reason of each backend that is not available.
+    """The backends that a machine has; `note` takes the reason of each one that is not available.
 
     Raises:
         UnknownNameError: A name is not registered.

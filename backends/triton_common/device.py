@@ -310,13 +310,7 @@ def moe_output_token(addresses_ptr, peer_rows):
 def moe_output_row(out_ptr, addresses_ptr, offset, peer_rows, token, K):
     """Where a token's row of the output begins; see `PeerRows` for the rows of several ranks.
 
-    Args:
-        out_ptr: The output; of its dtype only where there are addresses.
-        addresses_ptr: `PeerRows.addresses`, or None.
-        offset: `PeerRows.offset`.
-        peer_rows: `PeerRows.rows`.
-        token: int64.
-        K: Columns.
+    Where there are addresses, `out_ptr` has the output's dtype only. The token's number is an int64.
     """
     if addresses_ptr is not None:
         address = tl.load(addresses_ptr + token // peer_rows) + offset

@@ -194,11 +194,7 @@ class Dispatcher:
     def warm_up(self, inputs: Inputs | ArrivedInputs, backend: str | None = None, out: Tensor | None = None) -> None:
         """Run what an eager call and a captured one would run, so that capturing this M compiles nothing.
 
-        Args:
-            inputs: hidden_states, experts, topk_weights, topk_ids, as for `forward`; or those of a call over rows that
-                came from several ranks.
-            backend: As for `forward`.
-            out: As for `forward`.
+        The inputs are as for `forward`, or those of a call over rows that came from several ranks.
         """
         if isinstance(inputs, ArrivedInputs):
             if self.arrived.warm_up(inputs, backend):
@@ -271,11 +267,7 @@ class Dispatcher:
     def _settle(self, key: PlanKey, plan: Plan, inputs: Inputs, arguments: Inputs) -> None:
         """Count a call, and make a kind that comes often cheap: by the backend's fast path, then by settling its plan.
 
-        Args:
-            key: The plan's.
-            plan: Has just run.
-            inputs: What it ran.
-            arguments: The same as the caller gave it.
+        The plan has just run the inputs; `arguments` are the same as the caller gave them.
         """
         with plan.lock:
             plan.calls = calls = plan.calls + 1

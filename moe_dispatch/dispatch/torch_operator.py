@@ -112,10 +112,7 @@ def _backward(gradient: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor
 def implement(run: Run, run_differentiable: RunDifferentiable, compute_gradients: ComputeGradients) -> None:
     """Say what the operators run. `call.py` does so once: this module lies below what the operators run.
 
-    Args:
-        run: Runs a call.
-        run_differentiable: Runs a call on a backend whose operations torch can differentiate, any number of times.
-        compute_gradients: Computes the gradients of a call.
+    Torch can differentiate what `run_differentiable` runs, any number of times.
     """
     global _run, _run_differentiable, _compute_gradients
     _run, _run_differentiable, _compute_gradients = run, run_differentiable, compute_gradients

@@ -123,23 +123,13 @@ class Worker(Protocol):
         """Run a candidate twice, alone: µs of the second run."""
 
     def check(self, candidate: int, tolerance: float, *, briefly: bool) -> float:
-        """Compare a candidate with the fp32 reference: its relative error.
+        """Compare a candidate with the fp32 reference: its relative error, which may not exceed the tolerance.
 
-        Args:
-            candidate: Its index.
-            tolerance: Largest relative error that is allowed.
-            briefly: Eagerly and on the first routing distribution only.
+        Briefly is eagerly and on the first routing distribution only.
         """
 
     def time(self, candidates: Sequence[int], routing: str, budget_s: float, rounds: int) -> list[Samples]:
-        """Time candidates that take turns.
-
-        Args:
-            candidates: Their indices.
-            routing: Name of the routing distribution.
-            budget_s: Seconds for each candidate.
-            rounds: Smallest number of samples.
-        """
+        """Time candidates that take turns, for `budget_s` seconds each and at least so many rounds."""
 
     def energy(self, candidate: int, seconds: float) -> float:
         """Energy of one call in joules, averaged over `seconds` of calls on the inputs of all distributions."""

@@ -228,12 +228,9 @@ def points_of_layers(file: CalibrationFile) -> dict[tuple[LayerKey, Mode], list[
 def tabulated(
     points: Iterable[Point], identities: Sequence[Identity | None], of: Literal["score", "joules"] = "score"
 ) -> LayerTable:
-    """The table of one layer in one mode.
+    """The table of one layer in one mode, of times or of energies where they were measured.
 
-    Args:
-        points: Its points.
-        identities: Of the file's candidates; None for one that is left out.
-        of: Times, or energies where they were measured.
+    Candidates whose identity is None are left out.
     """
     scores: dict[int, dict[Identity, float | None]] = {}
     incumbents: dict[int, Identity] = {}
