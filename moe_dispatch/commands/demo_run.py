@@ -97,16 +97,8 @@ class DemoReport:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON data."""
-        fields = {name: getattr(self, name) for name in ("tokens", "same", "logits_error", "logits_gap", "bound")}
-        return {
-            "machine": self.machine.model_dump(mode="json"),
-            "model": asdict(self.size),
-            "right": self.right,
-            **fields,
-            "rows": [asdict(row) for row in self.rows],
-            "missing": {name: list(reasons) for name, reasons in self.missing.items()},
-            "ran": self.ran,
-        }
+        data = asdict(self) | {"machine": self.machine.model_dump(mode="json"), "right": self.right}
+        return {"model": data.pop("size"), **data}
 
 
 def run(device: str | None, model: str, tokens: int, *, keep: bool) -> DemoReport:
