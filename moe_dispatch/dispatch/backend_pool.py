@@ -41,6 +41,7 @@ class _Answers:
     """What was answered about the problem that was asked about last: policy and planner ask the same of it.
 
     Attributes:
+        problem: The problem.
         supported: Backends that gave no reason against it.
         recorded: By backend, what alone bars it: a failure of an earlier process.
     """
@@ -78,7 +79,10 @@ class BackendPool(MadeBackends):
     def reasons_against(self, name: str, problem: MoEProblem, *, chosen_by_name: bool = False) -> tuple[str, ...]:
         """Every reason, known without running anything, against giving `problem` to a backend.
 
-        Where the caller names the backend, only what is impossible counts.
+        Args:
+            name: A backend's name.
+            problem: The problem that it would get.
+            chosen_by_name: Whether the caller names this backend; then only what is impossible counts.
         """
         made = self.made(name)
         reasons = list(made.reasons)

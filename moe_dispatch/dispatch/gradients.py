@@ -8,6 +8,7 @@ of the backend: forward mode, torch.func's transforms, and second derivatives. O
 import functools
 import importlib
 from collections.abc import Iterable
+from contextlib import nullcontext
 from typing import Final, NamedTuple, Protocol, cast
 
 import torch
@@ -92,11 +93,9 @@ def compute_gradients(gradient: Tensor, inputs: Inputs, wanted: Wanted, machine:
     hidden_states, experts, topk_weights, topk_ids = inputs
     contiguous = (hidden_states.contiguous(), experts, topk_weights.contiguous(), topk_ids.contiguous())
     device = experts.device.type
-    if any_autocast_enabled() and torch.is_autocast_enabled(device):
-        # A backward started under autocast rounds no more than one started outside.
-        with torch.autocast(device, enabled=False):
-            gradients = _backward().backward(gradient.contiguous(), contiguous, wanted, machine)
-    else:
+    rounding = any_autocast_enabled() and torch.is_autocast_enabled(device)
+    # A backward started under autocast rounds no more than one started outside.
+    with torch.autocast(device, enabled=False) if rounding else nullcontext():
         gradients = _backward().backward(gradient.contiguous(), contiguous, wanted, machine)
     if gradients.topk_weights is None:
         return gradients

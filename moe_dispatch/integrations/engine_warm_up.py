@@ -24,8 +24,14 @@ if TYPE_CHECKING:
 def prepare(takeover: Takeover, experts: ExpertWeights, topk: int, act_dtype: torch.dtype, *, into_out: bool) -> None:
     """Before a layer's call: say what has been decided, and warm up for layers of this kind once in this process.
 
-    One INFO line says what will run. While a CUDA graph is captured nothing is done. With `into_out` the engine's calls
-    give `out` to `moe_forward`.
+    One INFO line says what will run. While a CUDA graph is captured nothing is done.
+
+    Args:
+        takeover: The engine's.
+        experts: The layer's weights.
+        topk: Experts per token.
+        act_dtype: The dtype of hidden_states.
+        into_out: Whether the engine's calls give `out` to `moe_forward`.
     """
     if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
         return
