@@ -42,7 +42,6 @@ from moe_dispatch.workloads import WORKLOADS, Workload, make_experts
 
 pytestmark = pytest.mark.usefixtures("compiling")
 H200 = Machine.load("h200")
-BARE = H200.model_copy(update={"libraries": {}})
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results" / "nvidia_h200"
 TOKENS = tuple(2**i for i in range(15))
 NOISE = 0.02
@@ -314,21 +313,23 @@ def test_the_rules_decide_where_their_choice_has_no_cost_model() -> None:
 
 def test_the_rules_choice_is_one_that_is_there() -> None:
     # The rules name DeepGEMM here; where it is missing, their choice is our kernel.
+    bare = H200.model_copy(update={"libraries": {}})
     times = {"triton_persistent": 100.0, "triton_splitk": 99.0}
     cost_models = [cost_model(*each, dtype="fp8") for each in times.items()]
     problem = on_h200(4096, "fp8", "mixtral-8x7b")
     assert learned(*cost_models).rank(problem) == ()
-    assert learned(*cost_models, machine=BARE).rank(problem)[0].backend == "gluon_hopper"
+    assert learned(*cost_models, machine=bare).rank(problem)[0].backend == "gluon_hopper"
 
 
 @pytest.mark.parametrize("how", ["disabled", "barred"])
 @pytest.mark.parametrize(("left_out", "M"), [("gluon_hopper", 1024), ("triton_splitk", 16)])
 def test_backends_that_may_not_run_here_take_no_part_in_the_choice(left_out: str, M: int, how: str) -> None:
     """triton_persistent is of gluon_hopper's family; triton_vector is of split-K's, and would read weights again."""
+    machine = H200.model_copy(update={"libraries": {}})
     settings = Settings(policies=("learned", "rules"), disabled=frozenset({left_out} if how == "disabled" else ()))
     barred = {left_out: "it hangs"} if how == "barred" else {}
-    planner = Dispatcher(BARE, settings, live=False, barred=barred).planner
-    first = planner.explain(Workload("new", E=32, topk=4, K=4096, N=2048).problem(M, "bf16", BARE)).chosen
+    planner = Dispatcher(machine, settings, live=False, barred=barred).planner
+    first = planner.explain(Workload("new", E=32, topk=4, K=4096, N=2048).problem(M, "bf16", machine)).chosen
     assert first is not None
     assert (first.choice.backend, first.choice.policy) == ("triton_persistent", "learned")
 
@@ -343,8 +344,9 @@ def test_the_family_of_a_backend_that_killed_a_process_goes_on_without_it() -> N
 
 
 def test_the_rules_stand_against_the_fastest_that_is_here() -> None:
+    bare = H200.model_copy(update={"libraries": {}})
     times = {"vllm_fused_moe": 90.0, "triton_splitk": 100.0, "triton_persistent": 103.0}
-    ranked = learned(*(cost_model(*each) for each in times.items()), machine=BARE).rank(on_h200(256, "bf16"))
+    ranked = learned(*(cost_model(*each) for each in times.items()), machine=bare).rank(on_h200(256, "bf16"))
     assert [choice.backend for choice in ranked] == ["vllm_fused_moe", "gluon_hopper", "triton_splitk"]
 
 
