@@ -41,10 +41,6 @@ class GuardedBackend(Backend):
     `run`, `run_into` and their fast paths are the backend's own methods: the dispatcher recovers from what they raise
     and checks what they return.
 
-    Args:
-        backend: The wrapped backend.
-        machine: The machine that it was made for.
-
     Attributes:
         fault: What its latest failure to answer was; empty if it always answered.
 

@@ -20,10 +20,7 @@ from moe_dispatch.system import failures
 class MeasuredFile:
     """The measurements of one file that a machine can use.
 
-    Args:
-        file: The file's content.
-        machine: The machine that asks.
-        retires: Whether a change of a version that a measurement depends on retires it.
+    With `retires` a change of a version that a measurement depends on retires it.
 
     Attributes:
         notes: Sentences about measurements that are not used.

@@ -136,12 +136,8 @@ class TritonBackend(WritingBackend):
     ) -> Any:
         """The tensor descriptor of a layer's weight as it lies in memory now.
 
-        Args:
-            experts: The layer.
-            name: The weight's name.
-            shape: As for `WeightView`, counted in weights, of the memory where weights are stored by columns.
-            block: Likewise.
-            swapped: As for `WeightView`.
+        Shape, block and swapped dimensions are those of `WeightView`; shape and block count weights, of the memory
+        where those are stored by columns.
         """
         view = WeightView(shape, block, swapped, experts.transposed)
         if experts.dtype == "mxfp4":  # an element of the view has four columns

@@ -31,13 +31,6 @@ class ArrivedCalls:
     dequantised for an ordinary call (`Dispatcher.forward`). Other rows go to the backend that the ranking puts first
     if that stores in peers' memory; else the call is an ordinary one. So is an eager call of few tokens, whose time is
     the host's: only ordinary calls have a fast path (`Backend.fast_path`).
-
-    Args:
-        runner: Runs ordinary calls.
-        planner: Ranks the backends.
-        quarantine: Told of first runs.
-        counters: Told of every run.
-        recovery: Bars what failed.
     """
 
     def __init__(

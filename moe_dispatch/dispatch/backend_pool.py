@@ -24,11 +24,9 @@ class BackendStatus:
     """A registered backend on this machine.
 
     Attributes:
-        name: Registered name.
         available: Whether it imports and its libraries are installed.
         reasons: Why it is not available, each with its remedy.
         versions: Version by library, for the libraries that its measurements depend on.
-        install_hint: How to install its libraries.
     """
 
     name: str
@@ -56,11 +54,8 @@ class BackendPool(MadeBackends):
     No lock is held while a backend's code runs, which may itself call `moe_forward`, here or from a thread of its own.
     Threads that come first at the same time may make or probe a backend twice; the first result is kept.
 
-    Args:
-        machine: The machine that the backends are made for.
-        disabled: Names that a policy's choice may not have.
-        quarantine: Consulted, and told of a probe that loses the CUDA context.
-        barred: Further names that a policy's choice may not have, each with the reason.
+    A policy's choice may have neither a name in `disabled` nor one in `barred`, whose reasons are given. The quarantine
+    is consulted, and told of a probe that loses the CUDA context.
     """
 
     def __init__(

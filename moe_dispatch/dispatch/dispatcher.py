@@ -49,7 +49,6 @@ class Dispatcher:
         barred: Backends that policies may not choose, each with the reason.
 
     Attributes:
-        machine: As given.
         planner: Chooses the backend for a kind of call.
         quarantine: Remembers which backends failed.
         arrived: Runs calls over rows that came from several ranks.
@@ -94,14 +93,7 @@ class Dispatcher:
     ) -> Tensor:
         """See `moe_dispatch.moe_forward`; the layer's GPU is the current device.
 
-        Args:
-            hidden_states: ``[M, K]``, as for `moe_forward`.
-            experts: The layer's weights.
-            topk_weights: ``[M, topk]``, any float dtype.
-            topk_ids: ``[M, topk]``, int32 or int64.
-            backend: The backend to run; None to choose.
-            out: ``[M, K]`` in hidden_states' dtype, for the output; None for fresh memory.
-            grad: Whether the backend's operations have to be differentiable one by one (`gradients.needs_grad`).
+        With `grad` the backend's operations have to be differentiable one by one (`gradients.needs_grad`).
         """
         plan = None
         if out is None and not grad:
@@ -202,11 +194,7 @@ class Dispatcher:
     def warm_up(self, inputs: Inputs | ArrivedInputs, backend: str | None = None, out: Tensor | None = None) -> None:
         """Run what an eager call and a captured one would run, so that capturing this M compiles nothing.
 
-        Args:
-            inputs: hidden_states, experts, topk_weights, topk_ids, as for `forward`; or those of a call over rows that
-                came from several ranks.
-            backend: As for `forward`.
-            out: As for `forward`.
+        The inputs are as for `forward`, or those of a call over rows that came from several ranks.
         """
         if isinstance(inputs, ArrivedInputs):
             if self.arrived.warm_up(inputs, backend):
@@ -287,11 +275,7 @@ class Dispatcher:
     def _settle(self, key: PlanKey, plan: Plan, inputs: Inputs, arguments: Inputs) -> None:
         """Count a call, and make a kind that comes often cheap: by the backend's fast path, then by settling its plan.
 
-        Args:
-            key: The plan's.
-            plan: Has just run.
-            inputs: What it ran.
-            arguments: The same as the caller gave it.
+        The plan has just run the inputs; `arguments` are the same as the caller gave them.
         """
         with plan.lock:
             plan.calls = calls = plan.calls + 1

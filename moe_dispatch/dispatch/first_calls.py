@@ -102,12 +102,8 @@ FIRST_CALLS: Final = FirstCalls()
 def wait_for_earlier_work(device: torch.device, suspects: Sequence[str] = ()) -> None:
     """Wait for a GPU, so that an error of earlier work surfaces here and is not booked on the backend that runs next.
 
-    Args:
-        device: The GPU; a CPU has nothing to wait for.
-        suspects: Names of the backends that ran last.
-
     Raises:
-        DeviceLostError: The CUDA context is gone.
+        DeviceLostError: The CUDA context is gone; it names the suspects, which ran last.
     """
     if device.type != "cuda":
         return

@@ -47,9 +47,6 @@ class Planner:
         counters: Told of the same.
         live: Whether `machine` is this one. A described machine is only explained: nothing is imported or probed.
         barred: Backends that policies may not choose, each with the reason.
-
-    Attributes:
-        machine: As given.
     """
 
     def __init__(
@@ -76,12 +73,6 @@ class Planner:
         self, problem: MoEProblem, experts: ExpertWeights, backend: str | None = None, *, into: bool = False
     ) -> Plan:
         """The best plan for a problem, or the one of the backend that the caller or the environment names.
-
-        Args:
-            problem: The kind of call.
-            experts: The layer's weights.
-            backend: The name that the caller gives, if any.
-            into: Whether the calls bring the memory for their output.
 
         Raises:
             BackendUnsupportedError: The named backend cannot run this.

@@ -31,9 +31,6 @@ class _Span(NamedTuple):
     """A candidate's times at one or two successive token counts.
 
     Attributes:
-        identity: Backend and configuration.
-        us: The times in µs.
-        logs: Their logarithms.
         won: Whether it won at one of them.
     """
 
@@ -93,7 +90,6 @@ class LayerTable:
 
     Attributes:
         scores: As given, without token counts at which every candidate was disqualified, in ascending order.
-        tokens: Measured token counts, ascending.
         winners: Token count -> winner there (see `stable_winners`).
     """
 
@@ -268,12 +264,9 @@ def points_of_layers(file: CalibrationFile) -> dict[tuple[LayerKey, Mode], list[
 def tabulated(
     points: Iterable[Point], identities: Sequence[Identity | None], of: Literal["score", "joules"] = "score"
 ) -> LayerTable:
-    """The table of one layer in one mode.
+    """The table of one layer in one mode, of times or of energies where they were measured.
 
-    Args:
-        points: Its points.
-        identities: Of the file's candidates; None for one that is left out.
-        of: Times, or energies where they were measured.
+    Candidates whose identity is None are left out.
     """
     scores: dict[int, dict[Identity, float | None]] = {}
     incumbents: dict[int, Identity] = {}
