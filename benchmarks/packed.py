@@ -27,9 +27,9 @@ SIGNIFICANT_DIGITS: Final = 5
 ERROR_DIGITS: Final = 2
 
 
-def is_packed(lines: Sequence[str]) -> bool:
+def is_packed(lines: Sequence[bytes]) -> bool:
     """Whether these are the lines of a packed file."""
-    return bool(lines) and lines[0].startswith('{"packed"')
+    return bool(lines) and lines[0].startswith(b'{"packed"')
 
 
 def latest(files: Iterable[Iterable[BenchRow]]) -> list[BenchRow]:

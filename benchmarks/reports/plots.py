@@ -7,7 +7,7 @@ from typing import Any, Final
 
 from moe_dispatch.benchmarks.reports.winners import winners_map
 from moe_dispatch.benchmarks.rows import BenchRow
-from moe_dispatch.errors import MoEDispatchError
+from moe_dispatch.errors import InvalidInputError, MoEDispatchError
 
 # Okabe and Ito's palette, which is distinguishable with every kind of colour vision; the markers are in print too.
 COLOURS: Final = (
@@ -40,11 +40,17 @@ def draw(rows: Iterable[BenchRow], folder: Path) -> list[Path]:
 
     Raises:
         PlotsUnavailableError: matplotlib is missing.
+        InvalidInputError: The files cannot be written.
     """
     pyplot = _pyplot()
     best = _best(rows)
-    if not best:
-        return []
+    try:
+        return _draw(pyplot, best, folder) if best else []
+    except OSError as error:
+        raise InvalidInputError(f"pictures cannot be written to {folder} ({error}); --out names a folder") from error
+
+
+def _draw(pyplot: Any, best: "_Best", folder: Path) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     names = sorted({backend for *_, backend in best})
     style = {

@@ -216,6 +216,8 @@ def _check_writable(path: Path) -> None:
     """Refuse a file that cannot be written before anything is measured."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        if os.path.lexists(path) and not path.is_file():
+            raise OSError(errno.EINVAL, "it is not a regular file", str(path))
         if not os.access(path if path.exists() else path.parent, os.W_OK):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
     except OSError as error:

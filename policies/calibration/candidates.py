@@ -2,7 +2,6 @@
 
 import contextlib
 import datetime
-import importlib.metadata
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -31,6 +30,7 @@ from moe_dispatch.policies.measurements.table import tables
 from moe_dispatch.policies.measurements.versions import changes, relevant_versions
 from moe_dispatch.problem import Mode
 from moe_dispatch.registry import LAST_RESORT, make_backend
+from moe_dispatch.system.version import installed_version
 
 # Measured neighbours within this factor of tokens on both sides rule out candidates between them,
 NEIGHBOURS: Final = 8
@@ -80,7 +80,7 @@ class CandidateSource:
             self._file = CalibrationFile(machine=request.machine)
         self._before = tables(self._file)
         self._now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-        self._package = importlib.metadata.version("moe-dispatch")
+        self._package = installed_version()
         self._commit = commit(Path(__file__).parent)
 
     @property

@@ -327,6 +327,6 @@ def worker_environment() -> dict[str, str]:
     for name in PATH_VARIABLES:
         if value := environment.get(name):
             environment[name] = os.path.abspath(value)
-    if Path(machine := Settings.from_environment().machine).is_file():  # and not the name of a shipped one
+    if os.path.isfile(machine := Settings.from_environment().machine):  # and not the name of a shipped one
         environment[MACHINE_VARIABLE] = os.path.abspath(machine)
     return environment

@@ -44,10 +44,22 @@ def test_another_record_is_refused_where_it_is_named() -> None:
 def test_a_half_written_line_spoils_no_other(path: Path) -> None:
     first, second = (bench_row("vllm", "deepseek-v3", "bf16", M, 200.0) for M in (1, 4))
     row_files.append(path, first)
-    with path.open("a") as file:
-        file.write('{"workload": "deepseek')
+    with path.open("ab") as file:
+        file.write('{"workload": "é'.encode()[:-1])  # within a letter
     row_files.append(path, second)
     assert row_files.load([path]) == [first, second]
+
+
+def test_a_full_disk_is_one_message() -> None:
+    with pytest.raises(InvalidInputError, match=r"a row cannot be written to /dev/full \(No space left on device\)"):
+        row_files.append(Path("/dev/full"), bench_row("vllm", "deepseek-v3", "bf16", 1, 2.0))
+
+
+@pytest.mark.parametrize("content", ["[" * 100_000, '{"packed":' + "[" * 100_000], ids=["in a folder", "packed"])
+def test_what_is_nested_too_deeply_is_one_message(content: str, path: Path) -> None:
+    path.write_text(content)
+    with pytest.raises(InvalidInputError, match=r"rows\.jsonl"):
+        row_files.load([path.parent])
 
 
 @pytest.mark.parametrize(

@@ -112,7 +112,10 @@ def test_an_estimate_that_fails_is_replaced(method: str) -> None:
         assert backend.quantizes_activations(problem)
 
 
-@pytest.mark.parametrize("code", ["import sys; sys.exit(3)", "raise SystemExit", "raise KeyError('x')", "1 +"])
+@pytest.mark.parametrize(
+    "code",
+    ["import sys; sys.exit(3)", "raise SystemExit", "raise KeyError('x')", "1 +", "raise BaseException('panic')"],
+)
 def test_a_module_that_ends_at_import(code: str, call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "ends_at_import.py").write_text(code)
     monkeypatch.syspath_prepend(tmp_path)

@@ -60,6 +60,16 @@ def test_out_of_memory_takes_one_token_to_the_reference_last() -> None:
         assert is_right(call)
 
 
+def test_a_message_that_is_no_text_is_recorded_spelt_out(monkeypatch: pytest.MonkeyPatch, call: Call) -> None:
+    def run(*_: object) -> Tensor:
+        raise RuntimeError("cannot open /opt/caf\udce9.so")  # as Python spells a file name that is not UTF-8
+
+    monkeypatch.setattr(Raising, "run", run)
+    with ranked(Raising, Honest), pytest.warns(MoEDispatchWarning, match=r"cannot open /opt/caf\\udce9\.so"):
+        assert torch.equal(moe_forward(*call), expected(call))
+    assert barred() == ["raising"]
+
+
 def test_a_split_call_is_differentiated_as_a_whole_one(monkeypatch: pytest.MonkeyPatch) -> None:
     """In forward mode its halves run on the reference too: a kernel's output has no tangent."""
 

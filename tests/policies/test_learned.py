@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import random
+import re
 import time
 from importlib import resources
 from pathlib import Path
@@ -39,6 +40,7 @@ from moe_dispatch.problem import DType, MoEProblem
 from moe_dispatch.registry import make_backend
 from moe_dispatch.settings import Settings
 from moe_dispatch.workloads import WORKLOADS, Workload, make_experts
+from tests.benchmarks.helpers import bench_row
 
 pytestmark = pytest.mark.usefixtures("compiling")
 H200 = Machine.load("h200")
@@ -472,6 +474,18 @@ def test_rows_of_another_machine_are_not_taken_for_this_ones(tmp_path: Path) -> 
         assert "a row was measured on 'NVIDIA H200'" in result.stderr
         assert "--machine FILE" in result.stderr
     assert not (tmp_path / "cache").exists()
+
+
+def test_what_was_measured_nowhere_is_null_in_json_and_a_dash_in_a_table(tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    for model in ("qwen3-235b", "deepseek-v3"):
+        append(rows, bench_row("deep_gemm", model, "bf16", 4, 3.0, config={"layout": "psum"}))
+    arguments = ["regret", str(rows), "--machine", "h200"]
+    unmeasured = json.loads(CliRunner().invoke(benchmarks, [*arguments, "--json"]).stdout, parse_constant=pytest.fail)[
+        "always_vllm"
+    ]
+    assert unmeasured == {"mean": None, "p95": None, "worst": None, "points": 0, "unmeasured": 2}
+    assert re.search(r"always_vllm +– +– +– +0 +2", CliRunner().invoke(benchmarks, arguments).stdout)
 
 
 def test_choices_on_the_recorded_sweep_meet_the_targets() -> None:
