@@ -40,15 +40,11 @@ class Sweep:
     """A run of plans that adds its rows to a file.
 
     Attributes:
-        path: File that rows are added to.
-        provenance: Facts that every row repeats.
         done: Keys of rows that need not be measured again.
         deadline: `time.perf_counter` value after which no further point is started.
         advance: Called with a description before each point, and with None after it.
         notes: Reasons why something has no row, each once.
-        written: Rows of this run.
         energy: Measures the energy of a call; None not to measure it.
-        stopwatch: Seconds by kind of work.
     """
 
     path: Path

@@ -24,12 +24,7 @@ class TensorSource(Protocol):
 
 
 class LoadedTensors:
-    """Tensors in memory as a `TensorSource`.
-
-    Args:
-        tensors: The tensors by name.
-        origin: Where they are from, for messages.
-    """
+    """Tensors in memory as a `TensorSource`."""
 
     def __init__(self, tensors: Mapping[str, Tensor], origin: str) -> None:
         self._tensors, self.origin = tensors, origin
@@ -48,10 +43,6 @@ class Part:
     """What one process of tensor parallelism holds of every expert: a share of the N columns of its intermediate.
 
     The outputs of all processes add up to the layer's, so the down projection's bias belongs to the first alone.
-
-    Attributes:
-        rank: Number of the process.
-        size: Number of processes.
 
     Raises:
         InvalidInputError: The rank is not in 0…size-1.

@@ -92,11 +92,7 @@ class ConfiguredLayer:
 
 
 def configured_layer(config: object, origin: str) -> ConfiguredLayer:
-    """Read the MoE layer of a config.
-
-    Args:
-        config: The content of the JSON file.
-        origin: Path of the file, for messages.
+    """Read the MoE layer of a config, which messages call by its `origin`.
 
     Raises:
         InvalidInputError: It describes no MoE layer, or one that cannot be read with certainty.
@@ -127,10 +123,6 @@ def configured_layer(config: object, origin: str) -> ConfiguredLayer:
 
 def moe_section(config: Section, origin: str) -> Section:
     """The section that holds the MoE layer, with its parts merged in.
-
-    Args:
-        config: The content of the JSON file.
-        origin: Path of the file, for messages.
 
     Raises:
         InvalidInputError: No section describes an MoE layer.

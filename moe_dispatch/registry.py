@@ -160,7 +160,6 @@ class MadeBackend:
     """What became of making a backend for a machine: the backend, or the reasons why it cannot run anything there.
 
     Attributes:
-        name: The name that was asked for.
         backend: The backend, in its wrapper; None where the name is unknown, or its module or constructor raised.
         reasons: Why it runs nothing on this machine, each with its remedy; empty if it can run.
         registered: Whether a backend is known by this name.
@@ -194,9 +193,6 @@ class MadeBackends:
     """The backends of a machine, each made on its first use and kept.
 
     Threads that come first at the same time may make a backend twice; the first one is kept.
-
-    Args:
-        machine: The machine that they are made for.
     """
 
     def __init__(self, machine: Machine) -> None:
@@ -211,6 +207,13 @@ class MadeBackends:
             if made.registered:  # an unknown name may be registered later
                 made = self._made.setdefault(name, made)
         return made
+
+    def backend(self, name: str) -> GuardedBackend:
+        """The backend behind a name, if it can run; see `MadeBackend.require` for what is raised otherwise."""
+        made = self._made.get(name)
+        if made is None or made.reasons or made.backend is None:
+            return self.made(name).require()
+        return made.backend
 
     def reasons_against(self, name: str, problem: MoEProblem) -> tuple[str, ...]:
         """Every reason, known without running anything, against giving a problem to a backend."""

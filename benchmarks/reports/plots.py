@@ -33,11 +33,7 @@ class PlotsUnavailableError(MoEDispatchError):
 def draw(rows: Iterable[BenchRow], folder: Path) -> list[Path]:
     """Draw one picture per (workload, dtype), and one map of the fastest backends per dtype.
 
-    Uniform routing only; eager times only for layers without a graph time.
-
-    Args:
-        rows: Rows of one machine.
-        folder: Folder that the PNG and SVG files are written to.
+    Rows of one machine, uniform routing only; eager times only for layers without a graph time.
 
     Returns:
         The files that were written.

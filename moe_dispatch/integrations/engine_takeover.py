@@ -30,7 +30,6 @@ class Takeover:
     """What has been decided for the layers of this process's engines, and the log line that says it.
 
     Attributes:
-        engine: The engine's name.
         taken: Description of a layer -> how many are ours.
         left: Reason -> how many layers stay the engine's.
         batches: Of the engine whose model was loaded last; a process may start several.

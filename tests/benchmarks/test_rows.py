@@ -74,7 +74,7 @@ def test_a_foreign_line_is_refused(line: str, path: Path) -> None:
 
 def test_a_file_packed_by_an_older_version_is_refused_as_such(path: Path) -> None:
     path.write_text('{"packed":2,"columns":["us"],"run":{}}\n{"config":{}}\n')
-    with pytest.raises(InvalidInputError, match="packed as format 2, and this version reads 3"):
+    with pytest.raises(InvalidInputError, match="packed as format 2, and this version reads 4"):
         row_files.load([path])
 
 
@@ -128,9 +128,9 @@ def test_a_damaged_packed_file_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "packed.jsonl"
     text = packed.pack([bench_row("vllm", "qwen3-30b-a3b", "fp8", 64, 175.0)])
     changes = (
-        (text[-9:], ""), ('"packed":3', '"packed":2'), ('"M":[64]', '"M":[0]'), ('"run":[0]', '"run":[1]'),
-        ('"rows":[1]', '"rows":[2]'), ('"above":[0]', '"above":["7"]'), ('"us":[175.0]', '"us":[Infinity]'),
-        ('"us":[175.0]', '"us":[]'), ('"us":[175.0]', '"us":5'), ('"configs":[', '"configs":[[],'),
+        (text[-9:], ""), ('"packed":4', '"packed":2'), ('"M":[64]', '"M":[0]'), ('"run":[0]', '"run":[1]'),
+        ('"rows":[1]', '"rows":[2]'), ('"above":[0]', '"above":["7"]'), ('"us":[17500]', '"us":[Infinity]'),
+        ('"us":[17500]', '"us":[]'), ('"us":[17500]', '"us":5'), ('"configs":[', '"configs":[[],'),
         ('"points":{', '"points":[],"no points":{'), ("}\n", "}\n{}\n"),
     )  # fmt: skip
     for old, new in changes:

@@ -14,7 +14,6 @@ import torch
 from typer.testing import CliRunner
 
 from moe_dispatch.backend import Backend
-from moe_dispatch.backends.triton_common import features as triton_support
 from moe_dispatch.benchmarks.__main__ import app as benchmarks
 from moe_dispatch.benchmarks.reports.regret import Judged, bench_observations, judge, summary
 from moe_dispatch.benchmarks.row_files import append
@@ -43,6 +42,7 @@ from moe_dispatch.settings import Settings
 from moe_dispatch.workloads import WORKLOADS, Workload, make_experts
 from tests.benchmarks.helpers import bench_row
 
+pytestmark = pytest.mark.usefixtures("compiling")
 H200 = Machine.load("h200")
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results" / "nvidia_h200"
 TOKENS = tuple(2**i for i in range(15))
@@ -55,12 +55,6 @@ COEFFICIENTS: dict[str, dict[Term, float]] = {
     "vllm_fused_moe": {term: 1.3 * times for term, times in OURS.items()},
     "deep_gemm": {"launch": 60, "search": 4, "weights": 0.5, "roofline": 1.2, "tokens": 40},
 }
-
-
-@pytest.fixture(autouse=True)
-def as_on_the_h200(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Triton's interpreter refuses BF16, and the machine that is asked about compiles."""
-    monkeypatch.setattr(triton_support, "interpreting", lambda: False)
 
 
 def default(backend: str, problem: MoEProblem) -> Identity:

@@ -107,10 +107,7 @@ def reasons_against(runner: Any, dispatch_output: Any, quant_info: Any) -> list[
 
 
 def gate_of(config: Any) -> tuple[str, bool]:
-    """Our activation for a runner's config, and whether SGLang has gate and up rows alternate for it.
-
-    Args:
-        config: SGLang's `MoeRunnerConfig`.
+    """Our activation for SGLang's `MoeRunnerConfig`, and whether SGLang has gate and up rows alternate for it.
 
     Raises:
         InvalidInputError: None of ours computes the same.
