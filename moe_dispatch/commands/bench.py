@@ -4,6 +4,7 @@ import datetime
 import errno
 import functools
 import itertools
+import json
 import math
 import os
 import time
@@ -287,7 +288,7 @@ def _report(sweep: "Sweep", *, json_: bool) -> None:
     """Print the rows as tables, the fastest first within a point, and the reasons why others are missing."""
     if json_:
         for row in sweep.written:
-            OUT.print(row.model_dump_json(), soft_wrap=True, markup=False)
+            typer.echo(json.dumps(json.loads(row.model_dump_json())))  # in ASCII, which every encoding has
     else:
         ordered = sorted(sweep.written, key=_order)
         for (layer, dtype), rows in itertools.groupby(ordered, key=lambda row: (row.workload, row.dtype)):
