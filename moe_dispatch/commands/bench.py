@@ -4,7 +4,6 @@ import datetime
 import errno
 import functools
 import itertools
-import json
 import math
 import os
 import time
@@ -18,7 +17,17 @@ import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from moe_dispatch.commands.console import ERR, INTERRUPTED, OUT, heading, machine_line, microseconds, plain, table
+from moe_dispatch.commands.console import (
+    ERR,
+    INTERRUPTED,
+    OUT,
+    heading,
+    machine_line,
+    microseconds,
+    plain,
+    print_json,
+    table,
+)
 from moe_dispatch.commands.options import (
     AsJson,
     Dtypes,
@@ -288,7 +297,7 @@ def _report(sweep: "Sweep", *, json_: bool) -> None:
     """Print the rows as tables, the fastest first within a point, and the reasons why others are missing."""
     if json_:
         for row in sweep.written:
-            typer.echo(json.dumps(json.loads(row.model_dump_json())))  # in ASCII, which every encoding has
+            print_json(row.model_dump(mode="json"), indent=None)
     else:
         ordered = sorted(sweep.written, key=_order)
         for (layer, dtype), rows in itertools.groupby(ordered, key=lambda row: (row.workload, row.dtype)):
