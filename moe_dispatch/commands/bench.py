@@ -253,7 +253,7 @@ def _sweep(
             notes.append(meter)
         else:
             energy = functools.partial(joules_per_call, meter=meter, seconds=energy_s)
-    done = timed_keys(path) if resume else set()
+    done = timed_keys(path, machine.fingerprint) if resume else set()
     return Sweep(path, provenance, done, deadline, notes=notes, energy=energy)
 
 

@@ -65,7 +65,12 @@ def test_resume_skips_rows_and_an_old_file_is_not_overwritten(path: Path) -> Non
     run(*call, "--tokens", "1")
     assert "exists already; --resume" in run(*call, "--tokens", "1", status=2)
     run(*call, "--tokens", "1,2", "--resume")
-    assert [BenchRow.model_validate_json(line).M for line in path.read_text().splitlines()] == [1, 2]
+    rows = [BenchRow.model_validate_json(line) for line in path.read_text().splitlines()]
+    assert [row.M for row in rows] == [1, 2]
+    others = [row.model_copy(update={"fingerprint": "of another machine"}) for row in rows]
+    path.write_text("".join(f"{row.model_dump_json()}\n" for row in others))
+    run(*call, "--tokens", "1", "--resume")
+    assert [row.M for row in row_files.load([path])] == [1, 2, 1]
 
 
 def test_the_budget_stops_before_the_next_point(path: Path) -> None:
