@@ -79,43 +79,44 @@ def _moe_product_kernel(
     mine = tl.cdiv(tl.maximum(m_blocks * n_blocks - tl.program_id(0), 0), tl.num_programs(0))
     if FLATTEN:
         for i in tl.range(0, mine, flatten=True):
-            e, block_n, offs_m, mask_m, source = find_tile(
+            e, block_n, row, end, source = find_tile(
                 tl.program_id(0) + i * tl.num_programs(0), m_blocks, n_blocks, starts, ends, blocks, blocks_up_to,
                 slot_of_row_ptr, ORDER, GROUP_M, BLOCK_M,
             )  # fmt: skip
             _write_tile(
-                x_ptr, x_scale_ptr, w, w_scale_ptr, bias_ptr, y_ptr, y_scale_ptr, e, block_n, offs_m, mask_m, source,
+                x_ptr, x_scale_ptr, w, w_scale_ptr, bias_ptr, y_ptr, y_scale_ptr, e, block_n, row, end, source,
                 N, K, TOPK, ACTIVATION, HALVES, RUN, INTERLEAVED, TRANSPOSED, SCALES, SCALAR_SCALE, EVEN_K, TMA,
                 GROUP_TILES, BLOCK_M, BLOCK_N, BLOCK_K,
             )  # fmt: skip
     else:
-        e, block_n, offs_m, mask_m, source = find_tile(
+        e, block_n, row, end, source = find_tile(
             tl.program_id(0), m_blocks, n_blocks, starts, ends, blocks, blocks_up_to,
             slot_of_row_ptr, ORDER, GROUP_M, BLOCK_M,
         )  # fmt: skip
         for i in tl.range(0, mine):
-            next_e, next_block_n, next_offs_m, next_mask_m, next_source = find_tile(
+            next_e, next_block_n, next_row, next_end, next_source = find_tile(
                 tl.program_id(0) + (i + 1) * tl.num_programs(0), m_blocks, n_blocks, starts, ends, blocks, blocks_up_to,
                 slot_of_row_ptr, ORDER, GROUP_M, BLOCK_M,
             )  # fmt: skip
             _write_tile(
-                x_ptr, x_scale_ptr, w, w_scale_ptr, bias_ptr, y_ptr, y_scale_ptr, e, block_n, offs_m, mask_m, source,
+                x_ptr, x_scale_ptr, w, w_scale_ptr, bias_ptr, y_ptr, y_scale_ptr, e, block_n, row, end, source,
                 N, K, TOPK, ACTIVATION, HALVES, RUN, INTERLEAVED, TRANSPOSED, SCALES, SCALAR_SCALE, EVEN_K, TMA,
                 GROUP_TILES, BLOCK_M, BLOCK_N, BLOCK_K,
             )  # fmt: skip
-            e, block_n, offs_m, mask_m, source = next_e, next_block_n, next_offs_m, next_mask_m, next_source
+            e, block_n, row, end, source = next_e, next_block_n, next_row, next_end, next_source
 
 
 @triton.jit
 def _write_tile(
-    x_ptr, x_scale_ptr, w, w_scale_ptr, bias_ptr, y_ptr, y_scale_ptr, e, block_n, offs_m, mask_m, source, N, K,
+    x_ptr, x_scale_ptr, w, w_scale_ptr, bias_ptr, y_ptr, y_scale_ptr, e, block_n, row, end, source, N, K,
     TOPK: tl.constexpr, ACTIVATION: tl.constexpr, HALVES: tl.constexpr, RUN: tl.constexpr, INTERLEAVED: tl.constexpr,
     TRANSPOSED: tl.constexpr, SCALES: tl.constexpr, SCALAR_SCALE: tl.constexpr, EVEN_K: tl.constexpr,
     TMA: tl.constexpr, GROUP_TILES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Compute and store a tile, or the two of a group of quantised columns."""
-    if TOPK > 0:
-        source = source // TOPK
+    offs_m = row + tl.arange(0, BLOCK_M)
+    mask_m = offs_m < end
+    source = source // TOPK if TOPK > 0 else offs_m
     first_n = block_n * GROUP_TILES * BLOCK_N
     y = _compute_tile(
         x_ptr, x_scale_ptr, w, w_scale_ptr, bias_ptr, e, source, mask_m, first_n, N, K, ACTIVATION, HALVES, RUN,

@@ -54,15 +54,15 @@ def find_tile(
     tile, m_blocks, n_blocks, starts, ends, blocks, blocks_up_to, slot_of_row_ptr,
     ORDER: tl.constexpr, GROUP_M: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """A tile's expert, column block, rows, the mask of these, and their slots, or without `slot_of_row_ptr` the rows.
+    """A tile's expert, column block, first row, the end of its expert's rows, and the slots of its rows.
 
-    Past the last tile, whatever comes out may be loaded and means nothing.
+    Without `slot_of_row_ptr` the last is the first row again. Past the last tile, whatever comes out may be loaded and
+    means nothing.
     """
     block_m, block_n = _order(tile, m_blocks, n_blocks, ORDER, GROUP_M)
     e, row, end = _locate(block_m, starts, ends, blocks, blocks_up_to, BLOCK_M)
-    offs_m = row + tl.arange(0, BLOCK_M)
-    mask_m = offs_m < end
-    source = offs_m
+    source = row
     if slot_of_row_ptr is not None:
-        source = tl.load(slot_of_row_ptr + offs_m, mask=mask_m, other=0)
-    return e, block_n, offs_m, mask_m, source
+        offs_m = row + tl.arange(0, BLOCK_M)
+        source = tl.load(slot_of_row_ptr + offs_m, mask=offs_m < end, other=0)
+    return e, block_n, row, end, source

@@ -235,10 +235,16 @@ def moe_stream_mxfp4(
     acc = tl.zeros([ROWS, BLOCK_M], dtype=tl.float32)
     factors = moe_mxfp4_factors(_moe_exponents(w_exponents, first_block, ROW_SCALES, BLOCK_K))
     exponents = _moe_exponents(w_exponents, first_block + 1, ROW_SCALES, BLOCK_K)
+    # Pointers that advance: the pipeline would compute those of each of its first stages apart, and all of them would
+    # stay in registers from one group of tokens to the next.
+    offs_w = first_block * (BLOCK_K // 4) + tl.arange(0, BLOCK_K // 4)
+    x_ptrs = x_words[:, None] + offs_w[None, :]
+    if not TMA:
+        w_ptrs = w_rows[:, None] + offs_w[None, :]
     for block in range(first_block, last_block):
-        offs_w = block * (BLOCK_K // 4) + tl.arange(0, BLOCK_K // 4)
-        mask = mask_m[:, None] if EVEN_K else mask_m[:, None] & (offs_w < K // 4)[None, :]
-        x = tl.load(x_words[:, None] + offs_w[None, :], mask=mask, other=0)
+        mask_k = (block * (BLOCK_K // 4) + tl.arange(0, BLOCK_K // 4) < K // 4)[None, :]
+        x = tl.load(x_ptrs, mask=mask_m[:, None] if EVEN_K else mask_m[:, None] & mask_k, other=0)
+        x_ptrs += BLOCK_K // 4
         # Triton's pipeline leaves bytes out: those of the block after the next are on their way while this one is
         # multiplied. Those of the next become factors here, each in one thread, and not in all that need it.
         now = factors
@@ -246,10 +252,9 @@ def moe_stream_mxfp4(
         exponents = _moe_exponents(w_exponents, block + 2, ROW_SCALES, BLOCK_K)
         if TMA:
             w = w_descriptor.load([w_first, w_second, block * (BLOCK_K // 4)]).reshape(ROWS, BLOCK_K // 4)
-        elif EVEN_K:
-            w = tl.load(w_rows[:, None] + offs_w[None, :])
         else:
-            w = tl.load(w_rows[:, None] + offs_w[None, :], mask=(offs_w < K // 4)[None, :], other=0)
+            w = tl.load(w_ptrs) if EVEN_K else tl.load(w_ptrs, mask=mask_k, other=0)
+            w_ptrs += BLOCK_K // 4
         w0, w1, w2, w3 = moe_mxfp4_values(w, now, dtype, ROWS, BLOCK_K)
         x0, x1, x2, x3 = moe_every_fourth(x, dtype)
         acc = tl.dot(w0, x0.trans(), acc)
