@@ -78,7 +78,9 @@ _SHORT_DOWN_LOOP: Final = 4  #           blocks of N  in FP8 three CTAs of a mul
 _LEAST_CTAS_PER_SM: Final = 1.25  #      CTAs         one CTA of a multiprocessor cannot hide its waits
 _LEAST_BLOCKS_PER_SPLIT: Final = 4  #    blocks of N  a shorter split spends its time filling the pipeline
 _MOST_SPLITS: Final = 8
-_WIDE: Final = 128  #                    weight rows  where tokens share weights
+_WIDE: Final = 128  #                    weight rows  tokens are read half as often as with 64 rows
+_FEW_TOKENS: Final = 16  #               tokens       up to so many in a tile that hardly counts in BF16, and 128 rows
+#                                                     take up to 3 % longer: deepseek-v2-lite at M=32 204 µs and 198
 # Where weights are dequantised, instructions and not memory are the limit, and more CTAs per multiprocessor fill the
 # waits between them. The H200 described as an A100, qwen3-30b-a3b in FP8 at M=8, block_m/stages/registers: 16/6/242
 # 99 µs, 16/6/168 85, 8/6/168 77, 8/4/128 72 (BF16 107); at M=64, block_m/block_n/registers: 16/128/none 213, 16/64/168
@@ -111,13 +113,19 @@ def _default_and_least(problem: MoEProblem, device: Features) -> tuple[SplitKCon
     by_slot = problem.M == 1 or 8 * slots < problem.E
     blocks = math.ceil(problem.N / block_k)
     # A product of e4m3 codes; with dequantised weights it is one of 16 bits, and tiles are those of 16 bits.
-    fp8, short_down = quantization.activations, blocks <= _SHORT_DOWN_LOOP
-    wide = not by_slot if fp8 else slots >= 2 * hit or (short_down and not by_slot)
+    fp8, block_m = quantization.activations, _block_m(problem, quantization)
+    short_down = blocks <= _SHORT_DOWN_LOOP
+    if fp8 and block_m <= _FEW_TOKENS:
+        # Rows of the smaller product fill the multiprocessors, and the last tile of down is whole.
+        fills = hit * min(problem.gate_up_rows, problem.K) >= device.sms * _WIDE
+        wide = problem.K % _WIDE == 0 and (fills or not by_slot)
+    else:
+        wide = block_m > _FEW_TOKENS or (short_down and not by_slot)
     narrow = quantization.dequantizes and not mxfp4
     few_warps = mxfp4 and by_slot
     block_n: Literal[64, 128] = _WIDE if (mxfp4 and not by_slot) or (wide and not narrow) else 64
     lacking = _LEAST_CTAS_PER_SM * (2 if few_warps else 1) * device.sms * block_n / (hit * problem.K)
-    splits, block_m = _splits(lacking, blocks), _block_m(problem, quantization)
+    splits = _splits(lacking, blocks)
     return _of_layer(problem.layer, device, block_m, block_n, splits, by_slot=by_slot, few_warps=few_warps)
 
 

@@ -194,6 +194,25 @@ def test_grid_follows_how_many_experts_are_hit(name: str, M: int, grid: str) -> 
     assert config.grid == grid
 
 
+@pytest.mark.parametrize(
+    ("name", "dtype", "M", "block_n"),
+    [
+        ("qwen3-235b", "fp8", 1, 128),  # 192 tiles for 132 multiprocessors
+        ("qwen3-30b-a3b", "fp8", 1, 64),  # 96
+        ("gpt-oss-120b", "fp8", 8, 64),  # 2880 rows are not whole tiles of 128
+        ("gpt-oss-120b", "fp8", 256, 128),  # tiles of 32 tokens
+        ("deepseek-v2-lite", "bf16", 32, 64),
+        ("mixtral-8x7b", "bf16", 32, 128),
+        ("kimi-k2-tp8", "bf16", 16, 128),  # a very short second loop
+    ],
+)
+def test_rows_of_a_tile_fill_the_device_or_save_reads_of_tokens(name: str, dtype: DType, M: int, block_n: int) -> None:
+    backend = TritonSplitKBackend(described(90))
+    config = backend.default_config(_problem(backend.machine, M, dtype, name))
+    assert isinstance(config, SplitKConfig)
+    assert config.block_n == block_n
+
+
 def test_fp8_refuses_blocks_that_straddle_scales(machine: Machine) -> None:
     case = Case("fp8", dtype="fp8", K=128, N=128)
     x, weights, ids = case.tokens()
