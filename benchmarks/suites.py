@@ -27,22 +27,14 @@ UNIFORM: Final = "uniform"
 SKEWED: Final = "dirichlet-4"
 SKEWED_TOKENS: Final = tuple(M for M in TOKENS if M >= 1024)
 # All dispatchable backends except `reference`, a naive loop, and `vllm_fused_moe`, which the baseline `vllm` measures.
-BACKENDS: Final = (
-    "triton_splitk", "triton_vector", "triton_persistent", "gluon_hopper", "deep_gemm", "torch_grouped",
-)  # fmt: skip
+# Those of few tokens take up to 80 ms at more, and compiling and checking them half of the suite's time.
+BACKENDS: Final = ("triton_persistent", "gluon_hopper", "deep_gemm", "torch_grouped")
+BACKENDS_OF_FEW_TOKENS: Final = ("triton_splitk", "triton_vector")
 
 
 @dataclass(frozen=True)
 class Step:
-    """Measurements that are made together: every combination of these, for all models and dtypes of the suite.
-
-    Attributes:
-        tokens: Token counts M.
-        routings: Names of routing distributions.
-        modes: ``"graph"`` and ``"eager"``.
-        backends: Names of backends.
-        baselines: Names of baselines.
-    """
+    """Measurements that are made together: every combination of these, for all models and dtypes of the suite."""
 
     tokens: tuple[int, ...]
     routings: tuple[str, ...] = (UNIFORM,)
@@ -56,9 +48,6 @@ class Suite:
     """Steps that are measured one after another.
 
     Attributes:
-        models: Names of workloads.
-        dtypes: Weight dtypes.
-        steps: What is measured, in this order.
         configs: Which configurations of the backends; see `BenchPlan`.
         point_s: Seconds of timing per candidate.
     """
@@ -113,7 +102,7 @@ SUITES: Final[dict[str, Suite]] = {
                     tokens=(M,),
                     routings=(UNIFORM, SKEWED) if M in SKEWED_TOKENS else (UNIFORM,),
                     modes=("graph", "eager") if M == 1 else ("graph",),
-                    backends=BACKENDS,
+                    backends=BACKENDS_OF_FEW_TOKENS + BACKENDS if M in REGIONS["decode"] else BACKENDS,
                     baselines=("vllm",),
                 )
                 for M in coarse_to_fine(TOKENS)

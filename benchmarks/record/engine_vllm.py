@@ -97,11 +97,7 @@ class Engine:
 
 
 class Report:
-    """Rows, printed and written as they come.
-
-    Args:
-        path: The file of JSON lines.
-    """
+    """Rows, printed and written as they come."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -177,7 +173,13 @@ def main() -> None:
         report.add({"origin": started[0]["origin"], "dtype": arguments.dtype, "layers": arguments.layers})
         seconds = {str(engine.plugin): start["started_s"] for engine, start in zip(engines, started, strict=True)}
         report.add({"start_s": seconds})
-        report.add(engines[1].ask("plans"))
+        plans = engines[1].ask("plans")
+        report.add(plans)
+        if not plans["plans"]:
+            raise EngineEndedError(
+                "the engine with the plugin runs no layer through moe_forward: vLLM finds the plugin by the entry "
+                "points of an installed moe_dispatch"
+            )
         compare(engines, report, arguments.rounds, deadline)
     except EngineEndedError as error:
         report.add({"ended": str(error)})

@@ -31,7 +31,6 @@ from moe_dispatch.workloads import ROUTINGS, make_experts, workload
 
 # Sizes that fill no tile.
 LAYER = "8,2,512,384"
-TOKENS = (1, 5, 130)
 PROGRAMS = 4
 # Dtypes of the weights, and whether they are stored by columns.
 WEIGHTS: tuple[tuple[DType, bool], ...] = (
@@ -46,6 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--dtype", action="append", help="a dtype of weights to run; all of them by default")
     parser.add_argument("--configs", type=int, default=3, help="configurations of each backend at each point")
     parser.add_argument("--layer", default=LAYER, help="E,topk,K,N")
+    parser.add_argument("--tokens", default="1,5,130", help="token counts M")
     parser.add_argument("--gpt-oss", action="store_true", help="with gpt-oss's biases, row order and activation")
     options = parser.parse_args(arguments)
     dispatcher = Dispatcher(current_machine(default_device()).model_copy(update={"sms": PROGRAMS}))
@@ -60,7 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             continue
         generator = torch.Generator(device).manual_seed(0)
         experts = make_experts(layer, dtype, device, generator, transposed=transposed)
-        for M in TOKENS:
+        for M in map(int, options.tokens.split(",")):
             problem = dataclasses.replace(layer.problem(M, dtype, dispatcher.machine), transposed=transposed)
             inputs = make_inputs(problem, ROUTINGS["uniform"], device, count=1)
             truths = {kind: reference_outputs(experts, inputs, quantize_activations=kind)[0] for kind in (True, False)}
