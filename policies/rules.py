@@ -24,7 +24,7 @@ EVEN_DECODE_TOKENS: Final = 40
 EVEN_DECODE_ROWS: Final = 4
 # Where gate and up rows alternate, a tile of triton_persistent in FP8 has a multiplier for each row instead of one for
 # all, and split-K is ahead up to this many rows: gpt-oss-120b with 4, 8 and 16 rows 786, 872 and 1067 µs, by
-# triton_persistent 841, 882 and 895.
+# triton_persistent 841, 882 and 895; gpt-oss-20b with 4 and 8 rows 211 and 229, 234 and 237.
 ALTERNATING_DECODE_ROWS: Final = 8
 # From this many rows per hit expert on, gluon_hopper's tiles of 128 rows are ahead of triton_persistent's of 64, two
 # programs of which share a multiprocessor. In BF16 it is ahead by 1 to 4 % at 4 to 16 rows of deepseek-v3,
@@ -37,6 +37,13 @@ GLUON_ROWS: Final = 4
 # rows on only: half of qwen3-30b-a3b's experts (604 MB) at 32 rows 170 µs, triton_persistent 166.
 GLUON_BYTES: Final = 1 << 30
 GLUON_ROWS_OF_FEW_BYTES: Final = 48
+# A tile of its second product has GLUON_COLUMNS columns. Where one block of rows of each expert makes fewer tiles than
+# there are multiprocessors, many are idle when skewed routing hits few experts: mixtral-8x7b at 64 tokens takes 678 µs
+# under uniform routing and 440 under three draws of Dirichlet-4, like triton_persistent, but 369 under a fourth, where
+# triton_persistent takes 320. At 128 tokens the second draw takes 613 and 634.
+H200_MULTIPROCESSORS: Final = 132
+GLUON_COLUMNS: Final = 256
+GLUON_ROWS_OF_FEW_TILES: Final = 24
 GLUON_FP8_ROWS: Final = 56
 GLUON_FP8_ROWS_FROM_LONG_N: Final = 2
 GLUON_LONG_N: Final = 2048
@@ -63,15 +70,15 @@ VECTOR_FP8_BYTES: Final = 320 << 20
 VECTOR_FP8_LONG_N_BYTES: Final = 64 << 20
 VECTOR_LONG_N: Final = 1024
 # Where their second product does not read all of a token's experts at once, one token still gains 1 to 5 % in BF16 with
-# so many bytes to read, or where both products read whole rows (deepseek-v2-lite, 99 MiB: 29.8 µs, 31.4 with tensor
-# cores; gpt-oss-120b, 190 MiB by parts of rows: 57.2, 55.2). More tokens lose 1 to 8 %.
+# so many bytes to read, or where it reads whole rows of several experts at once (deepseek-v2-lite, 99 MiB: 29.2 µs, and
+# 30.6 with tensor cores; ernie-4.5-21b, 135 MiB: 41.9, 43.4; dots.llm1, 198 MiB: 56.4, 56.1; gpt-oss-120b, 190 MiB by
+# parts of rows: 57.2, 55.2). More tokens lose 1 to 8 %.
 VECTOR_APART_BYTES: Final = 256 << 20
-# The first product reads whole rows up to VECTOR_K columns. The second reads all experts at once where a token has so
-# few, with rows of N (rounded up to a power of two) so short, and both together so few; otherwise as many as the
-# greatest power of two that divides topk: `TritonVectorConfig.columns` and `down_experts` of the default configuration.
+# The second product reads all experts at once where a token has so few, with rows of N (rounded up to a power of two)
+# so short, and both together so few; otherwise as many as the greatest power of two that divides topk:
+# `TritonVectorConfig.down_experts` of the default configuration.
 VECTOR_EXPERTS: Final = 16
 VECTOR_N: Final = 2048
-VECTOR_K: Final = 2048
 VECTOR_COLUMNS: Final = 8192
 
 # Backends that are methods of one family, by the backend that names the family. These rules choose within a family, and
@@ -165,8 +172,8 @@ def vector_suits(problem: MoEProblem) -> bool:
     at_once = problem.topk == 1 or fits
     if problem.fp8:
         return at_once and read <= (VECTOR_FP8_BYTES if problem.N <= VECTOR_LONG_N else VECTOR_FP8_LONG_N_BYTES)
-    together = problem.topk & -problem.topk
-    whole = problem.K <= VECTOR_K and columns <= VECTOR_N and together * columns <= VECTOR_COLUMNS
+    several = problem.topk & -problem.topk
+    whole = several > 1 and columns <= VECTOR_N and several * columns <= VECTOR_COLUMNS
     apart = problem.M == 1 and (whole or read >= VECTOR_APART_BYTES)
     return (at_once or apart) and read <= VECTOR_BYTES
 
@@ -178,6 +185,8 @@ def _many_rows(problem: MoEProblem) -> bool:
         least = GLUON_FP8_ROWS_FROM_LONG_N if problem.N >= GLUON_LONG_N else GLUON_FP8_ROWS
     elif problem.dtype != "mxfp4" and problem.expected_experts * problem.expert_bytes < GLUON_BYTES:
         least = GLUON_ROWS_OF_FEW_BYTES
+    elif problem.dtype != "mxfp4" and problem.E * problem.K < H200_MULTIPROCESSORS * GLUON_COLUMNS:
+        least = GLUON_ROWS_OF_FEW_TILES
     return problem.expected_slots >= least * problem.expected_experts
 
 

@@ -365,7 +365,7 @@ def test_a_cost_model_is_not_used_far_beyond_what_was_measured() -> None:
 
 @pytest.mark.parametrize(("M", "first", "second"), [
     (1, "triton_vector", "triton_persistent"), (8, "triton_splitk", "triton_persistent"),
-    (64, "triton_splitk", "gluon_hopper"),
+    (128, "triton_splitk", "gluon_hopper"),
 ])  # fmt: skip
 def test_one_cost_model_serves_a_family_by_the_member_that_the_rules_choose(M: int, first: str, second: str) -> None:
     policy = learned(cost_model("triton_splitk", 90.0), cost_model("triton_persistent", 100.0))
