@@ -61,12 +61,12 @@ FP8_WORK_PER_VALUE: Final = 1000
 # The vector kernels read an expert's weights once for each of its slots, so that nearly every slot must have an expert
 # to itself, and they start sooner than tensor cores, which is felt only where reading takes little longer. In FP8
 # converting the codes without tensor cores takes longer than reading them, unless N is too short for tensor cores, too
-# (qwen3-30b-a3b, 131 MiB at M=4: 38.3 µs, 43.9 with tensor cores; kimi-k2-tp8, 312 MiB at M=8: 102, 111; deepseek-v3,
-# 336 MiB at M=1: 126, 95). Limits are slots per hit expert, and bytes of the hit experts' weights, in FP8 fewer where N
-# is above VECTOR_LONG_N.
+# (qwen3-30b-a3b, 131 MiB at M=4: 38.3 µs, 43.9 with tensor cores; kimi-k2-tp8, 163 MiB at M=4: 57, 59, 312 MiB at M=8:
+# 102, 91; deepseek-v3, 336 MiB at M=1: 126, 95). Limits are slots per hit expert, and bytes of the hit experts'
+# weights, in FP8 fewer where N is above VECTOR_LONG_N.
 VECTOR_SHARING: Final = 1.22
 VECTOR_BYTES: Final = 1 << 30
-VECTOR_FP8_BYTES: Final = 320 << 20
+VECTOR_FP8_BYTES: Final = 200 << 20
 VECTOR_FP8_LONG_N_BYTES: Final = 64 << 20
 VECTOR_LONG_N: Final = 1024
 # Where their second product does not read all of a token's experts at once, one token still gains 1 to 5 % in BF16 with

@@ -1,7 +1,6 @@
 """Ranks backends for shapes that were not measured, by a cost model of each backend (see `cost_model`)."""
 
 import hashlib
-import math
 import operator
 from collections.abc import Iterator, Mapping
 from functools import cached_property
@@ -185,8 +184,8 @@ class LearnedPolicy(Policy):
         by_time = sorted(predicted, key=predicted.__getitem__)
         # A backend whose library is missing is ranked for `explain`, and the lead of the others does not depend on it.
         fastest = next(name for name in by_time if members.get(name))
-        # A lead within the error of the ratio of both does not count.
-        within = math.hypot(applicable[first].error, applicable[fastest].error)
+        # A lead within the errors of both cost models does not count.
+        within = applicable[first].error + applicable[fastest].error
         leading = first if predicted[first] <= predicted[fastest] * (1 + within) else fastest
         place = by_time.index(fastest)
         by_time.remove(leading)

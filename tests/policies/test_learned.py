@@ -351,7 +351,7 @@ def test_the_family_of_a_backend_that_killed_a_process_goes_on_without_it() -> N
 
 def test_the_rules_stand_against_the_fastest_that_is_here() -> None:
     bare = H200.model_copy(update={"libraries": {}})
-    times = {"vllm_fused_moe": 90.0, "triton_splitk": 100.0, "triton_persistent": 102.0}
+    times = {"vllm_fused_moe": 90.0, "triton_splitk": 100.0, "triton_persistent": 103.0}
     ranked = learned(*(cost_model(*each) for each in times.items()), machine=bare).rank(on_h200(256, "bf16"))
     assert [choice.backend for choice in ranked] == ["vllm_fused_moe", "gluon_hopper", "triton_splitk"]
 
@@ -498,8 +498,7 @@ def test_choices_on_the_recorded_sweep_meet_the_targets() -> None:
     assert result.exit_code == 0, result.output
     found = json.loads(result.stdout)
     learned = found["learned"]
-    assert learned["mean"] <= 0.02
-    assert learned["p95"] <= 0.08
-    assert learned["worst"] <= 0.20
+    assert learned["mean"] <= 0.004
+    assert learned["worst"] <= 0.05
     for name in ("always_vllm", "always_deep_gemm", "vllm_rule", "vllm_deep_gemm_rule"):
         assert learned["mean"] < found[name]["mean"]
