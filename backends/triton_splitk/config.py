@@ -71,16 +71,14 @@ _NARROWEST: Final = 32  #                weight rows  tiles for devices whose sh
 #                                                     not measured, for none of the devices known today is one
 _SHORT_LOOP: Final = 16  #               blocks of K  a pipeline hardly gets going; several CTAs take turns instead
 _SHORT_LOOP_STAGES: Final = 3
-_SHORT_DOWN_LOOP: Final = 4  #           blocks of N  in FP8 likewise: kimi-k2-tp8 (2 blocks) at M=8, 16 and 32 with 3
-#                                                     stages 101, 166, 268 µs, with 4 107, 190, 285, with 6 127, 203,
-#                                                     325; CTAs per slot with 4 stages 93, 178, 280. At 11 blocks and
-#                                                     more three CTAs lose up to 3 %. In BF16 narrow tiles have
-#                                                     too little to do there: at M=16 to 64 they take 10 to 20 % longer
+_SHORT_DOWN_LOOP: Final = 4  #           blocks of N  in FP8 likewise, with CTAs per slot: kimi-k2-tp8 (2 blocks) at M=8
+#                                                     and 16 with 3 stages 101, 166 µs, per slot 91, 157, with 4 stages
+#                                                     107, 190, with 6 127, 203. At 11 blocks and more three CTAs lose
+#                                                     up to 3 %. In BF16 at M=16 to 64 narrow tiles take 10 to 20 %
+#                                                     longer
 _SHARING: Final = 3  #                   CTAs         of 128 rows with 3 or 4 stages on a multiprocessor. Where few are
-#                                                     left for another turn, 64 rows: olmoe at M=4 (418 CTAs, 396 at
-#                                                     once) 53.9 and 50.9 µs, and 50.5 with four by fewer registers,
-#                                                     which lose 3 to 6 % where both need two turns. Where all take one
-#                                                     turn, 4 stages for 6: glm-4.5 at M=1 56.6 and 55.6
+#                                                     left for another turn, 64 rows: olmoe at M=4 53.9 and 51.2 µs.
+#                                                     Where all take one turn, 4 stages: glm-4.5 at M=1 56.6 and 55.6
 _LONG_LOOP: Final = 16  #                blocks       of K and of N: with asynchronous copies mixtral-8x7b takes .4 to
 #                                                     1.8, ling-1t .8 to 1.1, deepseek-v3 up to .8 % less than with TMA
 _LEAST_CTAS_PER_SM: Final = 1.25  #      CTAs         one CTA of a multiprocessor cannot hide its waits
@@ -89,8 +87,8 @@ _MOST_SPLITS: Final = 8
 _WIDE: Final = 128  #                    weight rows  in FP8 where K has whole tiles (gpt-oss-120b at M=8: 178 µs, 176
 #                                                     with 64) and both grids fill the device (minimax-m2 at M=1: 37.2,
 #                                                     38.8; qwen3-30b-a3b: 19.1, 18.7)
-_FEW_TOKENS: Final = 16  #               tokens       up to so many in a tile that hardly counts in BF16, and 128 rows
-#                                                     take up to 3 % longer: deepseek-v2-lite at M=32 204 µs and 198
+_FEW_TOKENS: Final = 16  #               tokens       of a tile in BF16, with which 64 rows take up to 3 % less time than
+#                                                     128: deepseek-v2-lite at M=32 198 µs and 204
 # Where weights are dequantised, instructions and not memory are the limit, and more CTAs per multiprocessor fill the
 # waits between them. The H200 described as an A100, qwen3-30b-a3b in FP8 at M=8, block_m/stages/registers: 16/6/242
 # 99 µs, 16/6/168 85, 8/6/168 77, 8/4/128 72 (BF16 107); at M=64, block_m/block_n/registers: 16/128/none 213, 16/64/168
