@@ -87,8 +87,8 @@ _MOST_SPLITS: Final = 8
 _WIDE: Final = 128  #                    weight rows  in FP8 where K has whole tiles (gpt-oss-120b at M=8: 178 µs, 176
 #                                                     with 64) and both grids fill the device (minimax-m2 at M=1: 37.2,
 #                                                     38.8; qwen3-30b-a3b: 19.1, 18.7)
-_FEW_TOKENS: Final = 16  #               tokens       of a tile in BF16, with which 64 rows take up to 3 % less time than
-#                                                     128: deepseek-v2-lite at M=32 198 µs and 204
+_FEW_TOKENS: Final = 16  #               tokens       of a tile in BF16, with which 64 rows take up to 3 % less time
+#                                                     than 128: deepseek-v2-lite at M=32 198 µs and 204
 # Where weights are dequantised, instructions and not memory are the limit, and more CTAs per multiprocessor fill the
 # waits between them. The H200 described as an A100, qwen3-30b-a3b in FP8 at M=8, block_m/stages/registers: 16/6/242
 # 99 µs, 16/6/168 85, 8/6/168 77, 8/4/128 72 (BF16 107); at M=64, block_m/block_n/registers: 16/128/none 213, 16/64/168
