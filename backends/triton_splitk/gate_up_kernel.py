@@ -9,6 +9,7 @@ from moe_dispatch.backends.triton_common.fast_launch import fast_launch
 from moe_dispatch.backends.triton_common.pdl import moe_pdl_release, moe_pdl_wait
 from moe_dispatch.backends.triton_splitk.stream import (
     moe_line_rows,
+    moe_list,
     moe_prefetch,
     moe_slots_to_serve,
     moe_stream,
@@ -119,8 +120,7 @@ def _moe_splitk_gate_up_kernel(
     if IDS_READY:
         moe_pdl_wait(PDL)
     listing = (tile == 0) & (split == 0)
-    if served_ptr is not None:
-        tl.store(served_ptr + e * (S + 1), count, mask=listing)
+    moe_list(served_ptr, e * (S + 1), count, listing)
     if count == 0:
         return
     offs_n = tile * columns + tl.arange(0, columns)
@@ -129,8 +129,7 @@ def _moe_splitk_gate_up_kernel(
 
     for skip in range(0, count, BLOCK_M):
         slots, mask_m = moe_take_slots(ids_ptr, owner if BY_SLOT else 0, S, e, skip, BLOCK_M, SCAN)
-        if served_ptr is not None:
-            tl.store(served_ptr + e * (S + 1) + 1 + skip + tl.arange(0, BLOCK_M), slots, mask=mask_m & listing)
+        moe_list(served_ptr, e * (S + 1) + 1 + skip + tl.arange(0, BLOCK_M), slots, mask_m & listing)
         tokens = (slots // TOPK).to(tl.int64)
         x_scales = x_scale_ptr
         if QUANTIZED:

@@ -65,6 +65,13 @@ def moe_take_slots(ids_ptr, start, S, e, skip, BLOCK_M: tl.constexpr, SCAN: tl.c
 
 
 @triton.jit
+def moe_list(served_ptr, first, values, mask):
+    """Write a count, or slots, into the list of an expert's slots, where there is one."""
+    if served_ptr is not None:
+        tl.store(served_ptr + first, values, mask=mask)
+
+
+@triton.jit
 def moe_prefetch(w_rows, w_step, first_block, blocks, K, BLOCK_K: tl.constexpr, TRANSPOSED: tl.constexpr):
     """Bring the first two blocks of each weight row to the L2 without waiting for them, if there are any.
 
@@ -130,8 +137,8 @@ def _moe_stream(
     multiplications instead of ROWS·BLOCK_K. Those with a scale per row, whose token operand has one per token, need
     scales at the end alone.
 
-    Dequantised weights are multiplied as they come from `moe_fp8_parts`. Their marks of NaN are multiplied by ones: a row
-    with one of them is NaN for all tokens, as it is if NaN itself is multiplied.
+    Dequantised weights are multiplied as they come from `moe_fp8_parts`, and their marks of NaN by ones: a row with NaN
+    is NaN for all tokens, as it is if NaN itself is multiplied.
 
     Where TWO_SCALES, rows share the scales at `w_scales`, or at `up_scales` if `is_up`; else each has its own.
     """
