@@ -66,7 +66,8 @@ def regret(
     subject = "routing" if routing else "policy"
     typer.echo(f"{subject:20}{'mean':>9}{'p95':>9}{'worst':>9}{'points':>8}{'unmeasured':>12}")
     for policy, figures in summaries.items():
-        regrets = "".join(f"{figures[key]:>9.2%}" for key in ("mean", "p95", "worst"))
+        fractions = (figures[key] for key in ("mean", "p95", "worst"))
+        regrets = "".join(f"{'–':>9}" if each is None else f"{each:>9.2%}" for each in fractions)
         typer.echo(f"{policy:20}{regrets}{figures['points']:>8}{figures['unmeasured']:>12}")
 
 

@@ -9,7 +9,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any, ClassVar, Final
 
-import torch
 from torch import Tensor
 
 from moe_dispatch.backend import Requirements
@@ -26,13 +25,8 @@ class Baseline(ABC):
     """The MoE layer of another library.
 
     Attributes:
-        name: Name in rows and on the command line.
-        requirements: Problems that it supports.
         libraries: Packages that it needs and that `Machine.libraries` does not list.
         tolerance: Greatest relative error that is accepted, by weight dtype.
-
-    Args:
-        machine: Machine that it runs on.
     """
 
     name: ClassVar[str]
@@ -62,15 +56,7 @@ class Baseline(ABC):
 
     @abstractmethod
     def prepare(self, experts: ExpertWeights, problem: MoEProblem) -> Call:
-        """Do what its users do once when a model is loaded.
-
-        Args:
-            experts: The weights.
-            problem: A problem of the layer; the call may be used at any token count.
-
-        Returns:
-            The call that runs the layer.
-        """
+        """Do what its users do once when a model is loaded, for the call that runs the layer at any token count."""
 
 
 class NaiveLoop(Baseline):
@@ -142,7 +128,7 @@ class VllmDeepGemm(Baseline):
         vllm.require_fp32_scales()
         deep_gemm_moe = importlib.import_module(f"{vllm.PACKAGE}.experts.deep_gemm_moe")
         layer = deep_gemm_moe.DeepGemmExperts(_moe_config(experts, problem), vllm.fp8_config(vllm.load(), experts))
-        return _modular_call(layer, experts.gate_up, experts.down, experts.E, experts.device, "silu")
+        return _modular_call(layer, experts, experts.gate_up, experts.down)
 
 
 class VllmTritonKernels(Baseline):
@@ -166,8 +152,7 @@ class VllmTritonKernels(Baseline):
         config = importlib.import_module(f"{vllm.PACKAGE}.config")
         kernels = importlib.import_module(f"{vllm.PACKAGE}.experts.gpt_oss_triton_kernels_moe")
         layer = kernels.UnfusedOAITritonExperts(_moe_config(experts, problem), config.FUSED_MOE_UNQUANTIZED_CONFIG)
-        gate_up, down = experts.gate_up.transpose(1, 2), experts.down.transpose(1, 2)
-        return _modular_call(layer, gate_up, down, experts.E, experts.device, "silu")
+        return _modular_call(layer, experts, experts.gate_up.transpose(1, 2), experts.down.transpose(1, 2))
 
 
 class VllmMxfp4(Baseline):
@@ -206,9 +191,8 @@ class VllmMxfp4(Baseline):
         quant_config = config.mxfp4_w4a16_moe_quant_config(
             *precision, w1_bias=experts.gate_up_bias.float(), w2_bias=experts.down_bias.float()
         )
-        moe_config = vllm.moe_config(experts, problem.topk, vllm.load().activation("swigluoai"))
-        layer = kernels.OAITritonExperts(moe_config, quant_config)
-        return _modular_call(layer, gate_up, down, experts.E, experts.device, "swigluoai")
+        layer = kernels.OAITritonExperts(_moe_config(experts, problem, "swigluoai"), quant_config)
+        return _modular_call(layer, experts, gate_up, down, "swigluoai")
 
 
 BASELINES: Final[dict[str, type[Baseline]]] = {
@@ -216,14 +200,14 @@ BASELINES: Final[dict[str, type[Baseline]]] = {
 }
 
 
-def _moe_config(experts: ExpertWeights, problem: MoEProblem) -> Any:
-    return vllm.moe_config(experts, problem.topk, vllm.load().activation("silu"))
+def _moe_config(experts: ExpertWeights, problem: MoEProblem, activation: str = "silu") -> Any:
+    return vllm.moe_config(experts, problem.topk, vllm.load().activation(activation))
 
 
-def _modular_call(layer: Any, gate_up: Any, down: Any, E: int, device: torch.device, activation: str) -> Call:
+def _modular_call(layer: Any, experts: ExpertWeights, gate_up: Any, down: Any, activation: str = "silu") -> Call:
     workspace = importlib.import_module("vllm.v1.worker.workspace")
     if not workspace.is_workspace_manager_initialized():
-        workspace.init_workspace_manager(device)
+        workspace.init_workspace_manager(experts.device)
     local = importlib.import_module(f"{vllm.PACKAGE}.prepare_finalize.no_dp_ep")
     modular = importlib.import_module(f"{vllm.PACKAGE}.modular_kernel")
     member = vllm.load().activation(activation)
@@ -237,7 +221,7 @@ def _modular_call(layer: Any, gate_up: Any, down: Any, E: int, device: torch.dev
             topk_weights=inputs.topk_weights,
             topk_ids=inputs.topk_ids,
             activation=member,
-            global_num_experts=E,
+            global_num_experts=experts.E,
             expert_map=None,
             apply_router_weight_on_input=False,
         )

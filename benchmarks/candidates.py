@@ -27,8 +27,6 @@ class LoadedLayer:
     """A layer in memory.
 
     Attributes:
-        workload: Its shape.
-        experts: Its weights.
         prepared: What each baseline made of the weights, by the baseline's name.
     """
 
@@ -42,15 +40,10 @@ class BenchCandidate:
     """A backend in one configuration, or a baseline, on one routing distribution.
 
     Attributes:
-        routing: Distribution of its inputs.
-        backend: Name of the backend or baseline.
-        config: The backend's configuration as JSON data.
         call: Runs the layer; checked, and captured for graph timings.
         eager_call: Given inputs that `call` has run on, the call that is timed eagerly: what `moe_forward` makes of a
             backend once a kind of call has come back a few times.
-        tolerance: Greatest relative error that is accepted.
         deterministic: Whether it promises the same bits for the same inputs.
-        quantizes_activations: See `Backend.quantizes_activations`.
     """
 
     routing: RoutingDistribution
@@ -72,10 +65,8 @@ class BenchCandidate:
 class CandidateFactory:
     """Makes the candidates of points.
 
-    Args:
-        machine: The machine that measures; the policies of ``configs="chosen"`` rank for it.
-        note: Takes the reason of each backend or baseline that is left out.
-        stopwatch: Counts the time that baselines take to prepare their weights.
+    The policies of ``configs="chosen"`` rank for the machine, which measures. `note` takes the reason of each backend
+    or baseline that is left out, and the stopwatch counts the time that baselines take to prepare their weights.
     """
 
     def __init__(self, machine: Machine, note: Note, stopwatch: Stopwatch) -> None:
@@ -124,12 +115,7 @@ class CandidateFactory:
 
 
 def available_backends(names: Sequence[str], machine: Machine, note: Note) -> tuple[Backend, ...]:
-    """The backends that a machine has.
-
-    Args:
-        names: Registered names.
-        machine: The machine.
-        note: Takes the reason of each backend that is not available.
+    """The backends that a machine has; `note` takes the reason of each one that is not available.
 
     Raises:
         UnknownNameError: A name is not registered.

@@ -3,8 +3,8 @@
 A packed file is one JSON object. `runs` (machine, versions, commit, ceilings) and `configs` (a backend and its
 configuration) hold what many rows share. `points` has one list per field of a point, beside the number of its run and
 the number of its rows; `rows` has one list per field of a row, beside the number of its configuration. Numbers keep
-`SIGNIFICANT_DIGITS`, errors `ERROR_DIGITS`. Quartiles are stored as their distances ``below`` and ``above`` the median
-``us`` in units of its last digit: small whole numbers. `row_files.load` reads packed files like any others.
+`SIGNIFICANT_DIGITS`, errors `ERROR_DIGITS`. A time ``us`` is a whole number of units of 1e-``decimals`` µs; quartiles
+are its distances ``below`` and ``above`` in these units, small numbers. `row_files.load` reads packed files as others.
 """
 
 import json
@@ -15,20 +15,21 @@ from typing import Any, Final
 
 from moe_dispatch.benchmarks.rows import BenchRow
 
-FORMAT: Final = 3
+FORMAT: Final = 4
 RUN: Final = ("machine", "fingerprint", "versions", "commit", "ceilings", "roofline_from")
 POINT: Final = (
     "workload", "E", "topk", "K", "N", "dtype", "M", "mode", "routing", "inputs", "hit_experts", "roofline_us",
 )  # fmt: skip
 CONFIG: Final = ("backend", "config")
-ROW: Final = ("us", "below", "above", "samples", "error", "deterministic", "reason", "joules_per_token")
+_TIMES: Final = ("us", "decimals", "below", "above")
+ROW: Final = (*_TIMES, "samples", "error", "deterministic", "reason", "joules_per_token")
 SIGNIFICANT_DIGITS: Final = 5
 ERROR_DIGITS: Final = 2
 
 
-def is_packed(lines: Sequence[str]) -> bool:
+def is_packed(lines: Sequence[bytes]) -> bool:
     """Whether these are the lines of a packed file."""
-    return bool(lines) and lines[0].startswith('{"packed"')
+    return bool(lines) and lines[0].startswith(b'{"packed"')
 
 
 def latest(files: Iterable[Iterable[BenchRow]]) -> list[BenchRow]:
@@ -87,7 +88,7 @@ def unpack(text: str) -> Iterator[BenchRow]:
         shared = content["runs"][point.pop("run")] | point
         for row in islice(remaining, shared.pop("rows")):
             config = content["configs"][row.pop("config")]
-            unpacked = BenchRow.model_validate(shared | config | _with_quartiles(row))
+            unpacked = BenchRow.model_validate(shared | config | _with_times(row))
             fraction = unpacked.roofline_us / unpacked.us if unpacked.roofline_us and unpacked.us else None
             yield unpacked.model_copy(update={"fraction": fraction})
 
@@ -103,20 +104,22 @@ def _fields(row: BenchRow) -> dict[str, Any]:
     fields = {name: _rounded(value) for name, value in row.model_dump(mode="json").items()}
     if row.error is not None:
         fields["error"] = float(f"{row.error:.{ERROR_DIGITS}g}")
-    us = fields["us"]
-    if not us or row.us_q1 is None or row.us_q3 is None:
-        return fields | {"below": None, "above": None}
-    unit = 10.0 ** _decimals(us)  # of the rounded median, which is what the reader has
-    return fields | {"below": round((us - row.us_q1) * unit), "above": round((row.us_q3 - us) * unit)}
+    if not row.us:
+        return fields | dict.fromkeys(_TIMES)
+    unit = 10.0 ** (decimals := _decimals(row.us))
+    us = round(row.us * unit)
+    spread: tuple[int, int] | tuple[None, None] = None, None
+    if row.us_q1 is not None and row.us_q3 is not None:
+        spread = round(us - row.us_q1 * unit), round(row.us_q3 * unit - us)
+    return fields | dict(zip(_TIMES, (us, decimals, *spread), strict=True))
 
 
-def _with_quartiles(fields: dict[str, Any]) -> dict[str, Any]:
-    below, above = fields.pop("below"), fields.pop("above")
-    if below is None:
+def _with_times(fields: dict[str, Any]) -> dict[str, Any]:
+    us, decimals, below, above = map(fields.pop, _TIMES)
+    if us is None:
         return fields
-    decimals = _decimals(us := fields["us"])
-    quartiles = us - below / 10.0**decimals, us + above / 10.0**decimals
-    return fields | dict(zip(("us_q1", "us_q3"), (round(us, decimals) for us in quartiles), strict=True))
+    times = {"us": us} | ({} if below is None else {"us_q1": us - below, "us_q3": us + above})
+    return fields | {name: round(count / 10.0**decimals, decimals) for name, count in times.items()}
 
 
 def _values(fields: Mapping[str, Any], names: Sequence[str]) -> list[Any]:

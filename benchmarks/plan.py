@@ -18,13 +18,6 @@ class BenchPlan:
     """Every combination of these is measured.
 
     Attributes:
-        workloads: Layers.
-        dtypes: Dtypes of their weights.
-        tokens: Token counts M, ascending.
-        routings: Routing distributions.
-        modes: ``"graph"`` and ``"eager"``.
-        backends: Backends, as the instances that run.
-        baselines: Baselines, as the instances that run.
         configs: Which configurations of a backend: its default, all, or the chosen one, which is what `moe_forward`
             runs by this machine's calibration, else by the shipped table.
         inputs: Distinct inputs and routings per point.

@@ -51,12 +51,7 @@ class PointInputs:
     ) -> "PointInputs":
         """Draw `count` inputs, the same ones in every run, and compute the references.
 
-        Args:
-            problem: The layer and its token count.
-            routing: Distribution of tokens over experts.
-            experts: Weights.
-            count: Number of inputs.
-            unquantized: Whether to compute the references without quantised activations too.
+        If `unquantized`, those without quantised activations too.
         """
         inputs = make_inputs(problem, routing, experts.device, count, SEED)
         checked = inputs[: max(1, min(len(inputs), CHECKED_TOKENS // problem.M))]

@@ -20,17 +20,27 @@ MAX_BYTES: Final = 128 << 20  # A sweep of seven models at fifteen token counts 
 
 
 def append(path: Path, row: BenchRow) -> None:
-    """Add a row in one write, so that an interrupted run leaves whole lines."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a+b") as file:
-        file.seek(0, 2)
-        if file.tell():
-            file.seek(-1, 2)
-            # A run killed inside a write leaves half a line: end it, so that it spoils no row but its own.
-            if file.read(1) != b"\n":
-                file.write(b"\n")
-        file.write(row.model_dump_json().encode() + b"\n")
-        file.flush()
+    """Add a row in one write, so that an interrupted run leaves whole lines.
+
+    Raises:
+        InvalidInputError: The file cannot be written, or the disk is full; the rows before are kept.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a+b") as file:
+            file.seek(0, 2)
+            if file.tell():
+                file.seek(-1, 2)
+                # A run killed inside a write leaves half a line: end it, so that it spoils no row but its own.
+                if file.read(1) != b"\n":
+                    file.write(b"\n")
+            file.write(row.model_dump_json().encode() + b"\n")
+            file.flush()
+    except OSError as error:
+        raise InvalidInputError(
+            f"a row cannot be written to {path} ({error.strerror or error}); what was written before is kept, and "
+            "--resume goes on with it where there is room"
+        ) from error
 
 
 def load(paths: Iterable[Path]) -> list[BenchRow]:
@@ -68,29 +78,30 @@ def timed_keys(path: Path) -> set[RowKey]:
     return {row.key for row in load([path]) if row.us is not None} if os.path.lexists(path) else set()
 
 
-def _lines(path: Path) -> list[str]:
+def _lines(path: Path) -> list[bytes]:
+    """The lines of a file, as bytes: one that was cut off may end inside of a letter."""
     try:
-        return read_bytes(path, limit=MAX_BYTES).decode().splitlines()
+        return read_bytes(path, limit=MAX_BYTES).splitlines()
     except (OSError, ValueError) as error:
         raise InvalidInputError(
             f"{path} cannot be read ({error}); give .jsonl files of `moe-dispatch bench`"
         ) from error
 
 
-def _is_other_record(lines: list[str]) -> bool:
+def _is_other_record(lines: list[bytes]) -> bool:
     """Whether lines begin with a JSON object that is neither a row nor the head of a packed file."""
     try:
         first = json.loads(lines[0]) if lines else None
-    except ValueError:
+    except (ValueError, RecursionError):
         return False
     return isinstance(first, dict) and not {"workload", "packed"} & set(first)
 
 
-def _parse(path: Path, lines: list[str]) -> Iterator[BenchRow]:
+def _parse(path: Path, lines: list[bytes]) -> Iterator[BenchRow]:
     if is_packed(lines):
         try:
-            yield from unpack("\n".join(lines))
-        except (ValueError, TypeError, ArithmeticError, LookupError, AttributeError) as error:
+            yield from unpack(b"\n".join(lines).decode())
+        except (ValueError, TypeError, ArithmeticError, LookupError, AttributeError, RecursionError) as error:
             raise InvalidInputError(f"{path} cannot be read: {error}") from error
         return
     for number, line in enumerate(lines, start=1):

@@ -17,16 +17,8 @@ class BenchRow(pydantic.BaseModel):
 
     Attributes:
         workload: Name of the model, or ``E,topk,K,N``.
-        E: Experts.
-        topk: Experts per token.
-        K: Hidden size.
-        N: Intermediate size.
-        dtype: Dtype of the weights.
-        M: Tokens.
         backend: Name of the backend or baseline.
         config: The backend's configuration as JSON data; empty for a baseline.
-        mode: ``"graph"`` or ``"eager"``.
-        routing: Name of the routing distribution.
         us: Median time of one layer call in µs; None if it was not timed.
         us_q1: Lower quartile in µs.
         us_q3: Upper quartile in µs.
@@ -41,9 +33,6 @@ class BenchRow(pydantic.BaseModel):
         error: Greatest relative error against fp32; None if the call raised or the result was not finite.
         deterministic: Whether repeated runs gave the same bits; None if it was not timed.
         reason: Why there is no time; empty if there is one.
-        machine: Name of the device.
-        fingerprint: Fingerprint of the machine.
-        versions: Versions of the libraries that the time depends on.
         commit: Commit of the checkout, with ``-dirty`` if files were changed; empty outside a checkout.
         ceilings: Ceilings that were measured in the same run; None if none were.
     """
@@ -61,7 +50,7 @@ class BenchRow(pydantic.BaseModel):
     config: dict[str, int | str | bool]
     mode: Mode
     routing: str
-    us: float | None = pydantic.Field(default=None, gt=0)
+    us: float | None = pydantic.Field(default=None, gt=0, allow_inf_nan=False)
     us_q1: float | None = None
     us_q3: float | None = None
     samples: int = 0

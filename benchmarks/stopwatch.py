@@ -6,11 +6,7 @@ from contextlib import contextmanager
 
 
 class Stopwatch:
-    """Adds up seconds by kind of work.
-
-    Attributes:
-        seconds: Seconds spent so far, by kind of work.
-    """
+    """Adds up seconds by kind of work."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}

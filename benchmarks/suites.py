@@ -34,15 +34,7 @@ BACKENDS_OF_FEW_TOKENS: Final = ("triton_splitk", "triton_vector")
 
 @dataclass(frozen=True)
 class Step:
-    """Measurements that are made together: every combination of these, for all models and dtypes of the suite.
-
-    Attributes:
-        tokens: Token counts M.
-        routings: Names of routing distributions.
-        modes: ``"graph"`` and ``"eager"``.
-        backends: Names of backends.
-        baselines: Names of baselines.
-    """
+    """Measurements that are made together: every combination of these, for all models and dtypes of the suite."""
 
     tokens: tuple[int, ...]
     routings: tuple[str, ...] = (UNIFORM,)
@@ -56,9 +48,6 @@ class Suite:
     """Steps that are measured one after another.
 
     Attributes:
-        models: Names of workloads.
-        dtypes: Weight dtypes.
-        steps: What is measured, in this order.
         configs: Which configurations of the backends; see `BenchPlan`.
         point_s: Seconds of timing per candidate.
     """

@@ -23,6 +23,7 @@ from moe_dispatch.benchmarks.row_files import append
 from moe_dispatch.benchmarks.rows import BenchRow, RowKey
 from moe_dispatch.benchmarks.stopwatch import Stopwatch
 from moe_dispatch.measure.energy import EnergyOf
+from moe_dispatch.policies.calibration.memory import input_bytes, require, weight_bytes
 from moe_dispatch.policies.calibration.schedule import coarse_to_fine
 from moe_dispatch.problem import DType, MoEProblem
 from moe_dispatch.system.failures import out_of_memory, summary
@@ -39,15 +40,11 @@ class Sweep:
     """A run of plans that adds its rows to a file.
 
     Attributes:
-        path: File that rows are added to.
-        provenance: Facts that every row repeats.
         done: Keys of rows that need not be measured again.
         deadline: `time.perf_counter` value after which no further point is started.
         advance: Called with a description before each point, and with None after it.
         notes: Reasons why something has no row, each once.
-        written: Rows of this run.
         energy: Measures the energy of a call; None not to measure it.
-        stopwatch: Seconds by kind of work.
     """
 
     path: Path
@@ -117,6 +114,7 @@ class Sweep:
         self.advance(f"{workload.name} {dtype}: weights")
         generator = torch.Generator(self._device).manual_seed(SEED)
         try:
+            require(weight_bytes(workload.problem(1, dtype, self.provenance.machine)), "the weights", self._device)
             with self.stopwatch.spending("weights"):
                 experts = make_experts(workload, dtype, self._device, generator)
         except Exception as error:
@@ -163,6 +161,7 @@ class Sweep:
         unquantized = not all(backend.quantizes_activations(problem) for backend in plan.backends)
         for routing in dict.fromkeys(candidate.routing for candidate in candidates):
             if routing not in drawn:
+                require(input_bytes(problem, plan.inputs), "the inputs", self._device)
                 with self.stopwatch.spending("inputs and fp32 references"):
                     drawn[routing] = PointInputs.draw(
                         problem, routing, layer.experts, plan.inputs, unquantized=unquantized

@@ -38,8 +38,6 @@ class ScoreTarget(Target):
 
     Attributes:
         metric: How the quantity is computed; see `reports.scoreboard.METRICS`.
-        dtype: Weight dtype of its rows.
-        tokens: Token counts of its rows.
         ours: Backends whose fastest row counts at each point.
         theirs: Baselines that it is compared with, where it is a comparison.
     """
@@ -56,7 +54,6 @@ class TargetResult:
     """A target with what was reached.
 
     Attributes:
-        target: The target.
         value: What was reached; None without any evidence.
         where: The point that decides, or other particulars.
         missing: Number of points that the target needs and that have no time.

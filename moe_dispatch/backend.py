@@ -252,17 +252,8 @@ class Backend(ABC):
     ) -> Tensor:
         """Compute the layer into memory of the caller: here by a copy. See `WritingBackend`.
 
-        Args:
-            hidden_states: See `run`, as for all but the last.
-            experts: Checked weights.
-            topk_weights: fp32 ``[M, topk]``.
-            topk_ids: int32 or int64 ``[M, topk]``.
-            config: One of `configs`.
-            out: ``[M, K]`` in hidden_states' dtype and on its device, contiguous, uninitialised; shares no memory with
-                the inputs.
-
-        Returns:
-            `out`.
+        The arguments are those of `run`, and `out`, which is returned: ``[M, K]`` in hidden_states' dtype and on its
+        device, contiguous, uninitialised, sharing no memory with the inputs.
         """
         return out.copy_(self.run(hidden_states, experts, topk_weights, topk_ids, config))
 

@@ -19,7 +19,7 @@ from moe_dispatch.system.files import read_json
 
 INDEX: Final = "model.safetensors.index.json"
 # A layer's number, whatever lies between it and "experts.", and what precedes both.
-_EXPERTS: Final = re.compile(r"(?P<prefix>(?:.*\.)?(?:layers|blocks|h)\.(?P<layer>\d+)\.(?:.*\.)?experts\.)")
+_EXPERTS: Final = re.compile(r"(?P<prefix>(?:.*\.)?(?:layers|blocks|h)\.(?P<layer>\d{1,5})\.(?:.*\.)?experts\.)")
 
 
 class Checkpoint:
@@ -47,7 +47,7 @@ class Checkpoint:
         self._open = safetensors.safe_open
         self.origin = str(path)[:300]
         path = Path(path).expanduser()
-        self.folder = path if path.is_dir() else path.parent
+        self.folder = path if os.path.isdir(path) else path.parent
         self._files: dict[Path, Any] = {}
         self._file_of = self._index(path)
 
@@ -73,7 +73,13 @@ class Checkpoint:
 
     def _slice(self, name: str) -> Any:
         path = self._file_of[name]
-        return self._opened(path).get_slice(name)
+        file = self._opened(path)
+        try:
+            return file.get_slice(name)
+        except Exception as error:  # likewise
+            raise InvalidInputError(
+                f"{path} does not have {name}, which the index says it has ({error}); download both again"
+            ) from error
 
     def _opened(self, path: Path) -> Any:
         if path not in self._files:
@@ -86,14 +92,14 @@ class Checkpoint:
     def _index(self, path: Path) -> dict[str, Path]:
         if path.name.endswith(".index.json"):
             return self._from_index(path)
-        if path.is_file():
+        if os.path.isfile(path):
             return dict.fromkeys(self._opened(path).keys(), path)
-        if not path.is_dir():
+        if not os.path.isdir(path):
             raise InvalidInputError(
                 f"{self.origin} is neither a file nor a folder; a model of the hub must be downloaded first "
                 "(huggingface_hub.snapshot_download gives its folder)"
             )
-        if (path / INDEX).is_file():
+        if os.path.isfile(path / INDEX):
             return self._from_index(path / INDEX)
         try:
             names = sorted(os.listdir(path))
@@ -110,7 +116,7 @@ class Checkpoint:
             files = {str(name): self.folder / str(file) for name, file in weight_map.items()}
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise InvalidInputError(f"{path} is no index of safetensors files: {error!r}") from error
-        if missing := {file.name for file in set(files.values()) if not file.is_file()}:
+        if missing := {file.name for file in set(files.values()) if not os.path.isfile(file)}:
             raise InvalidInputError(f"{path} names files that are missing: {listed(missing)}; download them")
         return files
 
@@ -125,6 +131,9 @@ def read_experts(
     device: torch.device | str | None = None,
 ) -> dict[str, Any]:
     """The arguments of `ExpertWeights` for one layer of a checkpoint; see `ExpertWeights.from_safetensors`."""
+    if type(layer) is not int:
+        raise InvalidInputError(f"layer must be the layer's number, an integer, got {layer!r}")
+    part = Part.named(tp)
     checkpoint = Checkpoint(path)
     prefix = experts_prefix(checkpoint, layer)
     experts = expert_names(checkpoint.names, prefix, checkpoint.origin)
@@ -141,9 +150,9 @@ def read_experts(
         _check_quantization(config, str(checkpoint.folder / "config.json"))
     if interleaved is None:
         interleaved = -1 in experts and described is not None and described.interleaved
-    tensors = stack(checkpoint, experts, Part(*tp), interleaved=interleaved, device=device)
+    tensors = stack(checkpoint, experts, part, interleaved=interleaved, device=device)
     if described:
-        _check_agreement(tensors, described, Part(*tp), checkpoint.origin)
+        _check_agreement(tensors, described, part, checkpoint.origin)
         activation = activation or described.activation
     return {**tensors, "activation": activation, "interleaved": interleaved}
 
@@ -183,7 +192,7 @@ def _ranges(numbers: list[int]) -> str:
 
 def _config(checkpoint: Checkpoint) -> Mapping[str, Any] | None:
     path = checkpoint.folder / "config.json"
-    if not path.is_file():
+    if not os.path.isfile(path):
         return None
     try:
         config = read_json(path)

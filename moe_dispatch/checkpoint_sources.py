@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, Self
 
 from torch import Tensor
 
@@ -24,12 +24,7 @@ class TensorSource(Protocol):
 
 
 class LoadedTensors:
-    """Tensors in memory as a `TensorSource`.
-
-    Args:
-        tensors: The tensors by name.
-        origin: Where they are from, for messages.
-    """
+    """Tensors in memory as a `TensorSource`."""
 
     def __init__(self, tensors: Mapping[str, Tensor], origin: str) -> None:
         self._tensors, self.origin = tensors, origin
@@ -49,10 +44,6 @@ class Part:
 
     The outputs of all processes add up to the layer's, so the down projection's bias belongs to the first alone.
 
-    Attributes:
-        rank: Number of the process.
-        size: Number of processes.
-
     Raises:
         InvalidInputError: The rank is not in 0…size-1.
     """
@@ -63,6 +54,17 @@ class Part:
     def __post_init__(self) -> None:
         if not (type(self.rank) is type(self.size) is int and 0 <= self.rank < self.size):
             raise InvalidInputError(f"tp must be (rank, size) with 0 ≤ rank < size, got ({self.rank}, {self.size})")
+
+    @classmethod
+    def named(cls, tp: object) -> Self:
+        """The part that a caller names by rank and size.
+
+        Raises:
+            InvalidInputError: It is no such pair.
+        """
+        if not isinstance(tp, tuple | list) or len(tp) != 2:
+            raise InvalidInputError(f"tp must be (rank, size) with 0 ≤ rank < size, got {tp!r}")
+        return cls(*tp)
 
     def of(self, N: int, *, block: int, origin: str) -> slice:
         """This process's columns of an intermediate of N, in which so many columns share a scale.

@@ -22,11 +22,12 @@ import torch
 from torch import Tensor
 
 from moe_dispatch.checkpoint_mxfp4 import stack_mxfp4
-from moe_dispatch.checkpoint_scales import fused_row_scales, row_scales
+from moe_dispatch.checkpoint_scales import fused_row_scales, in_fp32, row_scales
 from moe_dispatch.checkpoint_sources import Key, LoadedTensors, Part, TensorSource
 from moe_dispatch.errors import InvalidInputError
 from moe_dispatch.numerics import FP8
 from moe_dispatch.problem import QUANT_BLOCK, scale_shape
+from moe_dispatch.tensor_memory import tensor_fault
 
 # What a projection is called, and what is stored of it.
 PROJECTIONS: Final = {
@@ -57,9 +58,12 @@ def stack_experts(
 ) -> dict[str, Any]:
     """Separate experts as the tensors of `ExpertWeights`; see `ExpertWeights.from_experts`."""
     tensors = {f"{e}.{name}": tensor for e, expert in enumerate(experts) for name, tensor in expert.items()}
+    for name, tensor in tensors.items():
+        if fault := tensor_fault(f"tensor {name}", tensor):
+            raise InvalidInputError(fault)
     source = LoadedTensors(tensors, f"the list of {len(experts)} experts")
     names = expert_names(tensors, "", source.origin)
-    return stack(source, {e: names.get(e, {}) for e in range(len(experts))}, Part(*tp), device=device)
+    return stack(source, {e: names.get(e, {}) for e in range(len(experts))}, Part.named(tp), device=device)
 
 
 def expert_names(names: Iterable[str], prefix: str, origin: str) -> dict[int, dict[Key, str]]:
@@ -79,7 +83,8 @@ def expert_names(names: Iterable[str], prefix: str, origin: str) -> dict[int, di
         if not name.startswith(prefix):
             continue
         rest = name[len(prefix) :]
-        match = re.fullmatch(r"(\d+)\.(\w+)\.(\w+)", rest)
+        # Five digits, for all experts up to the largest number are looked for.
+        match = re.fullmatch(r"(\d{1,5})\.(\w+)\.(\w+)", rest)
         if match and match[2] in PROJECTIONS and match[3] in KINDS:
             experts.setdefault(int(match[1]), {})[PROJECTIONS[match[2]], KINDS[match[3]]] = name
         elif rest.removesuffix(".weight") in FUSED:
@@ -216,6 +221,7 @@ def _stack_fused(
     stacked = {}
     for (target, kind), name in names.items():
         by_row = kind == "scale" and not blocks
+        what = f"{source.origin}: {name}"
         share, length = (_in_blocks(columns), _blocks(N)) if kind == "scale" and blocks else (columns, N)
         axis = 1 if target == "gate_up" or kind == "bias" else 2
         if transposed and kind != "bias":
@@ -230,17 +236,22 @@ def _stack_fused(
             spans = [share, slice(share.start + length, share.stop + length)]
         if by_row:
             rows = (gate_up if target == "gate_up" else down)[2 if transposed else 1]
-            scales = fused_row_scales(source.read(name), E, rows, spans)
+            scales = fused_row_scales(source.read(name), E, rows, spans, what)
             stacked[_argument(target, kind)] = scales.to(device or scales.device)
             continue
+        weight = gate_up if target == "gate_up" else down
+        each = scale_shape("fp8", *weight[1:]) if kind == "scale" else weight[1:]
+        shape = (E, weight[2 if transposed else 1]) if kind == "bias" else (E, *each)
+        if source.shape(name) != shape:
+            raise InvalidInputError(
+                f"{what} must be {list(shape)} to go with the others, got {list(source.shape(name))}"
+            )
         pieces = [source.read(name, *(slice(None),) * axis, span) for span in spans]
         tensor = pieces[0] if len(pieces) == 1 else torch.cat(pieces, axis)
         if transposed and kind != "bias":
             tensor = tensor.transpose(1, 2)
-        if tensor.shape[0] != E:
-            raise InvalidInputError(f"{source.origin}: {name} has {tensor.shape[0]} experts, and {E} are expected")
-        tensor = tensor.to(device or tensor.device, torch.float32 if kind == "scale" else tensor.dtype)
-        stacked[_argument(target, kind)] = tensor.contiguous()
+        tensor = in_fp32(tensor, what) if kind == "scale" else tensor
+        stacked[_argument(target, kind)] = tensor.to(device or tensor.device).contiguous()
     return stacked
 
 
@@ -275,11 +286,12 @@ def _filled(
                     f"got {list(source.shape(name))}"
                 )
             piece = source.read(name, *index)
+            if kind == "scale":
+                piece = in_fp32(piece, f"{source.origin}: {name}")
             rows = piece.shape[0]
             if stacked is None:
-                dtype = torch.float32 if kind == "scale" else piece.dtype
                 whole = (len(names), rows * len(of_expert), *piece.shape[1:])
-                stacked = torch.empty(whole, dtype=dtype, device=device or piece.device)
+                stacked = torch.empty(whole, dtype=piece.dtype, device=device or piece.device)
             if kind == "weight" and piece.dtype != stacked.dtype:
                 raise InvalidInputError(f"{source.origin}: {name} is {piece.dtype} and others are {stacked.dtype}")
             stacked[e, place * rows : (place + 1) * rows].copy_(piece)

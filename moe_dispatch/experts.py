@@ -38,8 +38,16 @@ class LayerSpec:
         self.facts = facts
         self.problems: dict[tuple[object, ...], MoEProblem] = {}  # calls of one token, by all but their token count
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy, or what is loaded, is the object that alike layers share here."""
+        return _shared_spec, (self.facts,)
+
 
 _SPECS: Final[weakref.WeakValueDictionary[tuple[object, ...], LayerSpec]] = weakref.WeakValueDictionary()
+
+
+def _shared_spec(facts: tuple[object, ...]) -> LayerSpec:
+    return _SPECS.setdefault(facts, LayerSpec(facts))
 
 
 class ExpertWeights:
@@ -154,7 +162,7 @@ class ExpertWeights:
             routed_experts,
         )  # fmt: skip
         tracing = torch.compiler.is_compiling()
-        self.spec: Final = LayerSpec(facts) if tracing else _SPECS.setdefault(facts, LayerSpec(facts))
+        self.spec: Final = LayerSpec(facts) if tracing else _shared_spec(facts)
         # By the addresses a call sees that the weights lie elsewhere than when they were checked.
         self.gate_up_address, self.down_address = (None, None) if tracing else (address(gate_up), address(down))
         self._checked = None if tracing else self._facts()
@@ -271,6 +279,9 @@ class ExpertWeights:
             InvalidInputError: Names are missing or unknown, or shapes do not fit; the message lists what is there.
         """
         tensors = [expert.state_dict() if isinstance(expert, nn.Module) else expert for expert in experts]
+        for each in tensors:
+            if not isinstance(each, Mapping):
+                raise InvalidInputError(f"each expert must be a module or tensors by name, got {type(each).__name__}")
         return cls(**stack_experts(tensors, tp, device), activation=activation)
 
     @classmethod

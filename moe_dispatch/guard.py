@@ -41,10 +41,6 @@ class GuardedBackend(Backend):
     `run`, `run_into` and their fast paths are the backend's own methods: the dispatcher recovers from what they raise
     and checks what they return.
 
-    Args:
-        backend: The wrapped backend.
-        machine: The machine that it was made for.
-
     Attributes:
         fault: What its latest failure to answer was; empty if it always answered.
 
@@ -79,7 +75,14 @@ class GuardedBackend(Backend):
 
     def unsupported_reasons(self, problem: MoEProblem) -> tuple[str, ...]:
         """See `Backend.unsupported_reasons`. A failure to answer is a reason as well."""
-        reasons, fault = self._ask(_reasons, self._backend.unsupported_reasons, problem)
+        method = self._backend.unsupported_reasons
+        try:
+            answer = method(problem)
+        except FOREIGN_ERRORS as error:
+            return (self._faulty(method, "raised", error),)
+        if type(answer) is tuple and not answer:  # as nearly always, and asked for every new token count
+            return answer
+        reasons, fault = self._read(_reasons, method, answer)
         return (fault,) if reasons is None else reasons
 
     def configs(self, problem: MoEProblem) -> tuple[BackendConfig, ...]:
@@ -151,6 +154,12 @@ class GuardedBackend(Backend):
             answer = method(*arguments)
         except FOREIGN_ERRORS as error:
             return None, self._faulty(method, "raised", error)
+        return self._read(read, method, answer)
+
+    def _read(
+        self, read: Callable[[Any], Answer], method: Callable[..., object], answer: object
+    ) -> tuple[Answer | None, str]:
+        """The answer of a method as `read` understands it; or None, and what is wrong."""
         try:
             return read(answer), ""
         except FOREIGN_ERRORS as error:

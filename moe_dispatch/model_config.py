@@ -76,7 +76,8 @@ class ConfiguredLayer:
     """The MoE layer of a config. The letters are `MoEProblem`'s.
 
     Attributes:
-        name: Name of the model or of its family; empty where the config has neither.
+        name: Name of the model, or its family with E,topk,K,N, for benchmarks tell models of one family apart by their
+            names; empty where the config has neither.
     """
 
     name: str
@@ -90,11 +91,7 @@ class ConfiguredLayer:
 
 
 def configured_layer(config: object, origin: str) -> ConfiguredLayer:
-    """Read the MoE layer of a config.
-
-    Args:
-        config: The content of the JSON file.
-        origin: Path of the file, for messages.
+    """Read the MoE layer of a config, which messages call by its `origin`.
 
     Raises:
         InvalidInputError: It describes no MoE layer, or one that cannot be read with certainty.
@@ -115,17 +112,16 @@ def configured_layer(config: object, origin: str) -> ConfiguredLayer:
     activation = reader.activation()
     family = reader.family
     biased = family in ("gpt_oss", "openai_privacy_filter")
-    names = (part.get(key) for part in (config, section) for key in ("_name_or_path", "model_type"))
-    name = next((str(each)[:80] for each in names if each), "")
+    own, family_name = (
+        next((str(part[key])[:80] for part in (config, section) if part.get(key)), "")
+        for key in ("_name_or_path", "model_type")
+    )
+    name = own or (f"{family_name} {E},{topk},{K},{N}" if family_name else "")
     return ConfiguredLayer(name, E, topk, K, N, activation, bias=biased, interleaved=family == "gpt_oss")
 
 
 def moe_section(config: Section, origin: str) -> Section:
     """The section that holds the MoE layer, with its parts merged in.
-
-    Args:
-        config: The content of the JSON file.
-        origin: Path of the file, for messages.
 
     Raises:
         InvalidInputError: No section describes an MoE layer.

@@ -1,9 +1,9 @@
 """What a policy is: it ranks backends and gives its reasons. Whether a backend can run, the backend itself decides."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, ClassVar, Protocol, Self
 
 from moe_dispatch.backend import Backend
 from moe_dispatch.machine import Machine
@@ -27,8 +27,54 @@ class Choice:
     backend: str
     reason: str
     config: ConfigData | None = None
-    us: float | None = None
+    us: float | None = field(default_factory=lambda: None)  # no attribute of the class, so that `__getattr__` is asked
     policy: str = ""
+
+    @classmethod
+    def between(
+        cls,
+        counts: tuple[int, int],
+        M: int,
+        backend: str,
+        config: ConfigData,
+        policy: str,
+        tell: Callable[[int], tuple[str, float]],
+    ) -> Self:
+        """A policy's first choice for M tokens and for all token counts between two others.
+
+        Args:
+            counts: These two.
+            M: The token count that is asked about.
+            backend: As of any choice.
+            config: Likewise.
+            policy: Likewise.
+            tell: Gives the reason and the time for a token count. It is called when one of them is first read, which is
+                never where only the choice is needed.
+        """
+        choice = object.__new__(cls)
+        vars(choice).update(backend=backend, config=config, policy=policy, _counts=counts, _M=M, _tell=tell)
+        return choice
+
+    def also_at(self, M: int) -> Self | None:
+        """The same choice for another token count, where it was made by `between` and comes first there as well."""
+        values = vars(self)
+        lower, upper = values.get("_counts", (M, M))
+        if not lower < M < upper:
+            return None
+        other = object.__new__(type(self))
+        vars(other).update(values, config=dict(values["config"]), _M=M)
+        vars(other).pop("reason", None)
+        vars(other).pop("us", None)
+        return other
+
+    if not TYPE_CHECKING:  # or every name would pass for an attribute
+
+        def __getattr__(self, name: str) -> object:
+            values = vars(self)
+            if name not in ("reason", "us") or "_tell" not in values:
+                raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+            values["reason"], values["us"] = values["_tell"](values["_M"])
+            return values[name]
 
 
 class UsableBackends(Protocol):
@@ -62,6 +108,10 @@ class Policy(ABC):
     def ranked(self, problem: MoEProblem) -> Iterator[Choice]:
         """`rank` one choice at a time: a policy that overrides this does not make choices that are never looked at."""
         yield from self.rank(problem)
+
+    def knows(self, problem: MoEProblem) -> bool:  # noqa: ARG002
+        """Whether it may rank calls of the problem's layer in its mode, whatever their token count."""
+        return True
 
     def notes(self) -> tuple[str, ...]:
         """What a person should know about this policy on this machine: retired measurements, a refused file."""

@@ -161,23 +161,21 @@ class MoEProblem:
     @property
     def bucket(self) -> "MoEProblem":
         """The same problem with M rounded up to a power of two, for which a quarantine holds."""
-        return self._bucket(self.mode)
+        bucket = self.eager_bucket
+        return bucket if self.mode == "eager" else bucket._with(mode=self.mode)
 
     @property
     def eager_bucket(self) -> "MoEProblem":
         """The bucket of eager calls. A first run is one, so what it proves or kills holds for CUDA graphs as well."""
-        return self._bucket("eager")
-
-    def _bucket(self, mode: Mode) -> "MoEProblem":
-        rounded = 1 << max(self.M - 1, 0).bit_length()
-        key, buckets = (rounded, mode, self.needs_grad), self.layer._buckets
+        rounded, buckets = 1 << max(self.M - 1, 0).bit_length(), self.layer._buckets
+        key = rounded, self.needs_grad
         if (bucket := buckets.get(key)) is None:
-            bucket = buckets.setdefault(key, self._with(M=rounded, mode=mode))
+            bucket = buckets.setdefault(key, self._with(M=rounded, mode="eager"))
         return bucket
 
     @cached_property
-    def _buckets(self) -> "dict[tuple[int, Mode, bool], MoEProblem]":
-        """Of a layer: the buckets of calls through it."""
+    def _buckets(self) -> "dict[tuple[int, bool], MoEProblem]":
+        """Of a layer: the buckets of eager calls through it."""
         return {}
 
     @cached_property
@@ -191,9 +189,10 @@ class MoEProblem:
 
     def with_tokens(self, M: int) -> "MoEProblem":
         """The same call with M tokens. It shares what is the same for every token count, so that this costs little."""
-        other = self._with(M=M)
-        other._check_size("M", 0)
-        vars(other)["layer"] = self.layer
+        other = object.__new__(MoEProblem)
+        vars(other).update(self._fields, M=M, layer=self.layer)
+        if type(M) is not int or M < 0:
+            other._check_size("M", 0)
         return other
 
     @cached_property

@@ -9,7 +9,7 @@ from typing import Final, Generic, TypeVar, cast
 
 from moe_dispatch.backend import Backend, Requirements
 from moe_dispatch.errors import BackendUnavailableError, InvalidInputError, UnknownNameError
-from moe_dispatch.guard import FOREIGN_ERRORS, GuardedBackend
+from moe_dispatch.guard import GuardedBackend
 from moe_dispatch.machine import Machine
 from moe_dispatch.policy import Policy
 from moe_dispatch.problem import MoEProblem
@@ -78,7 +78,9 @@ class Registry(Generic[T]):
         try:
             module, _, attribute = target.partition(":")
             loaded = getattr(importlib.import_module(module), attribute)
-        except FOREIGN_ERRORS as error:
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # an extension in Rust that panics raises one that is no Exception
             reason = f"{target} does not import: {failures.summary(error)}"
             raise BackendUnavailableError(name, [reason]) from error
         if fault := self._fault(name, loaded):
@@ -158,7 +160,6 @@ class MadeBackend:
     """What became of making a backend for a machine: the backend, or the reasons why it cannot run anything there.
 
     Attributes:
-        name: The name that was asked for.
         backend: The backend, in its wrapper; None where the name is unknown, or its module or constructor raised.
         reasons: Why it runs nothing on this machine, each with its remedy; empty if it can run.
         registered: Whether a backend is known by this name.
@@ -192,9 +193,6 @@ class MadeBackends:
     """The backends of a machine, each made on its first use and kept.
 
     Threads that come first at the same time may make a backend twice; the first one is kept.
-
-    Args:
-        machine: The machine that they are made for.
     """
 
     def __init__(self, machine: Machine) -> None:
@@ -209,6 +207,13 @@ class MadeBackends:
             if made.registered:  # an unknown name may be registered later
                 made = self._made.setdefault(name, made)
         return made
+
+    def backend(self, name: str) -> GuardedBackend:
+        """The backend behind a name, if it can run; see `MadeBackend.require` for what is raised otherwise."""
+        made = self._made.get(name)
+        if made is None or made.reasons or made.backend is None:
+            return self.made(name).require()
+        return made.backend
 
     def reasons_against(self, name: str, problem: MoEProblem) -> tuple[str, ...]:
         """Every reason, known without running anything, against giving a problem to a backend."""
@@ -233,7 +238,9 @@ def make_backend(name: str, machine: Machine) -> MadeBackend:
         return MadeBackend(name, reasons=(str(error),), registered=False)
     except BackendUnavailableError as error:
         return MadeBackend(name, reasons=error.reasons, cause=error.__cause__)
-    except FOREIGN_ERRORS as error:
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # noqa: BLE001 - as at import
         return MadeBackend(name, reasons=(f"cannot be made: {failures.summary(error)}",), cause=error)
     return MadeBackend(name, backend, backend.unavailable_reasons())
 

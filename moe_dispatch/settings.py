@@ -31,22 +31,7 @@ _LEVELS: Final = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
 
 @dataclass(frozen=True)
 class Settings:
-    """The values of the environment variables in `VARIABLES`.
-
-    Attributes:
-        backend: Backend of every call that names none; empty to let the policies choose.
-        policies: Policy names in order of precedence.
-        minimize: What measured backends are ranked by, ``"time"`` or ``"energy"``.
-        disabled: Backends that are never chosen.
-        machine: Name or file of a machine description; empty to inspect this machine.
-        cache_dir: Folder of calibrations, fitted models, records of compilation and the quarantine; see `cache_dir` for
-            the default.
-        calibration_path: Files and folders of calibrations that are only read, in order of precedence.
-        log_level: Level of the logger ``moe_dispatch``; empty to leave the logger alone.
-        vllm: Whether the plugin for vLLM replaces expert layers.
-        sglang: Whether the plugin for SGLang does.
-        commit: Commit that measurements record; empty to ask git.
-    """
+    """The values of the environment variables in `VARIABLES`; empty, or None, where one is not set."""
 
     backend: str = ""
     policies: tuple[str, ...] = DEFAULT_POLICIES

@@ -30,18 +30,9 @@ from moe_dispatch.workloads import ROUTINGS, Workload, make_experts, torch_dtype
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """A layer, a token count and a routing. A backend's own tests add the configuration.
+    """A layer as in `MoEProblem`, a token count and a routing. A backend's own tests add the configuration.
 
     Attributes:
-        M: Tokens.
-        E: Experts.
-        topk: Experts per token.
-        K: Hidden size.
-        N: Intermediate size.
-        activation: See `MoEProblem`.
-        bias: Whether the projections add one.
-        interleaved: Whether gate and up rows alternate.
-        transposed: Whether the experts are stored by columns.
         routing: A name in ROUTINGS, or a special one: ``"all to one"``, ``"duplicates"`` (the same expert twice in a
             row), ``"sentinels"`` (some ids outside 0…E-1, with NaN for weights) or ``"none"`` (all of them).
         ids: The dtype of topk_ids.
@@ -238,16 +229,9 @@ def relative_error(out: Tensor, expected: Tensor) -> float:
 
 
 def conform(backend: Backend, config: BackendConfig, inputs: Inputs, *, into: bool = False) -> float:
-    """Run a backend and check its result: dtype, shape, memory, the inputs, and the error.
+    """Run a backend and check its result: dtype, shape, memory, the inputs, and the error, which is returned.
 
-    Args:
-        backend: The backend to check.
-        config: One of its configurations.
-        inputs: From `make_inputs`.
-        into: Whether to run it by `Backend.run_into`, over memory filled with NaN.
-
-    Returns:
-        The relative error.
+    With `into` it is run by `Backend.run_into`, over memory filled with NaN.
 
     Raises:
         AssertionError: The backend breaks the contract of `Backend.run`; the message says how.

@@ -89,12 +89,7 @@ def checked_scales(
 ) -> tuple[DType, Tensor, Tensor]:
     """The form of quantised weights, and their scales as every backend reads them; see `ExpertWeights`.
 
-    Args:
-        gate_up: ``[E, rows, K]``.
-        down: ``[E, K, N]``.
-        gate_up_scale: As it was given.
-        down_scale: As it was given.
-        parts: 2, or 1 for an activation without a gate.
+    Of gate_up, `parts` is 2, or 1 for an activation without a gate.
     """
     dtype = DTYPE_NAMES[gate_up.dtype]
     if gate_up_scale is not None and dtype == "fp8":

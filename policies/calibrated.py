@@ -7,6 +7,7 @@ from moe_dispatch.errors import PolicyFileError, warn
 from moe_dispatch.machine import Machine
 from moe_dispatch.policies.measured_file import MeasuredFile
 from moe_dispatch.policies.measurements.schema import CalibrationFile, layer_key, read_calibration
+from moe_dispatch.policies.measurements.table import Table
 from moe_dispatch.policy import Choice, Policy
 from moe_dispatch.problem import Mode, MoEProblem
 from moe_dispatch.settings import cache_dir, calibration_search_path, is_file_name
@@ -68,13 +69,22 @@ class MeasuredPolicy(Policy):
         if problem.needs_grad or problem.M < 1 or not self._files:
             return iter(())
         problem = problem.whole_layer  # files hold measurements of whole layers
+        table, how = self._table(problem)
+        return iter(()) if table is None else table.choices(problem.M, how, self.name)
+
+    def knows(self, problem: MoEProblem) -> bool:
+        """See `Policy.knows`."""
+        return self._table(problem.whole_layer)[0] is not None
+
+    def _table(self, problem: MoEProblem) -> tuple[Table | None, str]:
+        """The table that ranks the calls of a layer in a mode, if any, and what reasons call the mode of its times."""
         key = layer_key(problem)
         other: Mode = "eager" if problem.mode == "graph" else "graph"
         for mode, how in ((problem.mode, problem.mode), (other, f"{other}; {problem.mode} was not measured")):
             for file in self._files:
                 if table := file.table(key, mode):
-                    return table.choices(problem.M, how)
-        return iter(())
+                    return table, how
+        return None, ""
 
     def notes(self) -> tuple[str, ...]:
         """The reasons for which files are refused, and measurements that are not used."""

@@ -9,7 +9,7 @@ from moe_dispatch.backend import Backend
 from moe_dispatch.guard import FOREIGN_ERRORS
 from moe_dispatch.machine import Machine
 from moe_dispatch.policies.measurements.schema import CalibrationFile, Candidate, Identity, LayerKey
-from moe_dispatch.policies.measurements.table import EnergyTable, LayerTable, points_of_layers, tabulated
+from moe_dispatch.policies.measurements.table import EnergyTable, Table, points_of_layers, tabulated
 from moe_dispatch.policies.measurements.versions import changes, relevant_versions
 from moe_dispatch.problem import Mode
 from moe_dispatch.registry import MadeBackend, MadeBackends
@@ -20,10 +20,7 @@ from moe_dispatch.system import failures
 class MeasuredFile:
     """The measurements of one file that a machine can use.
 
-    Args:
-        file: The file's content.
-        machine: The machine that asks.
-        retires: Whether a change of a version that a measurement depends on retires it.
+    With `retires` a change of a version that a measurement depends on retires it.
 
     Attributes:
         notes: Sentences about measurements that are not used.
@@ -31,7 +28,7 @@ class MeasuredFile:
 
     def __init__(self, file: CalibrationFile, machine: Machine, *, retires: bool) -> None:
         self._file = file
-        self._tables: dict[tuple[LayerKey, Mode], LayerTable | EnergyTable | None] = {}
+        self._tables: dict[tuple[LayerKey, Mode], Table | None] = {}
         self._points = points_of_layers(file)
         self._usable: list[Identity | None] = []  # by index of the file's candidates; None for one that is not used
         backends = MadeBackends(machine)
@@ -47,7 +44,7 @@ class MeasuredFile:
             for reason, count in unused.items()
         )
 
-    def table(self, key: LayerKey, mode: Mode) -> LayerTable | EnergyTable | None:
+    def table(self, key: LayerKey, mode: Mode) -> Table | None:
         """The table of a layer in a mode; None if the file has nothing usable of it."""
         # Built when a layer is first ranked, so that the time to load does not grow with layers that never are.
         table_key = key, mode

@@ -29,11 +29,8 @@ class DataSheet:
     """A device's rates as its vendor states them; only ratios of them are used.
 
     Attributes:
-        name: `Machine.name`.
-        sms: Streaming multiprocessors.
         bandwidth: Memory bandwidth in TB/s.
         bf16: Dense BF16 products in TFLOP/s.
-        capability: CUDA compute capability.
     """
 
     name: str
@@ -62,7 +59,6 @@ class Nearest:
 
     Attributes:
         slug: `Machine.slug` of the measured device.
-        name: Its name.
         bandwidth: Memory bandwidth here over that of the measured device.
         rate: Matrix rate here over that of the measured device.
         evidence: Where the two ratios come from.

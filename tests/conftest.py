@@ -108,6 +108,12 @@ def fixed_policy(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
+def compiling(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Backends answer as where kernels are compiled: the interpreter, where this may run, has a reason against BF16."""
+    monkeypatch.setattr("moe_dispatch.backends.triton_common.features.interpreting", lambda: False)
+
+
+@pytest.fixture
 def no_grad() -> Iterator[None]:
     with torch.no_grad():
         yield

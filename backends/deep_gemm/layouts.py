@@ -45,13 +45,7 @@ def layout_rows(layout: str, M: int, topk: int, E: int, alignment: int = MASKED_
 
 
 class Rows(ABC):
-    """The rows of one call, laid out for DeepGEMM.
-
-    Args:
-        library: DeepGEMM.
-        experts: Weights.
-        topk_ids: ``[M, topk]``.
-    """
+    """The rows of one call, laid out for DeepGEMM."""
 
     def __init__(self, library: Library, experts: ExpertWeights, topk_ids: Tensor) -> None:
         self._library, self._experts, self._topk_ids = library, experts, topk_ids

@@ -196,7 +196,7 @@ def _compiler_reason() -> str:
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH") or "/usr/local/cuda"
     named = os.environ.get("DG_JIT_NVCC_COMPILER")
     candidates = [named] if named else [str(Path(home, "bin", "nvcc"))]
-    if any(Path(path).is_file() for path in candidates):
+    if any(map(os.path.isfile, candidates)):
         return ""
     if not (named or os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")) and shutil.which("nvcc"):
         return ""

@@ -66,9 +66,9 @@ class GluonHopperBackend(TritonBackend):
         max_capability=dict.fromkeys(("bf16", "fp8", "mxfp4"), (9, 1)),
     )
 
-    def further_reasons(self, problem: MoEProblem) -> tuple[str, ...]:
-        """See `Backend.further_reasons`."""
-        return (*super().further_reasons(problem), *_gluon_reasons(self.machine.triton))
+    def reasons_of_dtypes(self, problem: MoEProblem) -> tuple[str, ...]:
+        """See `TritonBackend.reasons_of_dtypes`."""
+        return (*super().reasons_of_dtypes(problem), *_gluon_reasons(self.machine.triton))
 
     def least_shared_memory(self, problem: MoEProblem) -> int:
         """See `TritonBackend.least_shared_memory`: tiles are fixed, and there are none but for Hopper."""

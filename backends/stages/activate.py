@@ -73,16 +73,7 @@ def activate_quantize(
 ) -> tuple[Tensor, Tensor]:
     """As `activate`, with the result quantised per row and 128 columns in the same pass.
 
-    Args:
-        gate_up: As for `activate`.
-        routing: As for `activate`.
-        activation: As for `activate`.
-        interleaved: As for `activate`.
-        bias: As for `activate`.
-        topk_ids: As for `activate`.
-        column_major_scales: As for `gather_quantize`.
-        capacity: As for `gather_quantize`.
-        pdl: As for `activate`.
+    `column_major_scales` and `capacity` are those of `gather_quantize`.
 
     Returns:
         e4m3 ``[rows, N]`` and fp32 multipliers, laid out as those of `gather_quantize`.

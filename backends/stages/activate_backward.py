@@ -25,16 +25,9 @@ def activate_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Activate each row, weight it by its slot's weight, and take the weighted row's gradient back to gate_up.
 
-    Args:
-        gate_up: ``[rows, 2N]``, or ``[rows, N]`` for an ungated activation: the product, without the bias. Contiguous;
-            overwritten.
-        d_inner: ``[rows, N]``: the gradient of the weighted activation. Contiguous; overwritten.
-        routing: From `route`; rows without a slot are neither read nor written.
-        topk_weights: ``[M, topk]`` in any float dtype, contiguous.
-        activation: See `MoEProblem`.
-        interleaved: Whether gate and up columns alternate, instead of all gate columns first.
-        bias: ``[E, 2N]`` (``[E, N]`` ungated), added before the activation; needs `topk_ids`.
-        topk_ids: int32 or int64 ``[M, topk]``; read only with a bias.
+    `gate_up`, the product without the bias, and `d_inner`, ``[rows, N]``, the gradient of the weighted activation, are
+    contiguous and overwritten; `topk_weights`, ``[M, topk]``, is contiguous in any float dtype. The rest is as for
+    `activate`.
 
     Returns:
         The weighted activation ``[rows, N]`` in the memory of `d_inner`; the gradient of `gate_up` in its memory; and
@@ -75,12 +68,7 @@ def activate_backward_torch(
 ) -> tuple[Tensor, Tensor]:
     """The activation and its derivative for some rows, in fp32, by torch's autograd of `activate_torch`.
 
-    Args:
-        gate_up: ``[rows, 2N]``, or ``[rows, N]`` ungated, the bias included.
-        d_inner: ``[rows, N]``: the gradient of the weighted activation.
-        share: fp32 ``[rows, 1]``: the weight of each row's slot.
-        activation: See `MoEProblem`.
-        interleaved: Whether gate and up columns alternate.
+    `gate_up` includes the bias; `share`, fp32 ``[rows, 1]``, is the weight of each row's slot. See `activate_backward`.
 
     Returns:
         The unweighted activation, fp32 ``[rows, N]``, and the gradient of `gate_up` in its dtype.

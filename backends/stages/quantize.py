@@ -138,14 +138,7 @@ def gather_quantize(
 def gather(
     hidden_states: Tensor, routing: Routing, topk: int, *, out: Tensor | None = None, pdl: bool = False
 ) -> Tensor:
-    """Copy each token to all its rows; rows without a slot are left unwritten.
-
-    Args:
-        hidden_states: ``[M, K]``, contiguous.
-        routing: From `route`.
-        topk: Experts per token.
-        out: Contiguous ``[rows, K]`` to write to; fresh memory if None.
-        pdl: Launch as a programmatic dependent of the kernel before (sm_90 and newer).
+    """Copy each token to all its rows; rows without a slot are left unwritten. See `gather_quantize`.
 
     Returns:
         ``[rows, K]`` in hidden_states' dtype.

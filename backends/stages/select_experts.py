@@ -20,16 +20,8 @@ def select_experts(
     """Choose each token's experts: `select_experts_torch` as one kernel, without gradients.
 
     Nothing synchronises, so it can be captured in a CUDA graph. Larger layers than MAX_EXPERTS and MAX_TOPK, and
-    tensors that are not on a GPU, are left to torch.
-
-    Args:
-        logits: ``[M, E]``, fp32, BF16 or FP16.
-        router: How to choose.
-        correction_bias: fp32 ``[E]``, where the router has one.
-        pdl: Launch as a programmatic dependent of the kernel before (sm_90 and newer).
-
-    Returns:
-        The weights, fp32 ``[M, topk]``, and the ids, int32 ``[M, topk]``, best first; of equal scores the lowest id.
+    tensors that are not on a GPU, are left to torch. Of equal scores the expert with the lowest id is taken. `pdl`
+    launches it as a programmatic dependent of the kernel before (sm_90 and newer).
     """
     M, E = logits.shape
     if not on_triton(logits) or E > MAX_EXPERTS or router.topk > MAX_TOPK:

@@ -17,7 +17,7 @@ from moe_dispatch.backends.triton_common.features import features, triton_reason
 from moe_dispatch.backends.triton_common.quantization import Quantization, quantization, quantization_of
 from moe_dispatch.experts import ExpertWeights
 from moe_dispatch.machine import Machine
-from moe_dispatch.problem import MoEProblem
+from moe_dispatch.problem import DType, MoEProblem
 from moe_dispatch.system.libraries import library_version
 
 if TYPE_CHECKING:
@@ -44,20 +44,27 @@ class TritonBackend(WritingBackend):
         super().__init__(machine)
         self._features = features(machine)
         self._descriptors = Descriptors()
+        self._reasons_of_dtypes: dict[tuple[DType, DType], tuple[str, ...]] = {}
         # By kind of call, for token counts of ranges that do not overlap.
         self._replays: dict[tuple[object, ...], list[Replay]] = {}
 
     def further_reasons(self, problem: MoEProblem) -> tuple[str, ...]:
         """See `Backend.further_reasons`."""
-        reasons = triton_reasons(self.machine, problem)
-        if problem.slots > self.most_slots:
-            reasons += (f"made for decode: needs M·topk ≤ {self.most_slots}, got {problem.slots}",)
+        dtypes = problem.dtype, problem.act_dtype
+        if (reasons := self._reasons_of_dtypes.get(dtypes)) is None:
+            reasons = self._reasons_of_dtypes[dtypes] = self.reasons_of_dtypes(problem)
+        if (slots := problem.M * problem.topk) > self.most_slots:
+            reasons += (f"made for decode: needs M·topk ≤ {self.most_slots}, got {slots}",)
         if problem.dtype not in self.requirements.dtypes:
             return reasons  # there are no configurations to ask for their memory
         needed, available = self.least_shared_memory(problem), self._features.shared_memory
         if needed > available:
             reasons += (f"needs {needed} bytes of shared memory for a block, got {available}",)
         return reasons
+
+    def reasons_of_dtypes(self, problem: MoEProblem) -> tuple[str, ...]:
+        """The reasons against a problem that follow from the machine and the two dtypes; asked once for each pair."""
+        return triton_reasons(self.machine, problem)
 
     @abstractmethod
     def least_shared_memory(self, problem: MoEProblem) -> int:
@@ -129,12 +136,8 @@ class TritonBackend(WritingBackend):
     ) -> Any:
         """The tensor descriptor of a layer's weight as it lies in memory now.
 
-        Args:
-            experts: The layer.
-            name: The weight's name.
-            shape: As for `WeightView`, counted in weights, of the memory where weights are stored by columns.
-            block: Likewise.
-            swapped: As for `WeightView`.
+        Shape, block and swapped dimensions are those of `WeightView`; shape and block count weights, of the memory
+        where those are stored by columns.
         """
         view = WeightView(shape, block, swapped, experts.transposed)
         if experts.dtype == "mxfp4":  # an element of the view has four columns

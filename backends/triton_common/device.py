@@ -142,14 +142,7 @@ def moe_gate_up_row(column, part, N, PARTS: tl.constexpr, INTERLEAVED: tl.conste
 def moe_gate_up_bias(biases, column, part, N, mask, PARTS: tl.constexpr, INTERLEAVED: tl.constexpr):
     """The biases, in fp32, of the gate_up rows that `moe_gate_up_row` names; 0 where the mask is off.
 
-    Args:
-        biases: Where an expert's biases start: one pointer, or several in a shape that broadcasts with `column`.
-        column: As for `moe_gate_up_row`.
-        part: As for `moe_gate_up_row`.
-        N: As for `moe_gate_up_row`.
-        mask: Which to read.
-        PARTS: As for `moe_gate_up_row`.
-        INTERLEAVED: As for `moe_gate_up_row`.
+    `biases` is where an expert's biases start: one pointer, or several in a shape that broadcasts with `column`.
     """
     return tl.load(biases + moe_gate_up_row(column, part, N, PARTS, INTERLEAVED), mask=mask, other=0.0).to(tl.float32)
 
@@ -358,13 +351,7 @@ def moe_output_token(addresses_ptr, peer_rows):
 def moe_output_row(out_ptr, addresses_ptr, offset, peer_rows, token, K):
     """Where a token's row of the output begins; see `PeerRows` for the rows of several ranks.
 
-    Args:
-        out_ptr: The output; of its dtype only where there are addresses.
-        addresses_ptr: `PeerRows.addresses`, or None.
-        offset: `PeerRows.offset`.
-        peer_rows: `PeerRows.rows`.
-        token: int64.
-        K: Columns.
+    Where there are addresses, `out_ptr` has the output's dtype only. The token's number is an int64.
     """
     if addresses_ptr is not None:
         address = tl.load(addresses_ptr + token // peer_rows) + offset

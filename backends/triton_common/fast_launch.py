@@ -84,11 +84,7 @@ def written_down(writer: Writer) -> Iterator[None]:
 
 
 class FastKernel:
-    """A kernel under `fast_launch`; whatever else is asked of it, the kernel itself answers.
-
-    Args:
-        kernel: Triton's `JITFunction`.
-    """
+    """A kernel under `fast_launch`; whatever else is asked of it, the kernel itself answers."""
 
     def __init__(self, kernel: Any) -> None:
         self.kernel = kernel

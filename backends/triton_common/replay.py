@@ -182,6 +182,20 @@ class Replay:
     intermediates: tuple[Extent, ...]
     steps: tuple[_Step, ...]
     _sizes: dict[int, _Sizes] = field(default_factory=dict)
+    # Whatever depends on M, in the order in which `_sizes_of` needs it: each number as the place of its root among the
+    # different ones, scale and shift.
+    _roots: tuple[Callable[[int], int], ...] = field(init=False)
+    _numbers: list[tuple[int, int, int]] = field(init=False)
+
+    def __post_init__(self) -> None:
+        extents = list(self.intermediates)
+        for step in self.steps:
+            extents += [number for _, number in step.numbers]
+            extents += [step.grid[0]] if isinstance(step.grid[0], Extent) else []
+        parts = [extent.parts for extent in extents]
+        roots = tuple(dict.fromkeys(root for root, _, _ in parts))
+        object.__setattr__(self, "_roots", roots)
+        object.__setattr__(self, "_numbers", [(roots.index(root), scale, shift) for root, scale, shift in parts])
 
     def __call__(self, *call: Any) -> Tensor:
         """As `Backend.run`."""
@@ -253,15 +267,17 @@ class Replay:
     def _sizes_of(self, M: int) -> _Sizes | None:
         if self.tokens.first > M:
             return None
+        values = [root(M) for root in self._roots]
+        computed = iter([scale * values[place] + shift for place, scale, shift in self._numbers])
         distances, scratch = [], 0
-        for size in self.intermediates:
+        for _ in self.intermediates:
             distances.append(scratch)
-            scratch -= -size.at(M) // _ALIGNMENT * _ALIGNMENT  # rounded up
+            scratch -= -next(computed) // _ALIGNMENT * _ALIGNMENT  # rounded up
         launches = []
         for step in self.steps:
-            numbers = [(place, number.at(M)) for place, number in step.numbers] if step.numbers else []
+            numbers = [(place, next(computed)) for place, _ in step.numbers] if step.numbers else []
             width, height, depth = step.grid
-            launches.append(((width if isinstance(width, int) else width.at(M), height, depth), numbers))
+            launches.append(((width if isinstance(width, int) else next(computed), height, depth), numbers))
         if len(self._sizes) >= MAX_SIZES:
             self._sizes.clear()
         sizes = self._sizes[M] = _Sizes(scratch, distances, launches)

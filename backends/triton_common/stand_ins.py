@@ -68,6 +68,11 @@ class Extent:
         """The number for a token count."""
         return self._scale * self._root(M) + self._shift
 
+    @property
+    def parts(self) -> tuple[Callable[[int], int], int, int]:
+        """Root, scale and shift. Numbers computed from M in the same way have equal roots."""
+        return self._root, self._scale, self._shift
+
     def __add__(self, other: "int | Extent") -> "Extent":
         if isinstance(other, Extent):
             return Extent(self._tokens, lambda M: self.at(M) + other.at(M))
@@ -86,7 +91,7 @@ class Extent:
     def __floordiv__(self, other: int) -> "Extent":
         if isinstance(other, Extent):
             return NotImplemented
-        return self if other == 1 else Extent(self._tokens, lambda M: self.at(M) // other)
+        return self if other == 1 else Extent(self._tokens, _Floor(*self.parts, other))
 
     def __truediv__(self, other: int) -> "_Quotient":
         return NotImplemented if isinstance(other, Extent) else _Quotient(self, other)
@@ -94,7 +99,7 @@ class Extent:
     __radd__, __rmul__ = __add__, __mul__
 
     def __lt__(self, other: "int | Extent") -> bool:
-        if isinstance(other, Extent) and other._root is self._root:  # so that their difference falls or grows with M
+        if isinstance(other, Extent) and other._root == self._root:  # so that their difference falls or grows with M
             return self._tokens.decide(lambda M: self.at(M) < other.at(M))
         if not isinstance(other, int):
             raise TypeError(f"a number that depends on M is compared with {type(other).__name__}")
@@ -121,6 +126,19 @@ class Extent:
         while self >= 1 << bits:
             bits += 1
         return bits
+
+
+@dataclass(frozen=True)
+class _Floor:
+    """A function of the token count: ``(scale * root(M) + shift) // divisor``."""
+
+    root: Callable[[int], int]
+    scale: int
+    shift: int
+    divisor: int
+
+    def __call__(self, M: int) -> int:
+        return (self.scale * self.root(M) + self.shift) // self.divisor
 
 
 class _Quotient(NamedTuple):

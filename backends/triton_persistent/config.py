@@ -109,17 +109,12 @@ def persistent_configs(problem: MoEProblem, features: Features) -> tuple[TritonP
     Returns:
         Nothing where no tile fits, see `least_shared_memory`.
     """
-    return _configs_and_least(problem, features)[0]
+    return _of_layer(problem.layer, features, _heights(problem, features))[0]
 
 
 def least_shared_memory(problem: MoEProblem, features: Features) -> int:
     """Bytes that one block needs for the smallest tiles that `persistent_configs` considers."""
-    return _configs_and_least(problem, features)[1]
-
-
-@functools.lru_cache(maxsize=16)  # a problem's memory is asked for first, then its configurations
-def _configs_and_least(problem: MoEProblem, features: Features) -> tuple[tuple[TritonPersistentConfig, ...], int]:
-    return _of_layer(problem.layer, features, _heights(problem, features))
+    return _of_layer(problem.layer, features, _heights(problem, features))[1]
 
 
 # Token counts ask for few different heights, and a new token count is planned while a model serves.
@@ -154,16 +149,15 @@ def _needed(config: TritonPersistentConfig, problem: MoEProblem, features: Featu
 
 def _heights(problem: MoEProblem, features: Features) -> tuple[int, ...]:
     """Heights of tiles for a problem's rows per expert, the likeliest to be fast first."""
+    if features.wgmma and quantization_of(problem).scales == "block":
+        return (64,)  # promotion takes the registers that a higher tile would need
     load = problem.expected_slots / max(min(problem.E, problem.expected_experts), 1.0)
     if not features.wgmma:
         return (16, 32) if load <= 12 else (32, 16, 64) if load <= 24 else (64, 32, 128)
-    # In block FP8 promotion takes the registers that a higher tile would need. Per-channel FP8 starts with the same
-    # tiles, as nothing was measured for it. Otherwise low tiles come first while few experts have more than 64 rows,
-    # two standard deviations of a Poisson load (gpt-oss-120b on an H200: 1562 and 1688 µs at 45 rows, 1920 and 1712 at
-    # 64). With tcgen05 and alternating gate and up rows the epilogue of a high tile spills 320 bytes a thread (Triton
-    # 3.8).
-    if quantization_of(problem).scales == "block":
-        return (64,)
+    # Per-channel FP8 starts with the tiles of block FP8, as nothing was measured for it. Otherwise low tiles come first
+    # while few experts have more than 64 rows, two standard deviations of a Poisson load (gpt-oss-120b on an H200: 1562
+    # and 1688 µs at 45 rows, 1920 and 1712 at 64). With tcgen05 and alternating gate and up rows the epilogue of a high
+    # tile spills 320 bytes a thread (Triton 3.8).
     if problem.dtype == "mxfp4":
         # The product is transposed: low tiles waste nothing. gpt-oss-120b with 8 rows an expert takes 759 µs with 16 in
         # a tile, 945 with 32, 1248 with 64; with 32 rows 1824, 1511 and 1394.

@@ -67,8 +67,9 @@ def product(
     pdl = config.pdl and features.pdl
     # Where a group of quantised columns is two tiles, each has a loop over K, which Triton does not flatten into one.
     two_tiles = y_scale is not None and block_n < QUANT_BLOCK
-    # Each half of a tile's operand lies in one 128×128 block of weights, and so has one multiplier a step.
-    scalar = block_n <= QUANT_BLOCK and not interleaved and (halves == 1 or N % QUANT_BLOCK == 0)
+    # A tile's operand, or each half of it, lies in one 128×128 block of weights, and so has one multiplier a step.
+    in_one_block = interleaved or halves == 1 or N % QUANT_BLOCK == 0
+    scalar = in_one_block and block_n * (2 if interleaved else 1) <= QUANT_BLOCK
     # The weight seen as [E, N / run, halves, run, K], or by columns as [E, K, halves·N]: a box is a tile's operand.
     shape: tuple[int, ...]
     swapped: tuple[int, int] | None = None

@@ -183,7 +183,9 @@ def _multiply(
         if x_scale_ptr is not None:
             x_scale_ptrs = x_scale_ptr + source * k_groups
             x_scale = tl.load(x_scale_ptrs, mask=mask_m, other=0.0)
-        w_scale = _load_w_scale(w_scale_ptrs, w_row, column, first_n, N, k_groups, HALVES, RUN, SCALAR_SCALE)
+        w_scale = _load_w_scale(
+            w_scale_ptrs, w_row, column, first_n, N, k_groups, HALVES, RUN, INTERLEAVED, SCALAR_SCALE
+        )
     acc = tl.zeros([BLOCK_M, WIDE], tl.float32)
     for k in range(0, K, BLOCK_K):
         x_tile = _load_rows(x_ptrs, mask_m, k, K, EVEN_K, BLOCK_K)
@@ -208,7 +210,7 @@ def _multiply(
                 scale = x_scale[:, None] * scale
                 x_scale = tl.load(x_scale_ptrs + k_group, mask=mask_m, other=0.0)
             w_scale = _load_w_scale(
-                w_scale_ptrs + k_group, w_row, column, first_n, N, k_groups, HALVES, RUN, SCALAR_SCALE
+                w_scale_ptrs + k_group, w_row, column, first_n, N, k_groups, HALVES, RUN, INTERLEAVED, SCALAR_SCALE
             )
             acc += tl.dot(x_tile, tl.trans(w_tile)) * scale
         else:
@@ -299,12 +301,15 @@ def _load_columns(
 
 @triton.jit
 def _load_w_scale(
-    ptrs, w_row, column, first_n, N, k_groups, HALVES: tl.constexpr, RUN: tl.constexpr, SCALAR_SCALE: tl.constexpr
+    ptrs, w_row, column, first_n, N, k_groups, HALVES: tl.constexpr, RUN: tl.constexpr, INTERLEAVED: tl.constexpr,
+    SCALAR_SCALE: tl.constexpr,
 ):  # fmt: skip
-    """Multipliers of a tile's weights ``[WIDE]``; as a scalar for each half where a tile lies in one block of 128."""
+    """Multipliers of a tile's weights ``[WIDE]``; with SCALAR_SCALE, its rows or each half of them share one."""
     if SCALAR_SCALE:
-        scale = tl.load(ptrs + first_n // 128 * k_groups) + tl.zeros(w_row.shape, tl.float32)
-        if HALVES == 2:
+        # The second of two tiles may begin past N.
+        first_row = tl.minimum(first_n, N - 1) * HALVES if INTERLEAVED else first_n
+        scale = tl.load(ptrs + first_row // 128 * k_groups) + tl.zeros(w_row.shape, tl.float32)
+        if HALVES == 2 and not INTERLEAVED:
             up_scale = tl.load(ptrs + (N + first_n) // 128 * k_groups)
             scale = tl.where(tl.arange(0, w_row.shape[0]) // RUN % 2 == 0, scale, up_scale)
     else:

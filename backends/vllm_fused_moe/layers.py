@@ -31,7 +31,6 @@ class Layer:
     Attributes:
         activation: A member of vLLM's `MoEActivation`.
         quant_config: vLLM's description of scales and biases; None for plain weights without biases.
-        tensors: The tensors that `quant_config` refers to.
     """
 
     activation: Any

@@ -145,13 +145,7 @@ def fp8_config(library: Library, experts: ExpertWeights) -> Any:
 
 
 def moe_config(experts: ExpertWeights, topk: int, activation: Any) -> Any:
-    """The `FusedMoEConfig` of a layer on one GPU, as vLLM's modular experts want it.
-
-    Args:
-        experts: Weights.
-        topk: Experts per token.
-        activation: A member of vLLM's `MoEActivation`.
-    """
+    """The `FusedMoEConfig` of a layer on one GPU, as vLLM's modular experts want it."""
     config = importlib.import_module(f"{PACKAGE}.config")
     names = {name.name for name in dataclasses.fields(config.FusedMoEConfig)}
     size = "intermediate_size" if "intermediate_size" in names else "intermediate_size_per_partition"

@@ -95,12 +95,7 @@ def _draw_weights(model: Any) -> None:
 
 
 class _Engine:
-    """Runs workloads, each on prompts that no earlier one had.
-
-    Args:
-        llm: vLLM's engine.
-        dtype: The dtype of its expert weights.
-    """
+    """Runs workloads, each on prompts that no earlier one had."""
 
     def __init__(self, llm: Any, dtype: Literal["bf16", "fp8"]) -> None:
         self._llm, self._dtype = llm, dtype

@@ -97,11 +97,7 @@ class Engine:
 
 
 class Report:
-    """Rows, printed and written as they come.
-
-    Args:
-        path: The file of JSON lines.
-    """
+    """Rows, printed and written as they come."""
 
     def __init__(self, path: Path) -> None:
         self._path = path

@@ -12,7 +12,7 @@ import argparse
 import copy
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, Final
 
@@ -154,22 +154,32 @@ def rows(model: Any, device: str, rounds: int, tokens: tuple[int, ...], deadline
                     yield {"what": what, "implementation": name, "tokens": count, "turn": turn, **row}
 
 
-def main() -> None:
-    """Measure, print, and write."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=Path("gradients.jsonl"))
+def parser_of(description: str, out: str, seconds: float) -> argparse.ArgumentParser:
+    """The options that records of transformers' implementations share, with these defaults."""
+    parser = argparse.ArgumentParser(description=description.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=Path(out))
     parser.add_argument("--model", choices=MODELS, default="qwen3-30b-a3b")
     parser.add_argument("--layers", type=int, default=8)
-    parser.add_argument("--tokens", type=int, nargs="+", default=list(TOKENS))
     parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--seconds", type=float, default=120.0, help="what has not begun by then is left out")
+    parser.add_argument("--seconds", type=float, default=seconds, help="what has not begun by then is left out")
+    return parser
+
+
+def write(made: Iterable[Row], arguments: argparse.Namespace) -> None:
+    """Print rows and write them as they come, then say what they say of ours."""
+    facts = {"model": arguments.model, "layers": arguments.layers}
+    print(*verdicts(json_lines.write(arguments.out, made, Machine.inspect("cuda"), **facts)), sep="\n")
+
+
+def main() -> None:
+    """Measure, print, and write."""
+    parser = parser_of(__doc__, "gradients.jsonl", 120.0)
+    parser.add_argument("--tokens", type=int, nargs="+", default=list(TOKENS))
     arguments = parser.parse_args()
     deadline = time.monotonic() + arguments.seconds
     register()
     model = build(arguments.model, arguments.layers, "cuda")
-    made = rows(model, "cuda", arguments.rounds, tuple(arguments.tokens), deadline)
-    facts = {"model": arguments.model, "layers": arguments.layers}
-    print(*verdicts(json_lines.write(arguments.out, made, Machine.inspect("cuda"), **facts)), sep="\n")
+    write(rows(model, "cuda", arguments.rounds, tuple(arguments.tokens), deadline), arguments)
 
 
 if __name__ == "__main__":

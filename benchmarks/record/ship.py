@@ -1,5 +1,6 @@
 """Make a table to ship from a machine's calibrations: the scores of candidates that may be chosen, and nothing else."""
 
+import itertools
 import json
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -51,7 +52,7 @@ def table(files: Iterable[CalibrationFile]) -> CalibrationFile:
 def text(made: CalibrationFile) -> str:
     """A table as the content of a file.
 
-    Of a measurement it has no more than candidate and score (`Point.scores`), and each origin once.
+    Of a measurement it has no more than candidate and score (`CalibrationFile.scores`), and each origin once.
     """
     stored = made.model_dump(mode="json", exclude_defaults=True)
     origins: list[dict[str, Any]] = []
@@ -61,9 +62,22 @@ def text(made: CalibrationFile) -> str:
             origins.append(origin)
         candidate["origin"] = origins.index(origin)
     stored["origins"] = origins
-    for point in stored.get("points", ()):
-        point["scores"] = [(each["candidate"], each["score"]) for each in point.pop("measurements")]
+    points = stored.pop("points", [])
+    measured = [_by_candidate(point["measurements"]) for point in points]
+    stored["scores"] = {name: [point[name] for point in points] for name in ("layer", "M", "mode")} | {
+        "candidates": [[candidate for candidate, _ in pairs] for pairs in measured],
+        "scores": [[score for _, score in pairs] for pairs in measured],
+    }
     return json.dumps(stored, separators=(",", ":"), ensure_ascii=False)
+
+
+def _by_candidate(measurements: Iterable[dict[str, Any]]) -> list[tuple[int, float]]:
+    """Candidates and scores of a point by ascending candidate; equal scores in the order that they are given in."""
+    keys: list[int] = []
+    pairs = [(each["candidate"], each["score"]) for each in measurements]
+    for _, level in itertools.groupby(pairs, key=lambda pair: pair[1]):
+        keys += sorted(candidate for candidate, _ in level)
+    return [pair for _, pair in sorted(zip(keys, pairs, strict=True))]
 
 
 def _worth_shipping(candidates: Sequence[Measurement]) -> list[Measurement]:

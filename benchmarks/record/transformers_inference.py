@@ -2,36 +2,28 @@
 
     python -m moe_dispatch.benchmarks.record.transformers_inference --out transformers_inference.jsonl
 
-Decoder layers of Qwen3-30B-A3B, or of gpt-oss-20b, whose experts are stored transposed (``--model gpt-oss-20b``), with
-random BF16 weights, without gradients: a prefill of one sequence, and decode steps of several sequences with a static
-cache. "compiled" is ``torch.compile(fullgraph=True, mode="reduce-overhead")``, which replays CUDA graphs; the eager
-implementation cannot be compiled so. Every implementation is measured before the first one is measured again. A row is
-one measurement: median and fastest milliseconds of a step, tokens per second, and the peak of allocated memory above
-the model's own weights; or the reason why there is none. First come the differences of the outputs from the eager
-implementation's. Needs transformers and a GPU.
+Models and rows are those of `gradients`, without gradients: a prefill of one sequence, and decode steps of several
+sequences with a static cache. "compiled" is ``torch.compile(fullgraph=True, mode="reduce-overhead")``, which replays
+CUDA graphs; the eager implementation cannot be compiled so. A row also has tokens per second, or the reason why there
+is no measurement. First come the differences of the outputs from the eager implementation's.
 
 ``--implementations deepgemm`` is transformers' implementation by DeepGEMM, with the installed package in place of the
 copy that it would fetch from the hub.
 """
 
-import argparse
 import importlib.util
 import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Final, Literal, get_args
 
 import torch
 from torch import Tensor
 
 from moe_dispatch.backends.deep_gemm.library import MODULES
-from moe_dispatch.benchmarks.record import json_lines
-from moe_dispatch.benchmarks.record.gradients import IMPLEMENTATIONS, MODELS, Row, build, measure
-from moe_dispatch.benchmarks.record.verdicts import verdicts
+from moe_dispatch.benchmarks.record.gradients import IMPLEMENTATIONS, Row, build, measure, parser_of, write
 from moe_dispatch.integrations.transformers import register
-from moe_dispatch.machine import Machine
 
 Mode = Literal["eager", "compiled"]
 
@@ -163,16 +155,11 @@ def use_installed_deep_gemm() -> None:
 
 def main() -> None:
     """Measure, print, and write."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=Path("transformers_inference.jsonl"))
-    parser.add_argument("--model", choices=MODELS, default="qwen3-30b-a3b")
-    parser.add_argument("--layers", type=int, default=8)
+    parser = parser_of(__doc__, "transformers_inference.jsonl", 130.0)
     parser.add_argument("--modes", nargs="+", choices=get_args(Mode), default=list(get_args(Mode)))
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
     every = (*IMPLEMENTATIONS, _DEEP_GEMM)
     parser.add_argument("--implementations", nargs="+", choices=every, default=list(IMPLEMENTATIONS))
-    parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--seconds", type=float, default=130.0, help="what has not begun by then is left out")
     arguments = parser.parse_args()
     deadline = time.monotonic() + arguments.seconds
     register()
@@ -182,8 +169,7 @@ def main() -> None:
     cases = tuple(CASES[name] for name in arguments.cases)
     modes, implementations = tuple(arguments.modes), tuple(arguments.implementations)
     made = rows(model, "cuda", arguments.rounds, cases, modes, deadline, implementations, mode="reduce-overhead")
-    facts = {"model": arguments.model, "layers": arguments.layers}
-    print(*verdicts(json_lines.write(arguments.out, made, Machine.inspect("cuda"), **facts)), sep="\n")
+    write(made, arguments)
 
 
 if __name__ == "__main__":

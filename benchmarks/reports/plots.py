@@ -7,7 +7,7 @@ from typing import Any, Final
 
 from moe_dispatch.benchmarks.reports.winners import winners_map
 from moe_dispatch.benchmarks.rows import BenchRow
-from moe_dispatch.errors import MoEDispatchError
+from moe_dispatch.errors import InvalidInputError, MoEDispatchError
 
 # Okabe and Ito's palette, which is distinguishable with every kind of colour vision; the markers are in print too.
 COLOURS: Final = (
@@ -33,22 +33,24 @@ class PlotsUnavailableError(MoEDispatchError):
 def draw(rows: Iterable[BenchRow], folder: Path) -> list[Path]:
     """Draw one picture per (workload, dtype), and one map of the fastest backends per dtype.
 
-    Uniform routing only; eager times only for layers without a graph time.
-
-    Args:
-        rows: Rows of one machine.
-        folder: Folder that the PNG and SVG files are written to.
+    Rows of one machine, uniform routing only; eager times only for layers without a graph time.
 
     Returns:
         The files that were written.
 
     Raises:
         PlotsUnavailableError: matplotlib is missing.
+        InvalidInputError: The files cannot be written.
     """
     pyplot = _pyplot()
     best = _best(rows)
-    if not best:
-        return []
+    try:
+        return _draw(pyplot, best, folder) if best else []
+    except OSError as error:
+        raise InvalidInputError(f"pictures cannot be written to {folder} ({error}); --out names a folder") from error
+
+
+def _draw(pyplot: Any, best: "_Best", folder: Path) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     names = sorted({backend for *_, backend in best})
     style = {

@@ -20,7 +20,7 @@ import itertools
 import math
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 from moe_dispatch.benchmarks.rows import BenchRow
 from moe_dispatch.errors import InvalidInputError
@@ -166,13 +166,16 @@ def by_routing(rows: Iterable[BenchRow]) -> dict[str, list[Judged]]:
     return judged
 
 
-def summary(judged: Iterable[Judged]) -> dict[str, float]:
-    """Mean, 95th percentile and worst regret as fractions, the number of points, and of unmeasured choices."""
+def summary(judged: Iterable[Judged]) -> dict[str, Any]:
+    """Mean, 95th percentile and worst regret as fractions, the number of points, and of unmeasured choices.
+
+    The fractions are None where no point is judged: JSON, which the commands print, has no NaN.
+    """
     judged = list(judged)
     ordered = sorted(choice.regret for choice in judged if choice.regret is not None)
     counts = {"points": len(ordered), "unmeasured": sum(choice.unmeasured for choice in judged)}
     if not ordered:
-        return {"mean": math.nan, "p95": math.nan, "worst": math.nan, **counts}
+        return {"mean": None, "p95": None, "worst": None, **counts}
     return {
         "mean": math.fsum(ordered) / len(ordered),
         "p95": ordered[math.ceil(0.95 * len(ordered)) - 1],

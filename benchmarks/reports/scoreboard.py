@@ -9,6 +9,7 @@ from moe_dispatch.benchmarks.rows import BenchRow
 from moe_dispatch.benchmarks.suites import MODELS, SKEWED, UNIFORM
 from moe_dispatch.benchmarks.targets import SCOREBOARD, SMALL_MODEL, Metric, ScoreTarget, Side, TargetResult
 from moe_dispatch.errors import InvalidInputError
+from moe_dispatch.policies.measurements.table import geometric_mean
 from moe_dispatch.problem import Mode
 
 # This package's own kernels, without those of DeepGEMM and vLLM.
@@ -25,11 +26,7 @@ Point = tuple[str, int]
 
 
 class Scores:
-    """Times by point: the fastest configuration of each backend and baseline.
-
-    Args:
-        rows: Rows of one machine.
-    """
+    """Times by point: the fastest configuration of each backend and baseline."""
 
     def __init__(self, rows: Iterable[BenchRow]) -> None:
         self._best: dict[tuple[str, str, int, str, str, str], BenchRow] = {}
@@ -51,10 +48,7 @@ class Scores:
 
 
 def scoreboard(rows: Iterable[BenchRow]) -> list[TargetResult]:
-    """The result of every target.
-
-    Args:
-        rows: Rows of one machine.
+    """The result of every target by the rows of one machine.
 
     Raises:
         InvalidInputError: The rows are of several machines.
@@ -77,7 +71,7 @@ def _roofline_fraction(scores: Scores, target: ScoreTarget) -> TargetResult:
     fractions = {point: row.fraction for point, row in fastest.items() if row.fraction}
     worst = min(fractions, key=lambda point: fractions[point], default=None)
     where = f"least {fractions[worst]:.2f}: {_name(worst)}, {fastest[worst].backend}" if worst else ""
-    return TargetResult(target, _geometric_mean(list(fractions.values())), where, len(points) - len(fractions))
+    return TargetResult(target, _mean(list(fractions.values())), where, len(points) - len(fractions))
 
 
 def _speed_ups(scores: Scores, target: ScoreTarget, mode: Mode = "graph") -> dict[Point, float]:
@@ -93,13 +87,12 @@ def _speed_ups(scores: Scores, target: ScoreTarget, mode: Mode = "graph") -> dic
 
 def _worst_speed_up(scores: Scores, target: ScoreTarget) -> TargetResult:
     ratios = _speed_ups(scores, target)
-    worst = min(ratios, key=lambda point: ratios[point], default=None)
-    return TargetResult(target, ratios[worst] if worst else None, _name(worst), len(_points(target)) - len(ratios))
+    return _worst(target, ratios, min(ratios, key=lambda point: ratios[point], default=None))
 
 
 def _mean_speed_up(scores: Scores, target: ScoreTarget) -> TargetResult:
     ratios = _speed_ups(scores, target)
-    mean = _geometric_mean(list(ratios.values()))
+    mean = _mean(list(ratios.values()))
     return TargetResult(target, mean, missing=len(_points(target)) - len(ratios))
 
 
@@ -122,7 +115,10 @@ def _skew(scores: Scores, target: ScoreTarget) -> TargetResult:
         skewed = scores.fastest(point, target.dtype, target.ours, routing=SKEWED)
         if uniform and skewed and uniform.us and skewed.us:
             ratios[point] = skewed.us / uniform.us
-    worst = max(ratios, key=lambda point: ratios[point], default=None)
+    return _worst(target, ratios, max(ratios, key=lambda point: ratios[point], default=None))
+
+
+def _worst(target: ScoreTarget, ratios: dict[Point, float], worst: Point | None) -> TargetResult:
     return TargetResult(target, ratios[worst] if worst else None, _name(worst), len(_points(target)) - len(ratios))
 
 
@@ -136,8 +132,8 @@ METRICS: Final[dict[Metric, Callable[[Scores, ScoreTarget], TargetResult]]] = {
 }
 
 
-def _geometric_mean(values: Sequence[float]) -> float | None:
-    return math.exp(sum(map(math.log, values)) / len(values)) if values else None
+def _mean(values: Sequence[float]) -> float | None:
+    return geometric_mean(values) if values else None
 
 
 def _name(point: Point | None) -> str:

@@ -36,11 +36,9 @@ from moe_dispatch.problem import DType, Mode
 if TYPE_CHECKING:
     from moe_dispatch.benchmarks.plan import BenchPlan, Configs
     from moe_dispatch.benchmarks.rows import BenchRow
-    from moe_dispatch.benchmarks.suites import Suite
     from moe_dispatch.benchmarks.sweep import Sweep
-    from moe_dispatch.dispatch.dispatcher import Dispatcher
     from moe_dispatch.machine import Machine
-    from moe_dispatch.workloads import RoutingDistribution, Workload
+    from moe_dispatch.workloads import Workload
 
 TOKENS: Final = tuple(1 << power for power in range(15))  # 1 to 16384
 MODELS: Final = ("deepseek-v3", "qwen3-30b-a3b", "mixtral-8x7b")
@@ -84,28 +82,33 @@ def bench(
     json_: AsJson = False,
 ) -> None:
     """Time whole MoE layers, correct results only, beside the baselines. Runs can be resumed and plotted."""
+    from moe_dispatch.benchmarks.baselines import BASELINES
+    from moe_dispatch.benchmarks.candidates import available_backends
+    from moe_dispatch.benchmarks.plan import BenchPlan
     from moe_dispatch.dispatch.process import get_dispatcher
+    from moe_dispatch.registry import BACKENDS
     from moe_dispatch.workloads import ROUTINGS
 
     deadline = math.inf if budget is None else time.perf_counter() + seconds_of("--budget", budget, zero=True)
     seconds_of("--seconds", seconds, zero=True)
     seconds_of("--energy", energy, zero=True)
-    dispatcher = get_dispatcher()
-    machine = dispatcher.machine
+    machine = get_dispatcher().machine
     notes: list[str] = []
     if suite is None:
+        names, others = _runners(backend, BACKENDS.names(), tuple(BASELINES), with_baselines=baselines)
         plans = [
-            _plan(
-                dispatcher, notes, workloads=_workloads(model or MODELS, tp), dtypes=tuple(dtypes_of(dtype or DTYPES)),
+            BenchPlan(
+                workloads=_workloads(model or MODELS, tp), dtypes=tuple(dtypes_of(dtype or DTYPES)),
                 tokens=tuple(sorted(set(tokens_of(tokens)))),
                 routings=tuple(ROUTINGS[name] for name in routing_names(routing or ("uniform",))),
-                modes=_modes(mode, machine), names=backend, with_baselines=baselines, configs=_configs(config),
-                point_s=seconds,
+                modes=_modes(mode, machine), configs=_configs(config), point_s=seconds,
+                backends=available_backends(names, machine, notes.append),
+                baselines=tuple(BASELINES[name](machine) for name in others),
             )
         ]  # fmt: skip
     else:
         _refuse_options_of_a_suite(context, suite)
-        plans = _suite_plans(dispatcher, notes, _suite(suite), model, dtype)
+        plans = _suite_plans(machine, notes, suite, model, dtype)
     path = out or _default_path(machine, resume=resume)
     if os.path.lexists(path) and not resume:
         raise InvalidInputError(f"{path} exists already; --resume goes on with it, --out names another")
@@ -129,65 +132,28 @@ def bench(
         raise typer.Exit(INTERRUPTED)
 
 
-def _plan(
-    dispatcher: "Dispatcher",
-    notes: list[str],
-    *,
-    workloads: "tuple[Workload, ...]",
-    dtypes: tuple[DType, ...],
-    tokens: tuple[int, ...],
-    routings: "tuple[RoutingDistribution, ...]",
-    modes: tuple[Mode, ...],
-    names: Sequence[str] | None,
-    with_baselines: bool,
-    configs: "Configs",
-    point_s: float,
-) -> "BenchPlan":
-    """The plan that the options describe."""
-    from moe_dispatch.benchmarks.baselines import BASELINES
-    from moe_dispatch.benchmarks.candidates import available_backends
-    from moe_dispatch.benchmarks.plan import BenchPlan
-    from moe_dispatch.registry import BACKENDS
-
-    backends, baselines = _runners(names, BACKENDS.names(), tuple(BASELINES), with_baselines=with_baselines)
-    return BenchPlan(
-        workloads=workloads, dtypes=dtypes, tokens=tokens, routings=routings, modes=modes,
-        backends=available_backends(backends, dispatcher.machine, notes.append),
-        baselines=tuple(BASELINES[name](dispatcher.machine) for name in baselines),
-        configs=configs, point_s=point_s,
-    )  # fmt: skip
-
-
 def _suite_plans(
-    dispatcher: "Dispatcher",
-    notes: list[str],
-    suite: "Suite",
-    models: Sequence[str] | None,
-    dtypes: Sequence[str] | None,
+    machine: "Machine", notes: list[str], name: str, models: Sequence[str] | None, dtypes: Sequence[str] | None
 ) -> "list[BenchPlan]":
     """The plans of a suite, over the backends that are available here."""
     from moe_dispatch.benchmarks.baselines import BASELINES
     from moe_dispatch.benchmarks.candidates import available_backends
+    from moe_dispatch.benchmarks.suites import SUITES
 
-    if dispatcher.machine.device != "cuda":
-        raise InvalidInputError(f"suites time CUDA graphs, which need a CUDA device; this is {dispatcher.machine.name}")
-    backends = available_backends(suite.backends, dispatcher.machine, notes.append)
+    if name not in SUITES:
+        raise UnknownNameError("suite", name, tuple(SUITES))
+    if machine.device != "cuda":
+        raise InvalidInputError(f"suites time CUDA graphs, which need a CUDA device; this is {machine.name}")
+    suite = SUITES[name]
+    backends = available_backends(suite.backends, machine, notes.append)
     return list(
         suite.plans(
             _workloads(models or suite.models),
             tuple(dtypes_of(dtypes or suite.dtypes)),
             {backend.name: backend for backend in backends},
-            {name: BASELINES[name](dispatcher.machine) for name in suite.baselines},
+            {baseline: BASELINES[baseline](machine) for baseline in suite.baselines},
         )
     )
-
-
-def _suite(name: str) -> "Suite":
-    from moe_dispatch.benchmarks.suites import SUITES
-
-    if name not in SUITES:
-        raise UnknownNameError("suite", name, tuple(SUITES))
-    return SUITES[name]
 
 
 def _refuse_options_of_a_suite(context: typer.Context, suite: str) -> None:
@@ -250,6 +216,8 @@ def _check_writable(path: Path) -> None:
     """Refuse a file that cannot be written before anything is measured."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        if os.path.lexists(path) and not path.is_file():
+            raise OSError(errno.EINVAL, "it is not a regular file", str(path))
         if not os.access(path if path.exists() else path.parent, os.W_OK):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
     except OSError as error:

@@ -17,11 +17,6 @@ class CalibratedLayer:
     """One layer in one mode, as a calibration has it.
 
     Attributes:
-        layer: The layer's letters, dtype and activation.
-        mode: Eager or graph.
-        tokens: Measured token counts, ascending.
-        routings: Routing distributions.
-        backends: Backends with at least one measurement.
         measured: Time of the latest measurement, UTC, ISO 8601; empty where the file does not say.
         versions: Version by library, of the latest measurement.
     """

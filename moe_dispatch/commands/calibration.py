@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final
 
@@ -35,10 +36,14 @@ def show(
     from moe_dispatch.machine import Machine
     from moe_dispatch.policies.calibrated import calibration_paths
 
-    used = () if files else tuple(path for path in calibration_paths(Machine.inspect(device)) if path.exists())
     shown: list[dict[str, Any]] = []
-    for path in files or used:
-        file = _read(path)
+    read = 0
+    for path in files or calibration_paths(Machine.inspect(device)):
+        try:
+            file = _read(path) if files else _parsed(path)
+        except FileNotFoundError:
+            continue
+        read += 1
         layers = list(calibrated_layers(file))
         machine = file.machine
         if as_json:
@@ -52,7 +57,7 @@ def show(
         OUT.print(layers_table(layers))
     if as_json:
         typer.echo(json.dumps(shown, indent=1))
-    elif not (files or used):
+    elif not read:
         line("this machine has no calibration: `moe-dispatch calibrate --model NAME` measures a layer")
 
 
@@ -117,9 +122,13 @@ def merge(
 
 
 def _read(path: Path) -> "CalibrationFile":
+    return _required(_parsed, path)
+
+
+def _parsed(path: Path) -> "CalibrationFile":
     from moe_dispatch.policies.measurements.schema import parse_calibration, read_bytes
 
-    return _required(lambda each: parse_calibration(read_bytes(each), str(each)), path)
+    return parse_calibration(read_bytes(path), str(path))
 
 
 def _required(read: Any, path: Path, *arguments: Any) -> "CalibrationFile":
@@ -132,7 +141,7 @@ def _required(read: Any, path: Path, *arguments: Any) -> "CalibrationFile":
 
 
 def _target(out: Path, file: "CalibrationFile") -> Path:
-    return out / f"{file.machine.fingerprint}.json" if out.is_dir() else out
+    return out / f"{file.machine.fingerprint}.json" if os.path.isdir(out) else out
 
 
 def _write(path: Path, file: "CalibrationFile") -> None:

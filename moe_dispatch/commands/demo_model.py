@@ -86,11 +86,6 @@ class _Ticker:
 def compare_logits(built: Any, ours: Tensor, theirs: Tensor) -> tuple[float, float]:
     """Compare the dispatched model's logits with the model's own, over the model's own sequence.
 
-    Args:
-        built: The model.
-        ours: Tokens that it generated with dispatched experts.
-        theirs: Tokens that it generated with its own experts.
-
     Returns:
         Relative error of the logits; and, where the tokens first differ, how much the model's own logits prefer its own
         token, as a share of their root mean square (0 where none differ).

@@ -37,8 +37,6 @@ class DemoSize:
     """The model that the demo runs.
 
     Attributes:
-        layer: Shape of the MoE layers.
-        layers: Number of decoder layers.
         dtype: Dtype of the model: fp32 on a CPU, since not every CPU multiplies BF16 fast.
     """
 
@@ -52,8 +50,6 @@ class LayerRow:
     """One token count of the demo's layer.
 
     Attributes:
-        M: Tokens.
-        backend: The backend that ran.
         why: The policy's reason.
         error: ‖out − fp32‖ / ‖fp32‖.
         us: Median time of `moe_forward` in µs.
@@ -73,9 +69,6 @@ class DemoReport:
     """The demo's result.
 
     Attributes:
-        machine: Where it ran.
-        size: The model.
-        tokens: Number of generated tokens.
         same: How many of them equal those of the model's own experts.
         logits_error: ‖dispatched − own‖ / ‖own‖ over the model's own sequence.
         logits_gap: Where the generated tokens first differ, how much the model's own logits prefer its own token, as a
@@ -104,16 +97,8 @@ class DemoReport:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON data."""
-        fields = {name: getattr(self, name) for name in ("tokens", "same", "logits_error", "logits_gap", "bound")}
-        return {
-            "machine": self.machine.model_dump(mode="json"),
-            "model": asdict(self.size),
-            "right": self.right,
-            **fields,
-            "rows": [asdict(row) for row in self.rows],
-            "missing": {name: list(reasons) for name, reasons in self.missing.items()},
-            "ran": self.ran,
-        }
+        data = asdict(self) | {"machine": self.machine.model_dump(mode="json"), "right": self.right}
+        return {"model": data.pop("size"), **data}
 
 
 def run(device: str | None, model: str, tokens: int, *, keep: bool) -> DemoReport:

@@ -52,9 +52,9 @@ def _print(report: "DoctorReport") -> None:
         line(f"{name}={plain(value)}  [dim]{plain(VARIABLES[name])}[/dim]")
     if not report.environment:
         line("no MOE_DISPATCH_… variable is set")
-    if report.notes:
+    if report.policy_notes:
         heading("notes")
-        for note in report.notes:
+        for note in report.policy_notes:
             line(plain(note))
     heading("problems")
     for problem in report.problems:

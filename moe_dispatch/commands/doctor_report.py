@@ -36,11 +36,8 @@ class BackendReport:
     """A backend on this machine.
 
     Attributes:
-        name: Registered name.
         dtypes: Weight dtypes that it runs here; empty if it runs none.
         reasons: Why it runs none.
-        versions: Versions of the libraries that it depends on.
-        install_hint: How to install them.
         probe: By dtype, what running a tiny layer showed, beginning with ``ok`` if it is right; empty without a probe.
     """
 
@@ -62,15 +59,12 @@ class DoctorReport:
     """Everything that `moe-dispatch doctor` shows.
 
     Attributes:
-        version: Version of this package.
         machine: The machine, or the one that MOE_DISPATCH_MACHINE describes.
-        backends: Every registered backend.
         libraries: Every library with releases known to work.
         calibrated: Layers that this machine's calibrations cover, its own first.
         quarantine: Entries that hold under today's versions.
         lifted: Number of entries that --reset lifted; None without it.
-        notes: What the policies have to say.
-        environment: The variables that are set.
+        policy_notes: What the policies have to say.
         cache_dir: Folder of calibrations and the quarantine.
         problems: What is wrong, each with its remedy; the command fails if there are any.
     """
@@ -82,26 +76,17 @@ class DoctorReport:
     calibrated: tuple[CalibratedLayer, ...]
     quarantine: tuple[QuarantineEntry, ...]
     lifted: int | None
-    notes: tuple[str, ...]
+    policy_notes: tuple[str, ...]
     environment: dict[str, str]
     cache_dir: str
     problems: tuple[str, ...]
 
     def to_dict(self) -> dict[str, Any]:
         """JSON data; ``"machine"`` serves ``--machine``."""
-        return {
-            "version": self.version,
+        return dataclasses.asdict(self) | {
             "machine": self.machine.model_dump(mode="json"),
             "fingerprint": self.machine.fingerprint,
-            "backends": [dataclasses.asdict(report) for report in self.backends],
-            "libraries": [dataclasses.asdict(status) for status in self.libraries],
-            "calibrated": [dataclasses.asdict(each) for each in self.calibrated],
             "quarantine": [entry.model_dump(mode="json") for entry in self.quarantine],
-            "lifted": self.lifted,
-            "policy_notes": list(self.notes),
-            "environment": self.environment,
-            "cache_dir": self.cache_dir,
-            "problems": list(self.problems),
         }
 
 
@@ -149,7 +134,7 @@ def examine(device: str | None, *, reset: bool, probe: bool) -> DoctorReport:
         calibrated=tuple(calibrated),
         quarantine=entries,
         lifted=lifted,
-        notes=dispatcher.planner.notes(),
+        policy_notes=dispatcher.planner.notes(),
         environment=set_variables(),
         cache_dir=str(cache_dir()),
         problems=tuple(problems),

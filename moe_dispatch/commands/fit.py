@@ -103,7 +103,7 @@ def _show_losses(losses: "Sequence[dict[str, Any]]", why: str) -> None:
     numbers = ("mean", "p95", "worst", "points")
     rows = table("dtype", "mode", "policy", *numbers, numbers=numbers)
     for loss in losses:
-        fractions = (f"{loss[key]:.1%}" for key in ("mean", "p95", "worst"))
+        fractions = ("–" if loss[key] is None else f"{loss[key]:.1%}" for key in ("mean", "p95", "worst"))
         rows.add_row(loss["dtype"], loss["mode"], loss["policy"], *fractions, str(loss["points"]))
     OUT.print(rows)
     line("For each layer the learned policy was fitted without that layer's model.")

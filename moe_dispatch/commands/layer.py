@@ -6,12 +6,7 @@ from moe_dispatch.measure import Call
 
 
 def dispatched(experts: ExpertWeights, backend: str | None = None) -> Call:
-    """`moe_forward` with its weights bound.
-
-    Args:
-        experts: Weights.
-        backend: The backend to name; None lets the policies choose.
-    """
+    """`moe_forward` with its weights bound."""
     return lambda inputs: moe_forward(
         inputs.hidden_states, experts, inputs.topk_weights, inputs.topk_ids, backend=backend
     )

@@ -29,17 +29,7 @@ def print_projection(
     layer: "Workload", dtype: "DType", tokens: Sequence[int], ranks: str, machine: "Machine", *, wire_fp8: bool,
     as_json: bool = False,
 ) -> None:  # fmt: skip
-    """Print a table, or JSON, of a layer over token counts of a rank and numbers of GPUs.
-
-    Args:
-        layer: The layer.
-        dtype: Dtype of its weights.
-        tokens: Token counts of a rank.
-        ranks: Numbers of GPUs, comma-separated.
-        machine: The GPU.
-        wire_fp8: Whether rows cross as FP8.
-        as_json: Whether to print JSON.
-    """
+    """Print a table, or JSON, of a layer over token counts of a rank and numbers of GPUs."""
     from moe_dispatch.parallel.links import CLUSTERS
     from moe_dispatch.parallel.projection import Projection
 

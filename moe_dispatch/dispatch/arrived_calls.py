@@ -31,13 +31,6 @@ class ArrivedCalls:
     dequantised for an ordinary call (`Dispatcher.forward`). Other rows go to the backend that the ranking puts first
     if that stores in peers' memory; else the call is an ordinary one. So is an eager call of few tokens, whose time is
     the host's: only ordinary calls have a fast path (`Backend.fast_path`).
-
-    Args:
-        runner: Runs ordinary calls.
-        planner: Ranks the backends.
-        quarantine: Told of first runs.
-        counters: Told of every run.
-        recovery: Bars what failed.
     """
 
     def __init__(
@@ -124,7 +117,8 @@ class ArrivedCalls:
         M, topk = topk_ids.shape
         problem = experts.problem(M, topk, inputs.act_dtype, self._planner.machine.capability, mode)
         plan: Plan | None = None
-        with FIRST_CALLS.planning():
+        FIRST_CALLS.begin()
+        try:
             plans = self._planner.eligible(problem, experts, backend, into=True)
             if not quantized and out is not None and (mode == "graph" or M > _FEW_TOKENS):
                 first = next(iter(plans), None)
@@ -133,6 +127,8 @@ class ArrivedCalls:
                 plan = next((each for each in plans if each.backend.takes_quantized_rows(problem)), None)
                 if plan is not None and plan.choice.backend == LAST_RESORT and experts.device.type == "cuda":
                     plan = None  # the fastest backend on dequantised rows takes less time
+        finally:
+            FIRST_CALLS.end()
         if len(self._plans) >= _MAX_KINDS:
             self._plans.clear()
         self._plans[key] = plan

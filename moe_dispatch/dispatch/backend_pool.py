@@ -3,7 +3,7 @@
 import dataclasses
 import threading
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 
@@ -24,11 +24,9 @@ class BackendStatus:
     """A registered backend on this machine.
 
     Attributes:
-        name: Registered name.
         available: Whether it imports and its libraries are installed.
         reasons: Why it is not available, each with its remedy.
         versions: Version by library, for the libraries that its measurements depend on.
-        install_hint: How to install its libraries.
     """
 
     name: str
@@ -38,26 +36,16 @@ class BackendStatus:
     install_hint: str
 
 
-@dataclass
-class _Answers:
-    """What was answered about the problem that was asked about last: policy and planner ask the same of it.
-
-    Attributes:
-        problem: The problem.
-        supported: Backends that gave no reason against it.
-        recorded: By backend, what alone bars it: a failure of an earlier process.
-    """
-
-    problem: MoEProblem | None
-    supported: set[str] = field(default_factory=set)
-    recorded: dict[str, QuarantineEntry] = field(default_factory=dict)
+# What was answered about the problem that was asked about last, as policy and planner ask the same of it: the problem,
+# the backends that gave no reason against it, and by backend what alone bars it, a failure of an earlier process.
+_Answers = tuple[MoEProblem | None, set[str], dict[str, QuarantineEntry]]
 
 
 class _Latest(threading.local):
     """The answers of each thread."""
 
     def __init__(self) -> None:
-        self.answers = _Answers(None)
+        self.answers: _Answers = (None, set(), {})
 
 
 class BackendPool(MadeBackends):
@@ -66,11 +54,8 @@ class BackendPool(MadeBackends):
     No lock is held while a backend's code runs, which may itself call `moe_forward`, here or from a thread of its own.
     Threads that come first at the same time may make or probe a backend twice; the first result is kept.
 
-    Args:
-        machine: The machine that the backends are made for.
-        disabled: Names that a policy's choice may not have.
-        quarantine: Consulted, and told of a probe that loses the CUDA context.
-        barred: Further names that a policy's choice may not have, each with the reason.
+    A policy's choice may have neither a name in `disabled` nor one in `barred`, whose reasons are given. The quarantine
+    is consulted, and told of a probe that loses the CUDA context.
     """
 
     def __init__(
@@ -89,16 +74,16 @@ class BackendPool(MadeBackends):
             problem: The problem that it would get.
             chosen_by_name: Whether the caller names this backend; then only what is impossible counts.
         """
-        made = self.made(name)
+        made = self._made.get(name) or self.made(name)
         reasons = list(made.reasons)
         if made.backend is not None:
-            answers = self._latest.answers
-            if answers.problem is not problem:
-                answers = self._latest.answers = _Answers(problem)
-            if name not in answers.supported:
+            answered, supported, recorded = self._latest.answers
+            if answered is not problem:
+                _, supported, recorded = self._latest.answers = (problem, set(), {})
+            if name not in supported:
                 reasons += made.backend.unsupported_reasons(problem)
-                if reasons == list(made.reasons):
-                    answers.supported.add(name)
+                if len(reasons) == len(made.reasons):
+                    supported.add(name)
             if not chosen_by_name:
                 if name in self._disabled:
                     reasons.append("disabled by MOE_DISPATCH_DISABLE")
@@ -106,21 +91,28 @@ class BackendPool(MadeBackends):
                     reasons.append(self._barred[name])
                 if cause := self._quarantine.cause(name, problem):
                     if not reasons and (entry := self._quarantine.recorded(name, problem)):
-                        answers.recorded[name] = entry
+                        recorded[name] = entry
                     reasons.append(f"quarantined for such problems: {cause}")
         return tuple(reasons)
 
+    def still_able(self, name: str, problem: MoEProblem) -> bool:
+        """Whether a backend can run a problem, given that it was chosen for another token count of the same kind."""
+        backend = self._made[name].backend
+        assert backend is not None  # noqa: S101 - it was chosen
+        able = not backend.unsupported_reasons(problem) and not self._quarantine.cause(name, problem)
+        return able and not backend.fault
+
     def recorded(self, problem: MoEProblem) -> Iterable[QuarantineEntry]:
         """Failures of earlier processes that alone kept backends from the problem that was asked about last."""
-        answers = self._latest.answers
-        return answers.recorded.values() if answers.problem is problem else ()
+        answered, _, recorded = self._latest.answers
+        return recorded.values() if answered is problem else ()
 
     def probe_failure(self, name: str, problem: MoEProblem, device: torch.device) -> str:
         """Why a backend's results cannot be trusted, found by its probe; empty if they can. Probes once per dtype.
 
         While a CUDA graph is captured nothing can be probed, and a backend not probed before is not trusted.
         """
-        backend = self.made(name).require()
+        backend = self.backend(name)
         if not backend.needs_probe:
             return ""
         kind = _kind(problem)

@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor
@@ -27,6 +28,9 @@ from moe_dispatch.experts import ExpertWeights
 from moe_dispatch.machine import Machine
 from moe_dispatch.problem import MoEProblem
 from moe_dispatch.workloads import ROUTINGS
+
+if TYPE_CHECKING:
+    from moe_dispatch.backend import Inputs
 
 
 def call_eagerly(
@@ -179,12 +183,8 @@ def explain(arguments: Sequence[object], machine: Machine | None) -> Explanation
             "explain takes a MoEProblem, or hidden_states, experts, topk_weights and topk_ids as moe_forward does; "
             f"got {len(arguments)} arguments: {', '.join(type(argument).__name__ for argument in arguments)}"
         )
-    hidden_states, experts, topk_weights, topk_ids = arguments
-    check(hidden_states, experts, topk_weights, topk_ids)
-    assert isinstance(hidden_states, Tensor)  # noqa: S101 - checked above, repeated for the type checker
-    assert isinstance(experts, ExpertWeights)  # noqa: S101
-    assert isinstance(topk_weights, Tensor)  # noqa: S101
-    assert isinstance(topk_ids, Tensor)  # noqa: S101
+    check(*arguments)
+    hidden_states, experts, topk_weights, topk_ids = cast("Inputs", arguments)
     described = machine or get_dispatcher(experts.device).machine
     M, topk = topk_ids.shape
     problem = experts.problem(M, topk, hidden_states.dtype, described.capability)

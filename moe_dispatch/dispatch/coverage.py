@@ -24,14 +24,7 @@ def representative_token_counts(
     and Triton specialises its kernels alike. Between the two ends launchers change no constant, though they may differ
     at both: a scan over blocks of slots takes the next power of two of their number.
 
-    Args:
-        planner: Chooses for each token count; nothing is run.
-        experts: The layer's weights.
-        topk: Experts per token.
-        act_dtype: The dtype of hidden_states.
-        capability: The device's compute capability; None on a CPU.
-        most: Largest token count.
-        backend: The backend that the calls will name, if any.
+    The planner chooses for each token count, and nothing is run; `backend` is the one that the calls will name, if any.
     """
     least: dict[object, int] = {}
     greatest: dict[object, int] = {}

@@ -49,7 +49,6 @@ class Dispatcher:
         barred: Backends that policies may not choose, each with the reason.
 
     Attributes:
-        machine: As given.
         planner: Chooses the backend for a kind of call.
         quarantine: Remembers which backends failed.
         arrived: Runs calls over rows that came from several ranks.
@@ -76,7 +75,8 @@ class Dispatcher:
         self._recovery = Recovery(self, self.planner, self.quarantine, self._counters)
         self.arrived = ArrivedCalls(self, self.planner, self.quarantine, self._counters, self._recovery)
         self._plans: dict[PlanKey, Plan] = {}
-        self._checked: set[PlanKey] = set()  # kinds of call that passed every check, whatever their token count
+        # A problem of each kind of call that passed every check, of some token count.
+        self._kinds: dict[PlanKey, MoEProblem] = {}
         self._settled = SettledPlans[Plan](on_cuda=self._on_cuda)
         self.last_plan: Plan | None = None
         self._lock = threading.RLock()
@@ -93,14 +93,7 @@ class Dispatcher:
     ) -> Tensor:
         """See `moe_dispatch.moe_forward`; the layer's GPU is the current device.
 
-        Args:
-            hidden_states: ``[M, K]``, as for `moe_forward`.
-            experts: The layer's weights.
-            topk_weights: ``[M, topk]``, any float dtype.
-            topk_ids: ``[M, topk]``, int32 or int64.
-            backend: The backend to run; None to choose.
-            out: ``[M, K]`` in hidden_states' dtype, for the output; None for fresh memory.
-            grad: Whether the backend's operations have to be differentiable one by one (`gradients.needs_grad`).
+        With `grad` the backend's operations have to be differentiable one by one (`gradients.needs_grad`).
         """
         plan = None
         if out is None and not grad:
@@ -163,17 +156,16 @@ class Dispatcher:
             return self._recovery.run_transformed(arguments, backend, out)
         if plan is None:
             arguments = (hidden_states, experts, topk_weights, topk_ids)
-            kind = _without_tokens(key)
-            has_memory = self._check(kind, arguments, backend)
+            alike = self._check(key, arguments, backend)
             if out is not None:
                 check_out(out, arguments, needs_grad=grad)
             if not hidden_states.shape[0] and not grad:
                 self.planner.named(backend)
                 return hidden_states.clone() if out is None else out
-            if not has_memory:
+            if alike is None:
                 return self._recovery.run_transformed(arguments, backend, out)
             # The reference puts every tensor that requires a gradient into the graph, without a token too.
-            plan = self._plan(key, experts)
+            plan = self._plan(key, alike, experts)
         try:
             weights = topk_weights.float() if plan.widens else topk_weights
             inputs = (hidden_states.contiguous(), experts, weights.contiguous(), topk_ids.contiguous())
@@ -202,11 +194,7 @@ class Dispatcher:
     def warm_up(self, inputs: Inputs | ArrivedInputs, backend: str | None = None, out: Tensor | None = None) -> None:
         """Run what an eager call and a captured one would run, so that capturing this M compiles nothing.
 
-        Args:
-            inputs: hidden_states, experts, topk_weights, topk_ids, as for `forward`; or those of a call over rows that
-                came from several ranks.
-            backend: As for `forward`.
-            out: As for `forward`.
+        The inputs are as for `forward`, or those of a call over rows that came from several ranks.
         """
         if isinstance(inputs, ArrivedInputs):
             if self.arrived.warm_up(inputs, backend):
@@ -244,23 +232,31 @@ class Dispatcher:
 
     # Plans.
 
-    def _check(self, kind: PlanKey, arguments: Inputs, backend: str | None) -> bool:
-        """Refuse a call that is at fault, unless its kind is known to be sound; whether its tensors have memory."""
-        if kind not in self._checked or not have_memory(arguments):
-            check(*arguments, backend)
-            if not have_memory(arguments):
-                return False
-            with self._lock:
-                if len(self._checked) >= MAX_PLANS:
-                    self._checked.clear()
-                if kind:
-                    self._checked.add(kind)
-        return True
+    def _check(self, key: PlanKey, arguments: Inputs, backend: str | None) -> MoEProblem | None:
+        """Refuse a call that is at fault, unless its kind is known to be sound.
 
-    def _plan(self, key: PlanKey, experts: ExpertWeights) -> Plan:
-        problem = self._problem(key, experts)
-        with FIRST_CALLS.planning():
-            plan = self.planner.plan(problem, experts, key[-2], into=key[-1] is not None)
+        Returns:
+            A problem of the call's kind, of this or another token count; None if the tensors have no memory.
+        """
+        kind = _without_tokens(key)
+        if (problem := self._kinds.get(kind)) is not None and have_memory(arguments):
+            return problem
+        check(*arguments, backend)
+        if not have_memory(arguments):
+            return None
+        _, _, _, (M, topk), act_dtype, *_, grad, capturing, _, _ = key
+        mode: Mode = "graph" if capturing else "eager"
+        problem = arguments[1].problem(M, topk, act_dtype, self.machine.capability, mode, needs_grad=grad)
+        with self._lock:
+            if len(self._kinds) >= MAX_PLANS:
+                self._kinds.clear()
+            self._kinds[kind] = problem
+        return problem
+
+    def _plan(self, key: PlanKey, alike: MoEProblem, experts: ExpertWeights) -> Plan:
+        """The plan for a key; `alike` differs from the problem in its token count at most."""
+        problem = alike.with_tokens(key[1][0])
+        plan = self.planner.plan(problem, experts, key[-2], into=key[-1] is not None)
         plan.widens = key[5] is not torch.float32
         if plan.kept:
             with self._lock:
@@ -279,20 +275,16 @@ class Dispatcher:
     def _settle(self, key: PlanKey, plan: Plan, inputs: Inputs, arguments: Inputs) -> None:
         """Count a call, and make a kind that comes often cheap: by the backend's fast path, then by settling its plan.
 
-        Args:
-            key: The plan's.
-            plan: Has just run.
-            inputs: What it ran.
-            arguments: The same as the caller gave it.
+        The plan has just run the inputs; `arguments` are the same as the caller gave them.
         """
         with plan.lock:
             plan.calls = calls = plan.calls + 1
         if calls == FAST_PATH_CALLS:
             self._prepare_fast_path(plan, inputs)
+        if calls < SETTLING_CALLS or plan.into or plan.problem.mode != "eager":
             return
         hidden_states, _, *rest = arguments
-        settles = calls >= SETTLING_CALLS and not plan.into and plan.problem.mode == "eager"
-        if settles and all(tensor.is_contiguous() for tensor in (hidden_states, *rest)):
+        if all(tensor.is_contiguous() for tensor in (hidden_states, *rest)):
             with self._lock:
                 if self._plans.get(key) is plan:
                     self._settled.keep(plan, arguments, key[-2])
@@ -304,11 +296,6 @@ class Dispatcher:
             for key, plan in list(self._plans.items()):
                 if plan.choice.backend == backend and not plan.explicit and plan.problem.bucket == bucket:
                     self._forget(key)
-
-    def _problem(self, key: PlanKey, experts: ExpertWeights) -> MoEProblem:
-        _, _, _, (M, topk), act_dtype, _, _, _, grad, capturing, _, _ = key
-        mode: Mode = "graph" if capturing else "eager"
-        return experts.problem(M, topk, act_dtype, self.machine.capability, mode, needs_grad=grad)
 
     # First runs.
 

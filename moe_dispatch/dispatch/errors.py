@@ -39,12 +39,7 @@ class BackendFailedError(MoEDispatchError):
 
 
 class NoBackendError(MoEDispatchError):
-    """No backend can run the problem. The message lists every backend's reasons.
-
-    Args:
-        problem: The problem.
-        reasons: Reasons by backend.
-    """
+    """No backend can run the problem. The message lists every backend's reasons."""
 
     def __init__(self, problem: MoEProblem, reasons: Mapping[str, Sequence[str]]) -> None:
         self.problem, self.reasons = problem, {name: tuple(why) for name, why in reasons.items()}

@@ -14,7 +14,6 @@ class Candidate:
     """A ranked choice, and every reason against it; none if it could run.
 
     Attributes:
-        choice: The policy's choice.
         against: Every reason why it cannot run.
     """
 
@@ -27,7 +26,6 @@ class Explanation:
     """The ranking for one problem on one machine.
 
     Attributes:
-        problem: The problem.
         machine: The machine that the ranking is for.
         candidates: The ranked choices, best first, the last resort last.
         unranked: Registered backends that no policy ranked, each with its reasons against (empty if it could run).

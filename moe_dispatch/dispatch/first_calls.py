@@ -38,11 +38,8 @@ class FirstCalls:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._changed = threading.Condition(self._lock)
+        self._forks = 0  # that wait for first calls of other threads
         self._backends: dict[int, list[str]] = {}
-
-    def planning(self) -> "_Listed":
-        """While this thread plans a kind of call."""
-        return _Listed(self, "")
 
     def running(self, backend: str) -> "_Listed":
         """While this thread probes a backend or runs a kind of call on it for the first time.
@@ -52,8 +49,8 @@ class FirstCalls:
         """
         return _Listed(self, backend)
 
-    def begin(self, backend: str) -> None:
-        """List this thread; see `planning` and `running`."""
+    def begin(self, backend: str = "") -> None:
+        """List this thread until `end`: it plans a kind of call, or runs this backend; see `running`."""
         thread = threading.get_ident()
         with self._lock:
             mine = self._backends.get(thread, [])
@@ -72,7 +69,8 @@ class FirstCalls:
             mine.pop()
             if not mine:
                 del self._backends[thread]
-            self._changed.notify_all()
+            if self._forks:
+                self._changed.notify_all()
 
     def _running(self, backend: str) -> int:
         return sum(backend in names for names in self._backends.values())
@@ -81,10 +79,12 @@ class FirstCalls:
         """Wait for the first calls of other threads, and keep new ones from starting until the fork is done."""
         thread = threading.get_ident()
         self._changed.acquire()
+        self._forks += 1
         self._changed.wait_for(lambda: not self._backends.keys() - {thread}, FORK_WAIT_SECONDS)
 
     def after_fork_in_parent(self) -> None:
         """Let first calls start again."""
+        self._forks -= 1
         self._changed.release()
 
     def after_fork_in_child(self) -> None:
@@ -92,6 +92,7 @@ class FirstCalls:
         thread = threading.get_ident()
         self._lock = threading.Lock()
         self._changed = threading.Condition(self._lock)
+        self._forks = 0
         self._backends = {other: names for other, names in self._backends.items() if other == thread}
 
 
@@ -101,12 +102,8 @@ FIRST_CALLS: Final = FirstCalls()
 def wait_for_earlier_work(device: torch.device, suspects: Sequence[str] = ()) -> None:
     """Wait for a GPU, so that an error of earlier work surfaces here and is not booked on the backend that runs next.
 
-    Args:
-        device: The GPU; a CPU has nothing to wait for.
-        suspects: Names of the backends that ran last.
-
     Raises:
-        DeviceLostError: The CUDA context is gone.
+        DeviceLostError: The CUDA context is gone; it names the suspects, which ran last.
     """
     if device.type != "cuda":
         return

@@ -8,6 +8,7 @@ of the backend: forward mode, torch.func's transforms, and second derivatives. O
 import functools
 import importlib
 from collections.abc import Iterable
+from contextlib import nullcontext
 from typing import Final, NamedTuple, Protocol, cast
 
 import torch
@@ -22,16 +23,7 @@ BACKWARD: Final = "moe_dispatch.backends.backward"  # imported at the first grad
 
 
 class Wanted(NamedTuple):
-    """Which gradients a backward computes. A frozen tensor's costs nothing.
-
-    Attributes:
-        hidden_states: Whether the gradient of hidden_states is wanted.
-        topk_weights: Whether that of topk_weights is.
-        gate_up: Whether that of gate_up is; never for FP8 weights.
-        down: Whether that of down is; never for FP8 weights.
-        gate_up_bias: Whether that of gate_up_bias is.
-        down_bias: Whether that of down_bias is.
-    """
+    """Of which tensors a backward computes the gradient. A frozen one's costs nothing, and FP8 weights have none."""
 
     hidden_states: bool = False
     topk_weights: bool = False
@@ -94,22 +86,16 @@ def needs_grad(hidden_states: Tensor, experts: ExpertWeights, topk_weights: Tens
 
 
 def compute_gradients(gradient: Tensor, inputs: Inputs, wanted: Wanted, machine: Machine) -> Gradients:
-    """Compute the gradients of one call from its inputs.
+    """Compute the gradients of a call from its checked inputs and the gradient of its output, in any strides.
 
-    Args:
-        gradient: ``[M, K]``, that of the output, in hidden_states' dtype and any strides.
-        inputs: hidden_states, experts, topk_weights, topk_ids of the call, which it has checked.
-        wanted: Which gradients to compute.
-        machine: The layer's machine; its GPU is the current device.
+    The layer's GPU is the current device.
     """
     hidden_states, experts, topk_weights, topk_ids = inputs
     contiguous = (hidden_states.contiguous(), experts, topk_weights.contiguous(), topk_ids.contiguous())
     device = experts.device.type
-    if any_autocast_enabled() and torch.is_autocast_enabled(device):
-        # A backward started under autocast rounds no more than one started outside.
-        with torch.autocast(device, enabled=False):
-            gradients = _backward().backward(gradient.contiguous(), contiguous, wanted, machine)
-    else:
+    rounding = any_autocast_enabled() and torch.is_autocast_enabled(device)
+    # A backward started under autocast rounds no more than one started outside.
+    with torch.autocast(device, enabled=False) if rounding else nullcontext():
         gradients = _backward().backward(gradient.contiguous(), contiguous, wanted, machine)
     if gradients.topk_weights is None:
         return gradients

@@ -14,10 +14,7 @@ MAX_BYTES: Final = 64 << 20
 class KeptInputs:
     """Copies of hidden_states, topk_weights and topk_ids, to compare with and to restore. Weights are not copied.
 
-    A backend may fail after it has written to them, and another one computes the call then.
-
-    Args:
-        inputs: The arguments of the run, contiguous.
+    A backend may fail after it has written to them, and another one computes the call then. They are contiguous.
     """
 
     def __init__(self, inputs: Inputs) -> None:

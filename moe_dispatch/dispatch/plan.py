@@ -16,9 +16,6 @@ class Plan:
     """What runs for one kind of call.
 
     Attributes:
-        problem: The kind of call.
-        backend: The backend that runs it.
-        config: The backend's configuration.
         choice: The choice that it comes from, with its reason.
         remedy: How to have another backend in its place, where the caller or the environment named this one; no other
             one runs then. Empty where a policy chose.

@@ -14,6 +14,7 @@ from moe_dispatch.dispatch.backend_pool import BackendPool, BackendStatus
 from moe_dispatch.dispatch.counters import Counters
 from moe_dispatch.dispatch.errors import BackendUnsupportedError, NoBackendError
 from moe_dispatch.dispatch.explanation import Candidate, Explanation
+from moe_dispatch.dispatch.first_calls import FIRST_CALLS
 from moe_dispatch.dispatch.plan import Plan, PlanKind
 from moe_dispatch.dispatch.policy_chain import PolicyChain
 from moe_dispatch.dispatch.quarantine import OBEYED_FOR, STRIKES, Quarantine, QuarantineEntry
@@ -22,7 +23,7 @@ from moe_dispatch.experts import ExpertWeights
 from moe_dispatch.guard import FOREIGN_ERRORS
 from moe_dispatch.machine import Machine
 from moe_dispatch.policy import Choice
-from moe_dispatch.problem import MoEProblem
+from moe_dispatch.problem import Mode, MoEProblem
 from moe_dispatch.registry import BACKENDS, LAST_RESORT
 from moe_dispatch.settings import Settings
 from moe_dispatch.system import failures
@@ -32,6 +33,8 @@ logger = logging.getLogger("moe_dispatch")
 BACKEND_VARIABLE: Final = "MOE_DISPATCH_BACKEND"
 DISABLE_VARIABLE: Final = "MOE_DISPATCH_DISABLE"
 POLICY_VARIABLE: Final = "MOE_DISPATCH_POLICY"
+# Kinds of call and powers of two of which plans are kept that serve other token counts; when full, all are made anew.
+MAX_NEIGHBOURHOODS: Final = 4096
 
 
 class Planner:
@@ -44,9 +47,6 @@ class Planner:
         counters: Told of the same.
         live: Whether `machine` is this one. A described machine is only explained: nothing is imported or probed.
         barred: Backends that policies may not choose, each with the reason.
-
-    Attributes:
-        machine: As given.
     """
 
     def __init__(
@@ -67,29 +67,32 @@ class Planner:
         self._proven: set[PlanKind] = set()
         self._passed_over: set[str] = set()
         self._obeyed: list[QuarantineEntry] = []
+        self._neighbours: dict[tuple[int, Mode, int, bool], tuple[Plan, ...]] = {}  # see `_neighbours_plan`
 
     def plan(
         self, problem: MoEProblem, experts: ExpertWeights, backend: str | None = None, *, into: bool = False
     ) -> Plan:
         """The best plan for a problem, or the one of the backend that the caller or the environment names.
 
-        Args:
-            problem: The kind of call.
-            experts: The layer's weights.
-            backend: The name that the caller gives, if any.
-            into: Whether the calls bring the memory for their output.
-
         Raises:
             BackendUnsupportedError: The named backend cannot run this.
             BackendUnavailableError: The named backend is missing or broken.
             NoBackendError: Nothing can run this.
         """
-        if backend or self._settings.backend:
-            plan = self._named_plan(backend, problem, experts, into=into)
-        else:
-            plan = self._best_plan(problem, experts, into=into)
-        plan.proven = plan.kind in self._proven
-        logger.info("%s runs %s: %s", plan.choice.backend, problem, plan.choice.reason)
+        named = bool(backend or self._settings.backend)
+        plan = None if named else self._neighbours_plan(problem, into=into)
+        if plan is None:
+            FIRST_CALLS.begin()
+            try:
+                if named:
+                    plan = self._named_plan(backend, problem, experts, into=into)
+                else:
+                    plan = self._best_plan(problem, experts, into=into)
+            finally:
+                FIRST_CALLS.end()
+        plan.proven = plan.proven or plan.kind in self._proven
+        if logger.isEnabledFor(logging.INFO):  # a reason may be put into words only now
+            logger.info("%s runs %s: %s", plan.choice.backend, problem, plan.choice.reason)
         return plan
 
     def eligible(
@@ -133,7 +136,7 @@ class Planner:
             UnknownNameError: Nothing is registered under it.
             BackendUnavailableError: It does not import, or its libraries are missing.
         """
-        return self._pool.made(name).require()
+        return self._pool.backend(name)
 
     def named(self, backend: str | None) -> tuple[str, str]:
         """The name of the backend that the caller gives, or else the environment, and its variable; empty if none does.
@@ -192,6 +195,32 @@ class Planner:
             return dataclasses.replace(choice, reason="named by the caller", policy="caller")
         return dataclasses.replace(choice, reason=f"named by {BACKEND_VARIABLE}", policy="environment")
 
+    def _neighbours_plan(self, problem: MoEProblem, *, into: bool) -> Plan | None:
+        """The plan of a call that differs from a planned one in its token count alone; None where it may be another.
+
+        It is the same where the policies put the same choice first for both token counts and nothing speaks against it.
+        """
+        for neighbour in self._neighbours.get(_neighbourhood(problem, into=into), ()):
+            if (choice := neighbour.choice.also_at(problem.M)) is None:
+                continue
+            if not self._pool.still_able(choice.backend, problem):
+                return None
+            return Plan(
+                problem, neighbour.backend, neighbour.config, choice, "", into=into, kept=True, proven=neighbour.proven
+            )
+        return None
+
+    def _remember(self, plan: Plan) -> None:
+        """Keep a plan of the first choice of all for `_neighbours_plan`, if its policy says where that comes first."""
+        problem = plan.problem
+        if problem.routed_experts is not None or plan.choice.also_at(problem.M) is None:
+            return  # the policy counts the tokens of another layer, or made the choice for this token count alone
+        if self._policies().leads(plan.choice, problem):
+            if len(self._neighbours) >= MAX_NEIGHBOURHOODS:
+                self._neighbours.clear()
+            key = _neighbourhood(problem, into=plan.into)
+            self._neighbours[key] = (*self._neighbours.get(key, ()), plan)
+
     def _best_plan(self, problem: MoEProblem, experts: ExpertWeights, *, into: bool) -> Plan:
         against: dict[str, tuple[str, ...]] = {}
         faults: dict[str, str] = {}
@@ -209,7 +238,7 @@ class Planner:
             if reasons or isinstance(config, tuple):
                 against.setdefault(choice.backend, reasons)
                 continue
-            plan = self._made_plan(problem, choice, config, into=into)
+            plan = Plan(problem, self._pool.backend(choice.backend), config, choice, "", into=into)
             if problem.mode == "eager" or plan.kind in self._proven:
                 best = plan
                 break
@@ -218,6 +247,8 @@ class Planner:
         if best is not None:
             # A fallback during a capture is not kept: once the plan before it has run, that one is better.
             best.kept = unproven is None
+            if best.kept and not (against or faults):
+                self._remember(best)
         best = best or unproven
         if best is None:
             for name in BACKENDS.names():
@@ -259,7 +290,7 @@ class Planner:
         if problem.needs_grad:
             reason = "torch differentiates the backend itself, which only the reference allows"
             return (Choice(LAST_RESORT, reason, policy="autograd"),)
-        return self._policies().rank(problem)
+        return (self._chain or self._policies()).rank(problem)
 
     def _policies(self) -> PolicyChain:
         if self._chain is None:  # two threads may load it at once; no lock is held while a policy's code runs
@@ -284,7 +315,7 @@ class Planner:
     def _config(self, choice: Choice, problem: MoEProblem) -> BackendConfig | tuple[str, ...]:
         """A choice's configuration as the backend's own type, or why there is none."""
         try:
-            backend = self.backend(choice.backend)
+            backend = self._pool.backend(choice.backend)
             if choice.config is None:
                 return backend.default_config(problem)
             values = choice.config.values()
@@ -300,6 +331,11 @@ class Planner:
     def _probe_failure(self, choice: Choice, problem: MoEProblem, experts: ExpertWeights | None) -> str:
         device = experts.device if experts is not None else torch.device(self.machine.device)
         return self._pool.probe_failure(choice.backend, problem, device)
+
+
+def _neighbourhood(problem: MoEProblem, *, into: bool) -> tuple[int, Mode, int, bool]:
+    """What the calls of one `Plan.kind` have in common beside the choice; plans that are kept keep the layer's id."""
+    return id(problem.layer), problem.mode, max(problem.M - 1, 0).bit_length(), into
 
 
 # Bounded, as a policy may name ever new ones; by the types too, as 1 equals True and a strict type tells them apart.

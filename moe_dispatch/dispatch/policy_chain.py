@@ -72,6 +72,14 @@ class PolicyChain:
         if LAST_RESORT not in ranked:
             yield Choice(LAST_RESORT, "runs anywhere", policy="last resort")
 
+    def leads(self, choice: Choice, problem: MoEProblem) -> bool:
+        """Whether no policy before the one that made a choice may rank calls of the problem's layer."""
+        try:
+            knowing = (policy.name for policy in self._policies if policy.knows(problem))
+            return next(knowing, "") == choice.policy
+        except FOREIGN_ERRORS:
+            return False
+
     def notes(self) -> tuple[str, ...]:
         """The policies' notes, after those on policies that were passed over."""
         notes: list[str] = []
@@ -108,6 +116,8 @@ def _checked(choice: object, policy: str) -> Choice:
     """
     if not isinstance(choice, Choice):
         raise TypeError(f"it ranks {reprlib.repr(choice)}, which is no Choice")
+    if "_tell" in vars(choice):  # a `Choice.between` of this package's tables, which were checked when they were read
+        return choice
     for name, kinds in _FIELDS.items():
         value = getattr(choice, name)
         if not isinstance(value, kinds) or isinstance(value, bool):

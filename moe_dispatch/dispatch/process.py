@@ -6,7 +6,7 @@ import threading
 
 import torch
 
-from moe_dispatch.dispatch.counters import BackendStats
+from moe_dispatch.dispatch.counters import Counters
 from moe_dispatch.dispatch.dispatcher import Dispatcher
 from moe_dispatch.machine import current_machine, present_device
 from moe_dispatch.registry import BACKENDS, POLICIES
@@ -40,14 +40,11 @@ def reset_dispatchers() -> None:
 
 def stats() -> dict[str, dict[str, int]]:
     """How often each backend ran, fell back and was quarantined in this process, over all devices."""
-    total: dict[str, BackendStats] = {}
+    total = Counters()
     for dispatcher in list(_dispatchers.values()):
         for name, counted in dispatcher.stats().items():
-            summed = total.setdefault(name, BackendStats())
-            summed.ran += counted.ran
-            summed.fell_back += counted.fell_back
-            summed.quarantined += counted.quarantined
-    return {name: dataclasses.asdict(summed) for name, summed in total.items()}
+            total.count(name, **dataclasses.asdict(counted))
+    return {name: dataclasses.asdict(summed) for name, summed in total.counts().items()}
 
 
 def _after_fork_in_child() -> None:

@@ -24,11 +24,7 @@ from moe_dispatch.system import failures
 
 
 class Runner(Protocol):
-    """What recovery needs of the dispatcher.
-
-    Attributes:
-        last_plan: The plan that ran last.
-    """
+    """What recovery needs of the dispatcher."""
 
     last_plan: Plan | None
 
@@ -48,11 +44,8 @@ class Runner(Protocol):
 class Recovery:
     """Recovers from failed runs. A backend is barred only once another one has run the same call.
 
-    Args:
-        runner: The dispatcher.
-        planner: Gives the plans that could run in place of a failed one.
-        quarantine: Told of every backend that failed a call that another one ran.
-        counters: Told of the same.
+    The planner gives the plans that could run in place of a failed one; quarantine and counters are told of every
+    backend that failed a call that another one ran.
     """
 
     def __init__(self, runner: Runner, planner: Planner, quarantine: Quarantine, counters: Counters) -> None:

@@ -112,10 +112,7 @@ def _backward(gradient: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor
 def implement(run: Run, run_differentiable: RunDifferentiable, compute_gradients: ComputeGradients) -> None:
     """Say what the operators run. `call.py` does so once: this module lies below what the operators run.
 
-    Args:
-        run: Runs a call.
-        run_differentiable: Runs a call on a backend whose operations torch can differentiate, any number of times.
-        compute_gradients: Computes the gradients of a call.
+    Torch can differentiate what `run_differentiable` runs, any number of times.
     """
     global _run, _run_differentiable, _compute_gradients
     _run, _run_differentiable, _compute_gradients = run, run_differentiable, compute_gradients
@@ -225,8 +222,7 @@ def _differentiate_differentiably(ctx: Any, gradient: Tensor, wanted: Wanted) ->
     """Gradients that have gradients (``create_graph=True``), by running the call again where torch can see inside."""
     kept = _kept_inputs(ctx)
     hidden_states, topk_weights, topk_ids, *layer = kept
-    activation, interleaved, routed_experts = ctx.layer_kind
-    experts = _wrap(ExpertWeights, layer, activation, interleaved=interleaved, routed_experts=routed_experts)
+    experts = _wrap(ExpertWeights, layer, *ctx.layer_kind)
     out = _run_differentiable(hidden_states, experts, topk_weights, topk_ids)
     tensors = _differentiable(kept)
     of = [tensor for tensor, is_wanted in zip(tensors, wanted, strict=True) if is_wanted]
@@ -279,7 +275,7 @@ def _layer(*layer: Any) -> ExpertWeights:
     if known is not None and known.signature == signature:
         return known.experts
     aliases = [None if tensor is None else tensor.detach() for tensor in tensors]
-    experts = _wrap(BorrowedExperts, aliases, activation, interleaved=interleaved, routed_experts=routed_experts)
+    experts = _wrap(BorrowedExperts, aliases, activation, interleaved, routed_experts)
 
     def forget(dead: "weakref.ref[Tensor]") -> None:
         known = _layers.get(key)
@@ -294,28 +290,14 @@ def _layer(*layer: Any) -> ExpertWeights:
 
 
 def _wrap(
-    kind: type[Weights],
-    tensors: Sequence[Tensor | None],
-    activation: str,
-    *,
-    interleaved: bool,
-    routed_experts: int | None,
+    kind: type[Weights], tensors: Sequence[Any], activation: str, interleaved: bool, routed_experts: int | None
 ) -> Weights:
-    """The layer of gate_up, down, their scales and their biases."""
-    gate_up, down, gate_up_scale, down_scale, gate_up_bias, down_bias = tensors
-    gate_up = cast("Tensor", gate_up)
+    """The layer of the tensors that `_NAMES` names."""
+    named = dict(zip(_NAMES, tensors, strict=True))
     return kind(
-        gate_up,
-        cast("Tensor", down),
-        gate_up_scale=gate_up_scale,
-        down_scale=down_scale,
-        gate_up_bias=gate_up_bias,
-        down_bias=down_bias,
-        activation=activation,
-        interleaved=interleaved,
-        transposed=not gate_up.is_contiguous(),
+        **named, activation=activation, interleaved=interleaved, transposed=not named["gate_up"].is_contiguous(),
         routed_experts=routed_experts,
-    )
+    )  # fmt: skip
 
 
 def _version(tensor: Tensor | None) -> int | None:

@@ -5,6 +5,7 @@ import threading
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from moe_dispatch.api import explain
 from moe_dispatch.machine import Machine
@@ -12,25 +13,34 @@ from moe_dispatch.problem import MoEProblem
 from moe_dispatch.registry import LAST_RESORT
 
 
-@dataclass
-class Takeover:
-    """What has been decided for the layers of this process's engine, and the log line that says it.
+class Batches(NamedTuple):
+    """The token counts of an engine's batches.
 
     Attributes:
-        engine: The engine's name.
+        captured: Those that it is going to capture, ascending.
+        most_tokens: The largest that it schedules.
+    """
+
+    captured: tuple[int, ...] = ()
+    most_tokens: int = 0
+
+
+@dataclass
+class Takeover:
+    """What has been decided for the layers of this process's engines, and the log line that says it.
+
+    Attributes:
         taken: Description of a layer -> how many are ours.
         left: Reason -> how many layers stay the engine's.
-        captured: Token counts that the engine is going to capture, ascending.
-        most_tokens: The largest batch that it schedules.
-        warmed: Kinds of layers that `engine_warm_up.prepare` has warmed up for.
+        batches: Of the engine whose model was loaded last; a process may start several.
+        warmed: Kinds of layers, with the batches of their engine, that `engine_warm_up.prepare` has warmed up for.
         warming: Held while it does.
     """
 
     engine: str
     taken: Counter[str] = field(default_factory=Counter)
     left: Counter[str] = field(default_factory=Counter)
-    captured: tuple[int, ...] = ()
-    most_tokens: int = 0
+    batches: Batches = field(default_factory=Batches)
     warmed: set[tuple[object, ...]] = field(default_factory=set)
     warming: threading.Lock = field(default_factory=threading.Lock)
     _told: tuple[int, int] = (0, 0)
@@ -38,7 +48,7 @@ class Takeover:
 
     def remember_engine(self, captured: Iterable[int], most_tokens: int) -> None:
         """Keep the token counts that the engine is going to capture, and the largest batch that it schedules."""
-        self.captured, self.most_tokens = tuple(sorted(captured)), most_tokens
+        self.batches = Batches(tuple(sorted(captured)), most_tokens)
 
     def take(self, description: str) -> None:
         """Count a layer as ours."""

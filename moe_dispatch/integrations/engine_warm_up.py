@@ -15,19 +15,28 @@ import torch
 from moe_dispatch.api import explain, warm_up
 from moe_dispatch.dispatch.process import get_dispatcher
 from moe_dispatch.experts import ExpertWeights
-from moe_dispatch.integrations.engine_takeover import Takeover
+from moe_dispatch.integrations.engine_takeover import Batches, Takeover
 
 if TYPE_CHECKING:
     from moe_dispatch.problem import Mode
 
 
-def prepare(takeover: Takeover, experts: ExpertWeights, topk: int, act_dtype: torch.dtype, *, into_out: bool) -> None:
-    """Before a layer's call: say what has been decided, and warm up for layers of this kind once in this process.
+def prepare(
+    takeover: Takeover,
+    batches: Batches,
+    experts: ExpertWeights,
+    topk: int,
+    act_dtype: torch.dtype,
+    *,
+    into_out: bool,
+) -> None:
+    """Before a layer's call: say what has been decided, and warm up for layers of this kind once for these batches.
 
     One INFO line says what will run. While a CUDA graph is captured nothing is done.
 
     Args:
         takeover: The engine's.
+        batches: Those of the layer's own engine: what an engine before it has run may be fewer tokens.
         experts: The layer's weights.
         topk: Experts per token.
         act_dtype: The dtype of hidden_states.
@@ -36,7 +45,7 @@ def prepare(takeover: Takeover, experts: ExpertWeights, topk: int, act_dtype: to
     if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
         return
     takeover.tell()
-    kind = (experts.spec, topk, act_dtype)
+    kind = (experts.spec, topk, act_dtype, batches)
     if kind in takeover.warmed:
         return
     with takeover.warming:
@@ -44,13 +53,13 @@ def prepare(takeover: Takeover, experts: ExpertWeights, topk: int, act_dtype: to
             return
         takeover.warmed.add(kind)  # a failure below must not come again with every call: its backend is barred by then
         begin = time.monotonic()
-        warm_up(experts, topk, takeover.captured, act_dtype, up_to=takeover.most_tokens, into_out=into_out)
+        warm_up(experts, topk, batches.captured, act_dtype, up_to=batches.most_tokens, into_out=into_out)
         takeover.logger.info(
             "moe_dispatch warmed up for %r, M ≤ %d, in %.1f s; %s",
             experts,
-            takeover.most_tokens,
+            batches.most_tokens,
             time.monotonic() - begin,
-            _choices(takeover.captured or (1, takeover.most_tokens), experts, topk, act_dtype),
+            _choices(batches.captured or (1, batches.most_tokens), experts, topk, act_dtype),
         )
 
 

@@ -17,15 +17,11 @@ def wrap(
 ) -> ExpertWeights:
     """An engine's tensors, without copies.
 
-    Args:
-        tensors: gate_up, down, gate_up_scale, down_scale, gate_up_bias and down_bias in the forms that `ExpertWeights`
-            takes; None for those that the layer does not have.
-        activation: See `ExpertWeights`.
-        interleaved: Likewise.
-        routed_experts: Likewise.
+    They are gate_up, down, gate_up_scale, down_scale, gate_up_bias and down_bias, None for those that the layer does
+    not have. See `ExpertWeights`, also for the rest.
 
     Raises:
-        InvalidInputError: The tensors are not in one of those forms.
+        InvalidInputError: The tensors are not in a form that it takes.
     """
     gate_up, down, gate_up_scale, down_scale, gate_up_bias, down_bias = (
         None if tensor is None else tensor.detach() for tensor in tensors

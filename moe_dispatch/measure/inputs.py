@@ -85,11 +85,7 @@ def backend_call(backend: Backend, experts: ExpertWeights, config: BackendConfig
 def fast_path_call(backend: Backend, experts: ExpertWeights, config: BackendConfig, inputs: LayerInputs) -> Call:
     """A backend as `moe_forward` calls it eagerly after a few calls of one kind: with its `fast_path`, if it has one.
 
-    Args:
-        backend: A backend that has run on these inputs before.
-        experts: Weights.
-        config: The backend's configuration.
-        inputs: Inputs of the kind that will be called.
+    It has run before on the inputs, which are of the kind that will be called.
     """
     run: Run = backend.run
     try:

@@ -17,7 +17,6 @@ class SampleLayer:
     """A layer to run and what it must give.
 
     Attributes:
-        experts: Random weights.
         inputs: Distinct inputs, each with a routing of its own.
         truths: The fp32 output ``[M, K]`` of each input.
     """
@@ -36,15 +35,10 @@ def sample_layer(
     seed: int = 0,
     quantize_activations: bool = True,
 ) -> SampleLayer:
-    """Draw a layer of a problem's shape, dtypes and activation.
+    """Draw a layer of a problem's shape, dtypes and activation, and `count` inputs with the right answers.
 
-    Args:
-        problem: The layer and its token count M.
-        device: Device of all tensors.
-        routing: Distribution of tokens over experts.
-        count: Number of inputs.
-        seed: The same seed gives the same routings on every device.
-        quantize_activations: Whether the right answers are those with quantised activations where the weights are FP8.
+    The same seed gives the same routings on every device. The answers for FP8 weights are those with quantised
+    activations, unless `quantize_activations` is off.
     """
     generator = torch.Generator(device).manual_seed(seed)
     experts = make_experts(

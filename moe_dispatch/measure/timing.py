@@ -200,13 +200,10 @@ def time_interleaved(
 class Turns(Generic[Key]):
     """Interleaved timing of candidates that may be timed again: their warm-up and graphs are kept.
 
-    Args:
-        inputs: See `time_interleaved`.
-        mode: See `time_interleaved`.
-        pool: Memory pool for the graphs, shared with graphs that are never replayed at the same time; new if None.
+    Inputs and mode are those of `time_interleaved`.
 
     Attributes:
-        pool: The graphs' memory pool; None in eager mode.
+        pool: The graphs' memory pool, shared with graphs that are never replayed at the same time; None in eager mode.
 
     Raises:
         InvalidInputError: ``"graph"`` was asked for on a CPU, or there are no inputs.

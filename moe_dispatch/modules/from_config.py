@@ -1,5 +1,6 @@
 """The arguments of `MoELayer` from a model's config: shapes by `model_config`, router and shared experts by family."""
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
@@ -34,7 +35,7 @@ def layer_arguments(config: object) -> dict[str, Any]:
 def _loaded(config: object) -> tuple[dict[str, Any], str]:
     if isinstance(config, str | Path):
         path = Path(config)
-        path = path / "config.json" if path.is_dir() else path
+        path = path / "config.json" if os.path.isdir(path) else path
         try:
             config, origin = read_json(path), str(path)
         except (OSError, ValueError) as error:

@@ -21,6 +21,7 @@ from moe_dispatch.routers import Router
 # Up to this many tokens shared experts run on a second stream: beyond, the routed experts fill the device by
 # themselves. vLLM draws the same line (VLLM_SHARED_EXPERTS_STREAM_TOKEN_THRESHOLD).
 SIDE_STREAM_TOKENS: Final = 256
+_DTYPES: Final = (torch.bfloat16, torch.float16, torch.float32, FP8)
 
 
 class MoELayer(nn.Module):
@@ -79,8 +80,12 @@ class MoELayer(nn.Module):
         if shared_gate and not shared_N:
             raise InvalidInputError("a gate of shared experts needs shared experts; give shared_N")
         self.K = K
+        if dtype is not None and dtype not in _DTYPES:
+            raise InvalidInputError(f"dtype must be None or one of {', '.join(map(str, _DTYPES))}, got {dtype}")
         plain = torch.bfloat16 if dtype == FP8 else dtype
         router = Router(router) if isinstance(router, int) else router
+        if not isinstance(router, Router):
+            raise InvalidInputError(f"router must be a Router or the number of experts, got {type(router).__name__}")
         self.gate = Gate(K, E, router, dtype=plain, device=device)
         kind: dict[str, Any] = {"dtype": dtype, "bias_dtype": plain, "device": device}
         self.experts = StackedExperts(K, N, E, activation=activation, interleaved=interleaved, bias=bias, **kind)
@@ -164,7 +169,8 @@ class MoELayer(nn.Module):
         if self.shared_expert_gate is None:
             weights = torch.ones(M, 1, dtype=torch.float32, device=flat.device)
         else:
-            weights = F.linear(flat, self.shared_expert_gate.weight).float().sigmoid()
+            # FP8 experts take tokens of any dtype, and their gate is in one of them.
+            weights = F.linear(flat, self.shared_expert_gate.weight.to(flat.dtype)).float().sigmoid()
         ids = torch.zeros(M, 1, dtype=torch.int32, device=flat.device)
         result: Tensor = experts(flat, weights, ids, out)
         return result

@@ -45,7 +45,8 @@ def summary(error: BaseException) -> str:
 
 
 def _text(error: BaseException) -> str:
+    """The message of an exception, as text that can be stored: a path in it may have bytes that are no UTF-8."""
     try:
-        return str(error)
+        return str(error).encode("utf-8", "backslashreplace").decode()
     except Exception:  # noqa: BLE001 - an exception of another package may fail to print itself
         return ""

@@ -1,8 +1,8 @@
 """Libraries: which are installed, and which releases are known to work. Nothing here imports any of them."""
 
 import functools
-import importlib.metadata
 import importlib.util
+import os
 import re
 import sys
 from collections.abc import Mapping
@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Final
 
 from moe_dispatch.system.files import read_bytes
+from moe_dispatch.system.version import distribution_version, distributions
 
 
 @dataclass(frozen=True)
@@ -178,7 +179,7 @@ def _read_version(name: str, _search_path: tuple[str, ...]) -> str:
             if version := _installed_at(wheel, package):
                 return f"{version} ({wheel})"
         return _declared_version(package)
-    return _distribution_version(name.replace("_", "-")) if _spec(name) else ""
+    return distribution_version(name.replace("_", "-")) if _spec(name) else ""
 
 
 def deep_gemm_package() -> Path | None:
@@ -186,7 +187,7 @@ def deep_gemm_package() -> Path | None:
     for name, inside in (("deep_gemm", "."), ("vllm", "third_party/deep_gemm")):
         spec = _spec(name)
         for location in (spec.submodule_search_locations or ()) if spec else ():
-            if (package := Path(location, inside)).joinpath("__init__.py").is_file():
+            if os.path.isfile((package := Path(location, inside)) / "__init__.py"):
                 return package
     return None
 
@@ -234,12 +235,10 @@ def _numbers(version: str) -> tuple[int, ...]:
 
 def _installed_at(wheel: str, package: Path) -> str:
     """The version of a distribution if it is the one that installed this package; empty otherwise."""
-    try:
-        distribution = importlib.metadata.distribution(wheel)
-    except importlib.metadata.PackageNotFoundError:
-        return ""
-    installed = Path(str(distribution.locate_file(package.name)))
-    return distribution.version if installed.resolve() == package.resolve() else ""
+    for distribution, version in distributions(wheel):
+        if Path(str(distribution.locate_file(package.name))).resolve() == package.resolve():
+            return version
+    return ""
 
 
 def _declared_version(package: Path) -> str:
@@ -252,11 +251,4 @@ def _text(path: Path) -> str:
     try:
         return read_bytes(path).decode(errors="replace")
     except OSError:
-        return ""
-
-
-def _distribution_version(name: str) -> str:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
         return ""

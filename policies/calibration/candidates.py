@@ -2,7 +2,6 @@
 
 import contextlib
 import datetime
-import importlib.metadata
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -31,6 +30,7 @@ from moe_dispatch.policies.measurements.table import tables
 from moe_dispatch.policies.measurements.versions import changes, relevant_versions
 from moe_dispatch.problem import Mode
 from moe_dispatch.registry import LAST_RESORT, make_backend
+from moe_dispatch.system.version import installed_version
 
 # Measured neighbours within this factor of tokens on both sides rule out candidates between them,
 NEIGHBOURS: Final = 8
@@ -65,11 +65,8 @@ def eligible(names: Sequence[str], machine: Machine, timeout_s: float) -> tuple[
 class CandidateSource:
     """Knows the candidates of each point, the last calibration's choices, and how far behind each candidate was so far.
 
-    Args:
-        request: What is calibrated.
-        backends: Backends that can run on the machine, by name.
-        quarantine: Backends in it do not take part.
-        skipped: Gets a line for each backend that is left out, with the reason, once.
+    Backends in the quarantine do not take part; `skipped` gets a line for each one that is left out, with the reason,
+    once.
     """
 
     def __init__(
@@ -83,7 +80,7 @@ class CandidateSource:
             self._file = CalibrationFile(machine=request.machine)
         self._before = tables(self._file)
         self._now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-        self._package = importlib.metadata.version("moe-dispatch")
+        self._package = installed_version()
         self._commit = commit(Path(__file__).parent)
 
     @property
@@ -178,12 +175,8 @@ class CandidateSource:
     ) -> None:
         """Keep how far behind each candidate was at a point; no-op where no candidate has a time.
 
-        Args:
-            layer: The point's layer.
-            M: The point's token count.
-            mode: The point's mode.
-            candidates: Every candidate that could have started.
-            scores: Time in µs of every candidate that did; None for one that was disqualified.
+        `candidates` are those that could have started, and `scores` the times in µs of those that did, None where
+        disqualified.
         """
         fastest = min((score for score in scores.values() if score is not None), default=None)
         if fastest is None:

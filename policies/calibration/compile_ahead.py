@@ -153,11 +153,9 @@ def compile_ahead(
 
 
 class Jobs:
-    """Waiting jobs by backend. A process stays with the libraries it has loaded, because loading takes tens of seconds.
+    """Waiting jobs by backend, each taken in the given order.
 
-    Args:
-        jobs: Jobs in the order in which they are taken.
-        libraries: Names of backends that load a library.
+    A process stays with the libraries it has loaded, because loading takes tens of seconds.
     """
 
     def __init__(self, jobs: Iterable[Job], libraries: Collection[str]) -> None:
@@ -172,9 +170,7 @@ class Jobs:
     def take(self, loaded: set[str], *, every_library: bool) -> Job | None:
         """The next job for a process, whose backend is added to `loaded`; None if there is no job for it.
 
-        Args:
-            loaded: Backends that the process has loaded.
-            every_library: Whether the process has to load every library in any case, and so takes a job of each first.
+        With `every_library` the process has to load every library in any case, and so takes a job of each first.
         """
         waiting = {name: len(jobs) for name, jobs in self._jobs.items() if jobs}
         unloaded = {name for name in waiting if name in self._may_load and name not in loaded}

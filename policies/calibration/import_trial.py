@@ -26,11 +26,8 @@ os._exit(0)
 def import_faults(names: Iterable[str], timeout_s: float) -> dict[str, str]:
     """Why backends may not be imported in this process, by name.
 
-    Only modules of other packages are tried, and only those that are not imported yet.
-
-    Args:
-        names: Registered names; others are passed over.
-        timeout_s: Seconds after which an import counts as hung.
+    Only modules of other packages are tried, and only those that are not imported yet. An import of more than
+    `timeout_s` seconds counts as hung.
     """
     faults: dict[str, str] = {}
     tried: dict[str, str] = {}

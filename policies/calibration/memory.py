@@ -1,4 +1,4 @@
-"""How much memory a calibration needs, computed before it allocates: on a CPU too much ends the process by SIGKILL."""
+"""How much memory measuring a layer needs, computed before it is allocated: on a CPU too much means SIGKILL."""
 
 from pathlib import Path
 from typing import Final

@@ -33,8 +33,8 @@ def placeholder_weights(problem: MoEProblem, device: torch.device) -> ExpertWeig
     )
     biases: dict[str, Any] = (
         {
-            "gate_up_bias": torch.zeros(E, rows, dtype=torch.float32, device=device),
-            "down_bias": torch.zeros(E, K, dtype=torch.float32, device=device),
+            "gate_up_bias": torch.zeros(E, rows, dtype=torch_dtype(problem.act_dtype), device=device),
+            "down_bias": torch.zeros(E, K, dtype=torch_dtype(problem.act_dtype), device=device),
         }
         if problem.bias
         else {}

@@ -14,7 +14,6 @@ class Progress:
     """How far a calibration is.
 
     Attributes:
-        done: Finished points.
         total: Points in all; refinements are added as they are found.
         what: Text that names the point at work.
         left_s: Estimated seconds to the end; None before the first point is done.
@@ -31,16 +30,12 @@ class CalibrationReport:
     """What a calibration did.
 
     Attributes:
-        path: The file that holds the result.
-        measured: Every measurement of this run.
         skipped: Points and candidates that were left out, each with the reason.
         unavailable: Backends that could not take part, each with its reasons.
         known: Points that an earlier calibration had measured with today's versions, when resuming.
         unprepared: Whether the weights or inputs of some point could not be made.
         late: Whether the budget was not enough for some point.
         interrupted: Whether it was stopped before its end; what was measured is kept.
-        seconds: Duration of the run.
-        spent: Seconds by kind of work.
     """
 
     path: Path

@@ -24,9 +24,7 @@ class CalibrationRequest:
     """What a calibration measures, where, and for how long.
 
     Attributes:
-        machine: The machine that is measured.
         device: The device on which candidates run.
-        layers: Layers to measure.
         tokens: Token counts, ascending and distinct.
         modes: Graph, eager or both; the first starts with all candidates, the second with the finalists of the first.
         routings: Names of routing distributions; successive halving runs on the first one, the final on all.

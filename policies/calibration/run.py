@@ -51,9 +51,6 @@ class CalibrationRun:
             the deadline.
         clock: Monotonic clock in seconds, by which the budget is kept.
 
-    Attributes:
-        report: What the run has done so far.
-
     Raises:
         UnknownNameError: A backend is not registered.
     """

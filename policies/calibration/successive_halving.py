@@ -53,7 +53,6 @@ class MeasurementContext:
     """What all points of a calibration share.
 
     Attributes:
-        worker: Runs the candidates.
         routings: Names of the routing distributions; the first one screens.
         tolerance: Gives the relative error that a backend promises for a layer.
         on_death: Called with backend, layer, M, mode and error when a candidate took its worker down.
@@ -70,13 +69,7 @@ class MeasurementContext:
 class SuccessiveHalving:
     """Selects among candidates at one layer, token count and mode. Candidates are named by their index.
 
-    Args:
-        context: What all points share.
-        layer: The layer.
-        M: Tokens.
-        mode: Eager, or replays of a CUDA graph.
-        candidates: Candidates of the first round.
-        checked: Relative errors of candidates that a stricter check, in another mode, has found right.
+    `checked` has relative errors of candidates that a stricter check, in another mode, has found right.
 
     Attributes:
         finalists: Relative errors of the candidates that were timed on every distribution; empty before `run`.

@@ -58,11 +58,12 @@ _DIE_WITH_PARENT: Final = 1  # PR_SET_PDEATHSIG
 class WorkerServer:
     """Answers requests about one layer, and the candidates of one point of it, at a time."""
 
+    _machine: Machine  # from `start` on, which comes first
+    _layer: LayerShape  # from `layer` on, as the weights
+
     def __init__(self) -> None:
-        self._machine: Machine | None = None
         self._device = torch.device("cpu")
         self._backends: dict[str, Backend] = {}
-        self._layer: LayerShape | None = None
         self._experts: ExpertWeights | None = None
         # Of the current token count, by routing distribution.
         self._M = 0
@@ -90,7 +91,6 @@ class WorkerServer:
 
     def layer(self, layer: dict[str, Any]) -> dict[str, Any]:
         """Allocate the weights of a layer in place of those of the layer before."""
-        assert self._machine is not None  # noqa: S101 - `start` comes first
         self._layer, self._experts = LayerShape.model_validate(layer), None
         self._forget_tokens()
         self._placeholder = None
@@ -109,7 +109,6 @@ class WorkerServer:
         self, M: int, mode: Mode, routings: list[str], candidates: list[tuple[str, dict[str, Any]]]
     ) -> dict[str, Any]:
         """Take a point's candidates, and make inputs of M tokens with their fp32 references unless they are there."""
-        assert self._machine is not None and self._layer is not None and self._experts is not None  # noqa: S101, PT018
         self._close_turns()
         if M != self._M:
             self._forget_tokens()
@@ -125,7 +124,6 @@ class WorkerServer:
 
     def compile(self, layer: dict[str, Any], M: int, candidate: tuple[str, dict[str, Any]]) -> dict[str, Any]:
         """Compile one candidate by running it on a call whose ids are all -1; see `compile_ahead`."""
-        assert self._machine is not None  # noqa: S101 - `start` comes first
         shape = LayerShape.model_validate(layer)
         if self._placeholder is None or self._placeholder[0] != shape:
             self._placeholder = None
@@ -158,7 +156,6 @@ class WorkerServer:
     def check(self, candidate: int, tolerance: float, *, briefly: bool) -> dict[str, Any]:
         """Compare a candidate with the fp32 reference, and its runs with each other; see `Worker.check`."""
         backend, config, call = self._call(candidate)
-        assert self._machine is not None and self._layer is not None  # noqa: S101, PT018
         routings = self._routings[:1] if briefly else self._routings
         quantized = backend.quantizes_activations(self._layer.problem(self._M, self._machine))
         verdict = verify(
@@ -250,7 +247,6 @@ class WorkerServer:
         self._M, self._inputs, self._references = 0, {}, {}
 
     def _made(self, name: str, config: dict[str, Any]) -> tuple[Backend, BackendConfig]:
-        assert self._machine is not None  # noqa: S101 - `start` comes first
         if name not in self._backends:
             self._backends[name] = make_backend(name, self._machine).require()
         backend = self._backends[name]

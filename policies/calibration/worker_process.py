@@ -54,11 +54,7 @@ class NotPreparedError(MoEDispatchError):
 
 
 class CandidateFailedError(MoEDispatchError):
-    """A candidate raised or was wrong, and the worker lives.
-
-    Attributes:
-        cause: What happened, as a sentence.
-    """
+    """A candidate raised or was wrong, and the worker lives."""
 
     def __init__(self, cause: str) -> None:
         self.cause = cause
@@ -67,14 +63,7 @@ class CandidateFailedError(MoEDispatchError):
 
 @dataclass(frozen=True)
 class PointSetup:
-    """What a worker is told of a point, once; after that it knows the candidates by their index.
-
-    Attributes:
-        M: Tokens.
-        mode: Eager calls, or replays of a CUDA graph.
-        routings: Names of routing distributions.
-        candidates: Backends and configurations.
-    """
+    """What a worker is told of a point, once; after that it knows the candidates by their index."""
 
     M: int
     mode: Mode
@@ -134,23 +123,13 @@ class Worker(Protocol):
         """Run a candidate twice, alone: µs of the second run."""
 
     def check(self, candidate: int, tolerance: float, *, briefly: bool) -> float:
-        """Compare a candidate with the fp32 reference: its relative error.
+        """Compare a candidate with the fp32 reference: its relative error, which may not exceed the tolerance.
 
-        Args:
-            candidate: Its index.
-            tolerance: Largest relative error that is allowed.
-            briefly: Eagerly and on the first routing distribution only.
+        Briefly is eagerly and on the first routing distribution only.
         """
 
     def time(self, candidates: Sequence[int], routing: str, budget_s: float, rounds: int) -> list[Samples]:
-        """Time candidates that take turns.
-
-        Args:
-            candidates: Their indices.
-            routing: Name of the routing distribution.
-            budget_s: Seconds for each candidate.
-            rounds: Smallest number of samples.
-        """
+        """Time candidates that take turns, for `budget_s` seconds each and at least so many rounds."""
 
     def energy(self, candidate: int, seconds: float) -> float:
         """Energy of one call in joules, averaged over `seconds` of calls on the inputs of all distributions."""
@@ -170,7 +149,6 @@ class WorkerProcess:
 
     Attributes:
         restarts: Number of processes started.
-        spent: Seconds that answers took, by operation.
     """
 
     def __init__(self, device: str, backends: dict[str, str], timeout_s: float, deadline: float = math.inf) -> None:
@@ -349,6 +327,6 @@ def worker_environment() -> dict[str, str]:
     for name in PATH_VARIABLES:
         if value := environment.get(name):
             environment[name] = os.path.abspath(value)
-    if Path(machine := Settings.from_environment().machine).is_file():  # and not the name of a shipped one
+    if os.path.isfile(machine := Settings.from_environment().machine):  # and not the name of a shipped one
         environment[MACHINE_VARIABLE] = os.path.abspath(machine)
     return environment

@@ -84,7 +84,6 @@ class Origin(Strict):
     Attributes:
         versions: Versions that the measurement depends on; a change of any of them retires it.
         measured: Time of the measurement, UTC, ISO 8601.
-        package: Version of moe_dispatch.
         commit: Commit of the checkout that measured; empty for an installed package.
     """
 
@@ -98,7 +97,6 @@ class Candidate(Origin):
     """A backend in one configuration, with the origin of its measurements.
 
     Attributes:
-        backend: Registered name.
         config: The configuration as JSON data; empty for a backend without options.
         origin: Index into `CalibrationFile.origins`, as shipped tables hold it; read into the fields of `Origin`.
     """
@@ -118,10 +116,6 @@ class Measurement:
     """One candidate, measured on one layer at one token count in one mode.
 
     Attributes:
-        layer: The layer.
-        M: Tokens.
-        mode: Eager calls or replays of a CUDA graph.
-        candidate: Backend and configuration.
         us: Per routing distribution: lower quartile, median and upper quartile, in µs.
         score: Geometric mean of the medians over the distributions, in µs. A candidate that was eliminated before the
             final has its ratio to the later winner in its last round times the winner's score, and at least the
@@ -184,35 +178,39 @@ class Point(Strict):
 
     Attributes:
         layer: Index into `CalibrationFile.layers`.
-        M: Tokens.
-        mode: Eager calls or replays of a CUDA graph.
-        measurements: The measurements.
-        scores: Candidate and score of further ones, as shipped tables hold them; read into `measurements`.
+        scores: Empty; earlier versions wrote it.
     """
 
     layer: Index
     M: Count
     mode: Mode
     measurements: list[StoredMeasurement] = pydantic.Field(default_factory=list, max_length=10_000)
-    scores: list[tuple[Index, Positive]] = pydantic.Field(default_factory=list, max_length=10_000)
+    scores: list[float] = pydantic.Field(default_factory=list, max_length=0, exclude=True)
 
-    @pydantic.model_validator(mode="after")
-    def _read_scores(self) -> Self:
-        self.measurements.extend(StoredMeasurement(candidate=index, score=score) for index, score in self.scores)
-        self.scores.clear()
-        return self
+
+class Scores(Strict):
+    """Points of which nothing but scores is stored, one list per field: so they compress to fewest bytes.
+
+    Attributes:
+        layer: See `Point`, as for M and mode.
+        candidates: Of each point, indices into `CalibrationFile.candidates`.
+        scores: Their scores, see `Measurement`.
+    """
+
+    layer: list[Index] = pydantic.Field(default_factory=list)
+    M: list[Count] = pydantic.Field(default_factory=list)
+    mode: list[Mode] = pydantic.Field(default_factory=list)
+    candidates: list[list[Index]] = pydantic.Field(default_factory=list)
+    scores: list[list[Positive]] = pydantic.Field(default_factory=list)
 
 
 class CalibrationFile(Strict):
     """A machine's measurements.
 
     Attributes:
-        schema_version: Version of this format.
-        machine: The machine that was measured.
-        layers: Layers, referred to by index.
         origins: What several candidates share, referred to by index.
         candidates: Backends and configurations, referred to by index.
-        points: The measurements.
+        scores: Further points, as shipped tables hold them; read into `points`, the fastest candidate first.
     """
 
     schema_version: Literal[1] = SCHEMA
@@ -221,6 +219,18 @@ class CalibrationFile(Strict):
     origins: list[Origin] = pydantic.Field(default_factory=list, max_length=100_000)
     candidates: list[Candidate] = pydantic.Field(default_factory=list, max_length=100_000)
     points: list[Point] = pydantic.Field(default_factory=list, max_length=100_000)
+    scores: Scores = pydantic.Field(default_factory=Scores, exclude=True)
+
+    @pydantic.model_validator(mode="after")
+    def _read_scores(self) -> Self:
+        columns = dict(self.scores).values()
+        for layer, M, mode, candidates, scores in zip(*columns, strict=True):
+            ascending = sorted(zip(candidates, scores, strict=True), key=lambda pair: pair[1])
+            stored = [StoredMeasurement(candidate=index, score=score) for index, score in ascending]
+            self.points.append(Point(layer=layer, M=M, mode=mode, measurements=stored))
+        for column in columns:
+            column.clear()
+        return self
 
     @pydantic.model_validator(mode="after")
     def _read_origins(self) -> Self:

@@ -5,6 +5,7 @@ layers bound by bandwidth and for layers bound by arithmetic.
 """
 
 import bisect
+import functools
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Final, Literal, NamedTuple
@@ -30,9 +31,6 @@ class _Span(NamedTuple):
     """A candidate's times at one or two successive token counts.
 
     Attributes:
-        identity: Backend and configuration.
-        us: The times in µs.
-        logs: Their logarithms.
         won: Whether it won at one of them.
     """
 
@@ -40,6 +38,31 @@ class _Span(NamedTuple):
     us: tuple[float, ...]
     logs: tuple[float, ...]
     won: bool
+
+
+class _Interval(NamedTuple):
+    """What is known of all token counts between two measured ones, or of a measured one.
+
+    Attributes:
+        spans: The candidates that can be a backend's best there.
+        first: The one that ranks first wherever between; None where that depends on the token count.
+    """
+
+    spans: list[_Span]
+    first: Identity | None
+
+
+def _always_first(spans: Sequence[_Span]) -> Identity | None:
+    """The only winner at the ends of an interval, where it is within noise of the fastest at both and so in between.
+
+    The logarithms of two candidates' times differ by a linear function of log M, which is largest at an end.
+    """
+    winners = [span for span in spans if span.won]
+    if len(winners) != 1:
+        return None
+    limit = math.log1p(NOISE) - 1e-9  # less than rounding may take
+    behind = (ours - other for span in spans for ours, other in zip(winners[0].logs, span.logs, strict=True))
+    return winners[0].identity if max(behind) < limit else None
 
 
 def _times(spans: Sequence[_Span], around: tuple[int, ...], M: int) -> list[float]:
@@ -67,7 +90,6 @@ class LayerTable:
 
     Attributes:
         scores: As given, without token counts at which every candidate was disqualified, in ascending order.
-        tokens: Measured token counts, ascending.
         winners: Token count -> winner there (see `stable_winners`).
     """
 
@@ -78,16 +100,17 @@ class LayerTable:
         self.tokens = tuple(self.scores)
         timed = (identity for at in self.scores.values() for identity, us in at.items() if us is not None)
         self._candidates = tuple(dict.fromkeys(timed))
-        self._between: dict[tuple[int, ...], list[_Span]] = {}
+        self._intervals: dict[tuple[int, ...], _Interval] = {}
         self.winners = stable_winners(self.scores, incumbents)
 
     def rank(self, M: int) -> tuple[tuple[Identity, float], ...]:
         """Each backend's best configuration with its time in µs, the fastest first; empty if M is out of range."""
-        if not (around := self.around(M)):
-            return ()
-        if (spans := self._between.get(around)) is None:
-            spans = self._between[around] = self._spans(around)
-        if not spans:
+        around = self.around(M)
+        return self._rank(around, M) if around else ()
+
+    def _rank(self, around: tuple[int, ...], M: int) -> tuple[tuple[Identity, float], ...]:
+        """`rank`, given `around(M)`, which is not empty."""
+        if not (spans := self._interval(around).spans):
             return ()
         times = _times(spans, around, M)
         order = sorted(range(len(spans)), key=times.__getitem__)
@@ -115,6 +138,12 @@ class LayerTable:
         us = tuple(self.scores[near][identity] or math.nan for near in around)
         return _times([_Span(identity, us, tuple(map(math.log, us)), won=False)], around, M)[0]
 
+    def _interval(self, around: tuple[int, ...]) -> _Interval:
+        if (interval := self._intervals.get(around)) is None:
+            spans = self._spans(around)
+            interval = self._intervals[around] = _Interval(spans, _always_first(spans) if len(around) == 2 else None)
+        return interval
+
     def _spans(self, around: tuple[int, ...]) -> list["_Span"]:
         """The candidates that can be a backend's best between the token counts `around`, or at the only one.
 
@@ -138,24 +167,23 @@ class LayerTable:
                 kept.add(i)
         return [span for i, span in enumerate(spans) if span.won or i in kept]
 
-    def choices(self, M: int, mode: str) -> Iterator[Choice]:
-        """The ranking as choices with their reasons; `mode` is the part of the reason that names the mode."""
-        ranked = self.rank(M)
-        where = self.where(M, mode)
-        for place, ((backend, config), us) in enumerate(ranked):
-            yield Choice(backend, f"{us:.1f} µs {where}{_lead(ranked, place)}", dict(config), us)
+    def choices(self, M: int, mode: str, policy: str) -> Iterator[Choice]:
+        """The ranking as choices of a policy; `mode` is the part of their reasons that names the mode."""
+        if not (around := self.around(M)):
+            return
+        first = self._interval(around).first
+        if first is not None:  # most calls run this choice, and its reason is not told
+            backend, config = first
+            tell = functools.partial(self._told, around, mode)
+            yield Choice.between((around[0], around[1]), M, backend, dict(config), policy, tell)
+        for place, ((backend, config), us) in enumerate(ranked := self._rank(around, M)):
+            if place or first is None:
+                yield Choice(backend, _reason(ranked, place, around, M, mode), dict(config), us, policy)
 
-    def where(self, M: int, mode: str) -> str:
-        """The part of a reason that names the token counts it rests on."""
-        if M in self.scores:
-            return f"at M={M} ({mode})"
-        i = bisect.bisect_left(self.tokens, M)
-        if i == 0:
-            return f"as at M={self.tokens[0]}, the least measured ({mode})"
-        if i == len(self.tokens):
-            how = "nearest measured" if self.tokens[-1] * NEAR >= M else "largest measured, in proportion to the tokens"
-            return f"from M={self.tokens[-1]}, the {how} ({mode})"
-        return f"between M={self.tokens[i - 1]} and M={self.tokens[i]} ({mode})"
+    def _told(self, around: tuple[int, ...], mode: str, M: int) -> tuple[str, float]:
+        """Reason and time of the first choice."""
+        ranked = self._rank(around, M)
+        return _reason(ranked, 0, around, M, mode), ranked[0][1]
 
 
 class EnergyTable(NamedTuple):
@@ -169,23 +197,27 @@ class EnergyTable(NamedTuple):
     times: LayerTable
     joules: LayerTable
 
-    def choices(self, M: int, mode: str) -> Iterator[Choice]:
+    def choices(self, M: int, mode: str, policy: str) -> Iterator[Choice]:
         """Candidates with an energy, the least first, then backends without, by time; see `LayerTable.choices`.
 
         Energies decide only where all token counts that decide about M have them: none is extrapolated over a token
         count that was timed, where its candidate may have been wrong.
         """
-        ranked = self.joules.rank(M) if self.joules.around(M) == self.times.around(M) else ()
+        around = self.times.around(M)
+        ranked = self.joules.rank(M) if self.joules.around(M) == around else ()
         times = [self.times.us(identity, M) for identity, _ in ranked]
         for place, ((backend, config), joules) in enumerate(ranked):
-            reason = f"{1e3 * joules / M:.3g} mJ a token and {times[place]:.1f} µs {self.times.where(M, mode)}"
+            reason = f"{1e3 * joules / M:.3g} mJ a token and {times[place]:.1f} µs {_where(around, M, mode)}"
             reason += _lead(ranked, place, "least")
             if len(times) > 1:
                 slower = times[place] / times[0 if place else 1] - 1
                 reason += f", {abs(slower):.0%} {'slower' if slower > 0 else 'faster'}".replace("%", " %")
-            yield Choice(backend, reason, dict(config), times[place])
+            yield Choice(backend, reason, dict(config), times[place], policy)
         with_energy = {backend for (backend, _), _ in ranked}
-        yield from (choice for choice in self.times.choices(M, mode) if choice.backend not in with_energy)
+        yield from (choice for choice in self.times.choices(M, mode, policy) if choice.backend not in with_energy)
+
+
+Table = LayerTable | EnergyTable
 
 
 def stable_winners(
@@ -232,12 +264,9 @@ def points_of_layers(file: CalibrationFile) -> dict[tuple[LayerKey, Mode], list[
 def tabulated(
     points: Iterable[Point], identities: Sequence[Identity | None], of: Literal["score", "joules"] = "score"
 ) -> LayerTable:
-    """The table of one layer in one mode.
+    """The table of one layer in one mode, of times or of energies where they were measured.
 
-    Args:
-        points: Its points.
-        identities: Of the file's candidates; None for one that is left out.
-        of: Times, or energies where they were measured.
+    Candidates whose identity is None are left out.
     """
     scores: dict[int, dict[Identity, float | None]] = {}
     incumbents: dict[int, Identity] = {}
@@ -265,6 +294,23 @@ def geometric_mean(values: Sequence[float]) -> float:
 def rough_us(us: float) -> str:
     """An estimated time in µs: three significant digits, without an exponent."""
     return f"{us:.3g}" if us < 1000 else f"{us:.0f}"
+
+
+def _reason(ranked: Sequence[tuple[Identity, float]], place: int, around: tuple[int, ...], M: int, mode: str) -> str:
+    return f"{ranked[place][1]:.1f} µs {_where(around, M, mode)}{_lead(ranked, place)}"
+
+
+def _where(around: tuple[int, ...], M: int, mode: str) -> str:
+    """The part of a reason that names the token counts it rests on, which are `LayerTable.around(M)`."""
+    if len(around) == 2:
+        return f"between M={around[0]} and M={around[1]} ({mode})"
+    near = around[0]
+    if near == M:
+        return f"at M={M} ({mode})"
+    if near > M:
+        return f"as at M={near}, the least measured ({mode})"
+    how = "nearest measured" if near * NEAR >= M else "largest measured, in proportion to the tokens"
+    return f"from M={near}, the {how} ({mode})"
 
 
 def _lead(ranked: Sequence[tuple[Identity, float]], place: int, best: str = "fastest") -> str:

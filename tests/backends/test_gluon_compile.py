@@ -15,7 +15,6 @@ from moe_dispatch.backends.gluon_hopper.backend import FIRST_TRITON, LAST_TRITON
 from moe_dispatch.backends.gluon_hopper.config import GluonHopperConfig
 from moe_dispatch.backends.gluon_hopper.tiles import SHARED_MEMORY
 from moe_dispatch.backends.reference import ReferenceBackend, ReferenceConfig
-from moe_dispatch.backends.triton_common import features
 from moe_dispatch.machine import Machine
 from moe_dispatch.problem import DType, MoEProblem
 from moe_dispatch.system.libraries import library_version
@@ -30,6 +29,7 @@ CLAMPS_STACK = {"3.6": 72, "3.9": 64}.get(library_version("triton")[:3], 8)
 # Triton 3.6 to 3.8 need 136, 3.9 needs 248.
 FP8_STACK = 136 if library_version("triton").startswith(("3.6.", "3.7.", "3.8.")) else 248
 QWEN = WORKLOADS["qwen3-30b-a3b"]
+pytestmark = pytest.mark.usefixtures("compiling")
 
 
 def launch_products(capability: int, dtype: DType, activation: Activation) -> Iterator[Launch]:
@@ -66,12 +66,6 @@ def test_both_products_compile_and_fit(dtype: DType, activation: Activation) -> 
         assert built.pdl, built
         # Rows of hidden_states are gathered, unless they have been when they were quantised; h is in order.
         assert built.wide_copies == (dtype == "bf16" and built.constants["ACTIVATION"] is not None), built
-
-
-@pytest.fixture(autouse=True)
-def _compiled(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Reasons as where kernels are compiled: the interpreter, where this may run, has one of its own against BF16."""
-    monkeypatch.setattr(features, "interpreting", lambda: False)
 
 
 @dataclass(frozen=True)

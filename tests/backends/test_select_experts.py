@@ -168,6 +168,7 @@ def test_no_tokens_give_no_choice() -> None:
     [
         ({"topk": 0}, "topk must be an integer of at least 1, got 0"),
         ({"topk": 1, "scoring": "tanh"}, "softmax or sigmoid, got 'tanh'"),
+        ({"topk": 1, "scale": float("nan")}, "scale must be a finite number, got nan"),
         ({"topk": 1, "groups": 2}, "need sigmoid scores"),
         ({"topk": 1, "correction_bias": True}, "need sigmoid scores"),
         ({"topk": 1, "scoring": "sigmoid", "groups": 2, "topk_groups": 3}, "at most groups=2, got 3"),

@@ -86,6 +86,19 @@ def test_against_the_reference(case: Case, dtype: DType) -> None:
     _equals_the_reference(TritonPersistentBackend(Machine.inspect(DEVICE)), case, dtype)
 
 
+@decode.INTERPRETED
+def test_the_next_experts_scales_are_not_read() -> None:
+    """Of two tiles of a quantised group the second may begin past N, where a NaN would reach both."""
+    case = Case("", E=2, K=136, N=136, dtype="fp8", interleaved=True, routing="0")
+    experts = case.experts()
+    assert experts.gate_up_scale is not None
+    experts.gate_up_scale[1] = torch.nan
+    out = TritonPersistentBackend(Machine.inspect("cpu")).run(
+        case.tokens()[0], experts, *case.tokens()[1:], TritonPersistentConfig()
+    )
+    assert out.isfinite().all()
+
+
 DEQUANTIZED = (
     Case("a scale for each half of a tile", M=20, K=136, N=128, dtypes=("fp8",), config={"block_m": 16}),
     Case("a scale for each row", K=130, N=136, bias=True, interleaved=True, dtypes=("fp8", "fp8_channel")),

@@ -89,11 +89,12 @@ def test_json_prints_the_rows(path: Path) -> None:
         (("--config", "some"), "--config must be"),
         (("--mode", "warp"), "--mode must be"),
         (("--routing", "skewed"), "no routing distribution is called"),
+        (("--resume", "--out", "/proc"), "rows cannot be written to /proc ([Errno 22] it is not a regular file"),
         (("--out", "/proc/nowhere/rows.jsonl"), "rows cannot be written to /proc/nowhere/rows.jsonl"),
         (("--suite", "scoreboard"), "--mode cannot be combined with --suite scoreboard"),
     ],
 )
-def test_bad_options_say_what_is_allowed(arguments: tuple[str, str], message: str, path: Path) -> None:
+def test_bad_options_say_what_is_allowed(arguments: tuple[str, ...], message: str, path: Path) -> None:
     assert message in run("run", *SMALL, "--out", path, *arguments, status=2)
 
 
@@ -149,9 +150,14 @@ def test_a_file_that_cannot_be_read_is_one_message(command: str, content: str | 
     assert not out.exists()
 
 
-@pytest.mark.parametrize("command", ["pack", "ship"])
+@pytest.mark.parametrize("command", ["pack", "ship", "plot"])
 def test_a_file_that_cannot_be_written_is_one_message(command: str, tmp_path: Path) -> None:
-    source = tmp_path / "calibration.json"
-    source.write_text(calibration().model_dump_json(), encoding="utf-8")
+    source = RESULTS / "bench.jsonl.xz"
+    if command == "plot":
+        pytest.importorskip("matplotlib")
+    else:
+        source = tmp_path / "calibration.json"
+        source.write_text(calibration().model_dump_json(), encoding="utf-8")
     output = run(command, source, "--out", "/proc/nowhere/out", status=2)
-    assert "/proc/nowhere/out cannot be written" in output
+    assert "cannot be written" in output
+    assert "/proc/nowhere/out" in output

@@ -55,6 +55,13 @@ def test_a_shipped_table_keeps_what_may_be_chosen(tmp_path: Path) -> None:
     assert CalibrationFile.model_validate_json(out.read_text()) == made
 
 
+def test_candidates_that_are_level_keep_their_order() -> None:
+    scores = ((2, 1.0), (0, 1.0), (1, 2.0))
+    stored = ship._by_candidate([{"candidate": index, "score": score} for index, score in scores])
+    assert stored == [(2, 1.0), (1, 2.0), (0, 1.0)]
+    assert tuple(sorted(stored, key=lambda pair: pair[1])) == scores
+
+
 def test_a_later_calibration_of_some_backends_keeps_the_libraries_of_the_others() -> None:
     first, later = calibration((1, 4, 16, 64)), calibration((1,))
     first = first.model_copy(update={"machine": H200.model_copy(update={"libraries": {"vllm": "0.20.2", "a": "1"}})})

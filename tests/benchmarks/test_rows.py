@@ -44,10 +44,22 @@ def test_another_record_is_refused_where_it_is_named() -> None:
 def test_a_half_written_line_spoils_no_other(path: Path) -> None:
     first, second = (bench_row("vllm", "deepseek-v3", "bf16", M, 200.0) for M in (1, 4))
     row_files.append(path, first)
-    with path.open("a") as file:
-        file.write('{"workload": "deepseek')
+    with path.open("ab") as file:
+        file.write('{"workload": "é'.encode()[:-1])  # within a letter
     row_files.append(path, second)
     assert row_files.load([path]) == [first, second]
+
+
+def test_a_full_disk_is_one_message() -> None:
+    with pytest.raises(InvalidInputError, match=r"a row cannot be written to /dev/full \(No space left on device\)"):
+        row_files.append(Path("/dev/full"), bench_row("vllm", "deepseek-v3", "bf16", 1, 2.0))
+
+
+@pytest.mark.parametrize("content", ["[" * 100_000, '{"packed":' + "[" * 100_000], ids=["in a folder", "packed"])
+def test_what_is_nested_too_deeply_is_one_message(content: str, path: Path) -> None:
+    path.write_text(content)
+    with pytest.raises(InvalidInputError, match=r"rows\.jsonl"):
+        row_files.load([path.parent])
 
 
 @pytest.mark.parametrize(
@@ -62,7 +74,7 @@ def test_a_foreign_line_is_refused(line: str, path: Path) -> None:
 
 def test_a_file_packed_by_an_older_version_is_refused_as_such(path: Path) -> None:
     path.write_text('{"packed":2,"columns":["us"],"run":{}}\n{"config":{}}\n')
-    with pytest.raises(InvalidInputError, match="packed as format 2, and this version reads 3"):
+    with pytest.raises(InvalidInputError, match="packed as format 2, and this version reads 4"):
         row_files.load([path])
 
 
@@ -116,9 +128,9 @@ def test_a_damaged_packed_file_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "packed.jsonl"
     text = packed.pack([bench_row("vllm", "qwen3-30b-a3b", "fp8", 64, 175.0)])
     changes = (
-        (text[-9:], ""), ('"packed":3', '"packed":2'), ('"M":[64]', '"M":[0]'), ('"run":[0]', '"run":[1]'),
-        ('"rows":[1]', '"rows":[2]'), ('"above":[0]', '"above":["7"]'), ('"us":[175.0]', '"us":[Infinity]'),
-        ('"us":[175.0]', '"us":[]'), ('"us":[175.0]', '"us":5'), ('"configs":[', '"configs":[[],'),
+        (text[-9:], ""), ('"packed":4', '"packed":2'), ('"M":[64]', '"M":[0]'), ('"run":[0]', '"run":[1]'),
+        ('"rows":[1]', '"rows":[2]'), ('"above":[0]', '"above":["7"]'), ('"us":[17500]', '"us":[Infinity]'),
+        ('"us":[17500]', '"us":[]'), ('"us":[17500]', '"us":5'), ('"configs":[', '"configs":[[],'),
         ('"points":{', '"points":[],"no points":{'), ("}\n", "}\n{}\n"),
     )  # fmt: skip
     for old, new in changes:

@@ -121,6 +121,18 @@ def test_weights_that_do_not_fit_are_skipped_with_the_reason(path: Path, monkeyp
     assert made.notes == ["4,2,64,32 fp32: the weights do not fit in memory (OutOfMemoryError: CUDA out of memory)"]
 
 
+@pytest.mark.parametrize(("free", "what"), [(100_000, "fp32: the weights"), (1 << 20, "fp32 M=3000 eager: inputs")])
+def test_what_does_not_fit_is_not_allocated(
+    free: int, what: str, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:  # a CPU's memory is not refused: the system ends the process that uses it
+    monkeypatch.setattr("moe_dispatch.policies.calibration.memory.free_bytes", lambda _: free)
+    made = Sweep(path, provenance())
+    assert made.run([plan(reference(), tokens=(3000,))]) == []
+    (note,) = made.notes
+    assert what in note
+    assert note.endswith(f"GiB, and {free / 2**30:.1f} GiB are free)")
+
+
 def test_a_lost_device_ends_the_run_with_its_rows_kept(path: Path) -> None:
     def lose(out: torch.Tensor) -> torch.Tensor:
         if out.shape[0] == 3:

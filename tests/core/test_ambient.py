@@ -18,9 +18,10 @@ from moe_dispatch.machine import Machine
 from moe_dispatch.policies.learned.fit import fit_cost_model
 from moe_dispatch.problem import DType
 from moe_dispatch.workloads import ROUTINGS, Workload, make_experts
-from tests.core.test_dispatcher import LAYER, expected, make_call, ran
+from tests.core.test_dispatcher import expected, make_call, ran
 from tests.support import ambient
 from tests.support.fakes import Honest, ranked
+from tests.support.stub_kernels import LAYER
 
 pytestmark = pytest.mark.usefixtures("fixed_policy", "no_grad")
 H200 = Machine.load("h200")

@@ -194,6 +194,15 @@ def test_an_index_names_the_files(tmp_path: Path) -> None:
     index.write_text(json.dumps({"weight_map": weight_map}))
     for path in (tmp_path, index):
         assert load(path).E == 3
+    stray = f"{PREFIX}3.up_proj.weight"
+    index.write_text(
+        json.dumps(
+            {"weight_map": weight_map | {stray.replace("up", p): "x.safetensors" for p in ("gate", "up", "down")}}
+        )
+    )
+    with pytest.raises(InvalidInputError, match=r"x\.safetensors does not have .*experts\.3\.gate_proj\.weight"):
+        load(tmp_path)
+    index.write_text(json.dumps({"weight_map": weight_map}))
     (tmp_path / "y.safetensors").unlink()
     with pytest.raises(InvalidInputError, match=r"names files that are missing: y\.safetensors"):
         load(tmp_path)
@@ -218,6 +227,10 @@ WRONG: dict[str, tuple[Tensors, str]] = {
     "an unknown name": (
         {**separate(), f"{PREFIX}0.middle.weight": random(1)},
         r"unknown names: model\.layers\.1\.mlp\.experts\.0\.middle\.weight; known are EXPERT\.NAME\.KIND",
+    ),
+    "a number that no expert has": (
+        {**separate(), f"{PREFIX}4000000000.up_proj.weight": random(4, 6)},
+        r"unknown names: model\.layers\.1\.mlp\.experts\.4000000000\.up_proj\.weight",
     ),
     "scales of weights that are not FP8": (
         {**separate(), **{name.replace("weight", "weight_scale"): random(1) for name in separate()}},
@@ -244,6 +257,14 @@ WRONG: dict[str, tuple[Tensors, str]] = {
         {**fused(), f"{PREFIX}down_proj": random(2, 6, 5)},
         r"gate_up_proj \[2, 8, 6\] and down_proj \[2, 6, 5\], which do not belong together",
     ),
+    "fused of other experts": (
+        {**fused(), f"{PREFIX}gate_up_proj": random(3, 8, 6)},
+        r"gate_up_proj must be \[2, 8, 6\] to go with the others, got \[3, 8, 6\]",
+    ),
+    "exponents for multipliers": (
+        separate_fp8(scale_dtype=torch.uint8),
+        r"0\.gate_proj\.weight_scale_inv must hold multipliers .*, got torch\.uint8; exponents of E8M0 must be stored",
+    ),
     "FP8 without scales": (
         {name: tensor for name, tensor in separate_fp8().items() if "0.up_proj.weight_scale" not in name},
         "lacks expert 0: up scale",
@@ -269,6 +290,8 @@ def test_refuses_a_wrong_checkpoint_by_name(tensors: Tensors, message: str, tmp_
 def test_refuses_what_is_no_checkpoint(tmp_path: Path) -> None:
     with pytest.raises(InvalidInputError, match="must be downloaded first"):
         ExpertWeights.from_safetensors("Qwen/Qwen3-30B-A3B", layer=1)
+    with pytest.raises(InvalidInputError, match="must be downloaded first"):
+        ExpertWeights.from_safetensors("a" * 300, layer=1)  # which no file can be called
     (tmp_path / "pytorch_model.bin").touch()
     with pytest.raises(InvalidInputError, match=r"has no \*\.safetensors; there is pytorch_model\.bin"):
         ExpertWeights.from_safetensors(tmp_path, layer=1)
@@ -299,14 +322,22 @@ def test_the_config_beside_the_weights_is_held_against_them(tmp_path: Path) -> N
     ("tensors", "tp", "message"),
     [
         (separate(), (2, 2), r"0 ≤ rank < size, got \(2, 2\)"),
+        (separate(), 2, r"tp must be \(rank, size\) with 0 ≤ rank < size, got 2"),
         (separate(), (0, 3), "N=4 cannot be divided among 3 processes"),
+        (
+            {**fused(N=4), f"{PREFIX}gate_up_proj_bias": random(2, 12)},
+            (0, 2),
+            r"gate_up_proj_bias must be \[2, 8\] to go with the others, got \[2, 12\]",
+        ),
         (separate_fp8(), (0, 4), r"N=256 cannot be divided among 4 processes.*4 × 128"),
     ],
-    ids=["rank", "columns", "blocks"],
+    ids=["rank", "number", "columns", "biases", "blocks"],
 )
-def test_refuses_a_share_that_cannot_be(tensors: Tensors, tp: tuple[int, int], message: str, tmp_path: Path) -> None:
+def test_refuses_a_share_that_cannot_be(tensors: Tensors, tp: Any, message: str, tmp_path: Path) -> None:
     with pytest.raises(InvalidInputError, match=message):
         load(save(tmp_path, tensors), tp=tp)
+    with pytest.raises(InvalidInputError, match="layer must be the layer's number, an integer, got '1'"):
+        load(tmp_path, layer="1")
 
 
 class Expert(nn.Module):
@@ -326,8 +357,14 @@ def test_experts_from_modules_with_biases() -> None:
     torch.testing.assert_close(out, expected)
     with pytest.raises(InvalidInputError, match=r"the list of 2 experts lacks expert 1: down bias; there is 0\.down"):
         ExpertWeights.from_experts([modules[0], {n: t for n, t in own.state_dict().items() if "down_proj.b" not in n}])
-    with pytest.raises(InvalidInputError, match="the list of 0 experts holds no experts"):
-        ExpertWeights.from_experts([])
+    wrong: dict[str, Any] = {
+        "the list of 0 experts holds no experts": [],
+        "each expert must be a module or tensors by name, got NoneType": [modules[0], None],
+        r"tensor 0\.up_proj\.weight must be a torch\.Tensor, got list": [{"up_proj.weight": [1.0]}],
+    }
+    for message, experts_list in wrong.items():
+        with pytest.raises(InvalidInputError, match=message):
+            ExpertWeights.from_experts(experts_list)
 
 
 def test_to_a_device_is_itself_or_a_copy_there() -> None:

@@ -20,9 +20,9 @@ from moe_dispatch.machine import Machine
 from moe_dispatch.policies.calibrated import calibration_path
 from moe_dispatch.policies.measurements.merge import save
 from moe_dispatch.policies.measurements.schema import Candidate, LayerShape, Measurement
-from moe_dispatch.policy import Choice, Policy
+from moe_dispatch.policy import Choice
 from moe_dispatch.problem import MoEProblem
-from moe_dispatch.registry import BACKENDS, POLICIES
+from moe_dispatch.registry import BACKENDS
 from moe_dispatch.settings import VARIABLES, cache_dir, settings, variables_table
 from tests.support.fakes import Honest, ranked
 from tests.support.interpreter import leave_out_the_interpreter
@@ -259,17 +259,10 @@ def test_explain_says_of_each_backend_either_a_time_or_why_not(name: str) -> Non
 
 def test_a_backend_that_runs_is_not_listed_as_one_that_cannot(monkeypatch: pytest.MonkeyPatch) -> None:
     """As where one of its configurations cannot be read, and another one runs."""
-
-    class Fixed(Policy):
-        name = "fixed"
-
-        def rank(self, problem: MoEProblem) -> tuple[Choice, ...]:
-            return Choice("honest", "measured", {"unknown": 1}), Choice("honest", "by default")
-
+    ranking = Choice("honest", "measured", {"unknown": 1}), Choice("honest", "by default")
     monkeypatch.setenv("MOE_DISPATCH_POLICY", "fixed")
     settings.cache_clear()
-    with ranked(Honest):
-        POLICIES.register("fixed", Fixed)
+    with ranked(Honest, ranking=ranking):
         text = invoke("explain", "--model", "4,2,64,32", "--dtype", "fp32", "--tokens", "1").output
     able, _, refused = text.partition("cannot run\n")
     assert "honest: by default" in able

@@ -102,6 +102,9 @@ def test_a_scale_of_another_shape_is_refused_by_name(tmp_path: Path) -> None:
     message = rf"1\.up_proj\.weight_scale must be \[{N}, 1\], .* got \[{N // 2}, 1\]"
     with pytest.raises(InvalidInputError, match=message):
         load(save(tmp_path, tensors))
+    tensors[f"{PREFIX}1.up_proj.weight_scale"] = torch.ones(N, 1, dtype=torch.uint8)
+    with pytest.raises(InvalidInputError, match=r"1\.up_proj\.weight_scale must hold multipliers"):
+        load(save(tmp_path, tensors))
 
 
 def test_a_config_with_static_scales_of_activations_is_refused(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from moe_dispatch import ExpertWeights, InvalidInputError, MoELayer, Router
+from moe_dispatch import ExpertWeights, InvalidInputError, MoELayer, Router, moe_forward
 from moe_dispatch.measure.verify import relative_error
 from moe_dispatch.modules import layer as layer_module
 from moe_dispatch.numerics import FP8
@@ -141,6 +141,14 @@ def test_block_fp8_runs_and_keeps_its_codes_and_scales() -> None:
     assert torch.equal(layer.experts.gate_up_proj.view(torch.uint8), before.view(torch.uint8))
 
 
+def test_tokens_of_fp8_experts_may_have_another_dtype_than_the_gates() -> None:
+    _, layer = fp8_layer(shared_N=128, shared_gate=True)
+    hidden = tokens(5, 128)
+    with torch.no_grad():
+        expected = layer(hidden)
+        assert relative_error(layer.bfloat16()(hidden), expected) < 0.02  # of gates in BF16
+
+
 def one_by_one(experts: ExpertWeights, prefix: str, scale: str) -> dict[str, Tensor]:
     """Weights and scales as checkpoints name them, an expert at a time."""
     state: dict[str, Tensor] = {}
@@ -254,6 +262,16 @@ def test_copies_have_weights_of_their_own() -> None:
     assert torch.equal(layer(tokens()), expected)
 
 
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda experts: pickle.loads(pickle.dumps(experts))])  # noqa: S301
+def test_copies_of_expert_weights_run(copied: Callable[[ExpertWeights], ExpertWeights]) -> None:
+    experts = ExpertWeights(torch.randn(2, 8, 6), torch.randn(2, 6, 4))
+    call = torch.randn(3, 6), torch.rand(3, 1), torch.tensor([[0], [1], [1]])
+    other = copied(experts)
+    assert torch.equal(moe_forward(call[0], other, *call[1:]), moe_forward(call[0], experts, *call[1:]))
+    assert other.spec is experts.spec
+    assert other.down is not experts.down
+
+
 def test_moves_from_meta() -> None:
     layer = small_layer(device="meta", router=Router(2, "sigmoid", correction_bias=True))
     assert "E=8" in repr(layer)
@@ -313,6 +331,8 @@ def test_warm_up_runs_the_layer() -> None:
         ({"shared_gate": True}, "give shared_N"),
         ({"activation": "tanh"}, "activation must be one of silu"),
         ({"router": 9}, "topk=9 experts cannot be chosen of 8"),
+        ({"router": "softmax"}, "router must be a Router or the number of experts, got str"),
+        ({"dtype": torch.uint8}, r"dtype must be None or one of torch\.bfloat16, .*, got torch\.uint8"),
     ],
 )
 def test_refuses_what_does_not_fit(options: dict[str, Any], message: str) -> None:
@@ -336,6 +356,8 @@ def test_takes_no_tokens_and_refuses_those_of_another_size() -> None:
 def test_from_config_refuses_an_unknown_router(change: dict[str, Any], message: str) -> None:
     with pytest.raises(InvalidInputError, match=message):
         MoELayer.from_config({**qwen3().to_dict(), **change})
+    with pytest.raises(InvalidInputError, match=r"cannot be read as a config: .*File name too long"):
+        MoELayer.from_config("a" * 300)
 
 
 def test_the_second_stream_is_for_few_tokens_without_gradients_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:

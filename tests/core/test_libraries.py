@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from moe_dispatch.machine import Machine
 from moe_dispatch.system.libraries import (
     KNOWN_TO_WORK,
     Releases,
@@ -18,6 +19,7 @@ from moe_dispatch.system.libraries import (
     release_fault,
     unusable_wheel,
 )
+from moe_dispatch.system.version import installed_version
 
 
 @pytest.mark.parametrize("releases", KNOWN_TO_WORK, ids=lambda releases: f"{releases.library} {releases.first}")
@@ -116,6 +118,24 @@ def test_the_version_is_that_of_the_package_that_an_import_finds(
     assert library_version("deep_gemm") == "2.5.0"
 
 
+@pytest.mark.parametrize("metadata", [None, "Name: triton\n"], ids=["empty folder", "no version"])
+def test_what_a_failed_removal_left_is_passed_over(
+    metadata: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    known = library_version("triton"), library_version("moe_dispatch"), Machine.inspect("cpu")
+    for name in ("triton", "moe_dispatch", "sgl_deep_gemm"):
+        left = tmp_path / f"{name}-1.0.dist-info"
+        left.mkdir()
+        if metadata is not None:
+            (left / "METADATA").write_text(metadata)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert (library_version("triton"), library_version("moe_dispatch"), Machine.inspect("cpu")) == known
+    assert installed_version() == (known[1] or "unknown")
+    unpack_wheel(tmp_path / "wheel", "sgl-deep-gemm", "0.1.3", "deep_gemm")
+    monkeypatch.syspath_prepend(str(tmp_path / "wheel"))
+    assert library_version("deep_gemm") == "0.1.3 (sgl-deep-gemm)"
+
+
 def test_an_odd_package_is_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     package = tmp_path / "deep_gemm"
     package.mkdir()
@@ -138,7 +158,7 @@ def test_metadata_are_read_once_for_a_search_path(tmp_path: Path, monkeypatch: p
     monkeypatch.syspath_prepend(str(tmp_path / "wheel"))
     assert library_version("deep_gemm") == "0.1.3 (sgl-deep-gemm)"
     reads: list[str] = []
-    monkeypatch.setattr(importlib.metadata, "distribution", reads.append)
+    monkeypatch.setattr(importlib.metadata, "distributions", reads.append)
     monkeypatch.setattr(importlib.util, "find_spec", reads.append)
     assert library_version("deep_gemm") == "0.1.3 (sgl-deep-gemm)"
     assert not reads

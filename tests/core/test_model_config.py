@@ -286,6 +286,15 @@ def test_numbers_out_of_range_are_refused(text: str) -> None:
     assert workload("8, 2, 64, 32").N == 32
 
 
+def test_models_of_one_family_have_names_of_their_own(tmp_path: Path) -> None:
+    names = []
+    for i, change in enumerate(({}, {"num_experts": 32}, {"_name_or_path": "org/model"})):
+        path = tmp_path / f"{i}.json"
+        path.write_text(json.dumps(BASE | {"model_type": "qwen3_moe"} | change))
+        names.append(workload(str(path)).name)
+    assert names == ["qwen3_moe 64,8,2048,768", "qwen3_moe 32,8,2048,768", "org/model"]
+
+
 @pytest.mark.parametrize("name", ["config.json", "params.json"])
 def test_a_folder_or_a_file_with_a_byte_order_mark_will_do(name: str, tmp_path: Path) -> None:
     path = tmp_path / "Some-Model" / name

@@ -12,7 +12,7 @@ from moe_dispatch.backend import BackendConfig, Inputs, Run
 from moe_dispatch.dispatch.dispatcher import FAST_PATH_CALLS
 from moe_dispatch.dispatch.process import get_dispatcher
 from tests.core.test_bad_input import distributed, masked
-from tests.core.test_dispatcher import Call, expected, make_call, ran
+from tests.core.test_dispatcher import Call, expected, is_right, make_call, ran
 from tests.support.fakes import Greedy, Honest, Raising, ranked
 
 pytestmark = pytest.mark.usefixtures("fixed_policy", "no_grad")
@@ -44,7 +44,7 @@ def test_a_backend_that_can_writes_there(call: Call) -> None:
             assert moe_forward(*call, out=out) is out
             assert torch.equal(out, expected(call))
         assert Writing.into == 3
-        assert torch.equal(moe_forward(*call), expected(call))
+        assert is_right(call)
         assert Writing.into == 3
 
 

@@ -22,8 +22,9 @@ from moe_dispatch.backends.reference import ReferenceBackend
 from moe_dispatch.problem import DType
 from moe_dispatch.settings import settings
 from moe_dispatch.workloads import make_experts
-from tests.core.test_dispatcher import LAYER, Call, barred, expected, lose_context, make_call, ran
+from tests.core.test_dispatcher import Call, barred, expected, is_right, lose_context, make_call, ran
 from tests.support.fakes import Greedy, Honest, Raising, ranked
+from tests.support.stub_kernels import LAYER
 
 pytestmark = pytest.mark.usefixtures("fixed_policy", "no_grad")
 
@@ -42,7 +43,7 @@ def test_out_of_memory_takes_one_token_to_every_backend() -> None:
     call = make_call(1)
     with ranked(Hungry, Greedy, Raising, Honest):
         with pytest.warns(MoEDispatchWarning) as warned:
-            assert torch.equal(moe_forward(*call), expected(call))
+            assert is_right(call)
         texts = [str(warning.message) for warning in warned]
         assert len(texts) == 2
         assert all("'honest' runs instead" in text for text in texts)
@@ -56,7 +57,17 @@ def test_out_of_memory_takes_one_token_to_every_backend() -> None:
 def test_out_of_memory_takes_one_token_to_the_reference_last() -> None:
     call = make_call(1)
     with ranked(Hungry), pytest.warns(MoEDispatchWarning, match="'hungry' ran out of memory.*'reference' runs"):
+        assert is_right(call)
+
+
+def test_a_message_that_is_no_text_is_recorded_spelt_out(monkeypatch: pytest.MonkeyPatch, call: Call) -> None:
+    def run(*_: object) -> Tensor:
+        raise RuntimeError("cannot open /opt/caf\udce9.so")  # as Python spells a file name that is not UTF-8
+
+    monkeypatch.setattr(Raising, "run", run)
+    with ranked(Raising, Honest), pytest.warns(MoEDispatchWarning, match=r"cannot open /opt/caf\\udce9\.so"):
         assert torch.equal(moe_forward(*call), expected(call))
+    assert barred() == ["raising"]
 
 
 def test_a_split_call_is_differentiated_as_a_whole_one(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,6 +23,7 @@ from sglang.srt.plugins.hook_registry import HookRegistry
 from sglang.srt.server_args import ServerArgs
 
 from moe_dispatch import ExpertWeights, moe_forward
+from moe_dispatch.integrations.engine_takeover import Batches
 from moe_dispatch.integrations.sglang import VARIABLE, VERSIONS, register, runner
 
 E, TOPK, K, N, M = 8, 2, 256, 128, 5
@@ -38,7 +39,7 @@ def plugin(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     runner.TAKEOVER._told = (0, 0)
     runner.TAKEOVER.warmed.clear()
     monkeypatch.setattr(runner.TAKEOVER, "remember_engine", lambda *_: None)
-    monkeypatch.setattr(runner.TAKEOVER, "most_tokens", 16)
+    monkeypatch.setattr(runner.TAKEOVER, "batches", Batches(most_tokens=16))
     original = MoeRunner.run
     register()
     register()

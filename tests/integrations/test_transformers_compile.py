@@ -15,6 +15,7 @@ from tests.integrations.transformers_models import (
     build,
     call_of,
     calls,
+    eager,
     gpt_oss,
     layer,
     logits,
@@ -51,15 +52,6 @@ def compiled_whole(module: nn.Module) -> tuple[Any, list[int]]:
         return graph
 
     return torch.compile(module, backend=backend, fullgraph=True), counts
-
-
-def eager(stack: Stack, call: tuple[Tensor, ...]) -> Tensor:
-    for each in stack.layers:
-        each.config._experts_implementation = "eager"
-    out: Tensor = stack(*call)
-    for each in stack.layers:
-        each.config._experts_implementation = "moe_dispatch"
-    return out
 
 
 @pytest.mark.parametrize("ran", [False, True], ids=["cold", "after an eager call"])

@@ -14,7 +14,7 @@ pytest.importorskip("transformers", minversion="5.17")
 
 from moe_dispatch.integrations.transformers import register
 from moe_dispatch.integrations.transformers.takeover import take_over
-from tests.integrations.transformers_models import build, call_of, calls, experts_of, gpt_oss, layer, qwen3
+from tests.integrations.transformers_models import build, call_of, calls, eager, experts_of, gpt_oss, layer, qwen3
 
 WORLD = 2
 TOKENS = torch.arange(1, 12)[None]
@@ -44,9 +44,7 @@ def check_fsdp(mesh: Any, config: Any) -> None:
             before = calls()
             out = block(*call)
             assert calls() > before
-            config._experts_implementation = "eager"
-            torch.testing.assert_close(out, block(*call), rtol=1e-4, atol=1e-4)
-            config._experts_implementation = "moe_dispatch"
+            torch.testing.assert_close(out, eager(block, call), rtol=1e-4, atol=1e-4)
             block.reshard()
             for weight in block.parameters():
                 weight.to_local().mul_(1.5)
@@ -64,10 +62,8 @@ def check_expert_parallel(mesh: Any, config: Any) -> None:
 
     module = layer(config)
     rows, ids, weights = call_of(module)
-    config._experts_implementation = "eager"
     with torch.no_grad():
-        expected = module(rows, ids, weights)
-    config._experts_implementation = "moe_dispatch"
+        expected = eager(module, (rows, ids, weights))
     style = MoEParamShard(Shard(0), shards_expert_dim=True)
     E = module.num_experts
     for name in list(module._parameters):

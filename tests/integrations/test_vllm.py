@@ -419,6 +419,19 @@ def test_what_was_not_calibrated_is_chosen_otherwise_and_the_log_says_how(
     assert "by rules" in line
 
 
+def test_a_second_engine_is_warmed_up_for_its_own_batches(
+    parallel_state: Any, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with caplog.at_level(logging.INFO, logger="vllm.moe_dispatch"):
+        first = plain_layer()
+        run(first, *draw())
+        monkeypatch.setattr(parallel_state.scheduler_config, "max_num_batched_tokens", 32)
+        run(plain_layer(), *draw())
+        call(first, *draw())
+    lines = [record.getMessage() for record in caplog.records if "warmed up" in record.getMessage()]
+    assert [line.partition("M ≤ ")[2].partition(",")[0] for line in lines] == ["16", "32"]
+
+
 @pytest.mark.usefixtures("fixed_policy")
 def test_a_backend_that_fails_in_the_warm_up_is_replaced() -> None:
     layer = plain_layer()
@@ -426,7 +439,7 @@ def test_a_backend_that_fails_in_the_warm_up_is_replaced() -> None:
     experts = experts_of(layer)
     with ranked(Raising, Honest):
         with pytest.warns(MoEDispatchWarning, match="'honest' runs instead"):
-            warm_up.prepare(takeover.TAKEOVER, experts, TOPK, x.dtype, into_out=True)
+            warm_up.prepare(takeover.TAKEOVER, takeover.TAKEOVER.batches, experts, TOPK, x.dtype, into_out=True)
         before = stats()["raising"]
         out = run(layer, x, weights, ids)
         assert stats()["raising"] == before

@@ -65,6 +65,17 @@ def logits(model: Any, implementation: str) -> Tensor:
     return out
 
 
+def eager(module: Any, call: tuple[Tensor, ...]) -> Tensor:
+    """What a layer of experts, or a module of such layers, computes by its own forward."""
+    configs = [each.config for each in module.modules() if hasattr(each, "config")]
+    for config in configs:
+        config._experts_implementation = "eager"
+    out: Tensor = module(*call)
+    for config in configs:
+        config._experts_implementation = "moe_dispatch"
+    return out
+
+
 def experts_of(model: Any) -> Any:
     return next(module for module in model.modules() if type(module).__name__.endswith("Experts"))
 

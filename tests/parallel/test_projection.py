@@ -8,7 +8,6 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from moe_dispatch.backends.triton_common import features
 from moe_dispatch.benchmarks.record import json_lines
 from moe_dispatch.benchmarks.record import projection as record
 from moe_dispatch.commands.app import app
@@ -25,8 +24,7 @@ LAYER = WORKLOADS["deepseek-v3"]
 
 
 @pytest.fixture
-def projection(monkeypatch: pytest.MonkeyPatch) -> Projection:
-    monkeypatch.setattr(features, "interpreting", lambda: False)
+def projection(compiling: None) -> Projection:
     return Projection(Machine.load("h200"), HGX)
 
 

@@ -15,7 +15,6 @@ import torch
 from typer.testing import CliRunner
 
 from moe_dispatch.backend import BackendConfig
-from moe_dispatch.backends.triton_common import features
 from moe_dispatch.commands.app import app
 from moe_dispatch.dispatch.process import get_dispatcher
 from moe_dispatch.dispatch.quarantine import Quarantine
@@ -263,7 +262,18 @@ def test_a_process_chooses_by_its_own_calibration_from_then_on(tmp_path: Path, s
     assert policy() == "calibrated"
 
 
-def test_the_current_gpu_is_the_one_that_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def two_gpus(compiling: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of this process the second is the current one."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    monkeypatch.setattr(Machine, "inspect", lambda _device=None: H200)
+
+
+def test_the_current_gpu_is_the_one_that_is_measured(
+    tmp_path: Path, two_gpus: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A worker is another process, whose current GPU is the first."""
     devices: list[str] = []
 
@@ -271,10 +281,6 @@ def test_the_current_gpu_is_the_one_that_is_measured(tmp_path: Path, monkeypatch
         devices.append(device)
         return worker()
 
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
-    monkeypatch.setattr(Machine, "inspect", lambda _device=None: H200)
     monkeypatch.setattr(run_module, "compile_ahead", lambda *_, **__: [])
     monkeypatch.setattr(calibrate_module, "CalibrationRun", functools.partial(CalibrationRun, start_worker=start))
     for device in (None, "cuda", "cuda:0"):
@@ -283,7 +289,7 @@ def test_the_current_gpu_is_the_one_that_is_measured(tmp_path: Path, monkeypatch
 
 
 def test_what_reads_the_whole_layer_is_not_compiled_on_placeholders(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, two_gpus: None, simulated: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     jobs: list[tuple[str, int]] = []
 
@@ -291,14 +297,7 @@ def test_what_reads_the_whole_layer_is_not_compiled_on_placeholders(
         jobs.extend((job.candidate.backend, job.M) for job in ahead)
         return []
 
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    monkeypatch.setattr(Machine, "inspect", lambda _device=None: H200)
-    monkeypatch.setattr(features, "interpreting", lambda: False)
     monkeypatch.setattr(run_module, "compile_ahead", noted)
-    start = lambda *_: worker()  # noqa: E731
-    monkeypatch.setattr(calibrate_module, "CalibrationRun", functools.partial(CalibrationRun, start_worker=start))
     calibrate(["gpt-oss-120b"], ["mxfp4"], tokens=[1024, 65536], directory=tmp_path, budget_s=0.0)
     assert {M for name, M in jobs if name == "triton_persistent"} == {1024, 65536}
     assert {M for name, M in jobs if name == "gluon_hopper"} == {1024}  # with more rows it copies the layer

@@ -102,6 +102,9 @@ def test_a_relative_entry_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_show(own: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "no calibration" in run("show", "--device", "cpu")
+    for entry in ("/dev/null", f"/{'a' * 300}"):  # of which nothing can be read, as of a folder of another user
+        monkeypatch.setenv("MOE_DISPATCH_CALIBRATION_PATH", entry)
+        assert "cannot be read" in refusal("show", "--device", "cpu")
     path = shared(tmp_path, monkeypatch, measured(1, 5.0), measured(4, 7.0))
     save(own, [measured(2, 9.0)], MACHINE)
     output = run("show", "--device", "cpu")

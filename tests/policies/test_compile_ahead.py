@@ -1,6 +1,7 @@
 """Compiling ahead, on a CPU, where there is nothing to compile but the processes are the same."""
 
 import contextlib
+import dataclasses
 import time
 from pathlib import Path
 
@@ -99,17 +100,22 @@ def test_past_the_deadline_nothing_starts(tmp_path: Path) -> None:
     assert not (tmp_path / "machine.txt").read_text()
 
 
-@pytest.mark.parametrize("dtype", ["bf16", "fp8"])
+@pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp8", "fp8_channel", "mxfp4"])
 @pytest.mark.parametrize("layer", ["4,2,192,160", "4,2,256,128"])
-def test_placeholder_weights_have_the_shapes_of_the_layer(layer: str, dtype: DType) -> None:
-    problem = workload(layer).problem(1, dtype, CPU)
-    made = placeholder_weights(problem, torch.device("cpu"))
-    real = make_experts(problem, dtype, "cpu")
+@pytest.mark.parametrize("gpt_oss", [False, True])
+def test_placeholder_weights_are_to_a_kernel_what_the_layer_is(layer: str, dtype: DType, gpt_oss: bool) -> None:
+    """Else another kernel is compiled than the one that is run: the types of pointers and strides are part of it."""
+    shape = workload(layer)
+    if gpt_oss:
+        shape = dataclasses.replace(shape, activation="swiglu_oai", bias=True, interleaved=True)
+    problem = shape.problem(1, dtype, CPU)
+    made, real = placeholder_weights(problem, torch.device("cpu")), make_experts(problem, dtype, "cpu")
     assert made.spec == real.spec
-    for name in ("gate_up", "down", "gate_up_scale", "down_scale"):
+    for name in ("gate_up", "down", "gate_up_scale", "down_scale", "gate_up_bias", "down_bias"):
         mine, other = getattr(made, name), getattr(real, name)
-        assert (mine is None) == (other is None)
-        assert mine is None or (mine.shape, mine.dtype) == (other.shape, other.dtype)
+        assert (mine is None) == (other is None), name
+        if mine is not None:
+            assert (mine.shape, mine.stride(), mine.dtype) == (other.shape, other.stride(), other.dtype), name
 
 
 @pytest.mark.gpu

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import random
+import re
 import time
 from importlib import resources
 from pathlib import Path
@@ -13,7 +14,6 @@ import torch
 from typer.testing import CliRunner
 
 from moe_dispatch.backend import Backend
-from moe_dispatch.backends.triton_common import features as triton_support
 from moe_dispatch.benchmarks.__main__ import app as benchmarks
 from moe_dispatch.benchmarks.reports.regret import Judged, bench_observations, judge, summary
 from moe_dispatch.benchmarks.row_files import append
@@ -40,7 +40,9 @@ from moe_dispatch.problem import DType, MoEProblem
 from moe_dispatch.registry import make_backend
 from moe_dispatch.settings import Settings
 from moe_dispatch.workloads import WORKLOADS, Workload, make_experts
+from tests.benchmarks.helpers import bench_row
 
+pytestmark = pytest.mark.usefixtures("compiling")
 H200 = Machine.load("h200")
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results" / "nvidia_h200"
 TOKENS = tuple(2**i for i in range(15))
@@ -53,12 +55,6 @@ COEFFICIENTS: dict[str, dict[Term, float]] = {
     "vllm_fused_moe": {term: 1.3 * times for term, times in OURS.items()},
     "deep_gemm": {"launch": 60, "search": 4, "weights": 0.5, "roofline": 1.2, "tokens": 40},
 }
-
-
-@pytest.fixture(autouse=True)
-def as_on_the_h200(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Triton's interpreter refuses BF16, and the machine that is asked about compiles."""
-    monkeypatch.setattr(triton_support, "interpreting", lambda: False)
 
 
 def default(backend: str, problem: MoEProblem) -> Identity:
@@ -478,6 +474,18 @@ def test_rows_of_another_machine_are_not_taken_for_this_ones(tmp_path: Path) -> 
         assert "a row was measured on 'NVIDIA H200'" in result.stderr
         assert "--machine FILE" in result.stderr
     assert not (tmp_path / "cache").exists()
+
+
+def test_what_was_measured_nowhere_is_null_in_json_and_a_dash_in_a_table(tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    for model in ("qwen3-235b", "deepseek-v3"):
+        append(rows, bench_row("deep_gemm", model, "bf16", 4, 3.0, config={"layout": "psum"}))
+    arguments = ["regret", str(rows), "--machine", "h200"]
+    unmeasured = json.loads(CliRunner().invoke(benchmarks, [*arguments, "--json"]).stdout, parse_constant=pytest.fail)[
+        "always_vllm"
+    ]
+    assert unmeasured == {"mean": None, "p95": None, "worst": None, "points": 0, "unmeasured": 2}
+    assert re.search(r"always_vllm +– +– +– +0 +2", CliRunner().invoke(benchmarks, arguments).stdout)
 
 
 def test_choices_on_the_recorded_sweep_meet_the_targets() -> None:

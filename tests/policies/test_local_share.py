@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from moe_dispatch import moe_forward
-from moe_dispatch.backends.triton_common import features
 from moe_dispatch.dispatch import torch_operator
 from moe_dispatch.errors import InvalidInputError
 from moe_dispatch.experts import ExpertWeights
@@ -19,15 +18,10 @@ from moe_dispatch.problem import DType, MoEProblem
 from moe_dispatch.registry import make_backend
 from moe_dispatch.workloads import WORKLOADS
 
+pytestmark = pytest.mark.usefixtures("compiling")
 H200 = Machine.load("h200")
 LAYERS: tuple[tuple[str, DType], ...] = (("deepseek-v3", "fp8"), ("qwen3-30b-a3b", "bf16"))
 TOKENS = tuple(4**power for power in range(8))
-
-
-@pytest.fixture(autouse=True)
-def as_on_the_h200(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Triton's interpreter refuses BF16, and the machine that is asked about compiles."""
-    monkeypatch.setattr(features, "interpreting", lambda: False)
 
 
 def part(name: str, dtype: DType, M: int, ranks: int = 2) -> MoEProblem:

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 
-from moe_dispatch.backends.triton_common import features
 from moe_dispatch.dispatch.dispatcher import Dispatcher
 from moe_dispatch.errors import MoEDispatchWarning
 from moe_dispatch.machine import Machine
@@ -170,11 +169,9 @@ def test_a_device_whose_rates_differ_unlike_is_left_to_the_learned_model(tables:
     assert nearest(h20, ".model.json") is not None
 
 
+@pytest.mark.usefixtures("compiling")
 @pytest.mark.parametrize("M", [1, 64, 1024, 16384])
-def test_what_a_backend_refuses_under_the_versions_at_hand_is_not_promised(
-    M: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(features, "interpreting", lambda: False)
+def test_what_a_backend_refuses_under_the_versions_at_hand_is_not_promised(M: int) -> None:
     newer = H200.model_copy(update={"triton": "4.7.0"})
     explained = Dispatcher(newer, live=False).planner.explain(LAYER.problem(M, "bf16", newer, "graph"))
     gluon = [candidate for candidate in explained.candidates if candidate.choice.backend == "gluon_hopper"]

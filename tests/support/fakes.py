@@ -120,15 +120,16 @@ def registered_policy(policy: type[Policy]) -> Iterator[None]:
 
 
 @contextmanager
-def ranked(*backends: type[Backend] | str) -> Iterator[None]:
-    """Register fake backends and a policy ``fixed`` that ranks just these, in this order."""
+def ranked(*backends: type[Backend] | str, ranking: Any = None) -> Iterator[None]:
+    """Register fake backends and a policy ``fixed`` that ranks just these, in this order, or answers `ranking`."""
     names = [one if isinstance(one, str) else one.name for one in backends]
 
     class Fixed(Policy):
         name = "fixed"
 
-        def rank(self, problem: MoEProblem) -> tuple[Choice, ...]:
-            return tuple(Choice(name, f"number {place} of this test") for place, name in enumerate(names, 1))
+        def rank(self, problem: MoEProblem) -> Any:
+            in_order = tuple(Choice(name, f"number {place} of this test") for place, name in enumerate(names, 1))
+            return in_order if ranking is None else ranking
 
     with registered(*(one for one in backends if not isinstance(one, str))), registered_policy(Fixed):
         yield

@@ -18,7 +18,7 @@ from moe_dispatch.activations import SwiGLU
 from moe_dispatch.api import moe_forward
 from moe_dispatch.errors import InvalidInputError
 from moe_dispatch.experts import ExpertWeights
-from moe_dispatch.integrations.engine_takeover import Takeover, kernel_reasons
+from moe_dispatch.integrations.engine_takeover import Batches, Takeover, kernel_reasons
 from moe_dispatch.integrations.engine_warm_up import prepare
 from moe_dispatch.integrations.engine_weights import addresses, wrap
 from moe_dispatch.problem import QUANT_BLOCK
@@ -31,10 +31,17 @@ _OTHER_FORMATS: Final = ("use_mxfp8", "use_int8_w8a8", "use_int8_w8a16", "use_in
 
 @dataclass(frozen=True)
 class _Layer:
-    """What a runner's layer is: its weights as ours, or None where it stays SGLang's; and where its tensors lay."""
+    """What a runner's layer is.
+
+    Attributes:
+        addresses: Where its tensors lay.
+        experts: Its weights as ours; None where it stays SGLang's.
+        batches: Of its engine.
+    """
 
     addresses: tuple[int, ...]
     experts: ExpertWeights | None
+    batches: Batches
 
 
 _layers: Final["weakref.WeakKeyDictionary[Any, _Layer]"] = weakref.WeakKeyDictionary()
@@ -53,12 +60,13 @@ def run(original: Any, runner: Any, dispatch_output: Any, quant_info: Any, lora_
     now = addresses(_tensors(quant_info))
     layer = _layers.get(runner)
     if layer is None or layer.addresses != now:  # first call, or a reload moved the weights
-        layer = _layers[runner] = _Layer(now, _decide(runner, dispatch_output, quant_info, first=layer is None))
+        experts = _decide(runner, dispatch_output, quant_info, first=layer is None)
+        layer = _layers[runner] = _Layer(now, experts, layer.batches if layer else TAKEOVER.batches)
     if layer.experts is None:
         return original(runner, dispatch_output, quant_info, lora_info)
     hidden, topk_output = dispatch_output.hidden_states, dispatch_output.topk_output
     weights, ids = topk_output.topk_weights, topk_output.topk_ids
-    prepare(TAKEOVER, layer.experts, ids.shape[1], hidden.dtype, into_out=False)
+    prepare(TAKEOVER, layer.batches, layer.experts, ids.shape[1], hidden.dtype, into_out=False)
     if runner.config.routed_scaling_factor not in (None, 1.0):
         weights = weights * runner.config.routed_scaling_factor
     # SGLang's `inplace` allows that the output overwrites the input; callers read what is returned.
@@ -99,10 +107,7 @@ def reasons_against(runner: Any, dispatch_output: Any, quant_info: Any) -> list[
 
 
 def gate_of(config: Any) -> tuple[str, bool]:
-    """Our activation for a runner's config, and whether SGLang has gate and up rows alternate for it.
-
-    Args:
-        config: SGLang's `MoeRunnerConfig`.
+    """Our activation for SGLang's `MoeRunnerConfig`, and whether SGLang has gate and up rows alternate for it.
 
     Raises:
         InvalidInputError: None of ours computes the same.

@@ -24,11 +24,6 @@ def disagreement(module: nn.Module, experts: ExpertWeights, dtype: torch.dtype) 
     The model's own forward is the truth, and the reference backend stands for all of ours: whether a backend agrees
     with the reference is asked elsewhere. The tokens are drawn, because those of a call may be padding and its ids
     those of other ranks. One synchronisation with the device, once in a module's life; none while a graph is captured.
-
-    Args:
-        module: The experts module.
-        experts: Its weights as its layout describes them.
-        dtype: The dtype of hidden_states.
     """
     if module in _compared or _capturing(experts.device):
         return ""

@@ -17,7 +17,6 @@ class LayerReport:
 
     Attributes:
         name: The module's name in the model.
-        kind: Its class.
         state: "dispatched" to `moe_forward`; "own" where it keeps transformers' implementation; "out of reach" where
             its class has no interface for experts, so that nothing registered is ever asked.
         reason: Why it is not dispatched; what to know of it if it is.

@@ -34,10 +34,7 @@ class Taken(NamedTuple):
 def take_over(module: nn.Module, dtype: torch.dtype, others: Sequence[str] = ()) -> Taken:
     """The module's weights for a call outside of a trace.
 
-    Args:
-        module: The experts module.
-        dtype: The dtype of hidden_states.
-        others: Names of arguments that the call has beside the three that are known.
+    `others` are the names of arguments that the call has beside the three that are known.
     """
     layout = layout_of(module)
     if reason := layout.unfit or unknown_arguments(others):

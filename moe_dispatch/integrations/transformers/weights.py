@@ -87,11 +87,6 @@ def offloaded(module: nn.Module) -> bool:
 def experts_of(module: nn.Module, layout: Layout, sources: tuple[Tensor, ...]) -> ExpertWeights:
     """The module's weights for one call, during which the caller holds `sources`.
 
-    Args:
-        module: The experts module.
-        layout: Its layout.
-        sources: Its tensors.
-
     Raises:
         InvalidInputError: The tensors are not what backends can read.
     """

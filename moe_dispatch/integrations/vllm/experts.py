@@ -60,6 +60,7 @@ class MoeDispatchExperts(mk.FusedMoEExpertsModular):  # type: ignore[misc]  # vL
     def __init__(self, moe_config: Any, quant_config: Any) -> None:
         super().__init__(moe_config, quant_config)
         self._sum = LayerInPlaceOfSum()
+        self._batches = TAKEOVER.batches  # of this layer's engine, whose model is being loaded
         self._experts: ExpertWeights | None = None
         self._addresses: tuple[int, ...] = ()
         rows = moe_config.intermediate_size_per_partition * (2 if moe_config.activation.is_gated else 1)
@@ -145,7 +146,7 @@ class MoeDispatchExperts(mk.FusedMoEExpertsModular):  # type: ignore[misc]  # vL
     ) -> None:
         """Prepare for `LayerInPlaceOfSum.apply`, which follows in the same call of vLLM's kernel."""
         experts = self._weights(w1, w2)
-        prepare(TAKEOVER, experts, topk_ids.shape[1], hidden_states.dtype, into_out=True)
+        prepare(TAKEOVER, self._batches, experts, topk_ids.shape[1], hidden_states.dtype, into_out=True)
         if apply_router_weight_on_input:  # vLLM multiplied hidden_states before it called
             topk_weights = torch.ones_like(topk_weights)
         self._sum.call = hidden_states, experts, topk_weights, topk_ids

@@ -46,10 +46,7 @@ VLLM_ACTIVATIONS: Final = frozenset(_GATES)
 
 
 def gate_of(moe_config: Any) -> tuple[str, bool]:
-    """Our activation for a layer of vLLM, and whether its gate and up rows alternate.
-
-    Args:
-        moe_config: vLLM's `FusedMoEConfig` of the layer.
+    """Our activation for vLLM's `FusedMoEConfig` of a layer, and whether its gate and up rows alternate.
 
     Raises:
         InvalidInputError: None of ours computes the same; the message says which parameter stands against it.

@@ -15,11 +15,7 @@ FORMS: Final[dict[str, str]] = {
 
 
 def stored_dtype(moe_config: Any, method: Any) -> DType:
-    """The dtype of the `ExpertWeights` that a layer's tensors make.
-
-    Args:
-        moe_config: vLLM's `FusedMoEConfig` of the layer.
-        method: vLLM's quantisation method of the layer.
+    """The dtype of the `ExpertWeights` that a layer's tensors make, by its `FusedMoEConfig` and quantisation method.
 
     Raises:
         InvalidInputError: They make none; the message says why.
