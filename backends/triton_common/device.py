@@ -189,7 +189,7 @@ def _moe_round_to_e4m3(values):
     return tl.where(values == values, rounded, values)  # noqa: PLR0124 - a NaN is not itself
 
 
-def _pairs(codes: str, first: str, second: str, shift: int) -> str:
+def _pairs(codes: str, pairs: tuple[str, str], shift: int) -> str:
     """PTX that moves four e4m3 codes of one register to two pairs of 16 bits, as BF16 or FP16 has their fields.
 
     A code is extended by its sign and shifted, and a mask keeps one sign, exponent and mantissa. The exponent is too
@@ -197,66 +197,53 @@ def _pairs(codes: str, first: str, second: str, shift: int) -> str:
     in BF16 (`shift` is 4) or by 2^8 in FP16 (7). NaN becomes 480 divided by that; the greatest magnitude is 448.
     """
     mask = 0x8000 | 0x7F << shift
-    return "".join(
-        f"""
+    selected = zip(pairs, ("0x9180", "0xB3A2"), strict=True)
+    return "".join(f"""
     prmt.b32 {pair}, {codes}, 0, {selector};
     shl.b32 {pair}, {pair}, {shift};
-    and.b32 {pair}, {pair}, 0x{mask:04x}{mask:04x};"""
-        for pair, selector in ((first, "0x9180"), (second, "0xB3A2"))
-    )
+    and.b32 {pair}, {pair}, 0x{mask:04x}{mask:04x};""" for pair, selector in selected)  # fmt: skip
 
 
-def _exact(dtype: str, shift: int, power: int, overflow: int) -> tl.constexpr:
-    """PTX of `moe_fp8_values` for ``"bf16"`` or ``"f16"``; the bits of the power of two, and of a factor.
+def _values(dtype: str, shift: int, power: int, overflow: int) -> tl.constexpr:
+    """PTX of `moe_fp8_values` for ``"bf16"`` or ``"f16"``, given the bits of the power of two and of another factor.
 
-    The factor's product with a value overflows for 480 alone, and zero times infinity is NaN.
+    A value times that factor overflows for 480 alone, and zero times infinity is NaN.
     """
-    return tl.constexpr(
-        f"""{{
+    exact = "".join(f"""
+    fma.rn.{dtype}x2 {pair}, {pair}, power, minus_zero;
+    fma.rn.{dtype}x2 infinite, {pair}, overflow, minus_zero;
+    fma.rn.{dtype}x2 {pair}, infinite, zero, {pair};""" for pair in ("$0", "$1"))  # fmt: skip
+    return tl.constexpr(f"""{{
     .reg .b32 infinite, power, overflow, zero, minus_zero;
     mov.b32 zero, 0;
     mov.b32 minus_zero, 0x80008000;
     mov.b32 power, 0x{power:04x}{power:04x};
-    mov.b32 overflow, 0x{overflow:04x}{overflow:04x};"""
-        + _pairs("$2", "$0", "$1", shift)
-        + "".join(
-            f"""
-    fma.rn.{dtype}x2 {pair}, {pair}, power, minus_zero;
-    fma.rn.{dtype}x2 infinite, {pair}, overflow, minus_zero;
-    fma.rn.{dtype}x2 {pair}, infinite, zero, {pair};"""
-            for pair in ("$0", "$1")
-        )
-        + "}"
-    )
+    mov.b32 overflow, 0x{overflow:04x}{overflow:04x};{_pairs("$2", ("$0", "$1"), shift)}{exact}
+    }}""")  # fmt: skip
 
 
-_TO_BF16 = _exact("bf16", 4, 0x7B80, 0x7B0D)  # 2^120; 1.1015625 · 2^119
-_TO_FP16 = _exact("f16", 7, 0x5C00, 0x5860)  # 2^8; 140
-# Adding 1 to the magnitude of NaN, and to no other, reaches its code's uppermost bit.
-_MARK_NAN = """
+def _parts(shift: int) -> tl.constexpr:
+    """PTX of `moe_fp8_parts`. Adding 1 to the magnitude of NaN, and to no other, reaches its code's uppermost bit."""
+    return tl.constexpr(f"""{{
     .reg .b32 magnitudes;
     and.b32 magnitudes, $3, 0x7F7F7F7F;
     add.u32 magnitudes, magnitudes, 0x01010101;
-    and.b32 $2, magnitudes, 0x80808080;"""
-_TO_PARTS_OF_BF16 = tl.constexpr("{" + _MARK_NAN + _pairs("$3", "$0", "$1", 4) + "}")
-_TO_PARTS_OF_FP16 = tl.constexpr("{" + _MARK_NAN + _pairs("$3", "$0", "$1", 7) + "}")
+    and.b32 $2, magnitudes, 0x80808080;{_pairs("$3", ("$0", "$1"), shift)}
+    }}""")  # fmt: skip
+
+
+_TO_BF16 = _values("bf16", 4, 0x7B80, 0x7B0D)  # 2^120; 1.1015625 · 2^119
+_TO_FP16 = _values("f16", 7, 0x5C00, 0x5860)  # 2^8; 140
+_TO_PARTS_OF_BF16, _TO_PARTS_OF_FP16 = _parts(4), _parts(7)
 # Four codes become four fp32 by way of FP16. 144 · 2^8: 448 · 144 is an FP16 number, and 480 · 144 overflows.
-_TO_MULTIPLES = tl.constexpr(
-    """{
+_TO_MULTIPLES = tl.constexpr("""{
     .reg .b32 first, second, factor;
     .reg .b16 lower, upper;
-    mov.b32 factor, 0x78807880;"""
-    + _pairs("$4", "first", "second", 7)
-    + "".join(
-        f"""
+    mov.b32 factor, 0x78807880;""" + _pairs("$4", ("first", "second"), 7) + "".join(f"""
     mul.rn.f16x2 {pair}, {pair}, factor;
     mov.b32 {{lower, upper}}, {pair};
-    cvt.f32.f16 {low}, lower;
-    cvt.f32.f16 {high}, upper;"""
-        for pair, low, high in (("first", "$0", "$1"), ("second", "$2", "$3"))
-    )
-    + "}"
-)
+    cvt.f32.f16 ${place}, lower;
+    cvt.f32.f16 ${place + 1}, upper;""" for pair, place in (("first", 0), ("second", 2))) + "}")  # fmt: skip
 _MULTIPLE = tl.constexpr(144.0)
 
 
