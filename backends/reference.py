@@ -64,7 +64,7 @@ class ReferenceBackend(Backend):
             out = out + _zero(hidden_states, topk_weights, experts)
         return out.to(hidden_states.dtype)
 
-    def takes_quantized_rows(self, problem: MoEProblem) -> bool:  # noqa: ARG002
+    def takes_quantized_rows(self, problem: MoEProblem) -> bool:
         """See `Backend.takes_quantized_rows`."""
         return True
 

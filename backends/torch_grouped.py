@@ -70,7 +70,7 @@ class TorchGroupedBackend(WritingBackend):
             reasons.append(f"torch's grouped kernel takes at most {MOST_FUSED_EXPERTS} experts, got E={problem.E}")
         return tuple(reasons)
 
-    def workspace_bytes(self, problem: MoEProblem, config: BackendConfig) -> int:  # noqa: ARG002
+    def workspace_bytes(self, problem: MoEProblem, config: BackendConfig) -> int:
         """See `Backend.workspace_bytes`."""
         # No more than two of the four buffers are alive at a time.
         widths = (problem.K, problem.gate_up_rows, problem.N, problem.K)
@@ -93,7 +93,7 @@ class TorchGroupedBackend(WritingBackend):
         experts: ExpertWeights,
         topk_weights: Tensor,
         topk_ids: Tensor,
-        config: BackendConfig,  # noqa: ARG002 - torch chooses its tiles itself
+        config: BackendConfig,  # torch chooses its tiles itself
         out: Tensor,
     ) -> Tensor:
         """See `Backend.run_into`."""

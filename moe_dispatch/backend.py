@@ -169,11 +169,11 @@ class Backend(ABC):
             raise TypeError(f"further_reasons must return a tuple of texts, got the text {further[:60]!r}")
         return (*self.requirements.reasons_against(problem), *further)
 
-    def further_reasons(self, problem: MoEProblem) -> tuple[str, ...]:  # noqa: ARG002
+    def further_reasons(self, problem: MoEProblem) -> tuple[str, ...]:
         """Reasons beyond the declared requirements; for subclasses."""
         return ()
 
-    def configs(self, problem: MoEProblem) -> tuple[BackendConfig, ...]:  # noqa: ARG002
+    def configs(self, problem: MoEProblem) -> tuple[BackendConfig, ...]:
         """The configurations worth measuring for this problem, the default first; never empty."""
         return _only_defaults(self.config_type)
 
@@ -181,29 +181,29 @@ class Backend(ABC):
         """The configuration that runs where no measurement says otherwise."""
         return self.configs(problem)[0]
 
-    def workspace_bytes(self, problem: MoEProblem, config: BackendConfig) -> int:  # noqa: ARG002
+    def workspace_bytes(self, problem: MoEProblem, config: BackendConfig) -> int:
         """Device memory taken beside inputs and output; orders the fallbacks when memory runs out."""
         return problem.slots * (problem.gate_up_rows + problem.N + problem.K) * 2
 
-    def deterministic(self, config: BackendConfig) -> bool:  # noqa: ARG002
+    def deterministic(self, config: BackendConfig) -> bool:
         """Whether the same inputs give the same bits every time."""
         return True
 
-    def quantizes_activations(self, problem: MoEProblem) -> bool:  # noqa: ARG002
+    def quantizes_activations(self, problem: MoEProblem) -> bool:
         """Whether FP8 weights meet quantised activations here; the reference that the result is judged by does as much.
 
         Of no consequence for other weights.
         """
         return True
 
-    def takes_quantized_rows(self, problem: MoEProblem) -> bool:  # noqa: ARG002
+    def takes_quantized_rows(self, problem: MoEProblem) -> bool:
         """Whether `run_into` also takes `QuantizedRows` for hidden_states, with the same bits as result. Pure.
 
         It is asked about problems of block FP8 against which this backend gave no reason.
         """
         return False
 
-    def reads_whole_layer(self, problem: MoEProblem) -> bool:  # noqa: ARG002
+    def reads_whole_layer(self, problem: MoEProblem) -> bool:
         """Whether a run reads the weights of experts that no id names, too, as where it dequantises them all. Pure.
 
         A calibration does not compile such a run ahead, on weights without memory behind them.
@@ -257,7 +257,7 @@ class Backend(ABC):
         """
         return out.copy_(self.run(hidden_states, experts, topk_weights, topk_ids, config))
 
-    def fast_path(self, inputs: Inputs, config: BackendConfig) -> "Run | None":  # noqa: ARG002
+    def fast_path(self, inputs: Inputs, config: BackendConfig) -> "Run | None":
         """What to call from now on in place of `run`, for calls of this very kind; None if there is nothing faster.
 
         Called after the second run of a kind of call (kind of layer, token count, dtypes, configuration) with its

@@ -1,10 +1,12 @@
 """Every test starts with a fresh dispatcher, its own cache directory, and memory that is poisoned, not zero."""
 
+import contextlib
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -129,10 +131,19 @@ def poison(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.fill_(GARBAGE) if tensor.dtype in (torch.int32, torch.int64) else tensor
 
 
-@pytest.fixture
-def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+@contextlib.contextmanager
+def poisoned(fill: Callable[[torch.Tensor], torch.Tensor] = poison) -> Iterator[None]:
     """Make torch.empty and its kin hand out poison, so that an unwritten element cannot pass for a zero."""
     empty, empty_like, new_empty = torch.empty, torch.empty_like, torch.Tensor.new_empty
-    monkeypatch.setattr(torch, "empty", lambda *a, **k: poison(empty(*a, **k)))
-    monkeypatch.setattr(torch, "empty_like", lambda *a, **k: poison(empty_like(*a, **k)))
-    monkeypatch.setattr(torch.Tensor, "new_empty", lambda *a, **k: poison(new_empty(*a, **k)))
+    with (
+        mock.patch.object(torch, "empty", lambda *a, **k: fill(empty(*a, **k))),
+        mock.patch.object(torch, "empty_like", lambda *a, **k: fill(empty_like(*a, **k))),
+        mock.patch.object(torch.Tensor, "new_empty", lambda *a, **k: fill(new_empty(*a, **k))),
+    ):
+        yield
+
+
+@pytest.fixture
+def poisoned_memory() -> Iterator[None]:
+    with poisoned():
+        yield

@@ -104,7 +104,7 @@ class DeepGemmBackend(WritingBackend):
         second = problem.N * column + problem.K * 2
         return int(rows * max(first, middle, second))
 
-    def takes_quantized_rows(self, problem: MoEProblem) -> bool:  # noqa: ARG002
+    def takes_quantized_rows(self, problem: MoEProblem) -> bool:
         """See `Backend.takes_quantized_rows`."""
         return True
 

@@ -92,7 +92,7 @@ class GluonHopperBackend(TritonBackend):
         """See `Backend.reads_whole_layer`."""
         return _copies(problem, problem.slots)
 
-    def takes_quantized_rows(self, problem: MoEProblem) -> bool:  # noqa: ARG002
+    def takes_quantized_rows(self, problem: MoEProblem) -> bool:
         """See `Backend.takes_quantized_rows`."""
         return True
 

@@ -51,7 +51,7 @@ class TritonPersistentBackend(TritonBackend):
         """See `Backend.configs`."""
         return persistent_configs(problem, self._features)
 
-    def workspace_bytes(self, problem: MoEProblem, config: BackendConfig) -> int:  # noqa: ARG002
+    def workspace_bytes(self, problem: MoEProblem, config: BackendConfig) -> int:
         """See `Backend.workspace_bytes`."""
         quantization = quantization_of(problem)
         codes = problem.M * problem.K if quantization.activations else 0

@@ -47,7 +47,7 @@ class TritonVectorBackend(TritonBackend):
         """See `Backend.configs`."""
         return candidate_configs(problem, self._features)
 
-    def workspace_bytes(self, problem: MoEProblem, config: BackendConfig) -> int:  # noqa: ARG002
+    def workspace_bytes(self, problem: MoEProblem, config: BackendConfig) -> int:
         """See `Backend.workspace_bytes`."""
         return problem.slots * problem.N * ELEMENT_BYTES[problem.act_dtype]
 

@@ -63,7 +63,7 @@ class VllmFusedMoEBackend(Backend):
             reasons.append(f"sorts at most {_MAX_EXPERTS} experts, got E={problem.E}")
         return tuple(reasons)
 
-    def workspace_bytes(self, problem: MoEProblem, config: BackendConfig) -> int:  # noqa: ARG002
+    def workspace_bytes(self, problem: MoEProblem, config: BackendConfig) -> int:
         """See `Backend.workspace_bytes`."""
         plain = problem.slots * (max(problem.gate_up_rows, problem.K) + problem.N) * 2
         return plain + (problem.M * problem.K + problem.slots * problem.N if problem.fp8 else 0)
@@ -78,7 +78,7 @@ class VllmFusedMoEBackend(Backend):
         experts: ExpertWeights,
         topk_weights: Tensor,
         topk_ids: Tensor,
-        config: BackendConfig,  # noqa: ARG002 - vLLM looks its configuration up itself
+        config: BackendConfig,  # vLLM looks its configuration up itself
     ) -> Tensor:
         """See `Backend.run`.
 

@@ -69,7 +69,7 @@ class DemoReport:
     """The demo's result.
 
     Attributes:
-        same: How many of them equal those of the model's own experts.
+        same: How many of the generated tokens equal those of the model's own experts.
         logits_error: ‖dispatched − own‖ / ‖own‖ over the model's own sequence.
         logits_gap: Where the generated tokens first differ, how much the model's own logits prefer its own token, as a
             share of their root mean square; 0 where none differ.

@@ -69,10 +69,7 @@ class BackendPool(MadeBackends):
     def reasons_against(self, name: str, problem: MoEProblem, *, chosen_by_name: bool = False) -> tuple[str, ...]:
         """Every reason, known without running anything, against giving `problem` to a backend.
 
-        Args:
-            name: A backend's name.
-            problem: The problem that it would get.
-            chosen_by_name: Whether the caller names this backend; then only what is impossible counts.
+        Where the caller names the backend (`chosen_by_name`), only what is impossible counts.
         """
         made = self._made.get(name) or self.made(name)
         reasons = list(made.reasons)

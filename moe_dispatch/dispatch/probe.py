@@ -35,16 +35,11 @@ class _Trial:
 
 
 def probe(backend: Backend, problem: MoEProblem, device: torch.device) -> str:
-    """Run a tiny layer of the problem's dtypes and activation through a backend, on three inputs.
+    """Run a tiny layer of the problem's dtypes, activation and biases through a backend, on three inputs.
 
     The routing holds what a backend must get right and a benchmark never shows: ids outside 0…E-1 with NaN for weights,
     and the same expert twice in a row. The third run goes into memory of ours. All results are compared after the last
     run, and the inputs with copies.
-
-    Args:
-        backend: The backend on trial.
-        problem: The problem whose dtypes, activation and biases the tiny layer has.
-        device: The device to run on.
 
     Returns:
         Why the backend cannot be trusted; empty if its results are right. What it raises becomes the reason, unless it

@@ -1,4 +1,5 @@
 """The kernels that exchanges launch. They stand beside the backends, and are found by name like those."""
+# ruff: noqa: D102 - they are documented there
 
 import functools
 import importlib
@@ -16,15 +17,15 @@ class Pack(Protocol):
     """The module ``exchange.pack``; see there."""
 
     @staticmethod
-    def spare_rows(capacity: int, topk: int, row_bytes: int) -> int: ...  # noqa: D102
+    def spare_rows(capacity: int, topk: int, row_bytes: int) -> int: ...
 
     @staticmethod
-    def pack_tokens(  # noqa: D102
+    def pack_tokens(
         hidden_states: Tensor, topk_weights: Tensor, topk_ids: Tensor, segment: Tensor, *, capacity: int, E: int
     ) -> None: ...
 
     @staticmethod
-    def unpack_slots(  # noqa: D102
+    def unpack_slots(
         wire: Tensor, *, ranks: int, capacity: int, topk: int, first_expert: int
     ) -> tuple[Tensor, Tensor]: ...
 
@@ -33,34 +34,32 @@ class PeerMemory(Protocol):
     """The class ``exchange.push.PeerMemory``; see there."""
 
     @property
-    def lost_rank(self) -> int | None: ...  # noqa: D102
+    def lost_rank(self) -> int | None: ...
 
-    def push_tokens(  # noqa: D102
+    def push_tokens(
         self, hidden_states: Tensor, topk_weights: Tensor, topk_ids: Tensor, *, capacity: int, first_experts: Tensor,
         E: int, seconds: float, quantize: bool,
     ) -> tuple[Tensor | QuantizedRows | TravellingRows, Tensor, Tensor]: ...  # fmt: skip
 
-    def peer_rows(self, capacity: int, K: int, dtype: torch.dtype) -> PeerRows: ...  # noqa: D102
+    def peer_rows(self, capacity: int, K: int, dtype: torch.dtype) -> PeerRows: ...
 
-    def push_results(  # noqa: D102
-        self, partial: Tensor | PeerRows, M: int, K: int, *, capacity: int, seconds: float
-    ) -> Tensor: ...
+    def push_results(self, partial: Tensor | PeerRows, M: int, K: int, *, capacity: int, seconds: float) -> Tensor: ...
 
 
 class Push(Protocol):
     """The module ``exchange.push``; see there."""
 
     @staticmethod
-    def header_bytes(ranks: int) -> int: ...  # noqa: D102
+    def header_bytes(ranks: int) -> int: ...
 
     @staticmethod
-    def tokens_bytes(ranks: int, capacity: int, topk: int, row_bytes: int, groups: int) -> int: ...  # noqa: D102
+    def tokens_bytes(ranks: int, capacity: int, topk: int, row_bytes: int, groups: int) -> int: ...
 
     @staticmethod
-    def results_bytes(ranks: int, capacity: int, row_bytes: int) -> int: ...  # noqa: D102
+    def results_bytes(ranks: int, capacity: int, row_bytes: int) -> int: ...
 
     @staticmethod
-    def PeerMemory(  # noqa: D102, N802
+    def PeerMemory(  # noqa: N802
         own: Tensor, addresses: Sequence[int], rank: int, tokens_bytes: int, programs: int, on_host: Tensor, *,
         pdl: bool, aside: torch.cuda.Stream | None,
     ) -> PeerMemory: ...  # fmt: skip

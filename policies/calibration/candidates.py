@@ -41,10 +41,7 @@ CLOSE: Final = 1.2
 def eligible(names: Sequence[str], machine: Machine, timeout_s: float) -> tuple[dict[str, Backend], dict[str, str]]:
     """The backends that can run on a machine, by name, and the reason against each of the others.
 
-    Args:
-        names: Registered names.
-        machine: The machine.
-        timeout_s: Seconds after which the import of another package's backend counts as hung.
+    An import of another package's backend that takes longer than `timeout_s` counts as hung.
 
     Raises:
         UnknownNameError: A name is not registered.

@@ -16,9 +16,7 @@ _CARRIERS: Final[dict[int, str]] = {1: "|u1", 2: "<i2", 4: "<i4"}
 def placeholder_weights(problem: MoEProblem, device: torch.device) -> ExpertWeights:
     """Weights that have the shapes of a layer's and the memory of one expert; only the first expert may be read.
 
-    Args:
-        problem: Names the layer; M does not matter.
-        device: Where to allocate. A CPU has no such trick and gets zeros of the full size.
+    A CPU has no such trick and gets zeros of the full size. The problem names the layer; its M does not matter.
     """
     rows, K, N, E = problem.gate_up_rows, problem.K, problem.N, problem.E
     of_gate_up, of_down = problem.scale_shapes

@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from hypothesis import strategies as st
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from moe_dispatch import ExpertWeights
 from moe_dispatch.workloads import torch_dtype
@@ -256,8 +255,6 @@ ALIKE: Final[Mapping[str, Make]] = {
 
 
 # In place of any tensor: what must be refused.
-
-_FAKE: Final = FakeTensorMode()
 
 FOREIGN: Final[Mapping[str, Make]] = {
     "None": lambda _: None,

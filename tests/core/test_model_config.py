@@ -288,7 +288,8 @@ def test_numbers_out_of_range_are_refused(text: str) -> None:
 
 def test_models_of_one_family_have_names_of_their_own(tmp_path: Path) -> None:
     names = []
-    for i, change in enumerate(({}, {"num_experts": 32}, {"_name_or_path": "org/model"})):
+    changes: list[dict[str, object]] = [{}, {"num_experts": 32}, {"_name_or_path": "org/model"}]
+    for i, change in enumerate(changes):
         path = tmp_path / f"{i}.json"
         path.write_text(json.dumps(BASE | {"model_type": "qwen3_moe"} | change))
         names.append(workload(str(path)).name)

@@ -8,7 +8,7 @@ import json
 import os
 import signal
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -33,7 +33,7 @@ from moe_dispatch.parallel.trial import Trial, drawn_inputs
 from moe_dispatch.registry import BACKENDS
 from moe_dispatch.settings import settings
 from moe_dispatch.testing import CASES, Case, Inputs, Precision, make_inputs, relative_error
-from tests.conftest import poison as poisoned_floats
+from tests.conftest import poison, poisoned
 from tests.parallel import twins
 
 TOLERANCE = {"fp32": 1e-5, "bf16": 1e-2, "fp8": 2e-2}
@@ -98,7 +98,7 @@ def conformance(
 def _fault(inputs: Inputs, layer: ShardedExperts, mine: slice, tolerance: float, backend: str | None) -> str:
     hidden, weights, ids = inputs.hidden_states[mine], inputs.topk_weights[mine], inputs.topk_ids[mine]
     truth = inputs.truth[mine]
-    with poisoned():
+    with poisoned(fill):
         out = moe_forward(hidden, layer, weights, ids, backend=backend)
         memory = torch.full(hidden.shape, torch.nan, dtype=hidden.dtype)
         into = moe_forward(hidden, layer, weights, ids, out=memory, backend=backend)
@@ -113,20 +113,9 @@ def _fault(inputs: Inputs, layer: ShardedExperts, mine: slice, tolerance: float,
     return f"relative error {error:.1e}" if error > tolerance else ""
 
 
-@contextlib.contextmanager
-def poisoned() -> Iterator[None]:
-    """Fresh memory holds what must not be read, such as the padding of an exchange's buffers: NaN, and a valid id."""
-
-    def poison(tensor: torch.Tensor) -> torch.Tensor:
-        return poisoned_floats(tensor) if tensor.is_floating_point() else tensor.fill_(1)
-
-    empty, empty_like, new_empty = torch.empty, torch.empty_like, torch.Tensor.new_empty
-    with (
-        mock.patch.object(torch, "empty", lambda *a, **k: poison(empty(*a, **k))),
-        mock.patch.object(torch, "empty_like", lambda *a, **k: poison(empty_like(*a, **k))),
-        mock.patch.object(torch.Tensor, "new_empty", lambda *a, **k: poison(new_empty(*a, **k))),
-    ):
-        yield
+def fill(tensor: torch.Tensor) -> torch.Tensor:
+    """What must not be read, such as the padding of an exchange's buffers: NaN, and a valid id."""
+    return poison(tensor) if tensor.is_floating_point() else tensor.fill_(1)
 
 
 def slots_that_run(exchange: str, tokens: list[int]) -> tuple[int, int]:
@@ -142,7 +131,7 @@ def slots_that_run(exchange: str, tokens: list[int]) -> tuple[int, int]:
         return run_local(arguments, backend)
 
     ep._session.run_local = counted  # type: ignore[assignment,method-assign]
-    with poisoned():
+    with poisoned(fill):
         moe_forward(inputs.hidden_states[:M], layer, inputs.topk_weights[:M], inputs.topk_ids[:M])
     return ran[0], M * LAYER.topk
 

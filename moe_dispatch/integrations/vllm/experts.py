@@ -41,9 +41,9 @@ class LayerInPlaceOfSum(mk.TopKWeightAndReduce):  # type: ignore[misc]  # vLLM i
         self,
         output: Tensor | None,
         fused_expert_output: Tensor,
-        topk_weights: Tensor,  # noqa: ARG002 - those of `call`
-        topk_ids: Tensor,  # noqa: ARG002
-        apply_router_weight_on_input: bool,  # noqa: ARG002
+        topk_weights: Tensor,  # those of `call`
+        topk_ids: Tensor,
+        apply_router_weight_on_input: bool,
     ) -> Tensor:
         """Compute the layer into `output` `[M, K]`, or into fresh memory."""
         call, self.call = self.call, None
@@ -115,33 +115,33 @@ class MoeDispatchExperts(mk.FusedMoEExpertsModular):  # type: ignore[misc]  # vL
     def workspace_shapes(
         self,
         M: int,
-        N: int,  # noqa: ARG002
+        N: int,
         K: int,
-        topk: int,  # noqa: ARG002
-        global_num_experts: int,  # noqa: ARG002
-        local_num_experts: int,  # noqa: ARG002
-        expert_tokens_meta: Any,  # noqa: ARG002
-        activation: Any,  # noqa: ARG002
+        topk: int,
+        global_num_experts: int,
+        local_num_experts: int,
+        expert_tokens_meta: Any,
+        activation: Any,
     ) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
         """No workspaces of vLLM's, and the output `[M, K]`."""
         return (0,), (0,), (M, K)
 
     def apply(
         self,
-        output: Tensor,  # noqa: ARG002 - the sum is given another one
+        output: Tensor,  # the sum is given another one
         hidden_states: Tensor,
         w1: Tensor,
         w2: Tensor,
         topk_weights: Tensor,
         topk_ids: Tensor,
-        activation: Any,  # noqa: ARG002 - that of the layer's config
-        global_num_experts: int,  # noqa: ARG002
-        expert_map: Tensor | None,  # noqa: ARG002 - expert parallelism is refused
-        a1q_scale: Tensor | None,  # noqa: ARG002 - inputs arrive unquantised
-        a2_scale: Tensor | None,  # noqa: ARG002
-        workspace13: Tensor,  # noqa: ARG002
-        workspace2: Tensor,  # noqa: ARG002
-        expert_tokens_meta: Any,  # noqa: ARG002
+        activation: Any,  # that of the layer's config
+        global_num_experts: int,
+        expert_map: Tensor | None,  # expert parallelism is refused
+        a1q_scale: Tensor | None,  # inputs arrive unquantised
+        a2_scale: Tensor | None,
+        workspace13: Tensor,
+        workspace2: Tensor,
+        expert_tokens_meta: Any,
         apply_router_weight_on_input: bool,
     ) -> None:
         """Prepare for `LayerInPlaceOfSum.apply`, which follows in the same call of vLLM's kernel."""
