@@ -222,19 +222,16 @@ def _values(dtype: str, shift: int, power: int, overflow: int) -> tl.constexpr:
     }}""")  # fmt: skip
 
 
-def _parts(shift: int) -> tl.constexpr:
-    """PTX of `moe_fp8_parts`. Adding 1 to the magnitude of NaN, and to no other, reaches its code's uppermost bit."""
-    return tl.constexpr(f"""{{
-    .reg .b32 magnitudes;
-    and.b32 magnitudes, $3, 0x7F7F7F7F;
-    add.u32 magnitudes, magnitudes, 0x01010101;
-    and.b32 $2, magnitudes, 0x80808080;{_pairs("$3", ("$0", "$1"), shift)}
-    }}""")  # fmt: skip
-
-
 _TO_BF16 = _values("bf16", 4, 0x7B80, 0x7B0D)  # 2^120; 1.1015625 · 2^119
 _TO_FP16 = _values("f16", 7, 0x5C00, 0x5860)  # 2^8; 140
-_TO_PARTS_OF_BF16, _TO_PARTS_OF_FP16 = _parts(4), _parts(7)
+_TO_SMALL_BF16 = tl.constexpr("{" + _pairs("$2", ("$0", "$1"), 4) + "}")
+_TO_SMALL_FP16 = tl.constexpr("{" + _pairs("$2", ("$0", "$1"), 7) + "}")
+# Adding 1 to the magnitude of NaN, and to no other, reaches its code's uppermost bit.
+_TO_MARKS = tl.constexpr("""{
+    and.b32 $0, $1, 0x7F7F7F7F;
+    add.u32 $0, $0, 0x01010101;
+    and.b32 $0, $0, 0x80808080;
+}""")
 # Four codes become four fp32 by way of FP16. 144 · 2^8: 448 · 144 is an FP16 number, and 480 · 144 overflows.
 _TO_MULTIPLES = tl.constexpr("""{
     .reg .b32 first, second, factor;
@@ -283,15 +280,18 @@ def moe_fp8_parts(codes, dtype: tl.constexpr):
         bits = ((codes & 0x80).to(tl.uint16) << 8) | ((codes & 0x7F).to(tl.uint16) << 7)
         values = bits.to(tl.float16, bitcast=True).to(dtype)
         marks = tl.where((codes & 0x7F) == 0x7F, -128, 0).to(tl.int8)
-    elif dtype == tl.bfloat16:
-        values, marks = tl.inline_asm_elementwise(
-            _TO_PARTS_OF_BF16, "=&r,=&r,=&r,r", [codes], dtype=(tl.bfloat16, tl.int8), is_pure=True, pack=4
-        )
     else:
-        tl.static_assert(dtype == tl.float16, "values are BF16 or FP16")
-        values, marks = tl.inline_asm_elementwise(
-            _TO_PARTS_OF_FP16, "=&r,=&r,=&r,r", [codes], dtype=(tl.float16, tl.int8), is_pure=True, pack=4
-        )
+        # Apart from each other: of an operation with two results Triton 3.8 makes two.
+        marks = tl.inline_asm_elementwise(_TO_MARKS, "=r,r", [codes], dtype=tl.int8, is_pure=True, pack=4)
+        if dtype == tl.bfloat16:
+            values = tl.inline_asm_elementwise(
+                _TO_SMALL_BF16, "=&r,=&r,r", [codes], dtype=tl.bfloat16, is_pure=True, pack=4
+            )
+        else:
+            tl.static_assert(dtype == tl.float16, "values are BF16 or FP16")
+            values = tl.inline_asm_elementwise(
+                _TO_SMALL_FP16, "=&r,=&r,r", [codes], dtype=tl.float16, is_pure=True, pack=4
+            )
     return values, marks
 
 
