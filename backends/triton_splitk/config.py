@@ -44,6 +44,14 @@ class SplitKConfig(BackendConfig):
     tma: bool = False
     pdl: bool = False
 
+    @property
+    def lists_slots(self) -> bool:
+        """Whether the first product leaves a list of each expert's slots to the second, which then need not search.
+
+        With programmatic dependent launch the second searches while the first still runs, and could not read a list.
+        """
+        return self.grid == "experts" and not self.pdl
+
     def partial_sums(self, quantization: Quantization, *, gated: bool) -> bool:
         """Whether the first product leaves partial sums: K is split, or a CTA does not own whole groups to quantise."""
         owns_groups = not quantization.per_token and self.block_n == QUANT_BLOCK * (2 if gated else 1)

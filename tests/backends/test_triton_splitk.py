@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from moe_dispatch import testing
+from moe_dispatch.backends.reference import ReferenceBackend, ReferenceConfig
 from moe_dispatch.backends.triton_splitk import backend as backend_module
 from moe_dispatch.backends.triton_splitk import gate_up
 from moe_dispatch.backends.triton_splitk.backend import TritonSplitKBackend
@@ -120,6 +121,20 @@ def test_equals_the_reference(case: Case, machine: Machine) -> None:
 def test_dequantised_weights_meet_activations_as_they_are(case: Case) -> None:
     backend = TritonSplitKBackend(described(80))
     check_against_the_reference(case, backend, SplitKConfig.model_validate(SMALL | {"block_k": 128} | case.config))
+
+
+@INTERPRETED
+@pytest.mark.parametrize("name", ["gate_up", "down"])
+def test_nan_among_dequantised_weights_reaches_the_tokens_of_its_expert(name: str) -> None:
+    case = DEQUANTIZED[0]
+    experts, (x, weights, ids) = case.experts("cpu"), case.tokens()
+    getattr(experts, name).view(torch.uint8)[ids[0, 0], 3, 5] = 0xFF
+    config = SplitKConfig.model_validate(SMALL | {"block_k": 128} | EXPERTS)
+    nan = TritonSplitKBackend(described(80)).run(x, experts, weights, ids, config).isnan()
+    plain = ReferenceConfig(quantize_activations=False)
+    expected = ReferenceBackend(Machine.inspect("cpu")).run(x.float(), experts, weights, ids, plain).isnan()
+    assert torch.equal(nan, expected)
+    assert 0 < int(nan.sum()) < nan.numel()
 
 
 def _problem(machine: Machine, M: int, dtype: DType = "fp16", name: str = "qwen3-30b-a3b") -> MoEProblem:
