@@ -117,12 +117,14 @@ def _moe_vector_down_step(
     factor = _moe_over_rows(tl.load(topk_weights_ptr + slots, mask=known, other=0.0)[None, :], EXPERTS_FIRST)
     if SCALES == "channel":
         factor *= tl.load(scale_ptr + expert_rows, mask=known_rows, other=0.0)
+    eviction: tl.constexpr = "evict_first" if SCALES == "none" else ""  # see gate_up
     w, scales = (), ()
     for chunk in tl.static_range(CHUNKS):
         offs_v = (step % STEPS_N * CHUNKS + chunk) * CHUNK + tl.arange(0, CHUNK // vector) * vector
         mask_v = known[None, :] & (offs_v < N)[:, None]
         offs_n = offs_v[:, None, None, None] + tl.arange(0, vector)[None, None, None, :]
-        w += (tl.load(w_rows + offs_n, mask=known_rows[:, :, :, None] & (offs_n < N), other=0),)
+        mask = known_rows[:, :, :, None] & (offs_n < N)
+        w += (tl.load(w_rows + offs_n, mask=mask, other=0, eviction_policy=eviction),)
         scale = factor
         if SCALES == "block":
             # A vector lies in one block of scales, and so do the tile's rows.
