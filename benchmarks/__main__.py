@@ -1,13 +1,13 @@
 """``python -m moe_dispatch.benchmarks``: measure, and report on what was measured."""
 
 import importlib.util
-import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from moe_dispatch.commands.bench import bench
+from moe_dispatch.commands.console import print_json
 from moe_dispatch.commands.group import CommandGroup
 from moe_dispatch.commands.options import AsJson, MachineName
 
@@ -61,7 +61,7 @@ def regret(
         judged = judge(bench_observations(load(rows), measured_on), measured_on)
         summaries = {policy: summary(points.values()) for policy, points in judged.items()}
     if json_:
-        typer.echo(json.dumps(summaries, indent=1))
+        print_json(summaries)
         return
     subject = "routing" if routing else "policy"
     typer.echo(f"{subject:20}{'mean':>9}{'p95':>9}{'worst':>9}{'points':>8}{'unmeasured':>12}")

@@ -70,12 +70,13 @@ def _files_below(folder: Path) -> list[Path]:
     return sorted(Path(parent, name) for parent, _, names in walk for name in names if name.endswith(suffixes))
 
 
-def timed_keys(path: Path) -> set[RowKey]:
-    """Keys of the rows that have a time; empty if the file does not exist.
+def timed_keys(path: Path, fingerprint: str) -> set[RowKey]:
+    """Keys of a machine's rows that have a time; empty if the file does not exist.
 
     A row without a time is measured again: what lacked memory or was wrong may have been repaired.
     """
-    return {row.key for row in load([path]) if row.us is not None} if os.path.lexists(path) else set()
+    rows = load([path]) if os.path.lexists(path) else []
+    return {row.key for row in rows if row.us is not None and row.fingerprint == fingerprint}
 
 
 def _lines(path: Path) -> list[bytes]:

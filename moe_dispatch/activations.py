@@ -7,12 +7,13 @@ have the same canonical form, which is a name wherever there is one: ``"swiglu(a
 """
 
 import dataclasses
-import math
 import re
 from dataclasses import dataclass
 from typing import Final, Self
 
 from moe_dispatch.errors import InvalidInputError
+
+MOST: Final = 3.4e38  # Numbers of this magnitude and above are infinite in fp32.
 
 Activation = str
 
@@ -49,7 +50,7 @@ class SwiGLU:
             value = getattr(self, field.name)
             if value is None and field.default is None:
                 continue
-            if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < MOST:
                 raise InvalidInputError(f"{field.name} of {SWIGLU} must be a finite number, got {value!r}")
             if field.name != "shift" and value <= 0:
                 raise InvalidInputError(f"{field.name} of {SWIGLU} must be positive, got {value!r}")

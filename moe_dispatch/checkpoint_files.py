@@ -18,6 +18,7 @@ from moe_dispatch.problem import QUANT_BLOCK
 from moe_dispatch.system.files import read_json
 
 INDEX: Final = "model.safetensors.index.json"
+INDEX_BYTES: Final = 256 << 20  # 384 experts in 60 layers take 13.4 MB, with their scales.
 # A layer's number, whatever lies between it and "experts.", and what precedes both.
 _EXPERTS: Final = re.compile(r"(?P<prefix>(?:.*\.)?(?:layers|blocks|h)\.(?P<layer>\d{1,5})\.(?:.*\.)?experts\.)")
 
@@ -112,7 +113,7 @@ class Checkpoint:
 
     def _from_index(self, path: Path) -> dict[str, Path]:
         try:
-            weight_map: Any = read_json(path)["weight_map"]  # type: ignore[index] # what is no index is refused below
+            weight_map: Any = read_json(path, limit=INDEX_BYTES)["weight_map"]  # type: ignore[index] # what is no index is refused below
             files = {str(name): self.folder / str(file) for name, file in weight_map.items()}
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise InvalidInputError(f"{path} is no index of safetensors files: {error!r}") from error

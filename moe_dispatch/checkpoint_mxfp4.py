@@ -32,7 +32,12 @@ def stack_mxfp4(
         raise InvalidInputError(
             f"{source.origin} lacks {', '.join(missing)} of MXFP4 experts; there is {', '.join(sorted(names.values()))}"
         )
-    E, K, groups = source.shape(names["down", "exponents"])[:3]
+    exponents = source.shape(names["down", "exponents"])
+    if len(exponents) != 3:
+        raise InvalidInputError(
+            f"{source.origin}: {names['down', 'exponents']} must be [E, K, N/{MX_BLOCK}], got {list(exponents)}"
+        )
+    E, K, groups = exponents
     N = groups * MX_BLOCK
     columns = part.of(N, block=MX_BLOCK, origin=source.origin)
     rows = [columns, slice(columns.start + N, columns.stop + N)]

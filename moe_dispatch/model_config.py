@@ -16,6 +16,7 @@ from moe_dispatch.errors import InvalidInputError
 
 Section = Mapping[str, Any]
 
+LARGEST: Final = 1 << 31  # No number of a layer is as large.
 # Keys for each number, in order of precedence.
 EXPERTS: Final = ("n_routed_experts", "num_experts", "num_local_experts", "moe_num_experts", "num_routed_experts")
 CHOSEN: Final = (
@@ -172,7 +173,10 @@ class _Reader:
         for key in keys:
             value = self._section.get(key)
             if value is not None and _present(value):
-                return self._same_in_all_layers(key, value)
+                number = self._same_in_all_layers(key, value)
+                if number >= LARGEST:
+                    raise InvalidInputError(f"{self._origin} has a {key} of {LARGEST} or more: no layer is as large")
+                return number
         raise InvalidInputError(
             f"{self._origin} has no {meaning} under a known key ({', '.join(keys)}); its MoE keys are "
             f"{self._moe_keys()}. Give the layer as E,topk,K,N"

@@ -13,13 +13,13 @@ Equal scores go to the lowest index. `torch.topk` leaves their order open, and o
 counts as the largest score, as in `torch.topk`; so ids are always distinct and inside 0…E-1.
 """
 
-import math
 from dataclasses import dataclass
 from typing import Final, Literal, get_args
 
 import torch
 from torch import Tensor
 
+from moe_dispatch.activations import MOST
 from moe_dispatch.errors import InvalidInputError
 
 Scoring = Literal["softmax", "sigmoid"]
@@ -61,7 +61,7 @@ class Router:
             value = getattr(self, name)
             if type(value) is not int or value < 1:
                 raise InvalidInputError(f"{name} must be an integer of at least 1, got {value!r}")
-        if not isinstance(self.scale, int | float) or not math.isfinite(self.scale):
+        if not isinstance(self.scale, int | float) or not abs(self.scale) < MOST:
             raise InvalidInputError(f"scale must be a finite number, got {self.scale!r}")
         if self.topk_groups > self.groups:
             raise InvalidInputError(f"topk_groups must be at most groups={self.groups}, got {self.topk_groups}")

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 
 from moe_dispatch.activations import UNGATED, Activation
 from moe_dispatch.errors import InvalidInputError, UnknownNameError
-from moe_dispatch.model_config import configured_layer
+from moe_dispatch.model_config import LARGEST, configured_layer
 from moe_dispatch.problem import QUANTIZED_DTYPES, DType, Mode, MoEProblem
 from moe_dispatch.system.files import read_json
 
@@ -68,7 +68,6 @@ WORKLOADS: Final[dict[str, Workload]] = {
 _FORMS: Final[dict[DType, Literal["block", "channel", "mxfp4"]]] = {
     "fp8": "block", "fp8_channel": "channel", "mxfp4": "mxfp4",
 }  # fmt: skip
-LARGEST: Final = 1 << 31  # No number of a layer is as large.
 
 
 def workload(text: str) -> Workload:

@@ -18,9 +18,14 @@ DECODE_TOKENS: Final = 64
 # has, and it reads their weights again. At 64 tokens under uniform and Dirichlet-4 routing: mixtral-8x7b in BF16 653
 # and 548 µs, by triton_persistent 680 and 320; qwen3-30b-a3b 283 and 196, 288 and 180. At deepseek-v3, with two rows,
 # split-K is ahead (4304 µs), and so it is at 32 tokens in the mean of both, and where kernels have to convert weights
-# (the H200 as an A100, qwen3-30b-a3b in FP8 at 64: 193 µs, 302).
+# (the H200 as an A100, qwen3-30b-a3b in FP8 at 64: 193 µs, 302). With few rows gluon_hopper can be ahead all the same
+# (deepseek-v3 in FP8 at 64: 1585 µs, 1641 by split-K, 1631 by triton_persistent).
 EVEN_DECODE_TOKENS: Final = 40
 EVEN_DECODE_ROWS: Final = 4
+# Where gate and up rows alternate, a tile of triton_persistent in FP8 has a multiplier for each row instead of one for
+# all, and split-K is ahead up to this many rows: gpt-oss-120b with 4, 8 and 16 rows 786, 872 and 1067 µs, by
+# triton_persistent 841, 882 and 895; gpt-oss-20b with 4 and 8 rows 211 and 229, 234 and 237.
+ALTERNATING_DECODE_ROWS: Final = 8
 # From this many rows per hit expert on, gluon_hopper's tiles of 128 rows are ahead of triton_persistent's of 64, two
 # programs of which share a multiprocessor. In BF16 it is ahead by 1 to 4 % at 4 to 16 rows of deepseek-v3,
 # deepseek-v2-lite, kimi-k2-tp8 and qwen3-235b, and behind by 2 % at gpt-oss-120b. In MXFP4 gpt-oss-120b with 8 rows
@@ -32,6 +37,13 @@ GLUON_ROWS: Final = 4
 # rows on only: half of qwen3-30b-a3b's experts (604 MB) at 32 rows 170 µs, triton_persistent 166.
 GLUON_BYTES: Final = 1 << 30
 GLUON_ROWS_OF_FEW_BYTES: Final = 48
+# A tile of its second product has GLUON_COLUMNS columns. Where one block of rows of each expert makes fewer tiles than
+# there are multiprocessors, many are idle when skewed routing hits few experts: mixtral-8x7b at 64 tokens takes 678 µs
+# under uniform routing and 440 under three draws of Dirichlet-4, like triton_persistent, but 369 under a fourth, where
+# triton_persistent takes 320. At 128 tokens the second draw takes 613 and 634.
+H200_MULTIPROCESSORS: Final = 132
+GLUON_COLUMNS: Final = 256
+GLUON_ROWS_OF_FEW_TILES: Final = 24
 GLUON_FP8_ROWS: Final = 56
 GLUON_FP8_ROWS_FROM_LONG_N: Final = 2
 GLUON_LONG_N: Final = 2048
@@ -49,20 +61,22 @@ FP8_WORK_PER_VALUE: Final = 1000
 # The vector kernels read an expert's weights once for each of its slots, so that nearly every slot must have an expert
 # to itself, and they start sooner than tensor cores, which is felt only where reading takes little longer. In FP8
 # converting the codes without tensor cores takes longer than reading them, unless N is too short for tensor cores, too
-# (qwen3-30b-a3b, 131 MiB at M=4: 38.3 µs, 43.9 with tensor cores; kimi-k2-tp8, 312 MiB at M=8: 102, 111; deepseek-v3,
-# 336 MiB at M=1: 126, 95). Limits are slots per hit expert, and bytes of the hit experts' weights, in FP8 fewer where N
-# is above VECTOR_LONG_N.
+# (qwen3-30b-a3b, 131 MiB at M=4: 38.3 µs, 43.9 with tensor cores; kimi-k2-tp8, 163 MiB at M=4: 57, 59, 312 MiB at M=8:
+# 102, 91; deepseek-v3, 336 MiB at M=1: 126, 95). Limits are slots per hit expert, and bytes of the hit experts'
+# weights, in FP8 fewer where N is above VECTOR_LONG_N.
 VECTOR_SHARING: Final = 1.22
 VECTOR_BYTES: Final = 1 << 30
-VECTOR_FP8_BYTES: Final = 320 << 20
+VECTOR_FP8_BYTES: Final = 200 << 20
 VECTOR_FP8_LONG_N_BYTES: Final = 64 << 20
 VECTOR_LONG_N: Final = 1024
-# Where their second product does not read all of a token's experts at once, one token still gains 1 to 2 % in BF16 with
-# so many bytes to read. With fewer, one layer loses (gpt-oss-120b, 190 MiB: 57.2 µs, 55.2 with tensor cores) and
-# another gains (deepseek-v2-lite, 99 MiB: 29.8, 31.4). More tokens lose 1 to 8 %.
+# Where their second product does not read all of a token's experts at once, one token still gains 1 to 5 % in BF16 with
+# so many bytes to read, or where it reads whole rows of several experts at once (deepseek-v2-lite, 99 MiB: 29.2 µs, and
+# 30.6 with tensor cores; ernie-4.5-21b, 135 MiB: 41.9, 43.4; dots.llm1, 198 MiB: 56.4, 56.1; gpt-oss-120b, 190 MiB by
+# parts of rows: 57.2, 55.2). More tokens lose 1 to 8 %.
 VECTOR_APART_BYTES: Final = 256 << 20
 # The second product reads all experts at once where a token has so few, with rows of N (rounded up to a power of two)
-# so short, and both together so few: `TritonVectorConfig.down_experts` of the default configuration.
+# so short, and both together so few; otherwise as many as the greatest power of two that divides topk:
+# `TritonVectorConfig.down_experts` of the default configuration.
 VECTOR_EXPERTS: Final = 16
 VECTOR_N: Final = 2048
 VECTOR_COLUMNS: Final = 8192
@@ -125,7 +139,10 @@ def _hopper(problem: MoEProblem, decode: Ranked, grouped: Ranked, *, is_decode: 
 
 
 def _is_decode(problem: MoEProblem) -> bool:
+    if problem.fp8 and problem.interleaved and not _converts(problem):
+        return problem.expected_slots <= ALTERNATING_DECODE_ROWS * problem.E
     few_rows = problem.expected_slots < EVEN_DECODE_ROWS * problem.E
+    few_rows &= problem.capability != (9, 0) or not _many_rows(problem)
     most = DECODE_TOKENS if few_rows or _converts(problem) else EVEN_DECODE_TOKENS
     return most >= problem.M
 
@@ -155,7 +172,9 @@ def vector_suits(problem: MoEProblem) -> bool:
     at_once = problem.topk == 1 or fits
     if problem.fp8:
         return at_once and read <= (VECTOR_FP8_BYTES if problem.N <= VECTOR_LONG_N else VECTOR_FP8_LONG_N_BYTES)
-    apart = problem.M == 1 and read >= VECTOR_APART_BYTES
+    several = problem.topk & -problem.topk
+    whole = several > 1 and columns <= VECTOR_N and several * columns <= VECTOR_COLUMNS
+    apart = problem.M == 1 and (whole or read >= VECTOR_APART_BYTES)
     return (at_once or apart) and read <= VECTOR_BYTES
 
 
@@ -166,6 +185,8 @@ def _many_rows(problem: MoEProblem) -> bool:
         least = GLUON_FP8_ROWS_FROM_LONG_N if problem.N >= GLUON_LONG_N else GLUON_FP8_ROWS
     elif problem.dtype != "mxfp4" and problem.expected_experts * problem.expert_bytes < GLUON_BYTES:
         least = GLUON_ROWS_OF_FEW_BYTES
+    elif problem.dtype != "mxfp4" and problem.E * problem.K < H200_MULTIPROCESSORS * GLUON_COLUMNS:
+        least = GLUON_ROWS_OF_FEW_TILES
     return problem.expected_slots >= least * problem.expected_experts
 
 

@@ -189,62 +189,58 @@ def _moe_round_to_e4m3(values):
     return tl.where(values == values, rounded, values)  # noqa: PLR0124 - a NaN is not itself
 
 
-def _four_values(dtype: str, shift: int, exponent: int, overflow: int) -> tl.constexpr:
-    """PTX that turns four e4m3 codes in one register into two registers of two values each.
+def _pairs(codes: str, pairs: tuple[str, str], shift: int) -> str:
+    """PTX that moves four e4m3 codes of one register to two pairs of 16 bits, as BF16 or FP16 has their fields.
 
-    Sign and magnitude of a code are moved to where the wider type has them, which leaves an exponent that is too small
-    by the difference of the biases; one product with a power of two mends it. That is exact, for subnormal codes too:
-    they become subnormal in the wider type, whose products keep subnormals. The code of NaN becomes 480 so far, and the
-    greatest other magnitude is 448. A product with a factor between them overflows for 480 alone, and zero times
-    infinity is NaN.
-
-    Args:
-        dtype: ``"bf16"`` or ``"f16"``.
-        shift: Bits by which a magnitude moves from the upper byte of a half to the right.
-        exponent: Bits of the first factor.
-        overflow: Bits of the factor that overflows.
+    A code is extended by its sign and shifted, and a mask keeps one sign, exponent and mantissa. The exponent is too
+    small by the difference of the biases: what results is the code's value, subnormal ones included, divided by 2^120
+    in BF16 (`shift` is 4) or by 2^8 in FP16 (7). NaN becomes 480 divided by that; the greatest magnitude is 448.
     """
-    magnitude = 0x7F00 >> shift
-    halves = """
-        and.b32 sign, {half}, 0x80008000;
-        shr.b32 {half}, {half}, {shift};
-        lop3.b32 {half}, {half}, 0x{magnitude:04x}{magnitude:04x}, sign, 0xEA;
-        fma.rn.{dtype}x2 {result}, {half}, power, minus_zero;
-        fma.rn.{dtype}x2 sign, {result}, overflow, minus_zero;
-        fma.rn.{dtype}x2 {result}, sign, zero, {result};"""
-    each = [
-        halves.format(half=half, result=result, shift=shift, magnitude=magnitude, dtype=dtype)
-        for half, result in (("low", "$0"), ("high", "$1"))
-    ]
+    mask = 0x8000 | 0x7F << shift
+    selected = zip(pairs, ("0x9180", "0xB3A2"), strict=True)
+    return "".join(f"""
+    prmt.b32 {pair}, {codes}, 0, {selector};
+    shl.b32 {pair}, {pair}, {shift};
+    and.b32 {pair}, {pair}, 0x{mask:04x}{mask:04x};""" for pair, selector in selected)  # fmt: skip
+
+
+def _values(dtype: str, shift: int, power: int, overflow: int) -> tl.constexpr:
+    """PTX of `moe_fp8_values` for ``"bf16"`` or ``"f16"``, given the bits of the power of two and of another factor.
+
+    A value times that factor overflows for 480 alone, and zero times infinity is NaN.
+    """
+    exact = "".join(f"""
+    fma.rn.{dtype}x2 {pair}, {pair}, power, minus_zero;
+    fma.rn.{dtype}x2 infinite, {pair}, overflow, minus_zero;
+    fma.rn.{dtype}x2 {pair}, infinite, zero, {pair};""" for pair in ("$0", "$1"))  # fmt: skip
     return tl.constexpr(f"""{{
-        .reg .b32 low, high, sign, power, overflow, zero, minus_zero;
-        mov.b32 zero, 0;
-        mov.b32 minus_zero, 0x80008000;
-        mov.b32 power, 0x{exponent:04x}{exponent:04x};
-        mov.b32 overflow, 0x{overflow:04x}{overflow:04x};
-        prmt.b32 low, $2, 0, 0x1404;
-        prmt.b32 high, $2, 0, 0x3424;{"".join(each)}
-    }}""")
+    .reg .b32 infinite, power, overflow, zero, minus_zero;
+    mov.b32 zero, 0;
+    mov.b32 minus_zero, 0x80008000;
+    mov.b32 power, 0x{power:04x}{power:04x};
+    mov.b32 overflow, 0x{overflow:04x}{overflow:04x};{_pairs("$2", ("$0", "$1"), shift)}{exact}
+    }}""")  # fmt: skip
 
 
-_TO_BF16 = _four_values("bf16", 4, 0x7B80, 0x7B0D)  # 2^120; 1.1015625 · 2^119
-_TO_FP16 = _four_values("f16", 1, 0x5C00, 0x5860)  # 2^8; 140
-# Four codes become four fp32 by way of FP16, of which a register has every other one, so that no code changes places
-# in it. 144 · 2^8: 448 · 144 is an FP16 number, and 480 · 144 overflows. A rotation moves the magnitudes of even codes,
-# for of shifts the compiler makes multiplications, which share a pipe with the products.
+_TO_BF16 = _values("bf16", 4, 0x7B80, 0x7B0D)  # 2^120; 1.1015625 · 2^119
+_TO_FP16 = _values("f16", 7, 0x5C00, 0x5860)  # 2^8; 140
+_TO_SMALL_BF16 = tl.constexpr("{" + _pairs("$2", ("$0", "$1"), 4) + "}")
+_TO_SMALL_FP16 = tl.constexpr("{" + _pairs("$2", ("$0", "$1"), 7) + "}")
+# Adding 1 to the magnitude of NaN, and to no other, reaches its code's uppermost bit.
+_TO_MARKS = tl.constexpr("""{
+    and.b32 $0, $1, 0x7F7F7F7F;
+    add.u32 $0, $0, 0x01010101;
+    and.b32 $0, $0, 0x80808080;
+}""")
+# Four codes become four fp32 by way of FP16. 144 · 2^8: 448 · 144 is an FP16 number, and 480 · 144 overflows.
 _TO_MULTIPLES = tl.constexpr("""{
-    .reg .b32 sign, half, factor;
+    .reg .b32 first, second, factor;
     .reg .b16 lower, upper;
-    mov.b32 factor, 0x78807880;""" + "".join(f"""
-    {move}
-    lop3.b32 half, half, 0x3F803F80, sign, 0xEA;
-    mul.rn.f16x2 half, half, factor;
-    mov.b32 {{lower, upper}}, half;
-    cvt.f32.f16 ${first}, lower;
-    cvt.f32.f16 ${first + 2}, upper;""" for first, move in enumerate((
-        "shf.l.wrap.b32 sign, $4, $4, 8; and.b32 sign, sign, 0x80008000; shf.l.wrap.b32 half, $4, $4, 7;",
-        "and.b32 sign, $4, 0x80008000; shr.u32 half, $4, 1;",
-    ))) + "}")  # fmt: skip
+    mov.b32 factor, 0x78807880;""" + _pairs("$4", ("first", "second"), 7) + "".join(f"""
+    mul.rn.f16x2 {pair}, {pair}, factor;
+    mov.b32 {{lower, upper}}, {pair};
+    cvt.f32.f16 ${place}, lower;
+    cvt.f32.f16 ${place + 1}, upper;""" for pair, place in (("first", 0), ("second", 2))) + "}")  # fmt: skip
 _MULTIPLE = tl.constexpr(144.0)
 
 
@@ -260,11 +256,43 @@ def moe_fp8_values(codes, dtype: tl.constexpr):
         values = bits.to(tl.float16, bitcast=True).to(tl.float32) * 256.0
         values = tl.where((codes & 0x7F) == 0x7F, float("nan"), values).to(dtype)
     elif dtype == tl.bfloat16:
-        values = tl.inline_asm_elementwise(_TO_BF16, "=r,=r,r", [codes], dtype=tl.bfloat16, is_pure=True, pack=4)
+        values = tl.inline_asm_elementwise(_TO_BF16, "=&r,=&r,r", [codes], dtype=tl.bfloat16, is_pure=True, pack=4)
     else:
         tl.static_assert(dtype == tl.float16, "values are BF16 or FP16")
-        values = tl.inline_asm_elementwise(_TO_FP16, "=r,=r,r", [codes], dtype=tl.float16, is_pure=True, pack=4)
+        values = tl.inline_asm_elementwise(_TO_FP16, "=&r,=&r,r", [codes], dtype=tl.float16, is_pure=True, pack=4)
     return values
+
+
+@triton.constexpr_function
+def moe_fp8_unit(dtype):
+    """What `moe_fp8_parts` divides by."""
+    return 2.0**120 if dtype == tl.bfloat16 else 2.0**8
+
+
+@triton.jit
+def moe_fp8_parts(codes, dtype: tl.constexpr):
+    """As `moe_fp8_values`, with fewer instructions for what a product can do as well.
+
+    Returns:
+        The values divided by `moe_fp8_unit`, where NaN is 480 or -480; and int8, -128 for NaN and else 0.
+    """
+    if _INTERPRETED:
+        bits = ((codes & 0x80).to(tl.uint16) << 8) | ((codes & 0x7F).to(tl.uint16) << 7)
+        values = bits.to(tl.float16, bitcast=True).to(dtype)
+        marks = tl.where((codes & 0x7F) == 0x7F, -128, 0).to(tl.int8)
+    else:
+        # Apart from each other: of an operation with two results Triton 3.8 makes two.
+        marks = tl.inline_asm_elementwise(_TO_MARKS, "=r,r", [codes], dtype=tl.int8, is_pure=True, pack=4)
+        if dtype == tl.bfloat16:
+            values = tl.inline_asm_elementwise(
+                _TO_SMALL_BF16, "=&r,=&r,r", [codes], dtype=tl.bfloat16, is_pure=True, pack=4
+            )
+        else:
+            tl.static_assert(dtype == tl.float16, "values are BF16 or FP16")
+            values = tl.inline_asm_elementwise(
+                _TO_SMALL_FP16, "=&r,=&r,r", [codes], dtype=tl.float16, is_pure=True, pack=4
+            )
+    return values, marks
 
 
 @triton.jit
@@ -277,7 +305,7 @@ def moe_e4m3_to_fp32(codes):
         values = moe_fp8_values(codes, tl.float16).to(tl.float32) * _MULTIPLE
     elif _LACKS_E4M3 or not tl.target_info.cuda_capability_geq(8, 9):
         values = tl.inline_asm_elementwise(
-            _TO_MULTIPLES, "=f,=f,=f,=f,r", [codes], dtype=tl.float32, is_pure=True, pack=4
+            _TO_MULTIPLES, "=&f,=&f,=&f,=&f,r", [codes], dtype=tl.float32, is_pure=True, pack=4
         )
     else:
         values = codes.to(tl.float8e4nv, bitcast=True).to(tl.float32)

@@ -67,6 +67,8 @@ class TritonSplitKBackend(TritonBackend):
             needed += problem.M * problem.K
         if config.partial_sums(quantization, gated=problem.gated):
             needed += 4 * config.splits_gate_up * problem.slots * problem.gate_up_rows
+        if config.lists_slots:
+            needed += 4 * problem.E * (problem.slots + 1)
         return needed + 4 * config.splits_down * problem.slots * problem.K
 
     def takes_quantized_rows(self, problem: MoEProblem) -> bool:
@@ -85,10 +87,15 @@ class TritonSplitKBackend(TritonBackend):
         """See `TritonBackend.launch`."""
         quantization = self._quantization(experts)
         config = _checked(config, quantization)
-        inner, inner_scale = self._intermediate(hidden_states, experts, quantization, topk_ids, config, out.dtype)
+        served = None
+        if config.lists_slots:
+            served = topk_ids.new_empty(experts.E, topk_ids.numel() + 1, dtype=torch.int32)
+        inner, inner_scale = self._intermediate(
+            hidden_states, experts, quantization, topk_ids, served, config, out.dtype
+        )
         partial = topk_weights.new_empty(config.splits_down, topk_ids.numel(), experts.K, dtype=torch.float32)
         descriptor = self._down_descriptor(experts, config)
-        splitk_down(inner, inner_scale, experts, quantization, topk_ids, partial, config, descriptor)
+        splitk_down(inner, inner_scale, experts, quantization, topk_ids, served, partial, config, descriptor)
         splitk_reduce(partial, experts, topk_weights, topk_ids, out, config)
         return out
 
@@ -98,6 +105,7 @@ class TritonSplitKBackend(TritonBackend):
         experts: ExpertWeights,
         quantization: Quantization,
         topk_ids: Tensor,
+        served: Tensor | None,
         config: SplitKConfig,
         act_dtype: torch.dtype,
     ) -> tuple[Tensor, Tensor | None]:
@@ -112,7 +120,17 @@ class TritonSplitKBackend(TritonBackend):
             parts = 2 if experts.gated else 1
             partial = x.new_empty(config.splits_gate_up, parts, S, N, dtype=torch.float32)
             splitk_gate_up(
-                x, x_scale, experts, quantization, topk_ids, partial, None, config, descriptor, ids_ready=ids_ready
+                x,
+                x_scale,
+                experts,
+                quantization,
+                topk_ids,
+                partial,
+                None,
+                served,
+                config,
+                descriptor,
+                ids_ready=ids_ready,
             )
             return activate_partial(partial, experts, topk_ids, stored, pdl=config.pdl)
         inner = x.new_empty(S, N, dtype=stored)
@@ -120,7 +138,17 @@ class TritonSplitKBackend(TritonBackend):
         if quantization.activations:
             inner_scale = x.new_empty(S, math.ceil(N / QUANT_BLOCK), dtype=torch.float32)
         splitk_gate_up(
-            x, x_scale, experts, quantization, topk_ids, inner, inner_scale, config, descriptor, ids_ready=ids_ready
+            x,
+            x_scale,
+            experts,
+            quantization,
+            topk_ids,
+            inner,
+            inner_scale,
+            served,
+            config,
+            descriptor,
+            ids_ready=ids_ready,
         )
         return inner, inner_scale
 

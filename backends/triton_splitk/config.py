@@ -44,6 +44,14 @@ class SplitKConfig(BackendConfig):
     tma: bool = False
     pdl: bool = False
 
+    @property
+    def lists_slots(self) -> bool:
+        """Whether the first product leaves a list of each expert's slots to the second, which then need not search.
+
+        With programmatic dependent launch the second searches while the first still runs, and could not read a list.
+        """
+        return self.grid == "experts" and not self.pdl
+
     def partial_sums(self, quantization: Quantization, *, gated: bool) -> bool:
         """Whether the first product leaves partial sums: K is split, or a CTA does not own whole groups to quantise."""
         owns_groups = not quantization.per_token and self.block_n == QUANT_BLOCK * (2 if gated else 1)
@@ -71,14 +79,24 @@ _NARROWEST: Final = 32  #                weight rows  tiles for devices whose sh
 #                                                     not measured, for none of the devices known today is one
 _SHORT_LOOP: Final = 16  #               blocks of K  a pipeline hardly gets going; several CTAs take turns instead
 _SHORT_LOOP_STAGES: Final = 3
-_SHORT_DOWN_LOOP: Final = 4  #           blocks of N  in FP8 three CTAs of a multiprocessor take turns: kimi-k2-tp8 (2
-#                                                     blocks) at M=8 to 64 takes 7 to 15 % less time than with two. At
-#                                                     11 blocks and more three lose up to 3 %. In BF16 narrow tiles have
-#                                                     too little to do there: at M=16 to 64 they take 10 to 20 % longer
+_SHORT_DOWN_LOOP: Final = 4  #           blocks of N  in FP8 likewise, with CTAs per slot: kimi-k2-tp8 (2 blocks) at M=8
+#                                                     and 16 with 3 stages 101, 166 µs, per slot 91, 157, with 4 stages
+#                                                     107, 190, with 6 127, 203. At 11 blocks and more three CTAs lose
+#                                                     up to 3 %. In BF16 at M=16 to 64 narrow tiles take 10 to 20 %
+#                                                     longer
+_SHARING: Final = 3  #                   CTAs         of 128 rows with 3 or 4 stages on a multiprocessor. Where few are
+#                                                     left for another turn, 64 rows: olmoe at M=4 53.9 and 51.2 µs.
+#                                                     Where all take one turn, 4 stages: glm-4.5 at M=1 56.6 and 55.6
+_LONG_LOOP: Final = 16  #                blocks       of K and of N: with asynchronous copies mixtral-8x7b takes .4 to
+#                                                     1.8, ling-1t .8 to 1.1, deepseek-v3 up to .8 % less than with TMA
 _LEAST_CTAS_PER_SM: Final = 1.25  #      CTAs         one CTA of a multiprocessor cannot hide its waits
 _LEAST_BLOCKS_PER_SPLIT: Final = 4  #    blocks of N  a shorter split spends its time filling the pipeline
 _MOST_SPLITS: Final = 8
-_WIDE: Final = 128  #                    weight rows  where tokens share weights
+_WIDE: Final = 128  #                    weight rows  in FP8 where K has whole tiles (gpt-oss-120b at M=8: 178 µs, 176
+#                                                     with 64) and both grids fill the device (minimax-m2 at M=1: 37.2,
+#                                                     38.8; qwen3-30b-a3b: 19.1, 18.7)
+_FEW_TOKENS: Final = 16  #               tokens       of a tile in BF16, with which 64 rows take up to 3 % less time
+#                                                     than 128: deepseek-v2-lite at M=32 198 µs and 204
 # Where weights are dequantised, instructions and not memory are the limit, and more CTAs per multiprocessor fill the
 # waits between them. The H200 described as an A100, qwen3-30b-a3b in FP8 at M=8, block_m/stages/registers: 16/6/242
 # 99 µs, 16/6/168 85, 8/6/168 77, 8/4/128 72 (BF16 107); at M=64, block_m/block_n/registers: 16/128/none 213, 16/64/168
@@ -106,19 +124,53 @@ def least_shared_memory(problem: MoEProblem, device: Features) -> int:
 def _default_and_least(problem: MoEProblem, device: Features) -> tuple[SplitKConfig, int]:
     hit, slots = max(problem.expected_experts, 1.0), problem.expected_slots
     quantization, block_k = quantization_of(problem), _block_k(problem)
+    block_m = _block_m(problem, quantization)
     mxfp4 = problem.dtype == "mxfp4"
-    # Most CTAs of a grid of experts would find nothing to do.
-    by_slot = problem.M == 1 or 8 * slots < problem.E
     blocks = math.ceil(problem.N / block_k)
-    # A product of e4m3 codes; with dequantised weights it is one of 16 bits, and tiles are those of 16 bits.
-    fp8, short_down = quantization.activations, blocks <= _SHORT_DOWN_LOOP
-    wide = not by_slot if fp8 else slots >= 2 * hit or (short_down and not by_slot)
-    narrow = quantization.dequantizes and not mxfp4
+    short_down = blocks <= _SHORT_DOWN_LOOP
+    # Most CTAs of a grid of experts would find nothing to do, which takes as long as a very short loop.
+    by_slot = problem.M == 1 or (1 if quantization.activations and short_down else 8) * slots < problem.E
+    if quantization.activations:
+        block_n, stages = _fp8_tile(problem, hit / device.sms, block_m, by_slot=by_slot, short_down=short_down)
+    else:
+        wide = not by_slot if mxfp4 else block_m > _FEW_TOKENS or (short_down and not by_slot)
+        block_n, stages = _WIDE if wide and (mxfp4 or not quantization.dequantizes) else 64, None
     few_warps = mxfp4 and by_slot
-    block_n: Literal[64, 128] = _WIDE if (mxfp4 and not by_slot) or (wide and not narrow) else 64
     lacking = _LEAST_CTAS_PER_SM * (2 if few_warps else 1) * device.sms * block_n / (hit * problem.K)
-    splits, block_m = _splits(lacking, blocks), _block_m(problem, quantization)
-    return _of_layer(problem.layer, device, block_m, block_n, splits, by_slot=by_slot, few_warps=few_warps)
+    splits = _splits(lacking, blocks)
+    return _of_layer(problem.layer, device, block_m, block_n, stages, splits, by_slot=by_slot, few_warps=few_warps)
+
+
+def _fp8_tile(
+    problem: MoEProblem, hit: float, block_m: int, *, by_slot: bool, short_down: bool
+) -> tuple[Literal[64, 128], int | None]:
+    """Weight rows and stages of products of e4m3 codes; None for as many stages as let two CTAs share a multiprocessor.
+
+    Tiles of 128 rows read tokens half as often as those of 64. Three stages of them let three CTAs share a
+    multiprocessor, whose registers hold no more.
+
+    Args:
+        problem: The problem.
+        hit: Hit experts of a multiprocessor.
+        block_m: Tokens of a tile.
+        by_slot: Whether CTAs are per slot.
+        short_down: Whether the second product has a very short loop.
+    """
+    short = math.ceil(problem.K / QUANT_BLOCK) <= _SHORT_LOOP
+    stages = _SHORT_LOOP_STAGES if short or short_down else None
+    if block_m > _FEW_TOKENS:
+        return _WIDE, stages
+    if problem.K % _WIDE:
+        return 64, None  # of down the last tile would be half empty
+    # CTAs of a multiprocessor in the two products.
+    first, second = (hit * math.ceil(rows / _WIDE) for rows in (problem.gate_up_rows, problem.K))
+    if by_slot and min(first, second) < 1:
+        return 64, None
+    if short and _SHARING < first <= _SHARING + 1:
+        return 64, None  # few would be left for another turn
+    if by_slot and stages is None and max(first, second) <= _SHARING:
+        return _WIDE, _SHORT_LOOP_STAGES + 1  # all take one turn, by three
+    return _WIDE, stages
 
 
 # Token counts ask for few different ones, and a new token count is planned while a model serves.
@@ -128,6 +180,7 @@ def _of_layer(
     device: Features,
     block_m: Literal[8, 16, 32, 64],
     block_n: Literal[64, 128],
+    stages: int | None,
     splits_down: int,
     *,
     by_slot: bool,
@@ -145,12 +198,13 @@ def _of_layer(
         grid="slots" if by_slot else "experts",
         tma=device.tma
         and rows_allow_tma(layer)
+        and not (fp8 and block_n == _WIDE and block_m <= _FEW_TOKENS and _copies_instead(layer, device))
         and (fp8 or layer.dtype == "mxfp4" or not by_slot)
         and boxes_mix_gate_and_up(layer),
         pdl=device.pdl,
     )
     narrowed = config.model_copy(update={"block_n": _NARROWEST, "num_stages": _LEAST_STAGES})
-    preferred = _deepened(layer, config, device)
+    preferred = config.model_copy(update={"num_stages": stages}) if stages else _deepened(layer, config, device)
     if shared_memory_bytes(layer, preferred) > device.shared_memory:
         preferred = with_stages(layer, narrowed, device.shared_memory)
     return preferred, shared_memory_bytes(layer, narrowed)
@@ -158,11 +212,6 @@ def _of_layer(
 
 def _deepened(problem: MoEProblem, config: SplitKConfig, device: Features) -> SplitKConfig:
     """The configuration with the stages that measured best."""
-    if quantization_of(problem).activations and config.block_n == _WIDE:
-        if math.ceil(problem.K / config.block_k) <= _SHORT_LOOP:
-            return config.model_copy(update={"num_stages": _SHORT_LOOP_STAGES})
-        if math.ceil(problem.N / config.block_k) <= _SHORT_DOWN_LOOP:
-            return with_stages(problem, config, device.shared_memory // 3)
     if quantization_of(problem).dequantizes:
         config = config.model_copy(update={"num_stages": _DEQUANTIZING_STAGES})
         if shared_memory_bytes(problem, config) <= device.shared_memory // 2:
@@ -170,6 +219,12 @@ def _deepened(problem: MoEProblem, config: SplitKConfig, device: Features) -> Sp
     # Two CTAs of a multiprocessor take turns at waiting; one with a deep pipeline is better than two shallow ones.
     shared = with_stages(problem, config, device.shared_memory // 2)
     return shared if shared.num_stages > _LEAST_STAGES else with_stages(problem, config, device.shared_memory)
+
+
+def _copies_instead(layer: MoEProblem, device: Features) -> bool:
+    """Whether asynchronous copies of 16 bytes are faster than TMA: where both loops are long and end with a block."""
+    long = min(layer.K, layer.N) >= _LONG_LOOP * QUANT_BLOCK
+    return device.wgmma and long and layer.K % QUANT_BLOCK == layer.N % QUANT_BLOCK == 0
 
 
 def candidate_configs(problem: MoEProblem, device: Features) -> tuple[SplitKConfig, ...]:

@@ -19,6 +19,7 @@ def splitk_down(
     experts: "ExpertWeights",
     quantization: "Quantization",
     topk_ids: "Tensor",
+    served: "Tensor | None",
     partial: "Tensor",
     config: "SplitKConfig",
     descriptor: Any,
@@ -31,6 +32,7 @@ def splitk_down(
         experts: Checked weights.
         quantization: How they are multiplied.
         topk_ids: int32 or int64 ``[M, topk]``.
+        served: What `splitk_gate_up` wrote; None where each CTA looks for its slots by itself.
         partial: fp32 ``[splits, M·topk, K]`` without bias and weight, written where the slot's id is valid.
         config: Tile sizes.
         descriptor: The weights' tensor descriptor; None where they are read by addresses.
@@ -46,6 +48,7 @@ def splitk_down(
     _moe_splitk_down_kernel[grid](
         # inputs
         inner, inner_scale, quantization.readable(experts.down), descriptor, experts.down_scale, topk_ids,
+        served,
         # outputs
         partial,
         # shapes

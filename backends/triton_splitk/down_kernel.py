@@ -20,7 +20,7 @@ from moe_dispatch.backends.triton_splitk.stream import (
 @triton.jit(do_not_specialize=["S"])
 def _moe_splitk_down_kernel(
     # inputs
-    inner_ptr, inner_scale_ptr, weight_ptr, weight_descriptor, scale_ptr, ids_ptr,
+    inner_ptr, inner_scale_ptr, weight_ptr, weight_descriptor, scale_ptr, ids_ptr, served_ptr,
     # outputs
     partial_ptr,
     # shapes
@@ -31,7 +31,10 @@ def _moe_splitk_down_kernel(
     SCALES: tl.constexpr, TRANSPOSED: tl.constexpr, ROW_SCALES: tl.constexpr,
 ):  # fmt: skip
     owner, tile, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    e, count = moe_slots_to_serve(ids_ptr, owner, S, E, BLOCK_M, SCAN, BY_SLOT)
+    if served_ptr is not None:
+        e, count = owner, tl.load(served_ptr + owner * (S + 1))
+    else:
+        e, count = moe_slots_to_serve(ids_ptr, owner, S, E, BLOCK_M, SCAN, BY_SLOT)
     expert = e.to(tl.int64)
     offs_r = tile * ROWS + tl.arange(0, ROWS)
     mask_r = offs_r < K
@@ -67,7 +70,12 @@ def _moe_splitk_down_kernel(
         first_row = tile * ROWS if ROWS <= BLOCK_K else row
         w_scales = expert_scales + first_row // BLOCK_K * tl.cdiv(N, BLOCK_K)
     for skip in range(0, count, BLOCK_M):
-        slots, mask_m = moe_take_slots(ids_ptr, owner if BY_SLOT else 0, S, e, skip, BLOCK_M, SCAN)
+        if served_ptr is not None:
+            offs_m = skip + tl.arange(0, BLOCK_M)
+            mask_m = offs_m < count
+            slots = tl.load(served_ptr + owner * (S + 1) + 1 + offs_m, mask=mask_m, other=0)
+        else:
+            slots, mask_m = moe_take_slots(ids_ptr, owner if BY_SLOT else 0, S, e, skip, BLOCK_M, SCAN)
         x_scales = inner_scale_ptr
         if inner_scale_ptr is not None:
             x_scales = inner_scale_ptr + slots.to(tl.int64) * (blocks if SCALES == "block" else 1)

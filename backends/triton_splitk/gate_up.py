@@ -22,6 +22,7 @@ def splitk_gate_up(
     topk_ids: "Tensor",
     inner: "Tensor",
     inner_scale: "Tensor | None",
+    served: "Tensor | None",
     config: "SplitKConfig",
     descriptor: Any,
     *,
@@ -39,6 +40,7 @@ def splitk_gate_up(
             or, where `config.partial_sums`, fp32 ``[splits, 2, M·topk, N]`` (``1`` for ``2`` without a gate) before
             bias and activation, which `activate_partial` applies.
         inner_scale: fp32 multipliers of inner's codes ``[M·topk, ⌈N/128⌉]``, written; else None.
+        served: int32 ``[E, M·topk + 1]``, written for `splitk_down`: how many slots name an expert, and which; or None.
         config: Tile sizes.
         descriptor: The weights' tensor descriptor; None where they are read by addresses.
         ids_ready: Whether the kernel before this one has waited for the one that writes `topk_ids`.
@@ -61,7 +63,7 @@ def splitk_gate_up(
         x, x_scale, quantization.readable(experts.gate_up), descriptor, experts.gate_up_scale, experts.gate_up_bias,
         topk_ids,
         # outputs
-        inner, inner_scale,
+        inner, inner_scale, served,
         # shapes
         S, experts.K, experts.N, experts.E, topk,
         # constants

@@ -9,6 +9,7 @@ from moe_dispatch.backends.triton_common.fast_launch import fast_launch
 from moe_dispatch.backends.triton_common.pdl import moe_pdl_release, moe_pdl_wait
 from moe_dispatch.backends.triton_splitk.stream import (
     moe_line_rows,
+    moe_list,
     moe_prefetch,
     moe_slots_to_serve,
     moe_stream,
@@ -50,7 +51,7 @@ def _moe_splitk_gate_up_kernel(
     # inputs
     x_ptr, x_scale_ptr, weight_ptr, weight_descriptor, scale_ptr, bias_ptr, ids_ptr,
     # outputs
-    inner_ptr, inner_scale_ptr,
+    inner_ptr, inner_scale_ptr, served_ptr,
     # shapes
     S, K, N, E, TOPK,
     # constants
@@ -118,6 +119,8 @@ def _moe_splitk_gate_up_kernel(
     )  # fmt: skip
     if IDS_READY:
         moe_pdl_wait(PDL)
+    listing = (tile == 0) & (split == 0)
+    moe_list(served_ptr, e * (S + 1), count, listing)
     if count == 0:
         return
     offs_n = tile * columns + tl.arange(0, columns)
@@ -126,6 +129,7 @@ def _moe_splitk_gate_up_kernel(
 
     for skip in range(0, count, BLOCK_M):
         slots, mask_m = moe_take_slots(ids_ptr, owner if BY_SLOT else 0, S, e, skip, BLOCK_M, SCAN)
+        moe_list(served_ptr, e * (S + 1) + 1 + skip + tl.arange(0, BLOCK_M), slots, mask_m & listing)
         tokens = (slots // TOPK).to(tl.int64)
         x_scales = x_scale_ptr
         if QUANTIZED:

@@ -9,7 +9,7 @@ acc[ROWS, BLOCK_M] = W[ROWS, BLOCK_K] @ xᵀ[BLOCK_K, BLOCK_M].
 import triton
 import triton.language as tl
 
-from moe_dispatch.backends.triton_common.device import moe_fp8_values, moe_prefetch_lines
+from moe_dispatch.backends.triton_common.device import moe_fp8_parts, moe_fp8_unit, moe_prefetch_lines
 from moe_dispatch.backends.triton_common.mxfp4 import (
     MOE_MXFP4_UNIT,
     moe_every_fourth,
@@ -18,6 +18,10 @@ from moe_dispatch.backends.triton_common.mxfp4 import (
 )
 
 _LINE_BYTES = tl.constexpr(128)
+_LEAST_N = tl.constexpr(8)  # columns of a product
+# BF16 activations times this meet weights divided by 2^120, so that products have the exponents that fp32 has most of:
+# none is lost from 2^-93 on, and activations become infinite from 2^63 on. FP16 needs none.
+_LIFT = tl.constexpr(2.0**64)
 
 
 @triton.jit
@@ -58,6 +62,13 @@ def moe_take_slots(ids_ptr, start, S, e, skip, BLOCK_M: tl.constexpr, SCAN: tl.c
         seen += tl.sum(mine, axis=0)
     taken = following > 0
     return tl.where(taken, following - 1, 0), taken
+
+
+@triton.jit
+def moe_list(served_ptr, first, values, mask):
+    """Write a count, or slots, into the list of an expert's slots, where there is one."""
+    if served_ptr is not None:
+        tl.store(served_ptr + first, values, mask=mask)
 
 
 @triton.jit
@@ -126,6 +137,9 @@ def _moe_stream(
     multiplications instead of ROWS·BLOCK_K. Those with a scale per row, whose token operand has one per token, need
     scales at the end alone.
 
+    Dequantised weights are multiplied as they come from `moe_fp8_parts`, and their marks of NaN by ones: a row with NaN
+    is NaN for all tokens, as it is if NaN itself is multiplied.
+
     Where TWO_SCALES, rows share the scales at `w_scales`, or at `up_scales` if `is_up`; else each has its own.
     """
     acc = tl.zeros([ROWS, BLOCK_M], dtype=tl.float32)
@@ -139,6 +153,10 @@ def _moe_stream(
         if x_scales is not None:
             x_scale = tl.load(x_scales + first_block, mask=mask_m, other=0.0)
     x_rows = x_ptr + offs_x * K
+    DEQUANTIZES: tl.constexpr = w_rows.dtype.element_ty == tl.uint8
+    LIFT: tl.constexpr = _LIFT if x_ptr.dtype.element_ty == tl.bfloat16 else 1.0
+    if DEQUANTIZES:
+        nan = tl.zeros([ROWS, _LEAST_N], dtype=tl.int32)
     for block in range(first_block, last_block):
         offs_k = block * BLOCK_K + tl.arange(0, BLOCK_K)
         mask = mask_m[:, None] if EVEN_K else mask_m[:, None] & (offs_k < K)[None, :]
@@ -147,8 +165,11 @@ def _moe_stream(
             w_rows, mask_r, w_step, w_descriptor, w_first, w_second, block, offs_k, K,
             ROWS, BLOCK_K, EVEN_K, TMA, TRANSPOSED,
         )  # fmt: skip
-        if w.dtype == tl.uint8:
-            w = moe_fp8_values(w, x.dtype)
+        if DEQUANTIZES:
+            w, marks = moe_fp8_parts(w, x.dtype)
+            nan = tl.dot(marks, tl.full([BLOCK_K, _LEAST_N], 1, tl.int8), nan, out_dtype=tl.int32)
+            if LIFT != 1.0:
+                x *= LIFT
         if SCALES == "block":
             # The next block's scales are on their way while this one is multiplied.
             # A scalar needs no exchange between threads.
@@ -170,6 +191,10 @@ def _moe_stream(
         acc *= w_scale[:, None]
         if x_scales is not None:
             acc *= x_scale[None, :]
+    if DEQUANTIZES:
+        acc = tl.where(
+            (tl.min(nan, axis=1) < 0)[:, None], float("nan"), acc * (moe_fp8_unit(x_ptr.dtype.element_ty) / LIFT)
+        )
     return acc
 
 

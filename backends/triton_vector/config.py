@@ -25,7 +25,8 @@ _MOST_EXPERTS: Final = 8  #            experts         of a token at once; fewer
 #                                                      29.6, 54.8
 _ROWS_OF_CHUNKS: Final = 2  #          weight rows     of down where columns past N are left out. qwen3-30b-a3b in FP8
 #                                                      2×1024×8/4 12.7, 21.6, 36.6, 4×1024×8/4 13.2, 21.9, 37.6; in
-#                                                      BF16 21.2, 36.1, 62.2 and 20.4, 36.4, 62.7
+#                                                      BF16 21.2, 36.1, 62.2 and 20.4, 36.4, 62.7: there twice as many
+#                                                      for one token
 _MOST_COLUMNS: Final = 8192  #         columns         of all experts at once; where they are more, of one expert
 _WHOLE_ROW: Final = 2048  #            columns         longer rows are read in parts
 _PART_OF_ROW: Final = 512  #           columns
@@ -60,11 +61,11 @@ class TritonVectorConfig(BackendConfig):
 
 def default_config(problem: MoEProblem, device: Features) -> TritonVectorConfig:
     """Whole rows where they are short enough to be in flight at once, and several experts of a token with them."""
-    return _of_layer(problem.layer, device)
+    return _of_layer(problem.layer, device, one_token=problem.M == 1)
 
 
 @functools.lru_cache(maxsize=1024)
-def _of_layer(problem: MoEProblem, device: Features) -> TritonVectorConfig:
+def _of_layer(problem: MoEProblem, device: Features, *, one_token: bool) -> TritonVectorConfig:
     columns, down_columns = (max(QUANT_BLOCK, next_power_of_2(length)) for length in (problem.K, problem.N))
     experts = min(_MOST_EXPERTS, problem.topk & -problem.topk)  # the greatest power of two that divides topk
     # Where a CTA takes turns, the next experts' weights are on their way while these are multiplied.
@@ -75,7 +76,7 @@ def _of_layer(problem: MoEProblem, device: Features) -> TritonVectorConfig:
     whole = columns <= _WHOLE_ROW
     together = experts * down_columns <= _MOST_COLUMNS and down_columns <= _WHOLE_ROW
     if not turns and down_columns > problem.N:
-        down_rows = min(_ROWS_OF_CHUNKS, down_rows)
+        down_rows = min(_ROWS_OF_CHUNKS, down_rows) * (2 if one_token and not problem.fp8 else 1)
     return TritonVectorConfig.model_validate({
         "rows": _ROWS if whole or not problem.fp8 else _FP8_ROWS_OF_PARTS,
         "columns": columns if whole else _PART_OF_ROW,
@@ -91,7 +92,7 @@ def _of_layer(problem: MoEProblem, device: Features) -> TritonVectorConfig:
 def candidate_configs(problem: MoEProblem, device: Features) -> tuple[TritonVectorConfig, ...]:
     """The default, then one with other CTAs of gate_up: larger where it reads whole rows, smaller where parts of them.
 
-    Where columns past N are left out, one with twice the rows of down, too.
+    Where columns past N are left out, one with twice or half the rows of down, too.
 
     With 16 rows olmoe in FP8 takes 79.9 µs at M=8 and 82.6 with 8; qwen3-30b-a3b in BF16 takes 21.5 and 21.7 at M=1.
     """
@@ -99,9 +100,9 @@ def candidate_configs(problem: MoEProblem, device: Features) -> tuple[TritonVect
     parts = default.columns < problem.K
     warps = _WARPS if problem.fp8 else 2 * _WARPS
     other = {"rows": 4, "warps": _WARPS_OF_PARTS} if parts else {"rows": 2 * _ROWS, "warps": warps}
-    twice = {"down_rows": 2 * default.down_rows}
+    down_rows = {"down_rows": default.down_rows // 2 if default.down_rows > _ROWS_OF_CHUNKS else 2 * default.down_rows}
     chunks = problem.topk <= default.down_experts and default.down_columns > problem.N
-    others = (other, twice, other | twice) if chunks else (other,)
+    others = (other, down_rows, other | down_rows) if chunks else (other,)
     return tuple(dict.fromkeys((default, *(default.model_copy(update=update) for update in others))))
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping
 from typing import Any, Final
 
-from moe_dispatch.benchmarks.record.expert_parallel import LAYERS, TOKENS
+from moe_dispatch.benchmarks.record.expert_parallel import CALLS, LAYERS, TOKENS
 from moe_dispatch.errors import InvalidInputError
 from moe_dispatch.machine import Machine
 from moe_dispatch.parallel.exchange_times import ParallelCalibration
@@ -61,7 +61,7 @@ def markdown(calibration: ParallelCalibration, rows: Iterable[Row]) -> str:
     text += ["|---|" + "---:|" * 8]
     for row in measured_calls(rows):
         codes = row["dtype"] == "fp8"
-        each = projection.project(WORKLOADS[row["layer"]], row["dtype"], row["M"], 2, wire_fp8=codes)
+        each = projection.project(WORKLOADS[row["layer"]], row["dtype"], row["M"], 2, wire_fp8=codes, calls=CALLS)
         if row["exchange"] == each.exchange + "_fp8" * codes:
             times = f"{row['one_gpu_us']:.0f} | {row['us']:.0f} | {each.us:.0f} | {each.us / row['us'] - 1:+.0%}"
             parts = f"{row['experts_us']:.0f} | {each.experts_us:.0f} | {row['speedup']:.2f} | {each.serial:.2f}"

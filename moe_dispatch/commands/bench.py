@@ -17,7 +17,17 @@ import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from moe_dispatch.commands.console import ERR, INTERRUPTED, OUT, heading, machine_line, microseconds, plain, table
+from moe_dispatch.commands.console import (
+    ERR,
+    INTERRUPTED,
+    OUT,
+    heading,
+    machine_line,
+    microseconds,
+    plain,
+    print_json,
+    table,
+)
 from moe_dispatch.commands.options import (
     AsJson,
     Dtypes,
@@ -243,7 +253,7 @@ def _sweep(
             notes.append(meter)
         else:
             energy = functools.partial(joules_per_call, meter=meter, seconds=energy_s)
-    done = timed_keys(path) if resume else set()
+    done = timed_keys(path, machine.fingerprint) if resume else set()
     return Sweep(path, provenance, done, deadline, notes=notes, energy=energy)
 
 
@@ -287,7 +297,7 @@ def _report(sweep: "Sweep", *, json_: bool) -> None:
     """Print the rows as tables, the fastest first within a point, and the reasons why others are missing."""
     if json_:
         for row in sweep.written:
-            OUT.print(row.model_dump_json(), soft_wrap=True, markup=False)
+            print_json(row.model_dump(mode="json"), indent=None)
     else:
         ordered = sorted(sweep.written, key=_order)
         for (layer, dtype), rows in itertools.groupby(ordered, key=lambda row: (row.workload, row.dtype)):

@@ -1,11 +1,10 @@
 """`moe-dispatch calibrate`: measure this machine once."""
 
-import json
 from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 
-from moe_dispatch.commands.console import ERR, INTERRUPTED, OUT, heading, line, microseconds, plain, table
+from moe_dispatch.commands.console import ERR, INTERRUPTED, OUT, heading, line, microseconds, plain, print_json, table
 from moe_dispatch.commands.options import (
     AsJson,
     Backends,
@@ -105,7 +104,7 @@ def calibrate(
             on_progress=on_progress, modes=modes, routings=routings, compile_only=compile_only, energy_s=energy,
         )  # fmt: skip
     if as_json:
-        typer.echo(json.dumps(_to_dict(report), indent=1))
+        print_json(_to_dict(report))
     else:
         _print(report, compile_only=compile_only)
     if report.interrupted:

@@ -2,14 +2,13 @@
 
 import dataclasses
 import functools
-import json
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 
-from moe_dispatch.commands.console import OUT, heading, line, plain
+from moe_dispatch.commands.console import OUT, heading, line, plain, print_json
 from moe_dispatch.commands.options import AsJson, Device
 from moe_dispatch.errors import InvalidInputError, PolicyFileError
 
@@ -56,7 +55,7 @@ def show(
         line(f"measured on {plain(machine.name)}, fingerprint {plain(machine.fingerprint)}")
         OUT.print(layers_table(layers))
     if as_json:
-        typer.echo(json.dumps(shown, indent=1))
+        print_json(shown)
     elif not read:
         line("this machine has no calibration: `moe-dispatch calibrate --model NAME` measures a layer")
 

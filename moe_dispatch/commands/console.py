@@ -1,11 +1,14 @@
 """How every command prints: compact tables that read as well in a log without colours."""
 
 import codecs
+import json
+import math
 import os
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
+import typer
 from rich import box
 from rich.console import Console
 from rich.markup import escape
@@ -69,6 +72,24 @@ def _spelt_in_ascii(error: UnicodeError) -> tuple[str | bytes, int]:
         raise error
     text = error.object[error.start : error.end].translate(_ASCII)
     return text.encode("ascii", "backslashreplace").decode(), error.end
+
+
+def print_json(value: Any, indent: int | None = 1) -> None:
+    """Print a value as JSON in ASCII, which every encoding has; numbers that are not finite, which JSON lacks, as null.
+
+    Args:
+        value: What JSON can hold, with tuples for lists.
+        indent: As of `json.dumps`.
+    """
+    typer.echo(json.dumps(_finite(value), indent=indent, allow_nan=False))
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def table(*columns: str, numbers: Sequence[str] = ()) -> Table:

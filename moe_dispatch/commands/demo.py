@@ -1,12 +1,11 @@
 """`moe-dispatch demo`: a real MoE model generates tokens through `moe_forward`, on whatever device there is."""
 
-import json
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from moe_dispatch.commands.console import OUT, heading, line, machine_line, microseconds, plain, table
+from moe_dispatch.commands.console import OUT, heading, line, machine_line, microseconds, plain, print_json, table
 from moe_dispatch.commands.options import AsJson, Device, Model
 from moe_dispatch.errors import MoEDispatchError
 
@@ -33,7 +32,7 @@ def demo(
 
     report = run(device, model, tokens, keep=keep)
     if as_json:
-        typer.echo(json.dumps(report.to_dict(), indent=1))
+        print_json(report.to_dict())
     else:
         _print(report)
     if not report.right:

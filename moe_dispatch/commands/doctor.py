@@ -1,11 +1,10 @@
 """`moe-dispatch doctor`: what is here, what is wrong or missing, and how to mend it."""
 
-import json
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from moe_dispatch.commands.console import OUT, heading, line, machine_line, plain, table
+from moe_dispatch.commands.console import OUT, heading, line, machine_line, plain, print_json, table
 from moe_dispatch.commands.options import AsJson, Device
 from moe_dispatch.settings import VARIABLES
 
@@ -31,7 +30,7 @@ def doctor(
 
     report = examine(device, reset=reset, probe=probe)
     if as_json:
-        typer.echo(json.dumps(report.to_dict(), indent=1))
+        print_json(report.to_dict())
     else:
         _print(report)
     if report.problems:

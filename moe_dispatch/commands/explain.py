@@ -1,12 +1,11 @@
 """`moe-dispatch explain`: which backend runs a model's MoE layer at which token count, and why."""
 
-import json
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
 
-from moe_dispatch.commands.console import OUT, heading, line, machine_line, microseconds, plain, table
+from moe_dispatch.commands.console import OUT, heading, line, machine_line, microseconds, plain, print_json, table
 from moe_dispatch.commands.options import (
     AsJson,
     Dtype,
@@ -71,7 +70,7 @@ def explain(
     problems = [layer.problem(M, weights, dispatcher.machine, captured) for M in dict.fromkeys(counts)]
     explanations = [dispatcher.planner.explain(problem) for problem in problems]
     if as_json:
-        typer.echo(json.dumps([explanation.to_dict() for explanation in explanations], indent=1))
+        print_json([explanation.to_dict() for explanation in explanations])
     elif full:
         OUT.print("\n\n".join(map(str, explanations)), markup=False, soft_wrap=True)
     else:

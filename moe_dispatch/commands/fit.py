@@ -1,12 +1,11 @@
 """`moe-dispatch fit`: fit the learned policy to measurements."""
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from moe_dispatch.commands.console import OUT, heading, line, plain, table
+from moe_dispatch.commands.console import OUT, heading, line, plain, print_json, table
 from moe_dispatch.commands.options import AsJson, MachineName
 from moe_dispatch.errors import InvalidInputError
 
@@ -51,7 +50,7 @@ def fit(
     if as_json:
         losses, why = _losses(observed, measured_on)
         report = {"path": str(path), "model": model.model_dump(mode="json"), "losses": losses, "unknown": why}
-        typer.echo(json.dumps(report, indent=1))
+        print_json(report)
         return
     _show_cost_models(model)
     _show_losses(*_losses(observed, measured_on))

@@ -1,14 +1,11 @@
 """`--parallel` of `moe-dispatch explain` and `calibrate`: a layer on more GPUs, projected or measured."""
 
 import dataclasses
-import json
 import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-import typer
-
-from moe_dispatch.commands.console import OUT, heading, line, machine_line, microseconds, plain, table
+from moe_dispatch.commands.console import OUT, heading, line, machine_line, microseconds, plain, print_json, table
 from moe_dispatch.commands.options import tokens_of
 from moe_dispatch.errors import InvalidInputError
 
@@ -46,7 +43,7 @@ def print_projection(
             for projected in every
         ]
         head = {"layer": layer.name, "dtype": dtype, "cluster": cluster.name, "projection": True}
-        typer.echo(json.dumps(head | {"rows": lines}, indent=1))
+        print_json(head | {"rows": lines})
         return
     rows = table("M a rank", "GPUs", "1 GPU", "experts", "dispatch", "combine", "by", "serial", "hidden")
     for projected in every:
@@ -88,7 +85,7 @@ def calibrate_ranks(
     )  # fmt: skip
     if first and as_json:
         head = {"path": str(report.path), "skipped": report.skipped}
-        typer.echo(json.dumps(head | report.measured.model_dump(mode="json"), indent=1))
+        print_json(head | report.measured.model_dump(mode="json"))
     elif first:
         _print_measured(report)
 

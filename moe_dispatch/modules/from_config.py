@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from moe_dispatch.errors import InvalidInputError
-from moe_dispatch.model_config import configured_layer, moe_section
+from moe_dispatch.model_config import LARGEST, configured_layer, moe_section
 from moe_dispatch.routers import Router, Scoring
 from moe_dispatch.system.files import read_json
 
@@ -28,7 +28,7 @@ def layer_arguments(config: object) -> dict[str, Any]:
     return {
         "K": layer.K, "N": layer.N, "E": layer.E, "router": _router(section, layer.topk, origin),
         "activation": layer.activation, "interleaved": layer.interleaved, "bias": layer.bias,
-        **_shared(section, layer.N),
+        **_shared(section, layer.N, origin),
     }  # fmt: skip
 
 
@@ -49,7 +49,7 @@ def _loaded(config: object) -> tuple[dict[str, Any], str]:
 
 
 def _router(section: Mapping[str, Any], topk: int, origin: str) -> Router:
-    family = section.get("model_type")
+    family = str(section.get("model_type"))
     scoring: Scoring
     if family in _SOFTMAX:
         scoring = "softmax"
@@ -70,15 +70,25 @@ def _router(section: Mapping[str, Any], topk: int, origin: str) -> Router:
         topk,
         "sigmoid",
         renormalize=bool(section.get("norm_topk_prob", True)),
-        scale=float(section.get("routed_scaling_factor", 1.0)),
+        scale=section.get("routed_scaling_factor", 1.0),
         groups=section.get("n_group") or 1,
         topk_groups=section.get("topk_group") or 1,
         correction_bias=True,
     )
 
 
-def _shared(section: Mapping[str, Any], N: int) -> dict[str, Any]:
-    family = section.get("model_type")
+def _shared(section: Mapping[str, Any], N: int, origin: str) -> dict[str, Any]:
+    family = str(section.get("model_type"))
     if family in _SHARED_GATE:
-        return {"shared_N": section.get("shared_expert_intermediate_size") or 0, "shared_gate": True}
-    return {"shared_N": N * (section.get("n_shared_experts") or 0)} if family in _SIGMOID else {}
+        return {"shared_N": _count(section, "shared_expert_intermediate_size", origin), "shared_gate": True}
+    return {"shared_N": N * _count(section, "n_shared_experts", origin)} if family in _SIGMOID else {}
+
+
+def _count(section: Mapping[str, Any], key: str, origin: str) -> int:
+    """A number that may be missing or null, which stand for 0."""
+    count = section.get(key) or 0
+    if type(count) is not int or not 0 <= count < LARGEST:
+        raise InvalidInputError(
+            f"{origin} has {key}={str(count)[:40]}, and it must be an integer from 0 to {LARGEST - 1}"
+        )
+    return count

@@ -1,7 +1,7 @@
 """What a layer would take on more GPUs: a projection from cost models of one GPU and figures of the links.
 
 Nothing here was measured on more than one GPU. Experts' times are those that the policies predict for one GPU with the
-load of the busiest rank, on a card at its power limit; transfers are latency plus bytes over bandwidth (`links`).
+load of the busiest rank, without the rests of a calibration; transfers are latency plus bytes over bandwidth (`links`).
 Routing is uniform.
 """
 
@@ -21,10 +21,14 @@ from moe_dispatch.workloads import Workload
 
 # With more rows for each expert a GPU runs its tokens in slices: cost models are fitted to as many at most.
 _ROWS: Final = 4096
-# Share of the matrix rate that is left without the rests by which calibrations stay below a card's power limit. On an
-# H200 deepseek-v3 in FP8 takes 3482 µs for 4096 tokens with rests and 3758 without (docs/performance.md). Reading takes
-# 2632 µs of that and multiplying 2220; with this share √(reading² + multiplying²) grows as much.
-_WITHOUT_RESTS: Final = 0.85
+# The cost models are of calls with rests between them. Products without rests bring a card to its power limit, where
+# its clock falls within tens of ms: from the first share of the matrix rate to the second, with a time constant in µs.
+# Least squares through four times of one H200 with all experts, each of 8 calls in a row after a rest: qwen3-30b-a3b in
+# BF16 and deepseek-v3 in FP8, 8192 and 32768 tokens (benchmarks/results/nvidia_h200_x2). One share for all of them, as
+# deepseek-v3 with 8192 tokens gives it (0.85), is 9 % off.
+_RATE_AT_FIRST: Final = 0.965
+_RATE_IN_THE_END: Final = 0.84
+_FALLS_IN_US: Final = 30e3
 
 
 @dataclass(frozen=True)
@@ -87,7 +91,9 @@ class Projection:
         # Cost models alone: a ratio of a measured time to a predicted one would mix two kinds of errors.
         self._planner = Dispatcher(machine, Settings(policies=("learned",)), live=False).planner
 
-    def project(self, layer: Workload, dtype: DType, M: int, ranks: int, *, wire_fp8: bool = False) -> Projected:
+    def project(
+        self, layer: Workload, dtype: DType, M: int, ranks: int, *, wire_fp8: bool = False, calls: float = math.inf
+    ) -> Projected:
         """One layer at M tokens of each rank.
 
         Args:
@@ -96,6 +102,7 @@ class Projection:
             M: Tokens of each rank.
             ranks: GPUs: at most `Cluster.node`, or a multiple of it, and a divisor of E.
             wire_fp8: Whether rows cross to the experts as FP8 codes with a scale per 128 columns.
+            calls: Calls in a row after a rest; infinite for a device that never rests.
 
         Raises:
             InvalidInputError: So many ranks do not divide the layer or the hosts, or no cost model knows the layer.
@@ -116,11 +123,11 @@ class Projection:
         early["direct"] = min(sums_us, combine["direct"] - self._cluster.direct.latency_us)
         exchange = min(dispatch, key=lambda name: dispatch[name] + combine[name] - early[name])
         return Projected(
-            M, ranks, self._us(whole), self._busiest_us(whole, ranks), dispatch[exchange], combine[exchange],
-            early[exchange], exchange.replace("_", " "),
+            M, ranks, self._us(whole, calls), self._busiest_us(whole, ranks, calls), dispatch[exchange],
+            combine[exchange], early[exchange], exchange.replace("_", " "),
         )  # fmt: skip
 
-    def _busiest_us(self, whole: MoEProblem, ranks: int) -> float:
+    def _busiest_us(self, whole: MoEProblem, ranks: int, calls: float) -> float:
         """A layer with the slots of the busiest rank: as many of each token as in the layers of the cost models.
 
         Really more tokens arrive, each with fewer slots here. Copying and quantising those is not counted. Between two
@@ -130,10 +137,10 @@ class Projection:
         topk = min(whole.topk, E)
         tokens = slots_of_busiest(whole.M, whole.E, whole.topk, ranks) / topk
         fewer = max(1, math.floor(tokens))
-        less, more = (self._us(dataclasses.replace(whole, E=E, topk=topk, M=M)) for M in (fewer, fewer + 1))
+        less, more = (self._us(dataclasses.replace(whole, E=E, topk=topk, M=M), calls) for M in (fewer, fewer + 1))
         return less + max(0.0, tokens - fewer) * (more - less)
 
-    def _us(self, problem: MoEProblem) -> float:
+    def _us(self, problem: MoEProblem, calls: float) -> float:
         slices = max(1.0, problem.slots / problem.E / _ROWS)
         candidates = self._planner.explain(dataclasses.replace(problem, M=round(problem.M / slices))).candidates
         times = [each.choice.us for each in candidates if each.choice.us is not None and not each.against]
@@ -141,6 +148,9 @@ class Projection:
             raise InvalidInputError(
                 f"no cost model for {problem} on {self._machine.name}; `moe-dispatch fit` makes one from a calibration"
             )
+        rested_us = slices * min(times)
+        falling = math.exp(-calls * rested_us / _FALLS_IN_US)
+        rate = _RATE_IN_THE_END + (_RATE_AT_FIRST - _RATE_IN_THE_END) * falling
         flops = self._ceilings.flops(problem.dtype) or math.inf
         read, multiply = problem.roofline_us(self._ceilings.bandwidth, math.inf), problem.roofline_us(math.inf, flops)
-        return slices * min(times) * math.hypot(read, multiply / _WITHOUT_RESTS) / math.hypot(read, multiply)
+        return rested_us * math.hypot(read, multiply / rate) / math.hypot(read, multiply)

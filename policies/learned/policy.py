@@ -22,9 +22,6 @@ from moe_dispatch.registry import MadeBackends
 from moe_dispatch.settings import cache_dir
 
 SCHEMA: Final = 5
-# A lead below the cost models' own errors of 2 to 4 % does not count, and the rules' choice stands. So it does where it
-# has no cost model to compare with.
-CLOSE: Final = 0.04
 # A backend that is far behind is not measured further, so its cost model does not know where it is slow. The model is
 # not used beyond this factor of the rows per expert that it was fitted to.
 BEYOND: Final = 2.0
@@ -187,7 +184,9 @@ class LearnedPolicy(Policy):
         by_time = sorted(predicted, key=predicted.__getitem__)
         # A backend whose library is missing is ranked for `explain`, and the lead of the others does not depend on it.
         fastest = next(name for name in by_time if members.get(name))
-        leading = first if predicted[first] <= predicted[fastest] * (1 + CLOSE) else fastest
+        # A lead within the errors of both cost models does not count.
+        within = applicable[first].error + applicable[fastest].error
+        leading = first if predicted[first] <= predicted[fastest] * (1 + within) else fastest
         place = by_time.index(fastest)
         by_time.remove(leading)
         by_time.insert(place, leading)

@@ -4,6 +4,7 @@ Of each backend's real launchers, with kernels that are noted in place of starte
 key of `fast_launch`), grids and numbers, and addresses at the same places of as many bytes.
 """
 
+import functools
 import importlib
 import itertools
 import re
@@ -22,6 +23,7 @@ from moe_dispatch.registry import BACKENDS
 from moe_dispatch.testing import Case, Precision
 from moe_dispatch.workloads import make_experts
 from tests.support.decode import GPT_OSS, INTERPRETED
+from tests.support.python_calls import python_calls
 from tests.support.stub_kernels import cpu_is_the_device
 
 pytest.importorskip("triton")
@@ -122,6 +124,8 @@ def test_launches_are_those_of_an_ordinary_call(name: str, dtype: DType, monkeyp
             call = x[:M], experts, weights[:M], weights[:M].to(ids)
             replay = replay_module.record(backend, backend.launch, call, config)
             first, last = replay.tokens.first, min(replay.tokens.last, len(x))
+            numbers = python_calls(functools.partial(replay._sizes_of, M)).count("at")
+            assert numbers < 12, "each is computed by itself"
             for count in {first, (first + last) // 2, last, M}:
                 check(replay, (x[:count], experts, weights[:count], weights[:count].to(ids)), config)
                 checked += 1

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from moe_dispatch import testing
+from moe_dispatch.backends.reference import ReferenceBackend, ReferenceConfig
 from moe_dispatch.backends.triton_splitk import backend as backend_module
 from moe_dispatch.backends.triton_splitk import gate_up
 from moe_dispatch.backends.triton_splitk.backend import TritonSplitKBackend
@@ -122,18 +123,22 @@ def test_dequantised_weights_meet_activations_as_they_are(case: Case) -> None:
     check_against_the_reference(case, backend, SplitKConfig.model_validate(SMALL | {"block_k": 128} | case.config))
 
 
+@INTERPRETED
+@pytest.mark.parametrize("name", ["gate_up", "down"])
+def test_nan_among_dequantised_weights_reaches_the_tokens_of_its_expert(name: str) -> None:
+    case = DEQUANTIZED[0]
+    experts, (x, weights, ids) = case.experts("cpu"), case.tokens()
+    getattr(experts, name).view(torch.uint8)[ids[0, 0], 3, 5] = 0xFF
+    config = SplitKConfig.model_validate(SMALL | {"block_k": 128} | EXPERTS)
+    nan = TritonSplitKBackend(described(80)).run(x, experts, weights, ids, config).isnan()
+    plain = ReferenceConfig(quantize_activations=False)
+    expected = ReferenceBackend(Machine.inspect("cpu")).run(x.float(), experts, weights, ids, plain).isnan()
+    assert torch.equal(nan, expected)
+    assert 0 < int(nan.sum()) < nan.numel()
+
+
 def _problem(machine: Machine, M: int, dtype: DType = "fp16", name: str = "qwen3-30b-a3b") -> MoEProblem:
     return WORKLOADS[name].problem(M, dtype, machine)
-
-
-@pytest.mark.parametrize(("name", "ctas"), [("kimi-k2-tp8", 3), ("qwen3-235b", 2)])
-def test_very_short_second_loops_share_a_multiprocessor_by_three(name: str, ctas: int) -> None:
-    backend = TritonSplitKBackend(described(90))
-    problem = _problem(backend.machine, 32, "fp8", name)
-    config = backend.default_config(problem)
-    assert isinstance(config, SplitKConfig)
-    available = backend.machine.shared_memory_per_block
-    assert available // shared_memory_bytes(problem, config) == ctas
 
 
 def test_ids_are_waited_for_unless_this_layer_quantises(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -186,14 +191,45 @@ def test_workspace_is_what_a_run_allocates(
 
 
 @pytest.mark.parametrize(
-    ("name", "M", "grid"),
-    [("qwen3-30b-a3b", 1, "slots"), ("qwen3-30b-a3b", 4, "experts"), ("mixtral-8x7b", 4, "experts")],
+    ("name", "dtype", "M", "grid"),
+    [
+        ("qwen3-30b-a3b", "bf16", 1, "slots"),
+        ("qwen3-30b-a3b", "bf16", 4, "experts"),
+        ("mixtral-8x7b", "bf16", 4, "experts"),
+        ("kimi-k2-tp8", "fp8", 32, "slots"),  # 256 slots of 384 experts; a very short second loop
+        ("kimi-k2-tp8", "fp8", 64, "experts"),
+    ],
 )
-def test_grid_follows_how_many_experts_are_hit(name: str, M: int, grid: str) -> None:
+def test_grid_follows_how_many_experts_are_hit(name: str, dtype: DType, M: int, grid: str) -> None:
     backend = TritonSplitKBackend(described(90))
-    config = backend.default_config(_problem(backend.machine, M, "bf16", name))
+    config = backend.default_config(_problem(backend.machine, M, dtype, name))
     assert isinstance(config, SplitKConfig)
     assert config.grid == grid
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "M", "block_n", "stages", "tma"),
+    [
+        ("qwen3-235b", "fp8", 1, 128, 4, True),  # 192 and 256 CTAs take one turn by three on 132 multiprocessors
+        ("deepseek-v3", "fp8", 1, 128, 6, False),  # 256 and 448 do not; long loops
+        ("qwen3-30b-a3b", "fp8", 1, 64, 6, True),  # 96 would not fill the device
+        ("qwen3-30b-a3b", "fp8", 4, 128, 3, True),  # short loops
+        ("deepseek-v2-lite", "fp8", 4, 64, 6, True),  # 458 would leave 62 for another turn
+        ("kimi-k2-tp8", "fp8", 32, 128, 3, True),  # a very short second loop
+        ("gpt-oss-120b", "fp8", 8, 64, 6, True),  # 2880 rows are not whole tiles of 128
+        ("gpt-oss-120b", "fp8", 256, 128, 5, True),  # tiles of 32 tokens
+        ("deepseek-v2-lite", "bf16", 32, 64, 5, True),
+        ("mixtral-8x7b", "bf16", 32, 128, 5, True),
+        ("kimi-k2-tp8", "bf16", 16, 128, 3, True),
+    ],
+)
+def test_default_tiles_follow_what_the_device_holds_at_once(
+    name: str, dtype: DType, M: int, block_n: int, stages: int, tma: bool
+) -> None:
+    backend = TritonSplitKBackend(described(90))
+    config = backend.default_config(_problem(backend.machine, M, dtype, name))
+    assert isinstance(config, SplitKConfig)
+    assert (config.block_n, config.num_stages, config.tma) == (block_n, stages, tma)
 
 
 def test_fp8_refuses_blocks_that_straddle_scales(machine: Machine) -> None:

@@ -91,6 +91,15 @@ def test_the_rules_know_where_down_reads_whole_rows_and_every_lane_has_an_expert
         assert topk % (2 * config.down_experts) or config.down_experts == 8
 
 
+@pytest.mark.parametrize(("dtype", "M", "rows"), [("bf16", 1, 4), ("bf16", 2, 2), ("fp8", 1, 2)])
+def test_one_token_of_16_bit_weights_has_twice_the_rows_of_down_per_cta(dtype: DType, M: int, rows: int) -> None:
+    backend = TritonVectorBackend(described(90))
+    configs = backend.configs(WORKLOADS["qwen3-30b-a3b"].problem(M, dtype, backend.machine))
+    down_rows = [config.down_rows for config in configs if isinstance(config, TritonVectorConfig)]
+    assert down_rows[0] == rows
+    assert set(down_rows) == {2, 4}  # a calibration decides
+
+
 def test_another_backends_configuration_is_refused() -> None:
     case = Case("one token", M=1)
     x, weights, ids = case.tokens()

@@ -1,11 +1,13 @@
 """`moe-dispatch bench` and ``python -m moe_dispatch.benchmarks``, on a CPU."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
 from moe_dispatch.benchmarks import row_files
 from moe_dispatch.benchmarks.__main__ import app
@@ -63,7 +65,12 @@ def test_resume_skips_rows_and_an_old_file_is_not_overwritten(path: Path) -> Non
     run(*call, "--tokens", "1")
     assert "exists already; --resume" in run(*call, "--tokens", "1", status=2)
     run(*call, "--tokens", "1,2", "--resume")
-    assert [BenchRow.model_validate_json(line).M for line in path.read_text().splitlines()] == [1, 2]
+    rows = [BenchRow.model_validate_json(line) for line in path.read_text().splitlines()]
+    assert [row.M for row in rows] == [1, 2]
+    others = [row.model_copy(update={"fingerprint": "of another machine"}) for row in rows]
+    path.write_text("".join(f"{row.model_dump_json()}\n" for row in others))
+    run(*call, "--tokens", "1", "--resume")
+    assert [row.M for row in row_files.load([path])] == [1, 2, 1]
 
 
 def test_the_budget_stops_before_the_next_point(path: Path) -> None:
@@ -73,9 +80,12 @@ def test_the_budget_stops_before_the_next_point(path: Path) -> None:
 
 
 def test_json_prints_the_rows(path: Path) -> None:
-    output = run("run", *SMALL, "--tokens", "1", "--backend", "reference", "--out", path, "--json")
-    printed = [line for line in output.splitlines() if line.startswith("{")]
-    assert [BenchRow.model_validate_json(line).backend for line in printed] == ["reference"]
+    model = path.with_name("config.json")
+    config = {"num_experts": 4, "num_experts_per_tok": 2, "hidden_size": 64, "moe_intermediate_size": 32}
+    model.write_text(json.dumps(config | {"_name_or_path": "modèle"}))
+    options = [*SMALL, "--model", str(model), "--tokens", "1", "--backend", "reference", "--out", str(path), "--json"]
+    output = CliRunner(charset="ascii").invoke(app, ["run", *options], catch_exceptions=False).stdout
+    assert {BenchRow.model_validate_json(line).workload for line in output.splitlines()} == {"4,2,64,32", "modèle"}
 
 
 @pytest.mark.parametrize(

@@ -155,14 +155,16 @@ def test_an_interrupted_run_keeps_its_rows_and_goes_on(path: Path) -> None:
         run(path, Faulty(interrupt))
     assert [row.M for row in row_files.load([path])] == [1]
 
-    again = Sweep(path, provenance(), row_files.timed_keys(path))
+    again = Sweep(path, provenance(), row_files.timed_keys(path, provenance().machine.fingerprint))
     assert [row.M for row in again.run([plan(Faulty(lambda out: out))])] == [3]
     assert [row.M for row in row_files.load([path])] == [1, 3]
 
 
 def test_a_row_without_a_time_is_tried_again(path: Path) -> None:
     run(path, Faulty(lambda out: out * 2), tokens=(1,))
-    Sweep(path, provenance(), row_files.timed_keys(path)).run([plan(Faulty(lambda out: out), tokens=(1,))])
+    Sweep(path, provenance(), row_files.timed_keys(path, provenance().machine.fingerprint)).run(
+        [plan(Faulty(lambda out: out), tokens=(1,))]
+    )
     (row,) = row_files.load([path])
     assert row.us is not None
 

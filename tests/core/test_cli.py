@@ -3,6 +3,7 @@
 import importlib.metadata
 import itertools
 import json
+import math
 import os
 import re
 import subprocess
@@ -20,11 +21,11 @@ from moe_dispatch.machine import Machine
 from moe_dispatch.policies.calibrated import calibration_path
 from moe_dispatch.policies.measurements.merge import save
 from moe_dispatch.policies.measurements.schema import Candidate, LayerShape, Measurement
-from moe_dispatch.policy import Choice
+from moe_dispatch.policy import Choice, Policy
 from moe_dispatch.problem import MoEProblem
 from moe_dispatch.registry import BACKENDS
 from moe_dispatch.settings import VARIABLES, cache_dir, settings, variables_table
-from tests.support.fakes import Honest, ranked
+from tests.support.fakes import Honest, ranked, registered_policy
 from tests.support.interpreter import leave_out_the_interpreter
 
 
@@ -222,6 +223,22 @@ def test_a_quarantine_that_cannot_be_lifted_is_one_message(quarantine: Quarantin
     assert result.exit_code == 2
     assert result.stderr.startswith("error: the quarantine cannot be lifted")
     assert str(cache) in result.stderr
+
+
+@pytest.mark.parametrize("us", [math.inf, math.nan])
+def test_a_number_that_json_lacks_is_null(us: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Fixed(Policy):
+        name = "fixed"
+
+        def rank(self, problem: MoEProblem) -> tuple[Choice, ...]:
+            return (Choice("reference", "of another package", us=us),)
+
+    monkeypatch.setenv("MOE_DISPATCH_POLICY", "fixed")
+    settings.cache_clear()
+    with registered_policy(Fixed):
+        printed = invoke("explain", "--machine", "h200", "--tokens", "1", "--json").stdout
+    (answer,) = json.loads(printed, parse_constant=pytest.fail)
+    assert answer["chosen"]["choice"]["us"] is None
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp8"])

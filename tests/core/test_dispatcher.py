@@ -60,6 +60,7 @@ from tests.support.fakes import (
     registered,
 )
 from tests.support.processes import exit_code, start_child
+from tests.support.python_calls import python_calls
 from tests.support.stub_kernels import LAYER, inputs
 
 if TYPE_CHECKING:
@@ -615,13 +616,13 @@ def test_a_new_token_count_is_not_planned_from_scratch(name: str, most: int) -> 
     plan = _planning(name)
     for M in (24, 96, 150, 1500, 12000):
         plan(M)
-    assert len(_python_calls(lambda: [plan(M) for M in (17, 65, 130, 1100, 9000)])) < most
+    assert len(python_calls(lambda: [plan(M) for M in (17, 65, 130, 1100, 9000)])) < most
 
 
 def test_where_one_choice_comes_first_no_policy_is_asked_of_a_token_count_between_others() -> None:
     plan = _planning("qwen3-30b-a3b")
     first, plans = plan(1500), list[Plan]()
-    calls = _python_calls(lambda: plans.append(plan(1100)))
+    calls = python_calls(lambda: plans.append(plan(1100)))
     assert not {"ranked", "_told"} & {*calls}
     assert calls.count("reasons_against") == 1, "the backend's requirements are"
     second = plans[0]
@@ -631,7 +632,7 @@ def test_where_one_choice_comes_first_no_policy_is_asked_of_a_token_count_betwee
     assert 0 < (second.choice.us or 0) < (first.choice.us or 0)
     # A token count at which a measurement decides, and one of another power of two, are ranked.
     for M in (2048, 700):
-        assert "ranked" in _python_calls(functools.partial(plan, M))
+        assert "ranked" in python_calls(functools.partial(plan, M))
 
 
 def test_a_policy_before_the_table_and_a_quarantine_are_heeded_at_each_token_count(
@@ -660,7 +661,7 @@ def test_a_new_token_count_of_a_known_kind_is_not_checked_again() -> None:
     with ranked(Honest):
         hidden, experts, weights, ids = make_call(4)
         moe_forward(hidden, experts, weights, ids)
-        assert "check" not in _python_calls(lambda: moe_forward(hidden[:2], experts, weights[:2], ids[:2]))
+        assert "check" not in python_calls(lambda: moe_forward(hidden[:2], experts, weights[:2], ids[:2]))
         # What is wrong with a later call of the kind is seen all the same.
         for rows, of_weights, of_ids in ((1, 2, 2), (1, 1, 2), (3, 2, 3)):
             with pytest.raises(InvalidInputError, match="must"):
@@ -683,16 +684,6 @@ def _planning(name: str, dispatcher: Dispatcher | None = None) -> "Callable[[int
     experts = make_experts(Workload("any", E=1, topk=1, K=128, N=128), "fp8", "cpu")  # asked for their device only
     one_token = workload(name).problem(1, "fp8", machine)
     return lambda M: planner.plan(one_token.with_tokens(M), experts)
-
-
-def _python_calls(run: "Callable[[], object]") -> list[str]:
-    calls: list[str] = []
-    sys.setprofile(lambda frame, event, _: calls.append(frame.f_code.co_name) if event == "call" else None)
-    try:
-        run()
-    finally:
-        sys.setprofile(None)
-    return calls
 
 
 def _seconds(call: object, times: int = 2000) -> float:

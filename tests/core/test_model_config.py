@@ -133,6 +133,8 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "a norm after each expert": (BASE | {"model_type": "muse_spark_text"}, "normalises the output of each"),
     "unknown activation": (BASE | {"hidden_act": "mish"}, "activation 'mish'"),
     "experts switched off": (BASE | {"enable_moe_block": False}, "switches its experts off"),
+    "a size that no layer has": (BASE | {"num_experts": 10**400}, "has a num_experts of 2147483648 or more"),
+    "a limit that is no float": (BASE | {"model_type": "gpt_oss", "swiglu_limit": 10**400}, "must be a finite number"),
     "truth values for numbers": (BASE | {"num_experts": True}, "not the config of an MoE model"),
 }  # fmt: skip
 

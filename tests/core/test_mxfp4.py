@@ -130,11 +130,12 @@ def test_reads_gpt_oss_as_it_is_published(tmp_path: Path) -> None:
     ("change", "tp", "says"),
     [
         ({"down_proj_scales": None}, (0, 1), "lacks down_proj's exponents of MXFP4 experts; there is"),
+        ({"down_proj_scales": bytes_of(E, K)}, (0, 1), r"down_proj_scales must be \[E, K, N/32\], got \[3, 64\]"),
         ({"gate_up_proj_blocks": bytes_of(E, 2 * N, 1, 16)}, (0, 1), r"must be \[3, 192, 2, 16\]"),
         ({"down_proj": torch.zeros(E, N, K)}, (0, 1), r"down_proj must be .* beside MXFP4"),
         ({}, (0, 2), r"N=96 cannot be divided among 2 processes: it must be a multiple of 2 × 32"),
     ],
-    ids=["missing", "shape", "another form", "share"],
+    ids=["missing", "dimensions", "shape", "another form", "share"],
 )
 def test_refuses_by_name_what_is_not_so(
     change: dict[str, Tensor | None], tp: tuple[int, int], says: str, tmp_path: Path

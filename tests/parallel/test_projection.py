@@ -69,6 +69,12 @@ def test_a_projection_is_the_sum_of_its_parts(projection: Projection) -> None:
     fp8 = projection.project(LAYER, "fp8", 4096, 2, wire_fp8=True)
     assert fp8.dispatch_us < 0.6 * two.dispatch_us
     assert fp8.combine_us == two.combine_us
+    # A card that rests before few calls multiplies faster; reading is as fast.
+    rested, many, decode = (
+        projection.project(LAYER, "fp8", M, 2, calls=calls) for M, calls in ((4096, 1), (4096, 8), (1, 8))
+    )
+    assert two.one_gpu_us * 0.9 < rested.one_gpu_us < many.one_gpu_us * 0.97 < many.one_gpu_us < two.one_gpu_us
+    assert decode.one_gpu_us == pytest.approx(fewest.one_gpu_us, rel=0.01)
     most = projection.project(LAYER, "fp8", 16384, 64)
     assert math.isfinite(most.serial)
     assert most.experts_us < most.transfer_us

@@ -297,11 +297,15 @@ def learned(*cost_models: CostModel, machine: Machine = H200) -> LearnedPolicy:
     return LearnedPolicy(machine, ModelFile(fingerprint="", sms=132, cost_models=list(cost_models)))
 
 
-@pytest.mark.parametrize(("us", "first"), [(98.0, "triton_vector"), (96.0, "vllm_fused_moe")])
-def test_the_rules_stand_unless_another_is_clearly_faster(us: float, first: str) -> None:
+@pytest.mark.parametrize(
+    ("us", "error", "first"),
+    [(98.0, 0.02, "triton_vector"), (96.0, 0.02, "vllm_fused_moe"), (96.0, 0.03, "triton_vector")],
+)
+def test_the_rules_stand_unless_another_leads_by_more_than_both_errors(us: float, error: float, first: str) -> None:
     problem = on_h200(1, "bf16")
     times = {"triton_splitk": 100.0, "vllm_fused_moe": us, "deep_gemm": 150.0}
-    ranked = learned(*(cost_model(*each) for each in times.items())).rank(problem)
+    models = (cost_model(*each).model_copy(update={"error": error}) for each in times.items())
+    ranked = learned(*models).rank(problem)
     assert ranked[0].backend == first
     # Of split-K's family the rules choose the vector kernels here.
     assert sorted(choice.backend for choice in ranked) == ["deep_gemm", "triton_vector", "vllm_fused_moe"]
@@ -361,7 +365,7 @@ def test_a_cost_model_is_not_used_far_beyond_what_was_measured() -> None:
 
 @pytest.mark.parametrize(("M", "first", "second"), [
     (1, "triton_vector", "triton_persistent"), (8, "triton_splitk", "triton_persistent"),
-    (64, "triton_splitk", "gluon_hopper"),
+    (128, "triton_splitk", "gluon_hopper"),
 ])  # fmt: skip
 def test_one_cost_model_serves_a_family_by_the_member_that_the_rules_choose(M: int, first: str, second: str) -> None:
     policy = learned(cost_model("triton_splitk", 90.0), cost_model("triton_persistent", 100.0))
@@ -494,8 +498,7 @@ def test_choices_on_the_recorded_sweep_meet_the_targets() -> None:
     assert result.exit_code == 0, result.output
     found = json.loads(result.stdout)
     learned = found["learned"]
-    assert learned["mean"] <= 0.02
-    assert learned["p95"] <= 0.08
-    assert learned["worst"] <= 0.20
+    assert learned["mean"] <= 0.004
+    assert learned["worst"] <= 0.05
     for name in ("always_vllm", "always_deep_gemm", "vllm_rule", "vllm_deep_gemm_rule"):
         assert learned["mean"] < found[name]["mean"]
