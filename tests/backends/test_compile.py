@@ -61,7 +61,7 @@ def test_defaults_compile_and_fit(capability: int, dtype: DType, every: bool) ->
     assert products
     for built in products:
         assert built.shared <= built.note["bound"], built
-        # FP8 spills on sm_100, for which no tile was chosen by measuring: 120 bytes under Triton 3.8, 104 under 3.7.
+        # FP8 spills on sm_100, for which no tile was chosen by measuring: 112 bytes under Triton 3.8, 72 under 3.7.
         assert built.stack <= (2 * FEW_SPILLS if capability in (100, 103) else FEW_SPILLS), built
         assert built.tma == built.note["tma"], built
         assert built.wgmma == (capability == 90), built
