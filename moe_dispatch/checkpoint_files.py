@@ -96,8 +96,13 @@ class Checkpoint:
         if os.path.isfile(path):
             return dict.fromkeys(self._opened(path).keys(), path)
         if not os.path.isdir(path):
+            why = "of another kind"
+            try:
+                path.stat()
+            except (OSError, ValueError) as error:
+                why = (error.strerror if isinstance(error, OSError) else "") or str(error)
             raise InvalidInputError(
-                f"{self.origin} is neither a file nor a folder; a model of the hub must be downloaded first "
+                f"{self.origin} is neither a file nor a folder ({why}); a model of the hub must be downloaded first "
                 "(huggingface_hub.snapshot_download gives its folder)"
             )
         if os.path.isfile(path / INDEX):

@@ -290,8 +290,9 @@ def test_refuses_a_wrong_checkpoint_by_name(tensors: Tensors, message: str, tmp_
 def test_refuses_what_is_no_checkpoint(tmp_path: Path) -> None:
     with pytest.raises(InvalidInputError, match="must be downloaded first"):
         ExpertWeights.from_safetensors("Qwen/Qwen3-30B-A3B", layer=1)
-    with pytest.raises(InvalidInputError, match="must be downloaded first"):
-        ExpertWeights.from_safetensors("a" * 300, layer=1)  # which no file can be called
+    for path, why in (("a" * 300, "File name too long"), ("/dev/null", "of another kind")):
+        with pytest.raises(InvalidInputError, match=rf"neither a file nor a folder \({why}\)"):
+            ExpertWeights.from_safetensors(path, layer=1)
     (tmp_path / "pytorch_model.bin").touch()
     with pytest.raises(InvalidInputError, match=r"has no \*\.safetensors; there is pytorch_model\.bin"):
         ExpertWeights.from_safetensors(tmp_path, layer=1)
