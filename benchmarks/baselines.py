@@ -56,7 +56,7 @@ class Baseline(ABC):
 
     @abstractmethod
     def prepare(self, experts: ExpertWeights, problem: MoEProblem) -> Call:
-        """Do what its users do once when a model is loaded, for the call that runs the layer at any token count."""
+        """Prepare the weights as the library's users do once a model; return the call that runs the layer at any M."""
 
 
 class NaiveLoop(Baseline):

@@ -51,7 +51,7 @@ class PointInputs:
     ) -> "PointInputs":
         """Draw `count` inputs, the same ones in every run, and compute the references.
 
-        If `unquantized`, those without quantised activations too.
+        With `unquantized`, the references without quantised activations are computed too.
         """
         inputs = make_inputs(problem, routing, experts.device, count, SEED)
         checked = inputs[: max(1, min(len(inputs), CHECKED_TOKENS // problem.M))]

@@ -26,9 +26,11 @@ TOKENS: Final = tuple(M for region in REGIONS.values() for M in region)
 UNIFORM: Final = "uniform"
 SKEWED: Final = "dirichlet-4"
 SKEWED_TOKENS: Final = tuple(M for M in TOKENS if M >= 1024)
-# All dispatchable backends except `reference`, a naive loop, and `vllm_fused_moe`, which the baseline `vllm` measures.
-# Those of few tokens take up to 80 ms at more, and compiling and checking them half of the suite's time.
+# Backends that are timed at every token count. `reference` is left out as a naive loop, and `vllm_fused_moe` because
+# the baseline `vllm` measures it.
 BACKENDS: Final = ("triton_persistent", "gluon_hopper", "deep_gemm", "torch_grouped")
+# Timed at decode's token counts only: with more tokens a call takes up to 80 ms, and compiling and checking these
+# backends took half of the suite's time.
 BACKENDS_OF_FEW_TOKENS: Final = ("triton_splitk", "triton_vector")
 
 

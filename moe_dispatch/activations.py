@@ -13,7 +13,7 @@ from typing import Final, Self
 
 from moe_dispatch.errors import InvalidInputError
 
-MOST: Final = 3.4e38  # Numbers of this magnitude and above are infinite in fp32.
+FP32_LIMIT: Final = 3.4e38  # Just below the largest fp32 number: every smaller magnitude is finite in fp32.
 
 Activation = str
 
@@ -50,7 +50,7 @@ class SwiGLU:
             value = getattr(self, field.name)
             if value is None and field.default is None:
                 continue
-            if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < MOST:
+            if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < FP32_LIMIT:
                 raise InvalidInputError(f"{field.name} of {SWIGLU} must be a finite number, got {value!r}")
             if field.name != "shift" and value <= 0:
                 raise InvalidInputError(f"{field.name} of {SWIGLU} must be positive, got {value!r}")

@@ -47,7 +47,10 @@ class Checkpoint:
             ) from error
         self._open = safetensors.safe_open
         self.origin = str(path)[:300]
-        path = Path(path).expanduser()
+        try:
+            path = Path(path).expanduser()
+        except RuntimeError as error:
+            raise InvalidInputError(f"{self.origin} cannot be expanded: {error}") from error
         self.folder = path if os.path.isdir(path) else path.parent
         self._files: dict[Path, Any] = {}
         self._file_of = self._index(path)
@@ -77,7 +80,7 @@ class Checkpoint:
         file = self._opened(path)
         try:
             return file.get_slice(name)
-        except Exception as error:  # likewise
+        except Exception as error:  # safetensors has an exception of its own for a name that a file lacks
             raise InvalidInputError(
                 f"{path} does not have {name}, which the index says it has ({error}); download both again"
             ) from error

@@ -21,7 +21,7 @@ class Choice:
         reason: Why it has this rank, for a person: "measured 31.2 µs at M=64, next is deep_gemm at 40.1".
         config: The backend's configuration as JSON data; None for its default.
         us: The time that the policy measured or predicts, in µs.
-        policy: The name of the policy that ranked it; the dispatcher fills it in.
+        policy: The name of the policy that ranked it, filled in by the dispatcher where the policy leaves it empty.
     """
 
     backend: str
@@ -36,20 +36,20 @@ class Choice:
         counts: tuple[int, int],
         M: int,
         backend: str,
-        config: ConfigData,
+        config: ConfigData | None,
         policy: str,
         tell: Callable[[int], tuple[str, float]],
     ) -> Self:
         """A policy's first choice for M tokens and for all token counts between two others.
 
         Args:
-            counts: These two.
+            counts: Two token counts; the choice comes first at every count strictly between them.
             M: The token count that is asked about.
-            backend: As of any choice.
-            config: Likewise.
-            policy: Likewise.
+            backend: See the attribute of this name.
+            config: See the attribute of this name.
+            policy: See the attribute of this name.
             tell: Gives the reason and the time for a token count. It is called when one of them is first read, which is
-                never where only the choice is needed.
+                never where only the choice is needed. Where it raises, the reason is its error.
         """
         choice = object.__new__(cls)
         vars(choice).update(backend=backend, config=config, policy=policy, _counts=counts, _M=M, _tell=tell)
@@ -62,18 +62,21 @@ class Choice:
         if not lower < M < upper:
             return None
         other = object.__new__(type(self))
-        vars(other).update(values, config=dict(values["config"]), _M=M)
+        vars(other).update(values, config=values["config"] and dict(values["config"]), _M=M)
         vars(other).pop("reason", None)
         vars(other).pop("us", None)
         return other
 
-    if not TYPE_CHECKING:  # or every name would pass for an attribute
+    if not TYPE_CHECKING:  # a type checker would accept any attribute name
 
         def __getattr__(self, name: str) -> object:
             values = vars(self)
             if name not in ("reason", "us") or "_tell" not in values:
                 raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
-            values["reason"], values["us"] = values["_tell"](values["_M"])
+            try:
+                values["reason"], values["us"] = values["_tell"](values["_M"])
+            except Exception as error:  # noqa: BLE001 - a policy's; a reason must not end the call that it explains
+                values["reason"], values["us"] = f"no reason: {type(error).__name__}: {error}"[:300], None
             return values[name]
 
 
@@ -110,7 +113,7 @@ class Policy(ABC):
         yield from self.rank(problem)
 
     def knows(self, problem: MoEProblem) -> bool:  # noqa: ARG002
-        """Whether it may rank calls of the problem's layer in its mode, whatever their token count."""
+        """Whether this policy may rank calls of the problem's layer in its mode at some token count."""
         return True
 
     def notes(self) -> tuple[str, ...]:

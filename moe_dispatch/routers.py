@@ -19,7 +19,7 @@ from typing import Final, Literal, get_args
 import torch
 from torch import Tensor
 
-from moe_dispatch.activations import MOST
+from moe_dispatch.activations import FP32_LIMIT
 from moe_dispatch.errors import InvalidInputError
 
 Scoring = Literal["softmax", "sigmoid"]
@@ -61,7 +61,8 @@ class Router:
             value = getattr(self, name)
             if type(value) is not int or value < 1:
                 raise InvalidInputError(f"{name} must be an integer of at least 1, got {value!r}")
-        if not isinstance(self.scale, int | float) or not abs(self.scale) < MOST:
+        number = isinstance(self.scale, int | float) and not isinstance(self.scale, bool)
+        if not number or not abs(self.scale) < FP32_LIMIT:
             raise InvalidInputError(f"scale must be a finite number, got {self.scale!r}")
         if self.topk_groups > self.groups:
             raise InvalidInputError(f"topk_groups must be at most groups={self.groups}, got {self.topk_groups}")

@@ -31,7 +31,7 @@ _LEVELS: Final = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
 
 @dataclass(frozen=True)
 class Settings:
-    """The values of the environment variables in `VARIABLES`; empty, or None, where one is not set."""
+    """The values of the environment variables in `VARIABLES`; one that is not set leaves the default below."""
 
     backend: str = ""
     policies: tuple[str, ...] = DEFAULT_POLICIES

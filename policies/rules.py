@@ -22,10 +22,10 @@ DECODE_TOKENS: Final = 64
 # (deepseek-v3 in FP8 at 64: 1585 µs, 1641 by split-K, 1631 by triton_persistent).
 EVEN_DECODE_TOKENS: Final = 40
 EVEN_DECODE_ROWS: Final = 4
-# Where gate and up rows alternate, a tile of triton_persistent in FP8 has a multiplier for each row instead of one for
-# all, and split-K is ahead up to this many rows: gpt-oss-120b with 4, 8 and 16 rows 786, 872 and 1067 µs, by
-# triton_persistent 841, 882 and 895; gpt-oss-20b with 4 and 8 rows 211 and 229, 234 and 237.
-ALTERNATING_DECODE_ROWS: Final = 8
+# Where gate and up rows alternate, split-K in block FP8 is ahead up to this many rows: gpt-oss-120b with 4 rows 786 µs,
+# by triton_persistent 817. With 8 rows it takes 872, and triton_persistent took 877 before it became 4 % faster there;
+# gpt-oss-20b with 4 rows takes 211, and took 234.
+ALTERNATING_DECODE_ROWS: Final = 4
 # From this many rows per hit expert on, gluon_hopper's tiles of 128 rows are ahead of triton_persistent's of 64, two
 # programs of which share a multiprocessor. In BF16 it is ahead by 1 to 4 % at 4 to 16 rows of deepseek-v3,
 # deepseek-v2-lite, kimi-k2-tp8 and qwen3-235b, and behind by 2 % at gpt-oss-120b. In MXFP4 gpt-oss-120b with 8 rows
@@ -69,15 +69,16 @@ VECTOR_BYTES: Final = 1 << 30
 VECTOR_FP8_BYTES: Final = 200 << 20
 VECTOR_FP8_LONG_N_BYTES: Final = 64 << 20
 VECTOR_LONG_N: Final = 1024
-# Where their second product does not read all of a token's experts at once, one token still gains 1 to 5 % in BF16 with
-# so many bytes to read, or where it reads whole rows of several experts at once (deepseek-v2-lite, 99 MiB: 29.2 µs, and
-# 30.6 with tensor cores; ernie-4.5-21b, 135 MiB: 41.9, 43.4; dots.llm1, 198 MiB: 56.4, 56.1; gpt-oss-120b, 190 MiB by
-# parts of rows: 57.2, 55.2). More tokens lose 1 to 8 %.
+# Where their second product does not read all of a token's experts at once, one token still gains up to 5 % in BF16
+# with so many bytes to read, or where it reads whole rows of several experts at once (deepseek-v2-lite, 99 MiB: 29.2
+# µs, and 30.6 with tensor cores; ernie-4.5-21b, 135 MiB: 41.9, 43.4; dots.llm1, 198 MiB: 56.4, 56.1). By parts of rows
+# it loses (gpt-oss-120b, 190 MiB: 57.2, 55.2). More tokens lose 1 to 8 %.
 VECTOR_APART_BYTES: Final = 256 << 20
 # The second product reads all experts at once where a token has so few, with rows of N (rounded up to a power of two)
-# so short, and both together so few; otherwise as many as the greatest power of two that divides topk:
+# so short, and both together so few; otherwise as many as the greatest power of two that divides topk, eight at most:
 # `TritonVectorConfig.down_experts` of the default configuration.
 VECTOR_EXPERTS: Final = 16
+VECTOR_EXPERTS_AT_ONCE: Final = 8
 VECTOR_N: Final = 2048
 VECTOR_COLUMNS: Final = 8192
 
@@ -139,7 +140,7 @@ def _hopper(problem: MoEProblem, decode: Ranked, grouped: Ranked, *, is_decode: 
 
 
 def _is_decode(problem: MoEProblem) -> bool:
-    if problem.fp8 and problem.interleaved and not _converts(problem):
+    if problem.dtype == "fp8" and problem.interleaved and not _converts(problem):
         return problem.expected_slots <= ALTERNATING_DECODE_ROWS * problem.E
     few_rows = problem.expected_slots < EVEN_DECODE_ROWS * problem.E
     few_rows &= problem.capability != (9, 0) or not _many_rows(problem)
@@ -172,7 +173,7 @@ def vector_suits(problem: MoEProblem) -> bool:
     at_once = problem.topk == 1 or fits
     if problem.fp8:
         return at_once and read <= (VECTOR_FP8_BYTES if problem.N <= VECTOR_LONG_N else VECTOR_FP8_LONG_N_BYTES)
-    several = problem.topk & -problem.topk
+    several = min(VECTOR_EXPERTS_AT_ONCE, problem.topk & -problem.topk)
     whole = several > 1 and columns <= VECTOR_N and several * columns <= VECTOR_COLUMNS
     apart = problem.M == 1 and (whole or read >= VECTOR_APART_BYTES)
     return (at_once or apart) and read <= VECTOR_BYTES

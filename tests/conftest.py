@@ -111,7 +111,7 @@ def fixed_policy(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def compiling(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Backends answer as where kernels are compiled: the interpreter, where this may run, has a reason against BF16."""
+    """Backends answer as where kernels are compiled; Triton's interpreter would refuse BF16."""
     monkeypatch.setattr("moe_dispatch.backends.triton_common.features.interpreting", lambda: False)
 
 

@@ -271,17 +271,18 @@ def moe_fp8_unit(dtype):
 
 @triton.jit
 def moe_fp8_parts(codes, dtype: tl.constexpr):
-    """As `moe_fp8_values`, with fewer instructions for what a product can do as well.
+    """Like `moe_fp8_values`, but the scaling by a power of two and NaN are left to the product.
 
     Returns:
-        The values divided by `moe_fp8_unit`, where NaN is 480 or -480; and int8, -128 for NaN and else 0.
+        The values divided by `moe_fp8_unit`, with ±480 divided by it in place of NaN; and int8 marks, -128 for NaN and
+        else 0.
     """
     if _INTERPRETED:
         bits = ((codes & 0x80).to(tl.uint16) << 8) | ((codes & 0x7F).to(tl.uint16) << 7)
         values = bits.to(tl.float16, bitcast=True).to(dtype)
         marks = tl.where((codes & 0x7F) == 0x7F, -128, 0).to(tl.int8)
     else:
-        # Apart from each other: of an operation with two results Triton 3.8 makes two.
+        # Two operations, because Triton 3.8 runs an operation with two results twice.
         marks = tl.inline_asm_elementwise(_TO_MARKS, "=r,r", [codes], dtype=tl.int8, is_pure=True, pack=4)
         if dtype == tl.bfloat16:
             values = tl.inline_asm_elementwise(

@@ -131,7 +131,7 @@ def _default_and_least(problem: MoEProblem, device: Features) -> tuple[SplitKCon
     # Most CTAs of a grid of experts would find nothing to do, which takes as long as a very short loop.
     by_slot = problem.M == 1 or (1 if quantization.activations and short_down else 8) * slots < problem.E
     if quantization.activations:
-        block_n, stages = _fp8_tile(problem, hit / device.sms, block_m, by_slot=by_slot, short_down=short_down)
+        block_n, stages = _fp8_tile(problem, device, hit, block_m, by_slot=by_slot, short_down=short_down)
     else:
         wide = not by_slot if mxfp4 else block_m > _FEW_TOKENS or (short_down and not by_slot)
         block_n, stages = _WIDE if wide and (mxfp4 or not quantization.dequantizes) else 64, None
@@ -142,7 +142,7 @@ def _default_and_least(problem: MoEProblem, device: Features) -> tuple[SplitKCon
 
 
 def _fp8_tile(
-    problem: MoEProblem, hit: float, block_m: int, *, by_slot: bool, short_down: bool
+    problem: MoEProblem, device: Features, hit: float, block_m: int, *, by_slot: bool, short_down: bool
 ) -> tuple[Literal[64, 128], int | None]:
     """Weight rows and stages of products of e4m3 codes; None for as many stages as let two CTAs share a multiprocessor.
 
@@ -151,25 +151,28 @@ def _fp8_tile(
 
     Args:
         problem: The problem.
-        hit: Hit experts of a multiprocessor.
+        device: The device.
+        hit: Experts that have a slot.
         block_m: Tokens of a tile.
         by_slot: Whether CTAs are per slot.
         short_down: Whether the second product has a very short loop.
     """
     short = math.ceil(problem.K / QUANT_BLOCK) <= _SHORT_LOOP
     stages = _SHORT_LOOP_STAGES if short or short_down else None
+    if _SHARING * _SHORT_LOOP_STAGES * (_WIDE + block_m) * QUANT_BLOCK > device.shared_memory:
+        return (64 if by_slot else _WIDE), stages  # three do not fit on a multiprocessor
     if block_m > _FEW_TOKENS:
         return _WIDE, stages
     if problem.K % _WIDE:
         return 64, None  # of down the last tile would be half empty
     # CTAs of a multiprocessor in the two products.
-    first, second = (hit * math.ceil(rows / _WIDE) for rows in (problem.gate_up_rows, problem.K))
+    first, second = (hit / device.sms * math.ceil(rows / _WIDE) for rows in (problem.gate_up_rows, problem.K))
     if by_slot and min(first, second) < 1:
         return 64, None
     if short and _SHARING < first <= _SHARING + 1:
-        return 64, None  # few would be left for another turn
+        return 64, None  # the second wave would have few CTAs
     if by_slot and stages is None and max(first, second) <= _SHARING:
-        return _WIDE, _SHORT_LOOP_STAGES + 1  # all take one turn, by three
+        return _WIDE, _SHORT_LOOP_STAGES + 1  # all run at once, three on a multiprocessor
     return _WIDE, stages
 
 
@@ -224,7 +227,7 @@ def _deepened(problem: MoEProblem, config: SplitKConfig, device: Features) -> Sp
 def _copies_instead(layer: MoEProblem, device: Features) -> bool:
     """Whether asynchronous copies of 16 bytes are faster than TMA: where both loops are long and end with a block."""
     long = min(layer.K, layer.N) >= _LONG_LOOP * QUANT_BLOCK
-    return device.wgmma and long and layer.K % QUANT_BLOCK == layer.N % QUANT_BLOCK == 0
+    return device.tensor_cores == "wgmma" and long and layer.K % QUANT_BLOCK == layer.N % QUANT_BLOCK == 0
 
 
 def candidate_configs(problem: MoEProblem, device: Features) -> tuple[SplitKConfig, ...]:

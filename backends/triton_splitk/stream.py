@@ -19,8 +19,8 @@ from moe_dispatch.backends.triton_common.mxfp4 import (
 
 _LINE_BYTES = tl.constexpr(128)
 _LEAST_N = tl.constexpr(8)  # columns of a product
-# BF16 activations times this meet weights divided by 2^120, so that products have the exponents that fp32 has most of:
-# none is lost from 2^-93 on, and activations become infinite from 2^63 on. FP16 needs none.
+# BF16 weights come divided by 2^120, so activations are multiplied by this to keep products within fp32's range: those
+# below 2^-93 can vanish, those below 2^-70 lose bits, and activations of 2^64 or more become infinite. FP16 needs none.
 _LIFT = tl.constexpr(2.0**64)
 
 

@@ -101,7 +101,7 @@ def _moe_vector_gate_up_block(w_rows, scales, offs_v, K, VECTOR: tl.constexpr, S
     A vector lies in one block of scales. Where there are none, each is 1.
     """
     offs_k = offs_v[:, None, None, :, None] + tl.arange(0, VECTOR)[None, None, None, None, :]
-    # Weights pass through the L1 once, and are to displace nothing that CTAs share.
+    # Each weight is read once, and must not evict from the L1 what CTAs share.
     eviction: tl.constexpr = "evict_first" if SCALES == "none" else ""
     w = tl.load(w_rows + offs_k, mask=offs_k < K, other=0, eviction_policy=eviction)
     scale = tl.full([1, 1, 1, 1, 1], 1.0, dtype=tl.float32)

@@ -80,7 +80,8 @@ def bench(
         Path | None, typer.Option(help="File that rows are added to. Default: a dated file for this machine.")
     ] = None,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on with --out, else with the newest file: skip the rows it has.")
+        bool,
+        typer.Option("--resume", help="Go on with --out, else with the newest file: skip what was timed here."),
     ] = False,
     budget: Annotated[float | None, typer.Option(help="Start no further point after this many seconds.")] = None,
     seconds: Annotated[float, typer.Option(help="Seconds of timing for each row.")] = 0.3,

@@ -36,7 +36,7 @@ class BackendStatus:
     install_hint: str
 
 
-# What was answered about the problem that was asked about last, as policy and planner ask the same of it: the problem,
+# The answers about the last problem, as policy and planner ask the same of it: the problem,
 # the backends that gave no reason against it, and by backend what alone bars it, a failure of an earlier process.
 _Answers = tuple[MoEProblem | None, set[str], dict[str, QuarantineEntry]]
 

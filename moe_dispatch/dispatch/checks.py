@@ -119,7 +119,7 @@ def have_memory(inputs: Inputs) -> bool:
         experts.down_scale, experts.gate_up_bias, experts.down_bias,
     )  # fmt: skip
     try:
-        for tensor in tensors:  # without generators: each new token count asks
+        for tensor in tensors:  # a generator would cost more, and every new token count asks this
             if tensor is not None:
                 tensor.data_ptr()
     except RuntimeError:

@@ -33,7 +33,7 @@ logger = logging.getLogger("moe_dispatch")
 BACKEND_VARIABLE: Final = "MOE_DISPATCH_BACKEND"
 DISABLE_VARIABLE: Final = "MOE_DISPATCH_DISABLE"
 POLICY_VARIABLE: Final = "MOE_DISPATCH_POLICY"
-# Kinds of call and powers of two of which plans are kept that serve other token counts; when full, all are made anew.
+# Bound on `Planner._neighbours`, which is emptied when it is full.
 MAX_NEIGHBOURHOODS: Final = 4096
 
 
@@ -80,18 +80,16 @@ class Planner:
             NoBackendError: Nothing can run this.
         """
         named = bool(backend or self._settings.backend)
-        plan = None if named else self._neighbours_plan(problem, into=into)
-        if plan is None:
-            FIRST_CALLS.begin()
-            try:
-                if named:
-                    plan = self._named_plan(backend, problem, experts, into=into)
-                else:
-                    plan = self._best_plan(problem, experts, into=into)
-            finally:
-                FIRST_CALLS.end()
+        FIRST_CALLS.begin()
+        try:
+            if named:
+                plan = self._named_plan(backend, problem, experts, into=into)
+            else:
+                plan = self._neighbours_plan(problem, into=into) or self._best_plan(problem, experts, into=into)
+        finally:
+            FIRST_CALLS.end()
         plan.proven = plan.proven or plan.kind in self._proven
-        if logger.isEnabledFor(logging.INFO):  # a reason may be put into words only now
+        if logger.isEnabledFor(logging.INFO):  # reading a reason may compute it
             logger.info("%s runs %s: %s", plan.choice.backend, problem, plan.choice.reason)
         return plan
 
@@ -211,10 +209,10 @@ class Planner:
         return None
 
     def _remember(self, plan: Plan) -> None:
-        """Keep a plan of the first choice of all for `_neighbours_plan`, if its policy says where that comes first."""
+        """Keep a plan for other token counts, if it is of the first choice and its policy says where that leads."""
         problem = plan.problem
         if problem.routed_experts is not None or plan.choice.also_at(problem.M) is None:
-            return  # the policy counts the tokens of another layer, or made the choice for this token count alone
+            return  # a part of a layer is ranked by another token count, and other choices are for this one alone
         if self._policies().leads(plan.choice, problem):
             if len(self._neighbours) >= MAX_NEIGHBOURHOODS:
                 self._neighbours.clear()

@@ -116,9 +116,10 @@ def _checked(choice: object, policy: str) -> Choice:
     """
     if not isinstance(choice, Choice):
         raise TypeError(f"it ranks {reprlib.repr(choice)}, which is no Choice")
-    if "_tell" in vars(choice):  # a `Choice.between` of this package's tables, which were checked when they were read
-        return choice
+    told_later = "_tell" in vars(choice)  # of a `Choice.between`, whose reason and time are not computed for a check
     for name, kinds in _FIELDS.items():
+        if told_later and name in ("reason", "us"):
+            continue
         value = getattr(choice, name)
         if not isinstance(value, kinds) or isinstance(value, bool):
             raise TypeError(f"it ranks a choice whose {name} is {reprlib.repr(value)}")

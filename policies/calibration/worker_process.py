@@ -125,11 +125,11 @@ class Worker(Protocol):
     def check(self, candidate: int, tolerance: float, *, briefly: bool) -> float:
         """Compare a candidate with the fp32 reference: its relative error, which may not exceed the tolerance.
 
-        Briefly is eagerly and on the first routing distribution only.
+        With `briefly` it runs only eagerly and on the first routing distribution.
         """
 
     def time(self, candidates: Sequence[int], routing: str, budget_s: float, rounds: int) -> list[Samples]:
-        """Time candidates that take turns, for `budget_s` seconds each and at least so many rounds."""
+        """Time candidates that take turns, for `budget_s` seconds each and at least `rounds` samples."""
 
     def energy(self, candidate: int, seconds: float) -> float:
         """Energy of one call in joules, averaged over `seconds` of calls on the inputs of all distributions."""

@@ -189,7 +189,7 @@ class Point(Strict):
 
 
 class Scores(Strict):
-    """Points of which nothing but scores is stored, one list per field: so they compress to fewest bytes.
+    """Points with nothing but scores, stored as one list per field because columns compress best.
 
     Attributes:
         layer: See `Point`, as for M and mode.

@@ -232,6 +232,18 @@ def test_default_tiles_follow_what_the_device_holds_at_once(
     assert (config.block_n, config.num_stages, config.tma) == (block_n, stages, tma)
 
 
+@pytest.mark.parametrize("capability", [89, 100, 120])
+def test_what_was_measured_on_hopper_decides_there_alone(capability: int) -> None:
+    backend = TritonSplitKBackend(described(capability))
+    copies = backend.default_config(_problem(backend.machine, 8, "fp8", "deepseek-v3"))
+    three = backend.default_config(_problem(backend.machine, 1, "fp8", "qwen3-235b"))
+    assert isinstance(copies, SplitKConfig)
+    assert isinstance(three, SplitKConfig)
+    assert copies.tma == (capability >= 90)
+    # Three CTAs of such tiles do not fit on a multiprocessor with 100 KiB of shared memory.
+    assert three.block_n == (128 if capability == 100 else 64)
+
+
 def test_fp8_refuses_blocks_that_straddle_scales(machine: Machine) -> None:
     case = Case("fp8", dtype="fp8", K=128, N=128)
     x, weights, ids = case.tokens()

@@ -171,6 +171,10 @@ def test_a_policy_that_fails_is_passed_over(
         assert sum("'failing' is passed over" in note for note in notes) == 2
 
 
+def tell_nothing(M: int) -> tuple[str, float]:
+    raise ZeroDivisionError(f"at M={M}")
+
+
 UNFIT = {
     "no choice": ("reference",),
     "no name": (Choice(5, "because"),),  # type: ignore[arg-type]
@@ -179,6 +183,7 @@ UNFIT = {
     "a number for a configuration": (Choice("honest", "because", 5),),  # type: ignore[arg-type]
     "a list in a configuration": (Choice("honest", "because", {"x": []}),),  # type: ignore[dict-item]
     "a text for a time": (Choice("honest", "because", None, "1 µs"),),  # type: ignore[arg-type]
+    "a number for a name, its reason told later": (Choice.between((1, 64), 8, 5, None, "", tell_nothing),),  # type: ignore[arg-type]
     "nothing that can be listed": 5,
 }
 
@@ -189,6 +194,17 @@ def test_a_ranking_that_is_none_is_passed_over(answer: Any, call: Call) -> None:
         with pytest.warns(MoEDispatchWarning, match="policy 'fixed' is passed over: TypeError"):
             assert is_right(call)
         assert "'fixed' is passed over" in str(explain(*call))
+
+
+def test_a_reason_that_cannot_be_told_ends_no_call(call: Call, caplog: pytest.LogCaptureFixture) -> None:
+    M = call[0].shape[0]
+    choice = Choice.between((0, M + 2), M, "honest", None, "fixed", tell_nothing)
+    with ranked(Honest, ranking=(choice,)), caplog.at_level("INFO", "moe_dispatch"):
+        assert is_right(call)
+        other = choice.also_at(M + 1)
+        assert other is not None
+        assert (other.us, other.reason) == (None, f"no reason: ZeroDivisionError: at M={M + 1}")
+        assert f"no reason: ZeroDivisionError: at M={M}" in str(explain(*call))
 
 
 class Unhashable(BackendConfig):

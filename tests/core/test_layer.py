@@ -352,6 +352,7 @@ def test_takes_no_tokens_and_refuses_those_of_another_size() -> None:
         ({"model_type": "jetmoe"}, "model_type 'jetmoe', whose router is unknown; known: deepseek_v3"),
         ({"model_type": ["qwen3_moe"]}, "whose router is unknown"),
         ({"model_type": "deepseek_v3", "routed_scaling_factor": None}, "scale must be a finite number, got None"),
+        ({"model_type": "deepseek_v3", "routed_scaling_factor": True}, "scale must be a finite number, got True"),
         ({"model_type": "deepseek_v3", "routed_scaling_factor": 10**400}, "scale must be a finite number, got 1000"),
         ({"model_type": "deepseek_v3", "n_shared_experts": [1]}, r"n_shared_experts=\[1\], and it must be an integer"),
         ({"scoring_func": "sigmoid"}, "scoring_func='sigmoid', and 'softmax' is known of qwen3_moe"),

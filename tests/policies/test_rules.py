@@ -11,7 +11,7 @@ from moe_dispatch.workloads import WORKLOADS
 H200 = Machine.load("h200")
 # The fastest backend at points that were measured on an H200.
 MEASURED: dict[tuple[str, DType], dict[int, str]] = {
-    ("deepseek-v3", "fp8"): {1: "triton_splitk", 64: "gluon_hopper", 4096: "gluon_hopper", 16384: "gluon_hopper"},
+    ("deepseek-v3", "fp8"): {1: "triton_splitk", 64: "gluon_hopper", 256: "gluon_hopper", 16384: "gluon_hopper"},
     ("qwen3-30b-a3b", "fp8"): {32: "triton_splitk", 64: "triton_persistent", 16384: "gluon_hopper"},
     ("qwen3-235b", "fp8"): {1024: "gluon_hopper", 16384: "deep_gemm"},
     ("deepseek-v2-lite", "fp8"): {4096: "gluon_hopper"},
@@ -21,7 +21,7 @@ MEASURED: dict[tuple[str, DType], dict[int, str]] = {
     ("qwen3-30b-a3b", "bf16"): {256: "gluon_hopper", 16384: "gluon_hopper"},
     ("qwen3-235b", "bf16"): {16384: "gluon_hopper"},
     ("gpt-oss-120b", "bf16"): {16384: "gluon_hopper"},
-    ("gpt-oss-120b", "fp8"): {128: "triton_splitk", 256: "triton_splitk", 512: "triton_persistent"},
+    ("gpt-oss-120b", "fp8"): {128: "triton_splitk", 512: "triton_persistent"},
     ("gpt-oss-120b", "mxfp4"): {64: "triton_splitk", 128: "gluon_hopper", 1024: "gluon_hopper"},
     ("mixtral-8x7b", "bf16"): {64: "triton_persistent", 128: "gluon_hopper", 16384: "gluon_hopper"},
 }

@@ -41,7 +41,7 @@ class LayerInPlaceOfSum(mk.TopKWeightAndReduce):  # type: ignore[misc]  # vLLM i
         self,
         output: Tensor | None,
         fused_expert_output: Tensor,
-        topk_weights: Tensor,  # those of `call`
+        topk_weights: Tensor,  # unused: those of `call` are the same
         topk_ids: Tensor,
         apply_router_weight_on_input: bool,
     ) -> Tensor:
@@ -128,13 +128,13 @@ class MoeDispatchExperts(mk.FusedMoEExpertsModular):  # type: ignore[misc]  # vL
 
     def apply(
         self,
-        output: Tensor,  # the sum is given another one
+        output: Tensor,  # unused: the sum is given another one
         hidden_states: Tensor,
         w1: Tensor,
         w2: Tensor,
         topk_weights: Tensor,
         topk_ids: Tensor,
-        activation: Any,  # that of the layer's config
+        activation: Any,  # unused: that of the layer's config counts
         global_num_experts: int,
         expert_map: Tensor | None,  # expert parallelism is refused
         a1q_scale: Tensor | None,  # inputs arrive unquantised
