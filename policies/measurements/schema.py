@@ -197,11 +197,19 @@ class Scores(Strict):
         scores: Their scores, see `Measurement`.
     """
 
-    layer: list[Index] = pydantic.Field(default_factory=list)
+    layer: list[Index] = pydantic.Field(default_factory=list, max_length=100_000)
     M: list[Count] = pydantic.Field(default_factory=list)
     mode: list[Mode] = pydantic.Field(default_factory=list)
     candidates: list[list[Index]] = pydantic.Field(default_factory=list)
     scores: list[list[Positive]] = pydantic.Field(default_factory=list)
+
+    @pydantic.model_validator(mode="after")
+    def _columns_are_of_one_length(self) -> Self:
+        lengths = {name: len(column) for name, column in self}
+        pairs = zip(self.candidates, self.scores, strict=False)
+        if len({*lengths.values()}) > 1 or any(len(indices) != len(scores) for indices, scores in pairs):
+            raise ValueError(f"the lists of scores must be of one length, and each point's two as well, got {lengths}")
+        return self
 
 
 class CalibrationFile(Strict):

@@ -130,8 +130,8 @@ def test_a_damaged_packed_file_is_refused(tmp_path: Path) -> None:
     changes = (
         (text[-9:], ""), ('"packed":4', '"packed":2'), ('"M":[64]', '"M":[0]'), ('"run":[0]', '"run":[1]'),
         ('"rows":[1]', '"rows":[2]'), ('"above":[0]', '"above":["7"]'), ('"us":[17500]', '"us":[Infinity]'),
-        ('"us":[17500]', '"us":[]'), ('"us":[17500]', '"us":5'), ('"configs":[', '"configs":[[],'),
-        ('"points":{', '"points":[],"no points":{'), ("}\n", "}\n{}\n"),
+        ('"us":[17500]', '"us":[]'), ('"us":[17500]', '"us":5'), ('"decimals":[2]', '"decimals":["2"]'),
+        ('"configs":[', '"configs":[[],'), ('"points":{', '"points":[],"no points":{'), ("}\n", "}\n{}\n"),
     )  # fmt: skip
     for old, new in changes:
         assert old in text

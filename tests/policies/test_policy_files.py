@@ -90,6 +90,7 @@ DAMAGES: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "score-as-text": (_edit(*MEASUREMENT, "score", value="1.0"), "is damaged"),
     "index-out-of-range": (_edit(*MEASUREMENT, "candidate", value=9), "refers to candidate 9"),
     "origin-out-of-range": (_edit("candidates", 0, "origin", value=9), "refers to origin 9"),
+    "uneven-scores": (_edit("scores", value={"layer": [0], "M": [1, 2]}), "must be of one length"),
     "path-as-backend": (_edit("candidates", 0, "backend", value="../../x:Y"), "candidates.0.backend"),
 }
 
