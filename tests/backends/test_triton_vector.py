@@ -79,9 +79,12 @@ QWEN3_NEXT = Workload("qwen3-next", E=512, topk=10, K=2048, N=512)
 
 @pytest.mark.parametrize("topk", [1, 2, 3, 6, 8, 10, 16])
 @pytest.mark.parametrize("N", [17, 512, 1000, 1025, 2048, 2049])
-def test_the_rules_know_where_down_reads_whole_rows_and_every_lane_has_an_expert(topk: int, N: int) -> None:
+@pytest.mark.parametrize("dtype", ["bf16", "fp8"])
+def test_the_rules_know_where_down_reads_whole_rows_and_every_lane_has_an_expert(
+    dtype: DType, topk: int, N: int
+) -> None:
     backend = TritonVectorBackend(described(90))
-    problem = Workload("small", 4096, topk, 64, N).problem(1, "fp8", backend.machine)
+    problem = Workload("small", 4096, topk, 64, N).problem(1, dtype, backend.machine)
     assert problem.expected_experts * problem.expert_bytes <= VECTOR_FP8_BYTES
     config = backend.default_config(problem)
     assert isinstance(config, TritonVectorConfig)
