@@ -116,40 +116,21 @@ class TritonSplitKBackend(TritonBackend):
         ids_ready = quantization.activations and not isinstance(hidden_states, QuantizedRows)
         stored = quantization.stored(act_dtype)
         descriptor = self._gate_up_descriptor(experts, config)
-        if config.partial_sums(quantization, gated=experts.gated):
-            parts = 2 if experts.gated else 1
-            partial = x.new_empty(config.splits_gate_up, parts, S, N, dtype=torch.float32)
-            splitk_gate_up(
-                x,
-                x_scale,
-                experts,
-                quantization,
-                topk_ids,
-                partial,
-                None,
-                served,
-                config,
-                descriptor,
-                ids_ready=ids_ready,
-            )
-            return activate_partial(partial, experts, topk_ids, stored, pdl=config.pdl)
-        inner = x.new_empty(S, N, dtype=stored)
+        partial_sums = config.partial_sums(quantization, gated=experts.gated)
         inner_scale = None
-        if quantization.activations:
-            inner_scale = x.new_empty(S, math.ceil(N / QUANT_BLOCK), dtype=torch.float32)
+        if partial_sums:
+            parts = 2 if experts.gated else 1
+            inner = x.new_empty(config.splits_gate_up, parts, S, N, dtype=torch.float32)
+        else:
+            inner = x.new_empty(S, N, dtype=stored)
+            if quantization.activations:
+                inner_scale = x.new_empty(S, math.ceil(N / QUANT_BLOCK), dtype=torch.float32)
         splitk_gate_up(
-            x,
-            x_scale,
-            experts,
-            quantization,
-            topk_ids,
-            inner,
-            inner_scale,
-            served,
-            config,
-            descriptor,
+            x, x_scale, experts, quantization, topk_ids, inner, inner_scale, served, config, descriptor,
             ids_ready=ids_ready,
-        )
+        )  # fmt: skip
+        if partial_sums:
+            return activate_partial(inner, experts, topk_ids, stored, pdl=config.pdl)
         return inner, inner_scale
 
     def _gate_up_descriptor(self, experts: ExpertWeights, config: SplitKConfig) -> Any:
