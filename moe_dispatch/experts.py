@@ -1,8 +1,9 @@
 """The weights of one MoE layer, checked once when they are wrapped and again when they lie at another address."""
 
 import contextlib
+import operator
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, Literal, Self
 
@@ -26,6 +27,9 @@ from moe_dispatch.weight_checks import (
     scales_of_rows,
 )
 
+# The names of a layer's tensors, and a function that gives all of them, or None for one that a layer lacks.
+TENSORS: Final = ("gate_up", "down", "gate_up_scale", "down_scale", "gate_up_bias", "down_bias")
+tensors_of: Final[Callable[["ExpertWeights"], tuple[Tensor | None, ...]]] = operator.attrgetter(*TENSORS)
 _QUANTIZE: Final = {"block": quantize_blocks, "channel": quantize_channels, "mxfp4": quantize_mxfp4}
 
 
@@ -202,8 +206,8 @@ class ExpertWeights:
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """The layer's tensors by name, those that are given."""
-        for name in ("gate_up", "down", "gate_up_scale", "down_scale", "gate_up_bias", "down_bias"):
-            if (tensor := getattr(self, name)) is not None:
+        for name, tensor in zip(TENSORS, tensors_of(self), strict=True):
+            if tensor is not None:
                 yield name, tensor
 
     @classmethod

@@ -117,8 +117,7 @@ class ArrivedCalls:
         M, topk = topk_ids.shape
         problem = experts.problem(M, topk, inputs.act_dtype, self._planner.machine.capability, mode)
         plan: Plan | None = None
-        FIRST_CALLS.begin()
-        try:
+        with FIRST_CALLS:
             plans = self._planner.eligible(problem, experts, backend, into=True)
             if not quantized and out is not None and (mode == "graph" or M > _FEW_TOKENS):
                 first = next(iter(plans), None)
@@ -127,8 +126,6 @@ class ArrivedCalls:
                 plan = next((each for each in plans if each.backend.takes_quantized_rows(problem)), None)
                 if plan is not None and plan.choice.backend == LAST_RESORT and experts.device.type == "cuda":
                     plan = None  # the fastest backend on dequantised rows takes less time
-        finally:
-            FIRST_CALLS.end()
         if len(self._plans) >= _MAX_KINDS:
             self._plans.clear()
         self._plans[key] = plan

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from moe_dispatch.backend import Inputs
 from moe_dispatch.errors import InvalidInputError
-from moe_dispatch.experts import ExpertWeights
+from moe_dispatch.experts import ExpertWeights, tensors_of
 from moe_dispatch.tensor_memory import address, tensor_fault
 
 _ACTIVATIONS = (torch.bfloat16, torch.float16, torch.float32)
@@ -114,12 +114,9 @@ def overlap(a: Tensor, b: Tensor) -> bool:
 def have_memory(inputs: Inputs) -> bool:
     """Whether the tensors have memory that a kernel could read; inside of torch.func's transforms they have none."""
     hidden_states, experts, topk_weights, topk_ids = inputs
-    tensors = (
-        hidden_states, topk_weights, topk_ids, experts.gate_up, experts.down, experts.gate_up_scale,
-        experts.down_scale, experts.gate_up_bias, experts.down_bias,
-    )  # fmt: skip
     try:
-        for tensor in tensors:  # a generator would cost more, and every new token count asks this
+        # Without the generator of `_named`: every new token count asks this.
+        for tensor in (hidden_states, topk_weights, topk_ids, *tensors_of(experts)):
             if tensor is not None:
                 tensor.data_ptr()
     except RuntimeError:

@@ -33,7 +33,10 @@ class _Listed:
 
 
 class FirstCalls:
-    """The threads that are in a first call, and the backends that they run for the first time."""
+    """The threads that are in a first call, and the backends that they run for the first time.
+
+    ``with FIRST_CALLS:`` lists a thread while it plans a kind of call.
+    """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -50,7 +53,7 @@ class FirstCalls:
         return _Listed(self, backend)
 
     def begin(self, backend: str = "") -> None:
-        """List this thread until `end`: it plans a kind of call, or runs this backend; see `running`."""
+        """List this thread until `end`: it plans, or runs this backend; see `running`."""
         thread = threading.get_ident()
         with self._lock:
             mine = self._backends.get(thread, [])
@@ -61,7 +64,7 @@ class FirstCalls:
                 )
             self._backends.setdefault(thread, mine).append(backend)
 
-    def end(self) -> None:
+    def end(self, *_: object) -> None:
         """End what this thread began last."""
         thread = threading.get_ident()
         with self._lock:
@@ -71,6 +74,8 @@ class FirstCalls:
                 del self._backends[thread]
             if self._forks:
                 self._changed.notify_all()
+
+    __enter__, __exit__ = begin, end
 
     def _running(self, backend: str) -> int:
         return sum(backend in names for names in self._backends.values())

@@ -80,14 +80,11 @@ class Planner:
             NoBackendError: Nothing can run this.
         """
         named = bool(backend or self._settings.backend)
-        FIRST_CALLS.begin()
-        try:
+        with FIRST_CALLS:
             if named:
                 plan = self._named_plan(backend, problem, experts, into=into)
             else:
                 plan = self._neighbours_plan(problem, into=into) or self._best_plan(problem, experts, into=into)
-        finally:
-            FIRST_CALLS.end()
         plan.proven = plan.proven or plan.kind in self._proven
         if logger.isEnabledFor(logging.INFO):  # reading a reason may compute it
             logger.info("%s runs %s: %s", plan.choice.backend, problem, plan.choice.reason)
@@ -288,7 +285,7 @@ class Planner:
         if problem.needs_grad:
             reason = "torch differentiates the backend itself, which only the reference allows"
             return (Choice(LAST_RESORT, reason, policy="autograd"),)
-        return (self._chain or self._policies()).rank(problem)
+        return self._policies().rank(problem)
 
     def _policies(self) -> PolicyChain:
         if self._chain is None:  # two threads may load it at once; no lock is held while a policy's code runs

@@ -19,7 +19,7 @@ from moe_dispatch.activations import Activation
 from moe_dispatch.dispatch.borrowed_experts import BorrowedExperts
 from moe_dispatch.dispatch.gradients import Gradients, Wanted, is_any_recorded
 from moe_dispatch.dispatch.internals import dispatch_modes, transforms_active
-from moe_dispatch.experts import ExpertWeights
+from moe_dispatch.experts import TENSORS, ExpertWeights
 from moe_dispatch.tensor_memory import address
 
 Weights = TypeVar("Weights", bound=ExpertWeights)
@@ -250,9 +250,6 @@ class _Recorded(torch.autograd.Function):
     backward = staticmethod(_differentiate)
 
 
-_NAMES: Final = ("gate_up", "down", "gate_up_scale", "down_scale", "gate_up_bias", "down_bias")
-
-
 class _Layer(NamedTuple):
     tensors: tuple["weakref.ref[Tensor]", ...]
     signature: tuple[object, ...]
@@ -282,7 +279,7 @@ def _layer(*layer: Any) -> ExpertWeights:
         if known is not None and dead in known.tensors:
             del _layers[key]
 
-    for name, tensor, alias in zip(_NAMES, tensors, aliases, strict=True):
+    for name, tensor, alias in zip(TENSORS, tensors, aliases, strict=True):
         if tensor is not None and getattr(experts, name) is alias:  # else it is a converted copy of scales
             experts.lend(name, tensor)
     _layers[key] = _Layer(tuple(weakref.ref(each, forget) for each in tensors if each is not None), signature, experts)
@@ -292,8 +289,8 @@ def _layer(*layer: Any) -> ExpertWeights:
 def _wrap(
     kind: type[Weights], tensors: Sequence[Any], activation: str, interleaved: bool, routed_experts: int | None
 ) -> Weights:
-    """The layer of the tensors that `_NAMES` names."""
-    named = dict(zip(_NAMES, tensors, strict=True))
+    """The layer of the tensors that `TENSORS` names."""
+    named = dict(zip(TENSORS, tensors, strict=True))
     return kind(
         **named, activation=activation, interleaved=interleaved, transposed=not named["gate_up"].is_contiguous(),
         routed_experts=routed_experts,

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from moe_dispatch.experts import TENSORS
 from moe_dispatch.machine import Machine
 from moe_dispatch.policies.calibration import compile_ahead as module
 from moe_dispatch.policies.calibration.compile_ahead import Job, Jobs, compile_ahead, in_order
@@ -111,7 +112,7 @@ def test_placeholder_weights_are_to_a_kernel_what_the_layer_is(layer: str, dtype
     problem = shape.problem(1, dtype, CPU)
     made, real = placeholder_weights(problem, torch.device("cpu")), make_experts(problem, dtype, "cpu")
     assert made.spec == real.spec
-    for name in ("gate_up", "down", "gate_up_scale", "down_scale", "gate_up_bias", "down_bias"):
+    for name in TENSORS:
         mine, other = getattr(made, name), getattr(real, name)
         assert (mine is None) == (other is None), name
         if mine is not None:
