@@ -15,7 +15,7 @@ from moe_dispatch.dispatch.counters import Counters
 from moe_dispatch.dispatch.errors import BackendUnsupportedError, NoBackendError
 from moe_dispatch.dispatch.explanation import Candidate, Explanation
 from moe_dispatch.dispatch.first_calls import FIRST_CALLS
-from moe_dispatch.dispatch.plan import Plan, PlanKind
+from moe_dispatch.dispatch.plan import Plan, Proof
 from moe_dispatch.dispatch.policy_chain import PolicyChain
 from moe_dispatch.dispatch.quarantine import OBEYED_FOR, STRIKES, Quarantine, QuarantineEntry
 from moe_dispatch.errors import BackendUnavailableError, UnknownNameError, warn, way_out
@@ -64,7 +64,7 @@ class Planner:
         self._quarantine, self._counters = quarantine, counters
         self._pool = BackendPool(machine, configured.disabled, quarantine, barred)
         self._chain: PolicyChain | None = None
-        self._proven: set[PlanKind] = set()
+        self._proven: set[Proof] = set()
         self._passed_over: set[str] = set()
         self._obeyed: list[QuarantineEntry] = []
         self._neighbours: dict[tuple[int, Mode, int, bool], tuple[Plan, ...]] = {}  # see `_neighbours_plan`
@@ -85,7 +85,7 @@ class Planner:
                 plan = self._named_plan(backend, problem, experts, into=into)
             else:
                 plan = self._neighbours_plan(problem, into=into) or self._best_plan(problem, experts, into=into)
-        plan.proven = plan.proven or plan.kind in self._proven
+        plan.proven = plan.proven or plan.proof in self._proven
         if logger.isEnabledFor(logging.INFO):  # reading a reason may compute it
             logger.info("%s runs %s: %s", plan.choice.backend, problem, plan.choice.reason)
         return plan
@@ -103,7 +103,7 @@ class Planner:
 
     def prove(self, plan: Plan) -> None:
         """Remember that a plan has run to its end."""
-        self._proven.add(plan.kind)
+        self._proven.add(plan.proof)
         plan.proven = True
 
     def explain(self, problem: MoEProblem) -> Explanation:
@@ -234,7 +234,7 @@ class Planner:
                 against.setdefault(choice.backend, reasons)
                 continue
             plan = Plan(problem, self._pool.backend(choice.backend), config, choice, "", into=into)
-            if problem.mode == "eager" or plan.kind in self._proven:
+            if problem.mode == "eager" or plan.proof in self._proven:
                 best = plan
                 break
             # A backend that never ran may have to compile, which can break a capture: one that ran before is safer.
@@ -329,7 +329,7 @@ class Planner:
 
 
 def _neighbourhood(problem: MoEProblem, *, into: bool) -> tuple[int, Mode, int, bool]:
-    """What the calls of one `Plan.kind` have in common beside the choice; plans that are kept keep the layer's id."""
+    """What plans of one `Plan.proof` have in common beside the choice; plans that are kept keep the layer's id."""
     return id(problem.layer), problem.mode, max(problem.M - 1, 0).bit_length(), into
 
 
