@@ -97,8 +97,8 @@ class Planner:
         named = bool(backend or self._settings.backend)
         remedy = way_out("" if backend else BACKEND_VARIABLE) if named else ""
         for choice in (self._named_choice(backend, problem),) if named else self._rank(problem):
-            config = self._config_or_reasons(choice, problem, chosen_by_name=named)
-            if not isinstance(config, tuple) and not self._probe_failure(choice, problem, experts):
+            config, _ = self._config_or_reasons(choice, problem, chosen_by_name=named)
+            if config is not None and not self._probe_failure(choice, problem, experts):
                 yield self._made_plan(problem, choice, config, remedy, into=into)
 
     def prove(self, plan: Plan) -> None:
@@ -111,8 +111,8 @@ class Planner:
         candidates: list[Candidate] = []
         name = self._settings.backend
         for choice in (self._named_choice(None, problem),) if name else self._rank(problem):
-            config = self._config_or_reasons(choice, problem, chosen_by_name=bool(name))
-            against = list(config) if isinstance(config, tuple) else []
+            _, reasons = self._config_or_reasons(choice, problem, chosen_by_name=bool(name))
+            against = list(reasons)
             if self._live and not against and not any(not earlier.against for earlier in candidates):
                 against += filter(None, [self._probe_failure(choice, problem, None)])
             candidates.append(Candidate(choice, tuple(against)))
@@ -175,16 +175,16 @@ class Planner:
         choice = self._named_choice(backend, problem)
         if failure := self._probe_failure(choice, problem, experts):
             raise BackendUnavailableError(name, (failure,), variable)
-        config = self._config(choice, problem)
-        if isinstance(config, tuple):
-            raise BackendUnavailableError(name, config, variable)
+        config, reasons = self._config(choice, problem)
+        if config is None:
+            raise BackendUnavailableError(name, reasons, variable)
         return self._made_plan(problem, choice, config, way_out(variable), into=into)
 
     def _named_choice(self, backend: str | None, problem: MoEProblem) -> Choice:
         """The named backend, in the configuration that the policies rank first for it."""
         name = backend or self._settings.backend
         ranked = (choice for choice in self._rank(problem) if choice.backend == name)
-        configured = (choice for choice in ranked if not isinstance(self._config(choice, problem), tuple))
+        configured = (choice for choice in ranked if self._config(choice, problem)[0] is not None)
         choice = next(configured, Choice(name, ""))
         if backend:
             return dataclasses.replace(choice, reason="named by the caller", policy="caller")
@@ -222,15 +222,14 @@ class Planner:
         unproven: Plan | None = None
         best: Plan | None = None
         for choice in self._rank(problem):
-            config = self._config_or_reasons(choice, problem)
-            reasons = config if isinstance(config, tuple) else ()
+            config, reasons = self._config_or_reasons(choice, problem)
             if fault := self._pool.broken(choice.backend):
                 faults[choice.backend] = fault
             if not reasons and (failure := self._probe_failure(choice, problem, experts)):
                 reasons = (failure,)
                 if problem.mode == "eager":
                     faults[choice.backend] = failure
-            if reasons or isinstance(config, tuple):
+            if reasons or config is None:
                 against.setdefault(choice.backend, reasons)
                 continue
             plan = Plan(problem, self._pool.backend(choice.backend), config, choice, "", into=into)
@@ -302,26 +301,26 @@ class Planner:
 
     def _config_or_reasons(
         self, choice: Choice, problem: MoEProblem, *, chosen_by_name: bool = False
-    ) -> BackendConfig | tuple[str, ...]:
-        """The configuration that a choice would run a problem with, or every reason against the choice."""
+    ) -> tuple[BackendConfig | None, tuple[str, ...]]:
+        """The configuration that a choice would run a problem with, or None and every reason against the choice."""
         reasons = self._pool.reasons_against(choice.backend, problem, chosen_by_name=chosen_by_name)
-        return reasons or self._config(choice, problem)
+        return (None, reasons) if reasons else self._config(choice, problem)
 
-    def _config(self, choice: Choice, problem: MoEProblem) -> BackendConfig | tuple[str, ...]:
-        """A choice's configuration as the backend's own type, or why there is none."""
+    def _config(self, choice: Choice, problem: MoEProblem) -> tuple[BackendConfig | None, tuple[str, ...]]:
+        """A choice's configuration as the backend's own type, or None and why there is none."""
         try:
             backend = self._pool.backend(choice.backend)
             if choice.config is None:
-                return backend.default_config(problem)
+                return backend.default_config(problem), ()
             values = choice.config.values()
             typed = tuple(zip(choice.config, values, map(type, values), strict=True))
-            return _validated(backend.config_type, typed)
+            return _validated(backend.config_type, typed), ()
         except pydantic.ValidationError as error:
-            return (f"does not know the configuration {dict(choice.config or {})}: {error.errors()[0]['msg']}",)
+            return None, (f"does not know the configuration {dict(choice.config or {})}: {error.errors()[0]['msg']}",)
         except BackendUnavailableError as error:
-            return ("; ".join(error.reasons),)
+            return None, ("; ".join(error.reasons),)
         except FOREIGN_ERRORS as error:  # of a validator of its own
-            return (f"cannot read the configuration {dict(choice.config or {})}: {failures.summary(error)}",)
+            return None, (f"cannot read the configuration {dict(choice.config or {})}: {failures.summary(error)}",)
 
     def _probe_failure(self, choice: Choice, problem: MoEProblem, experts: ExpertWeights | None) -> str:
         device = experts.device if experts is not None else torch.device(self.machine.device)
