@@ -20,9 +20,6 @@ DECODE_TOKENS: Final = 64
 # the mean of both routings, and where kernels have to convert weights (the H200 as an A100, FP8 at 64: 193 µs, 302).
 EVEN_DECODE_TOKENS: Final = 40
 EVEN_DECODE_ROWS: Final = 4
-# Where gate and up rows alternate, split-K in block FP8 is ahead up to this many rows: gpt-oss-120b with 4 rows takes
-# 786 µs, by triton_persistent 817; with 8 rows split-K takes 872, and triton_persistent some 840.
-ALTERNATING_DECODE_ROWS: Final = 4
 # From this many rows per hit expert on, gluon_hopper's tiles of 128 rows are ahead of triton_persistent's of 64, two
 # programs of which share a multiprocessor: in BF16 by 1 to 4 % at 4 to 16 rows of four layers (gpt-oss-120b is 2 %
 # behind), in MXFP4 by 8 % at 8 rows.
@@ -40,6 +37,7 @@ GLUON_ROWS_OF_FEW_TILES: Final = 24
 # In FP8 two programs hide their epilogues better where loops are short: with N of 768 to 1536 triton_persistent is
 # ahead by 1 to 3 % at 32 to 48 rows. At deepseek-v3 (N=2048) gluon_hopper is ahead by 3 % at 4 rows and by 12 % at 32.
 GLUON_FP8_ROWS: Final = 56
+GLUON_FP8_K: Final = 256  # columns that K consists of, or gluon_hopper does not run; gpt-oss has 2880
 GLUON_FP8_ROWS_FROM_LONG_N: Final = 2
 GLUON_LONG_N: Final = 2048
 # From this many rows per expert on DeepGEMM's products are about as fast as ours.
@@ -132,8 +130,6 @@ def _hopper(problem: MoEProblem, decode: Ranked, grouped: Ranked, *, is_decode: 
 
 
 def _is_decode(problem: MoEProblem) -> bool:
-    if problem.dtype == "fp8" and problem.interleaved and not _converts(problem):
-        return problem.expected_slots <= ALTERNATING_DECODE_ROWS * problem.E
     few_rows = problem.expected_slots < EVEN_DECODE_ROWS * problem.E
     few_rows &= problem.capability != (9, 0) or not _many_rows(problem)
     most = DECODE_TOKENS if few_rows or _converts(problem) else EVEN_DECODE_TOKENS
@@ -173,6 +169,8 @@ def vector_suits(problem: MoEProblem) -> bool:
 
 def _many_rows(problem: MoEProblem) -> bool:
     """Whether tiles of 128 rows are likelier to be faster than tiles of 64."""
+    if problem.fp8 and problem.K % GLUON_FP8_K:
+        return False
     least = GLUON_ROWS
     if problem.fp8:
         least = GLUON_FP8_ROWS_FROM_LONG_N if problem.N >= GLUON_LONG_N else GLUON_FP8_ROWS

@@ -21,7 +21,7 @@ MEASURED: dict[tuple[str, DType], dict[int, str]] = {
     ("qwen3-30b-a3b", "bf16"): {256: "gluon_hopper", 16384: "gluon_hopper"},
     ("qwen3-235b", "bf16"): {16384: "gluon_hopper"},
     ("gpt-oss-120b", "bf16"): {16384: "gluon_hopper"},
-    ("gpt-oss-120b", "fp8"): {128: "triton_splitk", 512: "triton_persistent"},
+    ("gpt-oss-120b", "fp8"): {64: "triton_splitk", 128: "triton_persistent", 512: "triton_persistent"},
     ("gpt-oss-120b", "mxfp4"): {64: "triton_splitk", 128: "gluon_hopper", 1024: "gluon_hopper"},
     ("mixtral-8x7b", "bf16"): {64: "triton_persistent", 128: "gluon_hopper", 16384: "gluon_hopper"},
 }
