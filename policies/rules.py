@@ -169,10 +169,10 @@ def vector_suits(problem: MoEProblem) -> bool:
 
 def _many_rows(problem: MoEProblem) -> bool:
     """Whether tiles of 128 rows are likelier to be faster than tiles of 64."""
-    if problem.fp8 and problem.K % GLUON_FP8_K:
-        return False
     least = GLUON_ROWS
     if problem.fp8:
+        if problem.K % GLUON_FP8_K:
+            return False
         least = GLUON_FP8_ROWS_FROM_LONG_N if problem.N >= GLUON_LONG_N else GLUON_FP8_ROWS
     elif problem.dtype != "mxfp4" and problem.expected_experts * problem.expert_bytes < GLUON_BYTES:
         least = GLUON_ROWS_OF_FEW_BYTES
