@@ -22,7 +22,7 @@ SMALL = ("--model", "4,2,64,32", "--dtype", "fp32", "--mode", "eager", "--second
 def test_the_entry_point_lists_its_commands() -> None:
     command = [sys.executable, "-m", "moe_dispatch.benchmarks", "--help"]
     done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
-    for name in ("run", "score", "regret", "plot", "pack", "ship"):
+    for name in ("run", "score", "regret", "plot", "tables", "pack", "ship"):
         assert name in done.stdout
 
 
@@ -146,7 +146,7 @@ def test_score_exits_by_the_verdicts(path: Path) -> None:
     assert "FAIL" not in run("score", path)
 
 
-@pytest.mark.parametrize("command", ["plot", "score", "regret", "pack", "ship"])
+@pytest.mark.parametrize("command", ["plot", "score", "regret", "tables", "pack", "ship"])
 @pytest.mark.parametrize("content", [None, '{"rows": 3}\n', "<html>\n"], ids=["missing", "other JSON", "no JSON"])
 def test_a_file_that_cannot_be_read_is_one_message(command: str, content: str | None, tmp_path: Path) -> None:
     path = tmp_path / "given.json"
