@@ -89,6 +89,16 @@ def test_the_command_prints_every_table_below_its_title(path: Path) -> None:
     assert run("tables", path, "--sweep", path) == f"{expected}\n"
 
 
+def test_the_documents_hold_what_is_printed_of_the_recorded_rows() -> None:
+    made = tables(*(row_files.load([RESULTS / f"{name}.jsonl.xz"]) for name in ("bench", "sweep")))
+    in_readme = {MEANS, "deepseek-v3, fp8: µs by candidate"}
+    assert in_readme < made.keys()
+    for name, titles in (("docs/performance.md", made.keys() - in_readme | {MEANS}), ("README.md", in_readme)):
+        text = " ".join((ROOT / name).read_text(encoding="utf-8").split())
+        for title in titles:
+            assert " ".join(made[title].split()) in text, f"{name} must hold this ({title}):\n{made[title]}"
+
+
 def test_readmes_picture_is_drawn_of_the_recorded_sweep() -> None:
     drawn = winners_maps(row_files.load([RESULTS / "sweep.jsonl.xz"]))["fp8"]
     assert (ROOT / "docs/images/winners-fp8.svg").read_text(encoding="utf-8") == drawn
