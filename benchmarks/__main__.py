@@ -83,6 +83,21 @@ def plot(
         typer.echo(path)
 
 
+@app.command("tables")
+def tables_command(
+    rows: Rows,
+    sweep: Annotated[
+        list[Path] | None, typer.Option(help="Rows of a sweep: also the fastest backend by layer and M. Repeatable.")
+    ] = None,
+) -> None:
+    """Print the tables of docs/performance.md and README.md, as Markdown, from rows of the suite `scoreboard`."""
+    from moe_dispatch.benchmarks.reports.tables import tables
+    from moe_dispatch.benchmarks.row_files import load
+
+    made = tables(load(rows), load(sweep or ()))
+    typer.echo("\n\n".join(f"## {title}\n\n{table}" for title, table in made.items()))
+
+
 # A wheel leaves out the package `record`: these commands make the repository's own record.
 if importlib.util.find_spec("moe_dispatch.benchmarks.record"):
     from moe_dispatch.benchmarks.record.commands import pack, project, ship

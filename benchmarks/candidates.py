@@ -1,7 +1,6 @@
 """The candidates of a point: backends in their configurations, and baselines, each with the calls to check and time."""
 
 import functools
-import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -78,15 +77,23 @@ class CandidateFactory:
 
     def candidates(self, plan: BenchPlan, problem: MoEProblem, layer: LoadedLayer) -> Iterator[BenchCandidate]:
         """Every candidate of a plan at a point that can run there."""
-        for backend in plan.backends:
-            if self._supports(backend, problem):
-                configs = self._configs(plan, backend, problem)
-                for config, routing in itertools.product(configs, plan.routings):
-                    yield _of_backend(backend, layer.experts, config, routing, problem)
-        for baseline in plan.baselines:
-            if self._supports(baseline, problem) and (call := self._prepared(baseline, problem, layer)):
+        for backend, config in self.backends(plan, problem):
+            for routing in plan.routings:
+                yield _of_backend(backend, layer.experts, config, routing, problem)
+        for baseline in self.baselines(plan, problem):
+            if call := self._prepared(baseline, problem, layer):
                 for routing in plan.routings:
                     yield _of_baseline(baseline, call, routing, baseline.tolerance[problem.dtype])
+
+    def backends(self, plan: BenchPlan, problem: MoEProblem) -> Iterator[tuple[Backend, BackendConfig]]:
+        """A plan's backends that can run a problem, in each configuration that the plan wants there."""
+        for backend in plan.backends:
+            if self._supports(backend, problem):
+                yield from ((backend, config) for config in self._configs(plan, backend, problem))
+
+    def baselines(self, plan: BenchPlan, problem: MoEProblem) -> Iterator[Baseline]:
+        """A plan's baselines that can run a problem."""
+        return (baseline for baseline in plan.baselines if self._supports(baseline, problem))
 
     def _supports(self, runner: Backend | Baseline, problem: MoEProblem) -> bool:
         reasons = runner.unsupported_reasons(problem)

@@ -1,8 +1,7 @@
 """Suites: named sets of measurements, as data.
 
 The ``scoreboard`` suite measures what the targets (`targets`) need, and only that. Few tokens and many come first, and
-every model and dtype at each token count, so that a run that is cut short has evidence for every region. Baselines that
-take long to compile come last.
+every model and dtype at each token count, so that a run that is cut short has evidence for every region.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -105,12 +104,10 @@ SUITES: Final[dict[str, Suite]] = {
                     routings=(UNIFORM, SKEWED) if M in SKEWED_TOKENS else (UNIFORM,),
                     modes=("graph", "eager") if M == 1 else ("graph",),
                     backends=BACKENDS_OF_FEW_TOKENS + BACKENDS if M in REGIONS["decode"] else BACKENDS,
-                    baselines=("vllm",),
+                    baselines=("vllm", "vllm_deep_gemm", "vllm_triton_kernels"),
                 )
                 for M in coarse_to_fine(TOKENS)
             ),
-            Step(tokens=TOKENS, baselines=("vllm_deep_gemm",)),
-            Step(tokens=TOKENS, baselines=("vllm_triton_kernels",)),
         ),
     ),
 }

@@ -16,12 +16,14 @@ from typing import Final
 import torch
 
 from moe_dispatch.benchmarks.candidates import BenchCandidate, CandidateFactory, LoadedLayer
+from moe_dispatch.benchmarks.compiled_ahead import compile_plans
 from moe_dispatch.benchmarks.plan import BenchPlan
 from moe_dispatch.benchmarks.point import SEED, Outcome, PointInputs, check_and_time, release_memory
 from moe_dispatch.benchmarks.provenance import Provenance
 from moe_dispatch.benchmarks.row_files import append
 from moe_dispatch.benchmarks.rows import BenchRow, RowKey
 from moe_dispatch.benchmarks.stopwatch import Stopwatch
+from moe_dispatch.machine import present_device
 from moe_dispatch.measure.energy import EnergyOf
 from moe_dispatch.policies.calibration.memory import input_bytes, require, weight_bytes
 from moe_dispatch.policies.calibration.schedule import coarse_to_fine
@@ -69,6 +71,7 @@ class Sweep:
             RuntimeError: The CUDA context is lost; nothing further can run in this process.
         """
         try:
+            self._compile_ahead(plans)
             for plan, group, M, layer in self._schedule(plans):
                 if time.perf_counter() >= self.deadline:
                     self._note("stopped: the budget is spent; --resume goes on")
@@ -81,6 +84,18 @@ class Sweep:
         finally:
             self._unload()
         return self.written
+
+    def _compile_ahead(self, plans: Sequence[BenchPlan]) -> None:
+        """Compile on all cores what the plans will run; no-op on a CPU, where nothing compiles."""
+        machine = self.provenance.machine
+        if machine.device != "cuda":
+            return
+        self.advance("compiling ahead")
+        with self.stopwatch.spending("compiling ahead"):
+            left_s = self.deadline - time.perf_counter()
+            failed = compile_plans(plans, self._factory, machine, present_device(), self.done, left_s)
+        if failed:
+            self._note(f"{len(failed)} candidates were not compiled ahead; the first: {failed[0]}")
 
     def _schedule(self, plans: Sequence[BenchPlan]) -> Iterator[tuple[BenchPlan, Layers, int, tuple[Workload, DType]]]:
         """Plan, layers that are in memory together, token count and layer, in the order of measuring."""

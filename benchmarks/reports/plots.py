@@ -58,11 +58,20 @@ def _draw(pyplot: Any, best: "_Best", folder: Path) -> list[Path]:
     }
     layers = sorted({(workload, dtype) for workload, dtype, *_ in best})
     files = [_draw_layer(pyplot, best, layer, style, folder) for layer in layers]
-    colours = {name: look["color"] for name, look in style.items()}
-    for dtype in sorted({dtype for _, dtype in layers}):
+    for dtype, drawn in _maps(best).items():
         files.append(folder / f"winners-{dtype}.svg")
-        files[-1].write_text(winners_map(_winners(best, dtype), colours), encoding="utf-8")
+        files[-1].write_text(drawn, encoding="utf-8")
     return files
+
+
+def winners_maps(rows: Iterable[BenchRow]) -> dict[str, str]:
+    """The maps of the fastest backends as SVG text, by dtype; matplotlib is not needed."""
+    return _maps(_best(rows))
+
+
+def _maps(best: "_Best") -> dict[str, str]:
+    colours = {name: COLOURS[i % len(COLOURS)] for i, name in enumerate(sorted({backend for *_, backend in best}))}
+    return {dtype: winners_map(_winners(best, dtype), colours) for dtype in sorted({dtype for _, dtype, *_ in best})}
 
 
 _Best = dict[tuple[str, str, int, str], BenchRow]

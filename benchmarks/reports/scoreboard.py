@@ -26,9 +26,17 @@ Point = tuple[str, int]
 
 
 class Scores:
-    """Times by point: the fastest configuration of each backend and baseline."""
+    """Times by point: the fastest configuration of each backend and baseline.
+
+    Raises:
+        InvalidInputError: The rows are of several machines.
+    """
 
     def __init__(self, rows: Iterable[BenchRow]) -> None:
+        rows = list(rows)
+        machines = sorted({row.machine for row in rows})
+        if len(machines) > 1:
+            raise InvalidInputError(f"the rows must be of one machine, got {', '.join(machines)}")
         self._best: dict[tuple[str, str, int, str, str, str], BenchRow] = {}
         for row in rows:
             if row.us is None:
@@ -46,6 +54,16 @@ class Scores:
         rows = [row for key, row in self._best.items() if key[:5] == where and SIDES[side](key[5])]
         return min(rows, key=lambda row: row.us or math.inf, default=None)
 
+    def row(self, point: Point, dtype: str, name: str) -> BenchRow | None:
+        """The fastest row of one backend or baseline in graphs at a point (model, M); None if it has no time there."""
+        model, M = point
+        return self._best.get((model, dtype, M, "graph", UNIFORM, name))
+
+    def winners(self, dtype: str) -> dict[Point, BenchRow]:
+        """The fastest backend in graphs at every point (workload, M) of a dtype."""
+        points = {(key[0], key[2]) for key in self._best if key[1] == dtype}
+        return {point: row for point in points if (row := self.fastest(point, dtype, "all backends"))}
+
 
 def scoreboard(rows: Iterable[BenchRow]) -> list[TargetResult]:
     """The result of every target by the rows of one machine.
@@ -53,10 +71,6 @@ def scoreboard(rows: Iterable[BenchRow]) -> list[TargetResult]:
     Raises:
         InvalidInputError: The rows are of several machines.
     """
-    rows = list(rows)
-    machines = sorted({row.machine for row in rows})
-    if len(machines) > 1:
-        raise InvalidInputError(f"the rows must be of one machine, got {', '.join(machines)}")
     scores = Scores(rows)
     return [METRICS[target.metric](scores, target) for target in SCOREBOARD]
 

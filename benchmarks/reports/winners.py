@@ -23,9 +23,7 @@ STYLE: Final = (
 def winners_map(winners: Mapping[tuple[str, int], BenchRow], colours: Mapping[str, str]) -> str:
     """Draw the fastest rows by workload and M; `colours` is by the name of the backend."""
     workloads = sorted({workload for workload, _ in winners})
-    # A calibration refines a layer's boundaries at token counts that other layers lack; their columns would have holes.
-    measured = Counter(M for _, M in winners)
-    tokens = sorted(M for M in measured if 4 * measured[M] > 3 * len(workloads))
+    tokens = common_tokens(winners)
     table = {workload: [winners.get((workload, M)) for M in tokens] for workload in workloads}
     right, bottom = LABELS + WIDTH * len(tokens), TOP + HEIGHT * len(workloads)
     any_row = next(iter(winners.values()))
@@ -59,6 +57,16 @@ def winners_map(winners: Mapping[tuple[str, int], BenchRow], colours: Mapping[st
     lines += [f'<text x="{_middle(i)}" y="{bottom + 18}">{M}</text>' for i, M in enumerate(tokens)]
     lines.append(f'<text x="{(LABELS + right) // 2}" y="{bottom + 38}">tokens M</text>')
     return "\n".join([*lines, "</svg>\n"])
+
+
+def common_tokens(winners: Mapping[tuple[str, int], BenchRow]) -> list[int]:
+    """The columns of a map: the token counts that most workloads have.
+
+    A calibration refines a layer's boundaries at token counts that other layers lack; their columns would have holes.
+    """
+    measured = Counter(M for _, M in winners)
+    workloads = {workload for workload, _ in winners}
+    return sorted(M for M in measured if 4 * measured[M] > 3 * len(workloads))
 
 
 def _middle(column: int) -> int:

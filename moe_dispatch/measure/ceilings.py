@@ -73,7 +73,7 @@ KNOWN_CEILINGS: Final[Mapping[str, KnownCeilings]] = {
     "nvidia_h200": KnownCeilings(
         Ceilings(bandwidth=4.3e12, bf16_flops=700e12, fp8_flops=1300e12),
         "8192³ products and a copy of 4 GiB on one NVIDIA H200 (132 SMs, driver 580.159.04, torch 2.11.0+cu130), "
-        "2026-11-23. The run in benchmarks/results/nvidia_h200/bench.jsonl.xz measured 4.25e12, 677e12 and 1277e12.",
+        "2026-11-23. The run in benchmarks/results/nvidia_h200/bench.jsonl.xz measured 4.22e12, 696e12 and 1307e12.",
     ),
 }
 H200_CEILINGS: Final = KNOWN_CEILINGS["nvidia_h200"].ceilings

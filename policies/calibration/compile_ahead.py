@@ -1,9 +1,11 @@
-"""Compiles the candidates of a calibration on all cores, before they are timed.
+"""Compiles the candidates of a calibration or a benchmark on all cores, before they are timed.
 
 Triton, vLLM and DeepGEMM compile in the process that first runs a candidate, one kernel after another, and keep the
 result on disk. So several processes each run candidates once on a call whose ids are all -1. Such a call compiles and
 launches the kernels but reads no weights, which is why the weights can be placeholders without memory behind them.
 Candidates of which that is not true (`Backend.reads_whole_layer`) are left to their first runs.
+
+Nothing is timed meanwhile: the processes launch on the device that measures, and take every core.
 """
 
 import contextlib
@@ -12,8 +14,8 @@ import math
 import os
 import threading
 import time
-from collections import deque
-from collections.abc import Callable, Collection, Iterable
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,8 +37,12 @@ MOST_PROCESSES: Final = 32
 LEAST_JOBS: Final = 8
 # Processes that load the same library, beside the measuring worker, because loading takes tens of seconds of a core.
 LIBRARY_PROCESSES: Final = 3
+# A backend's other jobs are left to their first runs after so many of them took a process down: another process takes
+# seconds to start, and tens of seconds to load a library.
+MOST_DEATHS: Final = 2
 # The record of compiled jobs is written after this many of them, for a calibration that runs at the same time.
 KEPT_EVERY: Final = 32
+_CORES_OF_GROUP: Final = Path("/sys/fs/cgroup/cpu.max")
 
 
 @dataclass(frozen=True)
@@ -52,6 +58,9 @@ class Job:
         """A name of the job that changes with the versions of everything that compiles it."""
         parts = (self.layer.key, self.M, self.candidate.identity, sorted(self.candidate.versions.items()))
         return hashlib.sha256(repr((*parts, self.candidate.package, self.candidate.commit)).encode()).hexdigest()[:16]
+
+    def __str__(self) -> str:
+        return f"{self.candidate.backend} at M={self.M} of {self.layer}"
 
 
 def in_order(jobs: Iterable[Job]) -> list[Job]:
@@ -77,13 +86,15 @@ def compile_ahead(
     deadline: float = math.inf,
     on_progress: Callable[[int, int], None] | None = None,
     *,
-    libraries: Collection[str] = (),
+    libraries: Mapping[str, str] | None = None,
     measuring_worker: Worker | None = None,
+    meanwhile: Callable[[], None] | None = None,
 ) -> list[str]:
     """Compile the jobs that were not compiled before, each process taking the next one.
 
     A job that fails here is compiled again by the candidate's first run, which has the memory to itself and reports
-    what fails there too. After an interruption or the deadline the remaining jobs are left to the first runs as well.
+    what fails there too. After the deadline the remaining jobs are left to the first runs as well. An interruption ends
+    the workers at once.
 
     Args:
         jobs: What to compile.
@@ -92,101 +103,159 @@ def compile_ahead(
             own caches are, only time is lost.
         deadline: Time of `time.monotonic` after which no job starts.
         on_progress: Called with the number of jobs taken and of all jobs, from any thread.
-        libraries: Names of backends that load a library.
+        libraries: The library that a backend loads, by the backend's name.
         measuring_worker: The worker that measures afterwards. It takes jobs too, so that it has loaded the libraries
             when it starts measuring, and it is not closed.
+        meanwhile: Called once in this thread while the workers compile, unless there is nothing to compile.
 
     Returns:
         A line for each job that failed, with the reason.
     """
     before = _read(remembered)
-    queue = Jobs((job for job in in_order(jobs) if job.digest not in before), libraries)
-    total = len(queue)
-    done: list[str] = []
-    failed: list[str] = []
-    lock, stop = threading.Lock(), threading.Event()
+    queue = Jobs((job for job in in_order(jobs) if job.digest not in before), libraries or {})
+    processes = min(MOST_PROCESSES, usable_cores(), math.ceil(len(queue) / LEAST_JOBS))
+    if not processes:
+        return []
+    compilation = _Compilation(queue, remembered, deadline, on_progress)
+    workers = [start() for _ in range(processes)]
+    with ThreadPoolExecutor(processes) as pool:
+        try:
+            running = [pool.submit(compilation.work, worker, to_keep=False) for worker in workers]
+            if meanwhile is not None:
+                meanwhile()
+            # In this thread, not in one of the pool: Linux kills a worker when the thread that started it ends.
+            if measuring_worker is not None:
+                compilation.work(measuring_worker, to_keep=True)
+            for future in running:
+                future.result()
+        except BaseException:
+            compilation.stop.set()
+            for worker in workers:
+                worker.kill()  # or the pool would wait for what they are compiling
+            raise
+        finally:
+            compilation.stop.set()
+            compilation.remember()
+    return compilation.failed
 
-    def work(worker: Worker, *, to_keep: bool) -> None:
+
+def usable_cores() -> int:
+    """Cores that this process may run on, and no more than its control group gets the time of: a container's limit."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        quota, period = map(int, read_bytes(_CORES_OF_GROUP).split())
+    except (OSError, ValueError):  # no control group, or no limit: "max"
+        return cores
+    return max(1, min(cores, quota // period))
+
+
+class _Compilation:
+    """What the threads share that each let a worker compile one job after another.
+
+    Attributes:
+        failed: A line for each job that failed.
+        stop: Set when no further job is to start.
+    """
+
+    def __init__(
+        self, queue: "Jobs", remembered: Path, deadline: float, on_progress: Callable[[int, int], None] | None
+    ) -> None:
+        self._queue, self._remembered, self._deadline, self._on_progress = queue, remembered, deadline, on_progress
+        self._total = len(queue)
+        self._done: list[str] = []
+        self._deaths: Counter[str] = Counter()
+        self._lock = threading.Lock()
+        self.failed: list[str] = []
+        self.stop = threading.Event()
+
+    def work(self, worker: Worker, *, to_keep: bool) -> None:
+        """Have a worker compile until nothing is left for it."""
         loaded: set[str] = set()
         try:
-            while not stop.is_set() and time.monotonic() < deadline:
-                with lock:
-                    job = queue.take(loaded, every_library=to_keep)
+            while not self.stop.is_set() and time.monotonic() < self._deadline:
+                with self._lock:
+                    job = self._queue.take(loaded, every_library=to_keep)
                 if job is None:
                     return
-                reason = ""
+                error: CandidateFailedError | WorkerDiedError | None = None
                 try:
                     worker.compile(job.layer, job.M, job.candidate)
                 except BudgetSpentError:
                     return
-                except (WorkerDiedError, CandidateFailedError) as error:
-                    reason = f"{job.candidate.backend} at M={job.M} of {job.layer}: {error}"
-                with lock:
-                    if reason:
-                        failed.append(reason)
-                    else:
-                        done.append(job.digest)
-                    if len(done) % KEPT_EVERY == 0:
-                        _remember(remembered, done)
-                    if on_progress is not None:
-                        on_progress(total - len(queue), total)
+                except (WorkerDiedError, CandidateFailedError) as raised:
+                    error = raised
+                self._took(job, error)
         finally:
             if not to_keep:
                 worker.close()
 
-    processes = min(MOST_PROCESSES, os.cpu_count() or 1, math.ceil(total / LEAST_JOBS))
-    if not processes:
-        return failed
-    with ThreadPoolExecutor(processes) as pool:
-        try:
-            running = [pool.submit(work, start(), to_keep=False) for _ in range(processes)]
-            # In this thread, not in one of the pool: Linux kills a worker when the thread that started it ends.
-            if measuring_worker is not None:
-                work(measuring_worker, to_keep=True)
-            for future in running:
-                future.result()
-        finally:
-            stop.set()
-            with lock:
-                _remember(remembered, done)
-    return failed
+    def remember(self) -> None:
+        """Record what was compiled."""
+        with self._lock:
+            _remember(self._remembered, self._done)
+
+    def _took(self, job: Job, error: CandidateFailedError | WorkerDiedError | None) -> None:
+        backend = job.candidate.backend
+        with self._lock:
+            if error is None:
+                self._done.append(job.digest)
+            else:
+                self.failed.append(f"{job}: {error}")
+                self._deaths[backend] += isinstance(error, WorkerDiedError)
+                if self._deaths[backend] >= MOST_DEATHS:
+                    self.failed += [f"{other}: not tried after that" for other in self._queue.drop(backend)]
+            if len(self._done) % KEPT_EVERY == 0:
+                _remember(self._remembered, self._done)
+            if self._on_progress is not None:
+                self._on_progress(self._total - len(self._queue), self._total)
 
 
 class Jobs:
     """Waiting jobs by backend, each taken in the given order.
 
     A process stays with the libraries it has loaded, because loading takes tens of seconds.
+
+    Args:
+        libraries: The library that a backend loads, by the backend's name.
     """
 
-    def __init__(self, jobs: Iterable[Job], libraries: Collection[str]) -> None:
+    def __init__(self, jobs: Iterable[Job], libraries: Mapping[str, str]) -> None:
         self._jobs: dict[str, deque[Job]] = {}
         for job in jobs:
             self._jobs.setdefault(job.candidate.backend, deque()).append(job)
-        self._may_load = dict.fromkeys(libraries, LIBRARY_PROCESSES)  # processes that may still load each library
+        self._libraries = libraries
+        # Processes that may still load each library.
+        self._may_load = dict.fromkeys(libraries.values(), LIBRARY_PROCESSES)
 
     def __len__(self) -> int:
         return sum(map(len, self._jobs.values()))
 
     def take(self, loaded: set[str], *, every_library: bool) -> Job | None:
-        """The next job for a process, whose backend is added to `loaded`; None if there is no job for it.
+        """The next job for a process; None if there is no job for it.
 
-        With `every_library` the process has to load every library in any case, and so takes a job of each first.
+        Its library, or else its backend, is added to `loaded`. With `every_library` the process has to load every
+        library in any case, and so takes a job of each first.
         """
         waiting = {name: len(jobs) for name, jobs in self._jobs.items() if jobs}
-        unloaded = {name for name in waiting if name in self._may_load and name not in loaded}
-        loadable = unloaded if every_library else {name for name in unloaded if self._may_load[name]}
+        unloaded = [name for name in waiting if name in self._libraries and self._libraries[name] not in loaded]
+        loadable = [name for name in unloaded if every_library or self._may_load[self._libraries[name]]]
         if loadable and (every_library or not loaded):
-            name = min(loadable)  # loading takes longest, so it comes first
+            choice = loadable  # loading takes longest, so it comes first
         else:
-            mine = [name for name in waiting if name in loaded]
-            choice = mine or [name for name in waiting if name not in unloaded] or sorted(loadable)
-            if not choice:
-                return None
-            name = max(choice, key=lambda name: waiting[name])
+            mine = [name for name in waiting if self._libraries.get(name, name) in loaded]
+            choice = mine or [name for name in waiting if name not in unloaded] or loadable
+        if not choice:
+            return None
+        # Of libraries, the one that the fewest processes have loaded.
+        name = max(choice, key=lambda name: (self._may_load.get(self._libraries.get(name, ""), 0), waiting[name]))
         if name in unloaded and not every_library:
-            self._may_load[name] -= 1
-        loaded.add(name)
+            self._may_load[self._libraries[name]] -= 1
+        loaded.add(self._libraries.get(name, name))
         return self._jobs[name].popleft()
+
+    def drop(self, backend: str) -> list[Job]:
+        """Take all waiting jobs of a backend."""
+        return list(self._jobs.pop(backend, ()))
 
 
 def _remember(path: Path, done: Iterable[str]) -> None:

@@ -23,9 +23,11 @@ from moe_dispatch.policies.calibration.successive_halving import MeasurementCont
 from moe_dispatch.policies.calibration.worker_process import (
     BudgetSpentError,
     NotPreparedError,
+    StartWorker,
     Worker,
     WorkerDiedError,
     WorkerProcess,
+    worker_targets,
 )
 from moe_dispatch.policies.measurements.merge import promote_winners, require_writable, save
 from moe_dispatch.policies.measurements.schema import LayerShape, Measurement, PointKey
@@ -38,8 +40,6 @@ if TYPE_CHECKING:
 # Share of the budget after which nothing more is compiled ahead; the rest is compiled by each candidate's first run.
 COMPILE_SHARE: Final = 0.5
 
-StartWorker = Callable[[str, dict[str, str], float, float], Worker]
-
 
 class CalibrationRun:
     """Measures what a request asks for, and saves it point by point.
@@ -47,8 +47,7 @@ class CalibrationRun:
     Args:
         request: What to measure.
         on_progress: Called before each point.
-        start_worker: Makes a worker from a device, the registered backends ("module:Class" by name), the timeout and
-            the deadline.
+        start_worker: Makes a worker.
         clock: Monotonic clock in seconds, by which the budget is kept.
 
     Raises:
@@ -195,7 +194,11 @@ class CalibrationRun:
         failed = compile_ahead(
             jobs, self._new_worker, compiled_path(request.machine, request.directory),
             self._begin + COMPILE_SHARE * (self._deadline - self._begin), tell,
-            libraries=[name for name, backend in self._backends.items() if backend.requirements.libraries],
+            libraries={
+                name: backend.requirements.libraries[0]
+                for name, backend in self._backends.items()
+                if backend.requirements.libraries
+            },
             measuring_worker=self._worker,
         )  # fmt: skip
         if failed:
@@ -256,8 +259,7 @@ class CalibrationRun:
         return all((layer.key, M, mode) in self._known for mode in self._request.modes)
 
     def _new_worker(self) -> Worker:
-        classes = {name: BACKENDS.load(name) for name in self._backends}
-        targets = {name: f"{backend.__module__}:{backend.__qualname__}" for name, backend in classes.items()}
+        targets = worker_targets({name: BACKENDS.load(name) for name in self._backends})
         return self._start_worker(str(self._request.device), targets, self._request.timeout_s, self._deadline)
 
     def _on_death(self, backend: str, layer: LayerShape, M: int, mode: Mode, error: WorkerDiedError) -> None:

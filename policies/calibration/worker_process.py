@@ -10,11 +10,12 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Final, Protocol
 
+from moe_dispatch.backend import Backend
 from moe_dispatch.errors import MoEDispatchError
 from moe_dispatch.policies.measurements.schema import Candidate, LayerShape
 from moe_dispatch.problem import Mode
@@ -137,6 +138,13 @@ class Worker(Protocol):
     def close(self) -> None:
         """End the worker, whatever it does."""
 
+    def kill(self) -> None:
+        """End it from another thread, whose request raises `WorkerDiedError`; it starts no process any more."""
+
+
+# Makes a worker from a device, the backends ("module:Class" by name), the timeout and the deadline.
+StartWorker = Callable[[str, dict[str, str], float, float], Worker]
+
 
 class WorkerProcess:
     """A `Worker` in a process of its own, which is started again after it died.
@@ -160,6 +168,7 @@ class WorkerProcess:
         self._stderr: IO[bytes] | None = None
         self._layer: LayerShape | None = None
         self._setup: PointSetup | None = None
+        self._killed = False
         self.restarts = 0
         self.spent: dict[str, float] = {}
 
@@ -225,6 +234,13 @@ class WorkerProcess:
             self._stderr.close()
             self._stderr = None
 
+    def kill(self) -> None:
+        """See `Worker.kill`."""
+        self._killed = True
+        if (process := self._process) is not None and process.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+
     def _prepare(self, op: str, **request: Any) -> None:
         try:
             self._ask(op, PREPARE_TIMEOUT_S, **request)
@@ -271,6 +287,9 @@ class WorkerProcess:
         self._requests = os.fdopen(requests, "w", encoding="utf-8")
         self._answers, self._buffer = answers, b""
         self.restarts += 1
+        if self._killed:  # by `kill`, which may have found no process yet
+            self.close()
+            raise WorkerDiedError("its worker was killed")
         answer = self._exchange("start", START_TIMEOUT_S, device=self._device, backends=self._backends)
         if "raised" in answer:
             self.close()
@@ -313,6 +332,11 @@ class WorkerProcess:
         self.close()
         how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exited with status {code}"
         return f"its worker was {how}" + (f": {lines[-1][:300]}" if lines else "")
+
+
+def worker_targets(backends: Mapping[str, type[Backend]]) -> dict[str, str]:
+    """Backends as "module:Class" by name, as a worker registers them."""
+    return {name: f"{backend.__module__}:{backend.__qualname__}" for name, backend in backends.items()}
 
 
 def worker_environment() -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import threading
 import time
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from moe_dispatch.machine import Machine
 from moe_dispatch.policies.calibration import compile_ahead as module
 from moe_dispatch.policies.calibration.compile_ahead import Job, Jobs, compile_ahead, in_order
 from moe_dispatch.policies.calibration.placeholder_weights import placeholder_weights
-from moe_dispatch.policies.calibration.worker_process import WorkerProcess
+from moe_dispatch.policies.calibration.worker_process import WorkerDiedError, WorkerProcess
 from moe_dispatch.policies.measurements.schema import Candidate, LayerShape
 from moe_dispatch.problem import DType
 from moe_dispatch.registry import BACKENDS as REGISTERED
@@ -50,7 +51,7 @@ def taken(queue: Jobs, loaded: set[str], *, every_library: bool = False) -> list
 
 
 def test_the_measuring_worker_begins_with_a_job_of_every_library() -> None:
-    queue = Jobs(jobs("ours", "lib", "other_lib"), libraries=["lib", "other_lib"])
+    queue = Jobs(jobs("ours", "lib", "other_lib"), libraries={"lib": "lib", "other_lib": "other_lib"})
     order = taken(queue, set(), every_library=True)
     assert set(order[:2]) == {"lib", "other_lib"}
     assert sorted(order) == sorted(["ours", "lib", "other_lib"] * 2)
@@ -58,13 +59,89 @@ def test_the_measuring_worker_begins_with_a_job_of_every_library() -> None:
 
 def test_few_processes_load_a_library_and_the_others_leave_its_jobs_to_them(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "LIBRARY_PROCESSES", 1)
-    queue = Jobs(jobs("ours", "lib", tokens=(1, 2, 4)), libraries=["lib"])
+    queue = Jobs(jobs("ours", "lib", tokens=(1, 2, 4)), libraries={"lib": "lib"})
     one, other = set[str](), set[str]()
     first = queue.take(one, every_library=False)
     assert first is not None and first.candidate.backend == "lib"  # noqa: PT018
     assert taken(queue, other) == ["ours"] * 3
     assert taken(queue, one) == ["lib"] * 2
     assert not len(queue)
+
+
+def test_a_process_goes_on_with_the_library_that_it_has_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whichever of the library's backends it loaded it for; the next process loads another library first."""
+    monkeypatch.setattr(module, "LIBRARY_PROCESSES", 1)
+    libraries = {"one": "lib", "two": "lib", "three": "other_lib"}
+    queue = Jobs(jobs("one", "two", "three", "ours", tokens=(1, 2)), libraries)
+    loaded = [set[str](), set[str]()]
+    first = [queue.take(each, every_library=False) for each in loaded]
+    assert {job.candidate.backend for job in first if job} == {"one", "three"}
+    assert taken(queue, loaded[1]) == ["three", "ours", "ours"]
+    assert sorted(taken(queue, loaded[0])) == ["one", "two", "two"]
+
+
+@pytest.mark.slow
+def test_what_takes_processes_down_is_not_tried_for_ever(tmp_path: Path) -> None:
+    wanted = jobs("killed", tokens=(1, 2, 4, 8)) + jobs("reference")
+    failed = compile_ahead(wanted, start, tmp_path / "machine.txt")
+    assert ["SIGKILL" in line for line in failed] == [True, True, False, False]
+    assert all(line.endswith("not tried after that") for line in failed[2:])
+    assert (tmp_path / "machine.txt").read_text().split() == sorted(job.digest for job in jobs("reference"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("started", [True, False], ids=["while a worker compiles", "before its process is there"])
+def test_an_interruption_ends_the_workers_at_once(tmp_path: Path, started: bool) -> None:
+    ends: list[str] = []
+
+    class Watched(WorkerProcess):
+        compiling = threading.Event()
+
+        def compile(self, layer: LayerShape, M: int, candidate: Candidate) -> None:
+            self.compiling.set()
+            if not started:
+                interrupted.wait()
+            try:
+                super().compile(layer, M, candidate)
+            except WorkerDiedError as error:
+                ends.append(str(error))
+                raise
+
+        def kill(self) -> None:
+            super().kill()
+            interrupted.set()
+
+    def interrupt() -> None:
+        Watched.compiling.wait()
+        if started:
+            while not worker.restarts:
+                time.sleep(0.01)
+        raise KeyboardInterrupt
+
+    interrupted = threading.Event()
+    worker = Watched("cpu", BACKENDS | {"hanging": "tests.support.calibration_faults:HangingBackend"}, 120.0)
+    with pytest.raises(KeyboardInterrupt):
+        compile_ahead(jobs("hanging"), lambda: worker, tmp_path / "machine.txt", meanwhile=interrupt)
+    (end,) = ends
+    assert "killed" in end  # and not given up after its time
+
+
+@pytest.mark.parametrize(
+    ("limit", "cores"), [("400000 100000", 4), ("150000 100000", 1), ("50000 100000", 1), ("max 100000", 8), (None, 8)]
+)
+def test_no_more_processes_than_a_container_has_cores(
+    limit: str | None, cores: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The system lists the cores of the whole host, on which that many processes would only wait for each other."""
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(8)), raising=False)
+    monkeypatch.setattr(module, "_CORES_OF_GROUP", tmp_path / "cpu.max")
+    if limit:
+        (tmp_path / "cpu.max").write_text(f"{limit}\n")
+    assert module.usable_cores() == cores
+
+
+def test_without_jobs_nothing_is_done_meanwhile(tmp_path: Path) -> None:
+    assert not compile_ahead([], start, tmp_path / "machine.txt", meanwhile=pytest.fail)
 
 
 @pytest.mark.slow

@@ -147,6 +147,9 @@ class SimulatedWorker:
     def close(self) -> None:
         """See `Worker.close`."""
 
+    def kill(self) -> None:
+        """See `Worker.kill`."""
+
     def _run(self, candidate: int, routing: str = "") -> Run:
         assert self._layer is not None and self._setup is not None  # noqa: PT018
         setup, description = self._setup, self._setup.candidates[candidate]
