@@ -183,4 +183,4 @@ class MoELayer(nn.Module):
 
 def _translate(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: object) -> None:
     assert isinstance(module, MoELayer)  # noqa: S101 - MoELayer registers it for itself
-    translate(state_dict, prefix)
+    translate(state_dict, prefix, interleaved=module.experts.interleaved)
