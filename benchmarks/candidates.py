@@ -11,6 +11,7 @@ from moe_dispatch.benchmarks.rows import RowKey, row_key
 from moe_dispatch.benchmarks.stopwatch import Stopwatch
 from moe_dispatch.dispatch.policy_chain import PolicyChain
 from moe_dispatch.experts import ExpertWeights
+from moe_dispatch.guard import foreign_errors
 from moe_dispatch.machine import Machine
 from moe_dispatch.measure import Call, LayerInputs, backend_call, fast_path_call
 from moe_dispatch.problem import MoEProblem
@@ -106,7 +107,7 @@ class CandidateFactory:
             try:
                 with self._stopwatch.spending("baselines' preparation"):
                     layer.prepared[baseline.name] = baseline.prepare(layer.experts, problem)
-            except Exception as error:  # noqa: BLE001 - a foreign library may raise anything, and is then left out
+            except foreign_errors() as error:  # a foreign library may raise anything, and is then left out
                 self._note(f"{baseline.name}: {summary(error)}")
                 return None
         return layer.prepared[baseline.name]

@@ -11,6 +11,7 @@ from torch import Tensor
 from moe_dispatch.benchmarks.candidates import BenchCandidate
 from moe_dispatch.benchmarks.stopwatch import Stopwatch
 from moe_dispatch.experts import ExpertWeights
+from moe_dispatch.guard import foreign_errors
 from moe_dispatch.measure import LayerInputs, Timing, Verdict, make_inputs, reference_outputs, time_interleaved, verify
 from moe_dispatch.measure.energy import EnergyOf
 from moe_dispatch.problem import Mode, MoEProblem
@@ -110,7 +111,7 @@ def check_and_time(
     failures: dict[int, str] = {}
     verdicts: dict[int, Verdict] = {}
 
-    def fail(index: int, error: Exception) -> None:
+    def fail(index: int, error: BaseException) -> None:
         if lost_device(error):
             raise error
         failures[index] = f"out of memory: {summary(error)}" if out_of_memory(error) else summary(error)
@@ -124,7 +125,7 @@ def check_and_time(
                     candidate.call, point.inputs, point.references_of(candidate), tolerance=candidate.tolerance,
                     mode=mode, deterministic=candidate.deterministic,
                 )  # fmt: skip
-        except Exception as error:  # noqa: BLE001 - a candidate may raise anything, and loses only its own row
+        except foreign_errors() as error:  # a candidate may raise anything, and loses only its own row
             fail(index, error)
         else:
             if not verdicts[index].ok:
@@ -150,7 +151,7 @@ def check_and_time(
             try:
                 with stopwatch.spending("energy"):
                     joules[index] = energy(calls[index], inputs, mode)
-            except Exception as error:
+            except foreign_errors() as error:
                 if lost_device(error):
                     raise
                 release_memory(inputs[0].hidden_states.device)  # the time stands, without an energy

@@ -119,7 +119,8 @@ def stack(
         device: Where to put them; where they are, if None.
 
     Raises:
-        InvalidInputError: Tensors are missing, or shapes or dtypes do not fit together; the message names them.
+        InvalidInputError: Tensors are missing, shapes or dtypes do not fit together, or rows that are to alternate are
+            not fused; the message names them.
     """
     if -1 in experts:
         if len(experts) > 1:
@@ -131,6 +132,11 @@ def stack(
         fused = stack_mxfp4 if any(kind == "blocks" for _, kind in experts[-1]) else _stack_fused
         stacked = fused(source, experts[-1], part, interleaved=interleaved, device=device)
         return _with_bias_once(stacked, part)
+    if interleaved:
+        raise InvalidInputError(
+            f"{source.origin} has gate and up of each expert in tensors of their own, whose rows do not alternate as "
+            "interleaved=True says; leave it out"
+        )
     _require_alike(source, experts)
     return _stack_single(source, [experts[e] for e in range(len(experts))], part, device)
 

@@ -306,7 +306,7 @@ class ExpertWeights:
             layer: The layer's number in the names of the tensors.
             tp: As for `from_experts`.
             activation: As for `ExpertWeights`; None for that of the config.json beside the weights.
-            interleaved: As for `ExpertWeights`; likewise.
+            interleaved: As for `ExpertWeights`, of experts that are fused; likewise.
             device: Where to put the weights; the host's memory if None.
 
         Raises:

@@ -4,8 +4,11 @@ A backend may be another package's code. One that raises when it is asked, answe
 that backend and nothing else: not the call, not `explain`, not `doctor`.
 """
 
+import inspect
 import math
 import reprlib
+import sys
+import traceback
 from collections.abc import Callable, Mapping
 from typing import Any, Final, TypeVar
 
@@ -14,9 +17,6 @@ from moe_dispatch.errors import BackendUnavailableError
 from moe_dispatch.machine import Machine
 from moe_dispatch.problem import MoEProblem
 from moe_dispatch.system import failures
-
-# What is caught of foreign code. `sys.exit` in a library may not end the program that uses it; Ctrl-C must.
-FOREIGN_ERRORS: Final = (Exception, SystemExit)
 
 _DECLARED: Final[Mapping[str, type]] = {
     "name": str,
@@ -30,6 +30,29 @@ _DECLARED: Final[Mapping[str, type]] = {
 }
 
 Answer = TypeVar("Answer")
+
+
+def foreign_errors() -> tuple[type[BaseException], ...]:
+    """What to catch of foreign code, for an except clause, which calls this when something was raised.
+
+    That is everything: `sys.exit` in a library may not end the program that uses it, nor may the panic of an extension
+    in Rust, which is no `Exception`. Ctrl-C must, and so must what a signal handler of the program raises, which comes
+    out of whatever code the signal interrupted. `GeneratorExit` tells a generator of ours that it is not needed.
+    """
+    error = sys.exception()
+    ours = isinstance(error, KeyboardInterrupt | GeneratorExit) or _of_signal_handler(error)
+    return () if ours else (BaseException,)
+
+
+def _of_signal_handler(error: BaseException | None) -> bool:
+    """Whether a signal handler raised: a function that was given the frame below its own, which it interrupted."""
+    for frame, _ in traceback.walk_tb(error.__traceback__ if error else None):
+        names, positional, _, values = inspect.getargvalues(frame)
+        rest = values.get(positional or "")
+        given = [*map(values.get, names), *(rest if isinstance(rest, tuple) else ())]
+        if frame.f_back is not None and any(each is frame.f_back for each in given):
+            return True
+    return False
 
 
 class GuardedBackend(Backend):
@@ -77,7 +100,7 @@ class GuardedBackend(Backend):
         method = self._backend.unsupported_reasons
         try:
             answer = method(problem)
-        except FOREIGN_ERRORS as error:
+        except foreign_errors() as error:
             return (self._faulty(method, "raised", error),)
         if type(answer) is tuple and not answer:  # as nearly always, and asked for every new token count
             return answer
@@ -136,7 +159,7 @@ class GuardedBackend(Backend):
         """The method's answer as `read` understands it; or None, and what is wrong."""
         try:
             answer = method(*arguments)
-        except FOREIGN_ERRORS as error:
+        except foreign_errors() as error:
             return None, self._faulty(method, "raised", error)
         return self._read(read, method, answer)
 
@@ -146,7 +169,7 @@ class GuardedBackend(Backend):
         """The answer of a method as `read` understands it; or None, and what is wrong."""
         try:
             return read(answer), ""
-        except FOREIGN_ERRORS as error:
+        except foreign_errors() as error:
             return None, self._faulty(method, f"answered {reprlib.repr(answer)}:", error)
 
     def _faulty(self, method: Callable[..., object], what: str, error: BaseException) -> str:

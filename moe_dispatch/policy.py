@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar, Protocol, Self
 
 from moe_dispatch.backend import Backend
+from moe_dispatch.guard import foreign_errors
 from moe_dispatch.machine import Machine
 from moe_dispatch.problem import MoEProblem
 
@@ -75,7 +76,7 @@ class Choice:
                 raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
             try:
                 values["reason"], values["us"] = values["_tell"](values["_M"])
-            except Exception as error:  # noqa: BLE001 - a policy's; a reason must not end the call that it explains
+            except foreign_errors() as error:  # a reason must not end the call that it explains
                 values["reason"], values["us"] = f"no reason: {type(error).__name__}: {error}"[:300], None
             return values[name]
 

@@ -9,7 +9,7 @@ from typing import Final, Generic, TypeVar, cast
 
 from moe_dispatch.backend import Backend, Requirements
 from moe_dispatch.errors import BackendUnavailableError, InvalidInputError, UnknownNameError
-from moe_dispatch.guard import GuardedBackend
+from moe_dispatch.guard import GuardedBackend, foreign_errors
 from moe_dispatch.machine import Machine
 from moe_dispatch.policy import Policy
 from moe_dispatch.problem import MoEProblem
@@ -78,9 +78,7 @@ class Registry(Generic[T]):
         try:
             module, _, attribute = target.partition(":")
             loaded = getattr(importlib.import_module(module), attribute)
-        except KeyboardInterrupt:
-            raise
-        except BaseException as error:  # an extension in Rust that panics raises one that is no Exception
+        except foreign_errors() as error:
             reason = f"{target} does not import: {failures.summary(error)}"
             raise BackendUnavailableError(name, [reason]) from error
         if fault := self._fault(name, loaded):
@@ -238,9 +236,7 @@ def make_backend(name: str, machine: Machine) -> MadeBackend:
         return MadeBackend(name, reasons=(str(error),), registered=False)
     except BackendUnavailableError as error:
         return MadeBackend(name, reasons=error.reasons, cause=error.__cause__)
-    except KeyboardInterrupt:
-        raise
-    except BaseException as error:  # noqa: BLE001 - as at import
+    except foreign_errors() as error:
         return MadeBackend(name, reasons=(f"cannot be made: {failures.summary(error)}",), cause=error)
     return MadeBackend(name, backend, backend.unavailable_reasons())
 

@@ -29,7 +29,9 @@ def tensor_fault(name: str, tensor: object) -> str:
 
 
 def address(tensor: Tensor) -> int | None:
-    """Where a tensor's elements lie; None for a tensor without memory of its own, as torch.func's transforms use."""
+    """Where a tensor's elements lie; None for one without memory: fake, or inside of torch.func's transforms."""
+    if type(tensor) not in _PLAIN and hasattr(tensor, "fake_mode"):  # torch warns of asking it
+        return None
     try:
         return tensor.data_ptr()
     except RuntimeError:

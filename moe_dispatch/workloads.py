@@ -1,6 +1,7 @@
 """Named models and routing distributions, shared by tests, benchmarks and calibration."""
 
 import dataclasses
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal
@@ -64,6 +65,9 @@ WORKLOADS: Final[dict[str, Workload]] = {
     )
 }
 
+# Files that describe a model, in its folder.
+CONFIGS: Final = ("config.json", "params.json")
+
 # The form of `ExpertWeights.quantize` that makes weights of a dtype.
 _FORMS: Final[dict[DType, Literal["block", "channel", "mxfp4"]]] = {
     "fp8": "block", "fp8_channel": "channel", "mxfp4": "mxfp4",
@@ -80,7 +84,8 @@ def workload(text: str) -> Workload:
 
     Raises:
         UnknownNameError: It is none of these.
-        InvalidInputError: It is a path or numbers and does not describe an MoE layer.
+        InvalidInputError: It is a path or numbers and does not describe an MoE layer; a path that cannot be read says
+            why.
     """
     if exact := WORKLOADS.get(text.strip().lower()):
         return exact
@@ -95,6 +100,8 @@ def workload(text: str) -> Workload:
             if min(E, topk, K, N) >= 1 and topk <= E and max(E, K, N) < LARGEST:
                 return Workload(text, E=E, topk=topk, K=K, N=N)
         raise InvalidInputError(f"E,topk,K,N must be from 1 to {LARGEST - 1} with topk ≤ E, got {text[:80]}")
+    if fault := _path_fault(text):
+        raise InvalidInputError(f"{text[:300]} {fault}")
     raise UnknownNameError("workload", text[:80], (*WORKLOADS, "E,topk,K,N", "path/to/config.json"))
 
 
@@ -106,16 +113,29 @@ def _variant(text: str) -> Workload | None:
 
 
 def _config_path(text: str) -> Path | None:
-    """The file that a path means: itself, or the config in a folder; None where the text is no path."""
-    path = Path(text)
-    if text.endswith(".json"):
-        return path
+    """The file that a path means: itself, or the config in a folder; None where there is none that can be seen."""
     try:
+        path = Path(os.path.expanduser(text))
+        if text.endswith(".json"):
+            return path
         if path.is_dir():
-            return next((path / name for name in ("config.json", "params.json") if (path / name).exists()), None)
+            return next((path / name for name in CONFIGS if (path / name).exists()), None)
         return path if path.exists() else None
     except (OSError, ValueError):  # a name that is too long, or a NUL byte
         return None
+
+
+def _path_fault(text: str) -> str:
+    """Why a path, which `_config_path` finds no file for, describes no layer; empty where the text is no path."""
+    if not text:
+        return ""
+    try:
+        path = os.path.expanduser(text)
+        there = sorted(os.listdir(path))
+    except (OSError, ValueError) as error:
+        is_path = isinstance(error, PermissionError) or path.startswith(("/", "."))
+        return f"cannot be read: {getattr(error, 'strerror', '') or error}" if is_path else ""
+    return f"is a folder without {' or '.join(CONFIGS)}; there is {', '.join(there[:8]) or 'nothing'}"
 
 
 def _from_config(path: Path) -> Workload:

@@ -6,7 +6,7 @@ from collections import Counter
 import pydantic
 
 from moe_dispatch.backend import Backend
-from moe_dispatch.guard import FOREIGN_ERRORS
+from moe_dispatch.guard import foreign_errors
 from moe_dispatch.machine import Machine
 from moe_dispatch.policies.measurements.schema import CalibrationFile, Candidate, Identity, LayerKey
 from moe_dispatch.policies.measurements.table import EnergyTable, Table, points_of_layers, tabulated
@@ -68,7 +68,7 @@ def _reason_against(candidate: Candidate, backend: Backend, *, retires: bool) ->
     except pydantic.ValidationError as error:
         first = error.errors()[0]
         return f"its configuration is unknown here ({'.'.join(map(str, first['loc']))}: {first['msg']})"
-    except FOREIGN_ERRORS as error:  # of a validator of its own
+    except foreign_errors() as error:  # of a validator of its own
         return f"its configuration cannot be read here ({failures.summary(error)})"
     if retires and (changed := changes(candidate.versions, relevant_versions(backend))):
         return f"retired by {', '.join(changed)}; calibrate again"

@@ -18,7 +18,7 @@ from moe_dispatch.backends.backward import by_expert, grouped
 from moe_dispatch.dispatch.gradients import Gradients, Wanted
 from moe_dispatch.errors import warn
 from moe_dispatch.experts import ExpertWeights
-from moe_dispatch.guard import FOREIGN_ERRORS
+from moe_dispatch.guard import foreign_errors
 from moe_dispatch.machine import Machine
 from moe_dispatch.system import failures
 
@@ -45,7 +45,7 @@ def backward(gradient: Tensor, inputs: Inputs, wanted: Wanted, machine: Machine)
     if not _failed and not grouped.reasons_against(inputs[1], machine):
         try:
             return grouped.backward(gradient, inputs, wanted)
-        except FOREIGN_ERRORS as error:
+        except foreign_errors() as error:
             # Memory may be there the next time, and nothing runs any more on a lost device.
             if failures.out_of_memory(error) or failures.lost_device(error) or failures.broken_capture(error):
                 raise

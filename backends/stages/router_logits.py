@@ -53,6 +53,8 @@ def router_logits(hidden_states: Tensor, weight: Tensor, bias: Tensor | None = N
 
 
 def router_logits_torch(hidden_states: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """As `router_logits`, in torch and differentiable; autocast does not reach it."""
+    """As `router_logits`, in torch and differentiable; autocast does not reach it, and knows no meta device."""
+    if hidden_states.is_meta:
+        return F.linear(hidden_states, weight, bias).float()
     with torch.autocast(hidden_states.device.type, enabled=False):
         return F.linear(hidden_states.float(), weight.float(), None if bias is None else bias.float())

@@ -32,7 +32,7 @@ from moe_dispatch.backends.triton_common.fast_launch import written_down
 from moe_dispatch.backends.triton_common.internals import Encoding, Launch
 from moe_dispatch.backends.triton_common.stand_ins import Buffer, Extent, NotReplayableError, TokenRange
 from moe_dispatch.experts import ExpertWeights
-from moe_dispatch.guard import FOREIGN_ERRORS
+from moe_dispatch.guard import foreign_errors
 from moe_dispatch.system import failures
 
 logger = logging.getLogger(__name__)
@@ -208,7 +208,7 @@ class Replay:
         hidden_states, experts, topk_weights, topk_ids, _, out = call
         try:
             played = self.play(hidden_states, experts, topk_weights, topk_ids, out)
-        except FOREIGN_ERRORS as error:
+        except foreign_errors() as error:
             if failures.lost_device(error):
                 raise
             logger.warning("a replay is dropped, and its launches made in full: %s", failures.summary(error))

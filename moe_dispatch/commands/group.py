@@ -1,5 +1,9 @@
 """How every command of this package reports errors."""
 
+import contextlib
+import errno
+import os
+import sys
 from typing import Any, Final
 
 import typer
@@ -11,8 +15,15 @@ from moe_dispatch.errors import MoEDispatchError
 USAGE_ERROR: Final = 2
 
 
+# What writing to a file or terminal that takes no more raises. Typer ends quietly where a pipe is closed.
+_FULL: Final = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO})
+
+
 class CommandGroup(TyperGroup):
-    """Prints a `MoEDispatchError` as one red message, with exit status 2; any other exception is a bug and surfaces."""
+    """Prints a `MoEDispatchError` as one red message, with exit status 2; any other exception is a bug and surfaces.
+
+    Output that cannot be written is said with exit status 1.
+    """
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
         """Parse and run a command line; see `click.Command.main`."""
@@ -25,5 +36,24 @@ class CommandGroup(TyperGroup):
         try:
             return super().invoke(ctx)
         except MoEDispatchError as error:
-            ERR.print(f"[bold red]error:[/bold red] [red]{plain(error)}[/red]", soft_wrap=True)
+            _print_error(str(error))
             raise typer.Exit(USAGE_ERROR) from error
+        except OSError as error:
+            # Where a file of ours cannot be written, the error names it, or became a `MoEDispatchError`.
+            if error.filename is not None or error.errno not in _FULL:
+                raise
+            _forget_stdout()
+            _print_error(f"the output cannot be written: {error.strerror}")
+            raise typer.Exit(1) from error
+
+
+def _print_error(text: str) -> None:
+    ERR.print(f"[bold red]error:[/bold red] [red]{plain(text)}[/red]", soft_wrap=True)
+
+
+def _forget_stdout() -> None:
+    """Let go of what stdout could not take, which the end of the process would try to write again."""
+    with contextlib.suppress(OSError, ValueError):
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, sys.stdout.fileno())
+        os.close(null)

@@ -14,7 +14,7 @@ from moe_dispatch.dispatch.plan import Plan
 from moe_dispatch.dispatch.planner import Planner
 from moe_dispatch.dispatch.quarantine import Quarantine
 from moe_dispatch.dispatch.recovery import Recovery, Runner
-from moe_dispatch.guard import FOREIGN_ERRORS
+from moe_dispatch.guard import foreign_errors
 from moe_dispatch.problem import Mode
 from moe_dispatch.registry import LAST_RESORT
 from moe_dispatch.system import failures
@@ -68,7 +68,7 @@ class ArrivedCalls:
             return self._ordinary(inputs, backend)
         try:
             out = self._run(plan, inputs, capturing=capturing)
-        except FOREIGN_ERRORS as error:
+        except foreign_errors() as error:
             self._book(plan, error, capturing=capturing)
             return self._ordinary(inputs, backend)
         self._runner.last_plan = plan
@@ -82,7 +82,7 @@ class ArrivedCalls:
         while (plan := self._plan(inputs, backend, "graph")) is not None and plan.choice.backend not in failed:
             try:
                 self._run(plan, inputs, capturing=False)
-            except FOREIGN_ERRORS as error:
+            except foreign_errors() as error:
                 self._book(plan, error, capturing=False)
                 failed.add(plan.choice.backend)
                 continue

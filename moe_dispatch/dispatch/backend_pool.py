@@ -12,7 +12,7 @@ from moe_dispatch.dispatch.errors import DeviceLostError
 from moe_dispatch.dispatch.first_calls import FIRST_CALLS, wait_for_earlier_work
 from moe_dispatch.dispatch.probe import probe
 from moe_dispatch.dispatch.quarantine import Quarantine, QuarantineEntry
-from moe_dispatch.guard import FOREIGN_ERRORS
+from moe_dispatch.guard import foreign_errors
 from moe_dispatch.machine import Machine
 from moe_dispatch.problem import MoEProblem
 from moe_dispatch.registry import BACKENDS, MadeBackends
@@ -120,7 +120,7 @@ class BackendPool(MadeBackends):
             wait_for_earlier_work(device)
             try:
                 verdict = self._probe(backend, problem, probed, device)
-            except FOREIGN_ERRORS as error:
+            except foreign_errors() as error:
                 if failures.lost_device(error):
                     self._quarantine.bar(name, probed, failures.summary(error), fatal=True)
                     raise DeviceLostError([name], error) from error

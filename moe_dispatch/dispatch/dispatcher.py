@@ -23,7 +23,7 @@ from moe_dispatch.dispatch.quarantine import Quarantine
 from moe_dispatch.dispatch.recovery import Recovery
 from moe_dispatch.dispatch.settled_plans import SETTLING_CALLS, SettledPlans
 from moe_dispatch.experts import ExpertWeights
-from moe_dispatch.guard import FOREIGN_ERRORS
+from moe_dispatch.guard import foreign_errors
 from moe_dispatch.machine import Machine
 from moe_dispatch.problem import Mode, MoEProblem
 from moe_dispatch.registry import LAST_RESORT
@@ -105,7 +105,7 @@ class Dispatcher:
             if plan.widens:
                 topk_weights = topk_weights.float()
             result = plan.run(hidden_states, experts, topk_weights, topk_ids, plan.config)
-        except FOREIGN_ERRORS as error:
+        except foreign_errors() as error:
             return self._recovery.recover(plan, error, (hidden_states, experts, topk_weights, topk_ids))
         self.last_plan = plan
         with plan.lock:
@@ -182,7 +182,7 @@ class Dispatcher:
                 result = self._run_into(plan, inputs, out)
             else:
                 result = plan.run(*inputs, plan.config) if plan.proven else self.first_run(plan, inputs)
-        except FOREIGN_ERRORS as error:
+        except foreign_errors() as error:
             result = self._recovery.recover(plan, error, inputs)
             return result if out is None else out.copy_(result)
         self.last_plan = plan
@@ -213,7 +213,7 @@ class Dispatcher:
             self._recovery.wait_for_earlier_work(experts.device)
             try:
                 self.first_run(plan, inputs, out)
-            except FOREIGN_ERRORS as error:
+            except foreign_errors() as error:
                 if failures.lost_device(error):
                     raise self._recovery.device_lost(plan, error) from error
                 if plan.explicit:
@@ -326,7 +326,7 @@ class Dispatcher:
                     result = plan.run(*arguments)
                     if device.type == "cuda":
                         torch.cuda.synchronize(device)
-            except FOREIGN_ERRORS:
+            except foreign_errors():
                 with contextlib.suppress(RuntimeError):  # as where the device is lost
                     kept.restore()
                 raise
@@ -356,7 +356,7 @@ class Dispatcher:
                 out = torch.empty_like(inputs[0]) if plan.into else None
                 arguments = (*inputs, plan.config) if out is None else (*inputs, plan.config, out)
                 _check_result(run(*arguments), inputs, out)
-        except FOREIGN_ERRORS as error:
+        except foreign_errors() as error:
             if failures.lost_device(error):
                 raise self._recovery.device_lost(plan, error) from error
             logger.info("%s did not prepare for %s: %s", plan.choice.backend, problem, failures.summary(error))

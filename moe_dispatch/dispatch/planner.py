@@ -20,7 +20,7 @@ from moe_dispatch.dispatch.policy_chain import PolicyChain
 from moe_dispatch.dispatch.quarantine import OBEYED_FOR, STRIKES, Quarantine, QuarantineEntry
 from moe_dispatch.errors import BackendUnavailableError, UnknownNameError, warn, way_out
 from moe_dispatch.experts import ExpertWeights
-from moe_dispatch.guard import FOREIGN_ERRORS
+from moe_dispatch.guard import foreign_errors
 from moe_dispatch.machine import Machine
 from moe_dispatch.policy import Choice
 from moe_dispatch.problem import Mode, MoEProblem
@@ -319,7 +319,7 @@ class Planner:
             return None, (f"does not know the configuration {dict(choice.config or {})}: {error.errors()[0]['msg']}",)
         except BackendUnavailableError as error:
             return None, ("; ".join(error.reasons),)
-        except FOREIGN_ERRORS as error:  # of a validator of its own
+        except foreign_errors() as error:  # of a validator of its own
             return None, (f"cannot read the configuration {dict(choice.config or {})}: {failures.summary(error)}",)
 
     def _probe_failure(self, choice: Choice, problem: MoEProblem, experts: ExpertWeights | None) -> str:

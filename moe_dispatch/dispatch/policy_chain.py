@@ -6,7 +6,7 @@ from types import NoneType
 from typing import Final
 
 from moe_dispatch.errors import MoEDispatchError, UnknownNameError, warn
-from moe_dispatch.guard import FOREIGN_ERRORS
+from moe_dispatch.guard import foreign_errors
 from moe_dispatch.machine import Machine
 from moe_dispatch.policy import Choice, Policy, UsableBackends
 from moe_dispatch.problem import MoEProblem
@@ -48,7 +48,7 @@ class PolicyChain:
                 self._policies.append(policy)
             except UnknownNameError:
                 raise
-            except FOREIGN_ERRORS as error:
+            except foreign_errors() as error:
                 self._refuse(name, error)
 
     def rank(self, problem: MoEProblem) -> Iterator[Choice]:
@@ -67,7 +67,7 @@ class PolicyChain:
                     if not (earlier and any(repr(other.config) == repr(checked.config) for other in earlier)):
                         earlier.append(checked)
                         yield checked
-            except FOREIGN_ERRORS as error:
+            except foreign_errors() as error:
                 self._refuse(policy.name, error)
         if LAST_RESORT not in ranked:
             yield Choice(LAST_RESORT, "runs anywhere", policy="last resort")
@@ -77,7 +77,7 @@ class PolicyChain:
         try:
             knowing = (policy.name for policy in self._policies if policy.knows(problem))
             return next(knowing, "") == choice.policy
-        except FOREIGN_ERRORS:
+        except foreign_errors():
             return False
 
     def notes(self) -> tuple[str, ...]:
@@ -86,7 +86,7 @@ class PolicyChain:
         for policy in self._policies:
             try:
                 notes += [f"{policy.name}: {note}" for note in policy.notes()]
-            except FOREIGN_ERRORS as error:
+            except foreign_errors() as error:
                 self._refuse(policy.name, error)
         return (*self._refusals, *notes)
 
@@ -96,7 +96,7 @@ class PolicyChain:
         for policy in self._policies:
             try:
                 digests.append(f"{policy.name}:{policy.digest()}")
-            except FOREIGN_ERRORS as error:
+            except foreign_errors() as error:
                 self._refuse(policy.name, error)
         return " ".join(digests)
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from moe_dispatch.backend import Backend, Inputs
 from moe_dispatch.dispatch.checks import result_fault, shares_memory
 from moe_dispatch.experts import ExpertWeights
-from moe_dispatch.guard import FOREIGN_ERRORS
+from moe_dispatch.guard import foreign_errors
 from moe_dispatch.problem import MoEProblem
 from moe_dispatch.registry import BACKENDS, LAST_RESORT
 from moe_dispatch.system import failures
@@ -66,7 +66,7 @@ def probe(backend: Backend, problem: MoEProblem, device: torch.device) -> str:
             outs.append(backend.run_into(*trials[-1].inputs, config, ours))
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
-        except FOREIGN_ERRORS as error:
+        except foreign_errors() as error:
             if failures.lost_device(error) or failures.out_of_memory(error):
                 raise  # says nothing about the backend's arithmetic
             return f"its probe raised {failures.summary(error)}"

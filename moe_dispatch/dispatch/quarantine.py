@@ -83,7 +83,8 @@ class QuarantineEntry(pydantic.BaseModel):
 
     def _is_recent(self) -> bool:
         try:
-            return datetime.datetime.now(datetime.UTC) - datetime.datetime.fromisoformat(self.when) < OBEYED_FOR
+            age = datetime.datetime.now(datetime.UTC) - datetime.datetime.fromisoformat(self.when)
+            return abs(age) < OBEYED_FOR  # a clock that was ahead may have been set back since
         except (ValueError, TypeError, OverflowError):  # no time, or one without its zone
             return True
 

@@ -17,7 +17,7 @@ from moe_dispatch.dispatch.planner import Planner, warn_of_successor
 from moe_dispatch.dispatch.quarantine import Quarantine
 from moe_dispatch.errors import InvalidInputError, warn
 from moe_dispatch.experts import ExpertWeights
-from moe_dispatch.guard import FOREIGN_ERRORS
+from moe_dispatch.guard import foreign_errors
 from moe_dispatch.problem import MoEProblem
 from moe_dispatch.registry import LAST_RESORT
 from moe_dispatch.system import failures
@@ -89,7 +89,7 @@ class Recovery:
                 continue
             try:
                 out = self._runner.first_run(successor, inputs)
-            except FOREIGN_ERRORS as again:
+            except foreign_errors() as again:
                 if failures.lost_device(again):
                     raise self.device_lost(successor, again) from again
                 if failures.out_of_memory(again):
@@ -122,7 +122,7 @@ class Recovery:
         plan = self._planner.plan(problem, experts, LAST_RESORT)
         try:
             return plan.run(hidden_states, experts, topk_weights.float(), topk_ids, plan.config)
-        except FOREIGN_ERRORS as error:
+        except foreign_errors() as error:
             self.raise_if_lost(error)
             raise _callers_fault(error) from error
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from moe_dispatch.backend import Backend, BackendConfig, Run
 from moe_dispatch.errors import InvalidInputError
 from moe_dispatch.experts import ExpertWeights
+from moe_dispatch.guard import foreign_errors
 from moe_dispatch.problem import MoEProblem
 from moe_dispatch.system.failures import lost_device
 from moe_dispatch.workloads import RoutingDistribution, torch_dtype
@@ -91,7 +92,7 @@ def fast_path_call(backend: Backend, experts: ExpertWeights, config: BackendConf
     try:
         arguments = inputs.hidden_states, experts, inputs.topk_weights, inputs.topk_ids
         run = backend.fast_path(arguments, config) or run
-    except Exception as error:
+    except foreign_errors() as error:
         if lost_device(error):
             raise
     return lambda each: run(each.hidden_states, experts, each.topk_weights, each.topk_ids, config)

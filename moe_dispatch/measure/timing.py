@@ -16,6 +16,7 @@ from typing import Any, Final, Generic, TypeAlias, TypeVar
 import torch
 
 from moe_dispatch.errors import InvalidInputError
+from moe_dispatch.guard import foreign_errors
 from moe_dispatch.measure.inputs import Call, LayerInputs, synchronize, timing_events
 from moe_dispatch.problem import Mode
 
@@ -173,7 +174,7 @@ def time_interleaved(
     mode: Mode = "graph",
     budget_s: float = 0.3,
     min_rounds: int = 5,
-    on_failure: Callable[[Key, Exception], None] | None = None,
+    on_failure: Callable[[Key, BaseException], None] | None = None,
 ) -> dict[Key, Timing]:
     """Time several candidates, taking turns.
 
@@ -230,7 +231,7 @@ class Turns(Generic[Key]):
         *,
         budget_s: float,
         min_rounds: int,
-        on_failure: Callable[[Key, Exception], None] | None = None,
+        on_failure: Callable[[Key, BaseException], None] | None = None,
     ) -> dict[Key, Timing]:
         """Time candidates together; see `time_interleaved`."""
         samples: dict[Key, list[float]] = {}
@@ -238,7 +239,7 @@ class Turns(Generic[Key]):
         def attempt(key: Key, action: Callable[[Key], None]) -> None:
             try:
                 action(key)
-            except Exception as error:
+            except foreign_errors() as error:
                 samples.pop(key, None)
                 if key in self._passes:
                     self._passes.pop(key).close()

@@ -34,7 +34,7 @@ def layer_arguments(config: object) -> dict[str, Any]:
 
 def _loaded(config: object) -> tuple[dict[str, Any], str]:
     if isinstance(config, str | Path):
-        path = Path(config)
+        path = Path(os.path.expanduser(config))
         path = path / "config.json" if os.path.isdir(path) else path
         try:
             config, origin = read_json(path), str(path)

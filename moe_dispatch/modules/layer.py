@@ -125,8 +125,10 @@ class MoELayer(nn.Module):
             The same shape and dtype.
 
         Raises:
-            InvalidInputError: The last dimension is not K, or as for `moe_forward`.
+            InvalidInputError: It is no tensor, the last dimension is not K, or as for `moe_forward`.
         """
+        if not isinstance(hidden_states, Tensor):
+            raise InvalidInputError(f"hidden_states must be a torch.Tensor, got {type(hidden_states).__name__}")
         if hidden_states.shape[-1:] != (self.K,):
             raise InvalidInputError(f"hidden_states must be […, K={self.K}], got {list(hidden_states.shape)}")
         flat = hidden_states.reshape(-1, self.K)
@@ -141,7 +143,11 @@ class MoELayer(nn.Module):
             out += shared
         else:
             out = self._routed(flat) + self._shared(flat, self.shared_experts)
-        return out.view(hidden_states.shape)
+        if hidden_states.dim() == 2:
+            return out
+        # No view, as of a linear layer: a change of one in place would drop the hooks that FSDP2 puts on a result.
+        unflattened: Tensor = torch.ops.aten._unsafe_view(out, hidden_states.shape)
+        return unflattened
 
     def warm_up(self, tokens: Sequence[int]) -> None:
         """Compile and prove what calls of these token counts run, before a CUDA graph is captured; see `warm_up`.
@@ -183,4 +189,4 @@ class MoELayer(nn.Module):
 
 def _translate(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: object) -> None:
     assert isinstance(module, MoELayer)  # noqa: S101 - MoELayer registers it for itself
-    translate(state_dict, prefix)
+    translate(state_dict, prefix, interleaved=module.experts.interleaved)

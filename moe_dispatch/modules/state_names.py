@@ -15,22 +15,26 @@ _OWN: Final = frozenset(NAMES.values())
 _SINGLE: Final = re.compile(r"(?:\d+\.)?(?:gate_proj|up_proj|down_proj|w[123])\.\w+")
 
 
-def translate(state_dict: dict[str, Any], prefix: str) -> None:
+def translate(state_dict: dict[str, Any], prefix: str, *, interleaved: bool) -> None:
     """Rename, stack and transpose the tensors of a layer, in place; what is unknown stays as it is.
 
     Args:
         state_dict: Of a model or a layer.
         prefix: What precedes the layer's names in it.
+        interleaved: Whether gate and up rows of the layer's routed experts alternate.
+
+    Raises:
+        InvalidInputError: They do, and the state dict has gate and up of each expert apart.
     """
     for name in [name for name in state_dict if name.startswith(prefix)]:
         module, dot, rest = name[len(prefix) :].partition(".")
         if dot and module in _RENAMED:
             state_dict[f"{prefix}{_RENAMED[module]}.{rest}"] = state_dict.pop(name)
     for module in ("experts", "shared_experts"):
-        _restack(state_dict, f"{prefix}{module}.")
+        _restack(state_dict, f"{prefix}{module}.", interleaved=interleaved and module == "experts")
 
 
-def _restack(state_dict: dict[str, Any], prefix: str) -> None:
+def _restack(state_dict: dict[str, Any], prefix: str, *, interleaved: bool) -> None:
     """Experts one by one, transposed, or under other names, as `StackedExperts` has them."""
     own = [name for name in state_dict if name.startswith(prefix)]
     rests = [name[len(prefix) :] for name in own]
@@ -44,8 +48,7 @@ def _restack(state_dict: dict[str, Any], prefix: str) -> None:
         for name in own
     }
     source = LoadedTensors(tensors, f"the state dict's {prefix[:-1]}")
-    # Interleaved rows stay as they are: transposing moves no row.
-    stacked = stack(source, expert_names(tensors, "", source.origin), Part(), interleaved=True)
+    stacked = stack(source, expert_names(tensors, "", source.origin), Part(), interleaved=interleaved)
     state_dict.update({f"{prefix}{NAMES[name]}": tensor for name, tensor in stacked.items()})
 
 

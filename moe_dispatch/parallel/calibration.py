@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -24,8 +25,10 @@ from moe_dispatch.parallel.session import Options, Session
 from moe_dispatch.parallel.sharded_experts import ShardedExperts
 from moe_dispatch.parallel.trial import ExchangeFailedError, Trial, drawn_inputs, stage
 from moe_dispatch.problem import QUANTIZED_DTYPES, DType, Mode
-from moe_dispatch.system.files import check_writable, locked, write_atomically
+from moe_dispatch.system.files import check_writable, locked, set_aside, write_atomically
 from moe_dispatch.workloads import Workload, make_experts, torch_dtype
+
+logger = logging.getLogger(__name__)
 
 DEFAULT_TOKENS: Final = (1, 4, 16, 64, 256, 1024, 4096, 16384)
 KINDS: Final[tuple[Tokens, ...]] = ("sharded", "replicated")
@@ -126,7 +129,7 @@ def calibrate_parallel(
     result = ParallelCalibration(
         topology=leader.topology, versions=leader.versions, links=tuple(links), layers=tuple(times)
     )
-    _on_first_rank(leader, lambda: _save(path, result), path)
+    _on_first_rank(leader, lambda: save(path, result), path)
     return ParallelReport(path, result, tuple(skipped))
 
 
@@ -172,11 +175,15 @@ def _call(layer: ShardedExperts, topk: int, M: int, act_dtype: torch.dtype) -> t
     return kind, drawn_inputs(layer, M, topk, act_dtype, seed)
 
 
-def _save(path: Path, result: ParallelCalibration) -> None:
+def save(path: Path, result: ParallelCalibration) -> None:
+    """Write a calibration with the layers that the file has; one that is damaged is set aside first."""
     with locked(path):
         try:
             older = exchange_times.read(path, result.topology)
-        except (FileNotFoundError, PolicyFileError):
+        except FileNotFoundError:
+            older = None
+        except PolicyFileError as error:
+            logger.warning("%s", set_aside(path, error))
             older = None
         write_atomically(path, result.with_layers_of(older).model_dump_json())
 

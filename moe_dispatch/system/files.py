@@ -134,11 +134,17 @@ def set_aside(path: Path, why: object) -> str:
 def write_atomically(path: Path, content: str | bytes) -> None:
     """Replace a file's content in one step: a reader sees the old content or the new, a full disk leaves the old.
 
-    Temporary files that killed processes left for the same path are deleted on the way.
+    Of a symbolic link the file that it names is replaced. Temporary files that killed processes left for the same path
+    are deleted on the way.
 
     Raises:
-        OSError: The directory cannot be made or written; nothing was changed.
+        UnusableFileError: There is something else than a regular file; nothing was changed, as below.
+        OSError: The directory cannot be made or written.
     """
+    path = Path(os.path.realpath(path))
+    if os.path.exists(path) and not os.path.isfile(path):
+        # Root could rename over a device, such as /dev/null, and take it from the whole system.
+        raise UnusableFileError(errno.EINVAL, "it is not a regular file", str(path))
     path.parent.mkdir(parents=True, exist_ok=True)
     _sweep(path)
     # Not `tempfile`, whose files only their owner may read: another user has to read what root measured in an image.

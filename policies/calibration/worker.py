@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 
 from moe_dispatch.backend import Backend, BackendConfig
+from moe_dispatch.guard import foreign_errors
 from moe_dispatch.machine import Machine
 from moe_dispatch.measure import (
     Call,
@@ -193,7 +194,7 @@ class WorkerServer:
         """
         failed: dict[int, str] = {}
 
-        def on_failure(candidate: int, error: Exception) -> None:
+        def on_failure(candidate: int, error: BaseException) -> None:
             if failures.lost_device(error):
                 raise error
             failed[candidate] = failures.summary(error)
@@ -273,7 +274,7 @@ def serve(read: int, write: int) -> None:
             request = json.loads(line)
             try:
                 answer = operations[request.pop("op")](**request)
-            except Exception as error:  # noqa: BLE001 - whatever a candidate raises is an answer to the parent
+            except foreign_errors() as error:  # whatever a candidate raises is an answer to the parent
                 answer = {
                     "raised": failures.summary(error),
                     "memory": failures.out_of_memory(error),

@@ -13,8 +13,8 @@ from moe_dispatch.errors import InvalidInputError, PolicyFileError
 from moe_dispatch.machine import Machine
 from moe_dispatch.policies.learned.cost_model import TERMS, rows_per_expert, terms
 from moe_dispatch.policies.learned.defaults import Members, default_identity
-from moe_dispatch.policies.learned.policy import CostModel, ModelFile
-from moe_dispatch.policies.measurements.schema import CalibrationFile, Identity
+from moe_dispatch.policies.learned.policy import CostModel, ModelFile, parse_model
+from moe_dispatch.policies.measurements.schema import CalibrationFile, Identity, require_older
 from moe_dispatch.policies.rules import FAMILIES
 from moe_dispatch.problem import DType, Mode, MoEProblem
 from moe_dispatch.registry import MadeBackends
@@ -149,10 +149,11 @@ def save_model(model: ModelFile, path: Path) -> None:
     """Write a model, whole or not at all.
 
     Raises:
-        PolicyFileError: It cannot be written.
+        PolicyFileError: It cannot be written, or would replace one that a newer version wrote.
     """
     try:
         with locked(path):
+            require_older(path, parse_model)
             write_atomically(path, model.model_dump_json(indent=1) + "\n")
     except OSError as error:
         raise PolicyFileError(

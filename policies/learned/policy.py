@@ -13,7 +13,7 @@ from moe_dispatch.errors import PolicyFileError, warn
 from moe_dispatch.machine import Machine
 from moe_dispatch.policies.learned.cost_model import TERMS, Term, rows_per_expert, terms
 from moe_dispatch.policies.learned.defaults import Members
-from moe_dispatch.policies.measurements.schema import Count, Name, Positive, Strict, damage, read_bytes
+from moe_dispatch.policies.measurements.schema import Count, Name, Positive, Strict, read_bytes, refusal
 from moe_dispatch.policies.measurements.table import rough_us
 from moe_dispatch.policies.nearest import Nearest, nearest, read_shipped
 from moe_dispatch.policy import Choice, Policy, UsableBackends
@@ -99,7 +99,7 @@ def parse_model(content: bytes, origin: str) -> ModelFile:
     try:
         return ModelFile.model_validate_json(content)
     except pydantic.ValidationError as error:
-        raise PolicyFileError(f"{origin} {damage(error, SCHEMA)}; delete it, or `moe-dispatch fit` again") from error
+        raise refusal(origin, error, SCHEMA, "delete it, or `moe-dispatch fit` again") from error
 
 
 def read_shipped_model(source: Nearest) -> ModelFile:

@@ -14,10 +14,13 @@ from moe_dispatch.policies.measurements.schema import (
     LayerKey,
     LayerShape,
     Measurement,
+    NewerFileError,
     Point,
     PointKey,
     StoredMeasurement,
+    parse_calibration,
     read_calibration,
+    require_older,
 )
 from moe_dispatch.policies.measurements.table import tables
 from moe_dispatch.system.files import check_writable, locked, set_aside, write_atomically
@@ -65,7 +68,7 @@ def save(path: Path, news: Iterable[Measurement], machine: Machine) -> None:
     A file that cannot be trusted is set aside as ``….damaged-1``, ``-2`` and so on instead of being overwritten.
 
     Raises:
-        PolicyFileError: The directory is read-only or the disk full; the file on disk is untouched.
+        PolicyFileError: The directory is read-only, the disk full, or the file a newer version's; it is untouched.
     """
     _rewrite(path, machine, lambda held: merge(held, news, machine))
 
@@ -74,8 +77,9 @@ def require_writable(path: Path) -> None:
     """Find out before anything is measured whether the file could be written.
 
     Raises:
-        PolicyFileError: The directory is read-only or the disk full.
+        PolicyFileError: The directory is read-only or the disk full, or a newer version wrote the file.
     """
+    require_older(path, parse_calibration)
     with _write_errors(path):
         check_writable(path)
 
@@ -114,6 +118,8 @@ def _rewrite(path: Path, machine: Machine, change: Callable[[CalibrationFile], C
             held = read_calibration(path, machine)
         except FileNotFoundError:
             held = CalibrationFile(machine=machine)
+        except NewerFileError:
+            raise
         except PolicyFileError as error:
             logger.warning("%s", set_aside(path, error))
             held = CalibrationFile(machine=machine)

@@ -4,7 +4,7 @@ There is one file per machine fingerprint, and the shipped tables have the same 
 only: nothing in it is ever imported or executed, and backends are looked up by name among the registered ones.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Final, Literal, Self
@@ -31,6 +31,10 @@ Quartiles = tuple[Positive, Positive, Positive]
 LayerKey = tuple[int, int, int, int, str, str, str, bool, bool]
 PointKey = tuple[LayerKey, int, Mode]
 Identity = tuple[str, tuple[tuple[str, int | str | bool], ...]]  # of a candidate: backend and sorted configuration
+
+
+class NewerFileError(PolicyFileError):
+    """A file that a newer version of this package wrote. It is not used, and not replaced."""
 
 
 class Strict(pydantic.BaseModel):
@@ -296,12 +300,13 @@ def parse_calibration(content: bytes, origin: str) -> CalibrationFile:
     """Check a calibration's content.
 
     Raises:
-        PolicyFileError: It is damaged or of another schema; the message says what is wrong where.
+        NewerFileError: It is of a later schema.
+        PolicyFileError: It is damaged or of an earlier schema; the message says what is wrong where.
     """
     try:
         return CalibrationFile.model_validate_json(content)
     except pydantic.ValidationError as error:
-        raise PolicyFileError(f"{origin} {damage(error, SCHEMA)}; delete it, or calibrate again") from error
+        raise refusal(origin, error, SCHEMA, "delete it, or calibrate again") from error
     except InvalidInputError as error:
         raise PolicyFileError(f"{origin} describes no machine: {error}") from error
 
@@ -322,11 +327,31 @@ def read_calibration(path: Path, machine: Machine) -> CalibrationFile:
     return file
 
 
-def damage(error: pydantic.ValidationError, schema: int) -> str:
-    """A sentence about the first thing that is wrong with a file."""
+def refusal(origin: str, error: pydantic.ValidationError, schema: int, anew: str) -> PolicyFileError:
+    """What to raise of a file: the first thing that is wrong with it, and how to make it anew if that is damage."""
     first = error.errors(include_url=False, include_input=True)[0]
     where = ".".join(map(str, first["loc"]))
-    if where == "schema_version":
-        version = str(first["input"])[:40]
-        return f"has schema version {version} and this version of moe_dispatch reads {schema}"
-    return f"is damaged: {where + ': ' if where else ''}{first['msg'][:300]}"
+    if where != "schema_version":
+        return PolicyFileError(f"{origin} is damaged: {where + ': ' if where else ''}{first['msg'][:300]}; {anew}")
+    version = first["input"]
+    read = f"{origin} has schema version {str(version)[:40]} and this version of moe_dispatch reads {schema}"
+    if isinstance(version, int) and version > schema:
+        return NewerFileError(
+            f"{read}; it is left to the newer version that wrote it. Use that one, or set MOE_DISPATCH_CACHE_DIR to a "
+            "folder of this one's"
+        )
+    return PolicyFileError(f"{read}; {anew}")
+
+
+def require_older(path: Path, parse: Callable[[bytes, str], object]) -> None:
+    """Refuse to replace a file that a newer version of this package wrote.
+
+    Raises:
+        NewerFileError: It is one.
+    """
+    try:
+        parse(read_bytes(path), str(path))
+    except NewerFileError:
+        raise
+    except (FileNotFoundError, PolicyFileError):
+        return

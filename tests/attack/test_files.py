@@ -1,6 +1,7 @@
 """Files that are damaged, foreign or no files: refused by name or read rightly, no call breaks, nothing is lost."""
 
 import contextlib
+import datetime
 import json
 import os
 import shutil
@@ -75,8 +76,12 @@ def fresh_cache() -> Iterator[Path]:
 
 
 def contents(folder: Path) -> list[bytes]:
-    """What the regular files below a folder hold, but for those of a size that only an attack has."""
-    files = (path for path in folder.rglob("*") if stat.S_ISREG(path.lstat().st_mode) and path.stat().st_size < 1 << 24)
+    """What the regular files below a folder hold, but for locks and those of a size that only an attack has."""
+    files = (
+        path
+        for path in folder.rglob("*")
+        if stat.S_ISREG(path.lstat().st_mode) and path.stat().st_size < 1 << 24 and path.suffix != ".lock"
+    )
     return [path.read_bytes() for path in files]
 
 
@@ -139,7 +144,7 @@ def test_calibrations(damage: Damage) -> None:
 
 CRASHED = QuarantineEntry(
     backend="torch_grouped", problem=repr(PROBLEM.bucket), cause="crashed", fatal=True,
-    when="2099-01-01T00:00:00+00:00",
+    when=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     versions={
         "moe_dispatch": library_version("moe_dispatch"), "driver": MACHINE.driver, "cuda": MACHINE.cuda,
         "torch": MACHINE.torch, "triton": MACHINE.triton, **MACHINE.libraries,

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from moe_dispatch import ExpertWeights, InvalidInputError, moe_forward
+from moe_dispatch import ExpertWeights, InvalidInputError, MoELayer, moe_forward
 from moe_dispatch.checkpoint_files import Checkpoint
 from moe_dispatch.numerics import FP8, dequantize_blocks, quantize_blocks
 from tests.integrations.transformers_models import deepseek_v3, gpt_oss, mixtral, qwen3, transformers
@@ -102,6 +102,20 @@ def test_separate_experts_are_stacked_gate_first(names: tuple[str, ...], tmp_pat
         gate, up, down = (tensors[f"{PREFIX}{e}.{name}.weight"] for name in names)
         assert torch.equal(read.gate_up[e], torch.cat([gate, up]))
         assert torch.equal(read.down[e], down)
+
+
+def test_separate_gate_and_up_are_not_read_as_alternating_rows(tmp_path: Path) -> None:
+    """The layer took rows of gate for rows of up, and computed something else without a word."""
+    path = save(tmp_path, separate())
+    with pytest.raises(InvalidInputError, match="tensors of their own, whose rows do not alternate"):
+        load(path, interleaved=True)
+    state = {name.removeprefix(PREFIX.removesuffix("experts.")): tensor for name, tensor in separate().items()}
+    layer = MoELayer(6, 4, 3, 1, interleaved=True)
+    with pytest.raises(InvalidInputError, match="tensors of their own, whose rows do not alternate"):
+        layer.load_state_dict(state, strict=False)
+    apart = MoELayer(6, 4, 3, 1)
+    apart.load_state_dict(state, strict=False)
+    assert torch.equal(apart.experts.gate_up_proj, load(path, interleaved=False).gate_up)
 
 
 def test_experts_of_an_ungated_activation(tmp_path: Path) -> None:

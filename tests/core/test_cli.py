@@ -320,6 +320,18 @@ def test_commands_run_where_nothing_is_set_up_and_stdout_takes_ascii_alone(tmp_p
     assert "\x1b" not in printed
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a file that is always full")
+@pytest.mark.parametrize("options", [(), ("--json",), ("--full",)], ids=str)
+def test_a_full_disk_below_the_output_is_one_message(options: tuple[str, ...]) -> None:
+    command = ["explain", "--machine", "h200", "--tokens", "1", *options]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "moe_dispatch.cli", *command], stdout=full, stderr=subprocess.PIPE, check=False
+        )
+    assert done.returncode == 1
+    assert done.stderr.decode() == "error: the output cannot be written: No space left on device\n"
+
+
 def test_markup_and_escape_sequences_in_files_do_not_reach_the_terminal(tmp_path: Path) -> None:
     hostile = "[red]GPU[/red]\x1b]0;title\x07\u202e[link=http://x]:warning:\x9b31m"
     machine = Machine.load("h200").model_copy(

@@ -6,6 +6,8 @@ tests/attack/test_files.py puts everything else in the place of a file: FIFOs, s
 import errno
 import fcntl
 import os
+import socket
+import stat
 import subprocess
 import sys
 import time
@@ -100,6 +102,34 @@ def test_the_pattern_of_a_listing_matches_names(tmp_path: Path) -> None:
     for name in ("a.running", "b.running", "a.json"):
         (tmp_path / name).write_text("")
     assert list_files(tmp_path, "*.running") == [tmp_path / "a.running", tmp_path / "b.running"]
+
+
+def test_a_write_replaces_no_device_and_no_link(tmp_path: Path) -> None:
+    """As root, a calibration exported to /dev/stdout or /dev/null took that from the whole system."""
+    device, fifo, socket_, folder = (tmp_path / name for name in ("device", "fifo", "socket", "folder"))
+    os.mkfifo(fifo)
+    folder.mkdir()
+    others = [fifo, folder]
+    if os.geteuid() == 0:
+        os.mknod(device, 0o666 | stat.S_IFCHR, os.stat(os.devnull).st_rdev)
+        others.append(device)
+    with socket.socket(socket.AF_UNIX) as bound:
+        bound.bind(str(socket_))
+        for path in (*others, socket_, Path(os.devnull)):
+            link = tmp_path / f"link to {path.name}"
+            link.symlink_to(path)
+            kind = stat.S_IFMT(path.stat().st_mode)
+            for target in (path, link):
+                with pytest.raises(UnusableFileError, match="not a regular file"):
+                    write_atomically(target, "{}")
+            assert stat.S_IFMT(path.stat().st_mode) == kind
+            assert link.is_symlink()
+    (tmp_path / "file").write_text("old")
+    linked = tmp_path / "link"
+    linked.symlink_to("file")
+    write_atomically(linked, "new")
+    assert linked.is_symlink()
+    assert (tmp_path / "file").read_text() == "new"
 
 
 def test_a_write_sweeps_what_killed_writers_left(tmp_path: Path) -> None:

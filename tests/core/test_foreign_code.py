@@ -1,7 +1,11 @@
 """A backend of another package may do anything: each fault is a reason that names it, and the layer is computed."""
 
 import concurrent.futures
+import functools
 import inspect
+import os
+import signal
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -137,7 +141,57 @@ def test_ctrl_c_is_not_caught(call: Call) -> None:
         moe_forward(*call)
 
 
-@pytest.mark.parametrize("error", [SystemExit(1), UnprintableError(), AssertionError()], ids=repr)
+class Server:
+    """A program that ends itself when it is asked to, in the ways that programs do."""
+
+    def stop(self, number: int, _frame: object) -> None:
+        signal.signal(number, signal.SIG_DFL)  # a second one ends it at once
+        raise SystemExit(7)
+
+    def __call__(self, *_: object) -> None:
+        raise SystemExit(7)
+
+
+HANDLERS = {
+    "a method": Server().stop,
+    "an object": Server(),
+    "a function of a library": functools.partial(lambda status, *_: sys.exit(status), 7),
+}
+MOMENTS = ("run", "default_config", "further_reasons", "__init__")
+
+
+@pytest.mark.parametrize("method", MOMENTS)
+@pytest.mark.parametrize("handler", HANDLERS.values(), ids=HANDLERS.keys())
+def test_a_signal_ends_the_program_in_the_middle_of_a_backend(
+    handler: Callable[..., None], method: str, call: Call
+) -> None:
+    """It was taken for the backend's `sys.exit`: the server lived on, without that backend."""
+
+    def interrupted(*arguments: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGUSR1)
+        return getattr(Honest, method)(*arguments)
+
+    before = signal.signal(signal.SIGUSR1, handler)
+    try:
+        with ranked(foreign(**{method: interrupted}), Honest):
+            with pytest.raises(SystemExit, match="7"):
+                moe_forward(*call)
+            signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+            assert is_right(call)
+            assert ran() == {"foreign": 1, "reference": 1}, (
+                "it was not to blame; the reference is what it is compared with"
+            )
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+
+
+class PanicException(BaseException):
+    """As an extension in Rust raises; there is one such class in each extension."""
+
+
+@pytest.mark.parametrize(
+    "error", [SystemExit(1), PanicException("index"), UnprintableError(), AssertionError()], ids=repr
+)
 @pytest.mark.parametrize("needs_probe", [False, True])
 def test_a_run_may_raise_anything(error: BaseException, needs_probe: bool, call: Call) -> None:
     failing = foreign(run=raising(error), needs_probe=needs_probe)

@@ -2,12 +2,15 @@
 
 import copy
 import pickle
+import warnings
 from collections.abc import Callable
 from typing import Any
 
+import numpy
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from moe_dispatch import ExpertWeights, InvalidInputError, MoELayer, Router, moe_forward
 from moe_dispatch.measure.verify import relative_error
@@ -279,6 +282,40 @@ def test_moves_from_meta() -> None:
     for module in (layer.gate, layer.experts):
         module.reset_parameters()
     assert layer(tokens()).isfinite().all()
+
+
+@pytest.mark.parametrize("shared_N", [0, 4])
+@pytest.mark.parametrize("shape", [(3, 6), (2, 3, 6), (6,)], ids=str)
+def test_a_result_is_no_view(shape: tuple[int, ...], shared_N: int) -> None:
+    """FSDP2 hooks the result of what it shards: of a view, ``out += residual`` drops the hook."""
+    layer = MoELayer(6, 4, 4, Router(2), shared_N=shared_N)
+    hidden = torch.randn(shape, requires_grad=True)
+    out = layer(hidden)
+    assert out.shape == shape
+    assert out.requires_grad
+    assert out._base is None
+    (gradient,) = torch.autograd.grad(out.square().sum(), hidden)
+    changed = layer(hidden)
+    changed += 1
+    (other,) = torch.autograd.grad(((changed - 1).square()).sum(), hidden)
+    assert torch.allclose(other, gradient, atol=1e-5)
+
+
+def test_what_is_no_tensor_or_has_no_memory_is_refused_by_name() -> None:
+    with pytest.raises(InvalidInputError, match=r"hidden_states must be a torch\.Tensor, got ndarray"):
+        MoELayer(6, 4, 4, 2)(numpy.zeros((3, 6)))
+    with pytest.raises(InvalidInputError, match="must be on cpu or cuda, got meta"):
+        MoELayer(6, 4, 4, 2, device="meta")(torch.empty(3, 6, device="meta"))
+
+
+def test_a_fake_layer_is_run_without_a_warning() -> None:
+    """Torch warned that its address was asked for, and called that almost definitely a bug."""
+    with warnings.catch_warnings(), FakeTensorMode():
+        warnings.simplefilter("error")
+        layer = MoELayer(6, 4, 4, 2)
+        layer(torch.randn(2, 3, 6)).sum().backward()
+        assert layer.experts.down_proj.grad is not None
+        assert layer.experts.down_proj.grad.shape == (4, 6, 4)
 
 
 def test_gradients_reach_everything_and_are_right() -> None:

@@ -3,7 +3,9 @@
 import copy
 import inspect
 import json
+import os
 import re
+import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,6 +18,7 @@ import torch
 from moe_dispatch.activations import Activation
 from moe_dispatch.errors import InvalidInputError, UnknownNameError
 from moe_dispatch.model_config import ConfiguredLayer, configured_layer
+from moe_dispatch.modules.from_config import layer_arguments
 from moe_dispatch.workloads import WORKLOADS, workload
 
 
@@ -272,9 +275,7 @@ def test_an_unknown_name_gets_suggestions(text: str, suggested: str) -> None:
         workload(text)
 
 
-@pytest.mark.parametrize(
-    "text", ["", "x" * 300, "x" * 5000, "a\0b", "/", ".", "8,2,64", "8,2,64,x", "²,1,1,1", "~nobody"]
-)
+@pytest.mark.parametrize("text", ["", "x" * 300, "x" * 5000, "a\0b", "8,2,64", "8,2,64,x", "²,1,1,1", "~no-such-user"])
 def test_nonsense_is_an_unknown_name(text: str) -> None:
     with pytest.raises(UnknownNameError) as caught:
         workload(text)
@@ -286,6 +287,34 @@ def test_numbers_out_of_range_are_refused(text: str) -> None:
     with pytest.raises(InvalidInputError, match="must be from 1 to"):
         workload(text)
     assert workload("8, 2, 64, 32").N == 32
+
+
+def test_a_path_without_a_config_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It was said that no workload is called so."""
+    with pytest.raises(InvalidInputError, match=r"folder without config.json or params.json; there is nothing"):
+        workload(str(tmp_path))
+    (tmp_path / "model.safetensors").write_text("")
+    monkeypatch.setenv("HOME", str(tmp_path.parent))
+    with pytest.raises(InvalidInputError, match=r"^~/.* folder without .*; there is model.safetensors"):
+        workload(f"~/{tmp_path.name}")
+    for missing in (str(tmp_path / "gone"), "./gone", "~/gone/gone"):
+        with pytest.raises(InvalidInputError, match=r"gone cannot be read: No such file or directory"):
+            workload(missing)
+    with pytest.raises(UnknownNameError):
+        workload("owner/gone")
+    (tmp_path / "config.json").write_text(json.dumps(BASE | {"model_type": "qwen3_moe"}))
+    assert layer_arguments(f"~/{tmp_path.name}")["E"] == workload(f"~/{tmp_path.name}").E
+    if os.geteuid():
+        return  # the rest is not for those that cannot become another user
+    tmp_path.chmod(0o700)
+    script = (
+        "import os; from moe_dispatch.workloads import workload; os.setuid(12345)\n"
+        f"for path in ({str(tmp_path)!r}, {str(tmp_path / 'inner')!r}):\n"
+        "    try: workload(path)\n"
+        "    except ValueError as error: print(error)\n"
+    )
+    said = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True, cwd="/")
+    assert said.stdout.count("cannot be read: Permission denied") == 2, said
 
 
 def test_models_of_one_family_have_names_of_their_own(tmp_path: Path) -> None:

@@ -13,7 +13,8 @@ import torch.distributed as dist
 from typer.testing import CliRunner
 
 from moe_dispatch.commands.app import app
-from moe_dispatch.parallel.exchange_times import ExchangeTable, ParallelCalibration, Split, calibration_path, find
+from moe_dispatch.parallel.calibration import save
+from moe_dispatch.parallel.exchange_times import ExchangeTable, ParallelCalibration, Split, calibration_path, find, read
 from moe_dispatch.parallel.expert_parallel import ExpertParallel
 from moe_dispatch.parallel.links import fitted
 from moe_dispatch.testing import make_inputs
@@ -124,6 +125,17 @@ def test_a_later_calibration_keeps_other_layers(stored: ParallelCalibration) -> 
     newer = older.model_copy(update={"layers": (fresh, other)})
     assert newer.with_layers_of(older).layers == (fresh, other, *older.layers[1:])
     assert newer.with_layers_of(older.model_copy(update={"versions": {}})) == newer
+
+
+def test_a_damaged_file_is_set_aside(stored: ParallelCalibration, tmp_path: Path) -> None:
+    """What was in it was lost; a file of a later version of this package looks damaged, too."""
+    path = tmp_path / "parallel.json"
+    for content in ("{", stored.model_dump_json().replace('"schema_version":1', '"schema_version":2')):
+        path.write_text(content, encoding="utf-8")
+        save(path, stored)
+        assert read(path, stored.topology) == stored
+    kept = sorted(tmp_path.glob("parallel.json.damaged-*"))
+    assert [len(each.read_text(encoding="utf-8")) for each in kept] == [1, len(stored.model_dump_json())]
 
 
 @pytest.mark.parametrize("own", ["{", '{"versions": {}}'], ids=["damaged", "of other versions"])

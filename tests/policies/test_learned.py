@@ -21,7 +21,7 @@ from moe_dispatch.benchmarks.rows import BenchRow
 from moe_dispatch.commands.app import app
 from moe_dispatch.dispatch.dispatcher import Dispatcher
 from moe_dispatch.dispatch.quarantine import Quarantine
-from moe_dispatch.errors import InvalidInputError, MoEDispatchWarning
+from moe_dispatch.errors import InvalidInputError, MoEDispatchWarning, PolicyFileError
 from moe_dispatch.machine import Machine
 from moe_dispatch.measure import H200_CEILINGS
 from moe_dispatch.policies.learned.cost_model import TERMS, Term, terms
@@ -422,6 +422,18 @@ def with_launch(launch: float) -> str:
     data = ModelFile(fingerprint="x", sms=1, cost_models=[cost_model("x", 1.0)]).model_dump(mode="json", by_alias=True)
     data["cost_models"][0]["coefficients"] = {"launch": launch}
     return json.dumps(data)
+
+
+def test_a_newer_versions_model_is_not_replaced(tmp_path: Path) -> None:
+    path, newer = tmp_path / "model.json", '{"schema_version": 9, "from_the_future": []}'
+    model = ModelFile(fingerprint="x", sms=1, cost_models=[cost_model("x", 1.0)])
+    path.write_text(newer, encoding="utf-8")
+    with pytest.raises(PolicyFileError, match=r"schema version 9 .* newer"):
+        save_model(model, path)
+    assert path.read_text(encoding="utf-8") == newer
+    path.write_text(newer.replace("9", "4"), encoding="utf-8")  # of an earlier version, which this one replaces
+    save_model(model, path)
+    assert parse_model(path.read_bytes(), str(path)) == model
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ import pytest
 from moe_dispatch.errors import InvalidInputError, MoEDispatchWarning, PolicyFileError
 from moe_dispatch.machine import Machine
 from moe_dispatch.policies.calibrated import CalibratedPolicy, calibration_path
-from moe_dispatch.policies.measurements.merge import promote_winners, save
+from moe_dispatch.policies.measurements.merge import promote_winners, require_writable, save
 from moe_dispatch.policies.measurements.schema import Candidate, Identity, LayerShape, Measurement, read_calibration
 from moe_dispatch.policies.measurements.table import LayerTable, stable_winners, tables
 from moe_dispatch.policies.measurements.versions import relevant_versions
@@ -107,6 +107,23 @@ def test_a_file_that_cannot_be_trusted_is_refused_with_the_reason(
         policy = CalibratedPolicy(MACHINE)
     assert ranked(1, policy) == []
     assert says in policy.notes()[0]
+
+
+def test_a_newer_versions_file_is_left_as_it_is(path: Path) -> None:
+    """Two environments may share a cache: the older one took the newer one's measurements out of use."""
+    save(path, [measured(1, 5.0)], MACHINE)
+    newer = path.read_text(encoding="utf-8").replace('"schema_version":1', '"from_the_future":[1],"schema_version":2')
+    path.write_text(newer, encoding="utf-8")
+    writes: tuple[Callable[[], None], ...] = (
+        lambda: save(path, [measured(1, 4.0)], MACHINE),
+        lambda: promote_winners(path, MACHINE),
+        lambda: require_writable(path),
+    )
+    for write in writes:
+        with pytest.raises(PolicyFileError, match=r"schema version 2 .* reads 1; .*newer.*MOE_DISPATCH_CACHE_DIR"):
+            write()
+    assert path.read_text(encoding="utf-8") == newer
+    assert not list(path.parent.glob("*.damaged*"))
 
 
 def test_an_unknown_backend_and_an_unknown_configuration_are_ignored_with_a_note(path: Path) -> None:
