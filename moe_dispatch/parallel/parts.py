@@ -8,7 +8,8 @@ from moe_dispatch.errors import InvalidInputError
 from moe_dispatch.experts import ExpertWeights
 from moe_dispatch.parallel.control import Control
 from moe_dispatch.parallel.placement import Division
-from moe_dispatch.problem import MX_BLOCK, QUANT_BLOCK
+from moe_dispatch.problem import MX_BLOCK, QUANT_BLOCK, DType
+from moe_dispatch.workloads import Workload
 
 
 def experts_of(layer: ExpertWeights, rank: int, ranks: int) -> ExpertWeights:
@@ -30,8 +31,7 @@ def share_of_columns(layer: ExpertWeights, rank: int, ranks: int) -> ExpertWeigh
     Raises:
         InvalidInputError: N cannot be divided so, or not between columns that share a scale.
     """
-    block = {"fp8": QUANT_BLOCK, "mxfp4": MX_BLOCK}.get(layer.dtype, 1)
-    columns = Part(rank, ranks).of(layer.N, block=block, origin="the layer")
+    block, columns = _block(layer.dtype), rank_columns(layer, layer.dtype, ranks, rank)
     # Columns of the intermediate for each element of down's rows, and rows for each of gate_up's scales.
     per_element = {"down": 2 if layer.dtype == "mxfp4" else 1, "down_scale": block}
     per_row = {"gate_up_scale": QUANT_BLOCK if layer.dtype == "fp8" else 1}
@@ -54,6 +54,21 @@ def share_of_columns(layer: ExpertWeights, rank: int, ranks: int) -> ExpertWeigh
         return part.clone(memory_format=torch.contiguous_format)
 
     return _layer(layer, {name: share(name, tensor) for name, tensor in layer.tensors()})
+
+
+def rank_columns(layer: ExpertWeights | Workload, dtype: DType, ranks: int, rank: int = 0) -> slice:
+    """The columns of each expert that a rank holds where as many are on each of them.
+
+    Raises:
+        InvalidInputError: N cannot be divided so, or not between columns that share a scale.
+    """
+    name = layer.name if isinstance(layer, Workload) else "the layer"
+    return Part(rank, ranks).of(layer.N, block=_block(dtype), origin=name)
+
+
+def _block(dtype: DType) -> int:
+    """Columns of the intermediate that share a scale."""
+    return {"fp8": QUANT_BLOCK, "mxfp4": MX_BLOCK}.get(dtype, 1)
 
 
 def columns_of(layer: ExpertWeights, rank: int) -> ExpertWeights:
