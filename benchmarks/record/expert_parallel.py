@@ -11,7 +11,8 @@ the median over bursts of the slowest rank's time per call, in µs; a burst is c
 is not timed, so that all ranks are in step when it begins. A graph that is timed holds several calls with inputs of
 their own, as a model's graph holds its layers. `speedup` is the first time over the last, and `host_us` what an eager
 call takes the host. The exchange ``by hand`` is the baseline: three all-gathers, the experts and a reduce-scatter,
-written with torch.distributed alone.
+written with torch.distributed alone. --division columns divides each expert's columns over the ranks in place of the
+experts; given twice, both are measured in turn at each token count, and each row says which.
 
 Rows of the exchange ``chosen`` say which one a group that names none chooses: `regret` is how much longer that one's
 time is than the shortest of all exchanges' times in the rows above, and `alike` whether all ranks choose it.
@@ -26,13 +27,10 @@ import argparse
 import faulthandler
 import math
 import os
-import random
 import sys
-import time
-import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Final
+from typing import Any, Final, get_args
 
 import torch
 import torch.distributed as dist
@@ -41,11 +39,21 @@ from torch import Tensor
 from moe_dispatch import ExpertParallel, ExpertWeights, moe_forward, warm_up
 from moe_dispatch.backends.exchange.push import ROWS_ASIDE
 from moe_dispatch.benchmarks.record import json_lines
+from moe_dispatch.benchmarks.record.rank_checks import (
+    Call,
+    Inputs,
+    captured,
+    changed_replays,
+    host_syncs,
+    relative_difference,
+)
 from moe_dispatch.benchmarks.record.rank_clock import Clock
 from moe_dispatch.errors import InvalidInputError
 from moe_dispatch.machine import Machine
 from moe_dispatch.parallel.collectives import all_gather_flat, reduce_scatter_flat
+from moe_dispatch.parallel.placement import Division
 from moe_dispatch.parallel.registry import EXCHANGES
+from moe_dispatch.parallel.sharded_experts import ShardedExperts
 from moe_dispatch.parallel.trial import ExchangeFailedError
 from moe_dispatch.problem import DType, Mode
 from moe_dispatch.workloads import ROUTINGS, WORKLOADS, Workload, make_experts, torch_dtype
@@ -57,63 +65,9 @@ BURSTS: Final = 15
 MOST_ERROR: Final = 2e-2  # relative, of a layer in BF16 or FP8 against the same in another order of sums
 INPUTS: Final = 4  # drawn for each token count; their experts' weights together exceed the device's cache
 CALLS: Final = 8  # of a graph that is timed
-PAUSES: Final = 100  # of a rank among its replays, about
 REPLAYS: Final = 300
 MANY: Final = 4096  # tokens from which no more replays than that are compared, for time
 BY_HAND: Final = "by hand"
-
-Inputs = tuple[Tensor, ...]  # hidden_states, topk_weights, topk_ids
-Call = Callable[..., Tensor]
-
-
-def captured(call: Call, sets: Sequence[Inputs]) -> tuple[Callable[[], None], Tensor]:
-    """The replay of a CUDA graph that calls with each of these inputs, and the last call's result. Collective."""
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-        for inputs in sets:
-            out = call(*inputs)
-    torch.cuda.synchronize()
-    dist.barrier()
-    return graph.replay, out
-
-
-def changed_replays(replay: Callable[[], None], out: Tensor, static: Inputs, sets: list[Inputs], replays: int) -> int:
-    """How many replays give other bits than the first ones with the same inputs; of all ranks."""
-
-    def replayed(inputs: Inputs) -> Tensor:
-        for tensor, values in zip(static, inputs, strict=True):
-            tensor.copy_(values)
-        replay()
-        return out.view(torch.uint8)
-
-    first = [replayed(inputs).clone() for inputs in sets]
-    changed = torch.zeros((), dtype=torch.int64, device=out.device)
-    pauses = random.Random(dist.get_rank())  # noqa: S311 - so that ranks come at different times
-    for number in range(replays):
-        changed += (replayed(sets[number % len(sets)]) != first[number % len(sets)]).any()
-        if pauses.random() < min(0.05, PAUSES / replays):
-            torch.cuda.synchronize()
-            time.sleep(pauses.random() * 0.002)
-    dist.all_reduce(changed)
-    replayed(sets[0])
-    return int(changed)
-
-
-def relative_difference(out: Tensor, expected: Tensor) -> float:
-    """Norm of the difference over the norm of what is expected; NaN counts as a difference."""
-    return float((out.float() - expected.float()).norm() / expected.float().norm())
-
-
-def host_syncs(call: Callable[[], object]) -> int:
-    """How often a call makes the host wait for the device, as far as torch knows of it."""
-    with warnings.catch_warnings(record=True) as said:
-        warnings.simplefilter("always")
-        torch.cuda.set_sync_debug_mode("warn")
-        try:
-            call()
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
-    return sum("called a synchronizing" in str(each.message) for each in said)
 
 
 def by_hand(arguments: Inputs, experts: ExpertWeights, first: int) -> Tensor:
@@ -122,7 +76,7 @@ def by_hand(arguments: Inputs, experts: ExpertWeights, first: int) -> Tensor:
     Args:
         arguments: This rank's hidden_states ``[M, K]``, topk_weights and global topk_ids ``[M, topk]``.
         experts: This rank's weights.
-        first: The global id of its first expert.
+        first: The global id of its first expert; 0 where it has a part of each.
     """
     gathered = []
     for tensor in arguments:
@@ -156,14 +110,12 @@ class Recorder:
         self._whole = make_experts(layer, dtype, device, torch.Generator(device).manual_seed(0))
         self._origins = 1 if options.replicated else dist.get_world_size()  # ranks with tokens of their own
         tokens: Any = "replicated" if options.replicated else "sharded"
+        self._tokens = tokens
         self._choosing = ExpertParallel(tokens=tokens, device=device, timeout=10.0)
-        self._own = self._choosing.split(self._whole)
-        against = self._choosing.explain(self._own, layer.topk, 1).against
-        names = options.exchange or [name for name, reasons in against.items() if not reasons]
-        self._groups = {
-            name: ExpertParallel(tokens=tokens, exchange=name, device=device, timeout=10.0) for name in names
-        }
-        self._parts = {name: ep.shard(self._own.local, experts=layer.E) for name, ep in self._groups.items()}
+        divisions: list[Division] = options.division or ["experts"]
+        self._own = {division: self._choosing.split(self._whole, division) for division in divisions}
+        self._groups: dict[str, ExpertParallel] = {}
+        self._parts: dict[tuple[str, Division], ShardedExperts] = {}
 
     def rows(self, M: int) -> Iterator[dict[str, Any]]:
         """The rows of one token count of a rank."""
@@ -171,26 +123,35 @@ class Recorder:
         head = {"layer": layer.name, "dtype": self._dtype, "routing": options.routing, "M": M, "ranks": size}
         if options.replicated:
             head["tokens"] = "replicated"
-        place, rank = self._own.placement, dist.get_rank() % self._origins
+        rank = dist.get_rank() % self._origins
         mine, every_M = slice(rank * M, (rank + 1) * M), self._origins * M
         every = [self._drawn(M, M + seed) for seed in range(INPUTS)]
         warm_up(self._whole, layer.topk, [every_M], self._act_dtype)
         single = self._times(lambda hidden, weights, ids: moe_forward(hidden, self._whole, weights, ids), every)
         hidden, weights, ids = every[0]
         expected = moe_forward(hidden, self._whole, weights, ids)[mine].clone()
-        share = self._own.weights_expecting(1.0)
-        warm_up(share, layer.topk, [every_M], self._act_dtype)
+        sets = [tuple(each[mine].clone() for each in inputs) for inputs in every]
+        for division, own in self._own.items():
+            yield from self._divided({**head, "division": division}, own, every, sets, expected, single)
+
+    def _divided(
+        self, head: dict[str, Any], own: ShardedExperts, every: list[Inputs], sets: list[Inputs], expected: Tensor,
+        single: dict[Mode, float],
+    ) -> Iterator[dict[str, Any]]:  # fmt: skip
+        """The rows of one token count and one division of the layer."""
+        layer, options, place, M = self._layer, self._options, own.placement, sets[0][0].shape[0]
+        share = own.weights_expecting(1.0)
+        warm_up(share, layer.topk, [self._origins * M], self._act_dtype)
         experts = self._times(
             lambda hidden, weights, ids: moe_forward(hidden, share, weights, ids),
             [(hidden, weights, place.local_ids(ids)) for hidden, weights, ids in every],
         )
-        sets = [tuple(each[mine].clone() for each in inputs) for inputs in every]
         times: dict[Mode, dict[str, float]] = {"eager": {}, "graph": {}}
         compares = not options.brief
         by_hand_too = self._device.type == "cuda" and compares and not options.replicated
-        for name in (*self._groups, *([BY_HAND] if by_hand_too else [])):
+        for name in (*self._names(own), *([BY_HAND] if by_hand_too else [])):
             try:
-                measured = self._measured(name, M, sets, expected, share)
+                measured = self._measured(name, own, sets, expected, share)
             except (ExchangeFailedError, InvalidInputError) as error:  # on all ranks
                 yield {**head, "exchange": name, "failed": str(error)}
                 continue
@@ -202,7 +163,7 @@ class Recorder:
                 yield {**head, "exchange": name, "mode": mode, **facts, **parts, "speedup": speedup}
         for mode, able in times.items():
             if able and compares:
-                yield {**head, "exchange": "chosen", "mode": mode, **self._choice(M, mode, able)}
+                yield {**head, "exchange": "chosen", "mode": mode, **self._choice(own, M, mode, able)}
 
     def _drawn(self, M: int, seed: int) -> Inputs:
         """Tokens of all ranks in rank order, equal on each: ``[ranks·M, …]``, or ``[M, …]`` replicated."""
@@ -220,21 +181,22 @@ class Recorder:
         return times
 
     def _measured(
-        self, name: str, M: int, sets: list[Inputs], expected: Tensor, share: ExpertWeights
+        self, name: str, own: ShardedExperts, sets: list[Inputs], expected: Tensor, share: ExpertWeights
     ) -> dict[Mode, dict[str, Any]]:
         """Times and checks of one exchange in each mode that it has."""
+        M = sets[0][0].shape[0]
         clock, on_gpu, topk = self._clock, self._device.type == "cuda", self._layer.topk
         self._patience()
         if name == BY_HAND:
             stated: AbstractContextManager[None] = nullcontext()
-            capturable, first = on_gpu, self._own.placement.first
+            capturable, first = on_gpu, own.placement.first
 
             def spread(*inputs: Tensor) -> Tensor:
                 return by_hand(inputs, share, first)
 
             spread(*sets[0])
         else:
-            ep, part = self._groups[name], self._parts[name]
+            ep, part = self._part(name, own)
             ep.warm_up(part, topk=topk, tokens=[M], act_dtype=self._act_dtype)
             stated, capturable = ep.tokens_per_rank(M), on_gpu and ep.capturable(part, topk=topk, M=M)
 
@@ -266,13 +228,28 @@ class Recorder:
             measured["graph"] = {"us": clock.us(captured(spread, sets * (CALLS // INPUTS))[0], CALLS), **facts}
         return measured
 
-    def _choice(self, M: int, mode: Mode, able: dict[str, float]) -> dict[str, Any]:
+    def _names(self, own: ShardedExperts) -> list[str]:
+        """The exchanges that are asked for, or all that can serve a division."""
+        against = self._choosing.explain(own, self._layer.topk, 1).against
+        return self._options.exchange or [name for name, reasons in against.items() if not reasons]
+
+    def _part(self, name: str, own: ShardedExperts) -> tuple[ExpertParallel, ShardedExperts]:
+        """The group of an exchange, and the layer's part in it with the same memory; made on first use. Collective."""
+        if name not in self._groups:
+            self._groups[name] = ExpertParallel(tokens=self._tokens, exchange=name, device=self._device, timeout=10.0)
+        ep, key = self._groups[name], (name, own.placement.division)
+        if key not in self._parts:
+            by_columns = own.placement.division == "columns"
+            self._parts[key] = ep.tensor(own.local) if by_columns else ep.shard(own.local, experts=own.E)
+        return ep, self._parts[key]
+
+    def _choice(self, own: ShardedExperts, M: int, mode: Mode, able: dict[str, float]) -> dict[str, Any]:
         """What a group that names no exchange chooses, against the times of all."""
         ep, topk = self._choosing, self._layer.topk
         self._patience()
         if mode == "eager":  # for both modes
-            ep.warm_up(self._own, topk=topk, tokens=[M], act_dtype=self._act_dtype)
-        chosen = ep.explain(self._own, topk, M, mode).chosen
+            ep.warm_up(own, topk=topk, tokens=[M], act_dtype=self._act_dtype)
+        chosen = ep.explain(own, topk, M, mode).chosen
         every: list[str] = [""] * ep.size
         dist.all_gather_object(every, chosen)
         regret = able[chosen] / min(able.values()) - 1 if chosen in able else None
@@ -299,6 +276,10 @@ def main() -> None:
     parser.add_argument("--tokens", default=",".join(map(str, TOKENS)), help="token counts of a rank, in their order")
     parser.add_argument("--layer", action="append", help="a named layer; repeatable")
     parser.add_argument("--exchange", action="append", help="an exchange; repeatable. All that are available if none")
+    parser.add_argument(
+        "--division", action="append", choices=get_args(Division),
+        help="what of the layer is divided over the ranks; repeatable. Experts if none",
+    )  # fmt: skip
     parser.add_argument("--routing", default="uniform", choices=list(ROUTINGS), help="how tokens choose experts")
     parser.add_argument(
         "--replicated", action="store_true", help="the same tokens on all ranks, in place of sharded ones"
@@ -362,7 +343,7 @@ def _run(
 
 
 def _line(row: dict[str, Any]) -> str:
-    what = f"{row['layer']} {row['dtype']} M={row['M']}/rank"
+    what = f"{row['layer']} {row['dtype']} by {row['division']} M={row['M']}/rank"
     if "failed" in row:
         return f"{what} {row['exchange']} failed: {row['failed']}"
     if "chosen" in row:

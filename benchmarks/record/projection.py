@@ -44,7 +44,7 @@ def measured_calls(rows: Iterable[Row]) -> Iterable[Row]:
     for row in rows:
         wanted = (row.get("mode"), row.get("routing"), row.get("ranks")) == ("graph", "uniform", 2)
         if wanted and "us" in row and row["layer"] in WORKLOADS:
-            latest[row["layer"], row["M"], row["exchange"]] = row
+            latest[row["layer"], row["M"], row["exchange"], row.get("division")] = row
     return latest.values()
 
 
@@ -61,11 +61,17 @@ def markdown(calibration: ParallelCalibration, rows: Iterable[Row]) -> str:
     text += ["|---|" + "---:|" * 8]
     for row in measured_calls(rows):
         codes = row["dtype"] == "fp8"
-        each = projection.project(WORKLOADS[row["layer"]], row["dtype"], row["M"], 2, wire_fp8=codes, calls=CALLS)
+        division = row.get("division", "experts")
+        each = projection.project(
+            WORKLOADS[row["layer"]], row["dtype"], row["M"], 2, division=division, wire_fp8=codes, calls=CALLS
+        )  # fmt: skip
         if row["exchange"] == each.exchange + "_fp8" * codes:
             times = f"{row['one_gpu_us']:.0f} | {row['us']:.0f} | {each.us:.0f} | {each.us / row['us'] - 1:+.0%}"
             parts = f"{row['experts_us']:.0f} | {each.experts_us:.0f} | {row['speedup']:.2f} | {each.serial:.2f}"
-            text.append(f"| {row['layer']} {row['dtype']}, {row['M']}, {row['exchange']} | {times} | {parts} |")
+            what = f"{row['layer']} {row['dtype']}, {row['M']}, {row['exchange']}" + ", columns" * (
+                division == "columns"
+            )
+            text.append(f"| {what} | {times} | {parts} |")
     text += ["", "| layer, M a rank | " + " | ".join(f"{ranks} GPUs" for ranks in RANKS) + " |"]
     text += ["|---|" + "---|" * len(RANKS)]
     for name, dtype in LAYERS:

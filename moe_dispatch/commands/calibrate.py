@@ -66,6 +66,13 @@ def calibrate(
             help="Under torchrun: measure the links between the ranks, and layers spread over them by each exchange.",
         ),
     ] = False,
+    division: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--division",
+            help="With --parallel: divide each layer by experts (the default) or by columns; repeatable.",
+        ),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Measure every backend and configuration on this machine, and remember which is fastest for what."""
@@ -88,11 +95,14 @@ def calibrate(
 
         if mode != "both" or backend or routing or max_configs or quick or resume or compile_only or energy:
             raise InvalidInputError(
-                "--parallel goes with --model, --dtype, --tp, --tokens, --device, --budget, --timeout and --json alone"
+                "--parallel goes with --model, --dtype, --tp, --tokens, --division, --device, --budget, --timeout and "
+                "--json alone"
             )
         pairs = [(layer, each) for layer in layers for each in dtypes]
-        calibrate_ranks(pairs, counts, device, budget_s, timeout_s, as_json=as_json)
+        calibrate_ranks(pairs, counts, device, budget_s, timeout_s, divisions=division or ["experts"], as_json=as_json)
         return
+    if division:
+        raise InvalidInputError("--division is about layers that are spread over ranks; give --parallel, too")
     with progress() as show:
 
         def on_progress(progress: "Progress") -> None:

@@ -3,7 +3,7 @@
 import dataclasses
 import os
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
 from moe_dispatch.commands.console import OUT, heading, line, machine_line, microseconds, plain, print_json, table
 from moe_dispatch.commands.options import tokens_of
@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 _LEGEND = (
     "A projection: nothing here was measured on more than one GPU. 1 GPU: all experts and the tokens of all ranks. "
     "serial: speed-up where experts wait for their rows, with results of direct, which leave while sums are computed, "
-    "counted only as far as that is longer; hidden: where transfers hide behind experts. Routing is uniform."
+    "counted only as far as that is longer; hidden: where transfers hide behind experts. Routing is uniform. "
+    "Divided by columns, each GPU has a part of every expert."
 )
 
 
@@ -28,14 +29,18 @@ def print_projection(
 ) -> None:  # fmt: skip
     """Print a table, or JSON, of a layer over token counts of a rank and numbers of GPUs."""
     from moe_dispatch.parallel.links import CLUSTERS
-    from moe_dispatch.parallel.projection import Projection
+    from moe_dispatch.parallel.placement import Division
+    from moe_dispatch.parallel.projection import LEAST_COLUMNS, Projection
 
     cluster = CLUSTERS["hgx-h200"]
     projection = Projection(machine, cluster)
+    sizes = list(dict.fromkeys(tokens_of(ranks, "--parallel")))
     every = [
-        projection.project(layer, dtype, M, size, wire_fp8=wire_fp8)
+        projection.project(layer, dtype, M, size, division=division, wire_fp8=wire_fp8)
         for M in dict.fromkeys(tokens)
-        for size in dict.fromkeys(tokens_of(ranks, "--parallel"))
+        for size in sizes
+        for division in get_args(Division)
+        if division == "experts" or layer.N % (LEAST_COLUMNS * size) == 0
     ]
     if as_json:
         lines = [
@@ -45,11 +50,13 @@ def print_projection(
         head = {"layer": layer.name, "dtype": dtype, "cluster": cluster.name, "projection": True}
         print_json(head | {"rows": lines})
         return
-    rows = table("M a rank", "GPUs", "1 GPU", "experts", "dispatch", "combine", "by", "serial", "hidden")
+    columns = "M a rank", "GPUs", "divided", "1 GPU", "experts", "dispatch", "combine", "by", "serial", "hidden"
+    rows = table(*columns)
     for projected in every:
         times = (projected.one_gpu_us, projected.experts_us, projected.dispatch_us, projected.combine_us)
         factors = (f"{projected.serial:.2f}", f"{projected.overlapped:.2f}")
-        rows.add_row(str(projected.M), str(projected.ranks), *map(microseconds, times), projected.exchange, *factors)
+        facts = (str(projected.M), str(projected.ranks), projected.division)
+        rows.add_row(*facts, *map(microseconds, times), projected.exchange, *factors)
     line(f"[bold]{plain(layer.name)}[/bold]  {dtype} on {cluster.name}: {cluster.node} GPUs a host")
     line(plain(machine_line(machine)), style="dim")
     for link in (cluster.direct, cluster.inside, cluster.between):
@@ -62,14 +69,18 @@ def print_projection(
 
 def calibrate_ranks(
     layers: "Sequence[tuple[Workload, DType]]", tokens: Sequence[int] | None, device: str | None,
-    budget_s: float | None, timeout_s: float, *, as_json: bool,
+    budget_s: float | None, timeout_s: float, *, divisions: Sequence[str], as_json: bool,
 ) -> None:  # fmt: skip
     """Calibrate the group of torchrun's processes; the first one prints. See `calibrate_parallel`."""
     import torch
     import torch.distributed as dist
 
     from moe_dispatch.parallel.calibration import DEFAULT_TOKENS, calibrate_parallel
+    from moe_dispatch.parallel.placement import Division
 
+    known = [each for each in get_args(Division) if each in divisions]
+    if len(known) < len(set(divisions)):
+        raise InvalidInputError(f"--division must be experts or columns, got {', '.join(divisions)[:80]!r}")
     if not dist.is_initialized():
         if "LOCAL_RANK" not in os.environ:
             command = "torchrun --nproc-per-node N --no-python moe-dispatch calibrate --parallel"
@@ -80,7 +91,7 @@ def calibrate_ranks(
         dist.init_process_group("nccl" if on_gpu else "gloo")
     first = dist.get_rank() == 0
     report = calibrate_parallel(
-        layers, tokens=tokens or DEFAULT_TOKENS, device=device, budget_s=budget_s, timeout_s=timeout_s,
+        layers, tokens=tokens or DEFAULT_TOKENS, divisions=known, device=device, budget_s=budget_s, timeout_s=timeout_s,
         on_progress=lambda what: line(plain(what), style="dim") if first and not as_json else None,
     )  # fmt: skip
     if first and as_json:
@@ -100,13 +111,15 @@ def _print_measured(report: "ParallelReport") -> None:
     OUT.print(rows)
     heading("layers")
     columns = ("M", "call", "experts", "exposed", "hidden")
-    rows = table("layer", "tokens", "mode", "M", "exchange", *columns[1:], numbers=columns)
+    rows = table("layer", "by", "tokens", "mode", "M", "exchange", *columns[1:], numbers=columns)
     for point in measured.layers:
         kind = point.kind
         layer = f"E={kind.E} topk={kind.topk} K={kind.K} N={kind.N} {kind.dtype}"
         for name, split in sorted(point.splits.items(), key=lambda item: item[1].us):
             times = (split.us, split.experts_us, split.exposed_us, split.hidden_us)
-            rows.add_row(layer, kind.tokens, kind.mode, str(kind.M), plain(name), *map(microseconds, times))
+            rows.add_row(
+                layer, kind.division, kind.tokens, kind.mode, str(kind.M), plain(name), *map(microseconds, times)
+            )
     OUT.print(rows)
     for note in report.skipped:
         line(f"[yellow]skipped[/yellow] {plain(note)}")

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -20,7 +21,8 @@ from moe_dispatch.parallel.comparison import compare_exchanges
 from moe_dispatch.parallel.exchange import CallKind, Tokens
 from moe_dispatch.parallel.exchange_times import LayerTimes, LinkTimes, ParallelCalibration
 from moe_dispatch.parallel.expert_parallel import process_group
-from moe_dispatch.parallel.placement import Placement
+from moe_dispatch.parallel.parts import rank_columns
+from moe_dispatch.parallel.placement import Division, Placement
 from moe_dispatch.parallel.session import Options, Session
 from moe_dispatch.parallel.sharded_experts import ShardedExperts
 from moe_dispatch.parallel.trial import ExchangeFailedError, Trial, drawn_inputs, stage
@@ -58,6 +60,7 @@ def calibrate_parallel(
     layers: Sequence[tuple[Workload, DType]],
     *,
     tokens: Sequence[int] = DEFAULT_TOKENS,
+    divisions: Sequence[Division] = ("experts",),
     device: torch.device | str | None = None,
     budget_s: float | None = None,
     timeout_s: float = 60.0,
@@ -71,13 +74,14 @@ def calibrate_parallel(
     Args:
         layers: Whole layers with the dtypes of their weights; each rank makes random weights of its experts.
         tokens: Token counts of a rank.
+        divisions: What of each layer is divided over the ranks: ``"experts"``, ``"columns"`` or both, in turn.
         device: This rank's device; the current GPU if None, else the CPU.
         budget_s: No further token count is begun after so many seconds of rank 0. None for no limit.
         timeout_s: Seconds that a rank waits for the others in a call.
         on_progress: Called with a line of text before each step.
 
     Raises:
-        InvalidInputError: A layer has fewer experts than there are ranks.
+        InvalidInputError: A layer has fewer experts than there are ranks, or columns that they do not divide.
         PolicyFileError: Rank 0 cannot write the result; raised on every rank.
         ExpertParallelMismatchError: The ranks give different arguments.
         ExpertParallelLostError: A rank is dead or late.
@@ -92,7 +96,14 @@ def calibrate_parallel(
             f"each of {size} ranks holds at least one expert, and {', '.join(small)} has fewer; start fewer ranks, or "
             "leave that layer out"
         )
-    facts = {"layers": [(dataclasses.astuple(each), dtype) for each, dtype in layers], "tokens": tuple(tokens)}
+    if "columns" in divisions:
+        for workload, dtype in layers:
+            rank_columns(workload, dtype, size)
+    facts = {
+        "layers": [(dataclasses.astuple(each), dtype) for each, dtype in layers],
+        "tokens": tuple(tokens),
+        "divisions": tuple(divisions),
+    }
     leader.control.require_equal("calibrate", facts)
     path = exchange_times.calibration_path(leader.topology)
     _on_first_rank(leader, lambda: check_writable(path), path)
@@ -103,19 +114,18 @@ def calibrate_parallel(
         for session in sessions:
             on_progress(f"links, {session.options.tokens} tokens")
             links += _links(session)
-        for workload, dtype in layers:
-            held = tuple((rank + 1) * workload.E // size - rank * workload.E // size for rank in range(size))
-            mine = dataclasses.replace(workload, E=held[leader.control.rank])
+        for (workload, dtype), division in itertools.product(layers, divisions):
+            held, mine = _part_of(workload, division, leader.control.rank, size)
             generator = torch.Generator(leader.device).manual_seed(leader.control.rank)
             try:
                 local = stage(leader, functools.partial(make_experts, mine, dtype, leader.device, generator))
             except ExchangeFailedError as error:
-                skipped.append(f"{workload.name} {dtype}: its weights could not be made: {error}")
+                skipped.append(f"{workload.name} {dtype} by {division}: its weights could not be made: {error}")
                 continue
             for session in sessions:
-                layer = ShardedExperts(session, local, Placement(session.control.rank, held))
+                layer = ShardedExperts(session, local, Placement(session.control.rank, held, division))
                 for M in sorted(set(tokens), reverse=True):  # what exchanges get for many tokens serves few as well
-                    what = f"{workload.name} {dtype}, {session.options.tokens} tokens, M={M}"
+                    what = f"{workload.name} {dtype} by {division}, {session.options.tokens} tokens, M={M}"
                     late = budget_s is not None and time.monotonic() - begin > budget_s
                     if leader.control.gather_numbers([late])[0][0]:
                         skipped.append(f"{what}: no time left")
@@ -131,6 +141,14 @@ def calibrate_parallel(
     )
     _on_first_rank(leader, lambda: save(path, result), path)
     return ParallelReport(path, result, tuple(skipped))
+
+
+def _part_of(workload: Workload, division: Division, rank: int, size: int) -> tuple[tuple[int, ...], Workload]:
+    """What `Placement` says of every rank's experts, and a rank's part of a layer."""
+    if division == "columns":
+        return (workload.E,) * size, workload.sharded(size)
+    held = tuple((each + 1) * workload.E // size - each * workload.E // size for each in range(size))
+    return held, dataclasses.replace(workload, E=held[rank])
 
 
 def _links(session: Session) -> Iterator[LinkTimes]:

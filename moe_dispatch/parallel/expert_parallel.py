@@ -2,7 +2,7 @@
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, get_args
 
 import torch
 import torch.distributed as dist
@@ -14,7 +14,7 @@ from moe_dispatch.machine import present_device
 from moe_dispatch.parallel.comparison import Compared, compare_exchanges
 from moe_dispatch.parallel.exchange import Tokens
 from moe_dispatch.parallel.explanation import ParallelExplanation, explain_call
-from moe_dispatch.parallel.parts import columns_of, experts_of, placed
+from moe_dispatch.parallel.parts import columns_of, experts_of, placed, share_of_columns
 from moe_dispatch.parallel.placement import Division, Placement
 from moe_dispatch.parallel.session import Options, Session
 from moe_dispatch.parallel.sharded_experts import ShardedExperts
@@ -99,18 +99,24 @@ class ExpertParallel:
         """
         return self._layer(experts_local, "experts", experts)
 
-    def split(self, all_experts: ExpertWeights) -> ShardedExperts:
+    def split(self, all_experts: ExpertWeights, division: Division = "experts") -> ShardedExperts:
         """A layer of which every rank has all experts: each keeps a copy of its own part.
 
         Args:
             all_experts: The whole layer's weights, the same on every rank; they can be freed afterwards.
+            division: ``"experts"`` for consecutive experts; ``"columns"`` for a share of each expert's N columns, which
+                loads every rank alike whatever the routing.
 
         Raises:
-            InvalidInputError: There are fewer experts than ranks.
+            InvalidInputError: There are fewer experts than ranks, or N cannot be divided among them: block FP8 is in
+                whole blocks of 128, MXFP4 of 32.
             ExpertParallelMismatchError: The ranks hold different layers.
         """
-        mine = experts_of(all_experts, self.rank, self.size)
-        return self._layer(mine, "experts", all_experts.E)
+        if division not in get_args(Division):
+            raise InvalidInputError(f"division must be 'experts' or 'columns', got {division!r}")
+        if division == "columns":
+            return self.tensor(share_of_columns(all_experts, self.rank, self.size))
+        return self.shard(experts_of(all_experts, self.rank, self.size), experts=all_experts.E)
 
     def tensor(self, columns_local: ExpertWeights) -> ShardedExperts:
         """A layer of which every rank holds a part of each expert's columns, as tensor parallelism cuts them.

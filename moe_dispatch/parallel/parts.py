@@ -1,11 +1,15 @@
 """A rank's part of a layer's weights, and the check that the parts of all ranks belong together."""
 
 import torch
+from torch import Tensor
 
+from moe_dispatch.checkpoint_sources import Part
 from moe_dispatch.errors import InvalidInputError
 from moe_dispatch.experts import ExpertWeights
 from moe_dispatch.parallel.control import Control
 from moe_dispatch.parallel.placement import Division
+from moe_dispatch.problem import MX_BLOCK, QUANT_BLOCK, DType
+from moe_dispatch.workloads import Workload
 
 
 def experts_of(layer: ExpertWeights, rank: int, ranks: int) -> ExpertWeights:
@@ -19,6 +23,52 @@ def experts_of(layer: ExpertWeights, rank: int, ranks: int) -> ExpertWeights:
     mine = slice(rank * layer.E // ranks, (rank + 1) * layer.E // ranks)
     tensors = {name: tensor[mine].clone() for name, tensor in layer.tensors()}
     return _layer(layer, tensors)
+
+
+def share_of_columns(layer: ExpertWeights, rank: int, ranks: int) -> ExpertWeights:
+    """A copy of the part of each expert's N columns that one of several ranks holds; as many on each.
+
+    Raises:
+        InvalidInputError: N cannot be divided so, or not between columns that share a scale.
+    """
+    block, columns = _block(layer.dtype), rank_columns(layer, layer.dtype, ranks, rank)
+    # Columns of the intermediate for each element of down's rows, and rows for each of gate_up's scales.
+    per_element = {"down": 2 if layer.dtype == "mxfp4" else 1, "down_scale": block}
+    per_row = {"gate_up_scale": QUANT_BLOCK if layer.dtype == "fp8" else 1}
+    rows_alone = {"down_bias"} | ({"down_scale"} if layer.dtype == "fp8_channel" else set())
+
+    def share(name: str, tensor: Tensor) -> Tensor:
+        if name in rows_alone or ranks == 1:
+            return tensor.clone()
+        if name in per_element:
+            step = per_element[name]
+            part = tensor[:, :, columns.start // step : columns.stop // step]
+        else:
+            step, parts = per_row.get(name, 1), 2 if layer.gated else 1
+            pairs = (layer.N // step, parts) if layer.interleaved else (parts, layer.N // step)
+            every = slice(columns.start // step, columns.stop // step)
+            halves = tensor.unflatten(1, pairs)
+            part = (halves[:, every] if layer.interleaved else halves[:, :, every]).flatten(1, 2)
+        if layer.transposed and part.dim() == 3:
+            return part.mT.clone(memory_format=torch.contiguous_format).mT
+        return part.clone(memory_format=torch.contiguous_format)
+
+    return _layer(layer, {name: share(name, tensor) for name, tensor in layer.tensors()})
+
+
+def rank_columns(layer: ExpertWeights | Workload, dtype: DType, ranks: int, rank: int = 0) -> slice:
+    """The columns of each expert that a rank holds where as many are on each of them.
+
+    Raises:
+        InvalidInputError: N cannot be divided so, or not between columns that share a scale.
+    """
+    name = layer.name if isinstance(layer, Workload) else "the layer"
+    return Part(rank, ranks).of(layer.N, block=_block(dtype), origin=name)
+
+
+def _block(dtype: DType) -> int:
+    """Columns of the intermediate that share a scale."""
+    return {"fp8": QUANT_BLOCK, "mxfp4": MX_BLOCK}.get(dtype, 1)
 
 
 def columns_of(layer: ExpertWeights, rank: int) -> ExpertWeights:
@@ -62,7 +112,7 @@ def placed(
     return held
 
 
-def _layer(layer: ExpertWeights, tensors: dict[str, torch.Tensor]) -> ExpertWeights:
+def _layer(layer: ExpertWeights, tensors: dict[str, Tensor]) -> ExpertWeights:
     return ExpertWeights(
         tensors["gate_up"],
         tensors["down"],

@@ -1,8 +1,8 @@
 """What a layer would take on more GPUs: a projection from cost models of one GPU and figures of the links.
 
 Nothing here was measured on more than one GPU. Experts' times are those that the policies predict for one GPU with the
-load of the busiest rank, without the rests of a calibration; transfers are latency plus bytes over bandwidth (`links`).
-Routing is uniform.
+load of the busiest rank, or with a rank's columns of every expert, without the rests of a calibration; transfers are
+latency plus bytes over bandwidth (`links`). Routing is uniform.
 """
 
 import dataclasses
@@ -15,10 +15,14 @@ from moe_dispatch.errors import InvalidInputError
 from moe_dispatch.machine import Machine
 from moe_dispatch.measure import H200_CEILINGS, known_ceilings
 from moe_dispatch.parallel.links import Cluster, crossing, slots_of_busiest
+from moe_dispatch.parallel.parts import rank_columns
+from moe_dispatch.parallel.placement import Division
 from moe_dispatch.problem import ELEMENT_BYTES, DType, MoEProblem
 from moe_dispatch.settings import Settings
 from moe_dispatch.workloads import Workload
 
+# Of an expert on each GPU: a tile's width, and a block of FP8's scales. Narrower ones no cost model was fitted to.
+LEAST_COLUMNS: Final = 128
 # With more rows for each expert a GPU runs its tokens in slices: cost models are fitted to as many at most.
 _ROWS: Final = 4096
 # The cost models are of calls with rests between them. Products without rests bring a card to its power limit, where
@@ -43,6 +47,7 @@ class Projected:
         dispatch_us: Time of the rows on their way to the experts.
         combine_us: Time of the results on their way back.
         early_us: The part of it in which the experts still run: ``direct`` sends each sum as it is computed.
+        division: What of the layer is divided over the GPUs: ``"experts"``, or ``"columns"`` of each expert.
         exchange: Which way to send them is fastest: ``direct``, ``gather``, ``alltoall``, or ``alltoall by node``,
             which first sends a row once to each host and which no exchange here does.
     """
@@ -54,6 +59,7 @@ class Projected:
     dispatch_us: float
     combine_us: float
     early_us: float
+    division: Division
     exchange: str
 
     @property
@@ -92,39 +98,49 @@ class Projection:
         self._planner = Dispatcher(machine, Settings(policies=("learned",)), live=False).planner
 
     def project(
-        self, layer: Workload, dtype: DType, M: int, ranks: int, *, wire_fp8: bool = False, calls: float = math.inf
-    ) -> Projected:
+        self, layer: Workload, dtype: DType, M: int, ranks: int, *, division: Division = "experts",
+        wire_fp8: bool = False, calls: float = math.inf,
+    ) -> Projected:  # fmt: skip
         """One layer at M tokens of each rank.
 
         Args:
             layer: The layer.
             dtype: Dtype of the weights.
             M: Tokens of each rank.
-            ranks: GPUs: at most `Cluster.node`, or a multiple of it, and a divisor of E.
+            ranks: GPUs: at most `Cluster.node`, or a multiple of it; a divisor of E where experts are divided.
+            division: What of the layer is divided. By columns every rank runs all slots, and needs all rows.
             wire_fp8: Whether rows cross to the experts as FP8 codes with a scale per 128 columns.
             calls: Calls in a row after a rest; infinite for a device that never rests.
 
         Raises:
             InvalidInputError: So many ranks do not divide the layer or the hosts, or no cost model knows the layer.
         """
-        node = self._cluster.node
-        if ranks < 2 or layer.E % ranks or (ranks > node and ranks % node):
-            raise InvalidInputError(
-                f"ranks must divide E={layer.E} and be 2 to {node} or a multiple of {node}, got {ranks}"
-            )
+        node, by_columns = self._cluster.node, division == "columns"
+        if ranks < 2 or (layer.E % ranks and not by_columns) or (ranks > node and ranks % node):
+            divides = "" if by_columns else f"divide E={layer.E} and "
+            raise InvalidInputError(f"ranks must {divides}be 2 to {node} or a multiple of {node}, got {ranks}")
+        if by_columns:
+            rank_columns(layer, dtype, ranks)
         whole = layer.problem(ranks * M, dtype, self._machine, "graph")
         row = layer.K * ELEMENT_BYTES[whole.act_dtype]
         out = layer.K * (1 + 4 / 128) if wire_fp8 else row
         ways = [crossing(self._cluster, ranks, M, bytes_, layer.E, layer.topk) for bytes_ in (out, row)]
         dispatch, combine = (dataclasses.asdict(way) for way in ways)
-        # Summing reads one row for each slot.
-        sums_us = 1e6 * whole.slots / ranks * row / self._ceilings.bandwidth
+        # Summing reads one row for each slot that is here.
+        sums_us = 1e6 * whole.slots / (1 if by_columns else ranks) * row / self._ceilings.bandwidth
         early = dict.fromkeys(dispatch, 0.0)
         early["direct"] = min(sums_us, combine["direct"] - self._cluster.direct.latency_us)
-        exchange = min(dispatch, key=lambda name: dispatch[name] + combine[name] - early[name])
+        ways_of_columns = ("direct", "gather")  # the others send a row to fewer ranks than all
+        exchange = min(
+            ways_of_columns if by_columns else dispatch, key=lambda name: dispatch[name] + combine[name] - early[name]
+        )
+        if by_columns:
+            experts_us = self._us(layer.sharded(ranks).problem(ranks * M, dtype, self._machine, "graph"), calls)
+        else:
+            experts_us = self._busiest_us(whole, ranks, calls)
         return Projected(
-            M, ranks, self._us(whole, calls), self._busiest_us(whole, ranks, calls), dispatch[exchange],
-            combine[exchange], early[exchange], exchange.replace("_", " "),
+            M, ranks, self._us(whole, calls), experts_us, dispatch[exchange], combine[exchange], early[exchange],
+            division, exchange.replace("_", " "),
         )  # fmt: skip
 
     def _busiest_us(self, whole: MoEProblem, ranks: int, calls: float) -> float:

@@ -24,10 +24,14 @@ def torchrun(*arguments: str) -> str:
 
 def test_every_exchange_gives_the_right_results_eagerly_and_in_replays(tmp_path: Path) -> None:
     out = tmp_path / "rows.jsonl"
-    torchrun("moe_dispatch.benchmarks.record.expert_parallel", "--tiny", "--replays", "10000", "--out", str(out))
+    division = ("--division", "experts", "--division", "columns")
+    record = "moe_dispatch.benchmarks.record.expert_parallel"
+    torchrun(record, "--tiny", *division, "--replays", "10000", "--out", str(out))
     rows = [row for row in map(json.loads, out.read_text().splitlines()) if "exchange" in row]
     both = {(mode, name) for mode in ("eager", "graph") for name in ("gather", "direct", "by hand", "chosen")}
-    assert {(row["mode"], row["exchange"]) for row in rows} == both | {("eager", "alltoall")}
+    ran = {(row["division"], row["mode"], row["exchange"]) for row in rows}
+    by_both = {(division, *each) for division in ("experts", "columns") for each in both}
+    assert ran == by_both | {("experts", "eager", "alltoall")}
     for row in rows:
         if row["exchange"] == "chosen":
             assert row["alike"], row

@@ -23,7 +23,6 @@ from moe_dispatch.benchmarks.record import expert_parallel
 from moe_dispatch.benchmarks.record.rank_clock import Clock
 from moe_dispatch.dispatch.settled_plans import SETTLING_CALLS
 from moe_dispatch.errors import InvalidInputError
-from moe_dispatch.experts import ExpertWeights
 from moe_dispatch.parallel import forward, watch
 from moe_dispatch.parallel.exchange import Arrived, LocalTokens, Tokens
 from moe_dispatch.parallel.expert_parallel import ExpertParallel
@@ -151,15 +150,8 @@ def columns(tokens: str, exchange: str, *, bias: bool) -> float:
     """A layer whose columns are divided; returns the error."""
     rank, size = dist.get_rank(), dist.get_world_size()
     inputs = make_inputs(dataclasses.replace(LAYER, N=16 * size, bias=bias), FP32, "cpu")
-    experts, N = inputs.experts, 16
-    rows = torch.cat([torch.arange(rank * N, (rank + 1) * N) + half * experts.N for half in (0, 1)])
-    part = ExpertWeights(
-        experts.gate_up[:, rows].contiguous(),
-        experts.down[:, :, rank * N : (rank + 1) * N].contiguous(),
-        gate_up_bias=None if experts.gate_up_bias is None else experts.gate_up_bias[:, rows].contiguous(),
-        down_bias=experts.down_bias,
-    )
-    layer = parallel(tokens=tokens, exchange=exchange).tensor(part)
+    layer = parallel(tokens=tokens, exchange=exchange).split(inputs.experts, "columns")
+    assert (layer.N, layer.E) == (16, LAYER.E)
     mine = slice(rank, None, size) if tokens == "sharded" else slice(None)
     out = moe_forward(inputs.hidden_states[mine], layer, inputs.topk_weights[mine], inputs.topk_ids[mine])
     return relative_error(out, inputs.truth[mine])
@@ -406,16 +398,22 @@ def lose_a_rank(how: str, victim: int, timeout: float) -> Any:
     return None
 
 
-def recorded(folder: str, replicated: bool) -> tuple[int, list[dict[str, Any]]]:
+def recorded(folder: str, replicated: bool, divisions: list[str]) -> tuple[int, list[dict[str, Any]]]:
     """Run the benchmark's record for a tiny layer: how many results were wrong, and the rows that rank 0 wrote."""
     out = Path(folder) / "rows.jsonl"
     options = argparse.Namespace(
-        exchange=None, out=str(out), routing="uniform", replays=1, brief=False, replicated=replicated
+        exchange=None,
+        out=str(out),
+        routing="uniform",
+        replays=1,
+        brief=False,
+        replicated=replicated,
+        division=divisions,
     )
     device = torch.device("cpu")
     with torch.no_grad():
         wrong = expert_parallel._run(
-            dataclasses.replace(expert_parallel.TINY, E=18), "fp32", [4, 1], options, device,
+            dataclasses.replace(expert_parallel.TINY, E=18, N=48), "fp32", [4, 1], options, device,
             Clock(device, 2), lambda: None,
         )  # fmt: skip
     return wrong, [json.loads(line) for line in out.read_text().splitlines()] if out.exists() else []

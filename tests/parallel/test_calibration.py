@@ -1,5 +1,6 @@
 """`calibrate --parallel` on two processes with gloo, and choices by what it stored."""
 
+import itertools
 import json
 import os
 import warnings
@@ -46,6 +47,7 @@ def stored(calibrated: dict[str, Any]) -> ParallelCalibration:
 
 def run_command() -> tuple[int, str]:
     arguments = ["--parallel", "--model", MODEL, "--dtype", "fp32", "--tokens", "1,4", "--device", "cpu", "--json"]
+    arguments += ["--division", "experts", "--division", "columns"]
     result = CliRunner().invoke(app, ["calibrate", *arguments])
     return result.exit_code, result.output
 
@@ -80,9 +82,14 @@ def test_the_command_measures_links_and_layers(calibrated: dict[str, Any]) -> No
     for link in stored.links:
         assert [count for count, _ in link.samples] == [4096 * M for M in (512, 128, 32, 8, 1)]
         assert (link.latency_us, link.bytes_per_us) == fitted([(count, us / 2) for count, us in link.samples])
-    assert [(each.kind.tokens, each.kind.M) for each in stored.layers] == [(t, M) for t in by_tokens for M in (4, 1)]
+    points = itertools.product(("experts", "columns"), by_tokens, (4, 1))
+    assert [(each.kind.division, each.kind.tokens, each.kind.M) for each in stored.layers] == list(points)
     for point in stored.layers:
-        assert list(point.splits) == by_tokens[point.kind.tokens]
+        by_columns = point.kind.division == "columns"
+        N = 8 if by_columns else 16
+        assert point.kind.N == N
+        able = [name for name in by_tokens[point.kind.tokens] if not (by_columns and name == "alltoall")]
+        assert list(point.splits) == able
 
 
 def test_all_ranks_choose_by_the_calibration_of_rank_0(two: Ranks, calibrated: dict[str, Any]) -> None:
@@ -136,6 +143,16 @@ def test_a_damaged_file_is_set_aside(stored: ParallelCalibration, tmp_path: Path
         assert read(path, stored.topology) == stored
     kept = sorted(tmp_path.glob("parallel.json.damaged-*"))
     assert [len(each.read_text(encoding="utf-8")) for each in kept] == [1, len(stored.model_dump_json())]
+
+
+def test_divisions_that_do_not_fit_are_refused() -> None:
+    for arguments, said in (
+        (["--parallel", "--division", "rows"], "must be experts or columns, got 'rows'"),
+        (["--division", "columns"], "give --parallel, too"),
+    ):
+        result = CliRunner().invoke(app, ["calibrate", "--model", MODEL, *arguments])
+        assert result.exit_code
+        assert said in " ".join(f"{result.output} {result.exception}".split())
 
 
 @pytest.mark.parametrize("own", ["{", '{"versions": {}}'], ids=["damaged", "of other versions"])

@@ -1,6 +1,7 @@
 """Layers that are spread over the ranks of a gloo group: results, agreement, and the choice of the exchange."""
 
 import importlib.util
+import itertools
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -82,15 +83,22 @@ def test_every_rank_chooses_the_exchange_that_was_fastest(three: Ranks, tokens: 
 
 @pytest.mark.parametrize("other", ["alltoall", "replicated"])
 def test_the_record_checks_what_it_measures(three: Ranks, tmp_path: Any, other: str) -> None:
-    (wrong, rows), *_ = three.run(programs.recorded, str(tmp_path), other == "replicated")
+    divisions = ["experts", "columns"]
+    (wrong, rows), *_ = three.run(programs.recorded, str(tmp_path), other == "replicated", divisions)
     assert wrong == 0
-    names = ("gather", other, "chosen")
-    assert [(row["M"], row["exchange"]) for row in rows] == [(M, name) for M in (4, 1) for name in names]
-    for first, second, choice in (rows[:3], rows[3:]):
-        times = {row["exchange"]: row["us"] for row in (first, second)}
+    names = {division: ["gather", other, "chosen"] for division in divisions}
+    if other == "alltoall":  # which sends a row to the ranks that hold its experts: all of them
+        names["columns"].remove(other)
+    every = [(M, division, name) for M in (4, 1) for division in divisions for name in names[division]]
+    assert [(row["M"], row["division"], row["exchange"]) for row in rows] == every
+    for M, division in itertools.product((4, 1), divisions):
+        *timed, choice = (row for row in rows if (row["M"], row["division"]) == (M, division))
+        times = {row["exchange"]: row["us"] for row in timed}
         assert choice["alike"]
         assert choice["regret"] == pytest.approx(times[choice["chosen"]] / min(times.values()) - 1, abs=2e-3)
-    for row in (*rows[:2], *rows[3:5]):
+    for row in rows:
+        if row["exchange"] == "chosen":
+            continue
         assert row["error"] < 1e-5
         assert row["speedup"] == pytest.approx(row["one_gpu_us"] / row["us"], rel=2e-3)
         assert min(row["us"], row["experts_us"], row["host_us"]) > 0

@@ -7,6 +7,7 @@ import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -16,9 +17,12 @@ from moe_dispatch.parallel import exchange as exchanges
 from moe_dispatch.parallel.all_to_all import rounded_rows
 from moe_dispatch.parallel.exchange import CallKind, Exchange
 from moe_dispatch.parallel.expert_parallel import ExpertParallel
+from moe_dispatch.parallel.parts import columns_of, share_of_columns
 from moe_dispatch.parallel.placement import Placement
 from moe_dispatch.parallel.registry import EXCHANGES
 from moe_dispatch.parallel.watch import ProcessIdentity
+from moe_dispatch.problem import DType
+from moe_dispatch.testing import Case, Precision, make_inputs, relative_error, truth
 from tests.parallel.twins import KIND
 
 
@@ -34,6 +38,44 @@ def test_ids_outside_the_layer_belong_to_no_rank() -> None:
     mine = (local >= 0) & (local < 3)
     assert local[mine].tolist() == [0, 2]
     assert [place.owner(expert) for expert in range(8)] == [0, 0, 1, 1, 1, 2, 2, 2]
+
+
+FORMS = [
+    ("fp32", {}), ("fp32", {"interleaved": True, "bias": True}), ("fp32", {"transposed": True}),
+    ("fp32", {"transposed": True, "interleaved": True}), ("fp32", {"activation": "relu2"}),
+    ("fp8", {"bias": True}), ("fp8", {"interleaved": True}), ("fp8", {"activation": "relu2"}),
+    ("fp8_channel", {}), ("fp8_channel", {"interleaved": True}), ("mxfp4", {}), ("mxfp4", {"interleaved": True}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("dtype", "form"), FORMS)
+def test_shares_of_columns_add_up_to_the_layer(dtype: DType, form: dict[str, Any]) -> None:
+    """In every form of weights: each share is a layer of its own, which the reference runs."""
+    precision = Precision(dtype, "fp32" if dtype == "fp32" else "bf16")
+    inputs = make_inputs(Case(M=5, E=4, topk=2, K=128, N=384, **form), precision, "cpu")
+    shares = [columns_of(share_of_columns(inputs.experts, rank, 3), rank) for rank in range(3)]
+    for name, tensor in shares[1].tensors():
+        assert tensor.untyped_storage().nbytes() == tensor.nbytes, f"{name} keeps the whole layer's memory"
+    hidden, _, weights, ids = inputs.arguments
+    # Not with quantised activations, as a row's multiplier follows from the columns that there are.
+    whole, *partial = (
+        truth(hidden, each, weights, ids, quantize_activations=False) for each in (inputs.experts, *shares)
+    )
+    assert relative_error(torch.stack(partial).sum(0), whole) < 1e-5
+    same = share_of_columns(inputs.experts, 0, 1)
+    for (_, ours), (_, theirs) in zip(same.tensors(), inputs.experts.tensors(), strict=True):
+        assert torch.equal(*(each.contiguous().view(torch.uint8) for each in (ours, theirs)))
+        assert ours.data_ptr() != theirs.data_ptr()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "N", "said"),
+    [("fp32", 32, "multiple of 3;"), ("fp8", 256, "multiple of 3 × 128"), ("mxfp4", 128, "multiple of 3 × 32")],
+)
+def test_columns_that_cannot_be_divided_are_refused(dtype: DType, N: int, said: str) -> None:
+    experts = make_inputs(Case(M=1, E=2, topk=1, K=128, N=N), Precision(dtype, "bf16"), "cpu").experts
+    with pytest.raises(InvalidInputError, match=said):
+        share_of_columns(experts, 0, 3)
 
 
 @pytest.mark.parametrize("count", [0, 1, 15, 16, 17, 255, 257, 1000, 16385])

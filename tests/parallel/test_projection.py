@@ -2,6 +2,7 @@
 
 import json
 import math
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -80,6 +81,19 @@ def test_a_projection_is_the_sum_of_its_parts(projection: Projection) -> None:
     assert most.experts_us < most.transfer_us
 
 
+def test_by_columns_every_rank_has_all_slots(projection: Projection) -> None:
+    by_columns = partial(projection.project, LAYER, "fp8", division="columns")
+    half = projection.project(LAYER.sharded(2), "fp8", 4096, 2)
+    two = by_columns(4096, 2)
+    assert two.experts_us == half.one_gpu_us, "one GPU with half of each expert's columns"
+    assert two.dispatch_us == half.dispatch_us
+    assert two.early_us == two.combine_us - HGX.direct.latency_us < 2 * half.early_us, "sums take longer than links do"
+    assert by_columns(1, 2).experts_us < projection.project(LAYER, "fp8", 1, 2).experts_us, "none is the busiest"
+    assert by_columns(16, 16).exchange == "gather", "an all-to-all would send all rows to all ranks, too"
+    with pytest.raises(InvalidInputError, match="multiple of 64 × 128"):
+        by_columns(16, 64)
+
+
 def test_numbers_of_gpus_that_do_not_fit_are_refused(projection: Projection) -> None:
     for ranks in (1, 3, 12):
         with pytest.raises(InvalidInputError, match=f"got {ranks}"):
@@ -92,11 +106,12 @@ def test_explain_prints_the_projection() -> None:
     assert result.exit_code == 0, result.output
     assert "A projection: nothing here was measured on more than one GPU" in result.output
     table = [line.split() for line in result.output.splitlines() if line.split()[:2] in (["16", "2"], ["4096", "8"])]
-    assert len(table) == 2
+    assert [row[2] for row in table] == ["experts", "columns"] * 2
     assert table[0][-3:] == ["direct", "1.89", "1.91"]
     printed = json.loads(CliRunner().invoke(app, [*command, "--parallel", "2,8", "--json"]).output)
     row = printed["rows"][0]
     assert (row["M"], row["ranks"], row["exchange"], round(row["serial"], 2)) == (16, 2, "direct", 1.89)
+    assert [each["division"] for each in printed["rows"][:2]] == ["experts", "columns"]
 
 
 def test_links_and_docs_follow_from_the_record() -> None:
