@@ -44,7 +44,7 @@ def measured_calls(rows: Iterable[Row]) -> Iterable[Row]:
     for row in rows:
         wanted = (row.get("mode"), row.get("routing"), row.get("ranks")) == ("graph", "uniform", 2)
         if wanted and "us" in row and row["layer"] in WORKLOADS:
-            latest[row["layer"], row["M"], row["exchange"], row.get("division")] = row
+            latest[row["layer"], row["M"], row["exchange"], row.get("division", "experts")] = row
     return latest.values()
 
 
