@@ -31,6 +31,8 @@ class SplitKConfig(BackendConfig):
             ``"experts"`` has CTAs per expert, idle if no token chose it, which serve all of its groups in turn.
         tma: Weights through tensor descriptors (sm_90 and newer; rows of a multiple of 16 bytes).
         pdl: Programmatic dependent launch (sm_90 and newer).
+        one_launch: Both products in one launch, in which tiles of down wait for their expert's tiles of gate_up. Those
+            must be whole, and their results not quantised.
     """
 
     block_m: Literal[8, 16, 32, 64] = 16
@@ -43,6 +45,7 @@ class SplitKConfig(BackendConfig):
     grid: Literal["slots", "experts"] = "slots"
     tma: bool = False
     pdl: bool = False
+    one_launch: bool = False
 
     @property
     def lists_slots(self) -> bool:
@@ -50,7 +53,7 @@ class SplitKConfig(BackendConfig):
 
         With programmatic dependent launch the second searches while the first still runs, and could not read a list.
         """
-        return self.grid == "experts" and not self.pdl
+        return self.grid == "experts" and not self.pdl and not self.one_launch
 
     def partial_sums(self, quantization: Quantization, *, gated: bool) -> bool:
         """Whether the first product leaves partial sums: K is split, or a CTA does not own whole groups to quantise."""

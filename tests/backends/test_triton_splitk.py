@@ -37,6 +37,7 @@ SMALL = {"block_n": 32, "block_k": 32, "num_stages": 2}
 MX = {"block_k": 64, "block_m": 8}
 FEW_SPILLS = 80  # bytes of a thread; most are 72, FP8 beside 64 tokens on sm_89 with Triton 3.9
 EXPERTS = {"grid": "experts"}
+ONE = {"one_launch": True}
 CASES = [
     # Beyond what the conformance suite runs in the default configuration: tokens that one block or scan does not hold,
     # and the grid of experts
@@ -84,6 +85,16 @@ CASES = [
     Case("by columns, ungated", K=70, N=45, activation="relu2", transposed=True, config=EXPERTS),
     Case("by columns, tma", dtype="fp16", K=80, N=40, interleaved=True, transposed=True, config={"tma": True}),
     Case("by columns, tma of down only", dtype="fp16", K=80, N=40, transposed=True, config={"tma": True}),
+    # both products in one launch, with the groups and the lists of either grid
+    Case("one launch", M=17, K=70, N=45, bias=True, ids=torch.int64, config=ONE),
+    Case("one launch, slots of one expert", M=21, routing="1", config=ONE | {"block_m": 8}),
+    Case("one launch, grid of experts", M=17, K=70, N=45, config=ONE | EXPERTS | {"block_m": 8}),
+    Case("one launch, slots span two scans", M=257, E=2, N=16, K=32, config=ONE | EXPERTS | {"block_m": 64}),
+    Case("one launch, no slot of this rank", routing="-1", config=ONE | EXPERTS),
+    Case("one launch, split down, ungated", K=64, N=96, activation="relu2", config=ONE | {"splits_down": 2}),
+    Case("one launch, tma", dtype="fp16", config=ONE | EXPERTS | {"tma": True}),
+    Case("one launch, by columns", K=70, N=45, transposed=True, config=ONE | EXPERTS),
+    Case("one launch, mxfp4", dtype="mxfp4", K=288, N=96, **GPT_OSS, config=MX | ONE | EXPERTS | {"splits_down": 2}),
     # narrow and wide token tiles
     Case("block_m 8", M=17, config={"block_m": 8}),
     Case("block_m 32", M=17, routing="1", config={"block_m": 32}),
@@ -98,6 +109,8 @@ DEQUANTIZED = [
     Case("cut blocks", dtype="fp8", K=200, N=72, bias=True, activation="swiglu_oai", interleaved=True),
     Case("partial sums, a scale for each row", dtype="fp8", K=256, N=136, config={"splits_gate_up": 2, "block_n": 256}),
     Case("rows", dtype="fp8_channel", act="fp16", K=72, N=40, bias=True),
+    Case("one launch", M=21, dtype="fp8", act="fp16", K=200, N=72, bias=True, config=ONE | EXPERTS),
+    Case("one launch, rows, CTAs for slots", M=9, dtype="fp8_channel", act="fp16", K=72, N=40, config=ONE),
 ]
 
 
@@ -124,17 +137,44 @@ def test_dequantised_weights_meet_activations_as_they_are(case: Case) -> None:
 
 
 @INTERPRETED
+@pytest.mark.parametrize("launches", [{}, ONE], ids=["two launches", "one launch"])
 @pytest.mark.parametrize("name", ["gate_up", "down"])
-def test_nan_among_dequantised_weights_reaches_the_tokens_of_its_expert(name: str) -> None:
+def test_nan_among_dequantised_weights_reaches_the_tokens_of_its_expert(name: str, launches: dict[str, Any]) -> None:
     case = DEQUANTIZED[0]
     experts, (x, weights, ids) = case.experts("cpu"), case.tokens()
     getattr(experts, name).view(torch.uint8)[ids[0, 0], 3, 5] = 0xFF
-    config = SplitKConfig.model_validate(SMALL | {"block_k": 128} | EXPERTS)
+    config = SplitKConfig.model_validate(SMALL | {"block_k": 128} | EXPERTS | launches)
     nan = TritonSplitKBackend(described(80)).run(x, experts, weights, ids, config).isnan()
     plain = ReferenceConfig(quantize_activations=False)
     expected = ReferenceBackend(Machine.inspect("cpu")).run(x.float(), experts, weights, ids, plain).isnan()
     assert torch.equal(nan, expected)
     assert 0 < int(nan.sum()) < nan.numel()
+
+
+@INTERPRETED
+@pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.parametrize("grid", ["slots", "experts"])
+def test_one_launch_multiplies_as_two(grid: str) -> None:
+    """The same tiles of the same sums, so that not a bit differs."""
+    case = Case("one launch", M=19, E=5, dtype="fp8", act="fp16", K=256, N=136, bias=True)
+    x, weights, ids = case.tokens()
+    config = SplitKConfig.model_validate(SMALL | {"block_k": 128, "block_m": 8, "grid": grid})
+    backend, experts = TritonSplitKBackend(described(80)), case.experts()
+    two = backend.run(x, experts, weights, ids, config)
+    one = backend.run(x, experts, weights, ids, config.model_copy(update=ONE))
+    assert torch.equal(one, two)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "capability", "splits", "given"),
+    [("fp8", 90, 1, "quantised activations"), ("fp8", 80, 2, "splits_gate_up=2")],
+)
+def test_one_launch_refuses_what_needs_another_between(dtype: DType, capability: int, splits: int, given: str) -> None:
+    case = Case("fp8", dtype=dtype, K=128, N=128)
+    x, weights, ids = case.tokens()
+    config = SplitKConfig(one_launch=True, splits_gate_up=splits)
+    with pytest.raises(InvalidInputError, match=f"one_launch=False.*got {given}"):
+        TritonSplitKBackend(described(capability)).run(x, case.experts(), weights, ids, config)
 
 
 def _problem(machine: Machine, M: int, dtype: DType = "fp16", name: str = "qwen3-30b-a3b") -> MoEProblem:
@@ -165,15 +205,24 @@ def test_ids_are_waited_for_unless_this_layer_quantises(machine: Machine, monkey
 @pytest.mark.parametrize("dtype", ["fp16", "fp8"])
 @pytest.mark.parametrize(
     "config",
-    [{}, {"splits_gate_up": 2}, {"splits_down": 2}, {"block_n": 256}],
-    ids=["sums are whole", "gate_up has partial sums", "down has partial sums", "gate_up quantises"],
+    [{}, {"splits_gate_up": 2}, {"splits_down": 2}, {"block_n": 256}, ONE, ONE | EXPERTS],
+    ids=[
+        "sums are whole",
+        "gate_up has partial sums",
+        "down has partial sums",
+        "gate_up quantises",
+        "one launch",
+        "one launch, grid of experts",
+    ],
 )
 def test_workspace_is_what_a_run_allocates(
     config: dict[str, Any], dtype: DType, machine: Machine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     case = testing.Case(M=1, E=2)
     inputs = make_inputs(case, Precision(dtype, "fp16"), "cpu")
-    backend, checked = TritonSplitKBackend(machine), SplitKConfig.model_validate(SMALL | {"block_k": 128} | config)
+    # Where activations are quantised there is not one launch.
+    backend = TritonSplitKBackend(described(80) if "one_launch" in config else machine)
+    checked = SplitKConfig.model_validate(SMALL | {"block_k": 128} | config)
     allocated: list[int] = []
     empty = torch.Tensor.new_empty
 
@@ -185,7 +234,7 @@ def test_workspace_is_what_a_run_allocates(
     out = torch.empty_like(inputs.hidden_states)
     monkeypatch.setattr(torch.Tensor, "new_empty", counted)
     backend.run_into(*inputs.arguments, checked, out)
-    problem = case.problem(Precision(dtype, "fp16"), machine)
+    problem = case.problem(Precision(dtype, "fp16"), backend.machine)
     # Beside the rows of FP8 lie their multipliers, one for 128 columns or for all.
     assert 0 <= sum(allocated) - backend.workspace_bytes(problem, checked) <= 0.03 * sum(allocated)
 
