@@ -38,6 +38,9 @@ class TritonSplitKBackend(TritonBackend):
     cores serve all tokens of an expert at once, several CTAs sharing a tile along K where few experts are hit; a last
     launch sums over experts and splits. Deterministic: all sums are in fixed order.
 
+    A device without programmatic dependent launch is idle while a kernel ends and the next one starts. There both
+    products are one launch, unless their activations are quantised between them.
+
     FP8 quantises hidden_states before and the intermediate between the products, each once; where the device has
     no products of e4m3, neither is quantised, and the kernels dequantise the weights.
     """

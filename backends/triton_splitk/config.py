@@ -31,8 +31,8 @@ class SplitKConfig(BackendConfig):
             ``"experts"`` has CTAs per expert, idle if no token chose it, which serve all of its groups in turn.
         tma: Weights through tensor descriptors (sm_90 and newer; rows of a multiple of 16 bytes).
         pdl: Programmatic dependent launch (sm_90 and newer).
-        one_launch: Both products in one launch, in which tiles of down wait for their expert's tiles of gate_up. Those
-            must be whole, and their results not quantised.
+        one_launch: Both products in one launch, in which tiles of down wait for their expert's tiles of gate_up. It
+            needs splits_gate_up of 1 and activations that are not quantised.
     """
 
     block_m: Literal[8, 16, 32, 64] = 16
@@ -62,7 +62,7 @@ class SplitKConfig(BackendConfig):
 
     def launch(self, quantization: Quantization) -> dict[str, Any]:
         """Launch options of both products."""
-        tile = (self.block_m, self.block_n, self.num_warps)
+        tile = (self.block_m, self.block_n, self.num_warps, self.one_launch)
         limit = _MOST_REGISTERS.get(tile) if quantization.dequantizes else None
         registers = {} if limit is None else {"maxnreg": limit}
         return {"num_warps": self.num_warps, "num_stages": self.num_stages, **pdl_option(self.pdl), **registers}
@@ -92,6 +92,7 @@ _SHARING: Final = 3  #                   CTAs         of 128 rows with 3 or 4 st
 #                                                     Where all take one turn, 4 stages: glm-4.5 at M=1 56.6 and 55.6
 _LONG_LOOP: Final = 16  #                blocks       of K and of N: with asynchronous copies mixtral-8x7b takes .4 to
 #                                                     1.8, ling-1t .8 to 1.1, deepseek-v3 up to .8 % less than with TMA
+_IDLE: Final = 8  #                      CTAs         of experts for each CTA of a slot, which looks for its group
 _LEAST_CTAS_PER_SM: Final = 1.25  #      CTAs         one CTA of a multiprocessor cannot hide its waits
 _LEAST_BLOCKS_PER_SPLIT: Final = 4  #    blocks of N  a shorter split spends its time filling the pipeline
 _MOST_SPLITS: Final = 8
@@ -107,7 +108,14 @@ _FEW_TOKENS: Final = 16  #               tokens       of a tile in BF16, with wh
 # MXFP4 of gpt-oss-120b with TMA, block_n×block_k/warps: at M=64 128×128/4 518 µs, 64×128/4 583, 64×128/2 571; at M=8
 # 153, 170, 176; at M=1 with two splits 35.7, 36.0, 31.9. Without TMA 128×128/4 took 755 where it took 583 with it.
 _DEQUANTIZING_STAGES: Final = 4
-_MOST_REGISTERS: Final = {(8, 64, 4): 128, (16, 64, 4): 128}  # of a thread, by block_m, block_n and num_warps
+# Of a thread, by block_m, block_n, num_warps and one_launch. With 96 five CTAs share a multiprocessor, with 128 four;
+# gate_up in a launch of its own spills with 96 under Triton 3.6.
+_MOST_REGISTERS: Final = {
+    (8, 64, 4, False): 128, (8, 64, 4, True): 96, (16, 64, 4, False): 128, (16, 64, 4, True): 128,
+}  # fmt: skip
+# Both products in one launch where kernels do not overlap, the H200 described as an A100: qwen3-30b-a3b in FP8 at M=8
+# 78 → 71 µs, 64 169 → 160, in BF16 123 → 119, 290 → 278. Not measured for FP32, nor for MXFP4 on such a device.
+_TWO_LAUNCHES: Final = ("fp32", "mxfp4")
 
 
 def default_config(problem: MoEProblem, device: Features) -> SplitKConfig:
@@ -132,7 +140,7 @@ def _default_and_least(problem: MoEProblem, device: Features) -> tuple[SplitKCon
     blocks = math.ceil(problem.N / block_k)
     short_down = blocks <= _SHORT_DOWN_LOOP
     # Most CTAs of a grid of experts would find nothing to do, which takes as long as a very short loop.
-    by_slot = problem.M == 1 or (1 if quantization.activations and short_down else 8) * slots < problem.E
+    by_slot = problem.M == 1 or (1 if quantization.activations and short_down else _IDLE) * slots < problem.E
     if quantization.activations:
         block_n, stages = _fp8_tile(problem, device, hit, block_m, by_slot=by_slot, short_down=short_down)
     else:
@@ -141,7 +149,11 @@ def _default_and_least(problem: MoEProblem, device: Features) -> tuple[SplitKCon
     few_warps = mxfp4 and by_slot
     lacking = _LEAST_CTAS_PER_SM * (2 if few_warps else 1) * device.sms * block_n / (hit * problem.K)
     splits = _splits(lacking, blocks)
-    return _of_layer(problem.layer, device, block_m, block_n, stages, splits, by_slot=by_slot, few_warps=few_warps)
+    one_launch = not (device.pdl or quantization.activations or problem.dtype in _TWO_LAUNCHES)
+    if one_launch:
+        by_slot = slots < problem.E  # whose CTAs search for nothing there
+    tiles = (block_m, block_n, stages, splits)
+    return _of_layer(problem.layer, device, *tiles, by_slot=by_slot, few_warps=few_warps, one_launch=one_launch)
 
 
 def _fp8_tile(
@@ -191,6 +203,7 @@ def _of_layer(
     *,
     by_slot: bool,
     few_warps: bool,
+    one_launch: bool,
 ) -> tuple[SplitKConfig, int]:
     """The default configuration with these tiles, and the bytes that one block needs for its narrowest tiles."""
     fp8 = quantization_of(layer).activations
@@ -208,6 +221,7 @@ def _of_layer(
         and (fp8 or layer.dtype == "mxfp4" or not by_slot)
         and boxes_mix_gate_and_up(layer),
         pdl=device.pdl,
+        one_launch=one_launch,
     )
     narrowed = config.model_copy(update={"block_n": _NARROWEST, "num_stages": _LEAST_STAGES})
     preferred = config.model_copy(update={"num_stages": stages}) if stages else _deepened(layer, config, device)
@@ -298,6 +312,12 @@ def _splits(lacking: float, blocks: int) -> int:
 def _variants(problem: MoEProblem, default: SplitKConfig, device: Features) -> Iterator[SplitKConfig]:
     half, third = (device.shared_memory // share for share in (2, 3))
 
+    # gpt-oss-120b in MXFP4 at M=8 152 → 146 µs, with CTAs per slot. Wider tiles of tokens spill on sm_80.
+    if default.one_launch or (problem.dtype == "mxfp4" and default.block_m <= _FEW_TOKENS):
+        few = (_IDLE if default.one_launch else 1) * problem.expected_slots < problem.E
+        grid = "slots" if few else "experts"
+        yield default.model_copy(update={"one_launch": not default.one_launch, "grid": grid})
+
     def changed(budget: int = half, **fields: Any) -> SplitKConfig:
         return with_stages(problem, default.model_copy(update=fields), budget)
 
@@ -311,7 +331,7 @@ def _variants(problem: MoEProblem, default: SplitKConfig, device: Features) -> I
         yield changed(block_m=8)
     for splits in (1, 2):
         yield changed(splits_down=splits)
-    yield changed(splits_gate_up=2)
+    yield changed(splits_gate_up=2, one_launch=False)
     if quantization_of(problem).dequantizes:  # which takes more registers and instructions than it takes memory
         yield changed(block_n=128, num_warps=8)
         yield changed(block_n=64, num_warps=2)

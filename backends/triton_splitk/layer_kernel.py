@@ -1,5 +1,15 @@
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"
-"""Device code of `splitk_layer`."""
+"""Device code of `splitk_layer`.
+
+A program of down waits for its expert's programs of gate_up. That it cannot wait for ever rests on three facts:
+
+- Programs start in the order of their numbers. CUDA does not promise it, but its devices do it, and the scan of CUB
+  relies on it as well.
+- All programs of gate_up are numbered before all of down and wait for none. When one of down starts, each of them has
+  started, and what has started runs to its end, whatever waits beside it on the device.
+- A program reports to its owner's counter once, and only programs of owners that serve a slot report or wait. All of
+  them read the same list, whose counter the launch before this one cleared, so that counters outlive no call.
+"""
 
 import triton
 import triton.language as tl
@@ -46,14 +56,14 @@ def _moe_splitk_layer_kernel(
 ):  # fmt: skip
     parts: tl.constexpr = 2 if GATED else 1
     PACKED: tl.constexpr = 4 if SCALES == "mx" else 1  # columns in an element of the weights
-    owners = S if BY_SLOT else E
     gate_up_tiles = tl.cdiv(parts * N, ROWS)
-    # Programs start in the order of their numbers. Those of gate_up, which wait for none, are the first, so that they
-    # run, or have run, wherever one of down waits for them.
+    of_gate_up = (S if BY_SLOT else E) * gate_up_tiles
     program = tl.program_id(0)
-    of_down = program >= owners * gate_up_tiles
-    program -= tl.where(of_down, owners * gate_up_tiles, 0)
-    owner, tile = program % owners, program // owners
+    of_down = program >= of_gate_up
+    program -= tl.where(of_down, of_gate_up, 0)
+    tiles = tl.where(of_down, tl.cdiv(K, ROWS) * SPLITS, gate_up_tiles)
+    # Tiles of an expert lie side by side, so that those of down begin with the experts whose gate_up ended first.
+    owner, tile = program // tiles, program % tiles
     e = owner
     if BY_SLOT:
         e = tl.load(ids_ptr + owner)

@@ -1,5 +1,6 @@
 """The split-K kernels: interpreted against the fp32 reference, and compiled for devices that are not here."""
 
+import itertools
 import re
 from collections.abc import Iterator
 from dataclasses import replace
@@ -194,6 +195,7 @@ def test_ids_are_waited_for_unless_this_layer_quantises(machine: Machine, monkey
     for precision in (Precision("fp16", "fp16"), Precision("fp8", "fp16")):
         hidden, *others = arguments = make_inputs(testing.Case(M=1, E=2, N=32), precision, "cpu").arguments
         config = backend.default_config(arguments[1].problem(1, 2, hidden.dtype, machine.capability))
+        config = config.model_copy(update={"one_launch": False})
         backend.run(hidden, *others, config)
         if precision.dtype == "fp8":
             rows = QuantizedRows(*quantize_rows_torch(hidden), hidden.dtype)
@@ -256,6 +258,27 @@ def test_grid_follows_how_many_experts_are_hit(name: str, dtype: DType, M: int, 
     assert config.grid == grid
 
 
+@pytest.mark.parametrize("capability", [80, 86, 89, 90, 120])
+@pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16", "fp8", "fp8_channel", "mxfp4"])
+def test_products_share_a_launch_where_kernels_do_not_overlap(dtype: DType, capability: int) -> None:
+    """By default; the other way is a candidate, and for few tokens in MXFP4 it is one on every device."""
+    backend = TritonSplitKBackend(described(capability))
+    plain = dtype in {"fp16", "bf16"} or (dtype.startswith("fp8") and capability < 89)
+    for name, M in itertools.product(("qwen3-30b-a3b", "mixtral-8x7b"), (1, 8, 64, 512)):
+        default, *others = backend.configs(_problem(backend.machine, M, dtype, name))
+        assert default.one_launch == (plain and capability < 90)
+        either = default.one_launch or (dtype == "mxfp4" and default.block_m <= 16)
+        assert {config.one_launch for config in (default, *others)} == ({False, True} if either else {False})
+
+
+@pytest.mark.parametrize(("M", "grid"), [(1, "slots"), (8, "slots"), (16, "experts"), (64, "experts")])
+def test_one_launch_has_ctas_per_slot_while_those_are_fewer(M: int, grid: str) -> None:
+    backend = TritonSplitKBackend(described(80))
+    config = backend.default_config(_problem(backend.machine, M, "fp8"))
+    assert isinstance(config, SplitKConfig)
+    assert (config.one_launch, config.grid) == (True, grid)
+
+
 @pytest.mark.parametrize(
     ("name", "dtype", "M", "block_n", "stages", "tma"),
     [
@@ -316,8 +339,11 @@ def launch_defaults(capability: int, dtype: DType, *, every: bool) -> Iterator[L
                 # Neither is a matter of the products, and the sum would be compiled for each.
                 problem = replace(problem, topk=8, M=1)
                 bound = shared_memory_bytes(problem, config)
-                note = {"bound": bound, "tma": config.tma, "config": config.label}
+                note = {"bound": bound, "tma": config.tma, "one": config.one_launch, "config": config.label}
                 yield Launch(partial(backend.run, *unwritten_layer(problem), config), note)
+                if dtype == "mxfp4" and config.block_m <= 16:  # then it is a candidate
+                    together = partial(backend.run, *unwritten_layer(problem), config.model_copy(update=ONE))
+                    yield Launch(together, note | {"one": True})
                 if dtype == "bf16":
                     by_columns = replace(problem, transposed=True, interleaved=problem.gated)
                     yield Launch(partial(backend.run, *unwritten_layer(by_columns), config), note)
@@ -330,8 +356,10 @@ def launch_defaults(capability: int, dtype: DType, *, every: bool) -> Iterator[L
 @pytest.mark.parametrize(("capability", "dtype", "every"), devices(fp16=True, fp8_forms=True, mxfp4=True))
 def test_defaults_compile(capability: int, dtype: DType, every: bool) -> None:
     kernels = compile_launches(launch_defaults, capability, dtype=dtype, every=every)
-    products = [built for built in kernels if built.name in {"_moe_splitk_gate_up_kernel", "_moe_splitk_down_kernel"}]
-    assert len({built.name for built in products}) == 2
+    together, apart = {"_moe_splitk_layer_kernel"}, {"_moe_splitk_gate_up_kernel", "_moe_splitk_down_kernel"}
+    products = [built for built in kernels if built.name in together | apart]
+    for one in {built.note["one"] for built in kernels}:
+        assert {built.name for built in products if built.note["one"] == one} == (together if one else apart)
     # wgmma has products of 8 columns and more, of which Triton 3.6 and 3.7 use those of 16 and more.
     narrowest = 16 if re.match(r"3\.[67]\.", library_version("triton")) else 8
     for built in kernels:
