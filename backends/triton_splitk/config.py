@@ -314,7 +314,7 @@ def _variants(problem: MoEProblem, default: SplitKConfig, device: Features) -> I
 
     # gpt-oss-120b in MXFP4 at M=8 152 → 146 µs, with CTAs per slot. Wider tiles of tokens spill on sm_80.
     if default.one_launch or (problem.dtype == "mxfp4" and default.block_m <= _FEW_TOKENS):
-        few = (_IDLE if default.one_launch else 1) * problem.expected_slots < problem.E
+        few = problem.M == 1 or (_IDLE if default.one_launch else 1) * problem.expected_slots < problem.E
         grid = "slots" if few else "experts"
         yield default.model_copy(update={"one_launch": not default.one_launch, "grid": grid})
 
