@@ -261,22 +261,33 @@ def test_grid_follows_how_many_experts_are_hit(name: str, dtype: DType, M: int, 
 @pytest.mark.parametrize("capability", [80, 86, 89, 90, 120])
 @pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16", "fp8", "fp8_channel", "mxfp4"])
 def test_products_share_a_launch_where_kernels_do_not_overlap(dtype: DType, capability: int) -> None:
-    """By default; the other way is a candidate, and for few tokens in MXFP4 it is one on every device."""
+    """By default from two tokens on; the other way is a candidate, and for few tokens in MXFP4 on every device."""
     backend = TritonSplitKBackend(described(capability))
-    plain = dtype in {"fp16", "bf16"} or (dtype.startswith("fp8") and capability < 89)
+    able = dtype in {"fp16", "bf16", "mxfp4"} or (dtype.startswith("fp8") and capability < 89)
     for name, M in itertools.product(("qwen3-30b-a3b", "mixtral-8x7b"), (1, 8, 64, 512)):
         default, *others = backend.configs(_problem(backend.machine, M, dtype, name))
-        assert default.one_launch == (plain and capability < 90)
-        either = default.one_launch or (dtype == "mxfp4" and default.block_m <= 16)
+        few = default.block_m <= 16
+        assert default.one_launch == (able and capability < 90 and M > 1 and (few or dtype != "mxfp4"))
+        either = default.one_launch or (dtype == "mxfp4" and few)
         assert {config.one_launch for config in (default, *others)} == ({False, True} if either else {False})
 
 
-@pytest.mark.parametrize(("M", "grid"), [(1, "slots"), (8, "slots"), (16, "experts"), (64, "experts")])
-def test_one_launch_has_ctas_per_slot_while_those_are_fewer(M: int, grid: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "M", "grid", "crowded"),
+    [
+        ("qwen3-30b-a3b", 4, "slots", False),
+        ("qwen3-30b-a3b", 8, "slots", True),
+        ("qwen3-30b-a3b", 16, "experts", True),
+        ("qwen3-30b-a3b", 64, "experts", False),
+        ("mixtral-8x7b", 8, "experts", False),
+        ("deepseek-v3", 8, "slots", True),
+    ],
+)
+def test_one_launch_in_fp8_follows_how_many_ctas_there_are(name: str, M: int, grid: str, crowded: bool) -> None:
     backend = TritonSplitKBackend(described(80))
-    config = backend.default_config(_problem(backend.machine, M, "fp8"))
+    config = backend.default_config(_problem(backend.machine, M, "fp8", name))
     assert isinstance(config, SplitKConfig)
-    assert (config.one_launch, config.grid) == (True, grid)
+    assert (config.one_launch, config.grid, config.crowded) == (True, grid, crowded)
 
 
 @pytest.mark.parametrize(
@@ -341,9 +352,10 @@ def launch_defaults(capability: int, dtype: DType, *, every: bool) -> Iterator[L
                 bound = shared_memory_bytes(problem, config)
                 note = {"bound": bound, "tma": config.tma, "one": config.one_launch, "config": config.label}
                 yield Launch(partial(backend.run, *unwritten_layer(problem), config), note)
-                if dtype == "mxfp4" and config.block_m <= 16:  # then it is a candidate
-                    together = partial(backend.run, *unwritten_layer(problem), config.model_copy(update=ONE))
-                    yield Launch(together, note | {"one": True})
+                if dtype == "mxfp4" and config.block_m <= 16:  # then the other way is a candidate
+                    other = not config.one_launch
+                    changed = config.model_copy(update={"one_launch": other})
+                    yield Launch(partial(backend.run, *unwritten_layer(problem), changed), note | {"one": other})
                 if dtype == "bf16":
                     by_columns = replace(problem, transposed=True, interleaved=problem.gated)
                     yield Launch(partial(backend.run, *unwritten_layer(by_columns), config), note)

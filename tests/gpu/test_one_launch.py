@@ -6,12 +6,13 @@ from typing import Any
 import pytest
 import torch
 
+from moe_dispatch.backends.triton_common.quantization import quantization_of
 from moe_dispatch.testing import Case, Precision
 from moe_dispatch.workloads import ROUTINGS, make_experts
 from tests.support.refusals import available, require
 
 pytestmark = pytest.mark.gpu
-TURNS = 64
+TURNS = 32
 
 
 @pytest.mark.parametrize("captured", [False, True], ids=["eager", "graphs"])
@@ -24,7 +25,7 @@ def test_it_equals_two_launches_beside_other_work(dtype: Any, M: int, grid: str,
     case = Case(M=M, E=64, topk=8, K=1024, N=768)
     problem = case.problem(Precision(dtype, "bf16"), backend.machine)
     require(backend, problem)
-    if backend.quantizes_activations(problem):
+    if quantization_of(problem).activations:
         pytest.skip("activations are quantised between the products here")
     default = backend.default_config(problem)
     one, two = (default.model_copy(update={"grid": grid, "one_launch": both}) for both in (True, False))
