@@ -22,7 +22,9 @@ from moe_dispatch.backends.triton_splitk.config import (
 )
 from moe_dispatch.backends.triton_splitk.down import splitk_down
 from moe_dispatch.backends.triton_splitk.gate_up import splitk_gate_up
+from moe_dispatch.backends.triton_splitk.layer import splitk_layer
 from moe_dispatch.backends.triton_splitk.reduce import splitk_reduce
+from moe_dispatch.backends.triton_splitk.slots import splitk_slots
 from moe_dispatch.errors import InvalidInputError
 from moe_dispatch.experts import ExpertWeights
 from moe_dispatch.numerics import QuantizedRows
@@ -35,6 +37,9 @@ class TritonSplitKBackend(TritonBackend):
     The first product finds the tokens of each hit expert by itself and activates; the second reads its result. Tensor
     cores serve all tokens of an expert at once, several CTAs sharing a tile along K where few experts are hit; a last
     launch sums over experts and splits. Deterministic: all sums are in fixed order.
+
+    A device without programmatic dependent launch is idle while a kernel ends and the next one starts. There both
+    products are one launch, unless their activations are quantised between them.
 
     FP8 quantises hidden_states before and the intermediate between the products, each once; where the device has
     no products of e4m3, neither is quantised, and the kernels dequantise the weights.
@@ -69,6 +74,9 @@ class TritonSplitKBackend(TritonBackend):
             needed += 4 * config.splits_gate_up * problem.slots * problem.gate_up_rows
         if config.lists_slots:
             needed += 4 * problem.E * (problem.slots + 1)
+        if config.one_launch:
+            owners, most = (problem.slots, config.block_m) if config.grid == "slots" else (problem.E, problem.slots)
+            needed += 4 * owners * (most + 2)
         return needed + 4 * config.splits_down * problem.slots * problem.K
 
     def takes_quantized_rows(self, problem: MoEProblem) -> bool:
@@ -87,6 +95,9 @@ class TritonSplitKBackend(TritonBackend):
         """See `TritonBackend.launch`."""
         quantization = self._quantization(experts)
         config = _checked(config, quantization)
+        if config.one_launch:
+            self._launch_together(hidden_states, experts, quantization, topk_weights, topk_ids, config, out)
+            return out
         served = None
         if config.lists_slots:
             served = topk_ids.new_empty(experts.E, topk_ids.numel() + 1, dtype=torch.int32)
@@ -98,6 +109,26 @@ class TritonSplitKBackend(TritonBackend):
         splitk_down(inner, inner_scale, experts, quantization, topk_ids, served, partial, config, descriptor)
         splitk_reduce(partial, experts, topk_weights, topk_ids, out, config)
         return out
+
+    def _launch_together(
+        self,
+        hidden_states: Tensor | QuantizedRows,
+        experts: ExpertWeights,
+        quantization: Quantization,
+        topk_weights: Tensor,
+        topk_ids: Tensor,
+        config: SplitKConfig,
+        out: Out,
+    ) -> None:
+        """Both products in one launch, after the search for slots that its counters need anyhow."""
+        x, _ = activations(hidden_states, quantization, pdl=config.pdl)
+        S = topk_ids.numel()
+        served = splitk_slots(topk_ids, experts, config)
+        inner = x.new_empty(S, experts.N)
+        partial = topk_weights.new_empty(config.splits_down, S, experts.K, dtype=torch.float32)
+        descriptors = self._gate_up_descriptor(experts, config), self._down_descriptor(experts, config)
+        splitk_layer(x, experts, quantization, topk_ids, inner, partial, served, config, *descriptors)
+        splitk_reduce(partial, experts, topk_weights, topk_ids, out, config)
 
     def _intermediate(
         self,
@@ -166,5 +197,11 @@ def _checked(config: BackendConfig, quantization: Quantization) -> SplitKConfig:
     if quantization.scales == "block" and config.block_k != QUANT_BLOCK:
         raise InvalidInputError(
             f"block FP8 changes scale every {QUANT_BLOCK} columns: needs block_k={QUANT_BLOCK}, got {config.block_k}"
+        )
+    if config.one_launch and (quantization.activations or config.splits_gate_up > 1):
+        given = "quantised activations" if quantization.activations else f"splits_gate_up={config.splits_gate_up}"
+        raise InvalidInputError(
+            "one launch multiplies activations that are not quantised, and by whole rows of gate_up: needs "
+            f"one_launch=False here, or splits_gate_up=1 without quantised activations, got {given}"
         )
     return config

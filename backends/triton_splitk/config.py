@@ -31,6 +31,10 @@ class SplitKConfig(BackendConfig):
             ``"experts"`` has CTAs per expert, idle if no token chose it, which serve all of its groups in turn.
         tma: Weights through tensor descriptors (sm_90 and newer; rows of a multiple of 16 bytes).
         pdl: Programmatic dependent launch (sm_90 and newer).
+        one_launch: Both products in one launch, in which tiles of down wait for their expert's tiles of gate_up. It
+            needs splits_gate_up of 1 and activations that are not quantised.
+        crowded: Fewer registers for a thread of those tiles of 8 or 16 tokens that dequantise FP8, so that one more CTA
+            shares a multiprocessor.
     """
 
     block_m: Literal[8, 16, 32, 64] = 16
@@ -43,6 +47,8 @@ class SplitKConfig(BackendConfig):
     grid: Literal["slots", "experts"] = "slots"
     tma: bool = False
     pdl: bool = False
+    one_launch: bool = False
+    crowded: bool = False
 
     @property
     def lists_slots(self) -> bool:
@@ -50,7 +56,7 @@ class SplitKConfig(BackendConfig):
 
         With programmatic dependent launch the second searches while the first still runs, and could not read a list.
         """
-        return self.grid == "experts" and not self.pdl
+        return self.grid == "experts" and not self.pdl and not self.one_launch
 
     def partial_sums(self, quantization: Quantization, *, gated: bool) -> bool:
         """Whether the first product leaves partial sums: K is split, or a CTA does not own whole groups to quantise."""
@@ -60,8 +66,9 @@ class SplitKConfig(BackendConfig):
     def launch(self, quantization: Quantization) -> dict[str, Any]:
         """Launch options of both products."""
         tile = (self.block_m, self.block_n, self.num_warps)
-        limit = _MOST_REGISTERS.get(tile) if quantization.dequantizes else None
-        registers = {} if limit is None else {"maxnreg": limit}
+        registers = {}
+        if quantization.dequantizes and tile in _SHORT_OF_REGISTERS:
+            registers = {"maxnreg": _CROWDED_REGISTERS if self.crowded else _MOST_REGISTERS}
         return {"num_warps": self.num_warps, "num_stages": self.num_stages, **pdl_option(self.pdl), **registers}
 
 
@@ -89,6 +96,7 @@ _SHARING: Final = 3  #                   CTAs         of 128 rows with 3 or 4 st
 #                                                     Where all take one turn, 4 stages: glm-4.5 at M=1 56.6 and 55.6
 _LONG_LOOP: Final = 16  #                blocks       of K and of N: with asynchronous copies mixtral-8x7b takes .4 to
 #                                                     1.8, ling-1t .8 to 1.1, deepseek-v3 up to .8 % less than with TMA
+_IDLE: Final = 8  #                      CTAs         of experts for each CTA of a slot, which looks for its group
 _LEAST_CTAS_PER_SM: Final = 1.25  #      CTAs         one CTA of a multiprocessor cannot hide its waits
 _LEAST_BLOCKS_PER_SPLIT: Final = 4  #    blocks of N  a shorter split spends its time filling the pipeline
 _MOST_SPLITS: Final = 8
@@ -104,7 +112,15 @@ _FEW_TOKENS: Final = 16  #               tokens       of a tile in BF16, with wh
 # MXFP4 of gpt-oss-120b with TMA, block_n×block_k/warps: at M=64 128×128/4 518 µs, 64×128/4 583, 64×128/2 571; at M=8
 # 153, 170, 176; at M=1 with two splits 35.7, 36.0, 31.9. Without TMA 128×128/4 took 755 where it took 583 with it.
 _DEQUANTIZING_STAGES: Final = 4
-_MOST_REGISTERS: Final = {(8, 64, 4): 128, (16, 64, 4): 128}  # of a thread, by block_m, block_n and num_warps
+_SHORT_OF_REGISTERS: Final = ((8, 64, 4), (16, 64, 4))  # block_m, block_n and num_warps
+_MOST_REGISTERS: Final = 128  # of a thread of theirs: four CTAs share a multiprocessor
+_CROWDED_REGISTERS: Final = 96  # five
+# Both products in one launch where kernels do not overlap, the H200 described as an A100: qwen3-30b-a3b in FP8 at M=8
+# 80 → 70 µs, at 64 174 → 159, in BF16 125 → 121 and 293 → 278, gpt-oss-120b in MXFP4 at M=8 241 → 193; but at M=1 in
+# FP8 19.1 → 23.5, in BF16 26.1 → 28.7, in MXFP4 36.4 → 38.9. In MXFP4 tiles of more than _FEW_TOKENS spill on sm_80.
+# Five CTAs instead of four, by CTAs of down for each multiprocessor that the A100 is said to have: 60 (deepseek-v3) 597
+# → 593, 15 (qwen3-30b-a3b at M=8) 72.5 → 69.8, 9 (at M=4) 44.9 → 45.3, 4 (mixtral-8x7b, M=8) 312 → 323.
+_CROWDED_CTAS_PER_SM: Final = 10
 
 
 def default_config(problem: MoEProblem, device: Features) -> SplitKConfig:
@@ -129,7 +145,7 @@ def _default_and_least(problem: MoEProblem, device: Features) -> tuple[SplitKCon
     blocks = math.ceil(problem.N / block_k)
     short_down = blocks <= _SHORT_DOWN_LOOP
     # Most CTAs of a grid of experts would find nothing to do, which takes as long as a very short loop.
-    by_slot = problem.M == 1 or (1 if quantization.activations and short_down else 8) * slots < problem.E
+    by_slot = problem.M == 1 or (1 if quantization.activations and short_down else _IDLE) * slots < problem.E
     if quantization.activations:
         block_n, stages = _fp8_tile(problem, device, hit, block_m, by_slot=by_slot, short_down=short_down)
     else:
@@ -138,7 +154,16 @@ def _default_and_least(problem: MoEProblem, device: Features) -> tuple[SplitKCon
     few_warps = mxfp4 and by_slot
     lacking = _LEAST_CTAS_PER_SM * (2 if few_warps else 1) * device.sms * block_n / (hit * problem.K)
     splits = _splits(lacking, blocks)
-    return _of_layer(problem.layer, device, block_m, block_n, stages, splits, by_slot=by_slot, few_warps=few_warps)
+    one_launch = problem.M > 1 and not (device.pdl or quantization.activations or problem.dtype == "fp32")
+    one_launch &= not mxfp4 or block_m <= _FEW_TOKENS
+    if one_launch:
+        by_slot = slots < problem.E  # whose CTAs search for nothing there
+    # Fewer CTAs of down would not be spread evenly.
+    crowded = one_launch and block_m == 8 and hit * problem.K >= _CROWDED_CTAS_PER_SM * device.sms * block_n
+    return _of_layer(
+        problem.layer, device, block_m, block_n, stages, splits,
+        by_slot=by_slot, few_warps=few_warps, one_launch=one_launch, crowded=crowded and not mxfp4,
+    )  # fmt: skip
 
 
 def _fp8_tile(
@@ -188,6 +213,8 @@ def _of_layer(
     *,
     by_slot: bool,
     few_warps: bool,
+    one_launch: bool,
+    crowded: bool,
 ) -> tuple[SplitKConfig, int]:
     """The default configuration with these tiles, and the bytes that one block needs for its narrowest tiles."""
     fp8 = quantization_of(layer).activations
@@ -205,6 +232,8 @@ def _of_layer(
         and (fp8 or layer.dtype == "mxfp4" or not by_slot)
         and boxes_mix_gate_and_up(layer),
         pdl=device.pdl,
+        one_launch=one_launch,
+        crowded=crowded,
     )
     narrowed = config.model_copy(update={"block_n": _NARROWEST, "num_stages": _LEAST_STAGES})
     preferred = config.model_copy(update={"num_stages": stages}) if stages else _deepened(layer, config, device)
@@ -295,6 +324,14 @@ def _splits(lacking: float, blocks: int) -> int:
 def _variants(problem: MoEProblem, default: SplitKConfig, device: Features) -> Iterator[SplitKConfig]:
     half, third = (device.shared_memory // share for share in (2, 3))
 
+    # In MXFP4 on the H200 as it is, gpt-oss-120b at M=8 152 → 146 µs, with CTAs per slot.
+    if default.one_launch or (problem.dtype == "mxfp4" and default.block_m <= _FEW_TOKENS):
+        few = problem.M == 1 or (_IDLE if default.one_launch else 1) * problem.expected_slots < problem.E
+        grid = "slots" if few else "experts"
+        yield default.model_copy(update={"one_launch": not default.one_launch, "grid": grid, "crowded": False})
+    if default.one_launch and default.block_m == 8 and problem.dtype != "mxfp4":
+        yield default.model_copy(update={"crowded": not default.crowded})
+
     def changed(budget: int = half, **fields: Any) -> SplitKConfig:
         return with_stages(problem, default.model_copy(update=fields), budget)
 
@@ -308,7 +345,7 @@ def _variants(problem: MoEProblem, default: SplitKConfig, device: Features) -> I
         yield changed(block_m=8)
     for splits in (1, 2):
         yield changed(splits_down=splits)
-    yield changed(splits_gate_up=2)
+    yield changed(splits_gate_up=2, one_launch=False, crowded=False)
     if quantization_of(problem).dequantizes:  # which takes more registers and instructions than it takes memory
         yield changed(block_n=128, num_warps=8)
         yield changed(block_n=64, num_warps=2)

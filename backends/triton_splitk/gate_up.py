@@ -49,10 +49,6 @@ def splitk_gate_up(
 
     S, topk = topk_ids.numel(), topk_ids.shape[1]
     parts = 2 if experts.gated else 1
-    columns = config.block_n // parts
-    # A tile's rows then lie in one block of scales, or its gate rows in one and its up rows in another.
-    within = columns <= QUANT_BLOCK and (experts.N % columns == 0 or not experts.gated)
-    two_scales = config.block_n <= QUANT_BLOCK if experts.interleaved else within
     grid = (
         S if config.grid == "slots" else experts.E,
         math.ceil(experts.N * parts / config.block_n),
@@ -69,10 +65,17 @@ def splitk_gate_up(
         # constants
         ROWS=config.block_n, BLOCK_M=config.block_m, BLOCK_K=config.block_k, SCAN=slots_per_scan(S),
         EVEN_K=experts.K % config.block_k == 0, SPLITS=config.splits_gate_up, BY_SLOT=config.grid == "slots",
-        TMA=descriptor is not None, PDL=config.pdl, SCALES=quantization.scales, TWO_SCALES=two_scales,
+        TMA=descriptor is not None, PDL=config.pdl, SCALES=quantization.scales, TWO_SCALES=two_scales(experts, config),
         PARTIAL=config.partial_sums(quantization, gated=experts.gated), GATED=experts.gated,
         INTERLEAVED=experts.interleaved, TRANSPOSED=experts.transposed,
         ROW_SCALES=experts.K // 32 if quantization.scales == "mx" else 1,
         HAS_BIAS=experts.gate_up_bias is not None, ACTIVATION=experts.activation,
         IDS_READY=ids_ready, **config.launch(quantization),
     )  # fmt: skip
+
+
+def two_scales(experts: "ExpertWeights", config: "SplitKConfig") -> bool:
+    """Whether a tile's rows lie in one block of scales, or its gate rows in one and its up rows in another."""
+    columns = config.block_n // (2 if experts.gated else 1)
+    within = columns <= QUANT_BLOCK and (experts.N % columns == 0 or not experts.gated)
+    return config.block_n <= QUANT_BLOCK if experts.interleaved else within

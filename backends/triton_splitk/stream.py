@@ -65,10 +65,18 @@ def moe_take_slots(ids_ptr, start, S, e, skip, BLOCK_M: tl.constexpr, SCAN: tl.c
 
 
 @triton.jit
-def moe_list(served_ptr, first, values, mask):
-    """Write a count, or slots, into the list of an expert's slots, where there is one."""
-    if served_ptr is not None:
-        tl.store(served_ptr + first, values, mask=mask)
+def moe_list(list_ptr, first, values, mask):
+    """Write a count, or slots after it, into the list of an expert's slots, where there is one."""
+    if list_ptr is not None:
+        tl.store(list_ptr + first, values, mask=mask)
+
+
+@triton.jit
+def moe_listed_slots(list_ptr, count, skip, BLOCK_M: tl.constexpr):
+    """Of a list, a count and as many slots, the slots after the first `skip`: ``[BLOCK_M]`` and its mask."""
+    offs_m = skip + tl.arange(0, BLOCK_M)
+    mask_m = offs_m < count
+    return tl.load(list_ptr + 1 + offs_m, mask=mask_m, other=0), mask_m
 
 
 @triton.jit

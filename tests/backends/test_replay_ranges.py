@@ -106,9 +106,17 @@ def check(replay: replay_module.Replay, call: Inputs, config: Any) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp8", "fp8_channel", "mxfp4"])
-@pytest.mark.parametrize("name", ["triton_splitk", "triton_vector", "triton_persistent", "gluon_hopper"])
-def test_launches_are_those_of_an_ordinary_call(name: str, dtype: DType, monkeypatch: pytest.MonkeyPatch) -> None:
-    machine, checked = Machine.load("h200"), 0
+@pytest.mark.parametrize(
+    ("name", "device", "number"),
+    [
+        *((name, "h200", -1) for name in ("triton_splitk", "triton_vector", "triton_persistent", "gluon_hopper")),
+        ("triton_splitk", "a100-80gb", 0),  # both products in one launch
+    ],
+)
+def test_launches_are_those_of_an_ordinary_call(
+    name: str, device: str, number: int, dtype: DType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine, checked = Machine.load(device), 0
     backend: Any = BACKENDS.load(name)(machine)
     kinds = itertools.cycle(itertools.product(LAYERS, (torch.int32, torch.int64)))
     for M, (layer, ids) in zip((1, 3, 16, 33, 128, 300, 1000), kinds, strict=False):
@@ -117,7 +125,7 @@ def test_launches_are_those_of_an_ordinary_call(name: str, dtype: DType, monkeyp
         if backend.unsupported_reasons(problem):
             continue
         experts = make_experts(case.layer, dtype, "cpu", act_dtype="bf16", transposed=case.transposed)
-        config = backend.configs(problem)[-1]
+        config = backend.configs(problem)[number]
         x, weights = torch.empty(2000, case.K, dtype=torch.bfloat16), torch.empty(2000, case.topk)
         with monkeypatch.context() as patches:
             patches.setattr(Tensor, "is_cuda", True)

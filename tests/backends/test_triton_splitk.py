@@ -1,5 +1,6 @@
 """The split-K kernels: interpreted against the fp32 reference, and compiled for devices that are not here."""
 
+import itertools
 import re
 from collections.abc import Iterator
 from dataclasses import replace
@@ -37,6 +38,7 @@ SMALL = {"block_n": 32, "block_k": 32, "num_stages": 2}
 MX = {"block_k": 64, "block_m": 8}
 FEW_SPILLS = 80  # bytes of a thread; most are 72, FP8 beside 64 tokens on sm_89 with Triton 3.9
 EXPERTS = {"grid": "experts"}
+ONE = {"one_launch": True}
 CASES = [
     # Beyond what the conformance suite runs in the default configuration: tokens that one block or scan does not hold,
     # and the grid of experts
@@ -84,6 +86,16 @@ CASES = [
     Case("by columns, ungated", K=70, N=45, activation="relu2", transposed=True, config=EXPERTS),
     Case("by columns, tma", dtype="fp16", K=80, N=40, interleaved=True, transposed=True, config={"tma": True}),
     Case("by columns, tma of down only", dtype="fp16", K=80, N=40, transposed=True, config={"tma": True}),
+    # both products in one launch, with the groups and the lists of either grid
+    Case("one launch", M=17, K=70, N=45, bias=True, ids=torch.int64, config=ONE),
+    Case("one launch, slots of one expert", M=21, routing="1", config=ONE | {"block_m": 8}),
+    Case("one launch, grid of experts", M=17, K=70, N=45, config=ONE | EXPERTS | {"block_m": 8}),
+    Case("one launch, slots span two scans", M=257, E=2, N=16, K=32, config=ONE | EXPERTS | {"block_m": 64}),
+    Case("one launch, no slot of this rank", routing="-1", config=ONE | EXPERTS),
+    Case("one launch, split down, ungated", K=64, N=96, activation="relu2", config=ONE | {"splits_down": 2}),
+    Case("one launch, tma", dtype="fp16", config=ONE | EXPERTS | {"tma": True}),
+    Case("one launch, by columns", K=70, N=45, transposed=True, config=ONE | EXPERTS),
+    Case("one launch, mxfp4", dtype="mxfp4", K=288, N=96, **GPT_OSS, config=MX | ONE | EXPERTS | {"splits_down": 2}),
     # narrow and wide token tiles
     Case("block_m 8", M=17, config={"block_m": 8}),
     Case("block_m 32", M=17, routing="1", config={"block_m": 32}),
@@ -98,6 +110,8 @@ DEQUANTIZED = [
     Case("cut blocks", dtype="fp8", K=200, N=72, bias=True, activation="swiglu_oai", interleaved=True),
     Case("partial sums, a scale for each row", dtype="fp8", K=256, N=136, config={"splits_gate_up": 2, "block_n": 256}),
     Case("rows", dtype="fp8_channel", act="fp16", K=72, N=40, bias=True),
+    Case("one launch", M=21, dtype="fp8", act="fp16", K=200, N=72, bias=True, config=ONE | EXPERTS),
+    Case("one launch, rows, CTAs for slots", M=9, dtype="fp8_channel", act="fp16", K=72, N=40, config=ONE),
 ]
 
 
@@ -124,17 +138,44 @@ def test_dequantised_weights_meet_activations_as_they_are(case: Case) -> None:
 
 
 @INTERPRETED
+@pytest.mark.parametrize("launches", [{}, ONE], ids=["two launches", "one launch"])
 @pytest.mark.parametrize("name", ["gate_up", "down"])
-def test_nan_among_dequantised_weights_reaches_the_tokens_of_its_expert(name: str) -> None:
+def test_nan_among_dequantised_weights_reaches_the_tokens_of_its_expert(name: str, launches: dict[str, Any]) -> None:
     case = DEQUANTIZED[0]
     experts, (x, weights, ids) = case.experts("cpu"), case.tokens()
     getattr(experts, name).view(torch.uint8)[ids[0, 0], 3, 5] = 0xFF
-    config = SplitKConfig.model_validate(SMALL | {"block_k": 128} | EXPERTS)
+    config = SplitKConfig.model_validate(SMALL | {"block_k": 128} | EXPERTS | launches)
     nan = TritonSplitKBackend(described(80)).run(x, experts, weights, ids, config).isnan()
     plain = ReferenceConfig(quantize_activations=False)
     expected = ReferenceBackend(Machine.inspect("cpu")).run(x.float(), experts, weights, ids, plain).isnan()
     assert torch.equal(nan, expected)
     assert 0 < int(nan.sum()) < nan.numel()
+
+
+@INTERPRETED
+@pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.parametrize("grid", ["slots", "experts"])
+def test_one_launch_multiplies_as_two(grid: str) -> None:
+    """The same tiles of the same sums, so that not a bit differs."""
+    case = Case("one launch", M=19, E=5, dtype="fp8", act="fp16", K=256, N=136, bias=True)
+    x, weights, ids = case.tokens()
+    config = SplitKConfig.model_validate(SMALL | {"block_k": 128, "block_m": 8, "grid": grid})
+    backend, experts = TritonSplitKBackend(described(80)), case.experts()
+    two = backend.run(x, experts, weights, ids, config)
+    one = backend.run(x, experts, weights, ids, config.model_copy(update=ONE))
+    assert torch.equal(one, two)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "capability", "splits", "given"),
+    [("fp8", 90, 1, "quantised activations"), ("fp8", 80, 2, "splits_gate_up=2")],
+)
+def test_one_launch_refuses_what_needs_another_between(dtype: DType, capability: int, splits: int, given: str) -> None:
+    case = Case("fp8", dtype=dtype, K=128, N=128)
+    x, weights, ids = case.tokens()
+    config = SplitKConfig(one_launch=True, splits_gate_up=splits)
+    with pytest.raises(InvalidInputError, match=f"one_launch=False.*got {given}"):
+        TritonSplitKBackend(described(capability)).run(x, case.experts(), weights, ids, config)
 
 
 def _problem(machine: Machine, M: int, dtype: DType = "fp16", name: str = "qwen3-30b-a3b") -> MoEProblem:
@@ -154,6 +195,7 @@ def test_ids_are_waited_for_unless_this_layer_quantises(machine: Machine, monkey
     for precision in (Precision("fp16", "fp16"), Precision("fp8", "fp16")):
         hidden, *others = arguments = make_inputs(testing.Case(M=1, E=2, N=32), precision, "cpu").arguments
         config = backend.default_config(arguments[1].problem(1, 2, hidden.dtype, machine.capability))
+        config = config.model_copy(update={"one_launch": False})
         backend.run(hidden, *others, config)
         if precision.dtype == "fp8":
             rows = QuantizedRows(*quantize_rows_torch(hidden), hidden.dtype)
@@ -165,15 +207,24 @@ def test_ids_are_waited_for_unless_this_layer_quantises(machine: Machine, monkey
 @pytest.mark.parametrize("dtype", ["fp16", "fp8"])
 @pytest.mark.parametrize(
     "config",
-    [{}, {"splits_gate_up": 2}, {"splits_down": 2}, {"block_n": 256}],
-    ids=["sums are whole", "gate_up has partial sums", "down has partial sums", "gate_up quantises"],
+    [{}, {"splits_gate_up": 2}, {"splits_down": 2}, {"block_n": 256}, ONE, ONE | EXPERTS],
+    ids=[
+        "sums are whole",
+        "gate_up has partial sums",
+        "down has partial sums",
+        "gate_up quantises",
+        "one launch",
+        "one launch, grid of experts",
+    ],
 )
 def test_workspace_is_what_a_run_allocates(
     config: dict[str, Any], dtype: DType, machine: Machine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     case = testing.Case(M=1, E=2)
     inputs = make_inputs(case, Precision(dtype, "fp16"), "cpu")
-    backend, checked = TritonSplitKBackend(machine), SplitKConfig.model_validate(SMALL | {"block_k": 128} | config)
+    # Where activations are quantised there is not one launch.
+    backend = TritonSplitKBackend(described(80) if "one_launch" in config else machine)
+    checked = SplitKConfig.model_validate(SMALL | {"block_k": 128} | config)
     allocated: list[int] = []
     empty = torch.Tensor.new_empty
 
@@ -185,7 +236,7 @@ def test_workspace_is_what_a_run_allocates(
     out = torch.empty_like(inputs.hidden_states)
     monkeypatch.setattr(torch.Tensor, "new_empty", counted)
     backend.run_into(*inputs.arguments, checked, out)
-    problem = case.problem(Precision(dtype, "fp16"), machine)
+    problem = case.problem(Precision(dtype, "fp16"), backend.machine)
     # Beside the rows of FP8 lie their multipliers, one for 128 columns or for all.
     assert 0 <= sum(allocated) - backend.workspace_bytes(problem, checked) <= 0.03 * sum(allocated)
 
@@ -205,6 +256,38 @@ def test_grid_follows_how_many_experts_are_hit(name: str, dtype: DType, M: int, 
     config = backend.default_config(_problem(backend.machine, M, dtype, name))
     assert isinstance(config, SplitKConfig)
     assert config.grid == grid
+
+
+@pytest.mark.parametrize("capability", [80, 86, 89, 90, 120])
+@pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16", "fp8", "fp8_channel", "mxfp4"])
+def test_products_share_a_launch_where_kernels_do_not_overlap(dtype: DType, capability: int) -> None:
+    """By default from two tokens on; the other way is a candidate, and for few tokens in MXFP4 on every device."""
+    backend = TritonSplitKBackend(described(capability))
+    able = dtype in {"fp16", "bf16", "mxfp4"} or (dtype.startswith("fp8") and capability < 89)
+    for name, M in itertools.product(("qwen3-30b-a3b", "mixtral-8x7b"), (1, 8, 64, 512)):
+        default, *others = backend.configs(_problem(backend.machine, M, dtype, name))
+        few = default.block_m <= 16
+        assert default.one_launch == (able and capability < 90 and M > 1 and (few or dtype != "mxfp4"))
+        either = default.one_launch or (dtype == "mxfp4" and few)
+        assert {config.one_launch for config in (default, *others)} == ({False, True} if either else {False})
+
+
+@pytest.mark.parametrize(
+    ("name", "M", "grid", "crowded"),
+    [
+        ("qwen3-30b-a3b", 4, "slots", False),
+        ("qwen3-30b-a3b", 8, "slots", True),
+        ("qwen3-30b-a3b", 16, "experts", True),
+        ("qwen3-30b-a3b", 64, "experts", False),
+        ("mixtral-8x7b", 8, "experts", False),
+        ("deepseek-v3", 8, "slots", True),
+    ],
+)
+def test_one_launch_in_fp8_follows_how_many_ctas_there_are(name: str, M: int, grid: str, crowded: bool) -> None:
+    backend = TritonSplitKBackend(described(80))
+    config = backend.default_config(_problem(backend.machine, M, "fp8", name))
+    assert isinstance(config, SplitKConfig)
+    assert (config.one_launch, config.grid, config.crowded) == (True, grid, crowded)
 
 
 @pytest.mark.parametrize(
@@ -267,8 +350,12 @@ def launch_defaults(capability: int, dtype: DType, *, every: bool) -> Iterator[L
                 # Neither is a matter of the products, and the sum would be compiled for each.
                 problem = replace(problem, topk=8, M=1)
                 bound = shared_memory_bytes(problem, config)
-                note = {"bound": bound, "tma": config.tma, "config": config.label}
+                note = {"bound": bound, "tma": config.tma, "one": config.one_launch, "config": config.label}
                 yield Launch(partial(backend.run, *unwritten_layer(problem), config), note)
+                if dtype == "mxfp4" and config.block_m <= 16:  # then the other way is a candidate
+                    other = not config.one_launch
+                    changed = config.model_copy(update={"one_launch": other})
+                    yield Launch(partial(backend.run, *unwritten_layer(problem), changed), note | {"one": other})
                 if dtype == "bf16":
                     by_columns = replace(problem, transposed=True, interleaved=problem.gated)
                     yield Launch(partial(backend.run, *unwritten_layer(by_columns), config), note)
@@ -281,8 +368,10 @@ def launch_defaults(capability: int, dtype: DType, *, every: bool) -> Iterator[L
 @pytest.mark.parametrize(("capability", "dtype", "every"), devices(fp16=True, fp8_forms=True, mxfp4=True))
 def test_defaults_compile(capability: int, dtype: DType, every: bool) -> None:
     kernels = compile_launches(launch_defaults, capability, dtype=dtype, every=every)
-    products = [built for built in kernels if built.name in {"_moe_splitk_gate_up_kernel", "_moe_splitk_down_kernel"}]
-    assert len({built.name for built in products}) == 2
+    together, apart = {"_moe_splitk_layer_kernel"}, {"_moe_splitk_gate_up_kernel", "_moe_splitk_down_kernel"}
+    products = [built for built in kernels if built.name in together | apart]
+    for one in {built.note["one"] for built in kernels}:
+        assert {built.name for built in products if built.note["one"] == one} == (together if one else apart)
     # wgmma has products of 8 columns and more, of which Triton 3.6 and 3.7 use those of 16 and more.
     narrowest = 16 if re.match(r"3\.[67]\.", library_version("triton")) else 8
     for built in kernels:
