@@ -14,6 +14,7 @@ from moe_dispatch.experts import ExpertWeights
 from moe_dispatch.modules.kept_dtype import keeping_dtype
 from moe_dispatch.numerics import FP8
 from moe_dispatch.problem import QUANT_BLOCK
+from moe_dispatch.tensor_memory import offloaded
 
 # Names of the parameters, which are those of transformers, by the names of `ExpertWeights`.
 NAMES: Final = {
@@ -103,8 +104,20 @@ class StackedExperts(nn.Module):
             **own, activation=self.activation, interleaved=self.interleaved, transposed=self.transposed
         )
         if not torch.compiler.is_compiling():
-            self._held = weights
+            self._held = weights if self._keeps(own) else None
         return weights
+
+    def _keeps(self, own: dict[str, Tensor | None]) -> bool:
+        """Whether the tensors are the module's after a call as well.
+
+        Others must not be held, for they may have memory or a graph of their own: those that an offloading hook brings
+        for one call, those that are computed for it (a parametrization, pruning), and those of `functional_call`.
+        """
+        lasting = (
+            tensor is None or (isinstance(tensor, nn.Parameter) and self._parameters.get(NAMES[name]) is tensor)
+            for name, tensor in own.items()
+        )
+        return all(lasting) and not offloaded(self)
 
     def assign(self, weights: ExpertWeights) -> None:
         """Take tensors in place of the parameters, without a copy.
