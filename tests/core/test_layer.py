@@ -356,6 +356,22 @@ class Twice(nn.Module):
         return twice
 
 
+def test_torch_may_swap_parameters_after_a_recorded_call() -> None:
+    """It swaps no tensor that is referred to weakly, and refused to convert a layer or to load weights into it."""
+    layer = small_layer(shared_N=16)
+    layer(tokens()).sum().backward()
+    state = {name: 2 * each.detach() for name, each in layer.state_dict().items()}
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        layer.bfloat16().float()
+        layer(tokens()).sum().backward()
+        layer.load_state_dict(state)
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(False)
+    assert torch.equal(layer.experts.down_proj, state["experts.down_proj"])
+    layer(tokens()).sum().backward()
+
+
 def test_what_is_no_tensor_or_has_no_memory_is_refused_by_name() -> None:
     with pytest.raises(InvalidInputError, match=r"hidden_states must be a torch\.Tensor, got ndarray"):
         MoELayer(6, 4, 4, 2)(numpy.zeros((3, 6)))
