@@ -5,7 +5,7 @@ import importlib.metadata
 import logging
 import threading
 from dataclasses import dataclass
-from typing import Final, Generic, TypeVar, cast
+from typing import Any, Final, Generic, TypeVar, cast
 
 from moe_dispatch.backend import Backend, Requirements
 from moe_dispatch.errors import BackendUnavailableError, InvalidInputError, UnknownNameError
@@ -75,9 +75,13 @@ class Registry(Generic[T]):
             raise UnknownNameError(self._kind, name, self.names())
         if isinstance(target, type):
             return target
+        module, _, attribute = target.partition(":")
+        if not attribute:
+            raise BackendUnavailableError(name, [f"{target!r} names no class; write it as module:Class"])
         try:
-            module, _, attribute = target.partition(":")
-            loaded = getattr(importlib.import_module(module), attribute)
+            loaded: Any = importlib.import_module(module)
+            for part in attribute.split("."):
+                loaded = getattr(loaded, part)
         except foreign_errors() as error:
             reason = f"{target} does not import: {failures.summary(error)}"
             raise BackendUnavailableError(name, [reason]) from error
@@ -254,7 +258,7 @@ def register_backend(name: str, target: str | type[Backend]) -> None:
 def _entry_points(group: str) -> list[tuple[str, str]]:
     """Names and targets that installed packages announce; one with damaged metadata costs that package alone."""
     try:
-        return [(entry.name, entry.value) for entry in importlib.metadata.entry_points(group=group)]
+        return [(entry.name, _target(entry)) for entry in importlib.metadata.entry_points(group=group)]
     except Exception as error:  # noqa: BLE001 - metadata of some installed package
         logger.info("an installed package has damaged metadata: %s", failures.summary(error))
     announced: dict[str, str] = {}
@@ -267,8 +271,14 @@ def _entry_points(group: str) -> list[tuple[str, str]]:
             continue
         for entry in entries:
             if entry.group == group:
-                announced.setdefault(entry.name, entry.value)
+                announced.setdefault(entry.name, _target(entry))
     return list(announced.items())
+
+
+def _target(entry: importlib.metadata.EntryPoint) -> str:
+    """Module and class of an entry point, without the extras that may follow; its text where that is neither."""
+    match = entry.pattern.match(entry.value)
+    return f"{match['module']}:{match['attr']}" if match and match["attr"] else entry.value
 
 
 def _spelt(target: object) -> str:

@@ -1,9 +1,9 @@
-"""Whether a kernel could read a tensor's memory as it is, and where that lies."""
+"""Whether a kernel could read a tensor's memory as it is, where that lies, and whether it stays."""
 
 from typing import Final
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.parameter import Parameter, is_lazy
 
 _PLAIN: Final = (Tensor, Parameter)
@@ -26,6 +26,12 @@ def tensor_fault(name: str, tensor: object) -> str:
         remedy = ".to_local() gives this rank's part" if hasattr(tensor, "to_local") else "unwrap or dequantize it"
         return f"{name} must be a plain tensor, got a {type(tensor).__name__}; {remedy}"
     return ""
+
+
+def offloaded(module: nn.Module) -> bool:
+    """Whether an accelerate hook of the module itself brings the weights before each call and frees them after it."""
+    hook = getattr(module, "_hf_hook", None)
+    return any(getattr(each, "offload", False) for each in (hook, *getattr(hook, "hooks", ())))
 
 
 def address(tensor: Tensor) -> int | None:

@@ -1,12 +1,13 @@
 """How every command prints: compact tables that read as well in a log without colours."""
 
 import codecs
+import contextlib
 import json
 import math
 import os
 import sys
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Final
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any, Final, TextIO
 
 import typer
 from rich import box
@@ -74,6 +75,23 @@ def _spelt_in_ascii(error: UnicodeError) -> tuple[str | bytes, int]:
     return text.encode("ascii", "backslashreplace").decode(), error.end
 
 
+@contextlib.contextmanager
+def json_alone() -> Iterator[None]:
+    """Keep stdout to `print_json`: what libraries print there when they are imported or run goes to stderr.
+
+    vLLM writes its log to stdout, which would not be JSON then.
+    """
+    _stdout.append(sys.stdout)
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            yield
+    finally:
+        _stdout.pop()
+
+
+_stdout: Final[list[TextIO]] = []  # what stdout was, inside of `json_alone`
+
+
 def print_json(value: Any, indent: int | None = 1) -> None:
     """Print a value as JSON in ASCII, which every encoding has; numbers that are not finite, which JSON lacks, as null.
 
@@ -81,7 +99,7 @@ def print_json(value: Any, indent: int | None = 1) -> None:
         value: What JSON can hold, with tuples for lists.
         indent: As of `json.dumps`.
     """
-    typer.echo(json.dumps(_finite(value), indent=indent, allow_nan=False))
+    typer.echo(json.dumps(_finite(value), indent=indent, allow_nan=False), file=_stdout[-1] if _stdout else None)
 
 
 def _finite(value: Any) -> Any:

@@ -9,7 +9,7 @@ from typing import Any, Final
 import typer
 from typer.core import TyperGroup
 
-from moe_dispatch.commands.console import ERR, drop_unusable_sizes, plain, prepare_streams
+from moe_dispatch.commands.console import ERR, drop_unusable_sizes, json_alone, plain, prepare_streams
 from moe_dispatch.errors import MoEDispatchError
 
 USAGE_ERROR: Final = 2
@@ -34,7 +34,8 @@ class CommandGroup(TyperGroup):
         """Run a command; see `click.Group.invoke`."""
         prepare_streams()
         try:
-            return super().invoke(ctx)
+            with json_alone() if "--json" in ctx.args else contextlib.nullcontext():
+                return super().invoke(ctx)
         except MoEDispatchError as error:
             _print_error(str(error))
             raise typer.Exit(USAGE_ERROR) from error

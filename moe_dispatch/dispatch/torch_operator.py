@@ -286,6 +286,11 @@ def _layer(*layer: Any) -> ExpertWeights:
     return experts
 
 
+def release(gate_up: Tensor) -> None:
+    """Forget the layer of this weight until its next call: `torch.utils.swap_tensors` refuses tensors held weakly."""
+    _layers.pop(id(gate_up), None)
+
+
 def _wrap(
     kind: type[Weights], tensors: Sequence[Any], activation: str, interleaved: bool, routed_experts: int | None
 ) -> Weights:

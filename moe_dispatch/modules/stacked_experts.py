@@ -9,11 +9,13 @@ from torch import Tensor, nn
 
 from moe_dispatch.activations import UNGATED, Activation, canonical
 from moe_dispatch.api import moe_forward
+from moe_dispatch.dispatch.torch_operator import release
 from moe_dispatch.errors import InvalidInputError
 from moe_dispatch.experts import ExpertWeights
 from moe_dispatch.modules.kept_dtype import keeping_dtype
 from moe_dispatch.numerics import FP8
 from moe_dispatch.problem import QUANT_BLOCK
+from moe_dispatch.tensor_memory import offloaded
 
 # Names of the parameters, which are those of transformers, by the names of `ExpertWeights`.
 NAMES: Final = {
@@ -103,8 +105,20 @@ class StackedExperts(nn.Module):
             **own, activation=self.activation, interleaved=self.interleaved, transposed=self.transposed
         )
         if not torch.compiler.is_compiling():
-            self._held = weights
+            self._held = weights if self._keeps(own) else None
         return weights
+
+    def _keeps(self, own: dict[str, Tensor | None]) -> bool:
+        """Whether the tensors are the module's after a call as well.
+
+        Others must not be held, for they may have memory or a graph of their own: those that an offloading hook brings
+        for one call, those that are computed for it (a parametrization, pruning), and those of `functional_call`.
+        """
+        lasting = (
+            tensor is None or (isinstance(tensor, nn.Parameter) and self._parameters.get(NAMES[name]) is tensor)
+            for name, tensor in own.items()
+        )
+        return all(lasting) and not offloaded(self)
 
     def assign(self, weights: ExpertWeights) -> None:
         """Take tensors in place of the parameters, without a copy.
@@ -112,6 +126,7 @@ class StackedExperts(nn.Module):
         Args:
             weights: Experts of any shape and dtype; their activation, order of rows and of storage become the module's.
         """
+        self.release()
         self.activation, self.interleaved = weights.activation, weights.interleaved
         self.transposed = weights.transposed
         tensors = dict(weights.tensors())
@@ -133,8 +148,14 @@ class StackedExperts(nn.Module):
         N = 2 * N if self.down_proj.dtype == torch.uint8 else N  # two codes of MXFP4 in a byte
         return f"E={E}, K={K}, N={N}, dtype={self.down_proj.dtype}, activation={self.activation!r}"
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+    def release(self) -> None:
+        """Let go of the parameters, which torch may replace or swap by others."""
         self._held = None
+        if (gate_up := self._parameters.get(NAMES["gate_up"])) is not None:
+            release(gate_up)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        self.release()
         kept = [self._parameters[attribute] for name, attribute in NAMES.items() if name.endswith("scale")]
         kept += [each for each in self._parameters.values() if each is not None and each.dtype == FP8]
         super()._apply(keeping_dtype(fn, tuple(kept)), recurse)  # type: ignore[no-untyped-call]
@@ -152,6 +173,7 @@ def _adopt_scales(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_
         InvalidInputError: The state dict's weights are FP8 and the module's are not, or its scales have no known form.
     """
     assert isinstance(module, StackedExperts)  # noqa: S101 - it registers this for itself
+    module.release()
     loaded = {name: state_dict.get(prefix + attribute) for name, attribute in NAMES.items()}
     gate_up, down = loaded["gate_up"], loaded["down"]
     if gate_up is not None and gate_up.dtype == torch.uint8 != module.gate_up_proj.dtype:

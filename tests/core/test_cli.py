@@ -320,6 +320,22 @@ def test_commands_run_where_nothing_is_set_up_and_stdout_takes_ascii_alone(tmp_p
     assert "\x1b" not in printed
 
 
+@pytest.mark.parametrize("command", [["explain", "--tokens", "1"], ["doctor"]], ids=str)
+def test_what_a_library_prints_does_not_end_in_the_json(command: list[str], tmp_path: Path) -> None:
+    """vLLM writes its log to stdout, and so the machine that `doctor --json` described could not be read."""
+    (tmp_path / "talkative.py").write_text("print('INFO a library')\nraise ImportError('no GPU')\n")
+    info = tmp_path / "talkative-1.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: talkative\nVersion: 1\n")
+    (info / "entry_points.txt").write_text("[moe_dispatch.backends]\ntalkative = talkative:Backend\n")
+    done = subprocess.run(
+        [sys.executable, "-m", "moe_dispatch.cli", *command, "--json"], capture_output=True, text=True, check=True,
+        env=os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{Path(__file__).parents[2]}"},
+    )  # fmt: skip
+    assert "talkative" in json.dumps(json.loads(done.stdout))
+    assert "INFO a library" in done.stderr
+
+
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a file that is always full")
 @pytest.mark.parametrize("options", [(), ("--json",), ("--full",)], ids=str)
 def test_a_full_disk_below_the_output_is_one_message(options: tuple[str, ...]) -> None:

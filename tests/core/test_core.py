@@ -156,13 +156,14 @@ def test_dead_experts_get_no_token_and_leave_enough(topk: int, alive: int) -> No
 def test_another_package_announces_a_backend(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "their_package.py").write_text(
         "from tests.support.fakes import Honest\nclass Theirs(Honest):\n    name = 'theirs'\n"
+        "class backends:\n    class Inner(Honest):\n        name = 'inner'\n"
     )
     info = tmp_path / "theirs-1.0.dist-info"
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: theirs\nVersion: 1.0\n")
     (info / "entry_points.txt").write_text(
         "[moe_dispatch.backends]\ntheirs = their_package:Theirs\nreference = their_package:Theirs\n"
-        "absent = no_such_module:Backend\n"
+        "absent = no_such_module:Backend\ninner = their_package:backends.Inner [gpu]\nmodule = their_package\n"
     )
     monkeypatch.syspath_prepend(str(tmp_path))
     registry = Registry("backend", Backend, {"reference": "ours:Reference"}, group="moe_dispatch.backends")  # type: ignore[type-abstract]
@@ -171,6 +172,9 @@ def test_another_package_announces_a_backend(tmp_path: Path, monkeypatch: pytest
     assert "their_package" not in sys.modules
     assert registry.load("theirs").name == "theirs"
     assert registry._specs["reference"] == "ours:Reference", "installing a package replaces none of ours"
+    assert registry.load("inner").name == "inner", "a class may lie in another one, and extras may follow it"
+    with pytest.raises(BackendUnavailableError, match="'their_package' names no class; write it as module:Class"):
+        registry.load("module")
 
 
 def test_built_in_classes_carry_their_names() -> None:

@@ -1,8 +1,10 @@
 """`MoELayer` against the blocks of transformers, and what a module must be able to do."""
 
 import copy
+import gc
 import pickle
 import warnings
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.utils import parametrize
 
 from moe_dispatch import ExpertWeights, InvalidInputError, MoELayer, Router, moe_forward
 from moe_dispatch.measure.verify import relative_error
@@ -299,6 +302,74 @@ def test_a_result_is_no_view(shape: tuple[int, ...], shared_N: int) -> None:
     changed += 1
     (other,) = torch.autograd.grad(((changed - 1).square()).sum(), hidden)
     assert torch.allclose(other, gradient, atol=1e-5)
+
+
+def test_an_offloaded_layer_holds_nothing_between_calls() -> None:
+    """Every layer kept what a hook had brought for its last call, so offloading freed no memory."""
+    accelerate = pytest.importorskip("accelerate")
+    layer, hidden = small_layer(shared_N=16), tokens()
+
+    def wrapped() -> list[ExpertWeights]:
+        gc.collect()
+        return [each for each in gc.get_objects() if type(each) is ExpertWeights]
+
+    before = len(wrapped())
+    with torch.no_grad():
+        expected = layer(hidden)
+        assert len(wrapped()) == before + 2, "a layer that stays where it is is wrapped once"
+        accelerate.cpu_offload(layer, execution_device=torch.device("cpu"))
+        assert torch.allclose(layer(hidden), expected, atol=1e-6)
+    assert layer.experts.gate_up_proj.is_meta
+    assert len(wrapped()) == before
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_tensors_that_are_the_layers_for_one_call_are_not_held(grad: bool) -> None:
+    """The last step's weights and graph stayed until the next call."""
+    layer, hidden = small_layer(), tokens()
+    weights = {name: 2 * each for name, each in layer.named_parameters()}
+    memory = weakref.ref(weights["experts.gate_up_proj"].untyped_storage())
+    with torch.set_grad_enabled(grad):
+        torch.func.functional_call(layer, weights, (hidden,))
+    del weights
+    gc.collect()
+    assert memory() is None
+    parametrize.register_parametrization(layer.experts, "gate_up_proj", twice := Twice())
+    made = twice.made
+    with torch.set_grad_enabled(grad):
+        layer(hidden)
+    gc.collect()
+    assert made
+    assert not [reference for reference in made if reference() is not None]
+
+
+class Twice(nn.Module):
+    """A parametrization; it remembers, weakly, what it made."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.made: list[weakref.ref[torch.UntypedStorage]] = []
+
+    def forward(self, weight: Tensor) -> Tensor:
+        twice = 2 * weight
+        self.made.append(weakref.ref(twice.untyped_storage()))
+        return twice
+
+
+def test_torch_may_swap_parameters_after_a_recorded_call() -> None:
+    """It swaps no tensor that is referred to weakly, and refused to convert a layer or to load weights into it."""
+    layer = small_layer(shared_N=16)
+    layer(tokens()).sum().backward()
+    state = {name: 2 * each.detach() for name, each in layer.state_dict().items()}
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        layer.bfloat16().float()
+        layer(tokens()).sum().backward()
+        layer.load_state_dict(state)
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(False)
+    assert torch.equal(layer.experts.down_proj, state["experts.down_proj"])
+    layer(tokens()).sum().backward()
 
 
 def test_what_is_no_tensor_or_has_no_memory_is_refused_by_name() -> None:

@@ -72,7 +72,7 @@ def _layers(model: nn.Module) -> Iterator[LayerReport]:
 def _state(module: nn.Module) -> tuple[State, str]:
     from moe_dispatch.integrations.transformers.layout import layout_of
     from moe_dispatch.integrations.transformers.takeover import take_over
-    from moe_dispatch.integrations.transformers.weights import offloaded
+    from moe_dispatch.tensor_memory import offloaded
 
     implementation = getattr(getattr(module, "config", None), "_experts_implementation", None)
     if implementation != NAME:

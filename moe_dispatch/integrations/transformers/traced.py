@@ -15,11 +15,11 @@ from moe_dispatch.integrations.transformers.own import own_forward, warn_once
 from moe_dispatch.integrations.transformers.takeover import unfit_tensors, unknown_arguments
 from moe_dispatch.integrations.transformers.weights import (
     as_indexed,
-    offloaded,
     others_by_name,
     sources_of,
 )
 from moe_dispatch.numerics import FP8
+from moe_dispatch.tensor_memory import offloaded
 
 
 def traced_forward(

@@ -78,12 +78,6 @@ def changes_unnoticed(tensor: Tensor) -> bool:
     return distributed or tensor.is_inference()
 
 
-def offloaded(module: nn.Module) -> bool:
-    """Whether an accelerate hook of the module itself brings the weights before each call and frees them after it."""
-    hook = getattr(module, "_hf_hook", None)
-    return any(getattr(each, "offload", False) for each in (hook, *getattr(hook, "hooks", ())))
-
-
 def experts_of(module: nn.Module, layout: Layout, sources: tuple[Tensor, ...]) -> ExpertWeights:
     """The module's weights for one call, during which the caller holds `sources`.
 
