@@ -39,7 +39,7 @@ class TritonSplitKBackend(TritonBackend):
     launch sums over experts and splits. Deterministic: all sums are in fixed order.
 
     A device without programmatic dependent launch is idle while a kernel ends and the next one starts. There both
-    products are one launch, unless their activations are quantised between them.
+    products are one launch from two tokens on, unless their activations are quantised between them.
 
     FP8 quantises hidden_states before and the intermediate between the products, each once; where the device has
     no products of e4m3, neither is quantised, and the kernels dequantise the weights.
