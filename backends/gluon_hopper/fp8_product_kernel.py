@@ -298,7 +298,7 @@ def _finish(
         store_tile(first, ROWS, outputs, CONSUMER, row, tile.end, block_n * 256 + column)
         store_tile(second, ROWS, outputs, CONSUMER, row, tile.end, block_n * 256 + 128 + column)
     else:
-        out = _activate(first, second, ACTIVATION)
+        out = moe_activate(first, second, ACTIVATION)
         amax = moe_fp8_amax(out, COLUMNS)
         if out.shape[COLUMNS] == 64:
             amax = _greater(amax, outputs, exchanges, CONSUMER)
@@ -309,20 +309,6 @@ def _finish(
         gl.store(scale_ptrs, scale, mask=offs_m < tile.end)
         out *= gl.expand_dims(1.0 / scale, COLUMNS)
         store_tile(out, ROWS, outputs, CONSUMER, row, tile.end, block_n * 128 + column)
-
-
-@gluon.jit
-def _activate(gate, up, ACTIVATION: gl.constexpr):
-    """`moe_activate`; SiLU by the bare instructions, whose ranges suffice: their checks were half of the epilogue."""
-    if ACTIVATION == "silu":
-        power = gl.inline_asm_elementwise(
-            "ex2.approx.ftz.f32 $0, $1;", "=f,f", [gate * -1.4426950408889634], gl.float32, True, 1
-        )
-        sigmoid = gl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [power + 1.0], gl.float32, True, 1)
-        out = gate * sigmoid * up
-    else:
-        out = moe_activate(gate, up, ACTIVATION)
-    return out
 
 
 @gluon.jit
