@@ -76,7 +76,8 @@ def moe_activate(gate, up, ACTIVATION: tl.constexpr):
             up = tl.where(up > LIMIT, LIMIT, tl.where(up < -LIMIT, -LIMIT, up))
         factor = _moe_cap(gate, moe_swiglu_parameter(ACTIVATION, "gate_cap"))
         up = _moe_cap(up, moe_swiglu_parameter(ACTIVATION, "up_cap"))
-        out = (up + SHIFT) * factor * moe_sigmoid(gate * ALPHA)
+        # The sigmoid first: of large numbers, (up + shift) · factor could be infinite, and zero times that is NaN.
+        out = factor * moe_sigmoid(gate * ALPHA) * (up + SHIFT)
     return out
 
 
