@@ -169,7 +169,10 @@ def test_columns_past_n_are_left_out_and_take_no_registers() -> None:
 
 def launch_evictions(capability: int) -> Iterator[Launch]:
     backend = TritonVectorBackend(described(capability))
-    for name, dtype in (("qwen3-30b-a3b", "bf16"), ("gpt-oss-120b", "bf16"), ("qwen3-30b-a3b", "fp8")):
+    layers: tuple[tuple[str, DType], ...] = (
+        ("qwen3-30b-a3b", "bf16"), ("gpt-oss-120b", "bf16"), ("qwen3-30b-a3b", "fp8"),
+    )  # fmt: skip
+    for name, dtype in layers:
         problem = WORKLOADS[name].problem(1, dtype, backend.machine)
         yield Launch(partial(backend.run, *unwritten_layer(problem), backend.configs(problem)[0]))
 
