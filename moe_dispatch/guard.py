@@ -9,11 +9,8 @@ import reprlib
 from collections.abc import Callable, Mapping
 from typing import Any, Final, TypeVar
 
-from torch import Tensor
-
-from moe_dispatch.backend import Backend, BackendConfig, Inputs, Requirements, Run
+from moe_dispatch.backend import Backend, BackendConfig, Requirements
 from moe_dispatch.errors import BackendUnavailableError
-from moe_dispatch.experts import ExpertWeights
 from moe_dispatch.machine import Machine
 from moe_dispatch.problem import MoEProblem
 from moe_dispatch.system import failures
@@ -47,6 +44,8 @@ class GuardedBackend(Backend):
     Raises:
         TypeError: The backend declares an attribute of the wrong type.
     """
+
+    run: Any = None  # no method of this class: `__init__` gives each instance its backend's own
 
     def __init__(self, backend: Backend, machine: Machine) -> None:
         super().__init__(machine)
@@ -130,21 +129,6 @@ class GuardedBackend(Backend):
         """See `Backend.measured_versions`. Empty after a failure to answer, which `unavailable_reasons` tells."""
         versions, _ = self._ask(_versions, self._backend.measured_versions)
         return versions or {}
-
-    def run(
-        self,
-        hidden_states: Tensor,
-        experts: ExpertWeights,
-        topk_weights: Tensor,
-        topk_ids: Tensor,
-        config: BackendConfig,
-    ) -> Tensor:
-        """See `Backend.run`."""
-        return self._backend.run(hidden_states, experts, topk_weights, topk_ids, config)
-
-    def fast_path(self, inputs: Inputs, config: BackendConfig) -> Run | None:
-        """See `Backend.fast_path`."""
-        return self._backend.fast_path(inputs, config)
 
     def _ask(
         self, read: Callable[[Any], Answer], method: Callable[..., object], *arguments: object

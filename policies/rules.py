@@ -11,68 +11,60 @@ from typing import Final
 from moe_dispatch.policy import Choice, Policy
 from moe_dispatch.problem import MoEProblem
 
-# Up to this many tokens a layer is bound by reading weights. At 1, 4, 16 and 64 tokens split-K reached 1.01 of the
-# roofline in BF16 and .88 in FP8 (geometric means), the best baseline of each point .90 and .71.
+# Up to this many tokens a layer is bound by reading weights, and split-K reads them fastest: at 1, 4, 16 and 64 tokens
+# it reached 1.01 of the roofline in BF16 and .88 in FP8 (geometric means), the best baseline of each point .90 and .71.
 DECODE_TOKENS: Final = 64
 # Above so many tokens with so many rows per expert, uneven routing gives some experts more rows than a split-K tile
-# has, and it reads their weights again. At 64 tokens under uniform and Dirichlet-4 routing: mixtral-8x7b in BF16 653
-# and 548 µs, by triton_persistent 680 and 320; qwen3-30b-a3b 283 and 196, 288 and 180. At deepseek-v3, with two rows,
-# split-K is ahead (4304 µs), and so it is at 32 tokens in the mean of both, and where kernels have to convert weights
-# (the H200 as an A100, qwen3-30b-a3b in FP8 at 64: 193 µs, 302). With few rows gluon_hopper can be ahead all the same
-# (deepseek-v3 in FP8 at 64: 1585 µs, 1641 by split-K, 1631 by triton_persistent).
+# has, and it reads their weights again: mixtral-8x7b in BF16 at 64 tokens takes 653 µs under uniform and 548 under
+# Dirichlet-4 routing, by triton_persistent 680 and 320. Split-K is ahead with two rows (deepseek-v3), at 32 tokens in
+# the mean of both routings, and where kernels have to convert weights (the H200 as an A100, FP8 at 64: 193 µs, 302).
 EVEN_DECODE_TOKENS: Final = 40
 EVEN_DECODE_ROWS: Final = 4
-# Where gate and up rows alternate, split-K in block FP8 is ahead up to this many rows: gpt-oss-120b with 4 rows 786 µs,
-# by triton_persistent 817. With 8 rows it takes 872, and triton_persistent took 877 before it became 4 % faster there;
-# gpt-oss-20b with 4 rows takes 211, and took 234.
+# Where gate and up rows alternate, split-K in block FP8 is ahead up to this many rows: gpt-oss-120b with 4 rows takes
+# 786 µs, by triton_persistent 817; with 8 rows split-K takes 872, and triton_persistent some 840.
 ALTERNATING_DECODE_ROWS: Final = 4
 # From this many rows per hit expert on, gluon_hopper's tiles of 128 rows are ahead of triton_persistent's of 64, two
-# programs of which share a multiprocessor. In BF16 it is ahead by 1 to 4 % at 4 to 16 rows of deepseek-v3,
-# deepseek-v2-lite, kimi-k2-tp8 and qwen3-235b, and behind by 2 % at gpt-oss-120b. In MXFP4 gpt-oss-120b with 8 rows
-# takes 695 µs, and 757 in triton_persistent. In FP8 two programs hide their epilogues better where loops are short:
-# with N of 768 to 1536 they are ahead by 1 to 3 % at 32 to 48 rows. At deepseek-v3 (N=2048) gluon_hopper is ahead by
-# 3 % at 4 rows and by 12 % at 32.
+# programs of which share a multiprocessor: in BF16 by 1 to 4 % at 4 to 16 rows of four layers (gpt-oss-120b is 2 %
+# behind), in MXFP4 by 8 % at 8 rows.
 GLUON_ROWS: Final = 4
 # In BF16 it gains a share of the time and starts a few µs later, so that with fewer bytes to read it is ahead from more
-# rows on only: half of qwen3-30b-a3b's experts (604 MB) at 32 rows 170 µs, triton_persistent 166.
+# rows on only: half of qwen3-30b-a3b's experts (604 MB) at 32 rows take 170 µs, by triton_persistent 166.
 GLUON_BYTES: Final = 1 << 30
 GLUON_ROWS_OF_FEW_BYTES: Final = 48
 # A tile of its second product has GLUON_COLUMNS columns. Where one block of rows of each expert makes fewer tiles than
-# there are multiprocessors, many are idle when skewed routing hits few experts: mixtral-8x7b at 64 tokens takes 678 µs
-# under uniform routing and 440 under three draws of Dirichlet-4, like triton_persistent, but 369 under a fourth, where
-# triton_persistent takes 320. At 128 tokens the second draw takes 613 and 634.
+# there are multiprocessors, many are idle when skewed routing hits few experts: mixtral-8x7b at 64 tokens takes as long
+# as triton_persistent under uniform routing and three draws of Dirichlet-4, but 369 µs for 320 under a fourth.
 H200_MULTIPROCESSORS: Final = 132
 GLUON_COLUMNS: Final = 256
 GLUON_ROWS_OF_FEW_TILES: Final = 24
+# In FP8 two programs hide their epilogues better where loops are short: with N of 768 to 1536 triton_persistent is
+# ahead by 1 to 3 % at 32 to 48 rows. At deepseek-v3 (N=2048) gluon_hopper is ahead by 3 % at 4 rows and by 12 % at 32.
 GLUON_FP8_ROWS: Final = 56
 GLUON_FP8_ROWS_FROM_LONG_N: Final = 2
 GLUON_LONG_N: Final = 2048
-# From this many rows per expert on DeepGEMM's products are about as fast as ours, or faster.
+# From this many rows per expert on DeepGEMM's products are about as fast as ours.
 PREFILL_ROWS: Final = 256
-# From this many rows per expert on they are faster in FP8: mixtral-8x7b at 4096 tokens (2414 µs, ours 2453) and at
-# 16384 (9067, 9538), qwen3-235b at 16384 (4612, 4720). At 512 rows ours are ahead by 1 to 6 %, at 256 by 6 to 16 %, and
-# in BF16 always.
+# From this many on they are faster in FP8: mixtral-8x7b at 16384 tokens 9067 µs for 9538, qwen3-235b 4612 for 4720. At
+# 512 rows ours are ahead by 1 to 6 %, and in BF16 always.
 FP8_PREFILL_ROWS: Final = 1024
 # DeepGEMM's layer gathers and quantises K values per row before its products, and N between them, in separate passes,
 # which only pay off with enough multiplications for each of those values. It is ahead at qwen3-235b (K·N/(K+N) = 1117),
 # behind by 7 % at deepseek-v2-lite (834) and by 4 % at qwen3-30b-a3b (559).
 FP8_WORK_PER_VALUE: Final = 1000
 
-# The vector kernels read an expert's weights once for each of its slots, so that nearly every slot must have an expert
-# to itself, and they start sooner than tensor cores, which is felt only where reading takes little longer. In FP8
-# converting the codes without tensor cores takes longer than reading them, unless N is too short for tensor cores, too
-# (qwen3-30b-a3b, 131 MiB at M=4: 38.3 µs, 43.9 with tensor cores; kimi-k2-tp8, 163 MiB at M=4: 57, 59, 312 MiB at M=8:
-# 102, 91; deepseek-v3, 336 MiB at M=1: 126, 95). Limits are slots per hit expert, and bytes of the hit experts'
-# weights, in FP8 fewer where N is above VECTOR_LONG_N.
+# The vector kernels read an expert's weights once for each of its slots, so nearly every slot must have an expert to
+# itself (VECTOR_SHARING is slots per hit expert). They start sooner than tensor cores, which is felt only where reading
+# takes little longer (bytes of the hit experts' weights). In FP8 converting the codes without tensor cores takes longer
+# than reading them, unless N is too short for tensor cores, too: at M=4 qwen3-30b-a3b (131 MiB) takes 38.3 µs, and 43.9
+# with tensor cores; kimi-k2-tp8 takes 57 for 59 with 163 MiB and 102 for 91 with 312; deepseek-v3 (336 MiB) 126 for 95.
 VECTOR_SHARING: Final = 1.22
 VECTOR_BYTES: Final = 1 << 30
 VECTOR_FP8_BYTES: Final = 200 << 20
 VECTOR_FP8_LONG_N_BYTES: Final = 64 << 20
 VECTOR_LONG_N: Final = 1024
 # Where their second product does not read all of a token's experts at once, one token still gains up to 5 % in BF16
-# with so many bytes to read, or where it reads whole rows of several experts at once (deepseek-v2-lite, 99 MiB: 29.2
-# µs, and 30.6 with tensor cores; ernie-4.5-21b, 135 MiB: 41.9, 43.4; dots.llm1, 198 MiB: 56.4, 56.1). By parts of rows
-# it loses (gpt-oss-120b, 190 MiB: 57.2, 55.2). More tokens lose 1 to 8 %.
+# with so many bytes to read, or where it reads whole rows of several experts at once (deepseek-v2-lite: 29.2 µs, and
+# 30.6 with tensor cores). By parts of rows it loses (gpt-oss-120b: 57.2, 55.2). More tokens lose 1 to 8 %.
 VECTOR_APART_BYTES: Final = 256 << 20
 # The second product reads all experts at once where a token has so few, with rows of N (rounded up to a power of two)
 # so short, and both together so few; otherwise as many as the greatest power of two that divides topk, eight at most:

@@ -142,9 +142,9 @@ class ArrivedCalls:
         if isinstance(rows, TravellingRows) and not plan.backend.starts_before_arrival:
             rows = rows.wait()
         run: Any = plan.backend.run_into
-        kind = (plan.kind, type(rows), type(out))
+        proof = (plan.proof, type(rows), type(out))
         with contextlib.ExitStack() as first:
-            plan.proven = kind in self._proven
+            plan.proven = proof in self._proven
             if not capturing and not plan.proven:
                 self._recovery.wait_for_earlier_work(experts.device)
                 first.enter_context(FIRST_CALLS.running(plan.choice.backend))
@@ -152,7 +152,7 @@ class ArrivedCalls:
                 first.callback(self._wait, experts.device)
             run(rows, experts, topk_weights, topk_ids, plan.config, out)
         if not capturing:
-            self._proven.add(kind)
+            self._proven.add(proof)
         return out
 
     @staticmethod

@@ -112,22 +112,22 @@ class BackendPool(MadeBackends):
         backend = self.backend(name)
         if not backend.needs_probe:
             return ""
-        kind = _kind(problem)
-        verdict = self._probe_failures.get((name, kind))
+        probed = _probed(problem)
+        verdict = self._probe_failures.get((name, probed))
         if verdict is None:
             if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
                 return "not probed yet, which a graph capture does not allow; call it once before capturing"
             wait_for_earlier_work(device)
             try:
-                verdict = self._probe(backend, problem, kind, device)
+                verdict = self._probe(backend, problem, probed, device)
             except FOREIGN_ERRORS as error:
                 if failures.lost_device(error):
-                    self._quarantine.bar(name, kind, failures.summary(error), fatal=True)
+                    self._quarantine.bar(name, probed, failures.summary(error), fatal=True)
                     raise DeviceLostError([name], error) from error
                 # Says nothing of the backend: memory was short, or torch is in a state in which no layer can be made,
                 # such as inside of torch.func.vmap. The next kind of call probes again.
                 return f"it could not be probed: {failures.summary(error)}"
-            verdict = self._probe_failures.setdefault((name, kind), verdict)
+            verdict = self._probe_failures.setdefault((name, probed), verdict)
         return verdict
 
     def broken(self, name: str) -> str:
@@ -141,10 +141,10 @@ class BackendPool(MadeBackends):
         """Every registered backend."""
         return tuple(self._status(name) for name in BACKENDS.names())
 
-    def _probe(self, backend: Backend, problem: MoEProblem, kind: MoEProblem, device: torch.device) -> str:
-        if cause := self._quarantine.cause(backend.name, kind):
+    def _probe(self, backend: Backend, problem: MoEProblem, probed: MoEProblem, device: torch.device) -> str:
+        if cause := self._quarantine.cause(backend.name, probed):
             return f"its probe is quarantined: {cause}"
-        with FIRST_CALLS.running(backend.name), self._quarantine.first_run(backend.name, kind):
+        with FIRST_CALLS.running(backend.name), self._quarantine.first_run(backend.name, probed):
             return probe(backend, problem, device)
 
     def _status(self, name: str) -> BackendStatus:
@@ -155,6 +155,6 @@ class BackendPool(MadeBackends):
         return BackendStatus(name, not made.reasons, made.reasons, backend.measured_versions(), backend.install_hint)
 
 
-def _kind(problem: MoEProblem) -> MoEProblem:
+def _probed(problem: MoEProblem) -> MoEProblem:
     """What a probe's verdict holds for: dtypes, activation and biases, whatever the shape."""
     return dataclasses.replace(problem, M=1, K=128, N=128, E=1, topk=1, mode="eager", needs_grad=False)

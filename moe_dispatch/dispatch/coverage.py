@@ -32,7 +32,7 @@ def representative_token_counts(
         problem = experts.problem(M, topk, act_dtype, capability)
         plan = next(planner.eligible(problem, experts, backend), None)
         if plan is not None:
-            kind = plan.kind, M % _DIVISOR == 0
+            kind = plan.proof, M % _DIVISOR == 0
             least.setdefault(kind, M)
             greatest[kind] = M
     return tuple(sorted({*least.values(), *greatest.values()}))

@@ -34,7 +34,8 @@ logger = logging.getLogger("moe_dispatch")
 
 MAX_PLANS: Final = 65536  # Plan-cache bound; when full, the oldest plan is dropped.
 FAST_PATH_CALLS: Final = 2  # A backend may prepare for a kind of call (`Backend.fast_path`) after as many runs.
-PlanKey = tuple[Any, ...]
+PlanKey = tuple[Any, ...]  # all that a plan depends on, as `Dispatcher._forward` puts it together
+_SPEC, _SHAPE, _WEIGHTS_DTYPE, _BACKEND, _OUT = 0, 1, 5, -2, -1  # places in it
 
 
 class Dispatcher:
@@ -75,8 +76,8 @@ class Dispatcher:
         self._recovery = Recovery(self, self.planner, self.quarantine, self._counters)
         self.arrived = ArrivedCalls(self, self.planner, self.quarantine, self._counters, self._recovery)
         self._plans: dict[PlanKey, Plan] = {}
-        # A problem of each kind of call that passed every check, of some token count.
-        self._kinds: dict[PlanKey, MoEProblem] = {}
+        # Of calls that passed every check, by all of their key but the token count: a problem of some token count.
+        self._checked: dict[PlanKey, MoEProblem] = {}
         self._settled = SettledPlans[Plan](on_cuda=self._on_cuda)
         self.last_plan: Plan | None = None
         self._lock = threading.RLock()
@@ -233,13 +234,13 @@ class Dispatcher:
     # Plans.
 
     def _check(self, key: PlanKey, arguments: Inputs, backend: str | None) -> MoEProblem | None:
-        """Refuse a call that is at fault, unless its kind is known to be sound.
+        """Refuse a call that is at fault, unless one that differs in its token count at most is known to be sound.
 
         Returns:
-            A problem of the call's kind, of this or another token count; None if the tensors have no memory.
+            The problem of that call, or of this one; None if the tensors have no memory.
         """
-        kind = _without_tokens(key)
-        if (problem := self._kinds.get(kind)) is not None and have_memory(arguments):
+        any_tokens = _without_tokens(key)
+        if (problem := self._checked.get(any_tokens)) is not None and have_memory(arguments):
             return problem
         check(*arguments, backend)
         if not have_memory(arguments):
@@ -248,16 +249,16 @@ class Dispatcher:
         mode: Mode = "graph" if capturing else "eager"
         problem = arguments[1].problem(M, topk, act_dtype, self.machine.capability, mode, needs_grad=grad)
         with self._lock:
-            if len(self._kinds) >= MAX_PLANS:
-                self._kinds.clear()
-            self._kinds[kind] = problem
+            if len(self._checked) >= MAX_PLANS:
+                self._checked.clear()
+            self._checked[any_tokens] = problem
         return problem
 
     def _plan(self, key: PlanKey, alike: MoEProblem, experts: ExpertWeights) -> Plan:
         """The plan for a key; `alike` differs from the problem in its token count at most."""
-        problem = alike.with_tokens(key[1][0])
-        plan = self.planner.plan(problem, experts, key[-2], into=key[-1] is not None)
-        plan.widens = key[5] is not torch.float32
+        problem = alike.with_tokens(key[_SHAPE][0])
+        plan = self.planner.plan(problem, experts, key[_BACKEND], into=key[_OUT] is not None)
+        plan.widens = key[_WEIGHTS_DTYPE] is not torch.float32
         if plan.kept:
             with self._lock:
                 if len(self._plans) >= MAX_PLANS:
@@ -269,7 +270,7 @@ class Dispatcher:
 
     def _forget(self, key: PlanKey) -> None:
         if plan := self._plans.pop(key, None):
-            self._settled.forget(plan, key[0], key[1], key[-2])
+            self._settled.forget(plan, key[_SPEC], key[_SHAPE], key[_BACKEND])
             self._counters.count(plan.choice.backend, ran=plan.calls)
 
     def _settle(self, key: PlanKey, plan: Plan, inputs: Inputs, arguments: Inputs) -> None:
@@ -287,7 +288,7 @@ class Dispatcher:
         if all(tensor.is_contiguous() for tensor in (hidden_states, *rest)):
             with self._lock:
                 if self._plans.get(key) is plan:
-                    self._settled.keep(plan, arguments, key[-2])
+                    self._settled.keep(plan, arguments, key[_BACKEND])
 
     def drop_plans(self, backend: str, bucket: MoEProblem) -> None:
         """Drop the plans that a policy made for a backend, for problems of one bucket."""

@@ -50,9 +50,9 @@ class Plan:
         return bool(self.remedy)
 
     @property
-    def kind(self) -> "PlanKind":
+    def proof(self) -> "Proof":
         """What a first run proves: this backend in this configuration, at about this many tokens."""
         return self.choice.backend, self.config, self.problem.eager_bucket, self.into
 
 
-PlanKind = tuple[str, BackendConfig, MoEProblem, bool]
+Proof = tuple[str, BackendConfig, MoEProblem, bool]

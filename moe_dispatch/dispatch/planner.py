@@ -15,7 +15,7 @@ from moe_dispatch.dispatch.counters import Counters
 from moe_dispatch.dispatch.errors import BackendUnsupportedError, NoBackendError
 from moe_dispatch.dispatch.explanation import Candidate, Explanation
 from moe_dispatch.dispatch.first_calls import FIRST_CALLS
-from moe_dispatch.dispatch.plan import Plan, PlanKind
+from moe_dispatch.dispatch.plan import Plan, Proof
 from moe_dispatch.dispatch.policy_chain import PolicyChain
 from moe_dispatch.dispatch.quarantine import OBEYED_FOR, STRIKES, Quarantine, QuarantineEntry
 from moe_dispatch.errors import BackendUnavailableError, UnknownNameError, warn, way_out
@@ -64,7 +64,7 @@ class Planner:
         self._quarantine, self._counters = quarantine, counters
         self._pool = BackendPool(machine, configured.disabled, quarantine, barred)
         self._chain: PolicyChain | None = None
-        self._proven: set[PlanKind] = set()
+        self._proven: set[Proof] = set()
         self._passed_over: set[str] = set()
         self._obeyed: list[QuarantineEntry] = []
         self._neighbours: dict[tuple[int, Mode, int, bool], tuple[Plan, ...]] = {}  # see `_neighbours_plan`
@@ -85,7 +85,7 @@ class Planner:
                 plan = self._named_plan(backend, problem, experts, into=into)
             else:
                 plan = self._neighbours_plan(problem, into=into) or self._best_plan(problem, experts, into=into)
-        plan.proven = plan.proven or plan.kind in self._proven
+        plan.proven = plan.proven or plan.proof in self._proven
         if logger.isEnabledFor(logging.INFO):  # reading a reason may compute it
             logger.info("%s runs %s: %s", plan.choice.backend, problem, plan.choice.reason)
         return plan
@@ -97,13 +97,13 @@ class Planner:
         named = bool(backend or self._settings.backend)
         remedy = way_out("" if backend else BACKEND_VARIABLE) if named else ""
         for choice in (self._named_choice(backend, problem),) if named else self._rank(problem):
-            config = self._config_or_reasons(choice, problem, chosen_by_name=named)
-            if not isinstance(config, tuple) and not self._probe_failure(choice, problem, experts):
+            config, _ = self._config_or_reasons(choice, problem, chosen_by_name=named)
+            if config is not None and not self._probe_failure(choice, problem, experts):
                 yield self._made_plan(problem, choice, config, remedy, into=into)
 
     def prove(self, plan: Plan) -> None:
         """Remember that a plan has run to its end."""
-        self._proven.add(plan.kind)
+        self._proven.add(plan.proof)
         plan.proven = True
 
     def explain(self, problem: MoEProblem) -> Explanation:
@@ -111,8 +111,8 @@ class Planner:
         candidates: list[Candidate] = []
         name = self._settings.backend
         for choice in (self._named_choice(None, problem),) if name else self._rank(problem):
-            config = self._config_or_reasons(choice, problem, chosen_by_name=bool(name))
-            against = list(config) if isinstance(config, tuple) else []
+            _, reasons = self._config_or_reasons(choice, problem, chosen_by_name=bool(name))
+            against = list(reasons)
             if self._live and not against and not any(not earlier.against for earlier in candidates):
                 against += filter(None, [self._probe_failure(choice, problem, None)])
             candidates.append(Candidate(choice, tuple(against)))
@@ -175,16 +175,16 @@ class Planner:
         choice = self._named_choice(backend, problem)
         if failure := self._probe_failure(choice, problem, experts):
             raise BackendUnavailableError(name, (failure,), variable)
-        config = self._config(choice, problem)
-        if isinstance(config, tuple):
-            raise BackendUnavailableError(name, config, variable)
+        config, reasons = self._config(choice, problem)
+        if config is None:
+            raise BackendUnavailableError(name, reasons, variable)
         return self._made_plan(problem, choice, config, way_out(variable), into=into)
 
     def _named_choice(self, backend: str | None, problem: MoEProblem) -> Choice:
         """The named backend, in the configuration that the policies rank first for it."""
         name = backend or self._settings.backend
         ranked = (choice for choice in self._rank(problem) if choice.backend == name)
-        configured = (choice for choice in ranked if not isinstance(self._config(choice, problem), tuple))
+        configured = (choice for choice in ranked if self._config(choice, problem)[0] is not None)
         choice = next(configured, Choice(name, ""))
         if backend:
             return dataclasses.replace(choice, reason="named by the caller", policy="caller")
@@ -222,19 +222,18 @@ class Planner:
         unproven: Plan | None = None
         best: Plan | None = None
         for choice in self._rank(problem):
-            config = self._config_or_reasons(choice, problem)
-            reasons = config if isinstance(config, tuple) else ()
+            config, reasons = self._config_or_reasons(choice, problem)
             if fault := self._pool.broken(choice.backend):
                 faults[choice.backend] = fault
             if not reasons and (failure := self._probe_failure(choice, problem, experts)):
                 reasons = (failure,)
                 if problem.mode == "eager":
                     faults[choice.backend] = failure
-            if reasons or isinstance(config, tuple):
+            if reasons or config is None:
                 against.setdefault(choice.backend, reasons)
                 continue
             plan = Plan(problem, self._pool.backend(choice.backend), config, choice, "", into=into)
-            if problem.mode == "eager" or plan.kind in self._proven:
+            if problem.mode == "eager" or plan.proof in self._proven:
                 best = plan
                 break
             # A backend that never ran may have to compile, which can break a capture: one that ran before is safer.
@@ -302,26 +301,26 @@ class Planner:
 
     def _config_or_reasons(
         self, choice: Choice, problem: MoEProblem, *, chosen_by_name: bool = False
-    ) -> BackendConfig | tuple[str, ...]:
-        """The configuration that a choice would run a problem with, or every reason against the choice."""
+    ) -> tuple[BackendConfig | None, tuple[str, ...]]:
+        """The configuration that a choice would run a problem with, or None and every reason against the choice."""
         reasons = self._pool.reasons_against(choice.backend, problem, chosen_by_name=chosen_by_name)
-        return reasons or self._config(choice, problem)
+        return (None, reasons) if reasons else self._config(choice, problem)
 
-    def _config(self, choice: Choice, problem: MoEProblem) -> BackendConfig | tuple[str, ...]:
-        """A choice's configuration as the backend's own type, or why there is none."""
+    def _config(self, choice: Choice, problem: MoEProblem) -> tuple[BackendConfig | None, tuple[str, ...]]:
+        """A choice's configuration as the backend's own type, or None and why there is none."""
         try:
             backend = self._pool.backend(choice.backend)
             if choice.config is None:
-                return backend.default_config(problem)
+                return backend.default_config(problem), ()
             values = choice.config.values()
             typed = tuple(zip(choice.config, values, map(type, values), strict=True))
-            return _validated(backend.config_type, typed)
+            return _validated(backend.config_type, typed), ()
         except pydantic.ValidationError as error:
-            return (f"does not know the configuration {dict(choice.config or {})}: {error.errors()[0]['msg']}",)
+            return None, (f"does not know the configuration {dict(choice.config or {})}: {error.errors()[0]['msg']}",)
         except BackendUnavailableError as error:
-            return ("; ".join(error.reasons),)
+            return None, ("; ".join(error.reasons),)
         except FOREIGN_ERRORS as error:  # of a validator of its own
-            return (f"cannot read the configuration {dict(choice.config or {})}: {failures.summary(error)}",)
+            return None, (f"cannot read the configuration {dict(choice.config or {})}: {failures.summary(error)}",)
 
     def _probe_failure(self, choice: Choice, problem: MoEProblem, experts: ExpertWeights | None) -> str:
         device = experts.device if experts is not None else torch.device(self.machine.device)
@@ -329,7 +328,7 @@ class Planner:
 
 
 def _neighbourhood(problem: MoEProblem, *, into: bool) -> tuple[int, Mode, int, bool]:
-    """What the calls of one `Plan.kind` have in common beside the choice; plans that are kept keep the layer's id."""
+    """What plans of one `Plan.proof` have in common beside the choice; plans that are kept keep the layer's id."""
     return id(problem.layer), problem.mode, max(problem.M - 1, 0).bit_length(), into
 
 

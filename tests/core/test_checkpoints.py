@@ -78,7 +78,7 @@ def test_reads_what_transformers_saved(config: Callable[[], Any], tmp_path: Path
 
 
 def test_reads_block_fp8_that_transformers_saved(tmp_path: Path) -> None:
-    described = qwen3(hidden_size=128, moe_intermediate_size=128, num_experts=2)
+    described = qwen3(hidden_size=128, moe_intermediate_size=192, num_experts=2)  # gate ends within a block
     model = transformers.AutoModelForCausalLM.from_config(described)
     tensors: Tensors = {}
     for name, tensor in model.state_dict().items():
@@ -120,16 +120,6 @@ def test_weight_scale_inv_is_the_multiplier(scale_dtype: torch.dtype, tmp_path: 
     plain = separate(2, 256, 128)
     expected = torch.cat([plain[f"{PREFIX}1.{name}.weight"] for name in ("gate_proj", "up_proj")])
     assert (back[1] - expected).norm() / expected.norm() < 0.04
-
-
-def test_fused_block_fp8_whose_rows_end_within_a_block(tmp_path: Path) -> None:
-    quantized = ExpertWeights.quantize(random(2, 2 * 192, 128), random(2, 128, 192, seed=1))
-    tensors: Tensors = {}
-    for name, tensor in quantized.tensors():
-        tensors[f"{PREFIX}{name.removesuffix('_scale')}_proj" + "_scale_inv" * name.endswith("_scale")] = tensor
-    read = load(save(tmp_path, tensors))
-    for name, tensor in read.tensors():
-        assert torch.equal(tensor.float(), getattr(quantized, name).float()), name
 
 
 def fused(E: int = 2, N: int = 4, K: int = 6) -> Tensors:

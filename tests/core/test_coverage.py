@@ -16,7 +16,7 @@ def test_every_kind_of_call_is_represented_at_both_of_its_ends() -> None:
 
     def kind(M: int) -> object:
         plan = next(planner.eligible(EXPERTS.problem(M, 2, torch.float32, None), EXPERTS))
-        return plan.kind, M % 16 == 0
+        return plan.proof, M % 16 == 0
 
     assert {kind(M) for M in counts} == {kind(M) for M in range(1, MOST + 1)}
     assert len(counts) <= 2 * len({kind(M) for M in counts})

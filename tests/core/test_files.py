@@ -1,9 +1,11 @@
-"""Reading, writing and locking on disks that are damaged, full, foreign or without locks."""
+"""Reading, writing and locking on disks that are full, foreign or without locks.
+
+tests/attack/test_files.py puts everything else in the place of a file: FIFOs, sockets, endless or damaged content.
+"""
 
 import errno
 import fcntl
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -20,10 +22,8 @@ from moe_dispatch.system.files import (
     check_writable,
     list_files,
     locked,
-    open_regular,
     private_temporary_folder,
     read_bytes,
-    read_json,
     set_aside,
     write_atomically,
 )
@@ -37,37 +37,6 @@ def _folder(path: Path) -> None:
     path.mkdir()
 
 
-def _socket(path: Path) -> None:
-    with socket.socket(socket.AF_UNIX) as made:
-        made.bind(str(path))
-
-
-def _large(path: Path) -> None:
-    with path.open("wb") as file:
-        file.truncate(500 << 20)
-
-
-def _loop(path: Path) -> None:
-    path.symlink_to(path)
-
-
-BAD: tuple[Callable[[Path], None], ...] = (_fifo, _folder, _socket, _large, _loop)
-
-
-@pytest.mark.parametrize("make", BAD, ids=lambda make: make.__name__.strip("_"))
-def test_what_is_no_small_regular_file_is_an_os_error_at_once_and_can_be_set_aside(
-    make: Callable[[Path], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)  # the path of a socket has to be short
-    path = Path("entry")
-    make(path)
-    for writable in (False, True):
-        with pytest.raises(OSError):  # noqa: PT011 - of any kind, and no other exception
-            os.close(open_regular(path, writable=writable))
-    assert "entry.damaged-1" in set_aside(path, "no file")
-    assert not os.path.lexists(path)
-
-
 def test_entries_that_are_set_aside_are_numbered_and_none_is_lost(tmp_path: Path) -> None:
     path = tmp_path / "entry.json"
     for text in ("first", "second"):
@@ -75,32 +44,6 @@ def test_entries_that_are_set_aside_are_numbered_and_none_is_lost(tmp_path: Path
         assert "damaged" in set_aside(path, "damaged")
     assert [(tmp_path / f"entry.json.damaged-{number}").read_text() for number in (1, 2)] == ["first", "second"]
     assert "set aside" in set_aside(path, "gone already")
-
-
-@pytest.mark.parametrize(
-    "content", [b"", b"{", b"\xff\xfe", b"[" * 100_000, b'{"a":' * 100_000, b"\xef\xbb\xbf{"], ids=repr
-)
-def test_what_is_no_json_is_a_value_error(content: bytes, tmp_path: Path) -> None:
-    path = tmp_path / "file.json"
-    path.write_bytes(content)
-    with pytest.raises(ValueError):  # noqa: PT011 - of any kind, and no other exception
-        read_json(path)
-
-
-def test_a_disk_that_cannot_be_read_is_an_os_error() -> None:
-    """EIO: this system gives it for the memory of a process at an address that the process does not have."""
-    path = Path("/proc/self/mem")
-    if not path.exists():
-        pytest.skip("this system has no /proc/self/mem")
-    with pytest.raises(OSError, match="Input/output error") as error:
-        read_json(path)
-    assert error.value.errno == errno.EIO
-
-
-def test_json_may_begin_with_a_byte_order_mark(tmp_path: Path) -> None:
-    path = tmp_path / "file.json"
-    path.write_bytes(b'\xef\xbb\xbf{"a": ["\xc3\xa9", 2.5, null]}')
-    assert read_json(path) == {"a": ["é", 2.5, None]}
 
 
 def test_a_read_is_bounded_whatever_size_is_announced(tmp_path: Path) -> None:

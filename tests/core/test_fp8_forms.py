@@ -9,7 +9,7 @@ from moe_dispatch import ExpertWeights, moe_forward
 from moe_dispatch.dispatch.torch_operator import call_tensors
 from moe_dispatch.errors import InvalidInputError
 from moe_dispatch.modules.stacked_experts import StackedExperts
-from moe_dispatch.numerics import FP8, dequantize, quantize_channels, quantize_rows_torch
+from moe_dispatch.numerics import FP8, dequantize, quantize_channels
 from moe_dispatch.testing import Case, Precision, make_inputs, relative_error
 
 E, K, N = 3, 48, 20
@@ -37,15 +37,6 @@ def test_elements_that_are_not_finite_spoil_no_other() -> None:
     back = dequantize(*quantize_channels(weight))
     assert back[0, 0, 3:5].isnan().all()
     assert back.nan_to_num(1.0).allclose(torch.ones(1, 2, 8))
-
-
-def test_tokens_have_one_multiplier_each() -> None:
-    rows = torch.randn(4, 200, generator=torch.Generator().manual_seed(2))
-    codes, scale = quantize_rows_torch(rows, per_token=True)
-    assert scale.shape == (4, 1)
-    assert codes.shape == rows.shape
-    assert torch.allclose(codes.float() * scale, rows, atol=float(rows.abs().max()) / 16)
-    assert (codes.float().abs().amax(dim=1) == 448).all()
 
 
 @pytest.mark.parametrize(

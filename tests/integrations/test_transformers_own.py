@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 pytest.importorskip("transformers", minversion="5.17")
 
-import pytest
 import transformers
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, use_experts_implementation
 

@@ -109,16 +109,6 @@ def test_a_file_that_cannot_be_trusted_is_refused_with_the_reason(
     assert says in policy.notes()[0]
 
 
-def test_every_damaged_file_is_set_aside_and_none_overwritten(path: Path) -> None:
-    path.parent.mkdir(parents=True)
-    for content in ("{", "["):
-        path.write_text(content, encoding="utf-8")
-        save(path, [measured(1, 5.0)], MACHINE)
-    kept = sorted(path.parent.glob(f"{path.name}.damaged*"))
-    assert [file.read_text(encoding="utf-8") for file in kept] == ["{", "["]
-    assert ranked(1) == ["reference"]
-
-
 def test_an_unknown_backend_and_an_unknown_configuration_are_ignored_with_a_note(path: Path) -> None:
     rows = [
         measured(1, 5.0),
