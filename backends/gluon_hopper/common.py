@@ -264,14 +264,21 @@ def free_stage(queue, ring, k, depth, step):
 
 
 @gluon.jit
-def load_stage(operands, ring, stage, bar, tile, w_row, column):
-    """Have TMA copy a stage: a tile's rows, as far as it has more than 64 and 128, and twice 128 rows of weights."""
+def load_stage_weights(operands, ring, stage, bar, tile, w_row, column):
+    """Have TMA copy twice 128 rows of weights of a stage, whose barrier expects its rows as well."""
     lower = tile.end - tile.row > 64
     tail = tile.end - tile.row > 128
     mbarrier.expect(bar, (256 + 64) * _STAGE_BYTES, pred=not lower)
     mbarrier.expect(bar, (256 + 128) * _STAGE_BYTES, pred=lower & (not tail))
     mbarrier.expect(bar, (256 + 128 + ring.tails.shape[1]) * _STAGE_BYTES, pred=tail)
     load_weights(operands, ring, stage, bar, tile, w_row, column)
+
+
+@gluon.jit
+def load_stage_rows(operands, ring, stage, bar, tile, column):
+    """Have TMA copy the rest of a stage: a tile's rows, as far as it has more than 64 and 128."""
+    lower = tile.end - tile.row > 64
+    tail = tile.end - tile.row > 128
     load_rows(operands.rows, ring.rows.index(2 * stage), bar, tile.row, tile.end, column, True)
     load_rows(operands.rows, ring.rows.index(2 * stage + 1), bar, tile.row + 64, tile.end, column, lower)
     load_rows(operands.tails, ring.tails.index(stage), bar, tile.row + 128, tile.end, column, tail)

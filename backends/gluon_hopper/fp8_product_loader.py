@@ -8,8 +8,15 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import async_copy, tma
 
-from moe_dispatch.backends.gluon_hopper.common import TileStrides, free_stage, load_stage, receive_tile
+from moe_dispatch.backends.gluon_hopper.common import (
+    TileStrides,
+    free_stage,
+    load_stage_rows,
+    load_stage_weights,
+    receive_tile,
+)
 from moe_dispatch.backends.gluon_hopper.gluon_api import aggregate, copy_async, reinterpret
+from moe_dispatch.backends.triton_common.pdl import moe_pdl_wait_and_release
 
 
 @aggregate
@@ -71,7 +78,12 @@ class ScaleRing:
 
 @gluon.jit
 def load_fp8_tiles(queue, ring, scales, operands):
-    """The loader: two warps, each of whose threads arrives at a stage when its own copies have."""
+    """The loader: two warps, each of whose threads arrives at a stage when its own copies have.
+
+    It alone waits for the kernel before, between its first stages' weights and all else: results are stored after a
+    stage is full, and its rows come after the wait. Until then tiles, weights and biases are read, which no kernel
+    writes but some before the last one: that one waited for them before it let this one start, see `pdl`.
+    """
     # Rows, or with INTERLEAVED pairs of them, in a block of scales.
     SCALED: gl.constexpr = 64 if operands.strides.INTERLEAVED else 128
     BLOCK_K: gl.constexpr = ring.rows.shape[2]
@@ -82,6 +94,11 @@ def load_fp8_tiles(queue, ring, scales, operands):
     i = 0
     step = 0
     tile = receive_tile(queue, i)
+    early = gl.where(tile.end > 0, gl.minimum(strides.depth, ring.STAGES), 0)
+    for k in range(early):
+        w_row = tile.e * strides.expert + tile.block_n * strides.tile
+        load_stage_weights(operands, ring, k, ring.full.index(k), tile, w_row, k * BLOCK_K)
+    moe_pdl_wait_and_release(True)
     while tile.end > 0:
         w_row = tile.e * strides.expert + tile.block_n * strides.tile
         first_scale_ptrs = operands.weight_scales + w_row // SCALED * strides.depth + gl.arange(0, 1, ROWS)
@@ -93,7 +110,9 @@ def load_fp8_tiles(queue, ring, scales, operands):
         tail_scale_offs = gl.where(offs_t < tile.end, offs_t, tile.row) * operands.scale_row
         for k in range(strides.depth):
             stage, bar = free_stage(queue, ring, k, strides.depth, step)
-            load_stage(operands, ring, stage, bar, tile, w_row, k * BLOCK_K)
+            if step >= early:
+                load_stage_weights(operands, ring, stage, bar, tile, w_row, k * BLOCK_K)
+            load_stage_rows(operands, ring, stage, bar, tile, k * BLOCK_K)
             scale_ptrs = operands.scales + gl.to_tensor(k).to(gl.int64) * operands.scale_column
             copy_async(row_scales.index(stage), scale_ptrs + row_scale_offs)
             copy_async(scales.tails.index(stage), scale_ptrs + tail_scale_offs)

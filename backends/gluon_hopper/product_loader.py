@@ -9,7 +9,8 @@ from moe_dispatch.backends.gluon_hopper import tiles
 from moe_dispatch.backends.gluon_hopper.common import (
     TileStrides,
     free_stage,
-    load_stage,
+    load_stage_rows,
+    load_stage_weights,
     load_weights,
     receive_tile,
 )
@@ -78,7 +79,8 @@ def load_tiles(queue, ring, operands, TOPK: gl.constexpr):
                     _copy_tokens(operands, tail_rows, k, ring.tails.index(stage))
                 async_copy.mbarrier_arrive(bar, increment_count=False)
             else:
-                load_stage(operands, ring, stage, bar, tile, w_row, column)
+                load_stage_weights(operands, ring, stage, bar, tile, w_row, column)
+                load_stage_rows(operands, ring, stage, bar, tile, column)
             step += 1
         i += 1
         tile = receive_tile(queue, i)

@@ -23,6 +23,7 @@ _SMALLEST_AMAX = tl.constexpr(SMALLEST_AMAX)
 _SQRT_HALF = tl.constexpr(0.7071067811865476)
 _SQRT_2_OVER_PI = tl.constexpr(0.7978845608028654)
 _INVERSE_SQRT_2_PI = tl.constexpr(0.3989422804014327)
+_MINUS_LOG2_E = tl.constexpr(-1.4426950408889634)
 
 
 @triton.constexpr_function
@@ -34,19 +35,38 @@ def moe_swiglu_parameter(ACTIVATION, name):
 
 
 @triton.jit
+def moe_sigmoid(x):
+    """1 / (1 + exp(-x)) of an fp32 tile, by bare instructions: what a factor times it is, a quotient would be as well.
+
+    On the device a quotient is the product with the reciprocal too, and its checks of ranges are half of an epilogue's
+    work. They matter below x = -87.34 alone: there a quotient is not zero before exp overflows at -88.73, and this is.
+    """
+    if _INTERPRETED:
+        out = 1.0 / (1.0 + tl.exp(-x))
+    else:
+        power = tl.inline_asm_elementwise(
+            "ex2.approx.ftz.f32 $0, $1;", "=f,f", [x * _MINUS_LOG2_E], dtype=tl.float32, is_pure=True, pack=1
+        )
+        out = tl.inline_asm_elementwise(
+            "rcp.approx.ftz.f32 $0, $1;", "=f,f", [1.0 + power], dtype=tl.float32, is_pure=True, pack=1
+        )
+    return out
+
+
+@triton.jit
 def moe_activate(gate, up, ACTIVATION: tl.constexpr):
     """The activation of fp32 tiles of one shape; where there is no gate, `up` is not used and may be anything."""
     if ACTIVATION == "relu2":
         rectified = tl.where(gate > 0, gate, gate * 0.0)  # keeps NaN, which maximum would drop
         out = rectified * rectified
     elif ACTIVATION == "silu":
-        out = gate / (1.0 + tl.exp(-gate)) * up
+        out = gate * moe_sigmoid(gate) * up
     elif ACTIVATION == "gelu":
         out = 0.5 * gate * (1.0 + tl.erf(gate * _SQRT_HALF)) * up
     elif ACTIVATION == "gelu_tanh":
         # 0.5 · (1 + tanh z) is sigmoid(2z).
         z = _SQRT_2_OVER_PI * (gate + 0.044715 * gate * gate * gate)
-        out = gate / (1.0 + tl.exp(-2.0 * z)) * up
+        out = gate * moe_sigmoid(2.0 * z) * up
     else:
         ALPHA: tl.constexpr = moe_swiglu_parameter(ACTIVATION, "alpha")
         SHIFT: tl.constexpr = moe_swiglu_parameter(ACTIVATION, "shift")
@@ -56,7 +76,8 @@ def moe_activate(gate, up, ACTIVATION: tl.constexpr):
             up = tl.where(up > LIMIT, LIMIT, tl.where(up < -LIMIT, -LIMIT, up))
         factor = _moe_cap(gate, moe_swiglu_parameter(ACTIVATION, "gate_cap"))
         up = _moe_cap(up, moe_swiglu_parameter(ACTIVATION, "up_cap"))
-        out = (up + SHIFT) * factor / (1.0 + tl.exp(gate * -ALPHA))
+        # The sigmoid first: of large numbers, (up + shift) · factor could be infinite, and zero times that is NaN.
+        out = factor * moe_sigmoid(gate * ALPHA) * (up + SHIFT)
     return out
 
 
@@ -67,7 +88,7 @@ def _moe_cap(x, CAP: tl.constexpr):
         z = x * (1.0 / CAP)
         # Near zero the difference from 1 would leave nothing of the fraction: there it is tanh's series, to z⁹.
         series = 1.0 + z * z * (-1 / 3 + z * z * (2 / 15 + z * z * (-17 / 315 + z * z * (62 / 2835))))
-        x = tl.where(tl.abs(z) < 0.25, x * series, CAP * (1.0 - 2.0 / (1.0 + tl.exp(2.0 * z))))
+        x = tl.where(tl.abs(z) < 0.25, x * series, CAP * (1.0 - 2.0 * moe_sigmoid(-2.0 * z)))
     return x
 
 
@@ -90,7 +111,7 @@ def moe_activation_gradient(gate, up, d_inner, ACTIVATION: tl.constexpr):
         d_gate = 2.0 * tl.where(gate > 0, gate, gate * 0.0) * d_inner
         d_up = d_gate
     elif ACTIVATION == "silu":
-        sigmoid = 1.0 / (1.0 + tl.exp(-gate))
+        sigmoid = moe_sigmoid(gate)
         d_gate = d_inner * up * sigmoid * (1.0 + gate * (1.0 - sigmoid))
         d_up = d_inner * gate * sigmoid
     elif ACTIVATION == "gelu":
@@ -99,7 +120,7 @@ def moe_activation_gradient(gate, up, d_inner, ACTIVATION: tl.constexpr):
         d_up = d_inner * gate * share
     elif ACTIVATION == "gelu_tanh":
         z = _SQRT_2_OVER_PI * (gate + 0.044715 * gate * gate * gate)
-        share = 1.0 / (1.0 + tl.exp(-2.0 * z))
+        share = moe_sigmoid(2.0 * z)
         slope = 2.0 * _SQRT_2_OVER_PI * (1.0 + 3.0 * 0.044715 * gate * gate)
         d_gate = d_inner * up * share * (1.0 + gate * (1.0 - share) * slope)
         d_up = d_inner * gate * share
@@ -114,7 +135,7 @@ def moe_activation_gradient(gate, up, d_inner, ACTIVATION: tl.constexpr):
             gate = tl.where(gate > LIMIT, LIMIT, gate)
             up = tl.where(up > LIMIT, LIMIT, tl.where(up < -LIMIT, -LIMIT, up))
         factor, capped_up = _moe_cap(gate, GATE_CAP), _moe_cap(up, UP_CAP)
-        sigmoid = 1.0 / (1.0 + tl.exp(gate * -ALPHA))
+        sigmoid = moe_sigmoid(gate * ALPHA)
         slope = sigmoid * (_moe_cap_slope(factor, GATE_CAP) + ALPHA * factor * (1.0 - sigmoid))
         d_gate = d_inner * (capped_up + SHIFT) * slope
         d_up = d_inner * factor * sigmoid * _moe_cap_slope(capped_up, UP_CAP)

@@ -84,3 +84,4 @@ def test_activations_and_derivatives_compile_without_spills(launches: Any, name:
     for built in kernels:
         assert built.shared <= SMALL_MEMORY, built
         assert built.stack == 0, built
+        assert not built.quotients, built

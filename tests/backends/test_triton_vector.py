@@ -167,6 +167,21 @@ def test_columns_past_n_are_left_out_and_take_no_registers() -> None:
     assert down.registers <= (72 if library_version("triton").startswith("3.6.") else 96), down
 
 
+def launch_evictions(capability: int) -> Iterator[Launch]:
+    backend = TritonVectorBackend(described(capability))
+    layers: tuple[tuple[str, DType], ...] = (
+        ("qwen3-30b-a3b", "bf16"), ("gpt-oss-120b", "bf16"), ("qwen3-30b-a3b", "fp8"),
+    )  # fmt: skip
+    for name, dtype in layers:
+        problem = WORKLOADS[name].problem(1, dtype, backend.machine)
+        yield Launch(partial(backend.run, *unwritten_layer(problem), backend.configs(problem)[0]))
+
+
+def test_16_bit_weights_are_evicted_first_but_by_steps_of_down() -> None:
+    evicts = [built.evicts_first for built in compile_launches(launch_evictions, 90)]
+    assert evicts == [True, True, True, False, False, False]
+
+
 @pytest.mark.gpu
 def test_warps_that_divide_rows_experts_and_vectors_are_added_up() -> None:
     experts = make_experts(QWEN3_NEXT, "bf16", "cuda")

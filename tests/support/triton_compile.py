@@ -73,6 +73,7 @@ class Built:
         byte_loads: Whether it has loads of single bytes.
         wide_stores: Whether it has stores of 16 bytes from registers.
         evicts_first: Whether what a load or a store has touched leaves the L2 cache before other lines.
+        quotients: Whether it has approximate quotients of fp32, each of which checks its operands' ranges.
         system_scope: How many operations order memory for other devices.
     """
 
@@ -94,6 +95,7 @@ class Built:
     byte_loads: bool
     wide_stores: bool
     evicts_first: bool
+    quotients: bool
     system_scope: int
 
 
@@ -281,7 +283,7 @@ def _describe(kernel: Any, capability: int, constants: dict[str, Any]) -> Built:
         wide_loads=re.search(r"ld\.global\S*\.v(4\.b32|2\.b64)", ptx) is not None,
         byte_loads=re.search(r"ld\.global\S*\.[bu]8\b", ptx) is not None,
         wide_stores=re.search(r"st\.global\S*\.v(4\.b32|2\.b64)", ptx) is not None,
-        evicts_first="L2::evict_first" in ptx,
+        evicts_first="L2::evict_first" in ptx, quotients="div.full.f32" in ptx,
         system_scope=len(re.findall(r"\b(?:atom|ld|red|st)\.\S*\bsys\b", ptx)),
     )  # fmt: skip
 
