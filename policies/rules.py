@@ -60,6 +60,9 @@ VECTOR_BYTES: Final = 1 << 30
 VECTOR_FP8_BYTES: Final = 200 << 20
 VECTOR_FP8_LONG_N_BYTES: Final = 64 << 20
 VECTOR_LONG_N: Final = 1024
+# Where e4m3 is converted by arithmetic (the H200 as an A100): one token of qwen3-30b-a3b (36 MiB) takes 17.0 µs, 19.2
+# with tensor cores; of kimi-k2-tp8 (42 MiB) 26.6, 32.6, but two tokens 43.0, 41.1. Longer N loses 26 to 72 %.
+VECTOR_CONVERTED_BYTES: Final = 64 << 20
 # Where their second product does not read all of a token's experts at once, one token still gains up to 5 % in BF16
 # with so many bytes to read, or where it reads whole rows of several experts at once (deepseek-v2-lite: 29.2 µs, and
 # 30.6 with tensor cores). By parts of rows it loses (gpt-oss-120b: 57.2, 55.2). More tokens lose 1 to 8 %.
@@ -153,14 +156,17 @@ def vector_suits(problem: MoEProblem) -> bool:
     """Whether the vector kernels are likelier to be fastest than split-K on tensor cores."""
     if problem.expected_slots > VECTOR_SHARING * problem.expected_experts:
         return False
-    if _converts(problem):
-        return False  # they do not read MXFP4, and converting e4m3 takes them longer still
+    if problem.dtype == "mxfp4":
+        return False  # they do not read it
     read = problem.expected_experts * problem.expert_bytes
     topk, columns = (1 << (length - 1).bit_length() for length in (problem.topk, problem.N))
     fits = topk <= VECTOR_EXPERTS and columns <= VECTOR_N and topk * columns <= VECTOR_COLUMNS
     at_once = problem.topk == 1 or fits
     if problem.fp8:
-        return at_once and read <= (VECTOR_FP8_BYTES if problem.N <= VECTOR_LONG_N else VECTOR_FP8_LONG_N_BYTES)
+        short = problem.N <= VECTOR_LONG_N
+        if _converts(problem):
+            return at_once and short and read <= VECTOR_CONVERTED_BYTES
+        return at_once and read <= (VECTOR_FP8_BYTES if short else VECTOR_FP8_LONG_N_BYTES)
     several = min(VECTOR_EXPERTS_AT_ONCE, problem.topk & -problem.topk)
     whole = several > 1 and columns <= VECTOR_N and several * columns <= VECTOR_COLUMNS
     apart = problem.M == 1 and (whole or read >= VECTOR_APART_BYTES)

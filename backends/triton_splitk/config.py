@@ -117,7 +117,8 @@ _MOST_REGISTERS: Final = 128  # of a thread of theirs: four CTAs share a multipr
 _CROWDED_REGISTERS: Final = 96  # five
 # Both products in one launch where kernels do not overlap, the H200 described as an A100: qwen3-30b-a3b in FP8 at M=8
 # 80 → 70 µs, at 64 174 → 159, in BF16 125 → 121 and 293 → 278, gpt-oss-120b in MXFP4 at M=8 241 → 193; but at M=1 in
-# FP8 19.1 → 23.5, in BF16 26.1 → 28.7, in MXFP4 36.4 → 38.9. In MXFP4 tiles of more than _FEW_TOKENS spill on sm_80.
+# FP8 19.1 → 23.5, in BF16 26.1 → 28.7, in MXFP4 36.4 → 38.9, at M=2 56.2 → 66.6, and kimi-k2-tp8, whose second loop is
+# very short, at M=2 in FP8 41.1 → 45.9. In MXFP4 tiles of more than _FEW_TOKENS spill on sm_80.
 # Five CTAs instead of four, by CTAs of down for each multiprocessor that the A100 is said to have: 60 (deepseek-v3) 597
 # → 593, 15 (qwen3-30b-a3b at M=8) 72.5 → 69.8, 9 (at M=4) 44.9 → 45.3, 4 (mixtral-8x7b, M=8) 312 → 323.
 _CROWDED_CTAS_PER_SM: Final = 10
@@ -154,8 +155,8 @@ def _default_and_least(problem: MoEProblem, device: Features) -> tuple[SplitKCon
     few_warps = mxfp4 and by_slot
     lacking = _LEAST_CTAS_PER_SM * (2 if few_warps else 1) * device.sms * block_n / (hit * problem.K)
     splits = _splits(lacking, blocks)
-    one_launch = problem.M > 1 and not (device.pdl or quantization.activations or problem.dtype == "fp32")
-    one_launch &= not mxfp4 or block_m <= _FEW_TOKENS
+    one_launch = not (device.pdl or quantization.activations or problem.dtype == "fp32" or short_down)
+    one_launch &= (problem.M > 2 and block_m <= _FEW_TOKENS) if mxfp4 else problem.M > 1
     if one_launch:
         by_slot = slots < problem.E  # whose CTAs search for nothing there
     # Fewer CTAs of down would not be spread evenly.

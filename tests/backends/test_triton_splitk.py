@@ -291,6 +291,21 @@ def test_one_launch_in_fp8_follows_how_many_ctas_there_are(name: str, M: int, gr
 
 
 @pytest.mark.parametrize(
+    ("name", "dtype", "M", "one_launch"),
+    [
+        ("kimi-k2-tp8", "fp8", 2, False),  # tiles of down, whose loop is very short, crowd out those that they wait for
+        ("gpt-oss-120b", "mxfp4", 2, False),
+        ("gpt-oss-120b", "mxfp4", 4, True),
+    ],
+)
+def test_one_launch_is_left_out_where_it_lost(name: str, dtype: DType, M: int, one_launch: bool) -> None:
+    backend = TritonSplitKBackend(described(80))
+    config = backend.default_config(_problem(backend.machine, M, dtype, name))
+    assert isinstance(config, SplitKConfig)
+    assert config.one_launch == one_launch
+
+
+@pytest.mark.parametrize(
     ("name", "dtype", "M", "block_n", "stages", "tma"),
     [
         ("qwen3-235b", "fp8", 1, 128, 4, True),  # 192 and 256 CTAs take one turn by three on 132 multiprocessors

@@ -184,7 +184,7 @@ def test_what_was_compiled_ahead_is_what_runs(path: Path, caches: Path, dtype: D
     machine = Machine.inspect("cuda")
     names = [name for name in BACKENDS.names() if name.startswith(("triton", "gluon"))]
     # A layer that no other test has, whose kernels this process has not compiled.
-    layer = Workload("6,3,640,384", E=6, topk=3, K=640, N=384)
+    layer = Workload("6,3,768,384", E=6, topk=3, K=768, N=384)
     wanted = plan(machine, names, workload=layer, dtype=dtype, tokens=(1, 5, 17, 33, 70, 130, 200, 300))
     wanted = dataclasses.replace(wanted, modes=("graph",))
     sweep = Sweep(path, provenance(machine))
