@@ -120,7 +120,9 @@ def shared_memory(problem: MoEProblem, config: BackendConfig, device: Machine) -
     return hopper_tiles.SHARED_MEMORY[problem.dtype]
 
 
-@pytest.mark.parametrize(("M", "name"), [(1, "triton_splitk"), (64, "triton_splitk"), (4096, "triton_persistent")])
+@pytest.mark.parametrize(
+    ("M", "name"), [(1, "triton_vector"), (4, "triton_splitk"), (64, "triton_splitk"), (4096, "triton_persistent")]
+)
 @pytest.mark.parametrize("capability", [(8, 0), (8, 6)], ids=str)
 def test_fp8_weights_do_not_need_products_of_e4m3(capability: tuple[int, int], M: int, name: str) -> None:
     device = gpu(capability)
