@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Final
 
+from moe_dispatch.benchmarks.reports.speedups import speedup_chart
 from moe_dispatch.benchmarks.reports.winners import winners_map
 from moe_dispatch.benchmarks.rows import BenchRow
 from moe_dispatch.errors import InvalidInputError, MoEDispatchError
@@ -31,9 +32,10 @@ class PlotsUnavailableError(MoEDispatchError):
 
 
 def draw(rows: Iterable[BenchRow], folder: Path) -> list[Path]:
-    """Draw one picture per (workload, dtype), and one map of the fastest backends per dtype.
+    """Draw one picture per (workload, dtype), one map of the fastest backends per dtype, and the speed-up over vLLM.
 
-    Rows of one machine, uniform routing only; eager times only for layers without a graph time.
+    Rows of one machine, uniform routing only; eager times only for layers without a graph time. The speed-up is drawn
+    where rows are those of a whole suite ``scoreboard``.
 
     Returns:
         The files that were written.
@@ -43,11 +45,16 @@ def draw(rows: Iterable[BenchRow], folder: Path) -> list[Path]:
         InvalidInputError: The files cannot be written.
     """
     pyplot = _pyplot()
+    rows = list(rows)
     best = _best(rows)
     try:
-        return _draw(pyplot, best, folder) if best else []
+        files = _draw(pyplot, best, folder) if best else []
+        if chart := speedup_chart(rows):
+            files.append(folder / "speedups.svg")
+            files[-1].write_text(chart, encoding="utf-8")
     except OSError as error:
         raise InvalidInputError(f"pictures cannot be written to {folder} ({error}); --out names a folder") from error
+    return files
 
 
 def _draw(pyplot: Any, best: "_Best", folder: Path) -> list[Path]:
@@ -62,11 +69,6 @@ def _draw(pyplot: Any, best: "_Best", folder: Path) -> list[Path]:
         files.append(folder / f"winners-{dtype}.svg")
         files[-1].write_text(drawn, encoding="utf-8")
     return files
-
-
-def winners_maps(rows: Iterable[BenchRow]) -> dict[str, str]:
-    """The maps of the fastest backends as SVG text, by dtype; matplotlib is not needed."""
-    return _maps(_best(rows))
 
 
 def _maps(best: "_Best") -> dict[str, str]:

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from moe_dispatch.benchmarks import row_files
-from moe_dispatch.benchmarks.reports.plots import winners_maps
+from moe_dispatch.benchmarks.reports.speedups import speedup_chart
 from moe_dispatch.benchmarks.reports.tables import tables
 from moe_dispatch.benchmarks.rows import BenchRow
 from moe_dispatch.benchmarks.suites import MODELS, TOKENS
@@ -91,14 +91,23 @@ def test_the_command_prints_every_table_below_its_title(path: Path) -> None:
 
 def test_the_documents_hold_what_is_printed_of_the_recorded_rows() -> None:
     made = tables(*(row_files.load([RESULTS / f"{name}.jsonl.xz"]) for name in ("bench", "sweep")))
-    in_readme = {MEANS, "deepseek-v3, fp8: µs by candidate"}
+    in_readme = {"deepseek-v3, fp8: µs by candidate"}
     assert in_readme < made.keys()
-    for name, titles in (("docs/performance.md", made.keys() - in_readme | {MEANS}), ("README.md", in_readme)):
+    for name, titles in (("docs/performance.md", made.keys() - in_readme), ("README.md", in_readme)):
         text = " ".join((ROOT / name).read_text(encoding="utf-8").split())
         for title in titles:
             assert " ".join(made[title].split()) in text, f"{name} must hold this ({title}):\n{made[title]}"
 
 
-def test_readmes_picture_is_drawn_of_the_recorded_sweep() -> None:
-    drawn = winners_maps(row_files.load([RESULTS / "sweep.jsonl.xz"]))["fp8"]
-    assert (ROOT / "docs/images/winners-fp8.svg").read_text(encoding="utf-8") == drawn
+def test_readmes_picture_is_drawn_of_the_recorded_rows() -> None:
+    drawn = speedup_chart(row_files.load([RESULTS / "bench.jsonl.xz"]))
+    assert (ROOT / "docs/images/speedups.svg").read_text(encoding="utf-8") == drawn
+
+
+def test_the_chart_holds_the_means_over_vllm_and_is_left_out_without_one_of_its_times() -> None:
+    rows = full_board(0.5, 1.2)
+    chart = speedup_chart(rows)
+    assert chart is not None
+    assert chart.count(">1.20×<") == 12
+    assert speedup_chart(row for row in rows if not (row.backend == "vllm" and row.M == 64)) is None
+    assert speedup_chart([]) is None
