@@ -19,7 +19,15 @@ from moe_dispatch.experts import ExpertWeights
 from moe_dispatch.machine import Machine
 from moe_dispatch.measure import LayerInputs
 from moe_dispatch.measure.provenance import commit
-from moe_dispatch.policies.calibration.compile_ahead import LEAST_JOBS, Job, compile_ahead, compiled_path, usable_cores
+from moe_dispatch.policies.calibration.compile_ahead import (
+    COMPILE_SHARE,
+    LEAST_JOBS,
+    Job,
+    compile_ahead,
+    compiled_path,
+    libraries_of,
+    usable_cores,
+)
 from moe_dispatch.policies.calibration.placeholder_weights import placeholder_weights
 from moe_dispatch.policies.calibration.worker_process import StartWorker, Worker, WorkerProcess, worker_targets
 from moe_dispatch.policies.measurements.schema import Candidate, LayerShape
@@ -29,8 +37,6 @@ from moe_dispatch.registry import BACKENDS
 from moe_dispatch.system.version import installed_version
 from moe_dispatch.workloads import Workload
 
-# Share of the budget after which nothing more is compiled ahead, as in a calibration.
-COMPILE_SHARE: Final = 0.5
 # Seconds for one job: a library that loads while other processes keep the cores busy has not hung.
 TIMEOUT_S: Final = 180.0
 
@@ -116,14 +122,14 @@ def compile_plans(
         return []
     deadline = time.monotonic() + COMPILE_SHARE * seconds
     backends = {name: BACKENDS.load(name) for name in {job.candidate.backend for job in jobs} - COMPILING.keys()}
-    libraries = {name: each.requirements.libraries[0] for name, each in backends.items() if each.requirements.libraries}
     targets = worker_targets(backends | COMPILING)
 
     def start() -> Worker:
         return start_worker(str(device), targets, TIMEOUT_S, deadline)
 
     return compile_ahead(
-        jobs, start, compiled_path(machine), deadline, libraries=libraries | dict.fromkeys(COMPILING, "vllm"),
+        jobs, start, compiled_path(machine), deadline,
+        libraries=libraries_of(backends) | dict.fromkeys(COMPILING, "vllm"),
         meanwhile=lambda: _load_libraries(plans, factory, machine, device),
     )  # fmt: skip
 

@@ -160,10 +160,11 @@ def _default_and_least(problem: MoEProblem, device: Features) -> tuple[SplitKCon
     if one_launch:
         by_slot = slots < problem.E  # whose CTAs search for nothing there
     # Fewer CTAs of down would not be spread evenly.
-    crowded = one_launch and block_m == 8 and hit * problem.K >= _CROWDED_CTAS_PER_SM * device.sms * block_n
+    spread = hit * problem.K >= _CROWDED_CTAS_PER_SM * device.sms * block_n
+    crowded = one_launch and not mxfp4 and block_m == 8 and spread
     return _of_layer(
         problem.layer, device, block_m, block_n, stages, splits,
-        by_slot=by_slot, few_warps=few_warps, one_launch=one_launch, crowded=crowded and not mxfp4,
+        by_slot=by_slot, few_warps=few_warps, one_launch=one_launch, crowded=crowded,
     )  # fmt: skip
 
 

@@ -6,12 +6,13 @@ from html import escape
 from typing import Final
 
 from moe_dispatch.benchmarks.reports.scoreboard import METRICS, Scores
+from moe_dispatch.benchmarks.reports.tables import DTYPES
+from moe_dispatch.benchmarks.reports.winners import TEXT_STYLE
 from moe_dispatch.benchmarks.rows import BenchRow
 from moe_dispatch.benchmarks.suites import MODELS, REGIONS
 from moe_dispatch.benchmarks.targets import SCOREBOARD, Side
 from moe_dispatch.problem import DType
 
-DTYPES: Final[tuple[DType, ...]] = ("bf16", "fp8")
 # What vLLM runs, in the words of the legend, and the colour of its bars.
 BASELINES: Final[dict[Side, tuple[str, str]]] = {
     "vllm": ("over its fused_experts", "#0072B2"),
@@ -24,7 +25,6 @@ GROUP: Final = 120  # a region's bars and the space between regions
 BAR: Final = 44
 HEIGHT: Final = 200  # of a speed-up of TALLEST
 TALLEST: Final = 2.0
-STYLE: Final = "text{font:13px sans-serif;fill:#333;text-anchor:middle}.start{text-anchor:start}"
 
 
 def speedup_chart(rows: Iterable[BenchRow]) -> str | None:
@@ -42,7 +42,7 @@ def speedup_chart(rows: Iterable[BenchRow]) -> str | None:
     title = f"Speed-up over vLLM {release} on one {rows[0].machine}: geometric means over {', '.join(MODELS)}"
     lines = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {right} {bottom + 50}" style="background:#fff">',
-        f'<style>{STYLE}</style><text class="start" x="{LEFT}" y="16">{escape(title)}</text>',
+        f'<style>{TEXT_STYLE}</style><text class="start" x="{LEFT}" y="16">{escape(title)}</text>',
     ]
     for number, (says, colour) in enumerate(BASELINES.values()):
         x = LEFT + 200 * number

@@ -14,9 +14,9 @@ TOP: Final = 26  # for the title
 WIDTH: Final = 62  # of a cell
 HEIGHT: Final = 36
 LEGEND: Final = 140  # for each name of a backend
+TEXT_STYLE: Final = "text{font:13px sans-serif;fill:#333;text-anchor:middle}.start{text-anchor:start}"
 STYLE: Final = (
-    "text{font:13px sans-serif;fill:#333;text-anchor:middle}.start{text-anchor:start}.end{text-anchor:end}"
-    ".cells{font-size:11px;fill:#fff}.lines{stroke:#fff;stroke-width:2}"
+    f"{TEXT_STYLE}.end{{text-anchor:end}}.cells{{font-size:11px;fill:#fff}}.lines{{stroke:#fff;stroke-width:2}}"
 )
 
 

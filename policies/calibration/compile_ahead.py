@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from moe_dispatch.backend import Backend
 from moe_dispatch.machine import Machine
 from moe_dispatch.policies.calibration.worker_process import (
     BudgetSpentError,
@@ -32,6 +33,8 @@ from moe_dispatch.policies.measurements.schema import Candidate, LayerShape
 from moe_dispatch.settings import cache_dir
 from moe_dispatch.system.files import locked, read_bytes, write_atomically
 
+# Share of a budget after which nothing more is compiled ahead; the rest is compiled by each candidate's first run.
+COMPILE_SHARE: Final = 0.5
 MOST_PROCESSES: Final = 32
 # Jobs per process, because starting a process takes seconds.
 LEAST_JOBS: Final = 8
@@ -77,6 +80,11 @@ def in_order(jobs: Iterable[Job]) -> list[Job]:
 def compiled_path(machine: Machine, directory: Path | None = None) -> Path:
     """The file that records what was compiled on a machine."""
     return (directory or cache_dir()) / "compiled" / f"{machine.fingerprint}.txt"
+
+
+def libraries_of(backends: Mapping[str, Backend] | Mapping[str, type[Backend]]) -> dict[str, str]:
+    """The library that a backend loads, by the backend's name, of those that load one."""
+    return {name: each.requirements.libraries[0] for name, each in backends.items() if each.requirements.libraries}
 
 
 def compile_ahead(

@@ -10,11 +10,17 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
 from moe_dispatch.dispatch.quarantine import Quarantine
 from moe_dispatch.policies.calibration.candidates import CandidateSource, eligible
-from moe_dispatch.policies.calibration.compile_ahead import Job, compile_ahead, compiled_path
+from moe_dispatch.policies.calibration.compile_ahead import (
+    COMPILE_SHARE,
+    Job,
+    compile_ahead,
+    compiled_path,
+    libraries_of,
+)
 from moe_dispatch.policies.calibration.memory import gibibytes, weight_bytes
 from moe_dispatch.policies.calibration.report import CalibrationReport, Progress
 from moe_dispatch.policies.calibration.request import CalibrationRequest
@@ -36,9 +42,6 @@ from moe_dispatch.registry import BACKENDS, LAST_RESORT
 
 if TYPE_CHECKING:
     from moe_dispatch.policies.measurements.schema import Identity
-
-# Share of the budget after which nothing more is compiled ahead; the rest is compiled by each candidate's first run.
-COMPILE_SHARE: Final = 0.5
 
 
 class CalibrationRun:
@@ -194,12 +197,7 @@ class CalibrationRun:
         failed = compile_ahead(
             jobs, self._new_worker, compiled_path(request.machine, request.directory),
             self._begin + COMPILE_SHARE * (self._deadline - self._begin), tell,
-            libraries={
-                name: backend.requirements.libraries[0]
-                for name, backend in self._backends.items()
-                if backend.requirements.libraries
-            },
-            measuring_worker=self._worker,
+            libraries=libraries_of(self._backends), measuring_worker=self._worker,
         )  # fmt: skip
         if failed:
             self.report.skipped.append(f"{len(failed)} of {len(jobs)} were not compiled ahead; the first: {failed[0]}")
