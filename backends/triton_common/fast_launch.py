@@ -88,6 +88,7 @@ class FastKernel:
 
     def __init__(self, kernel: Any) -> None:
         self.kernel = kernel
+        self._has_key = False
         self._specialized = tuple(not param.do_not_specialize for param in kernel.params)
         self._launches: dict[tuple[Any, ...], Launch] = {}
 
@@ -143,6 +144,9 @@ class FastKernel:
     def _run_ordinarily(self, grid: tuple[int, ...], args: tuple[Any, ...], constants: dict[str, Any]) -> Any:
         if threading.get_ident() in _writers:
             raise NotReplayableError("a kernel would be launched by Triton itself")
+        if not self._has_key:
+            internals.make_cache_key(self.kernel)
+            self._has_key = True
         return self.kernel[grid](*args, **constants)
 
     def _remember(self, key: tuple[Any, ...], compiled: Any, positional: int) -> None:

@@ -7,13 +7,14 @@ path alone. Imported by kernel modules and by what serves them: it needs Triton.
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from types import CodeType, ModuleType
 from typing import Any, Final, NamedTuple, NoReturn
 
 import torch
 import triton
 from triton import knobs
-from triton.runtime.jit import JITFunction
+from triton.runtime.jit import JITCallable, JITFunction
 
 from moe_dispatch.backends.triton_common.features import unread_triton_reason
 
@@ -33,6 +34,44 @@ def fast_launch_reason() -> str:
 def is_jit_function(kernel: object) -> bool:
     """Whether a kernel is compiled, by Triton or Gluon; in the interpreter it is not."""
     return isinstance(kernel, JITFunction)
+
+
+def make_cache_key(kernel: Any) -> None:
+    """Have Triton make a kernel's key in its cache on disk after those of all functions that the kernel calls.
+
+    A key covers the global constants that these functions use. But when Triton makes it, it sees only the constants
+    of functions whose own keys were made before (`DependenciesFinder._update_hash`). So a kernel that shares functions
+    with others would have one key or another, and be compiled once more, by what its process has launched before.
+    """
+    seen: set[int] = set()
+
+    def make(function: Any) -> None:
+        seen.add(id(function))
+        for called in _called(function):
+            if id(called) not in seen:
+                make(called)
+        function.cache_key  # noqa: B018 - made when it is first asked for
+
+    make(kernel)
+
+
+def _called(function: Any) -> Iterator[Any]:
+    """The functions of Triton that a function may call: all that its code has a name of."""
+    variables = inspect.getclosurevars(function.fn).nonlocals | function.fn.__globals__
+    names = set(_names(function.fn.__code__))
+    for value in [variables[name] for name in sorted(names & variables.keys())]:
+        if isinstance(value, ModuleType):
+            members = [getattr(value, name, None) for name in sorted(names)]
+        else:
+            members = [value, *getattr(value, "hash_attrs", ())]  # those of an aggregate
+        yield from (each for each in members if isinstance(each, JITCallable))
+
+
+def _names(code: CodeType) -> Iterator[str]:
+    yield from code.co_names + code.co_freevars
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _names(constant)
 
 
 def _torch_function(name: str) -> Callable[..., int]:

@@ -16,6 +16,7 @@ pytest.importorskip("triton")
 import triton
 import triton.language as tl
 
+from moe_dispatch.backends.triton_common import internals
 from moe_dispatch.backends.triton_common.fast_launch import MAX_REMEMBERED, FastKernel, fast_launch, written_down
 from moe_dispatch.backends.triton_common.features import interpreting
 from moe_dispatch.backends.triton_common.stand_ins import NotReplayableError
@@ -214,3 +215,12 @@ def test_a_real_kernel_on_whatever_comes_next(device: str) -> None:
         _moe_scaled_copy_kernel[triton.cdiv(n, 64),](x, out, n, scale, BLOCK=64)
         assert torch.equal(out[:n], x[:n] * scale)
         assert not out[n:].any()
+
+
+def test_a_kernel_has_its_key_before_triton_launches_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    order: list[str] = []
+    monkeypatch.setattr(internals, "make_cache_key", lambda _: order.append("key"))
+    kernel = FastKernel(StubKernel(signature, lambda *_: order.append("launch")))
+    for x in (memory(torch.bfloat16), memory(torch.float32)):
+        kernel[1,](x, x, 24, 7, BLOCK=16, EVEN=True)
+    assert order == ["key", "launch", "launch"]

@@ -34,6 +34,7 @@ from tests.support.triton_compile import Launch, compile_launches
 
 READ = ("3.6.0", "3.7.1", "3.8.0", "3.9.0")
 FUNCTION, STREAM = 99, 7
+OFFSET = tl.constexpr(3)
 
 
 def test_the_releases_that_were_read_are_named() -> None:
@@ -46,6 +47,36 @@ def test_the_releases_that_were_read_are_named() -> None:
 def test_a_triton_that_was_not_read_is_named_in_a_reason(version: str) -> None:
     assert f"Triton {version} is none of the releases" in unread_triton_reason(version)
     assert "3.6, 3.7" in unread_triton_reason(version)
+
+
+def caller_of_two() -> tuple[Any, Any]:
+    """A new function that calls another one, which uses a global constant; and that other one."""
+
+    def inner(x):  # type: ignore[no-untyped-def]
+        return x + OFFSET
+
+    jit_inner: Any = JITFunction(inner)
+
+    def middle(x):  # type: ignore[no-untyped-def]
+        return jit_inner(x)
+
+    jit_middle: Any = JITFunction(middle)
+
+    def outer(x):  # type: ignore[no-untyped-def]
+        return jit_middle(x)
+
+    return JITFunction(outer), jit_inner
+
+
+def test_a_key_depends_on_no_function_that_was_hashed_before() -> None:
+    alone, _ = caller_of_two()
+    internals.make_cache_key(alone)
+    afterwards, inner = caller_of_two()
+    assert inner.cache_key
+    internals.make_cache_key(afterwards)
+    assert afterwards.cache_key == alone.cache_key
+    by_triton, _ = caller_of_two()
+    assert by_triton.cache_key != alone.cache_key, "Triton sees all globals by itself now: drop make_cache_key"
 
 
 def copy(x, out_ptr, n, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def] # a kernel's
