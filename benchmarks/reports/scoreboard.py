@@ -7,7 +7,7 @@ from typing import Final
 from moe_dispatch.benchmarks.baselines import BASELINES
 from moe_dispatch.benchmarks.rows import BenchRow
 from moe_dispatch.benchmarks.suites import MODELS, SKEWED, UNIFORM
-from moe_dispatch.benchmarks.targets import SCOREBOARD, SMALL_MODEL, Metric, ScoreTarget, Side, TargetResult
+from moe_dispatch.benchmarks.targets import SCOREBOARD, SMALL_MODEL, Metric, Side, Target, TargetResult
 from moe_dispatch.errors import InvalidInputError
 from moe_dispatch.policies.measurements.table import geometric_mean
 from moe_dispatch.problem import Mode
@@ -75,11 +75,11 @@ def scoreboard(rows: Iterable[BenchRow]) -> list[TargetResult]:
     return [METRICS[target.metric](scores, target) for target in SCOREBOARD]
 
 
-def _points(target: ScoreTarget) -> list[Point]:
+def _points(target: Target) -> list[Point]:
     return [(model, M) for model in MODELS for M in target.tokens]
 
 
-def _roofline_fraction(scores: Scores, target: ScoreTarget) -> TargetResult:
+def _roofline_fraction(scores: Scores, target: Target) -> TargetResult:
     points = _points(target)
     fastest = {point: row for point in points if (row := scores.fastest(point, target.dtype, target.ours))}
     fractions = {point: row.fraction for point, row in fastest.items() if row.fraction}
@@ -88,7 +88,7 @@ def _roofline_fraction(scores: Scores, target: ScoreTarget) -> TargetResult:
     return TargetResult(target, _mean(list(fractions.values())), where, len(points) - len(fractions))
 
 
-def _speed_ups(scores: Scores, target: ScoreTarget, mode: Mode = "graph") -> dict[Point, float]:
+def _speed_ups(scores: Scores, target: Target, mode: Mode = "graph") -> dict[Point, float]:
     """Time of the fastest baseline over that of the fastest backend, at the points where both have one."""
     ratios: dict[Point, float] = {}
     for point in _points(target):
@@ -99,29 +99,29 @@ def _speed_ups(scores: Scores, target: ScoreTarget, mode: Mode = "graph") -> dic
     return ratios
 
 
-def _worst_speed_up(scores: Scores, target: ScoreTarget) -> TargetResult:
+def _worst_speed_up(scores: Scores, target: Target) -> TargetResult:
     ratios = _speed_ups(scores, target)
     return _worst(target, ratios, min(ratios, key=lambda point: ratios[point], default=None))
 
 
-def _mean_speed_up(scores: Scores, target: ScoreTarget) -> TargetResult:
+def _mean_speed_up(scores: Scores, target: Target) -> TargetResult:
     ratios = _speed_ups(scores, target)
     mean = _mean(list(ratios.values()))
     return TargetResult(target, mean, missing=len(_points(target)) - len(ratios))
 
 
-def _small_time(scores: Scores, target: ScoreTarget) -> TargetResult:
+def _small_time(scores: Scores, target: Target) -> TargetResult:
     row = scores.fastest((SMALL_MODEL, 1), target.dtype, target.ours)
     return TargetResult(target, row.us, row.backend) if row else TargetResult(target, None, missing=1)
 
 
-def _small_eager_speed_up(scores: Scores, target: ScoreTarget) -> TargetResult:
+def _small_eager_speed_up(scores: Scores, target: Target) -> TargetResult:
     ratios = {model: ratio for (model, _), ratio in _speed_ups(scores, target, mode="eager").items()}
     others = ", ".join(f"{model} {ratio:.3g}" for model, ratio in ratios.items() if model != SMALL_MODEL)
     return TargetResult(target, ratios.get(SMALL_MODEL), others, missing=0 if SMALL_MODEL in ratios else 1)
 
 
-def _skew(scores: Scores, target: ScoreTarget) -> TargetResult:
+def _skew(scores: Scores, target: Target) -> TargetResult:
     """Time under skewed routing over that under uniform routing, at the worst point."""
     ratios: dict[Point, float] = {}
     for point in _points(target):
@@ -132,11 +132,11 @@ def _skew(scores: Scores, target: ScoreTarget) -> TargetResult:
     return _worst(target, ratios, max(ratios, key=lambda point: ratios[point], default=None))
 
 
-def _worst(target: ScoreTarget, ratios: dict[Point, float], worst: Point | None) -> TargetResult:
+def _worst(target: Target, ratios: dict[Point, float], worst: Point | None) -> TargetResult:
     return TargetResult(target, ratios[worst] if worst else None, _name(worst), len(_points(target)) - len(ratios))
 
 
-METRICS: Final[dict[Metric, Callable[[Scores, ScoreTarget], TargetResult]]] = {
+METRICS: Final[dict[Metric, Callable[[Scores, Target], TargetResult]]] = {
     "roofline fraction": _roofline_fraction,
     "speed-up, worst": _worst_speed_up,
     "speed-up, mean": _mean_speed_up,
