@@ -5,8 +5,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Final
 
+from moe_dispatch.benchmarks.reports.scoreboard import Scores
 from moe_dispatch.benchmarks.reports.speedups import speedup_chart
 from moe_dispatch.benchmarks.rows import BenchRow
+from moe_dispatch.benchmarks.suites import UNIFORM
 from moe_dispatch.errors import InvalidInputError, MoEDispatchError
 
 # Okabe and Ito's palette, which is distinguishable with every kind of colour vision; the markers are in print too.
@@ -41,11 +43,11 @@ def draw(rows: Iterable[BenchRow], folder: Path) -> list[Path]:
 
     Raises:
         PlotsUnavailableError: matplotlib is missing.
-        InvalidInputError: The files cannot be written.
+        InvalidInputError: The rows are of several machines, or the files cannot be written.
     """
     pyplot = _pyplot()
     rows = list(rows)
-    best = _best(rows)
+    best = _best(Scores(rows))
     try:
         files = _draw(pyplot, best, folder) if best else []
         if chart := speedup_chart(rows):
@@ -69,18 +71,12 @@ def _draw(pyplot: Any, best: "_Best", folder: Path) -> list[Path]:
 _Best = dict[tuple[str, str, int, str], BenchRow]
 
 
-def _best(rows: Iterable[BenchRow]) -> _Best:
+def _best(scores: Scores) -> _Best:
     """The fastest configuration of each backend at each (workload, dtype, M)."""
-    timed = [row for row in rows if row.us is not None and row.routing == "uniform"]
-    timed_in_graphs = {(row.workload, row.dtype) for row in timed if row.mode == "graph"}
-    best: _Best = {}
-    for row in timed:
-        if row.mode == "eager" and (row.workload, row.dtype) in timed_in_graphs:
-            continue
-        key = row.workload, row.dtype, row.M, row.backend
-        if key not in best or (row.us or 0.0) < (best[key].us or 0.0):
-            best[key] = row
-    return best
+    uniform = [row for row in scores.best.values() if row.routing == UNIFORM]
+    in_graphs = {(row.workload, row.dtype) for row in uniform if row.mode == "graph"}
+    drawn = (row for row in uniform if (row.mode == "graph") == ((row.workload, row.dtype) in in_graphs))
+    return {(row.workload, row.dtype, row.M, row.backend): row for row in drawn}
 
 
 def _draw_layer(

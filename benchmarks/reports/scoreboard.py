@@ -28,6 +28,9 @@ Point = tuple[str, int]
 class Scores:
     """Times by point: the fastest configuration of each backend and baseline.
 
+    Attributes:
+        best: Its row by workload, dtype, M, mode, routing and name.
+
     Raises:
         InvalidInputError: The rows are of several machines.
     """
@@ -37,13 +40,13 @@ class Scores:
         machines = sorted({row.machine for row in rows})
         if len(machines) > 1:
             raise InvalidInputError(f"the rows must be of one machine, got {', '.join(machines)}")
-        self._best: dict[tuple[str, str, int, str, str, str], BenchRow] = {}
+        self.best: dict[tuple[str, str, int, str, str, str], BenchRow] = {}
         for row in rows:
             if row.us is None:
                 continue
             key = row.workload, row.dtype, row.M, row.mode, row.routing, row.backend
-            if key not in self._best or row.us < (self._best[key].us or math.inf):
-                self._best[key] = row
+            if key not in self.best or row.us < (self.best[key].us or math.inf):
+                self.best[key] = row
 
     def fastest(
         self, point: Point, dtype: str, side: Side, *, mode: Mode = "graph", routing: str = UNIFORM
@@ -51,17 +54,17 @@ class Scores:
         """The fastest row of one side at a point (model, M); None if that side has no time there."""
         model, M = point
         where = (model, dtype, M, mode, routing)
-        rows = [row for key, row in self._best.items() if key[:5] == where and SIDES[side](key[5])]
+        rows = [row for key, row in self.best.items() if key[:5] == where and SIDES[side](key[5])]
         return min(rows, key=lambda row: row.us or math.inf, default=None)
 
     def row(self, point: Point, dtype: str, name: str) -> BenchRow | None:
         """The fastest row of one backend or baseline in graphs at a point (model, M); None if it has no time there."""
         model, M = point
-        return self._best.get((model, dtype, M, "graph", UNIFORM, name))
+        return self.best.get((model, dtype, M, "graph", UNIFORM, name))
 
     def winners(self, dtype: str) -> dict[Point, BenchRow]:
         """The fastest backend in graphs at every point (workload, M) of a dtype."""
-        points = {(key[0], key[2]) for key in self._best if key[1] == dtype}
+        points = {(key[0], key[2]) for key in self.best if key[1] == dtype}
         return {point: row for point in points if (row := self.fastest(point, dtype, "all backends"))}
 
 
