@@ -107,15 +107,6 @@ def _pytest(session: nox.Session, *arguments: str) -> None:
     session.run("python", "-m", "pytest", "-q", "-p", "no:cacheprovider", *workers, *arguments, *session.posargs)
 
 
-def lint(session: nox.Session, pins: str) -> dict[str, str]:
-    """Run ruff and mypy --strict once: what they say does not depend on the versions of torch."""
-    session.install("-c", f"{pins}.txt", "-e", ".[dev]")
-    session.run("ruff", "check", ".")
-    session.run("ruff", "format", "--check", ".")
-    session.run("mypy")
-    return _versions(session)
-
-
 def core(session: nox.Session, pins: str) -> dict[str, str]:
     """Dispatch and kernels on one torch and its Triton.
 
@@ -175,7 +166,6 @@ def packaging(session: nox.Session, pins: str) -> dict[str, str]:
 
 
 BODIES = {
-    "lint": lint,
     "core": core,
     "defaults": defaults,
     "transformers": integration_transformers,

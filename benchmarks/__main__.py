@@ -75,7 +75,7 @@ def regret(
 def plot(
     rows: Rows, out: Annotated[Path, typer.Option(help="Folder that the pictures are written to.")] = Path()
 ) -> None:
-    """Draw time and fraction of the roofline against M, and the fastest backend by layer and M."""
+    """Draw time and fraction of the roofline against M, and the speed-up over vLLM."""
     from moe_dispatch.benchmarks.reports.plots import draw
     from moe_dispatch.benchmarks.row_files import load
 

@@ -25,13 +25,11 @@ class Baseline(ABC):
     """The MoE layer of another library.
 
     Attributes:
-        libraries: Packages that it needs and that `Machine.libraries` does not list.
         tolerance: Greatest relative error that is accepted, by weight dtype.
     """
 
     name: ClassVar[str]
     requirements: ClassVar[Requirements]
-    libraries: ClassVar[tuple[str, ...]] = ()
     # Wider than the backends' tolerances: most baselines round the first product to BF16, and some the sum too.
     tolerance: ClassVar[Mapping[DType, float]] = {
         "bf16": 2e-2,
@@ -49,7 +47,7 @@ class Baseline(ABC):
         """All reasons why it cannot run a problem; empty if it can."""
         missing = [
             f"{library} is not installed"
-            for library in (*self.libraries, *self.requirements.libraries)
+            for library in self.requirements.libraries
             if not (self.machine.libraries.get(library) or library_version(library))
         ]
         return (*missing, *self.requirements.reasons_against(problem))

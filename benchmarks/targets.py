@@ -19,29 +19,20 @@ SMALL_MODEL: Final = "qwen3-30b-a3b"
 
 @dataclass(frozen=True)
 class Target:
-    """One quantity with the limit that it has to reach.
+    """One quantity that benchmark rows decide (`reports.scoreboard`), with the limit that it has to reach.
 
     Attributes:
         what: The quantity, for a reader.
         limit: Least value, or greatest if `at_least` is False.
         at_least: Whether more is better.
-    """
-
-    what: str
-    limit: float
-    at_least: bool = True
-
-
-@dataclass(frozen=True)
-class ScoreTarget(Target):
-    """A target that benchmark rows decide (`reports.scoreboard`).
-
-    Attributes:
         metric: How the quantity is computed; see `reports.scoreboard.METRICS`.
         ours: Backends whose fastest row counts at each point.
         theirs: Baselines that it is compared with, where it is a comparison.
     """
 
+    what: str
+    limit: float
+    at_least: bool = True
     metric: Metric = "roofline fraction"
     dtype: DType = "bf16"
     tokens: tuple[int, ...] = TOKENS
@@ -88,44 +79,42 @@ def markdown(results: Iterable[TargetResult]) -> str:
     return "\n".join(lines)
 
 
-def _targets(
-    dtype: DType, *, regions: dict[str, float], triton_mean: float, small_us: float
-) -> tuple[ScoreTarget, ...]:
+def _targets(dtype: DType, *, regions: dict[str, float], triton_mean: float, small_us: float) -> tuple[Target, ...]:
     return (
         *(
-            ScoreTarget(
+            Target(
                 f"{dtype} {region}: fraction of the roofline, geometric mean", limit, dtype=dtype,
                 metric="roofline fraction", tokens=REGIONS[region],
             )
             for region, limit in regions.items()
         ),
-        ScoreTarget(
+        Target(
             f"{dtype}: fastest backend against the fastest baseline, worst point", 0.985, dtype=dtype,
             metric="speed-up, worst",
         ),
-        ScoreTarget(
+        Target(
             f"{dtype}: Triton backends against vLLM, worst point", 0.98, dtype=dtype,
             metric="speed-up, worst", ours="Triton backends", theirs="vllm",
         ),
-        ScoreTarget(
+        Target(
             f"{dtype}: Triton backends against vLLM, geometric mean", triton_mean, dtype=dtype,
             metric="speed-up, mean", ours="Triton backends", theirs="vllm",
         ),
-        ScoreTarget(
+        Target(
             f"{dtype}: {SMALL_MODEL} at M=1, µs", small_us, at_least=False, dtype=dtype, metric="time", tokens=(1,),
         ),
-        ScoreTarget(
+        Target(
             f"{dtype}: {SMALL_MODEL} eager at M=1 against vLLM's eager call", 2.0, dtype=dtype,
             metric="eager speed-up", tokens=(1,), theirs="vllm",
         ),
-        ScoreTarget(
+        Target(
             f"{dtype}: time at {SKEWED} over uniform, M ≥ 1024, worst point", 1.15, at_least=False, dtype=dtype,
             metric="skew", tokens=SKEWED_TOKENS,
         ),
     )  # fmt: skip
 
 
-SCOREBOARD: Final[tuple[ScoreTarget, ...]] = (
+SCOREBOARD: Final[tuple[Target, ...]] = (
     *_targets("bf16", regions={"decode": 1.00, "middle": 0.94, "prefill": 0.92}, triton_mean=1.10, small_us=20.0),
     *_targets("fp8", regions={"decode": 0.91, "middle": 0.88, "prefill": 0.82}, triton_mean=1.30, small_us=14.0),
 )

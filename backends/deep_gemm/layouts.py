@@ -37,11 +37,11 @@ def expected_rows(slots: int, E: int) -> int:
     return max(1, math.ceil(slots / E))
 
 
-def layout_rows(layout: str, M: int, topk: int, E: int, alignment: int = MASKED_TILE) -> int:
-    """Rows of the token buffer in a layout."""
+def layout_rows(layout: str, M: int, topk: int, E: int) -> int:
+    """Most rows of the token buffer in a layout: the library may ask for a lower alignment than the tallest tile."""
     if layout == "masked":
         return buffer_rows(M * topk, E, capacity=masked_capacity(M))
-    return buffer_rows(M * topk, E, alignment=alignment)
+    return buffer_rows(M * topk, E, alignment=MASKED_TILE)
 
 
 class Rows(ABC):

@@ -9,6 +9,7 @@ says. Rows are written as they come, so a run that is ended leaves what it has. 
 
 import argparse
 import contextlib
+import functools
 import json
 import os
 import select
@@ -17,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
 
@@ -96,34 +98,21 @@ class Engine:
         self._process.wait()
 
 
-class Report:
-    """Rows, printed and written as they come."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        path.write_text("")
-
-    def add(self, row: dict[str, Any]) -> None:
-        """Write a row."""
-        print(json.dumps(row), flush=True)
-        json_lines.append(self._path, row)
-
-
-def compare(engines: list[Engine], report: Report, rounds: int, deadline: float) -> None:
+def compare(engines: list[Engine], report: Callable[[dict[str, Any]], None], rounds: int, deadline: float) -> None:
     """Measure every workload on both engines, by turns."""
     off, on = (engine.ask("tokens") for engine in engines)
-    report.add(_agreement(off, on))
+    report(_agreement(off, on))
     workloads = [("decode", {"batch": batch}) for batch in BATCHES] + [("prefill", {})]
     longest = 0.0
     for _ in range(rounds):
         for what, request in workloads:
             begin = time.monotonic()
             if begin + longest > deadline:
-                report.add({"left_out": "what remained, for lack of time"})
+                report({"left_out": "what remained, for lack of time"})
                 return
             off, on = (engine.ask(what, **request) for engine in engines)
             longest = max(longest, time.monotonic() - begin)
-            report.add({
+            report({
                 "what": what, "batch": request.get("batch", 0), "off_ms": 1e3 * off["seconds"],
                 "on_ms": 1e3 * on["seconds"], "speedup": off["seconds"] / on["seconds"], "compiled_on": on["compiled"],
                 "quartiles_ms": [[1e3 * each for each in side.get("quartiles", ())] for side in (off, on)],
@@ -165,16 +154,17 @@ def main() -> None:
         return
     begin = time.monotonic()
     deadline = begin + arguments.budget
-    report = Report(arguments.out)
+    arguments.out.write_text("")
+    report = functools.partial(json_lines.report, arguments.out)
     engines: list[Engine] = []
     try:
         engines += [Engine(arguments, plugin=plugin, deadline=deadline) for plugin in (False, True)]
         started = [engine.receive() for engine in engines]
-        report.add({"origin": started[0]["origin"], "dtype": arguments.dtype, "layers": arguments.layers})
+        report({"origin": started[0]["origin"], "dtype": arguments.dtype, "layers": arguments.layers})
         seconds = {str(engine.plugin): start["started_s"] for engine, start in zip(engines, started, strict=True)}
-        report.add({"start_s": seconds})
+        report({"start_s": seconds})
         plans = engines[1].ask("plans")
-        report.add(plans)
+        report(plans)
         if not plans["plans"]:
             raise EngineEndedError(
                 "the engine with the plugin runs no layer through moe_forward: vLLM finds the plugin by the entry "
@@ -182,7 +172,7 @@ def main() -> None:
             )
         compare(engines, report, arguments.rounds, deadline)
     except EngineEndedError as error:
-        report.add({"ended": str(error)})
+        report({"ended": str(error)})
         raise SystemExit(str(error)) from error
     finally:
         for engine in engines:

@@ -17,6 +17,12 @@ def append(path: str | Path, row: Mapping[str, object]) -> None:
         file.write(json.dumps(row) + "\n")
 
 
+def report(path: str | Path, row: Mapping[str, object]) -> None:
+    """Append one row, and print it."""
+    print(json.dumps(row), flush=True)
+    append(path, row)
+
+
 def read(path: Path) -> list[dict[str, Any]]:
     """The rows of a file, which is compressed if its name ends with .xz."""
     return list(map(json.loads, read_bytes(path, limit=MAX_BYTES).decode().splitlines()))
@@ -33,8 +39,7 @@ def write(
     Path(path).write_text("", encoding="utf-8")
     append(path, {"origin": origin(machine), **facts})
     for row in rows:
-        print(json.dumps(row), flush=True)
-        append(path, row)
+        report(path, row)
         written.append(row)
     return written
 

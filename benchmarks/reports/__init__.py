@@ -1,1 +1,1 @@
-"""Reports that are made of benchmark rows: scoreboard, regret and plots."""
+"""Reports that are made of benchmark rows: scoreboard, regret, tables and plots."""

@@ -1,13 +1,14 @@
-"""Draw recorded rows: time and fraction of the roofline against M, and the fastest backend by layer and M."""
+"""Draw recorded rows: time and fraction of the roofline against M."""
 
 from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Final
 
+from moe_dispatch.benchmarks.reports.scoreboard import Scores
 from moe_dispatch.benchmarks.reports.speedups import speedup_chart
-from moe_dispatch.benchmarks.reports.winners import winners_map
 from moe_dispatch.benchmarks.rows import BenchRow
+from moe_dispatch.benchmarks.suites import UNIFORM
 from moe_dispatch.errors import InvalidInputError, MoEDispatchError
 
 # Okabe and Ito's palette, which is distinguishable with every kind of colour vision; the markers are in print too.
@@ -32,7 +33,7 @@ class PlotsUnavailableError(MoEDispatchError):
 
 
 def draw(rows: Iterable[BenchRow], folder: Path) -> list[Path]:
-    """Draw one picture per (workload, dtype), one map of the fastest backends per dtype, and the speed-up over vLLM.
+    """Draw one picture per (workload, dtype), and the speed-up over vLLM.
 
     Rows of one machine, uniform routing only; eager times only for layers without a graph time. The speed-up is drawn
     where rows are those of a whole suite ``scoreboard``.
@@ -42,11 +43,11 @@ def draw(rows: Iterable[BenchRow], folder: Path) -> list[Path]:
 
     Raises:
         PlotsUnavailableError: matplotlib is missing.
-        InvalidInputError: The files cannot be written.
+        InvalidInputError: The rows are of several machines, or the files cannot be written.
     """
     pyplot = _pyplot()
     rows = list(rows)
-    best = _best(rows)
+    best = _best(Scores(rows))
     try:
         files = _draw(pyplot, best, folder) if best else []
         if chart := speedup_chart(rows):
@@ -64,33 +65,18 @@ def _draw(pyplot: Any, best: "_Best", folder: Path) -> list[Path]:
         name: {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)]} for i, name in enumerate(names)
     }
     layers = sorted({(workload, dtype) for workload, dtype, *_ in best})
-    files = [_draw_layer(pyplot, best, layer, style, folder) for layer in layers]
-    for dtype, drawn in _maps(best).items():
-        files.append(folder / f"winners-{dtype}.svg")
-        files[-1].write_text(drawn, encoding="utf-8")
-    return files
-
-
-def _maps(best: "_Best") -> dict[str, str]:
-    colours = {name: COLOURS[i % len(COLOURS)] for i, name in enumerate(sorted({backend for *_, backend in best}))}
-    return {dtype: winners_map(_winners(best, dtype), colours) for dtype in sorted({dtype for _, dtype, *_ in best})}
+    return [_draw_layer(pyplot, best, layer, style, folder) for layer in layers]
 
 
 _Best = dict[tuple[str, str, int, str], BenchRow]
 
 
-def _best(rows: Iterable[BenchRow]) -> _Best:
+def _best(scores: Scores) -> _Best:
     """The fastest configuration of each backend at each (workload, dtype, M)."""
-    timed = [row for row in rows if row.us is not None and row.routing == "uniform"]
-    timed_in_graphs = {(row.workload, row.dtype) for row in timed if row.mode == "graph"}
-    best: _Best = {}
-    for row in timed:
-        if row.mode == "eager" and (row.workload, row.dtype) in timed_in_graphs:
-            continue
-        key = row.workload, row.dtype, row.M, row.backend
-        if key not in best or (row.us or 0.0) < (best[key].us or 0.0):
-            best[key] = row
-    return best
+    uniform = [row for row in scores.best.values() if row.routing == UNIFORM]
+    in_graphs = {(row.workload, row.dtype) for row in uniform if row.mode == "graph"}
+    drawn = (row for row in uniform if (row.mode == "graph") == ((row.workload, row.dtype) in in_graphs))
+    return {(row.workload, row.dtype, row.M, row.backend): row for row in drawn}
 
 
 def _draw_layer(
@@ -127,15 +113,6 @@ def _draw_layer(
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
     return path
-
-
-def _winners(best: _Best, dtype: str) -> dict[tuple[str, int], BenchRow]:
-    """The fastest row of a dtype by workload and M."""
-    winners: dict[tuple[str, int], BenchRow] = {}
-    for (workload, kind, M, _), row in best.items():
-        if kind == dtype and ((workload, M) not in winners or (row.us or 0.0) < (winners[workload, M].us or 0.0)):
-            winners[workload, M] = row
-    return winners
 
 
 def _file_name(text: str) -> str:

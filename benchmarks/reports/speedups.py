@@ -7,7 +7,6 @@ from typing import Final
 
 from moe_dispatch.benchmarks.reports.scoreboard import METRICS, Scores
 from moe_dispatch.benchmarks.reports.tables import DTYPES
-from moe_dispatch.benchmarks.reports.winners import TEXT_STYLE
 from moe_dispatch.benchmarks.rows import BenchRow
 from moe_dispatch.benchmarks.suites import MODELS, REGIONS
 from moe_dispatch.benchmarks.targets import SCOREBOARD, Side
@@ -18,6 +17,7 @@ BASELINES: Final[dict[Side, tuple[str, str]]] = {
     "vllm": ("over its fused_experts", "#0072B2"),
     "all baselines": ("over the fastest of its three layers at each point", "#E69F00"),
 }
+TEXT_STYLE: Final = "text{font:13px sans-serif;fill:#333;text-anchor:middle}.start{text-anchor:start}"
 # All lengths in pixels.
 LEFT: Final = 20
 TOP: Final = 60

@@ -1,15 +1,15 @@
 """The tables of docs/performance.md and README.md, as Markdown, made of recorded rows."""
 
 import dataclasses
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Final
 
 from moe_dispatch.benchmarks.baselines import BASELINES
 from moe_dispatch.benchmarks.reports.scoreboard import METRICS, Scores, scoreboard
-from moe_dispatch.benchmarks.reports.winners import common_tokens
 from moe_dispatch.benchmarks.rows import BenchRow
 from moe_dispatch.benchmarks.suites import MODELS, REGIONS, SUITES, TOKENS
-from moe_dispatch.benchmarks.targets import SCOREBOARD, ScoreTarget, markdown
+from moe_dispatch.benchmarks.targets import SCOREBOARD, Target, markdown
 from moe_dispatch.problem import DType
 
 DTYPES: Final[tuple[DType, ...]] = ("bf16", "fp8")
@@ -86,13 +86,23 @@ def _untimed(scores: Scores, model: str, M: int, dtype: DType) -> bool:
 
 def _grid(winners: Grid, dtype: DType) -> str:
     """The fastest backend by workload and M, with its fraction of the roofline."""
-    tokens = common_tokens(winners)
+    tokens = _common_tokens(winners)
     lines = []
     for workload in sorted({workload for workload, _ in winners}):
         rows = [winners.get((workload, M)) for M in tokens]
         cells = (f"{_letter(row)} {_short(row.fraction) if row.fraction else ''}" if row else ABSENT for row in rows)
         lines.append([workload, *cells])
     return _table([dtype.upper(), *map(str, tokens)], lines, align="---")
+
+
+def _common_tokens(winners: Grid) -> list[int]:
+    """The token counts that most workloads have.
+
+    A calibration refines a layer's boundaries at token counts that other layers lack; their columns would have holes.
+    """
+    measured = Counter(M for _, M in winners)
+    workloads = {workload for workload, _ in winners}
+    return sorted(M for M in measured if 4 * measured[M] > 3 * len(workloads))
 
 
 def _means(scores: Scores, swept: Scores | None) -> str:
@@ -112,7 +122,7 @@ def _means(scores: Scores, swept: Scores | None) -> str:
     return _table(["", *(f"{region}, M={', '.join(map(str, tokens))}" for region, tokens in REGIONS.items())], lines)
 
 
-def _mean(scores: Scores, target: ScoreTarget) -> str:
+def _mean(scores: Scores, target: Target) -> str:
     result = METRICS[target.metric](scores, target)
     incomplete = result.missing or (
         target.ours == "all baselines"

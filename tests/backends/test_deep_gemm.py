@@ -78,10 +78,7 @@ def test_takes(taken: MoEProblem) -> None:
     [
         ("", "2.11.0", ("not installed", "sgl-deep-gemm", "nvcc")),
         ("1.0.0 (deep-gemm)", "2.11.0", ("CUDA headers", "uninstall")),
-        ("0.2.1 (sgl-deep-gemm)", "2.11.0+cu130", ("for torch 2.13", "this is torch 2.11", "sgl-deep-gemm==0.1.3")),
         ("0.1.3 (sgl-deep-gemm)", "2.12.1", ("built for torch 2.11", "no release for torch 2.12")),
-        ("2.5.0", "2.11.0+cu130", ()),
-        ("0.1.5.post2 (sgl-deep-gemm)", "2.13.0", ()),
         ("2.8.1", "2.11.0+cu130", ()),  # vLLM's copies use torch's stable ABI from here on
         ("9.9.9 (sgl-deep-gemm)", "2.14.0", ()),  # nothing is known against it
     ],
@@ -106,14 +103,11 @@ def layouts_for(workload: str, M: int, dtype: DType) -> list[str]:
     ("workload", "M", "dtype", "default"),
     [
         ("deepseek-v3", 1, "fp8", "masked"),
-        ("deepseek-v3", 16, "fp8", "masked"),
-        ("deepseek-v3", 1, "bf16", "masked"),
         ("deepseek-v3", 1024, "fp8", "masked"),
         ("deepseek-v3", 4096, "fp8", "psum"),
         ("mixtral-8x7b", 128, "fp8", "masked"),
         ("mixtral-8x7b", 256, "fp8", "psum"),
         ("qwen3-30b-a3b", 1024, "bf16", "masked"),
-        ("mixtral-8x7b", 1024, "fp8", "psum"),
         ("qwen3-30b-a3b", 16384, "bf16", "psum"),
     ],
 )

@@ -89,8 +89,6 @@ def _with_triton(version: str) -> Machine:
 
 KNOWN = " to ".join(".".join(map(str, version)) for version in (FIRST_TRITON, LAST_TRITON))
 REFUSED = {
-    "sm_80": Refused((("9.0", "8.0"),), machine=described(80)),
-    "sm_100": Refused((("below 9.1", "10.0"),), machine=described(100)),
     "an older Triton": Refused(((KNOWN, "3.5.1"),), machine=_with_triton("3.5.1")),
     "a newer Triton": Refused(((KNOWN, "3.99.0"),), machine=_with_triton("3.99.0")),
     "a Hopper device with less shared memory": Refused(
@@ -100,7 +98,6 @@ REFUSED = {
     "N in FP8": Refused((("N % 128 == 0", "N=192"),), Workload("", 8, 2, 256, 192), "fp8"),
     "K": Refused((("K % 64 == 0", "K=264"),), Workload("", 8, 2, 264, 256)),
     "N": Refused((("N % 8 == 0", "N=252"),), Workload("", 8, 2, 256, 252)),
-    "FP16, whose range experts may exceed": Refused((("bf16, fp8", "fp16"),), dtype="fp16"),
     "no gate": Refused((("relu2",),), Workload("", 8, 2, 256, 256, "relu2")),
     "gpt-oss in FP8": Refused(
         (("K % 256 == 0", "K=2880"), ("N % 128 == 0", "N=2880")), WORKLOADS["gpt-oss-120b"], "fp8"

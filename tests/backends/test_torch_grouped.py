@@ -34,8 +34,6 @@ REFUSALS = {
     # torch prepares the arguments of its kernel by one block with a thread for each expert.
     "1024 experts": Refusal(problem(H200, E=1024), ("at most 1023 experts", "E=1024")),
     "2048 experts": Refusal(problem(B200, E=2048, topk=32), ("at most 1023 experts", "E=2048")),
-    "block fp8": Refusal(problem(H200, "fp8"), ("got fp8",)),
-    "gradient": Refusal(problem(H200, needs_grad=True), ("no gradient",)),
     "sm_75": Refusal(problem(gpu((7, 5))), ("8.0 or newer", "got 7.5")),
 }
 

@@ -48,14 +48,11 @@ E8M0 = "VLLM_USE_DEEP_GEMM_E8M0"
 
 
 REFUSALS = {
-    "cpu": Refusal(on_hopper(device="cpu", capability=None), ("CUDA device",)),
-    "fp8 on sm_80": Refusal(on_hopper("fp8", capability=(8, 0)), ("8.9 or newer", "got 8.0")),
     "parts of a group": Refusal(on_hopper("fp8", K=192, N=96), ("K % 128 == 0", "K=192", "N % 128 == 0", "N=96")),
     "gelu_tanh": Refusal(on_hopper(activation="gelu_tanh"), ("got activation gelu_tanh",)),
     "alternating silu": Refusal(on_hopper(interleaved=True), ("silu with rows alternating",)),
     "gate-first swiglu_oai": Refusal(on_hopper(activation="swiglu_oai"), ("swiglu_oai with rows gate first",)),
     "too many experts to sort": Refusal(on_hopper(E=992), ("at most 991", "E=992")),
-    "gradient": Refusal(on_hopper(needs_grad=True), ("no gradient",)),
 }
 
 

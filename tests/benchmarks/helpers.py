@@ -10,20 +10,24 @@ from typer.testing import CliRunner
 
 from moe_dispatch.backend import Backend, Requirements
 from moe_dispatch.benchmarks.__main__ import app
+from moe_dispatch.benchmarks.baselines import Baseline
+from moe_dispatch.benchmarks.plan import BenchPlan
+from moe_dispatch.benchmarks.provenance import Provenance
 from moe_dispatch.benchmarks.rows import BenchRow
 from moe_dispatch.benchmarks.suites import MODELS, TOKENS
 from moe_dispatch.machine import Machine, current_machine
-from moe_dispatch.measure import H200_CEILINGS
+from moe_dispatch.measure import H200_CEILINGS, Ceilings
 from moe_dispatch.policies.measurements.merge import merge
 from moe_dispatch.policies.measurements.schema import CalibrationFile, Candidate, LayerShape, Measurement
 from moe_dispatch.problem import DType, Mode
 from moe_dispatch.registry import BACKENDS
-from moe_dispatch.workloads import WORKLOADS, Workload
+from moe_dispatch.workloads import ROUTINGS, WORKLOADS, Workload
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results" / "nvidia_h200"
 H200 = Machine.load("h200")
 LAYER = Workload("4,2,64,32", E=4, topk=2, K=64, N=32)
+MEASURED = Ceilings(bandwidth=1e10, fp32_flops=1e11)
 
 
 def run(*arguments: str | Path, status: int = 0) -> str:
@@ -52,6 +56,25 @@ class Faulty(Backend):
         self.calls += 1
         correct: Any = reference()
         return self.fault(correct.run(*arguments[:4], correct.config_type()))
+
+
+def plan(
+    *backends: Backend,
+    workload: Workload = LAYER,
+    tokens: tuple[int, ...] = (1, 3),
+    dtypes: tuple[DType, ...] = ("fp32",),
+    routings: tuple[str, ...] = ("uniform",),
+    modes: tuple[Mode, ...] = ("eager",),
+    baselines: tuple[Baseline, ...] = (),
+) -> BenchPlan:
+    return BenchPlan(
+        workloads=(workload,), dtypes=dtypes, tokens=tokens, routings=tuple(ROUTINGS[name] for name in routings),
+        modes=modes, backends=backends, baselines=baselines, inputs=2, point_s=0.0,
+    )  # fmt: skip
+
+
+def provenance(machine: Machine | None = None) -> Provenance:
+    return Provenance(machine or current_machine("cpu"), {"torch": torch.__version__}, "", MEASURED)
 
 
 def out_of_memory_at(tokens: int) -> Callable[[Tensor], Tensor]:

@@ -1,60 +1,40 @@
 """What a benchmark compiles ahead. On a CPU there is nothing to compile, but plans, jobs and processes are the same."""
 
-import dataclasses
 import math
 import multiprocessing
-from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import pytest
 import torch
 
+from moe_dispatch.backend import Backend
 from moe_dispatch.benchmarks import compiled_ahead as module
-from moe_dispatch.benchmarks.baselines import Baseline, NaiveLoop, Vllm, VllmDeepGemm, VllmTritonKernels
+from moe_dispatch.benchmarks.baselines import NaiveLoop, Vllm, VllmDeepGemm, VllmTritonKernels
 from moe_dispatch.benchmarks.candidates import CandidateFactory
 from moe_dispatch.benchmarks.compiled_ahead import COMPILING, compile_plans, jobs_of
 from moe_dispatch.benchmarks.plan import BenchPlan
-from moe_dispatch.benchmarks.provenance import Provenance
 from moe_dispatch.benchmarks.row_files import load
 from moe_dispatch.benchmarks.rows import RowKey, row_key
 from moe_dispatch.benchmarks.stopwatch import Stopwatch
 from moe_dispatch.benchmarks.sweep import Sweep
 from moe_dispatch.experts import ExpertWeights
 from moe_dispatch.machine import Machine, current_machine
-from moe_dispatch.measure import Call, Ceilings, make_inputs
+from moe_dispatch.measure import Call, make_inputs
 from moe_dispatch.policies.calibration.compile_ahead import compiled_path
-from moe_dispatch.problem import DType, Mode, MoEProblem
+from moe_dispatch.problem import DType, MoEProblem
 from moe_dispatch.registry import BACKENDS
 from moe_dispatch.workloads import ROUTINGS, WORKLOADS, Workload, make_experts
-from tests.benchmarks.helpers import H200, LAYER
+from tests.benchmarks.helpers import H200, LAYER, plan, provenance, reference
 from tests.support.fakes import registered
-
-if TYPE_CHECKING:
-    from moe_dispatch.backend import Backend
 
 CPU = current_machine("cpu")
 FULL = H200.model_copy(update={"libraries": {"vllm": "0.33.0", "deep_gemm": "2.8.1"}})
 TOKENS = tuple(range(1, 17))  # as many as it takes for processes to be started
 
 
-def plan(
-    machine: Machine,
-    backends: Sequence[str],
-    *,
-    workload: Workload = LAYER,
-    dtype: DType = "fp32",
-    tokens: Sequence[int] = TOKENS,
-    baselines: Sequence[type[Baseline]] = (),
-    routings: Sequence[str] = ("uniform",),
-    modes: Sequence[Mode] = ("eager",),
-) -> BenchPlan:
-    made: list[Backend] = [BACKENDS.load(name)(machine) for name in backends]
-    return BenchPlan(
-        workloads=(workload,), dtypes=(dtype,), tokens=tuple(tokens), modes=tuple(modes), backends=tuple(made),
-        routings=tuple(ROUTINGS[name] for name in routings), baselines=tuple(each(machine) for each in baselines),
-        inputs=2, point_s=0.0,
-    )  # fmt: skip
+def backends_of(machine: Machine, *names: str) -> list[Backend]:
+    return [BACKENDS.load(name)(machine) for name in names]
 
 
 def factory(machine: Machine) -> CandidateFactory:
@@ -67,15 +47,15 @@ def planned(wanted: BenchPlan, done: frozenset[RowKey] = frozenset()) -> list[tu
 
 def test_what_reads_the_whole_layer_is_not_compiled_on_placeholders(compiling: None) -> None:
     workload = WORKLOADS["gpt-oss-120b"]
-    jobs = planned(plan(FULL, ["gluon_hopper"], workload=workload, dtype="mxfp4", tokens=(1024, 65536)))
+    jobs = planned(plan(*backends_of(FULL, "gluon_hopper"), workload=workload, dtypes=("mxfp4",), tokens=(1024, 65536)))
     assert jobs == [("gluon_hopper", 1024)]  # with more rows it copies the layer
 
 
 def test_a_candidate_is_compiled_once_for_all_modes_and_distributions_without_a_row(compiling: None) -> None:
     wanted = plan(
-        FULL, ["triton_splitk", "torch_grouped"], workload=WORKLOADS["qwen3-30b-a3b"], dtype="fp8", tokens=(1, 64),
-        baselines=(Vllm, VllmDeepGemm, VllmTritonKernels, NaiveLoop), routings=("uniform", "dirichlet-4"),
-        modes=("graph", "eager"),
+        *backends_of(FULL, "triton_splitk", "torch_grouped"), workload=WORKLOADS["qwen3-30b-a3b"], dtypes=("fp8",),
+        tokens=(1, 64), routings=("uniform", "dirichlet-4"), modes=("graph", "eager"),
+        baselines=tuple(baseline(FULL) for baseline in (Vllm, VllmDeepGemm, VllmTritonKernels, NaiveLoop)),
     )  # fmt: skip
     names = ("triton_splitk", "vllm", "vllm_deep_gemm")
     assert sorted(planned(wanted)) == [(name, M) for name in names for M in (1, 64)]
@@ -122,12 +102,12 @@ def test_workers_compile_while_this_process_loads_the_libraries(monkeypatch: pyt
     Noted.prepared.clear()
     monkeypatch.setitem(COMPILING, "naive_loop", COMPILING["vllm"])
     with registered(killed="tests.support.calibration_faults:KilledBackend"):
-        wanted = plan(CPU, ["reference", "killed"], baselines=(Noted,))
+        wanted = plan(*backends_of(CPU, "reference", "killed"), tokens=TOKENS, baselines=(Noted(CPU),))
         failed = compile_plans([wanted], factory(CPU), CPU, torch.device("cpu"), set(), math.inf)
     assert Noted.prepared == ["naive_loop"]
     assert len([line for line in failed if line.startswith("killed at M=")]) == len(TOKENS)
     assert not [line for line in failed if line.startswith("reference")]
-    jobs = jobs_of([plan(CPU, ["reference"])], factory(CPU), CPU, set())
+    jobs = jobs_of([plan(reference(), tokens=TOKENS)], factory(CPU), CPU, set())
     assert compiled_path(CPU).read_text().split() == sorted(job.digest for job in jobs)
 
 
@@ -136,13 +116,9 @@ def test_where_processes_gain_nothing_none_is_started(
     tokens: tuple[int, ...], cores: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "usable_cores", lambda: cores)
-    wanted = plan(CPU, ["reference"], tokens=tokens)
+    wanted = plan(reference(), tokens=tokens)
     refused: Any = pytest.fail
     assert not compile_plans([wanted], factory(CPU), CPU, torch.device("cpu"), set(), math.inf, start_worker=refused)
-
-
-def provenance(machine: Machine) -> Provenance:
-    return Provenance(machine, {"torch": torch.__version__}, "", Ceilings(bandwidth=1e10, fp32_flops=1e11))
 
 
 def test_a_run_that_is_interrupted_while_it_compiles_measures_nothing(
@@ -159,14 +135,14 @@ def test_a_run_that_is_interrupted_while_it_compiles_measures_nothing(
     monkeypatch.setattr("time.perf_counter", lambda: 100.0)
     sweep = Sweep(path, provenance(H200), deadline=130.0)
     with pytest.raises(KeyboardInterrupt):
-        sweep.run([plan(H200, ["triton_splitk"], dtype="bf16")])
+        sweep.run([plan(*backends_of(H200, "triton_splitk"), dtypes=("bf16",))])
     assert seconds == [30.0]
     assert not path.exists()
 
 
 def test_on_a_cpu_nothing_is_compiled_ahead(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("moe_dispatch.benchmarks.sweep.compile_plans", pytest.fail)
-    Sweep(path, provenance(CPU)).run([plan(CPU, ["reference"], tokens=(1,))])
+    Sweep(path, provenance()).run([plan(reference(), tokens=(1,))])
     assert len(load([path])) == 1
 
 
@@ -197,8 +173,9 @@ def _measure_what_was_compiled(path: Path, caches: Path, dtype: DType) -> None:
     machine = Machine.inspect("cuda")
     names = [name for name in BACKENDS.names() if name.startswith(("triton", "gluon"))]
     layer = Workload("6,3,768,384", E=6, topk=3, K=768, N=384)
-    wanted = plan(machine, names, workload=layer, dtype=dtype, tokens=(1, 17, 70, 300))
-    wanted = dataclasses.replace(wanted, modes=("graph",))
+    wanted = plan(
+        *backends_of(machine, *names), workload=layer, dtypes=(dtype,), tokens=(1, 17, 70, 300), modes=("graph",)
+    )  # fmt: skip
     sweep = Sweep(path, provenance(machine))
     sweep._compile_ahead([wanted])
     assert not sweep.notes

@@ -12,8 +12,7 @@ from torch import Tensor
 from moe_dispatch.measure import LayerInputs, make_inputs
 from moe_dispatch.measure.energy import energy_meter, joules_per_call
 from moe_dispatch.workloads import ROUTINGS
-from tests.benchmarks.helpers import LAYER, reference
-from tests.benchmarks.test_sweep import plan, provenance
+from tests.benchmarks.helpers import LAYER, plan, provenance, reference
 
 
 class DescribedDevice:

@@ -1,6 +1,5 @@
 """What is made of rows: the scoreboard, plots, and the suites that measure for them."""
 
-import re
 import sys
 from pathlib import Path
 
@@ -91,20 +90,16 @@ def test_the_scoreboard_suite_has_evidence_for_every_target_early() -> None:
 def test_plots_are_drawn(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     board = [row for row in full_board(fraction=0.9, vllm=1.2) if (row.workload, row.dtype) == (MODELS[0], "fp8")]
-    drawn = plots.draw(board, tmp_path)
-    layer, winners = drawn
-    assert (layer.name, winners.name) == (f"{MODELS[0]}-fp8.png", "winners-fp8.svg")
+    (layer,) = plots.draw(board, tmp_path)
+    assert layer.name == f"{MODELS[0]}-fp8.png"
     assert layer.read_bytes()[1:4] == b"PNG"
-    texts = re.findall(r">([^<>]+)</t", winners.read_text(encoding="utf-8"))
-    assert texts.count("0.90") == len(TOKENS)
-    assert {MODELS[0], "triton_splitk", *map(str, TOKENS)} <= set(texts)
     assert plots.draw([], tmp_path / "none") == []
 
 
 def test_rows_without_a_roofline_are_drawn(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     row = bench_row("vllm", "deepseek-v3", "bf16", 1, 200.0)
-    assert len(plots.draw([row.model_copy(update={"roofline_us": None, "fraction": None})], tmp_path)) == 2
+    assert len(plots.draw([row.model_copy(update={"roofline_us": None, "fraction": None})], tmp_path)) == 1
 
 
 def test_a_missing_matplotlib_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Rows and their files, of this version and of earlier ones."""
+"""Rows and their files."""
 
 import errno
 import json
@@ -69,12 +69,6 @@ def test_what_is_nested_too_deeply_is_one_message(content: str, path: Path) -> N
 def test_a_foreign_line_is_refused(line: str, path: Path) -> None:
     path.write_text(f"{line}\n")
     with pytest.raises(InvalidInputError, match=r"rows.jsonl:1 is not a benchmark row"):
-        row_files.load([path])
-
-
-def test_a_file_packed_by_an_older_version_is_refused_as_such(path: Path) -> None:
-    path.write_text('{"packed":2,"columns":["us"],"run":{}}\n{"config":{}}\n')
-    with pytest.raises(InvalidInputError, match="packed as format 2, and this version reads 4"):
         row_files.load([path])
 
 

@@ -1,6 +1,5 @@
 """Sweeps on a CPU, with the real backends wherever nothing has to fail."""
 
-from collections.abc import Sequence
 from pathlib import Path
 from unittest import mock
 
@@ -9,38 +8,15 @@ import torch
 
 from moe_dispatch.backend import Backend
 from moe_dispatch.benchmarks import row_files
-from moe_dispatch.benchmarks.plan import BenchPlan
-from moe_dispatch.benchmarks.provenance import Provenance
 from moe_dispatch.benchmarks.rows import BenchRow
 from moe_dispatch.benchmarks.sweep import Sweep
 from moe_dispatch.experts import ExpertWeights
-from moe_dispatch.machine import Machine, current_machine
-from moe_dispatch.measure import H200_CEILINGS, Ceilings, time_interleaved
+from moe_dispatch.measure import H200_CEILINGS, time_interleaved
 from moe_dispatch.measure.provenance import commit
-from moe_dispatch.problem import DType
-from moe_dispatch.workloads import ROUTINGS
-from tests.benchmarks.helpers import H200, LAYER, Faulty, out_of_memory_at, reference
-
-MEASURED = Ceilings(bandwidth=1e10, fp32_flops=1e11)
+from tests.benchmarks.helpers import H200, MEASURED, Faulty, out_of_memory_at, plan, provenance, reference
 
 
-def plan(
-    *backends: Backend,
-    tokens: Sequence[int] = (1, 3),
-    dtypes: tuple[DType, ...] = ("fp32",),
-    routings: Sequence[str] = ("uniform",),
-) -> BenchPlan:
-    return BenchPlan(
-        workloads=(LAYER,), dtypes=dtypes, tokens=tuple(tokens), routings=tuple(ROUTINGS[name] for name in routings),
-        modes=("eager",), backends=backends, inputs=2, point_s=0.0,
-    )  # fmt: skip
-
-
-def provenance(machine: Machine | None = None) -> Provenance:
-    return Provenance(machine or current_machine("cpu"), {"torch": torch.__version__}, "", MEASURED)
-
-
-def run(path: Path, *backends: Backend, tokens: Sequence[int] = (1, 3)) -> list[BenchRow]:
+def run(path: Path, *backends: Backend, tokens: tuple[int, ...] = (1, 3)) -> list[BenchRow]:
     return Sweep(path, provenance()).run([plan(*backends, tokens=tokens)])
 
 

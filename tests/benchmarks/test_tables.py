@@ -2,14 +2,11 @@
 
 from pathlib import Path
 
-import pytest
-
 from moe_dispatch.benchmarks import row_files
 from moe_dispatch.benchmarks.reports.speedups import speedup_chart
 from moe_dispatch.benchmarks.reports.tables import tables
 from moe_dispatch.benchmarks.rows import BenchRow
 from moe_dispatch.benchmarks.suites import MODELS, TOKENS
-from moe_dispatch.errors import InvalidInputError
 from tests.benchmarks.helpers import RESULTS, ROOT, bench_row, full_board, run
 
 TIMES = "Time in µs and fraction of the roofline, {}"
@@ -74,12 +71,6 @@ def test_means_and_grids_are_of_the_sweep_where_it_is_given() -> None:
     assert cells(made[MEANS], "– sweep") == [[".800"] * 3, ["–"] * 3]
     assert cells(made["The fastest in the sweep, bf16"], "deepseek-v3") == [["s .80"] * len(TOKENS)]
     assert "The fastest in the sweep, fp8" not in made
-
-
-def test_rows_of_two_machines_have_no_tables() -> None:
-    row = bench_row("vllm", "deepseek-v3", "bf16", 1, 200.0)
-    with pytest.raises(InvalidInputError, match="one machine, got NVIDIA H20, NVIDIA H200"):
-        tables([], [row, row.model_copy(update={"machine": "NVIDIA H20"})])
 
 
 def test_the_command_prints_every_table_below_its_title(path: Path) -> None:

@@ -51,9 +51,9 @@ def separate(
     }
 
 
-def separate_fp8(E: int = 2, N: int = 256, K: int = 128, scale_dtype: torch.dtype = torch.float32) -> Tensors:
+def separate_fp8(N: int = 256, scale_dtype: torch.dtype = torch.float32) -> Tensors:
     tensors: Tensors = {}
-    for name, weight in separate(E, N, K).items():
+    for name, weight in separate(2, N, 128).items():
         codes, scale = quantize_blocks(weight[None])
         tensors |= {name: codes[0], f"{name}_scale_inv": scale[0].to(scale_dtype)}
     return tensors
@@ -105,7 +105,7 @@ def test_separate_experts_are_stacked_gate_first(names: tuple[str, ...], tmp_pat
 
 
 def test_separate_gate_and_up_are_not_read_as_alternating_rows(tmp_path: Path) -> None:
-    """The layer took rows of gate for rows of up, and computed something else without a word."""
+    """Rows of gate would be taken for rows of up without a word."""
     path = save(tmp_path, separate())
     with pytest.raises(InvalidInputError, match="tensors of their own, whose rows do not alternate"):
         load(path, interleaved=True)

@@ -322,7 +322,7 @@ def test_commands_run_where_nothing_is_set_up_and_stdout_takes_ascii_alone(tmp_p
 
 @pytest.mark.parametrize("command", [["explain", "--tokens", "1"], ["doctor"]], ids=str)
 def test_what_a_library_prints_does_not_end_in_the_json(command: list[str], tmp_path: Path) -> None:
-    """vLLM writes its log to stdout, and so the machine that `doctor --json` described could not be read."""
+    """As vLLM prints its log."""
     (tmp_path / "talkative.py").write_text("print('INFO a library')\nraise ImportError('no GPU')\n")
     info = tmp_path / "talkative-1.dist-info"
     info.mkdir()

@@ -12,6 +12,7 @@ import signal
 import sys
 import threading
 import time
+import timeit
 import weakref
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -224,18 +225,12 @@ def test_a_log_level_shows_the_choice_once(configured: bool, tmp_path: Path, mon
 
 
 @pytest.mark.parametrize("backend", ["reference", "torch_grouped"])
-@pytest.mark.parametrize("compiling", [False, True])
-def test_autocast_changes_nothing(backend: str, compiling: bool, call: Call) -> None:
-    """Not even the verdict of a probe, which holds for as long as the process lives."""
-
-    def layer(*given: Any) -> Tensor:
-        return moe_forward(*given, backend=backend)
-
-    run: Callable[..., Tensor] = torch.compile(layer, fullgraph=True, backend="aot_eager") if compiling else layer
+def test_autocast_changes_nothing_that_is_compiled(backend: str, call: Call) -> None:
+    layer = functools.partial(moe_forward, backend=backend)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     with ranked("torch_grouped"):
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            assert not explain(*call).candidates[0].against
-            out = run(*call)
+            out = compiled(*call)
         assert torch.equal(out, layer(*call))
 
 
@@ -423,14 +418,6 @@ def test_out_of_memory_goes_to_the_backend_that_needs_less(call: Call) -> None:
         assert stats()["greedy"]["fell_back"] == 2, "memory may be there the next time"
 
 
-def test_out_of_memory_splits_along_m(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Greedy, "most_tokens", 3)
-    monkeypatch.setattr(Greedy, "workspace_bytes", lambda *_: 0)  # none needs less
-    call = make_call(11)
-    with ranked(Greedy), pytest.warns(MoEDispatchWarning, match="split along M into 5 and 6"):
-        assert torch.allclose(moe_forward(*call), expected(call), atol=1e-6)
-
-
 def test_a_lost_context_is_said_and_remembered(call: Call) -> None:
     with ranked(Losing, Honest):
         with pytest.raises(DeviceLostError, match="Restart the process") as lost:
@@ -598,9 +585,12 @@ def test_a_known_kind_of_call_is_one_look_up(recording: bool, call: Call) -> Non
         for _ in range(SETTLING_CALLS):
             moe_forward(*call)
         (plan,) = dispatcher._plans.values()
-        called = min(_seconds(lambda: moe_forward(*call)) for _ in range(15))
-        dispatched = min(_seconds(lambda: dispatcher.forward(*call)) for _ in range(15))
-        direct = min(_seconds(lambda: plan.run(*call, plan.config)) for _ in range(15))
+        called, dispatched, direct = (
+            min(timeit.repeat(run, repeat=15, number=2000)) / 2000
+            for run in (
+                lambda: moe_forward(*call), lambda: dispatcher.forward(*call), lambda: plan.run(*call, plan.config),
+            )
+        )  # fmt: skip
     choosing, whole = (1e6 * (seconds - direct) for seconds in (dispatched, called))
     print(f"recording {recording}: choosing takes {choosing:.2f} µs, all of a call without its backend {whole:.2f}")
     # 1 and 2 µs on a quiet core of a server; a virtual machine's is slower.
@@ -686,17 +676,9 @@ def _planning(name: str, dispatcher: Dispatcher | None = None) -> "Callable[[int
     return lambda M: planner.plan(one_token.with_tokens(M), experts)
 
 
-def _seconds(call: object, times: int = 2000) -> float:
-    assert callable(call)
-    begun = time.perf_counter()
-    for _ in range(times):
-        call()
-    return (time.perf_counter() - begun) / times
-
-
 @pytest.mark.parametrize("fullgraph", [False, True])
 def test_a_bad_compiled_call_is_refused_and_spoils_no_later_one(fullgraph: bool, call: Call) -> None:
-    """An exception in a trace had torch.compile trace into the backends from then on."""
+    """An exception in a trace must not have torch.compile trace into the backends from then on."""
     hidden, experts, weights, ids = call
     torch.compiler.reset()
     compiled = torch.compile(lambda h, w, i: moe_forward(h, experts, w, i), fullgraph=fullgraph, backend="aot_eager")

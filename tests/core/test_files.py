@@ -105,7 +105,7 @@ def test_the_pattern_of_a_listing_matches_names(tmp_path: Path) -> None:
 
 
 def test_a_write_replaces_no_device_and_no_link(tmp_path: Path) -> None:
-    """As root, a calibration exported to /dev/stdout or /dev/null took that from the whole system."""
+    """As root, a calibration exported to /dev/null would take that from the whole system."""
     device, fifo, socket_, folder = (tmp_path / name for name in ("device", "fifo", "socket", "folder"))
     os.mkfifo(fifo)
     folder.mkdir()

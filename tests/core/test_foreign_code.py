@@ -58,7 +58,7 @@ def foreign(**members: Any) -> type[Backend]:
 
 
 def test_the_wrapper_asks_the_backend_itself_for_everything() -> None:
-    """A method that it inherits asks no backend: triton_splitk on an A100 seemed to quantise activations."""
+    """A method that it inherits asks no backend."""
     wrapper = make_backend("triton_splitk", Machine.load("a100-80gb")).backend
     assert wrapper is not None
     methods = {name for name, member in vars(Backend).items() if name[0] != "_" and inspect.isfunction(member)}
@@ -165,7 +165,7 @@ MOMENTS = ("run", "default_config", "further_reasons", "__init__")
 def test_a_signal_ends_the_program_in_the_middle_of_a_backend(
     handler: Callable[..., None], method: str, call: Call
 ) -> None:
-    """It was taken for the backend's `sys.exit`: the server lived on, without that backend."""
+    """It is not the backend's own `sys.exit`, after which the program would live on."""
 
     def interrupted(*arguments: Any) -> Any:
         os.kill(os.getpid(), signal.SIGUSR1)

@@ -68,9 +68,9 @@ def seeded() -> None:
     torch.manual_seed(0)
 
 
-def routing(tokens: int = M) -> tuple[Tensor, Tensor]:
+def routing() -> tuple[Tensor, Tensor]:
     """Weights and ids with slots of other ranks, an expert twice in a row, and an expert without a token."""
-    weights, ids = torch.rand(tokens, TOPK), torch.randint(-1, E, (tokens, TOPK))
+    weights, ids = torch.rand(M, TOPK), torch.randint(-1, E, (M, TOPK))
     ids[ids == 2] = E
     ids[0] = 1
     return weights, ids
@@ -257,10 +257,10 @@ class Experts(torch.nn.Module):
         return hidden + run(hidden, ExpertWeights(self.gate_up, self.down), weights, ids)
 
 
-def parameters_after(model: Experts, forward: Callable[[Tensor], Tensor], steps: int = 3) -> list[Tensor]:
+def parameters_after(model: Experts, forward: Callable[[Tensor], Tensor]) -> list[Tensor]:
     torch.manual_seed(2)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    for _ in range(steps):
+    for _ in range(3):
         optimizer.zero_grad()
         forward(torch.randn(M, K)).square().mean().backward()
         optimizer.step()

@@ -34,6 +34,7 @@ FLOORS: Final = (  # lowest first
 FLOOR: Final = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 TOP: Final = len(FLOORS) - 1
 BESIDE: Final = ("backends", "policies")
+LINKED: Final = (*BESIDE, "benchmarks")
 HIGHEST_FOR_BESIDE: Final = FLOOR["dispatch"]
 
 
@@ -57,7 +58,7 @@ class Import:
 
 def modules() -> dict[str, Path]:
     """Every module of the package by name; backends, policies and benchmarks through their links."""
-    folders = [ROOT / PACKAGE, *(ROOT / PACKAGE / link for link in ("backends", "policies", "benchmarks"))]
+    folders = [ROOT / PACKAGE, *(ROOT / PACKAGE / link for link in LINKED)]
     paths = {path for folder in folders for path in folder.rglob("*.py")}
     return {".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path for path in paths}
 
@@ -82,7 +83,9 @@ def _imports_of(name: str, path: Path, names: dict[str, Path]) -> Iterator[Impor
             # `import moe_dispatch` alone, as for the package's folder, runs only what every import of a module runs.
             targets = {alias.name for alias in node.names} - {PACKAGE}
         for target in sorted(targets):
-            if target.partition(".")[0] == PACKAGE:
+            top = target.partition(".")[0]
+            assert top not in LINKED, f"{name} imports {target} under another name than moe_dispatch.{target}"
+            if top == PACKAGE:
                 yield Import(name, target, node in lazy)
 
 
@@ -111,7 +114,7 @@ def is_allowed(edge: Import) -> bool:
 
 
 def test_every_module_has_a_floor() -> None:
-    assert {room(name) for name in modules()} == {*FLOOR, *BESIDE, "benchmarks"}
+    assert {room(name) for name in modules()} == {*FLOOR, *LINKED}
 
 
 def test_imports_run_one_way() -> None:

@@ -305,7 +305,7 @@ def test_a_result_is_no_view(shape: tuple[int, ...], shared_N: int) -> None:
 
 
 def test_an_offloaded_layer_holds_nothing_between_calls() -> None:
-    """Every layer kept what a hook had brought for its last call, so offloading freed no memory."""
+    """What a hook brings for one call, and the layer kept, would be memory that offloading does not free."""
     accelerate = pytest.importorskip("accelerate")
     layer, hidden = small_layer(shared_N=16), tokens()
 
@@ -325,7 +325,6 @@ def test_an_offloaded_layer_holds_nothing_between_calls() -> None:
 
 @pytest.mark.parametrize("grad", [False, True])
 def test_tensors_that_are_the_layers_for_one_call_are_not_held(grad: bool) -> None:
-    """The last step's weights and graph stayed until the next call."""
     layer, hidden = small_layer(), tokens()
     weights = {name: 2 * each for name, each in layer.named_parameters()}
     memory = weakref.ref(weights["experts.gate_up_proj"].untyped_storage())
@@ -357,7 +356,7 @@ class Twice(nn.Module):
 
 
 def test_torch_may_swap_parameters_after_a_recorded_call() -> None:
-    """It swaps no tensor that is referred to weakly, and refused to convert a layer or to load weights into it."""
+    """It swaps no tensor that is referred to weakly."""
     layer = small_layer(shared_N=16)
     layer(tokens()).sum().backward()
     state = {name: 2 * each.detach() for name, each in layer.state_dict().items()}
@@ -380,7 +379,7 @@ def test_what_is_no_tensor_or_has_no_memory_is_refused_by_name() -> None:
 
 
 def test_a_fake_layer_is_run_without_a_warning() -> None:
-    """Torch warned that its address was asked for, and called that almost definitely a bug."""
+    """Torch warns where the address of a fake tensor is asked for."""
     with warnings.catch_warnings(), FakeTensorMode():
         warnings.simplefilter("error")
         layer = MoELayer(6, 4, 4, 2)

@@ -17,7 +17,7 @@ from tests.matrix.cells import CELLS, FOLDER, Outcome, keep, kind, outcomes, pin
 from tests.matrix.table import BEGIN, END, README, ran_with_pins, with_table
 
 ROOT = Path(__file__).parents[2]
-FILES = sorted(set(CELLS.values()) - {"constraints"})
+FILES = sorted(set(CELLS.values()))
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 
 

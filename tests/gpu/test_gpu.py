@@ -21,7 +21,7 @@ ALONE = "PYTEST_XDIST_WORKER" not in os.environ  # a host's time means nothing w
 MOST_OVERHEAD_US = 10.0
 
 
-def host_us(first: Callable[[], object], second: Callable[[], object], pairs: int = 500) -> tuple[float, float]:
+def host_us(first: Callable[[], object], second: Callable[[], object]) -> tuple[float, float]:
     """Host time of two calls in µs: the median of the first, and the median of what the second takes beyond it.
 
     Each pair is run one right after the other, in turning order and with the device idle: what else the host does
@@ -29,7 +29,7 @@ def host_us(first: Callable[[], object], second: Callable[[], object], pairs: in
     """
     base: list[float] = []
     beyond: list[float] = []
-    for pair in range(pairs):
+    for pair in range(500):
         taken: dict[Callable[[], object], float] = {}
         for call in (first, second) if pair % 2 else (second, first):
             torch.cuda.synchronize()

@@ -42,8 +42,9 @@ def own_kernels(fresh_process: None, monkeypatch: pytest.MonkeyPatch) -> None:
     reset_dispatchers()
 
 
-def layer_of(dtype: torch.dtype, K: int = 1024, N: int = 512, E: int = 32) -> MoELayer:
+def layer_of(dtype: torch.dtype) -> MoELayer:
     """A layer in the style of DeepSeek-V3 with a gated shared expert, its weights the same for every dtype."""
+    K, N, E = 1024, 512, 32
     torch.manual_seed(0)
     router = Router(4, "sigmoid", scale=2.5, groups=4, topk_groups=2, correction_bias=True)
     plain = MoELayer(K, N, E, router, shared_N=2 * N, shared_gate=True, dtype=torch.bfloat16, device="cuda")

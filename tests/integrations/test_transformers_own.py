@@ -199,7 +199,6 @@ def test_other_fp8_schemes_are_left_alone(change: dict[str, Any], reason: str) -
 
 
 def test_each_layer_has_a_line_with_its_reason() -> None:
-    register()
     model = build(qwen3(num_hidden_layers=3))
     model.set_experts_implementation("moe_dispatch")
     model.model.layers[1].mlp.experts.act_fn = torch.nn.Tanh()
@@ -216,7 +215,6 @@ def test_each_layer_has_a_line_with_its_reason() -> None:
 
 
 def test_a_model_that_did_not_ask_is_told_how() -> None:
-    register()
     (line, _) = report(build(qwen3())).layers
     assert line.state == "own"
     assert 'set_experts_implementation("moe_dispatch")' in line.reason
@@ -233,7 +231,6 @@ def test_families_without_an_interface_are_out_of_reach() -> None:
 
 
 def test_a_model_on_the_meta_device_is_inspected() -> None:
-    register()
     model = build(qwen3())
     model.set_experts_implementation("moe_dispatch")
     assert "not loaded" in report(model.to("meta")).layers[0].reason

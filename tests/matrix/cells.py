@@ -10,7 +10,6 @@ FOLDER: Final = Path(__file__).parent
 RECORD: Final = FOLDER / "record.json"
 # Every cell and its file of pins.
 CELLS: Final = {
-    "lint": "constraints",
     **{f"{kind}-torch{torch}": f"torch{torch}" for torch in (211, 213, 214, 215) for kind in ("core", "defaults")},
     **{name: name for name in ("transformers517", "transformers524", "vllm0202", "vllm0260", "vllm0330")},
     **{f"packaging-python{python}": f"python{python}" for python in (311, 312, 313)},

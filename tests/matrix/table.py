@@ -23,9 +23,8 @@ def table() -> str:
     recorded = outcomes()
     lines = ["| Versions | Cells of `make matrix`, and how they last ended |", "|---|---|"]
     for file in dict.fromkeys(CELLS.values()):
-        if file != "constraints":
-            ended = (f"`{cell}`: {_ended(recorded.get(cell), file)}" for cell, of in CELLS.items() if of == file)
-            lines.append(f"| {versions(file)} | {'; '.join(ended)} |")
+        ended = (f"`{cell}`: {_ended(recorded.get(cell), file)}" for cell, of in CELLS.items() if of == file)
+        lines.append(f"| {versions(file)} | {'; '.join(ended)} |")
     return "\n".join(lines)
 
 
