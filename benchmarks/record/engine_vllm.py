@@ -25,7 +25,7 @@ from typing import Any, Final
 from moe_dispatch.benchmarks.record import json_lines
 from moe_dispatch.benchmarks.record.engine_process import serve
 
-BATCHES: Final = (1, 8, 32, 128, 256)
+BATCHES: Final = (256, 128, 32, 8, 1)
 
 
 class EngineEndedError(Exception):
@@ -102,7 +102,8 @@ def compare(engines: list[Engine], report: Callable[[dict[str, Any]], None], rou
     """Measure every workload on both engines, by turns."""
     off, on = (engine.ask("tokens") for engine in engines)
     report(_agreement(off, on))
-    workloads = [("decode", {"batch": batch}) for batch in BATCHES] + [("prefill", {})]
+    # What gains most comes first, in case time ends.
+    workloads = [("prefill", {}), *(("decode", {"batch": batch}) for batch in BATCHES)]
     longest = 0.0
     for _ in range(rounds):
         for what, request in workloads:
