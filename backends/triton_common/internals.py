@@ -39,8 +39,8 @@ def is_jit_function(kernel: object) -> bool:
 def make_cache_key(kernel: Any) -> None:
     """Have Triton make a kernel's key in its cache on disk after those of all functions that the kernel calls.
 
-    A key covers the global constants that these functions use. But when Triton makes it, it sees only the constants
-    of functions whose own keys were made before (`DependenciesFinder._update_hash`). So a kernel that shares functions
+    A key covers the global constants that these functions use. But Triton 3.6 and 3.7 see only the constants of
+    functions whose own keys were made before (`DependenciesFinder._update_hash`). So a kernel that shares functions
     with others would have one key or another, and be compiled once more, by what its process has launched before.
     """
     seen: set[int] = set()

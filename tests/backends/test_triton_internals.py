@@ -76,7 +76,8 @@ def test_a_key_depends_on_no_function_that_was_hashed_before() -> None:
     internals.make_cache_key(afterwards)
     assert afterwards.cache_key == alone.cache_key
     by_triton, _ = caller_of_two()
-    assert by_triton.cache_key != alone.cache_key, "Triton sees all globals by itself now: drop make_cache_key"
+    depends = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 8)
+    assert (by_triton.cache_key != alone.cache_key) == depends, "make_cache_key names other releases of Triton"
 
 
 def copy(x, out_ptr, n, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def] # a kernel's
