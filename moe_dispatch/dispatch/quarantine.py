@@ -41,7 +41,7 @@ from moe_dispatch.system.signals import cleaned_up_on_sigterm
 
 logger = logging.getLogger(__name__)
 
-SCHEMA: Final = 2  # 1 had no strikes, and at first "lethal" for "fatal".
+SCHEMA: Final = 2
 MAX_BYTES: Final = 4 << 20  # An entry takes about 500 bytes.
 MAX_MARKER_BYTES: Final = 64 << 10
 # A process that died in a first run may have been killed for other reasons, so one death bars a backend for this long
@@ -60,7 +60,7 @@ class QuarantineEntry(pydantic.BaseModel):
         problem: repr of the problem with M rounded up to a power of two (`MoEProblem.bucket`), eager if the entry is
             fatal.
         cause: What happened, one line.
-        fatal: Whether it killed a process or its CUDA context. Entries of schema 1 may say ``lethal``.
+        fatal: Whether it killed a process or its CUDA context.
         when: The last time, in UTC, ISO 8601.
         versions: The software it happened under; another value of any ends the entry.
         strikes: How often it happened.
@@ -71,7 +71,7 @@ class QuarantineEntry(pydantic.BaseModel):
     backend: str
     problem: str
     cause: str
-    fatal: bool = pydantic.Field(validation_alias=pydantic.AliasChoices("fatal", "lethal"))
+    fatal: bool
     when: str
     versions: dict[str, str]
     strikes: int = pydantic.Field(default=1, ge=1)
@@ -92,7 +92,7 @@ class QuarantineEntry(pydantic.BaseModel):
 class _File(pydantic.BaseModel):
     model_config = pydantic.ConfigDict(extra="forbid")
 
-    schema_version: Literal[1, 2] = SCHEMA
+    schema_version: Literal[2] = SCHEMA
     entries: list[QuarantineEntry] = []
 
 

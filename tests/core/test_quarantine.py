@@ -141,17 +141,6 @@ def test_a_quarantine_is_said_once(call: Call) -> None:
         assert ran() == {"torch_grouped": 3}
 
 
-def test_entries_of_schema_1_are_read(path: Path) -> None:
-    """They have no strikes, and the oldest say "lethal" for "fatal"."""
-    data = json.loads(path.read_text())
-    (entry,) = data["entries"]
-    del entry["strikes"]
-    for key in ("fatal", "lethal"):
-        old = {key if name == "fatal" else name: value for name, value in entry.items()}
-        path.write_text(json.dumps({"schema_version": 1, "entries": [old]}))
-        assert cause(path) == "crashed"
-
-
 @pytest.mark.parametrize("folder", [False, True])
 def test_a_damaged_file_is_set_aside(folder: bool, path: Path) -> None:
     for number in (1, 2):
