@@ -44,7 +44,7 @@ class NanBackend(RightBackend):
 
 
 class UnstableBackend(RightBackend):
-    """No two of 97 runs in a row give the same bits. Of random factors this near to 1 every 84th pair is the same one."""
+    """No two of 97 runs in a row give the same bits. Of random factors this near to 1 every 84th pair is the same."""
 
     name = "unstable"
     runs = itertools.count()
