@@ -10,9 +10,9 @@ from typing import Final
 from moe_dispatch.errors import PolicyFileError
 from moe_dispatch.machine import Machine
 from moe_dispatch.measure.ceilings import KNOWN_CEILINGS
-from moe_dispatch.policies.measurements.schema import MAX_FILE_BYTES
 from moe_dispatch.problem import MoEProblem
 from moe_dispatch.system.compression import read_bytes
+from moe_dispatch.system.files import MAX_BYTES
 
 # A device with fewer multiprocessors than this share of the measured one's (a MIG slice, say) is left to the rules:
 # which configuration is fastest depends on how many programs run at once.
@@ -99,7 +99,7 @@ def read_shipped(slug: str, suffix: str) -> tuple[bytes, str]:
     """
     with resources.as_file(shipped(slug, suffix)) as path:
         try:
-            return read_bytes(path, limit=MAX_FILE_BYTES), str(path)
+            return read_bytes(path, limit=MAX_BYTES), str(path)
         except OSError as error:
             raise PolicyFileError(f"{path} cannot be read: {error.strerror}; install the package again") from error
         except ValueError as error:

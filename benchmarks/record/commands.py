@@ -6,7 +6,8 @@ from typing import Annotated
 import typer
 
 from moe_dispatch.errors import InvalidInputError
-from moe_dispatch.policies.measurements.schema import CalibrationFile, parse_calibration, read_bytes
+from moe_dispatch.policies.measurements.schema import CalibrationFile, parse_calibration
+from moe_dispatch.stored_files import read_bytes
 from moe_dispatch.system.compression import compressed
 from moe_dispatch.system.files import write_atomically
 

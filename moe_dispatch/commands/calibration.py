@@ -125,7 +125,8 @@ def _read(path: Path) -> "CalibrationFile":
 
 
 def _parsed(path: Path) -> "CalibrationFile":
-    from moe_dispatch.policies.measurements.schema import parse_calibration, read_bytes
+    from moe_dispatch.policies.measurements.schema import parse_calibration
+    from moe_dispatch.stored_files import read_bytes
 
     return parse_calibration(read_bytes(path), str(path))
 

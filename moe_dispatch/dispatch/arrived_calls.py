@@ -14,6 +14,7 @@ from moe_dispatch.dispatch.plan import Plan
 from moe_dispatch.dispatch.planner import Planner
 from moe_dispatch.dispatch.quarantine import Quarantine
 from moe_dispatch.dispatch.recovery import Recovery, Runner
+from moe_dispatch.dispatch.watched_runs import first_run
 from moe_dispatch.guard import foreign_errors
 from moe_dispatch.problem import Mode
 from moe_dispatch.registry import LAST_RESORT
@@ -132,7 +133,7 @@ class ArrivedCalls:
         return plan
 
     def _run(self, plan: Plan, inputs: ArrivedInputs, *, capturing: bool) -> Tensor | PeerRows:
-        """Run a plan. Its first run is watched and waited for, so that what goes wrong there is the backend's doing."""
+        """Run a plan; for the first time see `watched_runs.first_run`."""
         rows, experts, topk_weights, topk_ids, peers = inputs
         out: Tensor | PeerRows
         if peers is not None and plan.backend.stores_to_peers:
@@ -141,21 +142,15 @@ class ArrivedCalls:
             out = topk_weights.new_empty(topk_ids.shape[0], experts.K, dtype=inputs.act_dtype)
         if isinstance(rows, TravellingRows) and not plan.backend.starts_before_arrival:
             rows = rows.wait()
-        run: Any = plan.backend.run_into
+        arguments = (rows, experts, topk_weights, topk_ids, plan.config, out)
         proof = (plan.proof, type(rows), type(out))
-        with contextlib.ExitStack() as first:
-            plan.proven = proof in self._proven
-            if not capturing and not plan.proven:
-                self._recovery.wait_for_earlier_work(experts.device)
-                first.enter_context(FIRST_CALLS.running(plan.choice.backend))
-                first.enter_context(self._quarantine.first_run(plan.choice.backend, plan.problem))
-                first.callback(self._wait, experts.device)
-            run(rows, experts, topk_weights, topk_ids, plan.config, out)
+        plan.proven = proof in self._proven
+        if plan.proven:
+            plan.run(*arguments)
+            return out
         if not capturing:
+            self._recovery.wait_for_earlier_work(experts.device)
+        _, ended = first_run(plan, arguments, self._quarantine)
+        if ended:
             self._proven.add(proof)
         return out
-
-    @staticmethod
-    def _wait(device: torch.device) -> None:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)

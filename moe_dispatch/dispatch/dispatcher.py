@@ -1,22 +1,21 @@
 """From a call to a running backend: one look-up for a kind of call that is known, everything else once per kind."""
 
-import contextlib
 import logging
 import threading
 from collections.abc import Mapping
-from typing import Any, Final
+from typing import Any, Final, cast
 
 import torch
 from torch import Tensor
 
 from moe_dispatch.arrived_rows import ArrivedInputs
 from moe_dispatch.backend import Inputs
+from moe_dispatch.dispatch import torch_operator, watched_runs
 from moe_dispatch.dispatch.arrived_calls import ArrivedCalls
-from moe_dispatch.dispatch.checks import check, check_out, have_memory, overlap, result_fault
+from moe_dispatch.dispatch.checks import check, check_out, have_memory, overlap
 from moe_dispatch.dispatch.counters import BackendStats, Counters
 from moe_dispatch.dispatch.errors import BackendFailedError
-from moe_dispatch.dispatch.first_calls import FIRST_CALLS
-from moe_dispatch.dispatch.kept_inputs import KeptInputs
+from moe_dispatch.dispatch.internals import is_tracing
 from moe_dispatch.dispatch.plan import Plan
 from moe_dispatch.dispatch.planner import Planner
 from moe_dispatch.dispatch.quarantine import Quarantine
@@ -26,7 +25,6 @@ from moe_dispatch.experts import ExpertWeights
 from moe_dispatch.guard import foreign_errors
 from moe_dispatch.machine import Machine
 from moe_dispatch.problem import Mode, MoEProblem
-from moe_dispatch.registry import LAST_RESORT
 from moe_dispatch.settings import Settings, settings
 from moe_dispatch.system import failures
 
@@ -157,6 +155,8 @@ class Dispatcher:
             return self._recovery.run_transformed(arguments, backend, out)
         if plan is None:
             arguments = (hidden_states, experts, topk_weights, topk_ids)
+            if is_tracing():
+                return torch_operator.call(*arguments, backend, out)  # which runs the call outside of the trace
             alike = self._check(key, arguments, backend)
             if out is not None:
                 check_out(out, arguments, needs_grad=grad)
@@ -301,42 +301,12 @@ class Dispatcher:
     # First runs.
 
     def first_run(self, plan: Plan, inputs: Inputs, out: Tensor | None = None) -> Tensor:
-        """Run a plan for the first time: watched and awaited, so that whatever goes wrong is this backend's doing.
-
-        Raises:
-            ContractError: The result is not what `Backend.run` promises.
-        """
+        """Run a plan for the first time; see `watched_runs.first_run`."""
         arguments = (*inputs, plan.config) if out is None else (*inputs, plan.config, out)
-        if plan.choice.backend == LAST_RESORT:
-            result = plan.run(*arguments)
+        result, ended = watched_runs.first_run(plan, arguments, self.quarantine)
+        if ended:
             self.planner.prove(plan)
-            return result
-        device = inputs[0].device
-        capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-        written = ""
-        if capturing:  # nothing can be awaited, so nothing is proven
-            result = plan.run(*arguments)
-        else:
-            kept = KeptInputs(inputs)
-            try:
-                with (
-                    FIRST_CALLS.running(plan.choice.backend),
-                    self.quarantine.first_run(plan.choice.backend, plan.problem),
-                ):
-                    result = plan.run(*arguments)
-                    if device.type == "cuda":
-                        torch.cuda.synchronize(device)
-            except foreign_errors():
-                with contextlib.suppress(RuntimeError):  # as where the device is lost
-                    kept.restore()
-                raise
-            written = kept.restore()
-        _check_result(result, inputs, out)
-        if written:
-            raise ContractError(f"it wrote to {written}")
-        if not capturing:
-            self.planner.prove(plan)
-        return result
+        return cast("Tensor", result)
 
     def _run_into(self, plan: Plan, inputs: Inputs, out: Tensor | None) -> Tensor:
         assert out is not None  # noqa: S101 - plans of such calls are made for them
@@ -355,7 +325,7 @@ class Dispatcher:
             if plan.backend.needs_probe:
                 out = torch.empty_like(inputs[0]) if plan.into else None
                 arguments = (*inputs, plan.config) if out is None else (*inputs, plan.config, out)
-                _check_result(run(*arguments), inputs, out)
+                watched_runs.check_result(run(*arguments), arguments)
         except foreign_errors() as error:
             if failures.lost_device(error):
                 raise self._recovery.device_lost(plan, error) from error
@@ -372,16 +342,3 @@ def _without_tokens(key: PlanKey) -> PlanKey:
     spec, rows, weights, ids, *rest, _ = key
     agree = weights == ids and len(rows) == len(ids) == 2 and rows[0] == ids[0]
     return (spec, rows[1], ids[1], *rest) if agree else ()
-
-
-def _check_result(result: object, inputs: Inputs, out: Tensor | None) -> None:
-    if out is None:
-        fault = result_fault(result, inputs)
-    else:  # which has been checked, and may lie in one allocation with the inputs
-        fault = "" if result is out else "it returned another tensor than the one it was to write into"
-    if fault:
-        raise ContractError(fault)
-
-
-class ContractError(Exception):
-    """A backend returned something else than `Backend.run` promises."""

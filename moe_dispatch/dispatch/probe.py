@@ -9,6 +9,7 @@ from torch import Tensor
 
 from moe_dispatch.backend import Backend, Inputs
 from moe_dispatch.dispatch.checks import result_fault, shares_memory
+from moe_dispatch.dispatch.watched_runs import same_bits
 from moe_dispatch.experts import ExpertWeights
 from moe_dispatch.guard import foreign_errors
 from moe_dispatch.problem import MoEProblem
@@ -102,7 +103,7 @@ def _verdict(outs: list[Tensor], trials: list[_Trial], tolerance: float) -> str:
     for out, trial in zip(outs, trials, strict=True):
         if fault := result_fault(out, trial.inputs):
             return f"its probe was wrong: {fault}"
-        if not all(map(_same, _seen(trial.inputs), trial.before)):
+        if not all(map(same_bits, _seen(trial.inputs), trial.before)):
             return "its probe was wrong: it wrote to its inputs"
     if shares_memory(outs[0], outs[1]):
         return "its probe was wrong: it returned the same memory for two calls, and each output must be fresh memory"
@@ -111,8 +112,3 @@ def _verdict(outs: list[Tensor], trials: list[_Trial], tolerance: float) -> str:
         if not error <= tolerance:  # NaN included
             return f"its probe was wrong: relative error {error:.3g} against fp32, at most {tolerance:g} is allowed"
     return ""
-
-
-def _same(tensor: Tensor, copy: Tensor) -> bool:
-    """Whether two tensors are equal bit for bit, NaN included."""
-    return torch.equal(tensor.view(torch.uint8), copy.view(torch.uint8))

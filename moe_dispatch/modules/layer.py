@@ -1,6 +1,6 @@
 """A whole MoE layer for a model of one's own: gate, routed experts, shared experts."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Final, Self
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from moe_dispatch.activations import Activation, canonical
 from moe_dispatch.api import warm_up
 from moe_dispatch.dispatch.gradients import is_any_recorded
+from moe_dispatch.dispatch.internals import is_tracing
 from moe_dispatch.errors import InvalidInputError
 from moe_dispatch.modules.gate import Gate
 from moe_dispatch.modules.side_stream import forked
@@ -155,6 +156,7 @@ class MoELayer(nn.Module):
         Args:
             tokens: Token counts; a captured graph needs its own in here.
         """
+        tokens = tuple(tokens) if isinstance(tokens, Iterable) else (tokens,)  # also of what can be read once
         dtype, device = self.gate.weight.dtype, self.gate.weight.device
         warm_up(self.experts.weights(), self.gate.router.topk, tokens, dtype)
         if self.shared_experts is not None:
@@ -182,7 +184,8 @@ class MoELayer(nn.Module):
         return result
 
     def _on_two_streams(self, flat: Tensor) -> bool:
-        if not flat.is_cuda or not 0 < flat.shape[0] <= SIDE_STREAM_TOKENS or torch.compiler.is_compiling():
+        in_a_trace = torch.compiler.is_compiling() or is_tracing()
+        if in_a_trace or not flat.is_cuda or not 0 < flat.shape[0] <= SIDE_STREAM_TOKENS:
             return False
         return not is_any_recorded((flat, *self.parameters()))
 

@@ -27,6 +27,7 @@ from moe_dispatch.parallel.session import Options, Session
 from moe_dispatch.parallel.sharded_experts import ShardedExperts
 from moe_dispatch.parallel.trial import ExchangeFailedError, Trial, drawn_inputs, stage
 from moe_dispatch.problem import QUANTIZED_DTYPES, DType, Mode
+from moe_dispatch.stored_files import NewerFileError, require_older
 from moe_dispatch.system.files import check_writable, locked, set_aside, write_atomically
 from moe_dispatch.workloads import Workload, make_experts, torch_dtype
 
@@ -82,7 +83,7 @@ def calibrate_parallel(
 
     Raises:
         InvalidInputError: A layer has fewer experts than there are ranks, or columns that they do not divide.
-        PolicyFileError: Rank 0 cannot write the result; raised on every rank.
+        PolicyFileError: Rank 0 cannot write the result, or a newer version wrote what is there; raised on every rank.
         ExpertParallelMismatchError: The ranks give different arguments.
         ExpertParallelLostError: A rank is dead or late.
     """
@@ -106,7 +107,7 @@ def calibrate_parallel(
     }
     leader.control.require_equal("calibrate", facts)
     path = exchange_times.calibration_path(leader.topology)
-    _on_first_rank(leader, lambda: check_writable(path), path)
+    _on_first_rank(leader, lambda: _require_writable(path), path)
     links: list[LinkTimes] = []
     times: list[LayerTimes] = []
     skipped: list[str] = []
@@ -193,13 +194,25 @@ def _call(layer: ShardedExperts, topk: int, M: int, act_dtype: torch.dtype) -> t
     return kind, drawn_inputs(layer, M, topk, act_dtype, seed)
 
 
+def _require_writable(path: Path) -> None:
+    require_older(path, exchange_times.parse)
+    check_writable(path)
+
+
 def save(path: Path, result: ParallelCalibration) -> None:
-    """Write a calibration with the layers that the file has; one that is damaged is set aside first."""
+    """Write a calibration with the layers that the file has; one that is damaged is set aside first.
+
+    Raises:
+        NewerFileError: A newer version of this package wrote the file.
+        OSError: It cannot be written.
+    """
     with locked(path):
         try:
             older = exchange_times.read(path, result.topology)
         except FileNotFoundError:
             older = None
+        except NewerFileError:
+            raise
         except PolicyFileError as error:
             logger.warning("%s", set_aside(path, error))
             older = None
@@ -212,6 +225,9 @@ def _on_first_rank(session: Session, run: Callable[[], None], path: Path) -> Non
         try:
             run()
         except OSError as error:
-            fault = str(error.strerror or error)
+            why = error.strerror or error
+            fault = f"rank 0 cannot write {path} ({why}); set MOE_DISPATCH_CACHE_DIR to another folder"
+        except PolicyFileError as error:
+            fault = f"on rank 0, {error}"
     if fault := session.control.gather_objects(fault)[0]:
-        raise PolicyFileError(f"rank 0 cannot write {path} ({fault}); set MOE_DISPATCH_CACHE_DIR to another folder")
+        raise PolicyFileError(fault)

@@ -15,10 +15,11 @@ from moe_dispatch.parallel.links import fitted
 from moe_dispatch.parallel.topology import Topology
 from moe_dispatch.problem import Mode
 from moe_dispatch.settings import cache_dir, calibration_search_path, is_file_name
-from moe_dispatch.system.files import read_bytes
+from moe_dispatch.stored_files import read_bytes, refusal
 
 # Above this ratio of two neighbouring measured token counts nothing is interpolated, because times bend too much.
 APART: Final = 16
+SCHEMA: Final = 1
 
 Name = Annotated[str, pydantic.Field(min_length=1, max_length=80)]
 Positive = Annotated[float, pydantic.Field(gt=0, allow_inf_nan=False)]
@@ -108,7 +109,7 @@ class ParallelCalibration(Stored):
         layers: Times of whole calls, by kind of call and exchange.
     """
 
-    schema_version: Literal[1] = 1
+    schema_version: Literal[1] = SCHEMA
     topology: Topology
     versions: dict[Name, str]
     links: tuple[LinkTimes, ...]
@@ -138,17 +139,24 @@ def read(path: Path, topology: Topology) -> ParallelCalibration:
 
     Raises:
         FileNotFoundError: There is none.
-        PolicyFileError: It cannot be read, is damaged, or is of other ranks.
+        PolicyFileError: It cannot be read, is damaged, of another schema, or of other ranks.
     """
-    try:
-        file = ParallelCalibration.model_validate_json(read_bytes(path))
-    except FileNotFoundError:
-        raise
-    except (OSError, ValueError) as error:  # pydantic's errors are ValueErrors
-        raise PolicyFileError(f"{path} is damaged or not readable ({error}); delete it, or calibrate again") from error
+    file = parse(read_bytes(path), str(path))
     if file.topology != topology:
         raise PolicyFileError(f"{path} was measured on {file.topology}, and this is {topology}; calibrate here")
     return file
+
+
+def parse(content: bytes, origin: str) -> ParallelCalibration:
+    """Check a calibration's content.
+
+    Raises:
+        PolicyFileError: It is damaged or of another schema.
+    """
+    try:
+        return ParallelCalibration.model_validate_json(content)
+    except pydantic.ValidationError as error:
+        raise refusal(origin, error, SCHEMA, "delete it, or calibrate again") from error
 
 
 def find(topology: Topology, versions: Mapping[str, str]) -> tuple[ParallelCalibration | None, list[str]]:

@@ -14,10 +14,11 @@ from moe_dispatch.machine import Machine
 from moe_dispatch.policies.learned.cost_model import TERMS, rows_per_expert, terms
 from moe_dispatch.policies.learned.defaults import Members, default_identity
 from moe_dispatch.policies.learned.policy import CostModel, ModelFile, parse_model
-from moe_dispatch.policies.measurements.schema import CalibrationFile, Identity, require_older
+from moe_dispatch.policies.measurements.schema import CalibrationFile, Identity
 from moe_dispatch.policies.rules import FAMILIES
 from moe_dispatch.problem import DType, Mode, MoEProblem
 from moe_dispatch.registry import MadeBackends
+from moe_dispatch.stored_files import require_older
 from moe_dispatch.system.files import locked, write_atomically
 
 # Cost models fitted to five of the seven named layers chose for the other two at least as well as the rules do; those

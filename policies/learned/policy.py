@@ -13,13 +13,14 @@ from moe_dispatch.errors import PolicyFileError, warn
 from moe_dispatch.machine import Machine
 from moe_dispatch.policies.learned.cost_model import TERMS, Term, rows_per_expert, terms
 from moe_dispatch.policies.learned.defaults import Members
-from moe_dispatch.policies.measurements.schema import Count, Name, Positive, Strict, read_bytes, refusal
+from moe_dispatch.policies.measurements.schema import Count, Name, Positive, Strict
 from moe_dispatch.policies.measurements.table import rough_us
 from moe_dispatch.policies.nearest import Nearest, nearest, read_shipped
 from moe_dispatch.policy import Choice, Policy, UsableBackends
 from moe_dispatch.problem import DType, Mode, MoEProblem
 from moe_dispatch.registry import MadeBackends
 from moe_dispatch.settings import cache_dir
+from moe_dispatch.stored_files import read_bytes, refusal
 
 SCHEMA: Final = 5
 # A backend that is far behind is not measured further, so its cost model does not know where it is slow. The model is

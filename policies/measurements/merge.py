@@ -14,15 +14,14 @@ from moe_dispatch.policies.measurements.schema import (
     LayerKey,
     LayerShape,
     Measurement,
-    NewerFileError,
     Point,
     PointKey,
     StoredMeasurement,
     parse_calibration,
     read_calibration,
-    require_older,
 )
 from moe_dispatch.policies.measurements.table import tables
+from moe_dispatch.stored_files import NewerFileError, require_older
 from moe_dispatch.system.files import check_writable, locked, set_aside, write_atomically
 
 logger = logging.getLogger(__name__)

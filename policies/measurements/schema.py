@@ -4,7 +4,7 @@ There is one file per machine fingerprint, and the shipped tables have the same 
 only: nothing in it is ever imported or executed, and backends are looked up by name among the registered ones.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Final, Literal, Self
@@ -15,10 +15,9 @@ from moe_dispatch.activations import Activation, canonical
 from moe_dispatch.errors import InvalidInputError, PolicyFileError
 from moe_dispatch.machine import Machine
 from moe_dispatch.problem import QUANTIZED_DTYPES, DType, Mode, MoEProblem
-from moe_dispatch.system import compression, files
+from moe_dispatch.stored_files import read_bytes, refusal
 
 SCHEMA: Final = 1
-MAX_FILE_BYTES: Final = 32 << 20  # a full calibration of every named workload takes about 1 MiB
 MAX_TEXT: Final = 1000
 
 Name = Annotated[str, pydantic.Field(min_length=1, max_length=80, pattern=r"^[A-Za-z0-9_.\-]+$")]
@@ -31,10 +30,6 @@ Quartiles = tuple[Positive, Positive, Positive]
 LayerKey = tuple[int, int, int, int, str, str, str, bool, bool]
 PointKey = tuple[LayerKey, int, Mode]
 Identity = tuple[str, tuple[tuple[str, int | str | bool], ...]]  # of a candidate: backend and sorted configuration
-
-
-class NewerFileError(PolicyFileError):
-    """A file that a newer version of this package wrote. It is not used, and not replaced."""
 
 
 class Strict(pydantic.BaseModel):
@@ -277,25 +272,6 @@ class CalibrationFile(Strict):
                 yield Measurement(self.layers[point.layer], point.M, point.mode, **fields)
 
 
-def read_bytes(path: Path) -> bytes:
-    """The content of a policy file, which is compressed if its name ends with .xz.
-
-    Raises:
-        FileNotFoundError: There is no such file.
-        PolicyFileError: It is not a regular file, too large, or not readable.
-    """
-    try:
-        return compression.read_bytes(path, limit=MAX_FILE_BYTES)
-    except ValueError as error:
-        raise PolicyFileError(f"{path} is damaged: {error}; delete it") from error
-    except FileNotFoundError:
-        raise
-    except files.UnusableFileError as error:
-        raise PolicyFileError(f"{path} cannot be used: {error.strerror}; delete it") from error
-    except OSError as error:
-        raise PolicyFileError(f"{path} cannot be read: {error.strerror}; make it readable or delete it") from error
-
-
 def parse_calibration(content: bytes, origin: str) -> CalibrationFile:
     """Check a calibration's content.
 
@@ -325,33 +301,3 @@ def read_calibration(path: Path, machine: Machine) -> CalibrationFile:
             f"({machine.fingerprint}); calibrate here"
         )
     return file
-
-
-def refusal(origin: str, error: pydantic.ValidationError, schema: int, anew: str) -> PolicyFileError:
-    """What to raise of a file: the first thing that is wrong with it, and how to make it anew if that is damage."""
-    first = error.errors(include_url=False, include_input=True)[0]
-    where = ".".join(map(str, first["loc"]))
-    if where != "schema_version":
-        return PolicyFileError(f"{origin} is damaged: {where + ': ' if where else ''}{first['msg'][:300]}; {anew}")
-    version = first["input"]
-    read = f"{origin} has schema version {str(version)[:40]} and this version of moe_dispatch reads {schema}"
-    if isinstance(version, int) and version > schema:
-        return NewerFileError(
-            f"{read}; it is left to the newer version that wrote it. Use that one, or set MOE_DISPATCH_CACHE_DIR to a "
-            "folder of this one's"
-        )
-    return PolicyFileError(f"{read}; {anew}")
-
-
-def require_older(path: Path, parse: Callable[[bytes, str], object]) -> None:
-    """Refuse to replace a file that a newer version of this package wrote.
-
-    Raises:
-        NewerFileError: It is one.
-    """
-    try:
-        parse(read_bytes(path), str(path))
-    except NewerFileError:
-        raise
-    except (FileNotFoundError, PolicyFileError):
-        return

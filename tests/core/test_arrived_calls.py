@@ -38,6 +38,35 @@ class Failing(Taking):
         raise RuntimeError("no such kernel")
 
 
+class ReturningElsewhere(Taking):
+    """Leaves the memory that it was given as it is."""
+
+    name = "returning_elsewhere"
+
+    def run_into(self, *arguments: Any) -> Tensor:
+        return super().run_into(*arguments[:-1], torch.empty_like(arguments[-1]))
+
+
+class Writing(Taking):
+    """Writes to all of its inputs."""
+
+    name = "writing"
+
+    def run_into(self, rows: Any, experts: Any, topk_weights: Tensor, topk_ids: Tensor, *others: Any) -> Tensor:
+        out = super().run_into(rows, experts, topk_weights, topk_ids, *others)
+        for tensor in (rows.codes, rows.scale, topk_weights, topk_ids):
+            tensor.zero_()
+        return out
+
+
+class WritingAndFailing(Writing):
+    name = "writing_and_failing"
+
+    def run_into(self, *arguments: Any) -> Tensor:
+        super().run_into(*arguments)
+        raise RuntimeError("no such kernel")
+
+
 class FailingInGraphs(Failing):
     """Is chosen for CUDA graphs alone."""
 
@@ -71,9 +100,16 @@ def arrived(M: int = 3) -> tuple[ArrivedInputs, Tensor]:
         ((Honest, Taking), None, "taking", []),
         ((Taking, Honest), "honest", "honest", []),
         ((Failing, Honest), None, "honest", ["failing"]),
+        ((ReturningElsewhere, Honest), None, "honest", ["returning_elsewhere"]),
+        ((Writing, Honest), None, "honest", ["writing"]),
+        ((WritingAndFailing, Honest), None, "honest", ["writing_and_failing"]),
     ],
-    ids=["the first that takes them", "named, and takes dequantised ones", "in place of one that fails"],
-)
+    ids=[
+        "the first that takes them", "named, and takes dequantised ones", "in place of one that fails",
+        "in place of one that returns other memory", "in place of one that writes to its inputs",
+        "in place of one that does and fails",
+    ],
+)  # fmt: skip
 def test_quantised_rows_go_to(order: tuple[type[Backend], ...], named: str | None, runs: str, bars: list[str]) -> None:
     inputs, truth = arrived()
     with ranked(*order):

@@ -406,6 +406,15 @@ def test_what_a_first_run_writes_to_its_inputs_is_undone(place: int, raises: boo
     assert all(map(torch.equal, before, (tensor for tensor in call if isinstance(tensor, Tensor))))
 
 
+def test_a_first_run_takes_any_stride_of_a_dimension_of_one(call: Call) -> None:
+    """Torch counts such a tensor as contiguous, and no view of its bytes can be had."""
+    hidden, experts, weights, ids = call
+    columns = (hidden, experts, weights[:, :1].T.contiguous().T, ids[:, :1].T.contiguous().T)
+    with ranked(Foreign):
+        assert is_right(columns)
+        assert ran()["foreign"] == 1
+
+
 def test_a_fast_path_is_looked_at_before_it_is_used(call: Call) -> None:
     def fast_path(self: Backend, inputs: Inputs, config: BackendConfig) -> Run:
         return lambda hidden_states, *_: hidden_states

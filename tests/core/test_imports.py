@@ -21,8 +21,8 @@ FLOORS: Final = (  # lowest first
     # what a layer is, how it is stored, and where it runs
     (
         "errors", "settings", "activations", "problem", "mxfp4", "numerics", "routers", "machine", "model_config",
-        "checkpoints", "checkpoint_files", "checkpoint_scales", "checkpoint_sources", "checkpoint_mxfp4",
-        "tensor_memory", "weight_checks", "experts", "workloads",
+        "stored_files", "checkpoints", "checkpoint_files", "checkpoint_scales", "checkpoint_sources",
+        "checkpoint_mxfp4", "tensor_memory", "weight_checks", "experts", "workloads",
     ),
     ("backend", "arrived_rows", "guard", "policy", "registry"),  # what those are, and where they are found
     ("measure",),  # inputs, timing, verification

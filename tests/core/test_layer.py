@@ -376,6 +376,8 @@ def test_what_is_no_tensor_or_has_no_memory_is_refused_by_name() -> None:
         MoELayer(6, 4, 4, 2)(numpy.zeros((3, 6)))
     with pytest.raises(InvalidInputError, match="must be on cpu or cuda, got meta"):
         MoELayer(6, 4, 4, 2, device="meta")(torch.empty(3, 6, device="meta"))
+    with pytest.raises(InvalidInputError, match=r"experts must be ExpertWeights\(gate_up, down\), got dict"):
+        MoELayer(6, 4, 4, 2).experts.assign({})  # type: ignore[arg-type]
 
 
 def test_a_fake_layer_is_run_without_a_warning() -> None:
@@ -415,6 +417,24 @@ def test_compiles_whole() -> None:
         assert relative_error(compiled(tokens()), layer(tokens())) <= 1e-6
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("warm", [False, True])
+def test_is_traced_whole(*, grad: bool, warm: bool) -> None:
+    """As TensorBoard's add_graph does. Sizes are tensors in such a trace, and the layer was broken from then on."""
+    layer = MoELayer(K=64, N=16, E=4, router=2, shared_N=16)
+    with torch.set_grad_enabled(grad):
+        if warm:
+            layer(tokens())
+        traced = torch.jit.trace(layer, tokens())
+        few = tokens()[:2]
+        expected = layer(few)
+        assert relative_error(traced(few), expected) <= 1e-6
+    if grad:
+        (gradient,) = torch.autograd.grad(traced(few).sum(), layer.experts.down_proj)
+        assert torch.equal(gradient, torch.autograd.grad(expected.sum(), layer.experts.down_proj)[0])
+
+
 def test_autocast_does_not_reach_the_router() -> None:
     layer = small_layer()
     with torch.no_grad():
@@ -428,7 +448,11 @@ def test_warm_up_runs_the_layer() -> None:
 
     layer = small_layer(shared_N=16)
     layer.warm_up([1, 3])
-    assert stats()["reference"]["ran"] >= 4
+    ran = stats()["reference"]["ran"]
+    assert ran >= 4
+    layer.warm_up(iter([1, 3]))  # type: ignore[arg-type]
+    assert stats()["reference"]["ran"] == 2 * ran
+    layer.warm_up(2)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

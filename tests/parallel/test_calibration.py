@@ -14,6 +14,7 @@ import torch.distributed as dist
 from typer.testing import CliRunner
 
 from moe_dispatch.commands.app import app
+from moe_dispatch.errors import PolicyFileError
 from moe_dispatch.parallel.calibration import save
 from moe_dispatch.parallel.exchange_times import ExchangeTable, ParallelCalibration, Split, calibration_path, find, read
 from moe_dispatch.parallel.expert_parallel import ExpertParallel
@@ -135,14 +136,35 @@ def test_a_later_calibration_keeps_other_layers(stored: ParallelCalibration) -> 
 
 
 def test_a_damaged_file_is_set_aside(stored: ParallelCalibration, tmp_path: Path) -> None:
-    """What was in it was lost; a file of a later version of this package looks damaged, too."""
     path = tmp_path / "parallel.json"
-    for content in ("{", stored.model_dump_json().replace('"schema_version":1', '"schema_version":2')):
+    for content in ("{", stored.model_dump_json().replace('"schema_version":1', '"schema_version":0')):
         path.write_text(content, encoding="utf-8")
         save(path, stored)
         assert read(path, stored.topology) == stored
     kept = sorted(tmp_path.glob("parallel.json.damaged-*"))
     assert [len(each.read_text(encoding="utf-8")) for each in kept] == [1, len(stored.model_dump_json())]
+
+
+def test_a_newer_file_is_left_as_it_is(stored: ParallelCalibration, tmp_path: Path) -> None:
+    path = tmp_path / "parallel.json"
+    content = stored.model_dump_json().replace('"schema_version":1', '"of":"later","schema_version":2')
+    path.write_text(content, encoding="utf-8")
+    with pytest.raises(PolicyFileError, match=r"schema version 2 .* reads 1; .*newer.*MOE_DISPATCH_CACHE_DIR"):
+        save(path, stored)
+    assert path.read_text(encoding="utf-8") == content
+    assert not list(tmp_path.glob("*.damaged-*"))
+
+
+def test_beside_a_newer_file_every_rank_refuses_to_measure(two: Ranks, calibrated: dict[str, Any]) -> None:
+    path = Path(calibrated["path"])
+    before = path.read_text(encoding="utf-8")
+    path.write_text(before.replace('"schema_version":1', '"schema_version":2'), encoding="utf-8")
+    try:
+        for code, text in two.run(run_command):
+            assert code == 2, text
+            assert "schema version 2" in text
+    finally:
+        path.write_text(before, encoding="utf-8")
 
 
 def test_divisions_that_do_not_fit_are_refused() -> None:
