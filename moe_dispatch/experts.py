@@ -117,8 +117,8 @@ class ExpertWeights:
             raise InvalidInputError(f"interleaved rows need a gate, and activation {activation!r} has none")
         check_weight("gate_up", gate_up, transposed=transposed)
         check_weight("down", down, transposed=transposed)
-        E, rows, K = *gate_up.shape[:2], columns_of("gate_up", gate_up)
-        N = columns_of("down", down)
+        # Under torch.jit.trace sizes are tensors.
+        E, rows, K, N = map(int, (*gate_up.shape[:2], columns_of("gate_up", gate_up), columns_of("down", down)))
         if tuple(down.shape[:2]) != (E, K) or rows != (2 * N if gated else N):
             raise InvalidInputError(
                 f"gate_up {list(gate_up.shape)} and down {list(down.shape)} do not belong together: activation "

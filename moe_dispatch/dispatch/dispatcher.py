@@ -10,11 +10,12 @@ from torch import Tensor
 
 from moe_dispatch.arrived_rows import ArrivedInputs
 from moe_dispatch.backend import Inputs
-from moe_dispatch.dispatch import watched_runs
+from moe_dispatch.dispatch import torch_operator, watched_runs
 from moe_dispatch.dispatch.arrived_calls import ArrivedCalls
 from moe_dispatch.dispatch.checks import check, check_out, have_memory, overlap
 from moe_dispatch.dispatch.counters import BackendStats, Counters
 from moe_dispatch.dispatch.errors import BackendFailedError
+from moe_dispatch.dispatch.internals import is_tracing
 from moe_dispatch.dispatch.plan import Plan
 from moe_dispatch.dispatch.planner import Planner
 from moe_dispatch.dispatch.quarantine import Quarantine
@@ -154,6 +155,8 @@ class Dispatcher:
             return self._recovery.run_transformed(arguments, backend, out)
         if plan is None:
             arguments = (hidden_states, experts, topk_weights, topk_ids)
+            if is_tracing():
+                return torch_operator.call(*arguments, backend, out)  # which runs the call outside of the trace
             alike = self._check(key, arguments, backend)
             if out is not None:
                 check_out(out, arguments, needs_grad=grad)

@@ -29,6 +29,9 @@ is_capturing: Final[Callable[[], bool]] = getattr(
     torch._C, "_cuda_isCurrentStreamCapturing", torch.cuda.is_current_stream_capturing
 )
 
+# Whether torch.jit.trace is at work, under which the sizes of tensors are tensors. A torch without the name lacks both.
+is_tracing: Final[Callable[[], bool]] = getattr(torch._C, "_is_tracing", lambda: False)
+
 # Whether a transform of torch.func is at work. The reserve leaves it open.
 transforms_active: Final[Callable[[], bool]] = getattr(torch._C, "_are_functorch_transforms_active", lambda: True)
 

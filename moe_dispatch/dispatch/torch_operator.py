@@ -18,7 +18,7 @@ from torch import Tensor
 from moe_dispatch.activations import Activation
 from moe_dispatch.dispatch.borrowed_experts import BorrowedExperts
 from moe_dispatch.dispatch.gradients import Gradients, Wanted, is_any_recorded
-from moe_dispatch.dispatch.internals import dispatch_modes, transforms_active
+from moe_dispatch.dispatch.internals import dispatch_modes, is_tracing, transforms_active
 from moe_dispatch.experts import TENSORS, ExpertWeights
 from moe_dispatch.tensor_memory import address
 
@@ -45,7 +45,7 @@ def record(
 ) -> Tensor:
     """Run a call of tensors that have memory, outside of a trace, and have autograd record it."""
     arguments = (hidden_states, topk_weights, topk_ids, *_layer_arguments(experts), backend or "")
-    if transforms_active():
+    if transforms_active() or is_tracing():
         return _call(arguments)
     return cast("Tensor", _Recorded.apply(*arguments))  # type: ignore[no-untyped-call] # torch does not annotate it
 
@@ -83,6 +83,8 @@ def call_tensors(
 def _call(arguments: tuple[Any, ...], out: Tensor | None = None) -> Tensor:
     if out is None:
         recorded = is_any_recorded([argument for argument in arguments if isinstance(argument, Tensor)])
+        # What torch.jit.trace has recorded may run with and without a gradient.
+        recorded = recorded or (not torch.compiler.is_compiling() and is_tracing())
         operator = torch.ops.moe_dispatch.recorded_forward if recorded else torch.ops.moe_dispatch.forward
         return cast("Tensor", operator(*arguments))
     torch.ops.moe_dispatch.forward_into(*arguments, out)

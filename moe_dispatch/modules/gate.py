@@ -12,6 +12,7 @@ from moe_dispatch.backends.stages.router_logits import router_logits, router_log
 from moe_dispatch.backends.stages.select_experts import select_experts
 from moe_dispatch.backends.triton_common.features import features
 from moe_dispatch.dispatch.gradients import is_any_recorded
+from moe_dispatch.dispatch.internals import is_tracing
 from moe_dispatch.machine import Machine
 from moe_dispatch.modules.kept_dtype import keeping_dtype
 from moe_dispatch.routers import Router, select_experts_torch
@@ -74,7 +75,7 @@ class Gate(nn.Module):
         """
         correction = self.e_score_correction_bias
         parameters = (self.weight, self.bias)
-        if torch.compiler.is_compiling() or is_any_recorded((hidden_states, *self.parameters())):
+        if torch.compiler.is_compiling() or is_tracing() or is_any_recorded((hidden_states, *self.parameters())):
             logits = router_logits_torch(hidden_states, *parameters)
             weights, ids = select_experts_torch(logits, self.router, correction)
         else:

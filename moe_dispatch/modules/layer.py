@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from moe_dispatch.activations import Activation, canonical
 from moe_dispatch.api import warm_up
 from moe_dispatch.dispatch.gradients import is_any_recorded
+from moe_dispatch.dispatch.internals import is_tracing
 from moe_dispatch.errors import InvalidInputError
 from moe_dispatch.modules.gate import Gate
 from moe_dispatch.modules.side_stream import forked
@@ -182,7 +183,8 @@ class MoELayer(nn.Module):
         return result
 
     def _on_two_streams(self, flat: Tensor) -> bool:
-        if not flat.is_cuda or not 0 < flat.shape[0] <= SIDE_STREAM_TOKENS or torch.compiler.is_compiling():
+        in_a_trace = torch.compiler.is_compiling() or is_tracing()
+        if in_a_trace or not flat.is_cuda or not 0 < flat.shape[0] <= SIDE_STREAM_TOKENS:
             return False
         return not is_any_recorded((flat, *self.parameters()))
 

@@ -24,6 +24,7 @@ def test_the_names_are_there() -> None:
         pytest.skip(f"torch {version} was not read; it has what the other tests here and in test_dispatcher need")
     assert callable(torch._C._is_any_autocast_enabled)
     assert callable(torch._C._dynamo.guards.TensorGuards)
+    assert callable(torch._C._is_tracing)
     assert callable(torch._C._len_torch_dispatch_stack)
     assert callable(torch._C._SetExcludeDispatchKeyGuard)
     assert torch.version.cuda is None or callable(torch._C._cuda_isCurrentStreamCapturing)

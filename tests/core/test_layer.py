@@ -416,6 +416,24 @@ def test_compiles_whole() -> None:
         assert relative_error(compiled(tokens()), layer(tokens())) <= 1e-6
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("warm", [False, True])
+def test_is_traced_whole(*, grad: bool, warm: bool) -> None:
+    """As TensorBoard's add_graph does. Sizes are tensors in such a trace, and the layer was broken from then on."""
+    layer = MoELayer(K=64, N=16, E=4, router=2, shared_N=16)
+    with torch.set_grad_enabled(grad):
+        if warm:
+            layer(tokens())
+        traced = torch.jit.trace(layer, tokens())
+        few = tokens()[:2]
+        expected = layer(few)
+        assert relative_error(traced(few), expected) <= 1e-6
+    if grad:
+        (gradient,) = torch.autograd.grad(traced(few).sum(), layer.experts.down_proj)
+        assert torch.equal(gradient, torch.autograd.grad(expected.sum(), layer.experts.down_proj)[0])
+
+
 def test_autocast_does_not_reach_the_router() -> None:
     layer = small_layer()
     with torch.no_grad():
