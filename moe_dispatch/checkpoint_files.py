@@ -215,7 +215,7 @@ def _check_quantization(config: Mapping[str, Any], origin: str) -> None:
     if not isinstance(quantization, dict):
         return
     block = quantization.get("weight_block_size")
-    if block is not None and list(block) != [QUANT_BLOCK, QUANT_BLOCK]:
+    if block not in (None, [QUANT_BLOCK, QUANT_BLOCK]):
         raise InvalidInputError(
             f"{origin} has FP8 blocks of {block}, and {QUANT_BLOCK}×{QUANT_BLOCK} is what the backends take"
         )

@@ -59,9 +59,8 @@ def fused_row_scales(scale: Tensor, E: int, rows: int, spans: Sequence[slice], w
     Returns:
         fp32 ``[E, rows that are kept]``, or ``[E, scales of an expert]``.
     """
-    each = in_fp32(scale, what).reshape(1 if scale.numel() == 1 else scale.shape[0], -1)
-    if scale.numel() == 1:
-        each = each.expand(E, 1)
+    scale = in_fp32(scale, what)
+    each = scale.reshape(1, 1).expand(E, 1) if scale.numel() == 1 else scale.reshape(*scale.shape, 1).flatten(1)
     if each.shape[1] == rows:
         each = torch.cat([each[:, span] for span in spans], dim=1)
     return each.contiguous()

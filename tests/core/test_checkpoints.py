@@ -318,6 +318,7 @@ def test_the_config_beside_the_weights_is_held_against_them(tmp_path: Path) -> N
         ExpertWeights.from_safetensors(tmp_path, layer=1)
     for quantization, message in (
         ({"weight_block_size": [64, 64]}, r"FP8 blocks of \[64, 64\]"),
+        ({"weight_block_size": 128}, r"FP8 blocks of 128, and 128×128"),
         ({"activation_scheme": "static"}, "activation_scheme='static'"),
     ):
         save(tmp_path, tensors, {**config, "quantization_config": quantization})

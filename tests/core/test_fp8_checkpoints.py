@@ -107,6 +107,16 @@ def test_a_scale_of_another_shape_is_refused_by_name(tmp_path: Path) -> None:
         load(save(tmp_path, tensors))
 
 
+def test_fused_experts_without_a_scale_are_refused_by_name(tmp_path: Path) -> None:
+    (gate_up, _), (down, down_scale) = quantize_channels(random(E, 2 * N, K)), quantize_channels(random(E, K, N))
+    tensors = {
+        "gate_up_proj": gate_up, "down_proj": down,
+        "gate_up_proj_scale": torch.ones(0, 1), "down_proj_scale": down_scale,
+    }  # fmt: skip
+    with pytest.raises(InvalidInputError, match=r"gate_up_scale .* got \[0, 1\]"):
+        load(save(tmp_path, {PREFIX + name: tensor for name, tensor in tensors.items()}))
+
+
 def test_a_config_with_static_scales_of_activations_is_refused(tmp_path: Path) -> None:
     config: dict[str, Any] = {
         "model_type": "qwen3_moe", "hidden_size": K, "moe_intermediate_size": N, "num_experts": E,
