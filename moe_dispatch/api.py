@@ -102,7 +102,12 @@ def warm_up(
     Raises:
         InvalidInputError: The experts or a number are not what is described above.
     """
-    call.warm_up(experts, topk, tokens, act_dtype, backend, up_to, into_out=into_out)
+    if torch.compiler.is_compiling():  # a trace through a backend fails, and would be held against it
+        from moe_dispatch.dispatch.uncompiled import call_uncompiled
+
+        call_uncompiled(call.warm_up, experts, topk, tokens, act_dtype, backend, up_to, into_out=into_out)
+    else:
+        call.warm_up(experts, topk, tokens, act_dtype, backend, up_to, into_out=into_out)
 
 
 def explain(*arguments: object, machine: Machine | None = None) -> Explanation:
@@ -118,4 +123,9 @@ def explain(*arguments: object, machine: Machine | None = None) -> Explanation:
     Raises:
         InvalidInputError: The arguments are neither, or the problem is for another device than this machine has.
     """
+    if torch.compiler.is_compiling():  # as for `warm_up`, for it probes
+        from moe_dispatch.dispatch.uncompiled import call_uncompiled
+
+        explained: Explanation = call_uncompiled(call.explain, arguments, machine)
+        return explained
     return call.explain(arguments, machine)

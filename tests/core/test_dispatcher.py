@@ -13,8 +13,9 @@ import sys
 import threading
 import time
 import weakref
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 import torch
@@ -62,10 +63,6 @@ from tests.support.fakes import (
 from tests.support.processes import exit_code, start_child
 from tests.support.python_calls import python_calls
 from tests.support.stub_kernels import LAYER, inputs
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
 
 pytestmark = pytest.mark.usefixtures("fixed_policy", "no_grad")
 
@@ -707,6 +704,26 @@ def test_a_bad_compiled_call_is_refused_and_spoils_no_later_one(fullgraph: bool,
                 compiled(*arguments)
         assert torch.allclose(compiled(hidden, weights, ids), expected(call), atol=1e-5)
         assert ran()["torch_grouped"] == 1
+        assert not barred()
+
+
+@pytest.mark.parametrize(
+    "function", [lambda call: warm_up(call[1], 2, [1]), lambda call: explain(*call)], ids=["warm_up", "explain"]
+)
+def test_no_trace_goes_through_a_backend(function: Callable[[Call], object], call: Call) -> None:
+    """Its probe failed there, on tensors of the trace, and the backend was avoided from then on."""
+
+    def prepared(hidden: Tensor) -> Tensor:
+        function(call)
+        return hidden + 1
+
+    torch.compiler.reset()
+    reset_dispatchers()
+    with ranked("torch_grouped"):
+        torch.compile(prepared, backend="eager")(call[0])
+        assert not barred()
+        moe_forward(*call)
+        assert ran()["torch_grouped"]
         assert not barred()
 
 
