@@ -41,7 +41,7 @@ class UnknownNameError(MoEDispatchError, LookupError):
     def __init__(self, kind: str, name: str, known: Sequence[str], variable: str = "") -> None:
         self.kind, self.name, self.known = kind, name, tuple(known)
         origin = f"{variable} names {name!r}, and " if variable else ""
-        similar = _similar(name, known)
+        similar = _similar(str(name), known)
         suggestion = f" (did you mean {' or '.join(similar)}?)" if similar else ""
         super().__init__(f"{origin}no {kind} is called {name!r}{suggestion}; known: {', '.join(sorted(known))}")
 

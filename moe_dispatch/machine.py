@@ -205,7 +205,7 @@ def present_device(name: "Device | str | int | None" = None) -> "Device":
     wanted = name if name is not None else default_device()
     try:
         device = torch.device(wanted)
-    except RuntimeError as error:
+    except (RuntimeError, TypeError) as error:
         raise InvalidInputError(f"device must be cpu, cuda or cuda:N, got {wanted!r}") from error
     if device.type not in ("cpu", "cuda"):
         raise InvalidInputError(f"device must be cpu, cuda or cuda:N, got {wanted!r}")

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from moe_dispatch.dispatch import torch_operator
-from moe_dispatch.dispatch.checks import check, check_out, have_memory
+from moe_dispatch.dispatch.checks import check, check_act_dtype, check_layer, check_out, have_memory
 from moe_dispatch.dispatch.coverage import representative_token_counts
 from moe_dispatch.dispatch.dispatcher import Dispatcher
 from moe_dispatch.dispatch.explanation import Explanation
@@ -137,16 +137,14 @@ def warm_up(
     into_out: bool = False,
 ) -> None:
     """See `moe_dispatch.warm_up`."""
-    if not isinstance(experts, ExpertWeights):
-        raise InvalidInputError(f"experts must be ExpertWeights(gate_up, down), got {type(experts).__name__}")
+    check_layer(experts)
     counts = tuple(tokens) if isinstance(tokens, Iterable) else (tokens,)
     least_up_to = () if up_to is None else (("up_to", up_to, 0),)
     numbers = ("topk", topk, 1), *least_up_to, *(("tokens", count, 0) for count in counts)
     for name, count, least in numbers:
         if type(count) is not int or count < least:
             raise InvalidInputError(f"{name} must be integers of at least {least}, got {count!r}")
-    if act_dtype not in (None, torch.bfloat16, torch.float16, torch.float32):
-        raise InvalidInputError(f"act_dtype must be torch.bfloat16, float16, float32 or None, got {act_dtype!r}")
+    check_act_dtype(act_dtype)
     if backend is not None and not isinstance(backend, str):
         raise InvalidInputError(f"backend must be a registered name or None, got {type(backend).__name__}")
     dtype = act_dtype or experts.usual_act_dtype

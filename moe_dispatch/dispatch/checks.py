@@ -28,10 +28,34 @@ def check(
         raise InvalidInputError(f"backend must be a registered name or None, got {type(backend).__name__}")
 
 
+def check_layer(experts: object) -> None:
+    """Refuse what are no weights.
+
+    Raises:
+        InvalidInputError: Its message says what was given.
+    """
+    if not isinstance(experts, ExpertWeights):
+        raise InvalidInputError(_no_layer(experts))
+
+
+def check_act_dtype(act_dtype: object) -> None:
+    """Refuse a dtype that no hidden_states have.
+
+    Raises:
+        InvalidInputError: Its message says what was given and what is allowed.
+    """
+    if not any(act_dtype is each for each in (None, *_ACTIVATIONS)):
+        raise InvalidInputError(f"act_dtype must be torch.bfloat16, float16, float32 or None, got {act_dtype!r}")
+
+
+def _no_layer(experts: object) -> str:
+    return f"experts must be ExpertWeights(gate_up, down), got {type(experts).__name__}"
+
+
 def _complaint(hidden_states: object, experts: object, topk_weights: object, topk_ids: object) -> str:
     """The first fault of a call's arguments, in their order; empty if there is none."""
     if not isinstance(experts, ExpertWeights):
-        return f"experts must be ExpertWeights(gate_up, down), got {type(experts).__name__}"
+        return _no_layer(experts)
     experts.check_unchanged()
     for name, tensor in (("hidden_states", hidden_states), ("topk_weights", topk_weights), ("topk_ids", topk_ids)):
         if fault := _fault(name, tensor, experts):

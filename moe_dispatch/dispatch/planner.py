@@ -145,6 +145,18 @@ class Planner:
             self._pool.made(name).require(variable)
         return name, variable
 
+    def require(self, backend: str | None, problem: MoEProblem) -> tuple[str, str]:
+        """`named`, and the backend must be able to run a problem.
+
+        Raises:
+            BackendUnsupportedError: It cannot.
+            MoEDispatchError: As for `named`.
+        """
+        name, variable = self.named(backend)
+        if name and (reasons := self._pool.reasons_against(name, problem, chosen_by_name=True)):
+            raise BackendUnsupportedError(name, problem, reasons, variable)
+        return name, variable
+
     def statuses(self) -> tuple[BackendStatus, ...]:
         """Every registered backend on this machine."""
         return self._pool.statuses()
@@ -169,9 +181,7 @@ class Planner:
 
     def _named_plan(self, backend: str | None, problem: MoEProblem, experts: ExpertWeights, *, into: bool) -> Plan:
         """The plan of the backend that the caller names, or else the environment."""
-        name, variable = self.named(backend)
-        if reasons := self._pool.reasons_against(name, problem, chosen_by_name=True):
-            raise BackendUnsupportedError(name, problem, reasons, variable)
+        name, variable = self.require(backend, problem)
         choice = self._named_choice(backend, problem)
         if failure := self._probe_failure(choice, problem, experts):
             raise BackendUnavailableError(name, (failure,), variable)

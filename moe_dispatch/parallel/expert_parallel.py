@@ -1,13 +1,14 @@
 """`ExpertParallel`: spreads the experts of layers over the ranks of a process group."""
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, get_args
 
 import torch
 import torch.distributed as dist
 
 from moe_dispatch.dispatch.call import on_device
+from moe_dispatch.dispatch.checks import check, check_act_dtype, check_layer
 from moe_dispatch.errors import InvalidInputError
 from moe_dispatch.experts import ExpertWeights
 from moe_dispatch.machine import present_device
@@ -72,7 +73,7 @@ class ExpertParallel:
         if max_tokens is not None and (type(max_tokens) is not int or max_tokens < 1):
             raise InvalidInputError(f"max_tokens must be a positive integer or None, got {max_tokens!r}")
         for name, seconds in (("timeout", timeout), ("first_timeout", first_timeout)):
-            if not 0 < seconds < float("inf"):
+            if not isinstance(seconds, int | float) or not 0 < seconds < float("inf"):
                 raise InvalidInputError(f"{name} must be a finite number of seconds above 0, got {seconds!r}")
         options = Options(tokens, max_tokens, exchange, float(timeout), float(first_timeout))
         self._session = Session(process_group(group), present_device(device), options)
@@ -112,6 +113,7 @@ class ExpertParallel:
                 whole blocks of 128, MXFP4 of 32.
             ExpertParallelMismatchError: The ranks hold different layers.
         """
+        check_layer(all_experts)
         if division not in get_args(Division):
             raise InvalidInputError(f"division must be 'experts' or 'columns', got {division!r}")
         if division == "columns":
@@ -128,9 +130,11 @@ class ExpertParallel:
         Raises:
             ExpertParallelMismatchError: Shapes, dtypes or activations differ.
         """
+        check_layer(columns_local)
         return self._layer(columns_of(columns_local, self.rank), "columns", columns_local.E)
 
     def _layer(self, local: ExpertWeights, division: Division, experts: int) -> ShardedExperts:
+        check_layer(local)
         session = self._session
         held = placed(session.control, local, division, experts, session.device)
         return ShardedExperts(session, local, Placement(self.rank, held, division))
@@ -146,7 +150,7 @@ class ExpertParallel:
         Raises:
             InvalidInputError: It is not one count for each rank, or more than `max_tokens`.
         """
-        stated = (counts,) * self.size if isinstance(counts, int) else tuple(counts)
+        stated = tuple(counts) if isinstance(counts, Iterable) else (counts,) * self.size
         if len(stated) != self.size or any(type(count) is not int or count < 0 for count in stated):
             raise InvalidInputError(f"counts must be {self.size} integers of at least 0, got {counts!r}")
         limit = self._session.options.max_tokens
@@ -187,28 +191,24 @@ class ExpertParallel:
             ExpertParallelLostError: A rank is dead or late.
         """
         session = self._session
-        if not isinstance(layer, ShardedExperts) or layer.session is not session:
-            raise InvalidInputError(f"layer must be one that this group made, got {layer!r}")
+        counts = self._numbers(layer, topk, tokens)
+        check_act_dtype(act_dtype)
         dtype = act_dtype or layer.local.usual_act_dtype
-        counts = tuple(tokens)
-        if type(topk) is not int or not 1 <= topk <= layer.E or not all(type(M) is int and M > 0 for M in counts):
-            raise InvalidInputError(
-                f"topk must be 1 to {layer.E} and tokens positive integers, got topk={topk!r} and tokens={counts!r}"
-            )
         facts = {"layer": layer.number, "topk": topk, "tokens": counts, "act_dtype": str(dtype)}
         session.control.require_equal("warm_up", facts)
         compared: dict[int, Compared] = {}
         with torch.no_grad(), on_device(session.device), session.watch.patience(session.options.first_timeout):
             for M in sorted(set(counts), reverse=True):  # what exchanges get for many tokens serves few as well
                 seed = 0 if session.options.tokens == "replicated" else self.rank
-                inputs = drawn_inputs(layer, M, topk, dtype, seed)
+                inputs = hidden, weights, ids = drawn_inputs(layer, M, topk, dtype, seed)
+                check(hidden, layer.local, weights, ids)
                 kind = session.kind(layer.placement, layer.local, M, topk, dtype)
                 compared[M] = compare_exchanges(layer, kind, inputs)
         return tuple(compared[M] for M in counts)
 
     def capturable(self, layer: ShardedExperts, topk: int, M: int) -> bool:
         """Whether calls of up to M tokens a rank can be captured in a CUDA graph, as far as is known."""
-        explained = explain_call(layer, topk, M, "graph")
+        explained = self.explain(layer, topk, M, "graph")
         return not explained.against[explained.chosen]
 
     def explain(self, layer: ShardedExperts, topk: int, M: int, mode: Mode = "eager") -> ParallelExplanation:
@@ -219,8 +219,29 @@ class ExpertParallel:
             topk: Experts per token.
             M: Greatest token count of a rank.
             mode: ``"graph"`` for calls that are captured in a CUDA graph.
+
+        Raises:
+            InvalidInputError: An argument is not what is described above.
         """
+        self._numbers(layer, topk, [M])
+        if mode not in get_args(Mode):
+            raise InvalidInputError(f"mode must be 'eager' or 'graph', got {mode!r}")
         return explain_call(layer, topk, M, mode)
+
+    def _numbers(self, layer: object, topk: object, tokens: object) -> tuple[int, ...]:
+        """The token counts, if they and topk are numbers for a layer of this group.
+
+        Raises:
+            InvalidInputError: They are not, or it is none.
+        """
+        if not isinstance(layer, ShardedExperts) or layer.session is not self._session:
+            raise InvalidInputError(f"layer must be one that this group made, got {layer!r}")
+        counts = tuple(tokens) if isinstance(tokens, Iterable) else (tokens,)
+        if type(topk) is not int or not 1 <= topk <= layer.E or not all(type(M) is int and M > 0 for M in counts):
+            raise InvalidInputError(
+                f"topk must be 1 to {layer.E} and tokens positive integers, got topk={topk!r} and tokens={tokens!r}"
+            )
+        return counts
 
 
 def process_group(group: Any) -> dist.ProcessGroup:

@@ -12,7 +12,7 @@ from moe_dispatch.dispatch.checks import check, check_out
 from moe_dispatch.dispatch.gradients import needs_grad
 from moe_dispatch.dispatch.internals import any_autocast_enabled
 from moe_dispatch.dispatch.settled_plans import SETTLING_CALLS, SettledPlans
-from moe_dispatch.errors import InvalidInputError
+from moe_dispatch.errors import InvalidInputError, MoEDispatchError
 from moe_dispatch.experts import ExpertWeights
 from moe_dispatch.parallel.exchange import Arrived, Exchange, LocalTokens
 from moe_dispatch.parallel.sharded_experts import ShardedExperts
@@ -57,6 +57,9 @@ def forward_sharded(
 
     Raises:
         InvalidInputError: As for `moe_forward`; a gradient is needed; or another rank refuses its arguments.
+        UnknownNameError: The named backend is not registered; nothing was run, as with the next two.
+        BackendUnsupportedError: The named backend cannot run this.
+        BackendUnavailableError: The named backend is missing or broken.
         ExpertParallelMismatchError: The ranks are not in the same call.
         ExpertParallelLostError: A rank is dead, late or failed, in this call or an earlier one.
     """
@@ -69,13 +72,12 @@ def forward_sharded(
     if settled is None:
         try:
             _check_once(layer, (hidden_states, topk_weights, topk_ids), backend, out)
-        except InvalidInputError as error:
+        except MoEDispatchError as error:  # the caller's fault, which is to cost no more than this call
             session.refuse(error)
             raise
     M, topk = topk_ids.shape
     capacity = session.agreed_capacity(layer.number, M, topk, hidden_states.dtype, backend)
     if not capacity:
-        session.dispatcher.planner.named(backend)
         return torch.empty_like(hidden_states) if out is None else out
     plan = call_plan(layer, capacity, topk, hidden_states.dtype, capturing=settled is None and session.capturing)
     try:
@@ -161,6 +163,9 @@ def _check_once(layer: ShardedExperts, tensors: tuple[Tensor, Tensor, Tensor], b
             )
         if out is not None:
             check_out(out, arguments, needs_grad=False)
+        planner, mode = layer.session.dispatcher.planner, layer.session.mode
+        (M, topk), capability = topk_ids.shape, planner.machine.capability
+        planner.require(backend, local.problem(max(M, 1), topk, hidden_states.dtype, capability, mode))
     elif calls >= SETTLING_CALLS and not (any_autocast_enabled() or layer.session.capturing):
         layer.settled.keep(True, arguments, backend)
         calls = 0

@@ -13,7 +13,7 @@ from torch import Tensor
 from moe_dispatch.arrived_rows import ArrivedInputs, PeerRows
 from moe_dispatch.dispatch.dispatcher import Dispatcher
 from moe_dispatch.dispatch.internals import any_autocast_enabled
-from moe_dispatch.errors import InvalidInputError, UnknownNameError, warn
+from moe_dispatch.errors import InvalidInputError, MoEDispatchError, UnknownNameError, warn
 from moe_dispatch.machine import current_machine
 from moe_dispatch.parallel import agreement
 from moe_dispatch.parallel.collectives import Collectives
@@ -226,7 +226,7 @@ class Session:
             raise InvalidInputError(f"a rank has {capacity} tokens, and max_tokens is {options.max_tokens}")
         return capacity
 
-    def refuse(self, error: InvalidInputError) -> None:
+    def refuse(self, error: MoEDispatchError) -> None:
         """Tell the other ranks that this one cannot make the current call; they refuse it as well.
 
         Where the ranks exchange no counts the others cannot know before they wait in vain.
@@ -241,6 +241,11 @@ class Session:
     def capturing(self) -> bool:
         """Whether a CUDA graph is captured."""
         return self.collectives.capturing
+
+    @property
+    def mode(self) -> Mode:
+        """How a call is made now."""
+        return "graph" if self.capturing else "eager"
 
     def run_local(self, inputs: ArrivedInputs, backend: str | None) -> Tensor | PeerRows:
         """Run this rank's experts over rows that arrived; what is returned is for `Exchange.combine`."""
@@ -332,7 +337,7 @@ class Session:
         return CallKind(
             M=M, K=layer.K, N=layer.N, E=placement.experts, topk=topk, dtype=layer.dtype,
             act_dtype=DTYPE_NAMES[act_dtype], tokens=self.options.tokens, division=placement.division,
-            ranks=self.collectives.size, hosts=self._hosts, mode="graph" if self.capturing else "eager",
+            ranks=self.collectives.size, hosts=self._hosts, mode=self.mode,
         )  # fmt: skip
 
 

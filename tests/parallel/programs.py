@@ -22,7 +22,7 @@ from moe_dispatch.backends.exchange import push
 from moe_dispatch.benchmarks.record import expert_parallel
 from moe_dispatch.benchmarks.record.rank_clock import Clock
 from moe_dispatch.dispatch.settled_plans import SETTLING_CALLS
-from moe_dispatch.errors import InvalidInputError
+from moe_dispatch.errors import InvalidInputError, MoEDispatchError
 from moe_dispatch.parallel import forward, watch
 from moe_dispatch.parallel.exchange import Arrived, LocalTokens, Tokens
 from moe_dispatch.parallel.expert_parallel import ExpertParallel
@@ -423,7 +423,8 @@ def refuse_on_one_rank(what: str) -> tuple[str, int]:
     """Calls that are right, until they are settled, one that the last rank refuses, and a right one again.
 
     Args:
-        what: What is wrong on the last rank: ``"hidden_states"``, or ``"weights"`` that were replaced before.
+        what: What is wrong on the last rank: ``"hidden_states"``, ``"weights"`` that were replaced before, or the
+            ``"backend"`` that it names.
     """
     right = split_call(ExpertParallel(timeout=100.0))
     hidden, *others = right
@@ -438,11 +439,60 @@ def refuse_on_one_rank(what: str) -> tuple[str, int]:
         moe_forward(*right)
         down.data = memory[:, 1:].contiguous() if is_last() else memory
     try:
-        moe_forward(hidden, *others)  # type: ignore[arg-type]  # the layer is one of the others
-    except InvalidInputError as error:
+        named = "no_such" if what == "backend" and is_last() else None
+        moe_forward(hidden, *others, backend=named)  # type: ignore[arg-type]  # the layer is one of the others
+    except MoEDispatchError as error:
         refusal = str(error)
     down.data = memory
     return refusal, moe_forward(*right).shape[0]
+
+
+def name_what_cannot_run(variable: bool) -> tuple[str, int]:
+    """A call by a backend that takes no such layer, and a right one.
+
+    Args:
+        variable: Whether the environment names the backend, for that call's group.
+    """
+    if variable:
+        os.environ["MOE_DISPATCH_BACKEND"] = "gluon_hopper"
+    settings.cache_clear()
+    try:
+        call = split_call(ExpertParallel(timeout=100.0))
+        moe_forward(*call, backend=None if variable else "gluon_hopper")
+    except MoEDispatchError as error:
+        name = type(error).__name__
+    os.environ.pop("MOE_DISPATCH_BACKEND", None)
+    settings.cache_clear()
+    return name, moe_forward(*call, backend="reference").shape[0]
+
+
+def unlike_what_is_said_of_bad_arguments() -> list[str]:
+    """What is said of arguments that are no layers and no numbers, where it does not begin as it should."""
+    ep: Any = parallel(timeout=100.0)
+    layer = split_call(ep)[1]
+    numbers = f"topk must be 1 to {LAYER.E} and tokens positive integers, got "
+    calls: dict[str, Any] = {
+        "experts must be ExpertWeights(gate_up, down), got NoneType": lambda: ep.shard(None, experts=4),
+        "experts must be ExpertWeights(gate_up, down), got list": lambda: ep.split([]),
+        "experts must be ExpertWeights(gate_up, down), got str": lambda: ep.tensor("columns"),
+        "counts must be 3 integers": lambda: ep.tokens_per_rank(1.5).__enter__(),
+        "act_dtype must be": lambda: ep.warm_up(layer, 2, [1], "bf16"),
+        "hidden_states is torch.float16": lambda: ep.warm_up(layer, 2, [1], torch.float16),
+        "layer must be one that this group made, got None": lambda: ep.explain(None, 2, 1),
+        f"{numbers}topk=99": lambda: ep.explain(layer, 99, 1),
+        f"{numbers}topk=2 and tokens=[[1]]": lambda: ep.explain(layer, 2, [1]),
+        f"{numbers}topk=2 and tokens=[-1]": lambda: ep.capturable(layer, 2, -1),
+        "mode must be 'eager' or 'graph', got 'cuda'": lambda: ep.explain(layer, 2, 1, "cuda"),
+        "device must be cpu, cuda or cuda:N, got []": lambda: type(ep)(device=[]),
+        "no exchange is called 5": lambda: type(ep)(exchange=5),
+    }
+    unlike = []
+    for start, call in calls.items():
+        try:
+            unlike.append(f"accepted: {call()}")
+        except MoEDispatchError as error:
+            unlike += [] if str(error).startswith(start) else [str(error)]
+    return unlike
 
 
 def _fail(*_: object) -> torch.Tensor:

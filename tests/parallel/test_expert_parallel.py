@@ -173,7 +173,11 @@ def test_a_name_is_checked_where_nothing_runs(three: Ranks) -> None:
 
 @pytest.mark.parametrize(
     ("what", "number", "said"),
-    [("hidden_states", 1, "hidden_states is torch.float64"), ("weights", 2, "the weights changed since")],
+    [
+        ("hidden_states", 1, "hidden_states is torch.float64"),
+        ("weights", 2, "the weights changed since"),
+        ("backend", 1, "no backend is called 'no_such'"),
+    ],
 )
 def test_arguments_that_one_rank_refuses_are_refused_by_all(three: Ranks, what: str, number: int, said: str) -> None:
     (first, M), (second, _), (third, _) = three.run(programs.refuse_on_one_rank, what)
@@ -181,6 +185,16 @@ def test_arguments_that_one_rank_refuses_are_refused_by_all(three: Ranks, what: 
     assert first == second == f"rank 2 refuses the arguments of call {call}, as its own error says; nothing was run"
     assert third.startswith(said)
     assert M == programs.LAYER.M, "the next call works"
+
+
+@pytest.mark.parametrize("variable", [False, True])
+def test_a_backend_that_cannot_run_the_layer_costs_one_call(three: Ranks, *, variable: bool) -> None:
+    """It ended the group: every rank had to be started anew for a name."""
+    assert three.run(programs.name_what_cannot_run, variable) == [("BackendUnsupportedError", programs.LAYER.M)] * 3
+
+
+def test_what_is_no_layer_and_no_number_is_refused_by_name(three: Ranks) -> None:
+    assert three.run(programs.unlike_what_is_said_of_bad_arguments) == [[]] * 3
 
 
 FAULTS = {

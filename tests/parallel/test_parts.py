@@ -154,6 +154,7 @@ def test_a_process_that_ended_is_gone() -> None:
         ({"tokens": "split"}, "'sharded' or 'replicated', got 'split'"),
         ({"max_tokens": 0}, "positive integer or None, got 0"),
         ({"timeout": 0}, "finite number of seconds above 0, got 0"),
+        ({"first_timeout": "60"}, "finite number of seconds above 0, got '60'"),
         ({}, "torch.distributed is not initialised"),
     ],
 )
