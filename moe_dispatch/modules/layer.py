@@ -1,6 +1,6 @@
 """A whole MoE layer for a model of one's own: gate, routed experts, shared experts."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Final, Self
 
 import torch
@@ -156,6 +156,7 @@ class MoELayer(nn.Module):
         Args:
             tokens: Token counts; a captured graph needs its own in here.
         """
+        tokens = tuple(tokens) if isinstance(tokens, Iterable) else (tokens,)  # also of what can be read once
         dtype, device = self.gate.weight.dtype, self.gate.weight.device
         warm_up(self.experts.weights(), self.gate.router.topk, tokens, dtype)
         if self.shared_experts is not None:

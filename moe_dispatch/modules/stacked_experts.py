@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from moe_dispatch.activations import UNGATED, Activation, canonical
 from moe_dispatch.api import moe_forward
+from moe_dispatch.dispatch.checks import check_layer
 from moe_dispatch.dispatch.torch_operator import release
 from moe_dispatch.errors import InvalidInputError
 from moe_dispatch.experts import ExpertWeights
@@ -125,7 +126,11 @@ class StackedExperts(nn.Module):
 
         Args:
             weights: Experts of any shape and dtype; their activation, order of rows and of storage become the module's.
+
+        Raises:
+            InvalidInputError: They are no ExpertWeights.
         """
+        check_layer(weights)
         self.release()
         self.activation, self.interleaved = weights.activation, weights.interleaved
         self.transposed = weights.transposed

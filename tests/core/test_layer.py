@@ -377,6 +377,8 @@ def test_what_is_no_tensor_or_has_no_memory_is_refused_by_name() -> None:
         MoELayer(6, 4, 4, 2)(numpy.zeros((3, 6)))
     with pytest.raises(InvalidInputError, match="must be on cpu or cuda, got meta"):
         MoELayer(6, 4, 4, 2, device="meta")(torch.empty(3, 6, device="meta"))
+    with pytest.raises(InvalidInputError, match=r"experts must be ExpertWeights\(gate_up, down\), got dict"):
+        MoELayer(6, 4, 4, 2).experts.assign({})  # type: ignore[arg-type]
 
 
 def test_a_fake_layer_is_run_without_a_warning() -> None:
@@ -447,7 +449,11 @@ def test_warm_up_runs_the_layer() -> None:
 
     layer = small_layer(shared_N=16)
     layer.warm_up([1, 3])
-    assert stats()["reference"]["ran"] >= 4
+    ran = stats()["reference"]["ran"]
+    assert ran >= 4
+    layer.warm_up(iter([1, 3]))  # type: ignore[arg-type]
+    assert stats()["reference"]["ran"] == 2 * ran
+    layer.warm_up(2)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
