@@ -61,13 +61,8 @@ def moe_forward(
     """
     if isinstance(experts, ShardedExperts):
         if torch.compiler.is_compiling():
-            from moe_dispatch.dispatch.uncompiled import call_uncompiled
-
             # The ranks talk to each other on the host, which a graph cannot hold.
-            result: Tensor = call_uncompiled(
-                forward_sharded, hidden_states, experts, topk_weights, topk_ids, backend, out
-            )
-            return result
+            return call.uncompiled(forward_sharded, hidden_states, experts, topk_weights, topk_ids, backend, out)
         return forward_sharded(hidden_states, experts, topk_weights, topk_ids, backend, out)
     if torch.compiler.is_compiling():
         return call.call_traced(hidden_states, experts, topk_weights, topk_ids, backend, out)
@@ -103,9 +98,7 @@ def warm_up(
         InvalidInputError: The experts or a number are not what is described above.
     """
     if torch.compiler.is_compiling():  # a trace through a backend fails, and would be held against it
-        from moe_dispatch.dispatch.uncompiled import call_uncompiled
-
-        call_uncompiled(call.warm_up, experts, topk, tokens, act_dtype, backend, up_to, into_out=into_out)
+        call.uncompiled(call.warm_up, experts, topk, tokens, act_dtype, backend, up_to, into_out=into_out)
     else:
         call.warm_up(experts, topk, tokens, act_dtype, backend, up_to, into_out=into_out)
 
@@ -124,8 +117,5 @@ def explain(*arguments: object, machine: Machine | None = None) -> Explanation:
         InvalidInputError: The arguments are neither, or the problem is for another device than this machine has.
     """
     if torch.compiler.is_compiling():  # as for `warm_up`, for it probes
-        from moe_dispatch.dispatch.uncompiled import call_uncompiled
-
-        explained: Explanation = call_uncompiled(call.explain, arguments, machine)
-        return explained
+        return call.uncompiled(call.explain, arguments, machine)
     return call.explain(arguments, machine)

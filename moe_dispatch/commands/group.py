@@ -4,13 +4,15 @@ import contextlib
 import errno
 import os
 import sys
+import warnings
+from collections.abc import Iterator
 from typing import Any, Final
 
 import typer
 from typer.core import TyperGroup
 
 from moe_dispatch.commands.console import ERR, drop_unusable_sizes, json_alone, plain, prepare_streams
-from moe_dispatch.errors import MoEDispatchError
+from moe_dispatch.errors import MoEDispatchError, MoEDispatchWarning
 
 USAGE_ERROR: Final = 2
 
@@ -34,7 +36,7 @@ class CommandGroup(TyperGroup):
         """Run a command; see `click.Group.invoke`."""
         prepare_streams()
         try:
-            with json_alone() if "--json" in ctx.args else contextlib.nullcontext():
+            with json_alone() if "--json" in ctx.args else contextlib.nullcontext(), _warnings_as_messages():
                 return super().invoke(ctx)
         except MoEDispatchError as error:
             _print_error(str(error))
@@ -46,6 +48,24 @@ class CommandGroup(TyperGroup):
             _forget_stdout()
             _print_error(f"the output cannot be written: {error.strerror}")
             raise typer.Exit(1) from error
+
+
+@contextlib.contextmanager
+def _warnings_as_messages() -> Iterator[None]:
+    """Print this package's warnings as its errors are: the line of code that led to one is no line of the reader's."""
+    show_others = warnings.showwarning
+
+    def show(
+        message: Warning | str, category: type[Warning], filename: str, lineno: int, *rest: Any, **named: Any
+    ) -> None:
+        if issubclass(category, MoEDispatchWarning):
+            ERR.print(f"[bold yellow]warning:[/bold yellow] {plain(message)}", soft_wrap=True)
+        else:
+            show_others(message, category, filename, lineno, *rest, **named)
+
+    with warnings.catch_warnings():
+        warnings.showwarning = show
+        yield
 
 
 def _print_error(text: str) -> None:

@@ -1,9 +1,9 @@
 """From the public functions' arguments to the dispatcher of the layer's device, eagerly and under torch.compile."""
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -31,6 +31,8 @@ from moe_dispatch.workloads import ROUTINGS
 
 if TYPE_CHECKING:
     from moe_dispatch.backend import Inputs
+
+Result = TypeVar("Result")
 
 
 def call_eagerly(
@@ -118,12 +120,17 @@ def call_traced(
     tensors = tensors and (out is None or isinstance(out, Tensor))
     inside = tensors and isinstance(experts, ExpertWeights) and not forward_mode_entered(hidden_states, topk_weights)
     if not inside or (out is not None and is_recorded(hidden_states, experts, topk_weights)):
-        from moe_dispatch.dispatch.uncompiled import call_uncompiled
-
         # To be refused, or for the reference, whose loop launches what the routing asks for.
-        result: Tensor = call_uncompiled(call_eagerly, hidden_states, experts, topk_weights, topk_ids, backend, out)
-        return result
+        return uncompiled(call_eagerly, hidden_states, experts, topk_weights, topk_ids, backend, out)
     return torch_operator.call(hidden_states, experts, topk_weights, topk_ids, backend, out)
+
+
+def uncompiled(function: Callable[..., Result], *arguments: object, **named: object) -> Result:
+    """While torch.compile traces: call a function at a break in the graph."""
+    from moe_dispatch.dispatch.uncompiled import call_uncompiled
+
+    result: Result = call_uncompiled(function, *arguments, **named)
+    return result
 
 
 def warm_up(

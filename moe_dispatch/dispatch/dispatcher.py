@@ -178,10 +178,8 @@ class Dispatcher:
         if out is not None and any(map(overlap, (out, out, out), (inputs[0], inputs[2], inputs[3]))):
             check_out(out, inputs, needs_grad=False)  # raises
         try:
-            if plan.into:
-                result = self._run_into(plan, inputs, out)
-            else:
-                result = plan.run(*inputs, plan.config) if plan.proven else self.first_run(plan, inputs)
+            call = (*inputs, plan.config, out) if plan.into else (*inputs, plan.config)
+            result = plan.run(*call) if plan.proven else self.first_run(plan, inputs, out)
         except foreign_errors() as error:
             result = self._recovery.recover(plan, error, inputs)
             return result if out is None else out.copy_(result)
@@ -307,10 +305,6 @@ class Dispatcher:
         if ended:
             self.planner.prove(plan)
         return cast("Tensor", result)
-
-    def _run_into(self, plan: Plan, inputs: Inputs, out: Tensor | None) -> Tensor:
-        assert out is not None  # noqa: S101 - plans of such calls are made for them
-        return plan.run(*inputs, plan.config, out) if plan.proven else self.first_run(plan, inputs, out)
 
     def _prepare_fast_path(self, plan: Plan, inputs: Inputs) -> None:
         """Let the backend prepare for more calls of a kind. It may decline, and a failure leaves things as they are."""

@@ -158,6 +158,15 @@ def test_doctor_fails_where_calls_would_or_nothing_is_kept(
     assert any(says in problem for problem in report["problems"])
 
 
+@pytest.mark.filterwarnings("always::moe_dispatch.MoEDispatchWarning")
+def test_a_warning_is_a_message(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It came with a line of typer's source."""
+    monkeypatch.setenv("MOE_DISPATCH_DISABLE", "no_such")
+    said = invoke("explain", "--model", "8,2,32,16", "--tokens", "1").stderr
+    assert said.startswith("warning: MOE_DISPATCH_DISABLE names 'no_such', and no backend is called 'no_such'; known: ")
+    assert said.count("\n") == 1
+
+
 @pytest.mark.filterwarnings("ignore::moe_dispatch.MoEDispatchWarning")
 def test_doctor_reports_a_damaged_calibration() -> None:
     path = calibration_path(Machine.inspect("cpu"))
