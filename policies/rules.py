@@ -17,7 +17,10 @@ DECODE_TOKENS: Final = 64
 # Above so many tokens with so many rows per expert, uneven routing gives some experts more rows than a split-K tile
 # has, and it reads their weights again: mixtral-8x7b in BF16 at 64 tokens takes 653 µs under uniform and 548 under
 # Dirichlet-4 routing, by triton_persistent 680 and 320. Split-K is ahead with two rows (deepseek-v3), at 32 tokens in
-# the mean of both routings, and where kernels have to convert weights (the H200 as an A100, FP8 at 64: 193 µs, 302).
+# the mean of both routings, and where kernels have to convert weights (the H200 as an A100, FP8 at 64: 193 µs, 302). It
+# is also where both products are one launch, as none starts before the one before has ended (before sm_90; the H200 as
+# an A100): at 64 tokens under uniform and Dirichlet-4 routing mixtral-8x7b takes 656 and 576 µs, by triton_persistent
+# 834 and 617; qwen3-30b-a3b 279 and 186, 352 and 231; a layer of 64 experts (K=2048, N=1024) 203 and 148, 245 and 194.
 EVEN_DECODE_TOKENS: Final = 40
 EVEN_DECODE_ROWS: Final = 4
 # From this many rows per hit expert on, gluon_hopper's tiles of 128 rows are ahead of triton_persistent's of 64, two
@@ -60,9 +63,10 @@ VECTOR_BYTES: Final = 1 << 30
 VECTOR_FP8_BYTES: Final = 200 << 20
 VECTOR_FP8_LONG_N_BYTES: Final = 64 << 20
 VECTOR_LONG_N: Final = 1024
-# Where e4m3 is converted by arithmetic (the H200 as an A100): one token of qwen3-30b-a3b (36 MiB) takes 17.0 µs, 19.2
-# with tensor cores; of kimi-k2-tp8 (42 MiB) 26.6, 32.6, but two tokens 43.0, 41.1. Longer N loses 26 to 72 %.
-VECTOR_CONVERTED_BYTES: Final = 64 << 20
+# Where e4m3 is converted by arithmetic (the H200 as an A100): one and two tokens of qwen3-30b-a3b (36 and 70 MiB) take
+# 16.8 and 27.3 µs, 19.2 and 28.9 with tensor cores; of kimi-k2-tp8 (42 and 83 MiB) 26.6 and 43.0, 32.6 and 41.1. Longer
+# N loses 26 to 72 %.
+VECTOR_CONVERTED_BYTES: Final = 76 << 20
 # Where their second product does not read all of a token's experts at once, one token still gains up to 5 % in BF16
 # with so many bytes to read, or where it reads whole rows of several experts at once (deepseek-v2-lite: 29.2 µs, and
 # 30.6 with tensor cores). By parts of rows it loses (gpt-oss-120b: 57.2, 55.2). More tokens lose 1 to 8 %.
@@ -135,7 +139,8 @@ def _hopper(problem: MoEProblem, decode: Ranked, grouped: Ranked, *, is_decode: 
 def _is_decode(problem: MoEProblem) -> bool:
     few_rows = problem.expected_slots < EVEN_DECODE_ROWS * problem.E
     few_rows &= problem.capability != (9, 0) or not _many_rows(problem)
-    most = DECODE_TOKENS if few_rows or _converts(problem) else EVEN_DECODE_TOKENS
+    one_launch = problem.dtype in ("bf16", "fp16") and problem.capability is not None and problem.capability < (9, 0)
+    most = DECODE_TOKENS if few_rows or one_launch or _converts(problem) else EVEN_DECODE_TOKENS
     return most >= problem.M
 
 

@@ -108,17 +108,26 @@ _FEW_TOKENS: Final = 16  #               tokens       of a tile in BF16, with wh
 # Where weights are dequantised, instructions and not memory are the limit, and more CTAs per multiprocessor fill the
 # waits between them. The H200 described as an A100, qwen3-30b-a3b in FP8 at M=8, block_m/stages/registers: 16/6/242
 # 99 µs, 16/6/168 85, 8/6/168 77, 8/4/128 72 (BF16 107); at M=64, block_m/block_n/registers: 16/128/none 213, 16/64/168
-# 203, 8/64/128 203, 16/64/128 196 (BF16 254). Wider tiles would spill.
+# 203, 8/64/128 203, 16/64/128 196 (BF16 254). Wider tiles would spill. mixtral-8x7b in one launch, 32/64/none and
+# 32/64/128, where experts of at most 16 tokens take half of the tile: at M=32 393 and 360, at M=64 463 and 415.
 # MXFP4 of gpt-oss-120b with TMA, block_n×block_k/warps: at M=64 128×128/4 518 µs, 64×128/4 583, 64×128/2 571; at M=8
 # 153, 170, 176; at M=1 with two splits 35.7, 36.0, 31.9. Without TMA 128×128/4 took 755 where it took 583 with it.
 _DEQUANTIZING_STAGES: Final = 4
-_SHORT_OF_REGISTERS: Final = ((8, 64, 4), (16, 64, 4))  # block_m, block_n and num_warps
+_SHORT_OF_REGISTERS: Final = ((8, 64, 4), (16, 64, 4), (32, 64, 4))  # block_m, block_n and num_warps
 _MOST_REGISTERS: Final = 128  # of a thread of theirs: four CTAs share a multiprocessor
 _CROWDED_REGISTERS: Final = 96  # five
 # Both products in one launch where kernels do not overlap, the H200 described as an A100: qwen3-30b-a3b in FP8 at M=8
 # 80 → 70 µs, at 64 174 → 159, in BF16 125 → 121 and 293 → 278, gpt-oss-120b in MXFP4 at M=8 241 → 193; but at M=1 in
 # FP8 19.1 → 23.5, in BF16 26.1 → 28.7, in MXFP4 36.4 → 38.9, at M=2 56.2 → 66.6, and kimi-k2-tp8, whose second loop is
-# very short, at M=2 in FP8 41.1 → 45.9. In MXFP4 tiles of more than _FEW_TOKENS spill on sm_80.
+# very short, at M=2 in FP8 41.1 → 45.9. In MXFP4 tiles of more than _FEW_TOKENS spill on sm_80. One token of a large
+# layer gains: deepseek-v3 in FP8 98 → 96, in BF16 183 → 171, mixtral-8x7b in FP8 106 → 95.
+# More CTAs of down hide that they wait. mixtral-8x7b (112 blocks) with 1, 2, 4 and 8 for a tile: FP8 at M=1 154, 112,
+# 97, 95; at M=2 197, 157, 150; at M=4 248, 233, 225; at M=8 315, 312, 312; BF16 at M=2 301, 278, 274, at M=8 607, 590,
+# 584. deepseek-v3 in FP8 at M=1, 16 blocks and 8 CTAs for each multiprocessor, loses with two: 96 → 98.
+_MUCH_TO_READ: Final = 320 << 20  #     bytes         of the hit experts; 36 MiB (qwen3-30b-a3b) lose, 336 MiB gain
+_LEAST_CTAS_TOGETHER: Final = 8  #      CTAs          of down for each multiprocessor
+_LEAST_BLOCKS_TOGETHER: Final = 14  #   blocks of 128 columns of a split; fewer lose at deepseek-v3
+_MOST_TOKENS_TOGETHER: Final = 8  #     tokens        with more, more CTAs were not measured
 # Five CTAs instead of four, by CTAs of down for each multiprocessor that the A100 is said to have: 60 (deepseek-v3) 597
 # → 593, 15 (qwen3-30b-a3b at M=8) 72.5 → 69.8, 9 (at M=4) 44.9 → 45.3, 4 (mixtral-8x7b, M=8) 312 → 323.
 _CROWDED_CTAS_PER_SM: Final = 10
@@ -154,11 +163,17 @@ def _default_and_least(problem: MoEProblem, device: Features) -> tuple[SplitKCon
         block_n, stages = _WIDE if wide and (mxfp4 or not quantization.dequantizes) else 64, None
     few_warps = mxfp4 and by_slot
     lacking = _LEAST_CTAS_PER_SM * (2 if few_warps else 1) * device.sms * block_n / (hit * problem.K)
-    splits = _splits(lacking, blocks)
+    splits = _splits(lacking, blocks, _LEAST_BLOCKS_PER_SPLIT)
     one_launch = not (device.pdl or quantization.activations or problem.dtype == "fp32" or short_down)
-    one_launch &= (problem.M > 2 and block_m <= _FEW_TOKENS) if mxfp4 else problem.M > 1
+    if mxfp4:
+        one_launch &= problem.M > 2 and block_m <= _FEW_TOKENS
+    elif problem.M == 1:
+        one_launch = one_launch and hit * problem.expert_bytes >= _MUCH_TO_READ
     if one_launch:
         by_slot = slots < problem.E  # whose CTAs search for nothing there
+    if one_launch and not mxfp4 and problem.M <= _MOST_TOKENS_TOGETHER:
+        lacking = _LEAST_CTAS_TOGETHER * device.sms * block_n / (hit * problem.K)
+        splits = max(splits, _splits(lacking, problem.N // QUANT_BLOCK, _LEAST_BLOCKS_TOGETHER))
     # Fewer CTAs of down would not be spread evenly.
     spread = hit * problem.K >= _CROWDED_CTAS_PER_SM * device.sms * block_n
     crowded = one_launch and not mxfp4 and block_m == 8 and spread
@@ -316,9 +331,9 @@ def _block_m(problem: MoEProblem, quantization: Quantization) -> Literal[8, 16, 
     return 16 if usual <= 16 else 32 if usual <= 32 else 64
 
 
-def _splits(lacking: float, blocks: int) -> int:
+def _splits(lacking: float, blocks: int, least: int) -> int:
     splits = 1
-    while splits < lacking and splits < _MOST_SPLITS and blocks // (2 * splits) >= _LEAST_BLOCKS_PER_SPLIT:
+    while splits < lacking and splits < _MOST_SPLITS and blocks // (2 * splits) >= least:
         splits *= 2
     return splits
 

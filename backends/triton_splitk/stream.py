@@ -215,12 +215,13 @@ def moe_stream(
     ROWS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr, TMA: tl.constexpr,
     TRANSPOSED: tl.constexpr, SCALES: tl.constexpr, TWO_SCALES: tl.constexpr,
 ):  # fmt: skip
-    """As `_moe_stream`; where dequantised weights meet no more than half of BLOCK_M tokens, over the first half alone.
+    """As `_moe_stream`; where dequantised weights meet no more than half of 16 or 32 tokens, over the first half alone.
 
     Instructions are the limit there, and a tenth of those of 16 tokens are for the second half.
     """
     HALF: tl.constexpr = BLOCK_M // 2
-    if w_rows.dtype.element_ty == tl.uint8 and BLOCK_M == 16 and tl.sum(mask_m.to(tl.int32), axis=0) <= HALF:
+    halves: tl.constexpr = w_rows.dtype.element_ty == tl.uint8 and BLOCK_M % 16 == 0 and BLOCK_M < 64
+    if halves and tl.sum(mask_m.to(tl.int32), axis=0) <= HALF:
         offs_half, _ = tl.permute(tl.reshape(offs_x, [2, HALF]), (1, 0)).split()
         mask_half, _ = tl.permute(tl.reshape(mask_m, [2, HALF]), (1, 0)).split()
         half = _moe_stream(

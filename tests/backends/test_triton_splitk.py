@@ -12,6 +12,7 @@ import torch
 
 from moe_dispatch import testing
 from moe_dispatch.backends.reference import ReferenceBackend, ReferenceConfig
+from moe_dispatch.backends.triton_common.quantization import quantization
 from moe_dispatch.backends.triton_splitk import backend as backend_module
 from moe_dispatch.backends.triton_splitk import gate_up
 from moe_dispatch.backends.triton_splitk.backend import TritonSplitKBackend
@@ -107,6 +108,7 @@ DEQUANTIZED = [
     Case("blocks", dtype="fp8", K=256, N=128),
     Case("fp16", dtype="fp8", act="fp16", K=256, N=128, config={"splits_down": 2}),
     Case("sixteen tokens and fewer", M=21, dtype="fp8", act="fp16", K=256, N=128, routing="1"),
+    Case("thirty-two and fewer", M=21, dtype="fp8", act="fp16", K=256, N=128, routing="1", config={"block_m": 32}),
     Case("cut blocks", dtype="fp8", K=200, N=72, bias=True, activation="swiglu_oai", interleaved=True),
     Case("partial sums, a scale for each row", dtype="fp8", K=256, N=136, config={"splits_gate_up": 2, "block_n": 256}),
     Case("rows", dtype="fp8_channel", act="fp16", K=72, N=40, bias=True),
@@ -261,13 +263,14 @@ def test_grid_follows_how_many_experts_are_hit(name: str, dtype: DType, M: int, 
 @pytest.mark.parametrize("capability", [80, 86, 89, 90, 120])
 @pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16", "fp8", "fp8_channel", "mxfp4"])
 def test_products_share_a_launch_where_kernels_do_not_overlap(dtype: DType, capability: int) -> None:
-    """By default from two tokens on; the other way is a candidate, and for few tokens in MXFP4 on every device."""
+    """By default from two tokens on, or one of a large layer; for few tokens in MXFP4 it is a candidate everywhere."""
     backend = TritonSplitKBackend(described(capability))
     able = dtype in {"fp16", "bf16", "mxfp4"} or (dtype.startswith("fp8") and capability < 89)
     for name, M in itertools.product(("qwen3-30b-a3b", "mixtral-8x7b"), (1, 8, 64, 512)):
         default, *others = backend.configs(_problem(backend.machine, M, dtype, name))
         few = default.block_m <= 16
-        assert default.one_launch == (able and capability < 90 and M > 1 and (few or dtype != "mxfp4"))
+        enough = (M > 1 and few) if dtype == "mxfp4" else M > 1 or name == "mixtral-8x7b"
+        assert default.one_launch == (able and capability < 90 and enough)
         either = default.one_launch or (dtype == "mxfp4" and few)
         assert {config.one_launch for config in (default, *others)} == ({False, True} if either else {False})
 
@@ -291,8 +294,34 @@ def test_one_launch_in_fp8_follows_how_many_ctas_there_are(name: str, M: int, gr
 
 
 @pytest.mark.parametrize(
+    ("name", "dtype", "M", "splits"),
+    [
+        ("mixtral-8x7b", "fp8", 1, 8),  # 128 tiles of 112 blocks, for 108 multiprocessors
+        ("mixtral-8x7b", "bf16", 2, 4),
+        ("mixtral-8x7b", "fp8", 8, 2),
+        ("deepseek-v3", "fp8", 1, 1),  # 896 tiles
+        ("qwen3-30b-a3b", "fp8", 2, 1),  # 496 tiles, but of 6 blocks
+    ],
+)
+def test_ctas_share_a_tile_of_down_where_few_would_wait(name: str, dtype: DType, M: int, splits: int) -> None:
+    backend = TritonSplitKBackend(described(80))
+    config = backend.default_config(_problem(backend.machine, M, dtype, name))
+    assert isinstance(config, SplitKConfig)
+    assert (config.one_launch, config.splits_down) == (True, splits)
+
+
+@pytest.mark.parametrize("tokens", [8, 16, 32])
+def test_tiles_that_dequantise_for_few_tokens_have_their_registers_limited(tokens: Any) -> None:
+    config = SplitKConfig(block_m=tokens, block_n=64, block_k=128)
+    dequantises = quantization("fp8", fp8=False)
+    assert config.launch(dequantises)["maxnreg"] == 128
+    assert "maxnreg" not in config.launch(quantization("fp8", fp8=True))
+
+
+@pytest.mark.parametrize(
     ("name", "dtype", "M", "one_launch"),
     [
+        ("qwen3-30b-a3b", "fp8", 1, False),
         ("kimi-k2-tp8", "fp8", 2, False),  # tiles of down, whose loop is very short, crowd out those that they wait for
         ("gpt-oss-120b", "mxfp4", 2, False),
         ("gpt-oss-120b", "mxfp4", 4, True),

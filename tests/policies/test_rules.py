@@ -47,14 +47,21 @@ def test_where_nothing_was_measured_ours_come_first(name: str) -> None:
     assert policy.rank(layer.problem(4096, "bf16", machine))[0].backend == "triton_persistent"
 
 
-def test_where_kernels_convert_fp8_vectors_come_first_for_one_token_of_short_n() -> None:
+def test_where_kernels_convert_fp8_vectors_come_first_for_one_or_two_tokens_of_short_n() -> None:
     a100 = Machine.load("a100-80gb")
     for name, M, first in (
         ("qwen3-30b-a3b", 1, "triton_vector"), ("kimi-k2-tp8", 1, "triton_vector"), ("kimi-k2-tp8", 2, "triton_splitk"),
-        ("qwen3-30b-a3b", 4, "triton_splitk"), ("deepseek-v2-lite", 1, "triton_splitk"),
-        ("deepseek-v3", 1, "triton_splitk"),
+        ("qwen3-30b-a3b", 2, "triton_vector"), ("qwen3-30b-a3b", 4, "triton_splitk"),
+        ("deepseek-v2-lite", 1, "triton_splitk"), ("deepseek-v3", 1, "triton_splitk"),
     ):  # fmt: skip
         assert RulesPolicy(a100).rank(WORKLOADS[name].problem(M, "fp8", a100))[0].backend == first, (name, M)
+
+
+@pytest.mark.parametrize("name", ["mixtral-8x7b", "qwen3-30b-a3b"])
+def test_split_k_is_first_up_to_64_tokens_where_both_products_are_one_launch(name: str) -> None:
+    a100 = Machine.load("a100-80gb")
+    for M, first in ((48, "triton_splitk"), (64, "triton_splitk"), (65, "triton_persistent")):
+        assert RulesPolicy(a100).rank(WORKLOADS[name].problem(M, "bf16", a100))[0].backend == first, M
 
 
 @pytest.mark.parametrize("name", ["a100-80gb", "l40s", "h200", "b200"])
