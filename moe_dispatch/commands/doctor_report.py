@@ -64,7 +64,7 @@ class DoctorReport:
         calibrated: Layers that this machine's calibrations cover, its own first.
         quarantine: Entries that hold under today's versions.
         lifted: Number of entries that --reset lifted; None without it.
-        policy_notes: What the policies have to say.
+        policy_notes: What the policies have to say, and calibrations that are nowhere on the search path.
         cache_dir: Folder of calibrations and the quarantine.
         problems: What is wrong, each with its remedy; the command fails if there are any.
     """
@@ -119,13 +119,15 @@ def examine(device: str | None, *, reset: bool, probe: bool) -> DoctorReport:
         bars = what if fatal == 1 else f"{fatal} {what} bar backends"
         problems.append(f"{bars}: see the quarantine; `moe-dispatch doctor --reset` lifts it")
     calibrated: list[CalibratedLayer] = []
-    for path in calibration_paths(machine):
+    absent: list[str] = []
+    for index, path in enumerate(calibration_paths(machine)):
         try:
             calibrated += calibrated_layers(read_calibration(path, machine))
         except FileNotFoundError:
-            continue
+            if index:  # the first is this machine's own, which need not have been measured
+                absent.append(f"MOE_DISPATCH_CALIBRATION_PATH: there is no {path}")
         except (PolicyFileError, OSError) as error:
-            problems.append(f"this machine's calibration is not used: {error}")
+            problems.append(f"a calibration is not used: {error}")
     return DoctorReport(
         version=installed_version(),
         machine=machine,
@@ -134,7 +136,7 @@ def examine(device: str | None, *, reset: bool, probe: bool) -> DoctorReport:
         calibrated=tuple(calibrated),
         quarantine=entries,
         lifted=lifted,
-        policy_notes=dispatcher.planner.notes(),
+        policy_notes=(*dispatcher.planner.notes(), *absent),
         environment=set_variables(),
         cache_dir=str(cache_dir()),
         problems=tuple(problems),
