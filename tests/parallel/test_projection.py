@@ -104,7 +104,7 @@ def test_explain_prints_the_projection() -> None:
     command = ["explain", "--model", "deepseek-v3", "--dtype", "fp8", "--machine", "h200", "--tokens", "16,4096"]
     result = CliRunner().invoke(app, [*command, "--parallel", "2,8"])
     assert result.exit_code == 0, result.output
-    assert "A projection: nothing here was measured on more than one GPU" in result.output
+    assert "A projection: none of these times was measured on more than one GPU" in result.output
     table = [line.split() for line in result.output.splitlines() if line.split()[:2] in (["16", "2"], ["4096", "8"])]
     assert [row[2] for row in table] == ["experts", "columns"] * 2
     assert table[0][-3:] == ["direct", "1.89", "1.91"]
