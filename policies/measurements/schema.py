@@ -179,14 +179,12 @@ class Point(Strict):
 
     Attributes:
         layer: Index into `CalibrationFile.layers`.
-        scores: Empty; earlier versions wrote it.
     """
 
     layer: Index
     M: Count
     mode: Mode
     measurements: list[StoredMeasurement] = pydantic.Field(default_factory=list, max_length=10_000)
-    scores: list[float] = pydantic.Field(default_factory=list, max_length=0, exclude=True)
 
 
 class Scores(Strict):

@@ -23,8 +23,8 @@ from tests.support.triton_compile import Launch, compile_launches, described, un
 
 HOPPER = described(90)
 # Bytes of stack of a thread in BF16 and MXFP4, by its epilogue alone, outside the loops that multiply. Under Triton 3.6
-# it is gpt-oss's activation of copied rows that takes 48.
-BF16_STACK = {"3.6": 48, "3.9": 16}.get(library_version("triton")[:3], 0)
+# and 3.9 it is gpt-oss's activation of copied rows that takes most.
+BF16_STACK = {"3.6": 48, "3.9": 24}.get(library_version("triton")[:3], 0)
 MXFP4_STACK = 16
 # Bytes of stack of a thread in FP8: values of a tile give way to the sums of the next, outside the loops that multiply.
 # Triton 3.6 to 3.8 need 120, 3.9 needs 232.
