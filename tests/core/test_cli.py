@@ -176,6 +176,14 @@ def test_doctor_names_what_the_search_path_leads_to_and_is_not_there(monkeypatch
         assert f"MOE_DISPATCH_CALIBRATION_PATH: there is no {path}" in result.output
 
 
+def test_doctor_names_a_variable_that_is_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MOE_DISPATCH_BACKENDS", "reference")
+    note = "MOE_DISPATCH_BACKENDS is no variable of moe_dispatch; did you mean MOE_DISPATCH_BACKEND?"
+    assert note in invoke("doctor", columns=250).output
+    monkeypatch.delenv("MOE_DISPATCH_BACKENDS")
+    assert "is no variable" not in invoke("doctor", columns=250).output
+
+
 def test_doctor_shows_what_was_calibrated() -> None:
     machine = Machine.inspect("cpu")
     layer = LayerShape(K=64, N=32, E=4, topk=2, dtype="fp32", act_dtype="fp32")
