@@ -36,6 +36,8 @@ def small_checkpoint(folder: Path) -> None:
 
 def main(arguments: list[str]) -> None:
     """Read the whole layer and both halves of it, and run them."""
+    if len(arguments) not in (0, 2):
+        sys.exit("usage: fp8_checkpoint.py [FOLDER_OF_THE_MODEL NUMBER_OF_THE_LAYER]")
     with tempfile.TemporaryDirectory() as temporary:
         if arguments:
             path, layer = Path(arguments[0]), int(arguments[1])

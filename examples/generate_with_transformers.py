@@ -16,6 +16,8 @@ from moe_dispatch.integrations.transformers import register
 
 def main(arguments: list[str]) -> None:
     """Generate, and print which backends ran."""
+    if len(arguments) not in (0, 2):
+        sys.exit("usage: generate_with_transformers.py [MODEL PROMPT]")
     register()
     if arguments:
         name, prompt = arguments

@@ -55,7 +55,10 @@ def main() -> None:
     parser.add_argument("--prompt", default="The capital of France is")
     arguments = parser.parse_args()
 
-    from vllm import LLM, SamplingParams
+    try:
+        from vllm import LLM, SamplingParams
+    except ImportError as error:
+        parser.error(f"vLLM cannot be imported ({error}); it needs a GPU: pip install '.[vllm]' in this repository")
 
     if arguments.dummy:
         sampling = SamplingParams(temperature=0.0, max_tokens=16, ignore_eos=True, detokenize=False)

@@ -181,11 +181,10 @@ def experts_prefix(checkpoint: Checkpoint, layer: int) -> str:
         return here.pop()
     if here:
         raise InvalidInputError(f"{checkpoint.origin} has experts of layer {layer} under several names: {listed(here)}")
-    others = [name for name in checkpoint.names if re.search(rf"\.{layer}\.", name)]
+    others = [name for name in checkpoint.names if re.search(rf"(?:^|\.)(?:layers|blocks|h)\.{layer}\.", name)]
     layers = f"layers {_ranges(sorted(prefixes))} have" if prefixes else "no layer has any"
-    raise InvalidInputError(
-        f"{checkpoint.origin} has no experts of layer {layer}; {layers}. The layer's tensors are {listed(others)}"
-    )
+    there = f". The layer's tensors are {listed(others)}" if others else ""
+    raise InvalidInputError(f"{checkpoint.origin} has no experts of layer {layer}; {layers}{there}")
 
 
 def _ranges(numbers: list[int]) -> str:

@@ -3,7 +3,7 @@
 import contextlib
 import operator
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, Literal, Self
 
@@ -282,6 +282,9 @@ class ExpertWeights:
         Raises:
             InvalidInputError: Names are missing or unknown, or shapes do not fit; the message lists what is there.
         """
+        if not isinstance(experts, Iterable):
+            what = f"got {type(experts).__name__}; fused tensors go into ExpertWeights(gate_up, down)"
+            raise InvalidInputError(f"experts must be a sequence, one module or tensors by name for each, {what}")
         tensors = [expert.state_dict() if isinstance(expert, nn.Module) else expert for expert in experts]
         for each in tensors:
             if not isinstance(each, Mapping):

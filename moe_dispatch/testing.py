@@ -1,15 +1,8 @@
 """What every backend must compute, as cases grouped by why they exist: also for backends of other packages.
 
-A test of a backend of your own, under pytest or without:
-
-    machine, precision = Machine.inspect(), Precision("bf16", "bf16")
-    backend = MyBackend(machine)
-    for case in CASES.values():
-        if not backend.unsupported_reasons(problem := case.problem(precision, machine)):
-            conform(backend, backend.default_config(problem), make_inputs(case, precision, machine.device))
-
-`conform` raises AssertionError and says what is wrong. tests/backends/test_conformance.py runs it over the backends of
-this package, with poisoned memory, in every configuration, and under CUDA graphs.
+docs/own-backend.md shows how to run them. `conform` raises AssertionError and says what is wrong.
+tests/backends/test_conformance.py runs it over the backends of this package, with poisoned memory, in every
+configuration, and under CUDA graphs.
 """
 
 import dataclasses

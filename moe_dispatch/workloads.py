@@ -102,7 +102,7 @@ def workload(text: str) -> Workload:
         raise InvalidInputError(f"E,topk,K,N must be from 1 to {LARGEST - 1} with topk ≤ E, got {text[:80]}")
     if fault := _path_fault(text):
         raise InvalidInputError(f"{text[:300]} {fault}")
-    raise UnknownNameError("workload", text[:80], (*WORKLOADS, "E,topk,K,N", "path/to/config.json"))
+    raise UnknownNameError("model", text[:80], (*WORKLOADS, "E,topk,K,N", "path/to/config.json"))
 
 
 def _variant(text: str) -> Workload | None:

@@ -69,7 +69,7 @@ def project(
 
 def _calibration(path: Path) -> CalibrationFile:
     try:
-        return parse_calibration(read_bytes(path), str(path))
+        return parse_calibration(read_bytes(path), str(path), "give a file of `moe-dispatch calibrate`")
     except FileNotFoundError as error:
         raise InvalidInputError(f"{path} does not exist; give a file of `moe-dispatch calibrate`") from error
 

@@ -60,7 +60,7 @@ def layers_table(layers: Sequence[CalibratedLayer]) -> "Table":
             _span(each.tokens),
             plain(", ".join(each.routings)),
             plain(each.measured[:10] or "unknown"),
-            plain(", ".join(f"{name} {version}" for name, version in each.versions.items())),
+            plain(", ".join(f"{name} {version}" for name, version in each.versions.items() if version)),
         )
     return rows
 

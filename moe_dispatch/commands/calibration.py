@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 
 Files = Annotated[list[Path], typer.Argument(help="Calibration files.")]
 
+# What to do about a damaged file that the user has named; it may be any file.
+_ANEW: Final = "give a file that `moe-dispatch calibrate` or `moe-dispatch calibration export` wrote"
+
 calibration: Final = typer.Typer(
     help="Show calibrations, and carry them from one machine to others with the same hardware.", no_args_is_help=True
 )
@@ -92,7 +95,7 @@ def import_(files: Files, device: Device = None) -> None:
     machine = Machine.inspect(device)
     path = calibration_path(machine)
     # All are read before the first is merged, so that a damaged one leaves everything as it was.
-    for file in [_required(read_calibration, each, machine) for each in files]:
+    for file in [_required(read_calibration, each, machine, _ANEW) for each in files]:
         save(path, file.measurements(), machine)
     promote_winners(path, machine)
     reset_dispatchers()
@@ -121,14 +124,14 @@ def merge(
 
 
 def _read(path: Path) -> "CalibrationFile":
-    return _required(_parsed, path)
+    return _required(_parsed, path, _ANEW)
 
 
-def _parsed(path: Path) -> "CalibrationFile":
+def _parsed(path: Path, *anew: str) -> "CalibrationFile":
     from moe_dispatch.policies.measurements.schema import parse_calibration
     from moe_dispatch.stored_files import read_bytes
 
-    return parse_calibration(read_bytes(path), str(path))
+    return parse_calibration(read_bytes(path), str(path), *anew)
 
 
 def _required(read: Any, path: Path, *arguments: Any) -> "CalibrationFile":

@@ -1,6 +1,8 @@
 """What `moe-dispatch doctor` finds out, as data."""
 
 import dataclasses
+import difflib
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Final
@@ -20,7 +22,7 @@ from moe_dispatch.policies.calibrated import calibration_paths
 from moe_dispatch.policies.measurements.schema import read_calibration
 from moe_dispatch.problem import DTYPES, DType
 from moe_dispatch.registry import BACKENDS
-from moe_dispatch.settings import cache_dir, set_variables, settings
+from moe_dispatch.settings import VARIABLES, cache_dir, set_variables, settings
 from moe_dispatch.system.files import check_writable
 from moe_dispatch.system.libraries import LibraryStatus, library_statuses
 from moe_dispatch.system.version import installed_version
@@ -64,7 +66,7 @@ class DoctorReport:
         calibrated: Layers that this machine's calibrations cover, its own first.
         quarantine: Entries that hold under today's versions.
         lifted: Number of entries that --reset lifted; None without it.
-        policy_notes: What the policies have to say.
+        policy_notes: What the policies have to say, and what the environment names in vain.
         cache_dir: Folder of calibrations and the quarantine.
         problems: What is wrong, each with its remedy; the command fails if there are any.
     """
@@ -119,13 +121,15 @@ def examine(device: str | None, *, reset: bool, probe: bool) -> DoctorReport:
         bars = what if fatal == 1 else f"{fatal} {what} bar backends"
         problems.append(f"{bars}: see the quarantine; `moe-dispatch doctor --reset` lifts it")
     calibrated: list[CalibratedLayer] = []
-    for path in calibration_paths(machine):
+    absent: list[str] = []
+    for index, path in enumerate(calibration_paths(machine)):
         try:
             calibrated += calibrated_layers(read_calibration(path, machine))
         except FileNotFoundError:
-            continue
+            if index:  # the first is this machine's own, which need not have been measured
+                absent.append(f"MOE_DISPATCH_CALIBRATION_PATH: there is no {path}")
         except (PolicyFileError, OSError) as error:
-            problems.append(f"this machine's calibration is not used: {error}")
+            problems.append(f"a calibration is not used: {error}")
     return DoctorReport(
         version=installed_version(),
         machine=machine,
@@ -134,7 +138,7 @@ def examine(device: str | None, *, reset: bool, probe: bool) -> DoctorReport:
         calibrated=tuple(calibrated),
         quarantine=entries,
         lifted=lifted,
-        policy_notes=dispatcher.planner.notes(),
+        policy_notes=(*dispatcher.planner.notes(), *absent, *_unread_variables()),
         environment=set_variables(),
         cache_dir=str(cache_dir()),
         problems=tuple(problems),
@@ -162,6 +166,14 @@ def _environment_problems(backends: tuple[BackendReport, ...]) -> Iterator[str]:
     for report in backends:
         if report.name == name and not report.dtypes:
             yield f"MOE_DISPATCH_BACKEND names {name!r}, which runs nothing here, {consequence}: {report.reasons[0]}"
+
+
+def _unread_variables() -> Iterator[str]:
+    """Variables with this package's prefix that it does not read: a name with a typing error changes nothing."""
+    for name in sorted(os.environ):
+        if name.startswith("MOE_DISPATCH_") and name not in VARIABLES:
+            near = difflib.get_close_matches(name, VARIABLES, n=1)
+            yield f"{name[:80]} is no variable of moe_dispatch" + (f"; did you mean {near[0]}?" if near else "")
 
 
 def _cache_problems() -> Iterator[str]:

@@ -46,7 +46,7 @@ def explain(
             help="Project the layer onto these numbers of GPUs, comma-separated, with --tokens on each.",
         ),
     ] = None,
-    wire_fp8: Annotated[bool, typer.Option("--wire-fp8", help="With --parallel: rows cross as FP8.")] = False,
+    wire_fp8: Annotated[bool, typer.Option("--wire-fp8", help="With --parallel: rows travel as FP8.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Say which backend runs a layer at which token count, and why; for this machine or a described one."""

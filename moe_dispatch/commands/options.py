@@ -72,7 +72,11 @@ Backends = Annotated[
 ]
 Routings = Annotated[
     list[str] | None,
-    typer.Option("--routing", help="A routing distribution; repeatable.", autocompletion=_complete_routing),
+    typer.Option(
+        "--routing",
+        help="How tokens spread over experts: uniform, dirichlet-4 (skewed), zipf, half-dead or one-hot; repeatable.",
+        autocompletion=_complete_routing,
+    ),
 ]
 Device = Annotated[str | None, typer.Option("--device", help="cpu, cuda or cuda:N; the current GPU if there is one.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]

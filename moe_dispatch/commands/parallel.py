@@ -16,10 +16,10 @@ if TYPE_CHECKING:
     from moe_dispatch.workloads import Workload
 
 _LEGEND = (
-    "A projection: nothing here was measured on more than one GPU. 1 GPU: all experts and the tokens of all ranks. "
-    "serial: speed-up where experts wait for their rows, with results of direct, which leave while sums are computed, "
-    "counted only as far as that is longer; hidden: where transfers hide behind experts. Routing is uniform. "
-    "Divided by columns, each GPU has a part of every expert."
+    "A projection: none of these times was measured on more than one GPU. 1 GPU: one that holds all experts and runs "
+    "the tokens of all ranks. serial and hidden are speed-ups over it. serial: experts wait for all of their rows, and "
+    "sending results (by direct, only what it takes longer than computing them) is added. hidden: transfers hide "
+    "behind experts as far as they can. Routing is uniform. Divided by columns, each GPU has a part of every expert."
 )
 
 

@@ -162,7 +162,8 @@ class Projection:
         times = [each.choice.us for each in candidates if each.choice.us is not None and not each.against]
         if not times:
             raise InvalidInputError(
-                f"no cost model for {problem} on {self._machine.name}; `moe-dispatch fit` makes one from a calibration"
+                f"no cost model for {problem} on {self._machine.name}; describe a GPU whose models ship "
+                "(--machine h200), or make models from a calibration: `moe-dispatch fit`"
             )
         rested_us = slices * min(times)
         falling = math.exp(-calls * rested_us / _FALLS_IN_US)

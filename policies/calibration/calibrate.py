@@ -84,7 +84,9 @@ def calibrate(
     possible = possible_modes(machine)
     chosen = tuple(mode for mode in possible if modes is None or mode in modes)
     if not chosen:
-        raise InvalidInputError(f"modes must be among {', '.join(possible)} on this machine, got {modes}")
+        raise InvalidInputError(
+            f"modes must be among {', '.join(possible)} here, got {', '.join(modes or ())}; a graph needs CUDA"
+        )
     if quick:
         most_configs = min(most_configs or QUICK_CONFIGS, QUICK_CONFIGS)
     request = CalibrationRequest(

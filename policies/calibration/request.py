@@ -63,7 +63,9 @@ class CalibrationRequest:
             raise InvalidInputError(f"routings must be among {', '.join(ROUTINGS)}, got {', '.join(unknown)}")
         possible = possible_modes(self.machine)
         if not set(self.modes) <= set(possible):
-            raise InvalidInputError(f"modes must be among {', '.join(possible)} on this machine, got {self.modes}")
+            raise InvalidInputError(
+                f"modes must be among {', '.join(possible)} here, got {', '.join(self.modes)}; a graph needs CUDA"
+            )
         if self.most_configs is not None and self.most_configs < 1:
             raise InvalidInputError(f"most_configs must be at least 1, got {self.most_configs}")
         if not (math.isfinite(self.timeout_s) and self.timeout_s > 0):

@@ -18,6 +18,8 @@ from moe_dispatch.problem import QUANTIZED_DTYPES, DType, Mode, MoEProblem
 from moe_dispatch.stored_files import read_bytes, refusal
 
 SCHEMA: Final = 1
+# What to do about a damaged file of the cache.
+_ANEW: Final = "delete it, or calibrate again"
 MAX_TEXT: Final = 1000
 
 Name = Annotated[str, pydantic.Field(min_length=1, max_length=80, pattern=r"^[A-Za-z0-9_.\-]+$")]
@@ -270,8 +272,13 @@ class CalibrationFile(Strict):
                 yield Measurement(self.layers[point.layer], point.M, point.mode, **fields)
 
 
-def parse_calibration(content: bytes, origin: str) -> CalibrationFile:
+def parse_calibration(content: bytes, origin: str, anew: str = _ANEW) -> CalibrationFile:
     """Check a calibration's content.
+
+    Args:
+        content: JSON.
+        origin: Where it comes from, for messages.
+        anew: What to do where it is damaged, for messages.
 
     Raises:
         NewerFileError: It is of a later schema.
@@ -280,19 +287,19 @@ def parse_calibration(content: bytes, origin: str) -> CalibrationFile:
     try:
         return CalibrationFile.model_validate_json(content)
     except pydantic.ValidationError as error:
-        raise refusal(origin, error, SCHEMA, "delete it, or calibrate again") from error
+        raise refusal(origin, error, SCHEMA, anew) from error
     except InvalidInputError as error:
         raise PolicyFileError(f"{origin} describes no machine: {error}") from error
 
 
-def read_calibration(path: Path, machine: Machine) -> CalibrationFile:
-    """Read a machine's calibration.
+def read_calibration(path: Path, machine: Machine, anew: str = _ANEW) -> CalibrationFile:
+    """Read a machine's calibration; ``anew`` as for `parse_calibration`.
 
     Raises:
         FileNotFoundError: There is no calibration.
         PolicyFileError: It is damaged, of another schema, or of another machine.
     """
-    file = parse_calibration(read_bytes(path), str(path))
+    file = parse_calibration(read_bytes(path), str(path), anew)
     if file.machine.fingerprint != machine.fingerprint:
         raise PolicyFileError(
             f"{path} was measured on {file.machine.name!r} ({file.machine.fingerprint}) and this is {machine.name!r} "

@@ -91,7 +91,7 @@ def test_json_prints_the_rows(path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--model", "no-such-model"), "no workload is called"),
+        (("--model", "no-such-model"), "no model is called"),
         (("--tokens", "1,x"), "--tokens must be positive numbers"),
         (("--tokens", "0"), "--tokens must be positive numbers"),
         (("--dtype", "int4"), "--dtype must be one of"),

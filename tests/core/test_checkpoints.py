@@ -278,6 +278,10 @@ WRONG: dict[str, tuple[Tensors, str]] = {
         {"model.layers.0.mlp.experts.0.w1.weight": random(1), "model.layers.1.mlp.gate_proj.weight": random(1)},
         r"no experts of layer 1; layers 0 have\. The layer's tensors are model\.layers\.1\.mlp\.gate_proj\.weight",
     ),
+    "an expert of the layer's number": (
+        {"model.layers.0.mlp.experts.1.w1.weight": random(1)},
+        r"no experts of layer 1; layers 0 have$",
+    ),
     "two such layers": (
         {**separate(), "vision.layers.1.experts.0.w1.weight": random(1)},
         r"layer 1 under several names: model\.layers\.1\.mlp\.experts\., vision\.layers\.1\.experts\.",
@@ -368,6 +372,7 @@ def test_experts_from_modules_with_biases() -> None:
     wrong: dict[str, Any] = {
         "the list of 0 experts holds no experts": [],
         "each expert must be a module or tensors by name, got NoneType": [modules[0], None],
+        r"experts must be a sequence, one module .* for each, got Expert; fused tensors .* ExpertWeights\(": own,
         r"tensor 0\.up_proj\.weight must be a torch\.Tensor, got list": [{"up_proj.weight": [1.0]}],
     }
     for message, experts_list in wrong.items():

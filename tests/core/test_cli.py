@@ -174,13 +174,29 @@ def test_doctor_reports_a_damaged_calibration() -> None:
     path.write_text("[" * 1000)
     result = invoke("doctor")
     assert result.exit_code == 1
-    assert "this machine's calibration is not used" in result.output
+    assert "a calibration is not used" in result.output
+
+
+def test_doctor_names_what_the_search_path_leads_to_and_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MOE_DISPATCH_CALIBRATION_PATH", "/nowhere/fleet.json:/nowhere/fleet")
+    result = invoke("doctor", columns=250)
+    assert result.exit_code == 0
+    for path in ("/nowhere/fleet.json", f"/nowhere/fleet/{Machine.inspect('cpu').fingerprint}.json"):
+        assert f"MOE_DISPATCH_CALIBRATION_PATH: there is no {path}" in result.output
+
+
+def test_doctor_names_a_variable_that_is_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MOE_DISPATCH_BACKENDS", "reference")
+    note = "MOE_DISPATCH_BACKENDS is no variable of moe_dispatch; did you mean MOE_DISPATCH_BACKEND?"
+    assert note in invoke("doctor", columns=250).output
+    monkeypatch.delenv("MOE_DISPATCH_BACKENDS")
+    assert "is no variable" not in invoke("doctor", columns=250).output
 
 
 def test_doctor_shows_what_was_calibrated() -> None:
     machine = Machine.inspect("cpu")
     layer = LayerShape(K=64, N=32, E=4, topk=2, dtype="fp32", act_dtype="fp32")
-    versions = {"torch": machine.torch}
+    versions = {"driver": "", "torch": machine.torch}
     candidate = Candidate(backend="torch_grouped", versions=versions, measured="2026-11-25T10:00:00+00:00")
     times = {"uniform": (1.0, 2.0, 3.0)}
     measured = [Measurement(layer, M, "eager", candidate, us=times, score=2.0) for M in (1, 64)]
@@ -189,6 +205,7 @@ def test_doctor_shows_what_was_calibrated() -> None:
     (row,) = (each for each in _tables(text) if each.startswith("E=4 topk=2 K=64 N=32 fp32"))
     for shown in ("eager", "2 from 1 to 64", "uniform", "2026-11-25", f"torch {machine.torch}"):
         assert shown in row
+    assert "driver" not in row  # a CPU has none
 
 
 def test_doctors_machine_can_be_read_back(tmp_path: Path) -> None:
@@ -324,7 +341,7 @@ def test_commands_run_where_nothing_is_set_up_and_stdout_takes_ascii_alone(tmp_p
     )  # fmt: skip
     assert done.returncode == 0, done.stderr.decode()
     printed = (done.stdout + done.stderr).decode("ascii")
-    for word in ("NVIDIA H200", "torch_grouped", "no workload is called"):
+    for word in ("NVIDIA H200", "torch_grouped", "no model is called"):
         assert word in printed
     assert "\x1b" not in printed
 
@@ -387,7 +404,7 @@ CALIBRATE = ("calibrate", "--model", "8,2,64,32")
         (("explain", "--tokens", "²"), "positive numbers"),
         (("explain", "--tokens", "9" * 5000), "positive numbers"),
         (("explain", "--machine", "h100"), "did you mean h100-nvl or h100-pcie or h100-sxm?"),
-        (("explain", "--model", "x" * 300), "no workload is called"),
+        (("explain", "--model", "x" * 300), "no model is called"),
         (("explain", "--parallel", "2", "--mode", "graph"), "leave out --mode"),
         (("explain", "--parallel", "two"), "--parallel must be positive numbers"),
         (("explain", "--wire-fp8"), "give --parallel GPUS"),

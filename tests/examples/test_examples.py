@@ -115,3 +115,11 @@ def test_fleet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MOE_DISPATCH_CALIBRATION_PATH", str(out))
     choices = CalibratedPolicy(machine).rank(Workload("tiny", E=4, topk=2, K=64, N=32).problem(1, "fp32", machine))
     assert choices
+
+
+@pytest.mark.parametrize("name", ["fp8_checkpoint.py", "generate_with_transformers.py"])
+def test_one_argument_of_two_shows_the_usage(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("transformers" if "transformers" in name else "safetensors")
+    monkeypatch.setattr(sys, "argv", [name, "/models/DeepSeek-V3"])
+    with pytest.raises(SystemExit, match=f"usage: {name}"):
+        runpy.run_path(str(EXAMPLES / name), run_name="__main__")

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from functools import partial
 from pathlib import Path
 
@@ -104,7 +105,7 @@ def test_explain_prints_the_projection() -> None:
     command = ["explain", "--model", "deepseek-v3", "--dtype", "fp8", "--machine", "h200", "--tokens", "16,4096"]
     result = CliRunner().invoke(app, [*command, "--parallel", "2,8"])
     assert result.exit_code == 0, result.output
-    assert "A projection: nothing here was measured on more than one GPU" in result.output
+    assert "A projection: none of these times was measured on more than one GPU" in result.output
     table = [line.split() for line in result.output.splitlines() if line.split()[:2] in (["16", "2"], ["4096", "8"])]
     assert [row[2] for row in table] == ["experts", "columns"] * 2
     assert table[0][-3:] == ["direct", "1.89", "1.91"]
@@ -112,6 +113,14 @@ def test_explain_prints_the_projection() -> None:
     row = printed["rows"][0]
     assert (row["M"], row["ranks"], row["exchange"], round(row["serial"], 2)) == (16, 2, "direct", 1.89)
     assert [each["division"] for each in printed["rows"][:2]] == ["experts", "columns"]
+
+
+def test_a_machine_without_cost_models_is_refused_with_what_to_do() -> None:
+    result = CliRunner().invoke(app, ["explain", "--machine", "mi300x", "--parallel", "2"])
+    assert result.exit_code == 2
+    assert re.search(
+        r"no cost model for .* on AMD.*--machine h200.*`moe-dispatch fit`", " ".join(result.output.split())
+    )
 
 
 def test_links_and_docs_follow_from_the_record() -> None:
