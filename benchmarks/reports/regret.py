@@ -26,7 +26,7 @@ from moe_dispatch.benchmarks.rows import BenchRow
 from moe_dispatch.errors import InvalidInputError
 from moe_dispatch.machine import Machine
 from moe_dispatch.policies.calibration.request import DEFAULT_ROUTINGS
-from moe_dispatch.policies.learned.defaults import default_identity
+from moe_dispatch.policies.learned.defaults import completed, default_identity
 from moe_dispatch.policies.learned.fit import Observation, fit_model
 from moe_dispatch.policies.learned.policy import LearnedPolicy
 from moe_dispatch.policies.measurements.schema import Identity
@@ -111,7 +111,7 @@ def judge(observations: Sequence[Observation], machine: Machine) -> dict[str, di
     single_runs: dict[MoEProblem, dict[Identity, float]] = {}
     for observation in observations:
         times_of = single_runs if observation.once else points
-        times_of.setdefault(observation.problem, {})[observation.candidate] = observation.us
+        times_of.setdefault(observation.problem, {})[completed(observation.candidate)] = observation.us
     learned = {
         shape: _learned([row for row in observations if _shape(row.problem) != shape], machine) for shape in shapes
     }

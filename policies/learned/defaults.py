@@ -1,18 +1,36 @@
 """What each backend runs by default, and which backend of a family the rules choose."""
 
+import functools
 from collections.abc import Iterator
 
+import pydantic
+
 from moe_dispatch.backend import Backend
+from moe_dispatch.errors import MoEDispatchError
 from moe_dispatch.policies.measurements.schema import Identity
 from moe_dispatch.policies.rules import FAMILIES, order
 from moe_dispatch.policy import UsableBackends
 from moe_dispatch.problem import MoEProblem
-from moe_dispatch.registry import LAST_RESORT
+from moe_dispatch.registry import BACKENDS, LAST_RESORT
 
 
 def default_identity(backend: Backend, problem: MoEProblem) -> Identity:
     """The backend with the configuration that it runs for a problem where no measurement names another."""
     return backend.name, tuple(sorted(backend.default_config(problem).model_dump(mode="json").items()))
+
+
+@functools.cache
+def completed(identity: Identity) -> Identity:
+    """A measured candidate with the fields that its configuration has got since, at their defaults.
+
+    One whose backend or configuration is unknown here is returned as it is.
+    """
+    backend, fields = identity
+    try:
+        config = BACKENDS.load(backend).config_type.model_validate(dict(fields))
+    except (MoEDispatchError, pydantic.ValidationError):
+        return identity
+    return backend, tuple(sorted(config.model_dump(mode="json").items()))
 
 
 class Members:

@@ -12,7 +12,7 @@ from torch import Tensor
 from moe_dispatch.errors import InvalidInputError, PolicyFileError
 from moe_dispatch.machine import Machine
 from moe_dispatch.policies.learned.cost_model import TERMS, rows_per_expert, terms
-from moe_dispatch.policies.learned.defaults import Members, default_identity
+from moe_dispatch.policies.learned.defaults import Members, completed, default_identity
 from moe_dispatch.policies.learned.policy import CostModel, ModelFile, parse_model
 from moe_dispatch.policies.measurements.schema import CalibrationFile, Identity
 from moe_dispatch.policies.rules import FAMILIES
@@ -79,7 +79,7 @@ def fit_model(rows: Iterable[Observation], machine: Machine) -> ModelFile:
     kinds: dict[tuple[DType, Mode], dict[MoEProblem, dict[Identity, float]]] = {}
     for row in rows:
         points = kinds.setdefault((row.problem.dtype, row.problem.mode), {})
-        points.setdefault(row.problem, {})[row.candidate] = row.uniform_us or row.us
+        points.setdefault(row.problem, {})[completed(row.candidate)] = row.uniform_us or row.us
     cost_models = []
     for (dtype, mode), points in kinds.items():
         for name, times in sorted(_defaults(points, machine).items()):
