@@ -67,7 +67,8 @@ class SplitKConfig(BackendConfig):
         """Launch options of both products."""
         tile = (self.block_m, self.block_n, self.num_warps)
         registers = {}
-        if quantization.dequantizes and tile in _SHORT_OF_REGISTERS:
+        short = tile in _SHORT_OF_REGISTERS or (self.one_launch and tile == _SHORT_IN_ONE_LAUNCH)
+        if quantization.dequantizes and short:
             registers = {"maxnreg": _CROWDED_REGISTERS if self.crowded else _MOST_REGISTERS}
         return {"num_warps": self.num_warps, "num_stages": self.num_stages, **pdl_option(self.pdl), **registers}
 
@@ -113,7 +114,8 @@ _FEW_TOKENS: Final = 16  #               tokens       of a tile in BF16, with wh
 # MXFP4 of gpt-oss-120b with TMA, block_n×block_k/warps: at M=64 128×128/4 518 µs, 64×128/4 583, 64×128/2 571; at M=8
 # 153, 170, 176; at M=1 with two splits 35.7, 36.0, 31.9. Without TMA 128×128/4 took 755 where it took 583 with it.
 _DEQUANTIZING_STAGES: Final = 4
-_SHORT_OF_REGISTERS: Final = ((8, 64, 4), (16, 64, 4), (32, 64, 4))  # block_m, block_n and num_warps
+_SHORT_OF_REGISTERS: Final = ((8, 64, 4), (16, 64, 4))  # block_m, block_n and num_warps
+_SHORT_IN_ONE_LAUNCH: Final = (32, 64, 4)  # alone: in two, gate_up would spill 352 bytes under Triton 3.8
 _MOST_REGISTERS: Final = 128  # of a thread of theirs: four CTAs share a multiprocessor
 _CROWDED_REGISTERS: Final = 96  # five
 # Both products in one launch where kernels do not overlap, the H200 described as an A100: qwen3-30b-a3b in FP8 at M=8
