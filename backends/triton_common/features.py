@@ -26,7 +26,7 @@ TensorCores = Literal["mma", "wgmma", "tcgen05"]
 @functools.cache
 def interpreting() -> bool:
     """Whether kernels run in Triton's interpreter (``TRITON_INTERPRET=1`` before Triton is imported)."""
-    return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes")
+    return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
 
 
 @dataclass(frozen=True)

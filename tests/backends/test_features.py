@@ -6,7 +6,7 @@ import pytest
 
 from moe_dispatch.backend import BackendConfig
 from moe_dispatch.backends.gluon_hopper import tiles as hopper_tiles
-from moe_dispatch.backends.triton_common.features import TensorCores, features, stage_reasons
+from moe_dispatch.backends.triton_common.features import TensorCores, features, interpreting, stage_reasons
 from moe_dispatch.backends.triton_persistent.config import TritonPersistentConfig
 from moe_dispatch.backends.triton_splitk.config import SplitKConfig
 from moe_dispatch.backends.triton_splitk.config import shared_memory_bytes as splitk_memory
@@ -50,6 +50,13 @@ def test_features_by_device_class(
     assert able.shared_memory == kibibytes << 10
     assert able.wgmma == (tensor_cores != "mma")
     assert features(gpu(capability, shared_memory_per_block=65536)).shared_memory == 65536
+
+
+@pytest.mark.parametrize("value", ["1", "true", "On", "yes", "Y", "0", "", "2"])
+def test_kernels_are_interpreted_where_triton_interprets_them(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    knobs = pytest.importorskip("triton").knobs
+    monkeypatch.setenv("TRITON_INTERPRET", value)
+    assert interpreting.__wrapped__() == knobs.runtime.interpret
 
 
 # Capabilities of AMD's devices look like NVIDIA's.
