@@ -1,5 +1,6 @@
 """What a device offers is looked up by device class: a greater compute capability is no superset of a smaller one."""
 
+import dataclasses
 import itertools
 
 import pytest
@@ -17,7 +18,7 @@ from moe_dispatch.machine import Machine
 from moe_dispatch.problem import DTYPES, MoEProblem
 from moe_dispatch.registry import BACKENDS
 from moe_dispatch.workloads import WORKLOADS, torch_dtype
-from tests.support.described import CPU, gpu
+from tests.support.described import CPU, H200, gpu
 
 OURS = ("triton_splitk", "triton_vector", "triton_persistent", "gluon_hopper")
 TOKENS = (1, 4, 16, 64, 512, 4096, 16384)
@@ -57,6 +58,18 @@ def test_kernels_are_interpreted_where_triton_interprets_them(value: str, monkey
     knobs = pytest.importorskip("triton").knobs
     monkeypatch.setenv("TRITON_INTERPRET", value)
     assert interpreting.__wrapped__() == knobs.runtime.interpret
+
+
+@pytest.mark.parametrize("name", NEEDS_STAGES)
+def test_so_many_experts_of_a_token_that_kernels_compile_for_minutes_are_refused(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("moe_dispatch.backends.triton_common.features.interpreting", lambda: False)  # it refuses BF16
+    backend, problem = BACKENDS.load(name)(H200), MoEProblem(M=4, K=2048, N=768, E=512, topk=128)
+    assert backend.unsupported_reasons(problem) == ()
+    reasons = backend.unsupported_reasons(dataclasses.replace(problem, topk=129))
+    unrolled = "unrolls sums over topk: needs topk ≤ 128 for a compilation of seconds, got 129"
+    assert reasons == (() if name == "triton_vector" else (unrolled,))
 
 
 # Capabilities of AMD's devices look like NVIDIA's.
