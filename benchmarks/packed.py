@@ -33,15 +33,15 @@ def is_packed(lines: Sequence[bytes]) -> bool:
 
 
 def latest(files: Iterable[Iterable[BenchRow]]) -> list[BenchRow]:
-    """The rows of several files, the newest last, without those of a backend at points where a later file has it too.
+    """The rows of several files, the newest last, without a backend's at points of the machine that a later file has.
 
     As in `moe_dispatch.policies.measurements.merge.merge`, a configuration that was not timed again goes as well.
     """
-    kept: dict[tuple[str, str, int, str, str, str], list[BenchRow]] = {}
+    kept: dict[tuple[str, str, str, int, str, str, str], list[BenchRow]] = {}
     for file in files:
-        measured: dict[tuple[str, str, int, str, str, str], list[BenchRow]] = {}
+        measured: dict[tuple[str, str, str, int, str, str, str], list[BenchRow]] = {}
         for row in file:
-            key = (row.workload, row.dtype, row.M, row.mode, row.routing, row.backend)
+            key = (row.machine, row.workload, row.dtype, row.M, row.mode, row.routing, row.backend)
             measured.setdefault(key, []).append(row)
         kept |= measured
     return list(chain.from_iterable(kept.values()))

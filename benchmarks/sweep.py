@@ -23,6 +23,7 @@ from moe_dispatch.benchmarks.provenance import Provenance
 from moe_dispatch.benchmarks.row_files import append
 from moe_dispatch.benchmarks.rows import BenchRow, RowKey
 from moe_dispatch.benchmarks.stopwatch import Stopwatch
+from moe_dispatch.errors import InvalidInputError
 from moe_dispatch.machine import present_device
 from moe_dispatch.measure.energy import EnergyOf
 from moe_dispatch.policies.calibration.memory import input_bytes, require, weight_bytes
@@ -61,7 +62,7 @@ class Sweep:
 
     def __post_init__(self) -> None:
         self._device = torch.device(self.provenance.machine.device)
-        self._loaded: dict[tuple[Workload, DType], LoadedLayer] = {}
+        self._loaded: dict[tuple[Workload, DType], LoadedLayer | None] = {}  # None for one that cannot be made
         self._factory = CandidateFactory(self.provenance.machine, self._note, self.stopwatch)
 
     def run(self, plans: Sequence[BenchPlan]) -> list[BenchRow]:
@@ -120,7 +121,7 @@ class Sweep:
         return groups
 
     def _load(self, layer: tuple[Workload, DType], group: Layers) -> LoadedLayer | None:
-        """A layer with its weights in memory; None if they do not fit."""
+        """A layer with its weights in memory; None if they do not fit, or there are none of this dtype."""
         if layer in self._loaded:
             return self._loaded[layer]
         if any(other not in group for other in self._loaded):
@@ -132,6 +133,10 @@ class Sweep:
             require(weight_bytes(workload.problem(1, dtype, self.provenance.machine)), "the weights", self._device)
             with self.stopwatch.spending("weights"):
                 experts = make_experts(workload, dtype, self._device, generator)
+        except InvalidInputError as error:  # such as MXFP4 with 24 columns
+            self._note(f"{workload.name} {dtype}: has no such weights ({error})")
+            self._loaded[layer] = None
+            return None
         except Exception as error:
             if not out_of_memory(error):
                 raise

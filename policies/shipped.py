@@ -30,7 +30,7 @@ class ShippedPolicy(MeasuredPolicy):
     def ranked(self, problem: MoEProblem) -> Iterator[Choice]:
         """See `Policy.ranked`."""
         choices = super().ranked(problem)
-        if self._neighbour is None:
+        if self._neighbour is None or problem.M < 1:  # no tokens take no time, and are not ranked
             return choices
         slowdown = self._neighbour.slowdown(problem)
         return (_estimated(choice, slowdown, self._neighbour) for choice in choices)

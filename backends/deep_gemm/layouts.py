@@ -29,7 +29,7 @@ Operand = Tensor | tuple[Tensor, Tensor]
 
 def masked_capacity(M: int) -> int:
     """Rows per expert in the masked layout: whole tiles for the worst case, in which every token names one expert."""
-    return math.ceil(M / MASKED_TILE) * MASKED_TILE
+    return math.ceil(max(M, 1) / MASKED_TILE) * MASKED_TILE
 
 
 def expected_rows(slots: int, E: int) -> int:

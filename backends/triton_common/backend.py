@@ -13,7 +13,13 @@ from torch import Tensor
 
 from moe_dispatch.backend import BackendConfig, Inputs, RunInto, WritingBackend
 from moe_dispatch.backends.triton_common.descriptors import Descriptors, WeightView
-from moe_dispatch.backends.triton_common.features import features, triton_reasons, triton_requirements
+from moe_dispatch.backends.triton_common.features import (
+    MOST_UNROLLED,
+    features,
+    triton_reasons,
+    triton_requirements,
+    unrolled_reason,
+)
 from moe_dispatch.backends.triton_common.quantization import Quantization, quantization, quantization_of
 from moe_dispatch.experts import ExpertWeights
 from moe_dispatch.machine import Machine
@@ -38,6 +44,9 @@ class TritonBackend(WritingBackend):
 
     requirements = triton_requirements()
     needs_probe = False
+    most_topk: ClassVar[float] = (
+        MOST_UNROLLED  # `combine` and its like, which most backends launch, unroll a loop over it
+    )
     most_slots: ClassVar[float] = math.inf  # M·topk, above which kernels that were made for decode do not run
 
     def __init__(self, machine: Machine) -> None:
@@ -53,6 +62,8 @@ class TritonBackend(WritingBackend):
         dtypes = problem.dtype, problem.act_dtype
         if (reasons := self._reasons_of_dtypes.get(dtypes)) is None:
             reasons = self._reasons_of_dtypes[dtypes] = self.reasons_of_dtypes(problem)
+        if problem.topk > self.most_topk:
+            reasons += (unrolled_reason(problem.topk),)
         if (slots := problem.M * problem.topk) > self.most_slots:
             reasons += (f"made for decode: needs M·topk ≤ {self.most_slots}, got {slots}",)
         if problem.dtype not in self.requirements.dtypes:

@@ -17,6 +17,9 @@ from moe_dispatch.problem import MX_BLOCK, DType, MoEProblem
 
 # The Triton releases whose insides `internals` was written for; kernels of others are launched by Triton's own path.
 READ_TRITON_RELEASES: Final = ((3, 6), (3, 7), (3, 8), (3, 9))
+# Experts of a token whose rows a kernel adds in an unrolled loop: `combine` compiles for 2 s with 64 of them, for 7 s
+# with 128, and for minutes with 512.
+MOST_UNROLLED: Final = 128
 # Programs of a persistent kernel in the interpreter: more than one, so that their loops over tiles are exercised.
 _INTERPRETED_SMS: Final = 3
 
@@ -26,7 +29,7 @@ TensorCores = Literal["mma", "wgmma", "tcgen05"]
 @functools.cache
 def interpreting() -> bool:
     """Whether kernels run in Triton's interpreter (``TRITON_INTERPRET=1`` before Triton is imported)."""
-    return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes")
+    return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
 
 
 @dataclass(frozen=True)
@@ -162,6 +165,11 @@ def stage_reasons(machine: Machine) -> tuple[str, ...]:
     if not machine.cuda:
         return ("needs an NVIDIA GPU and a torch built for CUDA: its Triton kernels were never run on ROCm",)
     return () if machine.triton else (_NO_TRITON,)
+
+
+def unrolled_reason(topk: int) -> str:
+    """Why kernels that unroll a loop over a token's experts are not compiled for so many."""
+    return f"unrolls sums over topk: needs topk ≤ {MOST_UNROLLED} for a compilation of seconds, got {topk}"
 
 
 _NO_TRITON: Final = "triton is not installed: pip install triton (Linux)"

@@ -1,5 +1,7 @@
 """Decode with hardly a token per expert: what counts is to start soon and to read weights at full bandwidth."""
 
+import math
+
 from torch import Tensor
 
 from moe_dispatch.backend import BackendConfig
@@ -33,6 +35,7 @@ class TritonVectorBackend(TritonBackend):
     requirements = triton_requirements(fp8_forms=True)
     config_type = TritonVectorConfig
     stores_to_peers = True
+    most_topk = math.inf  # its loop over a token's experts is not unrolled
     most_slots = 4096  # Far beyond the few slots for which it is made: each reads its expert's weights by itself.
 
     def quantizes_activations(self, problem: MoEProblem) -> bool:

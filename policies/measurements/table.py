@@ -25,6 +25,8 @@ FAR: Final = 64
 # Above this ratio of two neighbouring measured token counts nothing is interpolated, because times bend too much: on an
 # H200 the choices between M=1 and M=16384 of a layer were up to 12 % slower than those of the rules.
 APART: Final = 16
+# What was eliminated at a token count was about as far behind there, or farther.
+ELIMINATED: Final = 1.25
 
 
 class _Span(NamedTuple):
@@ -133,10 +135,15 @@ class LayerTable:
         return () if len(around) == 2 and around[1] > around[0] * APART else around
 
     def us(self, identity: Identity, M: int) -> float:
-        """The time in µs at M of a candidate that was timed at each token count of `around(M)`."""
+        """The time in µs at M of a candidate that is ranked there, by time or by the energies of the same points."""
         around = self.around(M)
-        us = tuple(self.scores[near][identity] or math.nan for near in around)
+        us = tuple(self._us_at(near, identity) or math.nan for near in around)
         return _times([_Span(identity, us, tuple(map(math.log, us)), won=False)], around, M)[0]
+
+    def _us_at(self, near: int, identity: Identity) -> float | None:
+        """The time in µs of a candidate at a measured token count, also if it was eliminated there; None if wrong."""
+        at = self.scores[near]
+        return at[identity] if identity in at else ELIMINATED * (at[self.winners[near]] or math.nan)
 
     def _interval(self, around: tuple[int, ...]) -> _Interval:
         if (interval := self._intervals.get(around)) is None:
@@ -148,7 +155,8 @@ class LayerTable:
         """The candidates that can be a backend's best between the token counts `around`, or at the only one.
 
         They are the same for every M between, so that a new token count is not planned from scratch. A candidate that
-        was eliminated at a neighbour was behind there; its times further away say nothing of M.
+        was eliminated at a neighbour was behind there; its times further away say nothing of M. But a backend that wins
+        at both in different configurations is not passed over between them for want of one that was timed at both.
         """
         won = {self.winners[near] for near in around}
         spans: list[_Span] = []
@@ -157,6 +165,12 @@ class LayerTable:
             if None not in times:
                 us = tuple(filter(None, times))
                 spans.append(_Span(identity, us, tuple(map(math.log, us)), won=identity in won))
+        (first, _), (second, _) = self.winners[around[0]], self.winners[around[-1]]
+        if first == second and first not in [span.identity[0] for span in spans]:
+            for identity in map(self.winners.__getitem__, around):
+                us = tuple(filter(None, (self._us_at(near, identity) for near in around)))
+                if len(us) == len(around):  # its result was wrong at neither
+                    spans.append(_Span(identity, us, tuple(map(math.log, us)), won=True))
         # One that did not win and is behind another candidate of its backend everywhere is never the backend's best.
         least: dict[str, float] = {}
         kept: set[int] = set()

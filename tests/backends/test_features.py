@@ -1,12 +1,13 @@
 """What a device offers is looked up by device class: a greater compute capability is no superset of a smaller one."""
 
+import dataclasses
 import itertools
 
 import pytest
 
 from moe_dispatch.backend import BackendConfig
 from moe_dispatch.backends.gluon_hopper import tiles as hopper_tiles
-from moe_dispatch.backends.triton_common.features import TensorCores, features, stage_reasons
+from moe_dispatch.backends.triton_common.features import TensorCores, features, interpreting, stage_reasons
 from moe_dispatch.backends.triton_persistent.config import TritonPersistentConfig
 from moe_dispatch.backends.triton_splitk.config import SplitKConfig
 from moe_dispatch.backends.triton_splitk.config import shared_memory_bytes as splitk_memory
@@ -17,7 +18,7 @@ from moe_dispatch.machine import Machine
 from moe_dispatch.problem import DTYPES, MoEProblem
 from moe_dispatch.registry import BACKENDS
 from moe_dispatch.workloads import WORKLOADS, torch_dtype
-from tests.support.described import CPU, gpu
+from tests.support.described import CPU, H200, gpu
 
 OURS = ("triton_splitk", "triton_vector", "triton_persistent", "gluon_hopper")
 TOKENS = (1, 4, 16, 64, 512, 4096, 16384)
@@ -50,6 +51,25 @@ def test_features_by_device_class(
     assert able.shared_memory == kibibytes << 10
     assert able.wgmma == (tensor_cores != "mma")
     assert features(gpu(capability, shared_memory_per_block=65536)).shared_memory == 65536
+
+
+@pytest.mark.parametrize("value", ["1", "true", "On", "yes", "Y", "0", "", "2"])
+def test_kernels_are_interpreted_where_triton_interprets_them(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    knobs = pytest.importorskip("triton").knobs
+    monkeypatch.setenv("TRITON_INTERPRET", value)
+    assert interpreting.__wrapped__() == knobs.runtime.interpret
+
+
+@pytest.mark.parametrize("name", NEEDS_STAGES)
+def test_so_many_experts_of_a_token_that_kernels_compile_for_minutes_are_refused(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("moe_dispatch.backends.triton_common.features.interpreting", lambda: False)  # it refuses BF16
+    backend, problem = BACKENDS.load(name)(H200), MoEProblem(M=4, K=2048, N=768, E=512, topk=128)
+    assert backend.unsupported_reasons(problem) == ()
+    reasons = backend.unsupported_reasons(dataclasses.replace(problem, topk=129))
+    unrolled = "unrolls sums over topk: needs topk ≤ 128 for a compilation of seconds, got 129"
+    assert reasons == (() if name == "triton_vector" else (unrolled,))
 
 
 # Capabilities of AMD's devices look like NVIDIA's.

@@ -6,7 +6,7 @@ from moe_dispatch.benchmarks import row_files
 from moe_dispatch.benchmarks.record import ship
 from moe_dispatch.benchmarks.record.calibration_rows import calibration_rows
 from moe_dispatch.policies.measurements.schema import CalibrationFile
-from tests.benchmarks.helpers import H200, calibration, run
+from tests.benchmarks.helpers import H200, bench_row, calibration, run
 
 
 def test_a_calibration_becomes_rows(tmp_path: Path) -> None:
@@ -36,6 +36,14 @@ def test_a_later_calibration_replaces_its_backends_rows_at_its_points(tmp_path: 
     before, after = row_files.load(paths[:1]), row_files.load([tmp_path / "both.jsonl.xz"])
     assert {row.key for row in after if row.M == 1} == {row.key for row in before if row.M == 1}
     assert {row.key for row in after if row.M == 64} == {row.key for row in calibration_rows(later)}
+
+
+def test_rows_of_another_machine_replace_none(tmp_path: Path) -> None:
+    row, paths = bench_row("vllm", "qwen3-30b-a3b", "fp8", 64, 175.0), [tmp_path / "a.jsonl", tmp_path / "b.jsonl"]
+    for path, machine in zip(paths, ("NVIDIA H200", "NVIDIA H20"), strict=True):
+        row_files.append(path, row.model_copy(update={"machine": machine, "fingerprint": machine}))
+    run("pack", *paths, "--out", tmp_path / "both.jsonl")
+    assert {row.machine for row in row_files.load([tmp_path / "both.jsonl"])} == {"NVIDIA H200", "NVIDIA H20"}
 
 
 def test_a_calibration_of_a_device_without_known_ceilings_has_no_fractions() -> None:

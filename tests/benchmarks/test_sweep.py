@@ -13,6 +13,7 @@ from moe_dispatch.benchmarks.sweep import Sweep
 from moe_dispatch.experts import ExpertWeights
 from moe_dispatch.measure import H200_CEILINGS, time_interleaved
 from moe_dispatch.measure.provenance import commit
+from moe_dispatch.workloads import Workload
 from tests.benchmarks.helpers import H200, MEASURED, Faulty, out_of_memory_at, plan, provenance, reference
 
 
@@ -95,6 +96,16 @@ def test_weights_that_do_not_fit_are_skipped_with_the_reason(path: Path, monkeyp
     made = Sweep(path, provenance())
     assert made.run([plan(reference())]) == []
     assert made.notes == ["4,2,64,32 fp32: the weights do not fit in memory (OutOfMemoryError: CUDA out of memory)"]
+
+
+def test_a_layer_that_has_no_weights_of_a_dtype_is_skipped_with_the_reason(path: Path) -> None:
+    made = Sweep(path, provenance())
+    narrow = Workload("4,2,64,24", E=4, topk=2, K=64, N=24)
+    rows = made.run([plan(reference(), workload=narrow, tokens=(1,), dtypes=("mxfp4", "fp32"))])
+    assert [row.dtype for row in rows] == ["fp32"]
+    assert made.notes == [
+        "4,2,64,24 mxfp4: has no such weights (MXFP4 has one scale for every 32 columns, and down has 24; keep BF16)"
+    ]
 
 
 @pytest.mark.parametrize(("free", "what"), [(100_000, "fp32: the weights"), (1 << 20, "fp32 M=3000 eager: inputs")])

@@ -17,7 +17,7 @@ from moe_dispatch.machine import Machine
 from moe_dispatch.policies.calibrated import CalibratedPolicy, calibration_path
 from moe_dispatch.policies.measurements.merge import promote_winners, require_writable, save
 from moe_dispatch.policies.measurements.schema import Candidate, Identity, LayerShape, Measurement, read_calibration
-from moe_dispatch.policies.measurements.table import LayerTable, stable_winners, tables
+from moe_dispatch.policies.measurements.table import EnergyTable, LayerTable, stable_winners, tables
 from moe_dispatch.policies.measurements.versions import relevant_versions
 from moe_dispatch.problem import Mode
 from moe_dispatch.registry import BACKENDS
@@ -311,6 +311,26 @@ def test_a_candidate_that_was_eliminated_at_a_neighbour_is_not_chosen_beside_it(
     table = LayerTable({1: {even: 20.0, decoder: 10.0}, 4: {even: 40.0}, 16: {even: 80.0}, 64: {decoder: 90.0}})
     assert [identity for identity, _ in table.rank(8)] == [even]
     assert not table.rank(32)
+
+
+def test_a_backend_that_wins_on_both_sides_in_different_configurations_wins_between() -> None:
+    few, many, other = ("a", (("rows", 8),)), ("a", (("rows", 16),)), ("b", ())
+    # gpt-oss-120b in MXFP4 on an H200: split-K by slot, by expert, and triton_persistent in one configuration.
+    scores: Scores = {2: {few: 55.8, other: 72.1}, 4: {many: 90.4, other: 107.6}, 16: {many: 224.0, other: 220.0}}
+    table = LayerTable(scores)
+    ranked = dict(table.rank(3))
+    assert list(ranked) == [many, other]  # whose token count is nearer
+    assert 74.0 < ranked[many] < ranked[other]  # it was eliminated at the other one
+    assert LayerTable({20: scores[2], 40: scores[4]}).rank(25)[0][0] == few
+    assert few not in dict(table.rank(8))  # another backend wins at 16
+    # Energies were measured of the winners alone.
+    by_energy = EnergyTable(table, LayerTable({2: {few: 0.2}, 4: {many: 0.3}}))
+    first, second = by_energy.choices(3, "graph", "calibrated")
+    assert (first.backend, first.config, second.backend) == ("a", {"rows": 16}, "b")
+    assert first.us == pytest.approx(ranked[many])
+    scores[4][few] = None  # its result was wrong there
+    assert [identity for identity, _ in LayerTable(scores).rank(3)] == [many, other]
+    assert LayerTable({20: scores[2], 40: scores[4]}).rank(25)[0][0] == many
 
 
 def test_later_measurements_outvote_no_winner_that_was_promoted(path: Path) -> None:

@@ -149,6 +149,15 @@ def test_the_nearest_of_several_tables_serves(tables: Path, name: str, sms: int,
     assert serves.name == source
 
 
+@pytest.mark.parametrize("machine", [H100, H200], ids=["scaled", "its own"])
+def test_no_tokens_are_ranked_by_the_rules_without_a_complaint(machine: Machine) -> None:
+    explained = Dispatcher(machine, live=False).planner.explain(LAYER.problem(0, "bf16", machine))
+    assert {candidate.choice.policy for candidate in explained.candidates} == {"rules"}
+    against = [reason for candidate in explained.candidates for reason in candidate.against]
+    assert not [reason for reason in against if "raised" in reason]
+    assert not [note for note in explained.notes if "passed over" in note]
+
+
 @pytest.mark.parametrize(("M", "slower"), [(16, 4.8 / 3.35), (16384, 1.0)])
 def test_the_learned_model_of_the_nearest_device_is_scaled_by_what_bounds_a_call(M: int, slower: float) -> None:
     policy = LearnedPolicy(H100)
