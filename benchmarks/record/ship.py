@@ -3,7 +3,7 @@
 import itertools
 import json
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from typing import Any, Final
 
 from moe_dispatch.policies.measurements.merge import merge
@@ -36,9 +36,13 @@ def table(files: Iterable[CalibrationFile]) -> CalibrationFile:
     if whole is None:
         raise ValueError("a table needs at least one calibration")
     points: dict[PointKey, list[Measurement]] = {}
+    tried: dict[PointKey, set[str]] = {}
     for measurement in whole.measurements():
+        tried.setdefault(measurement.point, set()).add(measurement.candidate.backend)
         if measurement.score is not None:
             points.setdefault(measurement.point, []).append(measurement)
+    for outdated in _outdated(points, tried):
+        del points[outdated]
     tokens = Counter((layer, mode) for layer, _, mode in points)
     kept = [
         _reduced(measurement)
@@ -47,6 +51,22 @@ def table(files: Iterable[CalibrationFile]) -> CalibrationFile:
         for measurement in _worth_shipping(candidates)
     ]
     return merge(CalibrationFile(machine=whole.machine), kept, whole.machine)
+
+
+def _outdated(points: Mapping[PointKey, list[Measurement]], tried: Mapping[PointKey, Set[str]]) -> list[PointKey]:
+    """Points that take longer than the next one, which has more tokens, for want of the backend that is fastest there.
+
+    It was not tried at them: they are older than what it takes now. Without them it is ranked by its neighbours.
+    """
+    fastest = {point: min(candidates, key=_score) for point, candidates in points.items()}
+    ordered = sorted(points, key=lambda point: (str(point[0]), point[2], point[1]))
+    return [
+        point
+        for point, following in itertools.pairwise(ordered)
+        if (point[0], point[2]) == (following[0], following[2])
+        and _score(fastest[point]) > _score(fastest[following])
+        and fastest[following].candidate.backend not in tried[point]
+    ]
 
 
 def text(made: CalibrationFile) -> str:

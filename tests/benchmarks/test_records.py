@@ -1,11 +1,13 @@
 """What the repository records: packed calibrations and tables to ship."""
 
+import dataclasses
 from pathlib import Path
 
 from moe_dispatch.benchmarks import row_files
 from moe_dispatch.benchmarks.record import ship
 from moe_dispatch.benchmarks.record.calibration_rows import calibration_rows
-from moe_dispatch.policies.measurements.schema import CalibrationFile
+from moe_dispatch.policies.measurements.merge import merge
+from moe_dispatch.policies.measurements.schema import CalibrationFile, Candidate, Measurement
 from tests.benchmarks.helpers import H200, bench_row, calibration, run
 
 
@@ -79,3 +81,18 @@ def test_a_later_calibration_of_some_backends_keeps_the_libraries_of_the_others(
 
 def test_a_layer_measured_at_few_token_counts_is_not_shipped() -> None:
     assert ship.table([calibration((1, 4, 16))]).points == []
+
+
+def test_a_point_that_was_measured_without_what_is_faster_at_more_tokens_is_not_shipped() -> None:
+    file = calibration((1, 4, 16, 64, 256))
+    layer = next(file.measurements()).layer
+    grouped = Candidate(backend="torch_grouped", config={})
+
+    def kept(*added: Measurement) -> list[int]:
+        return [point.M for point in ship.table([merge(file, added, H200)]).points]
+
+    faster = Measurement(layer, 64, "graph", grouped, us={"uniform": (1500.0,) * 3}, score=1500.0, error=1e-3)
+    assert kept(faster) == [1, 4, 64, 256]  # 16 tokens took 1600 µs without it
+    assert kept(dataclasses.replace(faster, score=1700.0)) == [1, 4, 16, 64, 256]
+    wrong = dataclasses.replace(faster, M=16, score=None, error=None, disqualified="wrong on uniform routing")
+    assert kept(faster, wrong) == [1, 4, 16, 64, 256]
