@@ -42,7 +42,7 @@ def backward(gradient: Tensor, inputs: Inputs, wanted: Wanted, machine: Machine)
     """
     if not gradient.shape[0]:
         return _zeros(inputs, wanted)
-    if not _failed and not grouped.reasons_against(inputs[1], machine):
+    if not _failed and not grouped.reasons_against(inputs[1], machine, topk=inputs[3].shape[1]):
         try:
             return grouped.backward(gradient, inputs, wanted)
         except foreign_errors() as error:

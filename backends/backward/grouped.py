@@ -12,7 +12,7 @@ from moe_dispatch.backends.stages.combine import combine
 from moe_dispatch.backends.stages.quantize import gather
 from moe_dispatch.backends.stages.route import route
 from moe_dispatch.backends.torch_grouped import MOST_FUSED_EXPERTS
-from moe_dispatch.backends.triton_common.features import stage_reasons
+from moe_dispatch.backends.triton_common.features import MOST_UNROLLED, stage_reasons, unrolled_reason
 from moe_dispatch.dispatch.gradients import Gradients, Wanted
 from moe_dispatch.experts import ExpertWeights
 from moe_dispatch.machine import Machine
@@ -26,8 +26,8 @@ _ONE_LAUNCH_SLOTS: Final = 8192
 _ALIGNED: Final = 8  # values in the 16 bytes on which torch wants each row of an operand to start
 
 
-def reasons_against(experts: ExpertWeights, machine: Machine) -> tuple[str, ...]:
-    """Why the gradients of a layer cannot be computed by grouped products; empty if they can."""
+def reasons_against(experts: ExpertWeights, machine: Machine, topk: int = 1) -> tuple[str, ...]:
+    """Why the gradients of a layer's calls cannot be computed by grouped products; empty if they can."""
     reasons = list(stage_reasons(machine))
     if experts.dtype != "bf16" or machine.capability is None or machine.capability[0] != _MAJOR:
         where = "a CPU" if machine.capability is None else "compute capability {}.{}".format(*machine.capability)
@@ -39,6 +39,8 @@ def reasons_against(experts: ExpertWeights, machine: Machine) -> tuple[str, ...]
     ]
     if experts.E > MOST_FUSED_EXPERTS:
         reasons.append(f"they take at most {MOST_FUSED_EXPERTS} experts, got E={experts.E}")
+    if topk > MOST_UNROLLED:
+        reasons.append(unrolled_reason(topk))
     return tuple(reasons)
 
 

@@ -189,6 +189,8 @@ def test_which_layers_are_grouped() -> None:
         return ExpertWeights(torch.empty(2, 2 * N, K).bfloat16(), torch.empty(2, K, N).bfloat16())
 
     assert not grouped.reasons_against(layer(16, 16), Machine.load("h200"))
+    (unrolled,) = grouped.reasons_against(layer(16, 16), Machine.load("h200"), topk=129)
+    assert "topk ≤ 128" in unrolled
     (reason,) = grouped.reasons_against(layer(16, 16), Machine.load("a100-80gb"))
     assert "compute capability 9.x, got bf16 on compute capability 8.0" in reason
     reasons = grouped.reasons_against(layer(20, 12), Machine.load("h200"))
@@ -202,7 +204,7 @@ def test_where_grouped_products_fail_the_loop_takes_over(monkeypatch: pytest.Mon
     inputs, gradient = plain(Layer()), torch.randn(M, K)
     machine = Machine.inspect("cpu")
     monkeypatch.setattr(backward_module, "_failed", [])
-    monkeypatch.setattr(grouped, "reasons_against", lambda *_: ())
+    monkeypatch.setattr(grouped, "reasons_against", lambda *_, **__: ())
     monkeypatch.setattr(grouped, "backward", fail)
     with pytest.warns(MoEDispatchWarning, match=r"grouped products .* no kernel image"):
         got = backward_module.backward(gradient, inputs, EVERYTHING, machine)
