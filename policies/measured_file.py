@@ -8,7 +8,7 @@ import pydantic
 from moe_dispatch.backend import Backend
 from moe_dispatch.guard import foreign_errors
 from moe_dispatch.machine import Machine
-from moe_dispatch.policies.measurements.schema import CalibrationFile, Candidate, Identity, LayerKey
+from moe_dispatch.policies.measurements.schema import CalibrationFile, Candidate, Identity, LayerKey, identity_of
 from moe_dispatch.policies.measurements.table import EnergyTable, Table, points_of_layers, tabulated
 from moe_dispatch.policies.measurements.versions import changes, relevant_versions
 from moe_dispatch.problem import Mode
@@ -35,10 +35,13 @@ class MeasuredFile:
         unused: Counter[str] = Counter()
         for candidate in file.candidates:
             made = backends.made(candidate.backend)
-            reason = _reason_against(candidate, made.backend, retires=retires) if made.backend else _reason(made)
-            self._usable.append(None if reason else candidate.identity)
-            if reason:
-                unused[f"{candidate.backend}: {reason}"] += 1
+            try:
+                if made.backend is None:
+                    raise _UnusableError(_reason(made))
+                self._usable.append(_identity(candidate, made.backend, retires=retires))
+            except _UnusableError as error:
+                self._usable.append(None)
+                unused[f"{candidate.backend}: {error}"] += 1
         self.notes = tuple(
             f"{count} measured configuration{'s' if count > 1 else ''} not used: {reason}"
             for reason, count in unused.items()
@@ -62,17 +65,22 @@ class MeasuredFile:
         return hashlib.sha256(self._file.model_dump_json().encode()).hexdigest()[:16]
 
 
-def _reason_against(candidate: Candidate, backend: Backend, *, retires: bool) -> str:
+class _UnusableError(Exception):
+    """A candidate is not used; the message is the reason."""
+
+
+def _identity(candidate: Candidate, backend: Backend, *, retires: bool) -> Identity:
     try:
-        backend.config_type.model_validate(candidate.config)
+        identity = identity_of(candidate.backend, backend.config_type.model_validate(candidate.config))
     except pydantic.ValidationError as error:
         first = error.errors()[0]
-        return f"its configuration is unknown here ({'.'.join(map(str, first['loc']))}: {first['msg']})"
+        where = ".".join(map(str, first["loc"]))
+        raise _UnusableError(f"its configuration is unknown here ({where}: {first['msg']})") from error
     except foreign_errors() as error:  # of a validator of its own
-        return f"its configuration cannot be read here ({failures.summary(error)})"
+        raise _UnusableError(f"its configuration cannot be read here ({failures.summary(error)})") from error
     if retires and (changed := changes(candidate.versions, relevant_versions(backend))):
-        return f"retired by {', '.join(changed)}; calibrate again"
-    return ""
+        raise _UnusableError(f"retired by {', '.join(changed)}; calibrate again")
+    return identity
 
 
 def _reason(made: MadeBackend) -> str:

@@ -7,7 +7,7 @@ import pydantic
 
 from moe_dispatch.backend import Backend
 from moe_dispatch.errors import MoEDispatchError
-from moe_dispatch.policies.measurements.schema import Identity
+from moe_dispatch.policies.measurements.schema import Identity, identity_of
 from moe_dispatch.policies.rules import FAMILIES, order
 from moe_dispatch.policy import UsableBackends
 from moe_dispatch.problem import MoEProblem
@@ -16,7 +16,7 @@ from moe_dispatch.registry import BACKENDS, LAST_RESORT
 
 def default_identity(backend: Backend, problem: MoEProblem) -> Identity:
     """The backend with the configuration that it runs for a problem where no measurement names another."""
-    return backend.name, tuple(sorted(backend.default_config(problem).model_dump(mode="json").items()))
+    return identity_of(backend.name, backend.default_config(problem))
 
 
 @functools.cache
@@ -30,7 +30,7 @@ def completed(identity: Identity) -> Identity:
         config = BACKENDS.load(backend).config_type.model_validate(dict(fields))
     except (MoEDispatchError, pydantic.ValidationError):
         return identity
-    return backend, tuple(sorted(config.model_dump(mode="json").items()))
+    return identity_of(backend, config)
 
 
 class Members:

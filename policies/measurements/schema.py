@@ -34,6 +34,14 @@ PointKey = tuple[LayerKey, int, Mode]
 Identity = tuple[str, tuple[tuple[str, int | str | bool], ...]]  # of a candidate: backend and sorted configuration
 
 
+def identity_of(backend: str, config: pydantic.BaseModel) -> Identity:
+    """The identity of a backend in a configuration, which has all of its fields.
+
+    That of a record lacks those that the configuration has got since.
+    """
+    return backend, tuple(sorted(config.model_dump(mode="json").items()))
+
+
 class Strict(pydantic.BaseModel):
     """Base class of everything on disk: immutable, without unknown fields, without coercion between types."""
 
@@ -108,7 +116,7 @@ class Candidate(Origin):
 
     @property
     def identity(self) -> Identity:
-        """Backend and configuration, hashable."""
+        """Backend and configuration as they are recorded, hashable."""
         return self.backend, tuple(sorted(self.config.items()))
 
 

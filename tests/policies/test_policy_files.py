@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from moe_dispatch.backends.reference import ReferenceConfig
 from moe_dispatch.errors import InvalidInputError, MoEDispatchWarning, PolicyFileError
 from moe_dispatch.machine import Machine
 from moe_dispatch.policies.calibrated import CalibratedPolicy, calibration_path
@@ -63,6 +64,13 @@ def path() -> Path:
 def ranked(M: int, policy: CalibratedPolicy | None = None) -> list[str]:
     policy = policy or CalibratedPolicy(MACHINE)
     return [choice.backend for choice in policy.rank(LAYER.problem(M, "fp32", MACHINE))]
+
+
+def test_a_record_from_before_a_configuration_got_a_field_is_of_its_default(path: Path) -> None:
+    today = ReferenceConfig().model_dump(mode="json")
+    measurements = [measured(1, 5.0, config={}), measured(8, 5.0, config=today)]
+    save(path, [*measurements, measured(1, 4.0, "torch_grouped"), measured(8, 50.0, "torch_grouped")], MACHINE)
+    assert ranked(3) == ["reference", "torch_grouped"]
 
 
 def _edit(*keys: Any, value: Any) -> Callable[[dict[str, Any]], object]:
