@@ -38,9 +38,11 @@ def ship(
     out: Annotated[Path, typer.Option(help="Table to write; compressed if its name ends with .xz.")],
 ) -> None:
     """Make a table to ship from a machine's calibrations."""
-    from moe_dispatch.benchmarks.record.ship import table, text
+    from moe_dispatch.benchmarks.record.ship import LEAST_TOKENS, table, text
 
     made = table(map(_calibration, calibrations))
+    if not made.points:
+        raise InvalidInputError(f"no layer has a time at {LEAST_TOKENS} token counts or more; measure others, too")
     _write(out, text(made))
     measurements = sum(len(point.measurements) for point in made.points)
     typer.echo(f"{len(made.points)} points, {measurements} measurements, {out.stat().st_size:,} bytes: {out}")

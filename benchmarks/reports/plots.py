@@ -43,7 +43,8 @@ def draw(rows: Iterable[BenchRow], folder: Path) -> list[Path]:
 
     Raises:
         PlotsUnavailableError: matplotlib is missing.
-        InvalidInputError: The rows are of several machines, or the files cannot be written.
+        InvalidInputError: The rows are of several machines or hold no time under uniform routing, or the files cannot
+            be written.
     """
     pyplot = _pyplot()
     rows = list(rows)
@@ -55,6 +56,10 @@ def draw(rows: Iterable[BenchRow], folder: Path) -> list[Path]:
             files[-1].write_text(chart, encoding="utf-8")
     except OSError as error:
         raise InvalidInputError(f"pictures cannot be written to {folder} ({error}); --out names a folder") from error
+    if not files:
+        raise InvalidInputError(
+            f"none of the {len(rows)} rows has a time under uniform routing, which is what is drawn"
+        )
     return files
 
 

@@ -167,7 +167,7 @@ def test_a_file_that_cannot_be_written_is_one_message(command: str, tmp_path: Pa
         pytest.importorskip("matplotlib")
     else:
         source = tmp_path / "calibration.json"
-        source.write_text(calibration().model_dump_json(), encoding="utf-8")
+        source.write_text(calibration((1, 4, 16, 64)).model_dump_json(), encoding="utf-8")
     output = run(command, source, "--out", "/proc/nowhere/out", status=2)
     assert "cannot be written" in output
     assert "/proc/nowhere/out" in output

@@ -79,8 +79,11 @@ def test_a_later_calibration_of_some_backends_keeps_the_libraries_of_the_others(
     assert ship.table([first, later]).machine.libraries == {"vllm": "0.20.2", "a": "2"}
 
 
-def test_a_layer_measured_at_few_token_counts_is_not_shipped() -> None:
-    assert ship.table([calibration((1, 4, 16))]).points == []
+def test_a_layer_measured_at_few_token_counts_is_not_shipped(tmp_path: Path) -> None:
+    source, out = tmp_path / "calibration.json", tmp_path / "table.json"
+    source.write_text(calibration((1, 4, 16)).model_dump_json(), encoding="utf-8")
+    assert "no layer has a time at 4 token counts" in run("ship", source, "--out", out, status=2)
+    assert not out.exists()
 
 
 def test_a_point_that_was_measured_without_what_is_faster_at_more_tokens_is_not_shipped() -> None:
