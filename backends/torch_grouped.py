@@ -13,7 +13,7 @@ from moe_dispatch.backends.stages.combine import combine
 from moe_dispatch.backends.stages.dequantize import dequantized
 from moe_dispatch.backends.stages.quantize import gather
 from moe_dispatch.backends.stages.route import route
-from moe_dispatch.backends.triton_common.features import MOST_UNROLLED, stage_reasons, unrolled_reason
+from moe_dispatch.backends.triton_common.features import stage_reasons, unrolled_reasons
 from moe_dispatch.experts import ExpertWeights
 from moe_dispatch.problem import ELEMENT_BYTES, MX_BLOCK, MoEProblem
 
@@ -58,9 +58,9 @@ class TorchGroupedBackend(WritingBackend):
 
     def further_reasons(self, problem: MoEProblem) -> tuple[str, ...]:
         """See `Backend.further_reasons`."""
-        reasons = list(stage_reasons(self.machine) if problem.device == "cuda" else ())
-        if problem.device == "cuda" and problem.topk > MOST_UNROLLED:
-            reasons.append(unrolled_reason(problem.topk))
+        reasons: list[str] = []
+        if problem.device == "cuda":
+            reasons += stage_reasons(self.machine) + unrolled_reasons(problem.topk)
         fused = _fused(problem)
         if problem.mode == "graph" and not fused:
             where = "on a CPU" if problem.capability is None else "on sm_{}{}".format(*problem.capability)

@@ -2,11 +2,14 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 import pydantic
 
 from moe_dispatch.errors import PolicyFileError
 from moe_dispatch.system import compression, files
+
+Stored = TypeVar("Stored", bound=pydantic.BaseModel)
 
 
 class NewerFileError(PolicyFileError):
@@ -32,8 +35,28 @@ def read_bytes(path: Path) -> bytes:
         raise PolicyFileError(f"{path} cannot be read: {error.strerror}; make it readable or delete it") from error
 
 
-def refusal(origin: str, error: pydantic.ValidationError, schema: int, anew: str) -> PolicyFileError:
-    """What to raise of a file: the first thing that is wrong with it, and how to make it anew if that is damage."""
+def parsed(kind: type[Stored], content: bytes, origin: str, schema: int, anew: str) -> Stored:
+    """Check a file's content.
+
+    Args:
+        kind: What the file holds, with a field ``schema_version``.
+        content: JSON.
+        origin: Where it comes from, for messages.
+        schema: The schema version that this version of the package reads.
+        anew: What to do where it is damaged, for messages.
+
+    Raises:
+        NewerFileError: It is of a later schema.
+        PolicyFileError: It is damaged or of an earlier schema; the message says what is wrong where.
+    """
+    try:
+        return kind.model_validate_json(content)
+    except pydantic.ValidationError as error:
+        raise _refusal(origin, error, schema, anew) from error
+
+
+def _refusal(origin: str, error: pydantic.ValidationError, schema: int, anew: str) -> PolicyFileError:
+    """The first thing that is wrong with a file, and how to make it anew if that is damage."""
     first = error.errors(include_url=False, include_input=True)[0]
     where = ".".join(map(str, first["loc"]))
     if where != "schema_version":

@@ -12,7 +12,7 @@ from moe_dispatch.backends.stages.combine import combine
 from moe_dispatch.backends.stages.quantize import gather
 from moe_dispatch.backends.stages.route import route
 from moe_dispatch.backends.torch_grouped import MOST_FUSED_EXPERTS
-from moe_dispatch.backends.triton_common.features import MOST_UNROLLED, stage_reasons, unrolled_reason
+from moe_dispatch.backends.triton_common.features import stage_reasons, unrolled_reasons
 from moe_dispatch.dispatch.gradients import Gradients, Wanted
 from moe_dispatch.experts import ExpertWeights
 from moe_dispatch.machine import Machine
@@ -39,9 +39,7 @@ def reasons_against(experts: ExpertWeights, machine: Machine, topk: int = 1) -> 
     ]
     if experts.E > MOST_FUSED_EXPERTS:
         reasons.append(f"they take at most {MOST_FUSED_EXPERTS} experts, got E={experts.E}")
-    if topk > MOST_UNROLLED:
-        reasons.append(unrolled_reason(topk))
-    return tuple(reasons)
+    return (*reasons, *unrolled_reasons(topk))
 
 
 def backward(gradient: Tensor, inputs: Inputs, wanted: Wanted) -> Gradients:

@@ -8,7 +8,7 @@ from moe_dispatch.backend import BackendConfig, Requirements, WritingBackend
 from moe_dispatch.backends.deep_gemm.layouts import MaskedRows, PsumRows, Rows, expected_rows, layout_rows
 from moe_dispatch.backends.deep_gemm.library import INSTALL_HINT, load, wheel_reasons
 from moe_dispatch.backends.stages.combine import Out, combine
-from moe_dispatch.backends.triton_common.features import MOST_UNROLLED, stage_reasons, unrolled_reason
+from moe_dispatch.backends.triton_common.features import stage_reasons, unrolled_reasons
 from moe_dispatch.experts import ExpertWeights
 from moe_dispatch.numerics import QuantizedRows
 from moe_dispatch.problem import QUANT_BLOCK, DType, MoEProblem
@@ -81,9 +81,7 @@ class DeepGemmBackend(WritingBackend):
 
     def further_reasons(self, problem: MoEProblem) -> tuple[str, ...]:
         """See `Backend.further_reasons`."""
-        reasons = stage_reasons(self.machine)
-        if problem.topk > MOST_UNROLLED:
-            reasons += (unrolled_reason(problem.topk),)
+        reasons = stage_reasons(self.machine) + unrolled_reasons(problem.topk)
         if problem.dtype == "fp8" and problem.capability is not None and problem.capability >= _UE8M0:
             reasons += ("takes packed power-of-two multipliers on sm_100, and the stages write fp32 ones",)
         return reasons

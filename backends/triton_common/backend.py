@@ -18,7 +18,7 @@ from moe_dispatch.backends.triton_common.features import (
     features,
     triton_reasons,
     triton_requirements,
-    unrolled_reason,
+    unrolled_reasons,
 )
 from moe_dispatch.backends.triton_common.quantization import Quantization, quantization, quantization_of
 from moe_dispatch.experts import ExpertWeights
@@ -44,9 +44,7 @@ class TritonBackend(WritingBackend):
 
     requirements = triton_requirements()
     needs_probe = False
-    most_topk: ClassVar[float] = (
-        MOST_UNROLLED  # `combine` and its like, which most backends launch, unroll a loop over it
-    )
+    most_topk: ClassVar[float] = MOST_UNROLLED  # `combine` and its like unroll a loop over it
     most_slots: ClassVar[float] = math.inf  # M·topk, above which kernels that were made for decode do not run
 
     def __init__(self, machine: Machine) -> None:
@@ -63,7 +61,7 @@ class TritonBackend(WritingBackend):
         if (reasons := self._reasons_of_dtypes.get(dtypes)) is None:
             reasons = self._reasons_of_dtypes[dtypes] = self.reasons_of_dtypes(problem)
         if problem.topk > self.most_topk:
-            reasons += (unrolled_reason(problem.topk),)
+            reasons += unrolled_reasons(problem.topk)
         if (slots := problem.M * problem.topk) > self.most_slots:
             reasons += (f"made for decode: needs M·topk ≤ {self.most_slots}, got {slots}",)
         if problem.dtype not in self.requirements.dtypes:

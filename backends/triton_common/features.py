@@ -167,9 +167,11 @@ def stage_reasons(machine: Machine) -> tuple[str, ...]:
     return () if machine.triton else (_NO_TRITON,)
 
 
-def unrolled_reason(topk: int) -> str:
-    """Why kernels that unroll a loop over a token's experts are not compiled for so many."""
-    return f"unrolls sums over topk: needs topk ≤ {MOST_UNROLLED} for a compilation of seconds, got {topk}"
+def unrolled_reasons(topk: int) -> tuple[str, ...]:
+    """Why kernels that unroll a loop over a token's experts are not compiled for so many; empty if they are."""
+    if topk <= MOST_UNROLLED:
+        return ()
+    return (f"unrolls sums over topk: needs topk ≤ {MOST_UNROLLED} for a compilation of seconds, got {topk}",)
 
 
 _NO_TRITON: Final = "triton is not installed: pip install triton (Linux)"

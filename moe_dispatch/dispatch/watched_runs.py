@@ -71,12 +71,11 @@ def check_result(result: object, arguments: tuple[Any, ...]) -> None:
     Raises:
         ContractError: It says what the result is.
     """
-    *inputs, _config, out = (*arguments, None)[:6]
-    if out is None:
-        hidden_states, experts, topk_weights, topk_ids = inputs
+    hidden_states, experts, topk_weights, topk_ids, _config, *out = arguments
+    if not out:
         fault = result_fault(result, (hidden_states, experts, topk_weights, topk_ids))
     else:  # which has been checked, and may lie in one allocation with the inputs
-        fault = "" if result is out else "it returned another tensor than the one it was to write into"
+        fault = "" if result is out[0] else "it returned another tensor than the one it was to write into"
     if fault:
         raise ContractError(fault)
 

@@ -15,7 +15,7 @@ from moe_dispatch.parallel.links import fitted
 from moe_dispatch.parallel.topology import Topology
 from moe_dispatch.problem import Mode
 from moe_dispatch.settings import cache_dir, calibration_search_path, is_file_name
-from moe_dispatch.stored_files import read_bytes, refusal
+from moe_dispatch.stored_files import parsed, read_bytes
 
 # Above this ratio of two neighbouring measured token counts nothing is interpolated, because times bend too much.
 APART: Final = 16
@@ -153,10 +153,7 @@ def parse(content: bytes, origin: str) -> ParallelCalibration:
     Raises:
         PolicyFileError: It is damaged or of another schema.
     """
-    try:
-        return ParallelCalibration.model_validate_json(content)
-    except pydantic.ValidationError as error:
-        raise refusal(origin, error, SCHEMA, "delete it, or calibrate again") from error
+    return parsed(ParallelCalibration, content, origin, SCHEMA, "delete it, or calibrate again")
 
 
 def find(topology: Topology, versions: Mapping[str, str]) -> tuple[ParallelCalibration | None, list[str]]:

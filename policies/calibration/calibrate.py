@@ -18,6 +18,7 @@ from moe_dispatch.policies.calibration.request import (
     DEFAULT_TOKENS,
     CalibrationRequest,
     possible_modes,
+    wrong_modes,
 )
 from moe_dispatch.policies.calibration.run import CalibrationRun
 from moe_dispatch.policies.measurements.schema import LayerShape
@@ -84,9 +85,7 @@ def calibrate(
     possible = possible_modes(machine)
     chosen = tuple(mode for mode in possible if modes is None or mode in modes)
     if not chosen:
-        raise InvalidInputError(
-            f"modes must be among {', '.join(possible)} here, got {', '.join(modes or ())}; a graph needs CUDA"
-        )
+        raise wrong_modes(modes or (), possible)
     if quick:
         most_configs = min(most_configs or QUICK_CONFIGS, QUICK_CONFIGS)
     request = CalibrationRequest(

@@ -1,6 +1,7 @@
 """What a calibration is asked to do, checked once."""
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -63,9 +64,7 @@ class CalibrationRequest:
             raise InvalidInputError(f"routings must be among {', '.join(ROUTINGS)}, got {', '.join(unknown)}")
         possible = possible_modes(self.machine)
         if not set(self.modes) <= set(possible):
-            raise InvalidInputError(
-                f"modes must be among {', '.join(possible)} here, got {', '.join(self.modes)}; a graph needs CUDA"
-            )
+            raise wrong_modes(self.modes, possible)
         if self.most_configs is not None and self.most_configs < 1:
             raise InvalidInputError(f"most_configs must be at least 1, got {self.most_configs}")
         if not (math.isfinite(self.timeout_s) and self.timeout_s > 0):
@@ -79,6 +78,13 @@ class CalibrationRequest:
     def path(self) -> Path:
         """The calibration file that the result is merged into."""
         return calibration_path(self.machine, self.directory)
+
+
+def wrong_modes(modes: Iterable[Mode], possible: Iterable[Mode]) -> InvalidInputError:
+    """What to raise of modes that a machine lacks."""
+    return InvalidInputError(
+        f"modes must be among {', '.join(possible)} here, got {', '.join(modes)}; a graph needs CUDA"
+    )
 
 
 def possible_modes(machine: Machine) -> tuple[Mode, ...]:

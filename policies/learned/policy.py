@@ -20,7 +20,7 @@ from moe_dispatch.policy import Choice, Policy, UsableBackends
 from moe_dispatch.problem import DType, Mode, MoEProblem
 from moe_dispatch.registry import MadeBackends
 from moe_dispatch.settings import cache_dir
-from moe_dispatch.stored_files import read_bytes, refusal
+from moe_dispatch.stored_files import parsed, read_bytes
 
 SCHEMA: Final = 5
 # A backend that is far behind is not measured further, so its cost model does not know where it is slow. The model is
@@ -97,10 +97,7 @@ def parse_model(content: bytes, origin: str) -> ModelFile:
     Raises:
         PolicyFileError: It is damaged or of another schema.
     """
-    try:
-        return ModelFile.model_validate_json(content)
-    except pydantic.ValidationError as error:
-        raise refusal(origin, error, SCHEMA, "delete it, or `moe-dispatch fit` again") from error
+    return parsed(ModelFile, content, origin, SCHEMA, "delete it, or `moe-dispatch fit` again")
 
 
 def read_shipped_model(source: Nearest) -> ModelFile:

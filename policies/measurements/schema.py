@@ -15,7 +15,7 @@ from moe_dispatch.activations import Activation, canonical
 from moe_dispatch.errors import InvalidInputError, PolicyFileError
 from moe_dispatch.machine import Machine
 from moe_dispatch.problem import QUANTIZED_DTYPES, DType, Mode, MoEProblem
-from moe_dispatch.stored_files import read_bytes, refusal
+from moe_dispatch.stored_files import parsed, read_bytes
 
 SCHEMA: Final = 1
 # What to do about a damaged file of the cache.
@@ -293,9 +293,7 @@ def parse_calibration(content: bytes, origin: str, anew: str = _ANEW) -> Calibra
         PolicyFileError: It is damaged or of an earlier schema; the message says what is wrong where.
     """
     try:
-        return CalibrationFile.model_validate_json(content)
-    except pydantic.ValidationError as error:
-        raise refusal(origin, error, SCHEMA, anew) from error
+        return parsed(CalibrationFile, content, origin, SCHEMA, anew)
     except InvalidInputError as error:
         raise PolicyFileError(f"{origin} describes no machine: {error}") from error
 
