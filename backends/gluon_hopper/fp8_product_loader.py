@@ -16,7 +16,7 @@ from moe_dispatch.backends.gluon_hopper.common import (
     receive_tile,
 )
 from moe_dispatch.backends.gluon_hopper.gluon_api import aggregate, copy_async, reinterpret
-from moe_dispatch.backends.triton_common.pdl import moe_pdl_wait_and_release
+from moe_dispatch.backends.gluon_hopper.product_loader import load_early
 
 
 @aggregate
@@ -78,12 +78,7 @@ class ScaleRing:
 
 @gluon.jit
 def load_fp8_tiles(queue, ring, scales, operands):
-    """The loader: two warps, each of whose threads arrives at a stage when its own copies have.
-
-    It alone waits for the kernel before, between its first stages' weights and all else: results are stored after a
-    stage is full, and its rows come after the wait. Until then tiles, weights and biases are read, which no kernel
-    writes but some before the last one: that one waited for them before it let this one start, see `pdl`.
-    """
+    """The loader: two warps, each of whose threads arrives at a stage when its own copies have."""
     # Rows, or with INTERLEAVED pairs of them, in a block of scales.
     SCALED: gl.constexpr = 64 if operands.strides.INTERLEAVED else 128
     BLOCK_K: gl.constexpr = ring.rows.shape[2]
@@ -94,11 +89,7 @@ def load_fp8_tiles(queue, ring, scales, operands):
     i = 0
     step = 0
     tile = receive_tile(queue, i)
-    early = gl.where(tile.end > 0, gl.minimum(strides.depth, ring.STAGES), 0)
-    for k in range(early):
-        w_row = tile.e * strides.expert + tile.block_n * strides.tile
-        load_stage_weights(operands, ring, k, ring.full.index(k), tile, w_row, k * BLOCK_K)
-    moe_pdl_wait_and_release(True)
+    early = load_early(operands, ring, tile)
     while tile.end > 0:
         w_row = tile.e * strides.expert + tile.block_n * strides.tile
         first_scale_ptrs = operands.weight_scales + w_row // SCALED * strides.depth + gl.arange(0, 1, ROWS)

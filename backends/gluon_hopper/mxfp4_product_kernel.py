@@ -18,18 +18,16 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warp
 from moe_dispatch.backends.gluon_hopper import tiles
 from moe_dispatch.backends.gluon_hopper.common import (
     Ring,
-    free_stage,
-    load_rows,
     make_barriers,
     receive_tile,
     schedule_tiles,
     store_tile,
 )
-from moe_dispatch.backends.gluon_hopper.gluon_api import aggregate, field, reinterpret, tma_load
+from moe_dispatch.backends.gluon_hopper.gluon_api import aggregate, field, reinterpret
+from moe_dispatch.backends.gluon_hopper.mxfp4_product_loader import load_mxfp4_tiles
 from moe_dispatch.backends.triton_common.device import moe_activate
 from moe_dispatch.backends.triton_common.fast_launch import fast_launch
 from moe_dispatch.backends.triton_common.mxfp4 import MOE_MXFP4_UNIT
-from moe_dispatch.backends.triton_common.pdl import moe_pdl_wait_and_release
 
 _TAIL_M = gl.constexpr(tiles.TAIL_M)
 _BLOCK_K = gl.constexpr(tiles.MXFP4_BLOCK_K)
@@ -111,69 +109,17 @@ def _moe_hopper_mxfp4_product_kernel(
     bufs = gl.allocate_shared_memory(gl.bfloat16, [2, BLOCK_M, 64], LAYOUT)
     queue, full, empty = make_barriers(STAGES, 1, False)
     ring = Ring(rows, tails, weights, full, empty, STAGES)
-    moe_pdl_wait_and_release(True)
     product = Product(codes_desc, exponents_ptr, bias_ptr, N, K, out_ptr, columns, bufs, ACTIVATION, INTERLEAVED)
     gl.warp_specialize(
         [
             (_consume, (queue, ring, product, 0)),
             (_consume, (queue, ring, product, 1)),
-            (_load_tiles, (queue, ring, product, x_desc, tail_desc)),
+            (load_mxfp4_tiles, (queue, ring, product, x_desc, tail_desc)),
             (schedule_tiles, (queue, blocks_ptr, counts_ptr, n_blocks, COUNTER)),
         ],
         [4, 1, 1],
         [232, 40, 40],
     )
-
-
-@gluon.jit
-def _load_tiles(queue, ring, product, x_desc, tail_desc):
-    """The loader: a stage is the codes of 128 rows for each consumer, and two panels of 64 columns of a tile's rows."""
-    BLOCK_M: gl.constexpr = ring.rows.shape[1]
-    depth = gl.cdiv(product.K, _BLOCK_K)
-    i = 0
-    step = 0
-    tile = receive_tile(queue, i)
-    while tile.end > 0:
-        count = tile.end - tile.row
-        for k in range(depth):
-            stage, bar = free_stage(queue, ring, k, depth, step)
-            # Both panels have 256 bytes of a row.
-            mbarrier.expect(bar, 256 * _CODES + 256 * 64, pred=count <= 64)
-            if BLOCK_M == 128:
-                mbarrier.expect(bar, 256 * _CODES + 256 * 128, pred=(count > 64) & (count <= 128))
-                mbarrier.expect(bar, 256 * _CODES + 256 * (128 + _TAIL_M), pred=count > 128)
-            for consumer in gl.static_range(2):
-                _load_codes(product, ring.weights.index(2 * stage + consumer), bar, tile, consumer, k * _CODES)
-            for panel in gl.static_range(2):
-                column = k * _BLOCK_K + 64 * panel
-                buf = ring.rows.index(2 * stage + panel)
-                halves = reinterpret(buf, buf.dtype, [BLOCK_M // 64, 64, 64], buf.layout)
-                load_rows(x_desc, halves.index(0), bar, tile.row, tile.end, column, True)
-                if BLOCK_M == 128:
-                    load_rows(x_desc, halves.index(1), bar, tile.row + 64, tile.end, column, count > 64)
-                    tail = ring.tails.index(2 * stage + panel)
-                    load_rows(tail_desc, tail, bar, tile.row + 128, tile.end, column, count > 128)
-            step += 1
-        i += 1
-        tile = receive_tile(queue, i)
-
-
-@gluon.jit
-def _load_codes(product, buf, bar, tile, CONSUMER: gl.constexpr, column):
-    """Load the codes of a consumer's two operands, one after the other."""
-    codes = product.codes
-    row = tile.e * product.N + tile.block_n * 128
-    if product.ACTIVATION is None:
-        view = reinterpret(buf, buf.dtype, codes.block_type.shape, codes.layout)
-        row += tile.block_n * 128 + CONSUMER * 128
-        tma_load(codes, [row // 8, 0, 0, 0, column], bar, view)
-    elif product.INTERLEAVED:
-        view = reinterpret(buf, buf.dtype, codes.block_type.shape, codes.layout)
-        tma_load(codes, [0, CONSUMER, row // 32, 0, column], bar, view)
-    else:
-        views = reinterpret(buf, buf.dtype, [2, 1, 4, 16, _CODES], codes.layout)
-        for half in gl.static_range(2):
-            tma_load(codes, [CONSUMER, (row + (tile.e + half) * product.N) // 32, 0, column], bar, views.index(half))
 
 
 @gluon.jit

@@ -111,7 +111,8 @@ def _moe_hopper_product_kernel(
     out_bufs = gl.allocate_shared_memory(DTYPE, [2, 64, 64], LAYOUT)
     queue, full, empty = make_barriers(STAGES, LOADER_WARPS, GATHER)
     ring = Ring(rows, tails, weights, full, empty, STAGES)
-    moe_pdl_wait_and_release(True)
+    if GATHER:
+        moe_pdl_wait_and_release(True)  # what lists the tiles is the kernel before; else the loader waits
     strides = TileStrides(w_rows, w_second, w_step, depth, INTERLEAVED, TRANSPOSED)
     operands = Operands(a, tail_desc, w_desc, slot_of_row_ptr, strides, a_columns)
     outputs = Outputs(out_ptr, bias_ptr, columns, out_bufs, INTERLEAVED, TRANSPOSED)

@@ -15,6 +15,7 @@ from moe_dispatch.backends.gluon_hopper.common import (
     receive_tile,
 )
 from moe_dispatch.backends.gluon_hopper.gluon_api import aggregate, copy_async, field
+from moe_dispatch.backends.triton_common.pdl import moe_pdl_wait_and_release
 
 _STAGE_BYTES = gl.constexpr(tiles.STAGE_BYTES)
 
@@ -50,6 +51,24 @@ class Operands:
 
 
 @gluon.jit
+def load_early(operands, ring, tile):
+    """Have the weights of a program's first stages copied, wait for the kernel before, and return how many those are.
+
+    The loader alone waits, between them and all else: results are stored after a stage is full, and its rows come after
+    the wait. Until then tiles, weights and biases are read, which no kernel writes but some before the last one: that
+    one waited for them before it let this one start, see `pdl`.
+    """
+    strides = operands.strides
+    BLOCK_K: gl.constexpr = ring.rows.shape[2]
+    early = gl.where(tile.end > 0, gl.minimum(strides.depth, ring.STAGES), 0)
+    w_row = tile.e * strides.expert + tile.block_n * strides.tile
+    for k in range(early):
+        load_stage_weights(operands, ring, k, ring.full.index(k), tile, w_row, k * BLOCK_K)
+    moe_pdl_wait_and_release(True)
+    return early
+
+
+@gluon.jit
 def load_tiles(queue, ring, operands, TOPK: gl.constexpr):
     """The loader: gathers rows where TOPK > 0. What a tile does not have of its last rows is not loaded."""
     GATHER: gl.constexpr = TOPK > 0
@@ -58,6 +77,8 @@ def load_tiles(queue, ring, operands, TOPK: gl.constexpr):
     i = 0
     step = 0
     tile = receive_tile(queue, i)
+    if not GATHER:
+        early = load_early(operands, ring, tile)
     while tile.end > 0:
         w_row = tile.e * strides.expert + tile.block_n * strides.tile
         if GATHER:
@@ -79,7 +100,8 @@ def load_tiles(queue, ring, operands, TOPK: gl.constexpr):
                     _copy_tokens(operands, tail_rows, k, ring.tails.index(stage))
                 async_copy.mbarrier_arrive(bar, increment_count=False)
             else:
-                load_stage_weights(operands, ring, stage, bar, tile, w_row, column)
+                if step >= early:
+                    load_stage_weights(operands, ring, stage, bar, tile, w_row, column)
                 load_stage_rows(operands, ring, stage, bar, tile, column)
             step += 1
         i += 1
