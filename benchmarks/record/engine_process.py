@@ -28,13 +28,24 @@ MODEL: Final[dict[str, Any]] = {
     "attention_bias": False, "router_aux_loss_coef": 0.001, "bos_token_id": 1, "eos_token_id": 2,
 }  # fmt: skip
 FP8: Final = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [128, 128], "fmt": "e4m3"}
+# What weights a model has: drawn here, or vLLM's dummy weights, see `_draw_weights`.
+Weights = Literal["random", "vllm"]
 PREFILL: Final = (8, 2048)  # prompts, tokens of each
 CAPTURED: Final = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 PROMPT: Final = 32  # tokens before a decode
 WARM_STEPS, STEPS = 16, 96  # decode steps after a prefill: not timed, and timed
 
 
-def serve(dtype: Literal["bf16", "fp8"], layers: int, memory: float, kv_gib: float, answer: int) -> None:
+def serve(
+    dtype: Literal["bf16", "fp8"],
+    layers: int,
+    memory: float,
+    kv_gib: float,
+    answer: int,
+    weights: Weights = "random",
+    *,
+    greedy: bool = False,
+) -> None:
     """Start an engine and answer requests until standard input ends.
 
     Args:
@@ -44,6 +55,8 @@ def serve(dtype: Literal["bf16", "fp8"], layers: int, memory: float, kv_gib: flo
         kv_gib: GiB of KV cache. It is not left to the engine's memory profile, which another engine that starts on the
             same GPU at the same time would distort.
         answer: The descriptor to write answers to.
+        weights: What weights the model has.
+        greedy: Whether tokens that are timed are the likeliest instead of drawn.
     """
     begin = time.monotonic()
     from vllm import LLM
@@ -59,8 +72,9 @@ def serve(dtype: Literal["bf16", "fp8"], layers: int, memory: float, kv_gib: flo
         max_num_seqs=256, max_num_batched_tokens=8192, enable_prefix_caching=False, seed=0, disable_log_stats=True,
         compilation_config={"cudagraph_capture_sizes": list(CAPTURED)},
     )  # fmt: skip
-    llm.apply_model(_draw_weights)
-    engine = _Engine(llm, dtype)
+    if weights == "random":
+        llm.apply_model(_draw_weights)
+    engine = _Engine(llm, dtype, greedy=greedy)
     with os.fdopen(answer, "w") as answers:
         started = {
             "started_s": round(time.monotonic() - begin, 1),
@@ -97,8 +111,8 @@ def _draw_weights(model: Any) -> None:
 class _Engine:
     """Runs workloads, each on prompts that no earlier one had."""
 
-    def __init__(self, llm: Any, dtype: Literal["bf16", "fp8"]) -> None:
-        self._llm, self._dtype = llm, dtype
+    def __init__(self, llm: Any, dtype: Literal["bf16", "fp8"], *, greedy: bool) -> None:
+        self._llm, self._dtype, self._greedy = llm, dtype, greedy
         self._round = 0
         self._compiled = _count_compilations()
 
@@ -111,25 +125,29 @@ class _Engine:
 
     def _decode(self, batch: int) -> dict[str, Any]:
         """Seconds of one decode step, each timed by itself: a host that stumbles once does not move the median."""
-        self._run(batch, PROMPT, WARM_STEPS)
+        self._run(batch, PROMPT, _sampling(WARM_STEPS, greedy=self._greedy))
         engine = self._llm.llm_engine
         for row, prompt in enumerate(self._prompts(batch, PROMPT)):
-            engine.add_request(f"{self._round}-{row}", prompt, _sampling(WARM_STEPS + STEPS))
-        seconds = []
+            sampling = _sampling(WARM_STEPS + STEPS, greedy=self._greedy)
+            engine.add_request(f"{self._round}-{row}", prompt, sampling)
+        seconds: list[float] = []
+        last_tokens: set[int] = set()
         while engine.has_unfinished_requests():
             begin = time.perf_counter()
-            engine.step()
+            outputs = engine.step()
             seconds.append(time.perf_counter() - begin)
+            last_tokens |= {output.outputs[0].token_ids[-1] for output in outputs if output.finished}
         first, median, third = statistics.quantiles(seconds[-STEPS - 1 : -1], n=4)
-        return {"seconds": median, "quartiles": [first, third]}
+        return {"seconds": median, "quartiles": [first, third], "last_tokens": len(last_tokens)}
 
     def _prefill(self) -> dict[str, Any]:
-        self._run(*PREFILL, 1)
-        return {"seconds": min(self._run(*PREFILL, 1)[0] for _ in range(3))}
+        sampling = _sampling(1)
+        self._run(*PREFILL, sampling)
+        return {"seconds": min(self._run(*PREFILL, sampling)[0] for _ in range(3))}
 
     def _tokens(self) -> dict[str, Any]:
         self._round = 1000  # the same prompts in every engine
-        outputs = [output.outputs[0] for output in self._run(4, PROMPT, 24, greedy=True)[1]]
+        outputs = [output.outputs[0] for output in self._run(4, PROMPT, _sampling(24, greedy=True, logprobs=1))[1]]
         return {
             "tokens": [list(output.token_ids) for output in outputs],
             "logprobs": [
@@ -148,13 +166,9 @@ class _Engine:
         chosen = {M: explain(dataclasses.replace(layer, M=M)).chosen for M in (*CAPTURED, 2048, 8192)}
         return {"plans": {M: dataclasses.asdict(best.choice) for M, best in chosen.items() if best}}
 
-    def _run(self, batch: int, prompt: int, tokens: int, *, greedy: bool = False) -> tuple[float, list[Any]]:
-        """Seconds and outputs of a generation.
-
-        What is timed draws its tokens at random: with dummy weights, greedy sequences soon repeat one token each, so
-        that a batch hits a number of experts which no two runs have in common, and a step's time with it.
-        """
-        prompts, sampling = self._prompts(batch, prompt), _sampling(tokens, greedy=greedy)
+    def _run(self, batch: int, prompt: int, sampling: Any) -> tuple[float, list[Any]]:
+        """Seconds and outputs of a generation."""
+        prompts = self._prompts(batch, prompt)
         start = time.perf_counter()
         outputs = self._llm.generate(prompts, sampling, use_tqdm=False)
         return time.perf_counter() - start, outputs
@@ -165,7 +179,12 @@ class _Engine:
         return [{"prompt_token_ids": [draw.randrange(10, 150000) for _ in range(length)]} for _ in range(batch)]
 
 
-def _sampling(tokens: int, *, greedy: bool = False) -> Any:
+def _sampling(tokens: int, *, greedy: bool = False, logprobs: int | None = None) -> Any:
+    """So many tokens, drawn at random unless `greedy`.
+
+    With vLLM's dummy weights, greedy sequences soon repeat one token each, and a batch hits fewer experts than a
+    model's would.
+    """
     from vllm import SamplingParams
 
     return SamplingParams(
@@ -173,7 +192,7 @@ def _sampling(tokens: int, *, greedy: bool = False) -> Any:
         max_tokens=tokens,
         ignore_eos=True,
         detokenize=False,
-        logprobs=1 if greedy else None,
+        logprobs=logprobs,
     )
 
 

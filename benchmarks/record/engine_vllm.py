@@ -2,9 +2,9 @@
 
     python -m moe_dispatch.benchmarks.record.engine_vllm --dtype bf16 --layers 40 --out engine.jsonl
 
-Two engines with random weights start side by side and stay alive in two processes on one GPU, one with
-``MOE_DISPATCH_VLLM=1``. Each workload is measured on both before the next one, and all of them as often as ``--rounds``
-says. Rows are written as they come, so a run that is ended leaves what it has. Needs vLLM and a GPU that holds both.
+Two engines start side by side and stay alive in two processes on one GPU, one with ``MOE_DISPATCH_VLLM=1``. Each
+workload is measured on both before the next one, and all of them as often as ``--rounds`` says. Rows are written as
+they come, so a run that is ended leaves what it has. Needs vLLM and a GPU that holds both.
 """
 
 import argparse
@@ -61,7 +61,8 @@ class Engine:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "moe_dispatch.benchmarks.record.engine_vllm", "--answer", str(write),
                  "--dtype", arguments.dtype, "--layers", str(arguments.layers), "--memory", str(arguments.memory),
-                 "--kv-gib", str(arguments.kv_gib)],
+                 "--kv-gib", str(arguments.kv_gib), "--weights", arguments.weights,
+                 *(["--greedy"] if arguments.greedy else [])],
                 stdin=subprocess.PIPE, stdout=log, stderr=subprocess.STDOUT, text=True, pass_fds=(write,),
                 env=environment, start_new_session=True,
             )  # fmt: skip
@@ -117,7 +118,7 @@ def compare(engines: list[Engine], report: Callable[[dict[str, Any]], None], rou
                 "what": what, "batch": request.get("batch", 0), "off_ms": 1e3 * off["seconds"],
                 "on_ms": 1e3 * on["seconds"], "speedup": off["seconds"] / on["seconds"], "compiled_on": on["compiled"],
                 "quartiles_ms": [[1e3 * each for each in side.get("quartiles", ())] for side in (off, on)],
-                "names": on["compiled_names"],
+                "names": on["compiled_names"], "last_tokens": [side.get("last_tokens") for side in (off, on)],
             })  # fmt: skip
 
 
@@ -144,6 +145,8 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=40)
     parser.add_argument("--memory", type=float, default=0.46, help="share of the GPU for each engine")
     parser.add_argument("--kv-gib", type=float, default=8.0, help="GiB of KV cache of each engine")
+    parser.add_argument("--weights", choices=["random", "vllm"], default="random", help="vllm: as vLLM draws them")
+    parser.add_argument("--greedy", action="store_true", help="take the likeliest tokens instead of drawing them")
     parser.add_argument("--out", type=Path, default=Path("engine.jsonl"))
     parser.add_argument("--logs", default=".")
     parser.add_argument("--rounds", type=int, default=2)
@@ -151,7 +154,10 @@ def main() -> None:
     parser.add_argument("--answer", type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.answer is not None:
-        serve(arguments.dtype, arguments.layers, arguments.memory, arguments.kv_gib, arguments.answer)
+        serve(
+            arguments.dtype, arguments.layers, arguments.memory, arguments.kv_gib, arguments.answer, arguments.weights,
+            greedy=arguments.greedy,
+        )  # fmt: skip
         return
     begin = time.monotonic()
     deadline = begin + arguments.budget
@@ -161,7 +167,8 @@ def main() -> None:
     try:
         engines += [Engine(arguments, plugin=plugin, deadline=deadline) for plugin in (False, True)]
         started = [engine.receive() for engine in engines]
-        report({"origin": started[0]["origin"], "dtype": arguments.dtype, "layers": arguments.layers})
+        what = {"dtype": arguments.dtype, "layers": arguments.layers, "weights": arguments.weights}
+        report({"origin": started[0]["origin"], **what, "greedy": arguments.greedy})
         seconds = {str(engine.plugin): start["started_s"] for engine, start in zip(engines, started, strict=True)}
         report({"start_s": seconds})
         plans = engines[1].ask("plans")
