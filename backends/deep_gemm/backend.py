@@ -72,9 +72,10 @@ class DeepGemmBackend(WritingBackend):
 
     def measured_versions(self) -> dict[str, str]:
         """See `Backend.measured_versions`: the stages around the products are this package's Triton kernels."""
+        libraries = super().measured_versions()
         return {
-            **super().measured_versions(),
-            "deep_gemm_pdl": "on",  # see `library.load`
+            **libraries,
+            "deep_gemm_pdl": "on" if libraries["deep_gemm"] else "",  # see `library.load`
             "triton": self.machine.triton,
             "moe_dispatch": library_version("moe_dispatch"),
         }

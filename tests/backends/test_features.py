@@ -16,7 +16,7 @@ from moe_dispatch.backends.triton_vector.config import shared_memory_bytes as ve
 from moe_dispatch.dispatch.dispatcher import Dispatcher
 from moe_dispatch.machine import Machine
 from moe_dispatch.problem import DTYPES, MoEProblem
-from moe_dispatch.registry import BACKENDS
+from moe_dispatch.registry import BACKENDS, make_backend
 from moe_dispatch.workloads import WORKLOADS, torch_dtype
 from tests.support.described import CPU, H200, gpu
 
@@ -169,3 +169,12 @@ def test_many_slots_are_declined_with_the_limit(name: str) -> None:
     assert backend.further_reasons(layer.problem(fits, "fp16", device)) == ()
     (reason,) = backend.further_reasons(layer.problem(fits + 1, "fp16", device))
     assert f"M·topk ≤ 4096, got {(fits + 1) * layer.topk}" in reason
+
+
+@pytest.mark.parametrize("name", BACKENDS.names())
+def test_nothing_of_an_absent_library_is_listed(name: str) -> None:
+    bare = Machine.load("h200").model_copy(update={"libraries": {}, "triton": ""})
+    backend = make_backend(name, bare).backend
+    assert backend is not None
+    listed = {what for what, version in backend.measured_versions().items() if version}
+    assert listed <= {"torch", "moe_dispatch"}
