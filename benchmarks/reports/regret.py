@@ -120,9 +120,11 @@ def judge(observations: Sequence[Observation], machine: Machine) -> dict[str, di
         # The rules answer what the learned policy does not know, as they do in the dispatcher.
         "learned": lambda problem: (*learned[_shape(problem)](problem), *rules(problem)),
         "rules": rules,
+        # Which is what vLLM 0.20.2 chooses, too, with its default settings on one GPU, without FlashInfer:
+        # `_get_priority_backends` in fused_moe/oracle/fp8.py puts Triton first for block FP8 on capability 9.0 without
+        # expert parallelism, and on others DeepGEMM, which the backend `deep_gemm` does not run there.
         "always_vllm": lambda _: (Choice("vllm_fused_moe", ""),),
         "always_deep_gemm": lambda _: (Choice("deep_gemm", ""),),
-        "vllm_rule": _vllm_rule,
         "vllm_deep_gemm_rule": _vllm_deep_gemm_rule,
         "oracle": lambda problem: _fastest(points[problem]),
     }
@@ -237,17 +239,6 @@ def _least(times: Times, backends: Container[str]) -> float | None:
 def _family(backend: str) -> set[str]:
     family = FAMILIES.get(backend, backend)
     return {family, *(member for member, of in FAMILIES.items() if of == family)}
-
-
-def _vllm_rule(problem: MoEProblem) -> tuple[Choice, ...]:
-    """The choice of vLLM 0.20.2 with its default settings on one GPU, without FlashInfer.
-
-    `_get_priority_backends` in fused_moe/oracle/fp8.py puts Triton first for block FP8 on capability 9.0 without expert
-    parallelism, at every token count. On other capabilities DeepGEMM comes before Triton, at any shape: its default
-    E8M0 scales have no shape restriction there.
-    """
-    deep_gemm = problem.dtype == "fp8" and problem.capability != (9, 0)
-    return (Choice("deep_gemm" if deep_gemm else "vllm_fused_moe", ""), Choice("vllm_fused_moe", ""))
 
 
 def _vllm_deep_gemm_rule(problem: MoEProblem) -> tuple[Choice, ...]:
