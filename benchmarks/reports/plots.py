@@ -48,10 +48,11 @@ def draw(rows: Iterable[BenchRow], folder: Path) -> list[Path]:
     """
     pyplot = _pyplot()
     rows = list(rows)
-    best = _best(Scores(rows))
+    scores = Scores(rows)
+    best = _best(scores)
     try:
         files = _draw(pyplot, best, folder) if best else []
-        if chart := speedup_chart(rows):
+        if chart := speedup_chart(scores):
             files.append(folder / "speedups.svg")
             files[-1].write_text(chart, encoding="utf-8")
     except OSError as error:

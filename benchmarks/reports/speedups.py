@@ -1,13 +1,12 @@
 """A bar chart of the speed-up over vLLM by dtype and region of token counts, as an SVG picture."""
 
 import dataclasses
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from html import escape
 from typing import Final
 
 from moe_dispatch.benchmarks.reports.scoreboard import METRICS, Scores
 from moe_dispatch.benchmarks.reports.tables import DTYPES
-from moe_dispatch.benchmarks.rows import BenchRow
 from moe_dispatch.benchmarks.suites import MODELS, REGIONS
 from moe_dispatch.benchmarks.targets import SCOREBOARD, Side
 from moe_dispatch.problem import DType
@@ -27,19 +26,15 @@ HEIGHT: Final = 200  # of a speed-up of TALLEST
 TALLEST: Final = 2.0
 
 
-def speedup_chart(rows: Iterable[BenchRow]) -> str | None:
-    """Draw the geometric means over the models of the suite ``scoreboard``; None where a point lacks a time.
-
-    Raises:
-        InvalidInputError: The rows are of several machines.
-    """
-    rows = list(rows)
-    means = list(_means(Scores(rows)))
-    if not means or any(mean is None for *_, mean in means):
+def speedup_chart(scores: Scores) -> str | None:
+    """Draw the geometric means over the models of the suite ``scoreboard``; None where a point lacks a time."""
+    means = list(_means(scores))
+    if any(mean is None for *_, mean in means):
         return None
-    release = next(row.versions.get("vllm", "") for row in rows if row.backend == "vllm")
+    fused_experts = next(row for row in scores.best.values() if row.backend == "vllm")
+    release = fused_experts.versions.get("vllm", "")
     right, bottom = 2 * LEFT + GROUP * len(DTYPES) * len(REGIONS), TOP + HEIGHT
-    title = f"Speed-up over vLLM {release} on one {rows[0].machine}: geometric means over {', '.join(MODELS)}"
+    title = f"Speed-up over vLLM {release} on one {fused_experts.machine}: geometric means over {', '.join(MODELS)}"
     lines = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {right} {bottom + 50}" style="background:#fff">',
         f'<style>{TEXT_STYLE}</style><text class="start" x="{LEFT}" y="16">{escape(title)}</text>',

@@ -1,6 +1,7 @@
 """What is made of rows: the scoreboard, plots, and the suites that measure for them."""
 
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,9 @@ import pytest
 from moe_dispatch.benchmarks.baselines import BASELINES
 from moe_dispatch.benchmarks.reports import plots
 from moe_dispatch.benchmarks.reports.regret import by_routing
-from moe_dispatch.benchmarks.reports.scoreboard import METRICS, SIDES, scoreboard
+from moe_dispatch.benchmarks.reports.scoreboard import METRICS, SIDES, Scores, scoreboard
+from moe_dispatch.benchmarks.reports.speedups import speedup_chart
+from moe_dispatch.benchmarks.rows import BenchRow
 from moe_dispatch.benchmarks.suites import MODELS, SKEWED, SUITES, TOKENS
 from moe_dispatch.benchmarks.targets import SCOREBOARD
 from moe_dispatch.errors import InvalidInputError, MoEDispatchError
@@ -95,6 +98,24 @@ def test_plots_are_drawn(tmp_path: Path) -> None:
     assert layer.read_bytes()[1:4] == b"PNG"
     with pytest.raises(InvalidInputError, match="none of the 0 rows has a time"):
         plots.draw([], tmp_path / "none")
+
+
+def test_pictures_and_the_chart_are_drawn_of_one_reading_of_the_rows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("matplotlib")
+    read: list[object] = []
+    init = Scores.__init__
+
+    def counted(self: Scores, rows: Iterable[BenchRow]) -> None:
+        read.append(rows)
+        init(self, rows)
+
+    monkeypatch.setattr(Scores, "__init__", counted)
+    monkeypatch.setattr(plots, "_draw_layer", lambda *arguments: tmp_path / "none.png")
+    files = plots.draw(full_board(fraction=0.9, vllm=1.2), tmp_path)
+    assert files[-1].read_text(encoding="utf-8") == speedup_chart(Scores(full_board(fraction=0.9, vllm=1.2)))
+    assert len(read) == 2, "one of them is the test's own"
 
 
 def test_rows_without_a_roofline_are_drawn(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from moe_dispatch.benchmarks import row_files
+from moe_dispatch.benchmarks.reports.scoreboard import Scores
 from moe_dispatch.benchmarks.reports.speedups import speedup_chart
 from moe_dispatch.benchmarks.reports.tables import tables
 from moe_dispatch.benchmarks.rows import BenchRow
@@ -91,14 +92,14 @@ def test_the_documents_hold_what_is_printed_of_the_recorded_rows() -> None:
 
 
 def test_readmes_picture_is_drawn_of_the_recorded_rows() -> None:
-    drawn = speedup_chart(row_files.load([RESULTS / "bench.jsonl.xz"]))
+    drawn = speedup_chart(Scores(row_files.load([RESULTS / "bench.jsonl.xz"])))
     assert (ROOT / "docs/images/speedups.svg").read_text(encoding="utf-8") == drawn
 
 
 def test_the_chart_holds_the_means_over_vllm_and_is_left_out_without_one_of_its_times() -> None:
     rows = full_board(0.5, 1.2)
-    chart = speedup_chart(rows)
+    chart = speedup_chart(Scores(rows))
     assert chart is not None
     assert chart.count(">1.20×<") == 12
-    assert speedup_chart(row for row in rows if not (row.backend == "vllm" and row.M == 64)) is None
-    assert speedup_chart([]) is None
+    assert speedup_chart(Scores(row for row in rows if not (row.backend == "vllm" and row.M == 64))) is None
+    assert speedup_chart(Scores([])) is None
