@@ -179,7 +179,7 @@ class Dispatcher:
             check_out(out, inputs, needs_grad=False)  # raises
         try:
             call = (*inputs, plan.config, out) if plan.into else (*inputs, plan.config)
-            result = plan.run(*call) if plan.proven else self.first_run(plan, inputs, out)
+            result = plan.run(*call) if plan.proven else self.first_run(plan, call)
         except foreign_errors() as error:
             result = self._recovery.recover(plan, error, inputs)
             return result if out is None else out.copy_(result)
@@ -210,7 +210,7 @@ class Dispatcher:
         for plan in self.planner.eligible(problem, experts, backend, into=out is not None):
             self._recovery.wait_for_earlier_work(experts.device)
             try:
-                self.first_run(plan, inputs, out)
+                self.first_run(plan, (*inputs, plan.config) if out is None else (*inputs, plan.config, out))
             except foreign_errors() as error:
                 if failures.lost_device(error):
                     raise self._recovery.device_lost(plan, error) from error
@@ -298,10 +298,9 @@ class Dispatcher:
 
     # First runs.
 
-    def first_run(self, plan: Plan, inputs: Inputs, out: Tensor | None = None) -> Tensor:
+    def first_run(self, plan: Plan, call: tuple[Any, ...]) -> Tensor:
         """Run a plan for the first time; see `watched_runs.first_run`."""
-        arguments = (*inputs, plan.config) if out is None else (*inputs, plan.config, out)
-        result, ended = watched_runs.first_run(plan, arguments, self.quarantine)
+        result, ended = watched_runs.first_run(plan, call, self.quarantine)
         if ended:
             self.planner.prove(plan)
         return cast("Tensor", result)
@@ -317,9 +316,8 @@ class Dispatcher:
             if run is None:
                 return
             if plan.backend.needs_probe:
-                out = torch.empty_like(inputs[0]) if plan.into else None
-                arguments = (*inputs, plan.config) if out is None else (*inputs, plan.config, out)
-                watched_runs.check_result(run(*arguments), arguments)
+                call = (*inputs, plan.config, *([torch.empty_like(inputs[0])] if plan.into else ()))
+                watched_runs.check_result(run(*call), call)
         except foreign_errors() as error:
             if failures.lost_device(error):
                 raise self._recovery.device_lost(plan, error) from error

@@ -23,16 +23,18 @@ from typing import Final, Literal, get_args
 
 import pydantic
 
+from moe_dispatch.errors import PolicyFileError
 from moe_dispatch.machine import Machine
 from moe_dispatch.problem import Mode, MoEProblem
 from moe_dispatch.registry import LAST_RESORT
 from moe_dispatch.settings import cache_dir
+from moe_dispatch.stored_files import NewerFileError, parsed
 from moe_dispatch.system.files import (
     UnusableFileError,
     list_files,
     locked,
     open_regular,
-    read_json,
+    read_bytes,
     set_aside,
     write_atomically,
 )
@@ -245,19 +247,15 @@ class Quarantine:
             _KeptFileError: It must not be replaced.
         """
         try:
-            data = read_json(self._path, limit=MAX_BYTES, trusted=True)
-            version = data.get("schema_version") if isinstance(data, dict) else None
-            if isinstance(version, int) and version > SCHEMA:
-                raise _KeptFileError(f"it has schema {version} of a newer moe_dispatch, and this one knows {SCHEMA}")
-            return _File.model_validate(data)
+            content = read_bytes(self._path, limit=MAX_BYTES, trusted=True)
+            return parsed(_File, content, "it", SCHEMA, "what it recorded counts no more")
         except FileNotFoundError:
             return _File()
-        except (UnusableFileError, ValueError) as error:  # pydantic's and json's errors are ValueErrors
-            why = f"{error.error_count()} faults" if isinstance(error, pydantic.ValidationError) else error
-            logger.warning("the quarantine starts anew: %s", set_aside(self._path, why))
+        except NewerFileError as error:
+            raise _KeptFileError(str(error)) from error
+        except (UnusableFileError, PolicyFileError) as error:
+            logger.warning("the quarantine starts anew: %s", set_aside(self._path, error))
             return _File()
-        except _KeptFileError:
-            raise
         except OSError as error:
             raise _KeptFileError(str(error)) from error
 

@@ -2,7 +2,7 @@
 
 import traceback
 from collections.abc import Iterable
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -34,8 +34,8 @@ class Runner(Protocol):
     ) -> Tensor:  # fmt: skip
         """Run a call."""
 
-    def first_run(self, plan: Plan, inputs: Inputs) -> Tensor:
-        """Run a plan for the first time."""
+    def first_run(self, plan: Plan, call: tuple[Any, ...]) -> Tensor:
+        """Run a plan for the first time; `call` has the arguments of its `run`."""
 
     def drop_plans(self, backend: str, bucket: MoEProblem) -> None:
         """Drop the plans that a policy made for a backend, for problems of one bucket."""
@@ -88,7 +88,7 @@ class Recovery:
             if successor.choice.backend in faulty:
                 continue
             try:
-                out = self._runner.first_run(successor, inputs)
+                out = self._runner.first_run(successor, (*inputs, successor.config))
             except foreign_errors() as again:
                 if failures.lost_device(again):
                     raise self.device_lost(successor, again) from again

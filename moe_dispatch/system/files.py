@@ -87,14 +87,14 @@ def read_bytes(path: Path, *, limit: int = MAX_BYTES, trusted: bool = False) -> 
     return content
 
 
-def read_json(path: Path, *, limit: int = MAX_BYTES, trusted: bool = False) -> object:
+def read_json(path: Path, *, limit: int = MAX_BYTES) -> object:
     """The value in a JSON file, in UTF-8 with or without a byte-order mark.
 
     Raises:
         OSError: As `open_regular`.
         ValueError: The content is not UTF-8, not JSON, or nested too deeply.
     """
-    content = read_bytes(path, limit=limit, trusted=trusted)
+    content = read_bytes(path, limit=limit)
     try:
         return json.loads(content.decode("utf-8-sig"))
     except RecursionError as error:

@@ -155,7 +155,7 @@ def test_a_damaged_file_is_set_aside(folder: bool, path: Path) -> None:
         assert cause(path) == "crashed"
 
 
-def test_a_newer_schema_is_left_as_it_is(path: Path) -> None:
+def test_a_newer_schema_is_left_as_it_is(path: Path, caplog: pytest.LogCaptureFixture) -> None:
     newer = json.dumps({"schema_version": SCHEMA + 1, "entries": [], "more": 1})
     path.write_text(newer)
     quarantine = of_file(path)
@@ -163,6 +163,7 @@ def test_a_newer_schema_is_left_as_it_is(path: Path) -> None:
     assert quarantine.cause("deep_gemm", PROBLEM) == "crashed", "this process remembers by itself"
     assert path.read_text() == newer
     assert [entry.name for entry in path.parent.iterdir() if "damaged" in entry.name] == []
+    assert "Use that one, or set MOE_DISPATCH_CACHE_DIR" in caplog.text
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="giving files away needs root")
