@@ -1,5 +1,6 @@
 """The entry point of the command `moe-dispatch`."""
 
+import contextlib
 import sys
 
 
@@ -8,8 +9,10 @@ def app() -> None:
     if sys.argv[1:] in (["--version"], ["-V"]):
         from moe_dispatch.system.version import installed_version
 
-        sys.stdout.write(f"moe-dispatch {installed_version()}\n")
-        return
+        with contextlib.suppress(AttributeError, OSError):  # there is no stdout, or a full one: the commands say so
+            sys.stdout.write(f"moe-dispatch {installed_version()}\n")
+            sys.stdout.flush()
+            return
     from moe_dispatch.commands.app import app as commands
 
     commands()

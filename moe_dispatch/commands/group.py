@@ -30,24 +30,25 @@ class CommandGroup(TyperGroup):
     def main(self, *args: Any, **kwargs: Any) -> Any:
         """Parse and run a command line; see `click.Command.main`."""
         drop_unusable_sizes()
-        return super().main(*args, **kwargs)
-
-    def invoke(self, ctx: Any) -> Any:
-        """Run a command; see `click.Group.invoke`."""
         prepare_streams()
         try:
-            with json_alone() if "--json" in ctx.args else contextlib.nullcontext(), _warnings_as_messages():
-                return super().invoke(ctx)
-        except MoEDispatchError as error:
-            _print_error(str(error))
-            raise typer.Exit(USAGE_ERROR) from error
+            return super().main(*args, **kwargs)
         except OSError as error:
             # Where a file of ours cannot be written, the error names it, or became a `MoEDispatchError`.
             if error.filename is not None or error.errno not in _FULL:
                 raise
             _forget_stdout()
             _print_error(f"the output cannot be written: {error.strerror}")
-            raise typer.Exit(1) from error
+            sys.exit(1)
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run a command; see `click.Group.invoke`."""
+        try:
+            with json_alone() if "--json" in ctx.args else contextlib.nullcontext(), _warnings_as_messages():
+                return super().invoke(ctx)
+        except MoEDispatchError as error:
+            _print_error(str(error))
+            raise typer.Exit(USAGE_ERROR) from error
 
 
 @contextlib.contextmanager

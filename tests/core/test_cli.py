@@ -363,9 +363,9 @@ def test_what_a_library_prints_does_not_end_in_the_json(command: list[str], tmp_
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a file that is always full")
-@pytest.mark.parametrize("options", [(), ("--json",), ("--full",)], ids=str)
-def test_a_full_disk_below_the_output_is_one_message(options: tuple[str, ...]) -> None:
-    command = ["explain", "--machine", "h200", "--tokens", "1", *options]
+@pytest.mark.parametrize("options", [(), ("--json",), ("--full",), ("--help",), "--help", "--version", ""], ids=str)
+def test_a_full_disk_below_the_output_is_one_message(options: tuple[str, ...] | str) -> None:
+    command = options.split() if isinstance(options, str) else ["explain", "--machine", "h200", "--tokens=1", *options]
     with open("/dev/full", "w") as full:
         done = subprocess.run(
             [sys.executable, "-m", "moe_dispatch.cli", *command], stdout=full, stderr=subprocess.PIPE, check=False
