@@ -2,13 +2,16 @@
 
 import json
 from collections.abc import Mapping
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 import pydantic
 
 from moe_dispatch.measure import Ceilings
 from moe_dispatch.problem import DType, Mode
 
+Size = Annotated[int, pydantic.Field(ge=1, lt=1 << 40)]
+# From a picosecond to eleven days: what is outside was not measured, and neither packed nor drawn.
+Micros = Annotated[float, pydantic.Field(ge=1e-6, le=1e12)]
 RowKey = tuple[str, str, int, str, str, str, str]
 
 
@@ -37,28 +40,28 @@ class BenchRow(pydantic.BaseModel):
         ceilings: Ceilings that were measured in the same run; None if none were.
     """
 
-    model_config = pydantic.ConfigDict(frozen=True, extra="forbid")
+    model_config = pydantic.ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     workload: str
-    E: int
-    topk: int
-    K: int
-    N: int
+    E: Size
+    topk: Size
+    K: Size
+    N: Size
     dtype: DType
-    M: int = pydantic.Field(ge=1)
+    M: Size
     backend: str
     config: dict[str, int | str | bool]
     mode: Mode
     routing: str
-    us: float | None = pydantic.Field(default=None, gt=0, allow_inf_nan=False)
-    us_q1: float | None = None
-    us_q3: float | None = None
+    us: Micros | None = None
+    us_q1: Micros | None = None
+    us_q3: Micros | None = None
     samples: int = 0
     inputs: int = 0
     hit_experts: float
-    roofline_us: float | None = None
+    roofline_us: Micros | None = None
     roofline_from: Literal["device", "measured"] | None = None
-    fraction: float | None = None
+    fraction: Annotated[float, pydantic.Field(ge=0, le=1e6)] | None = None
     joules_per_token: float | None = None
     error: float | None = None
     deterministic: bool | None = None

@@ -16,8 +16,8 @@ class NewerFileError(PolicyFileError):
     """A file that a newer version of this package wrote. It is not used, and not replaced."""
 
 
-def read_bytes(path: Path) -> bytes:
-    """The content of a file, which is compressed if its name ends with .xz.
+def read_bytes(path: Path, anew: str = "delete it") -> bytes:
+    """The content of a file, which is compressed if its name ends with .xz; `anew` as for `parsed`.
 
     Raises:
         FileNotFoundError: There is no such file.
@@ -26,13 +26,13 @@ def read_bytes(path: Path) -> bytes:
     try:
         return compression.read_bytes(path, limit=files.MAX_BYTES)
     except ValueError as error:
-        raise PolicyFileError(f"{path} is damaged: {error}; delete it") from error
+        raise PolicyFileError(f"{path} is damaged: {error}; {anew}") from error
     except FileNotFoundError:
         raise
     except files.UnusableFileError as error:
-        raise PolicyFileError(f"{path} cannot be used: {error.strerror}; delete it") from error
+        raise PolicyFileError(f"{path} cannot be used: {error.strerror}; {anew}") from error
     except OSError as error:
-        raise PolicyFileError(f"{path} cannot be read: {error.strerror}; make it readable or delete it") from error
+        raise PolicyFileError(f"{path} cannot be read: {error.strerror}; make it readable, or {anew}") from error
 
 
 def parsed(kind: type[Stored], content: bytes, origin: str, schema: int, anew: str) -> Stored:

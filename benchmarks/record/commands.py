@@ -1,15 +1,17 @@
 """Commands that make the repository's record: ``python -m moe_dispatch.benchmarks pack|ship|project``."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Final
 
 import typer
 
-from moe_dispatch.errors import InvalidInputError
+from moe_dispatch.errors import InvalidInputError, MoEDispatchError
 from moe_dispatch.policies.measurements.schema import CalibrationFile, parse_calibration
-from moe_dispatch.stored_files import read_bytes
+from moe_dispatch.stored_files import parsed, read_bytes
 from moe_dispatch.system.compression import compressed
 from moe_dispatch.system.files import write_atomically
+
+_ANEW: Final = "give a file of `moe-dispatch calibrate`"
 
 
 def pack(
@@ -57,23 +59,29 @@ def project(
     """Print what docs/expert-parallel.md says of more GPUs: links, the check against two, and the projection."""
     from moe_dispatch.benchmarks.record import json_lines
     from moe_dispatch.benchmarks.record.projection import markdown
-    from moe_dispatch.parallel.exchange_times import ParallelCalibration
+    from moe_dispatch.parallel.exchange_times import SCHEMA, ParallelCalibration
 
-    paths = [calibration, *(rows or ())]
+    anew = "give a file of `moe-dispatch calibrate --parallel`"
     try:
-        first, *more = map(json_lines.read, paths)
-        measured = ParallelCalibration.model_validate(first[0])
-    except (OSError, ValueError, IndexError) as error:  # pydantic's errors are ValueErrors
-        names = ", ".join(map(str, paths))
-        raise InvalidInputError(f"{names} are no calibration and its rows ({error}); see `project --help`") from error
-    typer.echo(markdown(measured, [row for each in more for row in each]))
+        measured = parsed(ParallelCalibration, read_bytes(calibration, anew), str(calibration), SCHEMA, anew)
+    except FileNotFoundError as error:
+        raise InvalidInputError(f"{calibration} does not exist; {anew}") from error
+    try:
+        text = markdown(measured, [row for path in rows or () for row in json_lines.read(path)])
+    except MoEDispatchError:
+        raise
+    except (OSError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError) as error:
+        names = ", ".join(map(str, rows or ()))
+        why = f"it lacks {error}" if isinstance(error, KeyError) else error
+        raise InvalidInputError(f"{names}: no rows of record.expert_parallel ({why}); see `project --help`") from error
+    typer.echo(text)
 
 
 def _calibration(path: Path) -> CalibrationFile:
     try:
-        return parse_calibration(read_bytes(path), str(path), "give a file of `moe-dispatch calibrate`")
+        return parse_calibration(read_bytes(path, _ANEW), str(path), _ANEW)
     except FileNotFoundError as error:
-        raise InvalidInputError(f"{path} does not exist; give a file of `moe-dispatch calibrate`") from error
+        raise InvalidInputError(f"{path} does not exist; {_ANEW}") from error
 
 
 def _write(path: Path, text: str) -> None:

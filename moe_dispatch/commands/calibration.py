@@ -131,7 +131,7 @@ def _parsed(path: Path, *anew: str) -> "CalibrationFile":
     from moe_dispatch.policies.measurements.schema import parse_calibration
     from moe_dispatch.stored_files import read_bytes
 
-    return parse_calibration(read_bytes(path), str(path), *anew)
+    return parse_calibration(read_bytes(path, *anew), str(path), *anew)
 
 
 def _required(read: Any, path: Path, *arguments: Any) -> "CalibrationFile":

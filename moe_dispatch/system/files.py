@@ -190,9 +190,12 @@ def locked(path: Path, *, timeout_s: float = LOCK_SECONDS) -> Iterator[None]:
     moment may then lose one of both changes, and never produce a damaged file.
 
     Raises:
+        UnusableFileError: The path is that of a folder without a name.
         OSError: The lock file cannot be made.
         TimeoutError: Another process holds the lock for longer than `timeout_s`; an `OSError` as well.
     """
+    if not path.name:  # of "", "." or "/"
+        raise UnusableFileError(errno.EISDIR, "it is a folder", str(path))
     path.parent.mkdir(parents=True, exist_ok=True)
     name = path.with_name(f".{path.name}.lock")
     handle = os.open(name, os.O_RDWR | os.O_CREAT | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)

@@ -305,7 +305,7 @@ def read_calibration(path: Path, machine: Machine, anew: str = _ANEW) -> Calibra
         FileNotFoundError: There is no calibration.
         PolicyFileError: It is damaged, of another schema, or of another machine.
     """
-    file = parse_calibration(read_bytes(path), str(path), anew)
+    file = parse_calibration(read_bytes(path, anew), str(path), anew)
     if file.machine.fingerprint != machine.fingerprint:
         raise PolicyFileError(
             f"{path} was measured on {file.machine.name!r} ({file.machine.fingerprint}) and this is {machine.name!r} "

@@ -1,8 +1,11 @@
 """`moe-dispatch bench` and ``python -m moe_dispatch.benchmarks``, on a CPU."""
 
 import json
+import math
+import resource
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -14,7 +17,7 @@ from moe_dispatch.benchmarks.__main__ import app
 from moe_dispatch.benchmarks.rows import BenchRow
 from moe_dispatch.commands.app import app as main_app
 from moe_dispatch.machine import current_machine
-from tests.benchmarks.helpers import LAYER, RESULTS, ROOT, calibration, full_board, reference, run
+from tests.benchmarks.helpers import LAYER, RESULTS, ROOT, bench_row, calibration, full_board, reference, run
 
 SMALL = ("--model", "4,2,64,32", "--dtype", "fp32", "--mode", "eager", "--seconds", "0")
 
@@ -171,3 +174,107 @@ def test_a_file_that_cannot_be_written_is_one_message(command: str, tmp_path: Pa
     output = run(command, source, "--out", "/proc/nowhere/out", status=2)
     assert "cannot be written" in output
     assert "/proc/nowhere/out" in output
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("us", 5e-324), ("us", 1e308), ("us_q1", -1.0), ("us_q3", math.inf), ("roofline_us", math.nan),
+        ("fraction", math.nan), ("fraction", 1e300), ("error", math.nan), ("joules_per_token", math.inf),
+        ("M", 10**30), ("E", 0), ("K", -5), ("topk", 0), ("N", 10**18),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("command", ["score", "regret", "tables", "pack", "plot"])
+def test_a_row_that_nothing_measured_is_one_message(command: str, field: str, value: float, tmp_path: Path) -> None:
+    path, out = tmp_path / "rows.jsonl", tmp_path / "out"
+    row = bench_row("vllm", "deepseek-v3", "bf16", 1, 200.0).model_dump(mode="json")
+    path.write_text(json.dumps(row) + "\n" + json.dumps(row | {field: value}) + "\n")
+    output = run(command, path, *(("--out", out) if command in ("pack", "plot") else ()), status=2)
+    assert output.startswith(f"error: {path}:2 is not a benchmark row: {field} ")
+    assert not out.exists()
+
+
+def test_names_that_matplotlib_or_a_folder_would_read_otherwise_are_drawn(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    path, out = tmp_path / "rows.jsonl", tmp_path / "out"
+    names = ("$\\frac{$", "../模\u202e\x1b[31m", "y" * 400, "a/b", "a_b", "")
+    row = bench_row("$\\sqrt{$", "deepseek-v3", "bf16", 1, 200.0)
+    rows = [row.model_copy(update={"workload": name, "machine": "$$_{$"}) for name in names]
+    path.write_text("".join(f"{row.model_dump_json()}\n" for row in rows), encoding="utf-8")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        run("plot", path, "--out", out)
+    pictures = list(out.iterdir())
+    assert len(pictures) == len(names)
+    assert all(picture.read_bytes().startswith(b"\x89PNG") for picture in pictures)
+
+
+def test_a_picture_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    path = tmp_path / "rows.jsonl"
+    path.write_text(bench_row("vllm", "deepseek-v3", "bf16", 1, 200.0).model_dump_json())
+    run("plot", path, "--out", tmp_path)
+    (picture,) = tmp_path.glob("*.png")
+    picture.write_bytes(b"before")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))  # the disk is full after so many bytes
+    try:
+        output = run("plot", path, "--out", tmp_path, status=2)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "cannot be written" in output
+    assert picture.read_bytes() == b"before"
+    assert sorted(tmp_path.iterdir()) == sorted([path, picture])
+
+
+X2 = RESULTS.with_name("nvidia_h200_x2")
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["", "{}", "[1]", "null", "1e999", '{"schema_version": 99}', "[" * 100_000, "9" * 5000],
+    ids=lambda c: c[:9],
+)
+def test_what_is_no_calibration_has_no_projection(content: str, tmp_path: Path) -> None:
+    path = tmp_path / "given.json"
+    path.write_text(content)
+    output = run("project", path, status=2)
+    assert output.startswith(f"error: {path} ")
+    assert output.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["[1]", "1", "[" * 100_000, "<html>", '{"mode": "graph", "routing": "uniform", "ranks": 2, "us": 1}',
+     '{"mode": "graph", "routing": "uniform", "ranks": 2, "us": "x", "layer": "deepseek-v3", "M": "y"}'],
+    ids=lambda c: c[:9],
+)  # fmt: skip
+def test_rows_of_something_else_have_no_projection(content: str, tmp_path: Path) -> None:
+    path = tmp_path / "given.jsonl"
+    path.write_text(content)
+    output = run("project", max(X2.glob("calibration-*.json.xz")), path, status=2)
+    assert output.startswith(f"error: {path}: no rows of record.expert_parallel (")
+    assert output.count("\n") == 1
+
+
+@pytest.mark.parametrize("command", ["ship", "pack", "project", "show", "merge", "import"])
+@pytest.mark.parametrize("kind", ["folder", "cut off", "JSON"])
+def test_no_file_that_the_user_names_is_to_be_deleted(command: str, kind: str, tmp_path: Path) -> None:
+    path = tmp_path / {"folder": "a.json", "cut off": "a.json.xz", "JSON": "a.json"}[kind]
+    path.mkdir() if kind == "folder" else path.write_bytes(b"[]")
+    group = ("calibration",) if command in ("show", "merge", "import") else ()
+    out = ("--out", str(tmp_path / "out")) if command in ("ship", "pack", "merge") else ()
+    result = CliRunner().invoke(main_app if group else app, [*group, command, str(path), *out])
+    assert result.exit_code == 2, result.output
+    assert result.stderr.startswith(f"error: {path} ")
+    assert "; give a file" in result.stderr
+    assert "delete" not in result.stderr
+
+
+@pytest.mark.parametrize("out", ["", ".", "/", "folder"])
+def test_a_model_is_not_written_over_a_folder(out: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("folder").mkdir()
+    result = CliRunner().invoke(main_app, ["fit", str(RESULTS / "sweep.jsonl.xz"), "--machine", "h200", "--out", out])
+    assert result.exit_code == 2, result.output
+    assert result.stderr.startswith("error: the model cannot be written to ")

@@ -112,7 +112,7 @@ def test_pictures_and_the_chart_are_drawn_of_one_reading_of_the_rows(
         init(self, rows)
 
     monkeypatch.setattr(Scores, "__init__", counted)
-    monkeypatch.setattr(plots, "_draw_layer", lambda *arguments: tmp_path / "none.png")
+    monkeypatch.setattr(plots, "_draw_layer", lambda *arguments: b"")
     files = plots.draw(full_board(fraction=0.9, vllm=1.2), tmp_path)
     assert files[-1].read_text(encoding="utf-8") == speedup_chart(Scores(full_board(fraction=0.9, vllm=1.2)))
     assert len(read) == 2, "one of them is the test's own"
