@@ -119,6 +119,8 @@ def _out_fault(out: object, hidden_states: Tensor, *, needs_grad: bool) -> str:
     assert isinstance(out, Tensor)  # noqa: S101 - what is none has a fault
     if needs_grad or out.requires_grad:
         return "out cannot be given where a gradient is needed; call under torch.no_grad(), or leave it out"
+    if out.is_inference() and not torch.is_inference_mode_enabled():
+        return "out was made in inference mode and cannot be written to outside of it; make it outside, or call inside"
     if (out.shape, out.dtype, out.device) != (hidden_states.shape, hidden_states.dtype, hidden_states.device):
         allowed, got = (f"{list(tensor.shape)} in {tensor.dtype} on {tensor.device}" for tensor in (hidden_states, out))
         return f"out must be as hidden_states, {allowed}, got {got}"
@@ -133,6 +135,18 @@ def overlap(a: Tensor, b: Tensor) -> bool:
     if not first or not second:
         return False
     return first < second + b.nbytes and second < first + a.nbytes
+
+
+def may_overlap(out: Tensor, inputs: Inputs) -> bool:
+    """Whether a tensor may have elements in the memory of an input; `check_out` says so for sure, and takes longer."""
+    hidden_states, experts, topk_weights, topk_ids = inputs
+    if not (first := address(out)):
+        return False
+    end = first + out.nbytes
+    for tensor in (hidden_states, topk_weights, topk_ids, *tensors_of(experts)):
+        if tensor is not None and tensor.data_ptr() < end and first < tensor.data_ptr() + tensor.nbytes:
+            return True
+    return False
 
 
 def have_memory(inputs: Inputs) -> bool:

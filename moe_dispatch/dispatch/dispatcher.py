@@ -7,12 +7,13 @@ from typing import Any, Final, cast
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from moe_dispatch.arrived_rows import ArrivedInputs
 from moe_dispatch.backend import Inputs
 from moe_dispatch.dispatch import torch_operator, watched_runs
 from moe_dispatch.dispatch.arrived_calls import ArrivedCalls
-from moe_dispatch.dispatch.checks import check, check_out, have_memory, overlap
+from moe_dispatch.dispatch.checks import check, check_out, have_memory, may_overlap
 from moe_dispatch.dispatch.counters import BackendStats, Counters
 from moe_dispatch.dispatch.errors import BackendFailedError
 from moe_dispatch.dispatch.internals import is_tracing
@@ -140,7 +141,7 @@ class Dispatcher:
                 grad,
                 self._on_cuda and torch.cuda.is_current_stream_capturing(),
                 backend,
-                None if out is None else (type(out), out.shape, out.stride(), out.dtype, out.device, out.requires_grad),
+                None if out is None else _kind_of_out(out),
             )
             plan = self._plans.get(key)
             if experts.moved:
@@ -175,11 +176,13 @@ class Dispatcher:
             check(hidden_states, experts, topk_weights, topk_ids, backend)  # such as sparse tensors
             raise
         # Addresses may differ from call to call. Outside of the next try, for it is the caller's fault.
-        if out is not None and any(map(overlap, (out, out, out), (inputs[0], inputs[2], inputs[3]))):
+        if out is not None and may_overlap(out, inputs):
             check_out(out, inputs, needs_grad=False)  # raises
         try:
             call = (*inputs, plan.config, out) if plan.into else (*inputs, plan.config)
             result = plan.run(*call) if plan.proven else self.first_run(plan, call)
+            if out is not None and not out.is_inference():
+                increment_version(out)  # a kernel leaves it, and autograd would take what it saved for unchanged
         except foreign_errors() as error:
             result = self._recovery.recover(plan, error, inputs)
             return result if out is None else out.copy_(result)
@@ -324,6 +327,12 @@ class Dispatcher:
             logger.info("%s did not prepare for %s: %s", plan.choice.backend, problem, failures.summary(error))
             return
         plan.run = run
+
+
+def _kind_of_out(out: Tensor) -> tuple[Any, ...]:
+    """All that `check_out` asks of memory for the output but its address."""
+    unwritable = out.is_inference() and not torch.is_inference_mode_enabled()
+    return type(out), out.shape, out.stride(), out.dtype, out.device, out.requires_grad, unwritable
 
 
 def _without_tokens(key: PlanKey) -> PlanKey:

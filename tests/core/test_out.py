@@ -1,5 +1,6 @@
 """`moe_forward(…, out=…)`: written once where the caller wants it, or refused by name."""
 
+import ctypes
 from typing import Any
 
 import pytest
@@ -148,6 +149,7 @@ def test_a_backend_that_returns_other_memory_is_replaced(needs_probe: bool, call
         (lambda h: h, "shares memory with hidden_states"),
         (lambda h: h.detach(), "shares memory with hidden_states"),
         (lambda h: torch.empty(6, 64, requires_grad=True), "gradient"),
+        (torch.inference_mode()(torch.empty_like), "inference mode"),
     ],
 )
 def test_memory_that_will_not_do_is_refused(make: Any, says: str, known: bool, call: Call) -> None:
@@ -171,9 +173,41 @@ def test_memory_that_overlaps_at_a_later_call_is_refused(call: Call) -> None:
             moe_forward(workspace[:6], *call[1:], out=workspace[5:11])
 
 
-def test_memory_of_the_layers_weights_is_refused(call: Call) -> None:
-    with pytest.raises(InvalidInputError, match="shares memory with gate_up"):
-        moe_forward(*call, out=call[1].gate_up.view(-1, 64)[:6])
+@pytest.mark.parametrize("known", [False, True])
+def test_memory_of_the_layers_weights_is_refused(known: bool, call: Call) -> None:
+    with ranked(Honest):
+        if known:
+            moe_forward(*call, out=memory(call))
+        with pytest.raises(InvalidInputError, match="shares memory with gate_up"):
+            moe_forward(*call, out=call[1].gate_up.view(-1, 64)[:6])
+
+
+def test_memory_made_in_inference_mode_is_written_to_there(call: Call) -> None:
+    with ranked(Honest), torch.inference_mode():
+        out = memory(call)
+        assert torch.equal(moe_forward(*call, out=out), expected(call))
+
+
+def test_autograd_sees_that_what_it_saved_was_written_over(call: Call) -> None:
+    class LikeAKernel(Writing):
+        """Writes without torch's knowledge."""
+
+        name = "like_a_kernel"
+
+        def run_into(self, *arguments: Any) -> Tensor:
+            *inputs, out = arguments
+            ctypes.memmove(out.data_ptr(), self.run(*inputs).data_ptr(), out.nbytes)
+            return out  # type: ignore[no-any-return]
+
+    out = memory(call)
+    with ranked(LikeAKernel):
+        for _ in range(FAST_PATH_CALLS):
+            factor = torch.ones(64, requires_grad=True)
+            with torch.enable_grad():
+                product = (out * factor).sum()
+            moe_forward(*call, out=out)
+            with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+                product.backward()
 
 
 def test_a_recorded_call_is_refused(call: Call) -> None:
