@@ -228,7 +228,8 @@ class Backend(ABC):
         What arrives was checked: everything is contiguous and on one device, M ≥ 1, ``topk_weights`` is fp32, and
         this backend gave no reason against the problem. An id outside 0…E-1 adds nothing, whatever its weight, NaN
         included. Nothing here may synchronise with the device or depend on routing values on the host, unless the
-        backend is not capturable.
+        backend is not capturable. The thread's settings of torch, such as whether gradients are recorded and the
+        current stream, stay as they are.
 
         Args:
             hidden_states: ``[M, K]``.

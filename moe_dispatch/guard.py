@@ -45,7 +45,14 @@ def foreign_errors() -> tuple[type[BaseException], ...]:
 
 
 def _of_signal_handler(error: BaseException | None) -> bool:
-    """Whether a signal handler raised: a function that was given the frame below its own, which it interrupted."""
+    """Whether a signal handler raised: a function that was given the frame below its own, which it interrupted.
+
+    What it raised in one of several tasks, or Ctrl-C there, comes out in a group.
+    """
+    if isinstance(error, BaseExceptionGroup) and (
+        error.subgroup(KeyboardInterrupt) or any(map(_of_signal_handler, error.exceptions))
+    ):
+        return True
     for frame, _ in traceback.walk_tb(error.__traceback__ if error else None):
         names, positional, _, values = inspect.getargvalues(frame)
         rest = values.get(positional or "")

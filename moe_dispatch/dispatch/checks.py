@@ -174,6 +174,10 @@ def result_fault(out: object, inputs: Inputs) -> str:
         return f"it returned {returned} for hidden_states of {expected}: dtype, shape and device must be the same"
     if not out.is_contiguous():
         return f"it returned a tensor of strides {list(out.stride())}, which is not contiguous"
+    if out.requires_grad:
+        return "it returned a tensor that requires a gradient, where none is asked for"
+    if out.is_inference() and not torch.is_inference_mode_enabled():
+        return "it returned a tensor that was made in inference mode, which autograd and in-place operations refuse"
     for name, tensor in _named(inputs):
         if shares_memory(out, tensor):
             return f"it returned memory of {name}, and its output must be fresh memory"

@@ -12,6 +12,7 @@ from moe_dispatch.dispatch.checks import result_fault
 from moe_dispatch.dispatch.first_calls import FIRST_CALLS
 from moe_dispatch.dispatch.plan import Plan
 from moe_dispatch.dispatch.quarantine import Quarantine
+from moe_dispatch.dispatch.torch_state import KeptState
 from moe_dispatch.guard import foreign_errors
 from moe_dispatch.numerics import QuantizedRows
 from moe_dispatch.registry import LAST_RESORT
@@ -27,7 +28,8 @@ class ContractError(Exception):
 def first_run(plan: Plan, arguments: tuple[Any, ...], quarantine: Quarantine) -> tuple[Any, bool]:
     """Run a plan for the first time, so that whatever goes wrong is this backend's doing.
 
-    What it writes to its inputs is undone: another backend may compute the call after it.
+    What it writes to its inputs is undone: another backend may compute the call after it. So is what it changes of
+    this thread's settings of torch, which are the program's.
 
     Args:
         plan: Its `run` is called.
@@ -38,7 +40,7 @@ def first_run(plan: Plan, arguments: tuple[Any, ...], quarantine: Quarantine) ->
         The result, and whether the run has ended: while a CUDA graph is captured nothing can be awaited.
 
     Raises:
-        ContractError: The result is not what `Backend.run` promises, or an input was written to.
+        ContractError: The result is not what `Backend.run` promises, an input was written to, or a setting changed.
     """
     name = plan.choice.backend
     if name == LAST_RESORT:
@@ -48,7 +50,7 @@ def first_run(plan: Plan, arguments: tuple[Any, ...], quarantine: Quarantine) ->
         result = plan.run(*arguments)
         check_result(result, arguments)
         return result, False
-    inputs = _KeptInputs(arguments)
+    inputs, state = _KeptInputs(arguments), KeptState(device)
     try:
         with FIRST_CALLS.running(name), quarantine.first_run(name, plan.problem):
             result = plan.run(*arguments)
@@ -56,12 +58,15 @@ def first_run(plan: Plan, arguments: tuple[Any, ...], quarantine: Quarantine) ->
                 torch.cuda.synchronize(device)
     except foreign_errors():
         with contextlib.suppress(RuntimeError):  # as where the device is lost
+            state.restore()
             inputs.restore()
         raise
-    written = inputs.restore()
+    changed, written = state.restore(), inputs.restore()
     check_result(result, arguments)
     if written:
         raise ContractError(f"it wrote to {written}")
+    if changed:
+        raise ContractError(f"it changed {changed}")
     return result, True
 
 
@@ -88,7 +93,7 @@ class _KeptInputs:
 
     def __init__(self, arguments: tuple[Any, ...]) -> None:
         rows, _, topk_weights, topk_ids, *_ = arguments
-        self._tensors = [*_tensors_of(rows), ("topk_weights", topk_weights), ("topk_ids", topk_ids)]
+        self._tensors = [*tensors_of_rows(rows), ("topk_weights", topk_weights), ("topk_ids", topk_ids)]
         self._copies: list[Tensor] = []
         if sum(tensor.nbytes for _, tensor in self._tensors) <= MAX_COPIED_BYTES:
             self._copies = [tensor.detach().clone() for _, tensor in self._tensors]
@@ -113,7 +118,8 @@ class _KeptInputs:
         return " and ".join(written)
 
 
-def _tensors_of(rows: Tensor | QuantizedRows | TravellingRows) -> Iterator[tuple[str, Tensor]]:
+def tensors_of_rows(rows: Tensor | QuantizedRows | TravellingRows) -> Iterator[tuple[str, Tensor]]:
+    """The tensors that a call's rows are made of, by name."""
     if isinstance(rows, TravellingRows):
         yield "this rank's hidden_states", rows.own
         rows = rows.wait()

@@ -1,13 +1,14 @@
 """Calls over rows that came from several ranks: which backend gets them, and what follows where it cannot take them."""
 
+import ctypes
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from moe_dispatch import DeviceLostError
-from moe_dispatch.arrived_rows import ArrivedInputs, PeerRows
+from moe_dispatch import DeviceLostError, MoEDispatchWarning
+from moe_dispatch.arrived_rows import ArrivedInputs, PeerRows, TravellingRows
 from moe_dispatch.backend import Backend
 from moe_dispatch.dispatch.process import get_dispatcher
 from moe_dispatch.numerics import QuantizedRows, quantize_rows_torch
@@ -152,3 +153,90 @@ def test_many_rows_go_to_the_memory_of_their_ranks(M: int, *, stores: bool) -> N
     inputs = inputs._replace(rows=inputs.ordinary()[0], out=peers)
     with ranked(Storing, Honest):
         assert (get_dispatcher("cpu").arrived.forward(inputs) is peers) == stores
+
+
+class Arriving(Honest):
+    """Takes rows and memory of other ranks, and is probed before it is trusted."""
+
+    name = "arriving"
+    needs_probe = True
+    stores_to_peers = starts_before_arrival = True
+
+    def takes_quantized_rows(self, problem: MoEProblem) -> bool:
+        return True
+
+    def run_into(self, rows: Any, *others: Any) -> Any:
+        *arguments, out = others
+        rows = self.arrived(rows) if isinstance(rows, TravellingRows) else rows
+        if isinstance(rows, QuantizedRows):
+            rows = self.dequantized(rows).to(rows.act_dtype)
+        result = self.run(rows, *arguments)
+        return self.stored(result, out) if isinstance(out, PeerRows) else out.copy_(result)
+
+    def arrived(self, rows: TravellingRows) -> Any:
+        return rows.wait()
+
+    def dequantized(self, rows: QuantizedRows) -> Tensor:
+        return rows.dequantized()
+
+    def stored(self, result: Tensor, peers: PeerRows) -> PeerRows:
+        for row, values in enumerate(result):
+            address = int(peers.addresses[row // peers.rows]) + peers.offset + row % peers.rows * values.nbytes
+            ctypes.memmove(address, values.data_ptr(), values.nbytes)
+        return peers
+
+
+class IgnoringScales(Arriving):
+    def dequantized(self, rows: QuantizedRows) -> Tensor:
+        return rows.codes.float()
+
+
+class WritingToScales(Arriving):
+    def dequantized(self, rows: QuantizedRows) -> Tensor:
+        values = rows.dequantized()
+        rows.scale.zero_()
+        return values
+
+
+class TakingItsOwnRows(Arriving):
+    def arrived(self, rows: TravellingRows) -> Any:
+        return rows.own.repeat(3, 1)[:5]
+
+
+class StoringInReverse(Arriving):
+    def stored(self, result: Tensor, peers: PeerRows) -> PeerRows:
+        return super().stored(result.flip(0), peers)
+
+
+class StoringNothing(Arriving):
+    def stored(self, result: Tensor, peers: PeerRows) -> PeerRows:
+        return peers
+
+
+@pytest.mark.parametrize(
+    ("wrong", "says"),
+    [
+        (IgnoringScales, "relative error .* over quantised rows"),
+        (WritingToScales, "it wrote to its inputs"),
+        (TakingItsOwnRows, "relative error .* over travelling rows"),
+        (StoringInReverse, "relative error .* into the memory of several ranks"),
+        (StoringNothing, "relative error nan .* into the memory of several ranks"),
+    ],
+)
+def test_a_foreign_backend_is_probed_with_what_other_ranks_send(wrong: type[Backend], says: str) -> None:
+    inputs, truth = arrived()
+    with ranked(wrong, Honest):
+        with pytest.warns(MoEDispatchWarning, match=f"probe was wrong.*{says}.*'honest' runs instead"):
+            out = get_dispatcher("cpu").forward(*inputs.ordinary())
+        assert relative_error(out, truth) < 2e-2
+        get_dispatcher("cpu").arrived.forward(inputs)
+        assert ran() == {"honest": 1, "reference": 1}
+
+
+def test_one_that_is_right_runs_what_other_ranks_send() -> None:
+    inputs, truth = arrived()
+    with ranked(Arriving, Honest):
+        out = get_dispatcher("cpu").arrived.forward(inputs)
+        assert ran() == {"arriving": 1}
+    assert isinstance(out, Tensor)
+    assert relative_error(out, truth) < 2e-2

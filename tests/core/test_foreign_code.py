@@ -8,7 +8,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
@@ -132,6 +132,13 @@ def test_a_module_that_ends_at_import(code: str, call: Call, tmp_path: Path, mon
         assert "does not import" in status.reasons[0]
         with pytest.raises(BackendUnavailableError, match="does not import"):
             moe_forward(*call, backend="ends")
+
+
+def test_ctrl_c_in_a_task_is_not_caught(call: Call) -> None:
+    """Which comes out in a group with what ended the other tasks."""
+    interrupted = BaseExceptionGroup("two tasks", [ValueError(), BaseExceptionGroup("inner", [KeyboardInterrupt()])])
+    with ranked(foreign(run=raising(interrupted), needs_probe=False), Honest), pytest.raises(BaseExceptionGroup):
+        moe_forward(*call)
 
 
 def test_ctrl_c_is_not_caught(call: Call) -> None:
@@ -309,6 +316,55 @@ def test_damaged_metadata_cost_their_package_alone(tmp_path: Path, monkeypatch: 
     assert registry.load("honest") is Honest
 
 
+# What a backend does to the state of torch.
+
+CHANGES: dict[str, Callable[[], object]] = {
+    "whether gradients are recorded": lambda: torch.set_grad_enabled(not torch.is_grad_enabled()),
+    "the default device": lambda: torch.set_default_device("meta"),
+    "whether autocast is enabled": lambda: torch.set_autocast_enabled("cpu", True),
+}
+
+
+@pytest.fixture
+def settings_of_torch() -> Iterator[None]:
+    yield
+    torch.set_default_device(None)
+    torch.set_autocast_enabled("cpu", False)
+
+
+@pytest.mark.usefixtures("settings_of_torch")
+@pytest.mark.parametrize("raises", [False, True])
+@pytest.mark.parametrize("needs_probe", [False, True])
+@pytest.mark.parametrize("what", CHANGES)
+def test_what_it_changes_of_torch_is_undone(what: str, needs_probe: bool, raises: bool, call: Call) -> None:
+    def run(self: Foreign, *arguments: Any) -> Tensor:
+        out = Foreign.run(self, *arguments)
+        CHANGES[what]()
+        if raises:
+            raise RuntimeError("no such kernel")
+        return out
+
+    def now() -> tuple[object, ...]:
+        return torch.is_grad_enabled(), torch.get_default_device(), torch.is_autocast_enabled("cpu")
+
+    says = "no such kernel" if raises else f"it changed {what}"
+    with ranked(foreign(run=run, needs_probe=needs_probe), Honest):
+        before = now()
+        with pytest.warns(MoEDispatchWarning, match=f"{says}.*'honest' runs instead"):
+            moe_forward(*call)
+        assert now() == before
+        assert ran() == {"honest": 1}
+
+
+def test_a_default_device_of_a_with_statement_stays(call: Call) -> None:
+    with ranked(foreign(run=lambda *_: torch.set_default_device("cpu")), Honest):
+        with torch.device("meta"):
+            with pytest.warns(MoEDispatchWarning, match="'honest' runs instead"):
+                moe_forward(*call)
+            assert torch.get_default_device().type == "meta"
+        assert torch.get_default_device().type == "cpu"
+
+
 # What a backend returns.
 
 
@@ -363,6 +419,8 @@ PROBED = {
         "one buffer": "same memory for two calls",
     }.items()
 } | {
+    "inference mode": (foreign(run=torch.inference_mode()(Foreign.run)), "inference mode"),
+    "a gradient": (returning(lambda out, _: out.requires_grad_()), "requires a gradient"),
     "foreign ids": (IgnoringSentinels, "relative error"),
     "NaN beside a foreign id": (MultiplyingSentinels, "relative error"),
     "duplicates": (CountingOnce, "relative error"),
