@@ -2,7 +2,6 @@
 
 import contextlib
 import operator
-import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, Literal, Self
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 from moe_dispatch.activations import UNGATED, Activation, canonical
 from moe_dispatch.checkpoints import stack_experts
 from moe_dispatch.errors import InvalidInputError
+from moe_dispatch.layer_spec import LayerSpec, shared_spec
 from moe_dispatch.mxfp4 import quantize_mxfp4
 from moe_dispatch.numerics import FP8, quantize_blocks, quantize_channels
 from moe_dispatch.problem import FP8_DTYPES, MX_BLOCK, QUANTIZED_DTYPES, DType, Mode, MoEProblem
@@ -30,28 +30,8 @@ from moe_dispatch.weight_checks import (
 # The names of a layer's tensors, and a function that gives all of them, or None for one that a layer lacks.
 TENSORS: Final = ("gate_up", "down", "gate_up_scale", "down_scale", "gate_up_bias", "down_bias")
 tensors_of: Final[Callable[["ExpertWeights"], tuple[Tensor | None, ...]]] = operator.attrgetter(*TENSORS)
+_ADDRESS: Final = Tensor.data_ptr
 _QUANTIZE: Final = {"block": quantize_blocks, "channel": quantize_channels, "mxfp4": quantize_mxfp4}
-
-
-class LayerSpec:
-    """Everything about a layer that a plan depends on. Alike layers share one object while any of them lives."""
-
-    __slots__ = ("__weakref__", "facts", "problems")
-
-    def __init__(self, facts: tuple[object, ...]) -> None:
-        self.facts = facts
-        self.problems: dict[tuple[object, ...], MoEProblem] = {}  # calls of one token, by all but their token count
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        """A copy, or what is loaded, is the object that alike layers share here."""
-        return _shared_spec, (self.facts,)
-
-
-_SPECS: Final[weakref.WeakValueDictionary[tuple[object, ...], LayerSpec]] = weakref.WeakValueDictionary()
-
-
-def _shared_spec(facts: tuple[object, ...]) -> LayerSpec:
-    return _SPECS.setdefault(facts, LayerSpec(facts))
 
 
 class ExpertWeights:
@@ -89,9 +69,9 @@ class ExpertWeights:
     """
 
     __slots__ = (
-        "E", "K", "N", "__weakref__", "_checked", "activation", "device", "down", "down_address", "down_bias",
-        "down_scale", "dtype", "gate_up", "gate_up_address", "gate_up_bias", "gate_up_scale", "interleaved",
-        "routed_experts", "spec", "transposed",
+        "E", "K", "N", "__weakref__", "_checked", "_further", "_further_addresses", "activation", "device", "down",
+        "down_address", "down_bias", "down_scale", "dtype", "gate_up", "gate_up_address", "gate_up_bias",
+        "gate_up_scale", "interleaved", "routed_experts", "spec", "transposed",
     )  # fmt: skip
 
     def __init__(
@@ -166,15 +146,20 @@ class ExpertWeights:
             routed_experts,
         )  # fmt: skip
         tracing = torch.compiler.is_compiling()
-        self.spec: Final = LayerSpec(facts) if tracing else _shared_spec(facts)
-        # By the addresses a call sees that the weights lie elsewhere than when they were checked.
+        self.spec: Final = LayerSpec(facts) if tracing else shared_spec(facts)
+        # By the addresses a call sees that tensors lie elsewhere than when they were checked.
         self.gate_up_address, self.down_address = (None, None) if tracing else (address(gate_up), address(down))
+        further = [] if tracing else [name for name, _ in self.tensors()][2:]  # scales or biases, or both
+        self._further = operator.attrgetter(*further) if further else None
+        self._further_addresses = tuple(map(address, self._further(self))) if self._further else ()
         self._checked = None if tracing else self._facts()
 
     @property
     def moved(self) -> bool:
-        """Whether the weights lie elsewhere than when they were checked."""
-        return self.gate_up.data_ptr() != self.gate_up_address or self.down.data_ptr() != self.down_address
+        """Whether a tensor lies elsewhere than when it was checked."""
+        elsewhere = self.gate_up.data_ptr() != self.gate_up_address or self.down.data_ptr() != self.down_address
+        further = self._further
+        return elsewhere or (further is not None and tuple(map(_ADDRESS, further(self))) != self._further_addresses)
 
     def check_unchanged(self) -> None:
         """Refuse the layer if its tensors are no longer what they were when they were wrapped.
@@ -195,6 +180,7 @@ class ExpertWeights:
                 "device, dtype or shape"
             ) from error
         self.gate_up_address, self.down_address = now.gate_up_address, now.down_address
+        self._further_addresses = now._further_addresses
         self._checked = self._facts()
 
     def _facts(self) -> list[tuple[object, ...]]:

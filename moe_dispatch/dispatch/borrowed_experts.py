@@ -54,7 +54,10 @@ class BorrowedExperts(ExpertWeights):
 
     @property
     def moved(self) -> bool:
-        """See `ExpertWeights.moved`: without views of the lent tensors, which take the host longer than all else."""
+        """See `ExpertWeights.moved`: without views of the lent tensors, which take the host longer than all else.
+
+        Where scales and biases lie is looked at where the object is kept: it is made anew if they are others.
+        """
         gate_up, down = _lent(self, "_gate_up"), _lent(self, "_down")
         # One that was freed has no address, and raises as it does in the base class.
         return gate_up.data_ptr() != self.gate_up_address or down.data_ptr() != self.down_address  # type: ignore[union-attr]

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from moe_dispatch.backend import Inputs
 from moe_dispatch.dispatch.internals import is_capturing, kind_check
-from moe_dispatch.experts import ExpertWeights, LayerSpec
+from moe_dispatch.experts import ExpertWeights
+from moe_dispatch.layer_spec import LayerSpec
 
 # Kinds of call of one layer kind and shape that are settled, such as inside and outside of inference mode; others go by
 # the dispatcher's key.

@@ -13,7 +13,7 @@ from moe_dispatch import ExpertWeights, explain, moe_forward, warm_up
 from moe_dispatch.backend import Backend
 from moe_dispatch.dispatch import dispatcher as dispatcher_module
 from moe_dispatch.dispatch.process import get_dispatcher
-from moe_dispatch.experts import _SPECS
+from moe_dispatch.layer_spec import _SPECS
 from moe_dispatch.machine import Machine
 from moe_dispatch.policies.learned.fit import fit_cost_model
 from moe_dispatch.problem import DType

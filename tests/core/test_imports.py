@@ -22,7 +22,8 @@ FLOORS: Final = (  # lowest first
     (
         "errors", "settings", "activations", "problem", "mxfp4", "numerics", "routers", "machine", "model_config",
         "stored_files", "checkpoints", "checkpoint_files", "checkpoint_scales", "checkpoint_sources",
-        "checkpoint_mxfp4", "tensor_memory", "weight_checks", "experts", "workloads",
+        "checkpoint_mxfp4", "tensor_memory", "weight_checks", "layer_spec", "experts",
+        "workloads",
     ),
     ("backend", "arrived_rows", "guard", "policy", "registry"),  # what those are, and where they are found
     ("measure",),  # inputs, timing, verification

@@ -1,5 +1,6 @@
 """Recovering: out of memory tries everything, and a failure that is the caller's is booked on no backend."""
 
+import dataclasses
 import weakref
 from typing import Any
 
@@ -19,6 +20,7 @@ from moe_dispatch import (
 )
 from moe_dispatch.backend import BackendConfig
 from moe_dispatch.backends.reference import ReferenceBackend
+from moe_dispatch.dispatch.settled_plans import SETTLING_CALLS
 from moe_dispatch.problem import DType
 from moe_dispatch.settings import settings
 from moe_dispatch.workloads import make_experts
@@ -163,6 +165,38 @@ def test_weights_that_change_under_a_call_are_the_callers(call: Call) -> None:
     with ranked(Late, Honest), pytest.raises(InvalidInputError, match=r"changed since.*freed"):
         moe_forward(*call)
     assert not barred()
+
+
+@pytest.mark.parametrize("recorded", [False, True])
+@pytest.mark.parametrize("calls", [1, SETTLING_CALLS + 1])
+@pytest.mark.parametrize("name", ["gate_up_scale", "down_scale", "gate_up_bias", "down_bias"])
+def test_scales_and_biases_that_change_alone_are_refused(name: str, calls: int, recorded: bool) -> None:
+    """A kernel, which is given addresses, would read past them."""
+
+    class Unaware(Honest):
+        name = "unaware"
+
+        def run(self, hidden_states: Tensor, *_: Any) -> Tensor:
+            return torch.zeros_like(hidden_states)
+
+    experts = make_experts(dataclasses.replace(LAYER, bias=True), "fp8", "cpu", act_dtype="fp32")
+    tensor = getattr(experts, name)
+    hidden, _, *routing = make_call(6)
+    with ranked(Unaware), torch.set_grad_enabled(recorded):
+        for _ in range(calls):
+            moe_forward(hidden.requires_grad_(recorded), experts, *routing)
+        tensor.data = tensor.data.clone()
+        assert not moe_forward(hidden, experts, *routing).any(), "other memory of the same kind will do"
+        before = tensor.data
+        tensor.data = tensor.data[:2].clone()
+        with pytest.raises(InvalidInputError, match=f"changed since.*{name}"):
+            moe_forward(hidden, experts, *routing)
+        tensor.data = before
+        assert not moe_forward(hidden, experts, *routing).any()
+        tensor.untyped_storage().resize_(0)
+        with pytest.raises(InvalidInputError, match=f"changed since.*{name}.*freed"):
+            moe_forward(hidden, experts, *routing)
+        assert not barred()
 
 
 def test_weights_in_other_memory_are_taken(call: Call) -> None:
