@@ -4,7 +4,10 @@ Runs where vLLM is installed (`nox -s vllm`); the engine itself is tested on a G
 Without a GPU vLLM has no platform of its own, so the tests describe an sm_90 one, and `moe_forward` runs its reference.
 """
 
+import contextlib
 import dataclasses
+import functools
+import importlib
 import inspect
 import itertools
 import logging
@@ -116,6 +119,8 @@ def plugin(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     from vllm.model_executor.custom_op import op_registry_oot
 
     before = dict(op_registry_oot)
+    cls, name = wrapped_method()
+    monkeypatch.setattr(cls, name, vars(cls)[name])  # so that it is put back
     monkeypatch.setenv(VARIABLE, "1")
     monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
     takeover.TAKEOVER.taken.clear()
@@ -128,9 +133,14 @@ def plugin(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     op_registry_oot.update(before)
 
 
-def make_layer(quant_config: Any = None, **options: Any) -> Any:
-    """A layer of the installed vLLM: its FusedMoE up to 0.22, the RoutedExperts inside one from 0.24 on."""
-    layer = layer_factory()(
+def make_layer(quant_config: Any = None, cls: Any = None, **options: Any) -> Any:
+    """A layer of the installed vLLM, or of `cls`: a FusedMoE up to 0.23, the RoutedExperts inside one from 0.24 on."""
+    make = layer_factory()
+    if cls is not None and inspect.isclass(make):
+        make = cls
+    elif cls is not None:
+        options["routed_experts_cls"] = cls
+    layer = make(
         num_experts=E, top_k=TOPK, hidden_size=K, intermediate_size=N, params_dtype=torch.bfloat16,
         quant_config=quant_config, prefix=f"layer{next(numbers)}", **options,
     )  # fmt: skip
@@ -150,6 +160,17 @@ def fill_randomly(layer: Any, std: float) -> None:
 
 def experts_of(layer: Any, activation: Any = "silu") -> ExpertWeights:
     return ExpertWeights(layer.w13_weight.data, layer.w2_weight.data, activation=activation)
+
+
+def wrapped_method() -> tuple[Any, str]:
+    """The class of vLLM's layers, and its method that the plugin wraps."""
+    try:
+        from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
+    except ImportError:
+        from vllm.model_executor.layers.fused_moe.layer import FusedMoE
+
+        return FusedMoE, "__init__"
+    return RoutedExperts, "_get_quant_method"
 
 
 def layer_factory() -> Any:
@@ -312,7 +333,7 @@ def test_gates_with_parameters_are_taken_over(model: str) -> None:
     options, activation = GATES[model]
     skip_what_is_unknown(options)
     layer = make_layer(**options)
-    if not hasattr(layer.moe_config, "swiglu_limit"):  # 0.20.2 hands it to the layer and does not apply it
+    if not hasattr(layer.moe_config, "swiglu_limit"):  # up to 0.21 it is handed to the layer and not applied
         assert "swiglu_limit=10.0" in next(iter(takeover.TAKEOVER.left))
         return
     fill_randomly(layer, 0.5)
@@ -446,27 +467,212 @@ def test_a_backend_that_fails_in_the_warm_up_is_replaced() -> None:
     assert torch.equal(out, moe_forward(x, experts, weights, ids, backend="reference"))
 
 
-def test_off_it_registers_nothing_and_registering_twice_is_harmless(monkeypatch: pytest.MonkeyPatch) -> None:
-    from vllm.model_executor.custom_op import op_registry_oot
-
+def test_off_it_changes_nothing_and_registering_twice_is_harmless(monkeypatch: pytest.MonkeyPatch) -> None:
+    cls, name = wrapped_method()
+    ours = vars(cls)[name]
     register()
-    ours = [cls for cls in op_registry_oot.values() if getattr(cls, "_moe_dispatch", False)]
-    assert len(ours) == 1
-    op_registry_oot.clear()
+    assert vars(cls)[name] is ours
+    monkeypatch.setattr(cls, name, vllms_own := ours.__wrapped__)
     for off in ("", "0", "off"):
         monkeypatch.setenv(VARIABLE, off)
         register()
-    assert not op_registry_oot
+    assert vars(cls)[name] is vllms_own
 
 
-def test_another_plugins_layer_is_respected(caplog: pytest.LogCaptureFixture) -> None:
-    from vllm.model_executor.custom_op import op_registry_oot
+def test_the_log_says_that_the_plugin_is_on(caplog: pytest.LogCaptureFixture) -> None:
+    """Of a model whose layers are of another kind nothing else would be said."""
+    with caplog.at_level(logging.INFO, logger="vllm.moe_dispatch"):
+        register()
+    assert f"a line for each model says which {wrapped_method()[0].__name__} it runs" in caplog.text
 
-    name = next(iter(op_registry_oot))
-    op_registry_oot[name] = type("Foreign", (), {})
+
+def test_a_vllm_without_the_method_is_refused_with_a_warning(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    cls, name = wrapped_method()
+    monkeypatch.delattr(cls, name)
     with caplog.at_level(logging.WARNING):
         register()
-    assert op_registry_oot[name].__name__ == "Foreign"
+    assert f"expert layers cannot be replaced (KeyError: '{name}')" in caplog.text
+
+
+def test_another_plugins_layer_is_respected() -> None:
+    """Also one that is registered later: vLLM takes one class a name."""
+    base, _ = wrapped_method()
+    base.register_oot(type("Foreign", (base,), {"__module__": "another_plugin.layers"}))
+    layer = make_layer()
+    assert type(layer).__name__ == "Foreign"
+    assert layer.quant_method.experts_cls.__name__ != "MoeDispatchExperts"
+    assert "Foreign is a layer class of another_plugin.layers" in next(iter(takeover.TAKEOVER.left))
+
+
+def classes_of_models() -> list[Any]:
+    """The layer classes that vLLM's models bring and that are built like any layer."""
+    base, _ = wrapped_method()
+    for name in ("gpt_oss", "transformers.moe", "aria"):
+        with contextlib.suppress(ImportError):
+            importlib.import_module(f"vllm.model_executor.models.{name}")
+    plain = type("OfAModel", (base,), {"__module__": "vllm.model_executor.models.a_model"})
+    others = {"config", "expert_substitution"}  # arguments of a model's own
+    found = [
+        cls
+        for cls in base.__subclasses__()
+        if cls.__module__.startswith("vllm.") and not others & inspect.signature(cls).parameters.keys()
+    ]
+    assert plain in found
+    return found
+
+
+def test_the_layer_classes_of_models_are_judged_like_any() -> None:
+    """gpt-oss and the models of transformers have their own, which vLLM's registry of replaced layers passes over."""
+    x, weights, ids = draw()
+    for count, cls in enumerate(classes_of_models(), 1):
+        layer = plain_layer(cls=cls)
+        assert type(layer) is cls
+        assert takeover.TAKEOVER.taken.total() == count, cls
+        expected = moe_forward(x, experts_of(layer), weights, ids)
+        assert torch.equal(run(layer, x, weights, ids), expected), cls
+
+
+def test_a_method_of_a_models_own_stays_the_models() -> None:
+    """MuseSpark's, for one, has the rows of experts normalised before they are summed."""
+    from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
+
+    class OfAModel(UnquantizedFusedMoEMethod):  # type: ignore[misc]
+        pass
+
+    class ConfigOfAModel(type(deepseek_fp8())):  # type: ignore[misc]
+        def get_quant_method(self, layer: Any, *_: Any, **_options: Any) -> Any:
+            return OfAModel(layer.moe_config)
+
+    layer = make_layer(ConfigOfAModel())
+    assert type(layer.quant_method) is OfAModel
+    assert layer.quant_method.experts_cls.__name__ != "MoeDispatchExperts"
+    assert "weights stored by OfAModel" in next(iter(takeover.TAKEOVER.left))
+
+
+class Halved(torch.nn.Module):
+    """Stands for a model's shared experts."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * 0.5
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+def test_vllms_runner_adds_shared_experts_and_scales_what_our_layer_returns(
+    scaled: bool, parallel_state: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The call that a model makes: router, experts, the factor of the routed output, and shared experts."""
+    from vllm.forward_context import set_forward_context
+
+    monkeypatch.setenv("VLLM_DISABLE_SHARED_EXPERTS_STREAM", "1")  # it would be a stream of a GPU
+    x, weights, ids = draw()
+    runner = layer_factory()(
+        num_experts=E, top_k=TOPK, hidden_size=K, intermediate_size=N, params_dtype=torch.bfloat16,
+        prefix=f"layer{next(numbers)}", custom_routing_function=lambda *_, **_options: (weights.clone(), ids.clone()),
+        shared_experts=Halved(), routed_scaling_factor=2.5, apply_routed_scale_to_output=scaled,
+    )  # fmt: skip
+    layer = getattr(runner, "routed_experts", runner)
+    fill_randomly(layer, 0.05)
+    layer.quant_method.process_weights_after_loading(layer)
+    with set_forward_context(None, parallel_state, num_tokens=M):
+        out = runner(x.clone(), torch.zeros(M, E))
+    routed = moe_forward(x, experts_of(layer), weights, ids)
+    assert torch.equal(out, x * 0.5 + routed * (2.5 if scaled else 1))
+    assert takeover.TAKEOVER.taken.total() == 1
+
+
+def test_a_layer_of_gpt_oss_has_biases_and_alternating_rows() -> None:
+    layer = plain_layer(activation="swigluoai", has_bias=True)
+    for bias in (layer.w13_bias, layer.w2_bias):
+        bias.data.normal_()
+    x, weights, ids = draw()
+    experts = ExpertWeights(
+        layer.w13_weight.data, layer.w2_weight.data, gate_up_bias=layer.w13_bias.data, down_bias=layer.w2_bias.data,
+        activation="swiglu_oai", interleaved=True,
+    )  # fmt: skip
+    assert torch.equal(run(layer, x, weights, ids), moe_forward(x, experts, weights, ids))
+
+
+# Options of the engine by their path in its config, a value, and what the log says.
+ENGINE_OPTIONS: dict[str, tuple[Any, str]] = {
+    "offload_config.uva.cpu_offload_gb": (1, "weights offloaded to host memory"),
+    "offload_config.prefetch.offload_group_size": (2, "weights offloaded to host memory"),
+    "parallel_config.enable_dbo": (True, "dual-batch overlap"),
+    "parallel_config.ubatch_size": (2, "dual-batch overlap"),
+    "parallel_config.enable_eplb": (True, "load balancing"),
+    "kernel_config.moe_backend": ("triton", "--moe-backend triton names vLLM's own"),
+    "lora_config": (object(), "LoRA adapters need vLLM's own experts"),
+    "load_config.load_format": ("ipc_cache", "--load-format ipc_cache brings weights in the layout"),
+}
+
+
+@pytest.mark.parametrize("path", ENGINE_OPTIONS)
+def test_options_of_the_engine_leave_its_layers_to_vllm(
+    path: str, parallel_state: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    value, reason = ENGINE_OPTIONS[path]
+    *above, name = path.split(".")
+    config = functools.reduce(getattr, above, parallel_state)
+    assert hasattr(config, name), f"this vLLM has no {path}; what has taken its place?"
+    monkeypatch.setattr(config, name, value)
+    layer = make_layer()
+    assert layer.quant_method.experts_cls.__name__ != "MoeDispatchExperts"
+    assert reason in next(iter(takeover.TAKEOVER.left))
+
+
+def test_vllms_kernels_of_one_result_leave_its_layers_to_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm import envs
+
+    monkeypatch.setattr(envs, "VLLM_BATCH_INVARIANT", True)
+    make_layer()
+    assert "VLLM_BATCH_INVARIANT needs results" in next(iter(takeover.TAKEOVER.left))
+
+
+PARALLEL: dict[str, tuple[dict[str, Any], str]] = {
+    "experts": ({"tp_size": 2}, "expert parallelism (ep_size=2)"),
+    "data": ({"dp_size": 2}, "data parallelism (dp_size=2)"),
+    "context": ({"pcp_size": 2}, "prefill context parallelism (pcp_size=2)"),
+}
+
+
+@pytest.mark.parametrize("case", PARALLEL)
+def test_parallel_layers_that_share_their_tokens_stay_vllms_own(
+    case: str, parallel_state: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options, reason = PARALLEL[case]
+    monkeypatch.setattr(parallel_state.parallel_config, "enable_expert_parallel", case == "experts")
+    make_layer(**options)
+    assert reason in next(iter(takeover.TAKEOVER.left))
+
+
+def test_every_option_of_the_installed_layers_is_known_and_a_new_one_that_is_set_is_refused() -> None:
+    layer = make_layer()
+    config, method = layer.moe_config, layer.quant_method
+    for each in (config, config.moe_parallel_config):
+        assert {field.name for field in dataclasses.fields(each)} <= takeover._KNOWN_OPTIONS
+    default: Any = dataclasses.field(default=False)
+    newer = dataclasses.make_dataclass("Newer", [("scale_of_rows", bool, default)], bases=(type(config),))
+    config.__class__ = newer
+    vllm_config = current_config()
+    assert not takeover.reasons_against(config, vllm_config, method)
+    config.scale_of_rows = True
+    (reason,) = takeover.reasons_against(config, vllm_config, method)
+    assert reason == "scale_of_rows=True, an option that this plugin does not know"
+
+
+def current_config() -> Any:
+    from vllm.config import get_current_vllm_config
+
+    return get_current_vllm_config()
+
+
+def test_weights_in_our_layout_are_not_handed_to_another_process() -> None:
+    """`vllm preload` holds loaded weights for engines, which may have chosen another backend and so another layout."""
+    protocol = pytest.importorskip("vllm.model_executor.model_loader.weight_cache.protocol")
+    for config in (None, deepseek_fp8(128, 128)):
+        with pytest.raises(protocol.UnsupportedQuantForIPCError):
+            protocol.check_ipc_quant_support(make_layer(config))
 
 
 def test_the_plugin_is_announced_to_vllm() -> None:

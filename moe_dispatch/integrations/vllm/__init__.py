@@ -30,12 +30,14 @@ def register() -> None:
         if not Settings.from_environment().vllm:
             return
         from moe_dispatch.integrations.vllm.layers import replace_layers
+        from moe_dispatch.integrations.vllm.takeover import TAKEOVER
 
-        replace_layers()
+        # A model whose layers are of another kind is never asked about, and this is all that the log says then.
+        TAKEOVER.logger.info("moe_dispatch is on; a line for each model says which %s it runs", replace_layers())
     except Exception as error:  # noqa: BLE001 - vLLM's modules differ by version, and the engine serves without us
         logger.warning(
             "%s is set, but this vLLM's expert layers cannot be replaced (%s: %s); the engine runs its own. "
-            "Supported: vLLM 0.20.2 and 0.24 to 0.33.",
+            "Supported: vLLM 0.20.2 to 0.33.",
             VARIABLE,
             type(error).__name__,
             error,

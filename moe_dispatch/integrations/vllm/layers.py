@@ -1,76 +1,72 @@
-"""Replaces vLLM's expert layer classes through its own registry. Imports vLLM.
+"""Judges every expert layer that vLLM builds, and gives those that fit our experts class. Imports vLLM.
 
-From 0.24 on the class is `RoutedExperts`, whose `_get_quant_method` is asked before weights are created. Up to 0.22 it
-is `FusedMoE`, whose method is changed after its constructor.
+From 0.24 on a layer is a `RoutedExperts`, whose `_get_quant_method` chooses its method before weights are created; up
+to 0.23 it is a `FusedMoE`, whose method is changed after its constructor. Both are wrapped where vLLM defines them: its
+registry of replaced layers (`register_oot`) goes by the name of a class, so it passes over the subclasses that models
+bring (gpt-oss, DBRX, all models of transformers), and holds one class a name, which another plugin may need.
 """
 
-import logging
+import functools
+from collections.abc import Callable
 from typing import Any
 
 from vllm.config import get_current_vllm_config
-from vllm.model_executor.custom_op import op_registry_oot
 from vllm.model_executor.layers.fused_moe.oracle.fp8 import Fp8MoeBackend
 from vllm.model_executor.layers.fused_moe.oracle.unquantized import UnquantizedMoeBackend
 
 from moe_dispatch.integrations.vllm.experts import MoeDispatchExperts
 from moe_dispatch.integrations.vllm.takeover import TAKEOVER, describe, reasons_against
 
-logger = logging.getLogger("moe_dispatch")
 
+def replace_layers() -> str:
+    """Wrap vLLM's layer class, unless that has been done.
 
-def replace_layers() -> None:
-    """Register our layer class, unless that has been done, or another plugin was first."""
+    Returns:
+        The name of that class.
+
+    Raises:
+        ImportError, KeyError: This vLLM does not have it, or not the method that is to be wrapped.
+    """
     try:
         from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
     except ImportError:
-        _register("FusedMoE", _fused_moe)
-    else:
-        _register("RoutedExperts", lambda: _routed_experts(RoutedExperts))
+        from vllm.model_executor.layers.fused_moe.layer import FusedMoE
+
+        return _wrap(FusedMoE, "__init__", _judge_what_was_built)
+    return _wrap(RoutedExperts, "_get_quant_method", _judge_what_was_chosen)
 
 
-def _register(name: str, make: Any) -> None:
-    holder = op_registry_oot.get(name)
-    if holder is None:
-        make()
-    elif not getattr(holder, "_moe_dispatch", False):
-        logger.warning("another plugin replaced vLLM's %s (%s); its layers are left alone", name, holder.__module__)
+def _wrap(cls: type, name: str, wrapper: Callable[[Any], Any]) -> str:
+    original = vars(cls)[name]
+    if not hasattr(original, "_moe_dispatch"):
+        wrapped: Any = functools.wraps(original)(wrapper(original))
+        wrapped._moe_dispatch = True
+        setattr(cls, name, wrapped)
+    return cls.__name__
 
 
-def _routed_experts(base: Any) -> None:
-    @base.register_oot
-    class MoeDispatchRoutedExperts(base):  # type: ignore[misc]
-        """vLLM's routed experts with our experts class, where the layer fits."""
+def _judge_what_was_chosen(original: Any) -> Any:
+    def _get_quant_method(self: Any, prefix: str, quant_config: Any, moe_config: Any) -> Any:
+        method = original(self, prefix, quant_config, moe_config)
+        take(self, method, moe_config)
+        return method
 
-        _moe_dispatch = True
-
-        def _get_quant_method(self, prefix: str, quant_config: Any, moe_config: Any) -> Any:
-            method = super()._get_quant_method(prefix, quant_config, moe_config)
-            take(method, moe_config)
-            return method
+    return _get_quant_method
 
 
-def _fused_moe() -> None:
-    from vllm.model_executor.layers.fused_moe.layer import FusedMoE
+def _judge_what_was_built(original: Any) -> Any:
+    def __init__(self: Any, *args: Any, **options: Any) -> None:  # noqa: N807 - it takes the place of one
+        original(self, *args, **options)
+        take(self, self.quant_method, self.moe_config)
 
-    @FusedMoE.register_oot
-    class MoeDispatchFusedMoE(FusedMoE):  # type: ignore[misc]
-        """vLLM's fused MoE layer with our experts class, where it fits."""
-
-        _moe_dispatch = True
-
-        def __init__(self, *args: Any, **kwargs: Any) -> None:
-            super().__init__(*args, **kwargs)
-            if (limit := getattr(self, "swiglu_limit", None)) is not None:
-                TAKEOVER.leave([f"swiglu_limit={limit}, which vLLM applies to MXFP4 alone up to 0.22"])
-            else:
-                take(self.quant_method, self.moe_config)
+    return __init__
 
 
-def take(method: Any, moe_config: Any) -> None:
+def take(layer: Any, method: Any, moe_config: Any) -> None:
     """Let a layer's method build its kernel with our experts, or leave it and keep the reason. Never raises."""
     try:
         vllm_config = get_current_vllm_config()
-        reasons = reasons_against(moe_config, vllm_config, method)
+        reasons = [*_layer_reasons(layer, moe_config), *reasons_against(moe_config, vllm_config, method)]
         backend = "fp8_backend" if hasattr(method, "fp8_backend") else "unquantized_backend"
         if not reasons and not hasattr(method, "experts_cls"):
             reasons.append(f"{type(method).__name__} of this vLLM has no experts_cls")
@@ -82,8 +78,22 @@ def take(method: Any, moe_config: Any) -> None:
     # The Triton layout is ours, w13 [E, 2N, K] with gate rows first; others swap halves, shuffle or requantise.
     setattr(method, backend, Fp8MoeBackend.TRITON if backend == "fp8_backend" else UnquantizedMoeBackend.TRITON)
     method.experts_cls = MoeDispatchExperts
+    # So vLLM does not hand these weights, as `vllm preload` does, to a process that expects another layout.
+    method.supports_pre_processed_weights = False
     TAKEOVER.remember_engine(
         vllm_config.compilation_config.cudagraph_capture_sizes or (),
         int(vllm_config.scheduler_config.max_num_batched_tokens),
     )
     TAKEOVER.take(describe(moe_config, method))
+
+
+def _layer_reasons(layer: Any, moe_config: Any) -> list[str]:
+    """What speaks against a layer that is not in its config."""
+    cls = type(layer)
+    reasons = []
+    if cls.__module__.partition(".")[0] != "vllm":
+        reasons.append(f"{cls.__name__} is a layer class of {cls.__module__}, not vLLM's own")
+    limit = getattr(layer, "swiglu_limit", None)
+    if limit is not None and not hasattr(moe_config, "swiglu_limit"):
+        reasons.append(f"swiglu_limit={limit}, which vLLM applies to MXFP4 alone up to 0.21")
+    return reasons

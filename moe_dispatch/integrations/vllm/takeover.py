@@ -1,5 +1,6 @@
 """Which of vLLM's expert layers `moe_forward` takes, and why it leaves the others."""
 
+import dataclasses
 from typing import Any, Final
 
 import torch
@@ -13,6 +14,22 @@ from moe_dispatch.weight_checks import DTYPE_NAMES
 
 TAKEOVER: Final = Takeover("vLLM")
 
+# What vLLM 0.20.2 to 0.33 says about a layer in `FusedMoEConfig` and `FusedMoEParallelConfig`. Each is judged here, or
+# is the router's or the runner's, which stay vLLM's, or concerns other GPUs, other quantisations or vLLM's own experts.
+_KNOWN_OPTIONS: Final = frozenset({
+    "num_experts", "experts_per_token", "hidden_dim", "hidden_dim_unpadded", "intermediate_size", "intermediate_pad",
+    "intermediate_size_per_partition", "intermediate_size_per_partition_unpadded", "num_local_experts",
+    "num_logical_experts", "activation", "device", "routing_method", "moe_parallel_config", "in_dtype",
+    "router_logits_dtype", "moe_backend", "max_num_tokens", "has_bias", "is_act_and_mul", "is_lora_enabled",
+    "disable_inplace", "swiglu_limit", "swiglu_alpha", "swiglu_beta", "activation_situ_beta",
+    "activation_situ_linear_beta", "max_capture_size", "rocm_aiter_fmoe_enabled", "aiter_fmoe_shared_expert_enabled",
+    "skip_final_all_reduce", "defer_moe_finalize", "_defer_moe_finalize", "defer_moe_finalize_max_num_tokens",
+    "elastic_ep_max_dp_size", "has_hash_routing", "tp_shard_with_padding", "shared_expert_prefix",
+    "use_mxfp4_w4a4_dsv4", "require_decomposed_backend",
+    "tp_size", "tp_rank", "pcp_size", "pcp_rank", "dp_size", "dp_rank", "ep_size", "ep_rank", "sp_size", "use_ep",
+    "all2all_backend", "enable_eplb",
+})  # fmt: skip
+
 
 def reasons_against(moe_config: Any, vllm_config: Any, method: Any) -> list[str]:
     """Everything that speaks against running a layer through `moe_forward`; empty where nothing does.
@@ -22,7 +39,9 @@ def reasons_against(moe_config: Any, vllm_config: Any, method: Any) -> list[str]
         vllm_config: The engine's `VllmConfig`.
         method: The layer's quantisation method, which decides how weights are stored.
     """
-    reasons = [*_engine_reasons(vllm_config), *_parallel_reasons(moe_config.moe_parallel_config)]
+    parallel = moe_config.moe_parallel_config
+    reasons = [*_engine_reasons(vllm_config), *_parallel_reasons(parallel)]
+    reasons += [*_unknown_options(moe_config), *_unknown_options(parallel)]
     if moe_config.is_lora_enabled:
         reasons.append("LoRA adapters need vLLM's own experts")
     if (backend := getattr(moe_config, "moe_backend", "auto")) != "auto":
@@ -35,6 +54,15 @@ def reasons_against(moe_config: Any, vllm_config: Any, method: Any) -> list[str]
     if not reasons and torch.cuda.is_available():
         reasons += kernel_reasons(_problem(moe_config, method, torch.cuda.get_device_capability()))
     return reasons
+
+
+def _unknown_options(config: Any) -> list[str]:
+    """The options of a layer that no vLLM up to 0.33 has, and that are set: what they change would be left out."""
+    return [
+        f"{field.name}={value!r}, an option that this plugin does not know"
+        for field in dataclasses.fields(config)
+        if field.name not in _KNOWN_OPTIONS and (value := getattr(config, field.name)) and value != field.default
+    ]
 
 
 def describe(moe_config: Any, method: Any) -> str:
@@ -67,6 +95,8 @@ def _engine_reasons(vllm_config: Any) -> list[str]:
     parallel = vllm_config.parallel_config
     if getattr(parallel, "use_ubatching", False) or getattr(parallel, "enable_dbo", False):
         reasons.append("dual-batch overlap runs layers on two threads")
+    if vllm_config.load_config.load_format == "ipc_cache":
+        reasons.append("--load-format ipc_cache brings weights in the layout that another process chose")
     offload = getattr(vllm_config, "offload_config", None)
     uva = getattr(getattr(offload, "uva", None), "cpu_offload_gb", 0)
     prefetch = getattr(getattr(offload, "prefetch", None), "offload_group_size", 0)
