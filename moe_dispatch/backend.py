@@ -182,8 +182,12 @@ class Backend(ABC):
         return self.configs(problem)[0]
 
     def workspace_bytes(self, problem: MoEProblem, config: BackendConfig) -> int:
-        """Device memory taken beside inputs and output; orders the fallbacks when memory runs out."""
-        return problem.slots * (problem.gate_up_rows + problem.N + problem.K) * 2
+        """Device memory taken beside inputs and output, the most at a time of a run or its fast path, in bytes.
+
+        It does not fall as M grows. A policy's choice that takes too much is left out (`workspace.excess`), and when
+        memory runs out, the fallbacks are ordered by it.
+        """
+        return problem.rows_bytes
 
     def deterministic(self, config: BackendConfig) -> bool:
         """Whether the same inputs give the same bits every time."""

@@ -198,7 +198,7 @@ class GuardedBackend(Backend):
     def _config(self, answer: Any) -> BackendConfig:
         if not isinstance(answer, self.config_type):
             raise TypeError(f"a {self.config_type.__name__} is expected")
-        hash(answer)  # raises where a field of it cannot be hashed: plans are kept by configuration
+        hash((answer, *vars(answer).values()))  # raises where a field cannot be: plans are kept by configuration
         return answer
 
 

@@ -224,6 +224,11 @@ class MoEProblem:
         return stored_bytes(self.dtype, (self.gate_up_rows + self.N) * self.K)
 
     @property
+    def rows_bytes(self) -> int:
+        """Bytes of the rows that a layer computes for its slots: of both products and, between them, the activation."""
+        return self.slots * (self.gate_up_rows + self.N + self.K) * ELEMENT_BYTES[self.act_dtype]
+
+    @property
     def flops(self) -> float:
         """Multiply-adds of the two products, counted as two operations each, for the expected slots."""
         return 2 * self.expected_slots * self.K * (self.gate_up_rows + self.N)

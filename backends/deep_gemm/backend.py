@@ -13,15 +13,13 @@ from moe_dispatch.experts import ExpertWeights
 from moe_dispatch.numerics import QuantizedRows
 from moe_dispatch.problem import QUANT_BLOCK, DType, MoEProblem
 from moe_dispatch.system.libraries import library_version
+from moe_dispatch.workspace import CONFIG_SHARE
 
 Layout = Literal["masked", "psum"]
 
 # Up to this many rows per expert the masked layout is the faster one on an H200: its tiles may be lower.
 _FEW_ROWS: Final[dict[DType, int]] = {"bf16": 64, "fp8": 32}
 _ROWS: Final[dict[Layout, type[Rows]]] = {"masked": MaskedRows, "psum": PsumRows}
-# The masked layout must hold every token of the call for every expert. Beyond this share of the device's memory it is
-# not offered.
-_MASKED_MEMORY_SHARE: Final = 1 / 32
 # From this capability on DeepGEMM wants packed power-of-two multipliers.
 _UE8M0: Final = (10, 0)
 
@@ -90,7 +88,8 @@ class DeepGemmBackend(WritingBackend):
     def configs(self, problem: MoEProblem) -> tuple[DeepGemmConfig, ...]:
         """See `Backend.configs`."""
         masked, psum = DeepGemmConfig(layout="masked"), DeepGemmConfig(layout="psum")
-        if self.workspace_bytes(problem, masked) > self.machine.memory_bytes * _MASKED_MEMORY_SHARE:
+        # It must hold every token of the call for every expert.
+        if self.workspace_bytes(problem, masked) > self.machine.memory_bytes * CONFIG_SHARE:
             return (psum,)
         few = expected_rows(problem.slots, problem.routed_experts or problem.E) <= _FEW_ROWS[problem.dtype]
         return (masked, psum) if few else (psum, masked)

@@ -27,14 +27,18 @@ from moe_dispatch.problem import Mode, MoEProblem
 from moe_dispatch.registry import BACKENDS, LAST_RESORT
 from moe_dispatch.settings import Settings
 from moe_dispatch.system import failures
+from moe_dispatch.workspace import excess
 
 logger = logging.getLogger("moe_dispatch")
 
 BACKEND_VARIABLE: Final = "MOE_DISPATCH_BACKEND"
 DISABLE_VARIABLE: Final = "MOE_DISPATCH_DISABLE"
 POLICY_VARIABLE: Final = "MOE_DISPATCH_POLICY"
-# Bound on `Planner._neighbours`, which is emptied when it is full.
+# Bounds on `Planner._neighbours` and `Planner._fitting`, which are emptied when they are full.
 MAX_NEIGHBOURHOODS: Final = 4096
+MAX_FITTING: Final = 4096
+# Up to this power of two of tokens it is found out at once where a configuration takes too much memory.
+LARGEST_BUCKET: Final = 20
 
 
 class Planner:
@@ -68,6 +72,8 @@ class Planner:
         self._passed_over: set[str] = set()
         self._obeyed: list[QuarantineEntry] = []
         self._neighbours: dict[tuple[int, Mode, int, bool], tuple[Plan, ...]] = {}  # see `_neighbours_plan`
+        # By backend, layer (which is kept, so that its id is) and configuration; see `_fits`.
+        self._fitting: dict[tuple[object, ...], tuple[MoEProblem, int]] = {}
 
     def plan(
         self, problem: MoEProblem, experts: ExpertWeights, backend: str | None = None, *, into: bool = False
@@ -98,7 +104,9 @@ class Planner:
         remedy = way_out("" if backend else BACKEND_VARIABLE) if named else ""
         for choice in (self._named_choice(backend, problem),) if named else self._rank(problem):
             config, _ = self._config_or_reasons(choice, problem, chosen_by_name=named)
-            if config is not None and not self._probe_failure(choice, problem, experts):
+            if config is None or (not named and excess(self.backend(choice.backend), problem, config)):
+                continue
+            if not self._probe_failure(choice, problem, experts):
                 yield self._made_plan(problem, choice, config, remedy, into=into)
 
     def prove(self, plan: Plan) -> None:
@@ -111,8 +119,10 @@ class Planner:
         candidates: list[Candidate] = []
         name = self._settings.backend
         for choice in (self._named_choice(None, problem),) if name else self._rank(problem):
-            _, reasons = self._config_or_reasons(choice, problem, chosen_by_name=bool(name))
+            config, reasons = self._config_or_reasons(choice, problem, chosen_by_name=bool(name))
             against = list(reasons)
+            if config is not None and not name:
+                against += filter(None, [excess(self.backend(choice.backend), problem, config)])
             if self._live and not against and not any(not earlier.against for earlier in candidates):
                 against += filter(None, [self._probe_failure(choice, problem, None)])
             candidates.append(Candidate(choice, tuple(against)))
@@ -194,8 +204,9 @@ class Planner:
         """The named backend, in the configuration that the policies rank first for it."""
         name = backend or self._settings.backend
         ranked = (choice for choice in self._rank(problem) if choice.backend == name)
-        configured = (choice for choice in ranked if self._config(choice, problem)[0] is not None)
-        choice = next(configured, Choice(name, ""))
+        configured = ((choice, self._config(choice, problem)[0]) for choice in ranked)
+        fitting = (one for one, config in configured if config and not excess(self.backend(name), problem, config))
+        choice = next(fitting, Choice(name, ""))
         if backend:
             return dataclasses.replace(choice, reason="named by the caller", policy="caller")
         return dataclasses.replace(choice, reason=f"named by {BACKEND_VARIABLE}", policy="environment")
@@ -231,10 +242,17 @@ class Planner:
         faults: dict[str, str] = {}
         unproven: Plan | None = None
         best: Plan | None = None
+        throughout = 0  # whether no call of the bucket takes too much memory by the latest plan
         for choice in self._rank(problem):
             config, reasons = self._config_or_reasons(choice, problem)
             if fault := self._pool.broken(choice.backend):
                 faults[choice.backend] = fault
+            if config is not None:
+                kind = (choice.backend, id(problem.layer), *vars(config).values())
+                fits = (self._fitting.get(kind) or self._fits(kind, choice.backend, config, problem.layer))[1]
+                throughout = fits >> max(problem.M - 1, 0).bit_length() & 1
+                if not throughout and (reason := excess(self._pool.backend(choice.backend), problem, config)):
+                    reasons = (reason,)
             if not reasons and (failure := self._probe_failure(choice, problem, experts)):
                 reasons = (failure,)
                 if problem.mode == "eager":
@@ -251,7 +269,7 @@ class Planner:
         if best is not None:
             # A fallback during a capture is not kept: once the plan before it has run, that one is better.
             best.kept = unproven is None
-            if best.kept and not (against or faults):
+            if best.kept and throughout and not (against or faults):
                 self._remember(best)
         best = best or unproven
         if best is None:
@@ -263,6 +281,27 @@ class Planner:
         for entry in self._pool.recorded(problem):
             self._warn_of_record(entry, best)
         return best
+
+    def _fits(
+        self, kind: tuple[object, ...], name: str, config: BackendConfig, layer: MoEProblem
+    ) -> tuple[MoEProblem, int]:
+        """Where a configuration does not take too much memory (`workspace.excess`), for all token counts at once.
+
+        So a new token count of a configuration that is known to its layer costs a look-up.
+
+        Returns:
+            The layer, and a number whose bit b is set if calls of more than ``2 ** (b - 1)`` tokens fit, up to
+            ``2 ** b``.
+        """
+        backend, fitting, fewer = self._pool.backend(name), 0, True
+        for bits in range(LARGEST_BUCKET + 1):
+            most = not excess(backend, layer.with_tokens(1 << bits), config)
+            fitting |= (fewer and most) << bits
+            fewer = most
+        if len(self._fitting) >= MAX_FITTING:
+            self._fitting.clear()
+        self._fitting[kind] = layer, fitting
+        return layer, fitting
 
     def _pass_over(self, name: str, problem: MoEProblem, fault: str, successor: Plan) -> None:
         """Warn once that a ranked backend is broken or fails its probe, and say what runs in its place."""

@@ -31,6 +31,7 @@ from moe_dispatch.policies.measurements.versions import changes, relevant_versio
 from moe_dispatch.problem import Mode
 from moe_dispatch.registry import LAST_RESORT, make_backend
 from moe_dispatch.system.version import installed_version
+from moe_dispatch.workspace import excess
 
 # Measured neighbours within this factor of tokens on both sides rule out candidates between them,
 NEIGHBOURS: Final = 8
@@ -133,6 +134,11 @@ class CandidateSource:
             if chosen and chosen[0] == name:
                 with contextlib.suppress(pydantic.ValidationError):
                     configs.append(backend.config_type.model_validate(dict(chosen[1])))
+            fitting = dict.fromkeys(configs)
+            for config in configs:
+                if reason := excess(backend, problem, config):  # for which it would not be chosen
+                    fitting.pop(config, None)
+                    self._skip(f"{layer} M={M}: {name} with {config.label} {reason}")
             versions = relevant_versions(backend)
             candidates += [
                 Candidate(
@@ -143,7 +149,7 @@ class CandidateSource:
                     package=self._package,
                     commit=self._commit,
                 )
-                for config in dict.fromkeys(configs)
+                for config in fitting
             ]
         return candidates
 

@@ -7,6 +7,7 @@ import torch
 
 from moe_dispatch.problem import ELEMENT_BYTES, MoEProblem, stored_bytes
 from moe_dispatch.system.files import read_bytes
+from moe_dispatch.workspace import gibibytes
 
 _CGROUP: Final = Path("/sys/fs/cgroup")
 _MAX_BYTES: Final = 1 << 20  # What the kernel prints of a process or a group has a few KiB.
@@ -49,11 +50,6 @@ def free_bytes(device: torch.device) -> int | None:
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     known = [size for size in (_available_on_host(), _left_in_cgroup()) if size is not None]
     return min(known, default=None)
-
-
-def gibibytes(size: int) -> str:
-    """``"12.3 GiB"``."""
-    return f"{size / 2**30:.1f} GiB"
 
 
 def _available_on_host() -> int | None:

@@ -21,7 +21,7 @@ from moe_dispatch.policies.calibration.compile_ahead import (
     compiled_path,
     libraries_of,
 )
-from moe_dispatch.policies.calibration.memory import gibibytes, weight_bytes
+from moe_dispatch.policies.calibration.memory import weight_bytes
 from moe_dispatch.policies.calibration.report import CalibrationReport, Progress
 from moe_dispatch.policies.calibration.request import CalibrationRequest
 from moe_dispatch.policies.calibration.schedule import boundaries, schedule
@@ -39,6 +39,7 @@ from moe_dispatch.policies.measurements.merge import promote_winners, require_wr
 from moe_dispatch.policies.measurements.schema import LayerShape, Measurement, PointKey
 from moe_dispatch.problem import Mode
 from moe_dispatch.registry import BACKENDS, LAST_RESORT
+from moe_dispatch.workspace import gibibytes
 
 if TYPE_CHECKING:
     from moe_dispatch.policies.measurements.schema import Identity

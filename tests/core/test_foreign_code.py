@@ -111,7 +111,7 @@ def test_an_estimate_that_fails_is_replaced(method: str) -> None:
     with registered(broken):
         backend = make_backend("foreign", Machine.inspect("cpu")).require()
         problem = MoEProblem(M=2, K=8, N=8, E=2, topk=1, dtype="fp32", act_dtype="fp32", device="cpu", capability=None)
-        assert backend.workspace_bytes(problem, BackendConfig()) == 2 * (16 + 8 + 8) * 2
+        assert backend.workspace_bytes(problem, BackendConfig()) == 2 * (16 + 8 + 8) * 4
         assert backend.deterministic(BackendConfig()) is (method != "deterministic")
         assert backend.quantizes_activations(problem)
 

@@ -25,7 +25,7 @@ FLOORS: Final = (  # lowest first
         "checkpoint_mxfp4", "tensor_memory", "weight_checks", "layer_spec", "experts",
         "workloads",
     ),
-    ("backend", "arrived_rows", "guard", "policy", "registry"),  # what those are, and where they are found
+    ("backend", "arrived_rows", "guard", "policy", "registry", "workspace"),  # what those are, and where they are found
     ("measure",),  # inputs, timing, verification
     ("dispatch",),  # from a call to a running backend
     ("parallel",),  # a layer whose experts are spread over ranks
