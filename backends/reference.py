@@ -64,6 +64,14 @@ class ReferenceBackend(Backend):
             out = out + _zero(hidden_states, topk_weights, experts)
         return out.to(hidden_states.dtype)
 
+    def workspace_bytes(self, problem: MoEProblem, config: BackendConfig) -> int:
+        """See `Backend.workspace_bytes`: the worst routing names one expert in every slot. All counts as fp32."""
+        weights = (problem.gate_up_rows + problem.N) * problem.K
+        copies = 2 if problem.quantized else 0 if problem.act_dtype == "fp32" else 1
+        row = 2 * (problem.K + problem.N) + problem.gate_up_rows  # an expert's tokens, and what it computes of them
+        sums = 2 * problem.M * problem.K  # the one so far, and the next
+        return 4 * (copies * weights + problem.slots * row + sums)
+
     def takes_quantized_rows(self, problem: MoEProblem) -> bool:
         """See `Backend.takes_quantized_rows`."""
         return True

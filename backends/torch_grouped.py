@@ -79,7 +79,8 @@ class TorchGroupedBackend(WritingBackend):
         widest = max(a + b for a, b in itertools.pairwise(widths))
         element = ELEMENT_BYTES[problem.act_dtype]
         copied = (problem.gate_up_rows + problem.N) * problem.K * problem.E if self.reads_whole_layer(problem) else 0
-        return (problem.slots * widest + copied) * element
+        computed = 4 if problem.device == "cpu" else 0  # there the stages compute in fp32, beside what they read
+        return problem.slots * widest * (element + computed) + copied * element
 
     def reads_whole_layer(self, problem: MoEProblem) -> bool:
         """See `Backend.reads_whole_layer`."""

@@ -10,6 +10,7 @@ from typing import Final
 from moe_dispatch.backend import Backend, BackendConfig
 from moe_dispatch.errors import BackendUnavailableError
 from moe_dispatch.problem import MoEProblem
+from moe_dispatch.registry import LAST_RESORT
 
 # A configuration may take this share of the device's memory whether its backend offers it for the problem or not: most
 # choices are configurations that were measured at another token count.
@@ -23,9 +24,13 @@ ROWS: Final = 2
 def excess(backend: Backend, problem: MoEProblem, config: BackendConfig) -> str:
     """Why the workspace of a configuration speaks against running a problem with it; empty if nothing does.
 
+    Nothing speaks against the last resort, beside which there would be no other.
+
     A configuration that is carried to more tokens than it was measured at, or to a device with less memory, may take
     many times what its backend would: DeepGEMM's masked layout has M rows for each of the E experts.
     """
+    if backend.name == LAST_RESORT:
+        return ""
     memory = backend.machine.memory_bytes
     needed = backend.workspace_bytes(problem, config)
     if needed <= memory * CONFIG_SHARE or not memory:
