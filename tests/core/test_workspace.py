@@ -31,8 +31,11 @@ DECODE = (1, 4, 16, 64)  # token counts
 MASKED: Mapping[str, str] = {"layout": "masked"}
 
 
-def calibrate_decode(dtype: DType, mode: Mode) -> None:
-    """Write an H200's calibration of decode alone, in which DeepGEMM's masked layout wins at every token count."""
+def calibrate_decode(dtype: DType, mode: Mode, power: float = 1.0) -> None:
+    """Write an H200's calibration of decode alone, in which DeepGEMM's masked layout wins at every token count.
+
+    Times grow with this power of the token count.
+    """
     layer = LayerShape.of(DEEPSEEK.problem(1, dtype, H200))
     rows: list[Measurement] = []
     for M in DECODE:
@@ -41,7 +44,7 @@ def calibrate_decode(dtype: DType, mode: Mode) -> None:
             backend = make_backend(name, H200).require()
             config = MASKED if name == "deep_gemm" else backend.default_config(problem).model_dump(mode="json")
             candidate = Candidate(backend=name, config=dict(config), versions=relevant_versions(backend))
-            us = 100.0 * M**0.5 + place
+            us = 100.0 * M**power + place
             rows.append(Measurement(layer, M, mode, candidate, us={"uniform": (us, us, us)}, score=us))
     save(calibration_path(H200), rows, H200)
 
@@ -83,6 +86,13 @@ def test_a_masked_layout_that_won_at_decode_is_not_carried_to_prefill(
     # By name it runs in another layout, and at decode as it was measured.
     assert planner.plan(problem, experts, "deep_gemm").config.label == "layout=psum"
     assert planner.plan(problem.with_tokens(64), experts).config.label == "layout=masked"
+
+
+def test_a_calibration_of_decode_leaves_prefill_to_the_shipped_table_while_weights_bound_it() -> None:
+    calibrate_decode("bf16", "eager", power=0.5)
+    planner = Dispatcher(H200, Settings(), live=False).planner
+    policies = [planner.explain(DEEPSEEK.problem(M, "bf16", H200)).candidates[0].choice.policy for M in (256, 4096)]
+    assert policies == ["calibrated", "shipped"]
 
 
 def test_another_calibration_does_not_measure_what_would_not_be_chosen() -> None:

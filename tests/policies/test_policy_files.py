@@ -214,8 +214,14 @@ def test_neighbours_decide_between_them(path: Path) -> None:
     save(path, rows, MACHINE)
     assert ranked(4) == ranked(5) == ["reference", "torch_grouped"]
     assert ranked(64) == ranked(60) == ["torch_grouped", "reference"]
-    assert ranked(200) == ranked(2000) == ["torch_grouped", "reference"]
+    assert ranked(200) == ranked(256) == ["torch_grouped", "reference"]
     assert ranked(1) == ["reference", "torch_grouped"]
+    assert ranked(257) == [], "what wins while weights are read says little of many tokens"
+
+
+def test_times_that_grow_with_the_tokens_decide_far_above_them(path: Path) -> None:
+    save(path, [measured(M, 5.0 * M**0.85) for M in (16, 64)], MACHINE)
+    assert ranked(257) == ranked(64 * 64) == ["reference"]
     assert ranked(64 * 65) == []
 
 
