@@ -10,6 +10,15 @@ from moe_dispatch.experts import ExpertWeights
 from moe_dispatch.numerics import FP8
 
 
+def may_be_held() -> bool:
+    """Whether a caller's tensors may be referred to weakly between calls.
+
+    Not while modules are converted by swapping their tensors (`torch.__future__`): torch swaps none that has a weak
+    reference. A layer is then wrapped anew at each call.
+    """
+    return not torch.__future__.get_swap_module_params_on_conversion()
+
+
 def _lent(experts: "BorrowedExperts", attribute: str) -> Tensor | None:
     """The tensor itself; None where the layer has none, or it was freed."""
     held: Tensor | weakref.ref[Tensor] | None = getattr(experts, attribute)

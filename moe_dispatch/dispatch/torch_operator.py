@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from moe_dispatch.activations import Activation
-from moe_dispatch.dispatch.borrowed_experts import BorrowedExperts
+from moe_dispatch.dispatch.borrowed_experts import BorrowedExperts, may_be_held
 from moe_dispatch.dispatch.gradients import Gradients, Wanted, is_any_recorded
 from moe_dispatch.dispatch.internals import dispatch_modes, is_tracing, transforms_active
 from moe_dispatch.experts import TENSORS, ExpertWeights
@@ -275,6 +275,8 @@ def _layer(*layer: Any) -> ExpertWeights:
         return known.experts
     aliases = [None if tensor is None else tensor.detach() for tensor in tensors]
     experts = _wrap(BorrowedExperts, aliases, activation, interleaved, routed_experts)
+    if not may_be_held():
+        return experts
 
     def forget(dead: "weakref.ref[Tensor]") -> None:
         known = _layers.get(key)

@@ -129,6 +129,29 @@ def test_weights_that_moved_leave_no_memory_behind(config: Callable[[], Any], mo
         gc.enable()
 
 
+@pytest.mark.parametrize("call", ["eager", "recorded", "compiled"])
+@BOTH
+def test_torch_may_swap_the_parameters(config: Callable[[], Any], call: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It refuses tensors that are referred to weakly, and is asked for by a flag before the first call."""
+    monkeypatch.setattr(torch.__future__, "_swap_module_params_on_conversion", True)
+    module = layer(config())
+    torch.compiler.reset()
+    run: Any = torch.compile(module, backend="aot_eager", fullgraph=True) if call == "compiled" else module
+    for dtype in (torch.float32, torch.bfloat16, torch.float32):
+        module.to(dtype)
+        arguments = call_of(module)
+        before = calls()
+        with torch.set_grad_enabled(call != "eager"):
+            out = run(*arguments)
+        assert calls() == before + 1
+        if call != "eager":
+            out.sum().backward()
+        tolerance = 1e-4 if dtype == torch.float32 else 2e-2
+        torch.testing.assert_close(out.detach(), eager(module, arguments).detach(), rtol=tolerance, atol=tolerance)
+        del out
+        module.load_state_dict({name: weight.detach() / 2 for name, weight in module.named_parameters()})
+
+
 @BOTH
 def test_a_deleted_model_leaves_nothing_behind(config: Callable[[], Any]) -> None:
     module = layer(config())

@@ -7,7 +7,7 @@ from typing import Any, Final, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from moe_dispatch.dispatch.borrowed_experts import BorrowedExperts
+from moe_dispatch.dispatch.borrowed_experts import BorrowedExperts, may_be_held
 from moe_dispatch.dispatch.gradients import is_any_recorded
 from moe_dispatch.experts import ExpertWeights
 from moe_dispatch.integrations.transformers.layout import Layout
@@ -88,12 +88,14 @@ def experts_of(module: nn.Module, layout: Layout, sources: tuple[Tensor, ...]) -
         return _build(ExpertWeights, layout, sources)  # anew: a kept object would keep the graph of a step
     state = (layout, *((address(source), source.dtype, source.shape) for source in sources))
     kept = _kept.get(module)
-    if kept is None or kept.state != state:
-        experts = _build(ModuleExperts, layout, tuple(source.detach() for source in sources))
-    elif all(reference() is source for reference, source in zip(kept.sources, sources, strict=True)):
-        return kept.experts
-    else:
-        experts = kept.experts  # the same memory by new tensors: expert parallelism takes local ones at every call
+    known = kept if kept is not None and kept.state == state else None
+    if known and all(reference() is source for reference, source in zip(known.sources, sources, strict=True)):
+        return known.experts
+    plain = tuple(source.detach() for source in sources)
+    if not may_be_held():
+        return _build(ExpertWeights, layout, plain)
+    # The same memory by new tensors is known: expert parallelism takes local ones at every call.
+    experts = known.experts if known else _build(ModuleExperts, layout, plain)
     assert isinstance(experts, ModuleExperts)  # noqa: S101 - no others are kept here
     for name, source in zip(_names(sources), sources, strict=True):
         experts.lend(name, source)
