@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import prune
 
 pytest.importorskip("transformers", minversion="5.17")
 
@@ -22,6 +23,7 @@ from tests.integrations.transformers_models import (
     build,
     call_of,
     calls,
+    eager,
     experts_of,
     gpt_oss,
     layer,
@@ -70,6 +72,10 @@ UNKNOWN: dict[str, Callable[[Any], object]] = {
     "submodule pre_norm": lambda module: setattr(module, "pre_norm", nn.Identity()),
     "attribute residual_scale=2.0": lambda module: setattr(module, "residual_scale", 2.0),
     "has_post_expert_norm": lambda module: setattr(module, "has_post_expert_norm", True),
+    "tensor down_proj_orig is": lambda module: prune.random_unstructured(module, "down_proj", 0.5),
+    "codes of torch.int8": lambda module: setattr(
+        module, "gate_up_proj", nn.Parameter(torch.zeros(8, 64, 32, dtype=torch.int8), requires_grad=False)
+    ),
     "FP8 without scales": lambda module: module.to(torch.float8_e4m3fn),
 }
 
@@ -79,7 +85,9 @@ def test_what_is_not_known_is_refused_by_name(reason: str) -> None:
     module = qwen3_layer()
     assert not inspect_module(module).unfit
     UNKNOWN[reason](module)
-    assert reason in inspect_module(module).unfit
+    unfit = inspect_module(module).unfit
+    assert reason in unfit
+    assert len(unfit) < 200, "no tensor is printed"
 
 
 @pytest.mark.parametrize("name", ["post_scale", "cap"])
@@ -124,6 +132,24 @@ class Doubles(Experts):
         return 2.0 * single
 
 
+@use_experts_implementation
+class SoftCapped(Experts):
+    """Its gate is that of transformers' FP8 layers of Inkling2 from 5.24, with the caps as numbers."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self.gate_softcap, self.up_softcap = 7.0, 5.0
+
+    def _apply_gate(self, gate_up: Tensor) -> Tensor:
+        gate, up = gate_up.chunk(2, dim=-1)
+        gate_factor = torch.tanh(gate / self.gate_softcap) * self.gate_softcap
+        return gate_factor * torch.sigmoid(gate) * torch.tanh(up / self.up_softcap) * self.up_softcap
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        out: Tensor = ALL_EXPERTS_FUNCTIONS["grouped_mm"](self, hidden_states, top_k_index, top_k_weights)
+        return out
+
+
 def test_a_forward_with_another_argument_is_refused_by_name() -> None:
     assert "argument expert_scale" in inspect_module(TakesMore(qwen3())).unfit
 
@@ -143,6 +169,19 @@ def test_a_layer_that_computes_something_else_is_noticed_at_its_first_call() -> 
         module(*call_of(module))
     assert calls() == before
     assert "two tokens" in layout_of(module).unfit
+
+
+def test_soft_caps_of_the_layer_itself_are_dispatched_and_their_change_noticed() -> None:
+    config = qwen3()
+    config._experts_implementation = "moe_dispatch"
+    module: Any = SoftCapped(config)
+    call = call_of(module)
+    for cap in (7.0, 0.5):
+        module.gate_softcap = cap
+        before = calls()
+        with torch.no_grad():
+            torch.testing.assert_close(module(*call), eager(module, call), rtol=1e-4, atol=1e-4)
+        assert calls() == before + 1
 
 
 def test_a_limit_of_its_own_is_noticed() -> None:
@@ -169,6 +208,27 @@ def test_a_copy_of_a_layer_is_looked_at_anew() -> None:
     copied = copy.deepcopy(module)
     copied.act_fn = nn.GELU()
     assert layout_of(copied).activation == "gelu"
+
+
+def test_fp64_runs_the_loop_as_torch_has_no_grouped_product_for_it() -> None:
+    module = qwen3_layer().double()
+    call = call_of(module)
+    with pytest.warns(MoEDispatchWarning, match="torch.float64"):
+        out = module(*call)
+    torch.testing.assert_close(out, eager(module, call))
+
+
+def test_plain_tensors_in_the_place_of_parameters_are_dispatched() -> None:
+    """As FSDP's first version puts them there for a call."""
+    module = qwen3_layer()
+    call = call_of(module)
+    expected = eager(module, call).detach()
+    for name, weight in list(module.named_parameters()):
+        delattr(module, name)
+        setattr(module, name, weight.detach())
+    before = calls()
+    torch.testing.assert_close(module(*call), expected, rtol=1e-4, atol=1e-4)
+    assert calls() == before + 1
 
 
 def test_mixed_dtypes_keep_the_own_forward() -> None:

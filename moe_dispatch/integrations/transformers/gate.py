@@ -14,7 +14,7 @@ from moe_dispatch.numerics import activate_torch
 # fp32 rounding apart, a known activation agrees exactly; GELU and its tanh form already differ by 5e-4.
 _TOLERANCE: Final = 1e-5
 # What the gates of transformers read of their module. A change of one of them changes the gate.
-GATE_ATTRIBUTES: Final = ("act_fn", "alpha", "limit", "swiglu_alpha", "swiglu_limit")
+GATE_ATTRIBUTES: Final = ("act_fn", "alpha", "limit", "swiglu_alpha", "swiglu_limit", "gate_softcap", "up_softcap")
 
 
 def gate_state(module: Any) -> tuple[object, ...]:
@@ -68,7 +68,11 @@ def _candidates(module: Any, *, gated: bool) -> Iterator[Activation]:
     if not gated:
         return
     act_fn = getattr(module, "act_fn", None)
-    caps = [getattr(getattr(act_fn, name, None), "softcap", None) for name in ("gate_softcap", "up_softcap")]
+    # A plain layer's activation holds them as modules, an FP8 layer itself as numbers.
+    caps = [
+        getattr(getattr(act_fn, name, None), "softcap", None) or getattr(module, name, None)
+        for name in ("gate_softcap", "up_softcap")
+    ]
     alphas = {1.0, *_attributes(module, "alpha", "swiglu_alpha")}
     limits = {None, *_attributes(module, "limit", "swiglu_limit")}
     for alpha, limit, shift in itertools.product(alphas, limits, (0.0, 1.0)):

@@ -76,6 +76,8 @@ def inspect_module(module: Any) -> Layout:
     if not isinstance(weight, Tensor) or not isinstance(getattr(module, "down_proj", None), Tensor):
         return Layout(gate=gate, unfit=f"it has no tensors {up} and down_proj")
     tensors: tuple[str, ...] = (up, "down_proj")
+    if not weight.dtype.is_floating_point:
+        return Layout(gate=gate, unfit=f"its weights are codes of {weight.dtype} (FP4?), which no backend reads")
     if weight.dtype == FP8:
         if unfit := _unfit_fp8(module):
             return Layout(gate=gate, unfit=unfit)
@@ -106,12 +108,15 @@ def _unknown_features(module: nn.Module, tensors: tuple[str, ...]) -> Iterator[s
     arguments = tuple(inspect.signature(model_forward(module)).parameters)[1:]
     for name in arguments[_FORWARD_ARGUMENTS:]:
         yield f"its forward takes an argument {name}, which is not known here"
-    for name, value in vars(module).items():
+    plain = {name: value for name, value in vars(module).items() if not name.startswith("_")}
+    for name, value in plain.items():
         # An option that is None or False is off.
-        if not name.startswith("_") and name not in _KNOWN_ATTRIBUTES and value is not None and value is not False:
+        off = value is None or value is False
+        if not off and name not in _KNOWN_ATTRIBUTES and not isinstance(value, Tensor):
             yield f"its attribute {name}={value!r} is not known here"
-    for name, _ in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
-        if name not in tensors:
+    # FSDP's first version and pruning put a plain tensor in the place of a parameter.
+    for name, value in (*module._parameters.items(), *module._buffers.items(), *plain.items()):
+        if isinstance(value, Tensor) and name not in tensors:
             yield f"its tensor {name} is not known here"
     for name, _ in module.named_children():
         if name not in _KNOWN_SUBMODULES:

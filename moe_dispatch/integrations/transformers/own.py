@@ -1,5 +1,6 @@
 """What transformers would have run for a layer without this integration."""
 
+import torch
 from torch import Tensor, nn
 from transformers.integrations.finegrained_fp8 import ALL_FP8_EXPERTS_FUNCTIONS, FP8Experts
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
@@ -18,9 +19,11 @@ def own_forward(
     ``generate`` switches its decoding from the one to the other off the CPU, and cannot for a layer that asked for
     "moe_dispatch". Here decoding is seen by its one token; more of them would copy too many experts' weights.
     Not the loop that the model's file spells out: where expert parallelism marks the ids of other ranks, some of
-    those loops fail, and none can be compiled in one graph.
+    those loops fail, and none can be compiled in one graph. It is for what the others refuse: FP8 with static scales
+    of activations, and FP64, for which torch has no grouped product.
     """
-    if getattr(module, "activation_scheme", "dynamic") == "static":  # of FP8, which transformers has in its loop alone
+    static = getattr(module, "activation_scheme", "dynamic") == "static"
+    if static or (hidden_states.dtype == torch.float64 and not torch.compiler.is_compiling()):
         looped: Tensor = model_forward(module)(module, hidden_states, top_k_index, top_k_weights, **others)
         return looped
     interface = ALL_FP8_EXPERTS_FUNCTIONS if isinstance(module, FP8Experts) else ALL_EXPERTS_FUNCTIONS
