@@ -12,7 +12,7 @@ from torch.multiprocessing.spawn import start_processes
 
 pytest.importorskip("transformers", minversion="5.17")
 
-from moe_dispatch.integrations.transformers import register
+from moe_dispatch.integrations.transformers import register, report
 from moe_dispatch.integrations.transformers.takeover import take_over
 from tests.integrations.transformers_models import build, call_of, calls, eager, experts_of, gpt_oss, layer, qwen3
 
@@ -48,6 +48,35 @@ def check_fsdp(mesh: Any, config: Any) -> None:
             block.reshard()
             for weight in block.parameters():
                 weight.to_local().mul_(1.5)
+
+
+def check_first_fsdp(config: Any, *, use_orig_params: bool) -> None:
+    """FSDP's first version puts views of its flat parameter, as plain tensors, in the layer's place for a call."""
+    from torch.distributed.fsdp import FullyShardedDataParallel
+    from torch.distributed.fsdp.wrap import ModuleWrapPolicy
+
+    model = build(config)
+    expected = model(TOKENS).logits
+    expected.square().mean().backward()
+    gradient = experts_of(model).down_proj.grad.clone()
+    model.zero_grad()
+    model.set_experts_implementation("moe_dispatch")
+    layers, experts = len(model.model.layers), experts_of(model)
+    wrapped = FullyShardedDataParallel(
+        model, auto_wrap_policy=ModuleWrapPolicy({type(model.model.layers[0])}), use_orig_params=use_orig_params,
+        device_id=torch.device("cpu"),
+    )  # fmt: skip
+    assert {line.state for line in report(wrapped).layers} == {"dispatched"}
+    for _ in range(2):
+        before = calls()
+        with torch.no_grad():
+            torch.testing.assert_close(wrapped(TOKENS).logits, expected, rtol=1e-4, atol=1e-4)
+        assert calls() == before + layers
+    wrapped(TOKENS).logits.square().mean().backward()
+    assert calls() == before + 2 * layers
+    if use_orig_params:
+        with FullyShardedDataParallel.summon_full_params(wrapped, with_grads=True):
+            torch.testing.assert_close(experts.down_proj.grad, gradient, rtol=1e-4, atol=1e-6)
 
 
 def check_expert_parallel(mesh: Any, config: Any) -> None:
@@ -101,6 +130,7 @@ def check_plan(mesh: Any, config: Any, *, experts: bool) -> None:
         expected = model(TOKENS).logits
     model.set_experts_implementation("moe_dispatch")
     model.maybe_distribute_model(model, plan, mesh)
+    assert {line.state for line in report(model).layers} == {"dispatched"}
     whole, divided = experts_of(model).gate_up_proj, 0 if experts else 1
     assert whole.shape[divided] == WORLD * whole.to_local().shape[divided]
     for _ in range(2):
@@ -121,6 +151,8 @@ def run_rank(rank: int, store: str) -> None:
             for config in (qwen3, gpt_oss):  # the second one's experts are stored transposed
                 check(mesh, config())
                 check_plan(mesh, config(), experts=True)
+        for use_orig_params in (True, False):
+            check_first_fsdp(qwen3(), use_orig_params=use_orig_params)
         check_plan(mesh, qwen3(), experts=False)  # gpt-oss's plan shards no experts
     finally:
         dist.destroy_process_group()

@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,8 @@ import torch
 import transformers
 
 HIDDEN, INTERMEDIATE, EXPERTS = 64, 32, 4
+_DECORATOR = "@use_experts_implementation"
+_COUNT = re.compile(r"\b(?:self|config)\.\w*n(?:um)?_(?:local_|routed_)?experts\b")
 
 
 @dataclass(frozen=True)
@@ -28,14 +31,23 @@ class Family:
 
 def families() -> Iterator[Family]:
     """All classes under transformers/models with the decorator, found without importing them."""
-    models = Path(transformers.__file__).parent / "models"
-    for path in sorted(models.glob("*/modeling_*.py")):
-        text = path.read_text(encoding="utf-8")
-        if "@use_experts_implementation" not in text:
+    for path, text in _sources():
+        if _DECORATOR not in text:
             continue
         for node in ast.parse(text).body:
             if isinstance(node, ast.ClassDef) and any("use_experts" in ast.unparse(d) for d in node.decorator_list):
                 yield _family(f"transformers.models.{path.parent.name}.{path.stem}", node)
+
+
+def families_without_interface() -> set[str]:
+    """The folders under transformers/models whose modules count experts, and that decorate no class."""
+    return {path.parent.name for path, text in _sources() if _COUNT.search(text) and _DECORATOR not in text}
+
+
+def _sources() -> Iterator[tuple[Path, str]]:
+    models = Path(transformers.__file__).parent / "models"
+    for path in sorted(models.glob("*/modeling_*.py")):
+        yield path, path.read_text(encoding="utf-8")
 
 
 def _family(module: str, node: ast.ClassDef) -> Family:

@@ -2,13 +2,15 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Final, Literal
 
-from torch import nn
+from torch import Tensor, nn
 
 from moe_dispatch.integrations.transformers.register import NAME
+from moe_dispatch.tensor_memory import offloaded, tensor_fault
 
 State = Literal["dispatched", "own", "out of reach"]
+_BLOCKS: Final = ("MoE", "Moe", "MoEBlock", "MoeBlock")  # how classes of blocks with experts end
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,7 @@ def report(model: nn.Module) -> ModelReport:
     """Say of each layer of experts whether it is dispatched, without running the model.
 
     Layers are inspected and compared with their own forward as at their first call, and the result is kept for that
-    call. A layer whose weights are not there (meta tensors, offloaded) is only inspected.
+    call. A layer whose weights are not there (meta tensors, offloaded, sharded) is only inspected.
 
     Args:
         model: A model of transformers, loaded.
@@ -59,20 +61,31 @@ def _layers(model: nn.Module) -> Iterator[LayerReport]:
         if any(name.startswith(outer) for outer in inside):
             continue
         kind = type(module).__name__
-        if hasattr(module, "is_transposed") and hasattr(module, "_apply_gate"):
+        if _asks(module):
             yield LayerReport(name, kind, *_state(module))
-        elif name.rpartition(".")[2] == "experts" or kind.endswith("Experts"):
+        elif _is_experts(name, module):
             reason = "its class does not take experts_implementation (no use_experts_implementation), so it never asks"
             yield LayerReport(name, kind, "out of reach", reason)
+        elif kind.endswith(_BLOCKS) and not any(_is_experts(*each) for each in module.named_modules()):
+            yield LayerReport(name, kind, "out of reach", "its experts are no module of their own, so they never ask")
         else:
             continue
         inside.append(f"{name}.")
 
 
+def _asks(module: nn.Module) -> bool:
+    """Whether transformers decorated the module's class."""
+    return hasattr(module, "is_transposed") and hasattr(module, "_apply_gate")
+
+
+def _is_experts(name: str, module: nn.Module) -> bool:
+    """Whether a module holds experts, by its name or its class's."""
+    return name.rpartition(".")[2] == "experts" or type(module).__name__.endswith("Experts")
+
+
 def _state(module: nn.Module) -> tuple[State, str]:
     from moe_dispatch.integrations.transformers.layout import layout_of
     from moe_dispatch.integrations.transformers.takeover import take_over
-    from moe_dispatch.tensor_memory import offloaded
 
     implementation = getattr(getattr(module, "config", None), "_experts_implementation", None)
     if implementation != NAME:
@@ -81,11 +94,18 @@ def _state(module: nn.Module) -> tuple[State, str]:
     if layout.unfit:
         return "own", layout.unfit
     weight = getattr(module, layout.tensors[0])
-    if weight.is_meta or offloaded(module):
-        return "dispatched", "its weights are not loaded: inspected, not compared with its own forward"
+    if _away(weight) or offloaded(module):
+        return "dispatched", "its weights are not loaded or gathered: inspected, not compared with its own forward"
     import torch
 
     dtype = weight.dtype if weight.dtype.itemsize > 1 else torch.bfloat16
     with torch.no_grad():
         taken = take_over(module, dtype)
     return ("own", taken.reason) if taken.experts is None else ("dispatched", "")
+
+
+def _away(weight: Tensor) -> bool:
+    """Whether a weight is there during calls only, or never: on meta, or sharded, as by FSDP, DeepSpeed and plans."""
+    if hasattr(weight, "to_local") or weight.is_meta:
+        return True
+    return not tensor_fault("it", weight) and (weight.dim() == 1 or weight.untyped_storage().nbytes() == 0)
