@@ -11,7 +11,7 @@ from torch import Tensor
 
 pytest.importorskip("transformers", minversion="5.17")
 
-from moe_dispatch.integrations.transformers import own, register
+from moe_dispatch.integrations.transformers import own, register, report
 from tests.integrations.transformers_models import build, calls, experts_of, gpt_oss, logits, qwen3
 
 TOKENS = torch.arange(1, 12)[None]
@@ -47,6 +47,7 @@ def test_lora_on_attention_and_experts_trains_as_with_the_models_own(config: Cal
         assert all(gradient is not None and gradient.any() for gradient in adapted.values())
         results.append((out.detach(), {name: gradient.clone() for name, gradient in adapted.items()}))
     assert any("experts" in name for name in results[0][1])
+    assert [line.state for line in report(model).layers] == ["dispatched"] * layers
     for out, gradients in results[1:]:
         torch.testing.assert_close(out, results[0][0], rtol=1e-4, atol=1e-4)
         for name, gradient in gradients.items():

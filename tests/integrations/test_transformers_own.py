@@ -274,6 +274,15 @@ def test_each_layer_has_a_line_with_its_reason() -> None:
     assert str(report(model)).count("\n") == 2
 
 
+def test_a_wrapped_layer_is_reported_and_not_its_wrapper() -> None:
+    model = build(qwen3(num_hidden_layers=1))
+    model.set_experts_implementation("moe_dispatch")
+    block = model.model.layers[0].mlp
+    block.experts = torch.compile(block.experts, backend="eager")
+    (line,) = report(model).layers
+    assert (line.kind, line.state, line.reason) == ("Qwen3MoeExperts", "dispatched", "")
+
+
 def test_a_model_that_did_not_ask_is_told_how() -> None:
     (line, _) = report(build(qwen3())).layers
     assert line.state == "own"

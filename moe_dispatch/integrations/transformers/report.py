@@ -63,6 +63,8 @@ def _layers(model: nn.Module) -> Iterator[LayerReport]:
         kind = type(module).__name__
         if _asks(module):
             yield LayerReport(name, kind, *_state(module))
+        elif any(map(_asks, module.modules())):
+            continue  # a model or a block, or what PEFT, FSDP or torch.compile put around a layer
         elif _is_experts(name, module):
             reason = "its class does not take experts_implementation (no use_experts_implementation), so it never asks"
             yield LayerReport(name, kind, "out of reach", reason)
@@ -74,8 +76,8 @@ def _layers(model: nn.Module) -> Iterator[LayerReport]:
 
 
 def _asks(module: nn.Module) -> bool:
-    """Whether transformers decorated the module's class."""
-    return hasattr(module, "is_transposed") and hasattr(module, "_apply_gate")
+    """Whether transformers decorated the module's class. Wrappers hand out their module's attributes as their own."""
+    return "is_transposed" in vars(module) and hasattr(type(module), "_apply_gate")
 
 
 def _is_experts(name: str, module: nn.Module) -> bool:
