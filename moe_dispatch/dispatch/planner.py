@@ -104,9 +104,7 @@ class Planner:
         remedy = way_out("" if backend else BACKEND_VARIABLE) if named else ""
         for choice in (self._named_choice(backend, problem),) if named else self._rank(problem):
             config, _ = self._config_or_reasons(choice, problem, chosen_by_name=named)
-            if config is None or (not named and excess(self.backend(choice.backend), problem, config)):
-                continue
-            if not self._probe_failure(choice, problem, experts):
+            if config is not None and not self._probe_failure(choice, problem, experts):
                 yield self._made_plan(problem, choice, config, remedy, into=into)
 
     def prove(self, plan: Plan) -> None:
@@ -119,10 +117,8 @@ class Planner:
         candidates: list[Candidate] = []
         name = self._settings.backend
         for choice in (self._named_choice(None, problem),) if name else self._rank(problem):
-            config, reasons = self._config_or_reasons(choice, problem, chosen_by_name=bool(name))
+            _, reasons = self._config_or_reasons(choice, problem, chosen_by_name=bool(name))
             against = list(reasons)
-            if config is not None and not name:
-                against += filter(None, [excess(self.backend(choice.backend), problem, config)])
             if self._live and not against and not any(not earlier.against for earlier in candidates):
                 against += filter(None, [self._probe_failure(choice, problem, None)])
             candidates.append(Candidate(choice, tuple(against)))
@@ -231,7 +227,7 @@ class Planner:
         problem = plan.problem
         if problem.routed_experts is not None or plan.choice.also_at(problem.M) is None:
             return  # a part of a layer is ranked by another token count, and other choices are for this one alone
-        if self._policies().leads(plan.choice, problem):
+        if self._policies().leads(plan.choice, problem) and self._fits(plan.choice.backend, problem, plan.config):
             if len(self._neighbours) >= MAX_NEIGHBOURHOODS:
                 self._neighbours.clear()
             key = _neighbourhood(problem, into=plan.into)
@@ -242,17 +238,10 @@ class Planner:
         faults: dict[str, str] = {}
         unproven: Plan | None = None
         best: Plan | None = None
-        throughout = 0  # whether no call of the bucket takes too much memory by the latest plan
         for choice in self._rank(problem):
             config, reasons = self._config_or_reasons(choice, problem)
             if fault := self._pool.broken(choice.backend):
                 faults[choice.backend] = fault
-            if config is not None:
-                kind = (choice.backend, id(problem.layer), *vars(config).values())
-                fits = (self._fitting.get(kind) or self._fits(kind, choice.backend, config, problem.layer))[1]
-                throughout = fits >> max(problem.M - 1, 0).bit_length() & 1
-                if not throughout and (reason := excess(self._pool.backend(choice.backend), problem, config)):
-                    reasons = (reason,)
             if not reasons and (failure := self._probe_failure(choice, problem, experts)):
                 reasons = (failure,)
                 if problem.mode == "eager":
@@ -269,7 +258,7 @@ class Planner:
         if best is not None:
             # A fallback during a capture is not kept: once the plan before it has run, that one is better.
             best.kept = unproven is None
-            if best.kept and throughout and not (against or faults):
+            if best.kept and not (against or faults):
                 self._remember(best)
         best = best or unproven
         if best is None:
@@ -282,26 +271,28 @@ class Planner:
             self._warn_of_record(entry, best)
         return best
 
-    def _fits(
-        self, kind: tuple[object, ...], name: str, config: BackendConfig, layer: MoEProblem
-    ) -> tuple[MoEProblem, int]:
-        """Where a configuration does not take too much memory (`workspace.excess`), for all token counts at once.
+    def _fits(self, name: str, problem: MoEProblem, config: BackendConfig) -> bool:
+        """Whether no call of the problem's bucket takes too much memory (`workspace.excess`) with a configuration.
 
-        So a new token count of a configuration that is known to its layer costs a look-up.
-
-        Returns:
-            The layer, and a number whose bit b is set if calls of more than ``2 ** (b - 1)`` tokens fit, up to
-            ``2 ** b``.
+        That is found out for all token counts at once, so that a new one costs a look-up.
         """
-        backend, fitting, fewer = self._pool.backend(name), 0, True
+        layer = problem.layer
+        kind = (name, id(layer), *vars(config).values())
+        if (known := self._fitting.get(kind)) is None:
+            if len(self._fitting) >= MAX_FITTING:
+                self._fitting.clear()
+            known = self._fitting[kind] = layer, self._fitting_buckets(self._pool.backend(name), layer, config)
+        return bool(known[1] >> max(problem.M - 1, 0).bit_length() & 1)
+
+    @staticmethod
+    def _fitting_buckets(backend: Backend, layer: MoEProblem, config: BackendConfig) -> int:
+        """A number whose bit b is set if calls of more than ``2 ** (b - 1)`` tokens fit, up to ``2 ** b``."""
+        fitting, fewer = 0, True
         for bits in range(LARGEST_BUCKET + 1):
             most = not excess(backend, layer.with_tokens(1 << bits), config)
             fitting |= (fewer and most) << bits
             fewer = most
-        if len(self._fitting) >= MAX_FITTING:
-            self._fitting.clear()
-        self._fitting[kind] = layer, fitting
-        return layer, fitting
+        return fitting
 
     def _pass_over(self, name: str, problem: MoEProblem, fault: str, successor: Plan) -> None:
         """Warn once that a ranked backend is broken or fails its probe, and say what runs in its place."""
@@ -333,7 +324,7 @@ class Planner:
         if problem.needs_grad:
             reason = "torch differentiates the backend itself, which only the reference allows"
             return (Choice(LAST_RESORT, reason, policy="autograd"),)
-        return self._policies().rank(problem)
+        return (self._chain or self._policies()).rank(problem)  # for each new token count: without a call once loaded
 
     def _policies(self) -> PolicyChain:
         if self._chain is None:  # two threads may load it at once; no lock is held while a policy's code runs
@@ -351,9 +342,16 @@ class Planner:
     def _config_or_reasons(
         self, choice: Choice, problem: MoEProblem, *, chosen_by_name: bool = False
     ) -> tuple[BackendConfig | None, tuple[str, ...]]:
-        """The configuration that a choice would run a problem with, or None and every reason against the choice."""
+        """The configuration that a choice would run a problem with, or None and every reason against the choice.
+
+        One that takes too much memory runs if its backend was chosen by name.
+        """
         reasons = self._pool.reasons_against(choice.backend, problem, chosen_by_name=chosen_by_name)
-        return (None, reasons) if reasons else self._config(choice, problem)
+        config, reasons = (None, reasons) if reasons else self._config(choice, problem)
+        if config is None or chosen_by_name or self._fits(choice.backend, problem, config):
+            return config, reasons
+        reason = excess(self._pool.backend(choice.backend), problem, config)
+        return (None, (reason,)) if reason else (config, ())
 
     def _config(self, choice: Choice, problem: MoEProblem) -> tuple[BackendConfig | None, tuple[str, ...]]:
         """A choice's configuration as the backend's own type, or None and why there is none."""
