@@ -119,7 +119,7 @@ def _out_fault(out: object, hidden_states: Tensor, *, needs_grad: bool) -> str:
     assert isinstance(out, Tensor)  # noqa: S101 - what is none has a fault
     if needs_grad or out.requires_grad:
         return "out cannot be given where a gradient is needed; call under torch.no_grad(), or leave it out"
-    if out.is_inference() and not torch.is_inference_mode_enabled():
+    if _of_inference_mode(out):
         return "out was made in inference mode and cannot be written to outside of it; make it outside, or call inside"
     if (out.shape, out.dtype, out.device) != (hidden_states.shape, hidden_states.dtype, hidden_states.device):
         allowed, got = (f"{list(tensor.shape)} in {tensor.dtype} on {tensor.device}" for tensor in (hidden_states, out))
@@ -127,6 +127,16 @@ def _out_fault(out: object, hidden_states: Tensor, *, needs_grad: bool) -> str:
     if not out.is_contiguous():
         return f"out must be contiguous, got strides {list(out.stride())}; out[:M] of a larger buffer is"
     return ""
+
+
+def kind_of_out(out: Tensor) -> tuple[object, ...]:
+    """All that `check_out` asks of memory for the output but its address."""
+    return type(out), out.shape, out.stride(), out.dtype, out.device, out.requires_grad, _of_inference_mode(out)
+
+
+def _of_inference_mode(out: Tensor) -> bool:
+    """Whether a tensor was made in inference mode, which has been left: it cannot be written to, nor recorded."""
+    return out.is_inference() and not torch.is_inference_mode_enabled()
 
 
 def overlap(a: Tensor, b: Tensor) -> bool:
@@ -176,7 +186,7 @@ def result_fault(out: object, inputs: Inputs) -> str:
         return f"it returned a tensor of strides {list(out.stride())}, which is not contiguous"
     if out.requires_grad:
         return "it returned a tensor that requires a gradient, where none is asked for"
-    if out.is_inference() and not torch.is_inference_mode_enabled():
+    if _of_inference_mode(out):
         return "it returned a tensor that was made in inference mode, which autograd and in-place operations refuse"
     for name, tensor in _named(inputs):
         if shares_memory(out, tensor):

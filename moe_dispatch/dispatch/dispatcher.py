@@ -13,7 +13,7 @@ from moe_dispatch.arrived_rows import ArrivedInputs
 from moe_dispatch.backend import Inputs
 from moe_dispatch.dispatch import torch_operator, watched_runs
 from moe_dispatch.dispatch.arrived_calls import ArrivedCalls
-from moe_dispatch.dispatch.checks import check, check_out, have_memory, may_overlap
+from moe_dispatch.dispatch.checks import check, check_out, have_memory, kind_of_out, may_overlap
 from moe_dispatch.dispatch.counters import BackendStats, Counters
 from moe_dispatch.dispatch.errors import BackendFailedError
 from moe_dispatch.dispatch.internals import is_tracing
@@ -141,7 +141,7 @@ class Dispatcher:
                 grad,
                 self._on_cuda and torch.cuda.is_current_stream_capturing(),
                 backend,
-                None if out is None else _kind_of_out(out),
+                None if out is None else kind_of_out(out),
             )
             plan = self._plans.get(key)
             if experts.moved:
@@ -327,12 +327,6 @@ class Dispatcher:
             logger.info("%s did not prepare for %s: %s", plan.choice.backend, problem, failures.summary(error))
             return
         plan.run = run
-
-
-def _kind_of_out(out: Tensor) -> tuple[Any, ...]:
-    """All that `check_out` asks of memory for the output but its address."""
-    unwritable = out.is_inference() and not torch.is_inference_mode_enabled()
-    return type(out), out.shape, out.stride(), out.dtype, out.device, out.requires_grad, unwritable
 
 
 def _without_tokens(key: PlanKey) -> PlanKey:

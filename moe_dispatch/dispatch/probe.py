@@ -103,9 +103,7 @@ def _trials(backend: Backend, tiny: MoEProblem, experts: ExpertWeights) -> Itera
     yield _trial(backend, tiny, first)
     yield _trial(backend, tiny, second)
     yield _into_ours(backend, tiny, third)
-    if _of_this_package(
-        backend
-    ):  # whose stages take what follows, and no library; tests of conformance hold them to it
+    if _of_this_package(backend):
         return
     hidden, _, *routing = third
     if tiny.dtype == "fp8" and backend.takes_quantized_rows(tiny):
@@ -123,6 +121,7 @@ def _trials(backend: Backend, tiny: MoEProblem, experts: ExpertWeights) -> Itera
 
 
 def _of_this_package(backend: Backend) -> bool:
+    """Whether its stages, which tests of conformance hold to it, take what other ranks send, and no library does."""
     made = getattr(backend.run, "__self__", None)  # behind a `GuardedBackend`
     return type(made).__module__.startswith("moe_dispatch.")
 

@@ -1,8 +1,12 @@
 """What a thread has set torch to, and what a backend that runs on it has to leave as it was."""
 
-from typing import Any
+import functools
+from typing import TYPE_CHECKING, Any
 
 import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 
 class KeptState:
@@ -16,8 +20,21 @@ class KeptState:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self._on = device
-        self._values = self._now()
+        # What reads each setting, and what sets it, in the order in which they are restored.
+        self._settings: dict[str, tuple[Callable[[], Any], Callable[[Any], object]]] = {
+            "whether gradients are recorded": (torch.is_grad_enabled, torch.set_grad_enabled),
+            "whether autocast is enabled": (
+                functools.partial(torch.is_autocast_enabled, device.type),
+                functools.partial(torch.set_autocast_enabled, device.type),
+            ),
+            "the default device": (torch.get_default_device, _set_default_device),
+        }
+        if device.type == "cuda":
+            current_stream = functools.partial(torch.cuda.current_stream, device)
+            self._settings["the current stream"] = (current_stream, torch.cuda.set_stream)
+            # Last, as a stream brings its own.
+            self._settings["the current GPU"] = (torch.cuda.current_device, torch.cuda.set_device)
+        self._values = {name: read() for name, (read, _) in self._settings.items()}
 
     def restore(self) -> str:
         """Undo what was changed.
@@ -25,29 +42,14 @@ class KeptState:
         Returns:
             What had been changed, as words; empty if nothing had been.
         """
-        now = self._now()
-        if now == self._values:
-            return ""
-        changed = [name for name, value in self._values.items() if now[name] != value]
-        values = iter(self._values.values())
-        torch.set_grad_enabled(next(values))
-        torch.set_autocast_enabled(self._on.type, next(values))
-        default = next(values)
-        torch.set_default_device(None)
-        if torch.get_default_device() != default:  # else it was none, or is that of a `with` statement
-            torch.set_default_device(default)
-        if self._on.type == "cuda":
-            torch.cuda.set_stream(next(values))
-            torch.cuda.set_device(next(values))  # last: a stream brings its own
+        changed = [name for name, (read, _) in self._settings.items() if read() != self._values[name]]
+        if changed:
+            for name, (_, write) in self._settings.items():
+                write(self._values[name])
         return " and ".join(changed)
 
-    def _now(self) -> dict[str, Any]:
-        values: dict[str, Any] = {
-            "whether gradients are recorded": torch.is_grad_enabled(),
-            "whether autocast is enabled": torch.is_autocast_enabled(self._on.type),
-            "the default device": torch.get_default_device(),
-        }
-        if self._on.type == "cuda":
-            values["the current stream"] = torch.cuda.current_stream(self._on)
-            values["the current GPU"] = torch.cuda.current_device()
-        return values
+
+def _set_default_device(device: torch.device) -> None:
+    torch.set_default_device(None)
+    if torch.get_default_device() != device:  # else it was none, or is that of a `with` statement
+        torch.set_default_device(device)
