@@ -25,6 +25,8 @@ _TIMES: Final = ("us", "decimals", "below", "above")
 ROW: Final = (*_TIMES, "samples", "error", "deterministic", "reason", "joules_per_token")
 SIGNIFICANT_DIGITS: Final = 5
 ERROR_DIGITS: Final = 2
+# What is raised where a file is read that is damaged, or of another kind; pydantic's and json's errors are ValueErrors.
+DAMAGED: Final = (ValueError, TypeError, ArithmeticError, LookupError, AttributeError, RecursionError)
 
 
 def is_packed(lines: Sequence[bytes]) -> bool:
@@ -72,8 +74,7 @@ def unpack(text: str) -> Iterator[BenchRow]:
     """The rows behind the content of a packed file.
 
     Raises:
-        ValueError, TypeError, ArithmeticError, LookupError, AttributeError: The file is damaged (pydantic's and json's
-            errors are ValueErrors).
+        DAMAGED: The file is damaged.
     """
     content = json.loads(text)
     if content["packed"] != FORMAT:

@@ -11,7 +11,7 @@ from typing import Final
 
 import pydantic
 
-from moe_dispatch.benchmarks.packed import is_packed, unpack
+from moe_dispatch.benchmarks.packed import DAMAGED, is_packed, unpack
 from moe_dispatch.benchmarks.rows import BenchRow, RowKey
 from moe_dispatch.errors import InvalidInputError
 from moe_dispatch.system.compression import read_bytes
@@ -102,7 +102,7 @@ def _parse(path: Path, lines: list[bytes]) -> Iterator[BenchRow]:
     if is_packed(lines):
         try:
             yield from unpack(b"\n".join(lines).decode())
-        except (ValueError, TypeError, ArithmeticError, LookupError, AttributeError, RecursionError) as error:
+        except DAMAGED as error:
             raise InvalidInputError(f"{path} cannot be read: {error}") from error
         return
     for number, line in enumerate(lines, start=1):

@@ -5,6 +5,7 @@ from typing import Annotated, Final
 
 import typer
 
+from moe_dispatch.benchmarks.packed import DAMAGED
 from moe_dispatch.errors import InvalidInputError, MoEDispatchError
 from moe_dispatch.policies.measurements.schema import CalibrationFile, parse_calibration
 from moe_dispatch.stored_files import parsed, read_bytes
@@ -70,7 +71,7 @@ def project(
         text = markdown(measured, [row for path in rows or () for row in json_lines.read(path)])
     except MoEDispatchError:
         raise
-    except (OSError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError) as error:
+    except (OSError, *DAMAGED) as error:
         names = ", ".join(map(str, rows or ()))
         why = f"it lacks {error}" if isinstance(error, KeyError) else error
         raise InvalidInputError(f"{names}: no rows of record.expert_parallel ({why}); see `project --help`") from error

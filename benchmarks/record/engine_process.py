@@ -42,9 +42,9 @@ def serve(
     memory: float,
     kv_gib: float,
     answer: int,
-    weights: Weights = "random",
+    weights: Weights,
     *,
-    greedy: bool = False,
+    greedy: bool,
 ) -> None:
     """Start an engine and answer requests until standard input ends.
 

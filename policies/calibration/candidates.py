@@ -134,11 +134,12 @@ class CandidateSource:
             if chosen and chosen[0] == name:
                 with contextlib.suppress(pydantic.ValidationError):
                     configs.append(backend.config_type.model_validate(dict(chosen[1])))
-            fitting = dict.fromkeys(configs)
-            for config in configs:
+            fitting = []
+            for config in dict.fromkeys(configs):
                 if reason := excess(backend, problem, config):  # for which it would not be chosen
-                    fitting.pop(config, None)
                     self._skip(f"{layer} M={M}: {name} with {config.label} {reason}")
+                else:
+                    fitting.append(config)
             versions = relevant_versions(backend)
             candidates += [
                 Candidate(
