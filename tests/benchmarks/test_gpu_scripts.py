@@ -27,10 +27,13 @@ def test_reports_of_a_suite_become_one_record(tmp_path: Path, capsys: pytest.Cap
     tests.write_text("\n".join(line[4:] for line in SUITE.splitlines()))
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-c", "/dev/null", "--junitxml"]
     subprocess.run([*command, str(report), str(tests)], capture_output=True, check=False)
-    suite_record.main([str(report), str(tmp_path / "a100.xml"), "--out", str(out)])
+    (tmp_path / "l40s.xml").write_bytes(report.read_bytes())
+    others = [str(tmp_path / "l40s.xml"), "--interrupted", "l40s", str(tmp_path / "a100.xml")]
+    suite_record.main([str(report), *others, "--out", str(out)])
     record = json.loads(out.read_text())
-    seconds = record["runs"]["h200"].pop("seconds")
-    assert seconds > 0
+    assert record["runs"]["h200"]["seconds"] > 0
+    assert record["runs"].pop("l40s") == record["runs"]["h200"] | {"complete": False}
+    del record["runs"]["h200"]["seconds"]
     assert record["runs"] == {
         "h200": {
             "complete": True, "passed": 1, "failed": 1, "skipped": 2, "failures": ["test_some::test_bad"],

@@ -59,15 +59,18 @@ libraries() {
   return "$failed"
 }
 
-# `tests NAME SECONDS COMMAND…` runs pytest for so many seconds at most. Its JUnit report joins $reports.
+# `tests NAME SECONDS COMMAND…` runs pytest for so many seconds at most. Its JUnit report joins $reports, with the option
+# that says so if it was interrupted.
 tests() {
-  local name="$1" seconds="$2" report
+  local name="$1" seconds="$2" report code=0
   shift 2
   ((seconds > 10)) || { echo "session.sh: no time is left for $name" >&2; return 1; }
   report="$(mktemp -d)/$name.xml"
   reports+=("$report")
   # pytest writes its report when it ends, so it is interrupted first, and killed only if it does not end then.
-  timeout --signal=INT --kill-after=20 "$seconds" "$@" --junitxml "$report"
+  timeout --signal=INT --kill-after=20 "$seconds" "$@" --junitxml "$report" || code=$?
+  ((code <= 1)) || reports+=(--interrupted "$name") # pytest ends with 1 if a test failed
+  return "$code"
 }
 
 sanitize() {
