@@ -243,21 +243,59 @@ def test_workspace_is_what_a_run_allocates(
     assert 0 <= sum(allocated) - backend.workspace_bytes(problem, checked) <= 0.03 * sum(allocated)
 
 
-@pytest.mark.parametrize(
-    ("name", "dtype", "M", "grid"),
-    [
-        ("qwen3-30b-a3b", "bf16", 1, "slots"),
-        ("qwen3-30b-a3b", "bf16", 4, "experts"),
-        ("mixtral-8x7b", "bf16", 4, "experts"),
-        ("kimi-k2-tp8", "fp8", 32, "slots"),  # 256 slots of 384 experts; a very short second loop
-        ("kimi-k2-tp8", "fp8", 64, "experts"),
-    ],
-)
-def test_grid_follows_how_many_experts_are_hit(name: str, dtype: DType, M: int, grid: str) -> None:
-    backend = TritonSplitKBackend(described(90))
+# What a default must be: the capability of the device, the layer, and options of the configuration.
+DEFAULTS: list[tuple[Any, ...]] = [
+    # The grid follows how many experts are hit.
+    (90, "qwen3-30b-a3b", "bf16", 1, {"grid": "slots"}),
+    (90, "qwen3-30b-a3b", "bf16", 4, {"grid": "experts"}),
+    (90, "mixtral-8x7b", "bf16", 4, {"grid": "experts"}),
+    (90, "kimi-k2-tp8", "fp8", 32, {"grid": "slots"}),  # 256 slots of 384 experts; a very short second loop
+    (90, "kimi-k2-tp8", "fp8", 64, {"grid": "experts"}),
+    # Tiles follow what the device holds at once.
+    *((90, name, dtype, M, {"block_n": block_n, "num_stages": stages, "tma": tma})
+      for name, dtype, M, block_n, stages, tma in (
+        ("qwen3-235b", "fp8", 1, 128, 4, True),  # 192 and 256 CTAs take one turn by three on 132 multiprocessors
+        ("deepseek-v3", "fp8", 1, 128, 6, False),  # 256 and 448 do not; long loops
+        ("qwen3-30b-a3b", "fp8", 1, 64, 6, True),  # 96 would not fill the device
+        ("qwen3-30b-a3b", "fp8", 4, 128, 3, True),  # short loops
+        ("deepseek-v2-lite", "fp8", 4, 64, 6, True),  # 458 would leave 62 for another turn
+        ("kimi-k2-tp8", "fp8", 32, 128, 3, True),  # a very short second loop
+        ("gpt-oss-120b", "fp8", 8, 64, 6, True),  # 2880 rows are not whole tiles of 128
+        ("gpt-oss-120b", "fp8", 256, 128, 5, True),  # tiles of 32 tokens
+        ("deepseek-v2-lite", "bf16", 32, 64, 5, True),
+        ("mixtral-8x7b", "bf16", 32, 128, 5, True),
+        ("kimi-k2-tp8", "bf16", 16, 128, 3, True),
+    )),
+    # One launch in FP8 follows how many CTAs there are.
+    *((80, name, "fp8", M, {"one_launch": True, "grid": grid, "crowded": crowded}) for name, M, grid, crowded in (
+        ("qwen3-30b-a3b", 4, "slots", False),
+        ("qwen3-30b-a3b", 8, "slots", True),
+        ("qwen3-30b-a3b", 16, "experts", True),
+        ("qwen3-30b-a3b", 64, "experts", False),
+        ("mixtral-8x7b", 8, "experts", False),
+        ("deepseek-v3", 8, "slots", True),
+    )),
+    # CTAs share a tile of down where few would wait.
+    *((80, name, dtype, M, {"one_launch": True, "splits_down": splits}) for name, dtype, M, splits in (
+        ("mixtral-8x7b", "fp8", 1, 8),  # 128 tiles of 112 blocks, for 108 multiprocessors
+        ("mixtral-8x7b", "bf16", 2, 4),
+        ("mixtral-8x7b", "fp8", 8, 2),
+        ("deepseek-v3", "fp8", 1, 1),  # 896 tiles
+        ("qwen3-30b-a3b", "fp8", 2, 1),  # 496 tiles, but of 6 blocks
+    )),
+    # One launch is left out where it lost.
+    (80, "qwen3-30b-a3b", "fp8", 1, {"one_launch": False}),
+    (80, "kimi-k2-tp8", "fp8", 2, {"one_launch": False}),  # tiles of down, whose loop is very short, crowd out others
+    (80, "gpt-oss-120b", "mxfp4", 2, {"one_launch": False}),
+    (80, "gpt-oss-120b", "mxfp4", 4, {"one_launch": True}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("capability", "name", "dtype", "M", "options"), DEFAULTS)
+def test_defaults(capability: int, name: str, dtype: DType, M: int, options: dict[str, Any]) -> None:
+    backend = TritonSplitKBackend(described(capability))
     config = backend.default_config(_problem(backend.machine, M, dtype, name))
-    assert isinstance(config, SplitKConfig)
-    assert config.grid == grid
+    assert {option: getattr(config, option) for option in options} == options
 
 
 @pytest.mark.parametrize("capability", [80, 86, 89, 90, 120])
@@ -275,41 +313,6 @@ def test_products_share_a_launch_where_kernels_do_not_overlap(dtype: DType, capa
         assert {config.one_launch for config in (default, *others)} == ({False, True} if either else {False})
 
 
-@pytest.mark.parametrize(
-    ("name", "M", "grid", "crowded"),
-    [
-        ("qwen3-30b-a3b", 4, "slots", False),
-        ("qwen3-30b-a3b", 8, "slots", True),
-        ("qwen3-30b-a3b", 16, "experts", True),
-        ("qwen3-30b-a3b", 64, "experts", False),
-        ("mixtral-8x7b", 8, "experts", False),
-        ("deepseek-v3", 8, "slots", True),
-    ],
-)
-def test_one_launch_in_fp8_follows_how_many_ctas_there_are(name: str, M: int, grid: str, crowded: bool) -> None:
-    backend = TritonSplitKBackend(described(80))
-    config = backend.default_config(_problem(backend.machine, M, "fp8", name))
-    assert isinstance(config, SplitKConfig)
-    assert (config.one_launch, config.grid, config.crowded) == (True, grid, crowded)
-
-
-@pytest.mark.parametrize(
-    ("name", "dtype", "M", "splits"),
-    [
-        ("mixtral-8x7b", "fp8", 1, 8),  # 128 tiles of 112 blocks, for 108 multiprocessors
-        ("mixtral-8x7b", "bf16", 2, 4),
-        ("mixtral-8x7b", "fp8", 8, 2),
-        ("deepseek-v3", "fp8", 1, 1),  # 896 tiles
-        ("qwen3-30b-a3b", "fp8", 2, 1),  # 496 tiles, but of 6 blocks
-    ],
-)
-def test_ctas_share_a_tile_of_down_where_few_would_wait(name: str, dtype: DType, M: int, splits: int) -> None:
-    backend = TritonSplitKBackend(described(80))
-    config = backend.default_config(_problem(backend.machine, M, dtype, name))
-    assert isinstance(config, SplitKConfig)
-    assert (config.one_launch, config.splits_down) == (True, splits)
-
-
 @pytest.mark.parametrize("tokens", [8, 16, 32])
 def test_tiles_that_dequantise_for_few_tokens_have_their_registers_limited(tokens: Any) -> None:
     config = SplitKConfig(block_m=tokens, block_n=64, block_k=128, one_launch=True)
@@ -318,47 +321,6 @@ def test_tiles_that_dequantise_for_few_tokens_have_their_registers_limited(token
     apart = config.model_copy(update={"one_launch": False}).launch(dequantises)
     assert ("maxnreg" in apart) == (tokens < 32)  # there it would spill
     assert "maxnreg" not in config.launch(quantization("fp8", fp8=True))
-
-
-@pytest.mark.parametrize(
-    ("name", "dtype", "M", "one_launch"),
-    [
-        ("qwen3-30b-a3b", "fp8", 1, False),
-        ("kimi-k2-tp8", "fp8", 2, False),  # tiles of down, whose loop is very short, crowd out those that they wait for
-        ("gpt-oss-120b", "mxfp4", 2, False),
-        ("gpt-oss-120b", "mxfp4", 4, True),
-    ],
-)
-def test_one_launch_is_left_out_where_it_lost(name: str, dtype: DType, M: int, one_launch: bool) -> None:
-    backend = TritonSplitKBackend(described(80))
-    config = backend.default_config(_problem(backend.machine, M, dtype, name))
-    assert isinstance(config, SplitKConfig)
-    assert config.one_launch == one_launch
-
-
-@pytest.mark.parametrize(
-    ("name", "dtype", "M", "block_n", "stages", "tma"),
-    [
-        ("qwen3-235b", "fp8", 1, 128, 4, True),  # 192 and 256 CTAs take one turn by three on 132 multiprocessors
-        ("deepseek-v3", "fp8", 1, 128, 6, False),  # 256 and 448 do not; long loops
-        ("qwen3-30b-a3b", "fp8", 1, 64, 6, True),  # 96 would not fill the device
-        ("qwen3-30b-a3b", "fp8", 4, 128, 3, True),  # short loops
-        ("deepseek-v2-lite", "fp8", 4, 64, 6, True),  # 458 would leave 62 for another turn
-        ("kimi-k2-tp8", "fp8", 32, 128, 3, True),  # a very short second loop
-        ("gpt-oss-120b", "fp8", 8, 64, 6, True),  # 2880 rows are not whole tiles of 128
-        ("gpt-oss-120b", "fp8", 256, 128, 5, True),  # tiles of 32 tokens
-        ("deepseek-v2-lite", "bf16", 32, 64, 5, True),
-        ("mixtral-8x7b", "bf16", 32, 128, 5, True),
-        ("kimi-k2-tp8", "bf16", 16, 128, 3, True),
-    ],
-)
-def test_default_tiles_follow_what_the_device_holds_at_once(
-    name: str, dtype: DType, M: int, block_n: int, stages: int, tma: bool
-) -> None:
-    backend = TritonSplitKBackend(described(90))
-    config = backend.default_config(_problem(backend.machine, M, dtype, name))
-    assert isinstance(config, SplitKConfig)
-    assert (config.block_n, config.num_stages, config.tma) == (block_n, stages, tma)
 
 
 @pytest.mark.parametrize("capability", [89, 100, 120])
