@@ -28,22 +28,19 @@ _SPREAD_ROWS: Final = 64
 _SCALE_ROWS = 4
 
 
-def quantize_rows(
-    rows: Tensor, *, per_token: bool = False, column_major_scales: bool = False, pdl: bool = False
-) -> tuple[Tensor, Tensor]:
+def quantize_rows(rows: Tensor, *, per_token: bool = False, pdl: bool = False) -> tuple[Tensor, Tensor]:
     """Quantise ``[R, C]`` per row and 128 columns, or per row; C may be anything.
 
     Args:
         rows: BF16, FP16 or FP32 ``[R, C]``, contiguous.
         per_token: Whether a row has one multiplier.
-        column_major_scales: Lay the multipliers out as DeepGEMM wants them, see `gather_quantize`.
         pdl: Launch as a programmatic dependent of the kernel before (sm_90 and newer).
 
     Returns:
         e4m3 ``[R, C]`` and fp32 multipliers ``[R, ⌈C/128⌉]``, or ``[R, 1]`` per token.
     """
     R, C = rows.shape
-    scale = empty_scales(R, 1 if per_token else C, rows, column_major=column_major_scales)
+    scale = empty_scales(R, 1 if per_token else C, rows, column_major=False)
     if not on_triton(rows):
         codes, plain = quantize_rows_torch(rows, per_token=per_token)
         return codes, scale.copy_(plain)
@@ -55,8 +52,7 @@ def quantize_rows(
         warps = min(16, max(1, width // 256))
     else:
         groups, width, warps = column_groups(C), QUANT_BLOCK, 4
-        # Column-major multipliers are written several rows at a time, so that a warp's stores share a sector.
-        block_r = 8 if column_major_scales else max(1, 16 // groups)
+        block_r = max(1, 16 // groups)
         groups = min(groups, 32 // block_r)
     if R:
         _moe_quantize_rows_kernel[(math.ceil(R / block_r), math.ceil(C / (groups * width)))](

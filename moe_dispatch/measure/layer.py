@@ -31,20 +31,18 @@ def sample_layer(
     device: torch.device | str,
     *,
     routing: RoutingDistribution = ROUTINGS["uniform"],
-    count: int = 1,
-    seed: int = 0,
     quantize_activations: bool = True,
 ) -> SampleLayer:
-    """Draw a layer of a problem's shape, dtypes and activation, and `count` inputs with the right answers.
+    """Draw a layer of a problem's shape, dtypes and activation, and one input with its right answer.
 
-    The same seed gives the same routings on every device. The answers for FP8 weights are those with quantised
-    activations, unless `quantize_activations` is off.
+    Every call draws the same, and the same routing on every device. The answers for FP8 weights are those with
+    quantised activations, unless `quantize_activations` is off.
     """
-    generator = torch.Generator(device).manual_seed(seed)
+    generator = torch.Generator(device).manual_seed(0)
     experts = make_experts(
         problem, problem.dtype, device, generator, act_dtype=problem.act_dtype, transposed=problem.transposed
     )
-    inputs = make_inputs(problem, routing, device, count, seed)
+    inputs = make_inputs(problem, routing, device, count=1)
     return with_truths(experts, inputs, quantize_activations=quantize_activations)
 
 

@@ -66,21 +66,20 @@ class Control:
             work.wait(datetime.timedelta(seconds=self.watch.timeout))
         return [each.tolist() for each in out]
 
-    def require_equal(self, what: str, facts: dict[str, Any], remedy: str = "") -> None:
+    def require_equal(self, what: str, facts: dict[str, Any]) -> None:
         """Compare facts with the other ranks.
 
         Args:
             what: What the ranks are about to do, for the message.
             facts: This rank's, by name; values that can be pickled.
-            remedy: What to do where they differ, a sentence.
 
         Raises:
             ExpertParallelMismatchError: They differ; raised on every rank.
         """
-        self.compare(what, self.gather_objects(facts), remedy)
+        self.compare(what, self.gather_objects(facts))
 
     def compare(self, what: str, every: Sequence[dict[str, Any]], remedy: str = "") -> None:
-        """See `require_equal`; for facts that are gathered already, by rank."""
+        """See `require_equal`; for facts that are gathered already, by rank; `remedy` is a sentence for the message."""
         names = dict.fromkeys(name for facts in every for name in facts)
         values = {name: [facts.get(name) for facts in every] for name in names}
         differing = {name: each for name, each in values.items() if any(value != each[0] for value in each)}

@@ -1,6 +1,5 @@
 """Which rank holds which experts of a layer, and the ids of a call as this rank's experts know them."""
 
-import bisect
 import functools
 from dataclasses import dataclass
 from typing import Literal
@@ -43,10 +42,6 @@ class Placement:
         for count in self.held:
             ends.append(ends[-1] + count)
         return tuple(ends[1:])
-
-    def owner(self, expert: int) -> int:
-        """The rank that holds an expert, by its global id."""
-        return bisect.bisect_right(self.ends, expert)
 
     def wire_ids(self, topk_ids: Tensor) -> Tensor:
         """Global ids as int32; what lies outside 0…E-1 in 64 bits stays outside in 32."""

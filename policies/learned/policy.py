@@ -86,9 +86,9 @@ class ModelFile(Strict):
     cost_models: Annotated[list[CostModel], pydantic.Field(min_length=1, max_length=1000)]
 
 
-def model_path(machine: Machine, directory: Path | None = None) -> Path:
+def model_path(machine: Machine) -> Path:
     """The path of a machine's model file."""
-    return (directory or cache_dir()) / "learned" / f"{machine.fingerprint}.json"
+    return cache_dir() / "learned" / f"{machine.fingerprint}.json"
 
 
 def parse_model(content: bytes, origin: str) -> ModelFile:
