@@ -205,44 +205,6 @@ def test_ids_are_waited_for_unless_this_layer_quantises(machine: Machine, monkey
     assert seen == [False, True, False]
 
 
-@INTERPRETED
-@pytest.mark.parametrize("dtype", ["fp16", "fp8"])
-@pytest.mark.parametrize(
-    "config",
-    [{}, {"splits_gate_up": 2}, {"splits_down": 2}, {"block_n": 256}, ONE, ONE | EXPERTS],
-    ids=[
-        "sums are whole",
-        "gate_up has partial sums",
-        "down has partial sums",
-        "gate_up quantises",
-        "one launch",
-        "one launch, grid of experts",
-    ],
-)
-def test_workspace_is_what_a_run_allocates(
-    config: dict[str, Any], dtype: DType, machine: Machine, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    case = testing.Case(M=1, E=2)
-    inputs = make_inputs(case, Precision(dtype, "fp16"), "cpu")
-    # Where activations are quantised there is not one launch.
-    backend = TritonSplitKBackend(described(80) if "one_launch" in config else machine)
-    checked = SplitKConfig.model_validate(SMALL | {"block_k": 128} | config)
-    allocated: list[int] = []
-    empty = torch.Tensor.new_empty
-
-    def counted(*shape: Any, **options: Any) -> torch.Tensor:
-        made = empty(*shape, **options)
-        allocated.append(made.nbytes)
-        return made
-
-    out = torch.empty_like(inputs.hidden_states)
-    monkeypatch.setattr(torch.Tensor, "new_empty", counted)
-    backend.run_into(*inputs.arguments, checked, out)
-    problem = case.problem(Precision(dtype, "fp16"), backend.machine)
-    # Beside the rows of FP8 lie their multipliers, one for 128 columns or for all.
-    assert 0 <= sum(allocated) - backend.workspace_bytes(problem, checked) <= 0.03 * sum(allocated)
-
-
 # What a default must be: the capability of the device, the layer, and options of the configuration.
 DEFAULTS: list[tuple[Any, ...]] = [
     # The grid follows how many experts are hit.

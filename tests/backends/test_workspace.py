@@ -57,21 +57,35 @@ class Allocations(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp8", "fp8_channel", "mxfp4"])
-@pytest.mark.parametrize("name", ["triton_splitk", "triton_vector", "triton_persistent", "gluon_hopper"])
-def test_what_ours_allocate(name: str, dtype: DType, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("name", "device"),
+    [
+        ("triton_splitk", "h200"),
+        ("triton_splitk", "a100-80gb"),  # where both products are one launch
+        ("triton_vector", "h200"),
+        ("triton_persistent", "h200"),
+        ("gluon_hopper", "h200"),
+    ],
+)
+def test_what_ours_allocate(name: str, device: str, dtype: DType, monkeypatch: pytest.MonkeyPatch) -> None:
     """In a replay, whose intermediates are all alive at once: the most that a run and its fast path take."""
-    machine, compared = Machine.load("h200"), 0
+    machine, compared = Machine.load(device), 0
     backend: Any = BACKENDS.load(name)(machine)
     monkeypatch.setattr(Tensor, "is_cuda", True)
     monkeypatch.setattr(replay_module.Replay, "play", lambda *_, **__: True)  # nothing is computed
-    for M, K, N in ((1, 1024, 256), (128, 256, 512)):
+    # So small a layer shows the lists of split-K's one launch.
+    shapes = [(1, 1024, 256), (128, 256, 512), *([(2, 128, 128)] if name == "triton_splitk" else [])]
+    for M, K, N in shapes:
         case = Case(M=M, E=8, topk=2, K=K, N=N)
         problem = case.problem(Precision(dtype, "bf16"), machine)
         if backend.unsupported_reasons(problem):
             continue
         experts = make_experts(case.layer, dtype, "cpu", act_dtype="bf16")
         x, weights = torch.empty(M, K, dtype=torch.bfloat16), torch.empty(M, case.topk)
-        for config in {backend.configs(problem)[0], backend.configs(problem)[-1]}:
+        first, *others = backend.configs(problem)
+        # Of split-K all, and a tile that holds whole groups of gate and of up, and quantises them.
+        more = {*others, first.model_copy(update={"block_n": 256})} if name == "triton_splitk" else {*others[-1:]}
+        for config in {first, *more}:
             replay = replay_module.record(backend, backend.launch, (x, experts, weights, weights.int()), config)
             allocated = sum(size.at(M) for size in replay.intermediates)
             # Multipliers, lists of slots and where each expert's rows begin come to 4 % here. For MXFP4 rows are padded
