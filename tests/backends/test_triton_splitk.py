@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from moe_dispatch import testing
+from moe_dispatch.activations import Activation
 from moe_dispatch.backends.reference import ReferenceBackend, ReferenceConfig
 from moe_dispatch.backends.triton_common.quantization import quantization
 from moe_dispatch.backends.triton_splitk import backend as backend_module
@@ -34,7 +35,7 @@ from tests.support.triton_compile import (
     unwritten_layer,
 )
 
-ACTIVATIONS = ("gelu", "gelu_tanh", "swiglu_oai", "relu2", "swiglu(limit=.5)", "swiglu(gate_cap=2,up_cap=3)")
+GELUS: tuple[Activation, ...] = ("gelu", "gelu_tanh")
 SMALL = {"block_n": 32, "block_k": 32, "num_stages": 2}
 MX = {"block_k": 64, "block_m": 8}
 FEW_SPILLS = 80  # bytes of a thread; most are 72, FP8 beside 64 tokens on sm_89 with Triton 3.9
@@ -56,11 +57,9 @@ CASES = [
     Case("split down", N=96, config={"splits_down": 2}),
     Case("split gate_up", K=96, config={"splits_gate_up": 2}),
     Case("split both, more than blocks", config={"splits_gate_up": 5, "splits_down": 5}),
-    # activations after partial sums
-    *[
-        Case(f"{name}, partial sums", activation=name, bias=True, config={"splits_gate_up": 2})
-        for name in ACTIVATIONS
-    ],
+    # activations after partial sums; the others are the conformance suite's in FP8, which leaves partial sums, too, but
+    # whose tolerance does not tell the forms of GELU apart
+    *[Case(f"{name}, partial sums", activation=name, bias=True, config={"splits_gate_up": 2}) for name in GELUS],
     Case("gpt-oss, partial sums", K=40, N=24, **GPT_OSS, config={"splits_gate_up": 2}),
     # dtypes
     Case("fp16, partial sums", dtype="fp16", config={"splits_gate_up": 2}),

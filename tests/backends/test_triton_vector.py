@@ -29,19 +29,15 @@ from tests.support.triton_compile import (
 )
 
 FEW_SPILLS = 72  # bytes of a thread: gpt-oss's down in FP16 under Triton 3.9
-# Rows in chunks: the conformance suite runs whole ones.
+# Rows in chunks: the conformance suite runs whole ones, with all routings and activations.
 CHUNKS = TritonVectorConfig(rows=32, down_rows=32, columns=128, down_columns=128, down_experts=2)
 CASES = [
     Case("one token", M=1),
-    Case("odd count", M=5),
-    Case("no slot has a valid id", M=2, routing="-1"),
-    Case("all slots to one expert", M=5, routing="2"),
     Case("int64", ids=torch.int64, K=300, N=200),
     Case("odd K and N", K=70, N=45, bias=True),
     Case("gelu", activation="gelu", bias=True),
     Case("gelu_tanh", activation="gelu_tanh", bias=True),
-    Case("swiglu_oai", activation="swiglu_oai", bias=True),
-    Case("relu2", activation="relu2", bias=True),
+    Case("ungated", activation="relu2", bias=True),
     Case("gpt-oss", K=400, N=240, **GPT_OSS),
     Case("fp16", dtype="fp16", bias=True, K=256, N=256, topk=3),
     Case("fp8", M=2, dtype="fp8", K=256, N=256),
