@@ -154,12 +154,3 @@ def test_merge(tmp_path: Path) -> None:
     message = refusal("merge", files[0], foreign(tmp_path / "c.json"), "--out", out)
     assert "merge calibrations of the same hardware" in message
     assert "cannot be written" in refusal("merge", files[0], "--out", files[1] / "below")
-
-
-@pytest.mark.parametrize("command", [("show",), ("import", "--device", "cpu"), ("merge", "--out", "out.json")])
-def test_a_file_of_the_users_is_not_to_be_deleted(command: tuple[str, ...], tmp_path: Path) -> None:
-    text = tmp_path / "README.md"
-    text.write_text("# No calibration", encoding="utf-8")
-    message = refusal(*command, text)
-    assert "give a file that `moe-dispatch calibrate`" in message
-    assert "delete" not in message
