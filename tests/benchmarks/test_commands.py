@@ -232,19 +232,6 @@ X2 = RESULTS.with_name("nvidia_h200_x2")
 
 @pytest.mark.parametrize(
     "content",
-    ["", "{}", "[1]", "null", "1e999", '{"schema_version": 99}', "[" * 100_000, "9" * 5000],
-    ids=lambda c: c[:9],
-)
-def test_what_is_no_calibration_has_no_projection(content: str, tmp_path: Path) -> None:
-    path = tmp_path / "given.json"
-    path.write_text(content)
-    output = run("project", path, status=2)
-    assert output.startswith(f"error: {path} ")
-    assert output.count("\n") == 1
-
-
-@pytest.mark.parametrize(
-    "content",
     ["[1]", "1", "[" * 100_000, "<html>", '{"mode": "graph", "routing": "uniform", "ranks": 2, "us": 1}',
      '{"mode": "graph", "routing": "uniform", "ranks": 2, "us": "x", "layer": "deepseek-v3", "M": "y"}'],
     ids=lambda c: c[:9],
