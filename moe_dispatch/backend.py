@@ -185,7 +185,7 @@ class Backend(ABC):
         """Device memory taken beside inputs and output, the most at a time of a run or its fast path, in bytes.
 
         It does not fall as M grows. A policy's choice that takes too much is left out (`workspace.excess`), and when
-        memory runs out, the fallbacks are ordered by it.
+        memory runs out, only what takes less is tried.
         """
         return problem.rows_bytes
 

@@ -2,7 +2,7 @@
 
 Limits are shares of the memory that the device has, not of what is free: choices are made once for a kind of call, are
 the same on all ranks of a group, and are explained for machines that are not here. What is free is found out by the
-run: see `dispatch/recovery.py`.
+run: see `dispatch/fitting.py`.
 """
 
 from typing import Final

@@ -95,14 +95,17 @@ class ArrivedCalls:
         self._plans.clear()
 
     def _book(self, plan: Plan, error: BaseException, *, capturing: bool) -> None:
-        """Bar the backend of a failed plan, unless memory was short; raise where no other may run the call."""
+        """Bar the backend of a failed plan, or leave it out for a while; raise where no other may run the call."""
         if isinstance(error, DeviceLostError):
             raise error
         if failures.lost_device(error):
             raise self._recovery.device_lost(None if capturing else plan, error) from error
         if plan.explicit or capturing:
             raise BackendFailedError(plan.choice.backend, plan.problem, error, plan.remedy) from error
-        if not failures.out_of_memory(error):
+        if failures.out_of_memory(error):
+            self._recovery.release(error)
+            self._recovery.leave_out(plan, error, "an ordinary call runs instead")
+        else:
             self._recovery.bar(plan, failures.summary(error))
 
     def _ordinary(self, inputs: ArrivedInputs, backend: str | None) -> Tensor:

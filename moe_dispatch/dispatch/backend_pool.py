@@ -108,6 +108,10 @@ class BackendPool(MadeBackends):
         """Why a backend's results cannot be trusted, found by its probe; empty if they can. Probes once per dtype.
 
         While a CUDA graph is captured nothing can be probed, and a backend not probed before is not trusted.
+
+        Raises:
+            DeviceLostError: The CUDA context is gone.
+            BaseException: Memory ran out, which says nothing of the backend; see `failures.out_of_memory`.
         """
         backend = self.backend(name)
         if not backend.needs_probe:
@@ -124,8 +128,10 @@ class BackendPool(MadeBackends):
                 if failures.lost_device(error):
                     self._quarantine.bar(name, probed, failures.summary(error), fatal=True)
                     raise DeviceLostError([name], error) from error
-                # Says nothing of the backend: memory was short, or torch is in a state in which no layer can be made,
-                # such as inside of torch.func.vmap. The next kind of call probes again.
+                if failures.out_of_memory(error):
+                    raise
+                # Says nothing of the backend: torch is in a state in which no layer can be made, such as inside of
+                # torch.func.vmap. The next kind of call probes again.
                 return f"it could not be probed: {failures.summary(error)}"
             verdict = self._probe_failures.setdefault((name, probed), verdict)
         return verdict

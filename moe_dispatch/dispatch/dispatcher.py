@@ -2,7 +2,7 @@
 
 import logging
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Final, cast
 
 import torch
@@ -16,11 +16,12 @@ from moe_dispatch.dispatch.arrived_calls import ArrivedCalls
 from moe_dispatch.dispatch.checks import check, check_out, have_memory, kind_of_out, may_overlap
 from moe_dispatch.dispatch.counters import BackendStats, Counters
 from moe_dispatch.dispatch.errors import BackendFailedError
+from moe_dispatch.dispatch.fitting import Shortage
 from moe_dispatch.dispatch.internals import is_tracing
 from moe_dispatch.dispatch.plan import Plan
 from moe_dispatch.dispatch.planner import Planner
 from moe_dispatch.dispatch.quarantine import Quarantine
-from moe_dispatch.dispatch.recovery import Recovery
+from moe_dispatch.dispatch.recovery import Recovery, halves
 from moe_dispatch.dispatch.settled_plans import SETTLING_CALLS, SettledPlans
 from moe_dispatch.experts import ExpertWeights
 from moe_dispatch.guard import foreign_errors
@@ -74,6 +75,7 @@ class Dispatcher:
         )
         self._recovery = Recovery(self, self.planner, self.quarantine, self._counters)
         self.arrived = ArrivedCalls(self, self.planner, self.quarantine, self._counters, self._recovery)
+        self.planner.fitting.changed = self._drop_plans_without_memory
         self._plans: dict[PlanKey, Plan] = {}
         # Of calls that passed every check, by all of their key but the token count: a problem of some token count.
         self._checked: dict[PlanKey, MoEProblem] = {}
@@ -168,6 +170,9 @@ class Dispatcher:
                 return self._recovery.run_transformed(arguments, backend, out)
             # The reference puts every tensor that requires a gradient into the graph, without a token too.
             plan = self._plan(key, alike, experts)
+            if plan.halved:
+                result = self._recovery.in_halves(arguments, grad=grad)
+                return result if out is None else out.copy_(result)
         try:
             weights = topk_weights.float() if plan.widens else topk_weights
             inputs = (hidden_states.contiguous(), experts, weights.contiguous(), topk_ids.contiguous())
@@ -203,13 +208,21 @@ class Dispatcher:
                 return
             inputs = inputs.ordinary()
         self.forward(*inputs, backend, out)
-        hidden_states, experts, _, topk_ids = inputs
-        if experts.device.type != "cuda":
+        if inputs[1].device.type != "cuda":
             return
         for _ in range(1, FAST_PATH_CALLS):
             self.forward(*inputs, backend, out)
+        self._prepare_capture(inputs, backend, out)
+
+    def _prepare_capture(self, inputs: Inputs, backend: str | None, out: Tensor | None) -> None:
+        """Run what a captured call would run."""
+        hidden_states, experts, _, topk_ids = inputs
         M, topk = topk_ids.shape
         problem = experts.problem(M, topk, hidden_states.dtype, self.machine.capability, "graph")
+        if backend is None and self.planner.is_halved(problem, experts):
+            for half in halves(inputs):
+                self._prepare_capture(half, None, None)  # which run so, and are copied to `out`
+            return
         for plan in self.planner.eligible(problem, experts, backend, into=out is not None):
             self._recovery.wait_for_earlier_work(experts.device)
             try:
@@ -219,7 +232,12 @@ class Dispatcher:
                     raise self._recovery.device_lost(plan, error) from error
                 if plan.explicit:
                     raise BackendFailedError(plan.choice.backend, problem, error, plan.remedy) from error
-                if not failures.out_of_memory(error):
+                if failures.out_of_memory(error):
+                    self._recovery.release(error)
+                    if self._recovery.leave_out(plan, error, "a capture does without it"):
+                        self._prepare_capture(inputs, backend, out)
+                        return
+                else:
                     self._recovery.bar(plan, failures.summary(error))
                 continue
             return
@@ -291,13 +309,17 @@ class Dispatcher:
                 if self._plans.get(key) is plan:
                     self._settled.keep(plan, arguments, key[_BACKEND])
 
-    def drop_plans(self, backend: str, bucket: MoEProblem) -> None:
-        """Drop the plans that a policy made for a backend, for problems of one bucket."""
+    def drop_plans(self, concerned: Callable[[Plan], bool]) -> None:
+        """Drop the plans that a policy made and that this says are concerned."""
         self.arrived.forget_plans()
         with self._lock:
             for key, plan in list(self._plans.items()):
-                if plan.choice.backend == backend and not plan.explicit and plan.problem.bucket == bucket:
+                if not plan.explicit and concerned(plan):
                     self._forget(key)
+
+    def _drop_plans_without_memory(self, shortage: Shortage) -> None:
+        self.planner.forget_neighbours()
+        self.drop_plans(lambda plan: shortage.concerns(plan.problem))
 
     # First runs.
 
@@ -326,7 +348,7 @@ class Dispatcher:
                 raise self._recovery.device_lost(plan, error) from error
             logger.info("%s did not prepare for %s: %s", plan.choice.backend, problem, failures.summary(error))
             return
-        plan.run = run
+        plan.use(run)
 
 
 def _without_tokens(key: PlanKey) -> PlanKey:

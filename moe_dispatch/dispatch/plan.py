@@ -3,6 +3,7 @@
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor
 
@@ -24,6 +25,8 @@ class Plan:
         widens: Whether topk_weights come in half precision and are converted to fp32 first.
         proven: Whether it has run such a problem to its end in this process.
         kept: Whether later calls of the kind use it; the fallback during a capture is planned anew.
+        halved: Whether memory lacks for such calls, and each is computed in two halves in place of a run.
+        count: Told of every run, where another choice is left out because of memory (`fitting.py`).
         calls: How often it ran.
         lock: Held while `calls` is counted.
     """
@@ -38,11 +41,28 @@ class Plan:
     widens: bool = False
     proven: bool = False
     kept: bool = False
+    halved: bool = False
+    count: Callable[[], None] | None = None
     calls: int = 0
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def __post_init__(self) -> None:
         self.run = self.backend.run_into if self.into else self.backend.run
+
+    def count_by(self, count: Callable[[], None]) -> None:
+        """Have every run counted."""
+        self.count = count
+        self.use(self.run)
+
+    def use(self, run: Callable[..., Tensor]) -> None:
+        """Have calls run by `run`."""
+        count = self.count
+
+        def counted(*call: Any) -> Tensor:
+            count()  # type: ignore[misc]  # it is only used where there is one
+            return run(*call)
+
+        self.run = run if count is None else counted
 
     @property
     def explicit(self) -> bool:

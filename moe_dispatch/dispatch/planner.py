@@ -15,6 +15,7 @@ from moe_dispatch.dispatch.counters import Counters
 from moe_dispatch.dispatch.errors import BackendUnsupportedError, NoBackendError
 from moe_dispatch.dispatch.explanation import Candidate, Explanation
 from moe_dispatch.dispatch.first_calls import FIRST_CALLS
+from moe_dispatch.dispatch.fitting import IN_HALVES, Fitting
 from moe_dispatch.dispatch.plan import Plan, Proof
 from moe_dispatch.dispatch.policy_chain import PolicyChain
 from moe_dispatch.dispatch.quarantine import OBEYED_FOR, STRIKES, Quarantine, QuarantineEntry
@@ -34,11 +35,7 @@ logger = logging.getLogger("moe_dispatch")
 BACKEND_VARIABLE: Final = "MOE_DISPATCH_BACKEND"
 DISABLE_VARIABLE: Final = "MOE_DISPATCH_DISABLE"
 POLICY_VARIABLE: Final = "MOE_DISPATCH_POLICY"
-# Bounds on `Planner._neighbours` and `Planner._fitting`, which are emptied when they are full.
-MAX_NEIGHBOURHOODS: Final = 4096
-MAX_FITTING: Final = 4096
-# Up to this power of two of tokens it is found out at once where a configuration takes too much memory.
-LARGEST_BUCKET: Final = 20
+MAX_NEIGHBOURHOODS: Final = 4096  # Bound on `Planner._neighbours`, which is emptied when it is full.
 
 
 class Planner:
@@ -51,6 +48,9 @@ class Planner:
         counters: Told of the same.
         live: Whether `machine` is this one. A described machine is only explained: nothing is imported or probed.
         barred: Backends that policies may not choose, each with the reason.
+
+    Attributes:
+        fitting: Which choices memory suffices for.
     """
 
     def __init__(
@@ -69,11 +69,11 @@ class Planner:
         self._pool = BackendPool(machine, configured.disabled, quarantine, barred)
         self._chain: PolicyChain | None = None
         self._proven: set[Proof] = set()
-        self._passed_over: set[str] = set()
-        self._obeyed: list[QuarantineEntry] = []
+        # What was warned of, with the plan of the call that did.
+        self._passed_over: dict[str, Plan] = {}
+        self._obeyed: dict[tuple[str, str], Plan] = {}
         self._neighbours: dict[tuple[int, Mode, int, bool], tuple[Plan, ...]] = {}  # see `_neighbours_plan`
-        # By backend, layer (which is kept, so that its id is) and configuration; see `_fits`.
-        self._fitting: dict[tuple[object, ...], tuple[MoEProblem, int]] = {}
+        self.fitting = Fitting(self._pool)
 
     def plan(
         self, problem: MoEProblem, experts: ExpertWeights, backend: str | None = None, *, into: bool = False
@@ -107,6 +107,16 @@ class Planner:
             if config is not None and not self._probe_failure(choice, problem, experts):
                 yield self._made_plan(problem, choice, config, remedy, into=into)
 
+    def is_halved(self, problem: MoEProblem, experts: ExpertWeights) -> bool:
+        """Whether calls that name no backend are computed in halves, since other choices ran out of memory."""
+        if not self.fitting.halvable(problem):
+            return False
+        return all(plan.choice.backend == LAST_RESORT and not plan.explicit for plan in self.eligible(problem, experts))
+
+    def forget_neighbours(self) -> None:
+        """Plan every token count by itself again until another plan is remembered."""
+        self._neighbours.clear()
+
     def prove(self, plan: Plan) -> None:
         """Remember that a plan has run to its end."""
         self._proven.add(plan.proof)
@@ -126,9 +136,13 @@ class Planner:
             passed_over = (f"{BACKEND_VARIABLE} names {name!r}, which nothing replaces",)
             others = (choice for choice in self._rank(problem) if choice.backend != name)
             candidates += [Candidate(choice, passed_over) for choice in others]
+        notes = self.notes()
+        if self.fitting.halvable(problem):
+            able = {candidate.choice.backend for candidate in candidates if not candidate.against}
+            notes = notes if able - {LAST_RESORT} else (*notes, IN_HALVES)
         ranked = {candidate.choice.backend for candidate in candidates}
         unranked = {name: self._pool.reasons_against(name, problem) for name in BACKENDS.names() if name not in ranked}
-        return Explanation(problem, self.machine, tuple(candidates), unranked, self.notes())
+        return Explanation(problem, self.machine, tuple(candidates), unranked, notes)
 
     def backend(self, name: str) -> Backend:
         """The backend behind a name.
@@ -227,7 +241,8 @@ class Planner:
         problem = plan.problem
         if problem.routed_experts is not None or plan.choice.also_at(problem.M) is None:
             return  # a part of a layer is ranked by another token count, and other choices are for this one alone
-        if self._policies().leads(plan.choice, problem) and self._fits(plan.choice.backend, problem, plan.config):
+        choice = plan.choice
+        if self._policies().leads(choice, problem) and self.fitting.fits(choice.backend, problem, plan.config):
             if len(self._neighbours) >= MAX_NEIGHBOURHOODS:
                 self._neighbours.clear()
             key = _neighbourhood(problem, into=plan.into)
@@ -244,7 +259,7 @@ class Planner:
                 faults[choice.backend] = fault
             if not reasons and (failure := self._probe_failure(choice, problem, experts)):
                 reasons = (failure,)
-                if problem.mode == "eager":
+                if problem.mode == "eager" and not (config and self.fitting.lacking(choice.backend, problem, config)):
                     faults[choice.backend] = failure
             if reasons or config is None:
                 against.setdefault(choice.backend, reasons)
@@ -260,6 +275,8 @@ class Planner:
             best.kept = unproven is None
             if best.kept and not (against or faults):
                 self._remember(best)
+        if self.fitting.shortages:
+            best = self.fitting.served(problem, best, unproven, into=into)
         best = best or unproven
         if best is None:
             for name in BACKENDS.names():
@@ -271,43 +288,18 @@ class Planner:
             self._warn_of_record(entry, best)
         return best
 
-    def _fits(self, name: str, problem: MoEProblem, config: BackendConfig) -> bool:
-        """Whether no call of the problem's bucket takes too much memory (`workspace.excess`) with a configuration.
-
-        That is found out for all token counts at once, so that a new one costs a look-up.
-        """
-        layer = problem.layer
-        kind = (name, id(layer), *vars(config).values())
-        if (known := self._fitting.get(kind)) is None:
-            if len(self._fitting) >= MAX_FITTING:
-                self._fitting.clear()
-            known = self._fitting[kind] = layer, self._fitting_buckets(self._pool.backend(name), layer, config)
-        return bool(known[1] >> max(problem.M - 1, 0).bit_length() & 1)
-
-    @staticmethod
-    def _fitting_buckets(backend: Backend, layer: MoEProblem, config: BackendConfig) -> int:
-        """A number whose bit b is set if calls of more than ``2 ** (b - 1)`` tokens fit, up to ``2 ** b``."""
-        fitting, fewer = 0, True
-        for bits in range(LARGEST_BUCKET + 1):
-            most = not excess(backend, layer.with_tokens(1 << bits), config)
-            fitting |= (fewer and most) << bits
-            fewer = most
-        return fitting
-
     def _pass_over(self, name: str, problem: MoEProblem, fault: str, successor: Plan) -> None:
         """Warn once that a ranked backend is broken or fails its probe, and say what runs in its place."""
-        if name in self._passed_over:
+        if self._passed_over.setdefault(name, successor) is not successor:
             return
-        self._passed_over.add(name)
         self._counters.count(name, fell_back=1, quarantined=1)
         self._quarantine.bar(name, problem, fault, fatal=False)
         warn_of_successor(name, problem, fault, successor)
 
     def _warn_of_record(self, entry: QuarantineEntry, successor: Plan) -> None:
         """Warn once that an earlier process's failure keeps a backend from running."""
-        if entry in self._obeyed:
+        if self._obeyed.setdefault((entry.backend, entry.problem), successor) is not successor:
             return
-        self._obeyed.append(entry)
         until = "until a version changes" if entry.strikes >= STRIKES else f"for {OBEYED_FOR} after that"
         warn(
             f"backend {entry.backend!r} is avoided for {entry.problem} {until}, because of an earlier process, "
@@ -318,7 +310,10 @@ class Planner:
     def _made_plan(
         self, problem: MoEProblem, choice: Choice, config: BackendConfig, remedy: str = "", *, into: bool = False
     ) -> Plan:
-        return Plan(problem, self.backend(choice.backend), config, choice, remedy, into=into, kept=bool(remedy))
+        plan = Plan(problem, self.backend(choice.backend), config, choice, remedy, into=into, kept=bool(remedy))
+        if self.fitting.shortages and not remedy:
+            self.fitting.count(plan)
+        return plan
 
     def _rank(self, problem: MoEProblem) -> Iterable[Choice]:
         if problem.needs_grad:
@@ -344,13 +339,13 @@ class Planner:
     ) -> tuple[BackendConfig | None, tuple[str, ...]]:
         """The configuration that a choice would run a problem with, or None and every reason against the choice.
 
-        One that takes too much memory runs if its backend was chosen by name.
+        One that memory does not suffice for runs if its backend was chosen by name.
         """
         reasons = self._pool.reasons_against(choice.backend, problem, chosen_by_name=chosen_by_name)
         config, reasons = (None, reasons) if reasons else self._config(choice, problem)
-        if config is None or chosen_by_name or self._fits(choice.backend, problem, config):
+        if config is None or chosen_by_name or self.fitting.fits(choice.backend, problem, config):
             return config, reasons
-        reason = excess(self._pool.backend(choice.backend), problem, config)
+        reason = self.fitting.reason(choice.backend, problem, config)
         return (None, (reason,)) if reason else (config, ())
 
     def _config(self, choice: Choice, problem: MoEProblem) -> tuple[BackendConfig | None, tuple[str, ...]]:
@@ -371,7 +366,12 @@ class Planner:
 
     def _probe_failure(self, choice: Choice, problem: MoEProblem, experts: ExpertWeights | None) -> str:
         device = experts.device if experts is not None else torch.device(self.machine.device)
-        return self._pool.probe_failure(choice.backend, problem, device)
+        try:
+            return self._pool.probe_failure(choice.backend, problem, device)
+        except foreign_errors() as error:
+            if not failures.out_of_memory(error):
+                raise
+            return self.fitting.probe_ran_out(choice.backend, problem, failures.summary(error))
 
 
 def _neighbourhood(problem: MoEProblem, *, into: bool) -> tuple[int, Mode, int, bool]:

@@ -114,12 +114,12 @@ class Quarantine:
         self._machine = machine
         self._path = (directory or cache_dir()) / "quarantine" / f"{machine.fingerprint}.json"
         self._recorded: dict[tuple[str, str], QuarantineEntry] | None = None
-        self._barred: dict[tuple[str, MoEProblem], str] = {}
+        self._barred: dict[tuple[str, MoEProblem], QuarantineEntry] = {}
 
     def cause(self, backend: str, problem: MoEProblem) -> str:
         """Why `backend` is barred from problems like this one; empty if it is not."""
-        if self._barred and (cause := self._barred.get((backend, problem.bucket))):
-            return cause
+        if self._barred and (barred := self._barred.get((backend, problem.bucket))):
+            return barred.cause
         if self._recorded == {}:  # as nearly always, and asked for every new kind of call
             return ""
         entry = self.recorded(backend, problem)
@@ -131,15 +131,24 @@ class Quarantine:
             self._recorded = {(entry.backend, entry.problem): entry for entry in self.entries() if entry.is_obeyed}
         return self._recorded.get((backend, repr(problem.eager_bucket))) if self._recorded else None
 
-    def bar(self, backend: str, problem: MoEProblem, cause: str, *, fatal: bool) -> None:
+    def bar(self, backend: str, problem: MoEProblem, cause: str, *, fatal: bool) -> bool:
         """Avoid `backend` for problems like this one, in this process at once and on disk for `doctor`.
 
         The last resort is never barred: without it nothing would be left to run.
+
+        Returns:
+            Whether it was not avoided in this process before. Of threads that ask at once, one is told so.
         """
-        if backend != LAST_RESORT:
-            modes = get_args(Mode) if fatal else (problem.mode,)
-            self._barred |= {(backend, dataclasses.replace(problem.bucket, mode=mode)): cause for mode in modes}
-            self._add(self._entry(backend, problem, cause, fatal=fatal))
+        if backend == LAST_RESORT:
+            return False
+        entry = self._entry(backend, problem, cause, fatal=fatal)
+        modes = get_args(Mode) if fatal else (problem.mode,)
+        kinds = [(backend, dataclasses.replace(problem.bucket, mode=mode)) for mode in modes]
+        known = [self._barred.setdefault(kind, entry) for kind in kinds]
+        is_new = any(one is entry for one in known)
+        if is_new or fatal:
+            self._add(entry)
+        return is_new
 
     def entries(self) -> tuple[QuarantineEntry, ...]:
         """What is on disk and still holds under the versions of today."""

@@ -1,7 +1,9 @@
 """What follows a run that failed: the next backend, less memory, or the error that names what is to blame."""
 
+import logging
+import math
 import traceback
-from collections.abc import Iterable
+from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 import torch
@@ -22,6 +24,8 @@ from moe_dispatch.problem import MoEProblem
 from moe_dispatch.registry import LAST_RESORT
 from moe_dispatch.system import failures
 
+logger = logging.getLogger("moe_dispatch")
+
 
 class Runner(Protocol):
     """What recovery needs of the dispatcher."""
@@ -37,8 +41,8 @@ class Runner(Protocol):
     def first_run(self, plan: Plan, call: tuple[Any, ...]) -> Tensor:
         """Run a plan for the first time; `call` has the arguments of its `run`."""
 
-    def drop_plans(self, backend: str, bucket: MoEProblem) -> None:
-        """Drop the plans that a policy made for a backend, for problems of one bucket."""
+    def drop_plans(self, concerned: Callable[[Plan], bool]) -> None:
+        """Drop the plans that a policy made and that this says are concerned."""
 
 
 class Recovery:
@@ -50,7 +54,6 @@ class Recovery:
 
     def __init__(self, runner: Runner, planner: Planner, quarantine: Quarantine, counters: Counters) -> None:
         self._runner, self._planner, self._quarantine, self._counters = runner, planner, quarantine, counters
-        self._warned_of_memory: set[str] = set()
 
     def recover(self, plan: Plan, error: BaseException, inputs: Inputs) -> Tensor:
         """Compute a call on which a plan raised.
@@ -77,25 +80,14 @@ class Recovery:
         if not have_memory(inputs):
             return self.run_transformed(inputs)
         failed = [(plan, error)]
-        faulty = set()  # backends that failed by themselves; of those that lacked memory another configuration may do
-        if failures.out_of_memory(error):
-            self._release(plan, error)
-            successors = self._leaner_plans(plan, experts)
-        else:
-            faulty.add(name)
-            successors = self._planner.eligible(problem, experts) if name != LAST_RESORT else ()
-        for successor in successors:
-            if successor.choice.backend in faulty:
-                continue
+        self.release(error)
+        for successor in self._successors(problem, experts, failed):
             try:
                 out = self._runner.first_run(successor, (*inputs, successor.config))
             except foreign_errors() as again:
                 if failures.lost_device(again):
                     raise self.device_lost(successor, again) from again
-                if failures.out_of_memory(again):
-                    self._release(successor, again)
-                else:
-                    faulty.add(successor.choice.backend)
+                self.release(again)
                 failed.append((successor, again))
                 continue
             self._book(failed, successor)
@@ -126,12 +118,21 @@ class Recovery:
             self.raise_if_lost(error)
             raise _callers_fault(error) from error
 
-    def bar(self, plan: Plan, cause: str) -> None:
-        """Quarantine a plan's backend for such problems, in this process, and drop the plans that use it there."""
-        name = plan.choice.backend
-        self._quarantine.bar(name, plan.problem, cause, fatal=False)
-        self._counters.count(name, fell_back=1, quarantined=1)
-        self._runner.drop_plans(name, plan.problem.bucket)
+    def in_halves(self, inputs: Inputs, *, grad: bool) -> Tensor:
+        """Compute a call of several tokens as two calls, because memory lacks for all of it at once."""
+        return torch.cat([self._runner.forward(*half, None, None, grad) for half in halves(inputs)])
+
+    def bar(self, plan: Plan, cause: str) -> bool:
+        """Quarantine a plan's backend for such problems, in this process, and drop the plans that use it there.
+
+        Returns:
+            Whether it was not barred there before, as by another thread that met the same failure.
+        """
+        name, bucket = plan.choice.backend, plan.problem.bucket
+        is_new = self._quarantine.bar(name, plan.problem, cause, fatal=False)
+        self._counters.count(name, fell_back=1, quarantined=is_new)
+        self._runner.drop_plans(lambda other: other.choice.backend == name and other.problem.bucket == bucket)
+        return is_new
 
     def device_lost(self, plan: Plan | None, error: BaseException) -> DeviceLostError:
         """The error for a lost CUDA context. A plan in its first run is the culprit, which was awaited and watched.
@@ -164,51 +165,56 @@ class Recovery:
         if failures.broken_capture(error):
             remedy = "The capture had failed before; what failed first is its cause."
         else:
-            self.bar(plan, failures.summary(error))
+            if failures.out_of_memory(error):
+                self.leave_out(plan, error, "the capture is void")
+            else:
+                self.bar(plan, failures.summary(error))
             remedy = "It is avoided for such problems from now on: `warm_up`, then capture again."
         return BackendFailedError(plan.choice.backend, plan.problem, error, remedy)
 
-    def _leaner_plans(self, plan: Plan, experts: ExpertWeights) -> Iterable[Plan]:
-        """The plans to try when memory runs out, the least workspace first.
+    def _successors(
+        self, problem: MoEProblem, experts: ExpertWeights, failed: list[tuple[Plan, BaseException]]
+    ) -> Iterator[Plan]:
+        """The plans to try in place of those that failed, in the policies' order; the caller adds to `failed`.
 
-        A call of several tokens can be split, so only plans that declare less workspace come before that, and not the
-        reference, which needs little and takes long. One token cannot be split: then every plan is tried.
+        Of a backend that lacked memory another configuration may do. A call of several tokens can be split, so what
+        takes no less workspace than what lacked memory is not tried for it then, and neither is the reference, which
+        needs little and takes long.
         """
-        divisible = plan.problem.M > 1
-        needed = plan.backend.workspace_bytes(plan.problem, plan.config)
-        sized = [
-            (other.choice.backend == LAST_RESORT, other.backend.workspace_bytes(other.problem, other.config), other)
-            for other in self._planner.eligible(plan.problem, experts)
-            if (other.choice.backend, other.config) != (plan.choice.backend, plan.config)
-        ]
-        ordered = sorted(sized, key=lambda entry: entry[:2])
-        return [other for last, size, other in ordered if not divisible or (size < needed and not last)]
+        if failed[0][0].choice.backend == LAST_RESORT and not failures.out_of_memory(failed[0][1]):
+            return
+        for plan in self._planner.eligible(problem, experts):
+            name, config = plan.choice.backend, plan.config
+            lacking = [other for other, error in failed if failures.out_of_memory(error)]
+            if any(
+                name == other.choice.backend and (other not in lacking or config == other.config) for other, _ in failed
+            ):
+                continue
+            least = min(map(_workspace, lacking), default=math.inf) if problem.M > 1 else math.inf
+            if least < math.inf and (name == LAST_RESORT or _workspace(plan) >= least):
+                continue
+            yield plan
 
     def _book(self, failed: list[tuple[Plan, BaseException]], successor: Plan) -> None:
-        """Bar and warn of what failed a call that `successor` ran. Memory may be there the next time."""
+        """Bar and warn of what failed a call that `successor` ran, or leave it out for a while where memory lacked."""
         for plan, error in failed:
             if not failures.out_of_memory(error):
-                self.bar(plan, failures.summary(error))
-                warn_of_successor(plan.choice.backend, plan.problem, failures.summary(error), successor)
+                if self.bar(plan, failures.summary(error)):
+                    warn_of_successor(plan.choice.backend, plan.problem, failures.summary(error), successor)
                 continue
-            sizes = [each.backend.workspace_bytes(each.problem, each.config) for each in (successor, plan)]
-            less = ", which needs less workspace," if sizes[0] < sizes[1] else ""
-            self._warn_of_memory(plan, error, f"{successor.choice.backend!r}{less} runs instead")
+            less = ", which needs less workspace," if _workspace(successor) < _workspace(plan) else ""
+            self.leave_out(plan, error, f"{successor.choice.backend!r}{less} runs instead")
 
     def _give_up(self, failed: list[tuple[Plan, BaseException]], inputs: Inputs) -> Tensor:
         """Nothing could run a call as it is: split it where memory was short, else raise."""
-        hidden_states, experts, topk_weights, topk_ids = inputs
         plan, error = next((entry for entry in failed if failures.out_of_memory(entry[1])), failed[0])
         M = plan.problem.M
         if failures.out_of_memory(error) and M > 1:
-            half = M // 2
-            self._warn_of_memory(plan, error, f"the call is split along M into {half} and {M - half} tokens")
-            parts = (slice(None, half), slice(half, None))
-            grad = plan.problem.needs_grad
-            return torch.cat([
-                self._runner.forward(hidden_states[p], experts, topk_weights[p], topk_ids[p], None, None, grad)
-                for p in parts
-            ])  # fmt: skip
+            for other, its_error in failed:
+                if failures.out_of_memory(its_error):
+                    half = M // 2
+                    self.leave_out(other, its_error, f"the call is split along M into {half} and {M - half} tokens")
+            return self.in_halves(inputs, grad=plan.problem.needs_grad)
         if failures.out_of_memory(error):
             raise error
         last, cause = failed[-1]
@@ -216,24 +222,56 @@ class Recovery:
             raise _callers_fault(cause) from cause
         for other, its_error in failed:
             self.bar(other, failures.summary(its_error))
-        self._planner.plan(plan.problem, experts)  # raises, with every backend's reasons
+        self._planner.plan(plan.problem, inputs[1])  # raises, with every backend's reasons
         raise error
 
-    def _release(self, plan: Plan, error: BaseException) -> None:
+    def release(self, error: BaseException) -> None:
         """Let go of what a run that lacked memory had allocated: its frames live as long as the traceback."""
-        self._counters.count(plan.choice.backend, fell_back=1)
-        traceback.clear_frames(error.__traceback__)
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        if failures.out_of_memory(error):
+            traceback.clear_frames(error.__traceback__)
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
 
-    def _warn_of_memory(self, plan: Plan, error: BaseException, instead: str) -> None:
-        if plan.choice.backend in self._warned_of_memory:
-            return  # the halves of a call run out in turn, and the next call again
-        self._warned_of_memory.add(plan.choice.backend)
+    def leave_out(self, plan: Plan, error: BaseException, instead: str) -> bool:
+        """Leave what ran out of memory out of calls of this size or larger (`fitting.py`), with one warning a layer.
+
+        Args:
+            plan: What ran out.
+            error: What it raised.
+            instead: What the call does without it.
+
+        Returns:
+            Whether it is left out: the reference is not for one token.
+        """
+        name, problem, cause = plan.choice.backend, plan.problem, failures.summary(error)
+        self._counters.count(name, fell_back=1)
+        if name == LAST_RESORT and problem.M <= 1:
+            return False
+        shortage, is_first = self._planner.fitting.ran_out(name, problem, plan.config, cause)
+        if not is_first:  # the halves of a call run out in turn, other threads at the same time, and later tries again
+            logger.info("%s ran out of memory again on %s: %s", name, problem, cause)
+            return True
         warn(
-            f"backend {plan.choice.backend!r} ran out of memory on {plan.problem} ({failures.summary(error)}); "
-            f"{instead}. Leave more memory free (a smaller KV cache, say) to avoid this."
+            f"backend {name!r} ran out of memory on {problem} ({cause}); {instead}. It is left out of this layer's "
+            f"calls of at least {shortage.least_tokens} tokens, and tried again after {shortage.wait} of them. Leave "
+            "more memory free (a smaller KV cache, say) to avoid this."
         )
+        return True
+
+
+def halves(inputs: Inputs) -> tuple[Inputs, Inputs]:
+    """The two calls that together are one."""
+    hidden_states, experts, topk_weights, topk_ids = inputs
+    middle = hidden_states.shape[0] // 2
+    first, second = (
+        (hidden_states[part], experts, topk_weights[part], topk_ids[part])
+        for part in (slice(None, middle), slice(middle, None))
+    )
+    return first, second
+
+
+def _workspace(plan: Plan) -> int:
+    return plan.backend.workspace_bytes(plan.problem, plan.config)
 
 
 def _callers_fault(error: BaseException) -> InvalidInputError:

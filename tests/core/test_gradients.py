@@ -214,6 +214,27 @@ def test_where_grouped_products_fail_the_loop_takes_over(monkeypatch: pytest.Mon
     assert "no kernel image" in backward_module.explain(inputs[1], machine)
 
 
+def test_a_backward_that_lacks_memory_raises_and_is_tried_the_next_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A training loop that makes its batch smaller has to see it."""
+    free = list[int]()
+
+    def lack(*arguments: Any) -> Gradients:
+        if not free:
+            raise torch.OutOfMemoryError("tried to allocate")
+        return by_expert.backward(*arguments)
+
+    monkeypatch.setattr(backward_module, "_failed", [])
+    monkeypatch.setattr(grouped, "reasons_against", lambda *_, **__: ())
+    monkeypatch.setattr(grouped, "backward", lack)
+    inputs, gradient, machine = plain(Layer()), torch.randn(M, K), Machine.inspect("cpu")
+    for _ in range(2):
+        with pytest.raises(torch.OutOfMemoryError):
+            backward_module.backward(gradient, inputs, EVERYTHING, machine)
+    free.append(1)
+    assert backward_module.backward(gradient, inputs, EVERYTHING, machine).gate_up is not None
+    assert "failed" not in backward_module.explain(inputs[1], machine)
+
+
 def test_second_derivatives_are_those_of_the_reference() -> None:
     layer = Layer(bias=True)
     tensors, (weights, ids), start = layer.tensors(), routing(), torch.randn(M, K)

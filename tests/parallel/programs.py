@@ -8,6 +8,7 @@ import json
 import os
 import signal
 import time
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from moe_dispatch.backends.exchange import push
 from moe_dispatch.benchmarks.record import expert_parallel
 from moe_dispatch.benchmarks.record.rank_clock import Clock
 from moe_dispatch.dispatch.settled_plans import SETTLING_CALLS
-from moe_dispatch.errors import InvalidInputError, MoEDispatchError
+from moe_dispatch.errors import InvalidInputError, MoEDispatchError, MoEDispatchWarning
 from moe_dispatch.parallel import forward, watch
 from moe_dispatch.parallel.exchange import Arrived, LocalTokens, Tokens
 from moe_dispatch.parallel.expert_parallel import ExpertParallel
@@ -348,6 +349,32 @@ def backends_that_ran() -> list[str]:
     os.environ["MOE_DISPATCH_DISABLE"] = disabled
     settings.cache_clear()
     return sorted(ep._session.dispatcher.stats())
+
+
+def lack_memory_on_one_rank() -> tuple[float, int]:
+    """Make calls of which the last rank's memory holds five tokens at a time; returns the error and the failures."""
+    from moe_dispatch.backends.torch_grouped import TorchGroupedBackend
+
+    run, failures = TorchGroupedBackend.run, list[int]()
+
+    def lack(self: TorchGroupedBackend, hidden_states: torch.Tensor, *others: Any) -> torch.Tensor:
+        if is_last() and hidden_states.shape[0] > 5:  # as many as a probe has
+            failures.append(hidden_states.shape[0])
+            raise torch.OutOfMemoryError("tried to allocate")
+        return run(self, hidden_states, *others)
+
+    disabled = os.environ.pop("MOE_DISPATCH_DISABLE")
+    settings.cache_clear()
+    with mock.patch.object(TorchGroupedBackend, "run", lack), warnings.catch_warnings():
+        warnings.simplefilter("ignore", MoEDispatchWarning)
+        ep = ExpertParallel()
+        call = split_call(ep)
+        truth = make_inputs(LAYER, FP32, "cpu").truth
+        error = max(relative_error(moe_forward(*call), truth) for _ in range(3))
+    os.environ["MOE_DISPATCH_DISABLE"] = disabled
+    settings.cache_clear()
+    assert "torch_grouped" in ep._session.dispatcher.stats()
+    return error, len(failures)
 
 
 def stated_counts() -> tuple[int, int]:
