@@ -17,13 +17,16 @@ _LOST_DEVICE: Final = (
     "launch timed out and was terminated",
 )
 
+# The last of them is a status of CUDA's libraries, such as CUBLAS_STATUS_ALLOC_FAILED.
+_NO_MEMORY: Final = ("out of memory", "can't allocate memory", "status_alloc_failed")
+
 
 def out_of_memory(error: BaseException) -> bool:
     """Whether device or host memory ran out."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
     text = _text(error).lower()
-    return isinstance(error, RuntimeError) and ("out of memory" in text or "can't allocate memory" in text)
+    return isinstance(error, RuntimeError) and any(sign in text for sign in _NO_MEMORY)
 
 
 def broken_capture(error: BaseException) -> bool:

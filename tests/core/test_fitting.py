@@ -24,6 +24,7 @@ from moe_dispatch.dispatch import fitting
 from moe_dispatch.dispatch.process import get_dispatcher
 from moe_dispatch.dispatch.settled_plans import SETTLING_CALLS
 from moe_dispatch.machine import Machine
+from moe_dispatch.system import failures
 from tests.core.test_arrived_calls import Taking, arrived
 from tests.core.test_dispatcher import FORKS, Call, barred, expected, is_right, make_call, ran
 from tests.support.fakes import Greedy, Honest, Raising, ranked
@@ -333,3 +334,19 @@ def test_a_child_forgets_what_its_parent_lacked() -> None:
     with ranked(Tight, Honest), quiet():
         moe_forward(*make_call(6))
         assert exit_code(start_child(tries_again)) == 0
+
+
+@pytest.mark.parametrize(
+    "text", ["CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`", "CUDA error: out of memory"]
+)
+def test_what_cudas_libraries_raise_without_memory_bars_nothing(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    error = RuntimeError(text)
+    assert failures.out_of_memory(error)
+
+    def run(*_: Any) -> Tensor:
+        raise error
+
+    monkeypatch.setattr(Raising, "run", run)
+    with ranked(Raising, Honest), one_warning("ran out of memory"):
+        assert is_right(make_call(1))
+    assert not barred()
