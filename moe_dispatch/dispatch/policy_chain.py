@@ -39,7 +39,7 @@ class PolicyChain:
 
     def __init__(self, machine: Machine, names: Sequence[str], backends: UsableBackends | None = None) -> None:
         self._policies: list[Policy] = []
-        self._refusals: list[str] = []
+        self._refusals: dict[tuple[str, type], str] = {}  # by policy and exception, whose text may differ each time
         for name in names:
             try:
                 policy = POLICIES.load(name)(machine)
@@ -88,7 +88,7 @@ class PolicyChain:
                 notes += [f"{policy.name}: {note}" for note in policy.notes()]
             except foreign_errors() as error:
                 self._refuse(policy.name, error)
-        return (*self._refusals, *notes)
+        return (*self._refusals.values(), *notes)
 
     def digest(self) -> str:
         """What the policies rank by, as text that is equal where their data is: each one's name and digest."""
@@ -103,8 +103,7 @@ class PolicyChain:
     def _refuse(self, name: str, error: BaseException) -> None:
         what = str(error) if isinstance(error, MoEDispatchError) else failures.summary(error)
         text = f"policy {name!r} is passed over: {what}"
-        if text not in self._refusals:
-            self._refusals.append(text)
+        if self._refusals.setdefault((name, type(error)), text) is text:
             warn(text)
 
 

@@ -12,8 +12,10 @@ from torch import Tensor
 
 from moe_dispatch import (
     BackendFailedError,
+    ExpertWeights,
     MoEDispatchWarning,
     MoEProblem,
+    Policy,
     explain,
     moe_forward,
     stats,
@@ -21,13 +23,15 @@ from moe_dispatch import (
 from moe_dispatch.backend import BackendConfig
 from moe_dispatch.backends.reference import ReferenceBackend
 from moe_dispatch.dispatch import fitting
+from moe_dispatch.dispatch.dispatcher import Dispatcher
 from moe_dispatch.dispatch.process import get_dispatcher
 from moe_dispatch.dispatch.settled_plans import SETTLING_CALLS
 from moe_dispatch.machine import Machine
+from moe_dispatch.settings import Settings
 from moe_dispatch.system import failures
 from tests.core.test_arrived_calls import Taking, arrived
 from tests.core.test_dispatcher import FORKS, Call, barred, expected, is_right, make_call, ran
-from tests.support.fakes import Greedy, Honest, Raising, ranked
+from tests.support.fakes import Greedy, Honest, Raising, ranked, registered_policy
 from tests.support.processes import exit_code, start_child
 
 WAIT = 48  # calls, in place of the usual number
@@ -350,3 +354,18 @@ def test_what_cudas_libraries_raise_without_memory_bars_nothing(text: str, monke
     with ranked(Raising, Honest), one_warning("ran out of memory"):
         assert is_right(make_call(1))
     assert not barred()
+
+
+def test_a_policy_that_fails_anew_at_every_call_is_told_of_once() -> None:
+    class Failing(Policy):
+        name = "failing"
+
+        def rank(self, problem: MoEProblem) -> Any:
+            raise RuntimeError(f"nothing known at M={problem.M}")
+
+    with registered_policy(Failing), one_warning("policy 'failing' is passed over: RuntimeError: nothing known at M=1"):
+        planner = Dispatcher(Machine.inspect("cpu"), Settings(policies=("failing",))).planner
+        experts: ExpertWeights = make_call(1)[1]
+        for M in (1, 2, 3):
+            planner.plan(experts.problem(M, 2, torch.float32, None), experts)
+        assert len(planner.notes()) == 1
