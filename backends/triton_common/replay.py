@@ -31,6 +31,7 @@ from moe_dispatch.backends.triton_common.descriptors import MAX_DESCRIPTORS, Mem
 from moe_dispatch.backends.triton_common.fast_launch import written_down
 from moe_dispatch.backends.triton_common.internals import Encoding, Launch
 from moe_dispatch.backends.triton_common.stand_ins import Buffer, Extent, NotReplayableError, TokenRange
+from moe_dispatch.dispatch.fitting import FIRST_WAIT, LONGEST_WAIT
 from moe_dispatch.experts import ExpertWeights
 from moe_dispatch.guard import foreign_errors
 from moe_dispatch.system import failures
@@ -145,6 +146,36 @@ class _Step:
     maps: tuple[_TensorMap, ...]
 
 
+@dataclass(slots=True)
+class _Playable:
+    """Up to how many tokens a replay is played: all of its range, but for a while after memory ran out.
+
+    A try that fails costs as much as where a backend runs out of memory, and waits for its turn in the same way.
+
+    Attributes:
+        last: The largest token count.
+        wait: How many larger calls do without after memory ran out the next time.
+        left: How many of them are still to come.
+    """
+
+    last: int
+    wait: int = FIRST_WAIT
+    left: int = 0
+
+    def ran_out(self, M: int) -> None:
+        """Play fewer than M tokens."""
+        if not self.left:
+            self.left, self.wait = self.wait, min(2 * self.wait, LONGEST_WAIT)
+        self.last = min(self.last, M - 1)
+
+    def count(self, range_end: int) -> None:
+        """Count a larger call, and play the whole range again after the last one."""
+        if self.left:
+            self.left -= 1
+            if not self.left:
+                self.last = range_end
+
+
 class _Sizes(NamedTuple):
     """What a replay needs to know of a token count.
 
@@ -181,6 +212,7 @@ class Replay:
     tokens: TokenRange
     intermediates: tuple[Extent, ...]
     steps: tuple[_Step, ...]
+    _playable: _Playable = field(init=False)
     _sizes: dict[int, _Sizes] = field(default_factory=dict)
     # Whatever depends on M, in the order in which `_sizes_of` needs it: each number as the place of its root among the
     # different ones, scale and shift.
@@ -194,6 +226,7 @@ class Replay:
             extents += [step.grid[0]] if isinstance(step.grid[0], Extent) else []
         parts = [extent.parts for extent in extents]
         roots = tuple(dict.fromkeys(root for root, _, _ in parts))
+        object.__setattr__(self, "_playable", _Playable(self.tokens.last))
         object.__setattr__(self, "_roots", roots)
         object.__setattr__(self, "_numbers", [(roots.index(root), scale, shift) for root, scale, shift in parts])
 
@@ -212,7 +245,7 @@ class Replay:
             if failures.lost_device(error):
                 raise
             logger.warning("a replay is dropped, and its launches made in full: %s", failures.summary(error))
-            self.tokens.last = 0
+            self.tokens.last = self._playable.last = self._playable.left = 0
             played = False
         if not played:
             self.launch(*call)
@@ -240,11 +273,15 @@ class Replay:
         if bits & 15 or not all(bases) or device != self.device or internals.launch_hooks():
             return False
         M = hidden_states.shape[0]
-        if self.tokens.last < M or (sizes := self._sizes.get(M) or self._sizes_of(M)) is None:
+        if self._playable.last < M:
+            self._playable.count(self.tokens.last)
+            return False
+        if (sizes := self._sizes.get(M) or self._sizes_of(M)) is None:
             return False
         try:
             scratch = hidden_states.new_empty(sizes.scratch, dtype=torch.uint8)
         except torch.OutOfMemoryError:  # a run needs less: it frees an intermediate after its last use
+            self._playable.ran_out(M)
             return False
         if poison:
             for tensor in (scratch, out):
