@@ -17,14 +17,16 @@ from moe_dispatch.errors import MoEDispatchError, MoEDispatchWarning
 USAGE_ERROR: Final = 2
 
 
-# What writing to a file or terminal that takes no more raises. Typer ends quietly where a pipe is closed.
+# The exit status that a shell expects of a program whose reader, such as `head`, has left.
+PIPE_CLOSED: Final = 141
+# What writing to a file or terminal that takes no more raises.
 _FULL: Final = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO})
 
 
 class CommandGroup(TyperGroup):
     """Prints a `MoEDispatchError` as one red message, with exit status 2; any other exception is a bug and surfaces.
 
-    Output that cannot be written is said with exit status 1.
+    Output that cannot be written is said with exit status 1; where its reader has left, `PIPE_CLOSED` alone says so.
     """
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
@@ -40,6 +42,11 @@ class CommandGroup(TyperGroup):
             _forget_stdout()
             _print_error(f"the output cannot be written: {error.strerror}")
             sys.exit(1)
+        except SystemExit as leaving:
+            # Typer and rich both end with 1 then, which here means that something is wrong.
+            if isinstance(leaving.__context__, BrokenPipeError):
+                leaving.code = PIPE_CLOSED
+            raise
 
     def invoke(self, ctx: Any) -> Any:
         """Run a command; see `click.Group.invoke`."""

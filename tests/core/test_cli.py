@@ -362,16 +362,34 @@ def test_what_a_library_prints_does_not_end_in_the_json(command: list[str], tmp_
     assert "INFO a library" in done.stderr
 
 
-@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a file that is always full")
-@pytest.mark.parametrize("options", [(), ("--json",), ("--full",), ("--help",), "--help", "--version", ""], ids=str)
-def test_a_full_disk_below_the_output_is_one_message(options: tuple[str, ...] | str) -> None:
+PRINTING = pytest.mark.parametrize(
+    "options", [(), ("--json",), ("--full",), ("--help",), "--help", "--version", ""], ids=str
+)
+
+
+def run_into(stdout: int, options: tuple[str, ...] | str) -> tuple[int, str]:
+    """Exit status and standard error of a command whose output goes there."""
     command = options.split() if isinstance(options, str) else ["explain", "--machine", "h200", "--tokens=1", *options]
-    with open("/dev/full", "w") as full:
-        done = subprocess.run(
-            [sys.executable, "-m", "moe_dispatch.cli", *command], stdout=full, stderr=subprocess.PIPE, check=False
-        )
-    assert done.returncode == 1
-    assert done.stderr.decode() == "error: the output cannot be written: No space left on device\n"
+    done = subprocess.run(
+        [sys.executable, "-m", "moe_dispatch.cli", *command], stdout=stdout, stderr=subprocess.PIPE, check=False
+    )
+    os.close(stdout)
+    return done.returncode, done.stderr.decode()
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a file that is always full")
+@PRINTING
+def test_a_full_disk_below_the_output_is_one_message(options: tuple[str, ...] | str) -> None:
+    full = os.open("/dev/full", os.O_WRONLY)
+    assert run_into(full, options) == (1, "error: the output cannot be written: No space left on device\n")
+
+
+@PRINTING
+def test_a_reader_that_has_left_ends_a_command_as_it_ends_other_programs(options: tuple[str, ...] | str) -> None:
+    """Such as `head`: without a message, and with the status of SIGPIPE, which is neither success nor an error."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    assert run_into(writing, options) == (141, "")
 
 
 def test_markup_and_escape_sequences_in_files_do_not_reach_the_terminal(tmp_path: Path) -> None:
