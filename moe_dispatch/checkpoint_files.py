@@ -42,9 +42,7 @@ class Checkpoint:
         try:
             import safetensors
         except ImportError as error:
-            raise ImportError(
-                "reading checkpoints needs safetensors: pip install 'moe-dispatch[safetensors]'"
-            ) from error
+            raise ImportError("reading checkpoints needs safetensors: pip install safetensors") from error
         self._open = safetensors.safe_open
         self.origin = str(path)[:300]
         try:

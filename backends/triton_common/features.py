@@ -174,7 +174,7 @@ def unrolled_reasons(topk: int) -> tuple[str, ...]:
     return (f"unrolls sums over topk: needs topk ≤ {MOST_UNROLLED} for a compilation of seconds, got {topk}",)
 
 
-_NO_TRITON: Final = "triton is not installed: pip install triton (Linux)"
+_NO_TRITON: Final = "triton is not installed: `moe-dispatch doctor` has the command (Linux)"
 
 
 def unread_triton_reason(version: str) -> str:

@@ -143,9 +143,7 @@ def _pyplot() -> Any:
     try:
         import matplotlib as mpl
     except ImportError as error:
-        raise PlotsUnavailableError(
-            "drawing needs matplotlib, which is not installed: pip install 'moe-dispatch[plots]'"
-        ) from error
+        raise PlotsUnavailableError("drawing needs matplotlib: pip install matplotlib") from error
     mpl.use("Agg")
     from matplotlib import pyplot
 

@@ -8,6 +8,7 @@ import typer
 from moe_dispatch.commands.console import OUT, heading, line, machine_line, microseconds, plain, print_json, table
 from moe_dispatch.commands.options import AsJson, Device, Model
 from moe_dispatch.errors import MoEDispatchError
+from moe_dispatch.system.libraries import library_status
 
 if TYPE_CHECKING:
     from moe_dispatch.commands.demo_run import DemoReport
@@ -27,7 +28,7 @@ def demo(
     The weights are random; --model chooses the shape of the MoE layer.
     """
     if find_spec("transformers") is None:
-        raise MoEDispatchError("the demo needs transformers: pip install 'moe-dispatch[transformers]'")
+        raise MoEDispatchError(f"the demo needs transformers: {library_status('transformers', '', '').remedy}")
     from moe_dispatch.commands.demo_run import run
 
     report = run(device, model, tokens, keep=keep)

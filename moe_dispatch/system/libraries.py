@@ -51,10 +51,10 @@ class Releases:
 # oldest torch come first.
 KNOWN_TO_WORK: Final = (
     Releases("torch", "2.11", "2.15", "torch==2.15.*"),
-    Releases("triton", "3.6", "3.6", "torch==2.11.*", torch="2.11"),
-    Releases("triton", "3.7", "3.7", "torch==2.13.*", torch="2.13"),
-    Releases("triton", "3.8", "3.8", "torch==2.14.*", torch="2.14"),
-    Releases("triton", "3.9", "3.9", "torch==2.15.*", torch="2.15"),
+    Releases("triton", "3.6", "3.6", "triton==3.6.*", torch="2.11"),
+    Releases("triton", "3.7", "3.7", "triton==3.7.*", torch="2.13"),
+    Releases("triton", "3.8", "3.8", "triton==3.8.*", torch="2.14"),
+    Releases("triton", "3.9", "3.9", "triton==3.9.*", torch="2.15"),
     Releases("vllm", "0.20.2", "0.26", "vllm==0.26.0", torch="2.11", held_by=("0.20.2", "0.26.0")),
     Releases("vllm", "0.33", "0.33", "vllm==0.33.0", torch="2.14", held_by=("0.33.0",)),
     Releases(
@@ -108,7 +108,9 @@ def library_status(library: str, installed: str, torch_version: str) -> LibraryS
     torch = _minor(torch_version)
     fitting = _fitting(library, torch)
     known = " or ".join(_range(releases, with_torch=not fitting) for releases in fitting or _of(library)) or "none"
-    remedy = f"pip install '{fitting[0].requirement}'" if fitting else _with_its_torch(library)
+    # A torch for CUDA depends on one Triton, which pip finds if both are named; a torch for the CPU depends on none.
+    alone = fitting and library != "triton"
+    remedy = f"pip install '{fitting[0].requirement}'" if alone else _with_its_torch(fitting or _of(library))
     return LibraryStatus(library, installed, known, release_fault(library, installed, torch_version), remedy)
 
 
@@ -209,8 +211,8 @@ def _fitting(library: str, torch: str) -> list[Releases]:
     return [releases for releases in _of(library) if releases.torch in ("", torch)]
 
 
-def _with_its_torch(library: str) -> str:
-    newest = max(_of(library), key=lambda releases: _numbers(releases.torch))
+def _with_its_torch(choices: list[Releases]) -> str:
+    newest = max(choices, key=lambda releases: _numbers(releases.torch))
     torch = f"torch=={newest.torch}.*"
     requirements = dict.fromkeys((newest.requirement, torch))
     return " ".join(("pip install", *(f"'{requirement}'" for requirement in requirements)))

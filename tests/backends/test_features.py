@@ -80,7 +80,7 @@ ROCM = {"name": "AMD Instinct", "cuda": "", "torch": "2.11.0+rocm7.0"}
 @pytest.mark.parametrize(
     ("capability", "changes", "words"),
     [*(((major, minor), ROCM, "never run on ROCm") for major, minor in ((9, 4), (9, 0), (11, 0))),
-     ((9, 0), {"triton": ""}, "triton is not installed")],
+     ((9, 0), {"triton": ""}, "triton is not installed: `moe-dispatch doctor` has the command")],
 )  # fmt: skip
 def test_a_gpu_without_triton_for_cuda_is_a_reason(
     name: str, capability: tuple[int, int], changes: dict[str, object], words: str

@@ -126,5 +126,5 @@ def test_rows_without_a_roofline_are_drawn(tmp_path: Path) -> None:
 
 def test_a_missing_matplotlib_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(MoEDispatchError, match=r"pip install 'moe-dispatch\[plots\]'"):
+    with pytest.raises(MoEDispatchError, match="pip install matplotlib"):
         plots.draw(full_board(0.9, 1.2)[:4], tmp_path)

@@ -1,5 +1,6 @@
 """What a wheel must hold, and what an import must not pull in."""
 
+import re
 import subprocess
 import sys
 import tarfile
@@ -31,6 +32,13 @@ def shipped() -> set[str]:
                     name = path.relative_to(ROOT).as_posix()
                     files.add(name if top == "moe_dispatch" else f"moe_dispatch/{name}")
     return files
+
+
+def test_nothing_tells_to_install_this_package_by_name() -> None:
+    """It is on no registry: pip would find nothing there, or another package of its name."""
+    for name in shipped():
+        if name.endswith(".py"):
+            assert not re.search(r"pip install [^\n]*moe-dispatch", (ROOT / name).read_text(encoding="utf-8")), name
 
 
 @pytest.mark.slow

@@ -1,6 +1,6 @@
 """`moe_forward` inside SGLang: a plugin that gives an engine's expert layers to `moe_forward`, chosen for each batch.
 
-    pip install 'moe-dispatch[sglang]'
+    pip install '.[sglang]'  # in a checkout
     MOE_DISPATCH_SGLANG=1 python -m sglang.launch_server --model-path Qwen/Qwen3-30B-A3B --moe-runner-backend triton
 
 SGLang loads the entry point ``sglang.srt.plugins: moe_dispatch`` in every process. Without ``MOE_DISPATCH_SGLANG=1`` it

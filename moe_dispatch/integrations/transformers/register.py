@@ -2,6 +2,8 @@
 
 from typing import Final
 
+from moe_dispatch.system.libraries import library_status
+
 NAME: Final = "moe_dispatch"
 
 
@@ -15,9 +17,8 @@ def register() -> None:
         from transformers.integrations.finegrained_fp8 import FP8ExpertsInterface
         from transformers.integrations.moe import ExpertsInterface
     except ImportError as error:
-        raise ImportError(
-            "the transformers integration needs transformers 5.17 or newer: pip install 'moe-dispatch[transformers]'"
-        ) from error
+        remedy = library_status("transformers", "", "").remedy
+        raise ImportError(f"the transformers integration needs transformers 5.17 or newer: {remedy}") from error
     from moe_dispatch.integrations.transformers.forward import experts_forward
 
     ExpertsInterface.register(NAME, experts_forward)

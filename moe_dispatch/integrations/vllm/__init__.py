@@ -1,6 +1,6 @@
 """`moe_forward` inside vLLM: a plugin that gives an engine's expert layers to `moe_forward`, chosen for each batch.
 
-    pip install 'moe-dispatch[vllm]'
+    pip install '.[vllm]'  # in a checkout
     MOE_DISPATCH_VLLM=1 vllm serve Qwen/Qwen3-30B-A3B
 
 vLLM loads the entry point ``vllm.general_plugins: moe_dispatch`` in every process. Without ``MOE_DISPATCH_VLLM=1`` it
