@@ -13,7 +13,7 @@ from moe_dispatch.activations import Activation, allowed
 from moe_dispatch.checkpoint_sources import Part
 from moe_dispatch.checkpoints import expert_names, listed, stack
 from moe_dispatch.errors import InvalidInputError
-from moe_dispatch.model_config import ConfiguredLayer, configured_layer
+from moe_dispatch.model_config import DOWNLOAD, ConfiguredLayer, configured_layer
 from moe_dispatch.problem import QUANT_BLOCK
 from moe_dispatch.system.files import read_json
 
@@ -102,10 +102,7 @@ class Checkpoint:
                 path.stat()
             except (OSError, ValueError) as error:
                 why = (error.strerror if isinstance(error, OSError) else "") or str(error)
-            raise InvalidInputError(
-                f"{self.origin} is neither a file nor a folder ({why}); a model of the hub must be downloaded first "
-                "(huggingface_hub.snapshot_download gives its folder)"
-            )
+            raise InvalidInputError(f"{self.origin} is neither a file nor a folder ({why}); {DOWNLOAD}")
         if os.path.isfile(path / INDEX):
             return self._from_index(path / INDEX)
         try:

@@ -103,7 +103,8 @@ class ExpertWeights:
             raise InvalidInputError(
                 f"gate_up {list(gate_up.shape)} and down {list(down.shape)} do not belong together: activation "
                 f"{activation!r} takes gate_up [E, {'2N' if gated else 'N'}, K] and down [E, K, N], in MXFP4 with K/2 "
-                "and N/2 bytes in a row; a transposed checkpoint needs .transpose(1, 2).contiguous() once at load"
+                "and N/2 bytes in a row; a transposed checkpoint needs .transpose(1, 2).contiguous() once at load, or "
+                ".transpose(1, 2) with transposed=True, which reads it in place (not FP8 and MXFP4)"
             )
         check_alike("down", down, gate_up)
         self.dtype: DType = DTYPE_NAMES[gate_up.dtype]
@@ -307,7 +308,15 @@ class ExpertWeights:
         return cls(**read_experts(path, layer, tp=tp, activation=activation, interleaved=interleaved, device=device))
 
     def to(self, device: torch.device | str) -> Self:
-        """The same layer on a device: itself where it is there already."""
+        """The same layer on a device: itself where it is there already.
+
+        Raises:
+            InvalidInputError: A dtype was given, which would also convert codes and scales.
+        """
+        if isinstance(device, torch.dtype):
+            raise InvalidInputError(
+                f"the weights can move to a device, got {device}; wrap converted ones, or see ExpertWeights.quantize"
+            )
         tensors = {name: tensor.to(device) for name, tensor in self.tensors()}
         return self if tensors["gate_up"] is self.gate_up else self._with(tensors, self.routed_experts)
 

@@ -16,6 +16,7 @@ from moe_dispatch.errors import InvalidInputError
 
 Section = Mapping[str, Any]
 
+DOWNLOAD: Final = "a model of the hub must be downloaded first (huggingface_hub.snapshot_download gives its folder)"
 LARGEST: Final = 1 << 31  # No number of a layer is as large.
 # Keys for each number, in order of precedence.
 EXPERTS: Final = ("n_routed_experts", "num_experts", "num_local_experts", "moe_num_experts", "num_routed_experts")

@@ -53,9 +53,10 @@ def check_weight(name: str, tensor: Tensor, *, transposed: bool = False) -> None
             f"{list(tensor.stride())} for shape {list(tensor.shape)}; leave transposed out for contiguous weights"
         )
     if not transposed and not tensor.is_contiguous():
+        in_place = tensor.is_floating_point() and tensor.dtype != FP8 and tensor.transpose(1, 2).is_contiguous()
         raise InvalidInputError(
             f"{name} must be contiguous, got strides {list(tensor.stride())} for shape {list(tensor.shape)}; "
-            "call .contiguous() once at load"
+            f"call .contiguous() once at load{', or give transposed=True if both weights are so' if in_place else ''}"
         )
 
 

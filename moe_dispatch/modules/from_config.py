@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from moe_dispatch.errors import InvalidInputError
-from moe_dispatch.model_config import LARGEST, configured_layer, moe_section
+from moe_dispatch.model_config import DOWNLOAD, LARGEST, configured_layer, moe_section
 from moe_dispatch.routers import Router, Scoring
 from moe_dispatch.system.files import read_json
 
@@ -39,7 +39,8 @@ def _loaded(config: object) -> tuple[dict[str, Any], str]:
         try:
             config, origin = read_json(path), str(path)
         except (OSError, ValueError) as error:
-            raise InvalidInputError(f"{path} cannot be read as a config: {error}") from error
+            why = f"{error.strerror}; {DOWNLOAD}" if isinstance(error, FileNotFoundError) else error
+            raise InvalidInputError(f"{path} cannot be read as a config: {why}") from error
     else:
         origin = "the config"
         config = config.to_dict() if hasattr(config, "to_dict") else config

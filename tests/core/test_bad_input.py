@@ -129,11 +129,15 @@ WEIGHTS: dict[str, Bad] = {
     "integer weights": (lambda: experts(gate_up=torch.ones(UP, dtype=torch.int8)), ("int8", "bfloat16")),
     "double weights": (lambda: experts(gate_up=torch.randn(UP).double()), ("float64", "float32")),
     "meta device": (lambda: experts(gate_up=torch.empty(UP, device="meta")), ("meta", "load the weights")),
-    "transposed checkpoint": (lambda: experts(gate_up=torch.randn(E, K, 2 * N)), ("belong together", "transpose")),
+    "transposed checkpoint": (
+        lambda: experts(gate_up=torch.randn(E, K, 2 * N)),
+        ("belong together", "transposed=True"),
+    ),
     "transposed view": (
         lambda: experts(gate_up=torch.randn(E, K, 2 * N).transpose(1, 2)),
-        ("contiguous", "strides", ".contiguous()"),
+        ("contiguous", "strides", ".contiguous()", "transposed=True"),
     ),
+    "moved to a dtype": (lambda: quantized().to(torch.bfloat16), ("device", "got torch.bfloat16", "quantize")),  # type: ignore[arg-type]
     "contiguous, said to be transposed": (
         lambda: ExpertWeights(torch.randn(UP), torch.randn(DOWN), transposed=True),
         ("transposed=True", "strides"),

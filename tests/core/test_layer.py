@@ -496,6 +496,13 @@ def test_from_config_refuses_an_unknown_router(change: dict[str, Any], message: 
         MoELayer.from_config("a" * 300)
 
 
+def test_from_config_says_that_a_model_of_the_hub_must_be_here() -> None:
+    with pytest.raises(
+        InvalidInputError, match=r"^Qwen/Qwen3 .*: No such file or directory; .* must be downloaded first"
+    ):
+        MoELayer.from_config("Qwen/Qwen3")
+
+
 def test_the_second_stream_is_for_few_tokens_without_gradients_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     layer = small_layer(shared_N=16)
     assert not layer._on_two_streams(tokens())
