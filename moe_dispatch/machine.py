@@ -130,7 +130,7 @@ class Machine(pydantic.BaseModel):
             if machine.device != present.type and device is not None:
                 raise InvalidInputError(
                     f"MOE_DISPATCH_MACHINE={described} describes a {machine.device} machine, and what runs here is on "
-                    f"{present}; unset it, or ask without running anything: `moe-dispatch explain --machine FILE`"
+                    f"{present}; unset it, or ask without running: `moe-dispatch explain --machine {described}`"
                 )
             return machine
         return cls._inspect_cuda(present) if present.type == "cuda" else cls._inspect_cpu()

@@ -69,7 +69,7 @@ def test_quantize_keeps_biases_and_activation() -> None:
 def test_a_described_machine_replaces_the_real_one(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MOE_DISPATCH_MACHINE", "h200")
     assert Machine.inspect().name == "NVIDIA H200"
-    with pytest.raises(InvalidInputError, match="describes a cuda machine"):
+    with pytest.raises(InvalidInputError, match=r"describes a cuda machine.*`moe-dispatch explain --machine h200`"):
         Machine.inspect("cpu")
 
 
