@@ -52,6 +52,7 @@ OBEYED_FOR: Final = datetime.timedelta(hours=24)
 STRIKES: Final = 2
 
 _marker_numbers = itertools.count()
+_IMPORTED_IN: Final = os.getpid()  # in a fork, the parent's
 
 
 class QuarantineEntry(pydantic.BaseModel):
@@ -182,6 +183,11 @@ class Quarantine:
         SIGTERM remove the marker: a run that was ended on purpose did not fail.
         """
         cause = "the process died or was killed during its first run here (a crash, a hang, or a SIGKILL from outside)"
+        if os.getpid() != _IMPORTED_IN and self._machine.device == "cpu":
+            cause += (
+                "; it was a fork, and torch hangs in a fork of a process in which it has computed on the CPU: spawn "
+                "processes, or call torch.set_num_threads(1) in a fork first"
+            )
         marker, handle = self._mark(self._entry(backend, problem, cause, fatal=True))
 
         def forget() -> None:

@@ -4,6 +4,7 @@ import dataclasses
 import datetime
 import json
 import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from tests.support.processes import exit_code, start_child
 
 pytestmark = pytest.mark.usefixtures("fixed_policy", "no_grad")
 MACHINE = Machine.load("h200")
+CPU = Machine.inspect("cpu")
 PROBLEM = MoEProblem(M=4, K=64, N=32, E=4, topk=2)
 
 
@@ -261,3 +263,17 @@ def test_a_marker_that_the_file_cannot_take_is_obeyed_and_stays(path: Path) -> N
     marker.write_text(entry.model_dump_json())
     assert cause(path) == "crashed"
     assert marker.exists()
+
+
+def die_in_a_first_run(machine: Machine, folder: Path) -> None:
+    with Quarantine(machine, folder).first_run("deep_gemm", PROBLEM):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.parametrize(("machine", "said"), [(CPU, True), (MACHINE, False)], ids=["cpu", "h200"])
+@FORKS
+def test_a_death_in_a_fork_on_a_cpu_says_what_hangs_there(machine: Machine, said: bool, tmp_path: Path) -> None:
+    """In torch, not in the backend: the threads that the parent computed with are not in its children."""
+    assert exit_code(start_child(die_in_a_first_run, machine, tmp_path)) == -signal.SIGKILL
+    (entry,) = Quarantine(machine, tmp_path).entries()
+    assert ("torch.set_num_threads(1)" in entry.cause) is said
