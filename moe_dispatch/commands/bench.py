@@ -92,7 +92,10 @@ def bench(
     plot: Annotated[bool, typer.Option("--plot", help="Draw the rows next to their file.")] = False,
     json_: AsJson = False,
 ) -> None:
-    """Time whole MoE layers, correct results only, beside the baselines. Runs can be resumed and plotted."""
+    """Time whole MoE layers, correct results only, beside the baselines. Runs can be resumed and plotted.
+
+    Without --model: deepseek-v3, qwen3-30b-a3b and mixtral-8x7b. Without --dtype: all. Without --routing: uniform.
+    """
     from moe_dispatch.benchmarks.baselines import BASELINES
     from moe_dispatch.benchmarks.candidates import available_backends
     from moe_dispatch.benchmarks.plan import BenchPlan

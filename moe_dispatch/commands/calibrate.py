@@ -75,7 +75,10 @@ def calibrate(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Measure every backend and configuration on this machine, and remember which is fastest for what."""
+    """Measure every backend and configuration on this machine, and remember which is fastest for what.
+
+    --model must be given. Without --dtype: bf16. Without --routing: uniform and dirichlet-4.
+    """
     from moe_dispatch.policies.calibration.calibrate import DEFAULT_ROUTINGS
     from moe_dispatch.policies.calibration.calibrate import calibrate as measure
     from moe_dispatch.workloads import workload

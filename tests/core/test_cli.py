@@ -85,6 +85,15 @@ def test_every_command_that_reports_prints_json_on_request(command: str) -> None
     assert "--json" in invoke(*command.split(), "--help", columns=100).output
 
 
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [("calibrate", "--model must be given. Without --dtype: bf16. Without --routing: uniform and dirichlet-4."),
+     ("bench", ": deepseek-v3, qwen3-30b-a3b and mixtral-8x7b. Without --dtype: all. Without --routing: uniform.")],
+)  # fmt: skip
+def test_help_says_what_stands_for_a_list_that_is_left_out(command: str, said: str) -> None:
+    assert said in invoke(command, "--help", columns=140).output
+
+
 def test_the_version_is_that_of_the_distribution() -> None:
     assert moe_dispatch.__version__ == importlib.metadata.version("moe-dispatch")
     done = subprocess.run(
