@@ -5,6 +5,7 @@ import difflib
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Final
 
 import torch
@@ -31,6 +32,7 @@ from moe_dispatch.workloads import Workload
 # Small, and aligned so that no backend refuses it for its shape.
 PROBE: Final = Workload("probe", E=4, topk=2, K=256, N=128)
 PROBE_TOKENS: Final = 8
+NVIDIA_DRIVER: Final = Path("/proc/driver/nvidia")  # where it is loaded; a container with GPUs has it, too
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,7 @@ class DoctorReport:
         calibrated: Layers that this machine's calibrations cover, its own first.
         quarantine: Entries that hold under today's versions.
         lifted: Number of entries that --reset lifted; None without it.
-        policy_notes: What the policies have to say, and what the environment names in vain.
+        policy_notes: What the policies have to say, what the environment names in vain, and a torch without CUDA.
         cache_dir: Folder of calibrations and the quarantine.
         problems: What is wrong, each with its remedy; the command fails if there are any.
     """
@@ -138,7 +140,7 @@ def examine(device: str | None, *, reset: bool, probe: bool) -> DoctorReport:
         calibrated=tuple(calibrated),
         quarantine=entries,
         lifted=lifted,
-        policy_notes=(*dispatcher.planner.notes(), *absent, *_unread_variables()),
+        policy_notes=(*dispatcher.planner.notes(), *absent, *_unread_variables(), *_cpu_build()),
         environment=set_variables(),
         cache_dir=str(cache_dir()),
         problems=tuple(problems),
@@ -174,6 +176,16 @@ def _unread_variables() -> Iterator[str]:
         if name.startswith("MOE_DISPATCH_") and name not in VARIABLES:
             near = difflib.get_close_matches(name, VARIABLES, n=1)
             yield f"{name[:80]} is no variable of moe_dispatch" + (f"; did you mean {near[0]}?" if near else "")
+
+
+def _cpu_build() -> Iterator[str]:
+    """A torch for the CPU alone where there is a GPU: backends say that they need one, and not why they have none."""
+    if os.path.exists(NVIDIA_DRIVER) and not torch.version.cuda and not torch.version.hip:
+        release = torch.__version__.partition("+")[0]
+        yield (
+            f"NVIDIA's driver is loaded, and torch {torch.__version__} is built without CUDA: pip install "
+            f"--force-reinstall --index-url https://pypi.org/simple 'torch=={release}'"
+        )
 
 
 def _cache_problems() -> Iterator[str]:

@@ -12,9 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 import moe_dispatch
+from moe_dispatch.commands import doctor_report
 from moe_dispatch.commands.app import app
 from moe_dispatch.dispatch.quarantine import Quarantine
 from moe_dispatch.machine import Machine
@@ -192,6 +194,22 @@ def test_doctor_names_what_the_search_path_leads_to_and_is_not_there(monkeypatch
     assert result.exit_code == 0
     for path in ("/nowhere/fleet.json", f"/nowhere/fleet/{Machine.inspect('cpu').fingerprint}.json"):
         assert f"MOE_DISPATCH_CALIBRATION_PATH: there is no {path}" in result.output
+
+
+@pytest.mark.parametrize(
+    ("loaded", "cuda", "said"), [(True, None, True), (False, None, False), (True, "13.0", False)], ids=str
+)
+def test_doctor_names_a_torch_without_cuda_on_a_machine_with_a_gpu(
+    loaded: bool, cuda: str | None, said: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every backend for GPUs says only that it needs one."""
+    monkeypatch.setattr(doctor_report, "NVIDIA_DRIVER", tmp_path if loaded else tmp_path / "absent")
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch, "__version__", "2.13.0+cpu")
+    output = invoke("doctor", "--device", "cpu", columns=200).output
+    command = "pip install --force-reinstall --index-url https://pypi.org/simple 'torch==2.13.0'"
+    assert (f"torch 2.13.0+cpu is built without CUDA: {command}" in output) is said
 
 
 def test_doctor_names_a_variable_that_is_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
