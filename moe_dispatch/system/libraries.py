@@ -56,6 +56,7 @@ KNOWN_TO_WORK: Final = (
     Releases("triton", "3.8", "3.8", "triton==3.8.*", torch="2.14"),
     Releases("triton", "3.9", "3.9", "triton==3.9.*", torch="2.15"),
     Releases("vllm", "0.20.2", "0.26", "vllm==0.26.0", torch="2.11", held_by=("0.20.2", "0.26.0")),
+    Releases("vllm", "0.27", "0.32", "vllm==0.32.0", torch="2.13", held_by=("0.27.0", "0.32.0")),
     Releases("vllm", "0.33", "0.33", "vllm==0.33.0", torch="2.14", held_by=("0.33.0",)),
     Releases(
         "deep_gemm", "0.1.3", "0.1.3", "sgl-deep-gemm==0.1.3", torch="2.11", exact_torch=True, wheel="sgl-deep-gemm",
@@ -156,7 +157,7 @@ def unusable_wheel(library: str, installed: str, torch_version: str) -> str:
 
 
 def install_hint(library: str, wheel: str = "") -> str:
-    """How to install a library, by torch: ``"pip install vllm==0.26.0 (torch 2.11) or vllm==0.33.0 (torch 2.14)"``."""
+    """How to install a library, by torch: ``"pip install vllm==0.26.0 (torch 2.11) or vllm==0.32.0 (torch 2.13)"``."""
     choices = [f"{releases.requirement} (torch {releases.torch})" for releases in _of(library, wheel)]
     return f"pip install {' or '.join(choices)}"
 

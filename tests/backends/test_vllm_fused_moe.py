@@ -83,7 +83,7 @@ def test_takes(taken: MoEProblem) -> None:
 def test_absent_library_says_how_to_get_it() -> None:
     (reason,) = VllmFusedMoEBackend(CPU).unavailable_reasons()
     assert "vllm is not installed" in reason
-    assert "vllm==0.26.0 (torch 2.11) or vllm==0.33.0 (torch 2.14)" in reason
+    assert "vllm==0.26.0 (torch 2.11) or vllm==0.32.0 (torch 2.13)" in reason
     assert VllmFusedMoEBackend(H200).unavailable_reasons() == ()
 
 

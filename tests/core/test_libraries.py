@@ -37,6 +37,9 @@ def test_a_range_covers_the_releases_that_tests_hold(releases: Releases) -> None
         ("vllm", "0.20.2", "2.11.0+cu130", "", "vllm==0.26.0"),
         ("vllm", "0.26.1", "2.11.0", "", "vllm==0.26.0"),
         ("vllm", "0.33.0", "2.11.0", "is built for torch 2.14, and this is torch 2.11", "vllm==0.26.0"),
+        ("vllm", "0.27.0", "2.13.0+cpu", "", "vllm==0.32.0"),
+        ("vllm", "0.32.1", "2.13.0", "", "vllm==0.32.0"),
+        ("vllm", "0.29.0", "2.11.0", "is built for torch 2.13, and this is torch 2.11", "vllm==0.26.0"),
         ("vllm", "0.40.0", "2.14.1", "is not among the releases that are known to work", "vllm==0.33.0"),
         ("vllm", "", "2.14.1", "", "vllm==0.33.0"),
         ("vllm", "", "2.15.0", "", "vllm==0.33.0' 'torch==2.14.*"),
@@ -65,7 +68,9 @@ def test_status(library: str, installed: str, torch: str, fault: str, remedy: st
 
 def test_a_status_names_the_releases_for_this_torch_or_the_torches_there_are_releases_for() -> None:
     assert library_status("vllm", "", "2.11.0").known == "0.20.2 to 0.26"
-    assert library_status("vllm", "", "2.15.0").known == "0.20.2 to 0.26 (torch 2.11) or 0.33 (torch 2.14)"
+    assert library_status("vllm", "", "2.15.0").known == (
+        "0.20.2 to 0.26 (torch 2.11) or 0.27 to 0.32 (torch 2.13) or 0.33 (torch 2.14)"
+    )
     assert library_status("deep_gemm", "", "2.14.0").known == "0.2.2 to 0.2.5 (sgl-deep-gemm) or 2.8.1"
 
 
@@ -83,7 +88,9 @@ def test_every_library_has_a_status() -> None:
 
 
 def test_hints_name_a_release_for_each_torch() -> None:
-    assert install_hint("vllm") == "pip install vllm==0.26.0 (torch 2.11) or vllm==0.33.0 (torch 2.14)"
+    assert install_hint("vllm") == (
+        "pip install vllm==0.26.0 (torch 2.11) or vllm==0.32.0 (torch 2.13) or vllm==0.33.0 (torch 2.14)"
+    )
     assert "vllm" not in install_hint("deep_gemm", "sgl-deep-gemm")
 
 

@@ -11,10 +11,10 @@ import torch
 pytest.importorskip("sglang")
 
 from sglang.srt import runtime_context
-from sglang.srt.arg_groups.overrides import declare_resolution
+from sglang.srt.arg_groups import overrides
 from sglang.srt.layers.moe.moe_runner.base import MoeRunnerConfig
 from sglang.srt.layers.moe.moe_runner.runner import MoeRunner
-from sglang.srt.layers.moe.moe_runner.triton import TritonMoeQuantInfo
+from sglang.srt.layers.moe.moe_runner.triton import TritonMoeQuantInfo, TritonRunnerCore
 from sglang.srt.layers.moe.token_dispatcher.standard import StandardCombineInput, StandardDispatchOutput
 from sglang.srt.layers.moe.topk import StandardTopKOutput
 from sglang.srt.layers.moe.utils import MoeRunnerBackend
@@ -163,14 +163,23 @@ def test_what_does_not_fit_stays_sglangs_own(case: str) -> None:
     assert reason in next(iter(runner.TAKEOVER.left))
 
 
+def resolved(monkeypatch: pytest.MonkeyPatch, **values: Any) -> Any:
+    """SGLang's arguments, after it has decided these: up to 0.5.18 in the arguments themselves, later beside them."""
+    if not hasattr(overrides, "declare_resolution"):
+        monkeypatch.setattr(ServerArgs, "__post_init__", lambda self: None)  # decides, and looks for a GPU to do so
+        return ServerArgs(model_path="any", **values)
+    arguments = ServerArgs(model_path="any")
+    overrides.declare_resolution(arguments, "test", **values)
+    return arguments
+
+
 @pytest.mark.parametrize(("chunk", "most_tokens"), [(4096, 4096), (-1, 16384)])
 def test_token_counts_are_those_that_sglang_resolves(
     chunk: int, most_tokens: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """They are published; the server arguments go on holding None. -1 cuts no prefill."""
-    arguments = ServerArgs(model_path="any")
     graphs = CudaGraphConfig(decode=PhaseConfig("full", bs=[4, 1, 2]), prefill=PhaseConfig("breakable", bs=[512]))
-    declare_resolution(arguments, "test", chunked_prefill_size=chunk, cuda_graph_config=graphs)
+    arguments = resolved(monkeypatch, chunked_prefill_size=chunk, cuda_graph_config=graphs)
     monkeypatch.setattr(runtime_context._CONTEXT, "_config_bags", runtime_context._build_config_bags(arguments))
     remembered: list[tuple[object, ...]] = []
     monkeypatch.setattr(runner.TAKEOVER, "remember_engine", lambda *counts: remembered.append(counts))
@@ -178,14 +187,28 @@ def test_token_counts_are_those_that_sglang_resolves(
     assert remembered == [({1, 2, 4, 512}, most_tokens)]
 
 
+def test_a_core_of_another_package_stays_in_use() -> None:
+    """From 0.5.19 on one may be registered for the Triton runner."""
+
+    class Foreign(TritonRunnerCore):  # type: ignore[misc]
+        __module__ = "another_plugin.cores"
+
+    made = make_runner()
+    made.runner_core = Foreign(made.config)
+    _, described = weights()
+    assert made.run(dispatched(*call()), TritonMoeQuantInfo(**described)).hidden_states.numel() == 0
+    assert "Foreign of another_plugin.cores" in next(iter(runner.TAKEOVER.left))
+
+
+@pytest.mark.parametrize("version", ["0.5.16", "0.5.23.post1", "0.6.0"])
 def test_another_version_is_refused_with_the_reason(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    version: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     HookRegistry.reset()
-    monkeypatch.setattr(importlib.metadata, "version", lambda name: "0.6.0")
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: version)
     register()
     monkeypatch.setenv(VARIABLE, "0")
     register()
     assert not HookRegistry._hooks.get(runner.TARGET)
-    assert "SGLang 0.6.0 is not known" in caplog.text
-    assert "Known: 0.5.23" in caplog.text
+    assert f"SGLang {version} is not known" in caplog.text
+    assert "Known: 0.5.17 to 0.5.23" in caplog.text

@@ -4,6 +4,7 @@ Runs where vLLM is installed (`nox -s vllm`); the engine itself is tested on a G
 Without a GPU vLLM has no platform of its own, so the tests describe an sm_90 one, and `moe_forward` runs its reference.
 """
 
+import abc
 import contextlib
 import dataclasses
 import functools
@@ -85,10 +86,11 @@ def described_platform() -> Iterator[None]:
         def is_cuda_alike(self) -> bool:
             return True
 
-    before = platforms._current_platform
-    platforms._current_platform = Described()
-    yield
-    platforms._current_platform = before
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(platforms, "_current_platform", Described())
+        # A torch built for CPUs raises here, one built for CUDA does nothing without a GPU.
+        patch.setattr(torch.accelerator, "empty_cache", lambda: None)
+        yield
 
 
 def _quantize_by_a_scale(out: Tensor, values: Tensor, scale: Tensor, _shape: list[int] | None = None) -> None:
@@ -496,6 +498,132 @@ def test_a_vllm_without_the_method_is_refused_with_a_warning(
     assert f"expert layers cannot be replaced (KeyError: '{name}')" in caplog.text
 
 
+def one_argument_more(*_: Any, lora: Any) -> None:
+    """Stands for a method that vLLM has changed."""
+
+
+# Altered classes of vLLM's by the attribute that is altered: its value, None for one that is gone, and the warning.
+CONTRACTS: dict[str, tuple[str, Any, str]] = {
+    "another argument": ("FusedMoEExpertsModular.apply", one_argument_more, "FusedMoEExpertsModular.apply takes no"),
+    "a sum with another argument": ("TopKWeightAndReduce.apply", one_argument_more, "TopKWeightAndReduce.apply takes"),
+    "a new method": ("FusedMoEExpertsModular.route", abc.abstractmethod(one_argument_more), "Modular wants route"),
+    "no such method": ("FusedMoEExperts.expects_unquantized_inputs", None, "has no expects_unquantized_inputs"),
+    "no such class": ("FusedMoEExpertsModular", None, "FusedMoEExpertsModular"),
+}
+
+
+@pytest.mark.parametrize("case", CONTRACTS)
+def test_a_vllm_with_another_contract_keeps_its_layers_and_is_told_why(
+    case: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    import vllm.model_executor.layers.fused_moe.modular_kernel as mk
+
+    from moe_dispatch.integrations import vllm as adapter
+
+    make_layer()  # so that vLLM has imported its own experts
+    path, value, said = CONTRACTS[case]
+    *above, name = path.split(".")
+    owner = functools.reduce(getattr, above, mk)
+    if value is None:
+        monkeypatch.delattr(owner, name)
+    else:
+        monkeypatch.setattr(owner, name, value, raising=False)
+        monkeypatch.setattr(owner, "__abstractmethods__", owner.__abstractmethods__)
+        abc.update_abstractmethods(owner)
+    cls, method = wrapped_method()
+    monkeypatch.setattr(cls, method, vllms_own := vars(cls)[method].__wrapped__)
+    # As a process that starts with that vLLM imports them.
+    for module in ("experts", "layers"):
+        monkeypatch.setattr(adapter, module, getattr(adapter, module))
+        monkeypatch.delitem(sys.modules, f"moe_dispatch.integrations.vllm.{module}")
+    with caplog.at_level(logging.WARNING):
+        register()
+    assert said in caplog.text
+    assert "the engine runs its own" in caplog.text
+    assert vars(cls)[method] is vllms_own
+    assert make_layer().quant_method.experts_cls.__name__ != "MoeDispatchExperts"
+
+
+def test_arguments_by_which_vllm_chooses_a_method_are_passed_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    cls, name = wrapped_method()
+    if name == "__init__":
+        pytest.skip("the plugin wraps the constructor here, with whatever arguments")
+    own = vars(cls)[name].__wrapped__
+
+    def altered(self: Any, prefix: str, *, role: str) -> Any:
+        assert role == "experts"
+        return own(self, prefix, None, self.moe_config)
+
+    layer = make_layer()
+    monkeypatch.setattr(cls, name, altered)
+    register()
+    assert layer._get_quant_method("layer", role="experts").experts_cls.__name__ == "MoeDispatchExperts"
+    assert takeover.TAKEOVER.taken.total() == 2
+
+
+def test_arguments_with_which_vllm_makes_experts_are_passed_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    import vllm.model_executor.layers.fused_moe.modular_kernel as mk
+
+    own, roles = mk.FusedMoEExperts.__init__, []
+
+    def altered(self: Any, moe_config: Any, quant_config: Any, *, role: str) -> None:
+        roles.append(role)
+        own(self, moe_config, quant_config)
+
+    layer = plain_layer()
+    run(layer, *draw())
+    method = layer.quant_method
+    monkeypatch.setattr(mk.FusedMoEExperts, "__init__", altered)
+    made = method.experts_cls(layer.moe_config, method.moe_quant_config, role="experts")
+    assert type(made).__name__ == "MoeDispatchExperts"
+    assert roles == ["experts"]
+
+
+@pytest.mark.parametrize("renamed", ["unquantized_backend", "experts_cls", "TRITON"])
+def test_a_method_that_chooses_its_kernel_otherwise_is_left_as_it_is(
+    renamed: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Half of the changes would give our experts weights in the layout of another backend."""
+    from moe_dispatch.integrations.vllm import layers
+
+    monkeypatch.setenv(VARIABLE, "0")
+    cls, name = wrapped_method()
+    monkeypatch.setattr(cls, name, vars(cls)[name].__wrapped__)
+    layer = make_layer()
+    state = vars(layer.quant_method)
+    if renamed == "TRITON":
+        monkeypatch.setattr(layers, "UnquantizedMoeBackend", types.SimpleNamespace(OTHER="other"))
+    else:
+        state["another_name"] = state.pop(renamed)
+    before = dict(state)
+    layers.take(layer, layer.quant_method)
+    assert state == before
+    assert renamed in next(iter(takeover.TAKEOVER.left))
+    assert not takeover.TAKEOVER.taken
+
+
+def test_a_vllm_that_does_not_sum_gets_the_layer_from_its_experts(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The first call, which profiles memory, shows it; what is read comes later."""
+
+    def copies(output: Tensor, fused_expert_output: Tensor, *_: Any, **_options: Any) -> None:
+        output.copy_(fused_expert_output)
+
+    layer = plain_layer()
+    layer.quant_method.process_weights_after_loading(layer)
+    monkeypatch.setattr(layer.quant_method.moe_kernel.prepare_finalize, "finalize", copies)
+    x, weights, ids = draw()
+    with caplog.at_level(logging.WARNING, logger="vllm.moe_dispatch"):
+        outputs = [call(layer, x, weights, ids) for _ in range(3)]
+    expected = moe_forward(x, experts_of(layer), weights, ids)
+    assert torch.equal(outputs[1], expected)
+    assert torch.equal(outputs[2], expected)
+    assert caplog.text.count("vLLM did not sum over experts") == 1
+    monkeypatch.undo()  # one that sums again gets the same
+    assert torch.equal(call(layer, x, weights, ids), expected)
+
+
 def test_another_plugins_layer_is_respected() -> None:
     """Also one that is registered later: vLLM takes one class a name."""
     base, _ = wrapped_method()
@@ -649,7 +777,8 @@ def test_parallel_layers_that_share_their_tokens_stay_vllms_own(
 def test_every_option_of_the_installed_layers_is_known_and_a_new_one_that_is_set_is_refused() -> None:
     layer = make_layer()
     config, method = layer.moe_config, layer.quant_method
-    for each in (config, config.moe_parallel_config):
+    offload = current_config().offload_config
+    for each in (config, config.moe_parallel_config, offload, offload.uva, offload.prefetch):
         assert {field.name for field in dataclasses.fields(each)} <= takeover._KNOWN_OPTIONS
     default: Any = dataclasses.field(default=False)
     newer = dataclasses.make_dataclass("Newer", [("scale_of_rows", bool, default)], bases=(type(config),))
@@ -659,6 +788,19 @@ def test_every_option_of_the_installed_layers_is_known_and_a_new_one_that_is_set
     config.scale_of_rows = True
     (reason,) = takeover.reasons_against(config, vllm_config, method)
     assert reason == "scale_of_rows=True, an option that this plugin does not know"
+
+
+def test_a_new_way_to_keep_weights_elsewhere_leaves_the_layers_to_vllm(
+    parallel_state: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows: Any = dataclasses.field(default=0)
+    config = parallel_state.offload_config
+    newer = dataclasses.make_dataclass("Newer", [("expert_pool_rows", int, rows)], bases=(type(config),))
+    monkeypatch.setattr(parallel_state, "offload_config", newer())
+    assert make_layer().quant_method.experts_cls.__name__ == "MoeDispatchExperts"
+    monkeypatch.setattr(parallel_state, "offload_config", newer(expert_pool_rows=16))
+    assert make_layer().quant_method.experts_cls.__name__ != "MoeDispatchExperts"
+    assert "expert_pool_rows=16, an option that this plugin" in next(iter(takeover.TAKEOVER.left))
 
 
 def current_config() -> Any:

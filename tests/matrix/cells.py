@@ -11,7 +11,8 @@ RECORD: Final = FOLDER / "record.json"
 # Every cell and its file of pins.
 CELLS: Final = {
     **{f"{kind}-torch{torch}": f"torch{torch}" for torch in (211, 213, 214, 215) for kind in ("core", "defaults")},
-    **{name: name for name in ("transformers517", "transformers524", "vllm0202", "vllm0240", "vllm0260", "vllm0330")},
+    **{f"transformers{release}": f"transformers{release}" for release in ("517", "524")},
+    **{f"vllm{release}": f"vllm{release}" for release in ("0202", "0240", "0260", "0270", "0320", "0330")},
     **{f"packaging-python{python}": f"python{python}" for python in (311, 312, 313)},
 }
 

@@ -15,7 +15,9 @@ from typing import Final
 from moe_dispatch.settings import Settings
 
 VARIABLE: Final = "MOE_DISPATCH_SGLANG"
-VERSIONS: Final = ("0.5.23",)  # those whose runner was read and is tested
+# Those whose runner was read and is tested. Up to 0.5.16 SGLang does not publish the token counts that it has resolved
+# (`get_exec` and `get_schedule` of its `runtime_context`); plugins are loaded from 0.5.11 on.
+VERSIONS: Final = tuple(f"0.5.{patch}" for patch in range(17, 24))
 
 logger = logging.getLogger("moe_dispatch")
 
@@ -28,10 +30,12 @@ def register() -> None:
         version = importlib.metadata.version("sglang")
         if version not in VERSIONS:
             logger.warning(
-                "%s is set, but the MoE runner of SGLang %s is not known; the engine runs its own layers. Known: %s.",
+                "%s is set, but the MoE runner of SGLang %s is not known; the engine runs its own layers. "
+                "Known: %s to %s.",
                 VARIABLE,
                 version,
-                ", ".join(VERSIONS),
+                VERSIONS[0],
+                VERSIONS[-1],
             )
             return
         from moe_dispatch.integrations.sglang.runner import hook

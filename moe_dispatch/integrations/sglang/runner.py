@@ -1,7 +1,11 @@
 """The hook around SGLang's MoE runner. Imports SGLang.
 
-Written for SGLang 0.5.23: `MoeRunner.run` gets hidden states, ids and weights of the router, and a
-`TritonMoeQuantInfo` with plain weights and scales. Ids are local to the rank; -1 marks an expert of another one.
+`MoeRunner.run` of SGLang 0.5.17 to 0.5.23 gets hidden states, ids and weights of the router, and a `TritonMoeQuantInfo`
+with plain weights and scales. Ids are local to the rank; -1 marks an expert of another one. Releases differ in this:
+
+- `TritonMoeQuantInfo.fuse_swiglu_interleaved` exists from 0.5.18 on;
+- from 0.5.19 on another package may register a core of its own for the Triton runner;
+- ``gelu_tanh`` is computed from 0.5.21 on, and raises in SGLang before.
 """
 
 import weakref
@@ -9,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 import torch
+from sglang.srt.layers.moe.moe_runner.triton import TritonRunnerCore
 from sglang.srt.layers.moe.token_dispatcher.standard import StandardCombineInput
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 from sglang.srt.runtime_context import get_exec, get_schedule
@@ -87,6 +92,9 @@ def reasons_against(runner: Any, dispatch_output: Any, quant_info: Any) -> list[
     if not runner.runner_backend.is_triton() or type(quant_info).__name__ != "TritonMoeQuantInfo":
         reasons.append(f"the MoE runner {runner.runner_backend.value!r}; --moe-runner-backend triton is taken over")
         return reasons
+    core = type(runner.runner_core)
+    if core is not TritonRunnerCore:
+        reasons.append(f"{core.__name__} of {core.__module__}, which was registered in place of SGLang's Triton core")
     if not dispatch_output.format.is_standard() or not hasattr(dispatch_output.topk_output, "topk_ids"):
         reasons.append(f"tokens dispatched as {dispatch_output.format.value}")
     if dispatch_output.hidden_states_scale is not None:
@@ -158,9 +166,10 @@ def _decide(runner: Any, dispatch_output: Any, quant_info: Any, *, first: bool) 
 
 def _wrap(config: Any, quant_info: Any) -> ExpertWeights:
     activation, interleaved = gate_of(config)
+    interleaved |= getattr(quant_info, "fuse_swiglu_interleaved", False)
     routed = config.num_experts
     return wrap(
-        _tensors(quant_info), activation, interleaved=interleaved or bool(quant_info.fuse_swiglu_interleaved),
+        _tensors(quant_info), activation, interleaved=interleaved,
         routed_experts=routed if routed is not None and routed > quant_info.w13_weight.shape[0] else None,
     )  # fmt: skip
 

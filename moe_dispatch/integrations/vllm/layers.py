@@ -14,7 +14,7 @@ from vllm.config import get_current_vllm_config
 from vllm.model_executor.layers.fused_moe.oracle.fp8 import Fp8MoeBackend
 from vllm.model_executor.layers.fused_moe.oracle.unquantized import UnquantizedMoeBackend
 
-from moe_dispatch.integrations.vllm.experts import MoeDispatchExperts
+from moe_dispatch.integrations.vllm.experts import MoeDispatchExperts, check_contract
 from moe_dispatch.integrations.vllm.takeover import TAKEOVER, describe, reasons_against
 
 
@@ -26,7 +26,9 @@ def replace_layers() -> str:
 
     Raises:
         ImportError, KeyError: This vLLM does not have it, or not the method that is to be wrapped.
+        TypeError: This vLLM would call our experts otherwise than they are written.
     """
+    check_contract()
     try:
         from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
     except ImportError:
@@ -46,9 +48,9 @@ def _wrap(cls: type, name: str, wrapper: Callable[[Any], Any]) -> str:
 
 
 def _judge_what_was_chosen(original: Any) -> Any:
-    def _get_quant_method(self: Any, prefix: str, quant_config: Any, moe_config: Any) -> Any:
-        method = original(self, prefix, quant_config, moe_config)
-        take(self, method, moe_config)
+    def _get_quant_method(self: Any, *args: Any, **options: Any) -> Any:
+        method = original(self, *args, **options)
+        take(self, method)
         return method
 
     return _get_quant_method
@@ -57,34 +59,47 @@ def _judge_what_was_chosen(original: Any) -> Any:
 def _judge_what_was_built(original: Any) -> Any:
     def __init__(self: Any, *args: Any, **options: Any) -> None:  # noqa: N807 - it takes the place of one
         original(self, *args, **options)
-        take(self, self.quant_method, self.moe_config)
+        take(self, getattr(self, "quant_method", None))
 
     return __init__
 
 
-def take(layer: Any, method: Any, moe_config: Any) -> None:
-    """Let a layer's method build its kernel with our experts, or leave it and keep the reason. Never raises."""
+def take(layer: Any, method: Any) -> None:
+    """Let a layer's method build its kernel with our experts, or leave it and keep the reason.
+
+    Never raises, and changes all that it has to change or nothing: an exception would end the engine's start, and a
+    method with half of the changes would give one backend's layout of the weights to another's experts.
+    """
     try:
-        vllm_config = get_current_vllm_config()
+        moe_config, vllm_config = layer.moe_config, get_current_vllm_config()
         reasons = [*_layer_reasons(layer, moe_config), *reasons_against(moe_config, vllm_config, method)]
-        backend = "fp8_backend" if hasattr(method, "fp8_backend") else "unquantized_backend"
-        if not reasons and not hasattr(method, "experts_cls"):
-            reasons.append(f"{type(method).__name__} of this vLLM has no experts_cls")
+        if not reasons:
+            description, changes = describe(moe_config, method), _changes(method)
+            captured = vllm_config.compilation_config.cudagraph_capture_sizes or ()
+            most_tokens = int(vllm_config.scheduler_config.max_num_batched_tokens)
+            lacking = changes.keys() - vars(method).keys()
+            reasons += [f"{type(method).__name__} of this vLLM has no {name}" for name in sorted(lacking)]
     except Exception as error:  # noqa: BLE001 - vLLM's classes differ by version, and the engine serves without us
         reasons = [f"{type(error).__name__}: {error}"]
     if reasons:
         TAKEOVER.leave(reasons)
         return
-    # The Triton layout is ours, w13 [E, 2N, K] with gate rows first; others swap halves, shuffle or requantise.
-    setattr(method, backend, Fp8MoeBackend.TRITON if backend == "fp8_backend" else UnquantizedMoeBackend.TRITON)
-    method.experts_cls = MoeDispatchExperts
     # So vLLM does not hand these weights, as `vllm preload` does, to a process that expects another layout.
-    method.supports_pre_processed_weights = False
-    TAKEOVER.remember_engine(
-        vllm_config.compilation_config.cudagraph_capture_sizes or (),
-        int(vllm_config.scheduler_config.max_num_batched_tokens),
-    )
-    TAKEOVER.take(describe(moe_config, method))
+    changes["supports_pre_processed_weights"] = False
+    vars(method).update(changes)
+    TAKEOVER.remember_engine(captured, most_tokens)
+    TAKEOVER.take(description)
+
+
+def _changes(method: Any) -> dict[str, Any]:
+    """The attributes by which a method builds its kernel, and their values with which the kernel's experts are ours.
+
+    Triton's layout of the weights is ours, w13 [E, 2N, K] with gate rows first; others swap halves, shuffle or
+    requantise.
+    """
+    if hasattr(method, "fp8_backend"):
+        return {"fp8_backend": Fp8MoeBackend.TRITON, "experts_cls": MoeDispatchExperts}
+    return {"unquantized_backend": UnquantizedMoeBackend.TRITON, "experts_cls": MoeDispatchExperts}
 
 
 def _layer_reasons(layer: Any, moe_config: Any) -> list[str]:

@@ -14,8 +14,9 @@ from moe_dispatch.weight_checks import DTYPE_NAMES
 
 TAKEOVER: Final = Takeover("vLLM")
 
-# What vLLM 0.20.2 to 0.33 says about a layer in `FusedMoEConfig` and `FusedMoEParallelConfig`. Each is judged here, or
-# is the router's or the runner's, which stay vLLM's, or concerns other GPUs, other quantisations or vLLM's own experts.
+# What vLLM 0.20.2 to 0.33 says about a layer in `FusedMoEConfig` and `FusedMoEParallelConfig`, and about its memory in
+# `OffloadConfig`. Each is judged here, or is the router's or the runner's, which stay vLLM's, or concerns other GPUs,
+# other quantisations or vLLM's own experts.
 _KNOWN_OPTIONS: Final = frozenset({
     "num_experts", "experts_per_token", "hidden_dim", "hidden_dim_unpadded", "intermediate_size", "intermediate_pad",
     "intermediate_size_per_partition", "intermediate_size_per_partition_unpadded", "num_local_experts",
@@ -28,6 +29,8 @@ _KNOWN_OPTIONS: Final = frozenset({
     "use_mxfp4_w4a4_dsv4", "require_decomposed_backend",
     "tp_size", "tp_rank", "pcp_size", "pcp_rank", "dp_size", "dp_rank", "ep_size", "ep_rank", "sp_size", "use_ep",
     "all2all_backend", "enable_eplb",
+    "offload_backend", "uva", "prefetch", "cpu_offload_gb", "cpu_offload_params", "offload_group_size",
+    "offload_num_in_group", "offload_prefetch_step", "offload_params",
 })  # fmt: skip
 
 
@@ -57,7 +60,7 @@ def reasons_against(moe_config: Any, vllm_config: Any, method: Any) -> list[str]
 
 
 def _unknown_options(config: Any) -> list[str]:
-    """The options of a layer that no vLLM up to 0.33 has, and that are set: what they change would be left out."""
+    """The options that no vLLM up to 0.33 has, and that are set: what they change would be left out."""
     return [
         f"{field.name}={value!r}, an option that this plugin does not know"
         for field in dataclasses.fields(config)
@@ -98,9 +101,11 @@ def _engine_reasons(vllm_config: Any) -> list[str]:
     if vllm_config.load_config.load_format == "ipc_cache":
         reasons.append("--load-format ipc_cache brings weights in the layout that another process chose")
     offload = getattr(vllm_config, "offload_config", None)
-    uva = getattr(getattr(offload, "uva", None), "cpu_offload_gb", 0)
-    prefetch = getattr(getattr(offload, "prefetch", None), "offload_group_size", 0)
-    if uva or prefetch or getattr(vllm_config.cache_config, "cpu_offload_gb", 0):
+    uva, prefetch = getattr(offload, "uva", None), getattr(offload, "prefetch", None)
+    for config in filter(dataclasses.is_dataclass, (offload, uva, prefetch)):
+        reasons += _unknown_options(config)
+    moved = getattr(uva, "cpu_offload_gb", 0) or getattr(prefetch, "offload_group_size", 0)
+    if moved or getattr(vllm_config.cache_config, "cpu_offload_gb", 0):
         reasons.append("weights offloaded to host memory")
     return reasons
 
