@@ -32,7 +32,12 @@ nox.options.error_on_missing_interpreters = True
 nox.options.stop_on_first_error = False
 
 # What depends on torch: dispatch, torch.compile, autocast, refused input.
-DISPATCH_TESTS = ("tests/core/test_core.py", "tests/core/test_dispatcher.py", "tests/core/test_bad_input.py")
+DISPATCH_TESTS = (
+    "tests/core/test_core.py",
+    "tests/core/test_dispatcher.py",
+    "tests/core/test_bad_input.py",
+    "tests/core/test_autocast.py",
+)
 # Versions that are written into the record.
 RECORDED = ("torch", "triton", "transformers", "vllm", "numpy")
 

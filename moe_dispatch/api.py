@@ -28,7 +28,13 @@ def moe_forward(
     in fp32.
 
     Capturable in a CUDA graph once the same token count has run before (`warm_up`), and compiled by torch.compile
-    with ``fullgraph=True``. Autocast does not reach inside: the layer is computed in the dtype of its tensors.
+    with ``fullgraph=True``.
+
+    Under torch.autocast on the layer's device, FP32 weights are cast to autocast's dtype, BF16 or FP16, and
+    hidden_states to the weights'; the result is cast back, and gradients arrive in the dtypes of the tensors given.
+    Each call casts all experts, so inference is faster with weights in BF16. Weights in half precision and quantised
+    ones are never cast, and a layer that is spread over ranks is computed in the dtype of its tensors. Autocast reaches
+    no further inside.
 
     Differentiable in hidden_states, topk_weights, the weights and the biases, compiled or not. Autograd keeps only the
     inputs of a call; the backward computes the product with gate_up and the activation again. It uses grouped products
@@ -38,7 +44,7 @@ def moe_forward(
     (``create_graph=True``), forward mode and torch.func's transforms run the reference, which is slow.
 
     Args:
-        hidden_states: ``[M, K]``; the weights' dtype, or BF16, FP16 or FP32 with FP8 weights.
+        hidden_states: ``[M, K]``; the weights' dtype, or BF16, FP16 or FP32 with quantised weights or under autocast.
         experts: The layer's weights; or this rank's part of a layer that `ExpertParallel` spread over ranks, with the
             whole layer's ids. Every rank of its group then makes the call; see `forward_sharded` for what it raises.
         topk_weights: ``[M, topk]``, fp32 (BF16 and FP16 are converted).

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from moe_dispatch.dispatch import torch_operator
+from moe_dispatch.dispatch.autocast import autocasts, cast_layer, cast_tokens, shaped_as
 from moe_dispatch.dispatch.checks import check, check_act_dtype, check_layer, check_out, have_memory
 from moe_dispatch.dispatch.coverage import representative_token_counts
 from moe_dispatch.dispatch.dispatcher import Dispatcher
@@ -50,17 +51,15 @@ def call_eagerly(
     """
     if not isinstance(experts, ExpertWeights):
         check(hidden_states, experts, topk_weights, topk_ids)  # raises
+    device = experts.device
+    if any_autocast_enabled() and autocasts(device):
+        return _call_under_autocast(hidden_states, experts, topk_weights, topk_ids, backend, out, dispatcher)
     if type(hidden_states) is not Tensor or type(topk_weights) is not Tensor or type(topk_ids) is not Tensor:
         check(hidden_states, experts, topk_weights, topk_ids, backend)
         if any(map(is_fake, (hidden_states, topk_weights, topk_ids))):
             if out is not None:
                 check_out(out, (hidden_states, experts, topk_weights, topk_ids), needs_grad=False)
             return torch_operator.call(hidden_states, experts, topk_weights, topk_ids, backend, out)  # for the shape
-    device = experts.device
-    if any_autocast_enabled() and torch.is_autocast_enabled(device.type):
-        # Autocast rounds torch ops but not kernels, so the result would depend on the backend.
-        with torch.autocast(device.type, enabled=False):
-            return call_eagerly(hidden_states, experts, topk_weights, topk_ids, backend, out, dispatcher)
     grad = needs_grad(hidden_states, experts, topk_weights)
     if grad and out is None:
         inputs = (hidden_states, experts, topk_weights, topk_ids)
@@ -74,6 +73,32 @@ def call_eagerly(
         with torch.cuda.device(device):
             return dispatcher.forward(hidden_states, experts, topk_weights, topk_ids, backend, out, grad)
     return dispatcher.forward(hidden_states, experts, topk_weights, topk_ids, backend, out, grad)
+
+
+def _call_under_autocast(
+    hidden_states: Tensor,
+    experts: ExpertWeights,
+    topk_weights: Tensor,
+    topk_ids: Tensor,
+    backend: str | None,
+    out: Tensor | None,
+    dispatcher: Dispatcher | None,
+) -> Tensor:
+    """`call_eagerly` in the dtype that autocast asks for, which reaches no further.
+
+    Inside it would round torch's operators and no kernel, so the result would depend on the backend.
+    """
+    layer = cast_layer(experts)
+    tokens = cast_tokens(hidden_states, layer)
+    with torch.autocast(experts.device.type, enabled=False):
+        if layer is experts and tokens is hidden_states:
+            return call_eagerly(hidden_states, experts, topk_weights, topk_ids, backend, out, dispatcher)
+        if out is not None:
+            check(tokens, layer, topk_weights, topk_ids, backend)
+            inputs = (hidden_states, experts, topk_weights, topk_ids)
+            check_out(out, inputs, needs_grad=needs_grad(hidden_states, experts, topk_weights))
+        result = call_eagerly(tokens, layer, topk_weights, topk_ids, backend, None, dispatcher)
+        return result.to(hidden_states.dtype) if out is None else out.copy_(result)
 
 
 def _run_differentiable(
@@ -122,7 +147,13 @@ def call_traced(
     if not inside or (out is not None and is_recorded(hidden_states, experts, topk_weights)):
         # To be refused, or for the reference, whose loop launches what the routing asks for.
         return uncompiled(call_eagerly, hidden_states, experts, topk_weights, topk_ids, backend, out)
-    return torch_operator.call(hidden_states, experts, topk_weights, topk_ids, backend, out)
+    if not autocasts(experts.device):
+        return torch_operator.call(hidden_states, experts, topk_weights, topk_ids, backend, out)
+    layer = cast_layer(experts)
+    tokens = cast_tokens(hidden_states, layer)
+    if out is not None and tokens is not hidden_states:
+        return out.copy_(torch_operator.call(tokens, layer, topk_weights, topk_ids, backend))
+    return torch_operator.call(tokens, layer, topk_weights, topk_ids, backend, out).to(hidden_states.dtype)
 
 
 def uncompiled(function: Callable[..., Result], *arguments: object, **named: object) -> Result:
@@ -154,8 +185,15 @@ def warm_up(
     check_act_dtype(act_dtype)
     if backend is not None and not isinstance(backend, str):
         raise InvalidInputError(f"backend must be a registered name or None, got {type(backend).__name__}")
-    dtype = act_dtype or experts.usual_act_dtype
     device = experts.device
+    if autocasts(device):
+        with torch.no_grad():
+            layer = cast_layer(experts)
+        with torch.autocast(device.type, enabled=False):
+            act_dtype = act_dtype if experts.quantized else None
+            warm_up(layer, topk, counts, act_dtype, backend, up_to, into_out=into_out)
+        return
+    dtype = act_dtype or experts.usual_act_dtype
     dispatcher = get_dispatcher(device)
     dispatcher.planner.named(backend)
     if up_to:
@@ -188,6 +226,8 @@ def explain(arguments: Sequence[object], machine: Machine | None) -> Explanation
             "explain takes a MoEProblem, or hidden_states, experts, topk_weights and topk_ids as moe_forward does; "
             f"got {len(arguments)} arguments: {', '.join(type(argument).__name__ for argument in arguments)}"
         )
+    if isinstance(arguments[1], ExpertWeights) and autocasts(arguments[1].device):
+        return _explain_under_autocast(*cast("Inputs", arguments), machine)
     check(*arguments)
     hidden_states, experts, topk_weights, topk_ids = cast("Inputs", arguments)
     described = machine or get_dispatcher(experts.device).machine
@@ -204,6 +244,19 @@ def explain(arguments: Sequence[object], machine: Machine | None) -> Explanation
     if problem.needs_grad or not is_recorded(hidden_states, experts, topk_weights):
         return explanation
     return dataclasses.replace(explanation, notes=(*explanation.notes, explain_backward(experts, described)))
+
+
+def _explain_under_autocast(
+    hidden_states: Tensor, experts: ExpertWeights, topk_weights: Tensor, topk_ids: Tensor, machine: Machine | None
+) -> Explanation:
+    layer = cast_layer(experts, shaped_as)
+    tokens = cast_tokens(hidden_states, layer)
+    with torch.autocast(experts.device.type, enabled=False):
+        explanation = explain((tokens, layer, topk_weights, topk_ids), machine)
+    if layer is experts:
+        return explanation
+    note = f"autocast: each call copies all experts from fp32 to {layer.dtype}; weights in {layer.dtype} need no copy"
+    return dataclasses.replace(explanation, notes=(*explanation.notes, note))
 
 
 def _dispatcher_for(problem: MoEProblem) -> Dispatcher:

@@ -120,7 +120,8 @@ class MoELayer(nn.Module):
         """Run the layer.
 
         Args:
-            hidden_states: ``[…, K]``, in the weights' dtype (BF16, FP16 or FP32 with FP8 weights).
+            hidden_states: ``[…, K]``, in the weights' dtype; BF16, FP16 or FP32 with FP8 weights, and under autocast,
+                where FP32 weights are cast as `moe_forward` says.
 
         Returns:
             The same shape and dtype.

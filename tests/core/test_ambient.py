@@ -15,6 +15,7 @@ from moe_dispatch.dispatch import dispatcher as dispatcher_module
 from moe_dispatch.dispatch.process import get_dispatcher
 from moe_dispatch.layer_spec import _SPECS
 from moe_dispatch.machine import Machine
+from moe_dispatch.measure.verify import relative_error
 from moe_dispatch.policies.learned.fit import fit_cost_model
 from moe_dispatch.problem import DType
 from moe_dispatch.workloads import ROUTINGS, Workload, make_experts
@@ -61,11 +62,16 @@ def test_cold_calls(
             chosen = explain(hidden, experts, weights, ids).chosen
             warm_up(experts, 2, [1, 5])
             out = moe_forward(hidden, experts, weights, ids)
+            halved = torch.is_autocast_enabled("cpu") and dtype == "fp32"
         assert chosen is not None
         assert ran() == {chosen.choice.backend: 3}
         if (backend, dtype) != ("torch_grouped", "fp8"):  # which does not take it
             assert chosen.choice.backend == getattr(backend, "name", backend)
-        assert torch.allclose(out, moe_forward(hidden, experts, weights, ids, backend="reference"), atol=1e-4)
+        right = moe_forward(hidden, experts, weights, ids, backend="reference")
+        if halved:  # see test_autocast.py
+            assert 1e-4 < relative_error(right, out) < 1e-2
+        else:
+            assert torch.allclose(out, right, atol=1e-4)
 
 
 @pytest.mark.usefixtures("default_dtype")

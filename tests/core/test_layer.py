@@ -437,10 +437,11 @@ def test_is_traced_whole(*, grad: bool, warm: bool) -> None:
 
 def test_autocast_does_not_reach_the_router() -> None:
     layer = small_layer()
-    with torch.no_grad():
-        expected = layer(tokens())
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            assert torch.equal(layer(tokens()), expected)
+    for gradients in (False, True):  # the two ways in which a gate computes
+        with torch.set_grad_enabled(gradients):
+            expected = layer.gate(tokens())
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                assert all(map(torch.equal, layer.gate(tokens()), expected))
 
 
 def test_warm_up_runs_the_layer() -> None:

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from moe_dispatch.dispatch.autocast import ACTIVATIONS, autocasts
 from moe_dispatch.errors import InvalidInputError
 from moe_dispatch.experts import ExpertWeights
 from moe_dispatch.integrations.transformers.comparison import disagreement
@@ -46,7 +47,7 @@ def take_over(module: nn.Module, dtype: torch.dtype, others: Sequence[str] = ())
         experts = experts_of(module, layout, sources)
     except InvalidInputError as error:
         return Taken(None, str(error))
-    if reason := disagreement(module, experts, dtype):
+    if reason := disagreement(module, experts, dtype if experts.quantized else experts.gate_up.dtype):
         setattr(module, LAYOUT, dataclasses.replace(layout, unfit=reason))
         return Taken(None, reason)
     return Taken(experts, sources=sources)
@@ -67,6 +68,6 @@ def unfit_tensors(sources: Sequence[Tensor], dtype: torch.dtype) -> str:
         return "its weights are not contiguous, and a copy of them could be stale"
     if weight.dtype not in DTYPE_NAMES or weight.device.type not in ("cpu", "cuda"):
         return f"its weights are {weight.dtype} on {weight.device}"
-    if weight.dtype not in (FP8, dtype):
-        return f"hidden_states are {dtype} and its weights {weight.dtype} (autocast?)"
+    if weight.dtype not in (FP8, dtype) and not (dtype in ACTIVATIONS and autocasts(weight.device)):
+        return f"hidden_states are {dtype} and its weights {weight.dtype}, which only autocast brings together"
     return ""

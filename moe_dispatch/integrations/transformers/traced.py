@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from moe_dispatch.dispatch import torch_operator
+from moe_dispatch.dispatch.autocast import computed_dtype
 from moe_dispatch.dispatch.internals import forward_mode_entered
 from moe_dispatch.dispatch.uncompiled import call_uncompiled
 from moe_dispatch.integrations.transformers.eager import eager_forward
@@ -45,13 +46,18 @@ def traced_forward(
             return own_forward(module, hidden_states, top_k_index, top_k_weights)
         out: Tensor = call_uncompiled(eager_forward, module, hidden_states, top_k_index, top_k_weights)
         return out
-    if sources[0].dtype == FP8:
+    dtype = computed_dtype(sources[0])
+    tokens = hidden_states
+    if dtype == FP8:
         sources = tuple(source.detach() for source in sources)  # transformers' FP8 parameters claim to have a gradient
+    else:
+        tokens = hidden_states.to(dtype)
     gate_up, down, *rest = as_indexed(layout, sources)
-    return torch_operator.call_tensors(
-        hidden_states, top_k_weights, top_k_index, gate_up, down, **others_by_name(gate_up, rest),
+    result = torch_operator.call_tensors(
+        tokens, top_k_weights, top_k_index, gate_up.to(dtype), down.to(dtype), **others_by_name(gate_up, rest),
         activation=layout.activation, interleaved=layout.interleaved, backend=None,
     )  # fmt: skip
+    return result.to(hidden_states.dtype)
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
