@@ -164,16 +164,16 @@ class _Playable:
 
     def ran_out(self, M: int) -> None:
         """Play fewer than M tokens."""
-        if not self.left:
+        if self.left <= 0:
             self.left, self.wait = self.wait, min(2 * self.wait, LONGEST_WAIT)
         self.last = min(self.last, M - 1)
 
     def count(self, range_end: int) -> None:
         """Count a larger call, and play the whole range again after the last one."""
-        if self.left:
+        if self.left > 0:
             self.left -= 1
-            if not self.left:
-                self.last = range_end
+            if self.left <= 0:  # threads may count at once
+                self.left, self.last = 0, range_end
 
 
 class _Sizes(NamedTuple):

@@ -41,6 +41,7 @@ class ArrivedCalls:
         self._counters, self._recovery = counters, recovery
         self._plans: dict[tuple[Any, ...], Plan | None] = {}
         self._proven: set[tuple[Any, ...]] = set()
+        self._drops = 0  # how often plans were forgotten
 
     def forward(self, inputs: ArrivedInputs, backend: str | None = None) -> Tensor | PeerRows:
         """Compute the layer.
@@ -92,6 +93,7 @@ class ArrivedCalls:
 
     def forget_plans(self) -> None:
         """Plan every kind of call anew, as after a backend was barred."""
+        self._drops += 1
         self._plans.clear()
 
     def _book(self, plan: Plan, error: BaseException, *, capturing: bool) -> None:
@@ -100,8 +102,10 @@ class ArrivedCalls:
             raise error
         if failures.lost_device(error):
             raise self._recovery.device_lost(None if capturing else plan, error) from error
-        if plan.explicit or capturing:
+        if plan.explicit:
             raise BackendFailedError(plan.choice.backend, plan.problem, error, plan.remedy) from error
+        if capturing:
+            raise self._recovery.failed_capture(plan, error) from error
         if failures.out_of_memory(error):
             self._recovery.release(error)
             self._recovery.leave_out(plan, error, "an ordinary call runs instead")
@@ -120,6 +124,7 @@ class ArrivedCalls:
             return self._plans[key]
         M, topk = topk_ids.shape
         problem = experts.problem(M, topk, inputs.act_dtype, self._planner.machine.capability, mode)
+        drops = self._drops
         plan: Plan | None = None
         with FIRST_CALLS:
             plans = self._planner.eligible(problem, experts, backend, into=True)
@@ -132,7 +137,8 @@ class ArrivedCalls:
                     plan = None  # the fastest backend on dequantised rows takes less time
         if len(self._plans) >= _MAX_KINDS:
             self._plans.clear()
-        self._plans[key] = plan
+        if self._drops == drops:  # else what it rests on may have changed meanwhile, and nothing would drop it
+            self._plans[key] = plan
         return plan
 
     def _run(self, plan: Plan, inputs: ArrivedInputs, *, capturing: bool) -> Tensor | PeerRows:

@@ -90,6 +90,8 @@ def _call_under_autocast(
     """
     layer = cast_layer(experts)
     tokens = cast_tokens(hidden_states, layer)
+    if layer is not experts and getattr(tokens, "dtype", None) is not layer.gate_up.dtype:
+        check(hidden_states, experts, topk_weights, topk_ids, backend)  # raises, of what was given
     with torch.autocast(experts.device.type, enabled=False):
         if layer is experts and tokens is hidden_states:
             return call_eagerly(hidden_states, experts, topk_weights, topk_ids, backend, out, dispatcher)
@@ -97,8 +99,9 @@ def _call_under_autocast(
             check(tokens, layer, topk_weights, topk_ids, backend)
             inputs = (hidden_states, experts, topk_weights, topk_ids)
             check_out(out, inputs, needs_grad=needs_grad(hidden_states, experts, topk_weights))
-        result = call_eagerly(tokens, layer, topk_weights, topk_ids, backend, None, dispatcher)
-        return result.to(hidden_states.dtype) if out is None else out.copy_(result)
+        into = out if tokens is hidden_states else None
+        result = call_eagerly(tokens, layer, topk_weights, topk_ids, backend, into, dispatcher)
+        return result.to(hidden_states.dtype) if out is into else out.copy_(result)  # type: ignore[union-attr]
 
 
 def _run_differentiable(
@@ -152,6 +155,9 @@ def call_traced(
     layer = cast_layer(experts)
     tokens = cast_tokens(hidden_states, layer)
     if out is not None and tokens is not hidden_states:
+        alike = (out.shape, out.dtype, out.device) == (hidden_states.shape, hidden_states.dtype, hidden_states.device)
+        if not (alike and out.is_contiguous()):
+            return uncompiled(call_eagerly, hidden_states, experts, topk_weights, topk_ids, backend, out)
         return out.copy_(torch_operator.call(tokens, layer, topk_weights, topk_ids, backend))
     return torch_operator.call(tokens, layer, topk_weights, topk_ids, backend, out).to(hidden_states.dtype)
 
@@ -191,7 +197,9 @@ def warm_up(
             layer = cast_layer(experts)
         with torch.autocast(device.type, enabled=False):
             act_dtype = act_dtype if experts.quantized else None
-            warm_up(layer, topk, counts, act_dtype, backend, up_to, into_out=into_out)
+            # Where tokens are cast, `out` gets a copy of the result: calls of either kind come.
+            for into in {into_out, into_out and layer is experts}:
+                warm_up(layer, topk, counts, act_dtype, backend, up_to, into_out=into)
         return
     dtype = act_dtype or experts.usual_act_dtype
     dispatcher = get_dispatcher(device)

@@ -77,6 +77,7 @@ class Dispatcher:
         self.arrived = ArrivedCalls(self, self.planner, self.quarantine, self._counters, self._recovery)
         self.planner.fitting.changed = self._drop_plans_without_memory
         self._plans: dict[PlanKey, Plan] = {}
+        self._drops = 0  # how often plans were dropped
         # Of calls that passed every check, by all of their key but the token count: a problem of some token count.
         self._checked: dict[PlanKey, MoEProblem] = {}
         self._settled = SettledPlans[Plan](on_cuda=self._on_cuda)
@@ -275,20 +276,24 @@ class Dispatcher:
 
     def _plan(self, key: PlanKey, alike: MoEProblem, experts: ExpertWeights) -> Plan:
         """The plan for a key; `alike` differs from the problem in its token count at most."""
-        problem = alike.with_tokens(key[_SHAPE][0])
+        problem, drops = alike.with_tokens(key[_SHAPE][0]), self._drops
         plan = self.planner.plan(problem, experts, key[_BACKEND], into=key[_OUT] is not None)
         plan.widens = key[_WEIGHTS_DTYPE] is not torch.float32
         if plan.kept:
             with self._lock:
                 if len(self._plans) >= MAX_PLANS:
                     self._forget(next(iter(self._plans)))
-                plan = self._plans.setdefault(key, plan)  # another thread may have been faster
+                if self._drops == drops:
+                    plan = self._plans.setdefault(key, plan)  # another thread may have been faster
+                else:  # what it rests on may have changed meanwhile, and nothing would drop it
+                    plan.kept = False
         if not plan.proven and problem.mode == "eager":
             self._recovery.wait_for_earlier_work(experts.device)
         return plan
 
     def _forget(self, key: PlanKey) -> None:
         if plan := self._plans.pop(key, None):
+            plan.kept = False  # a call that runs it now is counted by itself
             self._settled.forget(plan, key[_SPEC], key[_SHAPE], key[_BACKEND])
             self._counters.count(plan.choice.backend, ran=plan.calls)
 
@@ -313,6 +318,7 @@ class Dispatcher:
         """Drop the plans that a policy made and that this says are concerned."""
         self.arrived.forget_plans()
         with self._lock:
+            self._drops += 1
             for key, plan in list(self._plans.items()):
                 if not plan.explicit and concerned(plan):
                     self._forget(key)

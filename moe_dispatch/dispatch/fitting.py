@@ -41,7 +41,7 @@ class Shortage:
 
     Attributes:
         layer: The layer (`MoEProblem.layer`).
-        tokens: The least token count of late at which it did.
+        tokens: The smallest token count at which it did since it was last tried.
         backend: The backend's name.
         config: Its configuration; None for all of them, where its probe ran out of memory.
         cause: What it raised, one line.
@@ -75,11 +75,12 @@ class Shortage:
         taken = backend.workspace_bytes(self.layer.with_tokens(self.tokens), config)
         return backend.name != LAST_RESORT and taken >= self.workspace
 
-    def reason(self, name: str) -> str:
+    def reason(self, backend: Backend, config: BackendConfig) -> str:
         """Why a choice that is covered is left out."""
         what = "ran out of memory" if self.config is not None else "ran out of memory in its probe"
-        if name != self.backend:
-            what = f"takes as much workspace as {self.backend!r} ({gibibytes(self.workspace)}), which {what}"
+        if backend.name != self.backend or self.config not in (None, config):
+            whose = "another of its configurations" if backend.name == self.backend else repr(self.backend)
+            what = f"takes as much workspace as {whose} ({gibibytes(self.workspace)}), which {what}"
         return (
             f"{what} at M={self.tokens} ({self.cause}); calls of at least {self.least_tokens} tokens do without, and "
             f"try it again after {self.left} of them, or in a new process"
@@ -99,7 +100,7 @@ class Fitting:
         # By backend, layer (which is kept, so that its id is) and configuration.
         self._known: dict[tuple[object, ...], tuple[MoEProblem, int]] = {}
         self.shortages: dict[tuple[str, MoEProblem, BackendConfig | None], Shortage] = {}
-        self._told: dict[tuple[str, MoEProblem], Shortage] = {}  # the first one of a backend and layer
+        self._told: dict[tuple[str, MoEProblem, bool], object] = {}  # of what a user was told, see `is_news`
         self.changed: Callable[[Shortage], None] = lambda _: None
 
     def fits(self, name: str, problem: MoEProblem, config: BackendConfig) -> bool:
@@ -122,15 +123,20 @@ class Fitting:
     def lacking(self, name: str, problem: MoEProblem, config: BackendConfig) -> str:
         """Why a choice is left out because memory ran out; empty if it is not."""
         backend = self._pool.backend(name)
-        return next((one.reason(name) for one in self.holding(problem) if one.covers(backend, config)), "")
+        return next((one.reason(backend, config) for one in self.holding(problem) if one.covers(backend, config)), "")
 
     def halvable(self, problem: MoEProblem) -> bool:
         """Whether something that a call does without may run its halves."""
         return problem.M > 1 and any(one.least_tokens > 1 for one in self.holding(problem))
 
     def holding(self, problem: MoEProblem) -> list[Shortage]:
-        """The shortages because of which a call does without something."""
-        return [one for one in list(self.shortages.values()) if one.left and one.concerns(problem)]
+        """The shortages because of which a call does without something.
+
+        There are none for a call that torch must differentiate: the reference alone runs it, whole or in halves.
+        """
+        if problem.needs_grad:
+            return []
+        return [one for one in list(self.shortages.values()) if one.left > 0 and one.concerns(problem)]
 
     def ran_out(
         self, name: str, problem: MoEProblem, config: BackendConfig | None, cause: str
@@ -138,8 +144,8 @@ class Fitting:
         """Leave out a choice that ran out of memory; see the module.
 
         Args:
-            name: The backend's; not the reference on one token, beside which there would be nothing.
-            problem: What it ran; what it was probed for if `config` is None.
+            name: The backend's. The reference is never left out of calls of one token: nothing might be left.
+            problem: What it ran, without `needs_grad`; what it was probed for if `config` is None.
             config: Its configuration, or None.
             cause: What it raised, one line.
 
@@ -154,13 +160,18 @@ class Fitting:
             self._told.clear()
         shortage = self.shortages.setdefault((name, layer, config), found)
         if shortage is not found:
-            if not shortage.left:  # else the parts of a call run out in turn, or other threads do
+            if shortage.left <= 0:  # else the parts of a call run out in turn, or other threads do
                 shortage.wait = min(2 * shortage.wait, LONGEST_WAIT)
-            if not shortage.left or shortage.tokens > M:
+            if shortage.left <= 0 or shortage.tokens > M:
                 shortage.tokens, shortage.cause, shortage.workspace = M, cause, workspace
             shortage.left = shortage.wait
         self._announce(shortage)
-        return shortage, self._told.setdefault((name, layer), found) is found
+        return shortage, self.is_news(name, problem)
+
+    def is_news(self, name: str, problem: MoEProblem) -> bool:
+        """Whether this is the first time that a backend is short of memory for a layer. Of threads, one is told so."""
+        mine = object()
+        return self._told.setdefault((name, problem.layer, problem.needs_grad), mine) is mine
 
     def probe_ran_out(self, name: str, problem: MoEProblem, cause: str) -> str:
         """Leave out a backend whose probe ran out of memory, which says nothing of it; returns the reason."""
@@ -173,13 +184,14 @@ class Fitting:
         return f"it could not be probed: {cause}"
 
     def _counter(self, shortages: Iterable[Shortage]) -> Callable[[], None]:
-        """What counts a call as one that does without. It takes no lock: a lost count does no harm."""
+        """What counts a call as one that does without. It takes no lock: threads may lose a count, or end it twice."""
 
         def count() -> None:
             for shortage in shortages:
-                if shortage.left:
+                if shortage.left > 0:
                     shortage.left -= 1
-                    if not shortage.left:
+                    if shortage.left <= 0:
+                        shortage.left = 0
                         self._announce(shortage)
 
         return count
@@ -206,10 +218,11 @@ class Fitting:
         plans = [plan for plan in (best, unproven) if plan is not None]
         for plan in plans:
             self.count(plan)
-        if not self.halvable(problem) or any(plan.choice.backend != LAST_RESORT for plan in plans):
+        of_runs = [(one.backend, one.config) for one in held if one.config is not None and one.least_tokens > 1]
+        if problem.M <= 1 or not of_runs or any(plan.choice.backend != LAST_RESORT for plan in plans):
             return best
-        name, config = next((one.backend, one.config) for one in held if one.config is not None)
         self._counter(held)()
+        name, config = of_runs[0]
         choice = Choice(name, IN_HALVES, policy="memory")
         return Plan(problem, self._pool.backend(name), config, choice, "", into=into, proven=True, halved=True)
 
@@ -225,7 +238,7 @@ class Fitting:
             fitting |= (fewer and most) << bits
             fewer = most
         for shortage in list(self.shortages.values()):
-            if shortage.left and shortage.layer == layer and shortage.covers(backend, config):
+            if shortage.left > 0 and shortage.layer == layer and shortage.covers(backend, config):
                 fitting &= (1 << _bucket(shortage.tokens)) - 1
         return fitting
 

@@ -69,9 +69,9 @@ class Planner:
         self._pool = BackendPool(machine, configured.disabled, quarantine, barred)
         self._chain: PolicyChain | None = None
         self._proven: set[Proof] = set()
-        # What was warned of, with the plan of the call that did.
-        self._passed_over: dict[str, Plan] = {}
-        self._obeyed: dict[tuple[str, str], Plan] = {}
+        # What was warned of. Of threads that come at once, the one whose object is kept warns.
+        self._passed_over: dict[str, object] = {}
+        self._obeyed: dict[tuple[str, str], object] = {}
         self._neighbours: dict[tuple[int, Mode, int, bool], tuple[Plan, ...]] = {}  # see `_neighbours_plan`
         self.fitting = Fitting(self._pool)
 
@@ -290,7 +290,8 @@ class Planner:
 
     def _pass_over(self, name: str, problem: MoEProblem, fault: str, successor: Plan) -> None:
         """Warn once that a ranked backend is broken or fails its probe, and say what runs in its place."""
-        if self._passed_over.setdefault(name, successor) is not successor:
+        mine = object()
+        if self._passed_over.setdefault(name, mine) is not mine:
             return
         self._counters.count(name, fell_back=1, quarantined=1)
         self._quarantine.bar(name, problem, fault, fatal=False)
@@ -298,7 +299,8 @@ class Planner:
 
     def _warn_of_record(self, entry: QuarantineEntry, successor: Plan) -> None:
         """Warn once that an earlier process's failure keeps a backend from running."""
-        if self._obeyed.setdefault((entry.backend, entry.problem), successor) is not successor:
+        mine = object()
+        if self._obeyed.setdefault((entry.backend, entry.problem), mine) is not mine:
             return
         until = "until a version changes" if entry.strikes >= STRIKES else f"for {OBEYED_FOR} after that"
         warn(

@@ -4,7 +4,7 @@ import logging
 import math
 import traceback
 from collections.abc import Callable, Iterator
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
 
 import torch
 from torch import Tensor
@@ -25,6 +25,8 @@ from moe_dispatch.registry import LAST_RESORT
 from moe_dispatch.system import failures
 
 logger = logging.getLogger("moe_dispatch")
+
+_MORE_MEMORY: Final = "Leave more memory free (a smaller KV cache, say) to avoid this."
 
 
 class Runner(Protocol):
@@ -76,7 +78,7 @@ class Recovery:
         if plan.explicit:
             raise BackendFailedError(name, problem, error, plan.remedy) from error
         if problem.mode == "graph":
-            raise self._failed_capture(plan, error) from error
+            raise self.failed_capture(plan, error) from error
         if not have_memory(inputs):
             return self.run_transformed(inputs)
         failed = [(plan, error)]
@@ -151,6 +153,18 @@ class Recovery:
         if failures.lost_device(error):
             raise self.device_lost(None, error) from error
 
+    def failed_capture(self, plan: Plan, error: BaseException) -> BackendFailedError:
+        """The capture is void whatever would run now; the next one finds the culprit barred."""
+        if failures.broken_capture(error):
+            remedy = "The capture had failed before; what failed first is its cause."
+        else:
+            remedy = "It is avoided for such problems from now on: `warm_up`, then capture again."
+            if not failures.out_of_memory(error):
+                self.bar(plan, failures.summary(error))
+            elif not self.leave_out(plan, error, "the capture is void"):
+                remedy = "Nothing else may run this call: leave more memory free, and capture again."
+        return BackendFailedError(plan.choice.backend, plan.problem, error, remedy)
+
     def wait_for_earlier_work(self, device: torch.device) -> None:
         """See `first_calls.wait_for_earlier_work`."""
         wait_for_earlier_work(device, self._last_backend())
@@ -159,18 +173,6 @@ class Recovery:
         """The name of the backend that ran last, else that of a plan, if any."""
         last = self._runner.last_plan or otherwise
         return [last.choice.backend] if last else []
-
-    def _failed_capture(self, plan: Plan, error: BaseException) -> BackendFailedError:
-        """The capture is void whatever would run now; the next one finds the culprit barred."""
-        if failures.broken_capture(error):
-            remedy = "The capture had failed before; what failed first is its cause."
-        else:
-            if failures.out_of_memory(error):
-                self.leave_out(plan, error, "the capture is void")
-            else:
-                self.bar(plan, failures.summary(error))
-            remedy = "It is avoided for such problems from now on: `warm_up`, then capture again."
-        return BackendFailedError(plan.choice.backend, plan.problem, error, remedy)
 
     def _successors(
         self, problem: MoEProblem, experts: ExpertWeights, failed: list[tuple[Plan, BaseException]]
@@ -241,11 +243,13 @@ class Recovery:
             instead: What the call does without it.
 
         Returns:
-            Whether it is left out: the reference is not for one token.
+            Whether it is left out: the reference never is of calls that nothing else may run.
         """
         name, problem, cause = plan.choice.backend, plan.problem, failures.summary(error)
         self._counters.count(name, fell_back=1)
-        if name == LAST_RESORT and problem.M <= 1:
+        if name == LAST_RESORT and (problem.M <= 1 or problem.needs_grad):  # beside it there is nothing for them
+            if self._planner.fitting.is_news(name, problem):
+                warn(f"backend {name!r} ran out of memory on {problem} ({cause}); {instead}. {_MORE_MEMORY}")
             return False
         shortage, is_first = self._planner.fitting.ran_out(name, problem, plan.config, cause)
         if not is_first:  # the halves of a call run out in turn, other threads at the same time, and later tries again
@@ -253,8 +257,8 @@ class Recovery:
             return True
         warn(
             f"backend {name!r} ran out of memory on {problem} ({cause}); {instead}. It is left out of this layer's "
-            f"calls of at least {shortage.least_tokens} tokens, and tried again after {shortage.wait} of them. Leave "
-            "more memory free (a smaller KV cache, say) to avoid this."
+            f"calls of at least {shortage.least_tokens} tokens, and tried again after {shortage.wait} of them. "
+            f"{_MORE_MEMORY}"
         )
         return True
 

@@ -140,6 +140,44 @@ def test_memory_for_the_output_is_filled_in_its_own_dtype(dtype: torch.dtype) ->
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize(
+    "out",
+    [torch.empty(M, K, dtype=torch.bfloat16), torch.empty(2, M, K), torch.empty(K, M).t(), torch.empty(M, 1)],
+    ids=["dtype", "shape", "strides", "columns"],
+)
+def test_memory_that_the_output_does_not_fit_is_refused(out: Tensor, compiled: bool) -> None:
+    experts, call = LAYER.wrap(LAYER.tensors()), routing()
+
+    def run(hidden: Tensor, out: Tensor) -> Tensor:
+        return moe_forward(hidden, experts, *call, out=out)
+
+    torch._dynamo.reset()
+    called: Any = torch.compile(run, backend="aot_eager") if compiled else run
+    with under(), pytest.raises(InvalidInputError, match=r"^out "):
+        called(torch.randn(M, K), out)
+
+
+@torch.no_grad()
+def test_tokens_that_no_call_takes_are_refused_by_the_dtypes_that_were_given() -> None:
+    with under(), pytest.raises(InvalidInputError, match="float64 and the experts are fp32"):
+        moe_forward(torch.randn(M, K, dtype=torch.float64), LAYER.wrap(LAYER.tensors()), *routing())
+
+
+@torch.no_grad()
+@pytest.mark.usefixtures("fixed_policy")
+@pytest.mark.parametrize("tokens", [torch.float32, torch.bfloat16], ids=str)
+def test_what_writes_into_memory_is_warmed_up(tokens: torch.dtype) -> None:
+    experts, (weights, ids) = LAYER.wrap(LAYER.tensors()), routing()
+    hidden = torch.randn(M, K).to(tokens)
+    with ranked(Honest), under():
+        warm_up(experts, ids.shape[1], [M], into_out=True)
+        proven = set(get_dispatcher("cpu").planner._proven)
+        moe_forward(hidden, experts, weights, ids, out=torch.empty_like(hidden))
+        assert get_dispatcher("cpu").planner._proven == proven
+
+
+@torch.no_grad()
 @pytest.mark.usefixtures("fixed_policy")
 def test_calls_share_their_plan_and_leave_no_copy() -> None:
     """Each call has weights at another address, of a kind that is known; without a gradient their memory is freed."""

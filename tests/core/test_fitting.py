@@ -297,7 +297,9 @@ def test_two_threads_that_fail_at_once_are_one_failure(failing: type[Honest], mo
         assert all(torch.equal(out, expected(call)) for out in outs)
         assert stats()[failing.name]["fell_back"] == 2
         assert stats()[failing.name]["quarantined"] == (failing is Raising)
-        assert [one.wait for one in get_dispatcher("cpu").planner.fitting.shortages.values()] in ([], [WAIT])
+        assert [one.wait for one in get_dispatcher("cpu").planner.fitting.shortages.values()] == (
+            [] if failing is Raising else [WAIT]
+        )
 
 
 def test_a_probe_that_lacks_memory_says_nothing_of_the_backend(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -369,3 +371,78 @@ def test_a_policy_that_fails_anew_at_every_call_is_told_of_once() -> None:
         for M in (1, 2, 3):
             planner.plan(experts.problem(M, 2, torch.float32, None), experts)
         assert len(planner.notes()) == 1
+
+
+def differentiate(call: Call) -> None:
+    hidden, experts, weights, ids = call
+    with torch.autograd.forward_ad.dual_level():
+        moe_forward(torch.autograd.forward_ad.make_dual(hidden, hidden), experts, weights, ids)
+
+
+@pytest.mark.parametrize(("short", "names"), [(Tight, [Tight]), (ReferenceBackend, [Honest])])
+def test_what_torch_differentiates_itself_is_neither_halved_nor_halves_others(
+    short: type[Any], names: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only the reference runs such a call; its memory is what autograd keeps, which no other call takes."""
+    whole, sizes, call, lacking = ReferenceBackend.run, list[int](), make_call(16), short is ReferenceBackend
+
+    def run(self: ReferenceBackend, hidden_states: Tensor, *others: Any) -> Tensor:
+        sizes.append(hidden_states.shape[0])
+        if lacking and hidden_states.shape[0] > 4:
+            raise torch.OutOfMemoryError("tried to allocate")
+        return whole(self, hidden_states, *others)
+
+    monkeypatch.setattr(ReferenceBackend, "run", run)
+    with ranked(*names), quiet():
+        if short is Tight:
+            moe_forward(*call)  # in halves, as nothing but the reference is left
+            sizes.clear()
+            differentiate(call)
+            assert sizes == [16]
+        else:
+            differentiate(call)
+            assert sizes == [16, 8, 4, 4, 8, 4, 4]
+            lacking = False  # `honest` computes by the reference
+            assert is_right(call)
+            assert ran()["honest"] == 1
+
+
+def test_a_plan_that_was_made_while_its_reason_ended_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    call = make_call(6)
+    with ranked(Tight, Honest), quiet():
+        moe_forward(*call)
+        dispatcher = get_dispatcher("cpu")
+        plan = dispatcher.planner.plan
+
+        def planned(*arguments: Any, **options: Any) -> Any:
+            made = plan(*arguments, **options)
+            for _ in range(WAIT):  # the calls of another thread
+                assert made.count is not None
+                made.count()
+            return made
+
+        with monkeypatch.context() as patched:
+            patched.setattr(dispatcher.planner, "plan", planned)
+            moe_forward(*make_call(5))
+        Tight.free = 6
+        moe_forward(*make_call(5))
+        assert ran() == {"honest": 2, "tight": 1}
+
+
+def test_counts_that_threads_end_at_once_end() -> None:
+    with ranked(Tight, Honest), quiet():
+        moe_forward(*make_call(6))
+        (shortage,) = get_dispatcher("cpu").planner.fitting.shortages.values()
+        shortage.left = -1  # as where two threads without a lock between them count the last call
+        problem = make_call(6)[1].problem(6, 2, torch.float32, None)
+        assert not get_dispatcher("cpu").planner.fitting.holding(problem)
+
+
+def test_another_configuration_did_not_run_out_itself() -> None:
+    class Tiled(BackendConfig):
+        tile: int
+
+    backend, problem = Honest(Machine.load("h200")), make_call(6)[1].problem(6, 2, torch.float32, None)
+    shortage = fitting.Shortage(problem.layer, 6, backend.name, Tiled(tile=1), "cause", 1.0, WAIT, WAIT)
+    assert shortage.reason(backend, Tiled(tile=1)).startswith("ran out of memory at M=6")
+    assert shortage.reason(backend, Tiled(tile=2)).startswith("takes as much workspace as another of its")
