@@ -31,7 +31,7 @@ from moe_dispatch.backends.triton_common.descriptors import MAX_DESCRIPTORS, Mem
 from moe_dispatch.backends.triton_common.fast_launch import written_down
 from moe_dispatch.backends.triton_common.internals import Encoding, Launch
 from moe_dispatch.backends.triton_common.stand_ins import Buffer, Extent, NotReplayableError, TokenRange
-from moe_dispatch.dispatch.fitting import FIRST_WAIT, LONGEST_WAIT
+from moe_dispatch.dispatch.waiting import Waiting
 from moe_dispatch.experts import ExpertWeights
 from moe_dispatch.guard import foreign_errors
 from moe_dispatch.system import failures
@@ -146,34 +146,28 @@ class _Step:
     maps: tuple[_TensorMap, ...]
 
 
-@dataclass(slots=True)
-class _Playable:
+@dataclass(slots=True, eq=False)
+class _Playable(Waiting):
     """Up to how many tokens a replay is played: all of its range, but for a while after memory ran out.
 
     A try that fails costs as much as where a backend runs out of memory, and waits for its turn in the same way.
 
     Attributes:
         last: The largest token count.
-        wait: How many larger calls do without after memory ran out the next time.
-        left: How many of them are still to come.
     """
 
     last: int
-    wait: int = FIRST_WAIT
-    left: int = 0
 
     def ran_out(self, M: int) -> None:
         """Play fewer than M tokens."""
         if self.left <= 0:
-            self.left, self.wait = self.wait, min(2 * self.wait, LONGEST_WAIT)
+            self.fail()
         self.last = min(self.last, M - 1)
 
     def count(self, range_end: int) -> None:
         """Count a larger call, and play the whole range again after the last one."""
-        if self.left > 0:
-            self.left -= 1
-            if self.left <= 0:  # threads may count at once
-                self.left, self.last = 0, range_end
+        if self.ends():
+            self.last = range_end
 
 
 class _Sizes(NamedTuple):

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from moe_dispatch.dispatch import torch_operator
 from moe_dispatch.dispatch.autocast import autocasts, cast_layer, cast_tokens, shaped_as
-from moe_dispatch.dispatch.checks import check, check_act_dtype, check_layer, check_out, have_memory
+from moe_dispatch.dispatch.checks import check, check_act_dtype, check_layer, check_out, have_memory, layout_fault
 from moe_dispatch.dispatch.coverage import representative_token_counts
 from moe_dispatch.dispatch.dispatcher import Dispatcher
 from moe_dispatch.dispatch.explanation import Explanation
@@ -53,7 +53,7 @@ def call_eagerly(
         check(hidden_states, experts, topk_weights, topk_ids)  # raises
     device = experts.device
     if any_autocast_enabled() and autocasts(device):
-        return _call_under_autocast(hidden_states, experts, topk_weights, topk_ids, backend, out, dispatcher)
+        return _call_under_autocast((hidden_states, experts, topk_weights, topk_ids), backend, out, dispatcher)
     if type(hidden_states) is not Tensor or type(topk_weights) is not Tensor or type(topk_ids) is not Tensor:
         check(hidden_states, experts, topk_weights, topk_ids, backend)
         if any(map(is_fake, (hidden_states, topk_weights, topk_ids))):
@@ -76,28 +76,22 @@ def call_eagerly(
 
 
 def _call_under_autocast(
-    hidden_states: Tensor,
-    experts: ExpertWeights,
-    topk_weights: Tensor,
-    topk_ids: Tensor,
-    backend: str | None,
-    out: Tensor | None,
-    dispatcher: Dispatcher | None,
+    inputs: "Inputs", backend: str | None, out: Tensor | None, dispatcher: Dispatcher | None
 ) -> Tensor:
     """`call_eagerly` in the dtype that autocast asks for, which reaches no further.
 
     Inside it would round torch's operators and no kernel, so the result would depend on the backend.
     """
+    hidden_states, experts, topk_weights, topk_ids = inputs
     layer = cast_layer(experts)
     tokens = cast_tokens(hidden_states, layer)
     if layer is not experts and getattr(tokens, "dtype", None) is not layer.gate_up.dtype:
-        check(hidden_states, experts, topk_weights, topk_ids, backend)  # raises, of what was given
+        check(*inputs, backend)  # raises, of what was given
     with torch.autocast(experts.device.type, enabled=False):
         if layer is experts and tokens is hidden_states:
-            return call_eagerly(hidden_states, experts, topk_weights, topk_ids, backend, out, dispatcher)
+            return call_eagerly(*inputs, backend, out, dispatcher)
         if out is not None:
             check(tokens, layer, topk_weights, topk_ids, backend)
-            inputs = (hidden_states, experts, topk_weights, topk_ids)
             check_out(out, inputs, needs_grad=needs_grad(hidden_states, experts, topk_weights))
         into = out if tokens is hidden_states else None
         result = call_eagerly(tokens, layer, topk_weights, topk_ids, backend, into, dispatcher)
@@ -155,8 +149,7 @@ def call_traced(
     layer = cast_layer(experts)
     tokens = cast_tokens(hidden_states, layer)
     if out is not None and tokens is not hidden_states:
-        alike = (out.shape, out.dtype, out.device) == (hidden_states.shape, hidden_states.dtype, hidden_states.device)
-        if not (alike and out.is_contiguous()):
+        if layout_fault(out, hidden_states):
             return uncompiled(call_eagerly, hidden_states, experts, topk_weights, topk_ids, backend, out)
         return out.copy_(torch_operator.call(tokens, layer, topk_weights, topk_ids, backend))
     return torch_operator.call(tokens, layer, topk_weights, topk_ids, backend, out).to(hidden_states.dtype)

@@ -121,6 +121,11 @@ def _out_fault(out: object, hidden_states: Tensor, *, needs_grad: bool) -> str:
         return "out cannot be given where a gradient is needed; call under torch.no_grad(), or leave it out"
     if _of_inference_mode(out):
         return "out was made in inference mode and cannot be written to outside of it; make it outside, or call inside"
+    return layout_fault(out, hidden_states)
+
+
+def layout_fault(out: Tensor, hidden_states: Tensor) -> str:
+    """Why memory for the output does not lie as the result does; empty if it does. A trace may ask, too."""
     if (out.shape, out.dtype, out.device) != (hidden_states.shape, hidden_states.dtype, hidden_states.device):
         allowed, got = (f"{list(tensor.shape)} in {tensor.dtype} on {tensor.device}" for tensor in (hidden_states, out))
         return f"out must be as hidden_states, {allowed}, got {got}"

@@ -2,9 +2,8 @@
 
 A choice that ran out of memory is left out of its layer's calls from then on, from the power of two of its token count
 up, and so is whatever takes as much workspace there; a backend whose probe did, out of all of the layer's calls. Calls
-for which nothing but the reference is left are computed in halves, where something else may run those. After
-`FIRST_WAIT` such calls all of that is tried again, for memory may be free by then, and after each further failure after
-twice as many as before, up to `LONGEST_WAIT`.
+for which nothing but the reference is left are computed in halves, where something else may run those. After so many
+such calls (`waiting.py`) all of that is tried again, for memory may be free by then.
 
 Calls are counted, each half as one, and no clock is read: ranks that fail alike try again alike. Only calls that do
 without something are counted; all others pay nothing.
@@ -18,17 +17,13 @@ from typing import Final
 from moe_dispatch.backend import Backend, BackendConfig
 from moe_dispatch.dispatch.backend_pool import BackendPool
 from moe_dispatch.dispatch.plan import Plan
+from moe_dispatch.dispatch.waiting import Waiting
 from moe_dispatch.errors import warn
 from moe_dispatch.policy import Choice
 from moe_dispatch.problem import MoEProblem
 from moe_dispatch.registry import LAST_RESORT
 from moe_dispatch.workspace import excess, gibibytes
 
-# A try that fails frees the allocator's cache and waits for the device, a second at worst, where a call of this size
-# takes a millisecond or more. Twice as many calls after each failure keep the tries few; not more than so many, as a
-# server may run for months.
-FIRST_WAIT: Final = 1024
-LONGEST_WAIT: Final = 65536
 MOST_KINDS: Final = 4096  # Bound on what is remembered of either kind; when full, all of it is forgotten.
 # Up to this power of two of tokens it is found out at once where a configuration takes too much memory.
 LARGEST_BUCKET: Final = 20
@@ -36,7 +31,7 @@ IN_HALVES: Final = "memory lacks for all of the call at once, so that it is comp
 
 
 @dataclass(slots=True, eq=False)
-class Shortage:
+class Shortage(Waiting):
     """That a choice ran out of memory.
 
     Attributes:
@@ -46,8 +41,6 @@ class Shortage:
         config: Its configuration; None for all of them, where its probe ran out of memory.
         cause: What it raised, one line.
         workspace: The bytes that it takes there: a call that can be split does without what takes as many.
-        wait: How many calls do without.
-        left: How many of them are still to come; 0 where it may be tried again.
     """
 
     layer: MoEProblem
@@ -56,8 +49,6 @@ class Shortage:
     config: BackendConfig | None
     cause: str
     workspace: float
-    wait: int
-    left: int
 
     @property
     def least_tokens(self) -> int:
@@ -154,17 +145,16 @@ class Fitting:
         """
         layer, M = problem.layer, problem.M if config else 1
         workspace = self._pool.backend(name).workspace_bytes(problem, config) if config and M > 1 else math.inf
-        found = Shortage(layer, M, name, config, cause, workspace, FIRST_WAIT, FIRST_WAIT)
+        found = Shortage(layer, M, name, config, cause, workspace)
+        found.fail()
         if len(self.shortages) >= MOST_KINDS:
             self.shortages.clear()
             self._told.clear()
         shortage = self.shortages.setdefault((name, layer, config), found)
         if shortage is not found:
-            if shortage.left <= 0:  # else the parts of a call run out in turn, or other threads do
-                shortage.wait = min(2 * shortage.wait, LONGEST_WAIT)
             if shortage.left <= 0 or shortage.tokens > M:
                 shortage.tokens, shortage.cause, shortage.workspace = M, cause, workspace
-            shortage.left = shortage.wait
+            shortage.fail()
         self._announce(shortage)
         return shortage, self.is_news(name, problem)
 
@@ -184,15 +174,12 @@ class Fitting:
         return f"it could not be probed: {cause}"
 
     def _counter(self, shortages: Iterable[Shortage]) -> Callable[[], None]:
-        """What counts a call as one that does without. It takes no lock: threads may lose a count, or end it twice."""
+        """What counts a call as one that does without."""
 
         def count() -> None:
             for shortage in shortages:
-                if shortage.left > 0:
-                    shortage.left -= 1
-                    if shortage.left <= 0:
-                        shortage.left = 0
-                        self._announce(shortage)
+                if shortage.ends():
+                    self._announce(shortage)
 
         return count
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from moe_dispatch import BackendConfig, ExpertWeights, Machine
-from moe_dispatch.dispatch.fitting import FIRST_WAIT
+from moe_dispatch.dispatch.waiting import FIRST_WAIT
 from moe_dispatch.problem import MoEProblem
 from moe_dispatch.workloads import make_experts
 from tests.support.fakes import Honest

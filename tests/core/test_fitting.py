@@ -22,7 +22,7 @@ from moe_dispatch import (
 )
 from moe_dispatch.backend import BackendConfig
 from moe_dispatch.backends.reference import ReferenceBackend
-from moe_dispatch.dispatch import fitting
+from moe_dispatch.dispatch import fitting, waiting
 from moe_dispatch.dispatch.dispatcher import Dispatcher
 from moe_dispatch.dispatch.process import get_dispatcher
 from moe_dispatch.dispatch.settled_plans import SETTLING_CALLS
@@ -56,7 +56,7 @@ class Tight(Greedy):
 def fresh_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Tight, "tries", [])
     monkeypatch.setattr(Tight, "free", 2)
-    monkeypatch.setattr(fitting, "FIRST_WAIT", WAIT)
+    monkeypatch.setattr(waiting, "FIRST_WAIT", WAIT)
 
 
 @contextlib.contextmanager
@@ -443,6 +443,6 @@ def test_another_configuration_did_not_run_out_itself() -> None:
         tile: int
 
     backend, problem = Honest(Machine.load("h200")), make_call(6)[1].problem(6, 2, torch.float32, None)
-    shortage = fitting.Shortage(problem.layer, 6, backend.name, Tiled(tile=1), "cause", 1.0, WAIT, WAIT)
+    shortage = fitting.Shortage(problem.layer, 6, backend.name, Tiled(tile=1), "cause", 1.0, wait=WAIT, left=WAIT)
     assert shortage.reason(backend, Tiled(tile=1)).startswith("ran out of memory at M=6")
     assert shortage.reason(backend, Tiled(tile=2)).startswith("takes as much workspace as another of its")
