@@ -6,11 +6,11 @@ from typing import Final
 import torch
 from torch import Tensor
 
+from moe_dispatch.dispatch.checks import ACTIVATIONS
 from moe_dispatch.experts import ExpertWeights
 from moe_dispatch.tensor_memory import tensor_fault
 
 _HALVES: Final = (torch.bfloat16, torch.float16)
-ACTIVATIONS: Final = (*_HALVES, torch.float32)
 Cast = Callable[[Tensor, torch.dtype], Tensor]
 
 

@@ -10,7 +10,7 @@ from moe_dispatch.errors import InvalidInputError
 from moe_dispatch.experts import ExpertWeights, tensors_of
 from moe_dispatch.tensor_memory import address, tensor_fault
 
-_ACTIVATIONS = (torch.bfloat16, torch.float16, torch.float32)
+ACTIVATIONS = (torch.bfloat16, torch.float16, torch.float32)
 _IDS = (torch.int32, torch.int64)
 
 
@@ -44,7 +44,7 @@ def check_act_dtype(act_dtype: object) -> None:
     Raises:
         InvalidInputError: Its message says what was given and what is allowed.
     """
-    if not any(act_dtype is each for each in (None, *_ACTIVATIONS)):
+    if not any(act_dtype is each for each in (None, *ACTIVATIONS)):
         raise InvalidInputError(f"act_dtype must be torch.bfloat16, float16, float32 or None, got {act_dtype!r}")
 
 
@@ -63,11 +63,11 @@ def _complaint(hidden_states: object, experts: object, topk_weights: object, top
     assert isinstance(hidden_states, Tensor)  # noqa: S101 - checked above, repeated for the type checker
     assert isinstance(topk_weights, Tensor)  # noqa: S101
     assert isinstance(topk_ids, Tensor)  # noqa: S101
-    if topk_ids.dtype in _ACTIVATIONS and topk_weights.dtype in _IDS:
+    if topk_ids.dtype in ACTIVATIONS and topk_weights.dtype in _IDS:
         return "topk_weights and topk_ids are swapped: the order is hidden_states, experts, topk_weights, topk_ids"
     if topk_ids.dtype not in _IDS:
         return f"topk_ids must be int32 or int64, got {topk_ids.dtype}"
-    if topk_weights.dtype not in _ACTIVATIONS:
+    if topk_weights.dtype not in ACTIVATIONS:
         return f"topk_weights must be float32 (bfloat16 and float16 are converted), got {topk_weights.dtype}"
     if hidden_states.shape[1] != experts.K:
         return f"hidden_states must be [M, K={experts.K}] for {experts}, got {list(hidden_states.shape)}"
@@ -80,7 +80,7 @@ def _complaint(hidden_states: object, experts: object, topk_weights: object, top
         )
     if topk_ids.shape[1] == 0:
         return "topk_ids must be [M, topk] with topk at least 1, got topk=0"
-    if hidden_states.dtype not in (_ACTIVATIONS if experts.quantized else (experts.gate_up.dtype,)):
+    if hidden_states.dtype not in (ACTIVATIONS if experts.quantized else (experts.gate_up.dtype,)):
         return (
             f"hidden_states is {hidden_states.dtype} and the experts are {experts.dtype}; they must share a dtype, "
             "except that FP8 and MXFP4 experts take bfloat16, float16 or float32 activations"

@@ -7,7 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from moe_dispatch.dispatch.autocast import ACTIVATIONS, autocasts
+from moe_dispatch.dispatch.autocast import autocasts
+from moe_dispatch.dispatch.checks import ACTIVATIONS
 from moe_dispatch.errors import InvalidInputError
 from moe_dispatch.experts import ExpertWeights
 from moe_dispatch.integrations.transformers.comparison import disagreement
